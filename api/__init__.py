@@ -1,0 +1,1 @@
+"""peakgpt: GPT models at the speed of their hardware."""

@@ -1,0 +1,1 @@
+"""Benchmarks: contenders interleaved in one run, one result schema."""

@@ -1,0 +1,1 @@
+"""Configuration, model, data, training and generation."""

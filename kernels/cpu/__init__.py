@@ -1,0 +1,1 @@
+"""C++ backend: one file per op, glue to peakgpt._C."""

@@ -1,0 +1,1 @@
+"""Gluon backend for sm_90: one file per op, none yet."""
