@@ -1,1 +1,1 @@
-"""Op contracts and their backends. Nothing is imported here: Hugging Face's package of the same name may find this folder first."""
+"""Op contracts and their backends. No imports: Hugging Face's package of this name may find this folder first."""

@@ -1,0 +1,106 @@
+"""Where each folder lands in the package, and the optional C++ extension. Metadata lives in pyproject.toml."""
+
+import hashlib
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+FOLDERS = {"peakgpt": "api", "peakgpt.kernels": "kernels", "peakgpt.engine": "engine", "peakgpt.bench": "bench"}
+PACKAGES = [
+    package
+    for name, folder in FOLDERS.items()
+    for package in (name, *(f"{name}.{sub}" for sub in find_packages(folder)))
+]
+SOURCES = sorted(map(str, Path("csrc").glob("*.cpp")))
+HEADERS = sorted(map(str, Path("csrc").glob("*.h")))
+# No -march: a kernel names its instruction set and is chosen at run time. No -ffast-math: masking needs NaN and -inf.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+# Not sysconfig's flags: those describe the machine that built Python.
+ENVIRONMENT = (("CXX", "c++"), ("CXXFLAGS", ""), ("LDFLAGS", ""))
+NINJA = """\
+builddir = {folder}
+rule cxx
+  command = {cxx} -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {link} $in -o $out
+build {folder}/_C.so: link {objects}
+"""
+
+
+class BuildExt(build_ext):
+    """Compile with ninja, which rebuilds only what a touched file or header reaches; without ninja, all in parallel."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # Own folder: the temporary one of an editable install is deleted, and each Python has its own headers.
+        folder = f"build/{self.plat_name}-{os.path.basename(self.get_ext_filename('ext'))}"
+        os.makedirs(folder, exist_ok=True)
+        sources = [*ext.sources, write_digest(folder)]
+        try:
+            import ninja
+        except ImportError:
+            from pybind11.setup_helpers import ParallelCompile
+
+            ext.sources = sources
+            with ParallelCompile():
+                return super().build_extension(ext)
+
+        objects = {source: f"{folder}/{Path(source).stem}.o" for source in sources}
+        include = [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
+        cxx, cxxflags, ldflags = (shlex.split(os.environ.get(*v)) for v in ENVIRONMENT)
+        text = NINJA.format(
+            folder=folder,
+            cxx=shlex.join([*cxx, "-fPIC", *FLAGS, *include, *cxxflags]).replace("$", "$$"),
+            link=shlex.join([*cxx, "-shared", "-fopenmp", *ldflags]).replace("$", "$$"),
+            objects=" ".join(objects.values()),
+        )
+        text += "".join(f"build {out}: cxx {source}\n" for source, out in objects.items())
+        Path(folder, "build.ninja").write_text(text)
+        if subprocess.call([os.path.join(ninja.BIN_DIR, "ninja"), "-f", f"{folder}/build.ninja"]):
+            raise CompileError("the C++ extension did not build; the compiler's message is above")
+        target = self.get_ext_fullpath(ext.name)
+        self.mkpath(os.path.dirname(target))
+        self.copy_file(f"{folder}/_C.so", target)
+
+
+def write_digest(folder: str) -> str:
+    """Write the SHA-256 of csrc as a C++ file of its own (so nothing else is recompiled for it); return its path."""
+    digest = hashlib.sha256(b"".join(Path(path).read_bytes() for path in sorted(SOURCES + HEADERS))).hexdigest()
+    path = Path(folder, "source_digest.cpp")
+    text = f'namespace peak {{\nextern const char kSourceDigest[];\nconst char kSourceDigest[] = "{digest}";\n}}\n'
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return str(path)
+
+
+def extension() -> list[Extension]:
+    """`peakgpt._C`; a failing build is tolerated unless PEAKGPT_REQUIRE_EXT=1. None where pybind11 is missing."""
+    required = os.environ.get("PEAKGPT_REQUIRE_EXT") == "1"
+    try:
+        import pybind11
+    except ImportError:
+        if required:
+            raise
+        return []
+    include = [pybind11.get_include()]
+    return [
+        Extension(
+            "peakgpt._C",
+            SOURCES,
+            include_dirs=include,
+            depends=HEADERS,
+            extra_compile_args=FLAGS,
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=not required,
+        )
+    ]
+
+
+setup(packages=PACKAGES, package_dir=FOLDERS, ext_modules=extension(), cmdclass={"build_ext": BuildExt})
