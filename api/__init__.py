@@ -1,1 +1,10 @@
 """peakgpt: GPT models at the speed of their hardware."""
+
+from peakgpt.kernels.attention import attention
+from peakgpt.kernels.dispatch import use_backend
+from peakgpt.kernels.layernorm import add_layernorm, layernorm
+from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
+from peakgpt.kernels.mlp import mlp
+
+__all__ = ["add_layernorm", "attention", "layernorm", "linear_cross_entropy", "mlp", "use_backend"]
+__version__ = "0.1.0"

@@ -1,0 +1,216 @@
+"""Causal attention with online softmax.
+
+    s = scale q k^T + alibi_h (j - i) + bias      p = softmax over the live keys      y = p v
+    lse = log sum_j exp s_j      delta = rowsum(dy * y)
+    dv = p^T dy      ds = p * (dy v^T - delta)      dq = scale ds k      dk = scale ds^T q      dbias = ds
+
+Key j is live for query i (both counted from the end when T != S: i stands for i + S - T) when j <= i if causal,
+j > i - window, kv_start <= j < kv_start + kv_len, and both lie in one document. A query without a live key gives
+zero, and zero gradients. Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2; ALiBi: Press, Smith,
+Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peakgpt.kernels import check
+from peakgpt.kernels.dispatch import Cost, op
+
+
+def default_scale(head_dim: int, scale: float | None) -> float:
+    """The factor on q k^T: as given, else 1 / sqrt(D)."""
+    return head_dim**-0.5 if scale is None else scale
+
+
+def live_pairs(queries: int, keys: int, causal: bool, window: int | None) -> int:
+    """How many (query, key) pairs of one head are live."""
+    reach = [min(keys, max(0, i + 1 + keys - queries)) if causal else keys for i in range(queries)]
+    return sum(reach) if window is None else sum(min(r, window) for r in reach)
+
+
+def live_mask(q, k, causal, window, kv_start=None, kv_len=None, cu_seqlens=None) -> Tensor | None:
+    """Boolean (B or 1, 1, T, S) mask of the live pairs; None where all are."""
+    tokens, keys = q.shape[1], k.shape[1]
+    i = torch.arange(tokens, device=q.device)[:, None] + keys - tokens
+    j = torch.arange(keys, device=q.device)[None, :]
+    terms = []
+    if causal:
+        terms.append(j <= i)
+    if window is not None:
+        terms.append(j > i - window)
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype), right=True)
+        terms.append(document[:, None] == document[None, :])
+    if kv_start is not None:
+        terms.append(j[None, None] >= kv_start[:, None, None, None])
+    if kv_len is not None:
+        end = kv_len if kv_start is None else kv_start + kv_len
+        terms.append(j[None, None] < end[:, None, None, None])
+    mask = None
+    for term in terms:
+        mask = term if mask is None else mask & term
+    return mask if mask is None or mask.dim() == 4 else mask[None, None]
+
+
+def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, causal, window, scale, dropout):
+    check.shape("attention", "q", q, None, None, None, None)
+    check.shape("attention", "k", k, q.shape[0], None, None, q.shape[3])
+    check.shape("attention", "v", v, *k.shape)
+    check.same("attention", "q", q, k=k, v=v)
+    batch, tokens, heads, _ = q.shape
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise ValueError(f"attention: {heads} query heads over {k.shape[2]} key heads, expected a whole multiple")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}, expected at least 1")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"attention: dropout is {dropout}, expected 0 <= dropout < 1")
+    check.shape("attention", "alibi", alibi, heads)
+    check.shape("attention", "kv_start", kv_start, batch)
+    check.shape("attention", "kv_len", kv_len, batch)
+    if bias is not None:
+        check.shape("attention", "bias", bias, None, None, tokens, k.shape[1])
+        if bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads):
+            raise ValueError(
+                f"attention: bias has shape {tuple(bias.shape)}, "
+                f"expected (1 or {batch}, 1 or {heads}, {tokens}, {k.shape[1]})"
+            )
+    if cu_seqlens is not None:
+        check.shape("attention", "cu_seqlens", cu_seqlens, None)
+        if batch != 1 or tokens != k.shape[1]:
+            raise ValueError(
+                f"attention: packed documents with q {tuple(q.shape)} and k {tuple(k.shape)}, expected B = 1 and T = S"
+            )
+
+
+def _cost(q, k, v, alibi=None, bias=None, *_, causal=True, window=None, **__):
+    """Two products of 2 D FLOPs a live pair forward, five backward; q, k, v, y once, and their gradients."""
+    batch, tokens, heads, width = q.shape
+    pairs = batch * heads * live_pairs(tokens, k.shape[1], causal, window)
+    moved = (2 * q.numel() + k.numel() + v.numel()) * q.element_size()
+    return Cost(4 * width * pairs, moved, 10 * width * pairs, 2 * moved)
+
+
+def _sample(batch: int, tokens: int, heads: int, head_dim: int, keys: int | None = None, kv_heads: int | None = None, **like):
+    keys, kv_heads = keys or tokens, kv_heads or heads
+    q = torch.randn(batch, tokens, heads, head_dim, **like)
+    return q, *(torch.randn(batch, keys, kv_heads, head_dim, **like) for _ in range(2))
+
+
+def _alloc(q, *_, needs, **__):
+    """Kept: lse (B, H, T) float32, natural logarithm; -inf for a query without a live key."""
+    batch, tokens, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return (out,), (q.new_empty((batch, heads, tokens), dtype=torch.float32),)
+
+
+@op(
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower",
+    keeps=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "out"),
+)  # fmt: skip
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    alibi: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    kv_start: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Attend from each query to its live keys.
+
+    Args:
+        q: (B, T, H, D) float32, bfloat16 or float16, any strides with a contiguous last axis.
+        k, v: (B, S, K, D), K divides H: grouped or single key heads by shape.
+        causal: query i sees keys up to i + S - T (aligned at the end when T != S).
+        window: query i sees at most this many keys, itself counted: i - window + 1 .. i.
+        alibi: (H,) slopes; adds slope * (j - i).
+        bias: (B or 1, H or 1, T, S), added to the scores; it gets a gradient.
+        scale: factor on q k^T; 1 / sqrt(D) where None.
+        dropout: probability of dropping a weight, drawn from torch's generator.
+        kv_start, kv_len: (B,) integers; sequence b's keys are kv_start[b] .. kv_start[b] + kv_len[b] - 1.
+        cu_seqlens: (N + 1,) integers, starts of N documents packed into one sequence (B = 1), and its length.
+    Returns:
+        (B, T, H, D), dtype of q, contiguous; zero for a query without a live key.
+    Raises:
+        ValueError: shapes, dtypes, devices or parameters do not fit.
+        NotImplementedError: a forced backend objects; the message says why.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scale = default_scale(q.shape[-1], scale)
+    grouped = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
+    plain = window is None and alibi is bias is kv_start is kv_len is cu_seqlens is None
+    if plain and (not causal or q.shape[2] == k.shape[2]):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, scale=scale, **grouped)
+        return y.transpose(1, 2).contiguous()
+    mask = live_mask(q.transpose(1, 2), k.transpose(1, 2), causal, window, kv_start, kv_len, cu_seqlens)
+    added = bias
+    if alibi is not None:
+        i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
+        distance = torch.arange(k.shape[2], device=q.device) - i
+        slopes = (alibi[:, None, None] * distance).to(q.dtype)[None]
+        added = slopes if bias is None else bias + slopes
+    dead = None
+    if mask is not None:
+        dead = ~mask.any(-1, keepdim=True)
+        mask = mask | dead  # softmax over nothing is NaN: let a dead row see all, then zero what it gives
+        added = mask if added is None else added.masked_fill(~mask, float("-inf"))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale, **grouped)
+    y = y if dead is None else y.masked_fill(dead, 0.0)
+    return y.transpose(1, 2).contiguous()
+
+
+def _split(qkv, n_head):
+    kv_heads = (qkv.shape[2] - n_head) // 2
+    return qkv.split((n_head, kv_heads, kv_heads), dim=2)
+
+
+def _check_qkv(qkv, *, n_head, causal, window, scale):
+    check.shape("attention_qkv", "qkv", qkv, None, None, None, None)
+    rest = qkv.shape[2] - n_head
+    if n_head < 1 or rest < 2 or rest % 2 or n_head % (rest // 2):
+        raise ValueError(
+            f"attention_qkv: {qkv.shape[2]} heads in all and {n_head} for queries, expected H + 2 K with K dividing H"
+        )
+
+
+def _cost_qkv(qkv, *, n_head, **params):
+    return attention.cost(*_split(qkv, n_head), **params)
+
+
+def _sample_qkv(batch: int, tokens: int, heads: int, head_dim: int, kv_heads: int | None = None, **like):
+    return (torch.randn(batch, tokens, heads + 2 * (kv_heads or heads), head_dim, **like),)
+
+
+def _alloc_qkv(qkv, *, needs, n_head, **_):
+    return _alloc(qkv[:, :, :n_head], needs=needs)
+
+
+@op(
+    cost=_cost_qkv, sample=_sample_qkv, check=_check_qkv, alloc=_alloc_qkv, autocast="lower", keeps=("qkv", "out"),
+)  # fmt: skip
+def attention_qkv(
+    qkv: Tensor, *, n_head: int, causal: bool = True, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """Attention over one packed projection, so that its gradient is written in place and never concatenated.
+
+    Args:
+        qkv: (B, T, H + 2 K, D): H query heads, then K key heads, then K value heads; contiguous last axis.
+        n_head: H.
+        causal, window, scale: as in `attention`.
+    Returns:
+        (B, T, H, D), dtype of qkv, contiguous.
+    Raises:
+        ValueError: shapes or parameters do not fit.
+        NotImplementedError: a forced backend objects; the message says why.
+    """
+    q, k, v = _split(qkv, n_head)
+    return attention.eager(q, k, v, causal=causal, window=window, scale=scale)

@@ -1,0 +1,401 @@
+"""One op, several backends: what an op is, which backend runs it, and how torch sees it.
+
+A contract file declares an op with `@op` on its eager function. A backend is a module `kernels/<backend>/<op>.py`
+of pure functions:
+
+    objection(*tensors, **params) -> str | None       why it can not take this call, or None
+    forward(outputs, saved, *tensors, **params)       fills what the contract's `alloc` made
+    backward(grads, inputs, outputs, saved, needs, **params) -> one gradient (or None) per tensor
+
+`inputs` and `outputs` hold None where the contract's `keeps` does not name them; an entry of `grads` is None where
+nothing flows into that output. The path is the registry. The first backend of PRIORITY without an objection runs;
+a forced backend that objects raises. Plain tensors take a direct call; under torch.compile, fake tensors, dispatch
+modes and for tensor subclasses the same contract runs as `torch.ops.peakgpt.<op>`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+PRIORITY = ("hopper", "gpu", "cpu", "eager")
+HOME = {"hopper": "cuda", "gpu": "cuda", "cpu": "cpu"}
+
+OPS: dict[str, Op] = {}
+_library = torch.library.Library("peakgpt", "DEF")
+_forced: str | None = None  # a module global: torch.compile guards on it, a ContextVar breaks the graph
+
+
+class Cost(NamedTuple):
+    """What one call must do at least: work FLOPs and bytes of device memory, forward and backward."""
+
+    flops: int
+    bytes: int
+    backward_flops: int
+    backward_bytes: int
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every op inside the block onto one backend; it raises where that backend objects.
+
+    Args:
+        name: one of PRIORITY ("hopper", "gpu", "cpu", "eager"). The setting is global to the process.
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _forced
+    if name not in PRIORITY:
+        raise ValueError(f"unknown backend: got {name!r}, expected one of {', '.join(PRIORITY)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _unavailable(backend: str) -> str | None:
+    """Why a whole backend is out on this machine; importing Triton costs 0.4 s, so ask before."""
+    if backend == "cpu" or (backend == "gpu" and interpreted()):
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        return f"needs sm_90, got sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+    return None
+
+
+@functools.cache
+def load(backend: str, op_name: str) -> ModuleType | str:
+    """The backend's module for an op, or the reason why there is none."""
+    if reason := _unavailable(backend):
+        return reason
+    path = f"peakgpt.kernels.{backend}.{op_name}"
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        return f"no {backend} kernel for {op_name} yet" if error.name == path else str(error)
+
+
+class Op:
+    """An op: the contract's eager function, callable by users, with whatever backends exist for it."""
+
+    def __init__(self, eager: Callable[..., Any], *, alloc, check, cost, sample, keeps, outputs, autocast, mutates):
+        functools.update_wrapper(self, eager)
+        self.name, self.eager = eager.__name__, eager
+        self.alloc, self.check, self.cost, self.sample = alloc, check, cost, sample
+        self.outputs, self.autocast, self.mutates = outputs, autocast, frozenset(mutates)
+        self.signature = inspect.signature(eager, eval_str=True)
+        arguments = self.signature.parameters
+        self.tensor_names = tuple(n for n, a in arguments.items() if a.annotation in (Tensor, Tensor | None))
+        self.param_names = tuple(n for n in arguments if n not in self.tensor_names)
+        self._names = tuple(arguments)
+        self._positional = sum(a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments.values())
+        self._defaults = {n: a.default for n, a in arguments.items() if a.default is not a.empty}
+        self._keep_inputs = tuple(n in keeps for n in self.tensor_names)
+        self._keep_outputs = tuple(n in keeps for n in self.outputs)
+        self._library_op = _register(self)
+        OPS[self.name] = self
+
+    def __call__(self, *args, **kwargs):
+        tensors, params = self._bind(args, kwargs)
+        if not isinstance(tensors[0], Tensor):
+            raise TypeError(f"{self.name}: {self.tensor_names[0]} is {type(tensors[0]).__name__}, expected a Tensor")
+        cast = _autocast(tensors, self.autocast)
+        self.check(*cast, **params)
+        if torch.compiler.is_compiling() or not _plain(tensors):
+            return self._traced(tensors, cast, params)
+        backend = self._choose(_forced, cast, params)
+        if backend is None:
+            return self._eager(tensors, params)
+        with _no_autocast(cast):
+            needs = _needs(cast)
+            if any(needs):
+                results = _Fused.apply(self, backend, params, needs, *cast)
+            else:
+                results, saved = self.alloc(*cast, needs=needs, **params)
+                backend.forward(results, saved, *cast, **params)
+        return self._result(results)
+
+    def explain(self, *args, **kwargs) -> dict[str, str | None]:
+        """Each backend's objection to this call in the order of PRIORITY; None where it would take it."""
+        tensors, params = self._bind(args, kwargs)
+        return {name: self._objection(name, tensors, params) for name in PRIORITY}
+
+    def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+        values = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
+        if len(args) > self._positional or len(values) != len(self._names) or len(args) + len(kwargs) > len(values):
+            self.signature.bind(*args, **kwargs)  # raises Python's own message
+        return tuple(values[n] for n in self.tensor_names), {n: values[n] for n in self.param_names}
+
+    def _eager(self, tensors, params):
+        return self.eager(**dict(zip(self.tensor_names, tensors, strict=True)), **params)
+
+    def _result(self, results: Sequence[Tensor]):
+        return None if self.mutates else results[0] if len(self.outputs) == 1 else tuple(results)
+
+    def _traced(self, tensors, cast, params):
+        if _forced == "eager":
+            return self._eager(tensors, params)
+        values = dict(zip(self.tensor_names, cast, strict=True)) | params
+        ordered = [values[n] for n in (*self.tensor_names, *self.param_names)]
+        with _no_autocast(cast):
+            results = self._library_op(*ordered, _forced or "", list(_needs(cast)))
+        return None if self.mutates else self._result(results[: len(self.outputs)])
+
+    def _objection(self, backend: str, tensors, params) -> str | None:
+        if backend == "eager":
+            return None
+        module = load(backend, self.name)
+        if isinstance(module, str):
+            return module
+        kind = _kind(tensors)
+        if kind != HOME[backend] and not (_forced == backend == "gpu" and kind == "cpu" and interpreted()):
+            return f"takes {HOME[backend]} tensors, got {kind}"
+        return module.objection(*tensors, **params)
+
+    def _choose(self, forced: str | None, tensors, params):
+        """The backend's module; None means eager."""
+        if forced:
+            if reason := self._objection(forced, tensors, params):
+                raise NotImplementedError(f"{self.name}: backend {forced!r} is forced but objects: {reason}")
+            return None if forced == "eager" else load(forced, self.name)
+        for name in PRIORITY:
+            if self._objection(name, tensors, params) is None:
+                return None if name == "eager" else load(name, self.name)
+        raise AssertionError("eager takes every call")
+
+
+def op(
+    *,
+    cost: Callable[..., Cost],
+    sample: Callable[..., tuple[Tensor, ...]],
+    check: Callable[..., None],
+    alloc: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]] = lambda *_, **__: ((), ()),
+    keeps: Sequence[str] = (),
+    outputs: Sequence[str] = ("out",),
+    autocast: str | None = None,
+    mutates: Sequence[str] = (),
+) -> Callable[[Callable[..., Any]], Op]:
+    """Make an op of an eager function: arguments annotated `Tensor` or `Tensor | None` are tensors, the rest parameters.
+
+    Args:
+        cost: (*tensors, **params) -> Cost of one call.
+        sample: sizes by keyword, then dtype and device -> the tensors of a typical call.
+        check: (*tensors, **params), raises ValueError with got and expected.
+        alloc: (*tensors, needs, **params) -> (outputs, saved): new tensors for the results and for what backward
+            keeps. `needs` tells which gradients are wanted. It is the fake implementation too.
+        keeps: names of the inputs and outputs whose values backward reads.
+        outputs: names of the results.
+        autocast: "lower" casts to autocast's dtype as torch does for matrix products; "norm" as it does for norms.
+        mutates: names of the tensors changed in place; such an op returns None and has no gradient.
+    """
+    return lambda eager: Op(
+        eager, alloc=alloc, check=check, cost=cost, sample=sample, keeps=keeps, outputs=() if mutates else outputs,
+        autocast=autocast, mutates=mutates,
+    )  # fmt: skip
+
+
+class _Fused(torch.autograd.Function):
+    """The direct path: a backend's forward and backward as one autograd node."""
+
+    @staticmethod
+    def forward(ctx, op: Op, backend: ModuleType, params: dict[str, Any], needs: tuple[bool, ...], *tensors):
+        ctx.set_materialize_grads(False)
+        outputs, saved = op.alloc(*tensors, needs=needs, **params)
+        backend.forward(outputs, saved, *tensors, **params)
+        ctx.call = op, backend, params, needs, len(tensors), len(outputs)
+        ctx.save_for_backward(*_keep(tensors, op._keep_inputs), *_keep(outputs, op._keep_outputs), *saved)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        op, backend, params, needs, n_in, n_out = ctx.call
+        held = ctx.saved_tensors
+        inputs, outputs, saved = held[:n_in], held[n_in : n_in + n_out], held[n_in + n_out :]
+        with _no_autocast(grads):
+            found = backend.backward(grads, inputs, outputs, saved, needs, **params)
+        return None, None, None, None, *(g if n else None for g, n in zip(found, needs, strict=True))
+
+
+# ---- torch.ops.peakgpt.<op>: the same contract for torch.compile, fake tensors and subclasses ----
+
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float", str: "str",
+           int | None: "SymInt?", float | None: "float?"}  # fmt: skip
+
+
+def _schema(op: Op) -> str:
+    letters = iter("abcdefghijklmnop")
+    kinds = {n: _SCHEMA[op.signature.parameters[n].annotation] for n in (*op.tensor_names, *op.param_names)}
+    for name in op.tensor_names:
+        if name in op.mutates:
+            kinds[name] = kinds[name].replace("Tensor", f"Tensor({next(letters)}!)")
+    return ", ".join(f"{kind} {name}" for name, kind in kinds.items())
+
+
+def _register(op: Op):
+    """Define the library op and, unless it mutates, its backward op; returns the callable."""
+    n_in, n_out = len(op.tensor_names), len(op.outputs)
+    tags = (torch.Tag.needs_exact_strides,)
+    replay = _Replay(op)
+
+    def choose(forced: str, tensors, params):
+        return op._choose(forced or None, tensors, params) or replay
+
+    def split(args):
+        *values, forced, needs = args
+        return tuple(values[:n_in]), dict(zip(op.param_names, values[n_in:], strict=True)), forced, needs
+
+    def forward(*args):
+        tensors, params, forced, needs = split(args)
+        outputs, saved = op.alloc(*tensors, needs=needs, **params)
+        choose(forced, tensors, params).forward(outputs, saved, *tensors, **params)
+        return None if op.mutates else [*outputs, *saved]
+
+    def fake(*args):
+        tensors, params, _, needs = split(args)
+        outputs, saved = op.alloc(*tensors, needs=needs, **params)
+        return None if op.mutates else [*outputs, *saved]
+
+    _library.define(f"{op.name}({_schema(op)}, str backend, bool[] needs) -> {'()' if op.mutates else 'Tensor[]'}", tags=tags)
+    _library.impl(op.name, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"peakgpt::{op.name}", fake, lib=_library)
+    library_op = getattr(torch.ops.peakgpt, op.name).default
+    if op.mutates:
+        return library_op
+
+    def backward(grads, inputs, outputs, saved, *rest):
+        *values, forced, needs = rest
+        params = dict(zip(op.param_names, values, strict=True))
+        found = choose(forced, inputs, params).backward(grads, inputs, outputs, saved, needs, **params)
+        return [_laid_out_like(t, g) for t, g, need in zip(inputs, found, needs, strict=True) if need]
+
+    def fake_backward(grads, inputs, outputs, saved, *rest):
+        return [torch.empty_like(t) for t, need in zip(inputs, rest[-1], strict=True) if need]
+
+    params_schema = _schema(op).split(", ")[n_in:]
+    _library.define(
+        f"{op.name}_backward({', '.join(['Tensor?[] grads, Tensor?[] inputs, Tensor[] outputs, Tensor[] saved', *params_schema])}"
+        ", str backend, bool[] needs) -> Tensor[]", tags=tags,
+    )  # fmt: skip
+    _library.impl(f"{op.name}_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"peakgpt::{op.name}_backward", fake_backward, lib=_library)
+    library_backward = getattr(torch.ops.peakgpt, f"{op.name}_backward").default
+
+    def setup(ctx, inputs, output):
+        tensors, *_ = split(inputs)
+        ctx.rest, ctx.needs = inputs[n_in:], inputs[-1]
+        ctx.present = [t is not None for t in tensors]
+        ctx.save_for_backward(*(t for t in tensors if t is not None), *output)
+
+    def gradient(ctx, grads):
+        held = iter(ctx.saved_tensors)
+        inputs = [next(held) if there else None for there in ctx.present]
+        held = list(held)
+        found = iter(library_backward(list(grads[:n_out]), inputs, held[:n_out], held[n_out:], *ctx.rest))
+        return *(next(found) if need else None for need in ctx.needs), *(None for _ in ctx.rest)
+
+    torch.library.register_autograd(f"peakgpt::{op.name}", gradient, setup_context=setup, lib=_library)
+    return library_op
+
+
+class _Replay:
+    """Eager as a backend of the library op: backward runs the eager function again, under autograd."""
+
+    def __init__(self, op: Op):
+        self.op = op
+
+    def forward(self, outputs, saved, *tensors, **params):
+        results = self.op._eager(tensors, params)
+        if not self.op.mutates:
+            for output, result in zip(outputs, results if len(outputs) > 1 else (results,), strict=True):
+                output.copy_(result)
+            for tensor in saved:  # never read by the replay, but what a library op returns must be defined
+                tensor.zero_()
+
+    def backward(self, grads, inputs, outputs, saved, needs, **params):
+        leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
+        with _autograd_keys(), torch.enable_grad():
+            results = self.op._eager(leaves, params)
+            results = results if len(grads) > 1 else (results,)
+            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
+            wanted = [t for t, need in zip(leaves, needs, strict=True) if need]
+            found = iter(torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs]))
+        return [next(found) if need else None for need in needs]
+
+
+# ---- small decisions, each in one place ----
+
+
+def _autograd_keys():
+    """Bring autograd back inside a library op, which runs with its dispatch key excluded."""
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def _plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a direct call is safe: no subclass (a DTensor has no data pointer), no dispatch mode, no functorch."""
+    return (
+        all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _needs(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and t is not None and t.requires_grad for t in tensors)
+
+
+def _keep(tensors: Sequence[Tensor | None], kept: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(t if k else None for t, k in zip(tensors, kept, strict=True))
+
+
+def _laid_out_like(tensor: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with the strides that the fake backward promised."""
+    promised = torch.empty_like(tensor, device="meta")
+    if grad.stride() == promised.stride():
+        return grad
+    return grad.new_empty_strided(promised.shape, promised.stride()).copy_(grad)
+
+
+def _autocast(tensors: Sequence[Tensor | None], policy: str | None) -> Sequence[Tensor | None]:
+    """The tensors as torch's own op of this policy would cast them under autocast."""
+    kind = _kind(tensors)
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    # layer_norm is on CUDA's float32 list; on CPU it takes mixed dtypes as they come.
+    dtype = {"lower": torch.get_autocast_dtype(kind), "norm": torch.float32 if kind == "cuda" else None}.get(policy)
+    return tuple(_to(t, dtype) for t in tensors) if dtype else tensors
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    castable = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor
+
+
+def _no_autocast(tensors: Sequence[Tensor | None]):
+    """Keep autocast away from what a backend calls inside."""
+    kind = _kind(tensors)
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+def _kind(tensors: Sequence[Tensor | None]) -> str:
+    return next(t for t in tensors if t is not None).device.type
