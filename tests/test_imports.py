@@ -1,0 +1,45 @@
+"""The checkout's folders and everyone else's imports leave each other alone."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str) -> str:
+    """Standard output of `code` in a fresh interpreter started in the root as a user would, with no GPU in sight."""
+    env = {name: value for name, value in os.environ.items() if name not in {"PYTHONSAFEPATH", "TRITON_INTERPRET"}}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("folder", ["kernels", "engine", "bench"])
+def test_folder_init_is_a_docstring(folder):
+    """transformers imports any `kernels` on the path as Hugging Face's package of that name; it must find nothing."""
+    body = ast.parse((ROOT / folder / "__init__.py").read_text()).body
+    assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+
+
+def test_transformers_runs_from_the_root():
+    """Regression: a `kernels/__init__.py` that raises breaks `import transformers` in this folder."""
+    code = """
+import torch, transformers
+model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
+print(tuple(model(torch.tensor([[1, 2, 3]])).logits.shape))
+"""
+    assert python(code).strip() == "(1, 3, 11)"
+
+
+def test_import_is_light():
+    """`import peakgpt` starts neither Triton (0.4 s) nor transformers nor matplotlib."""
+    code = "import sys, torch; before = set(sys.modules); import peakgpt; print(*(set(sys.modules) - before))"
+    added = {name.split(".")[0] for name in python(code).split()}
+    assert "peakgpt" in added
+    assert not added & {"triton", "transformers", "matplotlib", "kernels", "engine", "bench", "api"}

@@ -1,0 +1,69 @@
+"""What is installed is what the tree holds: the wheel's files, the compiled sources, the extension's libraries."""
+
+import hashlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"api": "peakgpt", "kernels": "peakgpt/kernels", "engine": "peakgpt/engine", "bench": "peakgpt/bench"}
+
+
+# The extension without the package around it, which imports torch.
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("peakgpt._C", sys.argv[1])
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+def mapped_libraries(code: str, *args: str) -> set[str]:
+    """Paths of the shared libraries in a fresh interpreter's memory after it ran `code`."""
+    code += "print(open('/proc/self/maps').read())\n"
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return {line.split()[-1] for line in done.stdout.splitlines() if ".so" in line}
+
+
+@pytest.fixture
+def extension():
+    return pytest.importorskip("peakgpt._C", reason="the C++ extension is not built")
+
+
+def test_package_holds_every_file_of_the_tree(tmp_path):
+    """Regression: a subpackage that setup.py does not list vanishes from the wheel yet works in an editable install."""
+    commands = ["-q", "egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path]
+    subprocess.run([sys.executable, "setup.py", *commands], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    expected = {
+        Path(package, path.relative_to(ROOT / folder))
+        for folder, package in FOLDERS.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".html", ".css", ".js"} or path.name == "py.typed"
+    }
+    found = {path.relative_to(tmp_path) for path in (tmp_path / "peakgpt").rglob("*") if path.is_file()}
+    assert found == expected
+
+
+def test_extension_is_built_from_these_sources(extension):
+    """Regression: an optional extension that stops compiling leaves the previous build in place."""
+    files = sorted(path for path in (ROOT / "csrc").iterdir() if path.suffix in {".cpp", ".h"})
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    assert extension.source_digest == digest, "csrc changed after the build: reinstall with pip install -e ."
+
+
+def test_extension_needs_no_torch(extension):
+    """It loads alone, and no library of torch comes with it, so one build serves every torch."""
+    libraries = mapped_libraries(LOAD, extension.__file__)
+    assert extension.__file__ in libraries
+    assert not {path for path in libraries if re.search(r"torch|libc10", Path(path).name)}
+
+
+@pytest.mark.parametrize("code", ["import torch\n" + LOAD, LOAD + "import torch\n"], ids=["torch first", "torch last"])
+def test_one_openmp_runtime(extension, code):
+    """Two runtimes in one process mean two pools of threads on the same cores."""
+    libraries = mapped_libraries(code, extension.__file__)
+    runtimes = {path for path in libraries if re.match(r"lib(gomp|iomp5|omp)\b", Path(path).name)}
+    assert len(runtimes) == 1, sorted(runtimes)
