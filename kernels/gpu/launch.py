@@ -1,0 +1,81 @@
+"""What every Triton op shares: the class of the device, the base of a tile row, a case of the static check.
+
+A file kernels/gpu/<op>.py keeps its launch parameters as frozen rows (subclasses of Tile) keyed by class, and yields
+from `aot_cases(arch)` one AotCase per kernel and row, which `python -m peakgpt.kernels.gpu.static_check` compiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peakgpt.kernels.dispatch import interpreted
+
+# Classes share tile rows. sm_86 stands for every chip with 99 KB of shared memory a block (8.6, 8.9, 12.x).
+CLASSES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Launch parameters of one row; subclasses add their BLOCK_*."""
+
+    warps: int
+    stages: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AotCase:
+    """One kernel and one row, as the static check compiles it.
+
+    Args:
+        kernel: the `triton.jit` function.
+        label: what distinguishes this case from the kernel's others, such as "bf16 D=64".
+        signature: type of each run-time argument by name: "*bf16", "*fp32", "fp32", "i32", "i64".
+            Pointers and integers are compiled as multiples of 16, as the launcher specialises a typical call.
+        constexprs: value of each compile-time argument, and of those run-time ones that the launcher makes
+            constant (a stride of 1, a missing tensor as None).
+        tile: warps and stages.
+        matmul: whether the chip's matrix instruction must appear.
+    """
+
+    kernel: Any
+    label: str
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    tile: Tile
+    matmul: bool = False
+
+
+@functools.cache
+def _class(index: int) -> str | None:
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(index)
+    exact = f"sm_{major}{minor}"
+    return exact if exact in CLASSES else {8: "sm_86", 10: "sm_100", 12: "sm_86"}.get(major)
+
+
+def arch(x: Tensor) -> str | None:
+    """The class whose rows apply to x's device; None for a chip older than sm_80. Interpreted: sm_80."""
+    return "sm_80" if interpreted() else _class(x.device.index)
+
+
+def objection(x: Tensor) -> str | None:
+    """Why no Triton kernel of this package takes x, or None."""
+    if x.dtype not in DTYPES:
+        return f"takes float32, bfloat16 or float16, got {x.dtype}"
+    if arch(x) is None:
+        return f"needs sm_80 or newer, got {torch.cuda.get_device_name(x.device)}"
+    return None
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager:
+    """Make x's device the current one: Triton launches there, whatever the tensors say."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
