@@ -1,0 +1,91 @@
+"""Make Triton's interpreter tell the truth about bfloat16, TF32 and masked loads.
+
+Triton 3.6 and 3.7 keep bfloat16 as uint16 bit patterns in numpy and compute on the patterns: `tl.dot` multiplies
+them, arithmetic and comparisons are wrong, a cast from float32 truncates. They ignore `input_precision` (a forgotten
+"ieee" passes here and costs 13 bits on a GPU) and give 0 where a masked load has no `other` (a GPU gives anything).
+"""
+
+import functools
+
+import numpy as np
+
+_BF16_NAN = 0x7FC0
+
+
+def to_bf16_bits(x):
+    """float32 array -> bfloat16 bit patterns, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), _BF16_NAN, rounded).astype(np.uint16)
+
+
+def from_bf16_bits(bits):
+    """bfloat16 bit patterns -> float32 array, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_tf32(x):
+    """float32 array with the mantissa rounded to TF32's 10 bits."""
+    return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+
+
+@functools.cache  # once a process
+def patch() -> None:
+    """Patch the interpreter's builder; kernels decorated before or after behave alike."""
+    import triton.language as tl
+    from triton._C.libtriton import ir
+    from triton.runtime import interpreter as it
+
+    builder = it.InterpreterBuilder
+    plain_cast, plain_load, plain_dot = builder.cast_impl, builder.create_masked_load, builder.create_dot
+    plain_fp_to_fp, plain_check = builder.create_fp_to_fp, it.ReduceScanOpInterface.check_tensor
+
+    def cast(self, src, dst_type):
+        if src.dtype.scalar == tl.bfloat16:
+            src = it.TensorHandle(from_bf16_bits(src.data), tl.float32)
+        if dst_type.scalar == tl.bfloat16:
+            return it.TensorHandle(to_bf16_bits(src.data.astype(np.float32)), tl.bfloat16)
+        return plain_cast(self, src, dst_type)
+
+    def fp_to_fp(self, src, dst_type, rounding_mode):
+        if dst_type.scalar == tl.bfloat16 and rounding_mode == ir.ROUNDING_MODE.RTNE:
+            return cast(self, src, dst_type)
+        return plain_fp_to_fp(self, src, dst_type, rounding_mode)
+
+    def operand(x, input_precision):
+        if x.dtype.scalar == tl.bfloat16:
+            return it.TensorHandle(from_bf16_bits(x.data), tl.float32)
+        if x.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
+            return it.TensorHandle(to_tf32(x.data), tl.float32)
+        return x
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        a, b = operand(a, input_precision), operand(b, input_precision)
+        return plain_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+    def masked_load(self, ptrs, mask, other, *rest, **options):
+        element = ptrs.get_element_ty()
+        if other is None and element.is_floating() and element.primitive_bitwidth >= 16:
+            nan = _BF16_NAN if element == tl.bfloat16 else np.nan
+            other = it.TensorHandle(np.full(ptrs.data.shape, nan, dtype=it._get_np_dtype(element)), element)
+        return plain_load(self, ptrs, mask, other, *rest, **options)
+
+    def no_bf16(plain):
+        def checked(self, *args):
+            moves_bits = args[-1] is np.where  # a select
+            if not moves_bits and any(getattr(a, "dtype", None) == tl.bfloat16 for a in args):
+                raise TypeError("arithmetic on bfloat16: cast to float32 first, as every kernel here computes in it")
+            return plain(self, *args)
+
+        return checked
+
+    def check_tensor(self, tensors):
+        if any(t.dtype == tl.bfloat16 for t in tensors):
+            raise TypeError("reduction of bfloat16: cast to float32 first, as every kernel here computes in it")
+        plain_check(self, tensors)
+
+    builder.cast_impl, builder.create_fp_to_fp = cast, fp_to_fp
+    builder.create_dot, builder.create_masked_load = dot, masked_load
+    for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_rsqrt", "create_erf"):
+        setattr(builder, name, no_bf16(getattr(builder, name)))
+    it.ReduceScanOpInterface.check_tensor = check_tensor
