@@ -37,7 +37,7 @@ def _cost(param, grad, master=None, *_, **__):
     return Cost(15 * n, n * (state + size), 0, 0)
 
 
-def _sample(count: int, **like):
+def _sample(count: int = 1 << 24, **like):
     """A parameter with gradient, moments as after some steps, and, in a half precision, its float32 master."""
     param, wide = torch.randn(count, **like), {**like, "dtype": torch.float32}
     master = None if param.dtype == torch.float32 else param.float()
@@ -45,7 +45,10 @@ def _sample(count: int, **like):
     return param, torch.randn(count, **like), master, *moments, torch.full((), 3.0, **wide), None
 
 
-@op(cost=_cost, sample=_sample, check=_check, mutates=("param", "master", "exp_avg", "exp_avg_sq", "step"))
+@op(
+    cost=_cost, sample=_sample, typical={"lr": 1e-3}, check=_check,
+    mutates=("param", "master", "exp_avg", "exp_avg_sq", "step"),
+)  # fmt: skip
 def adamw(
     param: Tensor,
     grad: Tensor,

@@ -93,7 +93,10 @@ def _cost(q, k, v, alibi=None, bias=None, *_, causal=True, window=None, **__):
     return Cost(4 * width * pairs, moved, 10 * width * pairs, 2 * moved)
 
 
-def _sample(batch: int, tokens: int, heads: int, head_dim: int, keys: int | None = None, kv_heads: int | None = None, **like):
+def _sample(
+    batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, keys: int | None = None,
+    kv_heads: int | None = None, **like,
+):  # fmt: skip
     keys, kv_heads = keys or tokens, kv_heads or heads
     q = torch.randn(batch, tokens, heads, head_dim, **like)
     return q, *(torch.randn(batch, keys, kv_heads, head_dim, **like) for _ in range(2))
@@ -186,7 +189,9 @@ def _cost_qkv(qkv, *, n_head, **params):
     return attention.cost(*_split(qkv, n_head), **params)
 
 
-def _sample_qkv(batch: int, tokens: int, heads: int, head_dim: int, kv_heads: int | None = None, **like):
+def _sample_qkv(
+    batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, kv_heads: int | None = None, **like
+):
     return (torch.randn(batch, tokens, heads + 2 * (kv_heads or heads), head_dim, **like),)
 
 
@@ -195,7 +200,7 @@ def _alloc_qkv(qkv, *, needs, n_head, **_):
 
 
 @op(
-    cost=_cost_qkv, sample=_sample_qkv, check=_check_qkv, alloc=_alloc_qkv, autocast="lower", keeps=("qkv", "out"),
+    cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv, autocast="lower", keeps=("qkv", "out"),
 )  # fmt: skip
 def attention_qkv(
     qkv: Tensor, *, n_head: int, causal: bool = True, window: int | None = None, scale: float | None = None

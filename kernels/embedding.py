@@ -35,7 +35,7 @@ def _cost(ids, wte, wpe=None, **_):
     return Cost(n, 2 * n * size, 2 * n, (n + tables) * size)
 
 
-def _sample(batch: int, tokens: int, vocab: int, width: int, **like):
+def _sample(batch: int = 4, tokens: int = 256, vocab: int = 50304, width: int = 768, **like):
     ids = torch.randint(vocab, (batch, tokens), device=like.get("device"))
     return ids, torch.randn(vocab, width, **like), torch.randn(tokens, width, **like)
 

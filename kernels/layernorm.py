@@ -30,7 +30,7 @@ def _cost(x, w, b=None, **_):
     return Cost(8 * n, 2 * n * size, 14 * n, 3 * n * size)
 
 
-def _sample(rows: int, width: int, **like):
+def _sample(rows: int = 1024, width: int = 768, **like):
     """Inputs off zero: a centred x hides a wrong mean."""
     return 3 + torch.randn(rows, width, **like), torch.randn(width, **like), torch.randn(width, **like)
 
@@ -82,7 +82,7 @@ def _cost_add(x, residual, w, b=None, **_):
     return Cost(9 * n, 4 * n * size, 15 * n, 4 * n * size)
 
 
-def _sample_add(rows: int, width: int, **like):
+def _sample_add(rows: int = 1024, width: int = 768, **like):
     x, w, b = _sample(rows, width, **like)
     return x, torch.randn(rows, width, **like), w, b
 

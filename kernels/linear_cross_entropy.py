@@ -38,7 +38,7 @@ def _cost(x, w, target, *, reduction="mean", **_):
     return Cost(product, (x.numel() + w.numel()) * size, 2 * product, (x.numel() + w.numel()) * size)
 
 
-def _sample(rows: int, width: int, vocab: int, **like):
+def _sample(rows: int = 1024, width: int = 768, vocab: int = 50304, **like):
     target = torch.randint(vocab, (rows,), device=like.get("device"))
     return torch.randn(rows, width, **like), torch.randn(vocab, width, **like) * width**-0.5, target
 

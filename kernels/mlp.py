@@ -40,7 +40,7 @@ def _cost(x, w_up, b_up, w_down, b_down, **_):
                 4 * tokens * weights, (2 * ends + hidden + 2 * weights) * size)  # fmt: skip
 
 
-def _sample(rows: int, width: int, hidden: int, **like):
+def _sample(rows: int = 1024, width: int = 768, hidden: int = 3072, **like):
     w_up, w_down = torch.randn(hidden, width, **like), torch.randn(width, hidden, **like)
     b_up, b_down = torch.randn(hidden, **like), torch.randn(width, **like)
     return torch.randn(rows, width, **like), w_up * width**-0.5, b_up, w_down * hidden**-0.5, b_down

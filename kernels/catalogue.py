@@ -1,0 +1,19 @@
+"""Every op there is: importing this file fills dispatch.OPS."""
+
+from peakgpt.kernels.adamw import adamw
+from peakgpt.kernels.attention import attention, attention_qkv
+from peakgpt.kernels.embedding import embedding
+from peakgpt.kernels.layernorm import add_layernorm, layernorm
+from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
+from peakgpt.kernels.mlp import mlp
+
+__all__ = [
+    "adamw",
+    "add_layernorm",
+    "attention",
+    "attention_qkv",
+    "embedding",
+    "layernorm",
+    "linear_cross_entropy",
+    "mlp",
+]

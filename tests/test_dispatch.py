@@ -1,0 +1,80 @@
+"""Which backend runs, what a forced one says, and what a bad call is told."""
+
+import pytest
+import torch
+from peakgpt.kernels import catalogue
+from peakgpt.kernels.attention import attention, live_pairs
+from peakgpt.kernels.dispatch import PRIORITY, use_backend
+from peakgpt.kernels.layernorm import layernorm
+from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
+
+X, W = torch.randn(3, 8), torch.randn(8)
+
+
+def test_forced_backend_that_objects_raises_with_its_reason():
+    with use_backend("hopper"), pytest.raises(NotImplementedError, match=r"layernorm: backend 'hopper' is forced but objects: "):
+        layernorm(X, W)
+
+
+def test_forced_backend_ends_with_the_block_even_after_an_error():
+    with pytest.raises(RuntimeError), use_backend("hopper"):
+        raise RuntimeError
+    assert torch.equal(layernorm(X, W), layernorm(X, W))
+
+
+def test_explain_names_every_backend_and_eager_takes_all():
+    reasons = layernorm.explain(X, W)
+    assert tuple(reasons) == PRIORITY and reasons["eager"] is None and "CUDA" in reasons["hopper"]
+
+
+def test_gpu_takes_cuda_tensors_only_unless_forced():
+    assert layernorm.explain(X, W)["gpu"] in ("no CUDA device", "takes cuda tensors, got cpu", "no gpu kernel for layernorm yet")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: use_backend("tpu").__enter__(), ValueError, r"unknown backend: got 'tpu', expected one of hopper"),
+        (lambda: layernorm(X, torch.randn(9)), ValueError, r"w has shape \(9,\), expected \(8\)"),
+        (lambda: layernorm(X, W.bfloat16()), ValueError, r"w has dtype torch.bfloat16, expected x's dtype torch.float32"),
+        (lambda: layernorm(X.long(), W), ValueError, r"x has dtype torch.int64, expected a floating dtype"),
+        (lambda: layernorm(X, W.to("meta")), ValueError, r"w is on meta, expected x's device cpu"),
+        (lambda: layernorm([1.0], W), TypeError, r"x is list, expected a Tensor"),
+        (lambda: layernorm(X, W, epsilon=1), TypeError, r"unexpected keyword argument 'epsilon'"),
+        (lambda: layernorm(X), TypeError, r"missing a required argument: 'w'"),
+        (lambda: attention(*(torch.randn(1, 4, 3, 8) for _ in "qk"), torch.randn(1, 4, 2, 8)), ValueError, r"v has shape"),
+        (lambda: attention(*(torch.randn(1, 4, h, 8) for h in (3, 2, 2))), ValueError, r"3 query heads over 2 key heads"),
+        (lambda: attention(*(torch.randn(1, 4, 2, 8) for _ in "qkv"), window=0), ValueError, r"window is 0, expected"),
+        (lambda: linear_cross_entropy(X, torch.randn(5, 8), torch.tensor([0, 5, 1])), ValueError, r"values 0 to 5, expected 0 to 4"),
+        (lambda: linear_cross_entropy(X, torch.randn(5, 8), torch.zeros(3)), ValueError, r"dtype torch.float32, expected int64"),
+        (lambda: linear_cross_entropy(X, torch.randn(5, 8), torch.zeros(3).long(), reduction="avg"), ValueError, r"reduction is 'avg'"),
+        (lambda: catalogue.embedding(torch.zeros(1, 4).long(), torch.randn(5, 8), torch.randn(3, 8)), ValueError, r"positions 0 to 3"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_what_came_and_what_was_expected(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_a_dead_row_gives_zero_and_no_gradient():
+    q, k, v = (torch.randn(2, 3, 1, 8, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+    with use_backend("eager"):
+        y = attention(q, k, v, kv_start=torch.tensor([0, 2]), kv_len=torch.tensor([3, 1]))
+    grads = torch.autograd.grad(y.sum(), (q, k, v))
+    assert (y[1, :2] == 0).all() and (y[1, 2] != 0).all()
+    assert all(torch.isfinite(g).all() for g in grads) and (grads[0][1, :2] == 0).all()
+
+
+def test_packed_documents_do_not_see_each_other():
+    q, k, v = (torch.randn(1, 7, 2, 8) for _ in "qkv")
+    packed = attention(q, k, v, cu_seqlens=torch.tensor([0, 3, 7], dtype=torch.int32))
+    apart = [attention(q[:, s], k[:, s], v[:, s]) for s in (slice(0, 3), slice(3, 7))]
+    torch.testing.assert_close(packed, torch.cat(apart, 1))
+
+
+@pytest.mark.parametrize(("queries", "keys", "causal", "window"), [(4, 4, True, None), (3, 5, True, 2), (5, 3, True, None), (2, 7, False, None)])
+def test_live_pairs_counts_the_mask(queries, keys, causal, window):
+    from peakgpt.kernels.attention import live_mask
+
+    mask = live_mask(torch.empty(1, queries, 1, 1), torch.empty(1, keys, 1, 1), causal, window)
+    assert live_pairs(queries, keys, causal, window) == (queries * keys if mask is None else int(mask.sum()))

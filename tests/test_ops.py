@@ -1,0 +1,252 @@
+"""Every op on every backend against float64, by one rule: our error <= 2 x torch's own in the same dtype, plus a floor.
+
+Mutations that these cases were seen to catch: a dropped causal mask, a gradient scaled by 1.01, a mean left out of
+LayerNorm's dx, a tail one past a power of two left out, dw summed over one block only.
+"""
+
+import math
+
+import pytest
+import torch
+from peakgpt.kernels import catalogue
+from peakgpt.kernels.dispatch import OPS, load, use_backend
+from torch.library import opcheck
+
+BACKENDS = ("eager", "cpu", "gpu")
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3}  # of the largest value: a few ulp, half an ulp
+
+# op, sizes of its sample, parameters, tensors given by keyword
+CASES = [
+    ("layernorm", dict(rows=5, width=129), {}),
+    ("layernorm", dict(rows=1, width=1025), {"eps": 1e-3}),
+    ("layernorm", dict(rows=70, width=8), {}),
+    ("layernorm", dict(rows=0, width=16), {}),
+    ("add_layernorm", dict(rows=5, width=129), {}),
+    ("add_layernorm", dict(rows=66, width=64), {}),
+    ("mlp", dict(rows=33, width=48, hidden=129), {}),
+    ("mlp", dict(rows=5, width=16, hidden=64), {"activation": "gelu_erf"}),
+    ("mlp", dict(rows=5, width=16, hidden=64), {"activation": "relu"}),
+    ("mlp", dict(rows=0, width=16, hidden=64), {}),
+    ("linear_cross_entropy", dict(rows=33, width=48, vocab=1025), {}),
+    ("linear_cross_entropy", dict(rows=33, width=48, vocab=129), {"reduction": "sum"}),
+    ("linear_cross_entropy", dict(rows=17, width=48, vocab=129), {"reduction": "none"}),
+    ("linear_cross_entropy", dict(rows=17, width=48, vocab=64), {"ignore_index": 3}),
+    ("embedding", dict(batch=3, tokens=9, vocab=33, width=65), {}),
+    ("embedding", dict(batch=2, tokens=70, vocab=3, width=64), {}),
+    ("attention", dict(batch=2, tokens=65, heads=2, head_dim=16), {}),
+    ("attention", dict(batch=1, tokens=129, heads=1, head_dim=64), {}),
+    ("attention", dict(batch=1, tokens=33, heads=2, head_dim=80), {"causal": False}),
+    ("attention", dict(batch=1, tokens=5, heads=4, head_dim=16, keys=70, kv_heads=2), {}),
+    ("attention", dict(batch=1, tokens=6, heads=2, head_dim=16, keys=5), {}),
+    ("attention", dict(batch=2, tokens=1, heads=2, head_dim=32, keys=67, kv_heads=1), {"scale": 0.3}),
+    ("attention", dict(batch=1, tokens=80, heads=2, head_dim=16), {"window": 17}),
+    ("attention_qkv", dict(batch=2, tokens=65, heads=2, head_dim=32), {"n_head": 2}),
+    ("attention_qkv", dict(batch=1, tokens=33, heads=4, head_dim=16, kv_heads=2), {"n_head": 4, "window": 9}),
+]
+IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, v in params.items())}"
+       for name, sizes, params in CASES]  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def sample(name, sizes, dtype, *, grad=True):
+    torch.manual_seed(len(name) + sum(v for v in sizes.values() if v))
+    tensors = OPS[name].sample(**sizes, dtype=dtype)
+    return [leaf(t) if grad and t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def leaf(tensor):
+    return tensor.detach().clone().requires_grad_()
+
+
+def run(backend, op, tensors, params, upstream=None):
+    """Outputs and gradients of every floating input; upstream gradients are random but the same for all."""
+    with use_backend(backend):
+        results = op(*tensors, **params)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(7)
+    ups = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    grads = torch.autograd.grad(results, wanted, ups)
+    return [*results, *grads]
+
+
+def double(tensors):
+    return [leaf(t.double()) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def assert_close(ours, torchs, truth, floor):
+    for i, (a, b, t) in enumerate(zip(ours, torchs, truth, strict=True)):
+        assert a.shape == t.shape
+        if t.numel() == 0:
+            continue
+        assert torch.isfinite(a).all() or not torch.isfinite(t).all(), f"result {i} is not finite"
+        error, allowed = ((x.double() - t).abs().max().item() for x in (a, b))
+        limit = 2 * allowed + floor * t.abs().max().item()
+        assert error <= limit, f"result {i}: error {error:.3e}, torch's {allowed:.3e}, limit {limit:.3e}"
+
+
+def objects(backend, op, tensors, params):
+    """Skip with the backend's own words where it does not take this call (test_takes_its_plain_call bounds that)."""
+    with use_backend(backend):
+        reason = op.explain(*tensors, **params)[backend]
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("name", sorted(catalogue.__all__))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_takes_its_plain_call(backend, name, dtype):
+    op = OPS[name]
+    with use_backend(backend), torch.device("meta"):
+        module = None if backend == "eager" else load(backend, name)
+        assert not isinstance(module, str), module
+        tensors = op.sample(dtype=dtype)
+        assert module is None or module.objection(*op._bind(tensors, op.typical)[0], **op._bind(tensors, op.typical)[1]) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize(("name", "sizes", "params"), CASES, ids=IDS)
+def test_values_and_gradients(name, sizes, params, backend, dtype):
+    op, tensors = OPS[name], sample(name, sizes, dtype)
+    objects(backend, op, tensors, params)
+    truth = run("eager", op, double(tensors), params)
+    torchs, ours = run("eager", op, tensors, params), run(backend, op, tensors, params)
+    assert [t.dtype for t in ours] == [t.dtype for t in torchs]
+    assert_close(ours, torchs, truth, FLOOR[dtype])
+    assert all(torch.equal(a, b) for a, b in zip(ours, run(backend, op, tensors, params), strict=True)), "not repeatable"
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize("name", [n for n in sorted(catalogue.__all__) if n != "adamw"])
+def test_under_autocast(name, backend):
+    """bf16 activations, float32 weights: results and dtypes as torch's own op gives them under autocast."""
+    op = OPS[name]
+    _, sizes, params = next(c for c in CASES if c[0] == name)
+    tensors = sample(name, sizes, torch.float32)
+    truth = run("eager", op, double(tensors), params)
+    with torch.autocast("cpu", torch.bfloat16):
+        torchs, ours = run("eager", op, tensors, params), run(backend, op, tensors, params)
+    assert [t.dtype for t in ours] == [t.dtype for t in torchs]
+    assert_close(ours, torchs, truth, FLOOR[torch.bfloat16])
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize("name", [n for n in sorted(catalogue.__all__) if n != "adamw"])
+def test_second_backward_and_strides(name, backend):
+    """Backward twice gives the same; non-contiguous inputs give what contiguous ones give."""
+    op = OPS[name]
+    _, sizes, params = next(c for c in CASES if c[0] == name)
+    tensors = sample(name, sizes, torch.float32)
+    spread = [t if t is None or not t.is_floating_point() else widened(t) for t in tensors]
+    objects(backend, op, spread, params)
+    first = run(backend, op, tensors, params)
+    for a, b in zip(first, run(backend, op, spread, params), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with use_backend(backend):
+        results = op(*tensors, **params)
+    loss = sum((r * r).sum() for r in (results if isinstance(results, tuple) else (results,)))
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    once = torch.autograd.grad(loss, wanted, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(once, torch.autograd.grad(loss, wanted), strict=True))
+
+
+def widened(tensor):
+    """The same values as a view with a larger row stride (and for vectors a stride of one still)."""
+    if tensor.dim() < 2:
+        return leaf(tensor)
+    wide = torch.empty(*tensor.shape[:-1], tensor.shape[-1] + 8, dtype=tensor.dtype)
+    wide[..., : tensor.shape[-1]] = tensor.detach()
+    return wide[..., : tensor.shape[-1]].requires_grad_()
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(catalogue.__all__) if n != "adamw"])
+def test_forward_of_one_backward_of_another(name):
+    """What is kept belongs to the contract: cpu's forward feeds gpu's backward and the reverse."""
+    op = OPS[name]
+    _, sizes, params = next(c for c in CASES if c[0] == name)
+    tensors = sample(name, sizes, torch.float32, grad=False)
+    bound, params = op._bind(tensors, params)
+    needs = tuple(t is not None and t.is_floating_point() for t in bound)
+    modules = {b: load(b, name) for b in ("cpu", "gpu")}
+    found = {}
+    for ahead in modules:
+        outputs, saved = op.alloc(*bound, needs=needs, **params)
+        for t in (*outputs, *saved):
+            t.fill_(math.nan)
+        modules[ahead].forward(outputs, saved, *bound, **params)
+        ups = [torch.ones_like(o) for o in outputs]
+        for back in modules:
+            found[ahead, back] = modules[back].backward(ups, bound, outputs, saved, needs, **params)
+    for pair, grads in found.items():
+        for need, a, b in zip(needs, grads, found["cpu", "cpu"], strict=True):
+            assert not need or torch.allclose(a, b, rtol=1e-4, atol=1e-5), pair
+
+
+@pytest.mark.parametrize("backend", ("", "cpu"))
+@pytest.mark.parametrize("name", sorted(catalogue.__all__))
+def test_opcheck(name, backend):
+    op = OPS[name]
+    sizes, params = next(((s, p) for n, s, p in CASES if n == name), ({"count": 37}, op.typical))
+    tensors, params = op._bind(sample(name, sizes, torch.float32, grad=not op.mutates), params)
+    ordered = (tensors + tuple(params.values()))
+    needs = [t is not None and t.requires_grad for t in tensors]
+    opcheck(op._library_op, (*ordered, backend, needs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [n for n in sorted(catalogue.__all__) if n != "adamw"])
+def test_compiles_whole(name, backend):
+    op = OPS[name]
+    _, sizes, params = next(c for c in CASES if c[0] == name)
+    tensors = sample(name, sizes, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: op(*t, **params), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(backend, compiled, tensors, {}), run(backend, op, tensors, params), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ("eager", "cpu", "gpu"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", (None, 4.0, math.inf), ids=("plain", "clipped", "skipped"))
+def test_adamw(backend, dtype, norm):
+    """One step against torch.optim.AdamW in float64; nothing moves where the norm is not finite."""
+    op = OPS["adamw"]
+    torch.manual_seed(3)
+    param, grad, master, m, v, step, _ = op.sample(count=1025, dtype=dtype)
+    extra = {} if norm is None else {"norm": torch.tensor(norm), "max_norm": 1.0}
+    wide = (param if master is None else master).double()
+    truth = torch.nn.Parameter(wide.clone())
+    reference = torch.optim.AdamW([truth], lr=1e-2, weight_decay=0.1)
+    reference.state[truth] = {"step": step.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
+    truth.grad = grad.double() * (1.0 if norm is None else 1.0 / (norm + 1e-6))
+    before = [t.clone() for t in (param, m, v, step)]
+    with use_backend(backend):
+        op(param, grad, master, m, v, step, lr=1e-2, weight_decay=0.1, **extra)
+    if norm == math.inf:
+        assert all(torch.equal(a, b) for a, b in zip((param, m, v, step), before, strict=True))
+        return
+    reference.step()
+    assert step.item() == 4.0
+    for ours, theirs in ((param if master is None else master, truth), (m, reference.state[truth]["exp_avg"]),
+                         (v, reference.state[truth]["exp_avg_sq"])):  # fmt: skip
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=2e-6, atol=2e-7)
+    if master is not None:
+        assert torch.equal(param, master.to(dtype))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_all_targets_ignored(backend, reduction):
+    op, (x, w, target) = OPS["linear_cross_entropy"], sample("linear_cross_entropy", dict(rows=3, width=8, vocab=9), torch.float32)
+    target.fill_(-100)
+    params = {"reduction": reduction}
+    for a, b in zip(run(backend, op, [x, w, target], params), run("eager", op, [x, w, target], params), strict=True):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_no_gradient_is_formed_under_no_grad():
+    op, tensors = OPS["linear_cross_entropy"], sample("linear_cross_entropy", dict(rows=3, width=8, vocab=9), torch.float32)
+    _, saved = op.alloc(*tensors, needs=(False, False, False), ignore_index=-100, reduction="mean")
+    assert saved == ()
