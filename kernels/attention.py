@@ -42,7 +42,9 @@ def live_mask(q, k, causal, window, kv_start=None, kv_len=None, cu_seqlens=None)
     if window is not None:
         terms.append(j > i - window)
     if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype), right=True)
+        document = torch.searchsorted(
+            cu_seqlens, torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype), right=True
+        )
         terms.append(document[:, None] == document[None, :])
     if kv_start is not None:
         terms.append(j[None, None] >= kv_start[:, None, None, None])
@@ -200,7 +202,8 @@ def _alloc_qkv(qkv, *, needs, n_head, **_):
 
 
 @op(
-    cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv, autocast="lower", keeps=("qkv", "out"),
+    cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv,
+    autocast="lower", keeps=("qkv", "out"),
 )  # fmt: skip
 def attention_qkv(
     qkv: Tensor, *, n_head: int, causal: bool = True, window: int | None = None, scale: float | None = None

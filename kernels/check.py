@@ -12,7 +12,9 @@ def shape(op: str, name: str, tensor: Tensor | None, *expected: int | None) -> N
     """tensor has exactly these sizes; None stands for any."""
     if tensor is None:
         return
-    if tensor.dim() != len(expected) or any(e is not None and g != e for g, e in zip(tensor.shape, expected, strict=True)):
+    if tensor.dim() != len(expected) or any(
+        e is not None and g != e for g, e in zip(tensor.shape, expected, strict=True)
+    ):
         wanted = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
 

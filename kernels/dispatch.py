@@ -196,7 +196,7 @@ def op(
     autocast: str | None = None,
     mutates: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Op]:
-    """Make an op of an eager function: arguments annotated `Tensor` or `Tensor | None` are tensors, the rest parameters.
+    """Make an op of an eager function; arguments annotated `Tensor` or `Tensor | None` are tensors, others parameters.
 
     Args:
         cost: (*tensors, **params) -> Cost of one call.
@@ -211,8 +211,8 @@ def op(
         mutates: names of the tensors changed in place; such an op returns None and has no gradient.
     """
     return lambda eager: Op(
-        eager, alloc=alloc, check=check, cost=cost, sample=sample, typical=typical, keeps=keeps, outputs=() if mutates else outputs,
-        autocast=autocast, mutates=mutates,
+        eager, alloc=alloc, check=check, cost=cost, sample=sample, typical=typical, keeps=keeps,
+        outputs=() if mutates else outputs, autocast=autocast, mutates=mutates,
     )  # fmt: skip
 
 
@@ -278,7 +278,9 @@ def _register(op: Op):
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
         return None if op.mutates else [*outputs, *saved]
 
-    _library.define(f"{op.name}({_schema(op)}, str backend, bool[] needs) -> {'()' if op.mutates else 'Tensor[]'}", tags=tags)
+    _library.define(
+        f"{op.name}({_schema(op)}, str backend, bool[] needs) -> {'()' if op.mutates else 'Tensor[]'}", tags=tags
+    )
     _library.impl(op.name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"peakgpt::{op.name}", fake, lib=_library)
     library_op = getattr(torch.ops.peakgpt, op.name).default
@@ -294,11 +296,9 @@ def _register(op: Op):
     def fake_backward(grads, inputs, outputs, saved, *rest):
         return [torch.empty_like(t) for t, need in zip(inputs, rest[-1], strict=True) if need]
 
-    params_schema = _schema(op).split(", ")[n_in:]
-    _library.define(
-        f"{op.name}_backward({', '.join(['Tensor?[] grads, Tensor?[] inputs, Tensor[] outputs, Tensor[] saved', *params_schema])}"
-        ", str backend, bool[] needs) -> Tensor[]", tags=tags,
-    )  # fmt: skip
+    lists = "Tensor?[] grads, Tensor?[] inputs, Tensor[] outputs, Tensor[] saved"
+    arguments = ", ".join([lists, *_schema(op).split(", ")[n_in:], "str backend, bool[] needs"])
+    _library.define(f"{op.name}_backward({arguments}) -> Tensor[]", tags=tags)
     _library.impl(f"{op.name}_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"peakgpt::{op.name}_backward", fake_backward, lib=_library)
     library_backward = getattr(torch.ops.peakgpt, f"{op.name}_backward").default

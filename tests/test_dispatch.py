@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from peakgpt.kernels import catalogue
 from peakgpt.kernels.attention import attention, live_pairs
 from peakgpt.kernels.dispatch import PRIORITY, use_backend
@@ -12,7 +13,10 @@ X, W = torch.randn(3, 8), torch.randn(8)
 
 
 def test_forced_backend_that_objects_raises_with_its_reason():
-    with use_backend("hopper"), pytest.raises(NotImplementedError, match=r"layernorm: backend 'hopper' is forced but objects: "):
+    with (
+        use_backend("hopper"),
+        pytest.raises(NotImplementedError, match=r"layernorm: backend 'hopper' is forced but objects: "),
+    ):
         layernorm(X, W)
 
 
@@ -28,7 +32,11 @@ def test_explain_names_every_backend_and_eager_takes_all():
 
 
 def test_gpu_takes_cuda_tensors_only_unless_forced():
-    assert layernorm.explain(X, W)["gpu"] in ("no CUDA device", "takes cuda tensors, got cpu", "no gpu kernel for layernorm yet")
+    assert layernorm.explain(X, W)["gpu"] in (
+        "no CUDA device",
+        "takes cuda tensors, got cpu",
+        "no gpu kernel for layernorm yet",
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +80,10 @@ def test_packed_documents_do_not_see_each_other():
     torch.testing.assert_close(packed, torch.cat(apart, 1))
 
 
-@pytest.mark.parametrize(("queries", "keys", "causal", "window"), [(4, 4, True, None), (3, 5, True, 2), (5, 3, True, None), (2, 7, False, None)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal", "window"),
+    [(4, 4, True, None), (3, 5, True, 2), (5, 3, True, None), (2, 7, False, None)],
+)
 def test_live_pairs_counts_the_mask(queries, keys, causal, window):
     from peakgpt.kernels.attention import live_mask
 

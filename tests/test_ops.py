@@ -8,40 +8,45 @@ import math
 
 import pytest
 import torch
+from torch.library import opcheck
+
 from peakgpt.kernels import catalogue
 from peakgpt.kernels.dispatch import OPS, load, use_backend
-from torch.library import opcheck
 
 BACKENDS = ("eager", "cpu", "gpu")
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3}  # of the largest value: a few ulp, half an ulp
 
 # op, sizes of its sample, parameters, tensors given by keyword
 CASES = [
-    ("layernorm", dict(rows=5, width=129), {}),
-    ("layernorm", dict(rows=1, width=1025), {"eps": 1e-3}),
-    ("layernorm", dict(rows=70, width=8), {}),
-    ("layernorm", dict(rows=0, width=16), {}),
-    ("add_layernorm", dict(rows=5, width=129), {}),
-    ("add_layernorm", dict(rows=66, width=64), {}),
-    ("mlp", dict(rows=33, width=48, hidden=129), {}),
-    ("mlp", dict(rows=5, width=16, hidden=64), {"activation": "gelu_erf"}),
-    ("mlp", dict(rows=5, width=16, hidden=64), {"activation": "relu"}),
-    ("mlp", dict(rows=0, width=16, hidden=64), {}),
-    ("linear_cross_entropy", dict(rows=33, width=48, vocab=1025), {}),
-    ("linear_cross_entropy", dict(rows=33, width=48, vocab=129), {"reduction": "sum"}),
-    ("linear_cross_entropy", dict(rows=17, width=48, vocab=129), {"reduction": "none"}),
-    ("linear_cross_entropy", dict(rows=17, width=48, vocab=64), {"ignore_index": 3}),
-    ("embedding", dict(batch=3, tokens=9, vocab=33, width=65), {}),
-    ("embedding", dict(batch=2, tokens=70, vocab=3, width=64), {}),
-    ("attention", dict(batch=2, tokens=65, heads=2, head_dim=16), {}),
-    ("attention", dict(batch=1, tokens=129, heads=1, head_dim=64), {}),
-    ("attention", dict(batch=1, tokens=33, heads=2, head_dim=80), {"causal": False}),
-    ("attention", dict(batch=1, tokens=5, heads=4, head_dim=16, keys=70, kv_heads=2), {}),
-    ("attention", dict(batch=1, tokens=6, heads=2, head_dim=16, keys=5), {}),
-    ("attention", dict(batch=2, tokens=1, heads=2, head_dim=32, keys=67, kv_heads=1), {"scale": 0.3}),
-    ("attention", dict(batch=1, tokens=80, heads=2, head_dim=16), {"window": 17}),
-    ("attention_qkv", dict(batch=2, tokens=65, heads=2, head_dim=32), {"n_head": 2}),
-    ("attention_qkv", dict(batch=1, tokens=33, heads=4, head_dim=16, kv_heads=2), {"n_head": 4, "window": 9}),
+    ("layernorm", {"rows": 5, "width": 129}, {}),
+    ("layernorm", {"rows": 1, "width": 1025}, {"eps": 1e-3}),
+    ("layernorm", {"rows": 70, "width": 8}, {}),
+    ("layernorm", {"rows": 0, "width": 16}, {}),
+    ("add_layernorm", {"rows": 5, "width": 129}, {}),
+    ("add_layernorm", {"rows": 66, "width": 64}, {}),
+    ("mlp", {"rows": 33, "width": 48, "hidden": 129}, {}),
+    ("mlp", {"rows": 5, "width": 16, "hidden": 64}, {"activation": "gelu_erf"}),
+    ("mlp", {"rows": 5, "width": 16, "hidden": 64}, {"activation": "relu"}),
+    ("mlp", {"rows": 0, "width": 16, "hidden": 64}, {}),
+    ("linear_cross_entropy", {"rows": 33, "width": 48, "vocab": 1025}, {}),
+    ("linear_cross_entropy", {"rows": 33, "width": 48, "vocab": 129}, {"reduction": "sum"}),
+    ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 129}, {"reduction": "none"}),
+    ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 64}, {"ignore_index": 3}),
+    ("embedding", {"batch": 3, "tokens": 9, "vocab": 33, "width": 65}, {}),
+    ("embedding", {"batch": 2, "tokens": 70, "vocab": 3, "width": 64}, {}),
+    ("attention", {"batch": 2, "tokens": 65, "heads": 2, "head_dim": 16}, {}),
+    ("attention", {"batch": 1, "tokens": 129, "heads": 1, "head_dim": 64}, {}),
+    ("attention", {"batch": 1, "tokens": 33, "heads": 2, "head_dim": 80}, {"causal": False}),
+    ("attention", {"batch": 1, "tokens": 5, "heads": 4, "head_dim": 16, "keys": 70, "kv_heads": 2}, {}),
+    ("attention", {"batch": 1, "tokens": 6, "heads": 2, "head_dim": 16, "keys": 5}, {}),
+    ("attention", {"batch": 2, "tokens": 1, "heads": 2, "head_dim": 32, "keys": 67, "kv_heads": 1}, {"scale": 0.3}),
+    ("attention", {"batch": 1, "tokens": 80, "heads": 2, "head_dim": 16}, {"window": 17}),
+    ("attention_qkv", {"batch": 2, "tokens": 65, "heads": 2, "head_dim": 32}, {"n_head": 2}),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 33, "heads": 4, "head_dim": 16, "kv_heads": 2},
+        {"n_head": 4, "window": 9},
+    ),
 ]
 IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, v in params.items())}"
        for name, sizes, params in CASES]  # fmt: skip
@@ -102,7 +107,10 @@ def test_takes_its_plain_call(backend, name, dtype):
         module = None if backend == "eager" else load(backend, name)
         assert not isinstance(module, str), module
         tensors = op.sample(dtype=dtype)
-        assert module is None or module.objection(*op._bind(tensors, op.typical)[0], **op._bind(tensors, op.typical)[1]) is None
+        assert (
+            module is None
+            or module.objection(*op._bind(tensors, op.typical)[0], **op._bind(tensors, op.typical)[1]) is None
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,7 +123,9 @@ def test_values_and_gradients(name, sizes, params, backend, dtype):
     torchs, ours = run("eager", op, tensors, params), run(backend, op, tensors, params)
     assert [t.dtype for t in ours] == [t.dtype for t in torchs]
     assert_close(ours, torchs, truth, FLOOR[dtype])
-    assert all(torch.equal(a, b) for a, b in zip(ours, run(backend, op, tensors, params), strict=True)), "not repeatable"
+    assert all(torch.equal(a, b) for a, b in zip(ours, run(backend, op, tensors, params), strict=True)), (
+        "not repeatable"
+    )
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
@@ -190,7 +200,7 @@ def test_opcheck(name, backend):
     op = OPS[name]
     sizes, params = next(((s, p) for n, s, p in CASES if n == name), ({"count": 37}, op.typical))
     tensors, params = op._bind(sample(name, sizes, torch.float32, grad=not op.mutates), params)
-    ordered = (tensors + tuple(params.values()))
+    ordered = tensors + tuple(params.values())
     needs = [t is not None and t.requires_grad for t in tensors]
     opcheck(op._library_op, (*ordered, backend, needs))
 
@@ -239,7 +249,10 @@ def test_adamw(backend, dtype, norm):
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 def test_all_targets_ignored(backend, reduction):
-    op, (x, w, target) = OPS["linear_cross_entropy"], sample("linear_cross_entropy", dict(rows=3, width=8, vocab=9), torch.float32)
+    op, (x, w, target) = (
+        OPS["linear_cross_entropy"],
+        sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32),
+    )
     target.fill_(-100)
     params = {"reduction": reduction}
     for a, b in zip(run(backend, op, [x, w, target], params), run("eager", op, [x, w, target], params), strict=True):
@@ -247,6 +260,9 @@ def test_all_targets_ignored(backend, reduction):
 
 
 def test_no_gradient_is_formed_under_no_grad():
-    op, tensors = OPS["linear_cross_entropy"], sample("linear_cross_entropy", dict(rows=3, width=8, vocab=9), torch.float32)
+    op, tensors = (
+        OPS["linear_cross_entropy"],
+        sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32),
+    )
     _, saved = op.alloc(*tensors, needs=(False, False, False), ignore_index=-100, reduction="mean")
     assert saved == ()
