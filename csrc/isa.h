@@ -1,0 +1,83 @@
+// Which instruction sets this build carries, which one runs (run-time choice, cap for tests).
+#ifndef PEAK_ISA_H_
+#define PEAK_ISA_H_
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "types.h"
+
+#if defined(__x86_64__) || defined(__aarch64__)
+#define PEAK_INLINE inline __attribute__((always_inline))
+#else
+#error "peakgpt's C++ kernels support x86-64 and aarch64"
+#endif
+
+namespace peak {
+
+// Position in this list = position in PEAK_PICK, which gives the active set's copy of a function of a kernel file.
+#if defined(__x86_64__)
+constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+#define PEAK_PICK(...)                       \
+  ::peak::Pick<decltype(&scalar::__VA_ARGS__)>( \
+      {&scalar::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__, &avx512bf16::__VA_ARGS__})
+#else
+constexpr const char* kIsaNames[] = {"scalar", "neon"};
+#define PEAK_PICK(...) ::peak::Pick<decltype(&scalar::__VA_ARGS__)>({&scalar::__VA_ARGS__, &neon::__VA_ARGS__})
+#endif
+#define PEAK_PICK_DTYPE(dtype, name) \
+  ((dtype) == ::peak::DType::kFloat32 ? PEAK_PICK(name<float>) : PEAK_PICK(name<::peak::bf16>))
+constexpr int kIsaCount = sizeof(kIsaNames) / sizeof(kIsaNames[0]);
+
+// The widest set that this machine runs; operating system support included (the builtins read XCR0).
+inline int BestIsa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return 1;
+  }
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#else
+  return 1;
+#endif
+}
+
+// Index of `name`, or -1.
+inline int FindIsa(const char* name) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (std::strcmp(name, kIsaNames[i]) == 0) return i;
+  }
+  return -1;
+}
+
+inline int CapIsa(const char* name) {
+  const int best = BestIsa();
+  const int cap = name == nullptr ? -1 : FindIsa(name);
+  return cap < 0 || cap > best ? best : cap;
+}
+
+inline std::atomic<int>& ActiveIsaSlot() {
+  static std::atomic<int> slot{CapIsa(std::getenv("PEAKGPT_ISA"))};
+  return slot;
+}
+
+inline const char* ActiveIsa() { return kIsaNames[ActiveIsaSlot().load()]; }
+
+// Runs at most `name` from now on, nullptr or an unknown name lifts the cap; returns what runs.
+inline const char* SetIsaCap(const char* name) {
+  ActiveIsaSlot().store(CapIsa(name));
+  return ActiveIsa();
+}
+
+template <class F>
+F Pick(std::initializer_list<F> functions) {
+  return functions.begin()[ActiveIsaSlot().load(std::memory_order_relaxed)];
+}
+
+}  // namespace peak
+
+#endif  // PEAK_ISA_H_

@@ -1,0 +1,379 @@
+// Vec: one register of floats, for the instruction set in PEAK_ISA. Included once per set by foreach_isa.h, inside
+// that set's namespace; kernels see only what this file names, never an intrinsic.
+//
+//   kLanes                     floats in a Vec
+//   Load(p) Load(p, n)         from float or bf16; n < kLanes reads only n elements, the other lanes are 0
+//   Store(p, v) Store(p, v, n) to float or bf16, bf16 rounded to nearest even, NaN stays NaN
+//   + - * / Fma(a,b,c)=a*b+c   Fnma(a,b,c)=c-a*b    Sqrt    Abs    CopySign(magnitude, sign)    Round (to even)
+//   Max(a,b) Min(a,b)          b where either is NaN, on every set, as x86 does
+//   Greater(a,b) Select(m,a,b) Mask and m ? a : b
+//   Sum(v) MaxOf(v)            over the lanes, in a fixed order
+//   Exp Erf                    errors stated below
+//   Pairs                      kLanes pairs of bf16 for DotPairs(acc, a, b): acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1]
+//   LoadPairs(p)  SetPair(p)   2*kLanes elements; one pair repeated kLanes times
+//   PackPairs(even, odd)       pair i = (bf16(even[i]), bf16(odd[i]))
+//
+// avx512bf16: the native conversion and dot product take subnormal inputs for 0 and flush subnormal results.
+
+// ---------------------------------------------------------------------------------------------------------- scalar
+#if PEAK_ISA == PEAK_SCALAR
+
+constexpr int kLanes = 1;
+struct Vec { float v; };
+struct Mask { bool v; };
+struct Pairs { uint32_t v; };
+
+PEAK_INLINE uint32_t Bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+PEAK_INLINE float FromBits(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+PEAK_INLINE uint32_t RoundToBf16(float f) {
+  const uint32_t u = Bits(f);
+  if (f != f) return (u >> 16) | 0x40;
+  return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+
+PEAK_INLINE Vec Set(float f) { return {f}; }
+PEAK_INLINE Vec Load(const float* p) { return {*p}; }
+PEAK_INLINE Vec Load(const bf16* p) { return {FromBits(static_cast<uint32_t>(p->bits) << 16)}; }
+PEAK_INLINE Vec LoadPart(const float*, int64_t) { return {0.0f}; }
+PEAK_INLINE Vec LoadPart(const bf16*, int64_t) { return {0.0f}; }
+PEAK_INLINE void Store(float* p, Vec a) { *p = a.v; }
+PEAK_INLINE void Store(bf16* p, Vec a) { p->bits = static_cast<uint16_t>(RoundToBf16(a.v)); }
+PEAK_INLINE void StorePart(float*, Vec, int64_t) {}
+PEAK_INLINE void StorePart(bf16*, Vec, int64_t) {}
+
+PEAK_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+PEAK_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+PEAK_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+PEAK_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+// Not std::fma: without the instruction it is a library call a hundred times slower.
+PEAK_INLINE Vec Fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+PEAK_INLINE Vec Fnma(Vec a, Vec b, Vec c) { return {c.v - a.v * b.v}; }
+PEAK_INLINE Vec Sqrt(Vec a) { return {std::sqrt(a.v)}; }
+PEAK_INLINE Vec Abs(Vec a) { return {std::fabs(a.v)}; }
+PEAK_INLINE Vec CopySign(Vec a, Vec sign) { return {std::copysign(a.v, sign.v)}; }
+PEAK_INLINE Vec Round(Vec a) { return {std::nearbyint(a.v)}; }
+PEAK_INLINE Vec Max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+PEAK_INLINE Vec Min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+PEAK_INLINE Mask Greater(Vec a, Vec b) { return {a.v > b.v}; }
+PEAK_INLINE Vec Select(Mask m, Vec a, Vec b) { return m.v ? a : b; }
+PEAK_INLINE float Sum(Vec a) { return a.v; }
+PEAK_INLINE float MaxOf(Vec a) { return a.v; }
+// 2^n for integral n in [-126, 127].
+PEAK_INLINE Vec Pow2(Vec n) {
+  return {FromBits(static_cast<uint32_t>(static_cast<int32_t>(n.v == n.v ? n.v : 0.0f) + 127) << 23)};
+}
+
+PEAK_INLINE Pairs LoadPairs(const bf16* p) { return {p[0].bits | static_cast<uint32_t>(p[1].bits) << 16}; }
+PEAK_INLINE Pairs SetPair(const bf16* p) { return LoadPairs(p); }
+PEAK_INLINE Pairs PackPairs(Vec even, Vec odd) { return {RoundToBf16(even.v) | RoundToBf16(odd.v) << 16}; }
+PEAK_INLINE Vec Even(Pairs a) { return {FromBits(a.v << 16)}; }
+PEAK_INLINE Vec Odd(Pairs a) { return {FromBits(a.v & 0xffff0000u)}; }
+
+// ------------------------------------------------------------------------------------------------------------ AVX2
+#elif PEAK_ISA == PEAK_AVX2
+
+constexpr int kLanes = 8;
+struct Vec { __m256 v; };
+struct Mask { __m256 v; };
+struct Pairs { __m256i v; };
+
+PEAK_INLINE __m256i PartMask(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+// The upper 16 bits of each lane hold the rounded value; the lower ones are rubbish.
+PEAK_INLINE __m256i RoundToUpper(__m256 a) {
+  const __m256i u = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
+PEAK_INLINE __m128i ToBf16(__m256 a) {
+  const __m256i u = _mm256_srli_epi32(RoundToUpper(a), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+}
+PEAK_INLINE __m256 FromBf16(__m128i a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }
+
+PEAK_INLINE Vec Set(float f) { return {_mm256_set1_ps(f)}; }
+PEAK_INLINE Vec Load(const float* p) { return {_mm256_loadu_ps(p)}; }
+PEAK_INLINE Vec Load(const bf16* p) { return {FromBf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+PEAK_INLINE Vec LoadPart(const float* p, int64_t n) { return {_mm256_maskload_ps(p, PartMask(n))}; }
+PEAK_INLINE Vec LoadPart(const bf16* p, int64_t n) {
+  bf16 part[8] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return Load(part);
+}
+PEAK_INLINE void Store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+PEAK_INLINE void Store(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), ToBf16(a.v)); }
+PEAK_INLINE void StorePart(float* p, Vec a, int64_t n) { _mm256_maskstore_ps(p, PartMask(n), a.v); }
+PEAK_INLINE void StorePart(bf16* p, Vec a, int64_t n) {
+  bf16 part[8];
+  Store(part, a);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+PEAK_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+PEAK_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+PEAK_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+PEAK_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+PEAK_INLINE Vec Fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+PEAK_INLINE Vec Fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+PEAK_INLINE Vec Sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+PEAK_INLINE Vec Abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+PEAK_INLINE Vec CopySign(Vec a, Vec sign) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(_mm256_andnot_ps(bit, a.v), _mm256_and_ps(bit, sign.v))};
+}
+PEAK_INLINE Vec Round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+PEAK_INLINE Vec Max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+PEAK_INLINE Vec Min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+PEAK_INLINE Mask Greater(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+PEAK_INLINE Vec Select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+PEAK_INLINE float Sum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+PEAK_INLINE float MaxOf(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+PEAK_INLINE Vec Pow2(Vec n) {
+  return {_mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+}
+
+PEAK_INLINE Pairs LoadPairs(const bf16* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+PEAK_INLINE Pairs SetPair(const bf16* p) {
+  int pair;
+  std::memcpy(&pair, p, 4);
+  return {_mm256_set1_epi32(pair)};
+}
+PEAK_INLINE Pairs PackPairs(Vec even, Vec odd) {
+  return {_mm256_blend_epi16(_mm256_srli_epi32(RoundToUpper(even.v), 16), RoundToUpper(odd.v), 0xaa)};
+}
+PEAK_INLINE Vec Even(Pairs a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))}; }
+PEAK_INLINE Vec Odd(Pairs a) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+
+// --------------------------------------------------------------------------------------------------------- AVX-512
+#elif PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
+
+constexpr int kLanes = 16;
+struct Vec { __m512 v; };
+struct Mask { __mmask16 v; };
+struct Pairs { __m512i v; };
+
+PEAK_INLINE __mmask16 PartMask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+#if PEAK_ISA == PEAK_AVX512BF16
+PEAK_INLINE __m256i ToBf16(__m512 a) {
+  const __m256bh h = _mm512_cvtneps_pbh(a);
+  __m256i bits;
+  std::memcpy(&bits, &h, sizeof(bits));
+  return bits;
+}
+#else
+PEAK_INLINE __m256i ToBf16(__m512 a) {
+  const __m512i u = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+#endif
+PEAK_INLINE __m512 FromBf16(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }
+
+PEAK_INLINE Vec Set(float f) { return {_mm512_set1_ps(f)}; }
+PEAK_INLINE Vec Load(const float* p) { return {_mm512_loadu_ps(p)}; }
+PEAK_INLINE Vec Load(const bf16* p) { return {FromBf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+PEAK_INLINE Vec LoadPart(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(PartMask(n), p)}; }
+PEAK_INLINE Vec LoadPart(const bf16* p, int64_t n) { return {FromBf16(_mm256_maskz_loadu_epi16(PartMask(n), p))}; }
+PEAK_INLINE void Store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+PEAK_INLINE void Store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ToBf16(a.v)); }
+PEAK_INLINE void StorePart(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, PartMask(n), a.v); }
+PEAK_INLINE void StorePart(bf16* p, Vec a, int64_t n) { _mm256_mask_storeu_epi16(p, PartMask(n), ToBf16(a.v)); }
+
+PEAK_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+PEAK_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+PEAK_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+PEAK_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+PEAK_INLINE Vec Fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+PEAK_INLINE Vec Fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+PEAK_INLINE Vec Sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+PEAK_INLINE Vec Abs(Vec a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), a.v)}; }
+PEAK_INLINE Vec CopySign(Vec a, Vec sign) {
+  const __m512 bit = _mm512_set1_ps(-0.0f);
+  return {_mm512_or_ps(_mm512_andnot_ps(bit, a.v), _mm512_and_ps(bit, sign.v))};
+}
+PEAK_INLINE Vec Round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+PEAK_INLINE Vec Max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+PEAK_INLINE Vec Min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+PEAK_INLINE Mask Greater(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+PEAK_INLINE Vec Select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.v, b.v, a.v)}; }
+PEAK_INLINE float Sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+PEAK_INLINE float MaxOf(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+PEAK_INLINE Pairs LoadPairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+PEAK_INLINE Pairs SetPair(const bf16* p) {
+  int pair;
+  std::memcpy(&pair, p, 4);
+  return {_mm512_set1_epi32(pair)};
+}
+PEAK_INLINE Pairs PackPairs(Vec even, Vec odd) {
+  return {_mm512_or_si512(_mm512_cvtepu16_epi32(ToBf16(even.v)),
+                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(ToBf16(odd.v)), 16))};
+}
+#if PEAK_ISA == PEAK_AVX512
+PEAK_INLINE Vec Even(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+PEAK_INLINE Vec Odd(Pairs a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------------------ NEON
+#elif PEAK_ISA == PEAK_NEON
+
+constexpr int kLanes = 4;
+struct Vec { float32x4_t v; };
+struct Mask { uint32x4_t v; };
+struct Pairs { uint32x4_t v; };
+
+PEAK_INLINE uint32x4_t RoundToUpper(float32x4_t a) {
+  const uint32x4_t u = vreinterpretq_u32_f32(a);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  return vbslq_u32(vceqq_f32(a, a), rounded, vorrq_u32(u, vdupq_n_u32(0x400000)));
+}
+
+PEAK_INLINE Vec Set(float f) { return {vdupq_n_f32(f)}; }
+PEAK_INLINE Vec Load(const float* p) { return {vld1q_f32(p)}; }
+PEAK_INLINE Vec Load(const bf16* p) {
+  return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+}
+PEAK_INLINE void Store(float* p, Vec a) { vst1q_f32(p, a.v); }
+PEAK_INLINE void Store(bf16* p, Vec a) {
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(RoundToUpper(a.v), 16));
+}
+template <class T>
+PEAK_INLINE Vec LoadPart(const T* p, int64_t n) {
+  T part[4] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return Load(part);
+}
+template <class T>
+PEAK_INLINE void StorePart(T* p, Vec a, int64_t n) {
+  T part[4];
+  Store(part, a);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+PEAK_INLINE Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+PEAK_INLINE Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
+PEAK_INLINE Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+PEAK_INLINE Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+PEAK_INLINE Vec Fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+PEAK_INLINE Vec Fnma(Vec a, Vec b, Vec c) { return {vfmsq_f32(c.v, a.v, b.v)}; }
+PEAK_INLINE Vec Sqrt(Vec a) { return {vsqrtq_f32(a.v)}; }
+PEAK_INLINE Vec Abs(Vec a) { return {vabsq_f32(a.v)}; }
+PEAK_INLINE Vec CopySign(Vec a, Vec sign) { return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.v, a.v)}; }
+PEAK_INLINE Vec Round(Vec a) { return {vrndnq_f32(a.v)}; }
+PEAK_INLINE Vec Max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+PEAK_INLINE Vec Min(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
+PEAK_INLINE Mask Greater(Vec a, Vec b) { return {vcgtq_f32(a.v, b.v)}; }
+PEAK_INLINE Vec Select(Mask m, Vec a, Vec b) { return {vbslq_f32(m.v, a.v, b.v)}; }
+PEAK_INLINE float Sum(Vec a) { return vaddvq_f32(a.v); }
+PEAK_INLINE float MaxOf(Vec a) { return vmaxvq_f32(a.v); }
+PEAK_INLINE Vec Pow2(Vec n) {
+  return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127)), 23))};
+}
+
+PEAK_INLINE Pairs LoadPairs(const bf16* p) {
+  return {vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)))};
+}
+PEAK_INLINE Pairs SetPair(const bf16* p) {
+  uint32_t pair;
+  std::memcpy(&pair, p, 4);
+  return {vdupq_n_u32(pair)};
+}
+PEAK_INLINE Pairs PackPairs(Vec even, Vec odd) {
+  return {vbslq_u32(vdupq_n_u32(0xffff0000u), RoundToUpper(odd.v), vshrq_n_u32(RoundToUpper(even.v), 16))};
+}
+PEAK_INLINE Vec Even(Pairs a) { return {vreinterpretq_f32_u32(vshlq_n_u32(a.v, 16))}; }
+PEAK_INLINE Vec Odd(Pairs a) { return {vreinterpretq_f32_u32(vandq_u32(a.v, vdupq_n_u32(0xffff0000u)))}; }
+
+#endif
+
+// --------------------------------------------------------------------------------------- the same on every ISA
+// n elements, at most kLanes.
+template <class T>
+PEAK_INLINE Vec Load(const T* p, int64_t n) {
+  return n >= kLanes ? Load(p) : LoadPart(p, n);
+}
+template <class T>
+PEAK_INLINE void Store(T* p, Vec a, int64_t n) {
+  n >= kLanes ? Store(p, a) : StorePart(p, a, n);
+}
+
+#if PEAK_ISA == PEAK_AVX512BF16
+PEAK_INLINE Vec DotPairs(Vec acc, Pairs a, Pairs b) {
+  __m512bh x, y;
+  std::memcpy(&x, &a.v, sizeof(x));
+  std::memcpy(&y, &b.v, sizeof(y));
+  return {_mm512_dpbf16_ps(acc.v, x, y)};
+}
+#else
+PEAK_INLINE Vec DotPairs(Vec acc, Pairs a, Pairs b) {
+  return Fma(Odd(a), Odd(b), Fma(Even(a), Even(b), acc));
+}
+#endif
+
+// a * 2^n for integral n; the product may be subnormal or infinite.
+PEAK_INLINE Vec Scale(Vec a, Vec n) {
+#if PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
+  return {_mm512_scalef_ps(a.v, n.v)};
+#else
+  // In two steps: 2^-150 and 2^128 are no floats.
+  const Vec half = Round(n * Set(0.5f));
+  return a * Pow2(half) * Pow2(n - half);
+#endif
+}
+
+// e^a to 1.5 ulp (2 ulp without FMA, and below the normal range); e^-inf = 0, NaN stays NaN.
+// r = a - n ln 2 with ln 2 in two parts (Cody and Waite), then the Taylor-like minimax of Cephes' expf.
+PEAK_INLINE Vec Exp(Vec a) {
+  // e^-104 rounds to 0 and e^89 to infinity. The second operand decides for NaN.
+  const Vec x = Min(Set(89.0f), Max(Set(-104.0f), a));
+  const Vec n = Round(x * Set(1.44269504088896341f));
+  Vec r = Fnma(n, Set(0.693359375f), x);
+  r = Fma(n, Set(2.12194440e-4f), r);
+  Vec p = Set(1.9875691500e-4f);
+  p = Fma(p, r, Set(1.3981999507e-3f));
+  p = Fma(p, r, Set(8.3334519073e-3f));
+  p = Fma(p, r, Set(4.1665795894e-2f));
+  p = Fma(p, r, Set(1.6666665459e-1f));
+  p = Fma(p, r, Set(5.0000001201e-1f));
+  return Scale(Fma(p, r * r, r) + Set(1.0f), n);
+}
+
+// erf(a) to 1.5 ulp: a + a P(a^2) near 0, 1 - e^Q(|a|) outside. Coefficients: N. Juffa's single-precision minimax fit.
+PEAK_INLINE Vec Erf(Vec a) {
+  const Vec t = Abs(a), s = a * a;
+  Vec far = Fma(Set(-1.72853470e-5f), t, Set(3.83197126e-4f));
+  far = Fma(far, s, Fma(Set(-3.88396438e-3f), t, Set(2.42546219e-2f)));
+  far = Fma(far, t, Set(-1.06777877e-1f));
+  far = Fma(far, t, Set(-6.34846687e-1f));
+  far = Fma(far, t, Set(-1.28717512e-1f));
+  // e^-16 is below half an ulp of 1; past |a| = 6 the polynomial means nothing.
+  far = Select(Greater(t, Set(6.0f)), Set(-16.7f), Fma(far, t, Set(0.0f) - t));
+  far = CopySign(Set(1.0f) - Exp(far), a);
+  Vec near = Set(-5.96761703e-4f);
+  near = Fma(near, s, Set(4.99119423e-3f));
+  near = Fma(near, s, Set(-2.67681349e-2f));
+  near = Fma(near, s, Set(1.12819925e-1f));
+  near = Fma(near, s, Set(-3.76125336e-1f));
+  near = Fma(near, s, Set(1.28379166e-1f));
+  return Select(Greater(t, Set(0.927734375f)), far, Fma(near, a, a));
+}
