@@ -2,10 +2,13 @@
 #ifndef PEAK_ISA_H_
 #define PEAK_ISA_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 #include "types.h"
 
@@ -46,18 +49,15 @@ inline int BestIsa() {
 #endif
 }
 
-// Index of `name`, or -1.
-inline int FindIsa(const char* name) {
-  for (int i = 0; i < kIsaCount; ++i) {
-    if (std::strcmp(name, kIsaNames[i]) == 0) return i;
-  }
-  return -1;
-}
-
+// The widest set that runs here and is not wider than `name`; nullptr is no cap. Throws on an unknown name.
 inline int CapIsa(const char* name) {
-  const int best = BestIsa();
-  const int cap = name == nullptr ? -1 : FindIsa(name);
-  return cap < 0 || cap > best ? best : cap;
+  if (name == nullptr) return BestIsa();
+  std::string known;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (std::strcmp(name, kIsaNames[i]) == 0) return std::min(i, BestIsa());
+    known += std::string(i > 0 ? ", " : "") + kIsaNames[i];
+  }
+  throw std::invalid_argument("instruction set (PEAKGPT_ISA) is '" + std::string(name) + "', expected one of " + known);
 }
 
 inline std::atomic<int>& ActiveIsaSlot() {
@@ -67,7 +67,7 @@ inline std::atomic<int>& ActiveIsaSlot() {
 
 inline const char* ActiveIsa() { return kIsaNames[ActiveIsaSlot().load()]; }
 
-// Runs at most `name` from now on, nullptr or an unknown name lifts the cap; returns what runs.
+// Runs at most `name` from now on, nullptr lifts the cap; returns what runs.
 inline const char* SetIsaCap(const char* name) {
   ActiveIsaSlot().store(CapIsa(name));
   return ActiveIsa();

@@ -1,0 +1,32 @@
+"""What every C++ backend file shares: the extension, dtypes as it numbers them, addresses, threads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peakgpt import _C  # its ImportError is the backend's objection
+
+__all__ = ["DTYPES", "_C", "address", "dtype_objection", "rows", "threads"]
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+threads = torch.get_num_threads
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's data starts; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dtype_objection(*tensors: Tensor | None) -> str | None:
+    """Why these dtypes can not be taken, or None."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"takes float32 and bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor as (rows, width) with contiguous rows; a view where its strides allow that, else a copy."""
+    flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
