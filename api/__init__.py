@@ -2,9 +2,10 @@
 
 from peakgpt.kernels.attention import attention
 from peakgpt.kernels.dispatch import use_backend
+from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.mlp import mlp
 
-__all__ = ["add_layernorm", "attention", "layernorm", "linear_cross_entropy", "mlp", "use_backend"]
+__all__ = ["add_layernorm", "attention", "doctor", "layernorm", "linear_cross_entropy", "mlp", "use_backend"]
 __version__ = "0.1.0"

@@ -1,0 +1,71 @@
+"""The command line: `peakgpt COMMAND ...`; bad input gives one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Each is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code; imported only when asked.
+COMMANDS = {
+    "quickstart": "train a small GPT on this machine's own text beside PyTorch eager, and write a report",
+    "train": "train a GPT on text files",
+    "generate": "continue a prompt with a checkpoint",
+    "bench": "measure ops, training and decoding beside PyTorch",
+    "doctor": "say what this machine is and which backend each op takes",
+    "aot": "compile every Triton kernel for GPUs that are not there, and count registers and spills",
+}
+
+
+class BadInput(Exception):
+    """What argparse has against the command line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BadInput(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        Exit code: 0, 1 where a check failed, 2 for bad input, 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except (BadInput, ValueError, NotImplementedError, OSError) as error:
+        print(f"peakgpt: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    width = max(map(len, COMMANDS))
+    listing = "commands:\n" + "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    top = _Parser(
+        prog="peakgpt", epilog=listing, usage="peakgpt COMMAND [options]", formatter_class=argparse.RawTextHelpFormatter
+    )
+    top.add_argument("--version", action="store_true", help="print the version")
+    if not argv:
+        top.print_help()
+        return 2
+    if argv[0].startswith("-"):
+        return _top(top, argv)
+    if argv[0] not in COMMANDS:
+        raise BadInput(f"unknown command: got {argv[0]!r}, expected one of {', '.join(COMMANDS)}")
+    command = importlib.import_module(f"peakgpt.commands.{argv[0]}")
+    parser = _Parser(prog=f"peakgpt {argv[0]}", description=COMMANDS[argv[0]])
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(argv[1:]))
+
+
+def _top(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    if parser.parse_args(argv).version:
+        from peakgpt import __version__
+
+        print(f"peakgpt {__version__}")
+    return 0

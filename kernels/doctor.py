@@ -1,0 +1,84 @@
+"""Say what the machine is, what it can do at most, and which backend each op takes and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peakgpt.kernels import catalogue
+from peakgpt.kernels.device import Device, Peaks, datasheet, describe, measure
+from peakgpt.kernels.dispatch import OPS
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that one op takes for its typical call, and what those of higher priority say against it."""
+
+    op: str
+    dtype: str
+    backend: str
+    objections: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `doctor` found; print it."""
+
+    device: Device
+    peaks: Peaks
+    sheet: Peaks | None
+    choices: list[Choice]
+
+    def __str__(self) -> str:
+        return "\n".join((*self._machine(), "", *self._ops()))
+
+    __repr__ = __str__
+
+    def _machine(self) -> list[str]:
+        device = self.device
+        lines = [f"{device.name} ({device.kind}), {device.cores} {'SMs' if device.kind == 'cuda' else 'cores'}, "
+                 f"{device.memory_bytes / 2**30:.0f} GiB, {device.arch}"]  # fmt: skip
+        lines += _peaks_lines(self.peaks) + (_peaks_lines(self.sheet) if self.sheet else [])
+        lines.append(", ".join(f"{name} {version}" for name, version in device.versions.items()))
+        return lines
+
+    def _ops(self) -> list[str]:
+        lines = [f"{'op':22}{'dtype':10}{'backend':9}why not a faster one"]
+        for c in self.choices:
+            why = "; ".join(f"{name}: {reason}" for name, reason in c.objections.items())
+            lines.append(f"{c.op:22}{c.dtype:10}{c.backend:9}{why}")
+        return lines
+
+
+def _peaks_lines(peaks: Peaks) -> list[str]:
+    rates = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in peaks.flops.items())
+    return [f"peak: {rates}, memory {peaks.bandwidth_bytes_s / 1e9:.3g} GB/s ({peaks.source})"]
+
+
+def doctor(device: torch.device | str | None = None) -> Diagnosis:
+    """Diagnose a device: what it is, its measured and published peaks, and each op's backend.
+
+    Args:
+        device: "cpu" or "cuda"; the CUDA device where there is one by default.
+    Returns:
+        A Diagnosis; printing it shows everything. Measuring takes a second or two, once a process.
+    Raises:
+        ValueError: a device that is not there.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    described = describe(device)
+    choices = [_choice(name, dtype, device) for name in sorted(catalogue.__all__) for dtype in DTYPES]
+    return Diagnosis(described, measure(device), datasheet(described.name), choices)
+
+
+def _choice(name: str, dtype: torch.dtype, device: torch.device) -> Choice:
+    op = OPS[name]
+    with FakeTensorMode():  # shapes and strides are all that an objection may look at
+        reasons = op.explain(*op.sample(dtype=dtype, device=device), **op.typical)
+    backend = next(b for b, reason in reasons.items() if reason is None)
+    ahead = list(reasons)[: list(reasons).index(backend)]
+    return Choice(name, str(dtype).removeprefix("torch."), backend, {b: reasons[b] for b in ahead})
