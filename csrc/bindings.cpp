@@ -15,6 +15,7 @@
 
 #include "isa.h"
 #include "layernorm.h"
+#include "memory.h"
 
 namespace py = pybind11;
 
@@ -90,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &peak::ActiveIsa, "The instruction set that runs now.");
   m.def("set_isa_cap", &peak::SetIsaCap, py::arg("name").none(true), "Run at most this set; None lifts the cap.");
   m.attr("isas") = Isas();
+  m.def("keep_pages", &peak::KeepPages, py::arg("bytes"), "Keep freed memory in the process, as memory.h says.");
   Define(m, "layernorm_forward", peak::LayernormForward);
   Define(m, "layernorm_backward", peak::LayernormBackward);
 }
