@@ -16,6 +16,7 @@
 #include "isa.h"
 #include "layernorm.h"
 #include "memory.h"
+#include "peaks.h"
 
 namespace py = pybind11;
 
@@ -94,4 +95,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("keep_pages", &peak::KeepPages, py::arg("bytes"), "Keep freed memory in the process, as memory.h says.");
   Define(m, "layernorm_forward", peak::LayernormForward);
   Define(m, "layernorm_backward", peak::LayernormBackward);
+  m.def("peak_loop", &peak::PeakLoop, py::call_guard<py::gil_scoped_release>());
+  Define(m, "peak_read", peak::PeakRead);
+  Define(m, "peak_copy", peak::PeakCopy);
 }

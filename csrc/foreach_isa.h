@@ -77,7 +77,7 @@ PEAK_POP_TARGET
 #undef PEAK_ISA
 
 #define PEAK_ISA PEAK_AVX512BF16
-PEAK_PUSH_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+PEAK_PUSH_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
 namespace peak::avx512bf16 {
 namespace {
 #include "simd.h"

@@ -43,7 +43,8 @@ inline int BestIsa() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return 1;
   }
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  // Every CPU with the first has the second.
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
 #else
   return 1;
 #endif

@@ -12,6 +12,9 @@
 //   Pairs                      kLanes pairs of bf16 for DotPairs(acc, a, b): acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1]
 //   LoadPairs(p)  SetPair(p)   2*kLanes elements; one pair repeated kLanes times
 //   PackPairs(even, odd)       pair i = (bf16(even[i]), bf16(odd[i]))
+//   Stream(p, v)  EndStream()  store past the caches to an aligned address; after the last one, before others look
+//   Quads, Ints                where PEAK_HAS_QUADS: kLanes groups of four bytes, a unsigned and b signed, for
+//                              DotQuads(acc, a, b): acc[i] += sum of a[4i+j]*b[4i+j], j = 0..3; LoadQuads(p)
 //
 // avx512bf16: the native conversion and dot product take subnormal inputs for 0 and flush subnormal results.
 
@@ -38,6 +41,8 @@ PEAK_INLINE Vec LoadPart(const float*, int64_t) { return {0.0f}; }
 PEAK_INLINE Vec LoadPart(const bf16*, int64_t) { return {0.0f}; }
 PEAK_INLINE void Store(float* p, Vec a) { *p = a.v; }
 PEAK_INLINE void Store(bf16* p, Vec a) { p->bits = static_cast<uint16_t>(RoundToBf16(a.v)); }
+PEAK_INLINE void Stream(float* p, Vec a) { Store(p, a); }
+PEAK_INLINE void EndStream() {}
 PEAK_INLINE void StorePart(float*, Vec, int64_t) {}
 PEAK_INLINE void StorePart(bf16*, Vec, int64_t) {}
 
@@ -105,6 +110,8 @@ PEAK_INLINE Vec LoadPart(const bf16* p, int64_t n) {
 }
 PEAK_INLINE void Store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 PEAK_INLINE void Store(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), ToBf16(a.v)); }
+PEAK_INLINE void Stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+PEAK_INLINE void EndStream() { _mm_sfence(); }
 PEAK_INLINE void StorePart(float* p, Vec a, int64_t n) { _mm256_maskstore_ps(p, PartMask(n), a.v); }
 PEAK_INLINE void StorePart(bf16* p, Vec a, int64_t n) {
   bf16 part[8];
@@ -193,6 +200,8 @@ PEAK_INLINE Vec LoadPart(const float* p, int64_t n) { return {_mm512_maskz_loadu
 PEAK_INLINE Vec LoadPart(const bf16* p, int64_t n) { return {FromBf16(_mm256_maskz_loadu_epi16(PartMask(n), p))}; }
 PEAK_INLINE void Store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 PEAK_INLINE void Store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ToBf16(a.v)); }
+PEAK_INLINE void Stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+PEAK_INLINE void EndStream() { _mm_sfence(); }
 PEAK_INLINE void StorePart(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, PartMask(n), a.v); }
 PEAK_INLINE void StorePart(bf16* p, Vec a, int64_t n) { _mm256_mask_storeu_epi16(p, PartMask(n), ToBf16(a.v)); }
 
@@ -257,6 +266,8 @@ PEAK_INLINE void Store(float* p, Vec a) { vst1q_f32(p, a.v); }
 PEAK_INLINE void Store(bf16* p, Vec a) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(RoundToUpper(a.v), 16));
 }
+PEAK_INLINE void Stream(float* p, Vec a) { Store(p, a); }  // aarch64 has no such hint for one register
+PEAK_INLINE void EndStream() {}
 template <class T>
 PEAK_INLINE Vec LoadPart(const T* p, int64_t n) {
   T part[4] = {};
@@ -316,6 +327,17 @@ template <class T>
 PEAK_INLINE void Store(T* p, Vec a, int64_t n) {
   n >= kLanes ? Store(p, a) : StorePart(p, a, n);
 }
+
+#ifndef PEAK_HAS_QUADS
+#define PEAK_HAS_QUADS (PEAK_ISA == PEAK_AVX512BF16)
+#endif
+#if PEAK_HAS_QUADS
+struct Quads { __m512i v; };
+struct Ints { __m512i v; };
+PEAK_INLINE Ints ZeroInts() { return {_mm512_setzero_si512()}; }
+PEAK_INLINE Quads LoadQuads(const void* p) { return {_mm512_loadu_si512(p)}; }
+PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) { return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)}; }
+#endif
 
 #if PEAK_ISA == PEAK_AVX512BF16
 PEAK_INLINE Vec DotPairs(Vec acc, Pairs a, Pairs b) {

@@ -114,6 +114,10 @@ def _cpu_info() -> dict[str, str]:
     return {"name": info.get("model name") or platform.processor() or platform.machine(), "features": features}
 
 
+def _cpu_has_bfloat16() -> bool:
+    return "bf16" in describe("cpu").arch  # avx512_bf16, amx_bf16, bf16
+
+
 def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -304,7 +308,7 @@ def _mm_works(device: torch.device) -> dict[tuple[str, str], Work]:
     n = MM_SIZE[device.type]
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     if device.type == "cpu":  # without the instruction torch's bfloat16 GEMM is no measure of anything, and slow
-        dtypes = [torch.float32, *[torch.bfloat16] * ("bf16" in describe(device).arch)]
+        dtypes = [torch.float32, torch.bfloat16] if _cpu_has_bfloat16() else [torch.float32]
     works = {}
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -334,12 +338,12 @@ def _loop_works(threads: int) -> dict[tuple[str, str], Work]:
     works, seconds = {}, stopwatch("cpu")
     for name, loop in LOOPS.items():
         some = 100_000
-        done = peak_loop(loop, threads, some)
-        if done == 0:  # the machine has no such instruction
+        done = peak_loop(loop, some, threads)
+        if done == 0 or (name == "bfloat16" and not _cpu_has_bfloat16()):  # computed in float32 there
             continue
-        once_s = min(seconds(functools.partial(peak_loop, loop, threads, some)) for _ in range(3))
+        once_s = min(seconds(functools.partial(peak_loop, loop, some, threads)) for _ in range(3))
         iterations = max(1, round(some * WINDOW_S / once_s))
-        works[name, "loop"] = functools.partial(peak_loop, loop, threads, iterations), done / some * iterations
+        works[name, "loop"] = functools.partial(peak_loop, loop, iterations, threads), done / some * iterations
     return works
 
 

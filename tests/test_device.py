@@ -174,3 +174,28 @@ def test_measured_without_the_extension(monkeypatch):
     monkeypatch.setattr(device, "peak_loop", None)
     peaks = device._measure.__wrapped__(torch.device("cpu"), torch.get_num_threads())
     assert "no C++ extension" in peaks.source and 1e9 < peaks.flops["float32"] < 1e14
+
+
+needs_extension = pytest.mark.skipif(device.peak_loop is None, reason="no C++ extension")
+
+
+@needs_extension
+@pytest.mark.parametrize("loop", device.LOOPS.values(), ids=device.LOOPS.keys())
+def test_loop_counts_every_thread_and_iteration(loop):
+    once = device.peak_loop(loop, 1, 1)
+    # A multiply-add is 2 operations on 12 chains of 1 to 16 lanes of 1, 2 or 4 products.
+    assert once in {2 * 12 * lanes * 2**loop for lanes in (1, 4, 8, 16)} or (once == 0 and loop == device.LOOPS["int8"])
+    assert device.peak_loop(loop, 1000, 3) == 3000 * once
+
+
+@needs_extension
+@pytest.mark.parametrize("units", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_copy_is_a_copy(units, threads):
+    """Each thread's share, whole: nothing left out, nothing past the end."""
+    n = units * 64
+    source = torch.arange(n + 64, dtype=torch.float32)
+    target = torch.full((n + 64,), -1.0)
+    device.peak_copy(target.data_ptr(), source.data_ptr(), 4 * n, threads)
+    assert torch.equal(target[:n], source[:n]) and bool((target[n:] == -1).all())
+    device.peak_read(source.data_ptr(), 4 * n, threads)
