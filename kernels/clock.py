@@ -260,12 +260,14 @@ def _calls(fn: Callable[[], Any], warmup: int, seconds: Callable[..., float]) ->
     """Warm fn up and return how many calls make a timing of MIN_TIMING_S."""
     for _ in range(warmup):
         fn()
-    one_s = seconds(fn)
-    if one_s >= MIN_TIMING_S:
-        return 1
-    # One call is mostly the stopwatch's own cost for a fast fn: estimate again over some calls.
-    some = max(1, min(100, int(MIN_TIMING_S / max(one_s, 1e-9))))
-    return max(1, math.ceil(MIN_TIMING_S / max(seconds(fn, some), 1e-9)))
+    calls = 1
+    # The quickest of three, because the first calls may still be cold; one look is enough far above the limit.
+    while (seen_s := seconds(fn, calls) * calls) < 10 * MIN_TIMING_S:
+        seen_s = min(seen_s, *(seconds(fn, calls) * calls for _ in range(2)))
+        if seen_s >= MIN_TIMING_S:
+            break
+        calls = max(calls + 1, min(10 * calls, math.ceil(calls * MIN_TIMING_S / max(seen_s, 1e-9))))
+    return calls
 
 
 def _over(start: float, budget_s: float | None, done: int) -> bool:

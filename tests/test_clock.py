@@ -101,6 +101,14 @@ def test_interleave_repeats_what_is_fast(machine):
     assert timing.median_s == pytest.approx(3e-6)
 
 
+def test_interleave_is_not_misled_by_a_cold_start(machine):
+    def cold(call):
+        machine.now_s += 1e-3 if call <= 3 else 0
+
+    timing = clock.interleave({"a": machine.contender("a", 2e-5, cold)}, rounds=5)["a"]
+    assert timing.calls * 2e-5 >= clock.MIN_TIMING_S
+
+
 def test_interleave_drops_a_disturbed_round_for_every_contender(machine):
     def foreign_in_round_3(call):
         if call == 2 + 3:  # after the warm-up and the first look
