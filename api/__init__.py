@@ -1,5 +1,8 @@
 """peakgpt: GPT models at the speed of their hardware."""
 
+from peakgpt import nn
+from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.model import GPT
 from peakgpt.kernels.attention import attention
 from peakgpt.kernels.dispatch import use_backend
 from peakgpt.kernels.doctor import doctor
@@ -7,5 +10,16 @@ from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.mlp import mlp
 
-__all__ = ["add_layernorm", "attention", "doctor", "layernorm", "linear_cross_entropy", "mlp", "use_backend"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "add_layernorm",
+    "attention",
+    "doctor",
+    "layernorm",
+    "linear_cross_entropy",
+    "mlp",
+    "nn",
+    "use_backend",
+]
 __version__ = "0.1.0"

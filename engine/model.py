@@ -1,0 +1,114 @@
+"""GPT: token and position embedding, L pre-norm blocks, a final norm, the embedding again as the head.
+
+    x = wte[ids] + wpe      per block: x += attn(ln_1(x)), x += mlp(ln_2(x))      logits = ln_f(x) wte^T
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. Parameters have the names
+of transformers' GPT-2, weights the Linear layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peakgpt.engine.cache import KVCache
+from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.layers import Block, Conv1DLoading, LayerNorm
+from peakgpt.engine.presets import preset
+from peakgpt.kernels.embedding import embedding
+from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
+
+INIT_STD = 0.02  # GPT-2's initializer_range
+
+
+class GPT(Conv1DLoading):
+    """A GPT language model on fused ops."""
+
+    def __init__(self, config: GPTConfig):
+        """Build with GPT-2's random initialisation, drawn from torch's generator."""
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias),
+            }
+        )
+        self._initialise()
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> GPT:
+        """Build a known model with random weights.
+
+        Args:
+            name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or "gpt2-tiny".
+            changes: GPTConfig fields that replace the preset's.
+        Raises:
+            ValueError: an unknown name or field, or sizes that do not fit each other.
+        """
+        return cls(preset(name, **changes))
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Normal weights of deviation 0.02; what ends a branch is scaled by 1 / sqrt(2 L), section 2.3 of the paper."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                parameter.normal_(0.0, INIT_STD * (2 * self.config.n_layer) ** -0.5)
+            elif parameter.dim() >= 2:
+                parameter.normal_(0.0, INIT_STD)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    def features(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Compute what the head reads.
+
+        Args:
+            ids: (B, T) int64 or int32.
+            cache: the tokens before ids; it is extended by ids, and nothing is dropped out.
+        Returns:
+            (B, T, C), after the final norm.
+        Raises:
+            ValueError: ids of a wrong shape or dtype, out of range, or longer than block_size.
+        """
+        start = 0 if cache is None else cache.length
+        if ids.dim() != 2 or start + ids.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"GPT: ids have shape {tuple(ids.shape)} after {start} tokens, "
+                f"expected (B, T) with at most block_size {self.config.block_size} tokens in all"
+            )
+        t = self.transformer
+        x = embedding(ids, t.wte.weight, t.wpe.weight, start=start)  # (B, T, C)
+        if self.training and self.config.dropout and cache is None:
+            x = F.dropout(x, self.config.dropout)
+        h = t.h[0].ln_1(x)
+        next_norms = [*(block.ln_1 for block in t.h[1:]), t.ln_f]
+        for layer, (block, next_norm) in enumerate(zip(t.h, next_norms, strict=True)):
+            x, h = block(x, h, next_norm, cache, layer)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return h
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Compute logits, or the mean loss where targets are given.
+
+        Args:
+            ids: (B, T) int64 or int32.
+            targets: (B, T) the token that follows each one, already shifted; -100 does not count.
+        Returns:
+            (B, T, V) logits, or a float32 scalar.
+        Raises:
+            ValueError: ids or targets of a wrong shape or dtype, out of range, or longer than block_size.
+        """
+        h = self.features(ids)
+        if targets is None:
+            return self.head(h)
+        return linear_cross_entropy(h, self.transformer.wte.weight, targets)
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits (..., V) of features (..., C), by the tied embedding."""
+        return F.linear(h, self.transformer.wte.weight)
