@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import types
 
 import pytest
 import torch
@@ -199,3 +200,38 @@ def test_copy_is_a_copy(units, threads):
     device.peak_copy(target.data_ptr(), source.data_ptr(), 4 * n, threads)
     assert torch.equal(target[:n], source[:n]) and bool((target[n:] == -1).all())
     device.peak_read(source.data_ptr(), 4 * n, threads)
+
+
+def test_float32_precision_is_given_back():
+    before, seen = torch.backends.cuda.matmul.fp32_precision, []
+
+    def look():
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        device._with_precision("tf32", look)
+    assert seen == ["tf32"] and torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_nvidia_smi_is_asked_by_uuid_and_may_not_answer(monkeypatch):
+    """Its indices are not torch's under CUDA_VISIBLE_DEVICES."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return types.SimpleNamespace(stdout="1980 MHz, 700.00 W\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(uuid="12ab"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(device.subprocess, "run", run)
+    gpu = torch.device("cuda", 1)
+    assert device._nvidia_smi(gpu, "clocks.sm", "power.limit") == {"clocks.sm": "1980 MHz", "power.limit": "700.00 W"}
+    assert asked[0][:3] == ["nvidia-smi", "-i", "GPU-12ab"]
+
+    def missing(command, **_):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(device.subprocess, "run", missing)
+    assert device._nvidia_smi(gpu, "clocks.sm") == {}
+    assert device.gpu_clocks("cpu") == {}
