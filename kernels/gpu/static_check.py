@@ -1,0 +1,233 @@
+"""The static check: compile every kernel and tile row for GPUs that are not there, and read the machine code.
+
+Triton compiles without a device, and its wheel carries NVIDIA's disassembler, so registers, spills, shared memory and
+matrix instructions are known before a kernel first runs. `peakgpt aot` prints them; a row fails where it spills, asks
+for more than the chip has, stores nothing (ptxas turns an impossible kernel into a bare trap), or holds no matrix
+instruction of its chip where one is expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from peakgpt.kernels import gpu
+from peakgpt.kernels.gpu.launch import AotCase
+
+WORKERS = 2
+
+
+class Target(NamedTuple):
+    """A chip: the class of its tile rows, shared memory a block can have, and its matrix instruction.
+
+    Limits: CUDA C++ Programming Guide, technical specifications per compute capability; AMD CDNA 3 ISA, LDS size.
+    """
+
+    arch: str
+    shared_bytes: int
+    matrix: str
+
+
+TARGETS = {
+    "sm_80": Target("sm_80", 163 * 1024, r"\bHMMA\b"),
+    "sm_90": Target("sm_90", 227 * 1024, r"\bHGMMA\b"),
+    "sm_100": Target("sm_100", 227 * 1024, r"\bUTC\w*MMA\b"),
+    "gfx942": Target("gfx942", 64 * 1024, r"\bv_mfma_"),
+    "sm_86": Target("sm_86", 99 * 1024, r"\bHMMA\b"),
+    "sm_120": Target("sm_86", 99 * 1024, r"\bHMMA\b"),
+}
+DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TENSOR_MEMORY_COLUMNS = 512  # sm_100
+_STORE = r"\b(STG|ST\.E|UTMASTG|UTMAREDG|RED|REDG|ATOMG?|(global|buffer|flat)_(store|atomic)\w*)\b"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one compiled case uses. `failure` is None where it passes."""
+
+    op: str
+    kernel: str
+    case: str
+    target: str
+    warps: int
+    stages: int
+    registers: int = 0
+    spills: int = 0
+    shared_bytes: int = 0
+    shared_limit_bytes: int = 0
+    matrix_instructions: int = 0
+    failure: str | None = None
+
+
+def check_case(op: str, case: AotCase, target: str) -> Row:
+    """Compile one case for one target and judge its machine code.
+
+    Args:
+        op: name for the report.
+        case: what to compile; its kernel must come from a process without TRITON_INTERPRET.
+        target: a key of TARGETS.
+    """
+    chip = TARGETS[target]
+    row = {"op": op, "kernel": case.kernel.__name__, "case": case.label, "target": target,
+           "warps": case.tile.warps, "stages": case.tile.stages, "shared_limit_bytes": chip.shared_bytes}  # fmt: skip
+    try:
+        compiled = _compile(case, target)
+    except Exception as error:  # the compiler raises many kinds; the row carries the words
+        return Row(**row, failure=f"does not compile: {(str(error).strip() or repr(error)).splitlines()[0]}")
+    code, registers, spills = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    found = Row(**row, registers=registers, spills=spills, shared_bytes=compiled.metadata.shared,
+                matrix_instructions=len(re.findall(chip.matrix, code)))  # fmt: skip
+    failures = {
+        f"spills: {spills} instructions": spills > 0,
+        f"shared memory: {found.shared_bytes} bytes, the chip has {chip.shared_bytes}": (
+            found.shared_bytes > chip.shared_bytes
+        ),
+        f"tensor memory: {tensor_memory} columns, the chip has {TENSOR_MEMORY_COLUMNS}": (
+            tensor_memory > TENSOR_MEMORY_COLUMNS
+        ),
+        "stores nothing: the body is a trap": not re.search(_STORE, code),
+        f"no matrix instruction ({chip.matrix})": case.matmul and not found.matrix_instructions,
+    }
+    failure = "; ".join(reason for reason, failed in failures.items() if failed)
+    return Row(**{**asdict(found), "failure": failure or None})
+
+
+def _compile(case: AotCase, target: str):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    given = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
+    if set(names) != set(given) or set(case.signature) & set(case.constexprs):
+        raise ValueError(f"{case.kernel.__name__} {case.label}: got {sorted(given)}, expected {sorted(names)}")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if given[n][0] in "*i" and given[n] != "i1"}
+    source = ASTSource(case.kernel, {n: given[n] for n in names}, constexprs=dict(case.constexprs), attrs=aligned)
+    chip = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    return triton.compile(source, target=chip, options={"num_warps": case.tile.warps, "num_stages": case.tile.stages})
+
+
+def _nvidia(compiled) -> tuple[str, int, int]:
+    """(disassembly, registers a thread, instructions that touch local memory)."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code = _read(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        usage = _read(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return code, int(re.search(r"REG:(\d+)", usage)[1]), spills or int(stack > 0)
+
+
+def _amd(compiled) -> tuple[str, int, int]:
+    code = compiled.asm["amdgcn"]
+    figure = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s*(\d+)", code)}
+    return code, figure["vgpr_count"], figure["vgpr_spill_count"]
+
+
+def _read(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# ---- all cases, in worker processes ----
+
+
+def ops() -> tuple[str, ...]:
+    """Names of the files in this folder that hold kernels; nothing is imported."""
+    helpers = {"launch", "static_check"}
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(gpu.__path__) if m.name not in helpers))
+
+
+def check(targets: Sequence[str], names: Sequence[str]) -> Iterator[Row]:
+    """Compile every case of the ops for the targets, two at a time; rows come in order.
+
+    Works wherever it is called from: the kernels are imported in fresh processes without TRITON_INTERPRET.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_worker) as pool:
+        counts = pool.map(_count, [(op, t) for op in names for t in targets])
+        jobs = [(op, t, i) for (op, t, count) in counts for i in range(count)]
+        yield from pool.map(_job, jobs)
+
+
+def _worker() -> None:
+    # Under the interpreter triton.jit makes something that can not be compiled; read when a kernel is decorated.
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _cases(op: str, target: str) -> list[AotCase]:
+    return list(importlib.import_module(f"{gpu.__name__}.{op}").aot_cases(TARGETS[target].arch))
+
+
+def _count(job: tuple[str, str]) -> tuple[str, str, int]:
+    return *job, len(_cases(*job))
+
+
+def _job(job: tuple[str, str, int]) -> Row:
+    op, target, index = job
+    return check_case(op, _cases(op, target)[index], target)
+
+
+# ---- command line ----
+
+_LINE = (
+    "{op:21} {kernel:29} {case:24} {target:6} {warps:>5} {stages:>6} "
+    "{registers:>4} {spills:>6} {shared:>10} {matrix:>6}  {verdict}"
+)
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    shared = f"{row.shared_bytes / 1024:.0f}/{row.shared_limit_bytes // 1024} KB"
+    verdict = f"FAIL {row.failure}" if row.failure else "ok"
+    return _LINE.format(**asdict(row), shared=shared, matrix=row.matrix_instructions, verdict=verdict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `peakgpt aot`."""
+    parser.add_argument("--target", action="append", choices=TARGETS, help=f"default: {', '.join(DEFAULT_TARGETS)}")
+    parser.add_argument("--op", action="append", choices=ops(), help="default: all")
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; returns 1 where a row fails, else 0."""
+    rows = []
+    if not args.json:
+        titles = {name: name for name in Row.__dataclass_fields__}
+        print(_LINE.format(**{**titles, "registers": "regs"}, shared="shared", matrix="matrix", verdict="verdict"))
+    for row in check(args.target or DEFAULT_TARGETS, args.op or ops()):
+        rows.append(row)
+        if not args.json:
+            print(line(row), flush=True)
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    failed = sum(row.failure is not None for row in rows)
+    print(f"{len(rows)} rows, {failed} failed", file=sys.stderr)
+    return int(failed > 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The check as a program of its own: `python -m peakgpt.kernels.gpu.static_check`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
