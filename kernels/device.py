@@ -310,8 +310,9 @@ def _mm_works(device: torch.device) -> dict[tuple[str, str], Work]:
     if device.type == "cpu":  # without the instruction torch's bfloat16 GEMM is no measure of anything, and slow
         dtypes = [torch.float32, torch.bfloat16] if _cpu_has_bfloat16() else [torch.float32]
     works = {}
+    generator = torch.Generator(device).manual_seed(0)  # of its own: measuring must not move the caller's random state
     for dtype in dtypes:
-        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=generator) for _ in range(2))
         mm = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
         works[str(dtype).removeprefix("torch."), "mm"] = mm, 2.0 * n**3
         if device.type == "cuda" and dtype == torch.float32:
