@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from peakgpt.kernels.gpu import static_check
 
 add_arguments, run = static_check.add_arguments, static_check.run

@@ -1,0 +1,48 @@
+"""Greedy decoding with a cache beside plain PyTorch, from the same weights, in the same run."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor
+
+from peakgpt.bench.eager_gpt import EagerGPT
+from peakgpt.engine.model import GPT
+from peakgpt.kernels.clock import Result, interleave
+from peakgpt.kernels.device import peak_for
+
+
+def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, budget_s: float = 20.0) -> list[Result]:
+    """Time `count` greedy tokens after a prompt, ours and eager's.
+
+    Args:
+        model: in the dtype to decode in.
+        ids: (1, T) prompt.
+        count: tokens to add.
+    Returns:
+        Results whose bytes are the weights and cache read once a token.
+    """
+    weight = next(model.parameters())
+    eager = EagerGPT(model.config).to(weight.device, weight.dtype)
+    eager.load_state_dict(copy.deepcopy(model.state_dict()))
+    count = min(count, model.config.block_size - ids.shape[1])
+    was, _ = model.training, model.eval()
+    contenders = {
+        "peakgpt": lambda: model.generate(ids, max_new_tokens=count, temperature=0.0),
+        "eager": lambda: eager.generate(ids, count),
+    }
+    timings = interleave(contenders, rounds=rounds, warmup=1, device=weight.device, budget_s=budget_s)
+    model.train(was)
+    c, peak = model.config, peak_for(weight.device, weight.dtype)
+    weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+    cached = 2 * c.n_layer * c.n_kv_head * c.head_dim * (ids.shape[1] + count / 2)
+    return [
+        Result.of(
+            timing, bench="decode", contender=name, backend="auto" if name == "peakgpt" else "torch",
+            device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."),
+            case={"prompt": ids.shape[1], "tokens": count, "batch": ids.shape[0]},
+            bytes=count * (weights + cached) * weight.element_size(), peak_bytes_s=peak.bandwidth_bytes_s,
+            peak_source=peak.source,
+        )
+        for name, timing in timings.items()
+    ]  # fmt: skip

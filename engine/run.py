@@ -1,0 +1,46 @@
+"""A run's folder: checkpoint, metrics, report, and nothing of another run's."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class RunFolder:
+    """`metrics.jsonl` grows a line at a time; `checkpoint/`, `tokens/`, `results.json` and `report.html` lie beside."""
+
+    def __init__(self, path: Path | str):
+        """Make the folder.
+
+        Raises:
+            ValueError: it holds files already, or can not be written.
+        """
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()):
+                raise ValueError(f"run folder {self.path}: got one with files in it, expected a new or empty one")
+            self.metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  open for the run
+        except OSError as error:
+            raise ValueError(f"run folder {self.path}: {error.strerror}, expected a folder to write into") from None
+        self.start = time.time()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    def log(self, **row: Any) -> None:
+        """Append one line to metrics.jsonl; it is on disk when this returns, so Ctrl-C loses nothing."""
+        self.metrics.write(json.dumps({"elapsed_s": round(time.time() - self.start, 3), **row}) + "\n")
+        self.metrics.flush()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Everything logged so far."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def default_folder(name: str) -> Path:
+    """runs/<name>-<date>-<time>, below the current folder."""
+    return Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
