@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 
 from torch import Tensor
@@ -10,6 +11,22 @@ from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.engine.model import GPT
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import peak_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
+    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens (default 32)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to add (default 64)")
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
+
+
+def run(args: argparse.Namespace, device: torch.device) -> list[Result]:
+    results = []
+    for dtype in args.dtype or ("float32", "bfloat16"):
+        model = GPT.from_preset(args.model).to(device, getattr(torch, dtype)).eval()
+        ids = torch.randint(model.config.vocab_size, (1, args.prompt), device=device)
+        results += compare_decoding(model, ids, count=args.tokens)
+    return results
 
 
 def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, budget_s: float = 20.0) -> list[Result]:

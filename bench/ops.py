@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,18 @@ from peakgpt.kernels.dispatch import OPS, Op, use_backend
 COLD_BYTES = 1 << 26  # inputs rotate through this much, so that none is found in a cache by luck
 MAX_SETS = 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative L2; only a wrong kernel is outside of it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", action="append", choices=sorted(catalogue.__all__), help="repeatable; default all")
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for each dtype (default 120)")
+
+
+def run(args: argparse.Namespace, device: torch.device) -> list[Result]:
+    sizes = {name: {} for name in args.op} if args.op else None
+    dtypes = [getattr(torch, d) for d in args.dtype or ("float32", "bfloat16")]
+    return [r for dtype in dtypes for r in compare_ops(sizes, device, dtype, budget_s=args.seconds)]
 
 
 def compare_ops(

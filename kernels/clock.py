@@ -81,29 +81,30 @@ class Ticks:
     total: int
     busy: int  # every process, ours included
     stolen: int  # taken by the hypervisor
-    own: int  # this process and the children it has waited for
+    own: int  # this process, the children it has waited for, and its workers
 
 
-def parse_ticks(stat: str, self_stat: str, cpus: set[int]) -> Ticks:
-    """Read the counters out of the text of /proc/stat and /proc/self/stat.
+def parse_ticks(stat: str, own_stats: Sequence[str], cpus: set[int]) -> Ticks:
+    """Read the counters out of the text of /proc/stat and of /proc/PID/stat of each process that is ours.
 
     Args:
         stat: lines "cpuN user nice system idle iowait irq softirq steal ..." (user includes guest).
-        self_stat: "pid (name) state ...", utime, stime, cutime, cstime as fields 14 to 17; name may hold spaces.
+        own_stats: "pid (name) state ...", utime, stime, cutime, cstime as fields 14 to 17; name may hold spaces.
         cpus: numbers of the CPUs to count.
     """
     names = {f"cpu{n}" for n in cpus}
     rows = [list(map(int, f[1:9])) for f in map(str.split, stat.splitlines()) if f and f[0] in names]
     user, nice, system, idle, iowait, irq, softirq, stolen = map(sum, zip(*rows, strict=True))
     busy = user + nice + system + irq + softirq
-    own = sum(map(int, self_stat.rpartition(")")[2].split()[11:15]))
+    own = sum(int(ticks) for own in own_stats for ticks in own.rpartition(")")[2].split()[11:15])
     return Ticks(total=busy + idle + iowait + stolen, busy=busy, stolen=stolen, own=own)
 
 
-def read_ticks() -> Ticks | None:
-    """Read the counters now; None where the system has no /proc/stat."""
+def read_ticks(workers: Sequence[int] = ()) -> Ticks | None:
+    """Read the counters now, the processes `workers` counted as ours; None where the system has no /proc/stat."""
     try:
-        return parse_ticks(Path("/proc/stat").read_text(), Path("/proc/self/stat").read_text(), os.sched_getaffinity(0))
+        own = [Path(f"/proc/{pid}/stat").read_text() for pid in ("self", *workers)]
+        return parse_ticks(Path("/proc/stat").read_text(), own, os.sched_getaffinity(0))
     except (OSError, AttributeError):  # not Linux
         return None
 
@@ -111,7 +112,7 @@ def read_ticks() -> Ticks | None:
 def disturbance(before: Ticks | None, after: Ticks | None) -> float:
     """Return the share of our CPUs' time that others took between two readings, 0..1; 0 when it can not be known.
 
-    A child that is still running counts as foreign: the kernel adds its time to ours when it ends.
+    A child that is still running and no worker counts as foreign: the kernel adds its time to ours when it ends.
     """
     if before is None or after is None or after.total <= before.total:
         return 0.0
@@ -211,6 +212,7 @@ def interleave(
     warmup: int = 1,
     device: torch.device | str | None = None,
     budget_s: float | None = None,
+    workers: Sequence[int] = (),
 ) -> dict[str, Timing]:
     """Time contenders round-robin; the order rotates by one each round.
 
@@ -219,6 +221,7 @@ def interleave(
         rounds: timings per contender before any is dropped.
         warmup: untimed calls of each contender first.
         device: "cpu" (default) or a CUDA device.
+        workers: process ids of running children that do the contenders' work.
         budget_s: start no new round after this many seconds, warm-up included, but run at least three.
     Returns:
         name -> Timing. On Linux CPUs, rounds with more than 10 % foreign CPU or steal time are dropped for all
@@ -233,7 +236,7 @@ def interleave(
             f"rounds={rounds}, warmup={warmup}"
         )
     seconds = stopwatch(device)
-    watch = read_ticks if torch.device(device or "cpu").type == "cpu" else lambda: None
+    watch = (lambda: read_ticks(workers)) if torch.device(device or "cpu").type == "cpu" else lambda: None
     start = time.perf_counter()
     calls = {name: _calls(fn, warmup, seconds) for name, fn in contenders.items()}
 

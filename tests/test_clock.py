@@ -48,7 +48,7 @@ def machine(monkeypatch):
 
 
 def test_parse_ticks_sums_the_cpus_we_may_use():
-    ticks = clock.parse_ticks(STAT, SELF, {0, 1})
+    ticks = clock.parse_ticks(STAT, [SELF], {0, 1})
     assert ticks == Ticks(total=645 + 879, busy=133 + 265, stolen=15, own=11 + 22 + 33 + 44)
 
 

@@ -1,0 +1,45 @@
+"""peakgpt bench: measurements beside PyTorch, contenders interleaved in one run, results as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from peakgpt.bench.report import notes, tables
+from peakgpt.kernels.clock import environment, write_results
+
+# Each is a module of peakgpt.bench with add_arguments(parser) and run(args, device) -> results.
+BENCHES = {
+    "ops": "every op, forward and backward",
+    "train": "a training step of GPT-2",
+    "decode": "greedy decoding with a cache",
+    "device": "all that a machine with a GPU should be asked, in one go",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="{" + ",".join(BENCHES) + "}")
+    for name, text in BENCHES.items():
+        bench = benches.add_parser(name, help=text, description=text)
+        bench.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
+        bench.add_argument("--out", type=Path, help="folder for the JSON (default: bench/results below this folder)")
+        bench.add_argument("--commit", help="the tree's commit, where it came without its history")
+        importlib.import_module(f"peakgpt.bench.{name}").add_arguments(bench)
+
+
+def run(args: argparse.Namespace) -> int:
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    out = args.out or Path("bench", "results")
+    out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
+    results = importlib.import_module(f"peakgpt.bench.{args.bench}").run(args, device)
+    env = environment(device, commit=args.commit)
+    path = out / f"{args.bench}-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    write_results(path, results, env)
+    console = Console()
+    console.print(*tables(results), *notes(results), f"written: {path}", sep="\n")
+    return 0
