@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 
+import torch
 from torch import Tensor
 
 from peakgpt.bench.eager_gpt import EagerGPT

@@ -29,7 +29,7 @@ class FakeMachine:
         monkeypatch.setattr(clock.time, "perf_counter", lambda: self.now_s)
         monkeypatch.setattr(clock, "read_ticks", self.ticks)
 
-    def ticks(self):
+    def ticks(self, workers=()):
         own = self.now_s * 100  # one of the two CPUs is ours throughout
         return Ticks(*(round(n) for n in (2 * own, own + self.foreign, self.stolen, own)))
 
