@@ -13,6 +13,10 @@
 #include <type_traits>
 #include <utility>
 
+#include "activation.h"
+#include "adamw.h"
+#include "cross_entropy.h"
+#include "embedding.h"
 #include "isa.h"
 #include "layernorm.h"
 #include "memory.h"
@@ -98,4 +102,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_loop", &peak::PeakLoop, py::call_guard<py::gil_scoped_release>());
   Define(m, "peak_read", peak::PeakRead);
   Define(m, "peak_copy", peak::PeakCopy);
+  Define(m, "activation_forward", peak::ActivationForward);
+  Define(m, "activation_backward", peak::ActivationBackward);
+  Define(m, "cross_entropy_forward", peak::CrossEntropyForward);
+  Define(m, "cross_entropy_backward", peak::CrossEntropyBackward);
+  Define(m, "adamw", peak::Adamw);
+  Define(m, "embedding_forward", peak::EmbeddingForward);
+  Define(m, "embedding_backward", peak::EmbeddingBackward);
 }

@@ -132,17 +132,6 @@ void BackwardRows(const LayernormBackwardArgs& args, const float* w, float* dw, 
   }
 }
 
-// out[i] = sum over parts of partial[part][i], parts in order.
-template <class T>
-void AddParts(const float* partial, int64_t parts, int64_t stride, int64_t width, void* out) {
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const int64_t n = width - i;
-    Vec sum = Set(0.0f);
-    for (int64_t part = 0; part < parts; ++part) sum = sum + Load(partial + part * stride + i, n);
-    Store(static_cast<T*>(out) + i, sum, n);
-  }
-}
-
 template <class T>
 void Widen(const void* in, int64_t width, float* out) {
   for (int64_t i = 0; i < width; i += kLanes) Store(out + i, Load(static_cast<const T*>(in) + i, width - i), width - i);
@@ -159,9 +148,6 @@ std::vector<float> ToFloats(const void* in, DType dtype, int64_t width) {
   PEAK_PICK_DTYPE(dtype, Widen)(in, width, out.data());
   return out;
 }
-
-// A count that does not follow the thread count, so neither do dw and db.
-constexpr int64_t kParts = 32;
 
 }  // namespace
 
@@ -182,8 +168,8 @@ void LayernormBackward(const LayernormBackwardArgs& args, int threads) {
     rows(args, w.data(), dw, dw + width, begin, end);
   });
   const auto add = PEAK_PICK_DTYPE(args.w_dtype, AddParts);
-  if (args.dw != nullptr) add(partial.data(), kParts, 2 * width, width, args.dw);
-  if (args.db != nullptr) add(partial.data() + width, kParts, 2 * width, width, args.db);
+  if (args.dw != nullptr) add(partial.data(), 2 * width, width, args.dw);
+  if (args.db != nullptr) add(partial.data() + width, 2 * width, width, args.db);
 }
 
 }  // namespace peak

@@ -7,6 +7,9 @@
 
 namespace peak {
 
+// Partial sums of a two-stage reduction: a count that does not follow the thread count, so neither do the sums.
+constexpr int64_t kParts = 32;
+
 // Calls f(part, begin, end) for `parts` contiguous pieces of [0, n), on up to `threads` threads.
 template <class F>
 void ParallelParts(int64_t n, int64_t parts, int threads, const F& f) {

@@ -399,3 +399,13 @@ PEAK_INLINE Vec Erf(Vec a) {
   near = Fma(near, s, Set(1.28379166e-1f));
   return Select(Greater(t, Set(0.927734375f)), far, Fma(near, a, a));
 }
+
+// out[i] = sum over kParts of partial[part][i], in order: the second stage of a reduction over rows.
+template <class T>
+void AddParts(const float* partial, int64_t stride, int64_t width, void* out) {
+  for (int64_t i = 0; i < width; i += kLanes) {
+    Vec sum = Set(0.0f);
+    for (int64_t part = 0; part < kParts; ++part) sum = sum + Load(partial + part * stride + i, width - i);
+    Store(static_cast<T*>(out) + i, sum, width - i);
+  }
+}

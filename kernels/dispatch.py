@@ -291,7 +291,7 @@ def _register(op: Op):
         *values, forced, needs = rest
         params = dict(zip(op.param_names, values, strict=True))
         found = choose(forced, inputs, params).backward(grads, inputs, outputs, saved, needs, **params)
-        return [_laid_out_like(t, g) for t, g, need in zip(inputs, found, needs, strict=True) if need]
+        return _distinct([_laid_out_like(t, g) for t, g, need in zip(inputs, found, needs, strict=True) if need])
 
     def fake_backward(grads, inputs, outputs, saved, *rest):
         return [torch.empty_like(t) for t, need in zip(inputs, rest[-1], strict=True) if need]
@@ -378,6 +378,11 @@ def _laid_out_like(tensor: Tensor, grad: Tensor) -> Tensor:
     if grad.stride() == promised.stride():
         return grad
     return grad.new_empty_strided(promised.shape, promised.stride()).copy_(grad)
+
+
+def _distinct(grads: list[Tensor]) -> list[Tensor]:
+    """A library op may not return one tensor twice, as a sum's gradient would be."""
+    return [g.clone() if any(g is before for before in grads[:i]) else g for i, g in enumerate(grads)]
 
 
 def _autocast(tensors: Sequence[Tensor | None], policy: str | None) -> Sequence[Tensor | None]:

@@ -44,12 +44,12 @@ def _sample(rows: int = 1024, width: int = 768, vocab: int = 50304, **like):
 
 
 def _alloc(x, w, target, *, needs, ignore_index, reduction):
-    """Kept: lse (float32, one a token) for "none"; for scalars the wanted ones of dx and dw, at dloss = 1."""
+    """Kept: lse (float32, one a token) for "none"; for scalars dx and dw at dloss = 1, empty where not wanted."""
     if reduction == "none":
         loss = x.new_empty(target.shape, dtype=torch.float32)
         return (loss,), (torch.empty_like(loss),) if any(needs) else ()
-    wanted = tuple(torch.empty_like(t) for t, need in zip((x, w), needs, strict=False) if need)
-    return (x.new_empty((), dtype=torch.float32),), wanted
+    gradients = (torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((x, w), needs, strict=False))
+    return (x.new_empty((), dtype=torch.float32),), tuple(gradients) if any(needs) else ()
 
 
 @op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w", "target"), autocast="lower")

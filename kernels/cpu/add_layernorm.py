@@ -20,5 +20,4 @@ def backward(grads, inputs, outputs, saved, needs, *, eps):
     need_x, need_residual, *need_parameters = needs
     needs = (need_x or need_residual, *need_parameters)
     dx, dw, db = layernorm.gradients(dy, dsum, outputs[0], inputs[2], saved, needs)
-    # One gradient for both; the clone keeps the two leaves' .grad apart under in-place accumulation.
-    return dx, dx.clone() if need_x and need_residual else dx, dw, db
+    return dx if need_x else None, dx if need_residual else None, dw, db

@@ -1,0 +1,39 @@
+// Softmax cross-entropy over a block of logits, turned into its gradient in place; math in
+// kernels/linear_cross_entropy.py.
+#ifndef PEAK_CROSS_ENTROPY_H_
+#define PEAK_CROSS_ENTROPY_H_
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace peak {
+
+struct CrossEntropyForwardArgs {
+  DType dtype;
+  int64_t rows, vocab;
+  void* logits;           // (rows, vocab) contiguous
+  const int64_t* target;  // (rows)
+  int64_t ignore_index;
+  float* loss;           // (rows), 0 where ignored
+  float* lse;            // (rows), 0 where ignored
+  bool with_gradient;    // then logits become the gradient of scale * sum(loss)
+  float scale;
+};
+
+struct CrossEntropyBackwardArgs {
+  DType dtype;
+  int64_t rows, vocab;
+  void* logits;  // (rows, vocab), becomes the gradient
+  const int64_t* target;
+  int64_t ignore_index;
+  const float* lse;    // (rows), from forward
+  const float* dloss;  // (rows)
+};
+
+void CrossEntropyForward(const CrossEntropyForwardArgs& args, int threads);
+void CrossEntropyBackward(const CrossEntropyBackwardArgs& args, int threads);
+
+}  // namespace peak
+
+#endif  // PEAK_CROSS_ENTROPY_H_

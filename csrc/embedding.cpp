@@ -1,0 +1,94 @@
+#include "embedding.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#define PEAK_THIS_FILE "embedding.cpp"
+#include "foreach_isa.h"
+
+#ifdef PEAK_ISA
+
+template <class T>
+void GatherRows(const EmbeddingForwardArgs& args, int64_t begin, int64_t end) {
+  const int64_t width = args.width;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* token = static_cast<const T*>(args.wte) + args.ids[row] * args.wte_stride;
+    T* out = static_cast<T*>(args.out) + row * width;
+    if (args.wpe == nullptr) {
+      std::memcpy(out, token, width * sizeof(T));
+      continue;
+    }
+    const T* position = static_cast<const T*>(args.wpe) + row % args.tokens * args.wpe_stride;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t n = width - i;
+      Store(out + i, Load(token + i, n) + Load(position + i, n), n);
+    }
+  }
+}
+
+// out = sum of the rows of dy named by `rows`, in their order, in float32.
+template <class T>
+void SumRows(const void* dy_data, const int64_t* rows, int64_t count, int64_t width, void* out) {
+  const T* dy = static_cast<const T*>(dy_data);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    Vec sum = Set(0.0f);
+    for (int64_t k = 0; k < count; ++k) sum = sum + Load(dy + rows[k] * width + i, width - i);
+    Store(static_cast<T*>(out) + i, sum, width - i);
+  }
+}
+
+#else
+
+namespace peak {
+namespace {
+
+void ScatterTokens(const EmbeddingBackwardArgs& args, int threads) {
+  // Rows by id, and within an id by place: each id has one owner, who adds in a fixed order.
+  std::vector<int64_t> rows(args.batch * args.tokens);
+  std::iota(rows.begin(), rows.end(), 0);
+  std::stable_sort(rows.begin(), rows.end(), [&](int64_t a, int64_t b) { return args.ids[a] < args.ids[b]; });
+  std::vector<int64_t> starts;
+  for (size_t k = 0; k < rows.size(); ++k) {
+    if (k == 0 || args.ids[rows[k]] != args.ids[rows[k - 1]]) starts.push_back(k);
+  }
+  starts.push_back(rows.size());
+  const auto sum = PEAK_PICK_DTYPE(args.dtype, SumRows);
+  const int64_t row_bytes = args.width * SizeOf(args.dtype);
+  ParallelParts(starts.size() - 1, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t first = starts[k];
+      sum(args.dy, &rows[first], starts[k + 1] - first, args.width,
+          static_cast<char*>(args.dwte) + args.ids[rows[first]] * row_bytes);
+    }
+  });
+}
+
+void SumPositions(const EmbeddingBackwardArgs& args, int threads) {
+  const auto sum = PEAK_PICK_DTYPE(args.dtype, SumRows);
+  const int64_t row_bytes = args.width * SizeOf(args.dtype);
+  ParallelParts(args.tokens, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<int64_t> rows(args.batch);
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t b = 0; b < args.batch; ++b) rows[b] = b * args.tokens + t;
+      sum(args.dy, rows.data(), args.batch, args.width, static_cast<char*>(args.dwpe) + t * row_bytes);
+    }
+  });
+}
+
+}  // namespace
+
+void EmbeddingForward(const EmbeddingForwardArgs& args, int threads) {
+  const auto rows = PEAK_PICK_DTYPE(args.dtype, GatherRows);
+  ParallelParts(args.batch * args.tokens, threads, threads,
+                [&](int64_t, int64_t begin, int64_t end) { rows(args, begin, end); });
+}
+
+void EmbeddingBackward(const EmbeddingBackwardArgs& args, int threads) {
+  if (args.dwte != nullptr) ScatterTokens(args, threads);
+  if (args.dwpe != nullptr) SumPositions(args, threads);
+}
+
+}  // namespace peak
+
+#endif  // PEAK_ISA

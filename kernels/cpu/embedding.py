@@ -1,0 +1,35 @@
+"""Embedding on the CPU: csrc/embedding.cpp; backward sorts the ids, so that each row has one owner."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, threads
+
+
+def objection(ids: Tensor, wte: Tensor, *_, **__) -> str | None:
+    return dtype_objection(wte)
+
+
+def forward(outputs, saved, ids, wte, wpe, *, start):
+    ids, wte = ids.long().contiguous(), rows(wte)
+    wpe = None if wpe is None else rows(wpe)[start : start + ids.shape[1]]
+    _C.embedding_forward(
+        DTYPES[wte.dtype], *ids.shape, wte.shape[1], address(ids), address(wte), wte.stride(0),
+        address(wpe), 0 if wpe is None else wpe.stride(0), address(outputs[0]), threads(),
+    )  # fmt: skip
+
+
+def backward(grads, inputs, outputs, saved, needs, *, start):
+    ids, wte, wpe = inputs
+    ids, dy = ids.long().contiguous(), grads[0].contiguous()
+    _, need_wte, need_wpe = needs
+    dwte = torch.zeros(wte.shape, dtype=wte.dtype) if need_wte else None
+    dwpe = torch.zeros(wpe.shape, dtype=wpe.dtype) if need_wpe else None
+    positions = None if dwpe is None else dwpe[start : start + ids.shape[1]]
+    _C.embedding_backward(
+        DTYPES[dy.dtype], *ids.shape, wte.shape[1], address(ids), address(dy),
+        address(dwte), address(positions), threads(),
+    )  # fmt: skip
+    return None, dwte, dwpe
