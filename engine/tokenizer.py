@@ -1,0 +1,189 @@
+"""Byte-level byte-pair encoding, GPT-2 style, by the `tokenizers` library.
+
+Every byte has a printable stand-in character, text is cut by GPT-2's regular expression, and the most frequent
+neighbouring pairs are merged inside the pieces; any text can be encoded, and decodes to itself.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2; Sennrich, Haddow,
+Birch 2015, "Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257  # every byte, and the end of text
+PIECE_CHARS = 1 << 16  # long enough to hide the per-call cost, short enough to share one file among the cores
+BATCH_PIECES = 64  # pieces encoded per library call; bounds the memory held by their encodings
+# GPT-2's expression never matches across "x\ny" with x and y not blank, so the halves encode as the whole does.
+_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Stand-in character -> byte: printable latin-1 stands for itself, the others move up from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
+
+
+BYTE_ALPHABET = _byte_alphabet()
+
+
+class Tokenizer:
+    """Text to token ids and back; `end_id` is the id that ends a text, `vocab_size` counts it too."""
+
+    def __init__(self, library: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT):
+        end_id = library.token_to_id(end_of_text)
+        if end_id is None:
+            raise ValueError(f"tokenizer: got a vocabulary without {end_of_text!r}, expected it as the end of text")
+        self.library, self.end_of_text, self.end_id = library, end_of_text, end_id
+        library.no_truncation()
+        library.no_padding()
+        before = library.pre_tokenizer
+        self._may_cut = isinstance(before, pre_tokenizers.ByteLevel) and not before.add_prefix_space
+
+    @property
+    def vocab_size(self) -> int:
+        return self.library.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text as it stands; an end-of-text mark written out in it becomes that token."""
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Encode many texts on all cores, each followed by the end of text.
+
+        Args:
+            texts: whole documents; long ones are cut where that changes no token.
+        Returns:
+            An iterator of int64 arrays in order, whose concatenation is the token stream.
+        """
+        pieces, ends = [], []
+        for text in texts:
+            cut = list(_pieces(text)) if self._may_cut else [text]
+            pieces += cut
+            ends += [False] * (len(cut) - 1) + [True]
+            if len(pieces) >= BATCH_PIECES:
+                yield self._encode_pieces(pieces, ends)
+                pieces, ends = [], []
+        if pieces:
+            yield self._encode_pieces(pieces, ends)
+
+    def _encode_pieces(self, pieces: list[str], ends: list[bool]) -> np.ndarray:
+        ids: list[int] = []
+        for encoding, end in zip(self.library.encode_batch_fast(pieces, add_special_tokens=False), ends, strict=True):
+            ids += encoding.ids
+            if end:
+                ids.append(self.end_id)
+        return np.array(ids, dtype=np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode ids, the end of text written out; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes that one id stands for.
+
+        Raises:
+            ValueError: the id is outside the vocabulary.
+        """
+        name = self.library.id_to_token(int(token)) if token >= 0 else None
+        if name is None:
+            raise ValueError(f"token id: got {int(token)}, expected 0 to {self.vocab_size - 1}")
+        stand_ins = [BYTE_ALPHABET.get(char) for char in name]
+        return name.encode() if None in stand_ins else bytes(stand_ins)
+
+    def save(self, folder: Path | str) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers loads from a checkpoint folder."""
+        config = {
+            "tokenizer_class": "GPT2TokenizerFast",
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.end_of_text),
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+        }
+        self.library.save(str(Path(folder, "tokenizer.json")))
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Tokenizer":
+        """Read a byte-level tokenizer.json from a folder, and its end of text from tokenizer_config.json if there.
+
+        Raises:
+            ValueError: a file is missing, damaged, or the decoder is not byte-level.
+        """
+        path = Path(folder, "tokenizer.json")
+        try:
+            library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises plain Exception for every kind of damage
+            raise ValueError(f"tokenizer {path}: got {error}, expected a file saved by tokenizers") from None
+        if not isinstance(library.decoder, decoders.ByteLevel):
+            raise ValueError(f"tokenizer {path}: got decoder {library.decoder}, expected a byte-level one")
+        return cls(library, _end_of_text(Path(folder, "tokenizer_config.json")))
+
+
+class StreamDecoder:
+    """Decode ids one at a time, holding back the bytes of a character that is not complete yet.
+
+    What `feed` and `finish` return adds up to `Tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        """Take one id and return the text it completes, maybe none."""
+        return self._utf8.decode(self.tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        """Return what is left: U+FFFD for a character cut off in the middle."""
+        return self._utf8.decode(b"", final=True)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
+    """Learn merges from the training texts.
+
+    Args:
+        texts: documents of the training split only.
+        vocab_size: bytes, end of text and merges together; little text may give fewer.
+    Raises:
+        ValueError: vocab_size below 257.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size: got {vocab_size}, expected at least {MIN_VOCAB_SIZE} (256 bytes, end of text)")
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(BYTE_ALPHABET),
+        show_progress=False,
+    )
+    library.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    return Tokenizer(library)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        cut = _CUT.search(text, start + PIECE_CHARS) if len(text) - start > PIECE_CHARS else None
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _end_of_text(path: Path) -> str:
+    if not path.exists():
+        return END_OF_TEXT
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token") or END_OF_TEXT
+        return token if isinstance(token, str) else token["content"]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"tokenizer {path}: got {error!r}, expected JSON with an eos_token") from None
