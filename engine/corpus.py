@@ -107,7 +107,9 @@ def _walk(root: Path, skipped: set[str]) -> list[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
         found += [
-            Path(folder, name) for name in names if name.endswith(TEXT_SUFFIXES) and not name.startswith(SKIPPED_PREFIXES)
+            Path(folder, name)
+            for name in names
+            if name.endswith(TEXT_SUFFIXES) and not name.startswith(SKIPPED_PREFIXES)
         ]
     return found
 
@@ -133,7 +135,10 @@ def _split_files(documents: list[Document]) -> tuple[list[Document], list[Docume
     total = sum(document.size_bytes for document in documents)
     chosen, held = set(), 0
     for document in sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest()):
-        if document.size_bytes <= MAX_VALIDATION_FILE * total and held + document.size_bytes <= VALIDATION_SHARE * total:
+        if (
+            document.size_bytes <= MAX_VALIDATION_FILE * total
+            and held + document.size_bytes <= VALIDATION_SHARE * total
+        ):
             chosen.add(document.name)
             held += document.size_bytes
     if not chosen:  # few files, each a large part of the whole

@@ -31,6 +31,7 @@ from peakgpt.engine.tokenizer import Tokenizer
 
 FORMAT = "peakgpt.tokens.1"
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: few files, and one buffer of it fits anywhere
+SHARD_SUFFIX = r"-\d{5,}-[0-9a-f]{12}\.bin"  # number and digest, after the stream's name
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # little-endian on disk, whatever the machine
 
 
@@ -68,7 +69,6 @@ def write_shards(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    old = set(folder.glob(f"{name}-*.bin"))
     shards = []
     try:
         for block in _regroup(token_iter, vocab_size, DTYPES[dtype], shard_tokens):
@@ -88,12 +88,20 @@ def write_shards(
             "shards": shards,
         }
         _write(folder / f"{name}.json", json.dumps(index, indent=2).encode())
-    except BaseException:  # Ctrl-C too
-        for path in set(folder.glob(f"{name}-*.bin")) - old:
+    finally:
+        _sweep(folder, name)
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Delete the shards that the index does not list: the old ones after success, the new ones after a failure."""
+    try:
+        listed = {shard["file"] for shard in _read_index(folder / f"{name}.json")["shards"]}
+    except ValueError:
+        listed = set()
+    for path in folder.iterdir():
+        ours = re.fullmatch(rf"\.?{name}{SHARD_SUFFIX}(\.tmp)?", path.name)
+        if ours and path.name not in listed:
             path.unlink()
-        raise
-    for path in old - {folder / shard["file"] for shard in shards}:
-        path.unlink()
 
 
 def _regroup(
@@ -179,7 +187,7 @@ class TokenShards:
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill out (any integer dtype, one-dimensional) with the tokens from position start on."""
-        assert 0 <= start and start + len(out) <= len(self)
+        assert start >= 0 and start + len(out) <= len(self)
         shard = bisect_right(self.starts, start) - 1
         filled = 0
         while filled < len(out):
@@ -216,7 +224,7 @@ def _index_fault(index: dict) -> str | None:
     for shard in shards:
         row = shard if isinstance(shard, dict) else {}
         # A plain file name: an index can not point outside its folder.
-        if not re.fullmatch(r"\w+-\d{5,}-[0-9a-f]{12}\.bin", str(row.get("file"))):
+        if not re.fullmatch(rf"\w+{SHARD_SUFFIX}", str(row.get("file"))):
             return f"shard {shard!r}"
         if type(row.get("tokens")) is not int or row["tokens"] < 1 or not isinstance(row.get("sha256"), str):
             return f"shard {shard!r}"
@@ -243,7 +251,8 @@ def _map_shard(path: Path, shard: dict, dtype: np.dtype, check: bool) -> np.ndar
 class Batches:
     """An endless iterator of (ids, targets), int64 tensors (B, T), targets shifted by one already.
 
-    `epoch` and `index` (batches taken in this epoch) are the position. The windows left over when an epoch does not divide by B are skipped, other ones in every epoch.
+    `epoch` and `index` (batches taken in this epoch) are the position. The windows left over
+    when an epoch does not divide by B are skipped, other ones in every epoch.
 
     Args:
         shards: the stream.

@@ -11,6 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -64,24 +65,14 @@ class Tokenizer:
         Returns:
             An iterator of int64 arrays in order, whose concatenation is the token stream.
         """
-        pieces, ends = [], []
-        for text in texts:
-            cut = list(_pieces(text)) if self._may_cut else [text]
-            pieces += cut
-            ends += [False] * (len(cut) - 1) + [True]
-            if len(pieces) >= BATCH_PIECES:
-                yield self._encode_pieces(pieces, ends)
-                pieces, ends = [], []
-        if pieces:
-            yield self._encode_pieces(pieces, ends)
-
-    def _encode_pieces(self, pieces: list[str], ends: list[bool]) -> np.ndarray:
-        ids: list[int] = []
-        for encoding, end in zip(self.library.encode_batch_fast(pieces, add_special_tokens=False), ends, strict=True):
-            ids += encoding.ids
-            if end:
-                ids.append(self.end_id)
-        return np.array(ids, dtype=np.int64)
+        cut = _pieces if self._may_cut else (lambda text: [(text, True)])
+        pieces = (piece for text in texts for piece in cut(text))
+        while batch := list(islice(pieces, BATCH_PIECES)):
+            encodings = self.library.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+            ids: list[int] = []
+            for encoding, (_, last) in zip(encodings, batch, strict=True):
+                ids += [*encoding.ids, self.end_id] if last else encoding.ids
+            yield np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids, the end of text written out; bytes that are not UTF-8 become U+FFFD."""
@@ -93,7 +84,7 @@ class Tokenizer:
         Raises:
             ValueError: the id is outside the vocabulary.
         """
-        name = self.library.id_to_token(int(token)) if token >= 0 else None
+        name = self.library.id_to_token(int(token)) if 0 <= token < 1 << 32 else None
         if name is None:
             raise ValueError(f"token id: got {int(token)}, expected 0 to {self.vocab_size - 1}")
         stand_ins = [BYTE_ALPHABET.get(char) for char in name]
@@ -166,17 +157,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
         initial_alphabet=sorted(BYTE_ALPHABET),
         show_progress=False,
     )
-    library.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    library.train_from_iterator((piece for text in texts for piece, _ in _pieces(text)), trainer)
     return Tokenizer(library)
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield (piece, whether it is the text's last); an empty text is one empty piece."""
     start = 0
-    while start < len(text):
-        cut = _CUT.search(text, start + PIECE_CHARS) if len(text) - start > PIECE_CHARS else None
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
+    while cut := _CUT.search(text, start + PIECE_CHARS):
+        yield text[start : cut.start()], False
+        start = cut.start()
+    yield text[start:], True
 
 
 def _end_of_text(path: Path) -> str:

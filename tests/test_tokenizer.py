@@ -13,8 +13,16 @@ from peakgpt.engine import tokenizer as module
 from peakgpt.engine.corpus import load_corpus
 from peakgpt.engine.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, train_tokenizer
 
-TRICKY = ["", " ", "\n\n  \t\r\n", "naïve Straße 日本語 🎉👩‍👩‍👧", "\0\x1f\x7f\x80\xad\u2028\ufeff", f"a{END_OF_TEXT}b", "x\n" * 9]
-EDGES = ["a", "Z", "0", " ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85", "\u3000", "é", "日", "🎉", ".", "'s", "_", "\0", END_OF_TEXT]
+TRICKY = [
+    "",
+    " ",
+    "\n\n  \t\r\n",
+    "naïve Straße 日本語 🎉👩‍👧",
+    "\0\x1f\x7f\x80\xad\u2028\ufeff",
+    f"a{END_OF_TEXT}b",
+    "x\n" * 9,
+]
+EDGES = [*"aZ0.é日🎉_ \n\t\0\x1c\x85\u3000", "  ", "\r\n", "'s", END_OF_TEXT]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +94,7 @@ def test_stream_is_prompt():
 def test_documents_equal_whole_texts(tokenizer, texts, monkeypatch):
     """Cutting long documents for the cores changes no token; pieces of 3 characters meet every kind of border."""
     rng = random.Random(3)
-    many = [random_text(rng, rng.randrange(300)) for _ in range(200)] + [texts[5][:4000], "", "".join(texts)[:200_000]]
+    many = [random_text(rng, rng.randrange(300)) for _ in range(200)] + ["", "".join(texts)[:200_000], ""]
     expected = [token for text in many for token in [*tokenizer.encode(text), tokenizer.end_id]]
     for size in (3, module.PIECE_CHARS):
         monkeypatch.setattr(module, "PIECE_CHARS", size)
