@@ -22,8 +22,8 @@ END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 PIECE_CHARS = 1 << 16  # long enough to hide the per-call cost, short enough to share one file among the cores
 BATCH_PIECES = 64  # pieces encoded per library call; bounds the memory held by their encodings
-# GPT-2's expression never matches across "x\ny" with x and y not blank, so the halves encode as the whole does.
-_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+# No match of GPT-2's expression goes from a visible character on to a blank, so the parts encode as the whole does.
+_CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 def _byte_alphabet() -> dict[str, int]:
