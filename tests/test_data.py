@@ -96,8 +96,14 @@ def test_digest_sees_names_and_contents(tmp_path):
             (tmp_path / f"{name}.txt").write_text(text)
         return load_corpus([tmp_path]).digest
 
-    digests = [digest(a="x", b="yz"), digest(a="xy", b="z"), digest(a="x", c="yz"), digest(a="x", b="yz", c="w")]
-    assert len(set(digests)) == 4
+    digests = [
+        digest(a="x", b="yz"),
+        digest(a="xy", b="z"),
+        digest(a="x", c="yz"),
+        digest(a="x", b="yz", c="w"),
+        digest(a="xb.txtyz"),
+    ]
+    assert len(set(digests)) == 5
     assert digest(a="x", b="yz") == digests[0]
 
 
