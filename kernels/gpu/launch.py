@@ -53,6 +53,22 @@ class AotCase:
     matmul: bool = False
 
 
+def case(
+    kernel: Any,
+    label: str,
+    tile: Tile,
+    dtype: str,
+    constexprs: Mapping[str, Any],
+    *,
+    matmul: bool = False,
+    **types: str,
+) -> AotCase:
+    """An AotCase whose signature follows from the names: *_ptr is "*dtype", others "i32", unless `types` says more."""
+    rest = [name for name in kernel.arg_names if name not in constexprs]
+    signature = {n: types.get(n) or (f"*{dtype}" if n.endswith("_ptr") else "i32") for n in rest}
+    return AotCase(kernel=kernel, label=label, tile=tile, signature=signature, constexprs=constexprs, matmul=matmul)
+
+
 @functools.cache
 def _class(index: int) -> str | None:
     if torch.version.hip:
@@ -74,6 +90,22 @@ def objection(x: Tensor) -> str | None:
     if arch(x) is None:
         return f"needs sm_80 or newer, got {torch.cuda.get_device_name(x.device)}"
     return None
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors of x's device; interpreted: 1, so that small tests walk the persistent loops."""
+    return _processors(x.device.index) if x.is_cuda else 1
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as (R, C) with unit stride along C; a copy only where the strides do not allow a view."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager:

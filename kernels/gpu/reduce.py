@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
 # Unmeasured on hardware. 32 columns of float32 are one 128-byte line.
@@ -57,6 +58,5 @@ def partials(x: Tensor, groups: int, programs: int, width: int) -> Tensor:
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """The static check's cases."""
-    signature = {"partial_ptr": "*fp32", "first_ptr": "*bf16", "second_ptr": "*bf16", "P": "i32", "C": "i32"}
-    yield AotCase(kernel=column_sum, label="bf16", signature=signature, tile=ROW,
-                  constexprs={"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C})  # fmt: skip
+    constexprs = {"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C}
+    yield launch.case(column_sum, "bf16", ROW, "bf16", constexprs, partial_ptr="*fp32")

@@ -1,0 +1,262 @@
+"""LayerNorm in Triton: a row stays in registers between its statistics and its output.
+
+Backward: each program walks rows pid, pid + P, ... , writes dx, and keeps its own sums of dy * z and dy in float32;
+a second kernel adds the P partial sums in a fixed order, so dw and db are the same from run to run. Rows too wide to
+hold both sums in registers take them in a kernel of their own. add_layernorm runs the same kernels with a residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu.launch import AotCase, Tile
+from peakgpt.kernels.gpu.reduce import partials, sum_partials
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormTile(Tile):
+    BLOCK_R: int  # rows a program holds at once
+
+
+# By the widest row served (the next power of two of C), for every class: memory-bound kernels follow the width.
+# Unmeasured on hardware: 8 to 32 elements a thread forward, compiled without spills.
+FORWARD = {
+    512: NormTile(BLOCK_R=8, warps=4),
+    2048: NormTile(BLOCK_R=2, warps=4),
+    8192: NormTile(BLOCK_R=1, warps=8),
+    16384: NormTile(BLOCK_R=1, warps=16),
+}
+BACKWARD = {
+    512: NormTile(BLOCK_R=4, warps=4),
+    1024: NormTile(BLOCK_R=1, warps=4),
+    4096: NormTile(BLOCK_R=1, warps=8),
+    16384: NormTile(BLOCK_R=1, warps=16),
+}
+FUSED_WIDTH = 4096  # wider: five float32 rows (x, dy, w, both sums) outgrow the registers
+PROGRAMS_PER_PROCESSOR = 4  # of the persistent kernels
+
+# Sums of a wide row's dw and db: 64 columns of 2 bytes are one 128-byte line.
+WIDE = NormTile(BLOCK_R=32, warps=4)
+WIDE_BLOCK_C = 64
+
+
+@triton.jit
+def layernorm_fwd(
+    x_ptr,
+    residual_ptr,
+    w_ptr,
+    b_ptr,
+    sum_ptr,
+    y_ptr,
+    mu_ptr,
+    r_ptr,
+    stride_x_r,
+    stride_residual_r,
+    R,
+    eps,
+    C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    col = tl.arange(0, BLOCK_C)
+    live_c = col < C
+    live = (row < R)[:, None] & live_c[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride_x_r + col[None, :], mask=live, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row[:, None] * stride_residual_r + col[None, :], mask=live, other=0.0)
+        x += residual.to(tl.float32)
+        total = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row[:, None] * C + col[None, :], total, mask=live)
+        x = total.to(tl.float32)
+    mu = tl.sum(x, 1) / C
+    x -= mu[:, None]
+    centred = x if C == BLOCK_C else tl.where(live_c[None, :], x, 0.0)
+    r = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+    y = x * r[:, None] * tl.load(w_ptr + col, mask=live_c, other=0.0).to(tl.float32)[None, :]
+    if b_ptr is not None:
+        y += tl.load(b_ptr + col, mask=live_c, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + row[:, None] * C + col[None, :], y.to(y_ptr.dtype.element_ty), mask=live)
+    tl.store(mu_ptr + row, mu, mask=row < R)
+    tl.store(r_ptr + row, r, mask=row < R)
+
+
+@triton.jit
+def layernorm_bwd(
+    dy_ptr,
+    dsum_ptr,
+    x_ptr,
+    w_ptr,
+    mu_ptr,
+    r_ptr,
+    dx_ptr,
+    partial_ptr,
+    stride_dy_r,
+    stride_dsum_r,
+    stride_x_r,
+    R,
+    C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    col = tl.arange(0, BLOCK_C)
+    live_c = col < C
+    w = tl.load(w_ptr + col, mask=live_c, other=0.0).to(tl.float32)
+    if partial_ptr is not None:
+        dw = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        db = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for block in range(pid, tl.cdiv(R, BLOCK_R), programs):
+        row = tl.cast(block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        live = (row < R)[:, None] & live_c[None, :]
+        mu = tl.load(mu_ptr + row, mask=row < R, other=0.0)
+        r = tl.load(r_ptr + row, mask=row < R, other=0.0)
+        x = tl.load(x_ptr + row[:, None] * stride_x_r + col[None, :], mask=live, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row[:, None] * stride_dy_r + col[None, :], mask=live, other=0.0).to(tl.float32)
+        z = (x - mu[:, None]) * r[:, None]
+        g = dy * w[None, :]  # zero past the row, which keeps z there out of every sum
+        dx = r[:, None] * (g - (tl.sum(g, 1) / C)[:, None] - z * (tl.sum(g * z, 1) / C)[:, None])
+        if dsum_ptr is not None:
+            dx += tl.load(dsum_ptr + row[:, None] * stride_dsum_r + col[None, :], mask=live, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row[:, None] * C + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=live)
+        if partial_ptr is not None:
+            dw += dy * z
+            db += dy
+    if partial_ptr is not None:
+        at = partial_ptr + pid.to(tl.int64) * C + col
+        tl.store(at, tl.sum(dw, 0), mask=live_c)
+        tl.store(at + programs.to(tl.int64) * C, tl.sum(db, 0), mask=live_c)
+
+
+@triton.jit
+def layernorm_bwd_dwdb(
+    dy_ptr,
+    x_ptr,
+    mu_ptr,
+    r_ptr,
+    partial_ptr,
+    stride_dy_r,
+    stride_x_r,
+    R,
+    C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid, programs = tl.program_id(1), tl.num_programs(1)
+    live_c = col < C
+    dw = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    db = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for block in range(pid, tl.cdiv(R, BLOCK_R), programs):
+        row = tl.cast(block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        live = (row < R)[:, None] & live_c[None, :]
+        mu = tl.load(mu_ptr + row, mask=row < R, other=0.0)
+        r = tl.load(r_ptr + row, mask=row < R, other=0.0)
+        x = tl.load(x_ptr + row[:, None] * stride_x_r + col[None, :], mask=live, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row[:, None] * stride_dy_r + col[None, :], mask=live, other=0.0).to(tl.float32)
+        dw += dy * (x - mu[:, None]) * r[:, None]
+        db += dy
+    at = partial_ptr + pid.to(tl.int64) * C + col
+    tl.store(at, tl.sum(dw, 0), mask=live_c)
+    tl.store(at + programs.to(tl.int64) * C, tl.sum(db, 0), mask=live_c)
+
+
+def objection(x: Tensor, w: Tensor, b: Tensor | None, **_) -> str | None:
+    if not 0 < x.shape[-1] <= max(FORWARD):
+        return f"takes rows of 1 to {max(FORWARD)}, got {x.shape[-1]}"
+    if b is not None and b.dtype != w.dtype:
+        return f"takes w and b of one dtype, got {w.dtype} and {b.dtype}"
+    return launch.objection(x)
+
+
+def forward(outputs, saved, x, w, b, *, eps):
+    normalise(x, None, w, b, None, outputs[0], saved, eps)
+
+
+def backward(grads, inputs, outputs, saved, needs, *, eps):
+    x, w, _ = inputs
+    return gradients(grads[0], None, x, w, saved, needs)
+
+
+def normalise(x, residual, w, b, total, normed, saved, eps) -> None:
+    """Fill normed and saved = (mu, r), and total = x + residual where there is a residual."""
+    x, residual = launch.rows(x), residual if residual is None else launch.rows(residual)
+    (count, width), block, tile = x.shape, triton.next_power_of_2(x.shape[1]), _row(FORWARD, x)
+    with launch.on(x):
+        layernorm_fwd[(triton.cdiv(count, tile.BLOCK_R),)](
+            x_ptr=x, residual_ptr=residual, w_ptr=w.contiguous(), b_ptr=b if b is None else b.contiguous(),
+            sum_ptr=total, y_ptr=normed, mu_ptr=saved[0], r_ptr=saved[1],
+            stride_x_r=x.stride(0), stride_residual_r=0 if residual is None else residual.stride(0),
+            R=count, eps=eps, C=width, BLOCK_R=tile.BLOCK_R, BLOCK_C=block,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def gradients(dy, dsum, x, w, saved, needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, dw, db), the last two None where not needed; dy reached normed, dsum (or None) the sum."""
+    shape, x, dy = x.shape, launch.rows(x), launch.rows(dy)
+    dsum = None if dsum is None else launch.rows(dsum)
+    (count, width), block, tile = x.shape, triton.next_power_of_2(x.shape[1]), _row(BACKWARD, x)
+    dx = torch.empty(shape, dtype=x.dtype, device=x.device)
+    dw, db = torch.empty_like(w), torch.empty_like(w)
+    summed, fused = any(needs[1:]), width <= FUSED_WIDTH
+    programs = min(triton.cdiv(count, tile.BLOCK_R), PROGRAMS_PER_PROCESSOR * launch.processors(x))
+    partial = partials(x, 2, programs, width) if summed and fused else None
+    with launch.on(x):
+        layernorm_bwd[(programs,)](
+            dy_ptr=dy, dsum_ptr=dsum, x_ptr=x, w_ptr=w.contiguous(), mu_ptr=saved[0], r_ptr=saved[1], dx_ptr=dx,
+            partial_ptr=partial, stride_dy_r=dy.stride(0), stride_dsum_r=0 if dsum is None else dsum.stride(0),
+            stride_x_r=x.stride(0), R=count, C=width, BLOCK_R=tile.BLOCK_R, BLOCK_C=block,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if summed:
+            sum_partials(_wide_partials(dy, x, saved) if partial is None else partial, dw, db)
+    return dx, dw if needs[1] else None, db if needs[2] else None
+
+
+def _wide_partials(dy, x, saved) -> Tensor:
+    (count, width), columns = x.shape, triton.cdiv(x.shape[1], WIDE_BLOCK_C)
+    most = triton.cdiv(PROGRAMS_PER_PROCESSOR * launch.processors(x), columns)
+    programs = min(triton.cdiv(count, WIDE.BLOCK_R), most)
+    partial = partials(x, 2, programs, width)
+    layernorm_bwd_dwdb[(columns, programs)](
+        dy_ptr=dy, x_ptr=x, mu_ptr=saved[0], r_ptr=saved[1], partial_ptr=partial,
+        stride_dy_r=dy.stride(0), stride_x_r=x.stride(0), R=count, C=width,
+        BLOCK_R=WIDE.BLOCK_R, BLOCK_C=WIDE_BLOCK_C, num_warps=WIDE.warps, num_stages=WIDE.stages,
+    )  # fmt: skip
+    return partial
+
+
+def _row(table: dict[int, NormTile], x: Tensor) -> NormTile:
+    return next(tile for width, tile in table.items() if x.shape[1] <= width)
+
+
+def cases(added: bool) -> Iterator[AotCase]:
+    """Both kernels at every row's widest C, with or without the residual; the last one with a masked tail."""
+    types = {"mu_ptr": "*fp32", "r_ptr": "*fp32", "partial_ptr": "*fp32", "eps": "fp32"}
+    for kernel, table, extra in (
+        (layernorm_fwd, FORWARD, ("residual_ptr", "sum_ptr", "stride_residual_r")),
+        (layernorm_bwd, BACKWARD, ("dsum_ptr", "stride_dsum_r")),
+    ):
+        for block, tile in table.items():
+            width = block if block < max(table) else block - 128
+            absent = () if added else extra
+            if kernel is layernorm_bwd and width > FUSED_WIDTH:
+                absent += ("partial_ptr",)
+            constexprs = {**dict.fromkeys(absent), "C": width, "BLOCK_R": tile.BLOCK_R, "BLOCK_C": block}
+            yield launch.case(kernel, f"bf16 C={width}", tile, "bf16", constexprs, **types)
+
+
+def aot_cases(arch: str) -> Iterator[AotCase]:
+    """The static check's cases."""
+    yield from cases(added=False)
+    wide = {"C": 8192, "BLOCK_R": WIDE.BLOCK_R, "BLOCK_C": WIDE_BLOCK_C}
+    w32 = {"mu_ptr": "*fp32", "r_ptr": "*fp32", "partial_ptr": "*fp32"}
+    yield launch.case(layernorm_bwd_dwdb, "bf16 C=8192", WIDE, "bf16", wide, **w32)
