@@ -138,7 +138,7 @@ class Op:
     def explain(self, *args, **kwargs) -> dict[str, str | None]:
         """Each backend's objection to this call in the order of PRIORITY; None where it would take it."""
         tensors, params = self._bind(args, kwargs)
-        return {name: self._objection(name, tensors, params) for name in PRIORITY}
+        return {name: self._objection(name, tensors, params, _forced) for name in PRIORITY}
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
         values = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
@@ -161,25 +161,25 @@ class Op:
             results = self._library_op(*ordered, _forced or "", list(_needs(cast)))
         return None if self.mutates else self._result(results[: len(self.outputs)])
 
-    def _objection(self, backend: str, tensors, params) -> str | None:
+    def _objection(self, backend: str, tensors, params, forced: str | None) -> str | None:
         if backend == "eager":
             return None
         module = load(backend, self.name)
         if isinstance(module, str):
             return module
         kind = _kind(tensors)
-        if kind != HOME[backend] and not (_forced == backend == "gpu" and kind == "cpu" and interpreted()):
+        if kind != HOME[backend] and not (forced == backend == "gpu" and kind == "cpu" and interpreted()):
             return f"takes {HOME[backend]} tensors, got {kind}"
         return module.objection(*tensors, **params)
 
     def _choose(self, forced: str | None, tensors, params):
         """The backend's module; None means eager."""
         if forced:
-            if reason := self._objection(forced, tensors, params):
+            if reason := self._objection(forced, tensors, params, forced):
                 raise NotImplementedError(f"{self.name}: backend {forced!r} is forced but objects: {reason}")
             return None if forced == "eager" else load(forced, self.name)
         for name in PRIORITY:
-            if self._objection(name, tensors, params) is None:
+            if self._objection(name, tensors, params, None) is None:
                 return None if name == "eager" else load(name, self.name)
         raise AssertionError("eager takes every call")
 
