@@ -3,6 +3,7 @@
 from peakgpt import nn
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
+from peakgpt.engine.optim import AdamW
 from peakgpt.kernels.attention import attention
 from peakgpt.kernels.dispatch import use_backend
 from peakgpt.kernels.doctor import doctor
@@ -12,6 +13,7 @@ from peakgpt.kernels.mlp import mlp
 
 __all__ = [
     "GPT",
+    "AdamW",
     "GPTConfig",
     "add_layernorm",
     "attention",

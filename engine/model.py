@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peakgpt.engine.cache import KVCache
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.layers import Block, Conv1DLoading, LayerNorm
+from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.engine.presets import preset
 from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
@@ -31,14 +32,17 @@ class GPT(Conv1DLoading):
         """Build with GPT-2's random initialisation, drawn from torch's generator."""
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias),
-            }
-        )
+        device = torch.get_default_device()
+        with torch.device("meta"):  # torch's own initialisation would be thrown away, at seconds for GPT-2
+            self.transformer = nn.ModuleDict(
+                {
+                    "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                    "wpe": nn.Embedding(config.block_size, config.n_embd),
+                    "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                    "ln_f": LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias),
+                }
+            )
+        self.to_empty(device=device)
         self._initialise()
 
     @classmethod
@@ -61,8 +65,8 @@ class GPT(Conv1DLoading):
                 parameter.normal_(0.0, INIT_STD * (2 * self.config.n_layer) ** -0.5)
             elif parameter.dim() >= 2:
                 parameter.normal_(0.0, INIT_STD)
-            elif name.endswith("bias"):
-                parameter.zero_()
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # the vectors are biases and norms' weights
 
     def features(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Compute what the head reads.
@@ -112,3 +116,22 @@ class GPT(Conv1DLoading):
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V) of features (..., C), by the tied embedding."""
         return F.linear(h, self.transformer.wte.weight)
+
+    def configure_optimizer(
+        self,
+        lr: float = 6e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        max_norm: float | None = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> AdamW:
+        """Build AdamW as GPT-3 was trained: matrices decay, biases and norms do not (arXiv:2005.14165, appendix B).
+
+        Args:
+            lr, betas, eps, weight_decay, max_norm: as in peakgpt.AdamW.
+            dtype: the model is turned into this dtype, and what it was is the optimizer's float32 master.
+        """
+        groups = decay_groups(self, weight_decay)
+        return AdamW(groups, lr, betas, eps, max_norm=max_norm, dtype=dtype)
