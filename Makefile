@@ -14,8 +14,10 @@ run: .venv/.run
 test: .venv/.test
 	.venv/bin/python -m pytest
 
-test-all: .venv/.test
+# Slow tests too, then the usual ones with the other Triton that the kernels are built for.
+test-all: .venv/.test .venv-triton36/.ready
 	.venv/bin/python -m pytest -m "slow or not slow"
+	.venv-triton36/bin/python -m pytest
 
 bench: .venv/.run
 	.venv/bin/peakgpt bench
@@ -41,6 +43,15 @@ wheel: .venv/.dev
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
-.venv/.test .venv/.dev: .venv/.%: .venv/.run
+.venv/.test .venv/.dev: .venv/.%: pyproject.toml constraints.txt | .venv/.run
 	$(PIP) --no-build-isolation -e '.[$*]'
+	touch $@
+
+# Its own Triton over .venv's packages, with their .pth files (the editable peakgpt is one).
+# numpy: the interpreter of Triton 3.6 breaks with 2.4 (range over a tensor bound).
+.venv-triton36/.ready: Makefile constraints.txt | .venv/.test
+	.venv/bin/python -m venv --clear --without-pip .venv-triton36
+	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" \
+	  >$$(echo .venv-triton36/lib/python*/site-packages)/base.pth
+	.venv-triton36/bin/python -m pip install --quiet --no-deps triton==3.6.0 'numpy<2.4'
 	touch $@

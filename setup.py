@@ -4,6 +4,7 @@ import hashlib
 import os
 import shlex
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -39,7 +40,7 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         # Own folder: the temporary one of an editable install is deleted, and each Python has its own headers.
-        folder = f"build/{self.plat_name}-{os.path.basename(self.get_ext_filename('ext'))}"
+        folder = f"build/{sysconfig.get_config_var('SOABI')}"
         os.makedirs(folder, exist_ok=True)
         sources = [*ext.sources, write_digest(folder)]
         try:
