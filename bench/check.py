@@ -1,0 +1,212 @@
+"""Is an op right? One rule, for the tests and for a machine with a GPU.
+
+    |ours - truth| <= 2 |torch's - truth| + floor * |truth|        largest values of each result
+
+`truth` is the contract's eager function in float64, `torch's` the same in the op's own dtype. It holds for every
+result, for every gradient under random upstream gradients, and for what a mutating op leaves behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peakgpt.kernels import catalogue  # noqa: F401  fills OPS
+from peakgpt.kernels.dispatch import OPS, Op, use_backend
+
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3}  # of the largest value: a few ulp, half an ulp
+
+# op, sizes of its sample, parameters; lengths and widths one either side of a block
+CASES = [
+    ("layernorm", {"rows": 5, "width": 129}, {}),
+    ("layernorm", {"rows": 1, "width": 1025}, {"eps": 1e-3}),
+    ("layernorm", {"rows": 70, "width": 8}, {}),
+    ("layernorm", {"rows": 0, "width": 16}, {}),
+    ("add_layernorm", {"rows": 5, "width": 129}, {}),
+    ("add_layernorm", {"rows": 66, "width": 64}, {}),
+    ("mlp", {"rows": 33, "width": 48, "hidden": 129}, {}),
+    ("mlp", {"rows": 5, "width": 16, "hidden": 64}, {"activation": "gelu_erf"}),
+    ("mlp", {"rows": 5, "width": 16, "hidden": 64}, {"activation": "relu"}),
+    ("mlp", {"rows": 0, "width": 16, "hidden": 64}, {}),
+    ("linear_cross_entropy", {"rows": 33, "width": 48, "vocab": 1025}, {}),
+    ("linear_cross_entropy", {"rows": 33, "width": 48, "vocab": 129}, {"reduction": "sum"}),
+    ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 129}, {"reduction": "none"}),
+    ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 64}, {"ignore_index": 3}),
+    ("embedding", {"batch": 3, "tokens": 9, "vocab": 33, "width": 65}, {}),
+    ("embedding", {"batch": 2, "tokens": 70, "vocab": 3, "width": 64}, {}),
+    ("attention", {"batch": 2, "tokens": 65, "heads": 2, "head_dim": 16}, {}),
+    ("attention", {"batch": 1, "tokens": 129, "heads": 1, "head_dim": 64}, {}),
+    ("attention", {"batch": 1, "tokens": 33, "heads": 2, "head_dim": 80}, {"causal": False}),
+    ("attention", {"batch": 1, "tokens": 5, "heads": 4, "head_dim": 16, "keys": 70, "kv_heads": 2}, {}),
+    ("attention", {"batch": 1, "tokens": 6, "heads": 2, "head_dim": 16, "keys": 5}, {}),
+    ("attention", {"batch": 2, "tokens": 1, "heads": 2, "head_dim": 32, "keys": 67, "kv_heads": 1}, {"scale": 0.3}),
+    ("attention", {"batch": 1, "tokens": 80, "heads": 2, "head_dim": 16}, {"window": 17}),
+    ("attention_qkv", {"batch": 2, "tokens": 65, "heads": 2, "head_dim": 32}, {"n_head": 2}),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 33, "heads": 4, "head_dim": 16, "kv_heads": 2},
+        {"n_head": 4, "window": 9},
+    ),
+]
+
+# Sizes of real models, for hardware that can afford their float64.
+LARGE_CASES = [
+    ("layernorm", {"rows": 4096, "width": 1600}, {}),
+    ("add_layernorm", {"rows": 4096, "width": 768}, {}),
+    ("mlp", {"rows": 1024, "width": 768, "hidden": 3072}, {}),
+    ("linear_cross_entropy", {"rows": 1024, "width": 768, "vocab": 50257}, {}),
+    ("embedding", {"batch": 4, "tokens": 256, "vocab": 50257, "width": 768}, {}),
+    ("attention", {"batch": 2, "tokens": 1025, "heads": 4, "head_dim": 64}, {}),
+    ("attention", {"batch": 1, "tokens": 1000, "heads": 2, "head_dim": 128}, {}),
+    ("attention_qkv", {"batch": 4, "tokens": 256, "heads": 12, "head_dim": 64}, {"n_head": 12}),
+    ("adamw", {"count": (1 << 20) + 1}, {"lr": 1e-2, "weight_decay": 0.1}),
+]
+
+
+def sample(
+    name: str, sizes: Mapping[str, int | None], dtype: torch.dtype, device: torch.device | str = "cpu", *,
+    grad: bool = True,
+) -> list[Tensor | None]:  # fmt: skip
+    """The tensors of a call, the same each time; floating ones are leaves that want a gradient where `grad`."""
+    torch.manual_seed(len(name) + sum(v for v in sizes.values() if v))
+    tensors = OPS[name].sample(**sizes, dtype=dtype, device=device)
+    return [leaf(t) if grad and t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """A copy that wants a gradient."""
+    return tensor.detach().clone().requires_grad_()
+
+
+def double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same tensors in float64."""
+    return [leaf(t.double()) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def run(backend: str, op: Callable[..., Any], tensors: Sequence[Tensor | None], params: Mapping[str, Any]):
+    """Outputs and the gradients of every input that wants one; upstream gradients are random but the same for all."""
+    with use_backend(backend):
+        results = op(*tensors, **params)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(7)
+    ups = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
+    return [*results, *torch.autograd.grad(results, [t for t in tensors if t is not None and t.requires_grad], ups)]
+
+
+def run_mutating(backend: str, op: Op, tensors: Sequence[Tensor | None], params: Mapping[str, Any]) -> list[Tensor]:
+    """What an op leaves in the tensors that it changes; `tensors` themselves stay as they are."""
+    copies = [None if t is None else t.detach().clone() for t in tensors]
+    with use_backend(backend):
+        op(*copies, **params)
+    named = zip(op.tensor_names, copies, strict=False)
+    return [t for name, t in named if name in op.mutates and t is not None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far one result is off float64, beside torch's own and the limit that follows; largest absolute values."""
+
+    error: float
+    torch_error: float
+    limit: float
+    finite: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.finite and self.error <= self.limit
+
+    def __str__(self) -> str:
+        finite = "" if self.finite else ", not finite"
+        return f"error {self.error:.3e}, torch's {self.torch_error:.3e}, limit {self.limit:.3e}{finite}"
+
+
+def judge(
+    ours: Sequence[Tensor], torchs: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype
+) -> list[Verdict]:
+    """Apply the rule to each result.
+
+    Raises:
+        ValueError: a shape differs from the truth's, or a dtype from torch's.
+    """
+    verdicts = []
+    for i, (a, b, t) in enumerate(zip(ours, torchs, truth, strict=True)):
+        if a.shape != t.shape or a.dtype != b.dtype:
+            raise ValueError(f"result {i}: got {tuple(a.shape)} {a.dtype}, expected {tuple(t.shape)} {b.dtype}")
+        error, allowed, largest = (
+            x.abs().max().item() if x.numel() else 0.0 for x in (a.double() - t, b.double() - t, t)
+        )
+        finite = bool(torch.isfinite(a).all() or not torch.isfinite(t).all())
+        verdicts.append(Verdict(error, allowed, 2 * allowed + FLOOR[dtype] * largest, finite))
+    return verdicts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One case of one backend; the error figures are of the result nearest to, or furthest over, its limit."""
+
+    op: str
+    case: dict[str, Any]
+    backend: str
+    device: str
+    dtype: str
+    passed: bool
+    error: float | None
+    torch_error: float | None
+    limit: float | None
+    message: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def backends(op: Op, tensors: Sequence[Tensor | None], params: Mapping[str, Any]) -> list[str]:
+    """The backends other than eager that take this call when forced."""
+    return [name for name, reason in forced_objections(op, tensors, params).items() if reason is None]
+
+
+def forced_objections(op: Op, tensors: Sequence[Tensor | None], params: Mapping[str, Any]) -> dict[str, str | None]:
+    """What each backend other than eager says against this call even when it is forced."""
+    found = {}
+    for name in op.explain(*tensors, **params):
+        if name != "eager":
+            with use_backend(name):
+                found[name] = op.explain(*tensors, **params)[name]
+    return found
+
+
+def check(
+    name: str, sizes: Mapping[str, int | None], params: Mapping[str, Any], dtype: torch.dtype,
+    device: torch.device | str,
+) -> list[Check]:  # fmt: skip
+    """Judge one case on every backend that takes it, and whether two runs give the same bits."""
+    op = OPS[name]
+    tensors = sample(name, sizes, dtype, device, grad=not op.mutates)
+    go = run_mutating if op.mutates else run
+    truth, torchs = go("eager", op, double(tensors), params), go("eager", op, tensors, params)
+    checks = []
+    for backend in backends(op, tensors, params):
+        ours = go(backend, op, tensors, params)
+        verdicts = judge(ours, torchs, truth, dtype)
+        worst = max(verdicts, key=lambda v: (not v.passed, v.error / v.limit if v.limit else 0.0))
+        faults = [f"result {i}: {v}" for i, v in enumerate(verdicts) if not v.passed]
+        if not all(torch.equal(a, b) for a, b in zip(ours, go(backend, op, tensors, params), strict=True)):
+            faults.append("a second run gave other bits")
+        checks.append(
+            Check(
+                op=name, case={**sizes, **params}, backend=backend, device=str(device),
+                dtype=str(dtype).removeprefix("torch."), passed=not faults, error=_number(worst.error),
+                torch_error=_number(worst.torch_error), limit=_number(worst.limit), message="; ".join(faults),
+            )
+        )  # fmt: skip
+    return checks
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if abs(value) < float("inf") else None
+
