@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.train import Recipe, decay_groups, schedule
+from peakgpt.engine.optim import decay_groups
+from peakgpt.engine.train import Recipe, schedule
 
 
 class Attention(nn.Module):

@@ -8,12 +8,11 @@ arXiv:2502.15938.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.optim import AdamW
+from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.device import describe
 
@@ -64,15 +63,6 @@ def schedule(recipe: Recipe, step: int, steps: int) -> float:
     """Learning rate of update number `step` (from 0) of `steps`."""
     warm = max(1, round(recipe.warmup * steps))
     return recipe.lr * min((step + 1) / warm, max(0, steps - step) / max(1, steps - warm))
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices decay, biases and norms do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 class Trainer:
