@@ -8,19 +8,26 @@ of transformers' GPT-2, weights the Linear layout.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peakgpt.engine import checkpoint
 from peakgpt.engine.cache import KVCache
 from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.generate import generate, stream
 from peakgpt.engine.layers import Block, Conv1DLoading, LayerNorm
 from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.engine.presets import preset
 from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from peakgpt.engine.tokenizer import Tokenizer
 
 INIT_STD = 0.02  # GPT-2's initializer_range
 
@@ -56,6 +63,41 @@ class GPT(Conv1DLoading):
             ValueError: an unknown name or field, or sizes that do not fit each other.
         """
         return cls(preset(name, **changes))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None
+    ) -> GPT:
+        """Load a checkpoint in the Hugging Face GPT-2 layout, in evaluation mode as transformers does.
+
+        Args:
+            folder: with config.json and model.safetensors (or its shards, or pytorch_model.bin).
+            dtype: of the parameters.
+            dropout: replaces the checkpoint's rate.
+        Raises:
+            ValueError: a missing, damaged or foreign checkpoint; the message names file and tensor.
+        """
+        config = checkpoint.read_config(folder, dropout=dropout)
+        with torch.device("meta"):
+            model = cls(config)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model.load_state_dict(checkpoint.read_weights(folder, config, shapes, dtype), assign=True)
+        return model.eval()
+
+    def save_pretrained(
+        self, folder: Path | str, tokenizer: Tokenizer | None = None, *, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Save in the Hugging Face GPT-2 layout; an interrupted write leaves what was there.
+
+        Args:
+            folder: made where it is not there.
+            tokenizer: saved beside the model; anything with `save(folder)` and `end_id`.
+            weights: replaces the model's own tensors by name, as from AdamW.master_weights.
+        Raises:
+            ValueError: a config that the layout has no room for.
+            OSError: the folder can not be written.
+        """
+        checkpoint.write_model(folder, self.config, {**self.state_dict(), **(weights or {})}, tokenizer)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -116,6 +158,53 @@ class GPT(Conv1DLoading):
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V) of features (..., C), by the tied embedding."""
         return F.linear(h, self.transformer.wte.weight)
+
+    def generate(
+        self,
+        ids: Tensor,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[int] = (),
+    ) -> Tensor:
+        """Continue a batch of equally long prompts, with a KV cache.
+
+        Args:
+            ids: (B, T) int64 or int32.
+            max_new_tokens: at most this many are added; None means up to block_size.
+            temperature: 0 is greedy, and top_k and top_p do not matter.
+            top_k, top_p: choose among the k likeliest, among the fewest that reach p.
+            seed: of the choice; torch's generator where None.
+            stop: ids that end a sequence; it keeps the one that did and is filled up with the first of `stop`.
+        Returns:
+            (B, T + new), dtype of ids; new ends where the last sequence did.
+        Raises:
+            ValueError: parameters out of range, or more tokens asked than block_size has room for.
+        """
+        return generate(
+            self, ids, stop=stop, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            seed=seed,
+        )  # fmt: skip
+
+    def stream(
+        self,
+        ids: Tensor,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[int] = (),
+    ) -> Iterator[int]:
+        """Yield new token ids of one sequence, (1, T), as they come; ends before an id of `stop`. See `generate`."""
+        return stream(
+            self, ids, stop=stop, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            seed=seed,
+        )  # fmt: skip
 
     def configure_optimizer(
         self,

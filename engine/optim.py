@@ -92,7 +92,8 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         calls = []
         for group, flat in self._flats:
-            flat.gather()
+            flat.gather_parameters()
+            flat.gather_gradients()
             calls += [(group, flat, *run) for run in flat.runs()]
         if not calls:
             return loss
@@ -211,11 +212,9 @@ class _Flat:
         parameter.grad = None if grad is None else grad.to(parameter.dtype)
         self.versions[i] = parameter._version
 
-    def gather(self) -> None:
-        """Bring home what was written to or replaced since the last step: parameters and gradients."""
-        for i, (parameter, home, grad_home) in enumerate(
-            zip(self.parameters, self.homes, self.grad_homes, strict=True)
-        ):
+    def gather_parameters(self) -> None:
+        """Bring home the parameters that were written to or replaced since the last step."""
+        for i, (parameter, home) in enumerate(zip(self.parameters, self.homes, strict=True)):
             if parameter.dtype != home.dtype or parameter.device != home.device:
                 raise ValueError(
                     f"AdamW: a parameter is now {parameter.dtype} on {parameter.device}, expected {home.dtype} on "
@@ -225,6 +224,10 @@ class _Flat:
                 self._adopt(i)
             elif self.master is not None and parameter._version != self.versions[i]:
                 self.states[i]["master"].copy_(parameter)
+
+    def gather_gradients(self) -> None:
+        """Bring home the gradients that were replaced since the last step."""
+        for i, (parameter, grad_home) in enumerate(zip(self.parameters, self.grad_homes, strict=True)):
             grad = parameter.grad
             if grad is None or _same_place(grad, grad_home):
                 continue
@@ -274,6 +277,8 @@ class _Flat:
 
     def load(self, entries: list[Mapping[str, Any]]) -> None:
         """Take over one state a parameter; an empty one starts from zero."""
+        self.gather_parameters()
+        self.versions = [parameter._version for parameter in self.parameters]
         counters: dict[float, Tensor] = {}
         for home, state, entry in zip(self.homes, self.states, entries, strict=True):
             count = float(entry.get("step", 0))

@@ -1,0 +1,353 @@
+"""Checkpoints: models in the Hugging Face GPT-2 layout, and the state that a training run resumes from.
+
+A model folder holds config.json and model.safetensors as transformers' GPT2LMHeadModel writes and reads them; what
+else that layout allows (a sharded index, pytorch_model.bin, names without `transformer.`, the tied head written out)
+is read. Files are written beside their final place, flushed to disk and renamed, the weights last: an interrupted
+write leaves what was there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.layers import swap_layout
+
+if TYPE_CHECKING:
+    from peakgpt.engine.tokenizer import Tokenizer
+
+CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+TRAINING = "training_state.safetensors"
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf", "relu": "relu"}
+# GPTConfig's field, transformers' name, and the value that its GPT2Config has where config.json says nothing.
+FIELDS = (
+    ("n_layer", "n_layer", 12),
+    ("n_head", "n_head", 12),
+    ("n_embd", "n_embd", 768),
+    ("n_inner", "n_inner", None),
+    ("block_size", "n_positions", 1024),
+    ("vocab_size", "vocab_size", 50257),
+    ("layer_norm_epsilon", "layer_norm_epsilon", 1e-5),
+)
+RATES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+# What GPT-2's config can say that this model does not do.
+FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers that old transformers wrote
+
+
+# ---- reading a model ----
+
+
+def read_config(folder: Path | str, *, dropout: float | None = None) -> GPTConfig:
+    """Read config.json.
+
+    Args:
+        folder: a checkpoint folder.
+        dropout: replaces the checkpoint's rate.
+    Raises:
+        ValueError: no folder or file, damaged, of another model type, or asks for what this model does not do.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder}: got no such folder, expected one with {CONFIG} and {WEIGHTS}")
+    path = folder / CONFIG
+    found = _read_json(path)
+    if found.get("model_type") != "gpt2":
+        raise ValueError(f"{path}: model_type is {found.get('model_type')!r}, expected 'gpt2'")
+    for name, value in FIXED.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"{path}: {name} is {found[name]!r}, expected {value}")
+    activation = found.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{path}: activation_function is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    fields = {ours: found.get(theirs, default) for ours, theirs, default in FIELDS}
+    rate = _rate(path, found) if dropout is None else dropout
+    try:
+        return GPTConfig(activation=ACTIVATIONS[activation], dropout=rate, bias=found.get("bias", True), **fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _rate(path: Path, found: Mapping[str, Any]) -> float:
+    rates = [found.get(name, 0.1) for name in RATES]
+    if len(set(rates)) > 1:
+        warnings.warn(f"{path}: {', '.join(RATES)} are {rates}, expected one rate: all become {rates[0]}", stacklevel=4)
+    return rates[0]
+
+
+def read_weights(folder: Path | str, config: GPTConfig, expected: Mapping[str, torch.Size], dtype: torch.dtype):
+    """Read a folder's weights into the model's names and layout.
+
+    Args:
+        folder: a checkpoint folder.
+        config: what its config.json said.
+        expected: the model's tensor names and shapes, Linear layout.
+        dtype: to convert to.
+    Returns:
+        The model's state dict, in memory of its own.
+    Raises:
+        ValueError: no weights, a damaged file, or missing, extra, misshapen or non-floating tensors.
+    """
+    path, found = _open_weights(Path(folder))
+    if "wte.weight" in found:
+        found = {f"transformer.{name}": tensor for name, tensor in found.items()}
+    head = found.pop("lm_head.weight", found.pop("transformer.lm_head.weight", None))
+    found = {name: tensor for name, tensor in found.items() if not name.endswith(MASKS)}
+    if not config.bias:
+        found = {name: tensor for name, tensor in found.items() if name in expected or not _zero_bias(name, tensor)}
+    found = swap_layout(found)
+    _compare(path, found, expected)
+    if head is not None and not torch.equal(head, found["transformer.wte.weight"]):
+        raise ValueError(f"{path}: lm_head.weight differs from transformer.wte.weight, expected a tied head")
+    # A copy: what safetensors gives may be a map of the file, and a file can be overwritten.
+    return {name: torch.empty(found[name].shape, dtype=dtype).copy_(found[name]) for name in expected}
+
+
+def _zero_bias(name: str, tensor: Tensor) -> bool:
+    return name.endswith(".bias") and not tensor.any()
+
+
+def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file that names all tensors, and the tensors."""
+    if (path := folder / WEIGHTS).exists():
+        return path, _read_safetensors(path)[0]
+    if (path := folder / INDEX).exists():
+        files = _read_json(path).get("weight_map")
+        names = sorted(set(files.values())) if isinstance(files, dict) else []
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise ValueError(f"{path}: got no weight_map to files of this folder, expected one")
+        found: dict[str, Tensor] = {}
+        for name in names:
+            found |= _read_safetensors(folder / name)[0]
+        return path, found
+    if (path := folder / PICKLE).exists():
+        try:
+            return path, dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # unpickling damaged bytes raises anything
+            reason = str(error).strip().splitlines()
+            raise ValueError(
+                f"{path}: {reason[0] if reason else type(error).__name__}, expected weights only"
+            ) from None
+    raise ValueError(f"checkpoint {folder}: got no weights, expected {WEIGHTS}, {INDEX} or {PICKLE}")
+
+
+def _compare(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(f"{path}: got no tensor {name}, expected one of shape {tuple(shape)} as {CONFIG} says")
+        if found[name].shape != shape or not found[name].is_floating_point():
+            raise ValueError(
+                f"{path}: {name} is {found[name].dtype} of shape {tuple(found[name].shape)}, "
+                f"expected floating point of shape {tuple(shape)} as {CONFIG} says (both as [out, in])"
+            )
+    if extra := sorted(set(found) - set(expected)):
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise ValueError(
+            f"{path}: got tensor {extra[0]}{more}, expected only the {len(expected)} that {CONFIG} asks for"
+        )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a file, and its metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {error}, expected a whole safetensors file") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}, expected a JSON object") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: got a JSON {type(found).__name__}, expected an object")
+    return found
+
+
+# ---- writing a model ----
+
+
+def write_model(
+    folder: Path | str, config: GPTConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
+) -> None:
+    """Write a folder that transformers loads, atomically file by file.
+
+    Args:
+        folder: made where it is not there.
+        config: of the model.
+        state: the model's state dict, Linear layout.
+        tokenizer: anything with `save(folder)` and `end_id`.
+    Raises:
+        ValueError: GPT-2's layout can not say what the config does.
+        OSError: the folder can not be written; what was there still is.
+    """
+    if config.n_kv_head != config.n_head or config.head_dim * config.n_head != config.n_embd:
+        raise ValueError(
+            f"checkpoint: n_kv_head is {config.n_kv_head} and head_dim {config.head_dim}, expected "
+            f"{config.n_head} and {config.n_embd / config.n_head:g}: GPT-2's layout has no others"
+        )
+    tensors = swap_layout(_with_biases(state))
+
+    def fill(stage: Path) -> None:
+        text = json.dumps(_config_json(config, tensors, tokenizer), indent=2) + "\n"
+        (stage / CONFIG).write_text(text, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(stage)
+        _write_safetensors(stage / WEIGHTS, tensors, {"format": "pt"})
+
+    _replace(Path(folder), fill)
+
+
+def _with_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2's layout has a bias for every layer and norm: zeros say the same as none."""
+    weights = {
+        name: t for name, t in state.items() if name.endswith(".weight") and ".wte." not in name and ".wpe." not in name
+    }
+    zeros = {name.removesuffix("weight") + "bias": t.new_zeros(t.shape[0]) for name, t in weights.items()}
+    return {**zeros, **state}
+
+
+def _config_json(config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    end = None if tokenizer is None else tokenizer.end_id
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **{theirs: getattr(config, ours) for ours, theirs, _ in FIELDS},
+        "activation_function": activation,
+        **dict.fromkeys(RATES, config.dropout),
+        **FIXED,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        **({} if config.bias else {"bias": False}),
+        "torch_dtype": str(tensors["transformer.wte.weight"].dtype).removeprefix("torch."),
+    }
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write files into a hidden folder, then move them into `folder`, the weights last."""
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with _stage(folder, made) as stage:
+            fill(stage)
+            files = sorted(stage.iterdir(), key=lambda file: file.name == WEIGHTS)
+            for file in files:
+                _flush(file)
+            for file in files:
+                os.replace(file, folder / file.name)
+            _flush(folder)
+    except OSError as error:
+        raise OSError(f"checkpoint {folder}: {error.strerror or error}, expected a folder to write into") from None
+
+
+@contextlib.contextmanager
+def _stage(folder: Path, made: bool) -> Iterator[Path]:
+    stage = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder))
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- resuming a run ----
+
+
+def save_training_state(
+    folder: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer, values: Mapping[str, Any]
+) -> None:
+    """Write training_state.safetensors: everything that a run needs to go on bit for bit.
+
+    Args:
+        folder: made where it is not there.
+        model: its state dict is kept in the dtype it trains in.
+        optimizer: its state, masters included, and its groups' options.
+        values: what else the run must know (steps done, position in the data), JSON.
+    Raises:
+        OSError: the folder can not be written; what was there still is.
+    """
+    packed = optimizer.state_dict()
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"optimizer.{i}.{k}": t for i, entry in packed["state"].items() for k, t in entry.items()}
+    tensors |= {f"random.{i}": state for i, state in enumerate(_random_states())}
+    text = json.dumps({"values": dict(values), "param_groups": packed["param_groups"]})
+    _replace(Path(folder), lambda stage: _write_safetensors(stage / TRAINING, tensors, {"training": text}))
+
+
+def load_training_state(folder: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load what `save_training_state` wrote into a model and its optimizer, and set torch's generators.
+
+    Returns:
+        The values that were saved with it.
+    Raises:
+        ValueError: no such file, a damaged one, or one of another model or optimizer.
+    """
+    path = Path(folder, TRAINING)
+    tensors, metadata = _read_safetensors(path)
+    if "training" not in metadata:
+        raise ValueError(f"{path}: got no training state in it, expected one written by save_training_state")
+    saved = json.loads(metadata["training"])
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    _compare(path, weights, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, *rest = name.split(".")
+        if kind == "optimizer":
+            states.setdefault(int(rest[0]), {})[rest[1]] = tensor
+    groups = [{**group, "betas": tuple(group["betas"])} for group in saved["param_groups"]]
+    model.load_state_dict(weights)
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    _set_random_states([tensors[f"random.{i}"] for i in range(sum(name.startswith("random.") for name in tensors))])
+    return saved["values"]
+
+
+def _random_states() -> list[Tensor]:
+    """The CPU generator's state, then each CUDA device's."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def _set_random_states(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available() and len(states) == torch.cuda.device_count() + 1:
+        torch.cuda.set_rng_state_all(states[1:])

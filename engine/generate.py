@@ -1,0 +1,98 @@
+"""Generation: one pass over the prompt, then one token a step against the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from peakgpt.engine.cache import KVCache
+from peakgpt.engine.sample import check_sampling, sample
+
+if TYPE_CHECKING:
+    from peakgpt.engine.model import GPT
+
+STOP_CHECK = 16  # tokens between looks at whether all sequences stopped, where a look waits for the device
+
+
+def decode(
+    model: GPT,
+    ids: Tensor,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next token of each sequence, (B,) int64 on the device, without waiting for it.
+
+    Raises:
+        ValueError: an empty or too long prompt, or parameters out of range.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise ValueError(f"generate: ids have shape {tuple(ids.shape)}, expected (B, T) with at least one token")
+    room = model.config.block_size - ids.shape[1]
+    count = room if max_new_tokens is None else max_new_tokens
+    if not 0 <= count <= room:
+        raise ValueError(
+            f"generate: {ids.shape[1]} prompt tokens and max_new_tokens {count}, "
+            f"expected at most block_size {model.config.block_size} in all"
+        )
+    return _decode(model, ids, count, temperature, top_k, top_p, seed)
+
+
+@torch.no_grad()
+def _decode(model, ids, count, temperature, top_k, top_p, seed) -> Iterator[Tensor]:
+    weight = model.transformer.wte.weight
+    cache = KVCache(model.config, ids.shape[0], ids.shape[1] + count, dtype=weight.dtype, device=weight.device)
+    generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
+    for _ in range(count):
+        logits = model.head(model.features(ids, cache)[:, -1])  # (B, V)
+        token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        yield token
+        ids = token[:, None]
+
+
+def generate(model: GPT, ids: Tensor, *, stop: Sequence[int] = (), **options) -> Tensor:
+    """Continue a batch; see GPT.generate."""
+    device = ids.device
+    ends = torch.tensor(list(stop), device=device)
+    stopped = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
+    tokens = [ids]
+    every = 1 if device.type == "cpu" else STOP_CHECK
+    for i, token in enumerate(decode(model, ids, **options), 1):
+        if stop:
+            token = torch.where(stopped, ends[0], token)
+            stopped = stopped | torch.isin(token, ends)
+        tokens.append(token[:, None].to(ids.dtype))
+        if stop and i % every == 0 and stopped.all():
+            break
+    out = torch.cat(tokens, 1)
+    return _trimmed(out, ids.shape[1], ends) if stop else out
+
+
+def _trimmed(out: Tensor, prompt: int, ends: Tensor) -> Tensor:
+    """Cut the columns after every sequence has stopped."""
+    is_end = torch.isin(out[:, prompt:], ends)
+    running = (is_end.cumsum(1) - is_end.int() == 0).any(0)  # no end before this column, in some sequence
+    return out[:, : prompt + int(running.sum())]
+
+
+def stream(model: GPT, ids: Tensor, *, stop: Sequence[int] = (), **options) -> Iterator[int]:
+    """Continue one sequence token by token; see GPT.stream."""
+    if ids.dim() != 2 or ids.shape[0] != 1:
+        raise ValueError(f"stream: ids have shape {tuple(ids.shape)}, expected (1, T)")
+    tokens = decode(model, ids, **options)
+    return _stream(tokens, frozenset(stop))
+
+
+def _stream(tokens: Iterator[Tensor], stop: frozenset[int]) -> Iterator[int]:
+    for token in tokens:
+        value = int(token)
+        if value in stop:
+            return
+        yield value

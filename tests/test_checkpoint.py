@@ -1,0 +1,271 @@
+"""Checkpoints: logits equal to transformers' both ways, bit-exact resume, and one sentence for every kind of damage."""
+
+import json
+import os
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import peakgpt
+from peakgpt.engine import checkpoint
+
+SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 37}
+
+
+def our_model(**changes):
+    torch.manual_seed(1)
+    model = peakgpt.GPT(peakgpt.GPTConfig(**{**SIZES, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def their_model(**changes):
+    torch.manual_seed(2)
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, n_positions=12, vocab_size=37, bos_token_id=0, eos_token_id=0, **changes
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+IDS = torch.arange(22).view(2, 11) % 37
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"activation": "gelu_erf"}, {"activation": "relu", "n_inner": 24}, {"bias": False}, {"dropout": 0.25}],
+    ids=lambda c: next(iter(c), "plain"),
+)
+def test_transformers_loads_ours(tmp_path, changes):
+    model = our_model(**changes)
+    model.save_pretrained(tmp_path / "new" / "folder")
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "new" / "folder", output_loading_info=True)
+    assert not any(info.values()), info
+    torch.testing.assert_close(model(IDS), theirs.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
+    again = peakgpt.GPT.from_pretrained(tmp_path / "new" / "folder")
+    assert again.config == model.config and not again.training
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded", "bin", "unprefixed", "head", "gelu"])
+def test_we_load_transformers(tmp_path, kind):
+    theirs = their_model(activation_function="gelu" if kind == "gelu" else "gelu_new")
+    theirs.save_pretrained(tmp_path, **({"max_shard_size": "4KB"} if kind == "sharded" else {}))
+    path = tmp_path / "model.safetensors"
+    if kind == "sharded":
+        assert not path.exists() and (tmp_path / "model.safetensors.index.json").exists()
+    if kind == "bin":
+        torch.save(load_file(path), tmp_path / "pytorch_model.bin")
+        path.unlink()
+    if kind == "unprefixed":  # as the first GPT-2 checkpoints are, masks and all
+        tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+        save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 12, 12)}, path)
+    if kind == "head":
+        tensors = load_file(path)
+        save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}, path)
+    model = peakgpt.GPT.from_pretrained(tmp_path)
+    assert model.config.dropout == 0.1
+    torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_dtype_and_dropout_can_be_chosen(tmp_path):
+    our_model(dropout=0.1).save_pretrained(tmp_path)
+    model = peakgpt.GPT.from_pretrained(tmp_path, dtype=torch.bfloat16, dropout=0.0)
+    assert model.config.dropout == 0.0 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_different_rates_warn(tmp_path):
+    their_model(attn_pdrop=0.3).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"are \[0.1, 0.1, 0.3\], expected one rate"):
+        peakgpt.GPT.from_pretrained(tmp_path)
+
+
+def test_masters_and_tokenizer_are_saved(tmp_path):
+    class Tokenizer:
+        end_id = 5
+
+        def save(self, folder):
+            (folder / "tokenizer.json").write_text("{}")
+
+    model = our_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = model.configure_optimizer(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path, Tokenizer(), weights=optimizer.master_weights(model))
+    again = peakgpt.GPT.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+    assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].dtype == torch.float32
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 5
+
+
+def edit_config(**changes):
+    def damage(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
+def edit_tensors(change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return damage
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_a_pickle(content):
+    def damage(folder):
+        (folder / "model.safetensors").unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+
+    return damage
+
+
+def only_an_index(text):
+    def damage(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
+LN_F, WTE, ATTN = "transformer.ln_f.weight", "transformer.wte.weight", "transformer.h.1.attn.c_attn.weight"
+DAMAGE = {
+    "no config": (lambda f: (f / "config.json").unlink(), r"config.json: No such file"),
+    "config not JSON": (write("config.json", "{"), "config.json: .* expected a JSON object"),
+    "config a list": (write("config.json", "[]"), "config.json: got a JSON list, expected an object"),
+    "foreign": (edit_config(model_type="llama"), "config.json: model_type is 'llama', expected 'gpt2'"),
+    "activation": (edit_config(activation_function="silu"), "activation_function is 'silu', expected one of"),
+    "untied": (edit_config(tie_word_embeddings=False), "tie_word_embeddings is False, expected True"),
+    "scaled by layer": (edit_config(scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx is True, expected False"),
+    "size a string": (edit_config(n_layer="2"), "config.json: GPTConfig: n_layer is '2', expected a positive"),
+    "epsilon a string": (edit_config(layer_norm_epsilon="x"), "config.json: "),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "got no weights, expected model.safetensors"),
+    "truncated": (truncate, "model.safetensors: .*expected a whole safetensors file"),
+    "not safetensors": (write("model.safetensors", "hello"), "model.safetensors: .*expected a whole safetensors"),
+    "missing": (edit_tensors(lambda t: t.pop(LN_F)), rf"got no tensor {LN_F}, expected one of shape \(16,\)"),
+    "extra": (edit_tensors(lambda t: t.update(x=torch.ones(1))), "got tensor x, expected only the"),
+    "misshapen": (edit_tensors(lambda t: t.update({LN_F: torch.ones(3)})), rf"{LN_F} is .*\(3,\), expected .*\(16,\)"),
+    "linear layout": (edit_tensors(lambda t: t.update({ATTN: torch.ones(48, 16)})), r"c_attn.weight is .* \(16, 48\)"),
+    "integers": (edit_tensors(lambda t: t.update({LN_F: torch.ones(16, dtype=torch.int32)})), "expected floating"),
+    "other head": (edit_tensors(lambda t: t.update({"lm_head.weight": torch.ones(37, 16)})), "expected a tied head"),
+    "other size": (edit_config(vocab_size=38), rf"{WTE} is .*\(37, 16\), expected .*\(38, 16\)"),
+    "pickle of objects": (only_a_pickle({"x": os.getcwd}), "pytorch_model.bin: .*nothing but tensors"),
+    "index without map": (only_an_index("{}"), "got no weight_map"),
+    "index of other folders": (only_an_index('{"weight_map": {"x": "../x"}}'), "got no weight_map to files of this"),
+    "index of a missing file": (only_an_index('{"weight_map": {"x": "a.safetensors"}}'), "a.safetensors: .*expected a"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named(tmp_path, kind):
+    damage, message = DAMAGE[kind]
+    our_model().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        peakgpt.GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: got no such folder, expected one with config.json"):
+        peakgpt.GPT.from_pretrained(tmp_path / "nowhere")
+
+
+def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = our_model()
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def half(path, tensors, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_write_safetensors", half)
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            our_model(activation="relu").save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=f"checkpoint {folder}: .*, expected a folder to write into"):
+            our_model().save_pretrained(folder)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_the_layout_can_not_say_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="n_kv_head is 1 and head_dim 8, expected 2 and 8"):
+        our_model(n_kv_head=1).save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def train(model, optimizer, steps):
+    """Steps on data drawn from torch's generator; with dropout, so that the generator's state matters twice."""
+    losses = []
+    for _ in range(steps):
+        ids = torch.randint(37, (2, 9))
+        optimizer.zero_grad()
+        loss = model(ids[:, :-1], ids[:, 1:].contiguous())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_bit_exact(tmp_path, dtype):
+    """Fails when masters, step counts, dropout's generator or the options of a group are not restored."""
+
+    def build(lr):
+        model = our_model(dropout=0.1).train()
+        return model, model.configure_optimizer(lr=lr, dtype=dtype)
+
+    model, optimizer = build(1e-2)
+    train(model, optimizer, 3)
+    checkpoint.save_training_state(tmp_path, model, optimizer, {"step": 3, "cursor": [1, 2]})
+    expected = train(model, optimizer, 3)
+
+    torch.manual_seed(99)
+    again, resumed = build(1.0)
+    train(again, resumed, 1)
+    assert checkpoint.load_training_state(tmp_path, again, resumed) == {"step": 3, "cursor": [1, 2]}
+    assert train(again, resumed, 3) == expected
+    ours, theirs = resumed.master_weights(again), optimizer.master_weights(model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert resumed.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_foreign_training_state_is_refused(tmp_path):
+    model = our_model()
+    optimizer = model.configure_optimizer()
+    with pytest.raises(ValueError, match="training_state.safetensors: .*expected a whole safetensors file"):
+        checkpoint.load_training_state(tmp_path, model, optimizer)
+    checkpoint.save_training_state(tmp_path, model, optimizer, {})
+    other = our_model(n_embd=32)
+    with pytest.raises(ValueError, match=r"transformer.wte.weight is .*\(37, 16\), expected .*\(37, 32\)"):
+        checkpoint.load_training_state(tmp_path, other, other.configure_optimizer())
+    save_file({"x": torch.ones(1)}, tmp_path / "training_state.safetensors")
+    with pytest.raises(ValueError, match="got no training state in it"):
+        checkpoint.load_training_state(tmp_path, model, optimizer)
