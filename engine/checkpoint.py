@@ -139,11 +139,8 @@ def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     if (path := folder / PICKLE).exists():
         try:
             return path, dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:  # unpickling damaged bytes raises anything
-            reason = str(error).strip().splitlines()
-            raise ValueError(
-                f"{path}: {reason[0] if reason else type(error).__name__}, expected weights only"
-            ) from None
+        except Exception as error:  # unpickling damaged bytes raises anything; torch's texts advise to trust the file
+            raise ValueError(f"{path}: {type(error).__name__}, expected a whole file of nothing but tensors") from None
     raise ValueError(f"checkpoint {folder}: got no weights, expected {WEIGHTS}, {INDEX} or {PICKLE}")
 
 
@@ -158,9 +155,7 @@ def _compare(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, tor
             )
     if extra := sorted(set(found) - set(expected)):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise ValueError(
-            f"{path}: got tensor {extra[0]}{more}, expected only the {len(expected)} that {CONFIG} asks for"
-        )
+        raise ValueError(f"{path}: got tensor {extra[0]}{more}, expected the {len(expected)} of {CONFIG} alone")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
