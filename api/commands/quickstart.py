@@ -152,7 +152,8 @@ class Session:
 
     def save(self) -> None:
         """Write the checkpoint, in transformers' GPT-2 layout."""
-        self.model.save_pretrained(self.folder.checkpoint, tokenizer=self.tokenizer)
+        masters = None if self.ours is None else self.ours.optimizer.master_weights(self.model)
+        self.model.save_pretrained(self.folder.checkpoint, self.tokenizer, weights=masters)
 
     def sample(self, console: Console) -> tuple[str, list[Result]]:
         """Stream a continuation of PROMPT, then time decoding beside eager."""
