@@ -44,12 +44,19 @@ def _sample(rows: int = 1024, width: int = 768, vocab: int = 50304, **like):
 
 
 def _alloc(x, w, target, *, needs, ignore_index, reduction):
-    """Kept: lse (float32, one a token) for "none"; for scalars dx and dw at dloss = 1, empty where not wanted."""
+    """Kept: lse (float32, one a token) for "none"; for scalars dx and dw at dloss = 1, empty where not wanted.
+
+    Those of float16 are kept in float32: at dloss = 1 no loss scaling protects them yet.
+    """
     if reduction == "none":
         loss = x.new_empty(target.shape, dtype=torch.float32)
         return (loss,), (torch.empty_like(loss),) if any(needs) else ()
-    gradients = (torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((x, w), needs, strict=False))
-    return (x.new_empty((), dtype=torch.float32),), tuple(gradients) if any(needs) else ()
+    loss = (x.new_empty((), dtype=torch.float32),)
+    if not any(needs):
+        return loss, ()
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    dx = x.new_empty(x.shape if needs[0] else 0, dtype=dtype)
+    return loss, (dx, torch.empty_like(w, dtype=dtype) if needs[1] else w.new_empty(0, dtype=dtype))
 
 
 @op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w", "target"), autocast="lower")
