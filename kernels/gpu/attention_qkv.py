@@ -1,11 +1,12 @@
 """Attention over one packed projection: `attention`'s kernels on slices; the gradients fill one tensor in place."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from peakgpt.kernels.gpu import attention
+from peakgpt.kernels.gpu.launch import AotCase
 
 _NO_OPTIONS = {"alibi": None, "kv_start": None, "kv_len": None}
 
@@ -31,3 +32,8 @@ def backward(grads, inputs, outputs, saved, needs, *, n_head: int, **params) -> 
         dq, tuple(dkv), grads[0], outputs[0], saved[0], *_split(qkv, n_head), **params, **_NO_OPTIONS
     )
     return (dqkv,)
+
+
+def aot_cases(arch: str) -> Iterator[AotCase]:
+    """None: the kernels are attention's."""
+    return iter(())

@@ -1,0 +1,253 @@
+"""Properties of Triton attention, interpreted on a machine without a GPU; test_ops.py holds the plain cases.
+
+Mutations seen to fail here: the causal or window mask dropped from one kernel, dk scaled by 1.01, a range of full
+tiles one too long, dead rows left at NaN, the slope's sign, a group's heads summed into the wrong key head.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from peakgpt.bench.check import double, judge, leaf
+from peakgpt.kernels.attention import attention, attention_qkv, live_mask
+from peakgpt.kernels.dispatch import interpreted, use_backend
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+if not (interpreted() or torch.cuda.is_available()):
+    pytest.skip("needs a CUDA device or the interpreter", allow_module_level=True)
+from peakgpt.kernels.gpu import attention as gpu  # noqa: E402
+from peakgpt.kernels.gpu import launch  # noqa: E402
+
+DEVICE = "cpu" if interpreted() else "cuda"
+SLOPES = torch.tensor([0.5, -0.25, 0.125, 1.0], device=DEVICE)
+
+
+def ints(*values):
+    return torch.tensor(values, device=DEVICE)
+
+
+def make(batch, tokens, heads, head_dim, keys=None, kv_heads=None, dtype=torch.float32):
+    torch.manual_seed(tokens)
+    sizes = {"batch": batch, "tokens": tokens, "heads": heads, "head_dim": head_dim, "keys": keys, "kv_heads": kv_heads}
+    return [leaf(t) for t in attention.sample(**sizes, dtype=dtype, device=DEVICE)]
+
+
+def run(backend, tensors, **params):
+    """out, dq, dk, dv."""
+    with use_backend(backend):
+        out = attention(*tensors, **params)
+    torch.manual_seed(7)
+    up = torch.randn(out.shape, dtype=torch.float64).to(out)
+    return [out, *torch.autograd.grad(out, tensors, up)]
+
+
+def assert_right(tensors, **params):
+    ours, torchs = run("gpu", tensors, **params), run("eager", tensors, **params)
+    wide = params | ({"alibi": params["alibi"].double()} if params.get("alibi") is not None else {})
+    truth = run("eager", double(tensors), **wide)
+    for name, verdict in zip(("out", "dq", "dk", "dv"), judge(ours, torchs, truth, tensors[0].dtype), strict=True):
+        assert verdict.passed, f"{name}: {verdict}"
+    return ours
+
+
+# ---- which tiles are visited ----
+
+
+@triton.jit
+def visit(
+    at_ptr, T, S, window, lo, hi, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * (BLOCK_Q if KEYS else BLOCK_K)
+    if KEYS:
+        first, full_first, full_end, end = gpu.key_tiles(start, T, S, window, lo, hi, CAUSAL, BLOCK_Q, BLOCK_K)
+    else:
+        first, full_first, full_end, end = gpu.query_tiles(start, T, S, window, lo, hi, CAUSAL, BLOCK_Q, BLOCK_K)
+    tl.store(at_ptr + tl.program_id(0) * 4, first)
+    tl.store(at_ptr + tl.program_id(0) * 4 + 1, full_first)
+    tl.store(at_ptr + tl.program_id(0) * 4 + 2, full_end)
+    tl.store(at_ptr + tl.program_id(0) * 4 + 3, end)
+
+
+RANGES = [(0, 1000), (5, 1000), (0, 9), (4, 21), (8, 8)]
+SHAPES = [(16, 16), (17, 33), (33, 17), (1, 40)]
+
+
+@pytest.mark.parametrize("over_keys", [True, False], ids=["key_tiles", "query_tiles"])
+@pytest.mark.parametrize("causal, window", list(itertools.product((True, False), (None, 1, 11))))
+def test_visits_what_is_live_and_no_more(over_keys, causal, window):
+    block_q, block_k = 8, 4
+    for (tokens, keys), (lo, hi) in itertools.product(SHAPES, RANGES):
+        hi = min(hi, keys)
+        live = live_mask(
+            torch.empty(1, tokens, 1, 1), torch.empty(1, keys, 1, 1), causal, window, torch.tensor([lo]),
+            torch.tensor([hi - lo]),
+        ).expand(1, 1, tokens, keys)[0, 0]  # fmt: skip
+        # A key outside lo..hi-1 may fall into a full tile of queries: its own sums are thrown away.
+        asked = live if over_keys else live[:, lo:hi]
+        size, other = (block_q, block_k) if over_keys else (block_k, block_q)
+        programs = -(-(tokens if over_keys else keys) // size)
+        at = torch.empty(programs, 4, dtype=torch.int32, device=DEVICE)
+        visit[(programs,)](
+            at_ptr=at, T=tokens, S=keys, window=window, lo=lo, hi=hi, KEYS=over_keys, CAUSAL=causal,
+            BLOCK_Q=block_q, BLOCK_K=block_k,
+        )  # fmt: skip
+        for n, (first, full_first, full_end, end) in enumerate(at.tolist()):
+            assert 0 <= first <= full_first <= full_end <= end
+            mine = slice(n * size, (n + 1) * size)
+            strip = live[mine] if over_keys else live[:, mine].T
+            touched = strip.any(0).nonzero().flatten().tolist()
+            assert (first, end) == (touched[0] // other, touched[-1] // other + 1) if touched else first == end
+            inside = strip if over_keys else asked[:, max(mine.start, lo) - lo : max(mine.stop - lo, 0)].T
+            assert inside[:, full_first * other : full_end * other].all()
+
+
+# ---- values and gradients ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_option_at_once(dtype):
+    tensors = make(2, 65, 4, 24, keys=129, kv_heads=2, dtype=dtype)
+    assert_right(tensors, alibi=SLOPES, window=40, scale=0.3, kv_start=ints(0, 70), kv_len=ints(100, 129).int())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"alibi": SLOPES},
+        {"alibi": SLOPES, "causal": False},
+        {"window": 1},
+        {"window": 33, "causal": False},
+        {"kv_start": ints(3, 40)},
+        {"kv_len": ints(64, 1), "causal": False},
+    ],
+    ids=lambda p: "-".join(p),
+)
+def test_options(params):
+    assert_right(make(2, 65, 4, 16, kv_heads=1), **params)
+
+
+@pytest.mark.parametrize("head_dim", [1, 80, 96, 256])
+def test_padded_widths(head_dim):
+    assert_right(make(1, 33, 1, head_dim, dtype=torch.bfloat16))
+
+
+TILES = {tiles: (precision, width) for (_, precision, width), tiles in gpu.TILES.items()}
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=lambda t: "-".join(f"{x.BLOCK_Q}x{x.BLOCK_K}" for x in t))
+def test_every_tile_row(tiles, monkeypatch):
+    precision, width = TILES[tiles]
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    tensors = make(1, 1 + max(max(t.BLOCK_Q, t.BLOCK_K) for t in tiles), 1, width, dtype=dtype)
+    monkeypatch.setitem(gpu.TILES, (launch.arch(tensors[0]), precision, width), tiles)
+    assert_right(tensors)
+
+
+def test_lse_is_natural_log_of_the_sum():
+    q, k, v = (t.detach() for t in make(1, 40, 2, 16))
+    (out,), (lse,) = attention.alloc(q, k, v, needs=(True,) * 3)
+    out.fill_(float("nan")), lse.fill_(float("nan"))
+    gpu.forward((out,), (lse,), q, k, v, None, None, None, None, None, causal=True, window=None, scale=0.5, dropout=0.0)
+    s = 0.5 * torch.einsum("bthd,bshd->bhts", q, k).masked_fill(~live_mask(q, k, True, None), float("-inf"))
+    torch.testing.assert_close(lse, s.logsumexp(-1))
+
+
+# ---- properties ----
+
+
+@pytest.mark.parametrize(
+    "sizes, params, dead",
+    [
+        ((1, 70, 1, 16, 5), {}, (0, slice(0, 65))),
+        ((2, 20, 1, 16, 20), {"kv_len": ints(20, 0)}, (1, slice(None))),
+        ((1, 20, 1, 16, 20), {"kv_start": ints(12)}, (0, slice(0, 12))),
+        ((1, 40, 1, 16, 20), {"causal": False, "window": 4, "kv_len": ints(2)}, (0, slice(26, 40))),
+    ],
+)
+def test_a_query_without_keys_gives_zero(sizes, params, dead):
+    results = assert_right(make(*sizes), **params)
+    assert all(torch.isfinite(r).all() for r in results)
+    assert (results[0][dead] == 0).all() and (results[1][dead] == 0).all()
+
+
+def test_keys_outside_the_sequence_get_zero_and_do_no_harm():
+    tensors = make(1, 40, 2, 16)
+    params = {"causal": False, "kv_start": ints(3), "kv_len": ints(30)}
+    clean = run("gpu", tensors, **params)
+    with torch.no_grad():
+        for t in tensors[1:]:
+            t[:, :3], t[:, 33:] = float("nan"), float("inf")
+    for a, b in zip(clean, run("gpu", tensors, **params), strict=True):
+        assert torch.equal(a, b)
+    assert not clean[2][:, 33:].any() and not clean[3][:, :3].any()
+
+
+def test_causality_is_exact():
+    q, k, v = (t.detach() for t in make(1, 70, 2, 16))
+    with use_backend("gpu"):
+        before = attention(q, k, v)
+        for t in (q, k, v):
+            t[:, 50:] += 1
+        after = attention(q, k, v)
+    assert torch.equal(before[:, :50], after[:, :50]) and not torch.equal(before[:, 50:], after[:, 50:])
+
+
+def test_two_runs_are_bit_equal():
+    tensors = make(1, 70, 4, 16, kv_heads=2, dtype=torch.bfloat16)
+    for a, b in zip(run("gpu", tensors), run("gpu", tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_strides_do_not_matter():
+    plain = make(2, 33, 2, 16)
+    packed = torch.stack([t.detach() for t in plain], 3)  # (B, T, H, 3, D)
+    sliced = [packed[:, :, :, n].requires_grad_() for n in range(3)]
+    swapped = [leaf(t.transpose(1, 2).contiguous()).transpose(1, 2) for t in plain]
+    expected = run("gpu", plain)
+    for views in (sliced, swapped):
+        for a, b in zip(expected, run("gpu", views), strict=True):
+            assert torch.equal(a, b)
+    with use_backend("gpu"):
+        out = attention(*plain)
+    (by_sum,) = torch.autograd.grad(out.sum(), plain[0], retain_graph=True)  # an expanded gradient, stride 0
+    (by_ones,) = torch.autograd.grad(out, plain[0], torch.ones_like(out))
+    assert torch.equal(by_sum, by_ones)
+
+
+@pytest.mark.parametrize("batch, tokens, keys", [(0, 5, 5), (1, 0, 5), (1, 5, 0)])
+def test_zero_sizes(batch, tokens, keys):
+    shapes = (batch, tokens, 2, 16), (batch, keys, 2, 16), (batch, keys, 2, 16)
+    tensors = [leaf(torch.randn(shape, device=DEVICE)) for shape in shapes]
+    for result, shape in zip(run("gpu", tensors), (shapes[0], *shapes), strict=True):
+        assert result.shape == shape and not result.any()
+
+
+def test_packed_form_is_the_same_and_fills_one_gradient():
+    qkv = leaf(torch.randn(1, 33, 4 + 2 * 2, 16, device=DEVICE))
+    up = torch.randn(1, 33, 4, 16, device=DEVICE)
+    with use_backend("gpu"):
+        packed, split = attention_qkv(qkv, n_head=4), attention(*qkv.split((4, 2, 2), 2))
+    (ours,), (theirs,) = (torch.autograd.grad(y, qkv, up) for y in (packed, split))
+    assert torch.equal(packed, split) and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "change, params, reason",
+    [
+        (lambda t: t.double(), {}, "takes float32, bfloat16 or float16, got torch.float64"),
+        (lambda t: t.repeat(1, 1, 1, 17), {}, "takes head widths 1 to 256, got 272"),
+        (lambda t: t.transpose(1, 3).contiguous().transpose(1, 3), {}, "contiguous last axis"),
+        (lambda t: t, {"dropout": 0.1}, "dropout"),
+        (lambda t: t, {"bias": torch.zeros(1, 1, 4, 4, device=DEVICE)}, "additive bias"),
+        (lambda t: t, {"cu_seqlens": ints(0, 4)}, "packed documents"),
+        (lambda t: t, {"scale": 0.0}, "needs a scale above 0, got 0.0"),
+        (lambda t: t, {"alibi": torch.ones(2, device=DEVICE, requires_grad=True)}, "ALiBi slopes"),
+    ],
+)
+def test_objects_with_a_reason(change, params, reason):
+    tensors = [change(t.detach()) for t in make(1, 4, 2, 16)]
+    with use_backend("gpu"), pytest.raises(NotImplementedError, match=reason):
+        attention(*tensors, **params)
