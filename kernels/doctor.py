@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peakgpt.kernels import catalogue
 from peakgpt.kernels.device import Device, Peaks, datasheet, describe, measure
-from peakgpt.kernels.dispatch import OPS
+from peakgpt.kernels.dispatch import OPS, PRIORITY
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -26,11 +26,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` found; print it."""
+    """What `doctor` found; print it. `absent` are the backends that this machine rules out for every op, and why."""
 
     device: Device
     peaks: Peaks
     sheet: Peaks | None
+    absent: dict[str, str]
     choices: list[Choice]
 
     def __str__(self) -> str:
@@ -47,11 +48,19 @@ class Diagnosis:
         return lines
 
     def _ops(self) -> list[str]:
-        lines = [f"{'op':22}{'dtype':10}{'backend':9}why not a faster one"]
-        for c in self.choices:
-            why = "; ".join(f"{name}: {reason}" for name, reason in c.objections.items())
-            lines.append(f"{c.op:22}{c.dtype:10}{c.backend:9}{why}")
+        lines = [f"backends in order: {', '.join(PRIORITY)}"]
+        lines += [f"  {backend} is out: {reason}" for backend, reason in self.absent.items()]
+        for (op, backend, why), dtypes in self._grouped().items():
+            lines.append(f"  {op:22}{backend:8}{', '.join(dtypes):20}{why}".rstrip())
         return lines
+
+    def _grouped(self) -> dict[tuple[str, str, str], list[str]]:
+        """Dtypes of one op with the same answer, together."""
+        rows: dict[tuple[str, str, str], list[str]] = {}
+        for c in self.choices:
+            why = "; ".join(f"not {b}: {r}" for b, r in c.objections.items() if b not in self.absent)
+            rows.setdefault((c.op, c.backend, why), []).append(c.dtype)
+        return rows
 
 
 def _peaks_lines(peaks: Peaks) -> list[str]:
@@ -72,7 +81,9 @@ def doctor(device: torch.device | str | None = None) -> Diagnosis:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     described = describe(device)
     choices = [_choice(name, dtype, device) for name in sorted(catalogue.__all__) for dtype in DTYPES]
-    return Diagnosis(described, measure(device), datasheet(described.name), choices)
+    everywhere = {b: r for b in PRIORITY[:-1] for r in {c.objections.get(b) for c in choices} if r}
+    absent = {b: r for b, r in everywhere.items() if all(c.objections.get(b) == r for c in choices)}
+    return Diagnosis(described, measure(device), datasheet(described.name), absent, choices)
 
 
 def _choice(name: str, dtype: torch.dtype, device: torch.device) -> Choice:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     console = Console()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    console.print(str(doctor(device)), highlight=False)
+    console.print(str(doctor(device)), highlight=False, soft_wrap=True)
     corpus = load_corpus(args.text)
     console.print(f"\ncorpus: {corpus}")
     folder = RunFolder(args.out or default_folder("quickstart"))
@@ -151,7 +151,7 @@ class Session:
         return [self._result(name, timing) for name, timing in timings.items()]
 
     def save(self) -> None:
-        """Write the checkpoint, in transformers' GPT-2 layout."""
+        """Write the checkpoint in transformers' GPT-2 layout, from the optimizer's float32 masters."""
         masters = None if self.ours is None else self.ours.optimizer.master_weights(self.model)
         self.model.save_pretrained(self.folder.checkpoint, self.tokenizer, weights=masters)
 

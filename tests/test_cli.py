@@ -1,0 +1,83 @@
+"""The command line as people use it: help, bad input with exit code 2 and one sentence, and a whole quickstart."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peakgpt.cli import COMMANDS, main
+from peakgpt.engine.model import GPT
+from peakgpt.engine.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and COMMANDS[command] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["fly"], "unknown command: got 'fly', expected one of quickstart"),
+        (["doctor", "--loud"], "unrecognized arguments: --loud"),
+        (["doctor", "--device", "cuda"], "got 'cuda', and torch sees no CUDA device"),
+        (["quickstart", "--minutes", "0"], "--minutes is 0.0, expected more than 0"),
+        (["quickstart", "--text", "EMPTY"], "EMPTY"),
+        (["quickstart", "--text", "BINARY"], "BINARY"),
+        (["quickstart", "--text", "MISSING"], "MISSING"),
+        (["quickstart", "--text", "GOOD", "--out", "FULL"], "expected a new or empty one"),
+        (["quickstart", "--text", "GOOD", "--out", "EMPTY/run"], "EMPTY"),
+        (["generate", "MISSING", "--prompt", "x"], "MISSING"),
+        (["generate", "FULL", "--prompt", "x"], "config.json"),
+        (["generate", "FULL"], "--prompt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(argv, text, tmp_path, capsys, monkeypatch):
+    if torch.cuda.is_available() and "cuda" in argv:
+        pytest.skip("this machine has a CUDA device")
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "BINARY").write_bytes(b"\x00\x01\xff")
+    (tmp_path / "GOOD").write_text("some text to train on\n" * 50)
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("peakgpt: error: ") and said.count("\n") == 1 and text in said and "Traceback" not in said
+    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+
+
+def test_quickstart_from_text_to_report(tmp_path):
+    """Tiny, but whole: tokenizer, training beside eager, checkpoint, sample, report."""
+    text = tmp_path / "text"
+    text.mkdir()
+    library = Path(json.__file__).parent
+    for source in library.glob("*.py"):
+        (text / source.name).write_text(source.read_text())
+    (text / "argparse.py").write_text((library.parent / "argparse.py").read_text())
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "peakgpt", "quickstart", "--minutes", "0.05", "--text", text, "--out", run],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {c: [r["loss"] for r in rows if r["contender"] == c and "loss" in r] for c in ("peakgpt", "eager")}
+    both = min(map(len, losses.values()))
+    assert both >= 20 and losses["peakgpt"][both - 1] < losses["peakgpt"][0] - 0.5, "it learns"
+    for ours, eager in zip(losses["peakgpt"][:both], losses["eager"], strict=True):
+        assert abs(ours - eager) < 0.05, "same weights, same batches, same loss"
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") >= 1 and "bits per byte" in page and "src=" not in page
+    assert "against eager" in done.stdout and "digest" in done.stdout
+    model, tokenizer = GPT.from_pretrained(run / "checkpoint"), Tokenizer.load(run / "checkpoint")
+    assert model.config.vocab_size == tokenizer.vocab_size
+    again = [sys.executable, "-m", "peakgpt", "generate", run / "checkpoint", "--prompt", "def ", "--tokens", "5"]
+    assert "5 tokens" in subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=True).stdout

@@ -1,0 +1,70 @@
+"""The training step: schedule, recipe, and losses beside eager over the same batches."""
+
+import itertools
+
+import pytest
+import torch
+
+from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
+from peakgpt.bench.pair import SharedBatches
+from peakgpt.engine.model import GPT
+from peakgpt.engine.train import Recipe, Trainer, schedule
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 67}
+
+
+def batches():
+    generator = torch.Generator().manual_seed(5)
+    while True:
+        ids = torch.randint(67, (4, 17), generator=generator)
+        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
+def test_twenty_steps_give_eagers_losses(dtype, tolerance):
+    torch.manual_seed(1)
+    model = GPT.from_preset("gpt2", **TINY)
+    eager = EagerGPT(model.config)
+    eager.load_state_dict(model.state_dict())
+    recipe = Recipe(batch=4, tokens=16, lr=3e-3, dtype=dtype)
+    trainers = {"peakgpt": Trainer(model, recipe, steps=20), "eager": EagerTrainer(eager, recipe, steps=20)}
+    shared = SharedBatches(batches(), torch.device("cpu"), trainers)
+    for _ in range(20):
+        ours, theirs = (float(t.step(*shared.take(name))) for name, t in trainers.items())
+        assert abs(ours - theirs) < tolerance
+    assert ours < 4.2, "it learns"
+
+
+def test_bf16_training_keeps_a_float32_master():
+    model = GPT.from_preset("gpt2", **TINY)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = Trainer(model, Recipe(batch=4, tokens=16, dtype=torch.bfloat16), steps=5)
+    masters = trainer.optimizer.master_weights(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and torch.equal(masters[name], before[name])
+
+
+def test_shared_batches_are_the_same_for_all_and_not_kept_longer_than_needed():
+    shared = SharedBatches(batches(), torch.device("cpu"), ("a", "b"))
+    first = [shared.take("a") for _ in range(3)]
+    assert all(torch.equal(x[0], shared.take("b")[0]) for x in first) and not shared.kept
+    shared.take("a")
+    shared.forget("b")
+    shared.take("a")
+    assert len(shared.kept) == 0
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    recipe = Recipe(lr=1.0, warmup=0.1)
+    rates = [schedule(recipe, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[100] == 0.0
+    assert all(a >= b for a, b in itertools.pairwise(rates))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [({"batch": 0}, "batch is 0, expected more than 0"), ({"warmup": 1.0}, "warmup is 1.0"), ({"dtype": torch.float16}, "dtype is")],
+)  # fmt: skip
+def test_recipe_says_what_is_wrong(fields, text):
+    with pytest.raises(ValueError, match=text):
+        Recipe(**fields)
