@@ -27,6 +27,20 @@ class RunFolder:
             raise ValueError(f"run folder {self.path}: {error.strerror}, expected a folder to write into") from None
         self.start = time.time()
 
+    @classmethod
+    def reopen(cls, path: Path | str) -> RunFolder:
+        """Open the folder of a run that is to go on.
+
+        Raises:
+            ValueError: there is none.
+        """
+        run = cls.__new__(cls)
+        run.path, run.start = Path(path), time.time()
+        if not (run.path / "metrics.jsonl").is_file():
+            raise ValueError(f"run folder {path}: got no metrics.jsonl in it, expected the folder of a run")
+        run.metrics = open(run.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  open for the run
+        return run
+
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"

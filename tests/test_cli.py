@@ -11,6 +11,7 @@ import torch
 from peakgpt.cli import COMMANDS, main
 from peakgpt.engine.model import GPT
 from peakgpt.engine.tokenizer import Tokenizer
+from peakgpt.engine.train import Trainer
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -35,6 +36,9 @@ def test_every_command_has_help(command, capsys):
         (["generate", "MISSING", "--prompt", "x"], "MISSING"),
         (["generate", "FULL", "--prompt", "x"], "config.json"),
         (["generate", "FULL"], "--prompt"),
+        (["train", "--resume", "FULL"], "metrics.jsonl"),
+        (["train", "--model", "gpt5"], "invalid choice: 'gpt5'"),
+        (["train", "--steps", "0"], "--steps is 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -81,3 +85,27 @@ def test_quickstart_from_text_to_report(tmp_path):
     assert model.config.vocab_size == tokenizer.vocab_size
     again = [sys.executable, "-m", "peakgpt", "generate", run / "checkpoint", "--prompt", "def ", "--tokens", "5"]
     assert "5 tokens" in subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+
+
+def test_a_resumed_run_gives_the_uninterrupted_ones_losses_bit_for_bit(tmp_path, capsys, monkeypatch):
+    library = Path(json.__file__).parent
+    sizes = ["--steps", "6", "--batch", "2", "--tokens", "32", "--vocab", "300"]
+    losses = {}
+    for name in ("whole", "broken"):
+        run = tmp_path / name
+        argv = ["train", "--text", str(library), "--out", str(run), *sizes]
+        if name == "broken":
+            step = Trainer.step
+            monkeypatch.setattr(Trainer, "step", lambda t, *pair: interrupt() if t.done == 3 else step(t, *pair))
+            assert main(argv) == 130
+            assert "--resume" in capsys.readouterr().out
+            monkeypatch.setattr(Trainer, "step", step)
+            argv = ["train", "--resume", str(run)]
+        assert main(argv) == 0
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [r["loss"] for r in rows if "loss" in r]
+    assert len(losses["whole"]) == 6 and losses["whole"] == losses["broken"]
+
+
+def interrupt():
+    raise KeyboardInterrupt

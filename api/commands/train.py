@@ -1,0 +1,151 @@
+"""peakgpt train: train a GPT on text files; stop it any time and go on where it stopped, bit for bit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from peakgpt.engine.checkpoint import load_training_state, save_training_state
+from peakgpt.engine.corpus import load_corpus
+from peakgpt.engine.data import Batches, TokenShards, prepare
+from peakgpt.engine.evaluate import validation_loss
+from peakgpt.engine.flops import mfu, training_flops
+from peakgpt.engine.model import GPT
+from peakgpt.engine.presets import PRESETS
+from peakgpt.engine.run import RunFolder, default_folder
+from peakgpt.engine.tokenizer import Tokenizer, train_tokenizer
+from peakgpt.engine.train import Recipe, Trainer, best_dtype
+from peakgpt.kernels.device import peak_for
+
+VALIDATION_BATCHES = 32
+SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE", help="UTF-8 files or folders; default: Python's own library"
+    )
+    parser.add_argument("--model", default="gpt2-tiny", choices=sorted(PRESETS), help="preset (default gpt2-tiny)")
+    parser.add_argument("--steps", type=int, default=1000, help="updates (default 1000)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences an update (default 8)")
+    parser.add_argument("--tokens", type=int, default=256, help="length of each (default 256)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    parser.add_argument("--vocab", type=int, default=4096, help="tokenizer's vocabulary (default 4096)")
+    parser.add_argument("--seed", type=int, default=1337, help="of initialisation and data order")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 where the device has it")
+    parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
+    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="default 250; and at the end")
+    parser.add_argument("--out", help="folder of the run (default runs/train-DATE-TIME)")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with that run; only --device and --save-every count")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.save_every < 1 or args.steps < 1:
+        raise ValueError(f"--steps is {args.steps} and --save-every is {args.save_every}, expected at least 1")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.resume:
+        folder, settings = RunFolder.reopen(args.resume), _read_settings(Path(args.resume))
+    else:
+        settings = {name: getattr(args, name) for name in SETTINGS}
+        settings["dtype"] = settings["dtype"] or str(best_dtype(device)).removeprefix("torch.")
+        folder = _start(args, settings)
+    training = Training(folder, settings, device)
+    if args.resume:
+        training.load()
+    try:
+        training.go_on(args.save_every)
+    except KeyboardInterrupt:
+        training.save()
+        print(f"\nstopped after {training.trainer.done} steps; go on with: peakgpt train --resume {folder.path}")
+        return 130
+    training.save()
+    print(f"checkpoint: {folder.checkpoint}")
+    return 0
+
+
+def _start(args: argparse.Namespace, settings: dict) -> RunFolder:
+    """Everything that can be wrong is found before the first step: text, sizes, folder."""
+    corpus = load_corpus(args.text)
+    folder = RunFolder(args.out or default_folder("train"))
+    tokenizer = train_tokenizer((d.text for d in corpus.train), settings["vocab"])
+    prepare(corpus, tokenizer, folder.path / "tokens")
+    tokenizer.save(folder.path / "tokens")
+    (folder.path / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+    print(f"corpus: {corpus}")
+    return folder
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads((path / "settings.json").read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"run folder {path}: got no readable settings.json, expected one of `peakgpt train`") from None
+    if sorted(settings) != sorted(SETTINGS):
+        raise ValueError(f"{path / 'settings.json'}: got {', '.join(settings)}, expected {', '.join(SETTINGS)}")
+    return settings
+
+
+class Training:
+    """A run of `peakgpt train`: what its settings say, over the tokens in its folder."""
+
+    def __init__(self, folder: RunFolder, settings: dict, device: torch.device):
+        self.folder, self.device = folder, device
+        self.tokenizer = Tokenizer.load(folder.path / "tokens")
+        self.shards, self.held_out = (TokenShards.open(folder.path / "tokens", n) for n in ("train", "validation"))
+        self.recipe = Recipe(
+            batch=settings["batch"], tokens=settings["tokens"], lr=settings["lr"], seed=settings["seed"],
+            dtype=getattr(torch, settings["dtype"]),
+        )  # fmt: skip
+        self.batches = Batches(self.shards, self.recipe.batch, self.recipe.tokens, self.recipe.seed)
+        torch.manual_seed(self.recipe.seed)
+        model = GPT.from_preset(settings["model"], vocab_size=self.tokenizer.vocab_size)
+        if self.recipe.tokens > model.config.block_size:
+            raise ValueError(
+                f"--tokens is {self.recipe.tokens}, expected at most the model's {model.config.block_size}"
+            )
+        self.trainer = Trainer(model.to(device), self.recipe, steps=settings["steps"])
+
+    def go_on(self, save_every: int) -> None:
+        """Train to the last step, saving and validating every so many."""
+        trainer, peak = self.trainer, peak_for(self.device, self.recipe.dtype)
+        flops = training_flops(trainer.model.config, self.recipe.tokens)
+        while trainer.done < trainer.steps:
+            start = time.perf_counter()
+            ids, targets = (t.to(self.device, non_blocking=True) for t in next(self.batches))
+            loss = float(trainer.step(ids, targets))
+            rate = ids.numel() / (time.perf_counter() - start)
+            used = mfu(rate, flops, peak.flops_s)
+            self.folder.log(
+                contender="peakgpt", step=trainer.done, loss=loss, tokens_per_s=round(rate, 1), mfu=round(used, 4)
+            )
+            if trainer.done % 10 == 0 or trainer.done == trainer.steps:
+                print(
+                    f"step {trainer.done}/{trainer.steps}  loss {loss:.4f}  {rate:,.0f} tok/s  MFU {100 * used:.1f} %"
+                )
+            if trainer.done % save_every == 0 or trainer.done == trainer.steps:
+                self._validate()
+                self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint for others, and beside it what this run needs to go on."""
+        model, optimizer = self.trainer.model, self.trainer.optimizer
+        model.save_pretrained(self.folder.checkpoint, self.tokenizer, weights=optimizer.master_weights(model))
+        values = {"done": self.trainer.done, "data": self.batches.state_dict()}
+        save_training_state(self.folder.path / "state", model, optimizer, values)
+
+    def load(self) -> None:
+        """Go back to the last save."""
+        values = load_training_state(self.folder.path / "state", self.trainer.model, self.trainer.optimizer)
+        self.batches.load_state_dict(values["data"])
+        self.trainer.done = values["done"]
+
+    def _validate(self) -> None:
+        loss = validation_loss(self.trainer.model, self.held_out, self.recipe.batch, self.recipe.tokens,
+                               batches=VALIDATION_BATCHES)  # fmt: skip
+        bits = self.held_out.bits_per_byte(loss)
+        self.folder.log(contender="peakgpt", step=self.trainer.done, validation_loss=loss, bits_per_byte=bits)
+        print(f"step {self.trainer.done}  held-out loss {loss:.4f}, {bits:.4f} bits per byte")
