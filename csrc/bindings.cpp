@@ -15,6 +15,7 @@
 
 #include "activation.h"
 #include "adamw.h"
+#include "attention.h"
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "isa.h"
@@ -97,6 +98,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa_cap", &peak::SetIsaCap, py::arg("name").none(true), "Run at most this set; None lifts the cap.");
   m.attr("isas") = Isas();
   m.def("keep_pages", &peak::KeepPages, py::arg("bytes"), "Keep freed memory in the process, as memory.h says.");
+  Define(m, "attention_forward", peak::AttentionForward);
+  Define(m, "attention_backward", peak::AttentionBackward);
   Define(m, "layernorm_forward", peak::LayernormForward);
   Define(m, "layernorm_backward", peak::LayernormBackward);
   m.def("peak_loop", &peak::PeakLoop, py::call_guard<py::gil_scoped_release>());

@@ -9,9 +9,12 @@
 //   Greater(a,b) Select(m,a,b) Mask and m ? a : b
 //   Sum(v) MaxOf(v)            over the lanes, in a fixed order
 //   Exp Erf                    errors stated below
+//   Transpose(rows)            kLanes Vecs as a square matrix, in place
 //   Pairs                      kLanes pairs of bf16 for DotPairs(acc, a, b): acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1]
 //   LoadPairs(p)  SetPair(p)   2*kLanes elements; one pair repeated kLanes times
 //   PackPairs(even, odd)       pair i = (bf16(even[i]), bf16(odd[i]))
+//   StorePairs(p, pairs)       2*kLanes elements
+//   kRegisters kNativePairs    vector registers; whether DotPairs is one instruction
 //   Stream(p, v)  EndStream()  store past the caches to an aligned address; after the last one, before others look
 //   Quads, Ints                where PEAK_HAS_QUADS: kLanes groups of four bytes, a unsigned and b signed, for
 //                              DotQuads(acc, a, b): acc[i] += sum of a[4i+j]*b[4i+j], j = 0..3; LoadQuads(p)
@@ -22,6 +25,8 @@
 #if PEAK_ISA == PEAK_SCALAR
 
 constexpr int kLanes = 1;
+constexpr int kRegisters = 16;
+constexpr bool kNativePairs = false;
 struct Vec { float v; };
 struct Mask { bool v; };
 struct Pairs { uint32_t v; };
@@ -70,14 +75,18 @@ PEAK_INLINE Vec Pow2(Vec n) {
 
 PEAK_INLINE Pairs LoadPairs(const bf16* p) { return {p[0].bits | static_cast<uint32_t>(p[1].bits) << 16}; }
 PEAK_INLINE Pairs SetPair(const bf16* p) { return LoadPairs(p); }
+PEAK_INLINE void StorePairs(bf16* p, Pairs a) { std::memcpy(p, &a.v, 4); }
 PEAK_INLINE Pairs PackPairs(Vec even, Vec odd) { return {RoundToBf16(even.v) | RoundToBf16(odd.v) << 16}; }
 PEAK_INLINE Vec Even(Pairs a) { return {FromBits(a.v << 16)}; }
 PEAK_INLINE Vec Odd(Pairs a) { return {FromBits(a.v & 0xffff0000u)}; }
+PEAK_INLINE void Transpose(Vec*) {}
 
 // ------------------------------------------------------------------------------------------------------------ AVX2
 #elif PEAK_ISA == PEAK_AVX2
 
 constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+constexpr bool kNativePairs = false;
 struct Vec { __m256 v; };
 struct Mask { __m256 v; };
 struct Pairs { __m256i v; };
@@ -152,6 +161,7 @@ PEAK_INLINE Vec Pow2(Vec n) {
 }
 
 PEAK_INLINE Pairs LoadPairs(const bf16* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+PEAK_INLINE void StorePairs(bf16* p, Pairs a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 PEAK_INLINE Pairs SetPair(const bf16* p) {
   int pair;
   std::memcpy(&pair, p, 4);
@@ -164,11 +174,30 @@ PEAK_INLINE Vec Even(Pairs a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(a.
 PEAK_INLINE Vec Odd(Pairs a) {
   return {_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
+// Columns 4l + j of rows 4i .. 4i + 3 gather in lane l of row 4i + j; then the lanes change places.
+PEAK_INLINE void Transpose(Vec* rows) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 4) {
+    const __m256 lo0 = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v), hi0 = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    const __m256 lo1 = _mm256_unpacklo_ps(rows[i + 2].v, rows[i + 3].v);
+    const __m256 hi1 = _mm256_unpackhi_ps(rows[i + 2].v, rows[i + 3].v);
+    t[i] = _mm256_shuffle_ps(lo0, lo1, 0x44);
+    t[i + 1] = _mm256_shuffle_ps(lo0, lo1, 0xee);
+    t[i + 2] = _mm256_shuffle_ps(hi0, hi1, 0x44);
+    t[i + 3] = _mm256_shuffle_ps(hi0, hi1, 0xee);
+  }
+  for (int j = 0; j < 4; ++j) {
+    rows[j].v = _mm256_permute2f128_ps(t[j], t[4 + j], 0x20);
+    rows[4 + j].v = _mm256_permute2f128_ps(t[j], t[4 + j], 0x31);
+  }
+}
 
 // --------------------------------------------------------------------------------------------------------- AVX-512
 #elif PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
 
 constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+constexpr bool kNativePairs = PEAK_ISA == PEAK_AVX512BF16;
 struct Vec { __m512 v; };
 struct Mask { __mmask16 v; };
 struct Pairs { __m512i v; };
@@ -226,6 +255,7 @@ PEAK_INLINE float Sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 PEAK_INLINE float MaxOf(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 PEAK_INLINE Pairs LoadPairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+PEAK_INLINE void StorePairs(bf16* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
 PEAK_INLINE Pairs SetPair(const bf16* p) {
   int pair;
   std::memcpy(&pair, p, 4);
@@ -241,11 +271,35 @@ PEAK_INLINE Vec Odd(Pairs a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
 #endif
+// As on AVX2.
+PEAK_INLINE void Transpose(Vec* rows) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512 lo0 = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v), hi0 = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    const __m512 lo1 = _mm512_unpacklo_ps(rows[i + 2].v, rows[i + 3].v);
+    const __m512 hi1 = _mm512_unpackhi_ps(rows[i + 2].v, rows[i + 3].v);
+    t[i] = _mm512_shuffle_ps(lo0, lo1, 0x44);
+    t[i + 1] = _mm512_shuffle_ps(lo0, lo1, 0xee);
+    t[i + 2] = _mm512_shuffle_ps(hi0, hi1, 0x44);
+    t[i + 3] = _mm512_shuffle_ps(hi0, hi1, 0xee);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 lo0 = _mm512_shuffle_f32x4(t[j], t[4 + j], 0x44), hi0 = _mm512_shuffle_f32x4(t[j], t[4 + j], 0xee);
+    const __m512 lo1 = _mm512_shuffle_f32x4(t[8 + j], t[12 + j], 0x44);
+    const __m512 hi1 = _mm512_shuffle_f32x4(t[8 + j], t[12 + j], 0xee);
+    rows[j].v = _mm512_shuffle_f32x4(lo0, lo1, 0x88);
+    rows[4 + j].v = _mm512_shuffle_f32x4(lo0, lo1, 0xdd);
+    rows[8 + j].v = _mm512_shuffle_f32x4(hi0, hi1, 0x88);
+    rows[12 + j].v = _mm512_shuffle_f32x4(hi0, hi1, 0xdd);
+  }
+}
 
 // ------------------------------------------------------------------------------------------------------------ NEON
 #elif PEAK_ISA == PEAK_NEON
 
 constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+constexpr bool kNativePairs = false;
 struct Vec { float32x4_t v; };
 struct Mask { uint32x4_t v; };
 struct Pairs { uint32x4_t v; };
@@ -304,6 +358,7 @@ PEAK_INLINE Vec Pow2(Vec n) {
 PEAK_INLINE Pairs LoadPairs(const bf16* p) {
   return {vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)))};
 }
+PEAK_INLINE void StorePairs(bf16* p, Pairs a) { vst1q_u16(reinterpret_cast<uint16_t*>(p), vreinterpretq_u16_u32(a.v)); }
 PEAK_INLINE Pairs SetPair(const bf16* p) {
   uint32_t pair;
   std::memcpy(&pair, p, 4);
@@ -314,6 +369,14 @@ PEAK_INLINE Pairs PackPairs(Vec even, Vec odd) {
 }
 PEAK_INLINE Vec Even(Pairs a) { return {vreinterpretq_f32_u32(vshlq_n_u32(a.v, 16))}; }
 PEAK_INLINE Vec Odd(Pairs a) { return {vreinterpretq_f32_u32(vandq_u32(a.v, vdupq_n_u32(0xffff0000u)))}; }
+PEAK_INLINE void Transpose(Vec* rows) {
+  const float32x4x2_t a = vzipq_f32(rows[0].v, rows[2].v), b = vzipq_f32(rows[1].v, rows[3].v);
+  const float32x4x2_t lo = vzipq_f32(a.val[0], b.val[0]), hi = vzipq_f32(a.val[1], b.val[1]);
+  rows[0].v = lo.val[0];
+  rows[1].v = lo.val[1];
+  rows[2].v = hi.val[0];
+  rows[3].v = hi.val[1];
+}
 
 #endif
 

@@ -380,6 +380,16 @@ def _laid_out_like(tensor: Tensor, grad: Tensor) -> Tensor:
     return grad.new_empty_strided(promised.shape, promised.stride()).copy_(grad)
 
 
+def may_overwrite_saved() -> bool:
+    """Whether a backend's backward may reuse what was saved: in a direct call whose graph is not kept.
+
+    Fresh pages for a gradient the size of the vocabulary cost more than the arithmetic on it.
+    """
+    library_op = torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradFunctionality)
+    running = torch._C._current_graph_task_id() >= 0
+    return running and not library_op and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _distinct(grads: list[Tensor]) -> list[Tensor]:
     """A library op may not return one tensor twice, as a sum's gradient would be."""
     return [g.clone() if any(g is before for before in grads[:i]) else g for i, g in enumerate(grads)]

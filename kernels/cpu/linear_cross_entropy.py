@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, threads, workspace
+from peakgpt.kernels.dispatch import may_overwrite_saved
 
 # Products of 512 rows run within 3 % of 1024 rows, those of 256 up to 18 % slower (float32, GPT-2's head, 2 cores of
 # Zen 4, 2026-11). A very large vocabulary gets fewer rows.
@@ -52,7 +53,8 @@ def forward(outputs, saved, x, w, target, *, ignore_index, reduction):
 def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction):
     x, w, target = inputs
     if reduction != "none":
-        return *(t * grads[0].to(t.dtype) if need else None for t, need in zip(saved, needs, strict=False)), None
+        scale = float(grads[0])
+        return *(scaled(t, scale) if need else None for t, need in zip(saved, needs, strict=False)), None
     flat, target = rows(x), target.reshape(-1).long()
     lse, dloss = saved[0].view(-1), grads[0].reshape(-1).contiguous()
     dx, dw = (torch.empty_like(t) if need else None for t, need in zip((flat, w), needs, strict=False))
@@ -65,6 +67,12 @@ def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction):
         products.add(block, logits)
     products.finish()
     return None if dx is None else dx.view(x.shape), dw, None
+
+
+def scaled(gradient: Tensor, scale: float) -> Tensor:
+    if not may_overwrite_saved():
+        return gradient * scale
+    return gradient if scale == 1.0 else gradient.mul_(scale)
 
 
 class Products:

@@ -1,0 +1,260 @@
+#include "attention.h"
+
+#include <algorithm>
+
+#ifndef PEAK_THIS_FILE
+namespace peak {
+namespace {
+// Query and key ranges of one unit start on multiples of kTile, so that a split changes no sum.
+struct BackwardUnit {
+  int64_t b, kv_head, head, heads;  // query heads head .. head + heads - 1 of this kv head
+  int64_t query, query_end, key, key_end;
+  bool want_dq, want_dkv;
+};
+}  // namespace
+}  // namespace peak
+#endif
+
+#define PEAK_THIS_FILE "attention_backward.cpp"
+#include "foreach_isa.h"
+
+#ifdef PEAK_ISA
+
+#include "attention_tiles.h"
+
+// Packed per kv head (k, v and their gradients), per query head (the rest), and per pair of tiles (s, dp, p, ds).
+template <class T>
+struct BackwardSpace {
+  using E = typename OperandOf<T>::type;
+  static constexpr bool kPairs = kDepth<E> == 2;
+  E *k, *k_stacked, *v, *q, *q_stacked, *dy, *dy_stacked, *p, *ds, *ds_stacked;
+  float *dk, *dv, *dq, *s, *dp, *lse, *delta;
+
+  BackwardSpace(Bump& bump, int64_t queries, int64_t keys, int64_t width) {
+    const Widths<E> widths(width);
+    k = bump.Take<E>(keys * widths.natural);
+    k_stacked = kPairs ? bump.Take<E>(keys / 2 * widths.stacked) : k;
+    v = bump.Take<E>(keys * widths.natural);
+    dk = bump.Take<float>(keys * widths.stacked);
+    dv = bump.Take<float>(keys * widths.stacked);
+    q = bump.Take<E>(queries * width / kDepth<E>);
+    q_stacked = bump.Take<E>(queries / kDepth<E> * widths.stacked);
+    dy = bump.Take<E>(queries * width / kDepth<E>);
+    dy_stacked = bump.Take<E>(queries / kDepth<E> * widths.stacked);
+    dq = bump.Take<float>(queries * width);
+    lse = bump.Take<float>(queries);
+    delta = bump.Take<float>(queries);
+    s = bump.Take<float>(kTile * kTile);
+    dp = bump.Take<float>(kTile * kTile);
+    p = kPairs ? bump.Take<E>(kTile * kTile / 2) : reinterpret_cast<E*>(s);
+    ds = kPairs ? bump.Take<E>(kTile * kTile / 2) : reinterpret_cast<E*>(dp);
+    ds_stacked = kPairs ? bump.Take<E>(kTile * kTile / 2) : ds;
+  }
+};
+
+PEAK_INLINE void StoreTwoRows(float* rows, float*, int64_t row, int64_t at, Vec even, Vec odd) {
+  Store(rows + row * kTile + at, even);
+  Store(rows + (row + 1) * kTile + at, odd);
+}
+PEAK_INLINE void StoreTwoRows(Pair* rows, Pair* stacked, int64_t row, int64_t at, Vec even, Vec odd) {
+  bf16* halves = &rows->even;
+  Store(halves + row * kTile + at, even);
+  Store(halves + (row + 1) * kTile + at, odd);
+  if (stacked != nullptr) StorePairs(&stacked[row / 2 * kTile + at].even, PackPairs(even, odd));
+}
+
+// p = e^(c s - lse), ds = p (dp - delta).
+template <class T>
+void Gradients(const BackwardSpace<T>& space, const float* lse, const float* delta, int64_t rows, int64_t begin_vec,
+               int64_t end_vec, float c) {
+  const Vec scale = Set(c);
+  for (int64_t at = begin_vec * kLanes; at < end_vec * kLanes; at += kLanes) {
+    const Vec base = Set(0.0f) - Load(lse + at), mean = Load(delta + at);
+    for (int64_t r = 0; r < rows; r += 2) {
+      const float *s = space.s + r * kTile + at, *dp = space.dp + r * kTile + at;
+      const Vec even = Exp(Fma(Load(s), scale, base)), odd = Exp(Fma(Load(s + kTile), scale, base));
+      const Vec even_ds = even * (Load(dp) - mean), odd_ds = odd * (Load(dp + kTile) - mean);
+      StoreTwoRows(space.p, static_cast<decltype(space.p)>(nullptr), r, at, even, odd);
+      StoreTwoRows(space.ds, space.ds_stacked, r, at, even_ds, odd_ds);
+    }
+  }
+}
+
+// lse, +inf (all weights 0) for a dead or padded query; delta = rowsum(dy * y).
+template <class T>
+void RowStatistics(const Rows<T>& dy, const Rows<T>& y, const float* lse, int64_t first, int64_t count, float* lse_out,
+                   float* delta) {
+  for (int64_t i = 0; i < count; ++i) {
+    const bool live = dy.Has(first + i) && lse[first + i] != -kInfinity;
+    lse_out[i] = live ? lse[first + i] : kInfinity;
+    // In four parts, or dp - delta, exactly 0 where a query sees one key, is left with what a long chain loses.
+    Vec sums[4] = {Set(0.0f), Set(0.0f), Set(0.0f), Set(0.0f)};
+    for (int64_t d = 0, part = 0; d < dy.width; d += kLanes, part = (part + 1) % 4) {
+      sums[part] = Fma(dy.At(first + i, d), y.At(first + i, d), sums[part]);
+    }
+    delta[i] = Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+}
+
+// One query tile against the keys of one key tile; offsets are relative to the unit's ranges.
+template <class T>
+void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const QueryTile& tile, int64_t width,
+                  int64_t key, int64_t keys, float c, float slope) {
+  using E = typename OperandOf<T>::type;
+  const Widths<E> widths(width);
+  const int64_t rows = UpTo(keys, kBlockRows), dead = tile.DeadVecs(key), vecs = tile.vecs - dead, lane = dead * kLanes;
+  const int64_t i = tile.query - unit.query, j = key - unit.key;
+  Multiply(space.k + j * widths.natural, widths.natural, 1, space.q + i * width / kDepth<E> + lane, kTile,
+           width / kDepth<E>, space.s + lane, kTile, rows, vecs, false);
+  Multiply(space.v + j * widths.natural, widths.natural, 1, space.dy + i * width / kDepth<E> + lane, kTile,
+           width / kDepth<E>, space.dp + lane, kTile, rows, vecs, false);
+  const bool biased = slope != 0.0f || !tile.Whole(key, rows);
+  if (biased) Bias(tile, space.s, key, rows, dead, c, slope);
+  Gradients(space, space.lse + i, space.delta + i, rows, dead, tile.vecs, biased ? 1.0f : c);
+  if (unit.want_dkv) {
+    const int64_t line = kTile / kDepth<E>, at = (i + lane) / kDepth<E> * widths.stacked;
+    const int64_t depth = vecs * kLanes / kDepth<E>, columns = widths.stacked / kLanes;
+    Multiply(space.p + lane / kDepth<E>, line, 1, space.dy_stacked + at, widths.stacked, depth,
+             space.dv + j * widths.stacked, widths.stacked, rows, columns, true);
+    Multiply(space.ds + lane / kDepth<E>, line, 1, space.q_stacked + at, widths.stacked, depth,
+             space.dk + j * widths.stacked, widths.stacked, rows, columns, true);
+  }
+  if (unit.want_dq) {
+    Multiply(space.k_stacked + j / kDepth<E> * widths.stacked, 1, widths.stacked, space.ds_stacked + lane, kTile,
+             rows / kDepth<E>, space.dq + i * width + lane, kTile, width, vecs, true);
+  }
+}
+
+// out[row] = in[row] * factor.
+template <class T>
+void StoreRows(const float* in, int64_t in_stride, float factor, T* out, int64_t stride, int64_t count, int64_t width) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t d = 0; d < width; d += kLanes) {
+      Store(out + r * stride + d, Load(in + r * in_stride + d) * Set(factor), width - d);
+    }
+  }
+}
+
+template <class T>
+void BackwardHead(const AttentionArgs& args, const BackwardUnit& unit, const BackwardSpace<T>& space, const Live& live,
+                  int64_t h) {
+  using E = typename OperandOf<T>::type;
+  const int64_t width = args.width, count = UpTo(unit.query_end - unit.query, kTile);
+  const Rows<T> q{At<T>(args.q, unit.b, args.q_b, h, args.q_h), args.q_t, 0, args.queries, width};
+  const Rows<T> dy{At<T>(args.dout, unit.b, args.dout_b, h, args.dout_h), args.dout_t, 0, args.queries, width};
+  const Rows<T> y{static_cast<const T*>(args.out) + (unit.b * args.queries * args.heads + h) * width,
+                  args.heads * width, 0, args.queries, width};
+  const float c = args.scale, slope = args.alibi == nullptr ? 0.0f : args.alibi[h];
+  for (int64_t i = 0; i < count; i += kTile) {
+    PackTransposed(q, unit.query + i, space.q + i * width / kDepth<E>);
+    PackTransposed(dy, unit.query + i, space.dy + i * width / kDepth<E>);
+  }
+  PackStacked(q, unit.query, count, space.q_stacked);
+  PackStacked(dy, unit.query, count, space.dy_stacked);
+  RowStatistics(dy, y, args.lse + (unit.b * args.heads + h) * args.queries, unit.query, count, space.lse, space.delta);
+  std::memset(space.dq, 0, count * width * sizeof(float));
+
+  QueryTile tile;
+  for (int64_t query = unit.query; query < unit.query_end; query += kTile) {
+    tile.Place(live, query, args.queries);
+    for (int64_t block = unit.key; block < unit.key_end; block += kTile) {
+      const int64_t stop = Least(tile.end, block + kTile);
+      int64_t keys;
+      for (int64_t key = Most(block, tile.begin / kEdgeTile * kEdgeTile); key < stop; key += keys) {
+        keys = tile.KeysAt(key, stop);
+        BackwardTile(unit, space, tile, width, key, keys, c, slope);
+      }
+    }
+  }
+  if (!unit.want_dq) return;
+  float factor[kTile];
+  for (int64_t i = 0; i < kTile; ++i) factor[i] = args.scale;
+  T* dq = static_cast<T*>(args.dq) + unit.b * args.dq_b + h * args.dq_h;
+  for (int64_t query = unit.query; query < unit.query_end; query += kTile) {
+    StoreTransposed(space.dq + (query - unit.query) * width, factor, dq + query * args.dq_t, args.dq_t,
+                    Least(kTile, unit.query_end - query), width);
+  }
+}
+
+template <class T>
+void RunBackwardUnit(const AttentionArgs& args, const BackwardUnit& unit) {
+  using E = typename OperandOf<T>::type;
+  const int64_t width = args.width, queries = UpTo(unit.query_end - unit.query, kTile);
+  const int64_t count = unit.key_end - unit.key, keys = UpTo(count, kTile);
+  Bump counted{nullptr};
+  BackwardSpace<T>(counted, queries, keys, width);
+  Bump bump{AttentionScratch(reinterpret_cast<int64_t>(counted.next))};
+  const BackwardSpace<T> space(bump, queries, keys, width);
+  const Live live(args, unit.b);
+  const Widths<E> widths(width);
+
+  const Rows<T> k{At<T>(args.k, unit.b, args.k_b, unit.kv_head, args.k_h), args.k_t, live.begin, live.end, width};
+  const Rows<T> v{At<T>(args.v, unit.b, args.v_b, unit.kv_head, args.v_h), args.v_t, live.begin, live.end, width};
+  PackNatural(k, unit.key, keys, space.k);
+  PackNatural(v, unit.key, keys, space.v);
+  if (kDepth<E> == 2) PackStacked(k, unit.key, keys, space.k_stacked);
+  std::memset(space.dk, 0, keys * widths.stacked * sizeof(float));
+  std::memset(space.dv, 0, keys * widths.stacked * sizeof(float));
+  for (int64_t h = unit.head; h < unit.head + unit.heads; ++h) BackwardHead(args, unit, space, live, h);
+  if (!unit.want_dkv) return;
+  T* dk = static_cast<T*>(args.dk) + unit.b * args.dk_b + unit.kv_head * args.dk_h + unit.key * args.dk_t;
+  T* dv = static_cast<T*>(args.dv) + unit.b * args.dv_b + unit.kv_head * args.dv_h + unit.key * args.dv_t;
+  StoreRows(space.dk, widths.stacked, args.scale, dk, args.dk_t, count, width);
+  StoreRows(space.dv, widths.stacked, 1.0f, dv, args.dv_t, count, width);
+}
+
+#else
+
+namespace peak {
+namespace {
+
+// The run of units that one kind of pass is cut into: `ranges` pieces of [0, length) on multiples of a tile.
+struct Cut {
+  int64_t length, ranges;
+  static constexpr int64_t kUnit = 64;  // a multiple of every set's tile
+
+  Cut(int64_t length_, int64_t wanted) : length(length_), ranges(std::clamp<int64_t>(wanted, 1, Tiles())) {}
+  int64_t Tiles() const { return std::max<int64_t>(1, (length + kUnit - 1) / kUnit); }
+  int64_t Begin(int64_t range) const { return std::min(length, Tiles() * range / ranges * kUnit); }
+};
+
+}  // namespace
+
+void AttentionBackward(const AttentionArgs& args, int threads) {
+  const bool want_dq = args.dq != nullptr, want_dkv = args.dk != nullptr;
+  const int64_t group = args.heads / args.kv_heads, kv_heads = args.batch * args.kv_heads;
+  if (kv_heads == 0) return;
+  const auto run = PEAK_PICK_DTYPE(args.dtype, RunBackwardUnit);
+  // One pass over a kv head takes five products. Two passes, which cut it, take four and three: 7/5 of the work, worth
+  // it where whole heads would leave that share of the threads idle. The sums are the same to the last bit.
+  const int64_t rounds = (kv_heads + threads - 1) / threads;
+  if (want_dq && want_dkv && 7 * kv_heads >= 5 * rounds * threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < kv_heads; ++i) {
+      const int64_t b = i / args.kv_heads, kv_head = i % args.kv_heads;
+      run(args, {b, kv_head, kv_head * group, group, 0, args.queries, 0, args.keys, true, true});
+    }
+    return;
+  }
+  const int64_t wanted = 4 * threads;  // units in all, so that threads end together
+  const Cut keys(args.keys, wanted / kv_heads), queries(args.queries, wanted / (kv_heads * std::max<int64_t>(1, group)));
+  const int64_t dkv_units = want_dkv ? kv_heads * keys.ranges : 0;
+  const int64_t dq_units = want_dq ? kv_heads * group * queries.ranges : 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < dkv_units + dq_units; ++i) {
+    if (i < dkv_units) {
+      const int64_t range = i % keys.ranges, b = i / keys.ranges / args.kv_heads;
+      const int64_t kv_head = i / keys.ranges % args.kv_heads;
+      run(args, {b, kv_head, kv_head * group, group, 0, args.queries, keys.Begin(range), keys.Begin(range + 1), false,
+                 true});
+    } else {
+      const int64_t unit = i - dkv_units, range = unit % queries.ranges, b = unit / queries.ranges / args.heads;
+      const int64_t head = unit / queries.ranges % args.heads;
+      run(args, {b, head / group, head, 1, queries.Begin(range), queries.Begin(range + 1), 0, args.keys, true, false});
+    }
+  }
+}
+
+}  // namespace peak
+
+#endif  // PEAK_ISA

@@ -1,0 +1,275 @@
+// What both passes of attention share. Included once per set by attention*.cpp, after simd.h.
+//
+// Scores are held transposed, one query a lane: a tile S[key][query] is K times Q^T. Row maxima, sums and corrections
+// are then plain vector operations without a horizontal step, and every product has one form,
+//     C[row][lane] += sum_k A(row, k) * B[k][lane],
+// with A broadcast from memory and B and C read by the vector:
+//     S   = K  Q^T     dP  = V  dO^T      k over the width     A natural   B transposed   C[key][query]
+//     O^T = V^T P      dQ^T = K^T dS      k over the keys      A stacked   B a tile       C[width][query]
+//     dV  = P  dO      dK  = dS Q         k over the queries   A a tile    B stacked      C[key][width]
+// An operand is float, or Pair where the set multiplies bf16 pairs; then two steps of k lie together in each packing:
+//     natural [row][width / 2]   stacked [row / 2][width]   transposed [width / 2][row]
+// Without such an instruction bf16 is widened when it is packed. Packing also ends ragged sizes (zeros up to whole
+// vectors) and strides that make rows collide in the L1 cache.
+
+constexpr int64_t kTile = 64;      // queries a tile, and keys: four operands of 64 x 64 floats fill L1 and part of L2
+constexpr int64_t kEdgeTile = 16;  // keys a tile where the mask cuts through: less of it is dead
+constexpr int kBlockRows = 4, kBlockVecs = kRegisters >= 32 ? 4 : 3;
+constexpr int64_t kChain = 32;  // products summed one by one; past that, sums of sums, which lose fewer digits
+constexpr float kInfinity = __builtin_inff();
+
+struct Pair { bf16 even, odd; };
+template <class T> struct OperandOf { using type = float; };
+template <bool kNative> struct Bf16Operand { using type = float; };
+template <> struct Bf16Operand<true> { using type = Pair; };
+template <> struct OperandOf<bf16> : Bf16Operand<kNativePairs> {};
+template <class E> constexpr int64_t kDepth = 1;  // steps of k in an operand
+template <> constexpr int64_t kDepth<Pair> = 2;
+
+PEAK_INLINE int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+PEAK_INLINE int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
+PEAK_INLINE int64_t UpTo(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// ------------------------------------------------------------------------------------------------------- products
+PEAK_INLINE Vec Operand(const float* p) { return Load(p); }
+PEAK_INLINE Pairs Operand(const Pair* p) { return LoadPairs(&p->even); }
+PEAK_INLINE Vec MultiplyAdd(const float* a, Vec b, Vec c) { return Fma(Set(*a), b, c); }
+PEAK_INLINE Vec MultiplyAdd(const Pair* a, Pairs b, Vec c) { return DotPairs(c, SetPair(&a->even), b); }
+
+template <class E, int M, int N>
+void Block(const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t b_step, int64_t depth, float* c,
+           int64_t c_row, bool add) {
+  Vec acc[M][N];
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) acc[m][n] = Set(0.0f);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    decltype(Operand(b)) lanes[N];
+    for (int n = 0; n < N; ++n) lanes[n] = Operand(b + n * kLanes);
+    for (int m = 0; m < M; ++m) {
+      for (int n = 0; n < N; ++n) acc[m][n] = MultiplyAdd(a + m * a_row, lanes[n], acc[m][n]);
+    }
+    a += a_step;
+    b += b_step;
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      float* at = c + m * c_row + n * kLanes;
+      Store(at, add ? Load(at) + acc[m][n] : acc[m][n]);
+    }
+  }
+}
+
+template <class E>
+void MultiplyChain(const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t b_step, int64_t depth, float* c,
+                   int64_t c_row, int64_t rows, int64_t vecs, bool add) {
+  for (int64_t n = 0; n < vecs; n += kBlockVecs) {
+    const int64_t left = vecs - n;
+    for (int64_t m = 0; m < rows; m += kBlockRows) {
+      const E* a_block = a + m * a_row;
+      const E* b_block = b + n * kLanes;
+      float* c_block = c + m * c_row + n * kLanes;
+      if (left >= kBlockVecs) {
+        Block<E, kBlockRows, kBlockVecs>(a_block, a_row, a_step, b_block, b_step, depth, c_block, c_row, add);
+      } else if (left == 3) {
+        Block<E, kBlockRows, 3>(a_block, a_row, a_step, b_block, b_step, depth, c_block, c_row, add);
+      } else if (left == 2) {
+        Block<E, kBlockRows, 2>(a_block, a_row, a_step, b_block, b_step, depth, c_block, c_row, add);
+      } else {
+        Block<E, kBlockRows, 1>(a_block, a_row, a_step, b_block, b_step, depth, c_block, c_row, add);
+      }
+    }
+  }
+}
+
+// C (rows x vecs) = or += A B; rows is a multiple of kBlockRows.
+template <class E>
+void Multiply(const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t b_step, int64_t depth, float* c,
+              int64_t c_row, int64_t rows, int64_t vecs, bool add) {
+  for (int64_t k = 0; k < depth; k += kChain) {
+    MultiplyChain(a + k * a_step, a_row, a_step, b + k * b_step, b_step, Least(kChain, depth - k), c, c_row, rows, vecs,
+                  add || k > 0);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------- packing
+// A strided matrix; rows outside [begin, end) read as zeros, whatever memory holds there.
+template <class T>
+struct Rows {
+  const T* p;
+  int64_t stride, begin, end, width;
+
+  PEAK_INLINE bool Has(int64_t row) const { return row >= begin && row < end; }
+  PEAK_INLINE Vec At(int64_t row, int64_t column) const {
+    return Has(row) ? Load(p + row * stride + column, width - column) : Set(0.0f);
+  }
+};
+
+// Row lengths of the packings, in operands.
+template <class E>
+struct Widths {
+  int64_t natural, stacked, transposed;
+  explicit Widths(int64_t width)
+      : natural(kDepth<E> == 1 ? UpTo(width, kLanes) : width / 2), stacked(UpTo(width, kLanes)), transposed(kTile) {}
+};
+
+// Packs `count` rows from `first` on; count is a multiple of kDepth.
+template <class T>
+void PackStacked(const Rows<T>& rows, int64_t first, int64_t count, float* out) {
+  const int64_t stacked = UpTo(rows.width, kLanes);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t d = 0; d < stacked; d += kLanes) Store(out + r * stacked + d, rows.At(first + r, d));
+  }
+}
+template <class T>
+void PackStacked(const Rows<T>& rows, int64_t first, int64_t count, Pair* out) {
+  const int64_t stacked = UpTo(rows.width, kLanes);
+  for (int64_t r = 0; r < count; r += 2) {
+    for (int64_t d = 0; d < stacked; d += kLanes) {
+      StorePairs(&out[r / 2 * stacked + d].even, PackPairs(rows.At(first + r, d), rows.At(first + r + 1, d)));
+    }
+  }
+}
+
+template <class T>
+void PackNatural(const Rows<T>& rows, int64_t first, int64_t count, float* out) {
+  PackStacked(rows, first, count, out);
+}
+inline void PackNatural(const Rows<bf16>& rows, int64_t first, int64_t count, Pair* out) {
+  const int64_t bytes = rows.width * 2;
+  for (int64_t r = 0; r < count; ++r, out += rows.width / 2) {
+    if (rows.Has(first + r)) {
+      std::memcpy(out, rows.p + (first + r) * rows.stride, bytes);
+    } else {
+      std::memset(out, 0, bytes);
+    }
+  }
+}
+
+// kTile rows from `first` on.
+template <class T>
+void PackTransposed(const Rows<T>& rows, int64_t first, float* out) {
+  for (int64_t r = 0; r < kTile; r += kLanes) {
+    for (int64_t d = 0; d < rows.width; d += kLanes) {
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = rows.At(first + r + i, d);
+      Transpose(square);
+      for (int64_t i = 0; i < Least(kLanes, rows.width - d); ++i) Store(out + (d + i) * kTile + r, square[i]);
+    }
+  }
+}
+inline void PackTransposed(const Rows<bf16>& rows, int64_t first, Pair* out) {
+  // Pairs move as whole floats; no arithmetic touches them.
+  Rows<float> pairs{nullptr, 0, 0, 1, rows.width / 2};
+  for (int64_t r = 0; r < kTile; r += kLanes) {
+    for (int64_t d = 0; d < pairs.width; d += kLanes) {
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t row = first + r + i;
+        pairs.p = reinterpret_cast<const float*>(rows.p + row * rows.stride);
+        square[i] = rows.Has(row) ? pairs.At(0, d) : Set(0.0f);
+      }
+      Transpose(square);
+      for (int64_t i = 0; i < Least(kLanes, pairs.width - d); ++i) {
+        Store(reinterpret_cast<float*>(out + (d + i) * kTile + r), square[i]);
+      }
+    }
+  }
+}
+
+// out[row][d] = tile[d][row] * factor[row] for `count` rows.
+template <class T>
+void StoreTransposed(const float* tile, const float* factor, T* out, int64_t stride, int64_t count, int64_t width) {
+  for (int64_t r = 0; r < count; r += kLanes) {
+    const Vec f = Load(factor + r);
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const int64_t n = Least(kLanes, width - d);
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = i < n ? Load(tile + (d + i) * kTile + r) * f : Set(0.0f);
+      Transpose(square);
+      for (int64_t i = 0; i < Least(kLanes, count - r); ++i) Store(out + (r + i) * stride + d, square[i], n);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- mask
+// Every mask is one range of keys a query: First(i) .. End(i) - 1, both growing with i.
+struct Live {
+  int64_t offset, begin, end, window;
+  bool causal;
+
+  Live(const AttentionArgs& args, int64_t b) : offset(args.keys - args.queries), causal(args.causal) {
+    begin = args.kv_start == nullptr ? 0 : Most(0, args.kv_start[b]);
+    end = args.kv_len == nullptr ? args.keys
+                                 : Least(args.keys, (args.kv_start == nullptr ? 0 : args.kv_start[b]) + args.kv_len[b]);
+    window = args.window > 0 ? args.window : args.queries + args.keys;
+  }
+  PEAK_INLINE int64_t First(int64_t i) const { return Most(begin, i + offset - window + 1); }
+  PEAK_INLINE int64_t End(int64_t i) const { return causal ? Least(end, i + offset + 1) : end; }
+};
+
+// A tile of queries: their bounds as floats (exact to 2^24 keys), one a lane.
+struct QueryTile {
+  int64_t query, count, vecs;
+  int64_t begin, end;        // keys that any of them sees
+  int64_t all_from, all_to;  // keys that all of them see
+  float first[kTile], last[kTile], position[kTile];
+
+  void Place(const Live& live, int64_t query_, int64_t queries) {
+    query = query_;
+    count = Least(kTile, queries - query);
+    vecs = UpTo(count, kLanes) / kLanes;
+    begin = live.First(query);
+    all_from = live.First(query + count - 1);
+    all_to = live.End(query);
+    end = live.End(query + count - 1);
+    for (int64_t i = 0; i < kTile; ++i) {
+      first[i] = static_cast<float>(live.First(query + i));
+      last[i] = static_cast<float>(live.End(query + i) - 1);
+      position[i] = static_cast<float>(query + i + live.offset);
+    }
+  }
+  // Keys of the tile that starts at `key`: whole where all see them, else an edge.
+  PEAK_INLINE int64_t KeysAt(int64_t key, int64_t stop) const {
+    const bool whole = key >= all_from && key + kTile <= Least(all_to, stop);
+    return whole ? kTile : Least(kEdgeTile, stop - key);
+  }
+  PEAK_INLINE bool Whole(int64_t key, int64_t rows) const { return key >= all_from && key + rows <= all_to; }
+  // The leading vectors in which no query sees `key` or a later one.
+  PEAK_INLINE int64_t DeadVecs(int64_t key) const {
+    int64_t dead = 0;
+    while (dead < vecs && last[dead * kLanes + kLanes - 1] < static_cast<float>(key)) ++dead;
+    return dead;
+  }
+};
+
+// s = c s + slope (j - i), -inf where dead; rows past the tile's keys are dead too.
+inline void Bias(const QueryTile& tile, float* s, int64_t key, int64_t rows, int64_t dead_vecs, float c, float slope) {
+  const Vec gone = Set(-kInfinity);
+  for (int64_t v = dead_vecs; v < tile.vecs; ++v) {
+    const Vec first = Load(tile.first + v * kLanes), last = Load(tile.last + v * kLanes);
+    const Vec position = Load(tile.position + v * kLanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec j = Set(static_cast<float>(key + r));
+      float* at = s + r * kTile + v * kLanes;
+      const Vec x = Fma(Set(slope), j - position, Load(at) * Set(c));
+      Store(at, Select(Greater(first, j), gone, Select(Greater(j, last), gone, x)));
+    }
+  }
+}
+
+// Places arrays one after another, each on its own cache lines; from null it only counts.
+struct Bump {
+  char* next;
+  template <class X>
+  X* Take(int64_t count) {
+    char* at = next;
+    next += UpTo(count * static_cast<int64_t>(sizeof(X)), 64);
+    return reinterpret_cast<X*>(at);
+  }
+};
+
+template <class T>
+PEAK_INLINE const T* At(const void* p, int64_t b, int64_t stride_b, int64_t h, int64_t stride_h) {
+  return static_cast<const T*>(p) + b * stride_b + h * stride_h;
+}

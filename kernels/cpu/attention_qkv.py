@@ -1,0 +1,33 @@
+"""Attention over one packed projection on the CPU: the kernels of cpu/attention.py on views of qkv and of dqkv."""
+
+from __future__ import annotations
+
+import torch
+
+from peakgpt.kernels.cpu import attention
+
+
+def objection(qkv, *, n_head, causal, window, scale) -> str | None:
+    return attention.objection(
+        *_split(qkv, n_head), *[None] * 5, causal=causal, window=window, scale=scale, dropout=0.0
+    )
+
+
+def forward(outputs, saved, qkv, *, n_head, causal, window, scale):
+    attention.attend(outputs[0], saved[0], *_split(qkv, n_head), None, None, None, causal, window, scale)
+
+
+def backward(grads, inputs, outputs, saved, needs, *, n_head, causal, window, scale):
+    (qkv,) = inputs
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    attention.gradients(
+        _split(dqkv, n_head), grads[0], outputs[0], saved[0], *_split(qkv, n_head), None, None, None, causal, window,
+        scale,
+    )  # fmt: skip
+    return (dqkv,)
+
+
+def _split(qkv, n_head):
+    """Views q, k, v."""
+    kv_heads = (qkv.shape[2] - n_head) // 2
+    return qkv[:, :, :n_head], qkv[:, :, n_head : n_head + kv_heads], qkv[:, :, n_head + kv_heads :]

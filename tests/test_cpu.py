@@ -1,0 +1,305 @@
+"""The C++ kernels under every instruction set: counts around the lanes, misalignment, tails, special values.
+
+Values and gradients of whole ops are in test_ops.py; here the widest set's neighbours run too, and memory around a
+result must stay as it was. Mutations seen to fail: a tail that stores one lane too many, Exp without its lower clamp,
+bfloat16 rounded by truncation, dw partials added by one thread only.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from peakgpt import _C
+from peakgpt.kernels.cpu import ext
+from peakgpt.kernels.dispatch import OPS, use_backend
+
+POISON = 1234.0
+LANES = 16  # of the widest set
+COUNTS = (*range(2 * LANES + 1), 1000)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=_C.isas)
+def isa(request):
+    torch.manual_seed(0)
+    assert _C.set_isa_cap(request.param) == request.param
+    yield request.param
+    _C.set_isa_cap(None)
+
+
+def placed(values, offset):
+    """The values at an address `offset` elements into a poisoned buffer, with poison behind; and that buffer."""
+    buffer = torch.full((offset + values.numel() + LANES,), POISON, dtype=values.dtype)
+    inside = buffer[offset : offset + values.numel()].view(values.shape)
+    inside.copy_(values)
+    return inside, buffer
+
+
+def assert_untouched(buffer, offset, count):
+    outside = torch.cat([buffer[:offset], buffer[offset + count :]])
+    assert (outside == POISON).all(), "wrote outside its result"
+
+
+def activation(name, pre):
+    out = torch.empty_like(pre)
+    code = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2}[name]
+    _C.activation_forward(ext.DTYPES[pre.dtype], code, pre.numel(), pre.data_ptr(), out.data_ptr(), 1)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", (0, 1, 3))
+def test_activation_every_count(isa, dtype, offset):
+    for count in COUNTS:
+        values = torch.randn(count).to(dtype)
+        pre, _ = placed(values, offset)
+        out, buffer = placed(torch.full_like(values, math.nan), offset)
+        _C.activation_forward(ext.DTYPES[dtype], 0, count, pre.data_ptr(), out.data_ptr(), 2)
+        assert_untouched(buffer, offset, count)
+        torch.testing.assert_close(out, torch.nn.functional.gelu(values, approximate="tanh"), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", (0, 1, 3))
+def test_layernorm_every_width(isa, dtype, offset):
+    for width in COUNTS[1:]:
+        values, w, b = 3 + torch.randn(3, width).to(dtype), torch.randn(width), torch.randn(width)
+        x, _ = placed(values, offset)
+        y, buffer = placed(torch.full_like(values, math.nan), offset)
+        mu, r = torch.empty(3), torch.empty(3)
+        _C.layernorm_forward(
+            ext.DTYPES[dtype], 0, 3, width, x.data_ptr(), width, 0, 0, w.data_ptr(), b.data_ptr(),
+            0, y.data_ptr(), mu.data_ptr(), r.data_ptr(), 1e-5, 2,
+        )  # fmt: skip
+        assert_untouched(buffer, offset, values.numel())
+        truth = torch.nn.functional.layer_norm(values.double(), (width,), w.double(), b.double(), 1e-5)
+        error = (y.double() - truth).abs().max()
+        assert error <= truth.abs().max() * {torch.float32: 2e-6, torch.bfloat16: 2**-8}[dtype] + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", (0, 1, 3))
+def test_cross_entropy_every_vocabulary(isa, dtype, offset):
+    for vocab in COUNTS[1:]:
+        values, target = (3 * torch.randn(2, vocab)).to(dtype), torch.tensor([vocab - 1, vocab // 2])
+        logits, buffer = placed(values, offset)
+        loss, lse = torch.empty(2), torch.empty(2)
+        _C.cross_entropy_forward(
+            ext.DTYPES[dtype], 2, vocab, logits.data_ptr(), target.data_ptr(), -100,
+            loss.data_ptr(), lse.data_ptr(), True, 0.5, 2,
+        )  # fmt: skip
+        assert_untouched(buffer, offset, values.numel())
+        wide = values.double().requires_grad_()
+        truth = torch.nn.functional.cross_entropy(wide, target, reduction="none")
+        (gradient,) = torch.autograd.grad(truth.sum() * 0.5, wide)
+        torch.testing.assert_close(loss.double(), truth.detach(), rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(lse.double(), values.double().logsumexp(1), rtol=2e-6, atol=2e-6)
+        tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-8}[dtype]
+        # lse, up to 16 here, is held in float32: half an ulp of it is half of 1e-6, times the scale.
+        torch.testing.assert_close(logits.double(), gradient, rtol=tolerance, atol=0.25e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", (0, 1, 3))
+def test_adamw_every_count(isa, dtype, offset):
+    options = {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.3}
+    for count in COUNTS:
+        master = torch.randn(count)
+        start = [master.to(dtype), torch.randn(count).to(dtype), master, torch.randn(count), torch.rand(count)]
+        held = [placed(t, offset) for t in start]
+        ours, buffers = [inside for inside, _ in held], [buffer for _, buffer in held]
+        step, norm = torch.tensor(3.0), torch.tensor(2.0)
+        with use_backend("cpu"):
+            OPS["adamw"](*ours, step, norm, **options, max_norm=1.0)
+        truth = [t.double() for t in start]
+        truth_step = torch.tensor(3.0, dtype=torch.float64)
+        OPS["adamw"].eager(*truth, truth_step, norm.double(), **options, max_norm=1.0)
+        assert step == truth_step == 4
+        for buffer in buffers:
+            assert_untouched(buffer, offset, count)
+        for got, expected in zip(ours[2:], truth[2:], strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-7)
+        assert torch.equal(ours[0], ours[2].to(dtype))
+
+
+def test_adamw_skips_a_step_whose_norm_is_not_finite(isa):
+    for bad in (math.nan, math.inf):
+        tensors = [torch.randn(33), torch.randn(33), None, torch.randn(33), torch.rand(33), torch.tensor(3.0)]
+        before = [None if t is None else t.clone() for t in tensors]
+        with use_backend("cpu"):
+            OPS["adamw"](*tensors, torch.tensor(bad), lr=0.1, max_norm=1.0)
+        assert all(t is None or torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+def test_bfloat16_rounds_as_torch_does(isa):
+    """Every upper half with the lower halves around a tie; the native instruction takes subnormals for zero."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    values = (upper[:, None] + lower).flatten().view(torch.float32)
+    if isa == "avx512bf16":
+        values = values[~(values.abs() < torch.finfo(torch.float32).tiny)]
+    # A sum with zero positions stores each value, rounded; NaN payloads may differ, being NaN may not.
+    param, grad = torch.empty(values.numel(), dtype=torch.bfloat16), torch.zeros(values.numel(), dtype=torch.bfloat16)
+    moments = torch.zeros(values.numel()), torch.zeros(values.numel())
+    with use_backend("cpu"):
+        OPS["adamw"](param, grad, values.clone(), *moments, torch.tensor(0.0), lr=0.0, weight_decay=0.0)
+    expected = values.to(torch.bfloat16)
+    nan = expected.isnan()
+    assert torch.equal(param.isnan(), nan)
+    assert torch.equal(param[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+
+
+def test_gelu_over_the_whole_range(isa):
+    """exp and erf over their range: relative where gelu_tanh has no cancellation, absolute for erf's left tail."""
+    x = torch.cat([torch.linspace(-12, 12, 200_001), torch.tensor([-1e30, -200.0, -0.0, 0.0, 200.0, 1e30, math.inf])])
+    truth = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    wide = x.double()
+    truth[:200_001] = (wide / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))))[:200_001]
+    got = activation("gelu_tanh", x).double()
+    error = (got - truth).abs() / truth.abs().clamp_min(1e-37)
+    # The exponent, up to 170 here, carries its own rounding into the tail.
+    assert error[x.abs() < 3].max() < 2e-6
+    assert (got - truth)[:-1].abs().div(x.double()[:-1].abs().clamp_min(1)).max() < 3e-7
+    assert got[-1] == math.inf
+    got = activation("gelu_erf", x).double()
+    truth = torch.nn.functional.gelu(x.double())
+    assert (got - truth)[:-1].abs().div(x.double()[:-1].abs().clamp_min(1)).max() < 2e-7
+    assert activation("gelu_tanh", torch.tensor([math.nan])).isnan().all()
+    assert activation("gelu_erf", torch.tensor([math.nan])).isnan().all()
+    assert activation("relu", torch.tensor([math.nan])).isnan().all()
+
+
+def test_special_rows(isa):
+    """What torch makes of subnormal, infinite and NaN rows, we make of them."""
+    tiny = 1e-40
+    rows = torch.tensor([[tiny, -tiny, 0.0, tiny] * 9, [math.inf, *[1.0] * 35], [math.nan, *[1.0] * 35],
+                         [-math.inf, *[1.0] * 35], [1.0] * 36])  # fmt: skip
+    w, b = torch.ones(36), torch.zeros(36)
+    with use_backend("cpu"):
+        got = OPS["layernorm"](rows, w, b)
+    torch.testing.assert_close(got, torch.nn.functional.layer_norm(rows, (36,), w, b), equal_nan=True)
+    loss, lse, target = torch.empty(5), torch.empty(5), torch.full((5,), 3)
+    _C.cross_entropy_forward(
+        0, 5, 36, rows.data_ptr(), target.data_ptr(), -100, loss.data_ptr(), lse.data_ptr(), False, 1.0, 1
+    )
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(rows, target, reduction="none"), equal_nan=True, rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ("layernorm", "add_layernorm", "mlp", "linear_cross_entropy", "embedding"))
+def test_every_isa_gives_the_gradients(isa, name, dtype):
+    """Widths off the lanes; more rows than parts, so every stage of a reduction runs."""
+    sizes = {
+        "mlp": {"rows": 70, "width": 19, "hidden": 37},
+        "linear_cross_entropy": {"rows": 70, "width": 19, "vocab": 131},
+        "embedding": {"batch": 3, "tokens": 9, "vocab": 5, "width": 35},
+    }.get(name, {"rows": 70, "width": 35})
+    torch.manual_seed(0)
+    tensors = [t.requires_grad_() if t.is_floating_point() else t for t in OPS[name].sample(**sizes, dtype=dtype)]
+
+    def run(backend, tensors):
+        with use_backend(backend):
+            results = OPS[name](*tensors)
+        results = results if isinstance(results, tuple) else (results,)
+        wanted = [t for t in tensors if t.requires_grad]
+        return *results, *torch.autograd.grad([(r.double() ** 2).sum() for r in results], wanted)
+
+    truth = run("eager", [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in tensors])
+    torchs = run("eager", tensors)
+    floor = {torch.float32: 1e-6, torch.bfloat16: 2e-3}[dtype]
+    for got, eager, true in zip(run("cpu", tensors), torchs, truth, strict=True):
+        limit = 2 * (eager.double() - true).abs().max() + floor * true.abs().max()
+        assert (got.double() - true).abs().max() <= limit
+
+
+def test_reductions_do_not_follow_the_thread_count(isa):
+    torch.manual_seed(0)
+    x, w, b = OPS["layernorm"].sample(rows=130, width=70)
+    dy = torch.randn_like(x)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+            with use_backend("cpu"):
+                OPS["layernorm"](*leaves).backward(dy)
+            found.append([t.grad for t in leaves])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_linear_cross_entropy_over_many_blocks(monkeypatch, dtype, reduction):
+    """Nine blocks: bfloat16 dw moves to float32 and back twice. Ignored rows and a whole ignored block among them."""
+    module = pytest.importorskip("peakgpt.kernels.cpu.linear_cross_entropy")
+    monkeypatch.setattr(module, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(module, "LEAST_ROWS", 8)
+    torch.manual_seed(0)
+    x, w, target = OPS["linear_cross_entropy"].sample(rows=67, width=48, vocab=129, dtype=dtype)
+    target[20:40] = -100
+
+    def run(backend, *tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        with use_backend(backend):
+            loss = OPS["linear_cross_entropy"](*leaves, target, reduction=reduction)
+        weights = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+        return loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves)
+
+    truth, torchs, ours = run("eager", x.double(), w.double()), run("eager", x, w), run("cpu", x, w)
+    for got, eager, true in zip(ours, torchs, truth, strict=True):
+        limit = 2 * (eager.double() - true).abs().max() + 1e-6 * true.abs().max()
+        assert (got.double() - true).abs().max() <= limit
+
+
+def test_linear_cross_entropy_of_nothing():
+    """No target counts: the mean is NaN and the gradients are zero, as in torch."""
+    x, w, target = OPS["linear_cross_entropy"].sample(rows=3, width=8, vocab=5)
+    x.requires_grad_(), w.requires_grad_(), target.fill_(-100)
+    with use_backend("cpu"):
+        loss = OPS["linear_cross_entropy"](x, w, target)
+    loss.backward(torch.tensor(1.0))
+    assert loss.isnan() and not x.grad.any() and not w.grad.any()
+
+
+def test_gradient_of_the_head_survives_a_kept_graph():
+    """Backward hands out what it saved only where nobody can ask for it again."""
+    x, w, target = OPS["linear_cross_entropy"].sample(rows=9, width=8, vocab=5)
+    w.requires_grad_()
+    with use_backend("cpu"):
+        loss = OPS["linear_cross_entropy"](x, w, target)
+        loss.backward(retain_graph=True)
+        once = w.grad.clone()
+        (2 * loss).backward(retain_graph=True)
+        torch.testing.assert_close(w.grad, 3 * once)
+        loss.backward()
+    torch.testing.assert_close(w.grad, 4 * once)
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    with pytest.raises(ValueError, match="'sse9', expected one of scalar"):
+        _C.set_isa_cap("sse9")
+    code = "import torch; from peakgpt import _C"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PEAKGPT_ISA": "sse9"}, capture_output=True, text=True
+    )
+    assert result.returncode != 0 and "'sse9', expected one of scalar" in result.stderr
+
+
+def test_the_cap_from_the_environment():
+    code = "import torch; from peakgpt import _C; print(_C.isa())"
+    env = {**os.environ, "PEAKGPT_ISA": "scalar"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "scalar\n"
+
+
+def test_argument_count_is_checked():
+    with pytest.raises(TypeError, match="adamw: got 1 arguments, expected 16"):
+        _C.adamw(0)

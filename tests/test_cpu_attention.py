@@ -1,0 +1,214 @@
+"""The C++ attention on every instruction set: values and gradients against float64, then what must hold to the bit.
+
+Mutations that these tests were seen to catch: the mask left out, dv scaled by 1.01, the padding rows of an odd number
+of keys counted in the softmax, a window one key too wide, dead keys read.
+"""
+
+import pytest
+import torch
+
+from peakgpt.kernels.attention import attention, attention_qkv
+from peakgpt.kernels.dispatch import load, use_backend
+
+_C = pytest.importorskip("peakgpt._C")
+
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3}  # of the largest value: a few ulp, half an ulp
+
+# B, T, S, H, K, D, then parameters; alibi, kv_start and kv_len as lists
+CASES = [
+    (1, 63, 63, 2, 2, 64, {}),
+    (2, 64, 64, 1, 1, 64, {}),
+    (1, 65, 65, 3, 3, 64, {}),
+    (1, 129, 129, 1, 1, 40, {}),
+    (1, 193, 193, 1, 1, 64, {}),
+    (1, 5, 5, 2, 2, 256, {}),
+    (1, 4, 4, 2, 2, 8, {}),
+    (1, 17, 17, 2, 2, 8, {"causal": False}),
+    (1, 70, 131, 1, 1, 72, {"causal": False}),
+    (1, 65, 130, 2, 2, 32, {}),
+    (1, 130, 65, 2, 2, 32, {}),
+    (3, 1, 71, 2, 2, 24, {}),
+    (1, 1, 129, 4, 1, 160, {"scale": 0.1}),
+    (2, 130, 130, 6, 2, 64, {}),
+    (1, 67, 67, 4, 1, 128, {}),
+    (1, 200, 200, 1, 1, 64, {"window": 1}),
+    (1, 200, 200, 1, 1, 64, {"window": 65}),
+    (1, 150, 150, 1, 1, 16, {"window": 70, "causal": False}),
+    (1, 3, 90, 2, 1, 16, {"window": 9}),
+    (1, 100, 100, 2, 1, 64, {"alibi": [0.5, 0.0625]}),
+    (1, 2, 66, 2, 2, 64, {"alibi": [0.5, 0.0625]}),
+    (2, 80, 80, 2, 2, 64, {"kv_start": [3, 0], "kv_len": [70, 80]}),
+    (2, 70, 150, 2, 2, 64, {"kv_len": [129, 17], "causal": False}),
+    (3, 1, 40, 2, 2, 64, {"kv_start": [5, 0, 39], "kv_len": [30, 1, 1]}),
+    (2, 66, 66, 2, 2, 16, {"kv_start": [65, 10], "window": 33}),
+]
+IDS = ["x".join(map(str, case[:6])) + "".join(f"-{name}" for name in case[6]) for case in CASES]
+
+
+@pytest.fixture(params=_C.isas)
+def isa(request):
+    _C.set_isa_cap(request.param)
+    yield request.param
+    _C.set_isa_cap(None)
+
+
+def draw(case, dtype, seed=0):
+    """(q, k, v, upstream gradient), parameters."""
+    batch, tokens, keys, heads, kv_heads, width, params = case
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (batch, tokens, heads, width), *[(batch, keys, kv_heads, width)] * 2, (batch, tokens, heads, width)
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return tensors, {n: torch.tensor(v) if isinstance(v, list) else v for n, v in params.items()}
+
+
+def run(backend, tensors, params):
+    *inputs, upstream = tensors
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    params = {n: v.to(upstream.dtype) if n == "alibi" and backend == "eager" else v for n, v in params.items()}
+    with use_backend(backend):
+        out = attention(*leaves, **params)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def same(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_values_and_gradients(isa, case, dtype):
+    tensors, params = draw(case, dtype)
+    truth = run("eager", [t.double() for t in tensors], params)
+    torchs, ours = run("eager", tensors, params), run("cpu", tensors, params)
+    for name, a, b, t in zip(("out", "dq", "dk", "dv"), ours, torchs, truth, strict=True):
+        assert a.dtype == dtype
+        error, allowed = ((x.double() - t).abs().max().item() for x in (a, b))
+        limit = 2 * allowed + FLOOR[dtype] * t.abs().max().item()
+        assert error <= limit, f"{name}: error {error:.3e}, torch's {allowed:.3e}, limit {limit:.3e}"
+    assert same(ours, run("cpu", tensors, params)), "not repeatable"
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+def test_statistics(isa, dtype):
+    (q, k, v, _), _ = draw((2, 70, 70, 4, 2, 32, {}), dtype)
+    out, lse = torch.full_like(q, torch.nan), torch.full((2, 4, 70), torch.nan)
+    load("cpu", "attention").attend(out, lse, q, k, v, None, None, None, True, None, None)
+    scores = torch.einsum("bthd,bshd->bhts", q.double(), k.double().repeat_interleave(2, 2)) / 32**0.5
+    truth = scores.masked_fill(torch.ones(70, 70).triu(1).bool(), -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), truth, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("tokens", (3, 20))
+def test_a_row_without_a_live_key(isa, dtype, tokens):
+    """Zero out, lse -inf, zero gradients, whatever lies in the dead keys."""
+    (q, k, v, upstream), _ = draw((2, tokens, 18, 2, 2, 16, {}), dtype)
+    length = torch.tensor([0, 18 - tokens if tokens < 18 else 2])
+    for b, n in enumerate(length):
+        k[b, n:], v[b, n:] = torch.nan, torch.nan
+    out, lse = torch.full_like(q, torch.nan), torch.full((2, 2, tokens), torch.nan)
+    backend = load("cpu", "attention")
+    problem = q, k, v, None, None, length, True, None, None
+    backend.attend(out, lse, *problem)
+    grads = [torch.full_like(t, torch.nan) for t in (q, k, v)]
+    backend.gradients(grads, upstream, out, lse, *problem)
+    dead = max(0, tokens - 18)  # causal: the first queries come before every key
+    assert not out[0].any() and (lse[0] == -torch.inf).all()
+    assert not out[1, :dead].any() and (lse[1, :, :dead] == -torch.inf).all() and lse[1, :, dead:].isfinite().all()
+    assert all(not g[0].any() and g[1].isfinite().all() for g in grads)
+    assert not grads[0][1, :dead].any()
+    assert not grads[1][1, length[1] :].any() and not grads[2][1, length[1] :].any()
+    assert out[1, dead:].any() and grads[2][1, 0].any()
+
+
+@pytest.mark.parametrize("at", (1, 16, 63, 64, 65, 128))
+def test_causality(isa, at):
+    tensors, _ = draw((1, 130, 130, 2, 1, 64, {}), torch.bfloat16)
+    before = run("cpu", tensors, {})[0]
+    for t in tensors[:3]:
+        t[:, at:] += 100
+    after = run("cpu", tensors, {})[0]
+    assert torch.equal(before[:, :at], after[:, :at]) and not torch.equal(before[:, at:], after[:, at:])
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+def test_strides(isa, dtype):
+    """Views of one packed projection, with heads before tokens, with an odd offset, and any upstream gradient."""
+    tensors, _ = draw((2, 70, 70, 2, 2, 24, {}), dtype)
+    expected = run("cpu", tensors, {})
+    *inputs, upstream = tensors
+    packed = torch.cat(inputs, 2)
+    for views in (
+        packed.split(2, 2),
+        [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs],
+        [torch.cat([t.new_zeros(2, 70, 2, 1), t], 3)[..., 1:] for t in inputs],
+        [t.transpose(1, 3).contiguous().transpose(1, 3) for t in inputs],
+    ):
+        for up in (upstream, upstream.transpose(1, 3).contiguous().transpose(1, 3)):
+            assert same(run("cpu", [*views, up], {}), expected)
+    summed = run("cpu", [*inputs, upstream.new_ones(1).expand_as(upstream)], {})
+    assert same(summed, run("cpu", [*inputs, torch.ones_like(upstream)], {}))
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+def test_packed_projection(isa, dtype):
+    (q, k, v, upstream), _ = draw((2, 70, 70, 4, 2, 32, {}), dtype)
+    expected = run("cpu", [q, k, v, upstream], {"window": 33})
+    packed = torch.cat([q, k, v], 2).requires_grad_()
+    with use_backend("cpu"):
+        out = attention_qkv(packed, n_head=4, window=33)
+    (gradient,) = torch.autograd.grad(out, packed, upstream)
+    assert same([out, *gradient.split((4, 2, 2), 2)], expected)
+
+
+@pytest.mark.parametrize("case", [(1, 150, 150, 1, 1, 64, {}), (1, 70, 200, 6, 3, 16, {"window": 100})], ids=str)
+def test_thread_counts_agree(case):
+    """To the bit: one pass over whole heads on one thread, two passes over pieces on more threads than heads."""
+    tensors, params = draw(case, torch.float32)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run("cpu", tensors, params))
+    torch.set_num_threads(2)
+    assert same(results[0], results[1]) and same(results[0], results[2])
+
+
+@pytest.mark.parametrize("wanted", ("q", "k", "v", "qv"))
+def test_only_the_wanted_gradients(wanted):
+    tensors, _ = draw((1, 70, 70, 2, 2, 16, {}), torch.float32)
+    *inputs, upstream = tensors
+    full = run("cpu", tensors, {})[1:]
+    leaves = [t.detach().requires_grad_(n in wanted) for n, t in zip("qkv", inputs, strict=True)]
+    with use_backend("cpu"):
+        attention(*leaves).backward(upstream)
+    for name, leaf, gradient in zip("qkv", leaves, full, strict=True):
+        assert torch.equal(leaf.grad, gradient) if name in wanted else leaf.grad is None
+
+
+@pytest.mark.parametrize("sizes", ((0, 5, 5), (2, 0, 0), (2, 0, 5), (2, 5, 0)), ids=str)
+def test_nothing_to_attend(sizes):
+    tensors, _ = draw((*sizes, 2, 2, 16, {}), torch.float32)
+    results = run("cpu", tensors, {"causal": False})
+    assert [r.shape for r in results] == [tensors[i].shape for i in (0, 0, 1, 2)]
+    assert not any(r.any() for r in results)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"bias": torch.zeros(1, 1, 4, 4)}, "bias"),
+        ({"cu_seqlens": torch.tensor([0, 2, 4])}, "packed documents"),
+        ({"dtype": torch.float16}, "got float16"),
+        ({"dtype": torch.float64}, "got float64"),
+        ({"width": 12}, "multiples of 8"),
+        ({"width": 264}, "up to 256"),
+        ({"alibi": torch.ones(1, requires_grad=True)}, "alibi"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_objects_with_a_reason(change, words):
+    change = dict(change)
+    q = torch.zeros(1, 4, 1, change.pop("width", 16), dtype=change.pop("dtype", torch.float32))
+    with use_backend("cpu"), pytest.raises(NotImplementedError, match=words):
+        attention(q, q, q, **change)
