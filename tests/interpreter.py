@@ -39,6 +39,7 @@ def patch() -> None:
     builder = it.InterpreterBuilder
     plain_cast, plain_load, plain_dot = builder.cast_impl, builder.create_masked_load, builder.create_dot
     plain_fp_to_fp, plain_check = builder.create_fp_to_fp, it.ReduceScanOpInterface.check_tensor
+    plain_patch_lang = it._patch_lang
 
     def cast(self, src, dst_type):
         if src.dtype.scalar == tl.bfloat16:
@@ -84,6 +85,14 @@ def patch() -> None:
             raise TypeError("reduction of bfloat16: cast to float32 first, as every kernel here computes in it")
         plain_check(self, tensors)
 
+    def patch_lang(fn):
+        # Each call of a device function patches triton.language again, which took half of the time.
+        languages = [m for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values())]
+        if any(tl.core.is_builtin(m.load) for m in languages):
+            return plain_patch_lang(fn)
+        return it._LangPatchScope()
+
+    it._patch_lang = patch_lang
     builder.cast_impl, builder.create_fp_to_fp = cast, fp_to_fp
     builder.create_dot, builder.create_masked_load = dot, masked_load
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_rsqrt", "create_erf"):
