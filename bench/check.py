@@ -8,7 +8,6 @@ result, for every gradient under random upstream gradients, and for what a mutat
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels import catalogue  # noqa: F401  fills OPS
-from peakgpt.kernels.dispatch import OPS, Op, use_backend
+from peakgpt.kernels.dispatch import HOME, OPS, Op, use_backend
 
 # Of the largest value: a few ulp of float32, half an ulp of the others.
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
@@ -161,22 +160,14 @@ class Check:
     limit: float | None
     message: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 def backends(op: Op, tensors: Sequence[Tensor | None], params: Mapping[str, Any]) -> list[str]:
-    """The backends other than eager that take this call when forced."""
-    return [name for name, reason in forced_objections(op, tensors, params).items() if reason is None]
-
-
-def forced_objections(op: Op, tensors: Sequence[Tensor | None], params: Mapping[str, Any]) -> dict[str, str | None]:
-    """What each backend other than eager says against this call even when it is forced."""
-    found = {}
-    for name in op.explain(*tensors, **params):
-        if name != "eager":
-            with use_backend(name):
-                found[name] = op.explain(*tensors, **params)[name]
+    """This device's backends that take a call when forced; being slower is no objection then."""
+    found = []
+    for name, home in HOME.items():
+        with use_backend(name):
+            if home == tensors[0].device.type and op.explain(*tensors, **params)[name] is None:
+                found.append(name)
     return found
 
 

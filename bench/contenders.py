@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,40 +16,55 @@ from peakgpt.engine.train import Recipe, Trainer
 
 # glibc keeps freed blocks and backs them with huge pages: half of what PyTorch loses on CPU is page faults.
 TUNED_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=40000000000:glibc.malloc.hugetlb=1"
+STEPS = 1000  # of the schedule; no benchmark comes near
+SEED = 0
+
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """How one contender is built, and the environment that its process starts with."""
+    """How one contender is built from a state, and the environment that its process starts with."""
 
-    build: Callable[[GPTConfig, Recipe, torch.device], Any]
-    environment: dict[str, str]
-
-
-def _ours(config: GPTConfig, recipe: Recipe, device: torch.device) -> Trainer:
-    return Trainer(GPT(config).to(device), recipe, steps=1000)
+    build: Callable[[State, GPTConfig, Recipe, torch.device], Any]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def _eager(config: GPTConfig, recipe: Recipe, device: torch.device) -> EagerTrainer:
-    return EagerTrainer(EagerGPT(config).to(device), recipe, steps=1000)
+def _loaded(model: nn.Module, state: State, device: torch.device) -> nn.Module:
+    model.load_state_dict(state)
+    return model.to(device)
 
 
-def _compiled(config: GPTConfig, recipe: Recipe, device: torch.device) -> EagerTrainer:
-    trainer = _eager(config, recipe, device)
-    trainer.model: nn.Module = torch.compile(trainer.model)
+def _ours(state: State, config: GPTConfig, recipe: Recipe, device: torch.device) -> Trainer:
+    return Trainer(_loaded(GPT(config), state, device), recipe, steps=STEPS)
+
+
+def _eager(state: State, config: GPTConfig, recipe: Recipe, device: torch.device) -> EagerTrainer:
+    return EagerTrainer(_loaded(EagerGPT(config), state, device), recipe, steps=STEPS)
+
+
+def _compiled(state: State, config: GPTConfig, recipe: Recipe, device: torch.device) -> EagerTrainer:
+    trainer = _eager(state, config, recipe, device)
+    trainer.model = torch.compile(trainer.model)
     return trainer
 
 
 CONTENDERS = {
-    "peakgpt": Contender(_ours, {}),
-    "eager": Contender(_eager, {}),
+    "peakgpt": Contender(_ours),
+    "eager": Contender(_eager),
     "eager, tuned malloc": Contender(_eager, {"GLIBC_TUNABLES": TUNED_MALLOC}),
-    "compile": Contender(_compiled, {}),
+    "compile": Contender(_compiled),
     "compile, tuned malloc": Contender(_compiled, {"GLIBC_TUNABLES": TUNED_MALLOC}),
 }
 
 
-def random_batch(config: GPTConfig, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, targets), both (B, T) int64 over the whole vocabulary."""
-    ids = torch.randint(config.vocab_size, (recipe.batch, recipe.tokens + 1), device=device)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+def start(config: GPTConfig, recipe: Recipe, device: torch.device) -> tuple[State, tuple[Tensor, Tensor]]:
+    """What every contender starts from, the same in each process.
+
+    Returns:
+        (state, (ids, targets)): initial weights; one random batch, both (B, T) int64, on the device.
+    """
+    torch.manual_seed(SEED)
+    state = GPT(config).state_dict()
+    ids = torch.randint(config.vocab_size, (recipe.batch, recipe.tokens + 1)).to(device)
+    return state, (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import copy
 
 import torch
 from torch import Tensor
 
 from peakgpt.bench.eager_gpt import EagerGPT
+from peakgpt.bench.findings import Findings
+from peakgpt.bench.ops import agree
 from peakgpt.engine.model import GPT
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import peak_for
@@ -21,30 +22,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> list[Result]:
-    results = []
+def run(args: argparse.Namespace, device: torch.device) -> Findings:
+    found = Findings()
     for dtype in args.dtype or ("float32", "bfloat16"):
         model = GPT.from_preset(args.model).to(device, getattr(torch, dtype)).eval()
         ids = torch.randint(model.config.vocab_size, (1, args.prompt), device=device)
-        results += compare_decoding(model, ids, count=args.tokens)
-    return results
+        found.results += compare_decoding(model, ids, count=args.tokens)
+    return found
 
 
 def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, budget_s: float = 20.0) -> list[Result]:
-    """Time `count` greedy tokens after a prompt, ours and eager's.
+    """Time `count` greedy tokens after a prompt, ours and eager's, once the prompt's logits agree.
 
     Args:
         model: in the dtype to decode in.
-        ids: (1, T) prompt.
+        ids: (B, T) prompt.
         count: tokens to add.
+        rounds, budget_s: see clock.interleave.
     Returns:
         Results whose bytes are the weights and cache read once a token.
+    Raises:
+        ValueError: our logits are not eager's.
     """
     weight = next(model.parameters())
     eager = EagerGPT(model.config).to(weight.device, weight.dtype)
-    eager.load_state_dict(copy.deepcopy(model.state_dict()))
+    eager.load_state_dict(model.state_dict())
     count = min(count, model.config.block_size - ids.shape[1])
     was, _ = model.training, model.eval()
+    with torch.no_grad():
+        agree("decode: peakgpt", [model(ids)], [eager(ids)], weight.dtype)
     contenders = {
         "peakgpt": lambda: model.generate(ids, max_new_tokens=count, temperature=0.0),
         "eager": lambda: eager.generate(ids, count),
@@ -53,12 +59,13 @@ def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, bu
     model.train(was)
     c, peak = model.config, peak_for(weight.device, weight.dtype)
     weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
-    cached = 2 * c.n_layer * c.n_kv_head * c.head_dim * (ids.shape[1] + count / 2)
+    cached = 2 * c.n_layer * c.n_kv_head * c.head_dim * (ids.shape[1] + count / 2) * ids.shape[0]
     return [
         Result.of(
             timing, bench="decode", contender=name, backend="auto" if name == "peakgpt" else "torch",
             device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."),
-            case={"prompt": ids.shape[1], "tokens": count, "batch": ids.shape[0]},
+            case={"n_layer": c.n_layer, "n_embd": c.n_embd, "prompt": ids.shape[1], "tokens": count,
+                  "batch": ids.shape[0]},
             bytes=count * (weights + cached) * weight.element_size(), peak_bytes_s=peak.bandwidth_bytes_s,
             peak_source=peak.source,
         )

@@ -1,23 +1,28 @@
-"""Each op beside PyTorch: forward alone, and forward with backward, checked against eager first, then interleaved."""
+"""Each op beside PyTorch: forward, backward, or both, checked against eager first, then interleaved."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from peakgpt.bench.check import backends
+from peakgpt.bench.findings import Findings
 from peakgpt.kernels import catalogue
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import peak_for
 from peakgpt.kernels.dispatch import OPS, Op, use_backend
 
-COLD_BYTES = 1 << 26  # inputs rotate through this much, so that none is found in a cache by luck
 MAX_SETS = 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative L2; only a wrong kernel is outside of it
+
+OnFailure = Callable[[str, Exception], None]  # contender, what it raised
+Peers = Callable[[Op, torch.device], dict[str, Callable[..., Any]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +31,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="for each dtype (default 120)")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> list[Result]:
+def run(args: argparse.Namespace, device: torch.device) -> Findings:
     sizes = {name: {} for name in args.op} if args.op else None
     dtypes = [getattr(torch, d) for d in args.dtype or ("float32", "bfloat16")]
-    return [r for dtype in dtypes for r in compare_ops(sizes, device, dtype, budget_s=args.seconds)]
+    return Findings([r for dtype in dtypes for r in compare_ops(sizes, device, dtype, budget_s=args.seconds)])
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one size.
+
+    Args:
+        op: its name.
+        sizes: of its sample; what is left out is GPT-2 124M's at 4 x 256 tokens.
+        params: parameters beside the op's typical ones.
+        passes: which directions are timed; None means forward, and both where the op has a gradient.
+        checked: sizes at which the values are compared, where eager does not fit at `sizes`; it is then not timed.
+    """
+
+    op: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    passes: tuple[str, ...] | None = None
+    checked: Mapping[str, int] | None = None
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return self.passes or (("forward",) if OPS[self.op].mutates else ("forward", "forward+backward"))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Every parameter that differs from the op's defaults."""
+        packed = {"n_head": self.sizes["heads"]} if self.op == "attention_qkv" and "heads" in self.sizes else {}
+        return {**OPS[self.op].typical, **packed, **self.params}
 
 
 def compare_ops(
@@ -39,7 +73,6 @@ def compare_ops(
     *,
     budget_s: float = 60.0,
     rounds: int = 30,
-    extra: Callable[[Op], dict[str, Callable[..., Any]]] = lambda op: {},
 ) -> list[Result]:
     """Time ops beside eager.
 
@@ -48,97 +81,195 @@ def compare_ops(
         device, dtype: of the inputs.
         budget_s: seconds in all, shared evenly.
         rounds: timings of each contender at most.
-        extra: further contenders of an op, called as the op is.
     Returns:
         Results of "forward" and "forward+backward" with work FLOPs and bytes.
     Raises:
-        ValueError: a contender's values are not eager's: nothing wrong is timed.
+        ValueError: our values are not eager's: nothing wrong is timed.
     """
-    sizes = {name: {} for name in sorted(catalogue.__all__)} if sizes is None else sizes
-    results = []
-    for name, size in sizes.items():
-        op = OPS[name]
-        params = {**op.typical, **({"n_head": size["heads"]} if name == "attention_qkv" and "heads" in size else {})}
-        calls = {"peakgpt": op, "eager": _eager(op), **extra(op)}
-        passes = {"forward": _forward} if op.mutates else {"forward": _forward, "forward+backward": _both}
-        for direction, make in passes.items():
-            results += _time(op, size, params, calls, direction, make, torch.device(device), dtype,
-                             budget_s / (len(sizes) * len(passes)), rounds)  # fmt: skip
-    return results
+    cases = [Case(name, (sizes or {}).get(name, {})) for name in (sizes or sorted(catalogue.__all__))]
+    todo = [(case, direction) for case in cases for direction in case.directions]
+    return [
+        result
+        for case, direction in todo
+        for result in compare(case, direction, device, dtype, budget_s=budget_s / len(todo), rounds=rounds)
+    ]
 
 
-def _eager(op: Op) -> Callable[..., Any]:
-    def call(*tensors, **params):
-        with use_backend("eager"):
-            return op(*tensors, **params)
-
-    return call
+def raise_it(contender: str, error: Exception) -> None:
+    """What happens by default when a contender fails."""
+    raise error
 
 
-def _time(op, size, params, calls, direction, make, device, dtype, budget_s, rounds) -> list[Result]:
-    sets = _sets(op, size, device, dtype)
-    if not op.mutates:
-        _check(op.name, sets[0], params, calls, make, dtype)
-    cost, peak = op.cost(*sets[0], **params), peak_for(device, dtype)
-    whole = direction != "forward"
-    contenders = {name: make(call, itertools.cycle(sets), params) for name, call in calls.items()}
+def compare(
+    case: Case,
+    direction: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    budget_s: float,
+    rounds: int = 30,
+    peers: Peers = lambda op, device: {},
+    on_failure: OnFailure = raise_it,
+) -> list[Result]:
+    """Time one direction of one case.
+
+    Args:
+        direction: "forward", "backward" or "forward+backward".
+        budget_s: seconds for the timing, see `clock.interleave`.
+        peers: further contenders, called as the op is.
+        on_failure: told of a contender that raises or gives other values than eager; the others are timed.
+    Returns:
+        A result a contender: "peakgpt" as dispatched, "peakgpt, NAME" for a further backend forced, "eager", peers.
+    Raises:
+        ValueError: by default, a contender's values are not eager's.
+    """
+    op, device, params = OPS[case.op], torch.device(device), case.arguments
+    make, forward, backward = PASSES[direction]
+    sets = _sets(op, case.sizes, params, device, dtype)
+    tensors = sets[0][0]
+    chosen = {"peakgpt": next(b for b, reason in op.explain(*tensors, **params).items() if reason is None)}
+    chosen |= {f"peakgpt, {b}": b for b in backends(op, tensors, params) if b != chosen["peakgpt"]}
+    calls = {"peakgpt": op, "eager": _forced(op, "eager")}
+    calls |= {name: _forced(op, backend) for name, backend in chosen.items() if name not in calls}
+    calls |= peers(op, device)
+    tried = sets[0] if case.checked is None else _sets(op, case.checked, params, device, dtype)[0]
+    calls = _right(op, calls, make, tried, params, dtype, on_failure)
+    if case.checked is not None:
+        del calls["eager"]
+    contenders = {name: make(call, sets, params) for name, call in calls.items()}
     timings = interleave(contenders, rounds=rounds, warmup=2, device=device, budget_s=budget_s)
-    backends = {"peakgpt": next(b for b, reason in op.explain(*sets[0], **params).items() if reason is None)}
+    cost, peak = op.cost(*tensors, **params), peak_for(device, dtype)
     return [
         Result.of(
-            timing, bench="op", contender=name, backend=backends.get(name, "torch"), device=str(device),
-            case={"op": op.name, "pass": direction, **size, **params}, dtype=str(dtype).removeprefix("torch."),
-            flops=cost.flops + whole * cost.backward_flops, flops_kind="work",
-            bytes=cost.bytes + whole * cost.backward_bytes,
+            timing, bench="op", contender=name, backend=chosen.get(name, "liger" if name == "liger" else "torch"),
+            device=str(device), case={"op": op.name, "pass": direction, **case.sizes, **params},
+            dtype=str(dtype).removeprefix("torch."),
+            flops=forward * cost.flops + backward * cost.backward_flops, flops_kind="work",
+            bytes=forward * cost.bytes + backward * cost.backward_bytes,
+            memory_bytes=allocated(contenders[name], device),
             peak_flops_s=peak.flops_s, peak_bytes_s=peak.bandwidth_bytes_s, peak_source=peak.source,
         )
         for name, timing in timings.items()
     ]  # fmt: skip
 
 
-def _sets(op: Op, size: Mapping[str, int], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-    first = op.sample(**size, device=device, dtype=dtype)
-    held = sum(t.numel() * t.element_size() for t in first if t is not None)
-    more = min(MAX_SETS - 1, COLD_BYTES // max(1, held))
-    sets = [first, *(op.sample(**size, device=device, dtype=dtype) for _ in range(more))]
-    return [
-        tuple(t if op.mutates or t is None or not t.is_floating_point() else t.requires_grad_() for t in s)
-        for s in sets
-    ]
+def allocated(fn: Callable[[], Any], device: torch.device) -> int | None:
+    """The most bytes that a call holds beyond what was there before it; None where torch does not count."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    fn()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
-def _forward(call, sets: Iterator[tuple[Tensor, ...]], params) -> Callable[[], Any]:
+def _forced(op: Op, backend: str) -> Callable[..., Any]:
+    def call(*tensors, **params):
+        with use_backend(backend):
+            return op(*tensors, **params)
+
+    return call
+
+
+# ---- inputs: random, and more of them than a cache holds
+
+Inputs = tuple[tuple[Tensor | None, ...], list[Tensor]]  # tensors of a call, upstream gradients of its results
+
+
+def _cold_bytes(device: torch.device) -> int:
+    """What inputs rotate through, so that none is found in a cache by luck: twice the last-level cache, or 64 MiB."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return max(2 * cache, 1 << 26)
+
+
+def _sets(op: Op, sizes, params, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
+    first = _inputs(op, sizes, params, device, dtype)
+    held = sum(t.numel() * t.element_size() for t in (*first[0], *first[1]) if t is not None)
+    more = min(MAX_SETS - 1, _cold_bytes(device) // max(1, held))
+    return [first, *(_inputs(op, sizes, params, device, dtype) for _ in range(more))]
+
+
+def _inputs(op: Op, sizes, params, device: torch.device, dtype: torch.dtype) -> Inputs:
+    tensors = op.sample(**sizes, device=device, dtype=dtype)
+    bound, every = op._bind(tensors, params)
+    outputs, _ = op.alloc(*bound, needs=(False,) * len(bound), **every)
+    ups = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
+    if not op.mutates:
+        tensors = tuple(t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors)
+    return tensors, ups
+
+
+# ---- what is timed: each makes a function without arguments of a call and its sets of inputs
+
+
+def _forward(call, sets: Sequence[Inputs], params) -> Callable[[], Any]:
+    turn = itertools.cycle(sets)
+
     def run():
+        tensors, _ = next(turn)
         with torch.no_grad():
-            return call(*next(sets), **params)
+            return call(*tensors, **params)
 
     return run
 
 
-def _both(call, sets: Iterator[tuple[Tensor, ...]], params) -> Callable[[], Any]:
-    ups: list[Tensor] = []
+def _both(call, sets: Sequence[Inputs], params) -> Callable[[], Any]:
+    turn = itertools.cycle(sets)
 
     def run():
-        tensors = next(sets)
-        results = call(*tensors, **params)
-        results = results if isinstance(results, tuple) else (results,)
-        if not ups:
-            ups.extend(torch.ones_like(r) if r.dim() == 0 else torch.randn_like(r) for r in results)
-        return torch.autograd.grad(results, [t for t in tensors if t is not None and t.requires_grad], ups)
+        tensors, ups = next(turn)
+        return torch.autograd.grad(_tuple(call(*tensors, **params)), _wanted(tensors), ups)
 
     return run
 
 
-def _check(name, tensors, params, calls, make, dtype) -> None:
-    found = {}
-    for contender, call in calls.items():
-        torch.manual_seed(0)  # the same upstream gradients
-        results = make(call, itertools.repeat(tensors), params)()
-        found[contender] = results if isinstance(results, tuple) else (results,)
-    for contender, results in found.items():
-        for ours, eager in zip(results, found["eager"], strict=True):
-            error = ((ours.float() - eager.float()).norm() / eager.float().norm().clamp(min=1e-30)).item()
-            if not error <= TOLERANCE[dtype]:
-                raise ValueError(
-                    f"{name}: {contender} is off eager by {error:.2g}, expected at most {TOLERANCE[dtype]}"
-                )
+def _backward(call, sets: Sequence[Inputs], params) -> Callable[[], Any]:
+    turn = itertools.cycle([(_tuple(call(*tensors, **params)), _wanted(tensors), ups) for tensors, ups in sets])
+    return lambda: torch.autograd.grad(*next(turn), retain_graph=True)
+
+
+PASSES = {"forward": (_forward, 1, 0), "backward": (_backward, 0, 1), "forward+backward": (_both, 1, 1)}
+
+
+def _tuple(results) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _wanted(tensors) -> list[Tensor]:
+    return [t for t in tensors if t is not None and t.requires_grad]
+
+
+# ---- the check before the timing
+
+
+def _right(op: Op, calls, make, inputs: Inputs, params, dtype, on_failure: OnFailure) -> dict[str, Callable[..., Any]]:
+    """The contenders whose values are eager's; the others go to on_failure."""
+    reference, right = _values(op, calls["eager"], make, inputs, params), {}
+    for name, call in calls.items():
+        try:
+            agree(f"{op.name}: {name}", _values(op, call, make, inputs, params), reference, dtype)
+            right[name] = call
+        except Exception as error:  # whatever a peer does must not keep the others from being measured
+            on_failure(name, error)
+    return right
+
+
+def _values(op: Op, call, make, inputs: Inputs, params) -> tuple[Tensor, ...]:
+    if not op.mutates:
+        return _tuple(make(call, [inputs], params)())
+    copies = [None if t is None else t.clone() for t in inputs[0]]
+    call(*copies, **params)
+    named = zip(op.tensor_names, copies, strict=False)
+    return tuple(t for name, t in named if name in op.mutates and t is not None)
+
+
+def agree(who: str, ours: Sequence[Tensor], reference: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Compare results one by one.
+
+    Raises:
+        ValueError: one is further off than TOLERANCE, or not finite.
+    """
+    for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
+        error = ((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)).item()
+        if not error <= TOLERANCE[dtype]:
+            raise ValueError(f"{who}: result {i} is off eager by {error:.2g}, expected at most {TOLERANCE[dtype]}")

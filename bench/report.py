@@ -1,16 +1,15 @@
-"""What a run found, for people: a table for the terminal and one self-contained HTML page."""
+"""What a run found, for people: plain-text tables for the terminal and one self-contained HTML page."""
 
 from __future__ import annotations
 
 import html
-import io
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from peakgpt.bench.findings import Findings
 from peakgpt.kernels.clock import Result
 
 STYLE = """
@@ -19,20 +18,24 @@ table{border-collapse:collapse;margin:.5rem 0 1.5rem}th,td{padding:.25rem .7rem;
 th{border-bottom:2px solid #57606a}td{border-bottom:1px solid #d8dee4}td:first-child,th:first-child{text-align:left}
 pre{background:#f6f8fa;padding:1rem;overflow-x:auto}svg{max-width:100%;height:auto}.note{color:#57606a}
 """
+CONTENDER_COLORS = {"eager": "#f0883e", "peakgpt": "#0969da"}
 
 
-def groups(results: Iterable[Result]) -> dict[tuple, list[Result]]:
+def groups(results: Iterable[Result]) -> list[list[Result]]:
     """Contenders of one case together, in the order measured."""
     found: dict[tuple, list[Result]] = {}
     for r in results:
         found.setdefault((r.bench, r.dtype, r.device, *sorted(r.case.items())), []).append(r)
-    return found
+    return list(found.values())
 
 
 def speedup(result: Result, others: Sequence[Result]) -> float | None:
-    """Eager's median time over this one's."""
+    """Eager's median time over this one's; None for eager itself and where eager was not timed."""
     eager = next((o for o in others if o.contender == "eager"), None)
     return None if eager is None or eager is result else eager.median_s / result.median_s
+
+
+# ---- how a figure reads; an empty cell where there is none
 
 
 def _percent(value: float | None) -> str:
@@ -41,6 +44,10 @@ def _percent(value: float | None) -> str:
 
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f} x"
+
+
+def _gib(value: float | None) -> str:
+    return "" if value is None else f"{value / 2**30:.2f}"
 
 
 def _ms(r: Result) -> str:
@@ -52,22 +59,32 @@ def _tokens_per_s(r: Result) -> str:
     return f"{tokens / r.median_s:,.0f}"
 
 
+def _case(r: Result) -> str:
+    head = [r.case["op"], r.case["pass"]] if r.bench == "op" else []
+    rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass")]
+    return ", ".join(filter(None, [" ".join([*head, r.dtype]), *rest]))
+
+
 # One table a kind of benchmark: its title, and per column a heading and how a row reads.
-TABLES: dict[str, tuple[str, dict[str, Any]]] = {
+Read = Callable[[Result, Sequence[Result]], str]
+TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "train": (
         "Training, model FLOPs (6N + 12 L H Q T a token)",
         {
-            "contender": lambda r, _: f"{r.contender}, {r.dtype}",
+            "case": lambda r, rs: _case(r) if r is rs[0] else "",
+            "contender": lambda r, _: r.contender,
             "tokens/s": lambda r, _: _tokens_per_s(r),
             "MFU": lambda r, _: _percent(r.flops_fraction),
             "ms (quartiles)": lambda r, _: _ms(r),
+            "GiB": lambda r, _: _gib(r.memory_bytes),
             "against eager": lambda r, rs: _times(speedup(r, rs)),
         },
     ),
     "decode": (
-        "Greedy decoding with a KV cache, one stream",
+        "Greedy decoding with a KV cache",
         {
-            "contender": lambda r, _: f"{r.contender}, {r.dtype}",
+            "case": lambda r, rs: _case(r) if r is rs[0] else "",
+            "contender": lambda r, _: r.contender,
             "tokens/s": lambda r, _: _tokens_per_s(r),
             "MBU": lambda r, _: _percent(r.bytes_fraction),
             "against eager": lambda r, rs: _times(speedup(r, rs)),
@@ -76,38 +93,47 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     "op": (
         "Ops, work FLOPs (what must be computed; causal is half)",
         {
-            "op": lambda r, _: f"{r.case['op']}, {r.case['pass']}, {r.dtype}",
+            "case": lambda r, rs: _case(r) if r is rs[0] else "",
             "contender": lambda r, _: f"{r.contender} ({r.backend})",
             "ms (quartiles)": lambda r, _: _ms(r),
             "GFLOP/s": lambda r, _: f"{1e3 * r.tflops:,.0f}" if r.tflops else "",
-            "GB/s": lambda r, _: f"{r.gbs:.1f}" if r.gbs else "",
+            "GB/s": lambda r, _: f"{r.gbs:,.1f}" if r.gbs else "",
             "of peak FLOP/s": lambda r, _: _percent(r.flops_fraction),
             "of bandwidth": lambda r, _: _percent(r.bytes_fraction),
+            "GiB": lambda r, _: _gib(r.memory_bytes),
             "against eager": lambda r, rs: _times(speedup(r, rs)),
         },
     ),
 }
 
 
-def _rows(results: Iterable[Result], bench: str) -> list[list[str]]:
-    columns = TABLES[bench][1].values()
-    return [
-        [read(r, rs) for read in columns] for rs in groups(r for r in results if r.bench == bench).values() for r in rs
-    ]
+def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, headings, rows) of each kind of benchmark that has results, without columns that are empty throughout."""
+    found = []
+    for bench, (title, columns) in TABLES.items():
+        rows = [
+            [read(r, rs) for read in columns.values()]
+            for rs in groups(r for r in results if r.bench == bench)
+            for r in rs
+        ]
+        used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+        if rows:
+            found.append((title, [list(columns)[i] for i in used], [[row[i] for i in used] for row in rows]))
+    return found
 
 
-def tables(results: Sequence[Result], benches: Iterable[str] = TABLES) -> list[Table]:
-    """The results as tables for rich's console, one a kind of benchmark that has any."""
-    made = []
-    for bench in benches:
-        if rows := _rows(results, bench):
-            table = Table(title=TABLES[bench][0], title_justify="left")
-            for i, heading in enumerate(TABLES[bench][1]):
-                table.add_column(heading, justify="right" if i else "left")
-            for row in rows:
-                table.add_row(*row)
-            made.append(table)
-    return made
+def tables(results: Sequence[Result]) -> list[str]:
+    """The results as plain text, one table a kind of benchmark that has any."""
+    return [f"\n{title}\n{_text_table(headings, rows)}" for title, headings, rows in _filled(results)]
+
+
+def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = [headings, ["-" * w for w in widths], *rows]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
 
 
 def notes(results: Iterable[Result]) -> list[str]:
@@ -119,6 +145,20 @@ def notes(results: Iterable[Result]) -> list[str]:
     )
 
 
+def verdicts(found: Findings) -> list[str]:
+    """What was checked and what failed, a line each."""
+    lines = []
+    if found.checks:
+        good = sum(c.passed for c in found.checks)
+        lines.append(f"\nchecked against float64: {good} of {len(found.checks)} cases within the limit")
+    lines += [f"  wrong: {c.op} {c.case} {c.dtype} on {c.backend}: {c.message}" for c in found.checks if not c.passed]
+    lines += [f"  failed: {f.part} {f.job} {f.contender or ''}: {f.message}" for f in found.failures]
+    return lines
+
+
+# ---- the page
+
+
 def write_report(
     path: Path | str, *, rows: Sequence[dict[str, Any]], results: Sequence[Result], environment: dict[str, Any],
     corpus: str, sample: str,
@@ -126,6 +166,7 @@ def write_report(
     """Write the page of a run: curves, tables, environment; nothing is loaded from elsewhere.
 
     Args:
+        path: of the page.
         rows: of metrics.jsonl.
         results: measured cases.
         environment: as clock.environment() gives it.
@@ -134,9 +175,8 @@ def write_report(
     """
     e = html.escape
     parts = [f"<p>{e(corpus)}</p>", _curves(rows)]
-    for bench, (title, columns) in TABLES.items():
-        if cells := _rows(results, bench):
-            parts += [f"<h2>{e(title)}</h2>", _html_table(list(columns), cells)]
+    for title, headings, cells in _filled(results):
+        parts += [f"<h2>{e(title)}</h2>", _html_table(headings, cells)]
     parts += [f"<p class=note>{e(note)}</p>" for note in notes(results)]
     parts += ["<h2>Sample</h2>", f"<pre>{e(sample)}</pre>", "<h2>Environment</h2>",
               _html_table(["", ""], [[str(k), str(v)] for k, v in environment.items()])]  # fmt: skip
@@ -156,24 +196,51 @@ def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> str:
-    """Loss of both contenders by step, and bits per byte of the held-out text, as inline SVG."""
-    import matplotlib
+    """Loss of each contender by step, and bits per byte of the held-out text, as inline SVG."""
+    losses = {
+        name: [(r["step"], r["loss"]) for r in rows if r["contender"] == name and "loss" in r]
+        for name in CONTENDER_COLORS
+    }
+    held_out = {"peakgpt": [(r["step"], r["bits_per_byte"]) for r in rows if "bits_per_byte" in r]}
+    return _chart(losses, "training loss, nats per token") + _chart(held_out, "held-out text, bits per byte")
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for contender, style in (("eager", {"lw": 2.5, "color": "#f0883e"}), ("peakgpt", {"lw": 1, "color": "#0969da"})):
-        points = [(r["step"], r["loss"]) for r in rows if r["contender"] == contender and "loss" in r]
-        if points:
-            left.plot(*zip(*points, strict=True), label=contender, **style)
-    left.set(xlabel="step", ylabel="training loss, nats per token")
-    left.legend()
-    points = [(r["step"], r["bits_per_byte"]) for r in rows if "bits_per_byte" in r]
-    right.plot(*zip(*points, strict=True), marker="o", color="#0969da")
-    right.set(xlabel="step", ylabel="held-out text, bits per byte")
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg")
-    plt.close(figure)
-    text = picture.getvalue()
-    return text[text.index("<svg") :]
+Points = list[tuple[float, float]]
+WIDTH, HEIGHT, LEFT, BOTTOM = 460, 260, 48, 34  # pixels
+
+
+def _chart(series: dict[str, Points], title: str) -> str:
+    """Lines over steps; empty where there is nothing finite to draw."""
+    series = {name: [p for p in points if math.isfinite(p[1])] for name, points in series.items()}
+    drawn = [p for points in series.values() for p in points]
+    if not drawn:
+        return ""
+    last = max(x for x, _ in drawn) or 1
+    low, high = min(y for _, y in drawn), max(y for _, y in drawn)
+    span = (high - low) or 1.0
+
+    def at(x: float, y: float) -> str:
+        across, up = x / last * (WIDTH - LEFT - 10), (y - low) / span * (HEIGHT - BOTTOM - 30)
+        return f"{LEFT + across:.1f},{HEIGHT - BOTTOM - up:.1f}"
+
+    lines = [
+        f"<polyline points='{' '.join(at(*p) for p in points)}' fill=none stroke='{CONTENDER_COLORS[name]}' "
+        f"stroke-width={1.2 if name == 'peakgpt' else 3} />"
+        for name, points in series.items()
+    ]
+    names = "".join(
+        f"<tspan fill='{CONTENDER_COLORS[n]}' dx=12>{n}</tspan>" for n, points in series.items() if points
+    )
+    ticks = [
+        f"<text x={LEFT - 6} y={float(at(0, y).split(',')[1]) + 4} text-anchor=end>{y:.2f}</text>"
+        for y in (low + span * i / 4 for i in range(5))
+    ] + [
+        f"<text x={at(x, low).split(',')[0]} y={HEIGHT - BOTTOM + 16} text-anchor=middle>{x:.0f}</text>"
+        for x in (last * i / 4 for i in range(5))
+    ]
+    return (
+        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' width={WIDTH} font-family=sans-serif font-size=11 fill='#57606a'>"
+        f"<text x={LEFT} y=14>{html.escape(title)}{names}</text>"
+        f"<path d='M{at(0, high)} L{at(0, low)} L{at(last, low)}' fill=none stroke='#8c959f' />"
+        f"{''.join(ticks + lines)}<text x={WIDTH / 2} y={HEIGHT - 2} text-anchor=middle>step</text></svg>"
+    )

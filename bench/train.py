@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from peakgpt.bench.contenders import CONTENDERS, random_batch
+from peakgpt.bench.contenders import CONTENDERS, start
+from peakgpt.bench.findings import Findings
+from peakgpt.bench.ops import OnFailure, allocated, raise_it
 from peakgpt.bench.worker import Worker
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.flops import training_flops
 from peakgpt.engine.presets import preset
 from peakgpt.engine.train import Recipe
-from peakgpt.kernels.clock import Result, Timing, interleave
+from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import peak_for
+
+# Contenders must have the same loss after the same few updates at the full learning rate, else nothing is timed. Eager
+# computes bf16 from float32 parameters under autocast, so that its rounding is not ours.
+CHECKED_STEPS = 3
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # relative
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,52 +36,113 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> list[Result]:
-    recipes = [
-        Recipe(batch=args.batch, tokens=args.tokens, dtype=getattr(torch, d))
-        for d in args.dtype or ("float32", "bfloat16")
-    ]
-    config = preset(args.model)
-    time = _in_processes if device.type == "cpu" else _in_one_process
-    return list(itertools.chain(*(time(args, config, recipe, device) for recipe in recipes)))
+def run(args: argparse.Namespace, device: torch.device) -> Findings:
+    found, config = Findings(), preset(args.model)
+    for dtype in args.dtype or ("float32", "bfloat16"):
+        recipe = Recipe(batch=args.batch, tokens=args.tokens, dtype=getattr(torch, dtype), warmup=0.0)
+        found.results += compare_training(config, recipe, device, args.contenders, rounds=args.rounds)
+    return found
 
 
-def _in_processes(args, config: GPTConfig, recipe: Recipe, device: torch.device) -> list[Result]:
-    """On CPU each contender has its own process, since the allocator's settings are a process's."""
-    names = args.contenders or list(CONTENDERS)
-    request = {
-        "config": dataclasses.asdict(config), "batch": recipe.batch, "tokens": recipe.tokens,
-        "dtype": str(recipe.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    workers = {n: Worker({**request, "contender": n}, CONTENDERS[n].environment) for n in names}
+def compare_training(
+    config: GPTConfig,
+    recipe: Recipe,
+    device: torch.device,
+    names: Sequence[str] | None = None,
+    *,
+    rounds: int = 9,
+    budget_s: float | None = None,
+    on_failure: OnFailure = raise_it,
+) -> list[Result]:
+    """Time one update of the same model by several contenders, from the same weights over the same batch.
+
+    Args:
+        config: the model.
+        recipe: its batch geometry and dtype.
+        device: on a GPU all contenders share this process; on CPU each has its own, whose allocator differs.
+        names: of CONTENDERS; None means all that the device has.
+        rounds, budget_s: see clock.interleave.
+        on_failure: told of a contender that raises or has another loss than eager; the others are timed.
+    Returns:
+        A result a contender, with model FLOPs.
+    """
+    names = names or [n for n, c in CONTENDERS.items() if device.type == "cpu" or not c.environment]
+    steppers = {}
     try:
-        pids = [w.process.pid for w in workers.values()]
-        timings = interleave({n: w.step for n, w in workers.items()}, rounds=args.rounds, warmup=3, workers=pids)
-        return [_result(config, recipe, device, n, t, workers[n].last) for n, t in timings.items()]
+        _build(steppers, config, recipe, device, names, on_failure)
+        right = _agreeing(steppers, recipe.dtype, on_failure)
+        timings = interleave({n: s.step for n, s in right.items()}, rounds=rounds, device=device, budget_s=budget_s,
+                             workers=[s.pid for s in right.values() if s.pid])  # fmt: skip
+        said = {n: (s.memory_bytes(), s.note) for n, s in right.items()}
     finally:
-        for worker in workers.values():
-            worker.close()
-
-
-def _in_one_process(args, config: GPTConfig, recipe: Recipe, device: torch.device) -> list[Result]:
-    names = args.contenders or [n for n, c in CONTENDERS.items() if not c.environment]
-    batch = random_batch(config, recipe, device)
-    trainers = {n: CONTENDERS[n].build(config, recipe, device) for n in names}
-    timings = interleave({n: lambda t=t: t.step(*batch) for n, t in trainers.items()}, rounds=args.rounds, warmup=3,
-                         device=device)  # fmt: skip
-    return [_result(config, recipe, device, n, t, {}) for n, t in timings.items()]
-
-
-def _result(config, recipe, device, name: str, timing: Timing, extra: dict) -> Result:
-    dtype = str(recipe.dtype).removeprefix("torch.")
+        for stepper in steppers.values():
+            stepper.close()
     peak = peak_for(device, recipe.dtype)
     case = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
-    said = [timing.note] + [f"{name}, {dtype}: {extra[k] / s:.2f} {text}" for k, s, text in
-                            (("peak_bytes", 2**30, "GiB at most"), ("faults", 1, "page faults in the last step"))
-                            if k in extra]  # fmt: skip
-    return Result.of(
-        dataclasses.replace(timing, note="; ".join(filter(None, said))), bench="train", case=case, contender=name,
-        backend="auto" if name == "peakgpt" else "torch", device=str(device), dtype=dtype,
-        flops=training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens, flops_kind="model",
-        peak_flops_s=peak.flops_s, peak_source=peak.source,
-    )  # fmt: skip
+    return [
+        Result.of(
+            dataclasses.replace(timing, note="; ".join(filter(None, [timing.note, said[name][1]]))),
+            bench="train", case=case, contender=name, backend="auto" if name == "peakgpt" else "torch",
+            device=str(device), dtype=_name(recipe.dtype), memory_bytes=said[name][0],
+            flops=training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens, flops_kind="model",
+            peak_flops_s=peak.flops_s, peak_source=peak.source,
+        )
+        for name, timing in timings.items()
+    ]  # fmt: skip
+
+
+class Local:
+    """A contender in this process, with a worker's interface."""
+
+    pid, note = None, ""
+
+    def __init__(self, trainer: Any, batch: tuple[Tensor, Tensor], device: torch.device):
+        self.trainer, self.batch, self.device = trainer, batch, device
+
+    def step(self) -> Tensor:
+        """One update; its loss, not waited for."""
+        return self.trainer.step(*self.batch)
+
+    def memory_bytes(self) -> int | None:
+        return allocated(self.step, self.device)
+
+    def close(self) -> None:
+        del self.trainer
+
+
+def _build(steppers, config, recipe, device, names, on_failure) -> None:
+    """Fill `steppers`, so that the caller closes what was started before a failure."""
+    if device.type == "cpu":
+        request = {"config": dataclasses.asdict(config), "batch": recipe.batch, "tokens": recipe.tokens,
+                   "dtype": _name(recipe.dtype), "warmup": recipe.warmup,
+                   "threads": torch.get_num_threads()}  # fmt: skip
+        for name in names:
+            steppers[name] = Worker(name, {**request, "contender": name}, CONTENDERS[name].environment)
+        return
+    state, batch = start(config, recipe, device)
+    for name in names:
+        try:
+            steppers[name] = Local(CONTENDERS[name].build(state, config, recipe, device), batch, device)
+        except Exception as error:
+            on_failure(name, error)
+
+
+def _agreeing(steppers: dict[str, Worker | Local], dtype: torch.dtype, on_failure) -> dict[str, Worker | Local]:
+    """The contenders whose loss after CHECKED_STEPS is eager's, or the first one's where eager does not run."""
+    losses = {}
+    for name, stepper in steppers.items():
+        try:
+            losses[name] = [float(stepper.step()) for _ in range(CHECKED_STEPS)][-1]
+        except Exception as error:
+            on_failure(name, error)
+    reference = losses.get("eager", next(iter(losses.values()), None))
+    for name, loss in losses.items():
+        if not abs(loss - reference) <= TOLERANCE[dtype] * abs(reference):
+            expected = f"expected {reference:.4f} within {TOLERANCE[dtype]:.1%}"
+            on_failure(name, ValueError(f"{name}: loss {loss:.4f} after {CHECKED_STEPS} updates, {expected}"))
+            losses[name] = None
+    return {n: s for n, s in steppers.items() if losses.get(n) is not None}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

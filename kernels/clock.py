@@ -302,6 +302,7 @@ class Result:
     flops: float | None = None  # per call
     flops_kind: str | None = None  # "model" or "work"
     bytes: float | None = None  # per call, that the op must move
+    memory_bytes: int | None = None  # most that one call allocated on a GPU; what a worker process held at most
     peak_flops_s: float | None = None
     peak_bytes_s: float | None = None
     peak_source: str = ""
@@ -353,11 +354,22 @@ class Result:
 SCHEMA = 1
 
 
-def write_results(path: str | os.PathLike[str], results: Sequence[Result], environment: dict[str, Any]) -> None:
-    """Write results and where they come from as one JSON file, whole or not at all."""
+def write_results(
+    path: str | os.PathLike[str], results: Sequence[Result], environment: dict[str, Any], *,
+    checks: Sequence[dict[str, Any]] = (), failures: Sequence[dict[str, Any]] = (),
+) -> None:  # fmt: skip
+    """Write results and where they come from as one JSON file, whole or not at all.
+
+    Args:
+        path: of the file; folders are made.
+        results, environment: as measured, as `environment` gives it.
+        checks: what was compared with float64, a row each (peakgpt.bench.check).
+        failures: what could not be measured, a row each (peakgpt.bench.findings).
+    """
     path = Path(path)
     text = json.dumps(
-        {"schema": SCHEMA, "environment": environment, "results": [r.to_json() for r in results]},
+        {"schema": SCHEMA, "environment": environment, "results": [r.to_json() for r in results],
+         "checks": list(checks), "failures": list(failures)},
         indent=1, allow_nan=False,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -385,7 +397,7 @@ def read_results(path: str | os.PathLike[str]) -> tuple[list[Result], dict[str, 
         document = json.loads(Path(path).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"expected a JSON file of results, got {os.fspath(path)}: {error}") from error
-    _expect_keys(f"{os.fspath(path)}", document, {"schema", "environment", "results"})
+    _expect_keys(f"{os.fspath(path)}", document, {"schema", "environment", "results", "checks", "failures"})
     if document["schema"] != SCHEMA:
         raise ValueError(f"{os.fspath(path)}: expected schema {SCHEMA}, got {document['schema']!r}")
     fields = {f.name for f in dataclasses.fields(Result)}

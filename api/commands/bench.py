@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from peakgpt.bench.report import notes, tables
+from peakgpt.bench.report import notes, tables, verdicts
 from peakgpt.kernels.clock import environment, write_results
 
-# Each is a module of peakgpt.bench with add_arguments(parser) and run(args, device) -> results.
+# Each is a module of peakgpt.bench with add_arguments(parser) and run(args, device) -> Findings.
 BENCHES = {
     "ops": "every op, forward and backward",
     "train": "a training step of GPT-2",
@@ -34,12 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    env = environment(device, commit=args.commit)  # before measuring: a device that is not there is refused here
     out = args.out or Path("bench", "results")
-    out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
-    results = importlib.import_module(f"peakgpt.bench.{args.bench}").run(args, device)
-    env = environment(device, commit=args.commit)
+    out.mkdir(parents=True, exist_ok=True)
+    found = importlib.import_module(f"peakgpt.bench.{args.bench}").run(args, device)
     path = out / f"{args.bench}-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    write_results(path, results, env)
-    console = Console()
-    console.print(*tables(results), *notes(results), f"written: {path}", sep="\n")
-    return 0
+    checks, failures = ([dataclasses.asdict(row) for row in rows] for rows in (found.checks, found.failures))
+    env["clocks"] = environment(device)["clocks"]  # of a GPU that has just been at work
+    write_results(path, found.results, env, checks=checks, failures=failures)
+    print(*tables(found.results), *notes(found.results), *verdicts(found), f"written: {path}", sep="\n")
+    return found.exit_code

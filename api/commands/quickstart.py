@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     write_results(folder.path / "results.json", results, env)
     write_report(folder.path / "report.html", rows=folder.rows(), results=results, environment=env, corpus=str(corpus),
                  sample=text)  # fmt: skip
-    console.print(*tables(results), *notes(results), sep="\n")
+    print(*tables(results), *notes(results), sep="\n")
     console.print(
         f"\ncheckpoint: {folder.checkpoint}   report: {folder.path / 'report.html'}\n"
         f"next: peakgpt generate {folder.checkpoint} --prompt 'def '\n"
