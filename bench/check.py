@@ -201,4 +201,3 @@ def check(
 def _number(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if abs(value) < float("inf") else None
-

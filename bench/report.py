@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,15 @@ def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def notes(results: Iterable[Result]) -> list[str]:
-    """Rounds left out, and what the peaks are, said once each."""
-    said = {f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped, the machine was busy elsewhere"
-            for r in results if r.dropped}  # fmt: skip
-    return sorted(
-        said | {r.note for r in results if r.note} | {f"peak: {r.peak_source}" for r in results if r.peak_source}
-    )
+    """What must be known to read the figures: rounds left out, page faults, what the peaks are; each kind once."""
+    results, kinds = list(results), {}
+    said = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped, the machine was busy elsewhere"
+            for r in results if r.dropped]  # fmt: skip
+    said += [note for r in results for note in r.note.split("; ") if note]
+    said += [f"peak: {r.peak_source}" for r in results if r.peak_source]
+    for note in dict.fromkeys(said):
+        kinds.setdefault(re.sub(r"[\d.]+", "#", note), []).append(note)
+    return [first + (f" ({len(more)} more like it)" if more else "") for first, *more in kinds.values()]
 
 
 def verdicts(found: Findings) -> list[str]:
@@ -152,7 +156,7 @@ def verdicts(found: Findings) -> list[str]:
         good = sum(c.passed for c in found.checks)
         lines.append(f"\nchecked against float64: {good} of {len(found.checks)} cases within the limit")
     lines += [f"  wrong: {c.op} {c.case} {c.dtype} on {c.backend}: {c.message}" for c in found.checks if not c.passed]
-    lines += [f"  failed: {f.part} {f.job} {f.contender or ''}: {f.message}" for f in found.failures]
+    lines += [f"  failed: {', '.join(filter(None, (f.part, f.job, f.contender)))}: {f.message}" for f in found.failures]
     return lines
 
 
@@ -228,9 +232,7 @@ def _chart(series: dict[str, Points], title: str) -> str:
         f"stroke-width={1.2 if name == 'peakgpt' else 3} />"
         for name, points in series.items()
     ]
-    names = "".join(
-        f"<tspan fill='{CONTENDER_COLORS[n]}' dx=12>{n}</tspan>" for n, points in series.items() if points
-    )
+    names = "".join(f"<tspan fill='{CONTENDER_COLORS[n]}' dx=12>{n}</tspan>" for n, points in series.items() if points)
     ticks = [
         f"<text x={LEFT - 6} y={float(at(0, y).split(',')[1]) + 4} text-anchor=end>{y:.2f}</text>"
         for y in (low + span * i / 4 for i in range(5))

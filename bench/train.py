@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,12 +67,14 @@ def compare_training(
     Returns:
         A result a contender, with model FLOPs.
     """
+    start_s = time.perf_counter()
     names = names or [n for n, c in CONTENDERS.items() if device.type == "cpu" or not c.environment]
     steppers = {}
     try:
         _build(steppers, config, recipe, device, names, on_failure)
         right = _agreeing(steppers, recipe.dtype, on_failure)
-        timings = interleave({n: s.step for n, s in right.items()}, rounds=rounds, device=device, budget_s=budget_s,
+        left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - start_s))
+        timings = interleave({n: s.step for n, s in right.items()}, rounds=rounds, device=device, budget_s=left_s,
                              workers=[s.pid for s in right.values() if s.pid])  # fmt: skip
         said = {n: (s.memory_bytes(), s.note) for n, s in right.items()}
     finally:

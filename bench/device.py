@@ -1,0 +1,183 @@
+"""All that a machine with a GPU should be asked, in under 8 minutes: `python -m peakgpt.bench device`.
+
+Every op against float64; then ops, training and decoding beside PyTorch's own and other people's kernels, each part in
+a process of its own (see isolate). On a CPU the same parts run at tiny sizes, as a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from peakgpt.bench.check import CASES, LARGE_CASES, check
+from peakgpt.bench.decode import compare_decoding
+from peakgpt.bench.findings import Failure, Findings
+from peakgpt.bench.isolate import Emit, Job, Part, run_part
+from peakgpt.bench.ops import Case, compare
+from peakgpt.bench.peers import peers
+from peakgpt.bench.train import compare_training
+from peakgpt.engine.model import GPT
+from peakgpt.engine.presets import preset
+from peakgpt.engine.train import Recipe
+
+FLOAT32, BFLOAT16 = (torch.float32,), (torch.bfloat16,)
+ONE_BY_ONE = ("forward", "backward")
+WHOLE = ("forward+backward",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", action="append", choices=tuple(PARTS), metavar="PART",
+                        help=f"one of {', '.join(PARTS)}; repeatable, default all")  # fmt: skip
+
+
+def run(args: argparse.Namespace, device: torch.device) -> Findings:
+    return run_parts(__name__, [p for p in PARTS if p in (args.only or PARTS)], device)
+
+
+def run_parts(module: str, names: Sequence[str], device: torch.device) -> Findings:
+    """Run parts of a module's PARTS one after the other, with a line to standard error after each."""
+    found = Findings()
+    for name in names:
+        start, before = time.perf_counter(), len(found.failures)
+        for row in run_part(module, name, device):
+            found.add(row)
+        failed = len(found.failures) - before
+        print(f"{name}: {time.perf_counter() - start:.0f} s, {failed} failures", file=sys.stderr, flush=True)
+    return found
+
+
+# ---- check
+
+
+def _check_jobs(device: torch.device) -> dict[str, Job]:
+    small = [("adamw", {"count": 1025}, {"lr": 1e-2}), *CASES]
+    cases = [*LARGE_CASES, *small] if device.type == "cuda" else small
+    return {
+        f"{name} {sizes} {params} {dtype}": functools.partial(_check, (name, sizes, params, dtype, device))
+        for (name, sizes, params), dtype in itertools.product(cases, (torch.float32, torch.bfloat16))
+    }
+
+
+def _check(case: tuple, budget_s: float, emit: Emit) -> None:
+    for row in check(*case):
+        emit(row)
+
+
+# ---- ops
+
+# 16k tokens at hidden size 2048, as in the literature; one query against a cache of 8k, rotated beyond L2.
+ATTENTION = [
+    *(Case("attention", {"batch": (1 << 14) // t, "tokens": t, "heads": 2048 // d, "head_dim": d}, passes=ONE_BY_ONE)
+      for d in (64, 128) for t in (2048, 8192, 16384)),
+    *(Case("attention", {"batch": b, "tokens": 1, "heads": 32, "head_dim": 128, "keys": 8192}, {"causal": False},
+           passes=("forward",)) for b in (8, 1)),
+]  # fmt: skip
+ROWS = 1 << 15  # tokens of a GPT-2 batch: 32 sequences of 1024
+LAYERNORM = [
+    *(Case("layernorm", {"rows": ROWS, "width": c}, passes=ONE_BY_ONE) for c in (768, 1024, 2048, 4096)),
+    Case("add_layernorm", {"rows": ROWS, "width": 768}, passes=ONE_BY_ONE),
+]
+MLP = [Case("mlp", {"rows": ROWS, "width": c, "hidden": 4 * c}, passes=ONE_BY_ONE) for c in (768, 1600)]
+LOSS = [
+    Case("linear_cross_entropy", {"rows": ROWS, "width": 768, "vocab": v}, passes=WHOLE) for v in (50304, 131072)
+]  # fmt: skip
+ADAMW = [
+    Case("adamw", {"count": 124_000_000}),
+    Case("adamw", {"count": 1_558_000_000}, checked={"count": 1 << 20}),
+]
+
+TINY = {
+    "attention": [Case("attention", {"batch": 1, "tokens": 64, "heads": 2, "head_dim": 64}, passes=ONE_BY_ONE)],
+    "layernorm": [Case("layernorm", {"rows": 64, "width": 256}, passes=ONE_BY_ONE)],
+    "mlp": [Case("mlp", {"rows": 64, "width": 64, "hidden": 256}, passes=ONE_BY_ONE)],
+    "loss": [Case("linear_cross_entropy", {"rows": 64, "width": 64, "vocab": 512}, passes=WHOLE)],
+    "adamw": [Case("adamw", {"count": 4096}, checked={"count": 1024})],
+}
+
+
+def _op_jobs(
+    part: str, cases: Sequence[Case], dtypes: Sequence[torch.dtype] = BFLOAT16
+) -> Callable[[torch.device], dict[str, Job]]:
+    def jobs(device: torch.device) -> dict[str, Job]:
+        todo = [
+            (case, direction, dtype)
+            for case in (cases if device.type == "cuda" else TINY[part])
+            for direction in case.directions
+            for dtype in dtypes
+        ]
+        return {
+            f"{case.op} {dict(case.sizes)} {direction} {dtype}": functools.partial(
+                _compare, case, direction, dtype, device
+            )
+            for case, direction, dtype in todo
+        }
+
+    return jobs
+
+
+def _compare(
+    case: Case, direction: str, dtype: torch.dtype, device: torch.device, budget_s: float, emit: Emit
+) -> None:  # fmt: skip
+    for row in compare(case, direction, device, dtype, budget_s=budget_s, peers=peers, on_failure=_teller(emit)):
+        emit(row)
+
+
+def _teller(emit: Emit) -> Callable[[str, Exception], None]:
+    return lambda contender, error: emit(Failure.of(error, contender))
+
+
+# ---- the model
+
+PADDED_VOCAB = 50304  # a multiple of 128, as everyone trains GPT-2
+
+
+def _train_jobs(device: torch.device) -> dict[str, Job]:
+    def job(budget_s: float, emit: Emit) -> None:
+        if device.type == "cuda":
+            config = preset("gpt2", vocab_size=PADDED_VOCAB)
+            recipe = Recipe(batch=_batch(device), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
+        else:
+            config = preset("gpt2-tiny", n_layer=1, vocab_size=512)
+            recipe = Recipe(batch=1, tokens=32, dtype=torch.bfloat16, warmup=0.0)
+        names = ["peakgpt", "eager", "compile"] if device.type == "cuda" else ["peakgpt", "eager"]
+        for row in compare_training(config, recipe, device, names, rounds=20, budget_s=budget_s,
+                                    on_failure=_teller(emit)):  # fmt: skip
+            emit(row)
+
+    return {"train": job}
+
+
+def _batch(device: torch.device) -> int:
+    """Sequences of 1024: the largest power of two up to 32 at 2 GiB each, which is about what eager's logits take."""
+    gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return next(b for b in (32, 16, 8, 4, 2, 1) if 2 * b <= gib or b == 1)
+
+
+def _decode_jobs(device: torch.device) -> dict[str, Job]:
+    def job(batch: int, budget_s: float, emit: Emit) -> None:
+        name, prompt, count = ("gpt2", 128, 128) if device.type == "cuda" else ("gpt2-tiny", 8, 8)
+        model = GPT(preset(name)).to(device, torch.bfloat16).eval()
+        ids = torch.randint(model.config.vocab_size, (batch, prompt), device=device)
+        for row in compare_decoding(model, ids, count=count, budget_s=budget_s):
+            emit(row)
+
+    return {f"batch {batch}": functools.partial(job, batch) for batch in (1, 8)}
+
+
+# Budgets sum to 450 s. Compiling takes most of check (Triton, two dtypes of every case) and of train (torch.compile).
+PARTS = {
+    "check": Part(_check_jobs, budget_s=100, patience_s=40),
+    "attention": Part(_op_jobs("attention", ATTENTION), budget_s=70, patience_s=40),
+    "layernorm": Part(_op_jobs("layernorm", LAYERNORM), budget_s=40, patience_s=30),
+    "mlp": Part(_op_jobs("mlp", MLP), budget_s=40, patience_s=30),
+    "loss": Part(_op_jobs("loss", LOSS), budget_s=40, patience_s=30),
+    "adamw": Part(_op_jobs("adamw", ADAMW, (*FLOAT32, *BFLOAT16)), budget_s=20, patience_s=20),
+    "train": Part(_train_jobs, budget_s=110, patience_s=110),
+    "decode": Part(_decode_jobs, budget_s=30, patience_s=30),
+}

@@ -1,0 +1,111 @@
+"""Other people's kernels, called as our ops are: what an op is timed beside on a GPU (on CPU, where they exist)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from peakgpt.bench.ops import NotTaken
+from peakgpt.kernels.dispatch import Op
+
+Call = Callable[..., Any]
+
+SDPA = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION,
+        "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
+COMPILED = ("layernorm", "add_layernorm", "mlp", "linear_cross_entropy")
+CHUNK = 1 << 22  # elements; torch's fused AdamW takes a list of parameters, and a model has hundreds
+
+
+def peers(op: Op, device: torch.device) -> dict[str, Call]:
+    """Every peer of an op that this machine has.
+
+    Returns:
+        name -> function with the op's arguments. What can not take a call raises, as cuDNN does on old GPUs.
+    """
+    found = OTHERS.get(op.name, lambda device: {})(device)
+    if device.type == "cuda" and op.name in COMPILED:
+        found["compile"] = _compiled(op)
+    return found
+
+
+def _compiled(op: Op) -> Call:
+    # A backward that is timed alone runs many times over one graph, which donated buffers forbid.
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.reset()  # else the eighth size of an op is no longer compiled
+    return torch.compile(op.eager, dynamic=False)
+
+
+def _attention(device: torch.device) -> dict[str, Call]:
+    on_device = SDPA if device.type == "cuda" else {"sdpa flash": SDPBackend.FLASH_ATTENTION}
+    return {name: functools.partial(_sdpa, backend) for name, backend in on_device.items()}
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+    with sdpa_kernel(backend):
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal)
+    return y.transpose(1, 2)
+
+
+def _mlp(device: torch.device) -> dict[str, Call]:
+    return {"cublaslt epilogue": _epilogue_mlp} if device.type == "cuda" else {}
+
+
+def _epilogue_mlp(x, w_up, b_up, w_down, b_down) -> Tensor:
+    """GELU (tanh on CUDA) in the first product's epilogue; it keeps no pre-activation, so it has no gradient."""
+    if torch.is_grad_enabled():
+        raise NotTaken("torch._addmm_activation has no gradient")
+    return F.linear(torch._addmm_activation(b_up, x, w_up.t(), use_gelu=True), w_down, b_down)
+
+
+def _linear_cross_entropy(device: torch.device) -> dict[str, Call]:
+    found = {}
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch chunked"] = lambda x, w, t: F.linear_cross_entropy(x, w, t, options=options)
+    if _has_liger(device):
+        from liger_kernel.transformers import functional as liger
+
+        found["liger"] = liger.liger_fused_linear_cross_entropy
+    return found
+
+
+def _layernorm(device: torch.device) -> dict[str, Call]:
+    if not _has_liger(device):
+        return {}
+    from liger_kernel.transformers import functional as liger
+
+    return {"liger": lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)}
+
+
+def _has_liger(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+
+
+def _adamw(device: torch.device) -> dict[str, Call]:
+    return {"torch fused": _fused_adamw}
+
+
+def _fused_adamw(param, grad, master, exp_avg, exp_avg_sq, step, norm=None, *, lr: float) -> None:
+    """torch.optim.AdamW(fused=True)'s kernel; it has no master, so it stands beside our float32 update."""
+    if master is not None:
+        raise NotTaken("torch's fused AdamW keeps no float32 master")
+    step += 1
+    parts = [list(t.split(CHUNK)) for t in (param, grad, exp_avg, exp_avg_sq)]
+    torch._fused_adamw_(*parts, [], [step] * len(parts[0]), lr=lr, beta1=0.9, beta2=0.999, weight_decay=0.01,
+                        eps=1e-8, amsgrad=False, maximize=False)  # fmt: skip
+
+
+OTHERS: dict[str, Callable[[torch.device], dict[str, Call]]] = {
+    "attention": _attention,
+    "layernorm": _layernorm,
+    "mlp": _mlp,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "adamw": _adamw,
+}
