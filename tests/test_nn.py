@@ -1,0 +1,81 @@
+"""peakgpt.nn: each layer against transformers' GPT-2 layer that it stands in for, state dicts in both layouts."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
+
+import peakgpt
+
+CONFIG = transformers.GPT2Config(n_embd=24, n_head=3, n_layer=1, n_positions=16, resid_pdrop=0, attn_pdrop=0)
+CONFIG._attn_implementation = "eager"
+
+
+def randomised(layer):
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0.0, 0.3)
+    return layer
+
+
+def their_attention(layer, x):
+    dead = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min).triu(1)
+    return layer(x, attention_mask=dead[None, None])[0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "call"),
+    [
+        (lambda: peakgpt.nn.GELUMLP(24), lambda: GPT2MLP(96, CONFIG), lambda layer, x: layer(x)),
+        (lambda: peakgpt.nn.CausalSelfAttention(24, 3), lambda: GPT2Attention(CONFIG, layer_idx=0), their_attention),
+        (lambda: peakgpt.nn.LayerNorm(24), lambda: torch.nn.LayerNorm(24), lambda layer, x: layer(x)),
+    ],
+    ids=["GELUMLP", "CausalSelfAttention", "LayerNorm"],
+)
+def test_layers_equal_the_ones_they_stand_for(ours, theirs, call):
+    torch.manual_seed(0)
+    mine, stock = ours(), randomised(theirs()).eval()
+    layout = {} if isinstance(mine, torch.nn.LayerNorm) else {"conv1d": True}
+    mine.load_state_dict(stock.state_dict(), **layout)
+    x = torch.randn(2, 11, 24, requires_grad=True)
+    y = torch.randn(2, 11, 24)
+    mine(x).backward(y)
+    dx, x.grad = x.grad, None
+    expected = call(stock, x)
+    expected.backward(y)
+    torch.testing.assert_close(mine(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, x.grad, rtol=1e-5, atol=1e-5)
+    grads = {name: p.grad for name, p in stock.named_parameters()}
+    for name, parameter in mine.named_parameters():
+        grad = grads[name].t() if layout and parameter.dim() == 2 else grads[name]
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_layout_is_said_and_never_guessed():
+    """c_proj of attention is square: only the caller knows."""
+    stock = randomised(GPT2Attention(CONFIG, layer_idx=0))
+    layer = peakgpt.nn.CausalSelfAttention(24, 3)
+    with pytest.raises(RuntimeError, match=r"size mismatch for c_attn\.weight"):
+        layer.load_state_dict(stock.state_dict())
+    layer.load_state_dict(stock.state_dict(), conv1d=True)
+    assert torch.equal(layer.c_proj.weight, stock.c_proj.weight.t())
+    again = peakgpt.nn.CausalSelfAttention(24, 3)
+    again.load_state_dict(copy.deepcopy(layer.state_dict()))
+    assert torch.equal(again.c_proj.weight, layer.c_proj.weight)
+
+
+def test_the_model_is_made_of_them():
+    model = peakgpt.GPT.from_preset("gpt2-tiny", n_layer=1)
+    block = model.transformer.h[0]
+    assert type(block.attn) is peakgpt.nn.CausalSelfAttention and type(block.mlp) is peakgpt.nn.GELUMLP
+    assert {type(norm) for norm in (block.ln_1, block.ln_2, model.transformer.ln_f)} == {peakgpt.nn.LayerNorm}
+
+
+def test_bad_sizes_are_named():
+    with pytest.raises(ValueError, match="activation is 'swish', expected one of gelu_tanh, gelu_erf, relu"):
+        peakgpt.nn.GELUMLP(8, activation="swish")
+    for sizes in ({"n_head": 3}, {"n_head": 4, "n_kv_head": 3}):
+        with pytest.raises(ValueError, match="expected n_head to divide n_embd and n_kv_head to divide n_head"):
+            peakgpt.nn.CausalSelfAttention(16, **sizes)
