@@ -205,12 +205,17 @@ class _Flat:
     def _adopt(self, i: int) -> None:
         """Take over parameter i's present value, and make it a view of the buffer."""
         parameter = self.parameters[i]
-        if self.master is not None:
-            self.states[i]["master"].copy_(parameter)
+        self._renew_master(i)
         grad, parameter.grad = parameter.grad, None  # a parameter may not change dtype under its gradient
         parameter.data = self.homes[i].copy_(parameter)
         parameter.grad = None if grad is None else grad.to(parameter.dtype)
         self.versions[i] = parameter._version
+
+    def _renew_master(self, i: int) -> None:
+        """Take over what was written to parameter i; where that is only the master rounded, the master knows better."""
+        if self.master is not None:
+            parameter, master = self.parameters[i], self.states[i]["master"]
+            master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter.to(master.dtype)))
 
     def gather_parameters(self) -> None:
         """Bring home the parameters that were written to or replaced since the last step."""
@@ -222,8 +227,8 @@ class _Flat:
                 )
             if parameter.data_ptr() != home.data_ptr():
                 self._adopt(i)
-            elif self.master is not None and parameter._version != self.versions[i]:
-                self.states[i]["master"].copy_(parameter)
+            elif parameter._version != self.versions[i]:
+                self._renew_master(i)
 
     def gather_gradients(self) -> None:
         """Bring home the gradients that were replaced since the last step."""
@@ -278,7 +283,6 @@ class _Flat:
     def load(self, entries: list[Mapping[str, Any]]) -> None:
         """Take over one state a parameter; an empty one starts from zero."""
         self.gather_parameters()
-        self.versions = [parameter._version for parameter in self.parameters]
         counters: dict[float, Tensor] = {}
         for home, state, entry in zip(self.homes, self.states, entries, strict=True):
             count = float(entry.get("step", 0))

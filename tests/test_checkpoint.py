@@ -207,6 +207,14 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_weights_come_last(tmp_path, monkeypatch):
+    """Where new files meet old weights the shapes tell; new weights under an old config could load and be wrong."""
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(b.name), replace(a, b)))
+    our_model().save_pretrained(tmp_path)
+    assert moved == ["config.json", "model.safetensors"]
+
+
 def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):

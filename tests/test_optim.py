@@ -228,6 +228,27 @@ def test_weights_loaded_after_the_optimizer_was_built_count(assign, dtype):
     assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1
 
 
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_masters_survive_loading_in_either_order(weights_first):
+    """Fails when weights loaded after the optimizer's state round the masters, or a loaded state leaves the weights."""
+    torch.manual_seed(0)
+    model = nn.Linear(30, 20)
+    optimizer = peakgpt.AdamW(model.parameters(), dtype=torch.bfloat16)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    again = nn.Linear(30, 20)
+    resumed = peakgpt.AdamW(again.parameters(), dtype=torch.bfloat16)
+    if weights_first:
+        again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    assert torch.equal(again.weight, weights["weight"])
+    if not weights_first:
+        again.load_state_dict(weights)
+    for m, o in ((model, optimizer), (again, resumed)):
+        m.weight.grad = torch.ones_like(m.weight)
+        o.step()
+    assert torch.equal(resumed.master(again.weight), optimizer.master(model.weight))
+
+
 def test_autograd_still_sees_that_parameters_changed():
     weight = nn.Parameter(torch.ones(3))
     optimizer = peakgpt.AdamW([weight], lr=0.1)
