@@ -126,6 +126,20 @@ def test_clipping_is_over_all_groups():
         b.zero_grad()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_many_elements_is_exact(dtype):
+    """Fails when the norm is one call of torch's over the buffer."""
+    big, small = (nn.Parameter(torch.zeros(count, dtype=dtype)) for count in (20_000_003, 7))
+    optimizer = peakgpt.AdamW([big, small], max_norm=1.0)
+    optimizer.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    for p in (big, small):
+        p.grad.normal_(0.0, 1e-3, generator=generator)
+    expected = sum(float(p.grad.double().square().sum()) for p in (big, small)) ** 0.5
+    optimizer.step()
+    assert abs(float(optimizer.grad_norm) / expected - 1) < 2e-5
+
+
 def test_a_norm_that_is_not_finite_skips_the_step():
     params = parameters()
     optimizer = peakgpt.AdamW(params, max_norm=1.0)
