@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +61,23 @@ class RunFolder:
 def default_folder(name: str) -> Path:
     """runs/<name>-<date>-<time>, below the current folder."""
     return Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a request: yields a function that tells whether it came; a second one interrupts.
+
+    A step that is cut in two can not be resumed bit for bit, so a loop asks between steps. Main thread only.
+    """
+    asked = False
+
+    def request(*_) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

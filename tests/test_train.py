@@ -15,8 +15,9 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size":
 
 def batches():
     generator = torch.Generator().manual_seed(5)
-    while True:
-        ids = torch.randint(67, (4, 17), generator=generator)
+    for _ in itertools.count():
+        start = torch.randint(67, (4, 1), generator=generator)
+        ids = (start + 3 * torch.arange(17)) % 67  # a rule to learn
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -58,12 +59,12 @@ def test_schedule_warms_up_and_falls_to_zero():
     recipe = Recipe(lr=1.0, warmup=0.1)
     rates = [schedule(recipe, step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[100] == 0.0
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
-    [({"batch": 0}, "batch is 0, expected more than 0"), ({"warmup": 1.0}, "warmup is 1.0"), ({"dtype": torch.float16}, "dtype is")],
+    [({"batch": 0}, "batch is 0, expected"), ({"warmup": 1.0}, "warmup is 1.0"), ({"dtype": torch.half}, "dtype is")],
 )  # fmt: skip
 def test_recipe_says_what_is_wrong(fields, text):
     with pytest.raises(ValueError, match=text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from peakgpt.engine.evaluate import validation_loss
 from peakgpt.engine.flops import mfu, training_flops
 from peakgpt.engine.model import GPT
 from peakgpt.engine.presets import PRESETS
-from peakgpt.engine.run import RunFolder, default_folder
+from peakgpt.engine.run import RunFolder, default_folder, stop_on_interrupt
 from peakgpt.engine.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.train import Recipe, Trainer, best_dtype
 from peakgpt.kernels.device import peak_for
@@ -26,9 +27,7 @@ SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--text", nargs="+", metavar="FILE", help="UTF-8 files or folders; default: Python's own library"
-    )
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 files or folders (default: Python's library)")
     parser.add_argument("--model", default="gpt2-tiny", choices=sorted(PRESETS), help="preset (default gpt2-tiny)")
     parser.add_argument("--steps", type=int, default=1000, help="updates (default 1000)")
     parser.add_argument("--batch", type=int, default=8, help="sequences an update (default 8)")
@@ -56,13 +55,12 @@ def run(args: argparse.Namespace) -> int:
     training = Training(folder, settings, device)
     if args.resume:
         training.load()
-    try:
-        training.go_on(args.save_every)
-    except KeyboardInterrupt:
-        training.save()
+    with stop_on_interrupt() as asked_to_stop:
+        training.go_on(args.save_every, asked_to_stop)
+    training.save()
+    if training.trainer.done < training.trainer.steps:
         print(f"\nstopped after {training.trainer.done} steps; go on with: peakgpt train --resume {folder.path}")
         return 130
-    training.save()
     print(f"checkpoint: {folder.checkpoint}")
     return 0
 
@@ -104,30 +102,26 @@ class Training:
         torch.manual_seed(self.recipe.seed)
         model = GPT.from_preset(settings["model"], vocab_size=self.tokenizer.vocab_size)
         if self.recipe.tokens > model.config.block_size:
-            raise ValueError(
-                f"--tokens is {self.recipe.tokens}, expected at most the model's {model.config.block_size}"
-            )
+            longest = model.config.block_size
+            raise ValueError(f"--tokens is {self.recipe.tokens}, expected at most the model's {longest}")
         self.trainer = Trainer(model.to(device), self.recipe, steps=settings["steps"])
 
-    def go_on(self, save_every: int) -> None:
-        """Train to the last step, saving and validating every so many."""
+    def go_on(self, save_every: int, asked_to_stop: Callable[[], bool]) -> None:
+        """Train to the last step or until asked to stop, saving and validating every so many steps."""
         trainer, peak = self.trainer, peak_for(self.device, self.recipe.dtype)
         flops = training_flops(trainer.model.config, self.recipe.tokens)
-        while trainer.done < trainer.steps:
+        while trainer.done < trainer.steps and not asked_to_stop():
             start = time.perf_counter()
             ids, targets = (t.to(self.device, non_blocking=True) for t in next(self.batches))
             loss = float(trainer.step(ids, targets))
             rate = ids.numel() / (time.perf_counter() - start)
-            used = mfu(rate, flops, peak.flops_s)
-            self.folder.log(
-                contender="peakgpt", step=trainer.done, loss=loss, tokens_per_s=round(rate, 1), mfu=round(used, 4)
-            )
-            if trainer.done % 10 == 0 or trainer.done == trainer.steps:
-                print(
-                    f"step {trainer.done}/{trainer.steps}  loss {loss:.4f}  {rate:,.0f} tok/s  MFU {100 * used:.1f} %"
-                )
-            if trainer.done % save_every == 0 or trainer.done == trainer.steps:
+            used, step, last = mfu(rate, flops, peak.flops_s), trainer.done, trainer.done == trainer.steps
+            self.folder.log(contender="peakgpt", step=step, loss=loss, tokens_per_s=round(rate, 1), mfu=round(used, 4))
+            if step % 10 == 0 or last:
+                print(f"step {step}/{trainer.steps}  loss {loss:.4f}  {rate:,.0f} tok/s  MFU {100 * used:.1f} %")
+            if step % save_every == 0 or last:
                 self._validate()
+            if step % save_every == 0:
                 self.save()
 
     def save(self) -> None:
