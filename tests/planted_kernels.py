@@ -1,0 +1,58 @@
+"""Kernels that the static check must reject, and one that it must pass; prints {name: failure} as JSON.
+
+A program of its own: test_aot.py runs it without TRITON_INTERPRET, under which nothing can be compiled.
+"""
+
+import json
+
+import triton
+import triton.language as tl
+
+from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu.launch import Tile
+from peakgpt.kernels.gpu.static_check import check_case
+
+
+@triton.jit
+def product(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
+    """Too large a block outgrows the registers and the shared memory."""
+    i = tl.arange(0, BLOCK)
+    at = i[:, None] * BLOCK + i[None, :]
+    for k in range(8):
+        c = tl.dot(tl.load(a_ptr + at + k), tl.load(b_ptr + at + k), input_precision="ieee")
+        tl.store(c_ptr + at + k * BLOCK * BLOCK, c)
+
+
+@triton.jit
+def sums(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
+    """A product without tl.dot."""
+    i = tl.arange(0, BLOCK)
+    at = i[:, None] * BLOCK + i[None, :]
+    a, b = tl.load(a_ptr + at).to(tl.float32), tl.load(b_ptr + at).to(tl.float32)
+    tl.store(c_ptr + at, tl.sum(a[:, :, None] * b[None, :, :], 1))
+
+
+@triton.jit
+def loads(a_ptr, BLOCK: tl.constexpr):
+    tl.load(a_ptr + tl.arange(0, BLOCK))
+
+
+@triton.jit
+def broken(a_ptr, BLOCK: tl.constexpr):
+    tl.static_assert(BLOCK == 0, "planted")
+
+
+def case(kernel, block):
+    return launch.case(kernel, f"BLOCK={block}", Tile(warps=4), "bf16", {"BLOCK": block}, matmul=True)
+
+
+PLANTED = {
+    "good": case(product, 64),
+    "too large": case(product, 256),
+    "no dot": case(sums, 16),
+    "no store": case(loads, 64),
+    "broken": case(broken, 64),
+}
+
+if __name__ == "__main__":
+    print(json.dumps({name: check_case("planted", case, "sm_90").failure for name, case in PLANTED.items()}))
