@@ -13,7 +13,7 @@ constexpr int64_t kParts = 32;
 // Calls f(part, begin, end) for `parts` contiguous pieces of [0, n), on up to `threads` threads.
 template <class F>
 void ParallelParts(int64_t n, int64_t parts, int threads, const F& f) {
-  const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(parts, threads)));
+  [[maybe_unused]] const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(parts, threads)));
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = n * part / parts, end = n * (part + 1) / parts;
