@@ -12,10 +12,13 @@
 // Without such an instruction bf16 is widened when it is packed. Packing also ends ragged sizes (zeros up to whole
 // vectors) and strides that make rows collide in the L1 cache.
 
-constexpr int64_t kTile = 64;      // queries a tile, and keys: four operands of 64 x 64 floats fill L1 and part of L2
-constexpr int64_t kEdgeTile = 16;  // keys a tile where the mask cuts through: less of it is dead
+constexpr int64_t kTile = 64;  // queries a tile, and keys: four operands of 64 x 64 floats fill L1 and part of L2
+// Keys a tile where the mask cuts through, so that less of it is dead. Causal T 256, D 64 on Zen 4: 16 beats 32 by 2 to
+// 5 % and 64 by 10 to 15 %.
+constexpr int64_t kEdgeTile = 16;
 constexpr int kBlockRows = 4, kBlockVecs = kRegisters >= 32 ? 4 : 3;
-constexpr int64_t kChain = 32;  // products summed one by one; past that, sums of sums, which lose fewer digits
+// Products summed one by one; past that, sums of sums, which lose fewer digits.
+constexpr int64_t kChain = 32;
 constexpr float kInfinity = __builtin_inff();
 
 struct Pair { bf16 even, odd; };
