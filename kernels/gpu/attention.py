@@ -53,12 +53,17 @@ _FP32 = {
     128: Tiles(fwd=_tile(32, 16, 4, 2), dq=_tile(32, 16, 8, 2), dkv=_tile(16, 32, 8, 1)),
     256: Tiles(fwd=_tile(32, 16, 8, 2), dq=_tile(16, 16, 8, 2), dkv=_tile(16, 16, 8, 1)),
 }
+_GFX942_FP32 = {  # four warps of 64 threads may use 512 registers each, eight only 256
+    64: Tiles(fwd=_tile(64, 32, 8, 2), dq=_tile(64, 32, 4, 1), dkv=_tile(32, 32, 4, 1)),
+    128: _FP32[128],
+    256: Tiles(fwd=_tile(32, 16, 8, 2), dq=_tile(16, 16, 4, 1), dkv=_tile(16, 16, 4, 1)),
+}
 TILES = {
     ("sm_80", "half", 64): Tiles(fwd=_tile(128, 64, 4, 3), dq=_tile(128, 64, 8, 2), dkv=_tile(32, 128, 8, 2)),
     ("sm_80", "half", 128): Tiles(fwd=_tile(64, 64, 8, 2), dq=_tile(64, 64, 8, 2), dkv=_tile(64, 64, 8, 2)),
     ("sm_80", "half", 256): Tiles(fwd=_tile(64, 64, 8, 2), dq=_tile(64, 32, 8, 2), dkv=_tile(32, 32, 8, 2)),
     ("sm_86", "half", 64): Tiles(fwd=_tile(128, 64, 4, 2), dq=_tile(64, 64, 4, 2), dkv=_tile(32, 128, 8, 2)),
-    ("sm_86", "half", 128): Tiles(fwd=_tile(64, 32, 4, 2), dq=_tile(64, 64, 8, 2), dkv=_tile(32, 64, 8, 2)),
+    ("sm_86", "half", 128): Tiles(fwd=_tile(64, 64, 4, 2), dq=_tile(64, 64, 8, 2), dkv=_tile(32, 64, 8, 2)),
     ("sm_86", "half", 256): Tiles(fwd=_tile(64, 32, 8, 2), dq=_tile(32, 32, 8, 2), dkv=_tile(32, 32, 8, 2)),
     ("sm_90", "half", 64): Tiles(fwd=_tile(128, 64, 8, 3), dq=_tile(128, 64, 8, 3), dkv=_tile(64, 128, 8, 3)),
     ("sm_90", "half", 128): Tiles(fwd=_tile(128, 64, 8, 3), dq=_tile(128, 64, 8, 2), dkv=_tile(32, 128, 8, 2)),
@@ -73,7 +78,11 @@ TILES = {
     ("gfx942", "half", 64): Tiles(fwd=_tile(128, 64, 4, 1), dq=_tile(128, 64, 4, 1), dkv=_tile(64, 128, 4, 1)),
     ("gfx942", "half", 128): Tiles(fwd=_tile(128, 64, 4, 1), dq=_tile(64, 64, 4, 1), dkv=_tile(64, 64, 4, 1)),
     ("gfx942", "half", 256): Tiles(fwd=_tile(64, 64, 4, 1), dq=_tile(64, 32, 4, 1), dkv=_tile(16, 32, 4, 1)),
-} | {(arch, "fp32", width): tiles for arch in launch.CLASSES for width, tiles in _FP32.items()}
+} | {
+    (arch, "fp32", width): tiles
+    for arch in launch.CLASSES
+    for width, tiles in (_GFX942_FP32 if arch == "gfx942" else _FP32).items()
+}
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2))
@@ -467,7 +476,7 @@ def backward(grads, inputs, outputs, saved, needs, *, dropout, **params) -> Sequ
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """Every row of the table for a class of devices: with every option and, in half precision, the plain causal call."""
+    """Every row for a class of devices: with every option and, in half precision, the plain causal call too."""
     for (row_arch, precision, width), tiles in TILES.items():
         if row_arch == arch:
             for kernel, tile in zip((attention_fwd, attention_bwd_dq, attention_bwd_dkv), tiles, strict=True):
