@@ -19,8 +19,10 @@ test-all: .venv/.test .venv-triton36/.ready
 	.venv/bin/python -m pytest -m "slow or not slow"
 	.venv-triton36/bin/python -m pytest
 
+# Takes a while: torch.compile is a contender. The results land in bench/results.
 bench: .venv/.run
-	.venv/bin/peakgpt bench
+	.venv/bin/peakgpt bench ops
+	.venv/bin/peakgpt bench train
 
 aot: .venv/.run
 	.venv/bin/peakgpt aot

@@ -161,8 +161,10 @@ def _batch(device: torch.device) -> int:
 
 def _decode_jobs(device: torch.device) -> dict[str, Job]:
     def job(batch: int, budget_s: float, emit: Emit) -> None:
-        name, prompt, count = ("gpt2", 128, 128) if device.type == "cuda" else ("gpt2-tiny", 8, 8)
-        model = GPT(preset(name)).to(device, torch.bfloat16).eval()
+        full = device.type == "cuda"
+        config = preset("gpt2") if full else preset("gpt2-tiny", n_layer=1, vocab_size=512)
+        prompt, count = (128, 128) if full else (8, 4)
+        model = GPT(config).to(device, torch.bfloat16).eval()
         ids = torch.randint(model.config.vocab_size, (batch, prompt), device=device)
         for row in compare_decoding(model, ids, count=count, budget_s=budget_s):
             emit(row)

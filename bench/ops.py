@@ -6,7 +6,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -133,15 +133,15 @@ def compare(
     start = time.perf_counter()
     op, device, params = OPS[case.op], torch.device(device), case.arguments
     make, forward, backward = PASSES[direction]
-    sets = _sets(op, case.sizes, params, device, dtype)
+    sets = make_inputs(case, device, dtype)
     tensors = sets[0][0]
     chosen = {"peakgpt": next(b for b, reason in op.explain(*tensors, **params).items() if reason is None)}
     chosen |= {f"peakgpt, {b}": b for b in backends(op, tensors, params) if b != chosen["peakgpt"]}
     calls = {"peakgpt": op, "eager": _forced(op, "eager")}
     calls |= {name: _forced(op, backend) for name, backend in chosen.items() if name not in calls}
     calls |= peers(op, device)
-    tried = sets[0] if case.checked is None else _sets(op, case.checked, params, device, dtype)[0]
-    calls = _right(op, calls, make, tried, params, dtype, on_failure)
+    small = sets if case.checked is None else make_inputs(replace(case, sizes=case.checked), device, dtype)
+    calls = _right(op, calls, make, small[0], params, dtype, on_failure)
     if case.checked is not None:
         del calls["eager"]
     contenders = {name: make(call, sets, params) for name, call in calls.items()}
@@ -191,17 +191,19 @@ def _cold_bytes(device: torch.device) -> int:
     return max(2 * cache, 1 << 26)
 
 
-def _sets(op: Op, sizes, params, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
-    first = _inputs(op, sizes, params, device, dtype)
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
+    """Up to MAX_SETS sets of a case's inputs, for PASSES; floating ones want gradients where the op has any."""
+    first = _inputs(case, device, dtype)
     held = sum(t.numel() * t.element_size() for t in (*first[0], *first[1]) if t is not None)
     more = min(MAX_SETS - 1, _cold_bytes(device) // max(1, held))
-    return [first, *(_inputs(op, sizes, params, device, dtype) for _ in range(more))]
+    return [first, *(_inputs(case, device, dtype) for _ in range(more))]
 
 
-def _inputs(op: Op, sizes, params, device: torch.device, dtype: torch.dtype) -> Inputs:
-    tensors = op.sample(**sizes, device=device, dtype=dtype)
-    bound, every = op._bind(tensors, params)
-    outputs, _ = op.alloc(*bound, needs=(False,) * len(bound), **every)
+def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+    op = OPS[case.op]
+    tensors = op.sample(**case.sizes, device=device, dtype=dtype)
+    bound, params = op._bind(tensors, case.arguments)
+    outputs, _ = op.alloc(*bound, needs=(False,) * len(bound), **params)
     ups = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
     if not op.mutates:
         tensors = tuple(t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors)

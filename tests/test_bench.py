@@ -1,0 +1,395 @@
+"""Benches: nothing wrong is timed, what fails is told and does not stop the rest, and what is written can be read."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peakgpt.bench import device as device_bench
+from peakgpt.bench.check import Check, check, judge
+from peakgpt.bench.contenders import CONTENDERS
+from peakgpt.bench.decode import compare_decoding
+from peakgpt.bench.findings import Failure, Findings, decode, encode
+from peakgpt.bench.isolate import run_part
+from peakgpt.bench.ops import Case, NotTaken, compare, compare_ops
+from peakgpt.bench.peers import _epilogue_mlp, peers
+from peakgpt.bench.report import groups, notes, speedup, tables, verdicts, write_report
+from peakgpt.bench.train import compare_training
+from peakgpt.bench.worker import Worker
+from peakgpt.cli import main
+from peakgpt.engine.model import GPT
+from peakgpt.engine.presets import preset
+from peakgpt.engine.train import Recipe
+from peakgpt.kernels.clock import Result, Timing
+from peakgpt.kernels.dispatch import OPS
+
+CPU = torch.device("cpu")
+SMALL = Case("layernorm", {"rows": 8, "width": 16})
+RECIPE = Recipe(batch=1, tokens=16, warmup=0.0)
+
+
+def tiny_config():
+    return preset("gpt2-tiny", n_layer=1, vocab_size=64, n_embd=48)
+
+
+def make_result(**changes):
+    fields = {
+        "bench": "op", "case": {"op": "mlp", "pass": "forward", "rows": 8}, "contender": "eager", "backend": "torch",
+        "device": "cpu", "dtype": "float32",
+    }  # fmt: skip
+    timing = changes.pop("timing", Timing((0.2,)))
+    return Result.of(timing, **{**fields, **changes})
+
+
+def make_check(**changes):
+    fields = {"op": "mlp", "case": {"rows": 8}, "backend": "cpu", "device": "cpu", "dtype": "float32", "passed": True,
+              "error": 1e-7, "torch_error": 1e-7, "limit": 3e-7}  # fmt: skip
+    return Check(**{**fields, **changes})
+
+
+# ---- ops
+
+
+def timed(direction, found=None, **contenders):
+    told = {} if found is None else {"on_failure": lambda name, error: found.append((name, str(error)))}
+    results = compare(SMALL, direction, CPU, torch.float32, budget_s=0.0, rounds=3,
+                      peers=lambda op, device: contenders, **told)  # fmt: skip
+    return {r.contender: r for r in results}
+
+
+def right(x, w, b):
+    return F.layer_norm(x, (16,), w, b)
+
+
+def wrong(x, w, b):
+    return 1.01 * right(x, w, b)
+
+
+def wrong_gradient(x, w, b):
+    y = right(x, w, b)
+    return y + 0.01 * (y - y.detach())
+
+
+def test_compare_ops_times_every_op_beside_eager():
+    sizes = {"layernorm": {"rows": 8, "width": 16}, "adamw": {"count": 64},
+             "attention_qkv": {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 8}}  # fmt: skip
+    results = compare_ops(sizes, CPU, torch.float32, budget_s=0.0, rounds=3)
+    seen = {(r.case["op"], r.case["pass"], r.contender) for r in results}
+    passes = {"layernorm": 2, "adamw": 1, "attention_qkv": 2}
+    assert {(op, c) for op, _, c in seen} == {(op, c) for op in sizes for c in ("peakgpt", "eager")}
+    assert all(len([s for s in seen if s[0] == op]) == 2 * count for op, count in passes.items())
+    assert next(r for r in results if r.case["op"] == "attention_qkv").case["n_head"] == 2
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
+def test_a_contender_with_wrong_values_is_refused(direction):
+    assert set(timed(direction, other=right)) == {"peakgpt", "eager", "other"}
+    with pytest.raises(ValueError, match=r"layernorm: other: result \d is off eager by 0.01, expected at most 0.001"):
+        timed(direction, other=wrong)
+
+
+def test_wrong_gradients_are_refused_where_they_count():
+    assert "other" in timed("forward", other=wrong_gradient)
+    for direction in ("backward", "forward+backward"):
+        with pytest.raises(ValueError, match="off eager"):
+            timed(direction, other=wrong_gradient)
+
+
+def test_the_others_are_timed_when_one_fails():
+    def broken(x, w, b):
+        raise RuntimeError("no such kernel")
+
+    def declines(x, w, b):
+        raise NotTaken
+
+    found = []
+    results = timed("forward", found, broken=broken, wrong=wrong, declines=declines)
+    assert set(results) == {"peakgpt", "eager"}
+    assert [name for name, _ in found] == ["broken", "wrong"] and found[0][1] == "no such kernel"
+
+
+def test_flops_and_bytes_are_those_of_the_direction():
+    op = OPS["layernorm"]
+    cost = op.cost(*op.sample(rows=8, width=16))
+    by = {d: timed(d)["eager"] for d in ("forward", "backward", "forward+backward")}
+    assert (by["forward"].flops, by["backward"].flops) == (cost.flops, cost.backward_flops)
+    assert (by["forward"].bytes, by["backward"].bytes) == (cost.bytes, cost.backward_bytes)
+    assert by["forward+backward"].bytes == cost.bytes + cost.backward_bytes
+
+
+def test_values_are_compared_at_other_sizes_where_eager_does_not_fit():
+    case = Case("adamw", {"count": 64}, checked={"count": 8})
+    run = lambda **peer: compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3,  # noqa: E731
+                                 peers=lambda op, device: peer)  # fmt: skip
+    assert [r.contender for r in run()] == ["peakgpt"]
+    with pytest.raises(ValueError, match="adamw: idle"):
+        run(idle=lambda *tensors, lr: None)
+
+
+def test_peers_have_our_arguments():
+    adamw, attention, mlp = OPS["adamw"], OPS["attention"], OPS["mlp"]
+    names = {r.contender for case, op in ((Case("adamw", {"count": 64}), adamw),
+                                          (Case("attention", {"batch": 1, "tokens": 8, "heads": 1}), attention))
+             for r in compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3, peers=peers)}  # fmt: skip
+    assert names == {"peakgpt", "eager", "torch fused", "sdpa flash"}
+    assert set(peers(attention, torch.device("cuda"))) == {"sdpa cudnn", "sdpa flash", "sdpa efficient"}
+    tensors = mlp.sample(rows=4, width=16, hidden=64)
+    with torch.no_grad():  # its GELU is tanh on CUDA and erf on CPU
+        torch.testing.assert_close(_epilogue_mlp(*tensors), mlp.eager(*tensors, activation="gelu_erf"))
+    with pytest.raises(NotTaken):
+        _epilogue_mlp(*tensors)
+
+
+# ---- the rule against float64
+
+
+def test_the_rule():
+    truth = [torch.tensor([1.0, 2.0], dtype=torch.float64)]
+    at = lambda error: [(truth[0] + error).float()]  # noqa: E731
+    assert judge(at(2e-3), at(1e-3), truth, torch.float32)[0].passed
+    assert not judge(at(2.1e-3), at(1e-3), truth, torch.float32)[0].passed
+    assert not judge([torch.tensor([float("nan"), 2.0])], at(1e-3), truth, torch.float32)[0].passed
+    inf = [torch.tensor([float("inf"), 2.0])]
+    assert not judge(inf, inf, truth, torch.float32)[0].passed, "not right only because torch is wrong too"
+    with pytest.raises(ValueError, match=r"expected \(2,\) torch.float32"):
+        judge([truth[0]], at(0.0), truth, torch.float32)
+
+
+def test_a_wrong_kernel_is_told_and_named(monkeypatch):
+    from peakgpt.kernels.cpu import layernorm
+
+    case = ("layernorm", {"rows": 5, "width": 16}, {}, torch.float32, CPU)
+    (good,) = check(*case)
+    assert good.passed and good.backend == "cpu" and good.error <= good.limit
+    forward = layernorm.forward
+    monkeypatch.setattr(
+        layernorm, "forward", lambda outputs, *a, **k: (forward(outputs, *a, **k), outputs[0].mul_(1.01))
+    )
+    (bad,) = check(*case)
+    assert not bad.passed and "result 0: error" in bad.message and bad.error > bad.limit
+
+
+# ---- training and decoding
+
+
+def test_worker_steps_and_ends():
+    import dataclasses
+
+    request = {"contender": "peakgpt", "config": dataclasses.asdict(tiny_config()), "batch": 1, "tokens": 16,
+               "dtype": "float32", "warmup": 0.0, "threads": 1}  # fmt: skip
+    worker, dead = (Worker(name, {**request, "contender": name}, {}) for name in ("peakgpt", "nobody"))
+    losses = [worker.step() for _ in range(3)]
+    assert losses[2] < losses[0] and worker.memory_bytes() > 1 << 20 and "page faults" in worker.note
+    with pytest.raises(RuntimeError, match="worker 'nobody' ended with exit code 1"):
+        dead.step()
+    worker.process.kill()
+    worker.process.wait()
+    with pytest.raises(RuntimeError, match="'peakgpt' ended with exit code -9"):
+        worker.step()
+    for w in (worker, dead):
+        w.close()
+
+
+def test_training_is_compared_and_a_contender_that_learns_otherwise_is_refused(monkeypatch):
+    from peakgpt.bench import train
+
+    results = compare_training(tiny_config(), RECIPE, CPU, ["peakgpt", "eager"], rounds=3)
+    assert [r.contender for r in results] == ["peakgpt", "eager"]
+    assert all(r.flops_kind == "model" and r.memory_bytes for r in results)
+
+    class Stepper:
+        def __init__(self, loss):
+            self.step = lambda: loss
+
+    same, other = Stepper(2.0), Stepper(2.01)
+    told = []
+    agreeing = train._agreeing({"eager": same, "x": other}, torch.float32, lambda name, error: told.append(name))
+    assert set(agreeing) == {"eager"} and told == ["x"]
+    assert set(train._agreeing({"eager": same, "x": other}, torch.bfloat16, None)) == {"eager", "x"}
+
+
+def test_decoding_is_compared_and_wrong_logits_are_refused():
+    model = GPT(tiny_config())
+    ids = torch.randint(64, (2, 4))
+    results = compare_decoding(model, ids, count=3, rounds=3)
+    assert [r.contender for r in results] == ["peakgpt", "eager"] and results[0].case["batch"] == 2
+    model.head = lambda h: F.linear(h, model.transformer.wte.weight).roll(1, -1)
+    with pytest.raises(ValueError, match="decode: peakgpt: result 0 is off eager"):
+        compare_decoding(model, ids, count=3)
+
+
+# ---- tables and the page
+
+
+def test_speedup_and_groups():
+    eager, ours = make_result(), make_result(contender="peakgpt", timing=Timing((0.1,)))
+    other = make_result(case={"op": "mlp", "pass": "forward", "rows": 9})
+    assert groups([eager, other, ours]) == [[eager, ours], [other]]
+    assert speedup(ours, [eager, ours]) == pytest.approx(2.0)
+    assert speedup(eager, [eager, ours]) is None and speedup(ours, [ours]) is None
+
+
+def test_tables_say_what_was_measured():
+    eager = make_result(flops=4e9, flops_kind="work", peak_flops_s=1e11)
+    ours = make_result(contender="peakgpt", backend="cpu", timing=Timing((0.1,)), flops=4e9, flops_kind="work")
+    text = "\n".join(tables([eager, ours]))
+    lines = text.splitlines()
+    assert "work FLOPs" in lines[1] and "GB/s" not in text, "a column without a figure is left out"
+    assert lines[4].startswith("mlp forward float32, rows 8") and "20.0 %" in lines[4] and "20" in lines[4]
+    assert "peakgpt (cpu)" in lines[5] and lines[5].endswith("2.00 x") and "mlp" not in lines[5]
+    assert len({len(line) for line in lines[2:]}) == 1
+    assert tables([]) == []
+
+
+def test_notes_tell_each_kind_once():
+    disturbed = [make_result(timing=Timing((0.1,), dropped=2, note=f"only {n} of 9 rounds fitted")) for n in (3, 4, 5)]
+    said = notes([*disturbed, make_result(peak_source="datasheet")])
+    assert said == [
+        "op: 2 of 3 rounds dropped, the machine was busy elsewhere",
+        "only 3 of 9 rounds fitted (2 more like it)",
+        "peak: datasheet",
+    ]
+
+
+def test_verdicts_and_exit_code():
+    fine = Findings(checks=[make_check()], failures=[Failure(message="no kernel", contender="sdpa cudnn")])
+    assert fine.exit_code == 0 and "1 of 1 cases" in verdicts(fine)[0]
+    for bad in (Findings(checks=[make_check(passed=False, message="result 1: error 3e-2")]),
+                Findings(failures=[Failure(message="x", contender="peakgpt, gpu")]),
+                Findings(failures=[Failure(message="x", job="batch 8")])):  # fmt: skip
+        assert bad.exit_code == 1 and len(verdicts(bad)) >= 1
+    assert Findings().exit_code == 0
+
+
+def test_rows_survive_the_way_between_processes():
+    for row in (make_result(), make_check(), Failure(message="m", part="p", job="j")):
+        assert decode(json.loads(json.dumps(encode(row)))) == row
+
+
+def test_report_is_self_contained(tmp_path):
+    rows = [{"contender": c, "step": s, "loss": 5.0 - s} for c in ("peakgpt", "eager") for s in range(3)]
+    rows += [{"contender": "peakgpt", "step": s, "bits_per_byte": 3.5 - s} for s in (0, 2)]
+    rows += [{"contender": "peakgpt", "step": 3, "loss": float("nan")}]
+    write_report(tmp_path / "report.html", rows=rows, results=[make_result(), make_result(contender="a<b")],
+                 environment={"commit": "abc"}, corpus="11 MB & more", sample="<script>alert()</script>")  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(src|href)\s*=|url\(|@import|https?:|<script", page)
+    for text in ("11 MB &amp; more", "a&lt;b", "mlp forward float32, rows 8", "abc", "bits per byte", "&lt;script"):
+        assert text in page
+    assert page.count("<svg") == 2 and page.count("<polyline") == 3 and "nan" not in page
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+# ---- the device script
+
+FAKE = """
+import os, time
+from peakgpt.bench.findings import Failure
+from peakgpt.bench.isolate import Part
+
+def good(budget_s, emit):
+    emit(Failure(message="told", contender="peer"))
+
+def raises(budget_s, emit):
+    good(budget_s, emit)
+    raise ZeroDivisionError("by nought")
+
+PARTS = {
+    "mixed": Part(lambda device: {"first": good, "raises": raises, "dies": lambda b, e: os._exit(9),
+                                  "hangs": lambda b, e: time.sleep(600), "last": good}, 120, 2),
+    "unusable": Part(lambda device: 1 / 0, 60, 2),
+    "late": Part(lambda device: {"first": good}, 0, 2),
+}
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    (tmp_path / "fake_parts.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "fake_parts"
+
+
+def test_a_failing_hanging_or_dying_job_does_not_stop_the_rest(fake):
+    rows = run_part(fake, "mixed", CPU)
+    assert [(r.job, r.message) for r in rows] == [
+        ("first", "told"),
+        ("raises", "told"),
+        ("raises", "ZeroDivisionError: by nought"),
+        ("dies", "the process ended with exit code 9"),
+        ("hangs", "stopped: no end after 2 s or at the end of the budget"),
+        ("last", "told"),
+    ]
+    assert all(r.part == "mixed" for r in rows)
+    assert "in raises" in rows[2].traceback and "in <lambda>" in rows[4].traceback
+
+
+def test_a_part_that_can_not_start_or_has_no_time_is_told(fake, capsys):
+    found = device_bench.run_parts(fake, ["unusable", "late"], CPU)
+    assert [f.message for f in found.failures] == [
+        "the process ended with exit code 1",
+        "not run: the part's 0 s are over",
+    ]
+    assert "ZeroDivisionError" in found.failures[0].traceback and found.exit_code == 1
+    assert capsys.readouterr().err.startswith("unusable:")
+
+
+def test_bench_device_end_to_end(tmp_path, capsys):
+    argv = ["bench", "device", "--device", "cpu", "--only", "layernorm", "--only", "adamw", "--commit", "abc"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    document = json.loads(path.read_text())
+    assert set(document) == {"schema", "environment", "results", "checks", "failures"}
+    assert document["environment"]["commit"] == "abc" and document["failures"] == []
+    assert {r["case"]["op"] for r in document["results"]} == {"layernorm", "adamw"}
+    assert {r["contender"] for r in document["results"]} >= {"peakgpt", "eager", "torch fused"}
+    assert "layernorm backward bfloat16" in capsys.readouterr().out
+    assert main(["bench", "device", "--only", "lunch"]) == 2
+
+
+@pytest.mark.parametrize("part", device_bench.PARTS)
+def test_every_part_runs_on_cpu(part):
+    rows = []
+    for job in list(device_bench.PARTS[part].jobs(CPU).values())[:4]:
+        job(0.0, rows.append)
+    assert rows and not [r for r in rows if isinstance(r, Failure)]
+    assert all(r.passed for r in rows if isinstance(r, Check))
+
+
+def test_every_gpu_case_is_a_call_that_its_op_takes():
+    lists = (device_bench.ATTENTION, device_bench.LAYERNORM, device_bench.MLP, device_bench.LOSS, device_bench.ADAMW)
+    for case in (case for cases in lists for case in cases):
+        op = OPS[case.op]
+        tensors, params = op._bind(op.sample(**case.sizes, device="meta", dtype=torch.bfloat16), case.arguments)
+        op.check(*tensors, **params)
+        assert op.cost(*tensors, **params).flops > 0
+    jobs = device_bench.PARTS["attention"].jobs(torch.device("cuda"))
+    assert len(jobs) == 6 * 2 + 2
+    assert len(device_bench.PARTS["check"].jobs(torch.device("cuda"))) == 2 * (
+        len(device_bench.CASES) + len(device_bench.LARGE_CASES) + 1
+    )
+
+
+def test_the_budgets_keep_eight_minutes():
+    assert sum(p.budget_s for p in device_bench.PARTS.values()) <= 450
+    assert all(p.patience_s <= p.budget_s for p in device_bench.PARTS.values())
+
+
+def test_a_bare_machine_is_enough():
+    """No rich, no tokenizers, no safetensors, no C++ extension: what `bench device` imports needs torch only."""
+    code = """
+import sys
+for name in ("rich", "matplotlib", "tokenizers", "safetensors", "transformers", "peakgpt._C"):
+    sys.modules[name] = None
+import peakgpt.commands.bench, peakgpt.bench.device
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_contenders_with_an_environment_are_for_processes_only():
+    assert [n for n, c in CONTENDERS.items() if not c.environment] == ["peakgpt", "eager", "compile"]
