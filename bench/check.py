@@ -65,6 +65,7 @@ LARGE_CASES = [
     ("attention", {"batch": 1, "tokens": 1000, "heads": 2, "head_dim": 128}, {}),
     ("attention_qkv", {"batch": 4, "tokens": 256, "heads": 12, "head_dim": 64}, {"n_head": 12}),
     ("adamw", {"count": (1 << 20) + 1}, {"lr": 1e-2, "weight_decay": 0.1}),
+    ("sum_of_squares", {"count": (1 << 20) + 1}, {}),
 ]
 
 

@@ -22,6 +22,7 @@
 #include "layernorm.h"
 #include "memory.h"
 #include "peaks.h"
+#include "sum_of_squares.h"
 
 namespace py = pybind11;
 
@@ -110,6 +111,7 @@ PYBIND11_MODULE(_C, m) {
   Define(m, "cross_entropy_forward", peak::CrossEntropyForward);
   Define(m, "cross_entropy_backward", peak::CrossEntropyBackward);
   Define(m, "adamw", peak::Adamw);
+  Define(m, "sum_of_squares", peak::SumOfSquares);
   Define(m, "embedding_forward", peak::EmbeddingForward);
   Define(m, "embedding_backward", peak::EmbeddingBackward);
 }

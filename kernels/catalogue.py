@@ -6,6 +6,7 @@ from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.mlp import mlp
+from peakgpt.kernels.sum_of_squares import sum_of_squares
 
 __all__ = [
     "adamw",
@@ -16,4 +17,5 @@ __all__ = [
     "layernorm",
     "linear_cross_entropy",
     "mlp",
+    "sum_of_squares",
 ]

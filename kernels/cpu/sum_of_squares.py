@@ -1,0 +1,15 @@
+"""Sum of squares on the CPU: csrc/sum_of_squares.cpp, one read of the buffer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, threads
+
+
+def objection(x: Tensor, total: Tensor) -> str | None:
+    return dtype_objection(x)
+
+
+def forward(outputs, saved, x, total):
+    _C.sum_of_squares(DTYPES[x.dtype], x.numel(), address(x), address(total), threads())
