@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peakgpt.bench.ops import NotTaken
@@ -37,7 +38,7 @@ def peers(op: Op, device: torch.device) -> dict[str, Call]:
 
 def _compiled(op: Op) -> Call:
     # A backward that is timed alone runs many times over one graph, which donated buffers forbid.
-    torch._functorch.config.donated_buffer = False
+    functorch.donated_buffer = False
     torch._dynamo.reset()  # else the eighth size of an op is no longer compiled
     return torch.compile(op.eager, dynamic=False)
 
@@ -67,8 +68,9 @@ def _epilogue_mlp(x, w_up, b_up, w_down, b_down) -> Tensor:
 def _linear_cross_entropy(device: torch.device) -> dict[str, Call]:
     found = {}
     if hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()
-        found["torch chunked"] = lambda x, w, t: F.linear_cross_entropy(x, w, t, options=options)
+        chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # without options it is F.linear and the loss
+        options = {"options": chunked()} if chunked else {}
+        found["torch linear_cross_entropy"] = functools.partial(F.linear_cross_entropy, **options)
     if _has_liger(device):
         from liger_kernel.transformers import functional as liger
 

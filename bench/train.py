@@ -23,9 +23,9 @@ from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import peak_for
 
 # Contenders must have the same loss after the same few updates at the full learning rate, else nothing is timed. Eager
-# computes bf16 from float32 parameters under autocast, so that its rounding is not ours.
+# computes bf16 from float32 parameters under autocast, so that its rounding is not ours: 0.05 % off at 124M.
 CHECKED_STEPS = 3
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # relative
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-3}  # relative
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

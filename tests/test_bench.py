@@ -18,18 +18,16 @@ from peakgpt.bench.isolate import run_part
 from peakgpt.bench.ops import Case, NotTaken, compare, compare_ops
 from peakgpt.bench.peers import _epilogue_mlp, peers
 from peakgpt.bench.report import groups, notes, speedup, tables, verdicts, write_report
-from peakgpt.bench.train import compare_training
+from peakgpt.bench.train import _agreeing
 from peakgpt.bench.worker import Worker
 from peakgpt.cli import main
 from peakgpt.engine.model import GPT
 from peakgpt.engine.presets import preset
-from peakgpt.engine.train import Recipe
 from peakgpt.kernels.clock import Result, Timing
 from peakgpt.kernels.dispatch import OPS
 
 CPU = torch.device("cpu")
 SMALL = Case("layernorm", {"rows": 8, "width": 16})
-RECIPE = Recipe(batch=1, tokens=16, warmup=0.0)
 
 
 def tiny_config():
@@ -194,22 +192,16 @@ def test_worker_steps_and_ends():
         w.close()
 
 
-def test_training_is_compared_and_a_contender_that_learns_otherwise_is_refused(monkeypatch):
-    from peakgpt.bench import train
-
-    results = compare_training(tiny_config(), RECIPE, CPU, ["peakgpt", "eager"], rounds=3)
-    assert [r.contender for r in results] == ["peakgpt", "eager"]
-    assert all(r.flops_kind == "model" and r.memory_bytes for r in results)
-
+def test_a_contender_that_learns_otherwise_is_refused():
     class Stepper:
         def __init__(self, loss):
             self.step = lambda: loss
 
-    same, other = Stepper(2.0), Stepper(2.01)
+    same, other = Stepper(2.0), Stepper(2.005)
     told = []
-    agreeing = train._agreeing({"eager": same, "x": other}, torch.float32, lambda name, error: told.append(name))
+    agreeing = _agreeing({"eager": same, "x": other}, torch.float32, lambda name, error: told.append(name))
     assert set(agreeing) == {"eager"} and told == ["x"]
-    assert set(train._agreeing({"eager": same, "x": other}, torch.bfloat16, None)) == {"eager", "x"}
+    assert set(_agreeing({"eager": same, "x": other}, torch.bfloat16, None)) == {"eager", "x"}
 
 
 def test_decoding_is_compared_and_wrong_logits_are_refused():
@@ -340,15 +332,15 @@ def test_a_part_that_can_not_start_or_has_no_time_is_told(fake, capsys):
 
 
 def test_bench_device_end_to_end(tmp_path, capsys):
-    argv = ["bench", "device", "--device", "cpu", "--only", "layernorm", "--only", "adamw", "--commit", "abc"]
+    argv = ["bench", "device", "--device", "cpu", "--only", "adamw", "--commit", "abc"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     document = json.loads(path.read_text())
     assert set(document) == {"schema", "environment", "results", "checks", "failures"}
     assert document["environment"]["commit"] == "abc" and document["failures"] == []
-    assert {r["case"]["op"] for r in document["results"]} == {"layernorm", "adamw"}
-    assert {r["contender"] for r in document["results"]} >= {"peakgpt", "eager", "torch fused"}
-    assert "layernorm backward bfloat16" in capsys.readouterr().out
+    assert {r["case"]["op"] for r in document["results"]} == {"adamw"}
+    assert {r["contender"] for r in document["results"]} == {"peakgpt", "torch fused"}
+    assert "adamw forward bfloat16" in capsys.readouterr().out
     assert main(["bench", "device", "--only", "lunch"]) == 2
 
 
@@ -359,6 +351,9 @@ def test_every_part_runs_on_cpu(part):
         job(0.0, rows.append)
     assert rows and not [r for r in rows if isinstance(r, Failure)]
     assert all(r.passed for r in rows if isinstance(r, Check))
+    if part == "train":
+        assert [r.contender for r in rows] == ["peakgpt", "eager"]
+        assert all(r.flops_kind == "model" and r.memory_bytes for r in rows)
 
 
 def test_every_gpu_case_is_a_call_that_its_op_takes():
