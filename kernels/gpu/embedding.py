@@ -53,11 +53,11 @@ def embedding_bwd_chunks(
         row = tl.load(order_ptr + n)
         acc += tl.load(dy_ptr + row * stride_dy_n + col, mask=col < C, other=0.0).to(tl.float32)
         ends = (n + 1 >= N) | (tl.load(sorted_ptr + n + 1, mask=n + 1 < N, other=-1) != i)
-        leaves = (n + 1 == first + CHUNK) & (ends == 0)
+        last = n + 1 == first + CHUNK
         valid = (i >= 0) & (i < V)
         # Masks by an empty range of columns: the interpreter can not spread a scalar truth value.
-        tl.store(head_ptr + chunk * C + col, acc, mask=col < tl.where(from_left & (ends | leaves), C, 0))
-        tl.store(tail_ptr + chunk * C + col, acc, mask=col < tl.where((from_left == 0) & leaves, C, 0))
+        tl.store(head_ptr + chunk * C + col, acc, mask=col < tl.where(from_left & (ends | last), C, 0))
+        tl.store(tail_ptr + chunk * C + col, acc, mask=col < tl.where((from_left == 0) & last, C, 0))
         done = (from_left == 0) & ends & valid
         tl.store(dwte_ptr + i * C + col, acc.to(dwte_ptr.dtype.element_ty), mask=col < tl.where(done, C, 0))
         acc = tl.where(ends, 0.0, acc)
