@@ -33,6 +33,14 @@ def sums(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def centred(a_ptr, BLOCK: tl.constexpr):
+    """A row that outgrows the registers."""
+    i = tl.arange(0, BLOCK)
+    a = tl.load(a_ptr + i).to(tl.float32)
+    tl.store(a_ptr + i, a - tl.sum(a, 0) / BLOCK)
+
+
+@triton.jit
 def loads(a_ptr, BLOCK: tl.constexpr):
     tl.load(a_ptr + tl.arange(0, BLOCK))
 
@@ -42,15 +50,18 @@ def broken(a_ptr, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK == 0, "planted")
 
 
-def case(kernel, block):
-    return launch.case(kernel, f"BLOCK={block}", Tile(warps=4), "bf16", {"BLOCK": block}, matmul=True)
+def case(kernel, block, matmul=False):
+    return launch.case(kernel, f"BLOCK={block}", Tile(warps=4), "bf16", {"BLOCK": block}, matmul=matmul)
 
 
 PLANTED = {
-    "good": case(product, 64),
-    "too large": case(product, 256),
-    "no dot": case(sums, 16),
+    "good": case(product, 64, matmul=True),
+    "good without dot": case(centred, 1024),
+    "too large": case(product, 256, matmul=True),
+    "spills without dot": case(centred, 131072),
+    "no dot": case(sums, 8, matmul=True),
     "no store": case(loads, 64),
+    "no store, dot expected": case(loads, 64, matmul=True),
     "broken": case(broken, 64),
 }
 
