@@ -93,6 +93,13 @@ def load(backend: str, op_name: str) -> ModuleType | str:
         return f"no {backend} kernel for {op_name} yet" if error.name == path else str(error)
 
 
+@functools.cache
+def _at_home(op_name: str, kind: str) -> list[ModuleType]:
+    """The backends of an op that take this kind of device, in the order of PRIORITY."""
+    modules = [load(backend, op_name) for backend, home in HOME.items() if home == kind]
+    return [module for module in modules if not isinstance(module, str)]
+
+
 class Op:
     """An op: the contract's eager function, callable by users, with whatever backends exist for it."""
 
@@ -119,21 +126,19 @@ class Op:
         tensors, params = self._bind(args, kwargs)
         if not isinstance(tensors[0], Tensor):
             raise TypeError(f"{self.name}: {self.tensor_names[0]} is {type(tensors[0]).__name__}, expected a Tensor")
-        cast = _autocast(tensors, self.autocast)
+        kind = tensors[0].device.type
+        autocasting = torch.is_autocast_enabled(kind)
+        cast = _autocast(tensors, self.autocast, kind) if autocasting else tensors
         self.check(*cast, **params)
         if torch.compiler.is_compiling() or not _plain(tensors):
             return self._traced(tensors, cast, params)
         backend = self._choose(_forced, cast, params)
         if backend is None:
             return self._eager(tensors, params)
-        with _no_autocast(cast):
-            needs = _needs(cast)
-            if any(needs):
-                results = _Fused.apply(self, backend, params, needs, *cast)
-            else:
-                results, saved = self.alloc(*cast, needs=needs, **params)
-                backend.forward(results, saved, *cast, **params)
-        return self._result(results)
+        if autocasting:  # keep it away from what the backend calls inside
+            with torch.autocast(kind, enabled=False):
+                return self._direct(backend, cast, params)
+        return self._direct(backend, cast, params)
 
     def explain(self, *args, **kwargs) -> dict[str, str | None]:
         """Each backend's objection to this call in the order of PRIORITY; None where it would take it."""
@@ -145,6 +150,14 @@ class Op:
         if len(args) > self._positional or len(values) != len(self._names) or len(args) + len(kwargs) > len(values):
             self.signature.bind(*args, **kwargs)  # raises Python's own message
         return tuple(values[n] for n in self.tensor_names), {n: values[n] for n in self.param_names}
+
+    def _direct(self, backend: ModuleType, tensors, params):
+        needs = _needs(tensors)
+        if any(needs):
+            return self._result(_Fused.apply(self, backend, params, needs, *tensors))
+        results, saved = self.alloc(*tensors, needs=needs, **params)
+        backend.forward(results, saved, *tensors, **params)
+        return self._result(results)
 
     def _eager(self, tensors, params):
         return self.eager(**dict(zip(self.tensor_names, tensors, strict=True)), **params)
@@ -167,7 +180,7 @@ class Op:
         module = load(backend, self.name)
         if isinstance(module, str):
             return module
-        kind = _kind(tensors)
+        kind = tensors[0].device.type
         if kind != HOME[backend] and not (forced == backend == "gpu" and kind == "cpu" and interpreted()):
             return f"takes {HOME[backend]} tensors, got {kind}"
         return module.objection(*tensors, **params)
@@ -178,10 +191,10 @@ class Op:
             if reason := self._objection(forced, tensors, params, forced):
                 raise NotImplementedError(f"{self.name}: backend {forced!r} is forced but objects: {reason}")
             return None if forced == "eager" else load(forced, self.name)
-        for name in PRIORITY:
-            if self._objection(name, tensors, params, None) is None:
-                return None if name == "eager" else load(name, self.name)
-        raise AssertionError("eager takes every call")
+        for module in _at_home(self.name, tensors[0].device.type):
+            if module.objection(*tensors, **params) is None:
+                return module
+        return None
 
 
 def op(
@@ -395,11 +408,8 @@ def _distinct(grads: list[Tensor]) -> list[Tensor]:
     return [g.clone() if any(g is before for before in grads[:i]) else g for i, g in enumerate(grads)]
 
 
-def _autocast(tensors: Sequence[Tensor | None], policy: str | None) -> Sequence[Tensor | None]:
-    """The tensors as torch's own op of this policy would cast them under autocast."""
-    kind = _kind(tensors)
-    if not torch.is_autocast_enabled(kind):
-        return tensors
+def _autocast(tensors: Sequence[Tensor | None], policy: str | None, kind: str) -> Sequence[Tensor | None]:
+    """The tensors as torch's own op of this policy would cast them under autocast on this kind of device."""
     # layer_norm is on CUDA's float32 list; on CPU it takes mixed dtypes as they come.
     dtype = {"lower": torch.get_autocast_dtype(kind), "norm": torch.float32 if kind == "cuda" else None}.get(policy)
     return tuple(_to(t, dtype) for t in tensors) if dtype else tensors
