@@ -303,3 +303,24 @@ def test_the_cap_from_the_environment():
 def test_argument_count_is_checked():
     with pytest.raises(TypeError, match="adamw: got 1 arguments, expected 16"):
         _C.adamw(0)
+
+
+WORKSPACES = """
+import torch, peakgpt
+model = peakgpt.GPT(peakgpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=31))
+ids = torch.randint(31, (2, 8))
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "with torch.inference_mode():\n    model(ids), model(ids, ids)\nmodel(ids, ids).backward()\n",
+        "with torch.device('meta'):\n    model(ids, ids).backward()\n",
+    ],
+    ids=["after inference_mode", "under another default device"],
+)
+def test_workspaces_serve_wherever_they_were_first_asked_for(code):
+    """A tensor made in inference mode can not be written to outside; one on another device has no memory here."""
+    done = subprocess.run([sys.executable, "-c", WORKSPACES + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -25,8 +25,8 @@ def backward(grads, inputs, outputs, saved, needs, *, start):
     ids, wte, wpe = inputs
     ids, dy = ids.long().contiguous(), grads[0].contiguous()
     _, need_wte, need_wpe = needs
-    dwte = torch.zeros(wte.shape, dtype=wte.dtype) if need_wte else None
-    dwpe = torch.zeros(wpe.shape, dtype=wpe.dtype) if need_wpe else None
+    dwte = torch.zeros(wte.shape, dtype=wte.dtype, device=wte.device) if need_wte else None
+    dwpe = torch.zeros(wpe.shape, dtype=wpe.dtype, device=wpe.device) if need_wpe else None
     positions = None if dwpe is None else dwpe[start : start + ids.shape[1]]
     _C.embedding_backward(
         DTYPES[dy.dtype], *ids.shape, wte.shape[1], address(ids), address(dy),

@@ -45,5 +45,6 @@ def workspace(slot: str, dtype: torch.dtype, *shape: int) -> Tensor:
     count = math.prod(shape)
     held = _held.__dict__.get((slot, dtype))
     if held is None or held.numel() < count:
-        held = _held.__dict__[slot, dtype] = torch.empty(count, dtype=dtype)
+        with torch.inference_mode(False):  # a tensor made in that mode can not be written to outside of it
+            held = _held.__dict__[slot, dtype] = torch.empty(count, dtype=dtype, device="cpu")
     return held[:count].view(shape)
