@@ -67,6 +67,21 @@ class AdamW(torch.optim.Optimizer):
             "fused": fused,
         })  # fmt: skip
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: all but the flat buffers, since neither keeps views of one buffer together."""
+        for _, flat in self._flats:
+            flat.gather_parameters()
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ("max_norm", "grad_norm", "_dtype")}}
+
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        entries, self._flats = dict(self.state), []
+        for group in self.param_groups:
+            self._flatten(group)
+        for _, flat in self._flats:
+            flat.load([entries[parameter] for parameter in flat.parameters])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with its own options where given."""
         super().add_param_group(param_group)
@@ -76,6 +91,9 @@ class AdamW(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._flatten(group)
+
+    def _flatten(self, group: dict[str, Any]) -> None:
         kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
         for parameter in group["params"]:
             kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
@@ -118,6 +136,7 @@ class AdamW(torch.optim.Optimizer):
 
         Args:
             set_to_none: as in torch: a parameter that then gets no gradient is skipped by the next step.
+        Where a parameter has no gradient, it has None from here on: a clipper that scaled zeros would make it seem to.
         """
         for _, flat in self._flats:
             flat.zero_grad(set_to_none)
@@ -195,6 +214,7 @@ class _Flat:
         step = torch.zeros((), dtype=wide, device=first.device)
         self.states = [{"step": step, **{name: views[name][i] for name in kept}} for i in range(len(parameters))]
         self.versions = [-1] * len(parameters)
+        self.received = [p.requires_grad for p in parameters]  # whether it had a gradient in the last step
         self.zeroed = [-1] * len(parameters)  # version of a gradient that zero_grad made as good as None, or -1
         for i in range(len(parameters)):
             self._adopt(i)
@@ -253,8 +273,9 @@ class _Flat:
         A counter that a second stretch also uses, or one without gradients, is split: each is to move alone.
         """
         found, used = [], set()
+        self.received = [self._live(i) for i in range(len(self.parameters))]
         for (live, _), members in itertools.groupby(
-            range(len(self.parameters)), lambda i: (self._live(i), id(self.states[i]["step"]))
+            range(len(self.parameters)), lambda i: (self.received[i], id(self.states[i]["step"]))
         ):
             first, *rest = members
             step = self.states[first]["step"]
@@ -274,12 +295,16 @@ class _Flat:
         self.versions = [parameter._version for parameter in self.parameters]
 
     def zero_grad(self, set_to_none: bool) -> None:
-        """Zero the buffer, and make its views the gradients again."""
+        """Zero the buffer, and make its views the gradients again of the parameters that may get one."""
+        live = [self._live(i) for i in range(len(self.parameters))]
         self.grad.zero_()
         for i, (parameter, home) in enumerate(zip(self.parameters, self.grad_homes, strict=True)):
+            if not (live[i] or self.received[i]):
+                parameter.grad = None
+                continue
             if parameter.grad is None or not _same_place(parameter.grad, home):
                 parameter.grad = home
-            self.zeroed[i] = parameter.grad._version if set_to_none else -1
+            self.zeroed[i] = -1 if live[i] and not set_to_none else parameter.grad._version
 
     def load(self, entries: list[Mapping[str, Any]]) -> None:
         """Take over one state a parameter; an empty one starts from zero."""

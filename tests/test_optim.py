@@ -1,6 +1,7 @@
 """AdamW: torch's steps, torch's state format both ways, and whatever people do to gradients between two steps."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -109,6 +110,40 @@ def test_parameters_without_gradient_are_skipped_as_in_torch(reset):
         assert_equal(ours, theirs)
     counts = [int(a.state[p]["step"]) for p in ours]
     assert counts == [int(b.state[p]["step"]) for p in theirs]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_parameter_that_never_has_a_gradient_stays(set_to_none):
+    """Fails when zero_grad gives it zeros: clip_grad_norm_ writes to them, and weight decay then shrinks it."""
+    used, frozen, unused = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    frozen.requires_grad_(False)
+    params = [used, frozen, unused]
+    optimizer = peakgpt.AdamW(params, lr=0.1, weight_decay=0.5)
+    for step in range(3):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        (used * used).sum().backward()
+        if step:
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    assert torch.equal(frozen, torch.ones(4)) and torch.equal(unused, torch.ones(4)) and used[0] < 1
+    assert used.grad is not None, "its view survives zero_grad twice"
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
+def test_a_copied_optimizer_goes_on(how):
+    """Fails when the copy has no flat buffers, or views that lie in others."""
+    params = parameters(torch.bfloat16)
+    optimizer = peakgpt.AdamW(params, lr=0.01, max_norm=1.0)
+    give(params, gradients(0, torch.bfloat16))
+    optimizer.step()
+    others, other = how((params, optimizer))
+    for some, one in ((params, optimizer), (others, other)):
+        one.zero_grad()
+        give(some, gradients(1, torch.bfloat16))
+        one.step()
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(optimizer.master(a), other.master(b)) and a.data_ptr() != b.data_ptr()
 
 
 def test_clipping_is_over_all_groups():
