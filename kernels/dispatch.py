@@ -10,7 +10,8 @@ of pure functions:
 `inputs` and `outputs` hold None where the contract's `keeps` does not name them; an entry of `grads` is None where
 nothing flows into that output. The path is the registry. The first backend of PRIORITY without an objection runs;
 a forced backend that objects raises. Plain tensors take a direct call; under torch.compile, fake tensors, dispatch
-modes and for tensor subclasses the same contract runs as `torch.ops.peakgpt.<op>`.
+modes and for tensor subclasses the same contract runs as `torch.ops.peakgpt.<op>`. Under torch.func's transforms and
+forward-mode differentiation, which no backend knows, the eager function runs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
@@ -113,6 +115,7 @@ class Op:
         self.signature = inspect.signature(eager, eval_str=True)
         arguments = self.signature.parameters
         self.tensor_names = tuple(n for n, a in arguments.items() if a.annotation in (Tensor, Tensor | None))
+        self._required = frozenset(n for n in self.tensor_names if arguments[n].annotation is Tensor)
         self.param_names = tuple(n for n in arguments if n not in self.tensor_names)
         self._names = tuple(arguments)
         self._positional = sum(a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments.values())
@@ -124,13 +127,20 @@ class Op:
 
     def __call__(self, *args, **kwargs):
         tensors, params = self._bind(args, kwargs)
-        if not isinstance(tensors[0], Tensor):
-            raise TypeError(f"{self.name}: {self.tensor_names[0]} is {type(tensors[0]).__name__}, expected a Tensor")
+        for name, tensor in zip(self.tensor_names, tensors, strict=True):
+            if not isinstance(tensor, Tensor) and (tensor is not None or name in self._required):
+                raise TypeError(f"{self.name}: {name} is {type(tensor).__name__}, expected a Tensor")
         kind = tensors[0].device.type
-        autocasting = torch.is_autocast_enabled(kind)
+        autocasting = _autocasts(kind)
         cast = _autocast(tensors, self.autocast, kind) if autocasting else tensors
         self.check(*cast, **params)
-        if torch.compiler.is_compiling() or not _plain(tensors):
+        if torch.compiler.is_compiling():
+            return self._traced(tensors, cast, params)
+        if _transformed():
+            if _forced not in (None, "eager"):
+                raise NotImplementedError(f"{self.name}: backend {_forced!r} is forced under a transform of torch.func")
+            return self._eager(tensors, params)
+        if not _plain(tensors):
             return self._traced(tensors, cast, params)
         backend = self._choose(_forced, cast, params)
         if backend is None:
@@ -245,6 +255,8 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         _, backend, params, needs, n_in, n_out = ctx.call
+        if all(g is None for g in grads):  # nothing flows: a Function further on returned None
+            return (None,) * (4 + n_in)
         held = ctx.saved_tensors
         inputs, outputs, saved = held[:n_in], held[n_in : n_in + n_out], held[n_in + n_out :]
         with _no_autocast(grads):
@@ -282,6 +294,7 @@ def _register(op: Op):
 
     def forward(*args):
         tensors, params, forced, needs = split(args)
+        op.check(*tensors, **params)  # again: while tracing nobody sees values, and an id out of range writes anywhere
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
         choose(forced, tensors, params).forward(outputs, saved, *tensors, **params)
         return None if op.mutates else [*outputs, *saved]
@@ -303,7 +316,8 @@ def _register(op: Op):
     def backward(grads, inputs, outputs, saved, *rest):
         *values, forced, needs = rest
         params = dict(zip(op.param_names, values, strict=True))
-        found = choose(forced, inputs, params).backward(grads, inputs, outputs, saved, needs, **params)
+        with torch._C._AutoDispatchBelowAutograd():  # as in forward; here no autograd kernel came first
+            found = choose(forced, inputs, params).backward(grads, inputs, outputs, saved, needs, **params)
         return _distinct([_laid_out_like(t, g) for t, g, need in zip(inputs, found, needs, strict=True) if need])
 
     def fake_backward(grads, inputs, outputs, saved, *rest):
@@ -368,12 +382,16 @@ def _autograd_keys():
 
 
 def _plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a direct call is safe: no subclass (a DTensor has no data pointer), no dispatch mode, no functorch."""
+    """Whether a direct call is safe: no subclass (a DTensor has no data pointer), no dispatch mode."""
     return (
         all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _needs(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
@@ -423,7 +441,11 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _no_autocast(tensors: Sequence[Tensor | None]):
     """Keep autocast away from what a backend calls inside."""
     kind = _kind(tensors)
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else contextlib.nullcontext()
+
+
+def _autocasts(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def _kind(tensors: Sequence[Tensor | None]) -> str:

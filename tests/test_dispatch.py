@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from peakgpt.kernels import catalogue
 from peakgpt.kernels.attention import attention, live_pairs
@@ -60,6 +62,7 @@ def test_gpu_takes_cuda_tensors_only_unless_forced():
         (lambda: layernorm(X.long(), W), ValueError, r"x has dtype torch.int64, expected a floating dtype"),
         (lambda: layernorm(X, W.to("meta")), ValueError, r"w is on meta, expected x's device cpu"),
         (lambda: layernorm([1.0], W), TypeError, r"x is list, expected a Tensor"),
+        (lambda: layernorm(X, None), TypeError, r"w is NoneType, expected a Tensor"),
         (lambda: layernorm(X, W, epsilon=1), TypeError, r"unexpected keyword argument 'epsilon'"),
         (lambda: layernorm(X), TypeError, r"missing a required argument: 'w'"),
         (lambda: attention(heads(3), heads(3), heads(2)), ValueError, r"v has shape"),
@@ -74,6 +77,66 @@ def test_gpu_takes_cuda_tensors_only_unless_forced():
 def test_bad_input_is_told_what_came_and_what_was_expected(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("name", ["embedding", "linear_cross_entropy"])
+def test_compiled_code_refuses_ids_out_of_range_too(name):
+    """Fails when only the call looks at values, which tracing hides: C++ then writes wherever they point."""
+    bad, table = torch.tensor([[0, 9]]), torch.randn(5, 8)
+
+    def call(ids, x):
+        return embed(ids, None) if name == "embedding" else linear_cross_entropy(x, table, ids)
+
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match="values 0 to 9, expected 0 to 4"):
+        torch.compile(call, backend="aot_eager")(bad, torch.randn(1, 2, 8))
+
+
+def test_a_traced_backward_leaves_what_was_saved_alone():
+    """Fails when the library op's backward may overwrite: it would return, or change, one of its inputs."""
+    x, w = (torch.randn(n, 8, requires_grad=True) for n in (3, 5))
+    with FlopCounterMode(display=False):  # any dispatch mode
+        value = loss_of(x, w)
+    saved = [t for t in value.grad_fn.saved_tensors if t.shape == w.shape]
+    before = {t.data_ptr() for t in saved}
+    value.backward()
+    assert len(saved) == 2 and w.grad.data_ptr() not in before
+
+
+def loss_of(x, w):
+    return linear_cross_entropy(x, w, torch.tensor([0, 4, 1]))
+
+
+def test_nothing_flows_back_where_a_function_returns_none():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    (Stop.apply(layernorm(x, w)).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x)) and w.grad is None
+
+
+def test_torch_func_and_forward_mode_see_the_eager_function():
+    """Fails when a backend, which knows neither, runs: the tangent would be lost without a word."""
+    tangent, eager = torch.randn_like(X), layernorm.eager
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(layernorm(forward_ad.make_dual(X, tangent), W)).tangent
+        expected = forward_ad.unpack_dual(eager(forward_ad.make_dual(X, tangent), W)).tangent
+    torch.testing.assert_close(found, expected)
+    found, expected = (torch.func.grad(lambda x, f=f: f(x, W).pow(3).sum())(X) for f in (layernorm, eager))
+    torch.testing.assert_close(found, expected)
+    with use_backend("hopper"), pytest.raises(NotImplementedError, match=r"forced under a transform of torch\.func"):
+        torch.func.grad(lambda x: layernorm(x, W).sum())(X)
+
+
+def test_meta_tensors_pass():
+    assert layernorm(X.to("meta"), W.to("meta")).device.type == "meta"
 
 
 def test_a_dead_row_gives_zero_and_no_gradient():
