@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ class RunFolder:
             ValueError: it holds files already, or can not be written.
         """
         self.path = Path(path)
+        self._made = next((p for p in (*reversed(self.path.parents), self.path) if not p.exists()), None)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
@@ -43,6 +45,17 @@ class RunFolder:
             raise ValueError(f"run folder {path}: got no metrics.jsonl in it, expected the folder of a run")
         run.metrics = open(run.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  open for the run
         return run
+
+    @contextlib.contextmanager
+    def discarded_on_bad_input(self) -> Iterator[None]:
+        """Around what comes before the first step: a ValueError takes what was written with it, and the folder."""
+        try:
+            yield
+        except ValueError:
+            self.metrics.close()
+            for path in (self._made,) if self._made else tuple(self.path.iterdir()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
 
     @property
     def checkpoint(self) -> Path:

@@ -80,8 +80,23 @@ def gpu_clocks(device: torch.device | str | None) -> dict[str, str]:
     return _nvidia_smi(_resolve(device), *fields)
 
 
+def choose_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of that name; where none is given the CUDA device, or the CPU where there is none.
+
+    Raises:
+        ValueError: not a device of this machine.
+    """
+    device = _resolve(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ValueError(f"expected one of {torch.cuda.device_count()} CUDA devices, got {str(device)!r}")
+    return device
+
+
 def _resolve(device: torch.device | str | None) -> torch.device:
-    device = torch.device(device or "cpu")
+    try:
+        device = torch.device(device or "cpu")
+    except RuntimeError:
+        raise ValueError(f"expected a cpu or cuda device, got {device!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"expected a cpu or cuda device, got {str(device)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():

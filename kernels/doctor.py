@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peakgpt.kernels import catalogue
-from peakgpt.kernels.device import Device, Peaks, datasheet, describe, measure
+from peakgpt.kernels.device import Device, Peaks, choose_device, datasheet, describe, measure
 from peakgpt.kernels.dispatch import OPS, PRIORITY
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -78,7 +78,7 @@ def doctor(device: torch.device | str | None = None) -> Diagnosis:
     Raises:
         ValueError: a device that is not there.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     described = describe(device)
     choices = [_choice(name, dtype, device) for name in sorted(catalogue.__all__) for dtype in DTYPES]
     everywhere = {b: r for b in PRIORITY[:-1] for r in {c.objections.get(b) for c in choices} if r}

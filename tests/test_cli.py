@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from peakgpt.cli import COMMANDS, main
+from peakgpt.commands.quickstart import Session
 from peakgpt.engine.model import GPT
 from peakgpt.engine.tokenizer import Tokenizer
 from peakgpt.engine.train import Trainer
@@ -41,6 +42,12 @@ def test_every_command_has_help(command, capsys):
         (["train", "--resume", "FULL"], "metrics.jsonl"),
         (["train", "--model", "gpt5"], "invalid choice: 'gpt5'"),
         (["train", "--steps", "0"], "--steps is 0"),
+        (["train", "--text", "GOOD", "--tokens", "900", "--vocab", "300"], "training data: got"),
+        (["train", "--text", "GOOD", "--out", "new/run", "--vocab", "20"], "vocab_size: got 20, expected at least 257"),
+        (["train", "--text", "GOOD", "--device", "cuda"], "torch sees no CUDA device"),
+        (["generate", "FULL", "--prompt", "x", "--device", "fpga"], "expected a cpu or cuda device, got 'fpga'"),
+        (["bench", "ops", "--device", "fpga"], "expected a cpu or cuda device, got 'fpga'"),
+        (["quickstart", "--text", "SHORT"], "training data: got"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -49,6 +56,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(argv, text, tmp_path, capsys,
         pytest.skip("this machine has a CUDA device")
     (tmp_path / "EMPTY").write_text("")
     (tmp_path / "BINARY").write_bytes(b"\x00\x01\xff")
+    (tmp_path / "SHORT").write_text("a line\n" * 9)
     (tmp_path / "GOOD").write_text("some text to train on\n" * 50)
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL" / "file").write_text("")
@@ -89,6 +97,17 @@ def test_quickstart_from_text_to_report(tmp_path):
     assert model.config.vocab_size == tokenizer.vocab_size
     again = [sys.executable, "-m", "peakgpt", "generate", run / "checkpoint", "--prompt", "def ", "--tokens", "5"]
     assert "5 tokens" in subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+
+
+def test_ctrl_c_before_the_first_step_leaves_a_checkpoint(tmp_path, capsys, monkeypatch):
+    def interrupted(session, budget_s):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "_plan", interrupted)
+    run = tmp_path / "run"
+    assert main(["quickstart", "--text", str(Path(json.__file__).parent), "--out", str(run)]) == 130
+    assert "stopped after 0 steps" in capsys.readouterr().out
+    assert GPT.from_pretrained(run / "checkpoint")
 
 
 def test_a_resumed_run_gives_the_uninterrupted_ones_losses_bit_for_bit(tmp_path, capsys, monkeypatch):

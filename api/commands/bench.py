@@ -8,10 +8,9 @@ import importlib
 import time
 from pathlib import Path
 
-import torch
-
 from peakgpt.bench.report import notes, tables, verdicts
 from peakgpt.kernels.clock import environment, write_results
+from peakgpt.kernels.device import choose_device
 
 # Each is a module of peakgpt.bench with add_arguments(parser) and run(args, device) -> Findings.
 BENCHES = {
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device)
     env = environment(device, commit=args.commit)  # before measuring: a device that is not there is refused here
     out = args.out or Path("bench", "results")
     out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import torch
 from peakgpt.engine.model import GPT
 from peakgpt.engine.tokenizer import StreamDecoder, Tokenizer
 from peakgpt.engine.train import best_dtype
+from peakgpt.kernels.device import choose_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device)
     model = GPT.from_pretrained(args.checkpoint).to(device, best_dtype(device)).eval()
     stream_text(model, Tokenizer.load(args.checkpoint), args.prompt, max_new_tokens=args.tokens,
                 temperature=args.temperature, top_k=args.top_k, seed=args.seed)  # fmt: skip

@@ -17,7 +17,7 @@ from peakgpt.bench.ops import compare_ops
 from peakgpt.bench.pair import STRETCH, SharedBatches, stretch
 from peakgpt.bench.report import notes, tables, write_report
 from peakgpt.engine.corpus import load_corpus
-from peakgpt.engine.data import Batches, TokenShards, prepare
+from peakgpt.engine.data import Batches, TokenShards, prepare, validation_windows
 from peakgpt.engine.evaluate import validation_loss
 from peakgpt.engine.flops import mfu, parameter_count, training_flops
 from peakgpt.engine.model import GPT
@@ -25,7 +25,7 @@ from peakgpt.engine.run import RunFolder, default_folder
 from peakgpt.engine.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.train import Recipe, Trainer, best_dtype
 from peakgpt.kernels.clock import Result, Timing, environment, interleave, ratio, write_results
-from peakgpt.kernels.device import peak_for
+from peakgpt.kernels.device import choose_device, peak_for
 from peakgpt.kernels.doctor import doctor
 
 PRESET, VOCAB = "gpt2-tiny", 4096
@@ -52,26 +52,28 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--minutes is {args.minutes}, expected more than 0")
     start = time.perf_counter()
     console = Console()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device)
     console.print(str(doctor(device)), highlight=False, soft_wrap=True)
     corpus = load_corpus(args.text)
     console.print(f"\ncorpus: {corpus}")
     folder = RunFolder(args.out or default_folder("quickstart"))
-    tokenizer = train_tokenizer((d.text for d in corpus.train), VOCAB)
-    shards = prepare(corpus, tokenizer, folder.path / "tokens")
-    console.print(
-        f"tokens: {len(shards[0]):,} to train on, {len(shards[1]):,} to validate, vocabulary {tokenizer.vocab_size}, "
-        f"{shards[0].bytes_per_token:.2f} bytes per token"
-    )
-    session = Session.prepare(
-        device, replace(RECIPE, dtype=best_dtype(device), seed=args.seed), tokenizer, shards, folder
-    )
+    with folder.discarded_on_bad_input():
+        tokenizer = train_tokenizer((d.text for d in corpus.train), VOCAB)
+        shards = prepare(corpus, tokenizer, folder.path / "tokens")
+        console.print(
+            f"tokens: {len(shards[0]):,} to train on, {len(shards[1]):,} to validate, "
+            f"vocabulary {tokenizer.vocab_size}, {shards[0].bytes_per_token:.2f} bytes per token"
+        )
+        session = Session.prepare(
+            device, replace(RECIPE, dtype=best_dtype(device), seed=args.seed), tokenizer, shards, folder
+        )
     budget_s = max(5.0, args.minutes * 60 - FIXED_S * min(1.0, args.minutes / 5) - (time.perf_counter() - start))
     try:
         results = session.train(console, budget_s)
     except KeyboardInterrupt:
         session.save()
-        console.print(f"\nstopped after {session.ours.done} steps; checkpoint in {folder.checkpoint}")
+        done = session.ours.done if session.ours else 0
+        console.print(f"\nstopped after {done} steps; checkpoint in {folder.checkpoint}")
         return 130
     session.save()
     text, decoding = session.sample(console)
@@ -107,6 +109,8 @@ class Session:
 
     @classmethod
     def prepare(cls, device, recipe, tokenizer, shards, folder) -> Session:
+        Batches(shards[0], recipe.batch, recipe.tokens, recipe.seed)  # too little text is told before anything starts
+        validation_windows(shards[1], recipe.batch, recipe.tokens)
         torch.manual_seed(recipe.seed)
         model = GPT.from_preset(PRESET, vocab_size=tokenizer.vocab_size).to(device)
         return cls(device, recipe, tokenizer, *shards, folder, model)

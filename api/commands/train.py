@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 
 from peakgpt.engine.checkpoint import load_training_state, save_training_state
 from peakgpt.engine.corpus import load_corpus
-from peakgpt.engine.data import Batches, TokenShards, prepare
+from peakgpt.engine.data import Batches, TokenShards, prepare, validation_windows
 from peakgpt.engine.evaluate import validation_loss
 from peakgpt.engine.flops import mfu, training_flops
 from peakgpt.engine.model import GPT
@@ -20,7 +21,7 @@ from peakgpt.engine.presets import PRESETS
 from peakgpt.engine.run import RunFolder, default_folder, stop_on_interrupt
 from peakgpt.engine.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.train import Recipe, Trainer, best_dtype
-from peakgpt.kernels.device import peak_for
+from peakgpt.kernels.device import choose_device, peak_for
 
 VALIDATION_BATCHES = 32
 SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype")
@@ -45,14 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.save_every < 1 or args.steps < 1:
         raise ValueError(f"--steps is {args.steps} and --save-every is {args.save_every}, expected at least 1")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device)
     if args.resume:
         folder, settings = RunFolder.reopen(args.resume), _read_settings(Path(args.resume))
     else:
         settings = {name: getattr(args, name) for name in SETTINGS}
         settings["dtype"] = settings["dtype"] or str(best_dtype(device)).removeprefix("torch.")
-        folder = _start(args, settings)
-    training = Training(folder, settings, device)
+        folder = RunFolder(args.out or default_folder("train"))
+    with contextlib.nullcontext() if args.resume else folder.discarded_on_bad_input():
+        if not args.resume:
+            _start(args, settings, folder)
+        training = Training(folder, settings, device)
     if args.resume:
         training.load()
     with stop_on_interrupt() as asked_to_stop:
@@ -65,16 +69,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _start(args: argparse.Namespace, settings: dict) -> RunFolder:
-    """Everything that can be wrong is found before the first step: text, sizes, folder."""
+def _start(args: argparse.Namespace, settings: dict, folder: RunFolder) -> None:
+    """Fill the folder with what a run, also a resumed one, reads: tokens, tokenizer, settings."""
     corpus = load_corpus(args.text)
-    folder = RunFolder(args.out or default_folder("train"))
     tokenizer = train_tokenizer((d.text for d in corpus.train), settings["vocab"])
     prepare(corpus, tokenizer, folder.path / "tokens")
     tokenizer.save(folder.path / "tokens")
     (folder.path / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     print(f"corpus: {corpus}")
-    return folder
 
 
 def _read_settings(path: Path) -> dict:
@@ -99,6 +101,7 @@ class Training:
             dtype=getattr(torch, settings["dtype"]),
         )  # fmt: skip
         self.batches = Batches(self.shards, self.recipe.batch, self.recipe.tokens, self.recipe.seed)
+        validation_windows(self.held_out, self.recipe.batch, self.recipe.tokens)  # too little text is told now
         torch.manual_seed(self.recipe.seed)
         model = GPT.from_preset(settings["model"], vocab_size=self.tokenizer.vocab_size)
         if self.recipe.tokens > model.config.block_size:
