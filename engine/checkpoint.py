@@ -244,7 +244,10 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict
     from safetensors.torch import save_file
 
     try:
+        path.touch()
+        mode = path.stat().st_mode  # as the umask has it; safetensors leaves the file to its owner only
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(str(error)) from None
 

@@ -16,7 +16,6 @@ import math
 import os
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -373,15 +372,15 @@ def write_results(
         indent=1, allow_nan=False,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")  # mkstemp's would be readable to its owner only
     try:
-        with os.fdopen(fd, "w") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

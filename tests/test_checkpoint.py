@@ -103,6 +103,7 @@ def test_masters_and_tokenizer_are_saved(tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
     assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].dtype == torch.float32
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "all as readable as the umask says"
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 5
 
 
