@@ -20,6 +20,13 @@ def shape(op: str, name: str, tensor: Tensor | None, *expected: int | None) -> N
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
 
 
+def width(op: str, name: str, tensor: Tensor) -> int:
+    """Size of the last axis."""
+    if tensor.dim() == 0:
+        raise ValueError(f"{op}: {name} has shape (), expected at least one axis")
+    return tensor.shape[-1]
+
+
 def same(op: str, first: str, x: Tensor, *, mixed: bool = False, **others: Tensor | None) -> None:
     """Every other tensor lies on x's device in x's floating dtype, or in float32 where `mixed`."""
     if x.dtype not in FLOATS:

@@ -19,7 +19,7 @@ from peakgpt.kernels.dispatch import Cost, op
 
 
 def _check_norm(x, w, b, *, eps):
-    check.shape("layernorm", "w", w, x.shape[-1] if x.dim() else None)
+    check.shape("layernorm", "w", w, check.width("layernorm", "x", x))
     check.shape("layernorm", "b", b, x.shape[-1])
     check.same("layernorm", "x", x, mixed=True, w=w, b=b)
 
@@ -70,7 +70,7 @@ def _norm(x, w, b, eps):
 
 def _check_add(x, residual, w, b, *, eps):
     check.shape("add_layernorm", "residual", residual, *x.shape)
-    check.shape("add_layernorm", "w", w, x.shape[-1] if x.dim() else None)
+    check.shape("add_layernorm", "w", w, check.width("add_layernorm", "x", x))
     check.shape("add_layernorm", "b", b, x.shape[-1])
     check.same("add_layernorm", "x", x, residual=residual)
     check.same("add_layernorm", "x", x, mixed=True, w=w, b=b)

@@ -25,7 +25,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def _check(x, w, target, *, ignore_index, reduction):
     if reduction not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-    check.shape("linear_cross_entropy", "w", w, None, x.shape[-1] if x.dim() else None)
+    check.shape("linear_cross_entropy", "w", w, None, check.width("linear_cross_entropy", "x", x))
     check.shape("linear_cross_entropy", "target", target, *x.shape[:-1])
     check.same("linear_cross_entropy", "x", x, w=w)
     check.indices("linear_cross_entropy", "target", target, w.shape[0], x.device, ignore=ignore_index)

@@ -25,7 +25,7 @@ ACTIVATIONS = {"gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu
 def _check(x, w_up, b_up, w_down, b_down, *, activation):
     if activation not in ACTIVATIONS:
         raise ValueError(f"mlp: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    check.shape("mlp", "w_up", w_up, None, x.shape[-1] if x.dim() else None)
+    check.shape("mlp", "w_up", w_up, None, check.width("mlp", "x", x))
     check.shape("mlp", "b_up", b_up, w_up.shape[0])
     check.shape("mlp", "w_down", w_down, None, w_up.shape[0])
     check.shape("mlp", "b_down", b_down, w_down.shape[0])

@@ -61,6 +61,7 @@ def test_gpu_takes_cuda_tensors_only_unless_forced():
         (lambda: layernorm(X, W.bfloat16()), ValueError, r"w has dtype torch.bfloat16, expected x's dtype torch.fl"),
         (lambda: layernorm(X.long(), W), ValueError, r"x has dtype torch.int64, expected a floating dtype"),
         (lambda: layernorm(X, W.to("meta")), ValueError, r"w is on meta, expected x's device cpu"),
+        (lambda: layernorm(torch.tensor(1.0), W), ValueError, r"x has shape \(\), expected at least one axis"),
         (lambda: layernorm([1.0], W), TypeError, r"x is list, expected a Tensor"),
         (lambda: layernorm(X, None), TypeError, r"w is NoneType, expected a Tensor"),
         (lambda: layernorm(X, W, epsilon=1), TypeError, r"unexpected keyword argument 'epsilon'"),
