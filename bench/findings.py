@@ -65,3 +65,7 @@ def encode(row: Row) -> dict[str, Any]:
 def decode(value: dict[str, Any]) -> Row:
     """The inverse of `encode`."""
     return KINDS[value["kind"]](**value["row"])
+
+
+class NotTaken(Exception):
+    """A peer raises it for a call that is not its kind: it is left out, and nothing has failed."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.check import backends
-from peakgpt.bench.findings import Findings
+from peakgpt.bench.findings import Findings, NotTaken
+from peakgpt.bench.peers import IN_PLACE
 from peakgpt.kernels import catalogue
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import peak_for
@@ -23,10 +24,6 @@ MAX_SETS = 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative L2; only a wrong kernel is outside of it
 
 OnFailure = Callable[[str, Exception], None]  # contender, what it raised
-
-
-class NotTaken(Exception):
-    """A peer raises it for a call that is not its kind: it is left out, and nothing has failed."""
 
 
 Peers = Callable[[Op, torch.device], dict[str, Callable[..., Any]]]
@@ -139,10 +136,10 @@ def compare(
     chosen |= {f"peakgpt, {b}": b for b in backends(op, tensors, params) if b != chosen["peakgpt"]}
     calls = {"peakgpt": op, "eager": _forced(op, "eager")}
     calls |= {name: _forced(op, backend) for name, backend in chosen.items() if name not in calls}
-    calls |= peers(op, device)
+    calls |= IN_PLACE.get(op.name, {}) | peers(op, device)
     small = sets if case.checked is None else make_inputs(replace(case, sizes=case.checked), device, dtype)
     calls = _right(op, calls, make, small[0], params, dtype, on_failure)
-    if case.checked is not None:
+    if case.checked is not None or op.mutates:  # of an op in place eager is the reference, not what people run
         del calls["eager"]
     contenders = {name: make(call, sets, params) for name, call in calls.items()}
     left_s = max(0.0, budget_s - (time.perf_counter() - start))  # the check has compiled what there is to compile

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from peakgpt.bench.ops import NotTaken
+from peakgpt.bench.findings import NotTaken
 from peakgpt.kernels.dispatch import Op
 
 Call = Callable[..., Any]
@@ -90,10 +90,6 @@ def _has_liger(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
-def _adamw(device: torch.device) -> dict[str, Call]:
-    return {"torch fused": _fused_adamw}
-
-
 def _fused_adamw(param, grad, master, exp_avg, exp_avg_sq, step, norm=None, *, lr: float) -> None:
     """torch.optim.AdamW(fused=True)'s kernel; it has no master, so it stands beside our float32 update."""
     if master is not None:
@@ -109,5 +105,7 @@ OTHERS: dict[str, Callable[[torch.device], dict[str, Call]]] = {
     "layernorm": _layernorm,
     "mlp": _mlp,
     "linear_cross_entropy": _linear_cross_entropy,
-    "adamw": _adamw,
 }
+
+# What torch's users run instead of an op that changes its tensors.
+IN_PLACE: dict[str, dict[str, Call]] = {"adamw": {"torch fused": _fused_adamw}}

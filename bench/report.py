@@ -32,8 +32,8 @@ def groups(results: Iterable[Result]) -> list[list[Result]]:
 
 
 def speedup(result: Result, others: Sequence[Result]) -> float | None:
-    """Eager's median time over this one's; None for eager itself and where eager was not timed."""
-    eager = next((o for o in others if o.contender == "eager"), None)
+    """The median time of eager, or of torch's fused optimizer, over this one's; None for itself or without one."""
+    eager = next((o for o in others if o.contender in ("eager", "torch fused")), None)
     return None if eager is None or eager is result else eager.median_s / result.median_s
 
 
