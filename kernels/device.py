@@ -188,6 +188,7 @@ _A100 = "NVIDIA A100 datasheet, without sparsity"
 # as large: NVIDIA's H100 datasheet says 1,979 for bf16 "with sparsity", which is 989.4 dense. float8 and half are with
 # float32 accumulation, which is what the GeForce cards halve. Patterns end where a weaker sibling's name goes on
 # ("RTX 4090 Laptop GPU", "H200 NVL", "H100 NVL", "A10G"): a card that is not exactly here is measured.
+# Not every figure has been read again in the document that its row names; check a row before quoting it.
 PEAKS: dict[str, Peaks] = {
     # Bandwidth by model: 40 GB 1555, 80 GB PCIe 1935, 80 GB SXM 2039. One compute row in the datasheet.
     r"A100-(SXM4|PCIE)-40GB$": _sheet(_A100, 1555, float32=19.5, tf32=156, half=312, int8=624),
