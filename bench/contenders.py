@@ -68,3 +68,19 @@ def start(config: GPTConfig, recipe: Recipe, device: torch.device) -> tuple[Stat
     state = GPT(config).state_dict()
     ids = torch.randint(config.vocab_size, (recipe.batch, recipe.tokens + 1)).to(device)
     return state, (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+
+def training_step(request: Mapping[str, Any]) -> Callable[[], float]:
+    """A contender's training step on CPU, for a worker.
+
+    Args:
+        request: contender, config, batch, tokens, dtype, warmup.
+    Returns:
+        A function that makes one update and returns its loss; it holds nothing but the trainer and the batch.
+    """
+    device, config = torch.device("cpu"), GPTConfig(**request["config"])
+    recipe = Recipe(batch=request["batch"], tokens=request["tokens"], dtype=getattr(torch, request["dtype"]),
+                    warmup=request["warmup"])  # fmt: skip
+    state, batch = start(config, recipe, device)
+    trainer = CONTENDERS[request["contender"]].build(state, config, recipe, device)
+    return lambda: float(trainer.step(*batch))

@@ -76,7 +76,7 @@ def compare_training(
         left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - start_s))
         timings = interleave({n: s.step for n, s in right.items()}, rounds=rounds, device=device, budget_s=left_s,
                              workers=[s.pid for s in right.values() if s.pid])  # fmt: skip
-        said = {n: (s.memory_bytes(), s.note) for n, s in right.items()}
+        said = {n: (s.memory_bytes(), s.base_bytes, s.note) for n, s in right.items()}
     finally:
         for stepper in steppers.values():
             stepper.close()
@@ -84,9 +84,9 @@ def compare_training(
     case = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
     return [
         Result.of(
-            dataclasses.replace(timing, note="; ".join(filter(None, [timing.note, said[name][1]]))),
+            dataclasses.replace(timing, note="; ".join(filter(None, [timing.note, said[name][2]]))),
             bench="train", case=case, contender=name, backend="auto" if name == "peakgpt" else "torch",
-            device=str(device), dtype=_name(recipe.dtype), memory_bytes=said[name][0],
+            device=str(device), dtype=_name(recipe.dtype), memory_bytes=said[name][0], base_bytes=said[name][1],
             flops=training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens, flops_kind="model",
             peak_flops_s=peak.flops_s, peak_source=peak.source,
         )
@@ -97,7 +97,7 @@ def compare_training(
 class Local:
     """A contender in this process, with a worker's interface."""
 
-    pid, note = None, ""
+    pid, base_bytes, note = None, None, ""
 
     def __init__(self, trainer: Any, batch: tuple[Tensor, Tensor], device: torch.device):
         self.trainer, self.batch, self.device = trainer, batch, device
@@ -116,9 +116,9 @@ class Local:
 def _build(steppers, config, recipe, device, names, on_failure) -> None:
     """Fill `steppers`, so that the caller closes what was started before a failure."""
     if device.type == "cpu":
-        request = {"config": dataclasses.asdict(config), "batch": recipe.batch, "tokens": recipe.tokens,
-                   "dtype": _name(recipe.dtype), "warmup": recipe.warmup,
-                   "threads": torch.get_num_threads()}  # fmt: skip
+        request = {"make": "peakgpt.bench.contenders:training_step", "threads": torch.get_num_threads(),
+                   "config": dataclasses.asdict(config), "batch": recipe.batch, "tokens": recipe.tokens,
+                   "dtype": _name(recipe.dtype), "warmup": recipe.warmup}  # fmt: skip
         for name in names:
             steppers[name] = Worker(name, {**request, "contender": name}, CONTENDERS[name].environment)
         return

@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -298,10 +298,12 @@ class Result:
     q75_s: float
     rounds: int  # kept
     dropped: int
+    samples_s: list[float] = field(default_factory=list)  # of the kept rounds; those of one case pair up
     flops: float | None = None  # per call
     flops_kind: str | None = None  # "model" or "work"
     bytes: float | None = None  # per call, that the op must move
-    memory_bytes: int | None = None  # most that one call allocated on a GPU; what a worker process held at most
+    memory_bytes: int | None = None  # most that one call allocated on a GPU, or that a worker process held meanwhile
+    base_bytes: int | None = None  # of that, what a worker process holds before it builds anything
     peak_flops_s: float | None = None
     peak_bytes_s: float | None = None
     peak_source: str = ""
@@ -321,7 +323,7 @@ class Result:
     def of(cls, timing: Timing, **fields: Any) -> Result:
         """Make the result of a timing; `fields` are the ones that a Timing does not know."""
         return cls(
-            median_s=timing.median_s, q25_s=timing.q25_s, q75_s=timing.q75_s,
+            median_s=timing.median_s, q25_s=timing.q25_s, q75_s=timing.q75_s, samples_s=list(timing.samples_s),
             rounds=timing.kept, dropped=timing.dropped, note=timing.note, **fields,
         )  # fmt: skip
 
@@ -350,7 +352,7 @@ class Result:
         return dataclasses.asdict(self)
 
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def write_results(
@@ -366,11 +368,9 @@ def write_results(
         failures: what could not be measured, a row each (peakgpt.bench.findings).
     """
     path = Path(path)
-    text = json.dumps(
-        {"schema": SCHEMA, "environment": environment, "results": [r.to_json() for r in results],
-         "checks": list(checks), "failures": list(failures)},
-        indent=1, allow_nan=False,
-    )  # fmt: skip
+    document = {"schema": SCHEMA, "environment": environment, "results": [r.to_json() for r in results],
+                "checks": list(checks), "failures": list(failures)}  # fmt: skip
+    text = "{\n" + ",\n".join(f"{json.dumps(key)}: {_json_rows(value)}" for key, value in document.items()) + "\n}"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")  # mkstemp's would be readable to its owner only
     try:
@@ -382,6 +382,13 @@ def write_results(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _json_rows(value: Any) -> str:
+    """JSON with a line for each item of a list: two files compare well, and samples do not fill pages."""
+    if not isinstance(value, list):
+        return json.dumps(value, indent=1, allow_nan=False)
+    return "[" + ",".join(f"\n{json.dumps(item, allow_nan=False)}" for item in value) + "]"
 
 
 def read_results(path: str | os.PathLike[str]) -> tuple[list[Result], dict[str, Any]]:

@@ -1,17 +1,22 @@
 """Benches: nothing wrong is timed, what fails is told and does not stop the rest, and what is written can be read."""
 
+import dataclasses
+import gc
 import json
 import re
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from peakgpt.bench import contenders
 from peakgpt.bench import device as device_bench
 from peakgpt.bench.check import Check, check, judge
-from peakgpt.bench.contenders import CONTENDERS
+from peakgpt.bench.contenders import CONTENDERS, TUNED_MALLOC
 from peakgpt.bench.decode import compare_decoding
 from peakgpt.bench.findings import Failure, Findings, NotTaken, decode, encode
 from peakgpt.bench.isolate import run_part
@@ -19,7 +24,7 @@ from peakgpt.bench.ops import Case, compare, compare_ops
 from peakgpt.bench.peers import _epilogue_mlp, peers
 from peakgpt.bench.report import groups, notes, speedup, tables, verdicts, write_report
 from peakgpt.bench.train import _agreeing
-from peakgpt.bench.worker import Worker
+from peakgpt.bench.worker import Worker, _answers
 from peakgpt.cli import main
 from peakgpt.engine.model import GPT
 from peakgpt.engine.presets import preset
@@ -175,14 +180,16 @@ def test_a_wrong_kernel_is_told_and_named(monkeypatch):
 # ---- training and decoding
 
 
-def test_worker_steps_and_ends():
-    import dataclasses
+def training_request(contender, **changes):
+    return {"make": "peakgpt.bench.contenders:training_step", "contender": contender,
+            "config": dataclasses.asdict(tiny_config()), "batch": 1, "tokens": 16, "dtype": "float32", "warmup": 0.0,
+            "threads": 1, **changes}  # fmt: skip
 
-    request = {"contender": "peakgpt", "config": dataclasses.asdict(tiny_config()), "batch": 1, "tokens": 16,
-               "dtype": "float32", "warmup": 0.0, "threads": 1}  # fmt: skip
-    worker, dead = (Worker(name, {**request, "contender": name}, {}) for name in ("peakgpt", "nobody"))
+
+def test_worker_steps_and_ends():
+    worker, dead = (Worker(name, training_request(name), {}) for name in ("peakgpt", "nobody"))
     losses = [worker.step() for _ in range(3)]
-    assert losses[2] < losses[0] and worker.memory_bytes() > 1 << 20 and "page faults" in worker.note
+    assert losses[2] < losses[0] and "page faults" in worker.note
     with pytest.raises(RuntimeError, match="worker 'nobody' ended with exit code 1"):
         dead.step()
     worker.process.kill()
@@ -191,6 +198,56 @@ def test_worker_steps_and_ends():
         worker.step()
     for w in (worker, dead):
         w.close()
+
+
+GREEDY = """
+import torch
+MIB = 1 << 18  # floats
+
+def make(request):
+    torch.ones(400 * MIB)  # building takes more than a step
+    kept = torch.ones(100 * MIB)
+    return lambda: float((kept + 1)[0])
+"""
+
+
+@pytest.mark.parametrize("environment", [{}, {"GLIBC_TUNABLES": TUNED_MALLOC}])
+def test_a_workers_memory_is_that_of_a_step(tmp_path, environment):
+    """Fails without the reset of the peak or, under the tuned allocator, without the return of freed memory."""
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    worker = Worker("greedy", {"make": "greedy:make", "threads": 1}, {"PYTHONPATH": str(tmp_path), **environment})
+    try:
+        assert worker.step() == worker.step() == 2.0
+        assert 190 < (worker.memory_bytes() - worker.base_bytes) / 2**20 < 260
+        assert worker.base_bytes > 1 << 26 and not worker.last.whole_life
+    finally:
+        worker.close()
+
+
+def test_a_system_without_peaks_of_a_step_says_so(monkeypatch):
+    def read_only(path, text):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    worker = Worker.__new__(Worker)
+    worker.name, worker.last = "x", _answers(lambda: 1.0, 1)()
+    assert worker.last.whole_life and worker.note.endswith("x: memory is the most since the process began")
+
+
+@pytest.mark.parametrize("contender", ["peakgpt", "eager"])
+def test_a_training_step_holds_no_initial_state(contender, monkeypatch):
+    states = []
+    start = contenders.start
+
+    def watched(*args):
+        state, batch = start(*args)
+        states.append(weakref.ref(state["transformer.wte.weight"].untyped_storage()))
+        return state, batch
+
+    monkeypatch.setattr(contenders, "start", watched)
+    step = contenders.training_step(training_request(contender))
+    gc.collect()
+    assert step() > 0 and states[0]() is None
 
 
 def test_a_contender_that_learns_otherwise_is_refused():

@@ -246,7 +246,7 @@ def _schema(document):
 @pytest.mark.parametrize(
     "damage, message",
     [(_unknown, "unknown \\['speed'\\]"), (_missing, "missing \\['dtype'\\]"), (_top_level, "unknown \\['author'\\]"),
-     (_schema, "expected schema 1, got 99")],
+     (_schema, "expected schema 2, got 99")],
 )  # fmt: skip
 def test_read_results_refuses(tmp_path, damage, message):
     path = tmp_path / "results.json"
