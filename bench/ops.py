@@ -17,7 +17,7 @@ from peakgpt.bench.findings import Findings, NotTaken
 from peakgpt.bench.peers import IN_PLACE
 from peakgpt.kernels import catalogue
 from peakgpt.kernels.clock import Result, interleave
-from peakgpt.kernels.device import peak_for
+from peakgpt.kernels.device import peak_for, stream_peak
 from peakgpt.kernels.dispatch import OPS, Op, use_backend
 
 MAX_SETS = 8
@@ -145,15 +145,19 @@ def compare(
     left_s = max(0.0, budget_s - (time.perf_counter() - start))  # the check has compiled what there is to compile
     timings = interleave(contenders, rounds=rounds, warmup=2, device=device, budget_s=left_s)
     cost, peak = op.cost(*tensors, **params), peak_for(device, dtype)
+    written = forward * cost.written + backward * cost.backward_written
+    read = forward * cost.bytes + backward * cost.backward_bytes - written
+    # Every call reads another set; what it writes the allocator gives out again.
+    touched = len(sets) * read + (0 if op.mutates else written)
+    ceiling, streams = stream_peak(device, read, written, touched, in_place=bool(op.mutates))
     return [
         Result.of(
             timing, bench="op", contender=name, backend=chosen.get(name, "liger" if name == "liger" else "torch"),
             device=str(device), case={"op": op.name, "pass": direction, **case.sizes, **params},
             dtype=str(dtype).removeprefix("torch."),
             flops=forward * cost.flops + backward * cost.backward_flops, flops_kind="work",
-            bytes=forward * cost.bytes + backward * cost.backward_bytes,
-            memory_bytes=allocated(contenders[name], device),
-            peak_flops_s=peak.flops_s, peak_bytes_s=peak.bandwidth_bytes_s, peak_source=peak.source,
+            bytes=read + written, memory_bytes=allocated(contenders[name], device),
+            peak_flops_s=peak.flops_s, peak_bytes_s=ceiling, peak_source=f"{peak.source}; bytes: {streams}",
         )
         for name, timing in timings.items()
     ]  # fmt: skip

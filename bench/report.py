@@ -93,7 +93,7 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
         },
     ),
     "op": (
-        "Ops, work FLOPs (what must be computed; causal is half)",
+        "Ops, work FLOPs (what must be computed; causal is half); bytes beside streams of the same reads and writes",
         {
             "case": lambda r, rs: _case(r) if r is rs[0] else "",
             "contender": lambda r, _: f"{r.contender} ({r.backend})",
@@ -101,7 +101,7 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
             "GFLOP/s": lambda r, _: f"{1e3 * r.tflops:,.0f}" if r.tflops else "",
             "GB/s": lambda r, _: f"{r.gbs:,.1f}" if r.gbs else "",
             "of peak FLOP/s": lambda r, _: _percent(r.flops_fraction),
-            "of bandwidth": lambda r, _: _percent(r.bytes_fraction),
+            "of streams": lambda r, _: _percent(r.bytes_fraction),
             "GiB": lambda r, _: _gib(r.memory_bytes),
             "against eager": lambda r, rs: _times(speedup(r, rs)),
         },

@@ -104,8 +104,7 @@ PYBIND11_MODULE(_C, m) {
   Define(m, "layernorm_forward", peak::LayernormForward);
   Define(m, "layernorm_backward", peak::LayernormBackward);
   m.def("peak_loop", &peak::PeakLoop, py::call_guard<py::gil_scoped_release>());
-  Define(m, "peak_read", peak::PeakRead);
-  Define(m, "peak_copy", peak::PeakCopy);
+  Define(m, "peak_stream", peak::PeakStream);
   Define(m, "activation_forward", peak::ActivationForward);
   Define(m, "activation_backward", peak::ActivationBackward);
   Define(m, "cross_entropy_forward", peak::CrossEntropyForward);

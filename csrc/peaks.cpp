@@ -46,25 +46,28 @@ double RunLoop(int loop, const void* in, int64_t iterations, void* out) {
   return 0.0;
 }
 
-void ReadPart(const float* from, int64_t n, float* out) {
-  Vec a = Set(0.0f), b = a, c = a, d = a;
-  for (int64_t i = 0; i < n; i += 4 * kLanes) {
-    a = a + Load(from + i);
-    b = b + Load(from + i + kLanes);
-    c = c + Load(from + i + 2 * kLanes);
-    d = d + Load(from + i + 3 * kLanes);
+// Four vectors of each stream in turn, as a kernel walks its operands: sums of what is read are what is written.
+template <bool kPastCaches>
+void StreamPart(const PeakStreamArgs& args, int64_t begin, int64_t end, float* out) {
+  float* const base = static_cast<float*>(args.base);
+  const int64_t stride = args.stride / 4;
+  float* const to = args.in_place ? base : base + args.reads * stride;
+  Vec total[4] = {Set(0.0f), Set(0.0f), Set(0.0f), Set(0.0f)};
+  for (int64_t i = begin; i < end; i += 4 * kLanes) {
+    Vec v[4] = {Set(1.0f), Set(1.0f), Set(1.0f), Set(1.0f)};
+    for (int s = 0; s < args.reads; ++s) {
+      for (int k = 0; k < 4; ++k) v[k] = v[k] + Load(base + s * stride + i + k * kLanes);
+    }
+    for (int s = 0; s < args.writes; ++s) {
+      for (int k = 0; k < 4; ++k) {
+        float* const p = to + s * stride + i + k * kLanes;
+        kPastCaches ? Stream(p, v[k]) : Store(p, v[k]);
+      }
+    }
+    for (int k = 0; k < 4; ++k) total[k] = total[k] + v[k];
   }
-  *out = Sum((a + b) + (c + d));
-}
-
-void CopyPart(float* to, const float* from, int64_t n) {
-  for (int64_t i = 0; i < n; i += 4 * kLanes) {
-    Stream(to + i, Load(from + i));
-    Stream(to + i + kLanes, Load(from + i + kLanes));
-    Stream(to + i + 2 * kLanes, Load(from + i + 2 * kLanes));
-    Stream(to + i + 3 * kLanes, Load(from + i + 3 * kLanes));
-  }
-  EndStream();
+  if (kPastCaches) EndStream();
+  *out = Sum((total[0] + total[1]) + (total[2] + total[3]));  // or the compiler would drop reads that nobody writes
 }
 
 #else
@@ -96,21 +99,11 @@ double PeakLoop(int loop, int64_t iterations, int threads) {
   return total;
 }
 
-void PeakRead(const PeakReadArgs& args, int threads) {
+void PeakStream(const PeakStreamArgs& args, int threads) {
   std::vector<Sums> out(threads);
-  const auto read = PEAK_PICK(ReadPart);
-  const float* from = static_cast<const float*>(args.from);
+  const auto stream = args.past_caches ? PEAK_PICK(StreamPart<true>) : PEAK_PICK(StreamPart<false>);
   ParallelParts(args.bytes / 4 / kUnit, threads, threads, [&](int64_t part, int64_t begin, int64_t end) {
-    read(from + begin * kUnit, (end - begin) * kUnit, reinterpret_cast<float*>(out[part].bytes));
-  });
-}
-
-void PeakCopy(const PeakCopyArgs& args, int threads) {
-  const auto copy = PEAK_PICK(CopyPart);
-  float* to = static_cast<float*>(args.to);
-  const float* from = static_cast<const float*>(args.from);
-  ParallelParts(args.bytes / 4 / kUnit, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
-    copy(to + begin * kUnit, from + begin * kUnit, (end - begin) * kUnit);
+    stream(args, begin * kUnit, end * kUnit, reinterpret_cast<float*>(out[part].bytes));
   });
 }
 

@@ -12,22 +12,18 @@ enum Loop : int { kLoopFloat32 = 0, kLoopBFloat16 = 1, kLoopInt8 = 2 };
 // all of them (a multiply-add is 2), or 0 where the active instruction set has none for the type.
 double PeakLoop(int loop, int64_t iterations, int threads);
 
-struct PeakReadArgs {
-  const void* from;
+// Streams of `bytes` each, `stride` apart, those read before those written; in place, the first ones read are written.
+struct PeakStreamArgs {
+  void* base;  // a multiple of 64, as is stride
+  int64_t stride;
   int64_t bytes;  // a multiple of 256
+  int reads, writes;
+  bool in_place;
+  bool past_caches;  // else an ordinary store, which reads its line first
 };
 
-struct PeakCopyArgs {
-  void* to;  // both addresses multiples of 64
-  const void* from;
-  int64_t bytes;  // a multiple of 256
-};
-
-// Reads everything once.
-void PeakRead(const PeakReadArgs& args, int threads);
-
-// Copies past the caches: an ordinary store reads its line first, which is a third more traffic.
-void PeakCopy(const PeakCopyArgs& args, int threads);
+// Reads `reads` streams and writes 1 plus their sum to `writes` others, each once.
+void PeakStream(const PeakStreamArgs& args, int threads);
 
 }  // namespace peak
 

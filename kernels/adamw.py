@@ -31,10 +31,11 @@ def _check(param, grad, master, exp_avg, exp_avg_sq, step, norm, *, lr, beta1, b
 
 
 def _cost(param, grad, master=None, *_, **__):
-    """15 FLOPs an element; reads and writes param (or master), m and v, reads grad, writes the low-precision copy."""
+    """15 FLOPs an element; reads and writes param (or master), m and v, reads grad, writes the low-precision copy;
+    and the step."""
     n, size = param.numel(), param.element_size()
-    state = 3 * 2 * 4 if master is None else 3 * 2 * 4 + size
-    return Cost(15 * n, n * (state + size), 0, 0)
+    written = n * (3 * 4 if master is None else 3 * 4 + size) + 4
+    return Cost(15 * n, n * (3 * 4 + size) + 4 + written, 0, 0, written, 0)
 
 
 def _sample(count: int = 1 << 24, **like):

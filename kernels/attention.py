@@ -91,8 +91,10 @@ def _cost(q, k, v, alibi=None, bias=None, *_, causal=True, window=None, **__):
     """Two products of 2 D FLOPs a live pair forward, five backward; q, k, v, y once, and their gradients."""
     batch, tokens, heads, width = q.shape
     pairs = batch * heads * live_pairs(tokens, k.shape[1], causal, window)
-    moved = (2 * q.numel() + k.numel() + v.numel()) * q.element_size()
-    return Cost(4 * width * pairs, moved, 10 * width * pairs, 2 * moved)
+    size, lse = q.element_size(), 4 * batch * tokens * heads
+    y, inputs = q.numel() * size, (q.numel() + k.numel() + v.numel()) * size
+    written = inputs + lse  # backward
+    return Cost(4 * width * pairs, inputs + y, 10 * width * pairs, inputs + 2 * y + lse + written, y, written)
 
 
 def _sample(

@@ -2,6 +2,8 @@
 
     MFU = model FLOPs per second / peak FLOP/s of the dtype        MBU = bytes that must move per second / peak bytes/s
 
+    of streams = bytes an op must move per second / bytes/s of streams with the same reads and writes (`stream_peak`)
+
 MFU: Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 4.1 and appendix B. The peaks of a GPU are the dense ones
 of its datasheet, shown beside the measured ones; those of a CPU, and of any device without a row here, are measured,
 never guessed.
@@ -26,7 +28,7 @@ import torch
 from peakgpt.kernels.clock import stopwatch
 
 try:
-    from peakgpt._C import isa, peak_copy, peak_loop, peak_read
+    from peakgpt._C import isa, peak_loop, peak_stream
 except ImportError:  # the extension is optional; `measure` says in its source when it is missing
     peak_loop = None
 
@@ -266,6 +268,8 @@ def peak_for(device: torch.device | str | None, dtype: torch.dtype | str) -> Pea
 WINDOWS = 8  # of each kind, taken in turn, so that one bad moment of a shared machine spoils one window of each
 WINDOW_S = 0.01
 MM_SIZE = {"cpu": 1024, "cuda": 8192}  # square; the smallest at which the library is near its best
+STREAM_GAP_BYTES = 17 * 64  # streams a power of two apart would fall into the same sets of a cache
+MOST_STREAMS = 4  # of a kind, when a mix is rounded to whole streams
 LOOPS = {"float32": 0, "bfloat16": 1, "int8": 2}  # csrc/peaks.h
 Work = tuple[Callable[[], Any], float]  # what to run, and how many operations or bytes it does
 
@@ -298,6 +302,74 @@ def _measure(device: torch.device, threads: int) -> Peaks:
         return _peaks(rates, f"measured: torch.mm, copy (no C++ extension), {threads} threads")
     works = {**mm, **_loop_works(threads), **_memory_works(memory_bytes, threads)}
     return _peaks(_best_rates(device, works), f"measured: multiply-add loop ({isa()}) or torch.mm, {threads} threads")
+
+
+def stream_peak(
+    device: torch.device | str | None, read_bytes: float, written_bytes: float, working_set_bytes: float, *,
+    in_place: bool = False,
+) -> tuple[float, str]:  # fmt: skip
+    """Return the streaming ceiling of an op: bytes/s of a loop that only reads and writes, in the op's mix and place.
+
+    Reads and writes do not cost the same, and a cache is several times faster than memory, so neither the peak of
+    reading nor that of a copy bounds an op. On a CPU the better of ordinary and non-temporal stores counts, once per
+    process, mix and size; the mix is rounded to at most 4 equal streams of a kind. On a GPU it is the bandwidth of
+    `peak_for`, whatever the mix.
+
+    Args:
+        device: "cpu" (default for None) or a CUDA device.
+        read_bytes, written_bytes: of one call of the op; only their ratio counts.
+        working_set_bytes: what is touched again and again: it decides which cache the streams live in.
+        in_place: what is written is what was read before (then read_bytes >= written_bytes).
+    Returns:
+        (bytes/s, read and written together; what it is).
+    Raises:
+        ValueError: no bytes, or more written in place than read.
+    """
+    if min(read_bytes, written_bytes) < 0 or read_bytes + written_bytes <= 0:
+        raise ValueError(f"expected bytes to read or write, got {read_bytes} and {written_bytes}")
+    if in_place and written_bytes > read_bytes:
+        raise ValueError(f"expected no more written in place than read, got {written_bytes} and {read_bytes}")
+    device = _resolve(device)
+    if device.type == "cuda" or peak_loop is None:
+        peak = peak_for(device, torch.float32)
+        return peak.bandwidth_bytes_s, peak.source
+    cache = max(_last_level_cache_bytes(), 8 << 20)
+    step = cache // 16
+    size = min(-(-int(working_set_bytes) // step), 8 * 16) * step  # past 8 caches nothing changes
+    reads, writes = _mix(read_bytes, written_bytes)
+    rate = _stream_rate(reads, writes, in_place, size, torch.get_num_threads())
+    place = ", in place" if in_place else ""
+    return rate, f"{reads} streams read and {writes} written{place}, {size >> 20} MiB in all"
+
+
+def _mix(read: float, written: float) -> tuple[int, int]:
+    """The fewest whole streams whose share of writes is nearest."""
+    counts = range(MOST_STREAMS + 1)
+    share = written / (read + written)
+    return min(
+        ((r, w) for r in counts for w in counts if r + w),
+        key=lambda mix: (round(abs(mix[1] / sum(mix) - share), 6), sum(mix)),
+    )
+
+
+@functools.cache
+def _stream_rate(reads: int, writes: int, in_place: bool, size_bytes: int, threads: int) -> float:
+    stream_bytes = size_bytes // (reads if in_place else reads + writes)
+    kinds = [{"in_place": True}] if in_place else [{}, {"past_caches": True}] if writes else [{}]
+    works = {("stream", str(kind)): _stream_work(stream_bytes, reads, writes, threads, **kind) for kind in kinds}
+    return max(_best_rates(torch.device("cpu"), {key: _repeated(*work) for key, work in works.items()}).values())
+
+
+def _repeated(fn: Callable[[], Any], amount: float) -> Work:
+    """The work as often as a window has room for."""
+    fn()
+    calls = max(1, round(WINDOW_S / stopwatch("cpu")(fn)))
+
+    def run() -> None:
+        for _ in range(calls):
+            fn()
+
+    return run, calls * amount
 
 
 def _peaks(rates: dict[tuple[str, str], float], source: str) -> Peaks:
@@ -365,19 +437,26 @@ def _loop_works(threads: int) -> dict[tuple[str, str], Work]:
 
 
 def _memory_works(size_bytes: int, threads: int) -> dict[tuple[str, str], Work]:
-    """Read one buffer whole, and copy its first half to its second: one buffer, because first touch is slow."""
-    buffer = torch.ones(size_bytes // 4)
-    half = size_bytes // 2 // 256 * 256  # bytes; copying streams whole, aligned lines
-    middle = buffer.data_ptr() + half
+    """Read one stream, and copy one to another past the caches."""
+    return {
+        ("read", "memory"): _stream_work(size_bytes, 1, 0, threads),
+        ("copy", "memory"): _stream_work(size_bytes // 2, 1, 1, threads, past_caches=True),
+    }
 
-    # The functions hold `buffer`: an address alone would let it be freed.
-    def read() -> None:
-        peak_read(buffer.data_ptr(), 2 * half, threads)
 
-    def copy() -> None:
-        peak_copy(middle, buffer.data_ptr(), half, threads)
+def _stream_work(
+    stream_bytes: int, reads: int, writes: int, threads: int, *, in_place: bool = False, past_caches: bool = False
+) -> Work:
+    """Read and write streams of that many bytes each; in place, the first ones read are the ones written."""
+    stream_bytes = max(256, stream_bytes // 256 * 256)
+    stride = stream_bytes + STREAM_GAP_BYTES
+    buffer = torch.ones((max(reads, writes) if in_place else reads + writes) * stride // 4 + 16)
 
-    return {("read", "memory"): (read, 2.0 * half), ("copy", "memory"): (copy, 2.0 * half)}
+    def stream() -> None:  # holds `buffer`: an address alone would let it be freed
+        base = -(-buffer.data_ptr() // 64) * 64
+        peak_stream(base, stride, stream_bytes, reads, writes, in_place, past_caches, threads)
+
+    return stream, float((reads + writes) * stream_bytes)
 
 
 def _gpu_buffer_bytes(device: torch.device) -> int:

@@ -40,12 +40,17 @@ _forced: str | None = None  # a module global: torch.compile guards on it, a Con
 
 
 class Cost(NamedTuple):
-    """What one call must do at least: work FLOPs and bytes of device memory, forward and backward."""
+    """What one call must do at least: work FLOPs and bytes of device memory, forward and backward.
+
+    Forward is what a call under no_grad must do; writing what backward keeps counts with backward.
+    """
 
     flops: int
     bytes: int
     backward_flops: int
     backward_bytes: int
+    written: int  # of bytes: the outputs, or what the op mutates
+    backward_written: int  # of backward_bytes: the gradients, and what forward keeps for backward
 
 
 @contextlib.contextmanager

@@ -30,9 +30,12 @@ def _check(ids, wte, wpe, *, start):
 
 def _cost(ids, wte, wpe=None, **_):
     """One add an element; reads a token row and writes a row each token; backward reads dy and writes both tables."""
-    n, size = ids.numel() * wte.shape[1], wte.element_size()
+    n, size, indices = ids.numel() * wte.shape[1], wte.element_size(), ids.numel() * ids.element_size()
     tables = wte.numel() + (0 if wpe is None else wpe.numel())
-    return Cost(n, 2 * n * size, 2 * n, (n + tables) * size)
+    positions = 0 if wpe is None else ids.shape[1] * wte.shape[1]
+    return Cost(
+        n, (2 * n + positions) * size + indices, 2 * n, (n + tables) * size + indices, n * size, tables * size
+    )
 
 
 def _sample(batch: int = 4, tokens: int = 256, vocab: int = 50304, width: int = 768, **like):

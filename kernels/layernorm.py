@@ -26,8 +26,19 @@ def _check_norm(x, w, b, *, eps):
 
 def _cost(x, w, b=None, **_):
     """8 FLOPs an element forward, 14 backward; forward reads x and writes y, backward reads x, dy and writes dx."""
-    n, size = x.numel(), x.element_size()
-    return Cost(8 * n, 2 * n * size, 14 * n, 3 * n * size)
+    return _cost_of(x, w, b, flops=8, backward_flops=14, reads=1, writes=1, backward_reads=2)
+
+
+def _cost_of(x, w, b, *, flops, backward_flops, reads, writes, backward_reads):
+    """FLOPs an element and passes over tensors of x's size; backward writes dx. And the parameters and statistics."""
+    n, moved = x.numel(), x.numel() * x.element_size()
+    parameters = sum(t.numel() * t.element_size() for t in (w, b) if t is not None)
+    weight, statistics = w.numel() * w.element_size(), 2 * 4 * (n // x.shape[-1])
+    written = moved + parameters + statistics  # backward
+    return Cost(
+        flops * n, (reads + writes) * moved + parameters, backward_flops * n,
+        backward_reads * moved + weight + statistics + written, writes * moved, written,
+    )  # fmt: skip
 
 
 def _sample(rows: int = 1024, width: int = 768, **like):
@@ -78,8 +89,7 @@ def _check_add(x, residual, w, b, *, eps):
 
 def _cost_add(x, residual, w, b=None, **_):
     """9 FLOPs an element forward, 15 backward; moves four tensors each way."""
-    n, size = x.numel(), x.element_size()
-    return Cost(9 * n, 4 * n * size, 15 * n, 4 * n * size)
+    return _cost_of(x, w, b, flops=9, backward_flops=15, reads=2, writes=2, backward_reads=3)
 
 
 def _sample_add(rows: int = 1024, width: int = 768, **like):

@@ -33,9 +33,10 @@ def _check(x, w, target, *, ignore_index, reduction):
 
 def _cost(x, w, target, *, reduction="mean", **_):
     """2 C V FLOPs a token forward and 4 C V for both gradients; every operand and gradient once, no logits."""
-    tokens, size = target.numel(), x.element_size()
-    product = 2 * tokens * w.numel()
-    return Cost(product, (x.numel() + w.numel()) * size, 2 * product, (x.numel() + w.numel()) * size)
+    tokens, operands = target.numel(), (x.numel() + w.numel()) * x.element_size()
+    product, targets = 2 * tokens * w.numel(), tokens * target.element_size()
+    loss, lse = (4 * tokens, 4 * tokens) if reduction == "none" else (4, 0)
+    return Cost(product, operands + targets + loss, 2 * product, operands + lse, loss, operands + lse)
 
 
 def _sample(rows: int = 1024, width: int = 768, vocab: int = 50304, **like):

@@ -35,9 +35,14 @@ def _check(x, w_up, b_up, w_down, b_down, *, activation):
 def _cost(x, w_up, b_up, w_down, b_down, **_):
     """2 FLOPs a weight and token, twice that backward; every operand once (the activation's FLOPs are under 1 %)."""
     tokens, weights, size = x.numel() // x.shape[-1], w_up.numel() + w_down.numel(), x.element_size()
-    hidden, ends = tokens * w_up.shape[0], tokens * (x.shape[-1] + w_down.shape[0])
-    return Cost(2 * tokens * weights, (ends + hidden + weights) * size,
-                4 * tokens * weights, (2 * ends + hidden + 2 * weights) * size)  # fmt: skip
+    hidden, out = tokens * w_up.shape[0], tokens * w_down.shape[0]
+    biases = sum(b.numel() for b in (b_up, b_down) if b is not None)
+    read, backward_read = x.numel() + weights + biases, x.numel() + out + hidden + weights
+    backward_written = x.numel() + weights + biases + hidden
+    return Cost(
+        2 * tokens * weights, (read + out) * size, 4 * tokens * weights, (backward_read + backward_written) * size,
+        out * size, backward_written * size,
+    )  # fmt: skip
 
 
 def _sample(rows: int = 1024, width: int = 768, hidden: int = 3072, **like):

@@ -27,8 +27,8 @@ def _check(x, total):
 
 
 def _cost(x, total):
-    """Two FLOPs an element, read once."""
-    return Cost(2 * x.numel(), x.numel() * x.element_size(), 0, 0)
+    """Two FLOPs an element, read once, and the total."""
+    return Cost(2 * x.numel(), x.numel() * x.element_size() + 2 * total.element_size(), 0, 0, total.element_size(), 0)
 
 
 def _sample(count: int = 1 << 24, **like):

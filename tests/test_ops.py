@@ -224,3 +224,30 @@ def test_no_gradient_is_formed_under_no_grad():
     )
     _, saved = op.alloc(*tensors, needs=(False, False, False), ignore_index=-100, reduction="mean")
     assert saved == ()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(catalogue.__all__))
+def test_cost_knows_what_is_written(name, dtype):
+    """Forward the outputs, or what the op mutates; backward the gradients and what forward kept for them."""
+    op = OPS[name]
+    sizes, params = next(((s, p) for n, s, p in CASES if n == name), ({"count": 37}, op.typical))
+    # For a scalar loss what is kept are the gradients themselves.
+    params = {**params, "reduction": "none"} if name == "linear_cross_entropy" else params
+    tensors = sample(name, sizes, dtype, grad=not op.mutates)
+    cost = op.cost(*tensors, **params)
+    if op.mutates:
+        changed = [t for n, t in zip(op.tensor_names, tensors, strict=False) if n in op.mutates and t is not None]
+        assert (cost.written, cost.backward_written) == (held(changed), 0)
+        return
+    bound, bound_params = op._bind(tensors, params)
+    needs = [t is not None and t.requires_grad for t in bound]
+    outputs, saved = op.alloc(*bound, needs=needs, **bound_params)
+    assert cost.written == held(outputs)
+    gradients = run("eager", op, tensors, params)[len(outputs) :]
+    assert cost.backward_written == held({g.data_ptr(): g for g in gradients}.values()) + held(saved)
+    assert cost.bytes > cost.written and cost.backward_bytes >= cost.backward_written
+
+
+def held(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
