@@ -149,7 +149,8 @@ def compare(
     read = forward * cost.bytes + backward * cost.backward_bytes - written
     # Every call reads another set; what it writes the allocator gives out again.
     touched = len(sets) * read + (0 if op.mutates else written)
-    ceiling, streams = stream_peak(device, read, written, touched, in_place=bool(op.mutates))
+    updated = min(read, written) if op.mutates else 0
+    ceiling, streams = stream_peak(device, read, written, touched, updated_bytes=updated)
     return [
         Result.of(
             timing, bench="op", contender=name, backend=chosen.get(name, "liger" if name == "liger" else "torch"),

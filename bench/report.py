@@ -62,7 +62,7 @@ def _tokens_per_s(r: Result) -> str:
 
 
 def _case(r: Result) -> str:
-    head = [r.case["op"], r.case["pass"]] if r.bench == "op" else []
+    head = [r.case[k] for k in ("op", "pass") if k in r.case]
     rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass")]
     return ", ".join(filter(None, [" ".join([*head, r.dtype]), *rest]))
 
@@ -104,6 +104,16 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
             "of streams": lambda r, _: _percent(r.bytes_fraction),
             "GiB": lambda r, _: _gib(r.memory_bytes),
             "against eager": lambda r, rs: _times(speedup(r, rs)),
+        },
+    ),
+    "pass": (
+        "Memory-bound kernels, beside streams of the same reads and writes",
+        {
+            "case": lambda r, _: _case(r),
+            "ms (quartiles)": lambda r, _: _ms(r),
+            "GB/s": lambda r, _: f"{r.gbs:,.1f}",
+            "streams, GB/s": lambda r, _: f"{r.peak_bytes_s / 1e9:,.1f}",
+            "of streams": lambda r, _: _percent(r.bytes_fraction),
         },
     ),
 }

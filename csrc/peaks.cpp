@@ -51,7 +51,7 @@ template <bool kPastCaches>
 void StreamPart(const PeakStreamArgs& args, int64_t begin, int64_t end, float* out) {
   float* const base = static_cast<float*>(args.base);
   const int64_t stride = args.stride / 4;
-  float* const to = args.in_place ? base : base + args.reads * stride;
+  float* const to = base + (args.reads - args.updates) * stride;
   Vec total[4] = {Set(0.0f), Set(0.0f), Set(0.0f), Set(0.0f)};
   for (int64_t i = begin; i < end; i += 4 * kLanes) {
     Vec v[4] = {Set(1.0f), Set(1.0f), Set(1.0f), Set(1.0f)};
@@ -61,7 +61,7 @@ void StreamPart(const PeakStreamArgs& args, int64_t begin, int64_t end, float* o
     for (int s = 0; s < args.writes; ++s) {
       for (int k = 0; k < 4; ++k) {
         float* const p = to + s * stride + i + k * kLanes;
-        kPastCaches ? Stream(p, v[k]) : Store(p, v[k]);
+        kPastCaches && s >= args.updates ? Stream(p, v[k]) : Store(p, v[k]);
       }
     }
     for (int k = 0; k < 4; ++k) total[k] = total[k] + v[k];

@@ -12,17 +12,16 @@ enum Loop : int { kLoopFloat32 = 0, kLoopBFloat16 = 1, kLoopInt8 = 2 };
 // all of them (a multiply-add is 2), or 0 where the active instruction set has none for the type.
 double PeakLoop(int loop, int64_t iterations, int threads);
 
-// Streams of `bytes` each, `stride` apart, those read before those written; in place, the first ones read are written.
+// Streams of `bytes` each, `stride` apart: those read only, those updated in place, those written only.
 struct PeakStreamArgs {
   void* base;  // a multiple of 64, as is stride
   int64_t stride;
   int64_t bytes;  // a multiple of 256
-  int reads, writes;
-  bool in_place;
-  bool past_caches;  // else an ordinary store, which reads its line first
+  int reads, writes, updates;  // the last `updates` of those read are the first of those written
+  bool past_caches;            // streams that are written only; an ordinary store reads its line first
 };
 
-// Reads `reads` streams and writes 1 plus their sum to `writes` others, each once.
+// Reads `reads` streams and writes 1 plus their sum to `writes` streams, each once.
 void PeakStream(const PeakStreamArgs& args, int threads);
 
 }  // namespace peak

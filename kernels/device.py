@@ -305,8 +305,8 @@ def _measure(device: torch.device, threads: int) -> Peaks:
 
 
 def stream_peak(
-    device: torch.device | str | None, read_bytes: float, written_bytes: float, working_set_bytes: float, *,
-    in_place: bool = False,
+    device: torch.device | str | None, read_bytes: float, written_bytes: float, touched_bytes: float, *,
+    updated_bytes: float = 0,
 ) -> tuple[float, str]:  # fmt: skip
     """Return the streaming ceiling of an op: bytes/s of a loop that only reads and writes, in the op's mix and place.
 
@@ -318,45 +318,48 @@ def stream_peak(
     Args:
         device: "cpu" (default for None) or a CUDA device.
         read_bytes, written_bytes: of one call of the op; only their ratio counts.
-        working_set_bytes: what is touched again and again: it decides which cache the streams live in.
-        in_place: what is written is what was read before (then read_bytes >= written_bytes).
+        touched_bytes: what calls touch again and again: it decides which cache the streams live in.
+        updated_bytes: what is both read and written, in place.
     Returns:
         (bytes/s, read and written together; what it is).
     Raises:
-        ValueError: no bytes, or more written in place than read.
+        ValueError: no bytes, or more updated than read or written.
     """
     if min(read_bytes, written_bytes) < 0 or read_bytes + written_bytes <= 0:
         raise ValueError(f"expected bytes to read or write, got {read_bytes} and {written_bytes}")
-    if in_place and written_bytes > read_bytes:
-        raise ValueError(f"expected no more written in place than read, got {written_bytes} and {read_bytes}")
+    if not 0 <= updated_bytes <= min(read_bytes, written_bytes):
+        raise ValueError(f"expected updates among {read_bytes} read and {written_bytes} written, got {updated_bytes}")
     device = _resolve(device)
     if device.type == "cuda" or peak_loop is None:
         peak = peak_for(device, torch.float32)
         return peak.bandwidth_bytes_s, peak.source
-    cache = max(_last_level_cache_bytes(), 8 << 20)
-    step = cache // 16
-    size = min(-(-int(working_set_bytes) // step), 8 * 16) * step  # past 8 caches nothing changes
-    reads, writes = _mix(read_bytes, written_bytes)
-    rate = _stream_rate(reads, writes, in_place, size, torch.get_num_threads())
-    place = ", in place" if in_place else ""
-    return rate, f"{reads} streams read and {writes} written{place}, {size >> 20} MiB in all"
+    step = max(_last_level_cache_bytes(), 8 << 20) // 16
+    size = min(-(-int(touched_bytes) // step), 8 * 16) * step  # past 8 caches nothing changes
+    mix = _mix(read_bytes, written_bytes, updated_bytes)
+    reads, writes, updates = mix
+    what = f"{reads} streams read and {writes} written{f', {updates} in place' if updates else ''}, {size >> 20} MiB"
+    return _stream_rate(mix, size, torch.get_num_threads()), what
 
 
-def _mix(read: float, written: float) -> tuple[int, int]:
-    """The fewest whole streams whose share of writes is nearest."""
-    counts = range(MOST_STREAMS + 1)
-    share = written / (read + written)
-    return min(
-        ((r, w) for r in counts for w in counts if r + w),
-        key=lambda mix: (round(abs(mix[1] / sum(mix) - share), 6), sum(mix)),
-    )
+def _mix(read: float, written: float, updated: float) -> tuple[int, int, int]:
+    """The fewest whole streams (read, written, updated) whose shares are nearest."""
+    counts, total = range(MOST_STREAMS + 1), read + written
+
+    def distance(mix: tuple[int, int, int]) -> tuple[float, int]:
+        _, w, u = mix
+        streams = mix[0] + w
+        return round(abs(w / streams - written / total) + abs(u / streams - updated / total), 6), streams
+
+    mixes = [(r, w, u) for r in counts for w in counts if r + w for u in range(min(r, w) + 1)]
+    return min(mixes, key=distance)
 
 
 @functools.cache
-def _stream_rate(reads: int, writes: int, in_place: bool, size_bytes: int, threads: int) -> float:
-    stream_bytes = size_bytes // (reads if in_place else reads + writes)
-    kinds = [{"in_place": True}] if in_place else [{}, {"past_caches": True}] if writes else [{}]
-    works = {("stream", str(kind)): _stream_work(stream_bytes, reads, writes, threads, **kind) for kind in kinds}
+def _stream_rate(mix: tuple[int, int, int], size_bytes: int, threads: int) -> float:
+    reads, writes, updates = mix
+    stream_bytes = size_bytes // (reads + writes - updates)
+    kinds = (False, True) if writes > updates else (False,)
+    works = {("stream", f"past caches: {k}"): _stream_work(stream_bytes, *mix, threads, past_caches=k) for k in kinds}
     return max(_best_rates(torch.device("cpu"), {key: _repeated(*work) for key, work in works.items()}).values())
 
 
@@ -439,22 +442,22 @@ def _loop_works(threads: int) -> dict[tuple[str, str], Work]:
 def _memory_works(size_bytes: int, threads: int) -> dict[tuple[str, str], Work]:
     """Read one stream, and copy one to another past the caches."""
     return {
-        ("read", "memory"): _stream_work(size_bytes, 1, 0, threads),
-        ("copy", "memory"): _stream_work(size_bytes // 2, 1, 1, threads, past_caches=True),
+        ("read", "memory"): _stream_work(size_bytes, 1, 0, 0, threads),
+        ("copy", "memory"): _stream_work(size_bytes // 2, 1, 1, 0, threads, past_caches=True),
     }
 
 
 def _stream_work(
-    stream_bytes: int, reads: int, writes: int, threads: int, *, in_place: bool = False, past_caches: bool = False
+    stream_bytes: int, reads: int, writes: int, updates: int, threads: int, *, past_caches: bool = False
 ) -> Work:
-    """Read and write streams of that many bytes each; in place, the first ones read are the ones written."""
+    """Read and write streams of that many bytes each, some of them in place."""
     stream_bytes = max(256, stream_bytes // 256 * 256)
     stride = stream_bytes + STREAM_GAP_BYTES
-    buffer = torch.ones((max(reads, writes) if in_place else reads + writes) * stride // 4 + 16)
+    buffer = torch.ones((reads + writes - updates) * stride // 4 + 16)
 
     def stream() -> None:  # holds `buffer`: an address alone would let it be freed
         base = -(-buffer.data_ptr() // 64) * 64
-        peak_stream(base, stride, stream_bytes, reads, writes, in_place, past_caches, threads)
+        peak_stream(base, stride, stream_bytes, reads, writes, updates, past_caches, threads)
 
     return stream, float((reads + writes) * stream_bytes)
 

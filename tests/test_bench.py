@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import inspect
 import json
 import re
 import subprocess
@@ -21,6 +22,8 @@ from peakgpt.bench.decode import compare_decoding
 from peakgpt.bench.findings import Failure, Findings, NotTaken, decode, encode
 from peakgpt.bench.isolate import run_part
 from peakgpt.bench.ops import Case, compare, compare_ops
+from peakgpt.bench.passes import CASES as PASS_CASES
+from peakgpt.bench.passes import PASSES, measure
 from peakgpt.bench.peers import _epilogue_mlp, peers
 from peakgpt.bench.report import groups, notes, speedup, tables, verdicts, write_report
 from peakgpt.bench.train import _agreeing
@@ -146,6 +149,54 @@ def test_peers_have_our_arguments():
         torch.testing.assert_close(_epilogue_mlp(*tensors), mlp.eager(*tensors, activation="gelu_erf"))
     with pytest.raises(NotTaken):
         _epilogue_mlp(*tensors)
+
+
+# ---- passes
+
+TINY = {"rows": 3, "width": 8, "batch": 2, "tokens": 3, "vocab": 9, "count": 5}
+# Elements of each size that are read, and that are written.
+MOVED = {
+    "layernorm_forward": (24, 24), "layernorm_backward": (48, 24), "gelu_forward": (24, 24), "gelu_backward": (48, 48),
+    "embedding_forward": (72, 48), "cross_entropy": (27, 27), "sum_of_squares": (5, 0), "adamw": (20, 15),
+}  # fmt: skip
+
+
+def tiny(name):
+    return {k: TINY[k] for k in inspect.signature(PASSES[name]).parameters if k in TINY}
+
+
+def test_every_pass_is_measured():
+    assert set(MOVED) == set(PASSES) == {name for name, _ in PASS_CASES}
+    for name, sizes in PASS_CASES:
+        assert set(tiny(name)) <= set(sizes) <= set(inspect.signature(PASSES[name]).parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_moves_what_it_says(name, dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr("peakgpt.bench.passes.stream_peak", lambda *a, **k: asked.append((a, k)) or (1e9, "streams"))
+    result = measure(name, tiny(name), dtype, rounds=1)
+    read, written = (4 * n for n in MOVED[name])
+    if dtype == torch.bfloat16:  # all but the optimizer's master and moments
+        read, written = (70, 70) if name == "adamw" else (read // 2, written // 2)
+    ((_, *moved, touched), more) = asked[0]
+    assert moved == [read, written] and result.bytes == read + written
+    updated = {"gelu_backward": read // 2, "cross_entropy": read, "adamw": 60}.get(name, 0)
+    assert more == {"updated_bytes": updated} and touched == read + written - updated
+    assert result.bytes_fraction == result.bytes / result.median_s / 1e9
+    assert name in tables([result])[0]
+
+
+def test_passes_write_what_they_say():
+    """The tensors that a pass names as written change, those that it only reads do not."""
+    for name in PASSES:
+        made = PASSES[name](torch.float32, **tiny(name))
+        before = {id(t): t.clone() for t in (*made.read, *made.written) if t is not None}
+        made.bind()()
+        for t in made.read:
+            assert t is None or torch.equal(t, before[id(t)]) != any(t is w for w in made.written), name
+        assert all(t is None or not torch.equal(t, before[id(t)]) for t in made.written), name
 
 
 # ---- the rule against float64

@@ -195,23 +195,16 @@ def test_loop_counts_every_thread_and_iteration(loop):
 @pytest.mark.parametrize("units", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("past_caches", [False, True])
-@pytest.mark.parametrize(("reads", "writes"), [(1, 0), (0, 1), (1, 1), (3, 2)])
-def test_streams_are_read_and_written_once_and_whole(reads, writes, units, threads, past_caches):
+@pytest.mark.parametrize(
+    ("reads", "writes", "updates"), [(1, 0, 0), (0, 1, 0), (1, 1, 0), (3, 2, 0), (3, 2, 1), (2, 2, 2)]
+)
+def test_streams_are_read_and_written_once_and_whole(reads, writes, updates, units, threads, past_caches):
     """Each thread's share of each stream: nothing left out, nothing past the end; 1 plus the sum of what is read."""
     n, gap = units * 64, 64
-    rows = torch.arange(float((reads + writes) * (n + gap))).view(-1, n + gap)
+    rows = torch.arange(float((reads + writes - updates) * (n + gap))).view(-1, n + gap)
     place, expected = aligned(rows), rows.clone()
-    expected[reads:, :n] = 1 + rows[:reads, :n].sum(0)
-    device.peak_stream(place.data_ptr(), 4 * (n + gap), 4 * n, reads, writes, False, past_caches, threads)
-    assert torch.equal(place, expected)
-
-
-@needs_extension
-def test_streams_in_place():
-    rows = torch.arange(3.0 * 128).view(3, 128)
-    place, expected = aligned(rows), rows.clone()
-    expected[:2, :64] = 1 + rows[:, :64].sum(0)
-    device.peak_stream(place.data_ptr(), 4 * 128, 4 * 64, 3, 2, True, False, 2)
+    expected[reads - updates :, :n] = 1 + rows[:reads, :n].sum(0)
+    device.peak_stream(place.data_ptr(), 4 * (n + gap), 4 * n, reads, writes, updates, past_caches, threads)
     assert torch.equal(place, expected)
 
 
@@ -222,49 +215,50 @@ def aligned(rows):
 
 
 @pytest.mark.parametrize(
-    ("read", "written", "mix"),
-    [(10, 0, (1, 0)), (0, 3, (0, 1)), (8, 8, (1, 1)), (64, 32, (2, 1)), (3e6, 3.01e6, (1, 1)), (5e6, 1e8, (0, 1)),
-     (16, 12, (4, 3)), (24, 8, (3, 1))],
+    ("read", "written", "updated", "mix"),
+    [(10, 0, 0, (1, 0, 0)), (0, 3, 0, (0, 1, 0)), (8, 8, 0, (1, 1, 0)), (64, 32, 0, (2, 1, 0)),
+     (3e6, 3.01e6, 0, (1, 1, 0)), (5e6, 1e8, 0, (0, 1, 0)), (16, 12, 12, (4, 3, 3)), (8, 8, 4, (2, 2, 1))],
 )  # fmt: skip
-def test_mix(read, written, mix):
-    assert device._mix(read, written) == mix
+def test_mix(read, written, updated, mix):
+    assert device._mix(read, written, updated) == mix
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_stream_peak_is_the_best_of_its_own_mix(monkeypatch, in_place):
+@pytest.mark.parametrize("updated", [0, 32])
+def test_stream_peak_is_the_best_of_its_own_mix(monkeypatch, updated):
     """Bytes count both ways, of the streams that run; the faster kind of store counts; measured once a size class."""
-    ran, timed = [], []
+    ran = []
 
-    def stream(base, stride, stream_bytes, reads, writes, in_place, past_caches, threads):
-        ran.append((stream_bytes, reads, writes, in_place, past_caches))
+    def stream(base, stride, stream_bytes, reads, writes, updates, past_caches, threads):
+        ran.append((stream_bytes, (reads, writes, updates), past_caches))
 
     def seconds(fn, calls=1):
         fn()
-        timed.append(ran[-1])
-        return 0.005 if ran[-1][-1] else 0.01  # a window of one call
+        return 0.005 if ran[-1][-1] else 0.01
 
     monkeypatch.setattr(device, "peak_loop", stream)
     monkeypatch.setattr(device, "peak_stream", stream, raising=False)
     monkeypatch.setattr(device, "stopwatch", lambda d: seconds)
     monkeypatch.setattr(device, "_last_level_cache_bytes", lambda: 8 << 20)
     monkeypatch.setattr(device, "_stream_rate", functools.cache(device._stream_rate.__wrapped__))
-    rate, what = device.stream_peak("cpu", 64, 32, 3 << 20, in_place=in_place)
+    in_place = bool(updated)
+    rate, what = device.stream_peak("cpu", 64, 32, 3 << 20, updated_bytes=updated)
     size = (3 << 20) // (2 if in_place else 3)
-    assert {r[:4] for r in ran} == {(size, 2, 1, in_place)} and {r[4] for r in ran} == {False} | {not in_place}
-    # The slower kind fits once into a window of 10 ms, the faster twice, which takes 5 ms here: 6 MiB.
+    assert {r[:2] for r in ran} == {(size, (2, 1, int(in_place)))} and {r[2] for r in ran} == {False, not in_place}
+    # The slower kind fits once into a window of 10 ms, the faster twice, which takes 5 ms here.
     assert rate == (3 * size / 0.01 if in_place else 2 * 3 * size / 0.005)
-    assert what == f"2 streams read and 1 written{', in place' if in_place else ''}, 3 MiB in all"
+    assert what == f"2 streams read and 1 written{', 1 in place' if in_place else ''}, 3 MiB"
     count = len(ran)
-    assert device.stream_peak(None, 640, 320, (3 << 20) - 5, in_place=in_place) == (rate, what) and len(ran) == count
-    assert device.stream_peak("cpu", 64, 32, 1 << 40, in_place=in_place)[1].endswith("64 MiB in all")
+    again = device.stream_peak(None, 640, 320, (3 << 20) - 5, updated_bytes=10 * updated)
+    assert again == (rate, what) and len(ran) == count
+    assert device.stream_peak("cpu", 64, 32, 1 << 40)[1].endswith(" 64 MiB")
 
 
 def test_stream_peak_bad_input():
     for read, written in ((0, 0), (-1, 5)):
         with pytest.raises(ValueError, match=f"expected bytes to read or write, got {read} and {written}"):
             device.stream_peak("cpu", read, written, 1)
-    with pytest.raises(ValueError, match="no more written in place than read, got 2 and 1"):
-        device.stream_peak("cpu", 1, 2, 1, in_place=True)
+    with pytest.raises(ValueError, match="expected updates among 1 read and 2 written, got 2"):
+        device.stream_peak("cpu", 1, 2, 1, updated_bytes=2)
 
 
 def test_stream_peak_of_a_gpu_is_its_bandwidth(two_rates):

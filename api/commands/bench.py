@@ -15,6 +15,7 @@ from peakgpt.kernels.device import choose_device
 # Each is a module of peakgpt.bench with add_arguments(parser) and run(args, device) -> Findings.
 BENCHES = {
     "ops": "every op, forward and backward",
+    "passes": "the CPU's memory-bound kernels alone, beside streams of the same reads and writes",
     "train": "a training step of GPT-2",
     "decode": "greedy decoding with a cache",
     "device": "all that a machine with a GPU should be asked, in one go",

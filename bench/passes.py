@@ -1,0 +1,183 @@
+"""The memory-bound passes of the CPU backend alone, each beside streams of the same reads and writes.
+
+What `bench ops` times is an op as people call it, with dispatch, autograd and fresh memory; here a kernel's memory is
+made before, so that what is left is the kernel. Every call works on the same tensors: what fits a cache stays there.
+Values are not compared here: the tests and `bench ops` do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peakgpt.bench.findings import Findings
+from peakgpt.kernels.clock import Result, interleave
+from peakgpt.kernels.device import stream_peak
+
+GELU_TANH = 0  # Activation in csrc/activation.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/types.h
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A kernel of the extension with its arguments but for the threads, and what it must move.
+
+    What it changes in place is read and written. Vectors as long as a row are left out.
+    """
+
+    kernel: str
+    arguments: tuple[Any, ...]  # as the extension takes them, tensors for addresses
+    read: Sequence[Tensor | None]
+    written: Sequence[Tensor | None] = ()
+
+    def bind(self) -> Callable[[], None]:
+        """A call of it; whoever calls keeps this object, and so the tensors, alive."""
+        from peakgpt import _C
+
+        kernel, threads = getattr(_C, self.kernel), torch.get_num_threads()
+        call = [DTYPES[a] if isinstance(a, torch.dtype) else _address(a) for a in self.arguments]
+        return lambda: kernel(*call, threads)
+
+
+def layernorm_forward(dtype, rows: int, width: int, residual: bool = False) -> Pass:
+    x, w, b, mu, r = _norm_tensors(dtype, rows, width)
+    added, total = torch.randn(2, rows, width).to(dtype).unbind() if residual else (None, None)
+    y = torch.empty_like(x)
+    arguments = (dtype, dtype, rows, width, x, width, added, width, w, b, total, y, mu, r, 1e-5)
+    return Pass("layernorm_forward", arguments, (x, added), (total, y))
+
+
+def layernorm_backward(dtype, rows: int, width: int, residual: bool = False) -> Pass:
+    x, w, b, mu, r = _norm_tensors(dtype, rows, width)
+    dy, dsum = torch.randn(2, rows, width).to(dtype).unbind()
+    dsum = dsum if residual else None
+    dx, dw, db = (torch.empty_like(t) for t in (x, w, b))
+    arguments = (dtype, dtype, rows, width, dy, width, dsum, width, x, width, w, mu, r, dx, dw, db)
+    return Pass("layernorm_backward", arguments, (x, dy, dsum), (dx,))
+
+
+def _norm_tensors(dtype, rows: int, width: int) -> tuple[Tensor, ...]:
+    w, b = torch.randn(2, width).to(dtype).unbind()
+    return (3 + torch.randn(rows, width)).to(dtype), w, b, torch.full((rows,), 3.0), torch.ones(rows)
+
+
+def gelu_forward(dtype, rows: int, width: int) -> Pass:
+    pre, out = torch.randn(2, rows, width).to(dtype).unbind()
+    return Pass("activation_forward", (dtype, GELU_TANH, pre.numel(), pre, out), (pre,), (out,))
+
+
+def gelu_backward(dtype, rows: int, width: int) -> Pass:
+    """The gradient becomes that of pre; act(pre) and the bias gradient come along."""
+    pre, out, gradient = torch.randn(3, rows, width).to(dtype).unbind()
+    db = torch.empty(width, dtype=dtype)
+    arguments = (dtype, GELU_TANH, rows, width, pre, gradient, out, db)
+    return Pass("activation_backward", arguments, (pre, gradient), (gradient, out))
+
+
+def embedding_forward(dtype, batch: int, tokens: int, width: int, vocab: int) -> Pass:
+    wte, wpe = torch.randn(vocab, width).to(dtype), torch.randn(tokens, width).to(dtype)
+    ids, out = torch.randint(vocab, (batch, tokens)), torch.empty(batch, tokens, width, dtype=dtype)
+    arguments = (dtype, batch, tokens, width, ids, wte, width, wpe, width, out)
+    found = wte[: batch * tokens]  # as much as is read of it
+    return Pass("embedding_forward", arguments, (found, wpe), (out,))
+
+
+def cross_entropy(dtype, rows: int, vocab: int, gradient: bool = True) -> Pass:
+    """The losses, and the logits' gradient in their place; a call finds the gradients that the one before left."""
+    logits, target = torch.randn(rows, vocab).to(dtype), torch.randint(vocab, (rows,))
+    loss, lse = torch.empty(2, rows).unbind()
+    arguments = (dtype, rows, vocab, logits, target, -100, loss, lse, gradient, 1.0)
+    return Pass("cross_entropy_forward", arguments, (logits,), (logits,) if gradient else ())
+
+
+def sum_of_squares(dtype, count: int) -> Pass:
+    x, total = torch.randn(count).to(dtype), torch.zeros(())
+    return Pass("sum_of_squares", (dtype, count, x, total), (x,))
+
+
+def adamw(dtype, count: int) -> Pass:
+    """In bfloat16 with the float32 master."""
+    param, grad = torch.randn(2, count).to(dtype).unbind()
+    master = None if dtype == torch.float32 else param.float()
+    m, v, step = torch.randn(count) * 0.1, torch.rand(count) * 0.1, torch.full((), 3.0)
+    arguments = (dtype, count, param, grad, master, m, v, step, None, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.0)
+    wide = param if master is None else master
+    return Pass("adamw", arguments, (wide, m, v, grad), (wide, m, v, None if master is None else param))
+
+
+PASSES = {
+    f.__name__: f
+    for f in (layernorm_forward, layernorm_backward, gelu_forward, gelu_backward, embedding_forward, cross_entropy,
+              sum_of_squares, adamw)
+}  # fmt: skip
+# GPT-2 124M: 1024 tokens stay in the last-level cache, 16384 do not.
+CASES: list[tuple[str, dict[str, int]]] = [
+    *((name, {"rows": rows, "width": 768, **more})
+      for name in ("layernorm_forward", "layernorm_backward")
+      for more in ({}, {"residual": True}) for rows in (1024, 4096, 16384)),
+    *((name, {"rows": rows, "width": 3072}) for name in ("gelu_forward", "gelu_backward") for rows in (1024, 8192)),
+    *(("embedding_forward", {"batch": batch, "tokens": 1024, "width": 768, "vocab": 50304}) for batch in (1, 16)),
+    *(("cross_entropy", {"rows": rows, "vocab": 50304}) for rows in (64, 512)),
+    ("cross_entropy", {"rows": 512, "vocab": 50304, "gradient": False}),
+    *(("sum_of_squares", {"count": count}) for count in (1 << 21, 124_475_904)),
+    *(("adamw", {"count": count}) for count in (1 << 18, 124_475_904)),
+]  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", action="append", choices=sorted(PASSES), help="repeatable; default all")
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
+    parser.add_argument("--rounds", type=int, default=15, help="timings of each pass (default 15)")
+
+
+def run(args: argparse.Namespace, device: torch.device) -> Findings:
+    if device.type != "cpu":
+        raise ValueError(f"bench passes times the C++ kernels, expected --device cpu, got {device}")
+    dtypes = [getattr(torch, name) for name in args.dtype or ("float32", "bfloat16")]
+    cases = [case for case in CASES if case[0] in (args.only or PASSES)]
+    return Findings([measure(name, sizes, dtype, rounds=args.rounds) for dtype in dtypes for name, sizes in cases])
+
+
+def measure(name: str, sizes: dict[str, int], dtype: torch.dtype, *, rounds: int = 15) -> Result:
+    """Time a pass.
+
+    Args:
+        name: of PASSES.
+        sizes: what it takes.
+        dtype: float32 or bfloat16.
+        rounds: timings at most.
+    Returns:
+        A result with the bytes that the pass must move, its streaming ceiling, and no FLOPs.
+    Raises:
+        ImportError: there is no C++ extension.
+    """
+    made = PASSES[name](dtype, **sizes)
+    read, written = _distinct(made.read), _distinct(made.written)
+    updated = _bytes(t for address, t in read.items() if address in written)
+    read_bytes, written_bytes = _bytes(read.values()), _bytes(written.values())
+    ceiling, streams = stream_peak("cpu", read_bytes, written_bytes, read_bytes + written_bytes - updated,
+                                   updated_bytes=updated)  # fmt: skip
+    timing = interleave({name: made.bind()}, rounds=rounds, warmup=2)[name]
+    return Result.of(
+        timing, bench="pass", contender="peakgpt", backend="cpu", device="cpu",
+        dtype=str(dtype).removeprefix("torch."), case={"op": name, **sizes}, bytes=read_bytes + written_bytes,
+        peak_bytes_s=ceiling, peak_source=f"bytes: {streams}",
+    )  # fmt: skip
+
+
+def _distinct(tensors: Iterable[Tensor | None]) -> dict[int, Tensor]:
+    return {t.data_ptr(): t for t in tensors if t is not None}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _address(argument: Any) -> Any:
+    """What the extension takes for an argument: the address of a tensor, 0 for None, anything else as it is."""
+    return 0 if argument is None else argument.data_ptr() if isinstance(argument, Tensor) else argument
