@@ -40,10 +40,9 @@ PEAK_INLINE void StoreWeights(Pair* p, int64_t row, Vec even, Vec odd) {
 // Scores to weights p = e^(c s - top), with the running maximum and sum of each query brought up to date; factor is
 // what earlier results must be multiplied by.
 template <class E>
-void Softmax(const float* s, int64_t rows, int64_t begin_vec, int64_t end_vec, float c, E* p, float* top, float* sum,
-             float* factor) {
+void Softmax(const float* s, int64_t rows, Lanes lanes, float c, E* p, float* top, float* sum, float* factor) {
   const Vec scale = Set(c), nothing = Set(-kInfinity), zero = Set(0.0f);
-  for (int64_t at = begin_vec * kLanes; at < end_vec * kLanes; at += kLanes) {
+  for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
     const Vec before = Load(top + at);
     Vec high = before, high2 = nothing;
     for (int64_t r = 0; r < rows; r += 2) {
@@ -67,8 +66,8 @@ void Softmax(const float* s, int64_t rows, int64_t begin_vec, int64_t end_vec, f
   }
 }
 
-PEAK_INLINE void Rescale(float* o, int64_t width, int64_t begin_vec, int64_t end_vec, const float* factor) {
-  for (int64_t at = begin_vec * kLanes; at < end_vec * kLanes; at += kLanes) {
+PEAK_INLINE void Rescale(float* o, int64_t width, Lanes lanes, const float* factor) {
+  for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
     const Vec f = Load(factor + at);
     for (int64_t d = 0; d < width; ++d) Store(o + d * kTile + at, Load(o + d * kTile + at) * f);
   }
@@ -109,14 +108,15 @@ void ForwardHead(const AttentionArgs& args, int64_t b, int64_t h, int64_t part, 
     int64_t keys;
     for (int64_t key = tile.begin / kEdgeTile * kEdgeTile; key < tile.end; key += keys) {
       keys = tile.KeysAt(key, tile.end);
-      const int64_t rows = UpTo(keys, kBlockRows), dead = tile.DeadVecs(key), vecs = tile.vecs - dead;
-      const int64_t lane = dead * kLanes;
+      const int64_t rows = UpTo(keys, kBlockRows);
+      const Lanes lanes = tile.LanesAt(key, rows);
+      const int64_t lane = lanes.begin * kLanes, vecs = lanes.end - lanes.begin;
       Multiply(space.k + (key - base) * widths.natural, widths.natural, 1, space.q + lane, kTile, width / kDepth<E>,
                space.s + lane, kTile, rows, vecs, false);
       const bool biased = slope != 0.0f || !tile.Whole(key, rows);
-      if (biased) Bias(tile, space.s, key, rows, dead, c, slope);
-      Softmax(space.s, rows, dead, tile.vecs, biased ? 1.0f : c, space.p, space.top, space.sum, space.factor);
-      Rescale(space.o, width, dead, tile.vecs, space.factor);
+      if (biased) Bias(tile, space.s, key, rows, lanes, c, slope);
+      Softmax(space.s, rows, lanes, biased ? 1.0f : c, space.p, space.top, space.sum, space.factor);
+      Rescale(space.o, width, lanes, space.factor);
       Multiply(space.v + (key - base) / kDepth<E> * widths.stacked, 1, widths.stacked, space.p + lane, kTile,
                rows / kDepth<E>, space.o + lane, kTile, width, vecs, true);
     }

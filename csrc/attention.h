@@ -21,6 +21,8 @@ struct AttentionArgs {
   const float* alibi;       // (heads) or null
   const int64_t* kv_start;  // (batch) or null: 0
   const int64_t* kv_len;    // (batch) or null: all keys
+  const int64_t* cu_seqlens;  // (documents + 1) or null: ascending from 0 to keys, which equal queries
+  int64_t documents;
   bool causal;
   int64_t window;  // how many keys a query sees at most; 0: any number
   float scale;

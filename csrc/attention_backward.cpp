@@ -65,10 +65,9 @@ PEAK_INLINE void StoreTwoRows(Pair* rows, Pair* stacked, int64_t row, int64_t at
 
 // p = e^(c s - lse), ds = p (dp - delta).
 template <class T>
-void Gradients(const BackwardSpace<T>& space, const float* lse, const float* delta, int64_t rows, int64_t begin_vec,
-               int64_t end_vec, float c) {
+void Gradients(const BackwardSpace<T>& space, const float* lse, const float* delta, int64_t rows, Lanes lanes, float c) {
   const Vec scale = Set(c);
-  for (int64_t at = begin_vec * kLanes; at < end_vec * kLanes; at += kLanes) {
+  for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
     const Vec base = Set(0.0f) - Load(lse + at), mean = Load(delta + at);
     for (int64_t r = 0; r < rows; r += 2) {
       const float *s = space.s + r * kTile + at, *dp = space.dp + r * kTile + at;
@@ -102,15 +101,17 @@ void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const
                   int64_t key, int64_t keys, float c, float slope) {
   using E = typename OperandOf<T>::type;
   const Widths<E> widths(width);
-  const int64_t rows = UpTo(keys, kBlockRows), dead = tile.DeadVecs(key), vecs = tile.vecs - dead, lane = dead * kLanes;
+  const int64_t rows = UpTo(keys, kBlockRows);
+  const Lanes lanes = tile.LanesAt(key, rows);
+  const int64_t lane = lanes.begin * kLanes, vecs = lanes.end - lanes.begin;
   const int64_t i = tile.query - unit.query, j = key - unit.key;
   Multiply(space.k + j * widths.natural, widths.natural, 1, space.q + i * width / kDepth<E> + lane, kTile,
            width / kDepth<E>, space.s + lane, kTile, rows, vecs, false);
   Multiply(space.v + j * widths.natural, widths.natural, 1, space.dy + i * width / kDepth<E> + lane, kTile,
            width / kDepth<E>, space.dp + lane, kTile, rows, vecs, false);
   const bool biased = slope != 0.0f || !tile.Whole(key, rows);
-  if (biased) Bias(tile, space.s, key, rows, dead, c, slope);
-  Gradients(space, space.lse + i, space.delta + i, rows, dead, tile.vecs, biased ? 1.0f : c);
+  if (biased) Bias(tile, space.s, key, rows, lanes, c, slope);
+  Gradients(space, space.lse + i, space.delta + i, rows, lanes, biased ? 1.0f : c);
   if (unit.want_dkv) {
     const int64_t line = kTile / kDepth<E>, at = (i + lane) / kDepth<E> * widths.stacked;
     const int64_t depth = vecs * kLanes / kDepth<E>, columns = widths.stacked / kLanes;

@@ -198,17 +198,43 @@ void StoreTransposed(const float* tile, const float* factor, T* out, int64_t str
 // ----------------------------------------------------------------------------------------------------------- mask
 // Every mask is one range of keys a query: First(i) .. End(i) - 1, both growing with i.
 struct Live {
-  int64_t offset, begin, end, window;
+  int64_t offset, begin, end, window, documents;
+  const int64_t* starts;  // of documents, one more than there are, or null
   bool causal;
 
-  Live(const AttentionArgs& args, int64_t b) : offset(args.keys - args.queries), causal(args.causal) {
+  Live(const AttentionArgs& args, int64_t b)
+      : offset(args.keys - args.queries), documents(args.documents), starts(args.cu_seqlens), causal(args.causal) {
     begin = args.kv_start == nullptr ? 0 : Most(0, args.kv_start[b]);
     end = args.kv_len == nullptr ? args.keys
                                  : Least(args.keys, (args.kv_start == nullptr ? 0 : args.kv_start[b]) + args.kv_len[b]);
     window = args.window > 0 ? args.window : args.queries + args.keys;
   }
-  PEAK_INLINE int64_t First(int64_t i) const { return Most(begin, i + offset - window + 1); }
-  PEAK_INLINE int64_t End(int64_t i) const { return causal ? Least(end, i + offset + 1) : end; }
+  // The last document that starts at or before token i.
+  PEAK_INLINE int64_t Document(int64_t i) const {
+    int64_t low = 0, high = documents - 1;
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (starts[middle] <= i) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+  PEAK_INLINE int64_t First(int64_t i) const {
+    const int64_t first = Most(begin, i + offset - window + 1);
+    return starts == nullptr ? first : Most(first, starts[Document(i)]);
+  }
+  PEAK_INLINE int64_t End(int64_t i) const {
+    const int64_t last = causal ? Least(end, i + offset + 1) : end;
+    return starts == nullptr ? last : Least(last, starts[Document(i) + 1]);
+  }
+};
+
+// Vectors begin .. end - 1 of a tile's queries.
+struct Lanes {
+  int64_t begin, end;
 };
 
 // A tile of queries: their bounds as floats (exact to 2^24 keys), one a lane.
@@ -238,18 +264,19 @@ struct QueryTile {
     return whole ? kTile : Least(kEdgeTile, stop - key);
   }
   PEAK_INLINE bool Whole(int64_t key, int64_t rows) const { return key >= all_from && key + rows <= all_to; }
-  // The leading vectors in which no query sees `key` or a later one.
-  PEAK_INLINE int64_t DeadVecs(int64_t key) const {
-    int64_t dead = 0;
-    while (dead < vecs && last[dead * kLanes + kLanes - 1] < static_cast<float>(key)) ++dead;
-    return dead;
+  // The vectors of queries that see any of the keys from `key` on: both bounds of a query grow with it.
+  PEAK_INLINE Lanes LanesAt(int64_t key, int64_t rows) const {
+    Lanes lanes{0, vecs};
+    while (lanes.begin < vecs && last[lanes.begin * kLanes + kLanes - 1] < static_cast<float>(key)) ++lanes.begin;
+    while (lanes.end > lanes.begin && first[(lanes.end - 1) * kLanes] >= static_cast<float>(key + rows)) --lanes.end;
+    return lanes;
   }
 };
 
 // s = c s + slope (j - i), -inf where dead; rows past the tile's keys are dead too.
-inline void Bias(const QueryTile& tile, float* s, int64_t key, int64_t rows, int64_t dead_vecs, float c, float slope) {
+inline void Bias(const QueryTile& tile, float* s, int64_t key, int64_t rows, Lanes lanes, float c, float slope) {
   const Vec gone = Set(-kInfinity);
-  for (int64_t v = dead_vecs; v < tile.vecs; ++v) {
+  for (int64_t v = lanes.begin; v < lanes.end; ++v) {
     const Vec first = Load(tile.first + v * kLanes), last = Load(tile.last + v * kLanes);
     const Vec position = Load(tile.position + v * kLanes);
     for (int64_t r = 0; r < rows; ++r) {

@@ -62,6 +62,9 @@ def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, causal, window
     check.shape("attention", "k", k, q.shape[0], None, None, q.shape[3])
     check.shape("attention", "v", v, *k.shape)
     check.same("attention", "q", q, k=k, v=v)
+    check.same("attention", "q", q, mixed=True, alibi=alibi, bias=bias)
+    check.integers("attention", "kv_start", kv_start, q.device)
+    check.integers("attention", "kv_len", kv_len, q.device)
     batch, tokens, heads, _ = q.shape
     if k.shape[2] == 0 or heads % k.shape[2]:
         raise ValueError(f"attention: {heads} query heads over {k.shape[2]} key heads, expected a whole multiple")
@@ -80,7 +83,7 @@ def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, causal, window
                 f"expected (1 or {batch}, 1 or {heads}, {tokens}, {k.shape[1]})"
             )
     if cu_seqlens is not None:
-        check.shape("attention", "cu_seqlens", cu_seqlens, None)
+        check.offsets("attention", "cu_seqlens", cu_seqlens, tokens, q.device)
         if batch != 1 or tokens != k.shape[1]:
             raise ValueError(
                 f"attention: packed documents with q {tuple(q.shape)} and k {tuple(k.shape)}, expected B = 1 and T = S"

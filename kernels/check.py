@@ -40,16 +40,38 @@ def same(op: str, first: str, x: Tensor, *, mixed: bool = False, **others: Tenso
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected {first}'s dtype {x.dtype}")
 
 
-def indices(op: str, name: str, tensor: Tensor, limit: int, device: torch.device, *, ignore: int | None = None) -> None:
-    """tensor is integer, on the device and, where looking costs no device sync, within 0..limit-1."""
+def integers(op: str, name: str, tensor: Tensor | None, device: torch.device) -> None:
+    """tensor, unless None, is integer and on the device."""
+    if tensor is None:
+        return
     if tensor.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected int64 or int32")
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device}")
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor or device.type != "cpu" or tensor.numel() == 0:
+
+
+def indices(op: str, name: str, tensor: Tensor, limit: int, device: torch.device, *, ignore: int | None = None) -> None:
+    """tensor is integer, on the device and, where looking costs no device sync, within 0..limit-1."""
+    integers(op, name, tensor, device)
+    if not _readable(tensor) or tensor.numel() == 0:
         return
     live = tensor if ignore is None else tensor[tensor != ignore]
     if live.numel():
         low, high = (int(v) for v in torch.aminmax(live))
         if low < 0 or high >= limit:
             raise ValueError(f"{op}: {name} has values {low} to {high}, expected 0 to {limit - 1}")
+
+
+def offsets(op: str, name: str, tensor: Tensor, total: int, device: torch.device) -> None:
+    """tensor (N + 1,), N >= 1, is integer, on the device and, where looking is free, ascends from 0 to total."""
+    shape(op, name, tensor, None)
+    integers(op, name, tensor, device)
+    if tensor.shape[0] < 2:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected at least 2 entries")
+    if _readable(tensor) and not (tensor[0] == 0 and tensor[-1] == total and (tensor[1:] >= tensor[:-1]).all()):
+        raise ValueError(f"{op}: {name} is {tensor.tolist()}, expected to ascend from 0 to {total}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at, without waiting for a device."""
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"

@@ -3,7 +3,9 @@
 A contract file declares an op with `@op` on its eager function. A backend is a module `kernels/<backend>/<op>.py`
 of pure functions:
 
-    objection(*tensors, **params) -> str | None       why it can not take this call, or None
+    NO_GRADIENT                                       optional: names of tensors that it gives no gradient for
+    objection(*tensors, **params) -> str | None       why it can not take this call, or None; reads sizes, dtypes and
+                                                      strides only, which are the same while tracing and when it runs
     forward(outputs, saved, *tensors, **params)       fills what the contract's `alloc` made
     backward(grads, inputs, outputs, saved, needs, **params) -> one gradient (or None) per tensor
 
@@ -147,18 +149,20 @@ class Op:
             return self._eager(tensors, params)
         if not _plain(tensors):
             return self._traced(tensors, cast, params)
-        backend = self._choose(_forced, cast, params)
+        needs = _needs(cast)
+        backend = self._choose(_forced, cast, params, needs)
         if backend is None:
             return self._eager(tensors, params)
         if autocasting:  # keep it away from what the backend calls inside
             with torch.autocast(kind, enabled=False):
-                return self._direct(backend, cast, params)
-        return self._direct(backend, cast, params)
+                return self._direct(backend, cast, params, needs)
+        return self._direct(backend, cast, params, needs)
 
     def explain(self, *args, **kwargs) -> dict[str, str | None]:
         """Each backend's objection to this call in the order of PRIORITY; None where it would take it."""
         tensors, params = self._bind(args, kwargs)
-        return {name: self._objection(name, tensors, params, _forced) for name in PRIORITY}
+        needs = _needs(tensors)
+        return {name: self._objection(name, tensors, params, _forced, needs) for name in PRIORITY}
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
         values = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
@@ -166,8 +170,7 @@ class Op:
             self.signature.bind(*args, **kwargs)  # raises Python's own message
         return tuple(values[n] for n in self.tensor_names), {n: values[n] for n in self.param_names}
 
-    def _direct(self, backend: ModuleType, tensors, params):
-        needs = _needs(tensors)
+    def _direct(self, backend: ModuleType, tensors, params, needs):
         if any(needs):
             return self._result(_Fused.apply(self, backend, params, needs, *tensors))
         results, saved = self.alloc(*tensors, needs=needs, **params)
@@ -189,7 +192,7 @@ class Op:
             results = self._library_op(*ordered, _forced or "", list(_needs(cast)))
         return None if self.mutates else self._result(results[: len(self.outputs)])
 
-    def _objection(self, backend: str, tensors, params, forced: str | None) -> str | None:
+    def _objection(self, backend: str, tensors, params, forced: str | None, needs) -> str | None:
         if backend == "eager":
             return None
         module = load(backend, self.name)
@@ -198,16 +201,22 @@ class Op:
         kind = tensors[0].device.type
         if kind != HOME[backend] and not (forced == backend == "gpu" and kind == "cpu" and interpreted()):
             return f"takes {HOME[backend]} tensors, got {kind}"
+        return self._objects(module, tensors, params, needs)
+
+    def _objects(self, module: ModuleType, tensors, params, needs) -> str | None:
+        for name in getattr(module, "NO_GRADIENT", ()):
+            if needs[self.tensor_names.index(name)]:
+                return f"has no gradient for {name} yet"
         return module.objection(*tensors, **params)
 
-    def _choose(self, forced: str | None, tensors, params):
+    def _choose(self, forced: str | None, tensors, params, needs):
         """The backend's module; None means eager."""
         if forced:
-            if reason := self._objection(forced, tensors, params, forced):
+            if reason := self._objection(forced, tensors, params, forced, needs):
                 raise NotImplementedError(f"{self.name}: backend {forced!r} is forced but objects: {reason}")
             return None if forced == "eager" else load(forced, self.name)
         for module in _at_home(self.name, tensors[0].device.type):
-            if module.objection(*tensors, **params) is None:
+            if self._objects(module, tensors, params, needs) is None:
                 return module
         return None
 
@@ -290,8 +299,8 @@ def _register(op: Op):
     tags = (torch.Tag.needs_exact_strides,)
     replay = _Replay(op)
 
-    def choose(forced: str, tensors, params):
-        return op._choose(forced or None, tensors, params) or replay
+    def choose(forced: str, tensors, params, needs):
+        return op._choose(forced or None, tensors, params, needs) or replay
 
     def split(args):
         *values, forced, needs = args
@@ -301,7 +310,7 @@ def _register(op: Op):
         tensors, params, forced, needs = split(args)
         op.check(*tensors, **params)  # again: while tracing nobody sees values, and an id out of range writes anywhere
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
-        choose(forced, tensors, params).forward(outputs, saved, *tensors, **params)
+        choose(forced, tensors, params, needs).forward(outputs, saved, *tensors, **params)
         return None if op.mutates else [*outputs, *saved]
 
     def fake(*args):
@@ -322,7 +331,7 @@ def _register(op: Op):
         *values, forced, needs = rest
         params = dict(zip(op.param_names, values, strict=True))
         with torch._C._AutoDispatchBelowAutograd():  # as in forward; here no autograd kernel came first
-            found = choose(forced, inputs, params).backward(grads, inputs, outputs, saved, needs, **params)
+            found = choose(forced, inputs, params, needs).backward(grads, inputs, outputs, saved, needs, **params)
         return _distinct([_laid_out_like(t, g) for t, g, need in zip(inputs, found, needs, strict=True) if need])
 
     def fake_backward(grads, inputs, outputs, saved, *rest):

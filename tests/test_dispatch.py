@@ -18,6 +18,10 @@ def heads(count):
     return torch.randn(1, 4, count, 8)
 
 
+def attend(**sides):
+    return attention(heads(2), heads(2), heads(2), **sides)
+
+
 def loss(target, **params):
     return linear_cross_entropy(X, torch.randn(5, 8), torch.tensor(target), **params)
 
@@ -69,6 +73,15 @@ def test_gpu_takes_cuda_tensors_only_unless_forced():
         (lambda: attention(heads(3), heads(3), heads(2)), ValueError, r"v has shape"),
         (lambda: attention(heads(3), heads(2), heads(2)), ValueError, r"3 query heads over 2 key heads"),
         (lambda: attention(heads(2), heads(2), heads(2), window=0), ValueError, r"window is 0, expected"),
+        (lambda: attend(alibi=torch.ones(2, device="meta")), ValueError, r"alibi is on meta, expected q's device cpu"),
+        (lambda: attend(alibi=torch.ones(2).long()), ValueError, r"alibi has dtype torch.int64, expected q's dtype"),
+        (lambda: attend(bias=torch.ones(1, 1, 4, 4).bool()), ValueError, r"bias has dtype torch.bool, expected q's"),
+        (lambda: attend(bias=torch.ones(1, 2, 4, 5)), ValueError, r"bias has shape \(1, 2, 4, 5\), expected"),
+        (lambda: attend(kv_start=torch.ones(1)), ValueError, r"kv_start has dtype torch.float32, expected int64 or"),
+        (lambda: attend(kv_len=torch.ones(1).int().to("meta")), ValueError, r"kv_len is on meta, expected cpu"),
+        (lambda: attend(cu_seqlens=torch.tensor([4])), ValueError, r"\(1,\), expected at least 2 entries"),
+        (lambda: attend(cu_seqlens=torch.tensor([0, 5])), ValueError, r"is \[0, 5\], expected to ascend from 0 to 4"),
+        (lambda: attend(cu_seqlens=torch.tensor([0, 3, 2, 4])), ValueError, r"expected to ascend from 0 to 4"),
         (lambda: loss([0, 5, 1]), ValueError, r"values 0 to 5, expected 0 to 4"),
         (lambda: loss([0.0, 1.0, 1.0]), ValueError, r"dtype torch.float32, expected int64"),
         (lambda: loss([0, 1, 1], reduction="avg"), ValueError, r"reduction is 'avg'"),
@@ -91,6 +104,20 @@ def test_compiled_code_refuses_ids_out_of_range_too(name):
     torch._dynamo.reset()
     with pytest.raises(ValueError, match="values 0 to 9, expected 0 to 4"):
         torch.compile(call, backend="aot_eager")(bad, torch.randn(1, 2, 8))
+
+
+@pytest.mark.parametrize("trainable", (True, False))
+def test_compiled_code_chooses_as_direct_calls_do(trainable):
+    """Fails when an objection asks a tensor whether it wants a gradient: in compiled code none does."""
+    q, slopes = torch.randn(1, 70, 2, 8, requires_grad=True), torch.tensor([0.5, 0.25], requires_grad=trainable)
+    wanted = [q, slopes] if trainable else [q]
+    torch._dynamo.reset()
+    found = []
+    for call in (attention, torch.compile(attention, fullgraph=True, backend="aot_eager")):
+        y = call(q, q, q, alibi=slopes)
+        found.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    for direct, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, direct, rtol=1e-5, atol=1e-6)
 
 
 def test_a_traced_backward_leaves_what_was_saved_alone():

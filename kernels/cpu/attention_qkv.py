@@ -7,23 +7,18 @@ import torch
 from peakgpt.kernels.cpu import attention
 
 
-def objection(qkv, *, n_head, causal, window, scale) -> str | None:
-    return attention.objection(
-        *_split(qkv, n_head), *[None] * 5, causal=causal, window=window, scale=scale, dropout=0.0
-    )
+def objection(qkv, *, n_head, **params) -> str | None:
+    return attention.objection(*_split(qkv, n_head), *[None] * 5, **params, dropout=0.0)
 
 
-def forward(outputs, saved, qkv, *, n_head, causal, window, scale):
-    attention.attend(outputs[0], saved[0], *_split(qkv, n_head), None, None, None, causal, window, scale)
+def forward(outputs, saved, qkv, *, n_head, **params):
+    attention.attend(outputs[0], saved[0], *_split(qkv, n_head), **params)
 
 
-def backward(grads, inputs, outputs, saved, needs, *, n_head, causal, window, scale):
+def backward(grads, inputs, outputs, saved, needs, *, n_head, **params):
     (qkv,) = inputs
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    attention.gradients(
-        _split(dqkv, n_head), grads[0], outputs[0], saved[0], *_split(qkv, n_head), None, None, None, causal, window,
-        scale,
-    )  # fmt: skip
+    attention.gradients(_split(dqkv, n_head), grads[0], outputs[0], saved[0], *_split(qkv, n_head), **params)
     return (dqkv,)
 
 

@@ -44,6 +44,7 @@ def _tile(block_q: int, block_k: int, warps: int, stages: int, newest_mma: bool 
     return AttentionTile(BLOCK_Q=block_q, BLOCK_K=block_k, warps=warps, stages=stages, newest_mma=newest_mma)
 
 
+NO_GRADIENT = ("alibi",)
 WIDTHS = (64, 128, 256)  # a row serves the head widths up to its own
 
 # Unmeasured: compiled without spills by Triton 3.7.1, not yet timed on hardware. Larger tiles that were tried first
@@ -397,8 +398,6 @@ def objection(
         return "needs q, k and v with a contiguous last axis"
     if default_scale(q.shape[3], scale) <= 0:
         return f"needs a scale above 0, got {scale}"
-    if alibi is not None and alibi.requires_grad:
-        return "has no gradient for the ALiBi slopes yet"
     if bias is not None:
         return "takes no additive bias yet"
     if cu_seqlens is not None:
@@ -462,8 +461,6 @@ def forward(outputs, saved, q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, 
 
 def backward(grads, inputs, outputs, saved, needs, *, dropout, **params) -> Sequence[Tensor | None]:
     q, k, v, alibi, _, kv_start, kv_len, _ = inputs
-    if needs[3]:
-        raise NotImplementedError("attention: the gpu backend has no gradient for the ALiBi slopes yet")
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dkv = tuple(torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in "kv") if needs[1] or needs[2] else None
     fill_backward(
