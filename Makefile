@@ -6,7 +6,7 @@ export PYTHONSAFEPATH = 1
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CSRC = $(wildcard csrc/*)
 
-.PHONY: run test test-all bench lint aot wheel
+.PHONY: run test test-all test-native test-neon sanitize bench lint aot wheel
 
 run: .venv/.run
 	.venv/bin/peakgpt quickstart
@@ -18,6 +18,19 @@ test: .venv/.test
 test-all: .venv/.test .venv-triton36/.ready
 	.venv/bin/python -m pytest -m "slow or not slow"
 	.venv-triton36/bin/python -m pytest
+
+# The kernels without Python, once per instruction set; needs a C++ compiler only.
+test-native:
+	$(MAKE) -C tests/native check
+
+# The same cross-compiled for aarch64; needs the packages g++-aarch64-linux-gnu and qemu-user.
+test-neon:
+	$(MAKE) -C tests/native check FLAVOUR=neon
+
+# The same under AddressSanitizer with UBSan, then under ThreadSanitizer; needs the packages clang and libomp-dev.
+sanitize:
+	$(MAKE) -C tests/native check FLAVOUR=asan
+	$(MAKE) -C tests/native check FLAVOUR=tsan
 
 # Takes a while: torch.compile is a contender. The results land in bench/results.
 bench: .venv/.run

@@ -211,6 +211,7 @@ char* AttentionScratch(int64_t bytes) {
   thread_local int64_t size = 0;
   if (size < bytes) {
     memory.reset();
+    size = 0;  // in case the next line throws
     memory.reset(new char[bytes + 64]);
     size = bytes;
   }
@@ -225,11 +226,10 @@ void AttentionForward(const AttentionArgs& args, int threads) {
   const int64_t parts = few ? 1 : std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1, tiles);
   const auto rows = PEAK_PICK_DTYPE(args.dtype, ForwardRows);
   const auto head = PEAK_PICK_DTYPE(args.dtype, ForwardHead);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t unit = 0; unit < heads * parts; ++unit) {
+  ParallelUnits(heads * parts, threads, [&](int64_t unit) {
     const int64_t b = unit / parts / args.heads, h = unit / parts % args.heads;
     few ? rows(args, b, h) : head(args, b, h, unit % parts, parts);
-  }
+  });
 }
 
 }  // namespace peak

@@ -230,19 +230,16 @@ void AttentionBackward(const AttentionArgs& args, int threads) {
   // it where whole heads would leave that share of the threads idle. The sums are the same to the last bit.
   const int64_t rounds = (kv_heads + threads - 1) / threads;
   if (want_dq && want_dkv && 7 * kv_heads >= 5 * rounds * threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < kv_heads; ++i) {
+    return ParallelUnits(kv_heads, threads, [&](int64_t i) {
       const int64_t b = i / args.kv_heads, kv_head = i % args.kv_heads;
       run(args, {b, kv_head, kv_head * group, group, 0, args.queries, 0, args.keys, true, true});
-    }
-    return;
+    });
   }
   const int64_t wanted = 4 * threads;  // units in all, so that threads end together
   const Cut keys(args.keys, wanted / kv_heads), queries(args.queries, wanted / (kv_heads * std::max<int64_t>(1, group)));
   const int64_t dkv_units = want_dkv ? kv_heads * keys.ranges : 0;
   const int64_t dq_units = want_dq ? kv_heads * group * queries.ranges : 0;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < dkv_units + dq_units; ++i) {
+  ParallelUnits(dkv_units + dq_units, threads, [&](int64_t i) {
     if (i < dkv_units) {
       const int64_t range = i % keys.ranges, b = i / keys.ranges / args.kv_heads;
       const int64_t kv_head = i / keys.ranges % args.kv_heads;
@@ -253,7 +250,7 @@ void AttentionBackward(const AttentionArgs& args, int threads) {
       const int64_t head = unit / queries.ranges % args.heads;
       run(args, {b, head / group, head, 1, queries.Begin(range), queries.Begin(range + 1), 0, args.keys, true, false});
     }
-  }
+  });
 }
 
 }  // namespace peak

@@ -451,8 +451,8 @@ PEAK_INLINE Vec Erf(Vec a) {
   far = Fma(far, t, Set(-1.06777877e-1f));
   far = Fma(far, t, Set(-6.34846687e-1f));
   far = Fma(far, t, Set(-1.28717512e-1f));
-  // e^-16 is below half an ulp of 1; past |a| = 6 the polynomial means nothing.
-  far = Select(Greater(t, Set(6.0f)), Set(-16.7f), Fma(far, t, Set(0.0f) - t));
+  // Past |a| = 6 the polynomial means nothing; e^-18 is below half an ulp under 1, so the result is exactly 1 there.
+  far = Select(Greater(t, Set(6.0f)), Set(-18.0f), Fma(far, t, Set(0.0f) - t));
   far = CopySign(Set(1.0f) - Exp(far), a);
   Vec near = Set(-5.96761703e-4f);
   near = Fma(near, s, Set(4.99119423e-3f));

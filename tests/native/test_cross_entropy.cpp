@@ -1,0 +1,99 @@
+#include "cross_entropy.h"
+
+#include <algorithm>
+
+#include "buffer.h"
+
+namespace peak::test {
+namespace {
+
+constexpr int64_t kRows = 4, kIgnored = -100, kIgnoredRow = 2;
+
+double LogSumExp(const double* z, int64_t vocab) {
+  double most = -kInf, sum = 0.0;
+  for (int64_t i = 0; i < vocab; ++i) most = std::max(most, z[i]);
+  for (int64_t i = 0; i < vocab; ++i) sum += std::exp(z[i] - most);
+  return most + std::log(sum);
+}
+
+// Rounding of z - lse moves e^(z - lse) by that much of itself.
+Want Gradient(double z, double lse, bool target, double scale) {
+  const double p = std::exp(z - lse), value = (target ? std::expm1(z - lse) : p) * scale;
+  const double reach = std::isinf(z) ? 1.0 : 4.0 + 2.0 * std::fabs(lse) + std::fabs(z - lse);
+  return {value, std::fabs(scale) * p * reach + 2.0 * std::fabs(value)};
+}
+
+// One value of each row that is not like the others; infinity and NaN spoil the row, as in PyTorch.
+constexpr double kIntruders[] = {1.0, 0x1p-149, 88.0, -1e30, -kInf, kInf, kNan};
+
+PEAK_TEST(cross_entropy) {
+  for (const double intruder : kIntruders) {
+    ForEachCase("cross_entropy", 1, [&](auto element, int64_t vocab, int placement) {
+      using T = decltype(element);
+      if (intruder == -kInf && vocab == 1) return;  // a row without a finite logit has no softmax
+      const bool with_gradient = placement % 2 == 0;
+      const float scale = 0.25f;
+      Random random(vocab);
+      Placer place(placement);
+      auto logits = place.Out<T>(kRows * vocab);
+      auto target = place.In<int64_t>(kRows);
+      auto loss = place.Out<float>(kRows), lse = place.Out<float>(kRows);
+      auto dloss = place.In<float>(kRows);
+      logits.FillNormal(random, 3.0, 4.0);
+      dloss.FillNormal(random);
+      for (int64_t row = 0; row < kRows; ++row) {
+        const int64_t at = random.Below(vocab);
+        target[row] = row == kIgnoredRow ? kIgnored : at;
+        if (vocab > 1) logits[row * vocab + (at + 1) % vocab] = Narrow<T>(intruder);
+      }
+      const std::vector<double> z = logits.Values();
+      CrossEntropyForward({kDtype<T>, kRows, vocab, logits.data(), target.data(), kIgnored, loss.data(), lse.data(),
+                           with_gradient, scale},
+                          1 + placement % 2);
+      if (!with_gradient) {
+        logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // as they were
+        CrossEntropyBackward({kDtype<T>, kRows, vocab, logits.data(), target.data(), kIgnored, lse.data(),
+                              dloss.data()},
+                             1 + placement % 2);
+      }
+      for (int64_t row = 0; row < kRows; ++row) {
+        const bool ignored = row == kIgnoredRow;
+        const double truth = ignored ? 0.0 : LogSumExp(&z[row * vocab], vocab);
+        const double hit = ignored ? 0.0 : z[row * vocab + target[row]];
+        const double slack = ignored ? 0.0 : 8.0 + 4.0 * std::fabs(truth) + std::fabs(hit);
+        Near("lse", row, lse[row], {truth, slack});
+        Near("loss", row, loss[row], {truth - hit, 2.0 * slack});
+        const double factor = ignored ? 0.0 : with_gradient ? scale : dloss.At(row);
+        for (int64_t i = 0; i < vocab; ++i) {
+          const Want want = ignored ? Want{0.0, 0.0} : Gradient(z[row * vocab + i], truth, i == target[row], factor);
+          if (!Near("dlogits", i, logits[row * vocab + i], want)) return;
+        }
+      }
+    });
+  }
+}
+
+template <class T>
+std::vector<char> Call(int threads) {
+  constexpr int64_t kManyRows = 53, kVocab = 259;
+  Random random(1);
+  Placer place(0);
+  auto logits = place.Out<T>(kManyRows * kVocab);
+  auto target = place.In<int64_t>(kManyRows);
+  auto loss = place.Out<float>(kManyRows), lse = place.Out<float>(kManyRows);
+  logits.FillNormal(random);
+  for (int64_t row = 0; row < kManyRows; ++row) target[row] = random.Below(kVocab);
+  CrossEntropyForward(
+      {kDtype<T>, kManyRows, kVocab, logits.data(), target.data(), kIgnored, loss.data(), lse.data(), true, 1.0f},
+      threads);
+  std::vector<char> bytes;
+  logits.Append(bytes);
+  loss.Append(bytes);
+  lse.Append(bytes);
+  return bytes;
+}
+PEAK_KERNEL(cross_entropy_float32) { return Call<float>(threads); }
+PEAK_KERNEL(cross_entropy_bfloat16) { return Call<bf16>(threads); }
+
+}  // namespace
+}  // namespace peak::test

@@ -1,0 +1,42 @@
+#include "sum_of_squares.h"
+
+#include "buffer.h"
+
+namespace peak::test {
+namespace {
+
+PEAK_TEST(sum_of_squares) {
+  // The last: subnormal, then past what a float's square holds, then no number.
+  for (const double intruder : {1.0, 0x1p-149, 1e18, 3e38, kInf, kNan}) {
+    ForEachCase("sum_of_squares", 0, [&](auto element, int64_t count, int placement) {
+      using T = decltype(element);
+      Random random(count);
+      Placer place(placement);
+      auto x = place.In<T>(count);
+      auto total = place.Out<float>(1);
+      x.FillNormal(random, 1.0);
+      total[0] = 0.5f;
+      if (count > 0) x[count / 2] = Narrow<T>(intruder);
+      double want = 0.5;
+      for (const double value : x.Values()) want += value * value;
+      SumOfSquares({kDtype<T>, count, x.data(), total.data()}, 1 + placement % 2);
+      Near("total", 0, total[0], {want, 16.0 * want});
+    });
+  }
+}
+
+PEAK_KERNEL(sum_of_squares_bfloat16) {
+  Random random(1);
+  Placer place(0);
+  auto x = place.In<bf16>(40000);
+  auto total = place.Out<float>(1);
+  x.FillNormal(random);
+  total[0] = 0.0f;
+  SumOfSquares({DType::kBFloat16, x.count(), x.data(), total.data()}, threads);
+  std::vector<char> bytes;
+  total.Append(bytes);
+  return bytes;
+}
+
+}  // namespace
+}  // namespace peak::test
