@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from peakgpt.bench.check import backends
 from peakgpt.bench.findings import Findings, NotTaken
-from peakgpt.bench.peers import IN_PLACE
+from peakgpt.bench.peers import IN_PLACE, peers
 from peakgpt.kernels import catalogue
 from peakgpt.kernels.clock import Result, interleave
+from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.device import peak_for, stream_peak
 from peakgpt.kernels.dispatch import OPS, Op, use_backend
 
@@ -32,13 +34,47 @@ Peers = Callable[[Op, torch.device], dict[str, Callable[..., Any]]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", choices=sorted(catalogue.__all__), help="repeatable; default all")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
+    parser.add_argument("--size", action="append", default=[], metavar="NAME=N",
+                        help="as tokens=1024; repeatable, the others are GPT-2 124M's at 4 x 256 tokens")  # fmt: skip
+    parser.add_argument("--pass", action="append", dest="passes", choices=tuple(PASSES),
+                        help="repeatable; default forward, and forward+backward where there is a gradient")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=120.0, help="for each dtype (default 120)")
 
 
 def run(args: argparse.Namespace, device: torch.device) -> Findings:
-    sizes = {name: {} for name in args.op} if args.op else None
-    dtypes = [getattr(torch, d) for d in args.dtype or ("float32", "bfloat16")]
-    return Findings([r for dtype in dtypes for r in compare_ops(sizes, device, dtype, budget_s=args.seconds)])
+    """On a CPU all contenders run under the allocator that peakgpt trains with, which is eager's at its best."""
+    cases = choose_cases(args.op or sorted(catalogue.__all__), args.size, args.passes)
+    reason = keep_pages() if device.type == "cpu" else None
+    found = Findings()
+    for dtype in args.dtype or ("float32", "bfloat16"):
+        found.results += compare_ops(cases, device, getattr(torch, dtype), budget_s=args.seconds, peers=peers)
+    if device.type == "cpu":
+        said = f"the allocator is left as it is: {reason}" if reason else "freed memory is kept, for every contender"
+        found.results = [replace(r, note="; ".join(filter(None, [r.note, said]))) for r in found.results]
+    return found
+
+
+def choose_cases(ops: Sequence[str], sizes: Sequence[str] = (), passes: Sequence[str] | None = None) -> list[Case]:
+    """Read what was asked for.
+
+    Args:
+        ops: names.
+        sizes: "NAME=N", for every op.
+        passes: keys of PASSES; None means those of Case.
+    Raises:
+        ValueError: a size that an op does not have, or that is no positive number.
+    """
+    chosen = {}
+    for size in sizes:
+        name, _, value = size.partition("=")
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"bench ops: got --size {size!r}, expected NAME=N with N at least 1")
+        chosen[name] = int(value)
+    for op in ops:
+        known = [n for n, p in inspect.signature(OPS[op].sample).parameters.items() if p.kind != p.VAR_KEYWORD]
+        if unknown := [name for name in chosen if name not in known]:
+            raise ValueError(f"bench ops: got size {unknown[0]!r} for {op}, expected {', '.join(known)}")
+    return [Case(op, chosen, passes=tuple(passes) if passes else None) for op in ops]
 
 
 @dataclass(frozen=True)
@@ -71,31 +107,32 @@ class Case:
 
 
 def compare_ops(
-    sizes: Mapping[str, Mapping[str, int]] | None,
+    cases: Sequence[Case],
     device: torch.device | str,
     dtype: torch.dtype,
     *,
     budget_s: float = 60.0,
     rounds: int = 30,
+    peers: Peers = lambda op, device: {},
 ) -> list[Result]:
     """Time ops beside eager.
 
     Args:
-        sizes: op name -> sizes of its sample; None takes every op at GPT-2 124M's.
+        cases: what is timed, in every direction of theirs.
         device, dtype: of the inputs.
         budget_s: seconds in all, shared evenly.
         rounds: timings of each contender at most.
+        peers: see `compare`.
     Returns:
-        Results of "forward" and "forward+backward" with work FLOPs and bytes.
+        Results with work FLOPs and bytes.
     Raises:
         ValueError: our values are not eager's: nothing wrong is timed.
     """
-    cases = [Case(name, (sizes or {}).get(name, {})) for name in (sizes or sorted(catalogue.__all__))]
     todo = [(case, direction) for case in cases for direction in case.directions]
     return [
         result
         for case, direction in todo
-        for result in compare(case, direction, device, dtype, budget_s=budget_s / len(todo), rounds=rounds)
+        for result in compare(case, direction, device, dtype, budget_s=budget_s / len(todo), rounds=rounds, peers=peers)
     ]
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peakgpt.bench.findings import Findings
-from peakgpt.kernels.clock import Result
+from peakgpt.bench.findings import OURS, Findings
+from peakgpt.kernels.clock import Result, Timing, ratio
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2128;background:#fff}
@@ -61,6 +61,10 @@ def _tokens_per_s(r: Result) -> str:
     return f"{tokens / r.median_s:,.0f}"
 
 
+def _rounds(r: Result) -> str:
+    return f"{r.rounds} of {r.rounds + r.dropped}"
+
+
 def _case(r: Result) -> str:
     head = [r.case[k] for k in ("op", "pass") if k in r.case]
     rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass")]
@@ -79,6 +83,20 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
             "MFU": lambda r, _: _percent(r.flops_fraction),
             "ms (quartiles)": lambda r, _: _ms(r),
             "GiB": lambda r, _: _gib(r.memory_bytes),
+            "rounds": lambda r, _: _rounds(r),
+            "against eager": lambda r, rs: _times(speedup(r, rs)),
+        },
+    ),
+    "prefill": (
+        "A prompt's keys, values and last logits, work FLOPs (causal is half, the head at one position)",
+        {
+            "case": lambda r, rs: _case(r) if r is rs[0] else "",
+            "contender": lambda r, _: r.contender,
+            "tokens/s": lambda r, _: _tokens_per_s(r),
+            "of peak FLOP/s": lambda r, _: _percent(r.flops_fraction),
+            "ms (quartiles)": lambda r, _: _ms(r),
+            "GiB": lambda r, _: _gib(r.memory_bytes),
+            "rounds": lambda r, _: _rounds(r),
             "against eager": lambda r, rs: _times(speedup(r, rs)),
         },
     ),
@@ -89,6 +107,7 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
             "contender": lambda r, _: r.contender,
             "tokens/s": lambda r, _: _tokens_per_s(r),
             "MBU": lambda r, _: _percent(r.bytes_fraction),
+            "rounds": lambda r, _: _rounds(r),
             "against eager": lambda r, rs: _times(speedup(r, rs)),
         },
     ),
@@ -103,6 +122,7 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
             "of peak FLOP/s": lambda r, _: _percent(r.flops_fraction),
             "of streams": lambda r, _: _percent(r.bytes_fraction),
             "GiB": lambda r, _: _gib(r.memory_bytes),
+            "rounds": lambda r, _: _rounds(r),
             "against eager": lambda r, rs: _times(speedup(r, rs)),
         },
     ),
@@ -137,6 +157,32 @@ def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[s
 def tables(results: Sequence[Result]) -> list[str]:
     """The results as plain text, one table a kind of benchmark that has any."""
     return [f"\n{title}\n{_text_table(headings, rows)}" for title, headings, rows in _filled(results)]
+
+
+def comparisons(results: Sequence[Result]) -> list[str]:
+    """How much faster and smaller peakgpt is than each contender of its case, as plain text; empty without pairs.
+
+    Times are paired by round, so the spread is that of the ratio, not of the machine's moods.
+    """
+    rows = []
+    for rs in groups(results):
+        ours = next((r for r in rs if r.contender == OURS), None)
+        pairs = [(ours, r) for r in rs if ours and r is not ours and 0 < len(r.samples_s) == len(ours.samples_s)]
+        rows += [[_case(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
+    headings = ["case", "of peak FLOP/s", "against", "times as fast (quartiles)", "of its memory", "beyond imports",
+                "rounds"]  # fmt: skip
+    return [f"\npeakgpt against each contender\n{_text_table(headings, rows)}"] if rows else []
+
+
+def _comparison(ours: Result, other: Result) -> list[str]:
+    by = ratio(*(Timing(tuple(r.samples_s)) for r in (other, ours)))
+    memory = built = None
+    if ours.memory_bytes and other.memory_bytes:
+        memory = ours.memory_bytes / other.memory_bytes
+    if memory and ours.base_bytes and other.base_bytes:
+        built = (ours.memory_bytes - ours.base_bytes) / (other.memory_bytes - other.base_bytes)
+    speed = f"{by.median:.3f} x ({by.q25:.3f} to {by.q75:.3f})"
+    return [_percent(ours.flops_fraction), other.contender, speed, _times(memory), _times(built), _rounds(ours)]
 
 
 def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

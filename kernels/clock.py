@@ -30,6 +30,7 @@ JUDGED_S = 0.2  # /proc/stat counts in 10 ms ticks: 0.2 s on one CPU is 20 ticks
 TICK_ERROR = 2  # each reading may be off by one tick at either end
 MAX_DISTURBANCE = 0.10
 MIN_KEPT_SHARE, MIN_KEPT = 0.5, 3
+REST_S = 0.02  # libgomp's threads spin for 7 ms after a parallel region (2-core Zen 4, 2026-11)
 
 
 # ---- seconds
@@ -220,7 +221,8 @@ def interleave(
         rounds: timings per contender before any is dropped.
         warmup: untimed calls of each contender first.
         device: "cpu" (default) or a CUDA device.
-        workers: process ids of running children that do the contenders' work.
+        workers: process ids of running children that do the contenders' work. Before each timing there is a rest then,
+            because one process' spinning threads would take a core from the next one.
         budget_s: start no new round after this many seconds, warm-up included, but run at least three.
     Returns:
         name -> Timing. On Linux CPUs, rounds with more than 10 % foreign CPU or steal time are dropped for all
@@ -234,7 +236,7 @@ def interleave(
             f"expected contenders, rounds >= 1 and warmup >= 0, got {len(contenders)} contenders, "
             f"rounds={rounds}, warmup={warmup}"
         )
-    seconds = stopwatch(device)
+    seconds = _rested(stopwatch(device)) if workers else stopwatch(device)
     watch = (lambda: read_ticks(workers)) if torch.device(device or "cpu").type == "cpu" else lambda: None
     start = time.perf_counter()
     calls = {name: _calls(fn, warmup, seconds) for name, fn in contenders.items()}
@@ -256,6 +258,14 @@ def interleave(
         n: Timing(tuple(timed[i][n] for i in kept), dropped=len(timed) - len(kept), note=note, calls=calls[n])
         for n in names
     }
+
+
+def _rested(seconds: Callable[..., float]) -> Callable[..., float]:
+    def rest_and_time(fn: Callable[[], Any], calls: int = 1) -> float:
+        time.sleep(REST_S)
+        return seconds(fn, calls)
+
+    return rest_and_time
 
 
 def _calls(fn: Callable[[], Any], warmup: int, seconds: Callable[..., float]) -> int:

@@ -14,24 +14,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peakgpt.bench import contenders
+from peakgpt.bench import contenders, prefill
 from peakgpt.bench import device as device_bench
 from peakgpt.bench.check import Check, check, judge
 from peakgpt.bench.contenders import CONTENDERS, TUNED_MALLOC
 from peakgpt.bench.decode import compare_decoding
+from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.findings import Failure, Findings, NotTaken, decode, encode
 from peakgpt.bench.isolate import run_part
-from peakgpt.bench.ops import Case, compare, compare_ops
+from peakgpt.bench.ops import Case, agree, choose_cases, compare, compare_ops
 from peakgpt.bench.passes import CASES as PASS_CASES
 from peakgpt.bench.passes import PASSES, measure
 from peakgpt.bench.peers import _epilogue_mlp, peers
-from peakgpt.bench.report import groups, notes, speedup, tables, verdicts, write_report
+from peakgpt.bench.report import comparisons, groups, notes, speedup, tables, verdicts, write_report
 from peakgpt.bench.train import _agreeing
 from peakgpt.bench.worker import Worker, _answers
 from peakgpt.cli import main
+from peakgpt.engine.flops import forward_flops
 from peakgpt.engine.model import GPT
 from peakgpt.engine.presets import preset
-from peakgpt.kernels.clock import Result, Timing
+from peakgpt.kernels.clock import Result, Timing, read_results
 from peakgpt.kernels.dispatch import OPS
 
 CPU = torch.device("cpu")
@@ -83,13 +85,37 @@ def wrong_gradient(x, w, b):
 def test_compare_ops_times_every_op_beside_eager():
     sizes = {"layernorm": {"rows": 8, "width": 16}, "adamw": {"count": 64},
              "attention_qkv": {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 8}}  # fmt: skip
-    results = compare_ops(sizes, CPU, torch.float32, budget_s=0.0, rounds=3)
+    cases = [Case(op, size) for op, size in sizes.items()]
+    results = compare_ops(cases, CPU, torch.float32, budget_s=0.0, rounds=3)
     seen = {(r.case["op"], r.case["pass"], r.contender) for r in results}
     passes = {"layernorm": 2, "adamw": 1, "attention_qkv": 2}
     torchs = {"layernorm": "eager", "adamw": "torch fused", "attention_qkv": "eager"}
     assert {(op, c) for op, _, c in seen} == {(op, c) for op in sizes for c in ("peakgpt", torchs[op])}
     assert all(len([s for s in seen if s[0] == op]) == 2 * count for op, count in passes.items())
     assert next(r for r in results if r.case["op"] == "attention_qkv").case["n_head"] == 2
+
+
+def test_bench_ops_times_the_asked_sizes_and_passes(tmp_path, capsys):
+    argv = ["bench", "ops", "--device", "cpu", "--op", "attention", "--dtype", "float32", "--pass", "backward"]
+    sizes = {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 16}
+    argv += [a for name, value in sizes.items() for a in ("--size", f"{name}={value}")]
+    assert main([*argv, "--seconds", "1", "--out", str(tmp_path)]) == 0
+    results, _ = read_results(next(tmp_path.iterdir()))
+    assert [r.contender for r in results] == ["peakgpt", "eager", "sdpa flash"]
+    assert all(r.case.items() >= {"pass": "backward", **sizes}.items() for r in results)
+    assert all("freed memory is kept, for every contender" in r.note for r in results)
+    said = capsys.readouterr().out
+    assert "peakgpt against each contender" in said and "freed memory is kept" in said
+
+
+@pytest.mark.parametrize(
+    "size, message",
+    [("rows=8", "got size 'rows' for attention, expected batch, tokens, heads, head_dim"),
+     ("tokens", "got --size 'tokens', expected NAME=N"), ("tokens=0", "N at least 1"), ("tokens=-1", "N at least 1")],
+)  # fmt: skip
+def test_sizes_that_an_op_has_not_are_refused(size, message):
+    with pytest.raises(ValueError, match=message):
+        choose_cases(["attention"], [size])
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
@@ -324,6 +350,86 @@ def test_decoding_is_compared_and_wrong_logits_are_refused():
         compare_decoding(model, ids, count=3)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("train")
+    argv = ["bench", "train", "--device", "cpu", "--model", "gpt2-tiny", "--batch", "1", "--tokens", "16", "--rounds",
+            "3", "--dtype", "bfloat16", "--contenders", "peakgpt", "eager", "eager, tuned malloc"]  # fmt: skip
+    assert main([*argv, "--out", str(out)]) == 0
+    return read_results(next(out.iterdir()))[0]
+
+
+def test_bench_train_compares_processes(trained):
+    assert [r.contender for r in trained] == ["peakgpt", "eager", "eager, tuned malloc"]
+    assert all(r.case["batch"] == 1 and r.case["tokens"] == 16 and r.dtype == "bfloat16" for r in trained)
+    assert all(r.memory_bytes > r.base_bytes > 1 << 26 and len(r.samples_s) == r.rounds for r in trained)
+    (text,) = comparisons(trained)
+    assert len(text.splitlines()) == 2 + 2 + 2 and "eager, tuned malloc" in text
+
+
+# ---- prefill
+
+
+def small_prompt(contender, dtype=torch.float32):
+    config = tiny_config()
+    state, ids = prefill.start(config, 16)
+    return prefill.CONTENDERS[contender].build(state, config, ids, dtype), prefill.reference_logits(config, 16)
+
+
+@pytest.mark.parametrize("contender", ["peakgpt", "eager", "transformers", "openvino"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_contender_computes_the_prompts_last_logits(contender, dtype):
+    pytest.importorskip(prefill.CONTENDERS[contender].package)
+    run, reference = small_prompt(contender, dtype)
+    for _ in range(2):  # the second prompt starts afresh
+        agree(contender, [run()], [reference], dtype)
+    assert reference.shape == (1, 64)
+
+
+def test_the_static_cache_holds_keys_and_values():
+    model, kept = prefill.PromptGPT(tiny_config()), {}
+    ids = torch.randint(64, (1, 5))
+    model(ids, lambda layer, k, v: kept.update({layer: (k, v)}))
+    past = [[]]
+    EagerGPT.forward(model, ids, past=past)
+    assert list(kept) == [0] and all(torch.equal(a, b) for a, b in zip(kept[0], past[0], strict=True))
+
+
+def test_prefill_is_compared_and_what_is_missing_is_named(monkeypatch):
+    absent = dataclasses.replace(prefill.CONTENDERS["eager"], package="no_such_engine")
+    monkeypatch.setitem(prefill.CONTENDERS, "absent", absent)
+    told = []
+    results = prefill.compare_prefill(
+        tiny_config(), 16, torch.float32, ["peakgpt", "absent", "eager"], rounds=3,
+        on_failure=lambda name, error: told.append(f"{name}: {error}"),
+    )  # fmt: skip
+    assert [r.contender for r in results] == ["peakgpt", "eager"]
+    assert told == ["absent: not measured, no_such_engine is not installed: pip install no_such_engine"]
+    assert all(r.flops == prefill.work_flops(tiny_config(), 16) and r.memory_bytes > r.base_bytes for r in results)
+    assert "rounds" in tables(results)[0] and "3 of 3" in tables(results)[0]
+
+
+def test_wrong_prefill_logits_are_refused(monkeypatch):
+    right = prefill.reference_logits
+    monkeypatch.setattr(prefill, "reference_logits", lambda *a: right(*a).roll(1, -1))
+    told = []
+    results = prefill.compare_prefill(
+        tiny_config(), 16, torch.float32, ["eager"], rounds=3, on_failure=lambda name, error: told.append(str(error))
+    )
+    assert results == [] and "prefill: eager: result 0 is off eager" in told[0]
+
+
+def test_prefill_counts_what_a_prompt_must_compute():
+    assert prefill.work_flops(preset("gpt2"), 512) == pytest.approx(92.0e9, rel=1e-3)
+    one = prefill.work_flops(preset("gpt2"), 1)
+    assert one == pytest.approx(forward_flops(preset("gpt2"), 1))
+
+
+def test_prefill_is_for_the_cpu(monkeypatch):
+    with pytest.raises(ValueError, match="expected --device cpu"):
+        prefill.run(None, torch.device("cuda"))
+
+
 # ---- tables and the page
 
 
@@ -345,6 +451,19 @@ def test_tables_say_what_was_measured():
     assert "peakgpt (cpu)" in lines[5] and lines[5].endswith("2.00 x") and "mlp" not in lines[5]
     assert len({len(line) for line in lines[2:]}) == 1
     assert tables([]) == []
+
+
+def test_comparisons_pair_rounds():
+    """The machine slows down twofold half way: each time spreads widely, their ratio does not."""
+    ours = make_result(contender="peakgpt", timing=Timing((0.1, 0.2, 0.1, 0.2), dropped=1), memory_bytes=6 << 20,
+                       base_bytes=2 << 20, flops=4e9, flops_kind="work", peak_flops_s=1e11)  # fmt: skip
+    eager = make_result(timing=Timing((0.15, 0.3, 0.15, 0.3)), memory_bytes=12 << 20, base_bytes=2 << 20)
+    other = make_result(contender="old", timing=Timing((0.2,)))
+    row = comparisons([eager, ours, other])[0].splitlines()[-1].split("  ")
+    assert [cell.strip() for cell in row if cell] == [
+        "mlp forward float32, rows 8", "26.7 %", "eager", "1.500 x (1.500 to 1.500)", "0.50 x", "0.40 x", "4 of 5"
+    ]  # fmt: skip
+    assert comparisons([eager]) == comparisons([ours, other]) == []
 
 
 def test_notes_tell_each_kind_once():

@@ -1,7 +1,9 @@
 """The clock: which rounds it drops, its ratios, and the schema of results. Nothing here depends on how fast we are."""
 
+import itertools
 import json
 import math
+import os
 import subprocess
 
 import pytest
@@ -199,6 +201,17 @@ def test_result_names_its_flops(bad):
 def test_result_times_are_ordered(bad):
     with pytest.raises(ValueError, match="q25_s <= median_s"):
         Result(**{**result().to_json(), **bad})
+
+
+def test_contenders_in_processes_start_rested(monkeypatch):
+    events = []
+    monkeypatch.setattr(clock.time, "sleep", lambda seconds: events.append("rest"))
+    work = lambda: [events.append("work"), sum(range(1 << 20))]  # noqa: E731
+    clock.interleave({"a": work, "b": work}, rounds=3, warmup=0, workers=[os.getpid()])
+    assert all("rest" in (before, now) for before, now in itertools.pairwise(events))
+    events.clear()
+    clock.interleave({"a": work, "b": work}, rounds=3, warmup=0)
+    assert "rest" not in events
 
 
 def test_results_round_trip(tmp_path):

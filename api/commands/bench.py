@@ -8,7 +8,7 @@ import importlib
 import time
 from pathlib import Path
 
-from peakgpt.bench.report import notes, tables, verdicts
+from peakgpt.bench.report import comparisons, notes, tables, verdicts
 from peakgpt.kernels.clock import environment, write_results
 from peakgpt.kernels.device import choose_device
 
@@ -17,6 +17,7 @@ BENCHES = {
     "ops": "every op, forward and backward",
     "passes": "the CPU's memory-bound kernels alone, beside streams of the same reads and writes",
     "train": "a training step of GPT-2",
+    "prefill": "a prompt of GPT-2 on CPU, beside plain torch, transformers and OpenVINO",
     "decode": "greedy decoding with a cache",
     "device": "all that a machine with a GPU should be asked, in one go",
 }
@@ -42,5 +43,6 @@ def run(args: argparse.Namespace) -> int:
     checks, failures = ([dataclasses.asdict(row) for row in rows] for rows in (found.checks, found.failures))
     env["clocks"] = environment(device)["clocks"]  # of a GPU that has just been at work
     write_results(path, found.results, env, checks=checks, failures=failures)
-    print(*tables(found.results), *notes(found.results), *verdicts(found), f"written: {path}", sep="\n")
+    said = [*tables(found.results), *comparisons(found.results), *notes(found.results), *verdicts(found)]
+    print(*said, f"written: {path}", sep="\n")
     return found.exit_code

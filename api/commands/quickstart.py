@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from peakgpt.bench.decode import compare_decoding
 from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
-from peakgpt.bench.ops import compare_ops
+from peakgpt.bench.ops import Case, compare_ops
 from peakgpt.bench.pair import STRETCH, SharedBatches, stretch
 from peakgpt.bench.report import notes, tables, write_report
 from peakgpt.engine.corpus import load_corpus
@@ -77,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
         return 130
     session.save()
     text, decoding = session.sample(console)
-    results += decoding + compare_ops(
-        session.op_sizes(), device, session.recipe.dtype, budget_s=min(10.0, 2 * args.minutes)
-    )
+    cases = [Case(op, sizes) for op, sizes in session.op_sizes().items()]
+    results += decoding + compare_ops(cases, device, session.recipe.dtype, budget_s=min(10.0, 2 * args.minutes))
     env = environment(device)
     write_results(folder.path / "results.json", results, env)
     write_report(folder.path / "report.html", rows=folder.rows(), results=results, environment=env, corpus=str(corpus),

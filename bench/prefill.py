@@ -1,0 +1,297 @@
+"""A prompt up to its first token's logits, beside plain torch, transformers and OpenVINO: `peakgpt bench prefill`.
+
+Every contender runs the same random weights in a process of its own, keeps the prompt's keys and values, and computes
+logits at the last position only:
+
+    work FLOPs = T (2 N + 4 L H D (T + 1) / 2) - (T - 1) 2 C V
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peakgpt.bench.contenders import SEED, TUNED_MALLOC
+from peakgpt.bench.eager_gpt import EagerGPT
+from peakgpt.bench.findings import Failure, Findings
+from peakgpt.bench.ops import OnFailure, agree, raise_it
+from peakgpt.bench.worker import Worker
+from peakgpt.engine.cache import KVCache
+from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.flops import forward_flops
+from peakgpt.engine.layers import swap_layout
+from peakgpt.engine.model import GPT
+from peakgpt.engine.presets import preset
+from peakgpt.kernels.clock import Result, interleave
+from peakgpt.kernels.device import peak_for
+
+Keep = Callable[[int, Tensor, Tensor], None]  # layer, keys and values (B, H, T, D)
+Prefill = Callable[[], Tensor]  # -> (1, V) logits at the last position
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
+    parser.add_argument("--tokens", type=int, default=512, help="prompt tokens (default 512)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="repeatable; default both")
+    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=15)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> Findings:
+    """
+    Raises:
+        ValueError: another device than the CPU.
+    """
+    if device.type != "cpu":
+        raise ValueError(f"bench prefill compares processes on the CPU, got device {device}: expected --device cpu")
+    found, config = Findings(), preset(args.model)
+    for dtype in args.dtype or ("float32", "bfloat16"):
+        tell = lambda name, error: found.add(Failure.of(error, name))  # noqa: E731
+        found.results += compare_prefill(config, args.tokens, getattr(torch, dtype), args.contenders,
+                                         rounds=args.rounds, on_failure=tell)  # fmt: skip
+    return found
+
+
+def compare_prefill(
+    config: GPTConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    names: Sequence[str] | None = None,
+    *,
+    rounds: int = 15,
+    on_failure: OnFailure = raise_it,
+) -> list[Result]:
+    """Time a prompt of one sequence, once each contender's logits are eager's in float32.
+
+    Args:
+        config: the model.
+        tokens: of the prompt.
+        dtype: to compute in.
+        names: of CONTENDERS; None means all.
+        rounds: see clock.interleave.
+        on_failure: told of a contender that is not installed, ends, or has other logits; the others are timed.
+    Returns:
+        A result a contender, with work FLOPs.
+    """
+    reference, workers = reference_logits(config, tokens), {}
+    request = {"make": f"{__name__}:prefill_step", "threads": torch.get_num_threads(),
+               "config": dataclasses.asdict(config), "tokens": tokens, "dtype": _name(dtype)}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for number, name in enumerate(names or CONTENDERS):
+                contender, logits = CONTENDERS[name], Path(folder, f"{number}.pt")
+                try:
+                    contender.expect_installed()
+                    workers[name] = Worker(
+                        name, {**request, "contender": name, "logits": str(logits)}, contender.environment
+                    )
+                    workers[name].step()
+                    agree(f"prefill: {name}", [torch.load(logits)], [reference], dtype)
+                except Exception as error:  # whatever a peer does must not keep the others from being timed
+                    on_failure(name, error)
+                    if name in workers:
+                        workers.pop(name).close()
+            timings = interleave({n: w.step for n, w in workers.items()}, rounds=rounds, warmup=2,
+                                 workers=[w.pid for w in workers.values()]) if workers else {}  # fmt: skip
+            said = {n: (w.memory_bytes(), w.base_bytes, w.note) for n, w in workers.items()}
+        finally:
+            for worker in workers.values():
+                worker.close()
+    peak = peak_for("cpu", dtype)
+    case = {"tokens": tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
+    return [
+        Result.of(
+            dataclasses.replace(timing, note="; ".join(filter(None, [timing.note, said[n][2], CONTENDERS[n].version]))),
+            bench="prefill", case=case, contender=n, backend=CONTENDERS[n].backend, device="cpu", dtype=_name(dtype),
+            flops=work_flops(config, tokens), flops_kind="work", memory_bytes=said[n][0], base_bytes=said[n][1],
+            peak_flops_s=peak.flops_s, peak_source=peak.source,
+        )
+        for n, timing in timings.items()
+    ]  # fmt: skip
+
+
+def work_flops(config: GPTConfig, tokens: int) -> float:
+    """What a prompt must compute: causal attention half, the head at one position."""
+    head = 2.0 * config.n_embd * config.vocab_size
+    return tokens * forward_flops(config, tokens, causal=True) - (tokens - 1) * head
+
+
+def start(config: GPTConfig, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+    """(initial weights, (1, T) int64 prompt), the same in each process."""
+    torch.manual_seed(SEED)
+    return GPT(config).state_dict(), torch.randint(config.vocab_size, (1, tokens))
+
+
+def reference_logits(config: GPTConfig, tokens: int) -> Tensor:
+    """(1, V), by eager in float32."""
+    state, ids = start(config, tokens)
+    model = EagerGPT(config)
+    model.load_state_dict(state, assign=True)
+    with torch.inference_mode():
+        return model(ids)[:, -1]
+
+
+def prefill_step(request: Mapping[str, Any]) -> Callable[[], float]:
+    """A contender's prefill, for a worker.
+
+    Args:
+        request: contender, config, tokens, dtype, logits (the file into which the first ones are written).
+    Returns:
+        A function that runs the prompt and returns one logit.
+    """
+    config = GPTConfig(**request["config"])
+    state, ids = start(config, request["tokens"])
+    prefill = CONTENDERS[request["contender"]].build(state, config, ids, getattr(torch, request["dtype"]))
+    torch.save(prefill().clone(), request["logits"])
+    return lambda: float(prefill()[0, 0])
+
+
+# ---- contenders: each makes a Prefill of a state, which it may take the tensors of
+
+
+def _ours(state: Mapping[str, Tensor], config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
+    model = _loaded(GPT(config), state, dtype)
+    cache = KVCache(config, len(ids), config.block_size, dtype=dtype, device="cpu")
+
+    @torch.no_grad()
+    def prefill() -> Tensor:
+        cache.length = 0
+        return model.head(model.features(ids, cache)[:, -1])
+
+    return prefill
+
+
+class PromptGPT(EagerGPT):
+    """GPT-2 in plain torch for a prompt from its start: logits at the last position; `keep` gets keys and values."""
+
+    def forward(self, ids: Tensor, keep: Keep) -> Tensor:
+        t = self.transformer
+        x = t["wte"](ids) + t["wpe"](torch.arange(ids.shape[1]))  # (B, T, C)
+        for layer, block in enumerate(t["h"]):
+            qkv = block.attn.c_attn(block.ln_1(x)).chunk(3, -1)
+            q, k, v = (s.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2) for s in qkv)
+            keep(layer, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.ln_2(x))
+        return F.linear(t["ln_f"](x)[:, -1], t["wte"].weight)
+
+
+def _static_cache(compiled: bool, state, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
+    """Plain torch as a good user writes it: keys and values go into one tensor that was there before."""
+    model = _loaded(PromptGPT(config), state, dtype)
+    cache = torch.zeros(config.n_layer, 2, len(ids), config.n_head, config.block_size, config.head_dim, dtype=dtype)
+
+    def keep(layer: int, k: Tensor, v: Tensor) -> None:
+        cache[layer, 0, :, :, : k.shape[2]] = k
+        cache[layer, 1, :, :, : v.shape[2]] = v
+
+    run = torch.compile(model) if compiled else model
+    return torch.inference_mode()(lambda: run(ids, keep))
+
+
+def _eager(*args) -> Prefill:
+    return _static_cache(False, *args)
+
+
+def _compiled(*args) -> Prefill:
+    return _static_cache(True, *args)
+
+
+def _transformers(state, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
+        n_head=config.n_head, n_inner=config.n_inner, layer_norm_epsilon=config.layer_norm_epsilon,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(theirs)
+    model.transformer.load_state_dict(
+        {name.removeprefix("transformer."): tensor for name, tensor in swap_layout(state).items()}
+    )
+    model = model.to(dtype).eval()
+    return torch.inference_mode()(lambda: model(ids, use_cache=True, logits_to_keep=1).logits[:, -1])
+
+
+class _WithCache(nn.Module):
+    """What a graph can express: the cache as results."""
+
+    def __init__(self, model: PromptGPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        cache: list[Tensor] = []
+        return self.model(ids, lambda layer, k, v: cache.extend((k, v))), *cache
+
+
+def _openvino(state, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
+    """OpenVINO on the graph of plain torch: its own SDPA, its bf16 with float32 weights given, its latency setting."""
+    import openvino
+
+    model = _WithCache(_loaded(PromptGPT(config), state, torch.float32))
+    with torch.no_grad():
+        graph = openvino.convert_model(torch.export.export(model, (ids,)))
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY",
+               "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
+    request, prompt = openvino.Core().compile_model(graph, "CPU", options).create_infer_request(), ids.numpy()
+    return lambda: torch.from_numpy(request.infer({0: prompt}, share_inputs=True, share_outputs=True)[0])
+
+
+def _loaded(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    model.load_state_dict(state, assign=True)
+    return model.to(dtype).eval()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How a contender is built, the environment that its process starts with, and the package that it needs."""
+
+    build: Callable[[Mapping[str, Tensor], GPTConfig, Tensor, torch.dtype], Prefill]
+    environment: dict[str, str] = field(default_factory=dict)
+    package: str = "torch"
+
+    @property
+    def backend(self) -> str:
+        return "auto" if self.build is _ours else self.package
+
+    @property
+    def version(self) -> str:
+        return "" if self.package == "torch" else f"{self.package} {metadata.version(self.package)}"
+
+    def expect_installed(self) -> None:
+        """
+        Raises:
+            ModuleNotFoundError: it is not; says how to install it.
+        """
+        if importlib.util.find_spec(self.package) is None:
+            raise ModuleNotFoundError(f"not measured, {self.package} is not installed: pip install {self.package}")
+
+
+TUNED = {"GLIBC_TUNABLES": TUNED_MALLOC}
+CONTENDERS = {
+    "peakgpt": Contender(_ours),
+    "peakgpt, tuned malloc": Contender(_ours, TUNED),
+    "eager": Contender(_eager),
+    "eager, tuned malloc": Contender(_eager, TUNED),
+    "compile": Contender(_compiled),
+    "compile, tuned malloc": Contender(_compiled, TUNED),
+    "transformers": Contender(_transformers, package="transformers"),
+    "openvino": Contender(_openvino, package="openvino"),
+}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
