@@ -18,6 +18,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "embedding.h"
+#include "gemm.h"
 #include "isa.h"
 #include "layernorm.h"
 #include "memory.h"
@@ -109,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
   Define(m, "activation_backward", peak::ActivationBackward);
   Define(m, "cross_entropy_forward", peak::CrossEntropyForward);
   Define(m, "cross_entropy_backward", peak::CrossEntropyBackward);
+  Define(m, "gemm", peak::Gemm);
   Define(m, "adamw", peak::Adamw);
   Define(m, "sum_of_squares", peak::SumOfSquares);
   Define(m, "embedding_forward", peak::EmbeddingForward);

@@ -391,6 +391,18 @@ PEAK_INLINE void Store(T* p, Vec a, int64_t n) {
   n >= kLanes ? Store(p, a) : StorePart(p, a, n);
 }
 
+// The bits of one as the other.
+PEAK_INLINE Vec AsVec(Pairs a) {
+  Vec v;
+  std::memcpy(&v, &a, sizeof(v));
+  return v;
+}
+PEAK_INLINE Pairs AsPairs(Vec a) {
+  Pairs pairs;
+  std::memcpy(&pairs, &a, sizeof(pairs));
+  return pairs;
+}
+
 #ifndef PEAK_HAS_QUADS
 #define PEAK_HAS_QUADS (PEAK_ISA == PEAK_AVX512BF16)
 #endif
@@ -403,6 +415,15 @@ PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) { return {_mm512_dpbusd_ep
 #endif
 
 #if PEAK_ISA == PEAK_AVX512BF16
+PEAK_INLINE Pairs LoadPairs(const bf16* p, int64_t n) {
+  return {n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p)};
+}
+PEAK_INLINE Pairs ZipPairs(const bf16* even, const bf16* odd, int64_t n) {
+  const __mmask16 lanes = PartMask(n < 16 ? n : 16);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even));
+  if (odd == nullptr) return {low};
+  return {_mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, odd)), 16))};
+}
 PEAK_INLINE Vec DotPairs(Vec acc, Pairs a, Pairs b) {
   __m512bh x, y;
   std::memcpy(&x, &a.v, sizeof(x));

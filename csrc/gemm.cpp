@@ -1,0 +1,281 @@
+#include "gemm.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <utility>
+
+namespace peak {
+
+namespace {
+
+struct GemmTile {
+  int64_t rows, columns, slot;  // of a panel of a, of a panel of b, elements of k in a slot
+};
+struct GemmBlock {
+  int64_t row, rows, column, columns, k, depth;
+  bool first, last;  // along k
+};
+struct GemmPart {
+  int64_t row_begin, row_end, column_begin, column_end;  // panels of a block
+};
+
+constexpr int64_t kGroupFloats = 120 << 10;  // of packed b, to stay in the second-level cache
+
+}  // namespace
+
+}  // namespace peak
+
+#define PEAK_THIS_FILE "gemm.cpp"
+#include "foreach_isa.h"
+
+#ifdef PEAK_ISA
+
+// A slot is what one lane of a product takes from each operand at a time: a float, or natively a pair of bf16.
+// Where bf16 products are not native, packing widens to float.
+template <class T>
+constexpr int kSlot = 1;
+template <>
+constexpr int kSlot<bf16> = kNativePairs ? 2 : 1;
+
+// The register tile: kRows x (kColumnVecs x kLanes) sums, with the loads of b and one broadcast of a beside them.
+constexpr int kColumnVecs = 3;
+constexpr int kRows = kRegisters == 32 ? 8 : 4;
+constexpr int kColumns = kColumnVecs * kLanes;
+// Panels of a: at least a Vec of rows, so that both operands are packed alike.
+constexpr int kRowVecs = kRows > kLanes ? kRows / kLanes : 1;
+constexpr int kPanelRows = kRowVecs * kLanes;
+
+template <class T>
+PEAK_INLINE Vec LoadSlots(const T* p, int64_t n) {
+  if constexpr (kSlot<T> == 2) {
+    return AsVec(LoadPairs(p, n));
+  } else {
+    return n >= kLanes ? Load(p) : LoadPart(p, n);
+  }
+}
+
+// One Vec of slots from k-rows at p and, for pairs, k_stride further on: n lanes, `left` of the sum's elements.
+template <class T>
+PEAK_INLINE Vec GatherSlots(const T* p, int64_t k_stride, int64_t n, int64_t left) {
+  if constexpr (kSlot<T> == 2) {
+    return AsVec(ZipPairs(p, left > 1 ? p + k_stride : nullptr, n));
+  } else {
+    return n >= kLanes ? Load(p) : LoadPart(p, n);
+  }
+}
+
+// Packs `lanes` <= kLanes rows of an operand, contiguous along k, into out[slot * width + lane].
+template <class T>
+void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t width, float* out) {
+  constexpr int64_t kStep = kLanes * kSlot<T>;
+  for (int64_t at = 0; at < k; at += kStep) {
+    Vec rows[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) rows[i] = i < lanes ? LoadSlots(p + i * stride + at, k - at) : Set(0.0f);
+    Transpose(rows);
+    const int64_t slots = std::min<int64_t>(kLanes, (k - at + kSlot<T> - 1) / kSlot<T>);
+    for (int64_t i = 0; i < slots; ++i, out += width) Store(out, rows[i]);
+  }
+}
+
+// The same for rows that are neighbours in memory.
+template <class T>
+void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t width, float* out) {
+  for (int64_t at = 0; at < k; at += kSlot<T>, out += width) {
+    Store(out, GatherSlots(p + at * k_stride, k_stride, lanes, k - at));
+  }
+}
+
+// Packs rows [0, rows) of an operand as panels of `vecs` Vecs: panel, slot, lane. Missing rows are 0.
+template <class T>
+void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int64_t vecs, float* out) {
+  const int64_t width = vecs * kLanes, slots = (k + kSlot<T> - 1) / kSlot<T>;
+  for (int64_t row = 0; row < rows; row += width, out += slots * width) {
+    for (int64_t v = 0; v < vecs; ++v) {
+      const int64_t first = row + v * kLanes, lanes = std::max<int64_t>(0, std::min<int64_t>(kLanes, rows - first));
+      const T* p = static_cast<const T*>(from) + (lanes > 0 ? first * row_stride : 0);
+      k_stride == 1 ? PackAlong(p, row_stride, lanes, k, width, out + v * kLanes)
+                    : PackAcross(p, k_stride, lanes, k, width, out + v * kLanes);
+    }
+  }
+}
+
+// sums[kRows][kColumns] = (or, from the second block of k on, +=) the product of two panels over `slots`.
+template <class T>
+void Tile(int64_t slots, const float* a, const float* b, bool first, float* sums) {
+  Vec acc[kRows][kColumnVecs];
+  for (auto& row : acc) {
+    for (Vec& v : row) v = Set(0.0f);
+  }
+  for (int64_t s = 0; s < slots; ++s, a += kPanelRows, b += kColumns) {
+    Vec right[kColumnVecs];
+    for (int j = 0; j < kColumnVecs; ++j) right[j] = Load(b + j * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec left = Set(a[i]);
+      for (int j = 0; j < kColumnVecs; ++j) {
+        if constexpr (kSlot<T> == 2) {
+          acc[i][j] = DotPairs(acc[i][j], AsPairs(left), AsPairs(right[j]));
+        } else {
+          acc[i][j] = Fma(left, right[j], acc[i][j]);
+        }
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumnVecs; ++j, sums += kLanes) Store(sums, first ? acc[i][j] : Load(sums) + acc[i][j]);
+  }
+}
+
+template <class T, class Out>
+void Finish(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
+  const int64_t rows = std::min<int64_t>(kRows, args.m - row), columns = std::min<int64_t>(kColumns, args.n - column);
+  const T* bias = static_cast<const T*>(args.bias);
+  for (int64_t i = 0; i < rows; ++i, sums += kColumns) {
+    Out* c = static_cast<Out*>(args.c) + (row + i) * args.c_row + column;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      Vec v = Load(sums + j);
+      if (bias != nullptr) v = v + Load(bias + column + j, columns - j);
+      if (args.epilogue == Epilogue::kAdd) v = v + Load(c + j, columns - j);
+      Store(c + j, v, columns - j);
+    }
+  }
+}
+
+template <class T>
+void FinishTile(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
+  args.out_dtype == DType::kFloat32 ? Finish<T, float>(args, sums, row, column)
+                                    : Finish<T, bf16>(args, sums, row, column);
+}
+
+
+template <class T>
+GemmTile TileOf() {
+  return {kPanelRows, kColumns, kSlot<T>};
+}
+
+// Packs panels [begin, end) of the block's rows of a.
+template <class T>
+void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
+  const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>, row = begin * kPanelRows;
+  const int64_t rows = std::min(end * kPanelRows, block.rows) - row;
+  const T* a = static_cast<const T*>(args.a) + (block.row + row) * args.a_row + block.k * args.a_k;
+  Pack<T>(a, args.a_row, args.a_k, rows, block.depth, kRowVecs, out + row * slots);
+}
+
+// All of a block's tiles in its panels of rows [row_begin, row_end) and of columns [begin, end).
+// Columns go in groups that stay in the second-level cache, packed by the thread that uses them.
+template <class T>
+void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart& part, const float* a, float* b,
+                    float* sums) {
+  const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
+  const int64_t panels = (block.columns + kColumns - 1) / kColumns;
+  alignas(64) float tile[kRows * kColumns];
+  const int64_t most = std::max<int64_t>(1, kGroupFloats / (kColumns * slots));
+  for (int64_t group = part.column_begin; group < part.column_end; group += most) {
+    const int64_t group_end = std::min(group + most, part.column_end);
+    const int64_t column = group * kColumns, columns = std::min(group_end * kColumns, block.columns) - column;
+    const T* from = static_cast<const T*>(args.b) + (block.column + column) * args.b_col + block.k * args.b_k;
+    Pack<T>(from, args.b_col, args.b_k, columns, block.depth, kColumnVecs, b);
+    for (int64_t i = part.row_begin * kPanelRows; i < std::min(part.row_end * kPanelRows, block.rows); i += kRows) {
+      const float* left = a + i / kPanelRows * kPanelRows * slots + i % kPanelRows;
+      for (int64_t j = group; j < group_end; ++j) {
+        float* at = sums == nullptr ? tile : sums + (i / kRows * panels + j) * kRows * kColumns;
+        Tile<T>(slots, left, b + (j - group) * kColumns * slots, block.first, at);
+        if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
+      }
+    }
+  }
+}
+
+#else
+
+namespace peak {
+
+namespace {
+
+// Blocks of C and of k: a's packed block and the sums of C stay in the last-level cache, b's group in the second-level.
+constexpr int64_t kBlockRows = 1024, kBlockColumns = 3072, kBlockSlots = 1024;
+
+int64_t Pieces(int64_t n, int64_t most) { return std::max<int64_t>(1, (n + most - 1) / most); }
+int64_t Up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Memory kept between calls on a thread: fresh pages cost more than the packing that fills them.
+float* Workspace(int64_t count) {
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  static thread_local std::unique_ptr<float, Free> held;
+  static thread_local int64_t size = 0;
+  if (count > size) {
+    held.reset();
+    size = 0;
+    held.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64})));
+    size = count;
+  }
+  return held.get();
+}
+
+// How `threads` share a block: a grid of row groups and column groups with the least work for the slowest.
+std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads) {
+  std::pair<int, int> best{1, 1};
+  int64_t least = row_panels * column_panels + 1;
+  for (int r = 1; r <= threads; ++r) {
+    const int c = threads / r;
+    const int64_t work = Pieces(row_panels, 1) == 0 ? 0 : ((row_panels + r - 1) / r) * ((column_panels + c - 1) / c);
+    if (work < least) {
+      least = work;
+      best = {r, c};
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+void Gemm(const GemmArgs& args, int threads) {
+  if (args.m == 0 || args.n == 0) return;
+  const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileOf)();
+  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
+  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
+
+  const int64_t row_blocks = Pieces(args.m, kBlockRows), column_blocks = Pieces(args.n, kBlockColumns);
+  const int64_t k_blocks = Pieces(args.k, kBlockSlots * tile.slot);
+  const int64_t rows = Up(Pieces(args.m, row_blocks), tile.rows);
+  const int64_t columns = Up(Pieces(args.n, column_blocks), tile.columns);
+  const int64_t depth = Up(Pieces(args.k, k_blocks), tile.slot);
+  const int64_t row_panels = rows / tile.rows, column_panels = columns / tile.columns, slots = depth / tile.slot;
+  const auto [row_groups, column_groups] = Grid(row_panels, column_panels, threads);
+  const int team = row_groups * column_groups;
+
+  const int64_t a_size = rows * slots, b_size = std::max(kGroupFloats, tile.columns * slots);
+  const int64_t sums_size = k_blocks > 1 ? rows * columns : 0;
+  float* const a = Workspace(a_size + team * b_size + sums_size);
+  float* const sums = k_blocks > 1 ? a + a_size + team * b_size : nullptr;
+
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    const int id = team > 1 ? omp_get_thread_num() : 0;
+    float* const b = a + a_size + id * b_size;
+    for (int64_t column = 0; column < args.n; column += columns) {
+      for (int64_t row = 0; row < args.m; row += rows) {
+        for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
+          const GemmBlock block{row, std::min(rows, args.m - row), column, std::min(columns, args.n - column),
+                                k, std::min(depth, args.k - k), k == 0, k + depth >= args.k};
+          const int64_t r = Pieces(block.rows, tile.rows), c = Pieces(block.columns, tile.columns);
+          pack(args, block, r * id / team, r * (id + 1) / team, a);
+#pragma omp barrier
+          const int64_t i = id / column_groups, j = id % column_groups;
+          multiply(args, block, {r * i / row_groups, r * (i + 1) / row_groups, c * j / column_groups,
+                                 c * (j + 1) / column_groups}, a, b, sums);
+#pragma omp barrier
+        }
+      }
+    }
+  }
+}
+
+}  // namespace peak
+
+#endif  // PEAK_ISA
