@@ -13,7 +13,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "activation.h"
 #include "adamw.h"
 #include "attention.h"
 #include "cross_entropy.h"
@@ -106,8 +105,6 @@ PYBIND11_MODULE(_C, m) {
   Define(m, "layernorm_backward", peak::LayernormBackward);
   m.def("peak_loop", &peak::PeakLoop, py::call_guard<py::gil_scoped_release>());
   Define(m, "peak_stream", peak::PeakStream);
-  Define(m, "activation_forward", peak::ActivationForward);
-  Define(m, "activation_backward", peak::ActivationBackward);
   Define(m, "cross_entropy_forward", peak::CrossEntropyForward);
   Define(m, "cross_entropy_backward", peak::CrossEntropyBackward);
   Define(m, "gemm", peak::Gemm);

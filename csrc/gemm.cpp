@@ -33,6 +33,8 @@ constexpr int64_t kGroupFloats = 120 << 10;  // of packed b, to stay in the seco
 
 #ifdef PEAK_ISA
 
+#include "activation_math.h"
+
 // A slot is what one lane of a product takes from each operand at a time: a float, or natively a pair of bf16.
 // Where bf16 products are not native, packing widens to float.
 template <class T>
@@ -88,6 +90,21 @@ void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t 
   }
 }
 
+// Adds the elements of a packed panel of one Vec of rows to sums[lanes], in the order of k.
+template <class T>
+void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t lanes, bool first, float* sums) {
+  Vec sum = first ? Set(0.0f) : Load(sums, lanes);
+  [[maybe_unused]] const bf16 ones[2] = {{0x3f80}, {0x3f80}};
+  for (int64_t s = 0; s < slots; ++s, panel += width) {
+    if constexpr (kSlot<T> == 2) {
+      sum = DotPairs(sum, AsPairs(Load(panel)), SetPair(ones));
+    } else {
+      sum = sum + Load(panel);
+    }
+  }
+  Store(sums, sum, lanes);
+}
+
 // Packs rows [0, rows) of an operand as panels of `vecs` Vecs: panel, slot, lane. Missing rows are 0.
 template <class T>
 void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int64_t vecs, float* out) {
@@ -128,27 +145,62 @@ void Tile(int64_t slots, const float* a, const float* b, bool first, float* sums
   }
 }
 
-template <class T, class Out>
+// What a tile of sums becomes, one Vec at a time: i counts its rows from the top of C, j its columns from the left.
+template <class T, class Out, Epilogue kEpilogue, class Act>
+PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, int64_t n) {
+  Out* c = static_cast<Out*>(args.c) + i * args.c_row + j;
+  T* pre = args.pre == nullptr ? nullptr : static_cast<T*>(args.pre) + i * args.n + j;
+  if constexpr (kEpilogue == Epilogue::kAdd) {
+    Store(c, sum + Load(c, n), n);
+  } else if constexpr (kEpilogue == Epilogue::kSlope) {
+    Vec slope;
+    const Vec value = Act::ValueAndSlope(Load(pre, n), &slope);
+    Store(c, sum * slope, n);
+    if (args.act != nullptr) Store(static_cast<T*>(args.act) + i * args.n + j, value, n);
+  } else {
+    if (args.bias != nullptr) sum = sum + Load(static_cast<const T*>(args.bias) + j, n);
+    if constexpr (kEpilogue == Epilogue::kActivate) {
+      if (pre != nullptr) Store(pre, sum, n);
+      sum = Act::Value(sum);
+    }
+    Store(c, sum, n);
+  }
+}
+
+template <class T, class Out, Epilogue kEpilogue, class Act>
 void Finish(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
   const int64_t rows = std::min<int64_t>(kRows, args.m - row), columns = std::min<int64_t>(kColumns, args.n - column);
-  const T* bias = static_cast<const T*>(args.bias);
   for (int64_t i = 0; i < rows; ++i, sums += kColumns) {
-    Out* c = static_cast<Out*>(args.c) + (row + i) * args.c_row + column;
     for (int64_t j = 0; j < columns; j += kLanes) {
-      Vec v = Load(sums + j);
-      if (bias != nullptr) v = v + Load(bias + column + j, columns - j);
-      if (args.epilogue == Epilogue::kAdd) v = v + Load(c + j, columns - j);
-      Store(c + j, v, columns - j);
+      FinishVec<T, Out, kEpilogue, Act>(args, Load(sums + j), row + i, column + j, columns - j);
     }
+  }
+}
+
+template <class T, class Out, Epilogue kEpilogue>
+void FinishWith(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
+  switch (args.activation) {
+    case Activation::kGeluTanh: return Finish<T, Out, kEpilogue, GeluTanh>(args, sums, row, column);
+    case Activation::kGeluErf: return Finish<T, Out, kEpilogue, GeluErf>(args, sums, row, column);
+    case Activation::kRelu: return Finish<T, Out, kEpilogue, Relu>(args, sums, row, column);
+  }
+}
+
+template <class T, class Out>
+void FinishInto(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
+  switch (args.epilogue) {
+    case Epilogue::kStore: return Finish<T, Out, Epilogue::kStore, void>(args, sums, row, column);
+    case Epilogue::kAdd: return Finish<T, Out, Epilogue::kAdd, void>(args, sums, row, column);
+    case Epilogue::kActivate: return FinishWith<T, Out, Epilogue::kActivate>(args, sums, row, column);
+    case Epilogue::kSlope: return FinishWith<T, Out, Epilogue::kSlope>(args, sums, row, column);
   }
 }
 
 template <class T>
 void FinishTile(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
-  args.out_dtype == DType::kFloat32 ? Finish<T, float>(args, sums, row, column)
-                                    : Finish<T, bf16>(args, sums, row, column);
+  args.out_dtype == DType::kFloat32 ? FinishInto<T, float>(args, sums, row, column)
+                                    : FinishInto<T, bf16>(args, sums, row, column);
 }
-
 
 template <class T>
 GemmTile TileOf() {
@@ -162,6 +214,11 @@ void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64
   const int64_t rows = std::min(end * kPanelRows, block.rows) - row;
   const T* a = static_cast<const T*>(args.a) + (block.row + row) * args.a_row + block.k * args.a_k;
   Pack<T>(a, args.a_row, args.a_k, rows, block.depth, kRowVecs, out + row * slots);
+  if (args.a_sums == nullptr || block.column > 0) return;
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const float* panel = out + (row + i) / kPanelRows * kPanelRows * slots + i % kPanelRows;
+    AddSlots<T>(panel, slots, kPanelRows, rows - i, block.first, args.a_sums + block.row + row + i);
+  }
 }
 
 // All of a block's tiles in its panels of rows [row_begin, row_end) and of columns [begin, end).
@@ -172,7 +229,7 @@ void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
   const int64_t panels = (block.columns + kColumns - 1) / kColumns;
   alignas(64) float tile[kRows * kColumns];
-  const int64_t most = std::max<int64_t>(1, kGroupFloats / (kColumns * slots));
+  const int64_t most = std::max<int64_t>(1, kGroupFloats / (kColumns * std::max<int64_t>(1, slots)));
   for (int64_t group = part.column_begin; group < part.column_end; group += most) {
     const int64_t group_end = std::min(group + most, part.column_end);
     const int64_t column = group * kColumns, columns = std::min(group_end * kColumns, block.columns) - column;
@@ -244,7 +301,7 @@ void Gemm(const GemmArgs& args, int threads) {
   const int64_t k_blocks = Pieces(args.k, kBlockSlots * tile.slot);
   const int64_t rows = Up(Pieces(args.m, row_blocks), tile.rows);
   const int64_t columns = Up(Pieces(args.n, column_blocks), tile.columns);
-  const int64_t depth = Up(Pieces(args.k, k_blocks), tile.slot);
+  const int64_t depth = Up(Pieces(args.k, k_blocks), tile.slot);  // at least a slot: an empty sum is 0
   const int64_t row_panels = rows / tile.rows, column_panels = columns / tile.columns, slots = depth / tile.slot;
   const auto [row_groups, column_groups] = Grid(row_panels, column_panels, threads);
   const int team = row_groups * column_groups;

@@ -8,33 +8,36 @@
 
 #include <cstdint>
 
-#include "activation.h"
 #include "types.h"
 
 namespace peak {
 
+enum class Activation : int { kGeluTanh = 0, kGeluErf = 1, kRelu = 2 };
+
+// What becomes of a tile of sums s = a b before it is written.
 enum class Epilogue : int {
-  kStore = 0,     // c = ab + bias
-  kAdd = 1,       // c += ab + bias
-  kActivate = 2,  // pre = ab + bias; c = act(pre); pre may be null
-  kSlope = 3,     // c = ab * act'(pre); pre becomes act(pre) when keep_act
+  kStore = 0,     // c = s + bias
+  kAdd = 1,       // c += s
+  kActivate = 2,  // pre = s + bias, c = act(pre)
+  kSlope = 3,     // c = s act'(pre), act = act(pre)
 };
 
 struct GemmArgs {
-  DType dtype;      // of a, b, bias, pre
+  DType dtype;      // of a, b, bias, pre, act
   DType out_dtype;  // of c
   int64_t m, n, k;
-  const void* a;  // a(i, p) at a + i a_row + p a_k; one of the strides is 1
+  const void* a;  // element (i, p) at a + i a_row + p a_k; one of the strides is 1
   int64_t a_row, a_k;
-  const void* b;  // b(p, j) at b + j b_col + p b_k; one of the strides is 1
+  const void* b;  // element (p, j) at b + j b_col + p b_k; one of the strides is 1
   int64_t b_col, b_k;
-  void* c;  // rows of n, c_row apart
+  void* c;  // (m, n), rows c_row apart
   int64_t c_row;
-  const void* bias;  // (n) or null
   Epilogue epilogue;
+  const void* bias;  // (n), or null
   Activation activation;
-  void* pre;  // (m, n), rows pre_row apart, or null
-  int64_t pre_row;
+  void* pre;      // (m, n): written by kActivate where it is not null, read by kSlope
+  void* act;      // (m, n): written by kSlope where it is not null; may be pre
+  float* a_sums;  // (m) sums over k of a, or null
 };
 
 void Gemm(const GemmArgs& args, int threads);

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peakgpt.engine.cache import KVCache
 from peakgpt.kernels.attention import attention, attention_qkv
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
+from peakgpt.kernels.linear import linear
 from peakgpt.kernels.mlp import ACTIVATIONS, mlp
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -118,7 +119,7 @@ class CausalSelfAttention(Conv1DLoading):
         Returns:
             (B, T, C)
         """
-        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
+        qkv = linear(x, self.c_attn.weight, self.c_attn.bias).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
         dropout = self.dropout if self.training and cache is None else 0.0
         if cache is None and dropout == 0.0:
             y = attention_qkv(qkv, n_head=self.n_head)
@@ -128,7 +129,7 @@ class CausalSelfAttention(Conv1DLoading):
                 k, v = cache.append(layer, k, v)  # (B, S, K, D)
             # One query sees every key: saying so spares the backends a mask.
             y = attention(q, k, v, causal=q.shape[1] > 1, dropout=dropout)
-        return self.c_proj(y.flatten(2))  # (B, T, H D) -> (B, T, C)
+        return linear(y.flatten(2), self.c_proj.weight, self.c_proj.bias)  # (B, T, H D) -> (B, T, C)
 
 
 class Block(nn.Module):

@@ -24,6 +24,7 @@ from peakgpt.engine.layers import Block, Conv1DLoading, LayerNorm
 from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.engine.presets import preset
 from peakgpt.kernels.embedding import embedding
+from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class GPT(Conv1DLoading):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V) of features (..., C), by the tied embedding."""
-        return F.linear(h, self.transformer.wte.weight)
+        return linear(h, self.transformer.wte.weight)
 
     def generate(
         self,

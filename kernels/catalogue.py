@@ -4,6 +4,7 @@ from peakgpt.kernels.adamw import adamw
 from peakgpt.kernels.attention import attention, attention_qkv
 from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
+from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.mlp import mlp
 from peakgpt.kernels.sum_of_squares import sum_of_squares
@@ -15,6 +16,7 @@ __all__ = [
     "attention_qkv",
     "embedding",
     "layernorm",
+    "linear",
     "linear_cross_entropy",
     "mlp",
     "sum_of_squares",

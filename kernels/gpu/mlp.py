@@ -21,6 +21,7 @@ from torch import Tensor
 
 from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
+from peakgpt.kernels.gpu.linear import product
 from peakgpt.kernels.gpu.reduce import partials, sum_partials
 
 
@@ -96,14 +97,14 @@ def forward(outputs, saved, x, w_up, b_up, w_down, b_down, *, activation):
     x = x.reshape(-1, x.shape[-1])
     hidden = (x.shape[0], w_up.shape[0])
     pre = saved[0].view(hidden) if saved else x.new_empty(hidden)
-    _linear(x, w_up, b_up, pre)
+    product(x, w_up, b_up, pre)
     h = torch.empty_like(pre) if saved else pre
     with launch.on(x):
         mlp_act_fwd[(triton.cdiv(pre.numel(), BLOCK_N),)](
             pre_ptr=pre, h_ptr=h, N=pre.numel(), ACT=activation,
             BLOCK_N=BLOCK_N, num_warps=FORWARD.warps, num_stages=FORWARD.stages,
         )  # fmt: skip
-    _linear(h, w_down, b_down, outputs[0].view(-1, w_down.shape[0]))
+    product(h, w_down, b_down, outputs[0].view(-1, w_down.shape[0]))
 
 
 def backward(grads, inputs, outputs, saved, needs, *, activation):
@@ -136,13 +137,6 @@ def _through_activation(dh: Tensor, pre: Tensor, want_h: bool, want_db: bool, ac
         if want_db:
             sum_partials(partial, db)
     return dh, h, db
-
-
-def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
-    if b is None:
-        torch.mm(x, w.t(), out=out)
-    else:
-        torch.addmm(b, x, w.t(), out=out)
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:

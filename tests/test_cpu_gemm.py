@@ -1,0 +1,148 @@
+"""The matrix product of csrc/gemm.cpp: exact on integers, whatever the layout, the set, the edges and the threads.
+
+Mutations seen to fail: the second block of k stored instead of added, a column panel's tail written whole, a K tail not
+zeroed, sums of a begun again at each block of k, the slope taken at the product instead of at pre.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peakgpt import _C
+from peakgpt.kernels.cpu.gemm import ACTIVATE, ADD, SLOPE, gemm
+
+DTYPES = (torch.float32, torch.bfloat16)
+POISON = 1234.0
+# Around the register tile, panels, and past every block (1024 rows, 3072 columns, 1024 or 2048 of k).
+SMALL = list(itertools.product((1, 7, 8, 17), (1, 2, 31, 33), (1, 15, 47, 49)))
+LARGE = [(1030, 37, 60), (20, 2100, 100), (9, 40, 3100), (1100, 1050, 130)]
+
+
+@pytest.fixture(params=_C.isas)
+def isa(request):
+    torch.manual_seed(0)
+    assert _C.set_isa_cap(request.param) == request.param
+    yield request.param
+    _C.set_isa_cap(None)
+
+
+def integers(rows, columns, dtype, transposed=False):
+    """Small enough that bfloat16 holds them and float32 their products' sums; off a vector's alignment; in poison."""
+    shape = (columns, rows) if transposed else (rows, columns)
+    buffer = torch.full((shape[0] + 1, shape[1] + 3), math.nan, dtype=dtype)
+    view = buffer[:-1, 1:-2]
+    view.copy_(torch.randint(-4, 5, shape))
+    return view.t() if transposed else view
+
+
+def padded(rows, columns, dtype):
+    """A result inside a poisoned buffer, and a check that nothing around it was written."""
+    buffer = torch.full((rows + 2, columns + 5), POISON, dtype=dtype)
+    out = buffer[1:-1, 3:-2]
+    out.fill_(math.nan)
+
+    def assert_untouched():
+        out.fill_(POISON)
+        assert (buffer == POISON).all(), "wrote outside its result"
+
+    return out, assert_untouched
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product((False, True), repeat=2)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", (SMALL, LARGE), ids=("small", "large"))
+def test_exact_on_integers(isa, sizes, dtype, layouts):
+    for m, k, n in sizes if isa != "scalar" or sizes is SMALL else LARGE[:2]:
+        a, b = integers(m, k, dtype, layouts[0]), integers(k, n, dtype, layouts[1])
+        out, assert_untouched = padded(m, n, torch.float32)
+        sums = torch.full((m + 1,), POISON)
+        gemm(a, b, out, a_sums=sums[:m])
+        truth = a.double() @ b.double()
+        assert torch.equal(out.double(), truth), (m, k, n)
+        assert torch.equal(sums[:m].double(), a.double().sum(1)) and sums[m] == POISON, (m, k, n)
+        gemm(a, b, out, epilogue=ADD)
+        assert torch.equal(out.double(), 2 * truth), (m, k, n)
+        assert_untouched()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ("gelu_tanh", "gelu_erf", "relu"))
+def test_epilogues(isa, activation, dtype):
+    m, k, n = 13, 70, 53
+    a, b = torch.randn(m, k).to(dtype) / 8, torch.randn(k, n).to(dtype)
+    bias = torch.randn(n).to(dtype)
+    act = {"relu": F.relu, "gelu_erf": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    tolerance = {torch.float32: {"rtol": 1e-5, "atol": 3e-6}, torch.bfloat16: {"rtol": 2**-7, "atol": 2e-6}}[dtype]
+    product = a.double() @ b.double()
+
+    out, assert_untouched = padded(m, n, dtype)
+    pre = torch.empty(m, n, dtype=dtype)
+    gemm(a, b, out, epilogue=ACTIVATE, bias=bias, activation=activation, pre=pre)
+    torch.testing.assert_close(pre.double(), product + bias.double(), **tolerance)
+    torch.testing.assert_close(out.double(), act(product + bias.double()), **tolerance)
+
+    wide = pre.double().requires_grad_()
+    (slope,) = torch.autograd.grad(act(wide).sum(), wide)
+    hidden = torch.empty_like(pre)
+    gemm(a, b, out, epilogue=SLOPE, activation=activation, pre=pre, act=hidden)
+    torch.testing.assert_close(out.double(), product * slope, **tolerance)
+    torch.testing.assert_close(hidden.double(), act(wide).detach(), **tolerance)
+    assert_untouched()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(isa, dtype):
+    """Padding must not turn an infinity of one row or column into NaN elsewhere."""
+    a, b = torch.ones(9, 5, dtype=dtype), torch.ones(5, 50, dtype=dtype)
+    a[3, 1], b[2, 49] = math.inf, math.nan
+    out = gemm(a, b, torch.empty(9, 50, dtype=dtype))
+    assert out[:, 49].isnan().all() and (out[3, :49] == math.inf).all()
+    assert (torch.cat([out[:3, :49], out[4:, :49]]) == 5).all()
+
+
+def test_empty():
+    out = torch.full((3, 4), math.nan)
+    assert (gemm(torch.empty(3, 0), torch.empty(0, 4), out) == 0).all()
+    assert gemm(torch.empty(0, 2), torch.empty(2, 4), torch.empty(0, 4)).shape == (0, 4)
+
+
+def split_by_threads(a, b, out):
+    """The planted fault: each thread sums its own stretch of k, and the stretches are added."""
+    parts = torch.get_num_threads()
+    for i, (left, right) in enumerate(zip(a.chunk(parts, 1), b.chunk(parts, 0), strict=True)):
+        gemm(left, right, out, epilogue=ADD if i else 0)
+    return out
+
+
+def by_threads(product, a, b):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            results.append(product(a, b, torch.empty(a.shape[0], b.shape[1])))
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), [(100, 2100, 70), (5, 300, 1000), (1100, 64, 50)])
+def test_same_bits_for_any_threads(m, k, n, dtype):
+    torch.manual_seed(0)
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    first, *others = by_threads(gemm, a, b)
+    assert all(torch.equal(first, other) for other in others)
+    first, *others = by_threads(split_by_threads, a, b)
+    assert not all(torch.equal(first, other) for other in others), "the check is blind"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_in_any_batch(dtype):
+    torch.manual_seed(0)
+    a, b = torch.randn(1100, 500).to(dtype), torch.randn(500, 200).to(dtype)
+    whole = gemm(a, b, torch.empty(1100, 200))
+    for rows in (slice(0, 1), slice(5, 12), slice(1023, 1100)):
+        assert torch.equal(gemm(a[rows], b, torch.empty(len(a[rows]), 200)), whole[rows])
