@@ -1,0 +1,162 @@
+#include "buffer.h"
+#include "gemm.h"
+
+namespace peak::test {
+namespace {
+
+struct Sizes {
+  int64_t m, k, n;
+};
+
+// Operands without padding, each in one of two layouts.
+GemmArgs Product(DType dtype, DType out, Sizes s, const void* a, const void* b, void* c, bool a_across = false,
+                 bool b_across = true) {
+  GemmArgs args{};
+  args.dtype = dtype, args.out_dtype = out;
+  args.m = s.m, args.n = s.n, args.k = s.k;
+  args.a = a, args.a_row = a_across ? 1 : s.k, args.a_k = a_across ? s.m : 1;
+  args.b = b, args.b_col = b_across ? 1 : s.k, args.b_k = b_across ? s.n : 1;
+  args.c = c, args.c_row = s.n;
+  return args;
+}
+
+// Small integers, whose sums of products float holds exactly.
+PEAK_TEST(gemm_is_exact_on_integers) {
+  ForEachDtype([&](auto element) {
+    using T = decltype(element);
+    for (const int64_t m : {1, 5, 8, 17}) {
+      for (const int64_t k : {1, 2, 7, 33}) {
+        for (const int64_t n : {1, 15, 16, 17, 47, 49}) {
+          for (int placement = 0; placement < kPlacements; ++placement) {
+            SetCase("gemm %s %lld %lld %lld placement %d", kName<T>, static_cast<long long>(m),
+                    static_cast<long long>(k), static_cast<long long>(n), placement);
+            const bool a_across = placement & 1, b_across = placement & 2;
+            Random random(m * n + k);
+            Placer place(placement);
+            auto a = place.In<T>(m * k), b = place.In<T>(k * n);
+            auto c = place.Out<float>(m * n), sums = place.Out<float>(m);
+            for (const auto* operand : {&a, &b}) operand->Fill([&](int64_t) { return random.Below(9) - 4.0; });
+            const auto left = [&](int64_t i, int64_t p) { return a.At(a_across ? p * m + i : i * k + p); };
+            const auto right = [&](int64_t p, int64_t j) { return b.At(b_across ? p * n + j : j * k + p); };
+            GemmArgs args = Product(kDtype<T>, DType::kFloat32, {m, k, n}, a.data(), b.data(), c.data(), a_across,
+                                    b_across);
+            args.a_sums = sums.data();
+            Gemm(args, 1 + placement % 3);
+            args.epilogue = Epilogue::kAdd;
+            Gemm(args, 1);
+            c.Expect("c", [&](int64_t at) -> Want {
+              double sum = 0.0;
+              for (int64_t p = 0; p < k; ++p) sum += left(at / n, p) * right(p, at % n);
+              return {2.0 * sum, 0.0};
+            });
+            sums.Expect("sums", [&](int64_t i) -> Want {
+              double sum = 0.0;
+              for (int64_t p = 0; p < k; ++p) sum += left(i, p);
+              return {sum, 0.0};
+            });
+          }
+        }
+      }
+    }
+  });
+}
+
+struct ValueAndSlope {
+  Want value, slope;
+};
+
+ValueAndSlope GeluTanh(double x) {
+  const double k = std::sqrt(2.0 / M_PI), u = k * (x + 0.044715 * x * x * x);
+  const double s = 1.0 / (1.0 + std::exp(-2.0 * u)), du2 = 2.0 * k * (1.0 + 3.0 * 0.044715 * x * x);
+  // An error of the exponent's argument is relative to u; past |2u| = 104 the result is below the subnormals.
+  const double loss = 4.0 + 4.0 * std::min(std::fabs(2.0 * u), 104.0);
+  return {{x * s, std::fabs(x * s) * loss}, {s + x * s * (1.0 - s) * du2, s * loss * (1.0 + std::fabs(x) * du2)}};
+}
+
+ValueAndSlope GeluErf(double x) {
+  // Half of 1 + erf: an error of half an ulp of 1 stays in the tail, until erf is -1.
+  const double cdf = 0.5 * std::erfc(-x / std::sqrt(2.0)), phi = std::exp(-0.5 * x * x) / std::sqrt(2.0 * M_PI);
+  return {{x * cdf, x < -9.0 ? 0x1p-30 : 4.0 * std::fabs(x)}, {cdf + x * phi, (x < -9.0 ? 0x1p-30 : 4.0) + 4.0 * std::fabs(x * phi) * (1.0 + x * x)}};
+}
+
+ValueAndSlope Relu(double x) { return {{x > 0 || std::isnan(x) ? x : 0.0, 0.0}, {x > 0 ? 1.0 : 0.0, 0.0}}; }
+
+constexpr struct {
+  const char* name;
+  Activation code;
+  ValueAndSlope (*reference)(double);
+} kActivations[] = {{"gelu_tanh", Activation::kGeluTanh, GeluTanh},
+                    {"gelu_erf", Activation::kGeluErf, GeluErf},
+                    {"relu", Activation::kRelu, Relu}};
+
+// One row times one: the sum is b itself, so that what is seen is the epilogue.
+PEAK_TEST(gemm_activates) {
+  for (const auto& activation : kActivations) {
+    ForEachCase(activation.name, 1, [&](auto element, int64_t count, int placement) {
+      using T = decltype(element);
+      Random random(count);
+      Placer place(placement);
+      auto one = place.In<T>(1), x = place.In<T>(count);
+      auto pre = place.Out<T>(count), out = place.Out<T>(count);
+      one.Fill([](int64_t) { return 1.0; });
+      placement % 2 ? x.FillSpecials(placement) : x.FillNormal(random, 0.0, 3.0);
+      GemmArgs args = Product(kDtype<T>, kDtype<T>, {1, 1, count}, one.data(), x.data(), out.data());
+      args.epilogue = Epilogue::kActivate, args.activation = activation.code, args.pre = pre.data();
+      Gemm(args, 1 + placement % 2);
+      pre.Expect("pre", [&](int64_t i) -> Want { return {x.At(i), 0.0}; });
+      out.Expect("out", [&](int64_t i) { return activation.reference(x.At(i)).value; });
+    });
+  }
+}
+
+// The slope of a pre-activation past 1e18 is 0 * inf = NaN, in PyTorch too, so specials end there.
+double Tame(double x) { return std::fabs(x) < 1e18 ? x : 3.0; }
+
+PEAK_TEST(gemm_takes_slopes) {
+  for (const auto& activation : kActivations) {
+    ForEachCase(activation.name, 1, [&](auto element, int64_t count, int placement) {
+      using T = decltype(element);
+      Random random(count);
+      Placer place(placement);
+      auto one = place.In<T>(1), dy = place.In<T>(count);
+      auto pre = place.Out<T>(count), dpre = place.Out<T>(count), act = place.Out<T>(count);
+      one.Fill([](int64_t) { return 1.0; });
+      dy.FillNormal(random, 0.5);
+      pre.FillNormal(random, 0.0, 3.0);
+      if (placement % 2) pre.FillSpecials(placement).Fill([&](int64_t i) { return Tame(pre.At(i)); });
+      GemmArgs args = Product(kDtype<T>, kDtype<T>, {1, 1, count}, one.data(), dy.data(), dpre.data());
+      args.epilogue = Epilogue::kSlope, args.activation = activation.code, args.pre = pre.data();
+      args.act = placement == 2 ? nullptr : act.data();
+      Gemm(args, 1 + placement % 2);
+      dpre.Expect("dpre", [&](int64_t i) -> Want {
+        const Want slope = activation.reference(pre.At(i)).slope;
+        return {dy.At(i) * slope.value, std::fabs(dy.At(i)) * (slope.slack + std::fabs(slope.value))};
+      });
+      if (args.act) act.Expect("act", [&](int64_t i) { return activation.reference(pre.At(i)).value; });
+    });
+  }
+}
+
+template <class T>
+std::vector<char> Call(int threads) {
+  constexpr Sizes s{77, 300, 129};
+  Random random(1);
+  Placer place(0);
+  auto a = place.In<T>(s.m * s.k), b = place.In<T>(s.k * s.n);
+  auto c = place.Out<T>(s.m * s.n);
+  auto sums = place.Out<float>(s.m);
+  a.FillNormal(random);
+  b.FillNormal(random);
+  GemmArgs args = Product(kDtype<T>, kDtype<T>, s, a.data(), b.data(), c.data());
+  args.a_sums = sums.data();
+  Gemm(args, threads);
+  std::vector<char> bytes;
+  c.Append(bytes);
+  sums.Append(bytes);
+  return bytes;
+}
+PEAK_KERNEL(gemm_float32) { return Call<float>(threads); }
+PEAK_KERNEL(gemm_bfloat16) { return Call<bf16>(threads); }
+
+}  // namespace
+}  // namespace peak::test
