@@ -148,10 +148,15 @@ def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[s
             for rs in groups(r for r in results if r.bench == bench)
             for r in rs
         ]
-        used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
         if rows:
-            found.append((title, [list(columns)[i] for i in used], [[row[i] for i in used] for row in rows]))
+            found.append((title, *_used(list(columns), rows)))
     return found
+
+
+def _used(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) without columns that are empty throughout."""
+    used = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+    return [headings[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
 def tables(results: Sequence[Result]) -> list[str]:
@@ -171,7 +176,7 @@ def comparisons(results: Sequence[Result]) -> list[str]:
         rows += [[_case(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
     headings = ["case", "of peak FLOP/s", "against", "times as fast (quartiles)", "of its memory", "beyond imports",
                 "rounds"]  # fmt: skip
-    return [f"\npeakgpt against each contender\n{_text_table(headings, rows)}"] if rows else []
+    return [f"\npeakgpt against each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
 
 
 def _comparison(ours: Result, other: Result) -> list[str]:

@@ -464,6 +464,8 @@ def test_comparisons_pair_rounds():
         "mlp forward float32, rows 8", "26.7 %", "eager", "1.500 x (1.500 to 1.500)", "0.50 x", "0.40 x", "4 of 5"
     ]  # fmt: skip
     assert comparisons([eager]) == comparisons([ours, other]) == []
+    bare = [dataclasses.replace(r, memory_bytes=None) for r in (ours, eager)]
+    assert "memory" not in comparisons(bare)[0]
 
 
 def test_notes_tell_each_kind_once():
