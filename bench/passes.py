@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.findings import Findings
+from peakgpt.kernels.adamw import adamw as adamw_op
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import stream_peak
 
@@ -101,13 +102,10 @@ def sum_of_squares(dtype, count: int) -> Pass:
 
 
 def adamw(dtype, count: int) -> Pass:
-    """In bfloat16 with the float32 master."""
-    param, grad = torch.randn(2, count).to(dtype).unbind()
-    master = None if dtype == torch.float32 else param.float()
-    m, v, step = torch.randn(count) * 0.1, torch.rand(count) * 0.1, torch.full((), 3.0)
-    arguments = (dtype, count, param, grad, master, m, v, step, None, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.0)
-    wide = param if master is None else master
-    return Pass("adamw", arguments, (wide, m, v, grad), (wide, m, v, None if master is None else param))
+    """In bfloat16 with the remainder of the float32 master."""
+    param, grad, remainder, m, v, step, _ = adamw_op.sample(count, dtype=dtype)
+    arguments = (dtype, count, param, grad, remainder, m, v, step, None, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.0)
+    return Pass("adamw", arguments, (param, remainder, m, v, grad), (param, remainder, m, v))
 
 
 PASSES = {

@@ -91,9 +91,9 @@ def _has_liger(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
-def _fused_adamw(param, grad, master, exp_avg, exp_avg_sq, step, norm=None, *, lr: float) -> None:
+def _fused_adamw(param, grad, remainder, exp_avg, exp_avg_sq, step, norm=None, *, lr: float) -> None:
     """torch.optim.AdamW(fused=True)'s kernel; it has no master, so it stands beside our float32 update."""
-    if master is not None:
+    if remainder is not None:
         raise NotTaken("torch's fused AdamW keeps no float32 master")
     step += 1
     parts = [list(t.split(CHUNK)) for t in (param, grad, exp_avg, exp_avg_sq)]

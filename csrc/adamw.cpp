@@ -18,26 +18,41 @@ struct AdamwStep {
 
 #ifdef PEAK_ISA
 
+PEAK_INLINE Vec LoadMaster(const float* param, const int16_t*, int64_t i, int64_t n) { return Load(param + i, n); }
+PEAK_INLINE Vec LoadMaster(const bf16* param, const int16_t* remainder, int64_t i, int64_t n) {
+  return LoadSplit(param + i, remainder + i, n);
+}
+PEAK_INLINE void StoreMaster(float* param, int16_t*, Vec p, int64_t i, int64_t n) { Store(param + i, p, n); }
+PEAK_INLINE void StoreMaster(bf16* param, int16_t* remainder, Vec p, int64_t i, int64_t n) {
+  StoreSplit(param + i, remainder + i, p, n);
+}
+
+struct Constants {
+  Vec scale, decay, size, beta1, beta2, fresh1, fresh2, correction, eps;
+};
+
+template <class T>
+PEAK_INLINE void UpdateLanes(const AdamwArgs& args, const Constants& c, int64_t i, int64_t n) {
+  T* param = static_cast<T*>(args.param);
+  const Vec g = Load(static_cast<const T*>(args.grad) + i, n) * c.scale;
+  const Vec m = Fma(c.fresh1, g, c.beta1 * Load(args.exp_avg + i, n));
+  const Vec v = Fma(c.fresh2 * g, g, c.beta2 * Load(args.exp_avg_sq + i, n));
+  const Vec old = LoadMaster(param, args.remainder, i, n);
+  const Vec p = Fnma(c.size, m / Fma(Sqrt(v), c.correction, c.eps), old * c.decay);
+  Store(args.exp_avg + i, m, n);
+  Store(args.exp_avg_sq + i, v, n);
+  StoreMaster(param, args.remainder, p, i, n);
+}
+
 template <class T>
 void Update(const AdamwArgs& args, const AdamwStep& step, int64_t begin, int64_t end) {
-  T* param = static_cast<T*>(args.param);
-  const T* grad = static_cast<const T*>(args.grad);
-  const Vec scale = Set(step.gradient_scale), decay = Set(step.decay), size = Set(step.step_size);
-  const Vec beta1 = Set(step.beta1), beta2 = Set(step.beta2);
-  const Vec fresh1 = Set(static_cast<float>(1.0 - args.beta1)), fresh2 = Set(static_cast<float>(1.0 - args.beta2));
-  const Vec correction = Set(step.inverse_root_correction), eps = Set(step.eps);
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t n = end - i;
-    const Vec g = Load(grad + i, n) * scale;
-    const Vec m = Fma(fresh1, g, beta1 * Load(args.exp_avg + i, n));
-    const Vec v = Fma(fresh2 * g, g, beta2 * Load(args.exp_avg_sq + i, n));
-    const Vec old = args.master == nullptr ? Load(param + i, n) : Load(args.master + i, n);
-    const Vec p = Fnma(size, m / Fma(Sqrt(v), correction, eps), old * decay);
-    Store(args.exp_avg + i, m, n);
-    Store(args.exp_avg_sq + i, v, n);
-    if (args.master != nullptr) Store(args.master + i, p, n);
-    Store(param + i, p, n);
-  }
+  const Constants c{Set(step.gradient_scale), Set(step.decay), Set(step.step_size), Set(step.beta1), Set(step.beta2),
+                    Set(static_cast<float>(1.0 - args.beta1)), Set(static_cast<float>(1.0 - args.beta2)),
+                    Set(step.inverse_root_correction), Set(step.eps)};
+  int64_t i = begin;
+  // Apart from the tail, whose calls of memcpy would leave no constant in a register.
+  for (; i + kLanes <= end; i += kLanes) UpdateLanes<T>(args, c, i, kLanes);
+  if (i < end) UpdateLanes<T>(args, c, i, end - i);
 }
 
 #else

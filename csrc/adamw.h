@@ -13,7 +13,7 @@ struct AdamwArgs {
   int64_t count;
   void* param;
   const void* grad;
-  float* master;  // null: param is float32 and its own master
+  int16_t* remainder;  // of bf16 param's float32 master; null: param is float32 and its own master
   float* exp_avg;
   float* exp_avg_sq;
   float* step;        // updates made so far; incremented

@@ -4,6 +4,7 @@
 //   kLanes                     floats in a Vec
 //   Load(p) Load(p, n)         from float or bf16; n < kLanes reads only n elements, the other lanes are 0
 //   Store(p, v) Store(p, v, n) to float or bf16, bf16 rounded to nearest even, NaN stays NaN
+//   LoadSplit(p, r)  StoreSplit(p, r, v)  and with n   float bits = (bf16 bits << 16) + int16; kernels/adamw.py
 //   + - * / Fma(a,b,c)=a*b+c   Fnma(a,b,c)=c-a*b    Sqrt    Abs    CopySign(magnitude, sign)    Round (to even)
 //   Max(a,b) Min(a,b)          b where either is NaN, on every set, as x86 does
 //   Greater(a,b) Select(m,a,b) Mask and m ? a : b
@@ -20,6 +21,8 @@
 //                              DotQuads(acc, a, b): acc[i] += sum of a[4i+j]*b[4i+j], j = 0..3; LoadQuads(p)
 //
 // avx512bf16: the native conversion and dot product take subnormal inputs for 0 and flush subnormal results.
+
+constexpr int32_t kNanBits = 0x7fc00000;  // the NaN that StoreSplit writes: its lower half is 0
 
 // ---------------------------------------------------------------------------------------------------------- scalar
 #if PEAK_ISA == PEAK_SCALAR
@@ -46,6 +49,15 @@ PEAK_INLINE Vec LoadPart(const float*, int64_t) { return {0.0f}; }
 PEAK_INLINE Vec LoadPart(const bf16*, int64_t) { return {0.0f}; }
 PEAK_INLINE void Store(float* p, Vec a) { *p = a.v; }
 PEAK_INLINE void Store(bf16* p, Vec a) { p->bits = static_cast<uint16_t>(RoundToBf16(a.v)); }
+PEAK_INLINE Vec LoadSplit(const bf16* p, const int16_t* r) {
+  const int32_t magnitude = static_cast<int32_t>((p->bits & 0x7fffu) << 16) + *r;
+  return {FromBits(static_cast<uint32_t>(magnitude < 0 ? 0 : magnitude) | (p->bits & 0x8000u) << 16)};
+}
+PEAK_INLINE void StoreSplit(bf16* p, int16_t* r, Vec a) {
+  const uint32_t u = a.v == a.v ? Bits(a.v) : kNanBits;
+  p->bits = static_cast<uint16_t>((u + 0x8000) >> 16);
+  *r = static_cast<int16_t>(u);
+}
 PEAK_INLINE void Stream(float* p, Vec a) { Store(p, a); }
 PEAK_INLINE void EndStream() {}
 PEAK_INLINE void StorePart(float*, Vec, int64_t) {}
@@ -102,10 +114,11 @@ PEAK_INLINE __m256i RoundToUpper(__m256 a) {
   const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
   return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
 }
-PEAK_INLINE __m128i ToBf16(__m256 a) {
-  const __m256i u = _mm256_srli_epi32(RoundToUpper(a), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+PEAK_INLINE __m128i LowerHalves(__m256i u) {
+  const __m256i lower = _mm256_and_si256(u, _mm256_set1_epi32(0xffff));
+  return _mm_packus_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1));
 }
+PEAK_INLINE __m128i ToBf16(__m256 a) { return LowerHalves(_mm256_srli_epi32(RoundToUpper(a), 16)); }
 PEAK_INLINE __m256 FromBf16(__m128i a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }
 
 PEAK_INLINE Vec Set(float f) { return {_mm256_set1_ps(f)}; }
@@ -119,6 +132,20 @@ PEAK_INLINE Vec LoadPart(const bf16* p, int64_t n) {
 }
 PEAK_INLINE void Store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 PEAK_INLINE void Store(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), ToBf16(a.v)); }
+PEAK_INLINE Vec LoadSplit(const bf16* p, const int16_t* r) {
+  const __m256i u = _mm256_castps_si256(Load(p).v), sign = _mm256_set1_epi32(INT32_MIN);
+  const __m256i lower = _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(r)));
+  const __m256i magnitude = _mm256_add_epi32(_mm256_andnot_si256(sign, u), lower);
+  const __m256i bits = _mm256_max_epi32(magnitude, _mm256_setzero_si256());
+  return {_mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(sign, u)))};
+}
+PEAK_INLINE void StoreSplit(bf16* p, int16_t* r, Vec a) {
+  const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(kNanBits));
+  const __m256i u = _mm256_castps_si256(_mm256_blendv_ps(a.v, nan, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+  const __m256i upper = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x8000)), 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), LowerHalves(upper));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(r), LowerHalves(u));
+}
 PEAK_INLINE void Stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
 PEAK_INLINE void EndStream() { _mm_sfence(); }
 PEAK_INLINE void StorePart(float* p, Vec a, int64_t n) { _mm256_maskstore_ps(p, PartMask(n), a.v); }
@@ -229,6 +256,20 @@ PEAK_INLINE Vec LoadPart(const float* p, int64_t n) { return {_mm512_maskz_loadu
 PEAK_INLINE Vec LoadPart(const bf16* p, int64_t n) { return {FromBf16(_mm256_maskz_loadu_epi16(PartMask(n), p))}; }
 PEAK_INLINE void Store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 PEAK_INLINE void Store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ToBf16(a.v)); }
+PEAK_INLINE Vec LoadSplit(const bf16* p, const int16_t* r) {
+  const __m512i u = _mm512_castps_si512(Load(p).v), sign = _mm512_set1_epi32(INT32_MIN);
+  const __m512i lower = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(r)));
+  const __m512i magnitude = _mm512_add_epi32(_mm512_andnot_si512(sign, u), lower);
+  const __m512i bits = _mm512_max_epi32(magnitude, _mm512_setzero_si512());
+  return {_mm512_castsi512_ps(_mm512_or_si512(bits, _mm512_and_si512(sign, u)))};
+}
+PEAK_INLINE void StoreSplit(bf16* p, int16_t* r, Vec a) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i u = _mm512_mask_blend_epi32(nan, _mm512_castps_si512(a.v), _mm512_set1_epi32(kNanBits));
+  const __m512i upper = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x8000)), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(r), _mm512_cvtepi32_epi16(u));
+}
 PEAK_INLINE void Stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
 PEAK_INLINE void EndStream() { _mm_sfence(); }
 PEAK_INLINE void StorePart(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, PartMask(n), a.v); }
@@ -320,6 +361,17 @@ PEAK_INLINE void Store(float* p, Vec a) { vst1q_f32(p, a.v); }
 PEAK_INLINE void Store(bf16* p, Vec a) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(RoundToUpper(a.v), 16));
 }
+PEAK_INLINE Vec LoadSplit(const bf16* p, const int16_t* r) {
+  const uint32x4_t u = vreinterpretq_u32_f32(Load(p).v), sign = vdupq_n_u32(0x80000000u);
+  const int32x4_t magnitude = vaddw_s16(vreinterpretq_s32_u32(vbicq_u32(u, sign)), vld1_s16(r));
+  const uint32x4_t bits = vreinterpretq_u32_s32(vmaxq_s32(magnitude, vdupq_n_s32(0)));
+  return {vreinterpretq_f32_u32(vorrq_u32(bits, vandq_u32(u, sign)))};
+}
+PEAK_INLINE void StoreSplit(bf16* p, int16_t* r, Vec a) {
+  const uint32x4_t u = vbslq_u32(vceqq_f32(a.v, a.v), vreinterpretq_u32_f32(a.v), vdupq_n_u32(kNanBits));
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(vaddq_u32(u, vdupq_n_u32(0x8000)), 16));
+  vst1_s16(r, vreinterpret_s16_u16(vmovn_u32(u)));
+}
 PEAK_INLINE void Stream(float* p, Vec a) { Store(p, a); }  // aarch64 has no such hint for one register
 PEAK_INLINE void EndStream() {}
 template <class T>
@@ -401,6 +453,21 @@ PEAK_INLINE Pairs AsPairs(Vec a) {
   Pairs pairs;
   std::memcpy(&pairs, &a, sizeof(pairs));
   return pairs;
+}
+
+PEAK_INLINE Vec LoadSplit(const bf16* p, const int16_t* r, int64_t n) {
+  if (n >= kLanes) return LoadSplit(p, r);
+  bf16 upper[kLanes] = {};
+  int16_t lower[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) upper[i] = p[i], lower[i] = r[i];
+  return LoadSplit(upper, lower);
+}
+PEAK_INLINE void StoreSplit(bf16* p, int16_t* r, Vec a, int64_t n) {
+  if (n >= kLanes) return StoreSplit(p, r, a);
+  bf16 upper[kLanes];
+  int16_t lower[kLanes];
+  StoreSplit(upper, lower, a);
+  for (int64_t i = 0; i < n; ++i) p[i] = upper[i], r[i] = lower[i];
 }
 
 #ifndef PEAK_HAS_QUADS

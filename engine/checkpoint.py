@@ -300,7 +300,7 @@ def save_training_state(
     Args:
         folder: made where it is not there.
         model: its state dict is kept in the dtype it trains in.
-        optimizer: its state, masters included, and its groups' options.
+        optimizer: its state, remainders included, and its groups' options.
         values: what else the run must know (steps done, position in the data), JSON.
     Raises:
         OSError: the folder can not be written; what was there still is.

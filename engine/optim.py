@@ -1,7 +1,8 @@
 """AdamW on flat buffers: parameters, gradients and moments of a group lie end to end, and one op updates them all.
 
 Parameters become views of one buffer a dtype and device, their gradients views of another. What torch lets people do
-between two steps is met at the next one: gradients that were set to None or replaced, parameters that were written to.
+between two steps is met at the next one: gradients that were set to None or replaced, parameters that were written to
+or replaced. A bfloat16 parameter is half of its float32 master (kernels/adamw.py), so what is written to it counts.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peakgpt.kernels.adamw import adamw
+from peakgpt.kernels.adamw import DTYPES, adamw, join, split
 from peakgpt.kernels.sum_of_squares import sum_of_squares
 
 ALIGN = 64  # elements: each parameter starts on a cache line, and on the 16 bytes that vector loads and TMA ask for
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNSUPPORTED = ("amsgrad", "maximize", "differentiable")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -48,15 +48,18 @@ class AdamW(torch.optim.Optimizer):
     ):
         """
         Args:
-            params: parameters, or groups of them, float32, bfloat16 or float16, each on one device.
+            params: parameters, or groups of them, float32 or bfloat16, each on one device.
             lr, betas, eps, weight_decay: as in torch.optim.AdamW, also by group.
             foreach, capturable, fused: taken as torch takes them; there is one implementation, and it is all three.
             amsgrad, maximize, differentiable: not supported.
             max_norm: gradients are scaled down to this global norm over all groups.
             dtype: the parameters are turned into this dtype, and what they were is the float32 master.
         Raises:
-            ValueError: an option that is not supported or out of range, or a parameter that is not dense and floating.
+            ValueError: an option that is not supported or out of range, or a parameter that is not dense and floating,
+                or float16: it needs loss scaling, and torch's scaler takes float32 parameters under autocast.
         """
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"AdamW: dtype is {dtype}, expected torch.float32 or torch.bfloat16")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"AdamW: max_norm is {max_norm}, expected more than 0, or None")
         self.max_norm, self.grad_norm, self._dtype = max_norm, None, dtype
@@ -120,14 +123,13 @@ class AdamW(torch.optim.Optimizer):
             self.grad_norm = _norm([flat.grad[span] for _, flat, span, _ in calls])
         for group, flat, span, step in calls:
             adamw(
-                flat.param[span], flat.grad[span], None if flat.master is None else flat.master[span],
+                flat.param[span], flat.grad[span], None if flat.remainder is None else flat.remainder[span],
                 flat.exp_avg[span], flat.exp_avg_sq[span], step,
                 None if self.max_norm is None else self.grad_norm.to(step.device, step.dtype),
                 lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
                 weight_decay=group["weight_decay"], max_norm=self.max_norm,
             )  # fmt: skip
-        for _, flat in self._flats:
-            flat.mark_written()
+            torch.autograd.graph.increment_version(flat.parameters)  # autograd must know that they changed
         return loss
 
     @torch.no_grad()
@@ -142,14 +144,15 @@ class AdamW(torch.optim.Optimizer):
             flat.zero_grad(set_to_none)
 
     def master(self, parameter: Tensor) -> Tensor:
-        """The parameter as the optimizer keeps it: its float32 master, or itself where it has none.
+        """The parameter as the optimizer keeps it: its float32 master put together, or itself where it has none.
 
         Raises:
             ValueError: not one of this optimizer's parameters.
         """
         if parameter not in self.state:
             raise ValueError(f"AdamW: got a tensor of shape {tuple(parameter.shape)}, expected one of its parameters")
-        return self.state[parameter].get("master", parameter.detach())
+        remainder = self.state[parameter].get("remainder")
+        return parameter.detach() if remainder is None else join(parameter.detach(), remainder)
 
     def master_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state dict with masters in place of low-precision parameters; what a checkpoint should hold."""
@@ -160,7 +163,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in torch.optim.AdamW's format, which loads it; masters are one more entry of a parameter."""
+        """The state in torch.optim.AdamW's format, which loads it; a bfloat16 parameter has a remainder more."""
         packed = super().state_dict()
         # Our parameters share one counter; torch, loading it, would add to a shared one once for each of them.
         packed["state"] = {i: {**state, "step": state["step"].clone()} for i, state in packed["state"].items()}
@@ -189,7 +192,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 class _Flat:
-    """The parameters of one group, dtype and device, end to end, with gradients, master and moments alike."""
+    """The parameters of one group, dtype and device, end to end, with gradients, remainders and moments alike."""
 
     def __init__(self, parameters: list[nn.Parameter], dtype: torch.dtype | None):
         first = parameters[0]
@@ -204,16 +207,15 @@ class _Flat:
         self.grad = torch.zeros_like(self.param)
         self.exp_avg = torch.zeros(end, dtype=wide, device=first.device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
-        self.master = None if dtype == wide else torch.zeros_like(self.exp_avg)
+        self.remainder = None if dtype == wide else torch.zeros_like(self.param, dtype=torch.int16)
         # .data: a view shares its base's version counter, and each gradient needs one of its own.
         self.homes, self.grad_homes = self._views(self.param), [view.data for view in self._views(self.grad)]
         # One counter for all that have always been updated together; `runs` splits it.
         kept = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        kept |= {} if self.master is None else {"master": self.master}
+        kept |= {} if self.remainder is None else {"remainder": self.remainder}
         views = {name: self._views(buffer) for name, buffer in kept.items()}
         step = torch.zeros((), dtype=wide, device=first.device)
         self.states = [{"step": step, **{name: views[name][i] for name in kept}} for i in range(len(parameters))]
-        self.versions = [-1] * len(parameters)
         self.received = [p.requires_grad for p in parameters]  # whether it had a gradient in the last step
         self.zeroed = [-1] * len(parameters)  # version of a gradient that zero_grad made as good as None, or -1
         for i in range(len(parameters)):
@@ -226,20 +228,21 @@ class _Flat:
     def _adopt(self, i: int) -> None:
         """Take over parameter i's present value, and make it a view of the buffer."""
         parameter = self.parameters[i]
-        self._renew_master(i)
+        self._write(i, parameter.detach())
         grad, parameter.grad = parameter.grad, None  # a parameter may not change dtype under its gradient
-        parameter.data = self.homes[i].copy_(parameter)
+        parameter.data = self.homes[i]
         parameter.grad = None if grad is None else grad.to(parameter.dtype)
-        self.versions[i] = parameter._version
 
-    def _renew_master(self, i: int) -> None:
-        """Take over what was written to parameter i; where that is only the master rounded, the master knows better."""
-        if self.master is not None:
-            parameter, master = self.parameters[i], self.states[i]["master"]
-            master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter.to(master.dtype)))
+    def _write(self, i: int, master: Tensor) -> None:
+        """Make this parameter i's master."""
+        if self.remainder is None:
+            self.homes[i].copy_(master)
+        else:
+            for home, half in zip((self.homes[i], self.states[i]["remainder"]), split(master.float()), strict=True):
+                home.copy_(half)
 
     def gather_parameters(self) -> None:
-        """Bring home the parameters that were written to or replaced since the last step."""
+        """Bring home the parameters that were replaced since the last step."""
         for i, (parameter, home) in enumerate(zip(self.parameters, self.homes, strict=True)):
             if parameter.dtype != home.dtype or parameter.device != home.device:
                 raise ValueError(
@@ -248,8 +251,6 @@ class _Flat:
                 )
             if parameter.data_ptr() != home.data_ptr():
                 self._adopt(i)
-            elif parameter._version != self.versions[i]:
-                self._renew_master(i)
 
     def gather_gradients(self) -> None:
         """Bring home the gradients that were replaced since the last step."""
@@ -289,11 +290,6 @@ class _Flat:
                 found.append((slice(self.spans[first].start, self.spans[last].stop), step))
         return found
 
-    def mark_written(self) -> None:
-        """Tell autograd that the parameters changed, and remember their versions."""
-        torch.autograd.graph.increment_version(self.parameters)
-        self.versions = [parameter._version for parameter in self.parameters]
-
     def zero_grad(self, set_to_none: bool) -> None:
         """Zero the buffer, and make its views the gradients again of the parameters that may get one."""
         live = [self._live(i) for i in range(len(self.parameters))]
@@ -310,14 +306,15 @@ class _Flat:
         """Take over one state a parameter; an empty one starts from zero."""
         self.gather_parameters()
         counters: dict[float, Tensor] = {}
-        for home, state, entry in zip(self.homes, self.states, entries, strict=True):
+        for i, (state, entry) in enumerate(zip(self.states, entries, strict=True)):
             count = float(entry.get("step", 0))
             state["step"] = counters.setdefault(count, torch.full_like(state["step"], count))
             for name in MOMENTS:
                 state[name].copy_(entry[name]) if entry else state[name].zero_()
-            if "master" in state and "master" in entry:
-                state["master"].copy_(entry["master"])
-                home.copy_(entry["master"])
+            if "remainder" in state and "remainder" in entry:
+                state["remainder"].copy_(entry["remainder"])
+            elif "remainder" in state and "master" in entry:  # saved before masters were split
+                self._write(i, entry["master"])
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -361,7 +358,7 @@ def _check(group: Mapping[str, Any]) -> None:
         if parameter.dtype not in DTYPES or parameter.layout != torch.strided:
             raise ValueError(
                 f"AdamW: got a parameter of dtype {parameter.dtype} and layout {parameter.layout}, "
-                "expected a dense one in float32, bfloat16, float16 or float64"
+                "expected a dense one in float32, bfloat16 or float64"
             )
 
 
@@ -372,9 +369,11 @@ def _checked_state(i: int, entry: Mapping[str, Any] | None, parameter: Tensor) -
     missing = [name for name in ("step", *MOMENTS) if name not in entry]
     if missing:
         raise ValueError(f"AdamW: state {i} has {', '.join(entry)}, expected step, exp_avg and exp_avg_sq")
-    for name in MOMENTS:
+    for name in (*MOMENTS, *(name for name in ("remainder", "master") if name in entry)):
         if entry[name].shape != parameter.shape:
             raise ValueError(
                 f"AdamW: {name} of state {i} has shape {tuple(entry[name].shape)}, expected {tuple(parameter.shape)}"
             )
+    if "remainder" in entry and entry["remainder"].dtype != torch.int16:
+        raise ValueError(f"AdamW: remainder of state {i} has dtype {entry['remainder'].dtype}, expected torch.int16")
     return entry

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from peakgpt import _C
+from peakgpt.bench.check import double, whole
 from peakgpt.kernels.cpu import ext
 from peakgpt.kernels.cpu.gemm import ACTIVATE, gemm
 from peakgpt.kernels.dispatch import OPS, use_backend
@@ -96,23 +97,23 @@ def test_cross_entropy_every_vocabulary(isa, dtype, offset):
 @pytest.mark.parametrize("offset", (0, 1, 3))
 def test_adamw_every_count(isa, dtype, offset):
     options = {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.3}
+    op, norm = OPS["adamw"], torch.tensor(2.0)
     for count in COUNTS:
-        master = torch.randn(count)
-        start = [master.to(dtype), torch.randn(count).to(dtype), master, torch.randn(count), torch.rand(count)]
-        held = [placed(t, offset) for t in start]
-        ours, buffers = [inside for inside, _ in held], [buffer for _, buffer in held]
-        step, norm = torch.tensor(3.0), torch.tensor(2.0)
+        start = op.sample(count, dtype=dtype)[:5]
+        held = [(None, None) if t is None else placed(t, offset) for t in start]
+        ours, buffers = [inside for inside, _ in held], [buffer for _, buffer in held if buffer is not None]
+        step = torch.tensor(3.0)
         with use_backend("cpu"):
-            OPS["adamw"](*ours, step, norm, **options, max_norm=1.0)
-        truth = [t.double() for t in start]
+            op(*ours, step, norm, **options, max_norm=1.0)
+        truth = double(whole(op, start))
         truth_step = torch.tensor(3.0, dtype=torch.float64)
-        OPS["adamw"].eager(*truth, truth_step, norm.double(), **options, max_norm=1.0)
+        with torch.no_grad():
+            op.eager(*truth, truth_step, norm.double(), **options, max_norm=1.0)
         assert step == truth_step == 4
         for buffer in buffers:
             assert_untouched(buffer, offset, count)
-        for got, expected in zip(ours[2:], truth[2:], strict=True):
-            torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-7)
-        assert torch.equal(ours[0], ours[2].to(dtype))
+        for got, expected in zip(double(whole(op, ours)), truth, strict=True):
+            assert got is None or torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-7) is None
 
 
 def test_adamw_skips_a_step_whose_norm_is_not_finite(isa):
@@ -131,15 +132,14 @@ def test_bfloat16_rounds_as_torch_does(isa):
     values = (upper[:, None] + lower).flatten().view(torch.float32)
     if isa == "avx512bf16":
         values = values[~(values.abs() < torch.finfo(torch.float32).tiny)]
-    # A sum with zero positions stores each value, rounded; NaN payloads may differ, being NaN may not.
-    param, grad = torch.empty(values.numel(), dtype=torch.bfloat16), torch.zeros(values.numel(), dtype=torch.bfloat16)
-    moments = torch.zeros(values.numel()), torch.zeros(values.numel())
+    # A norm of equal values stores its bias, rounded; NaN payloads may differ, being NaN may not.
+    x, weight = torch.ones(1, values.numel(), dtype=torch.bfloat16), torch.copysign(torch.zeros(1), values)
     with use_backend("cpu"):
-        OPS["adamw"](param, grad, values.clone(), *moments, torch.tensor(0.0), lr=0.0, weight_decay=0.0)
+        (got,) = OPS["layernorm"](x, weight, values)
     expected = values.to(torch.bfloat16)
     nan = expected.isnan()
-    assert torch.equal(param.isnan(), nan)
-    assert torch.equal(param[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+    assert torch.equal(got.isnan(), nan)
+    assert torch.equal(got[~nan].view(torch.int16), expected[~nan].view(torch.int16))
 
 
 def test_gelu_over_the_whole_range(isa):

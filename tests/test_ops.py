@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from peakgpt.bench.check import CASES, LARGE_CASES, double, judge, leaf, run, sample
+from peakgpt import _C
+from peakgpt.bench.check import CASES, LARGE_CASES, double, judge, leaf, run, sample, whole
 from peakgpt.kernels import catalogue
+from peakgpt.kernels.adamw import join, split
 from peakgpt.kernels.dispatch import OPS, load, use_backend
 
 BACKENDS = ("eager", "cpu", "gpu")
@@ -163,26 +165,67 @@ def test_adamw(backend, dtype, norm):
     """One step against torch.optim.AdamW in float64; nothing moves where the norm is not finite."""
     op = OPS["adamw"]
     torch.manual_seed(3)
-    param, grad, master, m, v, step, _ = op.sample(count=1025, dtype=dtype)
+    param, grad, remainder, m, v, step, _ = op.sample(count=1025, dtype=dtype)
     extra = {} if norm is None else {"norm": torch.tensor(norm), "max_norm": 1.0}
-    wide = (param if master is None else master).double()
-    truth = torch.nn.Parameter(wide.clone())
+    truth = torch.nn.Parameter(whole(op, [param, grad, remainder])[0].double())
     reference = torch.optim.AdamW([truth], lr=1e-2, weight_decay=0.1)
     reference.state[truth] = {"step": step.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
     truth.grad = grad.double() * (1.0 if norm is None else 1.0 / (norm + 1e-6))
     before = [t.clone() for t in (param, m, v, step)]
     with use_backend(backend):
-        op(param, grad, master, m, v, step, lr=1e-2, weight_decay=0.1, **extra)
+        op(param, grad, remainder, m, v, step, lr=1e-2, weight_decay=0.1, **extra)
     if norm == math.inf:
         assert all(torch.equal(a, b) for a, b in zip((param, m, v, step), before, strict=True))
         return
     reference.step()
     assert step.item() == 4.0
-    for ours, theirs in ((param if master is None else master, truth), (m, reference.state[truth]["exp_avg"]),
+    for ours, theirs in ((whole(op, [param, grad, remainder])[0], truth), (m, reference.state[truth]["exp_avg"]),
                          (v, reference.state[truth]["exp_avg_sq"])):  # fmt: skip
         torch.testing.assert_close(ours.double(), theirs.detach(), rtol=2e-6, atol=2e-7)
-    if master is not None:
-        assert torch.equal(param, master.to(dtype))
+
+
+def edges():
+    """Every upper half of a float32 with the lower halves around a tie."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    return (upper[:, None] + lower).flatten().view(torch.float32)
+
+
+def same_bits(a, b):
+    """Equal to the bit, NaN for any NaN."""
+    kind = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.view(kind)[~a.isnan()], b.view(kind)[~b.isnan()])
+
+
+def test_a_master_is_split_to_nearest_and_joined_again():
+    master = edges()
+    param, remainder = split(master)
+    assert same_bits(join(param, remainder), master)
+    bits = master.view(torch.int32)
+    away = (bits & 0xFFFF == 0x8000) & ~master.isnan()
+    nearest = torch.where(away, ((bits >> 16) + 1).short(), master.bfloat16().view(torch.int16))
+    assert same_bits(param, nearest.view(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("backend", "isa"), [("eager", None), ("gpu", None), *(("cpu", isa) for isa in _C.isas)])
+def test_a_split_master_moves_as_a_float32_one(backend, isa):
+    """Bit for bit, from values of every kind; and a parameter that was set to zero is near zero, not NaN."""
+    torch.manual_seed(4)
+    op, wide = OPS["adamw"], edges()
+    param, remainder = split(wide)
+    states = [[torch.zeros_like(wide), torch.zeros_like(wide), torch.tensor(0.0)] for _ in range(2)]
+    _C.set_isa_cap(isa)
+    with use_backend(backend):
+        for lr in (0.0, 1e-3, 1e-3, 1e-3, 1e-3):
+            grad = torch.randn_like(wide).bfloat16()
+            op(wide, grad.float(), None, *states[0], lr=lr)
+            op(param, grad, remainder, *states[1], lr=lr)
+            assert same_bits(join(param, remainder), wide) and same_bits(param, split(wide)[0])
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+        for zero in (0.0, -0.0):
+            op(param.fill_(zero), grad, split(wide)[1], *states[1], lr=0.0)
+            assert not param.any()
+    _C.set_isa_cap(None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -35,10 +35,24 @@ def _one_minus_power(t, log_beta):
 
 
 @triton.jit
+def _join(param, remainder):
+    """The float32 master of a bfloat16 parameter; kernels/adamw.py has the formula and the reason for the clamp."""
+    bits = param.to(tl.int16, bitcast=True).to(tl.int32)
+    magnitude = tl.maximum(((bits & 0x7FFF) << 16) + remainder.to(tl.int32), 0)
+    return (magnitude | ((bits >> 15) << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(master):
+    bits = tl.where(master == master, master.to(tl.int32, bitcast=True), 0x7FC00000)  # NVIDIA's NaN is all ones
+    return ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), bits.to(tl.int16)
+
+
+@triton.jit
 def adamw_update(
     param_ptr,
     grad_ptr,
-    master_ptr,
+    remainder_ptr,
     exp_avg_ptr,
     exp_avg_sq_ptr,
     step_ptr,
@@ -64,9 +78,10 @@ def adamw_update(
     live = at < end
     t = tl.load(step_ptr) + 1.0
     correction1, correction2 = _one_minus_power(t, log_beta1), _one_minus_power(t, log_beta2)
-    wide_ptr = param_ptr if master_ptr is None else master_ptr
     g = tl.load(grad_ptr + at, mask=live, other=0.0).to(tl.float32) * scale
-    p = tl.load(wide_ptr + at, mask=live, other=0.0)
+    p = tl.load(param_ptr + at, mask=live, other=0.0)
+    if remainder_ptr is not None:
+        p = _join(p, tl.load(remainder_ptr + at, mask=live, other=0))
     m = tl.load(exp_avg_ptr + at, mask=live, other=0.0)
     v = tl.load(exp_avg_sq_ptr + at, mask=live, other=0.0)
     m = beta1 * m + one_minus_beta1 * g
@@ -74,9 +89,10 @@ def adamw_update(
     p = p * decay - lr / correction1 * m / (tl.sqrt(v / correction2) + eps)
     tl.store(exp_avg_ptr + at, m, mask=live)
     tl.store(exp_avg_sq_ptr + at, v, mask=live)
-    tl.store(wide_ptr + at, p, mask=live)
-    if master_ptr is not None:
-        tl.store(param_ptr + at, p.to(param_ptr.dtype.element_ty), mask=live)
+    if remainder_ptr is not None:
+        p, remainder = _split(p)
+        tl.store(remainder_ptr + at, remainder, mask=live)
+    tl.store(param_ptr + at, p, mask=live)
 
 
 @triton.jit
@@ -87,21 +103,19 @@ def adamw_step(step_ptr, norm_ptr):
     tl.store(step_ptr, tl.load(step_ptr) + 1.0, mask=live)
 
 
-def objection(param, grad, master, exp_avg, exp_avg_sq, step, norm, **_) -> str | None:
+def objection(param, grad, remainder, exp_avg, exp_avg_sq, step, norm, **_) -> str | None:
     for name, tensor in (("step", step), ("exp_avg", exp_avg), ("norm", norm)):
         if tensor is not None and tensor.dtype != torch.float32:
             return f"takes {name} in float32, got {tensor.dtype}"
-    if master is None and param.dtype != torch.float32:
-        return f"takes {param.dtype} parameters with a float32 master, got none"
     return launch.objection(param)
 
 
-def forward(outputs, saved, param, grad, master, exp_avg, exp_avg_sq, step, norm, *, lr, beta1, beta2, eps,
+def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, norm, *, lr, beta1, beta2, eps,
             weight_decay, max_norm):  # fmt: skip
     with launch.on(param):
         adamw_update[(triton.cdiv(param.numel(), BLOCK_N),)](
-            param_ptr=param, grad_ptr=grad, master_ptr=master, exp_avg_ptr=exp_avg, exp_avg_sq_ptr=exp_avg_sq,
-            step_ptr=step, norm_ptr=norm, N=param.numel(),
+            param_ptr=param, grad_ptr=grad, remainder_ptr=remainder, exp_avg_ptr=exp_avg,
+            exp_avg_sq_ptr=exp_avg_sq, step_ptr=step, norm_ptr=norm, N=param.numel(),
             # Differences and logarithms in double: 1 - float32(0.999) is 1e-5 off.
             lr=float(lr), decay=1.0 - lr * weight_decay, beta1=beta1, beta2=beta2,
             one_minus_beta1=1.0 - beta1, one_minus_beta2=1.0 - beta2, log_beta1=_log(beta1), log_beta2=_log(beta2),
@@ -118,6 +132,6 @@ def _log(beta: float) -> float:
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """The static check's cases."""
     numbers = [n for n in adamw_update.arg_names if not n.endswith("_ptr") and n not in ("N", "BLOCK_N")]
-    types = dict.fromkeys((*numbers, "N"), "fp32") | {"N": "i32", "param_ptr": "*bf16", "grad_ptr": "*bf16"}
+    types = dict.fromkeys(numbers, "fp32") | {"param_ptr": "*bf16", "grad_ptr": "*bf16", "remainder_ptr": "*i16"}
     yield launch.case(adamw_update, "bf16 clipped", ROW, "fp32", {"BLOCK_N": BLOCK_N}, **types)
     yield launch.case(adamw_step, "clipped", Tile(warps=1), "fp32", {})
