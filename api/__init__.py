@@ -8,6 +8,7 @@ from peakgpt.kernels.attention import attention
 from peakgpt.kernels.dispatch import use_backend
 from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
+from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.mlp import mlp
 
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "doctor",
     "layernorm",
+    "linear",
     "linear_cross_entropy",
     "mlp",
     "nn",
