@@ -84,7 +84,7 @@ void ForwardHead(const AttentionArgs& args, int64_t b, int64_t h, int64_t part, 
   const int64_t packed = Most(0, UpTo(live.End(args.queries - 1) - base, kEdgeTile));
   Bump count{nullptr};
   ForwardSpace<T>(count, packed, width);
-  Bump bump{AttentionScratch(reinterpret_cast<int64_t>(count.next))};
+  Bump bump{AttentionScratch(count.used)};
   const ForwardSpace<T> space(bump, packed, width);
 
   const Rows<T> q{At<T>(args.q, b, args.q_b, h, args.q_h), args.q_t, 0, args.queries, width};

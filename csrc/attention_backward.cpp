@@ -184,7 +184,7 @@ void RunBackwardUnit(const AttentionArgs& args, const BackwardUnit& unit) {
   const int64_t count = unit.key_end - unit.key, keys = UpTo(count, kTile);
   Bump counted{nullptr};
   BackwardSpace<T>(counted, queries, keys, width);
-  Bump bump{AttentionScratch(reinterpret_cast<int64_t>(counted.next))};
+  Bump bump{AttentionScratch(counted.used)};
   const BackwardSpace<T> space(bump, queries, keys, width);
   const Live live(args, unit.b);
   const Widths<E> widths(width);

@@ -288,13 +288,14 @@ inline void Bias(const QueryTile& tile, float* s, int64_t key, int64_t rows, Lan
   }
 }
 
-// Places arrays one after another, each on its own cache lines; from null it only counts.
+// Places arrays one after another from `base` on, each on its own cache lines; from null it only counts.
 struct Bump {
-  char* next;
+  char* base;
+  int64_t used = 0;
   template <class X>
   X* Take(int64_t count) {
-    char* at = next;
-    next += UpTo(count * static_cast<int64_t>(sizeof(X)), 64);
+    char* at = base == nullptr ? nullptr : base + used;
+    used += UpTo(count * static_cast<int64_t>(sizeof(X)), 64);
     return reinterpret_cast<X*>(at);
   }
 };

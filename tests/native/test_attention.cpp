@@ -1,0 +1,325 @@
+#include "attention.h"
+
+#include <algorithm>
+
+#include "buffer.h"
+#include "isa.h"
+
+namespace peak::test {
+namespace {
+
+constexpr int64_t kGap = 5;  // elements of NaN behind each token's heads
+constexpr float kScale = 0.3f;
+
+// Which keys a sequence has: none of these, or per sequence a start and a length, or documents end to end.
+enum class Range { kAll, kPadded, kDocuments };
+
+struct Problem {
+  int64_t batch, queries, keys, heads, kv_heads, width;
+  bool causal;
+  int64_t window;
+  bool alibi;
+  Range range;
+};
+
+// Widths of whole and ragged vectors; both sides of a tile of 64 and of the way for few queries; every mask; groups of
+// heads; padding that leaves a sequence without a key, or reaches past the last.
+constexpr Problem kProblems[] = {
+    {1, 1, 1, 1, 1, 8, true, 0, false, Range::kAll},       {2, 1, 70, 4, 2, 16, true, 0, false, Range::kPadded},
+    {2, 4, 37, 2, 1, 40, false, 0, true, Range::kPadded},  {1, 3, 133, 2, 2, 64, true, 20, false, Range::kAll},
+    {3, 5, 5, 2, 2, 24, true, 0, true, Range::kPadded},    {1, 17, 40, 3, 1, 72, false, 9, false, Range::kAll},
+    {1, 64, 64, 1, 1, 64, true, 0, false, Range::kAll},    {3, 65, 65, 2, 1, 16, true, 0, true, Range::kPadded},
+    {1, 130, 130, 2, 2, 8, true, 33, false, Range::kAll},  {1, 131, 131, 1, 1, 16, true, 0, false, Range::kDocuments},
+    {1, 90, 90, 2, 1, 8, false, 0, true, Range::kDocuments}, {1, 70, 20, 1, 1, 8, true, 0, false, Range::kAll},
+    {1, 20, 150, 4, 1, 128, true, 0, false, Range::kAll},  {3, 33, 81, 1, 1, 256, false, 0, false, Range::kPadded},
+    {1, 0, 3, 1, 1, 8, true, 0, false, Range::kAll},       {1, 3, 0, 1, 1, 8, false, 0, false, Range::kAll},
+    {1, 7, 0, 1, 1, 8, false, 0, false, Range::kAll}};
+
+// (batch, tokens, heads, width) with gaps.
+template <class T>
+struct Tensor4 {
+  int64_t tokens, heads, width;
+  Buffer<T> buffer;
+
+  Tensor4(Placer& place, Role role, int64_t batch, int64_t tokens_, int64_t heads_, int64_t width_)
+      : tokens(tokens_), heads(heads_), width(width_),
+        buffer(role == Role::kInput ? place.In<T>(batch * tokens * StrideT()) : place.Out<T>(batch * tokens * StrideT())) {}
+  int64_t StrideT() const { return heads * width + kGap; }
+  int64_t StrideB() const { return tokens * StrideT(); }
+  int64_t Index(int64_t b, int64_t t, int64_t h, int64_t d) const {
+    return b * StrideB() + t * StrideT() + h * width + d;
+  }
+  double At(int64_t b, int64_t t, int64_t h, int64_t d) const { return buffer.At(Index(b, t, h, d)); }
+  void FillRow(int64_t b, int64_t t, double value) const {
+    for (int64_t i = 0; i < heads * width; ++i) buffer[Index(b, t, 0, i)] = Narrow<T>(value);
+  }
+  void FillNormal(Random& random) const {
+    for (int64_t row = 0; row < buffer.count(); row += StrideT()) {
+      for (int64_t i = 0; i < heads * width; ++i) buffer[row + i] = Narrow<T>(random.Normal());
+    }
+  }
+};
+
+// The tensors of one call, and its arguments.
+template <class T>
+struct Attention {
+  Problem p;
+  Placer place;
+  Tensor4<T> q, k, v, dout, dq, dk, dv;
+  Buffer<T> out;
+  Buffer<float> lse, alibi;
+  Buffer<int64_t> start, length, documents;
+  AttentionArgs args;
+
+  Attention(const Problem& problem, int placement, uint64_t seed)
+      : p(problem),
+        place(placement),
+        q(place, Role::kInput, p.batch, p.queries, p.heads, p.width),
+        k(place, Role::kInput, p.batch, p.keys, p.kv_heads, p.width),
+        v(place, Role::kInput, p.batch, p.keys, p.kv_heads, p.width),
+        dout(place, Role::kInput, p.batch, p.queries, p.heads, p.width),
+        dq(place, Role::kOutput, p.batch, p.queries, p.heads, p.width),
+        dk(place, Role::kOutput, p.batch, p.keys, p.kv_heads, p.width),
+        dv(place, Role::kOutput, p.batch, p.keys, p.kv_heads, p.width),
+        out(place.Out<T>(p.batch * p.queries * p.heads * p.width)),
+        lse(place.Out<float>(p.batch * p.heads * p.queries)),
+        alibi(place.In<float>(p.heads)),
+        start(place.In<int64_t>(p.batch)),
+        length(place.In<int64_t>(p.batch)),
+        documents(place.In<int64_t>(4)) {
+    Random random(seed);
+    for (const auto* tensor : {&q, &k, &v, &dout}) tensor->FillNormal(random);
+    for (int64_t h = 0; h < p.heads; ++h) alibi[h] = 0.125f * static_cast<float>(h + 1);
+    const int64_t starts[] = {3, 0, p.keys + 2}, lengths[] = {p.keys, p.keys / 2, 4};
+    for (int64_t b = 0; b < p.batch; ++b) {
+      start[b] = starts[b % 3];
+      length[b] = lengths[b % 3];
+    }
+    const int64_t ends[] = {0, p.keys / 3, p.keys / 3, p.keys};  // the second is empty
+    for (int i = 0; i < 4; ++i) documents[i] = ends[i];
+    // What padding hides must not matter.
+    for (int64_t b = 0; p.range == Range::kPadded && b < p.batch; ++b) {
+      for (int64_t j = 0; j < p.keys; ++j) {
+        if (j >= start[b] && j < start[b] + length[b]) continue;
+        k.FillRow(b, j, kNan);
+        v.FillRow(b, j, kNan);
+      }
+    }
+    args = {.dtype = kDtype<T>, .batch = p.batch, .queries = p.queries, .keys = p.keys, .heads = p.heads,
+            .kv_heads = p.kv_heads, .width = p.width,
+            .q = q.buffer.data(), .q_b = q.StrideB(), .q_t = q.StrideT(), .q_h = p.width,
+            .k = k.buffer.data(), .k_b = k.StrideB(), .k_t = k.StrideT(), .k_h = p.width,
+            .v = v.buffer.data(), .v_b = v.StrideB(), .v_t = v.StrideT(), .v_h = p.width,
+            .alibi = p.alibi ? alibi.data() : nullptr,
+            .kv_start = p.range == Range::kPadded ? start.data() : nullptr,
+            .kv_len = p.range == Range::kPadded ? length.data() : nullptr,
+            .cu_seqlens = p.range == Range::kDocuments ? documents.data() : nullptr,
+            .documents = p.range == Range::kDocuments ? 3 : 0,
+            .causal = p.causal, .window = p.window, .scale = kScale, .out = out.data(), .lse = lse.data(),
+            .dout = dout.buffer.data(), .dout_b = dout.StrideB(), .dout_t = dout.StrideT(), .dout_h = p.width,
+            .dq = dq.buffer.data(), .dq_b = dq.StrideB(), .dq_t = dq.StrideT(), .dq_h = p.width,
+            .dk = dk.buffer.data(), .dk_b = dk.StrideB(), .dk_t = dk.StrideT(), .dk_h = p.width,
+            .dv = dv.buffer.data(), .dv_b = dv.StrideB(), .dv_t = dv.StrideT(), .dv_h = p.width};
+  }
+
+  bool Lives(int64_t b, int64_t i, int64_t j) const {
+    const int64_t place_of_i = i + p.keys - p.queries;
+    if (p.causal && j > place_of_i) return false;
+    if (p.window > 0 && j <= place_of_i - p.window) return false;
+    if (p.range == Range::kPadded) return j >= start[b] && j < start[b] + length[b];
+    return p.range == Range::kAll || (i < documents[1]) == (j < documents[1]);
+  }
+};
+
+// One query's weights and what their rounding is relative to.
+struct Weights {
+  std::vector<double> p;
+  double lse = -kInf, reach = 0.0;  // reach: how many roundings of 1 a score may be off
+};
+
+template <class T>
+Weights WeightsOf(const Attention<T>& a, int64_t b, int64_t h, int64_t i) {
+  const int64_t kv_head = h / (a.p.heads / a.p.kv_heads);
+  Weights weights;
+  weights.p.assign(a.p.keys, 0.0);
+  double top = -kInf, sum = 0.0;
+  std::vector<double> scores(a.p.keys, -kInf);
+  for (int64_t j = 0; j < a.p.keys; ++j) {
+    if (!a.Lives(b, i, j)) continue;
+    double dot = 0.0, magnitude = 0.0;
+    for (int64_t d = 0; d < a.p.width; ++d) {
+      const double term = a.q.At(b, i, h, d) * a.k.At(b, j, kv_head, d) * kScale;
+      dot += term;
+      magnitude += std::fabs(term);
+    }
+    const double bias = a.p.alibi ? a.alibi.At(h) * static_cast<double>(j - i - (a.p.keys - a.p.queries)) : 0.0;
+    scores[j] = dot + bias;
+    if (std::isfinite(magnitude)) weights.reach = std::max(weights.reach, 4.0 * magnitude + 2.0 * std::fabs(bias));
+    top = std::isnan(scores[j]) ? kNan : std::max(top, scores[j]);
+  }
+  if (top == -kInf) return weights;
+  for (int64_t j = 0; j < a.p.keys; ++j) {
+    if (a.Lives(b, i, j)) sum += weights.p[j] = std::exp(scores[j] - top);
+  }
+  for (double& p : weights.p) p /= sum;
+  weights.lse = top + std::log(sum);
+  weights.reach += 8.0 + 2.0 * (std::isfinite(weights.lse) ? std::fabs(weights.lse) : 0.0);
+  return weights;
+}
+
+// Weights are rounded to the dtype before a product, where that is an instruction of bf16 pairs.
+template <class T>
+constexpr double kOperand = kUnit<T> / 0x1p-24;
+
+template <class T>
+void ExpectForward(const Attention<T>& a) {
+  for (int64_t b = 0; b < a.p.batch; ++b) {
+    for (int64_t h = 0; h < a.p.heads; ++h) {
+      for (int64_t i = 0; i < a.p.queries; ++i) {
+        const Weights weights = WeightsOf(a, b, h, i);
+        const int64_t row = (b * a.p.heads + h) * a.p.queries + i, kv_head = h / (a.p.heads / a.p.kv_heads);
+        if (!Near("lse", row, a.lse[row], {weights.lse, weights.reach})) return;
+        for (int64_t d = 0; d < a.p.width; ++d) {
+          Want want{0.0, 0.0};
+          for (int64_t j = 0; j < a.p.keys; ++j) {
+            if (!a.Lives(b, i, j)) continue;
+            const double term = weights.p[j] * a.v.At(b, j, kv_head, d);
+            want.value += term;
+            want.slack += std::fabs(term) * (kOperand<T> + 2.0 * weights.reach);
+          }
+          const int64_t at = ((b * a.p.queries + i) * a.p.heads + h) * a.p.width + d;
+          if (!Near("out", at, a.out[at], want)) return;
+        }
+      }
+    }
+  }
+}
+
+// A sum with its slack.
+void Add(Want& sum, double term, double magnitude) {
+  sum.value += term;
+  sum.slack += magnitude;
+}
+
+template <class T>
+void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
+  const Problem& p = a.p;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    std::vector<Want> dk(p.keys * p.kv_heads * p.width, {0.0, 0.0}), dv = dk;
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const int64_t kv_head = h / (p.heads / p.kv_heads);
+      for (int64_t i = 0; i < p.queries; ++i) {
+        const Weights weights = WeightsOf(a, b, h, i);
+        std::vector<Want> dq(p.width, {0.0, 0.0});
+        double delta = 0.0, delta_magnitude = 0.0;
+        for (int64_t d = 0; d < p.width; ++d) {
+          const double term = a.dout.At(b, i, h, d) * a.out.At(((b * p.queries + i) * p.heads + h) * p.width + d);
+          delta += term;
+          delta_magnitude += std::fabs(term);
+        }
+        for (int64_t j = 0; j < p.keys; ++j) {
+          if (!a.Lives(b, i, j)) continue;
+          double dp = 0.0, dp_magnitude = 0.0;
+          for (int64_t d = 0; d < p.width; ++d) {
+            const double term = a.dout.At(b, i, h, d) * a.v.At(b, j, kv_head, d);
+            dp += term;
+            dp_magnitude += std::fabs(term);
+          }
+          const double rounding = kOperand<T> + 2.0 * weights.reach + 8.0;
+          const double ds = weights.p[j] * (dp - delta) * kScale;
+          const double ds_slack =
+              weights.p[j] * kScale *
+              (std::fabs(dp - delta) * rounding + 8.0 * (dp_magnitude + delta_magnitude));
+          for (int64_t d = 0; d < p.width; ++d) {
+            const int64_t at = (j * p.kv_heads + kv_head) * p.width + d;
+            const double q = a.q.At(b, i, h, d), k = a.k.At(b, j, kv_head, d), dy = a.dout.At(b, i, h, d);
+            Add(dq[d], ds * k, ds_slack * std::fabs(k));
+            Add(dk[at], ds * q, ds_slack * std::fabs(q));
+            Add(dv[at], weights.p[j] * dy, weights.p[j] * std::fabs(dy) * rounding);
+          }
+        }
+        for (int64_t d = 0; with_dq && d < p.width; ++d) {
+          const int64_t at = a.dq.Index(b, i, h, d);
+          if (!Near("dq", at, a.dq.buffer[at], dq[d])) return;
+        }
+      }
+    }
+    for (int64_t j = 0; with_dkv && j < p.keys; ++j) {
+      for (int64_t i = 0; i < p.kv_heads * p.width; ++i) {
+        const int64_t at = a.dk.Index(b, j, 0, i), want = j * p.kv_heads * p.width + i;
+        if (!Near("dk", at, a.dk.buffer[at], dk[want]) || !Near("dv", at, a.dv.buffer[at], dv[want])) return;
+      }
+    }
+  }
+}
+
+template <class T>
+void ExpectRight(const Problem& problem, int placement) {
+  const bool with_dq = placement != 1, with_dkv = placement != 2;
+  const int threads = 1 + 2 * (placement % 2);
+  Attention<T> a(problem, placement, 1);
+  AttentionForward(a.args, threads);
+  ExpectForward(a);
+  if (!with_dq) a.args.dq = nullptr;
+  if (!with_dkv) a.args.dk = a.args.dv = nullptr;
+  AttentionBackward(a.args, threads);
+  ExpectBackward(a, with_dq, with_dkv);
+}
+
+PEAK_TEST(attention) {
+  ForEachDtype([&](auto element) {
+    for (const Problem& p : kProblems) {
+      for (int placement = 0; placement < kPlacements; ++placement) {
+        SetCase("attention %s %s problem %d placement %d", ActiveIsa(), kName<decltype(element)>,
+                static_cast<int>(&p - kProblems), placement);
+        ExpectRight<decltype(element)>(p, placement);
+      }
+    }
+  });
+}
+
+PEAK_TEST(attention_every_count) {
+  ForEachCase("attention", 1, [&](auto element, int64_t count, int placement) {
+    const int64_t queries = placement % 2 == 0 ? count : 5;
+    ExpectRight<decltype(element)>({1, queries, count, 1, 1, 8, true, 0, false, Range::kAll}, placement);
+  });
+}
+
+// One row of q or k that is not like the others reaches the queries that see it, and no other.
+PEAK_TEST(attention_specials) {
+  ForEachDtype([&](auto element) {
+    for (const double intruder : {0x1p-149, 0x1p-127, kInf, -kInf, kNan}) {
+      for (const int64_t queries : {4, 70}) {
+        for (const bool in_q : {false, true}) {
+          SetCase("attention %s %s queries %d intruder %g in %s", ActiveIsa(), kName<decltype(element)>,
+                  static_cast<int>(queries), intruder, in_q ? "q" : "k");
+          Attention<decltype(element)> a({1, queries, 70, 1, 1, 16, true, 0, false, Range::kAll}, 0, 3);
+          const auto& into = in_q ? a.q : a.k;
+          into.buffer[into.Index(0, in_q ? queries / 2 : 34, 0, 3)] = Narrow<decltype(element)>(intruder);
+          AttentionForward(a.args, 1);
+          ExpectForward(a);
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+std::vector<char> Call(const Problem& problem, int threads) {
+  Attention<T> a(problem, 0, 1);
+  AttentionForward(a.args, threads);
+  AttentionBackward(a.args, threads);
+  std::vector<char> bytes;
+  for (const auto* tensor : {&a.dq, &a.dk, &a.dv}) tensor->buffer.Append(bytes);
+  a.out.Append(bytes);
+  a.lse.Append(bytes);
+  return bytes;
+}
+constexpr Problem kMany = {1, 200, 200, 2, 1, 16, true, 0, true, Range::kAll};
+constexpr Problem kFew = {2, 2, 40, 2, 1, 16, true, 0, false, Range::kPadded};
+PEAK_KERNEL(attention_float32) { return Call<float>(kMany, threads); }
+PEAK_KERNEL(attention_bfloat16) { return Call<bf16>(kMany, threads); }
+PEAK_KERNEL(attention_few_queries) { return Call<bf16>(kFew, threads); }
+
+}  // namespace
+}  // namespace peak::test

@@ -1,0 +1,46 @@
+// Tensors without elements have no address: null goes in, and no kernel may reach for it or divide by its size.
+#include "activation.h"
+#include "adamw.h"
+#include "attention.h"
+#include "check.h"
+#include "cross_entropy.h"
+#include "embedding.h"
+#include "layernorm.h"
+#include "sum_of_squares.h"
+
+namespace peak::test {
+namespace {
+
+PEAK_TEST(nothing_to_do) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const int threads : {1, 2}) {
+      float zero = 0.0f;
+      ActivationForward({.dtype = dtype}, threads);
+      ActivationBackward({.dtype = dtype}, threads);
+      ActivationBackward({.dtype = dtype, .rows = 3}, threads);
+      Adamw({.dtype = dtype, .step = &zero}, threads);
+      Check(zero == 1.0f, "step is %g, expected 1", zero);
+      CrossEntropyForward({.dtype = dtype, .vocab = 7}, threads);
+      CrossEntropyBackward({.dtype = dtype, .vocab = 7}, threads);
+      EmbeddingForward({.dtype = dtype, .width = 8}, threads);
+      EmbeddingForward({.dtype = dtype, .batch = 2, .width = 8}, threads);
+      EmbeddingBackward({.dtype = dtype, .batch = 2, .width = 8}, threads);
+      LayernormForward({.dtype = dtype}, threads);
+      LayernormBackward({.dtype = dtype}, threads);
+      SumOfSquares({.dtype = dtype, .total = &zero}, threads);
+      Check(zero == 1.0f, "the sum of nothing is %g, expected 0", zero - 1.0f);
+      for (const int64_t queries : {0, 3}) {
+        for (const int64_t batch : {0, 1}) {
+          if (queries > 0 && batch > 0) continue;
+          const AttentionArgs args = {.dtype = dtype, .batch = batch, .queries = queries, .heads = 1, .kv_heads = 1,
+                                      .width = 8};
+          AttentionForward(args, threads);
+          AttentionBackward(args, threads);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace peak::test
