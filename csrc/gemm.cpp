@@ -303,8 +303,8 @@ void Gemm(const GemmArgs& args, int threads) {
   const int64_t columns = Up(Pieces(args.n, column_blocks), tile.columns);
   const int64_t depth = Up(Pieces(args.k, k_blocks), tile.slot);  // at least a slot: an empty sum is 0
   const int64_t row_panels = rows / tile.rows, column_panels = columns / tile.columns, slots = depth / tile.slot;
-  const auto [row_groups, column_groups] = Grid(row_panels, column_panels, threads);
-  const int team = row_groups * column_groups;
+  const auto wanted = Grid(row_panels, column_panels, threads);
+  const int team = wanted.first * wanted.second;
 
   const int64_t a_size = rows * slots, b_size = std::max(kGroupFloats, tile.columns * slots);
   const int64_t sums_size = k_blocks > 1 ? rows * columns : 0;
@@ -313,7 +313,9 @@ void Gemm(const GemmArgs& args, int threads) {
 
 #pragma omp parallel num_threads(team) if (team > 1)
   {
-    const int id = team > 1 ? omp_get_thread_num() : 0;
+    // Fewer than wanted where the caller is in a parallel region itself, or OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
+    const int workers = omp_get_num_threads(), id = omp_get_thread_num();
+    const auto [row_groups, column_groups] = workers == team ? wanted : Grid(row_panels, column_panels, workers);
     float* const b = a + a_size + id * b_size;
     for (int64_t column = 0; column < args.n; column += columns) {
       for (int64_t row = 0; row < args.m; row += rows) {
@@ -321,11 +323,12 @@ void Gemm(const GemmArgs& args, int threads) {
           const GemmBlock block{row, std::min(rows, args.m - row), column, std::min(columns, args.n - column),
                                 k, std::min(depth, args.k - k), k == 0, k + depth >= args.k};
           const int64_t r = Pieces(block.rows, tile.rows), c = Pieces(block.columns, tile.columns);
-          pack(args, block, r * id / team, r * (id + 1) / team, a);
+          pack(args, block, r * id / workers, r * (id + 1) / workers, a);
 #pragma omp barrier
           const int64_t i = id / column_groups, j = id % column_groups;
-          multiply(args, block, {r * i / row_groups, r * (i + 1) / row_groups, c * j / column_groups,
-                                 c * (j + 1) / column_groups}, a, b, sums);
+          const GemmPart part{r * i / row_groups, r * (i + 1) / row_groups, c * j / column_groups,
+                              c * (j + 1) / column_groups};
+          if (i < row_groups) multiply(args, block, part, a, b, sums);
 #pragma omp barrier
         }
       }

@@ -1,11 +1,11 @@
-// Faults on purpose, for the sanitizers to find: `plant overread|undefined|race`. A build that lets its own pass is
+// Faults on purpose, for the sanitizers to find: `plant overread|undefined|race|shared_partial`. A build that lets its own pass is
 // blind, so the Makefile wants each to end badly. The kernels themselves commit them, called with tensors that are too
 // short, misaligned or overlapping: it is csrc that must be instrumented, and OpenMP that must be understood.
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
-#include "activation.h"
+#include "cross_entropy.h"
 #include "parallel.h"
 #include "sum_of_squares.h"
 
@@ -24,10 +24,14 @@ void Undefined() {
   peak::SumOfSquares({peak::DType::kFloat32, 0, nullptr, reinterpret_cast<float*>(bytes.data() + 1)}, 1);
 }
 
-// Out starts one element into pre: where two threads' pieces meet, one writes what the other reads.
+// lse starts one element into loss: where two threads' rows meet, both write.
 void Race() {
-  std::vector<float> x(100001);
-  peak::ActivationForward({peak::DType::kFloat32, peak::Activation::kRelu, 100000, x.data(), x.data() + 1}, 4);
+  constexpr int64_t kRows = 1000;
+  std::vector<float> logits(2 * kRows), loss(kRows + 1);
+  const std::vector<int64_t> target(kRows);
+  peak::CrossEntropyForward({peak::DType::kFloat32, kRows, 2, logits.data(), target.data(), -100, loss.data(),
+                             loss.data() + 1, false, 1.0f},
+                            4);
 }
 
 // A sum that all threads add to.

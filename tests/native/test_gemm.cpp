@@ -61,6 +61,58 @@ PEAK_TEST(gemm_is_exact_on_integers) {
   });
 }
 
+// More than one block of rows, of columns, of k; operands and C with gaps between rows; a bias; each layout.
+PEAK_TEST(gemm_in_blocks) {
+  constexpr int64_t kGap = 3;
+  ForEachDtype([&](auto element) {
+    using T = decltype(element);
+    for (const Sizes s : {Sizes{1029, 5, 7}, Sizes{5, 3, 3079}, Sizes{9, 2053, 50}, Sizes{1040, 2049, 3}}) {
+      for (int layout = 0; layout < 4; ++layout) {
+        SetCase("gemm %s %lld %lld %lld layout %d", kName<T>, static_cast<long long>(s.m), static_cast<long long>(s.k),
+                static_cast<long long>(s.n), layout);
+        const bool a_across = layout & 1, b_across = layout & 2;
+        const int64_t a_line = (a_across ? s.m : s.k) + kGap, b_line = (b_across ? s.n : s.k) + kGap;
+        const int64_t c_row = s.n + kGap;
+        Random random(layout);
+        Placer place(layout);
+        auto a = place.In<T>((a_across ? s.k : s.m) * a_line), b = place.In<T>((b_across ? s.k : s.n) * b_line);
+        auto bias = place.In<T>(s.n), c = place.Out<T>(s.m * c_row);
+        auto sums = place.Out<float>(s.m);
+        // A gap keeps the NaN that it has.
+        a.Fill([&](int64_t i) { return i % a_line < a_line - kGap ? random.Normal() : kNan; });
+        b.Fill([&](int64_t i) { return i % b_line < b_line - kGap ? random.Normal() : kNan; });
+        bias.FillNormal(random);
+        GemmArgs args = Product(kDtype<T>, kDtype<T>, s, a.data(), b.data(), c.data(), a_across, b_across);
+        (a_across ? args.a_k : args.a_row) = a_line;
+        (b_across ? args.b_k : args.b_col) = b_line;
+        args.c_row = c_row, args.bias = bias.data(), args.a_sums = sums.data();
+        Gemm(args, 1 + layout);
+        const std::vector<double> left = a.Values(), right = b.Values();
+        for (int64_t i = 0; i < s.m; ++i) {
+          Want total{0.0, 0.0};
+          for (int64_t j = 0; j < c_row; ++j) {
+            if (j >= s.n) {
+              if (!Check(std::isnan(c.At(i * c_row + j)), "wrote between rows of c")) return;
+              continue;
+            }
+            Want want{bias.At(j), std::fabs(bias.At(j))};
+            for (int64_t p = 0; p < s.k; ++p) {
+              const double x = left[i * args.a_row + p * args.a_k], product = x * right[p * args.b_k + j * args.b_col];
+              want.value += product;
+              want.slack += 8.0 * std::fabs(product);  // errors of a chain grow as its root does
+              if (j > 0) continue;
+              total.value += x;
+              total.slack += 8.0 * std::fabs(x);
+            }
+            if (!Near("c", i * c_row + j, c[i * c_row + j], want)) return;
+          }
+          if (!Near("sums", i, sums[i], total)) return;
+        }
+      }
+    }
+  });
+}
+
 struct ValueAndSlope {
   Want value, slope;
 };
@@ -76,7 +128,9 @@ ValueAndSlope GeluTanh(double x) {
 ValueAndSlope GeluErf(double x) {
   // Half of 1 + erf: an error of half an ulp of 1 stays in the tail, until erf is -1.
   const double cdf = 0.5 * std::erfc(-x / std::sqrt(2.0)), phi = std::exp(-0.5 * x * x) / std::sqrt(2.0 * M_PI);
-  return {{x * cdf, x < -9.0 ? 0x1p-30 : 4.0 * std::fabs(x)}, {cdf + x * phi, (x < -9.0 ? 0x1p-30 : 4.0) + 4.0 * std::fabs(x * phi) * (1.0 + x * x)}};
+  const bool tail = x < -9.0;
+  return {{x * cdf, tail ? 0x1p-30 : 4.0 * std::fabs(x)},
+          {cdf + x * phi, (tail ? 0x1p-30 : 4.0) + 4.0 * std::fabs(x * phi) * (1.0 + x * x)}};
 }
 
 ValueAndSlope Relu(double x) { return {{x > 0 || std::isnan(x) ? x : 0.0, 0.0}, {x > 0 ? 1.0 : 0.0, 0.0}}; }

@@ -12,8 +12,12 @@ namespace {
 // How many more allocations succeed before one, and only one, fails; negative: none will.
 std::atomic<int64_t> allowed{-1};
 
-void* Allocate(size_t bytes) {
+void Reserve() {
   if (allowed.load() >= 0 && allowed.fetch_sub(1) == 0) throw std::bad_alloc();
+}
+
+void* Allocate(size_t bytes) {
+  Reserve();
   void* memory = std::malloc(bytes > 0 ? bytes : 1);
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
@@ -30,9 +34,17 @@ void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
     return nullptr;
   }
 }
+void* operator new(size_t bytes, std::align_val_t alignment) {
+  const size_t unit = static_cast<size_t>(alignment);
+  Reserve();
+  void* memory = std::aligned_alloc(unit, (bytes + unit) / unit * unit);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete[](void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
 void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
 
 namespace peak::test {

@@ -14,5 +14,18 @@ PEAK_TEST(threads_change_no_bit) {
   }
 }
 
+// A kernel that is called on a thread of somebody's team, or past OMP_THREAD_LIMIT, gets fewer threads than it wants.
+PEAK_TEST(threads_that_do_not_come) {
+  for (const Kernel& kernel : Kernels()) {
+    SetCase("%s", kernel.name);
+    const std::vector<char> alone = kernel.run(1);
+    std::vector<char> nested;
+#pragma omp parallel num_threads(2)
+#pragma omp single
+    nested = kernel.run(4);
+    Check(nested == alone, "differs where it wants 4 threads and gets 1");
+  }
+}
+
 }  // namespace
 }  // namespace peak::test
