@@ -92,7 +92,7 @@ void ForwardHead(const AttentionArgs& args, int64_t b, int64_t h, int64_t part, 
   const Rows<T> v{At<T>(args.v, b, args.v_b, kv_head, args.v_h), args.v_t, live.begin, live.end, width};
   T* out = static_cast<T*>(args.out) + (b * args.queries * args.heads + h) * width;
   float* lse = args.lse + (b * args.heads + h) * args.queries;
-  const float c = args.scale, slope = args.alibi == nullptr ? 0.0f : args.alibi[h];
+  const ScoreTerms terms(args, b, h);
   PackNatural(k, base, packed, space.k);
   PackStacked(v, base, packed, space.v);
 
@@ -113,9 +113,8 @@ void ForwardHead(const AttentionArgs& args, int64_t b, int64_t h, int64_t part, 
       const int64_t lane = lanes.begin * kLanes, vecs = lanes.end - lanes.begin;
       Multiply(space.k + (key - base) * widths.natural, widths.natural, 1, space.q + lane, kTile, width / kDepth<E>,
                space.s + lane, kTile, rows, vecs, false);
-      const bool biased = slope != 0.0f || !tile.Whole(key, rows);
-      if (biased) Bias(tile, space.s, key, rows, lanes, c, slope);
-      Softmax(space.s, rows, lanes, biased ? 1.0f : c, space.p, space.top, space.sum, space.factor);
+      const float c = Scores(terms, tile, space.s, key, rows, lanes);
+      Softmax(space.s, rows, lanes, c, space.p, space.top, space.sum, space.factor);
       Rescale(space.o, width, lanes, space.factor);
       Multiply(space.v + (key - base) / kDepth<E> * widths.stacked, 1, widths.stacked, space.p + lane, kTile,
                rows / kDepth<E>, space.o + lane, kTile, width, vecs, true);
@@ -142,13 +141,22 @@ PEAK_INLINE float Dot(const float* q, const T* k, int64_t width) {
   return Sum(even + odd);
 }
 
+template <class B>
+void AddBiasRow(const ScoreTerms& terms, float* s, int64_t query, int64_t first, int64_t n) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const int64_t left = n - j;
+    Store(s + j, Load(s + j, left) + terms.Biases<B>(query, first + j, left), left);
+  }
+}
+
 // p = e^(s - max s) over n scores; returns their sum, and the maximum through *top.
 inline float WeightsOfRow(float* s, int64_t n, float* top) {
   Vec high = Set(-kInfinity), sum = Set(0.0f);
   for (int64_t j = 0; j < n; j += kLanes) high = Max(Load(s + j), high);
   *top = MaxOf(high);
+  const Vec base = Set(*top == -kInfinity ? 0.0f : *top);  // biases of -inf alone: not -inf - -inf
   for (int64_t j = 0; j < n; j += kLanes) {
-    const Vec p = Exp(Load(s + j) - Set(*top));
+    const Vec p = Exp(Load(s + j) - base);
     Store(s + j, p);
     sum = sum + p;
   }
@@ -177,7 +185,7 @@ template <class T>
 void ForwardRows(const AttentionArgs& args, int64_t b, int64_t h) {
   const int64_t width = args.width, kv_head = h / (args.heads / args.kv_heads);
   const Live live(args, b);
-  const float c = args.scale, slope = args.alibi == nullptr ? 0.0f : args.alibi[h];
+  const ScoreTerms terms(args, b, h);
   Bump bump{AttentionScratch(UpTo(width, kLanes) * 4 + UpTo(args.keys, kLanes) * 4 + 128)};
   float* q = bump.Take<float>(UpTo(width, kLanes));
   float* s = bump.Take<float>(UpTo(args.keys, kLanes));
@@ -186,16 +194,20 @@ void ForwardRows(const AttentionArgs& args, int64_t b, int64_t h) {
     const T* q_row = At<T>(args.q, b, args.q_b, h, args.q_h) + i * args.q_t;
     const T* k = At<T>(args.k, b, args.k_b, kv_head, args.k_h) + first * args.k_t;
     const T* v = At<T>(args.v, b, args.v_b, kv_head, args.v_h) + first * args.v_t;
-    for (int64_t d = 0; d < width; d += kLanes) Store(q + d, Load(q_row + d, width - d) * Set(c));
+    for (int64_t d = 0; d < width; d += kLanes) Store(q + d, Load(q_row + d, width - d) * Set(terms.scale));
     for (int64_t j = 0; j < n; ++j) {
-      s[j] = Dot(q, k + j * args.k_t, width) + slope * static_cast<float>(first + j - i - live.offset);
+      s[j] = Dot(q, k + j * args.k_t, width) + terms.slope * static_cast<float>(first + j - i - live.offset);
+    }
+    if (terms.bias != nullptr) {
+      terms.bias_dtype == DType::kFloat32 ? AddBiasRow<float>(terms, s, i, first, n)
+                                          : AddBiasRow<bf16>(terms, s, i, first, n);
     }
     for (int64_t j = n; j < UpTo(n, kLanes); ++j) s[j] = -kInfinity;
     float top = -kInfinity;
-    const float sum = n == 0 ? 0.0f : WeightsOfRow(s, n, &top);
+    const float sum = WeightsOfRow(s, n, &top);
     T* out = static_cast<T*>(args.out) + ((b * args.queries + i) * args.heads + h) * width;
-    WeightedRow(s, n, v, args.v_t, width, n == 0 ? 0.0f : 1.0f / sum, out);
-    args.lse[(b * args.heads + h) * args.queries + i] = n == 0 ? -kInfinity : top + std::log(sum);
+    WeightedRow(s, n, v, args.v_t, width, sum == 0.0f ? 0.0f : 1.0f / sum, out);
+    args.lse[(b * args.heads + h) * args.queries + i] = sum == 0.0f ? -kInfinity : top + std::log(sum);
   }
 }
 

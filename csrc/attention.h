@@ -23,6 +23,10 @@ struct AttentionArgs {
   const int64_t* kv_len;    // (batch) or null: all keys
   const int64_t* cu_seqlens;  // (documents + 1) or null: ascending from 0 to keys, which equal queries
   int64_t documents;
+  const void* bias;  // (bias_batch, bias_heads, queries, keys), added to the scores, or null
+  DType bias_dtype;
+  int64_t bias_batch, bias_heads;  // all, or 1: shared
+  int64_t bias_b, bias_h, bias_t, bias_s;
   bool causal;
   int64_t window;  // how many keys a query sees at most; 0: any number
   float scale;
@@ -37,6 +41,9 @@ struct AttentionArgs {
   int64_t dk_b, dk_t, dk_h;
   void* dv;
   int64_t dv_b, dv_t, dv_h;
+  float* dbias;  // (bias_batch, bias_heads, queries, keys) contiguous, zeros on entry
+  float* dalibi;       // (heads)
+  float* dalibi_rows;  // (3, batch, heads, queries), zeros on entry: what dalibi is made of, for each query
 };
 
 void AttentionForward(const AttentionArgs& args, int threads);

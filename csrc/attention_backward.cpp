@@ -9,7 +9,7 @@ namespace {
 struct BackwardUnit {
   int64_t b, kv_head, head, heads;  // query heads head .. head + heads - 1 of this kv head
   int64_t query, query_end, key, key_end;
-  bool want_dq, want_dkv;
+  bool by_query, by_key;  // whether it gives what is summed over keys (dq, dbias, dalibi), over queries (dk, dv)
 };
 }  // namespace
 }  // namespace peak
@@ -63,9 +63,9 @@ PEAK_INLINE void StoreTwoRows(Pair* rows, Pair* stacked, int64_t row, int64_t at
   if (stacked != nullptr) StorePairs(&stacked[row / 2 * kTile + at].even, PackPairs(even, odd));
 }
 
-// p = e^(c s - lse), ds = p (dp - delta).
-template <class T>
-void Gradients(const BackwardSpace<T>& space, const float* lse, const float* delta, int64_t rows, Lanes lanes, float c) {
+// p = e^(c s - lse), ds = p (dp - delta); kKeep: as floats too, in place of s and dp.
+template <bool kKeep, class T>
+__attribute__((noinline)) void Gradients(const BackwardSpace<T>& space, const float* lse, const float* delta, int64_t rows, Lanes lanes, float c) {
   const Vec scale = Set(c);
   for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
     const Vec base = Set(0.0f) - Load(lse + at), mean = Load(delta + at);
@@ -75,9 +75,66 @@ void Gradients(const BackwardSpace<T>& space, const float* lse, const float* del
       const Vec even_ds = even * (Load(dp) - mean), odd_ds = odd * (Load(dp + kTile) - mean);
       StoreTwoRows(space.p, static_cast<decltype(space.p)>(nullptr), r, at, even, odd);
       StoreTwoRows(space.ds, space.ds_stacked, r, at, even_ds, odd_ds);
+      if (kKeep) {
+        StoreTwoRows(space.s, static_cast<float*>(nullptr), r, at, even, odd);
+        StoreTwoRows(space.dp, static_cast<float*>(nullptr), r, at, even_ds, odd_ds);
+      }
     }
   }
 }
+
+PEAK_INLINE void AddTo(float* p, Vec x, int64_t n) { Store(p, Load(p, n) + x, n); }
+
+// dbias[query][key] += ds[key][query].
+__attribute__((noinline)) void AddBiasGradient(const QueryTile& tile, const float* ds, int64_t key, int64_t keys, Lanes lanes,
+                            float* dbias, int64_t stride) {
+  for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
+    for (int64_t r = 0; r < keys; r += kLanes) {
+      const int64_t n = Least(kLanes, keys - r);
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = i < n ? Load(ds + (r + i) * kTile + at) : Set(0.0f);
+      Transpose(square);
+      for (int64_t i = 0; i < Least(kLanes, tile.count - at); ++i) {
+        AddTo(dbias + (tile.query + at + i) * stride + key + r, square[i], n);
+      }
+    }
+  }
+}
+
+// For each query, into the three planes of `rows`: the sums over keys of ds (j - i), ds and p (j - i).
+__attribute__((noinline)) void AddSlopeGradient(const QueryTile& tile, const float* p, const float* ds, int64_t key, int64_t keys,
+                             Lanes lanes, float* rows, int64_t plane) {
+  for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
+    const Vec position = Load(tile.position + at);
+    Vec slope = Set(0.0f), total = slope, mean = slope;
+    for (int64_t r = 0; r < keys; ++r) {
+      const Vec distance = Set(static_cast<float>(key + r)) - position, x = Load(ds + r * kTile + at);
+      slope = Fma(x, distance, slope);
+      total = total + x;
+      mean = Fma(Load(p + r * kTile + at), distance, mean);
+    }
+    float* row = rows + tile.query + at;
+    AddTo(row, slope, tile.count - at);
+    AddTo(row + plane, total, tile.count - at);
+    AddTo(row + 2 * plane, mean, tile.count - at);
+  }
+}
+
+// Where one head's gradients of the score terms go, or null.
+struct TermGradients {
+  float *bias, *slope_rows;
+  int64_t plane;
+
+  TermGradients(const AttentionArgs& args, const BackwardUnit& unit, int64_t h) 
+      : bias(nullptr), slope_rows(nullptr), plane(args.batch * args.heads * args.queries) {
+    if (!unit.by_query) return;
+    if (args.dalibi != nullptr) slope_rows = args.dalibi_rows + (unit.b * args.heads + h) * args.queries;
+    if (args.dbias == nullptr) return;
+    const int64_t slice = (args.bias_batch > 1 ? unit.b * args.bias_heads : 0) + (args.bias_heads > 1 ? h : 0);
+    bias = args.dbias + slice * args.queries * args.keys;
+  }
+  bool Any() const { return bias != nullptr || slope_rows != nullptr; }
+};
 
 // lse, +inf (all weights 0) for a dead or padded query; delta = rowsum(dy * y).
 template <class T>
@@ -98,7 +155,7 @@ void RowStatistics(const Rows<T>& dy, const Rows<T>& y, const float* lse, int64_
 // One query tile against the keys of one key tile; offsets are relative to the unit's ranges.
 template <class T>
 void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const QueryTile& tile, int64_t width,
-                  int64_t key, int64_t keys, float c, float slope) {
+                  int64_t key, int64_t keys, const ScoreTerms& terms, const TermGradients& into) {
   using E = typename OperandOf<T>::type;
   const Widths<E> widths(width);
   const int64_t rows = UpTo(keys, kBlockRows);
@@ -109,10 +166,17 @@ void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const
            width / kDepth<E>, space.s + lane, kTile, rows, vecs, false);
   Multiply(space.v + j * widths.natural, widths.natural, 1, space.dy + i * width / kDepth<E> + lane, kTile,
            width / kDepth<E>, space.dp + lane, kTile, rows, vecs, false);
-  const bool biased = slope != 0.0f || !tile.Whole(key, rows);
-  if (biased) Bias(tile, space.s, key, rows, lanes, c, slope);
-  Gradients(space, space.lse + i, space.delta + i, rows, lanes, biased ? 1.0f : c);
-  if (unit.want_dkv) {
+  const float c = Scores(terms, tile, space.s, key, rows, lanes);
+  if (into.Any()) {
+    Gradients<true>(space, space.lse + i, space.delta + i, rows, lanes, c);
+    if (into.bias != nullptr) AddBiasGradient(tile, space.dp, key, keys, lanes, into.bias, terms.keys);
+    if (into.slope_rows != nullptr) {
+      AddSlopeGradient(tile, space.s, space.dp, key, keys, lanes, into.slope_rows, into.plane);
+    }
+  } else {
+    Gradients<false>(space, space.lse + i, space.delta + i, rows, lanes, c);
+  }
+  if (unit.by_key) {
     const int64_t line = kTile / kDepth<E>, at = (i + lane) / kDepth<E> * widths.stacked;
     const int64_t depth = vecs * kLanes / kDepth<E>, columns = widths.stacked / kLanes;
     Multiply(space.p + lane / kDepth<E>, line, 1, space.dy_stacked + at, widths.stacked, depth,
@@ -120,7 +184,7 @@ void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const
     Multiply(space.ds + lane / kDepth<E>, line, 1, space.q_stacked + at, widths.stacked, depth,
              space.dk + j * widths.stacked, widths.stacked, rows, columns, true);
   }
-  if (unit.want_dq) {
+  if (unit.by_query) {
     Multiply(space.k_stacked + j / kDepth<E> * widths.stacked, 1, widths.stacked, space.ds_stacked + lane, kTile,
              rows / kDepth<E>, space.dq + i * width + lane, kTile, width, vecs, true);
   }
@@ -145,7 +209,8 @@ void BackwardHead(const AttentionArgs& args, const BackwardUnit& unit, const Bac
   const Rows<T> dy{At<T>(args.dout, unit.b, args.dout_b, h, args.dout_h), args.dout_t, 0, args.queries, width};
   const Rows<T> y{static_cast<const T*>(args.out) + (unit.b * args.queries * args.heads + h) * width,
                   args.heads * width, 0, args.queries, width};
-  const float c = args.scale, slope = args.alibi == nullptr ? 0.0f : args.alibi[h];
+  const ScoreTerms terms(args, unit.b, h);
+  const TermGradients into(args, unit, h);
   for (int64_t i = 0; i < count; i += kTile) {
     PackTransposed(q, unit.query + i, space.q + i * width / kDepth<E>);
     PackTransposed(dy, unit.query + i, space.dy + i * width / kDepth<E>);
@@ -163,11 +228,11 @@ void BackwardHead(const AttentionArgs& args, const BackwardUnit& unit, const Bac
       int64_t keys;
       for (int64_t key = Most(block, tile.begin / kEdgeTile * kEdgeTile); key < stop; key += keys) {
         keys = tile.KeysAt(key, stop);
-        BackwardTile(unit, space, tile, width, key, keys, c, slope);
+        BackwardTile(unit, space, tile, width, key, keys, terms, into);
       }
     }
   }
-  if (!unit.want_dq) return;
+  if (!unit.by_query || args.dq == nullptr) return;
   float factor[kTile];
   for (int64_t i = 0; i < kTile; ++i) factor[i] = args.scale;
   T* dq = static_cast<T*>(args.dq) + unit.b * args.dq_b + h * args.dq_h;
@@ -197,7 +262,7 @@ void RunBackwardUnit(const AttentionArgs& args, const BackwardUnit& unit) {
   std::memset(space.dk, 0, keys * widths.stacked * sizeof(float));
   std::memset(space.dv, 0, keys * widths.stacked * sizeof(float));
   for (int64_t h = unit.head; h < unit.head + unit.heads; ++h) BackwardHead(args, unit, space, live, h);
-  if (!unit.want_dkv) return;
+  if (!unit.by_key) return;
   T* dk = static_cast<T*>(args.dk) + unit.b * args.dk_b + unit.kv_head * args.dk_h + unit.key * args.dk_t;
   T* dv = static_cast<T*>(args.dv) + unit.b * args.dv_b + unit.kv_head * args.dv_h + unit.key * args.dv_t;
   StoreRows(space.dk, widths.stacked, args.scale, dk, args.dk_t, count, width);
@@ -219,38 +284,76 @@ struct Cut {
   int64_t Begin(int64_t range) const { return std::min(length, Tiles() * range / ranges * kUnit); }
 };
 
+// What is summed over keys, for queries [begin, end): the heads that share a slice of the bias one after another, so
+// that each element of its gradient is summed in one order by one thread. Without that gradient a head is a slice.
+struct QuerySide {
+  int64_t batch, heads;  // slices
+  Cut queries;
+
+  QuerySide(const AttentionArgs& args, int64_t wanted)
+      : batch(args.dbias == nullptr ? args.batch : args.bias_batch),
+        heads(args.dbias == nullptr ? args.heads : args.bias_heads),
+        queries(args.queries, wanted / std::max<int64_t>(1, batch * heads)) {}
+  int64_t Units() const { return batch * heads * queries.ranges; }
+
+  template <class Run>
+  void Do(const AttentionArgs& args, Run run, int64_t unit) const {
+    const int64_t range = unit % queries.ranges, b = unit / queries.ranges / heads, h = unit / queries.ranges % heads;
+    const int64_t group = args.heads / args.kv_heads;
+    for (int64_t i = b; i < args.batch; i += batch) {
+      for (int64_t head = h; head < args.heads; head += heads) {
+        run(args, {i, head / group, head, 1, queries.Begin(range), queries.Begin(range + 1), 0, args.keys, true, false});
+      }
+    }
+  }
+};
+
+// A row of ds sums to 0, but delta comes from the rounded output, and what it is off times p weighs by the distance.
+// So p times what the row sums to is taken out: in bf16 an error of 1e-2 of the gradient becomes one of 1e-6.
+void SumSlopeGradients(const AttentionArgs& args) {
+  const int64_t plane = args.batch * args.heads * args.queries;
+  for (int64_t h = 0; h < args.heads; ++h) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < args.batch; ++b) {
+      const float* rows = args.dalibi_rows + (b * args.heads + h) * args.queries;
+      for (int64_t i = 0; i < args.queries; ++i) {
+        const double total = rows[plane + i], mean = rows[2 * plane + i];
+        sum += rows[i] - total * mean;
+      }
+    }
+    args.dalibi[h] = static_cast<float>(sum);
+  }
+}
+
 }  // namespace
 
 void AttentionBackward(const AttentionArgs& args, int threads) {
-  const bool want_dq = args.dq != nullptr, want_dkv = args.dk != nullptr;
+  const bool by_query = args.dq != nullptr || args.dbias != nullptr || args.dalibi != nullptr;
+  const bool by_key = args.dk != nullptr;
   const int64_t group = args.heads / args.kv_heads, kv_heads = args.batch * args.kv_heads;
-  if (kv_heads == 0) return;
   const auto run = PEAK_PICK_DTYPE(args.dtype, RunBackwardUnit);
   // One pass over a kv head takes five products. Two passes, which cut it, take four and three: 7/5 of the work, worth
   // it where whole heads would leave that share of the threads idle. The sums are the same to the last bit.
   const int64_t rounds = (kv_heads + threads - 1) / threads;
-  if (want_dq && want_dkv && 7 * kv_heads >= 5 * rounds * threads) {
-    return ParallelUnits(kv_heads, threads, [&](int64_t i) {
+  if (by_query && by_key && args.dbias == nullptr && 7 * kv_heads >= 5 * rounds * threads) {
+    ParallelUnits(kv_heads, threads, [&](int64_t i) {
       const int64_t b = i / args.kv_heads, kv_head = i % args.kv_heads;
       run(args, {b, kv_head, kv_head * group, group, 0, args.queries, 0, args.keys, true, true});
     });
-  }
-  const int64_t wanted = 4 * threads;  // units in all, so that threads end together
-  const Cut keys(args.keys, wanted / kv_heads), queries(args.queries, wanted / (kv_heads * std::max<int64_t>(1, group)));
-  const int64_t dkv_units = want_dkv ? kv_heads * keys.ranges : 0;
-  const int64_t dq_units = want_dq ? kv_heads * group * queries.ranges : 0;
-  ParallelUnits(dkv_units + dq_units, threads, [&](int64_t i) {
-    if (i < dkv_units) {
+  } else if (kv_heads > 0) {
+    const int64_t wanted = 4 * threads;  // units in all, so that threads end together
+    const Cut keys(args.keys, wanted / kv_heads);
+    const QuerySide side(args, wanted);
+    const int64_t key_units = by_key ? kv_heads * keys.ranges : 0, query_units = by_query ? side.Units() : 0;
+    ParallelUnits(key_units + query_units, threads, [&](int64_t i) {
+      if (i >= key_units) return side.Do(args, run, i - key_units);
       const int64_t range = i % keys.ranges, b = i / keys.ranges / args.kv_heads;
       const int64_t kv_head = i / keys.ranges % args.kv_heads;
       run(args, {b, kv_head, kv_head * group, group, 0, args.queries, keys.Begin(range), keys.Begin(range + 1), false,
                  true});
-    } else {
-      const int64_t unit = i - dkv_units, range = unit % queries.ranges, b = unit / queries.ranges / args.heads;
-      const int64_t head = unit / queries.ranges % args.heads;
-      run(args, {b, head / group, head, 1, queries.Begin(range), queries.Begin(range + 1), 0, args.keys, true, false});
-    }
-  });
+    });
+  }
+  if (args.dalibi != nullptr) SumSlopeGradients(args);
 }
 
 }  // namespace peak

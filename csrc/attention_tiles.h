@@ -273,8 +273,53 @@ struct QueryTile {
   }
 };
 
+// What a query head does to its products q k^T.
+struct ScoreTerms {
+  float scale, slope;
+  const char* bias;  // of query 0 and key 0, or null
+  DType bias_dtype;
+  int64_t bias_t, bias_s, keys;
+
+  ScoreTerms(const AttentionArgs& args, int64_t b, int64_t h)
+      : scale(args.scale), slope(args.alibi == nullptr ? 0.0f : args.alibi[h]), bias(nullptr),
+        bias_dtype(args.bias_dtype), bias_t(args.bias_t), bias_s(args.bias_s), keys(args.keys) {
+    if (args.bias == nullptr) return;
+    const int64_t at = (args.bias_batch > 1 ? b * args.bias_b : 0) + (args.bias_heads > 1 ? h * args.bias_h : 0);
+    bias = static_cast<const char*>(args.bias) + at * SizeOf(bias_dtype);
+  }
+  // Biases of n keys from `key` on, for one query; zeros after them.
+  template <class B>
+  PEAK_INLINE Vec Biases(int64_t query, int64_t key, int64_t n) const {
+    const B* p = reinterpret_cast<const B*>(bias) + query * bias_t + key * bias_s;
+    if (bias_s == 1) return Load(p, n);
+    B part[kLanes] = {};
+    for (int64_t i = 0; i < Least(n, kLanes); ++i) part[i] = p[i * bias_s];
+    return Load(part);
+  }
+};
+
+// s = scale s + bias.
+template <class B>
+__attribute__((noinline)) void AddBias(const ScoreTerms& terms, const QueryTile& tile, float* s, int64_t key, int64_t rows, Lanes lanes) {
+  for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t n = Least(kLanes, terms.keys - key - r);
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const bool there = n > 0 && at + i < tile.count;
+        square[i] = there ? terms.Biases<B>(tile.query + at + i, key + r, n) : Set(0.0f);
+      }
+      Transpose(square);
+      for (int64_t i = 0; i < Least(kLanes, rows - r); ++i) {
+        float* score = s + (r + i) * kTile + at;
+        Store(score, Fma(Load(score), Set(terms.scale), square[i]));
+      }
+    }
+  }
+}
+
 // s = c s + slope (j - i), -inf where dead; rows past the tile's keys are dead too.
-inline void Bias(const QueryTile& tile, float* s, int64_t key, int64_t rows, Lanes lanes, float c, float slope) {
+inline void MaskScores(const QueryTile& tile, float* s, int64_t key, int64_t rows, Lanes lanes, float c, float slope) {
   const Vec gone = Set(-kInfinity);
   for (int64_t v = lanes.begin; v < lanes.end; ++v) {
     const Vec first = Load(tile.first + v * kLanes), last = Load(tile.last + v * kLanes);
@@ -286,6 +331,19 @@ inline void Bias(const QueryTile& tile, float* s, int64_t key, int64_t rows, Lan
       Store(at, Select(Greater(first, j), gone, Select(Greater(j, last), gone, x)));
     }
   }
+}
+
+// Makes scores of the products in s; returns the factor that they still lack: the scale, where nothing else is due.
+inline float Scores(const ScoreTerms& terms, const QueryTile& tile, float* s, int64_t key, int64_t rows, Lanes lanes) {
+  float c = terms.scale;
+  if (terms.bias != nullptr) {
+    terms.bias_dtype == DType::kFloat32 ? AddBias<float>(terms, tile, s, key, rows, lanes)
+                                        : AddBias<bf16>(terms, tile, s, key, rows, lanes);
+    c = 1.0f;
+  }
+  if (terms.slope == 0.0f && tile.Whole(key, rows)) return c;
+  MaskScores(tile, s, key, rows, lanes, c, terms.slope);
+  return 1.0f;
 }
 
 // Places arrays one after another from `base` on, each on its own cache lines; from null it only counts.

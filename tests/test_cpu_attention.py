@@ -46,6 +46,12 @@ CASES = [
     (1, 130, 130, 2, 2, 16, {"cu_seqlens": [0, 70, 130], "window": 33, "alibi": [0.5, 0.0625]}),
     (1, 130, 130, 1, 1, 16, {"cu_seqlens": [0, 7, 130], "kv_start": [3], "kv_len": [100], "causal": False}),
     (1, 4, 4, 2, 2, 16, {"cu_seqlens": [0, 1, 4]}),
+    (2, 70, 70, 2, 2, 16, {"bias": (2, 2)}),
+    (3, 65, 130, 4, 2, 24, {"bias": (1, 1)}),
+    (2, 129, 17, 4, 1, 64, {"bias": (1, 4), "causal": False}),
+    (2, 18, 140, 2, 2, 16, {"bias": (2, 1), "window": 70, "alibi": [0.5, 0.0625], "kv_len": [139, 80]}),
+    (2, 4, 33, 4, 2, 32, {"bias": (1, 4)}),
+    (1, 100, 100, 2, 1, 16, {"bias": (1, 2), "cu_seqlens": [0, 30, 100]}),
 ]
 IDS = ["x".join(map(str, case[:6])) + "".join(f"-{name}" for name in case[6]) for case in CASES]
 
@@ -57,22 +63,38 @@ def isa(request):
     _C.set_isa_cap(None)
 
 
+@pytest.fixture(autouse=True)
+def bf16_products():
+    """Where a mask wants a gradient, torch widens bf16 to float32; its own bf16 is what ours is measured by."""
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the CPU's too
+    yield
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+
+
 def draw(case, dtype, seed=0):
-    """(q, k, v, upstream gradient), parameters."""
+    """(q, k, v, upstream gradient), parameters; a bias, given by its first two sizes, and slopes want gradients."""
     batch, tokens, keys, heads, kv_heads, width, params = case
     generator = torch.Generator().manual_seed(seed)
     shapes = (batch, tokens, heads, width), *[(batch, keys, kv_heads, width)] * 2, (batch, tokens, heads, width)
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    return tensors, {n: torch.tensor(v) if isinstance(v, list) else v for n, v in params.items()}
+    params = {n: torch.tensor(v) if isinstance(v, list) else v for n, v in params.items()}
+    if "bias" in params:
+        params["bias"] = torch.randn(*params["bias"], tokens, keys, generator=generator).to(dtype)
+    return tensors, params
 
 
 def run(backend, tensors, params):
+    """out, then the gradients of q, k, v and, where given, slopes and bias."""
     *inputs, upstream = tensors
     leaves = [t.detach().requires_grad_() for t in inputs]
-    params = {n: v.to(upstream.dtype) if n == "alibi" and backend == "eager" else v for n, v in params.items()}
+    terms = {n: params[n].detach().requires_grad_() for n in ("alibi", "bias") if n in params}
     with use_backend(backend):
-        out = attention(*leaves, **params)
-    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+        out = attention(*leaves, **params | terms)
+    return [out.detach(), *torch.autograd.grad(out, [*leaves, *terms.values()], upstream)]
+
+
+def widened(params):
+    return {n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in params.items()}
 
 
 def same(ours, theirs):
@@ -83,10 +105,11 @@ def same(ours, theirs):
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_values_and_gradients(isa, case, dtype):
     tensors, params = draw(case, dtype)
-    truth = run("eager", [t.double() for t in tensors], params)
+    truth = run("eager", [t.double() for t in tensors], widened(params))
     torchs, ours = run("eager", tensors, params), run("cpu", tensors, params)
-    for name, a, b, t in zip(("out", "dq", "dk", "dv"), ours, torchs, truth, strict=True):
-        assert a.dtype == dtype
+    names = ["out", "dq", "dk", "dv", *(f"d{n}" for n in ("alibi", "bias") if n in params)]
+    for name, a, b, t in zip(names, ours, torchs, truth, strict=True):
+        assert a.dtype == b.dtype
         error, allowed = ((x.double() - t).abs().max().item() for x in (a, b))
         limit = 2 * allowed + FLOOR[dtype] * t.abs().max().item()
         assert error <= limit, f"{name}: error {error:.3e}, torch's {allowed:.3e}, limit {limit:.3e}"
@@ -115,7 +138,7 @@ def test_a_row_without_a_live_key(isa, dtype, tokens):
     backend = load("cpu", "attention")
     backend.attend(out, lse, q, k, v, kv_len=length)
     grads = [torch.full_like(t, torch.nan) for t in (q, k, v)]
-    backend.gradients(grads, upstream, out, lse, q, k, v, kv_len=length)
+    backend.gradients(dict(zip(("dq", "dk", "dv"), grads, strict=True)), upstream, out, lse, q, k, v, kv_len=length)
     dead = max(0, tokens - 18)  # causal: the first queries come before every key
     assert not out[0].any() and (lse[0] == -torch.inf).all()
     assert not out[1, :dead].any() and (lse[1, :, :dead] == -torch.inf).all() and lse[1, :, dead:].isfinite().all()
@@ -174,6 +197,28 @@ def test_strides(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("tokens", (3, 70))
+def test_bias_of_any_strides_and_dtype(isa, dtype, tokens):
+    """Transposed, expanded over keys, a float32 one beside bf16; with -inf as a mask, also for a whole row."""
+    tensors, params = draw((2, tokens, 75, 2, 1, 16, {"bias": (1, 2), "causal": False}), dtype)
+    bias = params["bias"].clone()
+    bias[0, 1, 1, 20:] = bias[0, 0, 2] = -torch.inf
+    expected = run("cpu", tensors, {"bias": bias, "causal": False})
+    assert (
+        all(r.isfinite().all() for r in expected) and not expected[0][:, 2, 0].any() and not expected[4][0, 0, 2].any()
+    )
+    for same_bias in (bias.transpose(2, 3).contiguous().transpose(2, 3), bias.expand(4, -1, -1, -1)[2:3]):
+        assert same(run("cpu", tensors, {"bias": same_bias, "causal": False}), expected)
+    *results, gradient = run("cpu", tensors, {"bias": bias.float(), "causal": False})
+    assert same([*results, gradient.to(dtype)], expected)
+    column = bias[..., :1].expand_as(bias)
+    assert same(
+        run("cpu", tensors, {"bias": column, "causal": False}),
+        run("cpu", tensors, {"bias": column.clone(), "causal": False}),
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
 def test_packed_projection(isa, dtype):
     (q, k, v, upstream), _ = draw((2, 70, 70, 4, 2, 32, {}), dtype)
     expected = run("cpu", [q, k, v, upstream], {"window": 33})
@@ -184,16 +229,35 @@ def test_packed_projection(isa, dtype):
     assert same([out, *gradient.split((4, 2, 2), 2)], expected)
 
 
-@pytest.mark.parametrize("case", [(1, 150, 150, 1, 1, 64, {}), (1, 70, 200, 6, 3, 16, {"window": 100})], ids=str)
-def test_thread_counts_agree(case):
+THREADS = [
+    (1, 150, 150, 1, 1, 64, {}),
+    (1, 70, 200, 6, 3, 16, {"window": 100}),
+    (1, 200, 200, 2, 1, 16, {"alibi": [0.5, 0.0625], "cu_seqlens": [0, 90, 200]}),
+    *(
+        (3, 150, 150, 4, 2, 16, {"bias": shape, "alibi": [0.5, 0.25, 0.125, 0.0625]})
+        for shape in ((1, 1), (3, 1), (1, 4))
+    ),
+]
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; resets it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("case", THREADS, ids=str)
+def test_thread_counts_agree(case, dtype, threads):
     """To the bit: one pass over whole heads on one thread, two passes over pieces on more threads than heads."""
-    tensors, params = draw(case, torch.float32)
+    tensors, params = draw(case, dtype)
     results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(run("cpu", tensors, params))
-    torch.set_num_threads(2)
-    assert same(results[0], results[1]) and same(results[0], results[2])
+    for count in (1, 2, 4, 5):
+        threads(count)
+        results += [run("cpu", tensors, params) for _ in range(2)]
+    assert all(same(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("wanted", ("q", "k", "v", "qv"))
@@ -220,12 +284,10 @@ def test_nothing_to_attend(sizes):
     ("change", "words"),
     [
         ({"dropout": 0.1}, "dropout"),
-        ({"bias": torch.zeros(1, 1, 4, 4)}, "bias"),
         ({"dtype": torch.float16}, "got float16"),
         ({"dtype": torch.float64}, "got float64"),
         ({"width": 12}, "multiples of 8"),
         ({"width": 264}, "up to 256"),
-        ({"alibi": torch.ones(1, requires_grad=True)}, "no gradient for alibi"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

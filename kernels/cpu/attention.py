@@ -9,14 +9,11 @@ from peakgpt.kernels.attention import default_scale
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, threads
 
 MAX_WIDTH = 256  # the widest head that the tests cover
-NO_GRADIENT = ("alibi",)
 
 
 def objection(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, causal, window, scale, dropout) -> str | None:
     if dropout > 0:
         return "takes no dropout"
-    if bias is not None:
-        return "takes no additive bias"
     if q.shape[3] % 8 or not 8 <= q.shape[3] <= MAX_WIDTH:
         return f"takes head widths that are multiples of 8 up to {MAX_WIDTH}, got {q.shape[3]}"
     if k.shape[1] >= 2**24:
@@ -24,18 +21,23 @@ def objection(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, causal, win
     return dtype_objection(q)
 
 
-def forward(outputs, saved, q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, dropout, **params):
-    sides = {"alibi": alibi, "kv_start": kv_start, "kv_len": kv_len, "cu_seqlens": cu_seqlens}
-    attend(outputs[0], saved[0], q, k, v, **sides, **params)
+def forward(outputs, saved, q, k, v, *sides, dropout, **params):
+    attend(outputs[0], saved[0], q, k, v, **dict(zip(_SIDES, sides, strict=True)), **params)
 
 
 def backward(grads, inputs, outputs, saved, needs, *, dropout, **params):
-    q, k, v, alibi, _, kv_start, kv_len, cu_seqlens = inputs
-    need_q, need_k, need_v, *_ = needs
+    q, k, v, alibi, bias, *_ = inputs
+    need_q, need_k, need_v, need_alibi, need_bias, *_ = needs
     dq, dk, dv = _empty_if(need_q, q), _empty_if(need_k or need_v, k), _empty_if(need_k or need_v, v)
-    sides = {"alibi": alibi, "kv_start": kv_start, "kv_len": kv_len, "cu_seqlens": cu_seqlens}
-    gradients((dq, dk, dv), grads[0], outputs[0], saved[0], q, k, v, **sides, **params)
-    return dq, dk if need_k else None, dv if need_v else None, *[None] * 5
+    # Summed in float32, so a shared bias in bfloat16 rounds once; as large as the bias itself, without what broadcasts.
+    dalibi = alibi.new_empty(alibi.shape, dtype=torch.float32) if need_alibi else None
+    dbias = bias.new_zeros(bias.shape, dtype=torch.float32) if need_bias else None
+    into = {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "dalibi": dalibi}
+    sides = dict(zip(_SIDES, inputs[3:], strict=True))
+    gradients(into, grads[0], outputs[0], saved[0], q, k, v, **sides, **params)
+    dalibi = dalibi.to(alibi.dtype) if need_alibi else None
+    dbias = dbias.to(bias.dtype) if need_bias else None
+    return dq, dk if need_k else None, dv if need_v else None, dalibi, dbias, None, None, None
 
 
 def attend(out, lse, q, k, v, **options) -> None:
@@ -43,18 +45,20 @@ def attend(out, lse, q, k, v, **options) -> None:
     q, k, v = (_unit_last(t) for t in (q, k, v))
     options = _converted(**options)
     _C.attention_forward(
-        *_problem(q, k, v, **options), address(out), address(lse),
-        *_strided(None), *_strided(None), *_strided(None), *_strided(None), threads(),
-    )  # fmt: skip
+        *_problem(q, k, v, **options), address(out), address(lse), *_strided(None) * 4, 0, 0, 0, threads()
+    )
 
 
 def gradients(into, dout, out, lse, q, k, v, **options) -> None:
-    """Fill into = (dq, dk, dv), strided like any view with a contiguous last axis; None where not wanted."""
+    """Fill what `into` holds of dq, dk, dv (contiguous last axis), dbias (float32 zeros) and dalibi (float32)."""
     q, k, v, dout = (_unit_last(t) for t in (q, k, v, dout))
     options = _converted(**options)
+    dbias, dalibi = into.get("dbias"), into.get("dalibi")
+    slope_rows = None if dalibi is None else lse.new_zeros(3, *lse.shape)
     _C.attention_backward(
-        *_problem(q, k, v, **options), address(out), address(lse),
-        *_strided(dout), *(value for t in into for value in _strided(t)), threads(),
+        *_problem(q, k, v, **options), address(out), address(lse), *_strided(dout),
+        *(value for name in ("dq", "dk", "dv") for value in _strided(into.get(name))),
+        address(dbias), address(dalibi), address(slope_rows), threads(),
     )  # fmt: skip
 
 
@@ -66,13 +70,20 @@ def _unit_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-_SIDES = {"alibi": torch.float32, "kv_start": torch.int64, "kv_len": torch.int64, "cu_seqlens": torch.int64}
+# The contract's tensors after q, k and v, with the dtype that the kernels read; None where they read several.
+_SIDES = {
+    "alibi": torch.float32,
+    "bias": None,
+    "kv_start": torch.int64,
+    "kv_len": torch.int64,
+    "cu_seqlens": torch.int64,
+}
 
 
 def _converted(**options) -> dict:
     """The options with their vectors contiguous, in the dtypes that the kernels read."""
     for name, dtype in _SIDES.items():
-        if (tensor := options.get(name)) is not None:
+        if dtype and (tensor := options.get(name)) is not None:
             options[name] = tensor.to(dtype).contiguous()
     return options
 
@@ -82,14 +93,19 @@ def _strided(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if tensor is None else (address(tensor), *tensor.stride()[:3])
 
 
+def _bias(bias: Tensor | None) -> tuple[int, ...]:
+    """Address, dtype, sizes of batch and head, strides."""
+    return (0,) * 8 if bias is None else (address(bias), DTYPES[bias.dtype], *bias.shape[:2], *bias.stride())
+
+
 def _problem(
-    q, k, v, *, causal=True, window=None, scale=None, alibi=None, kv_start=None, kv_len=None, cu_seqlens=None
-) -> tuple:
+    q, k, v, *, causal=True, window=None, scale=None, alibi=None, bias=None, kv_start=None, kv_len=None, cu_seqlens=None
+) -> tuple:  # fmt: skip
     """The fields of AttentionArgs that both passes read."""
     batch, queries, heads, width = q.shape
     return (
         DTYPES[q.dtype], batch, queries, k.shape[1], heads, k.shape[2], width, *_strided(q), *_strided(k), *_strided(v),
         address(alibi), address(kv_start), address(kv_len),
-        address(cu_seqlens), 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        address(cu_seqlens), 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, *_bias(bias),
         causal, window or 0, default_scale(width, scale),
     )  # fmt: skip

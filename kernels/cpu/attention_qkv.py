@@ -18,7 +18,8 @@ def forward(outputs, saved, qkv, *, n_head, **params):
 def backward(grads, inputs, outputs, saved, needs, *, n_head, **params):
     (qkv,) = inputs
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    attention.gradients(_split(dqkv, n_head), grads[0], outputs[0], saved[0], *_split(qkv, n_head), **params)
+    into = dict(zip(("dq", "dk", "dv"), _split(dqkv, n_head), strict=True))
+    attention.gradients(into, grads[0], outputs[0], saved[0], *_split(qkv, n_head), **params)
     return (dqkv,)
 
 
