@@ -20,7 +20,6 @@ from peakgpt.kernels.adamw import adamw as adamw_op
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import stream_peak
 
-GELU_TANH = 0  # Activation in csrc/activation.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/types.h
 
 
@@ -67,19 +66,6 @@ def _norm_tensors(dtype, rows: int, width: int) -> tuple[Tensor, ...]:
     return (3 + torch.randn(rows, width)).to(dtype), w, b, torch.full((rows,), 3.0), torch.ones(rows)
 
 
-def gelu_forward(dtype, rows: int, width: int) -> Pass:
-    pre, out = torch.randn(2, rows, width).to(dtype).unbind()
-    return Pass("activation_forward", (dtype, GELU_TANH, pre.numel(), pre, out), (pre,), (out,))
-
-
-def gelu_backward(dtype, rows: int, width: int) -> Pass:
-    """The gradient becomes that of pre; act(pre) and the bias gradient come along."""
-    pre, out, gradient = torch.randn(3, rows, width).to(dtype).unbind()
-    db = torch.empty(width, dtype=dtype)
-    arguments = (dtype, GELU_TANH, rows, width, pre, gradient, out, db)
-    return Pass("activation_backward", arguments, (pre, gradient), (gradient, out))
-
-
 def embedding_forward(dtype, batch: int, tokens: int, width: int, vocab: int) -> Pass:
     wte, wpe = torch.randn(vocab, width).to(dtype), torch.randn(tokens, width).to(dtype)
     ids, out = torch.randint(vocab, (batch, tokens)), torch.empty(batch, tokens, width, dtype=dtype)
@@ -110,15 +96,13 @@ def adamw(dtype, count: int) -> Pass:
 
 PASSES = {
     f.__name__: f
-    for f in (layernorm_forward, layernorm_backward, gelu_forward, gelu_backward, embedding_forward, cross_entropy,
-              sum_of_squares, adamw)
-}  # fmt: skip
+    for f in (layernorm_forward, layernorm_backward, embedding_forward, cross_entropy, sum_of_squares, adamw)
+}
 # GPT-2 124M: 1024 tokens stay in the last-level cache, 16384 do not.
 CASES: list[tuple[str, dict[str, int]]] = [
     *((name, {"rows": rows, "width": 768, **more})
       for name in ("layernorm_forward", "layernorm_backward")
       for more in ({}, {"residual": True}) for rows in (1024, 4096, 16384)),
-    *((name, {"rows": rows, "width": 3072}) for name in ("gelu_forward", "gelu_backward") for rows in (1024, 8192)),
     *(("embedding_forward", {"batch": batch, "tokens": 1024, "width": 768, "vocab": 50304}) for batch in (1, 16)),
     *(("cross_entropy", {"rows": rows, "vocab": 50304}) for rows in (64, 512)),
     ("cross_entropy", {"rows": 512, "vocab": 50304, "gradient": False}),

@@ -1,19 +1,29 @@
-// Activations and their slopes, over Vec. Included once per set, after simd.h.
+// Activations and their slopes, over Vec where it says no more. Included once per set, after simd.h.
 
-// x/2 (1 + tanh u) = x s(2u) with the logistic s: no cancellation in the left tail.
-// u = k (x + 0.044715 x^3), k = sqrt(2 / pi).
+// x/2 (1 + tanh u) = x s with s = 1 / (1 + 2^t), t = -2 u log2 e: no cancellation in the left tail.
+// u = k (x + 0.044715 x^3), k = sqrt(2 / pi). As exact as T, the type of the operands, needs; over Vec or Many.
+template <class T>
 struct GeluTanh {
-  static PEAK_INLINE Vec Gate(Vec x, Vec square) {
-    const Vec minus_2u = x * Fma(square, Set(-2.0f * 0.7978845608f * 0.044715f), Set(-2.0f * 0.7978845608f));
-    return Set(1.0f) / (Set(1.0f) + Exp(minus_2u));
+  // Below -10 the value is 0 in any float; there 2^t is 2^125.96, and further down it would be infinite.
+  template <class V>
+  static PEAK_INLINE V Clamp(const V& x) { return Max(Set(-10.0f), x); }
+  template <class V>
+  static PEAK_INLINE V Gate(const V& x, const V& square) {
+    const V t = x * Fma(square, Set(-0.1029432396f), Set(-2.3022081981f));
+    return Reciprocal<T>(Exp2<T>(t) + Set(1.0f));
   }
-  static PEAK_INLINE Vec Value(Vec x) { return x * Gate(x, x * x); }
+  template <class V>
+  static PEAK_INLINE V Value(const V& pre) {
+    const V x = Clamp(pre);
+    return x * Gate(x, x * x);
+  }
   // Returns act(x); slope = s + x s (1 - s) 2 u'.
-  static PEAK_INLINE Vec ValueAndSlope(Vec x, Vec* slope) {
-    const Vec square = x * x, s = Gate(x, square);
-    const Vec du2 = Fma(square, Set(6.0f * 0.7978845608f * 0.044715f), Set(2.0f * 0.7978845608f));
-    *slope = Fma(x * s * (Set(1.0f) - s), du2, s);
-    return x * s;
+  template <class V>
+  static PEAK_INLINE V ValueAndSlope(const V& pre, V* slope) {
+    const V x = Clamp(pre), square = x * x, s = Gate(x, square);
+    const V du2 = Fma(square, Set(6.0f * 0.7978845608f * 0.044715f), Set(2.0f * 0.7978845608f)), value = x * s;
+    *slope = Fma(Fnma(value, s, value), du2, s);
+    return value;
   }
 };
 

@@ -1,5 +1,25 @@
 #include "cross_entropy.h"
 
+#include <vector>
+
+#ifndef PEAK_ISA
+namespace peak {
+namespace {
+
+// A row is read from memory once, by chunks that stay in L1 between their maximum and their powers.
+constexpr int64_t kChunk = 4096;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// What a row needs beside itself.
+struct Scratch {
+  float* powers;  // (vocab): e^(z - the maximum so far); unused for float32, whose powers lie in place of the logits
+  float* shifts;  // a chunk's maximum so far, times log2 e
+};
+
+}  // namespace
+}  // namespace peak
+#endif
+
 #define PEAK_THIS_FILE "cross_entropy.cpp"
 #include "foreach_isa.h"
 
@@ -13,43 +33,80 @@ PEAK_INLINE float At(const T* z) {
 }
 
 template <class T>
-PEAK_INLINE float RowMax(const T* z, int64_t vocab) {
-  const Vec lowest = Set(-INFINITY);
-  Vec a = lowest, b = lowest;
+PEAK_INLINE float ChunkMax(const T* z, int64_t n, float before) {
+  Many<4> a = {{Set(before), Set(before), Set(before), Set(before)}};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= vocab; i += 2 * kLanes) {
-    a = Max(a, Load(z + i));
-    b = Max(b, Load(z + i + kLanes));
-  }
-  float most = MaxOf(Max(a, b));
-  for (; i < vocab; ++i) most = At(z + i) > most ? At(z + i) : most;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) a = Max(a, LoadRows<2>(z + i, 2 * kLanes));
+  float most = MaxOf(Max(Max(a.v[0], a.v[1]), Max(a.v[2], a.v[3])));
+  for (; i < n; ++i) most = At(z + i) > most ? At(z + i) : most;
   return most;
 }
 
-// A NaN or infinite row gives NaN, as torch does: the maximum may miss a NaN, the sum does not.
-template <class T>
-PEAK_INLINE float RowLogSumExp(const T* z, int64_t vocab) {
-  const float most = RowMax(z, vocab);
-  const Vec m = Set(most);
-  Vec a = Set(0.0f), b = a;
+// The sum of 2^(z log2 e - shift); with kKeep also these powers, in the order of LoadTwo.
+template <class T, bool kKeep>
+PEAK_INLINE float ChunkPowers(const T* z, int64_t n, float shift, float* powers) {
+  const Vec log2e = Set(static_cast<float>(kLog2E)), minus = Set(-shift), zero = Set(0.0f);
+  Many<4> sum = {{zero, zero, zero, zero}};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= vocab; i += 2 * kLanes) {
-    a = a + Exp(Load(z + i) - m);
-    b = b + Exp(Load(z + i + kLanes) - m);
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    FetchTwo(z + i + kChunk);
+    FetchTwo(z + i + kChunk + 2 * kLanes);
+    const Many<4> p = Exp2<float>(Fma(LoadRows<2>(z + i, 2 * kLanes), log2e, minus));
+    if (kKeep) StoreRows<false, 2>(powers + i, 2 * kLanes, p);
+    sum = sum + p;
   }
   float tail = 0.0f;
-  for (; i < vocab; ++i) tail += std::exp(At(z + i) - most);
-  return most + std::log(Sum(a + b) + tail);
+  for (; i < n; ++i) {
+    float lanes[kLanes];
+    Store(lanes, Exp2<float>(Fma(Load(z + i, 1), log2e, minus)));
+    if (kKeep) powers[i] = lanes[0];
+    tail += lanes[0];
+  }
+  return Sum((sum.v[0] + sum.v[1]) + (sum.v[2] + sum.v[3])) + tail;
 }
 
-// z becomes (e^(z - lse) - onehot(target)) * scale.
+// out = powers * scale; meanwhile the next row is fetched.
 template <class T>
-PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, float lse, float scale) {
+PEAK_INLINE void ChunkScale(const float* powers, int64_t n, float scale, T* out, const T* next) {
+  const Vec s = Set(scale);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    FetchTwoToL2(next + i);
+    FetchTwoToL2(next + i + 2 * kLanes);
+    StoreRows<false, 2>(out + i, 2 * kLanes, LoadRows<2>(powers + i, 2 * kLanes) * s);
+  }
+  for (; i < n; i += kLanes) Store(out + i, Load(powers + i, n - i) * s, n - i);
+}
+
+PEAK_INLINE float* Powers(float* z, const Scratch&) { return z; }
+PEAK_INLINE float* Powers(bf16*, const Scratch& scratch) { return scratch.powers; }
+
+// Returns the row's lse; with kKeep z becomes (e^(z - lse) - onehot(target)) * scale. A NaN or infinite row gives NaN,
+// as torch does: the maximum may miss a NaN, the sum does not.
+template <class T, bool kKeep>
+PEAK_INLINE float Row(T* z, int64_t vocab, int64_t target, float scale, const Scratch& scratch) {
+  const float at_target = At(z + target);
+  float* powers = Powers(z, scratch);
+  float most = -INFINITY, shift = 0.0f, total = 0.0f;
+  for (int64_t begin = 0, chunk = 0; begin < vocab; begin += kChunk, ++chunk) {
+    const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
+    most = ChunkMax(z + begin, n, most);
+    // Finite, or a chunk of -inf alone would give powers of -inf - -inf.
+    const float next = (most < -1e30f ? -1e30f : most) * static_cast<float>(kLog2E);
+    total = (chunk == 0 ? 0.0f : total * std::exp2(shift - next)) +
+            ChunkPowers<T, kKeep>(z + begin, n, next, powers + begin);
+    scratch.shifts[chunk] = shift = next;
+  }
+  const float lse = static_cast<float>(shift * kLn2 + std::log(static_cast<double>(total)));
+  if (!kKeep) return lse;
+  for (int64_t begin = 0, chunk = 0; begin < vocab; begin += kChunk, ++chunk) {
+    const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
+    const float factor = scale / total * std::exp2(scratch.shifts[chunk] - shift);
+    ChunkScale(powers + begin, n, factor, z + begin, z + begin + vocab);
+  }
   // e^d - 1 keeps its digits where the model is sure of the target.
-  const float hit = std::expm1(At(z + target) - lse) * scale;
-  const Vec shift = Set(lse), s = Set(scale);
-  for (int64_t i = 0; i < vocab; i += kLanes) Store(z + i, Exp(Load(z + i, vocab - i) - shift) * s, vocab - i);
-  Store(z + target, Set(hit), 1);
+  Store(z + target, Set(std::expm1(at_target - lse) * scale), 1);
+  return lse;
 }
 
 template <class T>
@@ -58,7 +115,7 @@ PEAK_INLINE void ZeroRow(T* z, int64_t vocab) {
 }
 
 template <class T>
-void ForwardRows(const CrossEntropyForwardArgs& args, int64_t begin, int64_t end) {
+void ForwardRows(const CrossEntropyForwardArgs& args, const Scratch& scratch, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     T* z = static_cast<T*>(args.logits) + row * args.vocab;
     const int64_t target = args.target[row];
@@ -67,11 +124,28 @@ void ForwardRows(const CrossEntropyForwardArgs& args, int64_t begin, int64_t end
       if (args.with_gradient) ZeroRow(z, args.vocab);
       continue;
     }
-    const float lse = RowLogSumExp(z, args.vocab);
-    args.lse[row] = lse;
-    args.loss[row] = lse - At(z + target);
-    if (args.with_gradient) GradientRow(z, args.vocab, target, lse, args.scale);
+    const float at_target = At(z + target);
+    args.lse[row] = args.with_gradient ? Row<T, true>(z, args.vocab, target, args.scale, scratch)
+                                       : Row<T, false>(z, args.vocab, target, 0.0f, scratch);
+    args.loss[row] = args.lse[row] - at_target;
   }
+}
+
+// z becomes (e^(z - lse) - onehot(target)) * scale.
+template <class T>
+PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, float lse, float scale) {
+  const float hit = std::expm1(At(z + target) - lse) * scale;
+  const Vec minus = Set(lse), log2e = Set(static_cast<float>(kLog2E)), s = Set(scale);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= vocab; i += 4 * kLanes) {
+    const Many<4> x = LoadRows<2>(z + i, 2 * kLanes);
+    StoreRows<false, 2>(z + i, 2 * kLanes, Exp2<T>((x - minus) * log2e) * s);
+  }
+  for (; i < vocab; i += kLanes) {
+    const int64_t n = vocab - i;
+    Store(z + i, Exp2<T>((Load(z + i, n) - minus) * log2e) * s, n);
+  }
+  Store(z + target, Set(hit), 1);
 }
 
 template <class T>
@@ -93,7 +167,11 @@ namespace peak {
 
 void CrossEntropyForward(const CrossEntropyForwardArgs& args, int threads) {
   const auto rows = PEAK_PICK_DTYPE(args.dtype, ForwardRows);
-  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) { rows(args, begin, end); });
+  const int64_t powers = args.dtype == DType::kBFloat16 && args.with_gradient ? args.vocab : 0;
+  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<float> held(powers + args.vocab / kChunk + 1);
+    rows(args, {held.data(), held.data() + powers}, begin, end);
+  });
 }
 
 void CrossEntropyBackward(const CrossEntropyBackwardArgs& args, int threads) {

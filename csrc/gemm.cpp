@@ -180,7 +180,7 @@ void Finish(const GemmArgs& args, const float* sums, int64_t row, int64_t column
 template <class T, class Out, Epilogue kEpilogue>
 void FinishWith(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
   switch (args.activation) {
-    case Activation::kGeluTanh: return Finish<T, Out, kEpilogue, GeluTanh>(args, sums, row, column);
+    case Activation::kGeluTanh: return Finish<T, Out, kEpilogue, GeluTanh<T>>(args, sums, row, column);
     case Activation::kGeluErf: return Finish<T, Out, kEpilogue, GeluErf>(args, sums, row, column);
     case Activation::kRelu: return Finish<T, Out, kEpilogue, Relu>(args, sums, row, column);
   }

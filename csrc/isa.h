@@ -30,8 +30,10 @@ constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
 constexpr const char* kIsaNames[] = {"scalar", "neon"};
 #define PEAK_PICK(...) ::peak::Pick<decltype(&scalar::__VA_ARGS__)>({&scalar::__VA_ARGS__, &neon::__VA_ARGS__})
 #endif
-#define PEAK_PICK_DTYPE(dtype, name) \
-  ((dtype) == ::peak::DType::kFloat32 ? PEAK_PICK(name<float>) : PEAK_PICK(name<::peak::bf16>))
+// The copy of a template for an element type; further template arguments follow the name.
+#define PEAK_PICK_DTYPE(dtype, name, ...)                                    \
+  ((dtype) == ::peak::DType::kFloat32 ? PEAK_PICK(name<float, ##__VA_ARGS__>) \
+                                      : PEAK_PICK(name<::peak::bf16, ##__VA_ARGS__>))
 constexpr int kIsaCount = sizeof(kIsaNames) / sizeof(kIsaNames[0]);
 
 // The widest set that this machine runs; operating system support included (the builtins read XCR0).

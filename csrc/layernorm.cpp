@@ -167,7 +167,7 @@ void LayernormBackward(const LayernormBackwardArgs& args, int threads) {
     float* dw = partial.data() + 2 * part * width;
     rows(args, w.data(), dw, dw + width, begin, end);
   });
-  const auto add = PEAK_PICK_DTYPE(args.w_dtype, AddParts);
+  const auto add = PEAK_PICK_DTYPE(args.w_dtype, AddParts, float);
   if (args.dw != nullptr) add(partial.data(), 2 * width, width, args.dw);
   if (args.db != nullptr) add(partial.data() + width, 2 * width, width, args.db);
 }

@@ -16,7 +16,7 @@ import torch
 from peakgpt import _C
 from peakgpt.bench.check import double, whole
 from peakgpt.kernels.cpu import ext
-from peakgpt.kernels.cpu.gemm import ACTIVATE, gemm
+from peakgpt.kernels.cpu.gemm import ACTIVATE, SLOPE, gemm
 from peakgpt.kernels.dispatch import OPS, use_backend
 
 POISON = 1234.0
@@ -51,6 +51,31 @@ def activation(name, pre):
     one = torch.ones(1, 1, dtype=pre.dtype)
     return gemm(pre.view(-1, 1), one, torch.empty(pre.numel(), 1, dtype=pre.dtype), epilogue=ACTIVATE,
                 activation=name).view(pre.shape)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_of_every_size_of_number(isa, dtype):
+    """Every finite bfloat16, and every 99991st float32: as near to float64 as torch is, and digits in the left tail.
+
+    Measured: bfloat16 7.8e-3 forward as torch, 4.1e-3 backward (torch 3.9e-3); float32 5.1e-7 (4.3e-7), 2e-6 (1e-6).
+    """
+    step = 1 << 16 if dtype == torch.bfloat16 else 99991
+    x = torch.arange(-(2**31), 2**31, step, dtype=torch.int64).to(torch.int32).view(torch.float32).to(dtype)
+    x = x[x.isfinite() & (x.abs() < 1e18)]  # x^2 is finite
+    truth, wide = torch.nn.functional.gelu, x.double().requires_grad_()
+    (slope,) = torch.autograd.grad(truth(wide, approximate="tanh").sum(), wide)
+    ones, one = torch.ones(x.numel(), 1, dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    ours, dx = activation("gelu_tanh", x), torch.empty_like(ones)
+    dx = gemm(ones, one, dx, epilogue=SLOPE, pre=x.view(-1, 1), activation="gelu_tanh").view(-1)
+    value, near = truth(wide.detach(), approximate="tanh"), x.abs() <= 16
+    error, slope_error = (ours.double() - value).abs(), (dx.double() - slope).abs()
+    assert error[near].max() <= {torch.float32: 6e-7, torch.bfloat16: 7.8e-3}[dtype]
+    assert slope_error.max() <= {torch.float32: 3.2e-6, torch.bfloat16: 4.2e-3}[dtype]
+    tail = (x > -5) & (x.abs() > 1e-30)  # further down tanh itself has no digits left in float64's sum with 1
+    assert (error[tail] / value[tail].abs()).max() <= {torch.float32: 2.5e-6, torch.bfloat16: 4e-3}[dtype]
+    special = torch.tensor([-math.inf, -1e30, -20.0, 1e30, math.inf, math.nan]).to(dtype)
+    assert activation("gelu_tanh", special)[3:5].equal(special[3:5]) and activation("gelu_tanh", special)[5].isnan()
+    assert activation("gelu_tanh", special)[:3].abs().max() < 1e-35
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
