@@ -4,23 +4,19 @@
 // u = k (x + 0.044715 x^3), k = sqrt(2 / pi). As exact as T, the type of the operands, needs; over Vec or Many.
 template <class T>
 struct GeluTanh {
-  // Below -10 the value is 0 in any float; there 2^t is 2^125.96, and further down it would be infinite.
-  template <class V>
-  static PEAK_INLINE V Clamp(const V& x) { return Max(Set(-10.0f), x); }
   template <class V>
   static PEAK_INLINE V Gate(const V& x, const V& square) {
     const V t = x * Fma(square, Set(-0.1029432396f), Set(-2.3022081981f));
     return Reciprocal<T>(Exp2<T>(t) + Set(1.0f));
   }
   template <class V>
-  static PEAK_INLINE V Value(const V& pre) {
-    const V x = Clamp(pre);
+  static PEAK_INLINE V Value(const V& x) {
     return x * Gate(x, x * x);
   }
   // Returns act(x); slope = s + x s (1 - s) 2 u'.
   template <class V>
-  static PEAK_INLINE V ValueAndSlope(const V& pre, V* slope) {
-    const V x = Clamp(pre), square = x * x, s = Gate(x, square);
+  static PEAK_INLINE V ValueAndSlope(const V& x, V* slope) {
+    const V square = Min(Set(1e18f), x * x), s = Gate(x, square);  // finite: the slope's other factor may be 0
     const V du2 = Fma(square, Set(6.0f * 0.7978845608f * 0.044715f), Set(2.0f * 0.7978845608f)), value = x * s;
     *slope = Fma(Fnma(value, s, value), du2, s);
     return value;

@@ -15,7 +15,7 @@
 //   LoadPairs(p)  SetPair(p)   2*kLanes elements; one pair repeated kLanes times
 //   PackPairs(even, odd)       pair i = (bf16(even[i]), bf16(odd[i]))
 //   StorePairs(p, pairs)       2*kLanes elements
-//   Many<N>  Two = Many<2>     N Vecs that take the same steps: + - * Max Fma Fnma Exp2 Reciprocal
+//   Many<N>  Two = Many<2>     N Vecs that take the same steps: + - * Max Min Fma Fnma Exp2 Reciprocal
 //   LoadTwo  StoreTwo          2*kLanes elements; of bf16 one Vec holds the even ones, which saves instructions. Floats
 //                              that meet such Vecs lie as Place(i) says
 //   LoadRows  StoreRows        the same of several rows
@@ -527,6 +527,7 @@ PEAK_LIFT_2(operator+)
 PEAK_LIFT_2(operator-)
 PEAK_LIFT_2(operator*)
 PEAK_LIFT_2(Max)
+PEAK_LIFT_2(Min)
 PEAK_LIFT_3(Fma)
 PEAK_LIFT_3(Fnma)
 
@@ -682,11 +683,12 @@ PEAK_INLINE V Exp2(const V& a) {
   return ScaleByFloor(Fma(p, r, Set(1.0000025934f)), a);
 }
 
-// 1 / a for a of 1 to 2^126, with a relative error of 1e-7 for T = float, and of 6.2e-5 for bf16.
+// 1 / a for a of 1 to infinity, with a relative error of 1e-7 for T = float, and of 6.2e-5 for bf16.
 template <class T, class V>
 PEAK_INLINE V Reciprocal(const V& a) {
   const V y = Reciprocal14(a);
-  return kReciprocal14 && sizeof(T) == 4 ? Fma(y, Fnma(a, y, Set(1.0f)), y) : y;
+  if (!kReciprocal14 || sizeof(T) < 4) return y;
+  return Fma(y, Max(Fnma(a, y, Set(1.0f)), Set(-0.5f)), y);  // infinity times 0 is NaN, for which Max takes its second
 }
 
 // erf(a) to 1.5 ulp: a + a P(a^2) near 0, 1 - e^Q(|a|) outside. Coefficients: N. Juffa's single-precision minimax fit.

@@ -61,7 +61,7 @@ def test_gelu_of_every_size_of_number(isa, dtype):
     """
     step = 1 << 16 if dtype == torch.bfloat16 else 99991
     x = torch.arange(-(2**31), 2**31, step, dtype=torch.int64).to(torch.int32).view(torch.float32).to(dtype)
-    x = x[x.isfinite() & (x.abs() < 1e18)]  # x^2 is finite
+    x = x[x.isfinite() & (x.abs() < 1e30)]  # no further does float64's cube go, in torch's backward
     truth, wide = torch.nn.functional.gelu, x.double().requires_grad_()
     (slope,) = torch.autograd.grad(truth(wide, approximate="tanh").sum(), wide)
     ones, one = torch.ones(x.numel(), 1, dtype=dtype), torch.ones(1, 1, dtype=dtype)
@@ -73,9 +73,9 @@ def test_gelu_of_every_size_of_number(isa, dtype):
     assert slope_error.max() <= {torch.float32: 3.2e-6, torch.bfloat16: 4.2e-3}[dtype]
     tail = (x > -5) & (x.abs() > 1e-30)  # further down tanh itself has no digits left in float64's sum with 1
     assert (error[tail] / value[tail].abs()).max() <= {torch.float32: 2.5e-6, torch.bfloat16: 4e-3}[dtype]
-    special = torch.tensor([-math.inf, -1e30, -20.0, 1e30, math.inf, math.nan]).to(dtype)
-    assert activation("gelu_tanh", special)[3:5].equal(special[3:5]) and activation("gelu_tanh", special)[5].isnan()
-    assert activation("gelu_tanh", special)[:3].abs().max() < 1e-35
+    special = torch.tensor([-1e30, -20.0, 1e30, math.inf, math.nan]).to(dtype)
+    got = activation("gelu_tanh", special)
+    assert got[:2].eq(0).all() and got[2:4].equal(special[2:4]) and got[4].isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
