@@ -27,14 +27,15 @@ void GatherRows(const EmbeddingForwardArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// out = sum of the rows of dy named by `rows`, in their order, in float32.
+// out += sum of the rows of dy named by `rows`, in their order, in float32.
 template <class T>
 void SumRows(const void* dy_data, const int64_t* rows, int64_t count, int64_t width, void* out) {
   const T* dy = static_cast<const T*>(dy_data);
+  T* total = static_cast<T*>(out);
   for (int64_t i = 0; i < width; i += kLanes) {
-    Vec sum = Set(0.0f);
+    Vec sum = Load(total + i, width - i);
     for (int64_t k = 0; k < count; ++k) sum = sum + Load(dy + rows[k] * width + i, width - i);
-    Store(static_cast<T*>(out) + i, sum, width - i);
+    Store(total + i, sum, width - i);
   }
 }
 

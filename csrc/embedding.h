@@ -24,7 +24,7 @@ struct EmbeddingBackwardArgs {
   int64_t batch, tokens, width;
   const int64_t* ids;
   const void* dy;  // (batch, tokens, width)
-  void* dwte;      // (vocab, width) zeros, or null
+  void* dwte;      // (vocab, width), or null; added to, as is dwpe
   void* dwpe;      // row of the first position in (positions, width), or null
 };
 

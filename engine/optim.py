@@ -8,7 +8,7 @@ or replaced. A bfloat16 parameter is half of its float32 master (kernels/adamw.p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -143,6 +143,10 @@ class AdamW(torch.optim.Optimizer):
         for _, flat in self._flats:
             flat.zero_grad(set_to_none)
 
+    def gradients(self) -> dict[Tensor, Tensor]:
+        """The flat buffer's views that are parameters' gradients now, by parameter: sinks for `accumulate_into`."""
+        return {p: home for _, flat in self._flats for p, home in flat.gradients()}
+
     def master(self, parameter: Tensor) -> Tensor:
         """The parameter as the optimizer keeps it: its float32 master put together, or itself where it has none.
 
@@ -262,6 +266,11 @@ class _Flat:
                 raise ValueError(f"AdamW: got a gradient of layout {grad.layout}, expected a dense one")
             parameter.grad = grad_home.copy_(grad)
             self.zeroed[i] = -1
+
+    def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for parameter, home in zip(self.parameters, self.grad_homes, strict=True):
+            if parameter.requires_grad and parameter.grad is not None and _same_place(parameter.grad, home):
+                yield parameter, parameter.grad
 
     def _live(self, i: int) -> bool:
         """Whether parameter i has a gradient: not None, and written to since zero_grad(set_to_none=True)."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.device import describe
+from peakgpt.kernels.dispatch import accumulate_into
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -94,8 +95,9 @@ class Trainer:
             The mean loss before the update, detached, on the device: reading it is what waits for it.
         """
         self.optimizer.zero_grad()
-        loss = self.model(ids, targets)
-        loss.backward()
+        with accumulate_into(self.optimizer.gradients()):
+            loss = self.model(ids, targets)
+            loss.backward()
         for group in self.optimizer.param_groups:
             group["lr"] = schedule(self.recipe, self.done, self.steps)
         self.optimizer.step()

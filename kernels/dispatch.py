@@ -9,6 +9,7 @@ of pure functions:
     forward(outputs, saved, *tensors, **params)       fills what the contract's `alloc` made
     backward(grads, inputs, outputs, saved, needs, **params) -> one gradient (or None) per tensor
 
+forward (of an op that forms gradients there) and backward may take `into` too: see `accumulate_into`.
 `inputs` and `outputs` hold None where the contract's `keeps` does not name them; an entry of `grads` is None where
 nothing flows into that output. The path is the registry. The first backend of PRIORITY without an objection runs;
 a forced backend that objects raises. Plain tensors take a direct call; under torch.compile, fake tensors, dispatch
@@ -39,6 +40,7 @@ HOME = {"hopper": "cuda", "gpu": "cuda", "cpu": "cpu"}
 OPS: dict[str, Op] = {}
 _library = torch.library.Library("peakgpt", "DEF")
 _forced: str | None = None  # a module global: torch.compile guards on it, a ContextVar breaks the graph
+_sinks: Mapping[Tensor, Tensor] = MappingProxyType({})
 
 
 class Cost(NamedTuple):
@@ -72,6 +74,28 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextlib.contextmanager
+def accumulate_into(sinks: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Add gradients of parameters to where they are kept, while ops run in direct calls: no temporary, no second pass.
+
+    Megatron-LM's gradient accumulation fusion. For training loops that know what they do: autograd gets None for such
+    a parameter, so that its hooks do not run and torch.autograd.grad finds nothing. Forward and backward both belong
+    inside, once each: a loss may add its part in the forward pass, at gradient 1, and raises where another one arrives.
+
+    A backend whose backward (or forward, where that forms the gradients) takes `into` gets one sink or None for each
+    tensor; it adds to the sink and returns it, or returns a gradient, which is added here.
+
+    Args:
+        sinks: where to add by parameter, each of its parameter's shape, strides, dtype and device.
+    """
+    global _sinks
+    before, _sinks = _sinks, sinks
+    try:
+        yield
+    finally:
+        _sinks = before
 
 
 def interpreted() -> bool:
@@ -113,12 +137,13 @@ class Op:
     """An op: the contract's eager function, callable by users, with whatever backends exist for it."""
 
     def __init__(
-        self, eager: Callable[..., Any], *, alloc, check, cost, sample, typical, keeps, outputs, autocast, mutates
-    ):
+        self, eager: Callable[..., Any], *, alloc, check, cost, sample, typical, keeps, outputs, autocast, mutates,
+        early,
+    ):  # fmt: skip
         functools.update_wrapper(self, eager)
         self.name, self.eager = eager.__name__, eager
         self.alloc, self.check, self.cost, self.sample, self.typical = alloc, check, cost, sample, dict(typical)
-        self.outputs, self.autocast, self.mutates = outputs, autocast, frozenset(mutates)
+        self.outputs, self.autocast, self.mutates, self.early = outputs, autocast, frozenset(mutates), early
         self.signature = inspect.signature(eager, eval_str=True)
         arguments = self.signature.parameters
         self.tensor_names = tuple(n for n, a in arguments.items() if a.annotation in (Tensor, Tensor | None))
@@ -232,6 +257,7 @@ def op(
     outputs: Sequence[str] = ("out",),
     autocast: str | None = None,
     mutates: Sequence[str] = (),
+    early: Callable[..., Sequence[str]] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Make an op of an eager function; arguments annotated `Tensor` or `Tensor | None` are tensors, others parameters.
 
@@ -246,10 +272,12 @@ def op(
         outputs: names of the results.
         autocast: "lower" casts to autocast's dtype as torch does for matrix products; "norm" as it does for norms.
         mutates: names of the tensors changed in place; such an op returns None and has no gradient.
+        early: (**params) -> names of the tensors whose gradients the forward pass of a scalar result forms, at
+            gradient 1, and may add to their sinks.
     """
     return lambda eager: Op(
         eager, alloc=alloc, check=check, cost=cost, sample=sample, typical=typical, keeps=keeps,
-        outputs=() if mutates else outputs, autocast=autocast, mutates=mutates,
+        outputs=() if mutates else outputs, autocast=autocast, mutates=mutates, early=early,
     )  # fmt: skip
 
 
@@ -259,23 +287,35 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op: Op, backend: ModuleType, params: dict[str, Any], needs: tuple[bool, ...], *tensors):
         ctx.set_materialize_grads(False)
+        into = tuple(_sinks.get(t) if n else None for t, n in zip(tensors, needs, strict=True))
+        extra, ctx.added = {}, ()
+        if op.early and _takes_into(backend.forward):
+            names = op.early(**params)
+            early = tuple(s if n in names else None for s, n in zip(into, op.tensor_names, strict=True))
+            extra, ctx.added = {"into": early}, tuple(s for s in early if s is not None)
+            needs = tuple(n and s is None for n, s in zip(needs, early, strict=True))
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
-        backend.forward(outputs, saved, *tensors, **params)
-        ctx.call = op, backend, params, needs, len(tensors), len(outputs)
+        backend.forward(outputs, saved, *tensors, **extra, **params)
+        torch.autograd.graph.increment_version(ctx.added)
+        ctx.call, ctx.into = (op, backend, params, needs, len(tensors), len(outputs)), into
         ctx.save_for_backward(*_keep(tensors, op._keep_inputs), *_keep(outputs, op._keep_outputs), *saved)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        _, backend, params, needs, n_in, n_out = ctx.call
+        op, backend, params, needs, n_in, n_out = ctx.call
+        if ctx.added and (grads[0] is None or grads[0].item() != 1.0):
+            raise RuntimeError(f"{op.name}: a gradient of {grads[0]} arrived, expected 1: accumulate_into has added it")
         if all(g is None for g in grads):  # nothing flows: a Function further on returned None
             return (None,) * (4 + n_in)
         held = ctx.saved_tensors
         inputs, outputs, saved = held[:n_in], held[n_in : n_in + n_out], held[n_in + n_out :]
+        extra = {"into": ctx.into} if _takes_into(backend.backward) else {}
         with _no_autocast(grads):
-            found = backend.backward(grads, inputs, outputs, saved, needs, **params)
-        return None, None, None, None, *(g if n else None for g, n in zip(found, needs, strict=True))
+            found = backend.backward(grads, inputs, outputs, saved, needs, **extra, **params)
+        found = tuple(_sunk(g, s) if n else None for g, s, n in zip(found, ctx.into, needs, strict=True))
+        return None, None, None, None, *found
 
 
 # ---- torch.ops.peakgpt.<op>: the same contract for torch.compile, fake tensors and subclasses ----
@@ -411,6 +451,21 @@ def _transformed() -> bool:
 def _needs(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
     enabled = torch.is_grad_enabled()
     return tuple(enabled and t is not None and t.requires_grad for t in tensors)
+
+
+@functools.cache
+def _takes_into(function: Callable[..., Any]) -> bool:
+    return "into" in inspect.signature(function).parameters
+
+
+def _sunk(grad: Tensor | None, sink: Tensor | None) -> Tensor | None:
+    """What autograd gets: None where the gradient has gone, or goes here, into its sink."""
+    if sink is None or grad is None:
+        return grad
+    if grad is not sink:
+        sink.add_(grad)
+    torch.autograd.graph.increment_version(sink)  # a kernel that writes to an address leaves no trace
+    return None
 
 
 def _keep(tensors: Sequence[Tensor | None], kept: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -60,7 +60,8 @@ def _alloc(x, w, target, *, needs, ignore_index, reduction):
     return loss, (dx, torch.empty_like(w, dtype=dtype) if needs[1] else w.new_empty(0, dtype=dtype))
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w", "target"), autocast="lower")
+@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w", "target"), autocast="lower",
+    early=lambda *, reduction, **_: () if reduction == "none" else ("w",))  # fmt: skip
 def linear_cross_entropy(
     x: Tensor, w: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:

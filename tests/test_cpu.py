@@ -17,7 +17,7 @@ from peakgpt import _C
 from peakgpt.bench.check import double, whole
 from peakgpt.kernels.cpu import ext
 from peakgpt.kernels.cpu.gemm import ACTIVATE, SLOPE, gemm
-from peakgpt.kernels.dispatch import OPS, use_backend
+from peakgpt.kernels.dispatch import OPS, accumulate_into, use_backend
 
 POISON = 1234.0
 LANES = 16  # of the widest set
@@ -261,17 +261,22 @@ def test_linear_cross_entropy_over_many_blocks(monkeypatch, dtype, reduction):
     x, w, target = OPS["linear_cross_entropy"].sample(rows=67, width=48, vocab=129, dtype=dtype)
     target[20:40] = -100
 
-    def run(backend, *tensors):
+    def run(backend, *tensors, before=None):
         leaves = [t.detach().requires_grad_() for t in tensors]
-        with use_backend(backend):
+        sinks = {} if before is None else {leaves[1]: before.clone()}
+        with use_backend(backend), accumulate_into(sinks):
             loss = OPS["linear_cross_entropy"](*leaves, target, reduction=reduction)
-        weights = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
-        return loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves)
+            weights = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+            (loss * weights).sum().backward()
+        return loss.detach(), leaves[0].grad, sinks.get(leaves[1], leaves[1].grad)
 
     truth, torchs, ours = run("eager", x.double(), w.double()), run("eager", x, w), run("cpu", x, w)
     for got, eager, true in zip(ours, torchs, truth, strict=True):
         limit = 2 * (eager.double() - true).abs().max() + 1e-6 * true.abs().max()
         assert (got.double() - true).abs().max() <= limit
+    before = (torch.randn_like(true) * true.std()).to(dtype)
+    total = run("cpu", x, w, before=before)[2].double() - before.double()
+    assert (total - true).abs().max() <= limit + 2 * torch.finfo(dtype).eps * (true.abs() + before.abs()).max()
 
 
 def test_linear_cross_entropy_of_nothing():

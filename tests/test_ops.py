@@ -14,7 +14,7 @@ from peakgpt import _C
 from peakgpt.bench.check import CASES, LARGE_CASES, double, judge, leaf, run, sample, whole
 from peakgpt.kernels import catalogue
 from peakgpt.kernels.adamw import join, split
-from peakgpt.kernels.dispatch import OPS, load, use_backend
+from peakgpt.kernels.dispatch import OPS, accumulate_into, load, use_backend
 
 BACKENDS = ("eager", "cpu", "gpu")
 IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, v in params.items())}"
@@ -68,6 +68,44 @@ def test_values_and_gradients(name, sizes, params, backend, dtype):
     assert all(torch.equal(a, b) for a, b in zip(ours, run(backend, op, tensors, params), strict=True)), (
         "not repeatable"
     )
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize(
+    ("name", "more"), [*((name, {}) for name in DIFFERENTIABLE), ("linear_cross_entropy", {"reduction": "none"})]
+)
+def test_gradients_are_added_to_sinks(name, more, backend):
+    """Fails when a backend overwrites its sink, or adds in forward and again in backward."""
+    op = OPS[name]
+    _, sizes, params = next(c for c in CASES if c[0] == name)
+    tensors, params = sample(name, sizes, torch.float32), params | more
+    objects(backend, op, tensors, params)
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+
+    def results():
+        found = op(*tensors, **params)
+        found = found if isinstance(found, tuple) else (found,)
+        return found, [torch.full_like(r, 0.5) if r.dim() else torch.ones_like(r) for r in found]
+
+    with use_backend(backend):
+        out, ups = results()
+        expected = torch.autograd.grad(out, leaves, ups)
+        sinks = {leaf: torch.full_like(leaf, 0.25) for leaf in leaves}
+        with accumulate_into(sinks):
+            torch.autograd.backward(*results())
+    for (tensor, sink), grad in zip(sinks.items(), expected, strict=True):
+        assert tensor.grad is None and sink._version
+        torch.testing.assert_close(sink, grad + 0.25, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_that_came_too_early_is_not_scaled_in_silence():
+    x, w, target = sample("linear_cross_entropy", {"rows": 5, "width": 8, "vocab": 33}, torch.float32)
+    with use_backend("cpu"), accumulate_into({w: torch.zeros_like(w)}):
+        loss = OPS["linear_cross_entropy"](x, w, target)
+        with pytest.raises(RuntimeError, match=r"linear_cross_entropy: a gradient of .*0.5.* arrived, expected 1"):
+            (loss / 2).backward()
+        w.requires_grad_(False)
+        (OPS["linear_cross_entropy"](x, w, target) / 2).backward()
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))

@@ -1,5 +1,6 @@
 """The training step: schedule, recipe, and losses beside eager over the same batches."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.pair import SharedBatches
 from peakgpt.engine.model import GPT
 from peakgpt.engine.train import Recipe, Trainer, schedule
+from peakgpt.kernels.dispatch import accumulate_into, use_backend
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 67}
 
@@ -69,3 +71,27 @@ def test_schedule_warms_up_and_falls_to_zero():
 def test_recipe_says_what_is_wrong(fields, text):
     with pytest.raises(ValueError, match=text):
         Recipe(**fields)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_added_where_they_are_kept(dtype, backend):
+    """As autograd would add them, to what is there; the tied embedding's come from the loss and from the bottom."""
+
+    def gradients(sinks):
+        torch.manual_seed(0)
+        model = GPT.from_preset("gpt2", **TINY)
+        optimizer = model.configure_optimizer(dtype=dtype)
+        optimizer.zero_grad()
+        with use_backend(backend) if backend else contextlib.nullcontext():
+            for ids, targets in itertools.islice(batches(), 2):
+                with accumulate_into(optimizer.gradients() if sinks else {}):
+                    model(ids, targets).backward()
+        optimizer.step()
+        return optimizer, {name: p.grad for name, p in model.named_parameters()}
+
+    (ours, found), (_, expected) = gradients(True), gradients(False)
+    for name, grad in expected.items():
+        tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * float(grad.abs().max())
+        torch.testing.assert_close(found[name], grad, rtol=0.0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    assert all(state["step"] == 1 for state in ours.state.values())

@@ -21,12 +21,13 @@ def forward(outputs, saved, ids, wte, wpe, *, start):
     )  # fmt: skip
 
 
-def backward(grads, inputs, outputs, saved, needs, *, start):
+def backward(grads, inputs, outputs, saved, needs, *, start, into=(None, None, None)):
     ids, wte, wpe = inputs
     ids, dy = ids.long().contiguous(), grads[0].contiguous()
-    _, need_wte, need_wpe = needs
-    dwte = torch.zeros(wte.shape, dtype=wte.dtype, device=wte.device) if need_wte else None
-    dwpe = torch.zeros(wpe.shape, dtype=wpe.dtype, device=wpe.device) if need_wpe else None
+    dwte, dwpe = (
+        sink if sink is not None or not need else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+        for t, need, sink in zip((wte, wpe), needs[1:], into[1:], strict=True)
+    )
     positions = None if dwpe is None else dwpe[start : start + ids.shape[1]]
     _C.embedding_backward(
         DTYPES[dy.dtype], *ids.shape, wte.shape[1], address(ids), address(dy),

@@ -42,19 +42,23 @@ def gemm(
     return out
 
 
-def linear_backward(dy: Tensor, x: Tensor, w: Tensor, needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, needs, into=(None, None, None)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of y = x w^T + b, where `needs` says so.
 
     Args:
         dy: (N, F). x: (N, C). w: (F, C).
+        into: where there is a sink for w, dw is added to it.
     Returns:
-        (dx, dw, db); dw in w's strides.
+        (dx, dw, db); dw in w's strides, or its sink.
     """
     need_x, need_w, need_b = needs
     dx = gemm(dy, w, torch.empty_like(x)) if need_x else None
-    dw = torch.empty_like(w) if need_w else None
+    sink = into[1]
+    dw = sink if sink is not None or not need_w else torch.empty_like(w)
     sums = dy.new_empty(dy.shape[1], dtype=torch.float32) if need_b and need_w and dw.stride(1) == 1 else None
     if need_w:
-        gemm(dy.t(), x, dw, a_sums=sums)
+        gemm(dy.t(), x, dw, a_sums=sums, epilogue=STORE if sink is None else ADD)
     db = (dy.sum(0) if sums is None else sums.to(dy.dtype)) if need_b else None
     return dx, dw, db

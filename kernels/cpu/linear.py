@@ -17,7 +17,7 @@ def forward(outputs, saved, x, w, b):
     gemm(x, w.t(), outputs[0].view(x.shape[0], w.shape[0]), bias=b)
 
 
-def backward(grads, inputs, outputs, saved, needs):
+def backward(grads, inputs, outputs, saved, needs, *, into=(None, None, None)):
     x, w, _ = inputs
-    dx, dw, db = linear_backward(rows(grads[0]), rows(x), w, needs)
+    dx, dw, db = linear_backward(rows(grads[0]), rows(x), w, needs, into)
     return dx if dx is None else dx.view(x.shape), dw, db

@@ -25,10 +25,10 @@ def objection(x: Tensor, *_, **__) -> str | None:
     return dtype_objection(x)
 
 
-def forward(outputs, saved, x, w, target, *, ignore_index, reduction):
+def forward(outputs, saved, x, w, target, *, ignore_index, reduction, into=(None, None, None)):
     flat, target = rows(x), target.reshape(-1).long()
     loss = workspace("loss", torch.float32, target.numel()) if reduction != "none" else outputs[0].view(-1)
-    dx = dw = None
+    dx, dw = None, into[1]
     lse = workspace("lse", torch.float32, target.numel())
     scale = 1.0
     if reduction == "mean":
@@ -37,8 +37,9 @@ def forward(outputs, saved, x, w, target, *, ignore_index, reduction):
     if saved and reduction == "none":
         lse = saved[0].view(-1)
     elif saved:
-        dx, dw = (t if t.numel() else None for t in saved)
-    products = Products(flat, w, None if dx is None else dx.view(flat.shape), dw)
+        dx, kept = (t if t.numel() else None for t in saved)
+        dw = kept if dw is None else dw
+    products = Products(flat, w, None if dx is None else dx.view(flat.shape), dw, fresh=into[1] is None)
     for block, logits in products.blocks():
         _C.cross_entropy_forward(
             DTYPES[x.dtype], *logits.shape, address(logits), address(target[block]), ignore_index,
@@ -51,15 +52,16 @@ def forward(outputs, saved, x, w, target, *, ignore_index, reduction):
         outputs[0].copy_(total / count if reduction == "mean" else total)
 
 
-def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction):
+def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, into=(None, None, None)):
     x, w, target = inputs
     if reduction != "none":
         scale = float(grads[0])
-        return *(scaled(t, scale) if need else None for t, need in zip(saved, needs, strict=False)), None
+        return *(scaled(saved[i], scale) if needs[i] else None for i in (0, 1)), None
     flat, target = rows(x), target.reshape(-1).long()
     lse, dloss = saved[0].view(-1), grads[0].reshape(-1).contiguous()
-    dx, dw = (torch.empty_like(t) if need else None for t, need in zip((flat, w), needs, strict=False))
-    products = Products(flat, w, dx, dw)
+    dx = torch.empty_like(flat) if needs[0] else None
+    dw = into[1] if into[1] is not None or not needs[1] else torch.empty_like(w)
+    products = Products(flat, w, dx, dw, fresh=into[1] is None)
     for block, logits in products.blocks():
         _C.cross_entropy_backward(
             DTYPES[x.dtype], *logits.shape, address(logits), address(target[block]), ignore_index,
@@ -82,11 +84,12 @@ class Products:
     Args:
         x: (N, C) rows.
         w: (V, C).
-        dx, dw: filled with dz w and dz^T x, or None.
+        dx, dw: become dz w and dz^T x, or None.
+        fresh: whether dw holds nothing yet; else the product is added.
     """
 
-    def __init__(self, x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None):
-        self.x, self.w, self.dx, self.dw = x, w, dx, dw
+    def __init__(self, x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, fresh: bool):
+        self.x, self.w, self.dx, self.dw, self.fresh = x, w, dx, dw, fresh
         self.wanted = dx is not None or dw is not None
         most = max(LEAST_ROWS, min(BLOCK_ROWS, BLOCK_BYTES // (w.shape[0] * w.element_size())))
         self.count = -(-x.shape[0] // most)
@@ -108,12 +111,12 @@ class Products:
             return
         if self.done == BF16_BLOCKS and self.dw.dtype != torch.float32:
             self._widen()
-        gemm(dz.t(), self.x[block], self.dw, epilogue=ADD if self.done else STORE)
-        self.done += 1
+        gemm(dz.t(), self.x[block], self.dw, epilogue=STORE if self.fresh else ADD)
+        self.fresh, self.done = False, self.done + 1
 
     def finish(self) -> None:
         """Bring what is held in float32 back into dw."""
-        if self.dw is not None and not self.count:
+        if self.dw is not None and self.fresh:
             self.dw.zero_()
         if self.total is not None:
             self._widen()
@@ -125,4 +128,4 @@ class Products:
         # By slices: torch widens the second operand into a temporary.
         for total, part in zip(self.total.split(1024), self.dw.split(1024), strict=True):
             total.add_(part)
-        self.done = 0
+        self.fresh, self.done = True, 0

@@ -26,17 +26,22 @@ PEAK_TEST(embedding) {
       wte.FillSpecials(1);
       dy.FillSpecials(2);
     }
-    dwte.Fill([](int64_t) { return 0.0; });
+    const auto before = [](int64_t i) { return i % 3 - 1.0; };
+    dwte.Fill(before);
+    dwpe.Fill(before);
     EmbeddingForward({kDtype<T>, kBatch, kTokens, width, ids.data(), wte.data(), stride,
                       positions ? wpe.data() : nullptr, stride, out.data()},
                      1 + placement % 2);
     EmbeddingBackward({kDtype<T>, kBatch, kTokens, width, ids.data(), dy.data(), dwte.data(),
                        positions ? dwpe.data() : nullptr},
                       1 + placement % 2);
-    std::vector<Want> want_wte(kVocab * width, {0.0, 0.0}), want_wpe(kTokens * width, {0.0, 0.0});
+    constexpr double kTerms = 2.0 * kBatch * kTokens;
+    std::vector<Want> want_wte, want_wpe;
+    for (int64_t i = 0; i < kVocab * width; ++i) want_wte.push_back({before(i), kTerms * std::fabs(before(i))});
+    for (int64_t i = 0; i < kTokens * width; ++i) want_wpe.push_back({before(i), kTerms * std::fabs(before(i))});
     const auto add = [](Want& sum, double term) {
       sum.value += term;
-      sum.slack += 2.0 * kBatch * kTokens * std::fabs(term);
+      sum.slack += kTerms * std::fabs(term);
     };
     for (int64_t row = 0; row < kBatch * kTokens; ++row) {
       for (int64_t i = 0; i < width; ++i) {
@@ -63,7 +68,7 @@ PEAK_KERNEL(embedding_float32) {
   for (int64_t i = 0; i < ids.count(); ++i) ids[i] = random.Below(kManyIds);
   wte.FillNormal(random);
   wpe.FillNormal(random);
-  dwte.Fill([](int64_t) { return 0.0; });
+  for (auto* sums : {&dwte, &dwpe}) sums->Fill([](int64_t) { return 0.0; });
   EmbeddingForward({DType::kFloat32, kBatch, kManyTokens, kWidth, ids.data(), wte.data(), kWidth, wpe.data(), kWidth,
                     out.data()},
                    threads);
