@@ -13,7 +13,7 @@ template <class T>
 struct ForwardSpace {
   using E = typename OperandOf<T>::type;
   E *k, *v, *q, *p;
-  float *s, *o, *top, *sum, *factor;
+  float *s, *o, *top, *sum, *factor, *mask;
 
   ForwardSpace(Bump& bump, int64_t keys, int64_t width) {
     const Widths<E> widths(width);
@@ -26,6 +26,7 @@ struct ForwardSpace {
     top = bump.Take<float>(kTile);
     sum = bump.Take<float>(kTile);
     factor = bump.Take<float>(kTile);
+    mask = bump.Take<float>(kTile * kTile);
   }
 };
 
@@ -38,9 +39,10 @@ PEAK_INLINE void StoreWeights(Pair* p, int64_t row, Vec even, Vec odd) {
 }
 
 // Scores to weights p = e^(c s - top), with the running maximum and sum of each query brought up to date; factor is
-// what earlier results must be multiplied by.
-template <class E>
-void Softmax(const float* s, int64_t rows, Lanes lanes, float c, E* p, float* top, float* sum, float* factor) {
+// what earlier results must be multiplied by. kDrop: the sum is of all weights, those stored are times the mask.
+template <bool kDrop, class E>
+void Softmax(const float* s, int64_t rows, Lanes lanes, float c, const float* mask, E* p, float* top, float* sum,
+             float* factor) {
   const Vec scale = Set(c), nothing = Set(-kInfinity), zero = Set(0.0f);
   for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
     const Vec before = Load(top + at);
@@ -57,7 +59,12 @@ void Softmax(const float* s, int64_t rows, Lanes lanes, float c, E* p, float* to
       const Vec odd = Exp(Fma(Load(s + (r + 1) * kTile + at), scale, base));
       even_sum = even_sum + even;
       odd_sum = odd_sum + odd;
-      StoreWeights(p + at, r, even, odd);
+      if (kDrop) {
+        const float* kept = mask + r * kTile + at;
+        StoreWeights(p + at, r, even * Load(kept), odd * Load(kept + kTile));
+      } else {
+        StoreWeights(p + at, r, even, odd);
+      }
     }
     const Vec f = Exp(before + base);
     Store(factor + at, f);
@@ -93,6 +100,7 @@ void ForwardHead(const AttentionArgs& args, int64_t b, int64_t h, int64_t part, 
   T* out = static_cast<T*>(args.out) + (b * args.queries * args.heads + h) * width;
   float* lse = args.lse + (b * args.heads + h) * args.queries;
   const ScoreTerms terms(args, b, h);
+  const Dropout dropout(args, b, h);
   PackNatural(k, base, packed, space.k);
   PackStacked(v, base, packed, space.v);
 
@@ -114,7 +122,12 @@ void ForwardHead(const AttentionArgs& args, int64_t b, int64_t h, int64_t part, 
       Multiply(space.k + (key - base) * widths.natural, widths.natural, 1, space.q + lane, kTile, width / kDepth<E>,
                space.s + lane, kTile, rows, vecs, false);
       const float c = Scores(terms, tile, space.s, key, rows, lanes);
-      Softmax(space.s, rows, lanes, c, space.p, space.top, space.sum, space.factor);
+      if (dropout.On()) {
+        dropout.Draw(tile, key, rows, lanes, space.mask);
+        Softmax<true>(space.s, rows, lanes, c, space.mask, space.p, space.top, space.sum, space.factor);
+      } else {
+        Softmax<false>(space.s, rows, lanes, c, nullptr, space.p, space.top, space.sum, space.factor);
+      }
       Rescale(space.o, width, lanes, space.factor);
       Multiply(space.v + (key - base) / kDepth<E> * widths.stacked, 1, widths.stacked, space.p + lane, kTile,
                rows / kDepth<E>, space.o + lane, kTile, width, vecs, true);
@@ -231,7 +244,7 @@ char* AttentionScratch(int64_t bytes) {
 }
 
 void AttentionForward(const AttentionArgs& args, int threads) {
-  const bool few = args.queries <= kFewQueries;
+  const bool few = args.queries <= kFewQueries && args.dropout == 0.0;  // those rows draw no masks
   const int64_t heads = args.batch * args.heads, tiles = (args.queries + 63) / 64;
   if (heads * args.queries == 0) return;
   // Four units of work a thread, or causal heads of unequal tiles would leave one waiting.

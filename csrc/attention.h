@@ -30,6 +30,8 @@ struct AttentionArgs {
   bool causal;
   int64_t window;  // how many keys a query sees at most; 0: any number
   float scale;
+  double dropout;       // probability of dropping a weight
+  const int64_t* seed;  // one, read where dropout > 0
   void* out;   // (batch, queries, heads, width)
   float* lse;  // (batch, heads, queries)
   // The backward pass only; a gradient that is not wanted is null, dk and dv are wanted together.

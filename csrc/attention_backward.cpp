@@ -28,9 +28,9 @@ struct BackwardSpace {
   using E = typename OperandOf<T>::type;
   static constexpr bool kPairs = kDepth<E> == 2;
   E *k, *k_stacked, *v, *q, *q_stacked, *dy, *dy_stacked, *p, *ds, *ds_stacked;
-  float *dk, *dv, *dq, *s, *dp, *lse, *delta;
+  float *dk, *dv, *dq, *s, *dp, *lse, *delta, *mask;
 
-  BackwardSpace(Bump& bump, int64_t queries, int64_t keys, int64_t width) {
+  BackwardSpace(Bump& bump, int64_t queries, int64_t keys, int64_t width, bool drops) {
     const Widths<E> widths(width);
     k = bump.Take<E>(keys * widths.natural);
     k_stacked = kPairs ? bump.Take<E>(keys / 2 * widths.stacked) : k;
@@ -46,9 +46,10 @@ struct BackwardSpace {
     delta = bump.Take<float>(queries);
     s = bump.Take<float>(kTile * kTile);
     dp = bump.Take<float>(kTile * kTile);
-    p = kPairs ? bump.Take<E>(kTile * kTile / 2) : reinterpret_cast<E*>(s);
+    p = kPairs || drops ? bump.Take<E>(kTile * kTile / kDepth<E>) : reinterpret_cast<E*>(s);
     ds = kPairs ? bump.Take<E>(kTile * kTile / 2) : reinterpret_cast<E*>(dp);
     ds_stacked = kPairs ? bump.Take<E>(kTile * kTile / 2) : ds;
+    mask = drops ? bump.Take<float>(kTile * kTile) : nullptr;
   }
 };
 
@@ -63,8 +64,9 @@ PEAK_INLINE void StoreTwoRows(Pair* rows, Pair* stacked, int64_t row, int64_t at
   if (stacked != nullptr) StorePairs(&stacked[row / 2 * kTile + at].even, PackPairs(even, odd));
 }
 
-// p = e^(c s - lse), ds = p (dp - delta); kKeep: as floats too, in place of s and dp.
-template <bool kKeep, class T>
+// p = e^(c s - lse), ds = p (dp - delta); kDrop: p times the mask, ds = p (mask dp - delta); kKeep: the plain p and ds
+// as floats too, in place of s and dp.
+template <bool kKeep, bool kDrop, class T>
 __attribute__((noinline)) void Gradients(const BackwardSpace<T>& space, const float* lse, const float* delta, int64_t rows, Lanes lanes, float c) {
   const Vec scale = Set(c);
   for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
@@ -72,8 +74,12 @@ __attribute__((noinline)) void Gradients(const BackwardSpace<T>& space, const fl
     for (int64_t r = 0; r < rows; r += 2) {
       const float *s = space.s + r * kTile + at, *dp = space.dp + r * kTile + at;
       const Vec even = Exp(Fma(Load(s), scale, base)), odd = Exp(Fma(Load(s + kTile), scale, base));
-      const Vec even_ds = even * (Load(dp) - mean), odd_ds = odd * (Load(dp + kTile) - mean);
-      StoreTwoRows(space.p, static_cast<decltype(space.p)>(nullptr), r, at, even, odd);
+      const float* kept = kDrop ? space.mask + r * kTile + at : nullptr;
+      const Vec even_dp = kDrop ? Load(dp) * Load(kept) : Load(dp);
+      const Vec odd_dp = kDrop ? Load(dp + kTile) * Load(kept + kTile) : Load(dp + kTile);
+      const Vec even_ds = even * (even_dp - mean), odd_ds = odd * (odd_dp - mean);
+      const Vec even_p = kDrop ? even * Load(kept) : even, odd_p = kDrop ? odd * Load(kept + kTile) : odd;
+      StoreTwoRows(space.p, static_cast<decltype(space.p)>(nullptr), r, at, even_p, odd_p);
       StoreTwoRows(space.ds, space.ds_stacked, r, at, even_ds, odd_ds);
       if (kKeep) {
         StoreTwoRows(space.s, static_cast<float*>(nullptr), r, at, even, odd);
@@ -155,7 +161,8 @@ void RowStatistics(const Rows<T>& dy, const Rows<T>& y, const float* lse, int64_
 // One query tile against the keys of one key tile; offsets are relative to the unit's ranges.
 template <class T>
 void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const QueryTile& tile, int64_t width,
-                  int64_t key, int64_t keys, const ScoreTerms& terms, const TermGradients& into) {
+                  int64_t key, int64_t keys, const ScoreTerms& terms, const TermGradients& into,
+                  const Dropout& dropout) {
   using E = typename OperandOf<T>::type;
   const Widths<E> widths(width);
   const int64_t rows = UpTo(keys, kBlockRows);
@@ -167,14 +174,13 @@ void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const
   Multiply(space.v + j * widths.natural, widths.natural, 1, space.dy + i * width / kDepth<E> + lane, kTile,
            width / kDepth<E>, space.dp + lane, kTile, rows, vecs, false);
   const float c = Scores(terms, tile, space.s, key, rows, lanes);
-  if (into.Any()) {
-    Gradients<true>(space, space.lse + i, space.delta + i, rows, lanes, c);
-    if (into.bias != nullptr) AddBiasGradient(tile, space.dp, key, keys, lanes, into.bias, terms.keys);
-    if (into.slope_rows != nullptr) {
-      AddSlopeGradient(tile, space.s, space.dp, key, keys, lanes, into.slope_rows, into.plane);
-    }
-  } else {
-    Gradients<false>(space, space.lse + i, space.delta + i, rows, lanes, c);
+  if (dropout.On()) dropout.Draw(tile, key, rows, lanes, space.mask);
+  const auto gradients = into.Any() ? (dropout.On() ? Gradients<true, true, T> : Gradients<true, false, T>)
+                                    : (dropout.On() ? Gradients<false, true, T> : Gradients<false, false, T>);
+  gradients(space, space.lse + i, space.delta + i, rows, lanes, c);
+  if (into.bias != nullptr) AddBiasGradient(tile, space.dp, key, keys, lanes, into.bias, terms.keys);
+  if (into.slope_rows != nullptr) {
+    AddSlopeGradient(tile, space.s, space.dp, key, keys, lanes, into.slope_rows, into.plane);
   }
   if (unit.by_key) {
     const int64_t line = kTile / kDepth<E>, at = (i + lane) / kDepth<E> * widths.stacked;
@@ -211,6 +217,7 @@ void BackwardHead(const AttentionArgs& args, const BackwardUnit& unit, const Bac
                   args.heads * width, 0, args.queries, width};
   const ScoreTerms terms(args, unit.b, h);
   const TermGradients into(args, unit, h);
+  const Dropout dropout(args, unit.b, h);
   for (int64_t i = 0; i < count; i += kTile) {
     PackTransposed(q, unit.query + i, space.q + i * width / kDepth<E>);
     PackTransposed(dy, unit.query + i, space.dy + i * width / kDepth<E>);
@@ -228,7 +235,7 @@ void BackwardHead(const AttentionArgs& args, const BackwardUnit& unit, const Bac
       int64_t keys;
       for (int64_t key = Most(block, tile.begin / kEdgeTile * kEdgeTile); key < stop; key += keys) {
         keys = tile.KeysAt(key, stop);
-        BackwardTile(unit, space, tile, width, key, keys, terms, into);
+        BackwardTile(unit, space, tile, width, key, keys, terms, into, dropout);
       }
     }
   }
@@ -248,9 +255,9 @@ void RunBackwardUnit(const AttentionArgs& args, const BackwardUnit& unit) {
   const int64_t width = args.width, queries = UpTo(unit.query_end - unit.query, kTile);
   const int64_t count = unit.key_end - unit.key, keys = UpTo(count, kTile);
   Bump counted{nullptr};
-  BackwardSpace<T>(counted, queries, keys, width);
+  BackwardSpace<T>(counted, queries, keys, width, args.dropout > 0.0);
   Bump bump{AttentionScratch(counted.used)};
-  const BackwardSpace<T> space(bump, queries, keys, width);
+  const BackwardSpace<T> space(bump, queries, keys, width, args.dropout > 0.0);
   const Live live(args, unit.b);
   const Widths<E> widths(width);
 

@@ -12,6 +12,8 @@
 // Without such an instruction bf16 is widened when it is packed. Packing also ends ragged sizes (zeros up to whole
 // vectors) and strides that make rows collide in the L1 cache.
 
+#include "philox.h"
+
 constexpr int64_t kTile = 64;  // queries a tile, and keys: four operands of 64 x 64 floats fill L1 and part of L2
 // Keys a tile where the mask cuts through, so that less of it is dead. Causal T 256, D 64 on Zen 4: 16 beats 32 by 2 to
 // 5 % and 64 by 10 to 15 %.
@@ -345,6 +347,38 @@ inline float Scores(const ScoreTerms& terms, const QueryTile& tile, float* s, in
   MaskScores(tile, s, key, rows, lanes, c, terms.slope);
   return 1.0f;
 }
+
+// Which weights of a head are dropped. The weight of query i and key j is kept where word j % 4 of Philox's counter
+// (i, j / 4, b, h) under the seed is at least dropout * 2^32: its place decides, not the tile or thread that asks.
+struct Dropout {
+  float factor = 0.0f;  // of what is kept; 0: nothing is dropped
+  uint32_t limit = 0, b, h;
+  PhiloxKey key;
+
+  Dropout(const AttentionArgs& args, int64_t b_, int64_t h_)
+      : b(static_cast<uint32_t>(b_)), h(static_cast<uint32_t>(h_)), key{0, 0} {
+    if (args.dropout == 0.0) return;
+    factor = static_cast<float>(1.0 / (1.0 - args.dropout));
+    limit = static_cast<uint32_t>(args.dropout * 4294967296.0);
+    const uint64_t seed = static_cast<uint64_t>(*args.seed);
+    key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  }
+  bool On() const { return factor != 0.0f; }
+  // mask[key][query] = factor or 0, for `rows` keys from `from` on, both multiples of 4.
+  __attribute__((noinline)) void Draw(const QueryTile& tile, int64_t from, int64_t rows, Lanes lanes,
+                                      float* mask) const {
+    for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
+      const Words query = SetWords(static_cast<uint32_t>(tile.query + at)) + CountWords();
+      for (int64_t r = 0; r < rows; r += 4) {
+        Words words[] = {query, SetWords(static_cast<uint32_t>((from + r) / 4)), SetWords(b), SetWords(h)};
+        Philox(key, words);
+        for (int w = 0; w < 4; ++w) {
+          Store(mask + (r + w) * kTile + at, Select(NotBelow(words[w], limit), Set(factor), Set(0.0f)));
+        }
+      }
+    }
+  }
+};
 
 // Places arrays one after another from `base` on, each on its own cache lines; from null it only counts.
 struct Bump {

@@ -19,6 +19,9 @@
 //   LoadTwo  StoreTwo          2*kLanes elements; of bf16 one Vec holds the even ones, which saves instructions. Floats
 //                              that meet such Vecs lie as Place(i) says
 //   LoadRows  StoreRows        the same of several rows
+//   Words                      kLanes unsigned 32-bit words: SetWords(u)  CountWords() = 0, 1, ..  +  ^
+//   MultiplyWide(a, m, &high)  lower words of a * m; the upper ones go to high
+//   NotBelow(a, limit)         Mask of a >= limit
 //   kRegisters kNativePairs    vector registers; whether DotPairs is one instruction
 //   FetchTwo(p)  FetchTwoToL2(p)   prefetch
 //   Stream(p, v)  EndStream()  store past the caches to an aligned address; after the last one, before others look
@@ -99,6 +102,18 @@ PEAK_INLINE Pairs PackPairs(Vec even, Vec odd) { return {RoundToBf16(even.v) | R
 PEAK_INLINE Vec Even(Pairs a) { return {FromBits(a.v << 16)}; }
 PEAK_INLINE Vec Odd(Pairs a) { return {FromBits(a.v & 0xffff0000u)}; }
 PEAK_INLINE void Transpose(Vec*) {}
+
+struct Words { uint32_t v; };
+PEAK_INLINE Words SetWords(uint32_t u) { return {u}; }
+PEAK_INLINE Words CountWords() { return {0}; }
+PEAK_INLINE Words operator+(Words a, Words b) { return {a.v + b.v}; }
+PEAK_INLINE Words operator^(Words a, Words b) { return {a.v ^ b.v}; }
+PEAK_INLINE Words MultiplyWide(Words a, uint32_t m, Words* high) {
+  const uint64_t product = static_cast<uint64_t>(a.v) * m;
+  *high = {static_cast<uint32_t>(product >> 32)};
+  return {static_cast<uint32_t>(product)};
+}
+PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) { return {a.v >= limit}; }
 
 // ------------------------------------------------------------------------------------------------------------ AVX2
 #elif PEAK_ISA == PEAK_AVX2
@@ -227,6 +242,21 @@ PEAK_INLINE void Transpose(Vec* rows) {
   }
 }
 
+struct Words { __m256i v; };
+PEAK_INLINE Words SetWords(uint32_t u) { return {_mm256_set1_epi32(static_cast<int>(u))}; }
+PEAK_INLINE Words CountWords() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
+PEAK_INLINE Words operator+(Words a, Words b) { return {_mm256_add_epi32(a.v, b.v)}; }
+PEAK_INLINE Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+PEAK_INLINE Words MultiplyWide(Words a, uint32_t m, Words* high) {
+  const __m256i factor = SetWords(m).v, even = _mm256_mul_epu32(a.v, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), factor);
+  *high = {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)};
+  return {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
+}
+PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) {
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a.v, SetWords(limit).v), a.v))};
+}
+
 // --------------------------------------------------------------------------------------------------------- AVX-512
 #elif PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
 
@@ -352,6 +382,21 @@ PEAK_INLINE void Transpose(Vec* rows) {
   }
 }
 
+struct Words { __m512i v; };
+PEAK_INLINE Words SetWords(uint32_t u) { return {_mm512_set1_epi32(static_cast<int>(u))}; }
+PEAK_INLINE Words CountWords() {
+  return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+PEAK_INLINE Words operator+(Words a, Words b) { return {_mm512_add_epi32(a.v, b.v)}; }
+PEAK_INLINE Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+PEAK_INLINE Words MultiplyWide(Words a, uint32_t m, Words* high) {
+  const __m512i factor = SetWords(m).v, even = _mm512_mul_epu32(a.v, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+  *high = {_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)};
+  return {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))};
+}
+PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) { return {_mm512_cmpge_epu32_mask(a.v, SetWords(limit).v)}; }
+
 // ------------------------------------------------------------------------------------------------------------ NEON
 #elif PEAK_ISA == PEAK_NEON
 
@@ -447,6 +492,22 @@ PEAK_INLINE void Transpose(Vec* rows) {
   rows[2].v = hi.val[0];
   rows[3].v = hi.val[1];
 }
+
+struct Words { uint32x4_t v; };
+PEAK_INLINE Words SetWords(uint32_t u) { return {vdupq_n_u32(u)}; }
+PEAK_INLINE Words CountWords() {
+  constexpr uint32_t kCount[] = {0, 1, 2, 3};
+  return {vld1q_u32(kCount)};
+}
+PEAK_INLINE Words operator+(Words a, Words b) { return {vaddq_u32(a.v, b.v)}; }
+PEAK_INLINE Words operator^(Words a, Words b) { return {veorq_u32(a.v, b.v)}; }
+PEAK_INLINE Words MultiplyWide(Words a, uint32_t m, Words* high) {
+  const uint32x4_t front = vreinterpretq_u32_u64(vmull_n_u32(vget_low_u32(a.v), m));
+  const uint32x4_t back = vreinterpretq_u32_u64(vmull_n_u32(vget_high_u32(a.v), m));
+  *high = {vuzp2q_u32(front, back)};
+  return {vuzp1q_u32(front, back)};
+}
+PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) { return {vcgeq_u32(a.v, vdupq_n_u32(limit))}; }
 
 #endif
 

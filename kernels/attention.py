@@ -3,6 +3,10 @@
     s = scale q k^T + alibi_h (j - i) + bias      p = softmax over the live keys      y = p v
     lse = log sum_j exp s_j      delta = rowsum(dy * y)
     dv = p^T dy      ds = p * (dy v^T - delta)      dq = scale ds k      dk = scale ds^T q      dbias = ds
+    dalibi_h = sum of ds (j - i)
+
+With dropout y = (m * p) v, dv = (m * p)^T dy, ds = p * (m * dy v^T - delta); m = 0 or 1 / (1 - dropout), by
+`dropout_mask`.
 
 Key j is live for query i (both counted from the end when T != S: i stands for i + S - T) when j <= i if causal,
 j > i - window, kv_start <= j < kv_start + kv_len, and both lie in one document. A query without a live key gives
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from peakgpt.kernels import check
 from peakgpt.kernels.dispatch import Cost, op
+from peakgpt.kernels.philox import philox
 
 
 def default_scale(head_dim: int, scale: float | None) -> float:
@@ -57,7 +62,19 @@ def live_mask(q, k, causal, window, kv_start=None, kv_len=None, cu_seqlens=None)
     return mask if mask is None or mask.dim() == 4 else mask[None, None]
 
 
-def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, causal, window, scale, dropout):
+def dropout_mask(seed: Tensor, dropout: float, batch: int, heads: int, tokens: int, keys: int) -> Tensor:
+    """Which weights are kept, the same for every backend: boolean (B, H, T, S).
+
+    The weight of (b, h, i, j) is kept where word j % 4 of Philox's counter (i, j / 4, b, h) is at least dropout * 2^32.
+    """
+    b, h, i, group = torch.meshgrid(
+        *(torch.arange(n, device=seed.device) for n in (batch, heads, tokens, (keys + 3) // 4)), indexing="ij"
+    )
+    words = torch.stack(philox((i, group, b, h), seed.long()), -1)  # (B, H, T, S / 4, 4)
+    return words.flatten(3)[..., :keys] >= int(dropout * 2**32)
+
+
+def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, seed, *, causal, window, scale, dropout):
     check.shape("attention", "q", q, None, None, None, None)
     check.shape("attention", "k", k, q.shape[0], None, None, q.shape[3])
     check.shape("attention", "v", v, *k.shape)
@@ -65,6 +82,8 @@ def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, causal, window
     check.same("attention", "q", q, mixed=True, alibi=alibi, bias=bias)
     check.integers("attention", "kv_start", kv_start, q.device)
     check.integers("attention", "kv_len", kv_len, q.device)
+    check.integers("attention", "seed", seed, q.device)
+    check.shape("attention", "seed", seed, 1)
     batch, tokens, heads, _ = q.shape
     if k.shape[2] == 0 or heads % k.shape[2]:
         raise ValueError(f"attention: {heads} query heads over {k.shape[2]} key heads, expected a whole multiple")
@@ -116,9 +135,19 @@ def _alloc(q, *_, needs, **__):
     return (out,), (q.new_empty((batch, heads, tokens), dtype=torch.float32),)
 
 
+def _written_out(q, k, v, added, scale, factor):
+    """Attention of (B, H, T, D) operands with its weights times `factor`, which torch's own can not take."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(-2, -1) * scale
+    if added is not None:
+        scores = scores.masked_fill(~added, float("-inf")) if added.dtype == torch.bool else scores + added
+    return (scores.softmax(-1) * factor).to(v.dtype) @ v
+
+
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower",
-    keeps=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "out"),
+    keeps=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed", "out"),
+    random="dropout",
 )  # fmt: skip
 def attention(
     q: Tensor,
@@ -134,6 +163,7 @@ def attention(
     kv_start: Tensor | None = None,
     kv_len: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Attend from each query to its live keys.
 
@@ -145,9 +175,11 @@ def attention(
         alibi: (H,) slopes; adds slope * (j - i).
         bias: (B or 1, H or 1, T, S), added to the scores; it gets a gradient.
         scale: factor on q k^T; 1 / sqrt(D) where None.
-        dropout: probability of dropping a weight, drawn from torch's generator.
+        dropout: probability of dropping a weight.
         kv_start, kv_len: (B,) integers; sequence b's keys are kv_start[b] .. kv_start[b] + kv_len[b] - 1.
         cu_seqlens: (N + 1,) integers, starts of N documents packed into one sequence (B = 1), and its length.
+        seed: (1,) int64, decides what is dropped; drawn from torch's generator where None. Backends agree on what one
+            seed drops; without one the eager backend leaves the choice to torch's own dropout.
     Returns:
         (B, T, H, D), dtype of q, contiguous; zero for a query without a live key.
     Raises:
@@ -157,7 +189,8 @@ def attention(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scale = default_scale(q.shape[-1], scale)
     grouped = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
-    plain = window is None and alibi is bias is kv_start is kv_len is cu_seqlens is None
+    seeded = dropout > 0 and seed is not None
+    plain = window is None and alibi is bias is kv_start is kv_len is cu_seqlens is None and not seeded
     if plain and (not causal or q.shape[2] == k.shape[2]):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, scale=scale, **grouped)
         return y.transpose(1, 2).contiguous()
@@ -173,7 +206,11 @@ def attention(
         dead = ~mask.any(-1, keepdim=True)
         mask = mask | dead  # softmax over nothing is NaN: let a dead row see all, then zero what it gives
         added = mask if added is None else added.masked_fill(~mask, float("-inf"))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale, **grouped)
+    if seeded:
+        keep = dropout_mask(seed, dropout, *q.shape[:3], k.shape[2])
+        y = _written_out(q, k, v, added, scale, keep / (1 - dropout))
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale, **grouped)
     y = y if dead is None else y.masked_fill(dead, 0.0)
     return y.transpose(1, 2).contiguous()
 

@@ -138,18 +138,20 @@ class Op:
 
     def __init__(
         self, eager: Callable[..., Any], *, alloc, check, cost, sample, typical, keeps, outputs, autocast, mutates,
-        early,
+        early, random,
     ):  # fmt: skip
         functools.update_wrapper(self, eager)
         self.name, self.eager = eager.__name__, eager
         self.alloc, self.check, self.cost, self.sample, self.typical = alloc, check, cost, sample, dict(typical)
-        self.outputs, self.autocast, self.mutates, self.early = outputs, autocast, frozenset(mutates), early
+        self.outputs, self.autocast, self.mutates = outputs, autocast, frozenset(mutates)
+        self.early, self.random = early, random
         self.signature = inspect.signature(eager, eval_str=True)
         arguments = self.signature.parameters
         self.tensor_names = tuple(n for n, a in arguments.items() if a.annotation in (Tensor, Tensor | None))
         self._required = frozenset(n for n in self.tensor_names if arguments[n].annotation is Tensor)
         self.param_names = tuple(n for n in arguments if n not in self.tensor_names)
         self._names = tuple(arguments)
+        self._seed_at = self.tensor_names.index("seed") if random else None
         self._positional = sum(a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments.values())
         self._defaults = {n: a.default for n, a in arguments.items() if a.default is not a.empty}
         self._keep_inputs = tuple(n in keeps for n in self.tensor_names)
@@ -178,6 +180,7 @@ class Op:
         backend = self._choose(_forced, cast, params, needs)
         if backend is None:
             return self._eager(tensors, params)
+        cast = self._seeded(cast, params)
         if autocasting:  # keep it away from what the backend calls inside
             with torch.autocast(kind, enabled=False):
                 return self._direct(backend, cast, params, needs)
@@ -202,6 +205,18 @@ class Op:
         backend.forward(results, saved, *tensors, **params)
         return self._result(results)
 
+    def _seeded(self, tensors, params):
+        """The tensors with a seed where the op is random and came without.
+
+        Drawn outside of the op, which stays a function of its inputs: a backward, a replay and a compiled graph see the
+        mask of the forward, a checkpoint that restores torch's generator draws the same seed again, and a captured step
+        keeps it in device memory.
+        """
+        if self.random is None or params[self.random] == 0 or tensors[self._seed_at] is not None:
+            return tensors
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=tensors[0].device)
+        return *tensors[: self._seed_at], seed, *tensors[self._seed_at + 1 :]
+
     def _eager(self, tensors, params):
         return self.eager(**dict(zip(self.tensor_names, tensors, strict=True)), **params)
 
@@ -211,6 +226,7 @@ class Op:
     def _traced(self, tensors, cast, params):
         if _forced == "eager":
             return self._eager(tensors, params)
+        cast = self._seeded(cast, params)
         values = dict(zip(self.tensor_names, cast, strict=True)) | params
         ordered = [values[n] for n in (*self.tensor_names, *self.param_names)]
         with _no_autocast(cast):
@@ -258,6 +274,7 @@ def op(
     autocast: str | None = None,
     mutates: Sequence[str] = (),
     early: Callable[..., Sequence[str]] | None = None,
+    random: str | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Make an op of an eager function; arguments annotated `Tensor` or `Tensor | None` are tensors, others parameters.
 
@@ -274,10 +291,12 @@ def op(
         mutates: names of the tensors changed in place; such an op returns None and has no gradient.
         early: (**params) -> names of the tensors whose gradients the forward pass of a scalar result forms, at
             gradient 1, and may add to their sinks.
+        random: the parameter that makes the op random where it is not 0; such an op has a tensor `seed`, (1,) int64,
+            drawn from torch's generator where the caller gives none.
     """
     return lambda eager: Op(
         eager, alloc=alloc, check=check, cost=cost, sample=sample, typical=typical, keeps=keeps,
-        outputs=() if mutates else outputs, autocast=autocast, mutates=mutates, early=early,
+        outputs=() if mutates else outputs, autocast=autocast, mutates=mutates, early=early, random=random,
     )  # fmt: skip
 
 

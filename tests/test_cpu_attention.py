@@ -52,6 +52,11 @@ CASES = [
     (2, 18, 140, 2, 2, 16, {"bias": (2, 1), "window": 70, "alibi": [0.5, 0.0625], "kv_len": [139, 80]}),
     (2, 4, 33, 4, 2, 32, {"bias": (1, 4)}),
     (1, 100, 100, 2, 1, 16, {"bias": (1, 2), "cu_seqlens": [0, 30, 100]}),
+    (2, 129, 129, 4, 2, 64, {"dropout": 0.3, "seed": [7]}),
+    (1, 70, 133, 1, 1, 24, {"dropout": 0.9, "seed": [-(2**63)], "causal": False}),
+    (2, 3, 70, 2, 2, 16, {"dropout": 0.5, "seed": [2**40]}),
+    (2, 90, 90, 2, 1, 16, {"dropout": 0.1, "seed": [3], "bias": (1, 1), "alibi": [0.5, 0.25], "window": 40}),
+    (1, 90, 90, 2, 2, 16, {"dropout": 0.1, "seed": [4], "cu_seqlens": [0, 20, 90], "alibi": [0.5, 0.25]}),
 ]
 IDS = ["x".join(map(str, case[:6])) + "".join(f"-{name}" for name in case[6]) for case in CASES]
 
@@ -177,6 +182,57 @@ def test_packed_documents_do_not_meet(isa, dtype, causal):
             assert b[:, start:stop].isnan().all()
 
 
+def dropped(*tensors, backend="cpu", call=attention, **params):
+    """out and the gradients of q, k, v under dropout, with what torch's generator gives."""
+    *inputs, upstream = tensors
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with use_backend(backend):
+        out = call(*leaves, dropout=0.25, **params)
+        return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def test_dropout_is_torchs_generators():
+    """The same after manual_seed, another in the next call; a seed that is given, drops its own and draws nothing."""
+    tensors, _ = draw((2, 70, 70, 2, 2, 16, {}), torch.float32)
+    torch.manual_seed(3)
+    first, second = dropped(*tensors), dropped(*tensors)
+    torch.manual_seed(3)
+    given = dropped(*tensors, seed=torch.tensor([3]))
+    again = dropped(*tensors)
+    assert same(first, again) and not same(first, second) and not same(first, given)
+    assert same(given, dropped(*tensors, seed=torch.tensor([3], dtype=torch.int32)))
+
+
+def test_dropout_in_a_checkpointed_block():
+    tensors, _ = draw((2, 70, 70, 2, 2, 16, {}), torch.float32)
+
+    def checkpointed(*leaves, **params):
+        return torch.utils.checkpoint.checkpoint(attention, *leaves, use_reentrant=False, **params)
+
+    torch.manual_seed(3)
+    expected = dropped(*tensors)
+    torch.manual_seed(3)
+    assert same(dropped(*tensors, call=checkpointed), expected)
+
+
+@pytest.mark.parametrize("width", (16, 12), ids=("cpu", "eager"))
+def test_dropout_in_compiled_code(width):
+    """Forward and backward drop the same: out is linear in v, so <dv, v> = <dout, out>. Also where eager replays."""
+    tensors, _ = draw((2, 70, 70, 2, 2, width, {}), torch.float64 if width == 12 else torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, dropout=0.25), fullgraph=True, backend="aot_eager")
+    q, k, v, upstream = tensors
+    v = v.requires_grad_()
+    torch.manual_seed(3)
+    out = compiled(q, k, v)
+    (dv,) = torch.autograd.grad(out, v, upstream)
+    torch.testing.assert_close((dv * v).sum(), (out * upstream).sum())
+    if width == 16:
+        torch.manual_seed(3)
+        expected, _, _, expected_dv = dropped(*tensors)
+        assert same([out, dv], [expected, expected_dv])
+
+
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
 def test_strides(isa, dtype):
     """Views of one packed projection, with heads before tokens, with an odd offset, and any upstream gradient."""
@@ -233,6 +289,7 @@ THREADS = [
     (1, 150, 150, 1, 1, 64, {}),
     (1, 70, 200, 6, 3, 16, {"window": 100}),
     (1, 200, 200, 2, 1, 16, {"alibi": [0.5, 0.0625], "cu_seqlens": [0, 90, 200]}),
+    (1, 150, 150, 2, 1, 16, {"dropout": 0.2, "seed": [5]}),
     *(
         (3, 150, 150, 4, 2, 16, {"bias": shape, "alibi": [0.5, 0.25, 0.125, 0.0625]})
         for shape in ((1, 1), (3, 1), (1, 4))
@@ -283,7 +340,6 @@ def test_nothing_to_attend(sizes):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"dropout": 0.1}, "dropout"),
         ({"dtype": torch.float16}, "got float16"),
         ({"dtype": torch.float64}, "got float64"),
         ({"width": 12}, "multiples of 8"),

@@ -11,9 +11,7 @@ from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, thread
 MAX_WIDTH = 256  # the widest head that the tests cover
 
 
-def objection(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, causal, window, scale, dropout) -> str | None:
-    if dropout > 0:
-        return "takes no dropout"
+def objection(q, k, *_, **__) -> str | None:
     if q.shape[3] % 8 or not 8 <= q.shape[3] <= MAX_WIDTH:
         return f"takes head widths that are multiples of 8 up to {MAX_WIDTH}, got {q.shape[3]}"
     if k.shape[1] >= 2**24:
@@ -21,11 +19,11 @@ def objection(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, causal, win
     return dtype_objection(q)
 
 
-def forward(outputs, saved, q, k, v, *sides, dropout, **params):
+def forward(outputs, saved, q, k, v, *sides, **params):
     attend(outputs[0], saved[0], q, k, v, **dict(zip(_SIDES, sides, strict=True)), **params)
 
 
-def backward(grads, inputs, outputs, saved, needs, *, dropout, **params):
+def backward(grads, inputs, outputs, saved, needs, **params):
     q, k, v, alibi, bias, *_ = inputs
     need_q, need_k, need_v, need_alibi, need_bias, *_ = needs
     dq, dk, dv = _empty_if(need_q, q), _empty_if(need_k or need_v, k), _empty_if(need_k or need_v, v)
@@ -37,7 +35,7 @@ def backward(grads, inputs, outputs, saved, needs, *, dropout, **params):
     gradients(into, grads[0], outputs[0], saved[0], q, k, v, **sides, **params)
     dalibi = dalibi.to(alibi.dtype) if need_alibi else None
     dbias = dbias.to(bias.dtype) if need_bias else None
-    return dq, dk if need_k else None, dv if need_v else None, dalibi, dbias, None, None, None
+    return dq, dk if need_k else None, dv if need_v else None, dalibi, dbias, *[None] * 4
 
 
 def attend(out, lse, q, k, v, **options) -> None:
@@ -77,6 +75,7 @@ _SIDES = {
     "kv_start": torch.int64,
     "kv_len": torch.int64,
     "cu_seqlens": torch.int64,
+    "seed": torch.int64,
 }
 
 
@@ -99,13 +98,15 @@ def _bias(bias: Tensor | None) -> tuple[int, ...]:
 
 
 def _problem(
-    q, k, v, *, causal=True, window=None, scale=None, alibi=None, bias=None, kv_start=None, kv_len=None, cu_seqlens=None
+    q, k, v, *, causal=True, window=None, scale=None, dropout=0.0, alibi=None, bias=None, kv_start=None, kv_len=None,
+    cu_seqlens=None, seed=None,
 ) -> tuple:  # fmt: skip
     """The fields of AttentionArgs that both passes read."""
     batch, queries, heads, width = q.shape
+    assert dropout == 0.0 or seed is not None
     return (
         DTYPES[q.dtype], batch, queries, k.shape[1], heads, k.shape[2], width, *_strided(q), *_strided(k), *_strided(v),
         address(alibi), address(kv_start), address(kv_len),
         address(cu_seqlens), 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, *_bias(bias),
-        causal, window or 0, default_scale(width, scale),
+        causal, window or 0, default_scale(width, scale), dropout, address(seed),
     )  # fmt: skip

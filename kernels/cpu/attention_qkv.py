@@ -8,7 +8,7 @@ from peakgpt.kernels.cpu import attention
 
 
 def objection(qkv, *, n_head, **params) -> str | None:
-    return attention.objection(*_split(qkv, n_head), *[None] * 5, **params, dropout=0.0)
+    return attention.objection(*_split(qkv, n_head), **params)
 
 
 def forward(outputs, saved, qkv, *, n_head, **params):

@@ -388,7 +388,7 @@ def _row(q: Tensor) -> tuple[Tiles, int]:
 
 def objection(
     q: Tensor, k: Tensor, v: Tensor, alibi=None, bias=None, kv_start=None, kv_len=None, cu_seqlens=None,
-    *, causal=True, window=None, scale=None, dropout=0.0,
+    seed=None, *, causal=True, window=None, scale=None, dropout=0.0,
 ) -> str | None:  # fmt: skip
     if reason := launch.objection(q):
         return reason
@@ -455,18 +455,20 @@ def fill_backward(
             )  # fmt: skip
 
 
-def forward(outputs, saved, q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, *, dropout, **params) -> None:
+def forward(
+    outputs, saved, q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, seed=None, *, dropout, **params
+) -> None:
     fill_forward(outputs[0], saved[0], q, k, v, alibi=alibi, kv_start=kv_start, kv_len=kv_len, **params)
 
 
 def backward(grads, inputs, outputs, saved, needs, *, dropout, **params) -> Sequence[Tensor | None]:
-    q, k, v, alibi, _, kv_start, kv_len, _ = inputs
+    q, k, v, alibi, _, kv_start, kv_len, *_ = inputs
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dkv = tuple(torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in "kv") if needs[1] or needs[2] else None
     fill_backward(
         dq, dkv, grads[0], outputs[0], saved[0], q, k, v, alibi=alibi, kv_start=kv_start, kv_len=kv_len, **params
     )
-    return dq, *(dkv or (None, None)), None, None, None, None, None
+    return dq, *(dkv or (None, None)), *[None] * 6
 
 
 # ---- the static check ----
