@@ -340,9 +340,11 @@ void AttentionBackward(const AttentionArgs& args, int threads) {
   const int64_t group = args.heads / args.kv_heads, kv_heads = args.batch * args.kv_heads;
   const auto run = PEAK_PICK_DTYPE(args.dtype, RunBackwardUnit);
   // One pass over a kv head takes five products. Two passes, which cut it, take four and three: 7/5 of the work, worth
-  // it where whole heads would leave that share of the threads idle. The sums are the same to the last bit.
+  // it where whole heads would leave that share of the threads idle, and where they would have to add up in one gradient
+  // of a shared bias. The sums are the same to the last bit.
   const int64_t rounds = (kv_heads + threads - 1) / threads;
-  if (by_query && by_key && args.dbias == nullptr && 7 * kv_heads >= 5 * rounds * threads) {
+  const bool shared = args.dbias != nullptr && (args.bias_batch < args.batch || args.bias_heads < args.heads);
+  if (by_query && by_key && !shared && 7 * kv_heads >= 5 * rounds * threads) {
     ParallelUnits(kv_heads, threads, [&](int64_t i) {
       const int64_t b = i / args.kv_heads, kv_head = i % args.kv_heads;
       run(args, {b, kv_head, kv_head * group, group, 0, args.queries, 0, args.keys, true, true});
