@@ -780,5 +780,10 @@ void AddParts(float* partial, int64_t stride, int64_t width, void* out) {
     for (int64_t part = 0; part < kParts; ++part) sum = sum + Load(partial + part * stride + i, width - i);
     Store(partial + i, sum, width - i);
   }
-  for (int64_t i = 0; i < width; ++i) Store(static_cast<T*>(out) + i, Load(partial + Place<X>(i, width), 1), 1);
+  T* to = static_cast<T*>(out);
+  int64_t i = 0;
+  if (sizeof(T) == sizeof(X)) {
+    for (; i + 2 * kLanes <= width; i += 2 * kLanes) StoreTwo(to + i, LoadTwo(partial + i));
+  }
+  for (; i < width; ++i) Store(to + i, Load(partial + Place<X>(i, width), 1), 1);
 }

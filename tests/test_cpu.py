@@ -17,6 +17,7 @@ from peakgpt import _C
 from peakgpt.bench.check import double, whole
 from peakgpt.kernels.cpu import ext
 from peakgpt.kernels.cpu.gemm import ACTIVATE, SLOPE, gemm
+from peakgpt.kernels.device import _last_level_cache_bytes
 from peakgpt.kernels.dispatch import OPS, accumulate_into, use_backend
 
 POISON = 1234.0
@@ -94,6 +95,31 @@ def test_layernorm_every_width(isa, dtype, offset):
         truth = torch.nn.functional.layer_norm(values.double(), (width,), w.double(), b.double(), 1e-5)
         error = (y.double() - truth).abs().max()
         assert error <= truth.abs().max() * {torch.float32: 2e-6, torch.bfloat16: 2**-8}[dtype] + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", (96, 97))  # rows of whole lines, which go past the caches, and others
+def test_large_layernorm_is_its_pieces_to_the_bit(isa, dtype, width):
+    """What does not fit the cache is stored past it; and an odd number of rows goes otherwise in pieces of 7."""
+    cache = _last_level_cache_bytes()
+    if cache > 1 << 27:
+        pytest.skip(f"a last-level cache of {cache >> 20} MiB")
+    rows = max(cache, 32 << 20) // 2 // (width * dtype.itemsize) + 50
+    x, residual, up, up_sum = (torch.randn(rows, width).to(dtype) for _ in range(4))
+    w, b = torch.randn(2, width)
+
+    def results(part):
+        tensors = x[part].requires_grad_(), residual[part].requires_grad_(), w, b
+        outputs = [OPS["add_layernorm"](*tensors), (OPS["layernorm"](tensors[0], w, b),)]
+        found = [t for ts, ups in zip(outputs, ((up_sum[part], up[part]), (up[part],)), strict=True)
+                 for t in (*ts, *torch.autograd.grad(ts, tensors[:1], ups))]  # fmt: skip
+        return [t.detach() for t in found]
+
+    whole = results(slice(rows))
+    for at in (0, 7, rows - 7):
+        for one, piece in zip(whole, results(slice(at, at + 7)), strict=True):
+            assert torch.equal(one[at : at + 7], piece)
+    assert not any(t.isnan().any() for t in whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
