@@ -69,16 +69,15 @@ bool FailOne(const Kernel& kernel, int threads, int64_t successes, const std::ve
 
 // Each allocation of each kernel fails once. What ends the process ends this test.
 PEAK_TEST(memory_runs_out) {
+  constexpr int kThreads = 3;
   for (const Kernel& kernel : Kernels()) {
-    const std::vector<char> whole = kernel.run(1);
-    for (const int threads : {1, 3}) {
-      int64_t failed = 0;
-      // On a thread of its own each time: it and its team have no workspace yet.
-      for (bool more = true; more; failed += more) {
-        std::thread([&] { more = FailOne(kernel, threads, failed, whole); }).join();
-      }
-      Check(failed > 0, "allocates nothing, so nothing was tested");
+    const std::vector<char> whole = kernel.run(kThreads);
+    int64_t failed = 0;
+    // On a thread of its own each time: it and its team have no workspace yet.
+    for (bool more = true; more; failed += more) {
+      std::thread([&] { more = FailOne(kernel, kThreads, failed, whole); }).join();
     }
+    Check(failed > 0, "allocates nothing, so nothing was tested");
   }
 }
 
