@@ -14,12 +14,19 @@ constexpr float kScale = 0.3f;
 // Which keys a sequence has: none of these, or per sequence a start and a length, or documents end to end.
 enum class Range { kAll, kPadded, kDocuments };
 
+// An additive bias: none, one for all, one a head, one a head and sequence.
+enum class Bias { kNone, kShared, kByHead, kFull };
+
 struct Problem {
   int64_t batch, queries, keys, heads, kv_heads, width;
   bool causal;
   int64_t window;
   bool alibi;
   Range range;
+  Bias bias = Bias::kNone;
+
+  int64_t BiasBatch() const { return bias == Bias::kFull ? batch : 1; }
+  int64_t BiasHeads() const { return bias == Bias::kFull || bias == Bias::kByHead ? heads : 1; }
 };
 
 // Widths of whole and ragged vectors; both sides of a tile of 64 and of the way for few queries; every mask; groups of
@@ -33,7 +40,12 @@ constexpr Problem kProblems[] = {
     {1, 90, 90, 2, 1, 8, false, 0, true, Range::kDocuments}, {1, 70, 20, 1, 1, 8, true, 0, false, Range::kAll},
     {1, 20, 150, 4, 1, 128, true, 0, false, Range::kAll},  {3, 33, 81, 1, 1, 256, false, 0, false, Range::kPadded},
     {1, 0, 3, 1, 1, 8, true, 0, false, Range::kAll},       {1, 3, 0, 1, 1, 8, false, 0, false, Range::kAll},
-    {1, 7, 0, 1, 1, 8, false, 0, false, Range::kAll}};
+    {1, 7, 0, 1, 1, 8, false, 0, false, Range::kAll},
+    {2, 2, 37, 2, 1, 16, true, 0, true, Range::kPadded, Bias::kByHead},
+    {3, 70, 70, 2, 2, 8, true, 0, false, Range::kPadded, Bias::kShared},
+    {2, 67, 133, 4, 2, 16, true, 25, true, Range::kAll, Bias::kFull},
+    {1, 130, 130, 3, 1, 24, false, 0, true, Range::kAll, Bias::kByHead},
+    {1, 90, 90, 2, 1, 8, true, 0, false, Range::kDocuments, Bias::kFull}};
 
 // (batch, tokens, heads, width) with gaps.
 template <class T>
@@ -69,6 +81,9 @@ struct Attention {
   Buffer<T> out;
   Buffer<float> lse, alibi;
   Buffer<int64_t> start, length, documents;
+  int64_t bias_s, bias_t, bias_h, bias_b;
+  Buffer<T> bias;
+  Buffer<float> dbias, dalibi, dalibi_rows;
   AttentionArgs args;
 
   Attention(const Problem& problem, int placement, uint64_t seed)
@@ -86,10 +101,28 @@ struct Attention {
         alibi(place.In<float>(p.heads)),
         start(place.In<int64_t>(p.batch)),
         length(place.In<int64_t>(p.batch)),
-        documents(place.In<int64_t>(4)) {
+        documents(place.In<int64_t>(4)),
+        bias_s(p.bias == Bias::kByHead ? 2 : 1),
+        bias_t(p.keys * bias_s + kGap),
+        bias_h(p.queries * bias_t),
+        bias_b(p.BiasHeads() * bias_h),
+        bias(place.In<T>(p.BiasBatch() * bias_b)),
+        dbias(place.Out<float>(p.BiasBatch() * p.BiasHeads() * p.queries * p.keys)),
+        dalibi(place.Out<float>(p.heads)),
+        dalibi_rows(place.Out<float>(3 * p.batch * p.heads * p.queries)) {
     Random random(seed);
     for (const auto* tensor : {&q, &k, &v, &dout}) tensor->FillNormal(random);
     for (int64_t h = 0; h < p.heads; ++h) alibi[h] = 0.125f * static_cast<float>(h + 1);
+    for (int64_t slice = 0; slice < p.BiasBatch() * p.BiasHeads(); ++slice) {
+      for (int64_t i = 0; i < p.queries; ++i) {
+        for (int64_t j = 0; j < p.keys; ++j) {
+          const bool masks = (i + j) % 7 == 3 && j % 3 == 2;  // leaves each query that has a key one
+          bias[slice * bias_h + i * bias_t + j * bias_s] = Narrow<T>(masks ? -kInf : random.Normal());
+        }
+      }
+    }
+    dbias.Fill([](int64_t) { return 0.0; });
+    dalibi_rows.Fill([](int64_t) { return 0.0; });
     const int64_t starts[] = {3, 0, p.keys + 2}, lengths[] = {p.keys, p.keys / 2, 4};
     for (int64_t b = 0; b < p.batch; ++b) {
       start[b] = starts[b % 3];
@@ -115,12 +148,26 @@ struct Attention {
             .kv_len = p.range == Range::kPadded ? length.data() : nullptr,
             .cu_seqlens = p.range == Range::kDocuments ? documents.data() : nullptr,
             .documents = p.range == Range::kDocuments ? 3 : 0,
+            .bias = p.bias == Bias::kNone ? nullptr : bias.data(), .bias_dtype = kDtype<T>,
+            .bias_batch = p.BiasBatch(), .bias_heads = p.BiasHeads(), .bias_b = bias_b, .bias_h = bias_h,
+            .bias_t = bias_t, .bias_s = bias_s,
             .causal = p.causal, .window = p.window, .scale = kScale, .out = out.data(), .lse = lse.data(),
             .dout = dout.buffer.data(), .dout_b = dout.StrideB(), .dout_t = dout.StrideT(), .dout_h = p.width,
             .dq = dq.buffer.data(), .dq_b = dq.StrideB(), .dq_t = dq.StrideT(), .dq_h = p.width,
             .dk = dk.buffer.data(), .dk_b = dk.StrideB(), .dk_t = dk.StrideT(), .dk_h = p.width,
-            .dv = dv.buffer.data(), .dv_b = dv.StrideB(), .dv_t = dv.StrideT(), .dv_h = p.width};
+            .dv = dv.buffer.data(), .dv_b = dv.StrideB(), .dv_t = dv.StrideT(), .dv_h = p.width,
+            .dbias = p.bias == Bias::kNone ? nullptr : dbias.data(), .dalibi = p.alibi ? dalibi.data() : nullptr,
+            .dalibi_rows = p.alibi ? dalibi_rows.data() : nullptr};
   }
+
+  int64_t Slice(int64_t b, int64_t h) const {
+    return (p.BiasBatch() > 1 ? b * p.BiasHeads() : 0) + (p.BiasHeads() > 1 ? h : 0);
+  }
+  double BiasAt(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return p.bias == Bias::kNone ? 0.0 : bias.At(Slice(b, h) * bias_h + i * bias_t + j * bias_s);
+  }
+  // How far key j lies from query i, as ALiBi counts.
+  double Distance(int64_t i, int64_t j) const { return static_cast<double>(j - i - (p.keys - p.queries)); }
 
   bool Lives(int64_t b, int64_t i, int64_t j) const {
     const int64_t place_of_i = i + p.keys - p.queries;
@@ -152,9 +199,10 @@ Weights WeightsOf(const Attention<T>& a, int64_t b, int64_t h, int64_t i) {
       dot += term;
       magnitude += std::fabs(term);
     }
-    const double bias = a.p.alibi ? a.alibi.At(h) * static_cast<double>(j - i - (a.p.keys - a.p.queries)) : 0.0;
-    scores[j] = dot + bias;
-    if (std::isfinite(magnitude)) weights.reach = std::max(weights.reach, 4.0 * magnitude + 2.0 * std::fabs(bias));
+    const double slope = a.p.alibi ? a.alibi.At(h) * a.Distance(i, j) : 0.0, bias = a.BiasAt(b, h, i, j);
+    scores[j] = dot + slope + bias;
+    magnitude = 4.0 * magnitude + 2.0 * std::fabs(slope) + 2.0 * std::fabs(bias);
+    if (std::isfinite(magnitude)) weights.reach = std::max(weights.reach, magnitude);
     top = std::isnan(scores[j]) ? kNan : std::max(top, scores[j]);
   }
   if (top == -kInf) return weights;
@@ -204,6 +252,7 @@ void Add(Want& sum, double term, double magnitude) {
 template <class T>
 void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
   const Problem& p = a.p;
+  std::vector<Want> dbias(a.dbias.count(), {0.0, 0.0}), dalibi(p.heads, {0.0, 0.0});
   for (int64_t b = 0; b < p.batch; ++b) {
     std::vector<Want> dk(p.keys * p.kv_heads * p.width, {0.0, 0.0}), dv = dk;
     for (int64_t h = 0; h < p.heads; ++h) {
@@ -230,6 +279,8 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
           const double ds_slack =
               weights.p[j] * kScale *
               (std::fabs(dp - delta) * rounding + 8.0 * (dp_magnitude + delta_magnitude));
+          Add(dbias[(a.Slice(b, h) * p.queries + i) * p.keys + j], ds / kScale, ds_slack / kScale);
+          Add(dalibi[h], ds / kScale * a.Distance(i, j), ds_slack / kScale * std::fabs(a.Distance(i, j)));
           for (int64_t d = 0; d < p.width; ++d) {
             const int64_t at = (j * p.kv_heads + kv_head) * p.width + d;
             const double q = a.q.At(b, i, h, d), k = a.k.At(b, j, kv_head, d), dy = a.dout.At(b, i, h, d);
@@ -251,6 +302,8 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
       }
     }
   }
+  if (p.bias != Bias::kNone) a.dbias.Expect("dbias", [&](int64_t i) { return dbias[i]; });
+  if (p.alibi) a.dalibi.Expect("dalibi", [&](int64_t h) { return dalibi[h]; });
 }
 
 template <class T>
@@ -313,12 +366,16 @@ std::vector<char> Call(const Problem& problem, int threads) {
   for (const auto* tensor : {&a.dq, &a.dk, &a.dv}) tensor->buffer.Append(bytes);
   a.out.Append(bytes);
   a.lse.Append(bytes);
+  a.dbias.Append(bytes);
+  a.dalibi.Append(bytes);
   return bytes;
 }
 constexpr Problem kMany = {1, 200, 200, 2, 1, 16, true, 0, true, Range::kAll};
+constexpr Problem kBiased = {2, 130, 130, 2, 2, 16, true, 0, true, Range::kAll, Bias::kByHead};
 constexpr Problem kFew = {2, 2, 40, 2, 1, 16, true, 0, false, Range::kPadded};
 PEAK_KERNEL(attention_float32) { return Call<float>(kMany, threads); }
 PEAK_KERNEL(attention_bfloat16) { return Call<bf16>(kMany, threads); }
+PEAK_KERNEL(attention_biased) { return Call<bf16>(kBiased, threads); }
 PEAK_KERNEL(attention_few_queries) { return Call<bf16>(kFew, threads); }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "buffer.h"
+#include "memory.h"
 
 namespace peak::test {
 namespace {
@@ -141,6 +142,57 @@ PEAK_TEST(layernorm_backward) {
       if (!Near("dw", i, dw[i], want_w) || !Near("db", i, db[i], want_b)) return;
     }
   });
+}
+
+// Outputs past the size at which stores go past the caches have the bits that the same rows have in small calls.
+template <class T>
+void ExpectSameBitsPastCaches() {
+  constexpr int64_t kWidth = 1024;
+  int64_t rows = 64;
+  while (!GoPast(reinterpret_cast<void*>(64), rows * kWidth * sizeof(T), kWidth * sizeof(T))) rows *= 2;
+  if (rows * kWidth * static_cast<int64_t>(sizeof(T)) > (int64_t{64} << 20)) return;  // a cache too large for a test
+  const int64_t size = rows * kWidth, pieces = 8, some = rows / pieces * kWidth;
+  SetCase("layernorm %s of %lld rows", kName<T>, static_cast<long long>(rows));
+  Random random(1);
+  Placer place(0);
+  auto x = Buffer<T>(Role::kInput, size, 0), residual = Buffer<T>(Role::kInput, size, 0);
+  auto sum = Buffer<T>(Role::kOutput, size, 0), y = Buffer<T>(Role::kOutput, size, 0);
+  auto dx = Buffer<T>(Role::kOutput, size, 0);
+  auto w = place.In<T>(kWidth), b = place.In<T>(kWidth);
+  auto mu = place.Out<float>(rows), r = place.Out<float>(rows);
+  x.Fill([](int64_t i) { return static_cast<double>(i * 37 % 1009); });
+  residual.Fill([](int64_t i) { return static_cast<double>(i * 41 % 997); });
+  w.FillNormal(random);
+  b.FillNormal(random);
+  const auto run = [&](int64_t first, int64_t count) {
+    const int64_t at = first * kWidth;
+    LayernormForward({kDtype<T>, kDtype<T>, count, kWidth, x.data() + at, kWidth, residual.data() + at, kWidth, w.data(),
+                      b.data(), sum.data() + at, y.data() + at, mu.data() + first, r.data() + first, kEps},
+                     2);
+    LayernormBackward({kDtype<T>, kDtype<T>, count, kWidth, residual.data() + at, kWidth, y.data() + at, kWidth,
+                       sum.data() + at, kWidth, w.data(), mu.data() + first, r.data() + first, dx.data() + at, nullptr,
+                       nullptr},
+                      2);
+  };
+  run(0, rows);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    std::vector<char> whole, part;
+    const auto append = [&](std::vector<char>& bytes) {
+      for (const auto* out : {&sum, &y, &dx}) {
+        const char* begin = reinterpret_cast<const char*>(out->data() + piece * some);
+        bytes.insert(bytes.end(), begin, begin + some * sizeof(T));
+      }
+    };
+    append(whole);
+    for (auto* out : {&sum, &y, &dx}) std::memset(out->data() + piece * some, 0xff, some * sizeof(T));
+    run(piece * some / kWidth, some / kWidth);
+    append(part);
+    Check(whole == part, "eighth %d differs", static_cast<int>(piece));
+  }
+}
+PEAK_TEST(layernorm_past_caches) {
+  ExpectSameBitsPastCaches<float>();
+  ExpectSameBitsPastCaches<bf16>();
 }
 
 PEAK_TEST(layernorm_no_rows) {

@@ -6,7 +6,7 @@
 namespace peak::test {
 namespace {
 
-enum class Unary { kExp, kErf, kRound, kSqrt, kAbs };
+enum class Unary { kExp, kErf, kExp2, kExp2Of8Bits, kReciprocal, kReciprocalOf8Bits, kRound, kSqrt, kAbs };
 enum class Binary { kAdd, kSubtract, kMultiply, kDivide, kMax, kMin, kCopySign, kScale };
 
 constexpr int kMost = kLanesOfWidestSet;
@@ -30,6 +30,10 @@ inline void RunUnary(Unary f, const float* a, float* out) {
   switch (f) {
     case Unary::kExp: return Store(out, Exp(x));
     case Unary::kErf: return Store(out, Erf(x));
+    case Unary::kExp2: return Store(out, Exp2<float>(x));
+    case Unary::kExp2Of8Bits: return Store(out, Exp2<bf16>(x));
+    case Unary::kReciprocal: return Store(out, Reciprocal<float>(x));
+    case Unary::kReciprocalOf8Bits: return Store(out, Reciprocal<bf16>(x));
     case Unary::kRound: return Store(out, Round(x));
     case Unary::kSqrt: return Store(out, Sqrt(x));
     case Unary::kAbs: return Store(out, Abs(x));
@@ -64,9 +68,18 @@ template <class T>
 void Narrowed(const float* lanes, T* out, int64_t n) {
   Store(out, Load(lanes), n);
 }
-inline void Streamed(const float* in, float* out) {
-  Stream(out, Load(in));
+// 2 x lanes elements, aligned to 64 bytes: stored, streamed, and as floats at the places that a row of T asks for.
+template <class T>
+void Twos(const T* in, const float* placed, T* stored, T* streamed, float* difference) {
+  const Two two = LoadTwo(in);
+  StoreTwo(stored, two);
+  StreamTwo(streamed, two);
   EndStream();
+  StoreTwo(difference, two - LoadTwo(placed));
+}
+template <class T>
+int64_t PlaceOf(int64_t i, int64_t width) {
+  return Place<T>(i, width);
 }
 inline float LaneSum(const float* in) { return Sum(Load(in)); }
 inline float LaneMax(const float* in) { return MaxOf(Load(in)); }
@@ -80,6 +93,10 @@ inline void TransposeSquare(float* square) {
 
 inline void PairsOf(const float* even, const float* odd, bf16* out) {
   StorePairs(out, PackPairs(Load(even), Load(odd)));
+}
+inline void Split(const float* in, bf16* upper, int16_t* lower, float* joined, int64_t n) {
+  StoreSplit(upper, lower, Load(in), n);
+  Store(joined, LoadSplit(upper, lower, n));
 }
 inline void RepeatPair(const bf16* pair, bf16* out) { StorePairs(out, SetPair(pair)); }
 inline void PairProducts(const float* acc, const bf16* a, const bf16* b, float* out) {
@@ -103,6 +120,8 @@ namespace {
 int64_t Lanes() { return PEAK_PICK(LaneCount)(); }
 bool HasFma() { return std::strcmp(ActiveIsa(), "scalar") != 0; }
 bool FlushesBf16() { return std::strcmp(ActiveIsa(), "avx512bf16") == 0; }
+
+double Inverse(double x) { return 1.0 / x; }
 
 // The distance between neighbouring floats at x.
 double Ulp(double x) { return std::ldexp(1.0, std::max(std::ilogb(std::fabs(x)), -126) - 23); }
@@ -137,6 +156,37 @@ PEAK_TEST(simd_exp_and_erf) {
   ExpectWithin("exp", Unary::kExp, std::exp, Samples(-105.0, -87.0, 50000), 2.0);
   ExpectWithin("erf", Unary::kErf, std::erf, Samples(-7.0, 7.0, 200000), 1.5);
   ExpectWithin("erf", Unary::kErf, std::erf, Samples(-1e-3, 1e-3, 50000), 1.5);
+}
+
+PEAK_TEST(simd_approximations) {
+  // Relative errors as simd.h states them, in ulps of at least 2^-24.
+  constexpr double kUlps = 0x1p24;
+  ExpectWithin("exp2", Unary::kExp2, std::exp2, Samples(-126.0, 129.0, 50000), 2e-7 * kUlps);
+  ExpectWithin("exp2", Unary::kExp2Of8Bits, std::exp2, Samples(-126.0, 129.0, 50000), 4e-6 * kUlps);
+  ExpectWithin("exp2", Unary::kExp2, std::exp2, Samples(-152.0, -126.0, 5000), 2.0);
+  std::vector<float> large = {1.0f, 3e38f, static_cast<float>(kInf), static_cast<float>(kNan)};
+  for (const float x : Samples(0.0, 120.0, 50000)) large.push_back(x > 0.0f && x < 120.0f ? std::exp2(x) : 1.0f);
+  ExpectWithin("1 /", Unary::kReciprocal, Inverse, large, 1e-7 * kUlps);
+  ExpectWithin("1 /", Unary::kReciprocalOf8Bits, Inverse, large, 6.2e-5 * kUlps);
+}
+
+PEAK_TEST(simd_twos) {
+  ForEachDtype([&](auto element) {
+    using T = decltype(element);
+    const int64_t width = 2 * Lanes();
+    alignas(64) T in[2 * kMost], stored[2 * kMost], streamed[2 * kMost];
+    float placed[2 * kMost], difference[2 * kMost];
+    for (int64_t i = 0; i < width; ++i) {
+      in[i] = Narrow<T>(static_cast<double>(i));
+      placed[PEAK_PICK(PlaceOf<T>)(i, width)] = static_cast<float>(i);
+    }
+    PEAK_PICK(Twos<T>)(in, placed, stored, streamed, difference);
+    for (int64_t i = 0; i < width; ++i) {
+      Check(Widen(stored[i]) == i && Widen(streamed[i]) == i && difference[i] == 0.0f, "%s %s element %d of two vectors",
+            ActiveIsa(), kName<T>, static_cast<int>(i));
+      Check(PEAK_PICK(PlaceOf<T>)(width + i, width + i + 1) == width + i, "%s a ragged end is in order", ActiveIsa());
+    }
+  });
 }
 
 PEAK_TEST(simd_unary) {
@@ -275,10 +325,38 @@ PEAK_TEST(simd_bf16) {
   }
 }
 
+// A float as its nearest bf16 and the rest: nothing is lost, whatever the float.
+PEAK_TEST(simd_split) {
+  std::vector<float> values = Samples(-3.0, 3.0, 1000);
+  for (const uint32_t bits : {0x3f807fffu, 0x3f808000u, 0x3f808001u, 0xbf80ffffu, 0x00008000u, 0x807fffffu}) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    for (int i = 0; i < kMost; ++i) values.push_back(x);
+  }
+  for (size_t at = 0; at + Lanes() <= values.size(); at += Lanes()) {
+    for (const int64_t n : {Lanes(), (Lanes() + 1) / 2}) {
+      SetCase("%s split of %d floats from %g on", ActiveIsa(), static_cast<int>(n), values[at]);
+      Placer place(3);  // up to the forbidden page
+      auto upper = place.Out<bf16>(n);
+      Buffer<int16_t> lower(Role::kOutput, n, 3);
+      float joined[kMost];
+      PEAK_PICK(Split)(&values[at], upper.data(), lower.data(), joined, n);
+      for (int64_t i = 0; i < n; ++i) {
+        const float x = values[at + i];
+        Check(std::isnan(x) ? std::isnan(joined[i]) : std::memcmp(&x, &joined[i], 4) == 0, "got %.9g back of %.9g",
+              joined[i], x);
+        const double half_ulp = std::ldexp(1.0, std::max(std::ilogb(x == 0.0f ? 1.0f : x), -126) - 8);
+        if (std::isfinite(x) && std::fabs(x) < 3e38f) {
+          Check(std::fabs(upper.At(i) - x) <= half_ulp, "%.9g is not the nearest to %.9g", upper.At(i), x);
+        }
+      }
+    }
+  }
+}
+
 PEAK_TEST(simd_across_lanes) {
   const int64_t lanes = Lanes();
   float in[kMost], square[kMost * kMost];
-  alignas(64) float out[kMost];
   for (int64_t most = 0; most < lanes; ++most) {
     double sum = 0.0, magnitude = 0.0;
     for (int64_t i = 0; i < lanes; ++i) {
@@ -289,8 +367,6 @@ PEAK_TEST(simd_across_lanes) {
     Near("sum", most, PEAK_PICK(LaneSum)(in), {sum, 4.0 * magnitude});
     Check(PEAK_PICK(LaneMax)(in) == 5.0f, "%s max in lane %d", ActiveIsa(), static_cast<int>(most));
   }
-  PEAK_PICK(Streamed)(in, out);
-  Check(std::memcmp(in, out, lanes * sizeof(float)) == 0, "%s stream", ActiveIsa());
   for (int64_t i = 0; i < lanes * lanes; ++i) square[i] = static_cast<float>(i);
   PEAK_PICK(TransposeSquare)(square);
   for (int64_t i = 0; i < lanes * lanes; ++i) {
