@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 
@@ -130,9 +131,9 @@ class Buffer {
   static constexpr uint16_t kNanWord = 0xffc5, kGuardWord = 0xa5a5;  // the first is a NaN as half of either dtype
 
   char* begin() const { return reinterpret_cast<char*>(data_); }
-  // At even addresses, each with the same half; placements keep to that.
+  // At even addresses, to which placements keep.
   static void FillWords(char* at, size_t bytes, uint16_t word) {
-    for (size_t i = 0; i < bytes; i += 2) std::memcpy(at + i, &word, 2);
+    std::fill_n(reinterpret_cast<uint16_t*>(at), bytes / 2, word);
   }
   static bool HoldsWords(const char* at, size_t bytes, uint16_t word) {
     for (size_t i = 0; i < bytes; i += 2) {
