@@ -55,13 +55,14 @@ class GPT(Conv1DLoading):
         with torch.device("meta"), _SkipInit():  # torch's own initialisation would be thrown away, at seconds for GPT-2
             self.transformer = nn.ModuleDict(
                 {
-                    "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                    "wpe": nn.Embedding(config.block_size, config.n_embd),
+                    "wte": _embedding(config.vocab_size, config.n_embd),
+                    "wpe": _embedding(config.block_size, config.n_embd),
                     "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                     "ln_f": LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias),
                 }
             )
-        self.to_empty(device=device)
+        # Not to_empty: of a meta tensor it imports sympy, 45 MiB for good.
+        self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
         self._initialise()
 
     @classmethod
@@ -236,3 +237,8 @@ class GPT(Conv1DLoading):
         """
         groups = decay_groups(self, weight_decay)
         return AdamW(groups, lr, betas, eps, max_norm=max_norm, dtype=dtype)
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Without torch's initialisation: on the meta device its normal_ imports torch._dynamo, 145 MiB for good."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

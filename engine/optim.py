@@ -18,6 +18,7 @@ from peakgpt.kernels.adamw import DTYPES, adamw, join, split
 from peakgpt.kernels.sum_of_squares import sum_of_squares
 
 ALIGN = 64  # elements: each parameter starts on a cache line, and on the 16 bytes that vector loads and TMA ask for
+PIECE = 1 << 18  # elements
 UNSUPPORTED = ("amsgrad", "maximize", "differentiable")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -87,7 +88,7 @@ class AdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with its own options where given."""
-        super().add_param_group(param_group)
+        _add_param_group(self, param_group)
         group = self.param_groups[-1]
         try:
             _check(group)
@@ -208,25 +209,32 @@ class _Flat:
             self.spans.append(slice(end, end + parameter.numel()))
             end += -(-parameter.numel() // ALIGN) * ALIGN
         self.param = torch.zeros(end, dtype=dtype, device=first.device)
+        self.remainder = None if dtype == wide else torch.zeros_like(self.param, dtype=torch.int16)
+        # One counter for all that have always been updated together; `runs` splits it.
+        step = torch.zeros((), dtype=wide, device=first.device)
+        self.states: list[dict[str, Tensor]] = [{"step": step} for _ in parameters]
+        self.homes = self._views(self.param)
+        if self.remainder is not None:
+            self._keep("remainder", self.remainder)
+        for i in range(len(parameters)):
+            self._adopt(i)
+        # Only now: what the parameters held before is free again.
         self.grad = torch.zeros_like(self.param)
         self.exp_avg = torch.zeros(end, dtype=wide, device=first.device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
-        self.remainder = None if dtype == wide else torch.zeros_like(self.param, dtype=torch.int16)
+        self._keep("exp_avg", self.exp_avg)
+        self._keep("exp_avg_sq", self.exp_avg_sq)
         # .data: a view shares its base's version counter, and each gradient needs one of its own.
-        self.homes, self.grad_homes = self._views(self.param), [view.data for view in self._views(self.grad)]
-        # One counter for all that have always been updated together; `runs` splits it.
-        kept = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        kept |= {} if self.remainder is None else {"remainder": self.remainder}
-        views = {name: self._views(buffer) for name, buffer in kept.items()}
-        step = torch.zeros((), dtype=wide, device=first.device)
-        self.states = [{"step": step, **{name: views[name][i] for name in kept}} for i in range(len(parameters))]
+        self.grad_homes = [view.data for view in self._views(self.grad)]
         self.received = [p.requires_grad for p in parameters]  # whether it had a gradient in the last step
         self.zeroed = [-1] * len(parameters)  # version of a gradient that zero_grad made as good as None, or -1
-        for i in range(len(parameters)):
-            self._adopt(i)
 
     def _views(self, buffer: Tensor) -> list[Tensor]:
         return [buffer[span].view(p.shape) for span, p in zip(self.spans, self.parameters, strict=True)]
+
+    def _keep(self, name: str, buffer: Tensor) -> None:
+        for state, view in zip(self.states, self._views(buffer), strict=True):
+            state[name] = view
 
     @torch.no_grad()
     def _adopt(self, i: int) -> None:
@@ -241,9 +249,12 @@ class _Flat:
         """Make this parameter i's master."""
         if self.remainder is None:
             self.homes[i].copy_(master)
-        else:
-            for home, half in zip((self.homes[i], self.states[i]["remainder"]), split(master.float()), strict=True):
-                home.copy_(half)
+            return
+        # In pieces: splitting takes several times the piece.
+        halves, wholes = (self.homes[i], self.states[i]["remainder"]), master.reshape(-1).split(PIECE)
+        for *kept, whole in zip(*(half.view(-1).split(PIECE) for half in halves), wholes, strict=True):
+            for half, new in zip(kept, split(whole.float()), strict=True):
+                half.copy_(new)
 
     def gather_parameters(self) -> None:
         """Bring home the parameters that were replaced since the last step."""
@@ -324,6 +335,10 @@ class _Flat:
                 state["remainder"].copy_(entry["remainder"])
             elif "remainder" in state and "master" in entry:  # saved before masters were split
                 self._write(i, entry["master"])
+
+
+# Without torch's guard against being compiled, which imports torch._dynamo: 150 MiB for good.
+_add_param_group = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", torch.optim.Optimizer.add_param_group)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
