@@ -11,6 +11,7 @@ from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.mlp import mlp
+from peakgpt.kernels.rotary import rotary
 
 __all__ = [
     "GPT",
@@ -24,6 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "mlp",
     "nn",
+    "rotary",
     "use_backend",
 ]
 __version__ = "0.1.0"

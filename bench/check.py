@@ -43,6 +43,10 @@ CASES = [
     ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 64}, {"ignore_index": 3}),
     ("embedding", {"batch": 3, "tokens": 9, "vocab": 33, "width": 65}, {}),
     ("embedding", {"batch": 2, "tokens": 70, "vocab": 3, "width": 64}, {}),
+    ("rotary", {"batch": 2, "tokens": 5, "heads": 3, "head_dim": 48, "pairs": 17}, {"heads": 2}),
+    ("rotary", {"batch": 1, "tokens": 9, "heads": 3, "head_dim": 16, "pairs": 8}, {"heads": 3}),
+    ("rotary", {"batch": 2, "tokens": 5, "heads": 3, "head_dim": 48, "pairs": 17}, {"heads": 2, "interleaved": True}),
+    ("rotary", {"batch": 0, "tokens": 5, "heads": 3, "head_dim": 16, "pairs": 8}, {"heads": 2}),
     ("attention", {"batch": 2, "tokens": 65, "heads": 2, "head_dim": 16}, {}),
     ("attention", {"batch": 1, "tokens": 129, "heads": 1, "head_dim": 64}, {}),
     ("attention", {"batch": 1, "tokens": 33, "heads": 2, "head_dim": 80}, {"causal": False}),
@@ -66,12 +70,15 @@ LARGE_CASES = [
     ("linear", {"rows": 1100, "width": 2100, "out": 3100}, {}),
     ("linear_cross_entropy", {"rows": 1024, "width": 768, "vocab": 50257}, {}),
     ("embedding", {"batch": 4, "tokens": 256, "vocab": 50257, "width": 768}, {}),
+    ("rotary", {"batch": 4, "tokens": 256, "heads": 48, "head_dim": 256, "pairs": 32}, {"heads": 32}),
     ("attention", {"batch": 2, "tokens": 1025, "heads": 4, "head_dim": 64}, {}),
     ("attention", {"batch": 1, "tokens": 1000, "heads": 2, "head_dim": 128}, {}),
     ("attention_qkv", {"batch": 4, "tokens": 256, "heads": 12, "head_dim": 64}, {"n_head": 12}),
     ("adamw", {"count": (1 << 20) + 1}, {"lr": 1e-2, "weight_decay": 0.1}),
     ("sum_of_squares", {"count": (1 << 20) + 1}, {}),
 ]
+
+CONSTANT = {"rotary": ("cos", "sin")}  # floating tensors that nobody trains, by op
 
 
 def sample(
@@ -81,7 +88,11 @@ def sample(
     """The tensors of a call, the same each time; floating ones are leaves that want a gradient where `grad`."""
     torch.manual_seed(len(name) + sum(v for v in sizes.values() if v))
     tensors = OPS[name].sample(**sizes, dtype=dtype, device=device)
-    return [leaf(t) if grad and t is not None and t.is_floating_point() else t for t in tensors]
+    constant = CONSTANT.get(name, ())
+    return [
+        leaf(t) if grad and t is not None and t.is_floating_point() and n not in constant else t
+        for n, t in zip(OPS[name].tensor_names, tensors, strict=False)
+    ]
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -91,7 +102,10 @@ def leaf(tensor: Tensor) -> Tensor:
 
 def double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same tensors in float64."""
-    return [leaf(t.double()) if t is not None and t.is_floating_point() else t for t in tensors]
+    return [
+        t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
+        for t in tensors
+    ]
 
 
 def run(backend: str, op: Callable[..., Any], tensors: Sequence[Tensor | None], params: Mapping[str, Any]):

@@ -22,6 +22,7 @@
 #include "layernorm.h"
 #include "memory.h"
 #include "peaks.h"
+#include "rotary.h"
 #include "sum_of_squares.h"
 
 namespace py = pybind11;
@@ -109,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
   Define(m, "cross_entropy_backward", peak::CrossEntropyBackward);
   Define(m, "gemm", peak::Gemm);
   Define(m, "adamw", peak::Adamw);
+  Define(m, "rotary", peak::Rotary);
   Define(m, "sum_of_squares", peak::SumOfSquares);
   Define(m, "embedding_forward", peak::EmbeddingForward);
   Define(m, "embedding_backward", peak::EmbeddingBackward);

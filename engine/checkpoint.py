@@ -1,9 +1,9 @@
-"""Checkpoints: models in the Hugging Face GPT-2 layout, and the state that a training run resumes from.
+"""Checkpoints: models in the Hugging Face layout of their family, and the state that a training run resumes from.
 
-A model folder holds config.json and model.safetensors as transformers' GPT2LMHeadModel writes and reads them; what
-else that layout allows (a sharded index, pytorch_model.bin, names without `transformer.`, the tied head written out)
-is read. Files are written beside their final place, flushed to disk and renamed, the weights last: an interrupted
-write leaves what was there.
+A model folder holds config.json and model.safetensors as transformers' model of that family writes and reads them;
+what else that layout allows (a sharded index, pytorch_model.bin, names without the base model's prefix, the tied head
+written out) is read. Files are written beside their final place, flushed to disk and renamed, the weights last: an
+interrupted write leaves what was there.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,44 +22,26 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.layers import swap_layout
+from peakgpt.engine.families import FAMILIES, Family, family_of
 
 if TYPE_CHECKING:
     from peakgpt.engine.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 TRAINING = "training_state.safetensors"
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf", "relu": "relu"}
-# GPTConfig's field, transformers' name, and the value that its GPT2Config has where config.json says nothing.
-FIELDS = (
-    ("n_layer", "n_layer", 12),
-    ("n_head", "n_head", 12),
-    ("n_embd", "n_embd", 768),
-    ("n_inner", "n_inner", None),
-    ("block_size", "n_positions", 1024),
-    ("vocab_size", "vocab_size", 50257),
-    ("layer_norm_epsilon", "layer_norm_epsilon", 1e-5),
-)
-RATES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-# What GPT-2's config can say that this model does not do.
-FIXED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers that old transformers wrote
+# Buffers that old transformers wrote.
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
 
 # ---- reading a model ----
 
 
-def read_config(folder: Path | str, *, dropout: float | None = None) -> GPTConfig:
+def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Family, GPTConfig]:
     """Read config.json.
 
     Args:
         folder: a checkpoint folder.
-        dropout: replaces the checkpoint's rate.
+        dropout: replaces the checkpoint's rates.
     Raises:
         ValueError: no folder or file, damaged, of another model type, or asks for what this model does not do.
     """
@@ -68,35 +50,23 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> GPTConfi
         raise ValueError(f"checkpoint {folder}: got no such folder, expected one with {CONFIG} and {WEIGHTS}")
     path = folder / CONFIG
     found = _read_json(path)
-    if found.get("model_type") != "gpt2":
-        raise ValueError(f"{path}: model_type is {found.get('model_type')!r}, expected 'gpt2'")
-    for name, value in FIXED.items():
-        if found.get(name, value) != value:
-            raise ValueError(f"{path}: {name} is {found[name]!r}, expected {value}")
-    activation = found.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{path}: activation_function is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    fields = {ours: found.get(theirs, default) for ours, theirs, default in FIELDS}
-    rate = _rate(path, found) if dropout is None else dropout
+    family = FAMILIES.get(str(found.get("model_type")))
+    if family is None:
+        raise ValueError(f"{path}: model_type is {found.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
     try:
-        return GPTConfig(activation=ACTIVATIONS[activation], dropout=rate, bias=found.get("bias", True), **fields)
+        return family, family.config(found, dropout=dropout)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _rate(path: Path, found: Mapping[str, Any]) -> float:
-    rates = [found.get(name, 0.1) for name in RATES]
-    if len(set(rates)) > 1:
-        warnings.warn(f"{path}: {', '.join(RATES)} are {rates}, expected one rate: all become {rates[0]}", stacklevel=4)
-    return rates[0]
-
-
-def read_weights(folder: Path | str, config: GPTConfig, expected: Mapping[str, torch.Size], dtype: torch.dtype):
+def read_weights(
+    folder: Path | str, family: Family, config: GPTConfig, expected: Mapping[str, torch.Size], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Read a folder's weights into the model's names and layout.
 
     Args:
         folder: a checkpoint folder.
-        config: what its config.json said.
+        family, config: what its config.json said.
         expected: the model's tensor names and shapes, Linear layout.
         dtype: to convert to.
     Returns:
@@ -105,18 +75,22 @@ def read_weights(folder: Path | str, config: GPTConfig, expected: Mapping[str, t
         ValueError: no weights, a damaged file, or missing, extra, misshapen or non-floating tensors.
     """
     path, found = _open_weights(Path(folder))
-    if "wte.weight" in found:
-        found = {f"transformer.{name}": tensor for name, tensor in found.items()}
-    head = found.pop("lm_head.weight", found.pop("transformer.lm_head.weight", None))
-    found = {name: tensor for name, tensor in found.items() if not name.endswith(MASKS)}
-    if not config.bias:
-        found = {name: tensor for name, tensor in found.items() if name in expected or not _zero_bias(name, tensor)}
-    found = swap_layout(found)
-    _compare(path, found, expected)
-    if head is not None and not torch.equal(head, found["transformer.wte.weight"]):
-        raise ValueError(f"{path}: lm_head.weight differs from transformer.wte.weight, expected a tied head")
+    found = family.standard_names(found)
+    shapes = family.shapes(config, expected)
+    head = found.pop("lm_head.weight", None) if config.tied_head else None
+    found = {name: tensor for name, tensor in found.items() if name in shapes or not name.endswith(BUFFERS)}
+    if family.always_biased and config.bias is not True:
+        found = {name: tensor for name, tensor in found.items() if name in shapes or not _zero_bias(name, tensor)}
+    found = family.swapped(found)
+    _compare(path, found, shapes)
+    (embedding,) = family.theirs("transformer.wte.weight")
+    if head is not None and not torch.equal(head, found[embedding]):
+        raise ValueError(f"{path}: lm_head.weight differs from {embedding}, expected a tied head")
     # A copy: what safetensors gives may be a map of the file, and a file can be overwritten.
-    return {name: torch.empty(found[name].shape, dtype=dtype).copy_(found[name]) for name in expected}
+    return {
+        name: torch.empty(shape, dtype=dtype).copy_(family.to_ours(config, name, found))
+        for name, shape in expected.items()
+    }
 
 
 def _zero_bias(name: str, tensor: Tensor) -> bool:
@@ -193,18 +167,14 @@ def write_model(
         state: the model's state dict, Linear layout.
         tokenizer: anything with `save(folder)` and `end_id`.
     Raises:
-        ValueError: GPT-2's layout can not say what the config does.
+        ValueError: no family's layout can say what the config does.
         OSError: the folder can not be written; what was there still is.
     """
-    if config.n_kv_head != config.n_head or config.head_dim * config.n_head != config.n_embd:
-        raise ValueError(
-            f"checkpoint: n_kv_head is {config.n_kv_head} and head_dim {config.head_dim}, expected "
-            f"{config.n_head} and {config.n_embd / config.n_head:g}: GPT-2's layout has no others"
-        )
-    tensors = swap_layout(_with_biases(state))
+    family = family_of(config)
+    tensors = family.to_theirs(config, _with_biases(state) if family.always_biased else state)
 
     def fill(stage: Path) -> None:
-        text = json.dumps(_config_json(config, tensors, tokenizer), indent=2) + "\n"
+        text = json.dumps(_config_json(family, config, tensors, tokenizer), indent=2) + "\n"
         (stage / CONFIG).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(stage)
@@ -214,29 +184,18 @@ def write_model(
 
 
 def _with_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-2's layout has a bias for every layer and norm: zeros say the same as none."""
-    weights = {
-        name: t for name, t in state.items() if name.endswith(".weight") and ".wte." not in name and ".wpe." not in name
-    }
+    """The state with zeros for the biases that it does not have; embeddings and heads have none."""
+    weights = {name: t for name, t in state.items() if re.search(r"\.(ln_\w+|c_\w+)\.weight$", name)}
     zeros = {name.removesuffix("weight") + "bias": t.new_zeros(t.shape[0]) for name, t in weights.items()}
     return {**zeros, **state}
 
 
-def _config_json(config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _config_json(
+    family: Family, config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
     end = None if tokenizer is None else tokenizer.end_id
-    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        **{theirs: getattr(config, ours) for ours, theirs, _ in FIELDS},
-        "activation_function": activation,
-        **dict.fromkeys(RATES, config.dropout),
-        **FIXED,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        **({} if config.bias else {"bias": False}),
-        "torch_dtype": str(tensors["transformer.wte.weight"].dtype).removeprefix("torch."),
-    }
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    return {**family.config_json(config), "bos_token_id": end, "eos_token_id": end, "torch_dtype": dtype}
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

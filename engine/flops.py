@@ -1,11 +1,11 @@
 """Model FLOPs: what a step must compute by the model's definition, whatever the kernels do; the numerator of MFU.
 
-    forward  = 2 N + 4 L H D T      training = 6 N + 12 L H D T      FLOPs per token
+    forward  = 2 N + 4 H D sum_l S_l      training = 3 forward = 6 N + 12 L H D T      FLOPs per token
 
-An FMA counts 2, the backward pass twice the forward; D is the paper's Q, T the sequence length, full T^2 attention.
-Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B. N leaves out the position embedding, which multiplies
-nothing, and holds the token embedding once: tied, it is the head's matrix. `causal=True` counts only the live half
-of the attention, (T + 1) / 2 keys a query, and is never used for MFU.
+An FMA counts 2, the backward pass twice the forward; D is the paper's Q, S_l the keys of layer l: the sequence length
+T, full T^2 attention, or its window where that is shorter. Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix
+B. N are the weights that multiply: not the position embedding, and the token embedding only where it is the head.
+`causal=True` counts only the live half of the attention, (T + 1) / 2 keys a query, and is never used for MFU.
 """
 
 from __future__ import annotations
@@ -13,22 +13,43 @@ from __future__ import annotations
 from peakgpt.engine.config import GPTConfig
 
 
-def parameter_count(config: GPTConfig, *, position: bool = True) -> int:
-    """Count the model's parameters, the tied head once; without the position embedding where `position` is False."""
-    c, d, bias = config.n_embd, config.head_dim, int(config.bias)
-    qkv, heads = (config.n_head + 2 * config.n_kv_head) * d, config.n_head * d
-    attention = (c + bias) * qkv + (heads + bias) * c
-    mlp = (c + bias) * config.n_inner + (config.n_inner + bias) * c
-    norm = (1 + bias) * c
-    embeddings = (config.vocab_size + (config.block_size if position else 0)) * c
-    return embeddings + config.n_layer * (attention + mlp + 2 * norm) + norm
+def parameter_count(config: GPTConfig) -> int:
+    """Count the model's parameters, a tied head once."""
+    c, d = config.n_embd, config.head_dim
+    qkv, out, mlp, norm = (int(config.has_bias(part)) for part in ("qkv", "out", "mlp", "norm"))
+    attention = (c + qkv) * (config.n_head + 2 * config.n_kv_head) * d + (config.n_head * d + out) * c
+    layer = attention + (c + mlp) * config.n_inner + (config.n_inner + mlp) * c
+    norms = config.n_layer * (1 if config.residual == "parallel" else 2)
+    norms += int(config.residual != "post_norm") + int(config.embedding_norm)
+    projections = 0 if config.word_dim == c else 2 * config.word_dim * c
+    head = 0 if config.tied_head else config.vocab_size * (config.word_dim + int(config.head_bias))
+    embeddings = _token_embedding(config) + _position_embedding(config)
+    return embeddings + projections + config.n_layer * layer + norms * (1 + norm) * c + head
+
+
+def _token_embedding(config: GPTConfig) -> int:
+    return config.vocab_size * config.word_dim
+
+
+def _position_embedding(config: GPTConfig) -> int:
+    return (config.position_offset + config.block_size) * config.n_embd if config.position == "learned" else 0
+
+
+def multiplying_parameters(config: GPTConfig) -> int:
+    """N: the parameters without the tables that are only looked up."""
+    looked_up = _position_embedding(config) + (0 if config.tied_head else _token_embedding(config))
+    return parameter_count(config) - looked_up
 
 
 def forward_flops(config: GPTConfig, tokens: int, *, causal: bool = False) -> float:
     """Model FLOPs per token of a forward pass over sequences of `tokens` tokens."""
-    keys = (tokens + 1) / 2 if causal else tokens
-    pairs = config.n_layer * config.n_head * config.head_dim * keys
-    return 2 * parameter_count(config, position=False) + 4 * pairs
+    keys = sum(_keys(tokens, min(window or tokens, tokens), causal) for window in config.windows)
+    return 2 * multiplying_parameters(config) + 4 * config.n_head * config.head_dim * keys
+
+
+def _keys(tokens: int, window: int, causal: bool) -> float:
+    """Keys of a query, the mean over the sequence where only live ones count."""
+    return window - window * (window - 1) / (2 * tokens) if causal else window
 
 
 def training_flops(config: GPTConfig, tokens: int, *, causal: bool = False) -> float:

@@ -26,6 +26,7 @@ def decode(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    start: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of each sequence, (B,) int64 on the device, without waiting for it.
 
@@ -42,16 +43,18 @@ def decode(
             f"generate: {ids.shape[1]} prompt tokens and max_new_tokens {count}, "
             f"expected at most block_size {model.config.block_size} in all"
         )
-    return _decode(model, ids, count, temperature, top_k, top_p, seed)
+    if start is not None and (start.shape != ids.shape[:1] or (start < 0).any() or (start >= ids.shape[1]).any()):
+        raise ValueError(f"generate: start is {start.tolist()}, expected {ids.shape[0]} of 0 to {ids.shape[1] - 1}")
+    return _decode(model, ids, count, temperature, top_k, top_p, seed, start)
 
 
 @torch.no_grad()
-def _decode(model, ids, count, temperature, top_k, top_p, seed) -> Iterator[Tensor]:
+def _decode(model, ids, count, temperature, top_k, top_p, seed, start) -> Iterator[Tensor]:
     weight = model.transformer.wte.weight
     cache = KVCache(model.config, ids.shape[0], ids.shape[1] + count, dtype=weight.dtype, device=weight.device)
     generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
     for _ in range(count):
-        logits = model.head(model.features(ids, cache)[:, -1])  # (B, V)
+        logits = model.head(model.features(ids, cache, start)[:, -1])  # (B, V)
         token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         yield token
         ids = token[:, None]

@@ -12,12 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.engine.cache import KVCache
+from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.positions import Positions
 from peakgpt.kernels.attention import attention, attention_qkv
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.mlp import ACTIVATIONS, mlp
+from peakgpt.kernels.rotary import rotary
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+NOWHERE = Positions()
 
 
 def swap_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,7 +89,8 @@ class CausalSelfAttention(Conv1DLoading):
 
     def __init__(
         self, n_embd: int, n_head: int, *, n_kv_head: int | None = None, head_dim: int | None = None,
-        bias: bool = True, dropout: float = 0.0, device=None, dtype=None,
+        bias: bool = True, out_bias: bool | None = None, window: int | None = None, scale: float | None = None,
+        dropout: float = 0.0, device=None, dtype=None,
     ):  # fmt: skip
         """
         Args:
@@ -93,6 +98,9 @@ class CausalSelfAttention(Conv1DLoading):
             n_head: H query heads.
             n_kv_head: K key heads, dividing H; None means H.
             head_dim: D; None means C / H.
+            bias: whether c_attn has one. out_bias: whether c_proj has; None means as c_attn.
+            window: keys that a query sees, itself counted; None for all.
+            scale: factor on q k^T; None means 1 / sqrt(D).
             dropout: probability of dropping an attention weight while training.
         Raises:
             ValueError: sizes that do not fit each other.
@@ -105,64 +113,109 @@ class CausalSelfAttention(Conv1DLoading):
                 "expected n_head to divide n_embd and n_kv_head to divide n_head"
             )
         self.head_dim, self.dropout = head_dim or n_embd // n_head, dropout
+        self.window, self.scale = window, scale
         packed = (n_head + 2 * self.n_kv_head) * self.head_dim
+        out_bias = bias if out_bias is None else out_bias
         self.c_attn = nn.Linear(n_embd, packed, bias=bias, device=device, dtype=dtype)
-        self.c_proj = nn.Linear(n_head * self.head_dim, n_embd, bias=bias, device=device, dtype=dtype)
+        self.c_proj = nn.Linear(n_head * self.head_dim, n_embd, bias=out_bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, layer: int = 0, positions: Positions = NOWHERE
+    ) -> Tensor:
         """Mix each token with those before it.
 
         Args:
             x: (B, T, C).
             cache: holds the keys and values of the tokens before x, and takes those of x.
             layer: whose part of the cache.
+            positions: where the tokens of x stand, if attention is to know.
         Returns:
             (B, T, C)
         """
         qkv = linear(x, self.c_attn.weight, self.c_attn.bias).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
+        if positions.rotary is not None:
+            turned = self.n_head + self.n_kv_head
+            qkv = rotary(qkv, *positions.rotary, heads=turned, interleaved=positions.interleaved)
         dropout = self.dropout if self.training and cache is None else 0.0
-        if cache is None and dropout == 0.0:
-            y = attention_qkv(qkv, n_head=self.n_head)
+        if cache is None and dropout == 0.0 and positions.alibi is None and positions.start is None:
+            y = attention_qkv(qkv, n_head=self.n_head, window=self.window, scale=self.scale)
         else:
             q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
             if cache is not None:
                 k, v = cache.append(layer, k, v)  # (B, S, K, D)
-            # One query sees every key: saying so spares the backends a mask.
-            y = attention(q, k, v, causal=q.shape[1] > 1, dropout=dropout)
+            y = attention(
+                q, k, v, window=self.window, scale=self.scale, dropout=dropout,
+                causal=q.shape[1] > 1,  # one query sees every key: saying so spares the backends a mask
+                alibi=positions.alibi, kv_start=positions.start,
+            )  # fmt: skip
         return linear(y.flatten(2), self.c_proj.weight, self.c_proj.bias)  # (B, T, H D) -> (B, T, C)
 
 
 class Block(nn.Module):
     """The parts of one layer; the model chains them, since each norm takes in the add before it."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         c = config
-        self.ln_1 = LayerNorm(c.n_embd, c.layer_norm_epsilon, c.bias)
+        self.ln_1 = LayerNorm(c.n_embd, c.layer_norm_epsilon, c.has_bias("norm"))
         self.attn = CausalSelfAttention(
-            c.n_embd, c.n_head, n_kv_head=c.n_kv_head, head_dim=c.head_dim, bias=c.bias, dropout=c.dropout
-        )
-        self.ln_2 = LayerNorm(c.n_embd, c.layer_norm_epsilon, c.bias)
-        self.mlp = GELUMLP(c.n_embd, c.n_inner, bias=c.bias, activation=c.activation)
-        self.dropout = c.dropout
+            c.n_embd, c.n_head, n_kv_head=c.n_kv_head, head_dim=c.head_dim, bias=c.has_bias("qkv"),
+            out_bias=c.has_bias("out"), window=c.windows[layer], scale=c.scale(layer), dropout=c.attention_dropout,
+        )  # fmt: skip
+        if c.residual != "parallel":
+            self.ln_2 = LayerNorm(c.n_embd, c.layer_norm_epsilon, c.has_bias("norm"))
+        self.mlp = GELUMLP(c.n_embd, c.n_inner, bias=c.has_bias("mlp"), activation=c.activation)
+        self.dropout, self.layer, self.residual = c.dropout, layer, c.residual
 
     def forward(
-        self, x: Tensor, h: Tensor, next_norm: LayerNorm, cache: KVCache | None = None, layer: int = 0
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, h: Tensor, next_norm: LayerNorm | None, cache: KVCache | None = None,
+        positions: Positions = NOWHERE,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run one layer.
 
         Args:
             x: (B, T, C) the residual stream.
-            h: (B, T, C) its norm by ln_1.
-            next_norm: the next layer's ln_1, or ln_f.
+            h: (B, T, C) its norm by ln_1; x itself where norms come after the branches.
+            next_norm: the next layer's ln_1, or ln_f; not looked at where norms come after the branches.
         Returns:
-            (x, h): the stream after this layer and its norm by next_norm.
+            (x, h): the same for the next layer.
         """
         drop = self.dropout if self.training and cache is None else 0.0
-        a = _dropped(self.attn(h, cache, layer), drop)
-        x, h = self.ln_2.add_norm(a, x)
-        m = _dropped(self.mlp(h), drop)
-        return next_norm.add_norm(m, x)
+
+        def attend(h: Tensor) -> Tensor:
+            return _dropped(self.attn(h, cache, self.layer, positions), drop)
+
+        def think(h: Tensor) -> Tensor:
+            return _dropped(self.mlp(h), drop)
+
+        return RESIDUALS[self.residual](self, x, h, next_norm, attend, think)
+
+
+def _pre_norm(block, x, h, next_norm, attend, think):
+    x, h = block.ln_2.add_norm(attend(h), x)
+    return next_norm.add_norm(think(h), x)
+
+
+def _post_norm(block, x, h, next_norm, attend, think):
+    _, h = block.ln_1.add_norm(attend(h), h)
+    _, h = block.ln_2.add_norm(think(h), h)
+    return h, h
+
+
+def _parallel(block, x, h, next_norm, attend, think):
+    return next_norm.add_norm(attend(h) + think(h), x)
+
+
+def _parallel_two_norms(block, x, h, next_norm, attend, think):
+    return next_norm.add_norm(attend(h) + think(block.ln_2(x)), x)
+
+
+RESIDUALS = {
+    "pre_norm": _pre_norm,
+    "post_norm": _post_norm,
+    "parallel": _parallel,
+    "parallel_two_norms": _parallel_two_norms,
+}
 
 
 def _dropped(x: Tensor, probability: float) -> Tensor:

@@ -1,9 +1,9 @@
-"""GPT: token and position embedding, L pre-norm blocks, a final norm, the embedding again as the head.
+"""GPT: an embedding, L blocks, a head; which ones, the config says. GPT-2's, the defaults:
 
     x = wte[ids] + wpe      per block: x += attn(ln_1(x)), x += mlp(ln_2(x))      logits = ln_f(x) wte^T
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. Parameters have the names
-of transformers' GPT-2, weights the Linear layout.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. Parameters of every family
+have the names of transformers' GPT-2, weights the Linear layout.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.generate import generate, stream
 from peakgpt.engine.layers import Block, Conv1DLoading, LayerNorm
 from peakgpt.engine.optim import AdamW, decay_groups
+from peakgpt.engine.positions import positions
 from peakgpt.engine.presets import preset
 from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.linear import linear
@@ -48,19 +49,14 @@ class GPT(Conv1DLoading):
     """A GPT language model on fused ops."""
 
     def __init__(self, config: GPTConfig):
-        """Build with GPT-2's random initialisation, drawn from torch's generator."""
+        """Build with GPT-2's random initialisation, whatever the family, drawn from torch's generator."""
         super().__init__()
         self.config = config
         device = torch.get_default_device()
         with torch.device("meta"), _SkipInit():  # torch's own initialisation would be thrown away, at seconds for GPT-2
-            self.transformer = nn.ModuleDict(
-                {
-                    "wte": _embedding(config.vocab_size, config.n_embd),
-                    "wpe": _embedding(config.block_size, config.n_embd),
-                    "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                    "ln_f": LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias),
-                }
-            )
+            self.transformer = nn.ModuleDict(_parts(config))
+            if not config.tied_head:
+                self.lm_head = nn.Linear(config.word_dim, config.vocab_size, bias=config.head_bias)
         # Not to_empty: of a meta tensor it imports sympy, 45 MiB for good.
         self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
         self._initialise()
@@ -70,7 +66,7 @@ class GPT(Conv1DLoading):
         """Build a known model with random weights.
 
         Args:
-            name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or "gpt2-tiny".
+            name: a key of peakgpt.engine.presets.PRESETS, such as "gpt2".
             changes: GPTConfig fields that replace the preset's.
         Raises:
             ValueError: an unknown name or field, or sizes that do not fit each other.
@@ -81,33 +77,33 @@ class GPT(Conv1DLoading):
     def from_pretrained(
         cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None
     ) -> GPT:
-        """Load a checkpoint in the Hugging Face GPT-2 layout, in evaluation mode as transformers does.
+        """Load a checkpoint in the Hugging Face layout of its family, in evaluation mode as transformers does.
 
         Args:
             folder: with config.json and model.safetensors (or its shards, or pytorch_model.bin).
             dtype: of the parameters.
-            dropout: replaces the checkpoint's rate.
+            dropout: replaces the checkpoint's rates.
         Raises:
             ValueError: a missing, damaged or foreign checkpoint; the message names file and tensor.
         """
-        config = checkpoint.read_config(folder, dropout=dropout)
+        family, config = checkpoint.read_config(folder, dropout=dropout)
         with torch.device("meta"):
             model = cls(config)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(checkpoint.read_weights(folder, config, shapes, dtype), assign=True)
+        model.load_state_dict(checkpoint.read_weights(folder, family, config, shapes, dtype), assign=True)
         return model.eval()
 
     def save_pretrained(
         self, folder: Path | str, tokenizer: Tokenizer | None = None, *, weights: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Save in the Hugging Face GPT-2 layout; an interrupted write leaves what was there.
+        """Save in the Hugging Face layout of the first family that has it; an interrupted write leaves what was there.
 
         Args:
             folder: made where it is not there.
             tokenizer: saved beside the model; anything with `save(folder)` and `end_id`.
             weights: replaces the model's own tensors by name, as from AdamW.master_weights.
         Raises:
-            ValueError: a config that the layout has no room for.
+            ValueError: a config that no layout has room for.
             OSError: the folder can not be written.
         """
         checkpoint.write_model(folder, self.config, {**self.state_dict(), **(weights or {})}, tokenizer)
@@ -123,54 +119,77 @@ class GPT(Conv1DLoading):
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # the vectors are biases and norms' weights
 
-    def features(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def features(self, ids: Tensor, cache: KVCache | None = None, start: Tensor | None = None) -> Tensor:
         """Compute what the head reads.
 
         Args:
             ids: (B, T) int64 or int32.
             cache: the tokens before ids; it is extended by ids, and nothing is dropped out.
+            start: (B,) integers; where each left-padded sequence begins, counted from the cache's first token.
         Returns:
-            (B, T, C), after the final norm.
+            (B, T, C), after the last norm.
         Raises:
             ValueError: ids of a wrong shape or dtype, out of range, or longer than block_size.
         """
-        start = 0 if cache is None else cache.length
-        if ids.dim() != 2 or start + ids.shape[1] > self.config.block_size:
+        past = 0 if cache is None else cache.length
+        if ids.dim() != 2 or past + ids.shape[1] > self.config.block_size:
             raise ValueError(
-                f"GPT: ids have shape {tuple(ids.shape)} after {start} tokens, "
+                f"GPT: ids have shape {tuple(ids.shape)} after {past} tokens, "
                 f"expected (B, T) with at most block_size {self.config.block_size} tokens in all"
             )
         t = self.transformer
-        x = embedding(ids, t.wte.weight, t.wpe.weight, start=start)  # (B, T, C)
-        if self.training and self.config.dropout and cache is None:
-            x = F.dropout(x, self.config.dropout)
-        h = t.h[0].ln_1(x)
-        next_norms = [*(block.ln_1 for block in t.h[1:]), t.ln_f]
-        for layer, (block, next_norm) in enumerate(zip(t.h, next_norms, strict=True)):
-            x, h = block(x, h, next_norm, cache, layer)
+        x = self._embed(ids, past, start)  # (B, T, C)
+        if self.training and self.config.embedding_dropout and cache is None:
+            x = F.dropout(x, self.config.embedding_dropout)
+        where = positions(self.config, past, ids.shape[1], start, x.device)
+        after = self.config.residual == "post_norm"
+        h = x if after else t.h[0].ln_1(x)
+        next_norms = [*(block.ln_1 for block in t.h[1:]), None if after else t.ln_f]
+        for block, next_norm in zip(t.h, next_norms, strict=True):
+            x, h = block(x, h, next_norm, cache, where)
         if cache is not None:
             cache.length += ids.shape[1]
-        return h
+        return linear(h, t.project_out.weight) if "project_out" in t else h
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def _embed(self, ids: Tensor, past: int, start: Tensor | None) -> Tensor:
+        """What the first block reads, (B, T, C), before dropout."""
+        t = self.transformer
+        table = t.wpe.weight if "wpe" in t else None
+        past += self.config.position_offset
+        if start is None and "project_in" not in t:
+            x = embedding(ids, t.wte.weight, table, start=past)
+        else:
+            x = embedding(ids, t.wte.weight)
+            x = linear(x, t.project_in.weight) if "project_in" in t else x
+            x = x if table is None else x + _position_rows(table, past, ids.shape[1], start)
+        return t.ln_emb(x) if "ln_emb" in t else x
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, start: Tensor | None = None) -> Tensor:
         """Compute logits, or the mean loss where targets are given.
 
         Args:
             ids: (B, T) int64 or int32.
             targets: (B, T) the token that follows each one, already shifted; -100 does not count.
+            start: (B,) integers; where each left-padded sequence begins. Nothing attends to what is before.
         Returns:
             (B, T, V) logits, or a float32 scalar.
         Raises:
             ValueError: ids or targets of a wrong shape or dtype, out of range, or longer than block_size.
         """
-        h = self.features(ids)
+        h = self.features(ids, start=start)
         if targets is None:
             return self.head(h)
-        return linear_cross_entropy(h, self.transformer.wte.weight, targets)
+        if self.config.head_bias:  # linear_cross_entropy takes none
+            return F.cross_entropy(self.head(h).flatten(0, 1).float(), targets.flatten())
+        return linear_cross_entropy(h, self._head_weight, targets)
 
     def head(self, h: Tensor) -> Tensor:
-        """Logits (..., V) of features (..., C), by the tied embedding."""
-        return linear(h, self.transformer.wte.weight)
+        """Logits (..., V) of features (..., C), by the tied embedding or a head of its own."""
+        return linear(h, self._head_weight, self.lm_head.bias if self.config.head_bias else None)
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight
 
     def generate(
         self,
@@ -182,16 +201,18 @@ class GPT(Conv1DLoading):
         top_p: float | None = None,
         seed: int | None = None,
         stop: Sequence[int] = (),
+        start: Tensor | None = None,
     ) -> Tensor:
-        """Continue a batch of equally long prompts, with a KV cache.
+        """Continue a batch of prompts, with a KV cache.
 
         Args:
-            ids: (B, T) int64 or int32.
+            ids: (B, T) int64 or int32, padded on the left where their lengths differ.
             max_new_tokens: at most this many are added; None means up to block_size.
             temperature: 0 is greedy, and top_k and top_p do not matter.
             top_k, top_p: choose among the k likeliest, among the fewest that reach p.
             seed: of the choice; torch's generator where None.
             stop: ids that end a sequence; it keeps the one that did and is filled up with the first of `stop`.
+            start: (B,) integers; where each left-padded prompt begins. None: all are of one length.
         Returns:
             (B, T + new), dtype of ids; new ends where the last sequence did.
         Raises:
@@ -199,7 +220,7 @@ class GPT(Conv1DLoading):
         """
         return generate(
             self, ids, stop=stop, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            seed=seed,
+            seed=seed, start=start,
         )  # fmt: skip
 
     def stream(
@@ -242,3 +263,32 @@ class GPT(Conv1DLoading):
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """Without torch's initialisation: on the meta device its normal_ imports torch._dynamo, 145 MiB for good."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
+def _parts(config: GPTConfig) -> dict[str, nn.Module]:
+    """The modules between ids and head, with GPT-2's names; only those that the config has."""
+    norm = config.n_embd, config.layer_norm_epsilon, config.has_bias("norm")
+    parts: dict[str, nn.Module] = {"wte": _embedding(config.vocab_size, config.word_dim)}
+    if config.position == "learned":
+        parts["wpe"] = _embedding(config.position_offset + config.block_size, config.n_embd)
+    if config.word_dim != config.n_embd:
+        parts["project_in"] = nn.Linear(config.word_dim, config.n_embd, bias=False)
+        parts["project_out"] = nn.Linear(config.n_embd, config.word_dim, bias=False)
+    if config.embedding_norm:
+        parts["ln_emb"] = LayerNorm(*norm)
+    parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+    if config.residual != "post_norm":
+        parts["ln_f"] = LayerNorm(*norm)
+    return parts
+
+
+def _position_rows(table: Tensor, first: int, tokens: int, start: Tensor | None) -> Tensor:
+    """Rows of the position table, (T, C), or (B, T, C) where sequences are padded: the first token takes row `first`.
+
+    What is padding takes any row: nothing attends to it.
+    """
+    rows = table[first : first + tokens]
+    if start is None:
+        return rows
+    steps = torch.arange(first, first + tokens, device=table.device) - start[:, None]
+    return embedding(steps.clamp(min=0), table)

@@ -7,6 +7,7 @@ from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.mlp import mlp
+from peakgpt.kernels.rotary import rotary
 from peakgpt.kernels.sum_of_squares import sum_of_squares
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mlp",
+    "rotary",
     "sum_of_squares",
 ]

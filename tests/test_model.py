@@ -265,4 +265,10 @@ def test_flops_are_palms():
     assert flops.training_flops(config, tokens) == 6 * n + 12 * 12 * 12 * 64 * tokens
     assert flops.forward_flops(config, tokens) == 2 * n + 4 * 12 * 12 * 64 * tokens
     assert flops.forward_flops(config, tokens, causal=True) == 2 * n + 4 * 12 * 12 * 64 * 1025 / 2
+    banded = preset("gpt2", windows=(None, 256))
+    assert flops.forward_flops(banded, tokens) == 2 * n + 4 * 6 * 12 * 64 * (1024 + 256)
+    reach = sum(min(i + 1, 256) for i in range(tokens)) / tokens
+    assert flops.forward_flops(banded, tokens, causal=True) == 2 * n + 4 * 6 * 12 * 64 * (1025 / 2 + reach)
+    untied = preset("gpt2", tied_head=False)
+    assert flops.forward_flops(untied, tokens) == flops.forward_flops(config, tokens)
     assert flops.mfu(1000.0, 2e9, 4e12) == 0.5

@@ -128,7 +128,7 @@ def test_second_backward_and_strides(name, backend):
     op = OPS[name]
     _, sizes, params = next(c for c in CASES if c[0] == name)
     tensors = sample(name, sizes, torch.float32)
-    spread = [t if t is None or not t.is_floating_point() else widened(t) for t in tensors]
+    spread = [t if t is None or not t.requires_grad else widened(t) for t in tensors]
     objects(backend, op, spread, params)
     first = run(backend, op, tensors, params)
     for a, b in zip(first, run(backend, op, spread, params), strict=True):
@@ -155,9 +155,9 @@ def test_forward_of_one_backward_of_another(name):
     """What is kept belongs to the contract: cpu's forward feeds gpu's backward and the reverse."""
     op = OPS[name]
     _, sizes, params = next(c for c in CASES if c[0] == name)
-    tensors = sample(name, sizes, torch.float32, grad=False)
-    bound, params = op._bind(tensors, params)
-    needs = tuple(t is not None and t.is_floating_point() for t in bound)
+    bound, params = op._bind(sample(name, sizes, torch.float32), params)
+    needs = tuple(t is not None and t.requires_grad for t in bound)
+    bound = [t if t is None else t.detach() for t in bound]
     modules = {b: load(b, name) for b in ("cpu", "gpu")}
     found = {}
     for ahead in modules:

@@ -6,6 +6,7 @@
 #include "embedding.h"
 #include "gemm.h"
 #include "layernorm.h"
+#include "rotary.h"
 #include "sum_of_squares.h"
 
 namespace peak::test {
@@ -26,6 +27,7 @@ PEAK_TEST(nothing_to_do) {
       Gemm({.dtype = dtype, .m = 3, .k = 5}, threads);
       LayernormForward({.dtype = dtype}, threads);
       LayernormBackward({.dtype = dtype}, threads);
+      Rotary({.dtype = dtype, .heads = 3, .width = 8, .pairs = 4, .turned = 2}, threads);
       SumOfSquares({.dtype = dtype, .total = &zero}, threads);
       Check(zero == 1.0f, "the sum of nothing is %g, expected 0", zero - 1.0f);
       for (const int64_t queries : {0, 3}) {
