@@ -4,27 +4,40 @@
 #include <numeric>
 #include <vector>
 
+#include "memory.h"
+
 #define PEAK_THIS_FILE "embedding.cpp"
 #include "foreach_isa.h"
 
 #ifdef PEAK_ISA
 
-template <class T>
+// The row that `kAhead` rows later will be looked up is asked for: a table's rows come in no order that the processor
+// could guess, and lie in pages that it has to look for too.
+template <class T, bool kPastCaches>
 void GatherRows(const EmbeddingForwardArgs& args, int64_t begin, int64_t end) {
+  constexpr int64_t kAhead = 2;
   const int64_t width = args.width;
+  const T* table = static_cast<const T*>(args.wte);
   for (int64_t row = begin; row < end; ++row) {
-    const T* token = static_cast<const T*>(args.wte) + args.ids[row] * args.wte_stride;
+    const T* token = table + args.ids[row] * args.wte_stride;
+    const T* ahead = table + args.ids[row + kAhead < end ? row + kAhead : row] * args.wte_stride;
     T* out = static_cast<T*>(args.out) + row * width;
     if (args.wpe == nullptr) {
       std::memcpy(out, token, width * sizeof(T));
       continue;
     }
     const T* position = static_cast<const T*>(args.wpe) + row % args.tokens * args.wpe_stride;
-    for (int64_t i = 0; i < width; i += kLanes) {
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+      FetchTwoToL2(ahead + i);
+      StoreRows<kPastCaches, 1>(out + i, width, LoadTwo(token + i) + LoadTwo(position + i));
+    }
+    for (; i < width; i += kLanes) {
       const int64_t n = width - i;
       Store(out + i, Load(token + i, n) + Load(position + i, n), n);
     }
   }
+  if (kPastCaches) EndStream();
 }
 
 // out += sum of the rows of dy named by `rows`, in their order, in float32.
@@ -80,7 +93,10 @@ void SumPositions(const EmbeddingBackwardArgs& args, int threads) {
 }  // namespace
 
 void EmbeddingForward(const EmbeddingForwardArgs& args, int threads) {
-  const auto rows = PEAK_PICK_DTYPE(args.dtype, GatherRows);
+  const int64_t row_bytes = args.width * SizeOf(args.dtype);
+  const bool past = GoPast(args.out, args.batch * args.tokens * row_bytes, row_bytes);
+  const auto rows = past ? PEAK_PICK_DTYPE(args.dtype, GatherRows, true)
+                         : PEAK_PICK_DTYPE(args.dtype, GatherRows, false);
   ParallelParts(args.batch * args.tokens, threads, threads,
                 [&](int64_t, int64_t begin, int64_t end) { rows(args, begin, end); });
 }

@@ -123,6 +123,19 @@ def test_large_layernorm_is_its_pieces_to_the_bit(isa, dtype, width):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", (96, 97))
+def test_large_embedding(isa, dtype, width):
+    """Past the caches, or not: the sum of two rows, to the bit."""
+    cache = _last_level_cache_bytes()
+    if cache > 1 << 27:
+        pytest.skip(f"a last-level cache of {cache >> 20} MiB")
+    tokens = max(cache, 32 << 20) // 2 // (3 * width * dtype.itemsize) + 50
+    ids, wte = torch.randint(50, (3, tokens)), torch.randn(50, width).to(dtype)
+    wpe = torch.randn(tokens, width).to(dtype)
+    assert torch.equal(OPS["embedding"](ids, wte, wpe), torch.nn.functional.embedding(ids, wte) + wpe)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", (0, 1, 3))
 def test_cross_entropy_every_vocabulary(isa, dtype, offset):
     for vocab in COUNTS[1:]:
