@@ -22,6 +22,7 @@ struct GemmPart {
   int64_t row_begin, row_end, column_begin, column_end;  // panels of a block
 };
 
+constexpr int64_t kThinRows = 4;  // up to which b is not packed
 constexpr int64_t kGroupFloats = 120 << 10;  // of packed b, to stay in the second-level cache
 
 }  // namespace
@@ -119,6 +120,16 @@ void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, 
   }
 }
 
+// One slot of each lane, multiplied and added.
+template <class T>
+PEAK_INLINE Vec AddProduct(Vec sum, Vec left, Vec right) {
+  if constexpr (kSlot<T> == 2) {
+    return DotPairs(sum, AsPairs(left), AsPairs(right));
+  } else {
+    return Fma(left, right, sum);
+  }
+}
+
 // sums[kRows][kColumns] = (or, from the second block of k on, +=) the product of two panels over `slots`.
 template <class T>
 void Tile(int64_t slots, const float* a, const float* b, bool first, float* sums) {
@@ -131,13 +142,7 @@ void Tile(int64_t slots, const float* a, const float* b, bool first, float* sums
     for (int j = 0; j < kColumnVecs; ++j) right[j] = Load(b + j * kLanes);
     for (int i = 0; i < kRows; ++i) {
       const Vec left = Set(a[i]);
-      for (int j = 0; j < kColumnVecs; ++j) {
-        if constexpr (kSlot<T> == 2) {
-          acc[i][j] = DotPairs(acc[i][j], AsPairs(left), AsPairs(right[j]));
-        } else {
-          acc[i][j] = Fma(left, right[j], acc[i][j]);
-        }
-      }
+      for (int j = 0; j < kColumnVecs; ++j) acc[i][j] = AddProduct<T>(acc[i][j], left, right[j]);
     }
   }
   for (int i = 0; i < kRows; ++i) {
@@ -246,6 +251,55 @@ void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart
   }
 }
 
+// out[i * kColumns + lane] = (or, from the second block of k on, +=) the sums of kThin rows of a and kLanes columns of b,
+// b read where it lies: it is transposed in registers. Slot by slot as in Tile, so to the same bits.
+template <class T, int64_t kThin>
+void ThinSums(const float* a, const T* b, int64_t stride, int64_t lanes, int64_t depth, bool first, float* out) {
+  constexpr int64_t kStep = kLanes * kSlot<T>;
+  Vec sums[kThin];
+  for (Vec& sum : sums) sum = Set(0.0f);
+  for (int64_t at = 0; at < depth; at += kStep) {
+    Vec right[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) {
+      right[j] = j < lanes ? LoadSlots(b + j * stride + at, depth - at) : Set(0.0f);
+      __builtin_prefetch(b + (j + kLanes) * stride + at);  // the next columns
+    }
+    Transpose(right);
+    const int64_t slots = std::min<int64_t>(kLanes, (depth - at + kSlot<T> - 1) / kSlot<T>);
+    for (int64_t s = 0; s < slots; ++s, a += kPanelRows) {
+      for (int64_t i = 0; i < kThin; ++i) sums[i] = AddProduct<T>(sums[i], Set(a[i]), right[s]);
+    }
+  }
+  for (int64_t i = 0; i < kThin; ++i, out += kColumns) Store(out, first ? sums[i] : Load(out) + sums[i]);
+}
+
+// Panels [begin, end) of columns of a product with kThin rows: nothing of b would be used twice, so it is not packed.
+template <class T, int64_t kThin>
+void ThinPanels(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
+  alignas(64) float tile[kThin * kColumns];
+  for (int64_t column = begin * kColumns; column < std::min(end * kColumns, args.n); column += kColumns) {
+    for (int64_t j = 0; j < std::min<int64_t>(kColumns, args.n - column); j += kLanes) {
+      const T* b = static_cast<const T*>(args.b) + (column + j) * args.b_col;
+      const int64_t lanes = std::min<int64_t>(kLanes, args.n - column - j);
+      for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
+        ThinSums<T, kThin>(a + k / kSlot<T> * kPanelRows, b + k, args.b_col, lanes, std::min(depth, args.k - k), k == 0,
+                           tile + j);
+      }
+    }
+    FinishTile<T>(args, tile, 0, column);
+  }
+}
+
+template <class T>
+void MultiplyThin(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
+  switch (args.m) {
+    case 1: return ThinPanels<T, 1>(args, depth, a, begin, end);
+    case 2: return ThinPanels<T, 2>(args, depth, a, begin, end);
+    case 3: return ThinPanels<T, 3>(args, depth, a, begin, end);
+    case kThinRows: return ThinPanels<T, kThinRows>(args, depth, a, begin, end);
+  }
+}
+
 #else
 
 namespace peak {
@@ -291,6 +345,18 @@ std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads)
 
 }  // namespace
 
+namespace {
+
+void GemmThin(const GemmArgs& args, const GemmTile& tile, int64_t depth, int threads) {
+  float* const a = Workspace(Up(args.k, tile.slot) / tile.slot * tile.rows);
+  PEAK_PICK_DTYPE(args.dtype, PackRows)(args, {0, args.m, 0, args.n, 0, args.k, true, true}, 0, 1, a);
+  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyThin);
+  ParallelParts(Pieces(args.n, tile.columns), threads, threads,
+                [&](int64_t, int64_t begin, int64_t end) { multiply(args, depth, a, begin, end); });
+}
+
+}  // namespace
+
 void Gemm(const GemmArgs& args, int threads) {
   if (args.m == 0 || args.n == 0) return;
   const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileOf)();
@@ -302,6 +368,7 @@ void Gemm(const GemmArgs& args, int threads) {
   const int64_t rows = Up(Pieces(args.m, row_blocks), tile.rows);
   const int64_t columns = Up(Pieces(args.n, column_blocks), tile.columns);
   const int64_t depth = Up(Pieces(args.k, k_blocks), tile.slot);  // at least a slot: an empty sum is 0
+  if (args.m <= kThinRows && args.b_k == 1) return GemmThin(args, tile, depth, threads);
   const int64_t row_panels = rows / tile.rows, column_panels = columns / tile.columns, slots = depth / tile.slot;
   const auto wanted = Grid(row_panels, column_panels, threads);
   const int team = wanted.first * wanted.second;
