@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.families import FAMILIES, Family, family_of
+from peakgpt.engine.families import FAMILIES, OWN, Family, family_of, nearest
 
 if TYPE_CHECKING:
     from peakgpt.engine.tokenizer import Tokenizer
@@ -77,7 +78,8 @@ def read_weights(
     path, found = _open_weights(Path(folder))
     found = family.standard_names(found)
     shapes = family.shapes(config, expected)
-    head = found.pop("lm_head.weight", None) if config.tied_head else None
+    (name,) = family.theirs("lm_head.weight")
+    head = found.pop(name, None) if config.tied_head else None
     found = {name: tensor for name, tensor in found.items() if name in shapes or not name.endswith(BUFFERS)}
     if family.always_biased and config.bias is not True:
         found = {name: tensor for name, tensor in found.items() if name in shapes or not _zero_bias(name, tensor)}
@@ -85,7 +87,7 @@ def read_weights(
     _compare(path, found, shapes)
     (embedding,) = family.theirs("transformer.wte.weight")
     if head is not None and not torch.equal(head, found[embedding]):
-        raise ValueError(f"{path}: lm_head.weight differs from {embedding}, expected a tied head")
+        raise ValueError(f"{path}: {name} differs from {embedding}, expected a tied head")
     # A copy: what safetensors gives may be a map of the file, and a file can be overwritten.
     return {
         name: torch.empty(shape, dtype=dtype).copy_(family.to_ours(config, name, found))
@@ -159,7 +161,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def write_model(
     folder: Path | str, config: GPTConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write a folder that transformers loads, atomically file by file.
+    """Write a folder that transformers loads, where it has such models, atomically file by file.
 
     Args:
         folder: made where it is not there.
@@ -167,10 +169,16 @@ def write_model(
         state: the model's state dict, Linear layout.
         tokenizer: anything with `save(folder)` and `end_id`.
     Raises:
-        ValueError: no family's layout can say what the config does.
         OSError: the folder can not be written; what was there still is.
     """
     family = family_of(config)
+    if family.model_type == OWN:
+        name, lacking = nearest(config)
+        warnings.warn(
+            f"checkpoint {folder}: no layout of transformers has this model, the nearest, {name}, lacks its "
+            f"{', '.join(lacking)}: written in peakgpt's own, which transformers does not read",
+            stacklevel=3,
+        )
     tensors = family.to_theirs(config, _with_biases(state) if family.always_biased else state)
 
     def fill(stage: Path) -> None:

@@ -122,7 +122,8 @@ class GPTConfig:
             raise ValueError(
                 f"GPTConfig: rotary_dim is {self.rotary_dim}, expected None as position is {self.position}"
             )
-        self._settle(rotary_dim=(self.rotary_dim or self.head_dim) if rotary else None)
+        if rotary and self.rotary_dim is None:
+            self._settle(rotary_dim=self.head_dim)
         if rotary and (not _is_count(self.rotary_dim) or self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
             raise ValueError(
                 f"GPTConfig: rotary_dim is {self.rotary_dim!r}, expected an even number up to head_dim {self.head_dim}"

@@ -96,14 +96,15 @@ class GPT(Conv1DLoading):
     def save_pretrained(
         self, folder: Path | str, tokenizer: Tokenizer | None = None, *, weights: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Save in the Hugging Face layout of the first family that has it; an interrupted write leaves what was there.
+        """Save in the Hugging Face layout of its family, or in our own where there is none, with a warning.
+
+        An interrupted write leaves what was there.
 
         Args:
             folder: made where it is not there.
             tokenizer: saved beside the model; anything with `save(folder)` and `end_id`.
             weights: replaces the model's own tensors by name, as from AdamW.master_weights.
         Raises:
-            ValueError: a config that no layout has room for.
             OSError: the folder can not be written.
         """
         checkpoint.write_model(folder, self.config, {**self.state_dict(), **(weights or {})}, tokenizer)

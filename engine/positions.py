@@ -55,8 +55,6 @@ def rotary_table(width: int, base: float, past: int, tokens: int, device: torch.
 def alibi_slopes(heads: int, device: torch.device | str) -> Tensor:
     """(heads,) float32."""
     below = 2 ** math.floor(math.log2(heads))
-    slopes = [
-        torch.exp2(torch.arange(1, below + 1, dtype=torch.float32, device=device) * (-8.0 / below)),
-        torch.exp2(torch.arange(1, 2 * (heads - below), 2, dtype=torch.float32, device=device) * (-4.0 / below)),
-    ]
-    return torch.cat(slopes)
+    head = torch.arange(heads, dtype=torch.float32, device=device)
+    exponent = torch.where(head < below, (head + 1) * (-8.0 / below), (2 * (head - below) + 1) * (-4.0 / below))
+    return exponent.exp2()

@@ -225,10 +225,17 @@ def test_an_unwritable_folder_is_named(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_what_the_layout_can_not_say_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="got n_kv_head 1, expected 2: the nearest layout, gpt2"):
-        our_model(n_kv_head=1).save_pretrained(tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+def test_what_no_layout_of_transformers_says_is_kept_in_our_own(tmp_path):
+    every = {"n_kv_head": 1, "head_dim": 16, "word_dim": 8, "embedding_norm": True, "windows": (None, 3),
+             "bias": ("mlp",), "tied_head": False, "head_bias": True, "attention_dropout": 0.5}  # fmt: skip
+    for changes, lacking in (({"n_kv_head": 1}, "gpt2, lacks its n_kv_head:"), (every, "lacks its n_kv_head, ")):
+        model = our_model(**changes)
+        with pytest.warns(UserWarning, match=lacking):
+            model.save_pretrained(tmp_path)
+        again = peakgpt.GPT.from_pretrained(tmp_path)
+        assert again.config == model.config and torch.equal(again(IDS), model(IDS))
+        with pytest.raises(ValueError, match="peakgpt"):
+            transformers.AutoConfig.from_pretrained(tmp_path)
 
 
 def train(model, optimizer, steps):
