@@ -24,6 +24,7 @@ struct Problem {
   bool alibi;
   Range range;
   Bias bias = Bias::kNone;
+  double dropout = 0.0;
 
   int64_t BiasBatch() const { return bias == Bias::kFull ? batch : 1; }
   int64_t BiasHeads() const { return bias == Bias::kFull || bias == Bias::kByHead ? heads : 1; }
@@ -45,7 +46,9 @@ constexpr Problem kProblems[] = {
     {3, 70, 70, 2, 2, 8, true, 0, false, Range::kPadded, Bias::kShared},
     {2, 67, 133, 4, 2, 16, true, 25, true, Range::kAll, Bias::kFull},
     {1, 130, 130, 3, 1, 24, false, 0, true, Range::kAll, Bias::kByHead},
-    {1, 90, 90, 2, 1, 8, true, 0, false, Range::kDocuments, Bias::kFull}};
+    {1, 90, 90, 2, 1, 8, true, 0, false, Range::kDocuments, Bias::kFull},
+    {2, 70, 70, 2, 1, 16, true, 0, true, Range::kPadded, Bias::kNone, 0.25},
+    {2, 3, 37, 2, 2, 8, false, 0, false, Range::kAll, Bias::kShared, 0.5}};
 
 // (batch, tokens, heads, width) with gaps.
 template <class T>
@@ -80,7 +83,7 @@ struct Attention {
   Tensor4<T> q, k, v, dout, dq, dk, dv;
   Buffer<T> out;
   Buffer<float> lse, alibi;
-  Buffer<int64_t> start, length, documents;
+  Buffer<int64_t> start, length, documents, dropout_seed;
   int64_t bias_s, bias_t, bias_h, bias_b;
   Buffer<T> bias;
   Buffer<float> dbias, dalibi, dalibi_rows;
@@ -102,6 +105,7 @@ struct Attention {
         start(place.In<int64_t>(p.batch)),
         length(place.In<int64_t>(p.batch)),
         documents(place.In<int64_t>(4)),
+        dropout_seed(place.In<int64_t>(1)),
         bias_s(p.bias == Bias::kByHead ? 2 : 1),
         bias_t(p.keys * bias_s + kGap),
         bias_h(p.queries * bias_t),
@@ -121,6 +125,7 @@ struct Attention {
         }
       }
     }
+    dropout_seed[0] = -123456789012345;
     dbias.Fill([](int64_t) { return 0.0; });
     dalibi_rows.Fill([](int64_t) { return 0.0; });
     const int64_t starts[] = {3, 0, p.keys + 2}, lengths[] = {p.keys, p.keys / 2, 4};
@@ -151,13 +156,31 @@ struct Attention {
             .bias = p.bias == Bias::kNone ? nullptr : bias.data(), .bias_dtype = kDtype<T>,
             .bias_batch = p.BiasBatch(), .bias_heads = p.BiasHeads(), .bias_b = bias_b, .bias_h = bias_h,
             .bias_t = bias_t, .bias_s = bias_s,
-            .causal = p.causal, .window = p.window, .scale = kScale, .out = out.data(), .lse = lse.data(),
+            .causal = p.causal, .window = p.window, .scale = kScale, .dropout = p.dropout,
+            .seed = p.dropout > 0.0 ? dropout_seed.data() : nullptr, .out = out.data(), .lse = lse.data(),
             .dout = dout.buffer.data(), .dout_b = dout.StrideB(), .dout_t = dout.StrideT(), .dout_h = p.width,
             .dq = dq.buffer.data(), .dq_b = dq.StrideB(), .dq_t = dq.StrideT(), .dq_h = p.width,
             .dk = dk.buffer.data(), .dk_b = dk.StrideB(), .dk_t = dk.StrideT(), .dk_h = p.width,
             .dv = dv.buffer.data(), .dv_b = dv.StrideB(), .dv_t = dv.StrideT(), .dv_h = p.width,
             .dbias = p.bias == Bias::kNone ? nullptr : dbias.data(), .dalibi = p.alibi ? dalibi.data() : nullptr,
             .dalibi_rows = p.alibi ? dalibi_rows.data() : nullptr};
+  }
+
+  // Dropout's factor on a weight: Philox4x32-7, word by word.
+  double Factor(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    if (p.dropout == 0.0) return 1.0;
+    const uint64_t key = static_cast<uint64_t>(dropout_seed[0]);
+    uint64_t c[] = {static_cast<uint64_t>(i), static_cast<uint64_t>(j / 4), static_cast<uint64_t>(b),
+                    static_cast<uint64_t>(h)};
+    uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < 7; ++round, low += 0x9e3779b9, high += 0xbb67ae85) {
+      const uint64_t first = c[0] * 0xd2511f53, second = c[2] * 0xcd9e8d57;
+      c[0] = (second >> 32) ^ c[1] ^ low;
+      c[1] = second & 0xffffffff;
+      c[2] = (first >> 32) ^ c[3] ^ high;
+      c[3] = first & 0xffffffff;
+    }
+    return static_cast<double>(c[j % 4]) >= p.dropout * 0x1p32 ? 1.0 / (1.0 - p.dropout) : 0.0;
   }
 
   int64_t Slice(int64_t b, int64_t h) const {
@@ -231,7 +254,7 @@ void ExpectForward(const Attention<T>& a) {
           Want want{0.0, 0.0};
           for (int64_t j = 0; j < a.p.keys; ++j) {
             if (!a.Lives(b, i, j)) continue;
-            const double term = weights.p[j] * a.v.At(b, j, kv_head, d);
+            const double term = weights.p[j] * a.Factor(b, h, i, j) * a.v.At(b, j, kv_head, d);
             want.value += term;
             want.slack += std::fabs(term) * (kOperand<T> + 2.0 * weights.reach);
           }
@@ -268,11 +291,12 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
         }
         for (int64_t j = 0; j < p.keys; ++j) {
           if (!a.Lives(b, i, j)) continue;
+          const double factor = a.Factor(b, h, i, j);
           double dp = 0.0, dp_magnitude = 0.0;
           for (int64_t d = 0; d < p.width; ++d) {
             const double term = a.dout.At(b, i, h, d) * a.v.At(b, j, kv_head, d);
-            dp += term;
-            dp_magnitude += std::fabs(term);
+            dp += term * factor;
+            dp_magnitude += std::fabs(term) * factor;
           }
           const double rounding = kOperand<T> + 2.0 * weights.reach + 8.0;
           const double ds = weights.p[j] * (dp - delta) * kScale;
@@ -286,7 +310,7 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
             const double q = a.q.At(b, i, h, d), k = a.k.At(b, j, kv_head, d), dy = a.dout.At(b, i, h, d);
             Add(dq[d], ds * k, ds_slack * std::fabs(k));
             Add(dk[at], ds * q, ds_slack * std::fabs(q));
-            Add(dv[at], weights.p[j] * dy, weights.p[j] * std::fabs(dy) * rounding);
+            Add(dv[at], weights.p[j] * factor * dy, weights.p[j] * factor * std::fabs(dy) * rounding);
           }
         }
         for (int64_t d = 0; with_dq && d < p.width; ++d) {
@@ -376,6 +400,8 @@ constexpr Problem kFew = {2, 2, 40, 2, 1, 16, true, 0, false, Range::kPadded};
 PEAK_KERNEL(attention_float32) { return Call<float>(kMany, threads); }
 PEAK_KERNEL(attention_bfloat16) { return Call<bf16>(kMany, threads); }
 PEAK_KERNEL(attention_biased) { return Call<bf16>(kBiased, threads); }
+constexpr Problem kDropped = {1, 150, 150, 2, 1, 16, true, 0, true, Range::kAll, Bias::kNone, 0.1};
+PEAK_KERNEL(attention_dropped) { return Call<float>(kDropped, threads); }
 PEAK_KERNEL(attention_few_queries) { return Call<bf16>(kFew, threads); }
 
 }  // namespace
