@@ -67,7 +67,8 @@ PEAK_INLINE void StoreTwoRows(Pair* rows, Pair* stacked, int64_t row, int64_t at
 // p = e^(c s - lse), ds = p (dp - delta); kDrop: p times the mask, ds = p (mask dp - delta); kKeep: the plain p and ds
 // as floats too, in place of s and dp.
 template <bool kKeep, bool kDrop, class T>
-__attribute__((noinline)) void Gradients(const BackwardSpace<T>& space, const float* lse, const float* delta, int64_t rows, Lanes lanes, float c) {
+PEAK_NOINLINE void Gradients(const BackwardSpace<T>& space, const float* lse, const float* delta, int64_t rows,
+                             Lanes lanes, float c) {
   const Vec scale = Set(c);
   for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
     const Vec base = Set(0.0f) - Load(lse + at), mean = Load(delta + at);
@@ -92,8 +93,8 @@ __attribute__((noinline)) void Gradients(const BackwardSpace<T>& space, const fl
 PEAK_INLINE void AddTo(float* p, Vec x, int64_t n) { Store(p, Load(p, n) + x, n); }
 
 // dbias[query][key] += ds[key][query].
-__attribute__((noinline)) void AddBiasGradient(const QueryTile& tile, const float* ds, int64_t key, int64_t keys, Lanes lanes,
-                            float* dbias, int64_t stride) {
+PEAK_NOINLINE void AddBiasGradient(const QueryTile& tile, const float* ds, int64_t key, int64_t keys, Lanes lanes,
+                                   float* dbias, int64_t stride) {
   for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
     for (int64_t r = 0; r < keys; r += kLanes) {
       const int64_t n = Least(kLanes, keys - r);
@@ -108,8 +109,8 @@ __attribute__((noinline)) void AddBiasGradient(const QueryTile& tile, const floa
 }
 
 // For each query, into the three planes of `rows`: the sums over keys of ds (j - i), ds and p (j - i).
-__attribute__((noinline)) void AddSlopeGradient(const QueryTile& tile, const float* p, const float* ds, int64_t key, int64_t keys,
-                             Lanes lanes, float* rows, int64_t plane) {
+PEAK_NOINLINE void AddSlopeGradient(const QueryTile& tile, const float* p, const float* ds, int64_t key, int64_t keys,
+                                    Lanes lanes, float* rows, int64_t plane) {
   for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
     const Vec position = Load(tile.position + at);
     Vec slope = Set(0.0f), total = slope, mean = slope;
@@ -184,7 +185,9 @@ void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const
   }
   if (unit.by_key) {
     const int64_t line = kTile / kDepth<E>, at = (i + lane) / kDepth<E> * widths.stacked;
-    const int64_t depth = vecs * kLanes / kDepth<E>, columns = widths.stacked / kLanes;
+    // Not the lanes past the last query: of a single one they would be all but one step.
+    const int64_t depth = UpTo(Least(vecs * kLanes, tile.count - lane), kDepth<E>) / kDepth<E>;
+    const int64_t columns = widths.stacked / kLanes;
     Multiply(space.p + lane / kDepth<E>, line, 1, space.dy_stacked + at, widths.stacked, depth,
              space.dv + j * widths.stacked, widths.stacked, rows, columns, true);
     Multiply(space.ds + lane / kDepth<E>, line, 1, space.q_stacked + at, widths.stacked, depth,
@@ -309,7 +312,8 @@ struct QuerySide {
     const int64_t group = args.heads / args.kv_heads;
     for (int64_t i = b; i < args.batch; i += batch) {
       for (int64_t head = h; head < args.heads; head += heads) {
-        run(args, {i, head / group, head, 1, queries.Begin(range), queries.Begin(range + 1), 0, args.keys, true, false});
+        run(args, {i, head / group, head, 1, queries.Begin(range), queries.Begin(range + 1), 0, args.keys, true,
+                   false});
       }
     }
   }
@@ -340,8 +344,8 @@ void AttentionBackward(const AttentionArgs& args, int threads) {
   const int64_t group = args.heads / args.kv_heads, kv_heads = args.batch * args.kv_heads;
   const auto run = PEAK_PICK_DTYPE(args.dtype, RunBackwardUnit);
   // One pass over a kv head takes five products. Two passes, which cut it, take four and three: 7/5 of the work, worth
-  // it where whole heads would leave that share of the threads idle, and where they would have to add up in one gradient
-  // of a shared bias. The sums are the same to the last bit.
+  // it where whole heads would leave that share of the threads idle, and needed where they add up in the gradient of a
+  // shared bias. The sums are the same to the last bit.
   const int64_t rounds = (kv_heads + threads - 1) / threads;
   const bool shared = args.dbias != nullptr && (args.bias_batch < args.batch || args.bias_heads < args.heads);
   if (by_query && by_key && !shared && 7 * kv_heads >= 5 * rounds * threads) {

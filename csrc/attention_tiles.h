@@ -302,7 +302,8 @@ struct ScoreTerms {
 
 // s = scale s + bias.
 template <class B>
-__attribute__((noinline)) void AddBias(const ScoreTerms& terms, const QueryTile& tile, float* s, int64_t key, int64_t rows, Lanes lanes) {
+PEAK_NOINLINE void AddBias(const ScoreTerms& terms, const QueryTile& tile, float* s, int64_t key, int64_t rows,
+                           Lanes lanes) {
   for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
     for (int64_t r = 0; r < rows; r += kLanes) {
       const int64_t n = Least(kLanes, terms.keys - key - r);
@@ -365,8 +366,7 @@ struct Dropout {
   }
   bool On() const { return factor != 0.0f; }
   // mask[key][query] = factor or 0, for `rows` keys from `from` on, both multiples of 4.
-  __attribute__((noinline)) void Draw(const QueryTile& tile, int64_t from, int64_t rows, Lanes lanes,
-                                      float* mask) const {
+  PEAK_NOINLINE void Draw(const QueryTile& tile, int64_t from, int64_t rows, Lanes lanes, float* mask) const {
     for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
       const Words query = SetWords(static_cast<uint32_t>(tile.query + at)) + CountWords();
       for (int64_t r = 0; r < rows; r += 4) {

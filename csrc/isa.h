@@ -14,6 +14,8 @@
 
 #if defined(__x86_64__) || defined(__aarch64__)
 #define PEAK_INLINE inline __attribute__((always_inline))
+// What few calls need: inlined, it costs the others registers and the inlining of what they do need.
+#define PEAK_NOINLINE __attribute__((noinline))
 #else
 #error "peakgpt's C++ kernels support x86-64 and aarch64"
 #endif
