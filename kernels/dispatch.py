@@ -23,6 +23,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType, ModuleType
@@ -497,6 +498,15 @@ def _laid_out_like(tensor: Tensor, grad: Tensor) -> Tensor:
     if grad.stride() == promised.stride():
         return grad
     return grad.new_empty_strided(promised.shape, promised.stride()).copy_(grad)
+
+
+def short_lived(like: Tensor, *shape: int) -> Tensor:
+    """New memory for a result that dies before tensors made after it: 128 bytes more than it needs.
+
+    glibc's posix_memalign looks for 96 bytes more than it is asked for, so what it has freed holds nothing of the same
+    size, and would stay a hole between tensors that live on: 84 MiB of a float32 training step of GPT-2 124M.
+    """
+    return like.new_empty(math.prod(shape) + 128 // like.element_size()).resize_(shape)
 
 
 def may_overwrite_saved() -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peakgpt.kernels import check
-from peakgpt.kernels.dispatch import Cost, op
+from peakgpt.kernels.dispatch import Cost, op, short_lived
 
 
 def _check(x, w, b):
@@ -37,7 +37,7 @@ def _sample(rows: int = 1024, width: int = 768, out: int = 2304, **like):
 
 
 def _alloc(x, w, b, *, needs):
-    return (x.new_empty((*x.shape[:-1], w.shape[0])),), ()
+    return (short_lived(x, *x.shape[:-1], w.shape[0]),), ()
 
 
 @op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w"), autocast="lower")

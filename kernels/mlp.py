@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peakgpt.kernels import check
-from peakgpt.kernels.dispatch import Cost, op
+from peakgpt.kernels.dispatch import Cost, op, short_lived
 
 ACTIVATIONS = {"gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu_erf": F.gelu, "relu": F.relu}
 
@@ -52,7 +52,7 @@ def _sample(rows: int = 1024, width: int = 768, hidden: int = 3072, **like):
 
 
 def _alloc(x, w_up, b_up, w_down, b_down, *, needs, activation):
-    out = x.new_empty((*x.shape[:-1], w_down.shape[0]))
+    out = short_lived(x, *x.shape[:-1], w_down.shape[0])
     return (out,), (x.new_empty((*x.shape[:-1], w_up.shape[0])),) if any(needs) else ()
 
 
