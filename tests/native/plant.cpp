@@ -1,6 +1,7 @@
-// Faults on purpose, for the sanitizers to find: `plant overread|undefined|race|shared_partial`. A build that lets its own pass is
-// blind, so the Makefile wants each to end badly. The kernels themselves commit them, called with tensors that are too
-// short, misaligned or overlapping: it is csrc that must be instrumented, and OpenMP that must be understood.
+// Faults on purpose, for the sanitizers to find: `plant overread|undefined|race|shared_partial`. A build that lets its
+// own pass is blind, so the Makefile wants each to end badly. The kernels themselves commit them, called with tensors
+// that are too short, misaligned or overlapping: it is csrc that must be instrumented, and OpenMP that must be
+// understood.
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -36,9 +37,9 @@ void Race() {
 
 // A sum that all threads add to.
 void SharedPartial() {
-  double total = 0.0;
-  peak::ParallelParts(1000, 4, 4, [&](int64_t, int64_t begin, int64_t end) { total += static_cast<double>(end - begin); });
-  std::printf("%g\n", total);
+  int64_t total = 0;
+  peak::ParallelParts(1000, 4, 4, [&](int64_t, int64_t begin, int64_t end) { total += end - begin; });
+  std::printf("%lld\n", static_cast<long long>(total));
 }
 
 constexpr struct {

@@ -60,7 +60,8 @@ PEAK_TEST(adamw) {
     const std::vector<double> m = s.exp_avg.Values(), v = s.exp_avg_sq.Values();
     Adamw(s.args, 1 + placement % 2);
     Check(s.step[0] == 7.0f, "step is %g, expected 7", s.step[0]);
-    const double scale = clipped ? 1.0 / (4.0 + 1e-6) : 1.0, fix1 = 1.0 - std::pow(0.9, 7), fix2 = 1.0 - std::pow(0.99, 7);
+    const double scale = clipped ? 1.0 / (4.0 + 1e-6) : 1.0;
+    const double fix1 = 1.0 - std::pow(0.9, 7), fix2 = 1.0 - std::pow(0.99, 7);
     for (int64_t i = 0; i < count; ++i) {
       const double g = s.grad.At(i) * scale, fresh_m = 0.9 * m[i] + 0.1 * g, fresh_v = 0.99 * v[i] + 0.01 * g * g;
       const double update = 0.01 * (fresh_m / fix1) / (std::sqrt(fresh_v / fix2) + 1e-8);

@@ -58,7 +58,7 @@ struct Tensor4 {
 
   Tensor4(Placer& place, Role role, int64_t batch, int64_t tokens_, int64_t heads_, int64_t width_)
       : tokens(tokens_), heads(heads_), width(width_),
-        buffer(role == Role::kInput ? place.In<T>(batch * tokens * StrideT()) : place.Out<T>(batch * tokens * StrideT())) {}
+        buffer(role == Role::kInput ? place.In<T>(batch * StrideB()) : place.Out<T>(batch * StrideB())) {}
   int64_t StrideT() const { return heads * width + kGap; }
   int64_t StrideB() const { return tokens * StrideT(); }
   int64_t Index(int64_t b, int64_t t, int64_t h, int64_t d) const {

@@ -74,7 +74,8 @@ PEAK_TEST(layernorm_forward) {
         Near("r", row, r[row], {want.r, 16.0 * want.r * (1.0 + shift * want.r)});
         for (int64_t i = 0; i < width; ++i) {
           const double z = (in[i] - want.mu) * want.r, bias = with_b ? b.At(i) : 0.0;
-          const double slack = std::fabs(w.At(i)) * (want.r * 2.0 * shift + 16.0 * std::fabs(z) * (1.0 + shift * want.r));
+          const double z_slack = want.r * 2.0 * shift + 16.0 * std::fabs(z) * (1.0 + shift * want.r);
+          const double slack = std::fabs(w.At(i)) * z_slack;
           if (!Near("y", i, y[row * width + i], {z * w.At(i) + bias, slack + std::fabs(bias)})) return;
         }
       }
@@ -166,8 +167,8 @@ void ExpectSameBitsPastCaches() {
   b.FillNormal(random);
   const auto run = [&](int64_t first, int64_t count) {
     const int64_t at = first * kWidth;
-    LayernormForward({kDtype<T>, kDtype<T>, count, kWidth, x.data() + at, kWidth, residual.data() + at, kWidth, w.data(),
-                      b.data(), sum.data() + at, y.data() + at, mu.data() + first, r.data() + first, kEps},
+    LayernormForward({kDtype<T>, kDtype<T>, count, kWidth, x.data() + at, kWidth, residual.data() + at, kWidth,
+                      w.data(), b.data(), sum.data() + at, y.data() + at, mu.data() + first, r.data() + first, kEps},
                      2);
     LayernormBackward({kDtype<T>, kDtype<T>, count, kWidth, residual.data() + at, kWidth, y.data() + at, kWidth,
                        sum.data() + at, kWidth, w.data(), mu.data() + first, r.data() + first, dx.data() + at, nullptr,

@@ -182,8 +182,8 @@ PEAK_TEST(simd_twos) {
     }
     PEAK_PICK(Twos<T>)(in, placed, stored, streamed, difference);
     for (int64_t i = 0; i < width; ++i) {
-      Check(Widen(stored[i]) == i && Widen(streamed[i]) == i && difference[i] == 0.0f, "%s %s element %d of two vectors",
-            ActiveIsa(), kName<T>, static_cast<int>(i));
+      Check(Widen(stored[i]) == i && Widen(streamed[i]) == i && difference[i] == 0.0f,
+            "%s %s element %d of two vectors", ActiveIsa(), kName<T>, static_cast<int>(i));
       Check(PEAK_PICK(PlaceOf<T>)(width + i, width + i + 1) == width + i, "%s a ragged end is in order", ActiveIsa());
     }
   });
@@ -224,7 +224,8 @@ PEAK_TEST(simd_binary) {
         for (int64_t lane = 0; lane < Lanes(); ++lane) {
           const float want = op.truth(a[lane], b[lane]);
           const bool good = std::isnan(want) ? std::isnan(out[lane]) : std::memcmp(&want, &out[lane], 4) == 0;
-          if (!Check(good, "%s: %g %s %g is %g, expected %g", ActiveIsa(), a[lane], op.name, b[lane], out[lane], want)) {
+          if (!Check(good, "%s: %g %s %g is %g, expected %g", ActiveIsa(), a[lane], op.name, b[lane], out[lane],
+                     want)) {
             return;
           }
         }
@@ -317,8 +318,8 @@ PEAK_TEST(simd_bf16) {
       const uint16_t want = Narrow<bf16>(x).bits, got = StoredAsBf16(x);
       const bool flushed = FlushesBf16() && std::fabs(x) < 0x1p-126 && got == (pattern >> 31 << 15);
       const bool both_nan = std::isnan(x) && std::isnan(Widen(bf16{got}));
-      if (!Check(got == want || flushed || both_nan, "%s rounded %08x to %04x, expected %04x", ActiveIsa(), pattern, got,
-                 want)) {
+      if (!Check(got == want || flushed || both_nan, "%s rounded %08x to %04x, expected %04x", ActiveIsa(), pattern,
+                 got, want)) {
         return;
       }
     }
