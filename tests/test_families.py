@@ -1,10 +1,12 @@
 """Every family against transformers, tiny and random: logits, loss, gradients, greedy text, and files both ways."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import peakgpt
 from peakgpt.engine import families, flops
@@ -166,3 +168,94 @@ def test_files_go_both_ways(pair, tmp_path):
 def test_parameters_are_counted(pair):
     _, _, ours = pair
     assert flops.parameter_count(ours.config) == sum(p.numel() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom"])
+def test_compiles_whole(variant, tmp_path):
+    reference(variant).save_pretrained(tmp_path)
+    model = peakgpt.GPT.from_pretrained(tmp_path, dropout=0.0)
+    ids, targets = batch()
+    torch._dynamo.reset()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, model(ids, targets))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_names_of_other_releases_are_read(pair, tmp_path):
+    """Of the bare model, whose names lack the prefix; with the tied head or the head's other name; with old buffers."""
+    theirs, folder, ours = pair
+    tensors = load_file(folder / "model.safetensors")
+    base = families.family_of(ours.config).base
+    old = {name.removeprefix(base).replace("embed_out", "lm_head"): tensor for name, tensor in tensors.items()}
+    old |= {} if "lm_head.weight" in old else {"lm_head.weight": theirs.get_input_embeddings().weight.detach().clone()}
+    block = next(name for name in old if ".0." in name).partition(".0.")[0]
+    old[f"{block}.0.attention.masked_bias"] = torch.tensor(-1e9)
+    save_file(old, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    again = peakgpt.GPT.from_pretrained(tmp_path, dropout=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
+
+
+def test_training_drops_out_and_evaluation_does_not(pair):
+    _, folder, plain = pair
+    model = peakgpt.GPT.from_pretrained(folder, dropout=0.3)
+    ids, _ = batch()
+    assert torch.equal(model(ids), plain(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+NEO_TYPES = r"attention_types is .*, expected 4 layers of global or local"
+BAD_CONFIGS = [
+    ("gpt_neo", {"attention_types": [[["global", "local"], 1]]}, NEO_TYPES),
+    ("gpt_neo", {"attention_types": [[["global", "sparse"], 2]]}, NEO_TYPES),
+    (
+        "gpt_neox",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        "rope_type is 'linear', expected 'default'",
+    ),
+    ("gpt_neox", {"num_attention_heads": 0}, "n_head is 0, expected a positive integer"),
+    ("gpt_neox", {"hidden_act": "silu"}, "hidden_act is 'silu', expected one of gelu_fast, gelu_new, "),
+    ("gptj", {"rotary_dim": 17}, "rotary_dim is 17, expected an even number up to head_dim 24"),
+    ("gptj", {"n_head": 5}, "n_embd is 48, expected a multiple of n_head 5"),
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True, expected False"),
+    ("opt", {"do_layer_norm_before": "no"}, "do_layer_norm_before is 'no', expected one of True, False"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm is True, expected False"),
+    ("openai-gpt", {"afn": "swish"}, "afn is 'swish', expected one of gelu, relu"),
+]
+
+
+@pytest.mark.parametrize(("variant", "changes", "message"), BAD_CONFIGS)
+def test_bad_configs_are_named(variant, changes, message, tmp_path):
+    theirs = reference(variant)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=message) as error:
+        peakgpt.GPT.from_pretrained(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("variant", ["gpt_neo", "gpt_neox", "opt", "bloom"])
+def test_bad_tensors_are_named_as_their_file_does(variant, tmp_path):
+    reference(variant).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith(("k_proj.weight", "query_key_value.weight")))
+    whole = tensors.pop(name)
+    for found, message in (
+        ({}, rf"got no tensor {name}, expected one of shape \({whole.shape[0]}, {whole.shape[1]}\)"),
+        ({name: whole[:-1].clone()}, rf"{name} is .*\({whole.shape[0] - 1}, .*expected .*\({whole.shape[0]}, "),
+        ({name: whole, "model.extra": whole.clone()}, "got tensor .*model.extra, expected the"),
+    ):
+        save_file(tensors | found, path)
+        with pytest.raises(ValueError, match=message) as error:
+            peakgpt.GPT.from_pretrained(tmp_path)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("start", [[0], [0, 7], [-1, 0]])
+def test_bad_padding_is_named(pair, start):
+    with pytest.raises(ValueError, match=r"generate: start is \[.*\], expected 2 of 0 to 6"):
+        pair[2].generate(batch()[0][:, :PROMPT], start=torch.tensor(start), max_new_tokens=1)

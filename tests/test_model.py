@@ -10,7 +10,7 @@ import transformers
 import peakgpt
 from peakgpt.engine import flops
 from peakgpt.engine.presets import PRESETS, preset
-from peakgpt.kernels.dispatch import load, use_backend
+from peakgpt.kernels.dispatch import Op, load, use_backend
 
 SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 48, "block_size": 24, "vocab_size": 97}
 BACKENDS = ["auto", "eager", "cpu", "gpu"]
@@ -147,6 +147,15 @@ def test_autocast(backend):
     loss.backward()
     assert {p.grad.dtype for p in ours.parameters()} == {torch.float32}
     assert (loss - wide).abs() <= 2 * (expected - wide).abs() + 1e-3
+
+
+def test_a_step_of_gpt2_is_these_ops(monkeypatch):
+    """What the benchmarks time: other families add none to it."""
+    seen, call = [], Op.__call__
+    monkeypatch.setattr(Op, "__call__", lambda self, *args, **kw: (seen.append(self.name), call(self, *args, **kw))[1])
+    peakgpt.GPT(peakgpt.GPTConfig(**SIZES))(*batch())
+    layer = ["linear", "attention_qkv", "linear", "add_layernorm", "mlp", "add_layernorm"]
+    assert seen == ["embedding", "layernorm", *layer * SIZES["n_layer"], "linear_cross_entropy"]
 
 
 def test_bfloat16_trains():
