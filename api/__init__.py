@@ -5,6 +5,7 @@ from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
 from peakgpt.engine.optim import AdamW
 from peakgpt.kernels.attention import attention
+from peakgpt.kernels.attention_decode import attention_decode
 from peakgpt.kernels.dispatch import use_backend
 from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
@@ -19,6 +20,7 @@ __all__ = [
     "GPTConfig",
     "add_layernorm",
     "attention",
+    "attention_decode",
     "doctor",
     "layernorm",
     "linear",

@@ -54,6 +54,12 @@ CASES = [
     ("attention", {"batch": 1, "tokens": 6, "heads": 2, "head_dim": 16, "keys": 5}, {}),
     ("attention", {"batch": 2, "tokens": 1, "heads": 2, "head_dim": 32, "keys": 67, "kv_heads": 1}, {"scale": 0.3}),
     ("attention", {"batch": 1, "tokens": 80, "heads": 2, "head_dim": 16}, {"window": 17}),
+    ("attention_decode", {"batch": 3, "heads": 4, "head_dim": 16, "keys": 70, "kv_heads": 2}, {}),
+    (
+        "attention_decode",
+        {"batch": 2, "queries": 5, "heads": 2, "head_dim": 80, "keys": 33, "block": 33},
+        {"window": 9},
+    ),
     ("attention_qkv", {"batch": 2, "tokens": 65, "heads": 2, "head_dim": 32}, {"n_head": 2}),
     (
         "attention_qkv",
@@ -73,6 +79,7 @@ LARGE_CASES = [
     ("rotary", {"batch": 4, "tokens": 256, "heads": 48, "head_dim": 256, "pairs": 32}, {"heads": 32}),
     ("attention", {"batch": 2, "tokens": 1025, "heads": 4, "head_dim": 64}, {}),
     ("attention", {"batch": 1, "tokens": 1000, "heads": 2, "head_dim": 128}, {}),
+    ("attention_decode", {"batch": 8, "heads": 32, "head_dim": 128, "keys": 2049, "kv_heads": 8}, {}),
     ("attention_qkv", {"batch": 4, "tokens": 256, "heads": 12, "head_dim": 64}, {"n_head": 12}),
     ("adamw", {"count": (1 << 20) + 1}, {"lr": 1e-2, "weight_decay": 0.1}),
     ("sum_of_squares", {"count": (1 << 20) + 1}, {}),
@@ -115,7 +122,8 @@ def run(backend: str, op: Callable[..., Any], tensors: Sequence[Tensor | None], 
     results = results if isinstance(results, tuple) else (results,)
     generator = torch.Generator().manual_seed(7)
     ups = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
-    return [*results, *torch.autograd.grad(results, [t for t in tensors if t is not None and t.requires_grad], ups)]
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    return [*results, *(torch.autograd.grad(results, wanted, ups) if wanted else ())]
 
 
 def run_mutating(backend: str, op: Op, tensors: Sequence[Tensor | None], params: Mapping[str, Any]) -> list[Tensor]:
@@ -205,7 +213,7 @@ def check(
 ) -> list[Check]:  # fmt: skip
     """Judge one case on every backend that takes it, and whether two runs give the same bits."""
     op = OPS[name]
-    tensors = sample(name, sizes, dtype, device, grad=not op.mutates)
+    tensors = sample(name, sizes, dtype, device, grad=op.gradient)
     go = run_mutating if op.mutates else run
     truth, torchs = go("eager", op, double(whole(op, tensors)), params), go("eager", op, tensors, params)
     checks = []

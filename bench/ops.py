@@ -97,7 +97,7 @@ class Case:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        return self.passes or (("forward",) if OPS[self.op].mutates else ("forward", "forward+backward"))
+        return self.passes or (("forward",) if not OPS[self.op].gradient else ("forward", "forward+backward"))
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     bound, params = op._bind(tensors, case.arguments)
     outputs, _ = op.alloc(*bound, needs=(False,) * len(bound), **params)
     ups = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
-    if not op.mutates:
+    if op.gradient:
         tensors = tuple(t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors)
     return tensors, ups
 

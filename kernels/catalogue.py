@@ -2,6 +2,7 @@
 
 from peakgpt.kernels.adamw import adamw
 from peakgpt.kernels.attention import attention, attention_qkv
+from peakgpt.kernels.attention_decode import attention_decode
 from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
@@ -14,6 +15,7 @@ __all__ = [
     "adamw",
     "add_layernorm",
     "attention",
+    "attention_decode",
     "attention_qkv",
     "embedding",
     "layernorm",

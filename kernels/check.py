@@ -53,7 +53,7 @@ def integers(op: str, name: str, tensor: Tensor | None, device: torch.device) ->
 def indices(op: str, name: str, tensor: Tensor, limit: int, device: torch.device, *, ignore: int | None = None) -> None:
     """tensor is integer, on the device and, where looking costs no device sync, within 0..limit-1."""
     integers(op, name, tensor, device)
-    if not _readable(tensor) or tensor.numel() == 0:
+    if not readable(tensor) or tensor.numel() == 0:
         return
     live = tensor if ignore is None else tensor[tensor != ignore]
     if live.numel():
@@ -68,10 +68,10 @@ def offsets(op: str, name: str, tensor: Tensor, total: int, device: torch.device
     integers(op, name, tensor, device)
     if tensor.shape[0] < 2:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected at least 2 entries")
-    if _readable(tensor) and not (tensor[0] == 0 and tensor[-1] == total and (tensor[1:] >= tensor[:-1]).all()):
+    if readable(tensor) and not (tensor[0] == 0 and tensor[-1] == total and (tensor[1:] >= tensor[:-1]).all()):
         raise ValueError(f"{op}: {name} is {tensor.tolist()}, expected to ascend from 0 to {total}")
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether values can be looked at, without waiting for a device."""
     return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"

@@ -139,13 +139,13 @@ class Op:
 
     def __init__(
         self, eager: Callable[..., Any], *, alloc, check, cost, sample, typical, keeps, outputs, autocast, mutates,
-        early, random,
+        early, random, gradient,
     ):  # fmt: skip
         functools.update_wrapper(self, eager)
         self.name, self.eager = eager.__name__, eager
         self.alloc, self.check, self.cost, self.sample, self.typical = alloc, check, cost, sample, dict(typical)
         self.outputs, self.autocast, self.mutates = outputs, autocast, frozenset(mutates)
-        self.early, self.random = early, random
+        self.early, self.random, self.gradient = early, random, gradient and not mutates
         self.signature = inspect.signature(eager, eval_str=True)
         arguments = self.signature.parameters
         self.tensor_names = tuple(n for n, a in arguments.items() if a.annotation in (Tensor, Tensor | None))
@@ -168,6 +168,8 @@ class Op:
         kind = tensors[0].device.type
         autocasting = _autocasts(kind)
         cast = _autocast(tensors, self.autocast, kind) if autocasting else tensors
+        if not (self.gradient or self.mutates) and any(_needs(cast)):
+            raise NotImplementedError(f"{self.name}: a gradient is wanted, expected a call under torch.no_grad()")
         self.check(*cast, **params)
         if torch.compiler.is_compiling():
             return self._traced(tensors, cast, params)
@@ -276,6 +278,7 @@ def op(
     mutates: Sequence[str] = (),
     early: Callable[..., Sequence[str]] | None = None,
     random: str | None = None,
+    gradient: bool = True,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Make an op of an eager function; arguments annotated `Tensor` or `Tensor | None` are tensors, others parameters.
 
@@ -294,10 +297,12 @@ def op(
             gradient 1, and may add to their sinks.
         random: the parameter that makes the op random where it is not 0; such an op has a tensor `seed`, (1,) int64,
             drawn from torch's generator where the caller gives none.
+        gradient: False for an op that raises where a gradient is wanted.
     """
     return lambda eager: Op(
         eager, alloc=alloc, check=check, cost=cost, sample=sample, typical=typical, keeps=keeps,
         outputs=() if mutates else outputs, autocast=autocast, mutates=mutates, early=early, random=random,
+        gradient=gradient,
     )  # fmt: skip
 
 
@@ -354,7 +359,7 @@ def _schema(op: Op) -> str:
 
 
 def _register(op: Op):
-    """Define the library op and, unless it mutates, its backward op; returns the callable."""
+    """Define the library op and, where it has a gradient, its backward op; returns the callable."""
     n_in, n_out = len(op.tensor_names), len(op.outputs)
     tags = (torch.Tag.needs_exact_strides,)
     replay = _Replay(op)
@@ -384,7 +389,7 @@ def _register(op: Op):
     _library.impl(op.name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"peakgpt::{op.name}", fake, lib=_library)
     library_op = getattr(torch.ops.peakgpt, op.name).default
-    if op.mutates:
+    if not op.gradient:
         return library_op
 
     def backward(grads, inputs, outputs, saved, *rest):

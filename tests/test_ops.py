@@ -20,7 +20,8 @@ BACKENDS = ("eager", "cpu", "gpu")
 IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, v in params.items())}"
        for name, sizes, params in CASES]  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
-DIFFERENTIABLE = [name for name in sorted(catalogue.__all__) if not OPS[name].mutates]
+PENDING = {("cpu", "attention_decode"), ("gpu", "attention_decode")}  # backends still to be written
+DIFFERENTIABLE = [name for name in sorted(catalogue.__all__) if OPS[name].gradient]
 
 
 def assert_close(ours, torchs, truth, dtype):
@@ -38,7 +39,8 @@ def objects(backend, op, tensors, params):
 
 def test_every_op_has_cases():
     ops = set(catalogue.__all__)
-    assert {name for name, *_ in LARGE_CASES} == ops and {name for name, *_ in CASES} == set(DIFFERENTIABLE)
+    assert {name for name, *_ in LARGE_CASES} == ops
+    assert {name for name, *_ in CASES} == {name for name in ops if not OPS[name].mutates}
 
 
 @pytest.mark.parametrize("name", sorted(catalogue.__all__))
@@ -48,7 +50,9 @@ def test_takes_its_plain_call(backend, name, dtype):
     op = OPS[name]
     with use_backend(backend), torch.device("meta"):
         module = None if backend == "eager" else load(backend, name)
-        assert not isinstance(module, str), module
+        assert isinstance(module, str) == ((backend, name) in PENDING), module
+        if isinstance(module, str):
+            return
         tensors = op.sample(dtype=dtype)
         assert (
             module is None
@@ -178,7 +182,9 @@ def test_forward_of_one_backward_of_another(name):
 def test_opcheck(name, backend):
     op = OPS[name]
     sizes, params = next(((s, p) for n, s, p in CASES if n == name), ({"count": 37}, op.typical))
-    tensors, params = op._bind(sample(name, sizes, torch.float32, grad=not op.mutates), params)
+    tensors = sample(name, sizes, torch.float32, grad=op.gradient)
+    objects(backend or "eager", op, tensors, params)
+    tensors, params = op._bind(tensors, params)
     ordered = tensors + tuple(params.values())
     needs = [t is not None and t.requires_grad for t in tensors]
     opcheck(op._library_op, (*ordered, backend, needs))
@@ -315,7 +321,7 @@ def test_cost_knows_what_is_written(name, dtype):
     sizes, params = next(((s, p) for n, s, p in CASES if n == name), ({"count": 37}, op.typical))
     # For a scalar loss what is kept are the gradients themselves.
     params = {**params, "reduction": "none"} if name == "linear_cross_entropy" else params
-    tensors = sample(name, sizes, dtype, grad=not op.mutates)
+    tensors = sample(name, sizes, dtype, grad=op.gradient)
     cost = op.cost(*tensors, **params)
     if op.mutates:
         changed = [t for n, t in zip(op.tensor_names, tensors, strict=False) if n in op.mutates and t is not None]
