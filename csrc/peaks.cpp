@@ -10,9 +10,7 @@ constexpr int kChains = 12;
 
 PEAK_INLINE Vec Step(Vec sum, Vec a, Vec b) { return Fma(a, b, sum); }
 PEAK_INLINE Vec Step(Vec sum, Pairs a, Pairs b) { return DotPairs(sum, a, b); }
-#if PEAK_HAS_QUADS
 PEAK_INLINE Ints Step(Ints sum, Quads a, Quads b) { return DotQuads(sum, a, b); }
-#endif
 
 template <class Sum, class Factor>
 PEAK_INLINE void RunChains(Sum zero, Factor a, Factor b, int64_t iterations, void* out) {
@@ -37,11 +35,9 @@ double RunLoop(int loop, const void* in, int64_t iterations, void* out) {
       RunChains(Set(0.0f), LoadPairs(h), LoadPairs(h), iterations, out);
       return 4.0 * kLanes * kChains;
     case kLoopInt8:
-#if PEAK_HAS_QUADS
-      RunChains(ZeroInts(), LoadQuads(in), LoadQuads(in), iterations, out);
+      if (!kNativeQuads) break;
+      RunChains(SetInts(0), LoadQuads(in), LoadQuads(in), iterations, out);
       return 8.0 * kLanes * kChains;
-#endif
-      break;
   }
   return 0.0;
 }

@@ -26,8 +26,12 @@
 //   FetchTwo(p)  FetchTwoToL2(p)   prefetch
 //   Stream(p, v)  EndStream()  store past the caches to an aligned address; after the last one, before others look
 //   StreamTwo(p, two)          the same of 2*kLanes elements
-//   Quads, Ints                where PEAK_HAS_QUADS: kLanes groups of four bytes, a unsigned and b signed, for
-//                              DotQuads(acc, a, b): acc[i] += sum of a[4i+j]*b[4i+j], j = 0..3; LoadQuads(p)
+//   Quads, Ints                kLanes groups of four bytes; kLanes signed sums: SetInts(i)  ToFloats(ints)
+//   LoadQuads(p)  SetQuad(p)   4*kLanes bytes; one group repeated. StoreQuads
+//   DotQuads(acc, a, b)        acc[i] += sum of (a[4i+j] - kQuadZero)*b[4i+j], j = 0..3; a unsigned, b -127..127
+//   kQuadZero kNativeQuads     0 where DotQuads is one instruction, else 128; whether it is
+//   LowerNibbles UpperNibbles  of each byte;  LookUp(LoadTable(p), quads)   table[byte], of 16 bytes
+//   StoreBytes(p, v)           kLanes integral floats of -128..127 as signed bytes
 //
 // avx512bf16: the native conversion and dot product take subnormal inputs for 0 and flush subnormal results.
 
@@ -114,6 +118,31 @@ PEAK_INLINE Words MultiplyWide(Words a, uint32_t m, Words* high) {
   return {static_cast<uint32_t>(product)};
 }
 PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) { return {a.v >= limit}; }
+
+constexpr int kQuadZero = 128;
+struct Quads { uint8_t v[4]; };
+struct Ints { int32_t v; };
+struct Table { uint8_t v[16]; };
+PEAK_INLINE Ints SetInts(int32_t i) { return {i}; }
+PEAK_INLINE Vec ToFloats(Ints a) { return {static_cast<float>(a.v)}; }
+PEAK_INLINE Quads LoadQuads(const void* p) { Quads q; std::memcpy(q.v, p, 4); return q; }
+PEAK_INLINE Quads SetQuad(const void* p) { return LoadQuads(p); }
+PEAK_INLINE void StoreQuads(void* p, Quads a) { std::memcpy(p, a.v, 4); }
+PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {
+  for (int j = 0; j < 4; ++j) acc.v += (a.v[j] - kQuadZero) * static_cast<int8_t>(b.v[j]);
+  return acc;
+}
+PEAK_INLINE Quads LowerNibbles(Quads a) {
+  for (uint8_t& byte : a.v) byte &= 15;
+  return a;
+}
+PEAK_INLINE Quads UpperNibbles(Quads a) {
+  for (uint8_t& byte : a.v) byte >>= 4;
+  return a;
+}
+PEAK_INLINE Table LoadTable(const uint8_t* p) { Table t; std::memcpy(t.v, p, 16); return t; }
+PEAK_INLINE Quads LookUp(const Table& t, Quads a) { return {{t.v[a.v[0]], t.v[a.v[1]], t.v[a.v[2]], t.v[a.v[3]]}}; }
+PEAK_INLINE void StoreBytes(int8_t* p, Vec a) { *p = static_cast<int8_t>(a.v); }
 
 // ------------------------------------------------------------------------------------------------------------ AVX2
 #elif PEAK_ISA == PEAK_AVX2
@@ -257,6 +286,37 @@ PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) {
   return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a.v, SetWords(limit).v), a.v))};
 }
 
+constexpr int kQuadZero = 128;
+struct Quads { __m256i v; };
+struct Ints { __m256i v; };
+struct Table { __m256i v; };
+PEAK_INLINE Ints SetInts(int32_t i) { return {_mm256_set1_epi32(i)}; }
+PEAK_INLINE Vec ToFloats(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+PEAK_INLINE Quads LoadQuads(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+PEAK_INLINE Quads SetQuad(const void* p) {
+  int quad;
+  std::memcpy(&quad, p, 4);
+  return {_mm256_set1_epi32(quad)};
+}
+PEAK_INLINE void StoreQuads(void* p, Quads a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }
+// Unsigned times signed bytes saturate at 16 bits: the sign goes to b, so that a is at most 128.
+PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {
+  const __m256i w = _mm256_xor_si256(a.v, _mm256_set1_epi8(-128));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(b.v, w));
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+PEAK_INLINE Quads LowerNibbles(Quads a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
+PEAK_INLINE Quads UpperNibbles(Quads a) { return LowerNibbles({_mm256_srli_epi16(a.v, 4)}); }
+PEAK_INLINE Table LoadTable(const uint8_t* p) {
+  return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+PEAK_INLINE Quads LookUp(Table t, Quads a) { return {_mm256_shuffle_epi8(t.v, a.v)}; }
+PEAK_INLINE void StoreBytes(int8_t* p, Vec a) {
+  const __m256i ints = _mm256_cvtps_epi32(a.v);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+}
+
 // --------------------------------------------------------------------------------------------------------- AVX-512
 #elif PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
 
@@ -397,6 +457,39 @@ PEAK_INLINE Words MultiplyWide(Words a, uint32_t m, Words* high) {
 }
 PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) { return {_mm512_cmpge_epu32_mask(a.v, SetWords(limit).v)}; }
 
+constexpr int kQuadZero = PEAK_ISA == PEAK_AVX512BF16 ? 0 : 128;
+struct Quads { __m512i v; };
+struct Ints { __m512i v; };
+struct Table { __m512i v; };
+PEAK_INLINE Ints SetInts(int32_t i) { return {_mm512_set1_epi32(i)}; }
+PEAK_INLINE Vec ToFloats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+PEAK_INLINE Quads LoadQuads(const void* p) { return {_mm512_loadu_si512(p)}; }
+PEAK_INLINE Quads SetQuad(const void* p) {
+  int quad;
+  std::memcpy(&quad, p, 4);
+  return {_mm512_set1_epi32(quad)};
+}
+PEAK_INLINE void StoreQuads(void* p, Quads a) { _mm512_storeu_si512(p, a.v); }
+#if PEAK_ISA == PEAK_AVX512BF16
+PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) { return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)}; }
+#else
+PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {  // as on AVX2
+  const __m512i w = _mm512_xor_si512(a.v, _mm512_set1_epi8(-128));
+  const __m512i turned = _mm512_mask_sub_epi8(b.v, _mm512_movepi8_mask(w), _mm512_setzero_si512(), b.v);
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+}
+#endif
+PEAK_INLINE Quads LowerNibbles(Quads a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+PEAK_INLINE Quads UpperNibbles(Quads a) { return LowerNibbles({_mm512_srli_epi16(a.v, 4)}); }
+PEAK_INLINE Table LoadTable(const uint8_t* p) {
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+PEAK_INLINE Quads LookUp(Table t, Quads a) { return {_mm512_shuffle_epi8(t.v, a.v)}; }
+PEAK_INLINE void StoreBytes(int8_t* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
 // ------------------------------------------------------------------------------------------------------------ NEON
 #elif PEAK_ISA == PEAK_NEON
 
@@ -508,6 +601,35 @@ PEAK_INLINE Words MultiplyWide(Words a, uint32_t m, Words* high) {
   return {vuzp1q_u32(front, back)};
 }
 PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) { return {vcgeq_u32(a.v, vdupq_n_u32(limit))}; }
+
+constexpr int kQuadZero = 128;
+struct Quads { uint8x16_t v; };
+struct Ints { int32x4_t v; };
+struct Table { uint8x16_t v; };
+PEAK_INLINE Ints SetInts(int32_t i) { return {vdupq_n_s32(i)}; }
+PEAK_INLINE Vec ToFloats(Ints a) { return {vcvtq_f32_s32(a.v)}; }
+PEAK_INLINE Quads LoadQuads(const void* p) { return {vld1q_u8(static_cast<const uint8_t*>(p))}; }
+PEAK_INLINE Quads SetQuad(const void* p) {
+  uint32_t quad;
+  std::memcpy(&quad, p, 4);
+  return {vreinterpretq_u8_u32(vdupq_n_u32(quad))};
+}
+PEAK_INLINE void StoreQuads(void* p, Quads a) { vst1q_u8(static_cast<uint8_t*>(p), a.v); }
+PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {
+  const int8x16_t w = vreinterpretq_s8_u8(veorq_u8(a.v, vdupq_n_u8(kQuadZero))), x = vreinterpretq_s8_u8(b.v);
+  const int32x4_t front = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)));
+  const int32x4_t back = vpaddlq_s16(vmull_high_s8(w, x));
+  return {vaddq_s32(acc.v, vpaddq_s32(front, back))};
+}
+PEAK_INLINE Quads LowerNibbles(Quads a) { return {vandq_u8(a.v, vdupq_n_u8(15))}; }
+PEAK_INLINE Quads UpperNibbles(Quads a) { return {vshrq_n_u8(a.v, 4)}; }
+PEAK_INLINE Table LoadTable(const uint8_t* p) { return {vld1q_u8(p)}; }
+PEAK_INLINE Quads LookUp(Table t, Quads a) { return {vqtbl1q_u8(t.v, a.v)}; }
+PEAK_INLINE void StoreBytes(int8_t* p, Vec a) {
+  const int16x4_t halves = vmovn_s32(vcvtq_s32_f32(a.v));
+  const uint32_t bytes = vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(halves, halves))), 0);
+  std::memcpy(p, &bytes, 4);
+}
 
 #endif
 
@@ -648,16 +770,7 @@ PEAK_INLINE int64_t Place(int64_t i, int64_t width) {
   return sizeof(T) == 4 || begin + 2 * kLanes > width ? i : begin + k % 2 * kLanes + k / 2;
 }
 
-#ifndef PEAK_HAS_QUADS
-#define PEAK_HAS_QUADS (PEAK_ISA == PEAK_AVX512BF16)
-#endif
-#if PEAK_HAS_QUADS
-struct Quads { __m512i v; };
-struct Ints { __m512i v; };
-PEAK_INLINE Ints ZeroInts() { return {_mm512_setzero_si512()}; }
-PEAK_INLINE Quads LoadQuads(const void* p) { return {_mm512_loadu_si512(p)}; }
-PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) { return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)}; }
-#endif
+constexpr bool kNativeQuads = kQuadZero == 0;
 
 #if PEAK_ISA == PEAK_AVX512BF16
 PEAK_INLINE Pairs LoadPairs(const bf16* p, int64_t n) {

@@ -103,14 +103,21 @@ inline void PairProducts(const float* acc, const bf16* a, const bf16* b, float* 
   Store(out, DotPairs(Load(acc), LoadPairs(a), LoadPairs(b)));
 }
 
-inline bool QuadProducts([[maybe_unused]] const uint8_t* a, [[maybe_unused]] const int8_t* b,
-                         [[maybe_unused]] int32_t* out) {
-#if PEAK_HAS_QUADS
-  const Ints sums = DotQuads(DotQuads(ZeroInts(), LoadQuads(a), LoadQuads(b)), LoadQuads(a), LoadQuads(b));
+inline int QuadProducts(const uint8_t* a, const int8_t* b, int32_t* out) {
+  const Ints sums = DotQuads(DotQuads(SetInts(5), LoadQuads(a), LoadQuads(b)), LoadQuads(a), SetQuad(b));
   std::memcpy(out, &sums, sizeof(sums));
-#endif
-  return PEAK_HAS_QUADS;
+  return kQuadZero;
 }
+inline void IntsAsFloats(const int32_t* in, float* out) {
+  Ints ints;
+  std::memcpy(&ints, in, sizeof(ints));
+  Store(out, ToFloats(ints));
+}
+inline void Nibbles(const uint8_t* table, const uint8_t* in, uint8_t* lower, uint8_t* upper) {
+  StoreQuads(lower, LookUp(LoadTable(table), LowerNibbles(LoadQuads(in))));
+  StoreQuads(upper, LookUp(LoadTable(table), UpperNibbles(LoadQuads(in))));
+}
+inline void FloatsToBytes(const float* in, int8_t* out) { StoreBytes(out, Load(in)); }
 
 #else
 
@@ -402,20 +409,46 @@ PEAK_TEST(simd_pairs) {
   }
 }
 
+// Random bytes; then the largest sums of either sign, which 16 bits do not hold.
 PEAK_TEST(simd_quads) {
   uint8_t a[4 * kMost];
   int8_t b[4 * kMost];
   int32_t out[kMost] = {};
   Random random(1);
-  for (int i = 0; i < 4 * kMost; ++i) {
-    a[i] = static_cast<uint8_t>(random.Bits());
-    b[i] = static_cast<int8_t>(random.Bits());
+  const int64_t lanes = Lanes();
+  for (int round = 0; round < 20; ++round) {
+    for (int i = 0; i < 4 * kMost; ++i) {
+      a[i] = static_cast<uint8_t>(round < 16 ? random.Bits() : round % 2 * 255);
+      b[i] = static_cast<int8_t>(round < 16 ? random.Below(255) - 127 : round % 4 < 2 ? 127 : -127);
+    }
+    const int zero = PEAK_PICK(QuadProducts)(a, b, out);
+    for (int i = 0; i < lanes; ++i) {
+      int want = 5;
+      for (int j = 0; j < 4; ++j) want += (a[4 * i + j] - zero) * (b[4 * i + j] + b[j]);
+      Check(out[i] == want, "%s quad %d is %d, expected %d", ActiveIsa(), i, out[i], want);
+    }
   }
-  if (!PEAK_PICK(QuadProducts)(a, b, out)) return;
-  for (int i = 0; i < kMost; ++i) {
-    int want = 0;
-    for (int j = 4 * i; j < 4 * i + 4; ++j) want += 2 * a[j] * b[j];
-    Check(out[i] == want, "%s quad %d is %d, expected %d", ActiveIsa(), i, out[i], want);
+}
+
+PEAK_TEST(simd_bytes) {
+  uint8_t table[16], in[4 * kMost], lower[4 * kMost], upper[4 * kMost];
+  int32_t ints[kMost];
+  float floats[kMost];
+  int8_t bytes[kMost];
+  const int64_t lanes = Lanes();
+  for (int first = 0; first < 256; first += 4) {
+    for (int i = 0; i < 16; ++i) table[i] = static_cast<uint8_t>(251 * i + 3);
+    for (int i = 0; i < 4 * kMost; ++i) in[i] = static_cast<uint8_t>(first + 37 * i);
+    PEAK_PICK(Nibbles)(table, in, lower, upper);
+    for (int i = 0; i < 4 * lanes; ++i) {
+      Check(lower[i] == table[in[i] & 15] && upper[i] == table[in[i] >> 4], "%s nibbles of %d", ActiveIsa(), in[i]);
+    }
+    for (int i = 0; i < kMost; ++i) ints[i] = first - 128 + (first == 252 ? i % 4 : i - 3);
+    PEAK_PICK(IntsAsFloats)(ints, floats);
+    for (int i = 0; i < lanes; ++i) Check(floats[i] == ints[i], "%s %d as a float", ActiveIsa(), ints[i]);
+    for (int i = 0; i < kMost; ++i) floats[i] = static_cast<float>(first + i % 4 - 128);
+    PEAK_PICK(FloatsToBytes)(floats, bytes);
+    for (int i = 0; i < lanes; ++i) Check(bytes[i] == floats[i], "%s %g as a byte", ActiveIsa(), floats[i]);
   }
 }
 
