@@ -12,6 +12,7 @@ from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.mlp import mlp
+from peakgpt.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from peakgpt.kernels.rotary import rotary
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "AdamW",
     "GPTConfig",
     "add_layernorm",
+    "add_rmsnorm",
     "attention",
     "attention_decode",
     "doctor",
@@ -27,6 +29,7 @@ __all__ = [
     "linear_cross_entropy",
     "mlp",
     "nn",
+    "rmsnorm",
     "rotary",
     "use_backend",
 ]

@@ -141,14 +141,21 @@ PEAK_INLINE void ForwardSome(const LayernormForwardArgs& args, const float* w, c
   const Rows<const T> first = {static_cast<const T*>(args.x) + row * args.x_stride, args.x_stride};
   Rows<const T> x = first, residual = {nullptr, args.residual_stride};
   T* sum = static_cast<T*>(args.sum) + row * width;
-  float* mu = args.mu + row;
+  float mu[kRows] = {};
   if (args.residual != nullptr) {
     const Rows<T> total = {kPastCaches ? held : sum, width};
     residual.at = static_cast<const T*>(args.residual) + row * args.residual_stride;
     AddRows<T, kRows>(first, residual, total, width, mu);
     x = {total.at, total.stride};
-  } else {
+  } else if (args.mu != nullptr) {
     RowMeans<T, kRows>(x, width, mu);
+  }
+  for (int k = 0; k < kRows; ++k) {
+    if (args.mu == nullptr) {
+      mu[k] = 0.0f;
+    } else {
+      args.mu[row + k] = mu[k];
+    }
   }
   float* r = args.r + row;
   Variances<T, kRows>(x, first, width, mu, r);
@@ -239,12 +246,13 @@ PEAK_INLINE void BackwardSome(const LayernormBackwardArgs& args, const float* w,
   const Rows<const T> x = {static_cast<const T*>(args.x) + row * args.x_stride, args.x_stride};
   const T* up = args.dsum == nullptr ? nullptr : static_cast<const T*>(args.dsum) + row * args.dsum_stride;
   const Rows<const T> dsum = {up, args.dsum_stride};
-  const float *mu = args.mu + row, *r = args.r + row;
+  const bool centred = args.mu != nullptr;
+  const float *mu = centred ? args.mu + row : kZeros, *r = args.r + row;
   float mean[kRows], slope[kRows];
   Reduce<T, kRows>(dy, dsum, x, w, mu, r, dw, db, width, mean, slope);
   if (args.dx == nullptr) return;
   for (int k = 0; k < kRows; ++k) {
-    mean[k] = -mean[k];
+    mean[k] = centred ? -mean[k] : 0.0f;
     slope[k] = -(slope[k] * r[k]) * r[k] * r[k];
   }
   const Rows<T> dx = {static_cast<T*>(args.dx) + row * width, width};

@@ -1,4 +1,5 @@
-// LayerNorm over the last axis, alone or after a residual addition; math in kernels/layernorm.py.
+// LayerNorm or RMSNorm over the last axis, alone or after a residual addition; math in kernels/layernorm.py and
+// kernels/rmsnorm.py. RMSNorm is the same with means of zero: of x, and of g in the backward pass.
 #ifndef PEAK_LAYERNORM_H_
 #define PEAK_LAYERNORM_H_
 
@@ -20,7 +21,7 @@ struct LayernormForwardArgs {
   const void* b;  // or null
   void* sum;      // (rows, width): x + residual, rounded; what is normalised
   void* y;        // (rows, width)
-  float* mu;      // (rows)
+  float* mu;      // (rows), or null for RMSNorm
   float* r;       // (rows)
   float eps;
 };
@@ -35,7 +36,7 @@ struct LayernormBackwardArgs {
   const void* x;  // what was normalised
   int64_t x_stride;
   const void* w;
-  const float* mu;
+  const float* mu;  // or null for RMSNorm
   const float* r;
   void* dx;  // (rows, width), or null
   void* dw;  // (width), or null; w_dtype

@@ -8,12 +8,14 @@ from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.mlp import mlp
+from peakgpt.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from peakgpt.kernels.rotary import rotary
 from peakgpt.kernels.sum_of_squares import sum_of_squares
 
 __all__ = [
     "adamw",
     "add_layernorm",
+    "add_rmsnorm",
     "attention",
     "attention_decode",
     "attention_qkv",
@@ -22,6 +24,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mlp",
+    "rmsnorm",
     "rotary",
     "sum_of_squares",
 ]

@@ -245,7 +245,10 @@ def test_special_rows(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ("layernorm", "add_layernorm", "mlp", "linear_cross_entropy", "embedding"))
+@pytest.mark.parametrize(
+    "name",
+    ("layernorm", "add_layernorm", "rmsnorm", "add_rmsnorm", "mlp", "linear_cross_entropy", "embedding"),
+)
 def test_every_isa_gives_the_gradients(isa, name, dtype):
     """Widths off the lanes; more rows than parts, so every stage of a reduction runs."""
     sizes = {

@@ -24,7 +24,7 @@ def backward(grads, inputs, outputs, saved, needs, *, eps):
 
 
 def normalise(x, residual, w, b, total, normed, saved, eps) -> None:
-    """Fill normed and saved = (mu, r), and total = x + residual where there is a residual."""
+    """Fill normed and saved = (mu, r), and total = x + residual where there is a residual; RMSNorm where mu is None."""
     x, w = rows(x), w.contiguous()
     b = None if b is None else b.contiguous()
     residual = None if residual is None else rows(residual)

@@ -12,19 +12,21 @@ constexpr int64_t kRows = 3, kGap = 5;  // rows of x lie kGap elements of NaN ap
 constexpr float kEps = 1e-5f;
 
 struct Row {
-  double mu, r, mean_slack, spread;  // spread: the largest |x - mu| and |x|, what a rounding is relative to
+  double mu, r, mean_slack, spread;  // spread: the largest |x - mu| and |x|, what x - mu's rounding is relative to
 };
 
-Row Statistics(const double* x, int64_t width) {
+// Of RMSNorm where not centred: a mean of zero.
+Row Statistics(const double* x, int64_t width, bool centred) {
   double sum = 0.0, magnitude = 0.0, squares = 0.0, largest = 0.0;
   for (int64_t i = 0; i < width; ++i) {
     sum += x[i];
     magnitude += std::fabs(x[i]);
     largest = std::max(largest, std::fabs(x[i]));
   }
-  const double mu = sum / width;
+  const double mu = centred ? sum / width : 0.0;
   for (int64_t i = 0; i < width; ++i) squares += (x[i] - mu) * (x[i] - mu);
-  return {mu, 1.0 / std::sqrt(squares / width + kEps), magnitude, largest + std::fabs(mu)};
+  return {mu, 1.0 / std::sqrt(squares / width + kEps), centred ? magnitude : 0.0,
+          centred ? largest + std::fabs(mu) : 0.0};
 }
 
 // Rows of `width`, `stride` apart, NaN between them.
@@ -43,7 +45,7 @@ PEAK_TEST(layernorm_forward) {
     ForEachCase("layernorm", 1, [&](auto element, int64_t width, int placement) {
       using T = decltype(element);
       const int64_t stride = width + kGap, size = (kRows - 1) * stride + width;
-      const bool with_residual = placement % 2 == 1, with_b = placement != 3;
+      const bool with_residual = placement % 2 == 1, with_b = placement != 3, centred = placement < 2;
       Random random(width);
       Placer place(placement);
       auto x = place.In<T>(size), residual = place.In<T>(size);
@@ -57,7 +59,7 @@ PEAK_TEST(layernorm_forward) {
       for (int64_t row = 0; row < kRows; ++row) x[row * stride + width / 2] = Narrow<T>(intruder);
       LayernormForward({kDtype<T>, DType::kFloat32, kRows, width, x.data(), stride,
                         with_residual ? residual.data() : nullptr, stride, w.data(), with_b ? b.data() : nullptr,
-                        sum.data(), y.data(), mu.data(), r.data(), kEps},
+                        sum.data(), y.data(), centred ? mu.data() : nullptr, r.data(), kEps},
                        1 + placement % 2);
       for (int64_t row = 0; row < kRows; ++row) {
         std::vector<double> in(width);
@@ -68,9 +70,9 @@ PEAK_TEST(layernorm_forward) {
           Near("sum", i, sum[row * width + i], {exact, 0.0});
           in[i] = sum.At(row * width + i);  // what is normalised is the rounded sum
         }
-        const Row want = Statistics(in.data(), width);
+        const Row want = Statistics(in.data(), width, centred);
         const double shift = 4.0 * want.mean_slack / width + want.spread;
-        Near("mu", row, mu[row], {want.mu, shift});
+        if (centred) Near("mu", row, mu[row], {want.mu, shift});
         Near("r", row, r[row], {want.r, 16.0 * want.r * (1.0 + shift * want.r)});
         for (int64_t i = 0; i < width; ++i) {
           const double z = (in[i] - want.mu) * want.r, bias = with_b ? b.At(i) : 0.0;
@@ -88,6 +90,7 @@ PEAK_TEST(layernorm_backward) {
     using T = decltype(element);
     const int64_t stride = width + kGap, size = (kRows - 1) * stride + width;
     const bool with_dsum = placement % 2 == 1, with_dx = placement != 2, with_dwb = placement != 3;
+    const bool centred = placement != 1;
     Random random(width);
     Placer place(placement);
     auto x = place.In<T>(size), dy = place.In<T>(size), dsum = place.In<T>(size), w = place.In<T>(width);
@@ -100,12 +103,12 @@ PEAK_TEST(layernorm_backward) {
     for (int64_t row = 0; row < kRows; ++row) {
       std::vector<double> in(width);
       for (int64_t i = 0; i < width; ++i) in[i] = x.At(row * stride + i);
-      const Row statistics = Statistics(in.data(), width);
+      const Row statistics = Statistics(in.data(), width, centred);
       mu[row] = static_cast<float>(statistics.mu);
       r[row] = static_cast<float>(statistics.r);
     }
     LayernormBackward({kDtype<T>, kDtype<T>, kRows, width, dy.data(), stride, with_dsum ? dsum.data() : nullptr, stride,
-                       x.data(), stride, w.data(), mu.data(), r.data(), with_dx ? dx.data() : nullptr,
+                       x.data(), stride, w.data(), centred ? mu.data() : nullptr, r.data(), with_dx ? dx.data() : nullptr,
                        with_dwb ? dw.data() : nullptr, with_dwb ? db.data() : nullptr},
                       1 + placement % 2);
     const auto z = [&](int64_t row, int64_t i) { return (x.At(row * stride + i) - mu.At(row)) * r.At(row); };
@@ -117,7 +120,7 @@ PEAK_TEST(layernorm_backward) {
       double mean_g = 0.0, mean_gz = 0.0, slack_g = 0.0, slack_gz = 0.0;
       for (int64_t i = 0; i < width; ++i) {
         const double g = dy.At(row * stride + i) * w.At(i);
-        mean_g += g / width;
+        mean_g += centred ? g / width : 0.0;
         mean_gz += g * z(row, i) / width;
         slack_g += 8.0 * std::fabs(g) / width;
         slack_gz += 8.0 * std::fabs(g) * (std::fabs(z(row, i)) + z_slack(row, i)) / width;
