@@ -16,6 +16,7 @@
 #include "adamw.h"
 #include "attention.h"
 #include "cross_entropy.h"
+#include "dropout.h"
 #include "embedding.h"
 #include "gemm.h"
 #include "isa.h"
@@ -108,6 +109,7 @@ PYBIND11_MODULE(_C, m) {
   Define(m, "peak_stream", peak::PeakStream);
   Define(m, "cross_entropy_forward", peak::CrossEntropyForward);
   Define(m, "cross_entropy_backward", peak::CrossEntropyBackward);
+  Define(m, "dropout", peak::Dropout);
   Define(m, "gemm", peak::Gemm);
   Define(m, "adamw", peak::Adamw);
   Define(m, "rotary", peak::Rotary);

@@ -5,12 +5,14 @@
 An FMA counts 2, the backward pass twice the forward; D is the paper's Q, S_l the keys of layer l: the sequence length
 T, full T^2 attention, or its window where that is shorter. Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix
 B. N are the weights that multiply: not the position embedding, and the token embedding only where it is the head.
+What activation checkpointing computes again is no model FLOP: it counts in HFU only, `recomputed_flops`.
 `causal=True` counts only the live half of the attention, (T + 1) / 2 keys a query, and is never used for MFU.
 """
 
 from __future__ import annotations
 
 from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.recompute import parse
 
 
 def parameter_count(config: GPTConfig) -> int:
@@ -55,6 +57,21 @@ def _keys(tokens: int, window: int, causal: bool) -> float:
 def training_flops(config: GPTConfig, tokens: int, *, causal: bool = False) -> float:
     """Model FLOPs per token of a forward and backward pass over sequences of `tokens` tokens."""
     return 3 * forward_flops(config, tokens, causal=causal)
+
+
+def recomputed_flops(config: GPTConfig, tokens: int, plan: str, *, causal: bool = False) -> float:
+    """FLOPs per token that a plan of engine/recompute.py computes a second time; with training_flops, HFU's numerator.
+
+    "mlp": the first product of every MLP. "block": the forward pass of the blocks that forget.
+    """
+    what, every = parse(plan)
+    if what == "mlp":
+        return 2 * config.n_layer * config.n_embd * config.n_inner
+    forgetful = config.windows[::every] if what == "block" else ()
+    heads, c = config.n_head + 2 * config.n_kv_head, config.n_embd
+    weights = (heads + config.n_head) * config.head_dim * c + 2 * c * config.n_inner
+    keys = sum(_keys(tokens, min(window or tokens, tokens), causal) for window in forgetful)
+    return 2 * weights * len(forgetful) + 4 * config.n_head * config.head_dim * keys
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.cache import KVCache
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.positions import Positions
+from peakgpt.engine.recompute import checkpointed
 from peakgpt.kernels.attention import attention, attention_qkv
+from peakgpt.kernels.dropout import dropout
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.mlp import ACTIVATIONS, mlp
@@ -76,12 +78,12 @@ class GELUMLP(Conv1DLoading):
         n_inner = n_inner or 4 * n_embd
         self.c_fc = nn.Linear(n_embd, n_inner, bias=bias, device=device, dtype=dtype)
         self.c_proj = nn.Linear(n_inner, n_embd, bias=bias, device=device, dtype=dtype)
-        self.activation = activation
+        self.activation, self.recompute = activation, False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (..., C), to (..., C)."""
-        up, down = self.c_fc, self.c_proj
-        return mlp(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation)
+        up, down, choices = self.c_fc, self.c_proj, {"activation": self.activation, "recompute": self.recompute}
+        return mlp(x, up.weight, up.bias, down.weight, down.bias, **choices)
 
 
 class CausalSelfAttention(Conv1DLoading):
@@ -166,6 +168,7 @@ class Block(nn.Module):
             self.ln_2 = LayerNorm(c.n_embd, c.layer_norm_epsilon, c.has_bias("norm"))
         self.mlp = GELUMLP(c.n_embd, c.n_inner, bias=c.has_bias("mlp"), activation=c.activation)
         self.dropout, self.layer, self.residual = c.dropout, layer, c.residual
+        self.recompute = False  # set by engine/recompute.py
 
     def forward(
         self, x: Tensor, h: Tensor, next_norm: LayerNorm | None, cache: KVCache | None = None,
@@ -188,7 +191,10 @@ class Block(nn.Module):
         def think(h: Tensor) -> Tensor:
             return _dropped(self.mlp(h), drop)
 
-        return RESIDUALS[self.residual](self, x, h, next_norm, attend, think)
+        run = RESIDUALS[self.residual]
+        if self.recompute and cache is None and torch.is_grad_enabled():
+            return checkpointed(run, self, x, h, next_norm, attend, think)
+        return run(self, x, h, next_norm, attend, think)
 
 
 def _pre_norm(block, x, h, next_norm, attend, think):
@@ -219,4 +225,4 @@ RESIDUALS = {
 
 
 def _dropped(x: Tensor, probability: float) -> Tensor:
-    return F.dropout(x, probability) if probability else x
+    return dropout(x, p=probability) if probability else x

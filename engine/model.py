@@ -25,6 +25,7 @@ from peakgpt.engine.layers import Block, Conv1DLoading, LayerNorm
 from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.engine.positions import positions
 from peakgpt.engine.presets import preset
+from peakgpt.kernels.dropout import dropout
 from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
@@ -141,7 +142,7 @@ class GPT(Conv1DLoading):
         t = self.transformer
         x = self._embed(ids, past, start)  # (B, T, C)
         if self.training and self.config.embedding_dropout and cache is None:
-            x = F.dropout(x, self.config.embedding_dropout)
+            x = dropout(x, p=self.config.embedding_dropout)
         where = positions(self.config, past, ids.shape[1], start, x.device)
         after = self.config.residual == "post_norm"
         h = x if after else t.h[0].ln_1(x)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.optim import AdamW, decay_groups
+from peakgpt.engine.recompute import parse, set_recompute
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.device import describe
 from peakgpt.kernels.dispatch import accumulate_into
@@ -27,6 +28,7 @@ class Recipe:
         lr: peak learning rate. warmup: fraction of the steps that it rises over.
         weight_decay: on matrices only. max_norm: global gradient norm is clipped to this.
         dtype: of parameters, activations and gradients.
+        recompute: which layers compute again in backward what they have not kept, as engine/recompute.py says.
         seed: of initialisation and data order.
     """
 
@@ -39,6 +41,7 @@ class Recipe:
     eps: float = 1e-8
     max_norm: float = 1.0
     dtype: torch.dtype = torch.float32
+    recompute: str = "none"
     seed: int = 1337
 
     def __post_init__(self) -> None:
@@ -49,6 +52,7 @@ class Recipe:
             raise ValueError(f"recipe: warmup is {self.warmup}, expected a fraction from 0 to below 1")
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"recipe: dtype is {self.dtype}, expected torch.float32 or torch.bfloat16")
+        parse(self.recompute)
 
 
 def best_dtype(device: torch.device | str) -> torch.dtype:
@@ -78,6 +82,7 @@ class Trainer:
             steps: updates planned; the schedule's length.
         """
         self.model, self.recipe, self.steps, self.done = model, recipe, steps, 0
+        set_recompute(model, recipe.recompute)
         if next(model.parameters()).device.type == "cpu":
             keep_pages()
         # The optimizer takes its float32 master before the parameters are rounded.

@@ -3,6 +3,7 @@
 from peakgpt.kernels.adamw import adamw
 from peakgpt.kernels.attention import attention, attention_qkv
 from peakgpt.kernels.attention_decode import attention_decode
+from peakgpt.kernels.dropout import dropout
 from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_qkv",
+    "dropout",
     "embedding",
     "layernorm",
     "linear",

@@ -42,6 +42,7 @@ OPS: dict[str, Op] = {}
 _library = torch.library.Library("peakgpt", "DEF")
 _forced: str | None = None  # a module global: torch.compile guards on it, a ContextVar breaks the graph
 _sinks: Mapping[Tensor, Tensor] = MappingProxyType({})
+_seeds: Callable[[torch.device], Tensor] | None = None
 
 
 class Cost(NamedTuple):
@@ -97,6 +98,26 @@ def accumulate_into(sinks: Mapping[Tensor, Tensor]) -> Iterator[None]:
         yield
     finally:
         _sinks = before
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed for a random op: (1,) int64 on the device, from torch's generator of that device."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+@contextlib.contextmanager
+def seeds_from(source: Callable[[torch.device], Tensor]) -> Iterator[None]:
+    """Take the seeds of random ops from source(device), which stands for draw_seed; eager too is then seeded.
+
+    For what runs a forward pass again and must meet the same masks, without winding back torch's generator: that can
+    not be done while a CUDA graph is captured.
+    """
+    global _seeds
+    before, _seeds = _seeds, source
+    try:
+        yield
+    finally:
+        _seeds = before
 
 
 def interpreted() -> bool:
@@ -182,7 +203,7 @@ class Op:
         needs = _needs(cast)
         backend = self._choose(_forced, cast, params, needs)
         if backend is None:
-            return self._eager(tensors, params)
+            return self._eager(tensors if _seeds is None else self._seeded(tensors, params), params)
         cast = self._seeded(cast, params)
         if autocasting:  # keep it away from what the backend calls inside
             with torch.autocast(kind, enabled=False):
@@ -217,7 +238,7 @@ class Op:
         """
         if self.random is None or params[self.random] == 0 or tensors[self._seed_at] is not None:
             return tensors
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=tensors[0].device)
+        seed = (_seeds or draw_seed)(tensors[0].device)
         return *tensors[: self._seed_at], seed, *tensors[self._seed_at + 1 :]
 
     def _eager(self, tensors, params):

@@ -4,8 +4,9 @@
     dh  = dy w_down            dpre = dh * act'(pre)
     dx  = dpre w_up            dw_up = dpre^T x    dw_down = dy^T act(pre)    db = column sums
 
-Only `pre` is kept; act(pre) is formed again in backward. Hendrycks, Gimpel 2016, "Gaussian Error Linear Units",
-arXiv:1606.08415: gelu_erf = x Phi(x); gelu_tanh = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+Only `pre` is kept; act(pre) is formed again in backward, and with `recompute` so is pre itself. Hendrycks, Gimpel 2016,
+"Gaussian Error Linear Units", arXiv:1606.08415: gelu_erf = x Phi(x); gelu_tanh = x/2 (1 + tanh(sqrt(2/pi) (x +
+0.044715 x^3))).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from peakgpt.kernels.dispatch import Cost, op, short_lived
 ACTIVATIONS = {"gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu_erf": F.gelu, "relu": F.relu}
 
 
-def _check(x, w_up, b_up, w_down, b_down, *, activation):
+def _check(x, w_up, b_up, w_down, b_down, *, activation, recompute):
     if activation not in ACTIVATIONS:
         raise ValueError(f"mlp: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     check.shape("mlp", "w_up", w_up, None, check.width("mlp", "x", x))
@@ -51,12 +52,12 @@ def _sample(rows: int = 1024, width: int = 768, hidden: int = 3072, **like):
     return torch.randn(rows, width, **like), w_up * width**-0.5, b_up, w_down * hidden**-0.5, b_down
 
 
-def _alloc(x, w_up, b_up, w_down, b_down, *, needs, activation):
+def _alloc(x, w_up, b_up, w_down, b_down, *, needs, activation, recompute):
     out = short_lived(x, *x.shape[:-1], w_down.shape[0])
-    return (out,), (x.new_empty((*x.shape[:-1], w_up.shape[0])),) if any(needs) else ()
+    return (out,), (x.new_empty((*x.shape[:-1], w_up.shape[0])),) if any(needs) and not recompute else ()
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w_up", "w_down"), autocast="lower")
+@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w_up", "b_up", "w_down"), autocast="lower")
 def mlp(
     x: Tensor,
     w_up: Tensor,
@@ -65,6 +66,7 @@ def mlp(
     b_down: Tensor | None,
     *,
     activation: str = "gelu_tanh",
+    recompute: bool = False,
 ) -> Tensor:
     """Apply a two-layer perceptron to the last axis of x.
 
@@ -75,6 +77,8 @@ def mlp(
         w_down: (C_out, F).
         b_down: (C_out,) or None.
         activation: "gelu_tanh", "gelu_erf" or "relu".
+        recompute: keep nothing of the size of the hidden layer: backward repeats the first product, to the same bits.
+            (Eager keeps what torch keeps.)
     Returns:
         (..., C_out), dtype of x. Gradients of the weights come in the weights' strides.
     Raises:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from peakgpt.kernels.attention import dropout_mask
+from peakgpt.kernels.dropout import kept
 from peakgpt.kernels.philox import philox
 
 # kat_vectors of Random123: counter, key, words.
@@ -41,6 +42,16 @@ def test_rate_and_independence(dropout):
         assert close(mask.narrow(axis, 0, size - 1) & mask.narrow(axis, 1, size - 1), both), axis
     other = dropout_mask(torch.tensor([11 + 2**32]), dropout, 3, 4, 129, 131)
     assert close(mask & other, both)
+
+
+def test_dropout_keeps_its_share():
+    """Within four standard deviations, and neighbours a step, a word and a counter apart are independent."""
+    keep, p = kept(torch.tensor([11]), 0.3, 100_003), 0.3
+    sure = 4 * math.sqrt(p * (1 - p) / 100_000)
+    assert keep.shape == (100_003,) and abs(keep.double().mean().item() - (1 - p)) < sure
+    for apart in (1, 16, 64):
+        assert abs((keep[apart:] & keep[:-apart]).double().mean().item() - (1 - p) ** 2) < 2 * sure
+    assert torch.equal(kept(torch.tensor([11]), 0.3, 70), keep[:70])
 
 
 def test_a_larger_problem_drops_the_same_in_its_corner():

@@ -15,7 +15,7 @@ from peakgpt.engine.checkpoint import load_training_state, save_training_state
 from peakgpt.engine.corpus import load_corpus
 from peakgpt.engine.data import Batches, TokenShards, prepare, validation_windows
 from peakgpt.engine.evaluate import validation_loss
-from peakgpt.engine.flops import mfu, training_flops
+from peakgpt.engine.flops import mfu, recomputed_flops, training_flops
 from peakgpt.engine.model import GPT
 from peakgpt.engine.presets import PRESETS
 from peakgpt.engine.run import RunFolder, default_folder, stop_on_interrupt
@@ -24,7 +24,7 @@ from peakgpt.engine.train import Recipe, Trainer, best_dtype
 from peakgpt.kernels.device import choose_device, peak_for
 
 VALIDATION_BATCHES = 32
-SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype")
+SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype", "recompute")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, default=4096, help="tokenizer's vocabulary (default 4096)")
     parser.add_argument("--seed", type=int, default=1337, help="of initialisation and data order")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 where the device has it")
+    parser.add_argument("--recompute", default="none", metavar="PLAN",
+                        help="none, mlp, block or block/N: what backward computes again to save memory")  # fmt: skip
     parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="default 250; and at the end")
     parser.add_argument("--out", help="folder of the run (default runs/train-DATE-TIME)")
@@ -98,7 +100,7 @@ class Training:
         self.shards, self.held_out = (TokenShards.open(folder.path / "tokens", n) for n in ("train", "validation"))
         self.recipe = Recipe(
             batch=settings["batch"], tokens=settings["tokens"], lr=settings["lr"], seed=settings["seed"],
-            dtype=getattr(torch, settings["dtype"]),
+            dtype=getattr(torch, settings["dtype"]), recompute=settings["recompute"],
         )  # fmt: skip
         self.batches = Batches(self.shards, self.recipe.batch, self.recipe.tokens, self.recipe.seed)
         validation_windows(self.held_out, self.recipe.batch, self.recipe.tokens)  # too little text is told now
@@ -112,14 +114,17 @@ class Training:
     def go_on(self, save_every: int, asked_to_stop: Callable[[], bool]) -> None:
         """Train to the last step or until asked to stop, saving and validating every so many steps."""
         trainer, peak = self.trainer, peak_for(self.device, self.recipe.dtype)
-        flops = training_flops(trainer.model.config, self.recipe.tokens)
+        config, tokens = trainer.model.config, self.recipe.tokens
+        flops, again = training_flops(config, tokens), recomputed_flops(config, tokens, self.recipe.recompute)
         while trainer.done < trainer.steps and not asked_to_stop():
             start = time.perf_counter()
             ids, targets = (t.to(self.device, non_blocking=True) for t in next(self.batches))
             loss = float(trainer.step(ids, targets))
             rate = ids.numel() / (time.perf_counter() - start)
             used, step, last = mfu(rate, flops, peak.flops_s), trainer.done, trainer.done == trainer.steps
-            self.folder.log(contender="peakgpt", step=step, loss=loss, tokens_per_s=round(rate, 1), mfu=round(used, 4))
+            hardware = {"hfu": round(mfu(rate, flops + again, peak.flops_s), 4)} if again else {}
+            self.folder.log(contender="peakgpt", step=step, loss=loss, tokens_per_s=round(rate, 1),
+                            mfu=round(used, 4), **hardware)  # fmt: skip
             if step % 10 == 0 or last:
                 print(f"step {step}/{trainer.steps}  loss {loss:.4f}  {rate:,.0f} tok/s  MFU {100 * used:.1f} %")
             if step % save_every == 0 or last:

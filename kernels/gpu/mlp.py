@@ -93,7 +93,7 @@ def objection(x: Tensor, *_, **__) -> str | None:
     return launch.objection(x)
 
 
-def forward(outputs, saved, x, w_up, b_up, w_down, b_down, *, activation):
+def forward(outputs, saved, x, w_up, b_up, w_down, b_down, *, activation, recompute):
     x = x.reshape(-1, x.shape[-1])
     hidden = (x.shape[0], w_up.shape[0])
     pre = saved[0].view(hidden) if saved else x.new_empty(hidden)
@@ -107,17 +107,24 @@ def forward(outputs, saved, x, w_up, b_up, w_down, b_down, *, activation):
     product(h, w_down, b_down, outputs[0].view(-1, w_down.shape[0]))
 
 
-def backward(grads, inputs, outputs, saved, needs, *, activation):
-    x, w_up, _, w_down, _ = inputs
+def backward(grads, inputs, outputs, saved, needs, *, activation, recompute):
+    x, w_up, b_up, w_down, _ = inputs
     need_x, need_w_up, need_b_up, need_w_down, need_b_down = needs
     dy, rows = grads[0].reshape(-1, w_down.shape[0]), x.reshape(-1, x.shape[-1])
     dx = dw_up = db_up = dw_down = None
     if need_x or need_w_up or need_b_up or need_w_down:
-        dpre, h, db_up = _through_activation(dy @ w_down, saved[0], need_w_down, need_b_up, activation)
+        pre = saved[0] if saved else _pre(rows, w_up, b_up)
+        dpre, h, db_up = _through_activation(dy @ w_down, pre, need_w_down, need_b_up, activation)
         dx = (dpre @ w_up).view(x.shape) if need_x else None
         dw_up = torch.mm(dpre.t(), rows, out=torch.empty_like(w_up)) if need_w_up else None
         dw_down = torch.mm(dy.t(), h, out=torch.empty_like(w_down)) if need_w_down else None
     return dx, dw_up, db_up, dw_down, dy.sum(0) if need_b_down else None
+
+
+def _pre(x: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
+    pre = x.new_empty(x.shape[0], w_up.shape[0])
+    product(x, w_up, b_up, pre)
+    return pre
 
 
 def _through_activation(dh: Tensor, pre: Tensor, want_h: bool, want_db: bool, activation: str):

@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "check.h"
 #include "cross_entropy.h"
+#include "dropout.h"
 #include "embedding.h"
 #include "gemm.h"
 #include "layernorm.h"
@@ -20,6 +21,8 @@ PEAK_TEST(nothing_to_do) {
       Check(zero == 1.0f, "step is %g, expected 1", zero);
       CrossEntropyForward({.dtype = dtype, .vocab = 7}, threads);
       CrossEntropyBackward({.dtype = dtype, .vocab = 7}, threads);
+      const int64_t seed = 0;
+      Dropout({.dtype = dtype, .seed = &seed, .p = 0.5}, threads);
       EmbeddingForward({.dtype = dtype, .width = 8}, threads);
       EmbeddingForward({.dtype = dtype, .batch = 2, .width = 8}, threads);
       EmbeddingBackward({.dtype = dtype, .batch = 2, .width = 8}, threads);

@@ -1,0 +1,64 @@
+"""Dropout in Triton: the seed is read on the device, so a captured step draws a new mask every time it is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peakgpt.kernels.dropout import LANES, WORDS
+from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu.launch import AotCase, Tile
+
+# Groups of 64 elements a program; unmeasured on hardware: 16 elements a thread.
+BLOCK_G, ROW = 32, Tile(warps=4)
+
+
+@triton.jit
+def dropout_apply(
+    x_ptr, seed_ptr, y_ptr, N, limit, factor, LANES: tl.constexpr, WORDS: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    group = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
+    lane = tl.arange(0, LANES)
+    counter = group[:, None] * LANES + lane[None, :]
+    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = tl.zeros([BLOCK_G, LANES], tl.uint32)
+    words = tl.philox(tl.load(seed_ptr), low, high, zero, zero, n_rounds=7)
+    for word in tl.static_range(WORDS):
+        at = group[:, None] * (LANES * WORDS) + word * LANES + lane[None, :]
+        x = tl.load(x_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+        y = tl.where(words[word] >= limit.to(tl.uint32), x * factor, 0.0)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < N)
+
+
+def objection(x: Tensor, *_, p: float) -> str | None:
+    return launch.objection(x) if p else "drops nothing at p = 0"
+
+
+def forward(outputs, saved, x, seed, *, p):
+    _drop(x, seed, outputs[0], p)
+
+
+def backward(grads, inputs, outputs, saved, needs, *, p):
+    dx = torch.empty(grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
+    _drop(grads[0], inputs[1], dx, p)
+    return dx, None
+
+
+def _drop(x: Tensor, seed: Tensor, y: Tensor, p: float) -> None:
+    with launch.on(x):
+        dropout_apply[(triton.cdiv(x.numel(), BLOCK_G * LANES * WORDS),)](
+            x_ptr=x.contiguous(), seed_ptr=seed.long(), y_ptr=y, N=x.numel(), limit=int(p * 2**32),
+            factor=1.0 / (1.0 - p), LANES=LANES, WORDS=WORDS, BLOCK_G=BLOCK_G,
+            num_warps=ROW.warps, num_stages=ROW.stages,
+        )  # fmt: skip
+
+
+def aot_cases(arch: str) -> Iterator[AotCase]:
+    """The static check's cases."""
+    sizes = {"LANES": LANES, "WORDS": WORDS, "BLOCK_G": BLOCK_G}
+    types = {"seed_ptr": "*i64", "N": "i64", "limit": "i64", "factor": "fp32"}
+    yield launch.case(dropout_apply, "bf16", ROW, "bf16", sizes, **types)

@@ -1,0 +1,93 @@
+"""Activation checkpointing: the bits of the plain step, less kept, and its FLOPs counted apart from the model's."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.flops import forward_flops, multiplying_parameters, recomputed_flops, training_flops
+from peakgpt.engine.model import GPT
+from peakgpt.engine.recompute import set_recompute
+from peakgpt.engine.train import Recipe, Trainer
+from peakgpt.kernels.dispatch import draw_seed, seeds_from, use_backend
+
+SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 67}
+PLANS = ("mlp", "block", "block/2")
+
+
+def trained(plan, dtype, **config):
+    """Losses of three steps and the parameters after them."""
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(**SIZES, **config))
+    trainer = Trainer(model, Recipe(batch=2, tokens=16, dtype=dtype, lr=1e-2, recompute=plan), steps=10)
+    ids = torch.randint(67, (2, 17))
+    losses = [trainer.step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for _ in range(3)]
+    return [*losses, *trainer.optimizer.master_weights(model).values()]
+
+
+@pytest.mark.parametrize("backend", (None, "eager"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("config", ({}, {"dropout": 0.3}, {"residual": "post_norm", "dropout": 0.3}), ids=str)
+def test_every_plan_gives_the_bits_of_the_plain_step(config, dtype, backend):
+    """Fails when a second pass draws seeds of its own: the mask of its forward then differs from its backward's."""
+    with contextlib.ExitStack() as stack:
+        if backend:
+            stack.enter_context(use_backend(backend))
+            stack.enter_context(seeds_from(draw_seed))  # eager's plain step would leave the masks to torch
+        plain = trained("none", dtype, **config)
+        for plan in PLANS:
+            for a, b in zip(plain, trained(plan, dtype, **config), strict=True):
+                assert torch.equal(a, b), plan
+
+
+def kept_bytes(plan):
+    """What a forward pass keeps for backward, each storage once, without the parameters."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SIZES, "n_layer": 6}))
+    set_recompute(model, plan)
+    own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.randint(67, (2, 16))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(ids, ids)
+    del loss
+    return sum(size for address, size in seen.items() if address not in own)
+
+
+def test_plans_keep_less():
+    """Of a block 14 tensors of width C are kept (x, h; q, k, v, out; h; 4 C of the MLP), or x and h alone."""
+    none, mlp, half, block = (kept_bytes(plan) for plan in ("none", "mlp", "block/2", "block"))
+    assert none > mlp > half > block
+    row = 2 * 16 * 32 * 4
+    assert none - mlp == 6 * 4 * row
+
+
+def test_flops_of_a_second_pass():
+    config, tokens = GPTConfig(**SIZES, bias=False), 16
+    whole = forward_flops(config, tokens)
+    head = 2 * config.vocab_size * config.n_embd
+    norms = 2 * (2 * config.n_layer + 1) * config.n_embd  # their weights count as multiplying ones in N
+    assert recomputed_flops(config, tokens, "block") == whole - head - norms
+    assert recomputed_flops(config, tokens, "block/2") == pytest.approx(2 / 3 * (whole - head - norms))
+    assert recomputed_flops(config, tokens, "block/9") == pytest.approx((whole - head - norms) / 3)
+    assert recomputed_flops(config, tokens, "mlp") == 2 * 3 * 32 * 128
+    assert recomputed_flops(config, tokens, "none") == 0
+    assert training_flops(config, tokens) == 3 * whole, "MFU does not see it"
+    assert multiplying_parameters(config) * 6 < training_flops(config, tokens)
+
+
+@pytest.mark.parametrize("plan", ("all", "block/0", "block/", "mlp/2", "block/-1", ""))
+def test_a_bad_plan_is_told(plan):
+    with pytest.raises(ValueError, match=r"recompute is .* expected none, mlp, block, or block/N"):
+        Recipe(recompute=plan)
+
+
+def test_a_model_without_blocks_is_told():
+    with pytest.raises(ValueError, match="expected none for Linear"):
+        Trainer(nn.Linear(2, 2), Recipe(recompute="block"), steps=1)
