@@ -11,7 +11,7 @@ from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
-from peakgpt.kernels.mlp import mlp
+from peakgpt.kernels.mlp import gated_mlp, mlp
 from peakgpt.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from peakgpt.kernels.rotary import rotary
 
@@ -24,6 +24,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "doctor",
+    "gated_mlp",
     "layernorm",
     "linear",
     "linear_cross_entropy",

@@ -41,3 +41,15 @@ struct Relu {
     return Value(x);
   }
 };
+
+// x s with s = 1 / (1 + e^-x); slope = s + x s (1 - s).
+template <class T>
+struct Silu {
+  static PEAK_INLINE Vec Gate(Vec x) { return Reciprocal<T>(Exp2<T>(x * Set(-1.4426950409f)) + Set(1.0f)); }
+  static PEAK_INLINE Vec Value(Vec x) { return x * Gate(x); }
+  static PEAK_INLINE Vec ValueAndSlope(Vec x, Vec* slope) {
+    const Vec s = Gate(x), value = x * s;
+    *slope = Fnma(value, s, s + value);
+    return value;
+  }
+};

@@ -162,11 +162,21 @@ PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, 
     const Vec value = Act::ValueAndSlope(Load(pre, n), &slope);
     Store(c, sum * slope, n);
     if (args.act != nullptr) Store(static_cast<T*>(args.act) + i * args.n + j, value, n);
+  } else if constexpr (kEpilogue == Epilogue::kGateSlope) {
+    Vec slope;
+    const int64_t at = i * args.n + j;
+    const Vec gate = Act::ValueAndSlope(Load(static_cast<const T*>(args.gate) + at, n), &slope), up = Load(pre, n);
+    Store(static_cast<T*>(args.dgate) + at, sum * up * slope, n);
+    Store(c, sum * gate, n);
+    if (args.act != nullptr) Store(static_cast<T*>(args.act) + at, gate * up, n);
   } else {
     if (args.bias != nullptr) sum = sum + Load(static_cast<const T*>(args.bias) + j, n);
     if constexpr (kEpilogue == Epilogue::kActivate) {
       if (pre != nullptr) Store(pre, sum, n);
       sum = Act::Value(sum);
+    } else if constexpr (kEpilogue == Epilogue::kGate) {
+      if (pre != nullptr) Store(pre, sum, n);
+      sum = Act::Value(Load(static_cast<const T*>(args.gate) + i * args.n + j, n)) * sum;
     }
     Store(c, sum, n);
   }
@@ -188,6 +198,7 @@ void FinishWith(const GemmArgs& args, const float* sums, int64_t row, int64_t co
     case Activation::kGeluTanh: return Finish<T, Out, kEpilogue, GeluTanh<T>>(args, sums, row, column);
     case Activation::kGeluErf: return Finish<T, Out, kEpilogue, GeluErf>(args, sums, row, column);
     case Activation::kRelu: return Finish<T, Out, kEpilogue, Relu>(args, sums, row, column);
+    case Activation::kSilu: return Finish<T, Out, kEpilogue, Silu<T>>(args, sums, row, column);
   }
 }
 
@@ -198,6 +209,8 @@ void FinishInto(const GemmArgs& args, const float* sums, int64_t row, int64_t co
     case Epilogue::kAdd: return Finish<T, Out, Epilogue::kAdd, void>(args, sums, row, column);
     case Epilogue::kActivate: return FinishWith<T, Out, Epilogue::kActivate>(args, sums, row, column);
     case Epilogue::kSlope: return FinishWith<T, Out, Epilogue::kSlope>(args, sums, row, column);
+    case Epilogue::kGate: return FinishWith<T, Out, Epilogue::kGate>(args, sums, row, column);
+    case Epilogue::kGateSlope: return FinishWith<T, Out, Epilogue::kGateSlope>(args, sums, row, column);
   }
 }
 

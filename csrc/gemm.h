@@ -12,18 +12,20 @@
 
 namespace peak {
 
-enum class Activation : int { kGeluTanh = 0, kGeluErf = 1, kRelu = 2 };
+enum class Activation : int { kGeluTanh = 0, kGeluErf = 1, kRelu = 2, kSilu = 3 };
 
 // What becomes of a tile of sums s = a b before it is written.
 enum class Epilogue : int {
-  kStore = 0,     // c = s + bias
-  kAdd = 1,       // c += s
-  kActivate = 2,  // pre = s + bias, c = act(pre)
-  kSlope = 3,     // c = s act'(pre), act = act(pre)
+  kStore = 0,      // c = s + bias
+  kAdd = 1,        // c += s
+  kActivate = 2,   // pre = s + bias, c = act(pre)
+  kSlope = 3,      // c = s act'(pre), act = act(pre)
+  kGate = 4,       // pre = s + bias, c = act(gate) pre
+  kGateSlope = 5,  // c = s act(gate), dgate = s pre act'(gate), act = act(gate) pre
 };
 
 struct GemmArgs {
-  DType dtype;      // of a, b, bias, pre, act
+  DType dtype;      // of all but c and a_sums
   DType out_dtype;  // of c
   int64_t m, n, k;
   const void* a;  // element (i, p) at a + i a_row + p a_k; one of the strides is 1
@@ -35,9 +37,11 @@ struct GemmArgs {
   Epilogue epilogue;
   const void* bias;  // (n), or null
   Activation activation;
-  void* pre;      // (m, n): written by kActivate where it is not null, read by kSlope
-  void* act;      // (m, n): written by kSlope where it is not null; may be pre
-  float* a_sums;  // (m) sums over k of a, or null
+  void* pre;         // (m, n): written by kActivate and kGate where it is not null, read by kSlope and kGateSlope
+  void* act;         // (m, n): written by kSlope and kGateSlope where it is not null; may be pre
+  const void* gate;  // (m, n): read by kGate and kGateSlope
+  void* dgate;       // (m, n): written by kGateSlope
+  float* a_sums;     // (m) sums over k of a, or null
 };
 
 void Gemm(const GemmArgs& args, int threads);

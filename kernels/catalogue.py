@@ -8,7 +8,7 @@ from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
-from peakgpt.kernels.mlp import mlp
+from peakgpt.kernels.mlp import gated_mlp, mlp
 from peakgpt.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from peakgpt.kernels.rotary import rotary
 from peakgpt.kernels.sum_of_squares import sum_of_squares
@@ -22,6 +22,7 @@ __all__ = [
     "attention_qkv",
     "dropout",
     "embedding",
+    "gated_mlp",
     "layernorm",
     "linear",
     "linear_cross_entropy",

@@ -247,12 +247,13 @@ def test_special_rows(isa):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "name",
-    ("layernorm", "add_layernorm", "rmsnorm", "add_rmsnorm", "mlp", "linear_cross_entropy", "embedding"),
+    ("layernorm", "add_layernorm", "rmsnorm", "add_rmsnorm", "mlp", "gated_mlp", "linear_cross_entropy", "embedding"),
 )
 def test_every_isa_gives_the_gradients(isa, name, dtype):
     """Widths off the lanes; more rows than parts, so every stage of a reduction runs."""
     sizes = {
         "mlp": {"rows": 70, "width": 19, "hidden": 37},
+        "gated_mlp": {"rows": 70, "width": 19, "hidden": 37},
         "linear_cross_entropy": {"rows": 70, "width": 19, "vocab": 131},
         "embedding": {"batch": 3, "tokens": 9, "vocab": 5, "width": 35},
     }.get(name, {"rows": 70, "width": 35})

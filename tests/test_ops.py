@@ -21,7 +21,8 @@ IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, 
        for name, sizes, params in CASES]  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 # Backends still to be written.
-PENDING = {("cpu", "attention_decode"), ("gpu", "attention_decode"), ("gpu", "rmsnorm"), ("gpu", "add_rmsnorm")}
+PENDING = {("cpu", "attention_decode"), ("gpu", "attention_decode"), ("gpu", "rmsnorm"), ("gpu", "add_rmsnorm"),
+           ("gpu", "gated_mlp")}  # fmt: skip
 DIFFERENTIABLE = [name for name in sorted(catalogue.__all__) if OPS[name].gradient]
 
 

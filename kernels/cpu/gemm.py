@@ -11,21 +11,22 @@ from torch import Tensor
 
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, threads
 
-STORE, ADD, ACTIVATE, SLOPE = range(4)  # Epilogue in csrc/gemm.h
-ACTIVATIONS = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2}  # Activation there
+STORE, ADD, ACTIVATE, SLOPE, GATE, GATE_SLOPE = range(6)  # Epilogue in csrc/gemm.h
+ACTIVATIONS = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2, "silu": 3}  # Activation there
 
 
 def gemm(
     a: Tensor, b: Tensor, out: Tensor, *, epilogue: int = STORE, bias: Tensor | None = None,
-    activation: str = "relu", pre: Tensor | None = None, act: Tensor | None = None, a_sums: Tensor | None = None,
+    activation: str = "relu", pre: Tensor | None = None, act: Tensor | None = None, gate: Tensor | None = None,
+    dgate: Tensor | None = None, a_sums: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """out = a b, then the epilogue.
 
     Args:
         a: (M, K). b: (K, N), dtype of a. Each with a unit stride, or copied.
         out: (M, N) with contiguous rows (or columns, where nothing but STORE and ADD is asked), dtype of a or float32.
-        bias: (N,), added by STORE and ACTIVATE.
-        pre, act: (M, N) contiguous, as csrc/gemm.h says.
+        bias: (N,), added by STORE, ACTIVATE and GATE.
+        pre, act, gate, dgate: (M, N) contiguous, as csrc/gemm.h says.
         a_sums: (M,) float32, becomes the sums of a over K.
     Returns:
         out.
@@ -37,7 +38,8 @@ def gemm(
     _C.gemm(
         DTYPES[a.dtype], DTYPES[out.dtype], *out.shape, a.shape[1],
         address(a), a.stride(0), a.stride(1), address(b), b.stride(1), b.stride(0), address(out), out.stride(0),
-        epilogue, address(bias), ACTIVATIONS[activation], address(pre), address(act), address(a_sums), threads(),
+        epilogue, address(bias), ACTIVATIONS[activation], address(pre), address(act), address(gate), address(dgate),
+        address(a_sums), threads(),
     )  # fmt: skip
     return out
 

@@ -135,13 +135,19 @@ ValueAndSlope GeluErf(double x) {
 
 ValueAndSlope Relu(double x) { return {{x > 0 || std::isnan(x) ? x : 0.0, 0.0}, {x > 0 ? 1.0 : 0.0, 0.0}}; }
 
+ValueAndSlope Silu(double x) {
+  const double s = 1.0 / (1.0 + std::exp(-x)), loss = 4.0 + 4.0 * std::min(std::fabs(x), 104.0);
+  return {{x * s, std::fabs(x * s) * loss}, {s + x * s * (1.0 - s), s * loss * (1.0 + std::fabs(x))}};
+}
+
 constexpr struct {
   const char* name;
   Activation code;
   ValueAndSlope (*reference)(double);
 } kActivations[] = {{"gelu_tanh", Activation::kGeluTanh, GeluTanh},
                     {"gelu_erf", Activation::kGeluErf, GeluErf},
-                    {"relu", Activation::kRelu, Relu}};
+                    {"relu", Activation::kRelu, Relu},
+                    {"silu", Activation::kSilu, Silu}};
 
 // One row times one: the sum is b itself, so that what is seen is the epilogue.
 PEAK_TEST(gemm_activates) {
@@ -187,6 +193,40 @@ PEAK_TEST(gemm_takes_slopes) {
         return {dy.At(i) * slope.value, std::fabs(dy.At(i)) * (slope.slack + std::fabs(slope.value))};
       });
       if (args.act) act.Expect("act", [&](int64_t i) { return activation.reference(pre.At(i)).value; });
+    });
+  }
+}
+
+Want Times(double factor, Want want) {
+  return {factor * want.value, std::fabs(factor) * (want.slack + 2.0 * std::fabs(want.value))};
+}
+
+PEAK_TEST(gemm_gates) {
+  for (const auto& activation : kActivations) {
+    ForEachCase(activation.name, 1, [&](auto element, int64_t count, int placement) {
+      using T = decltype(element);
+      Random random(count);
+      Placer place(placement);
+      auto one = place.In<T>(1), dh = place.In<T>(count), gate = place.In<T>(count), up = place.In<T>(count);
+      auto pre = place.Out<T>(count), h = place.Out<T>(count), again = place.Out<T>(count);
+      auto dup = place.Out<T>(count), dgate = place.Out<T>(count);
+      one.Fill([](int64_t) { return 1.0; });
+      for (const auto* in : {&dh, &gate, &up}) in->FillNormal(random, 0.5, 2.0);
+      GemmArgs args = Product(kDtype<T>, kDtype<T>, {1, 1, count}, one.data(), up.data(), h.data());
+      args.epilogue = Epilogue::kGate, args.activation = activation.code, args.gate = gate.data();
+      args.pre = placement == 1 ? nullptr : pre.data();
+      Gemm(args, 1 + placement % 2);
+      if (args.pre) pre.Expect("pre", [&](int64_t i) -> Want { return {up.At(i), 0.0}; });
+      h.Expect("h", [&](int64_t i) { return Times(up.At(i), activation.reference(gate.At(i)).value); });
+
+      args.epilogue = Epilogue::kGateSlope, args.b = dh.data(), args.c = dup.data(), args.dgate = dgate.data();
+      args.pre = up.data(), args.act = placement == 2 ? nullptr : again.data();
+      Gemm(args, 1 + placement % 2);
+      dup.Expect("dup", [&](int64_t i) { return Times(dh.At(i), activation.reference(gate.At(i)).value); });
+      dgate.Expect("dgate",
+                   [&](int64_t i) { return Times(dh.At(i) * up.At(i), activation.reference(gate.At(i)).slope); });
+      if (!args.act) return;
+      again.Expect("h again", [&](int64_t i) { return Times(up.At(i), activation.reference(gate.At(i)).value); });
     });
   }
 }
