@@ -20,14 +20,16 @@ from peakgpt.kernels.sum_of_squares import sum_of_squares
 ALIGN = 64  # elements: each parameter starts on a cache line, and on the 16 bytes that vector loads and TMA ask for
 PIECE = 1 << 18  # elements
 UNSUPPORTED = ("amsgrad", "maximize", "differentiable")
+CARRIED = ("max_norm", "grad_norm", "rate", "_dtype")  # with copies of an optimizer, beside what torch takes
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW in one pass over memory, with float32 masters and clipping to a global norm inside.
 
-    After a step, `grad_norm` is the norm of all gradients before clipping, a tensor on the device (None without
-    max_norm). A step whose norm is not finite changes nothing, decided on the device.
+    `rate`, where set to a float32 tensor (), multiplies every group's lr and is read on the device: a schedule that a
+    captured step follows. After a step, `grad_norm` is the norm of all gradients before clipping, a tensor on the
+    device (None without max_norm). A step whose norm is not finite changes nothing, decided on the device.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"AdamW: dtype is {dtype}, expected torch.float32 or torch.bfloat16")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"AdamW: max_norm is {max_norm}, expected more than 0, or None")
-        self.max_norm, self.grad_norm, self._dtype = max_norm, None, dtype
+        self.max_norm, self.grad_norm, self.rate, self._dtype = max_norm, None, None, dtype
         self._flats: list[tuple[dict[str, Any], _Flat]] = []
         super().__init__(params, {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
@@ -75,7 +77,7 @@ class AdamW(torch.optim.Optimizer):
         """For copy.deepcopy and pickle: all but the flat buffers, since neither keeps views of one buffer together."""
         for _, flat in self._flats:
             flat.gather_parameters()
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in ("max_norm", "grad_norm", "_dtype")}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in CARRIED}}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -120,13 +122,12 @@ class AdamW(torch.optim.Optimizer):
             calls += [(group, flat, *run) for run in flat.runs()]
         if not calls:
             return loss
-        if self.max_norm is not None:
-            self.grad_norm = _norm([flat.grad[span] for _, flat, span, _ in calls])
+        self.grad_norm = None if self.max_norm is None else _norm([flat.grad[span] for _, flat, span, _ in calls])
         for group, flat, span, step in calls:
             adamw(
                 flat.param[span], flat.grad[span], None if flat.remainder is None else flat.remainder[span],
                 flat.exp_avg[span], flat.exp_avg_sq[span], step,
-                None if self.max_norm is None else self.grad_norm.to(step.device, step.dtype),
+                *(t if t is None else t.to(step.device, step.dtype) for t in (self.grad_norm, self.rate)),
                 lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
                 weight_decay=group["weight_decay"], max_norm=self.max_norm,
             )  # fmt: skip

@@ -8,10 +8,12 @@ arXiv:2502.15938.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peakgpt.engine.capture import Captured, recorder_for
 from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.engine.recompute import parse, set_recompute
 from peakgpt.kernels.cpu.memory import keep_pages
@@ -71,7 +73,7 @@ def schedule(recipe: Recipe, step: int, steps: int) -> float:
 
 
 class Trainer:
-    """Updates a model in place, one batch at a time."""
+    """Updates a model in place, one batch at a time; on CUDA the whole update is one graph (engine/capture.py)."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, *, steps: int):
         """Take over a model.
@@ -83,13 +85,17 @@ class Trainer:
         """
         self.model, self.recipe, self.steps, self.done = model, recipe, steps, 0
         set_recompute(model, recipe.recompute)
-        if next(model.parameters()).device.type == "cpu":
+        device = next(model.parameters()).device
+        if device.type == "cpu":
             keep_pages()
         # The optimizer takes its float32 master before the parameters are rounded.
         self.optimizer = AdamW(
             decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps,
             max_norm=recipe.max_norm, dtype=recipe.dtype,
         )  # fmt: skip
+        self.rate = self.optimizer.rate = torch.ones((), device=device)  # of recipe.lr, by the schedule
+        self.grad_norm: Tensor | None = None
+        self.update = Captured(self._update, recorder_for(device), self._fixed)
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Make one update.
@@ -97,14 +103,26 @@ class Trainer:
         Args:
             ids, targets: (B, T) int64 on the model's device, targets already shifted.
         Returns:
-            The mean loss before the update, detached, on the device: reading it is what waits for it.
+            The mean loss before the update, detached, on the device: reading it is what waits for it. So is
+            `grad_norm`, the norm of the gradients before clipping.
         """
+        self.rate.fill_(schedule(self.recipe, self.done, self.steps) / self.recipe.lr)
+        loss, self.grad_norm = self.update(ids, targets)
+        self.done += 1
+        return loss
+
+    def _update(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, gradient norm); what changes from step to step is read from device memory."""
         self.optimizer.zero_grad()
         with accumulate_into(self.optimizer.gradients()):
             loss = self.model(ids, targets)
             loss.backward()
         for group in self.optimizer.param_groups:
-            group["lr"] = schedule(self.recipe, self.done, self.steps)
+            group["lr"] = self.recipe.lr  # a state that was loaded may say otherwise
         self.optimizer.step()
-        self.done += 1
-        return loss.detach()
+        return loss.detach(), self.optimizer.grad_norm
+
+    def _fixed(self) -> tuple[Any, ...]:
+        """What a recorded update takes as it was: where parameters and step counts lie, and how the model runs."""
+        held = self.optimizer.state.items()
+        return self.model.training, *((p.data_ptr(), state["step"].data_ptr()) for p, state in held)

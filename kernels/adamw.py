@@ -2,7 +2,7 @@
 
     g = grad * min(1, max_norm / (norm + 1e-6))        t = step + 1
     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2
-    p = p (1 - lr * weight_decay) - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
+    p = p (1 - lr * weight_decay) - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)       lr = lr * rate
 
 Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", arXiv:1711.05101, algorithm 2. With max_norm the
 whole update, the step count included, is skipped where norm is not finite, decided on the device.
@@ -44,7 +44,9 @@ def join(param: Tensor, remainder: Tensor) -> Tensor:
     return (magnitude | ((bits & 0x8000) << 16)).view(torch.float32)
 
 
-def _check(param, grad, remainder, exp_avg, exp_avg_sq, step, norm, *, lr, beta1, beta2, eps, weight_decay, max_norm):
+def _check(
+    param, grad, remainder, exp_avg, exp_avg_sq, step, norm, rate, *, lr, beta1, beta2, eps, weight_decay, max_norm
+):
     n = param.numel()
     if param.dtype not in DTYPES:
         raise ValueError(f"adamw: param has dtype {param.dtype}, expected float32, bfloat16 or float64")
@@ -54,7 +56,8 @@ def _check(param, grad, remainder, exp_avg, exp_avg_sq, step, norm, *, lr, beta1
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"adamw: {name} has stride {tensor.stride()}, expected (1,)")
     check.same("adamw", "param", param, grad=grad)
-    check.same("adamw", "exp_avg", exp_avg, exp_avg_sq=exp_avg_sq, step=step, norm=norm)
+    check.same("adamw", "exp_avg", exp_avg, exp_avg_sq=exp_avg_sq, step=step, norm=norm, rate=rate)
+    check.shape("adamw", "rate", rate)
     got = None if remainder is None else remainder.dtype
     expected = torch.int16 if param.dtype == torch.bfloat16 else None
     if got != expected:
@@ -93,6 +96,7 @@ def adamw(
     exp_avg_sq: Tensor,
     step: Tensor,
     norm: Tensor | None = None,
+    rate: Tensor | None = None,
     *,
     lr: float,
     beta1: float = 0.9,
@@ -109,12 +113,14 @@ def adamw(
         exp_avg, exp_avg_sq: (N,) float32 moments.
         step: () float32, updates made so far; incremented.
         norm: () float32, global norm of all gradients; given with max_norm and only then.
+        rate: () float32, a factor on lr that is read where the update runs: a schedule that a captured step can follow.
         lr, beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.
         max_norm: the gradient is scaled down to this global norm.
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit.
         NotImplementedError: a forced backend objects; the message says why.
     """
+    lr = lr if rate is None else lr * rate
     wide = param if remainder is None else join(param, remainder)
     live = torch.ones_like(step, dtype=torch.bool) if norm is None else norm.isfinite()
     scale = 1.0 if norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from peakgpt.engine.capture import Late
 from peakgpt.engine.checkpoint import load_training_state, save_training_state
 from peakgpt.engine.corpus import load_corpus
 from peakgpt.engine.data import Batches, TokenShards, prepare, validation_windows
@@ -110,27 +111,43 @@ class Training:
             longest = model.config.block_size
             raise ValueError(f"--tokens is {self.recipe.tokens}, expected at most the model's {longest}")
         self.trainer = Trainer(model.to(device), self.recipe, steps=settings["steps"])
+        config, tokens = model.config, self.recipe.tokens
+        self.flops = training_flops(config, tokens)
+        self.flops_again = recomputed_flops(config, tokens, self.recipe.recompute)
+        self.peak_flops_s = peak_for(self.device, self.recipe.dtype).flops_s
 
     def go_on(self, save_every: int, asked_to_stop: Callable[[], bool]) -> None:
         """Train to the last step or until asked to stop, saving and validating every so many steps."""
-        trainer, peak = self.trainer, peak_for(self.device, self.recipe.dtype)
-        config, tokens = trainer.model.config, self.recipe.tokens
-        flops, again = training_flops(config, tokens), recomputed_flops(config, tokens, self.recipe.recompute)
+        trainer, late = self.trainer, Late(self.device)
+        self.clock = time.perf_counter()
         while trainer.done < trainer.steps and not asked_to_stop():
-            start = time.perf_counter()
-            ids, targets = (t.to(self.device, non_blocking=True) for t in next(self.batches))
-            loss = float(trainer.step(ids, targets))
-            rate = ids.numel() / (time.perf_counter() - start)
-            used, step, last = mfu(rate, flops, peak.flops_s), trainer.done, trainer.done == trainer.steps
-            hardware = {"hfu": round(mfu(rate, flops + again, peak.flops_s), 4)} if again else {}
-            self.folder.log(contender="peakgpt", step=step, loss=loss, tokens_per_s=round(rate, 1),
-                            mfu=round(used, 4), **hardware)  # fmt: skip
-            if step % 10 == 0 or last:
-                print(f"step {step}/{trainer.steps}  loss {loss:.4f}  {rate:,.0f} tok/s  MFU {100 * used:.1f} %")
+            batch = next(self.batches)
+            if self.device.type == "cuda":
+                batch = (t.pin_memory() for t in batch)  # else the copy waits for the step in flight
+            loss = trainer.step(*(t.to(self.device, non_blocking=True) for t in batch))
+            step, last = trainer.done, trainer.done == trainer.steps
+            self._report(late.put(step, loss))
             if step % save_every == 0 or last:
+                self._report(late.take())
                 self._validate()
             if step % save_every == 0:
                 self.save()
+            if step % save_every == 0 or last:
+                self.clock = time.perf_counter()
+        self._report(late.take())
+
+    def _report(self, arrived: list[tuple[int, float]]) -> None:
+        """Log steps, (number, loss) each, that have ended since the clock was last set."""
+        for step, loss in arrived:
+            before, self.clock = self.clock, time.perf_counter()
+            rate = self.recipe.batch * self.recipe.tokens / (self.clock - before)
+            used = {"mfu": round(mfu(rate, self.flops, self.peak_flops_s), 4)}
+            if self.flops_again:
+                used["hfu"] = round(mfu(rate, self.flops + self.flops_again, self.peak_flops_s), 4)
+            self.folder.log(contender="peakgpt", step=step, loss=loss, tokens_per_s=round(rate, 1), **used)
+            if step % 10 == 0 or step == self.trainer.steps:
+                steps, percent = self.trainer.steps, 100 * used["mfu"]
+                print(f"step {step}/{steps}  loss {loss:.4f}  {rate:,.0f} tok/s  MFU {percent:.1f} %")
 
     def save(self) -> None:
         """Write the checkpoint for others, and beside it what this run needs to go on."""

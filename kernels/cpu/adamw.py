@@ -14,8 +14,9 @@ def objection(param: Tensor, grad: Tensor, remainder: Tensor | None, exp_avg: Te
     return dtype_objection(param)
 
 
-def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, norm, *,
+def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, norm, rate, *,
             lr, beta1, beta2, eps, weight_decay, max_norm):  # fmt: skip
+    lr = lr if rate is None else lr * float(rate)
     _C.adamw(
         DTYPES[param.dtype], param.numel(), *map(address, (param, grad, remainder, exp_avg, exp_avg_sq, step, norm)),
         lr, beta1, beta2, eps, weight_decay, max_norm or 0.0, threads(),

@@ -57,9 +57,10 @@ def adamw_update(
     exp_avg_sq_ptr,
     step_ptr,
     norm_ptr,
+    rate_ptr,
     N,
     lr,
-    decay,
+    weight_decay,
     beta1,
     beta2,
     one_minus_beta1,
@@ -76,6 +77,8 @@ def adamw_update(
         end = tl.where(_finite(norm_ptr), N, 0)
         scale = tl.minimum(max_norm / (tl.load(norm_ptr) + 1e-6), 1.0)
     live = at < end
+    if rate_ptr is not None:
+        lr *= tl.load(rate_ptr)
     t = tl.load(step_ptr) + 1.0
     correction1, correction2 = _one_minus_power(t, log_beta1), _one_minus_power(t, log_beta2)
     g = tl.load(grad_ptr + at, mask=live, other=0.0).to(tl.float32) * scale
@@ -86,7 +89,7 @@ def adamw_update(
     v = tl.load(exp_avg_sq_ptr + at, mask=live, other=0.0)
     m = beta1 * m + one_minus_beta1 * g
     v = beta2 * v + one_minus_beta2 * g * g
-    p = p * decay - lr / correction1 * m / (tl.sqrt(v / correction2) + eps)
+    p = p * (1.0 - lr * weight_decay) - lr / correction1 * m / (tl.sqrt(v / correction2) + eps)
     tl.store(exp_avg_ptr + at, m, mask=live)
     tl.store(exp_avg_sq_ptr + at, v, mask=live)
     if remainder_ptr is not None:
@@ -103,21 +106,21 @@ def adamw_step(step_ptr, norm_ptr):
     tl.store(step_ptr, tl.load(step_ptr) + 1.0, mask=live)
 
 
-def objection(param, grad, remainder, exp_avg, exp_avg_sq, step, norm, **_) -> str | None:
-    for name, tensor in (("step", step), ("exp_avg", exp_avg), ("norm", norm)):
+def objection(param, grad, remainder, exp_avg, exp_avg_sq, step, norm, rate=None, **_) -> str | None:
+    for name, tensor in (("step", step), ("exp_avg", exp_avg), ("norm", norm), ("rate", rate)):
         if tensor is not None and tensor.dtype != torch.float32:
             return f"takes {name} in float32, got {tensor.dtype}"
     return launch.objection(param)
 
 
-def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, norm, *, lr, beta1, beta2, eps,
+def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, norm, rate, *, lr, beta1, beta2, eps,
             weight_decay, max_norm):  # fmt: skip
     with launch.on(param):
         adamw_update[(triton.cdiv(param.numel(), BLOCK_N),)](
             param_ptr=param, grad_ptr=grad, remainder_ptr=remainder, exp_avg_ptr=exp_avg,
-            exp_avg_sq_ptr=exp_avg_sq, step_ptr=step, norm_ptr=norm, N=param.numel(),
+            exp_avg_sq_ptr=exp_avg_sq, step_ptr=step, norm_ptr=norm, rate_ptr=rate, N=param.numel(),
             # Differences and logarithms in double: 1 - float32(0.999) is 1e-5 off.
-            lr=float(lr), decay=1.0 - lr * weight_decay, beta1=beta1, beta2=beta2,
+            lr=float(lr), weight_decay=float(weight_decay), beta1=beta1, beta2=beta2,
             one_minus_beta1=1.0 - beta1, one_minus_beta2=1.0 - beta2, log_beta1=_log(beta1), log_beta2=_log(beta2),
             eps=float(eps), max_norm=None if max_norm is None else float(max_norm),
             BLOCK_N=BLOCK_N, num_warps=ROW.warps, num_stages=ROW.stages,
