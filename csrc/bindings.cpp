@@ -23,6 +23,7 @@
 #include "layernorm.h"
 #include "memory.h"
 #include "peaks.h"
+#include "quantized.h"
 #include "rotary.h"
 #include "sum_of_squares.h"
 
@@ -111,6 +112,7 @@ PYBIND11_MODULE(_C, m) {
   Define(m, "cross_entropy_backward", peak::CrossEntropyBackward);
   Define(m, "dropout", peak::Dropout);
   Define(m, "gemm", peak::Gemm);
+  Define(m, "linear_quantized", peak::LinearQuantized);
   Define(m, "adamw", peak::Adamw);
   Define(m, "rotary", peak::Rotary);
   Define(m, "sum_of_squares", peak::SumOfSquares);

@@ -3,9 +3,9 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <utility>
+
+#include "memory.h"
 
 namespace peak {
 
@@ -324,22 +324,7 @@ constexpr int64_t kBlockRows = 1024, kBlockColumns = 3072, kBlockSlots = 1024;
 
 int64_t Pieces(int64_t n, int64_t most) { return std::max<int64_t>(1, (n + most - 1) / most); }
 int64_t Up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Memory kept between calls on a thread: fresh pages cost more than the packing that fills them.
-float* Workspace(int64_t count) {
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  static thread_local std::unique_ptr<float, Free> held;
-  static thread_local int64_t size = 0;
-  if (count > size) {
-    held.reset();
-    size = 0;
-    held.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64})));
-    size = count;
-  }
-  return held.get();
-}
+float* Floats(int64_t count) { return static_cast<float*>(Workspace(count * static_cast<int64_t>(sizeof(float)))); }
 
 // How `threads` share a block: a grid of row groups and column groups with the least work for the slowest.
 std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads) {
@@ -361,7 +346,7 @@ std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads)
 namespace {
 
 void GemmThin(const GemmArgs& args, const GemmTile& tile, int64_t depth, int threads) {
-  float* const a = Workspace(Up(args.k, tile.slot) / tile.slot * tile.rows);
+  float* const a = Floats(Up(args.k, tile.slot) / tile.slot * tile.rows);
   PEAK_PICK_DTYPE(args.dtype, PackRows)(args, {0, args.m, 0, args.n, 0, args.k, true, true}, 0, 1, a);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyThin);
   ParallelParts(Pieces(args.n, tile.columns), threads, threads,
@@ -388,7 +373,7 @@ void Gemm(const GemmArgs& args, int threads) {
 
   const int64_t a_size = rows * slots, b_size = std::max(kGroupFloats, tile.columns * slots);
   const int64_t sums_size = k_blocks > 1 ? rows * columns : 0;
-  float* const a = Workspace(a_size + team * b_size + sums_size);
+  float* const a = Floats(a_size + team * b_size + sums_size);
   float* const sums = k_blocks > 1 ? a + a_size + team * b_size : nullptr;
 
 #pragma omp parallel num_threads(team) if (team > 1)

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
+#include <memory>
+#include <new>
 #include <string>
 
 #ifdef __GLIBC__
@@ -33,6 +35,22 @@ bool GoPast(const void* out, int64_t bytes, int64_t row_bytes) {
   constexpr int64_t kLine = 64;
   return out != nullptr && bytes > cache / 2 && reinterpret_cast<std::uintptr_t>(out) % kLine == 0 &&
          row_bytes % kLine == 0;
+}
+
+void* Workspace(int64_t bytes) {
+  constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, kLine); }
+  };
+  static thread_local std::unique_ptr<void, Free> held;
+  static thread_local int64_t size = 0;
+  if (bytes > size) {
+    held.reset();
+    size = 0;
+    held.reset(::operator new(bytes, kLine));
+    size = bytes;
+  }
+  return held.get();
 }
 
 #ifdef __GLIBC__

@@ -1,5 +1,5 @@
 // Keeping freed memory in the process: the page faults of fresh memory cost a training step more than its norms do.
-// And when to store past the caches.
+// Workspaces. And when to store past the caches.
 #pragma once
 
 #include <cstddef>
@@ -15,5 +15,9 @@ bool KeepPages(std::size_t bytes);
 // line first, which is a third of a copy's traffic, but leaves it where the next kernel finds it. True where the output
 // would push most of itself out of the last-level cache anyway, and rows consist of whole lines.
 bool GoPast(const void* out, int64_t bytes, int64_t row_bytes);
+
+// Memory kept between calls on a thread, uninitialised, 64-byte aligned, valid until the next call on the thread: fresh
+// pages cost more than the packing that fills them.
+void* Workspace(int64_t bytes);
 
 }  // namespace peak

@@ -459,10 +459,11 @@ PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) { return {_mm512_cmpge_epu32_
 
 constexpr int kQuadZero = PEAK_ISA == PEAK_AVX512BF16 ? 0 : 128;
 struct Quads { __m512i v; };
-struct Ints { __m512i v; };
+using IntLanes = int __attribute__((vector_size(64)));  // of __m512i GCC would keep a second copy in the loops
+struct Ints { IntLanes v; };
 struct Table { __m512i v; };
-PEAK_INLINE Ints SetInts(int32_t i) { return {_mm512_set1_epi32(i)}; }
-PEAK_INLINE Vec ToFloats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+PEAK_INLINE Ints SetInts(int32_t i) { return {reinterpret_cast<IntLanes>(_mm512_set1_epi32(i))}; }
+PEAK_INLINE Vec ToFloats(Ints a) { return {_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(a.v))}; }
 PEAK_INLINE Quads LoadQuads(const void* p) { return {_mm512_loadu_si512(p)}; }
 PEAK_INLINE Quads SetQuad(const void* p) {
   int quad;
@@ -471,13 +472,15 @@ PEAK_INLINE Quads SetQuad(const void* p) {
 }
 PEAK_INLINE void StoreQuads(void* p, Quads a) { _mm512_storeu_si512(p, a.v); }
 #if PEAK_ISA == PEAK_AVX512BF16
-PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) { return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)}; }
+PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {
+  return {reinterpret_cast<IntLanes>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc.v), a.v, b.v))};
+}
 #else
 PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {  // as on AVX2
   const __m512i w = _mm512_xor_si512(a.v, _mm512_set1_epi8(-128));
   const __m512i turned = _mm512_mask_sub_epi8(b.v, _mm512_movepi8_mask(w), _mm512_setzero_si512(), b.v);
   const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
-  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+  return {acc.v + reinterpret_cast<IntLanes>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
 }
 #endif
 PEAK_INLINE Quads LowerNibbles(Quads a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }

@@ -7,6 +7,7 @@
 #include "embedding.h"
 #include "gemm.h"
 #include "layernorm.h"
+#include "quantized.h"
 #include "rotary.h"
 #include "sum_of_squares.h"
 
@@ -30,6 +31,8 @@ PEAK_TEST(nothing_to_do) {
       Gemm({.dtype = dtype, .m = 3, .k = 5}, threads);
       LayernormForward({.dtype = dtype}, threads);
       LayernormBackward({.dtype = dtype}, threads);
+      LinearQuantized({.dtype = dtype, .bits = 8, .n = 3, .k = 5, .block = 128}, threads);
+      LinearQuantized({.dtype = dtype, .rows = 3, .bits = 4, .k = 5, .block = 64}, threads);
       Rotary({.dtype = dtype, .heads = 3, .width = 8, .pairs = 4, .turned = 2}, threads);
       SumOfSquares({.dtype = dtype, .total = &zero}, threads);
       Check(zero == 1.0f, "the sum of nothing is %g, expected 0", zero - 1.0f);
