@@ -1,5 +1,5 @@
 """Layers on fused kernels for other people's models."""
 
-from peakgpt.engine.layers import GELUMLP, CausalSelfAttention, LayerNorm
+from peakgpt.engine.layers import GELUMLP, CausalSelfAttention, GatedMLP, LayerNorm, RMSNorm
 
-__all__ = ["GELUMLP", "CausalSelfAttention", "LayerNorm"]
+__all__ = ["GELUMLP", "CausalSelfAttention", "GatedMLP", "LayerNorm", "RMSNorm"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from peakgpt.kernels.mlp import ACTIVATIONS
+from peakgpt.kernels.mlp import ACTIVATIONS, GATES
 
 SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "block_size", "vocab_size", "n_inner", "word_dim")
 RATES = ("dropout", "embedding_dropout", "attention_dropout")
 CHOICES = {
-    "activation": tuple(ACTIVATIONS),
-    "position": ("learned", "rotary", "alibi"),
+    "norm": ("layer", "rms"),
+    "position": ("learned", "rotary", "alibi", "transformer_xl", "relative_bias"),
     "residual": ("pre_norm", "post_norm", "parallel", "parallel_two_norms"),
 }
 BIASED = ("qkv", "out", "mlp", "norm")  # parts of a block; "norm" stands for the norms outside of blocks too
@@ -29,8 +29,10 @@ class GPTConfig:
         block_size: the longest sequence, in tokens.
         vocab_size: V.
         word_dim: features of a token's embedding, projected to and from n_embd where it is another; None means n_embd.
+        norm: "layer", or "rms", which takes no mean and has no bias.
         embedding_norm: whether the token embedding is normalised before the first block.
-        position: "learned" table, "rotary" queries and keys, or "alibi" slopes on the scores.
+        position: "learned" table, "rotary" queries and keys, "alibi" slopes on the scores, "transformer_xl" relative
+            keys, or "relative_bias" on the scores by distance, T5's; the last two are a layer's own.
         position_offset: row of the learned table that the first token takes.
         rotary_dim: features of a head that are rotated, even; None means head_dim.
         rotary_interleaved: whether neighbours are rotated as a pair (GPT-J), or feature i with i + rotary_dim / 2.
@@ -42,10 +44,15 @@ class GPTConfig:
             "pre_norm": x += attn(norm(x)), x += mlp(norm(x)); a last norm before the head.
             "post_norm": x = norm(x + attn(x)), x = norm(x + mlp(x)); no last norm.
             "parallel": x += attn(norm(x)) + mlp(norm(x)) with one norm, "parallel_two_norms" with one for each branch.
-        activation: "gelu_tanh", "gelu_erf" or "relu".
-        layer_norm_epsilon: added to the variance.
+        activation: "gelu_tanh", "gelu_erf" or "relu"; of a gate also "silu".
+        gated_mlp: whether the activation is that of a gate, a third projection of the MLP.
+        experts: E MLPs, not gated, in place of that of every `experts_every`-th layer; 0 for none.
+        experts_per_token: how many of them a token goes through.
+        balance_loss: factor on the experts' balance, added to the loss while training.
+        layer_norm_epsilon: added to the variance, or to the mean square.
         bias: whether layers and norms have one, or the parts that do: "qkv", "out", "mlp", "norm".
         tied_head: whether the head is the token embedding. head_bias: whether an untied head has a bias.
+        logit_scale: factor on the logits.
         dropout: probability after each branch, while training.
         embedding_dropout, attention_dropout: after the embedding, and of an attention weight; None means dropout.
     Raises:
@@ -61,6 +68,7 @@ class GPTConfig:
     block_size: int = 1024
     vocab_size: int = 50257
     word_dim: int | None = None
+    norm: str = "layer"
     embedding_norm: bool = False
     position: str = "learned"
     position_offset: int = 0
@@ -72,10 +80,16 @@ class GPTConfig:
     scale_by_layer: bool = False
     residual: str = "pre_norm"
     activation: str = "gelu_tanh"
+    gated_mlp: bool = False
+    experts: int = 0
+    experts_every: int = 2
+    experts_per_token: int = 2
+    balance_loss: float = 0.01
     layer_norm_epsilon: float = 1e-5
     bias: bool | tuple[str, ...] = True
     tied_head: bool = True
     head_bias: bool = False
+    logit_scale: float = 1.0
     dropout: float = 0.0
     embedding_dropout: float | None = None
     attention_dropout: float | None = None
@@ -99,14 +113,15 @@ class GPTConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        for name in ("embedding_norm", "rotary_interleaved", "scale_by_layer", "tied_head", "head_bias"):
+        for name in ("embedding_norm", "rotary_interleaved", "scale_by_layer", "gated_mlp", "tied_head", "head_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, expected True or False")
-        for name in ("layer_norm_epsilon", "rotary_base"):
+        for name in ("layer_norm_epsilon", "rotary_base", "logit_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}, expected more than 0")
         if self.head_bias and self.tied_head:
             raise ValueError("GPTConfig: head_bias is True with a tied head, expected tied_head False beside it")
+        self._check_mlp()
         self._check_position()
         self._check_bias()
         self._check_windows()
@@ -115,6 +130,23 @@ class GPTConfig:
             if not 0 <= rate < 1:
                 raise ValueError(f"GPTConfig: {name} is {rate}, expected 0 <= {name} < 1")
             self._settle(**{name: rate})
+
+    def _check_mlp(self) -> None:
+        allowed = GATES if self.gated_mlp and not self.experts else ACTIVATIONS
+        if self.activation not in allowed:
+            raise ValueError(f"GPTConfig: activation is {self.activation!r}, expected one of {', '.join(allowed)}")
+        if self.experts == 0 and not isinstance(self.experts, bool):
+            return
+        for name in ("experts", "experts_every", "experts_per_token"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, expected a positive integer")
+        if self.experts_per_token > self.experts or self.experts_every > self.n_layer:
+            raise ValueError(
+                f"GPTConfig: experts_per_token is {self.experts_per_token} and experts_every {self.experts_every}, "
+                f"expected at most experts {self.experts} and n_layer {self.n_layer}"
+            )
+        if not self.balance_loss >= 0:
+            raise ValueError(f"GPTConfig: balance_loss is {self.balance_loss}, expected at least 0")
 
     def _check_position(self) -> None:
         rotary = self.position == "rotary"
@@ -133,8 +165,12 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: position_offset is {offset!r}, expected 0, or more with learned positions")
 
     def _check_bias(self) -> None:
-        if isinstance(self.bias, bool):
-            return
+        if not isinstance(self.bias, bool):
+            self._check_biased_parts()
+        if self.norm == "rms" and self.has_bias("norm"):
+            raise ValueError(f"GPTConfig: bias is {self.bias} with norm rms, which has none, expected it without norm")
+
+    def _check_biased_parts(self) -> None:
         if not isinstance(self.bias, tuple | list) or not set(self.bias) <= set(BIASED):
             raise ValueError(
                 f"GPTConfig: bias is {self.bias!r}, expected True or False, or some of {', '.join(BIASED)}"
@@ -157,6 +193,10 @@ class GPTConfig:
     def has_bias(self, part: str) -> bool:
         """Whether a part, one of BIASED, has a bias."""
         return self.bias is True or (self.bias is not False and part in self.bias)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts: the last of every `experts_every`."""
+        return bool(self.experts) and (layer + 1) % self.experts_every == 0
 
     def scale(self, layer: int) -> float | None:
         """A layer's factor on q k^T; None means 1 / sqrt(head_dim)."""

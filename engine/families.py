@@ -228,6 +228,13 @@ def _names(
     }
 
 
+class _AsTheyAre(dict[str, str]):
+    """Names of a layout that has ours."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
 def _qkv(module: str) -> tuple[str, ...]:
     return tuple(f"{module}.{part}_proj" for part in "qkv")
 
@@ -449,10 +456,7 @@ ROWS = (
         model_type=OWN,
         architecture="GPT",
         fields=tuple(Field(f.name, f.name, f.default) for f in fields(GPTConfig)),
-        names={
-            **GPT2_NAMES,
-            **{name: name for name in (f"transformer.{part}" for part in ("ln_emb", "project_in", "project_out"))},
-        },
+        names=_AsTheyAre(),
     ),
 )
 # fmt: on

@@ -13,20 +13,34 @@ from __future__ import annotations
 
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.recompute import parse
+from peakgpt.engine.relative import BUCKETS
 
 
-def parameter_count(config: GPTConfig) -> int:
-    """Count the model's parameters, a tied head once."""
-    c, d = config.n_embd, config.head_dim
-    qkv, out, mlp, norm = (int(config.has_bias(part)) for part in ("qkv", "out", "mlp", "norm"))
-    attention = (c + qkv) * (config.n_head + 2 * config.n_kv_head) * d + (config.n_head * d + out) * c
-    layer = attention + (c + mlp) * config.n_inner + (config.n_inner + mlp) * c
+def parameter_count(config: GPTConfig, *, active: bool = False) -> int:
+    """Count the model's parameters, a tied head once; `active`: of a layer's experts only those that a token meets."""
+    c = config.n_embd
     norms = config.n_layer * (1 if config.residual == "parallel" else 2)
     norms += int(config.residual != "post_norm") + int(config.embedding_norm)
     projections = 0 if config.word_dim == c else 2 * config.word_dim * c
     head = 0 if config.tied_head else config.vocab_size * (config.word_dim + int(config.head_bias))
     embeddings = _token_embedding(config) + _position_embedding(config)
-    return embeddings + projections + config.n_layer * layer + norms * (1 + norm) * c + head
+    layers = sum(_attention(config) + _mlp(config, layer, active) for layer in range(config.n_layer))
+    return embeddings + projections + layers + norms * (1 + config.has_bias("norm")) * c + head
+
+
+def _attention(config: GPTConfig) -> int:
+    c, heads, d = config.n_embd, config.n_head, config.head_dim
+    qkv = (c + config.has_bias("qkv")) * (heads + 2 * config.n_kv_head) * d
+    relative = {"transformer_xl": (c + 2) * heads * d, "relative_bias": BUCKETS * heads}.get(config.position, 0)
+    return qkv + (heads * d + config.has_bias("out")) * c + relative
+
+
+def _mlp(config: GPTConfig, layer: int, active: bool) -> int:
+    c, inner, biased = config.n_embd, config.n_inner, config.has_bias("mlp")
+    up, down = (c + biased) * inner, (inner + biased) * c
+    if not config.has_experts(layer):
+        return (1 + config.gated_mlp) * up + down
+    return (config.experts_per_token if active else config.experts) * (up + down) + c * config.experts
 
 
 def _token_embedding(config: GPTConfig) -> int:
@@ -38,9 +52,9 @@ def _position_embedding(config: GPTConfig) -> int:
 
 
 def multiplying_parameters(config: GPTConfig) -> int:
-    """N: the parameters without the tables that are only looked up."""
+    """N: the parameters without the tables that are only looked up and the experts that a token does not meet."""
     looked_up = _position_embedding(config) + (0 if config.tied_head else _token_embedding(config))
-    return parameter_count(config) - looked_up
+    return parameter_count(config, active=True) - looked_up
 
 
 def forward_flops(config: GPTConfig, tokens: int, *, causal: bool = False) -> float:
@@ -65,13 +79,17 @@ def recomputed_flops(config: GPTConfig, tokens: int, plan: str, *, causal: bool 
     "mlp": the first product of every MLP. "block": the forward pass of the blocks that forget.
     """
     what, every = parse(plan)
+    c, inner, layers = config.n_embd, config.n_inner, range(config.n_layer)
+    met = [config.experts_per_token if config.has_experts(i) else 1 for i in layers]  # MLPs of a token
+    ups = [1 + (config.gated_mlp and not config.has_experts(i)) for i in layers]
+    up = [n * k * c * inner for n, k in zip(met, ups, strict=True)]
     if what == "mlp":
-        return 2 * config.n_layer * config.n_embd * config.n_inner
-    forgetful = config.windows[::every] if what == "block" else ()
-    heads, c = config.n_head + 2 * config.n_kv_head, config.n_embd
-    weights = (heads + config.n_head) * config.head_dim * c + 2 * c * config.n_inner
-    keys = sum(_keys(tokens, min(window or tokens, tokens), causal) for window in forgetful)
-    return 2 * weights * len(forgetful) + 4 * config.n_head * config.head_dim * keys
+        return 2 * sum(up)
+    forgetful = layers[::every] if what == "block" else ()
+    attention = (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim * c
+    weights = sum(attention + up[i] + met[i] * inner * c for i in forgetful)
+    keys = sum(_keys(tokens, min(config.windows[i] or tokens, tokens), causal) for i in forgetful)
+    return 2 * weights + 4 * config.n_head * config.head_dim * keys
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:

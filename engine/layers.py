@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from peakgpt.engine.cache import KVCache
 from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.experts import Experts
 from peakgpt.engine.positions import Positions
 from peakgpt.engine.recompute import checkpointed
-from peakgpt.kernels.attention import attention, attention_qkv
+from peakgpt.engine.relative import RELATIVE
+from peakgpt.kernels.attention import attention, attention_qkv, default_scale
 from peakgpt.kernels.dropout import dropout
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
-from peakgpt.kernels.mlp import ACTIVATIONS, mlp
+from peakgpt.kernels.mlp import ACTIVATIONS, GATES, gated_mlp, mlp
+from peakgpt.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from peakgpt.kernels.rotary import rotary
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -57,6 +60,28 @@ class LayerNorm(nn.LayerNorm):
         return add_layernorm(x.to(residual.dtype), residual, self.weight, self.bias, eps=self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last axis, with torch's parameter."""
+
+    def __init__(self, n_embd: int, eps: float = 1e-5, *, device=None, dtype=None):
+        super().__init__(n_embd, eps=eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, (..., C)."""
+        return rmsnorm(x, self.weight, eps=self.eps)
+
+    def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Add x to the residual stream, both (..., C); returns (sum, normed)."""
+        return add_rmsnorm(x.to(residual.dtype), residual, self.weight, eps=self.eps)
+
+
+def norm(config: GPTConfig) -> LayerNorm | RMSNorm:
+    """The norm that a model uses everywhere."""
+    if config.norm == "rms":
+        return RMSNorm(config.n_embd, config.layer_norm_epsilon)
+    return LayerNorm(config.n_embd, config.layer_norm_epsilon, config.has_bias("norm"))
+
+
 class GELUMLP(Conv1DLoading):
     """GPT-2's MLP: c_fc, activation, c_proj."""
 
@@ -86,13 +111,43 @@ class GELUMLP(Conv1DLoading):
         return mlp(x, up.weight, up.bias, down.weight, down.bias, **choices)
 
 
+class GatedMLP(nn.Module):
+    """A gated MLP: c_gate and its activation times c_fc, then c_proj."""
+
+    def __init__(
+        self, n_embd: int, n_inner: int | None = None, *, bias: bool = False, activation: str = "silu",
+        device=None, dtype=None,
+    ):  # fmt: skip
+        """
+        Args:
+            n_embd: C.
+            n_inner: F; None means 4 C.
+            activation: "silu", "gelu_tanh", "gelu_erf" or "relu".
+        Raises:
+            ValueError: an unknown activation.
+        """
+        super().__init__()
+        if activation not in GATES:
+            raise ValueError(f"GatedMLP: activation is {activation!r}, expected one of {', '.join(GATES)}")
+        n_inner = n_inner or 4 * n_embd
+        self.c_gate = nn.Linear(n_embd, n_inner, bias=bias, device=device, dtype=dtype)
+        self.c_fc = nn.Linear(n_embd, n_inner, bias=bias, device=device, dtype=dtype)
+        self.c_proj = nn.Linear(n_inner, n_embd, bias=bias, device=device, dtype=dtype)
+        self.activation, self.recompute = activation, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x, (..., C), to (..., C)."""
+        parameters = (p for part in (self.c_gate, self.c_fc, self.c_proj) for p in (part.weight, part.bias))
+        return gated_mlp(x, *parameters, activation=self.activation, recompute=self.recompute)
+
+
 class CausalSelfAttention(Conv1DLoading):
     """GPT-2's attention: c_attn makes queries, keys and values in one product, c_proj mixes the heads."""
 
     def __init__(
         self, n_embd: int, n_head: int, *, n_kv_head: int | None = None, head_dim: int | None = None,
         bias: bool = True, out_bias: bool | None = None, window: int | None = None, scale: float | None = None,
-        dropout: float = 0.0, device=None, dtype=None,
+        dropout: float = 0.0, relative: nn.Module | None = None, device=None, dtype=None,
     ):  # fmt: skip
         """
         Args:
@@ -104,6 +159,7 @@ class CausalSelfAttention(Conv1DLoading):
             window: keys that a query sees, itself counted; None for all.
             scale: factor on q k^T; None means 1 / sqrt(D).
             dropout: probability of dropping an attention weight while training.
+            relative: one of engine/relative.py, where positions are relative.
         Raises:
             ValueError: sizes that do not fit each other.
         """
@@ -116,6 +172,8 @@ class CausalSelfAttention(Conv1DLoading):
             )
         self.head_dim, self.dropout = head_dim or n_embd // n_head, dropout
         self.window, self.scale = window, scale
+        if relative is not None:
+            self.relative = relative
         packed = (n_head + 2 * self.n_kv_head) * self.head_dim
         out_bias = bias if out_bias is None else out_bias
         self.c_attn = nn.Linear(n_embd, packed, bias=bias, device=device, dtype=dtype)
@@ -139,16 +197,20 @@ class CausalSelfAttention(Conv1DLoading):
             turned = self.n_head + self.n_kv_head
             qkv = rotary(qkv, *positions.rotary, heads=turned, interleaved=positions.interleaved)
         dropout = self.dropout if self.training and cache is None else 0.0
-        if cache is None and dropout == 0.0 and positions.alibi is None and positions.start is None:
+        beside = positions.alibi, positions.start, positions.relative
+        if cache is None and dropout == 0.0 and all(t is None for t in beside):
             y = attention_qkv(qkv, n_head=self.n_head, window=self.window, scale=self.scale)
         else:
             q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
             if cache is not None:
                 k, v = cache.append(layer, k, v)  # (B, S, K, D)
+            bias = None
+            if positions.relative is not None:
+                q, bias = self.relative(q, positions.relative, default_scale(self.head_dim, self.scale))
             y = attention(
                 q, k, v, window=self.window, scale=self.scale, dropout=dropout,
                 causal=q.shape[1] > 1,  # one query sees every key: saying so spares the backends a mask
-                alibi=positions.alibi, kv_start=positions.start,
+                alibi=positions.alibi, bias=bias, kv_start=positions.start,
             )  # fmt: skip
         return linear(y.flatten(2), self.c_proj.weight, self.c_proj.bias)  # (B, T, H D) -> (B, T, C)
 
@@ -159,20 +221,25 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         c = config
-        self.ln_1 = LayerNorm(c.n_embd, c.layer_norm_epsilon, c.has_bias("norm"))
+        self.ln_1 = norm(c)
         self.attn = CausalSelfAttention(
             c.n_embd, c.n_head, n_kv_head=c.n_kv_head, head_dim=c.head_dim, bias=c.has_bias("qkv"),
             out_bias=c.has_bias("out"), window=c.windows[layer], scale=c.scale(layer), dropout=c.attention_dropout,
+            relative=RELATIVE[c.position](c) if c.position in RELATIVE else None,
         )  # fmt: skip
         if c.residual != "parallel":
-            self.ln_2 = LayerNorm(c.n_embd, c.layer_norm_epsilon, c.has_bias("norm"))
-        self.mlp = GELUMLP(c.n_embd, c.n_inner, bias=c.has_bias("mlp"), activation=c.activation)
+            self.ln_2 = norm(c)
+        shape = {"bias": c.has_bias("mlp"), "activation": c.activation}
+        if c.has_experts(layer):
+            self.mlp = Experts(c.n_embd, c.experts, c.experts_per_token, lambda: GELUMLP(c.n_embd, c.n_inner, **shape))
+        else:
+            self.mlp = (GatedMLP if c.gated_mlp else GELUMLP)(c.n_embd, c.n_inner, **shape)
         self.dropout, self.layer, self.residual = c.dropout, layer, c.residual
         self.recompute = False  # set by engine/recompute.py
 
     def forward(
-        self, x: Tensor, h: Tensor, next_norm: LayerNorm | None, cache: KVCache | None = None,
-        positions: Positions = NOWHERE,
+        self, x: Tensor, h: Tensor, next_norm: LayerNorm | RMSNorm | None, cache: KVCache | None = None,
+        positions: Positions = NOWHERE, balance: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run one layer.
 
@@ -180,6 +247,7 @@ class Block(nn.Module):
             x: (B, T, C) the residual stream.
             h: (B, T, C) its norm by ln_1; x itself where norms come after the branches.
             next_norm: the next layer's ln_1, or ln_f; not looked at where norms come after the branches.
+            balance: gets what the experts of this layer add to the loss.
         Returns:
             (x, h): the same for the next layer.
         """
@@ -189,7 +257,8 @@ class Block(nn.Module):
             return _dropped(self.attn(h, cache, self.layer, positions), drop)
 
         def think(h: Tensor) -> Tensor:
-            return _dropped(self.mlp(h), drop)
+            y = self.mlp(h, balance) if isinstance(self.mlp, Experts) else self.mlp(h)
+            return _dropped(y, drop)
 
         run = RESIDUALS[self.residual]
         if self.recompute and cache is None and torch.is_grad_enabled():

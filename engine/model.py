@@ -21,7 +21,7 @@ from peakgpt.engine import checkpoint
 from peakgpt.engine.cache import KVCache
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.generate import generate, stream
-from peakgpt.engine.layers import Block, Conv1DLoading, LayerNorm
+from peakgpt.engine.layers import Block, Conv1DLoading, norm
 from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.engine.positions import positions
 from peakgpt.engine.presets import preset
@@ -112,22 +112,30 @@ class GPT(Conv1DLoading):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Normal weights of deviation 0.02; what ends a branch is scaled by 1 / sqrt(2 L), section 2.3 of the paper."""
+        """Normal weights of deviation 0.02; what ends a branch is scaled by 1 / sqrt(2 L), section 2.3 of the paper.
+
+        Weights of a head whose logits are scaled are larger by as much, about 1 for PaLM, as its section 2 has them.
+        """
+        head = "transformer.wte.weight" if self.config.tied_head else "lm_head.weight"
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 parameter.normal_(0.0, INIT_STD * (2 * self.config.n_layer) ** -0.5)
             elif parameter.dim() >= 2:
-                parameter.normal_(0.0, INIT_STD)
+                parameter.normal_(0.0, INIT_STD / (self.config.logit_scale if name == head else 1.0))
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # the vectors are biases and norms' weights
 
-    def features(self, ids: Tensor, cache: KVCache | None = None, start: Tensor | None = None) -> Tensor:
+    def features(
+        self, ids: Tensor, cache: KVCache | None = None, start: Tensor | None = None,
+        balance: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Compute what the head reads.
 
         Args:
             ids: (B, T) int64 or int32.
             cache: the tokens before ids; it is extended by ids, and nothing is dropped out.
             start: (B,) integers; where each left-padded sequence begins, counted from the cache's first token.
+            balance: gets the balance of each layer that has experts, float32 scalars.
         Returns:
             (B, T, C), after the last norm.
         Raises:
@@ -148,10 +156,11 @@ class GPT(Conv1DLoading):
         h = x if after else t.h[0].ln_1(x)
         next_norms = [*(block.ln_1 for block in t.h[1:]), None if after else t.ln_f]
         for block, next_norm in zip(t.h, next_norms, strict=True):
-            x, h = block(x, h, next_norm, cache, where)
+            x, h = block(x, h, next_norm, cache, where, balance)
         if cache is not None:
             cache.length += ids.shape[1]
-        return linear(h, t.project_out.weight) if "project_out" in t else h
+        h = linear(h, t.project_out.weight) if "project_out" in t else h
+        return h if self.config.logit_scale == 1.0 else h * self.config.logit_scale
 
     def _embed(self, ids: Tensor, past: int, start: Tensor | None) -> Tensor:
         """What the first block reads, (B, T, C), before dropout."""
@@ -167,7 +176,7 @@ class GPT(Conv1DLoading):
         return t.ln_emb(x) if "ln_emb" in t else x
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, start: Tensor | None = None) -> Tensor:
-        """Compute logits, or the mean loss where targets are given.
+        """Compute logits, or the mean loss where targets are given, while training with what balances experts.
 
         Args:
             ids: (B, T) int64 or int32.
@@ -178,12 +187,15 @@ class GPT(Conv1DLoading):
         Raises:
             ValueError: ids or targets of a wrong shape or dtype, out of range, or longer than block_size.
         """
-        h = self.features(ids, start=start)
+        balance: list[Tensor] | None = [] if self.config.experts and self.training else None
+        h = self.features(ids, start=start, balance=balance)
         if targets is None:
             return self.head(h)
         if self.config.head_bias:  # linear_cross_entropy takes none
-            return F.cross_entropy(self.head(h).flatten(0, 1).float(), targets.flatten())
-        return linear_cross_entropy(h, self._head_weight, targets)
+            loss = F.cross_entropy(self.head(h).flatten(0, 1).float(), targets.flatten())
+        else:
+            loss = linear_cross_entropy(h, self._head_weight, targets)
+        return loss + self.config.balance_loss * sum(balance) if balance else loss
 
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V) of features (..., C), by the tied embedding or a head of its own."""
@@ -269,7 +281,6 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
 
 def _parts(config: GPTConfig) -> dict[str, nn.Module]:
     """The modules between ids and head, with GPT-2's names; only those that the config has."""
-    norm = config.n_embd, config.layer_norm_epsilon, config.has_bias("norm")
     parts: dict[str, nn.Module] = {"wte": _embedding(config.vocab_size, config.word_dim)}
     if config.position == "learned":
         parts["wpe"] = _embedding(config.position_offset + config.block_size, config.n_embd)
@@ -277,10 +288,10 @@ def _parts(config: GPTConfig) -> dict[str, nn.Module]:
         parts["project_in"] = nn.Linear(config.word_dim, config.n_embd, bias=False)
         parts["project_out"] = nn.Linear(config.n_embd, config.word_dim, bias=False)
     if config.embedding_norm:
-        parts["ln_emb"] = LayerNorm(*norm)
+        parts["ln_emb"] = norm(config)
     parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
     if config.residual != "post_norm":
-        parts["ln_f"] = LayerNorm(*norm)
+        parts["ln_f"] = norm(config)
     return parts
 
 

@@ -3,8 +3,9 @@
     learned: row position_offset + p of the table      rotary: angle of pair i is p * base^(-2 i / R), R = rotary_dim
     alibi:   slope of head h of n, n a power of two, is 2^(-8 (h + 1) / n); other counts take the slopes of the power
              of two below, then every other one of that above
+    transformer_xl, relative_bias: engine/relative.py
 
-p counts from the first token of the text: in a left-padded row that is p = t - start. Rotary scores and ALiBi follow
+p counts from the first token of the text: in a left-padded row that is p = t - start. All but the table follow
 differences only, so they count from the row's first column. Su et al. 2021, "RoFormer", arXiv:2104.09864, eq. 15;
 Press, Smith, Lewis 2022, arXiv:2108.12409, section 3 and their code.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.relative import RELATIVE, distances
 
 
 class Positions(NamedTuple):
@@ -26,6 +28,7 @@ class Positions(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: (T, R / 2) float32
     interleaved: bool = False
     alibi: Tensor | None = None  # (H,) float32
+    relative: Tensor | None = None  # of every distance, as engine/relative.py says
     start: Tensor | None = None  # (B,) first live key of each left-padded sequence
 
 
@@ -41,7 +44,8 @@ def positions(config: GPTConfig, past: int, tokens: int, start: Tensor | None, d
     """
     rotary = rotary_table(config.rotary_dim, config.rotary_base, past, tokens, device) if config.rotary_dim else None
     slopes = alibi_slopes(config.n_head, device) if config.position == "alibi" else None
-    return Positions(rotary, config.rotary_interleaved, slopes, start)
+    relative = distances(config, past + tokens, device) if config.position in RELATIVE else None
+    return Positions(rotary, config.rotary_interleaved, slopes, relative, start)
 
 
 def rotary_table(width: int, base: float, past: int, tokens: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

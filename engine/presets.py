@@ -5,7 +5,10 @@ al. 2019, "Language Models are Unsupervised Multitask Learners", table 2. GPT-3:
 table 2.1. GPT-Neo: Black et al. 2021, doi:10.5281/zenodo.5297715. GPT-J: Wang, Komatsuzaki 2021,
 github.com/kingoflolz/mesh-transformer-jax. GPT-NeoX-20B: Black et al. 2022, arXiv:2204.06745. Pythia: Biderman et al.
 2023, arXiv:2304.01373, table 1. OPT: Zhang et al. 2022, arXiv:2205.01068, table 1. BLOOM: Le Scao et al. 2022,
-arXiv:2211.05100, table 3. Megatron-Turing NLG: Smith et al. 2022, arXiv:2201.11990, section 3.2.
+arXiv:2211.05100, table 3. Megatron-Turing NLG: Smith et al. 2022, arXiv:2201.11990, section 3.2. PaLM: Chowdhery et al.
+2022, arXiv:2204.02311, table 1 and section 2. Gopher: Rae et al. 2021, arXiv:2112.11446, table 1. Chinchilla: Hoffmann
+et al. 2022, arXiv:2203.15556, table 4. GLaM: Du et al. 2021, arXiv:2112.06905, table 4. docs/families.md says what
+these leave open, and what the rows take.
 """
 
 from __future__ import annotations
@@ -38,6 +41,18 @@ NEOX = {
     "tied_head": False,
 }
 OPT = {"block_size": 2048, "vocab_size": 50272, "position_offset": 2, "activation": "relu"}
+PALM = {
+    "block_size": 2048,
+    "vocab_size": 256000,
+    "n_kv_head": 1,
+    "head_dim": 256,
+    "position": "rotary",
+    "residual": "parallel",
+    "activation": "silu",
+    "gated_mlp": True,
+    "bias": False,
+}
+GOPHER = {"block_size": 2048, "vocab_size": 32000, "norm": "rms", "position": "transformer_xl", "bias": False}
 BLOOM = {"block_size": 2048, "vocab_size": 250880, "position": "alibi", "embedding_norm": True}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -126,6 +141,38 @@ PRESETS: dict[str, dict[str, Any]] = {
         **BLOOM,
     ),
     "mt-nlg-530b": {"n_layer": 105, "n_embd": 20480, "n_head": 128, "block_size": 2048},
+    **{
+        f"palm-{size}": {**PALM, "n_layer": layers, "n_embd": width, "n_head": heads, "logit_scale": width**-0.5}
+        for size, (layers, width, heads) in {
+            "8b": (32, 4096, 16),
+            "62b": (64, 8192, 32),
+            "540b": (118, 18432, 48),
+        }.items()
+    },
+    **_sized(
+        {
+            "gopher-44m": (8, 512, 16),
+            "gopher-117m": (12, 768, 12),
+            "gopher-417m": (12, 1536, 12),
+            "gopher-1.4b": (24, 2048, 16),
+            "gopher-7.1b": (32, 4096, 32),
+            "gopher-280b": (80, 16384, 128),
+            "chinchilla-70b": (80, 8192, 64),
+        },
+        **GOPHER,
+    ),
+    "glam-64b-64e": {
+        "n_layer": 64,
+        "n_embd": 8192,
+        "n_head": 128,
+        "head_dim": 128,
+        "n_inner": 32768,
+        "vocab_size": 256000,
+        "position": "relative_bias",
+        "gated_mlp": True,
+        "experts": 64,
+        "bias": False,
+    },
 }
 
 

@@ -48,7 +48,10 @@ def set_recompute(model: nn.Module, plan: str) -> None:
         raise ValueError(f"recompute is {plan!r}, expected none for {type(model).__name__}: it has no peakgpt blocks")
     for layer, block in enumerate(blocks):
         if hasattr(block, "recompute"):
-            block.recompute, block.mlp.recompute = what == "block" and layer % every == 0, what == "mlp"
+            block.recompute = what == "block" and layer % every == 0
+            for part in block.mlp.modules():
+                if hasattr(part, "recompute"):
+                    part.recompute = what == "mlp"
 
 
 def checkpointed(function: Callable[..., Any], *args: Any) -> Any:

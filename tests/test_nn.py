@@ -31,13 +31,14 @@ def their_attention(layer, x):
         (lambda: peakgpt.nn.GELUMLP(24), lambda: GPT2MLP(96, CONFIG), lambda layer, x: layer(x)),
         (lambda: peakgpt.nn.CausalSelfAttention(24, 3), lambda: GPT2Attention(CONFIG, layer_idx=0), their_attention),
         (lambda: peakgpt.nn.LayerNorm(24), lambda: torch.nn.LayerNorm(24), lambda layer, x: layer(x)),
+        (lambda: peakgpt.nn.RMSNorm(24), lambda: torch.nn.RMSNorm(24, eps=1e-5), lambda layer, x: layer(x)),
     ],
-    ids=["GELUMLP", "CausalSelfAttention", "LayerNorm"],
+    ids=["GELUMLP", "CausalSelfAttention", "LayerNorm", "RMSNorm"],
 )
 def test_layers_equal_the_ones_they_stand_for(ours, theirs, call):
     torch.manual_seed(0)
     mine, stock = ours(), randomised(theirs()).eval()
-    layout = {} if isinstance(mine, torch.nn.LayerNorm) else {"conv1d": True}
+    layout = {} if isinstance(mine, torch.nn.LayerNorm | torch.nn.RMSNorm) else {"conv1d": True}
     mine.load_state_dict(stock.state_dict(), **layout)
     x = torch.randn(2, 11, 24, requires_grad=True)
     y = torch.randn(2, 11, 24)

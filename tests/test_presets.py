@@ -38,7 +38,8 @@ EXACT = {
     "bloom": 176_247_271_424,
     "opt-350m": 331_196_416,  # the paper says 350M, its checkpoint has fewer
 }
-# As the papers print them, with the place that they round to: GPT-3 table D.1, OPT table 1, MT-NLG section 3.2.
+# As the papers print them, with the place that they round to: GPT-3 table D.1, OPT table 1, MT-NLG section 3.2, PaLM
+# table 1, Gopher table 1. Gopher 280B, Chinchilla and GLaM are printed as 280B, 70B and 1.2T: next digits are by hand.
 ROUNDED = {
     "gpt3-small": (125e6, 1e6),
     "gpt3-medium": (356e6, 1e6),
@@ -55,6 +56,17 @@ ROUNDED = {
     "opt-66b": (66e9, 1e9),
     "opt-175b": (175e9, 1e9),
     "mt-nlg-530b": (530e9, 1e9),
+    "palm-8b": (8.63e9, 0.01e9),
+    "palm-62b": (62.50e9, 0.01e9),
+    "palm-540b": (540.35e9, 0.02e9),  # 540.356: printed cut off
+    "gopher-44m": (44e6, 1e6),
+    "gopher-117m": (117e6, 1e6),
+    "gopher-417m": (417e6, 1e6),
+    "gopher-1.4b": (1.4e9, 0.1e9),
+    "gopher-7.1b": (7.1e9, 0.1e9),
+    "gopher-280b": (279.7e9, 0.1e9),
+    "chinchilla-70b": (70.06e9, 0.01e9),
+    "glam-64b-64e": (1.162e12, 0.001e12),
 }
 # The widths that GPT-3's table 2.1 prints for two sizes do not give the counts beside them (1.3B, 13.0B): its XL has 24
 # heads of 128 on a width of 2048, and 1.3B needs 16; its 13B has a width of 5140 that 40 heads of 128 do not fill, and
@@ -79,9 +91,10 @@ def test_parameters(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_layout(name):
-    """Each is one that transformers has, but for GPT-3: nothing there has its bands."""
+    """Each is one that transformers has, but for GPT-3, whose bands nothing there has, and the last four."""
     families = {"gpt2": "gpt2", "openai": "openai-gpt", "gpt3": "peakgpt", "pythia": "gpt_neox", "opt": "opt",
                 "bloom": "bloom", "mt": "gpt2"}  # fmt: skip
+    families |= dict.fromkeys(("palm", "gopher", "chinchilla", "glam"), "peakgpt")
     families |= {"gpt-neo": "gpt_neo", "gpt-j": "gptj", "gpt-neox": "gpt_neox"}
     first, *rest = name.split("-")
     assert family_of(preset(name)).model_type == families[f"gpt-{rest[0]}" if first == "gpt" else first]
@@ -90,3 +103,11 @@ def test_layout(name):
 def test_gpt3s_layers_alternate():
     config = preset("gpt3-small")
     assert config.windows == (None, 256) * 6 and preset("gpt3-xl").n_head * preset("gpt3-xl").head_dim == 3072
+
+
+def test_glams_token_meets_two_experts():
+    """96.6B of 1.162T (table 4), and of the embedding's 2.1B only a row is read."""
+    config = preset("glam-64b-64e")
+    assert round(flops.parameter_count(config, active=True) / 1e9, 1) == 96.6
+    assert flops.multiplying_parameters(config) == flops.parameter_count(config, active=True)
+    assert [layer for layer in range(8) if config.has_experts(layer)] == [1, 3, 5, 7]

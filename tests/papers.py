@@ -1,0 +1,125 @@
+"""PaLM, Gopher and GLaM in float64 as their papers write them, one sequence and one token, head and expert at a time.
+
+Nothing here is shared with the engine: weights come as a dict by the engine's names, [out, in].
+"""
+
+import math
+
+import torch
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def layer_norm(x, w, eps=1e-5):
+    d = x - x.mean(-1, keepdim=True)
+    return d / (d.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w
+
+
+def rms_norm(x, w, eps=1e-5):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w
+
+
+def rope(x, position, base=10000.0):
+    """Turn features i and i + D/2 of x, (D,)."""
+    half = len(x) // 2
+    angle = position * torch.tensor([base ** (-i / half) for i in range(half)], dtype=x.dtype)
+    a, b = x[:half], x[half:]
+    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
+
+
+def attend(c, h, w, at, score):
+    """Heads of `score(head, q_i, k_j, i, j)` over the keys j <= i."""
+    heads, kv_heads, d = c.n_head, c.n_kv_head, c.head_dim
+    parts = (h @ w[f"{at}.attn.c_attn.weight"].T).split([heads * d, kv_heads * d, kv_heads * d], -1)
+    q, k, v = (part.unflatten(-1, (-1, d)) for part in parts)
+    rows = []
+    for i in range(len(h)):
+        row = []
+        for head in range(heads):
+            own = head * kv_heads // heads
+            s = torch.stack([score(head, q[i, head], k[j, own], i, j) for j in range(i + 1)])
+            row.append(s.softmax(0) @ v[: i + 1, own])
+        rows.append(torch.cat(row))
+    return torch.stack(rows) @ w[f"{at}.attn.c_proj.weight"].T
+
+
+def mlp(h, w, at, act):
+    return act(h @ w[f"{at}.c_fc.weight"].T) @ w[f"{at}.c_proj.weight"].T
+
+
+def gated(h, w, at, act):
+    return (act(h @ w[f"{at}.c_gate.weight"].T) * (h @ w[f"{at}.c_fc.weight"].T)) @ w[f"{at}.c_proj.weight"].T
+
+
+def palm(c, ids, w):
+    """arXiv:2204.02311, section 2: y = x + MLP(LN(x)) + Attention(LN(x)); logits scaled by 1 / sqrt(n_embd)."""
+    x = w["transformer.wte.weight"][ids]
+
+    def score(head, q, k, i, j):
+        return rope(q, i) @ rope(k, j) / math.sqrt(c.head_dim)
+
+    for layer in range(c.n_layer):
+        at = f"transformer.h.{layer}"
+        h = layer_norm(x, w[f"{at}.ln_1.weight"])
+        x = x + gated(h, w, f"{at}.mlp", silu) + attend(c, h, w, at, score)
+    x = layer_norm(x, w["transformer.ln_f.weight"])
+    return x @ w["transformer.wte.weight"].T / math.sqrt(c.n_embd), 0.0
+
+
+def gopher(c, ids, w):
+    """arXiv:2112.11446, section 3.1, with the scores of arXiv:1901.02860, section 3.3."""
+    x = w["transformer.wte.weight"][ids]
+    rates = torch.tensor([10000 ** (-2 * i / c.n_embd) for i in range(c.n_embd // 2)], dtype=x.dtype)
+    for layer in range(c.n_layer):
+        at = f"transformer.h.{layer}"
+        names = (f"{at}.attn.relative.{name}" for name in ("c_rel.weight", "u", "v"))
+        w_r, u, v = (w[name] for name in names)
+
+        def score(head, q, k, i, j, w_r=w_r, u=u, v=v):
+            r = torch.cat(((i - j) * rates,) * 2)
+            r = torch.cat((r[: len(rates)].sin(), r[len(rates) :].cos())) @ w_r.T
+            r = r.unflatten(0, (c.n_head, c.head_dim))[head]
+            return (q @ k + q @ r + u[head] @ k + v[head] @ r) / math.sqrt(c.head_dim)
+
+        x = x + attend(c, rms_norm(x, w[f"{at}.ln_1.weight"]), w, at, score)
+        x = x + mlp(rms_norm(x, w[f"{at}.ln_2.weight"]), w, f"{at}.mlp", gelu)
+    return rms_norm(x, w["transformer.ln_f.weight"]) @ w["transformer.wte.weight"].T, 0.0
+
+
+def bucket(distance):
+    """arXiv:1910.10683's buckets: 16 of one distance each, 16 that grow to 128."""
+    far = 16 + int(math.log(max(distance, 16) / 16) / math.log(128 / 16) * 16)
+    return distance if distance < 16 else min(far, 31)
+
+
+def glam(c, ids, w):
+    """arXiv:2112.06905, section 4: two of the experts in every second layer, GELU gates in others."""
+    x, balance = w["transformer.wte.weight"][ids], 0.0
+    for layer in range(c.n_layer):
+        at = f"transformer.h.{layer}"
+        table = w[f"{at}.attn.relative.weight"]
+
+        def score(head, q, k, i, j, table=table):
+            return q @ k / math.sqrt(c.head_dim) + table[bucket(i - j), head]
+
+        x = x + attend(c, layer_norm(x, w[f"{at}.ln_1.weight"]), w, at, score)
+        h = layer_norm(x, w[f"{at}.ln_2.weight"])
+        if layer % 2 == 0:
+            x = x + gated(h, w, f"{at}.mlp", gelu)
+            continue
+        p = (h @ w[f"{at}.mlp.router.weight"].T).softmax(-1)
+        rows, first = [], torch.zeros(c.experts, dtype=x.dtype)
+        for token, chances in zip(h, p, strict=True):
+            a, b = sorted(range(c.experts), key=lambda e, chances=chances: -chances[e].item())[:2]
+            both = [mlp(token, w, f"{at}.mlp.experts.{e}", gelu) * chances[e] for e in (a, b)]
+            rows.append(sum(both) / (chances[a] + chances[b]))
+            first[a] += 1
+        balance = balance + c.experts * (first / len(h) * p.mean(0)).sum()
+        x = x + torch.stack(rows)
+    return layer_norm(x, w["transformer.ln_f.weight"]) @ w["transformer.wte.weight"].T, c.balance_loss * balance

@@ -1,0 +1,150 @@
+"""The families that transformers lacks, against tests/papers.py: logits, loss, gradients, greedy text, and files."""
+
+import papers
+import pytest
+import torch
+import torch.nn.functional as F
+
+import peakgpt
+from peakgpt.engine import flops
+from peakgpt.engine.presets import preset
+from peakgpt.kernels.dispatch import use_backend
+
+V, T = 41, 24
+TINY = {"n_layer": 2, "n_embd": 24, "n_head": 3, "head_dim": 16, "block_size": T, "vocab_size": V}
+VARIANTS = {
+    "palm": (papers.palm, preset("palm-8b", **TINY, logit_scale=24**-0.5)),
+    "gopher": (papers.gopher, preset("gopher-44m", **TINY)),
+    "glam": (papers.glam, preset("glam-64b-64e", **{**TINY, "n_layer": 4}, n_inner=40, experts=5)),
+}
+BACKENDS = ("eager", "cpu")
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request):
+    """The paper's function and our model, its weights far from the initial ones, or attention would be uniform."""
+    paper, config = VARIANTS[request.param]
+    torch.manual_seed(5)
+    model = peakgpt.GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_((0.3 if parameter.dim() > 1 else 0.05) * torch.randn_like(parameter))
+    return paper, model
+
+
+def batch(rows=2, tokens=17):
+    torch.manual_seed(3)
+    ids = torch.randint(V, (rows, tokens + 1))
+    targets = ids[:, 1:].clone()
+    targets[0, -3:] = -100
+    return ids[:, :-1].contiguous(), targets
+
+
+def double(model):
+    return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_loss_and_gradients_equal_the_papers(pair, backend):
+    paper, model = pair
+    ids, targets = batch()
+    weights = double(model)
+    found = [paper(model.config, row, weights) for row in ids]
+    logits = torch.stack([row for row, _ in found])
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    model.zero_grad()
+    with use_backend(backend):
+        torch.testing.assert_close(model(ids).double(), logits, rtol=1e-5, atol=1e-5)
+        ours = model(ids, targets)
+        ours.backward()
+    torch.testing.assert_close(ours.double(), loss, rtol=1e-5, atol=1e-5)
+    for row, (_, balance) in zip(ids, found, strict=True):
+        added = model.train()(row[None], row[None]) - model.eval()(row[None], row[None])
+        assert added.item() == pytest.approx(float(balance), rel=1e-4, abs=1e-5)
+    for name, parameter in model.named_parameters():
+        expected = weights[name].grad
+        expected = torch.zeros_like(weights[name]) if expected is None else expected  # an expert that no token met
+        torch.testing.assert_close(
+            parameter.grad.double(), expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cached_greedy_text_equals_the_papers(pair, backend):
+    paper, model = pair
+    prompt = batch(2)[0][:, :7]
+    weights = {name: p.detach() for name, p in double(model).items()}
+    expected = []
+    for row in prompt:
+        for _ in range(8):
+            row = torch.cat((row, paper(model.config, row, weights)[0][-1:].argmax(-1)))
+        expected.append(row)
+    with use_backend(backend):
+        assert torch.equal(model.generate(prompt, temperature=0, max_new_tokens=8), torch.stack(expected))
+    assert len({*torch.stack(expected)[:, 7:].flatten().tolist()}) > 3, "a text that repeats one token proves little"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_left_padding_changes_nothing(pair, backend):
+    _, model = pair
+    ids, targets = batch()
+    starts = torch.tensor([0, 4])
+    padded, padded_targets = ids.clone(), targets.clone()
+    padded[1, 4:], padded_targets[1, 4:] = ids[1, :-4], targets[1, :-4]
+    padded_targets[1, :4] = -100
+    with use_backend(backend):
+        grads = []
+        for call in (
+            lambda: model(padded, padded_targets, start=starts),
+            lambda: (model(ids[:1], targets[:1]) * 14 + model(ids[1:, :-4], targets[1:, :-4].contiguous()) * 13) / 27,
+        ):
+            model.zero_grad()
+            loss = call()
+            loss.backward()
+            grads.append([loss.detach(), *(p.grad for p in model.parameters())])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        text = model.generate(padded[:, :9], temperature=0, start=starts, max_new_tokens=8)
+        alone = model.generate(ids[1:, :5], temperature=0, max_new_tokens=8)
+    assert torch.equal(text[1, 4:], alone[0])
+
+
+def test_files_go_both_ways(pair, tmp_path):
+    _, model = pair
+    with pytest.warns(UserWarning, match="no layout of transformers has this model"):
+        model.save_pretrained(tmp_path)
+    again = peakgpt.GPT.from_pretrained(tmp_path)
+    assert again.config == model.config and again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_parameters_are_counted(pair):
+    _, model = pair
+    assert flops.parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ("palm", "gopher"))
+def test_compiles_whole(name):
+    torch.manual_seed(5)
+    model, (ids, targets) = peakgpt.GPT(VARIANTS[name][1]), batch()
+    torch._dynamo.reset()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, model(ids, targets))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_bfloat16_trains(pair):
+    _, model = pair
+    torch.manual_seed(5)
+    model = peakgpt.GPT(model.config)
+    ids, targets = batch()
+    optimizer = model.configure_optimizer(lr=1e-2, dtype=torch.bfloat16)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses.append(model(ids, targets))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.3
