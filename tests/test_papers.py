@@ -4,10 +4,12 @@ import papers
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.t5.modeling_t5 import T5Attention
 
 import peakgpt
 from peakgpt.engine import flops
 from peakgpt.engine.presets import preset
+from peakgpt.engine.relative import distances
 from peakgpt.kernels.dispatch import use_backend
 
 V, T = 41, 24
@@ -122,6 +124,13 @@ def test_files_go_both_ways(pair, tmp_path):
 def test_parameters_are_counted(pair):
     _, model = pair
     assert flops.parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+
+
+def test_buckets_are_t5s():
+    distance = torch.arange(399, -1, -1)
+    expected = T5Attention._relative_position_bucket(-distance, bidirectional=False, num_buckets=32, max_distance=128)
+    assert torch.equal(distances(VARIANTS["glam"][1], 400, "cpu"), expected)
+    assert expected.tolist() == [papers.bucket(d) for d in distance.tolist()]
 
 
 @pytest.mark.parametrize("name", ("palm", "gopher"))
