@@ -1,6 +1,7 @@
 """peakgpt: GPT models at the speed of their hardware."""
 
 from peakgpt import nn
+from peakgpt.dropin.patching import patch, unpatch
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
 from peakgpt.engine.optim import AdamW
@@ -30,8 +31,20 @@ __all__ = [
     "linear_cross_entropy",
     "mlp",
     "nn",
+    "patch",
+    "register_attention",
     "rmsnorm",
     "rotary",
+    "unpatch",
     "use_backend",
 ]
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="peakgpt"` known to transformers; `patch` does it by itself."""
+    from peakgpt.dropin.interface import register_attention
+
+    register_attention()
+
+
 __version__ = "0.1.0"

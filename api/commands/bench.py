@@ -17,6 +17,7 @@ BENCHES = {
     "ops": "every op, forward and backward",
     "passes": "the CPU's memory-bound kernels alone, beside streams of the same reads and writes",
     "train": "a training step of GPT-2",
+    "patch": "transformers' models patched, beside the same models as they are",
     "prefill": "a prompt of GPT-2 on CPU, beside plain torch, transformers and OpenVINO",
     "decode": "greedy decoding with a cache",
     "device": "all that a machine with a GPU should be asked, in one go",

@@ -1,0 +1,1 @@
+"""peakgpt's ops in models that people already have: `patch`, `unpatch`, and transformers' attn_implementation."""

@@ -1,0 +1,150 @@
+"""Language-model heads whose loss is `linear_cross_entropy`: in train() and with labels the logits are never formed.
+
+transformers' own forward runs, with a head that hands the hidden states through; the loss is taken from those. Its
+output is the same but for `logits`, which are None then. In eval(), without labels, and under a loss function of the
+user's, nothing is different from transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peakgpt.dropin.layers import Linear
+from peakgpt.dropin.swap import LINEAR, Replaced, layout, original, path, replace
+from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
+
+IGNORED = -100  # transformers' label for what is not to be learnt
+
+
+class Head(Linear):
+    """The linear layer of a head; `passing` hands its input through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self._peakgpt["passing"] else super().forward(x)
+
+
+class Passing(Replaced):
+    """Any other head module, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self._peakgpt["passing"] else super().forward(x)
+
+
+@contextlib.contextmanager
+def passing(head: nn.Module):
+    head._peakgpt["passing"] = True
+    try:
+        yield
+    finally:
+        head._peakgpt["passing"] = False
+
+
+class LanguageModel(Replaced):
+    """Options: head: the name of the module that makes logits; shifted: whether labels are moved by one."""
+
+    signed = True
+
+    @classmethod
+    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
+        options["names"] = list(inspect.signature(original(module).forward).parameters)[1:]
+        return None
+
+    def forward(self, *args, **kwargs):
+        inputs = {**dict(zip(self._peakgpt["names"], args, strict=False)), **kwargs}
+        labels = inputs.get("labels")
+        head = getattr(self, self._peakgpt["head"])
+        if labels is None or not self.training or self.own_loss() or not self.fits(head):
+            return super().forward(*args, **kwargs)
+        whole = inputs.pop("return_dict", None)
+        whole = self.config.return_dict if whole is None else whole
+        del inputs["labels"]
+        with passing(head):
+            out = super().forward(**inputs, **self.decoder(inputs, labels), return_dict=True)
+        out.loss = self.loss(head, out.logits, labels, inputs)
+        out.logits = None
+        return out if whole else out.to_tuple()
+
+    def own_loss(self) -> bool:
+        """Whether the loss is not the one that is known here."""
+        return False
+
+    def fits(self, head: nn.Module) -> bool:
+        """Whether the head can be done without at this call."""
+        return layout(head) == LINEAR and head.bias is None
+
+    def decoder(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+        """What the model would make of labels beside the loss."""
+        return {}
+
+
+class CausalLM(LanguageModel):
+    """Heads with transformers' ForCausalLMLoss."""
+
+    @classmethod
+    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
+        if getattr(module, options["head"]).bias is not None:
+            return "its head has a bias, which linear_cross_entropy does not take"
+        return super().objection(module, options)
+
+    def own_loss(self) -> bool:
+        return path_of(self.loss_function) != "transformers.loss.loss_utils.ForCausalLMLoss"
+
+    def loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """As ForCausalLMLoss: mean over the labels that count, or their sum over num_items_in_batch."""
+        ignored = inputs.get("ignore_index", IGNORED)
+        target = inputs.get("shift_labels")
+        if target is None:
+            target = F.pad(labels, (0, 1), value=ignored)[..., 1:]
+        x, target = x.flatten(0, -2), target.reshape(-1).to(x.device)
+        if x.shape[0] != target.shape[0]:
+            raise ValueError(
+                f"loss: got {x.shape[0]} positions with logits and {target.shape[0]} labels, expected as many: "
+                "logits_to_keep takes shift_labels of the same positions with it"
+            )
+        items = inputs.get("num_items_in_batch")
+        reduction = "mean" if items is None else "sum"
+        loss = linear_cross_entropy(x, head.weight, target, ignore_index=ignored, reduction=reduction)
+        return loss if items is None else loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+
+
+class Seq2SeqLM(LanguageModel):
+    """T5: labels are the decoder's targets as they are."""
+
+    def decoder(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+        if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
+            return {}
+        inputs.pop("decoder_input_ids", None)
+        return {"decoder_input_ids": self.prepare_decoder_input_ids_from_labels(labels)}
+
+    def loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return linear_cross_entropy(
+            x.flatten(0, -2), head.weight, labels.reshape(-1).to(x.device), ignore_index=IGNORED
+        )
+
+
+class MaskedLM(LanguageModel):
+    """BERT and RoBERTa: logits of the labelled positions only, usually 15 % of them."""
+
+    def fits(self, head: nn.Module) -> bool:
+        return not (torch.compiler.is_compiling() or head._forward_hooks or head._forward_pre_hooks)
+
+    def loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        labels = labels.reshape(-1).to(x.device)
+        at = (labels != IGNORED).nonzero()[:, 0]
+        return F.cross_entropy(head(x.flatten(0, -2)[at]), labels[at])
+
+
+def replace_head(model: nn.Module, options: dict[str, Any]) -> None:
+    """Let the head of a language model hand its input through when it is asked to."""
+    head = model.get_submodule(options["head"])
+    replace(head, Head if isinstance(head, nn.Linear) else Passing, {"passing": False})
+
+
+def path_of(function) -> str:
+    return path(function) if hasattr(function, "__qualname__") else ""
