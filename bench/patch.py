@@ -72,7 +72,7 @@ CONTENDERS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="repeatable; default all")
-    parser.add_argument("--work", choices=tuple(WORK), action="append", help="repeatable; default all, text of gpt2 only")
+    parser.add_argument("--work", choices=tuple(WORK), action="append", help="repeatable; default all")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256, help="context length (default 256)")
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), action="append", help="repeatable; default both")

@@ -66,8 +66,8 @@ class LanguageModel(Replaced):
         del inputs["labels"]
         with passing(head):
             out = super().forward(**inputs, **self.decoder(inputs, labels), return_dict=True)
-        out.loss = self.loss(head, out.logits, labels, inputs)
-        out.logits = None
+        loss = self.loss(head, out.logits, labels, inputs)
+        out = type(out)(**{**out, "loss": loss, "logits": None})
         return out if whole else out.to_tuple()
 
     def own_loss(self) -> bool:

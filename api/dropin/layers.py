@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peakgpt.dropin.swap import Replaced, floating, layout, path, rows, weight
-from peakgpt.kernels.attention import attention
-from peakgpt.kernels.layernorm import add_layernorm, layernorm
+from peakgpt.kernels.layernorm import layernorm
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.mlp import mlp
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -52,9 +52,11 @@ class Report:
         """(name, entry, count): modules that differ by a number in their name only are one row."""
         groups: dict[tuple, list[Entry]] = {}
         for e in self.entries:
-            groups.setdefault((re.sub(r"\d+", "*", e.module), e.kind, e.status, e.note), []).append(e)
-        for (name, *_), same in groups.items():
-            yield name if len(same) > 1 else same[0].module, same[0], len(same)
+            name, note = (re.sub(r"\b\d+\b", "*", text) for text in (e.module, e.note))
+            groups.setdefault((name, e.kind, e.status, note), []).append(e)
+        for (name, _, _, note), same in groups.items():
+            many = len(same) > 1
+            yield name if many else same[0].module, replace(same[0], note=note) if many else same[0], len(same)
 
     def __str__(self) -> str:
         table = Table("module", "class", "n", "", "by, or why", box=None, pad_edge=False)

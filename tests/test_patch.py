@@ -1,0 +1,272 @@
+"""peakgpt.patch on transformers' models at tiny random size: the same values, gradients and text as before it."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import peakgpt
+from peakgpt.dropin import layers
+from peakgpt.dropin.report import LEFT
+
+transformers.logging.set_verbosity_error()
+VOCAB, TOKENS = 101, 12
+
+GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
+# name: config class, model class, fields of the config, kinds of module that stay as they are
+MODELS = {
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2, set()),
+    "gpt2, scale by layer, no tanh": (
+        "GPT2Config", "GPT2LMHeadModel",
+        {**GPT2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu"}, set(),
+    ),
+}  # fmt: skip
+
+
+def build(name="gpt2", dropout=0.0, **more):
+    config, model, fields, _ = MODELS[name]
+    torch.manual_seed(0)
+    fields = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **fields, **more}
+    model = getattr(transformers, model)(getattr(transformers, config)(**fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.15)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    return model
+
+
+def batch(model):
+    torch.manual_seed(1)
+    ids = torch.randint(5, VOCAB, (3, TOKENS))
+    live = torch.ones_like(ids)
+    live[0, :4] = 0  # on the left
+    ids[0, :4] = model.config.pad_token_id or 0
+    inputs = {"input_ids": ids, "attention_mask": live}
+    return inputs, torch.where(live.bool(), ids, -100)
+
+
+def learn(model, labels, inputs):
+    """The loss of a training step and every gradient."""
+    model.zero_grad(set_to_none=True)
+    loss = model.train()(**inputs, labels=labels).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def look(model, inputs):
+    with torch.no_grad():
+        out = model.eval()(**inputs).logits
+    return out if model.config.is_encoder_decoder else out[inputs["attention_mask"].bool()]
+
+
+def close(got, expected, limit=2e-5):
+    scale = expected.abs().max().clamp(min=1e-3)
+    assert float(((got - expected).abs().max() / scale).detach()) < limit
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patched_model_computes_what_it_did(name):
+    model = build(name)
+    inputs, labels = batch(model)
+    state = model.state_dict()
+    before = look(model, inputs), learn(model, labels, inputs)
+    report = peakgpt.patch(model)
+    assert {e.kind for e in report.left} == MODELS[name][3] and report.replaced
+    close(look(model, inputs), before[0])
+    loss, grads = learn(model, labels, inputs)
+    close(loss, before[1][0])
+    assert grads.keys() == before[1][1].keys()
+    for key, grad in grads.items():
+        close(grad, before[1][1][key], 1e-4)
+    now = model.state_dict()
+    assert list(now) == list(state) and all(now[k].data_ptr() == state[k].data_ptr() for k in state)
+
+    peakgpt.unpatch(model)
+    assert torch.equal(look(model, inputs), before[0])
+    again = learn(model, labels, inputs)
+    assert all(torch.equal(again[1][k], g) for k, g in before[1][1].items())
+    assert not any("eakgpt" in str(type(m).__mro__) + str(vars(m).keys()) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith(("bert", "roberta", "distilbert"))])
+def test_greedy_text_is_the_same(name):
+    model = build(name).eval()
+    inputs, _ = batch(model)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    peakgpt.patch(model, check=False)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bf16_autocast_is_as_exact_as_before(name):
+    """Both against the float32 model: our loss and gradients are at most twice as far from it."""
+    model = build(name)
+    inputs, labels = batch(model)
+    truth = learn(model, labels, inputs)
+
+    def errors():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, grads = learn(model, labels, inputs)
+        return abs(loss - truth[0]), sum((grads[k] - g).norm() / g.norm().clamp(min=1e-6) for k, g in truth[1].items())
+
+    theirs = errors()
+    peakgpt.patch(model, check=False)
+    ours = errors()
+    assert ours[0] <= 2 * theirs[0] + 0.01 and ours[1] <= 2 * theirs[1]
+
+
+def test_dropout_follows_torchs_seed_and_drops_what_it_says():
+    model = build(dropout=0.3)
+    inputs, labels = batch(model)
+    peakgpt.patch(model, check=False)
+    torch.manual_seed(3)
+    one = learn(model, labels, inputs)
+    torch.manual_seed(3)
+    two = learn(model, labels, inputs)
+    other = learn(model, labels, inputs)
+    assert torch.equal(one[0], two[0]) and all(torch.equal(two[1][k], g) for k, g in one[1].items())
+    assert not torch.equal(one[0], other[0])
+
+
+def test_checkpointing_gives_the_same_gradients_with_dropout():
+    model = build(dropout=0.3)
+    inputs, labels = batch(model)
+    peakgpt.patch(model, check=False)
+    torch.manual_seed(3)
+    expected = learn(model, labels, inputs)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        torch.manual_seed(3)
+        loss, grads = learn(model, labels, inputs)
+        assert torch.equal(loss, expected[0])
+        for key, grad in grads.items():
+            close(grad, expected[1][key], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_items_in_batch": 17}, {"num_items_in_batch": torch.tensor(5)}, {"ignore_index": 7},
+        {"logits_to_keep": 4, "shift": slice(-4, None)}, {"shift": slice(None)}, {"return_dict": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_loss_takes_what_transformers_takes(options):
+    model = build()
+    inputs, labels = batch(model)
+    labels[1, 3:6] = options.get("ignore_index", -100)
+    labels[labels == -100] = options.get("ignore_index", -100)
+    options = dict(options)
+    if "shift" in options:
+        options["shift_labels"] = torch.roll(labels, -1, 1)[:, options.pop("shift")].contiguous()
+    expected = model.train()(**inputs, labels=labels, **options)[0]
+    peakgpt.patch(model, check=False)
+    out = model(**inputs, labels=labels, **options)
+    close(out[0], expected)
+    assert isinstance(out, tuple) or out.logits is None
+
+
+def test_logits_are_there_in_eval_and_labels_may_be_positional():
+    model = build()
+    inputs, labels = batch(model)
+    expected = model.eval()(**inputs, labels=labels)
+    arguments = [inputs["input_ids"], None, inputs["attention_mask"], None, None, None, None, None, labels]
+    peakgpt.patch(model, check=False)
+    out = model(*arguments)
+    close(out.logits[1:], expected.logits[1:])
+    close(out.loss, expected.loss)
+    close(model.train()(*arguments).loss, expected.loss)
+
+
+def test_a_mismatch_of_labels_and_logits_is_named():
+    model = build()
+    inputs, labels = batch(model)
+    peakgpt.patch(model, check=False)
+    with pytest.raises(ValueError, match="got 9 positions with logits and 36 labels"):
+        model.train()(**inputs, labels=labels, logits_to_keep=3)
+
+
+def test_a_loss_function_of_the_users_is_called():
+    model = build()
+    inputs, labels = batch(model)
+    model.loss_function = lambda logits, labels, **_: logits.sum() * 0 + 42.0
+    peakgpt.patch(model, check=False)
+    assert model.train()(**inputs, labels=labels).loss == 42.0
+
+
+@pytest.mark.parametrize("part", ["attn.c_attn", "mlp.c_fc", "mlp.c_proj"])
+def test_hooks_and_adapters_on_inner_layers_count(part):
+    """A fused perceptron must not read the weight of a layer that has become something else (PEFT, after patching)."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer, self.weight, self.bias = base, base.weight, base.bias
+
+        def forward(self, x):
+            return self.base_layer(x) + 1.0
+
+    model = build()
+    inputs, _ = batch(model)
+    adapted = copy.deepcopy(model)
+    for each in (model, adapted):
+        if each is model:
+            peakgpt.patch(each, check=False)
+        parent = each.transformer.h[1].get_submodule(part.partition(".")[0])
+        name = part.partition(".")[2]
+        setattr(parent, name, Adapter(getattr(parent, name)))
+        each.transformer.h[0].get_submodule(part).register_forward_hook(lambda m, x, y: y * 1.5)
+    close(look(model, inputs), look(adapted, inputs))
+
+
+def test_deepcopy_works_and_can_be_unpatched():
+    model = build()
+    inputs, _ = batch(model)
+    expected = look(model, inputs)
+    peakgpt.patch(model, check=False)
+    twin = copy.deepcopy(model)
+    close(look(twin, inputs), expected)
+    peakgpt.unpatch(twin)
+    assert torch.equal(look(twin, inputs), expected)
+    assert type(model.lm_head) is not torch.nn.Linear
+
+
+def test_patching_twice_is_refused():
+    model = build()
+    peakgpt.patch(model, check=False)
+    with pytest.raises(ValueError, match="got a model that is patched already"):
+        peakgpt.patch(model)
+
+
+def test_strict_names_what_is_left_and_leaves_the_model_alone():
+    model = build(activation_function="quick_gelu")
+    with pytest.raises(ValueError, match=r"2 modules left, expected none: transformer\.h\.0\.mlp \(GPT2MLP\): act"):
+        peakgpt.patch(model, strict=True)
+    assert not any(vars(type(m)).get("_peakgpt_original") for m in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+    report = peakgpt.patch(model)
+    assert [e.module for e in report.left] == ["transformer.h.0.mlp", "transformer.h.1.mlp"]
+    assert "quick" in str(report).lower() and LEFT in str(report)
+
+
+def test_the_check_finds_a_wrong_replacement(monkeypatch):
+    monkeypatch.setitem(layers.ACTIVATIONS, "transformers.activations.NewGELUActivation", "relu")
+    model = build()
+    inputs, _ = batch(model)
+    expected = look(model, inputs)
+    with pytest.raises(ValueError, match="outputs of the model differ by"):
+        peakgpt.patch(model)
+    assert torch.equal(look(model, inputs), expected)
+
+
+def test_the_report_lists_every_module():
+    model = build()
+    report = peakgpt.patch(model)
+    assert [e.module for e in report.entries] == [n for n, _ in model.named_modules()]
+    text = str(report)
+    assert "transformer.h.*.mlp" in text and "linear_cross_entropy" in text and "check: outputs within" in text
