@@ -49,6 +49,11 @@ CASES = [
     ("linear", {"rows": 33, "width": 65, "out": 129}, {}),
     ("linear", {"rows": 1, "width": 7, "out": 3}, {}),
     ("linear", {"rows": 0, "width": 16, "out": 8}, {}),
+    ("linear_q8", {"rows": 33, "width": 65, "out": 129}, {}),
+    ("linear_q8", {"rows": 1, "width": 300, "out": 3}, {"activation": "gelu_tanh"}),
+    ("linear_q8", {"rows": 0, "width": 16, "out": 8}, {}),
+    ("linear_q4", {"rows": 33, "width": 65, "out": 129}, {}),
+    ("linear_q4", {"rows": 1, "width": 300, "out": 3, "group": 32}, {"group": 32, "activation": "silu"}),
     ("linear_cross_entropy", {"rows": 33, "width": 48, "vocab": 1025}, {}),
     ("linear_cross_entropy", {"rows": 33, "width": 48, "vocab": 129}, {"reduction": "sum"}),
     ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 129}, {"reduction": "none"}),
@@ -92,6 +97,8 @@ LARGE_CASES = [
     ("gated_mlp", {"rows": 1024, "width": 768, "hidden": 2048}, {}),
     ("linear", {"rows": 1100, "width": 2100, "out": 3100}, {}),
     ("linear_cross_entropy", {"rows": 1024, "width": 768, "vocab": 50257}, {}),
+    ("linear_q8", {"rows": 512, "width": 768, "out": 3072}, {}),
+    ("linear_q4", {"rows": 512, "width": 768, "out": 3072}, {}),
     ("embedding", {"batch": 4, "tokens": 256, "vocab": 50257, "width": 768}, {}),
     ("dropout", {"rows": 1024, "width": 768}, {"p": 0.1}),
     ("rotary", {"batch": 4, "tokens": 256, "heads": 48, "head_dim": 256, "pairs": 32}, {"heads": 32}),
@@ -110,7 +117,8 @@ def sample(
     name: str, sizes: Mapping[str, int | None], dtype: torch.dtype, device: torch.device | str = "cpu", *,
     grad: bool = True,
 ) -> list[Tensor | None]:  # fmt: skip
-    """The tensors of a call, the same each time; floating ones are leaves that want a gradient where `grad`."""
+    """The tensors of a call, the same each time; floating ones are leaves that want one where `grad` and the op has it."""
+    grad = grad and OPS[name].gradient
     torch.manual_seed(len(name) + sum(v for v in sizes.values() if v))
     tensors = OPS[name].sample(**sizes, dtype=dtype, device=device)
     constant = CONSTANT.get(name, ())

@@ -211,6 +211,7 @@ PEAK_INLINE Vec Activated(int activation, Vec v) {
     case static_cast<int>(Activation::kGeluTanh): return GeluTanh<T>::Value(v);
     case static_cast<int>(Activation::kGeluErf): return GeluErf::Value(v);
     case static_cast<int>(Activation::kRelu): return Relu::Value(v);
+    case static_cast<int>(Activation::kSilu): return Silu<T>::Value(v);
     default: return v;
   }
 }

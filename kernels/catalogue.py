@@ -8,6 +8,7 @@ from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
+from peakgpt.kernels.linear_quantised import linear_q4, linear_q8
 from peakgpt.kernels.mlp import gated_mlp, mlp
 from peakgpt.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from peakgpt.kernels.rotary import rotary
@@ -26,6 +27,8 @@ __all__ = [
     "layernorm",
     "linear",
     "linear_cross_entropy",
+    "linear_q4",
+    "linear_q8",
     "mlp",
     "rmsnorm",
     "rotary",

@@ -4,11 +4,11 @@
     4 bits   w = s LEVELS[q]    s over a group of a row's inputs, chosen for the least square error   4 + 16 / group
     inputs   x = s q            q = round(x / s), s = max|x| / 127 over a block of a row
 
-LEVELS lie where normal weights do, denser around 0. Square error against the weights' own, in root mean squares, normal
-weights / Student's t with 5 degrees of freedom: LEVELS in groups of 64 (4.25 bits a weight) 8.1 / 10.1 %, of 32 (4.5)
-7.4 / 8.6 %, evenly spaced levels with an offset in groups of 64 (4.5) 8.2 / 10.1 %, llama.cpp's Q4_0 (4.5) 8.6 / 10.8 %.
-LEVELS are those of llama.cpp's IQ4_NL (kvalues_iq4nl in ggml-common.h); the idea of levels at a distribution's quantiles
-is NF4: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, "QLoRA", arXiv:2305.14314, section 3.
+LEVELS lie where normal weights do, denser around 0. Root mean square error over that of the weights, of normal ones
+and of Student's t with 5 degrees of freedom: LEVELS in groups of 64 (4.25 bits a weight) 8.1 and 10.1 %, of 32 (4.5)
+7.4 and 8.6 %; evenly spaced levels with an offset in groups of 64 (4.5) 8.2 and 10.1 %; llama.cpp's Q4_0 (4.5) 8.6 and 10.8 %.
+LEVELS are those of llama.cpp's IQ4_NL (kvalues_iq4nl in ggml-common.h); levels at a distribution's quantiles are the
+idea of NF4: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, "QLoRA", arXiv:2305.14314, section 3.
 
 Stored, what a file holds and any machine reads: (q, scale) of `quantize_8` and `quantize_4`. Packed, what the ops read:
 panels of 16 outputs, in which 64 bytes hold 4 inputs of each (8 with 4 bits); `pack_8` and `pack_4`.
@@ -45,8 +45,8 @@ def quantize_8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_8(q: Tensor, scale: Tensor) -> Tensor:
-    """The float32 weight (F, C) of what `quantize_8` gave."""
-    return q.float() * scale[:, None]
+    """The weight (F, C) of what `quantize_8` gave, in the scale's dtype."""
+    return q.to(scale.dtype) * scale[:, None]
 
 
 def quantize_4(w: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def quantize_4(w: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: not a matrix of finite floating numbers, or an unknown group.
     """
-    _known(group)
+    known_group("quantize", group)
     w = _matrix(w)
     rows, width = w.shape
     groups = F.pad(w, (0, -width % group)).view(-1, group)  # (F G, group)
@@ -74,10 +74,10 @@ def quantize_4(w: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_4(q: Tensor, scale: Tensor, width: int, group: int = 64) -> Tensor:
-    """The float32 weight (F, width) of what `quantize_4` gave."""
-    levels = torch.tensor(LEVELS, dtype=torch.float32, device=q.device)
-    values = levels[_indices(q)[:, :width].int()]
-    return values * scale.float().repeat_interleave(group, 1)[:, :width]
+    """The weight (F, width) of what `quantize_4` gave, in float32, or float64 where the scale is."""
+    scale = scale if scale.dtype == torch.float64 else scale.float()
+    levels = torch.tensor(LEVELS, dtype=scale.dtype, device=q.device)
+    return levels[_indices(q)[:, :width].int()] * scale.repeat_interleave(group, 1)[:, :width]
 
 
 def round_inputs(x: Tensor, block: int) -> Tensor:
@@ -147,9 +147,10 @@ def _matrix(w: Tensor) -> Tensor:
     return w.detach().float()
 
 
-def _known(group: int) -> None:
+def known_group(who: str, group: int) -> None:
+    """Raises ValueError where `group` is not one of GROUPS."""
     if group not in GROUPS:
-        raise ValueError(f"quantize: group is {group!r}, expected one of {', '.join(map(str, GROUPS))}")
+        raise ValueError(f"{who}: group is {group!r}, expected one of {', '.join(map(str, GROUPS))}")
 
 
 def _best_levels(groups: Tensor) -> tuple[Tensor, Tensor]:
