@@ -5,6 +5,7 @@ from peakgpt.dropin.patching import patch, unpatch
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
 from peakgpt.engine.optim import AdamW
+from peakgpt.engine.tags import prefix_tags
 from peakgpt.kernels.attention import attention
 from peakgpt.kernels.attention_decode import attention_decode
 from peakgpt.kernels.dispatch import use_backend
@@ -32,6 +33,7 @@ __all__ = [
     "mlp",
     "nn",
     "patch",
+    "prefix_tags",
     "register_attention",
     "rmsnorm",
     "rotary",

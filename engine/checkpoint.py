@@ -9,6 +9,7 @@ interrupted write leaves what was there.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 TRAINING = "training_state.safetensors"
+DIGEST = "sha256"  # prefix of metadata that we write for each tensor, and compare where it is there
 # Buffers that old transformers wrote.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
@@ -110,7 +112,10 @@ def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             raise ValueError(f"{path}: got no weight_map to files of this folder, expected one")
         found: dict[str, Tensor] = {}
         for name in names:
-            found |= _read_safetensors(folder / name)[0]
+            shard, _ = _read_safetensors(folder / name)
+            if twice := sorted(found.keys() & shard.keys()):
+                raise ValueError(f"{folder / name}: got tensor {twice[0]} again, expected it in one shard")
+            found |= shard
         return path, found
     if (path := folder / PICKLE).exists():
         try:
@@ -140,9 +145,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            found, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: {error}, expected a whole safetensors file") from None
+    for name, tensor in found.items():
+        expected = metadata.get(f"{DIGEST}.{name}")
+        if expected is not None and (digest := _digest(tensor)) != expected:
+            raise ValueError(f"{path}: {name} has digest {digest}, expected {expected}: the file is damaged")
+    return found, metadata
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -206,6 +216,12 @@ def _config_json(
     return {**family.config_json(config), "bos_token_id": end, "eos_token_id": end, "torch_dtype": dtype}
 
 
+def _digest(tensor: Tensor) -> str:
+    """Of a tensor's bytes; 64 bits tell damage, not malice."""
+    content = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -213,7 +229,9 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict
     try:
         path.touch()
         mode = path.stat().st_mode  # as the umask has it; safetensors leaves the file to its owner only
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        found = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        digests = {f"{DIGEST}.{name}": _digest(tensor) for name, tensor in found.items()}
+        save_file(found, path, {**metadata, **digests})
         path.chmod(mode)
     except SafetensorError as error:
         raise OSError(str(error)) from None

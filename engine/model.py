@@ -95,8 +95,9 @@ class GPT(Conv1DLoading):
         return model.eval()
 
     def save_pretrained(
-        self, folder: Path | str, tokenizer: Tokenizer | None = None, *, weights: Mapping[str, Tensor] | None = None
-    ) -> None:
+        self, folder: Path | str, tokenizer: Tokenizer | None = None, *, weights: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         """Save in the Hugging Face layout of its family, or in our own where there is none, with a warning.
 
         An interrupted write leaves what was there.
@@ -105,10 +106,12 @@ class GPT(Conv1DLoading):
             folder: made where it is not there.
             tokenizer: saved beside the model; anything with `save(folder)` and `end_id`.
             weights: replaces the model's own tensors by name, as from AdamW.master_weights.
+            dtype: what is written is converted to; None writes tensors as they are, masters in float32.
         Raises:
             OSError: the folder can not be written.
         """
-        checkpoint.write_model(folder, self.config, {**self.state_dict(), **(weights or {})}, tokenizer)
+        state = {name: t.to(dtype or t.dtype) for name, t in {**self.state_dict(), **(weights or {})}.items()}
+        checkpoint.write_model(folder, self.config, state, tokenizer)
 
     @torch.no_grad()
     def _initialise(self) -> None:

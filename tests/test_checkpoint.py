@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import peakgpt
 from peakgpt.engine import checkpoint
+from peakgpt.engine.layers import CONV1D
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 37}
 
@@ -102,6 +104,11 @@ def test_masters_and_tokenizer_are_saved(tmp_path):
     again = peakgpt.GPT.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
     assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].dtype == torch.float32
+    model.save_pretrained(tmp_path / "half", weights=optimizer.master_weights(model), dtype=torch.bfloat16)
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert all(torch.equal(t, before[n].bfloat16().t() if n.endswith(CONV1D) else before[n].bfloat16())
+               for n, t in half.items())  # fmt: skip
+    shutil.rmtree(tmp_path / "half")
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "all as readable as the umask says"
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 5
@@ -131,6 +138,29 @@ def write(name, text):
 def truncate(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 16
+    path.write_bytes(data)
+
+
+def shards(change):
+    """Two shards, the first with what `change` made of it."""
+
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        first = {name: tensors.pop(name) for name in list(tensors)[:5]}
+        files = {name: f"{i}.safetensors" for i, part in enumerate((first, tensors)) for name in part}
+        save_file(tensors, folder / "1.safetensors")
+        save_file(first, folder / "0.safetensors")
+        change(folder / "0.safetensors", first, tensors)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+    return damage
 
 
 def only_a_pickle(content):
@@ -163,6 +193,20 @@ DAMAGE = {
     "epsilon a string": (edit_config(layer_norm_epsilon="x"), "config.json: "),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "got no weights, expected model.safetensors"),
     "truncated": (truncate, "model.safetensors: .*expected a whole safetensors file"),
+    "a bit flipped": (flip_a_bit, r"model.safetensors: transformer\S* has digest \w{16}, expected \w{16}: the f"),
+    "a shard truncated": (
+        shards(lambda path, *_: path.write_bytes(path.read_bytes()[:-9])),
+        "0.safetensors: .*expected a whole safetensors file",
+    ),
+    "a shard without a tensor": (
+        shards(lambda path, first, _: save_file(dict(list(first.items())[1:]), path)),
+        "index.json: got no tensor transformer",
+    ),
+    "a tensor in two shards": (
+        shards(lambda path, first, rest: save_file({**first, LN_F: rest[LN_F]}, path)),
+        f"1.safetensors: got tensor {LN_F} again, expected it in one shard",
+    ),
+    "a name like a path": (edit_tensors(lambda t: t.update({"../x": torch.ones(1)})), r"got tensor \.\./x, "),
     "not safetensors": (write("model.safetensors", "hello"), "model.safetensors: .*expected a whole safetensors"),
     "missing": (edit_tensors(lambda t: t.pop(LN_F)), rf"got no tensor {LN_F}, expected one of shape \(16,\)"),
     "extra": (edit_tensors(lambda t: t.update(x=torch.ones(1))), "got tensor x, expected the 28 of config.json alone"),

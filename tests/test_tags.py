@@ -1,0 +1,51 @@
+"""Control tags: what counts in the loss, and that a text follows them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import peakgpt
+
+
+def tiny():
+    torch.manual_seed(0)
+    return peakgpt.GPT(peakgpt.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=12, vocab_size=19))
+
+
+def test_the_loss_is_the_texts_given_the_tags():
+    """By hand from the logits; fails where a tag's own prediction counts, or the text's first token does not."""
+    model, torch_ids = tiny(), torch.randint(15, (3, 9))
+    tags = torch.randint(15, 19, (3, 2), dtype=torch.int32)
+    text, ids, targets = torch_ids, torch_ids[:, :-1], torch_ids[:, 1:]
+    ids, targets = peakgpt.prefix_tags(tags, ids, targets)
+    assert ids.dtype == targets.dtype == torch.int64 and ids.shape == targets.shape == (3, 10)
+    logits = model(torch.cat((tags, text[:, :-1]), 1))[:, 1:]  # from the last tag on
+    expected = F.cross_entropy(logits.flatten(0, 1), text.flatten())
+    torch.testing.assert_close(model(ids, targets), expected)
+
+
+def test_a_text_follows_its_tags():
+    model = tiny()
+    optimizer = model.configure_optimizer(lr=1e-2)
+    tags = torch.tensor([[15, 17], [16, 17]])
+    text = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 9, 8, 7, 6, 5]])
+    ids, targets = peakgpt.prefix_tags(tags, text[:, :-1], text[:, 1:])
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(ids, targets).backward()
+        optimizer.step()
+    assert torch.equal(model.eval().generate(tags, temperature=0, max_new_tokens=6)[:, 2:], text)
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        (torch.ones(2, 0, dtype=torch.int64), r"got tags \(2, 0\), ids \(2, 5\), .* with G at least 1"),
+        (torch.ones(3, 1, dtype=torch.int64), r"got tags \(3, 1\), ids \(2, 5\)"),
+        (torch.ones(2, 1), "tags have dtype torch.float32, expected an integer one"),
+    ],
+)
+def test_bad_tags_are_named(tags, message):
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"prefix_tags: {message}"):
+        peakgpt.prefix_tags(tags, ids, ids)
