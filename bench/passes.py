@@ -69,7 +69,7 @@ def _norm_tensors(dtype, rows: int, width: int) -> tuple[Tensor, ...]:
 def embedding_forward(dtype, batch: int, tokens: int, width: int, vocab: int) -> Pass:
     wte, wpe = torch.randn(vocab, width).to(dtype), torch.randn(tokens, width).to(dtype)
     ids, out = torch.randint(vocab, (batch, tokens)), torch.empty(batch, tokens, width, dtype=dtype)
-    arguments = (dtype, batch, tokens, width, ids, wte, width, wpe, width, out)
+    arguments = (dtype, batch, tokens, width, ids, wte, width, wpe, width, out, None)
     found = wte[: batch * tokens]  # as much as is read of it
     return Pass("embedding_forward", arguments, (found, wpe), (out,))
 

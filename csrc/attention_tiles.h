@@ -13,89 +13,13 @@
 // vectors) and strides that make rows collide in the L1 cache.
 
 #include "philox.h"
+#include "products.h"
 
 constexpr int64_t kTile = 64;  // queries a tile, and keys: four operands of 64 x 64 floats fill L1 and part of L2
 // Keys a tile where the mask cuts through, so that less of it is dead. Causal T 256, D 64 on Zen 4: 16 beats 32 by 2 to
 // 5 % and 64 by 10 to 15 %.
 constexpr int64_t kEdgeTile = 16;
-constexpr int kBlockRows = 4, kBlockVecs = kRegisters >= 32 ? 4 : 3;
-// Products summed one by one; past that, sums of sums, which lose fewer digits.
-constexpr int64_t kChain = 32;
 constexpr float kInfinity = __builtin_inff();
-
-struct Pair { bf16 even, odd; };
-template <class T> struct OperandOf { using type = float; };
-template <bool kNative> struct Bf16Operand { using type = float; };
-template <> struct Bf16Operand<true> { using type = Pair; };
-template <> struct OperandOf<bf16> : Bf16Operand<kNativePairs> {};
-template <class E> constexpr int64_t kDepth = 1;  // steps of k in an operand
-template <> constexpr int64_t kDepth<Pair> = 2;
-
-PEAK_INLINE int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
-PEAK_INLINE int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
-PEAK_INLINE int64_t UpTo(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// ------------------------------------------------------------------------------------------------------- products
-PEAK_INLINE Vec Operand(const float* p) { return Load(p); }
-PEAK_INLINE Pairs Operand(const Pair* p) { return LoadPairs(&p->even); }
-PEAK_INLINE Vec MultiplyAdd(const float* a, Vec b, Vec c) { return Fma(Set(*a), b, c); }
-PEAK_INLINE Vec MultiplyAdd(const Pair* a, Pairs b, Vec c) { return DotPairs(c, SetPair(&a->even), b); }
-
-template <class E, int M, int N>
-void Block(const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t b_step, int64_t depth, float* c,
-           int64_t c_row, bool add) {
-  Vec acc[M][N];
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) acc[m][n] = Set(0.0f);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    decltype(Operand(b)) lanes[N];
-    for (int n = 0; n < N; ++n) lanes[n] = Operand(b + n * kLanes);
-    for (int m = 0; m < M; ++m) {
-      for (int n = 0; n < N; ++n) acc[m][n] = MultiplyAdd(a + m * a_row, lanes[n], acc[m][n]);
-    }
-    a += a_step;
-    b += b_step;
-  }
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) {
-      float* at = c + m * c_row + n * kLanes;
-      Store(at, add ? Load(at) + acc[m][n] : acc[m][n]);
-    }
-  }
-}
-
-template <class E>
-void MultiplyChain(const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t b_step, int64_t depth, float* c,
-                   int64_t c_row, int64_t rows, int64_t vecs, bool add) {
-  for (int64_t n = 0; n < vecs; n += kBlockVecs) {
-    const int64_t left = vecs - n;
-    for (int64_t m = 0; m < rows; m += kBlockRows) {
-      const E* a_block = a + m * a_row;
-      const E* b_block = b + n * kLanes;
-      float* c_block = c + m * c_row + n * kLanes;
-      if (left >= kBlockVecs) {
-        Block<E, kBlockRows, kBlockVecs>(a_block, a_row, a_step, b_block, b_step, depth, c_block, c_row, add);
-      } else if (left == 3) {
-        Block<E, kBlockRows, 3>(a_block, a_row, a_step, b_block, b_step, depth, c_block, c_row, add);
-      } else if (left == 2) {
-        Block<E, kBlockRows, 2>(a_block, a_row, a_step, b_block, b_step, depth, c_block, c_row, add);
-      } else {
-        Block<E, kBlockRows, 1>(a_block, a_row, a_step, b_block, b_step, depth, c_block, c_row, add);
-      }
-    }
-  }
-}
-
-// C (rows x vecs) = or += A B; rows is a multiple of kBlockRows.
-template <class E>
-void Multiply(const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t b_step, int64_t depth, float* c,
-              int64_t c_row, int64_t rows, int64_t vecs, bool add) {
-  for (int64_t k = 0; k < depth; k += kChain) {
-    MultiplyChain(a + k * a_step, a_row, a_step, b + k * b_step, b_step, Least(kChain, depth - k), c, c_row, rows, vecs,
-                  add || k > 0);
-  }
-}
 
 // -------------------------------------------------------------------------------------------------------- packing
 // A strided matrix; rows outside [begin, end) read as zeros, whatever memory holds there.

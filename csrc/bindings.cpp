@@ -19,6 +19,8 @@
 #include "dropout.h"
 #include "embedding.h"
 #include "gemm.h"
+#include "program.h"
+#include "cache_attention.h"
 #include "isa.h"
 #include "layernorm.h"
 #include "memory.h"
@@ -85,6 +87,52 @@ void Define(py::module_& m, const char* name, void (*kernel)(const Args&, int)) 
   });
 }
 
+const void* At(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+
+void DefineProgram(py::module_& m) {
+  using peak::DType, peak::Program, peak::Weight, peak::DenseWeight;
+  const py::call_guard<py::gil_scoped_release> free;
+  py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight");
+  py::class_<DenseWeight, Weight, std::shared_ptr<DenseWeight>>(m, "DenseWeight")
+      .def(py::init([](int dtype, int64_t n, int64_t k, uintptr_t w, int64_t row, int threads) {
+        return std::make_shared<DenseWeight>(static_cast<DType>(dtype), n, k, At(w), row, threads);
+      }), free);
+  py::class_<Program>(m, "Program")
+      .def(py::init([](int dtype) { return Program(static_cast<DType>(dtype)); }))
+      .def("buffer", &Program::Buffer)
+      .def("embed", [](Program& p, int out, uintptr_t wte, int64_t wte_row, uintptr_t wpe, int64_t wpe_row) {
+        p.Embed(out, At(wte), wte_row, At(wpe), wpe_row);
+      })
+      .def("norm", [](Program& p, int x, int residual, int sum, int out, uintptr_t w, int w_dtype, uintptr_t b,
+                      float eps) {
+        p.Norm(x, residual, sum, out, At(w), static_cast<DType>(w_dtype), At(b), eps);
+      })
+      .def("linear", [](Program& p, int x, int out, std::shared_ptr<Weight> weight, uintptr_t bias, int epilogue,
+                        int activation, int gate) {
+        p.Linear(x, out, std::move(weight), At(bias), static_cast<peak::Epilogue>(epilogue),
+                 static_cast<peak::Activation>(activation), gate);
+      })
+      .def("rotary", [](Program& p, int x, int64_t width, int64_t turned, uintptr_t cos, uintptr_t sin, int64_t pairs,
+                        bool interleaved) {
+        p.Rotary(x, width, turned, static_cast<const float*>(At(cos)), static_cast<const float*>(At(sin)), pairs,
+                 interleaved);
+      })
+      .def("attend", [](Program& p, int x, int out, int64_t layer, int64_t heads, int64_t kv_heads, int64_t width,
+                        int64_t window, float scale, uintptr_t alibi) {
+        p.Attend(x, out, layer, heads, kv_heads, width, window, scale, static_cast<const float*>(At(alibi)));
+      })
+      .def("add", &Program::Add)
+      .def("take", &Program::Take)
+      .def("run", [](Program& p, const py::args& values) {
+        constexpr size_t kFields = CountFields<peak::PassArgs>(std::index_sequence<>());
+        if (values.size() != kFields + 1) throw py::type_error("run: expected the fields of PassArgs and the threads");
+        const auto pass = FromTuple<peak::PassArgs>(values, std::make_index_sequence<kFields>());
+        const int threads = values[kFields].cast<int>();
+        py::gil_scoped_release release;
+        p.Run(pass, threads);
+      });
+}
+
 // The instruction sets that this machine runs, narrowest first.
 py::tuple Isas() {
   py::tuple names(peak::BestIsa() + 1);
@@ -113,6 +161,12 @@ PYBIND11_MODULE(_C, m) {
   Define(m, "dropout", peak::Dropout);
   Define(m, "gemm", peak::Gemm);
   Define(m, "linear_quantized", peak::LinearQuantized);
+  Define(m, "pack_b", peak::PackB);
+  m.def("packed_floats", [](int dtype, int64_t n, int64_t k) {
+    return peak::PackedFloats(static_cast<peak::DType>(dtype), n, k);
+  });
+  DefineProgram(m);
+  m.attr("cache_block") = peak::kCacheBlock;
   Define(m, "adamw", peak::Adamw);
   Define(m, "rotary", peak::Rotary);
   Define(m, "sum_of_squares", peak::SumOfSquares);

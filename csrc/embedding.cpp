@@ -26,7 +26,8 @@ void GatherRows(const EmbeddingForwardArgs& args, int64_t begin, int64_t end) {
       std::memcpy(out, token, width * sizeof(T));
       continue;
     }
-    const T* position = static_cast<const T*>(args.wpe) + row % args.tokens * args.wpe_stride;
+    const int64_t place = args.positions == nullptr ? row % args.tokens : args.positions[row];
+    const T* position = static_cast<const T*>(args.wpe) + place * args.wpe_stride;
     int64_t i = 0;
     for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
       FetchTwoToL2(ahead + i);

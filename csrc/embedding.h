@@ -17,6 +17,7 @@ struct EmbeddingForwardArgs {
   const void* wpe;  // row of the first position, or null
   int64_t wpe_stride;
   void* out;  // (batch, tokens, width)
+  const int64_t* positions;  // (batch, tokens): rows of wpe counted from its first; or null: token by token
 };
 
 struct EmbeddingBackwardArgs {

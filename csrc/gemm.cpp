@@ -133,23 +133,38 @@ PEAK_INLINE Vec AddProduct(Vec sum, Vec left, Vec right) {
   }
 }
 
-// sums[kRows][kColumns] = (or, from the second block of k on, +=) the product of two panels over `slots`.
-template <class T>
+// sums[kTileRows][kColumns] = (or, from the second block of k on, +=) the product of two panels over `slots`.
+template <class T, int kTileRows>
 void Tile(int64_t slots, const float* a, const float* b, bool first, float* sums) {
-  Vec acc[kRows][kColumnVecs];
+  Vec acc[kTileRows][kColumnVecs];
   for (auto& row : acc) {
     for (Vec& v : row) v = Set(0.0f);
   }
   for (int64_t s = 0; s < slots; ++s, a += kPanelRows, b += kColumns) {
     Vec right[kColumnVecs];
     for (int j = 0; j < kColumnVecs; ++j) right[j] = Load(b + j * kLanes);
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kTileRows; ++i) {
       const Vec left = Set(a[i]);
       for (int j = 0; j < kColumnVecs; ++j) acc[i][j] = AddProduct<T>(acc[i][j], left, right[j]);
     }
   }
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kTileRows; ++i) {
     for (int j = 0; j < kColumnVecs; ++j, sums += kLanes) Store(sums, first ? acc[i][j] : Load(sums) + acc[i][j]);
+  }
+}
+
+using TileFunction = void (*)(int64_t, const float*, const float*, bool, float*);
+
+// The tile for the last rows of a product, or the only ones, computes no rows that are not there.
+template <class T>
+TileFunction TileOfRows(int64_t rows) {
+  if constexpr (kRows == 8) {
+    constexpr TileFunction kTiles[] = {Tile<T, 1>, Tile<T, 2>, Tile<T, 3>, Tile<T, 4>,
+                                       Tile<T, 5>, Tile<T, 6>, Tile<T, 7>, Tile<T, 8>};
+    return kTiles[(rows < kRows ? rows : kRows) - 1];
+  } else {
+    constexpr TileFunction kTiles[] = {Tile<T, 1>, Tile<T, 2>, Tile<T, 3>, Tile<T, 4>};
+    return kTiles[(rows < kRows ? rows : kRows) - 1];
   }
 }
 
@@ -242,6 +257,28 @@ void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64
   }
 }
 
+// Packs columns of b, and elements k to k + depth of them.
+template <class T, class Args>
+void PackColumns(const Args& args, int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) {
+  const T* from = static_cast<const T*>(args.b) + column * args.b_col + k * args.b_k;
+  Pack<T>(from, args.b_col, args.b_k, columns, depth, kColumnVecs, out);
+}
+
+// Where PackB leaves the panel of `column` in the block of k that begins at `k`, of `slots` slots: [block][panel][slot].
+template <class T>
+int64_t PackedAt(int64_t n, int64_t k, int64_t column, int64_t slots) {
+  const int64_t width = (n + kColumns - 1) / kColumns * kColumns;
+  return k / kSlot<T> * width + column * slots;
+}
+
+// Panels [begin, end) of columns of one block of k, packed to where they belong.
+template <class T>
+void PackBlock(const PackArgs& args, int64_t k, int64_t depth, int64_t begin, int64_t end) {
+  const int64_t column = begin * kColumns, slots = (depth + kSlot<T> - 1) / kSlot<T>;
+  PackColumns<T>(args, column, std::min(end * kColumns, args.n) - column, k, depth,
+                 args.out + PackedAt<T>(args.n, k, column, slots));
+}
+
 // All of a block's tiles in its panels of rows [row_begin, row_end) and of columns [begin, end).
 // Columns go in groups that stay in the second-level cache, packed by the thread that uses them.
 template <class T>
@@ -254,13 +291,18 @@ void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart
   for (int64_t group = part.column_begin; group < part.column_end; group += most) {
     const int64_t group_end = std::min(group + most, part.column_end);
     const int64_t column = group * kColumns, columns = std::min(group_end * kColumns, block.columns) - column;
-    const T* from = static_cast<const T*>(args.b) + (block.column + column) * args.b_col + block.k * args.b_k;
-    Pack<T>(from, args.b_col, args.b_k, columns, block.depth, kColumnVecs, b);
+    const float* right = b;
+    if (args.packed_b != nullptr) {
+      right = args.packed_b + PackedAt<T>(args.n, block.k, block.column + column, slots);
+    } else {
+      PackColumns<T>(args, block.column + column, columns, block.k, block.depth, b);
+    }
     for (int64_t i = part.row_begin * kPanelRows; i < std::min(part.row_end * kPanelRows, block.rows); i += kRows) {
       const float* left = a + i / kPanelRows * kPanelRows * slots + i % kPanelRows;
+      const TileFunction multiply = TileOfRows<T>(block.rows - i);
       for (int64_t j = group; j < group_end; ++j) {
         float* at = sums == nullptr ? tile : sums + (i / kRows * panels + j) * kRows * kColumns;
-        Tile<T>(slots, left, b + (j - group) * kColumns * slots, block.first, at);
+        multiply(slots, left, right + (j - group) * kColumns * slots, block.first, at);
         if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
       }
     }
@@ -409,50 +451,93 @@ void GemmThin(const GemmArgs& args, const GemmTile& tile, int64_t depth, int thr
 
 }  // namespace
 
-void Gemm(const GemmArgs& args, int threads) {
-  if (args.m == 0 || args.n == 0) return;
-  const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileOf)();
+namespace {
+
+int64_t DepthOf(int64_t k, const GemmTile& tile) {
+  const int64_t blocks = Pieces(k, kBlockSlots * tile.slot);
+  return Up(Pieces(k, blocks), tile.slot);  // at least a slot: an empty sum is 0
+}
+
+// How a product is cut, and the memory that it takes.
+struct GemmPlan {
+  GemmTile tile;
+  int64_t rows, columns, depth;  // of a block
+  int64_t a_size, b_size, sums_size;  // floats; b_size for each thread
+
+  explicit GemmPlan(const GemmArgs& args) : tile(PEAK_PICK_DTYPE(args.dtype, TileOf)()) {
+    rows = Up(Pieces(args.m, Pieces(args.m, kBlockRows)), tile.rows);
+    columns = Up(Pieces(args.n, Pieces(args.n, kBlockColumns)), tile.columns);
+    depth = DepthOf(args.k, tile);
+    const int64_t slots = depth / tile.slot;
+    a_size = rows * slots;
+    b_size = args.packed_b != nullptr ? 0 : std::max(kGroupFloats, tile.columns * slots);
+    sums_size = depth < args.k ? rows * columns : 0;
+  }
+  int64_t Scratch(int threads) const { return a_size + sums_size + threads * b_size; }
+};
+
+// One thread's share of a product; all of `workers` run it, on the same scratch.
+void Share(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
   const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
-
-  const int64_t row_blocks = Pieces(args.m, kBlockRows), column_blocks = Pieces(args.n, kBlockColumns);
-  const int64_t k_blocks = Pieces(args.k, kBlockSlots * tile.slot);
-  const int64_t rows = Up(Pieces(args.m, row_blocks), tile.rows);
-  const int64_t columns = Up(Pieces(args.n, column_blocks), tile.columns);
-  const int64_t depth = Up(Pieces(args.k, k_blocks), tile.slot);  // at least a slot: an empty sum is 0
-  if (args.m <= kThinRows) return GemmThin(args, tile, depth, threads);
-  const int64_t row_panels = rows / tile.rows, column_panels = columns / tile.columns, slots = depth / tile.slot;
-  const auto wanted = Grid(row_panels, column_panels, threads);
-  const int team = wanted.first * wanted.second;
-
-  const int64_t a_size = rows * slots, b_size = std::max(kGroupFloats, tile.columns * slots);
-  const int64_t sums_size = k_blocks > 1 ? rows * columns : 0;
-  float* const a = Floats(a_size + team * b_size + sums_size);
-  float* const sums = k_blocks > 1 ? a + a_size + team * b_size : nullptr;
-
-#pragma omp parallel num_threads(team) if (team > 1)
-  {
-    // Fewer than wanted where the caller is in a parallel region itself, or OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
-    const int workers = omp_get_num_threads(), id = omp_get_thread_num();
-    const auto [row_groups, column_groups] = workers == team ? wanted : Grid(row_panels, column_panels, workers);
-    float* const b = a + a_size + id * b_size;
-    for (int64_t column = 0; column < args.n; column += columns) {
-      for (int64_t row = 0; row < args.m; row += rows) {
-        for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
-          const GemmBlock block{row, std::min(rows, args.m - row), column, std::min(columns, args.n - column),
-                                k, std::min(depth, args.k - k), k == 0, k + depth >= args.k};
-          const int64_t r = Pieces(block.rows, tile.rows), c = Pieces(block.columns, tile.columns);
-          pack(args, block, r * id / workers, r * (id + 1) / workers, a);
-#pragma omp barrier
-          const int64_t i = id / column_groups, j = id % column_groups;
-          const GemmPart part{r * i / row_groups, r * (i + 1) / row_groups, c * j / column_groups,
-                              c * (j + 1) / column_groups};
-          if (i < row_groups) multiply(args, block, part, a, b, sums);
-#pragma omp barrier
-        }
+  const int64_t rows = plan.rows, columns = plan.columns, depth = plan.depth;
+  const auto [row_groups, column_groups] = Grid(rows / plan.tile.rows, columns / plan.tile.columns, workers);
+  float* const sums = plan.sums_size > 0 ? a + plan.a_size : nullptr;
+  float* const b = a + plan.a_size + plan.sums_size + id * plan.b_size;
+  for (int64_t column = 0; column < args.n; column += columns) {
+    for (int64_t row = 0; row < args.m; row += rows) {
+      for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
+        const GemmBlock block{row, std::min(rows, args.m - row), column, std::min(columns, args.n - column),
+                              k, std::min(depth, args.k - k), k == 0, k + depth >= args.k};
+        const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
+        pack(args, block, r * id / workers, r * (id + 1) / workers, a);
+        Barrier();
+        const int64_t i = id / column_groups, j = id % column_groups;
+        const GemmPart part{r * i / row_groups, r * (i + 1) / row_groups, c * j / column_groups,
+                            c * (j + 1) / column_groups};
+        if (i < row_groups) multiply(args, block, part, a, b, sums);
+        Barrier();
       }
     }
   }
+}
+
+}  // namespace
+
+int64_t PackedFloats(DType dtype, int64_t n, int64_t k) {
+  const GemmTile tile = PEAK_PICK_DTYPE(dtype, TileOf)();
+  return Up(n, tile.columns) * (Up(k, tile.slot) / tile.slot);
+}
+
+void PackB(const PackArgs& args, int threads) {
+  const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileOf)();
+  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackBlock);
+  const int64_t depth = DepthOf(args.k, tile), panels = Pieces(args.n, tile.columns);
+  for (int64_t k = 0; k < args.k; k += depth) {
+    ParallelParts(panels, panels, threads, [&](int64_t, int64_t begin, int64_t end) {
+      pack(args, k, std::min(depth, args.k - k), begin, end);
+    });
+  }
+}
+
+int64_t GemmScratch(const GemmArgs& args, int threads) { return GemmPlan(args).Scratch(threads); }
+
+void TeamGemm(const GemmArgs& args, float* scratch) {
+  if (args.m == 0 || args.n == 0) return;
+  const Team* team = Team::Current();
+  Share(args, GemmPlan(args), scratch, team->id, team->size);
+}
+
+void Gemm(const GemmArgs& args, int threads) {
+  if (args.m == 0 || args.n == 0) return;
+  const GemmPlan plan(args);
+  if (args.m <= kThinRows && args.packed_b == nullptr) return GemmThin(args, plan.tile, plan.depth, threads);
+  const auto wanted = Grid(plan.rows / plan.tile.rows, plan.columns / plan.tile.columns, threads);
+  const int workers = wanted.first * wanted.second;
+  float* const scratch = Floats(plan.Scratch(workers));
+  // Fewer than wanted come where the caller is in a parallel region itself, or OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
+#pragma omp parallel num_threads(workers) if (workers > 1)
+  Share(args, plan, scratch, omp_get_thread_num(), omp_get_num_threads());
 }
 
 }  // namespace peak

@@ -42,9 +42,26 @@ struct GemmArgs {
   const void* gate;  // (m, n): read by kGate and kGateSlope
   void* dgate;       // (m, n): written by kGateSlope
   float* a_sums;     // (m) sums over k of a, or null
+  const float* packed_b;  // b as PackB left it: then b itself is not read; or null
 };
 
 void Gemm(const GemmArgs& args, int threads);
+
+// b packed once, for weights that many products use.
+struct PackArgs {
+  DType dtype;
+  int64_t n, k;
+  const void* b;
+  int64_t b_col, b_k;
+  float* out;  // as many as PackedFloats says
+};
+
+int64_t PackedFloats(DType dtype, int64_t n, int64_t k);
+void PackB(const PackArgs& args, int threads);
+
+// What a product takes of the scratch of a team (parallel.h), and the product, called by each thread of it.
+int64_t GemmScratch(const GemmArgs& args, int threads);
+void TeamGemm(const GemmArgs& args, float* scratch);
 
 }  // namespace peak
 

@@ -38,8 +38,9 @@ void TurnTokens(const RotaryArgs& args, int64_t begin, int64_t end) {
   const int64_t width = args.width, rotated = 2 * args.pairs;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t token = row % args.tokens;
-    const float* cos = args.cos + token * args.pairs;
-    const float* sin = args.sin + token * args.pairs;
+    const int64_t place = args.positions == nullptr ? token : args.positions[token];
+    const float* cos = args.cos + place * args.pairs;
+    const float* sin = args.sin + place * args.pairs;
     const T* x_row = static_cast<const T*>(args.x) + row / args.tokens * args.stride_b + token * args.stride_t;
     T* y = static_cast<T*>(args.y) + row * args.heads * width;
     for (int64_t head = 0; head < args.heads; ++head, y += width) {

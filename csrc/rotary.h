@@ -19,7 +19,8 @@ struct RotaryArgs {
   int64_t stride_b, stride_t, stride_h;  // elements; features themselves are contiguous
   const float* cos;                      // (tokens, pairs)
   const float* sin;
-  void* y;  // (batch, tokens, heads, width)
+  void* y;  // (batch, tokens, heads, width); may be x
+  const int64_t* positions;  // (tokens): rows of cos and sin; or null: token by token
 };
 
 void Rotary(const RotaryArgs& args, int threads);

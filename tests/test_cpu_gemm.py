@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from peakgpt import _C
-from peakgpt.kernels.cpu.gemm import ACTIVATE, ADD, SLOPE, gemm
+from peakgpt.kernels.cpu.gemm import ACTIVATE, ADD, SLOPE, gemm, pack
 
 DTYPES = (torch.float32, torch.bfloat16)
 POISON = 1234.0
@@ -65,6 +65,7 @@ def test_exact_on_integers(isa, sizes, dtype, layouts):
         assert torch.equal(sums[:m].double(), a.double().sum(1)) and sums[m] == POISON, (m, k, n)
         gemm(a, b, out, epilogue=ADD)
         assert torch.equal(out.double(), 2 * truth), (m, k, n)
+        assert torch.equal(gemm(a, torch.empty_like(b), out, packed=pack(b)).double(), truth), (m, k, n)
         assert_untouched()
 
 
@@ -146,3 +147,4 @@ def test_same_bits_in_any_batch(dtype):
     whole = gemm(a, b, torch.empty(1100, 200))
     for rows in (slice(0, 1), slice(1, 4), slice(5, 12), slice(1023, 1100)):
         assert torch.equal(gemm(a[rows], b, torch.empty(len(a[rows]), 200)), whole[rows])
+        assert torch.equal(gemm(a[rows], b, torch.empty(len(a[rows]), 200), packed=pack(b)), whole[rows])

@@ -17,7 +17,7 @@ def forward(outputs, saved, ids, wte, wpe, *, start):
     wpe = None if wpe is None else rows(wpe)[start : start + ids.shape[1]]
     _C.embedding_forward(
         DTYPES[wte.dtype], *ids.shape, wte.shape[1], address(ids), address(wte), wte.stride(0),
-        address(wpe), 0 if wpe is None else wpe.stride(0), address(outputs[0]), threads(),
+        address(wpe), 0 if wpe is None else wpe.stride(0), address(outputs[0]), 0, threads(),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ ACTIVATIONS = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2, "silu": 3}  # Activatio
 def gemm(
     a: Tensor, b: Tensor, out: Tensor, *, epilogue: int = STORE, bias: Tensor | None = None,
     activation: str = "relu", pre: Tensor | None = None, act: Tensor | None = None, gate: Tensor | None = None,
-    dgate: Tensor | None = None, a_sums: Tensor | None = None,
+    dgate: Tensor | None = None, a_sums: Tensor | None = None, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """out = a b, then the epilogue.
 
@@ -28,6 +28,7 @@ def gemm(
         bias: (N,), added by STORE, ACTIVATE and GATE.
         pre, act, gate, dgate: (M, N) contiguous, as csrc/gemm.h says.
         a_sums: (M,) float32, becomes the sums of a over K.
+        packed: b as `pack` left it, which is read instead.
     Returns:
         out.
     """
@@ -39,8 +40,17 @@ def gemm(
         DTYPES[a.dtype], DTYPES[out.dtype], *out.shape, a.shape[1],
         address(a), a.stride(0), a.stride(1), address(b), b.stride(1), b.stride(0), address(out), out.stride(0),
         epilogue, address(bias), ACTIVATIONS[activation], address(pre), address(act), address(gate), address(dgate),
-        address(a_sums), threads(),
+        address(a_sums), address(packed), threads(),
     )  # fmt: skip
+    return out
+
+
+def pack(b: Tensor) -> Tensor:
+    """b, (K, N), in the order in which a product reads it, for one that many products share."""
+    b = b if 1 in b.stride() else b.contiguous()
+    sizes = DTYPES[b.dtype], b.shape[1], b.shape[0]
+    out = torch.empty(_C.packed_floats(*sizes), dtype=torch.float32)
+    _C.pack_b(*sizes, address(b), b.stride(1), b.stride(0), address(out), threads())
     return out
 
 

@@ -34,5 +34,5 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, heads: int, interleav
     cos, sin = (table.float().contiguous() for table in (cos, sin))
     _C.rotary(
         DTYPES[x.dtype], *x.shape, cos.shape[1], heads, interleaved, address(x), *x.stride()[:3],
-        address(cos), address(sin), address(out), threads(),
+        address(cos), address(sin), address(out), 0, threads(),
     )  # fmt: skip

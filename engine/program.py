@@ -1,0 +1,175 @@
+"""A GPT's forward pass as one C++ program on the CPU (csrc/program.cpp): one call a step, weights packed once.
+
+Lowering follows the block as engine/layers.py does, by the same config. In the last block, what follows attention is
+computed only for the tokens whose logits are wanted: a prompt of T tokens saves most of one layer in L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from peakgpt.engine.layers import Block, LayerNorm
+from peakgpt.engine.model import GPT
+from peakgpt.engine.positions import alibi_slopes, rotary_table
+from peakgpt.kernels.attention import default_scale
+from peakgpt.kernels.cpu.ext import _C, DTYPES, address, threads
+from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, STORE
+
+NONE, LOGITS = -1, -1  # in place of a buffer's number
+
+
+def objection(model: GPT) -> str | None:
+    """Why a model can not be lowered, or None."""
+    config, weight = model.config, model.transformer.wte.weight
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+        return f"takes float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"
+    if config.word_dim != config.n_embd:
+        return f"takes word embeddings as wide as the model, got word_dim {config.word_dim}"
+    if config.head_dim % 8 or config.head_dim > 256:
+        return f"takes head widths that are multiples of 8 up to 256, got {config.head_dim}"
+    return None
+
+
+class Lowered:
+    """The program of one model, and the tensors that it reads.
+
+    Weights of products are packed, which copies them; embeddings, biases and norms are read where they lie.
+    """
+
+    def __init__(self, model: GPT):
+        """
+        Raises:
+            NotImplementedError: `objection` has one.
+        """
+        if reason := objection(model):
+            raise NotImplementedError(f"lowering: {reason}")
+        c, weight = model.config, model.transformer.wte.weight
+        self.config, self.dtype = c, weight.dtype
+        self.program, self.kept = _C.Program(DTYPES[weight.dtype]), []
+        widths = {"x": c.n_embd, "h": c.n_embd, "qkv": (c.n_head + 2 * c.n_kv_head) * c.head_dim,
+                  "y": c.n_head * c.head_dim, "branch": c.n_embd, "up": c.n_inner}  # fmt: skip
+        widths |= {"taken x": c.n_embd, "taken h": c.n_embd, "taken y": widths["y"]}
+        self.buffers = {name: self.program.buffer(width) for name, width in widths.items()}
+        self._lower(model)
+
+    def run(self, *pass_args: int) -> None:
+        """Run one pass; see PassArgs in csrc/program.h."""
+        self.program.run(*pass_args, threads())
+
+    # ---- steps
+
+    def _lower(self, model: GPT) -> None:
+        c, t = self.config, model.transformer
+        learned = c.position == "learned"
+        table = t.wpe.weight.detach()[c.position_offset :] if learned else None
+        self.program.embed(self.buffers["x"], *self._matrix(t.wte.weight), *self._matrix(table))
+        if c.rotary_dim:
+            self.angles = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, "cpu")
+        self.slopes = alibi_slopes(c.n_head, "cpu") if c.position == "alibi" else None
+        if c.embedding_norm:
+            self._norm(t.ln_emb, "x", out="x")
+        after = c.residual == "post_norm"
+        self._norm(t.h[0].ln_1, "x", out="h") if not after else self._rename("h", "x")
+        norms = [*(block.ln_1 for block in t.h[1:]), None if after else t.ln_f]
+        for layer, (block, norm) in enumerate(zip(t.h, norms, strict=True)):
+            self._attend(block, layer)
+            if layer == c.n_layer - 1:
+                self._take()
+            RESIDUALS[c.residual](self, block, norm)
+        head = t.wte.weight if c.tied_head else model.lm_head.weight
+        self._linear("h", LOGITS, head, model.lm_head.bias if c.head_bias else None)
+
+    def _attend(self, block: Block, layer: int) -> None:
+        c, attn, number = self.config, block.attn, self.buffers
+        self._linear("h", "qkv", attn.c_attn.weight, attn.c_attn.bias)
+        if c.rotary_dim:
+            cos, sin = self.angles
+            self.program.rotary(number["qkv"], c.head_dim, c.n_head + c.n_kv_head, address(cos), address(sin),
+                                cos.shape[1], c.rotary_interleaved)  # fmt: skip
+        self.program.attend(
+            number["qkv"], number["y"], layer, c.n_head, c.n_kv_head, c.head_dim, attn.window or 0,
+            default_scale(c.head_dim, attn.scale), address(self.slopes),
+        )  # fmt: skip
+
+    def _take(self) -> None:
+        """From here on only the rows whose logits are wanted."""
+        for name in ("x", "h", "y"):
+            self.program.take(self.buffers[name], self.buffers[f"taken {name}"])
+            self._rename(name, f"taken {name}")
+
+    def _rename(self, name: str, other: str) -> None:
+        self.buffers = {**self.buffers, name: self.buffers[other]}
+
+    def out(self, block: Block) -> None:
+        """branch = what attention ends in."""
+        self._linear("y", "branch", block.attn.c_proj.weight, block.attn.c_proj.bias)
+
+    def think(self, block: Block, source: str, out: str = "branch") -> None:
+        """out = mlp(source)."""
+        up, down, activation = block.mlp.c_fc, block.mlp.c_proj, ACTIVATIONS[block.mlp.activation]
+        self._linear(source, "up", up.weight, up.bias, ACTIVATE, activation)
+        self._linear("up", out, down.weight, down.bias)
+
+    def add_norm(self, norm: LayerNorm, residual: str) -> None:
+        """residual += branch, h = norm(residual)."""
+        self._norm(norm, "branch", residual=residual, out="h")
+
+    def _norm(self, norm: LayerNorm, source: str, *, out: str, residual: str | None = None) -> None:
+        number, weight = self.buffers, self._kept(norm.weight)
+        stream = NONE if residual is None else number[residual]
+        self.program.norm(number[source], stream, stream, number[out], address(weight), DTYPES[weight.dtype],
+                          address(self._kept(norm.bias)), norm.eps)  # fmt: skip
+
+    def _linear(self, source: str, out: str | int, weight: Tensor, bias: Tensor | None, epilogue: int = STORE,
+                activation: int = 0) -> None:  # fmt: skip
+        to = out if out == LOGITS else self.buffers[out]
+        w = weight.detach()
+        packed = _C.DenseWeight(DTYPES[w.dtype], *w.shape, address(w), w.stride(0), threads())
+        self.program.linear(self.buffers[source], to, packed, address(self._kept(bias)), epilogue, activation, NONE)
+
+    def _matrix(self, table: Tensor | None) -> tuple[int, int]:
+        kept = self._kept(table)
+        return (0, 0) if kept is None else (address(kept), kept.stride(0))
+
+    def _kept(self, tensor: Tensor | nn.Parameter | None) -> Tensor | None:
+        """The tensor itself, held for as long as the program reads it."""
+        if tensor is not None:
+            self.kept.append(tensor.detach())
+        return tensor
+
+
+def _pre_norm(low: Lowered, block: Block, norm: LayerNorm) -> None:
+    low.out(block)
+    low.add_norm(block.ln_2, "x")
+    low.think(block, "h")
+    low.add_norm(norm, "x")
+
+
+def _post_norm(low: Lowered, block: Block, norm: None) -> None:
+    low.out(block)
+    low.add_norm(block.ln_1, "h")
+    low.think(block, "h")
+    low.add_norm(block.ln_2, "h")
+
+
+def _parallel(low: Lowered, block: Block, norm: LayerNorm, source: str = "h") -> None:
+    low.think(block, source, "h")  # the last that reads h
+    low.out(block)
+    low.program.add(low.buffers["branch"], low.buffers["h"], low.buffers["branch"])
+    low.add_norm(norm, "x")
+
+
+def _parallel_two_norms(low: Lowered, block: Block, norm: LayerNorm) -> None:
+    low._norm(block.ln_2, "x", out="h")
+    _parallel(low, block, norm)
+
+
+RESIDUALS: dict[str, Callable[[Lowered, Block, LayerNorm | None], None]] = {
+    "pre_norm": _pre_norm,
+    "post_norm": _post_norm,
+    "parallel": _parallel,
+    "parallel_two_norms": _parallel_two_norms,
+}
