@@ -27,12 +27,13 @@ from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.findings import Failure, Findings
 from peakgpt.bench.ops import OnFailure, agree, raise_it
 from peakgpt.bench.worker import Worker
-from peakgpt.engine.cache import KVCache
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.flops import forward_flops
 from peakgpt.engine.layers import swap_layout
 from peakgpt.engine.model import GPT
+from peakgpt.engine.paged import BlockMemory
 from peakgpt.engine.presets import preset
+from peakgpt.engine.runner import Chunk, Runner
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import peak_for
 
@@ -161,15 +162,9 @@ def prefill_step(request: Mapping[str, Any]) -> Callable[[], float]:
 
 
 def _ours(state: Mapping[str, Tensor], config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
-    model = _loaded(GPT(config), state, dtype)
-    cache = KVCache(config, len(ids), config.block_size, dtype=dtype, device="cpu")
-
-    @torch.no_grad()
-    def prefill() -> Tensor:
-        cache.length = 0
-        return model.head(model.features(ids, cache)[:, -1])
-
-    return prefill
+    blocks = range(-(-ids.shape[1] // BlockMemory.block))
+    runner, chunk = Runner(_loaded(GPT(config), state, dtype), blocks=len(blocks)), Chunk(ids[0], 0, blocks)
+    return lambda: runner.step([chunk])
 
 
 class PromptGPT(EagerGPT):

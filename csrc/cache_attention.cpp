@@ -42,12 +42,12 @@ PEAK_INLINE void PutValue(const bf16* v, int64_t key, int64_t width, Pair* block
   }
 }
 
-// Stores the keys and values of one head of a sequence's new tokens [begin, end).
+// Stores the keys and values of one head of a sequence's new tokens.
 template <class T>
-void Append(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int64_t begin, int64_t end) {
+void Append(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int64_t rows) {
   using C = typename CachedOf<T>::type;
   const int64_t width = args.width;
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = 0; i < rows; ++i) {
     const int64_t position = args.past[sequence] + i, key = position % kCacheBlock;
     const int64_t from = (args.begins[sequence] + i) * args.q_row + head * width;
     const T* k = static_cast<const T*>(args.k) + from;
@@ -271,20 +271,19 @@ void TeamCacheAttention(const CacheAttentionArgs& args, char* scratch) {
   const auto attend = PEAK_PICK_DTYPE(args.dtype, AttendTile);
   const int64_t lanes = PEAK_PICK(TileLanes)(), group = args.heads / args.kv_heads;
   scratch += CacheAttentionScratch(args.width, 1) * team.id;
-  int64_t unit = 0;
   for (int64_t i = 0; i < args.sequences; ++i) {
     const int64_t rows = args.begins[i + 1] - args.begins[i];
-    for (int64_t head = 0; head < args.kv_heads; ++head, ++unit) {
-      if (unit % team.size == team.id) append(args, i, head, 0, rows);
+    for (int64_t head = 0; head < args.kv_heads; ++head) {
+      if ((i + head) % team.size == team.id) append(args, i, head, rows);
     }
   }
   Barrier();
-  unit = 0;
   for (int64_t i = 0; i < args.sequences; ++i) {
     const int64_t all = (args.begins[i + 1] - args.begins[i]) * group;
     for (int64_t head = 0; head < args.kv_heads; ++head) {
-      for (int64_t lane = 0; lane < all; lane += lanes, ++unit) {
-        if (unit % team.size == team.id) attend(args, i, head, lane, scratch);
+      // From tile to tile there is more to do: the next head's begin with another thread.
+      for (int64_t tile = 0; tile * lanes < all; ++tile) {
+        if ((i + head + tile) % team.size == team.id) attend(args, i, head, tile * lanes, scratch);
       }
     }
   }

@@ -83,7 +83,14 @@ class Runner:
     def _check(self, chunk: Chunk) -> None:
         end = chunk.past + len(chunk.ids)
         if not 0 < end <= self.config.block_size or not 0 <= chunk.logits <= len(chunk.ids):
-            raise ValueError(f"runner: {len(chunk.ids)} tokens after {chunk.past} with logits of {chunk.logits}, expected "
-                             f"at most block_size {self.config.block_size} tokens in all")  # fmt: skip
+            raise ValueError(
+                f"runner: {len(chunk.ids)} tokens after {chunk.past} with logits of {chunk.logits}, expected at least "
+                f"one, at most block_size {self.config.block_size} in all"
+            )
+        for block in chunk.blocks:
+            if not 0 <= block < self.memory.blocks:
+                raise ValueError(f"runner: block {block}, expected 0 to {self.memory.blocks - 1}")
         if len(chunk.blocks) * self.memory.block < end:
-            raise ValueError(f"runner: {len(chunk.blocks)} blocks of {self.memory.block} tokens, expected room for {end}")
+            raise ValueError(
+                f"runner: {len(chunk.blocks)} blocks of {self.memory.block} tokens, expected room for {end}"
+            )
