@@ -58,6 +58,16 @@ CASES = [
     ("linear_cross_entropy", {"rows": 33, "width": 48, "vocab": 129}, {"reduction": "sum"}),
     ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 129}, {"reduction": "none"}),
     ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 64}, {"ignore_index": 3}),
+    *(
+        (
+            "linear_cross_entropy",
+            {"rows": 17, "width": 48, "vocab": 1025, "weighted": 1},
+            {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 1e-2, "prefer": prefer},
+        )
+        for reduction, prefer in (("mean", "memory"), ("sum", "time"), ("none", "auto"))
+    ),
+    ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 129}, {"z_loss": 1e-2}),
+    ("linear_cross_entropy", {"rows": 0, "width": 48, "vocab": 129}, {"reduction": "sum"}),
     ("embedding", {"batch": 3, "tokens": 9, "vocab": 33, "width": 65}, {}),
     ("embedding", {"batch": 2, "tokens": 70, "vocab": 3, "width": 64}, {}),
     ("dropout", {"rows": 5, "width": 129}, {"p": 0.25}),
@@ -110,7 +120,7 @@ LARGE_CASES = [
     ("sum_of_squares", {"count": (1 << 20) + 1}, {}),
 ]
 
-CONSTANT = {"rotary": ("cos", "sin")}  # floating tensors that nobody trains, by op
+CONSTANT = {"rotary": ("cos", "sin"), "linear_cross_entropy": ("weight",)}  # floating tensors that nobody trains, by op
 
 
 def sample(

@@ -65,26 +65,55 @@ PEAK_INLINE float ChunkPowers(const T* z, int64_t n, float shift, float* powers)
   return Sum((sum.v[0] + sum.v[1]) + (sum.v[2] + sum.v[3])) + tail;
 }
 
-// out = powers * scale; meanwhile the next row is fetched.
+// Sum of a row of logits.
 template <class T>
-PEAK_INLINE void ChunkScale(const float* powers, int64_t n, float scale, T* out, const T* next) {
-  const Vec s = Set(scale);
+PEAK_INLINE float SumRow(const T* z, int64_t vocab) {
+  double total = 0.0;
+  for (int64_t begin = 0; begin < vocab; begin += kChunk) {
+    const int64_t end = vocab - begin < kChunk ? vocab : begin + kChunk;
+    Vec sum = Set(0.0f);
+    for (int64_t i = begin; i < end; i += kLanes) sum = sum + Load(z + i, end - i);
+    total += Sum(sum);
+  }
+  return static_cast<float>(total);
+}
+
+// The gradient of a row of logits: probability * share - even, and at the target, without cancelling, `At`.
+struct RowGradient {
+  float scale, share, even, spread;
+  PEAK_INLINE RowGradient(float scale_, float lse, float smoothing, float z_loss, int64_t vocab)
+      : scale(scale_), even(smoothing / vocab * scale_) {
+    const float pull = z_loss == 0.0f ? 0.0f : 2.0f * z_loss * lse;  // lse may be infinite
+    share = (1.0f + pull) * scale;
+    spread = pull + smoothing;
+  }
+  // e^d - 1 keeps its digits where the model is sure of the target.
+  PEAK_INLINE float At(float log_probability) const {
+    return share * std::expm1(log_probability) + scale * spread - even;
+  }
+};
+
+// out = powers * scale - even; meanwhile the next row is fetched.
+template <class T>
+PEAK_INLINE void ChunkScale(const float* powers, int64_t n, float scale, float even, T* out, const T* next) {
+  const Vec s = Set(scale), e = Set(-even);
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     FetchTwoToL2(next + i);
     FetchTwoToL2(next + i + 2 * kLanes);
-    StoreRows<false, 2>(out + i, 2 * kLanes, LoadRows<2>(powers + i, 2 * kLanes) * s);
+    StoreRows<false, 2>(out + i, 2 * kLanes, Fma(LoadRows<2>(powers + i, 2 * kLanes), s, e));
   }
-  for (; i < n; i += kLanes) Store(out + i, Load(powers + i, n - i) * s, n - i);
+  for (; i < n; i += kLanes) Store(out + i, Fma(Load(powers + i, n - i), s, e), n - i);
 }
 
 PEAK_INLINE float* Powers(float* z, const Scratch&) { return z; }
 PEAK_INLINE float* Powers(bf16*, const Scratch& scratch) { return scratch.powers; }
 
-// Returns the row's lse; with kKeep z becomes (e^(z - lse) - onehot(target)) * scale. A NaN or infinite row gives NaN,
+// Returns the row's lse; with kKeep z becomes its gradient. A NaN or infinite row gives NaN,
 // as torch does: the maximum may miss a NaN, the sum does not.
 template <class T, bool kKeep>
-PEAK_INLINE float Row(T* z, int64_t vocab, int64_t target, float scale, const Scratch& scratch) {
+PEAK_INLINE float Row(T* z, int64_t vocab, int64_t target, float scale, float smoothing, float z_loss,
+                      const Scratch& scratch) {
   const float at_target = At(z + target);
   float* powers = Powers(z, scratch);
   float most = -INFINITY, shift = 0.0f, total = 0.0f;
@@ -99,13 +128,13 @@ PEAK_INLINE float Row(T* z, int64_t vocab, int64_t target, float scale, const Sc
   }
   const float lse = static_cast<float>(shift * kLn2 + std::log(static_cast<double>(total)));
   if (!kKeep) return lse;
+  const RowGradient gradient(scale, lse, smoothing, z_loss, vocab);
   for (int64_t begin = 0, chunk = 0; begin < vocab; begin += kChunk, ++chunk) {
     const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
-    const float factor = scale / total * std::exp2(scratch.shifts[chunk] - shift);
-    ChunkScale(powers + begin, n, factor, z + begin, z + begin + vocab);
+    const float factor = gradient.share / total * std::exp2(scratch.shifts[chunk] - shift);
+    ChunkScale(powers + begin, n, factor, gradient.even, z + begin, z + begin + vocab);
   }
-  // e^d - 1 keeps its digits where the model is sure of the target.
-  Store(z + target, Set(std::expm1(at_target - lse) * scale), 1);
+  Store(z + target, Set(gradient.At(at_target - lse)), 1);
   return lse;
 }
 
@@ -124,26 +153,30 @@ void ForwardRows(const CrossEntropyForwardArgs& args, const Scratch& scratch, in
       if (args.with_gradient) ZeroRow(z, args.vocab);
       continue;
     }
-    const float at_target = At(z + target);
-    args.lse[row] = args.with_gradient ? Row<T, true>(z, args.vocab, target, args.scale, scratch)
-                                       : Row<T, false>(z, args.vocab, target, 0.0f, scratch);
-    args.loss[row] = args.lse[row] - at_target;
+    const float at_target = At(z + target), e = args.smoothing;
+    const float even = e == 0.0f ? 0.0f : e * SumRow(z, args.vocab) / args.vocab;
+    const float scale = args.weight == nullptr ? args.scale : args.scale * args.weight[row];
+    const float lse = args.with_gradient ? Row<T, true>(z, args.vocab, target, scale, e, args.z_loss, scratch)
+                                         : Row<T, false>(z, args.vocab, target, 0.0f, e, args.z_loss, scratch);
+    args.lse[row] = lse;
+    args.loss[row] = lse - at_target;
+    if (e != 0.0f) args.loss[row] += e * at_target - even;
+    if (args.z_loss != 0.0f) args.loss[row] += args.z_loss * lse * lse;
   }
 }
 
-// z becomes (e^(z - lse) - onehot(target)) * scale.
 template <class T>
-PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, float lse, float scale) {
-  const float hit = std::expm1(At(z + target) - lse) * scale;
-  const Vec minus = Set(lse), log2e = Set(static_cast<float>(kLog2E)), s = Set(scale);
+PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, float lse, const RowGradient& gradient) {
+  const float hit = gradient.At(At(z + target) - lse);
+  const Vec minus = Set(lse), log2e = Set(static_cast<float>(kLog2E)), s = Set(gradient.share), e = Set(-gradient.even);
   int64_t i = 0;
   for (; i + 4 * kLanes <= vocab; i += 4 * kLanes) {
     const Many<4> x = LoadRows<2>(z + i, 2 * kLanes);
-    StoreRows<false, 2>(z + i, 2 * kLanes, Exp2<T>((x - minus) * log2e) * s);
+    StoreRows<false, 2>(z + i, 2 * kLanes, Fma(Exp2<T>((x - minus) * log2e), s, e));
   }
   for (; i < vocab; i += kLanes) {
     const int64_t n = vocab - i;
-    Store(z + i, Exp2<T>((Load(z + i, n) - minus) * log2e) * s, n);
+    Store(z + i, Fma(Exp2<T>((Load(z + i, n) - minus) * log2e), s, e), n);
   }
   Store(z + target, Set(hit), 1);
 }
@@ -156,7 +189,8 @@ void BackwardRows(const CrossEntropyBackwardArgs& args, int64_t begin, int64_t e
     if (target == args.ignore_index) {
       ZeroRow(z, args.vocab);
     } else {
-      GradientRow(z, args.vocab, target, args.lse[row], args.dloss[row]);
+      GradientRow(z, args.vocab, target, args.lse[row],
+                  RowGradient(args.dloss[row], args.lse[row], args.smoothing, args.z_loss, args.vocab));
     }
   }
 }

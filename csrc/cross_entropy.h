@@ -14,11 +14,12 @@ struct CrossEntropyForwardArgs {
   int64_t rows, vocab;
   void* logits;           // (rows, vocab) contiguous
   const int64_t* target;  // (rows)
+  const float* weight;    // (rows), or null: 1
   int64_t ignore_index;
-  float* loss;           // (rows), 0 where ignored
+  float* loss;           // (rows), without its weight; 0 where ignored
   float* lse;            // (rows), 0 where ignored
-  bool with_gradient;    // then logits become the gradient of scale * sum(loss)
-  float scale;
+  bool with_gradient;    // then logits become the gradient of scale * sum(weight * loss)
+  float scale, smoothing, z_loss;
 };
 
 struct CrossEntropyBackwardArgs {
@@ -28,7 +29,8 @@ struct CrossEntropyBackwardArgs {
   const int64_t* target;
   int64_t ignore_index;
   const float* lse;    // (rows), from forward
-  const float* dloss;  // (rows)
+  const float* dloss;  // (rows), times the weight
+  float smoothing, z_loss;
 };
 
 void CrossEntropyForward(const CrossEntropyForwardArgs& args, int threads);

@@ -175,7 +175,7 @@ class _Watch(TorchFunctionMode):
             if name in WAITS or masked:
                 raise RuntimeError(f"{caller} calls {name} inside a captured step, expected nothing that waits")
             self.calls.append((caller, name, _numbers(args), _numbers(tuple(kwargs.items()))))
-        if function is Tensor.backward:  # a mode is off while it handles a call, which would be all of the backward pass
+        if function is Tensor.backward:  # a mode is off while it handles a call, here all of the backward pass
             with self:
                 return _backward(args[0])
         return function(*args, **kwargs)

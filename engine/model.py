@@ -178,13 +178,20 @@ class GPT(Conv1DLoading):
             x = x if table is None else x + _position_rows(table, past, ids.shape[1], start)
         return t.ln_emb(x) if "ln_emb" in t else x
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        start: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Compute logits, or the mean loss where targets are given, while training with what balances experts.
 
         Args:
             ids: (B, T) int64 or int32.
             targets: (B, T) the token that follows each one, already shifted; -100 does not count.
             start: (B,) integers; where each left-padded sequence begins. Nothing attends to what is before.
+            weight: (B, T) float32, a factor on each target's loss, of which the sum is then returned.
         Returns:
             (B, T, V) logits, or a float32 scalar.
         Raises:
@@ -195,10 +202,16 @@ class GPT(Conv1DLoading):
         if targets is None:
             return self.head(h)
         if self.config.head_bias:  # linear_cross_entropy takes none
-            loss = F.cross_entropy(self.head(h).flatten(0, 1).float(), targets.flatten())
+            logits = self.head(h).flatten(0, 1).float()
+            loss = F.cross_entropy(logits, targets.flatten(), reduction="mean" if weight is None else "none")
+            loss = loss if weight is None else (loss * weight.flatten()).sum()
         else:
-            loss = linear_cross_entropy(h, self._head_weight, targets)
-        return loss + self.config.balance_loss * sum(balance) if balance else loss
+            reduction = "mean" if weight is None else "sum"
+            loss = linear_cross_entropy(h, self._head_weight, targets, weight, reduction=reduction)
+        if not balance:
+            return loss
+        share = 1.0 if weight is None else (weight * (targets != -100)).sum()  # of a batch that comes in parts
+        return loss + self.config.balance_loss * share * sum(balance)
 
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V) of features (..., C), by the tied embedding or a head of its own."""

@@ -20,6 +20,8 @@ from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.device import describe
 from peakgpt.kernels.dispatch import accumulate_into
 
+IGNORED = -100  # targets that do not count, as in torch
+
 
 @dataclass(kw_only=True, frozen=True)
 class Recipe:
@@ -27,6 +29,7 @@ class Recipe:
 
     Args:
         batch: sequences an update. tokens: length of each.
+        micro_batch: sequences that go through the model at a time, whose gradients are added; None means all.
         lr: peak learning rate. warmup: fraction of the steps that it rises over.
         weight_decay: on matrices only. max_norm: global gradient norm is clipped to this.
         dtype: of parameters, activations and gradients.
@@ -36,6 +39,7 @@ class Recipe:
 
     batch: int = 8
     tokens: int = 256
+    micro_batch: int | None = None
     lr: float = 1e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
@@ -50,6 +54,8 @@ class Recipe:
         for name in ("batch", "tokens", "lr", "eps", "max_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)}, expected more than 0")
+        if self.micro_batch is not None and not 0 < self.micro_batch <= self.batch:
+            raise ValueError(f"recipe: micro_batch is {self.micro_batch}, expected 1 to batch {self.batch}, or None")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"recipe: warmup is {self.warmup}, expected a fraction from 0 to below 1")
         if self.dtype not in (torch.float32, torch.bfloat16):
@@ -79,7 +85,8 @@ class Trainer:
         """Take over a model.
 
         Args:
-            model: called as model(ids, targets) -> mean loss; cast to recipe.dtype here.
+            model: called as model(ids, targets) -> mean loss; with micro-batches as model(ids, targets, weight=...) ->
+                sum of the weighted losses. Cast to recipe.dtype here.
             recipe: how to train.
             steps: updates planned; the schedule's length.
         """
@@ -115,12 +122,26 @@ class Trainer:
         """(loss, gradient norm); what changes from step to step is read from device memory."""
         self.optimizer.zero_grad()
         with accumulate_into(self.optimizer.gradients()):
-            loss = self.model(ids, targets)
-            loss.backward()
+            loss = self._backward(ids, targets)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr  # a state that was loaded may say otherwise
         self.optimizer.step()
-        return loss.detach(), self.optimizer.grad_norm
+        return loss, self.optimizer.grad_norm
+
+    def _backward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Add the gradients of the mean loss over all targets that count, however they fall on micro-batches."""
+        most = self.recipe.micro_batch or len(ids)
+        if len(ids) <= most:
+            loss = self.model(ids, targets)
+            loss.backward()
+            return loss.detach()
+        weight = (1.0 / (targets != IGNORED).sum()).expand(targets.shape)  # on the device: nobody waits for the count
+        total = torch.zeros((), device=ids.device)
+        for part in zip(ids.split(most), targets.split(most), weight.split(most), strict=True):
+            loss = self.model(*part[:2], weight=part[2])
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def _fixed(self) -> tuple[Any, ...]:
         """What a recorded update takes as it was: where parameters and step counts lie, and how the model runs."""

@@ -160,12 +160,13 @@ class Op:
 
     def __init__(
         self, eager: Callable[..., Any], *, alloc, check, cost, sample, typical, keeps, outputs, autocast, mutates,
-        early, random, gradient,
+        early, random, gradient, exact,
     ):  # fmt: skip
         functools.update_wrapper(self, eager)
         self.name, self.eager = eager.__name__, eager
         self.alloc, self.check, self.cost, self.sample, self.typical = alloc, check, cost, sample, dict(typical)
         self.outputs, self.autocast, self.mutates = outputs, autocast, frozenset(mutates)
+        self.exact = frozenset(exact)
         self.early, self.random, self.gradient = early, random, gradient and not mutates
         self.signature = inspect.signature(eager, eval_str=True)
         arguments = self.signature.parameters
@@ -189,6 +190,8 @@ class Op:
         kind = tensors[0].device.type
         autocasting = _autocasts(kind)
         cast = _autocast(tensors, self.autocast, kind) if autocasting else tensors
+        if autocasting and self.exact:
+            cast = tuple(t if n in self.exact else c for n, t, c in zip(self.tensor_names, tensors, cast, strict=True))
         if not (self.gradient or self.mutates) and any(_needs(cast)):
             raise NotImplementedError(f"{self.name}: a gradient is wanted, expected a call under torch.no_grad()")
         self.check(*cast, **params)
@@ -300,6 +303,7 @@ def op(
     early: Callable[..., Sequence[str]] | None = None,
     random: str | None = None,
     gradient: bool = True,
+    exact: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Op]:
     """Make an op of an eager function; arguments annotated `Tensor` or `Tensor | None` are tensors, others parameters.
 
@@ -319,11 +323,12 @@ def op(
         random: the parameter that makes the op random where it is not 0; such an op has a tensor `seed`, (1,) int64,
             drawn from torch's generator where the caller gives none.
         gradient: False for an op that raises where a gradient is wanted.
+        exact: names of the tensors that autocast leaves as they are.
     """
     return lambda eager: Op(
         eager, alloc=alloc, check=check, cost=cost, sample=sample, typical=typical, keeps=keeps,
         outputs=() if mutates else outputs, autocast=autocast, mutates=mutates, early=early, random=random,
-        gradient=gradient,
+        gradient=gradient, exact=exact,
     )  # fmt: skip
 
 

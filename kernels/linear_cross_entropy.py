@@ -1,13 +1,16 @@
 """Linear cross-entropy: the head's product and the loss over the vocabulary, logits never at full size.
 
-    z = x w^T      lse = log sum_v exp z_v      loss = lse - z_target
-    dz = (exp(z - lse) - onehot(target)) * dloss      dx = dz w      dw = dz^T x
+    z = x w^T      lse = log sum_v exp z_v      e = label_smoothing
+    loss = lse - (1 - e) z_target - e mean_v z_v + z_loss lse^2
+    dz   = dloss (exp(z - lse) (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V)      dx = dz w      dw = dz^T x
 
-For a scalar loss the gradients of x and w are formed in the forward pass at dloss = 1 and only scaled in backward
-(6 C V FLOPs a token); for reduction="none" the upstream gradient differs by token, so backward forms the logits
-again from the kept lse (8 C V). Under no_grad neither is formed. Rows are processed in blocks; the idea is from
-Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, section 3.2, and Wijmans et al. 2024, "Cut Your Losses in
-Large-Vocabulary Language Models", arXiv:2411.09009.
+With weights a token's loss is multiplied by its own, and the mean is over their sum. For a scalar loss the gradients of
+x and w are formed in the forward pass at dloss = 1 and only scaled in backward (6 C V FLOPs a token); for
+reduction="none" the upstream gradient differs by token, so backward forms the logits again from the kept lse (8 C V).
+Under no_grad neither is formed. Rows are processed in blocks; the idea is from Hsu et al. 2024, "Liger Kernel",
+arXiv:2410.10989, section 3.2, and Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models",
+arXiv:2411.09009. The z-loss is Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 5; label smoothing Szegedy et
+al. 2015, "Rethinking the Inception Architecture", arXiv:1512.00567, section 7.
 """
 
 from __future__ import annotations
@@ -19,19 +22,28 @@ from torch import Tensor
 from peakgpt.kernels import check
 from peakgpt.kernels.dispatch import Cost, op
 
-REDUCTIONS = ("mean", "sum", "none")
+CHOICES = {"reduction": ("mean", "sum", "none"), "prefer": ("auto", "memory", "time")}
 
 
-def _check(x, w, target, *, ignore_index, reduction):
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, **chosen):
+    for name, allowed in CHOICES.items():
+        if chosen[name] not in allowed:
+            raise ValueError(
+                f"linear_cross_entropy: {name} is {chosen[name]!r}, expected one of {', '.join(allowed)}"
+            )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected 0 to 1")
+    if not z_loss >= 0.0:
+        raise ValueError(f"linear_cross_entropy: z_loss is {z_loss}, expected at least 0")
+    check.shape("linear_cross_entropy", "weight", weight, *target.shape)
+    check.same("linear_cross_entropy", "x", x, mixed=True, weight=weight)
     check.shape("linear_cross_entropy", "w", w, None, check.width("linear_cross_entropy", "x", x))
     check.shape("linear_cross_entropy", "target", target, *x.shape[:-1])
     check.same("linear_cross_entropy", "x", x, w=w)
     check.indices("linear_cross_entropy", "target", target, w.shape[0], x.device, ignore=ignore_index)
 
 
-def _cost(x, w, target, *, reduction="mean", **_):
+def _cost(x, w, target, weight=None, *, reduction="mean", **_):
     """2 C V FLOPs a token forward and 4 C V for both gradients; every operand and gradient once, no logits."""
     tokens, operands = target.numel(), (x.numel() + w.numel()) * x.element_size()
     product, targets = 2 * tokens * w.numel(), tokens * target.element_size()
@@ -39,12 +51,14 @@ def _cost(x, w, target, *, reduction="mean", **_):
     return Cost(product, operands + targets + loss, 2 * product, operands + lse, loss, operands + lse)
 
 
-def _sample(rows: int = 1024, width: int = 768, vocab: int = 50304, **like):
+def _sample(rows: int = 1024, width: int = 768, vocab: int = 50304, weighted: int = 0, **like):
+    """With `weighted` each token has a weight of its own."""
     target = torch.randint(vocab, (rows,), device=like.get("device"))
-    return torch.randn(rows, width, **like), torch.randn(vocab, width, **like) * width**-0.5, target
+    weight = (torch.rand(rows, **{**like, "dtype": torch.float32}),) if weighted else ()
+    return torch.randn(rows, width, **like), torch.randn(vocab, width, **like) * width**-0.5, target, *weight
 
 
-def _alloc(x, w, target, *, needs, ignore_index, reduction):
+def _alloc(x, w, target, weight=None, *, needs, reduction, **_):
     """Kept: lse (float32, one a token) for "none"; for scalars dx and dw at dloss = 1, empty where not wanted.
 
     Those of float16 are kept in float32: at dloss = 1 no loss scaling protects them yet.
@@ -60,10 +74,21 @@ def _alloc(x, w, target, *, needs, ignore_index, reduction):
     return loss, (dx, torch.empty_like(w, dtype=dtype) if needs[1] else w.new_empty(0, dtype=dtype))
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w", "target"), autocast="lower",
-    early=lambda *, reduction, **_: () if reduction == "none" else ("w",))  # fmt: skip
+@op(
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w", "target", "weight"), autocast="lower",
+    exact=("weight",), early=lambda *, reduction, **_: () if reduction == "none" else ("w",),
+)  # fmt: skip
 def linear_cross_entropy(
-    x: Tensor, w: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    prefer: str = "auto",
 ) -> Tensor:
     """Cross-entropy of the logits x w^T against target.
 
@@ -71,8 +96,13 @@ def linear_cross_entropy(
         x: (..., C) float32, bfloat16 or float16.
         w: (V, C) the head's weight, dtype of x.
         target: (...) int64 or int32, already shifted.
+        weight: (...) of target, float32, a factor on each token's loss; fused backends give it no gradient.
         ignore_index: targets of this value give zero loss and no gradient, and do not count in the mean.
-        reduction: "mean" over the targets that count, "sum", or "none".
+        reduction: "mean" over the targets that count (over their weights, where given), "sum", or "none".
+        label_smoothing: share of the target that is spread over the whole vocabulary, 0 to 1.
+        z_loss: factor on the square of the log of the softmax's denominator.
+        prefer: "memory" takes the logits by blocks, "time" all of them at once in the dtype of x where the GPU backend
+            runs, "auto" decides by their size; nothing else depends on it.
     Returns:
         float32: a scalar, or (...) for "none". The mean over no targets is NaN, as in torch.
     Raises:
@@ -81,5 +111,14 @@ def linear_cross_entropy(
     """
     logits = F.linear(x, w)
     logits = logits.flatten(0, -2) if logits.dtype == torch.float64 else logits.flatten(0, -2).float()
-    loss = F.cross_entropy(logits, target.flatten().long(), ignore_index=ignore_index, reduction=reduction)
-    return loss.view(target.shape) if reduction == "none" else loss
+    labels = {"target": target.flatten().long(), "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if weight is None and z_loss == 0.0:
+        loss = F.cross_entropy(logits, **labels, reduction=reduction)
+        return loss.view(target.shape) if reduction == "none" else loss
+    live = (target != ignore_index).flatten()
+    loss = F.cross_entropy(logits, **labels, reduction="none") + z_loss * logits.logsumexp(-1).square()
+    shares = live.to(loss.dtype) if weight is None else torch.where(live, weight.flatten().to(loss.dtype), 0.0)
+    loss = torch.where(live, loss * shares, 0.0)
+    if reduction == "none":
+        return loss.view(target.shape)
+    return loss.sum() / shares.sum() if reduction == "mean" else loss.sum()

@@ -14,6 +14,7 @@ from peakgpt.kernels.dispatch import use_backend
 
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 37}
 STEPS = WARMUP + 2
+EVERYTHING = {"recompute": "mlp", "micro_batch": 1, "position": "rotary", "dropout": 0.2, "attention_dropout": 0.0}
 
 
 def batches():
@@ -23,12 +24,13 @@ def batches():
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def trained(monkeypatch, backend, dtype, recorder, recompute="none", **config):
+def trained(monkeypatch, backend, dtype, recorder, recompute="none", micro_batch=None, **config):
     """Losses, norms and masters of a few steps, and the trainer."""
     monkeypatch.setattr(train, "recorder_for", lambda device: recorder)
     torch.manual_seed(3)
     model = GPT(GPTConfig(**SIZES, **config))
-    recipe = Recipe(batch=2, tokens=8, dtype=dtype, lr=1e-2, max_norm=0.5, recompute=recompute)
+    recipe = Recipe(batch=2, tokens=8, dtype=dtype, lr=1e-2, max_norm=0.5, recompute=recompute,
+                    micro_batch=micro_batch)  # fmt: skip
     trainer = Trainer(model, recipe, steps=10)
     losses, norms = [], []
     with use_backend(backend):
@@ -43,10 +45,11 @@ def trained(monkeypatch, backend, dtype, recorder, recompute="none", **config):
     [
         ("eager", torch.float32, {}),
         ("eager", torch.bfloat16, {"recompute": "block"}),
+        ("eager", torch.float32, {"micro_batch": 1}),
         ("eager", torch.float32, {"position": "rotary"}),
         ("eager", torch.float32, {"position": "alibi"}),
         ("eager", torch.float32, {"dropout": 0.2}),
-        ("gpu", torch.float32, {"recompute": "mlp", "position": "rotary", "dropout": 0.2, "attention_dropout": 0.0}),
+        ("gpu", torch.float32, EVERYTHING),
     ],
     ids=str,
 )

@@ -143,8 +143,8 @@ def test_cross_entropy_every_vocabulary(isa, dtype, offset):
         logits, buffer = placed(values, offset)
         loss, lse = torch.empty(2), torch.empty(2)
         _C.cross_entropy_forward(
-            ext.DTYPES[dtype], 2, vocab, logits.data_ptr(), target.data_ptr(), -100,
-            loss.data_ptr(), lse.data_ptr(), True, 0.5, 2,
+            ext.DTYPES[dtype], 2, vocab, logits.data_ptr(), target.data_ptr(), 0, -100,
+            loss.data_ptr(), lse.data_ptr(), True, 0.5, 0.0, 0.0, 2,
         )  # fmt: skip
         assert_untouched(buffer, offset, values.numel())
         wide = values.double().requires_grad_()

@@ -201,19 +201,19 @@ def test_mlp_activations_far_from_zero(act):
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 def test_cross_entropy_in_several_blocks(reduction, dtype, monkeypatch):
     """Seven blocks of rows, three of the vocabulary, one target ignored."""
-    monkeypatch.setattr(gpu("linear_cross_entropy"), "BLOCK_BYTES", 3 * 192 * dtype.itemsize)
+    monkeypatch.setattr(gpu("linear_cross_entropy"), "BLOCK_BYTES", {"memory": 3 * 192 * dtype.itemsize})
     monkeypatch.setattr(gpu("linear_cross_entropy"), "BLOCK_V", 64)
     x, w, target = sample("linear_cross_entropy", {"rows": 20, "width": 16, "vocab": 129}, dtype, DEVICE)
     target[3], target[4] = -100, 128
-    assert_right("linear_cross_entropy", [x, w, target], dtype, reduction=reduction)
+    assert_right("linear_cross_entropy", [x, w, target], dtype, reduction=reduction, prefer="memory")
 
 
 def test_cross_entropy_adds_its_blocks_in_float32(monkeypatch):
     """128 blocks of one row, all adding the same: a bfloat16 sum would stop growing."""
-    monkeypatch.setattr(gpu("linear_cross_entropy"), "BLOCK_BYTES", 1)
+    monkeypatch.setattr(gpu("linear_cross_entropy"), "BLOCK_BYTES", {"memory": 1})
     x, w = torch.ones(128, 4, device=DEVICE).bfloat16(), torch.zeros(4, 4, device=DEVICE).bfloat16()
     tensors = [leaf(x), leaf(w), torch.zeros(128, dtype=torch.long, device=DEVICE)]
-    dw = assert_right("linear_cross_entropy", tensors, torch.bfloat16, reduction="sum")[2]
+    dw = assert_right("linear_cross_entropy", tensors, torch.bfloat16, reduction="sum", prefer="memory")[2]
     assert (dw[:, 0] / dw[1, 0]).tolist() == [-3.0, 1.0, 1.0, 1.0]
 
 
@@ -269,8 +269,40 @@ def test_cross_entropy_target_out_of_range_gives_nan_in_its_place():
     x, w, target = sample("linear_cross_entropy", sizes, torch.float32, DEVICE, grad=False)
     target[1], target[2] = 9, -7
     loss = torch.empty(4, device=DEVICE)
-    gpu("linear_cross_entropy").forward((loss,), (), x, w, target, ignore_index=-100, reduction="none")
+    params = OPS["linear_cross_entropy"]._bind((x, w, target), {"reduction": "none"})[1]
+    gpu("linear_cross_entropy").forward((loss,), (), x, w, target, None, **params)
     assert loss.isnan().tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("prefer", ("memory", "time"))
+def test_cross_entropy_rows_of_the_table(prefer, monkeypatch):
+    """By blocks and at once: as many products of the head as each means, and the same values."""
+    module, shapes = gpu("linear_cross_entropy"), []
+    monkeypatch.setattr(module, "BLOCK_BYTES", {"memory": 4 * 192 * 4, "time": 1 << 62})
+    whole_mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **kw: shapes.append(len(a)) or whole_mm(a, b, **kw))
+    tensors = sample("linear_cross_entropy", {"rows": 9, "width": 16, "vocab": 129}, torch.float32, DEVICE)
+    assert_right("linear_cross_entropy", tensors, torch.float32, prefer=prefer)
+    assert set(shapes) == ({3} if prefer == "memory" else {9})
+
+
+def test_cross_entropy_goes_by_blocks_where_the_logits_are_large(monkeypatch):
+    module = gpu("linear_cross_entropy")
+    x, w = torch.ones(6, 4, device=DEVICE), torch.ones(33, 4, device=DEVICE)
+    monkeypatch.setattr(module, "BLOCK_BYTES", {"memory": 2 * 64 * 4, "time": 1 << 62})
+    for limit, blocks in ((6 * 64 * 4, 1), (6 * 64 * 4 - 1, 3)):
+        monkeypatch.setattr(module, "AT_ONCE_BYTES", limit)
+        assert len(list(module._blocks(x, w, None, None, "auto"))) == blocks
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_cross_entropy_with_every_term(dtype, reduction):
+    sizes = {"rows": 9, "width": 16, "vocab": 129, "weighted": 1}
+    tensors = sample("linear_cross_entropy", sizes, dtype, DEVICE)
+    tensors[2][4] = -100
+    params = {"reduction": reduction, "label_smoothing": 0.2, "z_loss": 0.05}
+    assert_right("linear_cross_entropy", tensors, dtype, **params)
 
 
 # ---- embedding ----

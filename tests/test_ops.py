@@ -309,6 +309,44 @@ def test_all_targets_ignored(backend, reduction):
         assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+def test_all_weights_are_zero(backend):
+    """The mean over no weight is NaN, as over no target; gradients are finite."""
+    op = OPS["linear_cross_entropy"]
+    x, w, target = sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32)
+    with use_backend(backend):
+        loss = op(x, w, target, torch.zeros(3), label_smoothing=0.1, z_loss=0.1)
+        assert loss.isnan() and all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+def test_weights_stay_wide_under_autocast(backend):
+    """A share of 1 / 1000 in bfloat16 would be 0.1 % off, the same way for every token."""
+    x, w, target = sample("linear_cross_entropy", {"rows": 33, "width": 8, "vocab": 65}, torch.float32)
+    weight = torch.full((33,), 1e-3)
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        weighted = OPS["linear_cross_entropy"](x, w, target, weight, reduction="sum")
+        plain = OPS["linear_cross_entropy"](x, w, target, reduction="sum")
+    assert weighted.item() == pytest.approx(plain.item() * 1e-3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5, expected 0 to 1"),
+        ({"z_loss": -1.0}, "z_loss is -1.0, expected at least 0"),
+        ({"prefer": "both"}, "prefer is 'both', expected one of auto, memory, time"),
+        ({"reduction": "max"}, "reduction is 'max', expected one of mean, sum, none"),
+        ({"weight": torch.ones(2)}, r"weight has shape \(2,\), expected \(3\)"),
+        ({"weight": torch.ones(3).half()}, "weight has dtype torch.float16, expected"),
+    ],
+)
+def test_bad_options_of_the_loss_are_told(params, text):
+    tensors = sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32)
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {text}"):
+        OPS["linear_cross_entropy"](*tensors, **params)
+
+
 def test_no_gradient_is_formed_under_no_grad():
     op, tensors = (
         OPS["linear_cross_entropy"],

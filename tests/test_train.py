@@ -66,11 +66,34 @@ def test_schedule_warms_up_and_falls_to_zero():
 
 @pytest.mark.parametrize(
     ("fields", "text"),
-    [({"batch": 0}, "batch is 0, expected"), ({"warmup": 1.0}, "warmup is 1.0"), ({"dtype": torch.half}, "dtype is")],
-)  # fmt: skip
+    [
+        ({"batch": 0}, "batch is 0, expected"),
+        ({"micro_batch": 9}, "micro_batch is 9, expected 1 to batch 8"),
+        ({"warmup": 1.0}, "warmup is 1.0"),
+        ({"dtype": torch.half}, "dtype is"),
+    ],
+)
 def test_recipe_says_what_is_wrong(fields, text):
     with pytest.raises(ValueError, match=text):
         Recipe(**fields)
+
+
+@pytest.mark.parametrize("config", [{}, {"tied_head": False, "head_bias": True}], ids=str)
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_give_the_step_of_the_whole_batch(micro_batch, config):
+    """With targets that do not count, most of them in one sequence: a mean of means would be another loss."""
+    found = []
+    for size in (None, micro_batch):
+        torch.manual_seed(0)
+        model = GPT.from_preset("gpt2", **TINY, **config)
+        trainer = Trainer(model, Recipe(batch=4, tokens=16, micro_batch=size, lr=1e-2), steps=5)
+        losses = []
+        for ids, targets in itertools.islice(batches(), 3):
+            targets[0, 2:] = -100
+            losses.append(trainer.step(ids, targets))
+        found.append([*losses, trainer.grad_norm])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("backend", [None, "eager"])

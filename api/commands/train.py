@@ -25,7 +25,8 @@ from peakgpt.engine.train import Recipe, Trainer, best_dtype
 from peakgpt.kernels.device import choose_device, peak_for
 
 VALIDATION_BATCHES = 32
-SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype", "recompute")
+SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype", "recompute",
+            "micro_batch")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2-tiny", choices=sorted(PRESETS), help="preset (default gpt2-tiny)")
     parser.add_argument("--steps", type=int, default=1000, help="updates (default 1000)")
     parser.add_argument("--batch", type=int, default=8, help="sequences an update (default 8)")
+    parser.add_argument("--micro-batch", type=int, help="sequences at a time, gradients are added (default: all)")
     parser.add_argument("--tokens", type=int, default=256, help="length of each (default 256)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     parser.add_argument("--vocab", type=int, default=4096, help="tokenizer's vocabulary (default 4096)")
@@ -102,6 +104,7 @@ class Training:
         self.recipe = Recipe(
             batch=settings["batch"], tokens=settings["tokens"], lr=settings["lr"], seed=settings["seed"],
             dtype=getattr(torch, settings["dtype"]), recompute=settings["recompute"],
+            micro_batch=settings["micro_batch"],
         )  # fmt: skip
         self.batches = Batches(self.shards, self.recipe.batch, self.recipe.tokens, self.recipe.seed)
         validation_windows(self.held_out, self.recipe.batch, self.recipe.tokens)  # too little text is told now

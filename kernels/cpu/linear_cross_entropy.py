@@ -21,18 +21,24 @@ BLOCK_ROWS, BLOCK_BYTES, LEAST_ROWS = 512, 128 << 20, 64
 BF16_BLOCKS = 4
 
 
+NO_GRADIENT = ("weight",)
+
+
 def objection(x: Tensor, *_, **__) -> str | None:
     return dtype_objection(x)
 
 
-def forward(outputs, saved, x, w, target, *, ignore_index, reduction, into=(None, None, None)):
+def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, label_smoothing, z_loss, prefer,
+            into=(None,) * 4):  # fmt: skip
     flat, target = rows(x), target.reshape(-1).long()
+    weight = None if weight is None else weight.reshape(-1).float().contiguous()
     loss = workspace("loss", torch.float32, target.numel()) if reduction != "none" else outputs[0].view(-1)
     dx, dw = None, into[1]
     lse = workspace("lse", torch.float32, target.numel())
     scale = 1.0
     if reduction == "mean":
-        count = int((target != ignore_index).sum())
+        live = target != ignore_index
+        count = float(live.sum() if weight is None else weight[live].sum())
         scale = 1.0 / count if count else 0.0
     if saved and reduction == "none":
         lse = saved[0].view(-1)
@@ -42,34 +48,39 @@ def forward(outputs, saved, x, w, target, *, ignore_index, reduction, into=(None
     products = Products(flat, w, None if dx is None else dx.view(flat.shape), dw, fresh=into[1] is None)
     for block, logits in products.blocks():
         _C.cross_entropy_forward(
-            DTYPES[x.dtype], *logits.shape, address(logits), address(target[block]), ignore_index,
-            address(loss[block]), address(lse[block]), products.wanted, scale, threads(),
+            DTYPES[x.dtype], *logits.shape, address(logits), address(target[block]),
+            address(weight if weight is None else weight[block]), ignore_index,
+            address(loss[block]), address(lse[block]), products.wanted, scale, label_smoothing, z_loss, threads(),
         )  # fmt: skip
         products.add(block, logits)
     products.finish()
+    if weight is not None:
+        loss.mul_(weight)
     if reduction != "none":
         total = loss.sum()
         outputs[0].copy_(total / count if reduction == "mean" else total)
 
 
-def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, into=(None, None, None)):
-    x, w, target = inputs
+def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, label_smoothing, z_loss, prefer,
+             into=(None,) * 4):  # fmt: skip
+    x, w, target, weight = inputs
     if reduction != "none":
         scale = float(grads[0])
-        return *(scaled(saved[i], scale) if needs[i] else None for i in (0, 1)), None
+        return *(scaled(saved[i], scale) if needs[i] else None for i in (0, 1)), None, None
     flat, target = rows(x), target.reshape(-1).long()
     lse, dloss = saved[0].view(-1), grads[0].reshape(-1).contiguous()
+    dloss = dloss if weight is None else dloss * weight.reshape(-1).float()
     dx = torch.empty_like(flat) if needs[0] else None
     dw = into[1] if into[1] is not None or not needs[1] else torch.empty_like(w)
     products = Products(flat, w, dx, dw, fresh=into[1] is None)
     for block, logits in products.blocks():
         _C.cross_entropy_backward(
             DTYPES[x.dtype], *logits.shape, address(logits), address(target[block]), ignore_index,
-            address(lse[block]), address(dloss[block]), threads(),
+            address(lse[block]), address(dloss[block]), label_smoothing, z_loss, threads(),
         )  # fmt: skip
         products.add(block, logits)
     products.finish()
-    return None if dx is None else dx.view(x.shape), dw, None
+    return None if dx is None else dx.view(x.shape), dw, None, None
 
 
 def scaled(gradient: Tensor, scale: float) -> Tensor:

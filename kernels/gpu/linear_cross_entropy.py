@@ -2,14 +2,16 @@
 
     z = x w^T     fwd: loss = lse - z_target, lse online; z becomes dz     dx = dz w     dw (float32) += dz^T x
 
-A row is read twice, the second time largely from L2 cache, and written once. The count of the mean stays on the
-device. Halves round dz at the loss's own scale; float16 would lose small probabilities times 1 / count, so there the
-count divides the finished dx and dw.
+A row is read twice, the second time largely from L2 cache, and written once. Two rows of BLOCK_BYTES: blocks of the
+logits, with dw summed in float32, or all of them at once, whose products are as large as they can be. The count of
+the mean stays on the device. Halves round dz at the loss's own scale; float16 would lose small probabilities times
+1 / count, so there the count divides the finished dx and dw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -22,19 +24,24 @@ from peakgpt.kernels.gpu.launch import AotCase, Tile
 # Unmeasured on hardware: 16 elements a thread at a time.
 BLOCK_V, ROW = 4096, Tile(warps=8)
 BLOCK_N, SCALE = 1024, Tile(warps=4)
-# Logits at a time: large enough that the products and dw's float32 sum run at their full rate, small beside the card.
-BLOCK_BYTES = 512 << 20
+# Logits at a time. Blocks: large enough that the products and dw's float32 sum run at their full rate, under a tenth of
+# what eager holds at 32k tokens. At once: where "auto" may, up to GPT-2's vocabulary at 32k tokens. Both unmeasured.
+BLOCK_BYTES = {"memory": 512 << 20, "time": 1 << 62}
+AT_ONCE_BYTES = 4 << 30
 # Rows of the logits start on 128 bytes, whatever V is: cuBLAS is slow on unaligned rows.
 ALIGN_BYTES = 128
 
 
 @triton.jit
-def _row_gradient(z_ptr, target, lse, g, V, BLOCK_V: tl.constexpr):
-    """Overwrite a row of logits with (softmax - onehot) g."""
+def _row_gradient(z_ptr, target, lse, g, smoothing, z_loss, V, BLOCK_V: tl.constexpr):
+    """Overwrite a row of logits with (softmax (1 + 2 z_loss lse) - (1 - smoothing) onehot - smoothing / V) g."""
+    share = (1.0 + 2.0 * z_loss * lse) * g
+    even = smoothing / V * g
+    hit = (1.0 - smoothing) * g
     for first in range(0, V, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
         z = tl.load(z_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        dz = (tl.exp(z - lse) - tl.where(v == target, 1.0, 0.0)) * g
+        dz = tl.exp(z - lse) * share - tl.where(v == target, hit + even, even)
         tl.store(z_ptr + v, dz.to(z_ptr.dtype.element_ty), mask=v < V)
 
 
@@ -47,10 +54,10 @@ def _row_zero(z_ptr, V, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def linear_cross_entropy_fwd(
-    z_ptr, target_ptr, loss_ptr, lse_ptr, scale_ptr, stride_z_r, V, ignore_index, GRAD: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    z_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, scale_ptr, stride_z_r, V, ignore_index, smoothing, z_loss,
+    GRAD: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Loss of one row; with GRAD the row becomes its gradient at dloss = scale (None: 1)."""
+    """Loss of one row, times its weight; with GRAD the row becomes its gradient at dloss = scale (None: 1)."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z_r
     target = tl.load(target_ptr + row)
@@ -66,6 +73,7 @@ def linear_cross_entropy_fwd(
         z_target = tl.load(z_ptr + target, mask=known, other=float("nan")).to(tl.float32)
         m = float("-inf")
         total = 0.0
+        summed = 0.0
         for first in range(0, V, BLOCK_V):
             v = first + tl.arange(0, BLOCK_V)
             z = tl.load(z_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
@@ -73,21 +81,29 @@ def linear_cross_entropy_fwd(
             base = tl.where(m_new == float("-inf"), 0.0, m_new)  # no finite logit so far
             total = total * tl.exp(m - base) + tl.sum(tl.exp(z - base), 0)
             m = m_new
+            if SMOOTH:
+                summed += tl.sum(tl.where(v < V, z, 0.0), 0)
         lse = m + tl.log(total)
-        tl.store(loss_ptr + row, lse - z_target)
+        loss = lse - z_target + z_loss * lse * lse
+        if SMOOTH:
+            loss += smoothing * (z_target - summed / V)
+        g = 1.0
+        if weight_ptr is not None:
+            g = tl.load(weight_ptr + row)
+        tl.store(loss_ptr + row, loss * g)
         if lse_ptr is not None:
             tl.store(lse_ptr + row, lse)
         if GRAD:
-            g = 1.0
             if scale_ptr is not None:
-                g = tl.load(scale_ptr)
-            _row_gradient(z_ptr, target, lse, g, V, BLOCK_V)
+                g *= tl.load(scale_ptr)
+            _row_gradient(z_ptr, target, lse, g, smoothing, z_loss, V, BLOCK_V)
 
 
 @triton.jit
 def linear_cross_entropy_bwd(
-    z_ptr, target_ptr, lse_ptr, dloss_ptr, stride_z_r, stride_dloss, V, ignore_index, BLOCK_V: tl.constexpr
-):
+    z_ptr, target_ptr, weight_ptr, lse_ptr, dloss_ptr, stride_z_r, stride_dloss, V, ignore_index, smoothing, z_loss,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """A row of logits becomes its gradient, from the kept lse and the row's own upstream gradient."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z_r
@@ -96,7 +112,9 @@ def linear_cross_entropy_bwd(
         _row_zero(z_ptr, V, BLOCK_V)
     else:
         g = tl.load(dloss_ptr + row * stride_dloss)
-        _row_gradient(z_ptr, target, tl.load(lse_ptr + row), g, V, BLOCK_V)
+        if weight_ptr is not None:
+            g *= tl.load(weight_ptr + row)
+        _row_gradient(z_ptr, target, tl.load(lse_ptr + row), g, smoothing, z_loss, V, BLOCK_V)
 
 
 @triton.jit
@@ -107,76 +125,107 @@ def linear_cross_entropy_scale(x_ptr, scale_ptr, y_ptr, N, BLOCK_N: tl.constexpr
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < N)
 
 
+NO_GRADIENT = ("weight",)
+
+
 def objection(x: Tensor, *_, **__) -> str | None:
     return launch.objection(x)
 
 
-def forward(outputs, saved, x, w, target, *, ignore_index, reduction):
-    x, target = x.reshape(-1, x.shape[-1]), target.flatten()
+class Rows:
+    """The targets, weights and terms of a call, handed to the kernels a block of rows at a time."""
+
+    def __init__(self, target, weight, ignore_index, label_smoothing, z_loss):
+        self.target = target.flatten()
+        self.weight = None if weight is None else weight.flatten().float().contiguous()
+        self.ignore_index, self.smoothing, self.z_loss = ignore_index, float(label_smoothing), float(z_loss)
+
+    def total(self) -> Tensor:
+        """What a mean divides by: the count or the weights of the targets that are not ignored."""
+        live = self.target != self.ignore_index
+        return live.sum() if self.weight is None else torch.where(live, self.weight, 0.0).sum()
+
+    def arguments(self, z: Tensor, block: slice) -> dict[str, Any]:
+        """What both kernels take."""
+        return {
+            "z_ptr": z, "target_ptr": self.target[block], "stride_z_r": z.stride(0), "V": z.shape[1],
+            "weight_ptr": None if self.weight is None else self.weight[block], "ignore_index": self.ignore_index,
+            "smoothing": self.smoothing, "z_loss": self.z_loss, "BLOCK_V": BLOCK_V,
+            "num_warps": ROW.warps, "num_stages": ROW.stages,
+        }  # fmt: skip
+
+    def losses(self, z: Tensor, block: slice, loss, lse, scale, grad: bool) -> None:
+        """Fill a block of loss, and of lse where wanted; with grad z becomes its gradient at dloss = scale."""
+        linear_cross_entropy_fwd[(z.shape[0],)](
+            loss_ptr=loss[block], lse_ptr=None if lse is None else lse[block], scale_ptr=scale, GRAD=grad,
+            SMOOTH=self.smoothing != 0.0, **self.arguments(z, block),
+        )  # fmt: skip
+
+    def gradients(self, z: Tensor, block: slice, lse, dloss) -> None:
+        """z becomes its gradient at each row's dloss."""
+        linear_cross_entropy_bwd[(z.shape[0],)](
+            lse_ptr=lse[block], dloss_ptr=dloss[block], stride_dloss=dloss.stride(0), **self.arguments(z, block)
+        )
+
+
+def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, label_smoothing, z_loss, prefer):
+    x, rows = x.reshape(-1, x.shape[-1]), Rows(target, weight, ignore_index, label_smoothing, z_loss)
     with launch.on(x):
         if reduction == "none":
-            _losses(x, w, target, outputs[0].view(-1), saved[0].view(-1) if saved else None, ignore_index)
+            _losses(rows, x, w, outputs[0].view(-1), saved[0].view(-1) if saved else None, prefer)
             return
-        loss = torch.empty(target.shape, dtype=torch.float32, device=x.device)
-        count = (target != ignore_index).sum() if reduction == "mean" else 1
+        loss = torch.empty(rows.target.shape, dtype=torch.float32, device=x.device)
+        total = rows.total() if reduction == "mean" else None
         if saved:
             dx, dw = (t if t.numel() else None for t in saved)
             dx = None if dx is None else dx.view(x.shape)
-            _losses_and_gradients(x, w, target, loss, dx, dw, ignore_index, count)
+            _losses_and_gradients(rows, x, w, loss, dx, dw, total, prefer)
         else:
-            _losses(x, w, target, loss, None, ignore_index)
-        torch.div(loss.sum(), count, out=outputs[0])
+            _losses(rows, x, w, loss, None, prefer)
+        torch.div(loss.sum(), 1 if total is None else total, out=outputs[0])
 
 
-def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction):
-    x, w, target = inputs
+def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, label_smoothing, z_loss, prefer):
+    x, w, target, weight = inputs
     dloss = grads[0]
     with launch.on(dloss):
         if reduction != "none":
-            return *(_scaled(t, dloss, x.dtype) if n else None for t, n in zip(saved, needs, strict=False)), None
+            return *(_scaled(t, dloss, x.dtype) if n else None for t, n in zip(saved, needs, strict=False)), None, None
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
         dw = torch.empty_like(w) if needs[1] else None
-        flat, target, lse, dloss = x.reshape(-1, x.shape[-1]), target.flatten(), saved[0].view(-1), dloss.reshape(-1)
-        for block, z in _blocks(flat, w, None if dx is None else dx.view(flat.shape), dw):
-            linear_cross_entropy_bwd[(z.shape[0],)](
-                z_ptr=z, target_ptr=target[block], lse_ptr=lse[block], dloss_ptr=dloss[block], stride_z_r=z.stride(0),
-                stride_dloss=dloss.stride(0), V=z.shape[1], ignore_index=ignore_index,
-                BLOCK_V=BLOCK_V, num_warps=ROW.warps, num_stages=ROW.stages,
-            )  # fmt: skip
-    return dx, dw, None
+        flat, rows = x.reshape(-1, x.shape[-1]), Rows(target, weight, ignore_index, label_smoothing, z_loss)
+        lse, dloss = saved[0].view(-1), dloss.reshape(-1)
+        for block, z in _blocks(flat, w, None if dx is None else dx.view(flat.shape), dw, prefer):
+            rows.gradients(z, block, lse, dloss)
+    return dx, dw, None, None
 
 
-def _losses(x, w, target, loss, lse, ignore_index) -> None:
-    for block, z in _blocks(x, w, None, None):
-        _row_losses(z, target[block], loss[block], None if lse is None else lse[block], None, ignore_index, False)
+def _losses(rows: Rows, x, w, loss, lse, prefer: str) -> None:
+    for block, z in _blocks(x, w, None, None, prefer):
+        rows.losses(z, block, loss, lse, None, False)
 
 
-def _losses_and_gradients(x, w, target, loss, dx, dw, ignore_index, count: Tensor | int) -> None:
-    """Fill loss, and dx and dw of sum(loss) / count; float16's are float32 (see the contract) and divided last."""
-    share = None if isinstance(count, int) else 1.0 / count.clamp(min=1)
+def _losses_and_gradients(rows: Rows, x, w, loss, dx, dw, total: Tensor | None, prefer: str) -> None:
+    """Fill loss, and dx and dw of sum(loss) / total; float16's are float32 (see the contract) and divided last."""
+    share = None if total is None else torch.where(total == 0, 0.0, 1.0 / total)
     late = x.dtype == torch.float16
-    for block, z in _blocks(x, w, dx, dw):
-        _row_losses(z, target[block], loss[block], None, None if late else share, ignore_index, True)
+    for block, z in _blocks(x, w, dx, dw, prefer):
+        rows.losses(z, block, loss, None, None if late else share, True)
     if late and share is not None:
         for gradient in (dx, dw):
             if gradient is not None:
                 gradient.mul_(share)
 
 
-def _row_losses(z, target, loss, lse, scale, ignore_index, grad: bool) -> None:
-    linear_cross_entropy_fwd[(z.shape[0],)](
-        z_ptr=z, target_ptr=target, loss_ptr=loss, lse_ptr=lse, scale_ptr=scale, stride_z_r=z.stride(0),
-        V=z.shape[1], ignore_index=ignore_index, GRAD=grad,
-        BLOCK_V=BLOCK_V, num_warps=ROW.warps, num_stages=ROW.stages,
-    )  # fmt: skip
-
-
-def _blocks(x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, prefer: str) -> Iterator[tuple[slice, Tensor]]:
     """Yield equal blocks of rows and their logits z; what the caller then leaves in z makes dx = z w, dw = z^T x."""
     rows, vocab = x.shape[0], w.shape[0]
     lanes = ALIGN_BYTES // x.element_size()
     stride = triton.cdiv(vocab, lanes) * lanes
-    count = triton.cdiv(rows, max(1, BLOCK_BYTES // (stride * x.element_size())))
+    row_bytes = stride * x.element_size()
+    if prefer == "auto":
+        prefer = "time" if rows * row_bytes <= AT_ONCE_BYTES else "memory"
+    count = triton.cdiv(rows, max(1, BLOCK_BYTES[prefer] // row_bytes))
     logits = x.new_empty((triton.cdiv(rows, max(count, 1)), stride))
     total = dw
     if dw is not None and dw.dtype == x.dtype != torch.float32 and count > 1:
@@ -216,10 +265,11 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """The static check's cases."""
-    types = {"target_ptr": "*i64", "loss_ptr": "*fp32", "lse_ptr": "*fp32", "scale_ptr": "*fp32", "dloss_ptr": "*fp32"}
+    wide = ("weight_ptr", "loss_ptr", "lse_ptr", "scale_ptr", "dloss_ptr")
+    types = {"target_ptr": "*i64", "smoothing": "fp32", "z_loss": "fp32", **dict.fromkeys(wide, "*fp32")}
     block = {"BLOCK_V": BLOCK_V}
-    with_gradient = {"lse_ptr": None, "GRAD": True, **block}
-    loss_only = {"scale_ptr": None, "GRAD": False, **block}
+    with_gradient = {"lse_ptr": None, "GRAD": True, "SMOOTH": True, **block}
+    loss_only = {"scale_ptr": None, "weight_ptr": None, "GRAD": False, "SMOOTH": False, **block}
     yield launch.case(linear_cross_entropy_fwd, "bf16 loss and gradient", ROW, "bf16", with_gradient, **types)
     yield launch.case(linear_cross_entropy_fwd, "bf16 loss", ROW, "bf16", loss_only, **types)
     yield launch.case(linear_cross_entropy_bwd, "bf16", ROW, "bf16", {"stride_dloss": 1, **block}, **types)

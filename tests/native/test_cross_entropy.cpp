@@ -47,13 +47,15 @@ PEAK_TEST(cross_entropy) {
         if (vocab > 1) logits[row * vocab + (at + 1) % vocab] = Narrow<T>(intruder);
       }
       const std::vector<double> z = logits.Values();
-      CrossEntropyForward({kDtype<T>, kRows, vocab, logits.data(), target.data(), kIgnored, loss.data(), lse.data(),
-                           with_gradient, scale},
+      CrossEntropyForward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
+                           .target = target.data(), .ignore_index = kIgnored, .loss = loss.data(), .lse = lse.data(),
+                           .with_gradient = with_gradient, .scale = scale},
                           1 + placement % 2);
       if (!with_gradient) {
         logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // as they were
-        CrossEntropyBackward({kDtype<T>, kRows, vocab, logits.data(), target.data(), kIgnored, lse.data(),
-                              dloss.data()},
+        CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
+                              .target = target.data(), .ignore_index = kIgnored, .lse = lse.data(),
+                              .dloss = dloss.data()},
                              1 + placement % 2);
       }
       for (int64_t row = 0; row < kRows; ++row) {
@@ -73,6 +75,53 @@ PEAK_TEST(cross_entropy) {
   }
 }
 
+PEAK_TEST(cross_entropy_smoothed) {
+  ForEachCase("cross_entropy_smoothed", 1, [&](auto element, int64_t vocab, int placement) {
+    using T = decltype(element);
+    const bool with_gradient = placement % 2 == 0;
+    const float scale = 0.25f, smoothing = 0.3f, z_loss = 0.125f;
+    Random random(vocab);
+    Placer place(placement);
+    auto logits = place.Out<T>(kRows * vocab);
+    auto target = place.In<int64_t>(kRows);
+    auto weight = place.In<float>(kRows), dloss = place.In<float>(kRows);
+    auto loss = place.Out<float>(kRows), lse = place.Out<float>(kRows);
+    logits.FillNormal(random, 3.0, 4.0);
+    weight.FillNormal(random);
+    dloss.FillNormal(random);
+    for (int64_t row = 0; row < kRows; ++row) target[row] = row == kIgnoredRow ? kIgnored : random.Below(vocab);
+    const std::vector<double> z = logits.Values();
+    CrossEntropyForward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
+                         .target = target.data(), .weight = weight.data(), .ignore_index = kIgnored,
+                         .loss = loss.data(), .lse = lse.data(), .with_gradient = with_gradient, .scale = scale,
+                         .smoothing = smoothing, .z_loss = z_loss},
+                        1 + placement % 2);
+    if (!with_gradient) {
+      CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
+                            .target = target.data(), .ignore_index = kIgnored, .lse = lse.data(),
+                            .dloss = dloss.data(), .smoothing = smoothing, .z_loss = z_loss},
+                           1 + placement % 2);
+    }
+    for (int64_t row = 0; row < kRows; ++row) {
+      if (row == kIgnoredRow) continue;
+      const double* at = &z[row * vocab];
+      const double truth = LogSumExp(at, vocab), pull = 2.0 * z_loss * truth;
+      double sum = 0.0, size = 0.0;
+      for (int64_t i = 0; i < vocab; ++i) sum += at[i], size += std::fabs(at[i]);
+      const double value = truth - (1.0 - smoothing) * at[target[row]] - smoothing * sum / vocab + z_loss * truth * truth;
+      Near("loss", row, loss[row], {value, 16.0 + 8.0 * (std::fabs(truth) + size / vocab + z_loss * truth * truth)});
+      const double factor = with_gradient ? scale * weight.At(row) : dloss.At(row);
+      for (int64_t i = 0; i < vocab; ++i) {
+        const bool hit = i == target[row];
+        const Want plain = Gradient(at[i], truth, false, factor * (1.0 + pull));
+        const double want = plain.value - factor * (smoothing / vocab + (hit ? 1.0 - smoothing : 0.0));
+        const double slack = plain.slack + std::fabs(factor) * (4.0 + 4.0 * std::fabs(pull));
+        if (!Near("dlogits", i, logits[row * vocab + i], {want, slack})) return;
+      }
+    }
+  });
+}
+
 template <class T>
 std::vector<char> Call(int threads) {
   constexpr int64_t kManyRows = 53, kVocab = 259;
@@ -83,9 +132,10 @@ std::vector<char> Call(int threads) {
   auto loss = place.Out<float>(kManyRows), lse = place.Out<float>(kManyRows);
   logits.FillNormal(random);
   for (int64_t row = 0; row < kManyRows; ++row) target[row] = random.Below(kVocab);
-  CrossEntropyForward(
-      {kDtype<T>, kManyRows, kVocab, logits.data(), target.data(), kIgnored, loss.data(), lse.data(), true, 1.0f},
-      threads);
+  CrossEntropyForward({.dtype = kDtype<T>, .rows = kManyRows, .vocab = kVocab, .logits = logits.data(),
+                       .target = target.data(), .ignore_index = kIgnored, .loss = loss.data(), .lse = lse.data(),
+                       .with_gradient = true, .scale = 1.0f},
+                      threads);
   std::vector<char> bytes;
   logits.Append(bytes);
   loss.Append(bytes);
