@@ -87,7 +87,8 @@ def recomputed_flops(config: GPTConfig, tokens: int, plan: str, *, causal: bool 
         return 2 * sum(up)
     forgetful = layers[::every] if what == "block" else ()
     attention = (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim * c
-    weights = sum(attention + up[i] + met[i] * inner * c for i in forgetful)
+    router = [c * config.experts * config.has_experts(i) for i in layers]
+    weights = sum(attention + up[i] + met[i] * inner * c + router[i] for i in forgetful)
     keys = sum(_keys(tokens, min(config.windows[i] or tokens, tokens), causal) for i in forgetful)
     return 2 * weights + 4 * config.n_head * config.head_dim * keys
 

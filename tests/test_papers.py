@@ -144,6 +144,19 @@ def test_compiles_whole(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_autocast(pair):
+    """bfloat16 products of float32 parameters; near the float32 loss, with every gradient finite."""
+    _, model = pair
+    ids, targets = batch()
+    expected = model(ids, targets)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, targets)
+    loss.backward()
+    assert (loss - expected).abs() < 0.05 * expected
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_bfloat16_trains(pair):
     _, model = pair
     torch.manual_seed(5)

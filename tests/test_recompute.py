@@ -15,6 +15,13 @@ from peakgpt.kernels.dispatch import draw_seed, seeds_from, use_backend
 
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 67}
 PLANS = ("mlp", "block", "block/2")
+CONFIGS = (
+    {},
+    {"dropout": 0.3},
+    {"residual": "post_norm", "dropout": 0.3},
+    {"gated_mlp": True, "activation": "silu", "position": "transformer_xl", "bias": False, "norm": "rms"},
+    {"gated_mlp": True, "experts": 3, "position": "relative_bias", "dropout": 0.1},
+)
 
 
 def trained(plan, dtype, **config):
@@ -29,7 +36,7 @@ def trained(plan, dtype, **config):
 
 @pytest.mark.parametrize("backend", (None, "eager"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("config", ({}, {"dropout": 0.3}, {"residual": "post_norm", "dropout": 0.3}), ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_plan_gives_the_bits_of_the_plain_step(config, dtype, backend):
     """Fails when a second pass draws seeds of its own: the mask of its forward then differs from its backward's."""
     with contextlib.ExitStack() as stack:
@@ -80,6 +87,15 @@ def test_flops_of_a_second_pass():
     assert recomputed_flops(config, tokens, "none") == 0
     assert training_flops(config, tokens) == 3 * whole, "MFU does not see it"
     assert multiplying_parameters(config) * 6 < training_flops(config, tokens)
+
+
+@pytest.mark.parametrize("more", ({"gated_mlp": True}, {"gated_mlp": True, "experts": 5, "n_layer": 4}), ids=str)
+def test_flops_of_a_second_pass_with_gates_and_experts(more):
+    config, tokens = GPTConfig(**{**SIZES, **more}, bias=False), 16
+    outside = 2 * config.vocab_size * config.n_embd + 2 * (2 * config.n_layer + 1) * config.n_embd
+    assert recomputed_flops(config, tokens, "block") == forward_flops(config, tokens) - outside
+    ups = 3 * 2 if config.experts == 0 else 2 * 2 + 2 * 2  # products of width C x F, by layer: 2 gated, or 2 experts met
+    assert recomputed_flops(config, tokens, "mlp") == 2 * ups * 32 * 128
 
 
 @pytest.mark.parametrize("plan", ("all", "block/0", "block/", "mlp/2", "block/-1", ""))
