@@ -1,4 +1,4 @@
-"""PaLM, Gopher and GLaM in float64 as their papers write them, one sequence and one token, head and expert at a time.
+"""GPT-3, PaLM, Gopher and GLaM in float64 as their papers write them, one sequence, token, head and expert at a time.
 
 Nothing here is shared with the engine: weights come as a dict by the engine's names, [out, in].
 """
@@ -16,9 +16,14 @@ def silu(x):
     return x / (1 + torch.exp(-x))
 
 
-def layer_norm(x, w, eps=1e-5):
+def linear(x, w, name):
+    y = x @ w[f"{name}.weight"].T
+    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+
+def layer_norm(x, w, b=0.0, eps=1e-5):
     d = x - x.mean(-1, keepdim=True)
-    return d / (d.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w
+    return d / (d.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w + b
 
 
 def rms_norm(x, w, eps=1e-5):
@@ -36,7 +41,7 @@ def rope(x, position, base=10000.0):
 def attend(c, h, w, at, score):
     """Heads of `score(head, q_i, k_j, i, j)` over the keys j <= i."""
     heads, kv_heads, d = c.n_head, c.n_kv_head, c.head_dim
-    parts = (h @ w[f"{at}.attn.c_attn.weight"].T).split([heads * d, kv_heads * d, kv_heads * d], -1)
+    parts = linear(h, w, f"{at}.attn.c_attn").split([heads * d, kv_heads * d, kv_heads * d], -1)
     q, k, v = (part.unflatten(-1, (-1, d)) for part in parts)
     rows = []
     for i in range(len(h)):
@@ -46,15 +51,31 @@ def attend(c, h, w, at, score):
             s = torch.stack([score(head, q[i, head], k[j, own], i, j) for j in range(i + 1)])
             row.append(s.softmax(0) @ v[: i + 1, own])
         rows.append(torch.cat(row))
-    return torch.stack(rows) @ w[f"{at}.attn.c_proj.weight"].T
+    return linear(torch.stack(rows), w, f"{at}.attn.c_proj")
 
 
 def mlp(h, w, at, act):
-    return act(h @ w[f"{at}.c_fc.weight"].T) @ w[f"{at}.c_proj.weight"].T
+    return linear(act(linear(h, w, f"{at}.c_fc")), w, f"{at}.c_proj")
 
 
 def gated(h, w, at, act):
-    return (act(h @ w[f"{at}.c_gate.weight"].T) * (h @ w[f"{at}.c_fc.weight"].T)) @ w[f"{at}.c_proj.weight"].T
+    return linear(act(linear(h, w, f"{at}.c_gate")) * linear(h, w, f"{at}.c_fc"), w, f"{at}.c_proj")
+
+
+def gpt3(c, ids, w):
+    """arXiv:2005.14165, section 2.1: GPT-2 with dense and locally banded attention in turn."""
+    x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][: len(ids)]
+    for layer in range(c.n_layer):
+        at, band = f"transformer.h.{layer}", (len(ids), c.windows[1])[layer % 2]
+
+        def score(head, q, k, i, j, band=band):
+            return q @ k / math.sqrt(c.head_dim) if j > i - band else torch.tensor(-math.inf, dtype=q.dtype)
+
+        norms = [(w[f"{at}.ln_{n}.weight"], w[f"{at}.ln_{n}.bias"]) for n in (1, 2)]
+        x = x + attend(c, layer_norm(x, *norms[0]), w, at, score)
+        x = x + mlp(layer_norm(x, *norms[1]), w, f"{at}.mlp", gelu)
+    x = layer_norm(x, w["transformer.ln_f.weight"], w["transformer.ln_f.bias"])
+    return x @ w["transformer.wte.weight"].T, 0.0
 
 
 def palm(c, ids, w):

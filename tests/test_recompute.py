@@ -94,7 +94,7 @@ def test_flops_of_a_second_pass_with_gates_and_experts(more):
     config, tokens = GPTConfig(**{**SIZES, **more}, bias=False), 16
     outside = 2 * config.vocab_size * config.n_embd + 2 * (2 * config.n_layer + 1) * config.n_embd
     assert recomputed_flops(config, tokens, "block") == forward_flops(config, tokens) - outside
-    ups = 3 * 2 if config.experts == 0 else 2 * 2 + 2 * 2  # products of width C x F, by layer: 2 gated, or 2 experts met
+    ups = 3 * 2 if config.experts == 0 else 2 * 2 + 2 * 2  # of C x F: gate and up, or two experts
     assert recomputed_flops(config, tokens, "mlp") == 2 * ups * 32 * 128
 
 
