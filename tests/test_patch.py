@@ -1,26 +1,63 @@
 """peakgpt.patch on transformers' models at tiny random size: the same values, gradients and text as before it."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 import transformers
 
 import peakgpt
-from peakgpt.dropin import layers
+from peakgpt.dropin import attentions, layers
+from peakgpt.dropin.patching import row_of
 from peakgpt.dropin.report import LEFT
+from peakgpt.dropin.table import TABLE
 
 transformers.logging.set_verbosity_error()
 VOCAB, TOKENS = 101, 12
 
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
+BERT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48,
+        "max_position_embeddings": 64}  # fmt: skip
+NEOX = {**BERT, "rope_parameters": {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.25}}
+LLAMA = {**BERT, "num_key_value_heads": 2}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0,
+      "dropout_rate": 0.0}  # fmt: skip
+OPT = {**BERT, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "dropout": 0.0,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+        "decoder_start_token_id": 2, "forced_eos_token_id": None}  # fmt: skip
+NEO = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
+       "window_size": 5, "max_position_embeddings": 64}  # fmt: skip
 # name: config class, model class, fields of the config, kinds of module that stay as they are
 MODELS = {
+    "gpt1": ("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", GPT2, set()),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2, set()),
     "gpt2, scale by layer, no tanh": (
         "GPT2Config", "GPT2LMHeadModel",
         {**GPT2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu"}, set(),
     ),
+    "gpt_neo": ("GPTNeoConfig", "GPTNeoForCausalLM", NEO, set()),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", {**GPT2, "rotary_dim": 4}, {"GPTJForCausalLM"}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", NEOX, set()),
+    "gpt_neox, serial": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False}, set()),
+    "opt": ("OPTConfig", "OPTForCausalLM", OPT, set()),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {"hidden_size": 32, "n_head": 4, "n_layer": 2}, set()),
+    "bert": ("BertConfig", "BertForMaskedLM", BERT, set()),
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM", BERT, set()),
+    "distilbert": (
+        "DistilBertConfig", "DistilBertForMaskedLM",
+        {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 48, "max_position_embeddings": 64}, set(),
+    ),
+    "bart": ("BartConfig", "BartForConditionalGeneration", BART, {"BartForConditionalGeneration"}),
+    "t5": ("T5Config", "T5ForConditionalGeneration", T5, set()),
+    "t5, gated": (
+        "T5Config", "T5ForConditionalGeneration",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, set(),
+    ),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", LLAMA, set()),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 5}, set()),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", LLAMA, set()),
 }  # fmt: skip
 
 
@@ -45,7 +82,9 @@ def batch(model):
     live[0, :4] = 0  # on the left
     ids[0, :4] = model.config.pad_token_id or 0
     inputs = {"input_ids": ids, "attention_mask": live}
-    return inputs, torch.where(live.bool(), ids, -100)
+    labels = torch.where(live.bool(), ids, -100)
+    labels[0, 4] = -100  # its place is padding, where transformers has zeros (sdpa) or means (eager)
+    return inputs, labels
 
 
 def learn(model, labels, inputs):
@@ -57,6 +96,8 @@ def learn(model, labels, inputs):
 
 
 def look(model, inputs):
+    if model.config.is_encoder_decoder:
+        inputs = {**inputs, "decoder_input_ids": inputs["input_ids"]}
     with torch.no_grad():
         out = model.eval()(**inputs).logits
     return out if model.config.is_encoder_decoder else out[inputs["attention_mask"].bool()]
@@ -234,6 +275,66 @@ def test_deepcopy_works_and_can_be_unpatched():
     peakgpt.unpatch(twin)
     assert torch.equal(look(twin, inputs), expected)
     assert type(model.lm_head) is not torch.nn.Linear
+
+
+def test_no_replacement_shadows_what_a_model_has():
+    """GenerationMixin's `_sample` was shadowed once, and T5's child `decoder`."""
+    meant = {"forward", "_attn", "feed_forward_chunk", "ff_chunk"}
+    for path, row in TABLE.items():
+        if row.by is None or path.rpartition(".")[0] == "torch.nn.modules.activation":
+            continue
+        module, _, kind = path.rpartition(".")
+        kind = getattr(importlib.import_module(module), kind)
+        ours = {n for c in row.by.__mro__ if c is not object for n in vars(c) if not n.startswith("__")}
+        assert {n for n in ours if hasattr(kind, n)} <= meant, path
+    for name in MODELS:
+        for module in build(name).modules():
+            row = row_of(module)
+            if row is not None and row.by is not None:
+                assert not any(hasattr(row.by, child) for child, _ in module.named_children())
+
+
+class Stack(torch.nn.Module):
+    """Somebody's own model."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, activation="gelu", batch_first=True)
+        self.late = torch.nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, norm_first=True)
+        self.cross = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+        self.norm = torch.nn.LayerNorm((5, 32))
+
+    def forward(self, x, mask, padding):
+        x = self.late(self.layer(x, mask, padding).transpose(0, 1)).transpose(0, 1)
+        return self.norm(x) + self.cross(x[:, :3], x, x, need_weights=False)[0].sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_any_tree_of_layers(kind, monkeypatch):
+    torch.manual_seed(0)
+    model = Stack()
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    dead = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    mask = dead if kind == torch.bool else torch.zeros(5, 5).masked_fill(dead, float("-inf"))
+
+    def run():
+        y = model(x, mask, padding)
+        return y.detach(), torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
+
+    expected = run()
+    report = peakgpt.patch(model)
+    assert {e.module: e.note for e in report.left} == {"norm": "normalises 2 axes, expected the last one"}
+    assert "14 layers" in report.check
+    calls = []
+    monkeypatch.setattr(attentions, "attention", lambda *a, **k: calls.append(1) or peakgpt.attention(*a, **k))
+    got = run()
+    assert len(calls) == 3
+    close(got[0], expected[0])
+    for ours, theirs in zip(got[1], expected[1], strict=True):
+        close(ours, theirs, 1e-4)
+    peakgpt.unpatch(model)
+    assert torch.equal(run()[0], expected[0])
 
 
 def test_patching_twice_is_refused():

@@ -48,7 +48,7 @@ def passing(head: nn.Module):
 class LanguageModel(Replaced):
     """Options: head: the name of the module that makes logits; shifted: whether labels are moved by one."""
 
-    signed = True
+    _signed = True
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
@@ -59,26 +59,26 @@ class LanguageModel(Replaced):
         inputs = {**dict(zip(self._peakgpt["names"], args, strict=False)), **kwargs}
         labels = inputs.get("labels")
         head = getattr(self, self._peakgpt["head"])
-        if labels is None or not self.training or self.own_loss() or not self.fits(head):
+        if labels is None or not self.training or self._has_own_loss() or not self._can_pass(head):
             return super().forward(*args, **kwargs)
         whole = inputs.pop("return_dict", None)
         whole = self.config.return_dict if whole is None else whole
         del inputs["labels"]
         with passing(head):
-            out = super().forward(**inputs, **self.decoder(inputs, labels), return_dict=True)
-        loss = self.loss(head, out.logits, labels, inputs)
+            out = super().forward(**inputs, **self._decoder_inputs(inputs, labels), return_dict=True)
+        loss = self._loss_of(head, out.logits, labels, inputs)
         out = type(out)(**{**out, "loss": loss, "logits": None})
         return out if whole else out.to_tuple()
 
-    def own_loss(self) -> bool:
+    def _has_own_loss(self) -> bool:
         """Whether the loss is not the one that is known here."""
         return False
 
-    def fits(self, head: nn.Module) -> bool:
+    def _can_pass(self, head: nn.Module) -> bool:
         """Whether the head can be done without at this call."""
         return layout(head) == LINEAR and head.bias is None
 
-    def decoder(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+    def _decoder_inputs(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
         """What the model would make of labels beside the loss."""
         return {}
 
@@ -92,10 +92,10 @@ class CausalLM(LanguageModel):
             return "its head has a bias, which linear_cross_entropy does not take"
         return super().objection(module, options)
 
-    def own_loss(self) -> bool:
+    def _has_own_loss(self) -> bool:
         return path_of(self.loss_function) != "transformers.loss.loss_utils.ForCausalLMLoss"
 
-    def loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _loss_of(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
         """As ForCausalLMLoss: mean over the labels that count, or their sum over num_items_in_batch."""
         ignored = inputs.get("ignore_index", IGNORED)
         target = inputs.get("shift_labels")
@@ -116,13 +116,13 @@ class CausalLM(LanguageModel):
 class Seq2SeqLM(LanguageModel):
     """T5: labels are the decoder's targets as they are."""
 
-    def decoder(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+    def _decoder_inputs(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
         if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
             return {}
         inputs.pop("decoder_input_ids", None)
         return {"decoder_input_ids": self.prepare_decoder_input_ids_from_labels(labels)}
 
-    def loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _loss_of(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
         return linear_cross_entropy(
             x.flatten(0, -2), head.weight, labels.reshape(-1).to(x.device), ignore_index=IGNORED
         )
@@ -131,10 +131,10 @@ class Seq2SeqLM(LanguageModel):
 class MaskedLM(LanguageModel):
     """BERT and RoBERTa: logits of the labelled positions only, usually 15 % of them."""
 
-    def fits(self, head: nn.Module) -> bool:
+    def _can_pass(self, head: nn.Module) -> bool:
         return not (torch.compiler.is_compiling() or head._forward_hooks or head._forward_pre_hooks)
 
-    def loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _loss_of(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
         labels = labels.reshape(-1).to(x.device)
         at = (labels != IGNORED).nonzero()[:, 0]
         return F.cross_entropy(head(x.flatten(0, -2)[at]), labels[at])

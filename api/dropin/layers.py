@@ -1,20 +1,24 @@
-"""What takes the place of single layers: linear, Conv1D, LayerNorm, two-layer perceptrons, attention modules."""
+"""What takes the place of single layers: linear, Conv1D, norms, perceptrons."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.dropin.swap import Replaced, floating, layout, path, rows, weight
-from peakgpt.kernels.layernorm import layernorm
+from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
-from peakgpt.kernels.mlp import mlp
+from peakgpt.kernels.mlp import gated_mlp, mlp
+from peakgpt.kernels.rmsnorm import rmsnorm
 
 # Activation classes by the name that `mlp` has for them; None: its `approximate` says which.
 ACTIVATIONS = {
     "torch.nn.modules.activation.GELU": None,
     "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "transformers.activations.SiLUActivation": "silu",
     "transformers.activations.GELUActivation": "gelu_erf",
     "transformers.activations.GELUTanh": "gelu_tanh",
     "transformers.activations.NewGELUActivation": "gelu_tanh",
@@ -31,7 +35,7 @@ class Linear(Replaced):
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
         return None if floating(module) else f"its weight is {module.weight.dtype}"
 
-    def sample(self) -> tuple[Tensor, ...]:
+    def _peakgpt_sample(self) -> tuple[Tensor, ...]:
         return rows(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,11 +49,35 @@ class LayerNorm(Replaced):
             return f"normalises {len(module.normalized_shape)} axes, expected the last one"
         return None if module.weight is not None else "has no weight"
 
-    def sample(self) -> tuple[Tensor, ...]:
+    def _peakgpt_sample(self) -> tuple[Tensor, ...]:
         return rows(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return layernorm(x, self.weight, self.bias, eps=self.eps)
+
+
+class RMSNorm(Replaced):
+    """Llama's and T5's."""
+
+    def _peakgpt_sample(self) -> tuple[Tensor, ...]:
+        return rows(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rmsnorm(x, self.weight, eps=self.variance_epsilon)
+
+
+def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """norm(x + residual), in one pass where the norm is a replaced LayerNorm without hooks."""
+    if not isinstance(norm, LayerNorm) or norm._forward_hooks or norm._forward_pre_hooks:
+        return norm(x + residual)
+    return add_layernorm(x.to(residual.dtype), residual, norm.weight, norm.bias, eps=norm.eps)[1]
+
+
+class DropAddNorm(Replaced):
+    """BERT's output of attention: a product, dropout, the residual, a norm."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return add_norm(self.LayerNorm, self.dropout(self.dense(hidden_states)), input_tensor)
 
 
 def activation_of(module: nn.Module) -> str | None:
@@ -58,40 +86,92 @@ def activation_of(module: nn.Module) -> str | None:
     return ACTIVATIONS.get(kind) or (GELU.get(getattr(module, "approximate", None)) if kind in ACTIVATIONS else None)
 
 
-def perceptron(module: nn.Module, x: Tensor, up: nn.Module, down: nn.Module) -> Tensor | None:
-    """`mlp` of x by two layers of a module; None where one of them is more than a product."""
-    if layout(up) is None or layout(down) is None:
-        return None
-    activation = module._peakgpt["activation"]
-    return mlp(x, weight(up), up.bias, weight(down), down.bias, activation=activation)
+class Perceptron(Replaced):
+    """Options: up, act, down: names of its layers; dropout: of what follows; between: of a dropout before `down`."""
 
-
-class Attention(Replaced):
-    """Attention modules of transformers' models that do not ask AttentionInterface."""
-
-
-class MLP(Replaced):
-    """Options: up, act, down: names of its layers; dropout: of what follows, or None."""
+    _OPS = ("gelu_tanh", "gelu_erf", "relu")
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
-        return known_activation(getattr(module, options["act"]), options)
+        activation = module.get_submodule(options["act"])
+        options["activation"] = activation_of(activation)
+        if options["activation"] in cls._OPS:
+            return None
+        return f"activation {type(activation).__name__}, expected {', '.join(cls._OPS)}"
 
-    def sample(self) -> tuple[Tensor, ...] | None:
-        up = getattr(self, self._peakgpt["up"])
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The perceptron without what follows; None where a layer of it is more than a product."""
+        names = self._peakgpt
+        up, down = self.get_submodule(names["up"]), self.get_submodule(names["down"])
+        if layout(up) is None or layout(down) is None or self._drops_between() or not same_dtype(up, down):
+            return None
+        return mlp(x, weight(up), up.bias, weight(down), down.bias, activation=names["activation"])
+
+    def _drops_between(self) -> bool:
+        between = self._peakgpt["between"]
+        return self.training and between is not None and getattr(self, between).p > 0
+
+
+class MLP(Perceptron):
+    def _peakgpt_sample(self) -> tuple[Tensor, ...] | None:
+        up = self.get_submodule(self._peakgpt["up"])
         return rows(up) if layout(up) else None
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        names = self._peakgpt
-        y = None
-        if not args and not kwargs:
-            y = perceptron(self, x, getattr(self, names["up"]), getattr(self, names["down"]))
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._fused(x)
         if y is None:
-            return super().forward(x, *args, **kwargs)
-        return getattr(self, names["dropout"])(y) if names["dropout"] else y
+            return super().forward(x)
+        return getattr(self, self._peakgpt["dropout"])(y) if self._peakgpt["dropout"] else y
 
 
-def known_activation(module: nn.Module, options: dict[str, Any]) -> str | None:
-    """Note the activation among the options, or say that it is unknown."""
-    options["activation"] = activation_of(module)
-    return None if options["activation"] else f"activation {type(module).__name__} is not gelu or relu"
+class GatedMLP(MLP):
+    """Llama's and T5's of version 1.1. Options: gate as well."""
+
+    _OPS = (*Perceptron._OPS, "silu")
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        names = self._peakgpt
+        gate, up, down = (self.get_submodule(names[name]) for name in ("gate", "up", "down"))
+        if None in map(layout, (gate, up, down)) or self._drops_between() or not same_dtype(gate, up, down):
+            return None
+        return gated_mlp(
+            x, weight(gate), gate.bias, weight(up), up.bias, weight(down), down.bias, activation=names["activation"]
+        )
+
+
+def same_dtype(*layers: nn.Module) -> bool:
+    return len({layer.weight.dtype for layer in layers}) == 1
+
+
+class BertLayer(Perceptron):
+    """BERT's and RoBERTa's second half: a perceptron over two modules, dropout, the residual, a norm."""
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        out = self.output
+        hooked = self.intermediate._forward_hooks or out._forward_hooks or out._forward_pre_hooks
+        y = None if hooked or self.intermediate._forward_pre_hooks else self._fused(attention_output)
+        if y is None:
+            return super().feed_forward_chunk(attention_output)
+        return add_norm(out.LayerNorm, out.dropout(y), attention_output)
+
+
+class ChunkedMLP(Perceptron):
+    """DistilBERT's."""
+
+    def ff_chunk(self, x: Tensor) -> Tensor:
+        y = self._fused(x)
+        return super().ff_chunk(x) if y is None else self.dropout(y)
+
+
+class BloomMLP(Perceptron):
+    @classmethod
+    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
+        if module.pretraining_tp > 1 and module.slow_but_exact:
+            return "adds its products up in slices (pretraining_tp, slow_but_exact)"
+        return super().objection(module, options)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        y = self._fused(hidden_states)
+        if y is None:
+            return super().forward(hidden_states, residual)
+        return residual + F.dropout(y, self.hidden_dropout, self.training)

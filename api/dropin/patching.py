@@ -7,8 +7,8 @@ import sys
 from torch import nn
 
 from peakgpt.dropin import heads
+from peakgpt.dropin.attentions import Attention
 from peakgpt.dropin.check import compare, observe
-from peakgpt.dropin.layers import Attention
 from peakgpt.dropin.report import KEPT, LEFT, PART, REPLACED, Entry, Report
 from peakgpt.dropin.swap import original, path, replace, restore
 from peakgpt.dropin.table import REASONS, TABLE, Row

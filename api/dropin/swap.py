@@ -17,19 +17,21 @@ from peakgpt.kernels.check import FLOATS
 
 ORIGINAL, OPTIONS = "_peakgpt_original", "_peakgpt"
 LINEAR, CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"
+ATTENTIONS_OWN = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"  # nn.MultiheadAttention's out_proj
+LAYOUTS = {LINEAR: LINEAR, ATTENTIONS_OWN: LINEAR, CONV1D: CONV1D}
 
 
 class Replaced:
     """Base of what takes a module's place; `self._peakgpt` holds the options of its row."""
 
-    signed = False  # whether somebody reads the names of forward's arguments, as transformers does of whole models
+    _signed = False  # whether somebody reads the names of forward's arguments, as transformers does of whole models
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
         """Why this module can not be replaced, or None. May add to the options."""
         return None
 
-    def sample(self) -> tuple[Tensor, ...] | None:
+    def _peakgpt_sample(self) -> tuple[Tensor, ...] | None:
         """Inputs to try the module alone with; None where it needs its model."""
         return None
 
@@ -67,12 +69,12 @@ def restore(module: nn.Module) -> None:
 @functools.cache
 def _subclass(kind: type, by: type[Replaced]) -> type:
     same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    if by.signed:
-        same["forward"] = _signed(by.forward, kind.forward)
+    if by._signed:
+        same["forward"] = _with_signature(by.forward, kind.forward)
     return type(kind.__name__, (by, kind), {**same, ORIGINAL: kind})
 
 
-def _signed(function, like):
+def _with_signature(function, like):
     def forward(self, *args, **kwargs):
         return function(self, *args, **kwargs)
 
@@ -85,9 +87,9 @@ def _signed(function, like):
 
 def layout(layer: nn.Module) -> str | None:
     """LINEAR or CONV1D where a layer does x W^T + b or x W + b and nothing else: no hook, no adapter, no sharding."""
-    kind = path(original(layer))
+    kind = LAYOUTS.get(path(original(layer)))
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    plain = type(layer.weight) in (nn.Parameter, Tensor) if kind in (LINEAR, CONV1D) else False
+    plain = type(layer.weight) in (nn.Parameter, Tensor) if kind else False
     return kind if plain and not hooked else None
 
 

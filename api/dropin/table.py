@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peakgpt.dropin import heads, layers
-from peakgpt.dropin.swap import CONV1D, LINEAR, Replaced
+from peakgpt.dropin import attentions, heads, layers
+from peakgpt.dropin.swap import ATTENTIONS_OWN, CONV1D, LINEAR, Replaced
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,103 @@ class Row:
 INTERFACE = Row(None, "attention")
 
 
-def _mlp(up: str, act: str, down: str, dropout: str | None = None) -> Row:
-    options = {"up": up, "act": act, "down": down, "dropout": dropout}
-    return Row(layers.MLP, "mlp", options, (up, act, down))
+def _mlp(
+    up: str, act: str, down: str, dropout: str | None = None, *, by: type[layers.Perceptron] = layers.MLP,
+    between: str | None = None,
+) -> Row:  # fmt: skip
+    options = {"up": up, "act": act, "down": down, "dropout": dropout, "between": between}
+    return Row(by, "mlp", options, (up, act, down))
 
 
-def _causal(head: str = "lm_head") -> Row:
-    return Row(heads.CausalLM, "linear_cross_entropy", {"head": head}, (head,))
+def _gated(gate: str, up: str, act: str, down: str, between: str | None = None) -> Row:
+    options = {"gate": gate, "up": up, "act": act, "down": down, "dropout": None, "between": between}
+    return Row(layers.GatedMLP, "gated_mlp", options, (gate, up, act, down))
 
 
-def _masked(head: str) -> Row:
-    return Row(heads.MaskedLM, "cross-entropy of the labelled positions", {"head": head}, (head,))
+def _rotary(project: tuple[str, ...], out: str, cache: str) -> Row:
+    return Row(attentions.Rotary, "rotary, attention", {"project": project, "out": out, "cache": cache})
 
 
-_MODELS = "transformers.models.{0}.modeling_{0}.{1}".format
+def _head(by: type[heads.LanguageModel], ops: str, head: str) -> Row:
+    return Row(by, ops, {"head": head}, (head,))
+
+
+CAUSAL = _head(heads.CausalLM, "linear_cross_entropy", "lm_head")
+MASKED_OPS = "cross-entropy of the labelled positions"
+RMSNORM = Row(layers.RMSNorm, "rmsnorm")
+SEPARATE = _rotary(("q_proj", "k_proj", "v_proj"), "o_proj", "past_key_values")
+BERT_LAYER = _mlp(
+    "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", "output.dropout", by=layers.BertLayer
+)
+DROP_ADD_NORM = Row(layers.DropAddNorm, "add_layernorm")
+
+_LLAMA_LIKE = {
+    f"transformers.models.{module}.modeling_{module}.{name}{suffix}": row
+    for module, name in {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}.items()
+    for suffix, row in {
+        "RMSNorm": RMSNORM,
+        "Attention": SEPARATE,
+        "MLP": _gated("gate_proj", "up_proj", "act_fn", "down_proj"),
+        "ForCausalLM": CAUSAL,
+    }.items()
+}
+_BERT_LIKE = {
+    f"transformers.models.{module}.modeling_{module}.{name}{suffix}": row
+    for module, name, head in (("bert", "Bert", "cls"), ("roberta", "Roberta", "lm_head"))
+    for suffix, row in {
+        "SelfAttention": INTERFACE,
+        "CrossAttention": INTERFACE,
+        "SelfOutput": DROP_ADD_NORM,
+        "Layer": BERT_LAYER,
+        "ForMaskedLM": _head(heads.MaskedLM, MASKED_OPS, head),
+    }.items()
+}
+
+_in = "transformers.models.{0}.modeling_{0}.{1}".format
 
 TABLE: dict[str, Row] = {
     LINEAR: Row(layers.Linear, "linear"),
     CONV1D: Row(layers.Linear, "linear"),
+    ATTENTIONS_OWN: Row(layers.Linear, "linear"),
     "torch.nn.modules.normalization.LayerNorm": Row(layers.LayerNorm, "layernorm"),
-    _MODELS("gpt2", "GPT2Attention"): INTERFACE,
-    _MODELS("gpt2", "GPT2MLP"): _mlp("c_fc", "act", "c_proj", "dropout"),
-    _MODELS("gpt2", "GPT2LMHeadModel"): _causal(),
+    "torch.nn.modules.activation.MultiheadAttention": Row(attentions.MultiHead, "attention, linear"),
+    _in("openai", "Attention"): Row(attentions.OpenAI, "attention"),
+    _in("openai", "MLP"): _mlp("c_fc", "act", "c_proj", "dropout"),
+    _in("openai", "OpenAIGPTLMHeadModel"): CAUSAL,
+    _in("gpt2", "GPT2Attention"): INTERFACE,
+    _in("gpt2", "GPT2MLP"): _mlp("c_fc", "act", "c_proj", "dropout"),
+    _in("gpt2", "GPT2LMHeadModel"): CAUSAL,
+    _in("gpt_neo", "GPTNeoSelfAttention"): Row(attentions.Scores, "attention"),
+    _in("gpt_neo", "GPTNeoMLP"): _mlp("c_fc", "act", "c_proj", "dropout"),
+    _in("gpt_neo", "GPTNeoForCausalLM"): CAUSAL,
+    _in("gptj", "GPTJAttention"): Row(attentions.Scores, "attention"),
+    _in("gptj", "GPTJMLP"): _mlp("fc_in", "act", "fc_out", "dropout"),
+    _in("gptj", "GPTJForCausalLM"): CAUSAL,
+    _in("gpt_neox", "GPTNeoXAttention"): _rotary(("query_key_value",), "dense", "layer_past"),
+    _in("gpt_neox", "GPTNeoXMLP"): _mlp("dense_h_to_4h", "act", "dense_4h_to_h"),
+    _in("gpt_neox", "GPTNeoXForCausalLM"): CAUSAL,
+    _in("opt", "OPTAttention"): INTERFACE,
+    _in("opt", "OPTForCausalLM"): CAUSAL,
+    _in("bloom", "BloomAttention"): Row(attentions.Bloom, "attention"),
+    _in("bloom", "BloomMLP"): _mlp("dense_h_to_4h", "gelu_impl", "dense_4h_to_h", by=layers.BloomMLP),
+    _in("bloom", "BloomForCausalLM"): CAUSAL,
+    _in("distilbert", "DistilBertSelfAttention"): INTERFACE,
+    _in("distilbert", "FFN"): _mlp("lin1", "activation", "lin2", "dropout", by=layers.ChunkedMLP),
+    _in("distilbert", "DistilBertForMaskedLM"): _head(heads.MaskedLM, MASKED_OPS, "vocab_projector"),
+    _in("bart", "BartAttention"): INTERFACE,
+    _in("t5", "T5Attention"): INTERFACE,
+    _in("t5", "T5LayerNorm"): RMSNORM,
+    _in("t5", "T5DenseActDense"): _mlp("wi", "act", "wo", between="dropout"),
+    _in("t5", "T5DenseGatedActDense"): _gated("wi_0", "wi_1", "act", "wo", between="dropout"),
+    _in("t5", "T5ForConditionalGeneration"): _head(heads.Seq2SeqLM, "linear_cross_entropy", "lm_head"),
+    **_LLAMA_LIKE,
+    **_BERT_LIKE,
 }
 
-# Modules with arithmetic that peakgpt has an op for in other shapes, or none yet, and why these stay as they are.
-REASONS: dict[str, str] = {}
+# Classes with arithmetic that peakgpt has no op for in this form, and why they stay as they are.
+REASONS: dict[str, str] = {
+    _in(
+        "bart", "BartForConditionalGeneration"
+    ): "adds final_logits_bias to its logits, which linear_cross_entropy does not",
+    _in("bart", "BartForCausalLM"): "computes its loss inside its own forward",
+}
