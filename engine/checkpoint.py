@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 TRAINING = "training_state.safetensors"
+NOWHERE: Mapping[str, Path] = MappingProxyType({})
 DIGEST = "sha256"  # prefix of metadata that we write for each tensor, and compare where it is there
 # Buffers that old transformers wrote.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -77,8 +79,8 @@ def read_weights(
     Raises:
         ValueError: no weights, a damaged file, or missing, extra, misshapen or non-floating tensors.
     """
-    path, found = _open_weights(Path(folder))
-    found = family.standard_names(found)
+    path, found, places = _open_weights(Path(folder))
+    found, places = family.standard_names(found), family.standard_names(places)
     shapes = family.shapes(config, expected)
     (name,) = family.theirs("lm_head.weight")
     head = found.pop(name, None) if config.tied_head else None
@@ -86,7 +88,7 @@ def read_weights(
     if family.always_biased and config.bias is not True:
         found = {name: tensor for name, tensor in found.items() if name in shapes or not _zero_bias(name, tensor)}
     found = family.swapped(found)
-    _compare(path, found, shapes)
+    _compare(path, found, shapes, places)
     (embedding,) = family.theirs("transformer.wte.weight")
     if head is not None and not torch.equal(head, found[embedding]):
         raise ValueError(f"{path}: {name} differs from {embedding}, expected a tied head")
@@ -101,10 +103,10 @@ def _zero_bias(name: str, tensor: Tensor) -> bool:
     return name.endswith(".bias") and not tensor.any()
 
 
-def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file that names all tensors, and the tensors."""
+def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Path]]:
+    """The file that names all tensors, the tensors, and the shards that hold them or should."""
     if (path := folder / WEIGHTS).exists():
-        return path, _read_safetensors(path)[0]
+        return path, _read_safetensors(path)[0], {}
     if (path := folder / INDEX).exists():
         files = _read_json(path).get("weight_map")
         names = sorted(set(files.values())) if isinstance(files, dict) else []
@@ -116,27 +118,32 @@ def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             if twice := sorted(found.keys() & shard.keys()):
                 raise ValueError(f"{folder / name}: got tensor {twice[0]} again, expected it in one shard")
             found |= shard
-        return path, found
+        return path, found, {name: folder / file for name, file in files.items()}
     if (path := folder / PICKLE).exists():
         try:
-            return path, dict(torch.load(path, map_location="cpu", weights_only=True))
+            return path, dict(torch.load(path, map_location="cpu", weights_only=True)), {}
         except Exception as error:  # unpickling damaged bytes raises anything; torch's texts advise to trust the file
             raise ValueError(f"{path}: {type(error).__name__}, expected a whole file of nothing but tensors") from None
     raise ValueError(f"checkpoint {folder}: got no weights, expected {WEIGHTS}, {INDEX} or {PICKLE}")
 
 
-def _compare(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+def _compare(
+    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size], places: Mapping[str, Path] = NOWHERE
+) -> None:
     for name, shape in expected.items():
+        place = places.get(name, path)
         if name not in found:
-            raise ValueError(f"{path}: got no tensor {name}, expected one of shape {tuple(shape)} as {CONFIG} says")
+            raise ValueError(f"{place}: got no tensor {name}, expected one of shape {tuple(shape)} as {CONFIG} says")
         if found[name].shape != shape or not found[name].is_floating_point():
             raise ValueError(
-                f"{path}: {name} is {found[name].dtype} of shape {tuple(found[name].shape)}, "
+                f"{place}: {name} is {found[name].dtype} of shape {tuple(found[name].shape)}, "
                 f"expected floating point of shape {tuple(shape)} as {CONFIG} says (both as [out, in])"
             )
     if extra := sorted(set(found) - set(expected)):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise ValueError(f"{path}: got tensor {extra[0]}{more}, expected the {len(expected)} of {CONFIG} alone")
+        raise ValueError(
+            f"{places.get(extra[0], path)}: got tensor {extra[0]}{more}, expected the {len(expected)} of {CONFIG} alone"
+        )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -200,7 +200,11 @@ DAMAGE = {
     ),
     "a shard without a tensor": (
         shards(lambda path, first, _: save_file(dict(list(first.items())[1:]), path)),
-        "index.json: got no tensor transformer",
+        "0.safetensors: got no tensor transformer",
+    ),
+    "a misshapen tensor in a shard": (
+        shards(lambda path, first, _: save_file({n: t[:3].clone() for n, t in first.items()}, path)),
+        r"0.safetensors: transformer\S* is torch.float32 of shape \(3",
     ),
     "a tensor in two shards": (
         shards(lambda path, first, rest: save_file({**first, LN_F: rest[LN_F]}, path)),
@@ -230,6 +234,27 @@ def test_damage_is_named(tmp_path, kind):
     with pytest.raises(ValueError, match=message) as error:
         peakgpt.GPT.from_pretrained(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position": "sinusoid"}, "position is 'sinusoid', expected one of learned, rotary, alibi, "),
+        ({"activation": "swish"}, "activation is 'swish', expected one of gelu_tanh, gelu_erf, relu"),
+        ({"n_head": 3, "head_dim": None}, "n_embd is 16, expected a multiple of n_head 3"),
+        ({"n_kv_head": 3}, "n_kv_head is 3, expected a divisor of n_head 2"),
+        ({"experts": "8"}, "experts is '8', expected a positive integer"),
+        ({"windows": "all"}, "windows is 'all', expected positive integers or None"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:checkpoint")
+def test_bad_fields_of_our_own_layout_are_named(tmp_path, changes, message):
+    our_model(n_kv_head=1).save_pretrained(tmp_path)
+    edit_config(**changes)(tmp_path)
+    with pytest.raises(ValueError, match=f"config.json: GPTConfig: {message}") as error:
+        peakgpt.GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_folder_is_named(tmp_path):

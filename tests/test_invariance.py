@@ -12,7 +12,10 @@ from peakgpt.engine.train import Recipe, Trainer
 from peakgpt.kernels.cpu import linear
 from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
 
-CONFIG = GPTConfig(vocab_size=300, block_size=80, n_layer=2, n_embd=48, n_head=3)
+SIZES = {"vocab_size": 300, "block_size": 80, "n_layer": 2, "n_embd": 48, "n_head": 3}
+CONFIG = GPTConfig(**SIZES)
+MIXED = GPTConfig(**SIZES, norm="rms", gated_mlp=True, experts=3, n_kv_head=1, position="relative_bias", bias=False)
+configs = pytest.mark.parametrize("config", (CONFIG, MIXED), ids=("gpt2", "mixed"))
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -37,10 +40,10 @@ def split_in(parts_of):
     return product
 
 
-def trained(dtype):
+def trained(dtype, config=CONFIG):
     """The masters' bits, the loss and the gradient norm after three steps."""
     torch.manual_seed(0)
-    model = GPT(CONFIG)
+    model = GPT(config)
     trainer = Trainer(model, Recipe(batch=3, tokens=70, dtype=dtype, lr=1e-2), steps=10)
     ids = torch.randint(CONFIG.vocab_size, (3, 71))
     losses = [trainer.step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for _ in range(3)]
@@ -51,18 +54,20 @@ def same(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+@configs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_training_from_run_to_run(dtype):
-    assert same(trained(dtype), trained(dtype))
+def test_training_from_run_to_run(dtype, config):
+    assert same(trained(dtype, config), trained(dtype, config))
 
 
+@configs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_training_for_any_thread_count(dtype, threads, monkeypatch):
+def test_training_for_any_thread_count(dtype, config, threads, monkeypatch):
     def by_threads():
         results = []
         for count in (1, 2, 4):
             threads(count)
-            results.append(trained(dtype))
+            results.append(trained(dtype, config))
         return results
 
     first, *others = by_threads()
@@ -72,10 +77,11 @@ def test_training_for_any_thread_count(dtype, threads, monkeypatch):
     assert not any(same(first, other) for other in others), "the check is blind"
 
 
+@configs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_in_any_batch(dtype, monkeypatch):
+def test_logits_in_any_batch(dtype, config, monkeypatch):
     torch.manual_seed(0)
-    model = GPT(CONFIG).to(dtype).eval()
+    model = GPT(config).to(dtype).eval()
     ids = torch.randint(CONFIG.vocab_size, (5, 70))
 
     @torch.no_grad()
