@@ -194,6 +194,84 @@ def test_mlp_activations_far_from_zero(act):
     assert_right("mlp", [x, one, None, one, None], torch.float32, activation=act)
 
 
+FUSED_CASES = [
+    ("sm_80", torch.bfloat16, {}),
+    ("sm_90", torch.bfloat16, {"activation": "gelu_erf"}),  # TMA, and a tail in every direction
+    ("sm_100", torch.float16, {"activation": "relu"}),
+    ("sm_90", torch.float32, {}),
+    ("sm_90", torch.bfloat16, {"recompute": True}),
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "params"), FUSED_CASES, ids=str)
+def test_mlp_fused_into_its_products(arch, dtype, params, monkeypatch):
+    """The rule, by every class's tiles. Fails when a half of the epilogue writes where the other one does."""
+    monkeypatch.setattr(gpu("mlp").launch, "arch", lambda x: arch)
+    tensors = sample("mlp", {"rows": 131, "width": 40, "hidden": 264}, dtype, DEVICE)
+    _, arguments = gpu("gemm")._launch(gpu("gemm").FORWARD, tensors[0].detach(), tensors[1].detach().t(), "relu")
+    assert arguments["TMA"] == (arch != "sm_80" and dtype != torch.float32)
+    with gpu("mlp").way("fused"):
+        assert_right("mlp", tensors, dtype, **params)
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+def test_mlp_fused_where_tma_can_not_go(transposed, monkeypatch):
+    """Rows that do not start on 16 bytes, and Conv1D's weights."""
+    monkeypatch.setattr(gpu("mlp").launch, "arch", lambda x: "sm_90")
+    tensors = sample("mlp", {"rows": 9, "width": 16, "hidden": 67 if not transposed else 72}, torch.bfloat16, DEVICE)
+    for i in (1, 3) if transposed else ():
+        tensors[i] = tensors[i].detach().t().contiguous().t().requires_grad_()
+    with gpu("mlp").way("fused"):
+        results = assert_right("mlp", tensors, torch.bfloat16)
+        assert results[2].stride() == tensors[1].stride()
+        tensors[2] = tensors[4] = None
+        assert_right("mlp", tensors, torch.bfloat16)
+
+
+def test_mlp_recomputed_has_the_bits_of_the_kept_one():
+    op, tensors = OPS["mlp"], sample("mlp", {"rows": 9, "width": 16, "hidden": 65}, torch.bfloat16, DEVICE)
+    for name in ("fused", "library"):
+        with gpu("mlp").way(name):
+            kept, again = (run("gpu", op, tensors, {"recompute": recompute}) for recompute in (False, True))
+        assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_the_table_decides_by_shape_and_direction(monkeypatch):
+    """An entry counts for its class, its direction and its shape only; what is not measured is the library's."""
+    module, called = gpu("mlp"), []
+    for name in ("product_and_act", "slope_of_product"):
+        real = getattr(module.gemm, name)
+        monkeypatch.setattr(module.gemm, name, lambda *a, n=name, f=real: called.append(n) or f(*a))
+    tensors = sample("mlp", {"rows": 5, "width": 16, "hidden": 64}, torch.bfloat16, DEVICE)
+    assert not module.FUSED, "an entry needs a committed measurement"
+    here = module.launch.arch(tensors[0])
+    for table, expected in (
+        ({}, []),
+        ({(here, "forward"): {(16, 64)}}, ["product_and_act"]),
+        ({(here, "backward"): {(16, 64)}}, ["slope_of_product"]),
+        ({(here, "forward"): {(64, 16)}, ("sm_90x", "backward"): {(16, 64)}}, []),
+    ):
+        monkeypatch.setattr(module, "FUSED", table)
+        called.clear()
+        run("gpu", OPS["mlp"], tensors, {})
+        assert called == expected
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_gated_mlp_over_more_rows_than_programs(dtype):
+    tensors = sample("gated_mlp", {"rows": 131, "width": 16, "hidden": 129}, dtype, DEVICE)
+    assert_right("gated_mlp", tensors, dtype)
+
+
+@pytest.mark.parametrize("wanted", ((0,), (1, 4), (2,), (3,), (5,), (6,)))
+def test_gated_mlp_with_frozen_inputs(wanted):
+    tensors = sample("gated_mlp", {"rows": 9, "width": 16, "hidden": 65}, torch.float32, DEVICE)
+    for i, t in enumerate(tensors):
+        t.requires_grad_(i in wanted)
+    assert_right("gated_mlp", tensors, torch.float32)
+
+
 # ---- linear cross-entropy ----
 
 

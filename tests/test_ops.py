@@ -22,7 +22,7 @@ IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, 
 DTYPES = (torch.float32, torch.bfloat16)
 # Backends still to be written.
 PENDING = {("cpu", "attention_decode"), ("gpu", "attention_decode"), ("gpu", "rmsnorm"), ("gpu", "add_rmsnorm"),
-           ("gpu", "gated_mlp"), ("gpu", "linear_q8"), ("gpu", "linear_q4")}  # fmt: skip
+           ("gpu", "linear_q8"), ("gpu", "linear_q4")}  # fmt: skip
 DIFFERENTIABLE = [name for name in sorted(catalogue.__all__) if OPS[name].gradient]
 
 

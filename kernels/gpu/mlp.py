@@ -1,16 +1,18 @@
-"""GELU-MLP on the GPU: cuBLAS for the four products, Triton for what lies between them.
+"""GELU-MLP on the GPU: two ways, and a table that chooses between them by shape, forward and backward apart.
+
+"library" takes the four products from cuBLAS and what lies between them from Triton:
 
     forward   pre = addmm(b_up, x, w_up^T)     act_fwd: h = act(pre)     y = addmm(b_down, h, w_down^T)
     backward  dh = dy w_down       act_bwd: dpre = dh act'(pre) over dh, h = act(pre) again, partial sums of db_up
               dx = dpre w_up     dw_up = dpre^T x     dw_down = dy^T h
 
-Fusing the activation into the product's epilogue saves one pass over h and pays only where the Triton product reaches
-about 0.97 of cuBLAS, which is not measured yet; the library adds the bias in its own epilogue.
+"fused" takes the first product of each direction from gemm.py, with activation or slope in its epilogue. That saves a
+pass over h and pays only where the Triton product reaches about 0.97 of cuBLAS.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu import gemm, launch
+from peakgpt.kernels.gpu.activation import activate
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 from peakgpt.kernels.gpu.linear import product
 from peakgpt.kernels.gpu.reduce import partials, sum_partials
@@ -36,28 +39,28 @@ BLOCK_N, FORWARD = 1024, Tile(warps=4)
 BACKWARD = ActTile(BLOCK_R=8, BLOCK_F=128, warps=4)
 PROGRAMS_PER_PROCESSOR = 8
 
-_STEEP = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
-_RSQRT_2_PI = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))
-_SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+# (C, F) of the shapes where "fused" was measured to be faster, by class and direction. What is not measured is not
+# here, and nothing is yet: `bench device` times both ways.
+FUSED: dict[tuple[str, str], frozenset[tuple[int, int]]] = {}
+WAYS = ("table", "fused", "library")
+_way = "table"
 
 
-@triton.jit
-def activate(x, ACT: tl.constexpr):
-    """(act(x), act'(x)) of a float32 tile; what is not used is not computed."""
-    if ACT == "relu":
-        y = tl.where(x > 0.0, x, x * 0.0)  # NaN stays NaN
-        dy = tl.where(x > 0.0, 1.0, 0.0)
-    elif ACT == "gelu_erf":
-        gate = 0.5 * (1.0 + tl.erf(x * _SQRT_HALF))
-        y = x * gate
-        dy = gate + x * tl.exp(-0.5 * x * x) * _RSQRT_2_PI
-    else:
-        # (1 + tanh u) / 2 = sigmoid(2 u), which needs one exp and no branch.
-        square = 0.044715 * x * x
-        gate = 1.0 / (1.0 + tl.exp(-(x * _STEEP) * (1.0 + square)))
-        y = x * gate
-        dy = gate + y * (1.0 - gate) * (1.0 + 3.0 * square) * _STEEP
-    return y, dy
+@contextlib.contextmanager
+def way(name: str) -> Iterator[None]:
+    """Take one of WAYS inside the block, whatever the table says: for tests and benchmarks, global to the process."""
+    global _way
+    before, _way = _way, name
+    try:
+        yield
+    finally:
+        _way = before
+
+
+def _fused(direction: str, x: Tensor, w_up: Tensor) -> bool:
+    if _way != "table":
+        return _way == "fused"
+    return (w_up.shape[1], w_up.shape[0]) in FUSED.get((launch.arch(x), direction), ())
 
 
 @triton.jit
@@ -96,15 +99,34 @@ def objection(x: Tensor, *_, **__) -> str | None:
 def forward(outputs, saved, x, w_up, b_up, w_down, b_down, *, activation, recompute):
     x = x.reshape(-1, x.shape[-1])
     hidden = (x.shape[0], w_up.shape[0])
-    pre = saved[0].view(hidden) if saved else x.new_empty(hidden)
+    h = _first_product(x, w_up, b_up, saved[0].view(hidden) if saved else None, activation)
+    product(h, w_down, b_down, outputs[0].view(-1, w_down.shape[0]))
+
+
+def _first_product(x: Tensor, w_up: Tensor, b_up: Tensor | None, pre: Tensor | None, activation: str) -> Tensor:
+    """h, with pre filled where given."""
+    h = x.new_empty(x.shape[0], w_up.shape[0])
+    if _fused("forward", x, w_up):
+        gemm.product_and_act(x, w_up, b_up, pre, h, activation)
+        return h
+    pre = h if pre is None else pre
     product(x, w_up, b_up, pre)
-    h = torch.empty_like(pre) if saved else pre
     with launch.on(x):
         mlp_act_fwd[(triton.cdiv(pre.numel(), BLOCK_N),)](
             pre_ptr=pre, h_ptr=h, N=pre.numel(), ACT=activation,
             BLOCK_N=BLOCK_N, num_warps=FORWARD.warps, num_stages=FORWARD.stages,
         )  # fmt: skip
-    product(h, w_down, b_down, outputs[0].view(-1, w_down.shape[0]))
+    return h
+
+
+def _pre(x: Tensor, w_up: Tensor, b_up: Tensor | None, activation: str) -> Tensor:
+    """The pre-activation again, by the way and so with the bits of forward."""
+    pre = x.new_empty(x.shape[0], w_up.shape[0])
+    if _fused("forward", x, w_up):
+        gemm.product_and_act(x, w_up, b_up, pre, None, activation)
+    else:
+        product(x, w_up, b_up, pre)
+    return pre
 
 
 def backward(grads, inputs, outputs, saved, needs, *, activation, recompute):
@@ -113,37 +135,39 @@ def backward(grads, inputs, outputs, saved, needs, *, activation, recompute):
     dy, rows = grads[0].reshape(-1, w_down.shape[0]), x.reshape(-1, x.shape[-1])
     dx = dw_up = db_up = dw_down = None
     if need_x or need_w_up or need_b_up or need_w_down:
-        pre = saved[0] if saved else _pre(rows, w_up, b_up)
-        dpre, h, db_up = _through_activation(dy @ w_down, pre, need_w_down, need_b_up, activation)
+        pre = saved[0].view(-1, w_up.shape[0]) if saved else _pre(rows, w_up, b_up, activation)
+        h = torch.empty_like(pre) if need_w_down else None
+        db_up = pre.new_empty(pre.shape[1]) if need_b_up else None
+        if _fused("backward", x, w_up):
+            dpre = gemm.slope_of_product(dy, w_down, pre, h, db_up, activation)
+        else:
+            dpre = _through_activation(dy @ w_down, pre, h, db_up, activation)
         dx = (dpre @ w_up).view(x.shape) if need_x else None
         dw_up = torch.mm(dpre.t(), rows, out=torch.empty_like(w_up)) if need_w_up else None
         dw_down = torch.mm(dy.t(), h, out=torch.empty_like(w_down)) if need_w_down else None
     return dx, dw_up, db_up, dw_down, dy.sum(0) if need_b_down else None
 
 
-def _pre(x: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
-    pre = x.new_empty(x.shape[0], w_up.shape[0])
-    product(x, w_up, b_up, pre)
-    return pre
-
-
-def _through_activation(dh: Tensor, pre: Tensor, want_h: bool, want_db: bool, activation: str):
-    """(dpre, over dh; h or None; db_up or None)."""
+def _through_activation(dh: Tensor, pre: Tensor, h: Tensor | None, db: Tensor | None, activation: str) -> Tensor:
+    """dpre, over dh, with h and db filled where given."""
     (count, hidden), tile = dh.shape, BACKWARD
-    columns = triton.cdiv(hidden, tile.BLOCK_F)
-    most = triton.cdiv(PROGRAMS_PER_PROCESSOR * launch.processors(dh), columns)
-    programs = min(triton.cdiv(count, tile.BLOCK_R), most)
-    h = torch.empty_like(dh) if want_h else None
-    partial = partials(dh, 1, programs, hidden) if want_db else None
-    db = dh.new_empty(hidden) if want_db else None
+    grid = column_programs(dh)
+    partial = None if db is None else partials(dh, 1, grid[1], hidden)
     with launch.on(dh):
-        mlp_act_bwd[(columns, programs)](
+        mlp_act_bwd[grid](
             dh_ptr=dh, pre_ptr=pre, h_ptr=h, partial_ptr=partial, R=count, F=hidden, ACT=activation,
             BLOCK_R=tile.BLOCK_R, BLOCK_F=tile.BLOCK_F, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        if want_db:
+        if db is not None:
             sum_partials(partial, db)
-    return dh, h, db
+    return dh
+
+
+def column_programs(x: Tensor) -> tuple[int, int]:
+    """(blocks of columns, programs that share the rows of each) of a kernel that sums x's columns."""
+    columns = triton.cdiv(x.shape[1], BACKWARD.BLOCK_F)
+    most = triton.cdiv(PROGRAMS_PER_PROCESSOR * launch.processors(x), columns)
+    return columns, min(triton.cdiv(x.shape[0], BACKWARD.BLOCK_R), most)
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:

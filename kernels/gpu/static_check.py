@@ -155,7 +155,7 @@ def _read(*command: str) -> str:
 
 def ops() -> tuple[str, ...]:
     """Names of the files in this folder that hold kernels; nothing is imported."""
-    helpers = {"launch", "static_check"}
+    helpers = {"activation", "launch", "static_check"}
     return tuple(sorted(m.name for m in pkgutil.iter_modules(gpu.__path__) if m.name not in helpers))
 
 
