@@ -3,7 +3,9 @@
 Every contender runs the same random weights in a process of its own, keeps the prompt's keys and values, and computes
 logits at the last position only:
 
-    work FLOPs = T (2 N + 4 L H D (T + 1) / 2) - (T - 1) 2 C V
+    work FLOPs = T (2 N + 4 L H D (T + 1) / 2) - (T - 1) 2 (C V + H D C + 2 C F)
+
+The last position needs the last block's keys and values of the whole prompt, but what follows its attention only once.
 """
 
 from __future__ import annotations
@@ -123,9 +125,10 @@ def compare_prefill(
 
 
 def work_flops(config: GPTConfig, tokens: int) -> float:
-    """What a prompt must compute: causal attention half, the head at one position."""
-    head = 2.0 * config.n_embd * config.vocab_size
-    return tokens * forward_flops(config, tokens, causal=True) - (tokens - 1) * head
+    """What a prompt must compute: causal attention half, the head and the end of the last block at one position."""
+    c = config
+    once = 2.0 * c.n_embd * (c.vocab_size + c.n_head * c.head_dim + 2 * c.n_inner)
+    return tokens * forward_flops(c, tokens, causal=True) - (tokens - 1) * once
 
 
 def start(config: GPTConfig, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
