@@ -104,8 +104,8 @@ void DefineProgram(py::module_& m) {
         p.Embed(out, At(wte), wte_row, At(wpe), wpe_row);
       })
       .def("norm", [](Program& p, int x, int residual, int sum, int out, uintptr_t w, int w_dtype, uintptr_t b,
-                      float eps) {
-        p.Norm(x, residual, sum, out, At(w), static_cast<DType>(w_dtype), At(b), eps);
+                      float eps, bool rms) {
+        p.Norm(x, residual, sum, out, At(w), static_cast<DType>(w_dtype), At(b), eps, rms);
       })
       .def("linear", [](Program& p, int x, int out, std::shared_ptr<Weight> weight, uintptr_t bias, int epilogue,
                         int activation, int gate) {

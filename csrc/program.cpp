@@ -79,14 +79,16 @@ void Program::Embed(int out, const void* wte, int64_t wte_row, const void* wpe, 
   });
 }
 
-void Program::Norm(int x, int residual, int sum, int out, const void* w, DType w_dtype, const void* b, float eps) {
+void Program::Norm(int x, int residual, int sum, int out, const void* w, DType w_dtype, const void* b, float eps,
+                   bool rms) {
   const int64_t width = widths_[x];
   steps_.push_back([=, dtype = dtype_, taken = taken_](const State& s) {
     const int64_t rows = taken ? s.pass.taken : s.pass.rows;
     const bool adds = residual >= 0;
     float* const statistics = reinterpret_cast<float*>(s.scratch);
     LayernormForward({dtype, w_dtype, rows, width, s.buffers[x], width, adds ? s.buffers[residual] : nullptr, width, w,
-                      b, adds ? s.buffers[sum] : nullptr, s.buffers[out], statistics, statistics + rows, eps},
+                      b, adds ? s.buffers[sum] : nullptr, s.buffers[out], rms ? nullptr : statistics, statistics + rows,
+                      eps},
                      s.threads);
   });
   scratch_.push_back([](const PassArgs& pass, int) { return 2 * pass.rows * static_cast<int64_t>(sizeof(float)); });

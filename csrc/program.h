@@ -66,8 +66,8 @@ class Program {
 
   // out = wte[id] + wpe[position].
   void Embed(int out, const void* wte, int64_t wte_row, const void* wpe, int64_t wpe_row);
-  // sum = x + residual, out = norm(sum); residual < 0: out = norm(x).
-  void Norm(int x, int residual, int sum, int out, const void* w, DType w_dtype, const void* b, float eps);
+  // sum = x + residual, out = norm(sum); residual < 0: out = norm(x). rms: RMSNorm.
+  void Norm(int x, int residual, int sum, int out, const void* w, DType w_dtype, const void* b, float eps, bool rms);
   // out = epilogue(x w^T + bias); gate is the buffer of kGate. out < 0: the logits.
   void Linear(int x, int out, std::shared_ptr<Weight> weight, const void* bias, Epilogue epilogue,
               Activation activation, int gate);

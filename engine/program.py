@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from peakgpt.engine.layers import Block, LayerNorm
+from peakgpt.engine.layers import Block, GatedMLP, LayerNorm, RMSNorm
 from peakgpt.engine.model import GPT
 from peakgpt.engine.positions import alibi_slopes, rotary_table
+from peakgpt.engine.relative import RELATIVE
 from peakgpt.kernels.attention import default_scale
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, threads
-from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, STORE
+from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 
 NONE, LOGITS = -1, -1  # in place of a buffer's number
 
@@ -25,6 +26,8 @@ def objection(model: GPT) -> str | None:
     config, weight = model.config, model.transformer.wte.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return f"takes float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"
+    if config.experts or config.position in RELATIVE:
+        return f"takes no experts and no relative positions, got {config.experts} and position {config.position!r}"
     if config.word_dim != config.n_embd:
         return f"takes word embeddings as wide as the model, got word_dim {config.word_dim}"
     if config.head_dim % 8 or config.head_dim > 256:
@@ -50,6 +53,8 @@ class Lowered:
         self.program, self.kept = _C.Program(DTYPES[weight.dtype]), []
         widths = {"x": c.n_embd, "h": c.n_embd, "qkv": (c.n_head + 2 * c.n_kv_head) * c.head_dim,
                   "y": c.n_head * c.head_dim, "branch": c.n_embd, "up": c.n_inner}  # fmt: skip
+        if c.gated_mlp:
+            widths["gate"] = c.n_inner
         widths |= {"taken x": c.n_embd, "taken h": c.n_embd, "taken y": widths["y"]}
         self.buffers = {name: self.program.buffer(width) for name, width in widths.items()}
         self._lower(model)
@@ -108,26 +113,31 @@ class Lowered:
 
     def think(self, block: Block, source: str, out: str = "branch") -> None:
         """out = mlp(source)."""
-        up, down, activation = block.mlp.c_fc, block.mlp.c_proj, ACTIVATIONS[block.mlp.activation]
-        self._linear(source, "up", up.weight, up.bias, ACTIVATE, activation)
-        self._linear("up", out, down.weight, down.bias)
+        mlp, activation = block.mlp, ACTIVATIONS[block.mlp.activation]
+        if isinstance(mlp, GatedMLP):
+            self._linear(source, "gate", mlp.c_gate.weight, mlp.c_gate.bias)
+            self._linear(source, "up", mlp.c_fc.weight, mlp.c_fc.bias, GATE, activation, "gate")
+        else:
+            self._linear(source, "up", mlp.c_fc.weight, mlp.c_fc.bias, ACTIVATE, activation)
+        self._linear("up", out, mlp.c_proj.weight, mlp.c_proj.bias)
 
-    def add_norm(self, norm: LayerNorm, residual: str) -> None:
+    def add_norm(self, norm: LayerNorm | RMSNorm, residual: str) -> None:
         """residual += branch, h = norm(residual)."""
         self._norm(norm, "branch", residual=residual, out="h")
 
-    def _norm(self, norm: LayerNorm, source: str, *, out: str, residual: str | None = None) -> None:
-        number, weight = self.buffers, self._kept(norm.weight)
+    def _norm(self, norm: LayerNorm | RMSNorm, source: str, *, out: str, residual: str | None = None) -> None:
+        number, weight, bias = self.buffers, self._kept(norm.weight), self._kept(getattr(norm, "bias", None))
         stream = NONE if residual is None else number[residual]
         self.program.norm(number[source], stream, stream, number[out], address(weight), DTYPES[weight.dtype],
-                          address(self._kept(norm.bias)), norm.eps)  # fmt: skip
+                          address(bias), norm.eps, isinstance(norm, RMSNorm))  # fmt: skip
 
     def _linear(self, source: str, out: str | int, weight: Tensor, bias: Tensor | None, epilogue: int = STORE,
-                activation: int = 0) -> None:  # fmt: skip
+                activation: int = 0, gate: str | None = None) -> None:  # fmt: skip
         to = out if out == LOGITS else self.buffers[out]
         w = weight.detach()
         packed = _C.DenseWeight(DTYPES[w.dtype], *w.shape, address(w), w.stride(0), threads())
-        self.program.linear(self.buffers[source], to, packed, address(self._kept(bias)), epilogue, activation, NONE)
+        self.program.linear(self.buffers[source], to, packed, address(self._kept(bias)), epilogue, activation,
+                            NONE if gate is None else self.buffers[gate])  # fmt: skip
 
     def _matrix(self, table: Tensor | None) -> tuple[int, int]:
         kept = self._kept(table)

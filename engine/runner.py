@@ -78,7 +78,7 @@ class Runner:
             len(ids), address(ids), address(positions), len(chunks), address(begins), address(past), address(tables),
             most, address(m.keys), address(m.values), m.layer_bytes, len(take), address(take), address(logits),
         )  # fmt: skip
-        return logits
+        return logits if self.config.logit_scale == 1.0 else logits.mul_(self.config.logit_scale)
 
     def _check(self, chunk: Chunk) -> None:
         end = chunk.past + len(chunk.ids)

@@ -24,6 +24,10 @@ MODELS = {
     "two norms, rotary": {"residual": "parallel_two_norms", "position": "rotary", "rotary_dim": 16},
     "alibi, embedding norm": {"position": "alibi", "embedding_norm": True, "activation": "gelu_erf"},
     "windows, one key head": {"windows": (None, 70), "n_kv_head": 1, "position_offset": 2, "bias": ("mlp", "norm")},
+    "palm": {
+        "residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
+        "activation": "silu", "bias": False, "logit_scale": 0.125,
+    },
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -140,6 +144,8 @@ def test_bad_chunks_are_refused(chunk, message):
 
 
 def test_what_can_not_be_lowered_says_so():
+    with pytest.raises(NotImplementedError, match="no relative positions, got 0 and position 'transformer_xl'"):
+        Runner(GPT(GPTConfig(**SIZES, position="transformer_xl")), blocks=1)
     with pytest.raises(NotImplementedError, match=r"got torch\.float64"):
         Runner(GPT(GPTConfig(**SIZES)).double(), blocks=1)
 
