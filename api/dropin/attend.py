@@ -45,6 +45,9 @@ class Mask(NamedTuple):
 
     __add__ = __radd__
 
+    def __getattr__(self, name: str):  # what a tensor has and this has not
+        raise AttributeError(TAKES_NO_MASK)
+
 
 def attention_forward(
     module: nn.Module,

@@ -61,7 +61,9 @@ def mask(
     found = None
     if not use_vmap and isinstance(q_offset, int):  # a tensor: a static cache, whose end is not that of its keys
         found = _traced_pattern(mask_function, local_size, batch_size, q_length, device)
-        if found is not None and found.causal and q_offset + q_length != kv_offset + kv_length:
+        # generate() wants a tensor for a static cache, and with a window nothing here tells that from any other cache.
+        generating = found is not None and found.window is not None and not torch.is_grad_enabled()
+        if generating or (found is not None and found.causal and q_offset + q_length != kv_offset + kv_length):
             found = None
     if found is None:
         return sdpa_mask(

@@ -1,0 +1,247 @@
+"""attn_implementation="peakgpt": each trap that transformers' attention interface has laid for somebody before."""
+
+import pytest
+import torch
+import transformers
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+import peakgpt
+from peakgpt.dropin import attend
+from peakgpt.dropin.attend import Mask, attention_forward
+
+transformers.logging.set_verbosity_error()
+peakgpt.register_attention()
+VOCAB = 97
+WIDTH = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48,
+         "vocab_size": VOCAB, "max_position_embeddings": 64}  # fmt: skip
+
+
+def model_of(kind, implementation="peakgpt", **fields):
+    torch.manual_seed(0)
+    config, model = (getattr(transformers, kind + suffix) for suffix in ("Config", "ForCausalLM"))
+    config = config(**{**WIDTH, **fields})
+    return model._from_config(config, attn_implementation=implementation).eval()
+
+
+def pair(kind, reference="sdpa", **fields):
+    """The same model with their attention and with ours."""
+    theirs, ours = model_of(kind, reference, **fields), model_of(kind, **fields)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The options of each call of the op, so that a test can say that it ran, and how."""
+    seen = []
+    op = peakgpt.attention
+    monkeypatch.setattr(attend, "attention", lambda *a, **k: seen.append(k) or op(*a, **k))
+    return seen
+
+
+IDS = torch.randint(5, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+LIVE = {
+    "left": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9]),
+    "right": torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0, 0], [1] * 9]),
+    "holes": torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1, 1], [1] * 9]),
+    "none": torch.ones(2, 9, dtype=torch.long),
+}
+
+
+@pytest.mark.parametrize("padding", LIVE)
+@pytest.mark.parametrize("kind", ["Llama", "OPT", "GPTNeoX"])
+def test_padding_is_seen_and_stays_compact(kind, padding, calls):
+    """Without a mask function of its own, left padding is silently ignored."""
+    theirs, ours = pair(kind)
+    live = LIVE[padding]
+    with torch.no_grad():
+        expected, got = (m(IDS, attention_mask=live).logits[live.bool()] for m in (theirs, ours))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2
+    for call in calls:
+        ranges, bias = call["kv_start"] is not None, call["bias"]
+        assert (ranges, bias is not None) == (padding in ("left", "right"), padding == "holes")
+        assert bias is None or bias.stride()[1:3] == (0, 0) or bias.stride(2) == 0  # no (T, S) tensor
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Bloom", {"n_head": 4, "n_layer": 2}), ("CodeGen", {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}),
+        ("XGLM", {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 48}), ("GPTNeoXJapanese", {}),
+    ],
+)  # fmt: skip
+def test_a_model_that_would_never_call_it_says_so(kind, fields):
+    """They take the name, get no mask, and look into the future."""
+    model = model_of(kind, **fields)
+    with pytest.raises((TypeError, AttributeError), match=r"applies its mask itself.*expected peakgpt.patch\(model\)"):
+        model(IDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("GPTJ", {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}), ("Falcon", {}),
+        ("GPTNeo", {"num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
+    ],
+)  # fmt: skip
+def test_a_model_that_looks_the_name_up_elsewhere_does_not_build(kind, fields):
+    with pytest.raises(KeyError, match="peakgpt"):
+        model_of(kind, **fields)
+
+
+def test_the_scale_of_the_caller_counts(calls):
+    """OPT scales its queries and passes 1.0."""
+    theirs, ours = pair("OPT")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert {call["scale"] for call in calls} == {1.0}
+
+
+def test_a_position_bias_is_added_and_learns():
+    """T5 hands it over by keyword."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    theirs = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    ours = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="peakgpt")
+    ours.load_state_dict(theirs.state_dict())
+    grads = []
+    for model in (theirs, ours):
+        model.train()(IDS, attention_mask=LIVE["right"], labels=IDS).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if "relative_attention_bias" in n})
+    assert len(grads[0]) == 2
+    for name, grad in grads[0].items():
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)
+
+
+def tensors(queries=4, keys=4, heads=2, kv_heads=2):
+    torch.manual_seed(0)
+    return [torch.randn(2, h, n, 8) for h, n in ((heads, queries), (kv_heads, keys), (kv_heads, keys))]
+
+
+class Causal(torch.nn.Module):
+    is_causal = True
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "head_mask", "cache", "whatever"])
+def test_an_unknown_keyword_raises(name):
+    with pytest.raises(ValueError, match=f"got {name}=float, expected None"):
+        attention_forward(Causal(), *tensors(), None, **{name: 1.0})
+    attention_forward(Causal(), *tensors(), None, **{name: None}, position_ids=torch.arange(4))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(4, 4), (1, 5), (3, 6)], ids=["equal", "one query", "static prefill"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_mask_means_what_it_means_to_sdpa(queries, keys, causal):
+    q, k, v = tensors(queries, keys)
+    module = Causal()
+    module.is_causal = causal
+    expected = transformers.AttentionInterface()["sdpa"](module, q, k, v, None)[0]
+    got = attention_forward(module, q, k, v, None)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        attention_forward(Causal(), q, k, v, None, is_causal=causal)[0], expected, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_a_dense_mask_of_the_users_counts(kind):
+    theirs, ours = pair("Llama", num_key_value_heads=2)
+    mask = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(1)) > 0.5
+    mask |= torch.eye(9, dtype=torch.bool)
+    mask = mask if kind == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(kind).min)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(IDS, attention_mask=mask).logits, theirs(IDS, attention_mask=mask).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_text_is_the_same_with_any_cache(cache, padding, window):
+    fields = {"sliding_window": window, "num_key_value_heads": 2} if window else {}
+    theirs, ours = pair("Mistral" if window else "Llama", pad_token_id=0, **fields)
+    options = {"max_new_tokens": 7, "do_sample": False, "cache_implementation": cache, "attention_mask": LIVE[padding],
+               "disable_compile": True}  # fmt: skip
+    assert torch.equal(ours.generate(IDS, **options), theirs.generate(IDS, **options))
+
+
+def test_chunks_of_a_prompt_see_what_came_before():
+    """More queries than one and fewer than keys: aligned at the end."""
+    theirs, ours = pair("Llama")
+    with torch.no_grad():
+        cache = ours(IDS[:, :4]).past_key_values
+        got = ours(IDS[:, 4:], past_key_values=cache).logits
+        torch.testing.assert_close(got, theirs(IDS).logits[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 0, 1]])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packing_is_read_from_position_ids(window, calls):
+    fields = {"sliding_window": window, "num_key_value_heads": 2} if window else {}
+    theirs, ours = pair("Mistral" if window else "Llama", **fields)
+    expected, got = (m(IDS, position_ids=PACKED, use_cache=False).logits for m in (theirs, ours))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert all(call["cu_seqlens"].tolist() == [0, 3, 9, 16, 18] and call["window"] == window for call in calls)
+
+
+def test_packing_is_read_from_offsets():
+    theirs, ours = pair("Llama")
+    offsets = torch.tensor([0, 3, 9], dtype=torch.int32)
+    with torch.no_grad():
+        expected = theirs(IDS[:1], position_ids=PACKED[:1], use_cache=False).logits
+        got = ours(IDS[:1], position_ids=PACKED[:1], use_cache=False, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets,
+                   max_length_q=6, max_length_k=6).logits  # fmt: skip
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_training_keeps_the_mask_compact_and_refuses_packing():
+    """While compiling, transformers makes a dense mask of every batch, for position_ids might be packed."""
+    theirs, ours = pair("Llama")
+    shapes = []
+
+    def see(graph, inputs):
+        shapes.extend(tuple(n.meta["example_value"].shape) for n in graph.graph.nodes
+                      if isinstance(n.meta.get("example_value"), torch.Tensor))  # fmt: skip
+        return graph.forward
+
+    run = torch.compile(ours, fullgraph=True, backend=see)
+    got = run(IDS, use_cache=False, position_ids=torch.arange(9)[None]).logits
+    torch.testing.assert_close(got, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert not [s for s in shapes if s[-2:] == (9, 9)]
+    with pytest.raises(RuntimeError, match="packed position_ids while compiling: expected cu_seq_lens_q"):
+        run(IDS, use_cache=False, position_ids=PACKED[:1])
+
+
+@pytest.mark.parametrize("padding", ["left", "holes"])
+def test_compiled_training_sees_padding(padding):
+    theirs, ours = pair("Llama")
+    live = LIVE[padding]
+    run = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    got = run(IDS, attention_mask=live, use_cache=False).logits[live.bool()]
+    expected = theirs(IDS, attention_mask=live).logits[live.bool()]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_patterns_that_are_not_known_are_dense():
+    config = model_of("Llama").config
+    embeds = torch.zeros(2, 9, 32)
+    options = {"config": config, "inputs_embeds": embeds, "attention_mask": None, "past_key_values": None}
+    assert create_causal_mask(**options) == Mask(True)
+    config.sliding_window = 4
+    assert create_sliding_window_causal_mask(**options) == Mask(True, window=4)
+    odd = create_causal_mask(**options, or_mask_function=lambda b, h, q, k: (q < 3) & (k < 3))
+    assert odd.shape == (2, 1, 9, 9) and odd[0, 0, 0].tolist() == [True] * 3 + [False] * 6
+
+
+def test_weights_are_not_to_be_had():
+    config = model_of("Llama").config
+    with pytest.raises(ValueError, match="output_attentions"):
+        config.output_attentions = True
