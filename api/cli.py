@@ -12,6 +12,7 @@ COMMANDS = {
     "quickstart": "train a small GPT on this machine's own text beside PyTorch eager, and write a report",
     "train": "train a GPT on text files",
     "generate": "continue a prompt with a checkpoint",
+    "quantize": "round a checkpoint's weights to 8 or 4 bits",
     "bench": "measure ops, training and decoding beside PyTorch",
     "doctor": "say what this machine is and which backend each op takes",
     "aot": "compile every Triton kernel for GPUs that are not there, and count registers and spills",

@@ -54,7 +54,7 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Fa
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder}: got no such folder, expected one with {CONFIG} and {WEIGHTS}")
     path = folder / CONFIG
-    found = _read_json(path)
+    found = read_json(path)
     family = FAMILIES.get(str(found.get("model_type")))
     if family is None:
         raise ValueError(f"{path}: model_type is {found.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
@@ -106,15 +106,15 @@ def _zero_bias(name: str, tensor: Tensor) -> bool:
 def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Path]]:
     """The file that names all tensors, the tensors, and the shards that hold them or should."""
     if (path := folder / WEIGHTS).exists():
-        return path, _read_safetensors(path)[0], {}
+        return path, read_safetensors(path)[0], {}
     if (path := folder / INDEX).exists():
-        files = _read_json(path).get("weight_map")
+        files = read_json(path).get("weight_map")
         names = sorted(set(files.values())) if isinstance(files, dict) else []
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError(f"{path}: got no weight_map to files of this folder, expected one")
         found: dict[str, Tensor] = {}
         for name in names:
-            shard, _ = _read_safetensors(folder / name)
+            shard, _ = read_safetensors(folder / name)
             if twice := sorted(found.keys() & shard.keys()):
                 raise ValueError(f"{folder / name}: got tensor {twice[0]} again, expected it in one shard")
             found |= shard
@@ -146,7 +146,7 @@ def _compare(
         )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor of a file, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
@@ -162,7 +162,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return found, metadata
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ValueError where the file holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -203,9 +204,9 @@ def write_model(
         (stage / CONFIG).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(stage)
-        _write_safetensors(stage / WEIGHTS, tensors, {"format": "pt"})
+        write_safetensors(stage / WEIGHTS, tensors, {"format": "pt"})
 
-    _replace(Path(folder), fill)
+    replace(Path(folder), fill)
 
 
 def _with_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -229,7 +230,8 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of tensors; OSError where that fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -244,7 +246,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict
         raise OSError(str(error)) from None
 
 
-def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
+def replace(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write files into a hidden folder, then move them into `folder`, the weights last."""
     try:
         made = not folder.exists()
@@ -302,7 +304,7 @@ def save_training_state(
     tensors |= {f"optimizer.{i}.{k}": t for i, entry in packed["state"].items() for k, t in entry.items()}
     tensors |= {f"random.{i}": state for i, state in enumerate(_random_states())}
     text = json.dumps({"values": dict(values), "param_groups": packed["param_groups"]})
-    _replace(Path(folder), lambda stage: _write_safetensors(stage / TRAINING, tensors, {"training": text}))
+    replace(Path(folder), lambda stage: write_safetensors(stage / TRAINING, tensors, {"training": text}))
 
 
 def load_training_state(folder: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -314,7 +316,7 @@ def load_training_state(folder: Path | str, model: nn.Module, optimizer: torch.o
         ValueError: no such file, a damaged one, or one of another model or optimizer.
     """
     path = Path(folder, TRAINING)
-    tensors, metadata = _read_safetensors(path)
+    tensors, metadata = read_safetensors(path)
     if "training" not in metadata:
         raise ValueError(f"{path}: got no training state in it, expected one written by save_training_state")
     saved = json.loads(metadata["training"])

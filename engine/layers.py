@@ -15,12 +15,12 @@ from peakgpt.engine.cache import KVCache
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.experts import Experts
 from peakgpt.engine.positions import Positions
+from peakgpt.engine.quantised import QuantisedLinear, project
 from peakgpt.engine.recompute import checkpointed
 from peakgpt.engine.relative import RELATIVE
 from peakgpt.kernels.attention import attention, attention_qkv, default_scale
 from peakgpt.kernels.dropout import dropout
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
-from peakgpt.kernels.linear import linear
 from peakgpt.kernels.mlp import ACTIVATIONS, GATES, gated_mlp, mlp
 from peakgpt.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from peakgpt.kernels.rotary import rotary
@@ -108,6 +108,8 @@ class GELUMLP(Conv1DLoading):
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (..., C), to (..., C)."""
         up, down, choices = self.c_fc, self.c_proj, {"activation": self.activation, "recompute": self.recompute}
+        if isinstance(up, QuantisedLinear):
+            return down(up(x, self.activation))
         return mlp(x, up.weight, up.bias, down.weight, down.bias, **choices)
 
 
@@ -137,6 +139,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (..., C), to (..., C)."""
+        if isinstance(self.c_fc, QuantisedLinear):
+            return self.c_proj(self.c_gate(x, self.activation) * self.c_fc(x))
         parameters = (p for part in (self.c_gate, self.c_fc, self.c_proj) for p in (part.weight, part.bias))
         return gated_mlp(x, *parameters, activation=self.activation, recompute=self.recompute)
 
@@ -192,7 +196,7 @@ class CausalSelfAttention(Conv1DLoading):
         Returns:
             (B, T, C)
         """
-        qkv = linear(x, self.c_attn.weight, self.c_attn.bias).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
+        qkv = project(self.c_attn, x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
         if positions.rotary is not None:
             turned = self.n_head + self.n_kv_head
             qkv = rotary(qkv, *positions.rotary, heads=turned, interleaved=positions.interleaved)
@@ -212,7 +216,7 @@ class CausalSelfAttention(Conv1DLoading):
                 causal=q.shape[1] > 1,  # one query sees every key: saying so spares the backends a mask
                 alibi=positions.alibi, bias=bias, kv_start=positions.start,
             )  # fmt: skip
-        return linear(y.flatten(2), self.c_proj.weight, self.c_proj.bias)  # (B, T, H D) -> (B, T, C)
+        return project(self.c_proj, y.flatten(2))  # (B, T, H D) -> (B, T, C)
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peakgpt.engine import checkpoint
+from peakgpt.engine import checkpoint, quantised_folder
 from peakgpt.engine.cache import KVCache
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.generate import generate, stream
@@ -25,6 +25,7 @@ from peakgpt.engine.layers import Block, Conv1DLoading, norm
 from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.engine.positions import positions
 from peakgpt.engine.presets import preset
+from peakgpt.engine.quantised import QuantisedLinear
 from peakgpt.kernels.dropout import dropout
 from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.linear import linear
@@ -90,6 +91,8 @@ class GPT(Conv1DLoading):
         family, config = checkpoint.read_config(folder, dropout=dropout)
         with torch.device("meta"):
             model = cls(config)
+        if form := quantised_folder.read_format(folder):
+            return quantised_folder.read(folder, model, form, dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         model.load_state_dict(checkpoint.read_weights(folder, family, config, shapes, dtype), assign=True)
         return model.eval()
@@ -109,7 +112,10 @@ class GPT(Conv1DLoading):
             dtype: what is written is converted to; None writes tensors as they are, masters in float32.
         Raises:
             OSError: the folder can not be written.
+            ValueError: the model is quantised.
         """
+        if any(isinstance(module, QuantisedLinear) for module in self.modules()):
+            raise ValueError("save_pretrained: got a quantised model, expected float weights; copy its folder instead")
         state = {name: t.to(dtype or t.dtype) for name, t in {**self.state_dict(), **(weights or {})}.items()}
         checkpoint.write_model(folder, self.config, state, tokenizer)
 
@@ -201,7 +207,7 @@ class GPT(Conv1DLoading):
         h = self.features(ids, start=start, balance=balance)
         if targets is None:
             return self.head(h)
-        if self.config.head_bias:  # linear_cross_entropy takes none
+        if self.config.head_bias or self._quantised_head:  # linear_cross_entropy takes neither
             logits = self.head(h).flatten(0, 1).float()
             loss = F.cross_entropy(logits, targets.flatten(), reduction="mean" if weight is None else "none")
             loss = loss if weight is None else (loss * weight.flatten()).sum()
@@ -215,7 +221,13 @@ class GPT(Conv1DLoading):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V) of features (..., C), by the tied embedding or a head of its own."""
+        if self._quantised_head:
+            return self.lm_head(h)
         return linear(h, self._head_weight, self.lm_head.bias if self.config.head_bias else None)
+
+    @property
+    def _quantised_head(self) -> bool:
+        return isinstance(self._modules.get("lm_head"), QuantisedLinear)
 
     @property
     def _head_weight(self) -> Tensor:

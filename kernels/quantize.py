@@ -6,7 +6,8 @@
 
 LEVELS lie where normal weights do, denser around 0. Root mean square error over that of the weights, of normal ones
 and of Student's t with 5 degrees of freedom: LEVELS in groups of 64 (4.25 bits a weight) 8.1 and 10.1 %, of 32 (4.5)
-7.4 and 8.6 %; evenly spaced levels with an offset in groups of 64 (4.5) 8.2 and 10.1 %; llama.cpp's Q4_0 (4.5) 8.6 and 10.8 %.
+7.4 and 8.6 %; evenly spaced levels with an offset in groups of 64 (4.5) 8.2 and 10.1 %; llama.cpp's Q4_0 (4.5) 8.6 and
+10.8 %.
 LEVELS are those of llama.cpp's IQ4_NL (kvalues_iq4nl in ggml-common.h); levels at a distribution's quantiles are the
 idea of NF4: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, "QLoRA", arXiv:2305.14314, section 3.
 

@@ -271,7 +271,7 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_write_safetensors", half)
+    monkeypatch.setattr(checkpoint, "write_safetensors", half)
     for folder in (tmp_path, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
             our_model(activation="relu").save_pretrained(folder)

@@ -1,0 +1,75 @@
+"""peakgpt quantize: round a checkpoint's weights to 8 or 4 bits, with the perplexity before and after on a text."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from peakgpt.engine import quantised_folder
+from peakgpt.engine.model import GPT
+from peakgpt.engine.quantised import Format, quantise
+from peakgpt.engine.tokenizer import Tokenizer
+from peakgpt.kernels.quantize import GROUPS
+
+BATCH = 8  # windows of text at a time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="IN", help="checkpoint folder")
+    parser.add_argument("folder", metavar="OUT", help="folder to write; other commands read it as any checkpoint")
+    parser.add_argument("--bits", type=int, required=True, choices=(8, 4))
+    parser.add_argument("--group", type=int, default=64, choices=GROUPS,
+                        help="weights that share a scale, with 4 bits (default 64)")  # fmt: skip
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to compare perplexities on; needs a tokenizer in IN")
+
+
+def run(args: argparse.Namespace) -> int:
+    if Path(args.source).resolve() == Path(args.folder).resolve():
+        raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
+    form = Format(args.bits, args.group)
+    ids = None if args.text is None else _tokens(args.source, args.text)
+    model = GPT.from_pretrained(args.source)
+    quantised_folder.write(args.source, args.folder, quantise(model.state_dict(), form), form)
+    print(f"{args.folder}: {_size(args.folder) / 2**20:.1f} MiB, {_size(args.source) / 2**20:.1f} MiB before")
+    if ids is not None:
+        before, after = perplexity(model, ids), perplexity(GPT.from_pretrained(args.folder), ids)
+        print(f"perplexity over {ids.numel() - 1} tokens: {before:.3f}, {after:.3f} after ({after / before - 1:+.2%})")
+    return 0
+
+
+@torch.no_grad()
+def perplexity(model: GPT, ids: torch.Tensor) -> float:
+    """exp of the mean loss over a text, in windows of block_size that do not overlap.
+
+    Args:
+        model: in evaluation mode.
+        ids: (N,) int64, N at least 2.
+    """
+    size, total = model.config.block_size, 0.0
+    pairs = [(ids[i : i + size], ids[i + 1 : i + size + 1]) for i in range(0, ids.numel() - 1, size)]
+    pairs = [(x[: y.numel()], y) for x, y in pairs]
+    whole = [p for p in pairs if p[0].numel() == size]
+    batches = [whole[i : i + BATCH] for i in range(0, len(whole), BATCH)]
+    for batch in [*batches, *([p] for p in pairs if p[0].numel() < size)]:
+        x, y = (torch.stack(part) for part in zip(*batch, strict=True))
+        total += float(model(x, y)) * y.numel()
+    return math.exp(total / (ids.numel() - 1))
+
+
+def _tokens(folder: str, path: str) -> torch.Tensor:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path}: {error}, expected UTF-8") from None
+    ids = torch.tensor(Tokenizer.load(folder).encode(text))
+    if ids.numel() < 2:
+        raise ValueError(f"--text {path}: got {ids.numel()} tokens, expected at least 2")
+    return ids
+
+
+def _size(folder: str) -> int:
+    """Bytes of a folder's weights."""
+    return sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith(quantised_folder.WEIGHT_FILES[:2]))
