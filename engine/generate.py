@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peakgpt.engine.cache import KVCache
-from peakgpt.engine.sample import check_sampling, sample
+from peakgpt.engine.params import SamplingParams
+from peakgpt.engine.sample import draw_seed, sample, uniforms
+from peakgpt.engine.stepper import stepper
 
 if TYPE_CHECKING:
     from peakgpt.engine.model import GPT
@@ -33,7 +34,7 @@ def decode(
     Raises:
         ValueError: an empty or too long prompt, or parameters out of range.
     """
-    check_sampling(temperature, top_k, top_p)
+    SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)  # checks them
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"generate: ids have shape {tuple(ids.shape)}, expected (B, T) with at least one token")
     room = model.config.block_size - ids.shape[1]
@@ -50,12 +51,17 @@ def decode(
 
 @torch.no_grad()
 def _decode(model, ids, count, temperature, top_k, top_p, seed, start) -> Iterator[Tensor]:
-    weight = model.transformer.wte.weight
-    cache = KVCache(model.config, ids.shape[0], ids.shape[1] + count, dtype=weight.dtype, device=weight.device)
-    generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
-    for _ in range(count):
-        logits = model.head(model.features(ids, cache, start)[:, -1])  # (B, V)
-        token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    batch, device = ids.shape[0], ids.device
+    step = stepper(model, batch, ids.shape[1] + count, count, start)
+    if temperature:
+        seed = draw_seed() if seed is None else seed
+        u = torch.stack([uniforms(seed, text, 0, count) for text in range(batch)], 1).to(device)  # (count, B)
+    for i in range(count):
+        logits = step(ids)
+        if temperature:
+            token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, u=u[i])
+        else:
+            token = logits.argmax(-1)
         yield token
         ids = token[:, None]
 

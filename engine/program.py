@@ -7,16 +7,19 @@ computed only for the tokens whose logits are wanted: a prompt of T tokens saves
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from peakgpt.engine.layers import Block, GatedMLP, LayerNorm, RMSNorm
-from peakgpt.engine.model import GPT
 from peakgpt.engine.positions import alibi_slopes, rotary_table
 from peakgpt.engine.relative import RELATIVE
 from peakgpt.kernels.attention import default_scale
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
+
+if TYPE_CHECKING:
+    from peakgpt.engine.model import GPT
 
 NONE, LOGITS = -1, -1  # in place of a buffer's number
 

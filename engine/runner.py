@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from peakgpt.engine.model import GPT
 from peakgpt.engine.paged import BlockMemory
 from peakgpt.engine.program import Lowered
 from peakgpt.kernels.cpu.ext import address
+
+if TYPE_CHECKING:
+    from peakgpt.engine.model import GPT
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Chunk:
 
 class Runner:
     """A model made ready to generate on the CPU, with the cache of all its sequences."""
+
+    block = BlockMemory.block  # tokens
 
     def __init__(self, model: GPT, *, blocks: int):
         """

@@ -78,6 +78,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced_backend() -> str | None:
+    """The backend that `use_backend` asks for, or None."""
+    return _forced
+
+
 @contextlib.contextmanager
 def accumulate_into(sinks: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Add gradients of parameters to where they are kept, while ops run in direct calls: no temporary, no second pass.
