@@ -210,32 +210,33 @@ void Finish(const GemmArgs& args, const float* sums, int64_t row, int64_t column
   }
 }
 
-template <class T, class Out, Epilogue kEpilogue>
+// An activation's result has the type of the operands: each further one costs a second of compilation.
+template <class T, Epilogue kEpilogue>
 void FinishWith(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
   switch (args.activation) {
-    case Activation::kGeluTanh: return Finish<T, Out, kEpilogue, GeluTanh<T>>(args, sums, row, column);
-    case Activation::kGeluErf: return Finish<T, Out, kEpilogue, GeluErf>(args, sums, row, column);
-    case Activation::kRelu: return Finish<T, Out, kEpilogue, Relu>(args, sums, row, column);
-    case Activation::kSilu: return Finish<T, Out, kEpilogue, Silu<T>>(args, sums, row, column);
+    case Activation::kGeluTanh: return Finish<T, T, kEpilogue, GeluTanh<T>>(args, sums, row, column);
+    case Activation::kGeluErf: return Finish<T, T, kEpilogue, GeluErf>(args, sums, row, column);
+    case Activation::kRelu: return Finish<T, T, kEpilogue, Relu>(args, sums, row, column);
+    case Activation::kSilu: return Finish<T, T, kEpilogue, Silu<T>>(args, sums, row, column);
   }
 }
 
-template <class T, class Out>
-void FinishInto(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
-  switch (args.epilogue) {
-    case Epilogue::kStore: return Finish<T, Out, Epilogue::kStore, void>(args, sums, row, column);
-    case Epilogue::kAdd: return Finish<T, Out, Epilogue::kAdd, void>(args, sums, row, column);
-    case Epilogue::kActivate: return FinishWith<T, Out, Epilogue::kActivate>(args, sums, row, column);
-    case Epilogue::kSlope: return FinishWith<T, Out, Epilogue::kSlope>(args, sums, row, column);
-    case Epilogue::kGate: return FinishWith<T, Out, Epilogue::kGate>(args, sums, row, column);
-    case Epilogue::kGateSlope: return FinishWith<T, Out, Epilogue::kGateSlope>(args, sums, row, column);
-  }
+template <class T, Epilogue kEpilogue>
+void FinishSum(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
+  args.out_dtype == DType::kFloat32 ? Finish<T, float, kEpilogue, void>(args, sums, row, column)
+                                    : Finish<T, bf16, kEpilogue, void>(args, sums, row, column);
 }
 
 template <class T>
 void FinishTile(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
-  args.out_dtype == DType::kFloat32 ? FinishInto<T, float>(args, sums, row, column)
-                                    : FinishInto<T, bf16>(args, sums, row, column);
+  switch (args.epilogue) {
+    case Epilogue::kStore: return FinishSum<T, Epilogue::kStore>(args, sums, row, column);
+    case Epilogue::kAdd: return FinishSum<T, Epilogue::kAdd>(args, sums, row, column);
+    case Epilogue::kActivate: return FinishWith<T, Epilogue::kActivate>(args, sums, row, column);
+    case Epilogue::kSlope: return FinishWith<T, Epilogue::kSlope>(args, sums, row, column);
+    case Epilogue::kGate: return FinishWith<T, Epilogue::kGate>(args, sums, row, column);
+    case Epilogue::kGateSlope: return FinishWith<T, Epilogue::kGateSlope>(args, sums, row, column);
+  }
 }
 
 template <class T>

@@ -26,7 +26,7 @@ enum class Epilogue : int {
 
 struct GemmArgs {
   DType dtype;      // of all but c and a_sums
-  DType out_dtype;  // of c
+  DType out_dtype;  // of c; that of a where an activation follows
   int64_t m, n, k;
   const void* a;  // element (i, p) at a + i a_row + p a_k; one of the strides is 1
   int64_t a_row, a_k;

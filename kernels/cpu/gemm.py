@@ -24,7 +24,7 @@ def gemm(
 
     Args:
         a: (M, K). b: (K, N), dtype of a. Each with a unit stride, or copied.
-        out: (M, N) with contiguous rows (or columns, where nothing but STORE and ADD is asked), dtype of a or float32.
+        out: (M, N) with contiguous rows, dtype of a; for STORE and ADD also with contiguous columns, or float32.
         bias: (N,), added by STORE, ACTIVATE and GATE.
         pre, act, gate, dgate: (M, N) contiguous, as csrc/gemm.h says.
         a_sums: (M,) float32, becomes the sums of a over K.
@@ -32,6 +32,7 @@ def gemm(
     Returns:
         out.
     """
+    assert out.dtype == a.dtype or epilogue in (STORE, ADD)
     if out.stride(1) != 1:  # Conv1D's weights arrive transposed, and so their gradients leave
         gemm(b.t(), a.t(), out.t(), epilogue=epilogue)
         return out
