@@ -505,8 +505,9 @@ def _transformed() -> bool:
 
 
 def _needs(tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:
-    enabled = torch.is_grad_enabled()
-    return tuple(enabled and t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return (False,) * len(tensors)
+    return tuple(t is not None and t.requires_grad for t in tensors)
 
 
 @functools.cache

@@ -37,7 +37,8 @@ def _sample(rows: int = 1024, width: int = 768, out: int = 2304, **like):
 
 
 def _alloc(x, w, b, *, needs):
-    return (short_lived(x, *x.shape[:-1], w.shape[0]),), ()
+    shape = (*x.shape[:-1], w.shape[0])
+    return (short_lived(x, *shape) if any(needs) else x.new_empty(shape),), ()
 
 
 @op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w"), autocast="lower")

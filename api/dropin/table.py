@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peakgpt.dropin import attentions, heads, layers
+from peakgpt.dropin import attentions, blocks, heads, layers
 from peakgpt.dropin.swap import ATTENTIONS_OWN, CONV1D, LINEAR, Replaced
 
 
@@ -91,6 +91,7 @@ TABLE: dict[str, Row] = {
     _in("openai", "MLP"): _mlp("c_fc", "act", "c_proj", "dropout"),
     _in("openai", "OpenAIGPTLMHeadModel"): CAUSAL,
     _in("gpt2", "GPT2Attention"): INTERFACE,
+    _in("gpt2", "GPT2Block"): Row(blocks.GPT2Block, "add_layernorm"),
     _in("gpt2", "GPT2MLP"): _mlp("c_fc", "act", "c_proj", "dropout"),
     _in("gpt2", "GPT2LMHeadModel"): CAUSAL,
     _in("gpt_neo", "GPTNeoSelfAttention"): Row(attentions.Scores, "attention"),

@@ -1,0 +1,51 @@
+"""Whole blocks: what a step of decoding spends beside its products is calls from module to module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peakgpt.dropin.attend import attention_forward
+from peakgpt.dropin.layers import LayerNorm
+from peakgpt.dropin.swap import Replaced, layout, weight
+from peakgpt.kernels.layernorm import add_layernorm, layernorm
+from peakgpt.kernels.linear import linear
+
+
+class GPT2Block(Replaced):
+    """GPT-2's, with the residual added where the second norm reads it; by its parts where one of them has been changed."""
+
+    @classmethod
+    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
+        options["attn"] = type(module.attn)
+        return None
+
+    def forward(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None, **kwargs):
+        parts = self._modules
+        attn, mlp, first, second = parts["attn"], parts["mlp"], parts["ln_1"], parts["ln_2"]
+        into, out = attn._modules["c_attn"], attn._modules["c_proj"]
+        same = type(attn) is self._peakgpt["attn"] and isinstance(first, LayerNorm) and isinstance(second, LayerNorm)
+        plain = same and _plain(attn, first, second) and layout(into) and layout(out)
+        if encoder_hidden_states is not None or not plain:
+            return super().forward(hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs)
+        kwargs.pop("encoder_attention_mask", None)
+        x, shape = hidden_states, (*hidden_states.shape[:-1], 3, attn.num_heads, attn.head_dim)
+        h = layernorm(x, first.weight, first.bias, eps=first.eps)
+        q, k, v = linear(h, weight(into), into.bias).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        if past_key_values is not None:
+            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+            k, v = cache.update(k, v, attn.layer_idx)
+        dropout = attn.attn_dropout.p if attn.training else 0.0
+        y, _ = attention_forward(attn, q, k, v, attention_mask, dropout, attn.scaling, **kwargs)
+        y = attn.resid_dropout(linear(y.flatten(2), weight(out), out.bias))
+        x, h = add_layernorm(y.to(x.dtype), x, second.weight, second.bias, eps=second.eps)
+        return x + mlp(h)
+
+
+def _plain(*modules: nn.Module) -> bool:
+    """Whether modules have no hooks."""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+    return True
