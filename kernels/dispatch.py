@@ -178,10 +178,13 @@ class Op:
         self.tensor_names = tuple(n for n, a in arguments.items() if a.annotation in (Tensor, Tensor | None))
         self._required = frozenset(n for n in self.tensor_names if arguments[n].annotation is Tensor)
         self.param_names = tuple(n for n in arguments if n not in self.tensor_names)
+        self._params = frozenset(self.param_names)
         self._names = tuple(arguments)
         self._seed_at = self.tensor_names.index("seed") if random else None
         self._positional = sum(a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments.values())
         self._defaults = {n: a.default for n, a in arguments.items() if a.default is not a.empty}
+        self._param_defaults = {n: v for n, v in self._defaults.items() if n in self.param_names}
+        self._tensors_first = self._names[: len(self.tensor_names)] == self.tensor_names
         self._keep_inputs = tuple(n in keeps for n in self.tensor_names)
         self._keep_outputs = tuple(n in keeps for n in self.outputs)
         self._library_op = _register(self)
@@ -225,6 +228,10 @@ class Op:
         return {name: self._objection(name, tensors, params, _forced, needs) for name in PRIORITY}
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+        if self._tensors_first and len(args) == len(self.tensor_names):  # how layers call: 2 us less
+            params = {**self._param_defaults, **kwargs}
+            if params.keys() == self._params:
+                return tuple(args), params
         values = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
         if len(args) > self._positional or len(values) != len(self._names) or len(args) + len(kwargs) > len(values):
             self.signature.bind(*args, **kwargs)  # raises Python's own message

@@ -5,10 +5,12 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from torch.nn.functional import scaled_dot_product_attention
 
 import peakgpt
-from peakgpt.dropin import attentions, layers
+from peakgpt.dropin import attend, attentions, layers
 from peakgpt.dropin.patching import row_of
 from peakgpt.dropin.report import LEFT
 from peakgpt.dropin.table import TABLE
@@ -335,6 +337,85 @@ def test_any_tree_of_layers(kind, monkeypatch):
         close(ours, theirs, 1e-4)
     peakgpt.unpatch(model)
     assert torch.equal(run()[0], expected[0])
+
+
+class Perceptron(torch.nn.Module):
+    """Somebody's own, by its options."""
+
+    def __init__(self, act=None, between=0.0, after=0.0, hidden=None, twice=False):
+        super().__init__()
+        self.fc, self.proj = torch.nn.Linear(16, 40), torch.nn.Linear(40, 16)
+        self.act = act or torch.nn.GELU()
+        self.between, self.after = torch.nn.Dropout(between), torch.nn.Dropout(after)
+        self.hidden, self.twice = hidden, twice
+
+    def forward(self, x):
+        h = self.between(self.act(self.fc(x)))
+        h = torch.nn.functional.dropout(h, self.hidden, self.training) if self.hidden else h
+        return self.after(self.proj(h)) * (2.0 if self.twice else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "fused"),
+    [
+        (torch.nn.Sequential(torch.nn.Linear(16, 40), torch.nn.GELU("tanh"), torch.nn.Linear(40, 16)), "gelu_tanh"),
+        (Perceptron(after=0.2), "gelu_erf"), (Perceptron(torch.nn.ReLU(), between=0.2), "relu"),
+        (Perceptron(hidden=0.2), None), (Perceptron(twice=True), None), (Perceptron(torch.nn.SiLU()), None),
+        (torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)), None),
+    ],
+)  # fmt: skip
+def test_a_perceptron_of_an_unknown_class_is_found_by_trial(module, fused):
+    """Not one with dropout that no child does, nor one that does more."""
+    x = torch.randn(4, 16)
+    state = torch.get_rng_state()
+    expected = module.eval()(x)
+    report = peakgpt.patch(module)
+    assert torch.equal(torch.get_rng_state(), state)
+    found = [e.note for e in report.entries if e.module == "" and e.status == "replaced"]
+    assert found == (["mlp"] if fused else [])
+    assert fused is None or module._peakgpt["activation"] == fused
+    close(module(x), expected)
+    torch.manual_seed(0)
+    got = module.train()(x)
+    peakgpt.unpatch(module)
+    torch.manual_seed(0)
+    close(got, module(x), 1e-4)
+
+
+class Attends(torch.nn.Module):
+    """As in nanoGPT."""
+
+    def __init__(self, spell):
+        super().__init__()
+        self.c_attn, self.c_proj, self.spell = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32), spell
+
+    def forward(self, x, mask=None, *, scale=None):
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.c_attn(x).split(32, dim=2))
+        if self.spell == "F":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        elif self.spell == "torch":
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+        else:
+            y = scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, scale=scale)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("spell", ["F", "torch", "direct"])
+def test_a_forward_that_calls_sdpa_calls_ours(spell, compiled, monkeypatch):
+    module, x = Attends(spell), torch.randn(2, 7, 32)
+    mask = torch.rand(7, 7) > 0.3
+    expected = module(x), module(x, mask, scale=0.3)
+    peakgpt.patch(module)
+    calls = []
+    real = attend.attention
+    monkeypatch.setattr(attend, "attention", lambda *a, **k: calls.append(1) or real(*a, **k))
+    run = torch.compile(module, fullgraph=True, backend="eager") if compiled else module
+    close(run(x), expected[0])
+    close(run(x, mask, scale=0.3), expected[1])
+    assert len(calls) == 2
+    peakgpt.unpatch(module)
+    assert torch.equal(module(x), expected[0]) and len(calls) == 2
 
 
 def test_patching_twice_is_refused():

@@ -14,7 +14,7 @@ from peakgpt.kernels.linear import linear
 
 
 class GPT2Block(Replaced):
-    """GPT-2's, with the residual added where the second norm reads it; by its parts where one of them has been changed."""
+    """GPT-2's, with the residual added where the second norm reads it; by its parts where one has been changed."""
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
-from peakgpt.dropin import heads
+from peakgpt.dropin import heads, trial
 from peakgpt.dropin.attentions import Attention
 from peakgpt.dropin.check import compare, observe
+from peakgpt.dropin.layers import MLP
 from peakgpt.dropin.report import KEPT, LEFT, PART, REPLACED, Entry, Report
 from peakgpt.dropin.swap import original, path, replace, restore
 from peakgpt.dropin.table import REASONS, TABLE, Row
@@ -109,6 +111,8 @@ def _attentions(model: nn.Module) -> set[int]:
 def _entry(name: str, module: nn.Module, parts: dict[int, str], attentive: set[int]) -> Entry:
     """Replace one module, if it can be, and say so."""
     kind, row = type(module).__name__, row_of(module)
+    if row is None and id(module) not in attentive:
+        row = _tried(module)
     if row is None or row.by is None:
         if id(module) in attentive:
             return Entry(name, kind, REPLACED, BY_NAME)
@@ -126,6 +130,24 @@ def _entry(name: str, module: nn.Module, parts: dict[int, str], attentive: set[i
     if id(module) in parts:
         return Entry(name, kind, PART, parts[id(module)])
     return Entry(name, kind, REPLACED, row.ops)
+
+
+def _tried(module: nn.Module) -> Row | None:
+    """The row of a module whose class is not known."""
+    if (by := trial.calling(type(module))) is not None:
+        return Row(by, "attention, for scaled_dot_product_attention")
+    options = trial.perceptron(module)
+    if options is None:
+        return None
+    return Row(Tried, "mlp", options, tuple(options[name] for name in ("up", "act", "down") if options[name]))
+
+
+class Tried(MLP):
+    """A perceptron whose activation is known by trial."""
+
+    @classmethod
+    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
+        return None
 
 
 def _plain(name: str, kind: str, part: str | None) -> Entry:
