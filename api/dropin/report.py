@@ -6,9 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from rich.console import Console
-from rich.table import Table
-
 REPLACED, PART, LEFT, KEPT = "replaced", "part of", "left", "kept"
 
 
@@ -59,6 +56,9 @@ class Report:
             yield name if many else same[0].module, replace(same[0], note=note) if many else same[0], len(same)
 
     def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table("module", "class", "n", "", "by, or why", box=None, pad_edge=False)
         for name, e, count in self.rows():
             if e.status != KEPT:
