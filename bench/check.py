@@ -127,7 +127,7 @@ def sample(
     name: str, sizes: Mapping[str, int | None], dtype: torch.dtype, device: torch.device | str = "cpu", *,
     grad: bool = True,
 ) -> list[Tensor | None]:  # fmt: skip
-    """The tensors of a call, the same each time; floating ones are leaves that want one where `grad` and the op has it."""
+    """The tensors of a call, always the same; floating ones are leaves that want a gradient where the op has one."""
     grad = grad and OPS[name].gradient
     torch.manual_seed(len(name) + sum(v for v in sizes.values() if v))
     tensors = OPS[name].sample(**sizes, dtype=dtype, device=device)

@@ -6,6 +6,8 @@ of pure functions:
     NO_GRADIENT                                       optional: names of tensors that it gives no gradient for
     objection(*tensors, **params) -> str | None       why it can not take this call, or None; reads sizes, dtypes and
                                                       strides only, which are the same while tracing and when it runs
+    slower(*tensors, **params) -> str | None          optional: the measurement by which it had better not; it does not
+                                                      count where the backend is forced
     forward(outputs, saved, *tensors, **params)       fills what the contract's `alloc` made
     backward(grads, inputs, outputs, saved, needs, **params) -> one gradient (or None) per tensor
 
@@ -281,13 +283,15 @@ class Op:
         kind = tensors[0].device.type
         if kind != HOME[backend] and not (forced == backend == "gpu" and kind == "cpu" and interpreted()):
             return f"takes {HOME[backend]} tensors, got {kind}"
-        return self._objects(module, tensors, params, needs)
+        return self._objects(module, tensors, params, needs, forced)
 
-    def _objects(self, module: ModuleType, tensors, params, needs) -> str | None:
+    def _objects(self, module: ModuleType, tensors, params, needs, forced: str | None = None) -> str | None:
         for name in getattr(module, "NO_GRADIENT", ()):
             if needs[self.tensor_names.index(name)]:
                 return f"has no gradient for {name} yet"
-        return module.objection(*tensors, **params)
+        reason = module.objection(*tensors, **params)
+        slower = getattr(module, "slower", None)
+        return slower(*tensors, **params) if reason is None and slower and not forced else reason
 
     def _choose(self, forced: str | None, tensors, params, needs):
         """The backend's module; None means eager."""

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from peakgpt.kernels import gpu
 from peakgpt.kernels.gpu import static_check
-from peakgpt.kernels.gpu.static_check import DEFAULT_TARGETS, Row
+from peakgpt.kernels.gpu.static_check import DEFAULT_TARGETS, TARGETS, Row
 
 GOOD = Row(op="op", kernel="kernel", case="case", target="sm_80", warps=4, stages=1)
 
@@ -27,14 +27,18 @@ def python(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=os.environ | environment)
 
 
-def test_every_kernel_passes_on_every_target():
+@pytest.mark.parametrize(
+    ("rows", "targets"), [(("--hot",), DEFAULT_TARGETS), pytest.param((), TARGETS, marks=pytest.mark.slow)]
+)
+def test_every_kernel_passes_on_every_target(rows, targets):
     """Started with TRITON_INTERPRET, which the workers must shake off."""
-    done = python("-m", "peakgpt.kernels.gpu.static_check", "--json", TRITON_INTERPRET="1")
+    chosen = [word for target in targets for word in ("--target", target)]
+    done = python("-m", "peakgpt.kernels.gpu.static_check", "--json", *rows, *chosen, TRITON_INTERPRET="1")
     rows = json.loads(done.stdout or "[]")
     faults = [f"{r['kernel']} {r['case']} {r['target']}: {r['failure']}" for r in rows if r["failure"]]
     assert not faults and done.returncode == 0, "\n".join([*faults, done.stderr[-2000:]])
     assert all(r["registers"] > 0 for r in rows)
-    for target in DEFAULT_TARGETS:
+    for target in targets:
         assert launched_kernels() == {r["kernel"] for r in rows if r["target"] == target}
 
 
@@ -62,8 +66,9 @@ def test_planted_kernels_fail():
 @pytest.mark.parametrize("failure", (None, "spills: 3 instructions"))
 @pytest.mark.parametrize("as_json", (False, True))
 def test_report_and_exit_code(failure, as_json, monkeypatch, capsys):
-    monkeypatch.setattr(static_check, "check", lambda *_: iter([GOOD, replace(GOOD, failure=failure)]))
-    assert static_check.run(argparse.Namespace(target=None, op=None, json=as_json)) == int(failure is not None)
+    monkeypatch.setattr(static_check, "check", lambda *_, **__: iter([GOOD, replace(GOOD, failure=failure)]))
+    asked = argparse.Namespace(target=None, op=None, json=as_json, hot=False)
+    assert static_check.run(asked) == int(failure is not None)
     out = capsys.readouterr().out
     if as_json:
         assert [row["failure"] for row in json.loads(out)] == [None, failure]

@@ -43,6 +43,7 @@ class AotCase:
             constant (a stride of 1, a missing tensor as None).
         tile: warps and stages.
         matmul: whether the chip's matrix instruction must appear.
+        hot: whether every run of the tests compiles it; the others are left to `peakgpt aot` and the slow tests.
     """
 
     kernel: Any
@@ -51,6 +52,7 @@ class AotCase:
     constexprs: Mapping[str, Any]
     tile: Tile
     matmul: bool = False
+    hot: bool = True
 
 
 def case(
@@ -61,12 +63,15 @@ def case(
     constexprs: Mapping[str, Any],
     *,
     matmul: bool = False,
+    hot: bool = True,
     **types: str,
 ) -> AotCase:
     """An AotCase whose signature follows from the names: *_ptr is "*dtype", others "i32", unless `types` says more."""
     rest = [name for name in kernel.arg_names if name not in constexprs]
     signature = {n: types.get(n) or (f"*{dtype}" if n.endswith("_ptr") else "i32") for n in rest}
-    return AotCase(kernel=kernel, label=label, tile=tile, signature=signature, constexprs=constexprs, matmul=matmul)
+    return AotCase(
+        kernel=kernel, label=label, tile=tile, signature=signature, constexprs=constexprs, matmul=matmul, hot=hot
+    )
 
 
 @functools.cache

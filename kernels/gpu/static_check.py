@@ -159,16 +159,15 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted(m.name for m in pkgutil.iter_modules(gpu.__path__) if m.name not in helpers))
 
 
-def check(targets: Sequence[str], names: Sequence[str]) -> Iterator[Row]:
-    """Compile every case of the ops for the targets, two at a time; rows come in order.
+def check(targets: Sequence[str], names: Sequence[str], *, hot: bool = False) -> Iterator[Row]:
+    """Compile every case of the ops for the targets, or the hot ones, two at a time; rows come in order.
 
     Works wherever it is called from: the kernels are imported in fresh processes without TRITON_INTERPRET.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_worker) as pool:
-        counts = pool.map(_count, [(op, t) for op in names for t in targets])
-        jobs = [(op, t, i) for (op, t, count) in counts for i in range(count)]
-        yield from pool.map(_job, jobs)
+        chosen = pool.map(_choose, [(op, t, hot) for op in names for t in targets])
+        yield from pool.map(_job, [job for jobs in chosen for job in jobs])
 
 
 def _worker() -> None:
@@ -182,8 +181,9 @@ def _cases(op: str, target: str) -> list[AotCase]:
     return [] if cases is None else list(cases(TARGETS[target].arch))
 
 
-def _count(job: tuple[str, str]) -> tuple[str, str, int]:
-    return *job, len(_cases(*job))
+def _choose(job: tuple[str, str, bool]) -> list[tuple[str, str, int]]:
+    op, target, hot = job
+    return [(op, target, i) for i, case in enumerate(_cases(op, target)) if case.hot or not hot]
 
 
 def _job(job: tuple[str, str, int]) -> Row:
@@ -210,6 +210,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `peakgpt aot`."""
     parser.add_argument("--target", action="append", choices=TARGETS, help=f"default: {', '.join(DEFAULT_TARGETS)}")
     parser.add_argument("--op", action="append", choices=ops(), help="default: all")
+    parser.add_argument("--hot", action="store_true", help="only the rows that decide speed, as the tests do")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
 
 
@@ -219,7 +220,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         titles = {name: name for name in Row.__dataclass_fields__}
         print(_LINE.format(**{**titles, "registers": "regs"}, shared="shared", matrix="matrix", verdict="verdict"))
-    for row in check(args.target or DEFAULT_TARGETS, args.op or ops()):
+    for row in check(args.target or DEFAULT_TARGETS, args.op or ops(), hot=args.hot):
         rows.append(row)
         if not args.json:
             print(line(row), flush=True)
