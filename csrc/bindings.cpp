@@ -90,13 +90,24 @@ void Define(py::module_& m, const char* name, void (*kernel)(const Args&, int)) 
 const void* At(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 
 void DefineProgram(py::module_& m) {
-  using peak::DType, peak::Program, peak::Weight, peak::DenseWeight;
-  const py::call_guard<py::gil_scoped_release> free;
+  using peak::DType, peak::Program, peak::Weight, peak::DenseWeight, peak::QuantizedWeight;
   py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight");
   py::class_<DenseWeight, Weight, std::shared_ptr<DenseWeight>>(m, "DenseWeight")
-      .def(py::init([](int dtype, int64_t n, int64_t k, uintptr_t w, int64_t row, int threads) {
-        return std::make_shared<DenseWeight>(static_cast<DType>(dtype), n, k, At(w), row, threads);
-      }), free);
+      .def(py::init([](int dtype, int64_t n, int64_t k, uintptr_t packed) {
+        return std::make_shared<DenseWeight>(static_cast<DType>(dtype), n, k, static_cast<const float*>(At(packed)));
+      }));
+  py::class_<QuantizedWeight, Weight, std::shared_ptr<QuantizedWeight>>(m, "QuantizedWeight")
+      .def(py::init([](int dtype, int bits, int64_t n, int64_t k, int64_t block, uintptr_t weight, uintptr_t scale) {
+        peak::QuantizedArgs args{};
+        args.dtype = static_cast<DType>(dtype);
+        args.bits = bits;
+        args.n = n;
+        args.k = k;
+        args.block = block;
+        args.weight = static_cast<const uint8_t*>(At(weight));
+        args.scale = At(scale);
+        return std::make_shared<QuantizedWeight>(args);
+      }));
   py::class_<Program>(m, "Program")
       .def(py::init([](int dtype) { return Program(static_cast<DType>(dtype)); }))
       .def("buffer", &Program::Buffer)
@@ -121,7 +132,7 @@ void DefineProgram(py::module_& m) {
                         int64_t window, float scale, uintptr_t alibi) {
         p.Attend(x, out, layer, heads, kv_heads, width, window, scale, static_cast<const float*>(At(alibi)));
       })
-      .def("add", &Program::Add)
+      .def("combine", &Program::Combine)
       .def("take", &Program::Take)
       .def("run", [](Program& p, const py::args& values) {
         constexpr size_t kFields = CountFields<peak::PassArgs>(std::index_sequence<>());
@@ -149,6 +160,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &peak::ActiveIsa, "The instruction set that runs now.");
   m.def("set_isa_cap", &peak::SetIsaCap, py::arg("name").none(true), "Run at most this set; None lifts the cap.");
   m.attr("isas") = Isas();
+  m.def("ask_huge_pages", [](uintptr_t memory, int64_t bytes) {
+    peak::AskHugePages(reinterpret_cast<void*>(memory), bytes);
+  });
   m.def("keep_pages", &peak::KeepPages, py::arg("bytes"), "Keep freed memory in the process, as memory.h says.");
   Define(m, "attention_forward", peak::AttentionForward);
   Define(m, "attention_backward", peak::AttentionBackward);

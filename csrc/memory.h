@@ -20,4 +20,8 @@ bool GoPast(const void* out, int64_t bytes, int64_t row_bytes);
 // pages cost more than the packing that fills them.
 void* Workspace(int64_t bytes);
 
+// Asks for huge pages under memory that is not touched yet: a stream of reads is a third faster where it crosses fewer
+// of their borders.
+void AskHugePages(void* begin, int64_t bytes);
+
 }  // namespace peak

@@ -14,10 +14,11 @@
 #ifdef PEAK_ISA
 
 template <class T>
-void AddRange(const void* x, const void* y, void* out, int64_t begin, int64_t end) {
+void CombineRange(const void* x, const void* y, void* out, bool product, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kLanes) {
     const int64_t n = end - i;
-    Store(static_cast<T*>(out) + i, Load(static_cast<const T*>(x) + i, n) + Load(static_cast<const T*>(y) + i, n), n);
+    const Vec a = Load(static_cast<const T*>(x) + i, n), b = Load(static_cast<const T*>(y) + i, n);
+    Store(static_cast<T*>(out) + i, product ? a * b : a + b, n);
   }
 }
 
@@ -27,36 +28,47 @@ namespace peak {
 
 namespace {
 
-float* Allocate(int64_t floats) {
-  return static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{64}));
+GemmArgs Completed(GemmArgs args, const Weight& weight, DType dtype, const float* packed) {
+  args.dtype = dtype;
+  args.n = weight.n;
+  args.k = weight.k;
+  args.packed_b = packed;
+  return args;
 }
-void Release(float* p) { ::operator delete(p, std::align_val_t{64}); }
 
 }  // namespace
 
-DenseWeight::DenseWeight(DType dtype, int64_t n_, int64_t k_, const void* w, int64_t row, int threads)
-    : dtype_(dtype), packed_(Allocate(PackedFloats(dtype, n_, k_)), Release) {
-  n = n_;
-  k = k_;
-  PackB({dtype, n, k, w, row, 1, packed_.get()}, threads);
-}
-
 int64_t DenseWeight::Scratch(int64_t rows, int threads) const {
   GemmArgs args{};
-  args.dtype = dtype_;
   args.m = rows;
-  args.n = n;
-  args.k = k;
-  args.packed_b = packed_.get();
-  return GemmScratch(args, threads);
+  return GemmScratch(Completed(args, *this, dtype_, packed_), threads);
 }
 
-void DenseWeight::Multiply(GemmArgs args, float* scratch) const {
-  args.dtype = dtype_;
-  args.n = n;
-  args.k = k;
-  args.packed_b = packed_.get();
-  TeamGemm(args, scratch);
+void DenseWeight::Multiply(const GemmArgs& args, float* scratch) const {
+  TeamGemm(Completed(args, *this, dtype_, packed_), scratch);
+}
+
+int64_t QuantizedWeight::Scratch(int64_t rows, int threads) const {
+  QuantizedArgs args = weight_;
+  args.rows = rows;
+  return (QuantizedScratch(args, threads) + sizeof(float) - 1) / sizeof(float);
+}
+
+void QuantizedWeight::Multiply(const GemmArgs& args, float* scratch) const {
+  const Team& team = *Team::Current();
+  QuantizedArgs product = weight_;
+  product.rows = args.m;
+  product.x = args.a;
+  product.x_row = args.a_row;
+  product.bias = args.bias;
+  product.activation = args.epilogue == Epilogue::kActivate ? static_cast<int>(args.activation) : -1;
+  product.y = args.c;
+  product.y_row = args.c_row;
+  product.wide = args.out_dtype == DType::kFloat32;
+  QuantizeInputs(product, team.id, team.size, scratch);
+  Barrier();
+  MultiplyQuantized(product, team.id, team.size, scratch);
+  Barrier();
 }
 
 // What a step sees of a pass.
@@ -140,12 +152,12 @@ void Program::Attend(int x, int out, int64_t layer, int64_t heads, int64_t kv_he
   scratch_.push_back([width](const PassArgs&, int threads) { return CacheAttentionScratch(width, threads); });
 }
 
-void Program::Add(int x, int y, int out) {
+void Program::Combine(int x, int y, int out, bool product) {
   steps_.push_back([=, dtype = dtype_, width = widths_[x], taken = taken_](const State& s) {
     const int64_t rows = taken ? s.pass.taken : s.pass.rows;
-    const auto add = PEAK_PICK_DTYPE(dtype, AddRange);
+    const auto combine = PEAK_PICK_DTYPE(dtype, CombineRange);
     ParallelParts(rows * width, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
-      add(s.buffers[x], s.buffers[y], s.buffers[out], begin, end);
+      combine(s.buffers[x], s.buffers[y], s.buffers[out], product, begin, end);
     });
   });
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "quantized.h"
 #include "types.h"
 
 namespace peak {
@@ -38,23 +39,35 @@ struct PassArgs {
 // A weight (n, k), and what multiplies x (rows, k) by its transpose.
 class Weight {
  public:
+  Weight(int64_t n_, int64_t k_) : n(n_), k(k_) {}
   virtual ~Weight() = default;
   virtual int64_t Scratch(int64_t rows, int threads) const = 0;  // floats
   // c = epilogue(a w^T); args holds rows, a, c and the epilogue. Called by each thread of a team.
-  virtual void Multiply(GemmArgs args, float* scratch) const = 0;
-  int64_t n, k;
+  virtual void Multiply(const GemmArgs& args, float* scratch) const = 0;
+  const int64_t n, k;
 };
 
-// float32 or bf16, packed.
+// float32 or bf16, as PackB left it in memory that outlives this.
 class DenseWeight : public Weight {
  public:
-  DenseWeight(DType dtype, int64_t n, int64_t k, const void* w, int64_t row, int threads);
+  DenseWeight(DType dtype, int64_t n, int64_t k, const float* packed) : Weight(n, k), dtype_(dtype), packed_(packed) {}
   int64_t Scratch(int64_t rows, int threads) const override;
-  void Multiply(GemmArgs args, float* scratch) const override;
+  void Multiply(const GemmArgs& args, float* scratch) const override;
 
  private:
   DType dtype_;
-  std::unique_ptr<float, void (*)(float*)> packed_;
+  const float* packed_;
+};
+
+// 8 or 4 bits; kStore and kActivate only.
+class QuantizedWeight : public Weight {
+ public:
+  explicit QuantizedWeight(const QuantizedArgs& weight) : Weight(weight.n, weight.k), weight_(weight) {}
+  int64_t Scratch(int64_t rows, int threads) const override;
+  void Multiply(const GemmArgs& args, float* scratch) const override;
+
+ private:
+  QuantizedArgs weight_;  // dtype, bits, n, k, block, weight and scale of it
 };
 
 class Program {
@@ -77,8 +90,8 @@ class Program {
   // x holds heads + 2 kv_heads of this width: queries, keys, values.
   void Attend(int x, int out, int64_t layer, int64_t heads, int64_t kv_heads, int64_t width, int64_t window,
               float scale, const float* alibi);
-  // out = x + y.
-  void Add(int x, int y, int out);
+  // out = x + y, or x y.
+  void Combine(int x, int y, int out, bool product);
   // Leaves the rows whose logits are wanted: all steps that follow are for those.
   void Take(int x, int out);
 

@@ -217,11 +217,11 @@ PEAK_INLINE Vec Activated(int activation, Vec v) {
 }
 
 // `rows` rows of y from `row` on, `width` sums each, of which those from `column` on that y has are written.
-template <class T>
+template <class T, class Out>
 void Finish(const QuantizedArgs& args, const float* sums, int64_t width, int64_t row, int64_t rows, int64_t column) {
   const int64_t columns = std::min(width, args.n - column);
   for (int64_t i = 0; i < std::min(rows, args.rows - row); ++i, sums += width) {
-    T* y = static_cast<T*>(args.y) + (row + i) * args.y_row + column;
+    Out* y = static_cast<Out*>(args.y) + (row + i) * args.y_row + column;
     for (int64_t j = 0; j < columns; j += kLanes) {
       Vec v = Load(sums + j);
       if (args.bits == 8) v = v * Load(static_cast<const float*>(args.scale) + column + j, columns - j);
@@ -236,7 +236,8 @@ void FinishedTile(const QuantizedArgs& args, const QuantizedLayout& layout, cons
                   int64_t column) {
   alignas(64) float sums[kRows * kPanels * kPanelOutputs];
   Tile<Weight, kRows, kPanels>(tile, layout.blocks, args.block / 4, layout.quads, sums);
-  Finish<T>(args, sums, kPanels * kPanelOutputs, row, kRows, column);
+  args.wide ? Finish<T, float>(args, sums, kPanels * kPanelOutputs, row, kRows, column)
+            : Finish<T, T>(args, sums, kPanels * kPanelOutputs, row, kRows, column);
 }
 
 // The rows of one tile of x times kPanels panels.

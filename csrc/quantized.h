@@ -33,6 +33,7 @@ struct QuantizedArgs {
   int activation;         // Activation in gemm.h, or -1
   void* y;                // (rows, n), rows y_row apart
   int64_t y_row;
+  bool wide;  // y is float32, whatever x is
 };
 
 void LinearQuantized(const QuantizedArgs& args, int threads);

@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.layers import Block, GatedMLP, LayerNorm, RMSNorm
 from peakgpt.engine.positions import alibi_slopes, rotary_table
+from peakgpt.engine.quantised import QuantisedLinear
 from peakgpt.engine.relative import RELATIVE
 from peakgpt.kernels.attention import default_scale
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
+from peakgpt.kernels.cpu.memory import streamed
+from peakgpt.kernels.quantize import BLOCK
 
 if TYPE_CHECKING:
     from peakgpt.engine.model import GPT
@@ -41,7 +45,7 @@ def objection(model: GPT) -> str | None:
 class Lowered:
     """The program of one model, and the tensors that it reads.
 
-    Weights of products are packed, which copies them; embeddings, biases and norms are read where they lie.
+    Float weights of products are packed, which copies them; all else is read where it lies.
     """
 
     def __init__(self, model: GPT):
@@ -60,6 +64,9 @@ class Lowered:
             widths["gate"] = c.n_inner
         widths |= {"taken x": c.n_embd, "taken h": c.n_embd, "taken y": widths["y"]}
         self.buffers = {name: self.program.buffer(width) for name, width in widths.items()}
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        layers += [] if "lm_head" in model._modules else [model.transformer.wte]
+        self.unused = streamed(sum(_packed_floats(layer.weight) for layer in layers), torch.float32)
         self._lower(model)
 
     def run(self, *pass_args: int) -> None:
@@ -86,12 +93,11 @@ class Lowered:
             if layer == c.n_layer - 1:
                 self._take()
             RESIDUALS[c.residual](self, block, norm)
-        head = t.wte.weight if c.tied_head else model.lm_head.weight
-        self._linear("h", LOGITS, head, model.lm_head.bias if c.head_bias else None)
+        self._linear("h", LOGITS, model.lm_head if "lm_head" in model._modules else t.wte)
 
     def _attend(self, block: Block, layer: int) -> None:
         c, attn, number = self.config, block.attn, self.buffers
-        self._linear("h", "qkv", attn.c_attn.weight, attn.c_attn.bias)
+        self._linear("h", "qkv", attn.c_attn)
         if c.rotary_dim:
             cos, sin = self.angles
             self.program.rotary(number["qkv"], c.head_dim, c.n_head + c.n_kv_head, address(cos), address(sin),
@@ -112,17 +118,25 @@ class Lowered:
 
     def out(self, block: Block) -> None:
         """branch = what attention ends in."""
-        self._linear("y", "branch", block.attn.c_proj.weight, block.attn.c_proj.bias)
+        self._linear("y", "branch", block.attn.c_proj)
 
     def think(self, block: Block, source: str, out: str = "branch") -> None:
         """out = mlp(source)."""
         mlp, activation = block.mlp, ACTIVATIONS[block.mlp.activation]
-        if isinstance(mlp, GatedMLP):
-            self._linear(source, "gate", mlp.c_gate.weight, mlp.c_gate.bias)
-            self._linear(source, "up", mlp.c_fc.weight, mlp.c_fc.bias, GATE, activation, "gate")
+        if not isinstance(mlp, GatedMLP):
+            self._linear(source, "up", mlp.c_fc, ACTIVATE, activation)
+        elif isinstance(mlp.c_fc, QuantisedLinear):  # whose products end in no gate
+            self._linear(source, "gate", mlp.c_gate, ACTIVATE, activation)
+            self._linear(source, "up", mlp.c_fc)
+            self.combine("gate", "up", "up", product=True)
         else:
-            self._linear(source, "up", mlp.c_fc.weight, mlp.c_fc.bias, ACTIVATE, activation)
-        self._linear("up", out, mlp.c_proj.weight, mlp.c_proj.bias)
+            self._linear(source, "gate", mlp.c_gate)
+            self._linear(source, "up", mlp.c_fc, GATE, activation, "gate")
+        self._linear("up", out, mlp.c_proj)
+
+    def combine(self, x: str, y: str, out: str, *, product: bool = False) -> None:
+        """out = x + y, or x y."""
+        self.program.combine(*(self.buffers[name] for name in (x, y, out)), product)
 
     def add_norm(self, norm: LayerNorm | RMSNorm, residual: str) -> None:
         """residual += branch, h = norm(residual)."""
@@ -134,13 +148,29 @@ class Lowered:
         self.program.norm(number[source], stream, stream, number[out], address(weight), DTYPES[weight.dtype],
                           address(bias), norm.eps, isinstance(norm, RMSNorm))  # fmt: skip
 
-    def _linear(self, source: str, out: str | int, weight: Tensor, bias: Tensor | None, epilogue: int = STORE,
-                activation: int = 0, gate: str | None = None) -> None:  # fmt: skip
-        to = out if out == LOGITS else self.buffers[out]
-        w = weight.detach()
-        packed = _C.DenseWeight(DTYPES[w.dtype], *w.shape, address(w), w.stride(0), threads())
-        self.program.linear(self.buffers[source], to, packed, address(self._kept(bias)), epilogue, activation,
-                            NONE if gate is None else self.buffers[gate])  # fmt: skip
+    def _linear(
+        self, source: str, out: str | int, layer: nn.Module, epilogue: int = STORE, activation: int = 0,
+        gate: str | None = None,
+    ) -> None:  # fmt: skip
+        """out = epilogue(source W^T + b) of a linear layer, quantised or not, or of an embedding that is a head too."""
+        weight = self._quantised(layer) if isinstance(layer, QuantisedLinear) else self._packed(layer.weight.detach())
+        bias = self._kept(getattr(layer, "bias", None))
+        self.program.linear(self.buffers[source], out if out == LOGITS else self.buffers[out], weight, address(bias),
+                            epilogue, activation, NONE if gate is None else self.buffers[gate])  # fmt: skip
+
+    def _packed(self, w: Tensor) -> object:
+        """The weight, packed behind those before it: they are read in this order."""
+        place, self.unused = self.unused.split([_packed_floats(w), self.unused.numel() - _packed_floats(w)])
+        dtype = DTYPES[w.dtype]
+        _C.pack_b(dtype, *w.shape, address(w), w.stride(0), w.stride(1), address(place), threads())
+        return _C.DenseWeight(dtype, *w.shape, address(self._kept(place)))
+
+    def _quantised(self, layer: QuantisedLinear) -> object:
+        form, parts = layer.form, (address(self._kept(part)) for part in (layer.weight, layer.scale))
+        block = BLOCK if form.bits == 8 else form.group
+        return _C.QuantizedWeight(
+            DTYPES[self.dtype], form.bits, layer.out_features, layer.in_features, block, *parts
+        )  # fmt: skip
 
     def _matrix(self, table: Tensor | None) -> tuple[int, int]:
         kept = self._kept(table)
@@ -151,6 +181,10 @@ class Lowered:
         if tensor is not None:
             self.kept.append(tensor.detach())
         return tensor
+
+
+def _packed_floats(weight: Tensor) -> int:
+    return _C.packed_floats(DTYPES[weight.dtype], *weight.shape)
 
 
 def _pre_norm(low: Lowered, block: Block, norm: LayerNorm) -> None:
@@ -170,7 +204,7 @@ def _post_norm(low: Lowered, block: Block, norm: None) -> None:
 def _parallel(low: Lowered, block: Block, norm: LayerNorm, source: str = "h") -> None:
     low.think(block, source, "h")  # the last that reads h
     low.out(block)
-    low.program.add(low.buffers["branch"], low.buffers["h"], low.buffers["branch"])
+    low.combine("branch", "h", "branch")
     low.add_norm(norm, "x")
 
 

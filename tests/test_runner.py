@@ -11,6 +11,7 @@ from peakgpt import _C
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
 from peakgpt.engine.paged import BlockMemory
+from peakgpt.engine.quantised import Format, quantise, restore
 from peakgpt.engine.runner import Chunk, Runner
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 300, "vocab_size": 97}
@@ -90,6 +91,21 @@ def test_same_bits_however_tokens_come(config, dtype, isa):
     assert torch.equal(runner.step([Chunk(ids, 0, range(3))]), expected[-1:])
     many = runner.step([Chunk(ids[:n], 0, [i]) for i, n in enumerate((3, 64, 1, 40))])
     assert torch.equal(many, expected[[2, 63, 0, 39]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", (Format(8), Format(4, 32)), ids=("8 bits", "4 bits"))
+@pytest.mark.parametrize("name", ("gpt2", "palm"))
+def test_quantised_models(name, form, dtype, isa):
+    config = GPTConfig(**SIZES, **MODELS[name])
+    state = quantise(model_of(config, torch.float32).state_dict(), form)
+    model, ids = restore(GPT(config), state, form, dtype), torch.randint(97, (150,))
+    runner = Runner(model, blocks=7)
+    expected = whole(runner, ids)
+    tolerance = {torch.float32: 2e-2, torch.bfloat16: 6e-2}[dtype]  # a byte of an input may fall to the other side
+    torch.testing.assert_close(expected, model(ids[None])[0].float(), rtol=0.0, atol=tolerance * float(expected.abs().max()))
+    assert torch.equal(pieces(runner, ids), expected)
 
 
 @torch.no_grad()

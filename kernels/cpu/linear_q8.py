@@ -35,5 +35,5 @@ def multiply(
     width = out.shape[-1]
     _C.linear_quantized(
         DTYPES[x.dtype], x.shape[0], address(x), x.stride(0), bits, width, x.shape[1], block, address(w),
-        address(scale), address(b), ACTIVATIONS.get(activation, -1), address(out), width, threads(),
+        address(scale), address(b), ACTIVATIONS.get(activation, -1), address(out), width, False, threads(),
     )  # fmt: skip

@@ -11,6 +11,9 @@ from __future__ import annotations
 import functools
 import os
 
+import torch
+from torch import Tensor
+
 
 @functools.cache
 def keep_pages() -> str | None:
@@ -25,3 +28,12 @@ def keep_pages() -> str | None:
         return f"no C++ extension: {error}"
     half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return None if keep(half) else "this C library's malloc has no such settings"
+
+
+def streamed(count: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory, (count,), for what is read from end to end, often: in huge pages where it can be."""
+    from peakgpt._C import ask_huge_pages
+
+    memory = torch.empty(count, dtype=dtype, device="cpu")
+    ask_huge_pages(memory.data_ptr(), memory.nbytes)
+    return memory
