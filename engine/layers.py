@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peakgpt.engine.cache import KVCache
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.experts import Experts
+from peakgpt.engine.fp8 import fp8_linear
 from peakgpt.engine.positions import Positions
 from peakgpt.engine.quantised import QuantisedLinear, project
 from peakgpt.engine.recompute import checkpointed
@@ -103,10 +104,13 @@ class GELUMLP(Conv1DLoading):
         n_inner = n_inner or 4 * n_embd
         self.c_fc = nn.Linear(n_embd, n_inner, bias=bias, device=device, dtype=dtype)
         self.c_proj = nn.Linear(n_inner, n_embd, bias=bias, device=device, dtype=dtype)
-        self.activation, self.recompute = activation, False
+        self.activation, self.recompute, self.fp8 = activation, False, False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (..., C), to (..., C)."""
+        if self.fp8 and self.training:
+            h = ACTIVATIONS[self.activation](fp8_linear(x, self.c_fc.weight, self.c_fc.bias))
+            return fp8_linear(h, self.c_proj.weight, self.c_proj.bias)
         up, down, choices = self.c_fc, self.c_proj, {"activation": self.activation, "recompute": self.recompute}
         if isinstance(up, QuantisedLinear):
             return down(up(x, self.activation))
@@ -174,7 +178,7 @@ class CausalSelfAttention(Conv1DLoading):
                 f"CausalSelfAttention: n_embd {n_embd}, n_head {n_head}, n_kv_head {self.n_kv_head}, "
                 "expected n_head to divide n_embd and n_kv_head to divide n_head"
             )
-        self.head_dim, self.dropout = head_dim or n_embd // n_head, dropout
+        self.head_dim, self.dropout, self.fp8 = head_dim or n_embd // n_head, dropout, False
         self.window, self.scale = window, scale
         if relative is not None:
             self.relative = relative
@@ -196,7 +200,7 @@ class CausalSelfAttention(Conv1DLoading):
         Returns:
             (B, T, C)
         """
-        qkv = project(self.c_attn, x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
+        qkv = self._project(self.c_attn, x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
         if positions.rotary is not None:
             turned = self.n_head + self.n_kv_head
             qkv = rotary(qkv, *positions.rotary, heads=turned, interleaved=positions.interleaved)
@@ -216,7 +220,10 @@ class CausalSelfAttention(Conv1DLoading):
                 causal=q.shape[1] > 1,  # one query sees every key: saying so spares the backends a mask
                 alibi=positions.alibi, bias=bias, kv_start=positions.start,
             )  # fmt: skip
-        return project(self.c_proj, y.flatten(2))  # (B, T, H D) -> (B, T, C)
+        return self._project(self.c_proj, y.flatten(2))  # (B, T, H D) -> (B, T, C)
+
+    def _project(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return fp8_linear(x, layer.weight, layer.bias) if self.fp8 and self.training else project(layer, x)
 
 
 class Block(nn.Module):

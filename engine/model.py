@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from peakgpt.engine import checkpoint, quantised_folder
 from peakgpt.engine.cache import KVCache
 from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.fp8 import fp8_linear
 from peakgpt.engine.generate import generate, stream
 from peakgpt.engine.layers import Block, Conv1DLoading, norm
 from peakgpt.engine.optim import AdamW, decay_groups
@@ -53,7 +54,7 @@ class GPT(Conv1DLoading):
     def __init__(self, config: GPTConfig):
         """Build with GPT-2's random initialisation, whatever the family, drawn from torch's generator."""
         super().__init__()
-        self.config = config
+        self.config, self.fp8 = config, False
         device = torch.get_default_device()
         with torch.device("meta"), _SkipInit():  # torch's own initialisation would be thrown away, at seconds for GPT-2
             self.transformer = nn.ModuleDict(_parts(config))
@@ -207,7 +208,7 @@ class GPT(Conv1DLoading):
         h = self.features(ids, start=start, balance=balance)
         if targets is None:
             return self.head(h)
-        if self.config.head_bias or self._quantised_head:  # linear_cross_entropy takes neither
+        if self.config.head_bias or self._quantised_head or self._fp8_head:  # linear_cross_entropy takes none of them
             logits = self.head(h).flatten(0, 1).float()
             loss = F.cross_entropy(logits, targets.flatten(), reduction="mean" if weight is None else "none")
             loss = loss if weight is None else (loss * weight.flatten()).sum()
@@ -223,7 +224,12 @@ class GPT(Conv1DLoading):
         """Logits (..., V) of features (..., C), by the tied embedding or a head of its own."""
         if self._quantised_head:
             return self.lm_head(h)
-        return linear(h, self._head_weight, self.lm_head.bias if self.config.head_bias else None)
+        product = fp8_linear if self._fp8_head else linear
+        return product(h, self._head_weight, self.lm_head.bias if self.config.head_bias else None)
+
+    @property
+    def _fp8_head(self) -> bool:
+        return self.fp8 and self.training
 
     @property
     def _quantised_head(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.capture import Captured, recorder_for
+from peakgpt.engine.fp8 import set_fp8
 from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.engine.recompute import parse, set_recompute
 from peakgpt.kernels.cpu.memory import keep_pages
@@ -34,6 +35,7 @@ class Recipe:
         weight_decay: on matrices only. max_norm: global gradient norm is clipped to this.
         dtype: of parameters, activations and gradients.
         recompute: which layers compute again in backward what they have not kept, as engine/recompute.py says.
+        fp8: whether products take 8-bit operands, as engine/fp8.py says.
         seed: of initialisation and data order.
     """
 
@@ -48,6 +50,7 @@ class Recipe:
     max_norm: float = 1.0
     dtype: torch.dtype = torch.float32
     recompute: str = "none"
+    fp8: bool = False
     seed: int = 1337
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class Trainer:
         """
         self.model, self.recipe, self.steps, self.done = model, recipe, steps, 0
         set_recompute(model, recipe.recompute)
+        set_fp8(model, recipe.fp8)
         device = next(model.parameters()).device
         if device.type == "cpu":
             keep_pages()

@@ -17,6 +17,7 @@ BENCHES = {
     "ops": "every op, forward and backward",
     "passes": "the CPU's memory-bound kernels alone, beside streams of the same reads and writes",
     "train": "a training step of GPT-2",
+    "fp8": "training with 8-bit products: the loss and the time beside bfloat16",
     "patch": "transformers' models patched, beside the same models as they are",
     "prefill": "a prompt of GPT-2 on CPU, beside plain torch, transformers and OpenVINO",
     "decode": "greedy decoding with a cache",

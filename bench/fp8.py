@@ -1,0 +1,92 @@
+"""8-bit products beside bfloat16: the loss of the same training run, then the time of a step: `peakgpt bench fp8`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from peakgpt.bench.findings import Findings
+from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.flops import training_flops
+from peakgpt.engine.model import GPT
+from peakgpt.engine.presets import preset
+from peakgpt.engine.train import Recipe, Trainer
+from peakgpt.kernels.clock import Result, interleave
+from peakgpt.kernels.device import peak_for
+
+VOCAB = 50304  # GPT-2's, up to a multiple of 128
+SYMBOLS = 512  # that the sequences use
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=100, help="of the run whose loss is shown (default 100)")
+
+
+def run(args: argparse.Namespace, device: torch.device) -> Findings:
+    recipe = Recipe(batch=args.batch, tokens=args.tokens, dtype=torch.bfloat16, lr=6e-4)
+    return Findings(results=compare(preset(args.model, vocab_size=VOCAB), recipe, args.steps, device))
+
+
+def compare(
+    config: GPTConfig, recipe: Recipe, steps: int, device: torch.device, *, budget_s: float | None = None
+) -> list[Result]:
+    """Train with both, then time a step of each; their notes say the losses.
+
+    Args:
+        config, recipe: the model and how it is trained; recipe.fp8 is set by each contender.
+        steps: of the run whose loss is told.
+        budget_s: of the timing.
+    """
+    trainers, losses = _trained(config, recipe, steps, device)
+    for step in sorted({0, steps // 4, steps // 2, steps - 1}):
+        print(f"step {step + 1}: loss " + ", ".join(f"{name} {row[step]:.4f}" for name, row in losses.items()))
+    batch = next(_batches(config, recipe, device))
+    timings = interleave({name: lambda t=t: t.step(*batch) for name, t in trainers.items()}, rounds=20, device=device,
+                         budget_s=budget_s)  # fmt: skip
+    peak, case = peak_for(device, recipe.dtype), {"batch": recipe.batch, "tokens": recipe.tokens}
+    flops = training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens
+    return [
+        Result.of(
+            dataclasses.replace(timing, note=f"loss {losses[name][-1]:.4f} after {steps} steps"),
+            bench="train", case=case | {"n_layer": config.n_layer, "n_embd": config.n_embd},
+            contender="peakgpt" if name == "bfloat16" else f"peakgpt, {name}", backend="auto", device=str(device),
+            dtype="bfloat16", flops=flops, flops_kind="model", peak_flops_s=peak.flops_s,
+            peak_source=f"{peak.source}, bfloat16's for both",
+        )
+        for name, timing in timings.items()
+    ]  # fmt: skip
+
+
+def compare_losses(config: GPTConfig, recipe: Recipe, steps: int, device: torch.device) -> dict[str, list[float]]:
+    """The loss of every step, from the same weights over the same batches."""
+    return _trained(config, recipe, steps, device)[1]
+
+
+def _trained(config, recipe, steps, device) -> tuple[dict[str, Trainer], dict[str, list[float]]]:
+    trainers, losses = {}, {}
+    for name, fp8 in (("bfloat16", False), ("fp8", True)):
+        torch.manual_seed(recipe.seed)
+        model = GPT(config).to(device)
+        trainers[name] = Trainer(model, dataclasses.replace(recipe, fp8=fp8), steps=2 * steps)
+        batches = _batches(config, recipe, device)
+        found = torch.stack([trainers[name].step(*next(batches)) for _ in range(steps)])
+        losses[name] = found.tolist()
+    return trainers, losses
+
+
+def _batches(config: GPTConfig, recipe: Recipe, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sequences with a rule to learn: each counts up by a step of its own."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    symbols = min(SYMBOLS, config.vocab_size)
+    while True:
+        first, step = (torch.randint(1, symbols, (recipe.batch, 1), generator=generator) for _ in range(2))
+        ids = (first + step % 7 * torch.arange(recipe.tokens + 1)) % symbols
+        ids = ids.to(device)
+        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
