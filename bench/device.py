@@ -18,6 +18,7 @@ import torch
 from peakgpt.bench.check import CASES, LARGE_CASES, check
 from peakgpt.bench.decode import compare_decoding
 from peakgpt.bench.findings import Failure, Findings
+from peakgpt.bench.fp8 import compare as compare_fp8
 from peakgpt.bench.isolate import Emit, Job, Part, run_part
 from peakgpt.bench.ops import Case, compare
 from peakgpt.bench.peers import peers
@@ -82,11 +83,13 @@ ROWS = 1 << 15  # tokens of a GPT-2 batch: 32 sequences of 1024
 LAYERNORM = [
     *(Case("layernorm", {"rows": ROWS, "width": c}, passes=ONE_BY_ONE) for c in (768, 1024, 2048, 4096)),
     Case("add_layernorm", {"rows": ROWS, "width": 768}, passes=ONE_BY_ONE),
+    Case("rmsnorm", {"rows": ROWS, "width": 2048}, passes=ONE_BY_ONE),
 ]
 MLP = [Case("mlp", {"rows": ROWS, "width": c, "hidden": 4 * c}, passes=ONE_BY_ONE) for c in (768, 1600)]
 LOSS = [
-    Case("linear_cross_entropy", {"rows": ROWS, "width": 768, "vocab": v}, passes=WHOLE) for v in (50304, 131072)
-]  # fmt: skip
+    Case("linear_cross_entropy", {"rows": ROWS, "width": 768, "vocab": v}, {"prefer": way}, passes=WHOLE)
+    for v, way in ((50304, "memory"), (131072, "memory"), (50304, "time"))
+]
 ADAMW = [
     Case("adamw", {"count": 124_000_000}),
     Case("adamw", {"count": 1_558_000_000}, checked={"count": 1 << 20}),
@@ -134,6 +137,10 @@ def _teller(emit: Emit) -> Callable[[str, Exception], None]:
 
 # ---- the model
 
+TINY_RUN = (
+    preset("gpt2-tiny", n_layer=1, vocab_size=512),
+    Recipe(batch=1, tokens=32, dtype=torch.bfloat16, warmup=0.0),
+)
 PADDED_VOCAB = 50304  # a multiple of 128, as everyone trains GPT-2
 
 
@@ -143,14 +150,42 @@ def _train_jobs(device: torch.device) -> dict[str, Job]:
             config = preset("gpt2", vocab_size=PADDED_VOCAB)
             recipe = Recipe(batch=_batch(device), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
         else:
-            config = preset("gpt2-tiny", n_layer=1, vocab_size=512)
-            recipe = Recipe(batch=1, tokens=32, dtype=torch.bfloat16, warmup=0.0)
+            config, recipe = TINY_RUN
         names = ["peakgpt", "eager", "compile"] if device.type == "cuda" else ["peakgpt", "eager"]
         for row in compare_training(config, recipe, device, names, rounds=20, budget_s=budget_s,
                                     on_failure=_teller(emit)):  # fmt: skip
             emit(row)
 
     return {"train": job}
+
+
+def _large_jobs(device: torch.device) -> dict[str, Job]:
+    """GPT-2 1558M by us alone: nobody else's step fits in the time."""
+
+    def job(budget_s: float, emit: Emit) -> None:
+        if device.type == "cuda":
+            config = preset("gpt2-xl", vocab_size=PADDED_VOCAB)
+            recipe = Recipe(batch=max(1, _batch(device) // 4), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
+        else:
+            config, recipe = TINY_RUN
+        for row in compare_training(config, recipe, device, ["peakgpt"], rounds=10, budget_s=budget_s,
+                                    on_failure=_teller(emit)):  # fmt: skip
+            emit(row)
+
+    return {"train 1558M": job}
+
+
+def _fp8_jobs(device: torch.device) -> dict[str, Job]:
+    def job(budget_s: float, emit: Emit) -> None:
+        if device.type == "cuda":
+            config = preset("gpt2", vocab_size=PADDED_VOCAB)
+            recipe, steps = Recipe(batch=max(1, _batch(device) // 2), tokens=1024, dtype=torch.bfloat16, lr=6e-4), 50
+        else:
+            (config, recipe), steps = TINY_RUN, 3
+        for row in compare_fp8(config, recipe, steps, device, budget_s=budget_s / 3):
+            emit(row)
+
+    return {"fp8": job}
 
 
 def _batch(device: torch.device) -> int:
@@ -174,12 +209,14 @@ def _decode_jobs(device: torch.device) -> dict[str, Job]:
 
 # Budgets sum to 450 s. Compiling takes most of check (Triton, two dtypes of every case) and of train (torch.compile).
 PARTS = {
-    "check": Part(_check_jobs, budget_s=100, patience_s=40),
+    "check": Part(_check_jobs, budget_s=95, patience_s=40),
     "attention": Part(_op_jobs("attention", ATTENTION), budget_s=70, patience_s=40),
-    "layernorm": Part(_op_jobs("layernorm", LAYERNORM), budget_s=40, patience_s=30),
-    "mlp": Part(_op_jobs("mlp", MLP), budget_s=40, patience_s=30),
-    "loss": Part(_op_jobs("loss", LOSS), budget_s=40, patience_s=30),
-    "adamw": Part(_op_jobs("adamw", ADAMW, (*FLOAT32, *BFLOAT16)), budget_s=20, patience_s=20),
-    "train": Part(_train_jobs, budget_s=110, patience_s=110),
+    "layernorm": Part(_op_jobs("layernorm", LAYERNORM), budget_s=35, patience_s=30),
+    "mlp": Part(_op_jobs("mlp", MLP), budget_s=35, patience_s=30),
+    "loss": Part(_op_jobs("loss", LOSS), budget_s=35, patience_s=30),
+    "adamw": Part(_op_jobs("adamw", ADAMW, (*FLOAT32, *BFLOAT16)), budget_s=15, patience_s=15),
+    "train": Part(_train_jobs, budget_s=85, patience_s=85),
+    "large": Part(_large_jobs, budget_s=30, patience_s=30),
+    "fp8": Part(_fp8_jobs, budget_s=20, patience_s=20),
     "decode": Part(_decode_jobs, budget_s=30, patience_s=30),
 }

@@ -14,7 +14,7 @@ from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peakgpt.bench.findings import NotTaken
-from peakgpt.kernels.dispatch import Op
+from peakgpt.kernels.dispatch import OPS, Op, use_backend
 
 Call = Callable[..., Any]
 
@@ -55,7 +55,43 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool 
 
 
 def _mlp(device: torch.device) -> dict[str, Call]:
-    return {"cublaslt epilogue": _epilogue_mlp} if device.type == "cuda" else {}
+    """With both ways of ours, which the table of kernels/gpu/mlp.py chooses between."""
+    if device.type != "cuda":
+        return {}
+    ours = {f"peakgpt {way}": functools.partial(_mlp_way, way) for way in ("fused", "library")}
+    return {"cublaslt epilogue": _epilogue_mlp, **ours}
+
+
+def _mlp_way(way: str, *tensors: Tensor | None) -> Tensor:
+    from peakgpt.kernels.gpu import mlp
+
+    if torch.is_grad_enabled():
+        return _WholeWay.apply(way, *tensors)
+    with mlp.way(way), use_backend("gpu"):
+        return OPS["mlp"](*tensors)
+
+
+class _WholeWay(torch.autograd.Function):
+    """Carries a way into the backward pass, which runs after its block has ended."""
+
+    @staticmethod
+    def forward(ctx, way, *tensors):
+        from peakgpt.kernels.gpu import mlp
+
+        leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        with mlp.way(way), use_backend("gpu"), torch.enable_grad():
+            ctx.result = OPS["mlp"](*leaves)
+        ctx.way, ctx.leaves = way, leaves
+        return ctx.result.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        from peakgpt.kernels.gpu import mlp
+
+        wanted = [t for t in ctx.leaves if t is not None and t.requires_grad]
+        with mlp.way(ctx.way), use_backend("gpu"):
+            found = iter(torch.autograd.grad(ctx.result, wanted, dy, retain_graph=True))
+        return None, *(next(found) if t is not None and t.requires_grad else None for t in ctx.leaves)
 
 
 def _epilogue_mlp(x, w_up, b_up, w_down, b_down) -> Tensor:
