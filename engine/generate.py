@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from peakgpt.engine.beam import beam_search
 from peakgpt.engine.params import SamplingParams
 from peakgpt.engine.sample import draw_seed, sample, uniforms
 from peakgpt.engine.stepper import stepper
@@ -35,6 +36,16 @@ def decode(
         ValueError: an empty or too long prompt, or parameters out of range.
     """
     SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)  # checks them
+    count = check_prompt(model, ids, max_new_tokens, start)
+    return _decode(model, ids, count, temperature, top_k, top_p, seed, start)
+
+
+def check_prompt(model: GPT, ids: Tensor, max_new_tokens: int | None, start: Tensor | None) -> int:
+    """How many tokens may be added.
+
+    Raises:
+        ValueError: an empty or too long prompt, or it starts outside of itself.
+    """
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"generate: ids have shape {tuple(ids.shape)}, expected (B, T) with at least one token")
     room = model.config.block_size - ids.shape[1]
@@ -46,7 +57,7 @@ def decode(
         )
     if start is not None and (start.shape != ids.shape[:1] or (start < 0).any() or (start >= ids.shape[1]).any()):
         raise ValueError(f"generate: start is {start.tolist()}, expected {ids.shape[0]} of 0 to {ids.shape[1] - 1}")
-    return _decode(model, ids, count, temperature, top_k, top_p, seed, start)
+    return count
 
 
 @torch.no_grad()
@@ -66,8 +77,16 @@ def _decode(model, ids, count, temperature, top_k, top_p, seed, start) -> Iterat
         ids = token[:, None]
 
 
-def generate(model: GPT, ids: Tensor, *, stop: Sequence[int] = (), **options) -> Tensor:
+def generate(
+    model: GPT, ids: Tensor, *, stop: Sequence[int] = (), beams: int = 1, length_penalty: float = 1.0,
+    early_stopping: bool | str = False, **options,
+) -> Tensor:  # fmt: skip
     """Continue a batch; see GPT.generate."""
+    if beams != 1:
+        start = options.get("start")
+        count = check_prompt(model, ids, options.get("max_new_tokens"), start)
+        return beam_search(model, ids, beams, count=count, stop=stop, length_penalty=length_penalty,
+                           early_stopping=early_stopping, start=start)  # fmt: skip
     device = ids.device
     ends = torch.tensor(list(stop), device=device)
     stopped = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)

@@ -250,17 +250,24 @@ class GPT(Conv1DLoading):
         seed: int | None = None,
         stop: Sequence[int] = (),
         start: Tensor | None = None,
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
     ) -> Tensor:
-        """Continue a batch of prompts, with a KV cache.
+        """Continue a batch of prompts, with a KV cache; on the CPU by one program a step where that pays.
 
         Args:
             ids: (B, T) int64 or int32, padded on the left where their lengths differ.
             max_new_tokens: at most this many are added; None means up to block_size.
             temperature: 0 is greedy, and top_k and top_p do not matter.
             top_k, top_p: choose among the k likeliest, among the fewest that reach p.
-            seed: of the choice; torch's generator where None.
+            seed: of the choice, a stream of numbers a prompt; drawn from torch's generator where None.
             stop: ids that end a sequence; it keeps the one that did and is filled up with the first of `stop`.
             start: (B,) integers; where each left-padded prompt begins. None: all are of one length.
+            beams: more than 1 keeps so many texts and returns the likeliest, as transformers does; nothing is drawn.
+            length_penalty: texts compare by log-probability over length to this power.
+            early_stopping: True stops when `beams` texts have ended, False when no better one is likely, "never" when
+                none is possible.
         Returns:
             (B, T + new), dtype of ids; new ends where the last sequence did.
         Raises:
@@ -268,7 +275,7 @@ class GPT(Conv1DLoading):
         """
         return generate(
             self, ids, stop=stop, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            seed=seed, start=start,
+            seed=seed, start=start, beams=beams, length_penalty=length_penalty, early_stopping=early_stopping,
         )  # fmt: skip
 
     def stream(

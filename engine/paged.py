@@ -9,17 +9,55 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from peakgpt.engine.config import GPTConfig
-from peakgpt.kernels.cpu.ext import _C
+
+BLOCK = 64  # tokens; kCacheBlock of csrc/cache_attention.h
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of one sequence.
+
+    Args:
+        ids: the tokens.
+        past: how many came before them; their keys and values are in the blocks.
+        blocks: numbers of the sequence's blocks, with room for past + len(ids) tokens.
+        logits: of how many of the last tokens logits are wanted.
+    """
+
+    ids: Sequence[int] | Tensor
+    past: int
+    blocks: Sequence[int]
+    logits: int = 1
+
+    def check(self, config: GPTConfig, blocks: int) -> None:
+        """
+        Raises:
+            ValueError: more tokens than block_size, too few blocks, or one that is not among `blocks`.
+        """
+        end = self.past + len(self.ids)
+        if not 0 < end <= config.block_size or not 0 <= self.logits <= len(self.ids):
+            raise ValueError(
+                f"runner: {len(self.ids)} tokens after {self.past} with logits of {self.logits}, expected at least "
+                f"one, at most block_size {config.block_size} in all"
+            )
+        if len(self.blocks) and not 0 <= min(self.blocks) <= max(self.blocks) < blocks:
+            wrong = next(block for block in self.blocks if not 0 <= block < blocks)
+            raise ValueError(f"runner: block {wrong}, expected 0 to {blocks - 1}")
+        if len(self.blocks) * BLOCK < end:
+            raise ValueError(f"runner: {len(self.blocks)} blocks of {BLOCK} tokens, expected room for {end}")
+
 
 
 class BlockMemory:
     """The memory of a cache for the CPU programs; its layout inside of a block is theirs (csrc/cache_attention.h)."""
 
-    block = _C.cache_block  # tokens
+    block = BLOCK
 
     def __init__(self, config: GPTConfig, blocks: int, *, dtype: torch.dtype):
         """Allocate `blocks` blocks for every layer's keys and values."""

@@ -14,7 +14,8 @@ class SamplingParams:
     """How a prompt is continued; the defaults draw from the model's own distribution.
 
     Args:
-        max_new_tokens: at most this many; None means up to the model's block_size. 0 only scores the prompt.
+        max_new_tokens: at most this many; None means as many as model and cache have room for. 0 only scores the
+            prompt.
         temperature: 0 is greedy, and top_k, top_p and min_p do not matter.
         top_k: choose among the k largest logits.
         top_p: then among the fewest tokens whose probabilities reach p.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from peakgpt.engine.cache import KVCache
-from peakgpt.kernels.dispatch import forced_backend
+from peakgpt.engine.ops_runner import cpu_runner
+from peakgpt.engine.paged import BLOCK, BlockPool, Chunk
 
 if TYPE_CHECKING:
     from peakgpt.engine.model import GPT
@@ -23,10 +24,12 @@ class Stepper(Protocol):
         """(B, T) new tokens -> (B, V), the logits of the last ones."""
 
     def reorder(self, parents: Tensor) -> None:
-        """Continue text i from where text parents[i] is now; parents: (B,) int64."""
+        """Continue text i from where text parents[i] is now; there may be more of them than before."""
 
 
-def stepper(model: GPT, batch: int, tokens: int, new: int, start: Tensor | None) -> Stepper:
+def stepper(
+    model: GPT, batch: int, tokens: int, new: int, start: Tensor | None, *, beams: int = 1
+) -> Stepper:
     """Choose the way: one C++ program on the CPU where the model can be lowered and `new` tokens pay for it, else ops.
 
     The program's copy of the weights is made here and lives as long as the texts: it can not be stale.
@@ -36,28 +39,11 @@ def stepper(model: GPT, batch: int, tokens: int, new: int, start: Tensor | None)
         tokens: how long they become at most, the prompt counted.
         new: how many of those come one at a time.
         start: (B,) where left-padded prompts begin, or None.
+        beams: how many texts a prompt is continued by at most.
     """
-    if new >= PAYS and (runner := _runner(model, batch * _blocks(tokens))):
-        return PagedStepper(runner, batch, tokens, start)
+    if new >= PAYS and (runner := cpu_runner(model, batch * beams * -(-tokens // BLOCK))):
+        return PagedStepper(runner, batch, start)
     return CachedStepper(model, batch, tokens, start)
-
-
-def _blocks(tokens: int) -> int:
-    from peakgpt.engine.paged import BlockMemory
-
-    return -(-tokens // BlockMemory.block)
-
-
-def _runner(model: GPT, blocks: int) -> Runner | None:
-    """None where the extension is missing, another backend is asked for, or the model can not be lowered."""
-    if forced_backend() not in (None, "cpu"):
-        return None
-    try:
-        from peakgpt.engine.runner import Runner
-
-        return Runner(model, blocks=blocks)
-    except (ImportError, NotImplementedError):
-        return None
 
 
 class CachedStepper:
@@ -72,24 +58,20 @@ class CachedStepper:
         return self.model.head(self.model.features(ids, self.cache, self.start)[:, -1])
 
     def reorder(self, parents: Tensor) -> None:
-        for memory in (self.cache.keys, self.cache.values):
-            memory[:, :, : self.cache.length] = memory[:, parents, : self.cache.length]
+        self.cache.keys, self.cache.values = self.cache.keys[:, parents], self.cache.values[:, parents]
+        self.start = None if self.start is None else self.start[parents]
 
 
 class PagedStepper:
     """By the CPU program; texts that share their past share its blocks."""
 
-    def __init__(self, runner: Runner, batch: int, tokens: int, start: Tensor | None):
-        from peakgpt.engine.paged import BlockPool
-
-        self.runner, self.pool = runner, BlockPool(runner.memory.blocks, runner.block)
+    def __init__(self, runner: Runner, batch: int, start: Tensor | None):
+        self.runner, self.pool = runner, BlockPool(runner.memory.blocks, BLOCK)
         self.start = [0] * batch if start is None else start.tolist()
         self.tables: list[list[int]] = [[] for _ in range(batch)]
         self.past = [0] * batch
 
     def __call__(self, ids: Tensor) -> Tensor:
-        from peakgpt.engine.runner import Chunk
-
         rows = ids.tolist()
         if not any(self.past):
             rows = [row[first:] for row, first in zip(rows, self.start, strict=True)]

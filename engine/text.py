@@ -20,7 +20,11 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """Take one id and return what may be shown; `stopped_by` says whether the text ended."""
-        return self._show(self.decoder.feed(token))
+        try:
+            new = self.decoder.feed(token)
+        except ValueError:  # models have rows of padding behind their tokenizer's vocabulary
+            new = "\ufffd"
+        return self._show(new)
 
     def finish(self) -> str:
         """Return what is left of a text that ended otherwise."""

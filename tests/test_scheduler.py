@@ -10,6 +10,10 @@ import torch
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
 from peakgpt.engine.scheduler import Engine, SamplingParams
+from peakgpt.engine.speculate import DraftModel, PromptLookup
+from peakgpt.engine.text import TextStream
+from peakgpt.engine.tokenizer import Tokenizer, train_tokenizer
+from peakgpt.kernels.dispatch import use_backend
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +145,134 @@ def test_prompt_logprobs(model):
         assert len(told) == (first < len(ids))
         torch.testing.assert_close(torch.tensor(got), expected[max(first - 1, 0) :], rtol=1e-4, atol=1e-4)
         assert sum(len(o.tokens) for o in outputs) == limit and outputs[-1].finish == "length"
+
+
+@pytest.fixture(scope="module")
+def other(model):
+    """Nearly the same weights: a draft that is sometimes right."""
+    torch.manual_seed(0)
+    draft = GPT(model.config).eval()
+    state = {name: t + 0.05 * torch.randn_like(t) for name, t in model.state_dict().items()}
+    draft.load_state_dict(state)
+    return draft
+
+
+@pytest.mark.parametrize("kind", ["lookup", "draft", "draft with few blocks"])
+def test_speculation_changes_no_bit(model, other, kind):
+    make = {"lookup": PromptLookup, "draft": lambda: DraftModel(other),
+            "draft with few blocks": lambda: DraftModel(other, blocks=4)}[kind]  # fmt: skip
+    proposed = 0
+    for blocks, together in ((None, 1), (None, 2), (7, 3)):
+        engines = [Engine(model, blocks=blocks, speculation=s) for s in (None, make())]
+        results = []
+        for engine in engines:
+            for i, ids in enumerate(prompts(2 * together)):
+                # Prompts that repeat themselves, so that there is something to look up.
+                engine.submit((ids * 2)[:170], params_of(i, max_new_tokens=90))
+            results.append(collect(engine))
+        assert results[0] == results[1]
+        assert engines[1].accepted <= engines[1].proposed and engines[1].pool.free_blocks == engines[1].pool.blocks
+        proposed += engines[1].proposed
+        assert engines[1].accepted > 0
+    assert proposed > 50
+
+
+def test_accepted_tokens_save_steps(model):
+    """A model is its own best draft: eight tokens a step."""
+    params, ids = SamplingParams(temperature=0, max_new_tokens=81), prompts(1)[0]
+    plain, quick = Engine(model), Engine(model, speculation=DraftModel(model))
+    outputs = [list(engine.stream(ids, params)) for engine in (plain, quick)]
+    assert len(outputs[0]) == 81 and len(outputs[1]) == 11
+    assert quick.accepted == quick.proposed == 70
+
+
+def test_choices(model):
+    engine = Engine(model)
+    choices = [(5, 6, 7), (5, 6, 8), (9,), (9, 4)]
+    seen = set()
+    for seed in range(40):
+        params = SamplingParams(choices=choices, stop=(0,), seed=seed, temperature=30.0)
+        tokens = tuple(t for o in engine.stream([1, 2, 3], params) for t in o.tokens)
+        seen.add(tokens)
+    assert seen == {(5, 6, 7), (5, 6, 8), (9, 0), (9, 4)}
+    # The likeliest choice, when only one token decides.
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2, 3]]))[0, -1]
+    (out,) = engine.stream([1, 2, 3], SamplingParams(choices=[(t,) for t in (11, 12, 13)], temperature=0))
+    assert out.tokens[0] == 11 + int(logits[11:14].argmax()) and out.finish == "stop"
+    with pytest.raises(ValueError, match="begins another"):
+        engine.submit([1], SamplingParams(choices=[(5,), (5, 6)]))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["der Bär läuft über die Brücke, 日本語もある " * 20], 300)
+
+
+def test_text_stops_before_a_string_that_spans_tokens(tokenizer: Tokenizer):
+    text = "über die Brücke läuft der Bär 日本語"
+    cases = (((), text), (("Brücke",), "über die "), (("ke l", "Bär"), "über die Brüc"), (("nie", "語も"), text),
+             (("ä", "Brücken"), "über die Brücke l"), (("ü",), ""))  # fmt: skip
+    for stops, expected in cases:
+        stream, shown = TextStream(tokenizer, stops), ""
+        for token in tokenizer.encode(text):
+            shown += stream.feed(token)
+            assert expected.startswith(shown), "what was shown is taken back"
+            if stream.stopped_by:
+                break
+        shown += "" if stream.stopped_by else stream.finish()
+        assert shown == expected and bool(stream.stopped_by) == (expected != text)
+
+
+def test_stop_strings_and_text(model, tokenizer):
+    wide = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=200, vocab_size=300)).eval()
+    engine = Engine(wide, tokenizer)
+    ids, params = tokenizer.encode("der Bär"), {"seed": 5, "max_new_tokens": 60}
+    outputs = list(engine.stream(ids, SamplingParams(**params)))
+    texts = ([tokenizer.decode([t]) if t < tokenizer.vocab_size else "\ufffd" for o in outputs for t in o.tokens])
+    whole = "".join(o.text for o in outputs)
+    assert whole.replace("\ufffd", "") == "".join(texts).replace("\ufffd", "") and outputs[-1].finish == "length"
+    stop = next(whole[i : i + 3] for i in range(20, 60) if whole[i : i + 3] not in whole[: i + 2])
+    outputs = list(engine.stream(ids, SamplingParams(**params, stop_strings=("never there", stop))))
+    assert "".join(o.text for o in outputs) == whole[: whole.index(stop)]
+    assert outputs[-1].finish == "stop" and outputs[-1].stopped_by == stop
+    token = outputs[3].tokens[0]
+    outputs = list(engine.stream(ids, SamplingParams(**params, stop=(token,))))
+    assert outputs[-1].stopped_by == outputs[-1].tokens[-1] == token and outputs[-1].finish == "stop"
+    params = SamplingParams(choices=["über", "日本"], temperature=0)
+    assert "".join(o.text for o in engine.stream(ids, params)) in ("über", "日本")
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([], {}, "0 prompt tokens"),
+        ([1] * 299, {"max_new_tokens": 2}, "299 prompt tokens and max_new_tokens 2, .* at most block_size 300"),
+        ([97], {}, "prompt has id 97, expected 0 to vocab_size 97 - 1"),
+        ([1], {"stop": (-1,)}, "stop has id -1"),
+        ([1], {"logit_bias": {100: 1.0}}, "logit_bias has id 100"),
+        ([1], {"choices": ((3, 99),)}, "choices have id 99"),
+        ([1], {"choices": ("yes",)}, "choice 'yes', expected ids where there is no tokenizer"),
+        ([1], {"stop_strings": ("x",)}, "expected none without a tokenizer"),
+        ([1], {"max_new_tokens": 280}, "up to 281 tokens, expected at most 256, which the cache has room for"),
+    ],
+)
+def test_bad_requests_are_refused(model, ids, options, message):
+    engine = Engine(model, blocks=4)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(ids, SamplingParams(**options))
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("changes", [{}, {"experts": 2}, {"position": "transformer_xl"}], ids=str)
+def test_any_model_runs_by_its_ops(changes):
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=150, vocab_size=50, **changes)
+    model = GPT(config).double().eval()  # no backend takes it: the engine must not care
+    engine = Engine(model, budget=40)
+    for i in range(3):
+        engine.submit(list(range(20 * i + 1)), SamplingParams(temperature=0, max_new_tokens=20))
+    for (request, _), (tokens, _) in collect(engine).items():
+        ids = torch.arange(20 * request + 1)[None]
+        with use_backend("eager"):
+            assert tokens == model.generate(ids, temperature=0, max_new_tokens=20)[0, ids.shape[1] :].tolist()
