@@ -23,6 +23,7 @@ from peakgpt.kernels.device import peak_for, stream_peak
 from peakgpt.kernels.dispatch import OPS, Op, use_backend
 
 MAX_SETS = 8
+PRODUCTS = {"linear_q8": torch.int8, "linear_q4": torch.int8}  # whose peak is not that of their inputs' dtype
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative L2; only a wrong kernel is outside of it
 
 OnFailure = Callable[[str, Exception], None]  # contender, what it raised
@@ -181,7 +182,7 @@ def compare(
     contenders = {name: make(call, sets, params) for name, call in calls.items()}
     left_s = max(0.0, budget_s - (time.perf_counter() - start))  # the check has compiled what there is to compile
     timings = interleave(contenders, rounds=rounds, warmup=2, device=device, budget_s=left_s)
-    cost, peak = op.cost(*tensors, **params), peak_for(device, dtype)
+    cost, peak = op.cost(*tensors, **params), peak_for(device, PRODUCTS.get(op.name, dtype))
     written = forward * cost.written + backward * cost.backward_written
     read = forward * cost.bytes + backward * cost.backward_bytes - written
     # Every call reads another set; what it writes the allocator gives out again.

@@ -100,6 +100,19 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
             "against eager": lambda r, rs: _times(speedup(r, rs)),
         },
     ),
+    "products": (
+        "The products of one pass, work FLOPs; bytes are those of the weights",
+        {
+            "case": lambda r, rs: _case(r) if r is rs[0] else "",
+            "contender": lambda r, _: r.contender,
+            "GB/s": lambda r, _: f"{r.bytes / r.median_s / 1e9:.1f}",
+            "of read peak": lambda r, _: _percent(r.bytes_fraction),
+            "GFLOP/s": lambda r, _: f"{r.flops / r.median_s / 1e9:.0f}",
+            "of peak FLOP/s": lambda r, _: _percent(r.flops_fraction),
+            "ms (quartiles)": lambda r, _: _ms(r),
+            "rounds": lambda r, _: _rounds(r),
+        },
+    ),
     "decode": (
         "Greedy decoding with a KV cache",
         {

@@ -16,6 +16,8 @@ constexpr uint8_t kQuantizedLevels[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 
 
 constexpr int64_t kUnitPanels = 3;     // panels that a tile takes at most, and of which each thread gets whole units
 constexpr int64_t kTileRows = 8;       // rows of x that lie together
+constexpr int64_t kOwnRows = 8;        // up to which each thread makes the bytes of x itself: sharing them costs more
+constexpr int64_t kStreamRows = 8;     // up to which panels come one by one: a single stream is fetched ahead best
 constexpr int64_t kPackedRows = 32;    // up to which 4 bits are unpacked in registers, by each tile
 constexpr int64_t kBlockRows = 1024;   // rows of x that pass by before the next panels: they stay in the last cache
 constexpr int64_t kLine = kPanelOutputs * 4;
@@ -70,9 +72,11 @@ template <class T>
 void QuantizeBlock(const T* x, int64_t count, int64_t quads, int64_t stride, int8_t* out, float* scale,
                    int32_t* start) {
   Vec most = Set(0.0f), sum = Set(0.0f);
+#pragma GCC unroll 4
   for (int64_t i = 0; i < count; i += kLanes) most = Max(most, Abs(Load(x + i, count - i)));
   const float top = MaxOf(most), inverse = top > 1e-30f ? 127.0f / top : 0.0f;
   alignas(64) int8_t bytes[kMaxBlock + kLanes] = {};
+#pragma GCC unroll 4
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vec v = Round(Load(x + i, count - i) * Set(inverse));
     sum = sum + v;
@@ -81,7 +85,8 @@ void QuantizeBlock(const T* x, int64_t count, int64_t quads, int64_t stride, int
   const float total = Sum(sum), poison = total - total;  // NaN where an element is no finite number, so inf * 0 too
   *scale = top / 127.0f + poison;
   *start = poison == 0.0f ? (kQuadZero - 128) * static_cast<int32_t>(total) : 0;
-  for (int64_t q = 0; q < quads; ++q) std::memcpy(out + q * stride * 4, bytes + q * 4, 4);
+#pragma GCC unroll 8
+  for (int64_t q = 0; q < quads; ++q, out += stride * 4) std::memcpy(out, bytes + q * 4, 4);
 }
 
 // Blocks [begin, end) of all rows. A tile's rows past the last one become 0.
@@ -139,7 +144,7 @@ struct TileArgs {
 template <class Weight, int kRows, int kPanels>
 void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t quads, float* sums) {
   constexpr int kVecs = kPanels * kPanelVecs;
-  constexpr int64_t kAhead = 1024;  // bytes that are asked for in time
+  constexpr int64_t kAhead = 1024;  // bytes of each panel that are asked for in time
   Weight weights;
   weights.table = LoadTable(kQuantizedLevels);
   const int64_t rows = tile.rows, panel_bytes = tile.panel_bytes;
@@ -148,6 +153,7 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
   const int32_t* starts = tile.starts;
   const uint8_t* w = tile.weight;
   const bf16* weight_scales = tile.weight_scales;
+  const uint8_t* const turn = w + panel_bytes - kAhead;  // from where on it is the next panels that come
   // All loops over the two kinds of sums are unrolled, or GCC 12 would keep the inner ones in memory.
   Vec total[kRows][kVecs];
 #pragma GCC unroll 8
@@ -164,8 +170,9 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
     }
     for (int64_t line = std::min(block_quads, quads) / Weight::kLineQuads; line > 0; --line, w += kLine) {
       Quads lines[kVecs];
+      const uint8_t* const next = w + kAhead + (w < turn ? 0 : (kPanels - 1) * panel_bytes);
       for (int p = 0; p < kPanels; ++p) {
-        __builtin_prefetch(w + p * panel_bytes + kAhead);
+        __builtin_prefetch(next + p * panel_bytes);
         for (int v = 0; v < kPanelVecs; ++v) {
           lines[p * kPanelVecs + v] = LoadQuads(w + p * panel_bytes + v * kLanes * 4);
         }
@@ -183,6 +190,7 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
     }
     [[maybe_unused]] Vec groups[kVecs];
     if constexpr (Weight::kGrouped) {
+      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(weight_scales + (p + kPanels) * tile.scales_stride);
       for (int v = 0; v < kVecs; ++v) {
         groups[v] = Load(weight_scales + v / kPanelVecs * tile.scales_stride + v % kPanelVecs * kLanes);
       }
@@ -264,7 +272,7 @@ template <class T, class Weight>
 void UnitOf(const QuantizedArgs& args, const QuantizedLayout& layout, TileArgs tile, int64_t panels, int64_t column,
             int64_t begin, int64_t end) {
   while (panels > 0) {
-    const int64_t step = panels >= kTilePanels ? kTilePanels : 1;
+    const int64_t step = args.rows > kStreamRows && panels >= kTilePanels ? kTilePanels : 1;
     for (int64_t row = begin; row < end; row += kTileRows) {
       step == kTilePanels ? RowsOf<T, Weight, kTilePanels>(args, layout, tile, row, column)
                           : RowsOf<T, Weight, 1>(args, layout, tile, row, column);
@@ -339,14 +347,19 @@ void LinearQuantized(const QuantizedArgs& args, int threads) {
   if (args.rows == 0 || args.n == 0) return;
   const int64_t units = Pieces(args.n, kPanelOutputs * kUnitPanels);
   const int team = static_cast<int>(std::min<int64_t>(threads, units));
-  void* const scratch = Workspace(QuantizedScratch(args, team));
+  const int64_t size = Pieces(QuantizedScratch(args, team), 64) * 64;
+  const bool alone = args.rows <= kOwnRows;
+  char* const scratch = static_cast<char*>(Workspace(alone ? team * size : size));
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     // Fewer than wanted where the caller is in a parallel region itself, or OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
     const int parts = omp_get_num_threads(), part = omp_get_thread_num();
-    QuantizeInputs(args, part, parts, scratch);
+    char* const own = alone ? scratch + part * size : scratch;
+    alone ? QuantizeInputs(args, 0, 1, own) : QuantizeInputs(args, part, parts, own);
+    if (!alone) {
 #pragma omp barrier
-    MultiplyQuantized(args, part, parts, scratch);
+    }
+    MultiplyQuantized(args, part, parts, own);
   }
 }
 
