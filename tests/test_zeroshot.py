@@ -29,7 +29,8 @@ def learnt(tokenizer):
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_embd=64, n_head=2, block_size=64, vocab_size=tokenizer.vocab_size))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    rows = [[tokenizer.end_id, *tokenizer.encode(text), tokenizer.end_id] for text in LEARNT]
+    start = [tokenizer.end_id], []
+    rows = [[*before, *tokenizer.encode(text), tokenizer.end_id] for text in LEARNT for before in start]
     width = max(map(len, rows))
     ids = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
     for _ in range(100):
@@ -37,7 +38,7 @@ def learnt(tokenizer):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss < 0.3
+    assert loss < 0.6
     return model.eval()
 
 
