@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "continue a prompt with a checkpoint",
     "quantize": "round a checkpoint's weights to 8 or 4 bits",
     "score": "log-probabilities of continuations, or the perplexity of a text",
+    "serve": "OpenAI-compatible completions over HTTP",
     "bench": "measure ops, training and decoding beside PyTorch",
     "doctor": "say what this machine is and which backend each op takes",
     "aot": "compile every Triton kernel for GPUs that are not there, and count registers and spills",

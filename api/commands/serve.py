@@ -1,0 +1,56 @@
+"""peakgpt serve: OpenAI-compatible completions over HTTP, on loopback unless told otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from peakgpt.engine.model import GPT
+from peakgpt.engine.scheduler import Engine
+from peakgpt.engine.tokenizer import Tokenizer
+
+KEY = "PEAKGPT_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="(default 8000; 0 takes a free one)")
+    parser.add_argument("--name", help="that clients call the model by (default: the folder's name)")
+    parser.add_argument("--api-key-file", type=Path, help=f"file with the key that clients send (or ${KEY})")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--blocks", type=int, help="of the cache (default: 8 sequences as long as the model takes)")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import uvicorn
+
+        from peakgpt.serve.app import Server
+        from peakgpt.serve.chat import read_chat_template
+        from peakgpt.serve.guard import LOOPBACK, protocol
+        from peakgpt.serve.limits import LIMITS
+    except ImportError as error:
+        raise ValueError(f"serve: got {error}, expected the packages of pip install 'peakgpt[serve]'") from None
+    loopback = args.host in ("127.0.0.1", "localhost", "::1")
+    key = args.api_key_file.read_text().strip() if args.api_key_file else os.environ.get(KEY)
+    if not loopback and not key:
+        raise ValueError(f"serve: host is {args.host} and there is no API key, expected one to let others in")
+    tokenizer = Tokenizer.load(args.checkpoint)
+    model = GPT.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype))
+    server = Server(
+        Engine(model, tokenizer, blocks=args.blocks), tokenizer, name=args.name or Path(args.checkpoint).resolve().name,
+        key=key or None, hosts=LOOPBACK if loopback else None,
+        chat=read_chat_template(args.checkpoint, tokenizer.end_of_text),
+    )  # fmt: skip
+    uvicorn.run(
+        server.app, host=args.host, port=args.port, http=protocol(LIMITS),
+        h11_max_incomplete_event_size=LIMITS.header_bytes,
+        timeout_keep_alive=LIMITS.keep_alive_s,
+        timeout_graceful_shutdown=LIMITS.drain_s, server_header=False,
+        ws="none", log_level="warning",
+    )  # fmt: skip
+    return 0

@@ -1,0 +1,282 @@
+"""The paths of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import prometheus_client as prometheus
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from peakgpt.engine.scheduler import Engine
+from peakgpt.engine.tokenizer import Tokenizer
+from peakgpt.serve.answers import Answer, as_message, merge
+from peakgpt.serve.chat import ChatTemplate
+from peakgpt.serve.guard import Guard, read_body
+from peakgpt.serve.limits import LIMITS, Limits
+from peakgpt.serve.schema import DETOKENIZE, TOKENIZE, Asked, BadRequest, asked, check, parse
+from peakgpt.serve.worker import Job, Worker
+
+PAGE = Path(__file__).with_name("page.html")
+POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+
+
+@dataclass
+class Metrics:
+    """What /metrics tells."""
+
+    registry: prometheus.CollectorRegistry = field(default_factory=prometheus.CollectorRegistry)
+
+    def __post_init__(self):
+        kept = {"registry": self.registry}
+        self.answers = prometheus.Counter("peakgpt_answers", "answers by status", ["status"], **kept)
+        self.tokens = prometheus.Counter("peakgpt_tokens", "tokens read and written", ["kind"], **kept)
+        self.first = prometheus.Histogram("peakgpt_first_output_seconds", "until the first output", **kept)
+        self.load = prometheus.Gauge("peakgpt_continuations", "continuations running and waiting", **kept)
+        self.free = prometheus.Gauge("peakgpt_free_blocks", "free blocks of the cache", **kept)
+
+
+class Server:
+    """One model behind HTTP; `app` is the ASGI application, and starts and ends the engine's thread."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, name: str, key: str | None = None,
+                 hosts: tuple[str, ...] | None = None, chat: ChatTemplate | None = None,
+                 limits: Limits = LIMITS):  # fmt: skip
+        """
+        Args:
+            engine: with the same tokenizer; from here on the server's.
+            name: that clients call the model by.
+            key, hosts: see Guard.
+            chat: renders messages; None refuses them.
+        """
+        self.tokenizer, self.name, self.chat, self.limits = tokenizer, name, chat, limits
+        self.worker, self.metrics, self.made = Worker(engine), Metrics(), int(time.time())
+        self.metrics.load.set_function(lambda: self.worker.load)
+        self.metrics.free.set_function(lambda: engine.pool.free_blocks)
+        self.block_size, self.vocab_size = engine.config.block_size, engine.config.vocab_size
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._life)
+        for path, method, answer in (
+            ("/", "GET", self._page), ("/health", "GET", self._health), ("/metrics", "GET", self._tell_metrics),
+            ("/v1/models", "GET", self._models), ("/v1/completions", "POST", self._completions),
+            ("/v1/chat/completions", "POST", self._chat), ("/tokenize", "POST", self._tokenize),
+            ("/detokenize", "POST", self._detokenize),
+        ):  # fmt: skip
+            app.add_api_route(path, answer, methods=[method], response_model=None)
+        app.add_exception_handler(BadRequest, self._refused)
+        app.add_exception_handler(HTTPException, self._refused)
+        app.add_middleware(Guard, key=key, hosts=hosts, limits=limits)
+        self.app = app
+
+    @contextlib.asynccontextmanager
+    async def _life(self, app: FastAPI) -> AsyncIterator[None]:
+        self.worker.start()
+        yield
+        await asyncio.to_thread(self.worker.stop)
+
+    # ---- paths
+
+    async def _page(self) -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": POLICY})
+
+    async def _health(self) -> Response:
+        alive = self.worker.is_alive()
+        return JSONResponse({"status": "ok" if alive else "the engine's thread has ended"}, 200 if alive else 503)
+
+    async def _tell_metrics(self) -> Response:
+        return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+    async def _models(self) -> dict[str, Any]:
+        model = {"id": self.name, "object": "model", "created": self.made, "owned_by": "peakgpt",
+                 "max_model_len": self.block_size}  # fmt: skip
+        return {"object": "list", "data": [model]}
+
+    async def _tokenize(self, request: Request) -> dict[str, Any]:
+        fields = check(await self._read(request), TOKENIZE, self.limits)
+        ids = await asyncio.to_thread(self.tokenizer.encode, self._needed(fields, "prompt"))
+        return {"tokens": ids, "count": len(ids), "max_model_len": self.block_size}
+
+    async def _detokenize(self, request: Request) -> dict[str, Any]:
+        fields = check(await self._read(request), DETOKENIZE, self.limits)
+        tokens = self._needed(fields, "tokens")
+        if len(tokens) != 1 or isinstance(tokens[0], str):
+            raise BadRequest("tokens: expected one list of token ids", param="tokens")
+        self._check_ids(tokens[0], "tokens")
+        return {"prompt": self.tokenizer.decode(tokens[0])}
+
+    async def _completions(self, request: Request) -> Response:
+        wanted = asked(await self._read(request), chat=False, limits=self.limits)
+        return await self._answer(request, wanted, wanted.fields["prompt"])
+
+    async def _chat(self, request: Request) -> Response:
+        data = await self._read(request)
+        if self.chat is None:
+            raise BadRequest("this model has no chat template; use /v1/completions")
+        wanted = asked(data, chat=True, limits=self.limits)
+        return await self._answer(request, wanted, [self.chat.render(wanted.fields["messages"])])
+
+    # ---- one request for text
+
+    async def _answer(self, request: Request, wanted: Asked, prompts: list[str | list[int]]) -> Response:
+        if (model := wanted.fields.get("model", self.name)) != self.name:
+            raise BadRequest(f"model: got {model[:64]!r}, expected {self.name!r}", param="model", status=404,
+                             code="model_not_found")  # fmt: skip
+        job, answer = await asyncio.to_thread(self._job, wanted, prompts, asyncio.get_running_loop())
+        if self.worker.load + job.continuations > self.limits.queue:
+            raise BadRequest(f"the queue of {self.limits.queue} is full", status=429, code="queue_full")
+        self.worker.load += job.continuations
+        self.metrics.tokens.labels("prompt").inc(sum(map(len, answer.prompts)))
+        events = self._events(job)
+        try:
+            # Waiting for the first output means that a request which the engine refuses gets its status.
+            first = await self._unless_gone(request, anext(events))
+            if not wanted.stream:
+                whole = await self._unless_gone(request, self._whole(first, events, answer))
+                self.metrics.answers.labels(200).inc()
+                return JSONResponse(whole)
+        except BaseException:
+            await events.aclose()
+            raise
+        self.metrics.answers.labels(200).inc()
+        return StreamingResponse(self._stream(first, events, answer), media_type="text/event-stream",
+                                 headers={"cache-control": "no-cache"})  # fmt: skip
+
+    def _job(self, wanted: Asked, prompts: list[str | list[int]], loop) -> tuple[Job, Answer]:
+        ids = [self.tokenizer.encode(p) or [self.tokenizer.end_id] if isinstance(p, str) else p for p in prompts]
+        made = []
+        for one in ids:
+            self._check_ids(one, "prompt")
+            room = self.block_size - len(one)
+            if room < 0 or len(one) > self.limits.prompt_tokens:
+                raise BadRequest(f"prompt: got {len(one)} tokens, expected up to {self.block_size}", param="prompt",
+                                 code="context_length_exceeded")  # fmt: skip
+            try:
+                made.append((one, wanted.params(self.tokenizer.end_id, room)))
+            except ValueError as error:
+                raise BadRequest(str(error)) from None
+        texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if wanted.echo else []
+        return Job(made, loop), Answer(wanted, self.name, self.tokenizer, ids, texts)
+
+    async def _events(self, job: Job) -> AsyncIterator[tuple[int, Any]]:
+        """Outputs until all continuations have ended; when nobody listens any longer, the engine forgets them."""
+        left, begin, first = job.continuations, time.perf_counter(), True
+        self.worker.submit(job)
+        try:
+            while left:
+                event = await job.events.get()
+                if first:
+                    self.metrics.first.observe(time.perf_counter() - begin)
+                    first = False
+                if isinstance(event, ValueError):
+                    raise BadRequest(str(event))
+                if isinstance(event, Exception):
+                    raise BadRequest(str(event), status=500)
+                left -= event[1].finish is not None
+                yield event
+        finally:
+            self.worker.cancel(job)
+            self.worker.load -= job.continuations
+
+    async def _whole(self, first, events, answer: Answer) -> dict[str, Any]:
+        parts: dict[int, list[dict]] = {}
+        later = []
+        async for number, output in _chain(first, events):
+            # Others of a prompt's continuations may be ahead of the first, which tells the prompt's log-probabilities.
+            if output.index and answer.asked.echo and output.logprobs is not None and number not in answer.told_prompt:
+                later.append((number, output))
+                continue
+            for event in ((number, output), *_taken(later, number)):
+                part = answer.part(*event)
+                parts.setdefault(part["index"], []).append(part)
+        for event in later:
+            part = answer.part(*event)
+            parts.setdefault(part["index"], []).append(part)
+        self.metrics.tokens.labels("text").inc(answer.completion_tokens)
+        choices = [merge(parts[index]) for index in sorted(parts)]
+        if answer.asked.chat:
+            choices = [as_message(choice, chunk=False) for choice in choices]
+        return answer.frame(choices, chunk=False, usage=True)
+
+    async def _stream(self, first, events, answer: Answer) -> AsyncIterator[str]:
+        begun: set[int] = set()
+        try:
+            async for number, output in _chain(first, events):
+                part = answer.part(number, output)
+                if answer.asked.chat:
+                    index = part["index"]
+                    part = as_message(part, chunk=True, first=index not in begun)
+                    begun.add(index)
+                yield _event(answer.frame([part], chunk=True, usage=False))
+            if answer.asked.include_usage:
+                yield _event(answer.frame([], chunk=True, usage=True))
+            yield "data: [DONE]\n\n"
+        except BadRequest as refusal:
+            yield _event(refusal.body)
+        finally:
+            self.metrics.tokens.labels("text").inc(answer.completion_tokens)
+            await events.aclose()
+
+    async def _unless_gone(self, request: Request, work) -> Any:
+        """Await; a client that goes away meanwhile ends it."""
+        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise BadRequest("the client went away", status=499)
+            return task.result()
+        finally:
+            for one in (task, gone):
+                one.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    # ---- what requests share
+
+    async def _read(self, request: Request) -> dict[str, Any]:
+        return parse(await read_body(request, self.limits), self.limits)
+
+    def _needed(self, fields: dict[str, Any], name: str) -> Any:
+        if name not in fields:
+            raise BadRequest(f"{name}: got none, expected one", param=name)
+        return fields[name]
+
+    def _check_ids(self, ids: list[int], param: str) -> None:
+        if not 0 <= min(ids) <= max(ids) < min(self.vocab_size, self.tokenizer.vocab_size):
+            raise BadRequest(f"{param}: got ids from {min(ids)} to {max(ids)}, expected 0 to {self.vocab_size - 1}",
+                             param=param)  # fmt: skip
+
+    async def _refused(self, request: Request, error: BadRequest | fastapi.HTTPException) -> Response:
+        if not isinstance(error, BadRequest):
+            error = BadRequest(f"{request.method} {request.url.path[:64]}: {error.detail}", status=error.status_code)
+        self.metrics.answers.labels(error.status).inc()
+        headers = {"retry-after": "1"} if error.status == 429 else {}
+        return JSONResponse(error.body, error.status, headers)
+
+
+async def _chain(first, events) -> AsyncIterator[tuple[int, Any]]:
+    yield first
+    async for event in events:
+        yield event
+
+
+def _taken(later: list[tuple[int, Any]], number: int) -> list[tuple[int, Any]]:
+    """Remove and return what waits for a prompt."""
+    mine = [event for event in later if event[0] == number]
+    later[:] = [event for event in later if event[0] != number]
+    return mine
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"

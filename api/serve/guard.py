@@ -1,0 +1,142 @@
+"""What stands before every path: sizes, slow clients, who may ask, and OpenAI's shape for what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from peakgpt.serve.limits import LIMITS, Limits
+from peakgpt.serve.schema import BadRequest
+
+OPEN = "/health"  # needs no key
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+class Guard:
+    """ASGI middleware; see the module."""
+
+    def __init__(self, app, *, key: str | None, hosts: tuple[str, ...] | None, limits: Limits):
+        """
+        Args:
+            key: that clients must send; None lets everybody in.
+            hosts: names that a request may be for, so that no web page reaches a loopback server by a name of its own
+                (DNS rebinding); None means any.
+        """
+        self.app, self.hosts, self.limits = app, hosts, limits
+        self.digest = None if key is None else hashlib.sha256(key.encode()).digest()
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def timely(message) -> None:
+            await asyncio.wait_for(send(message), self.limits.write_s)
+
+        try:
+            self._check(scope)
+        except BadRequest as refusal:
+            return await refuse(refusal, timely)
+        await self.app(scope, receive, timely)
+
+    def _check(self, scope) -> None:
+        headers = scope["headers"]
+        if sum(len(name) + len(value) + 4 for name, value in headers) > self.limits.header_bytes:
+            raise BadRequest(f"header: got more than {self.limits.header_bytes} bytes", status=431)
+        found = dict(headers)
+        host = found.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] if self.hosts else None
+        if self.hosts and host not in self.hosts:
+            raise BadRequest(f"host: got {host[:64]!r}, expected one of {', '.join(self.hosts)}", status=403)
+        if self.digest and scope["path"] != OPEN and not self._known(found.get(b"authorization", b"")):
+            raise BadRequest("no valid API key, expected Authorization: Bearer KEY", status=401, code="invalid_api_key")
+
+    def _known(self, header: bytes) -> bool:
+        """Bearer KEY, or Basic with the key as password, which browsers ask for; compared in constant time."""
+        kind, _, value = header.partition(b" ")
+        if kind.lower() == b"basic":
+            try:
+                value = base64.b64decode(value, validate=True).partition(b":")[2]
+            except binascii.Error:
+                value = b""
+        return hmac.compare_digest(hashlib.sha256(value.strip()).digest(), self.digest)
+
+
+async def refuse(refusal: BadRequest, send) -> None:
+    body = json.dumps(refusal.body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b'Basic realm="peakgpt"'))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def read_body(request, limits: Limits) -> bytes:
+    """A JSON request's body.
+
+    Raises:
+        BadRequest: of another type, too large, or too slow.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # A web page can not send this type to another site without asking first, which is never granted.
+        raise BadRequest("content-type: expected application/json", status=415)
+    large = BadRequest(f"body: got more than {limits.body_bytes} bytes", status=413)
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdigit() or int(declared) > limits.body_bytes:
+        raise large
+    body = bytearray()
+
+    async def read() -> None:
+        async for part in request.stream():
+            body.extend(part)
+            if len(body) > limits.body_bytes:
+                raise large
+
+    try:
+        await asyncio.wait_for(read(), limits.body_s)
+    except asyncio.TimeoutError:
+        raise BadRequest(f"body: not there after {limits.body_s} s", status=408) from None
+    return bytes(body)
+
+
+def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
+    """uvicorn's HTTP/1.1 with a cap on connections, and a time limit for a request's head."""
+
+    class Protocol(H11Protocol):
+        head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                body = json.dumps(BadRequest("too many connections", status=503).body)
+                head = f"connection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+                transport.write(f"HTTP/1.1 503 Service Unavailable\r\n{head}\r\n\r\n{body}".encode())
+                transport.close()
+            else:
+                self._expect_head()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state is not h11.IDLE:
+                self._head_came()
+            elif self.conn.trailing_data[0] and self.head_timer is None:
+                self._expect_head()
+
+        def connection_lost(self, exc) -> None:
+            self._head_came()
+            super().connection_lost(exc)
+
+        def _expect_head(self) -> None:
+            self.head_timer = self.loop.call_later(limits.header_s, self.transport.abort)
+
+        def _head_came(self) -> None:
+            if self.head_timer is not None:
+                self.head_timer.cancel()
+                self.head_timer = None
+
+    return Protocol
