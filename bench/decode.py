@@ -1,16 +1,21 @@
-"""Greedy decoding with a cache beside plain PyTorch, from the same weights, in the same run."""
+"""Greedy decoding with a cache beside plain PyTorch, from the same weights, in the same run; on the CPU also beside
+other engines, each in a process of its own (bench/streams.py).
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 
 import torch
 from torch import Tensor
 
 from peakgpt.bench.eager_gpt import EagerGPT
-from peakgpt.bench.findings import Findings
+from peakgpt.bench.findings import Failure, Findings
 from peakgpt.bench.ops import agree
+from peakgpt.bench.streams import CONTENDERS, Case, compare_streams
 from peakgpt.engine.model import GPT
+from peakgpt.engine.presets import preset
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import peak_for
 
@@ -19,12 +24,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens (default 32)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to add (default 64)")
+    parser.add_argument("--streams", type=int, action="append", help="repeatable; default 1 and 8, on the CPU")
+    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="on the CPU; default: all")
+    parser.add_argument("--rounds", type=int, default=7, help="on the CPU (default 7)")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
 
 
 def run(args: argparse.Namespace, device: torch.device) -> Findings:
     found = Findings()
-    for dtype in args.dtype or ("float32", "bfloat16"):
+    dtypes = args.dtype or ("float32", "bfloat16")
+    if device.type == "cpu":
+        tell = lambda name, error: found.add(Failure.of(error, name))  # noqa: E731
+        for dtype, streams in itertools.product(dtypes, args.streams or (1, 8)):
+            found.results += compare_streams(
+                preset(args.model), Case(streams, args.prompt, args.tokens), getattr(torch, dtype), args.contenders,
+                rounds=args.rounds, on_failure=tell,
+            )  # fmt: skip
+        return found
+    for dtype in dtypes:
         model = GPT.from_preset(args.model).to(device, getattr(torch, dtype)).eval()
         ids = torch.randint(model.config.vocab_size, (1, args.prompt), device=device)
         found.results += compare_decoding(model, ids, count=args.tokens)

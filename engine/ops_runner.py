@@ -20,23 +20,22 @@ if TYPE_CHECKING:
     from peakgpt.engine.runner import Runner
 
 
-def cpu_runner(model: GPT, blocks: int) -> Runner | None:
-    """The CPU program with a copy of the weights; None where the model can not be lowered, the extension is missing,
-    or another backend is asked for.
-    """
+def cpu_runner(model: GPT, blocks: int) -> Runner | str:
+    """The CPU program with a copy of the weights; or why there is none."""
     if forced_backend() not in (None, "cpu"):
-        return None
+        return f"backend {forced_backend()!r} is asked for"
     try:
         from peakgpt.engine.runner import Runner
 
         return Runner(model, blocks=blocks)
-    except (ImportError, NotImplementedError):
-        return None
+    except (ImportError, NotImplementedError) as error:
+        return str(error)
 
 
 def runner_for(model: GPT, blocks: int) -> Runner | OpsRunner:
     """The fastest that a model has here."""
-    return cpu_runner(model, blocks) or OpsRunner(model, blocks=blocks)
+    runner = cpu_runner(model, blocks)
+    return OpsRunner(model, blocks=blocks, reason=runner) if isinstance(runner, str) else runner
 
 
 class OpsMemory:
@@ -57,8 +56,9 @@ class OpsMemory:
 class OpsRunner:
     """A model as it is, with the cache of all its sequences; see Runner."""
 
-    def __init__(self, model: GPT, *, blocks: int):
+    def __init__(self, model: GPT, *, blocks: int, reason: str = ""):
         self.model, self.config, self.memory = model, model.config, OpsMemory(model, blocks)
+        self.reason = reason  # for not being the CPU program
 
     @torch.no_grad()
     def step(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peakgpt.engine.choices import Choices
 from peakgpt.engine.model import GPT
-from peakgpt.engine.ops_runner import runner_for
+from peakgpt.engine.ops_runner import OpsRunner, runner_for
 from peakgpt.engine.paged import BLOCK, BlockPool, Chunk, digests
 from peakgpt.engine.params import SamplingParams
 from peakgpt.engine.sample import TokenLogprob, Uniforms, adjust, choose, draw_seed, log_probabilities
@@ -129,7 +129,12 @@ class Engine:
             streams: continuations that run at once at most.
             budget: tokens of a step.
             speculation: proposes tokens, which the text does not depend on; `proposed` and `accepted` count them.
+        Raises:
+            ValueError: speculation by a model with another vocabulary.
         """
+        if speculation and speculation.vocab_size not in (None, model.config.vocab_size):
+            raise ValueError(f"speculation: the draft has vocab_size {speculation.vocab_size}, expected the model's "
+                             f"{model.config.vocab_size}")  # fmt: skip
         longest = -(-model.config.block_size // BLOCK)
         self.config, self.tokenizer, self.streams, self.budget = model.config, tokenizer, streams, budget
         self.runner = runner_for(model, 8 * longest if blocks is None else blocks)
@@ -138,6 +143,11 @@ class Engine:
         self.running: list[_Running] = []  # in the order in which they came
         self.speculation, self.proposed, self.accepted = speculation, 0, 0
         self._ids = count()
+
+    @property
+    def runner_note(self) -> str:
+        """Why the model runs by its ops and not by the CPU program; empty where it does not."""
+        return f"by ops: {self.runner.reason}" if isinstance(self.runner, OpsRunner) else ""
 
     @property
     def has_work(self) -> bool:

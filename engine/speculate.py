@@ -34,6 +34,8 @@ class Ask:
 class Speculation(Protocol):
     """Proposes tokens."""
 
+    vocab_size: int | None  # of what it proposes from; None: of the text itself
+
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """Up to `count` tokens for each."""
 
@@ -43,6 +45,8 @@ class Speculation(Protocol):
 
 class PromptLookup:
     """Proposes what followed the last few tokens where they stood before."""
+
+    vocab_size = None
 
     def __init__(self):
         self.texts: dict[int, _Index] = {}
@@ -81,7 +85,7 @@ class DraftModel:
             model: the smaller one; copied as by Engine.
             blocks: of its cache; None means enough for 8 texts as long as it takes.
         """
-        self.config = model.config
+        self.config, self.vocab_size = model.config, model.config.vocab_size
         self.runner = runner_for(model, blocks or 8 * -(-model.config.block_size // BLOCK))
         self.pool = BlockPool(self.runner.memory.blocks, BLOCK)
         self.held: dict[int, list[int]] = {}  # tokens whose keys and values are there

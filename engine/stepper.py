@@ -41,8 +41,10 @@ def stepper(
         start: (B,) where left-padded prompts begin, or None.
         beams: how many texts a prompt is continued by at most.
     """
-    if new >= PAYS and (runner := cpu_runner(model, batch * beams * -(-tokens // BLOCK))):
-        return PagedStepper(runner, batch, start)
+    if new >= PAYS:
+        runner = cpu_runner(model, batch * beams * -(-tokens // BLOCK))
+        if not isinstance(runner, str):
+            return PagedStepper(runner, batch, start)
     return CachedStepper(model, batch, tokens, start)
 
 

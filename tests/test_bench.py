@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peakgpt.bench import contenders, prefill
+from peakgpt.bench import contenders, prefill, streams
 from peakgpt.bench import device as device_bench
 from peakgpt.bench.check import Check, check, judge
 from peakgpt.bench.contenders import CONTENDERS, TUNED_MALLOC
@@ -338,6 +338,19 @@ def test_a_contender_that_learns_otherwise_is_refused():
     agreeing = _agreeing({"eager": same, "x": other}, torch.float32, lambda name, error: told.append(name))
     assert set(agreeing) == {"eager"} and told == ["x"]
     assert set(_agreeing({"eager": same, "x": other}, torch.bfloat16, None)) == {"eager", "x"}
+
+
+@pytest.mark.parametrize("name", ["peakgpt", "eager", "transformers"])
+def test_streams_decode_the_same_text(name):
+    config, case = tiny_config(), streams.Case(2, 4, 6)
+    build = streams.CONTENDERS[name].build
+    texts = [b(*streams.start(config, case)[:1], config, streams.start(config, case)[1], case, torch.float32)()
+             for b in (build, streams._eager)]  # fmt: skip
+    assert texts[0].shape == (2, 6) and torch.equal(*texts) and len(texts[0].unique()) > 3
+    with pytest.raises(ValueError, match="only the first 0 tokens are eager's"):
+        streams._alike(name, texts[0] + 1, texts[1], torch.float32)
+    with pytest.raises(ValueError, match=r"shape \(2, 5\), expected \(2, 6\)"):
+        streams._alike(name, texts[0][:, 1:], texts[1], torch.float32)
 
 
 def test_decoding_is_compared_and_wrong_logits_are_refused():

@@ -12,8 +12,9 @@ import torch
 
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands.quickstart import Session
+from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
-from peakgpt.engine.tokenizer import Tokenizer
+from peakgpt.engine.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.train import Trainer
 
 
@@ -39,6 +40,7 @@ def test_every_command_has_help(command, capsys):
         (["generate", "MISSING", "--prompt", "x"], "MISSING"),
         (["generate", "FULL", "--prompt", "x"], "config.json"),
         (["generate", "FULL"], "--prompt"),
+        (["generate", "FULL", "--prompt-file", "MISSING"], "prompt file MISSING"),
         (["train", "--resume", "FULL"], "metrics.jsonl"),
         (["train", "--model", "gpt5"], "invalid choice: 'gpt5'"),
         (["train", "--steps", "0"], "--steps is 0"),
@@ -132,3 +134,16 @@ def test_a_resumed_run_gives_the_uninterrupted_ones_losses_bit_for_bit(tmp_path,
 def ctrl_c(now):
     if now:
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_generate_speculates_to_the_same_text(tmp_path, capsys):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["the cat sat on the mat, the cat sat on the hat "] * 20, 280)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 128}
+    GPT(GPTConfig(**sizes, vocab_size=tokenizer.vocab_size)).save_pretrained(tmp_path, tokenizer)
+    (tmp_path / "shots.json").write_text(json.dumps({"input": "on", "examples": [["sat", "cat"]], "stop": ["never"]}))
+    for draft in ("lookup", str(tmp_path)):
+        argv = ["generate", str(tmp_path), "--prompt-file", str(tmp_path / "shots.json"), "--tokens", "40"]
+        assert main([*argv, "--temperature", "0", "--speculate", draft]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("sat\ncat\n\non\n") and "text the same]" in said and "40 tokens," in said

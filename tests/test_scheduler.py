@@ -177,6 +177,12 @@ def test_speculation_changes_no_bit(model, other, kind):
     assert proposed > 50
 
 
+def test_a_draft_with_another_vocabulary_is_refused(model):
+    small = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=300, vocab_size=90))
+    with pytest.raises(ValueError, match="draft has vocab_size 90, expected the model's 97"):
+        Engine(model, speculation=DraftModel(small))
+
+
 def test_accepted_tokens_save_steps(model):
     """A model is its own best draft: eight tokens a step."""
     params, ids = SamplingParams(temperature=0, max_new_tokens=81), prompts(1)[0]

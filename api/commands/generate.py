@@ -6,46 +6,77 @@ import argparse
 import sys
 import time
 
-import torch
-
 from peakgpt.engine.model import GPT
-from peakgpt.engine.tokenizer import StreamDecoder, Tokenizer
+from peakgpt.engine.scheduler import Engine, SamplingParams
+from peakgpt.engine.shots import read_prompt
+from peakgpt.engine.speculate import DraftModel, PromptLookup, Speculation
+from peakgpt.engine.tokenizer import Tokenizer
 from peakgpt.engine.train import best_dtype
 from peakgpt.kernels.device import choose_device
+
+LOOKUP = "lookup"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder in transformers' GPT-2 layout, with a tokenizer")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text to continue")
+    prompt.add_argument("--prompt-file", help="file with it: text, or JSON with examples (docs/inference.md)")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to add at most (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="sample among this many (default 50)")
+    parser.add_argument("--top-p", type=float, help="sample among the fewest that reach this probability")
+    parser.add_argument("--stop", action="append", default=[], help="text that ends the continuation; repeatable")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--speculate", metavar="DRAFT",
+                        help=f'the same text sooner: "{LOOKUP}" looks up repeated words, a checkpoint folder is a '
+                        "draft model with the same tokenizer; prints the speed-up over doing without")  # fmt: skip
     parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
 
 
 def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
-    model = GPT.from_pretrained(args.checkpoint).to(device, best_dtype(device)).eval()
-    stream_text(model, Tokenizer.load(args.checkpoint), args.prompt, max_new_tokens=args.tokens,
-                temperature=args.temperature, top_k=args.top_k, seed=args.seed)  # fmt: skip
+    load = lambda folder: GPT.from_pretrained(folder).to(device, best_dtype(device)).eval()  # noqa: E731
+    prompt, stops = read_prompt(args.prompt_file) if args.prompt_file else (args.prompt, ())
+    model, tokenizer = load(args.checkpoint), Tokenizer.load(args.checkpoint)
+    speculation: Speculation | None = None
+    if args.speculate:
+        speculation = PromptLookup() if args.speculate == LOOKUP else DraftModel(load(args.speculate))
+    stream_text(model, tokenizer, prompt, max_new_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
+                top_p=args.top_p, stop_strings=(*stops, *args.stop), seed=args.seed,
+                speculation=speculation)  # fmt: skip
     return 0
 
 
-def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, **sampling) -> str:
+def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int,
+                speculation: Speculation | None = None, **sampling) -> str:  # fmt: skip
     """Print prompt and continuation as the tokens come, then tokens per second; returns the whole text."""
-    ids = torch.tensor([tokenizer.encode(prompt)], device=next(model.parameters()).device)
-    if ids.shape[1] == 0:
+    ids = tokenizer.encode(prompt)
+    if not ids:
         raise ValueError("prompt: got no token, expected some text")
-    room = model.config.block_size - ids.shape[1]
-    pieces, decoder, count, start = [prompt], StreamDecoder(tokenizer), 0, time.perf_counter()
+    room = max(model.config.block_size - len(ids), 0)
+    params = SamplingParams(max_new_tokens=min(max_new_tokens, room), stop=(tokenizer.end_id,), **sampling)
+    engine = Engine(model, tokenizer, speculation=speculation)
     sys.stdout.write(prompt)
-    for token in model.stream(ids, max_new_tokens=min(max_new_tokens, room), stop=(tokenizer.end_id,), **sampling):
-        pieces.append(decoder.feed(int(token)))
-        sys.stdout.write(pieces[-1])
-        sys.stdout.flush()
-        count += 1
-    pieces.append(decoder.finish())
-    seconds = time.perf_counter() - start
-    sys.stdout.write(f"{pieces[-1]}\n\n[{count} tokens, {count / seconds:.0f} tokens/s]\n")
-    return "".join(pieces)
+    pieces, tokens, rate = _timed(engine, ids, params, sys.stdout)
+    sys.stdout.write(f"\n\n[{len(tokens)} tokens, {rate:.0f} tokens/s]\n")
+    if engine.runner_note:
+        sys.stdout.write(f"[{engine.runner_note}]\n")
+    if speculation:
+        _, plain, plain_rate = _timed(Engine(model, tokenizer), ids, params, None)
+        same = "the same" if plain == tokens else "NOT THE SAME"
+        sys.stdout.write(f"[{engine.accepted} of {engine.proposed} proposed tokens were right; {plain_rate:.0f} "
+                         f"tokens/s without: {rate / plain_rate:.2f} x, text {same}]\n")  # fmt: skip
+    return "".join([prompt, *pieces])
+
+
+def _timed(engine: Engine, ids: list[int], params: SamplingParams, out) -> tuple[list[str], list[int], float]:
+    """Pieces of text, tokens, and tokens per second."""
+    pieces, tokens, start = [], [], time.perf_counter()
+    for output in engine.stream(ids, params):
+        pieces.append(output.text)
+        tokens += output.tokens
+        if out:
+            out.write(output.text)
+            out.flush()
+    return pieces, tokens, len(tokens) / (time.perf_counter() - start)
