@@ -1,7 +1,7 @@
 """Weights of 8 and 4 bits: the formats, the products' error and bits, folders and `peakgpt quantize`.
 
 Mutations seen to fail: sums begun at 0 where the instruction takes weights without a sign, nibbles exchanged, the first
-block's scale taken for all, tiles of fewer rows read with the stride of 8, a block that follows the batch or the threads,
+block's scale taken for all, tiles of fewer rows read with the stride of 8, a block that follows batch or threads,
 scales turned into the model's dtype, the head left out of the loss.
 """
 
