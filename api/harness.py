@@ -1,0 +1,107 @@
+"""EleutherAI's lm-evaluation-harness on this engine: importing this registers the model "peakgpt".
+
+    python -m peakgpt.harness --model peakgpt --model_args pretrained=FOLDER --tasks TASK
+
+is `lm_eval` with that import before it: the harness itself looks for no models outside of its own package.
+"""
+
+from __future__ import annotations
+
+import torch
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from peakgpt.engine.model import GPT
+from peakgpt.engine.scheduler import Engine, SamplingParams
+from peakgpt.engine.score import Scorer
+from peakgpt.engine.tokenizer import Tokenizer
+
+MAX_GEN_TOKS = 256  # the harness's own default
+
+
+@register_model("peakgpt")
+class PeakGPT(TemplateLM):
+    """A checkpoint folder with its tokenizer, on the CPU.
+
+    Args:
+        pretrained: the folder.
+        dtype: of the weights.
+        max_length: tokens; longer texts lose their beginning, as with the harness's own model.
+        batch_size, device, max_batch_size: as the harness passes them; batches are the engine's own.
+    """
+
+    def __init__(self, pretrained: str, dtype: str = "float32", max_length: int | None = None, batch_size=None,
+                 max_batch_size=None, device=None):  # fmt: skip
+        super().__init__()
+        if device not in (None, "cpu"):
+            raise ValueError(f"peakgpt: device is {device!r}, expected cpu")
+        self.model = GPT.from_pretrained(pretrained, dtype=getattr(torch, dtype))
+        self.tokens = Tokenizer.load(pretrained)
+        self.max_length = min(max_length or self.model.config.block_size, self.model.config.block_size)
+        self.scorer, self._engine = Scorer(self.model), None
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokens.end_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return self.tokens.encode(string)
+
+    def _loglikelihood_tokens(self, requests: list[tuple], **kwargs) -> list[tuple[float, bool]]:
+        kept = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        counts = [len(continuation) for _, _, continuation in requests]
+        scores = self.scorer.score([(ids[:-n], ids[-n:]) for ids, n in zip(kept, counts, strict=True)])
+        answers = [(score.total, all(score.greedy)) for score in scores]
+        for (strings, _, _), answer in zip(requests, answers, strict=True):
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        found = []
+        for (string,) in (request.args for request in requests):
+            windows = utils.get_rolling_token_windows(self.tok_encode(string), self.prefix_token_id, self.max_length, 1)
+            pairs = [(None, *utils.make_disjoint_window(window)) for window in windows]
+            found.append(sum(total for total, _ in self._loglikelihood_tokens(pairs)))
+            self.cache_hook.add_partial("loglikelihood_rolling", (string,), found[-1])
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        self._engine = self._engine or Engine(self.model, self.tokens)
+        submitted, pieces = [], {}
+        for context, options in (request.args for request in requests):
+            ids, params, until = self._generation(context, options)
+            submitted.append((self._engine.submit(ids, params), until))
+        for output in self._engine.outputs():
+            pieces.setdefault(output.request, []).append(output.text)
+        texts = [
+            postprocess_generated_text("".join(pieces.get(number, ())), until, None) for number, until in submitted
+        ]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _generation(self, context: str, options: dict) -> tuple[list[int], SamplingParams, list[str]]:
+        kept = normalize_gen_kwargs(options, MAX_GEN_TOKS)
+        until = handle_stop_sequences(kept.pop("until", None), eos=self.tokens.decode([self.eot_token_id]))
+        count, sampled = kept.pop("max_gen_toks"), kept.pop("do_sample", False)
+        temperature = kept.pop("temperature", 1.0) if sampled else 0.0
+        kept.pop("temperature", None)
+        chosen = {name: kept.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in kept}
+        if kept:
+            raise ValueError(f"peakgpt: got generation options {sorted(kept)}, expected none that it does not know")
+        if count >= self.max_length:
+            raise ValueError(f"peakgpt: max_gen_toks is {count}, expected less than max_length {self.max_length}")
+        ids = (self.tok_encode(context) or [self.eot_token_id])[-(self.max_length - count) :]
+        params = SamplingParams(max_new_tokens=count, temperature=temperature, stop=(self.eot_token_id,),
+                                stop_strings=tuple(u for u in until if u), **chosen)  # fmt: skip
+        return ids, params, until
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
