@@ -1,6 +1,6 @@
 """Beam search: transformers' texts, by ops and by the CPU program.
 
-Mutations seen to fail: no length penalty, early_stopping ignored, beams that share a block which is not full.
+Mutations seen to fail: no length penalty, texts kept after the search is over, beams that share a block not yet full.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """The engine: each request gets the same text whatever runs beside it, in whatever pieces, with whatever cache.
 
-Mutations seen to fail: a uniform number indexed by step, a prefix's block taken while it is being computed, a preempted
-sequence that keeps `computed`, blocks not released by cancel.
+Mutations seen to fail: one uniform number for a whole draft, a prompt that is wholly known and takes no step,
+blocks that cancel does not release.
 """
 
 import pytest
@@ -69,7 +69,7 @@ def alone(model, ids, params):
 )
 def test_same_text_whatever_else_runs(model, options):
     engine = Engine(model, **options)
-    asked = [(ids, params_of(i, n=1 + i % 2)) for i, ids in enumerate(prompts(6))]
+    asked = [(ids, params_of(i, n=1 + i % 2)) for i, ids in enumerate(prompts(6, shared=150))]
     for ids, params in asked:
         engine.submit(ids, params)
     got = collect(engine)
@@ -102,6 +102,14 @@ def test_the_crowd_is_really_preempted_and_really_shares(model, monkeypatch):
     collect(engine)
     assert any(name == "_release" and unfinished for name, unfinished, _ in seen)
     assert any(name == "_admit" and computed == 64 for name, _, computed in seen)
+
+
+def test_a_prompt_that_is_wholly_known(model):
+    """Two full blocks: the second one is computed again, for the logits of its last token."""
+    ids, engine = prompts(1, shared=127)[0], Engine(model)
+    assert len(ids) == 128
+    texts = [[o.tokens for o in engine.stream(ids, params_of(1))] for _ in range(3)]
+    assert len(texts[0]) == 60 and texts[0] == texts[1] == texts[2]
 
 
 def test_greedy_is_the_models(model):
