@@ -77,12 +77,12 @@ template <class A, class B>
 void MultiplyChain(const A* a, int64_t a_row, int64_t a_step, const B* b, int64_t b_step, int64_t depth, float* c,
                    int64_t c_row, int64_t rows, int64_t vecs, bool add) {
   for (int64_t n = 0; n < vecs; n += kBlockVecs) {
-    int64_t m = 0;
-    for (; m + kBlockRows <= rows; m += kBlockRows) {
+    const int64_t blocks = rows / kBlockRows * kBlockRows;
+    for (int64_t m = 0; m < blocks; m += kBlockRows) {
       MultiplyRows<kBlockRows>(a + m * a_row, a_row, a_step, b + n * kLanes, b_step, depth,
                                c + m * c_row + n * kLanes, c_row, vecs - n, add);
     }
-    for (; m < rows; ++m) {
+    for (int64_t m = blocks; m < rows; ++m) {
       MultiplyRows<1>(a + m * a_row, a_row, a_step, b + n * kLanes, b_step, depth, c + m * c_row + n * kLanes, c_row,
                       vecs - n, add);
     }

@@ -433,7 +433,7 @@ def test_wrong_prefill_logits_are_refused(monkeypatch):
 
 
 def test_prefill_counts_what_a_prompt_must_compute():
-    assert prefill.work_flops(preset("gpt2"), 512) == pytest.approx(87.1e9, rel=2e-3)
+    assert prefill.work_flops(preset("gpt2"), 512) == pytest.approx(86.59e9, rel=1e-3)
     one = prefill.work_flops(preset("gpt2"), 1)
     assert one == pytest.approx(forward_flops(preset("gpt2"), 1))
 

@@ -1,0 +1,118 @@
+// Attention to a cache in blocks, against softmax in double; and to the same bits in parts.
+#include "cache_attention.h"
+
+#include "buffer.h"
+#include "parallel.h"
+
+namespace peak::test {
+namespace {
+
+constexpr int64_t kHeads = 4, kGroup = 2, kKvHeads = kHeads / kGroup, kBlocks = 5, kTableRow = 3;
+constexpr int32_t kTables[] = {3, 0, 4, 2, 1, 0};  // the last entry is not reached
+constexpr int64_t kTokens[] = {130, 70};           // of each sequence, in the end
+
+// A cache in memory that ends 64 bytes after its last block, full of NaN: what no token wrote may not matter.
+template <class T>
+struct Cache {
+  Buffer<T> keys, values;
+  explicit Cache(Placer& place, int64_t width) : keys(place.Out<T>(Size(width))), values(place.Out<T>(Size(width))) {}
+  static int64_t Size(int64_t width) {
+    return kBlocks * kKvHeads * kCacheBlock * width + 64 / static_cast<int64_t>(sizeof(T));
+  }
+};
+
+template <class T>
+struct Problem {
+  int64_t width, row, window;
+  const float* alibi;
+  const Buffer<T>& qkv;  // (200, heads + 2 kv_heads, width): the tokens of both sequences, one after the other
+
+  // Tokens past[s] .. past[s] + count[s] - 1 of each, from rows of their own into rows of out from `out_row` on.
+  void Run(Cache<T>& cache, const int64_t (&past)[2], const int64_t (&count)[2], T* out, int threads) const {
+    std::vector<T> rows((count[0] + count[1]) * row);
+    for (int64_t s = 0, at = 0; s < 2; ++s) {
+      for (int64_t i = 0; i < count[s] * row; ++i) rows[at++] = qkv[(s * kTokens[0] + past[s]) * row + i];
+    }
+    const int64_t begins[] = {0, count[0], count[0] + count[1]};
+    std::vector<char> scratch(CacheAttentionScratch(width, threads) + 64);
+    char* aligned = scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63);
+    const CacheAttentionArgs args{
+        .dtype = kDtype<T>, .heads = kHeads, .kv_heads = kKvHeads, .width = width, .sequences = 2, .begins = begins,
+        .past = past, .tables = kTables, .table_row = kTableRow, .q = rows.data(), .k = rows.data() + kHeads * width,
+        .v = rows.data() + (kHeads + kKvHeads) * width, .q_row = row, .keys = cache.keys.data(),
+        .values = cache.values.data(), .window = window, .scale = 0.3f, .alibi = alibi, .out = out};
+    RunTeam(threads, [&] { TeamCacheAttention(args, aligned); });
+  }
+
+  Want Expected(int64_t s, int64_t i, int64_t h, int64_t d) const {
+    const int64_t first = s * kTokens[0];
+    const auto at = [&](int64_t token, int64_t head, int64_t x) { return qkv.At((first + token) * row + head * width + x); };
+    std::vector<double> scores;
+    double top = -kInf;
+    const int64_t from = window > 0 ? std::max<int64_t>(0, i - window + 1) : 0, k = kHeads + h / kGroup;
+    for (int64_t j = from; j <= i; ++j) {
+      double sum = 0.0;
+      for (int64_t x = 0; x < width; ++x) sum += at(i, h, x) * at(j, k, x);
+      scores.push_back(0.3f * sum + (alibi == nullptr ? 0.0 : alibi[h] * static_cast<double>(j - i)));
+      top = std::max(top, scores.back());
+    }
+    double total = 0.0, value = 0.0, size = 0.0;
+    for (int64_t j = from; j <= i; ++j) {
+      const double p = std::exp(scores[j - from] - top), v = at(j, k + kKvHeads, d);
+      total += p;
+      value += p * v;
+      size += p * std::fabs(v);
+    }
+    // Weights are rounded to the dtype before they meet values; scores are float32 sums.
+    const double slack = size / total * (sizeof(T) == 2 ? 0x1p17 : 300.0);
+    return {value / total, slack};
+  }
+};
+
+template <class T>
+void CheckOne(int64_t width, int64_t window, bool slopes, int placement) {
+  SetCase("cache attention %s width %lld window %lld placement %d", kName<T>, static_cast<long long>(width),
+          static_cast<long long>(window), placement);
+  const float alibi[kHeads] = {0.5f, 0.25f, 0.125f, 0.0f};
+  const int64_t row = (kHeads + 2 * kKvHeads) * width, tokens = kTokens[0] + kTokens[1];
+  Random random(width);
+  Placer place(placement);
+  auto qkv = place.In<T>(tokens * row);
+  qkv.FillNormal(random);
+  const Problem<T> problem{width, row, window, slopes ? alibi : nullptr, qkv};
+  Cache<T> whole(place, width), parts(place, width);
+  auto out = place.Out<T>(tokens * kHeads * width);
+  problem.Run(whole, {0, 0}, {kTokens[0], kTokens[1]}, out.data(), 2);
+  out.Expect("out", [&](int64_t at) {
+    const int64_t token = at / width / kHeads, s = token >= kTokens[0];
+    return problem.Expected(s, token - s * kTokens[0], at / width % kHeads, at % width);
+  });
+  // One token, many, one again, and a few: the same bits.
+  constexpr int64_t kCuts[][2] = {{0, 0}, {1, 66}, {100, 67}, {101, 68}, {kTokens[0], kTokens[1]}};
+  for (int step = 0; step < 4; ++step) {
+    const int64_t past[] = {kCuts[step][0], kCuts[step][1]};
+    const int64_t count[] = {kCuts[step + 1][0] - past[0], kCuts[step + 1][1] - past[1]};
+    std::vector<T> part((count[0] + count[1]) * kHeads * width);
+    problem.Run(parts, past, count, part.data(), 1 + step % 2);
+    for (int64_t s = 0; s < 2; ++s) {
+      const T* expected = out.data() + (s * kTokens[0] + past[s]) * kHeads * width;
+      const T* got = part.data() + s * count[0] * kHeads * width;
+      Check(std::memcmp(got, expected, count[s] * kHeads * width * sizeof(T)) == 0, "sequence %lld has other bits in parts",
+            static_cast<long long>(s));
+    }
+  }
+}
+
+PEAK_TEST(cache_attention) {
+  ForEachDtype([](auto element) {
+    using T = decltype(element);
+    for (int placement = 0; placement < kPlacements; ++placement) {
+      CheckOne<T>(8, 0, false, placement);
+      CheckOne<T>(24, 50, true, placement);
+    }
+    CheckOne<T>(64, 0, true, 3);
+  });
+}
+
+}  // namespace
+}  // namespace peak::test
