@@ -33,9 +33,8 @@ from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.flops import forward_flops
 from peakgpt.engine.layers import swap_layout
 from peakgpt.engine.model import GPT
-from peakgpt.engine.paged import BlockMemory
+from peakgpt.engine.paged import BlockMemory, Chunk
 from peakgpt.engine.presets import preset
-from peakgpt.engine.runner import Chunk, Runner
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import peak_for
 
@@ -165,6 +164,8 @@ def prefill_step(request: Mapping[str, Any]) -> Callable[[], float]:
 
 
 def _ours(state: Mapping[str, Tensor], config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
+    from peakgpt.engine.runner import Runner  # needs the C++ extension, which nothing else here does
+
     blocks = range(-(-ids.shape[1] // BlockMemory.block))
     runner, chunk = Runner(_loaded(GPT(config), state, dtype), blocks=len(blocks)), Chunk(ids[0], 0, blocks)
     return lambda: runner.step([chunk])

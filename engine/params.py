@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 GREEDY = 0.0  # temperature
+LEAST_TEMPERATURE, LEAST_TOP_P = 1e-3, 1e-6  # float32 tells no smaller ones from 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +59,14 @@ class SamplingParams:
     def __post_init__(self):
         if self.max_new_tokens is not None and self.max_new_tokens < 0:
             raise ValueError(f"sampling: max_new_tokens is {self.max_new_tokens}, expected at least 0, or None")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"sampling: temperature is {self.temperature}, expected at least 0 (0 is greedy)")
+        if self.temperature and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"sampling: temperature is {self.temperature}, expected 0 (greedy) or at least {LEAST_TEMPERATURE}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"sampling: top_k is {self.top_k}, expected at least 1, or None")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling: top_p is {self.top_p}, expected 0 < top_p <= 1, or None")
+        if self.top_p is not None and not LEAST_TOP_P <= self.top_p <= 1:
+            raise ValueError(f"sampling: top_p is {self.top_p}, expected {LEAST_TOP_P} <= top_p <= 1, or None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"sampling: min_p is {self.min_p}, expected 0 to 1, or None")
         if not 0 < self.repetition_penalty < math.inf:

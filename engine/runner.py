@@ -68,4 +68,4 @@ class Runner:
             len(ids), at[0], at[1], len(chunks), at[2], at[3], address(table), most, address(m.keys),
             address(m.values), m.layer_bytes, len(take), at[4], address(logits),
         )  # fmt: skip
-        return logits
+        return logits if self.config.logit_scale == 1.0 else logits.mul_(self.config.logit_scale)

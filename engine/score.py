@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.model import GPT
-from peakgpt.engine.paged import BlockMemory
-from peakgpt.engine.program import objection
-from peakgpt.engine.runner import Chunk, Runner
+from peakgpt.engine.ops_runner import cpu_runner
+from peakgpt.engine.paged import BlockMemory, Chunk
 
 TOKENS = 512  # of a step at most: bounds the logits that are held, 100 MB for GPT-2's vocabulary
 SEQUENCES = 8  # as long as the model takes, that the cache has blocks for
@@ -80,7 +79,8 @@ class Scorer:
         if blocks < longest:
             raise ValueError(f"scorer: blocks is {blocks}, expected at least {longest}")
         self.blocks, self.model = blocks, model
-        self.runner = None if objection(model) else Runner(model, blocks=blocks)
+        runner = cpu_runner(model, blocks)
+        self.runner = None if isinstance(runner, str) else runner
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """Score continuations.

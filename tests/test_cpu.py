@@ -237,8 +237,8 @@ def test_special_rows(isa):
     torch.testing.assert_close(got, torch.nn.functional.layer_norm(rows, (36,), w, b), equal_nan=True)
     loss, lse, target = torch.empty(5), torch.empty(5), torch.full((5,), 3)
     _C.cross_entropy_forward(
-        0, 5, 36, rows.data_ptr(), target.data_ptr(), -100, loss.data_ptr(), lse.data_ptr(), False, 1.0, 1
-    )
+        0, 5, 36, rows.data_ptr(), target.data_ptr(), 0, -100, loss.data_ptr(), lse.data_ptr(), False, 1.0, 0.0, 0.0, 1,
+    )  # fmt: skip
     torch.testing.assert_close(
         loss, torch.nn.functional.cross_entropy(rows, target, reduction="none"), equal_nan=True, rtol=1e-6, atol=1e-6
     )

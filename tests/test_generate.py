@@ -95,10 +95,10 @@ def test_int32_and_limits():
     bad = [
         ({"max_new_tokens": 16}, "5 prompt tokens and max_new_tokens 16, expected at most block_size 20"),
         ({"max_new_tokens": -1}, "max_new_tokens -1"),
-        ({"temperature": -1.0}, "temperature is -1.0, expected at least 0"),
+        ({"temperature": -1.0}, r"temperature is -1.0, expected 0 \(greedy\) or at least 0.001"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0, expected at least 1"),
-        ({"top_p": 0.0}, "top_p is 0.0, expected 0 < top_p <= 1"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected 1e-06 <= top_p <= 1"),
     ]
     for options, message in bad:
         with pytest.raises(ValueError, match=message):

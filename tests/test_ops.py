@@ -190,7 +190,7 @@ def test_opcheck(name, backend):
     tensors = sample(name, sizes, torch.float32, grad=op.gradient)
     objects(backend or "eager", op, tensors, params)
     tensors, params = op._bind(tensors, params)
-    ordered = tensors + tuple(params.values())
+    ordered = tensors + tuple(params[name] for name in op.param_names)
     needs = [t is not None and t.requires_grad for t in tensors]
     opcheck(op._library_op, (*ordered, backend, needs))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peakgpt.engine.scheduler import SamplingParams
+from peakgpt.engine.params import LEAST_TEMPERATURE, LEAST_TOP_P, SamplingParams
 from peakgpt.serve.limits import Limits
 
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|([\[{])|[\]}]', re.DOTALL)  # linear: an open string ends the text
@@ -77,7 +77,7 @@ def number(low: float, high: float) -> Check:
 def temperature(value: Any, limits: Limits) -> float:
     """0 is greedy; logits divided by much less than a thousandth are no numbers any more."""
     found = number(0, 2)(value, limits)
-    return found if found == 0 or found >= 1e-3 else _expected("0, or a number from 0.001 to 2")
+    return found if found == 0 or found >= LEAST_TEMPERATURE else _expected(f"0, or a number from {LEAST_TEMPERATURE} to 2")
 
 
 def integer(low: int, high: int | str) -> Check:
@@ -159,7 +159,7 @@ COMMON: dict[str, Check] = {
     "model": text,
     "max_tokens": integer(0, "max_tokens"),
     "temperature": temperature,
-    "top_p": number(1e-6, 1),  # float32 has no smaller shares of 1
+    "top_p": number(LEAST_TOP_P, 1),
     "top_k": integer(1, 1 << 31),
     "min_p": number(0, 1),
     "repetition_penalty": number(0.01, 10),
