@@ -27,7 +27,6 @@ from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.layers import swap_layout
 from peakgpt.engine.model import GPT
 from peakgpt.engine.paged import BLOCK
-from peakgpt.engine.scheduler import Engine, SamplingParams
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.device import peak_for
 
@@ -156,6 +155,8 @@ def decode_step(request: Mapping[str, Any]) -> Callable[[], float]:
 
 
 def _ours(state, config: GPTConfig, ids: Tensor, case: Case, dtype: torch.dtype) -> Continue:
+    from peakgpt.engine.scheduler import Engine, SamplingParams  # needs tokenizers
+
     model = GPT(config)
     model.load_state_dict(state, assign=True)
     blocks = case.streams * -(-(case.prompt + case.tokens) // BLOCK)

@@ -77,7 +77,8 @@ def number(low: float, high: float) -> Check:
 def temperature(value: Any, limits: Limits) -> float:
     """0 is greedy; logits divided by much less than a thousandth are no numbers any more."""
     found = number(0, 2)(value, limits)
-    return found if found == 0 or found >= LEAST_TEMPERATURE else _expected(f"0, or a number from {LEAST_TEMPERATURE} to 2")
+    expected = f"0, or a number from {LEAST_TEMPERATURE} to 2"
+    return found if found == 0 or found >= LEAST_TEMPERATURE else _expected(expected)
 
 
 def integer(low: int, high: int | str) -> Check:
