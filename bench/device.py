@@ -78,6 +78,8 @@ ATTENTION = [
       for d in (64, 128) for t in (2048, 8192, 16384)),
     *(Case("attention", {"batch": b, "tokens": 1, "heads": 32, "head_dim": 128, "keys": 8192}, {"causal": False},
            passes=("forward",)) for b in (8, 1)),
+    *(Case("attention_decode", {"batch": b, "heads": 32, "head_dim": 128, "keys": 8192, "block": block})
+      for b in (32, 8, 1) for block in (8192, 16)),
 ]  # fmt: skip
 ROWS = 1 << 15  # tokens of a GPT-2 batch: 32 sequences of 1024
 LAYERNORM = [
@@ -96,7 +98,10 @@ ADAMW = [
 ]
 
 TINY = {
-    "attention": [Case("attention", {"batch": 1, "tokens": 64, "heads": 2, "head_dim": 64}, passes=ONE_BY_ONE)],
+    "attention": [
+        Case("attention", {"batch": 1, "tokens": 64, "heads": 2, "head_dim": 64}, passes=ONE_BY_ONE),
+        Case("attention_decode", {"batch": 1, "heads": 2, "head_dim": 64, "keys": 64}),
+    ],
     "layernorm": [Case("layernorm", {"rows": 64, "width": 256}, passes=ONE_BY_ONE)],
     "mlp": [Case("mlp", {"rows": 64, "width": 64, "hidden": 256}, passes=ONE_BY_ONE)],
     "loss": [Case("linear_cross_entropy", {"rows": 64, "width": 64, "vocab": 512}, passes=WHOLE)],

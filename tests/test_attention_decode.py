@@ -110,6 +110,38 @@ def test_a_query_has_the_same_bits_however_it_comes(case, backend):
     assert torch.equal(whole, call(backend, [q, k_cache[order], v_cache[order], moved, lengths], params))
 
 
+@pytest.mark.skipif("gpu" not in BACKENDS, reason="no Triton kernels")
+def test_another_split_is_seen(monkeypatch):
+    """The counter-test: bits follow from where the keys are cut, and so would from a cut that follows the batch."""
+    tensors, params = draw(CASES[-1])
+    before = call("gpu", tensors, params)
+    monkeypatch.setattr(load("gpu", "attention_decode"), "SPLIT", 128)
+    assert not torch.equal(before, call("gpu", tensors, params)), "the check is blind"
+
+
+@pytest.mark.skipif("gpu" not in BACKENDS, reason="no Triton kernels")
+def test_launches_of_few_slots_give_the_same(monkeypatch):
+    tensors, params = draw(CASES[2])
+    before = call("gpu", tensors, params)
+    monkeypatch.setattr(load("gpu", "attention_decode"), "WORKSPACE_BYTES", 1)
+    assert torch.equal(before, call("gpu", tensors, params))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t.double(), "takes float32, bfloat16 or float16, got torch.float64"),
+        (lambda t: t.repeat(*[1] * (t.dim() - 1), 17), "takes head widths 1 to 256, got 272"),
+        (lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2), "contiguous last axis"),
+    ],
+)
+@pytest.mark.skipif("gpu" not in BACKENDS, reason="no Triton kernels")
+def test_objects_with_a_reason(change, reason):
+    (q, *caches, tables, lengths), params = draw(CASES[0])
+    with pytest.raises(NotImplementedError, match=reason):
+        call("gpu", [change(q), *map(change, caches), tables, lengths], params)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_contiguous_cache_is_one_block_a_sequence(backend):
     """And strides are free: here the caches lie as (B, K, S, D), between keys and values of another layer."""

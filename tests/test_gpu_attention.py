@@ -4,11 +4,14 @@ Mutations seen to fail here: the causal or window mask dropped from one kernel, 
 tiles one too long, dead rows left at NaN, the slope's sign, a group's heads summed into the wrong key head.
 """
 
+import itertools
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from peakgpt.bench.check import double, judge, leaf
-from peakgpt.kernels.attention import attention, attention_qkv, live_mask
+from peakgpt.kernels.attention import attention, attention_qkv, dropout_mask, live_mask
 from peakgpt.kernels.dispatch import interpreted, use_backend
 
 triton = pytest.importorskip("triton")
@@ -17,6 +20,7 @@ if not (interpreted() or torch.cuda.is_available()):
     pytest.skip("needs a CUDA device or the interpreter", allow_module_level=True)
 from peakgpt.kernels.gpu import attention as gpu  # noqa: E402
 from peakgpt.kernels.gpu import launch  # noqa: E402
+from peakgpt.kernels.gpu.attention_tiles import Slower  # noqa: E402
 
 DEVICE = "cpu" if interpreted() else "cuda"
 SLOPES = torch.tensor([0.5, -0.25, 0.125, 1.0], device=DEVICE)
@@ -205,6 +209,98 @@ def test_packed_form_is_the_same_and_fills_one_gradient():
         packed, split = attention_qkv(qkv, n_head=4), attention(*qkv.split((4, 2, 2), 2))
     (ours,), (theirs,) = (torch.autograd.grad(y, qkv, up) for y in (packed, split))
     assert torch.equal(packed, split) and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_large_logits(dtype):
+    tensors = make(1, 66, 2, 32, dtype=dtype)
+    assert_right(tensors, scale=30.0, alibi=torch.tensor([40.0, -40.0], device=DEVICE))
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 65), (34, 33), (65, 2)])
+def test_edges(tokens, keys):
+    assert_right(make(1, tokens, 2, 80, keys=keys))
+
+
+def test_one_token_gives_its_value():
+    tensors = make(2, 1, 4, 80, kv_heads=2)
+    out, dq, dk, dv = run("gpu", tensors)
+    assert torch.equal(out, tensors[2].repeat_interleave(2, 2)) and max(dq.abs().max(), dk.abs().max()) < 1e-5
+    assert torch.isfinite(dv).all()
+
+
+def test_drops_what_the_contract_says():
+    """Weights of 1 / S on values that are ones: out counts what is kept."""
+    q, k, v = torch.zeros(2, 33, 3, 16, device=DEVICE), torch.zeros(2, 70, 3, 16, device=DEVICE), None
+    v, seed = torch.ones_like(k), ints(-(2**62) + 5)
+    with use_backend("gpu"):
+        out = attention(q, k, v, causal=False, dropout=0.4, seed=seed)
+    share = dropout_mask(seed, 0.4, 2, 3, 33, 70).float().mean(-1) / 0.6
+    torch.testing.assert_close(out[..., 0].transpose(1, 2), share)
+
+
+def test_dropout_follows_torchs_generator():
+    """The same seed repeats, the next call differs, a checkpointed block equals the plain one."""
+    tensors = make(1, 33, 2, 16)
+
+    def block(*x):
+        return attention(*x, dropout=0.5)
+
+    def drawn(call):
+        torch.manual_seed(3)
+        out = call(*tensors)
+        return [out, *torch.autograd.grad(out.square().sum(), tensors)]
+
+    with use_backend("gpu"):
+        plain, again, other = drawn(block), drawn(block), block(*tensors)
+        held = drawn(lambda *x: checkpoint(block, *x, use_reentrant=False))
+    assert not torch.equal(plain[0], other)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, again, held, strict=True))
+
+
+def test_a_seed_is_read_where_it_lies():
+    """As a replayed graph does: the same tensor with another value drops others."""
+    q, k, v = (t.detach() for t in make(1, 33, 2, 16))
+    seed, found = ints(1), []
+    with use_backend("gpu"):
+        for value in (1, 2, 1):
+            found.append(attention(q, k, v, dropout=0.5, seed=seed.fill_(value)))
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+
+
+@pytest.mark.skipif(interpreted(), reason="needs a CUDA device")
+def test_two_replays_differ():
+    q, k, v = (t.detach() for t in make(1, 129, 2, 64, dtype=torch.bfloat16))
+    attention(q, k, v, dropout=0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(q, k, v, dropout=0.5)
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(first, out)
+
+
+def test_gradients_of_what_is_shared_repeat_to_the_bit():
+    tensors, terms = make(3, 40, 4, 16), {"bias": leaf(torch.randn(1, 1, 40, 40, device=DEVICE)), "alibi": leaf(SLOPES)}
+    first = run("gpu", tensors, **terms)
+    for a, b in itertools.chain(*(zip(first, run("gpu", tensors, **terms), strict=True) for _ in range(3))):
+        assert torch.equal(a, b)
+
+
+def test_a_measurement_can_object_unless_forced(monkeypatch):
+    tensors = make(1, 40, 2, 16, dtype=torch.bfloat16)
+    row = gpu.key(tensors[0], rich=False)
+    monkeypatch.setitem(gpu.SLOWER, row, Slower(than="cuDNN attention", keys=40, device="a test", date="never"))
+    said = "slower than torch's cuDNN attention here: measured, a test, never"
+    assert gpu.slower(*tensors) == said and gpu.slower(*(t[:, :39] for t in tensors)) is None
+    assert gpu.slower(*tensors, dropout=0.1) is None and gpu.slower(*tensors, SLOPES[:2]) is None
+    needs = (False,) * len(attention.tensor_names)
+    bound = attention._bind(tensors, {})
+    assert attention._objects(gpu, *bound, needs) == said
+    assert attention._objects(gpu, *bound, needs, "gpu") is None
+    with use_backend("gpu"):
+        assert attention.explain(*tensors)["gpu"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Launch parameters of attention by class of device, precision and head width, and where torch's own is faster.
 
-Committed data: nothing is timed when a program starts. `python -m peakgpt.bench device --only attention_tiles` times
-CANDIDATES on the device at hand; a person commits what it found, with device and date.
+Committed data: nothing is timed when a program starts. `python -m peakgpt.bench device --only attention` times them
+beside torch's on the device at hand; a person commits what follows from that, with device and date.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _HALF = {
     ("sm_80", 128): Tiles(fwd=tile(64, 64, 8, 2), dq=tile(64, 64, 8, 2), dkv=tile(64, 64, 8, 2)),
     ("sm_80", 256): Tiles(fwd=tile(64, 64, 8, 2), dq=tile(64, 32, 8, 2), dkv=tile(32, 32, 8, 2)),
     ("sm_86", 64): Tiles(fwd=tile(128, 64, 8, 2), dq=tile(64, 64, 8, 2), dkv=tile(32, 128, 8, 2)),
-    ("sm_86", 128): Tiles(fwd=tile(64, 64, 4, 2), dq=tile(64, 64, 8, 2), dkv=tile(32, 64, 8, 2)),
+    ("sm_86", 128): Tiles(fwd=tile(32, 64, 4, 2), dq=tile(64, 64, 8, 2), dkv=tile(32, 64, 8, 2)),
     ("sm_86", 256): Tiles(fwd=tile(64, 32, 8, 2), dq=tile(32, 32, 8, 2), dkv=tile(32, 32, 8, 2)),
     ("sm_90", 64): Tiles(fwd=tile(128, 64, 8, 3), dq=tile(128, 64, 8, 3), dkv=tile(64, 128, 8, 2)),
     ("sm_90", 128): Tiles(fwd=tile(128, 64, 8, 3), dq=tile(128, 64, 8, 2), dkv=tile(32, 128, 8, 2)),

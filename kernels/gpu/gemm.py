@@ -261,4 +261,5 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
         for tma in (True, False) if tile.TMA else (False,):
             constexprs = {"ACT": "gelu_tanh", "B_BY_N": by_n, "TMA": tma, **_sizes(tile)}
             label = f"bf16 {'TMA' if tma else 'pointers'}"
-            yield launch.case(kernel, label, tile, "bf16", constexprs, matmul=True, partial_ptr="*fp32")
+            yield launch.case(kernel, label, tile, "bf16", constexprs, matmul=True, hot=tma == tile.TMA,
+                              partial_ptr="*fp32")  # fmt: skip

@@ -372,6 +372,7 @@ def cases(added: bool, centred: bool = True) -> Iterator[AotCase]:
     """Both kernels at every row's widest C, with or without residual and mean; the last one with a masked tail."""
     types = {"mu_ptr": "*fp32", "r_ptr": "*fp32", "partial_ptr": "*fp32", "eps": "fp32"}
     uncentred = {} if centred else {"mu_ptr": None}
+    hot = centred and not added  # the same kernels
     for kernel, blocks, table, extra in (
         (layernorm_fwd, layernorm_fwd_blocks, FORWARD, ("residual_ptr", "sum_ptr", "stride_residual_r")),
         (layernorm_bwd, layernorm_bwd_blocks, BACKWARD, ("dsum_ptr", "stride_dsum_r")),
@@ -384,8 +385,8 @@ def cases(added: bool, centred: bool = True) -> Iterator[AotCase]:
             sizes = {"C": width, "BLOCK_R": tile.BLOCK_R, "BLOCK_C": block}
             if kernel is layernorm_bwd and width > FUSED_WIDTH:
                 sizes["partial_ptr"] = None
-            yield launch.case(kernel, f"bf16 C={width}", tile, "bf16", {**absent, **sizes}, **types)
-        yield launch.case(blocks, "bf16 blocks", BLOCKS, "bf16", {**absent, "BLOCK_C": BLOCKS_C}, **types)
+            yield launch.case(kernel, f"bf16 C={width}", tile, "bf16", {**absent, **sizes}, hot=hot, **types)
+        yield launch.case(blocks, "bf16 blocks", BLOCKS, "bf16", {**absent, "BLOCK_C": BLOCKS_C}, hot=hot, **types)
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
