@@ -1,9 +1,9 @@
 """Checkpoints: models in the Hugging Face layout of their family, and the state that a training run resumes from.
 
-A model folder holds config.json and model.safetensors as transformers' model of that family writes and reads them;
-what else that layout allows (a sharded index, pytorch_model.bin, names without the base model's prefix, the tied head
-written out) is read. Files are written beside their final place, flushed to disk and renamed, the weights last: an
-interrupted write leaves what was there.
+A model folder holds config.json and model.safetensors, or its shards and their index, as transformers' model of that
+family writes and reads them; what else that layout allows (pytorch_model.bin, names without the base model's prefix,
+the tied head written out) is read. Files are written beside their final place, flushed to disk and renamed, the weights
+last: an interrupted write leaves what was there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from peakgpt.engine.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+ENTRIES = (WEIGHTS, INDEX)  # a file that names all weights
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 TRAINING = "training_state.safetensors"
 NOWHERE: Mapping[str, Path] = MappingProxyType({})
 DIGEST = "sha256"  # prefix of metadata that we write for each tensor, and compare where it is there
@@ -120,11 +122,21 @@ def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Path
             found |= shard
         return path, found, {name: folder / file for name, file in files.items()}
     if (path := folder / PICKLE).exists():
-        try:
-            return path, dict(torch.load(path, map_location="cpu", weights_only=True)), {}
-        except Exception as error:  # unpickling damaged bytes raises anything; torch's texts advise to trust the file
-            raise ValueError(f"{path}: {type(error).__name__}, expected a whole file of nothing but tensors") from None
+        return path, _read_pickle(path), {}
     raise ValueError(f"checkpoint {folder}: got no weights, expected {WEIGHTS}, {INDEX} or {PICKLE}")
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling damaged bytes raises anything; torch's texts advise to trust the file
+        raise ValueError(f"{path}: {type(error).__name__}, expected a whole file of nothing but tensors") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: got a {type(found).__name__}, expected tensors by their names")
+    for name, value in found.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
+    return found
 
 
 def _compare(
@@ -154,12 +166,26 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             found, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: {error}, expected a whole safetensors file") from None
+        raise ValueError(f"{path}: {_cut_off(path) or error}, expected a whole safetensors file") from None
     for name, tensor in found.items():
         expected = metadata.get(f"{DIGEST}.{name}")
         if expected is not None and (digest := _digest(tensor)) != expected:
             raise ValueError(f"{path}: {name} has digest {digest}, expected {expected}: the file is damaged")
     return found, metadata
+
+
+def _cut_off(path: Path) -> str | None:
+    """Which tensor of a safetensors file lies beyond its end, in words; None where none does or nothing tells."""
+    try:
+        with path.open("rb") as file:
+            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return None
+    first = min(((end, name) for name, end in ends.items() if end > size), default=None)
+    return None if first is None else f"got {size} bytes, where {first[1]} ends at {first[0]}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -177,8 +203,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_model(
-    folder: Path | str, config: GPTConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
-) -> None:
+    folder: Path | str, config: GPTConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:  # fmt: skip
     """Write a folder that transformers loads, where it has such models, atomically file by file.
 
     Args:
@@ -186,9 +213,13 @@ def write_model(
         config: of the model.
         state: the model's state dict, Linear layout.
         tokenizer: anything with `save(folder)` and `end_id`.
+        max_shard_size: bytes, or such as "5GB"; more than this goes into several files, none larger unless it holds one
+            tensor. None: one file.
     Raises:
         OSError: the folder can not be written; what was there still is.
+        ValueError: max_shard_size is no size.
     """
+    most = None if max_shard_size is None else _bytes(max_shard_size)
     family = family_of(config)
     if family.model_type == OWN:
         name, lacking = nearest(config)
@@ -204,9 +235,45 @@ def write_model(
         (stage / CONFIG).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(stage)
-        write_safetensors(stage / WEIGHTS, tensors, {"format": "pt"})
+        _write_shards(stage, _shards(tensors, most))
 
     replace(Path(folder), fill)
+
+
+def _bytes(size: int | str) -> int:
+    """A size as transformers takes it: a number of bytes, or one with KB, MB or GB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", str(size).upper())
+    count = int(float(match[1]) * 1000 ** " KMG".index(match[2] or " ")) if match else 0
+    if count < 1:
+        raise ValueError(f"save_pretrained: max_shard_size is {size!r}, expected bytes, or such as '5GB', or None")
+    return count
+
+
+def _shards(tensors: Mapping[str, Tensor], most: int | None) -> list[dict[str, Tensor]]:
+    """The tensors in their order, cut where a part would have more than `most` bytes."""
+    parts: list[dict[str, Tensor]] = [{}]
+    room = most
+    for name, tensor in tensors.items():
+        if most is not None and parts[-1] and tensor.nbytes > room:
+            parts.append({})
+            room = most
+        parts[-1][name] = tensor
+        room = None if most is None else room - tensor.nbytes
+    return parts
+
+
+def _write_shards(stage: Path, parts: list[dict[str, Tensor]]) -> None:
+    """One file, or several with an index, as transformers names them."""
+    if len(parts) == 1:
+        write_safetensors(stage / WEIGHTS, parts[0], {"format": "pt"})
+        return
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for file, part in zip(files, parts, strict=True):
+        write_safetensors(stage / file, part, {"format": "pt"})
+    places = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    total = sum(tensor.nbytes for part in parts for tensor in part.values())
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n"
+    (stage / INDEX).write_text(text, encoding="utf-8")
 
 
 def _with_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -247,20 +314,38 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
 
 
 def replace(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write files into a hidden folder, then move them into `folder`, the weights last."""
+    """Let `fill` write files into a hidden folder, then move them into `folder`, what names all weights last.
+
+    Where the weights are shards the old ones lose their name before: a folder between two models has none, and no
+    reader takes some of each.
+    """
     try:
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with _stage(folder, made) as stage:
             fill(stage)
-            files = sorted(stage.iterdir(), key=lambda file: file.name == WEIGHTS)
+            files = sorted(stage.iterdir(), key=lambda file: file.name in ENTRIES)
+            new = {file.name for file in files}
             for file in files:
                 _flush(file)
+            if INDEX in new:
+                _remove(folder / name for name in ENTRIES)
             for file in files:
                 os.replace(file, folder / file.name)
+            if new.intersection(ENTRIES):
+                _remove(path for path in folder.iterdir() if _is_weights(path.name) and path.name not in new)
             _flush(folder)
     except OSError as error:
         raise OSError(f"checkpoint {folder}: {error.strerror or error}, expected a folder to write into") from None
+
+
+def _is_weights(name: str) -> bool:
+    return name in ENTRIES or SHARD.fullmatch(name) is not None
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ class GPT(Conv1DLoading):
 
     def save_pretrained(
         self, folder: Path | str, tokenizer: Tokenizer | None = None, *, weights: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, max_shard_size: int | str | None = None,
     ) -> None:  # fmt: skip
         """Save in the Hugging Face layout of its family, or in our own where there is none, with a warning.
 
@@ -111,14 +111,15 @@ class GPT(Conv1DLoading):
             tokenizer: saved beside the model; anything with `save(folder)` and `end_id`.
             weights: replaces the model's own tensors by name, as from AdamW.master_weights.
             dtype: what is written is converted to; None writes tensors as they are, masters in float32.
+            max_shard_size: bytes, or such as "5GB"; more goes into several files with an index. None: one file.
         Raises:
             OSError: the folder can not be written.
-            ValueError: the model is quantised.
+            ValueError: the model is quantised, or max_shard_size is no size.
         """
         if any(isinstance(module, QuantisedLinear) for module in self.modules()):
             raise ValueError("save_pretrained: got a quantised model, expected float weights; copy its folder instead")
         state = {name: t.to(dtype or t.dtype) for name, t in {**self.state_dict(), **(weights or {})}.items()}
-        checkpoint.write_model(folder, self.config, state, tokenizer)
+        checkpoint.write_model(folder, self.config, state, tokenizer, max_shard_size)
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -78,6 +78,62 @@ def test_we_load_transformers(tmp_path, kind):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("size", [1, 2500, "4KB", "1GB"])
+def test_shards_are_written(tmp_path, size):
+    """One tensor a file, some, all; transformers reads them, and they hold what one file does."""
+    model = our_model()
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    files = sorted(path for path in tmp_path.iterdir() if path.suffix == ".safetensors")
+    found = [load_file(path) for path in files]
+    model.save_pretrained(tmp_path / "whole")
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert sum(map(len, found)) == len(whole) and (len(files) > 1) == (size != "1GB")
+    assert len(files) == {1: len(whole), "1GB": 1}.get(size, len(files))
+    assert all(torch.equal(t, whole[name]) for part in found for name, t in part.items())
+    limit = {"4KB": 4000, "1GB": 10**9}.get(size, size)
+    assert all(len(part) == 1 or sum(t.nbytes for t in part.values()) <= limit for part in found)
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    torch.testing.assert_close(theirs.eval()(IDS).logits, model(IDS), rtol=1e-5, atol=1e-5)
+    again = peakgpt.GPT.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_weights_in_other_files_replace_the_old_ones(tmp_path):
+    """A reader takes model.safetensors before an index, and an index may name shards of another model."""
+    for layer, size in enumerate((None, "4KB", 2000, None), 1):
+        model = our_model(n_layer=layer)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert torch.equal(peakgpt.GPT.from_pretrained(tmp_path)(IDS), model(IDS))
+        index = tmp_path / "model.safetensors.index.json"
+        named = set(json.loads(index.read_text())["weight_map"].values()) if size else {"model.safetensors"}
+        assert {path.name for path in tmp_path.glob("*.safetensors")} == named and index.exists() == bool(size)
+
+
+def test_an_interrupted_move_of_shards_leaves_no_mixture(tmp_path, monkeypatch):
+    our_model().save_pretrained(tmp_path, max_shard_size="4KB")
+    replace, left = os.replace, 3
+
+    def some(source, target):
+        nonlocal left
+        if not (left := left - 1):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", some)
+    with pytest.raises(KeyboardInterrupt):
+        our_model(activation="relu").save_pretrained(tmp_path, max_shard_size="4KB")
+    with pytest.raises(ValueError, match="got no weights, expected"):
+        peakgpt.GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, -5, "5XB", "big", ""])
+def test_a_bad_shard_size_is_named(tmp_path, size):
+    with pytest.raises(ValueError, match=f"max_shard_size is {size!r}, expected bytes, or such as '5GB'"):
+        our_model().save_pretrained(tmp_path, max_shard_size=size)
+    assert not list(tmp_path.iterdir())
+
+
 def test_dtype_and_dropout_can_be_chosen(tmp_path):
     our_model(dropout=0.1).save_pretrained(tmp_path)
     model = peakgpt.GPT.from_pretrained(tmp_path, dtype=torch.bfloat16, dropout=0.0)
@@ -140,11 +196,21 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def flip_a_bit(folder):
-    path = folder / "model.safetensors"
+def cut_to(size):
+    return lambda folder: os.truncate(folder / "model.safetensors", size)
+
+
+def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[-5] ^= 16
     path.write_bytes(data)
+
+
+def flip_in_a_shard(folder):
+    """Of those that we write, which have digests."""
+    model = peakgpt.GPT.from_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="4KB")
+    flip_a_bit(min(folder.glob("model-00002-*")))
 
 
 def shards(change):
@@ -192,11 +258,21 @@ DAMAGE = {
     "size a string": (edit_config(n_layer="2"), "config.json: GPTConfig: n_layer is '2', expected a positive"),
     "epsilon a string": (edit_config(layer_norm_epsilon="x"), "config.json: "),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "got no weights, expected model.safetensors"),
-    "truncated": (truncate, "model.safetensors: .*expected a whole safetensors file"),
-    "a bit flipped": (flip_a_bit, r"model.safetensors: transformer\S* has digest \w{16}, expected \w{16}: the f"),
+    "truncated": (
+        truncate, r"model.safetensors: got \d+ bytes, where transformer\S* ends at \d+, expected a whole safetensors f"
+    ),
+    "truncated in its header": (cut_to(100), "model.safetensors: .*expected a whole safetensors file"),
+    "empty": (cut_to(0), "model.safetensors: .*expected a whole safetensors file"),
+    "a bit flipped in a shard": (
+        flip_in_a_shard, r"model-00002-of-\d{5}.safetensors: transformer\S* has digest \w{16}, expected \w{16}: the f"
+    ),
+    "a bit flipped": (
+        lambda f: flip_a_bit(f / "model.safetensors"),
+        r"model.safetensors: transformer\S* has digest \w{16}, expected \w{16}: the f",
+    ),
     "a shard truncated": (
         shards(lambda path, *_: path.write_bytes(path.read_bytes()[:-9])),
-        "0.safetensors: .*expected a whole safetensors file",
+        r"0.safetensors: got \d+ bytes, where transformer\S* ends at \d+, expected a whole safetensors file",
     ),
     "a shard without a tensor": (
         shards(lambda path, first, _: save_file(dict(list(first.items())[1:]), path)),
@@ -220,6 +296,15 @@ DAMAGE = {
     "other head": (edit_tensors(lambda t: t.update({"lm_head.weight": torch.ones(37, 16)})), "expected a tied head"),
     "other size": (edit_config(vocab_size=38), rf"{WTE} is .*\(37, 16\), expected .*\(38, 16\)"),
     "pickle of objects": (only_a_pickle({"x": os.getcwd}), "pytorch_model.bin: .*nothing but tensors"),
+    "pickle of a number": (only_a_pickle({"x": 3}), "pytorch_model.bin: x is a int, expected a tensor"),
+    "pickle of a list": (only_a_pickle([torch.ones(1)]), "pytorch_model.bin: got a list, expected tensors by their n"),
+    "pickle cut off": (
+        lambda f: (only_a_pickle({"x": torch.ones(99)})(f), os.truncate(f / "pytorch_model.bin", 200)),
+        "pytorch_model.bin: .*expected a whole file of nothing but tensors",
+    ),
+    "a name like a path in an index": (
+        only_an_index('{"weight_map": {"../../x": "a.safetensors"}}'), "a.safetensors: .*expected a whole safetensors"
+    ),
     "index without map": (only_an_index("{}"), "got no weight_map"),
     "index of other folders": (only_an_index('{"weight_map": {"x": "../x"}}'), "got no weight_map to files of this"),
     "index of a missing file": (only_an_index('{"weight_map": {"x": "a.safetensors"}}'), "a.safetensors: .*expected a"),
