@@ -1,19 +1,19 @@
-"""Greedy decoding with a cache beside plain PyTorch, from the same weights, in the same run; on the CPU also beside
-other engines, each in a process of its own (bench/streams.py).
+"""Greedy decoding with a cache beside plain PyTorch, from the same weights, in the same run; on the CPU also with
+weights of 8 and 4 bits and beside other engines, each in a process of its own (bench/streams.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 
 import torch
 from torch import Tensor
 
+from peakgpt.bench.decoders import CONTENDERS, FORMS, Case
 from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.findings import Failure, Findings
 from peakgpt.bench.ops import agree
-from peakgpt.bench.streams import CONTENDERS, Case, compare_streams
+from peakgpt.bench.streams import compare_streams
 from peakgpt.engine.model import GPT
 from peakgpt.engine.presets import preset
 from peakgpt.kernels.clock import Result, interleave
@@ -27,22 +27,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=int, action="append", help="repeatable; default 1 and 8, on the CPU")
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="on the CPU; default: all")
     parser.add_argument("--rounds", type=int, default=7, help="on the CPU (default 7)")
-    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
+    parser.add_argument("--dtype", action="append", choices=FORMS,
+                        help="of the weights; repeatable; default: float32 and bfloat16, on the CPU also int8 and int4")
 
 
 def run(args: argparse.Namespace, device: torch.device) -> Findings:
+    """
+    Raises:
+        ValueError: small weights on another device than the CPU.
+    """
     found = Findings()
-    dtypes = args.dtype or ("float32", "bfloat16")
     if device.type == "cpu":
         tell = lambda name, error: found.add(Failure.of(error, name))  # noqa: E731
-        for dtype, streams in itertools.product(dtypes, args.streams or (1, 8)):
+        for streams in args.streams or (1, 8):
             found.results += compare_streams(
-                preset(args.model), Case(streams, args.prompt, args.tokens), getattr(torch, dtype), args.contenders,
+                preset(args.model), Case(streams, args.prompt, args.tokens), args.dtype or FORMS, args.contenders,
                 rounds=args.rounds, on_failure=tell,
             )  # fmt: skip
         return found
-    for dtype in dtypes:
-        model = GPT.from_preset(args.model).to(device, getattr(torch, dtype)).eval()
+    for form in args.dtype or ("float32", "bfloat16"):
+        if (dtype := getattr(torch, form, None)) not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"bench decode: got --dtype {form} on {device}, expected float32 or bfloat16 there")
+        model = GPT.from_preset(args.model).to(device, dtype).eval()
         ids = torch.randint(model.config.vocab_size, (1, args.prompt), device=device)
         found.results += compare_decoding(model, ids, count=args.tokens)
     return found

@@ -4,17 +4,19 @@ import dataclasses
 import gc
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from peakgpt.bench import contenders, prefill, streams
+from peakgpt.bench import contenders, decoders, prefill, streams
 from peakgpt.bench import device as device_bench
 from peakgpt.bench.check import Check, check, judge
 from peakgpt.bench.contenders import CONTENDERS, TUNED_MALLOC
@@ -340,17 +342,53 @@ def test_a_contender_that_learns_otherwise_is_refused():
     assert set(_agreeing({"eager": same, "x": other}, torch.bfloat16, None)) == {"eager", "x"}
 
 
-@pytest.mark.parametrize("name", ["peakgpt", "eager", "transformers"])
+@pytest.mark.parametrize("name", [name for name in decoders.CONTENDERS if name != "eager"])
 def test_streams_decode_the_same_text(name):
-    config, case = tiny_config(), streams.Case(2, 4, 6)
-    build = streams.CONTENDERS[name].build
-    texts = [b(*streams.start(config, case)[:1], config, streams.start(config, case)[1], case, torch.float32)()
-             for b in (build, streams._eager)]  # fmt: skip
-    assert texts[0].shape == (2, 6) and torch.equal(*texts) and len(texts[0].unique()) > 3
+    """In float32 eager's text; in small weights the same again and again, as long."""
+    who = decoders.CONTENDERS[name]
+    pytest.importorskip(who.package)
+    config = preset("gpt2-tiny", n_layer=1, vocab_size=96, n_head=2, n_embd=64)
+    case = decoders.Case(2, 4, 6)
+    state, ids = streams.start(config, case)
+    expected = decoders.eager_decoder(dict(state), config, ids, case, "float32")()
+    for form in who.forms:
+        decode = who.build(dict(state), config, ids, case, form)
+        text = decode()
+        assert text.shape == (2, 6) and torch.equal(text, decode())
+        assert form != "float32" or torch.equal(text, expected)
+    assert len(expected.unique()) > 3
+
+
+def test_other_texts_are_refused():
+    expected = torch.arange(12).view(2, 6)
     with pytest.raises(ValueError, match="only the first 0 tokens are eager's"):
-        streams._alike(name, texts[0] + 1, texts[1], torch.float32)
+        streams._alike("x", expected + 1, expected, "float32")
     with pytest.raises(ValueError, match=r"shape \(2, 5\), expected \(2, 6\)"):
-        streams._alike(name, texts[0][:, 1:], texts[1], torch.float32)
+        streams._alike("x", expected[:, 1:], expected, "int8")
+
+
+def test_forms_of_weights_are_compared_in_one_run(monkeypatch):
+    class Here:
+        pid = os.getpid()
+
+        def __init__(self, name, request, environment):
+            self.step = streams.decode_step(request)
+
+        def close(self):
+            pass
+
+    peak = SimpleNamespace(bandwidth_bytes_s=1e9, source="none")
+    monkeypatch.setattr(streams, "peak_for", lambda *args: peak)
+    monkeypatch.setattr(streams, "Worker", Here)  # processes are tested with the training step and the prompt
+    case, told = decoders.Case(2, 4, 6), []
+    results = streams.compare_streams(tiny_config(), case, ("float32", "int8"), ["peakgpt", "eager"], rounds=3,
+                                      on_failure=lambda name, error: told.append(name))  # fmt: skip
+    assert [(r.contender, r.dtype) for r in results] == [("peakgpt", "float32"), ("eager", "float32"),
+                                                         ("peakgpt", "int8")]  # fmt: skip
+    assert not told and len({r.rounds for r in results}) == 1
+    weights = [streams.read_bytes(preset("gpt2"), decoders.Case(1, 0, 1), form) for form in decoders.FORMS]
+    assert weights[0] == pytest.approx(4 * 123.65e6, rel=2e-3) and weights == sorted(weights, reverse=True)
+    assert weights[3] == pytest.approx(38.6e6 + 85.1e6 * 4.5 / 8, rel=2e-3)
 
 
 def test_decoding_is_compared_and_wrong_logits_are_refused():

@@ -1,0 +1,182 @@
+"""Who decodes in `bench decode`: each makes, of random weights, a function that continues all prompts greedily.
+
+A form is what weights are kept in: float32, bfloat16, int8 or int4. Each engine's small weights are its own:
+llama.cpp's Q8_0 and Q4_0 (by 32), CTranslate2's int8, onnxruntime's dynamic int8; ours as `peakgpt quantize` makes
+them, and what is not quantised in bfloat16.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peakgpt.bench.eager_gpt import EagerGPT
+from peakgpt.bench.gguf_gpt import llama_decoder
+from peakgpt.bench.graphs import onnxruntime_decoder, openvino_decoder
+from peakgpt.bench.prefill import Contender as PrefillContender
+from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.layers import swap_layout
+from peakgpt.engine.model import GPT
+from peakgpt.engine.paged import BLOCK
+from peakgpt.engine.quantised import Format, quantise, restore
+
+Continue = Callable[[], Tensor]  # -> (streams, tokens) int64
+FORMS = ("float32", "bfloat16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How many streams of which prompt and continuation, in tokens."""
+
+    streams: int
+    prompt: int
+    tokens: int
+
+
+# ---- contenders: each makes a Continue of a state, which it may take the tensors of
+
+
+def our_model(state: dict[str, Tensor], config: GPTConfig, form: str, group: int = 64) -> GPT:
+    """The model of a state with weights in a form; what is not quantised is bfloat16 then."""
+    if form in ("int8", "int4"):
+        how = Format(8) if form == "int8" else Format(4, group)
+        return restore(GPT(config), quantise(state, how), how, torch.bfloat16)
+    model = GPT(config)
+    model.load_state_dict(state, assign=True)
+    return model.to(getattr(torch, form)).eval()
+
+
+def _ours(group: int, state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
+    from peakgpt.engine.scheduler import Engine, SamplingParams  # needs tokenizers
+
+    blocks = case.streams * -(-(case.prompt + case.tokens) // BLOCK)
+    # As many prompts as there are blocks for: what was computed for one run is given up before the next.
+    engine = Engine(our_model(state, config, form, group), blocks=blocks)
+    if engine.runner_note:
+        raise ValueError(f"decode: peakgpt runs {engine.runner_note}")
+    params = SamplingParams(temperature=0.0, max_new_tokens=case.tokens)
+
+    def run() -> Tensor:
+        texts = {engine.submit(row, params): [] for row in ids.tolist()}
+        for output in engine.outputs():
+            texts[output.request] += output.tokens
+        return torch.tensor(list(texts.values()))
+
+    return run
+
+
+class StaticGPT(EagerGPT):
+    """GPT-2 in plain torch as a good user writes it: keys and values in one tensor that was there before."""
+
+    def forward(self, ids: Tensor, past: int, cache: Tensor) -> Tensor:
+        t, end = self.transformer, past + ids.shape[1]
+        x = t["wte"](ids) + t["wpe"](torch.arange(past, end))  # (B, T, C)
+        for layer, block in enumerate(t["h"]):
+            qkv = block.attn.c_attn(block.ln_1(x)).chunk(3, -1)
+            q, k, v = (s.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2) for s in qkv)
+            cache[layer, 0, :, :, past:end], cache[layer, 1, :, :, past:end] = k, v
+            k, v = cache[layer, :, :, :, :end]
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=past == 0)  # (B, H, T, D)
+            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.ln_2(x))
+        return F.linear(t["ln_f"](x)[:, -1], t["wte"].weight)
+
+
+def eager_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
+    model, dtype = StaticGPT(config), getattr(torch, form)
+    model.load_state_dict(state)
+    model = model.to(dtype).eval()
+    room = case.prompt + case.tokens
+    cache = torch.zeros(config.n_layer, 2, len(ids), config.n_head, room, config.head_dim, dtype=dtype)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        tokens = [model(ids, 0, cache).argmax(-1)]
+        for past in range(case.prompt, room - 1):
+            tokens.append(model(tokens[-1][:, None], past, cache).argmax(-1))
+        return torch.stack(tokens, 1)
+
+    return run
+
+
+def _transformers_model(state, config: GPTConfig, dtype: torch.dtype):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
+        n_head=config.n_head, n_inner=config.n_inner, layer_norm_epsilon=config.layer_norm_epsilon,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(theirs)
+    names = {name.removeprefix("transformer."): tensor for name, tensor in swap_layout(state).items()}
+    model.transformer.load_state_dict(names)
+    return model.to(dtype).eval()
+
+
+def _transformers(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
+    model = _transformers_model(state, config, getattr(torch, form))
+    options = {"max_new_tokens": case.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    return lambda: model.generate(ids, attention_mask=mask, **options)[:, case.prompt :]
+
+
+def _ctranslate2(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
+    """By its own converter, from transformers' layout; a made-up vocabulary names each id."""
+    import ctranslate2
+    import tokenizers
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        _transformers_model(state, config, torch.float32).save_pretrained(folder)
+        library = tokenizers.Tokenizer(tokenizers.models.BPE({f"t{i}": i for i in range(config.vocab_size)}, []))
+        marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "t0")
+        transformers.PreTrainedTokenizerFast(tokenizer_object=library, **marks).save_pretrained(folder)
+        made = str(Path(folder, "converted"))
+        ctranslate2.converters.TransformersConverter(folder).convert(made)
+        generator = ctranslate2.Generator(made, compute_type=form, inter_threads=1,
+                                          intra_threads=torch.get_num_threads())  # fmt: skip
+    prompts = [[f"t{i}" for i in row] for row in ids.tolist()]
+
+    def run() -> Tensor:
+        found = generator.generate_batch(prompts, max_length=case.tokens, min_length=case.tokens, sampling_topk=1,
+                                         include_prompt_in_result=False, end_token=[])  # fmt: skip
+        return torch.tensor([r.sequences_ids[0] for r in found])
+
+    return run
+
+
+@dataclass(frozen=True)
+class Contender(PrefillContender):
+    """Also the forms that it is measured in, and the package's name where it is installed from, if that is another."""
+
+    forms: tuple[str, ...] = ("float32", "bfloat16")
+    distribution: str = ""
+
+    @property
+    def backend(self) -> str:
+        return "auto" if isinstance(self.build, partial) else self.package
+
+    @property
+    def version(self) -> str:
+        name = self.distribution or self.package
+        return "" if name == "torch" else f"{name} {metadata.version(name)}"
+
+
+CONTENDERS = {
+    "peakgpt": Contender(partial(_ours, 64), forms=FORMS),
+    "peakgpt by 32": Contender(partial(_ours, 32), forms=("int4",)),
+    "eager": Contender(eager_decoder),
+    "transformers": Contender(_transformers, package="transformers"),
+    "llama.cpp": Contender(llama_decoder, package="llama_cpp", forms=FORMS, distribution="llama-cpp-python"),
+    "ctranslate2": Contender(_ctranslate2, package="ctranslate2", forms=("float32", "int8")),
+    "onnxruntime": Contender(onnxruntime_decoder, package="onnxruntime", forms=("float32", "int8")),
+    "openvino": Contender(openvino_decoder, package="openvino"),
+}

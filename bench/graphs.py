@@ -1,0 +1,124 @@
+"""GPT-2 with a cache as a graph, for engines that run graphs: onnxruntime and OpenVINO.
+
+Plain torch is traced with the keys and values so far as inputs and all of them as outputs, as optimum exports models.
+onnxruntime's 8 bits are its dynamic quantisation of products (per output); OpenVINO keeps the cache as state, and its
+bf16 is a hint over float32 weights.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peakgpt.bench.eager_gpt import EagerGPT
+from peakgpt.engine.config import GPTConfig
+
+if TYPE_CHECKING:
+    from peakgpt.bench.streams import Case, Continue
+
+
+class GraphGPT(EagerGPT):
+    """(ids (B, T), order (B,), keys and values of each layer (B, H, S, D)) -> (logits of the last token, all keys and
+    values); text i continues where text order[i] was, which engines with beams want."""
+
+    def forward(self, ids: Tensor, order: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        t, before = self.transformer, past[0].shape[2]
+        positions = torch.arange(before, before + ids.shape[1])
+        mask = torch.arange(before + ids.shape[1])[None] <= positions[:, None]  # (T, S)
+        x, present = t["wte"](ids) + t["wpe"](positions), []  # (B, T, C)
+        for layer, block in enumerate(t["h"]):
+            qkv = block.attn.c_attn(block.ln_1(x)).chunk(3, -1)
+            q, *new = (s.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2) for s in qkv)
+            old = past[2 * layer : 2 * layer + 2]
+            k, v = (torch.cat([o.index_select(0, order), n], 2) for o, n in zip(old, new, strict=True))
+            present += k, v
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.ln_2(x))
+        return F.linear(t["ln_f"](x[:, -1:]), t["wte"].weight), *present
+
+
+def _example(state, config: GPTConfig, ids: Tensor) -> tuple[GraphGPT, tuple[Tensor, ...], list[str], list[str]]:
+    """The module, inputs to trace it with, and the names of inputs and outputs."""
+    model = GraphGPT(config)
+    model.load_state_dict(state)
+    past = [torch.zeros(len(ids), config.n_head, 3, config.head_dim)] * (2 * config.n_layer)
+    names = [f"{layer}.{kind}" for layer in range(config.n_layer) for kind in ("key", "value")]
+    inputs = ["ids", "order", *(f"past.{name}" for name in names)]
+    return model.eval(), (ids, torch.arange(len(ids)), *past), inputs, ["logits", *(f"present.{n}" for n in names)]
+
+
+def onnxruntime_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
+    """Keys and values go back as they came out, without a copy."""
+    import numpy as np
+    import onnxruntime as ort
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model, example, inputs, outputs = _example(state, config, ids)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = str(Path(folder, "model.onnx"))
+        axes = {name: {2: "tokens"} for name in (*inputs[2:], *outputs[1:])}
+        torch.onnx.export(model, example, path, input_names=inputs, output_names=outputs, dynamo=False,
+                          opset_version=17, dynamic_axes={"ids": {1: "new"}, **axes})  # fmt: skip
+        if form == "int8":
+            whole, path = path, str(Path(folder, "int8.onnx"))
+            quantize_dynamic(whole, path, op_types_to_quantize=["MatMul"], per_channel=True,
+                             weight_type=QuantType.QInt8)  # fmt: skip
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # spins within a pass only
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    value, empty = ort.OrtValue.ortvalue_from_numpy, np.zeros(example[2][:, :, :0].shape, np.float32)
+    order, first = value(np.arange(len(ids))), [value(empty)] * (2 * config.n_layer)
+
+    def run() -> Tensor:
+        tokens, new, past = [], ids.numpy(), first
+        for _ in range(case.tokens):
+            feed = dict(zip(inputs, [value(np.ascontiguousarray(new)), order, *past], strict=True))
+            logits, *past = session.run_with_ort_values(outputs, feed)
+            new = logits.numpy()[:, 0].argmax(-1)[:, None]
+            tokens.append(torch.from_numpy(new))
+        return torch.cat(tokens, 1)
+
+    return run
+
+
+def openvino_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
+    """As optimum-intel makes its models: a cache that is the request's state, gathered by text."""
+    import numpy as np
+    import openvino
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    model, example, inputs, outputs = _example(state, config, ids)
+    batch = len(ids)
+    cache = openvino.PartialShape([batch, config.n_head, -1, config.head_dim])
+    shapes = [openvino.PartialShape([batch, -1]), openvino.PartialShape([batch]), *[cache] * (2 * config.n_layer)]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = openvino.convert_model(model, example_input=example, input=shapes)
+    for ports, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for port, name in zip(ports, names, strict=True):
+            port.get_tensor().set_names({name})
+    apply_make_stateful_transformation(graph, dict(zip(inputs[2:], outputs[1:], strict=True)))
+    options = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[form],
+               "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
+    request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
+    order = np.arange(batch)
+
+    def run() -> Tensor:
+        request.reset_state()
+        tokens, new = [], ids.numpy()
+        for _ in range(case.tokens):
+            logits = request.infer({"ids": new, "order": order}, share_inputs=True, share_outputs=True)[0]
+            new = logits[:, 0].argmax(-1)[:, None]
+            tokens.append(torch.from_numpy(new))
+        return torch.cat(tokens, 1)
+
+    return run
