@@ -11,13 +11,15 @@ CSRC = $(wildcard csrc/*)
 run: .venv/.run
 	.venv/bin/peakgpt quickstart
 
+# A worker per core; their OpenMP teams wait without spinning, or they would take the cores from each other.
+test test-all: export OMP_WAIT_POLICY = passive
 test: .venv/.test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n logical
 
 # Slow tests too, then the usual ones with the other Triton that the kernels are built for.
 test-all: .venv/.test .venv-triton36/.ready
-	.venv/bin/python -m pytest -m "slow or not slow"
-	.venv-triton36/bin/python -m pytest
+	.venv/bin/python -m pytest -n logical -m "slow or not slow"
+	.venv-triton36/bin/python -m pytest -n logical
 
 # The kernels without Python, once per instruction set; needs a C++ compiler only.
 test-native:

@@ -17,7 +17,7 @@ from peakgpt.engine.experts import Experts
 from peakgpt.engine.fp8 import fp8_linear
 from peakgpt.engine.positions import Positions
 from peakgpt.engine.quantised import QuantisedLinear, project
-from peakgpt.engine.recompute import checkpointed
+from peakgpt.engine.recompute import checkpointed, forgettable, forgetting
 from peakgpt.engine.relative import RELATIVE
 from peakgpt.kernels.attention import attention, attention_qkv, default_scale
 from peakgpt.kernels.dropout import dropout
@@ -46,34 +46,42 @@ class Conv1DLoading(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, with torch's parameters."""
 
+    recompute = False  # set by engine/recompute.py
+
     def __init__(self, n_embd: int, eps: float = 1e-5, bias: bool = True, *, device=None, dtype=None):
         super().__init__(n_embd, eps=eps, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (..., C)."""
-        return layernorm(x, self.weight, self.bias, eps=self.eps)
+        y = layernorm(x, self.weight, self.bias, eps=self.eps)
+        return forgettable(y, self.forward, x) if self.recompute else y
 
     def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add x to the residual stream, both (..., C); returns (sum, normed).
 
         Under autocast a branch ends in the lower precision while the stream stays wide, hence the cast.
         """
-        return add_layernorm(x.to(residual.dtype), residual, self.weight, self.bias, eps=self.eps)
+        total, y = add_layernorm(x.to(residual.dtype), residual, self.weight, self.bias, eps=self.eps)
+        return total, forgettable(y, self.forward, total) if self.recompute else y
 
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm over the last axis, with torch's parameter."""
+
+    recompute = False  # set by engine/recompute.py
 
     def __init__(self, n_embd: int, eps: float = 1e-5, *, device=None, dtype=None):
         super().__init__(n_embd, eps=eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (..., C)."""
-        return rmsnorm(x, self.weight, eps=self.eps)
+        y = rmsnorm(x, self.weight, eps=self.eps)
+        return forgettable(y, self.forward, x) if self.recompute else y
 
     def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add x to the residual stream, both (..., C); returns (sum, normed)."""
-        return add_rmsnorm(x.to(residual.dtype), residual, self.weight, eps=self.eps)
+        total, y = add_rmsnorm(x.to(residual.dtype), residual, self.weight, eps=self.eps)
+        return total, forgettable(y, self.forward, total) if self.recompute else y
 
 
 def norm(config: GPTConfig) -> LayerNorm | RMSNorm:
@@ -246,7 +254,7 @@ class Block(nn.Module):
         else:
             self.mlp = (GatedMLP if c.gated_mlp else GELUMLP)(c.n_embd, c.n_inner, **shape)
         self.dropout, self.layer, self.residual = c.dropout, layer, c.residual
-        self.recompute = False  # set by engine/recompute.py
+        self.recompute = self.forgets_norms = False  # set by engine/recompute.py
 
     def forward(
         self, x: Tensor, h: Tensor, next_norm: LayerNorm | RMSNorm | None, cache: KVCache | None = None,
@@ -274,6 +282,9 @@ class Block(nn.Module):
         run = RESIDUALS[self.residual]
         if self.recompute and cache is None and torch.is_grad_enabled():
             return checkpointed(run, self, x, h, next_norm, attend, think)
+        if self.forgets_norms and cache is None and torch.is_grad_enabled():
+            with forgetting():
+                return run(self, x, h, next_norm, attend, think)
         return run(self, x, h, next_norm, attend, think)
 
 

@@ -1,6 +1,7 @@
 """Activation checkpointing: some layers forget what their backward reads, and compute it again.
 
     "none"       everything is kept
+    "norm"       no norm's result is kept: it is formed again from its input, where a product's backward reads it
     "mlp"        no MLP keeps its pre-activation: its first product is computed twice
     "block"      of a block only what goes in, two tensors (B, T, C), is kept; the rest of it is computed twice
     "block/N"    as "block", for the first block of every N
@@ -13,6 +14,7 @@ Recomputation in Large Transformer Models", arXiv:2205.05198.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,15 +26,16 @@ from peakgpt.kernels.dispatch import draw_seed, seeds_from
 
 
 def parse(plan: str) -> tuple[str, int]:
-    """Read a plan: ("none" | "mlp" | "block", every how many layers).
+    """Read a plan: ("none" | "norm" | "mlp" | "block", every how many layers).
 
     Raises:
         ValueError: it is none of those above.
     """
     what, slash, every = plan.partition("/")
-    known = what in ("none", "mlp", "block") and (what == "block" or not slash)
+    known = what in ("none", "norm", "mlp", "block") and (what == "block" or not slash)
     if not known or (slash and not (every.isdecimal() and int(every))):
-        raise ValueError(f"recompute is {plan!r}, expected none, mlp, block, or block/N for the first block of every N")
+        expected = "none, norm, mlp, block, or block/N for the first block of every N"
+        raise ValueError(f"recompute is {plan!r}, expected {expected}")
     return what, int(every or 1)
 
 
@@ -49,9 +52,31 @@ def set_recompute(model: nn.Module, plan: str) -> None:
     for layer, block in enumerate(blocks):
         if hasattr(block, "recompute"):
             block.recompute = what == "block" and layer % every == 0
+            block.forgets_norms = what == "norm"
+            for norm in (getattr(block, name, None) for name in ("ln_1", "ln_2")):
+                if norm is not None:
+                    norm.recompute = what == "norm"
             for part in block.mlp.modules():
                 if hasattr(part, "recompute"):
                     part.recompute = what == "mlp"
+
+
+def forgettable(result: Tensor, form: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The result of form(x), marked: what would keep it for backward in `forgetting` keeps x and forms it again."""
+    result._form = functools.partial(form, x.detach())
+    return result
+
+
+def forgetting() -> contextlib.AbstractContextManager[Any]:
+    """A context whose operations keep no result that is marked as `forgettable`."""
+
+    def again(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return kept()
+
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: getattr(tensor, "_form", tensor), again)
 
 
 def checkpointed(function: Callable[..., Any], *args: Any) -> Any:

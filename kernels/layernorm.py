@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peakgpt.kernels import check
-from peakgpt.kernels.dispatch import Cost, op
+from peakgpt.kernels.dispatch import Cost, op, short_lived
 
 
 def _check_norm(x, w, b, *, eps):
@@ -47,7 +47,7 @@ def _sample(rows: int = 1024, width: int = 768, **like):
 
 
 def _alloc(x, w, b, *, needs, eps):
-    return (torch.empty(x.shape, dtype=x.dtype, device=x.device),), _statistics(x)
+    return (short_lived(x, *x.shape),), _statistics(x)
 
 
 def _statistics(x):
@@ -99,7 +99,7 @@ def _sample_add(rows: int = 1024, width: int = 768, **like):
 
 def _alloc_add(x, residual, w, b, *, needs, eps):
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return (total, torch.empty_like(total)), _statistics(x)
+    return (total, short_lived(x, *x.shape)), _statistics(x)
 
 
 @op(

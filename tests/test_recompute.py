@@ -1,6 +1,7 @@
 """Activation checkpointing: the bits of the plain step, less kept, and its FLOPs counted apart from the model's."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from torch import nn
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.flops import forward_flops, multiplying_parameters, recomputed_flops, training_flops
 from peakgpt.engine.model import GPT
-from peakgpt.engine.recompute import set_recompute
+from peakgpt.engine.recompute import forgettable, set_recompute
 from peakgpt.engine.train import Recipe, Trainer
 from peakgpt.kernels.dispatch import draw_seed, seeds_from, use_backend
 
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 67}
-PLANS = ("mlp", "block", "block/2")
+PLANS = ("norm", "mlp", "block", "block/2")
 CONFIGS = (
     {},
     {"dropout": 0.3},
@@ -75,6 +76,24 @@ def test_plans_keep_less():
     assert none - mlp == 6 * 4 * row
 
 
+def test_results_of_norms_die(monkeypatch):
+    """Both norms of each block; a plan that is taken back keeps them again."""
+    made = []
+
+    def noted(result, form, x):
+        made.append(weakref.ref(forgettable(result, form, x)))
+        return result
+
+    monkeypatch.setattr("peakgpt.engine.layers.forgettable", noted)
+    model, ids = GPT(GPTConfig(**SIZES)), torch.randint(67, (2, 16))
+    set_recompute(model, "norm")
+    loss = model(ids, ids)
+    assert len(made) == 6 and not any(result() is not None for result in made)
+    loss.backward()
+    set_recompute(model, "none")
+    assert model(ids, ids).requires_grad and len(made) == 6 + 6
+
+
 def test_flops_of_a_second_pass():
     config, tokens = GPTConfig(**SIZES, bias=False), 16
     whole = forward_flops(config, tokens)
@@ -100,7 +119,7 @@ def test_flops_of_a_second_pass_with_gates_and_experts(more):
 
 @pytest.mark.parametrize("plan", ("all", "block/0", "block/", "mlp/2", "block/-1", ""))
 def test_a_bad_plan_is_told(plan):
-    with pytest.raises(ValueError, match=r"recompute is .* expected none, mlp, block, or block/N"):
+    with pytest.raises(ValueError, match=r"recompute is .* expected none, norm, mlp, block, or block/N"):
         Recipe(recompute=plan)
 
 
