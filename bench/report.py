@@ -124,6 +124,16 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
             "against eager": lambda r, rs: _times(speedup(r, rs)),
         },
     ),
+    "serve": (
+        "Streams from the server, beside the engine alone",
+        {
+            "case": lambda r, rs: _case(r) if r is rs[0] else "",
+            "contender": lambda r, _: r.contender,
+            "tokens/s": lambda r, _: _tokens_per_s(r) if "tokens" in r.case else "",
+            "ms (quartiles)": lambda r, _: _ms(r),
+            "rounds": lambda r, _: _rounds(r),
+        },
+    ),
     "op": (
         "Ops, work FLOPs (what must be computed; causal is half); bytes beside streams of the same reads and writes",
         {

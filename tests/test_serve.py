@@ -5,7 +5,10 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -54,15 +57,11 @@ class Running:
     def __init__(self, model, tokenizer, **options):
         self.engine = Engine(model, tokenizer, blocks=40)
         self.server = serve.Server(self.engine, tokenizer, name="tiny", limits=LIMITS_HERE, **options)
-        self.uvicorn = uvicorn.Server(uvicorn.Config(
-            self.server.app, port=0, http=guard.protocol(LIMITS_HERE), log_level="critical", ws="none",
-            h11_max_incomplete_event_size=LIMITS_HERE.header_bytes, timeout_graceful_shutdown=10,
-        ))  # fmt: skip
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve()))
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.port = listening.getsockname()[1]
+        self.uvicorn = uvicorn.Server(guard.config(self.server.app, LIMITS_HERE))
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve([listening])))
         self.thread.start()
-        while not self.uvicorn.started:
-            time.sleep(0.01)
-        self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
 
     def ask(self, path, data=None, headers=(), raw=None):
         """(status, JSON or text)"""
@@ -87,6 +86,13 @@ class Running:
             assert time.monotonic() < until, "something was left"
             time.sleep(0.01)
         return self.engine.pool.free_blocks
+
+
+def posted(data):
+    """A request for completions as bytes."""
+    body = json.dumps(data).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 @pytest.fixture(scope="module")
@@ -253,9 +259,7 @@ def test_a_full_queue_refuses(running):
 def test_a_client_that_goes_away_frees_its_cache(running):
     for stream in (True, False):
         with socket.create_connection(("127.0.0.1", running.port), timeout=5) as gone:
-            body = json.dumps({"prompt": ["x"] * 30, "max_tokens": 120, "stream": stream}).encode()
-            head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-            gone.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            gone.sendall(posted({"prompt": ["x"] * 30, "max_tokens": 120, "stream": stream}))
             until = time.monotonic() + 5
             while not running.engine.has_work:
                 assert time.monotonic() < until
@@ -279,16 +283,34 @@ def test_a_failing_request_leaves_others_alone(running, monkeypatch):
     assert running.ask("/v1/completions", CANARY)[1]["choices"] == expected and running.idle() == 40
 
 
-def test_it_drains_before_it_ends(model, tokenizer):
-    draining = Running(model, tokenizer)
-    found = []
-    thread = threading.Thread(target=lambda: found.append(draining.ask("/v1/completions", {**CANARY, "n": 16})))
-    thread.start()
-    while not draining.engine.has_work:
-        time.sleep(0.001)
-    draining.close()
-    thread.join()
-    assert found[0][0] == 200 and len(found[0][1]["choices"]) == 16
+def test_the_command_drains_on_sigterm(model, tokenizer, tmp_path):
+    """A process: streams that run end as they would have, nobody new is let in, and the exit code is 0."""
+    config = dataclasses.replace(model.config, block_size=1024)
+    GPT(config).save_pretrained(tmp_path / "long", tokenizer)
+    command = [sys.executable, "-m", "peakgpt", "serve", str(tmp_path / "long"), "--port", "0", "--dtype", "float32"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            said = re.fullmatch(r"long: http://127\.0\.0\.1:(\d+)\n", process.stdout.readline())
+            at = ("127.0.0.1", int(said[1]))
+            with socket.create_connection(at, timeout=20) as idle, contextlib.ExitStack() as stack:
+                idle.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                assert b"200 OK" in idle.recv(1000)
+                asked = {"prompt": "x", "max_tokens": 900, "logit_bias": {str(tokenizer.end_id): -100}, "stream": True}
+                streams = [stack.enter_context(socket.create_connection(at, timeout=20)) for _ in range(4)]
+                for stream in streams:
+                    stream.sendall(posted(asked))
+                begun = [stream.recv(100) for stream in streams]
+                process.terminate()
+                with pytest.raises(ConnectionError):
+                    while True:
+                        socket.create_connection(at, timeout=20).close()
+                assert process.poll() is None
+                for begin, stream in zip(begun, streams, strict=True):
+                    text = begin + b"".join(iter(lambda s=stream: s.recv(1 << 16), b""))
+                    assert text.count(b"data: ") == 901 and text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
 
 
 def test_strangers_need_a_key(tmp_path, capsys, monkeypatch):

@@ -22,6 +22,7 @@ BENCHES = {
     "prefill": "a prompt of GPT-2 on CPU, beside plain torch, transformers and OpenVINO",
     "products": "a pass of GPT-2 124M's linear layers with weights of 16, 8 and 4 bits",
     "decode": "greedy decoding with a cache",
+    "serve": "many streams from the server at once, beside the engine alone",
     "device": "all that a machine with a GPU should be asked, in one go",
 }
 

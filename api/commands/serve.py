@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import socket
+import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
         from peakgpt.serve.app import Server
         from peakgpt.serve.chat import read_chat_template
-        from peakgpt.serve.guard import LOOPBACK, protocol
+        from peakgpt.serve.guard import LOOPBACK, config
         from peakgpt.serve.limits import LIMITS
     except ImportError as error:
         raise ValueError(f"serve: got {error}, expected the packages of pip install 'peakgpt[serve]'") from None
@@ -39,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     key = args.api_key_file.read_text().strip() if args.api_key_file else os.environ.get(KEY)
     if not loopback and not key:
         raise ValueError(f"serve: host is {args.host} and there is no API key, expected one to let others in")
+    # uvicorn drains, and then raises what it was sent once more: to have ended as asked is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     tokenizer = Tokenizer.load(args.checkpoint)
     model = GPT.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype))
     server = Server(
@@ -46,11 +51,9 @@ def run(args: argparse.Namespace) -> int:
         key=key or None, hosts=LOOPBACK if loopback else None,
         chat=read_chat_template(args.checkpoint, tokenizer.end_of_text),
     )  # fmt: skip
-    uvicorn.run(
-        server.app, host=args.host, port=args.port, http=protocol(LIMITS),
-        h11_max_incomplete_event_size=LIMITS.header_bytes,
-        timeout_keep_alive=LIMITS.keep_alive_s,
-        timeout_graceful_shutdown=LIMITS.drain_s, server_header=False,
-        ws="none", log_level="warning",
-    )  # fmt: skip
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.create_server((args.host, args.port), family=family, backlog=LIMITS.connections) as listening:
+        at = f"[{args.host}]" if family == socket.AF_INET6 else args.host
+        print(f"{server.name}: http://{at}:{listening.getsockname()[1]}", flush=True)
+        uvicorn.Server(config(server.app, LIMITS)).run([listening])
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import fastapi
 import prometheus_client as prometheus
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from peakgpt.engine.scheduler import Engine
@@ -24,6 +23,7 @@ from peakgpt.serve.chat import ChatTemplate
 from peakgpt.serve.guard import Guard, read_body
 from peakgpt.serve.limits import LIMITS, Limits
 from peakgpt.serve.schema import DETOKENIZE, TOKENIZE, Asked, BadRequest, asked, check, parse
+from peakgpt.serve.stream import EventStream, Outputs, sse
 from peakgpt.serve.worker import Job, Worker
 
 PAGE = Path(__file__).with_name("page.html")
@@ -78,6 +78,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
+        self.worker.loop = asyncio.get_running_loop()
         self.worker.start()
         yield
         await asyncio.to_thread(self.worker.stop)
@@ -129,27 +130,22 @@ class Server:
         if (model := wanted.fields.get("model", self.name)) != self.name:
             raise BadRequest(f"model: got {model[:64]!r}, expected {self.name!r}", param="model", status=404,
                              code="model_not_found")  # fmt: skip
-        job, answer = await asyncio.to_thread(self._job, wanted, prompts, asyncio.get_running_loop())
+        job, answer = await asyncio.to_thread(self._job, wanted, prompts)
         if self.worker.load + job.continuations > self.limits.queue:
             raise BadRequest(f"the queue of {self.limits.queue} is full", status=429, code="queue_full")
-        self.worker.load += job.continuations
         self.metrics.tokens.labels("prompt").inc(sum(map(len, answer.prompts)))
-        events = self._events(job)
+        outputs = Outputs(job, self.worker, request)
         try:
             # Waiting for the first output means that a request which the engine refuses gets its status.
-            first = await self._unless_gone(request, anext(events))
-            if not wanted.stream:
-                whole = await self._unless_gone(request, self._whole(first, events, answer))
-                self.metrics.answers.labels(200).inc()
-                return JSONResponse(whole)
+            self.metrics.first.observe(await outputs.begin())
+            content = self._stream(outputs, answer) if wanted.stream else await self._whole(outputs, answer)
         except BaseException:
-            await events.aclose()
+            outputs.end()
             raise
         self.metrics.answers.labels(200).inc()
-        return StreamingResponse(self._stream(first, events, answer), media_type="text/event-stream",
-                                 headers={"cache-control": "no-cache"})  # fmt: skip
+        return EventStream(content, outputs) if wanted.stream else JSONResponse(content)
 
-    def _job(self, wanted: Asked, prompts: list[str | list[int]], loop) -> tuple[Job, Answer]:
+    def _job(self, wanted: Asked, prompts: list[str | list[int]]) -> tuple[Job, Answer]:
         ids = [self.tokenizer.encode(p) or [self.tokenizer.end_id] if isinstance(p, str) else p for p in prompts]
         made = []
         for one in ids:
@@ -163,32 +159,12 @@ class Server:
             except ValueError as error:
                 raise BadRequest(str(error)) from None
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if wanted.echo else []
-        return Job(made, loop), Answer(wanted, self.name, self.tokenizer, ids, texts)
+        return Job(made), Answer(wanted, self.name, self.tokenizer, ids, texts)
 
-    async def _events(self, job: Job) -> AsyncIterator[tuple[int, Any]]:
-        """Outputs until all continuations have ended; when nobody listens any longer, the engine forgets them."""
-        left, begin, first = job.continuations, time.perf_counter(), True
-        self.worker.submit(job)
-        try:
-            while left:
-                event = await job.events.get()
-                if first:
-                    self.metrics.first.observe(time.perf_counter() - begin)
-                    first = False
-                if isinstance(event, ValueError):
-                    raise BadRequest(str(event))
-                if isinstance(event, Exception):
-                    raise BadRequest(str(event), status=500)
-                left -= event[1].finish is not None
-                yield event
-        finally:
-            self.worker.cancel(job)
-            self.worker.load -= job.continuations
-
-    async def _whole(self, first, events, answer: Answer) -> dict[str, Any]:
+    async def _whole(self, outputs: Outputs, answer: Answer) -> dict[str, Any]:
         parts: dict[int, list[dict]] = {}
         later = []
-        async for number, output in _chain(first, events):
+        async for number, output in outputs:
             # Others of a prompt's continuations may be ahead of the first, which tells the prompt's log-probabilities.
             if output.index and answer.asked.echo and output.logprobs is not None and number not in answer.told_prompt:
                 later.append((number, output))
@@ -199,43 +175,30 @@ class Server:
         for event in later:
             part = answer.part(*event)
             parts.setdefault(part["index"], []).append(part)
+        outputs.end()
         self.metrics.tokens.labels("text").inc(answer.completion_tokens)
         choices = [merge(parts[index]) for index in sorted(parts)]
         if answer.asked.chat:
             choices = [as_message(choice, chunk=False) for choice in choices]
         return answer.frame(choices, chunk=False, usage=True)
 
-    async def _stream(self, first, events, answer: Answer) -> AsyncIterator[str]:
+    async def _stream(self, outputs: Outputs, answer: Answer) -> AsyncIterator[bytes]:
         begun: set[int] = set()
         try:
-            async for number, output in _chain(first, events):
+            async for number, output in outputs:
                 part = answer.part(number, output)
                 if answer.asked.chat:
                     index = part["index"]
                     part = as_message(part, chunk=True, first=index not in begun)
                     begun.add(index)
-                yield _event(answer.frame([part], chunk=True, usage=False))
+                yield sse(answer.frame([part], chunk=True, usage=False))
             if answer.asked.include_usage:
-                yield _event(answer.frame([], chunk=True, usage=True))
-            yield "data: [DONE]\n\n"
+                yield sse(answer.frame([], chunk=True, usage=True))
+            yield b"data: [DONE]\n\n"
         except BadRequest as refusal:
-            yield _event(refusal.body)
+            yield sse(refusal.body)
         finally:
             self.metrics.tokens.labels("text").inc(answer.completion_tokens)
-            await events.aclose()
-
-    async def _unless_gone(self, request: Request, work) -> Any:
-        """Await; a client that goes away meanwhile ends it."""
-        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
-        try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise BadRequest("the client went away", status=499)
-            return task.result()
-        finally:
-            for one in (task, gone):
-                one.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
 
     # ---- what requests share
 
@@ -260,23 +223,8 @@ class Server:
         return JSONResponse(error.body, error.status, headers)
 
 
-async def _chain(first, events) -> AsyncIterator[tuple[int, Any]]:
-    yield first
-    async for event in events:
-        yield event
-
-
 def _taken(later: list[tuple[int, Any]], number: int) -> list[tuple[int, Any]]:
     """Remove and return what waits for a prompt."""
     mine = [event for event in later if event[0] == number]
     later[:] = [event for event in later if event[0] != number]
     return mine
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"

@@ -7,9 +7,12 @@ import base64
 import binascii
 import hashlib
 import hmac
+import http
 import json
+import sys
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from peakgpt.serve.limits import LIMITS, Limits
@@ -36,18 +39,15 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
-        async def timely(message) -> None:
-            await asyncio.wait_for(send(message), self.limits.write_s)
-
         try:
             self._check(scope)
         except BadRequest as refusal:
-            return await refuse(refusal, timely)
-        await self.app(scope, receive, timely)
+            return await refuse(refusal, send)
+        await self.app(scope, receive, send)
 
     def _check(self, scope) -> None:
-        headers = scope["headers"]
-        if sum(len(name) + len(value) + 4 for name, value in headers) > self.limits.header_bytes:
+        headers, target = scope["headers"], len(scope["raw_path"]) + len(scope["query_string"])
+        if target + sum(len(name) + len(value) + 4 for name, value in headers) > self.limits.header_bytes:
             raise BadRequest(f"header: got more than {self.limits.header_bytes} bytes", status=431)
         found = dict(headers)
         host = found.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] if self.hosts else None
@@ -105,38 +105,73 @@ async def read_body(request, limits: Limits) -> bytes:
 
 
 def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1 with a cap on connections, and a time limit for a request's head."""
+    """uvicorn's HTTP/1.1 with a cap on connections, and time limits for a head, a body, and what nobody reads."""
+    seconds = {"head": limits.header_s, "body": limits.body_s + 1}  # 1: read_body says first why
 
     class Protocol(H11Protocol):
-        head_timer: asyncio.TimerHandle | None = None
+        reading: str | None = None  # what there is a limit for
+        reading_timer: asyncio.TimerHandle | None = None
+        writing_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
+            transport.set_write_buffer_limits(0)  # pause_writing tells of every byte that the client does not take
             if len(self.connections) > limits.connections:
-                body = json.dumps(BadRequest("too many connections", status=503).body)
-                head = f"connection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-                transport.write(f"HTTP/1.1 503 Service Unavailable\r\n{head}\r\n\r\n{body}".encode())
-                transport.close()
+                self._refuse(BadRequest("too many connections", status=503))
             else:
-                self._expect_head()
+                self._expect("head")
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.conn.their_state is not h11.IDLE:
-                self._head_came()
-            elif self.conn.trailing_data[0] and self.head_timer is None:
-                self._expect_head()
+        def handle_events(self) -> None:
+            super().handle_events()
+            begun = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]
+            self._expect("body" if self.conn.their_state is h11.SEND_BODY else "head" if begun else None)
+
+        def send_400_response(self, msg: str) -> None:
+            """Of h11's exception, which is being handled."""
+            status = getattr(sys.exc_info()[1], "error_status_hint", 400)
+            self._refuse(BadRequest(f"{msg} {sys.exc_info()[1]}", status=status))
 
         def connection_lost(self, exc) -> None:
-            self._head_came()
+            self._expect(None)
+            self.resume_writing()
             super().connection_lost(exc)
 
-        def _expect_head(self) -> None:
-            self.head_timer = self.loop.call_later(limits.header_s, self.transport.abort)
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.writing_timer = self.writing_timer or self.loop.call_later(limits.write_s, self.transport.abort)
 
-        def _head_came(self) -> None:
-            if self.head_timer is not None:
-                self.head_timer.cancel()
-                self.head_timer = None
+        def resume_writing(self) -> None:
+            if self.writing_timer is not None:
+                self.writing_timer.cancel()
+                self.writing_timer = None
+            super().resume_writing()
+
+        def _expect(self, what: str | None) -> None:
+            """Bound the time for a part of a request, from its beginning, whatever comes meanwhile."""
+            if what == self.reading:
+                return
+            if self.reading_timer is not None:
+                self.reading_timer.cancel()
+            self.reading = what
+            self.reading_timer = what and self.loop.call_later(seconds[what], self.transport.abort)
+
+        def _refuse(self, refusal: BadRequest) -> None:
+            """Answer outside of a request, and close; where an answer has begun, it is cut off."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                return self.transport.abort()
+            body = json.dumps(refusal.body)
+            head = f"connection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+            status = http.HTTPStatus(refusal.status)
+            self.transport.write(f"HTTP/1.1 {status.value} {status.phrase}\r\n{head}\r\n\r\n{body}".encode())
+            self.transport.close()
 
     return Protocol
+
+
+def config(app, limits: Limits = LIMITS) -> uvicorn.Config:
+    """How uvicorn runs the server."""
+    return uvicorn.Config(
+        app, http=protocol(limits), h11_max_incomplete_event_size=limits.header_bytes, ws="none",
+        timeout_keep_alive=limits.keep_alive_s, timeout_graceful_shutdown=limits.drain_s, server_header=False,
+        log_level="warning",
+    )  # fmt: skip

@@ -8,8 +8,9 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from peakgpt.engine.scheduler import Engine, Output, SamplingParams
+from peakgpt.engine.scheduler import Engine, SamplingParams
 
 log = logging.getLogger("peakgpt.serve")
 
@@ -22,7 +23,6 @@ class Job:
     """
 
     prompts: Sequence[tuple[Sequence[int], SamplingParams]]
-    loop: asyncio.AbstractEventLoop
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     numbers: dict[int, int] = field(default_factory=dict)  # the engine's ids -> prompts
 
@@ -30,19 +30,14 @@ class Job:
     def continuations(self) -> int:
         return sum(params.n for _, params in self.prompts)
 
-    def tell(self, event: tuple[int, Output] | Exception) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the loop is closed, and nobody listens
-            log.debug("an output came after the loop had ended")
-
 
 class Worker(threading.Thread):
     """Runs the engine for as long as there is work; sleeps otherwise."""
 
     def __init__(self, engine: Engine):
         super().__init__(name="engine", daemon=True)
-        self.engine, self.inbox, self.wake, self.ending = engine, deque(), threading.Condition(), False
+        self.loop: asyncio.AbstractEventLoop | None = None  # in which events are put; whoever starts this sets it
+        self.engine, self.inbox, self.wake = engine, deque(), threading.Condition()
         self.jobs: dict[int, Job] = {}  # the engine's ids -> who wants the outputs
         self.load = 0  # continuations asked for and not ended; of asyncio's thread
 
@@ -80,7 +75,7 @@ class Worker(threading.Thread):
                 self.jobs[request], job.numbers[request] = job, number
         except Exception as error:  # whatever it is, it is this request's
             self._cancel(job)
-            job.tell(error)
+            self._tell([(job, error)])
 
     def _cancel(self, job: Job) -> None:
         for request in job.numbers:
@@ -93,10 +88,22 @@ class Worker(threading.Thread):
         except Exception as error:
             # Nobody can tell whose step it was: all of them end, and the engine goes on with none.
             log.exception("a step failed")
-            for job in {id(job): job for job in self.jobs.values()}.values():
+            jobs = {id(job): job for job in self.jobs.values()}.values()
+            for job in jobs:
                 self._cancel(job)
-                job.tell(RuntimeError(f"the engine failed: {type(error).__name__}"))
+            self._tell([(job, RuntimeError(f"the engine failed: {type(error).__name__}")) for job in jobs])
             return
-        for output in outputs:
-            if job := self.jobs.get(output.request):
-                job.tell((job.numbers[output.request], output))
+        heard = [(self.jobs.get(output.request), output) for output in outputs]
+        self._tell([(job, (job.numbers[output.request], output)) for job, output in heard if job])
+
+    def _tell(self, events: list[tuple[Job, Any]]) -> None:
+        """Once a step, for all: each call wakes the loop through a pipe."""
+        try:
+            self.loop.call_soon_threadsafe(_put, events)
+        except RuntimeError:  # the loop is closed, and nobody listens
+            log.debug("outputs came after the loop had ended")
+
+
+def _put(events: list[tuple[Job, Any]]) -> None:
+    for job, event in events:
+        job.events.put_nowait(event)
