@@ -76,6 +76,8 @@ class PeakGPT(TemplateLM):
             ids, params, until = self._generation(context, options)
             submitted.append((self._engine.submit(ids, params), until))
         for output in self._engine.outputs():
+            if output.error:
+                raise output.error
             pieces.setdefault(output.request, []).append(output.text)
         texts = [
             postprocess_generated_text("".join(pieces.get(number, ())), until, None) for number, until in submitted

@@ -11,10 +11,12 @@ Kwon et al. 2023, arXiv:2309.06180 (blocks, preemption by recomputing); Agrawal 
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ from peakgpt.engine.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Output", "Request", "SamplingParams", "TokenLogprob"]
 
+T = TypeVar("T")
 BUDGET = 256  # tokens of a step: 0.12 s of GPT-2 124M in bf16 on two cores
 CHECKED = 8  # tokens that decoding takes in one pass with proposals: GPT-2 124M takes 1.15 times as long as for one
 
@@ -45,9 +48,10 @@ class Output:
         tokens: new ids.
         text: new text that is sure to stay, where the engine has a tokenizer.
         logprobs: one a token, where asked for.
-        finish: None while it goes on; "stop", "length", or "choice".
+        finish: None while it goes on; "stop", "length" or "error".
         stopped_by: the stop id or string that ended it.
         prompt_logprobs: with the first output of index 0, where asked for.
+        error: what ended it, where that is an error; the others go on.
     """
 
     request: int
@@ -58,6 +62,7 @@ class Output:
     finish: str | None = None
     stopped_by: int | str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,9 @@ class _Running:
         ids = [*self.tokens[self.computed : end], *self.draft]
         wanted = count - max(self.first_wanted - self.computed, 0)
         return Chunk(ids, self.computed, self.blocks, max(wanted, 0) + len(self.draft))
+
+
+_Chosen = tuple[_Running, list[int], list["TokenLogprob | None"]]
 
 
 class Engine:
@@ -194,7 +202,7 @@ class Engine:
             yield from self.step()
 
     def stream(self, ids: Sequence[int], params: SamplingParams) -> Iterator[Output]:
-        """Continue one prompt alone, step by step; what is not taken is cancelled.
+        """Continue one prompt alone, step by step; what is not taken is cancelled, an error is raised.
 
         Raises:
             ValueError: as `submit`; or there are other requests, whose outputs would be lost.
@@ -205,7 +213,10 @@ class Engine:
 
     def _stream(self, request: int) -> Iterator[Output]:
         try:
-            yield from self.outputs()
+            for output in self.outputs():
+                if output.error:
+                    raise output.error
+                yield output
         finally:
             self.cancel(request)
 
@@ -214,11 +225,38 @@ class Engine:
         """Run once what is needed next.
 
         Returns:
-            What was added, and what ended; no output for who got nothing.
+            What was added, and what ended, by an error too; no output for who got nothing.
         """
-        done = self._schedule()
-        chunks = [sequence.take(new) for sequence, new in self._batch]
-        return [*done, *(self._advance(self.runner.step(chunks), chunks) if chunks else ())]
+        done, self._failed = self._schedule(), []
+        chunks = self._run([sequence.take(new) for sequence, new in self._batch])
+        return [*done, *(self._advance(*chunks) if chunks else ()), *self._failed]
+
+    # ---- who fails
+
+    def _run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Chunk]] | None:
+        """One pass; where it fails each chunk runs alone, and only who fails again ends. Returns logits, of whom."""
+        if not chunks:
+            return None
+        try:
+            return self.runner.step(chunks), chunks
+        except Exception:  # of one, or of all together: each alone tells
+            alone = [
+                (pair, chunk, self._attempt(pair[0], self.runner.step, [chunk]))
+                for pair, chunk in zip(self._batch, chunks, strict=True)
+            ]
+            alone = [run for run in alone if run[2] is not None]
+            self._batch = [pair for pair, _, _ in alone]
+            return (torch.cat([z for _, _, z in alone]), [chunk for _, chunk, _ in alone]) if alone else None
+
+    def _attempt(self, sequence: _Running, function: Callable[..., T], *args) -> T | None:
+        """What a function returns; or None: it failed, which ends the sequence and no other."""
+        try:
+            return function(*args)
+        except Exception as error:
+            self._release(sequence)
+            self.running.remove(sequence)
+            self._failed.append(Output(sequence.request.id, sequence.index, finish="error", error=error))
+            return None
 
     # ---- what runs
 
@@ -251,7 +289,13 @@ class Engine:
         count = CHECKED // max(len(decoding), 1) - 1
         asks = [Ask(id(s), s.tokens, min(count, s.limit - len(s.tokens) - 1)) for s in decoding]
         asked = [(s, ask) for s, ask in zip(decoding, asks, strict=True) if ask.count > 0]
-        for (s, _), draft in zip(asked, self.speculation.propose([ask for _, ask in asked]), strict=True):
+        try:
+            drafts = self.speculation.propose([ask for _, ask in asked])
+        except Exception as error:  # the text does not depend on it
+            warnings.warn(f"generate: goes on without speculation, which failed: {error!r}", stacklevel=2)
+            self.speculation = None
+            return
+        for (s, _), draft in zip(asked, drafts, strict=True):
             while len(s.blocks) * self.pool.block < len(s.tokens) + len(draft) and self.pool.free_blocks:
                 s.blocks.append(self.pool.allocate())
             s.draft = draft[: len(s.blocks) * self.pool.block - len(s.tokens)]
@@ -296,23 +340,22 @@ class Engine:
 
     def _advance(self, logits: Tensor, chunks: list[Chunk]) -> list[Output]:
         """Choose tokens, and tell what each sequence got."""
-        outputs, rows, at = [], [], 0
+        asked, at = [], 0
         for (sequence, new), chunk in zip(self._batch, chunks, strict=True):
             first, at = at, at + chunk.logits
-            if sequence.computed < sequence.prompt:
-                self._score_prompt(sequence, logits[first:at], chunk)
-            sequence.computed += new
-            self._publish(sequence)
-            if sequence.computed == len(sequence.tokens):
-                picked = 1 + len(sequence.draft)
-                rows.append((sequence, range(at - picked, at)) if not sequence.complete else (sequence, range(0)))
-        chosen, logprobs = self._choose(logits, [(s, place, r) for s, where in rows for place, r in enumerate(where)])
-        at = 0
-        for sequence, where in rows:
-            end = at + len(where)
-            outputs.append(self._extend(sequence, chosen[at:end], logprobs[at:end]))
-            at = end
-        return outputs
+            wanted = self._attempt(sequence, self._take_in, sequence, new, logits[first:at], chunk)
+            if wanted is not None and sequence.computed == len(sequence.tokens):
+                asked.append((sequence, range(at - wanted, at)))
+        outputs = [self._attempt(one[0], self._extend, *one) for one in self._choose(logits, asked)]
+        return [output for output in outputs if output]
+
+    def _take_in(self, sequence: _Running, new: int, logits: Tensor, chunk: Chunk) -> int:
+        """Note that a chunk was computed; returns of how many last rows tokens are to be chosen, if it is the last."""
+        if sequence.computed < sequence.prompt:
+            self._score_prompt(sequence, logits, chunk)
+        sequence.computed += new
+        self._publish(sequence)
+        return 0 if sequence.complete else 1 + len(sequence.draft)
 
     def _score_prompt(self, sequence: _Running, logits: Tensor, chunk: Chunk) -> None:
         """Log-probabilities of the prompt's tokens that follow those of a chunk."""
@@ -322,15 +365,27 @@ class Engine:
             top = [sequence.params.logprobs or 0] * len(targets)
             sequence.scored += log_probabilities(logits[: len(targets)], targets, top)
 
-    def _choose(self, logits: Tensor, rows: list[tuple[_Running, int, int]]) -> tuple[list[int], list]:
-        """A token for each (sequence, tokens of its draft before, row of logits), and log-probabilities or None."""
-        if not rows:
-            return [], []
-        if len(rows) != len(logits):
-            logits = logits[[row for _, _, row in rows]]
-        told = [i for i, (s, _, _) in enumerate(rows) if s.params.logprobs is not None]
-        own = logits[told] if told else None
-        for z, (sequence, place, _) in zip(logits, rows, strict=True):
+    def _choose(self, logits: Tensor, asked: list[tuple[_Running, range]]) -> list[_Chosen]:
+        """What each sequence gets for its rows of logits; none for who fails."""
+        rows = [row for _, where in asked for row in where]
+        logits = logits if len(rows) == len(logits) else logits[rows]
+        parts, alive = logits.split([len(where) for _, where in asked]), []
+        for (sequence, _), z in zip(asked, parts, strict=True):
+            changed = sequence.params.adjusts or sequence.choices
+            own = z.clone() if changed and sequence.params.logprobs is not None else z
+            if not changed or self._attempt(sequence, self._adjust, sequence, z) is not None:
+                alive.append((sequence, z, own))
+        if not alive:
+            return []
+        try:
+            return self._pick(alive, logits if len(alive) == len(asked) else torch.cat([z for _, z, _ in alive]))
+        except Exception:  # of one, or of all together: each alone tells
+            alone = [self._attempt(one[0], self._pick, [one], one[1]) for one in alive]
+            return [chosen for found in alone for chosen in found or ()]
+
+    def _adjust(self, sequence: _Running, logits: Tensor) -> Tensor:
+        """Apply penalties, bias and choices to a sequence's rows, in place."""
+        for place, z in enumerate(logits):
             if sequence.params.adjusts:
                 text = [*sequence.tokens[sequence.prompt :], *sequence.draft[:place]]
                 adjust(z, sequence.params, sequence.request.ids, text)
@@ -339,20 +394,30 @@ class Engine:
                 kept = z[allowed]
                 z.fill_(float("-inf"))
                 z[allowed] = kept
-        params = [sequence.params for sequence, _, _ in rows]
-        u = [0.0 if s.params.temperature == 0 else s.uniforms[len(s.tokens) - s.prompt + place] for s, place, _ in rows]
-        tokens = choose(logits, params, u).tolist()
+        return logits
+
+    def _pick(self, alive: list[tuple[_Running, Tensor, Tensor]], logits: Tensor) -> list[_Chosen]:
+        """Tokens, and log-probabilities or None, for sequences with their rows, adjusted and as the model gave them."""
+        rows = [(s, place) for s, z, _ in alive for place in range(len(z))]
+        params = [s.params for s, _ in rows]
+        u = [0.0 if s.params.temperature == 0 else s.uniforms[len(s.tokens) - s.prompt + place] for s, place in rows]
+        tokens = choose(logits, params, u).tolist() if rows else []
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
-        if told:
+        if told := [i for i, p in enumerate(params) if p.logprobs is not None]:
+            own = torch.cat([own for s, _, own in alive if s.params.logprobs is not None])
             scored = log_probabilities(own, [tokens[i] for i in told], [params[i].logprobs for i in told])
             for i, logprob in zip(told, scored, strict=True):
                 logprobs[i] = logprob
-        return tokens, logprobs
+        ends = list(accumulate(len(z) for _, z, _ in alive))
+        return [(s, tokens[end - len(z) : end], logprobs[end - len(z) : end])
+                for (s, z, _), end in zip(alive, ends, strict=True)]  # fmt: skip
 
     def _extend(self, sequence: _Running, tokens: list[int], logprobs: list[TokenLogprob | None]) -> Output:
         """Add tokens up to the first that ends the text, or that the draft had otherwise."""
         kept, text, finish, stopped_by = 0, "", None if tokens else "length", None
         for token, drafted in zip(tokens, [*sequence.draft, None], strict=False):
+            if token >= self.config.vocab_size:  # what searching among NaN ends in
+                raise ArithmeticError(f"generate: the logits after {len(sequence.tokens)} tokens are no numbers")
             sequence.tokens.append(token)
             kept += 1
             if token in sequence.params.stop:

@@ -1,7 +1,7 @@
 """The engine: each request gets the same text whatever runs beside it, in whatever pieces, with whatever cache.
 
 Mutations seen to fail: one uniform number for a whole draft, a prompt that is wholly known and takes no step,
-blocks that cancel does not release.
+blocks that cancel does not release, an error in one row's choice that ends the step.
 """
 
 import pytest
@@ -153,6 +153,94 @@ def test_prompt_logprobs(model):
         assert len(told) == (first < len(ids))
         torch.testing.assert_close(torch.tensor(got), expected[max(first - 1, 0) :], rtol=1e-4, atol=1e-4)
         assert sum(len(o.tokens) for o in outputs) == limit and outputs[-1].finish == "length"
+
+
+class Failing:
+    """Something of one sequence that raises whatever it is asked."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("planted")
+
+    def __getitem__(self, index):
+        raise RuntimeError("planted")
+
+
+def crowd(engine, count=5):
+    for i, ids in enumerate(prompts(count)):
+        engine.submit(ids, params_of(i, max_new_tokens=12))
+    return {s.request.id: s for s in engine.waiting}
+
+
+def expect_one_ended(model, engine, failed):
+    """Everybody but `failed` gets what it gets alone; returns the error."""
+    outputs = list(engine.outputs())
+    (ended,) = (o for o in outputs if o.error)
+    assert ended.request == failed and ended.finish == "error" and not engine.has_work
+    for i, ids in enumerate(prompts(5)):
+        if i != failed:
+            texts = [list(o.tokens) for o in outputs if o.request == i]
+            assert [t for text in texts for t in text] == alone(model, ids, params_of(i, max_new_tokens=12))[0, 0][0]
+    assert engine.pool.free_blocks == engine.pool.blocks and not any(engine.pool.uses)
+    return ended.error
+
+
+@pytest.mark.parametrize("part", ["uniforms", "choices", "text"])
+def test_who_fails_ends_alone(model, part):
+    engine = Engine(model)
+    setattr(crowd(engine)[1], part, Failing())
+    assert "planted" in str(expect_one_ended(model, engine, 1))
+    with pytest.raises(RuntimeError, match="planted"):
+        stream = engine.stream([1, 2, 3], params_of(1))
+        setattr(engine.waiting[0], part, Failing())
+        list(stream)
+    assert len(list(engine.stream([1, 2, 3], params_of(1)))) == 60, "the engine goes on"
+
+
+@pytest.mark.parametrize("kind", ["top_k", "whole"])
+def test_logits_that_are_no_numbers_end_one(model, kind, monkeypatch):
+    engine = Engine(model)
+    was, failed = engine.runner.step, 1 if kind == "top_k" else 3
+    crowd(engine)
+
+    def spoiled(chunks):
+        logits = was(chunks)
+        for i, (sequence, _) in enumerate(engine._batch):
+            if sequence.request.id == failed and len(sequence.tokens) > sequence.prompt + 4 and len(logits) == 5:
+                logits[i] = float("nan")
+        return logits
+
+    monkeypatch.setattr(engine.runner, "step", spoiled)
+    assert isinstance(expect_one_ended(model, engine, failed), ArithmeticError | IndexError | RuntimeError)
+
+
+def test_a_step_that_fails_ends_those_that_fail_alone(model, monkeypatch):
+    engine = Engine(model)
+    was, crowded = engine.runner.step, []
+    sequences = crowd(engine)
+
+    def failing(chunks):
+        crowded.append(len(chunks))
+        if any(chunk.blocks is sequences[2].blocks and chunk.past > 80 for chunk in chunks):
+            raise MemoryError("planted")
+        return was(chunks)
+
+    monkeypatch.setattr(engine.runner, "step", failing)
+    assert isinstance(expect_one_ended(model, engine, 2), MemoryError)
+    assert crowded[-1] > 1, "together again"
+    crowd(engine)
+    monkeypatch.setattr(engine.runner, "step", lambda chunks: was(chunks) if len(chunks) == 1 else 1 / 0)
+    assert not any(o.error for o in engine.outputs()), "what only all together can not do"
+
+
+def test_speculation_that_fails_is_left_out(model):
+    class Broken(PromptLookup):
+        def propose(self, asks):
+            raise RuntimeError("planted")
+
+    ids, params = prompts(1)[0], params_of(0)
+    expected = [t for o in Engine(model).stream(ids, params) for t in o.tokens]
+    with pytest.warns(UserWarning, match="without speculation, which failed: RuntimeError"):
+        assert [t for o in Engine(model, speculation=Broken()).stream(ids, params) for t in o.tokens] == expected
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,16 @@ class Worker(threading.Thread):
                 self._cancel(job)
             self._tell([(job, RuntimeError(f"the engine failed: {type(error).__name__}")) for job in jobs])
             return
-        heard = [(self.jobs.get(output.request), output) for output in outputs]
-        self._tell([(job, (job.numbers[output.request], output)) for job, output in heard if job])
+        events = []
+        for output in outputs:
+            job = self.jobs.get(output.request)
+            if job and output.error:
+                log.error("request %d failed", output.request, exc_info=output.error)
+                self._cancel(job)
+                events.append((job, RuntimeError(f"the engine failed: {type(output.error).__name__}")))
+            elif job:
+                events.append((job, (job.numbers[output.request], output)))
+        self._tell(events)
 
     def _tell(self, events: list[tuple[Job, Any]]) -> None:
         """Once a step, for all: each call wakes the loop through a pipe."""
