@@ -1,12 +1,15 @@
 """A patched model under what people train with: Trainer, accelerate, torch.compile, FSDP2."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import peakgpt
 
@@ -128,6 +131,7 @@ def test_fsdp2(kind, first, one_rank):
     steps = [shard, lambda: peakgpt.patch(model, check=first == "shard")]
     for step in steps if first == "shard" else steps[::-1]:
         step()
+    assert all(isinstance(p, DTensor) for p in model.parameters()), "an optimizer is made of shards"
     loss, grads = gradients(model)
     expect_same((loss, {n: g.full_tensor() for n, g in grads.items()}), expected)
     if first == "shard":
@@ -137,6 +141,55 @@ def test_fsdp2(kind, first, one_rank):
     else:
         with pytest.raises(ValueError, match="was wrapped after it was patched"):
             peakgpt.unpatch(model)
+
+
+TWO_RANKS = """
+import os, sys
+import torch, transformers
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import peakgpt
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+model = transformers.GPT2LMHeadModel.from_pretrained(folder).train()
+for block in model.transformer.h:
+    fully_shard(block)
+fully_shard(model)
+report = peakgpt.patch(model, strict=True)
+assert report.replaced and "outputs within" in report.check, report
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+ids = torch.load(f"{folder}/ids.pt")[rank::2]
+for _ in range(2):
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+state = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+if rank == 0:
+    torch.save(state, f"{folder}/state.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_fsdp2_on_two_ranks(tmp_path):
+    """Two steps of a patched model in shards give the weights that the unpatched one has after them, whole."""
+    model = build().train()
+    model.save_pretrained(tmp_path)
+    torch.save(ids(4), tmp_path / "ids.pt")
+    ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(2):
+        model(ids(4), labels=ids(4), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    sharded = torch.load(tmp_path / "state.pt")
+    assert sharded.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_head_that_is_sharded_by_itself_forms_logits(one_rank):

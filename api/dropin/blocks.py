@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from peakgpt.dropin.attend import attention_forward
-from peakgpt.dropin.layers import LayerNorm
+from peakgpt.dropin.layers import LayerNorm, Perceptron, add_norm, sum_and_norm
 from peakgpt.dropin.swap import Replaced, layout, weight
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.linear import linear
@@ -41,6 +43,58 @@ class GPT2Block(Replaced):
         y = attn.resid_dropout(linear(y.flatten(2), weight(out), out.bias))
         x, h = add_layernorm(y.to(x.dtype), x, second.weight, second.bias, eps=second.eps)
         return x + mlp(h)
+
+
+class Layer(Perceptron):
+    """A block whose perceptron is two layers of its own, and whose dropout are numbers."""
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+    def _think(self, x: Tensor) -> Tensor:
+        y = self._fused(x)
+        if y is None:
+            y = self.activation_fn(self.fc1(x))
+            y = self.fc2(F.dropout(y, getattr(self, "activation_dropout", 0.0), self.training))
+        return self._drop(y)
+
+
+class OPTLayer(Layer):
+    """OPT's, with norms before the branches or after them (350m)."""
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, position_ids=None,
+                **kwargs):  # fmt: skip
+        first, second, x = self.self_attn_layer_norm, self.final_layer_norm, hidden_states
+        y, _ = self.self_attn(
+            hidden_states=first(x) if self.do_layer_norm_before else x, past_key_values=past_key_values,
+            position_ids=position_ids, attention_mask=attention_mask, **kwargs,
+        )  # fmt: skip
+        if self.do_layer_norm_before:
+            x, h = sum_and_norm(second, self._drop(y), x)
+            return x + self._think(h)
+        x = add_norm(first, self._drop(y), x)
+        return add_norm(second, self._think(x), x)
+
+
+class BartLayer(Layer):
+    """BART's, of the encoder and of the decoder."""
+
+    def forward(
+        self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
+        past_key_values=None, use_cache=True, **kwargs,
+    ):  # fmt: skip
+        x = hidden_states
+        if x.dtype == torch.float16 and encoder_hidden_states is None:  # the encoder's own forward looks for overflow
+            return super().forward(x, attention_mask, **kwargs)
+        y, _ = self.self_attn(x, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
+        x = add_norm(self.self_attn_layer_norm, self._drop(y), x)
+        if encoder_hidden_states is not None:
+            y, _ = self.encoder_attn(
+                x, key_value_states=encoder_hidden_states, attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values, **kwargs,
+            )  # fmt: skip
+            x = add_norm(self.encoder_attn_layer_norm, self._drop(y), x)
+        return add_norm(self.final_layer_norm, self._think(x), x)
 
 
 def _plain(*modules: nn.Module) -> bool:

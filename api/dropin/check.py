@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from peakgpt.dropin.swap import Replaced, original
+from peakgpt.dropin.swap import Replaced, is_fsdp2, original
 
 BATCH, TOKENS, PADDED = 2, 16, 3  # padding on the left of the first sequence
 # Of the largest output: rounding of float32 through 48 layers stays under a tenth of it; bf16 rounds at 2^-9 each time.
@@ -84,7 +84,10 @@ def _device(model: nn.Module) -> torch.device | None:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """eval(), and each module back as it was."""
+    """eval(), and each module back as it was.
+
+    FSDP2 leaves a root's parameters whole after a forward: an optimizer that was then made would never see its shards.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -92,3 +95,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+            if is_fsdp2(type(module)):
+                module.reshard()

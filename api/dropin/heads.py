@@ -1,7 +1,8 @@
 """Language-model heads whose loss is `linear_cross_entropy`: in train() and with labels the logits are never formed.
 
-transformers' own forward runs, with a head that hands the hidden states through; the loss is taken from those. Its
-output is the same but for `logits`, which are None then. In eval(), without labels, and under a loss function of the
+transformers' own forward runs, with a head that hands the hidden states through; the loss is taken from those. A head's
+bias is one more column of its weight, for a feature that is 1. Its output is the same but for `logits`, which are None
+then. In eval(), without labels, and under a loss function of the
 user's, nothing is different from transformers.
 """
 
@@ -19,6 +20,7 @@ from peakgpt.dropin.layers import Linear
 from peakgpt.dropin.swap import LINEAR, Replaced, layout, original, replace
 from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 
+ALIGNED = 64  # columns; rows then begin where loads of every width may
 IGNORED = -100  # transformers' label for what is not to be learnt
 
 
@@ -64,8 +66,8 @@ class LanguageModel(Replaced):
         whole = inputs.pop("return_dict", None)
         whole = self.config.return_dict if whole is None else whole
         del inputs["labels"]
-        with passing(head):
-            out = super().forward(**inputs, **self._decoder_inputs(inputs, labels), return_dict=True)
+        inputs |= self._decoder_inputs(inputs, labels)
+        out = self._without_logits(head, inputs, super().forward)
         loss = self._loss_of(head, out.logits, labels, inputs)
         out = type(out)(**{**out, "loss": loss, "logits": None})
         return out if whole else out.to_tuple()
@@ -76,7 +78,12 @@ class LanguageModel(Replaced):
 
     def _can_pass(self, head: nn.Module) -> bool:
         """Whether the head can be done without at this call."""
-        return layout(head) == LINEAR and head.bias is None
+        return layout(head) == LINEAR
+
+    def _without_logits(self, head: nn.Module, inputs: dict[str, Any], forward):
+        """The output of the model, with what the head reads in place of logits."""
+        with passing(head):
+            return forward(**inputs, return_dict=True)
 
     def _decoder_inputs(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
         """What the model would make of labels beside the loss."""
@@ -85,12 +92,6 @@ class LanguageModel(Replaced):
 
 class CausalLM(LanguageModel):
     """Heads with transformers' ForCausalLMLoss."""
-
-    @classmethod
-    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
-        if getattr(module, options["head"]).bias is not None:
-            return "its head has a bias, which linear_cross_entropy does not take"
-        return super().objection(module, options)
 
     def _has_own_loss(self) -> bool:
         # Not by asking for `loss_function`, which warns about a loss_type of None: no graph takes a warning.
@@ -110,23 +111,50 @@ class CausalLM(LanguageModel):
             )
         items = inputs.get("num_items_in_batch")
         reduction = "mean" if items is None else "sum"
-        loss = linear_cross_entropy(x, head.weight, target, ignore_index=ignored, reduction=reduction)
+        loss = _cross_entropy(x, head.weight, head.bias, target, ignore_index=ignored, reduction=reduction)
         return loss if items is None else loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
 
 
-class Seq2SeqLM(LanguageModel):
-    """T5: labels are the decoder's targets as they are."""
+class AlignedLM(LanguageModel):
+    """BART's decoder alone: labels are the targets as they are."""
+
+    def _loss_of(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        target = labels.reshape(-1).to(x.device)
+        return _cross_entropy(x.flatten(0, -2), head.weight, self._head_bias(head), target, ignore_index=IGNORED)
+
+    def _head_bias(self, head: nn.Module) -> Tensor | None:
+        return head.bias
+
+
+class Seq2SeqLM(AlignedLM):
+    """T5, whose decoder reads the labels one later."""
 
     def _decoder_inputs(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
         if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
             return {}
-        inputs.pop("decoder_input_ids", None)
         return {"decoder_input_ids": self.prepare_decoder_input_ids_from_labels(labels)}
 
-    def _loss_of(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return linear_cross_entropy(
-            x.flatten(0, -2), head.weight, labels.reshape(-1).to(x.device), ignore_index=IGNORED
-        )
+
+class BartLM(Seq2SeqLM):
+    """BART, which adds final_logits_bias to what its head gives."""
+
+    def _without_logits(self, head: nn.Module, inputs: dict[str, Any], forward):
+        from transformers.modeling_outputs import Seq2SeqLMOutput
+
+        out = dict(self.model(**{**inputs, "use_cache": False}, return_dict=True))
+        return Seq2SeqLMOutput(logits=out.pop("last_hidden_state"), **out)
+
+    def _head_bias(self, head: nn.Module) -> Tensor:
+        return self.final_logits_bias.flatten()
+
+
+def _cross_entropy(x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, **options: Any) -> Tensor:
+    """`linear_cross_entropy` of a head with a bias or without; with one, its weight is copied."""
+    if bias is not None:
+        more = ALIGNED - x.shape[1] % ALIGNED
+        one = F.pad(x.new_ones(len(x), 1), (0, more - 1))
+        x, w = torch.cat((x, one), 1), torch.cat((w, F.pad(bias[:, None].to(w.dtype), (0, more - 1))), 1)
+    return linear_cross_entropy(x, w, target, **options)
 
 
 class MaskedLM(LanguageModel):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ ACTIVATIONS = {
     "transformers.models.bloom.modeling_bloom.BloomGelu": "gelu_tanh",
 }
 GELU = {"none": "gelu_erf", "tanh": "gelu_tanh"}
+FUNCTIONS = {F.gelu: "gelu_erf", F.relu: "relu", torch.relu: "relu"}  # what stands for a module in torch's own layers
 
 
 class Linear(Replaced):
@@ -66,11 +69,28 @@ class RMSNorm(Replaced):
         return rmsnorm(x, self.weight, eps=self.variance_epsilon)
 
 
-def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """norm(x + residual), in one pass where the norm is a replaced LayerNorm without hooks."""
+class TorchRMSNorm(RMSNorm):
+    """nn.RMSNorm."""
+
+    @classmethod
+    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
+        return LayerNorm.objection(module, options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rmsnorm(x, self.weight, eps=torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+
+
+def sum_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(x + residual, its norm), in one pass where the norm is a replaced LayerNorm without hooks."""
     if not isinstance(norm, LayerNorm) or norm._forward_hooks or norm._forward_pre_hooks:
-        return norm(x + residual)
-    return add_layernorm(x.to(residual.dtype), residual, norm.weight, norm.bias, eps=norm.eps)[1]
+        x = x + residual
+        return x, norm(x)
+    return add_layernorm(x.to(residual.dtype), residual, norm.weight, norm.bias, eps=norm.eps)
+
+
+def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """norm(x + residual)."""
+    return sum_and_norm(norm, x, residual)[1]
 
 
 class DropAddNorm(Replaced):
@@ -80,8 +100,10 @@ class DropAddNorm(Replaced):
         return add_norm(self.LayerNorm, self.dropout(self.dense(hidden_states)), input_tensor)
 
 
-def activation_of(module: nn.Module) -> str | None:
-    """The name that `mlp` has for an activation module; None for one that it does not know."""
+def activation_of(module: Any) -> str | None:
+    """The name that `mlp` has for an activation module or function; None for one that it does not know."""
+    if not isinstance(module, nn.Module):
+        return FUNCTIONS.get(module)
     kind = path(type(module))
     return ACTIVATIONS.get(kind) or (GELU.get(getattr(module, "approximate", None)) if kind in ACTIVATIONS else None)
 
@@ -93,11 +115,12 @@ class Perceptron(Replaced):
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
-        activation = module.get_submodule(options["act"])
+        activation = operator.attrgetter(options["act"])(module)
         options["activation"] = activation_of(activation)
         if options["activation"] in cls._OPS:
             return None
-        return f"activation {type(activation).__name__}, expected {', '.join(cls._OPS)}"
+        name = type(activation).__name__ if isinstance(activation, nn.Module) else str(activation)
+        return f"activation {name}, expected {', '.join(cls._OPS)}"
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The perceptron without what follows; None where a layer of it is more than a product."""
@@ -109,7 +132,8 @@ class Perceptron(Replaced):
 
     def _drops_between(self) -> bool:
         between = self._peakgpt["between"]
-        return self.training and between is not None and getattr(self, between).p > 0
+        rate = 0.0 if between is None else getattr(self, between)  # a module, or what F.dropout is given
+        return self.training and getattr(rate, "p", rate) > 0
 
 
 class MLP(Perceptron):
@@ -161,6 +185,14 @@ class ChunkedMLP(Perceptron):
     def ff_chunk(self, x: Tensor) -> Tensor:
         y = self._fused(x)
         return super().ff_chunk(x) if y is None else self.dropout(y)
+
+
+class TorchBlock(Perceptron):
+    """The perceptron of nn.TransformerEncoderLayer and nn.TransformerDecoderLayer."""
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        y = self._fused(x)
+        return super()._ff_block(x) if y is None else getattr(self, self._peakgpt["dropout"])(y)
 
 
 class BloomMLP(Perceptron):

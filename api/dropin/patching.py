@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from peakgpt.dropin import heads, trial
+from peakgpt.dropin import heads, remains, trial
 from peakgpt.dropin.attentions import Attention
 from peakgpt.dropin.check import compare, observe
 from peakgpt.dropin.layers import MLP
 from peakgpt.dropin.report import KEPT, LEFT, PART, REPLACED, Entry, Report
 from peakgpt.dropin.swap import original, path, replace, restore
-from peakgpt.dropin.table import REASONS, TABLE, Row
+from peakgpt.dropin.table import TABLE, Row
 from peakgpt.kernels.cpu.memory import keep_pages
 
 FORMER = "_peakgpt_former_attention"  # on a model: its config's attn_implementation from before
@@ -28,7 +28,7 @@ def patch(model: nn.Module, strict: bool = False, check: bool = True) -> Report:
 
     Args:
         model: any module; transformers' models are known by class (docs/dropin.md), others by the layers they are of.
-        strict: raise where anything is left that peakgpt could have an op for.
+        strict: raise where anything is left: what peakgpt has an op for, or what nobody knows to need none.
         check: compare outputs with those of the unpatched model, on its own weights.
     Returns:
         What became of every module; print it.
@@ -116,8 +116,10 @@ def _entry(name: str, module: nn.Module, parts: dict[int, str], attentive: set[i
     if row is None or row.by is None:
         if id(module) in attentive:
             return Entry(name, kind, REPLACED, BY_NAME)
-        reason = REASONS.get(path(original(module))) or (row and "its model is not one of transformers'")
-        return Entry(name, kind, LEFT, reason) if reason else _plain(name, kind, parts.get(id(module)))
+        if id(module) in parts:
+            return Entry(name, kind, PART, parts[id(module)])
+        reason = "its model is not one of transformers'" if row else remains.reason(module)
+        return Entry(name, kind, LEFT, reason) if reason else Entry(name, kind, KEPT)
     options = dict(row.options)
     if reason := row.by.objection(module, options):
         return Entry(name, kind, LEFT, reason)
@@ -148,7 +150,3 @@ class Tried(MLP):
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
         return None
-
-
-def _plain(name: str, kind: str, part: str | None) -> Entry:
-    return Entry(name, kind, PART, part) if part else Entry(name, kind, KEPT)

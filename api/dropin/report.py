@@ -14,8 +14,8 @@ class Entry:
     """Args:
     module: its name in the model; "" is the model itself.
     kind: its class.
-    status: "replaced"; "part of" what is replaced; "left", where peakgpt could have an op but does not take it; "kept",
-        where there is nothing to replace (containers, lookups, dropout).
+    status: "replaced"; "part of" what is replaced; "left", where peakgpt has an op but does not take it, or where it is
+        not known what a module computes; "kept", where there is nothing to replace (containers, lookups, dropout).
     note: by which ops, of what, or why.
     """
 

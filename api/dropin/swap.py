@@ -41,6 +41,11 @@ def path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def is_fsdp2(kind: type) -> bool:
+    """Whether FSDP2 has put its class in front of another one; told by names, to import nothing."""
+    return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
+
+
 def original(module: nn.Module) -> type:
     """The class that a module had before it was replaced."""
     return getattr(type(module), ORIGINAL, type(module))

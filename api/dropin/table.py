@@ -40,6 +40,16 @@ def _gated(gate: str, up: str, act: str, down: str, between: str | None = None) 
     return Row(layers.GatedMLP, "gated_mlp", options, (gate, up, act, down))
 
 
+def _layer(by: type[blocks.Layer], between: str | None = None) -> Row:
+    options = {"up": "fc1", "act": "activation_fn", "down": "fc2", "dropout": None, "between": between}
+    return Row(by, "mlp, add_layernorm", options, ("fc1", "activation_fn", "fc2"))
+
+
+def _torch(dropout: str) -> Row:
+    options = {"up": "linear1", "act": "activation", "down": "linear2", "dropout": dropout, "between": "dropout"}
+    return Row(layers.TorchBlock, "mlp", options, ("linear1", "linear2"))
+
+
 def _rotary(project: tuple[str, ...], out: str, cache: str) -> Row:
     return Row(attentions.Rotary, "rotary, attention", {"project": project, "out": out, "cache": cache})
 
@@ -86,6 +96,9 @@ TABLE: dict[str, Row] = {
     CONV1D: Row(layers.Linear, "linear"),
     ATTENTIONS_OWN: Row(layers.Linear, "linear"),
     "torch.nn.modules.normalization.LayerNorm": Row(layers.LayerNorm, "layernorm"),
+    "torch.nn.modules.normalization.RMSNorm": Row(layers.TorchRMSNorm, "rmsnorm"),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": _torch("dropout2"),
+    "torch.nn.modules.transformer.TransformerDecoderLayer": _torch("dropout3"),
     "torch.nn.modules.activation.MultiheadAttention": Row(attentions.MultiHead, "attention, linear"),
     _in("openai", "Attention"): Row(attentions.OpenAI, "attention"),
     _in("openai", "MLP"): _mlp("c_fc", "act", "c_proj", "dropout"),
@@ -104,6 +117,7 @@ TABLE: dict[str, Row] = {
     _in("gpt_neox", "GPTNeoXMLP"): _mlp("dense_h_to_4h", "act", "dense_4h_to_h"),
     _in("gpt_neox", "GPTNeoXForCausalLM"): CAUSAL,
     _in("opt", "OPTAttention"): INTERFACE,
+    _in("opt", "OPTDecoderLayer"): _layer(blocks.OPTLayer),
     _in("opt", "OPTForCausalLM"): CAUSAL,
     _in("bloom", "BloomAttention"): Row(attentions.Bloom, "attention"),
     _in("bloom", "BloomMLP"): _mlp("dense_h_to_4h", "gelu_impl", "dense_4h_to_h", by=layers.BloomMLP),
@@ -112,6 +126,10 @@ TABLE: dict[str, Row] = {
     _in("distilbert", "FFN"): _mlp("lin1", "activation", "lin2", "dropout", by=layers.ChunkedMLP),
     _in("distilbert", "DistilBertForMaskedLM"): _head(heads.MaskedLM, MASKED_OPS, "vocab_projector"),
     _in("bart", "BartAttention"): INTERFACE,
+    _in("bart", "BartEncoderLayer"): _layer(blocks.BartLayer, "activation_dropout"),
+    _in("bart", "BartDecoderLayer"): _layer(blocks.BartLayer, "activation_dropout"),
+    _in("bart", "BartForCausalLM"): _head(heads.AlignedLM, "linear_cross_entropy", "lm_head"),
+    _in("bart", "BartForConditionalGeneration"): _head(heads.BartLM, "linear_cross_entropy", "lm_head"),
     _in("t5", "T5Attention"): INTERFACE,
     _in("t5", "T5LayerNorm"): RMSNORM,
     _in("t5", "T5DenseActDense"): _mlp("wi", "act", "wo", between="dropout"),
@@ -119,12 +137,4 @@ TABLE: dict[str, Row] = {
     _in("t5", "T5ForConditionalGeneration"): _head(heads.Seq2SeqLM, "linear_cross_entropy", "lm_head"),
     **_LLAMA_LIKE,
     **_BERT_LIKE,
-}
-
-# Classes with arithmetic that peakgpt has no op for in this form, and why they stay as they are.
-REASONS: dict[str, str] = {
-    _in(
-        "bart", "BartForConditionalGeneration"
-    ): "adds final_logits_bias to its logits, which linear_cross_entropy does not",
-    _in("bart", "BartForCausalLM"): "computes its loss inside its own forward",
 }
