@@ -14,8 +14,9 @@ from peakgpt.cli import COMMANDS, main
 from peakgpt.commands.quickstart import Session
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
+from peakgpt.engine.scheduler import Engine, SamplingParams
 from peakgpt.engine.tokenizer import Tokenizer, train_tokenizer
-from peakgpt.engine.train import Trainer
+from peakgpt.engine.train import Trainer, best_dtype
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -134,6 +135,26 @@ def test_a_resumed_run_gives_the_uninterrupted_ones_losses_bit_for_bit(tmp_path,
 def ctrl_c(now):
     if now:
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_generate_from_small_weights(bits, tmp_path, capsys):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["the cat sat on the mat, the cat sat on the hat "] * 20, 280)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=tokenizer.vocab_size))
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    source, small = tmp_path / "float", tmp_path / "small"
+    model.save_pretrained(source, tokenizer)
+    assert main(["quantize", str(source), str(small), "--bits", str(bits), "--group", "32"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(small), "--prompt", "the cat", "--tokens", "20", "--temperature", "0"]) == 0
+    said = capsys.readouterr().out
+    engine = Engine(GPT.from_pretrained(small).to(best_dtype(torch.device("cpu"))), tokenizer)
+    params = SamplingParams(max_new_tokens=20, temperature=0, stop=(tokenizer.end_id,))
+    text = "".join(output.text for output in engine.stream(tokenizer.encode("the cat"), params))
+    assert said.startswith(f"the cat{text}\n\n[") and " tokens/s]" in said and "by ops" not in said
+    assert len(text) > 5
 
 
 def test_generate_speculates_to_the_same_text(tmp_path, capsys):

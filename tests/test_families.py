@@ -1,5 +1,6 @@
 """Every family against transformers, tiny and random: logits, loss, gradients, greedy text, and files both ways."""
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import peakgpt
 from peakgpt.engine import families, flops
 from peakgpt.engine.cache import KVCache
+from peakgpt.engine.scheduler import Engine, SamplingParams
 from peakgpt.kernels.dispatch import use_backend
 
 V, T, PROMPT = 41, 24, 7
@@ -110,6 +112,49 @@ def test_cached_greedy_text_equals_transformers(pair, backend):
     with use_backend(backend):
         assert torch.equal(ours.generate(prompt, temperature=0), expected)
     assert len({*expected[:, PROMPT:].flatten().tolist()}) > 3, "a text that repeats one token proves little"
+
+
+def texts_of(theirs, prompts):
+    """transformers' greedy texts, each prompt by itself, as long as the model takes."""
+    options = {"do_sample": False, "max_length": T, "min_length": T, "pad_token_id": 0}
+    return [theirs.generate(p[None], attention_mask=torch.ones_like(p)[None], **options)[0].tolist() for p in prompts]
+
+
+def engine_texts(model, prompts):
+    """The engine's greedy texts, all prompts at once."""
+    engine, texts = Engine(model, budget=9), {}
+    for prompt in prompts:
+        texts[engine.submit(prompt.tolist(), SamplingParams(temperature=0))] = prompt.tolist()
+    for output in engine.outputs():
+        texts[output.request] += output.tokens
+    assert bool(engine.runner_note) == (model.config.word_dim != model.config.n_embd), engine.runner_note
+    return list(texts.values())
+
+
+def test_the_engines_greedy_text_equals_transformers(pair):
+    theirs, _, ours = pair
+    prompts = [row[:count] for row, count in zip(batch(3)[0], (PROMPT, 11, 2), strict=True)]
+    expected = texts_of(theirs, prompts)
+    assert engine_texts(ours.eval(), prompts) == expected
+    assert len({token for text in expected for token in text[11:]}) > 2
+
+
+@torch.no_grad()
+def test_in_bfloat16_texts_part_only_where_two_tokens_are_as_likely(pair):
+    """Ours errs at most twice as much as torch (the rule of every op), so both may swap what is 4 such errors apart."""
+    theirs, _, ours = pair
+    rounded, exact = (copy.deepcopy(theirs).to(d) for d in (torch.bfloat16, torch.bfloat16))
+    exact = exact.double()  # the same rounded weights
+    prompts = [row[:PROMPT] for row in batch(3)[0]]
+    expected = texts_of(rounded, prompts)
+    for ours_text, text in zip(engine_texts(copy.deepcopy(ours).bfloat16().eval(), prompts), expected, strict=True):
+        same = next((i for i in range(T) if ours_text[i] != text[i]), None)
+        if same is None:
+            continue
+        ids = torch.tensor([text[:same]])
+        truth = exact(ids).logits[0]
+        error = (rounded(ids).logits[0].double() - truth).abs().max()
+        assert (truth[-1, text[same]] - truth[-1, ours_text[same]]).abs() <= 4 * error
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
