@@ -78,13 +78,13 @@ def training_step(request: Mapping[str, Any]) -> Callable[[], float]:
     """A contender's training step on CPU, for a worker.
 
     Args:
-        request: contender, config, batch, tokens, dtype, warmup.
+        request: contender, config, batch, tokens, dtype, warmup, recompute.
     Returns:
         A function that makes one update and returns its loss; it holds nothing but the trainer and the batch.
     """
     device, config = torch.device("cpu"), GPTConfig(**request["config"])
     recipe = Recipe(batch=request["batch"], tokens=request["tokens"], dtype=getattr(torch, request["dtype"]),
-                    warmup=request["warmup"])  # fmt: skip
+                    warmup=request["warmup"], recompute=request["recompute"])  # fmt: skip
     state, batch = start(config, recipe, device)
     trainer = CONTENDERS[request["contender"]].build(state, config, recipe, device)
     return lambda: float(trainer.step(*batch))

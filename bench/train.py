@@ -36,13 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=256, help="context length (default 256)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="repeatable; default both")
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all that the device has")
+    parser.add_argument("--recompute", default="none", metavar="PLAN", help="of ours, as in `peakgpt train`")
     parser.add_argument("--rounds", type=int, default=9)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> Findings:
     found, config = Findings(), preset(args.model)
     for dtype in args.dtype or ("float32", "bfloat16"):
-        recipe = Recipe(batch=args.batch, tokens=args.tokens, dtype=getattr(torch, dtype), warmup=0.0)
+        recipe = Recipe(batch=args.batch, tokens=args.tokens, dtype=getattr(torch, dtype), warmup=0.0,
+                        recompute=args.recompute)  # fmt: skip
         found.results += compare_training(config, recipe, device, args.contenders, rounds=args.rounds)
     return found
 
@@ -84,6 +86,8 @@ def compare_training(
             stepper.close()
     peak = peak_for(device, recipe.dtype)
     case = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
+    if recipe.recompute != "none":
+        case["recompute"] = recipe.recompute  # of ours
     return [
         Result.of(
             dataclasses.replace(timing, note="; ".join(filter(None, [timing.note, said[name][2]]))),
@@ -129,7 +133,8 @@ def _build(steppers, config, recipe, device, names, on_failure) -> None:
     if device.type == "cpu":
         request = {"make": "peakgpt.bench.contenders:training_step", "threads": torch.get_num_threads(),
                    "config": dataclasses.asdict(config), "batch": recipe.batch, "tokens": recipe.tokens,
-                   "dtype": _name(recipe.dtype), "warmup": recipe.warmup}  # fmt: skip
+                   "dtype": _name(recipe.dtype), "warmup": recipe.warmup,
+                   "recompute": recipe.recompute}  # fmt: skip
         for name in names:
             steppers[name] = Worker(name, {**request, "contender": name}, CONTENDERS[name].environment)
         return

@@ -262,7 +262,7 @@ def test_a_wrong_kernel_is_told_and_named(monkeypatch):
 def training_request(contender, **changes):
     return {"make": "peakgpt.bench.contenders:training_step", "contender": contender,
             "config": dataclasses.asdict(tiny_config()), "batch": 1, "tokens": 16, "dtype": "float32", "warmup": 0.0,
-            "threads": 1, **changes}  # fmt: skip
+            "recompute": "none", "threads": 1, **changes}  # fmt: skip
 
 
 def test_worker_steps_and_ends():

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1337, help="of initialisation and data order")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 where the device has it")
     parser.add_argument("--recompute", default="none", metavar="PLAN",
-                        help="none, mlp, block or block/N: what backward computes again to save memory")  # fmt: skip
+                        help="none, norm, mlp, block or block/N: what backward computes again")  # fmt: skip
     parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
     parser.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="default 250; and at the end")
     parser.add_argument("--out", help="folder of the run (default runs/train-DATE-TIME)")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from peakgpt import _C  # its ImportError is the backend's objection
 
-__all__ = ["DTYPES", "_C", "address", "dtype_objection", "rows", "threads", "workspace"]
+__all__ = ["DTYPES", "_C", "address", "dtype_objection", "rows", "scratch", "threads", "workspace"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 threads = torch.get_num_threads
@@ -34,6 +35,13 @@ def rows(tensor: Tensor) -> Tensor:
     """The tensor as (rows, width) with contiguous rows; a view where its strides allow that, else a copy."""
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def scratch(dtype: torch.dtype, *shapes: Sequence[int]) -> list[Tensor]:
+    """Uninitialised memory for the largest temporaries of a pass: one slot, for no two passes run at a time."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = workspace("scratch", dtype, sum(sizes)).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def workspace(slot: str, dtype: torch.dtype, *shape: int) -> Tensor:

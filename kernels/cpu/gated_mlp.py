@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from peakgpt.kernels.cpu.ext import dtype_objection, rows, workspace
+from peakgpt.kernels.cpu.ext import dtype_objection, rows, scratch
 from peakgpt.kernels.cpu.gemm import ADD, GATE, GATE_SLOPE, gemm, linear_backward
 
 
@@ -14,8 +14,8 @@ def objection(x: Tensor, *_, **__) -> str | None:
 
 def forward(outputs, saved, x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, activation, recompute):
     x = rows(x)
-    hidden = workspace("hidden", x.dtype, x.shape[0], w_up.shape[0])
-    gate, up = saved or (workspace("gate", x.dtype, *hidden.shape), None)
+    hidden, *gates = scratch(x.dtype, *[(x.shape[0], w_up.shape[0])] * (1 if saved else 2))
+    gate, up = saved or (*gates, None)
     gemm(x, w_gate.t(), gate.view(hidden.shape), bias=b_gate)
     gemm(x, w_up.t(), hidden, epilogue=GATE, bias=b_up, activation=activation, pre=up, gate=gate)
     gemm(hidden, w_down.t(), outputs[0].view(x.shape[0], w_down.shape[0]), bias=b_down)
@@ -24,8 +24,8 @@ def forward(outputs, saved, x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, ac
 def backward(grads, inputs, outputs, saved, needs, *, activation, recompute, into=(None,) * 7):
     x, w_gate, b_gate, w_up, b_up, w_down, _ = inputs
     dy, flat = rows(grads[0]), rows(x)
-    hidden, dgate, dup = (workspace(slot, x.dtype, flat.shape[0], w_up.shape[0]) for slot in ("hidden", "dpre", "dup"))
-    gate, up = saved or (workspace(slot, x.dtype, *hidden.shape) for slot in ("gate", "up"))
+    hidden, dgate, dup, *again = scratch(x.dtype, *[(flat.shape[0], w_up.shape[0])] * (3 if saved else 5))
+    gate, up = saved or again
     if not saved:
         gemm(flat, w_gate.t(), gate, bias=b_gate)
         gemm(flat, w_up.t(), up, bias=b_up)

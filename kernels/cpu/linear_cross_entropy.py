@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, threads, workspace
+from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, scratch, threads, workspace
 from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
 from peakgpt.kernels.dispatch import may_overwrite_saved
 
@@ -112,7 +112,7 @@ class Products:
         n = self.x.shape[0]
         for k in range(self.count):
             block = slice(n * k // self.count, n * (k + 1) // self.count)
-            logits = workspace("logits", self.x.dtype, block.stop - block.start, self.w.shape[0])
+            (logits,) = scratch(self.x.dtype, (block.stop - block.start, self.w.shape[0]))
             yield block, gemm(self.x[block], self.w.t(), logits)
 
     def add(self, block: slice, dz: Tensor) -> None:

@@ -30,8 +30,9 @@ void Race() {
   constexpr int64_t kRows = 1000;
   std::vector<float> logits(2 * kRows), loss(kRows + 1);
   const std::vector<int64_t> target(kRows);
-  peak::CrossEntropyForward({peak::DType::kFloat32, kRows, 2, logits.data(), target.data(), -100, loss.data(),
-                             loss.data() + 1, false, 1.0f},
+  peak::CrossEntropyForward({.dtype = peak::DType::kFloat32, .rows = kRows, .vocab = 2, .logits = logits.data(),
+                             .target = target.data(), .ignore_index = -100, .loss = loss.data(),
+                             .lse = loss.data() + 1, .scale = 1.0f},
                             4);
 }
 
