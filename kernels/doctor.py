@@ -12,6 +12,9 @@ from peakgpt.kernels.device import Device, Peaks, choose_device, datasheet, desc
 from peakgpt.kernels.dispatch import OPS, PRIORITY
 
 DTYPES = (torch.float32, torch.bfloat16)
+# Ops whose eager function is a fused kernel of torch's: what runs there is to be named, for it is not ours.
+SDPA = "torch's scaled_dot_product_attention"
+TORCHS = dict.fromkeys(("attention", "attention_qkv", "attention_decode"), SDPA)
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,10 @@ class Diagnosis:
         """Dtypes of one op with the same answer, together."""
         rows: dict[tuple[str, str, str], list[str]] = {}
         for c in self.choices:
-            why = "; ".join(f"not {b}: {r}" for b, r in c.objections.items() if b not in self.absent)
-            rows.setdefault((c.op, c.backend, why), []).append(c.dtype)
+            why = [f"not {b}: {r}" for b, r in c.objections.items() if b not in self.absent]
+            if c.backend == "eager" and c.op in TORCHS:
+                why.insert(0, f"that is {TORCHS[c.op]}")
+            rows.setdefault((c.op, c.backend, "; ".join(why)), []).append(c.dtype)
         return rows
 
 

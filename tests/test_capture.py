@@ -1,5 +1,6 @@
 """The step as one graph, rehearsed on a CPU: nothing waits for the host, nothing that changes is held on to."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
 from peakgpt.engine.train import Recipe, Trainer
 from peakgpt.kernels.dispatch import use_backend
+from peakgpt.kernels.dropout import dropout
 
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 37}
 STEPS = WARMUP + 2
@@ -128,6 +130,22 @@ def test_inputs_are_copied_in_and_results_out():
     step = captured(lambda x: [x + 1])
     results = [step(torch.full((2,), float(i)))[0] for i in range(STEPS)]
     assert [r.tolist() for r in results] == [[i + 1.0] * 2 for i in range(STEPS)]
+
+
+@pytest.mark.parametrize("backend", ("gpu", None))
+def test_two_replays_drop_others(backend):
+    """The seed is drawn inside of the step, from a generator that a graph advances; fails with one made before."""
+    if backend:
+        pytest.importorskip("triton")
+    step = captured(lambda x: [dropout(x, p=0.5)])
+    torch.manual_seed(0)
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        first, second = [step(torch.ones(64)) for _ in range(STEPS)][-2:]
+        torch.manual_seed(5)
+        third = step(torch.ones(64))
+        torch.manual_seed(5)
+        assert torch.equal(third[0], step(torch.ones(64))[0]), "the same state of the generator repeats"
+    assert not torch.equal(first[0], second[0])
 
 
 def test_another_shape_runs_as_it_is():

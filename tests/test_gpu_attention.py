@@ -4,8 +4,6 @@ Mutations seen to fail here: the causal or window mask dropped from one kernel, 
 tiles one too long, dead rows left at NaN, the slope's sign, a group's heads summed into the wrong key head.
 """
 
-import itertools
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from peakgpt.bench.check import double, judge, leaf
 from peakgpt.kernels.attention import attention, attention_qkv, dropout_mask, live_mask
 from peakgpt.kernels.dispatch import interpreted, use_backend
+from peakgpt.kernels.doctor import Choice, Diagnosis
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -172,10 +171,31 @@ def test_causality_is_exact():
     assert torch.equal(before[:, :50], after[:, :50]) and not torch.equal(before[:, 50:], after[:, 50:])
 
 
+def assert_repeats(times, tensors, **terms):
+    first = run("gpu", tensors, **terms)
+    for _ in range(times - 1):
+        assert all(torch.equal(a, b) for a, b in zip(first, run("gpu", tensors, **terms), strict=True))
+
+
 def test_two_runs_are_bit_equal():
-    tensors = make(1, 70, 4, 16, kv_heads=2, dtype=torch.bfloat16)
-    for a, b in zip(run("gpu", tensors), run("gpu", tensors), strict=True):
-        assert torch.equal(a, b)
+    assert_repeats(2, make(1, 70, 4, 16, kv_heads=2, dtype=torch.bfloat16))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not interpreted(), reason="on a device the larger form runs")
+def test_250_runs_are_bit_equal():
+    """Interpreted, programs run one after the other: this finds memory that is read before it is written, no races."""
+    bias = leaf(torch.randn(1, 1, 5, 5))
+    assert_repeats(250, make(2, 5, 2, 16, kv_heads=1), bias=bias, alibi=leaf(SLOPES[:2]), dropout=0.5, seed=ints(3))
+
+
+@pytest.mark.skipif(interpreted(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_250_runs_are_bit_equal_on_a_device(head_dim):
+    tensors = make(2, 1025, 4, head_dim, kv_heads=2, dtype=torch.bfloat16)
+    assert_repeats(250, tensors)
+    bias = leaf(torch.randn(1, 1, 1025, 1025, device=DEVICE).bfloat16())
+    assert_repeats(250, tensors, bias=bias, alibi=leaf(SLOPES), dropout=0.1, seed=ints(3))
 
 
 def test_strides_do_not_matter():
@@ -283,9 +303,7 @@ def test_two_replays_differ():
 
 def test_gradients_of_what_is_shared_repeat_to_the_bit():
     tensors, terms = make(3, 40, 4, 16), {"bias": leaf(torch.randn(1, 1, 40, 40, device=DEVICE)), "alibi": leaf(SLOPES)}
-    first = run("gpu", tensors, **terms)
-    for a, b in itertools.chain(*(zip(first, run("gpu", tensors, **terms), strict=True) for _ in range(3))):
-        assert torch.equal(a, b)
+    assert_repeats(3, tensors, **terms)
 
 
 def test_a_measurement_can_object_unless_forced(monkeypatch):
@@ -301,6 +319,9 @@ def test_a_measurement_can_object_unless_forced(monkeypatch):
     assert attention._objects(gpu, *bound, needs, "gpu") is None
     with use_backend("gpu"):
         assert attention.explain(*tensors)["gpu"] is None
+    choices = [Choice("attention", "bfloat16", "eager", {"gpu": said}), Choice("mlp", "bfloat16", "eager", {})]
+    _, told, other = Diagnosis(None, None, None, {}, choices)._ops()
+    assert told.endswith(f"that is torch's scaled_dot_product_attention; not gpu: {said}") and "that is" not in other
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from peakgpt.bench.check import judge, leaf, run, run_mutating, sample, whole
-from peakgpt.kernels.dispatch import OPS, load, use_backend
+from peakgpt.kernels.dispatch import OPS, accumulate_into, load, use_backend
 from peakgpt.kernels.gpu import reduce
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -460,6 +460,29 @@ def test_embedding_keeps_nan_and_bad_ids_in_their_rows():
     dy[0, 0] = math.nan
     _, dwte, _ = module.backward((dy,), (ids, wte, None), (), (), (False, True, False), start=0)
     assert dwte[0].isnan().all() and dwte[1:].tolist() == [[2.0] * width, [0.0] * width, [0.0] * width]
+
+
+def test_embedding_adds_to_the_gradient_of_a_tied_head():
+    """Where it lies, in float32 and the same each time; rows of no token keep the head's part to the bit.
+
+    Fails when a run over several chunks, or one inside a chunk, overwrites what is there.
+    """
+    ids = torch.tensor([[7] * 70 + [3, 5, 3]], device=DEVICE)
+    wte, wpe = leaf(torch.randn(17, 5, device=DEVICE).bfloat16()), leaf(torch.randn(80, 5, device=DEVICE).bfloat16())
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        sinks = {t: torch.randn(t.shape, device=DEVICE).bfloat16() for t in (wte, wpe)}
+        heads = [sink.clone() for sink in sinks.values()]
+        up = torch.randn(1, 73, 5, device=DEVICE).bfloat16()
+        with use_backend("gpu"), accumulate_into(sinks):
+            OPS["embedding"](ids, wte, wpe, start=2).backward(up)
+        found.append(list(sinks.values()))
+    rows = torch.zeros(17, 5, dtype=torch.float64, device=DEVICE).index_add_(0, ids[0], up[0].double())
+    positions = torch.nn.functional.pad(up[0].double(), (0, 0, 2, 5))
+    for sink, head, truth, again in zip(found[0], heads, (rows, positions), found[1], strict=True):
+        assert torch.equal(sink, (head.float() + truth.float()).bfloat16()) and torch.equal(sink, again)
+    assert wte.grad is None and torch.equal(found[0][0][8:], heads[0][8:])
 
 
 # ---- adamw ----

@@ -63,7 +63,11 @@ _FP32 = {
     128: Tiles(fwd=tile(32, 16, 8, 2), dq=tile(16, 16, 8, 2), dkv=tile(16, 32, 8, 1), dbias=tile(32, 16, 8, 2)),
     256: Tiles(fwd=tile(16, 16, 4, 2), dq=tile(16, 16, 8, 2), dkv=tile(16, 16, 4, 1), dbias=tile(16, 16, 8, 2)),
 }
-_GFX942_FP32 = {  # four warps of 64 threads may use 512 registers each, eight only 256
+_FP32_BY_CLASS = {  # where the rows above leave a spill
+    arch: {**_FP32, 256: _FP32[256]._replace(fwd=tile(16, 16, 8, 2), dkv=tile(16, 16, 8, 1))}
+    for arch in ("sm_80", "sm_90")
+}
+_FP32_BY_CLASS["gfx942"] = {  # four warps of 64 threads may use 512 registers each, eight only 256
     64: Tiles(fwd=tile(64, 16, 8, 2), dq=tile(64, 32, 4, 1), dkv=tile(32, 32, 4, 1), dbias=tile(64, 32, 4, 1)),
     128: _FP32[128],
     256: Tiles(fwd=tile(32, 16, 8, 2), dq=tile(16, 16, 4, 1), dkv=tile(16, 16, 4, 1), dbias=tile(16, 16, 4, 1)),
@@ -82,8 +86,8 @@ _HALF = {
     ("sm_100", 128): Tiles(fwd=tile(128, 64, 8, 2), dq=tile(128, 64, 8, 2), dkv=tile(32, 64, 8, 1)),
     ("sm_100", 256): Tiles(fwd=tile(64, 64, 8, 2), dq=tile(64, 32, 8, 2), dkv=tile(32, 32, 8, 1, newest_mma=False)),
     ("gfx942", 64): Tiles(fwd=tile(128, 64, 4, 1), dq=tile(128, 64, 4, 1), dkv=tile(64, 128, 4, 1)),
-    ("gfx942", 128): Tiles(fwd=tile(128, 64, 4, 1), dq=tile(64, 64, 4, 1), dkv=tile(64, 64, 4, 1)),
-    ("gfx942", 256): Tiles(fwd=tile(32, 64, 4, 1), dq=tile(64, 32, 4, 1), dkv=tile(16, 32, 4, 1)),
+    ("gfx942", 128): Tiles(fwd=tile(128, 32, 4, 1), dq=tile(64, 64, 4, 1), dkv=tile(64, 64, 4, 1)),
+    ("gfx942", 256): Tiles(fwd=tile(32, 64, 4, 1), dq=tile(64, 16, 4, 1), dkv=tile(16, 32, 4, 1)),
 }
 _AMPERE_PLUS = {
     64: Tiles(fwd=tile(64, 64, 8, 2), dq=tile(64, 32, 8, 2), dkv=tile(32, 32, 8, 2), dbias=tile(64, 32, 8, 1)),
@@ -109,7 +113,7 @@ TILES = {
     **{
         (arch, "fp32", width): tiles
         for arch in launch.CLASSES
-        for width, tiles in (_GFX942_FP32 if arch == "gfx942" else _FP32).items()
+        for width, tiles in _FP32_BY_CLASS.get(arch, _FP32).items()
     },
 }
 

@@ -6,7 +6,9 @@
     2. for each run that leaves its first chunk: dwte = tail[chunk] + head[chunk + 1] + ... to its end.
 
 Every sum has one order, so the result is the same from run to run; a token that fills the batch costs CHUNK steps
-and then one for each chunk. An id out of range gives a row of NaN forward and is left out of the backward.
+and then one for each chunk. A row of the table has one run and so one writer, which adds to what is there: zeros, or
+the sink of accumulate_into, where a tied head has its part. An id out of range gives a row of NaN forward and is left
+out of the backward.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ def embedding_bwd_chunks(
         tl.store(head_ptr + chunk * C + col, acc, mask=col < tl.where(from_left & (ends | last), C, 0))
         tl.store(tail_ptr + chunk * C + col, acc, mask=col < tl.where((from_left == 0) & last, C, 0))
         done = (from_left == 0) & ends & valid
-        tl.store(dwte_ptr + i * C + col, acc.to(dwte_ptr.dtype.element_ty), mask=col < tl.where(done, C, 0))
+        at, here = dwte_ptr + i * C + col, col < tl.where(done, C, 0)
+        total = acc + tl.load(at, mask=here, other=0.0).to(tl.float32)
+        tl.store(at, total.to(dwte_ptr.dtype.element_ty), mask=here)
         acc = tl.where(ends, 0.0, acc)
         from_left = from_left & (ends == 0)
 
@@ -80,6 +84,7 @@ def embedding_bwd_runs(sorted_ptr, dwte_ptr, head_ptr, tail_ptr, N, V, C, CHUNK:
             acc += tl.load(head_ptr + following * C + col, mask=col < C, other=0.0)
             following += 1
             more = tl.load(sorted_ptr + following * CHUNK, mask=following * CHUNK < N, other=-1) == i
+        acc += tl.load(dwte_ptr + i * C + col, mask=col < C, other=0.0).to(tl.float32)
         tl.store(dwte_ptr + i * C + col, acc.to(dwte_ptr.dtype.element_ty), mask=col < C)
 
 
@@ -93,6 +98,7 @@ def embedding_bwd_dwpe(dy_ptr, dwpe_ptr, stride_dy_n, B, T, C, start, BLOCK_C: t
     for b in range(B):
         n = tl.cast(b, tl.int64) * T + t
         acc += tl.load(dy_ptr + n * stride_dy_n + col, mask=col < end, other=0.0).to(tl.float32)
+    acc += tl.load(dwpe_ptr + position * C + col, mask=col < C, other=0.0).to(tl.float32)
     tl.store(dwpe_ptr + position * C + col, acc.to(dwpe_ptr.dtype.element_ty), mask=col < C)
 
 
@@ -110,18 +116,23 @@ def forward(outputs, saved, ids, wte, wpe, *, start):
         )  # fmt: skip
 
 
-def backward(grads, inputs, outputs, saved, needs, *, start):
+def backward(grads, inputs, outputs, saved, needs, *, start, into=(None, None, None)):
     ids, wte, wpe = inputs
     dy = launch.rows(grads[0])
+    dwte, dwpe = (
+        sink if sink is not None or not need else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+        for t, need, sink in zip((wte, wpe), needs[1:], into[1:], strict=True)
+    )
     with launch.on(dy):
-        dwte = _dwte(ids, dy, wte) if needs[1] else None
-        dwpe = _dwpe(ids, dy, wpe, start) if needs[2] else None
+        if dwte is not None:
+            _add_dwte(ids, dy, dwte)
+        if dwpe is not None:
+            _add_dwpe(ids, dy, dwpe, start)
     return None, dwte, dwpe
 
 
-def _dwte(ids: Tensor, dy: Tensor, wte: Tensor) -> Tensor:
-    (count, width), vocab = dy.shape, wte.shape[0]
-    dwte = torch.zeros(wte.shape, dtype=wte.dtype, device=wte.device)
+def _add_dwte(ids: Tensor, dy: Tensor, dwte: Tensor) -> None:
+    (count, width), vocab = dy.shape, dwte.shape[0]
     in_order, order = torch.sort(ids.flatten(), stable=True)
     chunks, columns = triton.cdiv(count, CHUNK), triton.cdiv(width, BLOCK_C)
     head, tail = torch.empty((2, chunks, width), dtype=torch.float32, device=dy.device)
@@ -134,17 +145,14 @@ def _dwte(ids: Tensor, dy: Tensor, wte: Tensor) -> Tensor:
     embedding_bwd_runs[(max(chunks - 1, 0), columns)](
         sorted_ptr=in_order, dwte_ptr=dwte, head_ptr=head, tail_ptr=tail, **sizes
     )
-    return dwte
 
 
-def _dwpe(ids: Tensor, dy: Tensor, wpe: Tensor, start: int) -> Tensor:
-    positions, width = wpe.shape
-    dwpe = torch.empty(wpe.shape, dtype=wpe.dtype, device=wpe.device)
+def _add_dwpe(ids: Tensor, dy: Tensor, dwpe: Tensor, start: int) -> None:
+    positions, width = dwpe.shape
     embedding_bwd_dwpe[(positions, triton.cdiv(width, BLOCK_C))](
         dy_ptr=dy, dwpe_ptr=dwpe, stride_dy_n=dy.stride(0), B=ids.shape[0], T=ids.shape[1], C=width, start=start,
         BLOCK_C=BLOCK_C, num_warps=ROW.warps, num_stages=ROW.stages,
     )  # fmt: skip
-    return dwpe
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:

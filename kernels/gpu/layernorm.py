@@ -118,11 +118,12 @@ def layernorm_bwd(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     col = tl.arange(0, BLOCK_C)
     live_c = col < C
-    w = tl.load(w_ptr + col, mask=live_c, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + col, mask=live_c, other=0.0)
     if partial_ptr is not None:
         dw = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         db = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for block in range(pid, tl.cdiv(R, BLOCK_R), programs):
+    # Beside a row of 16384 columns w in float32 spills (sm_120), so there it is widened row by row, not hoisted.
+    for block in tl.range(pid, tl.cdiv(R, BLOCK_R), programs, disable_licm=partial_ptr is None):
         row = tl.cast(block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         live = (row < R)[:, None] & live_c[None, :]
         r = tl.load(r_ptr + row, mask=row < R, other=0.0)
@@ -131,7 +132,7 @@ def layernorm_bwd(
         if mu_ptr is not None:
             x -= tl.load(mu_ptr + row, mask=row < R, other=0.0)[:, None]
         z = x * r[:, None]
-        g = dy * w[None, :]  # zero past the row, which keeps z there out of every sum
+        g = dy * w.to(tl.float32)[None, :]  # zero past the row, which keeps z there out of every sum
         if mu_ptr is not None:
             dx = r[:, None] * (g - (tl.sum(g, 1) / C)[:, None] - z * (tl.sum(g * z, 1) / C)[:, None])
         else:
