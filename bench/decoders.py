@@ -7,12 +7,9 @@ them, and what is not quantised in bfloat16.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +18,9 @@ from torch import Tensor
 from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.gguf_gpt import llama_decoder
 from peakgpt.bench.graphs import onnxruntime_decoder, openvino_decoder
-from peakgpt.bench.prefill import Contender as PrefillContender
+from peakgpt.bench.models import Contender, ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
 from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.layers import swap_layout
-from peakgpt.engine.model import GPT
 from peakgpt.engine.paged import BLOCK
-from peakgpt.engine.quantised import Format, quantise, restore
 
 Continue = Callable[[], Tensor]  # -> (streams, tokens) int64
 FORMS = ("float32", "bfloat16", "int8", "int4")
@@ -42,16 +36,6 @@ class Case:
 
 
 # ---- contenders: each makes a Continue of a state, which it may take the tensors of
-
-
-def our_model(state: dict[str, Tensor], config: GPTConfig, form: str, group: int = 64) -> GPT:
-    """The model of a state with weights in a form; what is not quantised is bfloat16 then."""
-    if form in ("int8", "int4"):
-        how = Format(8) if form == "int8" else Format(4, group)
-        return restore(GPT(config), quantise(state, how), how, torch.bfloat16)
-    model = GPT(config)
-    model.load_state_dict(state, assign=True)
-    return model.to(getattr(torch, form)).eval()
 
 
 def _ours(group: int, state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
@@ -107,43 +91,15 @@ def eager_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form: str) 
     return run
 
 
-def _transformers_model(state, config: GPTConfig, dtype: torch.dtype):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    theirs = GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
-        n_head=config.n_head, n_inner=config.n_inner, layer_norm_epsilon=config.layer_norm_epsilon,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(theirs)
-    names = {name.removeprefix("transformer."): tensor for name, tensor in swap_layout(state).items()}
-    model.transformer.load_state_dict(names)
-    return model.to(dtype).eval()
-
-
 def _transformers(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
-    model = _transformers_model(state, config, getattr(torch, form))
+    model = transformers_model(state, config, getattr(torch, form))
     options = {"max_new_tokens": case.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(ids)
     return lambda: model.generate(ids, attention_mask=mask, **options)[:, case.prompt :]
 
 
 def _ctranslate2(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
-    """By its own converter, from transformers' layout; a made-up vocabulary names each id."""
-    import ctranslate2
-    import tokenizers
-    import transformers
-
-    with tempfile.TemporaryDirectory() as folder:
-        _transformers_model(state, config, torch.float32).save_pretrained(folder)
-        library = tokenizers.Tokenizer(tokenizers.models.BPE({f"t{i}": i for i in range(config.vocab_size)}, []))
-        marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "t0")
-        transformers.PreTrainedTokenizerFast(tokenizer_object=library, **marks).save_pretrained(folder)
-        made = str(Path(folder, "converted"))
-        ctranslate2.converters.TransformersConverter(folder).convert(made)
-        generator = ctranslate2.Generator(made, compute_type=form, inter_threads=1,
-                                          intra_threads=torch.get_num_threads())  # fmt: skip
-    prompts = [[f"t{i}" for i in row] for row in ids.tolist()]
+    generator, prompts = ctranslate2_generator(state, config, form), ctranslate2_prompts(ids)
 
     def run() -> Tensor:
         found = generator.generate_batch(prompts, max_length=case.tokens, min_length=case.tokens, sampling_topk=1,
@@ -151,23 +107,6 @@ def _ctranslate2(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -
         return torch.tensor([r.sequences_ids[0] for r in found])
 
     return run
-
-
-@dataclass(frozen=True)
-class Contender(PrefillContender):
-    """Also the forms that it is measured in, and the package's name where it is installed from, if that is another."""
-
-    forms: tuple[str, ...] = ("float32", "bfloat16")
-    distribution: str = ""
-
-    @property
-    def backend(self) -> str:
-        return "auto" if isinstance(self.build, partial) else self.package
-
-    @property
-    def version(self) -> str:
-        name = self.distribution or self.package
-        return "" if name == "torch" else f"{name} {metadata.version(name)}"
 
 
 CONTENDERS = {

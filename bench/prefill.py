@@ -1,4 +1,4 @@
-"""A prompt up to its first token's logits, beside plain torch, transformers and OpenVINO: `peakgpt bench prefill`.
+"""A prompt up to its first token's logits, beside plain torch and other engines: `peakgpt bench prefill`.
 
 Every contender runs the same random weights in a process of its own, keeps the prompt's keys and values, and computes
 logits at the last position only:
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,11 +26,11 @@ from torch import Tensor, nn
 from peakgpt.bench.contenders import SEED, TUNED_MALLOC
 from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.findings import Failure, Findings
+from peakgpt.bench.models import Contender, ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
 from peakgpt.bench.ops import OnFailure, agree, raise_it
 from peakgpt.bench.worker import Worker
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.flops import forward_flops
-from peakgpt.engine.layers import swap_layout
 from peakgpt.engine.model import GPT
 from peakgpt.engine.paged import BlockMemory, Chunk
 from peakgpt.engine.presets import preset
@@ -40,12 +39,14 @@ from peakgpt.kernels.device import peak_for
 
 Keep = Callable[[int, Tensor, Tensor], None]  # layer, keys and values (B, H, T, D)
 Prefill = Callable[[], Tensor]  # -> (1, V) logits at the last position
+DTYPES = ("float32", "bfloat16", "int8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
     parser.add_argument("--tokens", type=int, default=512, help="prompt tokens (default 512)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="repeatable; default both")
+    parser.add_argument("--dtype", choices=DTYPES, action="append",
+                        help="of the weights; repeatable; default: all")
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all")
     parser.add_argument("--rounds", type=int, default=15)
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace, device: torch.device) -> Findings:
     if device.type != "cpu":
         raise ValueError(f"bench prefill compares processes on the CPU, got device {device}: expected --device cpu")
     found, config = Findings(), preset(args.model)
-    for dtype in args.dtype or ("float32", "bfloat16"):
+    for dtype in args.dtype or DTYPES:
         tell = lambda name, error: found.add(Failure.of(error, name))  # noqa: E731
         found.results += compare_prefill(config, args.tokens, getattr(torch, dtype), args.contenders,
                                          rounds=args.rounds, on_failure=tell)  # fmt: skip
@@ -79,7 +80,7 @@ def compare_prefill(
     Args:
         config: the model.
         tokens: of the prompt.
-        dtype: to compute in.
+        dtype: to compute in; torch.int8: weights of 8 bits, each engine's own.
         names: of CONTENDERS; None means all.
         rounds: see clock.interleave.
         on_failure: told of a contender that is not installed, ends, or has other logits; the others are timed.
@@ -89,9 +90,10 @@ def compare_prefill(
     reference, workers = reference_logits(config, tokens), {}
     request = {"make": f"{__name__}:prefill_step", "threads": torch.get_num_threads(),
                "config": dataclasses.asdict(config), "tokens": tokens, "dtype": _name(dtype)}  # fmt: skip
+    limit = dtype if dtype.is_floating_point else torch.bfloat16  # whose error 8 bits must not exceed
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for number, name in enumerate(names or CONTENDERS):
+            for number, name in enumerate(n for n in names or CONTENDERS if _name(dtype) in CONTENDERS[n].forms):
                 contender, logits = CONTENDERS[name], Path(folder, f"{number}.pt")
                 try:
                     contender.expect_installed()
@@ -99,7 +101,7 @@ def compare_prefill(
                         name, {**request, "contender": name, "logits": str(logits)}, contender.environment
                     )
                     workers[name].step()
-                    agree(f"prefill: {name}", [torch.load(logits)], [reference], dtype)
+                    agree(f"prefill: {name}", [torch.load(logits)], [reference], limit)
                 except Exception as error:  # whatever a peer does must not keep the others from being timed
                     on_failure(name, error)
                     if name in workers:
@@ -167,7 +169,7 @@ def _ours(state: Mapping[str, Tensor], config: GPTConfig, ids: Tensor, dtype: to
     from peakgpt.engine.runner import Runner  # needs the C++ extension, which nothing else here does
 
     blocks = range(-(-ids.shape[1] // BlockMemory.block))
-    runner, chunk = Runner(_loaded(GPT(config), state, dtype), blocks=len(blocks)), Chunk(ids[0], 0, blocks)
+    runner, chunk = Runner(our_model(state, config, _name(dtype)), blocks=len(blocks)), Chunk(ids[0], 0, blocks)
     return lambda: runner.step([chunk])
 
 
@@ -209,18 +211,20 @@ def _compiled(*args) -> Prefill:
 
 
 def _transformers(state, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    theirs = GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
-        n_head=config.n_head, n_inner=config.n_inner, layer_norm_epsilon=config.layer_norm_epsilon,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(theirs)
-    model.transformer.load_state_dict(
-        {name.removeprefix("transformer."): tensor for name, tensor in swap_layout(state).items()}
-    )
-    model = model.to(dtype).eval()
+    model = transformers_model(state, config, dtype)
     return torch.inference_mode()(lambda: model(ids, use_cache=True, logits_to_keep=1).logits[:, -1])
+
+
+def _ctranslate2(state, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
+    """One generated token: its own way to logits of the last position only."""
+    generator, prompts = ctranslate2_generator(state, config, _name(dtype)), ctranslate2_prompts(ids)
+    options = {"max_length": 1, "sampling_topk": 1, "include_prompt_in_result": False, "return_logits_vocab": True}
+
+    def run() -> Tensor:
+        (found,) = generator.generate_batch(prompts, **options)
+        return torch.from_numpy(np.array(found.logits[0][0])).view(1, -1)
+
+    return run
 
 
 class _WithCache(nn.Module):
@@ -254,41 +258,17 @@ def _loaded(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -
     return model.to(dtype).eval()
 
 
-@dataclass(frozen=True)
-class Contender:
-    """How a contender is built, the environment that its process starts with, and the package that it needs."""
-
-    build: Callable[[Mapping[str, Tensor], GPTConfig, Tensor, torch.dtype], Prefill]
-    environment: dict[str, str] = field(default_factory=dict)
-    package: str = "torch"
-
-    @property
-    def backend(self) -> str:
-        return "auto" if self.build is _ours else self.package
-
-    @property
-    def version(self) -> str:
-        return "" if self.package == "torch" else f"{self.package} {metadata.version(self.package)}"
-
-    def expect_installed(self) -> None:
-        """
-        Raises:
-            ModuleNotFoundError: it is not; says how to install it.
-        """
-        if importlib.util.find_spec(self.package) is None:
-            raise ModuleNotFoundError(f"not measured, {self.package} is not installed: pip install {self.package}")
-
-
 TUNED = {"GLIBC_TUNABLES": TUNED_MALLOC}
 CONTENDERS = {
-    "peakgpt": Contender(_ours),
-    "peakgpt, tuned malloc": Contender(_ours, TUNED),
+    "peakgpt": Contender(partial(_ours), forms=("float32", "bfloat16", "int8")),
+    "peakgpt, tuned malloc": Contender(partial(_ours), TUNED),
     "eager": Contender(_eager),
     "eager, tuned malloc": Contender(_eager, TUNED),
     "compile": Contender(_compiled),
     "compile, tuned malloc": Contender(_compiled, TUNED),
     "transformers": Contender(_transformers, package="transformers"),
     "openvino": Contender(_openvino, package="openvino"),
+    "ctranslate2": Contender(_ctranslate2, package="ctranslate2", forms=("float32", "int8")),
 }
 
 

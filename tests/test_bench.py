@@ -427,13 +427,16 @@ def small_prompt(contender, dtype=torch.float32):
     return prefill.CONTENDERS[contender].build(state, config, ids, dtype), prefill.reference_logits(config, 16)
 
 
-@pytest.mark.parametrize("contender", ["peakgpt", "eager", "transformers", "openvino"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("contender", "dtype"),
+    [(name, getattr(torch, form)) for name in ("peakgpt", "eager", "transformers", "openvino", "ctranslate2")
+     for form in prefill.CONTENDERS[name].forms],
+)
 def test_every_contender_computes_the_prompts_last_logits(contender, dtype):
     pytest.importorskip(prefill.CONTENDERS[contender].package)
     run, reference = small_prompt(contender, dtype)
     for _ in range(2):  # the second prompt starts afresh
-        agree(contender, [run()], [reference], dtype)
+        agree(contender, [run()], [reference], dtype if dtype.is_floating_point else torch.bfloat16)
     assert reference.shape == (1, 64)
 
 

@@ -19,7 +19,7 @@ BENCHES = {
     "train": "a training step of GPT-2",
     "fp8": "training with 8-bit products: the loss and the time beside bfloat16",
     "patch": "transformers' models patched, beside the same models as they are",
-    "prefill": "a prompt of GPT-2 on CPU, beside plain torch, transformers and OpenVINO",
+    "prefill": "a prompt of GPT-2 on CPU, beside plain torch and other engines",
     "products": "a pass of GPT-2 124M's linear layers with weights of 16, 8 and 4 bits",
     "decode": "greedy decoding with a cache",
     "serve": "many streams from the server at once, beside the engine alone",
