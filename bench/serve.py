@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 
+from peakgpt.bench.decoders import Case, our_model
 from peakgpt.bench.findings import OURS, Findings
-from peakgpt.bench.streams import Case, start
+from peakgpt.bench.streams import start
 from peakgpt.bench.worker import Worker
 from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.model import GPT
 from peakgpt.engine.paged import BLOCK
 from peakgpt.engine.presets import preset
 from peakgpt.kernels.clock import Result, Spread, interleave
@@ -75,10 +75,8 @@ def compare_serving(config: GPTConfig, case: Case, dtype: str, *, seconds: float
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         state, ids = start(config, case)
-        model = GPT(config)
-        model.load_state_dict(state)
-        model.to(getattr(torch, dtype)).save_pretrained(folder, made_up_tokenizer(config.vocab_size))
-        del model, state
+        our_model(state, config, dtype).save_pretrained(folder, made_up_tokenizer(config.vocab_size))
+        del state
         engine = Worker("engine", request, {})
         stack.callback(engine.close)
         server = stack.enter_context(serving(folder, dtype, blocks=blocks_for(case)))
@@ -139,9 +137,7 @@ def engine_step(request: Mapping[str, Any]) -> Callable[[], float]:
 
     config, case = GPTConfig(**request["config"]), Case(**request["case"])
     state, ids = start(config, case)
-    model = GPT(config)
-    model.load_state_dict(state, assign=True)
-    engine = Engine(model.to(getattr(torch, request["dtype"])).eval(), blocks=blocks_for(case), streams=case.streams)
+    engine = Engine(our_model(state, config, request["dtype"]), blocks=blocks_for(case), streams=case.streams)
     streams = {}
 
     def begin(stream: int, tokens: int) -> None:

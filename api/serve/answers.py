@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from typing import Any
@@ -27,7 +28,7 @@ class Answer:
         self.asked, self.tokenizer, self.prompts, self.texts = asked, tokenizer, prompts, texts
         self.head = {"id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
                      "model": model}  # fmt: skip
-        self.completion_tokens = 0
+        self.completion_tokens, self.begin = 0, ""
         self.offsets: dict[int, int] = {}
         self.told_prompt: dict[int, tuple[TokenLogprob, ...]] = {}
         self.begun: set[int] = set()
@@ -40,6 +41,11 @@ class Answer:
 
     def kind(self, *, chunk: bool) -> str:
         return ("chat.completion.chunk" if chunk else "chat.completion") if self.asked.chat else "text_completion"
+
+    def event(self, choice: dict[str, Any]) -> bytes:
+        """A streamed choice as a server-sent event: `sse` of its frame, whose beginning is made once."""
+        self.begin = self.begin or json.dumps({**self.head, "object": self.kind(chunk=True)})[:-1]
+        return f'data: {self.begin}, "choices": [{json.dumps(choice)}]}}\n\n'.encode()
 
     def frame(self, choices: list[dict], *, chunk: bool, usage: bool) -> dict[str, Any]:
         told = {"usage": self.usage} if usage else {}

@@ -191,7 +191,7 @@ class Server:
                     index = part["index"]
                     part = as_message(part, chunk=True, first=index not in begun)
                     begun.add(index)
-                yield sse(answer.frame([part], chunk=True, usage=False))
+                yield answer.event(part)
             if answer.asked.include_usage:
                 yield sse(answer.frame([], chunk=True, usage=True))
             yield b"data: [DONE]\n\n"

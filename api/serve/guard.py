@@ -19,6 +19,7 @@ from peakgpt.serve.limits import LIMITS, Limits
 from peakgpt.serve.schema import BadRequest
 
 OPEN = "/health"  # needs no key
+CHUNK = "peakgpt.chunk"  # ASGI extension: Protocol.chunk
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -125,6 +126,14 @@ def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
             super().handle_events()
             begun = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]
             self._expect("body" if self.conn.their_state is h11.SEND_BODY else "head" if begun else None)
+            if self.scope is not None and self.scope["http_version"] == "1.1":
+                self.scope["extensions"] = {CHUNK: self.chunk}
+
+        async def chunk(self, data: bytes) -> None:
+            """Send a part of an answer that has begun without a length: what `send` does, in a tenth of its time."""
+            await self.flow.drain()
+            if not self.transport.is_closing():
+                self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
         def send_400_response(self, msg: str) -> None:
             """Of h11's exception, which is being handled."""

@@ -17,6 +17,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from peakgpt.engine.scheduler import Output
+from peakgpt.serve.guard import CHUNK
 from peakgpt.serve.schema import BadRequest
 from peakgpt.serve.worker import Job, Worker
 
@@ -84,11 +85,16 @@ class EventStream(Response):
         try:
             async with contextlib.aclosing(self.events):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                write = scope.get("extensions", {}).get(CHUNK)
                 async for data in self.events:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    await (write(data) if write else send(body(data, more=True)))
+                await send(body(b"", more=False))
         finally:
             self.outputs.end()
+
+
+def body(data: bytes, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": more}
 
 
 def sse(data: dict[str, Any]) -> bytes:
