@@ -52,18 +52,36 @@ def folder(tmp_path_factory):
 
 # In a process of its own: what keeps the harness off the network is read when its packages are imported.
 EVALUATE = """
-import json, sys
+import json, socket, sys, threading
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 import peakgpt.harness
 folder, *tasks = sys.argv[1:]
 manager, found = TaskManager(include_path=folder, include_defaults=False), {}
-for model, more in (("hf", {"device": "cpu", "dtype": "float32", "batch_size": 2}), ("peakgpt", {})):
-    more["pretrained"] = folder + "/model"
-    got = simple_evaluate(model, model_args=more, tasks=tasks, task_manager=manager,
-                          bootstrap_iters=0, log_samples=True)
+
+def evaluate(kind, tasks, **more):
+    got = simple_evaluate(kind, model_args={"pretrained": folder + "/model", **more}, tasks=tasks,
+                          task_manager=manager, bootstrap_iters=0, log_samples=True)
     samples = {task: [[row["doc_id"], row["resps"]] for row in rows] for task, rows in got["samples"].items()}
-    found[model] = {"results": got["results"], "samples": samples}
+    found[kind] = {"results": got["results"], "samples": samples}
+
+evaluate("hf", tasks, device="cpu", dtype="float32", batch_size=2)
+evaluate("peakgpt", tasks)
+try:
+    import uvicorn
+    from peakgpt.serve import app, guard
+except ImportError:
+    pass
+else:
+    tokens, model = (getattr(peakgpt.harness, name) for name in ("Tokenizer", "GPT"))
+    tokens, model = tokens.load(folder + "/model"), model.from_pretrained(folder + "/model")
+    server = app.Server(peakgpt.harness.Engine(model, tokens), tokens, name="local")
+    listening = socket.create_server(("127.0.0.1", 0))
+    run = uvicorn.Server(guard.config(server.app)).run
+    threading.Thread(target=run, args=([listening],), daemon=True).start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
+    evaluate("local-completions", ["peak_choice"], model="local", base_url=url, tokenizer=folder + "/model",
+             tokenizer_backend="huggingface", max_length=64)
 json.dump(found, open(folder + "/found.json", "w"))
 """
 
@@ -81,12 +99,26 @@ def same(ours, theirs):
         assert theirs == (pytest.approx(ours, abs=1e-4, rel=1e-5) if isinstance(ours, float) else ours)
 
 
-def test_metrics_are_those_of_the_harness_own_model(folder):
+@pytest.fixture(scope="module")
+def found(folder):
+    """By model: what the harness found."""
     pytest.importorskip("accelerate", reason="accelerate, which the harness's own model needs, is not installed")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     command = [sys.executable, "-c", EVALUATE, str(folder), *(f"peak_{name}" for name in TASKS)]
     done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((folder / "found.json").read_text())
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_metrics_are_those_of_the_harness_own_model(found):
     assert len(found["hf"]["samples"]) == len(TASKS)
     same(found["peakgpt"], found["hf"])
+
+
+def test_its_client_gets_the_same_from_the_server(found):
+    """The harness cuts one question for its client by a token more: it asks for one new token."""
+    if "local-completions" not in found:
+        pytest.skip("the packages of peakgpt[serve] are not installed")
+    ours, theirs = (dict(found[name]["samples"]["peak_choice"]) for name in ("local-completions", "hf"))
+    assert len(ours) == 8 and ours.pop(3) != theirs.pop(3)
+    same(ours, theirs)

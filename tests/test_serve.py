@@ -31,7 +31,9 @@ ChatTemplate = importlib.import_module("peakgpt.serve.chat").ChatTemplate
 guard = importlib.import_module("peakgpt.serve.guard")
 LIMITS = importlib.import_module("peakgpt.serve.limits").LIMITS
 
-LIMITS_HERE = dataclasses.replace(LIMITS, header_s=0.5, body_s=0.5, queue=40, connections=30, body_bytes=1 << 15)
+LIMITS_HERE = dataclasses.replace(
+    LIMITS, header_s=0.5, body_s=0.5, write_s=0.5, queue=40, connections=30, body_bytes=1 << 15
+)
 KEY = "right key"
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 CANARY = {"prompt": "the canary", "seed": 7, "max_tokens": 20, "logprobs": 3, "echo": True, "temperature": 0.9}
@@ -54,10 +56,12 @@ def model(tokenizer):
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, model, tokenizer, **options):
+    def __init__(self, model, tokenizer, send_bytes=None, **options):
         self.engine = Engine(model, tokenizer, blocks=40)
         self.server = serve.Server(self.engine, tokenizer, name="tiny", limits=LIMITS_HERE, **options)
         listening = socket.create_server(("127.0.0.1", 0))
+        if send_bytes:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         self.port = listening.getsockname()[1]
         self.uvicorn = uvicorn.Server(guard.config(self.server.app, LIMITS_HERE))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve([listening])))
@@ -117,6 +121,14 @@ def test_completions_echo_and_log_probabilities(client, model, tokenizer):
         assert choice.logprobs.token_logprobs[1:] == pytest.approx(score.logprobs, abs=1e-6)
         assert "".join(choice.logprobs.tokens) == text and choice.logprobs.text_offset[0] == 0
     assert answer.usage.prompt_tokens == sum(map(len, ids)) and answer.usage.completion_tokens == 0
+
+
+def test_the_id_that_ends_a_text_has_its_log_probability(client, tokenizer):
+    """lm-eval takes the last entry for the new token, and sums those before."""
+    ids = tokenizer.encode("the canary")
+    ending = {"max_tokens": 1, "logit_bias": {str(tokenizer.end_id): 100}}
+    told = client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=1, **ending).choices[0]
+    assert told.text == "the canary" and len(told.logprobs.token_logprobs) == len(ids) + 1
 
 
 def test_streams_add_up_to_the_whole(client):
@@ -202,7 +214,8 @@ def test_the_wrong_model_type_host_and_header(running):
     assert running.ask("/v1/completions", {"prompt": "x", "model": "other"})[0] == 404
     assert running.ask("/v1/completions", {"prompt": "x"}, {"content-type": "text/plain"})[0] == 415
     assert running.ask("/health", headers={"host": "evil.example"})[0] == 403
-    assert running.ask("/health", headers={"x": "y" * (17 << 10)})[0] in (400, 431)
+    status, answer = running.ask("/health", headers={"x": "y" * (17 << 10)})
+    assert status == 431 and answer["error"]["message"]
 
 
 def test_every_path_but_health_wants_the_key(model, tokenizer):
@@ -237,6 +250,49 @@ def test_slow_bodies_are_cut_off(running):
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
                      b"content-length: 100\r\n\r\n{")  # fmt: skip
         assert b"408" in slow.recv(1000)
+
+
+def test_bodies_that_nobody_reads_are_cut_off(running):
+    """What no path reads is not waited for longer, whatever comes of it."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as slow:
+        slow.sendall(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{")
+        assert b"404" in slow.recv(1000)
+        begin = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() - begin < 5:
+                slow.sendall(b"x")
+                time.sleep(0.1)
+
+
+def test_a_client_that_does_not_read_is_cut_off(model, tokenizer):
+    small = Running(model, tokenizer, send_bytes=4096)
+    try:
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", small.port))
+            deaf.sendall(posted({"prompt": ["x"] * 8, "max_tokens": 120, "seed": 1, "stream": True}))
+            until = time.monotonic() + 10
+            while not (connections := small.uvicorn.server_state.connections):
+                assert time.monotonic() < until
+            while connections:
+                assert time.monotonic() < until, "the connection is still there"
+                time.sleep(0.01)
+            assert small.idle() == 40
+    finally:
+        small.close()
+
+
+@pytest.mark.parametrize(("sent", "status"), [
+    (b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * (20 << 10), 431),
+    (b"GET /" + b"y" * (20 << 10) + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", 431),
+    (b"\x16\x03\x01 what\r\n\r\n", 400), (b"GET / HTTP/1.1\r\n\r\n", 400),
+    (b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n", 400),
+], ids=["header", "target", "no HTTP", "no host", "length"])  # fmt: skip
+def test_heads_are_refused_in_openais_shape(running, sent, status):
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as asked:
+        asked.sendall(sent)
+        head, _, body = b"".join(iter(lambda: asked.recv(4096), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(f"HTTP/1.1 {status} ".encode()) and json.loads(body)["error"]["message"]
 
 
 def test_too_many_connections_are_refused(running):

@@ -62,7 +62,8 @@ class Answer:
         logprobs = None
         if output.logprobs is not None:
             shown = output.logprobs
-            if isinstance(output.stopped_by, int):  # the id that ended the text is not part of it
+            # The id that ended the text is told of completions, as OpenAI does: lm-eval takes the last one as new.
+            if self.asked.chat and isinstance(output.stopped_by, int):
                 shown = shown[:-1]
             logprobs = self._chat_logprobs(shown) if self.asked.chat else self._logprobs(index, number, shown, first)
         if first and self.asked.echo:
