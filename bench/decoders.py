@@ -21,6 +21,7 @@ from peakgpt.bench.graphs import onnxruntime_decoder, openvino_decoder
 from peakgpt.bench.models import Contender, ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.paged import BLOCK
+from peakgpt.engine.stepper import CachedStepper
 
 Continue = Callable[[], Tensor]  # -> (streams, tokens) int64
 FORMS = ("float32", "bfloat16", "int8", "int4")
@@ -53,6 +54,21 @@ def _ours(group: int, state, config: GPTConfig, ids: Tensor, case: Case, form: s
         for output in engine.outputs():
             texts[output.request] += output.tokens
         return torch.tensor(list(texts.values()))
+
+    return run
+
+
+def _ops(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
+    """Our ops, one after the other, with a contiguous cache: what promises no bits."""
+    model = our_model(state, config, form)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        step = CachedStepper(model, len(ids), case.prompt + case.tokens, None)
+        tokens = [step(ids).argmax(-1)]
+        for _ in range(case.tokens - 1):
+            tokens.append(step(tokens[-1][:, None]).argmax(-1))
+        return torch.stack(tokens, 1)
 
     return run
 
@@ -112,6 +128,7 @@ def _ctranslate2(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -
 CONTENDERS = {
     "peakgpt": Contender(partial(_ours, 64), forms=FORMS),
     "peakgpt by 32": Contender(partial(_ours, 32), forms=("int4",)),
+    "peakgpt by ops": Contender(partial(_ops)),
     "eager": Contender(eager_decoder),
     "transformers": Contender(_transformers, package="transformers"),
     "llama.cpp": Contender(llama_decoder, package="llama_cpp", forms=FORMS, distribution="llama-cpp-python"),
