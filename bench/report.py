@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from peakgpt.bench.findings import OURS, Findings
 from peakgpt.kernels.clock import Result, Timing, ratio
+from peakgpt.kernels.files import write_whole
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2128;background:#fff}
@@ -273,9 +273,7 @@ def write_report(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>peakgpt run</title><style>{STYLE}</style><h1>peakgpt run</h1>{''.join(parts)}</html>\n"
     )
-    temporary = Path(f"{path}.partial")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(Path(path), page.encode())
 
 
 def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.families import FAMILIES, OWN, Family, family_of, nearest
+from peakgpt.kernels.files import flush
 
 if TYPE_CHECKING:
     from peakgpt.engine.tokenizer import Tokenizer
@@ -327,14 +328,14 @@ def replace(folder: Path, fill: Callable[[Path], None]) -> None:
             files = sorted(stage.iterdir(), key=lambda file: file.name in ENTRIES)
             new = {file.name for file in files}
             for file in files:
-                _flush(file)
+                flush(file)
             if INDEX in new:
                 _remove(folder / name for name in ENTRIES)
             for file in files:
                 os.replace(file, folder / file.name)
             if new.intersection(ENTRIES):
                 _remove(path for path in folder.iterdir() if _is_weights(path.name) and path.name not in new)
-            _flush(folder)
+            flush(folder)
     except OSError as error:
         raise OSError(f"checkpoint {folder}: {error.strerror or error}, expected a folder to write into") from None
 
@@ -357,15 +358,6 @@ def _stage(folder: Path, made: bool) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
         if made and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---- resuming a run ----

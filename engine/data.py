@@ -14,7 +14,6 @@ Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", 
 import hashlib
 import json
 import math
-import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from peakgpt.engine.corpus import Corpus
 from peakgpt.engine.tokenizer import Tokenizer
+from peakgpt.kernels.files import write_whole
 
 FORMAT = "peakgpt.tokens.1"
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: few files, and one buffer of it fits anywhere
@@ -74,7 +74,7 @@ def write_shards(
         for block in _regroup(token_iter, vocab_size, DTYPES[dtype], shard_tokens):
             sha256 = hashlib.sha256(block).hexdigest()
             file = f"{name}-{len(shards):05d}-{sha256[:12]}.bin"
-            _write(folder / file, block)
+            write_whole(folder / file, block)
             shards.append({"file": file, "tokens": len(block), "sha256": sha256})
         if not shards:
             raise ValueError(f"shards {folder / name}: got no tokens, expected at least 1")
@@ -87,7 +87,7 @@ def write_shards(
             "corpus": corpus_digest,
             "shards": shards,
         }
-        _write(folder / f"{name}.json", json.dumps(index, indent=2).encode())
+        write_whole(folder / f"{name}.json", json.dumps(index, indent=2).encode())
     finally:
         _sweep(folder, name)
 
@@ -124,26 +124,6 @@ def _regroup(
                 filled = 0
     if filled:
         yield block[:filled]
-
-
-def _write(path: Path, data: bytes | np.ndarray) -> None:
-    """Put data at path, whole or not at all, and on the disk before returning."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name itself; Windows can not open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @dataclass(frozen=True)

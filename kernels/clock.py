@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from peakgpt.kernels.files import write_whole
+
 MIN_TIMING_S = 2e-3  # perf_counter and a thread pool's wake-up cost some 10 us: under 1 % of this
 JUDGED_S = 0.2  # /proc/stat counts in 10 ms ticks: 0.2 s on one CPU is 20 ticks, so that 10 % is 2
 TICK_ERROR = 2  # each reading may be off by one tick at either end
@@ -382,16 +384,7 @@ def write_results(
                 "checks": list(checks), "failures": list(failures)}  # fmt: skip
     text = "{\n" + ",\n".join(f"{json.dumps(key)}: {_json_rows(value)}" for key, value in document.items()) + "\n}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")  # mkstemp's would be readable to its owner only
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, f"{text}\n".encode())
 
 
 def _json_rows(value: Any) -> str:
