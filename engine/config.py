@@ -53,6 +53,7 @@ class GPTConfig:
         bias: whether layers and norms have one, or the parts that do: "qkv", "out", "mlp", "norm".
         tied_head: whether the head is the token embedding. head_bias: whether an untied head has a bias.
         logit_scale: factor on the logits.
+        z_loss: factor on the square of the log of the softmax's denominator, added to the loss while training.
         dropout: probability after each branch, while training.
         embedding_dropout, attention_dropout: after the embedding, and of an attention weight; None means dropout.
     Raises:
@@ -90,6 +91,7 @@ class GPTConfig:
     tied_head: bool = True
     head_bias: bool = False
     logit_scale: float = 1.0
+    z_loss: float = 0.0
     dropout: float = 0.0
     embedding_dropout: float | None = None
     attention_dropout: float | None = None
@@ -119,6 +121,8 @@ class GPTConfig:
         for name in ("layer_norm_epsilon", "rotary_base", "logit_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}, expected more than 0")
+        if not self.z_loss >= 0:
+            raise ValueError(f"GPTConfig: z_loss is {self.z_loss}, expected at least 0")
         if self.head_bias and self.tied_head:
             raise ValueError("GPTConfig: head_bias is True with a tied head, expected tied_head False beside it")
         self._check_mlp()

@@ -35,14 +35,23 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(make() for _ in range(experts))
         self.per_token = per_token
 
-    def forward(self, x: Tensor, balance: list[Tensor] | None = None) -> Tensor:
-        """Map x, (..., C), to (..., C); `balance` gets this layer's, a float32 scalar. Padding counts in it."""
+    def forward(self, x: Tensor, balance: list[Tensor] | None = None, start: Tensor | None = None) -> Tensor:
+        """Map x, (..., C), to (..., C).
+
+        Args:
+            balance: gets this layer's, a float32 scalar.
+            start: (B,) integers of x (B, T, C), the tokens before which are padding and do not count in the balance.
+        """
         flat, k, count = x.flatten(0, -2), self.per_token, len(self.experts)
         p = linear(flat.float(), self.router.weight.float()).softmax(-1)  # (N, E)
         top, chosen = p.topk(k)
         if balance is not None:
-            first = torch.nn.functional.one_hot(chosen[:, 0], count).float()
-            balance.append(count * (first.mean(0) * p.mean(0)).sum())
+            first, likely = torch.nn.functional.one_hot(chosen[:, 0], count).float(), p
+            if start is not None:
+                live = (torch.arange(x.shape[1], device=x.device) >= start[:, None]).flatten()
+                share = live * (len(live) / live.sum())
+                first, likely = first * share[:, None], p * share[:, None]
+            balance.append(count * (first.mean(0) * likely.mean(0)).sum())
         expert, order = chosen.flatten().sort(stable=True)  # place i holds choice order[i] of N k
         rows = _rows(flat, order // k).split(torch.bincount(expert, minlength=count).tolist())
         done = torch.cat([run(some) for run, some in zip(self.experts, rows, strict=True)])

@@ -276,7 +276,7 @@ class Block(nn.Module):
             return _dropped(self.attn(h, cache, self.layer, positions), drop)
 
         def think(h: Tensor) -> Tensor:
-            y = self.mlp(h, balance) if isinstance(self.mlp, Experts) else self.mlp(h)
+            y = self.mlp(h, balance, positions.start) if isinstance(self.mlp, Experts) else self.mlp(h)
             return _dropped(y, drop)
 
         run = RESIDUALS[self.residual]

@@ -193,7 +193,7 @@ class GPT(Conv1DLoading):
         start: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """Compute logits, or the mean loss where targets are given, while training with what balances experts.
+        """Compute logits, or the mean loss where targets are given, while training with what the config adds to it.
 
         Args:
             ids: (B, T) int64 or int32.
@@ -209,13 +209,15 @@ class GPT(Conv1DLoading):
         h = self.features(ids, start=start, balance=balance)
         if targets is None:
             return self.head(h)
+        z_loss = self.config.z_loss if self.training else 0.0
         if self.config.head_bias or self._quantised_head or self._fp8_head:  # linear_cross_entropy takes none of them
             logits = self.head(h).flatten(0, 1).float()
             loss = F.cross_entropy(logits, targets.flatten(), reduction="mean" if weight is None else "none")
             loss = loss if weight is None else (loss * weight.flatten()).sum()
+            loss = loss if z_loss == 0.0 else loss + z_loss * _mean_square_lse(logits, targets, weight)
         else:
             reduction = "mean" if weight is None else "sum"
-            loss = linear_cross_entropy(h, self._head_weight, targets, weight, reduction=reduction)
+            loss = linear_cross_entropy(h, self._head_weight, targets, weight, reduction=reduction, z_loss=z_loss)
         if not balance:
             return loss
         share = 1.0 if weight is None else (weight * (targets != -100)).sum()  # of a batch that comes in parts
@@ -314,6 +316,13 @@ class GPT(Conv1DLoading):
         """
         groups = decay_groups(self, weight_decay)
         return AdamW(groups, lr, betas, eps, max_norm=max_norm, dtype=dtype)
+
+
+def _mean_square_lse(logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
+    """(log sum exp)^2 of (N, V) logits over the targets that count, or their weighted sum."""
+    live = targets.flatten() != -100
+    share = live / live.sum() if weight is None else live * weight.flatten()
+    return (share * logits.logsumexp(-1).square()).sum()
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:

@@ -51,6 +51,7 @@ PALM = {
     "activation": "silu",
     "gated_mlp": True,
     "bias": False,
+    "z_loss": 1e-4,
 }
 GOPHER = {"block_size": 2048, "vocab_size": 32000, "norm": "rms", "position": "transformer_xl", "bias": False}
 BLOOM = {"block_size": 2048, "vocab_size": 250880, "position": "alibi", "embedding_norm": True}

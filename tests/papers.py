@@ -90,7 +90,8 @@ def palm(c, ids, w):
         h = layer_norm(x, w[f"{at}.ln_1.weight"])
         x = x + gated(h, w, f"{at}.mlp", silu) + attend(c, h, w, at, score)
     x = layer_norm(x, w["transformer.ln_f.weight"])
-    return x @ w["transformer.wte.weight"].T / math.sqrt(c.n_embd), 0.0
+    logits = x @ w["transformer.wte.weight"].T / math.sqrt(c.n_embd)
+    return logits, 1e-4 * logits.exp().sum(-1).log().pow(2).mean()  # section 5: 1e-4 log^2 Z
 
 
 def gopher(c, ids, w):

@@ -87,3 +87,18 @@ def test_the_loss_is_added_only_while_training():
     (one,) = balance
     assert 0.9 < one < E
     torch.testing.assert_close(model.train()(ids, ids) - model.eval()(ids, ids), 0.5 * one)
+
+
+def test_padding_does_not_count_in_the_balance():
+    _, ours = pair()
+    x, start, found = torch.randn(2, 7, C), torch.tensor([0, 4]), []
+    ours(x, found, start)
+    ours(torch.cat((x[0], x[1, 4:])), found)
+    torch.testing.assert_close(*found)
+    torch.manual_seed(2)
+    config = peakgpt.GPTConfig(n_layer=2, n_head=2, n_embd=C, block_size=9, vocab_size=23, experts=E)
+    model, ids = peakgpt.GPT(config), torch.randint(23, (1, 9))
+    alone, padded = [], []
+    model.features(ids[:, 3:], balance=alone)
+    model.features(ids, start=torch.tensor([3]), balance=padded)
+    torch.testing.assert_close(padded, alone)

@@ -272,6 +272,7 @@ def test_bad_input_is_named():
         ({"experts": -1}, "experts is -1, expected a positive integer"),
         ({"experts": 1}, "experts_per_token is 2 and experts_every 2, expected at most experts 1 and n_layer 2"),
         ({"experts": 4, "experts_every": 3}, "experts_every 3, expected at most experts 4 and n_layer 2"),
+        ({"z_loss": -1.0}, "z_loss is -1.0, expected at least 0"),
         ({"experts": 4, "balance_loss": -1.0}, "balance_loss is -1.0, expected at least 0"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
