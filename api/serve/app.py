@@ -63,6 +63,8 @@ class Server:
         self.metrics.load.set_function(lambda: self.worker.load)
         self.metrics.free.set_function(lambda: engine.pool.free_blocks)
         self.block_size, self.vocab_size = engine.config.block_size, engine.config.vocab_size
+        # Characters of the longest prompt that fits: each token is its vocabulary's longest.
+        self.longest = self.block_size * max(map(len, tokenizer.library.get_vocab()))
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._life)
         for path, method, answer in (
             ("/", "GET", self._page), ("/health", "GET", self._health), ("/metrics", "GET", self._tell_metrics),
@@ -146,6 +148,10 @@ class Server:
         return EventStream(content, outputs) if wanted.stream else JSONResponse(content)
 
     def _job(self, wanted: Asked, prompts: list[str | list[int]]) -> tuple[Job, Answer]:
+        for text in filter(lambda p: isinstance(p, str) and len(p) > self.longest, prompts):
+            # Refused before the time for encoding it is spent.
+            raise BadRequest(f"prompt: got {len(text)} characters, expected up to {self.longest}", param="prompt",
+                             code="context_length_exceeded")  # fmt: skip
         ids = [self.tokenizer.encode(p) or [self.tokenizer.end_id] if isinstance(p, str) else p for p in prompts]
         made = []
         for one in ids:
@@ -203,7 +209,8 @@ class Server:
     # ---- what requests share
 
     async def _read(self, request: Request) -> dict[str, Any]:
-        return parse(await read_body(request, self.limits), self.limits)
+        # In a thread: a megabyte of brackets takes half a second, for which no stream may wait.
+        return await asyncio.to_thread(parse, await read_body(request, self.limits), self.limits)
 
     def _needed(self, fields: dict[str, Any], name: str) -> Any:
         if name not in fields:

@@ -13,6 +13,7 @@ import sys
 
 import h11
 import uvicorn
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from peakgpt.serve.limits import LIMITS, Limits
@@ -102,6 +103,8 @@ async def read_body(request, limits: Limits) -> bytes:
         await asyncio.wait_for(read(), limits.body_s)
     except asyncio.TimeoutError:
         raise BadRequest(f"body: not there after {limits.body_s} s", status=408) from None
+    except ClientDisconnect:
+        raise BadRequest("the client went away", status=499) from None
     return bytes(body)
 
 
