@@ -35,7 +35,31 @@ def swap_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.t() if name.endswith(CONV1D) else tensor for name, tensor in state.items()}
 
 
-class Conv1DLoading(nn.Module):
+class Renaming(nn.Module):
+    """A module that also takes the state dicts of its counterparts in torch and transformers, by itself or in a model.
+
+    `COUNTERPARTS` has a row of their names for each of our modules, in one order; several of theirs are stacked.
+    """
+
+    COUNTERPARTS: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for row in self.COUNTERPARTS:
+            for kind in ("weight", "bias"):
+                _rename(state_dict, prefix, row, kind)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _rename(state: dict[str, Tensor], prefix: str, row: Mapping[str, tuple[str, ...]], kind: str) -> None:
+    """Put what is there under the names of a row under ours."""
+    for ours, names in row.items():
+        theirs = [f"{prefix}{name}{kind}" for name in names]
+        if all(name in state for name in theirs):
+            parts = [state.pop(name) for name in theirs]
+            state[f"{prefix}{ours}.{kind}"] = parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Conv1DLoading(Renaming):
     """A module that loads state dicts in either layout."""
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False, *, conv1d: bool = False):
@@ -94,6 +118,14 @@ def norm(config: GPTConfig) -> LayerNorm | RMSNorm:
 class GELUMLP(Conv1DLoading):
     """GPT-2's MLP: c_fc, activation, c_proj."""
 
+    COUNTERPARTS = tuple(
+        {"c_fc": (up,), "c_proj": (down,)}
+        for up, down in (
+            ("0.", "2."), ("fc1.", "fc2."), ("fc_in.", "fc_out."), ("dense_h_to_4h.", "dense_4h_to_h."),
+            ("lin1.", "lin2."), ("wi.", "wo."),
+        )
+    )  # fmt: skip
+
     def __init__(
         self, n_embd: int, n_inner: int | None = None, *, bias: bool = True, activation: str = "gelu_tanh",
         device=None, dtype=None,
@@ -125,8 +157,13 @@ class GELUMLP(Conv1DLoading):
         return mlp(x, up.weight, up.bias, down.weight, down.bias, **choices)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Renaming):
     """A gated MLP: c_gate and its activation times c_fc, then c_proj."""
+
+    COUNTERPARTS = tuple(
+        {"c_gate": (gate,), "c_fc": (up,), "c_proj": (down,)}
+        for gate, up, down in (("gate_proj.", "up_proj.", "down_proj."), ("wi_0.", "wi_1.", "wo."))
+    )
 
     def __init__(
         self, n_embd: int, n_inner: int | None = None, *, bias: bool = False, activation: str = "silu",
@@ -159,6 +196,12 @@ class GatedMLP(nn.Module):
 
 class CausalSelfAttention(Conv1DLoading):
     """GPT-2's attention: c_attn makes queries, keys and values in one product, c_proj mixes the heads."""
+
+    COUNTERPARTS = (
+        {"c_attn": ("in_proj_",), "c_proj": ("out_proj.",)},
+        {"c_attn": ("q_proj.", "k_proj.", "v_proj."), "c_proj": ("out_proj.",)},
+        {"c_attn": ("q_proj.", "k_proj.", "v_proj."), "c_proj": ("o_proj.",)},
+    )
 
     def __init__(
         self, n_embd: int, n_head: int, *, n_kv_head: int | None = None, head_dim: int | None = None,

@@ -6,6 +6,9 @@ import pytest
 import torch
 import transformers
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
 
 import peakgpt
 
@@ -52,6 +55,56 @@ def test_layers_equal_the_ones_they_stand_for(ours, theirs, call):
     for name, parameter in mine.named_parameters():
         grad = grads[name].t() if layout and parameter.dim() == 2 else grads[name]
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def causal(layer, x):
+    dead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    return layer(x, x, x, attn_mask=dead, need_weights=False)[0]
+
+
+def unturned(layer, x):
+    """Llama's attention with all angles 0."""
+    tables = torch.ones(1, x.shape[1], 8), torch.zeros(1, x.shape[1], 8)
+    dead = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min).triu(1)
+    return layer(x, position_embeddings=tables, attention_mask=dead[None, None])[0]
+
+
+LLAMA = transformers.LlamaConfig(hidden_size=24, num_attention_heads=3, num_key_value_heads=1, intermediate_size=40)
+LLAMA._attn_implementation = "eager"
+T5 = transformers.T5Config(d_model=24, d_ff=40, dropout_rate=0.0, dense_act_fn="relu")
+NEOX = transformers.GPTNeoXConfig(hidden_size=24, num_attention_heads=3, intermediate_size=40, hidden_act="gelu")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "call"),
+    [
+        (lambda: peakgpt.nn.GELUMLP(24, 40, activation="gelu_erf"),
+         lambda: torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 24)), None),
+        (lambda: peakgpt.nn.GELUMLP(24, 40, activation="gelu_erf"), lambda: GPTNeoXMLP(NEOX), None),
+        (lambda: peakgpt.nn.GELUMLP(24, 40, activation="relu", bias=False), lambda: T5DenseActDense(T5), None),
+        (lambda: peakgpt.nn.GatedMLP(24, 40), lambda: LlamaMLP(LLAMA), None),
+        (lambda: peakgpt.nn.GatedMLP(24, 40, activation="relu"), lambda: T5DenseGatedActDense(T5), None),
+        (lambda: peakgpt.nn.CausalSelfAttention(24, 3),
+         lambda: torch.nn.MultiheadAttention(24, 3, batch_first=True), causal),
+        (lambda: peakgpt.nn.CausalSelfAttention(24, 3, n_kv_head=1, bias=False),
+         lambda: LlamaAttention(LLAMA, layer_idx=0), unturned),
+        (lambda: peakgpt.nn.RMSNorm(24, eps=1e-6), lambda: LlamaRMSNorm(24), None),
+    ],
+    ids=("Sequential", "GPTNeoXMLP", "T5DenseActDense", "LlamaMLP", "T5DenseGatedActDense", "MultiheadAttention",
+         "LlamaAttention", "LlamaRMSNorm"),
+)  # fmt: skip
+def test_layers_take_the_state_dicts_of_their_counterparts(ours, theirs, call):
+    """Their names, also inside of another module; and what fits no row is named."""
+    torch.manual_seed(0)
+    stock, outer = randomised(theirs()).eval(), torch.nn.ModuleDict({"part": ours()})
+    state = stock.state_dict()
+    outer.load_state_dict({f"part.{name}": tensor for name, tensor in state.items()})
+    assert state.keys() == stock.state_dict().keys()
+    x = torch.randn(2, 11, 24)
+    torch.testing.assert_close(outer.part(x), (call or torch.nn.Module.__call__)(stock, x), rtol=1e-5, atol=1e-5)
+    first = next(iter(state))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        ours().load_state_dict({name: tensor for name, tensor in state.items() if name != first})
 
 
 def test_the_layout_is_said_and_never_guessed():
