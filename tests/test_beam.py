@@ -40,11 +40,13 @@ def theirs(model, count, beams, stop, penalty, early):
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_text_is_transformers(pair, backend):
     model, reference = pair
-    beams, free = (4,) if backend == "eager" else (2, 3), theirs(reference, 12, 4, (), 1.0, False)[:, 5:]
+    many, free = 2 if backend == "eager" else 3, theirs(reference, 12, 4, (), 1.0, False)[:, 5:]
     stops = (), (int(free[0, 6]),), (int(free[1, 4]), int(free[0, 8]), 33)  # that some texts come to
     lengths = set()
     with use_backend(backend):
-        for many, stop, penalty, early in itertools.product(beams, stops, (-1.0, 0.0, 2.0), (True, False, "never")):
+        for stop, penalty, early in itertools.product(stops, (-1.0, 0.0, 2.0), (True, False, "never")):
+            if early and not stop:
+                continue  # nothing ends early
             expected = theirs(reference, 12, many, stop, penalty, early)
             ours = model.generate(PROMPT, max_new_tokens=12, beams=many, stop=stop, length_penalty=penalty,
                                   early_stopping=early)  # fmt: skip
