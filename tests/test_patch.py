@@ -507,7 +507,6 @@ class SelfAttention(torch.nn.Module):
         (lambda: transformers.BertLMHeadModel(transformers.BertConfig(**BERT)), r"\(BertLMHeadModel\): forms all"),
         (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA)), r"\(Qwen3RMSNorm\): of a class"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_strict_raises_on_anything_that_is_not_known(module, why):
     model = torch.nn.Sequential(module(), torch.nn.Linear(16, 16), torch.nn.Dropout(), torch.nn.GELU())
