@@ -14,9 +14,9 @@ from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, 
 from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
 from peakgpt.kernels.dispatch import may_overwrite_saved
 
-# Products of 512 rows run within 3 % of 1024 rows, those of 256 up to 18 % slower (float32, GPT-2's head, 2 cores of
-# Zen 4, 2026-11). A very large vocabulary gets fewer rows.
-BLOCK_ROWS, BLOCK_BYTES, LEAST_ROWS = 512, 128 << 20, 64
+# Products of 512 rows run within 3 % of 1024 rows, those of 256 up to 18 % slower in float32 and as fast in bfloat16
+# (GPT-2's head, 2 cores of Zen 4, 2026-11). A very large vocabulary gets fewer rows.
+BLOCK_ROWS, BLOCK_BYTES, LEAST_ROWS = {torch.float32: (512, 512), torch.bfloat16: (256, 512)}, 128 << 20, 64
 # Blocks whose dw is summed in bfloat16 before float32 takes over: n blocks round to sqrt((n + 1) / 2) of one rounding.
 BF16_BLOCKS = 4
 
@@ -102,7 +102,9 @@ class Products:
     def __init__(self, x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, fresh: bool):
         self.x, self.w, self.dx, self.dw, self.fresh = x, w, dx, dw, fresh
         self.wanted = dx is not None or dw is not None
-        most = max(LEAST_ROWS, min(BLOCK_ROWS, BLOCK_BYTES // (w.shape[0] * w.element_size())))
+        few, most = BLOCK_ROWS[x.dtype]
+        most = min(max(-(-x.shape[0] // BF16_BLOCKS), few), most)  # more blocks than those cost another table
+        most = max(LEAST_ROWS, min(most, BLOCK_BYTES // (w.shape[0] * w.element_size())))
         self.count = -(-x.shape[0] // most)
         self.done = 0
         self.total = None  # of dw in float32
