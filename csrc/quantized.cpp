@@ -28,10 +28,10 @@ int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 // row), then room for each thread to unpack 4 bits.
 struct QuantizedLayout {
   int64_t rows, quads, blocks;  // rows filled up so that the last tile holds 1, 2, 4 or 8
-  int8_t* bytes;
-  float* scales;    // of x
-  int32_t* starts;  // of sums: what weights without a sign add too much, taken off
-  uint8_t* panels;
+  int8_t* bytes = nullptr;
+  float* scales = nullptr;    // of x
+  int32_t* starts = nullptr;  // of sums: what weights without a sign add too much, taken off
+  uint8_t* panels = nullptr;
   int64_t size;
 
   QuantizedLayout(const QuantizedArgs& args, int parts, void* scratch) {
@@ -39,12 +39,13 @@ struct QuantizedLayout {
     rows = args.rows - rest + (rest <= 2 ? rest : rest <= 4 ? 4 : kTileRows);
     quads = Pieces(args.k, 8) * 2;
     blocks = Pieces(args.k, args.block);
-    bytes = static_cast<int8_t*>(scratch);
     const int64_t lines = Pieces(rows * quads * 4, 64) * 64, entries = Pieces(rows * blocks * 4, 64) * 64;
+    size = lines + 2 * entries + (args.bits == 4 && args.rows > kPackedRows ? parts * PanelBytes() : 0);
+    if (scratch == nullptr) return;  // asked for the size only
+    bytes = static_cast<int8_t*>(scratch);
     scales = reinterpret_cast<float*>(bytes + lines);
     starts = reinterpret_cast<int32_t*>(bytes + lines + entries);
     panels = reinterpret_cast<uint8_t*>(bytes + lines + 2 * entries);
-    size = lines + 2 * entries + (args.bits == 4 && args.rows > kPackedRows ? parts * PanelBytes() : 0);
   }
   int64_t PanelBytes() const { return kUnitPanels * quads * kLine; }
   int64_t TileRows(int64_t row) const { return std::min(kTileRows, rows - row); }
@@ -161,7 +162,8 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) total[i][v] = Set(0.0f);
   }
-  for (; blocks > 0; --blocks, quads -= block_quads, scales += rows, starts += rows, weight_scales += kPanelOutputs) {
+  constexpr int64_t kNextScales = Weight::kGrouped ? kPanelOutputs : 0;
+  for (; blocks > 0; --blocks, quads -= block_quads, scales += rows, starts += rows, weight_scales += kNextScales) {
     Ints acc[kRows][kVecs];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
