@@ -19,7 +19,7 @@ from peakgpt.engine.optim import AdamW, decay_groups
 from peakgpt.engine.recompute import parse, set_recompute
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.device import describe
-from peakgpt.kernels.dispatch import accumulate_into
+from peakgpt.kernels.gradients import accumulate_into
 
 IGNORED = -100  # targets that do not count, as in torch
 

@@ -18,7 +18,8 @@ from peakgpt.bench.check import double, whole
 from peakgpt.kernels.cpu import ext
 from peakgpt.kernels.cpu.gemm import ACTIVATE, SLOPE, gemm
 from peakgpt.kernels.device import _last_level_cache_bytes
-from peakgpt.kernels.dispatch import OPS, accumulate_into, use_backend
+from peakgpt.kernels.dispatch import OPS, use_backend
+from peakgpt.kernels.gradients import accumulate_into
 
 POISON = 1234.0
 LANES = 16  # of the widest set

@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 from peakgpt.bench.check import judge, leaf, run, run_mutating, sample, whole
-from peakgpt.kernels.dispatch import OPS, accumulate_into, load, use_backend
+from peakgpt.kernels.dispatch import OPS, load, use_backend
 from peakgpt.kernels.gpu import reduce
+from peakgpt.kernels.gradients import accumulate_into
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

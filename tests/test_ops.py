@@ -14,7 +14,8 @@ from peakgpt import _C
 from peakgpt.bench.check import CASES, LARGE_CASES, double, judge, leaf, run, sample, whole
 from peakgpt.kernels import catalogue
 from peakgpt.kernels.adamw import join, split
-from peakgpt.kernels.dispatch import OPS, accumulate_into, load, use_backend
+from peakgpt.kernels.dispatch import OPS, load, use_backend
+from peakgpt.kernels.gradients import accumulate_into
 
 BACKENDS = ("eager", "cpu", "gpu")
 IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, v in params.items())}"

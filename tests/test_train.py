@@ -10,7 +10,8 @@ from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.pair import SharedBatches
 from peakgpt.engine.model import GPT
 from peakgpt.engine.train import Recipe, Trainer, schedule
-from peakgpt.kernels.dispatch import accumulate_into, use_backend
+from peakgpt.kernels.dispatch import use_backend
+from peakgpt.kernels.gradients import accumulate_into
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 67}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, scratch, threads, workspace
 from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
-from peakgpt.kernels.dispatch import may_overwrite_saved
+from peakgpt.kernels.gradients import may_overwrite_saved
 
 # Products of 512 rows run within 3 % of 1024 rows, those of 256 up to 18 % slower in float32 and as fast in bfloat16
 # (GPT-2's head, 2 cores of Zen 4, 2026-11). A very large vocabulary gets fewer rows.
