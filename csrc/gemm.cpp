@@ -24,9 +24,6 @@ struct GemmPart {
 
 constexpr int64_t kThinRows = 4;  // up to which b is not packed
 constexpr int64_t kGroupFloats = 120 << 10;  // of packed b, to stay in the second-level cache
-constexpr int64_t kThinPanels = 16;  // of columns at a time where b is read by rows: their sums stay in the first cache
-constexpr int64_t kThinSlots = 4;    // for each time that these sums are loaded and stored
-constexpr int64_t kThinAhead = 16;   // k-rows that are asked for ahead, into the second-level cache
 
 }  // namespace
 
@@ -37,207 +34,10 @@ constexpr int64_t kThinAhead = 16;   // k-rows that are asked for ahead, into th
 
 #ifdef PEAK_ISA
 
-#include "activation_math.h"
-
-// A slot is what one lane of a product takes from each operand at a time: a float, or natively a pair of bf16.
-// Where bf16 products are not native, packing widens to float.
-template <class T>
-constexpr int kSlot = 1;
-template <>
-constexpr int kSlot<bf16> = kNativePairs ? 2 : 1;
-
-// The register tile: kRows x (kColumnVecs x kLanes) sums, with the loads of b and one broadcast of a beside them.
-constexpr int kColumnVecs = 3;
-constexpr int kRows = kRegisters == 32 ? 8 : 4;
-constexpr int kColumns = kColumnVecs * kLanes;
-// Panels of a: at least a Vec of rows, so that both operands are packed alike.
-constexpr int kRowVecs = kRows > kLanes ? kRows / kLanes : 1;
-constexpr int kPanelRows = kRowVecs * kLanes;
-
-template <class T>
-PEAK_INLINE Vec LoadSlots(const T* p, int64_t n) {
-  if constexpr (kSlot<T> == 2) {
-    return AsVec(LoadPairs(p, n));
-  } else {
-    return n >= kLanes ? Load(p) : LoadPart(p, n);
-  }
-}
-
-// One Vec of slots from k-rows at p and, for pairs, k_stride further on: n lanes, `left` of the sum's elements.
-template <class T>
-PEAK_INLINE Vec GatherSlots(const T* p, int64_t k_stride, int64_t n, int64_t left) {
-  if constexpr (kSlot<T> == 2) {
-    return AsVec(ZipPairs(p, left > 1 ? p + k_stride : nullptr, n));
-  } else {
-    return n >= kLanes ? Load(p) : LoadPart(p, n);
-  }
-}
-
-// Packs `lanes` <= kLanes rows of an operand, contiguous along k, into out[slot * width + lane].
-template <class T>
-void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t width, float* out) {
-  constexpr int64_t kStep = kLanes * kSlot<T>;
-  for (int64_t at = 0; at < k; at += kStep) {
-    Vec rows[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) rows[i] = i < lanes ? LoadSlots(p + i * stride + at, k - at) : Set(0.0f);
-    Transpose(rows);
-    const int64_t slots = std::min<int64_t>(kLanes, (k - at + kSlot<T> - 1) / kSlot<T>);
-    for (int64_t i = 0; i < slots; ++i, out += width) Store(out, rows[i]);
-  }
-}
-
-// The same for rows that are neighbours in memory.
-template <class T>
-void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t width, float* out) {
-  for (int64_t at = 0; at < k; at += kSlot<T>, out += width) {
-    Store(out, GatherSlots(p + at * k_stride, k_stride, lanes, k - at));
-  }
-}
-
-// Adds the elements of a packed panel of one Vec of rows to sums[lanes], in the order of k.
-template <class T>
-void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t lanes, bool first, float* sums) {
-  Vec sum = first ? Set(0.0f) : Load(sums, lanes);
-  [[maybe_unused]] const bf16 ones[2] = {{0x3f80}, {0x3f80}};
-  for (int64_t s = 0; s < slots; ++s, panel += width) {
-    if constexpr (kSlot<T> == 2) {
-      sum = DotPairs(sum, AsPairs(Load(panel)), SetPair(ones));
-    } else {
-      sum = sum + Load(panel);
-    }
-  }
-  Store(sums, sum, lanes);
-}
-
-// Packs rows [0, rows) of an operand as panels of `vecs` Vecs: panel, slot, lane. Missing rows are 0.
-template <class T>
-void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int64_t vecs, float* out) {
-  const int64_t width = vecs * kLanes, slots = (k + kSlot<T> - 1) / kSlot<T>;
-  for (int64_t row = 0; row < rows; row += width, out += slots * width) {
-    for (int64_t v = 0; v < vecs; ++v) {
-      const int64_t first = row + v * kLanes, lanes = std::max<int64_t>(0, std::min<int64_t>(kLanes, rows - first));
-      const T* p = static_cast<const T*>(from) + (lanes > 0 ? first * row_stride : 0);
-      k_stride == 1 ? PackAlong(p, row_stride, lanes, k, width, out + v * kLanes)
-                    : PackAcross(p, k_stride, lanes, k, width, out + v * kLanes);
-    }
-  }
-}
-
-// One slot of each lane, multiplied and added.
-template <class T>
-PEAK_INLINE Vec AddProduct(Vec sum, Vec left, Vec right) {
-  if constexpr (kSlot<T> == 2) {
-    return DotPairs(sum, AsPairs(left), AsPairs(right));
-  } else {
-    return Fma(left, right, sum);
-  }
-}
-
-// sums[kTileRows][kColumns] = (or, from the second block of k on, +=) the product of two panels over `slots`.
-template <class T, int kTileRows>
-void Tile(int64_t slots, const float* a, const float* b, bool first, float* sums) {
-  Vec acc[kTileRows][kColumnVecs];
-  for (auto& row : acc) {
-    for (Vec& v : row) v = Set(0.0f);
-  }
-  for (int64_t s = 0; s < slots; ++s, a += kPanelRows, b += kColumns) {
-    Vec right[kColumnVecs];
-    for (int j = 0; j < kColumnVecs; ++j) right[j] = Load(b + j * kLanes);
-    for (int i = 0; i < kTileRows; ++i) {
-      const Vec left = Set(a[i]);
-      for (int j = 0; j < kColumnVecs; ++j) acc[i][j] = AddProduct<T>(acc[i][j], left, right[j]);
-    }
-  }
-  for (int i = 0; i < kTileRows; ++i) {
-    for (int j = 0; j < kColumnVecs; ++j, sums += kLanes) Store(sums, first ? acc[i][j] : Load(sums) + acc[i][j]);
-  }
-}
-
-using TileFunction = void (*)(int64_t, const float*, const float*, bool, float*);
-
-// The tile for the last rows of a product, or the only ones, computes no rows that are not there.
-template <class T>
-TileFunction TileOfRows(int64_t rows) {
-  if constexpr (kRows == 8) {
-    constexpr TileFunction kTiles[] = {Tile<T, 1>, Tile<T, 2>, Tile<T, 3>, Tile<T, 4>,
-                                       Tile<T, 5>, Tile<T, 6>, Tile<T, 7>, Tile<T, 8>};
-    return kTiles[(rows < kRows ? rows : kRows) - 1];
-  } else {
-    constexpr TileFunction kTiles[] = {Tile<T, 1>, Tile<T, 2>, Tile<T, 3>, Tile<T, 4>};
-    return kTiles[(rows < kRows ? rows : kRows) - 1];
-  }
-}
-
-// What a tile of sums becomes, one Vec at a time: i counts its rows from the top of C, j its columns from the left.
-template <class T, class Out, Epilogue kEpilogue, class Act>
-PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, int64_t n) {
-  Out* c = static_cast<Out*>(args.c) + i * args.c_row + j;
-  T* pre = args.pre == nullptr ? nullptr : static_cast<T*>(args.pre) + i * args.n + j;
-  if constexpr (kEpilogue == Epilogue::kAdd) {
-    Store(c, sum + Load(c, n), n);
-  } else if constexpr (kEpilogue == Epilogue::kSlope) {
-    Vec slope;
-    const Vec value = Act::ValueAndSlope(Load(pre, n), &slope);
-    Store(c, sum * slope, n);
-    if (args.act != nullptr) Store(static_cast<T*>(args.act) + i * args.n + j, value, n);
-  } else if constexpr (kEpilogue == Epilogue::kGateSlope) {
-    Vec slope;
-    const int64_t at = i * args.n + j;
-    const Vec gate = Act::ValueAndSlope(Load(static_cast<const T*>(args.gate) + at, n), &slope), up = Load(pre, n);
-    Store(static_cast<T*>(args.dgate) + at, sum * up * slope, n);
-    Store(c, sum * gate, n);
-    if (args.act != nullptr) Store(static_cast<T*>(args.act) + at, gate * up, n);
-  } else {
-    if (args.bias != nullptr) sum = sum + Load(static_cast<const T*>(args.bias) + j, n);
-    if constexpr (kEpilogue == Epilogue::kActivate) {
-      if (pre != nullptr) Store(pre, sum, n);
-      sum = Act::Value(sum);
-    } else if constexpr (kEpilogue == Epilogue::kGate) {
-      if (pre != nullptr) Store(pre, sum, n);
-      sum = Act::Value(Load(static_cast<const T*>(args.gate) + i * args.n + j, n)) * sum;
-    }
-    Store(c, sum, n);
-  }
-}
-
-template <class T, class Out, Epilogue kEpilogue, class Act>
-void Finish(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
-  const int64_t rows = std::min<int64_t>(kRows, args.m - row), columns = std::min<int64_t>(kColumns, args.n - column);
-  for (int64_t i = 0; i < rows; ++i, sums += kColumns) {
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      FinishVec<T, Out, kEpilogue, Act>(args, Load(sums + j), row + i, column + j, columns - j);
-    }
-  }
-}
-
-// An activation's result has the type of the operands: each further one costs a second of compilation.
-template <class T, Epilogue kEpilogue>
-void FinishWith(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
-  switch (args.activation) {
-    case Activation::kGeluTanh: return Finish<T, T, kEpilogue, GeluTanh<T>>(args, sums, row, column);
-    case Activation::kGeluErf: return Finish<T, T, kEpilogue, GeluErf>(args, sums, row, column);
-    case Activation::kRelu: return Finish<T, T, kEpilogue, Relu>(args, sums, row, column);
-    case Activation::kSilu: return Finish<T, T, kEpilogue, Silu<T>>(args, sums, row, column);
-  }
-}
-
-template <class T, Epilogue kEpilogue>
-void FinishSum(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
-  args.out_dtype == DType::kFloat32 ? Finish<T, float, kEpilogue, void>(args, sums, row, column)
-                                    : Finish<T, bf16, kEpilogue, void>(args, sums, row, column);
-}
-
-template <class T>
-void FinishTile(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
-  switch (args.epilogue) {
-    case Epilogue::kStore: return FinishSum<T, Epilogue::kStore>(args, sums, row, column);
-    case Epilogue::kAdd: return FinishSum<T, Epilogue::kAdd>(args, sums, row, column);
-    case Epilogue::kActivate: return FinishWith<T, Epilogue::kActivate>(args, sums, row, column);
-    case Epilogue::kSlope: return FinishWith<T, Epilogue::kSlope>(args, sums, row, column);
-    case Epilogue::kGate: return FinishWith<T, Epilogue::kGate>(args, sums, row, column);
-    case Epilogue::kGateSlope: return FinishWith<T, Epilogue::kGateSlope>(args, sums, row, column);
-  }
-}
+#include "gemm_panels.h"
+#include "gemm_tile.h"
+#include "gemm_finish.h"
+#include "gemm_thin.h"
 
 template <class T>
 GemmTile TileOf() {
@@ -310,106 +110,6 @@ void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart
   }
 }
 
-// out[i * kColumns + lane] = (or, from the second block of k on, +=) the sums of kThin rows of a and kLanes columns of b,
-// b read where it lies: it is transposed in registers. Slot by slot as in Tile, so to the same bits.
-template <class T, int64_t kThin>
-void ThinSums(const float* a, const T* b, int64_t stride, int64_t lanes, int64_t depth, bool first, float* out) {
-  constexpr int64_t kStep = kLanes * kSlot<T>;
-  Vec sums[kThin];
-  for (Vec& sum : sums) sum = Set(0.0f);
-  for (int64_t at = 0; at < depth; at += kStep) {
-    Vec right[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) {
-      right[j] = j < lanes ? LoadSlots(b + j * stride + at, depth - at) : Set(0.0f);
-      __builtin_prefetch(b + (j + kLanes) * stride + at, 0, 2);  // the next columns, into the second-level cache
-    }
-    Transpose(right);
-    const int64_t slots = std::min<int64_t>(kLanes, (depth - at + kSlot<T> - 1) / kSlot<T>);
-    for (int64_t s = 0; s < slots; ++s, a += kPanelRows) {
-      for (int64_t i = 0; i < kThin; ++i) sums[i] = AddProduct<T>(sums[i], Set(a[i]), right[s]);
-    }
-  }
-  for (int64_t i = 0; i < kThin; ++i, out += kColumns) Store(out, first ? sums[i] : Load(out) + sums[i]);
-}
-
-// Panels [begin, end) of columns of a product with kThin rows: nothing of b would be used twice, so it is not packed.
-// Here its columns are contiguous along k.
-template <class T, int64_t kThin>
-void ThinPanels(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
-  alignas(64) float tile[kThin * kColumns];
-  for (int64_t column = begin * kColumns; column < std::min(end * kColumns, args.n); column += kColumns) {
-    for (int64_t j = 0; j < std::min<int64_t>(kColumns, args.n - column); j += kLanes) {
-      const T* b = static_cast<const T*>(args.b) + (column + j) * args.b_col;
-      const int64_t lanes = std::min<int64_t>(kLanes, args.n - column - j);
-      for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
-        ThinSums<T, kThin>(a + k / kSlot<T> * kPanelRows, b + k, args.b_col, lanes, std::min(depth, args.k - k), k == 0,
-                           tile + j);
-      }
-    }
-    FinishTile<T>(args, tile, 0, column);
-  }
-}
-
-// Adds kSlots slots of kThin rows of a and a k-row of b each, `columns` wide, to sums: panels of kThin x kColumns.
-template <class T, int64_t kThin, int64_t kSlots>
-PEAK_INLINE void AddAcross(const float* a, const T* b, int64_t stride, int64_t columns, int64_t left, float* sums) {
-  constexpr int64_t kStep = kSlot<T>;
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    float* at = sums + j / kColumns * kThin * kColumns + j % kColumns;
-    Vec right[kSlots];
-    for (int64_t s = 0; s < kSlots; ++s) {
-      right[s] = GatherSlots(b + s * kStep * stride + j, stride, columns - j, left - s * kStep);
-      for (int64_t k = 0; k < kStep; ++k) __builtin_prefetch(b + (kThinAhead + s * kStep + k) * stride + j, 0, 2);
-    }
-    for (int64_t i = 0; i < kThin; ++i) {
-      Vec sum = Load(at + i * kColumns);
-      for (int64_t s = 0; s < kSlots; ++s) sum = AddProduct<T>(sum, Set(a[s * kPanelRows + i]), right[s]);
-      Store(at + i * kColumns, sum);
-    }
-  }
-}
-
-// The same panels where b's columns are neighbours in memory: its rows are read in their order.
-template <class T, int64_t kThin>
-void ThinAcross(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
-  constexpr int64_t kSums = kThinPanels * kThin * kColumns, kStep = kSlot<T>;
-  alignas(64) float total[kSums], block[kSums];
-  for (int64_t panel = begin; panel < end; panel += kThinPanels) {
-    const int64_t column = panel * kColumns;
-    const int64_t columns = std::min(std::min(end, panel + kThinPanels) * kColumns, args.n) - column;
-    const T* b = static_cast<const T*>(args.b) + column;
-    for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
-      float* sums = k == 0 ? total : block;
-      std::fill_n(sums, kSums, 0.0f);
-      const int64_t stop = std::min(k + depth, args.k);
-      int64_t at = k;
-      const auto slots = [&] { return a + at / kStep * kPanelRows; };
-      const auto rows = [&] { return b + at * args.b_k; };
-      for (; at + kThinSlots * kStep <= stop; at += kThinSlots * kStep) {
-        AddAcross<T, kThin, kThinSlots>(slots(), rows(), args.b_k, columns, stop - at, sums);
-      }
-      for (; at < stop; at += kStep) AddAcross<T, kThin, 1>(slots(), rows(), args.b_k, columns, stop - at, sums);
-      for (int64_t i = 0; k > 0 && i < kSums; i += kLanes) Store(total + i, Load(total + i) + Load(block + i));
-    }
-    for (int64_t j = 0; j < columns; j += kColumns) FinishTile<T>(args, total + j * kThin, 0, column + j);
-  }
-}
-
-template <class T, int64_t kThin>
-void ThinEither(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
-  args.b_k == 1 ? ThinPanels<T, kThin>(args, depth, a, begin, end) : ThinAcross<T, kThin>(args, depth, a, begin, end);
-}
-
-template <class T>
-void MultiplyThin(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
-  switch (args.m) {
-    case 1: return ThinEither<T, 1>(args, depth, a, begin, end);
-    case 2: return ThinEither<T, 2>(args, depth, a, begin, end);
-    case 3: return ThinEither<T, 3>(args, depth, a, begin, end);
-    case kThinRows: return ThinEither<T, kThinRows>(args, depth, a, begin, end);
-  }
-}
-
 #else
 
 namespace peak {
@@ -438,10 +138,6 @@ std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads)
   return best;
 }
 
-}  // namespace
-
-namespace {
-
 void GemmThin(const GemmArgs& args, const GemmTile& tile, int64_t depth, int threads) {
   float* const a = Floats(Up(args.k, tile.slot) / tile.slot * tile.rows);
   PEAK_PICK_DTYPE(args.dtype, PackRows)(args, {0, args.m, 0, args.n, 0, args.k, true, true}, 0, 1, a);
@@ -449,10 +145,6 @@ void GemmThin(const GemmArgs& args, const GemmTile& tile, int64_t depth, int thr
   ParallelParts(Pieces(args.n, tile.columns), threads, threads,
                 [&](int64_t, int64_t begin, int64_t end) { multiply(args, depth, a, begin, end); });
 }
-
-}  // namespace
-
-namespace {
 
 int64_t DepthOf(int64_t k, const GemmTile& tile) {
   const int64_t blocks = Pieces(k, kBlockSlots * tile.slot);
