@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peakgpt.bench.check import Check
 from peakgpt.kernels.clock import Result
 
 OURS = "peakgpt"  # contenders of ours have names that start so
+ROOT = Path(__file__).parents[1]  # of the repository, or of the installed package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,10 @@ class Failure:
     part: str = ""
     job: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("message", "traceback"):
+            object.__setattr__(self, name, without_folders(getattr(self, name)))
+
     @classmethod
     def of(cls, error: BaseException, contender: str | None = None) -> Failure:
         """From an exception that was caught."""
@@ -33,6 +41,13 @@ class Failure:
     def ours(self) -> bool:
         """Whether it is ours to mend: not what a peer can not do or has no memory for."""
         return self.contender is None or self.contender.startswith(OURS)
+
+
+def without_folders(text: str) -> str:
+    """The text with paths from this package's folder, or those that Python imports from: results are published."""
+    folders = {ROOT, *(Path(p) for p in sys.path)}
+    longest = sorted((str(f) for f in folders if f.is_absolute() and f != Path(f.root)), key=len, reverse=True)
+    return re.sub(rf"(?<![\w/.-])({'|'.join(map(re.escape, longest))})/", "", text)
 
 
 Row = Result | Check | Failure

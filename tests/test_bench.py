@@ -547,6 +547,19 @@ def test_rows_survive_the_way_between_processes():
         assert decode(json.loads(json.dumps(encode(row)))) == row
 
 
+def test_a_failure_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+    (tmp_path / "peer.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_part("peer", "", CPU)
+    told = Failure.of(caught.value)
+    for line in ('File "bench/isolate.py", line ', 'File "importlib/__init__.py", line ', 'File "peer.py", line 1'):
+        assert line in told.traceback
+    assert 'File "/' not in told.traceback
+    told = Failure(message=f"{tmp_path}/a.so: none, /other{tmp_path}/b.so: none")
+    assert told.message == f"a.so: none, /other{tmp_path}/b.so: none"  # no end of a longer path is cut
+
+
 def test_report_is_self_contained(tmp_path):
     rows = [{"contender": c, "step": s, "loss": 5.0 - s} for c in ("peakgpt", "eager") for s in range(3)]
     rows += [{"contender": "peakgpt", "step": s, "bits_per_byte": 3.5 - s} for s in (0, 2)]
