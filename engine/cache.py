@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from peakgpt.engine.config import GPTConfig
+from peakgpt.kernels.attention import attention
+
+
+class Cache(Protocol):
+    """What a model's layers know of where past tokens are."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float | None,
+        alibi: Tensor | None, bias: Tensor | None, kv_start: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Take in the keys and values of new tokens, (B, T, K, D), and attend to all that a layer then has.
+
+        Args:
+            layer: whose part of the cache.
+            q: (B, T, H, D); the rest as in peakgpt.kernels.attention.
+        Returns:
+            (B, T, H, D)
+        """
 
 
 class KVCache:
     """Preallocated keys and values of every layer for one batch of equally long sequences.
 
-    Layers write with `append`; the model moves `length` on once all of them have.
+    Layers write with `attend`; the model moves `length` on once all of them have.
     """
 
     def __init__(self, config: GPTConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str):
@@ -40,3 +60,8 @@ class KVCache:
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        """See Cache. One query sees every key: saying so spares the backends a mask."""
+        k, v = self.append(layer, k, v)  # (B, S, K, D)
+        return attention(q, k, v, causal=q.shape[1] > 1, **options)

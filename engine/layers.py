@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.cache import KVCache
+from peakgpt.engine.cache import Cache
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.experts import Experts
 from peakgpt.engine.fp8 import fp8_linear
@@ -239,7 +239,7 @@ class CausalSelfAttention(Conv1DLoading):
         self.c_proj = nn.Linear(n_head * self.head_dim, n_embd, bias=out_bias, device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, cache: KVCache | None = None, layer: int = 0, positions: Positions = NOWHERE
+        self, x: Tensor, cache: Cache | None = None, layer: int = 0, positions: Positions = NOWHERE
     ) -> Tensor:
         """Mix each token with those before it.
 
@@ -261,16 +261,15 @@ class CausalSelfAttention(Conv1DLoading):
             y = attention_qkv(qkv, n_head=self.n_head, window=self.window, scale=self.scale)
         else:
             q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
-            if cache is not None:
-                k, v = cache.append(layer, k, v)  # (B, S, K, D)
             bias = None
             if positions.relative is not None:
                 q, bias = self.relative(q, positions.relative, default_scale(self.head_dim, self.scale))
-            y = attention(
-                q, k, v, window=self.window, scale=self.scale, dropout=dropout,
-                causal=q.shape[1] > 1,  # one query sees every key: saying so spares the backends a mask
-                alibi=positions.alibi, bias=bias, kv_start=positions.start,
-            )  # fmt: skip
+            options = {"window": self.window, "scale": self.scale, "alibi": positions.alibi, "bias": bias,
+                       "kv_start": positions.start}  # fmt: skip
+            if cache is None:
+                y = attention(q, k, v, dropout=dropout, **options)
+            else:
+                y = cache.attend(layer, q, k, v, **options)
         return self._project(self.c_proj, y.flatten(2))  # (B, T, H D) -> (B, T, C)
 
     def _project(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -300,7 +299,7 @@ class Block(nn.Module):
         self.recompute = self.forgets_norms = False  # set by engine/recompute.py
 
     def forward(
-        self, x: Tensor, h: Tensor, next_norm: LayerNorm | RMSNorm | None, cache: KVCache | None = None,
+        self, x: Tensor, h: Tensor, next_norm: LayerNorm | RMSNorm | None, cache: Cache | None = None,
         positions: Positions = NOWHERE, balance: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Run one layer.

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peakgpt.engine import checkpoint, quantised_folder
-from peakgpt.engine.cache import KVCache
+from peakgpt.engine.cache import Cache, KVCache
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.fp8 import fp8_linear
 from peakgpt.engine.generate import generate, stream
 from peakgpt.engine.layers import Block, Conv1DLoading, norm
 from peakgpt.engine.optim import AdamW, decay_groups
-from peakgpt.engine.positions import positions
+from peakgpt.engine.positions import Positions, positions
 from peakgpt.engine.presets import preset
 from peakgpt.engine.quantised import QuantisedLinear
 from peakgpt.kernels.dropout import dropout
@@ -158,28 +158,47 @@ class GPT(Conv1DLoading):
                 f"GPT: ids have shape {tuple(ids.shape)} after {past} tokens, "
                 f"expected (B, T) with at most block_size {self.config.block_size} tokens in all"
             )
-        t = self.transformer
         x = self._embed(ids, past, start)  # (B, T, C)
         if self.training and self.config.embedding_dropout and cache is None:
             x = dropout(x, p=self.config.embedding_dropout)
-        where = positions(self.config, past, ids.shape[1], start, x.device)
-        after = self.config.residual == "post_norm"
+        h = self._blocks(x, positions(self.config, past, ids.shape[1], start, x.device), cache, balance)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return h
+
+    def rows(self, ids: Tensor, places: Tensor, where: Positions, cache: Cache) -> Tensor:
+        """Compute what the head reads for tokens of any number of texts, one after the other.
+
+        Args:
+            ids: (N,) int64 or int32.
+            places: (N,) integers, where each token stands in its text.
+            where: the same, for attention.
+            cache: knows whose each token is.
+        Returns:
+            (N, C), after the last norm.
+        """
+        return self._blocks(self._embed(ids[None], places, None), where, cache)[0]
+
+    def _blocks(
+        self, x: Tensor, where: Positions, cache: Cache | None, balance: list[Tensor] | None = None
+    ) -> Tensor:  # fmt: skip
+        """From the embedding, (B, T, C), to what the head reads."""
+        t, after = self.transformer, self.config.residual == "post_norm"
         h = x if after else t.h[0].ln_1(x)
         next_norms = [*(block.ln_1 for block in t.h[1:]), None if after else t.ln_f]
         for block, next_norm in zip(t.h, next_norms, strict=True):
             x, h = block(x, h, next_norm, cache, where, balance)
-        if cache is not None:
-            cache.length += ids.shape[1]
         h = linear(h, t.project_out.weight) if "project_out" in t else h
         return h if self.config.logit_scale == 1.0 else h * self.config.logit_scale
 
-    def _embed(self, ids: Tensor, past: int, start: Tensor | None) -> Tensor:
-        """What the first block reads, (B, T, C), before dropout."""
+    def _embed(self, ids: Tensor, past: int | Tensor, start: Tensor | None) -> Tensor:
+        """What the first block reads, (B, T, C), before dropout; `past` may be the place of each token, (T,)."""
         t = self.transformer
         table = t.wpe.weight if "wpe" in t else None
-        past += self.config.position_offset
-        if start is None and "project_in" not in t:
-            x = embedding(ids, t.wte.weight, table, start=past)
+        if self.config.position_offset:
+            past = past + self.config.position_offset
+        if start is None and "project_in" not in t and (table is None or isinstance(past, int)):
+            x = embedding(ids, t.wte.weight, table, start=0 if table is None else past)
         else:
             x = embedding(ids, t.wte.weight)
             x = linear(x, t.project_in.weight) if "project_in" in t else x
@@ -346,11 +365,13 @@ def _parts(config: GPTConfig) -> dict[str, nn.Module]:
     return parts
 
 
-def _position_rows(table: Tensor, first: int, tokens: int, start: Tensor | None) -> Tensor:
+def _position_rows(table: Tensor, first: int | Tensor, tokens: int, start: Tensor | None) -> Tensor:
     """Rows of the position table, (T, C), or (B, T, C) where sequences are padded: the first token takes row `first`.
 
-    What is padding takes any row: nothing attends to it.
+    What is padding takes any row: nothing attends to it. `first` may be the row of each token, (T,).
     """
+    if isinstance(first, Tensor):
+        return embedding(first[None], table)
     rows = table[first : first + tokens]
     if start is None:
         return rows

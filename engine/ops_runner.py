@@ -1,7 +1,7 @@
 """What runs chunks of many sequences: the CPU program where a model can be lowered, else the model's ops.
 
-By ops each chunk is a pass of its own, against its keys and values gathered from the blocks: for any model on any
-device, but it reads the weights once a sequence, and promises no bits.
+By ops all chunks go through the model together (engine/paged_runner.py), but for models whose positions are relative:
+there each chunk is a pass of its own, against its keys and values gathered from the blocks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.paged import BLOCK, Chunk
+from peakgpt.engine.paged_cache import PagedMemory
+from peakgpt.engine.paged_runner import PagedRunner
+from peakgpt.engine.relative import RELATIVE
+from peakgpt.kernels.attention import attention
 from peakgpt.kernels.dispatch import forced_backend
 
 if TYPE_CHECKING:
@@ -32,32 +36,20 @@ def cpu_runner(model: GPT, blocks: int) -> Runner | str:
         return str(error)
 
 
-def runner_for(model: GPT, blocks: int) -> Runner | OpsRunner:
+def runner_for(model: GPT, blocks: int) -> Runner | PagedRunner | OpsRunner:
     """The fastest that a model has here."""
     runner = cpu_runner(model, blocks)
-    return OpsRunner(model, blocks=blocks, reason=runner) if isinstance(runner, str) else runner
-
-
-class OpsMemory:
-    """Keys and values of all layers in blocks, (L, blocks, BLOCK, K, D) each."""
-
-    def __init__(self, model: GPT, blocks: int):
-        c, weight = model.config, model.transformer.wte.weight
-        shape = c.n_layer, blocks, BLOCK, c.n_kv_head, c.head_dim
-        self.blocks = blocks
-        self.keys, self.values = (torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in "kv")
-
-    def copy(self, source: int, target: int) -> None:
-        """Copy one block, of all layers."""
-        for memory in (self.keys, self.values):
-            memory[:, target] = memory[:, source]
+    if not isinstance(runner, str):
+        return runner
+    return (OpsRunner if model.config.position in RELATIVE else PagedRunner)(model, blocks=blocks, reason=runner)
 
 
 class OpsRunner:
     """A model as it is, with the cache of all its sequences; see Runner."""
 
     def __init__(self, model: GPT, *, blocks: int, reason: str = ""):
-        self.model, self.config, self.memory = model, model.config, OpsMemory(model, blocks)
+        self.model, self.config, weight = model, model.config, model.transformer.wte.weight
+        self.memory = PagedMemory(model.config, blocks, dtype=weight.dtype, device=weight.device)
         self.reason = reason  # for not being the CPU program
 
     @torch.no_grad()
@@ -76,16 +68,16 @@ class OpsRunner:
 class _View:
     """A chunk's part of the memory, as a cache that the model's layers know (engine/cache.py)."""
 
-    def __init__(self, memory: OpsMemory, chunk: Chunk):
+    def __init__(self, memory: PagedMemory, chunk: Chunk):
         self.memory, self.length = memory, chunk.past
         self.blocks = torch.tensor(list(chunk.blocks), device=memory.keys.device)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v, (1, T, K, D); returns all keys and values, (1, S, K, D)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        """See engine/cache.py; of one sequence."""
         end = self.length + k.shape[1]
         at = torch.arange(self.length, end, device=k.device)
         block, place, found = self.blocks[at // BLOCK], at % BLOCK, []
         for memory, new in ((self.memory.keys[layer], k), (self.memory.values[layer], v)):
             memory[block, place] = new[0]
             found.append(memory[self.blocks].flatten(0, 1)[None, :end])
-        return found[0], found[1]
+        return attention(q, *found, causal=q.shape[1] > 1, **options)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from peakgpt.engine.choices import Choices
 from peakgpt.engine.model import GPT
-from peakgpt.engine.ops_runner import OpsRunner, runner_for
+from peakgpt.engine.ops_runner import runner_for
 from peakgpt.engine.paged import BLOCK, BlockPool, Chunk, digests
 from peakgpt.engine.params import SamplingParams
 from peakgpt.engine.sample import TokenLogprob, Uniforms, adjust, choose, draw_seed, log_probabilities
@@ -155,7 +155,8 @@ class Engine:
     @property
     def runner_note(self) -> str:
         """Why the model runs by its ops and not by the CPU program; empty where it does not."""
-        return f"by ops: {self.runner.reason}" if isinstance(self.runner, OpsRunner) else ""
+        reason = getattr(self.runner, "reason", None)
+        return f"by ops: {reason}" if reason else ""
 
     @property
     def has_work(self) -> bool:
