@@ -37,6 +37,7 @@ from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.paged import BLOCK
 from peakgpt.engine.presets import preset
 from peakgpt.kernels.clock import Result, Spread, interleave
+from peakgpt.kernels.cpu.memory import keep_pages
 
 EVENT, LAST = b"data: ", b"data: [DONE]\n\n"
 LOOK_S = 0.002  # between looks for events: woken by each, the client would take a core for most of a step
@@ -136,6 +137,7 @@ def engine_step(request: Mapping[str, Any]) -> Callable[[], float]:
     from peakgpt.engine.scheduler import Engine, SamplingParams  # needs tokenizers
 
     config, case = GPTConfig(**request["config"]), Case(**request["case"])
+    keep_pages()  # as the server does
     state, ids = start(config, case)
     engine = Engine(our_model(state, config, request["dtype"]), blocks=blocks_for(case), streams=case.streams)
     streams = {}

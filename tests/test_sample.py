@@ -16,6 +16,8 @@ def rows(count, spread=3.0):
 KINDS = (
     {"temperature": 0.0}, {}, {"temperature": 0.7, "top_k": 50}, {"top_k": 50, "top_p": 0.5}, {"top_p": 0.9},
     {"temperature": 3.0, "top_p": 0.99}, {"min_p": 0.1}, {"top_k": 1}, {"top_k": V + 1, "top_p": 0.9},
+    {"temperature": 90.0, "top_p": 0.9}, {"temperature": 0.2, "top_p": 0.9},
+    {"temperature": 90.0, "top_p": 0.9, "min_p": 0.97},
 )  # fmt: skip
 
 
@@ -40,15 +42,35 @@ def test_largest_is_topk(k):
     assert torch.equal(values, z.topk(k).values) and torch.equal(z.gather(-1, ids), values)
 
 
-@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0])
-def test_top_p_keeps_the_fewest_that_reach_it(spread):
-    z = rows(3, spread)
-    p, ids = probabilities(z, top_p=0.9)
-    for row, kept, which in zip(z.softmax(-1), p, ids, strict=True):
-        count = int((kept > 0).sum())
-        best = row.sort(descending=True).values.double().cumsum(0)
-        assert abs(count - (int((best < 0.9).sum()) + 1)) <= 2  # two sums of 50257 numbers round differently
-        assert float(row[which[kept > 0]].min()) >= float(row.sort(descending=True).values[count - 1])
+LOGITS = {
+    "equal": torch.zeros(2, V), "nearly equal": rows(2, 0.01), "normal": rows(2, 1.0), "peaked": rows(2, 10.0),
+    "few values": rows(2, 2.0).round(), "one of 16 lower": rows(2, 1.0) - 9.0 * (torch.arange(V) % 16 == 0),
+    "one more than a guess needs": rows(2, 1.0)[:, :513], "few": rows(2, 1.0)[:, :17],
+    "of both kinds": torch.cat([rows(1, 10.0), rows(2, 0.01), rows(1, 4.0)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("top_p", [0.003, 0.9, 0.99999, 1.0])
+@pytest.mark.parametrize("name", LOGITS)
+def test_top_p_keeps_the_fewest_that_reach_it(name, top_p):
+    """By sums in float64 of the float32 probabilities, largest first."""
+    z = LOGITS[name]
+    p, ids = probabilities(z.clone(), top_p=top_p)
+    for i, row in enumerate(z.softmax(-1)):
+        kept = p[i].nonzero()[:, 0] if ids is None else ids[i][p[i] > 0]
+        assert torch.equal(row[kept], p[i][p[i] > 0]) and len(kept.unique()) == len(kept)
+        best = row.sort(descending=True).values
+        count = min(int((best.double().cumsum(0) < torch.tensor(top_p)).sum()) + 1, int((row > 0).sum()))
+        assert torch.equal(row[kept].sort(descending=True).values, best[: len(kept)]), "not the likeliest"
+        other = best[: len(kept)].double().sum() - best[:count].double().sum()
+        assert abs(float(other)) < 1e-6, (len(kept), count)  # 512 are summed in float32; one token weighs more
+
+
+def test_among_equal_tokens_the_first_are_kept():
+    p, ids = probabilities(torch.zeros(1, V), top_p=0.5)
+    assert ids is None and p[0].nonzero()[:, 0].tolist() == list(range(V // 2 + 1))
+    alone, both = (probabilities(torch.zeros(1, 1024), top_p=one)[0] for one in (0.5 + 1e-9, torch.full((1, 1), 0.5)))
+    assert torch.equal(alone, both), "top_p is the same number alone and in a column, whose are float32"
 
 
 def test_min_p_is_relative_to_the_likeliest():

@@ -14,6 +14,7 @@ import torch
 from peakgpt.engine.model import GPT
 from peakgpt.engine.scheduler import Engine
 from peakgpt.engine.tokenizer import Tokenizer
+from peakgpt.kernels.cpu.memory import keep_pages
 
 KEY = "PEAKGPT_API_KEY"
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"serve: host is {args.host} and there is no API key, expected one to let others in")
     # uvicorn drains, and then raises what it was sent once more: to have ended as asked is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    keep_pages()  # logits of 64 streams are 13 MB a step, which torch would give back and fault in again
     tokenizer = Tokenizer.load(args.checkpoint)
     model = GPT.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype))
     server = Server(
