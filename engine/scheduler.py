@@ -406,7 +406,8 @@ class Engine:
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
         if told := [i for i, p in enumerate(params) if p.logprobs is not None]:
             own = torch.cat([own for s, _, own in alive if s.params.logprobs is not None])
-            scored = log_probabilities(own, [tokens[i] for i in told], [params[i].logprobs for i in told])
+            ids = [min(tokens[i], self.config.vocab_size - 1) for i in told]  # for none, what _extend does not tell
+            scored = log_probabilities(own, ids, [params[i].logprobs for i in told])
             for i, logprob in zip(told, scored, strict=True):
                 logprobs[i] = logprob
         ends = list(accumulate(len(z) for _, z, _ in alive))
@@ -417,7 +418,7 @@ class Engine:
         """Add tokens up to the first that ends the text, or that the draft had otherwise."""
         kept, text, finish, stopped_by = 0, "", None if tokens else "length", None
         for token, drafted in zip(tokens, [*sequence.draft, None], strict=False):
-            if token >= self.config.vocab_size:  # what searching among NaN ends in
+            if token >= self.config.vocab_size:  # see choose
                 raise ArithmeticError(f"generate: the logits after {len(sequence.tokens)} tokens are no numbers")
             sequence.tokens.append(token)
             kept += 1

@@ -89,6 +89,15 @@ def test_penalties_and_bias():
     assert z.tolist() == [-float("inf"), -4.0, 0.0, 0.25, 9.5]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_logits_that_are_no_numbers_give_no_token(kind, value):
+    logits = rows(3)
+    expected = choose(logits.clone(), [SamplingParams(**kind)] * 3, [0.5] * 3).tolist()
+    logits[1, 777] = value
+    assert choose(logits, [SamplingParams(**kind)] * 3, [0.5] * 3).tolist() == [expected[0], V, expected[2]]
+
+
 def test_numbers_of_a_seed():
     numbers = Uniforms(-3, 1)
     assert [numbers[i] for i in (0, 255, 256, 3)] == uniforms(-3, 1, 0, 257)[[0, 255, 256, 3]].tolist()

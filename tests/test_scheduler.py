@@ -234,21 +234,25 @@ def test_who_fails_ends_alone(model, part):
     assert len(list(engine.stream([1, 2, 3], params_of(1)))) == 60, "the engine goes on"
 
 
-@pytest.mark.parametrize("kind", ["top_k", "whole"])
-def test_logits_that_are_no_numbers_end_one(model, kind, monkeypatch):
-    engine = Engine(model)
-    was, failed = engine.runner.step, 1 if kind == "top_k" else 3
-    crowd(engine)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("failed", range(len(KINDS)), ids=["greedy", "top_k", "top_p", "whole"])
+def test_logits_that_are_no_numbers_end_one(model, failed, value, monkeypatch):
+    """One number in one row, or all of them, after some tokens of text."""
+    for where in (50, slice(None)):
+        engine = Engine(model)
+        was = engine.runner.step
+        crowd(engine)
 
-    def spoiled(chunks):
-        logits = was(chunks)
-        for i, (sequence, _) in enumerate(engine._batch):
-            if sequence.request.id == failed and len(sequence.tokens) > sequence.prompt + 4 and len(logits) == 5:
-                logits[i] = float("nan")
-        return logits
+        def spoiled(chunks, engine=engine, was=was, where=where):
+            logits = was(chunks)
+            for i, (sequence, _) in enumerate(engine._batch):
+                if sequence.request.id == failed and len(sequence.tokens) > sequence.prompt + 4 and len(logits) == 5:
+                    logits[i, where] = float(value)
+            return logits
 
-    monkeypatch.setattr(engine.runner, "step", spoiled)
-    assert isinstance(expect_one_ended(model, engine, failed), ArithmeticError | IndexError | RuntimeError)
+        monkeypatch.setattr(engine.runner, "step", spoiled)
+        error = expect_one_ended(model, engine, failed)
+        assert isinstance(error, ArithmeticError) and "are no numbers" in str(error)
 
 
 def test_a_step_that_fails_ends_those_that_fail_alone(model, monkeypatch):
