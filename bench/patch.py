@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from peakgpt.bench.contenders import SEED, TUNED_MALLOC
 from peakgpt.bench.findings import Failure, Findings
 from peakgpt.bench.ops import OnFailure, raise_it
+from peakgpt.bench.steppers import measure
 from peakgpt.bench.worker import Worker
-from peakgpt.kernels.clock import Result, interleave
+from peakgpt.kernels.clock import Result
 
 PROMPT, NEW = 32, 64  # tokens of a greedy text
 LABELLED, IGNORED = 0.15, -100  # of a masked language model's positions (Devlin et al. 2018, arXiv:1810.04805)
@@ -113,41 +114,30 @@ def compare(
         A result a contender.
     """
     request = {"make": f"{__name__}:work", "threads": torch.get_num_threads(), "dtype": dtype, "device": str(device)}
-    workers = {}
-    try:
-        for name in names:
-            workers[name] = Worker(name, {**request, **case, "contender": name}, CONTENDERS[name].environment)
-        right = _agreeing(workers, dtype, on_failure)
-        timings = interleave({n: w.step for n, w in right.items()}, rounds=rounds, warmup=2,
-                             workers=[w.pid for w in right.values()]) if right else {}  # fmt: skip
-        said = {n: (w.memory_bytes(), w.base_bytes, w.note) for n, w in right.items()}
-    finally:
-        for worker in workers.values():
-            worker.close()
+    measured = measure(
+        ((n, partial(Worker, n, {**request, **case, "contender": n}, CONTENDERS[n].environment)) for n in names),
+        lambda name, worker: worker.step(), lambda name, losses: _computes_alike(name, losses, dtype),
+        rounds=rounds, warmup=2, on_failure=on_failure,
+    )  # fmt: skip
     note = f"transformers {metadata.version('transformers')}"
     return [
         Result.of(
-            dataclasses.replace(timing, note="; ".join(filter(None, [timing.note, said[n][2], note]))),
-            bench="patch", case=case, contender=n, backend="auto" if CONTENDERS[n].patched else "torch",
-            device=str(device), dtype=dtype, memory_bytes=said[n][0], base_bytes=said[n][1],
+            found.noted(found.note, note), bench="patch", case=case, contender=n,
+            backend="auto" if CONTENDERS[n].patched else "torch", device=str(device), dtype=dtype,
+            memory_bytes=found.memory_bytes, base_bytes=found.base_bytes,
         )
-        for n, timing in timings.items()
+        for n, found in measured.items()
     ]  # fmt: skip
 
 
-def _agreeing(workers: dict[str, Worker], dtype: str, on_failure: OnFailure) -> dict[str, Worker]:
-    """The contenders whose loss in eval() is transformers', or the first one's where that does not run."""
-    losses: dict[str, float] = {}
-    for name, worker in workers.items():
-        try:
-            losses[name] = worker.step()
-        except RuntimeError as error:
-            on_failure(name, error)
-    right = losses.get("transformers", next(iter(losses.values()), 0.0))
-    wrong = {n: x for n, x in losses.items() if not abs(x - right) <= TOLERANCE[dtype] * abs(right)}
-    for name, loss in wrong.items():
-        on_failure(name, ValueError(f"{name}: loss {loss:.5f}, expected {right:.5f} within {TOLERANCE[dtype]:.2%}"))
-    return {n: w for n, w in workers.items() if n in losses and n not in wrong}
+def _computes_alike(name: str, losses: Mapping[str, float], dtype: str) -> None:
+    """
+    Raises:
+        ValueError: the loss in eval() is not transformers', or the first one's where that does not run.
+    """
+    loss, right = losses[name], losses.get("transformers", next(iter(losses.values())))
+    if not abs(loss - right) <= TOLERANCE[dtype] * abs(right):
+        raise ValueError(f"{name}: loss {loss:.5f}, expected {right:.5f} within {TOLERANCE[dtype]:.2%}")
 
 
 # ---- the worker's side

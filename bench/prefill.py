@@ -28,13 +28,14 @@ from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.findings import Failure, Findings
 from peakgpt.bench.models import Contender, ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
 from peakgpt.bench.ops import OnFailure, agree, raise_it
+from peakgpt.bench.steppers import measure
 from peakgpt.bench.worker import Worker
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.flops import forward_flops
 from peakgpt.engine.model import GPT
 from peakgpt.engine.paged import BlockMemory, Chunk
 from peakgpt.engine.presets import preset
-from peakgpt.kernels.clock import Result, interleave
+from peakgpt.kernels.clock import Result
 from peakgpt.kernels.device import peak_for
 
 Keep = Callable[[int, Tensor, Tensor], None]  # layer, keys and values (B, H, T, D)
@@ -45,8 +46,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
     parser.add_argument("--tokens", type=int, default=512, help="prompt tokens (default 512)")
-    parser.add_argument("--dtype", choices=DTYPES, action="append",
-                        help="of the weights; repeatable; default: all")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="of the weights; repeatable; default: all")
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all")
     parser.add_argument("--rounds", type=int, default=15)
 
@@ -87,41 +87,33 @@ def compare_prefill(
     Returns:
         A result a contender, with work FLOPs.
     """
-    reference, workers = reference_logits(config, tokens), {}
+    reference = reference_logits(config, tokens)
     request = {"make": f"{__name__}:prefill_step", "threads": torch.get_num_threads(),
                "config": dataclasses.asdict(config), "tokens": tokens, "dtype": _name(dtype)}  # fmt: skip
     limit = dtype if dtype.is_floating_point else torch.bfloat16  # whose error 8 bits must not exceed
+    asked = [n for n in names or CONTENDERS if _name(dtype) in CONTENDERS[n].forms]
+
+    def begin(name: str, logits: Path) -> Worker:
+        CONTENDERS[name].expect_installed()
+        return Worker(name, {**request, "contender": name, "logits": str(logits)}, CONTENDERS[name].environment)
+
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            for number, name in enumerate(n for n in names or CONTENDERS if _name(dtype) in CONTENDERS[n].forms):
-                contender, logits = CONTENDERS[name], Path(folder, f"{number}.pt")
-                try:
-                    contender.expect_installed()
-                    workers[name] = Worker(
-                        name, {**request, "contender": name, "logits": str(logits)}, contender.environment
-                    )
-                    workers[name].step()
-                    agree(f"prefill: {name}", [torch.load(logits)], [reference], limit)
-                except Exception as error:  # whatever a peer does must not keep the others from being timed
-                    on_failure(name, error)
-                    if name in workers:
-                        workers.pop(name).close()
-            timings = interleave({n: w.step for n, w in workers.items()}, rounds=rounds, warmup=2,
-                                 workers=[w.pid for w in workers.values()]) if workers else {}  # fmt: skip
-            said = {n: (w.memory_bytes(), w.base_bytes, w.note) for n, w in workers.items()}
-        finally:
-            for worker in workers.values():
-                worker.close()
+        measured = measure(
+            ((name, partial(begin, name, Path(folder, f"{name}.pt"))) for name in asked),
+            lambda name, worker: (worker.step(), torch.load(Path(folder, f"{name}.pt")))[1],
+            lambda name, logits: agree(f"prefill: {name}", [logits[name]], [reference], limit),
+            rounds=rounds, warmup=2, on_failure=on_failure,
+        )  # fmt: skip
     peak = peak_for("cpu", dtype)
     case = {"tokens": tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
     return [
         Result.of(
-            dataclasses.replace(timing, note="; ".join(filter(None, [timing.note, said[n][2], CONTENDERS[n].version]))),
-            bench="prefill", case=case, contender=n, backend=CONTENDERS[n].backend, device="cpu", dtype=_name(dtype),
-            flops=work_flops(config, tokens), flops_kind="work", memory_bytes=said[n][0], base_bytes=said[n][1],
+            found.noted(found.note, who.version), bench="prefill", case=case, contender=n, backend=who.backend,
+            device="cpu", dtype=_name(dtype), flops=work_flops(config, tokens), flops_kind="work",
+            memory_bytes=found.memory_bytes, base_bytes=found.base_bytes,
             peak_flops_s=peak.flops_s, peak_source=peak.source,
         )
-        for n, timing in timings.items()
+        for n, found in measured.items() for who in [CONTENDERS[n]]
     ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch import Tensor
 from peakgpt.bench.contenders import SEED
 from peakgpt.bench.decoders import CONTENDERS, FORMS, Case, eager_decoder
 from peakgpt.bench.ops import OnFailure, raise_it
+from peakgpt.bench.steppers import measure
 from peakgpt.bench.worker import Worker
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
-from peakgpt.kernels.clock import Result, interleave
+from peakgpt.kernels.clock import Result
 from peakgpt.kernels.device import peak_for
 
 ALIKE = 4  # tokens that must be eager's in float32: later ones may differ by a rounding, where two are as likely
@@ -52,40 +54,35 @@ def compare_streams(
         A result a contender and form, whose dtype is the form.
     """
     state, ids = start(config, case)
-    expected, workers, notes = eager_decoder(state, config, ids, case, "float32")(), {}, {}
+    expected, alike = eager_decoder(state, config, ids, case, "float32")(), {}
     request = {"make": f"{__name__}:decode_step", "threads": torch.get_num_threads(),
                "config": dataclasses.asdict(config), "case": dataclasses.asdict(case)}  # fmt: skip
-    asked = [(name, form) for form in forms for name in names or CONTENDERS if form in CONTENDERS[name].forms]
+    asked = {f"{name} {form}": (name, form) for form in forms for name in names or CONTENDERS
+             if form in CONTENDERS[name].forms}  # fmt: skip
+
+    def begin(key: str, text: Path) -> Worker:
+        name, form = asked[key]
+        CONTENDERS[name].expect_installed()
+        return Worker(key, {**request, "contender": name, "form": form, "text": str(text)}, {})
+
+    def judge(key: str, texts: Mapping[str, Tensor]) -> None:
+        alike[key] = _alike(asked[key][0], texts[key], expected, asked[key][1])
+
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            for name, form in asked:
-                key, path = (name, form), Path(folder, f"{name} {form}.pt")
-                try:
-                    CONTENDERS[name].expect_installed()
-                    workers[key] = Worker(
-                        f"{name} {form}", {**request, "contender": name, "form": form, "text": str(path)}, {}
-                    )
-                    workers[key].step()
-                    notes[key] = _alike(name, torch.load(path), expected, form)
-                except Exception as error:  # whatever a peer does must not keep the others from being timed
-                    on_failure(f"{name} {form}", error)
-                    if key in workers:
-                        workers.pop(key).close()
-            timings = interleave({key: w.step for key, w in workers.items()}, rounds=rounds, warmup=1,
-                                 workers=[w.pid for w in workers.values()]) if workers else {}  # fmt: skip
-        finally:
-            for worker in workers.values():
-                worker.close()
+        measured = measure(
+            ((key, partial(begin, key, Path(folder, f"{key}.pt"))) for key in asked),
+            lambda key, worker: (worker.step(), torch.load(Path(folder, f"{key}.pt")))[1],
+            judge, rounds=rounds, on_failure=on_failure,
+        )  # fmt: skip
     peak = peak_for("cpu", torch.float32)
     return [
         Result.of(
-            dataclasses.replace(timing, note="; ".join(filter(None, [timing.note, notes[key], who.version]))),
-            bench="decode", contender=key[0], backend=who.backend, device="cpu",
-            dtype=key[1], case={"n_layer": config.n_layer, "n_embd": config.n_embd, "prompt": case.prompt,
-                                "tokens": case.tokens, "batch": case.streams},
-            bytes=read_bytes(config, case, key[1]), peak_bytes_s=peak.bandwidth_bytes_s, peak_source=peak.source,
+            found.noted(alike[key], who.version), bench="decode", contender=name, backend=who.backend, device="cpu",
+            dtype=form, case={"n_layer": config.n_layer, "n_embd": config.n_embd, "prompt": case.prompt,
+                              "tokens": case.tokens, "batch": case.streams},
+            bytes=read_bytes(config, case, form), peak_bytes_s=peak.bandwidth_bytes_s, peak_source=peak.source,
         )
-        for key, timing in timings.items() for who in [CONTENDERS[key[0]]]
+        for key, found in measured.items() for name, form in [asked[key]] for who in [CONTENDERS[name]]
     ]  # fmt: skip
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 from peakgpt.bench.contenders import CONTENDERS, start
 from peakgpt.bench.findings import Findings
 from peakgpt.bench.ops import OnFailure, allocated, raise_it
+from peakgpt.bench.steppers import Stepper, measure
 from peakgpt.bench.worker import Worker
 from peakgpt.engine.capture import WARMUP
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.flops import training_flops
 from peakgpt.engine.presets import preset
 from peakgpt.engine.train import Recipe
-from peakgpt.kernels.clock import Result, interleave
+from peakgpt.kernels.clock import Result
 from peakgpt.kernels.device import peak_for
 
 # Contenders must have the same loss after the same few updates at the full learning rate, else nothing is timed. Eager
@@ -71,32 +72,26 @@ def compare_training(
     Returns:
         A result a contender, with model FLOPs.
     """
-    start_s = time.perf_counter()
     names = names or [n for n, c in CONTENDERS.items() if device.type == "cpu" or not c.environment]
-    steppers = {}
-    try:
-        _build(steppers, config, recipe, device, names, on_failure)
-        right = _agreeing(steppers, recipe.dtype, on_failure)
-        left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - start_s))
-        timings = interleave({n: s.step for n, s in right.items()}, rounds=rounds, device=device, budget_s=left_s,
-                             workers=[s.pid for s in right.values() if s.pid])  # fmt: skip
-        said = {n: (s.memory_bytes(), s.base_bytes, s.note) for n, s in right.items()}
-    finally:
-        for stepper in steppers.values():
-            stepper.close()
+    updates = CHECKED_STEPS if device.type == "cpu" else REPLAYED
+    measured = measure(
+        _starts(config, recipe, device, names), lambda name, s: [float(s.step()) for _ in range(updates)][-1],
+        lambda name, losses: _learns_alike(name, losses, updates, recipe.dtype),
+        rounds=rounds, device=device, budget_s=budget_s, on_failure=on_failure,
+    )  # fmt: skip
     peak = peak_for(device, recipe.dtype)
     case = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
     if recipe.recompute != "none":
         case["recompute"] = recipe.recompute  # of ours
     return [
         Result.of(
-            dataclasses.replace(timing, note="; ".join(filter(None, [timing.note, said[name][2]]))),
-            bench="train", case=case, contender=name, backend="auto" if name == "peakgpt" else "torch",
-            device=str(device), dtype=_name(recipe.dtype), memory_bytes=said[name][0], base_bytes=said[name][1],
+            found.noted(found.note), bench="train", case=case, contender=name,
+            backend="auto" if name == "peakgpt" else "torch", device=str(device), dtype=_name(recipe.dtype),
+            memory_bytes=found.memory_bytes, base_bytes=found.base_bytes,
             flops=training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens, flops_kind="model",
             peak_flops_s=peak.flops_s, peak_source=peak.source,
         )
-        for name, timing in timings.items()
+        for name, found in measured.items()
     ]  # fmt: skip
 
 
@@ -128,39 +123,31 @@ class Local:
         del self.trainer
 
 
-def _build(steppers, config, recipe, device, names, on_failure) -> None:
-    """Fill `steppers`, so that the caller closes what was started before a failure."""
+def _starts(
+    config: GPTConfig, recipe: Recipe, device: torch.device, names: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], Stepper]]]:
     if device.type == "cpu":
         request = {"make": "peakgpt.bench.contenders:training_step", "threads": torch.get_num_threads(),
                    "config": dataclasses.asdict(config), "batch": recipe.batch, "tokens": recipe.tokens,
                    "dtype": _name(recipe.dtype), "warmup": recipe.warmup,
                    "recompute": recipe.recompute}  # fmt: skip
         for name in names:
-            steppers[name] = Worker(name, {**request, "contender": name}, CONTENDERS[name].environment)
+            yield name, partial(Worker, name, {**request, "contender": name}, CONTENDERS[name].environment)
         return
     state, batch = start(config, recipe, device)
     for name in names:
-        try:
-            steppers[name] = Local(CONTENDERS[name].build(state, config, recipe, device), batch, device)
-        except Exception as error:
-            on_failure(name, error)
+        yield name, lambda name=name: Local(CONTENDERS[name].build(state, config, recipe, device), batch, device)
 
 
-def _agreeing(steppers: dict[str, Worker | Local], dtype: torch.dtype, on_failure) -> dict[str, Worker | Local]:
-    """The contenders whose loss after CHECKED_STEPS is eager's, or the first one's where eager does not run."""
-    losses, checked = {}, REPLAYED if any(isinstance(s, Local) for s in steppers.values()) else CHECKED_STEPS
-    for name, stepper in steppers.items():
-        try:
-            losses[name] = [float(stepper.step()) for _ in range(checked)][-1]
-        except Exception as error:
-            on_failure(name, error)
-    reference = losses.get("eager", next(iter(losses.values()), None))
-    for name, loss in losses.items():
-        if not abs(loss - reference) <= TOLERANCE[dtype] * abs(reference):
-            expected = f"expected {reference:.4f} within {TOLERANCE[dtype]:.1%}"
-            on_failure(name, ValueError(f"{name}: loss {loss:.4f} after {checked} updates, {expected}"))
-            losses[name] = None
-    return {n: s for n, s in steppers.items() if losses.get(n) is not None}
+def _learns_alike(name: str, losses: Mapping[str, float], updates: int, dtype: torch.dtype) -> None:
+    """
+    Raises:
+        ValueError: the loss is not eager's, or the first one's where eager does not run.
+    """
+    loss, reference = losses[name], losses.get("eager", next(iter(losses.values())))
+    if not abs(loss - reference) <= TOLERANCE[dtype] * abs(reference):
+        expected = f"expected {reference:.4f} within {TOLERANCE[dtype]:.1%}"
+        raise ValueError(f"{name}: loss {loss:.4f} after {updates} updates, {expected}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
@@ -29,7 +28,8 @@ from peakgpt.bench.passes import CASES as PASS_CASES
 from peakgpt.bench.passes import PASSES, measure
 from peakgpt.bench.peers import _epilogue_mlp, peers
 from peakgpt.bench.report import comparisons, groups, notes, speedup, tables, verdicts, write_report
-from peakgpt.bench.train import _agreeing
+from peakgpt.bench.steppers import measure as measure_steppers
+from peakgpt.bench.train import _learns_alike
 from peakgpt.bench.worker import Worker, _answers
 from peakgpt.cli import main
 from peakgpt.engine.flops import forward_flops
@@ -331,15 +331,45 @@ def test_a_training_step_holds_no_initial_state(contender, monkeypatch):
 
 
 def test_a_contender_that_learns_otherwise_is_refused():
-    class Stepper:
-        def __init__(self, loss):
-            self.step = lambda: loss
+    losses = {"x": 2.005, "eager": 2.0}
+    for name in losses:
+        _learns_alike(name, losses, 3, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"x: loss 2\.0050 after 3 updates, expected 2\.0000 within 0\.1%"):
+        _learns_alike("x", losses, 3, torch.float32)
 
-    same, other = Stepper(2.0), Stepper(2.005)
-    told = []
-    agreeing = _agreeing({"eager": same, "x": other}, torch.float32, lambda name, error: told.append(name))
-    assert set(agreeing) == {"eager"} and told == ["x"]
-    assert set(_agreeing({"eager": same, "x": other}, torch.bfloat16, None)) == {"eager", "x"}
+
+class Stepper:
+    pid, base_bytes, note = None, None, "said"
+    closed = ()
+
+    def __init__(self, step):
+        self.step = step
+
+    def memory_bytes(self):
+        return 7
+
+    def close(self):
+        Stepper.closed += (self.step,)
+
+
+def test_who_does_not_start_raises_or_is_wrong_is_told_and_closed(monkeypatch):
+    monkeypatch.setattr(Stepper, "closed", ())
+    right, wrong, raises = lambda: 1, lambda: 2, lambda: 1 / 0
+    starts = {"absent": raises, "right": lambda: Stepper(right), "wrong": lambda: Stepper(wrong),
+              "raises": lambda: Stepper(raises)}  # fmt: skip
+    seen, told = [], []
+
+    def judge(name, values):
+        seen.append(dict(values))
+        assert values[name] == 1
+
+    measured = measure_steppers(starts.items(), lambda name, stepper: stepper.step(), judge, rounds=3,
+                       on_failure=lambda name, error: told.append((name, type(error))))  # fmt: skip
+    assert told == [("absent", ZeroDivisionError), ("raises", ZeroDivisionError), ("wrong", AssertionError)]
+    assert Stepper.closed == (raises, wrong, right) and seen == [{"right": 1, "wrong": 2}] * 2
+    found = measured.pop("right")
+    assert not measured and len(found.timing.samples_s) == 3 and (found.memory_bytes, found.note) == (7, "said")
+    assert found.noted("", "a", "b").note.endswith("a; b")
 
 
 @pytest.mark.parametrize("name", [name for name in decoders.CONTENDERS if name != "eager"])
@@ -368,18 +398,10 @@ def test_other_texts_are_refused():
 
 
 def test_forms_of_weights_are_compared_in_one_run(monkeypatch):
-    class Here:
-        pid = os.getpid()
-
-        def __init__(self, name, request, environment):
-            self.step = streams.decode_step(request)
-
-        def close(self):
-            pass
-
     peak = SimpleNamespace(bandwidth_bytes_s=1e9, source="none")
     monkeypatch.setattr(streams, "peak_for", lambda *args: peak)
-    monkeypatch.setattr(streams, "Worker", Here)  # processes are tested with the training step and the prompt
+    here = lambda name, request, environment: Stepper(streams.decode_step(request))  # noqa: E731
+    monkeypatch.setattr(streams, "Worker", here)  # processes are tested with the training step and the prompt
     case, told = decoders.Case(2, 4, 6), []
     results = streams.compare_streams(tiny_config(), case, ("float32", "int8"), ["peakgpt", "eager"], rounds=3,
                                       on_failure=lambda name, error: told.append(name))  # fmt: skip
