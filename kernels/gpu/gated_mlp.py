@@ -2,6 +2,8 @@
 
     forward   gate = x w_gate^T     up = x w_up^T     h = act(gate) up     y = h w_down^T
     backward  dh = dy w_down     over dh: dgate = dh up act'(gate)     dup = dh act(gate)     h again, and column sums
+
+Up to 16 rows, forward is two kernels of few_rows.py: gate, up and h are one.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu import few_rows, launch
 from peakgpt.kernels.gpu.activation import activate
 from peakgpt.kernels.gpu.launch import AotCase
 from peakgpt.kernels.gpu.linear import product
@@ -65,17 +67,26 @@ def objection(x: Tensor, *_, **__) -> str | None:
 
 def forward(outputs, saved, x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, activation, recompute):
     x = x.reshape(-1, x.shape[-1])
-    hidden = (x.shape[0], w_up.shape[0])
-    gate, up = (t.view(hidden) for t in saved) if saved else (x.new_empty(hidden), x.new_empty(hidden))
+    h = _hidden(x, saved, w_gate, b_gate, w_up, b_up, activation)
+    product(h, w_down, b_down, outputs[0].view(-1, w_down.shape[0]))
+
+
+def _hidden(x: Tensor, saved, w_gate, b_gate, w_up, b_up, activation: str) -> Tensor:
+    """h, with gate and up filled where they are kept."""
+    h = x.new_empty(x.shape[0], w_up.shape[0])
+    gate, up = (t.view_as(h) for t in saved) if saved else (None, None)
+    if few_rows.takes(x, w_gate, w_up):
+        few_rows.product(x, w_up, b_up, h, pre=up, gate=(w_gate, b_gate, gate), activation=activation)
+        return h
+    gate, up = (torch.empty_like(h), h) if gate is None else (gate, up)
     product(x, w_gate, b_gate, gate)
     product(x, w_up, b_up, up)
-    h = torch.empty_like(up) if saved else up
     with launch.on(x):
         gated_mlp_gate_fwd[(triton.cdiv(h.numel(), BLOCK_N),)](
             gate_ptr=gate, up_ptr=up, h_ptr=h, N=h.numel(), ACT=activation,
             BLOCK_N=BLOCK_N, num_warps=FORWARD.warps, num_stages=FORWARD.stages,
         )  # fmt: skip
-    product(h, w_down, b_down, outputs[0].view(-1, w_down.shape[0]))
+    return h
 
 
 def backward(grads, inputs, outputs, saved, needs, *, activation, recompute):

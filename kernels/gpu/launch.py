@@ -43,6 +43,7 @@ class AotCase:
             constant (a stride of 1, a missing tensor as None).
         tile: warps and stages.
         matmul: whether the chip's matrix instruction must appear.
+        narrow: whether that is the one for tiles of under 64 rows.
         hot: whether every run of the tests compiles it; the others are left to `peakgpt aot` and the slow tests.
     """
 
@@ -52,6 +53,7 @@ class AotCase:
     constexprs: Mapping[str, Any]
     tile: Tile
     matmul: bool = False
+    narrow: bool = False
     hot: bool = True
 
 
@@ -63,6 +65,7 @@ def case(
     constexprs: Mapping[str, Any],
     *,
     matmul: bool = False,
+    narrow: bool = False,
     hot: bool = True,
     **types: str,
 ) -> AotCase:
@@ -70,8 +73,9 @@ def case(
     rest = [name for name in kernel.arg_names if name not in constexprs]
     signature = {n: types.get(n) or (f"*{dtype}" if n.endswith("_ptr") else "i32") for n in rest}
     return AotCase(
-        kernel=kernel, label=label, tile=tile, signature=signature, constexprs=constexprs, matmul=matmul, hot=hot
-    )
+        kernel=kernel, label=label, tile=tile, signature=signature, constexprs=constexprs, matmul=matmul,
+        narrow=narrow, hot=hot,
+    )  # fmt: skip
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """GELU-MLP on the GPU: two ways, and a table that chooses between them by shape, forward and backward apart.
 
-"library" takes the four products from cuBLAS and what lies between them from Triton:
+Up to 16 rows, forward is two kernels of few_rows.py, the activation in the epilogue of the first. Beyond, "library"
+takes the four products from cuBLAS and what lies between them from Triton:
 
     forward   pre = addmm(b_up, x, w_up^T)     act_fwd: h = act(pre)     y = addmm(b_down, h, w_down^T)
     backward  dh = dy w_down       act_bwd: dpre = dh act'(pre) over dh, h = act(pre) again, partial sums of db_up
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peakgpt.kernels.gpu import gemm, launch
+from peakgpt.kernels.gpu import few_rows, gemm, launch
 from peakgpt.kernels.gpu.activation import activate
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 from peakgpt.kernels.gpu.linear import product
@@ -106,6 +107,9 @@ def forward(outputs, saved, x, w_up, b_up, w_down, b_down, *, activation, recomp
 def _first_product(x: Tensor, w_up: Tensor, b_up: Tensor | None, pre: Tensor | None, activation: str) -> Tensor:
     """h, with pre filled where given."""
     h = x.new_empty(x.shape[0], w_up.shape[0])
+    if _way == "table" and few_rows.takes(x, w_up):
+        few_rows.product(x, w_up, b_up, h, pre=pre, activation=activation)
+        return h
     if _fused("forward", x, w_up):
         gemm.product_and_act(x, w_up, b_up, pre, h, activation)
         return h

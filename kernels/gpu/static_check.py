@@ -30,7 +30,7 @@ WORKERS = 2
 
 
 class Target(NamedTuple):
-    """A chip: the class of its tile rows, shared memory a block can have, and its matrix instruction.
+    """A chip: the class of its tile rows, shared memory a block can have, and its matrix instruction, whole and narrow.
 
     Limits: CUDA C++ Programming Guide, technical specifications per compute capability; AMD CDNA 3 ISA, LDS size.
     """
@@ -38,13 +38,14 @@ class Target(NamedTuple):
     arch: str
     shared_bytes: int
     matrix: str
+    narrow: str = r"\bHMMA\b"  # for tiles of under 64 rows, which newer chips leave to a warp's instruction
 
 
 TARGETS = {
     "sm_80": Target("sm_80", 163 * 1024, r"\bHMMA\b"),
     "sm_90": Target("sm_90", 227 * 1024, r"\bHGMMA\b"),
     "sm_100": Target("sm_100", 227 * 1024, r"\bUTC\w*MMA\b"),
-    "gfx942": Target("gfx942", 64 * 1024, r"\bv_mfma_"),
+    "gfx942": Target("gfx942", 64 * 1024, r"\bv_mfma_", r"\bv_mfma_"),
     "sm_86": Target("sm_86", 99 * 1024, r"\bHMMA\b"),
     "sm_120": Target("sm_86", 99 * 1024, r"\bHMMA\b"),
 }
@@ -81,6 +82,7 @@ def check_case(op: str, case: AotCase, target: str) -> Row:
         target: a key of TARGETS.
     """
     chip = TARGETS[target]
+    matrix = chip.narrow if case.narrow else chip.matrix
     row = {"op": op, "kernel": case.kernel.__name__, "case": case.label, "target": target,
            "warps": case.tile.warps, "stages": case.tile.stages, "shared_limit_bytes": chip.shared_bytes}  # fmt: skip
     try:
@@ -90,7 +92,7 @@ def check_case(op: str, case: AotCase, target: str) -> Row:
     code, registers, spills = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled, case.matmul)
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     found = Row(**row, registers=registers, spills=spills, shared_bytes=compiled.metadata.shared,
-                matrix_instructions=len(re.findall(chip.matrix, code)))  # fmt: skip
+                matrix_instructions=len(re.findall(matrix, code)))  # fmt: skip
     failures = {
         f"spills: {spills} instructions": spills > 0,
         f"shared memory: {found.shared_bytes} bytes, the chip has {chip.shared_bytes}": (
@@ -100,7 +102,7 @@ def check_case(op: str, case: AotCase, target: str) -> Row:
             tensor_memory > TENSOR_MEMORY_COLUMNS
         ),
         "stores nothing, as a bare trap does": not re.search(_STORE, code),
-        f"no matrix instruction ({chip.matrix})": case.matmul and not found.matrix_instructions,
+        f"no matrix instruction ({matrix})": case.matmul and not found.matrix_instructions,
     }
     failure = "; ".join(reason for reason, failed in failures.items() if failed)
     return Row(**{**asdict(found), "failure": failure or None})
