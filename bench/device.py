@@ -88,6 +88,12 @@ LAYERNORM = [
     Case("rmsnorm", {"rows": ROWS, "width": 2048}, passes=ONE_BY_ONE),
 ]
 MLP = [Case("mlp", {"rows": ROWS, "width": c, "hidden": 4 * c}, passes=ONE_BY_ONE) for c in (768, 1600)]
+# One token and eight through GPT-2 1558M's products, and through 124M's head.
+LINEAR = [
+    Case("linear", {"rows": rows, "width": c, "out": f}, passes=("replayed",))
+    for c, f in ((1600, 4800), (1600, 6400), (6400, 1600), (768, 50304))
+    for rows in (1, 8)
+]
 LOSS = [
     Case("linear_cross_entropy", {"rows": ROWS, "width": 768, "vocab": v}, {"prefer": way}, passes=WHOLE)
     for v, way in ((50304, "memory"), (131072, "memory"), (50304, "time"))
@@ -104,6 +110,7 @@ TINY = {
     ],
     "layernorm": [Case("layernorm", {"rows": 64, "width": 256}, passes=ONE_BY_ONE)],
     "mlp": [Case("mlp", {"rows": 64, "width": 64, "hidden": 256}, passes=ONE_BY_ONE)],
+    "linear": [Case("linear", {"rows": 8, "width": 64, "out": 64}, passes=("replayed",))],
     "loss": [Case("linear_cross_entropy", {"rows": 64, "width": 64, "vocab": 512}, passes=WHOLE)],
     "adamw": [Case("adamw", {"count": 4096}, checked={"count": 1024})],
 }
@@ -215,10 +222,11 @@ def _decode_jobs(device: torch.device) -> dict[str, Job]:
 # Budgets sum to 450 s. Compiling takes most of check (Triton, two dtypes of every case) and of train (torch.compile).
 PARTS = {
     "check": Part(_check_jobs, budget_s=95, patience_s=40),
-    "attention": Part(_op_jobs("attention", ATTENTION), budget_s=70, patience_s=40),
+    "attention": Part(_op_jobs("attention", ATTENTION), budget_s=60, patience_s=40),
     "layernorm": Part(_op_jobs("layernorm", LAYERNORM), budget_s=35, patience_s=30),
     "mlp": Part(_op_jobs("mlp", MLP), budget_s=35, patience_s=30),
-    "loss": Part(_op_jobs("loss", LOSS), budget_s=35, patience_s=30),
+    "linear": Part(_op_jobs("linear", LINEAR), budget_s=15, patience_s=15),
+    "loss": Part(_op_jobs("loss", LOSS), budget_s=30, patience_s=30),
     "adamw": Part(_op_jobs("adamw", ADAMW, (*FLOAT32, *BFLOAT16)), budget_s=15, patience_s=15),
     "train": Part(_train_jobs, budget_s=85, patience_s=85),
     "large": Part(_large_jobs, budget_s=30, patience_s=30),

@@ -678,8 +678,8 @@ def test_every_part_runs_on_cpu(part):
 
 
 def test_every_gpu_case_is_a_call_that_its_op_takes():
-    lists = (device_bench.ATTENTION, device_bench.LAYERNORM, device_bench.MLP, device_bench.LOSS, device_bench.ADAMW)
-    for case in (case for cases in lists for case in cases):
+    d = device_bench
+    for case in (*d.ATTENTION, *d.LAYERNORM, *d.MLP, *d.LINEAR, *d.LOSS, *d.ADAMW):
         op, sizes, device = OPS[case.op], case.sizes, "meta"
         if case.op == "attention_decode":  # its cost reads the lengths, so its tensors are real, and few
             sizes, device = {**sizes, "keys": 64, "block": 16}, "cpu"
