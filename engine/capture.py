@@ -12,6 +12,7 @@ be possible, or would silently go on with values of the call that was recorded.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -42,14 +43,16 @@ class Recorder(Protocol):
 class Captured:
     """A function of tensors that is recorded after a few calls."""
 
-    def __init__(self, function: Function, recorder: Callable[[], Recorder] | None, fixed: Callable[[], Any]):
+    def __init__(self, function: Function, recorder: Callable[[], Recorder] | None, fixed: Callable[[], Any], *,
+                 copies: bool = True):  # fmt: skip
         """
         Args:
             function: takes tensors, returns a sequence of tensors.
             recorder: makes one for the device that they are on; None where there is none.
             fixed: tells what a recording takes as it is, such as addresses; where that has changed it is made anew.
+            copies: whether results are copied out of the recording; else a later replay overwrites them.
         """
-        self.function, self.make, self.fixed = function, recorder, fixed
+        self.function, self.make, self.fixed, self.copies = function, recorder, fixed, copies
         self.obstacle = None if recorder else "a step is recorded on CUDA devices only"
         self._forget()
 
@@ -70,7 +73,8 @@ class Captured:
             return self.function(*inputs)
         for held, given in zip(self.inputs, inputs, strict=True):
             held.copy_(given, non_blocking=True)
-        return [result.clone() for result in self.recorder.replay()]
+        results = self.recorder.replay()
+        return [result.clone() for result in results] if self.copies else results
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         held = [given.clone() for given in inputs]
@@ -88,10 +92,13 @@ def _fits(given: Tensor, held: Tensor) -> bool:
 
 
 class CudaGraph:
-    """Records kernels on a stream of its own; their memory stays theirs."""
+    """Records kernels on a stream that is not the current one.
 
-    def __init__(self, device: torch.device):
-        self.device, self.stream, self.graph = device, torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    Graphs of one stream and pool share the memory between their kernels: replaying one overwrites what others gave.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int]):
+        self.device, self.stream, self.pool, self.graph = stream.device, stream, pool, torch.cuda.CUDAGraph()
 
     def warm(self, body):
         """On the stream of the recording, where autograd then finds what it has set up."""
@@ -105,7 +112,7 @@ class CudaGraph:
 
     def record(self, body):
         """Other threads (a data loader that pins memory) may go on meanwhile: thread_local."""
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local"):
             self.results = body()
 
     def replay(self):
@@ -114,8 +121,16 @@ class CudaGraph:
 
 
 def recorder_for(device: torch.device) -> Callable[[], Recorder] | None:
-    """Makes what records on this device; None where nothing does."""
-    return (lambda: CudaGraph(device)) if device.type == "cuda" and not torch.version.hip else None
+    """Makes what records on this device, in one memory; None where nothing does."""
+    if not records(device):
+        return None
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    return lambda: CudaGraph(stream, pool)
+
+
+def records(device: torch.device) -> bool:
+    """Whether something records on this device."""
+    return device.type == "cuda" and not torch.version.hip
 
 
 class Rehearsal:
@@ -158,8 +173,9 @@ WAITS = frozenset({
     "unique_consecutive", "masked_select", "bincount", "__bool__", "__int__", "__float__", "__index__", "__complex__",
     "tensor", "as_tensor", "from_numpy", "pin_memory",
 })  # fmt: skip
-# Who may: Triton's interpreter, whose tensors are numpy's, and checks that look at values on a CPU only.
-MAY_WAIT = ("triton.", "interpreter", "peakgpt.kernels.check")
+# Who may: Triton's interpreter, whose tensors are numpy's, and checks that look at values on a CPU only: those of
+# kernels/check.py, and what is called _check... in a contract.
+MAY_WAIT = re.compile(r"triton\.|interpreter|peakgpt\.kernels\.(check\.|\w+\._check)")
 
 
 class _Watch(TorchFunctionMode):
@@ -169,8 +185,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(function, "__name__", str(function))
-        caller = _caller()
-        if not caller.startswith(MAY_WAIT):
+        caller, where = _caller()
+        if not MAY_WAIT.match(f"{caller}.{where}"):
             masked = name in ("__getitem__", "__setitem__") and _has_mask(args[1])
             if name in WAITS or masked:
                 raise RuntimeError(f"{caller} calls {name} inside a captured step, expected nothing that waits")
@@ -188,12 +204,15 @@ def _backward(loss: Tensor) -> None:
                         accumulate_grad=True)  # fmt: skip
 
 
-def _caller() -> str:
-    """The module that called torch."""
+def _caller() -> tuple[str, str]:
+    """The module and the function that called torch."""
     frame = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "contextlib")):
+    while frame is not None and (
+        frame.f_globals.get("__name__", "").startswith(("torch.", "contextlib"))
+        or frame.f_code.co_name in ("<genexpr>", "<listcomp>")
+    ):
         frame = frame.f_back
-    return "" if frame is None else frame.f_globals.get("__name__", "")
+    return ("", "") if frame is None else (frame.f_globals.get("__name__", ""), frame.f_code.co_name)
 
 
 def _has_mask(index: Any) -> bool:

@@ -28,6 +28,10 @@ class PagedMemory:
         # Zeros: what is masked is multiplied by 0, and NaN would stay.
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
 
+    @property
+    def bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
     def copy(self, source: int, target: int) -> None:
         """Copy one block, of all layers."""
         for memory in (self.keys, self.values):

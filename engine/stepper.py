@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from peakgpt.engine.cache import KVCache
+from peakgpt.engine.capture import records
+from peakgpt.engine.decode_graphs import BUCKETS
 from peakgpt.engine.ops_runner import cpu_runner
 from peakgpt.engine.paged import BLOCK, BlockPool, Chunk
+from peakgpt.engine.paged_runner import PagedRunner
+from peakgpt.engine.relative import RELATIVE
 
 if TYPE_CHECKING:
     from peakgpt.engine.model import GPT
     from peakgpt.engine.runner import Runner
 
 PAYS = 8  # new tokens from which packing a model's weights, 0.1 s for GPT-2 124M, costs less than it saves
+KEPT_SHARE = 1 / 8  # of a GPU's memory, that a cache may take which is kept for a model's next texts
+
+# The graphs of models, which cost as much to record as a few tokens without; taken out while they are used.
+_kept: weakref.WeakKeyDictionary[GPT, PagedRunner] = weakref.WeakKeyDictionary()
 
 
 class Stepper(Protocol):
@@ -30,9 +41,10 @@ class Stepper(Protocol):
 def stepper(
     model: GPT, batch: int, tokens: int, new: int, start: Tensor | None, *, beams: int = 1
 ) -> Stepper:
-    """Choose the way: one C++ program on the CPU where the model can be lowered and `new` tokens pay for it, else ops.
+    """Choose the way: graphs on a GPU, the C++ program on a CPU where the model can be lowered; ops where neither pays.
 
-    The program's copy of the weights is made here and lives as long as the texts: it can not be stale.
+    The program's copy of the weights is made here and lives as long as the texts: it can not be stale. Graphs read the
+    weights where they lie.
 
     Args:
         batch: B texts.
@@ -42,10 +54,29 @@ def stepper(
         beams: how many texts a prompt is continued by at most.
     """
     if new >= PAYS:
-        runner = cpu_runner(model, batch * beams * -(-tokens // BLOCK))
+        blocks, device = batch * beams * -(-tokens // BLOCK), model.transformer.wte.weight.device
+        if records(device) and model.config.position not in RELATIVE:
+            return _by_graphs(model, blocks, batch, start)
+        runner = cpu_runner(model, blocks)
         if not isinstance(runner, str):
             return PagedStepper(runner, batch, start)
     return CachedStepper(model, batch, tokens, start)
+
+
+def _by_graphs(model: GPT, blocks: int, batch: int, start: Tensor | None) -> PagedStepper:
+    """With the graphs of the model's last texts, where its weights lie there still and the cache is large enough."""
+    runner = _kept.pop(model, None)
+    if runner is None or runner.memory.blocks < blocks or not runner.holds(model):
+        with torch.inference_mode(False):  # or nobody outside of the caller's could write to its memory
+            runner = PagedRunner(weakref.proxy(model), blocks=blocks)
+    step = PagedStepper(runner, batch, start)
+    if runner.memory.bytes <= KEPT_SHARE * _memory_bytes(runner.device):
+        weakref.finalize(step, _kept.__setitem__, model, runner).atexit = False
+    return step
+
+
+def _memory_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 class CachedStepper:
@@ -65,30 +96,48 @@ class CachedStepper:
 
 
 class PagedStepper:
-    """By the CPU program; texts that share their past share its blocks."""
+    """By the CPU program or graphs; texts that share their past share its blocks."""
 
-    def __init__(self, runner: Runner, batch: int, start: Tensor | None):
+    def __init__(self, runner: Runner | PagedRunner, batch: int, start: Tensor | None):
         self.runner, self.pool = runner, BlockPool(runner.memory.blocks, BLOCK)
         self.start = [0] * batch if start is None else start.tolist()
         self.tables: list[list[int]] = [[] for _ in range(batch)]
         self.past = [0] * batch
+        self.grid: np.ndarray | None = None  # the tables, for graphs, while they stay as they are
 
     def __call__(self, ids: Tensor) -> Tensor:
+        if isinstance(self.runner, PagedRunner) and ids.shape[1] == 1 and len(ids) <= BUCKETS[-1] and all(self.past):
+            return self._decode(ids[:, 0])
         rows = ids.tolist()
         if not any(self.past):
             rows = [row[first:] for row, first in zip(rows, self.start, strict=True)]
         chunks = []
         for text, row in enumerate(rows):
-            table, past = self.tables[text], self.past[text]
-            while len(table) * self.pool.block < past + len(row):
-                table.append(self.pool.allocate())
-            chunks.append(Chunk(row, past, table))
-            self.past[text] += len(row)
+            past = self._grow(text, len(row))
+            chunks.append(Chunk(row, past, self.tables[text]))
         return self.runner.step(chunks)
+
+    def _grow(self, text: int, new: int) -> int:
+        """Count new tokens and take the blocks for them; returns how many came before."""
+        table, past = self.tables[text], self.past[text]
+        self.past[text] += new
+        while len(table) * self.pool.block < self.past[text]:
+            table.append(self.pool.allocate())
+            self.grid = None
+        return past
+
+    def _decode(self, ids: Tensor) -> Tensor:
+        """One token each, which the host has not seen and does not wait for."""
+        places = np.array([self._grow(text, 1) for text in range(len(ids))])
+        if self.grid is None:
+            self.grid = np.zeros((len(ids), self.runner.graphs.width), dtype=np.int32)
+            for row, table in zip(self.grid, self.tables, strict=True):
+                row[: len(table)] = table
+        return self.runner.decode(ids, places, self.grid)
 
     def reorder(self, parents: Tensor) -> None:
         order, before, past, taken = parents.tolist(), self.tables, self.past, set()
-        self.tables, self.past, copies = [], [past[parent] for parent in order], []
+        self.tables, self.past, self.grid, copies = [], [past[parent] for parent in order], None, []
         for child, parent in enumerate(order):
             table = list(before[parent])
             # Who writes on in a block that is not full must be alone in it: the first child is, the others copy it.

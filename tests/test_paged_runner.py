@@ -1,12 +1,25 @@
-"""Steps of many sequences by a model's ops: each gets what the model alone would give it."""
+"""Steps of many sequences by a model's ops: each gets what the model alone would give it.
+
+Mutations seen to fail: padding that is stored in block 0, a length that does not count the new token, fresh rows told
+by some of the chunks, angles of the first places, a grid of tables that is not made anew, weights taken as the same.
+"""
+
+import gc
+import itertools
+import weakref
 
 import pytest
 import torch
 
+from peakgpt.engine import decode_graphs, stepper
+from peakgpt.engine.capture import WARMUP, Rehearsal
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
 from peakgpt.engine.paged import Chunk
+from peakgpt.engine.paged_cache import PagedCache
 from peakgpt.engine.paged_runner import PagedRunner
+from peakgpt.engine.scheduler import Engine, SamplingParams
+from peakgpt.kernels.dispatch import use_backend
 
 SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 4, "block_size": 200, "vocab_size": 97}
 MODELS = {
@@ -29,6 +42,14 @@ def model_of(name, **changes):
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def chatty(name):
+    """Whose greedy text is not one token for ever, and where no two tokens are nearly as likely."""
+    model = model_of(name)
+    for parameter in model.parameters():
+        parameter.data *= 3
+    return model
 
 
 @torch.no_grad()
@@ -55,3 +76,150 @@ def test_prompts_in_pieces_beside_each_other_and_decoding(name):
     for counts in ((70, 3, 0), (1, 66, 60), (58, 1, 5), (5, 1, 1), (1, 1, 1), (1, 1, 0), (1, 1, 1)):
         step(counts)
     step((1, 9, 2), wanted=lambda new: new // 2)
+
+
+# ---- decoding as graphs, rehearsed
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device: Rehearsal)
+
+
+def decoding(model, batches):
+    """Texts that grow by a token a step, those of each entry of `batches` together; compares all logits."""
+    pytest.importorskip("triton")
+    texts, past = torch.randint(97, (3, 70)), [1, 62, 5]
+    with use_backend("eager"):
+        expected = model(texts)
+        runner = PagedRunner(model, blocks=8)
+        runner.step([Chunk(texts[i, : past[i]], 0, [i, 7 - i]) for i in range(3)])
+    with use_backend("gpu"):
+        for live in batches:
+            got = runner.step([Chunk(texts[i, past[i] : past[i] + 1], past[i], [i, 7 - i]) for i in live])
+            want = torch.stack([expected[i, past[i]] for i in live])
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+            for i in live:
+                past[i] += 1
+    return runner
+
+
+def small(name, **changes):
+    return model_of(name, n_layer=1, n_head=2, n_embd=16, **changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "changes"), [("gpt2", {}), ("gptj", {"windows": (60,)}), ("bloom", {})], ids=str)
+def test_graphs_follow_growing_texts_and_changing_batches(name, changes, rehearsed):
+    """The kernels interpreted; every replay must make the calls of the first one, with the same numbers."""
+    runner = decoding(small(name, **changes), [(0, 1, 2), (0, 1, 2), (0, 1, 2), (2, 1, 0), (1,)])
+    step = runner.graphs.steps[4]
+    assert step.inputs is not None and step.obstacle is None and set(runner.graphs.steps) == {1, 4}
+
+
+COUNT = itertools.count(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("planted", "message"),
+    [
+        (lambda rows: int(rows.lengths.max()), "calls __int__ inside a captured step"),
+        (lambda rows: rows.lengths + next(COUNT), "recorded was"),
+    ],
+    ids=["wait", "number"],
+)
+def test_what_a_graph_can_not_do_is_told(planted, message, rehearsed, monkeypatch):
+    was = PagedCache.attend
+
+    def attend(self, *args, **options):
+        planted(self.rows)
+        return was(self, *args, **options)
+
+    monkeypatch.setattr(PagedCache, "attend", attend)
+    with pytest.raises(RuntimeError, match=message):
+        decoding(small("gpt2"), [(0,)] * (WARMUP + 2))
+
+
+@torch.no_grad()
+def test_runs_without_a_graph_where_recording_fails(monkeypatch):
+    class Fails(Rehearsal):
+        def record(self, body):
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device: Fails)
+    with pytest.warns(UserWarning, match="runs uncaptured, recording failed: operation not permitted$"):
+        runner = decoding(small("gpt2"), [(0,)] * (WARMUP + 2))
+    assert "not permitted" in runner.graphs.steps[1].obstacle
+
+
+def test_experts_are_not_recorded(rehearsed):
+    runner = PagedRunner(model_of("glam"), blocks=4)
+    for past in range(WARMUP + 2):
+        runner.step([Chunk([past], past, [0])])
+    assert "each expert" in runner.graphs.steps[1].obstacle and runner.graphs.steps[1].inputs is None
+
+
+# ---- who takes it
+
+
+@pytest.fixture
+def by_graphs(monkeypatch):
+    """As on a GPU, with the eager ops, which a rehearsal would not let read lengths."""
+    monkeypatch.setattr(stepper, "records", lambda device: True)
+    monkeypatch.setattr(stepper, "_memory_bytes", lambda device: 1 << 30)
+    with use_backend("eager"):
+        yield
+
+
+@pytest.mark.parametrize("options", [{}, {"beams": 3}, {"start": torch.tensor([0, 3, 1])}], ids=str)
+def test_generate_by_graphs(options, by_graphs, monkeypatch):
+    model, ids = chatty("neox"), torch.randint(97, (3, 60))
+    got = model.generate(ids, max_new_tokens=15, temperature=0.0, **options)
+    assert len(stepper._kept[model].graphs.steps) >= 1 and len(got[:, 60:].unique()) > 9
+    monkeypatch.setattr(stepper, "records", lambda device: False)
+    assert torch.equal(got, model.generate(ids, max_new_tokens=15, temperature=0.0, **options))
+
+
+def test_graphs_are_kept_for_one_text_at_a_time(by_graphs):
+    model, ids = model_of("gpt2"), torch.randint(97, (1, 5))
+    options = {"max_new_tokens": 10, "temperature": 0.0}
+    alone = list(model.stream(ids, **options)), list(model.stream(ids[:, 2:], **options))
+    runner = stepper._kept[model]
+    model.generate(ids[:, 1:], **options)
+    assert stepper._kept[model] is runner
+    both = zip(model.stream(ids, **options), model.stream(ids[:, 2:], **options), strict=True)
+    assert [list(text) for text in zip(*both, strict=True)] == list(alone) and alone[0] != alone[1]
+    runner = stepper._kept[model]
+    model.double()
+    assert model.generate(ids, **options).shape == (1, 15) and stepper._kept[model] is not runner
+    gone = weakref.ref(model)
+    del model, runner
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_large_cache_is_not_kept(by_graphs, monkeypatch):
+    monkeypatch.setattr(stepper, "_memory_bytes", lambda device: 1 << 10)
+    model = model_of("gpt2")
+    model.generate(torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=9)
+    assert model not in stepper._kept
+
+
+@pytest.mark.parametrize("options", [{}, {"blocks": 9}, {"budget": 30}, {"blocks": 5, "streams": 3}], ids=str)
+def test_the_engine_by_ops(options):
+    """Prompts with one prefix, preempted, in chunks: greedy texts are those of one alone."""
+    model = chatty("neox")
+    prefix = torch.randint(97, (70,)).tolist()
+    prompts = [prefix + torch.randint(97, (9 * i + 1,)).tolist() for i in range(5)]
+    params = SamplingParams(temperature=0.0, max_new_tokens=30)
+    with use_backend("eager"):
+        engine = Engine(model, **options)
+        texts = {engine.submit(ids, params): [] for ids in prompts}
+        for output in engine.outputs():
+            texts[output.request] += output.tokens
+        assert isinstance(engine.runner, PagedRunner) and "eager" in engine.runner_note
+        for ids, text in zip(prompts, texts.values(), strict=True):
+            alone = model.generate(torch.tensor([ids]), max_new_tokens=30, temperature=0.0)
+            assert alone[0, len(ids) :].tolist() == text
+    assert engine.pool.free_blocks == engine.pool.blocks

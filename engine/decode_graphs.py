@@ -1,0 +1,88 @@
+"""One new token for each of many sequences, as a graph for every few batch sizes.
+
+A step of B sequences is padded to one of BUCKETS; its function is recorded once a bucket and replayed:
+
+    host     ids, places, slots, lengths, tables -> one pinned buffer, one copy to where the graph reads them
+    graph    embedding .. head; nothing in it waits for the host or depends on what only the host knows
+    padding  sequences of length 0, whose keys and values go to the spare block and whose attention is zero
+
+Tables are as wide as the longest text. A width for each length would be one more graph each, and saves nothing: a part
+of a split that a text does not have ends at once, and splits share `decode_parts` programs, at most eight a processor.
+The buffer is 4 (4 + width) bytes a sequence: 5 KB for 64 of GPT-2's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peakgpt.engine.capture import Captured, recorder_for
+from peakgpt.engine.paged import BLOCK
+from peakgpt.engine.paged_cache import Rows
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of a graph
+NUMBERS = 4  # of a sequence beside its table: id, place, slot, length
+
+
+class DecodeGraphs:
+    """Runs a function of Rows, one a sequence, as it is or as graphs."""
+
+    def __init__(self, run: Callable[[Rows], Tensor], *, width: int, spare: int, device: torch.device,
+                 obstacle: str | None = None):  # fmt: skip
+        """
+        Args:
+            run: gives a row of logits a sequence.
+            width: blocks of the longest text.
+            spare: the slot that takes keys and values of padding.
+            device: of the model.
+            obstacle: why it can not be recorded, where that is known.
+        """
+        self.run, self.width, self.spare, self.device, self.obstacle = run, width, spare, device, obstacle
+        self.pins = device.type == "cuda"
+        self.record = None if obstacle else recorder_for(device)
+        self.held = torch.zeros(BUCKETS[-1] * (NUMBERS + width), dtype=torch.int32, device=device)
+        self.steps: dict[int, Captured] = {}
+
+    def __call__(self, ids: Tensor | Sequence[int], places: np.ndarray, tables: np.ndarray) -> Tensor:
+        """Run one step; nothing waits for the device.
+
+        Args:
+            ids: (B,), at most BUCKETS[-1]; may lie on the device.
+            places: (B,) integers, where each stands in its text.
+            tables: (B, width) int32, each sequence's blocks.
+        Returns:
+            (B, V); overwritten by a later step.
+        """
+        count = len(places)
+        bucket = next(b for b in BUCKETS if b >= count)
+        numbers = torch.zeros(bucket * (NUMBERS + self.width), dtype=torch.int32, pin_memory=self.pins)
+        rows = self._rows(numbers, bucket)
+        rows.places.numpy()[:count] = places
+        rows.slots.fill_(self.spare)
+        rows.slots.numpy()[:count] = tables[np.arange(count), places // BLOCK] * BLOCK + places % BLOCK
+        rows.lengths.numpy()[:count] = places + 1
+        rows.tables.numpy()[:count] = tables
+        known = not isinstance(ids, Tensor)
+        if known:
+            rows.ids.numpy()[:count] = ids
+        self.held[: len(numbers)].copy_(numbers, non_blocking=True)
+        if not known:
+            self.held[:count].copy_(ids, non_blocking=True)
+        if bucket not in self.steps:
+            self.steps[bucket] = self._captured(bucket)
+        (logits,) = self.steps[bucket]()
+        return logits[:count]
+
+    def _rows(self, numbers: Tensor, bucket: int) -> Rows:
+        """A step's integers as they lie one after the other."""
+        ids, places, slots, lengths, tables = numbers.split([*[bucket] * NUMBERS, bucket * self.width])
+        return Rows(ids, places, slots, lengths, tables.view(bucket, self.width))
+
+    def _captured(self, bucket: int) -> Captured:
+        rows = self._rows(self.held[: bucket * (NUMBERS + self.width)], bucket)
+        step = Captured(lambda: (self.run(rows),), self.record, lambda: None, copies=False)
+        step.obstacle = self.obstacle or step.obstacle
+        return step
