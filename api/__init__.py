@@ -8,6 +8,7 @@ from peakgpt.engine.optim import AdamW
 from peakgpt.engine.tags import prefix_tags
 from peakgpt.kernels.attention import attention
 from peakgpt.kernels.attention_decode import attention_decode
+from peakgpt.kernels.cache_store import cache_store
 from peakgpt.kernels.dispatch import use_backend
 from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
@@ -25,6 +26,7 @@ __all__ = [
     "add_rmsnorm",
     "attention",
     "attention_decode",
+    "cache_store",
     "doctor",
     "gated_mlp",
     "layernorm",

@@ -92,6 +92,9 @@ CASES = [
         {"batch": 2, "queries": 5, "heads": 2, "head_dim": 80, "keys": 33, "block": 33},
         {"window": 9},
     ),
+    ("attention_decode", {"batch": 3, "heads": 4, "head_dim": 16, "keys": 270, "kv_heads": 2, "bits": 8}, {}),
+    ("cache_store", {"tokens": 32, "heads": 3, "head_dim": 17}, {}),
+    ("cache_store", {"tokens": 9, "heads": 2, "head_dim": 64, "bits": 8}, {}),
     ("attention_qkv", {"batch": 2, "tokens": 65, "heads": 2, "head_dim": 32}, {"n_head": 2}),
     (
         "attention_qkv",
@@ -118,6 +121,12 @@ LARGE_CASES = [
     ("attention", {"batch": 2, "tokens": 1025, "heads": 4, "head_dim": 64}, {}),
     ("attention", {"batch": 1, "tokens": 1000, "heads": 2, "head_dim": 128}, {}),
     ("attention_decode", {"batch": 8, "heads": 32, "head_dim": 128, "keys": 2049, "kv_heads": 8}, {}),
+    (
+        "attention_decode",
+        {"batch": 8, "heads": 32, "head_dim": 128, "keys": 2049, "kv_heads": 8, "bits": 8},
+        {},
+    ),
+    ("cache_store", {"tokens": 1024, "heads": 8, "head_dim": 128, "bits": 8}, {}),
     ("attention_qkv", {"batch": 4, "tokens": 256, "heads": 12, "head_dim": 64}, {"n_head": 12}),
     ("adamw", {"count": (1 << 20) + 1}, {"lr": 1e-2, "weight_decay": 0.1}),
     ("sum_of_squares", {"count": (1 << 20) + 1}, {}),

@@ -3,6 +3,7 @@
 from peakgpt.kernels.adamw import adamw
 from peakgpt.kernels.attention import attention, attention_qkv
 from peakgpt.kernels.attention_decode import attention_decode
+from peakgpt.kernels.cache_store import cache_store
 from peakgpt.kernels.dropout import dropout
 from peakgpt.kernels.embedding import embedding
 from peakgpt.kernels.layernorm import add_layernorm, layernorm
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_qkv",
+    "cache_store",
     "dropout",
     "embedding",
     "gated_mlp",

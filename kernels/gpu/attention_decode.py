@@ -4,6 +4,9 @@
                  m, l, acc of an online softmax over the split alone
     merge    for a row: m = max_s m_s    w_s = exp2(m_s - m)    out = sum_s w_s acc_s / sum_s w_s l_s
 
+A cache of bytes is widened to q's dtype, exactly; the keys' scales multiply the scores in float32, the values' the
+weights before they are rounded.
+
 A row's bits follow from its own keys: tiles, splits and the merge's tree are the same for any batch, and what a split
 adds that a row does not see is an exact zero. How many programs share the splits only decides who computes a part.
 """
@@ -34,20 +37,27 @@ class DecodeTile(Tile):
 WIDTHS = (64, 128, 256)  # a row serves the head widths up to its own
 WORKSPACE_BYTES = 1 << 26  # of what the parts leave for the merge; more rows are taken one launch after the other
 MERGE = Tile(warps=4)
+# Weights times values' scales, max|v| / 127, keep the order of 1, as float16 needs: it is small otherwise.
+VALUE_FOLD: tl.constexpr = tl.constexpr(64.0)
 CHUNK = 16  # parts that the merge reads at a time
 
 # Unmeasured: compiled without spills by Triton 3.7.1, not yet timed on hardware. Bytes in flight decide here, not
 # arithmetic: 3.35 TB/s for 0.7 us are 18 KB a processor of an H100. A table's entry is fetched ahead of its block, so
-# 2 n + 1 stages hold n blocks of keys and values: 5 stages 32 KB a program, of which four are resident. With one stage
-# float32 spills on sm_86.
+# 2 n + 1 stages hold n blocks of keys and values: 5 stages 32 KB a program, of which four are resident. float32 spills
+# on sm_86 with one stage, and everywhere with two where the cache is of bytes; the last rows would spill too.
 _STAGES = {"sm_80": 5, "sm_86": 3, "sm_90": 5, "sm_100": 5, "gfx942": 2}
 _BLOCKS = {
     ("half", 64): 64, ("half", 128): 32, ("half", 256): 32, ("fp32", 64): 32, ("fp32", 128): 16, ("fp32", 256): 16
 }  # fmt: skip
 TILES = {
-    (arch, *row): DecodeTile(BLOCK_K=block, warps=4, stages=_STAGES[arch] if row[0] == "half" else 2)
+    (arch, bits, *row): DecodeTile(BLOCK_K=block, warps=4, stages=_STAGES[arch] if row[0] == "half" else few)
     for arch in launch.CLASSES
+    for bits, few in ((None, 2), (8, 1))  # of the cache, where it is not q's dtype
     for row, block in _BLOCKS.items()
+} | {
+    ("sm_80", 8, "fp32", 128): DecodeTile(BLOCK_K=16, warps=8, stages=1),
+    ("sm_86", 8, "fp32", 128): DecodeTile(BLOCK_K=16, warps=8, stages=2),
+    ("sm_100", 8, "half", 64): DecodeTile(BLOCK_K=64, warps=4, stages=4),
 }
 
 
@@ -72,7 +82,8 @@ def _sequence(slot, cu_queries_ptr, B, steps, GROUP: tl.constexpr, ROWS: tl.cons
 
 @triton.jit(do_not_specialize=("B", "parts", "splits", "first_slot", "steps", "window"))
 def attention_decode_parts(
-    q_ptr, k_ptr, v_ptr, tables_ptr, lengths_ptr, cu_queries_ptr, alibi_ptr, acc_ptr, m_ptr, l_ptr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr, lengths_ptr, cu_queries_ptr, alibi_ptr,
+    acc_ptr, m_ptr, l_ptr,
     stride_q_n, stride_q_h, stride_k_n, stride_k_s, stride_k_h, stride_v_n, stride_v_s, stride_v_h, stride_tables_b,
     B, parts, splits, first_slot, steps, block, scale, window,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -111,7 +122,10 @@ def attention_decode_parts(
             v_at = v_ptr + at * stride_v_n + (j % block).to(tl.int64) * stride_v_s + kv_head.to(tl.int64) * stride_v_h
             k = tl.load(k_at[:, None] + d[None, :], mask=mask, other=0.0)
             v = tl.load(v_at[:, None] + d[None, :], mask=mask, other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * fold
+            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * fold
+            if k_scale_ptr is not None:
+                scales_at = (at * block + j % block) * tl.num_programs(1) + kv_head
+                s *= tl.load(k_scale_ptr + scales_at, mask=inside, other=0.0)[None, :]
             if alibi_ptr is not None:
                 s += slope[:, None] * (j[None, :] - position[:, None])
             live = live_pairs(position[:, None], j[None, :], window, True) & inside[None, :]
@@ -121,8 +135,12 @@ def attention_decode_parts(
             p = tl.exp2(s - base[:, None])
             alpha = tl.exp2(m - base)
             l = l * alpha + tl.sum(p, 1)  # noqa: E741
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            if v_scale_ptr is not None:
+                p *= tl.load(v_scale_ptr + scales_at, mask=inside, other=0.0)[None, :] * VALUE_FOLD
+            acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
             m = m_new
+        if v_scale_ptr is not None:
+            acc *= 1.0 / VALUE_FOLD
         # (slots, K, ROWS, splits): rows that do not see this split leave m = -inf, l = 0, acc = 0
         row = ((slot - first_slot).to(tl.int64) * tl.num_programs(1) + kv_head) * ROWS + rows
         tl.store(m_ptr + row * splits + split, m, mask=live_rows)
@@ -183,13 +201,13 @@ def objection(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_, **__) -> str | No
     return None
 
 
-def _tile(q: Tensor) -> DecodeTile:
+def _tile(q: Tensor, bits: int | None) -> DecodeTile:
     precision = "fp32" if q.dtype == torch.float32 else "half"
-    return TILES[launch.arch(q), precision, next(w for w in WIDTHS if q.shape[2] <= w)]
+    return TILES[launch.arch(q), bits, precision, next(w for w in WIDTHS if q.shape[2] <= w)]
 
 
 def forward(
-    outputs, saved, q, k_cache, v_cache, block_tables, lengths, cu_queries, alibi, *, window, scale
+    outputs, saved, q, k_cache, v_cache, block_tables, lengths, cu_queries, k_scale, v_scale, alibi, *, window, scale
 ) -> None:  # fmt: skip
     (queries, heads, width), (_, block, kv_heads, _) = q.shape, k_cache.shape
     batch, group = lengths.shape[0], heads // kv_heads
@@ -206,7 +224,7 @@ def forward(
     alibi, block_tables, lengths, cu_queries = (
         None if t is None else t.contiguous() for t in (alibi, block_tables, lengths, cu_queries)
     )
-    tile = _tile(q)
+    tile = _tile(q, None if k_scale is None else 8)
     common = {
         "lengths_ptr": lengths, "cu_queries_ptr": cu_queries, "acc_ptr": acc, "m_ptr": m, "l_ptr": l, "B": batch,
         "splits": splits, "steps": batch.bit_length(), "window": window, "GROUP": group, "ROWS": DECODE_ROWS,
@@ -217,7 +235,8 @@ def forward(
         for first_slot, count in batches:
             parts = schedule.decode_parts(count, kv_heads, splits, launch.processors(q))
             attention_decode_parts[(count, kv_heads, parts)](
-                q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, tables_ptr=block_tables, alibi_ptr=alibi,
+                q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
+                tables_ptr=block_tables, alibi_ptr=alibi,
                 stride_q_n=q.stride(0), stride_q_h=q.stride(1),
                 stride_k_n=k_cache.stride(0), stride_k_s=k_cache.stride(1), stride_k_h=k_cache.stride(2),
                 stride_v_n=v_cache.stride(0), stride_v_s=v_cache.stride(1), stride_v_h=v_cache.stride(2),
@@ -231,22 +250,28 @@ def forward(
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """Every row, with one query a sequence and, in half precision, with every option."""
-    for (row_arch, precision, width), tile in TILES.items():
+    """Every row with a cache of q's dtype and of bytes; one query a sequence and, in half precision, every option."""
+    for (row_arch, bits, precision, width), tile in TILES.items():
         if row_arch == arch:
             for every in (False, True) if precision == "half" else (True,):
-                yield _case(attention_decode_parts, precision, width, tile, every, {"BLOCK_K": tile.BLOCK_K})
-                if precision == "half":
+                yield _case(attention_decode_parts, precision, width, tile, every, {"BLOCK_K": tile.BLOCK_K}, bits)
+                if precision == "half" and bits is None:
                     yield _case(attention_decode_merge, precision, width, MERGE, every, {"CHUNK": CHUNK})
 
 
-def _case(kernel, precision: str, width: int, tile: Tile, every: bool, sizes: dict[str, int]) -> AotCase:
+def _case(
+    kernel, precision: str, width: int, tile: Tile, every: bool, sizes: dict[str, int], bits: int | None = None
+) -> AotCase:
     dtype = "fp32" if precision == "fp32" else "bf16"
-    absent = {} if every else dict.fromkeys({"cu_queries_ptr", "alibi_ptr", "window"} & set(kernel.arg_names))
+    missing = set() if every else {"cu_queries_ptr", "alibi_ptr", "window"}
+    missing |= {"k_scale_ptr", "v_scale_ptr"} if bits is None else set()
+    absent = dict.fromkeys(missing & set(kernel.arg_names))
     given = {"GROUP": 4 if every else 1, "ROWS": DECODE_ROWS, "SPLIT": SPLIT, "D": width, "BLOCK_D": width}
+    types = {} if bits is None else dict.fromkeys(("k_ptr", "v_ptr"), "*i8")
+    label = f"{dtype} D={width}" + (" every option" if every else "") + ("" if bits is None else " in bytes")
     return launch.case(
-        kernel, f"{dtype} D={width}" + (" every option" if every else ""), tile, dtype, {**given, **sizes, **absent},
-        hot=not every, scale="fp32",
-        **dict.fromkeys(("acc_ptr", "m_ptr", "l_ptr", "alibi_ptr"), "*fp32"),
+        kernel, label, tile, dtype, {**given, **sizes, **absent},
+        hot=not every and (bits is None or width == WIDTHS[0]), scale="fp32", **types,
+        **dict.fromkeys(("acc_ptr", "m_ptr", "l_ptr", "alibi_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32"),
         **dict.fromkeys(("tables_ptr", "lengths_ptr", "cu_queries_ptr"), "*i32"),
     )  # fmt: skip
