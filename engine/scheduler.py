@@ -26,6 +26,7 @@ from peakgpt.engine.model import GPT
 from peakgpt.engine.ops_runner import runner_for
 from peakgpt.engine.paged import BLOCK, BlockPool, Chunk, digests
 from peakgpt.engine.params import SamplingParams
+from peakgpt.engine.room import default_blocks
 from peakgpt.engine.sample import TokenLogprob, Uniforms, adjust, choose, draw_seed, log_probabilities
 from peakgpt.engine.speculate import Ask, Speculation
 from peakgpt.engine.text import TextStream
@@ -35,6 +36,7 @@ __all__ = ["Engine", "Output", "Request", "SamplingParams", "TokenLogprob"]
 
 T = TypeVar("T")
 BUDGET = 256  # tokens of a step: 0.12 s of GPT-2 124M in bf16 on two cores
+STREAMS = 64  # continuations at once
 CHECKED = 8  # tokens that decoding takes in one pass with proposals: GPT-2 124M takes 1.15 times as long as for one
 
 
@@ -127,13 +129,13 @@ class Engine:
     """A model that continues many requests at once. One thread owns it."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer | None = None, *, blocks: int | None = None,
-                 streams: int = 64, budget: int = BUDGET, speculation: Speculation | None = None):  # fmt: skip
+                 streams: int = STREAMS, budget: int = BUDGET, speculation: Speculation | None = None):  # fmt: skip
         """
         Args:
             model: as it is now: where it can be lowered to the CPU program, what becomes of its weights later does not
                 reach the engine. Another model, or one on a GPU, runs by its ops.
             tokenizer: for texts, stop strings and choices that are strings.
-            blocks: of the cache; None means enough for 8 sequences as long as the model takes.
+            blocks: of the cache; None means room for all streams, see engine/room.py.
             streams: continuations that run at once at most.
             budget: tokens of a step.
             speculation: proposes tokens, which the text does not depend on; `proposed` and `accepted` count them.
@@ -143,9 +145,11 @@ class Engine:
         if speculation and speculation.vocab_size not in (None, model.config.vocab_size):
             raise ValueError(f"speculation: the draft has vocab_size {speculation.vocab_size}, expected the model's "
                              f"{model.config.vocab_size}")  # fmt: skip
-        longest = -(-model.config.block_size // BLOCK)
         self.config, self.tokenizer, self.streams, self.budget = model.config, tokenizer, streams, budget
-        self.runner = runner_for(model, 8 * longest if blocks is None else blocks)
+        weight = model.transformer.wte.weight
+        if blocks is None:
+            blocks = default_blocks(model.config, streams, weight.dtype, weight.device)
+        self.runner = runner_for(model, blocks)
         self.pool = BlockPool(self.runner.memory.blocks, BLOCK)
         self.waiting: deque[_Running] = deque()
         self.running: list[_Running] = []  # in the order in which they came
@@ -157,6 +161,14 @@ class Engine:
         """Why the model runs by its ops and not by the CPU program; empty where it does not."""
         reason = getattr(self.runner, "reason", None)
         return f"by ops: {reason}" if reason else ""
+
+    @property
+    def cache_note(self) -> str:
+        """How large the cache is."""
+        memory, tokens = self.runner.memory, self.pool.blocks * BLOCK
+        size = (memory.keys.nbytes + memory.values.nbytes) / (1 << 20)
+        return (f"cache: {self.pool.blocks} blocks of {BLOCK} tokens, {tokens} tokens in all, {size:.0f} MiB; "
+                f"{self.streams} texts of {tokens // self.streams} tokens at once")  # fmt: skip
 
     @property
     def has_work(self) -> bool:

@@ -344,14 +344,15 @@ def test_the_command_drains_on_sigterm(model, tokenizer, tmp_path):
     config = dataclasses.replace(model.config, block_size=1024)
     GPT(config).save_pretrained(tmp_path / "long", tokenizer)
     command = [sys.executable, "-m", "peakgpt", "serve", str(tmp_path / "long"), "--port", "0", "--dtype", "float32"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
+            assert re.fullmatch(r"cache: \d+ blocks of 64 tokens, .* MiB; .*\n", process.stderr.readline())
             said = re.fullmatch(r"long: http://127\.0\.0\.1:(\d+)\n", process.stdout.readline())
             at = ("127.0.0.1", int(said[1]))
             with socket.create_connection(at, timeout=20) as idle, contextlib.ExitStack() as stack:
                 idle.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 assert b"200 OK" in idle.recv(1000)
-                asked = {"prompt": "x", "max_tokens": 900, "logit_bias": {str(tokenizer.end_id): -100}, "stream": True}
+                asked = {"prompt": "x", "max_tokens": 400, "logit_bias": {str(tokenizer.end_id): -100}, "stream": True}
                 streams = [stack.enter_context(socket.create_connection(at, timeout=20)) for _ in range(4)]
                 for stream in streams:
                     stream.sendall(posted(asked))
@@ -363,7 +364,7 @@ def test_the_command_drains_on_sigterm(model, tokenizer, tmp_path):
                 assert process.poll() is None
                 for begin, stream in zip(begun, streams, strict=True):
                     text = begin + b"".join(iter(lambda s=stream: s.recv(1 << 16), b""))
-                    assert text.count(b"data: ") == 901 and text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+                    assert text.count(b"data: ") == 401 and text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
             assert process.wait(20) == 0
         finally:
             process.kill()

@@ -56,14 +56,14 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
         raise ValueError("prompt: got no token, expected some text")
     room = max(model.config.block_size - len(ids), 0)
     params = SamplingParams(max_new_tokens=min(max_new_tokens, room), stop=(tokenizer.end_id,), **sampling)
-    engine = Engine(model, tokenizer, speculation=speculation)
+    engine = Engine(model, tokenizer, streams=1, speculation=speculation)
     sys.stdout.write(prompt)
     pieces, tokens, rate = _timed(engine, ids, params, sys.stdout)
     sys.stdout.write(f"\n\n[{len(tokens)} tokens, {rate:.0f} tokens/s]\n")
     if engine.runner_note:
         sys.stdout.write(f"[{engine.runner_note}]\n")
     if speculation:
-        _, plain, plain_rate = _timed(Engine(model, tokenizer), ids, params, None)
+        _, plain, plain_rate = _timed(Engine(model, tokenizer, streams=1), ids, params, None)
         same = "the same" if plain == tokens else "NOT THE SAME"
         sys.stdout.write(f"[{engine.accepted} of {engine.proposed} proposed tokens were right; {plain_rate:.0f} "
                          f"tokens/s without: {rate / plain_rate:.2f} x, text {same}]\n")  # fmt: skip

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from peakgpt.engine.model import GPT
-from peakgpt.engine.scheduler import Engine
+from peakgpt.engine.paged import BLOCK
+from peakgpt.engine.room import SHARE, TYPICAL
+from peakgpt.engine.scheduler import STREAMS, Engine
 from peakgpt.engine.tokenizer import Tokenizer
 from peakgpt.kernels.cpu.memory import keep_pages
 
@@ -26,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="that clients call the model by (default: the folder's name)")
     parser.add_argument("--api-key-file", type=Path, help=f"file with the key that clients send (or ${KEY})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--blocks", type=int, help="of the cache (default: 8 sequences as long as the model takes)")
+    parser.add_argument("--blocks", type=int, help=f"of the cache, {BLOCK} tokens each (default: {STREAMS} texts "
+                        f"of {TYPICAL} tokens, in at most {SHARE:.0%} of the free memory)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
     keep_pages()  # logits of 64 streams are 13 MB a step, which torch would give back and fault in again
     tokenizer = Tokenizer.load(args.checkpoint)
     model = GPT.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype))
+    engine = Engine(model, tokenizer, blocks=args.blocks)
+    print(engine.cache_note, file=sys.stderr, flush=True)
     server = Server(
-        Engine(model, tokenizer, blocks=args.blocks), tokenizer, name=args.name or Path(args.checkpoint).resolve().name,
+        engine, tokenizer, name=args.name or Path(args.checkpoint).resolve().name,
         key=key or None, hosts=LOOPBACK if loopback else None,
         chat=read_chat_template(args.checkpoint, tokenizer.end_of_text),
     )  # fmt: skip
