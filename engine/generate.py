@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from peakgpt.engine.beam import beam_search
 from peakgpt.engine.params import SamplingParams
 from peakgpt.engine.sample import draw_seed, sample, uniforms
 from peakgpt.engine.stepper import stepper
@@ -19,25 +18,13 @@ if TYPE_CHECKING:
 STOP_CHECK = 16  # tokens between looks at whether all sequences stopped, where a look waits for the device
 
 
-def decode(
-    model: GPT,
-    ids: Tensor,
-    *,
-    max_new_tokens: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    start: Tensor | None = None,
-) -> Iterator[Tensor]:
+def decode(model: GPT, ids: Tensor, params: SamplingParams, start: Tensor | None = None) -> Iterator[Tensor]:
     """Yield the next token of each sequence, (B,) int64 on the device, without waiting for it.
 
     Raises:
-        ValueError: an empty or too long prompt, or parameters out of range.
+        ValueError: an empty or too long prompt.
     """
-    SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)  # checks them
-    count = check_prompt(model, ids, max_new_tokens, start)
-    return _decode(model, ids, count, temperature, top_k, top_p, seed, start)
+    return _decode(model, ids, check_prompt(model, ids, params.max_new_tokens, start), params, start)
 
 
 def check_prompt(model: GPT, ids: Tensor, max_new_tokens: int | None, start: Tensor | None) -> int:
@@ -61,38 +48,30 @@ def check_prompt(model: GPT, ids: Tensor, max_new_tokens: int | None, start: Ten
 
 
 @torch.no_grad()
-def _decode(model, ids, count, temperature, top_k, top_p, seed, start) -> Iterator[Tensor]:
+def _decode(model: GPT, ids: Tensor, count: int, params: SamplingParams, start: Tensor | None) -> Iterator[Tensor]:
     batch, device = ids.shape[0], ids.device
     step = stepper(model, batch, ids.shape[1] + count, count, start)
-    if temperature:
-        seed = draw_seed() if seed is None else seed
+    if params.temperature:
+        seed = draw_seed() if params.seed is None else params.seed
         u = torch.stack([uniforms(seed, text, 0, count) for text in range(batch)], 1).to(device)  # (count, B)
     for i in range(count):
         logits = step(ids)
-        if temperature:
-            token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, u=u[i])
+        if params.temperature:
+            token = sample(logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, u=u[i])
         else:
             token = logits.argmax(-1)
         yield token
         ids = token[:, None]
 
 
-def generate(
-    model: GPT, ids: Tensor, *, stop: Sequence[int] = (), beams: int = 1, length_penalty: float = 1.0,
-    early_stopping: bool | str = False, **options,
-) -> Tensor:  # fmt: skip
+def generate(model: GPT, ids: Tensor, params: SamplingParams, start: Tensor | None) -> Tensor:
     """Continue a batch; see GPT.generate."""
-    if beams != 1:
-        start = options.get("start")
-        count = check_prompt(model, ids, options.get("max_new_tokens"), start)
-        return beam_search(model, ids, beams, count=count, stop=stop, length_penalty=length_penalty,
-                           early_stopping=early_stopping, start=start)  # fmt: skip
-    device = ids.device
+    device, stop = ids.device, params.stop
     ends = torch.tensor(list(stop), device=device)
     stopped = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     tokens = [ids]
     every = 1 if device.type == "cpu" else STOP_CHECK
-    for i, token in enumerate(decode(model, ids, **options), 1):
+    for i, token in enumerate(decode(model, ids, params, start), 1):
         if stop:
             token = torch.where(stopped, ends[0], token)
             stopped = stopped | torch.isin(token, ends)
@@ -110,12 +89,11 @@ def _trimmed(out: Tensor, prompt: int, ends: Tensor) -> Tensor:
     return out[:, : prompt + int(running.sum())]
 
 
-def stream(model: GPT, ids: Tensor, *, stop: Sequence[int] = (), **options) -> Iterator[int]:
+def stream(model: GPT, ids: Tensor, params: SamplingParams) -> Iterator[int]:
     """Continue one sequence token by token; see GPT.stream."""
     if ids.dim() != 2 or ids.shape[0] != 1:
         raise ValueError(f"stream: ids have shape {tuple(ids.shape)}, expected (1, T)")
-    tokens = decode(model, ids, **options)
-    return _stream(tokens, frozenset(stop))
+    return _stream(decode(model, ids, params), frozenset(params.stop))
 
 
 def _stream(tokens: Iterator[Tensor], stop: frozenset[int]) -> Iterator[int]:

@@ -8,7 +8,7 @@ have the names of transformers' GPT-2, weights the Linear layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peakgpt.engine import checkpoint, quantised_folder
+from peakgpt.engine.beam import beam_search
 from peakgpt.engine.cache import Cache, KVCache
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.fp8 import fp8_linear
-from peakgpt.engine.generate import generate, stream
+from peakgpt.engine.generate import check_prompt, generate, stream
 from peakgpt.engine.layers import Block, Conv1DLoading, norm
 from peakgpt.engine.optim import AdamW, decay_groups
+from peakgpt.engine.params import SamplingParams
 from peakgpt.engine.positions import Positions, positions
 from peakgpt.engine.presets import preset
 from peakgpt.engine.quantised import QuantisedLinear
@@ -265,57 +267,40 @@ class GPT(Conv1DLoading):
         self,
         ids: Tensor,
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: Sequence[int] = (),
         start: Tensor | None = None,
         beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | str = False,
+        **options: Any,
     ) -> Tensor:
         """Continue a batch of prompts, with a KV cache; on the CPU by one program a step where that pays.
 
         Args:
             ids: (B, T) int64 or int32, padded on the left where their lengths differ.
-            max_new_tokens: at most this many are added; None means up to block_size.
-            temperature: 0 is greedy, and top_k and top_p do not matter.
-            top_k, top_p: choose among the k likeliest, among the fewest that reach p.
-            seed: of the choice, a stream of numbers a prompt; drawn from torch's generator where None.
-            stop: ids that end a sequence; it keeps the one that did and is filled up with the first of `stop`.
             start: (B,) integers; where each left-padded prompt begins. None: all are of one length.
             beams: more than 1 keeps so many texts and returns the likeliest, as transformers does; nothing is drawn.
             length_penalty: texts compare by log-probability over length to this power.
             early_stopping: True stops when `beams` texts have ended, False when no better one is likely, "never" when
                 none is possible.
+            options: max_new_tokens, temperature, top_k, top_p, stop and seed, as in engine.params.SamplingParams. A
+                sequence keeps the id that ended it and is filled up with the first of `stop`; each prompt has a stream
+                of numbers from the seed.
         Returns:
             (B, T + new), dtype of ids; new ends where the last sequence did.
         Raises:
+            TypeError: another option.
             ValueError: parameters out of range, or more tokens asked than block_size has room for.
         """
-        return generate(
-            self, ids, stop=stop, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            seed=seed, start=start, beams=beams, length_penalty=length_penalty, early_stopping=early_stopping,
-        )  # fmt: skip
+        params = SamplingParams.of_a_batch("generate", options)
+        if beams == 1:
+            return generate(self, ids, params, start)
+        count = check_prompt(self, ids, params.max_new_tokens, start)
+        return beam_search(self, ids, beams, count=count, stop=params.stop, length_penalty=length_penalty,
+                           early_stopping=early_stopping, start=start)  # fmt: skip
 
-    def stream(
-        self,
-        ids: Tensor,
-        *,
-        max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: Sequence[int] = (),
-    ) -> Iterator[int]:
+    def stream(self, ids: Tensor, **options: Any) -> Iterator[int]:
         """Yield new token ids of one sequence, (1, T), as they come; ends before an id of `stop`. See `generate`."""
-        return stream(
-            self, ids, stop=stop, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            seed=seed,
-        )  # fmt: skip
+        return stream(self, ids, SamplingParams.of_a_batch("stream", options))
 
     def configure_optimizer(
         self,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 GREEDY = 0.0  # temperature
 LEAST_TEMPERATURE, LEAST_TOP_P = 1e-3, 1e-6  # float32 tells no smaller ones from 0
+OF_A_BATCH = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed")  # the others are the Engine's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,18 @@ class SamplingParams:
             raise ValueError(f"sampling: stop_strings are {list(self.stop_strings)}, expected none that is empty")
         if not all(len(choice) for choice in self.choices):
             raise ValueError(f"sampling: choices are {list(self.choices)}, expected none that is empty")
+
+    @classmethod
+    def of_a_batch(cls, caller: str, options: Mapping[str, Any]) -> SamplingParams:
+        """From the options of GPT.generate and GPT.stream.
+
+        Raises:
+            TypeError: another name than those of OF_A_BATCH.
+            ValueError: a value out of range.
+        """
+        if unknown := [name for name in options if name not in OF_A_BATCH]:
+            raise TypeError(f"{caller}: got option {unknown[0]!r}, expected {', '.join(OF_A_BATCH)}")
+        return cls(**options)
 
     @property
     def adjusts(self) -> bool:
