@@ -54,7 +54,7 @@ def compare(
     flops = training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens
     return [
         Result.of(
-            dataclasses.replace(timing, note=f"loss {losses[name][-1]:.4f} after {steps} steps"),
+            timing.noted(f"loss {losses[name][-1]:.4f} after {steps} steps"),
             bench="train", case=case | {"n_layer": config.n_layer, "n_embd": config.n_embd},
             contender="peakgpt" if name == "bfloat16" else f"peakgpt, {name}", backend="auto", device=str(device),
             dtype="bfloat16", flops=flops, flops_kind="model", peak_flops_s=peak.flops_s,

@@ -20,7 +20,7 @@ from peakgpt.kernels import catalogue
 from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.device import peak_for, stream_peak
-from peakgpt.kernels.dispatch import OPS, Op, use_backend
+from peakgpt.kernels.dispatch import HOME, OPS, Op, use_backend
 
 MAX_SETS = 8
 PRODUCTS = {"linear_q8": torch.int8, "linear_q4": torch.int8}  # whose peak is not that of their inputs' dtype
@@ -170,7 +170,10 @@ def compare(
     make, forward, backward = PASSES[direction]
     sets = make_inputs(case, device, dtype)
     tensors = sets[0][0]
-    chosen = {"peakgpt": next(b for b, reason in op.explain(*tensors, **params).items() if reason is None)}
+    reasons = op.explain(*tensors, **params)
+    chosen = {"peakgpt": next(b for b, reason in reasons.items() if reason is None)}
+    fell_back = [f"{op.name}: eager ran as peakgpt, {b} objects: {reasons[b]}"
+                 for b, home in HOME.items() if chosen["peakgpt"] == "eager" and home == device.type]  # fmt: skip
     chosen |= {f"peakgpt, {b}": b for b in backends(op, tensors, params) if b != chosen["peakgpt"]}
     calls = {"peakgpt": op, "eager": _forced(op, "eager")}
     calls |= {name: _forced(op, backend) for name, backend in chosen.items() if name not in calls}
@@ -191,7 +194,8 @@ def compare(
     ceiling, streams = stream_peak(device, read, written, touched, updated_bytes=updated)
     return [
         Result.of(
-            timing, bench="op", contender=name, backend=chosen.get(name, "liger" if name == "liger" else "torch"),
+            timing.noted(*fell_back if name == "peakgpt" else ()), bench="op", contender=name,
+            backend=chosen.get(name, "liger" if name == "liger" else "torch"),
             device=str(device), case={"op": op.name, "pass": direction, **case.sizes, **params},
             dtype=str(dtype).removeprefix("torch."),
             flops=forward * cost.flops + backward * cost.backward_flops, flops_kind="work",

@@ -122,7 +122,7 @@ def compare(
     note = f"transformers {metadata.version('transformers')}"
     return [
         Result.of(
-            found.noted(found.note, note), bench="patch", case=case, contender=n,
+            found.timing.noted(found.note, note), bench="patch", case=case, contender=n,
             backend="auto" if CONTENDERS[n].patched else "torch", device=str(device), dtype=dtype,
             memory_bytes=found.memory_bytes, base_bytes=found.base_bytes,
         )

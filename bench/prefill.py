@@ -108,7 +108,7 @@ def compare_prefill(
     case = {"tokens": tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
     return [
         Result.of(
-            found.noted(found.note, who.version), bench="prefill", case=case, contender=n, backend=who.backend,
+            found.timing.noted(found.note, who.version), bench="prefill", case=case, contender=n, backend=who.backend,
             device="cpu", dtype=_name(dtype), flops=work_flops(config, tokens), flops_kind="work",
             memory_bytes=found.memory_bytes, base_bytes=found.base_bytes,
             peak_flops_s=peak.flops_s, peak_source=peak.source,

@@ -5,7 +5,6 @@ round-robin, and all are closed, whatever becomes of one.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -37,10 +36,6 @@ class Measured:
     memory_bytes: int | None
     base_bytes: int | None
     note: str
-
-    def noted(self, *notes: str) -> Timing:
-        """The timing with further notes."""
-        return dataclasses.replace(self.timing, note="; ".join(filter(None, [self.timing.note, *notes])))
 
 
 def measure(

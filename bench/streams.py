@@ -77,9 +77,10 @@ def compare_streams(
     peak = peak_for("cpu", torch.float32)
     return [
         Result.of(
-            found.noted(alike[key], who.version), bench="decode", contender=name, backend=who.backend, device="cpu",
-            dtype=form, case={"n_layer": config.n_layer, "n_embd": config.n_embd, "prompt": case.prompt,
-                              "tokens": case.tokens, "batch": case.streams},
+            found.timing.noted(alike[key], who.version), bench="decode", contender=name, backend=who.backend,
+            device="cpu", dtype=form,
+            case={"n_layer": config.n_layer, "n_embd": config.n_embd, "prompt": case.prompt,
+                  "tokens": case.tokens, "batch": case.streams},
             bytes=read_bytes(config, case, form), peak_bytes_s=peak.bandwidth_bytes_s, peak_source=peak.source,
         )
         for key, found in measured.items() for name, form in [asked[key]] for who in [CONTENDERS[name]]

@@ -85,7 +85,7 @@ def compare_training(
         case["recompute"] = recipe.recompute  # of ours
     return [
         Result.of(
-            found.noted(found.note), bench="train", case=case, contender=name,
+            found.timing.noted(found.note), bench="train", case=case, contender=name,
             backend="auto" if name == "peakgpt" else "torch", device=str(device), dtype=_name(recipe.dtype),
             memory_bytes=found.memory_bytes, base_bytes=found.base_bytes,
             flops=training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens, flops_kind="model",

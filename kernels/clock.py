@@ -179,6 +179,10 @@ class Timing:
         if not self.samples_s:
             raise ValueError("expected at least one sample, got none")
 
+    def noted(self, *notes: str) -> Timing:
+        """The same with further notes."""
+        return dataclasses.replace(self, note="; ".join(filter(None, [self.note, *notes])))
+
     @property
     def kept(self) -> int:
         return len(self.samples_s)

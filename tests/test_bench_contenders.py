@@ -137,7 +137,7 @@ def test_who_does_not_start_raises_or_is_wrong_is_told_and_closed(monkeypatch):
     assert Stepper.closed == (raises, wrong, right) and seen == [{"right": 1, "wrong": 2}] * 2
     found = measured.pop("right")
     assert not measured and len(found.timing.samples_s) == 3 and (found.memory_bytes, found.note) == (7, "said")
-    assert found.noted("", "a", "b").note.endswith("a; b")
+    assert found.timing.noted("", "a", "b").note.endswith("a; b")
 
 
 @pytest.mark.parametrize("name", [name for name in decoders.CONTENDERS if name != "eager"])

@@ -12,7 +12,7 @@ from peakgpt.bench.ops import Case, choose_cases, compare, compare_ops
 from peakgpt.bench.passes import CASES as PASS_CASES
 from peakgpt.bench.passes import PASSES, measure
 from peakgpt.bench.peers import _epilogue_mlp, peers
-from peakgpt.bench.report import tables
+from peakgpt.bench.report import notes, tables
 from peakgpt.cli import main
 from peakgpt.kernels.clock import read_results
 from peakgpt.kernels.dispatch import OPS
@@ -102,6 +102,16 @@ def test_the_others_are_timed_when_one_fails():
     results = timed("forward", found, broken=broken, wrong=wrong, declines=declines)
     assert set(results) == {"peakgpt", "eager"}
     assert [name for name, _ in found] == ["broken", "wrong"] and found[0][1] == "no such kernel"
+
+
+def test_a_row_that_fell_back_says_why(monkeypatch):
+    from peakgpt.kernels.cpu import layernorm
+
+    assert "eager ran" not in timed("forward")["peakgpt"].note
+    monkeypatch.setattr(layernorm, "objection", lambda *args, **params: "it is Sunday")
+    results = timed("forward")
+    assert results["peakgpt"].backend == "eager" and "Sunday" not in results["eager"].note
+    assert "layernorm: eager ran as peakgpt, cpu objects: it is Sunday" in notes(results.values())
 
 
 def test_flops_and_bytes_are_those_of_the_direction():
