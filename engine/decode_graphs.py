@@ -4,7 +4,7 @@ A step of B sequences is padded to one of BUCKETS; its function is recorded once
 
     host     ids, places, slots, lengths, tables -> one pinned buffer, one copy to where the graph reads them
     graph    embedding .. head; nothing in it waits for the host or depends on what only the host knows
-    padding  sequences of length 0, whose keys and values go to the spare block and whose attention is zero
+    padding  sequences of length 0, whose keys and values go nowhere and whose attention is zero
 
 Tables are as wide as the longest text. A width for each length would be one more graph each, and saves nothing: a part
 of a split that a text does not have ends at once, and splits share `decode_parts` programs, at most eight a processor.
@@ -30,17 +30,17 @@ NUMBERS = 4  # of a sequence beside its table: id, place, slot, length
 class DecodeGraphs:
     """Runs a function of Rows, one a sequence, as it is or as graphs."""
 
-    def __init__(self, run: Callable[[Rows], Tensor], *, width: int, spare: int, device: torch.device,
-                 obstacle: str | None = None):  # fmt: skip
+    def __init__(
+        self, run: Callable[[Rows], Tensor], *, width: int, device: torch.device, obstacle: str | None = None
+    ):
         """
         Args:
             run: gives a row of logits a sequence.
             width: blocks of the longest text.
-            spare: the slot that takes keys and values of padding.
             device: of the model.
             obstacle: why it can not be recorded, where that is known.
         """
-        self.run, self.width, self.spare, self.device, self.obstacle = run, width, spare, device, obstacle
+        self.run, self.width, self.obstacle = run, width, obstacle
         self.pins = device.type == "cuda"
         self.record = None if obstacle else recorder_for(device)
         self.held = torch.zeros(BUCKETS[-1] * (NUMBERS + width), dtype=torch.int32, device=device)
@@ -61,7 +61,7 @@ class DecodeGraphs:
         numbers = torch.zeros(bucket * (NUMBERS + self.width), dtype=torch.int32, pin_memory=self.pins)
         rows = self._rows(numbers, bucket)
         rows.places.numpy()[:count] = places
-        rows.slots.fill_(self.spare)
+        rows.slots.fill_(-1)
         rows.slots.numpy()[:count] = tables[np.arange(count), places // BLOCK] * BLOCK + places % BLOCK
         rows.lengths.numpy()[:count] = places + 1
         rows.tables.numpy()[:count] = tables

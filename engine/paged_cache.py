@@ -15,26 +15,33 @@ from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.paged import BLOCK
 from peakgpt.kernels.attention import attention
 from peakgpt.kernels.attention_decode import attention_decode
+from peakgpt.kernels.cache_store import cache_store
 
 
 class PagedMemory:
-    """Keys and values of all layers, (L, blocks + 1, BLOCK, K, D) each; the last block takes what nobody reads."""
+    """Keys and values of all layers, (L, blocks, BLOCK, K, D) each; in bytes with a scale for each head of a token."""
 
     def __init__(self, config: GPTConfig, blocks: int, *, dtype: torch.dtype, device: torch.device):
-        """Allocate `blocks` blocks, and the spare one."""
+        """Allocate. `dtype` is the model's, or torch.int8, as kernels/cache_store.py rounds."""
         c = config
-        shape = c.n_layer, blocks + 1, BLOCK, c.n_kv_head, c.head_dim
+        shape = c.n_layer, blocks, BLOCK, c.n_kv_head, c.head_dim
         self.blocks = blocks
-        # Zeros: what is masked is multiplied by 0, and NaN would stay.
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in "kv")
+        self.scales: tuple[Tensor, ...] = ()
+        if dtype == torch.int8:
+            self.scales = tuple(torch.empty(shape[:-1], device=device) for _ in "kv")
+
+    def layer(self, layer: int) -> tuple[Tensor, ...]:
+        """A layer's keys and values, and their scales where there are."""
+        return tuple(memory[layer] for memory in (self.keys, self.values, *self.scales))
 
     @property
     def bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(memory.nbytes for memory in (self.keys, self.values, *self.scales))
 
     def copy(self, source: int, target: int) -> None:
         """Copy one block, of all layers."""
-        for memory in (self.keys, self.values):
+        for memory in (self.keys, self.values, *self.scales):
             memory[:, target] = memory[:, source]
 
 
@@ -42,7 +49,8 @@ class Rows(NamedTuple):
     """N new tokens of B sequences one after the other, int32 on the model's device: what a pass reads of them.
 
     Args:
-        ids: (N,). places: (N,), where each stands in its text. slots: (N,), block * BLOCK + place in it.
+        ids: (N,). places: (N,), where each stands in its text.
+        slots: (N,), where its keys and values go, block * BLOCK + place in it; -1 for nowhere.
         lengths: (B,), tokens of each sequence, the new ones counted; 0 for one that is not there.
         tables: (B, M), its blocks.
         begins: (B + 1,), where its rows begin, and N; None: one row each.
@@ -72,10 +80,9 @@ class PagedCache:
     ) -> Tensor:  # fmt: skip
         """q is (1, N, H, D), all sequences' rows; so are k and v, (1, N, K, D)."""
         assert bias is None and kv_start is None, "rows of many sequences have neither a bias by pair nor padding"
-        rows, caches = self.rows, (self.memory.keys[layer], self.memory.values[layer])
-        for cache, new in zip(caches, (k, v), strict=True):
-            cache.flatten(0, 1)[rows.slots] = new[0]
+        rows, (keys, values, *scales) = self.rows, self.memory.layer(layer)
+        cache_store(k[0], v[0], keys, values, rows.slots, *scales)
         options = {"window": window, "scale": scale, "alibi": alibi}
         if rows.fresh:  # whole prompts: tiles of 128 queries instead of 16
             return attention(q, k, v, cu_seqlens=rows.begins if len(rows.lengths) > 1 else None, **options)
-        return attention_decode(q[0], *caches, rows.tables, rows.lengths, rows.begins, **options)[None]
+        return attention_decode(q[0], keys, values, rows.tables, rows.lengths, rows.begins, *scales, **options)[None]

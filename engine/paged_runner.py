@@ -25,23 +25,24 @@ if TYPE_CHECKING:
 class PagedRunner:
     """A model as it is, with the cache of all its sequences; see Runner."""
 
-    def __init__(self, model: GPT, *, blocks: int, reason: str = ""):
+    def __init__(self, model: GPT, *, blocks: int, reason: str = "", cache_dtype: torch.dtype | None = None):
         """
         Args:
             model: without relative positions, on any device.
             blocks: of the cache, BLOCK tokens each.
             reason: for not being the CPU program.
+            cache_dtype: the model's where None, or torch.int8.
         """
         c, weight = model.config, model.transformer.wte.weight
         self.model, self.config, self.reason, self.device = model, c, reason, weight.device
-        self.memory = PagedMemory(c, blocks, dtype=weight.dtype, device=weight.device)
+        self.memory = PagedMemory(c, blocks, dtype=cache_dtype or weight.dtype, device=weight.device)
         self.turns = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, self.device) if c.rotary_dim else None
         self.slopes = alibi_slopes(c.n_head, self.device) if c.position == "alibi" else None
         # What graphs read must stay where it is, whatever the model's parameters become.
         self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
         obstacle = "the host reads how many rows each expert has" if c.experts else None
-        self.graphs = DecodeGraphs(self._pass, width=-(-c.block_size // BLOCK), spare=blocks * BLOCK,
-                                   device=self.device, obstacle=obstacle)  # fmt: skip
+        width = -(-c.block_size // BLOCK)
+        self.graphs = DecodeGraphs(self._pass, width=width, device=self.device, obstacle=obstacle)
 
     def holds(self, model: GPT) -> bool:
         """Whether a model's weights still lie where the graphs read them."""

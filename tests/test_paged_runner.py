@@ -1,6 +1,6 @@
 """Steps of many sequences by a model's ops: each gets what the model alone would give it.
 
-Mutations seen to fail: padding that is stored in block 0, a length that does not count the new token, fresh rows told
+Mutations seen to fail: padding that is stored in a block, a length that does not count the new token, fresh rows told
 by some of the chunks, angles of the first places, a grid of tables that is not made anew, weights taken as the same.
 """
 
@@ -151,6 +151,20 @@ def test_runs_without_a_graph_where_recording_fails(monkeypatch):
     with pytest.warns(UserWarning, match="runs uncaptured, recording failed: operation not permitted$"):
         runner = decoding(small("gpt2"), [(0,)] * (WARMUP + 2))
     assert "not permitted" in runner.graphs.steps[1].obstacle
+
+
+@torch.no_grad()
+def test_a_cache_of_bytes():
+    """By the interpreted kernels, and eager's in between; a byte is about a hundredth of what it stands for."""
+    pytest.importorskip("triton")
+    model, texts = small("palm"), torch.randint(97, (2, 70))
+    runner = PagedRunner(model, blocks=4, cache_dtype=torch.int8)
+    for past, end, backend in ((0, 61, "eager"), (61, 66, "gpu"), (66, 69, "eager"), (69, 70, "gpu")):
+        with use_backend(backend):
+            got = runner.step([Chunk(texts[i, past:end], past, [i, 2 + i]) for i in range(2)])
+    with use_backend("eager"):
+        want = model(texts)[:, -1]
+    assert 1e-5 * want.norm() < (got - want).norm() < 1e-2 * want.norm() and runner.memory.keys.dtype == torch.int8
 
 
 def test_experts_are_not_recorded(rehearsed):
