@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from peakgpt.kernels.dispatch import interpreted
@@ -20,6 +21,19 @@ from peakgpt.kernels.dispatch import interpreted
 # Classes share tile rows. sm_86 stands for every chip with 99 KB of shared memory a block (8.6, 8.9, 12.x).
 CLASSES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+OLDEST = (3, 6)  # the first Triton whose tl.range has disable_licm
+
+
+def expect_version(version: str) -> None:
+    """
+    Raises:
+        ImportError: an older Triton than the kernels are written for; dispatch keeps it as the backend's objection.
+    """
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        raise ImportError(f"needs Triton {'.'.join(map(str, OLDEST))} or newer, got {version}")
+
+
+expect_version(triton.__version__)
 
 
 @dataclass(frozen=True, kw_only=True)
