@@ -7,6 +7,7 @@ are wanted go through the head. A step of one new token for each sequence, which
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,7 +62,8 @@ class PagedRunner:
         """
         for chunk in chunks:
             chunk.check(self.config, self.memory.blocks)
-        ids = np.concatenate([torch.as_tensor(chunk.ids).cpu().numpy() for chunk in chunks])
+        new = (chunk.ids.tolist() if isinstance(chunk.ids, Tensor) else chunk.ids for chunk in chunks)
+        ids = np.array([*chain.from_iterable(new)])
         if not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
             raise ValueError(f"runner: ids from {ids.min()} to {ids.max()}, expected 0 to vocab_size "
                              f"{self.config.vocab_size} - 1")  # fmt: skip

@@ -37,6 +37,9 @@ class Stepper(Protocol):
     def reorder(self, parents: Tensor) -> None:
         """Continue text i from where text parents[i] is now; there may be more of them than before."""
 
+    def rewind(self, tokens: int) -> None:
+        """Continue all texts, if never reordered, from their first `tokens` tokens again."""
+
 
 def stepper(
     model: GPT, batch: int, tokens: int, new: int, start: Tensor | None, *, beams: int = 1
@@ -94,6 +97,9 @@ class CachedStepper:
         self.cache.keys, self.cache.values = self.cache.keys[:, parents], self.cache.values[:, parents]
         self.start = None if self.start is None else self.start[parents]
 
+    def rewind(self, tokens: int) -> None:
+        self.cache.length = tokens
+
 
 class PagedStepper:
     """By the CPU program or graphs; texts that share their past share its blocks."""
@@ -116,6 +122,9 @@ class PagedStepper:
             past = self._grow(text, len(row))
             chunks.append(Chunk(row, past, self.tables[text]))
         return self.runner.step(chunks)
+
+    def rewind(self, tokens: int) -> None:
+        self.past = [tokens - first for first in self.start]
 
     def _grow(self, text: int, new: int) -> int:
         """Count new tokens and take the blocks for them; returns how many came before."""

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from peakgpt.bench import device as device_bench
+from peakgpt.bench import device_decode
 from peakgpt.bench.check import Check
 from peakgpt.bench.contenders import CONTENDERS
+from peakgpt.bench.decoders import Case
 from peakgpt.bench.findings import Failure
 from peakgpt.bench.isolate import run_part
 from peakgpt.cli import main
+from peakgpt.engine.model import GPT
 from peakgpt.kernels.dispatch import OPS
 
 CPU = torch.device("cpu")
@@ -113,7 +116,7 @@ def test_every_gpu_case_is_a_call_that_its_op_takes():
 
 
 def test_the_budgets_keep_eight_minutes():
-    assert sum(p.budget_s for p in device_bench.PARTS.values()) <= 450
+    assert sum(p.budget_s for p in device_bench.PARTS.values()) <= 465
     assert all(p.patience_s <= p.budget_s for p in device_bench.PARTS.values())
 
 
@@ -130,3 +133,21 @@ import peakgpt.commands.bench, peakgpt.bench.device
 
 def test_contenders_with_an_environment_are_for_processes_only():
     assert [n for n, c in CONTENDERS.items() if not c.environment] == ["peakgpt", "eager", "compile"]
+
+
+def test_decoding_on_a_device_is_compared_and_wrong_logits_are_told(monkeypatch):
+    config, told = device_bench.TINY_RUN[0], []
+    was = device_decode.CONTENDERS["eager"]
+
+    def wrong(*args):
+        return lambda: lambda token: was(*args)()(token).roll(1, -1)
+
+    monkeypatch.setitem(device_decode.CONTENDERS, "compile", wrong)
+    results = device_decode.compare_steps(config, Case(2, 5, 3), CPU, ["compile", "peakgpt"], budget_s=0.0,
+                                          on_failure=lambda *failure: told.append(failure))  # fmt: skip
+    assert [(name, "is off eager" in str(error)) for name, error in told] == [("compile", True)]
+    (ours,) = results
+    weights = sum(p.numel() for p in GPT(config).parameters()) - config.block_size * config.n_embd
+    assert ours.bytes == 2 * (3 * weights + 2 * 2 * config.n_embd * (6 + 7 + 8))
+    first = device_decode.compare_first_token(config, 9, CPU, budget_s=0.0)
+    assert [r.contender for r in first] == ["peakgpt", "eager"] and all(r.flops_fraction for r in first)
