@@ -57,6 +57,8 @@ def _ms(r: Result) -> str:
 
 
 def _tokens_per_s(r: Result) -> str:
+    if "tokens" not in r.case:
+        return ""
     tokens = r.case["tokens"] * r.case.get("batch", 1) * r.case.get("steps", 1)
     return f"{tokens / r.median_s:,.0f}"
 
@@ -71,95 +73,62 @@ def _case(r: Result) -> str:
     return ", ".join(filter(None, [" ".join([*head, r.dtype]), *rest]))
 
 
-# One table a kind of benchmark: its title, and per column a heading and how a row reads.
 Read = Callable[[Result, Sequence[Result]], str]
+COLUMNS: dict[str, Read] = {
+    "case": lambda r, rs: _case(r) if r is rs[0] else "",
+    "contender": lambda r, _: r.contender,
+    "tokens/s": lambda r, _: _tokens_per_s(r),
+    "MFU": lambda r, _: _percent(r.flops_fraction),
+    "MBU": lambda r, _: _percent(r.bytes_fraction),
+    "ms (quartiles)": lambda r, _: _ms(r),
+    "GFLOP/s": lambda r, _: f"{1e3 * r.tflops:,.0f}" if r.tflops else "",
+    "GB/s": lambda r, _: f"{r.gbs:,.1f}" if r.gbs else "",
+    "streams, GB/s": lambda r, _: f"{r.peak_bytes_s / 1e9:,.1f}",
+    "of peak FLOP/s": lambda r, _: _percent(r.flops_fraction),
+    "of read peak": lambda r, _: _percent(r.bytes_fraction),
+    "of streams": lambda r, _: _percent(r.bytes_fraction),
+    "GiB": lambda r, _: _gib(r.memory_bytes),
+    "rounds": lambda r, _: _rounds(r),
+    "against eager": lambda r, rs: _times(speedup(r, rs)),
+}
+
+
+def _columns(*headings: str) -> dict[str, Read]:
+    return {heading: COLUMNS[heading] for heading in headings}
+
+
+# One table a kind of benchmark: its title, and per column a heading and how a row reads.
 TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "train": (
         "Training, model FLOPs (6N + 12 L H Q T a token)",
-        {
-            "case": lambda r, rs: _case(r) if r is rs[0] else "",
-            "contender": lambda r, _: r.contender,
-            "tokens/s": lambda r, _: _tokens_per_s(r),
-            "MFU": lambda r, _: _percent(r.flops_fraction),
-            "ms (quartiles)": lambda r, _: _ms(r),
-            "GiB": lambda r, _: _gib(r.memory_bytes),
-            "rounds": lambda r, _: _rounds(r),
-            "against eager": lambda r, rs: _times(speedup(r, rs)),
-        },
+        _columns("case", "contender", "tokens/s", "MFU", "ms (quartiles)", "GiB", "rounds", "against eager"),
     ),
     "prefill": (
         "A prompt's keys, values and last logits, work FLOPs (causal is half, the head at one position)",
-        {
-            "case": lambda r, rs: _case(r) if r is rs[0] else "",
-            "contender": lambda r, _: r.contender,
-            "tokens/s": lambda r, _: _tokens_per_s(r),
-            "of peak FLOP/s": lambda r, _: _percent(r.flops_fraction),
-            "ms (quartiles)": lambda r, _: _ms(r),
-            "GiB": lambda r, _: _gib(r.memory_bytes),
-            "rounds": lambda r, _: _rounds(r),
-            "against eager": lambda r, rs: _times(speedup(r, rs)),
-        },
+        _columns("case", "contender", "tokens/s", "of peak FLOP/s", "ms (quartiles)", "GiB", "rounds", "against eager"),
     ),
     "products": (
         "The products of one pass, work FLOPs; bytes are those of the weights",
-        {
-            "case": lambda r, rs: _case(r) if r is rs[0] else "",
-            "contender": lambda r, _: r.contender,
-            "GB/s": lambda r, _: f"{r.bytes / r.median_s / 1e9:.1f}",
-            "of read peak": lambda r, _: _percent(r.bytes_fraction),
-            "GFLOP/s": lambda r, _: f"{r.flops / r.median_s / 1e9:.0f}",
-            "of peak FLOP/s": lambda r, _: _percent(r.flops_fraction),
-            "ms (quartiles)": lambda r, _: _ms(r),
-            "rounds": lambda r, _: _rounds(r),
-        },
+        _columns("case", "contender", "GB/s", "of read peak", "GFLOP/s", "of peak FLOP/s", "ms (quartiles)", "rounds"),
     ),
     "decode": (
         "Greedy decoding with a KV cache",
-        {
-            "case": lambda r, rs: _case(r) if r is rs[0] else "",
-            "contender": lambda r, _: r.contender,
-            "tokens/s": lambda r, _: _tokens_per_s(r),
-            "MBU": lambda r, _: _percent(r.bytes_fraction),
-            "rounds": lambda r, _: _rounds(r),
-            "against eager": lambda r, rs: _times(speedup(r, rs)),
-        },
+        _columns("case", "contender", "tokens/s", "MBU", "rounds", "against eager"),
     ),
     "serve": (
         "Streams from the server, beside the engine alone",
-        {
-            "case": lambda r, rs: _case(r) if r is rs[0] else "",
-            "contender": lambda r, _: r.contender,
-            "tokens/s": lambda r, _: _tokens_per_s(r) if "tokens" in r.case else "",
-            "ms (quartiles)": lambda r, _: _ms(r),
-            "rounds": lambda r, _: _rounds(r),
-        },
+        _columns("case", "contender", "tokens/s", "ms (quartiles)", "rounds"),
     ),
     "op": (
         "Ops, work FLOPs (what must be computed; causal is half); bytes beside streams of the same reads and writes",
-        {
-            "case": lambda r, rs: _case(r) if r is rs[0] else "",
-            "contender": lambda r, _: f"{r.contender} ({r.backend})",
-            "ms (quartiles)": lambda r, _: _ms(r),
-            "GFLOP/s": lambda r, _: f"{1e3 * r.tflops:,.0f}" if r.tflops else "",
-            "GB/s": lambda r, _: f"{r.gbs:,.1f}" if r.gbs else "",
-            "of peak FLOP/s": lambda r, _: _percent(r.flops_fraction),
-            "of streams": lambda r, _: _percent(r.bytes_fraction),
-            "GiB": lambda r, _: _gib(r.memory_bytes),
-            "rounds": lambda r, _: _rounds(r),
-            "against eager": lambda r, rs: _times(speedup(r, rs)),
-        },
+        _columns("case", "contender", "ms (quartiles)", "GFLOP/s", "GB/s", "of peak FLOP/s", "of streams", "GiB",
+                 "rounds", "against eager") | {"contender": lambda r, _: f"{r.contender} ({r.backend})"},
     ),
     "pass": (
         "Memory-bound kernels, beside streams of the same reads and writes",
-        {
-            "case": lambda r, _: _case(r),
-            "ms (quartiles)": lambda r, _: _ms(r),
-            "GB/s": lambda r, _: f"{r.gbs:,.1f}",
-            "streams, GB/s": lambda r, _: f"{r.peak_bytes_s / 1e9:,.1f}",
-            "of streams": lambda r, _: _percent(r.bytes_fraction),
-        },
+        _columns("case", "ms (quartiles)", "GB/s", "streams, GB/s", "of streams"),
     ),
-}
+}  # fmt: skip
 
 
 def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -26,18 +26,18 @@ def _check_norm(x, w, b, *, eps):
 
 def _cost(x, w, b=None, **_):
     """8 FLOPs an element forward, 14 backward; forward reads x and writes y, backward reads x, dy and writes dx."""
-    return _cost_of(x, w, b, flops=8, backward_flops=14, reads=1, writes=1, backward_reads=2)
+    return norm_cost(x, w, b, statistics=2, flops=8, backward_flops=14, reads=1, writes=1, backward_reads=2)
 
 
-def _cost_of(x, w, b, *, flops, backward_flops, reads, writes, backward_reads):
+def norm_cost(x, w, b, *, statistics, flops, backward_flops, reads, writes, backward_reads):
     """FLOPs an element and passes over tensors of x's size; backward writes dx. And the parameters and statistics."""
     n, moved = x.numel(), x.numel() * x.element_size()
     parameters = sum(t.numel() * t.element_size() for t in (w, b) if t is not None)
-    weight, statistics = w.numel() * w.element_size(), 2 * 4 * (n // x.shape[-1])
-    written = moved + parameters + statistics  # backward
+    weight, kept = w.numel() * w.element_size(), statistics * 4 * (n // x.shape[-1])
+    written = moved + parameters + kept  # backward
     return Cost(
         flops * n, (reads + writes) * moved + parameters, backward_flops * n,
-        backward_reads * moved + weight + statistics + written, writes * moved, written,
+        backward_reads * moved + weight + kept + written, writes * moved, written,
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def _check_add(x, residual, w, b, *, eps):
 
 def _cost_add(x, residual, w, b=None, **_):
     """9 FLOPs an element forward, 15 backward; moves four tensors each way."""
-    return _cost_of(x, w, b, flops=9, backward_flops=15, reads=2, writes=2, backward_reads=3)
+    return norm_cost(x, w, b, statistics=2, flops=9, backward_flops=15, reads=2, writes=2, backward_reads=3)
 
 
 def _sample_add(rows: int = 1024, width: int = 768, **like):

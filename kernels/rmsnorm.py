@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peakgpt.kernels import check
-from peakgpt.kernels.dispatch import Cost, op
+from peakgpt.kernels.dispatch import op
+from peakgpt.kernels.layernorm import norm_cost
 
 
 def _check(x, w, *, eps):
@@ -24,18 +25,7 @@ def _check(x, w, *, eps):
 
 def _cost(x, w, **_):
     """4 FLOPs an element forward, 9 backward; forward reads x and writes y, backward reads x, dy and writes dx."""
-    return _cost_of(x, w, flops=4, backward_flops=9, reads=1, writes=1, backward_reads=2)
-
-
-def _cost_of(x, w, *, flops, backward_flops, reads, writes, backward_reads):
-    """FLOPs an element and passes over tensors of x's size; backward writes dx. And the weight and the statistic."""
-    n, moved = x.numel(), x.numel() * x.element_size()
-    weight, statistic = w.numel() * w.element_size(), 4 * (n // x.shape[-1])
-    written = moved + weight + statistic  # backward
-    return Cost(
-        flops * n, (reads + writes) * moved + weight, backward_flops * n,
-        backward_reads * moved + weight + statistic + written, writes * moved, written,
-    )  # fmt: skip
+    return norm_cost(x, w, None, statistics=1, flops=4, backward_flops=9, reads=1, writes=1, backward_reads=2)
 
 
 def _sample(rows: int = 1024, width: int = 768, **like):
@@ -83,7 +73,7 @@ def _check_add(x, residual, w, *, eps):
 
 def _cost_add(x, residual, w, **_):
     """5 FLOPs an element forward, 10 backward; moves four tensors each way."""
-    return _cost_of(x, w, flops=5, backward_flops=10, reads=2, writes=2, backward_reads=3)
+    return norm_cost(x, w, None, statistics=1, flops=5, backward_flops=10, reads=2, writes=2, backward_reads=3)
 
 
 def _sample_add(rows: int = 1024, width: int = 768, **like):

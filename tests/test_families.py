@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from left_padding import check_left_padding
 from safetensors.torch import load_file, save_file
 
 import peakgpt
@@ -175,28 +176,10 @@ def test_cache_equals_the_whole_forward(pair, backend):
 def test_left_padding_changes_nothing(pair, backend):
     """Against each sequence alone, loss and gradients included; and against transformers' padded greedy text."""
     theirs, _, ours = pair
-    ids, targets = batch()
-    starts = torch.tensor([0, 4])
-    padded, padded_targets = ids.clone(), targets.clone()
-    padded[1, 4:], padded_targets[1, 4:] = ids[1, :-4], targets[1, :-4]
-    padded_targets[1, :4] = -100
     with use_backend(backend):
-        grads = []
-        for call in (
-            lambda: ours(padded, padded_targets, start=starts),
-            lambda: (ours(ids[:1], targets[:1]) * 14 + ours(ids[1:, :-4], targets[1:, :-4].contiguous()) * 13) / 27,
-        ):
-            ours.zero_grad()
-            loss = call()
-            loss.backward()
-            grads.append([loss.detach(), *(p.grad for p in ours.parameters())])
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        text = ours.generate(padded[:, :9], temperature=0, start=starts, max_new_tokens=8)
-        alone = ours.generate(ids[1:, :5], temperature=0, max_new_tokens=8)
-    assert torch.equal(text[1, 4:], alone[0])
+        prompts, starts, text = check_left_padding(ours, *batch())
     mask = (torch.arange(9) >= starts[:, None]).long()
-    expected = theirs.generate(padded[:, :9], attention_mask=mask, do_sample=False, max_new_tokens=8, pad_token_id=0)
+    expected = theirs.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=8, pad_token_id=0)
     assert torch.equal(text, expected)
 
 

@@ -1,0 +1,31 @@
+"""Left padding changes nothing: a property of every model, whatever it is proven against otherwise."""
+
+import torch
+from torch import Tensor
+
+
+def check_left_padding(model, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Two sequences, the second padded by four, against each alone: loss, gradients, greedy text.
+
+    Returns:
+        (prompts, starts, text): a padded batch and how it goes on.
+    """
+    starts = torch.tensor([0, 4])
+    padded, padded_targets = ids.clone(), targets.clone()
+    padded[1, 4:], padded_targets[1, 4:] = ids[1, :-4], targets[1, :-4]
+    padded_targets[1, :4] = -100
+    grads = []
+    for call in (
+        lambda: model(padded, padded_targets, start=starts),
+        lambda: (model(ids[:1], targets[:1]) * 14 + model(ids[1:, :-4], targets[1:, :-4].contiguous()) * 13) / 27,
+    ):
+        model.zero_grad()
+        loss = call()
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    text = model.generate(padded[:, :9], temperature=0, start=starts, max_new_tokens=8)
+    alone = model.generate(ids[1:, :5], temperature=0, max_new_tokens=8)
+    assert torch.equal(text[1, 4:], alone[0])
+    return padded[:, :9], starts, text
