@@ -55,8 +55,7 @@ class PagedRunner:
         """Run all chunks once.
 
         Returns:
-            (sum of `logits`, V) float32 on the model's device: each chunk's last tokens, in order. The next step may
-            overwrite them.
+            (sum of `logits`, V) float32 on the model's device: each chunk's last tokens, in order.
         Raises:
             ValueError: an id out of range, more tokens than block_size, or too few blocks.
         """
@@ -69,12 +68,12 @@ class PagedRunner:
                              f"{self.config.vocab_size} - 1")  # fmt: skip
         ends, tables = np.array([chunk.past + len(chunk.ids) for chunk in chunks]), self._tables(chunks)
         if len(chunks) <= BUCKETS[-1] and all(len(chunk.ids) == chunk.logits == 1 for chunk in chunks):
-            return self.graphs(ids, ends - 1, tables)
+            return self.graphs(ids, ends - 1, tables).clone()
         return self._pass(self._rows(chunks, ids, ends, tables))
 
     @torch.no_grad()
     def decode(self, ids: Tensor, places: np.ndarray, tables: np.ndarray) -> Tensor:
-        """Run one new token of each sequence without looking at it; see DecodeGraphs."""
+        """Run one new token of each sequence without looking at it; see DecodeGraphs. A later step overwrites these."""
         return self.graphs(ids, places, tables)
 
     def _tables(self, chunks: Sequence[Chunk]) -> np.ndarray:

@@ -35,7 +35,9 @@ from peakgpt.engine.tokenizer import Tokenizer
 __all__ = ["Engine", "Output", "Request", "SamplingParams", "TokenLogprob"]
 
 T = TypeVar("T")
-BUDGET = 256  # tokens of a step: 0.12 s of GPT-2 124M in bf16 on two cores
+# Tokens of a step. On the CPU 0.12 s of GPT-2 124M in bf16 on two cores. On a GPU by count, not measured: 300 tokens
+# are multiplied while weights are read (989 TFLOP/s, 3.35 TB/s), and launching a step's kernels takes longer than that.
+BUDGET = {"cpu": 256, "cuda": 2048}
 STREAMS = 64  # continuations at once
 CHECKED = 8  # tokens that decoding takes in one pass with proposals: GPT-2 124M takes 1.15 times as long as for one
 
@@ -128,8 +130,10 @@ _Chosen = tuple[_Running, list[int], list["TokenLogprob | None"]]
 class Engine:
     """A model that continues many requests at once. One thread owns it."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer | None = None, *, blocks: int | None = None,
-                 streams: int = STREAMS, budget: int = BUDGET, speculation: Speculation | None = None):  # fmt: skip
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer | None = None, *, blocks: int | None = None, streams: int = STREAMS,
+        budget: int | None = None, speculation: Speculation | None = None,
+    ):  # fmt: skip
         """
         Args:
             model: as it is now: where it can be lowered to the CPU program, what becomes of its weights later does not
@@ -137,7 +141,7 @@ class Engine:
             tokenizer: for texts, stop strings and choices that are strings.
             blocks: of the cache; None means room for all streams, see engine/room.py.
             streams: continuations that run at once at most.
-            budget: tokens of a step.
+            budget: tokens of a step; None means what suits the device.
             speculation: proposes tokens, which the text does not depend on; `proposed` and `accepted` count them.
         Raises:
             ValueError: speculation by a model with another vocabulary.
@@ -145,8 +149,9 @@ class Engine:
         if speculation and speculation.vocab_size not in (None, model.config.vocab_size):
             raise ValueError(f"speculation: the draft has vocab_size {speculation.vocab_size}, expected the model's "
                              f"{model.config.vocab_size}")  # fmt: skip
-        self.config, self.tokenizer, self.streams, self.budget = model.config, tokenizer, streams, budget
         weight = model.transformer.wte.weight
+        self.config, self.tokenizer, self.streams = model.config, tokenizer, streams
+        self.budget = BUDGET[weight.device.type] if budget is None else budget
         if blocks is None:
             blocks = default_blocks(model.config, streams, weight.dtype, weight.device)
         self.runner = runner_for(model, blocks)

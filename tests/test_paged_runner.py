@@ -142,6 +142,23 @@ def test_what_a_graph_can_not_do_is_told(planted, message, rehearsed, monkeypatc
 
 
 @torch.no_grad()
+def test_what_a_step_gave_outlives_the_next_step(monkeypatch):
+    """A graph gives the same tensor each time."""
+
+    class Graph(Rehearsal):
+        def replay(self):
+            self.results = self.results or [torch.empty(1, 97)]
+            self.results[0].copy_(self.body()[0])
+            return self.results
+
+    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device: Graph)
+    runner = PagedRunner(small("gpt2"), blocks=1)
+    with use_backend("eager"):
+        rows = [runner.step([Chunk([past], past, [0])]) for past in range(WARMUP + 3)]
+    assert len(torch.cat(rows).unique(dim=0)) == WARMUP + 3
+
+
+@torch.no_grad()
 def test_runs_without_a_graph_where_recording_fails(monkeypatch):
     class Fails(Rehearsal):
         def record(self, body):
