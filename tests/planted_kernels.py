@@ -8,7 +8,7 @@ import json
 import triton
 import triton.language as tl
 
-from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.launch import Tile
 from peakgpt.kernels.gpu.static_check import check_case
 
@@ -46,12 +46,23 @@ def loads(a_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def early(a_ptr, BLOCK: tl.constexpr, HASTY: tl.constexpr, OVERLAP: tl.constexpr):
+    """Starts before the kernel ahead has ended."""
+    i = tl.arange(0, BLOCK)
+    if HASTY:
+        tl.store(a_ptr + i, tl.load(a_ptr + BLOCK + i))
+    overlap.begin(OVERLAP)
+    tl.store(a_ptr + i, tl.load(a_ptr + BLOCK + i))
+
+
+@triton.jit
 def broken(a_ptr, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK == 0, "planted")
 
 
-def case(kernel, block, matmul=False):
-    return launch.case(kernel, f"BLOCK={block}", Tile(warps=4), "bf16", {"BLOCK": block}, matmul=matmul)
+def case(kernel, block, matmul=False, **constexprs):
+    given = {"BLOCK": block, **constexprs}
+    return launch.case(kernel, f"BLOCK={block}", Tile(warps=4), "bf16", given, matmul=matmul)
 
 
 PLANTED = {
@@ -62,6 +73,8 @@ PLANTED = {
     "no dot": case(sums, 8, matmul=True),
     "no store": case(loads, 64),
     "no store, dot expected": case(loads, 64, matmul=True),
+    "early": case(early, 64, HASTY=False, OVERLAP=True),
+    "early and hasty": case(early, 64, HASTY=True, OVERLAP=True),
     "broken": case(broken, 64),
 }
 

@@ -60,6 +60,7 @@ def test_planted_kernels_fail():
     assert failures["spills without dot"].startswith("spills: ")
     assert failures["no dot"].startswith("no matrix instruction")
     assert failures["no store"].startswith("stores nothing") and "stores nothing" in failures["no store, dot expected"]
+    assert failures["early"] is None and failures["early and hasty"].startswith("touches memory before it waits")
     assert failures["broken"] == "does not compile: planted"
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from peakgpt.bench.check import judge, run, sample
 from peakgpt.kernels.dispatch import OPS, use_backend
-from peakgpt.kernels.gpu import few_rows, linear, mlp
+from peakgpt.kernels.gpu import few_rows, linear, mlp, overlap
 from peakgpt.kernels.mlp import GATES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,3 +167,27 @@ def test_inputs_with_larger_strides():
     y = fresh(3, 9, dtype=torch.bfloat16)
     linear.product(x, w, None, y)
     torch.testing.assert_close(y, F.linear(x, w), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "early"), [("sm_90", 1, True), ("sm_100", 64, True), ("sm_90", 65, False), ("sm_86", 1, False)]
+)
+def test_who_starts_before_the_kernel_ahead_has_ended(arch, rows, early, monkeypatch):
+    """Never interpreted; the static check sees to what such a kernel does before it waits."""
+    monkeypatch.setattr(overlap.launch, "arch", lambda x: arch)
+    x = random(1, 16, dtype=torch.bfloat16)
+    assert overlap.options(x, rows)["OVERLAP"] == (early and not overlap.interpreted())
+    monkeypatch.setattr(overlap, "interpreted", lambda: False)
+    assert overlap.options(x, rows) == ({"OVERLAP": True, "launch_pdl": True} if early else {"OVERLAP": False})
+
+
+@pytest.mark.parametrize("gated", (False, True))
+def test_only_aligned_weights_are_fetched_early(gated, monkeypatch):
+    """A copy of 16 bytes that does not start on 16 would fault."""
+    seen = []
+    monkeypatch.setattr(few_rows.overlap, "options", lambda x, rows: seen.append(rows) or {"OVERLAP": False})
+    for width, expected in ((48, [3]), (40, [])):
+        x, w = random(3, width, dtype=torch.bfloat16), random(9, width, dtype=torch.bfloat16)
+        ours(x, w, None, (w, None) if gated else None, "relu")
+        assert seen == expected
+        seen.clear()

@@ -30,4 +30,4 @@ def backward(grads, inputs, outputs, saved, needs, *, eps):
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """The static check's cases."""
-    yield from layernorm.cases(added=True)
+    yield from layernorm.cases(arch, added=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peakgpt.kernels.attention import default_scale
 from peakgpt.kernels.gpu import attention_schedule as schedule
-from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.attention_parts import LOG2_E, live_pairs
 from peakgpt.kernels.gpu.attention_schedule import DECODE_ROWS, SPLIT
 from peakgpt.kernels.gpu.launch import AotCase, Tile
@@ -87,8 +87,9 @@ def attention_decode_parts(
     stride_q_n, stride_q_h, stride_k_n, stride_k_s, stride_k_h, stride_v_n, stride_v_s, stride_v_h, stride_tables_b,
     B, parts, splits, first_slot, steps, block, scale, window,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    overlap.begin(OVERLAP)
     slot, kv_head, part = first_slot + tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, first, count, r0 = _sequence(slot, cu_queries_ptr, B, steps, GROUP, ROWS)
     length = tl.load(lengths_ptr + b)
@@ -153,8 +154,9 @@ def attention_decode_parts(
 def attention_decode_merge(
     lengths_ptr, cu_queries_ptr, acc_ptr, m_ptr, l_ptr, out_ptr, B, splits, first_slot, steps, window,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    overlap.begin(OVERLAP)
     slot, kv_head, row = first_slot + tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, first, count, r0 = _sequence(slot, cu_queries_ptr, B, steps, GROUP, ROWS)
     i, h = (r0 + row) // GROUP, kv_head * GROUP + (r0 + row) % GROUP
@@ -228,7 +230,7 @@ def forward(
     common = {
         "lengths_ptr": lengths, "cu_queries_ptr": cu_queries, "acc_ptr": acc, "m_ptr": m, "l_ptr": l, "B": batch,
         "splits": splits, "steps": batch.bit_length(), "window": window, "GROUP": group, "ROWS": DECODE_ROWS,
-        "SPLIT": SPLIT, "D": width, "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "SPLIT": SPLIT, "D": width, "BLOCK_D": max(16, triton.next_power_of_2(width)), **overlap.options(q, queries),
     }  # fmt: skip
     merged_rows = DECODE_ROWS if cu_queries is not None else min(group, DECODE_ROWS)
     with launch.on(q):
@@ -251,12 +253,14 @@ def forward(
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """Every row with a cache of q's dtype and of bytes; one query a sequence and, in half precision, every option."""
+    early = {"OVERLAP": arch in overlap.CLASSES}
     for (row_arch, bits, precision, width), tile in TILES.items():
         if row_arch == arch:
+            sizes = {"BLOCK_K": tile.BLOCK_K, **early}
             for every in (False, True) if precision == "half" else (True,):
-                yield _case(attention_decode_parts, precision, width, tile, every, {"BLOCK_K": tile.BLOCK_K}, bits)
+                yield _case(attention_decode_parts, precision, width, tile, every, sizes, bits)
                 if precision == "half" and bits is None:
-                    yield _case(attention_decode_merge, precision, width, MERGE, every, {"CHUNK": CHUNK})
+                    yield _case(attention_decode_merge, precision, width, MERGE, every, {"CHUNK": CHUNK, **early})
 
 
 def _case(

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from peakgpt.kernels.cache_store import SMALLEST_SCALE
-from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
 # Unmeasured on hardware: 8 elements a thread of keys and as many of values, a program for a token of GPT-2 124M.
@@ -35,7 +35,9 @@ def cache_store(
     stride_k_n, stride_k_h, stride_v_n, stride_v_h,
     stride_k_cache_n, stride_k_cache_s, stride_k_cache_h, stride_v_cache_n, stride_v_cache_s, stride_v_cache_h,
     K, block, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    overlap.begin(OVERLAP)
     n = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + n).to(tl.int64)
     if slot >= 0:
@@ -75,7 +77,7 @@ def forward(outputs, saved, k, v, k_cache, v_cache, slots, k_scale, v_scale) -> 
             stride_k_cache_n=k_cache.stride(0), stride_k_cache_s=k_cache.stride(1), stride_k_cache_h=k_cache.stride(2),
             stride_v_cache_n=v_cache.stride(0), stride_v_cache_s=v_cache.stride(1), stride_v_cache_h=v_cache.stride(2),
             K=heads, block=k_cache.shape[1], D=width, HEADS=size, BLOCK_D=block_d,
-            num_warps=ROW.warps, num_stages=ROW.stages,
+            num_warps=ROW.warps, num_stages=ROW.stages, **overlap.options(k, tokens),
         )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
     """Two head widths as they are and in bytes."""
     scales = {"k_scale_ptr", "v_scale_ptr"}
     for width in (64, 128):
-        sizes = {"D": width, "HEADS": ELEMENTS // width, "BLOCK_D": width}
+        sizes = {"D": width, "HEADS": ELEMENTS // width, "BLOCK_D": width, "OVERLAP": arch in overlap.CLASSES}
         types = {"slots_ptr": "*i64"}
         yield launch.case(cache_store, f"bf16 D={width}", ROW, "bf16", {**sizes, **dict.fromkeys(scales)}, **types)
         bytes_ = dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*i8") | dict.fromkeys(scales, "*fp32")

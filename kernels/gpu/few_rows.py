@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.activation import activate
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
@@ -33,6 +33,7 @@ class FewRowsTile(Tile):
 
 
 ROWS = 16
+PREFETCH_BYTES = 1 << 15  # a program, while the kernel before runs: two microseconds of an H100 over 200 programs
 # Unmeasured on hardware, by count: an H100's 3.35 TB/s at 0.8 us of latency want 2.7 MB in flight, 20 KB a processor.
 # "wide" holds 24 KB a program in 48 KB of shared memory: four programs a processor, so that the 400 of GPT-2 1558M's
 # first MLP product are all there at once. Where these would leave processors idle, as for its 1600 outputs, "narrow"
@@ -90,8 +91,17 @@ def few_rows_fwd(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    THREADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(0) * BLOCK_N
+    n = row + tl.arange(0, BLOCK_N)
+    if OVERLAP:
+        overlap.prefetch(w_ptr, stride_w, row, BLOCK_N, N, K, PREFETCH, THREADS)
+        if gate_w_ptr is not None:
+            overlap.prefetch(gate_w_ptr, stride_gate_w, row, BLOCK_N, N, K, PREFETCH, THREADS)
+    overlap.begin(OVERLAP)
     m = tl.arange(0, ROWS)
     steps = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     x_at = x_ptr + m.to(tl.int64)[None, :, None] * stride_x
@@ -127,11 +137,12 @@ def takes(x: Tensor, *weights: Tensor) -> bool:
 
     Weights that lie by inputs, as Conv1D's, are the library's: a block of 16 outputs has 32 bytes together there.
     """
-    rows, width = x.shape
-    return (
-        1 <= rows <= MOST_ROWS.get((launch.arch(x), _precision(x)), 0)
-        and width % ALIGN == 0
-        and all(t.stride(1) == 1 and t.stride(0) % ALIGN == 0 and t.data_ptr() % 16 == 0 for t in (x, *weights))
+    return 1 <= x.shape[0] <= MOST_ROWS.get((launch.arch(x), _precision(x)), 0) and _aligned(x, *weights)
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    return all(
+        t.stride(1) == 1 and t.shape[1] % ALIGN == t.stride(0) % ALIGN == t.data_ptr() % 16 == 0 for t in tensors
     )
 
 
@@ -157,12 +168,15 @@ def product(
     """
     (rows, width), outputs, (gate_w, gate_b, gate_pre) = x.shape, w.shape[0], gate
     tile = _tile(x, outputs)
+    early = {"OVERLAP": False}  # what is fetched before its time must start on 16 bytes
+    if _aligned(w) and (gate_w is None or _aligned(gate_w)):
+        early = overlap.options(x, rows)
     with launch.on(x):
         few_rows_fwd[(triton.cdiv(outputs, tile.BLOCK_N),)](
             x_ptr=x, w_ptr=w, b_ptr=b, pre_ptr=pre, gate_w_ptr=gate_w, gate_b_ptr=gate_b, gate_pre_ptr=gate_pre,
             y_ptr=y, M=rows, N=outputs, K=width, stride_x=x.stride(0), stride_w=w.stride(0),
             stride_gate_w=None if gate_w is None else gate_w.stride(0), ACT=activation, **_sizes(tile),
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **early,
         )  # fmt: skip
 
 
@@ -180,7 +194,10 @@ def _tile(x: Tensor, outputs: int) -> FewRowsTile:
 
 
 def _sizes(tile: FewRowsTile) -> dict[str, int]:
-    return {"SLICES": tile.SLICES, "ROWS": ROWS, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K}
+    return {
+        "SLICES": tile.SLICES, "ROWS": ROWS, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K,
+        "PREFETCH": PREFETCH_BYTES // tile.BLOCK_N, "THREADS": 32 * tile.warps,
+    }  # fmt: skip
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
@@ -195,8 +212,8 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
             ("gated", "silu", kept),
             ("gated kept", "silu", ()),
         ):
-            given = {"ACT": act, **dict.fromkeys(absent), **_sizes(tile)}
+            given = {"ACT": act, **dict.fromkeys(absent), **_sizes(tile), "OVERLAP": arch in overlap.CLASSES}
             yield launch.case(few_rows_fwd, f"bf16 {width} {what}", tile, "bf16", given, matmul=True, narrow=True,
                               hot=(width, what) in HOT)  # fmt: skip
-    given = {"ACT": None, **dict.fromkeys({*kept, *gate}), **_sizes(FLOAT32)}
+    given = {"ACT": None, **dict.fromkeys({*kept, *gate}), **_sizes(FLOAT32), "OVERLAP": arch in overlap.CLASSES}
     yield launch.case(few_rows_fwd, "fp32", FLOAT32, "fp32", given, hot=False)

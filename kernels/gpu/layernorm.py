@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 from peakgpt.kernels.gpu.reduce import partials, sum_partials
 
@@ -71,7 +71,9 @@ def layernorm_fwd(
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    overlap.begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_C)
     live_c = col < C
@@ -320,8 +322,9 @@ def normalise(x, residual, w, b, total, normed, saved, eps) -> None:
             return
         tile = _row(FORWARD, x)
         layernorm_fwd[(triton.cdiv(count, tile.BLOCK_R),)](
-            R=count, BLOCK_R=tile.BLOCK_R, BLOCK_C=block, num_warps=tile.warps, num_stages=tile.stages, **arguments
-        )
+            R=count, BLOCK_R=tile.BLOCK_R, BLOCK_C=block, num_warps=tile.warps, num_stages=tile.stages, **arguments,
+            **overlap.options(x, count),
+        )  # fmt: skip
 
 
 def gradients(dy, dsum, x, w, saved, needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -369,7 +372,7 @@ def _row(table: dict[int, NormTile], x: Tensor) -> NormTile:
     return next(tile for width, tile in table.items() if x.shape[1] <= width)
 
 
-def cases(added: bool, centred: bool = True) -> Iterator[AotCase]:
+def cases(arch: str, added: bool, centred: bool = True) -> Iterator[AotCase]:
     """Both kernels at every row's widest C, with or without residual and mean; the last one with a masked tail."""
     types = {"mu_ptr": "*fp32", "r_ptr": "*fp32", "partial_ptr": "*fp32", "eps": "fp32"}
     uncentred = {} if centred else {"mu_ptr": None}
@@ -384,6 +387,8 @@ def cases(added: bool, centred: bool = True) -> Iterator[AotCase]:
         for block, tile in table.items():
             width = block if block < max(table) else block - 128
             sizes = {"C": width, "BLOCK_R": tile.BLOCK_R, "BLOCK_C": block}
+            if kernel is layernorm_fwd:
+                sizes["OVERLAP"] = arch in overlap.CLASSES
             if kernel is layernorm_bwd and width > FUSED_WIDTH:
                 sizes["partial_ptr"] = None
             yield launch.case(kernel, f"bf16 C={width}", tile, "bf16", {**absent, **sizes}, hot=hot, **types)
@@ -392,7 +397,7 @@ def cases(added: bool, centred: bool = True) -> Iterator[AotCase]:
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """The static check's cases."""
-    yield from cases(added=False)
+    yield from cases(arch, added=False)
     wide = {"C": 8192, "BLOCK_R": WIDE.BLOCK_R, "BLOCK_C": WIDE_BLOCK_C}
     w32 = {"mu_ptr": "*fp32", "r_ptr": "*fp32", "partial_ptr": "*fp32"}
     yield launch.case(layernorm_bwd_dwdb, "bf16 C=8192", WIDE, "bf16", wide, **w32)

@@ -25,4 +25,4 @@ def backward(grads, inputs, outputs, saved, needs, *, eps):
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """The static check's cases."""
-    yield from layernorm.cases(added=False, centred=False)
+    yield from layernorm.cases(arch, added=False, centred=False)

@@ -2,8 +2,8 @@
 
 Triton compiles without a device, and its wheel carries NVIDIA's disassembler, so registers, spills, shared memory and
 matrix instructions are known before a kernel first runs. `peakgpt aot` prints them; a row fails where it spills, asks
-for more than the chip has, stores nothing (ptxas turns an impossible kernel into a bare trap), or holds no matrix
-instruction of its chip where one is expected.
+for more than the chip has, stores nothing (ptxas turns an impossible kernel into a bare trap), starts early
+(overlap.py) and touches memory before it has waited, or holds no matrix instruction of its chip where one is expected.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ TENSOR_MEMORY_COLUMNS = 512  # sm_100
 # In SASS, PTX, and AMD's assembly.
 _STORE = r"\b(STG|ST\.E|UTMASTG|UTMAREDG|RED|REDG|ATOMG?|st\.global|(global|buffer|flat)_(store|atomic)\w*)\b"
 
+_ACCESS = r"\b((ld|st|atom|red)\.(global|volatile|relaxed|acquire|release)|cp\.(async|reduce)\b(?!\.bulk\.prefetch))"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -90,6 +92,7 @@ def check_case(op: str, case: AotCase, target: str) -> Row:
     except Exception as error:  # the compiler raises many kinds; the row carries the words
         return Row(**row, failure=f"does not compile: {(str(error).strip() or repr(error)).splitlines()[-1]}")
     code, registers, spills = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled, case.matmul)
+    hasty = bool(case.constexprs.get("OVERLAP")) and _hasty(compiled.asm["ptx"])
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     found = Row(**row, registers=registers, spills=spills, shared_bytes=compiled.metadata.shared,
                 matrix_instructions=len(re.findall(matrix, code)))  # fmt: skip
@@ -101,6 +104,7 @@ def check_case(op: str, case: AotCase, target: str) -> Row:
         f"tensor memory: {tensor_memory} columns, the chip has {TENSOR_MEMORY_COLUMNS}": (
             tensor_memory > TENSOR_MEMORY_COLUMNS
         ),
+        "touches memory before it waits for the kernels before": hasty,
         "stores nothing, as a bare trap does": not re.search(_STORE, code),
         f"no matrix instruction ({matrix})": case.matmul and not found.matrix_instructions,
     }
@@ -142,6 +146,12 @@ def _nvidia(compiled, matmul: bool) -> tuple[str, int, int]:
     return code, registers, len(re.findall(r"\b(?:LDL|STL)\b", code)) or int(stack > 0)
 
 
+def _hasty(ptx: str) -> bool:
+    """Whether a kernel that starts early (overlap.py) reads or writes before its wait; a prefetch does neither."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    return not wait or re.search(_ACCESS, before) is not None
+
+
 def _amd(compiled) -> tuple[str, int, int]:
     code = compiled.asm["amdgcn"]
     figure = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s*(\d+)", code)}
@@ -157,7 +167,7 @@ def _read(*command: str) -> str:
 
 def ops() -> tuple[str, ...]:
     """Names of the files in this folder that hold kernels; nothing is imported."""
-    helpers = {"activation", "launch", "static_check"}
+    helpers = {"activation", "launch", "overlap", "static_check"}
     return tuple(sorted(m.name for m in pkgutil.iter_modules(gpu.__path__) if m.name not in helpers))
 
 
