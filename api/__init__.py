@@ -17,6 +17,7 @@ from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.mlp import gated_mlp, mlp
 from peakgpt.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from peakgpt.kernels.rotary import rotary
+from peakgpt.kernels.vocab_parallel import vocab_shard
 
 __all__ = [
     "GPT",
@@ -41,6 +42,7 @@ __all__ = [
     "rotary",
     "unpatch",
     "use_backend",
+    "vocab_shard",
 ]
 
 

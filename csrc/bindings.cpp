@@ -171,6 +171,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_loop", &peak::PeakLoop, py::call_guard<py::gil_scoped_release>());
   Define(m, "peak_stream", peak::PeakStream);
   Define(m, "cross_entropy_forward", peak::CrossEntropyForward);
+  Define(m, "cross_entropy_parts", peak::CrossEntropyParts);
   Define(m, "cross_entropy_backward", peak::CrossEntropyBackward);
   Define(m, "dropout", peak::Dropout);
   Define(m, "gemm", peak::Gemm);

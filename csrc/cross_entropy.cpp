@@ -114,7 +114,7 @@ PEAK_INLINE float* Powers(bf16*, const Scratch& scratch) { return scratch.powers
 template <class T, bool kKeep>
 PEAK_INLINE float Row(T* z, int64_t vocab, int64_t target, float scale, float smoothing, float z_loss,
                       const Scratch& scratch) {
-  const float at_target = At(z + target);
+  const float at_target = kKeep ? At(z + target) : 0.0f;
   float* powers = Powers(z, scratch);
   float most = -INFINITY, shift = 0.0f, total = 0.0f;
   for (int64_t begin = 0, chunk = 0; begin < vocab; begin += kChunk, ++chunk) {
@@ -165,9 +165,25 @@ void ForwardRows(const CrossEntropyForwardArgs& args, const Scratch& scratch, in
   }
 }
 
+PEAK_INLINE bool Within(int64_t i, int64_t n) { return i >= 0 && i < n; }
+
+template <class T>
+void PartsRows(const CrossEntropyPartsArgs& args, const Scratch& scratch, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    T* z = static_cast<T*>(args.logits) + row * args.vocab;
+    const bool live = args.target[row] != args.ignore_index;
+    const int64_t target = args.target[row] - args.first;
+    args.lse[row] = live ? Row<T, false>(z, args.vocab, target, 0.0f, 0.0f, 0.0f, scratch) : 0.0f;
+    args.z_target[row] = live && Within(target, args.vocab) ? At(z + target) : 0.0f;
+    if (args.sum != nullptr) args.sum[row] = live ? SumRow(z, args.vocab) : 0.0f;
+  }
+}
+
+// A target outside of the row belongs to another shard.
 template <class T>
 PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, float lse, const RowGradient& gradient) {
-  const float hit = gradient.At(At(z + target) - lse);
+  const bool here = Within(target, vocab);
+  const float hit = here ? gradient.At(At(z + target) - lse) : 0.0f;
   const Vec minus = Set(lse), log2e = Set(static_cast<float>(kLog2E)), s = Set(gradient.share), e = Set(-gradient.even);
   int64_t i = 0;
   for (; i + 4 * kLanes <= vocab; i += 4 * kLanes) {
@@ -178,7 +194,7 @@ PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, float lse, con
     const int64_t n = vocab - i;
     Store(z + i, Fma(Exp2<T>((Load(z + i, n) - minus) * log2e), s, e), n);
   }
-  Store(z + target, Set(hit), 1);
+  if (here) Store(z + target, Set(hit), 1);
 }
 
 template <class T>
@@ -189,8 +205,8 @@ void BackwardRows(const CrossEntropyBackwardArgs& args, int64_t begin, int64_t e
     if (target == args.ignore_index) {
       ZeroRow(z, args.vocab);
     } else {
-      GradientRow(z, args.vocab, target, args.lse[row],
-                  RowGradient(args.dloss[row], args.lse[row], args.smoothing, args.z_loss, args.vocab));
+      GradientRow(z, args.vocab, target - args.first, args.lse[row],
+                  RowGradient(args.dloss[row], args.lse[row], args.smoothing, args.z_loss, args.total));
     }
   }
 }
@@ -205,6 +221,14 @@ void CrossEntropyForward(const CrossEntropyForwardArgs& args, int threads) {
   ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
     std::vector<float> held(powers + args.vocab / kChunk + 1);
     rows(args, {held.data(), held.data() + powers}, begin, end);
+  });
+}
+
+void CrossEntropyParts(const CrossEntropyPartsArgs& args, int threads) {
+  const auto rows = PEAK_PICK_DTYPE(args.dtype, PartsRows);
+  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<float> shifts(args.vocab / kChunk + 1);
+    rows(args, {nullptr, shifts.data()}, begin, end);
   });
 }
 

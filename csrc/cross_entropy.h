@@ -22,6 +22,18 @@ struct CrossEntropyForwardArgs {
   float scale, smoothing, z_loss;
 };
 
+// Of a shard of the vocabulary: its logits are those of [first, first + vocab), and the targets count over all shards.
+struct CrossEntropyPartsArgs {
+  DType dtype;
+  int64_t rows, vocab;
+  void* logits;           // (rows, vocab) contiguous, left as they are
+  const int64_t* target;  // (rows)
+  int64_t ignore_index, first;
+  float* lse;       // (rows), of these logits alone; this and the others 0 where ignored
+  float* z_target;  // (rows), 0 where another shard has the target
+  float* sum;       // (rows) of the logits, or null
+};
+
 struct CrossEntropyBackwardArgs {
   DType dtype;
   int64_t rows, vocab;
@@ -31,9 +43,11 @@ struct CrossEntropyBackwardArgs {
   const float* lse;    // (rows), from forward
   const float* dloss;  // (rows), times the weight
   float smoothing, z_loss;
+  int64_t first, total;  // of a shard of `total` logits a row, as above; 0 and vocab where there is one
 };
 
 void CrossEntropyForward(const CrossEntropyForwardArgs& args, int threads);
+void CrossEntropyParts(const CrossEntropyPartsArgs& args, int threads);
 void CrossEntropyBackward(const CrossEntropyBackwardArgs& args, int threads);
 
 }  // namespace peak

@@ -10,7 +10,8 @@ reduction="none" the upstream gradient differs by token, so backward forms the l
 Under no_grad neither is formed. Rows are processed in blocks; the idea is from Hsu et al. 2024, "Liger Kernel",
 arXiv:2410.10989, section 3.2, and Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models",
 arXiv:2411.09009. The z-loss is Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 5; label smoothing Szegedy et
-al. 2015, "Rethinking the Inception Architecture", arXiv:1512.00567, section 7.
+al. 2015, "Rethinking the Inception Architecture", arXiv:1512.00567, section 7. A head that is cut over ranks:
+kernels/vocab_parallel.py.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from peakgpt.kernels import check
 from peakgpt.kernels.dispatch import Cost, op
+from peakgpt.kernels.vocab_parallel import shard_of
 
 CHOICES = {"reduction": ("mean", "sum", "none"), "prefer": ("auto", "memory", "time")}
 
 
-def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, **chosen):
+def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, group, first, vocab, **chosen):
     for name, allowed in CHOICES.items():
         if chosen[name] not in allowed:
             raise ValueError(
@@ -40,7 +42,13 @@ def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, **cho
     check.shape("linear_cross_entropy", "w", w, None, check.width("linear_cross_entropy", "x", x))
     check.shape("linear_cross_entropy", "target", target, *x.shape[:-1])
     check.same("linear_cross_entropy", "x", x, w=w)
-    check.indices("linear_cross_entropy", "target", target, w.shape[0], x.device, ignore=ignore_index)
+    last = first + w.shape[0]
+    if not (0 <= first < last <= vocab if group else first == vocab == 0):
+        raise ValueError(
+            f"linear_cross_entropy: first is {first} and vocab {vocab} for {w.shape[0]} rows of w in group {group!r}, "
+            "expected what vocab_shard gives, or none of them"
+        )
+    check.indices("linear_cross_entropy", "target", target, vocab or w.shape[0], x.device, ignore=ignore_index)
 
 
 def _cost(x, w, target, weight=None, *, reduction="mean", **_):
@@ -89,6 +97,9 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     prefer: str = "auto",
+    group: str = "",
+    first: int = 0,
+    vocab: int = 0,
 ) -> Tensor:
     """Cross-entropy of the logits x w^T against target.
 
@@ -103,20 +114,27 @@ def linear_cross_entropy(
         z_loss: factor on the square of the log of the softmax's denominator.
         prefer: "memory" takes the logits by blocks, "time" all of them at once in the dtype of x where the GPU backend
             runs, "auto" decides by their size; nothing else depends on it.
+        group, first, vocab: where w is this rank's rows of a head that is cut over the ranks of a torch.distributed
+            group, what `vocab_shard(w)` gives. Then x, target and weight are the same on every rank, target counts over
+            the whole vocabulary, and every rank calls. Each gets the whole loss and the whole gradient of x, summed
+            over the ranks here, and the gradient of its own rows.
     Returns:
         float32: a scalar, or (...) for "none". The mean over no targets is NaN, as in torch.
     Raises:
         ValueError: shapes, dtypes, devices or the reduction do not fit; on CPU also a target out of range.
         NotImplementedError: a forced backend objects; the message says why.
     """
-    logits = F.linear(x, w)
-    logits = logits.flatten(0, -2) if logits.dtype == torch.float64 else logits.flatten(0, -2).float()
     labels = {"target": target.flatten().long(), "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    if weight is None and z_loss == 0.0:
-        loss = F.cross_entropy(logits, **labels, reduction=reduction)
-        return loss.view(target.shape) if reduction == "none" else loss
+    if shard := shard_of(group, first, vocab):
+        loss = shard.eager_losses(x.reshape(-1, x.shape[-1]), w, z_loss=z_loss, **labels)
+    else:
+        logits = F.linear(x, w)
+        logits = logits.flatten(0, -2) if logits.dtype == torch.float64 else logits.flatten(0, -2).float()
+        if weight is None and z_loss == 0.0:
+            loss = F.cross_entropy(logits, **labels, reduction=reduction)
+            return loss.view(target.shape) if reduction == "none" else loss
+        loss = F.cross_entropy(logits, **labels, reduction="none") + z_loss * logits.logsumexp(-1).square()
     live = (target != ignore_index).flatten()
-    loss = F.cross_entropy(logits, **labels, reduction="none") + z_loss * logits.logsumexp(-1).square()
     shares = live.to(loss.dtype) if weight is None else torch.where(live, weight.flatten().to(loss.dtype), 0.0)
     loss = torch.where(live, loss * shares, 0.0)
     if reduction == "none":

@@ -406,7 +406,7 @@ def test_cross_entropy_goes_by_blocks_where_the_logits_are_large(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", {"memory": 2 * 64 * 4, "time": 1 << 62})
     for limit, blocks in ((6 * 64 * 4, 1), (6 * 64 * 4 - 1, 3)):
         monkeypatch.setattr(module, "AT_ONCE_BYTES", limit)
-        assert len(list(module._blocks(x, w, None, None, "auto"))) == blocks
+        assert len(list(module._blocks(x, w, None, None, "auto", None))) == blocks
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))

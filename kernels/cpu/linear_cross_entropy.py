@@ -13,6 +13,7 @@ from torch import Tensor
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, scratch, threads, workspace
 from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
 from peakgpt.kernels.gradients import may_overwrite_saved
+from peakgpt.kernels.vocab_parallel import Shard, shard_of
 
 # Products of 512 rows run within 3 % of 1024 rows, those of 256 up to 18 % slower in float32 and as fast in bfloat16
 # (GPT-2's head, 2 cores of Zen 4, 2026-11). A very large vocabulary gets fewer rows.
@@ -29,8 +30,8 @@ def objection(x: Tensor, *_, **__) -> str | None:
 
 
 def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, label_smoothing, z_loss, prefer,
-            into=(None,) * 4):  # fmt: skip
-    flat, target = rows(x), target.reshape(-1).long()
+            group, first, vocab, into=(None,) * 4):  # fmt: skip
+    flat, target, shard = rows(x), target.reshape(-1).long(), shard_of(group, first, vocab)
     weight = None if weight is None else weight.reshape(-1).float().contiguous()
     loss = workspace("loss", torch.float32, target.numel()) if reduction != "none" else outputs[0].view(-1)
     dx, dw = None, into[1]
@@ -45,13 +46,21 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
     elif saved:
         dx, kept = (t if t.numel() else None for t in saved)
         dw = kept if dw is None else dw
-    products = Products(flat, w, None if dx is None else dx.view(flat.shape), dw, fresh=into[1] is None)
+    terms = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    products = Products(flat, w, None if dx is None else dx.view(flat.shape), dw, into[1] is None, shard)
     for block, logits in products.blocks():
-        _C.cross_entropy_forward(
-            DTYPES[x.dtype], *logits.shape, address(logits), address(target[block]),
-            address(weight if weight is None else weight[block]), ignore_index,
-            address(loss[block]), address(lse[block]), products.wanted, scale, label_smoothing, z_loss, threads(),
-        )  # fmt: skip
+        if shard is None:
+            _C.cross_entropy_forward(
+                DTYPES[x.dtype], *logits.shape, address(logits), address(target[block]),
+                address(weight if weight is None else weight[block]), ignore_index,
+                address(loss[block]), address(lse[block]), products.wanted, scale, label_smoothing, z_loss, threads(),
+            )  # fmt: skip
+        else:
+            loss[block], lse[block] = _losses_of_all(shard, logits, target[block], **terms)
+            if products.wanted:
+                dloss = torch.full_like(lse[block], scale)
+                dloss = dloss if weight is None else dloss.mul_(weight[block])
+                _gradients(shard, logits, target[block], lse[block], dloss, **terms)
         products.add(block, logits)
     products.finish()
     if weight is not None:
@@ -62,7 +71,7 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
 
 
 def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, label_smoothing, z_loss, prefer,
-             into=(None,) * 4):  # fmt: skip
+             group, first, vocab, into=(None,) * 4):  # fmt: skip
     x, w, target, weight = inputs
     if reduction != "none":
         scale = float(grads[0])
@@ -72,15 +81,36 @@ def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, l
     dloss = dloss if weight is None else dloss * weight.reshape(-1).float()
     dx = torch.empty_like(flat) if needs[0] else None
     dw = into[1] if into[1] is not None or not needs[1] else torch.empty_like(w)
-    products = Products(flat, w, dx, dw, fresh=into[1] is None)
+    terms = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    shard = shard_of(group, first, vocab)
+    products = Products(flat, w, dx, dw, into[1] is None, shard)
     for block, logits in products.blocks():
-        _C.cross_entropy_backward(
-            DTYPES[x.dtype], *logits.shape, address(logits), address(target[block]), ignore_index,
-            address(lse[block]), address(dloss[block]), label_smoothing, z_loss, threads(),
-        )  # fmt: skip
+        _gradients(shard, logits, target[block], lse[block], dloss[block], **terms)
         products.add(block, logits)
     products.finish()
     return None if dx is None else dx.view(x.shape), dw, None, None
+
+
+def _losses_of_all(shard: Shard, logits: Tensor, target: Tensor, **terms) -> tuple[Tensor, Tensor]:
+    """Losses of a block and their lse, over all shards."""
+    parts = logits.new_empty(3 if terms["label_smoothing"] else 2, target.numel(), dtype=torch.float32)
+    _C.cross_entropy_parts(
+        DTYPES[logits.dtype], *logits.shape, address(logits), address(target), terms["ignore_index"], shard.first,
+        address(parts[0]), address(parts[1]), address(parts[2] if len(parts) == 3 else None), threads(),
+    )  # fmt: skip
+    return shard.losses(parts, target, **terms)
+
+
+def _gradients(
+    shard: Shard | None, logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, *,
+    ignore_index: int, label_smoothing: float, z_loss: float,
+) -> None:  # fmt: skip
+    """Logits become their gradient at each row's dloss."""
+    first, total = (0, logits.shape[1]) if shard is None else (shard.first, shard.vocab)
+    _C.cross_entropy_backward(
+        DTYPES[logits.dtype], *logits.shape, address(logits), address(target), ignore_index,
+        address(lse), address(dloss), label_smoothing, z_loss, first, total, threads(),
+    )  # fmt: skip
 
 
 def scaled(gradient: Tensor, scale: float) -> Tensor:
@@ -97,14 +127,18 @@ class Products:
         w: (V, C).
         dx, dw: become dz w and dz^T x, or None.
         fresh: whether dw holds nothing yet; else the product is added.
+        shard: where w is one, over whose ranks dx is added up.
     """
 
-    def __init__(self, x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, fresh: bool):
-        self.x, self.w, self.dx, self.dw, self.fresh = x, w, dx, dw, fresh
+    def __init__(
+        self, x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, fresh: bool, shard: Shard | None
+    ):
+        self.x, self.w, self.dx, self.dw, self.fresh, self.shard = x, w, dx, dw, fresh, shard
         self.wanted = dx is not None or dw is not None
         few, most = BLOCK_ROWS[x.dtype]
         most = min(max(-(-x.shape[0] // BF16_BLOCKS), few), most)  # more blocks than those cost another table
-        most = max(LEAST_ROWS, min(most, BLOCK_BYTES // (w.shape[0] * w.element_size())))
+        width = w.shape[0] if shard is None else shard.width
+        most = max(LEAST_ROWS, min(most, BLOCK_BYTES // (width * w.element_size())))
         self.count = -(-x.shape[0] // most)
         self.done = 0
         self.total = None  # of dw in float32
@@ -128,7 +162,9 @@ class Products:
         self.fresh, self.done = False, self.done + 1
 
     def finish(self) -> None:
-        """Bring what is held in float32 back into dw."""
+        """Bring what is held in float32 back into dw, and dx together from all ranks."""
+        if self.dx is not None and self.shard is not None:
+            self.shard.add_up(self.dx)
         if self.dw is not None and self.fresh:
             self.dw.zero_()
         if self.total is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
+from peakgpt.kernels.vocab_parallel import Shard, shard_of
 
 # Unmeasured on hardware: 16 elements a thread at a time.
 BLOCK_V, ROW = 4096, Tile(warps=8)
@@ -33,10 +34,28 @@ ALIGN_BYTES = 128
 
 
 @triton.jit
-def _row_gradient(z_ptr, target, lse, g, smoothing, z_loss, V, BLOCK_V: tl.constexpr):
-    """Overwrite a row of logits with (softmax (1 + 2 z_loss lse) - (1 - smoothing) onehot - smoothing / V) g."""
+def _row_lse(z_ptr, V, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The lse of a row of logits, and with SMOOTH their sum."""
+    m = float("-inf")
+    total = 0.0
+    summed = 0.0
+    for first in range(0, V, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        z = tl.load(z_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        m_new = tl.maximum(m, tl.max(z, 0))
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # no finite logit so far
+        total = total * tl.exp(m - base) + tl.sum(tl.exp(z - base), 0)
+        m = m_new
+        if SMOOTH:
+            summed += tl.sum(tl.where(v < V, z, 0.0), 0)
+    return m + tl.log(total), summed
+
+
+@triton.jit
+def _row_gradient(z_ptr, target, lse, g, smoothing, z_loss, V, TOTAL, BLOCK_V: tl.constexpr):
+    """Overwrite a row of logits with (softmax (1 + 2 z_loss lse) - (1 - smoothing) onehot - smoothing / TOTAL) g."""
     share = (1.0 + 2.0 * z_loss * lse) * g
-    even = smoothing / V * g
+    even = smoothing / TOTAL * g
     hit = (1.0 - smoothing) * g
     for first in range(0, V, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
@@ -71,19 +90,7 @@ def linear_cross_entropy_fwd(
         known = (target >= 0) & (target < V)  # a target out of range gives NaN, not foreign memory
         # Before the loop, whose reductions are barriers: no warp overwrites the row while another still reads this.
         z_target = tl.load(z_ptr + target, mask=known, other=float("nan")).to(tl.float32)
-        m = float("-inf")
-        total = 0.0
-        summed = 0.0
-        for first in range(0, V, BLOCK_V):
-            v = first + tl.arange(0, BLOCK_V)
-            z = tl.load(z_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
-            m_new = tl.maximum(m, tl.max(z, 0))
-            base = tl.where(m_new == float("-inf"), 0.0, m_new)  # no finite logit so far
-            total = total * tl.exp(m - base) + tl.sum(tl.exp(z - base), 0)
-            m = m_new
-            if SMOOTH:
-                summed += tl.sum(tl.where(v < V, z, 0.0), 0)
-        lse = m + tl.log(total)
+        lse, summed = _row_lse(z_ptr, V, SMOOTH, BLOCK_V)
         loss = lse - z_target + z_loss * lse * lse
         if SMOOTH:
             loss += smoothing * (z_target - summed / V)
@@ -96,15 +103,41 @@ def linear_cross_entropy_fwd(
         if GRAD:
             if scale_ptr is not None:
                 g *= tl.load(scale_ptr)
-            _row_gradient(z_ptr, target, lse, g, smoothing, z_loss, V, BLOCK_V)
+            _row_gradient(z_ptr, target, lse, g, smoothing, z_loss, V, V, BLOCK_V)
+
+
+@triton.jit
+def linear_cross_entropy_parts(
+    z_ptr, target_ptr, lse_ptr, hit_ptr, summed_ptr, stride_z_r, V, ignore_index, FIRST, BLOCK_V: tl.constexpr
+):
+    """Of one row of a shard whose first logit is FIRST: lse, the target's logit if it is here, the sum (None: not)."""
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * stride_z_r
+    target = tl.load(target_ptr + row)
+    lse = 0.0
+    hit = 0.0
+    summed = 0.0
+    if target != ignore_index:
+        at = target - FIRST
+        here = (at >= 0) & (at < V)
+        # Triton's interpreter takes a scalar `other` of 0 for none.
+        hit = tl.where(here, tl.load(z_ptr + at, mask=here), 0.0).to(tl.float32)
+        lse, summed = _row_lse(z_ptr, V, summed_ptr is not None, BLOCK_V)
+    tl.store(lse_ptr + row, lse)
+    tl.store(hit_ptr + row, hit)
+    if summed_ptr is not None:
+        tl.store(summed_ptr + row, summed)
 
 
 @triton.jit
 def linear_cross_entropy_bwd(
-    z_ptr, target_ptr, weight_ptr, lse_ptr, dloss_ptr, stride_z_r, stride_dloss, V, ignore_index, smoothing, z_loss,
-    BLOCK_V: tl.constexpr,
+    z_ptr, target_ptr, weight_ptr, lse_ptr, dloss_ptr, stride_z_r, stride_dloss, V, ignore_index, FIRST, TOTAL,
+    smoothing, z_loss, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A row of logits becomes its gradient, from the kept lse and the row's own upstream gradient."""
+    """A row of logits becomes its gradient, from the kept lse and the row's own upstream gradient.
+
+    The logits are those from FIRST of TOTAL ones, where w is a shard.
+    """
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z_r
     target = tl.load(target_ptr + row)
@@ -114,7 +147,7 @@ def linear_cross_entropy_bwd(
         g = tl.load(dloss_ptr + row * stride_dloss)
         if weight_ptr is not None:
             g *= tl.load(weight_ptr + row)
-        _row_gradient(z_ptr, target, tl.load(lse_ptr + row), g, smoothing, z_loss, V, BLOCK_V)
+        _row_gradient(z_ptr, target - FIRST, tl.load(lse_ptr + row), g, smoothing, z_loss, V, TOTAL, BLOCK_V)
 
 
 @triton.jit
@@ -135,41 +168,68 @@ def objection(x: Tensor, *_, **__) -> str | None:
 class Rows:
     """The targets, weights and terms of a call, handed to the kernels a block of rows at a time."""
 
-    def __init__(self, target, weight, ignore_index, label_smoothing, z_loss):
-        self.target = target.flatten()
+    def __init__(self, target, weight, shard: Shard | None, **terms):
+        self.target, self.shard, self.terms = target.flatten(), shard, terms
         self.weight = None if weight is None else weight.flatten().float().contiguous()
-        self.ignore_index, self.smoothing, self.z_loss = ignore_index, float(label_smoothing), float(z_loss)
 
     def total(self) -> Tensor:
         """What a mean divides by: the count or the weights of the targets that are not ignored."""
-        live = self.target != self.ignore_index
+        live = self.target != self.terms["ignore_index"]
         return live.sum() if self.weight is None else torch.where(live, self.weight, 0.0).sum()
-
-    def arguments(self, z: Tensor, block: slice) -> dict[str, Any]:
-        """What both kernels take."""
-        return {
-            "z_ptr": z, "target_ptr": self.target[block], "stride_z_r": z.stride(0), "V": z.shape[1],
-            "weight_ptr": None if self.weight is None else self.weight[block], "ignore_index": self.ignore_index,
-            "smoothing": self.smoothing, "z_loss": self.z_loss, "BLOCK_V": BLOCK_V,
-            "num_warps": ROW.warps, "num_stages": ROW.stages,
-        }  # fmt: skip
 
     def losses(self, z: Tensor, block: slice, loss, lse, scale, grad: bool) -> None:
         """Fill a block of loss, and of lse where wanted; with grad z becomes its gradient at dloss = scale."""
+        if self.shard is not None:
+            self._losses_of_all(z, block, loss, lse, scale, grad)
+            return
         linear_cross_entropy_fwd[(z.shape[0],)](
             loss_ptr=loss[block], lse_ptr=None if lse is None else lse[block], scale_ptr=scale, GRAD=grad,
-            SMOOTH=self.smoothing != 0.0, **self.arguments(z, block),
+            SMOOTH=self._smoothing() != 0.0, **self._row(z, block), **self._gradient_terms(block),
         )  # fmt: skip
 
     def gradients(self, z: Tensor, block: slice, lse, dloss) -> None:
-        """z becomes its gradient at each row's dloss."""
+        """z becomes its gradient at each row's dloss; lse and dloss are the block's."""
+        first, total = (0, z.shape[1]) if self.shard is None else (self.shard.first, self.shard.vocab)
         linear_cross_entropy_bwd[(z.shape[0],)](
-            lse_ptr=lse[block], dloss_ptr=dloss[block], stride_dloss=dloss.stride(0), **self.arguments(z, block)
-        )
+            lse_ptr=lse, dloss_ptr=dloss, stride_dloss=dloss.stride(0), FIRST=first, TOTAL=total,
+            **self._row(z, block), **self._gradient_terms(block),
+        )  # fmt: skip
+
+    def _losses_of_all(self, z: Tensor, block: slice, loss, lse, scale, grad: bool) -> None:
+        """`losses` where z are a shard's logits: two passes, the ranks' message between them."""
+        parts = torch.empty((3 if self._smoothing() else 2, z.shape[0]), dtype=torch.float32, device=z.device)
+        linear_cross_entropy_parts[(z.shape[0],)](
+            lse_ptr=parts[0], hit_ptr=parts[1], summed_ptr=parts[2] if len(parts) == 3 else None,
+            FIRST=self.shard.first, **self._row(z, block),
+        )  # fmt: skip
+        found, lse_of_all = self.shard.losses(parts, self.target[block], **self.terms)
+        loss[block] = found if self.weight is None else found * self.weight[block]
+        if lse is not None:
+            lse[block] = lse_of_all
+        if grad:
+            dloss = torch.ones((), dtype=torch.float32, device=z.device) if scale is None else scale
+            self.gradients(z, block, lse_of_all, dloss.expand(z.shape[0]))
+
+    def _smoothing(self) -> float:
+        return float(self.terms["label_smoothing"])
+
+    def _row(self, z: Tensor, block: slice) -> dict[str, Any]:
+        """What every kernel takes."""
+        return {
+            "z_ptr": z, "target_ptr": self.target[block], "stride_z_r": z.stride(0), "V": z.shape[1],
+            "ignore_index": self.terms["ignore_index"],
+            "BLOCK_V": BLOCK_V, "num_warps": ROW.warps, "num_stages": ROW.stages,
+        }  # fmt: skip
+
+    def _gradient_terms(self, block: slice) -> dict[str, Any]:
+        return {
+            "weight_ptr": None if self.weight is None else self.weight[block],
+            "smoothing": self._smoothing(), "z_loss": float(self.terms["z_loss"]),
+        }  # fmt: skip
 
 
-def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, label_smoothing, z_loss, prefer):
-    x, rows = x.reshape(-1, x.shape[-1]), Rows(target, weight, ignore_index, label_smoothing, z_loss)
+def forward(outputs, saved, x, w, target, weight, *, reduction, prefer, group, first, vocab, **terms):
+    x, rows = x.reshape(-1, x.shape[-1]), Rows(target, weight, shard_of(group, first, vocab), **terms)
     with launch.on(x):
         if reduction == "none":
             _losses(rows, x, w, outputs[0].view(-1), saved[0].view(-1) if saved else None, prefer)
@@ -185,7 +245,7 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
         torch.div(loss.sum(), 1 if total is None else total, out=outputs[0])
 
 
-def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, label_smoothing, z_loss, prefer):
+def backward(grads, inputs, outputs, saved, needs, *, reduction, prefer, group, first, vocab, **terms):
     x, w, target, weight = inputs
     dloss = grads[0]
     with launch.on(dloss):
@@ -193,15 +253,15 @@ def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, l
             return *(_scaled(t, dloss, x.dtype) if n else None for t, n in zip(saved, needs, strict=False)), None, None
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
         dw = torch.empty_like(w) if needs[1] else None
-        flat, rows = x.reshape(-1, x.shape[-1]), Rows(target, weight, ignore_index, label_smoothing, z_loss)
+        flat, rows = x.reshape(-1, x.shape[-1]), Rows(target, weight, shard_of(group, first, vocab), **terms)
         lse, dloss = saved[0].view(-1), dloss.reshape(-1)
-        for block, z in _blocks(flat, w, None if dx is None else dx.view(flat.shape), dw, prefer):
-            rows.gradients(z, block, lse, dloss)
+        for block, z in _blocks(flat, w, None if dx is None else dx.view(flat.shape), dw, prefer, rows.shard):
+            rows.gradients(z, block, lse[block], dloss[block])
     return dx, dw, None, None
 
 
 def _losses(rows: Rows, x, w, loss, lse, prefer: str) -> None:
-    for block, z in _blocks(x, w, None, None, prefer):
+    for block, z in _blocks(x, w, None, None, prefer, rows.shard):
         rows.losses(z, block, loss, lse, None, False)
 
 
@@ -209,7 +269,7 @@ def _losses_and_gradients(rows: Rows, x, w, loss, dx, dw, total: Tensor | None, 
     """Fill loss, and dx and dw of sum(loss) / total; float16's are float32 (see the contract) and divided last."""
     share = None if total is None else torch.where(total == 0, 0.0, 1.0 / total)
     late = x.dtype == torch.float16
-    for block, z in _blocks(x, w, dx, dw, prefer):
+    for block, z in _blocks(x, w, dx, dw, prefer, rows.shard):
         rows.losses(z, block, loss, None, None if late else share, True)
     if late and share is not None:
         for gradient in (dx, dw):
@@ -217,12 +277,18 @@ def _losses_and_gradients(rows: Rows, x, w, loss, dx, dw, total: Tensor | None, 
                 gradient.mul_(share)
 
 
-def _blocks(x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, prefer: str) -> Iterator[tuple[slice, Tensor]]:
-    """Yield equal blocks of rows and their logits z; what the caller then leaves in z makes dx = z w, dw = z^T x."""
+def _blocks(
+    x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, prefer: str, shard: Shard | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield equal blocks of rows and their logits z; what the caller then leaves in z makes dx = z w, dw = z^T x.
+
+    Where w is a shard, dx is the sum over its ranks.
+    """
     rows, vocab = x.shape[0], w.shape[0]
     lanes = ALIGN_BYTES // x.element_size()
     stride = triton.cdiv(vocab, lanes) * lanes
-    row_bytes = stride * x.element_size()
+    width = stride if shard is None else triton.cdiv(shard.width, lanes) * lanes
+    row_bytes = width * x.element_size()
     if prefer == "auto":
         prefer = "time" if rows * row_bytes <= AT_ONCE_BYTES else "memory"
     count = triton.cdiv(rows, max(1, BLOCK_BYTES[prefer] // row_bytes))
@@ -238,6 +304,8 @@ def _blocks(x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, prefer: 
             _accumulate(dx[block], z, w, fresh=True)
         if dw is not None:
             _accumulate(total, z.t(), x[block], fresh=k == 0)
+    if dx is not None and shard is not None:
+        shard.add_up(dx)
     if dw is not None and not count:
         dw.zero_()
     elif total is not dw:
@@ -265,12 +333,13 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """The static check's cases."""
-    wide = ("weight_ptr", "loss_ptr", "lse_ptr", "scale_ptr", "dloss_ptr")
+    wide = ("weight_ptr", "loss_ptr", "lse_ptr", "scale_ptr", "dloss_ptr", "hit_ptr", "summed_ptr")
     types = {"target_ptr": "*i64", "smoothing": "fp32", "z_loss": "fp32", **dict.fromkeys(wide, "*fp32")}
     block = {"BLOCK_V": BLOCK_V}
     with_gradient = {"lse_ptr": None, "GRAD": True, "SMOOTH": True, **block}
     loss_only = {"scale_ptr": None, "weight_ptr": None, "GRAD": False, "SMOOTH": False, **block}
     yield launch.case(linear_cross_entropy_fwd, "bf16 loss and gradient", ROW, "bf16", with_gradient, **types)
     yield launch.case(linear_cross_entropy_fwd, "bf16 loss", ROW, "bf16", loss_only, **types)
+    yield launch.case(linear_cross_entropy_parts, "bf16", ROW, "bf16", block, **types)
     yield launch.case(linear_cross_entropy_bwd, "bf16", ROW, "bf16", {"stride_dloss": 1, **block}, **types)
     yield launch.case(linear_cross_entropy_scale, "bf16", SCALE, "bf16", {"BLOCK_N": BLOCK_N}, **types)

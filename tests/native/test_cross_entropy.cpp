@@ -55,7 +55,7 @@ PEAK_TEST(cross_entropy) {
         logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // as they were
         CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
                               .target = target.data(), .ignore_index = kIgnored, .lse = lse.data(),
-                              .dloss = dloss.data()},
+                              .dloss = dloss.data(), .total = vocab},
                              1 + placement % 2);
       }
       for (int64_t row = 0; row < kRows; ++row) {
@@ -99,7 +99,7 @@ PEAK_TEST(cross_entropy_smoothed) {
     if (!with_gradient) {
       CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
                             .target = target.data(), .ignore_index = kIgnored, .lse = lse.data(),
-                            .dloss = dloss.data(), .smoothing = smoothing, .z_loss = z_loss},
+                            .dloss = dloss.data(), .smoothing = smoothing, .z_loss = z_loss, .total = vocab},
                            1 + placement % 2);
     }
     for (int64_t row = 0; row < kRows; ++row) {
@@ -115,6 +115,58 @@ PEAK_TEST(cross_entropy_smoothed) {
         const bool hit = i == target[row];
         const Want plain = Gradient(at[i], truth, false, factor * (1.0 + pull));
         const double want = plain.value - factor * (smoothing / vocab + (hit ? 1.0 - smoothing : 0.0));
+        const double slack = plain.slack + std::fabs(factor) * (4.0 + 4.0 * std::fabs(pull));
+        if (!Near("dlogits", i, logits[row * vocab + i], {want, slack})) return;
+      }
+    }
+  });
+}
+
+// A shard that begins at kFirst of a vocabulary of vocab + kOthers: targets before it, in it and behind it.
+PEAK_TEST(cross_entropy_of_a_shard) {
+  ForEachCase("cross_entropy_of_a_shard", 1, [&](auto element, int64_t vocab, int placement) {
+    using T = decltype(element);
+    constexpr int64_t kFirst = 100, kOthers = 150;
+    const float smoothing = 0.3f, z_loss = 0.125f;
+    Random random(vocab);
+    Placer place(placement);
+    auto logits = place.Out<T>(kRows * vocab);
+    auto target = place.In<int64_t>(kRows);
+    auto lse = place.Out<float>(kRows), z_target = place.Out<float>(kRows), sum = place.Out<float>(kRows);
+    auto whole = place.In<float>(kRows), dloss = place.In<float>(kRows);
+    logits.FillNormal(random, 3.0, 4.0);
+    dloss.FillNormal(random);
+    // The second is what an ignored target would be, counted from the shard's first row.
+    const int64_t targets[kRows] = {kFirst + random.Below(vocab), kFirst + kIgnored, kIgnored, kFirst + vocab};
+    for (int64_t row = 0; row < kRows; ++row) target[row] = targets[row];
+    const std::vector<double> z = logits.Values();
+    CrossEntropyParts({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
+                       .target = target.data(), .ignore_index = kIgnored, .first = kFirst, .lse = lse.data(),
+                       .z_target = z_target.data(), .sum = sum.data()},
+                      1 + placement % 2);
+    logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // as they were
+    for (int64_t row = 0; row < kRows; ++row) {
+      const double* at = &z[row * vocab];
+      const bool ignored = row == kIgnoredRow;
+      const double truth = ignored ? 0.0 : LogSumExp(at, vocab);
+      double total = 0.0, size = 0.0;
+      for (int64_t i = 0; i < vocab; ++i) total += at[i], size += std::fabs(at[i]);
+      Near("lse", row, lse[row], {truth, ignored ? 0.0 : 8.0 + 4.0 * std::fabs(truth)});
+      Near("z_target", row, z_target[row], {row == 0 ? at[target[row] - kFirst] : 0.0, 0.0});
+      Near("sum", row, sum[row], {ignored ? 0.0 : total, ignored ? 0.0 : 8.0 + 8.0 * size});
+      whole[row] = static_cast<float>(truth + 1.0);
+    }
+    CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
+                          .target = target.data(), .ignore_index = kIgnored, .lse = whole.data(),
+                          .dloss = dloss.data(), .smoothing = smoothing, .z_loss = z_loss, .first = kFirst,
+                          .total = vocab + kOthers},
+                         1 + placement % 2);
+    for (int64_t row = 0; row < kRows; ++row) {
+      const double pull = 2.0 * z_loss * whole.At(row), factor = row == kIgnoredRow ? 0.0 : dloss.At(row);
+      for (int64_t i = 0; i < vocab; ++i) {
+        const bool hit = row == 0 && i == target[row] - kFirst;
+        const Want plain = Gradient(z[row * vocab + i], whole.At(row), false, factor * (1.0 + pull));
+        const double want = plain.value - factor * (smoothing / (vocab + kOthers) + (hit ? 1.0 - smoothing : 0.0));
         const double slack = plain.slack + std::fabs(factor) * (4.0 + 4.0 * std::fabs(pull));
         if (!Near("dlogits", i, logits[row * vocab + i], {want, slack})) return;
       }

@@ -21,7 +21,8 @@ PEAK_TEST(nothing_to_do) {
       Adamw({.dtype = dtype, .step = &zero}, threads);
       Check(zero == 1.0f, "step is %g, expected 1", zero);
       CrossEntropyForward({.dtype = dtype, .vocab = 7}, threads);
-      CrossEntropyBackward({.dtype = dtype, .vocab = 7}, threads);
+      CrossEntropyParts({.dtype = dtype, .vocab = 7}, threads);
+      CrossEntropyBackward({.dtype = dtype, .vocab = 7, .total = 7}, threads);
       const int64_t seed = 0;
       Dropout({.dtype = dtype, .seed = &seed, .p = 0.5}, threads);
       EmbeddingForward({.dtype = dtype, .width = 8}, threads);
