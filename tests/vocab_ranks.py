@@ -29,25 +29,34 @@ CASES = {
 RULED = [name for name in CASES if name != "far apart"]  # cases for the error rule
 
 BACKENDS = ("eager", "cpu", "gpu")
+CUDA = torch.cuda.is_available()  # gloo gathers no tensors of a GPU: there its kernels are left to Ranks
+GATHERING = tuple(b for b in BACKENDS if b != "gpu" or not CUDA)
 DTYPES = (torch.float32, torch.bfloat16)
 # What processes run; the interpreter is slow.
 SPAWNED = [
     *((backend, name, dtype) for backend in ("eager", "cpu") for name in RULED for dtype in DTYPES),
-    ("gpu", "sum of every term", torch.bfloat16),
-    ("gpu", "none of every term", torch.float32),
+    *((("gpu", "sum of every term", torch.bfloat16), ("gpu", "none of every term", torch.float32)) if not CUDA else ()),
 ]
 
 
-def tensors(name, dtype):
-    """x, the whole head, targets in every shard of which one is to be ignored and, with every term, weights."""
+def home(backend):
+    return "cuda" if CUDA and backend == "gpu" else "cpu"
+
+
+def tensors(name, dtype, device="cpu"):
+    """x, the whole head, targets and, with every term, weights.
+
+    The first target is to be ignored, others lie at a shard's edges; one looks ignored if counted from its shard.
+    """
     sizes, rows, params = CASES[name]
     weighted = {"weighted": 1} if "z_loss" in params else {}
     shape = {"rows": rows, "width": 48, "vocab": sum(sizes), **weighted}
-    x, w, target, *weight = sample("linear_cross_entropy", shape, dtype)
+    x, w, target, *weight = sample("linear_cross_entropy", shape, dtype, device)
     if name == "far apart":  # logits of 1000: one shard has nearly all of the softmax
         x = (x.detach() * 300).requires_grad_()
     if rows:
-        target[:4] = torch.tensor([params.get("ignore_index", -100), 0, sizes[0] - 1, sizes[0]])
+        ignored = params.get("ignore_index", -100)
+        target[:5] = torch.tensor([ignored, 0, sizes[0] - 1, sizes[0], (sum(sizes[:-1]) + ignored) % sum(sizes)])
     return x, w, target, *weight
 
 
@@ -68,7 +77,7 @@ def small_blocks():
 
 def results(backend, name, dtype, rank, shard):
     """Loss, dx and dw of one rank."""
-    x, w, *rest = tensors(name, dtype)
+    x, w, *rest = tensors(name, dtype, home(backend))
     with small_blocks():
         return run(backend, OP, [x, shards(name, w)[rank], *rest], {**CASES[name][2], **shard})
 
