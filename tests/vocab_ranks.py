@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from peakgpt.bench.check import run, sample
-from peakgpt.kernels.dispatch import OPS, accumulate_into, load, use_backend
+from peakgpt.kernels.backends import load, use_backend
+from peakgpt.kernels.dispatch import OPS
+from peakgpt.kernels.gradients import accumulate_into
 from peakgpt.kernels.vocab_parallel import vocab_shard
 
 OP = OPS["linear_cross_entropy"]
