@@ -27,14 +27,6 @@ COUNTS = (*range(2 * LANES + 1), 1000)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=_C.isas)
-def isa(request):
-    torch.manual_seed(0)
-    assert _C.set_isa_cap(request.param) == request.param
-    yield request.param
-    _C.set_isa_cap(None)
-
-
 def placed(values, offset):
     """The values at an address `offset` elements into a poisoned buffer, with poison behind; and that buffer."""
     buffer = torch.full((offset + values.numel() + LANES,), POISON, dtype=values.dtype)
@@ -276,21 +268,17 @@ def test_every_isa_gives_the_gradients(isa, name, dtype):
         assert (got.double() - true).abs().max() <= limit
 
 
-def test_reductions_do_not_follow_the_thread_count(isa):
+def test_reductions_do_not_follow_the_thread_count(isa, threads):
     torch.manual_seed(0)
     x, w, b = OPS["layernorm"].sample(rows=130, width=70)
     dy = torch.randn_like(x)
     found = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            leaves = [t.detach().requires_grad_() for t in (x, w, b)]
-            with use_backend("cpu"):
-                OPS["layernorm"](*leaves).backward(dy)
-            found.append([t.grad for t in leaves])
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2, 3):
+        threads(count)
+        leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+        with use_backend("cpu"):
+            OPS["layernorm"](*leaves).backward(dy)
+        found.append([t.grad for t in leaves])
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 

@@ -61,13 +61,6 @@ CASES = [
 IDS = ["x".join(map(str, case[:6])) + "".join(f"-{name}" for name in case[6]) for case in CASES]
 
 
-@pytest.fixture(params=_C.isas)
-def isa(request):
-    _C.set_isa_cap(request.param)
-    yield request.param
-    _C.set_isa_cap(None)
-
-
 @pytest.fixture(autouse=True)
 def bf16_products():
     """Where a mask wants a gradient, torch widens bf16 to float32; its own bf16 is what ours is measured by."""
@@ -295,14 +288,6 @@ THREADS = [
         for shape in ((1, 1), (3, 1), (1, 4), (3, 4))
     ),
 ]
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads; resets it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)

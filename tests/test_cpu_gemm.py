@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peakgpt import _C
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ADD, SLOPE, gemm, pack
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -19,14 +18,6 @@ POISON = 1234.0
 # Around the register tile, panels, and past every block (1024 rows, 3072 columns, 1024 or 2048 of k).
 SMALL = list(itertools.product((1, 3, 4, 5, 8, 17), (1, 2, 31, 33), (1, 15, 47, 49)))
 LARGE = [(1030, 37, 60), (20, 2100, 100), (2, 4100, 100), (9, 40, 3100), (1100, 1050, 130)]
-
-
-@pytest.fixture(params=_C.isas)
-def isa(request):
-    torch.manual_seed(0)
-    assert _C.set_isa_cap(request.param) == request.param
-    yield request.param
-    _C.set_isa_cap(None)
 
 
 def integers(rows, columns, dtype, transposed=False):
@@ -118,25 +109,22 @@ def split_by_threads(a, b, out):
     return out
 
 
-def by_threads(product, a, b):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            results.append(product(a, b, torch.empty(a.shape[0], b.shape[1])))
-    finally:
-        torch.set_num_threads(before)
+def by_threads(threads, product, a, b):
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        results.append(product(a, b, torch.empty(a.shape[0], b.shape[1])))
     return results
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "k", "n"), [(100, 2100, 70), (5, 300, 1000), (1100, 64, 50)])
-def test_same_bits_for_any_threads(m, k, n, dtype):
+def test_same_bits_for_any_threads(m, k, n, dtype, threads):
     torch.manual_seed(0)
     a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    first, *others = by_threads(gemm, a, b)
+    first, *others = by_threads(threads, gemm, a, b)
     assert all(torch.equal(first, other) for other in others)
-    first, *others = by_threads(split_by_threads, a, b)
+    first, *others = by_threads(threads, split_by_threads, a, b)
     assert not all(torch.equal(first, other) for other in others), "the check is blind"
 
 

@@ -19,14 +19,6 @@ configs = pytest.mark.parametrize("config", (CONFIG, MIXED), ids=("gpt2", "mixed
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's thread count, and puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def split_in(parts_of):
     """A product whose sum over k is cut into as many parts as parts_of(a) says."""
 

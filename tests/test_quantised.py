@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peakgpt import _C
 from peakgpt.cli import main
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
@@ -44,20 +43,6 @@ FORMATS = (Format(8), Format(4, 32), Format(4, 64), Format(4, 128))
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=_C.isas)
-def isa(request):
-    assert _C.set_isa_cap(request.param) == request.param
-    yield request.param
-    _C.set_isa_cap(None)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def packed(w, form):

@@ -7,7 +7,6 @@ values of an odd key not zeroed, the head run on rows in the wrong order.
 import pytest
 import torch
 
-from peakgpt import _C
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
 from peakgpt.engine.paged import BlockMemory
@@ -44,13 +43,6 @@ def model_of(config, dtype):
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.to(dtype).eval()
-
-
-@pytest.fixture(params=_C.isas)
-def isa(request):
-    assert _C.set_isa_cap(request.param) == request.param
-    yield request.param
-    _C.set_isa_cap(None)
 
 
 def whole(runner, ids, blocks=range(5)):
@@ -121,15 +113,12 @@ def test_the_check_is_not_blind():
     assert not torch.equal(parts, model(ids))
 
 
-def test_same_bits_for_any_threads(config):
+def test_same_bits_for_any_threads(config, threads):
     runner, ids = Runner(model_of(config, torch.float32), blocks=7), torch.randint(97, (150,))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            results.append(whole(runner, ids))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        results.append(whole(runner, ids))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
