@@ -7,6 +7,7 @@ by some of the chunks, angles of the first places, a grid of tables that is not 
 import gc
 import itertools
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,6 +169,28 @@ def test_runs_without_a_graph_where_recording_fails(monkeypatch):
     with pytest.warns(UserWarning, match="runs uncaptured, recording failed: operation not permitted$"):
         runner = decoding(small("gpt2"), [(0,)] * (WARMUP + 2))
     assert "not permitted" in runner.graphs.steps[1].obstacle
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "planted"), [("gpt2", False), ("palm", False), ("gpt2", True)])
+def test_a_text_decodes_to_the_same_bits_beside_others_by_gpu_kernels(name, planted, monkeypatch):
+    """Up to 16 texts: no kernel of the step knows how many. Planted: products that cut C by the number of rows.
+
+    In float32, which shows an order of sums; on a GPU the kernel of few rows is for half precision only.
+    """
+    few_rows = pytest.importorskip("peakgpt.kernels.gpu.few_rows")
+    monkeypatch.setattr(few_rows, "MOST_ROWS", {("sm_80", "fp32"): few_rows.ROWS})
+    if planted:
+        cut = replace(few_rows.FLOAT32, SLICES=2, BLOCK_K=16)
+        monkeypatch.setattr(few_rows, "_tile", lambda x, outputs: few_rows.FLOAT32 if len(x) == 1 else cut)
+    model, texts = model_of(name, n_layer=1, n_head=2, block_size=64, vocab_size=33), torch.randint(33, (3, 4))
+    past, tables = (3, 0, 0), ([2], [3], [1])
+    with use_backend("gpu"):
+        runner = PagedRunner(model, blocks=4)
+        runner.step([Chunk(texts[0, :3], 0, tables[0], 0)])
+        new = [Chunk(texts[i, p : p + 1], p, tables[i], 1) for i, p in enumerate(past)]
+        alone = torch.cat([runner.step([chunk]) for chunk in new])
+        assert torch.equal(runner.step(new), alone) != planted
 
 
 @torch.no_grad()
