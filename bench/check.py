@@ -73,6 +73,7 @@ CASES = [
     ("linear_cross_entropy", {"rows": 0, "width": 48, "vocab": 129}, {"reduction": "sum"}),
     ("embedding", {"batch": 3, "tokens": 9, "vocab": 33, "width": 65}, {}),
     ("embedding", {"batch": 2, "tokens": 70, "vocab": 3, "width": 64}, {}),
+    ("embedding", {"batch": 2, "tokens": 9, "vocab": 33, "width": 65, "positions": 5}, {}),
     ("dropout", {"rows": 5, "width": 129}, {"p": 0.25}),
     ("dropout", {"rows": 0, "width": 16}, {"p": 0.5}),
     ("rotary", {"batch": 2, "tokens": 5, "heads": 3, "head_dim": 48, "pairs": 17}, {"heads": 2}),

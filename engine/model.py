@@ -199,8 +199,9 @@ class GPT(Conv1DLoading):
         table = t.wpe.weight if "wpe" in t else None
         if self.config.position_offset:
             past = past + self.config.position_offset
-        if start is None and "project_in" not in t and (table is None or isinstance(past, int)):
-            x = embedding(ids, t.wte.weight, table, start=0 if table is None else past)
+        if start is None and "project_in" not in t:
+            places = past[None] if table is not None and isinstance(past, Tensor) else None
+            x = embedding(ids, t.wte.weight, table, places, start=past if isinstance(past, int) else 0)
         else:
             x = embedding(ids, t.wte.weight)
             x = linear(x, t.project_in.weight) if "project_in" in t else x

@@ -68,12 +68,16 @@ class PagedRunner:
                              f"{self.config.vocab_size} - 1")  # fmt: skip
         ends, tables = np.array([chunk.past + len(chunk.ids) for chunk in chunks]), self._tables(chunks)
         if len(chunks) <= BUCKETS[-1] and all(len(chunk.ids) == chunk.logits == 1 for chunk in chunks):
-            return self.graphs(ids, ends - 1, tables).clone()
-        return self._pass(self._rows(chunks, ids, ends, tables))
+            return self.graphs(ids, ends - 1, tables).to(torch.float32, copy=True)
+        return self._pass(self._rows(chunks, ids, ends, tables)).float()
 
     @torch.no_grad()
     def decode(self, ids: Tensor, places: np.ndarray, tables: np.ndarray) -> Tensor:
-        """Run one new token of each sequence without looking at it; see DecodeGraphs. A later step overwrites these."""
+        """Run one new token of each sequence without looking at it; see DecodeGraphs.
+
+        Returns:
+            (B, V) in the model's dtype; overwritten by a later step.
+        """
         return self.graphs(ids, places, tables)
 
     def _tables(self, chunks: Sequence[Chunk]) -> np.ndarray:
@@ -107,4 +111,4 @@ class PagedRunner:
         where = Positions(turns, self.config.rotary_interleaved, self.slopes)
         h = self.model.rows(rows.ids, rows.places, where, PagedCache(self.memory, rows))
         h = h if rows.take is None else h.index_select(0, rows.take)
-        return self.model.head(h).float() if len(h) else h.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        return self.model.head(h) if len(h) else h.new_empty(0, self.config.vocab_size)

@@ -462,11 +462,14 @@ def test_embedding_keeps_nan_and_bad_ids_in_their_rows():
     wte = torch.ones(4, width, device=DEVICE)
     ids = torch.tensor([[0, 4, 1, -1, 1]], device=DEVICE)
     y = torch.empty(1, 5, width, device=DEVICE)
-    module.forward((y,), (), ids, wte, None, start=0)
+    module.forward((y,), (), ids, wte, None, None, start=0)
+    assert y.isnan().any(-1).tolist() == [[False, True, False, True, False]]
+    module.forward((y,), (), torch.ones_like(ids), wte, wte, ids, start=0)
     assert y.isnan().any(-1).tolist() == [[False, True, False, True, False]]
     dy = torch.ones(1, 5, width, device=DEVICE)
     dy[0, 0] = math.nan
-    _, dwte, _ = module.backward((dy,), (ids, wte, None), (), (), (False, True, False), start=0)
+    needs = False, True, False, False
+    _, dwte, _, _ = module.backward((dy,), (ids, wte, None, None), (), (), needs, start=0)
     assert dwte[0].isnan().all() and dwte[1:].tolist() == [[2.0] * width, [0.0] * width, [0.0] * width]
 
 

@@ -7,6 +7,7 @@ by some of the chunks, angles of the first places, a grid of tables that is not 
 import gc
 import itertools
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -191,6 +192,25 @@ def test_a_text_decodes_to_the_same_bits_beside_others_by_gpu_kernels(name, plan
         new = [Chunk(texts[i, p : p + 1], p, tables[i], 1) for i, p in enumerate(past)]
         alone = torch.cat([runner.step([chunk]) for chunk in new])
         assert torch.equal(runner.step(new), alone) != planted
+
+
+@torch.no_grad()
+def test_kernels_of_a_step(monkeypatch):
+    """Nine a layer of GPT-2 and three beside them: more is no error, but a cost of every token."""
+    executor = pytest.importorskip("triton.runtime.interpreter").GridExecutor
+    was, launched = executor.__call__, Counter()
+
+    def counted(self, *args, **options):
+        launched[self.fn.__name__] += 1
+        return was(self, *args, **options)
+
+    monkeypatch.setattr(executor, "__call__", counted)
+    runner = PagedRunner(small("gpt2").bfloat16(), blocks=2)
+    with use_backend("gpu"):
+        runner.step([Chunk([i], 0, [i]) for i in range(2)])
+    layer = {"few_rows_fwd": 4, "layernorm_fwd": 2, "cache_store": 1, "attention_decode_parts": 1,
+             "attention_decode_merge": 1}  # fmt: skip
+    assert launched == Counter(layer) + Counter(["embedding_fwd", "layernorm_fwd", "few_rows_fwd"])
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from torch import Tensor
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, threads
 
 
-def objection(ids: Tensor, wte: Tensor, *_, **__) -> str | None:
-    return dtype_objection(wte)
+def objection(ids: Tensor, wte: Tensor, wpe: Tensor | None, places: Tensor | None, **_) -> str | None:
+    return dtype_objection(wte) if places is None else "takes positions one after the other, got places"
 
 
-def forward(outputs, saved, ids, wte, wpe, *, start):
+def forward(outputs, saved, ids, wte, wpe, places, *, start):
     ids, wte = ids.long().contiguous(), rows(wte)
     wpe = None if wpe is None else rows(wpe)[start : start + ids.shape[1]]
     _C.embedding_forward(
@@ -21,16 +21,16 @@ def forward(outputs, saved, ids, wte, wpe, *, start):
     )  # fmt: skip
 
 
-def backward(grads, inputs, outputs, saved, needs, *, start, into=(None, None, None)):
-    ids, wte, wpe = inputs
+def backward(grads, inputs, outputs, saved, needs, *, start, into=(None,) * 4):
+    ids, wte, wpe, _ = inputs
     ids, dy = ids.long().contiguous(), grads[0].contiguous()
     dwte, dwpe = (
         sink if sink is not None or not need else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-        for t, need, sink in zip((wte, wpe), needs[1:], into[1:], strict=True)
+        for t, need, sink in zip((wte, wpe), needs[1:3], into[1:3], strict=True)
     )
     positions = None if dwpe is None else dwpe[start : start + ids.shape[1]]
     _C.embedding_backward(
         DTYPES[dy.dtype], *ids.shape, wte.shape[1], address(ids), address(dy),
         address(dwte), address(positions), threads(),
     )  # fmt: skip
-    return None, dwte, dwpe
+    return None, dwte, dwpe, None

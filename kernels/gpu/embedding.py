@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
 # Unmeasured on hardware: 8 columns a thread are one 16-byte load of a half precision.
@@ -28,14 +28,21 @@ BLOCK_C, CHUNK, ROW = 1024, 32, Tile(warps=4)
 
 
 @triton.jit
-def embedding_fwd(ids_ptr, wte_ptr, wpe_ptr, y_ptr, T, V, C, start, BLOCK_C: tl.constexpr):
+def embedding_fwd(
+    ids_ptr, wte_ptr, wpe_ptr, places_ptr, y_ptr, T, V, P, C, start, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr
+):
+    overlap.begin(OVERLAP)
     n = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     i = tl.load(ids_ptr + n).to(tl.int64)
     end = tl.where((i >= 0) & (i < V), C, 0)
     y = tl.load(wte_ptr + i * C + col, mask=col < end, other=float("nan")).to(tl.float32)
     if wpe_ptr is not None:
-        y += tl.load(wpe_ptr + (start + n % T) * C + col, mask=col < C, other=0.0).to(tl.float32)
+        p = start + n % T
+        if places_ptr is not None:
+            p = tl.load(places_ptr + n).to(tl.int64)
+        end = tl.where((p >= 0) & (p < P), C, 0)
+        y += tl.load(wpe_ptr + p * C + col, mask=col < end, other=float("nan")).to(tl.float32)
     tl.store(y_ptr + n * C + col, y.to(y_ptr.dtype.element_ty), mask=col < C)
 
 
@@ -102,36 +109,39 @@ def embedding_bwd_dwpe(dy_ptr, dwpe_ptr, stride_dy_n, B, T, C, start, BLOCK_C: t
     tl.store(dwpe_ptr + position * C + col, acc.to(dwpe_ptr.dtype.element_ty), mask=col < C)
 
 
-def objection(ids: Tensor, wte: Tensor, wpe: Tensor | None, **_) -> str | None:
+def objection(ids: Tensor, wte: Tensor, *_, **__) -> str | None:
     return launch.objection(wte)
 
 
-def forward(outputs, saved, ids, wte, wpe, *, start):
+def forward(outputs, saved, ids, wte, wpe, places, *, start):
     (vocab, width), tokens = wte.shape, ids.shape[1]
     with launch.on(wte):
         embedding_fwd[(ids.numel(), triton.cdiv(width, BLOCK_C))](
             ids_ptr=ids.contiguous(), wte_ptr=wte.contiguous(), wpe_ptr=wpe if wpe is None else wpe.contiguous(),
-            y_ptr=outputs[0], T=tokens, V=vocab, C=width, start=start,
-            BLOCK_C=BLOCK_C, num_warps=ROW.warps, num_stages=ROW.stages,
+            places_ptr=places if places is None else places.contiguous(), y_ptr=outputs[0], T=tokens, V=vocab,
+            P=0 if wpe is None else wpe.shape[0], C=width, start=start, BLOCK_C=BLOCK_C, num_warps=ROW.warps,
+            num_stages=ROW.stages, **overlap.options(wte, ids.numel()),
         )  # fmt: skip
 
 
-def backward(grads, inputs, outputs, saved, needs, *, start, into=(None, None, None)):
-    ids, wte, wpe = inputs
+def backward(grads, inputs, outputs, saved, needs, *, start, into=(None,) * 4):
+    ids, wte, wpe, places = inputs
     dy = launch.rows(grads[0])
     dwte, dwpe = (
         sink if sink is not None or not need else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-        for t, need, sink in zip((wte, wpe), needs[1:], into[1:], strict=True)
+        for t, need, sink in zip((wte, wpe), needs[1:3], into[1:3], strict=True)
     )
     with launch.on(dy):
         if dwte is not None:
-            _add_dwte(ids, dy, dwte)
-        if dwpe is not None:
+            _add_rows(ids, dy, dwte)
+        if dwpe is not None and places is not None:
+            _add_rows(places, dy, dwpe)
+        elif dwpe is not None:
             _add_dwpe(ids, dy, dwpe, start)
-    return None, dwte, dwpe
+    return None, dwte, dwpe, None
 
 
-def _add_dwte(ids: Tensor, dy: Tensor, dwte: Tensor) -> None:
+def _add_rows(ids: Tensor, dy: Tensor, dwte: Tensor) -> None:
     (count, width), vocab = dy.shape, dwte.shape[0]
     in_order, order = torch.sort(ids.flatten(), stable=True)
     chunks, columns = triton.cdiv(count, CHUNK), triton.cdiv(width, BLOCK_C)
@@ -157,7 +167,9 @@ def _add_dwpe(ids: Tensor, dy: Tensor, dwpe: Tensor, start: int) -> None:
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """The static check's cases."""
-    types = {"ids_ptr": "*i64", "sorted_ptr": "*i64", "order_ptr": "*i64", "head_ptr": "*fp32", "tail_ptr": "*fp32"}
+    indices = dict.fromkeys(("ids_ptr", "places_ptr", "sorted_ptr", "order_ptr"), "*i64")
+    types = {**indices, "head_ptr": "*fp32", "tail_ptr": "*fp32"}
     for kernel in (embedding_fwd, embedding_bwd_chunks, embedding_bwd_runs, embedding_bwd_dwpe):
         sizes = {n: v for n, v in (("CHUNK", CHUNK), ("BLOCK_C", BLOCK_C)) if n in kernel.arg_names}
-        yield launch.case(kernel, "bf16", ROW, "bf16", sizes, **types)
+        early = {"OVERLAP": arch in overlap.CLASSES} if kernel is embedding_fwd else {}
+        yield launch.case(kernel, "bf16", ROW, "bf16", {**sizes, **early}, **types)
