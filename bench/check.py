@@ -102,6 +102,21 @@ CASES = [
         {"batch": 1, "tokens": 33, "heads": 4, "head_dim": 16, "kv_heads": 2},
         {"n_head": 4, "window": 9},
     ),
+    # With rotary: groups and one key head, all of a head or a share of it, pairs of halves and of neighbours.
+    ("attention_qkv", {"batch": 1, "tokens": 67, "heads": 2, "head_dim": 24, "kv_heads": 1, "pairs": 5}, {"n_head": 2}),
+    ("attention_qkv", {"batch": 1, "tokens": 21, "heads": 2, "head_dim": 96, "pairs": 12}, {"n_head": 2}),
+    ("attention_qkv", {"batch": 1, "tokens": 17, "heads": 1, "head_dim": 256, "pairs": 128}, {"n_head": 1}),
+    ("attention_qkv", {"batch": 1, "tokens": 5, "heads": 1, "head_dim": 16, "pairs": 0}, {"n_head": 1}),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 33, "heads": 4, "head_dim": 24, "kv_heads": 2, "pairs": 12},
+        {"n_head": 4, "interleaved": True, "window": 9},
+    ),
+    (
+        "attention_qkv",
+        {"batch": 2, "tokens": 9, "heads": 1, "head_dim": 96, "pairs": 7},
+        {"n_head": 1, "interleaved": True},
+    ),
 ]
 
 # Sizes of real models, for hardware that can afford their float64.
@@ -129,11 +144,18 @@ LARGE_CASES = [
     ),
     ("cache_store", {"tokens": 1024, "heads": 8, "head_dim": 128, "bits": 8}, {}),
     ("attention_qkv", {"batch": 4, "tokens": 256, "heads": 12, "head_dim": 64}, {"n_head": 12}),
+    ("attention_qkv", {"batch": 2, "tokens": 1025, "heads": 8, "head_dim": 64, "pairs": 8}, {"n_head": 8}),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 1000, "heads": 4, "head_dim": 256, "kv_heads": 2, "pairs": 32},
+        {"n_head": 4, "interleaved": True},
+    ),
     ("adamw", {"count": (1 << 20) + 1}, {"lr": 1e-2, "weight_decay": 0.1}),
     ("sum_of_squares", {"count": (1 << 20) + 1}, {}),
 ]
 
-CONSTANT = {"rotary": ("cos", "sin"), "linear_cross_entropy": ("weight",)}  # floating tensors that nobody trains, by op
+# Floating tensors that nobody trains, by op.
+CONSTANT = {"rotary": ("cos", "sin"), "attention_qkv": ("cos", "sin"), "linear_cross_entropy": ("weight",)}
 
 
 def sample(

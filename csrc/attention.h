@@ -43,6 +43,11 @@ struct AttentionArgs {
   int64_t dk_b, dk_t, dk_h;
   void* dv;
   int64_t dv_b, dv_t, dv_h;
+  // Where q and k came turned by rotary embedding: dq and dk are turned back, token by token, before they are rounded.
+  const float* cos;        // (queries, pairs), as many keys; or null
+  const float* minus_sin;  // (queries, pairs)
+  int64_t pairs;
+  bool interleaved;
   float* dbias;  // (bias_batch, bias_heads, queries, keys) contiguous, zeros on entry
   float* dalibi;       // (heads)
   float* dalibi_rows;  // (3, batch, heads, queries), zeros on entry: what dalibi is made of, for each query

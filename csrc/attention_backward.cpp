@@ -1,4 +1,5 @@
 #include "attention.h"
+#include "rotary.h"
 
 #include <algorithm>
 
@@ -21,6 +22,7 @@ struct BackwardUnit {
 #ifdef PEAK_ISA
 
 #include "attention_tiles.h"
+#include "rotary_turn.h"
 
 // Packed per kv head (k, v and their gradients), per query head (the rest), and per pair of tiles (s, dp, p, ds).
 template <class T>
@@ -28,9 +30,11 @@ struct BackwardSpace {
   using E = typename OperandOf<T>::type;
   static constexpr bool kPairs = kDepth<E> == 2;
   E *k, *k_stacked, *v, *q, *q_stacked, *dy, *dy_stacked, *p, *ds, *ds_stacked;
-  float *dk, *dv, *dq, *s, *dp, *lse, *delta, *mask;
+  float *dk, *dv, *dq, *s, *dp, *lse, *delta, *mask, *turned;
 
-  BackwardSpace(Bump& bump, int64_t queries, int64_t keys, int64_t width, bool drops) {
+  BackwardSpace(Bump& bump, const AttentionArgs& args, int64_t queries, int64_t keys) {
+    const int64_t width = args.width;
+    const bool drops = args.dropout > 0.0;
     const Widths<E> widths(width);
     k = bump.Take<E>(keys * widths.natural);
     k_stacked = kPairs ? bump.Take<E>(keys / 2 * widths.stacked) : k;
@@ -50,6 +54,7 @@ struct BackwardSpace {
     ds = kPairs ? bump.Take<E>(kTile * kTile / 2) : reinterpret_cast<E*>(dp);
     ds_stacked = kPairs ? bump.Take<E>(kTile * kTile / 2) : ds;
     mask = drops ? bump.Take<float>(kTile * kTile) : nullptr;
+    turned = args.cos != nullptr ? bump.Take<float>(kTile * UpTo(width, kLanes)) : nullptr;
   }
 };
 
@@ -209,6 +214,27 @@ void StoreRows(const float* in, int64_t in_stride, float factor, T* out, int64_t
   }
 }
 
+// Turns `count` rows of a gradient back, those of the tokens from `token` on, in place.
+inline void TurnBack(const AttentionArgs& args, int64_t token, float* rows, int64_t stride, int64_t count) {
+  if (args.cos == nullptr) return;
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t at = (token + r) * args.pairs;
+    TurnHead(rows + r * stride, args.cos + at, args.minus_sin + at, rows + r * stride, args.pairs, args.interleaved);
+  }
+}
+
+// The finished dq of the tile of queries from `query` on, from [width][query].
+template <class T>
+void StoreQueries(const AttentionArgs& args, const float* tile, float* turned, int64_t query, int64_t count, T* dq) {
+  const int64_t width = args.width, stride = UpTo(width, kLanes);
+  float factor[kTile];
+  for (int64_t i = 0; i < kTile; ++i) factor[i] = args.scale;
+  if (args.cos == nullptr) return StoreTransposed(tile, factor, dq, args.dq_t, count, width);
+  StoreTransposed(tile, factor, turned, stride, count, width);
+  TurnBack(args, query, turned, stride, count);
+  StoreRows(turned, stride, 1.0f, dq, args.dq_t, count, width);
+}
+
 template <class T>
 void BackwardHead(const AttentionArgs& args, const BackwardUnit& unit, const BackwardSpace<T>& space, const Live& live,
                   int64_t h) {
@@ -243,12 +269,10 @@ void BackwardHead(const AttentionArgs& args, const BackwardUnit& unit, const Bac
     }
   }
   if (!unit.by_query || args.dq == nullptr) return;
-  float factor[kTile];
-  for (int64_t i = 0; i < kTile; ++i) factor[i] = args.scale;
   T* dq = static_cast<T*>(args.dq) + unit.b * args.dq_b + h * args.dq_h;
   for (int64_t query = unit.query; query < unit.query_end; query += kTile) {
-    StoreTransposed(space.dq + (query - unit.query) * width, factor, dq + query * args.dq_t, args.dq_t,
-                    Least(kTile, unit.query_end - query), width);
+    StoreQueries(args, space.dq + (query - unit.query) * width, space.turned, query,
+                 Least(kTile, unit.query_end - query), dq + query * args.dq_t);
   }
 }
 
@@ -258,9 +282,9 @@ void RunBackwardUnit(const AttentionArgs& args, const BackwardUnit& unit) {
   const int64_t width = args.width, queries = UpTo(unit.query_end - unit.query, kTile);
   const int64_t count = unit.key_end - unit.key, keys = UpTo(count, kTile);
   Bump counted{nullptr};
-  BackwardSpace<T>(counted, queries, keys, width, args.dropout > 0.0);
+  BackwardSpace<T>(counted, args, queries, keys);
   Bump bump{AttentionScratch(counted.used)};
-  const BackwardSpace<T> space(bump, queries, keys, width, args.dropout > 0.0);
+  const BackwardSpace<T> space(bump, args, queries, keys);
   const Live live(args, unit.b);
   const Widths<E> widths(width);
 
@@ -275,6 +299,7 @@ void RunBackwardUnit(const AttentionArgs& args, const BackwardUnit& unit) {
   if (!unit.by_key) return;
   T* dk = static_cast<T*>(args.dk) + unit.b * args.dk_b + unit.kv_head * args.dk_h + unit.key * args.dk_t;
   T* dv = static_cast<T*>(args.dv) + unit.b * args.dv_b + unit.kv_head * args.dv_h + unit.key * args.dv_t;
+  TurnBack(args, unit.key, space.dk, widths.stacked, count);
   StoreRows(space.dk, widths.stacked, args.scale, dk, args.dk_t, count, width);
   StoreRows(space.dv, widths.stacked, 1.0f, dv, args.dv_t, count, width);
 }

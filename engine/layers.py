@@ -252,14 +252,17 @@ class CausalSelfAttention(Conv1DLoading):
             (B, T, C)
         """
         qkv = self._project(self.c_attn, x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
-        if positions.rotary is not None:
-            turned = self.n_head + self.n_kv_head
-            qkv = rotary(qkv, *positions.rotary, heads=turned, interleaved=positions.interleaved)
         dropout = self.dropout if self.training and cache is None else 0.0
         beside = positions.alibi, positions.start, positions.relative
         if cache is None and dropout == 0.0 and all(t is None for t in beside):
-            y = attention_qkv(qkv, n_head=self.n_head, window=self.window, scale=self.scale)
+            y = attention_qkv(
+                qkv, *(positions.rotary or (None, None)), n_head=self.n_head, interleaved=positions.interleaved,
+                window=self.window, scale=self.scale,
+            )  # fmt: skip
         else:
+            if positions.rotary is not None:
+                turned = self.n_head + self.n_kv_head
+                qkv = rotary(qkv, *positions.rotary, heads=turned, interleaved=positions.interleaved)
             q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
             bias = None
             if positions.relative is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from peakgpt.kernels import check
 from peakgpt.kernels.dispatch import Cost, op
 from peakgpt.kernels.philox import philox
+from peakgpt.kernels.rotary import check_tables, rotary, sample_tables
 
 
 def default_scale(head_dim: int, scale: float | None) -> float:
@@ -220,41 +221,75 @@ def _split(qkv, n_head):
     return qkv.split((n_head, kv_heads, kv_heads), dim=2)
 
 
-def _check_qkv(qkv, *, n_head, causal, window, scale):
+def _check_qkv(qkv, cos, sin, *, n_head, interleaved, causal, window, scale):
     check.shape("attention_qkv", "qkv", qkv, None, None, None, None)
     rest = qkv.shape[2] - n_head
     if n_head < 1 or rest < 2 or rest % 2 or n_head % (rest // 2):
         raise ValueError(
             f"attention_qkv: {qkv.shape[2]} heads in all and {n_head} for queries, expected H + 2 K with K dividing H"
         )
+    if (cos is None) != (sin is None):
+        raise ValueError(f"attention_qkv: got only {'cos' if sin is None else 'sin'}, expected cos and sin, or neither")
+    if cos is not None:
+        check_tables("attention_qkv", "qkv", qkv, cos, sin)
 
 
-def _cost_qkv(qkv, *, n_head, **params):
-    return attention.cost(*_split(qkv, n_head), **params)
+def turned_heads(qkv: Tensor, n_head: int) -> int:
+    """H + K: the heads of a packed projection (B, T, H + 2 K, D) that rotary embedding turns."""
+    return (n_head + qkv.shape[2]) // 2
+
+
+def _cost_qkv(qkv, cos=None, sin=None, *, n_head, interleaved=False, **params):
+    """Attention's; with rotary the turned projection, which backward reads, is written, and turned back in passing."""
+    plain = attention.cost(*_split(qkv, n_head), **params)
+    if cos is None:
+        return plain
+    turning = rotary.cost(qkv, cos, sin, heads=turned_heads(qkv, n_head))
+    tables = turning.bytes - 2 * turning.written
+    return Cost(
+        plain.flops + turning.flops, plain.bytes + tables, plain.backward_flops + turning.backward_flops,
+        plain.backward_bytes + tables + turning.written, plain.written, plain.backward_written + turning.written,
+    )  # fmt: skip
 
 
 def _sample_qkv(
-    batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, kv_heads: int | None = None, **like
-):
-    return (torch.randn(batch, tokens, heads + 2 * (kv_heads or heads), head_dim, **like),)
+    batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, kv_heads: int | None = None,
+    pairs: int | None = None, **like,
+):  # fmt: skip
+    """With the tables where `pairs` says how many pairs of a head are turned."""
+    qkv = torch.randn(batch, tokens, heads + 2 * (kv_heads or heads), head_dim, **like)
+    return qkv, *(() if pairs is None else sample_tables(tokens, pairs, **like))
 
 
-def _alloc_qkv(qkv, *, needs, n_head, **_):
-    return _alloc(qkv[:, :, :n_head], needs=needs)
+def _alloc_qkv(qkv, cos, sin, *, needs, n_head, **_):
+    """Kept: attention's lse and, with rotary, the turned projection in place of qkv."""
+    outputs, saved = _alloc(qkv[:, :, :n_head], needs=needs)
+    turned = () if cos is None else (torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),)
+    return outputs, (*saved, *turned)
+
+
+def _keeps_qkv(qkv, cos, sin):
+    return ("qkv", "out") if cos is None else ("cos", "sin", "out")
 
 
 @op(
     cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv,
-    autocast="lower", keeps=("qkv", "out"),
+    autocast="lower", exact=("cos", "sin"), keeps=_keeps_qkv,
 )  # fmt: skip
 def attention_qkv(
-    qkv: Tensor, *, n_head: int, causal: bool = True, window: int | None = None, scale: float | None = None
-) -> Tensor:
+    qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, n_head: int, interleaved: bool = False,
+    causal: bool = True, window: int | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Attention over one packed projection, so that its gradient is written in place and never concatenated.
+
+    With cos and sin, queries and keys are turned first, as by `rotary`. Their gradients are turned back where they are
+    finished, in float32, before they are rounded: no pass of its own.
 
     Args:
         qkv: (B, T, H + 2 K, D): H query heads, then K key heads, then K value heads; contiguous last axis.
+        cos, sin: (T, R / 2) dtype of qkv, or float32; both or neither. No fused backend gives them a gradient.
         n_head: H.
+        interleaved: which features cos and sin turn, as in `rotary`.
         causal, window, scale: as in `attention`.
     Returns:
         (B, T, H, D), dtype of qkv, contiguous.
@@ -262,5 +297,7 @@ def attention_qkv(
         ValueError: shapes or parameters do not fit.
         NotImplementedError: a forced backend objects; the message says why.
     """
+    if cos is not None:
+        qkv = rotary.eager(qkv, cos, sin, heads=turned_heads(qkv, n_head), interleaved=interleaved)
     q, k, v = _split(qkv, n_head)
     return attention.eager(q, k, v, causal=causal, window=window, scale=scale)

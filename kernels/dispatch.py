@@ -114,8 +114,7 @@ class Op:
         self._defaults = {n: a.default for n, a in arguments.items() if a.default is not a.empty}
         self._param_defaults = {n: v for n, v in self._defaults.items() if n in self.param_names}
         self._tensors_first = self._names[: len(self.tensor_names)] == self.tensor_names
-        self.keep_inputs = tuple(n in keeps for n in self.tensor_names)
-        self.keep_outputs = tuple(n in keeps for n in self.outputs)
+        self._keeps, self._kept_always = keeps, None if callable(keeps) else self._flags(keeps)
         self._library_op = library_op.register(self)
         OPS[self.name] = self
 
@@ -153,6 +152,13 @@ class Op:
         tensors, params = self._bind(args, kwargs)
         forced, needs = forced_backend(), _needs(tensors)
         return {name: backends.objection(self, name, tensors, params, forced, needs) for name in PRIORITY}
+
+    def kept(self, tensors: Sequence[Tensor | None]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Which inputs, and which outputs, backward of this call reads."""
+        return self._kept_always or self._flags(self._keeps(*tensors))
+
+    def _flags(self, keeps: Sequence[str]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        return tuple(n in keeps for n in self.tensor_names), tuple(n in keeps for n in self.outputs)
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
         if self._tensors_first and len(args) == len(self.tensor_names):  # how layers call: 2 us less
@@ -207,7 +213,7 @@ def op(
     check: Callable[..., None],
     alloc: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]] = lambda *_, **__: ((), ()),
     typical: Mapping[str, Any] = MappingProxyType({}),
-    keeps: Sequence[str] = (),
+    keeps: Sequence[str] | Callable[..., Sequence[str]] = (),
     outputs: Sequence[str] = ("out",),
     autocast: str | None = None,
     mutates: Sequence[str] = (),
@@ -225,7 +231,7 @@ def op(
         check: (*tensors, **params), raises ValueError with got and expected.
         alloc: (*tensors, needs, **params) -> (outputs, saved): new tensors for the results and for what backward
             keeps. `needs` tells which gradients are wanted. It is the fake implementation too.
-        keeps: names of the inputs and outputs whose values backward reads.
+        keeps: names of the inputs and outputs whose values backward reads, or (*tensors) -> those of this call.
         outputs: names of the results.
         autocast: "lower" casts to autocast's dtype as torch does for matrix products; "norm" as it does for norms.
         mutates: names of the tensors changed in place; such an op returns None and has no gradient.

@@ -70,7 +70,8 @@ class Fused(torch.autograd.Function):
         backend.forward(outputs, saved, *tensors, **extra, **params)
         torch.autograd.graph.increment_version(ctx.added)
         ctx.call, ctx.into = (op, backend, params, needs, len(tensors), len(outputs)), into
-        ctx.save_for_backward(*_keep(tensors, op.keep_inputs), *_keep(outputs, op.keep_outputs), *saved)
+        keep_inputs, keep_outputs = op.kept(tensors)
+        ctx.save_for_backward(*_keep(tensors, keep_inputs), *_keep(outputs, keep_outputs), *saved)
         return tuple(outputs)
 
     @staticmethod

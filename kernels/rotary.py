@@ -17,15 +17,18 @@ from peakgpt.kernels import check
 from peakgpt.kernels.dispatch import Cost, op
 
 
+def check_tables(op: str, name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """The tables fit the tokens and the width of x, (B, T, N, D), which is the argument `name` of `op`."""
+    check.shape(op, "cos", cos, x.shape[1], None)
+    check.shape(op, "sin", sin, *cos.shape)
+    check.same(op, name, x, mixed=True, cos=cos, sin=sin)
+    if 2 * cos.shape[1] > x.shape[3]:
+        raise ValueError(f"{op}: cos has {cos.shape[1]} pairs, expected at most {x.shape[3] // 2} of D = {x.shape[3]}")
+
+
 def _check(x, cos, sin, *, heads, interleaved):
     check.shape("rotary", "x", x, None, None, None, None)
-    check.shape("rotary", "cos", cos, x.shape[1], None)
-    check.shape("rotary", "sin", sin, *cos.shape)
-    check.same("rotary", "x", x, mixed=True, cos=cos, sin=sin)
-    if 2 * cos.shape[1] > x.shape[3]:
-        raise ValueError(
-            f"rotary: cos has {cos.shape[1]} pairs, expected at most {x.shape[3] // 2} of D = {x.shape[3]}"
-        )
+    check_tables("rotary", "x", x, cos, sin)
     if not 0 <= heads <= x.shape[2]:
         raise ValueError(f"rotary: heads is {heads}, expected 0 to {x.shape[2]}")
 
@@ -37,9 +40,14 @@ def _cost(x, cos, sin, *, heads, **_):
     return Cost(turned, 2 * tensor + tables, turned, 2 * tensor + tables, tensor, tensor)
 
 
-def _sample(batch: int = 4, tokens: int = 256, heads: int = 36, head_dim: int = 64, pairs: int = 32, **like):
+def sample_tables(tokens: int, pairs: int, **like) -> tuple[Tensor, Tensor]:
+    """cos and sin of random angles, (T, R / 2) float32."""
     angle = torch.rand(tokens, pairs, device=like.get("device")) * 6.3
-    return torch.randn(batch, tokens, heads, head_dim, **like), angle.cos(), angle.sin()
+    return angle.cos(), angle.sin()
+
+
+def _sample(batch: int = 4, tokens: int = 256, heads: int = 36, head_dim: int = 64, pairs: int = 32, **like):
+    return torch.randn(batch, tokens, heads, head_dim, **like), *sample_tables(tokens, pairs, **like)
 
 
 def _alloc(x, cos, sin, *, needs, **_):

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 import transformers
 
 import peakgpt
-from peakgpt.engine import flops
+from peakgpt.engine import flops, layers
 from peakgpt.engine.presets import PRESETS, preset
+from peakgpt.kernels.attention import attention_qkv
 from peakgpt.kernels.dispatch import Op, load, use_backend
+from peakgpt.kernels.rotary import rotary
 
 SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 48, "block_size": 24, "vocab_size": 97}
 BACKENDS = ["auto", "eager", "cpu", "gpu"]
@@ -156,6 +158,39 @@ def test_a_step_of_gpt2_is_these_ops(monkeypatch):
     peakgpt.GPT(peakgpt.GPTConfig(**SIZES))(*batch())
     layer = ["linear", "attention_qkv", "linear", "add_layernorm", "mlp", "add_layernorm"]
     assert seen == ["embedding", "layernorm", *layer * SIZES["n_layer"], "linear_cross_entropy"]
+
+
+def rotary_before(qkv, cos, sin, *, n_head, interleaved, **params):
+    """Attention with rotary as a pass of its own."""
+    heads = (n_head + qkv.shape[2]) // 2
+    return attention_qkv(rotary(qkv, cos, sin, heads=heads, interleaved=interleaved), n_head=n_head, **params)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [{"residual": "parallel_two_norms"}, {"residual": "parallel", "rotary_interleaved": True}],
+    ids=("gpt-neox", "gpt-j"),
+)
+def test_rotary_inside_attention_trains_as_before_it(family, monkeypatch):
+    def losses():
+        torch.manual_seed(1)
+        small = {**SIZES, "n_layer": 1, "position": "rotary", "rotary_dim": 6}
+        model = peakgpt.GPT(peakgpt.GPTConfig(**small, **family))
+        optimizer = model.configure_optimizer(lr=1e-2)
+        ids, targets = batch()
+        found = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            found.append(model(ids, targets))
+            found[-1].backward()
+            optimizer.step()
+        return torch.stack(found).detach()
+
+    with on("cpu"):
+        inside = losses()
+        monkeypatch.setattr(layers, "attention_qkv", rotary_before)
+        torch.testing.assert_close(inside, losses(), rtol=1e-6, atol=0)
+    assert inside[-1] < 0.9 * inside[0]
 
 
 def test_bfloat16_trains():

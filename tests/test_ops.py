@@ -23,7 +23,15 @@ IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, 
 DTYPES = (torch.float32, torch.bfloat16)
 # Backends still to be written.
 PENDING = {("cpu", "attention_decode"), ("cpu", "cache_store"), ("gpu", "linear_q8"), ("gpu", "linear_q4")}
-DIFFERENTIABLE = [name for name in sorted(catalogue.__all__) if OPS[name].gradient]
+ROTARY = "attention_qkv with pairs"
+DIFFERENTIABLE = [*(name for name in sorted(catalogue.__all__) if OPS[name].gradient), ROTARY]
+
+
+def first_case(form):
+    """An op, and sizes and parameters of its first case; after "with" comes a size that it is to have."""
+    name, _, size = form.partition(" with ")
+    found = (case[1:] for case in CASES if case[0] == name and size in ("", *case[1]))
+    return OPS[name], *next(found, ({"count": 37}, OPS[name].typical))
 
 
 def assert_close(ours, torchs, truth, dtype):
@@ -86,9 +94,8 @@ def test_values_and_gradients(name, sizes, params, backend, dtype):
 )
 def test_gradients_are_added_to_sinks(name, more, backend):
     """Fails when a backend overwrites its sink, or adds in forward and again in backward."""
-    op = OPS[name]
-    _, sizes, params = next(c for c in CASES if c[0] == name)
-    tensors, params = sample(name, sizes, torch.float32), params | more
+    op, sizes, params = first_case(name)
+    tensors, params = sample(op.name, sizes, torch.float32), params | more
     objects(backend, op, tensors, params)
     leaves = [t for t in tensors if t is not None and t.requires_grad]
 
@@ -121,9 +128,8 @@ def test_a_gradient_that_came_too_early_is_not_scaled_in_silence():
 @pytest.mark.parametrize(("backend", "name"), backends_of(DIFFERENTIABLE, ("cpu", "gpu")))
 def test_under_autocast(name, backend):
     """bf16 activations, float32 weights: results and dtypes as torch's own op gives them under autocast."""
-    op = OPS[name]
-    _, sizes, params = next(c for c in CASES if c[0] == name)
-    tensors = sample(name, sizes, torch.float32)
+    op, sizes, params = first_case(name)
+    tensors = sample(op.name, sizes, torch.float32)
     truth = run("eager", op, double(tensors), params)
     with torch.autocast("cpu", torch.bfloat16):
         torchs, ours = run("eager", op, tensors, params), run(backend, op, tensors, params)
@@ -134,9 +140,8 @@ def test_under_autocast(name, backend):
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_second_backward_and_strides(name, backend):
     """Backward twice gives the same; non-contiguous inputs give what contiguous ones give."""
-    op = OPS[name]
-    _, sizes, params = next(c for c in CASES if c[0] == name)
-    tensors = sample(name, sizes, torch.float32)
+    op, sizes, params = first_case(name)
+    tensors = sample(op.name, sizes, torch.float32)
     spread = [t if t is None or not t.requires_grad else widened(t) for t in tensors]
     objects(backend, op, spread, params)
     first = run(backend, op, tensors, params)
@@ -162,12 +167,11 @@ def widened(tensor):
 @pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if ("gpu", n) not in PENDING])
 def test_forward_of_one_backward_of_another(name):
     """What is kept belongs to the contract: cpu's forward feeds gpu's backward and the reverse."""
-    op = OPS[name]
-    _, sizes, params = next(c for c in CASES if c[0] == name)
-    bound, params = op._bind(sample(name, sizes, torch.float32), params)
+    op, sizes, params = first_case(name)
+    bound, params = op._bind(sample(op.name, sizes, torch.float32), params)
     needs = tuple(t is not None and t.requires_grad for t in bound)
     bound = [t if t is None else t.detach() for t in bound]
-    modules = {b: load(b, name) for b in ("cpu", "gpu")}
+    modules = {b: load(b, op.name) for b in ("cpu", "gpu")}
     found = {}
     for ahead in modules:
         outputs, saved = op.alloc(*bound, needs=needs, **params)
@@ -183,11 +187,10 @@ def test_forward_of_one_backward_of_another(name):
 
 
 @pytest.mark.parametrize("backend", ("", "cpu"))
-@pytest.mark.parametrize("name", sorted(catalogue.__all__))
+@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY])
 def test_opcheck(name, backend):
-    op = OPS[name]
-    sizes, params = next(((s, p) for n, s, p in CASES if n == name), ({"count": 37}, op.typical))
-    tensors = sample(name, sizes, torch.float32, grad=op.gradient)
+    op, sizes, params = first_case(name)
+    tensors = sample(op.name, sizes, torch.float32, grad=op.gradient)
     objects(backend or "eager", op, tensors, params)
     tensors, params = op._bind(tensors, params)
     ordered = tensors + tuple(params[name] for name in op.param_names)
@@ -197,9 +200,8 @@ def test_opcheck(name, backend):
 
 @pytest.mark.parametrize(("backend", "name"), backends_of(DIFFERENTIABLE, BACKENDS))
 def test_compiles_whole(name, backend):
-    op = OPS[name]
-    _, sizes, params = next(c for c in CASES if c[0] == name)
-    tensors = sample(name, sizes, torch.float32)
+    op, sizes, params = first_case(name)
+    tensors = sample(op.name, sizes, torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: op(*t, **params), fullgraph=True, backend="aot_eager")
     for a, b in zip(run(backend, compiled, tensors, {}), run(backend, op, tensors, params), strict=True):
@@ -346,6 +348,32 @@ def test_bad_options_of_the_loss_are_told(params, text):
         OPS["linear_cross_entropy"](*tensors, **params)
 
 
+@pytest.mark.parametrize(
+    ("tables", "text"),
+    [
+        ((torch.ones(5, 4), None), "got only cos, expected cos and sin, or neither"),
+        ((None, torch.ones(5, 4)), "got only sin, expected cos and sin, or neither"),
+        ((torch.ones(4, 4),) * 2, r"cos has shape \(4, 4\), expected \(5, any\)"),
+        ((torch.ones(5, 9),) * 2, "cos has 9 pairs, expected at most 8 of D = 16"),
+        ((torch.ones(5, 4).half(),) * 2, "cos has dtype torch.float16, expected qkv's dtype torch.float32"),
+    ],
+)
+def test_bad_tables_are_told(tables, text):
+    with pytest.raises(ValueError, match=f"attention_qkv: {text}"):
+        OPS["attention_qkv"](torch.ones(1, 5, 6, 16), *tables, n_head=2)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+def test_rotary_leaves_one_projection(backend):
+    """The turned one: fails when qkv is kept beside it, which nothing else in a model would keep."""
+    op, sizes, params = first_case(ROTARY)
+    qkv, *tables = sample(op.name, sizes, torch.float32)
+    kept = []
+    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+        op(qkv, *tables, **params)
+    assert [t.data_ptr() == qkv.data_ptr() for t in kept if t.shape == qkv.shape] == [False]
+
+
 def test_no_gradient_is_formed_under_no_grad():
     op, tensors = (
         OPS["linear_cross_entropy"],
@@ -356,14 +384,13 @@ def test_no_gradient_is_formed_under_no_grad():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", sorted(catalogue.__all__))
+@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY])
 def test_cost_knows_what_is_written(name, dtype):
     """Forward the outputs, or what the op mutates; backward the gradients and what forward kept for them."""
-    op = OPS[name]
-    sizes, params = next(((s, p) for n, s, p in CASES if n == name), ({"count": 37}, op.typical))
+    op, sizes, params = first_case(name)
     # For a scalar loss what is kept are the gradients themselves.
     params = {**params, "reduction": "none"} if name == "linear_cross_entropy" else params
-    tensors = sample(name, sizes, dtype, grad=op.gradient)
+    tensors = sample(op.name, sizes, dtype, grad=op.gradient)
     cost = op.cost(*tensors, **params)
     if op.mutates:
         changed = [t for n, t in zip(op.tensor_names, tensors, strict=False) if n in op.mutates and t is not None]

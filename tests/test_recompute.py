@@ -19,7 +19,7 @@ PLANS = ("norm", "mlp", "block", "block/2")
 CONFIGS = (
     {},
     {"dropout": 0.3},
-    {"residual": "post_norm", "dropout": 0.3},
+    {"residual": "post_norm", "dropout": 0.3, "attention_dropout": 0.0, "position": "rotary"},
     {"gated_mlp": True, "activation": "silu", "position": "transformer_xl", "bias": False, "norm": "rms"},
     {"gated_mlp": True, "experts": 3, "position": "relative_bias", "dropout": 0.1},
 )

@@ -43,12 +43,17 @@ def attend(out, lse, q, k, v, **options) -> None:
     q, k, v = (_unit_last(t) for t in (q, k, v))
     options = _converted(**options)
     _C.attention_forward(
-        *_problem(q, k, v, **options), address(out), address(lse), *_strided(None) * 4, 0, 0, 0, threads()
-    )
+        *_problem(q, k, v, **options), address(out), address(lse), *_strided(None) * 4, *_turns(None, None), 0, 0, 0,
+        threads(),
+    )  # fmt: skip
 
 
-def gradients(into, dout, out, lse, q, k, v, **options) -> None:
-    """Fill what `into` holds of dq, dk, dv (contiguous last axis), dbias (float32 zeros) and dalibi (float32)."""
+def gradients(into, dout, out, lse, q, k, v, *, cos=None, sin=None, interleaved=False, **options) -> None:
+    """Fill what `into` holds of dq, dk, dv (contiguous last axis), dbias (float32 zeros) and dalibi (float32).
+
+    With cos and sin q and k have been turned by them, as by `rotary`, and dq and dk are those of what they were before.
+    """
+    tables = (None, None) if cos is None else (cos.float().contiguous(), -sin.float().contiguous())
     q, k, v, dout = (_unit_last(t) for t in (q, k, v, dout))
     options = _converted(**options)
     dbias, dalibi = into.get("dbias"), into.get("dalibi")
@@ -56,7 +61,7 @@ def gradients(into, dout, out, lse, q, k, v, **options) -> None:
     _C.attention_backward(
         *_problem(q, k, v, **options), address(out), address(lse), *_strided(dout),
         *(value for name in ("dq", "dk", "dv") for value in _strided(into.get(name))),
-        address(dbias), address(dalibi), address(slope_rows), threads(),
+        *_turns(*tables, interleaved), address(dbias), address(dalibi), address(slope_rows), threads(),
     )  # fmt: skip
 
 
@@ -90,6 +95,11 @@ def _converted(**options) -> dict:
 def _strided(tensor: Tensor | None) -> tuple[int, ...]:
     """Address and strides over batch, token, head."""
     return (0, 0, 0, 0) if tensor is None else (address(tensor), *tensor.stride()[:3])
+
+
+def _turns(cos: Tensor | None, minus_sin: Tensor | None, interleaved: bool = False) -> tuple[int, ...]:
+    """Addresses of the tables, pairs, whether these are neighbours."""
+    return (0, 0, 0, False) if cos is None else (address(cos), address(minus_sin), cos.shape[1], interleaved)
 
 
 def _bias(bias: Tensor | None) -> tuple[int, ...]:

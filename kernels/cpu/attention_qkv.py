@@ -1,26 +1,40 @@
-"""Attention over one packed projection on the CPU: the kernels of cpu/attention.py on views of qkv and of dqkv."""
+"""Attention over one packed projection on the CPU: the kernels of cpu/attention.py on views of qkv and of dqkv.
+
+With rotary its kernel turns the projection into what is kept; attention's backward turns dq and dk back tile by tile.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from peakgpt.kernels.cpu import attention
+from peakgpt.kernels.attention import turned_heads
+from peakgpt.kernels.cpu import attention, rotary
+
+NO_GRADIENT = rotary.NO_GRADIENT
 
 
-def objection(qkv, *, n_head, **params) -> str | None:
-    return attention.objection(*_split(qkv, n_head), **params)
+def objection(qkv, cos=None, sin=None, *, n_head, interleaved=False, **params) -> str | None:
+    reason = None if cos is None else rotary.objection(qkv, cos)
+    return reason or attention.objection(*_split(qkv, n_head), **params)
 
 
-def forward(outputs, saved, qkv, *, n_head, **params):
-    attention.attend(outputs[0], saved[0], *_split(qkv, n_head), **params)
+def forward(outputs, saved, qkv, cos, sin, *, n_head, interleaved, **params):
+    lse, *turned = saved
+    if turned:
+        rotary.turn(qkv, cos, sin, turned[0], turned_heads(qkv, n_head), interleaved)
+        (qkv,) = turned
+    attention.attend(outputs[0], lse, *_split(qkv, n_head), **params)
 
 
 def backward(grads, inputs, outputs, saved, needs, *, n_head, **params):
-    (qkv,) = inputs
+    qkv, cos, sin = inputs
+    lse, *turned = saved
+    if turned:
+        (qkv,) = turned
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     into = dict(zip(("dq", "dk", "dv"), _split(dqkv, n_head), strict=True))
-    attention.gradients(into, grads[0], outputs[0], saved[0], *_split(qkv, n_head), **params)
-    return (dqkv,)
+    attention.gradients(into, grads[0], outputs[0], lse, *_split(qkv, n_head), cos=cos, sin=sin, **params)
+    return dqkv, None, None
 
 
 def _split(qkv, n_head):

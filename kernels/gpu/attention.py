@@ -110,6 +110,14 @@ def _shape(tile: AttentionTile) -> dict[str, int]:
     return {"BLOCK_Q": tile.BLOCK_Q, "BLOCK_K": tile.BLOCK_K, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
+def _tables(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> dict:
+    if cos is None or not cos.shape[1]:
+        return {"cos_ptr": None, "sin_ptr": None, "PAIRS": 0, "INTERLEAVED": False}
+    return {
+        "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "PAIRS": cos.shape[1], "INTERLEAVED": interleaved
+    }  # fmt: skip
+
+
 def fill_forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, **options) -> None:
     """Write out (B, T, H, D) contiguous and lse (B, H, T); options as in `_arguments`."""
     tiles, block_d = _tiles(q, options)
@@ -123,11 +131,13 @@ def fill_forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, **op
 
 def fill_backward(
     dq: Tensor, dkv: tuple[Tensor, Tensor] | None, dout: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, dalibi: Tensor | None = None, dbias: Tensor | None = None, **options,
+    q: Tensor, k: Tensor, v: Tensor, dalibi: Tensor | None = None, dbias: Tensor | None = None,
+    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = False, **options,
 ) -> None:  # fmt: skip
     """Write dq and, unless they are None, dk and dv, dalibi (H,) and dbias, contiguous.
 
-    dk and dv have equal strides; the last axes of dq, dk and dv are contiguous.
+    dk and dv have equal strides; the last axes of dq, dk and dv are contiguous. With cos and sin q and k have been
+    turned by them, as by `rotary`, and dq and dk are those of what they were before.
     """
     tiles, block_d = _tiles(q, options, dalibi)
     batch, tokens, heads, _ = q.shape
@@ -139,18 +149,19 @@ def fill_backward(
             lse_ptr=lse, dout_ptr=dout, delta_ptr=delta, **_strides("bth", dout=dout),
             **_arguments(q, k, v, block_d, **options),
         )  # fmt: skip
+        tables = _tables(cos, sin, interleaved)
         blocks = triton.cdiv(tokens, tiles.dq.BLOCK_Q)
         dslope = None if dalibi is None else partials(q, 1, batch * blocks, heads)
         attention_bwd_dq[(blocks * heads * batch,)](
             out_ptr=out, dq_ptr=dq, dslope_ptr=dslope, heads=batch * heads, section=_section(q, k, group),
-            **_strides("bth", dq=dq), **_shape(tiles.dq), **common,
+            **_strides("bth", dq=dq), **_shape(tiles.dq), **tables, **common,
         )  # fmt: skip
         if dalibi is not None:
             sum_partials(dslope, dalibi)
         if dkv is not None:
             attention_bwd_dkv[(triton.cdiv(k.shape[1], tiles.dkv.BLOCK_K) * k.shape[2] * batch,)](
                 dk_ptr=dkv[0], dv_ptr=dkv[1], heads=batch * k.shape[2], section=_section(q, q, 1),
-                **_strides("bsh", dkv=dkv[0]), **_shape(tiles.dkv), **common,
+                **_strides("bsh", dkv=dkv[0]), **_shape(tiles.dkv), **tables, **common,
             )  # fmt: skip
         if dbias is not None:
             shared = [size == 1 for size in dbias.shape[:2]]
@@ -184,7 +195,10 @@ def backward(grads, inputs, outputs, saved, needs, **params) -> Sequence[Tensor 
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """Every row for a class of devices with all the options that it serves; in half precision the plain call too."""
+    """Every row for a class of devices with all the options that it serves; in half precision the plain call too.
+
+    The rows of backward that a packed projection takes also with rotary, as real models have it.
+    """
     yield launch.case(attention_documents, "int32", DOCUMENTS, "i32", {"BLOCK_T": BLOCK_T})
     for precision in PRECISIONS:
         for width in WIDTHS:
@@ -195,22 +209,33 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
                 yield from (_case(kernel, precision, width, tile, _RICH) for kernel, tile in kernels)
             else:
                 kernels = *kernels, (attention_bwd_dbias, tiles.dbias)
-                yield from (_case(kernel, precision, width, tile, ()) for kernel, tile in kernels)
+                yield from (_case(kernel, precision, width, tile, _TABLES) for kernel, tile in kernels)
+            for turns in _TURNS[width] if precision != "half+" else ():
+                yield _case(attention_bwd_dq, precision, width, tiles.dq, _TURNED, *turns)
+                yield _case(attention_bwd_dkv, precision, width, tiles.dkv, _TURNED, *turns)
 
 
-_RICH = ("bias_ptr", "seed_ptr", "dslope_ptr")  # what a row of "half" does without
+_TABLES = ("cos_ptr", "sin_ptr")
+_RICH = ("bias_ptr", "seed_ptr", "dslope_ptr", *_TABLES)  # what a row of "half" does without
 _PLAIN = (*_RICH, "alibi_ptr", "kv_start_ptr", "kv_len_ptr", "document_ptr", "window")
+_TURNED = tuple(name for name in _PLAIN if name not in _TABLES)
+# Head width, pairs, whether neighbours: Pythia's, the whole head's, GPT-NeoX-20B's, GPT-J's.
+_TURNS = {64: ((64, 8, False), (64, 32, False)), 128: ((96, 12, False), (128, 64, False)), 256: ((256, 32, True),)}
 
 
-def _case(kernel, precision: str, width: int, tile: AttentionTile, absent: Sequence[str]) -> AotCase:
-    dtype = "fp32" if precision == "fp32" else "bf16"
-    sizes = {"D": width, "BLOCK_D": width, "BLOCK_Q": tile.BLOCK_Q, "BLOCK_K": tile.BLOCK_K}
+def _case(
+    kernel, precision: str, block: int, tile: AttentionTile, absent: Sequence[str], width: int | None = None,
+    pairs: int = 0, interleaved: bool = False,
+) -> AotCase:  # fmt: skip
+    dtype, width = "fp32" if precision == "fp32" else "bf16", width or block
+    sizes = {"D": width, "BLOCK_D": block, "BLOCK_Q": tile.BLOCK_Q, "BLOCK_K": tile.BLOCK_K}
     shared = {"SHARED_B": True, "SHARED_H": True} if kernel is attention_bwd_dbias else {}
-    given = {"GROUP": 1 if absent is _PLAIN else 4, "CAUSAL": True, **sizes, **shared}
+    turns = {"PAIRS": pairs, "INTERLEAVED": interleaved} if kernel in (attention_bwd_dq, attention_bwd_dkv) else {}
+    given = {"GROUP": 4 if absent in (_RICH, _TABLES) else 1, "CAUSAL": True, **sizes, **shared, **turns}
     missing = {name: None for name in absent if name in kernel.arg_names}
-    label = {_PLAIN: "", _RICH: " alibi, lengths, documents"}.get(absent, " every option")
+    label = {_PLAIN: "", _RICH: " alibi, lengths, documents", _TABLES: " every option"}.get(absent, f" {pairs} pairs")
     hot = absent is _PLAIN or (kernel is attention_bwd_dbias and (precision, width) == ("half+", 64))
-    floats = ("lse_ptr", "delta_ptr", "alibi_ptr", "dslope_ptr")
+    floats = ("lse_ptr", "delta_ptr", "alibi_ptr", "dslope_ptr", *_TABLES)
     integers = ("kv_start_ptr", "kv_len_ptr", "document_ptr")
     return launch.case(
         kernel, f"{dtype} D={width}{label}", tile, dtype, {**given, **missing},

@@ -16,6 +16,7 @@ from peakgpt.kernels.gpu.attention_parts import (
     query_tiles,
     store,
 )
+from peakgpt.kernels.gpu.rotary import turned_back
 
 
 @triton.jit
@@ -28,13 +29,13 @@ def _load_lse(ptr, live):
 @triton.jit(do_not_specialize=SIZES)
 def attention_bwd_dq(
     q_ptr, k_ptr, v_ptr, alibi_ptr, bias_ptr, kv_start_ptr, kv_len_ptr, document_ptr, seed_ptr,
-    out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr, dslope_ptr,
+    out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr, dslope_ptr, cos_ptr, sin_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
     stride_dout_b, stride_dout_t, stride_dout_h, stride_dq_b, stride_dq_t, stride_dq_h,
     T, S, H, heads, section, scale, window, threshold, keep_scale,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks = (T + BLOCK_Q - 1) // BLOCK_Q
     head, turn = place(tl.program_id(0), blocks, heads, section)
@@ -96,7 +97,10 @@ def attention_bwd_dq(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     dq_ptr += b * stride_dq_b + h * stride_dq_h + at * stride_dq_t
-    store(dq_ptr, rows, stride_dq_t, i < T, dq * scale, D, BLOCK_D)
+    dq *= scale
+    if cos_ptr is not None:
+        dq = turned_back(dq, rows, i < T, cos_ptr + at * PAIRS, sin_ptr + at * PAIRS, PAIRS, INTERLEAVED, BLOCK_D)
+    store(dq_ptr, rows, stride_dq_t, i < T, dq, D, BLOCK_D)
     if dslope_ptr is not None:
         # A row of ds sums to 0 but for the rounding of out in delta, which distances of thousands would magnify.
         tl.store(dslope_ptr + (b * blocks + turn) * H + h, tl.sum(dslope - excess * mean, 0))
@@ -105,13 +109,13 @@ def attention_bwd_dq(
 @triton.jit(do_not_specialize=SIZES)
 def attention_bwd_dkv(
     q_ptr, k_ptr, v_ptr, alibi_ptr, bias_ptr, kv_start_ptr, kv_len_ptr, document_ptr, seed_ptr,
-    lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
+    lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
     stride_dout_b, stride_dout_t, stride_dout_h, stride_dkv_b, stride_dkv_s, stride_dkv_h,
     T, S, H, heads, section, scale, window, threshold, keep_scale,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks = (S + BLOCK_K - 1) // BLOCK_K
     head, turn = place(tl.program_id(0), blocks, heads, section)
@@ -181,8 +185,10 @@ def attention_bwd_dkv(
     # The loops let keys outside the sequence gather anything: a key's sums are its own.
     dk = tl.where(inside[:, None], dk * scale, 0.0)
     dv = tl.where(inside[:, None], dv, 0.0)
+    store(dv_ptr, keys, stride_dkv_s, j < S, dv, D, BLOCK_D)  # first: turning needs its registers
+    if cos_ptr is not None:
+        dk = turned_back(dk, keys, j < S, cos_ptr + at * PAIRS, sin_ptr + at * PAIRS, PAIRS, INTERLEAVED, BLOCK_D)
     store(dk_ptr, keys, stride_dkv_s, j < S, dk, D, BLOCK_D)
-    store(dv_ptr, keys, stride_dkv_s, j < S, dv, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "B"))

@@ -3,8 +3,6 @@
 y[d] = x[d] cos - x[partner(d)] sin      d the first of its pair; + for the second
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +23,36 @@ class RotaryTile(Tile):
 
 
 ROW = RotaryTile(ELEMENTS=2048, warps=4)  # unmeasured on hardware: 16 elements a thread
+
+
+@triton.jit
+def partners(d, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The pair of feature d < 2 PAIRS, whether it is the first of it, and the other one."""
+    if INTERLEAVED:
+        pair, first = d // 2, d % 2 == 0
+        step = 1
+    else:
+        pair, first = d % PAIRS, d < PAIRS
+        step = PAIRS
+    return pair, first, tl.where(first, d + step, d - step)
+
+
+@triton.jit
+def turned_back(
+    x, row, live, cos_ptr, sin_ptr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Tile x (len(row), BLOCK_D), float32: the gradient of turned rows as that of what they were.
+
+    A partner lies in another register or thread, not in a cache: a gather. What a feature gives away is multiplied
+    before it, its own share after it: with both tables at hand first a D of 128 spills on sm_90, one of 64 on sm_100.
+    """
+    d = tl.arange(0, BLOCK_D)[None, :]
+    pair, first, partner = partners(d, PAIRS, INTERLEAVED)
+    turns = d < 2 * PAIRS
+    at, live = row[:, None] * PAIRS + tl.where(turns, pair, 0), live[:, None] & turns
+    given = tl.where(first, -x, x) * tl.load(sin_ptr + at, mask=live, other=0.0).to(tl.float32)
+    other = tl.gather(given, tl.broadcast_to(tl.where(turns, partner, d), x.shape), 1)
+    return x * tl.load(cos_ptr + at, mask=live, other=1.0).to(tl.float32) + other
 
 
 @triton.jit
@@ -50,12 +78,7 @@ def rotary_turn(
     t = row % T
     head = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    if INTERLEAVED:
-        pair, second = d // 2, d % 2
-        partner = d + 1 - 2 * second
-    else:
-        pair, second = d % PAIRS, d // PAIRS
-        partner = d + PAIRS - 2 * PAIRS * second
+    pair, first, partner = partners(d, PAIRS, INTERLEAVED)
     live = (head < N) & (d < D)
     turns = (head < turned) & (d < 2 * PAIRS)
     x_row = x_ptr + (row // T) * stride_b + t * stride_t + head * stride_h
@@ -63,7 +86,7 @@ def rotary_turn(
     other = tl.load(x_row + partner, mask=turns, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + t * PAIRS + pair, mask=turns, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + t * PAIRS + pair, mask=turns, other=0.0).to(tl.float32) * sign
-    y = x.to(tl.float32) * cos + tl.where(second == 0, -other, other) * sin
+    y = x.to(tl.float32) * cos + tl.where(first, -other, other) * sin
     tl.store(y_ptr + (row * N + head) * D + d, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
@@ -72,13 +95,13 @@ def objection(x: Tensor, *_, **__) -> str | None:
 
 
 def forward(outputs, saved, x, cos, sin, *, heads, interleaved):
-    _turn(x, cos, sin, outputs[0], heads, interleaved, 1.0)
+    turn(x, cos, sin, outputs[0], heads, interleaved)
 
 
 def backward(grads, inputs, outputs, saved, needs, *, heads, interleaved):
     _, cos, sin = inputs
     dx = torch.empty(grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
-    _turn(grads[0], cos, sin, dx, heads, interleaved, -1.0)
+    turn(grads[0], cos, sin, dx, heads, interleaved, sign=-1.0)
     return dx, None, None
 
 
@@ -87,7 +110,10 @@ def _blocks(heads: int, width: int) -> dict[str, int]:
     return {"BLOCK_N": min(triton.next_power_of_2(heads), max(1, ROW.ELEMENTS // wide)), "BLOCK_D": wide}
 
 
-def _turn(x, cos, sin, y, heads, interleaved, sign):
+def turn(
+    x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, heads: int, interleaved: bool, *, sign: float = 1.0
+) -> None:
+    """Fill y, (B, T, N, D) contiguous."""
     batch, tokens, count, width = x.shape
     if not x.numel() or not cos.shape[1]:
         y.copy_(x)

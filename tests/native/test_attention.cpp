@@ -25,6 +25,8 @@ struct Problem {
   Range range;
   Bias bias = Bias::kNone;
   double dropout = 0.0;
+  int64_t pairs = 0;  // of rotary embedding: dq and dk are turned back
+  bool interleaved = false;
 
   int64_t BiasBatch() const { return bias == Bias::kFull ? batch : 1; }
   int64_t BiasHeads() const { return bias == Bias::kFull || bias == Bias::kByHead ? heads : 1; }
@@ -48,7 +50,10 @@ constexpr Problem kProblems[] = {
     {1, 130, 130, 3, 1, 24, false, 0, true, Range::kAll, Bias::kByHead},
     {1, 90, 90, 2, 1, 8, true, 0, false, Range::kDocuments, Bias::kFull},
     {2, 70, 70, 2, 1, 16, true, 0, true, Range::kPadded, Bias::kNone, 0.25},
-    {2, 3, 37, 2, 2, 8, false, 0, false, Range::kAll, Bias::kShared, 0.5}};
+    {2, 3, 37, 2, 2, 8, false, 0, false, Range::kAll, Bias::kShared, 0.5},
+    {2, 67, 67, 4, 2, 24, true, 0, false, Range::kAll, Bias::kNone, 0.0, 5},
+    {1, 130, 130, 1, 1, 16, true, 9, false, Range::kAll, Bias::kNone, 0.0, 8},
+    {1, 70, 70, 2, 1, 72, true, 0, false, Range::kAll, Bias::kNone, 0.0, 17, true}};
 
 // (batch, tokens, heads, width) with gaps.
 template <class T>
@@ -82,7 +87,7 @@ struct Attention {
   Placer place;
   Tensor4<T> q, k, v, dout, dq, dk, dv;
   Buffer<T> out;
-  Buffer<float> lse, alibi;
+  Buffer<float> lse, alibi, cos, minus_sin;
   Buffer<int64_t> start, length, documents, dropout_seed;
   int64_t bias_s, bias_t, bias_h, bias_b;
   Buffer<T> bias;
@@ -102,6 +107,8 @@ struct Attention {
         out(place.Out<T>(p.batch * p.queries * p.heads * p.width)),
         lse(place.Out<float>(p.batch * p.heads * p.queries)),
         alibi(place.In<float>(p.heads)),
+        cos(place.In<float>(p.queries * p.pairs)),
+        minus_sin(place.In<float>(p.queries * p.pairs)),
         start(place.In<int64_t>(p.batch)),
         length(place.In<int64_t>(p.batch)),
         documents(place.In<int64_t>(4)),
@@ -116,6 +123,8 @@ struct Attention {
         dalibi_rows(place.Out<float>(3 * p.batch * p.heads * p.queries)) {
     Random random(seed);
     for (const auto* tensor : {&q, &k, &v, &dout}) tensor->FillNormal(random);
+    cos.FillNormal(random);
+    minus_sin.FillNormal(random);
     for (int64_t h = 0; h < p.heads; ++h) alibi[h] = 0.125f * static_cast<float>(h + 1);
     for (int64_t slice = 0; slice < p.BiasBatch() * p.BiasHeads(); ++slice) {
       for (int64_t i = 0; i < p.queries; ++i) {
@@ -162,6 +171,8 @@ struct Attention {
             .dq = dq.buffer.data(), .dq_b = dq.StrideB(), .dq_t = dq.StrideT(), .dq_h = p.width,
             .dk = dk.buffer.data(), .dk_b = dk.StrideB(), .dk_t = dk.StrideT(), .dk_h = p.width,
             .dv = dv.buffer.data(), .dv_b = dv.StrideB(), .dv_t = dv.StrideT(), .dv_h = p.width,
+            .cos = p.pairs > 0 ? cos.data() : nullptr, .minus_sin = minus_sin.data(), .pairs = p.pairs,
+            .interleaved = p.interleaved,
             .dbias = p.bias == Bias::kNone ? nullptr : dbias.data(), .dalibi = p.alibi ? dalibi.data() : nullptr,
             .dalibi_rows = p.alibi ? dalibi_rows.data() : nullptr};
   }
@@ -272,6 +283,25 @@ void Add(Want& sum, double term, double magnitude) {
   sum.slack += magnitude;
 }
 
+// One head's gradient at a token, turned back.
+template <class T>
+void TurnBack(const Attention<T>& a, int64_t token, Want* head) {
+  for (int64_t i = 0; i < a.p.pairs; ++i) {
+    Want& first = head[a.p.interleaved ? 2 * i : i];
+    Want& second = head[a.p.interleaved ? 2 * i + 1 : a.p.pairs + i];
+    const double cos = a.cos.At(token * a.p.pairs + i), minus_sin = a.minus_sin.At(token * a.p.pairs + i);
+    const Want x1 = first, x2 = second;
+    first = {0.0, 0.0}, second = {0.0, 0.0};
+    const auto add = [](Want& sum, const Want& x, double factor) {
+      Add(sum, x.value * factor, (x.slack + 4.0 * std::fabs(x.value)) * std::fabs(factor));
+    };
+    add(first, x1, cos);
+    add(first, x2, -minus_sin);
+    add(second, x2, cos);
+    add(second, x1, minus_sin);
+  }
+}
+
 template <class T>
 void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
   const Problem& p = a.p;
@@ -313,6 +343,7 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
             Add(dv[at], weights.p[j] * factor * dy, weights.p[j] * factor * std::fabs(dy) * rounding);
           }
         }
+        TurnBack(a, i, dq.data());
         for (int64_t d = 0; with_dq && d < p.width; ++d) {
           const int64_t at = a.dq.Index(b, i, h, d);
           if (!Near("dq", at, a.dq.buffer[at], dq[d])) return;
@@ -320,6 +351,7 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
       }
     }
     for (int64_t j = 0; with_dkv && j < p.keys; ++j) {
+      for (int64_t h = 0; h < p.kv_heads; ++h) TurnBack(a, j, &dk[(j * p.kv_heads + h) * p.width]);
       for (int64_t i = 0; i < p.kv_heads * p.width; ++i) {
         const int64_t at = a.dk.Index(b, j, 0, i), want = j * p.kv_heads * p.width + i;
         if (!Near("dk", at, a.dk.buffer[at], dk[want]) || !Near("dv", at, a.dv.buffer[at], dv[want])) return;
