@@ -95,9 +95,10 @@ class CudaGraph:
     """Records kernels on a stream that is not the current one.
 
     Graphs of one stream and pool share the memory between their kernels: replaying one overwrites what others gave.
+    Without a pool their memory stays theirs.
     """
 
-    def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int]):
+    def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None):
         self.device, self.stream, self.pool, self.graph = stream.device, stream, pool, torch.cuda.CUDAGraph()
 
     def warm(self, body):
@@ -120,10 +121,17 @@ class CudaGraph:
         return self.results
 
 
-def recorder_for(device: torch.device) -> Callable[[], Recorder] | None:
-    """Makes what records on this device, in one memory; None where nothing does."""
+def recorder_for(device: torch.device, *, share: bool = False) -> Callable[[], Recorder] | None:
+    """Makes what records on this device; None where nothing does.
+
+    Args:
+        share: whether all that are made share one memory; then none may be recorded anew once they are all gone, for
+            torch refuses a pool that nobody uses any longer but that still holds a tensor.
+    """
     if not records(device):
         return None
+    if not share:
+        return lambda: CudaGraph(torch.cuda.Stream(device))
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
     return lambda: CudaGraph(stream, pool)
 

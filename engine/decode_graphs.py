@@ -42,7 +42,7 @@ class DecodeGraphs:
         """
         self.run, self.width, self.obstacle = run, width, obstacle
         self.pins = device.type == "cuda"
-        self.record = None if obstacle else recorder_for(device)
+        self.record = None if obstacle else recorder_for(device, share=True)
         self.held = torch.zeros(BUCKETS[-1] * (NUMBERS + width), dtype=torch.int32, device=device)
         self.steps: dict[int, Captured] = {}
 

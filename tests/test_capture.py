@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peakgpt.engine import train
-from peakgpt.engine.capture import WARMUP, Captured, Late, Rehearsal
+from peakgpt.engine.capture import WARMUP, Captured, Late, Rehearsal, recorder_for
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
 from peakgpt.engine.train import Recipe, Trainer
@@ -192,3 +192,45 @@ def test_a_failed_recording_is_told_and_the_step_goes_on():
 def test_numbers_arrive_at_once_where_nothing_runs_ahead():
     late = Late(torch.device("cpu"))
     assert late.put(7, torch.tensor(2.5)) == [(7, 2.5)] and late.take() == []
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_what_a_recording_asks_of_cuda(share, monkeypatch):
+    """Told by stand-ins: a side stream, one pool where shared, results copied out only where wanted."""
+    asked = []
+
+    class Stream:
+        device = torch.device("cuda", 0)
+
+        def __init__(self, device=None):
+            self.name = "main" if device is None else "side"
+
+        def wait_stream(self, other):
+            asked.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            asked.append("replay")
+
+    @contextlib.contextmanager
+    def graph(recorded, pool, stream, *, capture_error_mode):
+        asked.append(f"record in {pool} on {stream.name}, {capture_error_mode}")
+        yield
+
+    main = Stream()
+    for name, fake in {"Stream": Stream, "CUDAGraph": Graph, "graph": graph, "graph_pool_handle": lambda: "pool",
+                       "stream": lambda stream: contextlib.nullcontext(), "current_stream": lambda device: main,
+                       }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: asked.append(f"kept for {stream.name}"))
+    make = recorder_for(torch.device("cuda", 0), share=share)
+    for copies in (True, False):
+        held = torch.ones(2)
+        step = Captured(lambda held=held: [held], make, lambda: None, copies=copies)
+        for _ in range(WARMUP + 2):
+            (result,) = step()
+        assert (result is held) != copies and step.obstacle is None
+    once = [*["side waits for main", "main waits for side", "kept for main"] * WARMUP,
+            f"record in {'pool' if share else None} on side, thread_local", "replay", "replay"]  # fmt: skip
+    assert asked == 2 * once
+    assert recorder_for(torch.device("cpu")) is None

@@ -17,9 +17,11 @@ from peakgpt.engine import decode_graphs, stepper
 from peakgpt.engine.capture import WARMUP, Rehearsal
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
+from peakgpt.engine.ops_runner import OpsRunner, runner_for
 from peakgpt.engine.paged import Chunk
 from peakgpt.engine.paged_cache import PagedCache
 from peakgpt.engine.paged_runner import PagedRunner
+from peakgpt.engine.relative import RELATIVE
 from peakgpt.engine.scheduler import Engine, SamplingParams
 from peakgpt.kernels.dispatch import use_backend
 
@@ -35,6 +37,7 @@ MODELS = {
     "palm": {"residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
              "activation": "silu", "bias": False, "logit_scale": 0.125},
     "glam": {"experts": 4, "experts_per_token": 2, "experts_every": 1},
+    "transformer-xl": {"position": "transformer_xl"},  # one text after the other
 }  # fmt: skip
 
 
@@ -61,7 +64,9 @@ def test_prompts_in_pieces_beside_each_other_and_decoding(name):
     model = model_of(name)
     texts = torch.randint(97, (3, 140))
     expected = model(texts)
-    runner = PagedRunner(model, blocks=9)
+    with use_backend("eager"):
+        runner = runner_for(model, 9)
+    assert type(runner) is (OpsRunner if model.config.position in RELATIVE else PagedRunner)
     tables, past = ([6, 0, 4], [2, 5, 1], [8, 3, 7]), [0, 0, 0]
 
     def step(counts, wanted=lambda new: new):
@@ -85,7 +90,7 @@ def test_prompts_in_pieces_beside_each_other_and_decoding(name):
 
 @pytest.fixture
 def rehearsed(monkeypatch):
-    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device: Rehearsal)
+    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Rehearsal)
 
 
 def decoding(model, batches):
@@ -153,7 +158,7 @@ def test_what_a_step_gave_outlives_the_next_step(monkeypatch):
             self.results[0].copy_(self.body()[0])
             return self.results
 
-    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device: Graph)
+    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Graph)
     runner = PagedRunner(small("gpt2"), blocks=1)
     with use_backend("eager"):
         rows = [runner.step([Chunk([past], past, [0])]) for past in range(WARMUP + 3)]
@@ -166,7 +171,7 @@ def test_runs_without_a_graph_where_recording_fails(monkeypatch):
         def record(self, body):
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device: Fails)
+    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Fails)
     with pytest.warns(UserWarning, match="runs uncaptured, recording failed: operation not permitted$"):
         runner = decoding(small("gpt2"), [(0,)] * (WARMUP + 2))
     assert "not permitted" in runner.graphs.steps[1].obstacle
