@@ -2,7 +2,8 @@
 
 Both keep as many requests open as there are streams: where one ends, the next begins. They begin staggered, so that
 prompts come one by one. A sample is the time of streams x tokens new tokens in the middle of that. Who is not being
-timed is stopped (SIGSTOP), so that rounds pair up; times of first tokens leave such pauses out.
+timed is stopped (SIGSTOP), so that rounds pair up. Then the server goes on alone for the whole time without a pause,
+which is where times of first tokens, and between tokens, are from.
 
 The client is this process: sockets that count events and read no JSON but the last, since it runs on the same cores.
 """
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=int, default=64, help="requests open at once (default 64)")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens (default 32)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of a request (default 128)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of serving (default 120)")
+    parser.add_argument("--seconds", type=float, default=120.0,
+                        help="of serving without a pause, after half of it in rounds (default 120)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
 
 
@@ -65,9 +67,10 @@ def compare_serving(config: GPTConfig, case: Case, dtype: str, *, seconds: float
 
     Args:
         config, case, dtype: of the model and its requests, which are greedy.
-        seconds: of serving, in all.
+        seconds: of serving without a pause; half of it before, in rounds beside the engine.
     Returns:
-        Tokens of both; then, of the server, times to the first token and between tokens of a stream.
+        Tokens of both by rounds; then, of the server without a pause, its tokens, and times to the first token and
+        between tokens of a stream.
     Raises:
         ValueError: a request got an error, or fewer tokens than its usage says.
     """
@@ -93,15 +96,25 @@ def compare_serving(config: GPTConfig, case: Case, dtype: str, *, seconds: float
         begin = time.perf_counter()
         served()
         rounds = math.ceil(seconds / (time.perf_counter() - begin))
-        client.forget()
-        timings = interleave({OURS: served, "engine": engine.step}, rounds=rounds, warmup=0,
+        timings = interleave({OURS: served, "engine": engine.step}, rounds=-(-rounds // 2), warmup=0,
                              workers=[engine.pid, server.process.pid])  # fmt: skip
+        client.forget()
+        with server.awake():
+            begin = time.perf_counter()
+            client.take(rounds * case.streams * case.tokens)
+            whole_s = time.perf_counter() - begin
     sizes = {"n_layer": config.n_layer, "n_embd": config.n_embd, "prompt": case.prompt}
     same = {"bench": "serve", "backend": "auto", "device": "cpu", "dtype": dtype}
     found = [
         Result.of(timing, contender=name, case={**sizes, "tokens": case.tokens, "batch": case.streams}, **same)
         for name, timing in timings.items()
     ]
+    speed = f"{rounds * case.streams * case.tokens / whole_s:.0f} tokens/s"
+    found.append(Result(
+        contender=OURS, case={**sizes, "tokens": case.tokens, "batch": case.streams, "time": "without a pause"},
+        median_s=whole_s / rounds, q25_s=whole_s / rounds, q75_s=whole_s / rounds, rounds=1, dropped=0,
+        note=f"without a pause: {whole_s:.0f} s, {speed}, {client.ended} requests ended, each whole", **same,
+    ))  # fmt: skip
     for what, times in (("first token", client.first_s), ("between tokens", client.between_s)):
         cuts = statistics.quantiles(times, n=100)
         note = f"{what} of {len(times)}: 95 % within {1e3 * cuts[94]:.0f} ms, all within {1e3 * max(times):.0f} ms"
@@ -232,11 +245,13 @@ class Client:
     first_s: list[float] = field(default_factory=list)
     between_s: list[float] = field(default_factory=list)
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    ended: int = 0  # requests, each with all its tokens
     paused_s: float = 0.0
     left_at: float | None = None
 
     def forget(self) -> None:
-        """Begin to collect times anew."""
+        """Begin to collect times, and to count, anew."""
+        self.ended = 0
         self.first_s.clear()
         self.between_s.clear()
 
@@ -302,4 +317,5 @@ class Client:
         told = json.loads(usage.split(b"\r\n")[0])["usage"]["completion_tokens"]
         if told != stream.tokens - 2:
             raise ValueError(f"serve: got {stream.tokens - 2} tokens, expected {told}")
+        self.ended += 1
         self._begin(stream.number, self.tokens)

@@ -162,6 +162,18 @@ def test_greedy_is_the_models(model):
     assert len(set(tokens)) > 5
 
 
+@pytest.mark.parametrize(("prompt", "budget", "steps"), [(20, 256, 1), (36, 40, 1), (37, 40, 2), (100, 40, 3)])
+def test_the_first_token_comes_with_the_prompts_last_step(model, prompt, budget, steps):
+    """Who comes while four texts run waits for none of them, and they for no prompt: it takes what a step has left."""
+    engine = Engine(model, budget=budget)
+    others = [engine.submit([i], params_of(0, max_new_tokens=60)) for i in range(4)]
+    engine.step()
+    late = engine.submit(prompts(1, shared=prompt - 1)[0], params_of(1))
+    for step in range(1, steps + 1):
+        told = [output.request for output in engine.step() if output.tokens]
+        assert sorted(told) == [*others, late][: 4 + (step == steps)], f"step {step}"
+
+
 def test_cancel_frees(model):
     engine = Engine(model, blocks=12)
     first, second = (engine.submit(ids, params_of(0, n=2)) for ids in prompts(2))

@@ -1,9 +1,7 @@
 """The server, asked by OpenAI's own client and by raw sockets: what it answers, and what it refuses."""
 
-import asyncio
 import contextlib
 import dataclasses
-import importlib
 import json
 import re
 import socket
@@ -11,29 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 
 import pytest
-import torch
+import serving  # skips all where the packages of peakgpt[serve] are missing
+from serving import Running, guard, posted
 
 from peakgpt.cli import main
-from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
-from peakgpt.engine.scheduler import Engine
 from peakgpt.engine.score import Scorer
-from peakgpt.engine.tokenizer import train_tokenizer
+from peakgpt.serve.chat import ChatTemplate
 
-uvicorn = pytest.importorskip("uvicorn", reason="the packages of peakgpt[serve] are not installed")
-pytest.importorskip("fastapi", reason="the packages of peakgpt[serve] are not installed")
-serve = importlib.import_module("peakgpt.serve.app")
-ChatTemplate = importlib.import_module("peakgpt.serve.chat").ChatTemplate
-guard = importlib.import_module("peakgpt.serve.guard")
-LIMITS = importlib.import_module("peakgpt.serve.limits").LIMITS
-
-LIMITS_HERE = dataclasses.replace(
-    LIMITS, header_s=0.5, body_s=0.5, write_s=0.5, queue=40, connections=30, body_bytes=1 << 15
-)
 KEY = "right key"
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 CANARY = {"prompt": "the canary", "seed": 7, "max_tokens": 20, "logprobs": 3, "echo": True, "temperature": 0.9}
@@ -41,62 +26,12 @@ CANARY = {"prompt": "the canary", "seed": 7, "max_tokens": 20, "logprobs": 3, "e
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["the canary sings a song, é and more"], 270)
+    return serving.tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=1, n_embd=16, n_head=2, block_size=128, vocab_size=tokenizer.vocab_size)).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return model
-
-
-class Running:
-    """A server in a thread of its own."""
-
-    def __init__(self, model, tokenizer, send_bytes=None, **options):
-        self.engine = Engine(model, tokenizer, blocks=40)
-        self.server = serve.Server(self.engine, tokenizer, name="tiny", limits=LIMITS_HERE, **options)
-        listening = socket.create_server(("127.0.0.1", 0))
-        if send_bytes:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
-        self.port = listening.getsockname()[1]
-        self.uvicorn = uvicorn.Server(guard.config(self.server.app, LIMITS_HERE))
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve([listening])))
-        self.thread.start()
-
-    def ask(self, path, data=None, headers=(), raw=None):
-        """(status, JSON or text)"""
-        body = raw if raw is not None else None if data is None else json.dumps(data).encode()
-        head = {"content-type": "application/json", **dict(headers)}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, head)
-        try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                status, text = answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read().decode()
-        return status, json.loads(text) if text.startswith("{") else text
-
-    def close(self):
-        self.uvicorn.should_exit = True
-        self.thread.join()
-
-    def idle(self):
-        """Wait until nothing is asked for; returns the free blocks."""
-        until = time.monotonic() + 10
-        while self.server.worker.load or self.engine.has_work:
-            assert time.monotonic() < until, "something was left"
-            time.sleep(0.01)
-        return self.engine.pool.free_blocks
-
-
-def posted(data):
-    """A request for completions as bytes."""
-    body = json.dumps(data).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    return serving.tiny_model(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +126,37 @@ def test_bad_fields_are_refused_in_openais_shape(running, changes, param):
     status, answer = running.ask("/v1/completions", {"prompt": "x", **changes})
     assert status == 400 and answer["error"]["type"] == "invalid_request_error" and answer["error"]["param"] == param
     assert answer["error"]["message"]
+
+
+# Fields of OpenAI's and of other servers that change what the text is: beams, shapes, tools, more than n texts.
+UNKNOWN = (
+    "use_beam_search", "num_beams", "beams", "length_penalty", "early_stopping", "response_format", "tools",
+    "tool_choice", "parallel_tool_calls", "functions", "function_call", "guided_json", "guided_regex", "guided_choice",
+    "grammar", "min_tokens", "ignore_eos", "stop_token_ids", "prompt_logprobs", "do_sample", "modalities", "prediction",
+    "reasoning_effort", "service_tier", "store", "metadata", "web_search_options",
+)  # fmt: skip
+ONLY = {"/v1/completions": ("messages", "top_logprobs", "max_completion_tokens"),
+        "/v1/chat/completions": ("prompt", "echo", "best_of", "suffix")}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "start"), [
+    ("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+], ids=["completions", "chat"])  # fmt: skip
+def test_fields_that_would_change_the_meaning_are_refused(running, path, start):
+    for name in (*UNKNOWN, *ONLY[path]):
+        for value in (1, None, [{"type": "function"}]):
+            status, answer = running.ask(path, {**start, "max_tokens": 1, name: value})
+            error = answer["error"]
+            assert (status, error["type"], error["param"]) == (400, "invalid_request_error", name), (name, value)
+            assert error["message"] and error["code"] == "unknown_parameter"
+    assert running.ask(path, {**start, "max_tokens": 1})[0] == 200
+
+
+def test_best_of_is_n(running):
+    for n, best_of, expected in ((1, 1, 200), (3, 3, 200), (1, 3, 400), (3, 1, 400)):
+        status, answer = running.ask("/v1/completions", {"prompt": "x", "max_tokens": 1, "n": n, "best_of": best_of})
+        assert status == expected and (status == 400 or len(answer["choices"]) == n)
+        assert status == 200 or answer["error"]["param"] == "best_of"
 
 
 @pytest.mark.parametrize(

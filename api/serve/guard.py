@@ -51,6 +51,8 @@ class Guard:
         headers, target = scope["headers"], len(scope["raw_path"]) + len(scope["query_string"])
         if target + sum(len(name) + len(value) + 4 for name, value in headers) > self.limits.header_bytes:
             raise BadRequest(f"header: got more than {self.limits.header_bytes} bytes", status=431)
+        if len(headers) > self.limits.headers:
+            raise BadRequest(f"header: got {len(headers)} lines, expected up to {self.limits.headers}", status=431)
         found = dict(headers)
         host = found.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] if self.hosts else None
         if self.hosts and host not in self.hosts:

@@ -10,6 +10,7 @@ class Limits:
     """Caps; the prompt and the text together never exceed the model's block_size."""
 
     header_bytes: int = 16 << 10
+    headers: int = 100  # lines
     body_bytes: int = 1 << 20
     json_depth: int = 8  # a request needs 4
     prompts: int = 64  # in one request
