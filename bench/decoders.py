@@ -1,8 +1,8 @@
 """Who decodes in `bench decode`: each makes, of random weights, a function that continues all prompts greedily.
 
 A form is what weights are kept in: float32, bfloat16, int8 or int4. Each engine's small weights are its own:
-llama.cpp's Q8_0 and Q4_0 (by 32), CTranslate2's int8, onnxruntime's dynamic int8; ours as `peakgpt quantize` makes
-them, and what is not quantised in bfloat16.
+llama.cpp's Q8_0 and Q4_0 (by 32), CTranslate2's int8, onnxruntime's dynamic int8, OpenVINO's by nncf; ours as
+`peakgpt quantize` makes them, and what is not quantised in bfloat16.
 """
 
 from __future__ import annotations
@@ -134,5 +134,5 @@ CONTENDERS = {
     "llama.cpp": Contender(llama_decoder, package="llama_cpp", forms=FORMS, distribution="llama-cpp-python"),
     "ctranslate2": Contender(_ctranslate2, package="ctranslate2", forms=("float32", "int8")),
     "onnxruntime": Contender(onnxruntime_decoder, package="onnxruntime", forms=("float32", "int8")),
-    "openvino": Contender(openvino_decoder, package="openvino"),
+    "openvino": Contender(openvino_decoder, package="openvino", forms=("float32", "bfloat16", "int8")),
 }

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from peakgpt.bench.contenders import SEED, TUNED_MALLOC
 from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.findings import Failure, Findings
+from peakgpt.bench.graphs import openvino_request
 from peakgpt.bench.models import Contender, ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
 from peakgpt.bench.ops import OnFailure, agree, raise_it
 from peakgpt.bench.steppers import measure
@@ -232,16 +233,13 @@ class _WithCache(nn.Module):
 
 
 def _openvino(state, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
-    """OpenVINO on the graph of plain torch: its own SDPA, its bf16 with float32 weights given, its latency setting."""
+    """OpenVINO on the graph of plain torch: its own SDPA, its latency setting; see openvino_request."""
     import openvino
 
     model = _WithCache(_loaded(PromptGPT(config), state, torch.float32))
     with torch.no_grad():
         graph = openvino.convert_model(torch.export.export(model, (ids,)))
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
-    options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY",
-               "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
-    request, prompt = openvino.Core().compile_model(graph, "CPU", options).create_infer_request(), ids.numpy()
+    request, prompt = openvino_request(graph, _name(dtype)), ids.numpy()
     return lambda: torch.from_numpy(request.infer({0: prompt}, share_inputs=True, share_outputs=True)[0])
 
 
@@ -259,7 +257,7 @@ CONTENDERS = {
     "compile": Contender(_compiled),
     "compile, tuned malloc": Contender(_compiled, TUNED),
     "transformers": Contender(_transformers, package="transformers"),
-    "openvino": Contender(_openvino, package="openvino"),
+    "openvino": Contender(_openvino, package="openvino", forms=DTYPES),
     "ctranslate2": Contender(_ctranslate2, package="ctranslate2", forms=("float32", "int8")),
 }
 
