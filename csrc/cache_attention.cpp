@@ -17,6 +17,10 @@ template <bool kNative> struct CachedBf16 { using type = bf16; };
 template <> struct CachedBf16<true> { using type = Pair; };
 template <> struct CachedOf<bf16> : CachedBf16<kNativePairs> {};
 
+// What the products read: in bytes, a copy that is as wide as the other operand.
+template <class T, bool kBytes> struct ReadOf : CachedOf<T> {};
+template <class T> struct ReadOf<T, true> : OperandOf<T> {};
+
 inline void SetOperand(const float* from, float* to) { *to = *from; }
 inline void SetOperand(const bf16* from, float* to) { *to = Widen(*from); }
 inline void SetOperand(const bf16* from, bf16* to) { *to = *from; }
@@ -26,6 +30,61 @@ template <class T, class C>
 PEAK_INLINE C* BlockOf(const CacheAttentionArgs& args, void* base, int64_t sequence, int64_t block, int64_t head) {
   const int64_t number = args.tables[sequence * args.table_row + block];
   return reinterpret_cast<C*>(static_cast<T*>(base) + (number * args.kv_heads + head) * kCacheBlock * args.width);
+}
+
+PEAK_INLINE int8_t* BytesOf(const CacheAttentionArgs& args, void* base, int64_t sequence, int64_t block, int64_t head) {
+  const int64_t number = args.tables[sequence * args.table_row + block];
+  const int64_t size = kCacheBlock * (args.width + static_cast<int64_t>(sizeof(float)));
+  return static_cast<int8_t*>(base) + (number * args.kv_heads + head) * size;
+}
+
+// Rounds a row to bytes, of which there is room for kCacheWidth; returns their scale.
+template <class T>
+float ToBytes(const T* x, int64_t width, int8_t* bytes) {
+  Vec high = Set(0.0f), zero = Set(0.0f);
+  for (int64_t d = 0; d < width; d += kLanes) {
+    const Vec v = Load(x + d, width - d);
+    high = Max(Abs(v), high);
+    zero = zero + v * Set(0.0f);  // NaN beside an infinity or NaN
+  }
+  const float scale = MaxOf(high) / 127.0f + Sum(zero);
+  const bool some = scale >= 0x1p-126f;
+  for (int64_t d = 0; d < width; d += kLanes) {
+    StoreBytes(bytes + d, some ? Round(Load(x + d, width - d) / Set(scale)) : Set(0.0f));
+  }
+  return scale < 0x1p-126f ? 0.0f : scale;
+}
+
+// Stores one head of a token in bytes, laid out as operands that hold kDeep steps.
+template <class T, int64_t kDeep>
+void AppendBytes(const CacheAttentionArgs& args, const T* k, const T* v, int64_t key, int8_t* keys, int8_t* values) {
+  const int64_t width = args.width;
+  int8_t row[kCacheWidth];
+  float scale = ToBytes(k, width, row);
+  std::memcpy(keys + kCacheBlock * width + key * sizeof(scale), &scale, sizeof(scale));
+  for (int64_t d = 0; d < width; ++d) keys[(d / kDeep * kCacheBlock + key) * kDeep + d % kDeep] = row[d];
+  scale = ToBytes(v, width, row);
+  std::memcpy(values + kCacheBlock * width + key * sizeof(scale), &scale, sizeof(scale));
+  for (int64_t d = 0; d < width; ++d) values[(key / kDeep * width + d) * kDeep + key % kDeep] = row[d];
+}
+
+constexpr int64_t kLine = 64;
+
+// Widens `count` bytes, filled up to whole lines, and asks for as many at `next`.
+PEAK_INLINE void WidenBytes(const int8_t* from, int64_t count, const int8_t* next, float* to) {
+  for (int64_t i = 0; i < count; i += kLine) {
+    __builtin_prefetch(next + i, 0, 3);
+    for (int64_t j = i; j < i + kLine; j += kLanes) Store(to + j, LoadBytes(from + j));
+  }
+}
+PEAK_INLINE void WidenBytes(const int8_t* from, int64_t count, const int8_t* next, Pair* pairs) {
+  bf16* to = &pairs->even;
+  for (int64_t i = 0; i < count; i += kLine) {
+    __builtin_prefetch(next + i, 0, 3);
+    for (int64_t j = i; j < i + kLine; j += 2 * kLanes) {
+      StoreInOrder(to + j, LoadBytes(from + j), LoadBytes(from + j + kLanes));
+    }
+  }
 }
 
 // Puts one row of values where key `key` of a block has its own.
@@ -50,10 +109,16 @@ void Append(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int6
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t position = args.past[sequence] + i, key = position % kCacheBlock;
     const int64_t from = (args.begins[sequence] + i) * args.q_row + head * width;
-    const T* k = static_cast<const T*>(args.k) + from;
+    const T *k = static_cast<const T*>(args.k) + from, *v = static_cast<const T*>(args.v) + from;
+    if (args.bytes) {
+      AppendBytes<T, kDepth<typename OperandOf<T>::type>>(
+          args, k, v, key, BytesOf(args, args.keys, sequence, position / kCacheBlock, head),
+          BytesOf(args, args.values, sequence, position / kCacheBlock, head));
+      continue;
+    }
     C* keys = BlockOf<T, C>(args, args.keys, sequence, position / kCacheBlock, head);
     for (int64_t d = 0; d < width; d += kDepth<C>) SetOperand(k + d, keys + d / kDepth<C> * kCacheBlock + key);
-    PutValue(static_cast<const T*>(args.v) + from, key, width,
+    PutValue(v, key, width,
              BlockOf<T, C>(args, args.values, sequence, position / kCacheBlock, head));
   }
 }
@@ -113,10 +178,27 @@ PEAK_INLINE void StoreWeights(Pair* p, int64_t row, Vec even, Vec odd) {
   StorePairs(&p[row / 2 * kTile].even, PackPairs(even, odd));
 }
 
+// Of a block's keys: what products are multiplied by to be scores; and in bytes, what weights are before they meet values.
+struct BlockScales {
+  alignas(64) float scores[kCacheBlock], weights[kCacheBlock];
+  explicit BlockScales(float scale) {
+    for (float& score : scores) score = scale;
+  }
+  // What is not live has scales of earlier owners, which may be NaN.
+  void Fill(float scale, const int8_t* keys, const int8_t* values, int64_t live) {
+    std::memcpy(scores, keys, sizeof(scores));
+    std::memcpy(weights, values, sizeof(weights));
+    for (int64_t r = 0; r < kCacheBlock; ++r) {
+      scores[r] = r < live ? scale * scores[r] : 0.0f;
+      weights[r] = r < live ? weights[r] : 0.0f;
+    }
+  }
+};
+
 // s[key][lane], products, become weights p; top and sum are brought up to date, factor is what o must be multiplied by.
-template <class E>
-void SoftmaxOfKeys(const Queries& queries, float scale, int64_t key, float* s, E* p, float* top, float* sum,
-                   float* factor) {
+template <bool kBytes, class E>
+void SoftmaxOfKeys(const Queries& queries, const BlockScales& scales, int64_t key, float* s, E* p, float* top,
+                   float* sum, float* factor) {
   const bool whole = queries.Whole(key);
   for (int64_t at = 0; at < queries.count; at += kLanes) {
     const Vec slope = Load(queries.slope + at), position = Load(queries.position + at);
@@ -124,7 +206,7 @@ void SoftmaxOfKeys(const Queries& queries, float scale, int64_t key, float* s, E
     Vec high = before;
     for (int64_t r = 0; r < kCacheBlock; ++r) {
       const Vec j = Set(static_cast<float>(key + r));
-      Vec x = ScoreOf(Load(s + r * kTile + at), Set(scale), slope, j - position);
+      Vec x = ScoreOf(Load(s + r * kTile + at), Set(scales.scores[r]), slope, j - position);
       if (!whole) x = Masked(x, j, first, last);
       Store(s + r * kTile + at, x);
       high = Max(x, high);
@@ -135,7 +217,11 @@ void SoftmaxOfKeys(const Queries& queries, float scale, int64_t key, float* s, E
       const Vec even = Exp(Load(s + r * kTile + at) + base), odd = Exp(Load(s + (r + 1) * kTile + at) + base);
       even_sum = even_sum + even;
       odd_sum = odd_sum + odd;
-      StoreWeights(p + at, r, even, odd);
+      if constexpr (kBytes) {
+        StoreWeights(p + at, r, even * Set(scales.weights[r]), odd * Set(scales.weights[r + 1]));
+      } else {
+        StoreWeights(p + at, r, even, odd);
+      }
     }
     const Vec f = Exp(before + base);
     Store(factor + at, f);
@@ -150,16 +236,16 @@ inline void PackWeights(const float* x, Pair* p) {
 }
 
 // The same for one lane whose keys lie by the vector; the sums are taken one by one, in the order of the keys.
-template <class E>
-void SoftmaxOfLane(const Queries& queries, int64_t lane, float scale, int64_t key, float* s, E* p, float* top,
-                   float* sum, float* factor) {
+template <bool kBytes, class E>
+void SoftmaxOfLane(const Queries& queries, int64_t lane, const BlockScales& scales, int64_t key, float* s, E* p,
+                   float* top, float* sum, float* factor) {
   alignas(64) float counts[kLanes];
   for (int i = 0; i < kLanes; ++i) counts[i] = static_cast<float>(i);
   const Vec slope = Set(queries.slope[lane]), position = Set(queries.position[lane]);
   Vec high = Set(-kInfinity);
   for (int64_t r = 0; r < kCacheBlock; r += kLanes) {
     const Vec j = Set(static_cast<float>(key + r)) + Load(counts);
-    Vec x = ScoreOf(Load(s + r), Set(scale), slope, j - position);
+    Vec x = ScoreOf(Load(s + r), Load(scales.scores + r), slope, j - position);
     x = Masked(x, j, Set(queries.first[lane]), Set(queries.last[lane]));
     Store(s + r, x);
     high = Max(x, high);
@@ -176,6 +262,9 @@ void SoftmaxOfLane(const Queries& queries, int64_t lane, float scale, int64_t ke
   const Vec f = Exp(Set(before) + base);
   Store(factor, f, 1);
   Store(sum, Fma(Set(*sum), f, Set(even_sum + odd_sum)), 1);
+  if (kBytes) {
+    for (int64_t r = 0; r < kCacheBlock; r += kLanes) Store(s + r, Load(s + r) * Load(scales.weights + r));
+  }
   PackWeights(s, p);
 }
 
@@ -201,9 +290,9 @@ void StoreOut(const CacheAttentionArgs& args, const Queries& queries, int64_t la
 }
 
 // A tile of one sequence and key head, from `lane` on.
-template <class T>
-void AttendTile(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int64_t lane, char* scratch) {
-  using C = typename CachedOf<T>::type;
+template <class T, bool kBytes>
+void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int64_t lane, char* scratch) {
+  using C = typename ReadOf<T, kBytes>::type;
   using E = typename OperandOf<T>::type;
   const Queries queries(args, sequence, head, lane);
   const bool few = queries.count <= kFewLanes;
@@ -217,6 +306,8 @@ void AttendTile(const CacheAttentionArgs& args, int64_t sequence, int64_t head, 
   float* top = space.Take<float>(kTile);
   float* sum = space.Take<float>(kTile);
   float* factor = space.Take<float>(kTile);
+  E* wide = kBytes ? space.Take<E>(kCacheBlock * depth) : nullptr;
+  BlockScales scales(args.scale);
   for (int64_t l = 0; l < kTile; ++l) {
     const T* from = QueryOf<T>(args, queries, Least(l, queries.count - 1));
     for (int64_t d = 0; d < depth; ++d) SetOperand(from + d * kDepth<E>, q + (few ? l * depth + d : d * kTile + l));
@@ -227,20 +318,33 @@ void AttendTile(const CacheAttentionArgs& args, int64_t sequence, int64_t head, 
 
   for (int64_t block = queries.begin / kCacheBlock; block * kCacheBlock < queries.end; ++block) {
     const int64_t key = block * kCacheBlock, live = Least(kCacheBlock, queries.end - key);
-    const C* keys = BlockOf<T, C>(args, args.keys, sequence, block, head);
-    const C* values = BlockOf<T, C>(args, args.values, sequence, block, head);
+    const C *keys, *values;
+    int8_t *key_bytes, *value_bytes, *next;
+    if constexpr (kBytes) {
+      key_bytes = BytesOf(args, args.keys, sequence, block, head);
+      value_bytes = BytesOf(args, args.values, sequence, block, head);
+      next = key + kCacheBlock < queries.end ? BytesOf(args, args.keys, sequence, block + 1, head) : key_bytes;
+      scales.Fill(args.scale, key_bytes + kCacheBlock * width, value_bytes + kCacheBlock * width, live);
+      WidenBytes(key_bytes, kCacheBlock * width, value_bytes, wide);
+      keys = values = wide;
+    } else {
+      keys = BlockOf<T, C>(args, args.keys, sequence, block, head);
+      values = BlockOf<T, C>(args, args.values, sequence, block, head);
+    }
     const int64_t steps = UpTo(live, kDepth<E>) / kDepth<E>;  // what is not live has weight 0, and may hold anything
     if (few) {
       Multiply(q, depth, 1, keys, kCacheBlock, depth, s, kCacheBlock, queries.count, kCacheBlock / kLanes, false);
+      if constexpr (kBytes) WidenBytes(value_bytes, steps * kDepth<E> * width, next, wide);
       for (int64_t l = 0; l < queries.count; ++l) {
-        SoftmaxOfLane(queries, l, args.scale, key, s + l * kCacheBlock, p + l * (kCacheBlock / kDepth<E>), top + l,
-                      sum + l, factor + l);
+        SoftmaxOfLane<kBytes>(queries, l, scales, key, s + l * kCacheBlock, p + l * (kCacheBlock / kDepth<E>), top + l,
+                              sum + l, factor + l);
         for (int64_t d = 0; d < o_row; d += kLanes) Store(o + l * o_row + d, Load(o + l * o_row + d) * Set(factor[l]));
       }
       Multiply(p, kCacheBlock / kDepth<E>, 1, values, width, steps, o, o_row, queries.count, o_row / kLanes, true);
     } else {
       Multiply(keys, 1, kCacheBlock, q, kTile, depth, s, kTile, kCacheBlock, vecs, false);
-      SoftmaxOfKeys(queries, args.scale, key, s, p, top, sum, factor);
+      SoftmaxOfKeys<kBytes>(queries, scales, key, s, p, top, sum, factor);
+      if constexpr (kBytes) WidenBytes(value_bytes, steps * kDepth<E> * width, next, wide);
       for (int64_t d = 0; d < width; ++d) {
         for (int64_t at = 0; at < vecs * kLanes; at += kLanes) {
           Store(o + d * kTile + at, Load(o + d * kTile + at) * Load(factor + at));
@@ -254,6 +358,12 @@ void AttendTile(const CacheAttentionArgs& args, int64_t sequence, int64_t head, 
   }
 }
 
+template <class T>
+void AttendTile(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int64_t lane, char* scratch) {
+  args.bytes ? AttendTileOf<T, true>(args, sequence, head, lane, scratch)
+             : AttendTileOf<T, false>(args, sequence, head, lane, scratch);
+}
+
 inline int64_t TileLanes() { return kTile; }
 
 #else
@@ -262,7 +372,7 @@ namespace peak {
 
 int64_t CacheAttentionScratch(int64_t width, int threads) {
   constexpr int64_t kMost = 64 * sizeof(float);  // a tile's lanes
-  return threads * (2 * kMost * (width + 16) + 2 * kMost * kCacheBlock + 4 * kMost);
+  return threads * (3 * kMost * (width + 16) + 2 * kMost * kCacheBlock + 4 * kMost);
 }
 
 void TeamCacheAttention(const CacheAttentionArgs& args, char* scratch) {

@@ -13,9 +13,14 @@
 namespace peak {
 
 constexpr int64_t kCacheBlock = 64;  // keys
+constexpr int64_t kCacheWidth = 256;  // of a head, at most
 
 // A block holds, for each key head, keys as [width / n][key][n] and values as [key / n][width][n] with n = 2 where the
 // set multiplies bf16 pairs, else 1: the products read both by the vector. 64 bytes beyond the last block are read.
+//
+// In bytes each head of each token has a scale, the largest size in it over 127 (kernels/cache_store.py has the rules).
+// The bytes of kCacheBlock tokens lie as above, then their scales. They are widened a block at a time, which the first
+// cache holds; scales multiply scores and weights.
 struct CacheAttentionArgs {
   DType dtype;
   int64_t heads, kv_heads, width;
@@ -28,7 +33,8 @@ struct CacheAttentionArgs {
   const void* k;  // (rows, kv_heads, width)
   const void* v;
   int64_t q_row;
-  void* keys;  // (blocks, kv_heads, kCacheBlock x width), this layer's
+  bool bytes;  // in the cache
+  void* keys;  // (blocks, kv_heads, kCacheBlock x width), this layer's; of bytes kCacheBlock x (width + 4)
   void* values;
   int64_t window;      // how many keys a query sees at most; 0: any number
   float scale;

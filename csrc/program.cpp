@@ -146,7 +146,7 @@ void Program::Attend(int x, int out, int64_t layer, int64_t heads, int64_t kv_he
     const int64_t at = layer * s.pass.layer_bytes;
     TeamCacheAttention({dtype, heads, kv_heads, width, s.pass.sequences, s.pass.begins, s.pass.past, s.pass.tables,
                         s.pass.table_row, qkv, qkv + heads * width * size, qkv + (heads + kv_heads) * width * size,
-                        q_row, static_cast<char*>(s.pass.keys) + at, static_cast<char*>(s.pass.values) + at, window,
+                        q_row, s.pass.bytes, static_cast<char*>(s.pass.keys) + at, static_cast<char*>(s.pass.values) + at, window,
                         scale, alibi, s.buffers[out]}, s.scratch);
   });
   scratch_.push_back([width](const PassArgs&, int threads) { return CacheAttentionScratch(width, threads); });

@@ -28,7 +28,8 @@ struct PassArgs {
   const int64_t* past;    // (sequences): tokens in the cache
   const int32_t* tables;  // (sequences, table_row): their blocks, see cache_attention.h
   int64_t table_row;
-  void* keys;  // (layers, blocks, kv_heads, kCacheBlock x width)
+  bool bytes;  // in the cache
+  void* keys;  // (layers, blocks, kv_heads, kCacheBlock x width), see cache_attention.h
   void* values;
   int64_t layer_bytes;
   int64_t taken;        // rows whose logits are wanted

@@ -31,7 +31,8 @@
 //   DotQuads(acc, a, b)        acc[i] += sum of (a[4i+j] - kQuadZero)*b[4i+j], j = 0..3; a unsigned, b -127..127
 //   kQuadZero kNativeQuads     0 where DotQuads is one instruction, else 128; whether it is
 //   LowerNibbles UpperNibbles  of each byte;  LookUp(LoadTable(p), quads)   table[byte], of 16 bytes
-//   StoreBytes(p, v)           kLanes integral floats of -128..127 as signed bytes
+//   StoreBytes(p, v)  LoadBytes(p)  kLanes integral floats of -128..127 as signed bytes
+//   StoreInOrder(p, a, b)      2*kLanes elements, a's and then b's
 //
 // avx512bf16: the native conversion and dot product take subnormal inputs for 0 and flush subnormal results.
 
@@ -184,6 +185,12 @@ PEAK_INLINE int64_t Place(int64_t i, int64_t width) {
   return sizeof(T) == 4 || begin + 2 * kLanes > width ? i : begin + k % 2 * kLanes + k / 2;
 }
 
+template <class T>
+PEAK_INLINE void StoreInOrder(T* p, Vec a, Vec b) {
+  Store(p, a);
+  Store(p + kLanes, b);
+}
+
 constexpr bool kNativeQuads = kQuadZero == 0;
 
 #if PEAK_ISA == PEAK_AVX512BF16
@@ -195,6 +202,10 @@ PEAK_INLINE Pairs ZipPairs(const bf16* even, const bf16* odd, int64_t n) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even));
   if (odd == nullptr) return {low};
   return {_mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, odd)), 16))};
+}
+PEAK_INLINE void StoreInOrder(bf16* p, Vec a, Vec b) {  // one conversion for both
+  const __m512bh halves = _mm512_cvtne2ps_pbh(b.v, a.v);
+  std::memcpy(p, &halves, sizeof(halves));
 }
 PEAK_INLINE Vec DotPairs(Vec acc, Pairs a, Pairs b) {
   __m512bh x, y;

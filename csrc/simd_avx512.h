@@ -172,3 +172,6 @@ PEAK_INLINE Quads LookUp(Table t, Quads a) { return {_mm512_shuffle_epi8(t.v, a.
 PEAK_INLINE void StoreBytes(int8_t* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
+PEAK_INLINE Vec LoadBytes(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}

@@ -137,3 +137,9 @@ PEAK_INLINE void StoreBytes(int8_t* p, Vec a) {
   const uint32_t bytes = vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(halves, halves))), 0);
   std::memcpy(p, &bytes, 4);
 }
+PEAK_INLINE Vec LoadBytes(const int8_t* p) {
+  uint32_t bytes;
+  std::memcpy(&bytes, p, 4);
+  const int16x4_t halves = vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes))));
+  return {vcvtq_f32_s32(vmovl_s16(halves))};
+}

@@ -104,3 +104,4 @@ PEAK_INLINE Table LoadTable(const uint8_t* p) { Table t; std::memcpy(t.v, p, 16)
 PEAK_INLINE Quads LookUp(const Table& t, Quads a) { return {{t.v[a.v[0]], t.v[a.v[1]], t.v[a.v[2]], t.v[a.v[3]]}}; }
 // More than 127 comes of rows that are not finite, whose bytes do not matter; its conversion would be undefined.
 PEAK_INLINE void StoreBytes(int8_t* p, Vec a) { *p = static_cast<int8_t>(a.v < 127.0f ? a.v : 127.0f); }
+PEAK_INLINE Vec LoadBytes(const int8_t* p) { return {static_cast<float>(*p)}; }

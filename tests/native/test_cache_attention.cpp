@@ -15,9 +15,11 @@ constexpr int64_t kTokens[] = {130, 70};           // of each sequence, in the e
 template <class T>
 struct Cache {
   Buffer<T> keys, values;
-  explicit Cache(Placer& place, int64_t width) : keys(place.Out<T>(Size(width))), values(place.Out<T>(Size(width))) {}
-  static int64_t Size(int64_t width) {
-    return kBlocks * kKvHeads * kCacheBlock * width + 64 / static_cast<int64_t>(sizeof(T));
+  Cache(Placer& place, int64_t width, bool bytes)
+      : keys(place.Out<T>(Size(width, bytes))), values(place.Out<T>(Size(width, bytes))) {}
+  static int64_t Size(int64_t width, bool bytes) {
+    const int64_t size = sizeof(T), token = bytes ? width + 4 : width * size;
+    return (kBlocks * kKvHeads * kCacheBlock * token + 64) / size;
   }
 };
 
@@ -25,7 +27,24 @@ template <class T>
 struct Problem {
   int64_t width, row, window;
   const float* alibi;
+  bool bytes;
   const Buffer<T>& qkv;  // (200, heads + 2 kv_heads, width): the tokens of both sequences, one after the other
+  std::vector<double> read;  // as attention reads them
+
+  Problem(int64_t width_, int64_t window_, const float* alibi_, bool bytes_, const Buffer<T>& qkv_)
+      : width(width_), row((kHeads + 2 * kKvHeads) * width_), window(window_), alibi(alibi_), bytes(bytes_), qkv(qkv_) {
+    for (int64_t i = 0; i < (kTokens[0] + kTokens[1]) * row; ++i) read.push_back(qkv.At(i));
+    for (int64_t head = 0; bytes && head < static_cast<int64_t>(read.size()) / width; ++head) {
+      if (head % (kHeads + 2 * kKvHeads) < kHeads) continue;
+      double* x = read.data() + head * width;
+      float high = 0.0f;
+      for (int64_t d = 0; d < width; ++d) high = std::max(high, static_cast<float>(std::fabs(x[d])));
+      const float scale = high / 127.0f;
+      for (int64_t d = 0; d < width; ++d) {
+        x[d] = scale > 0.0f ? std::nearbyint(static_cast<float>(x[d]) / scale) * static_cast<double>(scale) : 0.0;
+      }
+    }
+  }
 
   // Tokens past[s] .. past[s] + count[s] - 1 of each, from rows of their own into rows of out from `out_row` on.
   void Run(Cache<T>& cache, const int64_t (&past)[2], const int64_t (&count)[2], T* out, int threads) const {
@@ -39,14 +58,14 @@ struct Problem {
     const CacheAttentionArgs args{
         .dtype = kDtype<T>, .heads = kHeads, .kv_heads = kKvHeads, .width = width, .sequences = 2, .begins = begins,
         .past = past, .tables = kTables, .table_row = kTableRow, .q = rows.data(), .k = rows.data() + kHeads * width,
-        .v = rows.data() + (kHeads + kKvHeads) * width, .q_row = row, .keys = cache.keys.data(),
+        .v = rows.data() + (kHeads + kKvHeads) * width, .q_row = row, .bytes = bytes, .keys = cache.keys.data(),
         .values = cache.values.data(), .window = window, .scale = 0.3f, .alibi = alibi, .out = out};
     RunTeam(threads, [&] { TeamCacheAttention(args, aligned); });
   }
 
   Want Expected(int64_t s, int64_t i, int64_t h, int64_t d) const {
     const int64_t first = s * kTokens[0];
-    const auto at = [&](int64_t token, int64_t head, int64_t x) { return qkv.At((first + token) * row + head * width + x); };
+    const auto at = [&](int64_t token, int64_t head, int64_t x) { return read[(first + token) * row + head * width + x]; };
     std::vector<double> scores;
     double top = -kInf;
     const int64_t from = window > 0 ? std::max<int64_t>(0, i - window + 1) : 0, k = kHeads + h / kGroup;
@@ -70,17 +89,18 @@ struct Problem {
 };
 
 template <class T>
-void CheckOne(int64_t width, int64_t window, bool slopes, int placement) {
-  SetCase("cache attention %s width %lld window %lld placement %d", kName<T>, static_cast<long long>(width),
-          static_cast<long long>(window), placement);
+void CheckOne(int64_t width, int64_t window, bool slopes, bool bytes, int placement) {
+  SetCase("cache attention %s%s width %lld window %lld placement %d", kName<T>, bytes ? " in bytes" : "",
+          static_cast<long long>(width), static_cast<long long>(window), placement);
   const float alibi[kHeads] = {0.5f, 0.25f, 0.125f, 0.0f};
   const int64_t row = (kHeads + 2 * kKvHeads) * width, tokens = kTokens[0] + kTokens[1];
   Random random(width);
   Placer place(placement);
   auto qkv = place.In<T>(tokens * row);
   qkv.FillNormal(random);
-  const Problem<T> problem{width, row, window, slopes ? alibi : nullptr, qkv};
-  Cache<T> whole(place, width), parts(place, width);
+  for (int64_t d = 0; d < width; ++d) qkv[kHeads * width + d] = T{};  // a key of zeros
+  const Problem<T> problem(width, window, slopes ? alibi : nullptr, bytes, qkv);
+  Cache<T> whole(place, width, bytes), parts(place, width, bytes);
   auto out = place.Out<T>(tokens * kHeads * width);
   problem.Run(whole, {0, 0}, {kTokens[0], kTokens[1]}, out.data(), 2);
   out.Expect("out", [&](int64_t at) {
@@ -106,11 +126,13 @@ void CheckOne(int64_t width, int64_t window, bool slopes, int placement) {
 PEAK_TEST(cache_attention) {
   ForEachDtype([](auto element) {
     using T = decltype(element);
-    for (int placement = 0; placement < kPlacements; ++placement) {
-      CheckOne<T>(8, 0, false, placement);
-      CheckOne<T>(24, 50, true, placement);
+    for (const bool bytes : {false, true}) {
+      for (int placement = 0; placement < kPlacements; ++placement) {
+        CheckOne<T>(8, 0, false, bytes, placement);
+        CheckOne<T>(24, 50, true, bytes, placement);
+      }
+      CheckOne<T>(64, 0, true, bytes, 3);
     }
-    CheckOne<T>(64, 0, true, 3);
   });
 }
 

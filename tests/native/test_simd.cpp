@@ -118,6 +118,11 @@ inline void Nibbles(const uint8_t* table, const uint8_t* in, uint8_t* lower, uin
   StoreQuads(upper, LookUp(LoadTable(table), UpperNibbles(LoadQuads(in))));
 }
 inline void FloatsToBytes(const float* in, int8_t* out) { StoreBytes(out, Load(in)); }
+// `out` twice as long as a vector.
+template <class T>
+inline void BytesInOrder(const int8_t* in, T* out) {
+  StoreInOrder(out, LoadBytes(in), LoadBytes(in + kLanes));
+}
 
 #else
 
@@ -449,6 +454,15 @@ PEAK_TEST(simd_bytes) {
     for (int i = 0; i < kMost; ++i) floats[i] = static_cast<float>(first + i % 4 - 128);
     PEAK_PICK(FloatsToBytes)(floats, bytes);
     for (int i = 0; i < lanes; ++i) Check(bytes[i] == floats[i], "%s %g as a byte", ActiveIsa(), floats[i]);
+    int8_t both[2 * kMost];
+    float wide[2 * kMost];
+    bf16 halves[2 * kMost];
+    for (int i = 0; i < 2 * lanes; ++i) both[i] = static_cast<int8_t>(first - 128 + i % 4);
+    PEAK_PICK(BytesInOrder<float>)(both, wide);
+    PEAK_PICK(BytesInOrder<bf16>)(both, halves);
+    for (int i = 0; i < 2 * lanes; ++i) {
+      Check(wide[i] == both[i] && Widen(halves[i]) == both[i], "%s %d widened", ActiveIsa(), both[i]);
+    }
   }
 }
 
