@@ -9,6 +9,7 @@
 
 constexpr int64_t kTile = 64;     // lanes of a tile: queries times the heads that share their keys
 constexpr int64_t kFewLanes = 4;  // up to which a tile is turned: keys, not queries, by the vector
+constexpr int64_t kLine = 64;     // bytes that memory gives at once
 constexpr float kInfinity = __builtin_inff();
 
 // What the cache holds of an operand: bf16 stays bf16 where pairs are not multiplied.
@@ -17,26 +18,24 @@ template <bool kNative> struct CachedBf16 { using type = bf16; };
 template <> struct CachedBf16<true> { using type = Pair; };
 template <> struct CachedOf<bf16> : CachedBf16<kNativePairs> {};
 
-// What the products read: in bytes, a copy that is as wide as the other operand.
+// What the products read: in bytes, a copy that is as wide as the other operand. And what is copied.
 template <class T, bool kBytes> struct ReadOf : CachedOf<T> {};
 template <class T> struct ReadOf<T, true> : OperandOf<T> {};
+template <class C, bool kBytes> struct StoredOf { using type = C; };
+template <class C> struct StoredOf<C, true> { using type = int8_t; };
 
 inline void SetOperand(const float* from, float* to) { *to = *from; }
 inline void SetOperand(const bf16* from, float* to) { *to = Widen(*from); }
 inline void SetOperand(const bf16* from, bf16* to) { *to = *from; }
 inline void SetOperand(const bf16* from, Pair* to) { std::memcpy(to, from, sizeof(Pair)); }
 
-template <class T, class C>
-PEAK_INLINE C* BlockOf(const CacheAttentionArgs& args, void* base, int64_t sequence, int64_t block, int64_t head) {
+// The keys, or values, of a block and head.
+template <class X>
+PEAK_INLINE X* BlockOf(const CacheAttentionArgs& args, void* base, int64_t sequence, int64_t block, int64_t head) {
   const int64_t number = args.tables[sequence * args.table_row + block];
-  return reinterpret_cast<C*>(static_cast<T*>(base) + (number * args.kv_heads + head) * kCacheBlock * args.width);
+  return reinterpret_cast<X*>(static_cast<char*>(base) + (number * args.kv_heads + head) * CacheBytes(args));
 }
 
-PEAK_INLINE int8_t* BytesOf(const CacheAttentionArgs& args, void* base, int64_t sequence, int64_t block, int64_t head) {
-  const int64_t number = args.tables[sequence * args.table_row + block];
-  const int64_t size = kCacheBlock * (args.width + static_cast<int64_t>(sizeof(float)));
-  return static_cast<int8_t*>(base) + (number * args.kv_heads + head) * size;
-}
 
 // Rounds a row to bytes, of which there is room for kCacheWidth; returns their scale.
 template <class T>
@@ -68,23 +67,32 @@ void AppendBytes(const CacheAttentionArgs& args, const T* k, const T* v, int64_t
   for (int64_t d = 0; d < width; ++d) values[(key / kDeep * width + d) * kDeep + key % kDeep] = row[d];
 }
 
-constexpr int64_t kLine = 64;
-
-// Widens `count` bytes, filled up to whole lines, and asks for as many at `next`.
-PEAK_INLINE void WidenBytes(const int8_t* from, int64_t count, const int8_t* next, float* to) {
-  for (int64_t i = 0; i < count; i += kLine) {
-    __builtin_prefetch(next + i, 0, 3);
-    for (int64_t j = i; j < i + kLine; j += kLanes) Store(to + j, LoadBytes(from + j));
+template <class X>
+PEAK_INLINE void WidenLine(const int8_t* from, X* to) {
+  for (int64_t i = 0; i < kLine; i += 2 * kLanes) {
+    StoreInOrder(to + i, LoadBytes(from + i), LoadBytes(from + i + kLanes));
   }
 }
-PEAK_INLINE void WidenBytes(const int8_t* from, int64_t count, const int8_t* next, Pair* pairs) {
-  bf16* to = &pairs->even;
-  for (int64_t i = 0; i < count; i += kLine) {
-    __builtin_prefetch(next + i, 0, 3);
-    for (int64_t j = i; j < i + kLine; j += 2 * kLanes) {
-      StoreInOrder(to + j, LoadBytes(from + j), LoadBytes(from + j + kLanes));
-    }
+PEAK_INLINE void WidenLine(const int8_t* from, Pair* to) { WidenLine(from, &to->even); }
+
+// Copies `size` bytes of a block, filled up to whole lines, and asks for as many at `next`, a line for each: asked for at
+// once, they would hold up the reads that come after. Into the second cache, as the first has no room for two blocks.
+// 2 cores of an EPYC, GPT-2 124M in bf16, 8 texts of 900 tokens: 18.6 ms a step where reading in place took 27.8.
+template <class C>
+PEAK_INLINE const C* ReadBlock(const C* from, int64_t size, const C* next, C* to) {
+  for (int64_t i = 0; i < size; i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(next) + i, 0, 2);
+    std::memcpy(reinterpret_cast<char*>(to) + i, reinterpret_cast<const char*>(from) + i, kLine);
   }
+  return to;
+}
+template <class C>
+PEAK_INLINE const C* ReadBlock(const int8_t* from, int64_t size, const int8_t* next, C* to) {
+  for (int64_t i = 0; i < size; i += kLine) {
+    __builtin_prefetch(next + i, 0, 2);
+    WidenLine(from + i, to + i / kDepth<C>);
+  }
+  return to;
 }
 
 // Puts one row of values where key `key` of a block has its own.
@@ -112,14 +120,14 @@ void Append(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int6
     const T *k = static_cast<const T*>(args.k) + from, *v = static_cast<const T*>(args.v) + from;
     if (args.bytes) {
       AppendBytes<T, kDepth<typename OperandOf<T>::type>>(
-          args, k, v, key, BytesOf(args, args.keys, sequence, position / kCacheBlock, head),
-          BytesOf(args, args.values, sequence, position / kCacheBlock, head));
+          args, k, v, key, BlockOf<int8_t>(args, args.keys, sequence, position / kCacheBlock, head),
+          BlockOf<int8_t>(args, args.values, sequence, position / kCacheBlock, head));
       continue;
     }
-    C* keys = BlockOf<T, C>(args, args.keys, sequence, position / kCacheBlock, head);
+    C* keys = BlockOf<C>(args, args.keys, sequence, position / kCacheBlock, head);
     for (int64_t d = 0; d < width; d += kDepth<C>) SetOperand(k + d, keys + d / kDepth<C> * kCacheBlock + key);
     PutValue(v, key, width,
-             BlockOf<T, C>(args, args.values, sequence, position / kCacheBlock, head));
+             BlockOf<C>(args, args.values, sequence, position / kCacheBlock, head));
   }
 }
 
@@ -293,10 +301,12 @@ void StoreOut(const CacheAttentionArgs& args, const Queries& queries, int64_t la
 template <class T, bool kBytes>
 void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int64_t lane, char* scratch) {
   using C = typename ReadOf<T, kBytes>::type;
+  using S = typename StoredOf<C, kBytes>::type;
   using E = typename OperandOf<T>::type;
   const Queries queries(args, sequence, head, lane);
   const bool few = queries.count <= kFewLanes;
   const int64_t width = args.width, depth = width / kDepth<E>, o_row = UpTo(width, kLanes);
+  const int64_t row_bytes = kBytes ? width : width * static_cast<int64_t>(sizeof(C)) / kDepth<C>;
   const int64_t vecs = (queries.count + kLanes - 1) / kLanes;
   CacheSpace space{scratch};
   E* q = space.Take<E>(depth * kTile);  // few: [lane][width], else [width][lane]; alike s, p and o
@@ -306,7 +316,7 @@ void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head
   float* top = space.Take<float>(kTile);
   float* sum = space.Take<float>(kTile);
   float* factor = space.Take<float>(kTile);
-  E* wide = kBytes ? space.Take<E>(kCacheBlock * depth) : nullptr;
+  C* copy = space.Take<C>(kCacheBlock * width / kDepth<C> + kLanes);  // the last row is read by whole vectors
   BlockScales scales(args.scale);
   for (int64_t l = 0; l < kTile; ++l) {
     const T* from = QueryOf<T>(args, queries, Least(l, queries.count - 1));
@@ -318,39 +328,33 @@ void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head
 
   for (int64_t block = queries.begin / kCacheBlock; block * kCacheBlock < queries.end; ++block) {
     const int64_t key = block * kCacheBlock, live = Least(kCacheBlock, queries.end - key);
-    const C *keys, *values;
-    int8_t *key_bytes, *value_bytes, *next;
-    if constexpr (kBytes) {
-      key_bytes = BytesOf(args, args.keys, sequence, block, head);
-      value_bytes = BytesOf(args, args.values, sequence, block, head);
-      next = key + kCacheBlock < queries.end ? BytesOf(args, args.keys, sequence, block + 1, head) : key_bytes;
-      scales.Fill(args.scale, key_bytes + kCacheBlock * width, value_bytes + kCacheBlock * width, live);
-      WidenBytes(key_bytes, kCacheBlock * width, value_bytes, wide);
-      keys = values = wide;
-    } else {
-      keys = BlockOf<T, C>(args, args.keys, sequence, block, head);
-      values = BlockOf<T, C>(args, args.values, sequence, block, head);
-    }
     const int64_t steps = UpTo(live, kDepth<E>) / kDepth<E>;  // what is not live has weight 0, and may hold anything
+    const int64_t next = block + (key + kCacheBlock < queries.end);
+    const S* keys = BlockOf<S>(args, args.keys, sequence, block, head);
+    const S* values = BlockOf<S>(args, args.values, sequence, block, head);
+    const S* next_keys = BlockOf<S>(args, args.keys, sequence, next, head);
+    const S* next_values = BlockOf<S>(args, args.values, sequence, next, head);
+    if constexpr (kBytes) scales.Fill(args.scale, keys + kCacheBlock * width, values + kCacheBlock * width, live);
+    const C* read = ReadBlock(keys, kCacheBlock * row_bytes, next_keys, copy);
     if (few) {
-      Multiply(q, depth, 1, keys, kCacheBlock, depth, s, kCacheBlock, queries.count, kCacheBlock / kLanes, false);
-      if constexpr (kBytes) WidenBytes(value_bytes, steps * kDepth<E> * width, next, wide);
+      Multiply(q, depth, 1, read, kCacheBlock, depth, s, kCacheBlock, queries.count, kCacheBlock / kLanes, false);
+      read = ReadBlock(values, steps * kDepth<E> * row_bytes, next_values, copy);
       for (int64_t l = 0; l < queries.count; ++l) {
         SoftmaxOfLane<kBytes>(queries, l, scales, key, s + l * kCacheBlock, p + l * (kCacheBlock / kDepth<E>), top + l,
                               sum + l, factor + l);
         for (int64_t d = 0; d < o_row; d += kLanes) Store(o + l * o_row + d, Load(o + l * o_row + d) * Set(factor[l]));
       }
-      Multiply(p, kCacheBlock / kDepth<E>, 1, values, width, steps, o, o_row, queries.count, o_row / kLanes, true);
+      Multiply(p, kCacheBlock / kDepth<E>, 1, read, width, steps, o, o_row, queries.count, o_row / kLanes, true);
     } else {
-      Multiply(keys, 1, kCacheBlock, q, kTile, depth, s, kTile, kCacheBlock, vecs, false);
+      Multiply(read, 1, kCacheBlock, q, kTile, depth, s, kTile, kCacheBlock, vecs, false);
       SoftmaxOfKeys<kBytes>(queries, scales, key, s, p, top, sum, factor);
-      if constexpr (kBytes) WidenBytes(value_bytes, steps * kDepth<E> * width, next, wide);
+      read = ReadBlock(values, steps * kDepth<E> * row_bytes, next_values, copy);
       for (int64_t d = 0; d < width; ++d) {
         for (int64_t at = 0; at < vecs * kLanes; at += kLanes) {
           Store(o + d * kTile + at, Load(o + d * kTile + at) * Load(factor + at));
         }
       }
-      Multiply(values, 1, width, p, kTile, steps, o, kTile, width, vecs, true);
+      Multiply(read, 1, width, p, kTile, steps, o, kTile, width, vecs, true);
     }
   }
   for (int64_t l = 0; l < queries.count; ++l) {

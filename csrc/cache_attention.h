@@ -42,6 +42,12 @@ struct CacheAttentionArgs {
   void* out;           // (rows, heads, width)
 };
 
+// Of the keys, or the values, of a block and head.
+inline int64_t CacheBytes(const CacheAttentionArgs& args) {
+  const int64_t token = args.bytes ? args.width + static_cast<int64_t>(sizeof(float)) : args.width * SizeOf(args.dtype);
+  return kCacheBlock * token;
+}
+
 // Stores k and v in the cache and attends; called by each thread of a team, with scratch for all of them.
 void TeamCacheAttention(const CacheAttentionArgs& args, char* scratch);
 int64_t CacheAttentionScratch(int64_t width, int threads);

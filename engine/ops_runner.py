@@ -24,23 +24,29 @@ if TYPE_CHECKING:
     from peakgpt.engine.runner import Runner
 
 
-def cpu_runner(model: GPT, blocks: int) -> Runner | str:
+def cpu_runner(model: GPT, blocks: int, cache: str | None = None) -> Runner | str:
     """The CPU program with a copy of the weights; or why there is none."""
     if forced_backend() not in (None, "cpu"):
         return f"backend {forced_backend()!r} is asked for"
     try:
         from peakgpt.engine.runner import Runner
 
-        return Runner(model, blocks=blocks)
+        return Runner(model, blocks=blocks, cache=cache)
     except (ImportError, NotImplementedError) as error:
         return str(error)
 
 
-def runner_for(model: GPT, blocks: int) -> Runner | PagedRunner | OpsRunner:
-    """The fastest that a model has here."""
-    runner = cpu_runner(model, blocks)
+def runner_for(model: GPT, blocks: int, cache: str | None = None) -> Runner | PagedRunner | OpsRunner:
+    """The fastest that a model has here.
+
+    Raises:
+        ValueError: an unknown cache, or one of bytes for a model that runs by its ops.
+    """
+    runner = cpu_runner(model, blocks, cache)
     if not isinstance(runner, str):
         return runner
+    if cache:
+        raise ValueError(f"cache is {cache!r} for a model that runs by its ops, expected None ({runner})")
     return (OpsRunner if model.config.position in RELATIVE else PagedRunner)(model, blocks=blocks, reason=runner)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from peakgpt.engine.config import GPTConfig
 
 BLOCK = 64  # tokens; kCacheBlock of csrc/cache_attention.h
+CACHES = ("int8",)  # what a cache may hold in place of the model's dtype
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,34 @@ class Chunk:
             raise ValueError(f"runner: {len(self.blocks)} blocks of {BLOCK} tokens, expected room for {end}")
 
 
+def head_bytes(config: GPTConfig, dtype: torch.dtype, cache: str | None) -> int:
+    """Of the keys, or the values, of one head of one token.
+
+    Raises:
+        ValueError: an unknown cache.
+    """
+    if cache not in (None, *CACHES):
+        raise ValueError(f"cache is {cache!r}, expected None or one of {', '.join(CACHES)}")
+    return config.head_dim * dtype.itemsize if cache is None else config.head_dim + 4  # a float32 scale
+
 
 class BlockMemory:
     """The memory of a cache for the CPU programs; its layout inside of a block is theirs (csrc/cache_attention.h)."""
 
     block = BLOCK
 
-    def __init__(self, config: GPTConfig, blocks: int, *, dtype: torch.dtype):
-        """Allocate `blocks` blocks for every layer's keys and values."""
+    def __init__(self, config: GPTConfig, blocks: int, *, dtype: torch.dtype, cache: str | None = None):
+        """Allocate `blocks` blocks for every layer's keys and values.
+
+        Args:
+            dtype: of the model.
+            cache: what is kept of them: "int8", bytes with a scale for each head of each token; None is the dtype.
+        Raises:
+            ValueError: an unknown cache.
+        """
         c = config
-        self.blocks = blocks
-        self.layer_bytes = blocks * c.n_kv_head * self.block * c.head_dim * dtype.itemsize
+        self.blocks, self.bytes = blocks, cache == "int8"
+        self.layer_bytes = blocks * c.n_kv_head * self.block * head_bytes(c, dtype, cache)
         # 64 bytes more: the last block is read a little past its end.
         self.keys, self.values = torch.empty(2, c.n_layer * self.layer_bytes + 64, dtype=torch.uint8).unbind()
 

@@ -9,29 +9,32 @@ from pathlib import Path
 import torch
 
 from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.paged import BLOCK
+from peakgpt.engine.paged import BLOCK, head_bytes
 
 TYPICAL = 512  # tokens of a prompt and its text; longer ones are there, and preemption is for when all are
 SHARE = 0.5  # of what is free: weights are packed beside it, and steps need some
 
 
-def default_blocks(config: GPTConfig, streams: int, dtype: torch.dtype, device: torch.device) -> int:
+def default_blocks(
+    config: GPTConfig, streams: int, dtype: torch.dtype, device: torch.device, cache: str | None = None
+) -> int:
     """Blocks for `streams` sequences of TYPICAL tokens, as many as fit, and for one as long as the model takes.
 
     Args:
         config: of the model.
         streams: sequences that run at once.
-        dtype: of keys and values.
+        dtype: of keys and values, where `cache` is None.
         device: whose memory they take.
+        cache: None or one of CACHES.
     """
     wanted = streams * _blocks(min(config.block_size, TYPICAL))
-    fitting = int(SHARE * free_bytes(device)) // block_bytes(config, dtype)
+    fitting = int(SHARE * free_bytes(device)) // block_bytes(config, dtype, cache)
     return max(_blocks(config.block_size), min(wanted, fitting))
 
 
-def block_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
+def block_bytes(config: GPTConfig, dtype: torch.dtype, cache: str | None = None) -> int:
     """Of one block's keys and values in all layers."""
-    return 2 * config.n_layer * BLOCK * config.n_kv_head * config.head_dim * dtype.itemsize
+    return 2 * config.n_layer * BLOCK * config.n_kv_head * head_bytes(config, dtype, cache)
 
 
 def _blocks(tokens: int) -> int:

@@ -25,16 +25,18 @@ class Runner:
 
     block = BLOCK
 
-    def __init__(self, model: GPT, *, blocks: int):
+    def __init__(self, model: GPT, *, blocks: int, cache: str | None = None):
         """
         Args:
             model: float32 or bfloat16 on the CPU; its weights are packed, which copies them.
             blocks: of the cache, BlockMemory.block tokens each.
+            cache: None or "int8", see BlockMemory.
         Raises:
+            ValueError: an unknown cache.
             NotImplementedError: the model can not be lowered; the message says why.
         """
         self.config, self.lowered = model.config, Lowered(model)
-        self.memory = BlockMemory(model.config, blocks, dtype=self.lowered.dtype)
+        self.memory = BlockMemory(model.config, blocks, dtype=self.lowered.dtype, cache=cache)
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run all chunks once.
@@ -65,7 +67,7 @@ class Runner:
         table, logits = torch.tensor(tables, dtype=torch.int32), torch.empty(len(take), self.config.vocab_size)
         m = self.memory
         self.lowered.run(
-            len(ids), at[0], at[1], len(chunks), at[2], at[3], address(table), most, address(m.keys),
-            address(m.values), m.layer_bytes, len(take), at[4], address(logits),
+            len(ids), at[0], at[1], len(chunks), at[2], at[3], address(table), most, m.bytes,
+            address(m.keys), address(m.values), m.layer_bytes, len(take), at[4], address(logits),
         )  # fmt: skip
         return logits if self.config.logit_scale == 1.0 else logits.mul_(self.config.logit_scale)

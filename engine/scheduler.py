@@ -132,7 +132,7 @@ class Engine:
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer | None = None, *, blocks: int | None = None, streams: int = STREAMS,
-        budget: int | None = None, speculation: Speculation | None = None,
+        budget: int | None = None, speculation: Speculation | None = None, cache: str | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -143,8 +143,9 @@ class Engine:
             streams: continuations that run at once at most.
             budget: tokens of a step; None means what suits the device.
             speculation: proposes tokens, which the text does not depend on; `proposed` and `accepted` count them.
+            cache: "int8" keeps keys and values in bytes, in half of bfloat16's memory; None in the model's dtype.
         Raises:
-            ValueError: speculation by a model with another vocabulary.
+            ValueError: speculation by a model with another vocabulary, or a cache that this model can not have.
         """
         if speculation and speculation.vocab_size not in (None, model.config.vocab_size):
             raise ValueError(f"speculation: the draft has vocab_size {speculation.vocab_size}, expected the model's "
@@ -153,8 +154,8 @@ class Engine:
         self.config, self.tokenizer, self.streams = model.config, tokenizer, streams
         self.budget = BUDGET[weight.device.type] if budget is None else budget
         if blocks is None:
-            blocks = default_blocks(model.config, streams, weight.dtype, weight.device)
-        self.runner = runner_for(model, blocks)
+            blocks = default_blocks(model.config, streams, weight.dtype, weight.device, cache)
+        self.runner = runner_for(model, blocks, cache)
         self.pool = BlockPool(self.runner.memory.blocks, BLOCK)
         self.waiting: deque[_Running] = deque()
         self.running: list[_Running] = []  # in the order in which they came

@@ -64,14 +64,15 @@ class Perplexity:
 class Scorer:
     """A model made ready to score; what a text gets does not depend on what is scored beside it, to the last bit."""
 
-    def __init__(self, model: GPT, *, blocks: int | None = None):
+    def __init__(self, model: GPT, *, blocks: int | None = None, cache: str | None = None):
         """
         Args:
             model: weights are packed on the CPU, which copies them; one that can not be lowered, or lies on a GPU, runs
                 text by text as it is.
             blocks: of the cache; None means enough for SEQUENCES sequences as long as the model takes.
+            cache: None or "int8", as for an Engine.
         Raises:
-            ValueError: not enough blocks for the longest sequence.
+            ValueError: not enough blocks for the longest sequence, or a cache that this model can not have.
         """
         self.config = model.config
         longest = -(-self.config.block_size // BlockMemory.block) + 1  # one is a copy, below
@@ -79,7 +80,9 @@ class Scorer:
         if blocks < longest:
             raise ValueError(f"scorer: blocks is {blocks}, expected at least {longest}")
         self.blocks, self.model = blocks, model
-        runner = cpu_runner(model, blocks)
+        runner = cpu_runner(model, blocks, cache)
+        if cache and isinstance(runner, str):
+            raise ValueError(f"cache is {cache!r} for a model that runs by its ops, expected None ({runner})")
         self.runner = None if isinstance(runner, str) else runner
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:

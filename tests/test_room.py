@@ -32,12 +32,16 @@ def test_64_streams_of_160_tokens_fit():
     assert default_blocks(GPT2, STREAMS, torch.bfloat16, CPU) >= 64 * 3 or room.free_bytes(CPU) < 4 * GIB
 
 
-@pytest.mark.parametrize("changes", [{}, {"position": "transformer_xl"}], ids=["program", "ops"])
-def test_an_engine_takes_the_default_and_says_so(changes):
+@pytest.mark.parametrize(
+    ("changes", "cache"),
+    [({}, None), ({}, "int8"), ({"position": "transformer_xl"}, None)],
+    ids=["program", "program, bytes", "ops"],
+)
+def test_an_engine_takes_the_default_and_says_so(changes, cache):
     config = GPTConfig(n_layer=2, n_head=3, n_embd=24, block_size=300, vocab_size=97, **changes)
-    engine = Engine(GPT(config).eval(), streams=30)
+    engine = Engine(GPT(config).eval(), streams=30, cache=cache)
     assert engine.pool.blocks == engine.runner.memory.blocks == 30 * 5
-    size = 150 * block_bytes(config, torch.float32) / (1 << 20)
+    size = 150 * block_bytes(config, torch.float32, cache) / (1 << 20)
     assert engine.cache_note == (
         f"cache: 150 blocks of 64 tokens, 9600 tokens in all, {size:.0f} MiB; 30 texts of 320 tokens at once"
     )

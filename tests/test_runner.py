@@ -1,7 +1,8 @@
 """The CPU program of a whole model: the model's logits, to the same bits however its tokens come.
 
 Mutations seen to fail: the last block of a table taken for the first, a tile's queries masked by the tile's last one,
-values of an odd key not zeroed, the head run on rows in the wrong order.
+values of an odd key not zeroed, the head run on rows in the wrong order. With a cache of bytes: values' scales left
+out, scales of keys that are not there yet not zeroed, bytes cut off instead of rounded, scales not copied.
 """
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 
 from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
+from peakgpt.engine.ops_runner import runner_for
 from peakgpt.engine.paged import BlockMemory
 from peakgpt.engine.quantised import Format, quantise, restore
 from peakgpt.engine.runner import Chunk, Runner
+from peakgpt.engine.score import Scorer
+from peakgpt.kernels.cache_store import quantize_heads
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 300, "vocab_size": 97}
 MODELS = {
@@ -102,6 +106,42 @@ def test_quantised_models(name, form, dtype, isa):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ("gpt2", "windows, one key head"))
+def test_a_cache_of_bytes(name, dtype, isa):
+    """Near the logits of a whole cache, and the same bits however tokens come, whatever the blocks held before."""
+    model, ids = model_of(GPTConfig(**SIZES, **MODELS[name]), dtype), torch.randint(97, (150,))
+    runner = Runner(model, blocks=7, cache="int8")
+    for memory in (runner.memory.keys, runner.memory.values):
+        memory.fill_(255)  # scales are NaN
+    expected, plain = whole(runner, ids), whole(Runner(model, blocks=7), ids)
+    error = (expected - plain).square().mean().sqrt() / plain.std()
+    assert 0 < error < 0.02
+    assert torch.equal(pieces(runner, ids), expected)
+    copied = runner.step([Chunk(ids[:100], 0, (0, 1))])
+    runner.memory.copy(1, 5)
+    again = [runner.step([Chunk(ids[100:101], 100, blocks)]) for blocks in ((0, 1), (0, 5))]
+    assert torch.equal(copied[0], expected[99]) and all(torch.equal(row[0], expected[100]) for row in again)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("isa", ["scalar"], indirect=True)
+def test_a_cache_of_bytes_holds_what_the_op_stores(isa):
+    """The C++ program rounds as kernels/cache_store.py says; on the scalar set keys lie as (D, BLOCK)."""
+    config = GPTConfig(**SIZES)
+    model, ids = model_of(config, torch.float32), torch.randint(97, (3,))
+    runner = Runner(model, blocks=1, cache="int8")
+    whole(runner, ids, [0])
+    x = model.transformer.h[0].ln_1(model.transformer.wte(ids) + model.transformer.wpe.weight[:3])
+    k = model.transformer.h[0].attn.c_attn(x).view(3, 3, 4, 16)[:, 1]  # (T, K, D)
+    q, scale = quantize_heads(k)
+    for head, block in enumerate(runner.memory.keys[: 4 * 64 * 20].view(4, -1)):
+        bytes_, scales = block[:1024].view(torch.int8).view(16, 64)[:, :3], block[1024:].view(torch.float32)[:3]
+        assert (q[:, head] != bytes_.T).sum() <= 1  # what lies near a tie, since sums differ
+        torch.testing.assert_close(scales, scale[:, head], rtol=1e-5, atol=0.0)
+
+
+@torch.no_grad()
 def test_the_check_is_not_blind():
     """The ops that training uses promise no such thing: a prompt in two parts has other bits there."""
     from peakgpt.engine.cache import KVCache
@@ -157,5 +197,15 @@ def test_what_can_not_be_lowered_says_so():
 
 
 def test_the_memory_is_as_large_as_it_says():
-    memory = BlockMemory(GPTConfig(**SIZES), 3, dtype=torch.bfloat16)
+    memory, small = (BlockMemory(GPTConfig(**SIZES), 3, dtype=torch.bfloat16, cache=cache) for cache in (None, "int8"))
     assert memory.keys.numel() == 2 * 3 * 4 * 64 * 16 * 2 + 64
+    assert small.keys.numel() == 2 * 3 * 4 * 64 * (16 + 4) + 64
+
+
+def test_an_unknown_cache_is_refused():
+    with pytest.raises(ValueError, match="cache is 'int4', expected None or one of int8"):
+        BlockMemory(GPTConfig(**SIZES), 3, dtype=torch.bfloat16, cache="int4")
+    relative = GPT(GPTConfig(**SIZES, position="transformer_xl"))
+    for make in (runner_for, Scorer):
+        with pytest.raises(ValueError, match=r"cache is 'int8' for a model that runs by its ops, expected None \("):
+            make(relative, blocks=6, cache="int8")

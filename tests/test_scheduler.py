@@ -60,10 +60,10 @@ def params_of(i, **changes):
     return SamplingParams(**{"max_new_tokens": 60, "seed": i, "logprobs": 2, **KINDS[i % len(KINDS)], **changes})
 
 
-def alone(model, ids, params):
-    key = (id(model), tuple(ids), params.seed, params.max_new_tokens, params.n)
+def alone(model, ids, params, cache=None):
+    key = (id(model), tuple(ids), params.seed, params.max_new_tokens, params.n, cache)
     if key not in ALONE:
-        engine = Engine(model, blocks=5)
+        engine = Engine(model, blocks=5, cache=cache)
         engine.submit(ids, params)
         ALONE[key] = model, {index: got for (_, index), got in collect(engine).items()}
     return ALONE[key][1]
@@ -81,7 +81,7 @@ def expect_the_same(model, options, tokens=60):
         engine.submit(ids, params)
     got = collect(engine)
     for i, (ids, params) in enumerate(asked):
-        for index, expected in alone(model, ids, params).items():
+        for index, expected in alone(model, ids, params, options.get("cache")).items():
             assert got[i, index] == expected
     assert engine.pool.free_blocks == engine.pool.blocks and not any(engine.pool.uses)
 
@@ -95,17 +95,21 @@ def test_same_text_whatever_else_runs(model, options):
     expect_the_same(model, options)
 
 
-@pytest.mark.parametrize("form", [None, Format(8), Format(4, 32), Format(4, 64)], ids=str)
-def test_same_text_in_bfloat16_and_small_weights(model, form):
+@pytest.mark.parametrize(
+    ("form", "cache"),
+    [(None, None), (Format(8), None), (Format(4, 32), None), (Format(4, 64), None), (None, "int8")],
+    ids=str,
+)
+def test_same_text_in_bfloat16_small_weights_and_a_small_cache(model, form, cache):
     """In one crowd prompts are cut, found by their prefix and preempted."""
     small = copy.deepcopy(model).bfloat16()
     if form:
         small = restore(small, quantise(model.state_dict(), form), form, torch.bfloat16)
-    expect_the_same(small, {}, tokens=30)
-    expect_the_same(small, {"blocks": 9, "budget": 30}, tokens=30)
+    expect_the_same(small, {"cache": cache}, tokens=30)
+    expect_the_same(small, {"blocks": 9, "budget": 30, "cache": cache}, tokens=30)
     ids = prompts(1)[0] * 2
     texts = [[t for o in engine.stream(ids, params_of(0)) for t in o.tokens]
-             for engine in (Engine(small), Engine(small, speculation=PromptLookup()))]  # fmt: skip
+             for engine in (Engine(small, cache=cache), Engine(small, speculation=PromptLookup(), cache=cache))]
     assert texts[0] == texts[1] and len(set(texts[0])) > 3
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 
 from peakgpt.engine.model import GPT
+from peakgpt.engine.paged import CACHES
 from peakgpt.engine.scheduler import Engine, SamplingParams
 from peakgpt.engine.shots import read_prompt
 from peakgpt.engine.speculate import DraftModel, PromptLookup, Speculation
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speculate", metavar="DRAFT",
                         help=f'the same text sooner: "{LOOKUP}" looks up repeated words, a checkpoint folder is a '
                         "draft model with the same tokenizer; prints the speed-up over doing without")  # fmt: skip
+    parser.add_argument("--cache", choices=CACHES, help="keep keys and values in bytes: half of bfloat16's memory")
     parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
 
 
@@ -44,26 +46,26 @@ def run(args: argparse.Namespace) -> int:
         speculation = PromptLookup() if args.speculate == LOOKUP else DraftModel(load(args.speculate))
     stream_text(model, tokenizer, prompt, max_new_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
                 top_p=args.top_p, stop_strings=(*stops, *args.stop), seed=args.seed,
-                speculation=speculation)  # fmt: skip
+                speculation=speculation, cache=args.cache)  # fmt: skip
     return 0
 
 
 def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int,
-                speculation: Speculation | None = None, **sampling) -> str:  # fmt: skip
+                speculation: Speculation | None = None, cache: str | None = None, **sampling) -> str:  # fmt: skip
     """Print prompt and continuation as the tokens come, then tokens per second; returns the whole text."""
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("prompt: got no token, expected some text")
     room = max(model.config.block_size - len(ids), 0)
     params = SamplingParams(max_new_tokens=min(max_new_tokens, room), stop=(tokenizer.end_id,), **sampling)
-    engine = Engine(model, tokenizer, streams=1, speculation=speculation)
+    engine = Engine(model, tokenizer, streams=1, speculation=speculation, cache=cache)
     sys.stdout.write(prompt)
     pieces, tokens, rate = _timed(engine, ids, params, sys.stdout)
     sys.stdout.write(f"\n\n[{len(tokens)} tokens, {rate:.0f} tokens/s]\n")
     if engine.runner_note:
         sys.stdout.write(f"[{engine.runner_note}]\n")
     if speculation:
-        _, plain, plain_rate = _timed(Engine(model, tokenizer, streams=1), ids, params, None)
+        _, plain, plain_rate = _timed(Engine(model, tokenizer, streams=1, cache=cache), ids, params, None)
         same = "the same" if plain == tokens else "NOT THE SAME"
         sys.stdout.write(f"[{engine.accepted} of {engine.proposed} proposed tokens were right; {plain_rate:.0f} "
                          f"tokens/s without: {rate / plain_rate:.2f} x, text {same}]\n")  # fmt: skip

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from peakgpt.engine.model import GPT
+from peakgpt.engine.paged import CACHES
 from peakgpt.engine.score import Scorer
 from peakgpt.engine.tokenizer import Tokenizer
 from peakgpt.engine.train import best_dtype
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, help="tokens seen at once (default: what the model takes)")
     parser.add_argument("--stride", type=int, help="tokens scored by each window (default: half of it)")
     parser.add_argument("--dtype", choices=("float32", "best"), default="float32")
+    parser.add_argument("--cache", choices=CACHES, help="keep keys and values in bytes, as `peakgpt serve` may")
     parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
 
 
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.checkpoint).to(device)
     model = model.to(best_dtype(device)) if args.dtype == "best" else model
-    scorer, tokenizer = Scorer(model), Tokenizer.load(args.checkpoint)
+    scorer, tokenizer = Scorer(model, cache=args.cache), Tokenizer.load(args.checkpoint)
     if args.text:
         _perplexity(scorer, tokenizer, args)
     else:

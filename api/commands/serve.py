@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from peakgpt.engine.model import GPT
-from peakgpt.engine.paged import BLOCK
+from peakgpt.engine.paged import BLOCK, CACHES
 from peakgpt.engine.room import SHARE, TYPICAL
 from peakgpt.engine.scheduler import STREAMS, Engine
 from peakgpt.engine.tokenizer import Tokenizer
@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, help=f"file with the key that clients send (or ${KEY})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--blocks", type=int, help=f"of the cache, {BLOCK} tokens each (default: {STREAMS} texts "
-                        f"of {TYPICAL} tokens, in at most {SHARE:.0%} of the free memory)")  # fmt: skip
+                        f"of {TYPICAL} tokens, in at most {SHARE:.0%}% of the free memory)")  # fmt: skip
+    parser.add_argument("--cache", choices=CACHES, help="keep keys and values in bytes: half of bfloat16's memory")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     keep_pages()  # logits of 64 streams are 13 MB a step, which torch would give back and fault in again
     tokenizer = Tokenizer.load(args.checkpoint)
     model = GPT.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype))
-    engine = Engine(model, tokenizer, blocks=args.blocks)
+    engine = Engine(model, tokenizer, blocks=args.blocks, cache=args.cache)
     print(engine.cache_note, file=sys.stderr, flush=True)
     server = Server(
         engine, tokenizer, name=args.name or Path(args.checkpoint).resolve().name,
