@@ -21,10 +21,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peakgpt.kernels import gpu
-from peakgpt.kernels.gpu.launch import AotCase
+
+if TYPE_CHECKING:  # it imports Triton, which may not happen before `_worker`
+    from peakgpt.kernels.gpu.launch import AotCase
 
 WORKERS = 2
 
