@@ -76,6 +76,8 @@ def _check(case: tuple, budget_s: float, emit: Emit) -> None:
 ATTENTION = [
     *(Case("attention", {"batch": (1 << 14) // t, "tokens": t, "heads": 2048 // d, "head_dim": d}, passes=ONE_BY_ONE)
       for d in (64, 128) for t in (2048, 8192, 16384)),
+    *(Case("attention_qkv", {"batch": 8, "tokens": 2048, "heads": 16, "head_dim": 128, **pairs}, passes=ONE_BY_ONE)
+      for pairs in ({}, {"pairs": 16}, {"pairs": 64})),
     *(Case("attention", {"batch": b, "tokens": 1, "heads": 32, "head_dim": 128, "keys": 8192}, {"causal": False},
            passes=("forward",)) for b in (8, 1)),
     *(Case("attention_decode", {"batch": b, "heads": 32, "head_dim": 128, "keys": 8192, "block": block})

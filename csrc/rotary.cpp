@@ -7,9 +7,10 @@
 
 #include "rotary_turn.h"
 
+// x may be y, with nothing to do.
 template <class T>
 PEAK_INLINE void CopyFeatures(const T* x, T* y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) y[i] = x[i];
+  if (x != y) std::memcpy(y, x, count * sizeof(T));
 }
 
 template <class T>
