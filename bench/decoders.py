@@ -52,6 +52,8 @@ def _ours(group: int, state, config: GPTConfig, ids: Tensor, case: Case, form: s
     def run() -> Tensor:
         texts = {engine.submit(row, params): [] for row in ids.tolist()}
         for output in engine.outputs():
+            if output.error:
+                raise output.error
             texts[output.request] += output.tokens
         return torch.tensor(list(texts.values()))
 

@@ -133,9 +133,9 @@ def openvino_request(graph, form: str):
     import openvino
 
     if form == "int8":
-        import nncf
+        with contextlib.redirect_stdout(sys.stderr):  # its log and progress; a worker's standard output is for answers
+            import nncf
 
-        with contextlib.redirect_stdout(sys.stderr):  # its progress; a worker's standard output is for answers
             graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
     options = {"INFERENCE_PRECISION_HINT": "f32" if form == "float32" else "bf16", "PERFORMANCE_HINT": "LATENCY",
                "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip

@@ -166,6 +166,8 @@ def engine_step(request: Mapping[str, Any]) -> Callable[[], float]:
         left = case.streams * case.tokens
         while left > 0:
             for output in engine.step():
+                if output.error:
+                    raise output.error
                 left -= len(output.tokens)
                 if output.finish:
                     begin(streams.pop(output.request), case.tokens)
