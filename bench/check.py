@@ -70,6 +70,15 @@ CASES = [
         for reduction, prefer in (("mean", "memory"), ("sum", "time"), ("none", "auto"))
     ),
     ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 129}, {"z_loss": 1e-2}),
+    *(
+        (
+            "linear_cross_entropy",
+            {"rows": 17, "width": 48, "vocab": 129, "spread": spread, "level": level},
+            {"reduction": reduction, **terms},
+        )
+        for spread, level in ((100, 0), (1000, 0), (1, 100), (1, 1000))
+        for reduction, terms in (("mean", {}), ("none", {}), ("none", {"label_smoothing": 0.1, "z_loss": 1e-2}))
+    ),
     ("linear_cross_entropy", {"rows": 0, "width": 48, "vocab": 129}, {"reduction": "sum"}),
     ("embedding", {"batch": 3, "tokens": 9, "vocab": 33, "width": 65}, {}),
     ("embedding", {"batch": 2, "tokens": 70, "vocab": 3, "width": 64}, {}),

@@ -8,12 +8,12 @@ namespace {
 
 // A row is read from memory once, by chunks that stay in L1 between their maximum and their powers.
 constexpr int64_t kChunk = 4096;
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr float kLog2E = 1.4426950408889634f;
 
 // What a row needs beside itself.
 struct Scratch {
   float* powers;  // (vocab): e^(z - the maximum so far); unused for float32, whose powers lie in place of the logits
-  float* shifts;  // a chunk's maximum so far, times log2 e
+  float* mosts;   // a chunk's maximum so far
 };
 
 }  // namespace
@@ -42,23 +42,23 @@ PEAK_INLINE float ChunkMax(const T* z, int64_t n, float before) {
   return most;
 }
 
-// The sum of 2^(z log2 e - shift); with kKeep also these powers, in the order of LoadTwo.
+// The sum of e^(z - most); with kKeep also these powers, in the order of LoadTwo.
 template <class T, bool kKeep>
-PEAK_INLINE float ChunkPowers(const T* z, int64_t n, float shift, float* powers) {
-  const Vec log2e = Set(static_cast<float>(kLog2E)), minus = Set(-shift), zero = Set(0.0f);
+PEAK_INLINE float ChunkPowers(const T* z, int64_t n, float most, float* powers) {
+  const Vec log2e = Set(kLog2E), minus = Set(most), zero = Set(0.0f);
   Many<4> sum = {{zero, zero, zero, zero}};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     FetchTwo(z + i + kChunk);
     FetchTwo(z + i + kChunk + 2 * kLanes);
-    const Many<4> p = Exp2<float>(Fma(LoadRows<2>(z + i, 2 * kLanes), log2e, minus));
+    const Many<4> p = Exp2<float>((LoadRows<2>(z + i, 2 * kLanes) - minus) * log2e);
     if (kKeep) StoreRows<false, 2>(powers + i, 2 * kLanes, p);
     sum = sum + p;
   }
   float tail = 0.0f;
   for (; i < n; ++i) {
     float lanes[kLanes];
-    Store(lanes, Exp2<float>(Fma(Load(z + i, 1), log2e, minus)));
+    Store(lanes, Exp2<float>((Load(z + i, 1) - minus) * log2e));
     if (kKeep) powers[i] = lanes[0];
     tail += lanes[0];
   }
@@ -78,18 +78,27 @@ PEAK_INLINE float SumRow(const T* z, int64_t vocab) {
   return static_cast<float>(total);
 }
 
-// The gradient of a row of logits: probability * share - even, and at the target, without cancelling, `At`.
+// The largest logit of a row, and the sum of e^(z - most).
+struct Stats {
+  float most, total;
+  PEAK_INLINE double Log() const { return std::log(static_cast<double>(total)); }
+  PEAK_INLINE double Lse() const { return most + Log(); }
+  PEAK_INLINE double LogProbability(float z) const { return static_cast<double>(z) - most - Log(); }
+  PEAK_INLINE void Keep(float* to) const { to[0] = most, to[1] = total; }
+};
+
+// The gradient of a row of logits: e^(z - most) / total * share - even, and at the target, without cancelling, `At`.
 struct RowGradient {
   float scale, share, even, spread;
-  PEAK_INLINE RowGradient(float scale_, float lse, float smoothing, float z_loss, int64_t vocab)
+  PEAK_INLINE RowGradient(float scale_, const Stats& stats, float smoothing, float z_loss, int64_t vocab)
       : scale(scale_), even(smoothing / vocab * scale_) {
-    const float pull = z_loss == 0.0f ? 0.0f : 2.0f * z_loss * lse;  // lse may be infinite
+    const float pull = z_loss == 0.0f ? 0.0f : static_cast<float>(2.0 * z_loss * stats.Lse());  // may be infinite
     share = (1.0f + pull) * scale;
     spread = pull + smoothing;
   }
   // e^d - 1 keeps its digits where the model is sure of the target.
-  PEAK_INLINE float At(float log_probability) const {
-    return share * std::expm1(log_probability) + scale * spread - even;
+  PEAK_INLINE float At(double log_probability) const {
+    return share * std::expm1(static_cast<float>(log_probability)) + scale * spread - even;
   }
 };
 
@@ -109,33 +118,30 @@ PEAK_INLINE void ChunkScale(const float* powers, int64_t n, float scale, float e
 PEAK_INLINE float* Powers(float* z, const Scratch&) { return z; }
 PEAK_INLINE float* Powers(bf16*, const Scratch& scratch) { return scratch.powers; }
 
-// Returns the row's lse; with kKeep z becomes its gradient. A NaN or infinite row gives NaN,
-// as torch does: the maximum may miss a NaN, the sum does not.
+// With kKeep z becomes its gradient. A NaN or infinite row gives NaN, as torch does: the maximum may miss a NaN, the sum
+// does not.
 template <class T, bool kKeep>
-PEAK_INLINE float Row(T* z, int64_t vocab, int64_t target, float scale, float smoothing, float z_loss,
+PEAK_INLINE Stats Row(T* z, int64_t vocab, int64_t target, float scale, float smoothing, float z_loss,
                       const Scratch& scratch) {
   const float at_target = kKeep ? At(z + target) : 0.0f;
   float* powers = Powers(z, scratch);
-  float most = -INFINITY, shift = 0.0f, total = 0.0f;
+  float most = -1e30f, total = 0.0f;  // finite, or a chunk of -inf alone would give powers of -inf - -inf
   for (int64_t begin = 0, chunk = 0; begin < vocab; begin += kChunk, ++chunk) {
     const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
-    most = ChunkMax(z + begin, n, most);
-    // Finite, or a chunk of -inf alone would give powers of -inf - -inf.
-    const float next = (most < -1e30f ? -1e30f : most) * static_cast<float>(kLog2E);
-    total = (chunk == 0 ? 0.0f : total * std::exp2(shift - next)) +
-            ChunkPowers<T, kKeep>(z + begin, n, next, powers + begin);
-    scratch.shifts[chunk] = shift = next;
+    const float next = ChunkMax(z + begin, n, most);
+    total = total * std::exp(most - next) + ChunkPowers<T, kKeep>(z + begin, n, next, powers + begin);
+    scratch.mosts[chunk] = most = next;
   }
-  const float lse = static_cast<float>(shift * kLn2 + std::log(static_cast<double>(total)));
-  if (!kKeep) return lse;
-  const RowGradient gradient(scale, lse, smoothing, z_loss, vocab);
+  const Stats stats = {most, total};
+  if (!kKeep) return stats;
+  const RowGradient gradient(scale, stats, smoothing, z_loss, vocab);
   for (int64_t begin = 0, chunk = 0; begin < vocab; begin += kChunk, ++chunk) {
     const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
-    const float factor = gradient.share / total * std::exp2(scratch.shifts[chunk] - shift);
+    const float factor = gradient.share / total * std::exp(scratch.mosts[chunk] - most);
     ChunkScale(powers + begin, n, factor, gradient.even, z + begin, z + begin + vocab);
   }
-  Store(z + target, Set(gradient.At(at_target - lse)), 1);
-  return lse;
+  Store(z + target, Set(gradient.At(stats.LogProbability(at_target))), 1);
+  return stats;
 }
 
 template <class T>
@@ -148,20 +154,22 @@ void ForwardRows(const CrossEntropyForwardArgs& args, const Scratch& scratch, in
   for (int64_t row = begin; row < end; ++row) {
     T* z = static_cast<T*>(args.logits) + row * args.vocab;
     const int64_t target = args.target[row];
-    args.loss[row] = args.lse[row] = 0.0f;
+    args.loss[row] = 0.0f;
+    Stats{0.0f, 0.0f}.Keep(args.stats + 2 * row);
     if (target == args.ignore_index) {
       if (args.with_gradient) ZeroRow(z, args.vocab);
       continue;
     }
     const float at_target = At(z + target), e = args.smoothing;
-    const float even = e == 0.0f ? 0.0f : e * SumRow(z, args.vocab) / args.vocab;
+    const float mean = e == 0.0f ? 0.0f : SumRow(z, args.vocab) / args.vocab;
     const float scale = args.weight == nullptr ? args.scale : args.scale * args.weight[row];
-    const float lse = args.with_gradient ? Row<T, true>(z, args.vocab, target, scale, e, args.z_loss, scratch)
-                                         : Row<T, false>(z, args.vocab, target, 0.0f, e, args.z_loss, scratch);
-    args.lse[row] = lse;
-    args.loss[row] = lse - at_target;
-    if (e != 0.0f) args.loss[row] += e * at_target - even;
-    if (args.z_loss != 0.0f) args.loss[row] += args.z_loss * lse * lse;
+    const Stats stats = args.with_gradient ? Row<T, true>(z, args.vocab, target, scale, e, args.z_loss, scratch)
+                                           : Row<T, false>(z, args.vocab, target, 0.0f, e, args.z_loss, scratch);
+    stats.Keep(args.stats + 2 * row);
+    double loss = -stats.LogProbability(at_target);
+    if (e != 0.0f) loss += e * (static_cast<double>(at_target) - mean);
+    if (args.z_loss != 0.0f) loss += args.z_loss * stats.Lse() * stats.Lse();
+    args.loss[row] = static_cast<float>(loss);
   }
 }
 
@@ -173,18 +181,20 @@ void PartsRows(const CrossEntropyPartsArgs& args, const Scratch& scratch, int64_
     T* z = static_cast<T*>(args.logits) + row * args.vocab;
     const bool live = args.target[row] != args.ignore_index;
     const int64_t target = args.target[row] - args.first;
-    args.lse[row] = live ? Row<T, false>(z, args.vocab, target, 0.0f, 0.0f, 0.0f, scratch) : 0.0f;
-    args.z_target[row] = live && Within(target, args.vocab) ? At(z + target) : 0.0f;
-    if (args.sum != nullptr) args.sum[row] = live ? SumRow(z, args.vocab) : 0.0f;
+    float* parts = args.parts + row * args.width;
+    (live ? Row<T, false>(z, args.vocab, target, 0.0f, 0.0f, 0.0f, scratch) : Stats{0.0f, 0.0f}).Keep(parts);
+    parts[2] = live && Within(target, args.vocab) ? At(z + target) : 0.0f;
+    if (args.width == 4) parts[3] = live ? SumRow(z, args.vocab) : 0.0f;
   }
 }
 
 // A target outside of the row belongs to another shard.
 template <class T>
-PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, float lse, const RowGradient& gradient) {
+PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, const Stats& stats, const RowGradient& gradient) {
   const bool here = Within(target, vocab);
-  const float hit = here ? gradient.At(At(z + target) - lse) : 0.0f;
-  const Vec minus = Set(lse), log2e = Set(static_cast<float>(kLog2E)), s = Set(gradient.share), e = Set(-gradient.even);
+  const float hit = here ? gradient.At(stats.LogProbability(At(z + target))) : 0.0f;
+  const Vec minus = Set(stats.most), log2e = Set(kLog2E);
+  const Vec s = Set(gradient.share / stats.total), e = Set(-gradient.even);
   int64_t i = 0;
   for (; i + 4 * kLanes <= vocab; i += 4 * kLanes) {
     const Many<4> x = LoadRows<2>(z + i, 2 * kLanes);
@@ -205,8 +215,9 @@ void BackwardRows(const CrossEntropyBackwardArgs& args, int64_t begin, int64_t e
     if (target == args.ignore_index) {
       ZeroRow(z, args.vocab);
     } else {
-      GradientRow(z, args.vocab, target - args.first, args.lse[row],
-                  RowGradient(args.dloss[row], args.lse[row], args.smoothing, args.z_loss, args.total));
+      const Stats stats = {args.stats[2 * row], args.stats[2 * row + 1]};
+      GradientRow(z, args.vocab, target - args.first, stats,
+                  RowGradient(args.dloss[row], stats, args.smoothing, args.z_loss, args.total));
     }
   }
 }
@@ -227,8 +238,8 @@ void CrossEntropyForward(const CrossEntropyForwardArgs& args, int threads) {
 void CrossEntropyParts(const CrossEntropyPartsArgs& args, int threads) {
   const auto rows = PEAK_PICK_DTYPE(args.dtype, PartsRows);
   ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> shifts(args.vocab / kChunk + 1);
-    rows(args, {nullptr, shifts.data()}, begin, end);
+    std::vector<float> mosts(args.vocab / kChunk + 1);
+    rows(args, {nullptr, mosts.data()}, begin, end);
   });
 }
 

@@ -17,7 +17,7 @@ struct CrossEntropyForwardArgs {
   const float* weight;    // (rows), or null: 1
   int64_t ignore_index;
   float* loss;           // (rows), without its weight; 0 where ignored
-  float* lse;            // (rows), 0 where ignored
+  float* stats;          // (rows, 2): the largest logit m, and the sum of e^(z - m); 0 where ignored
   bool with_gradient;    // then logits become the gradient of scale * sum(weight * loss)
   float scale, smoothing, z_loss;
 };
@@ -29,9 +29,9 @@ struct CrossEntropyPartsArgs {
   void* logits;           // (rows, vocab) contiguous, left as they are
   const int64_t* target;  // (rows)
   int64_t ignore_index, first;
-  float* lse;       // (rows), of these logits alone; this and the others 0 where ignored
-  float* z_target;  // (rows), 0 where another shard has the target
-  float* sum;       // (rows) of the logits, or null
+  int64_t width;  // 4, or 3 without the last:
+  float* parts;   // (rows, width): both stats of these logits alone, the target's logit or 0 where another shard has it,
+                  // the sum of the logits; 0 where ignored
 };
 
 struct CrossEntropyBackwardArgs {
@@ -40,7 +40,7 @@ struct CrossEntropyBackwardArgs {
   void* logits;  // (rows, vocab), becomes the gradient
   const int64_t* target;
   int64_t ignore_index;
-  const float* lse;    // (rows), from forward
+  const float* stats;  // (rows, 2), from forward
   const float* dloss;  // (rows), times the weight
   float smoothing, z_loss;
   int64_t first, total;  // of a shard of `total` logits a row, as above; 0 and vocab where there is one

@@ -1,12 +1,15 @@
 """Linear cross-entropy: the head's product and the loss over the vocabulary, logits never at full size.
 
-    z = x w^T      lse = log sum_v exp z_v      e = label_smoothing
-    loss = lse - (1 - e) z_target - e mean_v z_v + z_loss lse^2
-    dz   = dloss (exp(z - lse) (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V)      dx = dz w      dw = dz^T x
+    z = x w^T      m = max_v z_v      t = sum_v exp(z_v - m)      lse = m + log t      e = label_smoothing
+    loss = log t - (z_target - m) + e (z_target - mean_v z_v) + z_loss lse^2
+    dz   = dloss (exp(z - m) / t (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V)      dx = dz w      dw = dz^T x
+
+m and t stay apart: their lse in float32 is off by half an ulp, 4e-6 for logits of 100, and all of exp(z - lse) with it.
 
 With weights a token's loss is multiplied by its own, and the mean is over their sum. For a scalar loss the gradients of
 x and w are formed in the forward pass at dloss = 1 and only scaled in backward (6 C V FLOPs a token); for
-reduction="none" the upstream gradient differs by token, so backward forms the logits again from the kept lse (8 C V).
+reduction="none" the upstream gradient differs by token, so backward forms the logits again, beside the kept m and t
+(8 C V).
 Under no_grad neither is formed. Rows are processed in blocks; the idea is from Hsu et al. 2024, "Liger Kernel",
 arXiv:2410.10989, section 3.2, and Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models",
 arXiv:2411.09009. The z-loss is Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 5; label smoothing Szegedy et
@@ -55,25 +58,32 @@ def _cost(x, w, target, weight=None, *, reduction="mean", **_):
     """2 C V FLOPs a token forward and 4 C V for both gradients; every operand and gradient once, no logits."""
     tokens, operands = target.numel(), (x.numel() + w.numel()) * x.element_size()
     product, targets = 2 * tokens * w.numel(), tokens * target.element_size()
-    loss, lse = (4 * tokens, 4 * tokens) if reduction == "none" else (4, 0)
-    return Cost(product, operands + targets + loss, 2 * product, operands + lse, loss, operands + lse)
+    loss, kept = (4 * tokens, 8 * tokens) if reduction == "none" else (4, 0)
+    return Cost(product, operands + targets + loss, 2 * product, operands + kept, loss, operands + kept)
 
 
-def _sample(rows: int = 1024, width: int = 768, vocab: int = 50304, weighted: int = 0, **like):
-    """With `weighted` each token has a weight of its own."""
+def _sample(
+    rows: int = 1024, width: int = 768, vocab: int = 50304, weighted: int = 0, spread: int = 1, level: int = 0, **like
+):
+    """With `weighted` each token has a weight of its own; logits have a deviation of `spread` about `level`."""
     target = torch.randint(vocab, (rows,), device=like.get("device"))
     weight = (torch.rand(rows, **{**like, "dtype": torch.float32}),) if weighted else ()
-    return torch.randn(rows, width, **like), torch.randn(vocab, width, **like) * width**-0.5, target, *weight
+    x, w = torch.randn(rows, width, **like), torch.randn(vocab, width, **like) * width**-0.5
+    if spread != 1 or level:
+        # So few digits that float32 adds the logits up without rounding: what is off then is the loss's own doing.
+        x, w = (x * 8).round() * (spread / 8), (w * 16).round() / 16
+        x[:, 0], w[:, 0] = level, 1.0
+    return x, w, target, *weight
 
 
 def _alloc(x, w, target, weight=None, *, needs, reduction, **_):
-    """Kept: lse (float32, one a token) for "none"; for scalars dx and dw at dloss = 1, empty where not wanted.
+    """Kept: m and t (float32, two a token) for "none"; for scalars dx and dw at dloss = 1, empty where not wanted.
 
     Those of float16 are kept in float32: at dloss = 1 no loss scaling protects them yet.
     """
     if reduction == "none":
         loss = x.new_empty(target.shape, dtype=torch.float32)
-        return (loss,), (torch.empty_like(loss),) if any(needs) else ()
+        return (loss,), (loss.new_empty(*loss.shape, 2),) if any(needs) else ()
     loss = (x.new_empty((), dtype=torch.float32),)
     if not any(needs):
         return loss, ()

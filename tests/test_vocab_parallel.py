@@ -2,7 +2,7 @@
 
 Mutations that these tests were seen to catch: smoothing shared over the shard alone, a rank's own lse for that of all,
 a target that looks ignored once counted from its shard or is not counted from there, dx not added up, ranks that cut
-their rows by their own shard.
+their rows by their own shard, an lse in one float32, t not rescaled to the m of all.
 """
 
 import subprocess
@@ -18,10 +18,8 @@ from vocab_ranks import (
     DTYPES,
     GATHERING,
     OP,
-    RULED,
     SPAWNED,
     WORLD,
-    home,
     results,
     shards,
     tensors,
@@ -32,7 +30,7 @@ from peakgpt.kernels.vocab_parallel import Shard, vocab_shard
 
 pytest.importorskip("triton")
 ALONE = [
-    *((backend, name, dtype) for backend in BACKENDS for name in RULED for dtype in DTYPES),
+    *((backend, name, dtype) for backend in BACKENDS for name in CASES for dtype in DTYPES),
     *(("gpu", name, torch.float16) for name in ("mean of every term", "none of every term")),
 ]
 
@@ -98,16 +96,6 @@ def test_shards_make_the_whole(backend, name, dtype, monkeypatch):
     assert_right(name, dtype, losses[0], dxs[0], dws)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_shards_far_apart(backend, monkeypatch):
-    """Logits of 1000: one shard has all of a softmax. Off by what rounding lse to float32 makes of a probability."""
-    _, truth = whole("far apart", torch.float32, home(backend))
-    losses, dxs, dws = Ranks(monkeypatch, 2).run(backend, "far apart", torch.float32)
-    unit = torch.finfo(torch.float32).eps * truth[0].max()
-    for ours, true in zip((losses[0], dxs[0], torch.cat(dws)), truth, strict=True):
-        assert (ours - true).abs().max() <= unit * true.abs().max()
-
-
 @pytest.fixture(scope="module")
 def spawned(tmp_path_factory):
     """What each of three processes found."""
@@ -150,7 +138,7 @@ def one_rank():
 @pytest.mark.parametrize("backend", GATHERING)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_one_rank_is_the_whole_head(reduction, backend, one_rank):
-    """Up to the rounding of an lse; a head that is cut into one part is still a head."""
+    """Up to rounding; a head that is cut into one part is still a head."""
     x, w, target = tensors("mean", torch.float32)
     plain = run(backend, OP, [x, w, target], {"reduction": reduction})
     for ours, theirs in zip(
@@ -193,5 +181,5 @@ def test_a_target_that_no_rank_has_gives_nan(one_rank):
     """On a GPU nobody looks at targets before."""
     shard = Shard(dist.group.WORLD.group_name, 0, 5)
     terms = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
-    loss, _ = shard.losses(torch.ones(2, 4), torch.tensor([4, 5, -1, -100]), **terms)
+    loss, _ = shard.losses(torch.ones(4, 3), torch.tensor([4, 5, -1, -100]), **terms)
     assert loss.isnan().tolist() == [False, True, True, False] and loss[3] == 0

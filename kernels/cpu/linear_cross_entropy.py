@@ -35,14 +35,14 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
     weight = None if weight is None else weight.reshape(-1).float().contiguous()
     loss = workspace("loss", torch.float32, target.numel()) if reduction != "none" else outputs[0].view(-1)
     dx, dw = None, into[1]
-    lse = workspace("lse", torch.float32, target.numel())
+    stats = workspace("stats", torch.float32, target.numel(), 2)  # m and t
     scale = 1.0
     if reduction == "mean":
         live = target != ignore_index
         count = float(live.sum() if weight is None else weight[live].sum())
         scale = 1.0 / count if count else 0.0
     if saved and reduction == "none":
-        lse = saved[0].view(-1)
+        stats = saved[0].view(-1, 2)
     elif saved:
         dx, kept = (t if t.numel() else None for t in saved)
         dw = kept if dw is None else dw
@@ -53,14 +53,14 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
             _C.cross_entropy_forward(
                 DTYPES[x.dtype], *logits.shape, address(logits), address(target[block]),
                 address(weight if weight is None else weight[block]), ignore_index,
-                address(loss[block]), address(lse[block]), products.wanted, scale, label_smoothing, z_loss, threads(),
+                address(loss[block]), address(stats[block]), products.wanted, scale, label_smoothing, z_loss, threads(),
             )  # fmt: skip
         else:
-            loss[block], lse[block] = _losses_of_all(shard, logits, target[block], **terms)
+            loss[block], stats[block] = _losses_of_all(shard, logits, target[block], **terms)
             if products.wanted:
-                dloss = torch.full_like(lse[block], scale)
+                dloss = torch.full_like(loss[block], scale)
                 dloss = dloss if weight is None else dloss.mul_(weight[block])
-                _gradients(shard, logits, target[block], lse[block], dloss, **terms)
+                _gradients(shard, logits, target[block], stats[block], dloss, **terms)
         products.add(block, logits)
     products.finish()
     if weight is not None:
@@ -77,7 +77,7 @@ def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, l
         scale = float(grads[0])
         return *(scaled(saved[i], scale) if needs[i] else None for i in (0, 1)), None, None
     flat, target = rows(x), target.reshape(-1).long()
-    lse, dloss = saved[0].view(-1), grads[0].reshape(-1).contiguous()
+    stats, dloss = saved[0].view(-1, 2), grads[0].reshape(-1).contiguous()
     dloss = dloss if weight is None else dloss * weight.reshape(-1).float()
     dx = torch.empty_like(flat) if needs[0] else None
     dw = into[1] if into[1] is not None or not needs[1] else torch.empty_like(w)
@@ -85,31 +85,31 @@ def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, l
     shard = shard_of(group, first, vocab)
     products = Products(flat, w, dx, dw, into[1] is None, shard)
     for block, logits in products.blocks():
-        _gradients(shard, logits, target[block], lse[block], dloss[block], **terms)
+        _gradients(shard, logits, target[block], stats[block], dloss[block], **terms)
         products.add(block, logits)
     products.finish()
     return None if dx is None else dx.view(x.shape), dw, None, None
 
 
 def _losses_of_all(shard: Shard, logits: Tensor, target: Tensor, **terms) -> tuple[Tensor, Tensor]:
-    """Losses of a block and their lse, over all shards."""
-    parts = logits.new_empty(3 if terms["label_smoothing"] else 2, target.numel(), dtype=torch.float32)
+    """Losses of a block and their m and t, over all shards."""
+    parts = logits.new_empty(target.numel(), 4 if terms["label_smoothing"] else 3, dtype=torch.float32)
     _C.cross_entropy_parts(
         DTYPES[logits.dtype], *logits.shape, address(logits), address(target), terms["ignore_index"], shard.first,
-        address(parts[0]), address(parts[1]), address(parts[2] if len(parts) == 3 else None), threads(),
+        parts.shape[1], address(parts), threads(),
     )  # fmt: skip
     return shard.losses(parts, target, **terms)
 
 
 def _gradients(
-    shard: Shard | None, logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, *,
+    shard: Shard | None, logits: Tensor, target: Tensor, stats: Tensor, dloss: Tensor, *,
     ignore_index: int, label_smoothing: float, z_loss: float,
 ) -> None:  # fmt: skip
     """Logits become their gradient at each row's dloss."""
     first, total = (0, logits.shape[1]) if shard is None else (shard.first, shard.vocab)
     _C.cross_entropy_backward(
         DTYPES[logits.dtype], *logits.shape, address(logits), address(target), ignore_index,
-        address(lse), address(dloss), label_smoothing, z_loss, first, total, threads(),
+        address(stats), address(dloss), label_smoothing, z_loss, first, total, threads(),
     )  # fmt: skip
 
 

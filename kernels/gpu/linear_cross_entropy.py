@@ -1,6 +1,6 @@
 """Linear cross-entropy on the GPU: logits by blocks of rows from cuBLAS, loss and gradient in place, a program a row.
 
-    z = x w^T     fwd: loss = lse - z_target, lse online; z becomes dz     dx = dz w     dw (float32) += dz^T x
+    z = x w^T     fwd: loss = log t - (z_target - m), online; z becomes dz     dx = dz w     dw (float32) += dz^T x
 
 A row is read twice, the second time largely from L2 cache, and written once. Two rows of BLOCK_BYTES: blocks of the
 logits, with dw summed in float32, or all of them at once, whose products are as large as they can be. The count of
@@ -34,8 +34,8 @@ ALIGN_BYTES = 128
 
 
 @triton.jit
-def _row_lse(z_ptr, V, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The lse of a row of logits, and with SMOOTH their sum."""
+def _row_sums(z_ptr, V, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr):
+    """m and t of a row of logits, and with SMOOTH the sum of the logits."""
     m = float("-inf")
     total = 0.0
     summed = 0.0
@@ -48,19 +48,19 @@ def _row_lse(z_ptr, V, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr):
         m = m_new
         if SMOOTH:
             summed += tl.sum(tl.where(v < V, z, 0.0), 0)
-    return m + tl.log(total), summed
+    return m, total, summed
 
 
 @triton.jit
-def _row_gradient(z_ptr, target, lse, g, smoothing, z_loss, V, TOTAL, BLOCK_V: tl.constexpr):
+def _row_gradient(z_ptr, target, m, total, g, smoothing, z_loss, V, TOTAL, BLOCK_V: tl.constexpr):
     """Overwrite a row of logits with (softmax (1 + 2 z_loss lse) - (1 - smoothing) onehot - smoothing / TOTAL) g."""
-    share = (1.0 + 2.0 * z_loss * lse) * g
+    share = (1.0 + 2.0 * z_loss * (m + tl.log(total))) * g / total
     even = smoothing / TOTAL * g
     hit = (1.0 - smoothing) * g
     for first in range(0, V, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
         z = tl.load(z_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        dz = tl.exp(z - lse) * share - tl.where(v == target, hit + even, even)
+        dz = tl.exp(z - m) * share - tl.where(v == target, hit + even, even)
         tl.store(z_ptr + v, dz.to(z_ptr.dtype.element_ty), mask=v < V)
 
 
@@ -72,8 +72,14 @@ def _row_zero(z_ptr, V, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def _store_stats(stats_ptr, row, m, total):
+    tl.store(stats_ptr + 2 * row, m)
+    tl.store(stats_ptr + 2 * row + 1, total)
+
+
+@triton.jit
 def linear_cross_entropy_fwd(
-    z_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, scale_ptr, stride_z_r, V, ignore_index, smoothing, z_loss,
+    z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, scale_ptr, stride_z_r, V, ignore_index, smoothing, z_loss,
     GRAD: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Loss of one row, times its weight; with GRAD the row becomes its gradient at dloss = scale (None: 1)."""
@@ -82,39 +88,41 @@ def linear_cross_entropy_fwd(
     target = tl.load(target_ptr + row)
     if target == ignore_index:
         tl.store(loss_ptr + row, 0.0)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + row, 0.0)
+        if stats_ptr is not None:
+            _store_stats(stats_ptr, row, 0.0, 0.0)
         if GRAD:
             _row_zero(z_ptr, V, BLOCK_V)
     else:
         known = (target >= 0) & (target < V)  # a target out of range gives NaN, not foreign memory
         # Before the loop, whose reductions are barriers: no warp overwrites the row while another still reads this.
         z_target = tl.load(z_ptr + target, mask=known, other=float("nan")).to(tl.float32)
-        lse, summed = _row_lse(z_ptr, V, SMOOTH, BLOCK_V)
-        loss = lse - z_target + z_loss * lse * lse
+        m, total, summed = _row_sums(z_ptr, V, SMOOTH, BLOCK_V)
+        lse = m + tl.log(total)
+        loss = tl.log(total) - (z_target - m) + z_loss * lse * lse
         if SMOOTH:
             loss += smoothing * (z_target - summed / V)
         g = 1.0
         if weight_ptr is not None:
             g = tl.load(weight_ptr + row)
         tl.store(loss_ptr + row, loss * g)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + row, lse)
+        if stats_ptr is not None:
+            _store_stats(stats_ptr, row, m, total)
         if GRAD:
             if scale_ptr is not None:
                 g *= tl.load(scale_ptr)
-            _row_gradient(z_ptr, target, lse, g, smoothing, z_loss, V, V, BLOCK_V)
+            _row_gradient(z_ptr, target, m, total, g, smoothing, z_loss, V, V, BLOCK_V)
 
 
 @triton.jit
 def linear_cross_entropy_parts(
-    z_ptr, target_ptr, lse_ptr, hit_ptr, summed_ptr, stride_z_r, V, ignore_index, FIRST, BLOCK_V: tl.constexpr
+    z_ptr, target_ptr, parts_ptr, stride_z_r, V, ignore_index, FIRST, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """Of one row of a shard whose first logit is FIRST: lse, the target's logit if it is here, the sum (None: not)."""
+    """Of one row of a shard whose first logit is FIRST: m, t, the target's logit if it is here, with SMOOTH the sum."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z_r
     target = tl.load(target_ptr + row)
-    lse = 0.0
+    m = 0.0
+    total = 0.0
     hit = 0.0
     summed = 0.0
     if target != ignore_index:
@@ -122,19 +130,21 @@ def linear_cross_entropy_parts(
         here = (at >= 0) & (at < V)
         # Triton's interpreter takes a scalar `other` of 0 for none.
         hit = tl.where(here, tl.load(z_ptr + at, mask=here), 0.0).to(tl.float32)
-        lse, summed = _row_lse(z_ptr, V, summed_ptr is not None, BLOCK_V)
-    tl.store(lse_ptr + row, lse)
-    tl.store(hit_ptr + row, hit)
-    if summed_ptr is not None:
-        tl.store(summed_ptr + row, summed)
+        m, total, summed = _row_sums(z_ptr, V, SMOOTH, BLOCK_V)
+    parts_ptr += row * (4 if SMOOTH else 3)
+    tl.store(parts_ptr, m)
+    tl.store(parts_ptr + 1, total)
+    tl.store(parts_ptr + 2, hit)
+    if SMOOTH:
+        tl.store(parts_ptr + 3, summed)
 
 
 @triton.jit
 def linear_cross_entropy_bwd(
-    z_ptr, target_ptr, weight_ptr, lse_ptr, dloss_ptr, stride_z_r, stride_dloss, V, ignore_index, FIRST, TOTAL,
+    z_ptr, target_ptr, weight_ptr, stats_ptr, dloss_ptr, stride_z_r, stride_dloss, V, ignore_index, FIRST, TOTAL,
     smoothing, z_loss, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A row of logits becomes its gradient, from the kept lse and the row's own upstream gradient.
+    """A row of logits becomes its gradient, from the kept m and t and the row's own upstream gradient.
 
     The logits are those from FIRST of TOTAL ones, where w is a shard.
     """
@@ -147,7 +157,8 @@ def linear_cross_entropy_bwd(
         g = tl.load(dloss_ptr + row * stride_dloss)
         if weight_ptr is not None:
             g *= tl.load(weight_ptr + row)
-        _row_gradient(z_ptr, target - FIRST, tl.load(lse_ptr + row), g, smoothing, z_loss, V, TOTAL, BLOCK_V)
+        m, total = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
+        _row_gradient(z_ptr, target - FIRST, m, total, g, smoothing, z_loss, V, TOTAL, BLOCK_V)
 
 
 @triton.jit
@@ -177,38 +188,38 @@ class Rows:
         live = self.target != self.terms["ignore_index"]
         return live.sum() if self.weight is None else torch.where(live, self.weight, 0.0).sum()
 
-    def losses(self, z: Tensor, block: slice, loss, lse, scale, grad: bool) -> None:
-        """Fill a block of loss, and of lse where wanted; with grad z becomes its gradient at dloss = scale."""
+    def losses(self, z: Tensor, block: slice, loss, stats, scale, grad: bool) -> None:
+        """Fill a block of loss, and of m and t where wanted; with grad z becomes its gradient at dloss = scale."""
         if self.shard is not None:
-            self._losses_of_all(z, block, loss, lse, scale, grad)
+            self._losses_of_all(z, block, loss, stats, scale, grad)
             return
         linear_cross_entropy_fwd[(z.shape[0],)](
-            loss_ptr=loss[block], lse_ptr=None if lse is None else lse[block], scale_ptr=scale, GRAD=grad,
+            loss_ptr=loss[block], stats_ptr=None if stats is None else stats[block], scale_ptr=scale, GRAD=grad,
             SMOOTH=self._smoothing() != 0.0, **self._row(z, block), **self._gradient_terms(block),
         )  # fmt: skip
 
-    def gradients(self, z: Tensor, block: slice, lse, dloss) -> None:
-        """z becomes its gradient at each row's dloss; lse and dloss are the block's."""
+    def gradients(self, z: Tensor, block: slice, stats, dloss) -> None:
+        """z becomes its gradient at each row's dloss; stats (m and t) and dloss are the block's."""
         first, total = (0, z.shape[1]) if self.shard is None else (self.shard.first, self.shard.vocab)
         linear_cross_entropy_bwd[(z.shape[0],)](
-            lse_ptr=lse, dloss_ptr=dloss, stride_dloss=dloss.stride(0), FIRST=first, TOTAL=total,
+            stats_ptr=stats, dloss_ptr=dloss, stride_dloss=dloss.stride(0), FIRST=first, TOTAL=total,
             **self._row(z, block), **self._gradient_terms(block),
         )  # fmt: skip
 
-    def _losses_of_all(self, z: Tensor, block: slice, loss, lse, scale, grad: bool) -> None:
+    def _losses_of_all(self, z: Tensor, block: slice, loss, stats, scale, grad: bool) -> None:
         """`losses` where z are a shard's logits: two passes, the ranks' message between them."""
-        parts = torch.empty((3 if self._smoothing() else 2, z.shape[0]), dtype=torch.float32, device=z.device)
+        smooth = self._smoothing() != 0.0
+        parts = torch.empty((z.shape[0], 4 if smooth else 3), dtype=torch.float32, device=z.device)
         linear_cross_entropy_parts[(z.shape[0],)](
-            lse_ptr=parts[0], hit_ptr=parts[1], summed_ptr=parts[2] if len(parts) == 3 else None,
-            FIRST=self.shard.first, **self._row(z, block),
-        )  # fmt: skip
-        found, lse_of_all = self.shard.losses(parts, self.target[block], **self.terms)
+            parts_ptr=parts, FIRST=self.shard.first, SMOOTH=smooth, **self._row(z, block)
+        )
+        found, stats_of_all = self.shard.losses(parts, self.target[block], **self.terms)
         loss[block] = found if self.weight is None else found * self.weight[block]
-        if lse is not None:
-            lse[block] = lse_of_all
+        if stats is not None:
+            stats[block] = stats_of_all
         if grad:
             dloss = torch.ones((), dtype=torch.float32, device=z.device) if scale is None else scale
-            self.gradients(z, block, lse_of_all, dloss.expand(z.shape[0]))
+            self.gradients(z, block, stats_of_all, dloss.expand(z.shape[0]))
 
     def _smoothing(self) -> float:
         return float(self.terms["label_smoothing"])
@@ -232,7 +243,7 @@ def forward(outputs, saved, x, w, target, weight, *, reduction, prefer, group, f
     x, rows = x.reshape(-1, x.shape[-1]), Rows(target, weight, shard_of(group, first, vocab), **terms)
     with launch.on(x):
         if reduction == "none":
-            _losses(rows, x, w, outputs[0].view(-1), saved[0].view(-1) if saved else None, prefer)
+            _losses(rows, x, w, outputs[0].view(-1), saved[0].view(-1, 2) if saved else None, prefer)
             return
         loss = torch.empty(rows.target.shape, dtype=torch.float32, device=x.device)
         total = rows.total() if reduction == "mean" else None
@@ -254,15 +265,15 @@ def backward(grads, inputs, outputs, saved, needs, *, reduction, prefer, group, 
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
         dw = torch.empty_like(w) if needs[1] else None
         flat, rows = x.reshape(-1, x.shape[-1]), Rows(target, weight, shard_of(group, first, vocab), **terms)
-        lse, dloss = saved[0].view(-1), dloss.reshape(-1)
+        stats, dloss = saved[0].view(-1, 2), dloss.reshape(-1)
         for block, z in _blocks(flat, w, None if dx is None else dx.view(flat.shape), dw, prefer, rows.shard):
-            rows.gradients(z, block, lse[block], dloss[block])
+            rows.gradients(z, block, stats[block], dloss[block])
     return dx, dw, None, None
 
 
-def _losses(rows: Rows, x, w, loss, lse, prefer: str) -> None:
+def _losses(rows: Rows, x, w, loss, stats, prefer: str) -> None:
     for block, z in _blocks(x, w, None, None, prefer, rows.shard):
-        rows.losses(z, block, loss, lse, None, False)
+        rows.losses(z, block, loss, stats, None, False)
 
 
 def _losses_and_gradients(rows: Rows, x, w, loss, dx, dw, total: Tensor | None, prefer: str) -> None:
@@ -333,13 +344,13 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """The static check's cases."""
-    wide = ("weight_ptr", "loss_ptr", "lse_ptr", "scale_ptr", "dloss_ptr", "hit_ptr", "summed_ptr")
+    wide = ("weight_ptr", "loss_ptr", "stats_ptr", "scale_ptr", "dloss_ptr", "parts_ptr")
     types = {"target_ptr": "*i64", "smoothing": "fp32", "z_loss": "fp32", **dict.fromkeys(wide, "*fp32")}
     block = {"BLOCK_V": BLOCK_V}
-    with_gradient = {"lse_ptr": None, "GRAD": True, "SMOOTH": True, **block}
+    with_gradient = {"stats_ptr": None, "GRAD": True, "SMOOTH": True, **block}
     loss_only = {"scale_ptr": None, "weight_ptr": None, "GRAD": False, "SMOOTH": False, **block}
     yield launch.case(linear_cross_entropy_fwd, "bf16 loss and gradient", ROW, "bf16", with_gradient, **types)
     yield launch.case(linear_cross_entropy_fwd, "bf16 loss", ROW, "bf16", loss_only, **types)
-    yield launch.case(linear_cross_entropy_parts, "bf16", ROW, "bf16", block, **types)
+    yield launch.case(linear_cross_entropy_parts, "bf16", ROW, "bf16", {"SMOOTH": True, **block}, **types)
     yield launch.case(linear_cross_entropy_bwd, "bf16", ROW, "bf16", {"stride_dloss": 1, **block}, **types)
     yield launch.case(linear_cross_entropy_scale, "bf16", SCALE, "bf16", {"BLOCK_N": BLOCK_N}, **types)

@@ -25,14 +25,14 @@ void Undefined() {
   peak::SumOfSquares({peak::DType::kFloat32, 0, nullptr, reinterpret_cast<float*>(bytes.data() + 1)}, 1);
 }
 
-// lse starts one element into loss: where two threads' rows meet, both write.
+// stats start one element into loss: those of one thread's rows are other threads' losses.
 void Race() {
   constexpr int64_t kRows = 1000;
-  std::vector<float> logits(2 * kRows), loss(kRows + 1);
+  std::vector<float> logits(2 * kRows), loss(2 * kRows + 1);
   const std::vector<int64_t> target(kRows);
   peak::CrossEntropyForward({.dtype = peak::DType::kFloat32, .rows = kRows, .vocab = 2, .logits = logits.data(),
                              .target = target.data(), .ignore_index = -100, .loss = loss.data(),
-                             .lse = loss.data() + 1, .scale = 1.0f},
+                             .stats = loss.data() + 1, .scale = 1.0f},
                             4);
 }
 

@@ -16,11 +16,21 @@ double LogSumExp(const double* z, int64_t vocab) {
   return most + std::log(sum);
 }
 
-// Rounding of z - lse moves e^(z - lse) by that much of itself.
+// Rounding of z - most moves e^(z - most) by that much of itself, and a shift of all logits changes nothing.
 Want Gradient(double z, double lse, bool target, double scale) {
   const double p = std::exp(z - lse), value = (target ? std::expm1(z - lse) : p) * scale;
-  const double reach = std::isinf(z) ? 1.0 : 4.0 + 2.0 * std::fabs(lse) + std::fabs(z - lse);
+  const double reach = std::isinf(z) ? 1.0 : 8.0 + 2.0 * std::fabs(z - lse);
   return {value, std::fabs(scale) * p * reach + 2.0 * std::fabs(value)};
+}
+
+// Both stats of a row; a NaN shows in their sum alone.
+void NearStats(int64_t row, const float* stats, const double* z, int64_t vocab, bool ignored) {
+  double most = -kInf, total = 0.0;
+  for (int64_t i = 0; i < vocab; ++i) most = std::max(most, z[i]);
+  for (int64_t i = 0; i < vocab; ++i) total += std::exp(z[i] - most);
+  if (ignored) most = total = 0.0;
+  if (!std::isnan(total)) Near("most", row, stats[0], {most, 0.0});
+  Near("total", row, stats[1], {total, 16.0 * total});
 }
 
 // One value of each row that is not like the others; infinity and NaN spoil the row, as in PyTorch.
@@ -37,7 +47,7 @@ PEAK_TEST(cross_entropy) {
       Placer place(placement);
       auto logits = place.Out<T>(kRows * vocab);
       auto target = place.In<int64_t>(kRows);
-      auto loss = place.Out<float>(kRows), lse = place.Out<float>(kRows);
+      auto loss = place.Out<float>(kRows), stats = place.Out<float>(2 * kRows);
       auto dloss = place.In<float>(kRows);
       logits.FillNormal(random, 3.0, 4.0);
       dloss.FillNormal(random);
@@ -48,13 +58,13 @@ PEAK_TEST(cross_entropy) {
       }
       const std::vector<double> z = logits.Values();
       CrossEntropyForward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
-                           .target = target.data(), .ignore_index = kIgnored, .loss = loss.data(), .lse = lse.data(),
-                           .with_gradient = with_gradient, .scale = scale},
+                           .target = target.data(), .ignore_index = kIgnored, .loss = loss.data(),
+                           .stats = stats.data(), .with_gradient = with_gradient, .scale = scale},
                           1 + placement % 2);
       if (!with_gradient) {
         logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // as they were
         CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
-                              .target = target.data(), .ignore_index = kIgnored, .lse = lse.data(),
+                              .target = target.data(), .ignore_index = kIgnored, .stats = stats.data(),
                               .dloss = dloss.data(), .total = vocab},
                              1 + placement % 2);
       }
@@ -62,9 +72,8 @@ PEAK_TEST(cross_entropy) {
         const bool ignored = row == kIgnoredRow;
         const double truth = ignored ? 0.0 : LogSumExp(&z[row * vocab], vocab);
         const double hit = ignored ? 0.0 : z[row * vocab + target[row]];
-        const double slack = ignored ? 0.0 : 8.0 + 4.0 * std::fabs(truth) + std::fabs(hit);
-        Near("lse", row, lse[row], {truth, slack});
-        Near("loss", row, loss[row], {truth - hit, 2.0 * slack});
+        NearStats(row, &stats[2 * row], &z[row * vocab], vocab, ignored);
+        Near("loss", row, loss[row], {truth - hit, ignored ? 0.0 : 16.0});
         const double factor = ignored ? 0.0 : with_gradient ? scale : dloss.At(row);
         for (int64_t i = 0; i < vocab; ++i) {
           const Want want = ignored ? Want{0.0, 0.0} : Gradient(z[row * vocab + i], truth, i == target[row], factor);
@@ -85,7 +94,7 @@ PEAK_TEST(cross_entropy_smoothed) {
     auto logits = place.Out<T>(kRows * vocab);
     auto target = place.In<int64_t>(kRows);
     auto weight = place.In<float>(kRows), dloss = place.In<float>(kRows);
-    auto loss = place.Out<float>(kRows), lse = place.Out<float>(kRows);
+    auto loss = place.Out<float>(kRows), stats = place.Out<float>(2 * kRows);
     logits.FillNormal(random, 3.0, 4.0);
     weight.FillNormal(random);
     dloss.FillNormal(random);
@@ -93,12 +102,12 @@ PEAK_TEST(cross_entropy_smoothed) {
     const std::vector<double> z = logits.Values();
     CrossEntropyForward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
                          .target = target.data(), .weight = weight.data(), .ignore_index = kIgnored,
-                         .loss = loss.data(), .lse = lse.data(), .with_gradient = with_gradient, .scale = scale,
+                         .loss = loss.data(), .stats = stats.data(), .with_gradient = with_gradient, .scale = scale,
                          .smoothing = smoothing, .z_loss = z_loss},
                         1 + placement % 2);
     if (!with_gradient) {
       CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
-                            .target = target.data(), .ignore_index = kIgnored, .lse = lse.data(),
+                            .target = target.data(), .ignore_index = kIgnored, .stats = stats.data(),
                             .dloss = dloss.data(), .smoothing = smoothing, .z_loss = z_loss, .total = vocab},
                            1 + placement % 2);
     }
@@ -132,8 +141,8 @@ PEAK_TEST(cross_entropy_of_a_shard) {
     Placer place(placement);
     auto logits = place.Out<T>(kRows * vocab);
     auto target = place.In<int64_t>(kRows);
-    auto lse = place.Out<float>(kRows), z_target = place.Out<float>(kRows), sum = place.Out<float>(kRows);
-    auto whole = place.In<float>(kRows), dloss = place.In<float>(kRows);
+    auto parts = place.Out<float>(4 * kRows);
+    auto whole = place.In<float>(2 * kRows), dloss = place.In<float>(kRows);
     logits.FillNormal(random, 3.0, 4.0);
     dloss.FillNormal(random);
     // The second is what an ignored target would be, counted from the shard's first row.
@@ -141,31 +150,32 @@ PEAK_TEST(cross_entropy_of_a_shard) {
     for (int64_t row = 0; row < kRows; ++row) target[row] = targets[row];
     const std::vector<double> z = logits.Values();
     CrossEntropyParts({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
-                       .target = target.data(), .ignore_index = kIgnored, .first = kFirst, .lse = lse.data(),
-                       .z_target = z_target.data(), .sum = sum.data()},
+                       .target = target.data(), .ignore_index = kIgnored, .first = kFirst, .width = 4,
+                       .parts = parts.data()},
                       1 + placement % 2);
     logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // as they were
     for (int64_t row = 0; row < kRows; ++row) {
       const double* at = &z[row * vocab];
       const bool ignored = row == kIgnoredRow;
-      const double truth = ignored ? 0.0 : LogSumExp(at, vocab);
       double total = 0.0, size = 0.0;
       for (int64_t i = 0; i < vocab; ++i) total += at[i], size += std::fabs(at[i]);
-      Near("lse", row, lse[row], {truth, ignored ? 0.0 : 8.0 + 4.0 * std::fabs(truth)});
-      Near("z_target", row, z_target[row], {row == 0 ? at[target[row] - kFirst] : 0.0, 0.0});
-      Near("sum", row, sum[row], {ignored ? 0.0 : total, ignored ? 0.0 : 8.0 + 8.0 * size});
-      whole[row] = static_cast<float>(truth + 1.0);
+      NearStats(row, &parts[4 * row], at, vocab, ignored);
+      Near("z_target", row, parts[4 * row + 2], {row == 0 ? at[target[row] - kFirst] : 0.0, 0.0});
+      Near("sum", row, parts[4 * row + 3], {ignored ? 0.0 : total, ignored ? 0.0 : 8.0 + 8.0 * size});
+      whole[2 * row] = parts[4 * row] + 1.0f;
+      whole[2 * row + 1] = parts[4 * row + 1] + 0.5f;
     }
     CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
-                          .target = target.data(), .ignore_index = kIgnored, .lse = whole.data(),
+                          .target = target.data(), .ignore_index = kIgnored, .stats = whole.data(),
                           .dloss = dloss.data(), .smoothing = smoothing, .z_loss = z_loss, .first = kFirst,
                           .total = vocab + kOthers},
                          1 + placement % 2);
     for (int64_t row = 0; row < kRows; ++row) {
-      const double pull = 2.0 * z_loss * whole.At(row), factor = row == kIgnoredRow ? 0.0 : dloss.At(row);
+      const double lse = whole.At(2 * row) + std::log(whole.At(2 * row + 1));
+      const double pull = 2.0 * z_loss * lse, factor = row == kIgnoredRow ? 0.0 : dloss.At(row);
       for (int64_t i = 0; i < vocab; ++i) {
         const bool hit = row == 0 && i == target[row] - kFirst;
-        const Want plain = Gradient(z[row * vocab + i], whole.At(row), false, factor * (1.0 + pull));
+        const Want plain = Gradient(z[row * vocab + i], lse, false, factor * (1.0 + pull));
         const double want = plain.value - factor * (smoothing / (vocab + kOthers) + (hit ? 1.0 - smoothing : 0.0));
         const double slack = plain.slack + std::fabs(factor) * (4.0 + 4.0 * std::fabs(pull));
         if (!Near("dlogits", i, logits[row * vocab + i], {want, slack})) return;
@@ -181,17 +191,17 @@ std::vector<char> Call(int threads) {
   Placer place(0);
   auto logits = place.Out<T>(kManyRows * kVocab);
   auto target = place.In<int64_t>(kManyRows);
-  auto loss = place.Out<float>(kManyRows), lse = place.Out<float>(kManyRows);
+  auto loss = place.Out<float>(kManyRows), stats = place.Out<float>(2 * kManyRows);
   logits.FillNormal(random);
   for (int64_t row = 0; row < kManyRows; ++row) target[row] = random.Below(kVocab);
   CrossEntropyForward({.dtype = kDtype<T>, .rows = kManyRows, .vocab = kVocab, .logits = logits.data(),
-                       .target = target.data(), .ignore_index = kIgnored, .loss = loss.data(), .lse = lse.data(),
+                       .target = target.data(), .ignore_index = kIgnored, .loss = loss.data(), .stats = stats.data(),
                        .with_gradient = true, .scale = 1.0f},
                       threads);
   std::vector<char> bytes;
   logits.Append(bytes);
   loss.Append(bytes);
-  lse.Append(bytes);
+  stats.Append(bytes);
   return bytes;
 }
 PEAK_KERNEL(cross_entropy_float32) { return Call<float>(threads); }
