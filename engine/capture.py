@@ -81,10 +81,16 @@ class Captured:
         try:
             self.recorder.record(lambda: self.function(*held))
         except (RuntimeError, NotImplementedError) as error:  # CUDA's refusals are RuntimeErrors
-            self.obstacle = f"recording failed: {str(error).strip().splitlines()[0]}"
+            self.obstacle = f"recording failed: {_all(error)}"
             warnings.warn(f"the step runs uncaptured, {self.obstacle}", stacklevel=3)
             return
         self.inputs, self.held = held, self.fixed()
+
+
+def _all(error: BaseException) -> str:
+    """The first line of an error, behind those it came from: a capture that is broken off says at its end only that."""
+    line = (str(error).strip() or repr(error)).splitlines()[0]
+    return line if error.__context__ is None else f"{_all(error.__context__)}, then {line}"
 
 
 def _fits(given: Tensor, held: Tensor) -> bool:
@@ -113,7 +119,11 @@ class CudaGraph:
 
     def record(self, body):
         """Other threads (a data loader that pins memory) may go on meanwhile: thread_local."""
-        with torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local"):
+        # torch.cuda.graph leaves its stream the current one where the capture fails.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local"),
+        ):
             self.results = body()
 
     def replay(self):

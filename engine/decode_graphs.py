@@ -27,6 +27,11 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of a graph
 NUMBERS = 4  # of a sequence beside its table: id, place, slot, length
 
 
+def on_16_bytes(count: int) -> int:
+    """Where the int32s after `count` others begin: kernels are compiled anew for pointers that are not on 16 bytes."""
+    return -(-count // 4) * 4
+
+
 class DecodeGraphs:
     """Runs a function of Rows, one a sequence, as it is or as graphs."""
 
@@ -43,7 +48,7 @@ class DecodeGraphs:
         self.run, self.width, self.obstacle = run, width, obstacle
         self.pins = device.type == "cuda"
         self.record = None if obstacle else recorder_for(device, share=True)
-        self.held = torch.zeros(BUCKETS[-1] * (NUMBERS + width), dtype=torch.int32, device=device)
+        self.held = torch.zeros(self._size(BUCKETS[-1]), dtype=torch.int32, device=device)
         self.steps: dict[int, Captured] = {}
 
     def __call__(self, ids: Tensor | Sequence[int], places: np.ndarray, tables: np.ndarray) -> Tensor:
@@ -58,7 +63,7 @@ class DecodeGraphs:
         """
         count = len(places)
         bucket = next(b for b in BUCKETS if b >= count)
-        numbers = torch.zeros(bucket * (NUMBERS + self.width), dtype=torch.int32, pin_memory=self.pins)
+        numbers = torch.zeros(self._size(bucket), dtype=torch.int32, pin_memory=self.pins)
         rows = self._rows(numbers, bucket)
         rows.places.numpy()[:count] = places
         rows.slots.fill_(-1)
@@ -78,11 +83,14 @@ class DecodeGraphs:
 
     def _rows(self, numbers: Tensor, bucket: int) -> Rows:
         """A step's integers as they lie one after the other."""
-        ids, places, slots, lengths, tables = numbers.split([*[bucket] * NUMBERS, bucket * self.width])
-        return Rows(ids, places, slots, lengths, tables.view(bucket, self.width))
+        *columns, tables = numbers.split([*[on_16_bytes(bucket)] * NUMBERS, bucket * self.width])
+        return Rows(*(column[:bucket] for column in columns), tables.view(bucket, self.width))
+
+    def _size(self, bucket: int) -> int:
+        return NUMBERS * on_16_bytes(bucket) + bucket * self.width
 
     def _captured(self, bucket: int) -> Captured:
-        rows = self._rows(self.held[: bucket * (NUMBERS + self.width)], bucket)
-        step = Captured(lambda: (self.run(rows),), self.record, lambda: None, copies=False)
+        rows, run = self._rows(self.held[: self._size(bucket)], bucket), self.run
+        step = Captured(lambda: (run(rows),), self.record, lambda: None, copies=False)
         step.obstacle = self.obstacle or step.obstacle
         return step

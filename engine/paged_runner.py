@@ -6,6 +6,7 @@ are wanted go through the head. A step of one new token for each sequence, which
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peakgpt.engine.decode_graphs import BUCKETS, DecodeGraphs
+from peakgpt.engine.decode_graphs import BUCKETS, DecodeGraphs, on_16_bytes
 from peakgpt.engine.paged import BLOCK, Chunk
 from peakgpt.engine.paged_cache import PagedCache, PagedMemory, Rows
 from peakgpt.engine.positions import Positions, alibi_slopes, rotary_table
@@ -43,7 +44,9 @@ class PagedRunner:
         self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
         obstacle = "the host reads how many rows each expert has" if c.experts else None
         width = -(-c.block_size // BLOCK)
-        self.graphs = DecodeGraphs(self._pass, width=width, device=self.device, obstacle=obstacle)
+        # Weakly, or cache and graphs would wait for the garbage collector, which may come while others are recorded.
+        me = weakref.proxy(self)
+        self.graphs = DecodeGraphs(lambda rows: me._pass(rows), width=width, device=self.device, obstacle=obstacle)
 
     def holds(self, model: GPT) -> bool:
         """Whether a model's weights still lie where the graphs read them."""
@@ -96,10 +99,13 @@ class PagedRunner:
         take = np.concatenate([np.arange(end - chunk.logits, end) for chunk, end in wanted])
         tables = tables[:, : -(-ends.max() // BLOCK)]
         parts = (ids, places, slots, ends, tables.ravel(), begins, take)
-        numbers = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=self.graphs.pins)
-        np.concatenate(parts, out=numbers.numpy(), casting="same_kind")
-        numbers = numbers.to(self.device, non_blocking=True).split([len(part) for part in parts])
-        ids, places, slots, lengths, blocks, begins, take = numbers
+        first = [0, *np.cumsum([on_16_bytes(len(part)) for part in parts]).tolist()]
+        numbers = torch.empty(first[-1], dtype=torch.int32, pin_memory=self.graphs.pins)
+        for part, at in zip(parts, first, strict=False):
+            numbers.numpy()[at : at + len(part)] = part
+        numbers = numbers.to(self.device, non_blocking=True)
+        views = (numbers[at : at + len(part)] for part, at in zip(parts, first, strict=False))
+        ids, places, slots, lengths, blocks, begins, take = views
         fresh = not any(chunk.past for chunk in chunks)
         return Rows(ids, places, slots, lengths, blocks.view(tables.shape), begins, take, fresh)
 

@@ -234,3 +234,45 @@ def test_what_a_recording_asks_of_cuda(share, monkeypatch):
             f"record in {'pool' if share else None} on side, thread_local", "replay", "replay"]  # fmt: skip
     assert asked == 2 * once
     assert recorder_for(torch.device("cpu")) is None
+
+
+def test_a_recording_that_breaks_off_names_the_first_error_and_gives_its_stream_back(monkeypatch):
+    """torch's own context does neither: it raises at its end, and goes before it leaves its stream."""
+    now = ["main"]
+
+    class Stream:
+        device = torch.device("cuda", 0)
+        name = "side"
+
+    @contextlib.contextmanager
+    def stream(name):
+        before, now[0] = now[0], name
+        try:
+            yield
+        finally:
+            now[0] = before
+
+    @contextlib.contextmanager
+    def graph(recorded, pool, side, **options):
+        now[0] = side
+        try:
+            yield
+        finally:
+            raise RuntimeError("failed due to a previous error")
+
+    for name, fake in {"Stream": lambda device: Stream(), "CUDAGraph": object, "graph": graph, "stream": stream,
+                       "current_stream": lambda device: now[0]}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def body():
+        raise RuntimeError("operation not permitted\nCompile with")
+
+    recorder = recorder_for(torch.device("cuda", 0))()
+    monkeypatch.setattr(recorder, "warm", lambda body: [])
+    step = Captured(body, lambda: recorder, lambda: None)
+    for _ in range(WARMUP):
+        step()
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="not permitted"):
+        step()
+    assert step.obstacle == "recording failed: operation not permitted, then failed due to a previous error"
+    assert now == ["main"]

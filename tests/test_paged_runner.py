@@ -302,3 +302,31 @@ def test_the_engine_by_ops(options):
             alone = model.generate(torch.tensor([ids]), max_new_tokens=30, temperature=0.0)
             assert alone[0, len(ids) :].tolist() == text
     assert engine.pool.free_blocks == engine.pool.blocks
+
+
+@torch.no_grad()
+def test_what_kernels_read_lies_on_16_bytes(monkeypatch):
+    """Else Triton compiles each of them again for every combination that is met. Fails without on_16_bytes."""
+    runner, seen = PagedRunner(model_of("gpt2"), blocks=8), []
+    inner = PagedRunner._pass
+    monkeypatch.setattr(PagedRunner, "_pass", lambda self, rows: (seen.append(rows), inner(self, rows))[1])
+    for counts in ((3,), (1,), (1, 1), (5, 2, 1), (1, 1, 1, 1, 1)):
+        runner.step([Chunk(range(new), 0, [i], min(new, 2)) for i, new in enumerate(counts)])
+    for rows in seen:
+        given = [t for t in rows if isinstance(t, torch.Tensor)]
+        assert len(given) in (5, 7) and all(t.data_ptr() % 16 == 0 for t in given)
+
+
+@torch.no_grad()
+def test_a_runner_ends_with_its_last_user():
+    """And its cache with it, which the garbage collector does not know to be large."""
+    runner = PagedRunner(model_of("gpt2"), blocks=8)
+    for past in range(2):
+        runner.step([Chunk([1], past, [0])])
+    gone = weakref.ref(runner.memory)
+    gc.disable()
+    try:
+        del runner
+        assert gone() is None
+    finally:
+        gc.enable()

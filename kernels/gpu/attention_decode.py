@@ -80,7 +80,7 @@ def _sequence(slot, cu_queries_ptr, B, steps, GROUP: tl.constexpr, ROWS: tl.cons
     return b, first, count, r0
 
 
-@triton.jit(do_not_specialize=("B", "parts", "splits", "first_slot", "steps", "window"))
+@triton.jit(do_not_specialize=("stride_tables_b", "B", "parts", "splits", "first_slot", "steps", "window"))
 def attention_decode_parts(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr, lengths_ptr, cu_queries_ptr, alibi_ptr,
     acc_ptr, m_ptr, l_ptr,

@@ -27,7 +27,7 @@ from peakgpt.kernels.gpu.launch import AotCase, Tile
 BLOCK_C, CHUNK, ROW = 1024, 32, Tile(warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T", "start"))
 def embedding_fwd(
     ids_ptr, wte_ptr, wpe_ptr, places_ptr, y_ptr, T, V, P, C, start, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr
 ):

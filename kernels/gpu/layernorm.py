@@ -54,7 +54,7 @@ WIDE = NormTile(BLOCK_R=32, warps=4)
 WIDE_BLOCK_C = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R",))
 def layernorm_fwd(
     x_ptr,
     residual_ptr,
