@@ -89,7 +89,7 @@ def attention_decode_parts(
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    overlap.begin(OVERLAP)
+    overlap.follow(OVERLAP)
     slot, kv_head, part = first_slot + tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, first, count, r0 = _sequence(slot, cu_queries_ptr, B, steps, GROUP, ROWS)
     length = tl.load(lengths_ptr + b)
@@ -156,7 +156,7 @@ def attention_decode_merge(
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    overlap.begin(OVERLAP)
+    overlap.follow(OVERLAP)
     slot, kv_head, row = first_slot + tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, first, count, r0 = _sequence(slot, cu_queries_ptr, B, steps, GROUP, ROWS)
     i, h = (r0 + row) // GROUP, kv_head * GROUP + (r0 + row) % GROUP

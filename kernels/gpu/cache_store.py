@@ -37,7 +37,7 @@ def cache_store(
     K, block, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    overlap.begin(OVERLAP)
+    overlap.follow(OVERLAP)
     n = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + n).to(tl.int64)
     if slot >= 0:

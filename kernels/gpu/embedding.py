@@ -31,7 +31,7 @@ BLOCK_C, CHUNK, ROW = 1024, 32, Tile(warps=4)
 def embedding_fwd(
     ids_ptr, wte_ptr, wpe_ptr, places_ptr, y_ptr, T, V, P, C, start, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr
 ):
-    overlap.begin(OVERLAP)
+    overlap.follow(OVERLAP)
     n = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     i = tl.load(ids_ptr + n).to(tl.int64)

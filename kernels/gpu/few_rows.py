@@ -101,7 +101,7 @@ def few_rows_fwd(
         overlap.prefetch(w_ptr, stride_w, row, BLOCK_N, N, K, PREFETCH, THREADS)
         if gate_w_ptr is not None:
             overlap.prefetch(gate_w_ptr, stride_gate_w, row, BLOCK_N, N, K, PREFETCH, THREADS)
-    overlap.begin(OVERLAP)
+    overlap.follow(OVERLAP)
     m = tl.arange(0, ROWS)
     steps = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     x_at = x_ptr + m.to(tl.int64)[None, :, None] * stride_x

@@ -73,7 +73,7 @@ def layernorm_fwd(
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    overlap.begin(OVERLAP)
+    overlap.follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_C)
     live_c = col < C

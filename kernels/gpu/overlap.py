@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a small kernel begins while the one before it in the stream still runs.
 
 A step of decoding is hundreds of kernels of a few microseconds, and a boundary between two costs about one. On sm_90
-and newer a kernel that is launched with `options` starts as soon as the one before it lets it; until `begin` returns it
-may touch nothing that another kernel writes or reads. CUDA C++ Programming Guide, "Programmatic Dependent Launch and
+and newer a kernel that is launched with `options` starts as soon as the one before it lets it; until `follow` returns
+it may touch nothing that another kernel writes or reads. CUDA C++ Programming Guide, "Programmatic Dependent Launch and
 Synchronization"; PTX ISA, "griddepcontrol": the wait ends when all kernels before have completed and their writes are
 visible. The static check fails a kernel that touches memory earlier.
 """
@@ -23,13 +23,13 @@ LANES = tl.constexpr(8)
 
 
 def options(x: Tensor, rows: int) -> dict[str, bool]:
-    """What a kernel of that many rows on x's device is launched with: OVERLAP, which it hands to `begin`, and more."""
+    """What a kernel of that many rows on x's device is launched with: OVERLAP, which it hands to `follow`, and more."""
     on = launch.arch(x) in CLASSES and rows <= MOST_ROWS and not interpreted()
     return {"OVERLAP": True, "launch_pdl": True} if on else {"OVERLAP": False}
 
 
 @triton.jit
-def begin(OVERLAP: tl.constexpr):
+def follow(OVERLAP: tl.constexpr):
     """Let the next kernel start, and wait for the ones before; comes before any access to memory."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -40,8 +40,8 @@ def begin(OVERLAP: tl.constexpr):
 def prefetch(w_ptr, stride_w, row, rows: tl.constexpr, N, K, BYTES: tl.constexpr, THREADS: tl.constexpr):
     """Bring the first BYTES of each of `rows` rows of w (N, K), from `row` on, into the L2 cache.
 
-    Before `begin` too, for it reads no value. Rows start on 16 bytes and are multiples of them. One lane in LANES asks:
-    a warp does so for one lane after the other.
+    Before `follow` too, for it reads no value. Rows start on 16 bytes and are multiples of them. One lane in LANES
+    asks: a warp does so for one lane after the other.
     """
     size: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
     share: tl.constexpr = BYTES // size // (THREADS // LANES // rows)
