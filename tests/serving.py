@@ -73,8 +73,8 @@ class Running:
 
     def idle(self):
         """Wait until nothing is asked for; returns the free blocks."""
-        until = time.monotonic() + 10
-        while self.server.worker.load or self.engine.has_work:
+        until, worker = time.monotonic() + 10, self.server.worker
+        while worker.load or worker.jobs or self.engine.has_work:  # jobs are forgotten by the worker's own thread
             assert time.monotonic() < until, "something was left"
             time.sleep(0.01)
         return self.engine.pool.free_blocks
