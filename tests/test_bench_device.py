@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -151,3 +152,24 @@ def test_decoding_on_a_device_is_compared_and_wrong_logits_are_told(monkeypatch)
     assert ours.bytes == 2 * (3 * weights + 2 * 2 * config.n_embd * (6 + 7 + 8))
     first = device_decode.compare_first_token(config, 9, CPU, budget_s=0.0)
     assert [r.contender for r in first] == ["peakgpt", "eager"] and all(r.flops_fraction for r in first)
+
+
+def test_a_step_that_can_not_be_recorded_is_told(monkeypatch):
+    """Or its times would pass for a graph's; they are kept."""
+    inner = device_decode._eager
+
+    def warns(model, ids, case):
+        begin = inner(model, ids, case)
+
+        def again():
+            warnings.warn("the step runs uncaptured, recording failed: no", stacklevel=1)
+            return begin()
+
+        return again
+
+    monkeypatch.setitem(device_decode.CONTENDERS, "peakgpt", warns)
+    config, told = device_bench.TINY_RUN[0], []
+    results = device_decode.compare_steps(config, Case(2, 5, 3), CPU, ["peakgpt"], budget_s=0.0,
+                                          on_failure=lambda *failed: told.append(failed))  # fmt: skip
+    assert len(results) == 1 and {name for name, _ in told} == {"peakgpt"}
+    assert "recording failed: no" in str(told[0][1])
