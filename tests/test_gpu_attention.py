@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from peakgpt.bench.check import double, judge, leaf
+from peakgpt.kernels import backends
 from peakgpt.kernels.attention import attention, attention_qkv, dropout_mask, live_mask
 from peakgpt.kernels.dispatch import interpreted, use_backend
 from peakgpt.kernels.doctor import Choice, Diagnosis
@@ -316,8 +317,8 @@ def test_a_measurement_can_object_unless_forced(monkeypatch):
     assert gpu.slower(*tensors, dropout=0.1) is None and gpu.slower(*tensors, SLOPES[:2]) is None
     needs = (False,) * len(attention.tensor_names)
     bound = attention._bind(tensors, {})
-    assert attention._objects(gpu, *bound, needs) == said
-    assert attention._objects(gpu, *bound, needs, "gpu") is None
+    assert backends._objects(attention, gpu, *bound, needs) == said
+    assert backends._objects(attention, gpu, *bound, needs, "gpu") is None
     with use_backend("gpu"):
         assert attention.explain(*tensors)["gpu"] is None
     choices = [Choice("attention", "bfloat16", "eager", {"gpu": said}), Choice("mlp", "bfloat16", "eager", {})]

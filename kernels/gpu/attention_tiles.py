@@ -67,6 +67,8 @@ _FP32_BY_CLASS = {  # where the rows above leave a spill
     arch: {**_FP32, 256: _FP32[256]._replace(fwd=tile(16, 16, 8, 2), dkv=tile(16, 16, 8, 1))}
     for arch in ("sm_80", "sm_90")
 }
+# Eight warps spill two registers where dq is turned back.
+_FP32_BY_CLASS["sm_80"][256] = _FP32_BY_CLASS["sm_80"][256]._replace(dq=tile(16, 16, 4, 2))
 _FP32_BY_CLASS["gfx942"] = {  # four warps of 64 threads may use 512 registers each, eight only 256
     64: Tiles(fwd=tile(64, 16, 8, 2), dq=tile(64, 32, 4, 1), dkv=tile(32, 32, 4, 1), dbias=tile(64, 32, 4, 1)),
     128: _FP32[128],
