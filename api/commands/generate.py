@@ -19,7 +19,7 @@ LOOKUP = "lookup"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder in transformers' GPT-2 layout, with a tokenizer")
+    parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to continue")
     prompt.add_argument("--prompt-file", help="file with it: text, or JSON with examples (docs/inference.md)")
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=50, help="sample among this many (default 50)")
     parser.add_argument("--top-p", type=float, help="sample among the fewest that reach this probability")
     parser.add_argument("--stop", action="append", default=[], help="text that ends the continuation; repeatable")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice (default 0)")
     parser.add_argument("--speculate", metavar="DRAFT",
                         help=f'the same text sooner: "{LOOKUP}" looks up repeated words, a checkpoint folder is a '
                         "draft model with the same tokenizer; prints the speed-up over doing without")  # fmt: skip

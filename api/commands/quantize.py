@@ -20,7 +20,7 @@ BATCH = 8  # windows of text at a time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="checkpoint folder")
     parser.add_argument("folder", metavar="OUT", help="folder to write; other commands read it as any checkpoint")
-    parser.add_argument("--bits", type=int, required=True, choices=(8, 4))
+    parser.add_argument("--bits", type=int, required=True, choices=(8, 4), help="of a weight")
     parser.add_argument("--group", type=int, default=64, choices=GROUPS,
                         help="weights that share a scale, with 4 bits (default 64)")  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to compare perplexities on; needs a tokenizer in IN")
@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if Path(args.source).resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
+    if found := quantised_folder.read_format(args.source):
+        raise ValueError(f"quantize: IN has weights of {found.bits} bits already, expected a checkpoint of floats")
     form = Format(args.bits, args.group)
     ids = None if args.text is None else _tokens(args.source, args.text)
     model = GPT.from_pretrained(args.source)

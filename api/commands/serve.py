@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         from peakgpt.serve.guard import LOOPBACK, config
         from peakgpt.serve.limits import LIMITS
     except ImportError as error:
-        raise ValueError(f"serve: got {error}, expected the packages of pip install 'peakgpt[serve]'") from None
+        raise ValueError(f"serve: got {error}, expected the packages of pip install -e '.[serve]'") from None
     loopback = args.host in ("127.0.0.1", "localhost", "::1")
     key = args.api_key_file.read_text().strip() if args.api_key_file else os.environ.get(KEY)
     if not loopback and not key:

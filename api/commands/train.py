@@ -31,7 +31,8 @@ SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 files or folders (default: Python's library)")
-    parser.add_argument("--model", default="gpt2-tiny", choices=sorted(PRESETS), help="preset (default gpt2-tiny)")
+    parser.add_argument("--model", default="gpt2-tiny", choices=sorted(PRESETS), metavar="PRESET",
+                        help="sizes, as gpt2 or pythia-70m: docs/families.md has all (default gpt2-tiny)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=1000, help="updates (default 1000)")
     parser.add_argument("--batch", type=int, default=8, help="sequences an update (default 8)")
     parser.add_argument("--micro-batch", type=int, help="sequences at a time, gradients are added (default: all)")
