@@ -153,6 +153,10 @@ def test_generate_from_small_weights(bits, tmp_path, capsys):
     params = SamplingParams(max_new_tokens=20, temperature=0, stop=(tokenizer.end_id,))
     text = "".join(output.text for output in engine.stream(tokenizer.encode("the cat"), params))
     assert said.startswith(f"the cat{text}\n\n[") and " tokens/s]" in said and "by ops" not in said
+    assert main(["quantize", str(small), str(tmp_path / "again"), "--bits", "8"]) == 2
+    assert f"IN has weights of {bits} bits already, expected a checkpoint of floats" in capsys.readouterr().err
+    assert main(["generate", str(small), "--prompt", "the cat " * 100]) == 2
+    assert "tokens, expected fewer than the model's 64" in capsys.readouterr().err
     assert len(text) > 5
 
 

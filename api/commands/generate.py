@@ -56,7 +56,9 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("prompt: got no token, expected some text")
-    room = max(model.config.block_size - len(ids), 0)
+    room = model.config.block_size - len(ids)
+    if room < 1:
+        raise ValueError(f"prompt: got {len(ids)} tokens, expected fewer than the model's {model.config.block_size}")
     params = SamplingParams(max_new_tokens=min(max_new_tokens, room), stop=(tokenizer.end_id,), **sampling)
     engine = Engine(model, tokenizer, streams=1, speculation=speculation, cache=cache)
     sys.stdout.write(prompt)
