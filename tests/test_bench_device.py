@@ -110,7 +110,7 @@ def test_every_gpu_case_is_a_call_that_its_op_takes():
         op.check(*tensors, **params)
         assert op.cost(*tensors, **params).flops > 0
     jobs = device_bench.PARTS["attention"].jobs(torch.device("cuda"))
-    assert len(jobs) == 6 * 2 + 2 + 6  # forward and backward; one query by attention, by attention_decode
+    assert len(jobs) == 6 * 2 + 2 + 6 + 3 * 2  # both passes; one query; decode; packed, rotary
     assert len(device_bench.PARTS["check"].jobs(torch.device("cuda"))) == 2 * (
         len(device_bench.CASES) + len(device_bench.LARGE_CASES) + 1
     )
