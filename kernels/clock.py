@@ -183,6 +183,10 @@ class Timing:
         """The same with further notes."""
         return dataclasses.replace(self, note="; ".join(filter(None, [self.note, *notes])))
 
+    def each(self, count: int) -> Timing:
+        """Of one of `count` equal things that a call does."""
+        return dataclasses.replace(self, samples_s=tuple(s / count for s in self.samples_s), calls=count * self.calls)
+
     @property
     def kept(self) -> int:
         return len(self.samples_s)

@@ -1,11 +1,14 @@
 """Benches of ops and passes: nothing wrong is timed, and what is counted is what they compute and move."""
 
+import contextlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from peakgpt.bench import ops
 from peakgpt.bench.check import check, judge
 from peakgpt.bench.findings import NotTaken
 from peakgpt.bench.ops import Case, choose_cases, compare, compare_ops
@@ -221,3 +224,21 @@ def test_a_wrong_kernel_is_told_and_named(monkeypatch):
     )
     (bad,) = check(*case)
     assert not bad.passed and "result 0: error" in bad.message and bad.error > bad.limit
+
+
+def test_replayed_records_every_set_once(monkeypatch):
+    """A stand-in for the graph: what is called inside of it is recorded, and not called again."""
+    called, replays, inside = [], [], []
+
+    @contextlib.contextmanager
+    def recording(graph):
+        inside.append(graph)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(1)))
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    sets = [((SimpleNamespace(device=torch.device("cuda"), name=i),), []) for i in range(3)]
+    run = ops._replayed(lambda x: called.append((x.name, bool(inside))) or x.name, sets, {})
+    assert called == [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)]
+    assert run() == 2 and replays == [1] and len(called) == 6

@@ -158,6 +158,11 @@ def test_stopwatch_devices():
         clock.stopwatch("meta")
 
 
+def test_timing_of_each_of_several():
+    timing = Timing((4.0, 6.0), dropped=1, note="n", calls=3)
+    assert timing.each(2) == Timing((2.0, 3.0), dropped=1, note="n", calls=6)
+
+
 def test_spread_and_ratio():
     assert Spread.of((4.0,)) == Spread(4.0, 4.0, 4.0)
     assert Spread.of((1.0, 2.0, 3.0, 4.0, 100.0)) == Spread(3.0, 2.0, 4.0)
