@@ -292,7 +292,7 @@ class GPT(Conv1DLoading):
             TypeError: another option.
             ValueError: parameters out of range, or more tokens asked than block_size has room for.
         """
-        params = SamplingParams.of_a_batch("generate", options)
+        params = SamplingParams.of_a_batch("generate", options, ("start", "beams", "length_penalty", "early_stopping"))
         if beams == 1:
             return generate(self, ids, params, start)
         count = check_prompt(self, ids, params.max_new_tokens, start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 GREEDY = 0.0  # temperature
@@ -59,8 +60,9 @@ class SamplingParams:
     choices: Sequence[str | Sequence[int]] = ()
 
     def __post_init__(self):
-        if self.max_new_tokens is not None and self.max_new_tokens < 0:
-            raise ValueError(f"sampling: max_new_tokens is {self.max_new_tokens}, expected at least 0, or None")
+        count = self.max_new_tokens
+        if count is not None and (not isinstance(count, Integral) or count < 0):
+            raise ValueError(f"sampling: max_new_tokens is {count!r}, expected at least 0, or None")
         if self.temperature and not LEAST_TEMPERATURE <= self.temperature < math.inf:
             raise ValueError(
                 f"sampling: temperature is {self.temperature}, expected 0 (greedy) or at least {LEAST_TEMPERATURE}"
@@ -90,15 +92,15 @@ class SamplingParams:
             raise ValueError(f"sampling: choices are {list(self.choices)}, expected none that is empty")
 
     @classmethod
-    def of_a_batch(cls, caller: str, options: Mapping[str, Any]) -> SamplingParams:
-        """From the options of GPT.generate and GPT.stream.
+    def of_a_batch(cls, caller: str, options: Mapping[str, Any], own: Sequence[str] = ()) -> SamplingParams:
+        """From the options of GPT.generate and GPT.stream, whose own keywords a refusal names too.
 
         Raises:
             TypeError: another name than those of OF_A_BATCH.
             ValueError: a value out of range.
         """
         if unknown := [name for name in options if name not in OF_A_BATCH]:
-            raise TypeError(f"{caller}: got option {unknown[0]!r}, expected {', '.join(OF_A_BATCH)}")
+            raise TypeError(f"{caller}: got option {unknown[0]!r}, expected {', '.join((*OF_A_BATCH, *own))}")
         return cls(**options)
 
     @property

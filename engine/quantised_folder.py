@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peakgpt.engine.model import GPT
 
 METHOD = "peakgpt"
-KEY = "quantization_config"  # where transformers looks too, and refuses a method that it does not know
+KEY = "quantization_config"  # where transformers looks too, and warns of a method that it does not know
 WEIGHT_FILES = ("model", "pytorch_model", "training_state")  # how their names begin
 
 

@@ -95,6 +95,7 @@ def test_int32_and_limits():
     bad = [
         ({"max_new_tokens": 16}, "5 prompt tokens and max_new_tokens 16, expected at most block_size 20"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1, expected at least 0"),
+        ({"max_new_tokens": "4"}, "max_new_tokens is '4', expected at least 0"),
         ({"temperature": -1.0}, r"temperature is -1.0, expected 0 \(greedy\) or at least 0.001"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0, expected at least 1"),
@@ -109,6 +110,8 @@ def test_int32_and_limits():
         for who in (model.generate, model.stream):
             with pytest.raises(TypeError, match=rf"{who.__name__}: got option '{name}', expected max_new_tokens, temp"):
                 who(PROMPT[:1], **{name: 1})
+    with pytest.raises(TypeError, match=r"got option 'beam', expected .*, beams, "):
+        model.generate(PROMPT, beam=2)
     with pytest.raises(ValueError, match=r"shape \(2, 0\), expected \(B, T\) with at least one token"):
         model.generate(PROMPT[:, :0])
     with pytest.raises(ValueError, match=r"stream: ids have shape \(2, 5\), expected \(1, T\)"):

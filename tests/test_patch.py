@@ -448,6 +448,8 @@ def test_a_forward_that_calls_sdpa_calls_ours(spell, compiled, monkeypatch):
 
 
 def test_patching_twice_is_refused():
+    with pytest.raises(ValueError, match=r"patch: got a str, expected a torch\.nn\.Module"):
+        peakgpt.patch("gpt2")
     model = build()
     peakgpt.patch(model, check=False)
     with pytest.raises(ValueError, match="got a model that is patched already"):

@@ -33,9 +33,11 @@ def patch(model: nn.Module, strict: bool = False, check: bool = True) -> Report:
     Returns:
         What became of every module; print it.
     Raises:
-        ValueError: the model is patched already; strict and something is left; the outputs differ. The model is then
-            as it was.
+        ValueError: no module; it is patched already; strict and something is left; the outputs differ. The model is
+            then as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"patch: got a {type(model).__name__}, expected a torch.nn.Module")
     if any(original(m) is not type(m) for m in model.modules()):
         raise ValueError("patch: got a model that is patched already, expected one that is not: unpatch it first")
     before = observe(model) if check else None
