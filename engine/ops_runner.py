@@ -40,14 +40,16 @@ def runner_for(model: GPT, blocks: int, cache: str | None = None) -> Runner | Pa
     """The fastest that a model has here.
 
     Raises:
-        ValueError: an unknown cache, or one of bytes for a model that runs by its ops.
+        ValueError: an unknown cache, or one of bytes for a model that has relative positions.
     """
     runner = cpu_runner(model, blocks, cache)
     if not isinstance(runner, str):
         return runner
+    if model.config.position not in RELATIVE:
+        return PagedRunner(model, blocks=blocks, reason=runner, cache=cache)
     if cache:
-        raise ValueError(f"cache is {cache!r} for a model that runs by its ops, expected None ({runner})")
-    return (OpsRunner if model.config.position in RELATIVE else PagedRunner)(model, blocks=blocks, reason=runner)
+        raise ValueError(f"cache is {cache!r} for a model with position {model.config.position!r}, expected None")
+    return OpsRunner(model, blocks=blocks, reason=runner)
 
 
 class OpsRunner:

@@ -54,14 +54,19 @@ class Chunk:
             raise ValueError(f"runner: {len(self.blocks)} blocks of {BLOCK} tokens, expected room for {end}")
 
 
+def check_cache(cache: str | None) -> None:
+    """Raises ValueError where there is no such cache."""
+    if cache not in (None, *CACHES):
+        raise ValueError(f"cache is {cache!r}, expected None or one of {', '.join(CACHES)}")
+
+
 def head_bytes(config: GPTConfig, dtype: torch.dtype, cache: str | None) -> int:
     """Of the keys, or the values, of one head of one token.
 
     Raises:
         ValueError: an unknown cache.
     """
-    if cache not in (None, *CACHES):
-        raise ValueError(f"cache is {cache!r}, expected None or one of {', '.join(CACHES)}")
+    check_cache(cache)
     return config.head_dim * dtype.itemsize if cache is None else config.head_dim + 4  # a float32 scale
 
 
@@ -80,10 +85,14 @@ class BlockMemory:
             ValueError: an unknown cache.
         """
         c = config
-        self.blocks, self.bytes = blocks, cache == "int8"
+        self.blocks, self.in_bytes = blocks, cache == "int8"
         self.layer_bytes = blocks * c.n_kv_head * self.block * head_bytes(c, dtype, cache)
         # 64 bytes more: the last block is read a little past its end.
         self.keys, self.values = torch.empty(2, c.n_layer * self.layer_bytes + 64, dtype=torch.uint8).unbind()
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
     def copy(self, source: int, target: int) -> None:
         """Copy one block, of all layers."""

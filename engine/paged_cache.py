@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.paged import BLOCK
+from peakgpt.engine.paged import BLOCK, check_cache
 from peakgpt.kernels.attention import attention
 from peakgpt.kernels.attention_decode import attention_decode
 from peakgpt.kernels.cache_store import cache_store
@@ -21,14 +21,25 @@ from peakgpt.kernels.cache_store import cache_store
 class PagedMemory:
     """Keys and values of all layers, (L, blocks, BLOCK, K, D) each; in bytes with a scale for each head of a token."""
 
-    def __init__(self, config: GPTConfig, blocks: int, *, dtype: torch.dtype, device: torch.device):
-        """Allocate. `dtype` is the model's, or torch.int8, as kernels/cache_store.py rounds."""
+    def __init__(
+        self, config: GPTConfig, blocks: int, *, dtype: torch.dtype, device: torch.device, cache: str | None = None
+    ):
+        """Allocate.
+
+        Args:
+            dtype: of the model.
+            cache: "int8", as kernels/cache_store.py rounds; None is the dtype.
+        Raises:
+            ValueError: an unknown cache.
+        """
+        check_cache(cache)
         c = config
         shape = c.n_layer, blocks, BLOCK, c.n_kv_head, c.head_dim
         self.blocks = blocks
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in "kv")
+        kept = torch.int8 if cache == "int8" else dtype
+        self.keys, self.values = (torch.empty(shape, dtype=kept, device=device) for _ in "kv")
         self.scales: tuple[Tensor, ...] = ()
-        if dtype == torch.int8:
+        if cache == "int8":
             self.scales = tuple(torch.empty(shape[:-1], device=device) for _ in "kv")
 
     def layer(self, layer: int) -> tuple[Tensor, ...]:
@@ -36,7 +47,7 @@ class PagedMemory:
         return tuple(memory[layer] for memory in (self.keys, self.values, *self.scales))
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return sum(memory.nbytes for memory in (self.keys, self.values, *self.scales))
 
     def copy(self, source: int, target: int) -> None:

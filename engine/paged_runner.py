@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 class PagedRunner:
     """A model as it is, with the cache of all its sequences; see Runner."""
 
-    def __init__(self, model: GPT, *, blocks: int, reason: str = "", cache_dtype: torch.dtype | None = None):
+    def __init__(self, model: GPT, *, blocks: int, reason: str = "", cache: str | None = None):
         """
         Args:
             model: without relative positions, on any device.
             blocks: of the cache, BLOCK tokens each.
             reason: for not being the CPU program.
-            cache_dtype: the model's where None, or torch.int8.
+            cache: "int8" keeps keys and values in bytes; None in the model's dtype.
         """
         c, weight = model.config, model.transformer.wte.weight
         self.model, self.config, self.reason, self.device = model, c, reason, weight.device
-        self.memory = PagedMemory(c, blocks, dtype=cache_dtype or weight.dtype, device=weight.device)
+        self.memory = PagedMemory(c, blocks, dtype=weight.dtype, device=weight.device, cache=cache)
         self.turns = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, self.device) if c.rotary_dim else None
         self.slopes = alibi_slopes(c.n_head, self.device) if c.position == "alibi" else None
         # What graphs read must stay where it is, whatever the model's parameters become.

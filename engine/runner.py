@@ -67,7 +67,7 @@ class Runner:
         table, logits = torch.tensor(tables, dtype=torch.int32), torch.empty(len(take), self.config.vocab_size)
         m = self.memory
         self.lowered.run(
-            len(ids), at[0], at[1], len(chunks), at[2], at[3], address(table), most, m.bytes,
+            len(ids), at[0], at[1], len(chunks), at[2], at[3], address(table), most, m.in_bytes,
             address(m.keys), address(m.values), m.layer_bytes, len(take), at[4], address(logits),
         )  # fmt: skip
         return logits if self.config.logit_scale == 1.0 else logits.mul_(self.config.logit_scale)

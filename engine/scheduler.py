@@ -171,8 +171,7 @@ class Engine:
     @property
     def cache_note(self) -> str:
         """How large the cache is."""
-        memory, tokens = self.runner.memory, self.pool.blocks * BLOCK
-        size = (memory.keys.nbytes + memory.values.nbytes) / (1 << 20)
+        size, tokens = self.runner.memory.nbytes / (1 << 20), self.pool.blocks * BLOCK
         return (f"cache: {self.pool.blocks} blocks of {BLOCK} tokens, {tokens} tokens in all, {size:.0f} MiB; "
                 f"{self.streams} texts of {tokens // self.streams} tokens at once")  # fmt: skip
 

@@ -73,7 +73,7 @@ def _by_graphs(model: GPT, blocks: int, batch: int, start: Tensor | None) -> Pag
         with torch.inference_mode(False):  # or nobody outside of the caller's could write to its memory
             runner = PagedRunner(weakref.proxy(model), blocks=blocks)
     step = PagedStepper(runner, batch, start)
-    if runner.memory.bytes <= KEPT_SHARE * _memory_bytes(runner.device):
+    if runner.memory.nbytes <= KEPT_SHARE * _memory_bytes(runner.device):
         weakref.finalize(step, _kept.__setitem__, model, runner).atexit = False
     return step
 

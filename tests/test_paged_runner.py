@@ -223,13 +223,15 @@ def test_a_cache_of_bytes():
     """By the interpreted kernels, and eager's in between; a byte is about a hundredth of what it stands for."""
     pytest.importorskip("triton")
     model, texts = small("palm"), torch.randint(97, (2, 70))
-    runner = PagedRunner(model, blocks=4, cache_dtype=torch.int8)
+    runner = PagedRunner(model, blocks=4, cache="int8")
     for past, end, backend in ((0, 61, "eager"), (61, 66, "gpu"), (66, 69, "eager"), (69, 70, "gpu")):
         with use_backend(backend):
             got = runner.step([Chunk(texts[i, past:end], past, [i, 2 + i]) for i in range(2)])
     with use_backend("eager"):
         want = model(texts)[:, -1]
     assert 1e-5 * want.norm() < (got - want).norm() < 1e-2 * want.norm() and runner.memory.keys.dtype == torch.int8
+    with use_backend("eager"):
+        assert Engine(model, blocks=4, cache="int8").runner.memory.keys.dtype == torch.int8
 
 
 def test_experts_are_not_recorded(rehearsed):

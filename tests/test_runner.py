@@ -12,6 +12,7 @@ from peakgpt.engine.config import GPTConfig
 from peakgpt.engine.model import GPT
 from peakgpt.engine.ops_runner import runner_for
 from peakgpt.engine.paged import BlockMemory
+from peakgpt.engine.paged_runner import PagedRunner
 from peakgpt.engine.quantised import Format, quantise, restore
 from peakgpt.engine.runner import Chunk, Runner
 from peakgpt.engine.score import Scorer
@@ -203,9 +204,12 @@ def test_the_memory_is_as_large_as_it_says():
 
 
 def test_an_unknown_cache_is_refused():
-    with pytest.raises(ValueError, match="cache is 'int4', expected None or one of int8"):
-        BlockMemory(GPTConfig(**SIZES), 3, dtype=torch.bfloat16, cache="int4")
+    model = GPT(GPTConfig(**SIZES))
+    for make in (Runner, PagedRunner):
+        with pytest.raises(ValueError, match="cache is 'int4', expected None or one of int8"):
+            make(model, blocks=3, cache="int4")
     relative = GPT(GPTConfig(**SIZES, position="transformer_xl"))
-    for make in (runner_for, Scorer):
-        with pytest.raises(ValueError, match=r"cache is 'int8' for a model that runs by its ops, expected None \("):
-            make(relative, blocks=6, cache="int8")
+    with pytest.raises(ValueError, match="cache is 'int8' for a model with position 'transformer_xl', expected None"):
+        runner_for(relative, 6, "int8")
+    with pytest.raises(ValueError, match=r"cache is 'int8' for a model that runs by its ops, expected None \("):
+        Scorer(relative, blocks=6, cache="int8")
