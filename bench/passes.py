@@ -37,7 +37,7 @@ class Pass:
 
     def bind(self) -> Callable[[], None]:
         """A call of it; whoever calls keeps this object, and so the tensors, alive."""
-        from peakgpt import _C
+        from peakgpt.kernels.cpu.ext import _C
 
         kernel, threads = getattr(_C, self.kernel), torch.get_num_threads()
         call = [DTYPES[a] if isinstance(a, torch.dtype) else _address(a) for a in self.arguments]

@@ -28,7 +28,9 @@ import torch
 from peakgpt.kernels.clock import stopwatch
 
 try:
-    from peakgpt._C import isa, peak_loop, peak_stream
+    from peakgpt.kernels.cpu.ext import _C
+
+    isa, peak_loop, peak_stream = _C.isa, _C.peak_loop, _C.peak_stream
 except ImportError:  # the extension is optional; `measure` says in its source when it is missing
     peak_loop = None
 

@@ -1,12 +1,13 @@
 """What is installed is what the tree holds: the wheel's files, the compiled sources, the extension's libraries."""
 
-import hashlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from peakgpt.kernels.cpu import sources
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"api": "peakgpt", "kernels": "peakgpt/kernels", "engine": "peakgpt/engine", "bench": "peakgpt/bench"}
@@ -49,9 +50,38 @@ def test_package_holds_every_file_of_the_tree(tmp_path):
 
 def test_extension_is_built_from_these_sources(extension):
     """Regression: an optional extension that stops compiling leaves the previous build in place."""
-    files = sorted(path for path in (ROOT / "csrc").iterdir() if path.suffix in {".cpp", ".h"})
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    assert extension.source_digest == digest, "csrc changed after the build: reinstall with pip install -e ."
+    assert extension.source_digest == sources.digest(ROOT / "csrc"), "csrc changed: reinstall with pip install -e ."
+
+
+# An extension that may not be called: it has nothing to call.
+OLDER = """
+import sys, types, warnings
+sys.modules["peakgpt._C"] = types.SimpleNamespace(source_digest="of older sources")
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    import peakgpt, torch
+    from peakgpt.kernels.cpu.memory import keep_pages
+    for op in (peakgpt.layernorm, peakgpt.linear):
+        inputs = op.sample(device="cpu", dtype=torch.float32)
+        op(*inputs)
+        print(op.explain(*inputs)["cpu"])
+print(keep_pages())
+print(len([warning for warning in told if "pip install -e ." in str(warning.message)]))
+"""
+
+
+def test_an_extension_of_other_sources_is_not_called():
+    """Regression: after a pull the extension of before was called, with arguments that it does not know."""
+    done = subprocess.run([sys.executable, "-c", OLDER], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *reasons, warned = done.stdout.splitlines()
+    assert len(reasons) == 3 and all("other sources" in why and "`pip install -e .`" in why for why in reasons)
+    assert warned == "1"
+
+
+def test_an_extension_without_sources_beside_it_is_called(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "CSRC", tmp_path / "csrc")
+    assert sources.objection("of sources that are elsewhere") is None
 
 
 def test_extension_needs_no_torch(extension):

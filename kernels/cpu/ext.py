@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from peakgpt import _C  # its ImportError is the backend's objection
+from peakgpt.kernels.cpu import sources
+
+if reason := sources.objection(_C.source_digest):
+    raise ImportError(reason)
 
 __all__ = ["DTYPES", "_C", "address", "dtype_objection", "rows", "scratch", "threads", "workspace"]
 

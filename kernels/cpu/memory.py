@@ -23,17 +23,17 @@ def keep_pages() -> str | None:
         None, or the reason why it could not be done.
     """
     try:
-        from peakgpt._C import keep_pages as keep
+        from peakgpt.kernels.cpu.ext import _C
     except ImportError as error:
         return f"no C++ extension: {error}"
     half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return None if keep(half) else "this C library's malloc has no such settings"
+    return None if _C.keep_pages(half) else "this C library's malloc has no such settings"
 
 
 def streamed(count: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised memory, (count,), for what is read from end to end, often: in huge pages where it can be."""
-    from peakgpt._C import ask_huge_pages
+    from peakgpt.kernels.cpu.ext import _C
 
     memory = torch.empty(count, dtype=dtype, device="cpu")
-    ask_huge_pages(memory.data_ptr(), memory.nbytes)
+    _C.ask_huge_pages(memory.data_ptr(), memory.nbytes)
     return memory
