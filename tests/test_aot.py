@@ -77,7 +77,12 @@ def test_report_and_exit_code(failure, as_json, monkeypatch, capsys):
         assert [line.split("  ")[-1] for line in out.splitlines()[1:]] == ["ok", f"FAIL {failure}" if failure else "ok"]
 
 
-@pytest.mark.parametrize("arguments", (("--target", "sm_1"), ("--op", "nothing"), ("--nonsense",)))
+def test_every_file_that_is_offered_has_kernels():
+    """Regression: of those without, no row was a check that passed."""
+    assert not [op for op in static_check.ops() if not static_check._cases(op, "sm_90")]
+
+
+@pytest.mark.parametrize("arguments", (("--target", "sm_1"), ("--op", "linear"), ("--nonsense",)))
 def test_bad_arguments(arguments):
     done = python("-m", "peakgpt", "aot", *arguments)
     assert done.returncode == 2 and arguments[-1] in done.stderr and "Traceback" not in done.stderr

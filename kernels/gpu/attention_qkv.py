@@ -4,14 +4,13 @@ With rotary its kernel turns the projection into what is kept; attention's backw
 they hold them, in float32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from peakgpt.kernels.attention import turned_heads
 from peakgpt.kernels.gpu import attention, rotary
-from peakgpt.kernels.gpu.launch import AotCase
 
 NO_GRADIENT = rotary.NO_GRADIENT
 
@@ -48,8 +47,3 @@ def backward(grads, inputs, outputs, saved, needs, *, n_head: int, **params) -> 
         dq, tuple(dkv), grads[0], outputs[0], lse, *_split(qkv, n_head), cos=cos, sin=sin, **params
     )
     return dqkv, None, None
-
-
-def aot_cases(arch: str) -> Iterator[AotCase]:
-    """None: the kernels are attention's."""
-    return iter(())

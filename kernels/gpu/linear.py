@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from peakgpt.kernels.gpu import few_rows, launch
-from peakgpt.kernels.gpu.launch import AotCase
 
 
 def objection(x: Tensor, *_) -> str | None:
@@ -38,8 +35,3 @@ def backward(grads, inputs, outputs, saved, needs):
         torch.mm(dy.t(), rows, out=torch.empty_like(w)) if need_w else None,
         dy.sum(0) if need_b else None,
     )
-
-
-def aot_cases(arch: str) -> Iterator[AotCase]:
-    """No kernel of ours."""
-    return iter(())

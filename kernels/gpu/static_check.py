@@ -13,7 +13,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from peakgpt.kernels import gpu
@@ -168,9 +168,9 @@ def _read(*command: str) -> str:
 
 
 def ops() -> tuple[str, ...]:
-    """Names of the files in this folder that hold kernels; nothing is imported."""
-    helpers = {"activation", "launch", "overlap", "static_check"}
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(gpu.__path__) if m.name not in helpers))
+    """Names of the files in this folder that list kernels to compile; nothing is imported."""
+    files = Path(gpu.__path__[0]).glob("*.py")
+    return tuple(sorted(f.stem for f in files if re.search(r"^def aot_cases\(", f.read_text("utf-8"), re.MULTILINE)))
 
 
 def check(targets: Sequence[str], names: Sequence[str], *, hot: bool = False) -> Iterator[Row]:
@@ -190,9 +190,7 @@ def _worker() -> None:
 
 
 def _cases(op: str, target: str) -> list[AotCase]:
-    """None where a file only calls another's kernels."""
-    cases = getattr(importlib.import_module(f"{gpu.__name__}.{op}"), "aot_cases", None)
-    return [] if cases is None else list(cases(TARGETS[target].arch))
+    return list(importlib.import_module(f"{gpu.__name__}.{op}").aot_cases(TARGETS[target].arch))
 
 
 def _choose(job: tuple[str, str, bool]) -> list[tuple[str, str, int]]:
@@ -223,7 +221,8 @@ def line(row: Row) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `peakgpt aot`."""
     parser.add_argument("--target", action="append", choices=TARGETS, help=f"default: {', '.join(DEFAULT_TARGETS)}")
-    parser.add_argument("--op", action="append", choices=ops(), help="default: all")
+    parser.add_argument("--op", action="append", choices=ops(),
+                        help="or another file of kernels/gpu that has kernels; default: all")  # fmt: skip
     parser.add_argument("--hot", action="store_true", help="only the rows that decide speed, as the tests do")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
 
