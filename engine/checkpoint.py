@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from peakgpt.engine.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-ENTRIES = (WEIGHTS, INDEX)  # a file that names all weights
+QUANTISED = "quantised.safetensors"  # see quantised_folder.py
+ENTRIES = (WEIGHTS, INDEX, QUANTISED)  # a file that names all weights
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 TRAINING = "training_state.safetensors"
 NOWHERE: Mapping[str, Path] = MappingProxyType({})

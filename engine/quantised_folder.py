@@ -1,7 +1,8 @@
 """Folders of quantised models: the family's config.json and other files, weights of 8 or 4 bits.
 
-config.json has a `quantization_config` {"quant_method": "peakgpt", "bits", "group"}. model.safetensors holds tensors of
-the model's own names: a quantised matrix W is W.q and W.scale as kernels/quantize.py stores them, the rest as it was.
+config.json has a `quantization_config` {"quant_method": "peakgpt", "bits", "group"}, quantised.safetensors the tensors,
+by the model's own names: a quantised matrix W is W.q and W.scale as kernels/quantize.py stores them, others as before.
+In a model.safetensors, which is read too, transformers would miss its tensors, and go on with random ones.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 METHOD = "peakgpt"
 KEY = "quantization_config"  # where transformers looks too, and warns of a method that it does not know
-WEIGHT_FILES = ("model", "pytorch_model", "training_state")  # how their names begin
+WEIGHT_FILES = ("model", "pytorch_model", "quantised", "training_state")  # how their names begin
 
 
 def write(source: Path | str, folder: Path | str, state: Mapping[str, Tensor], form: Format) -> None:
@@ -46,7 +47,7 @@ def write(source: Path | str, folder: Path | str, state: Mapping[str, Tensor], f
         config = checkpoint.read_json(Path(source) / checkpoint.CONFIG)
         text = json.dumps({**config, KEY: {"quant_method": METHOD, **asdict(form)}}, indent=2) + "\n"
         (stage / checkpoint.CONFIG).write_text(text, encoding="utf-8")
-        checkpoint.write_safetensors(stage / checkpoint.WEIGHTS, state, {"format": "pt"})
+        checkpoint.write_safetensors(stage / checkpoint.QUANTISED, state, {"format": "pt"})
 
     checkpoint.replace(Path(folder), fill)
 
@@ -77,7 +78,8 @@ def read(folder: Path | str, model: GPT, form: Format, dtype: torch.dtype) -> GP
     Raises:
         ValueError: a damaged file, or missing, extra or misshapen tensors.
     """
-    path = Path(folder) / checkpoint.WEIGHTS
+    path, older = (Path(folder) / name for name in (checkpoint.QUANTISED, checkpoint.WEIGHTS))
+    path = older if older.exists() and not path.exists() else path
     found, _ = checkpoint.read_safetensors(path)
     expected = quantised_shapes(model.state_dict(), form)
     got = {name: (t.shape, t.is_floating_point()) for name, t in found.items()}

@@ -311,6 +311,26 @@ def test_the_command_prints_perplexities(checkpoint, capsys):
     assert after == pytest.approx(before, rel=0.2) and after != before
 
 
+def test_transformers_refuses_a_folder(checkpoint):
+    """Regression: it found a model.safetensors without its tensors, and went on with random ones."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    out = quantised(checkpoint, 8)
+    for loader in (transformers.AutoModelForCausalLM, transformers.GPT2LMHeadModel):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            loader.from_pretrained(out)
+
+
+def test_folders_of_older_names_and_one_over_the_other(checkpoint):
+    ids, out = torch.randint(CONFIG.vocab_size, (1, 9)) % 250, quantised(checkpoint, 8)
+    expected = GPT.from_pretrained(out)(ids)
+    (out / "quantised.safetensors").rename(out / "model.safetensors")
+    assert torch.equal(GPT.from_pretrained(out)(ids), expected)
+    assert torch.equal(GPT.from_pretrained(quantised(checkpoint, 8))(ids), expected)
+    assert not (out / "model.safetensors").exists()
+    GPT.from_pretrained(checkpoint / "float").save_pretrained(out)
+    assert not (out / "quantised.safetensors").exists() and GPT.from_pretrained(out)
+
+
 def test_bad_folders(checkpoint, capsys):
     out, source = quantised(checkpoint, 8), checkpoint / "float"
     said = json.loads((out / "config.json").read_text())

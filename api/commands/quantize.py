@@ -74,4 +74,4 @@ def _tokens(folder: str, path: str) -> torch.Tensor:
 
 def _size(folder: str) -> int:
     """Bytes of a folder's weights."""
-    return sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith(quantised_folder.WEIGHT_FILES[:2]))
+    return sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith(quantised_folder.WEIGHT_FILES[:3]))
