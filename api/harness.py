@@ -8,11 +8,16 @@ is `lm_eval` with that import before it: the harness itself looks for no models 
 from __future__ import annotations
 
 import torch
-from lm_eval import utils
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+except ImportError as error:
+    reason = f"peakgpt.harness: got {error}, expected lm-evaluation-harness: pip install 'lm-eval[api]'"
+    raise (SystemExit if __name__ == "__main__" else ImportError)(reason) from None
 
 from peakgpt.engine.model import GPT
 from peakgpt.engine.scheduler import Engine, SamplingParams

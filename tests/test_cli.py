@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -69,6 +70,29 @@ def test_bad_input_is_one_sentence_and_exit_code_2(argv, text, tmp_path, capsys,
     said = capsys.readouterr().err
     assert said.startswith("peakgpt: error: ") and said.count("\n") == 1 and text in said and "Traceback" not in said
     assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "occupation_bias.py"
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "missing", "argument", "text"),
+    [
+        (runpy.run_module, "peakgpt.harness", "lm_eval", "--help", "pip install 'lm-eval[api]'"),
+        (runpy.run_path, str(EXAMPLE), "peakgpt", "--help", "usage: "),
+        (runpy.run_path, str(EXAMPLE), "peakgpt", "there", "error: "),
+        (runpy.run_path, str(EXAMPLE), None, "there", "checkpoint there: got no such folder"),
+    ],
+)
+def test_other_programs_without_their_packages_are_clear(run, name, missing, argument, text, monkeypatch, capsys):
+    """Regression: tracebacks."""
+    monkeypatch.setattr(sys, "argv", ["program", argument])
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as stop:
+        run(name, run_name="__main__")
+    said = capsys.readouterr()
+    assert text in f"{said.out}{said.err}{stop.value.code}"
 
 
 def test_quickstart_from_text_to_report(tmp_path):
