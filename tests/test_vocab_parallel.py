@@ -5,6 +5,7 @@ a target that looks ignored once counted from its shard or is not counted from t
 their rows by their own shard, an lse in one float32, t not rescaled to the m of all.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +102,8 @@ def spawned(tmp_path_factory):
     """What each of three processes found."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("vocab_ranks.py")
-    subprocess.run([sys.executable, script, folder], timeout=240, check=True)
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(script.parent), os.environ.get("PYTHONPATH")]))}
+    subprocess.run([sys.executable, script, folder], timeout=240, check=True, env={**os.environ, **paths})
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
