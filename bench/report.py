@@ -69,7 +69,8 @@ def _rounds(r: Result) -> str:
 
 def _case(r: Result) -> str:
     head = [r.case[k] for k in ("op", "pass") if k in r.case]
-    rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass")]
+    twice = ("n_head",) if "heads" in r.case else ()  # a parameter that says a size again
+    rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass", *twice)]
     return ", ".join(filter(None, [" ".join([*head, r.dtype]), *rest]))
 
 

@@ -31,8 +31,11 @@ def check_prompt(model: GPT, ids: Tensor, max_new_tokens: int | None, start: Ten
     """How many tokens may be added.
 
     Raises:
-        ValueError: an empty or too long prompt, or it starts outside of itself.
+        ValueError: no tensor, an empty or too long prompt, or it starts outside of itself.
     """
+    for name, value in (("ids", ids), ("start", start)):
+        if not isinstance(value, Tensor) and (name == "ids" or value is not None):
+            raise ValueError(f"generate: {name} is {value!r:.60}, expected a Tensor of integers")
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"generate: ids have shape {tuple(ids.shape)}, expected (B, T) with at least one token")
     room = model.config.block_size - ids.shape[1]
@@ -66,12 +69,13 @@ def _decode(model: GPT, ids: Tensor, count: int, params: SamplingParams, start: 
 
 def generate(model: GPT, ids: Tensor, params: SamplingParams, start: Tensor | None) -> Tensor:
     """Continue a batch; see GPT.generate."""
+    steps = decode(model, ids, params, start)
     device, stop = ids.device, params.stop
     ends = torch.tensor(list(stop), device=device)
     stopped = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     tokens = [ids]
     every = 1 if device.type == "cpu" else STOP_CHECK
-    for i, token in enumerate(decode(model, ids, params, start), 1):
+    for i, token in enumerate(steps, 1):
         if stop:
             token = torch.where(stopped, ends[0], token)
             stopped = stopped | torch.isin(token, ends)
@@ -91,9 +95,10 @@ def _trimmed(out: Tensor, prompt: int, ends: Tensor) -> Tensor:
 
 def stream(model: GPT, ids: Tensor, params: SamplingParams) -> Iterator[int]:
     """Continue one sequence token by token; see GPT.stream."""
-    if ids.dim() != 2 or ids.shape[0] != 1:
+    steps = decode(model, ids, params)
+    if ids.shape[0] != 1:
         raise ValueError(f"stream: ids have shape {tuple(ids.shape)}, expected (1, T)")
-    return _stream(decode(model, ids, params), frozenset(params.stop))
+    return _stream(steps, frozenset(params.stop))
 
 
 def _stream(tokens: Iterator[Tensor], stop: frozenset[int]) -> Iterator[int]:

@@ -279,7 +279,8 @@ class GPT(Conv1DLoading):
         Args:
             ids: (B, T) int64 or int32, padded on the left where their lengths differ.
             start: (B,) integers; where each left-padded prompt begins. None: all are of one length.
-            beams: more than 1 keeps so many texts and returns the likeliest, as transformers does; nothing is drawn.
+            beams: more than 1 keeps so many texts and returns the likeliest, as transformers does; nothing is drawn,
+                and temperature (but 0), top_k and top_p are refused.
             length_penalty: texts compare by log-probability over length to this power.
             early_stopping: True stops when `beams` texts have ended, False when no better one is likely, "never" when
                 none is possible.
@@ -295,6 +296,8 @@ class GPT(Conv1DLoading):
         params = SamplingParams.of_a_batch("generate", options, ("start", "beams", "length_penalty", "early_stopping"))
         if beams == 1:
             return generate(self, ids, params, start)
+        if drawn := [name for name in ("temperature", "top_k", "top_p") if options.get(name)]:
+            raise ValueError(f"generate: got {drawn[0]} with beams {beams}, expected none: beam search draws nothing")
         count = check_prompt(self, ids, params.max_new_tokens, start)
         return beam_search(self, ids, beams, count=count, stop=params.stop, length_penalty=length_penalty,
                            early_stopping=early_stopping, start=start)  # fmt: skip

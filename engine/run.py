@@ -42,7 +42,8 @@ class RunFolder:
         run = cls.__new__(cls)
         run.path, run.start = Path(path), time.time()
         if not (run.path / "metrics.jsonl").is_file():
-            raise ValueError(f"run folder {path}: got no metrics.jsonl in it, expected the folder of a run")
+            lacking = "metrics.jsonl in it" if run.path.is_dir() else "such folder"
+            raise ValueError(f"run folder {path}: got no {lacking}, expected the folder of a run")
         run.metrics = open(run.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  open for the run
         return run
 

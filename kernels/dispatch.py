@@ -167,7 +167,10 @@ class Op:
                 return tuple(args), params
         values = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
         if len(args) > self._positional or len(values) != len(self._names) or len(args) + len(kwargs) > len(values):
-            self.signature.bind(*args, **kwargs)  # raises Python's own message
+            try:
+                self.signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{self.name}: {error}, expected {', '.join(self._names)}") from None
         return tuple(values[n] for n in self.tensor_names), {n: values[n] for n in self.param_names}
 
     def _direct(self, backend: ModuleType, tensors, params, needs):

@@ -66,3 +66,6 @@ def test_bad_options_are_refused(pair):
         pair[0].generate(PROMPT, beams=0)
     with pytest.raises(ValueError, match="early_stopping 'soon'"):
         pair[0].generate(PROMPT, beams=2, early_stopping="soon")
+    for option in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}):
+        with pytest.raises(ValueError, match=rf"got {next(iter(option))} with beams 2, expected none"):
+            pair[0].generate(PROMPT, beams=2, **option)

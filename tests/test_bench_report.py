@@ -36,6 +36,11 @@ def test_speedup_and_groups():
     assert speedup(eager, [eager, ours]) is None and speedup(ours, [ours]) is None
 
 
+def test_a_case_says_its_heads_once():
+    case = {"op": "attention_qkv", "pass": "forward", "heads": 3, "n_head": 3}
+    assert "attention_qkv forward float32, heads 3  " in "\n".join(tables([make_result(case=case)]))
+
+
 def test_tables_say_what_was_measured():
     eager = make_result(flops=4e9, flops_kind="work", peak_flops_s=1e11)
     ours = make_result(contender="peakgpt", backend="cpu", timing=Timing((0.1,)), flops=4e9, flops_kind="work")

@@ -44,6 +44,8 @@ def test_every_command_has_help(command, capsys):
         (["generate", "FULL"], "--prompt"),
         (["generate", "FULL", "--prompt-file", "MISSING"], "prompt file MISSING"),
         (["train", "--resume", "FULL"], "metrics.jsonl"),
+        (["train", "--resume", "MISSING"], "run folder MISSING: got no such folder"),
+        (["bench", "passes", "--rounds", "0"], "--rounds is 0, expected at least 1"),
         (["train", "--model", "gpt5"], "invalid choice: 'gpt5'"),
         (["train", "--steps", "0"], "--steps is 0"),
         (["train", "--text", "GOOD", "--tokens", "900", "--vocab", "300"], "training data: got"),
@@ -177,6 +179,8 @@ def test_generate_from_small_weights(bits, tmp_path, capsys):
     params = SamplingParams(max_new_tokens=20, temperature=0, stop=(tokenizer.end_id,))
     text = "".join(output.text for output in engine.stream(tokenizer.encode("the cat"), params))
     assert said.startswith(f"the cat{text}\n\n[") and " tokens/s]" in said and "by ops" not in said
+    assert main(["generate", str(small), "--prompt", "the cat", "--tokens", "1"]) == 0
+    assert "\n[1 token, " in capsys.readouterr().out
     assert main(["quantize", str(small), str(tmp_path / "again"), "--bits", "8"]) == 2
     assert f"IN has weights of {bits} bits already, expected a checkpoint of floats" in capsys.readouterr().err
     assert main(["generate", str(small), "--prompt", "the cat " * 100]) == 2

@@ -82,6 +82,7 @@ def test_gpu_takes_cuda_tensors_only_unless_forced():
         (lambda: attend(cu_seqlens=torch.tensor([4])), ValueError, r"\(1,\), expected at least 2 entries"),
         (lambda: attend(cu_seqlens=torch.tensor([0, 5])), ValueError, r"is \[0, 5\], expected to ascend from 0 to 4"),
         (lambda: attend(cu_seqlens=torch.tensor([0, 3, 2, 4])), ValueError, r"expected to ascend from 0 to 4"),
+        (lambda: attend(masked=True), TypeError, r"^attention: got .* 'masked', expected q, k, v, "),
         (lambda: loss([0, 5, 1]), ValueError, r"values 0 to 5, expected 0 to 4"),
         (lambda: loss([0.0, 1.0, 1.0]), ValueError, r"dtype torch.float32, expected int64"),
         (lambda: loss([0, 1, 1], reduction="avg"), ValueError, r"reduction is 'avg'"),

@@ -114,6 +114,12 @@ def test_int32_and_limits():
         model.generate(PROMPT, beam=2)
     with pytest.raises(ValueError, match=r"shape \(2, 0\), expected \(B, T\) with at least one token"):
         model.generate(PROMPT[:, :0])
+    for ids, said in (([[1, 2]], r"\[\[1, 2\]\]"), ("text", "'text'")):
+        for who in (model.generate, lambda ids: model.generate(ids, beams=2), model.stream):
+            with pytest.raises(ValueError, match=rf"ids is {said}, expected a Tensor"):
+                who(ids)
+    with pytest.raises(ValueError, match=r"start is \[0, 1\], expected a Tensor"):
+        model.generate(PROMPT, start=[0, 1])
     with pytest.raises(ValueError, match=r"stream: ids have shape \(2, 5\), expected \(1, T\)"):
         model.stream(PROMPT)
 

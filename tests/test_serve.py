@@ -102,7 +102,13 @@ def test_other_paths(running, client, tokenizer):
     assert running.ask("/detokenize", {"tokens": tokenizer.encode("é song")}) == (200, {"prompt": "é song"})
     assert "peakgpt_tokens_total" in running.ask("/metrics")[1]
     assert "<textarea" in running.ask("/")[1]
-    assert running.ask("/nowhere")[0] == 404 and "error" in running.ask("/nowhere")[1]
+    status, answer = running.ask("/nowhere")
+    assert status == 404 and "got GET /nowhere, expected one of GET /, " in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(("value", "said"), [(-1, "got -1, "), ("1", "got '1', "), ([1], r"got [1], ")])
+def test_values_are_told_as_they_came(running, value, said):
+    assert said in running.ask("/v1/completions", {"prompt": "x", "max_tokens": value})[1]["error"]["message"]
 
 
 BAD = [
@@ -196,7 +202,7 @@ def test_every_path_but_health_wants_the_key(model, tokenizer):
         assert keyed.ask("/v1/models", headers={"authorization": f"Bearer {KEY}"})[0] == 200
         assert keyed.ask("/", headers={"authorization": "Basic OnJpZ2h0IGtleQ=="})[0] == 200
         refused = keyed.ask("/v1/chat/completions", {"messages": []}, {"authorization": f"Bearer {KEY}"})
-        assert refused[0] == 400 and "chat template" in refused[1]["error"]["message"]
+        assert refused[0] == 400 and "got a model without chat template, expected" in refused[1]["error"]["message"]
     finally:
         keyed.close()
 

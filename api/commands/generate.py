@@ -63,7 +63,7 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
     engine = Engine(model, tokenizer, streams=1, speculation=speculation, cache=cache)
     sys.stdout.write(prompt)
     pieces, tokens, rate = _timed(engine, ids, params, sys.stdout)
-    sys.stdout.write(f"\n\n[{len(tokens)} tokens, {rate:.0f} tokens/s]\n")
+    sys.stdout.write(f"\n\n[{len(tokens)} token{'s' * (len(tokens) != 1)}, {rate:.0f} tokens/s]\n")
     if engine.runner_note:
         sys.stdout.write(f"[{engine.runner_note}]\n")
     if speculation:

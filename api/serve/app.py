@@ -111,7 +111,7 @@ class Server:
         fields = check(await self._read(request), DETOKENIZE, self.limits)
         tokens = self._needed(fields, "tokens")
         if len(tokens) != 1 or isinstance(tokens[0], str):
-            raise BadRequest("tokens: expected one list of token ids", param="tokens")
+            raise BadRequest(f"tokens: got {tokens!r:.80}, expected one list of token ids", param="tokens")
         self._check_ids(tokens[0], "tokens")
         return {"prompt": self.tokenizer.decode(tokens[0])}
 
@@ -122,7 +122,7 @@ class Server:
     async def _chat(self, request: Request) -> Response:
         data = await self._read(request)
         if self.chat is None:
-            raise BadRequest("this model has no chat template; use /v1/completions")
+            raise BadRequest("messages: got a model without chat template, expected a prompt to /v1/completions")
         wanted = asked(data, chat=True, limits=self.limits)
         return await self._answer(request, wanted, [self.chat.render(wanted.fields["messages"])])
 
@@ -224,7 +224,9 @@ class Server:
 
     async def _refused(self, request: Request, error: BadRequest | fastapi.HTTPException) -> Response:
         if not isinstance(error, BadRequest):
-            error = BadRequest(f"{request.method} {request.url.path[:64]}: {error.detail}", status=error.status_code)
+            expected = ", ".join(f"{method} {route.path}" for route in self.app.routes for method in route.methods)
+            error = BadRequest(f"got {request.method} {request.url.path[:64]}, expected one of {expected}",
+                               status=error.status_code)  # fmt: skip
         self.metrics.answers.labels(error.status).inc()
         headers = {"retry-after": "1"} if error.status == 429 else {}
         return JSONResponse(error.body, error.status, headers)

@@ -210,7 +210,7 @@ def check(data: Mapping[str, Any], fields: Mapping[str, Check], limits: Limits) 
         try:
             found[name] = fields[name](value, limits)
         except ValueError as error:
-            raise BadRequest(f"{name}: got {str(value)[:80]!r}, expected {error}", param=name) from None
+            raise BadRequest(f"{name}: got {value!r:.80}, expected {error}", param=name) from None
     return found
 
 
