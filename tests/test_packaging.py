@@ -84,6 +84,13 @@ def test_an_extension_without_sources_beside_it_is_called(monkeypatch, tmp_path)
     assert sources.objection("of sources that are elsewhere") is None
 
 
+def test_the_lock_of_an_editor_is_no_source(tmp_path):
+    """Regression: a dangling link `.#file.cpp` would keep peakgpt from being imported."""
+    empty = sources.digest(tmp_path)
+    (tmp_path / ".#adamw.cpp").symlink_to("nobody@nowhere")
+    assert sources.digest(tmp_path) == empty
+
+
 def test_extension_needs_no_torch(extension):
     """It loads alone, and no library of torch comes with it, so one build serves every torch."""
     libraries = mapped_libraries(LOAD, extension.__file__)
