@@ -57,6 +57,7 @@ TILES = {
 } | {
     ("sm_80", 8, "fp32", 128): DecodeTile(BLOCK_K=16, warps=8, stages=1),
     ("sm_86", 8, "fp32", 128): DecodeTile(BLOCK_K=16, warps=8, stages=2),
+    ("sm_86", 8, "fp32", 256): DecodeTile(BLOCK_K=16, warps=8, stages=1),
     ("sm_100", 8, "half", 64): DecodeTile(BLOCK_K=64, warps=4, stages=4),
 }
 
