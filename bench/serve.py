@@ -40,7 +40,7 @@ from peakgpt.engine.presets import preset
 from peakgpt.kernels.clock import Result, Spread, interleave
 from peakgpt.kernels.cpu.memory import keep_pages
 
-EVENT, LAST = b"data: ", b"data: [DONE]\n\n"
+STATUS, EVENT, LAST = b"HTTP/1.1 200", b"data: ", b"data: [DONE]\n\n"
 LOOK_S = 0.002  # between looks for events: woken by each, the client would take a core for most of a step
 WAIT_S = 60.0  # for the server to begin, to send anything, to end
 
@@ -300,15 +300,15 @@ class Client:
         if not data:
             self._end(stream)
             return 0
-        if not stream.tail and not data.startswith(b"HTTP/1.1 200"):
-            raise ValueError(f"serve: got {data.decode(errors='replace')!r}, expected status 200")
+        if len(stream.tail) < len(STATUS) and not STATUS.startswith((stream.tail + data)[: len(STATUS)]):
+            raise ValueError(f"serve: got {(stream.tail + data).decode(errors='replace')!r}, expected status 200")
         held = stream.tail[1 - len(EVENT) :] + data
-        new, now = held.count(EVENT), self.now()
+        new, now, last = held.count(EVENT), self.now(), LAST in stream.tail[1 - len(LAST) :] + data
         stream.tail = (stream.tail + data)[-1024:]
         if new:
             (self.between_s if stream.tokens else self.first_s).append(now - (stream.seen or stream.begin))
             stream.tokens, stream.seen = stream.tokens + new, now
-        return new - 2 * (LAST in held)
+        return new - 2 * last
 
     def _end(self, stream: Stream) -> None:
         self.selector.unregister(stream.socket)

@@ -92,6 +92,15 @@ def test_tokens_are_counted(pieces):
         assert 1 <= asking.ended <= 4
 
 
+@pytest.mark.parametrize("piece", [1, 7, 1 << 16])
+def test_pieces_cut_anywhere_count_the_same(piece):
+    said = answer(3, 3)
+    parts = iter([said[at : at + piece] for at in range(0, len(said), piece)])
+    stream = bench.Stream(0, SimpleNamespace(recv=lambda most: next(parts)), 0.0)
+    counts = [bench.Client(0, [[1]], 3)._receive(stream) for _ in range(0, len(said), piece)]
+    assert sum(counts) == 3 and stream.tokens == 5
+
+
 @pytest.mark.parametrize(("said", "message"), [
     (answer(2, 3), "got 2 tokens, expected 3"), (answer(3, 2), "got 3 tokens, expected 2"),
     (answer(3, 3, last=""), "a stream ended with"),
