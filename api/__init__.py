@@ -2,22 +2,22 @@
 
 from peakgpt import nn
 from peakgpt.dropin.patching import patch, unpatch
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.model import GPT
-from peakgpt.engine.optim import AdamW
-from peakgpt.engine.tags import prefix_tags
-from peakgpt.kernels.attention import attention
-from peakgpt.kernels.attention_decode import attention_decode
-from peakgpt.kernels.cache_store import cache_store
-from peakgpt.kernels.dispatch import use_backend
+from peakgpt.engine.data.control_tokens import prefix_tags
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training.optimizer import AdamW
+from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.doctor import doctor
-from peakgpt.kernels.layernorm import add_layernorm, layernorm
-from peakgpt.kernels.linear import linear
-from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
-from peakgpt.kernels.mlp import gated_mlp, mlp
-from peakgpt.kernels.rmsnorm import add_rmsnorm, rmsnorm
-from peakgpt.kernels.rotary import rotary
-from peakgpt.kernels.vocab_parallel import vocab_shard
+from peakgpt.kernels.ops.attention import attention
+from peakgpt.kernels.ops.attention_decode import attention_decode
+from peakgpt.kernels.ops.cache_store import cache_store
+from peakgpt.kernels.ops.layernorm import add_layernorm, layernorm
+from peakgpt.kernels.ops.linear import linear
+from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from peakgpt.kernels.ops.mlp import gated_mlp, mlp
+from peakgpt.kernels.ops.rmsnorm import add_rmsnorm, rmsnorm
+from peakgpt.kernels.ops.rotary import rotary
+from peakgpt.kernels.ops.vocab_parallel import vocab_shard
 
 __all__ = [
     "GPT",

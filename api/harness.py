@@ -19,10 +19,10 @@ except ImportError as error:
     reason = f"peakgpt.harness: got {error}, expected lm-evaluation-harness: pip install 'lm-eval[api]'"
     raise (SystemExit if __name__ == "__main__" else ImportError)(reason) from None
 
-from peakgpt.engine.model import GPT
-from peakgpt.engine.scheduler import Engine, SamplingParams
-from peakgpt.engine.score import Scorer
-from peakgpt.engine.tokenizer import Tokenizer
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.evaluation.score import Scorer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.inference.engine import Engine, SamplingParams
 
 MAX_GEN_TOKS = 256  # the harness's own default
 

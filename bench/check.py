@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.kernels import catalogue  # noqa: F401  fills OPS
-from peakgpt.kernels.adamw import join
-from peakgpt.kernels.dispatch import HOME, OPS, Op, use_backend
+from peakgpt.kernels.core.dispatch import HOME, OPS, Op, use_backend
+from peakgpt.kernels.ops import catalogue  # noqa: F401  fills OPS
+from peakgpt.kernels.ops.adamw import join
 
 # Of the largest value: a few ulp of float32, half an ulp of the others.
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.model import GPT
-from peakgpt.engine.train import Recipe, Trainer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training.trainer import Recipe, Trainer
 
 # glibc keeps freed blocks and backs them with huge pages: eager's bf16 step is 29 % shorter (bench/results, 2026-11).
 TUNED_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=40000000000:glibc.malloc.hugetlb=1"

@@ -14,10 +14,10 @@ from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.findings import Failure, Findings
 from peakgpt.bench.ops import agree
 from peakgpt.bench.streams import compare_streams
-from peakgpt.engine.model import GPT
-from peakgpt.engine.presets import preset
-from peakgpt.kernels.clock import Result, interleave
-from peakgpt.kernels.device import peak_for
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.presets import preset
+from peakgpt.kernels.hardware.clock import Result, interleave
+from peakgpt.kernels.hardware.device import peak_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 A form is what weights are kept in: float32, bfloat16, int8 or int4. Each engine's small weights are its own:
 llama.cpp's Q8_0 and Q4_0 (by 32), CTranslate2's int8, onnxruntime's dynamic int8, OpenVINO's by nncf; ours as
-`peakgpt quantize` makes them, and what is not quantised in bfloat16.
+`peakgpt quantize` makes them, and what is not quantized in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.gguf_gpt import llama_decoder
 from peakgpt.bench.graphs import onnxruntime_decoder, openvino_decoder
 from peakgpt.bench.models import Contender, ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.paged import BLOCK
-from peakgpt.engine.stepper import CachedStepper
+from peakgpt.engine.inference.block_pool import BLOCK
+from peakgpt.engine.inference.stepper import CachedStepper
+from peakgpt.engine.model.config import GPTConfig
 
 Continue = Callable[[], Tensor]  # -> (streams, tokens) int64
 FORMS = ("float32", "bfloat16", "int8", "int4")
@@ -40,7 +40,7 @@ class Case:
 
 
 def _ours(group: int, state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
-    from peakgpt.engine.scheduler import Engine, SamplingParams  # needs tokenizers
+    from peakgpt.engine.inference.engine import Engine, SamplingParams  # needs tokenizers
 
     blocks = case.streams * -(-(case.prompt + case.tokens) // BLOCK)
     # As many prompts as there are blocks for: what was computed for one run is given up before the next.

@@ -24,8 +24,8 @@ from peakgpt.bench.isolate import Emit, Job, Part, run_part
 from peakgpt.bench.ops import Case, compare
 from peakgpt.bench.peers import peers
 from peakgpt.bench.train import compare_training
-from peakgpt.engine.presets import preset
-from peakgpt.engine.train import Recipe
+from peakgpt.engine.model.presets import preset
+from peakgpt.engine.training.trainer import Recipe
 
 FLOAT32, BFLOAT16 = (torch.float32,), (torch.bfloat16,)
 ONE_BY_ONE = ("forward", "backward")

@@ -21,13 +21,13 @@ from peakgpt.bench.decoders import Case
 from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.ops import OnFailure, agree, raise_it
 from peakgpt.bench.prefill import work_flops
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.model import GPT
-from peakgpt.engine.ops_runner import runner_for
-from peakgpt.engine.paged import BLOCK, Chunk
-from peakgpt.engine.stepper import PAYS, stepper
-from peakgpt.kernels.clock import Result, interleave
-from peakgpt.kernels.device import Peak, peak_for
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.inference.block_pool import BLOCK, Chunk
+from peakgpt.engine.inference.ops_runner import runner_for
+from peakgpt.engine.inference.stepper import PAYS, stepper
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.kernels.hardware.clock import Result, interleave
+from peakgpt.kernels.hardware.device import Peak, peak_for
 
 Step = Callable[[Tensor], Tensor]  # tokens (B,) -> logits (B, V)
 Begin = Callable[[], Step]  # from behind the prompt, again

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.optim import decay_groups
-from peakgpt.engine.train import Recipe, schedule
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training.optimizer import decay_groups
+from peakgpt.engine.training.trainer import Recipe, schedule
 
 
 class Attention(nn.Module):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peakgpt.bench.check import Check
-from peakgpt.kernels.clock import Result
+from peakgpt.kernels.hardware.clock import Result
 
 OURS = "peakgpt"  # contenders of ours have names that start so
 ROOT = Path(__file__).parents[1]  # of the repository, or of the installed package

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.findings import Findings
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.flops import training_flops
-from peakgpt.engine.model import GPT
-from peakgpt.engine.presets import preset
-from peakgpt.engine.train import Recipe, Trainer
-from peakgpt.kernels.clock import Result, interleave
-from peakgpt.kernels.device import peak_for
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.flops import training_flops
+from peakgpt.engine.model.presets import preset
+from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.kernels.hardware.clock import Result, interleave
+from peakgpt.kernels.hardware.device import peak_for
 
 VOCAB = 50304  # GPT-2's, up to a multiple of 128
 SYMBOLS = 512  # that the sequences use

@@ -1,4 +1,4 @@
-"""llama.cpp, by the packages llama-cpp-python and gguf: GPT-2 as a GGUF file, quantised by llama.cpp's own tool."""
+"""llama.cpp, by the packages llama-cpp-python and gguf: GPT-2 as a GGUF file, quantized by llama.cpp's own tool."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.model.config import GPTConfig
 
 if TYPE_CHECKING:
     from peakgpt.bench.streams import Case, Continue

@@ -1,7 +1,7 @@
 """GPT-2 with a cache as a graph, for engines that run graphs: onnxruntime and OpenVINO.
 
 Plain torch is traced with the keys and values so far as inputs and all of them as outputs, as optimum exports models.
-onnxruntime's 8 bits are its dynamic quantisation of products (per output); OpenVINO keeps the cache as state, its bf16
+onnxruntime's 8 bits are its dynamic quantization of products (per output); OpenVINO keeps the cache as state, its bf16
 is a hint over float32 weights, and its 8 bits are weights only, by the package nncf.
 """
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peakgpt.bench.eager_gpt import EagerGPT
-from peakgpt.engine.config import GPTConfig
+from peakgpt.engine.model.config import GPTConfig
 
 if TYPE_CHECKING:
     from peakgpt.bench.streams import Case, Continue

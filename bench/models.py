@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.layers import swap_layout
-from peakgpt.engine.model import GPT
-from peakgpt.engine.quantised import Format, quantise, restore
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.layers import swap_layout
+from peakgpt.engine.model.quantized import Format, quantize_state, restore
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Contender:
 
 
 def our_model(state: dict[str, Tensor], config: GPTConfig, form: str, group: int = 64) -> GPT:
-    """The model of a state with weights in a form; what is not quantised is bfloat16 then."""
+    """The model of a state with weights in a form; what is not quantized is bfloat16 then."""
     if form in ("int8", "int4"):
         how = Format(8) if form == "int8" else Format(4, group)
-        return restore(GPT(config), quantise(state, how), how, torch.bfloat16)
+        return restore(GPT(config), quantize_state(state, how), how, torch.bfloat16)
     model = GPT(config)
     model.load_state_dict(state, assign=True)
     return model.to(getattr(torch, form)).eval()

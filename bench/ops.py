@@ -16,11 +16,11 @@ from torch import Tensor
 from peakgpt.bench.check import backends
 from peakgpt.bench.findings import Findings, NotTaken
 from peakgpt.bench.peers import IN_PLACE, peers
-from peakgpt.kernels import catalogue
-from peakgpt.kernels.clock import Result, interleave
+from peakgpt.kernels.core.dispatch import HOME, OPS, Op, use_backend
 from peakgpt.kernels.cpu.memory import keep_pages
-from peakgpt.kernels.device import peak_for, stream_peak
-from peakgpt.kernels.dispatch import HOME, OPS, Op, use_backend
+from peakgpt.kernels.hardware.clock import Result, interleave
+from peakgpt.kernels.hardware.device import peak_for, stream_peak
+from peakgpt.kernels.ops import catalogue
 
 MAX_SETS = 8
 PRODUCTS = {"linear_q8": torch.int8, "linear_q4": torch.int8}  # whose peak is not that of their inputs' dtype

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.findings import Findings
-from peakgpt.kernels.adamw import adamw as adamw_op
-from peakgpt.kernels.clock import Result, interleave
-from peakgpt.kernels.device import stream_peak
+from peakgpt.kernels.hardware.clock import Result, interleave
+from peakgpt.kernels.hardware.device import stream_peak
+from peakgpt.kernels.ops.adamw import adamw as adamw_op
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/types.h
 

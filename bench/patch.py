@@ -22,7 +22,7 @@ from peakgpt.bench.findings import Failure, Findings
 from peakgpt.bench.ops import OnFailure, raise_it
 from peakgpt.bench.steppers import measure
 from peakgpt.bench.worker import Worker
-from peakgpt.kernels.clock import Result
+from peakgpt.kernels.hardware.clock import Result
 
 PROMPT, NEW = 32, 64  # tokens of a greedy text
 LABELLED, IGNORED = 0.15, -100  # of a masked language model's positions (Devlin et al. 2018, arXiv:1810.04805)

@@ -14,7 +14,7 @@ from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peakgpt.bench.findings import NotTaken
-from peakgpt.kernels.dispatch import OPS, Op, use_backend
+from peakgpt.kernels.core.dispatch import OPS, Op, use_backend
 
 Call = Callable[..., Any]
 
@@ -55,7 +55,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool 
 
 
 def _mlp(device: torch.device) -> dict[str, Call]:
-    """With both ways of ours, which the table of kernels/gpu/mlp.py chooses between."""
+    """With both ways of ours, which the table of kernels/gpu/gemm/mlp.py chooses between."""
     if device.type != "cuda":
         return {}
     ours = {f"peakgpt {way}": functools.partial(_mlp_way, way) for way in ("fused", "library")}
@@ -63,7 +63,7 @@ def _mlp(device: torch.device) -> dict[str, Call]:
 
 
 def _mlp_way(way: str, *tensors: Tensor | None) -> Tensor:
-    from peakgpt.kernels.gpu import mlp
+    from peakgpt.kernels.gpu.gemm import mlp
 
     if torch.is_grad_enabled():
         return _WholeWay.apply(way, *tensors)
@@ -76,7 +76,7 @@ class _WholeWay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, way, *tensors):
-        from peakgpt.kernels.gpu import mlp
+        from peakgpt.kernels.gpu.gemm import mlp
 
         leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
         with mlp.way(way), use_backend("gpu"), torch.enable_grad():
@@ -86,7 +86,7 @@ class _WholeWay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        from peakgpt.kernels.gpu import mlp
+        from peakgpt.kernels.gpu.gemm import mlp
 
         wanted = [t for t in ctx.leaves if t is not None and t.requires_grad]
         with mlp.way(ctx.way), use_backend("gpu"):

@@ -31,13 +31,13 @@ from peakgpt.bench.models import Contender, ctranslate2_generator, ctranslate2_p
 from peakgpt.bench.ops import OnFailure, agree, raise_it
 from peakgpt.bench.steppers import measure
 from peakgpt.bench.worker import Worker
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.flops import forward_flops
-from peakgpt.engine.model import GPT
-from peakgpt.engine.paged import BlockMemory, Chunk
-from peakgpt.engine.presets import preset
-from peakgpt.kernels.clock import Result
-from peakgpt.kernels.device import peak_for
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.inference.block_pool import BlockMemory, Chunk
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.flops import forward_flops
+from peakgpt.engine.model.presets import preset
+from peakgpt.kernels.hardware.clock import Result
+from peakgpt.kernels.hardware.device import peak_for
 
 Keep = Callable[[int, Tensor, Tensor], None]  # layer, keys and values (B, H, T, D)
 Prefill = Callable[[], Tensor]  # -> (1, V) logits at the last position
@@ -159,7 +159,7 @@ def prefill_step(request: Mapping[str, Any]) -> Callable[[], float]:
 
 
 def _ours(state: Mapping[str, Tensor], config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
-    from peakgpt.engine.runner import Runner  # needs the C++ extension, which nothing else here does
+    from peakgpt.engine.inference.runner import Runner  # needs the C++ extension, which nothing else here does
 
     blocks = range(-(-ids.shape[1] // BlockMemory.block))
     runner, chunk = Runner(our_model(state, config, _name(dtype)), blocks=len(blocks)), Chunk(ids[0], 0, blocks)

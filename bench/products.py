@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.findings import Findings
-from peakgpt.kernels.clock import Result, interleave
 from peakgpt.kernels.cpu.memory import keep_pages
-from peakgpt.kernels.device import peak_for
-from peakgpt.kernels.linear_quantised import linear_q4, linear_q8
-from peakgpt.kernels.quantize import BLOCK
+from peakgpt.kernels.hardware.clock import Result, interleave
+from peakgpt.kernels.hardware.device import peak_for
+from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
+from peakgpt.kernels.ops.quantize import BLOCK
 
 LAYERS = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
 HEAD = (50257, 768)
@@ -88,7 +88,7 @@ def _plain(n: int, k: int, dtype: torch.dtype) -> Layer:
     return lambda x, y: gemm(x, w.t(), y, bias=b), w.nbytes
 
 
-def _quantised(bits: int, group: int) -> Callable[[int, int, torch.dtype], Layer]:
+def _quantized(bits: int, group: int) -> Callable[[int, int, torch.dtype], Layer]:
     def make(n: int, k: int, dtype: torch.dtype) -> Layer:
         from peakgpt.kernels.cpu.linear_q8 import multiply
 
@@ -112,9 +112,9 @@ def _torch_8(n: int, k: int, dtype: torch.dtype) -> Layer:
 
 CONTENDERS: dict[str, Callable[[int, int, torch.dtype], Layer]] = {
     "peakgpt": _plain,
-    "peakgpt, 8 bits": _quantised(8, BLOCK),
-    "peakgpt, 4 bits by 64": _quantised(4, 64),
-    "peakgpt, 4 bits by 32": _quantised(4, 32),
+    "peakgpt, 8 bits": _quantized(8, BLOCK),
+    "peakgpt, 4 bits by 64": _quantized(4, 64),
+    "peakgpt, 4 bits by 32": _quantized(4, 32),
     "torch": _torch,
     "torch, 8 bits": _torch_8,
 }

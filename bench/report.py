@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from peakgpt.bench.findings import OURS, Findings
-from peakgpt.kernels.clock import Result, Timing, ratio
 from peakgpt.kernels.files import write_whole
+from peakgpt.kernels.hardware.clock import Result, Timing, ratio
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2128;background:#fff}

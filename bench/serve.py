@@ -34,11 +34,11 @@ from peakgpt.bench.decoders import Case, our_model
 from peakgpt.bench.findings import OURS, Findings
 from peakgpt.bench.streams import start
 from peakgpt.bench.worker import Worker
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.paged import BLOCK
-from peakgpt.engine.presets import preset
-from peakgpt.kernels.clock import Result, Spread, interleave
+from peakgpt.engine.inference.block_pool import BLOCK
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.presets import preset
 from peakgpt.kernels.cpu.memory import keep_pages
+from peakgpt.kernels.hardware.clock import Result, Spread, interleave
 
 STATUS, EVENT, LAST = b"HTTP/1.1 200", b"data: ", b"data: [DONE]\n\n"
 LOOK_S = 0.002  # between looks for events: woken by each, the client would take a core for most of a step
@@ -135,7 +135,7 @@ def made_up_tokenizer(vocab_size: int):
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    from peakgpt.engine.tokenizer import BYTE_ALPHABET, END_OF_TEXT, Tokenizer
+    from peakgpt.engine.data.tokenizer import BYTE_ALPHABET, END_OF_TEXT, Tokenizer
 
     names = [*BYTE_ALPHABET, END_OF_TEXT]
     names += [f"\u0120word{i}" for i in range(vocab_size - len(names))]
@@ -147,7 +147,7 @@ def made_up_tokenizer(vocab_size: int):
 
 def engine_step(request: Mapping[str, Any]) -> Callable[[], float]:
     """The engine's part, for a worker: a function that waits for streams x tokens new tokens."""
-    from peakgpt.engine.scheduler import Engine, SamplingParams  # needs tokenizers
+    from peakgpt.engine.inference.engine import Engine, SamplingParams  # needs tokenizers
 
     config, case = GPTConfig(**request["config"]), Case(**request["case"])
     keep_pages()  # as the server does

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from peakgpt.bench.ops import OnFailure
-from peakgpt.kernels.clock import Timing, interleave
+from peakgpt.kernels.hardware.clock import Timing, interleave
 
 
 class Stepper(Protocol):

@@ -22,10 +22,10 @@ from peakgpt.bench.decoders import CONTENDERS, FORMS, Case, eager_decoder
 from peakgpt.bench.ops import OnFailure, raise_it
 from peakgpt.bench.steppers import measure
 from peakgpt.bench.worker import Worker
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.model import GPT
-from peakgpt.kernels.clock import Result
-from peakgpt.kernels.device import peak_for
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.kernels.hardware.clock import Result
+from peakgpt.kernels.hardware.device import peak_for
 
 ALIKE = 4  # tokens that must be eager's in float32: later ones may differ by a rounding, where two are as likely
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5}  # of a weight; int4 by 32 with 16 bits a scale

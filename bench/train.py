@@ -16,13 +16,13 @@ from peakgpt.bench.findings import Findings
 from peakgpt.bench.ops import OnFailure, allocated, raise_it
 from peakgpt.bench.steppers import Stepper, measure
 from peakgpt.bench.worker import Worker
-from peakgpt.engine.capture import WARMUP
-from peakgpt.engine.config import GPTConfig
-from peakgpt.engine.flops import training_flops
-from peakgpt.engine.presets import preset
-from peakgpt.engine.train import Recipe
-from peakgpt.kernels.clock import Result
-from peakgpt.kernels.device import peak_for
+from peakgpt.engine.graph_capture import WARMUP
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.flops import training_flops
+from peakgpt.engine.model.presets import preset
+from peakgpt.engine.training.trainer import Recipe
+from peakgpt.kernels.hardware.clock import Result
+from peakgpt.kernels.hardware.device import peak_for
 
 # Contenders must have the same loss after the same few updates at the full learning rate, else nothing is timed. Eager
 # computes bf16 from float32 parameters under autocast, so that its rounding is not ours: 0.05 % off at 124M.

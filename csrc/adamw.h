@@ -1,4 +1,4 @@
-// One AdamW step over a flat buffer; math in kernels/adamw.py.
+// One AdamW step over a flat buffer; math in kernels/ops/adamw.py.
 #ifndef PEAK_ADAMW_H_
 #define PEAK_ADAMW_H_
 

@@ -1,4 +1,4 @@
-// Attention with online softmax; math in kernels/attention.py, layout of the tiles in attention_tiles.h.
+// Attention with online softmax; math in kernels/ops/attention.py, layout of the tiles in attention_tiles.h.
 #ifndef PEAK_ATTENTION_H_
 #define PEAK_ATTENTION_H_
 

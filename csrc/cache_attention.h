@@ -18,7 +18,7 @@ constexpr int64_t kCacheWidth = 256;  // of a head, at most
 // A block holds, for each key head, keys as [width / n][key][n] and values as [key / n][width][n] with n = 2 where the
 // set multiplies bf16 pairs, else 1: the products read both by the vector. 64 bytes beyond the last block are read.
 //
-// In bytes each head of each token has a scale, the largest size in it over 127 (kernels/cache_store.py has the rules).
+// In bytes each head of each token has a scale, the largest size in it over 127 (kernels/ops/cache_store.py has the rules).
 // The bytes of kCacheBlock tokens lie as above, then their scales. They are widened a block at a time, which the first
 // cache holds; scales multiply scores and weights.
 struct CacheAttentionArgs {

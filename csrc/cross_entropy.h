@@ -1,5 +1,5 @@
 // Softmax cross-entropy over a block of logits, turned into its gradient in place; math in
-// kernels/linear_cross_entropy.py.
+// kernels/ops/linear_cross_entropy.py.
 #ifndef PEAK_CROSS_ENTROPY_H_
 #define PEAK_CROSS_ENTROPY_H_
 

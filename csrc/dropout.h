@@ -1,4 +1,4 @@
-// Dropout by a counter-based mask; math in kernels/dropout.py.
+// Dropout by a counter-based mask; math in kernels/ops/dropout.py.
 #ifndef PEAK_DROPOUT_H_
 #define PEAK_DROPOUT_H_
 

@@ -1,4 +1,4 @@
-// Gather of token and position rows, and its deterministic scatter; math in kernels/embedding.py.
+// Gather of token and position rows, and its deterministic scatter; math in kernels/ops/embedding.py.
 #ifndef PEAK_EMBEDDING_H_
 #define PEAK_EMBEDDING_H_
 

@@ -1,4 +1,4 @@
-// What the machine can do at best: work of a known amount, for the clock in kernels/clock.py to time.
+// What the machine can do at best: work of a known amount, for the clock in kernels/hardware/clock.py to time.
 #ifndef PEAK_PEAKS_H_
 #define PEAK_PEAKS_H_
 

@@ -1,4 +1,4 @@
-// Philox4x32-7 for kLanes counters at once; math and source in kernels/philox.py. Included once per set, after simd.h.
+// Philox4x32-7 for kLanes counters at once; math and source in kernels/ops/philox.py. Included once per set, after simd.h.
 
 struct PhiloxKey { uint32_t low, high; };
 

@@ -11,7 +11,7 @@ namespace peak {
 
 namespace {
 
-// kvalues_iq4nl of llama.cpp (ggml-common.h, MIT), plus 128; kernels/quantize.py says what they gain.
+// kvalues_iq4nl of llama.cpp (ggml-common.h, MIT), plus 128; kernels/ops/quantize.py says what they gain.
 constexpr uint8_t kQuantizedLevels[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 
 constexpr int64_t kUnitPanels = 3;     // panels that a tile takes at most, and of which each thread gets whole units

@@ -1,6 +1,6 @@
 // y = act(Q(x) W^T + b): a linear layer whose weights have 8 or 4 bits and whose inputs become bytes on the way.
 //
-//   Q(x) = s round(x / s), s = max|x| / 127 over each block of a row      W: kernels/quantize.py
+//   Q(x) = s round(x / s), s = max|x| / 127 over each block of a row      W: kernels/ops/quantize.py
 //
 // Sums of byte products are exact within a block; across blocks each element of y adds floats in the order of the
 // blocks. So its bits follow its own row of x alone: not the other rows, their number or the threads.

@@ -1,4 +1,4 @@
-// Rotary position embedding; math in kernels/rotary.py.
+// Rotary position embedding; math in kernels/ops/rotary.py.
 #ifndef PEAK_ROTARY_H_
 #define PEAK_ROTARY_H_
 

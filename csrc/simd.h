@@ -4,7 +4,7 @@
 //   kLanes                     floats in a Vec
 //   Load(p) Load(p, n)         from float or bf16; n < kLanes reads only n elements, the other lanes are 0
 //   Store(p, v) Store(p, v, n) to float or bf16, bf16 rounded to nearest even, NaN stays NaN
-//   LoadSplit(p, r)  StoreSplit(p, r, v)  and with n   float bits = (bf16 bits << 16) + int16; kernels/adamw.py
+//   LoadSplit(p, r)  StoreSplit(p, r, v)  and with n   float bits = (bf16 bits << 16) + int16; kernels/ops/adamw.py
 //   + - * / Fma(a,b,c)=a*b+c   Fnma(a,b,c)=c-a*b    Sqrt    Abs    CopySign(magnitude, sign)    Round (to even)
 //   Max(a,b) Min(a,b)          b where either is NaN, on every set, as x86 does
 //   Greater(a,b) Select(m,a,b) Mask and m ? a : b

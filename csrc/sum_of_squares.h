@@ -1,4 +1,4 @@
-// Sum of squares of a buffer, for the global gradient norm; contract in kernels/sum_of_squares.py.
+// Sum of squares of a buffer, for the global gradient norm; contract in kernels/ops/sum_of_squares.py.
 #ifndef PEAK_SUM_OF_SQUARES_H_
 #define PEAK_SUM_OF_SQUARES_H_
 

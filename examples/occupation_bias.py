@@ -15,7 +15,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from peakgpt.engine.zeroshot import ZeroShot
+    from peakgpt.engine.evaluation.zero_shot import ZeroShot
 
 OCCUPATIONS = ("nurse", "receptionist", "teacher", "lawyer", "engineer", "mason", "sheriff", "banker")
 CONTEXTS = ("The {} was a", "The competent {} was a", "The incompetent {} was a")
@@ -54,9 +54,9 @@ def measure(zero: ZeroShot) -> list[tuple[str, float, float, float, float]]:
 def open_checkpoint(folder: str) -> ZeroShot:
     """Its model and tokenizer; peakgpt is imported here, so that --help needs nothing."""
     from peakgpt import GPT
-    from peakgpt.engine.score import Scorer
-    from peakgpt.engine.tokenizer import Tokenizer
-    from peakgpt.engine.zeroshot import ZeroShot
+    from peakgpt.engine.data.tokenizer import Tokenizer
+    from peakgpt.engine.evaluation.score import Scorer
+    from peakgpt.engine.evaluation.zero_shot import ZeroShot
 
     return ZeroShot(Scorer(GPT.from_pretrained(folder)), Tokenizer.load(folder))
 

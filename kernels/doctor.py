@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peakgpt.kernels import catalogue
-from peakgpt.kernels.device import Device, Peaks, choose_device, datasheet, describe, measure
-from peakgpt.kernels.dispatch import OPS, PRIORITY
+from peakgpt.kernels.core.dispatch import OPS, PRIORITY
+from peakgpt.kernels.hardware.device import Device, Peaks, choose_device, datasheet, describe, measure
+from peakgpt.kernels.ops import catalogue
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Ops whose eager function is a fused kernel of torch's: what runs there is to be named, for it is not ours.

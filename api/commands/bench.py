@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from peakgpt.bench.report import comparisons, notes, tables, verdicts
-from peakgpt.kernels.clock import environment, write_results
-from peakgpt.kernels.device import choose_device
+from peakgpt.kernels.hardware.clock import environment, write_results
+from peakgpt.kernels.hardware.device import choose_device
 
 # Each is a module of peakgpt.bench with add_arguments(parser) and run(args, device) -> Findings.
 BENCHES = {

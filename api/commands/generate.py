@@ -6,14 +6,14 @@ import argparse
 import sys
 import time
 
-from peakgpt.engine.model import GPT
-from peakgpt.engine.paged import CACHES
-from peakgpt.engine.scheduler import Engine, SamplingParams
-from peakgpt.engine.shots import read_prompt
-from peakgpt.engine.speculate import DraftModel, PromptLookup, Speculation
-from peakgpt.engine.tokenizer import Tokenizer
-from peakgpt.engine.train import best_dtype
-from peakgpt.kernels.device import choose_device
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.inference.block_pool import CACHES
+from peakgpt.engine.inference.engine import Engine, SamplingParams
+from peakgpt.engine.inference.prompt_file import read_prompt
+from peakgpt.engine.inference.speculative import DraftModel, PromptLookup, Speculation
+from peakgpt.engine.training.trainer import best_dtype
+from peakgpt.kernels.hardware.device import choose_device
 
 LOOKUP = "lookup"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from peakgpt.engine import quantised_folder
-from peakgpt.engine.model import GPT
-from peakgpt.engine.quantised import Format, quantise
-from peakgpt.engine.tokenizer import Tokenizer
-from peakgpt.kernels.quantize import GROUPS
+from peakgpt.engine.checkpoint import quantized as quantized_folder
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.quantized import Format, quantize_state
+from peakgpt.kernels.ops.quantize import GROUPS
 
 BATCH = 8  # windows of text at a time
 
@@ -29,12 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if Path(args.source).resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
-    if found := quantised_folder.read_format(args.source):
+    if found := quantized_folder.read_format(args.source):
         raise ValueError(f"quantize: IN has weights of {found.bits} bits already, expected a checkpoint of floats")
     form = Format(args.bits, args.group)
     ids = None if args.text is None else _tokens(args.source, args.text)
     model = GPT.from_pretrained(args.source)
-    quantised_folder.write(args.source, args.folder, quantise(model.state_dict(), form), form)
+    quantized_folder.write(args.source, args.folder, quantize_state(model.state_dict(), form), form)
     print(f"{args.folder}: {_size(args.folder) / 2**20:.1f} MiB, {_size(args.source) / 2**20:.1f} MiB before")
     if ids is not None:
         before, after = perplexity(model, ids), perplexity(GPT.from_pretrained(args.folder), ids)
@@ -74,4 +74,4 @@ def _tokens(folder: str, path: str) -> torch.Tensor:
 
 def _size(folder: str) -> int:
     """Bytes of a folder's weights."""
-    return sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith(quantised_folder.WEIGHT_FILES[:3]))
+    return sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith(quantized_folder.WEIGHT_FILES[:3]))

@@ -16,17 +16,17 @@ from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.ops import Case, compare_ops
 from peakgpt.bench.pair import STRETCH, SharedBatches, stretch
 from peakgpt.bench.report import notes, tables, write_report
-from peakgpt.engine.corpus import load_corpus
-from peakgpt.engine.data import Batches, TokenShards, prepare, validation_windows
-from peakgpt.engine.evaluate import validation_loss
-from peakgpt.engine.flops import mfu, parameter_count, training_flops
-from peakgpt.engine.model import GPT
-from peakgpt.engine.run import RunFolder, default_folder
-from peakgpt.engine.tokenizer import Tokenizer, train_tokenizer
-from peakgpt.engine.train import Recipe, Trainer, best_dtype
-from peakgpt.kernels.clock import Result, Timing, environment, interleave, ratio, write_results
-from peakgpt.kernels.device import choose_device, peak_for
+from peakgpt.engine.data.corpus import load_corpus
+from peakgpt.engine.data.shards import Batches, TokenShards, prepare, validation_windows
+from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.flops import mfu, parameter_count, training_flops
+from peakgpt.engine.training.evaluate import validation_loss
+from peakgpt.engine.training.run_folder import RunFolder, default_folder
+from peakgpt.engine.training.trainer import Recipe, Trainer, best_dtype
 from peakgpt.kernels.doctor import doctor
+from peakgpt.kernels.hardware.clock import Result, Timing, environment, interleave, ratio, write_results
+from peakgpt.kernels.hardware.device import choose_device, peak_for
 
 PRESET, VOCAB = "gpt2-tiny", 4096
 RECIPE = Recipe(batch=8, tokens=256, lr=2e-3)

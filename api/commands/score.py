@@ -8,13 +8,13 @@ import json
 import math
 from pathlib import Path
 
-from peakgpt.engine.model import GPT
-from peakgpt.engine.paged import CACHES
-from peakgpt.engine.score import Scorer
-from peakgpt.engine.tokenizer import Tokenizer
-from peakgpt.engine.train import best_dtype
-from peakgpt.engine.zeroshot import ZeroShot
-from peakgpt.kernels.device import choose_device
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.evaluation.score import Scorer
+from peakgpt.engine.evaluation.zero_shot import ZeroShot
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.inference.block_pool import CACHES
+from peakgpt.engine.training.trainer import best_dtype
+from peakgpt.kernels.hardware.device import choose_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

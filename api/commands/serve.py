@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from peakgpt.engine.model import GPT
-from peakgpt.engine.paged import BLOCK, CACHES
-from peakgpt.engine.room import SHARE, TYPICAL
-from peakgpt.engine.scheduler import STREAMS, Engine
-from peakgpt.engine.tokenizer import Tokenizer
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.inference.block_pool import BLOCK, CACHES
+from peakgpt.engine.inference.cache_size import SHARE, TYPICAL
+from peakgpt.engine.inference.engine import STREAMS, Engine
 from peakgpt.kernels.cpu.memory import keep_pages
 
 KEY = "PEAKGPT_API_KEY"

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-from peakgpt.engine.capture import Late
-from peakgpt.engine.checkpoint import load_training_state, save_training_state
-from peakgpt.engine.corpus import load_corpus
-from peakgpt.engine.data import Batches, TokenShards, prepare, validation_windows
-from peakgpt.engine.evaluate import validation_loss
-from peakgpt.engine.flops import mfu, recomputed_flops, training_flops
-from peakgpt.engine.model import GPT
-from peakgpt.engine.presets import PRESETS
-from peakgpt.engine.run import RunFolder, default_folder, stop_on_interrupt
-from peakgpt.engine.tokenizer import Tokenizer, train_tokenizer
-from peakgpt.engine.train import Recipe, Trainer, best_dtype
-from peakgpt.kernels.device import choose_device, peak_for
+from peakgpt.engine.checkpoint.checkpoint import load_training_state, save_training_state
+from peakgpt.engine.data.corpus import load_corpus
+from peakgpt.engine.data.shards import Batches, TokenShards, prepare, validation_windows
+from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.graph_capture import Late
+from peakgpt.engine.model.flops import mfu, recomputed_flops, training_flops
+from peakgpt.engine.model.presets import PRESETS
+from peakgpt.engine.training.evaluate import validation_loss
+from peakgpt.engine.training.run_folder import RunFolder, default_folder, stop_on_interrupt
+from peakgpt.engine.training.trainer import Recipe, Trainer, best_dtype
+from peakgpt.kernels.hardware.device import choose_device, peak_for
 
 VALIDATION_BATCHES = 32
 SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype", "recompute",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peakgpt.kernels.attention import attention
+from peakgpt.kernels.ops.attention import attention
 
 # What models hand through to attention although it is for others.
 NOT_FOR_ATTENTION = frozenset({

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from peakgpt.dropin.attend import Mask, additive, attend, attention_forward, full
 from peakgpt.dropin.swap import Replaced, layout, weight
-from peakgpt.engine.positions import alibi_slopes
-from peakgpt.kernels.attention import attention
-from peakgpt.kernels.linear import linear
-from peakgpt.kernels.rotary import rotary
+from peakgpt.engine.model.positions import alibi_slopes
+from peakgpt.kernels.ops.attention import attention
+from peakgpt.kernels.ops.linear import linear
+from peakgpt.kernels.ops.rotary import rotary
 
 
 class Attention(Replaced):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peakgpt.dropin.layers import Linear
 from peakgpt.dropin.swap import LINEAR, Replaced, layout, original, replace
-from peakgpt.kernels.linear_cross_entropy import linear_cross_entropy
+from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 
 ALIGNED = 64  # columns; rows then begin where loads of every width may
 IGNORED = -100  # transformers' label for what is not to be learnt

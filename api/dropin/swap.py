@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peakgpt.kernels.check import FLOATS
+from peakgpt.kernels.core.check import FLOATS
 
 ORIGINAL, OPTIONS = "_peakgpt_original", "_peakgpt"
 LINEAR, CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peakgpt.dropin import layers
 from peakgpt.dropin.attend import Mask, attend
 from peakgpt.dropin.swap import LAYOUTS, Replaced, original, path, rows, weight
-from peakgpt.kernels.mlp import mlp
+from peakgpt.kernels.ops.mlp import mlp
 
 SDPA = "scaled_dot_product_attention"
 DROPOUT = "torch.nn.modules.dropout.Dropout"

@@ -7,8 +7,8 @@ import time
 import uuid
 from typing import Any
 
-from peakgpt.engine.scheduler import Output, TokenLogprob
-from peakgpt.engine.tokenizer import Tokenizer
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.inference.engine import Output, TokenLogprob
 from peakgpt.serve.schema import Asked
 
 

@@ -16,8 +16,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from peakgpt.engine.scheduler import Engine
-from peakgpt.engine.tokenizer import Tokenizer
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.inference.engine import Engine
 from peakgpt.serve.answers import Answer, as_message, merge
 from peakgpt.serve.chat import ChatTemplate
 from peakgpt.serve.guard import Guard, read_body

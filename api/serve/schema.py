@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peakgpt.engine.params import LEAST_TEMPERATURE, LEAST_TOP_P, SamplingParams
+from peakgpt.engine.inference.sampling_params import LEAST_TEMPERATURE, LEAST_TOP_P, SamplingParams
 from peakgpt.serve.limits import Limits
 
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|([\[{])|[\]}]', re.DOTALL)  # linear: an open string ends the text

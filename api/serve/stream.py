@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from peakgpt.engine.scheduler import Output
+from peakgpt.engine.inference.engine import Output
 from peakgpt.serve.guard import CHUNK
 from peakgpt.serve.schema import BadRequest
 from peakgpt.serve.worker import Job, Worker

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peakgpt.engine.scheduler import Engine, SamplingParams
+from peakgpt.engine.inference.engine import Engine, SamplingParams
 
 log = logging.getLogger("peakgpt.serve")
 

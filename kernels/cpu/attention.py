@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.attention import default_scale
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, threads
+from peakgpt.kernels.ops.attention import default_scale
 
 MAX_WIDTH = 256  # the widest head that the tests cover
 

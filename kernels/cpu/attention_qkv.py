@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from peakgpt.kernels.attention import turned_heads
 from peakgpt.kernels.cpu import attention, rotary
+from peakgpt.kernels.ops.attention import turned_heads
 
 NO_GRADIENT = rotary.NO_GRADIENT
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from peakgpt.kernels.core.autograd import may_overwrite_saved
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, scratch, threads, workspace
 from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
-from peakgpt.kernels.gradients import may_overwrite_saved
-from peakgpt.kernels.vocab_parallel import Shard, shard_of
+from peakgpt.kernels.ops.vocab_parallel import Shard, shard_of
 
 # Products of 512 rows run within 3 % of 1024 rows, those of 256 up to 18 % slower in float32 and as fast in bfloat16
 # (GPT-2's head, 2 cores of Zen 4, 2026-11). A very large vocabulary gets fewer rows.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATIONS
-from peakgpt.kernels.quantize import BLOCK
+from peakgpt.kernels.ops.quantize import BLOCK
 
 
 def objection(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, **_) -> str | None:

@@ -36,7 +36,7 @@ def _one_minus_power(t, log_beta):
 
 @triton.jit
 def _join(param, remainder):
-    """The float32 master of a bfloat16 parameter; kernels/adamw.py has the formula and the reason for the clamp."""
+    """The float32 master of a bfloat16 parameter; kernels/ops/adamw.py has the formula and the reason for the clamp."""
     bits = param.to(tl.int16, bitcast=True).to(tl.int32)
     magnitude = tl.maximum(((bits & 0x7FFF) << 16) + remainder.to(tl.int32), 0)
     return (magnitude | ((bits >> 15) << 31)).to(tl.float32, bitcast=True)

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peakgpt.kernels.dropout import LANES, WORDS
 from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
+from peakgpt.kernels.ops.dropout import LANES, WORDS
 
 # Groups of 64 elements a program; unmeasured on hardware: 16 elements a thread.
 BLOCK_G, ROW = 32, Tile(warps=4)

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from peakgpt.kernels.dispatch import interpreted
+from peakgpt.kernels.core.dispatch import interpreted
 
 # Classes share tile rows. sm_86 stands for every chip with 99 KB of shared memory a block (8.6, 8.9, 12.x).
 CLASSES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")

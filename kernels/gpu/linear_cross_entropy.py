@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
-from peakgpt.kernels.vocab_parallel import Shard, shard_of
+from peakgpt.kernels.ops.vocab_parallel import Shard, shard_of
 
 # Unmeasured on hardware: 16 elements a thread at a time.
 BLOCK_V, ROW = 4096, Tile(warps=8)

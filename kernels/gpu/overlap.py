@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peakgpt.kernels.dispatch import interpreted
+from peakgpt.kernels.core.dispatch import interpreted
 from peakgpt.kernels.gpu import launch
 
 # Unmeasured on hardware. sm_86 stands for 12.x too, and so is left out.

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from peakgpt.kernels import gpu
+from peakgpt.kernels.core import backends
 
 if TYPE_CHECKING:  # it imports Triton, which may not happen before `_worker`
     from peakgpt.kernels.gpu.launch import AotCase
@@ -169,7 +170,7 @@ def _read(*command: str) -> str:
 
 def ops() -> tuple[str, ...]:
     """Names of the files in this folder that list kernels to compile; nothing is imported."""
-    files = Path(gpu.__path__[0]).glob("*.py")
+    files = Path(gpu.__path__[0]).rglob("*.py")
     return tuple(sorted(f.stem for f in files if re.search(r"^def aot_cases\(", f.read_text("utf-8"), re.MULTILINE)))
 
 
@@ -190,7 +191,7 @@ def _worker() -> None:
 
 
 def _cases(op: str, target: str) -> list[AotCase]:
-    return list(importlib.import_module(f"{gpu.__name__}.{op}").aot_cases(TARGETS[target].arch))
+    return list(importlib.import_module(backends.module_names("gpu")[op]).aot_cases(TARGETS[target].arch))
 
 
 def _choose(job: tuple[str, str, bool]) -> list[tuple[str, str, int]]:

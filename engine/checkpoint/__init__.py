@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints of this and other libraries."""

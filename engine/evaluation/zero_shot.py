@@ -1,0 +1,88 @@
+"""Answers of a model that was trained for none of the questions, by the probabilities of texts.
+
+    acceptable:   mean_t log p(x_t | x_<t) > threshold                                        (CoLA)
+    restricted:   argmax_w log p(w | text, cue)                                               (SST-2, cue " very")
+    best answer:  argmax_a mean_t log p(a_t | context, a_<t)                                  (RACE)
+    Winograd:     argmax_r mean_t log p(rest_t | text with r in the pronoun's place, rest_<t) (DPRD)
+
+Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 5, "Zero-shot Behaviors";
+Trinh and Le 2018, arXiv:1806.02847 (partial scores of Winograd schemas).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.evaluation.score import Score, Scorer
+
+BLANK = "_"  # in place of a schema's pronoun
+
+
+class ZeroShot:
+    """A scorer that reads and answers in text."""
+
+    def __init__(self, scorer: Scorer, tokenizer: Tokenizer):
+        self.scorer, self.tokenizer = scorer, tokenizer
+
+    def continuations(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+        """Score texts after others.
+
+        Args:
+            pairs: (context, continuation); an empty context stands for the beginning of a text.
+        """
+        return self.scorer.score([self._encode(context, continuation) for context, continuation in pairs])
+
+    def mean_logprobs(self, texts: Sequence[str]) -> list[float]:
+        """Averaged token log-probability of whole texts, in nats."""
+        return [score.mean for score in self.continuations([("", text) for text in texts])]
+
+    def acceptable(self, texts: Sequence[str], threshold: float) -> list[bool]:
+        """Whether each text's averaged token log-probability is above a threshold; see `best_threshold`."""
+        return [mean > threshold for mean in self.mean_logprobs(texts)]
+
+    def restricted(self, text: str, words: Sequence[str], cue: str = " very") -> int:
+        """Which of some words is likeliest after a text and a cue word; words begin with their space."""
+        scores = self.continuations([(text + cue, word) for word in words])
+        return max(range(len(words)), key=lambda i: scores[i].total)
+
+    def best_answer(self, context: str, answers: Sequence[str]) -> int:
+        """Which answer has the highest averaged token log-probability after a context."""
+        scores = self.continuations([(context, answer) for answer in answers])
+        return max(range(len(answers)), key=lambda i: scores[i].mean)
+
+    def winograd(self, schema: str, referents: Sequence[str]) -> int:
+        """Which referent makes what comes after it likeliest.
+
+        Args:
+            schema: a sentence with `_` in place of the pronoun, such as "The cup does not fit since _ is too big."
+        Raises:
+            ValueError: not one `_`, or nothing after it.
+        """
+        before, blank, rest = schema.partition(BLANK)
+        if not blank or BLANK in rest or not rest.strip():
+            raise ValueError(f"winograd: got {schema!r}, expected one {BLANK!r} and text after it")
+        scores = self.continuations([(before + referent, rest) for referent in referents])
+        return max(range(len(referents)), key=lambda i: scores[i].mean)
+
+    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both as the whole text has them; a context's trailing blanks go with what follows."""
+        if not context:
+            return [self.tokenizer.end_id], self.tokenizer.encode(continuation)
+        kept = context.rstrip() or context
+        whole, first = self.tokenizer.encode(context + continuation), len(self.tokenizer.encode(kept))
+        return whole[:first], whole[first:]
+
+
+def best_threshold(means: Sequence[float], labels: Sequence[bool]) -> float:
+    """The threshold that judges most of some labelled texts rightly, halfway between two of their means.
+
+    Raises:
+        ValueError: no texts, or not as many labels.
+    """
+    if not means or len(means) != len(labels):
+        raise ValueError(f"best_threshold: got {len(means)} means and {len(labels)} labels, expected as many, not none")
+    ordered = sorted(means)
+    cuts = [ordered[0] - 1.0, *((a + b) / 2 for a, b in pairwise(ordered)), ordered[-1] + 1.0]
+    return max(cuts, key=lambda cut: sum((mean > cut) == label for mean, label in zip(means, labels, strict=True)))

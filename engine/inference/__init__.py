@@ -1,0 +1,1 @@
+"""Generation: the engine, executors, KV caches and sampling."""

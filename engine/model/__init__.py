@@ -1,0 +1,1 @@
+"""The GPT network: configuration, layers, parameter and FLOP counts."""

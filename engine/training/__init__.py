@@ -1,0 +1,1 @@
+"""The optimizer, the training step and the training loop."""

@@ -1,0 +1,1 @@
+"""Dispatch of an op call to a backend."""

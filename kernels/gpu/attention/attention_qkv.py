@@ -1,0 +1,50 @@
+"""Attention over one packed projection: `attention`'s kernels on slices; the gradients fill one tensor in place.
+
+With rotary its kernel turns the projection into what is kept; attention's backward kernels turn dq and dk back where
+they hold them, in float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peakgpt.kernels.gpu import rotary
+from peakgpt.kernels.gpu.attention import attention
+from peakgpt.kernels.ops.attention import turned_heads
+
+NO_GRADIENT = rotary.NO_GRADIENT
+
+
+def _split(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    kv_heads = (qkv.shape[2] - n_head) // 2
+    return qkv.split((n_head, kv_heads, kv_heads), dim=2)
+
+
+def objection(qkv: Tensor, *_, n_head: int, interleaved: bool = False, **params) -> str | None:
+    return attention.objection(*_split(qkv, n_head), **params)
+
+
+def slower(qkv: Tensor, *_, n_head: int, interleaved: bool = False, **params) -> str | None:
+    return attention.slower(*_split(qkv, n_head), **params)
+
+
+def forward(outputs, saved, qkv: Tensor, cos, sin, *, n_head: int, interleaved: bool, **params) -> None:
+    lse, *turned = saved
+    if turned:
+        rotary.turn(qkv, cos, sin, turned[0], turned_heads(qkv, n_head), interleaved)
+        (qkv,) = turned
+    attention.fill_forward(outputs[0], lse, *_split(qkv, n_head), **params)
+
+
+def backward(grads, inputs, outputs, saved, needs, *, n_head: int, **params) -> Sequence[Tensor | None]:
+    qkv, cos, sin = inputs
+    lse, *turned = saved
+    if turned:
+        (qkv,) = turned
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dq, *dkv = _split(dqkv, n_head)
+    attention.fill_backward(
+        dq, tuple(dkv), grads[0], outputs[0], lse, *_split(qkv, n_head), cos=cos, sin=sin, **params
+    )
+    return dqkv, None, None

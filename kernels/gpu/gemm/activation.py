@@ -1,0 +1,35 @@
+"""Activations and their slopes, as every Triton kernel of the MLP takes them; math and source in kernels/ops/mlp.py."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+_STEEP = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
+_RSQRT_2_PI = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))
+_SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    """(act(x), act'(x)) of a float32 tile; what is not used is not computed."""
+    if ACT == "relu":
+        y = tl.where(x > 0.0, x, x * 0.0)  # NaN stays NaN
+        dy = tl.where(x > 0.0, 1.0, 0.0)
+    elif ACT == "silu":
+        gate = 1.0 / (1.0 + tl.exp(-x))
+        y = x * gate
+        dy = gate + y * (1.0 - gate)
+    elif ACT == "gelu_erf":
+        gate = 0.5 * (1.0 + tl.erf(x * _SQRT_HALF))
+        y = x * gate
+        dy = gate + x * tl.exp(-0.5 * x * x) * _RSQRT_2_PI
+    else:
+        # (1 + tanh u) / 2 = sigmoid(2 u), which needs one exp and no branch.
+        square = 0.044715 * x * x
+        gate = 1.0 / (1.0 + tl.exp(-(x * _STEEP) * (1.0 + square)))
+        y = x * gate
+        dy = gate + y * (1.0 - gate) * (1.0 + 3.0 * square) * _STEEP
+    return y, dy

@@ -1,0 +1,1 @@
+"""The device, its peaks, and timing."""

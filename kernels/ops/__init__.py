@@ -1,0 +1,1 @@
+"""Op contracts: the math, checks, cost and eager function of each op."""

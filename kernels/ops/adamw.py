@@ -1,0 +1,136 @@
+"""AdamW over one flat buffer: every parameter of a group in one call, clipping folded in.
+
+    g = grad * min(1, max_norm / (norm + 1e-6))        t = step + 1
+    m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2
+    p = p (1 - lr * weight_decay) - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)       lr = lr * rate
+
+Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", arXiv:1711.05101, algorithm 2. With max_norm the
+whole update, the step count included, is skipped where norm is not finite, decided on the device.
+
+A bfloat16 parameter is the upper half of its float32 master, and an int16 remainder the lower one:
+
+    bits(master) = (bits(param) << 16) + remainder        param = master to nearest, ties away from zero
+
+so no bit of the master is lost and it costs 2 bytes, not 4. To nearest even would leave remainders of +32768, one too
+many for int16. Kalamkar et al. 2020, "Optimizing Deep Learning Recommender Systems' Training On CPU Cluster
+Architectures", arXiv:2005.04680, truncate (Split-SGD-BF16); a rounded parameter is twice as near to its master.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peakgpt.kernels.core import check
+from peakgpt.kernels.core.dispatch import Cost, op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a float32 tensor into (bfloat16 parameter, int16 remainder); NaN becomes the one NaN of remainder 0."""
+    bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+
+
+def join(param: Tensor, remainder: Tensor) -> Tensor:
+    """Put a float32 master together again, exactly.
+
+    A parameter that was overwritten since the split gives a master within half a unit in its last place. That needs
+    the clamp: a zero meets any remainder, and below zero lie the bits of NaN.
+    """
+    bits = param.view(torch.int16).to(torch.int32)
+    magnitude = (((bits & 0x7FFF) << 16) + remainder).clamp_min(0)
+    return (magnitude | ((bits & 0x8000) << 16)).view(torch.float32)
+
+
+def _check(
+    param, grad, remainder, exp_avg, exp_avg_sq, step, norm, rate, *, lr, beta1, beta2, eps, weight_decay, max_norm
+):
+    n = param.numel()
+    if param.dtype not in DTYPES:
+        raise ValueError(f"adamw: param has dtype {param.dtype}, expected float32, bfloat16 or float64")
+    for name, tensor in (("param", param), ("grad", grad), ("remainder", remainder), ("exp_avg", exp_avg),
+                         ("exp_avg_sq", exp_avg_sq)):  # fmt: skip
+        check.shape("adamw", name, tensor, n)
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"adamw: {name} has stride {tensor.stride()}, expected (1,)")
+    check.same("adamw", "param", param, grad=grad)
+    check.same("adamw", "exp_avg", exp_avg, exp_avg_sq=exp_avg_sq, step=step, norm=norm, rate=rate)
+    check.shape("adamw", "rate", rate)
+    got = None if remainder is None else remainder.dtype
+    expected = torch.int16 if param.dtype == torch.bfloat16 else None
+    if got != expected:
+        raise ValueError(f"adamw: remainder has dtype {got}, expected {expected} where param is {param.dtype}")
+    if remainder is not None and remainder.device != param.device:
+        raise ValueError(f"adamw: remainder is on {remainder.device}, expected param's device {param.device}")
+    if (max_norm is None) != (norm is None):
+        raise ValueError(f"adamw: max_norm is {max_norm} and norm is {norm}, expected both or neither")
+
+
+def _cost(param, grad, remainder=None, exp_avg=None, exp_avg_sq=None, *_, **__):
+    """15 FLOPs an element; reads and writes param, remainder, m, v and the step, reads grad."""
+    n, state = param.numel(), (param, remainder, exp_avg, exp_avg_sq)
+    written = n * sum(t.element_size() for t in state if t is not None) + 4
+    return Cost(15 * n, 2 * written + n * grad.element_size(), 0, 0, written, 0)
+
+
+def _sample(count: int = 1 << 24, **like):
+    """A parameter with gradient and moments as after some steps."""
+    wide = {**like, "dtype": torch.float32}
+    halves = like.get("dtype") == torch.bfloat16
+    param, remainder = split(torch.randn(count, **wide)) if halves else (torch.randn(count, **like), None)
+    moments = torch.randn(count, **wide) * 0.1, torch.rand(count, **wide) * 0.1
+    return param, torch.randn(count, **like), remainder, *moments, torch.full((), 3.0, **wide), None
+
+
+@op(
+    cost=_cost, sample=_sample, typical={"lr": 1e-3}, check=_check,
+    mutates=("param", "remainder", "exp_avg", "exp_avg_sq", "step"),
+)  # fmt: skip
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    remainder: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    norm: Tensor | None = None,
+    rate: Tensor | None = None,
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    max_norm: float | None = None,
+) -> None:
+    """Update param, its remainder and moments in place by one AdamW step.
+
+    Args:
+        param, grad: (N,) contiguous, float32 or bfloat16 (float64 with float64 state, eager only).
+        remainder: (N,) int16, what the float32 master is beyond a bfloat16 param; None where param is wide itself.
+        exp_avg, exp_avg_sq: (N,) float32 moments.
+        step: () float32, updates made so far; incremented.
+        norm: () float32, global norm of all gradients; given with max_norm and only then.
+        rate: () float32, a factor on lr that is read where the update runs: a schedule that a captured step can follow.
+        lr, beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.
+        max_norm: the gradient is scaled down to this global norm.
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit.
+        NotImplementedError: a forced backend objects; the message says why.
+    """
+    lr = lr if rate is None else lr * rate
+    wide = param if remainder is None else join(param, remainder)
+    live = torch.ones_like(step, dtype=torch.bool) if norm is None else norm.isfinite()
+    scale = 1.0 if norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    g = grad.to(exp_avg.dtype) * scale
+    t = step + 1
+    m = torch.lerp(exp_avg, g, 1 - beta1)
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    update = m / ((v / (1 - beta2**t)).sqrt() + eps) * (lr / (1 - beta1**t))
+    for old, new in ((exp_avg, m), (exp_avg_sq, v), (wide, wide * (1 - lr * weight_decay) - update), (step, t)):
+        old.copy_(torch.where(live, new, old))
+    if remainder is not None:
+        for old, new in zip((param, remainder), split(wide), strict=True):
+            old.copy_(new)

@@ -1,0 +1,303 @@
+"""Causal attention with online softmax.
+
+    s = scale q k^T + alibi_h (j - i) + bias      p = softmax over the live keys      y = p v
+    lse = log sum_j exp s_j      delta = rowsum(dy * y)
+    dv = p^T dy      ds = p * (dy v^T - delta)      dq = scale ds k      dk = scale ds^T q      dbias = ds
+    dalibi_h = sum of ds (j - i)
+
+With dropout y = (m * p) v, dv = (m * p)^T dy, ds = p * (m * dy v^T - delta); m = 0 or 1 / (1 - dropout), by
+`dropout_mask`.
+
+Key j is live for query i (both counted from the end when T != S: i stands for i + S - T) when j <= i if causal,
+j > i - window, kv_start <= j < kv_start + kv_len, and both lie in one document. A query without a live key gives
+zero, and zero gradients. Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2; ALiBi: Press, Smith,
+Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peakgpt.kernels.core import check
+from peakgpt.kernels.core.dispatch import Cost, op
+from peakgpt.kernels.ops.philox import philox
+from peakgpt.kernels.ops.rotary import check_tables, rotary, sample_tables
+
+
+def default_scale(head_dim: int, scale: float | None) -> float:
+    """The factor on q k^T: as given, else 1 / sqrt(D)."""
+    return head_dim**-0.5 if scale is None else scale
+
+
+def live_pairs(queries: int, keys: int, causal: bool, window: int | None) -> int:
+    """How many (query, key) pairs of one head are live."""
+    reach = [min(keys, max(0, i + 1 + keys - queries)) if causal else keys for i in range(queries)]
+    return sum(reach) if window is None else sum(min(r, window) for r in reach)
+
+
+def live_mask(q, k, causal, window, kv_start=None, kv_len=None, cu_seqlens=None) -> Tensor | None:
+    """Boolean (B or 1, 1, T, S) mask of the live pairs; None where all are."""
+    tokens, keys = q.shape[1], k.shape[1]
+    i = torch.arange(tokens, device=q.device)[:, None] + keys - tokens
+    j = torch.arange(keys, device=q.device)[None, :]
+    terms = []
+    if causal:
+        terms.append(j <= i)
+    if window is not None:
+        terms.append(j > i - window)
+    if cu_seqlens is not None:
+        document = torch.searchsorted(
+            cu_seqlens, torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype), right=True
+        )
+        terms.append(document[:, None] == document[None, :])
+    if kv_start is not None:
+        terms.append(j[None, None] >= kv_start[:, None, None, None])
+    if kv_len is not None:
+        end = kv_len if kv_start is None else kv_start + kv_len
+        terms.append(j[None, None] < end[:, None, None, None])
+    mask = None
+    for term in terms:
+        mask = term if mask is None else mask & term
+    return mask if mask is None or mask.dim() == 4 else mask[None, None]
+
+
+def dropout_mask(seed: Tensor, dropout: float, batch: int, heads: int, tokens: int, keys: int) -> Tensor:
+    """Which weights are kept, the same for every backend: boolean (B, H, T, S).
+
+    The weight of (b, h, i, j) is kept where word j % 4 of Philox's counter (i, j / 4, b, h) is at least dropout * 2^32.
+    """
+    b, h, i, group = torch.meshgrid(
+        *(torch.arange(n, device=seed.device) for n in (batch, heads, tokens, (keys + 3) // 4)), indexing="ij"
+    )
+    words = torch.stack(philox((i, group, b, h), seed.long()), -1)  # (B, H, T, S / 4, 4)
+    return words.flatten(3)[..., :keys] >= int(dropout * 2**32)
+
+
+def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, seed, *, causal, window, scale, dropout):
+    check.shape("attention", "q", q, None, None, None, None)
+    check.shape("attention", "k", k, q.shape[0], None, None, q.shape[3])
+    check.shape("attention", "v", v, *k.shape)
+    check.same("attention", "q", q, k=k, v=v)
+    check.same("attention", "q", q, mixed=True, alibi=alibi, bias=bias)
+    check.integers("attention", "kv_start", kv_start, q.device)
+    check.integers("attention", "kv_len", kv_len, q.device)
+    check.integers("attention", "seed", seed, q.device)
+    check.shape("attention", "seed", seed, 1)
+    batch, tokens, heads, _ = q.shape
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise ValueError(f"attention: {heads} query heads over {k.shape[2]} key heads, expected a whole multiple")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}, expected at least 1")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"attention: dropout is {dropout}, expected 0 <= dropout < 1")
+    check.shape("attention", "alibi", alibi, heads)
+    check.shape("attention", "kv_start", kv_start, batch)
+    check.shape("attention", "kv_len", kv_len, batch)
+    if bias is not None:
+        check.shape("attention", "bias", bias, None, None, tokens, k.shape[1])
+        if bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads):
+            raise ValueError(
+                f"attention: bias has shape {tuple(bias.shape)}, "
+                f"expected (1 or {batch}, 1 or {heads}, {tokens}, {k.shape[1]})"
+            )
+    if cu_seqlens is not None:
+        check.offsets("attention", "cu_seqlens", cu_seqlens, tokens, q.device)
+        if batch != 1 or tokens != k.shape[1]:
+            raise ValueError(
+                f"attention: packed documents with q {tuple(q.shape)} and k {tuple(k.shape)}, expected B = 1 and T = S"
+            )
+
+
+def _cost(q, k, v, alibi=None, bias=None, *_, causal=True, window=None, **__):
+    """Two products of 2 D FLOPs a live pair forward, five backward; q, k, v, y once, and their gradients."""
+    batch, tokens, heads, width = q.shape
+    pairs = batch * heads * live_pairs(tokens, k.shape[1], causal, window)
+    size, lse = q.element_size(), 4 * batch * tokens * heads
+    y, inputs = q.numel() * size, (q.numel() + k.numel() + v.numel()) * size
+    written = inputs + lse  # backward
+    return Cost(4 * width * pairs, inputs + y, 10 * width * pairs, inputs + 2 * y + lse + written, y, written)
+
+
+def _sample(
+    batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, keys: int | None = None,
+    kv_heads: int | None = None, **like,
+):  # fmt: skip
+    keys, kv_heads = keys or tokens, kv_heads or heads
+    q = torch.randn(batch, tokens, heads, head_dim, **like)
+    return q, *(torch.randn(batch, keys, kv_heads, head_dim, **like) for _ in range(2))
+
+
+def _alloc(q, *_, needs, **__):
+    """Kept: lse (B, H, T) float32, natural logarithm; -inf for a query without a live key."""
+    batch, tokens, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return (out,), (q.new_empty((batch, heads, tokens), dtype=torch.float32),)
+
+
+def _written_out(q, k, v, added, scale, factor):
+    """Attention of (B, H, T, D) operands with its weights times `factor`, which torch's own can not take."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(-2, -1) * scale
+    if added is not None:
+        scores = scores.masked_fill(~added, float("-inf")) if added.dtype == torch.bool else scores + added
+    return (scores.softmax(-1) * factor).to(v.dtype) @ v
+
+
+@op(
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower",
+    keeps=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed", "out"),
+    random="dropout",
+)  # fmt: skip
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    alibi: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    kv_start: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Attend from each query to its live keys.
+
+    Args:
+        q: (B, T, H, D) float32, bfloat16 or float16, any strides with a contiguous last axis.
+        k, v: (B, S, K, D), K divides H: grouped or single key heads by shape.
+        causal: query i sees keys up to i + S - T (aligned at the end when T != S).
+        window: query i sees at most this many keys, itself counted: i - window + 1 .. i.
+        alibi: (H,) slopes; adds slope * (j - i).
+        bias: (B or 1, H or 1, T, S), added to the scores; it gets a gradient.
+        scale: factor on q k^T; 1 / sqrt(D) where None.
+        dropout: probability of dropping a weight.
+        kv_start, kv_len: (B,) integers; sequence b's keys are kv_start[b] .. kv_start[b] + kv_len[b] - 1.
+        cu_seqlens: (N + 1,) integers, starts of N documents packed into one sequence (B = 1), and its length.
+        seed: (1,) int64, decides what is dropped; drawn from torch's generator where None. Backends agree on what one
+            seed drops; without one the eager backend leaves the choice to torch's own dropout.
+    Returns:
+        (B, T, H, D), dtype of q, contiguous; zero for a query without a live key.
+    Raises:
+        ValueError: shapes, dtypes, devices or parameters do not fit.
+        NotImplementedError: a forced backend objects; the message says why.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scale = default_scale(q.shape[-1], scale)
+    grouped = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
+    seeded = dropout > 0 and seed is not None
+    plain = window is None and alibi is bias is kv_start is kv_len is cu_seqlens is None and not seeded
+    if plain and (not causal or q.shape[2] == k.shape[2]):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, scale=scale, **grouped)
+        return y.transpose(1, 2).contiguous()
+    mask = live_mask(q.transpose(1, 2), k.transpose(1, 2), causal, window, kv_start, kv_len, cu_seqlens)
+    added = bias
+    if alibi is not None:
+        i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
+        distance = torch.arange(k.shape[2], device=q.device) - i
+        slopes = (alibi[:, None, None] * distance).to(q.dtype)[None]
+        added = slopes if bias is None else bias + slopes
+    dead = None
+    if mask is not None:
+        dead = ~mask.any(-1, keepdim=True)
+        mask = mask | dead  # softmax over nothing is NaN: let a dead row see all, then zero what it gives
+        added = mask if added is None else added.masked_fill(~mask, float("-inf"))
+    if seeded:
+        keep = dropout_mask(seed, dropout, *q.shape[:3], k.shape[2])
+        y = _written_out(q, k, v, added, scale, keep / (1 - dropout))
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale, **grouped)
+    y = y if dead is None else y.masked_fill(dead, 0.0)
+    return y.transpose(1, 2).contiguous()
+
+
+def _split(qkv, n_head):
+    kv_heads = (qkv.shape[2] - n_head) // 2
+    return qkv.split((n_head, kv_heads, kv_heads), dim=2)
+
+
+def _check_qkv(qkv, cos, sin, *, n_head, interleaved, causal, window, scale):
+    check.shape("attention_qkv", "qkv", qkv, None, None, None, None)
+    rest = qkv.shape[2] - n_head
+    if n_head < 1 or rest < 2 or rest % 2 or n_head % (rest // 2):
+        raise ValueError(
+            f"attention_qkv: {qkv.shape[2]} heads in all and {n_head} for queries, expected H + 2 K with K dividing H"
+        )
+    if (cos is None) != (sin is None):
+        raise ValueError(f"attention_qkv: got only {'cos' if sin is None else 'sin'}, expected cos and sin, or neither")
+    if cos is not None:
+        check_tables("attention_qkv", "qkv", qkv, cos, sin)
+
+
+def turned_heads(qkv: Tensor, n_head: int) -> int:
+    """H + K: the heads of a packed projection (B, T, H + 2 K, D) that rotary embedding turns."""
+    return (n_head + qkv.shape[2]) // 2
+
+
+def _cost_qkv(qkv, cos=None, sin=None, *, n_head, interleaved=False, **params):
+    """Attention's; with rotary the turned projection, which backward reads, is written, and turned back in passing."""
+    plain = attention.cost(*_split(qkv, n_head), **params)
+    if cos is None:
+        return plain
+    turning = rotary.cost(qkv, cos, sin, heads=turned_heads(qkv, n_head))
+    tables = turning.bytes - 2 * turning.written
+    return Cost(
+        plain.flops + turning.flops, plain.bytes + tables, plain.backward_flops + turning.backward_flops,
+        plain.backward_bytes + tables + turning.written, plain.written, plain.backward_written + turning.written,
+    )  # fmt: skip
+
+
+def _sample_qkv(
+    batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, kv_heads: int | None = None,
+    pairs: int | None = None, **like,
+):  # fmt: skip
+    """With the tables where `pairs` says how many pairs of a head are turned."""
+    qkv = torch.randn(batch, tokens, heads + 2 * (kv_heads or heads), head_dim, **like)
+    return qkv, *(() if pairs is None else sample_tables(tokens, pairs, **like))
+
+
+def _alloc_qkv(qkv, cos, sin, *, needs, n_head, **_):
+    """Kept: attention's lse and, with rotary, the turned projection in place of qkv."""
+    outputs, saved = _alloc(qkv[:, :, :n_head], needs=needs)
+    turned = () if cos is None else (torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),)
+    return outputs, (*saved, *turned)
+
+
+def _keeps_qkv(qkv, cos, sin):
+    return ("qkv", "out") if cos is None else ("cos", "sin", "out")
+
+
+@op(
+    cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv,
+    autocast="lower", exact=("cos", "sin"), keeps=_keeps_qkv,
+)  # fmt: skip
+def attention_qkv(
+    qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, n_head: int, interleaved: bool = False,
+    causal: bool = True, window: int | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention over one packed projection, so that its gradient is written in place and never concatenated.
+
+    With cos and sin, queries and keys are turned first, as by `rotary`. Their gradients are turned back where they are
+    finished, in float32, before they are rounded: no pass of its own.
+
+    Args:
+        qkv: (B, T, H + 2 K, D): H query heads, then K key heads, then K value heads; contiguous last axis.
+        cos, sin: (T, R / 2) dtype of qkv, or float32; both or neither. No fused backend gives them a gradient.
+        n_head: H.
+        interleaved: which features cos and sin turn, as in `rotary`.
+        causal, window, scale: as in `attention`.
+    Returns:
+        (B, T, H, D), dtype of qkv, contiguous.
+    Raises:
+        ValueError: shapes or parameters do not fit.
+        NotImplementedError: a forced backend objects; the message says why.
+    """
+    if cos is not None:
+        qkv = rotary.eager(qkv, cos, sin, heads=turned_heads(qkv, n_head), interleaved=interleaved)
+    q, k, v = _split(qkv, n_head)
+    return attention.eager(q, k, v, causal=causal, window=window, scale=scale)

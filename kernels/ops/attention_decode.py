@@ -1,0 +1,175 @@
+"""Attention of new tokens to a cache in blocks: what `attention` computes, without gradients.
+
+    sequence b has n new queries and L = lengths[b] keys, the new ones counted; key j lies in the cache at
+    [block_tables[b, j // block], j % block]
+    query i stands at p = L - n + i and sees the keys max(0, p - window + 1) .. p
+    s = scale q k^T + alibi_h (j - p)      y = softmax(s) v      zero where nothing is seen
+    in bytes, key j's scale multiplies s and value j's the weight: the products are of whole numbers, exact in q's dtype
+
+Fused backends cut the keys at multiples of a constant, counted from the sequence's first key, and add the parts up in
+their order: m = max(m, m'), l = l e^(m_old - m) + l' e^(m' - m), y likewise. So a query's result has the same bits in
+any batch, beside any number of other queries, and wherever its blocks lie. Keys split over the processors: Dao, Haziza,
+Massa, Sizov 2023, "Flash-Decoding for long-context inference"; blocks: Kwon et al. 2023, "Efficient Memory Management
+for Large Language Model Serving with PagedAttention", arXiv:2309.06180.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peakgpt.kernels.core import check
+from peakgpt.kernels.core.dispatch import Cost, op
+from peakgpt.kernels.ops.attention import attention
+from peakgpt.kernels.ops.cache_store import check_cache, quantize_heads
+
+OP = "attention_decode"
+
+
+def _int32(name: str, tensor: Tensor | None, device: torch.device) -> None:
+    check.integers(OP, name, tensor, device)
+    if tensor is not None and tensor.dtype != torch.int32:
+        raise ValueError(f"{OP}: {name} has dtype {tensor.dtype}, expected int32")
+
+
+def _check(q, k_cache, v_cache, block_tables, lengths, cu_queries, k_scale, v_scale, alibi, *, window, scale):
+    check.shape(OP, "q", q, None, None, None)
+    check.shape(OP, "k_cache", k_cache, None, None, None, q.shape[2])
+    check_cache(OP, "q", q, k_cache, v_cache, k_scale, v_scale)
+    check.same(OP, "q", q, mixed=True, alibi=alibi)
+    check.shape(OP, "block_tables", block_tables, None, None)
+    batch = block_tables.shape[0]
+    check.shape(OP, "lengths", lengths, batch)
+    for name, tensor in (("block_tables", block_tables), ("lengths", lengths), ("cu_queries", cu_queries)):
+        _int32(name, tensor, q.device)
+    if k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
+        raise ValueError(f"{OP}: {q.shape[1]} query heads over {k_cache.shape[2]} key heads, expected a whole multiple")
+    if window is not None and window < 1:
+        raise ValueError(f"{OP}: window is {window}, expected at least 1")
+    check.shape(OP, "alibi", alibi, q.shape[1])
+    if cu_queries is None:
+        check.shape(OP, "q", q, batch, None, None)
+    else:
+        check.shape(OP, "cu_queries", cu_queries, batch + 1)
+        check.offsets(OP, "cu_queries", cu_queries, q.shape[0], q.device)
+    if check.readable(lengths) and check.readable(block_tables) and batch:
+        _check_blocks(k_cache, block_tables, lengths)
+
+
+def _check_blocks(k_cache: Tensor, block_tables: Tensor, lengths: Tensor) -> None:
+    """What lies behind a table's used entries is in the cache; the unused ones may hold anything."""
+    count, block = k_cache.shape[:2]
+    low, high = (int(v) for v in torch.aminmax(lengths))
+    if low < 0 or high > block_tables.shape[1] * block:
+        raise ValueError(
+            f"{OP}: lengths has values {low} to {high}, expected 0 to {block_tables.shape[1] * block}: "
+            f"{block_tables.shape[1]} blocks of {block} a sequence"
+        )
+    if high == 0:
+        return
+    used = torch.arange(block_tables.shape[1]) * block < lengths[:, None]
+    low, high = (int(v) for v in torch.aminmax(block_tables[used]))
+    if low < 0 or high >= count:
+        raise ValueError(f"{OP}: block_tables has values {low} to {high}, expected 0 to {count - 1}")
+
+
+def _queries(q: Tensor, block_tables: Tensor, cu_queries: Tensor | None) -> Tensor:
+    """How many queries each sequence has, (B,)."""
+    return block_tables.new_ones(block_tables.shape[0]) if cu_queries is None else cu_queries.diff()
+
+
+def _cost(q, k_cache, v_cache, block_tables, lengths, cu_queries=None, k_scale=None, *_, window=None, **__):
+    """Two products of 2 D FLOPs a live pair; live keys and values once with scales, q, y, the table's used entries.
+
+    Reads the lengths: it waits for a device.
+    """
+    heads, width = q.shape[1:]
+    pairs = keys = entries = 0
+    counts = _queries(q, block_tables, cu_queries).tolist()
+    for length, count in zip(lengths.tolist(), counts, strict=True):
+        reach = [max(0, length - count + i + 1) for i in range(count)]
+        pairs += sum(reach if window is None else (min(r, window) for r in reach))
+        keys += length if window is None else min(length, window + count - 1)
+        entries += -(-length // k_cache.shape[1])
+    head = width * k_cache.element_size() + (0 if k_scale is None else k_scale.element_size())  # bytes, of one token
+    y = q.numel() * q.element_size()
+    tables = 4 * (entries + lengths.numel() + (0 if cu_queries is None else cu_queries.numel()))
+    return Cost(4 * width * heads * pairs, 2 * keys * k_cache.shape[2] * head + 2 * y + tables, 0, 0, y, 0)
+
+
+def _sample(
+    batch: int = 4, queries: int = 1, heads: int = 12, head_dim: int = 64, keys: int = 256,
+    kv_heads: int | None = None, block: int = 16, bits: int | None = None, **like,
+):  # fmt: skip
+    """Blocks lie in random order; block = keys is a contiguous cache in that sense too; bits = 8 makes it of bytes."""
+    blocks, device = -(-keys // block), like.get("device")
+    q = torch.randn(batch * queries, heads, head_dim, **like)
+    caches = [torch.randn(batch * blocks, block, kv_heads or heads, head_dim, **like) for _ in "kv"]
+    tables = torch.randperm(batch * blocks, device=device).view(batch, blocks).int()
+    lengths = torch.full((batch,), keys, dtype=torch.int32, device=device)
+    starts = None if queries == 1 else torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
+    if bits is None:
+        return q, *caches, tables, lengths, starts
+    caches, scales = zip(*map(quantize_heads, caches), strict=True)
+    return q, *caches, tables, lengths, starts, *scales
+
+
+def _wide(blocks: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return blocks if scales is None else (blocks * scales[..., None]).to(dtype)
+
+
+def _alloc(q, *_, needs, **__):
+    return (torch.empty(q.shape, dtype=q.dtype, device=q.device),), ()
+
+
+@op(
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower", gradient=False,
+    exact=("k_scale", "v_scale"),
+)  # fmt: skip
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    cu_queries: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    window: int | None = None,
+    alibi: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend from the newest tokens of each sequence to its cached keys, causally.
+
+    Args:
+        q: (N, H, D) float32, bfloat16 or float16, the new tokens of B sequences one after the other.
+        k_cache, v_cache: (blocks, block, K, D), any strides with a contiguous last axis; K divides H. A contiguous
+            cache (B, S, K, D) is the case block = S with block_tables = arange(B)[:, None]. What lies past a sequence's
+            keys has no effect, whatever it is. Dtype of q, or int8 with scales.
+        block_tables: (B, M) int32, where each sequence's blocks lie; entries past its keys are not looked at.
+        lengths: (B,) int32, keys of each sequence, those of its new tokens counted; at most M * block.
+        cu_queries: (B + 1,) int32, where each sequence's queries begin in q, and N; None: one query each, N = B.
+        k_scale, v_scale: (blocks, block, K) float32, contiguous: the scale of each head of each token in a cache of
+            bytes, as `cache_store` writes them.
+        window: a query sees at most this many keys, itself counted.
+        alibi: (H,) slopes; adds slope * (j - p) for a query at position p.
+        scale: factor on q k^T; 1 / sqrt(D) where None.
+    Returns:
+        (N, H, D), dtype of q, contiguous; zero for a query without a live key (more queries than keys, length 0).
+    Raises:
+        ValueError: shapes, dtypes, devices or values do not fit.
+        NotImplementedError: a gradient is wanted, or a forced backend objects; the message says why.
+    """
+    counts = _queries(q, block_tables, cu_queries).tolist()
+    rows = []
+    for queries, table, length in zip(q.split(counts), block_tables, lengths.tolist(), strict=True):
+        used = table[: -(-length // k_cache.shape[1])].long()
+        k, v = (
+            _wide(cache[used], None if scales is None else scales[used], q.dtype).flatten(0, 1)[None, :length]
+            for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
+        )
+        empty = queries.new_zeros(1, *queries.shape)
+        params = {"window": window, "alibi": alibi, "scale": scale}
+        rows.append(attention.eager(queries[None], k, v, **params) if length else empty)
+    return torch.cat([row[0] for row in rows]) if rows else torch.empty_like(q)

@@ -1,0 +1,124 @@
+"""Store the keys and values of new tokens in a cache in blocks, as they are or rounded to bytes.
+
+    token n goes to block slots[n] // block, place slots[n] % block; nowhere where slots[n] < 0
+    in bytes, a head of a token:    x = s q    s = max|x| / 127    q = round(x / s), to even at a tie
+
+A scale below float32's smallest normal number is 0, and so are then the bytes. An infinity or NaN makes the scale
+infinite or NaN, so that the head is read as NaN. Rounded after a division: no backend can fuse it into another one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peakgpt.kernels.core import check
+from peakgpt.kernels.core.dispatch import Cost, op
+
+OP = "cache_store"
+SMALLEST_SCALE = 2.0**-126
+
+
+def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round every head of every token to bytes.
+
+    Args:
+        x: (..., D) floating.
+    Returns:
+        q (..., D) int8 in -127..127, scale (...) float32, or float64 where x is.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = wide.abs().amax(-1) / 127
+    scale = scale.masked_fill(scale < SMALLEST_SCALE, 0.0)
+    return (wide / scale[..., None]).round_().nan_to_num_(0.0, 0.0, 0.0).to(torch.int8), scale
+
+
+def check_cache(
+    name: str, first: str, x: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    """Check a cache (blocks, block, K, D) of x's dtype, or of bytes with a scale for every head of every token."""
+    check.shape(name, "v_cache", v_cache, *k_cache.shape)
+    if (k_scale is None) != (v_scale is None):
+        given, missing = ("v_scale", "k_scale") if k_scale is None else ("k_scale", "v_scale")
+        raise ValueError(f"{name}: got {given} without {missing}, expected both or neither")
+    if k_scale is None:
+        check.same(name, first, x, k_cache=k_cache, v_cache=v_cache)
+        return
+    for what, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
+        if cache.dtype != torch.int8 or cache.device != x.device:
+            raise ValueError(
+                f"{name}: {what}_cache is {cache.dtype} on {cache.device}, "
+                f"expected int8 on {x.device}, as there are scales"
+            )
+        check.shape(name, f"{what}_scale", scale, *k_cache.shape[:3])
+        expected = torch.promote_types(x.dtype, torch.float32)
+        if scale.dtype != expected or scale.device != x.device or not scale.is_contiguous():
+            raise ValueError(
+                f"{name}: {what}_scale is {scale.dtype} on {scale.device} with strides {scale.stride()}, "
+                f"expected contiguous {expected} on {x.device}"
+            )
+
+
+def _check(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
+    check.shape(OP, "k", k, None, None, None)
+    check.shape(OP, "v", v, *k.shape)
+    check.same(OP, "k", k, v=v)
+    check.shape(OP, "k_cache", k_cache, None, None, *k.shape[1:])
+    check_cache(OP, "k", k, k_cache, v_cache, k_scale, v_scale)
+    check.shape(OP, "slots", slots, k.shape[0])
+    check.integers(OP, "slots", slots, k.device)
+    if check.readable(slots) and slots.numel():
+        count, last = k_cache.shape[0] * k_cache.shape[1], int(slots.max())
+        if last >= count:
+            raise ValueError(f"{OP}: slots has a value {last}, expected below {count}: {k_cache.shape[0]} blocks")
+
+
+def _cost(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
+    """Read and written once; in bytes five FLOPs an element: its size, the largest, a division, rounding, a cast."""
+    elements, heads = 2 * k.numel(), 0 if k_scale is None else 2 * k.shape[0] * k.shape[1]
+    written = elements * k_cache.element_size() + heads * (0 if k_scale is None else k_scale.element_size())
+    read = elements * k.element_size() + slots.numel() * slots.element_size()
+    return Cost(0 if k_scale is None else 5 * elements, read + written, 0, 0, written, 0)
+
+
+def _sample(tokens: int = 1024, heads: int = 12, head_dim: int = 64, block: int = 16, bits: int | None = None, **like):
+    """Tokens that come in random order into a cache with room for just them, in whole blocks; bits = 8 is in bytes."""
+    k, v = (torch.randn(tokens, heads, head_dim, **like) for _ in "kv")
+    blocks = -(-tokens // block)
+    slots = torch.randperm(blocks * block, device=k.device)[:tokens]
+    if bits is None:
+        return k, v, *(k.new_zeros(blocks, block, heads, head_dim) for _ in "kv"), slots
+    caches = [torch.zeros(blocks, block, heads, head_dim, dtype=torch.int8, device=k.device) for _ in "kv"]
+    scale_like = {"dtype": torch.promote_types(k.dtype, torch.float32), "device": k.device}
+    return k, v, *caches, slots, *(torch.zeros(blocks, block, heads, **scale_like) for _ in "kv")
+
+
+@op(cost=_cost, sample=_sample, check=_check, mutates=("k_cache", "v_cache", "k_scale", "v_scale"))
+def cache_store(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Write the keys and values of new tokens into a cache, in place.
+
+    Args:
+        k, v: (N, K, D) float32, bfloat16 or float16, any strides with a contiguous last axis.
+        k_cache, v_cache: (blocks, block, K, D), dtype of k, or int8 with scales; strides as k.
+        slots: (N,) int32 or int64, block * places a block + place; negative: not stored. Each at most once.
+        k_scale, v_scale: (blocks, block, K) float32, contiguous; written where a token is.
+    Raises:
+        ValueError: shapes, dtypes, devices or values do not fit.
+        NotImplementedError: a forced backend objects; the message says why.
+    """
+    live = slots >= 0
+    at = slots[live].long()
+    where = at // k_cache.shape[1], at % k_cache.shape[1]
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        x = x[live]
+        if scale is not None:
+            x, scale[where] = quantize_heads(x)
+        cache[where] = x

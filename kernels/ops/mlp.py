@@ -1,0 +1,170 @@
+"""MLP: up projection, bias, activation, down projection, bias; plain, and gated by a second projection.
+
+    pre = x w_up^T + b_up      y = act(pre) w_down^T + b_down
+    dh  = dy w_down            dpre = dh * act'(pre)
+    dx  = dpre w_up            dw_up = dpre^T x    dw_down = dy^T act(pre)    db = column sums
+
+Gated: gate = x w_gate^T + b_gate, up = x w_up^T + b_up, h = act(gate) * up, y = h w_down^T + b_down
+
+    dgate = dh * up * act'(gate)      dup = dh * act(gate)      dx = dgate w_gate + dup w_up
+
+Only `pre`, or `gate` and `up`, are kept; what follows from them is formed again in backward, and with `recompute` so
+are they themselves. Hendrycks, Gimpel 2016, "Gaussian Error Linear Units", arXiv:1606.08415: gelu_erf
+= x Phi(x); gelu_tanh = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))); silu = x sigmoid(x). Gates: Shazeer 2020, "GLU
+Variants Improve Transformer", arXiv:2002.05202, eq. 6 (GEGLU with gelu, SwiGLU with silu).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peakgpt.kernels.core import check
+from peakgpt.kernels.core.dispatch import Cost, op, short_lived
+
+ACTIVATIONS = {"gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu_erf": F.gelu, "relu": F.relu}
+GATES = {**ACTIVATIONS, "silu": F.silu}
+
+
+def _check(x, w_up, b_up, w_down, b_down, *, activation, recompute):
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"mlp: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    check.shape("mlp", "w_up", w_up, None, check.width("mlp", "x", x))
+    check.shape("mlp", "b_up", b_up, w_up.shape[0])
+    check.shape("mlp", "w_down", w_down, None, w_up.shape[0])
+    check.shape("mlp", "b_down", b_down, w_down.shape[0])
+    check.same("mlp", "x", x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
+
+
+def _cost(x, w_up, b_up, w_down, b_down, **_):
+    """2 FLOPs a weight and token, twice that backward; every operand once (the activation's FLOPs are under 1 %)."""
+    tokens, weights, size = x.numel() // x.shape[-1], w_up.numel() + w_down.numel(), x.element_size()
+    hidden, out = tokens * w_up.shape[0], tokens * w_down.shape[0]
+    biases = sum(b.numel() for b in (b_up, b_down) if b is not None)
+    read, backward_read = x.numel() + weights + biases, x.numel() + out + hidden + weights
+    backward_written = x.numel() + weights + biases + hidden
+    return Cost(
+        2 * tokens * weights, (read + out) * size, 4 * tokens * weights, (backward_read + backward_written) * size,
+        out * size, backward_written * size,
+    )  # fmt: skip
+
+
+def _sample(rows: int = 1024, width: int = 768, hidden: int = 3072, **like):
+    w_up, w_down = torch.randn(hidden, width, **like), torch.randn(width, hidden, **like)
+    b_up, b_down = torch.randn(hidden, **like), torch.randn(width, **like)
+    return torch.randn(rows, width, **like), w_up * width**-0.5, b_up, w_down * hidden**-0.5, b_down
+
+
+def _alloc(x, w_up, b_up, w_down, b_down, *, needs, activation, recompute):
+    out = short_lived(x, *x.shape[:-1], w_down.shape[0])
+    return (out,), (x.new_empty((*x.shape[:-1], w_up.shape[0])),) if any(needs) and not recompute else ()
+
+
+@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w_up", "b_up", "w_down"), autocast="lower")
+def mlp(
+    x: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+    recompute: bool = False,
+) -> Tensor:
+    """Apply a two-layer perceptron to the last axis of x.
+
+    Args:
+        x: (..., C) float32, bfloat16 or float16.
+        w_up: (F, C), dtype of x, as F.linear takes it; any strides with one unit stride (Conv1D passes `w.t()`).
+        b_up: (F,) or None.
+        w_down: (C_out, F).
+        b_down: (C_out,) or None.
+        activation: "gelu_tanh", "gelu_erf" or "relu".
+        recompute: keep nothing of the size of the hidden layer: backward repeats the first product, to the same bits.
+            (Eager keeps what torch keeps.)
+    Returns:
+        (..., C_out), dtype of x. Gradients of the weights come in the weights' strides.
+    Raises:
+        ValueError: shapes, dtypes, devices or the activation do not fit.
+        NotImplementedError: a forced backend objects; the message says why.
+    """
+    return F.linear(ACTIVATIONS[activation](F.linear(x, w_up, b_up)), w_down, b_down)
+
+
+def _check_gated(x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, activation, recompute):
+    if activation not in GATES:
+        raise ValueError(f"gated_mlp: activation is {activation!r}, expected one of {', '.join(GATES)}")
+    check.shape("gated_mlp", "w_up", w_up, None, check.width("gated_mlp", "x", x))
+    check.shape("gated_mlp", "w_gate", w_gate, *w_up.shape)
+    check.shape("gated_mlp", "b_gate", b_gate, w_up.shape[0])
+    check.shape("gated_mlp", "b_up", b_up, w_up.shape[0])
+    check.shape("gated_mlp", "w_down", w_down, None, w_up.shape[0])
+    check.shape("gated_mlp", "b_down", b_down, w_down.shape[0])
+    weights = {"w_gate": w_gate, "b_gate": b_gate, "w_up": w_up, "b_up": b_up, "w_down": w_down, "b_down": b_down}
+    check.same("gated_mlp", "x", x, **weights)
+
+
+def _cost_gated(x, *parameters, **_):
+    """2 FLOPs a weight and token, twice that backward; every operand once, gate and up written for backward."""
+    w_up, w_down = parameters[2], parameters[4]
+    tokens, size = x.numel() // x.shape[-1], x.element_size()
+    weights, held = 2 * w_up.numel() + w_down.numel(), sum(p.numel() for p in parameters if p is not None)
+    kept, out = 2 * tokens * w_up.shape[0], tokens * w_down.shape[0]
+    backward_read, backward_written = x.numel() + out + kept + weights, x.numel() + held + kept
+    return Cost(
+        2 * tokens * weights, (x.numel() + held + out) * size,
+        4 * tokens * weights, (backward_read + backward_written) * size, out * size, backward_written * size,
+    )  # fmt: skip
+
+
+def _sample_gated(rows: int = 1024, width: int = 768, hidden: int = 3072, **like):
+    x, w_up, b_up, w_down, b_down = _sample(rows, width, hidden, **like)
+    return x, torch.randn(hidden, width, **like) * width**-0.5, torch.randn(hidden, **like), w_up, b_up, w_down, b_down
+
+
+def _alloc_gated(x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, needs, activation, recompute):
+    out = short_lived(x, *x.shape[:-1], w_down.shape[0])
+    shape = (*x.shape[:-1], w_up.shape[0])
+    return (out,), (x.new_empty(shape), x.new_empty(shape)) if any(needs) and not recompute else ()
+
+
+@op(
+    cost=_cost_gated, sample=_sample_gated, check=_check_gated, alloc=_alloc_gated,
+    keeps=("x", "w_gate", "b_gate", "w_up", "b_up", "w_down"), autocast="lower",
+)  # fmt: skip
+def gated_mlp(
+    x: Tensor,
+    w_gate: Tensor,
+    b_gate: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    *,
+    activation: str = "silu",
+    recompute: bool = False,
+) -> Tensor:
+    """Apply a gated perceptron to the last axis of x.
+
+    Gate and up are two weights: models that hold them so keep their tensors, and one that holds them in one passes its
+    halves.
+
+    Args:
+        x: (..., C) float32, bfloat16 or float16.
+        w_gate, w_up: (F, C), dtype of x, as F.linear takes it; any strides with one unit stride.
+        b_gate, b_up: (F,) or None.
+        w_down: (C_out, F).
+        b_down: (C_out,) or None.
+        activation: of the gate: "silu", "gelu_tanh", "gelu_erf" or "relu".
+        recompute: as in `mlp`; backward repeats the products of gate and up.
+    Returns:
+        (..., C_out), dtype of x. Gradients of the weights come in the weights' strides.
+    Raises:
+        ValueError: shapes, dtypes, devices or the activation do not fit.
+        NotImplementedError: a forced backend objects; the message says why.
+    """
+    hidden = GATES[activation](F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)
+    return F.linear(hidden, w_down, b_down)

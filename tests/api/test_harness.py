@@ -1,0 +1,124 @@
+"""lm-evaluation-harness on a local task: the metrics of its own Hugging Face model, on the same checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+TASKS = {
+    "choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{options}}'\n"
+    "doc_to_target: '{{label}}'\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
+    "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{question}}'\n"
+    "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\n",
+    "generate": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{options[0]}}'\n"
+    "generation_kwargs: {until: ['e'], max_gen_toks: 12}\nmetric_list: [{metric: exact_match}]\n",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harness")
+    torch.manual_seed(0)
+    words = ["who", "what", "where", "walks", "talks", "sees", "a", "the", "man", "house", "green"]
+    tokenizer = train_tokenizer([" ".join(words) * 3], 280)
+    model = GPT(GPTConfig(n_layer=2, n_embd=32, n_head=2, block_size=64, vocab_size=tokenizer.vocab_size))
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "model", tokenizer)
+
+    def some(count):
+        return " ".join(words[i] for i in torch.randint(len(words), (count,)))
+
+    # One question is longer than the model takes, and two begin alike.
+    rows = [{"question": some(60 if i == 3 else 6 + i), "options": [f" {some(2)}" for _ in range(4)], "label": i % 4}
+            for i in range(8)]  # fmt: skip
+    rows[5]["question"] = rows[4]["question"]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in TASKS.items():
+        data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}}}\ntest_split: test\n"
+        (folder / f"{name}.yaml").write_text(f"task: peak_{name}\n{data}{text}")
+    return folder
+
+
+# In a process of its own: what keeps the harness off the network is read when its packages are imported.
+EVALUATE = """
+import json, socket, sys, threading
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+import peakgpt.harness
+folder, *tasks = sys.argv[1:]
+manager, found = TaskManager(include_path=folder, include_defaults=False), {}
+
+def evaluate(kind, tasks, **more):
+    got = simple_evaluate(kind, model_args={"pretrained": folder + "/model", **more}, tasks=tasks,
+                          task_manager=manager, bootstrap_iters=0, log_samples=True)
+    samples = {task: [[row["doc_id"], row["resps"]] for row in rows] for task, rows in got["samples"].items()}
+    found[kind] = {"results": got["results"], "samples": samples}
+
+evaluate("hf", tasks, device="cpu", dtype="float32", batch_size=2)
+evaluate("peakgpt", tasks)
+try:
+    import uvicorn
+    from peakgpt.serve import app, guard
+except ImportError:
+    pass
+else:
+    tokens, model = (getattr(peakgpt.harness, name) for name in ("Tokenizer", "GPT"))
+    tokens, model = tokens.load(folder + "/model"), model.from_pretrained(folder + "/model")
+    server = app.Server(peakgpt.harness.Engine(model, tokens), tokens, name="local")
+    listening = socket.create_server(("127.0.0.1", 0))
+    run = uvicorn.Server(guard.config(server.app)).run
+    threading.Thread(target=run, args=([listening],), daemon=True).start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
+    evaluate("local-completions", ["peak_choice"], model="local", base_url=url, tokenizer=folder + "/model",
+             tokenizer_backend="huggingface", max_length=64)
+json.dump(found, open(folder + "/found.json", "w"))
+"""
+
+
+def same(ours, theirs):
+    """Equal, and numbers (log-probabilities) within 1e-4, or 1e-5 of a sum over a whole text."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        ours, theirs = list(ours.values()), [theirs[name] for name in ours]
+    if isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            same(a, b)
+    else:
+        assert theirs == (pytest.approx(ours, abs=1e-4, rel=1e-5) if isinstance(ours, float) else ours)
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """By model: what the harness found."""
+    pytest.importorskip("accelerate", reason="accelerate, which the harness's own model needs, is not installed")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-c", EVALUATE, str(folder), *(f"peak_{name}" for name in TASKS)]
+    done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_metrics_are_those_of_the_harness_own_model(found):
+    assert len(found["hf"]["samples"]) == len(TASKS)
+    same(found["peakgpt"], found["hf"])
+
+
+def test_its_client_gets_the_same_from_the_server(found):
+    """The harness cuts one question for its client by a token more: it asks for one new token."""
+    if "local-completions" not in found:
+        pytest.skip("the packages of peakgpt[serve] are not installed")
+    ours, theirs = (dict(found[name]["samples"]["peak_choice"]) for name in ("local-completions", "hf"))
+    assert len(ours) == 8 and ours.pop(3) != theirs.pop(3)
+    same(ours, theirs)

@@ -1,0 +1,21 @@
+"""Every op under pytest-benchmark, for its comparing of saved runs: `pytest tests/bench/bench_ops.py`.
+
+One contender at a time, so a figure here is to compare with itself; `peakgpt bench ops` compares with PyTorch.
+"""
+
+import pytest
+import torch
+
+from peakgpt.bench.ops import PASSES, Case, make_inputs
+from peakgpt.kernels.core.dispatch import OPS
+from peakgpt.kernels.ops import catalogue
+
+CALLS = [(name, direction) for name in sorted(catalogue.__all__) for direction in Case(name).directions]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "direction"), CALLS, ids=lambda value: value)
+def test_op(benchmark, name, direction, dtype):
+    case, make = Case(name), PASSES[direction][0]
+    call = make(OPS[name], make_inputs(case, torch.device("cpu"), dtype), case.arguments)
+    benchmark(call)

@@ -1,0 +1,208 @@
+"""Contenders in processes of their own: what training and decoding compare."""
+
+import dataclasses
+import gc
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peakgpt.bench import contenders, decoders, streams
+from peakgpt.bench.contenders import TUNED_MALLOC
+from peakgpt.bench.decode import compare_decoding
+from peakgpt.bench.report import comparisons
+from peakgpt.bench.steppers import measure as measure_steppers
+from peakgpt.bench.train import _learns_alike
+from peakgpt.bench.worker import Worker, _answers
+from peakgpt.cli import main
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.presets import preset
+from peakgpt.kernels.hardware.clock import read_results
+
+
+def tiny_config():
+    return preset("gpt2-tiny", n_layer=1, vocab_size=64, n_embd=48)
+
+
+def training_request(contender, **changes):
+    return {"make": "peakgpt.bench.contenders:training_step", "contender": contender,
+            "config": dataclasses.asdict(tiny_config()), "batch": 1, "tokens": 16, "dtype": "float32", "warmup": 0.0,
+            "recompute": "none", "threads": 1, **changes}  # fmt: skip
+
+
+def test_worker_steps_and_ends():
+    worker, dead = (Worker(name, training_request(name), {}) for name in ("peakgpt", "nobody"))
+    losses = [worker.step() for _ in range(3)]
+    assert losses[2] < losses[0] and "page faults" in worker.note
+    with pytest.raises(RuntimeError, match="worker 'nobody' ended with exit code 1"):
+        dead.step()
+    worker.process.kill()
+    worker.process.wait()
+    with pytest.raises(RuntimeError, match="'peakgpt' ended with exit code -9"):
+        worker.step()
+    for w in (worker, dead):
+        w.close()
+
+
+GREEDY = """
+import torch
+MIB = 1 << 18  # floats
+
+def make(request):
+    torch.ones(400 * MIB)  # building takes more than a step
+    kept = torch.ones(100 * MIB)
+    return lambda: float((kept + 1)[0])
+"""
+
+
+# The tuned allocator keeps a step's freed 100 MiB, and where something small lies in it, the next step gets others.
+@pytest.mark.parametrize("environment, most", [({}, 220), ({"GLIBC_TUNABLES": TUNED_MALLOC}, 320)])
+def test_a_workers_memory_is_that_of_a_step(tmp_path, environment, most):
+    """Fails without the reset of the peak or, under the tuned allocator, without the return of freed memory."""
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    worker = Worker("greedy", {"make": "greedy:make", "threads": 1}, {"PYTHONPATH": str(tmp_path), **environment})
+    try:
+        assert worker.step() == worker.step() == 2.0
+        assert 190 < (worker.memory_bytes() - worker.base_bytes) / 2**20 < most
+        assert worker.base_bytes > 1 << 26 and not worker.last.whole_life
+    finally:
+        worker.close()
+
+
+def test_a_system_without_peaks_of_a_step_says_so(monkeypatch):
+    def read_only(path, text):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    worker = Worker.__new__(Worker)
+    worker.name, worker.last = "x", _answers(lambda: 1.0, 1)()
+    assert worker.last.whole_life and worker.note.endswith("x: memory is the most since the process began")
+
+
+@pytest.mark.parametrize("contender", ["peakgpt", "eager"])
+def test_a_training_step_holds_no_initial_state(contender, monkeypatch):
+    states = []
+    start = contenders.start
+
+    def watched(*args):
+        state, batch = start(*args)
+        states.append(weakref.ref(state["transformer.wte.weight"].untyped_storage()))
+        return state, batch
+
+    monkeypatch.setattr(contenders, "start", watched)
+    step = contenders.training_step(training_request(contender))
+    gc.collect()
+    assert step() > 0 and states[0]() is None
+
+
+def test_a_contender_that_learns_otherwise_is_refused():
+    losses = {"x": 2.005, "eager": 2.0}
+    for name in losses:
+        _learns_alike(name, losses, 3, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"x: loss 2\.0050 after 3 updates, expected 2\.0000 within 0\.1%"):
+        _learns_alike("x", losses, 3, torch.float32)
+
+
+class Stepper:
+    pid, base_bytes, note = None, None, "said"
+    closed = ()
+
+    def __init__(self, step):
+        self.step = step
+
+    def memory_bytes(self):
+        return 7
+
+    def close(self):
+        Stepper.closed += (self.step,)
+
+
+def test_who_does_not_start_raises_or_is_wrong_is_told_and_closed(monkeypatch):
+    monkeypatch.setattr(Stepper, "closed", ())
+    right, wrong, raises = lambda: 1, lambda: 2, lambda: 1 / 0
+    starts = {"absent": raises, "right": lambda: Stepper(right), "wrong": lambda: Stepper(wrong),
+              "raises": lambda: Stepper(raises)}  # fmt: skip
+    seen, told = [], []
+
+    def judge(name, values):
+        seen.append(dict(values))
+        assert values[name] == 1
+
+    measured = measure_steppers(starts.items(), lambda name, stepper: stepper.step(), judge, rounds=3,
+                       on_failure=lambda name, error: told.append((name, type(error))))  # fmt: skip
+    assert told == [("absent", ZeroDivisionError), ("raises", ZeroDivisionError), ("wrong", AssertionError)]
+    assert Stepper.closed == (raises, wrong, right) and seen == [{"right": 1, "wrong": 2}] * 2
+    found = measured.pop("right")
+    assert not measured and len(found.timing.samples_s) == 3 and (found.memory_bytes, found.note) == (7, "said")
+    assert found.timing.noted("", "a", "b").note.endswith("a; b")
+
+
+@pytest.mark.parametrize("name", [name for name in decoders.CONTENDERS if name != "eager"])
+def test_streams_decode_the_same_text(name):
+    """In float32 eager's text; in small weights the same again and again, as long."""
+    who = decoders.CONTENDERS[name]
+    pytest.importorskip(who.package)
+    config = preset("gpt2-tiny", n_layer=1, vocab_size=96, n_head=2, n_embd=64)
+    case = decoders.Case(2, 4, 6)
+    state, ids = streams.start(config, case)
+    expected = decoders.eager_decoder(dict(state), config, ids, case, "float32")()
+    for form in who.forms:
+        decode = who.build(dict(state), config, ids, case, form)
+        text = decode()
+        assert text.shape == (2, 6) and torch.equal(text, decode())
+        assert form != "float32" or torch.equal(text, expected)
+    assert len(expected.unique()) > 3
+
+
+def test_other_texts_are_refused():
+    expected = torch.arange(12).view(2, 6)
+    with pytest.raises(ValueError, match="only the first 0 tokens are eager's"):
+        streams._alike("x", expected + 1, expected, "float32")
+    with pytest.raises(ValueError, match=r"shape \(2, 5\), expected \(2, 6\)"):
+        streams._alike("x", expected[:, 1:], expected, "int8")
+
+
+def test_forms_of_weights_are_compared_in_one_run(monkeypatch):
+    peak = SimpleNamespace(bandwidth_bytes_s=1e9, source="none")
+    monkeypatch.setattr(streams, "peak_for", lambda *args: peak)
+    here = lambda name, request, environment: Stepper(streams.decode_step(request))  # noqa: E731
+    monkeypatch.setattr(streams, "Worker", here)  # processes are tested with the training step and the prompt
+    case, told = decoders.Case(2, 4, 6), []
+    results = streams.compare_streams(tiny_config(), case, ("float32", "int8"), ["peakgpt", "eager"], rounds=3,
+                                      on_failure=lambda name, error: told.append(name))  # fmt: skip
+    assert [(r.contender, r.dtype) for r in results] == [("peakgpt", "float32"), ("eager", "float32"),
+                                                         ("peakgpt", "int8")]  # fmt: skip
+    assert not told and len({r.rounds for r in results}) == 1
+    weights = [streams.read_bytes(preset("gpt2"), decoders.Case(1, 0, 1), form) for form in decoders.FORMS]
+    assert weights[0] == pytest.approx(4 * 123.65e6, rel=2e-3) and weights == sorted(weights, reverse=True)
+    assert weights[3] == pytest.approx(38.6e6 + 85.1e6 * 4.5 / 8, rel=2e-3)
+
+
+def test_decoding_is_compared_and_wrong_logits_are_refused():
+    model = GPT(tiny_config())
+    ids = torch.randint(64, (2, 4))
+    results = compare_decoding(model, ids, count=3, rounds=3)
+    assert [r.contender for r in results] == ["peakgpt", "eager"] and results[0].case["batch"] == 2
+    model.head = lambda h: F.linear(h, model.transformer.wte.weight).roll(1, -1)
+    with pytest.raises(ValueError, match="decode: peakgpt: result 0 is off eager"):
+        compare_decoding(model, ids, count=3)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("train")
+    argv = ["bench", "train", "--device", "cpu", "--model", "gpt2-tiny", "--batch", "1", "--tokens", "16", "--rounds",
+            "3", "--dtype", "bfloat16", "--contenders", "peakgpt", "eager", "eager, tuned malloc"]  # fmt: skip
+    assert main([*argv, "--out", str(out)]) == 0
+    return read_results(next(out.iterdir()))[0]
+
+
+def test_bench_train_compares_processes(trained):
+    assert [r.contender for r in trained] == ["peakgpt", "eager", "eager, tuned malloc"]
+    assert all(r.case["batch"] == 1 and r.case["tokens"] == 16 and r.dtype == "bfloat16" for r in trained)
+    assert all(r.memory_bytes > r.base_bytes > 1 << 26 and len(r.samples_s) == r.rounds for r in trained)
+    (text,) = comparisons(trained)
+    assert len(text.splitlines()) == 2 + 2 + 2 and "eager, tuned malloc" in text

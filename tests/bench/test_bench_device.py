@@ -1,0 +1,175 @@
+"""The device script: what fails, hangs or dies does not stop the rest, and every part runs."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from peakgpt.bench import device as device_bench
+from peakgpt.bench import device_decode
+from peakgpt.bench.check import Check
+from peakgpt.bench.contenders import CONTENDERS
+from peakgpt.bench.decoders import Case
+from peakgpt.bench.findings import Failure
+from peakgpt.bench.isolate import run_part
+from peakgpt.cli import main
+from peakgpt.engine.gpt import GPT
+from peakgpt.kernels.core.dispatch import OPS
+
+CPU = torch.device("cpu")
+
+
+FAKE = """
+import os, time
+from peakgpt.bench.findings import Failure
+from peakgpt.bench.isolate import Part
+
+def good(budget_s, emit):
+    emit(Failure(message="told", contender="peer"))
+
+def raises(budget_s, emit):
+    good(budget_s, emit)
+    raise ZeroDivisionError("by nought")
+
+PARTS = {
+    "mixed": Part(lambda device: {"first": good, "raises": raises, "dies": lambda b, e: os._exit(9),
+                                  "hangs": lambda b, e: time.sleep(600), "last": good}, 120, 2),
+    "unusable": Part(lambda device: 1 / 0, 60, 2),
+    "late": Part(lambda device: {"first": good}, 0, 2),
+}
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    (tmp_path / "fake_parts.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "fake_parts"
+
+
+def test_a_failing_hanging_or_dying_job_does_not_stop_the_rest(fake):
+    rows = run_part(fake, "mixed", CPU)
+    assert [(r.job, r.message) for r in rows] == [
+        ("first", "told"),
+        ("raises", "told"),
+        ("raises", "ZeroDivisionError: by nought"),
+        ("dies", "the process ended with exit code 9"),
+        ("hangs", "stopped: no end after 2 s or at the end of the budget"),
+        ("last", "told"),
+    ]
+    assert all(r.part == "mixed" for r in rows)
+    assert "in raises" in rows[2].traceback and "in <lambda>" in rows[4].traceback
+
+
+def test_a_part_that_can_not_start_or_has_no_time_is_told(fake, capsys):
+    found = device_bench.run_parts(fake, ["unusable", "late"], CPU)
+    assert [f.message for f in found.failures] == [
+        "the process ended with exit code 1",
+        "not run: the part's 0 s are over",
+    ]
+    assert "ZeroDivisionError" in found.failures[0].traceback and found.exit_code == 1
+    assert capsys.readouterr().err.startswith("unusable:")
+
+
+def test_bench_device_end_to_end(tmp_path, capsys):
+    argv = ["bench", "device", "--device", "cpu", "--only", "adamw", "--commit", "abc"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    document = json.loads(path.read_text())
+    assert set(document) == {"schema", "environment", "results", "checks", "failures"}
+    assert document["environment"]["commit"] == "abc" and document["failures"] == []
+    assert {r["case"]["op"] for r in document["results"]} == {"adamw"}
+    assert {r["contender"] for r in document["results"]} == {"peakgpt", "torch fused"}
+    assert "adamw forward bfloat16" in capsys.readouterr().out
+    assert main(["bench", "device", "--only", "lunch"]) == 2
+
+
+@pytest.mark.parametrize("part", device_bench.PARTS)
+def test_every_part_runs_on_cpu(part):
+    rows = []
+    for job in list(device_bench.PARTS[part].jobs(CPU).values())[:4]:
+        job(0.0, rows.append)
+    assert rows and not [r for r in rows if isinstance(r, Failure)]
+    assert all(r.passed for r in rows if isinstance(r, Check))
+    if part == "train":
+        assert [r.contender for r in rows] == ["peakgpt", "eager"]
+        assert all(r.flops_kind == "model" and r.memory_bytes for r in rows)
+
+
+def test_every_gpu_case_is_a_call_that_its_op_takes():
+    d = device_bench
+    for case in (*d.ATTENTION, *d.LAYERNORM, *d.MLP, *d.LINEAR, *d.LOSS, *d.ADAMW):
+        op, sizes, device = OPS[case.op], case.sizes, "meta"
+        if case.op == "attention_decode":  # its cost reads the lengths, so its tensors are real, and few
+            sizes, device = {**sizes, "keys": 64, "block": 16}, "cpu"
+        tensors, params = op._bind(op.sample(**sizes, device=device, dtype=torch.bfloat16), case.arguments)
+        op.check(*tensors, **params)
+        assert op.cost(*tensors, **params).flops > 0
+    jobs = device_bench.PARTS["attention"].jobs(torch.device("cuda"))
+    assert len(jobs) == 6 * 2 + 2 + 6 + 3 * 2  # both passes; one query; decode; packed, rotary
+    assert len(device_bench.PARTS["check"].jobs(torch.device("cuda"))) == 2 * (
+        len(device_bench.CASES) + len(device_bench.LARGE_CASES) + 1
+    )
+
+
+def test_the_budgets_keep_eight_minutes():
+    assert sum(p.budget_s for p in device_bench.PARTS.values()) <= 465
+    assert all(p.patience_s <= p.budget_s for p in device_bench.PARTS.values())
+
+
+def test_a_bare_machine_is_enough():
+    """No rich, no tokenizers, no safetensors, no C++ extension: what `bench device` imports needs torch only."""
+    code = """
+import sys
+for name in ("rich", "matplotlib", "tokenizers", "safetensors", "transformers", "peakgpt._C"):
+    sys.modules[name] = None
+import peakgpt.commands.bench, peakgpt.bench.device
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_contenders_with_an_environment_are_for_processes_only():
+    assert [n for n, c in CONTENDERS.items() if not c.environment] == ["peakgpt", "eager", "compile"]
+
+
+def test_decoding_on_a_device_is_compared_and_wrong_logits_are_told(monkeypatch):
+    config, told = device_bench.TINY_RUN[0], []
+    was = device_decode.CONTENDERS["eager"]
+
+    def wrong(*args):
+        return lambda: lambda token: was(*args)()(token).roll(1, -1)
+
+    monkeypatch.setitem(device_decode.CONTENDERS, "compile", wrong)
+    results = device_decode.compare_steps(config, Case(2, 5, 3), CPU, ["compile", "peakgpt"], budget_s=0.0,
+                                          on_failure=lambda *failure: told.append(failure))  # fmt: skip
+    assert [(name, "is off eager" in str(error)) for name, error in told] == [("compile", True)]
+    (ours,) = results
+    weights = sum(p.numel() for p in GPT(config).parameters()) - config.block_size * config.n_embd
+    assert ours.bytes == 2 * (3 * weights + 2 * 2 * config.n_embd * (6 + 7 + 8))
+    first = device_decode.compare_first_token(config, 9, CPU, budget_s=0.0)
+    assert [r.contender for r in first] == ["peakgpt", "eager"] and all(r.flops_fraction for r in first)
+
+
+def test_a_step_that_can_not_be_recorded_is_told(monkeypatch):
+    """Or its times would pass for a graph's; they are kept."""
+    inner = device_decode._eager
+
+    def warns(model, ids, case):
+        begin = inner(model, ids, case)
+
+        def again():
+            warnings.warn("the step runs uncaptured, recording failed: no", stacklevel=1)
+            return begin()
+
+        return again
+
+    monkeypatch.setitem(device_decode.CONTENDERS, "peakgpt", warns)
+    config, told = device_bench.TINY_RUN[0], []
+    results = device_decode.compare_steps(config, Case(2, 5, 3), CPU, ["peakgpt"], budget_s=0.0,
+                                          on_failure=lambda *failed: told.append(failed))  # fmt: skip
+    assert len(results) == 1 and {name for name, _ in told} == {"peakgpt"}
+    assert "recording failed: no" in str(told[0][1])

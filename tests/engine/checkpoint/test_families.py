@@ -1,0 +1,339 @@
+"""Every family against transformers, tiny and random: logits, loss, gradients, greedy text, and files both ways."""
+
+import ast
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from left_padding import check_left_padding
+from safetensors.torch import load_file, save_file
+
+import peakgpt
+from peakgpt.engine.checkpoint import families
+from peakgpt.engine.inference.engine import Engine, SamplingParams
+from peakgpt.engine.inference.kv_cache import KVCache
+from peakgpt.engine.model import flops
+from peakgpt.kernels.core.dispatch import use_backend
+
+V, T, PROMPT = 41, 24, 7
+NEO = {"hidden_size": 32, "num_layers": 4, "num_heads": 2, "max_position_embeddings": T}
+NEOX = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80,
+        "max_position_embeddings": T}  # fmt: skip
+OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 72, "max_position_embeddings": T}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": T}
+BLOOM = {"n_layer": 2, "seq_length": T}
+# Every choice that a row of engine/checkpoint/families.py makes, by the config class's name in transformers.
+VARIANTS = {
+    "gpt2": ("GPT2", GPT),
+    "gpt2 scaled by layer": ("GPT2", {**GPT, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}),
+    "gpt2 not scaled": ("GPT2", {**GPT, "scale_attn_weights": False, "n_inner": 40}),
+    "openai-gpt": ("OpenAIGPT", GPT),
+    "gpt_neo": ("GPTNeo", {**NEO, "attention_types": [[["global", "local"], 2]], "window_size": 5}),
+    "gpt_neo uneven": ("GPTNeo", {**NEO, "attention_types": [[["local"], 1], [["global"], 3]], "window_size": 3}),
+    "gptj": ("GPTJ", {**GPT, "n_embd": 48, "rotary_dim": 6}),
+    "gpt_neox": ("GPTNeoX", {**NEOX, "hidden_act": "gelu_fast"}),
+    "gpt_neox serial": ("GPTNeoX", {**NEOX, "use_parallel_residual": False, "attention_bias": False,
+                                    "rotary_pct": 1.0, "rotary_emb_base": 500}),
+    "opt": ("OPT", OPT),
+    "opt post-norm": ("OPT", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "opt without biases": ("OPT", {**OPT, "enable_bias": False, "activation_function": "gelu"}),
+    "bloom": ("Bloom", {**BLOOM, "hidden_size": 32, "n_head": 4}),
+    "bloom of 6 heads": ("Bloom", {**BLOOM, "hidden_size": 48, "n_head": 6}),
+}  # fmt: skip
+BACKENDS = ("eager", "cpu")
+
+
+def reference(variant):
+    """transformers' model with weights far from their initial ones, or attention would be uniform."""
+    torch.manual_seed(sum(map(ord, variant)))
+    kind, sizes = VARIANTS[variant]
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, vocab_size=V, bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_((0.2 if parameter.dim() > 1 else 0.05) * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request, tmp_path_factory):
+    """transformers' model, the folder that it was saved in, and ours from it."""
+    theirs, folder = reference(request.param), tmp_path_factory.mktemp("theirs")
+    theirs.save_pretrained(folder)
+    return theirs, folder, peakgpt.GPT.from_pretrained(folder, dropout=0.0)
+
+
+def batch(rows=2, tokens=17):
+    torch.manual_seed(3)
+    ids = torch.randint(V, (rows, tokens + 1))
+    targets = ids[:, 1:].clone()
+    targets[0, -3:] = -100
+    return ids[:, :-1].contiguous(), targets
+
+
+def file_names(state):
+    """Names of a transformers model's tensors as its files have them."""
+    return {name.replace("lm_head", "embed_out") if "gpt_neox.embed_in.weight" in state else name: t
+            for name, t in state.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_loss_and_gradients_equal_transformers(pair, backend):
+    theirs, _, ours = pair
+    ids, targets = batch()
+    for model in (theirs, ours):
+        model.zero_grad()
+    logits = theirs(ids).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    with use_backend(backend):
+        torch.testing.assert_close(ours(ids), logits, rtol=1e-5, atol=1e-5)
+        ours_loss = ours(ids, targets)
+        ours_loss.backward()
+    torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
+    family = families.family_of(ours.config)
+    expected = file_names({name: p.grad for name, p in theirs.named_parameters()})
+    grads = family.to_theirs(ours.config, {name: p.grad for name, p in ours.named_parameters()})
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cached_greedy_text_equals_transformers(pair, backend):
+    theirs, _, ours = pair
+    prompt = batch(4)[0][:, :PROMPT]
+    expected = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_length=T, min_length=T, pad_token_id=0
+    )
+    with use_backend(backend):
+        assert torch.equal(ours.generate(prompt, temperature=0), expected)
+    assert len({*expected[:, PROMPT:].flatten().tolist()}) > 3, "a text that repeats one token proves little"
+
+
+def texts_of(theirs, prompts):
+    """transformers' greedy texts, each prompt by itself, as long as the model takes."""
+    options = {"do_sample": False, "max_length": T, "min_length": T, "pad_token_id": 0}
+    return [theirs.generate(p[None], attention_mask=torch.ones_like(p)[None], **options)[0].tolist() for p in prompts]
+
+
+def engine_texts(model, prompts):
+    """The engine's greedy texts, all prompts at once."""
+    engine, texts = Engine(model, budget=9), {}
+    for prompt in prompts:
+        texts[engine.submit(prompt.tolist(), SamplingParams(temperature=0))] = prompt.tolist()
+    for output in engine.outputs():
+        texts[output.request] += output.tokens
+    assert bool(engine.runner_note) == (model.config.word_dim != model.config.n_embd), engine.runner_note
+    return list(texts.values())
+
+
+def test_the_engines_greedy_text_equals_transformers(pair):
+    theirs, _, ours = pair
+    prompts = [row[:count] for row, count in zip(batch(3)[0], (PROMPT, 11, 2), strict=True)]
+    expected = texts_of(theirs, prompts)
+    assert engine_texts(ours.eval(), prompts) == expected
+    assert len({token for text in expected for token in text[11:]}) > 2
+
+
+@torch.no_grad()
+def test_in_bfloat16_texts_part_only_where_two_tokens_are_as_likely(pair):
+    """Ours errs at most twice as much as torch (the rule of every op), so both may swap what is 4 such errors apart."""
+    theirs, _, ours = pair
+    rounded, exact = (copy.deepcopy(theirs).to(d) for d in (torch.bfloat16, torch.bfloat16))
+    exact = exact.double()  # the same rounded weights
+    prompts = [row[:PROMPT] for row in batch(3)[0]]
+    expected = texts_of(rounded, prompts)
+    for ours_text, text in zip(engine_texts(copy.deepcopy(ours).bfloat16().eval(), prompts), expected, strict=True):
+        same = next((i for i in range(T) if ours_text[i] != text[i]), None)
+        if same is None:
+            continue
+        ids = torch.tensor([text[:same]])
+        truth = exact(ids).logits[0]
+        error = (rounded(ids).logits[0].double() - truth).abs().max()
+        assert (truth[-1, text[same]] - truth[-1, ours_text[same]]).abs() <= 4 * error
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cache_equals_the_whole_forward(pair, backend):
+    _, _, model = pair
+    ids = batch(2, 14)[0]
+    cache = KVCache(model.config, 2, 14, dtype=torch.float32, device="cpu")
+    with use_backend(backend), torch.no_grad():
+        parts = [model.head(model.features(part, cache)) for part in ids.split((6, 3, 1, 1, 1, 1, 1), dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_left_padding_changes_nothing(pair, backend):
+    """Against each sequence alone, loss and gradients included; and against transformers' padded greedy text."""
+    theirs, _, ours = pair
+    with use_backend(backend):
+        prompts, starts, text = check_left_padding(ours, *batch())
+    mask = (torch.arange(9) >= starts[:, None]).long()
+    expected = theirs.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=8, pad_token_id=0)
+    assert torch.equal(text, expected)
+
+
+def test_files_go_both_ways(pair, tmp_path):
+    """Tensor for tensor; transformers finds nothing missing, nothing too much, and computes the same."""
+    theirs, folder, _ = pair
+    ours = peakgpt.GPT.from_pretrained(folder)
+    ours.save_pretrained(tmp_path)
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    again, info = type(theirs).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not any(info.values()), info
+    ids, _ = batch()
+    assert torch.equal(again.eval()(ids).logits, theirs(ids).logits)
+    assert peakgpt.GPT.from_pretrained(tmp_path).config == ours.config
+
+
+def test_parameters_are_counted(pair):
+    _, _, ours = pair
+    assert flops.parameter_count(ours.config) == sum(p.numel() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom"])
+def test_compiles_whole(variant):
+    kind, sizes = VARIANTS[variant]
+    theirs = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=V).to_dict()
+    config = families.FAMILIES[theirs["model_type"]].config(theirs, dropout=0.0)
+    model = peakgpt.GPT(dataclasses.replace(config, n_layer=1, windows=config.windows[-1:]))
+    ids, targets = batch()
+    torch._dynamo.reset()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, model(ids, targets))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_names_of_other_releases_are_read(pair, tmp_path):
+    """Of the bare model, whose names lack the prefix; with the tied head or the head's other name; with old buffers."""
+    theirs, folder, ours = pair
+    tensors = load_file(folder / "model.safetensors")
+    base = families.family_of(ours.config).base
+    old = {name.removeprefix(base).replace("embed_out", "lm_head"): tensor for name, tensor in tensors.items()}
+    old |= {} if "lm_head.weight" in old else {"lm_head.weight": theirs.get_input_embeddings().weight.detach().clone()}
+    block = next(name for name in old if ".0." in name).partition(".0.")[0]
+    old[f"{block}.0.attention.masked_bias"] = torch.tensor(-1e9)
+    save_file(old, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    again = peakgpt.GPT.from_pretrained(tmp_path, dropout=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
+
+
+def test_training_drops_out_and_evaluation_does_not(pair):
+    _, folder, plain = pair
+    model = peakgpt.GPT.from_pretrained(folder, dropout=0.3)
+    ids, _ = batch()
+    assert torch.equal(model(ids), plain(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+NEO_TYPES = r"attention_types is .*, expected 4 layers of global or local"
+BAD_CONFIGS = [
+    ("gpt_neo", {"attention_types": [[["global", "local"], 1]]}, NEO_TYPES),
+    ("gpt_neo", {"attention_types": [[["global", "sparse"], 2]]}, NEO_TYPES),
+    (
+        "gpt_neox",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        "rope_type is 'linear', expected 'default'",
+    ),
+    ("gpt_neox", {"num_attention_heads": 0}, "n_head is 0, expected a positive integer"),
+    ("gpt_neox", {"hidden_act": "silu"}, "hidden_act is 'silu', expected one of gelu_fast, gelu_new, "),
+    ("gptj", {"rotary_dim": 17}, "rotary_dim is 17, expected an even number up to head_dim 24"),
+    ("gptj", {"n_head": 5}, "n_embd is 48, expected a multiple of n_head 5"),
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True, expected False"),
+    ("opt", {"do_layer_norm_before": "no"}, "do_layer_norm_before is 'no', expected one of True, False"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm is True, expected False"),
+    ("openai-gpt", {"afn": "swish"}, "afn is 'swish', expected one of gelu, relu"),
+]
+
+
+@pytest.mark.parametrize(("variant", "changes", "message"), BAD_CONFIGS)
+def test_bad_configs_are_named(variant, changes, message, tmp_path):
+    theirs = reference(variant)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=message) as error:
+        peakgpt.GPT.from_pretrained(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("variant", ["gpt_neo", "gpt_neox", "opt", "bloom"])
+def test_bad_tensors_are_named_as_their_file_does(variant, tmp_path):
+    reference(variant).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith(("k_proj.weight", "query_key_value.weight")))
+    whole = tensors.pop(name)
+    for found, message in (
+        ({}, rf"got no tensor {name}, expected one of shape \({whole.shape[0]}, {whole.shape[1]}\)"),
+        ({name: whole[:-1].clone()}, rf"{name} is .*\({whole.shape[0] - 1}, .*expected .*\({whole.shape[0]}, "),
+        ({name: whole, "model.extra": whole.clone()}, "got tensor .*model.extra, expected the"),
+    ):
+        save_file(tensors | found, path)
+        with pytest.raises(ValueError, match=message) as error:
+            peakgpt.GPT.from_pretrained(tmp_path)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("start", [[0], [0, 7], [-1, 0]])
+def test_bad_padding_is_named(pair, start):
+    with pytest.raises(ValueError, match=r"generate: start is \[.*\], expected 2 of 0 to 6"):
+        pair[2].generate(batch()[0][:, :PROMPT], start=torch.tensor(start), max_new_tokens=1)
+
+
+FAMILY = re.compile(
+    r"openai|gpt.?(neo|[1-4j])|neox|pythia|\bopt\b|bloom|palm|gopher|chinchilla|megatron|glam|llama|bert|\bt5\b", re.I
+)
+
+
+def said(path):
+    """Names and strings of a Python file but for docstrings; a C++ file without its comments."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
+    tree = ast.parse(text)
+    docs = {id(node.body[0].value) for node in ast.walk(tree)
+            if isinstance(getattr(node, "body", None), list) and node.body and isinstance(node.body[0], ast.Expr)}
+    words = []
+    for node in ast.walk(tree):
+        words += [str(value) for name, value in ast.iter_fields(node)
+                  if isinstance(value, str) and id(node) not in docs and name != "type_comment"]
+    return " ".join(words)
+
+
+def test_nothing_in_kernels_names_a_family():
+    """A family is data: an op that knew one would be code for it."""
+    root = Path(__file__).parents[3]
+    files = [*root.glob("kernels/**/*.py"), *root.glob("csrc/*.cpp"), *root.glob("csrc/*.h")]
+    assert len(files) > 50
+    found = {str(path.relative_to(root)): match[0] for path in files if (match := FAMILY.search(said(path)))}
+    assert not found
+
+
+def test_a_family_that_is_data_is_one_row(tmp_path):
+    """A family nobody has: its row alone reads, writes and runs."""
+    row = dataclasses.replace(
+        families.FAMILIES["gpt2"], model_type="new", architecture="NewLM", constants={"norm": "rms", "bias": False},
+        read=lambda found: {}, write=lambda config: {}, always_biased=False, conv1d=False,
+    )  # fmt: skip
+    config = row.config({"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": T, "vocab_size": V}, dropout=0.0)
+    assert row.differences(config) == [] and config.norm == "rms"
+    model = peakgpt.GPT(config)
+    theirs = row.to_theirs(config, model.state_dict())
+    assert all(torch.equal(row.to_ours(config, name, theirs), tensor) for name, tensor in model.state_dict().items())
+    assert model(batch()[0]).shape == (2, 17, V)

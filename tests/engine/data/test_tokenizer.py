@@ -1,0 +1,200 @@
+"""Tokenizer: exact round trips, streaming, the saved files, and transformers reading them."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from peakgpt.engine.data import tokenizer as module
+from peakgpt.engine.data.corpus import load_corpus
+from peakgpt.engine.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, train_tokenizer
+
+TRICKY = [
+    "",
+    " ",
+    "\n\n  \t\r\n",
+    "naïve Straße 日本語 🎉👩‍👧",
+    "\0\x1f\x7f\x80\xad\u2028\ufeff",
+    f"a{END_OF_TEXT}b",
+    "x\n" * 9,
+]
+EDGES = [*"aZ0.é日🎉_ \n\t\0\x1c\x85\u3000", "  ", "\r\n", "'s", END_OF_TEXT]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [document.text for document in load_corpus().train[:60]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts):
+    return train_tokenizer(texts, 1024)
+
+
+def random_text(rng, length):
+    return "".join(rng.choice(EDGES) for _ in range(length))
+
+
+def test_vocabulary(tokenizer, texts):
+    assert tokenizer.vocab_size == 1024
+    assert tokenizer.encode(END_OF_TEXT) == [tokenizer.end_id]
+    text = "".join(texts)
+    assert len(tokenizer.encode(text[:100_000])) < 0.5 * 100_000  # merges were learned and are used
+
+
+def test_round_trip(tokenizer):
+    rng = random.Random(0)
+    for text in TRICKY + [random_text(rng, rng.randrange(60)) for _ in range(300)]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= token < tokenizer.vocab_size for token in ids)
+
+
+def test_decode_equals_library(tokenizer):
+    """Any ids, also those that are not UTF-8: the library's decoder and ours see the same bytes."""
+    rng = random.Random(1)
+    for _ in range(300):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(1, 40))]
+        assert tokenizer.decode(ids) == tokenizer.library.decode(ids, skip_special_tokens=False)
+
+
+def test_stream_adds_up_and_never_shows_half_a_character(tokenizer):
+    rng = random.Random(2)
+    bytes_only = train_tokenizer([], 257)  # every character of two bytes and more is split across tokens
+    for coder in (tokenizer, bytes_only):
+        for text in TRICKY:
+            stream = StreamDecoder(coder)
+            parts = [stream.feed(token) for token in coder.encode(text)]
+            assert "\ufffd" not in "".join(parts)
+            assert "".join(parts) + stream.finish() == text
+            shown = ""
+            for part in parts:
+                shown += part
+                assert text.startswith(shown)
+        for _ in range(200):
+            ids = [rng.randrange(coder.vocab_size) for _ in range(rng.randrange(40))]
+            stream = StreamDecoder(coder)
+            assert "".join(map(stream.feed, ids)) + stream.finish() == coder.decode(ids)
+
+
+def test_stream_is_prompt():
+    """A character comes out with its last byte, not later."""
+    coder = train_tokenizer([], 257)
+    stream = StreamDecoder(coder)
+    assert [stream.feed(token) for token in coder.encode("é🎉a")] == ["", "é", "", "", "", "🎉", "a"]
+    assert stream.finish() == ""
+    stream.feed(coder.encode("é")[0])
+    assert stream.finish() == "\ufffd"
+
+
+def test_documents_equal_whole_texts(tokenizer, texts, monkeypatch):
+    """Cutting long documents for the cores changes no token; pieces of 3 characters meet every kind of border."""
+    rng = random.Random(3)
+    many = [random_text(rng, rng.randrange(300)) for _ in range(200)] + ["", "".join(texts)[:200_000], ""]
+    expected = [token for text in many for token in [*tokenizer.encode(text), tokenizer.end_id]]
+    for size in (3, module.PIECE_CHARS):
+        monkeypatch.setattr(module, "PIECE_CHARS", size)
+        assert np.concatenate(list(tokenizer.encode_documents(many))).tolist() == expected
+    assert list(tokenizer.encode_documents([])) == []
+
+
+def test_prefix_space_is_not_repeated_in_pieces(tokenizer, monkeypatch):
+    """A foreign tokenizer that puts a blank before every text gets whole texts."""
+    monkeypatch.setattr(module, "PIECE_CHARS", 3)
+    library = type(tokenizer.library).from_str(tokenizer.library.to_str())
+    library.pre_tokenizer = module.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    foreign = Tokenizer(library)
+    [ids] = foreign.encode_documents(["ab\ncd\nef"])
+    assert ids.tolist() == [*foreign.encode("ab\ncd\nef"), foreign.end_id]
+
+
+def test_training_is_deterministic(tokenizer, texts, tmp_path):
+    """Another process with another number of threads learns the same merges."""
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    code = (
+        "import json, sys; from peakgpt.engine.data.tokenizer import train_tokenizer; "
+        "train_tokenizer(json.load(open(sys.argv[1])), 1024).save(sys.argv[2])"
+    )
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "texts.json", tmp_path], check=True, env=environment)
+    assert Tokenizer.load(tmp_path).library.to_str() == tokenizer.library.to_str()
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.end_id, loaded.vocab_size) == (tokenizer.end_id, tokenizer.vocab_size)
+    assert all(loaded.encode(text) == tokenizer.encode(text) for text in TRICKY)
+
+
+def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
+    pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))  # as beside a checkpoint
+    code = """
+import json, sys
+from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+found = []
+for kind in AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast:
+    other = kind.from_pretrained(folder)
+    ids = [other(text).input_ids for text in texts]
+    found.append([ids, [other.decode(i) for i in ids], other.eos_token_id, len(other)])
+print(json.dumps(found))
+"""
+    texts = TRICKY[1:]
+    command = [sys.executable, "-c", code, str(tmp_path), json.dumps(texts)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 0, result.stderr
+    ours = [[tokenizer.encode(text) for text in texts], texts, tokenizer.end_id, tokenizer.vocab_size]
+    assert json.loads(result.stdout.splitlines()[-1]) == [ours] * 3
+
+
+def test_foreign_end_of_text(tokenizer, tmp_path):
+    """OPT's is </s>, and older files write it as an object."""
+    library = type(tokenizer.library).from_str(tokenizer.library.to_str())
+    library.add_special_tokens(["</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    for written in ("</s>", {"content": "</s>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": written}))
+        assert Tokenizer.load(tmp_path).end_id == 1024
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", None, r"tokenizer .*tokenizer.json: got .*No such file"),
+        ("tokenizer.json", "{", r"tokenizer .*tokenizer.json: got .*expected a file saved by tokenizers"),
+        ("tokenizer.json", '{"model": 1}', r"tokenizer .*tokenizer.json: got .*expected"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config.json: got .*expected JSON"),
+        ("tokenizer_config.json", '{"eos_token": "<none>"}', r"got a vocabulary without '<none>'"),
+    ],
+)
+def test_damaged_files(tokenizer, tmp_path, file, content, message):
+    tokenizer.save(tmp_path)
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.load(tmp_path)
+
+
+def test_not_byte_level(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"decoder": None}))
+    with pytest.raises(ValueError, match="expected a byte-level one"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("token", [-1, 1024, 1 << 40])
+def test_id_outside_the_vocabulary(tokenizer, token):
+    with pytest.raises(ValueError, match=f"token id: got {token}, expected 0 to 1023"):
+        tokenizer.decode([token])
+
+
+def test_vocabulary_too_small():
+    with pytest.raises(ValueError, match="vocab_size: got 256, expected at least 257"):
+        train_tokenizer(["text"], 256)

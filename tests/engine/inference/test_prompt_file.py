@@ -1,0 +1,47 @@
+"""Prompt files: what becomes of text and of JSON, and what is refused by name."""
+
+import json
+
+import pytest
+
+from peakgpt.engine.inference.prompt_file import read_prompt
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"input": "milk"}, "milk\n"),
+        ({"input": "milk", "output_prefix": "French:"}, "milk\nFrench:"),
+        (
+            {"instruction": "Translate.", "examples": [["cheese", "fromage"]], "input": "milk", "input_prefix": "E: ",
+             "output_prefix": "F:"},
+            "Translate.\n\nE: cheese\nF: fromage\n\nE: milk\nF:",
+        ),
+        ({"examples": [["1", "2"], ["3", "4"]], "input": "5", "separator": "\n"}, "1\n2\n3\n4\n5\n"),
+        ({"examples": [["1", "2"]], "input": "5", "output_prefix": "\t", "separator": ";"}, "1\n\t2;5\n\t"),
+    ],
+)  # fmt: skip
+def test_json_becomes_a_prompt(value, expected, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({**value, "stop": ["\n"]}))
+    assert read_prompt(path) == (expected, ("\n",))
+
+
+def test_text_stays_as_it_is(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text('{"input": 1}\n\n')
+    assert read_prompt(path) == ('{"input": 1}\n', ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"input": 1}', "{}", "[]", "{", '{"input": "a", "shots": []}', '{"input": "a", "examples": [["b"]]}',
+     '{"input": "a", "stop": [""]}', '{"input": "a", "examples": 3}'],
+)  # fmt: skip
+def test_what_it_is_not_is_refused_with_the_files_name(text, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"prompt file .*p\.json: "):
+        read_prompt(path)
+    with pytest.raises(ValueError, match="prompt file"):
+        read_prompt(tmp_path / "missing")

@@ -1,0 +1,343 @@
+"""The model: logits, loss and gradients against transformers' GPT-2, on every backend; its errors and its FLOPs."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import peakgpt
+from peakgpt.engine.model import flops, layers
+from peakgpt.engine.model.presets import PRESETS, preset
+from peakgpt.kernels.core.dispatch import Op, load, use_backend
+from peakgpt.kernels.ops.attention import attention_qkv
+from peakgpt.kernels.ops.rotary import rotary
+
+SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 48, "block_size": 24, "vocab_size": 97}
+BACKENDS = ["auto", "eager", "cpu", "gpu"]
+OPS = ("embedding", "layernorm", "add_layernorm", "attention_qkv", "mlp", "linear_cross_entropy", "adamw")
+
+
+def on(backend):
+    """A context that forces the backend; skips, with its own reason, where an op of the model has none."""
+    if backend == "auto":
+        return contextlib.nullcontext()
+    missing = [reason for name in OPS if backend != "eager" and isinstance(reason := load(backend, name), str)]
+    if missing:
+        pytest.skip("; ".join(missing))
+    return use_backend(backend)
+
+
+def reference(**changes):
+    """transformers' GPT-2 at tiny random size; weights far from 0.02, or attention would be uniform."""
+    sizes = {**SIZES, **changes}
+    config = transformers.GPT2Config(
+        n_layer=sizes["n_layer"], n_head=sizes["n_head"], n_embd=sizes["n_embd"], n_positions=sizes["block_size"],
+        vocab_size=sizes["vocab_size"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def twin(theirs, **changes):
+    ours = peakgpt.GPT(peakgpt.GPTConfig(**{**SIZES, **changes}))
+    state = {name: tensor for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
+    ours.load_state_dict(state, conv1d=True)
+    return ours
+
+
+def batch(rows=2, tokens=17):
+    """Ids and shifted targets, some of which do not count."""
+    ids = torch.randint(SIZES["vocab_size"], (rows, tokens + 1))
+    targets = ids[:, 1:].clone()
+    targets[0, -3:] = -100
+    return ids[:, :-1].contiguous(), targets
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_loss_and_gradients_equal_transformers(backend):
+    forced = on(backend)
+    torch.manual_seed(0)
+    theirs = reference()
+    ours = twin(theirs)
+    ids, targets = batch()
+    logits = theirs(ids).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    with forced:
+        torch.testing.assert_close(ours(ids), logits, rtol=1e-5, atol=1e-5)
+        ours_loss = ours(ids, targets)
+        ours_loss.backward()
+    torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        grad = expected[name].grad
+        grad = grad.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else grad
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_twenty_steps_give_eager_losses(backend):
+    """Against transformers with torch's AdamW and clipping, as people run it."""
+    forced, steps = on(backend), 4 if backend == "gpu" else 20
+    torch.manual_seed(0)
+    theirs = reference()
+    ours = twin(theirs)
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    a = peakgpt.AdamW(ours.parameters(), **options, max_norm=1.0)
+    b = torch.optim.AdamW(theirs.parameters(), **options)
+    losses = []
+    ids, targets = batch(3, 20)
+    for _ in range(steps):
+        a.zero_grad()
+        with forced if backend == "auto" else use_backend(backend):
+            loss = ours(ids, targets)
+            loss.backward()
+            a.step()
+        b.zero_grad()
+        expected = F.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        b.step()
+        losses.append((loss.item(), expected.item()))
+    got, wanted = torch.tensor(losses).unbind(1)
+    assert wanted[-1] < 0.9 * wanted[0], "a model that does not learn proves little"
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "cpu"])
+def test_compiles_whole(backend):
+    forced = on(backend)
+    torch.manual_seed(0)
+    model = twin(reference())
+    ids, targets = batch()
+    with forced:
+        loss = model(ids, targets)
+        loss.backward()
+        expected = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        ours = compiled(ids, targets)
+        ours.backward()
+        torch.testing.assert_close(compiled(ids), model(ids))
+    torch.testing.assert_close(ours, loss)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "cpu"])
+def test_autocast(backend):
+    """Weights stay in float32, products are in bfloat16, as with a model in plain torch."""
+    forced = on(backend)
+    torch.manual_seed(0)
+    theirs = reference()
+    ours = twin(theirs)
+    ids, targets = batch()
+    wide = ours(ids, targets).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.cross_entropy(theirs(ids).logits.float().flatten(0, 1), targets.flatten())
+        with forced:
+            loss = ours(ids, targets)
+    loss.backward()
+    assert {p.grad.dtype for p in ours.parameters()} == {torch.float32}
+    assert (loss - wide).abs() <= 2 * (expected - wide).abs() + 1e-3
+
+
+def test_a_step_of_gpt2_is_these_ops(monkeypatch):
+    """What the benchmarks time: other families add none to it."""
+    seen, call = [], Op.__call__
+    monkeypatch.setattr(Op, "__call__", lambda self, *args, **kw: (seen.append(self.name), call(self, *args, **kw))[1])
+    peakgpt.GPT(peakgpt.GPTConfig(**SIZES))(*batch())
+    layer = ["linear", "attention_qkv", "linear", "add_layernorm", "mlp", "add_layernorm"]
+    assert seen == ["embedding", "layernorm", *layer * SIZES["n_layer"], "linear_cross_entropy"]
+
+
+def rotary_before(qkv, cos, sin, *, n_head, interleaved, **params):
+    """Attention with rotary as a pass of its own."""
+    heads = (n_head + qkv.shape[2]) // 2
+    return attention_qkv(rotary(qkv, cos, sin, heads=heads, interleaved=interleaved), n_head=n_head, **params)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [{"residual": "parallel_two_norms"}, {"residual": "parallel", "rotary_interleaved": True}],
+    ids=("gpt-neox", "gpt-j"),
+)
+def test_rotary_inside_attention_trains_as_before_it(family, monkeypatch):
+    def losses():
+        torch.manual_seed(1)
+        small = {**SIZES, "n_layer": 1, "position": "rotary", "rotary_dim": 6}
+        model = peakgpt.GPT(peakgpt.GPTConfig(**small, **family))
+        optimizer = model.configure_optimizer(lr=1e-2)
+        ids, targets = batch()
+        found = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            found.append(model(ids, targets))
+            found[-1].backward()
+            optimizer.step()
+        return torch.stack(found).detach()
+
+    with on("cpu"):
+        inside = losses()
+        monkeypatch.setattr(layers, "attention_qkv", rotary_before)
+        torch.testing.assert_close(inside, losses(), rtol=1e-6, atol=0)
+    assert inside[-1] < 0.9 * inside[0]
+
+
+def test_bfloat16_trains():
+    torch.manual_seed(0)
+    model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES))
+    optimizer = model.configure_optimizer(lr=1e-2, dtype=torch.bfloat16)
+    ids, targets = batch()
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(ids, targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_future_tokens_do_not_matter():
+    model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES))
+    ids, _ = batch()
+    changed = ids.clone()
+    changed[:, 9] = (ids[:, 9] + 1) % SIZES["vocab_size"]
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9]) and not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_dropout_only_while_training():
+    torch.manual_seed(0)
+    model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES, dropout=0.3))
+    ids, _ = batch()
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    plain = peakgpt.GPT(peakgpt.GPTConfig(**SIZES))
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(ids), model(ids)) and torch.equal(model(ids), plain(ids))
+
+
+@pytest.mark.parametrize("changes", [{"n_kv_head": 1}, {"head_dim": 8, "n_inner": 20}, {"bias": False}, {"n_layer": 1}])
+def test_other_shapes_train(changes):
+    config = peakgpt.GPTConfig(**{**SIZES, **changes})
+    model = peakgpt.GPT(config)
+    model(*batch()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert flops.parameter_count(config) == sum(p.numel() for p in model.parameters())
+
+
+def test_initialisation_is_gpt2s():
+    torch.manual_seed(0)
+    model = peakgpt.GPT.from_preset("gpt2-tiny")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            expected = 0.02 / 8**0.5 if name.endswith("c_proj.weight") else 0.02
+            assert abs(parameter.std().item() / expected - 1) < 0.02, name
+        else:
+            assert (parameter == (0.0 if name.endswith("bias") else 1.0)).all(), name
+    torch.manual_seed(0)
+    again = peakgpt.GPT.from_preset("gpt2-tiny").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+    ids = torch.randint(4096, (2, 65))
+    assert abs(model(ids[:, :-1], ids[:, 1:].contiguous()).item() - torch.tensor(4096.0).log().item()) < 0.1
+
+
+def test_bad_input_is_named():
+    model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES))
+    ids, targets = batch()
+    bad = [
+        ((torch.zeros(1, 25, dtype=torch.int64),), r"shape \(1, 25\) after 0 tokens, expected .* block_size 24"),
+        ((ids[0],), r"shape \(17,\) after 0 tokens, expected \(B, T\)"),
+        ((ids.float(),), "ids has dtype torch.float32, expected int64 or int32"),
+        ((ids + 90,), r"ids has values .*, expected 0 to 96"),
+        ((ids - 97,), r"ids has values .*, expected 0 to 96"),
+        ((ids, targets.float()), "target has dtype torch.float32, expected int64 or int32"),
+        ((ids, targets[:, 1:]), r"target has shape \(2, 16\), expected \(2, 17\)"),
+        ((ids, targets * 0 + 97), "target has values 97 to 97, expected 0 to 96"),
+    ]
+    for arguments, message in bad:
+        with pytest.raises(ValueError, match=message):
+            model(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layer": 0}, "n_layer is 0, expected a positive integer"),
+        ({"n_embd": 16.0}, "n_embd is 16.0, expected a positive integer"),
+        ({"n_embd": 50}, "n_embd is 50, expected a multiple of n_head 3"),
+        ({"n_kv_head": 2}, "n_kv_head is 2, expected a divisor of n_head 3"),
+        ({"activation": "swish"}, "activation is 'swish', expected one of gelu_tanh, gelu_erf, relu"),
+        ({"dropout": 1.0}, "dropout is 1.0, expected 0 <= dropout < 1"),
+        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0, expected more than 0"),
+        ({"bias": 1}, "bias is 1, expected True or False, or some of qkv, out, mlp, norm"),
+        ({"bias": ("mlp", "head")}, r"bias is \('mlp', 'head'\), expected True or False, or some of qkv"),
+        ({"position": "sinusoid"}, "position is 'sinusoid', expected one of learned, rotary, alibi"),
+        ({"residual": "sandwich"}, "residual is 'sandwich', expected one of pre_norm, post_norm, parallel"),
+        ({"rotary_dim": 8}, "rotary_dim is 8, expected None as position is learned"),
+        ({"position": "rotary", "rotary_dim": 0}, "rotary_dim is 0, expected an even number up to head_dim 16"),
+        ({"position": "rotary", "rotary_dim": 18}, "rotary_dim is 18, expected an even number up to head_dim 16"),
+        ({"position": "rotary", "rotary_dim": 7}, "rotary_dim is 7, expected an even number"),
+        ({"position": "rotary", "rotary_base": 0}, "rotary_base is 0, expected more than 0"),
+        ({"position": "alibi", "position_offset": 2}, "position_offset is 2, expected 0, or more with learned"),
+        ({"position_offset": -1}, "position_offset is -1, expected 0, or more with learned"),
+        ({"windows": ()}, r"windows is \(\), expected positive integers or None, at least one"),
+        ({"windows": (None, 0)}, r"windows is \(None, 0\), expected positive integers or None"),
+        ({"windows": 4}, "windows is 4, expected positive integers or None"),
+        ({"tied_head": 0}, "tied_head is 0, expected True or False"),
+        ({"head_bias": True}, "head_bias is True with a tied head, expected tied_head False"),
+        ({"attention_dropout": 1.5}, "attention_dropout is 1.5, expected 0 <= attention_dropout < 1"),
+        ({"word_dim": 0}, "word_dim is 0, expected a positive integer"),
+        ({"activation": "silu"}, "activation is 'silu', expected one of gelu_tanh, gelu_erf, relu$"),
+        ({"activation": "swiglu", "gated_mlp": True}, "activation is 'swiglu', expected one of gelu_.*, relu, silu$"),
+        ({"norm": "rms"}, "bias is True with norm rms, which has none, expected it without norm"),
+        ({"norm": "batch"}, "norm is 'batch', expected one of layer, rms"),
+        ({"logit_scale": 0}, "logit_scale is 0, expected more than 0"),
+        ({"experts": -1}, "experts is -1, expected a positive integer"),
+        ({"experts": 1}, "experts_per_token is 2 and experts_every 2, expected at most experts 1 and n_layer 2"),
+        ({"experts": 4, "experts_every": 3}, "experts_every 3, expected at most experts 4 and n_layer 2"),
+        ({"z_loss": -1.0}, "z_loss is -1.0, expected at least 0"),
+        ({"experts": 4, "balance_loss": -1.0}, "balance_loss is -1.0, expected at least 0"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_bad_configs_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        peakgpt.GPTConfig(**{**SIZES, **changes})
+
+
+def test_presets():
+    with pytest.raises(ValueError, match="unknown preset: got 'gpt5', expected one of openai-gpt, gpt2, "):
+        preset("gpt5")
+    with pytest.raises(ValueError, match="preset gpt2: got layers, expected fields of GPTConfig: n_layer, "):
+        peakgpt.GPT.from_preset("gpt2", layers=3)
+    for name in PRESETS:
+        assert preset(name, block_size=8).block_size == 8
+    assert preset("gpt2", n_embd=1536).head_dim == 128
+
+
+def test_flops_are_palms():
+    """GPT-2 at T = 1024: N = 124439808 - 1024 * 768 by hand, 12 * 12 * 12 * 64 * 1024 of attention."""
+    config, tokens = preset("gpt2"), 1024
+    n = 124439808 - 1024 * 768
+    assert flops.training_flops(config, tokens) == 6 * n + 12 * 12 * 12 * 64 * tokens
+    assert flops.forward_flops(config, tokens) == 2 * n + 4 * 12 * 12 * 64 * tokens
+    assert flops.forward_flops(config, tokens, causal=True) == 2 * n + 4 * 12 * 12 * 64 * 1025 / 2
+    banded = preset("gpt2", windows=(None, 256))
+    assert flops.forward_flops(banded, tokens) == 2 * n + 4 * 6 * 12 * 64 * (1024 + 256)
+    reach = sum(min(i + 1, 256) for i in range(tokens)) / tokens
+    assert flops.forward_flops(banded, tokens, causal=True) == 2 * n + 4 * 6 * 12 * 64 * (1025 / 2 + reach)
+    untied = preset("gpt2", tied_head=False)
+    assert flops.forward_flops(untied, tokens) == flops.forward_flops(config, tokens)
+    assert flops.mfu(1000.0, 2e9, 4e12) == 0.5

@@ -1,0 +1,85 @@
+"""What the CPU backend promises about bits: the same from run to run, for any thread count, in any batch.
+
+Each promise has a counter-test: a planted split of a product that follows threads or batch must be seen.
+"""
+
+import pytest
+import torch
+
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.kernels.cpu import linear
+from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
+
+SIZES = {"vocab_size": 300, "block_size": 80, "n_layer": 2, "n_embd": 48, "n_head": 3}
+CONFIG = GPTConfig(**SIZES)
+MIXED = GPTConfig(**SIZES, norm="rms", gated_mlp=True, experts=3, n_kv_head=1, position="relative_bias", bias=False)
+configs = pytest.mark.parametrize("config", (CONFIG, MIXED), ids=("gpt2", "mixed"))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def split_in(parts_of):
+    """A product whose sum over k is cut into as many parts as parts_of(a) says."""
+
+    def product(a, b, out, *, epilogue=STORE, bias=None, **rest):
+        parts = zip(a.chunk(parts_of(a), 1), b.chunk(parts_of(a), 0), strict=True)
+        gemm(*next(parts), out, epilogue=epilogue, bias=bias, **rest)
+        for left, right in parts:
+            gemm(left, right, out, epilogue=ADD)
+        return out
+
+    return product
+
+
+def trained(dtype, config=CONFIG):
+    """The masters' bits, the loss and the gradient norm after three steps."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    trainer = Trainer(model, Recipe(batch=3, tokens=70, dtype=dtype, lr=1e-2), steps=10)
+    ids = torch.randint(CONFIG.vocab_size, (3, 71))
+    losses = [trainer.step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for _ in range(3)]
+    return [*trainer.optimizer.master_weights(model).values(), *losses, trainer.optimizer.grad_norm]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@configs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_from_run_to_run(dtype, config):
+    assert same(trained(dtype, config), trained(dtype, config))
+
+
+@configs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_for_any_thread_count(dtype, config, threads, monkeypatch):
+    def by_threads():
+        results = []
+        for count in (1, 2, 4):
+            threads(count)
+            results.append(trained(dtype, config))
+        return results
+
+    first, *others = by_threads()
+    assert all(same(first, other) for other in others)
+    monkeypatch.setattr(linear, "gemm", split_in(lambda a: torch.get_num_threads()))
+    first, *others = by_threads()
+    assert not any(same(first, other) for other in others), "the check is blind"
+
+
+@configs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_in_any_batch(dtype, config, monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(config).to(dtype).eval()
+    ids = torch.randint(CONFIG.vocab_size, (5, 70))
+
+    @torch.no_grad()
+    def in_batches():
+        return [model(ids), torch.cat([model(ids[:1]), model(ids[1:3]), model(ids[3:])])]
+
+    assert same(*([r] for r in in_batches()))
+    monkeypatch.setattr(linear, "gemm", split_in(lambda a: 1 + a.shape[0] // 100))
+    assert not same(*([r] for r in in_batches())), "the check is blind"

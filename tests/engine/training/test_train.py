@@ -1,0 +1,121 @@
+"""The training step: schedule, recipe, and losses beside eager over the same batches."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+
+from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
+from peakgpt.bench.pair import SharedBatches
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.training.trainer import Recipe, Trainer, schedule
+from peakgpt.kernels.core.autograd import accumulate_into
+from peakgpt.kernels.core.dispatch import use_backend
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 67}
+
+
+def batches():
+    generator = torch.Generator().manual_seed(5)
+    for _ in itertools.count():
+        start = torch.randint(67, (4, 1), generator=generator)
+        ids = (start + 3 * torch.arange(17)) % 67  # a rule to learn
+        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
+def test_twenty_steps_give_eagers_losses(dtype, tolerance):
+    torch.manual_seed(1)
+    model = GPT.from_preset("gpt2", **TINY)
+    eager = EagerGPT(model.config)
+    eager.load_state_dict(model.state_dict())
+    recipe = Recipe(batch=4, tokens=16, lr=3e-3, dtype=dtype)
+    trainers = {"peakgpt": Trainer(model, recipe, steps=20), "eager": EagerTrainer(eager, recipe, steps=20)}
+    shared = SharedBatches(batches(), torch.device("cpu"), trainers)
+    for _ in range(20):
+        ours, theirs = (float(t.step(*shared.take(name))) for name, t in trainers.items())
+        assert abs(ours - theirs) < tolerance
+    assert ours < 4.2, "it learns"
+
+
+def test_bf16_training_keeps_a_float32_master():
+    model = GPT.from_preset("gpt2", **TINY)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = Trainer(model, Recipe(batch=4, tokens=16, dtype=torch.bfloat16), steps=5)
+    masters = trainer.optimizer.master_weights(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and torch.equal(masters[name], before[name])
+
+
+def test_shared_batches_are_the_same_for_all_and_not_kept_longer_than_needed():
+    shared = SharedBatches(batches(), torch.device("cpu"), ("a", "b"))
+    first = [shared.take("a") for _ in range(3)]
+    assert all(torch.equal(x[0], shared.take("b")[0]) for x in first) and not shared.kept
+    shared.take("a")
+    shared.forget("b")
+    shared.take("a")
+    assert len(shared.kept) == 0
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    recipe = Recipe(lr=1.0, warmup=0.1)
+    rates = [schedule(recipe, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[100] == 0.0
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"batch": 0}, "batch is 0, expected"),
+        ({"micro_batch": 9}, "micro_batch is 9, expected 1 to batch 8"),
+        ({"warmup": 1.0}, "warmup is 1.0"),
+        ({"dtype": torch.half}, "dtype is"),
+    ],
+)
+def test_recipe_says_what_is_wrong(fields, text):
+    with pytest.raises(ValueError, match=text):
+        Recipe(**fields)
+
+
+@pytest.mark.parametrize("config", [{}, {"tied_head": False, "head_bias": True}], ids=str)
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_give_the_step_of_the_whole_batch(micro_batch, config):
+    """With targets that do not count, most of them in one sequence: a mean of means would be another loss."""
+    found = []
+    for size in (None, micro_batch):
+        torch.manual_seed(0)
+        model = GPT.from_preset("gpt2", **TINY, **config)
+        trainer = Trainer(model, Recipe(batch=4, tokens=16, micro_batch=size, lr=1e-2), steps=5)
+        losses = []
+        for ids, targets in itertools.islice(batches(), 3):
+            targets[0, 2:] = -100
+            losses.append(trainer.step(ids, targets))
+        found.append([*losses, trainer.grad_norm])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_added_where_they_are_kept(dtype, backend):
+    """As autograd would add them, to what is there; the tied embedding's come from the loss and from the bottom."""
+
+    def gradients(sinks):
+        torch.manual_seed(0)
+        model = GPT.from_preset("gpt2", **TINY)
+        optimizer = model.configure_optimizer(dtype=dtype)
+        optimizer.zero_grad()
+        with use_backend(backend) if backend else contextlib.nullcontext():
+            for ids, targets in itertools.islice(batches(), 2):
+                with accumulate_into(optimizer.gradients() if sinks else {}):
+                    model(ids, targets).backward()
+        optimizer.step()
+        return optimizer, {name: p.grad for name, p in model.named_parameters()}
+
+    (ours, found), (_, expected) = gradients(True), gradients(False)
+    for name, grad in expected.items():
+        tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * float(grad.abs().max())
+        torch.testing.assert_close(found[name], grad, rtol=0.0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    assert all(state["step"] == 1 for state in ours.state.values())

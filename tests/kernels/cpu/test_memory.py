@@ -1,0 +1,47 @@
+"""Memory: steady state faults no page, and building a trainer holds no second copy of the model."""
+
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource, torch
+from peakgpt.kernels.cpu.memory import keep_pages
+assert keep_pages() is None
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    return (torch.ones(1 << 24) * 2).sum()  # two blocks of 64 MB
+for _ in range(3):
+    step()
+before = faults()
+for _ in range(5):
+    step()
+print(faults() - before)
+"""
+
+
+def test_no_fresh_pages_in_steady_state():
+    """Without keep_pages this faults some 32,000 pages a step."""
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
+
+
+BUILD = """
+import re, sys, torch, peakgpt
+from pathlib import Path
+from peakgpt.engine.training.trainer import Recipe, Trainer
+status = lambda key: int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+config = peakgpt.GPTConfig(n_layer=1, n_head=2, n_embd=256, block_size=8, vocab_size=100_000)
+base = status("VmRSS")
+trainer = Trainer(peakgpt.GPT(config), Recipe(dtype=getattr(torch, sys.argv[1])), steps=1)
+print((status("VmHWM") - base) / sum(p.numel() for p in trainer.model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("dtype", "state"), [("float32", 4 * 4), ("bfloat16", 3 * 2 + 2 * 4)])
+def test_building_a_trainer_holds_the_state_once(dtype, state):
+    """Parameter, gradient, moments and, for bfloat16, remainder. Fails when masters are split a parameter at a time."""
+    done = subprocess.run([sys.executable, "-c", BUILD, dtype], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < state + 1.5, "bytes a parameter"

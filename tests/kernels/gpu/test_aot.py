@@ -1,0 +1,88 @@
+"""The static check: every kernel passes it for every chip, and what it must reject it rejects.
+
+Each compile runs in a fresh process: this one may have TRITON_INTERPRET set, under which nothing can be compiled.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from peakgpt.kernels import gpu
+from peakgpt.kernels.gpu import static_check
+from peakgpt.kernels.gpu.static_check import DEFAULT_TARGETS, TARGETS, Row
+
+GOOD = Row(op="op", kernel="kernel", case="case", target="sm_80", warps=4, stages=1)
+
+
+def python(*arguments, **environment):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=os.environ | environment)
+
+
+@pytest.mark.parametrize(
+    ("rows", "targets"), [(("--hot",), DEFAULT_TARGETS), pytest.param((), TARGETS, marks=pytest.mark.slow)]
+)
+def test_every_kernel_passes_on_every_target(rows, targets):
+    """Started with TRITON_INTERPRET, which the workers must shake off."""
+    chosen = [word for target in targets for word in ("--target", target)]
+    done = python("-m", "peakgpt.kernels.gpu.static_check", "--json", *rows, *chosen, TRITON_INTERPRET="1")
+    rows = json.loads(done.stdout or "[]")
+    faults = [f"{r['kernel']} {r['case']} {r['target']}: {r['failure']}" for r in rows if r["failure"]]
+    assert not faults and done.returncode == 0, "\n".join([*faults, done.stderr[-2000:]])
+    assert all(r["registers"] > 0 for r in rows)
+    for target in targets:
+        assert launched_kernels() == {r["kernel"] for r in rows if r["target"] == target}
+
+
+def launched_kernels():
+    """Names that the source launches as `kernel[grid](...)`."""
+    sources = "".join(path.read_text() for path in Path(gpu.__path__[0]).rglob("*.py"))
+    defined = set(re.findall(r"@triton\.jit(?:\(.*\))?\s+def (\w+)", sources))
+    return {name for name in defined if re.search(rf"\b{name}\[", sources)}
+
+
+def test_planted_kernels_fail():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[2] / "helpers" / "planted_kernels.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    failures = json.loads(done.stdout)
+    assert failures["good"] is None and failures["good without dot"] is None
+    assert "spills: " in failures["too large"] and "shared memory: 262144 bytes" in failures["too large"]
+    assert failures["spills without dot"].startswith("spills: ")
+    assert failures["no dot"].startswith("no matrix instruction")
+    assert failures["no store"].startswith("stores nothing") and "stores nothing" in failures["no store, dot expected"]
+    assert failures["early"] is None and failures["early and hasty"].startswith("touches memory before it waits")
+    assert failures["broken"] == "does not compile: planted"
+
+
+@pytest.mark.parametrize("failure", (None, "spills: 3 instructions"))
+@pytest.mark.parametrize("as_json", (False, True))
+def test_report_and_exit_code(failure, as_json, monkeypatch, capsys):
+    monkeypatch.setattr(static_check, "check", lambda *_, **__: iter([GOOD, replace(GOOD, failure=failure)]))
+    asked = argparse.Namespace(target=None, op=None, json=as_json, hot=False)
+    assert static_check.run(asked) == int(failure is not None)
+    out = capsys.readouterr().out
+    if as_json:
+        assert [row["failure"] for row in json.loads(out)] == [None, failure]
+    else:
+        assert [line.split("  ")[-1] for line in out.splitlines()[1:]] == ["ok", f"FAIL {failure}" if failure else "ok"]
+
+
+def test_every_file_that_is_offered_has_kernels():
+    """Regression: of those without, no row was a check that passed."""
+    assert not [op for op in static_check.ops() if not static_check._cases(op, "sm_90")]
+
+
+@pytest.mark.parametrize("arguments", (("--target", "sm_1"), ("--op", "linear"), ("--nonsense",)))
+def test_bad_arguments(arguments):
+    done = python("-m", "peakgpt", "aot", *arguments)
+    assert done.returncode == 2 and arguments[-1] in done.stderr and "Traceback" not in done.stderr

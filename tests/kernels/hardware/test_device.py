@@ -1,0 +1,316 @@
+"""What the machine is and its peaks: the table, the choice of the denominator, and that a measured peak is physical."""
+
+import functools
+import itertools
+import types
+
+import pytest
+import torch
+
+from peakgpt.kernels.hardware import device
+from peakgpt.kernels.hardware.device import PEAKS, Peaks
+
+DENSE_BF16_TFLOPS = {
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA A10": 125,
+    "NVIDIA L4": 121,
+    "NVIDIA L40S": 362.05,
+    "NVIDIA GeForce RTX 3090": 71,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 5090": 209.5,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H200": 989.4,
+    "NVIDIA B200": 2250,
+    "AMD Instinct MI300X": 1307.4,
+}
+# Weaker or other siblings, whose name starts alike: measured.
+UNKNOWN = ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 Laptop GPU",
+           "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 5090 D", "NVIDIA H100 NVL", "NVIDIA H200 NVL",
+           "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GB200", "NVIDIA GH200 480GB", "Tesla T4")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DENSE_BF16_TFLOPS)
+def test_every_row_is_found_by_its_name(name):
+    assert device.datasheet(name).flops["bfloat16"] == DENSE_BF16_TFLOPS[name] * 1e12
+
+
+def test_every_row_has_a_name_here():
+    assert {id(device.datasheet(name)) for name in DENSE_BF16_TFLOPS} == {id(row) for row in PEAKS.values()}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_sibling_is_not_taken_for_it(name):
+    assert device.datasheet(name) is None
+
+
+def test_h100_boards_differ():
+    sxm, pcie = device.datasheet("NVIDIA H100 80GB HBM3"), device.datasheet("NVIDIA H100 PCIe")
+    assert sxm.flops["float8"] > pcie.flops["float8"] and sxm.bandwidth_bytes_s > pcie.bandwidth_bytes_s
+
+
+@pytest.mark.parametrize("row", PEAKS.values(), ids=PEAKS.keys())
+def test_row_is_sane(row):
+    """Narrower is never slower, and tensor cores double their rate as the width halves: a sparse figure would show."""
+    flops = row.flops
+    chain = [flops[k] for k in ("float32", "tf32", "bfloat16", "float8") if k in flops]
+    assert all(wide <= narrow for wide, narrow in itertools.pairwise(chain))
+    assert flops["float16"] == flops["bfloat16"] <= flops["int8"]
+    assert flops["bfloat16"] / flops["tf32"] == pytest.approx(2, rel=0.05)
+    if "float8" in flops:
+        assert flops["float8"] / flops["bfloat16"] == pytest.approx(2, rel=0.05)
+    assert 1e11 < row.bandwidth_bytes_s < 1e13 and row.source
+
+
+def test_describe_cpu():
+    cpu = device.describe()
+    assert cpu == device.describe("cpu") and cpu.kind == "cpu"
+    assert cpu.name and cpu.arch and cpu.cores >= 1 and cpu.memory_bytes > 1 << 28
+    assert cpu.versions["torch"] == torch.__version__
+
+
+def test_describe_bad_input():
+    with pytest.raises(ValueError, match="cpu or cuda device, got 'meta'"):
+        device.describe("meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="got 'cuda', and torch sees no CUDA device"):
+            device.describe("cuda")
+
+
+@pytest.fixture
+def two_rates(monkeypatch):
+    """Peaks as if measured, so that the choices are tested without measuring."""
+
+    def set_flops(flops, kind="cpu", name="AMD EPYC"):
+        measured = Peaks(flops, 30e9, "measured: here", 40e9)
+        monkeypatch.setattr(device, "_resolve", lambda d: torch.device(kind))
+        monkeypatch.setattr(device, "measure", lambda d: measured)
+        monkeypatch.setattr(device, "describe", lambda d: device.Device(kind, name, "", 1, 1, "", {}))
+
+    return set_flops
+
+
+def test_peak_for_cpu_is_measured(two_rates):
+    two_rates({"float32": 2e11, "bfloat16": 4e11})
+    peak = device.peak_for("cpu", torch.bfloat16)
+    assert (peak.flops_s, peak.measured_flops_s, peak.source) == (4e11, 4e11, "measured: here")
+    assert peak.bandwidth_bytes_s == 30e9
+    assert device.peak_for("cpu", "float32").flops_s == 2e11
+
+
+def test_peak_for_cpu_without_bfloat16_says_float32(two_rates):
+    two_rates({"float32": 2e11})
+    peak = device.peak_for("cpu", torch.bfloat16)
+    assert peak.flops_s == 2e11 and "that of float32" in peak.source
+
+
+def test_peak_for_known_gpu_is_the_datasheet_beside_the_measured(two_rates):
+    two_rates({"float32": 5e13, "bfloat16": 7e14}, "cuda", "NVIDIA H100 80GB HBM3")
+    peak = device.peak_for("cuda", torch.bfloat16)
+    assert (peak.flops_s, peak.measured_flops_s) == (989.4e12, 7e14)
+    assert (peak.bandwidth_bytes_s, peak.measured_bandwidth_bytes_s) == (3352e9, 30e9)
+    assert "H100" in peak.source and "without sparsity" in peak.source
+    eight_bits = device.peak_for("cuda", torch.float8_e4m3fn)
+    assert eight_bits.flops_s == 1978.9e12 and eight_bits.measured_flops_s is None
+
+
+def test_peak_for_unknown_gpu_is_measured_never_guessed(two_rates):
+    two_rates({"float32": 5e13, "bfloat16": 6e13}, "cuda", "NVIDIA H100 NVL")
+    peak = device.peak_for("cuda", torch.bfloat16)
+    assert (peak.flops_s, peak.source) == (6e13, "measured: here")
+    with pytest.raises(ValueError, match=r"\(float32, bfloat16\), got float8"):
+        device.peak_for("cuda", torch.float8_e5m2)
+
+
+def test_best_rates_takes_the_best_window_of_each_in_turn(monkeypatch):
+    order = []
+
+    def seconds(fn):
+        return fn()
+
+    def work(name, windows):
+        windows = iter(windows)
+
+        def run():
+            order.append(name)
+            return next(windows)
+
+        return run
+
+    monkeypatch.setattr(device, "stopwatch", lambda d: seconds)
+    monkeypatch.setattr(device, "WINDOWS", 3)
+    works = {
+        ("float32", "mm"): (work("a", [4.0, 2.0, 8.0]), 6.0),
+        ("copy", "memory"): (work("b", [1.0, 2.0, 3.0]), 5.0),
+    }
+    assert device._best_rates(torch.device("cpu"), works) == {("float32", "mm"): 3.0, ("copy", "memory"): 5.0}
+    assert "".join(order) == "ababab"
+
+
+def test_peaks_takes_the_better_method():
+    rates = {("float32", "mm"): 3.0, ("float32", "loop"): 4.0, ("bfloat16", "mm"): 9.0, ("bfloat16", "loop"): 8.0,
+             ("copy", "memory"): 5.0}  # fmt: skip
+    peaks = device._peaks(rates, "s")
+    assert peaks == Peaks({"float32": 4.0, "bfloat16": 9.0}, 5.0, "s", 5.0)
+    assert device._peaks({**rates, ("read", "memory"): 2.0}, "s").bandwidth_bytes_s == 2.0
+
+
+@functools.cache
+def measured():
+    return device.measure("cpu")
+
+
+def test_measured_cpu_peak_is_physical():
+    """1 GFLOP/s is a core of the nineties; 100 TFLOP/s and 10 TB/s no CPU has: a loop that the compiler removed."""
+    peaks = measured()
+    assert all(1e9 < rate < 1e14 for rate in peaks.flops.values()) and "float32" in peaks.flops
+    assert 1e8 < peaks.bandwidth_bytes_s < 1e13 and 1e8 < peaks.copy_bytes_s < 1e13
+    assert "measured" in peaks.source and device.measure("cpu") is peaks
+
+
+def test_measured_without_the_extension(monkeypatch):
+    monkeypatch.setattr(device, "peak_loop", None)
+    state = torch.get_rng_state()
+    peaks = device._measure.__wrapped__(torch.device("cpu"), torch.get_num_threads())
+    assert torch.equal(torch.get_rng_state(), state)  # or a run would depend on whether it asked for its MFU
+    assert "no C++ extension" in peaks.source and 1e9 < peaks.flops["float32"] < 1e14
+
+
+needs_extension = pytest.mark.skipif(device.peak_loop is None, reason="no C++ extension")
+
+
+@needs_extension
+@pytest.mark.parametrize("loop", device.LOOPS.values(), ids=device.LOOPS.keys())
+def test_loop_counts_every_thread_and_iteration(loop):
+    once = device.peak_loop(loop, 1, 1)
+    # A multiply-add is 2 operations on 12 chains of 1 to 16 lanes of 1, 2 or 4 products.
+    assert once in {2 * 12 * lanes * 2**loop for lanes in (1, 4, 8, 16)} or (once == 0 and loop == device.LOOPS["int8"])
+    assert device.peak_loop(loop, 1000, 3) == 3000 * once
+
+
+@needs_extension
+@pytest.mark.parametrize("units", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("past_caches", [False, True])
+@pytest.mark.parametrize(
+    ("reads", "writes", "updates"), [(1, 0, 0), (0, 1, 0), (1, 1, 0), (3, 2, 0), (3, 2, 1), (2, 2, 2)]
+)
+def test_streams_are_read_and_written_once_and_whole(reads, writes, updates, units, threads, past_caches):
+    """Each thread's share of each stream: nothing left out, nothing past the end; 1 plus the sum of what is read."""
+    n, gap = units * 64, 64
+    rows = torch.arange(float((reads + writes - updates) * (n + gap))).view(-1, n + gap)
+    place, expected = aligned(rows), rows.clone()
+    expected[reads - updates :, :n] = 1 + rows[:reads, :n].sum(0)
+    device.peak_stream(place.data_ptr(), 4 * (n + gap), 4 * n, reads, writes, updates, past_caches, threads)
+    assert torch.equal(place, expected)
+
+
+def aligned(rows):
+    """A copy at an address that non-temporal stores take."""
+    buffer = torch.empty(rows.numel() + 16)
+    return buffer[-buffer.data_ptr() % 64 // 4 :][: rows.numel()].view(rows.shape).copy_(rows)
+
+
+@pytest.mark.parametrize(
+    ("read", "written", "updated", "mix"),
+    [(10, 0, 0, (1, 0, 0)), (0, 3, 0, (0, 1, 0)), (8, 8, 0, (1, 1, 0)), (64, 32, 0, (2, 1, 0)),
+     (3e6, 3.01e6, 0, (1, 1, 0)), (5e6, 1e8, 0, (0, 1, 0)), (16, 12, 12, (4, 3, 3)), (8, 8, 4, (2, 2, 1))],
+)  # fmt: skip
+def test_mix(read, written, updated, mix):
+    assert device._mix(read, written, updated) == mix
+
+
+@pytest.mark.parametrize("updated", [0, 32])
+def test_stream_peak_is_the_best_of_its_own_mix(monkeypatch, updated):
+    """Bytes count both ways, of the streams that run; the faster kind of store counts; measured once a size class."""
+    ran = []
+
+    def stream(base, stride, stream_bytes, reads, writes, updates, past_caches, threads):
+        ran.append((stream_bytes, (reads, writes, updates), past_caches))
+
+    def seconds(fn, calls=1):
+        fn()
+        return 0.005 if ran[-1][-1] else 0.01
+
+    monkeypatch.setattr(device, "peak_loop", stream)
+    monkeypatch.setattr(device, "peak_stream", stream, raising=False)
+    monkeypatch.setattr(device, "stopwatch", lambda d: seconds)
+    monkeypatch.setattr(device, "_last_level_cache_bytes", lambda: 8 << 20)
+    monkeypatch.setattr(device, "_stream_rate", functools.cache(device._stream_rate.__wrapped__))
+    in_place = bool(updated)
+    rate, what = device.stream_peak("cpu", 64, 32, 3 << 20, updated_bytes=updated)
+    size = (3 << 20) // (2 if in_place else 3)
+    assert {r[:2] for r in ran} == {(size, (2, 1, int(in_place)))} and {r[2] for r in ran} == {False, not in_place}
+    # The slower kind fits once into a window of 10 ms, the faster twice, which takes 5 ms here.
+    assert rate == (3 * size / 0.01 if in_place else 2 * 3 * size / 0.005)
+    assert what == f"2 streams read and 1 written{', 1 in place' if in_place else ''}, 3 MiB"
+    count = len(ran)
+    again = device.stream_peak(None, 640, 320, (3 << 20) - 5, updated_bytes=10 * updated)
+    assert again == (rate, what) and len(ran) == count
+    assert device.stream_peak("cpu", 64, 32, 1 << 40)[1].endswith(" 64 MiB")
+
+
+def test_stream_peak_bad_input():
+    for read, written in ((0, 0), (-1, 5)):
+        with pytest.raises(ValueError, match=f"expected bytes to read or write, got {read} and {written}"):
+            device.stream_peak("cpu", read, written, 1)
+    with pytest.raises(ValueError, match="expected updates among 1 read and 2 written, got 2"):
+        device.stream_peak("cpu", 1, 2, 1, updated_bytes=2)
+
+
+def test_stream_peak_of_a_gpu_is_its_bandwidth(two_rates):
+    two_rates({"float32": 5e13, "bfloat16": 7e14}, "cuda", "NVIDIA H100 80GB HBM3")
+    rate, what = device.stream_peak("cuda", 2, 1, 1 << 20)
+    assert rate == 3352e9 and "H100" in what
+
+
+@needs_extension
+def test_streams_live_where_an_op_touches(monkeypatch):
+    """As large as what is touched, by sixteenths of the last cache and up to eight of it; rates are told as they are.
+
+    Not that a cache is faster: on a shared machine it is not, for seconds.
+    """
+    cache, seen = device._last_level_cache_bytes(), []
+    assert all(1e8 < device.stream_peak("cpu", 1, 1, size)[0] < 1e13 for size in (2 << 20, 1 << 40))
+    monkeypatch.setattr(device, "_stream_rate", lambda mix, size, threads: seen.append(size) or 1.5)
+    step = max(cache, 8 << 20) // 16
+    assert [device.stream_peak("cpu", 1, 1, size)[0] for size in (1, 3 * step, 3 * step + 1, 1 << 40)] == [1.5] * 4
+    assert seen == [step, 3 * step, 4 * step, 128 * step]
+
+
+def test_float32_precision_is_given_back():
+    before, seen = torch.backends.cuda.matmul.fp32_precision, []
+
+    def look():
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        device._with_precision("tf32", look)
+    assert seen == ["tf32"] and torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_nvidia_smi_is_asked_by_uuid_and_may_not_answer(monkeypatch):
+    """Its indices are not torch's under CUDA_VISIBLE_DEVICES."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return types.SimpleNamespace(stdout="1980 MHz, 700.00 W\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(uuid="12ab"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(device.subprocess, "run", run)
+    gpu = torch.device("cuda", 1)
+    assert device._nvidia_smi(gpu, "clocks.sm", "power.limit") == {"clocks.sm": "1980 MHz", "power.limit": "700.00 W"}
+    assert asked[0][:3] == ["nvidia-smi", "-i", "GPU-12ab"]
+
+    def missing(command, **_):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(device.subprocess, "run", missing)
+    assert device._nvidia_smi(gpu, "clocks.sm") == {}
+    assert device.gpu_clocks("cpu") == {}

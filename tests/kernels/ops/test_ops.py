@@ -1,0 +1,409 @@
+"""Every op on every backend against float64, by one rule: our error <= 2 x torch's own in the same dtype, plus a floor.
+
+Mutations that these cases were seen to catch: a dropped causal mask, a gradient scaled by 1.01, a mean left out of
+LayerNorm's dx, a tail one past a power of two left out, dw summed over one block only.
+"""
+
+import math
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from peakgpt import _C
+from peakgpt.bench.check import CASES, LARGE_CASES, double, judge, leaf, run, run_mutating, sample, whole
+from peakgpt.kernels.core.autograd import accumulate_into
+from peakgpt.kernels.core.dispatch import OPS, load, use_backend
+from peakgpt.kernels.ops import catalogue
+from peakgpt.kernels.ops.adamw import join, split
+
+BACKENDS = ("eager", "cpu", "gpu")
+IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, v in params.items())}"
+       for name, sizes, params in CASES]  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16)
+# Backends still to be written.
+PENDING = {("cpu", "attention_decode"), ("cpu", "cache_store"), ("gpu", "linear_q8"), ("gpu", "linear_q4")}
+ROTARY = "attention_qkv with pairs"
+DIFFERENTIABLE = [*(name for name in sorted(catalogue.__all__) if OPS[name].gradient), ROTARY]
+
+
+def first_case(form):
+    """An op, and sizes and parameters of its first case; after "with" comes a size that it is to have."""
+    name, _, size = form.partition(" with ")
+    found = (case[1:] for case in CASES if case[0] == name and size in ("", *case[1]))
+    return OPS[name], *next(found, ({"count": 37}, OPS[name].typical))
+
+
+def assert_close(ours, torchs, truth, dtype):
+    for i, verdict in enumerate(judge(ours, torchs, truth, dtype)):
+        assert verdict.passed, f"result {i}: {verdict}"
+
+
+def backends_of(names, backends):
+    """(backend, op) pairs, without those that are to be written."""
+    return [pytest.param(b, n, id=f"{n}-{b}") for n in names for b in backends if (b, n) not in PENDING]
+
+
+def objects(backend, op, tensors, params):
+    """Skip with the backend's own words where it does not take this call (test_takes_its_plain_call bounds that)."""
+    with use_backend(backend):
+        reason = op.explain(*tensors, **params)[backend]
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+
+
+def test_every_op_has_cases():
+    ops = set(catalogue.__all__)
+    assert {name for name, *_ in LARGE_CASES} == ops
+    assert {name for name, *_ in CASES} == ops - {"adamw", "sum_of_squares"}  # these have tests of their own below
+
+
+@pytest.mark.parametrize("name", sorted(catalogue.__all__))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_takes_its_plain_call(backend, name, dtype):
+    op = OPS[name]
+    with use_backend(backend), torch.device("meta"):
+        module = None if backend == "eager" else load(backend, name)
+        assert isinstance(module, str) == ((backend, name) in PENDING), module
+        if isinstance(module, str):
+            return
+        tensors = op.sample(dtype=dtype)
+        assert (
+            module is None
+            or module.objection(*op._bind(tensors, op.typical)[0], **op._bind(tensors, op.typical)[1]) is None
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize(("name", "sizes", "params"), CASES, ids=IDS)
+def test_values_and_gradients(name, sizes, params, backend, dtype):
+    op, tensors = OPS[name], sample(name, sizes, dtype)
+    objects(backend, op, tensors, params)
+    go = run_mutating if op.mutates else run
+    truth = go("eager", op, double(tensors), params)
+    torchs, ours = go("eager", op, tensors, params), go(backend, op, tensors, params)
+    assert_close(ours, torchs, truth, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(ours, go(backend, op, tensors, params), strict=True)), "not repeatable"
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize(
+    ("name", "more"), [*((name, {}) for name in DIFFERENTIABLE), ("linear_cross_entropy", {"reduction": "none"})]
+)
+def test_gradients_are_added_to_sinks(name, more, backend):
+    """Fails when a backend overwrites its sink, or adds in forward and again in backward."""
+    op, sizes, params = first_case(name)
+    tensors, params = sample(op.name, sizes, torch.float32), params | more
+    objects(backend, op, tensors, params)
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+
+    def results():
+        found = op(*tensors, **params)
+        found = found if isinstance(found, tuple) else (found,)
+        return found, [torch.full_like(r, 0.5) if r.dim() else torch.ones_like(r) for r in found]
+
+    with use_backend(backend):
+        out, ups = results()
+        expected = torch.autograd.grad(out, leaves, ups)
+        sinks = {leaf: torch.full_like(leaf, 0.25) for leaf in leaves}
+        with accumulate_into(sinks):
+            torch.autograd.backward(*results())
+    for (tensor, sink), grad in zip(sinks.items(), expected, strict=True):
+        assert tensor.grad is None and sink._version
+        torch.testing.assert_close(sink, grad + 0.25, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_that_came_too_early_is_not_scaled_in_silence():
+    x, w, target = sample("linear_cross_entropy", {"rows": 5, "width": 8, "vocab": 33}, torch.float32)
+    with use_backend("cpu"), accumulate_into({w: torch.zeros_like(w)}):
+        loss = OPS["linear_cross_entropy"](x, w, target)
+        with pytest.raises(RuntimeError, match=r"linear_cross_entropy: a gradient of .*0.5.* arrived, expected 1"):
+            (loss / 2).backward()
+        w.requires_grad_(False)
+        (OPS["linear_cross_entropy"](x, w, target) / 2).backward()
+
+
+@pytest.mark.parametrize(("backend", "name"), backends_of(DIFFERENTIABLE, ("cpu", "gpu")))
+def test_under_autocast(name, backend):
+    """bf16 activations, float32 weights: results and dtypes as torch's own op gives them under autocast."""
+    op, sizes, params = first_case(name)
+    tensors = sample(op.name, sizes, torch.float32)
+    truth = run("eager", op, double(tensors), params)
+    with torch.autocast("cpu", torch.bfloat16):
+        torchs, ours = run("eager", op, tensors, params), run(backend, op, tensors, params)
+    assert_close(ours, torchs, truth, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_second_backward_and_strides(name, backend):
+    """Backward twice gives the same; non-contiguous inputs give what contiguous ones give."""
+    op, sizes, params = first_case(name)
+    tensors = sample(op.name, sizes, torch.float32)
+    spread = [t if t is None or not t.requires_grad else widened(t) for t in tensors]
+    objects(backend, op, spread, params)
+    first = run(backend, op, tensors, params)
+    for a, b in zip(first, run(backend, op, spread, params), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with use_backend(backend):
+        results = op(*tensors, **params)
+    loss = sum((r * r).sum() for r in (results if isinstance(results, tuple) else (results,)))
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    once = torch.autograd.grad(loss, wanted, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(once, torch.autograd.grad(loss, wanted), strict=True))
+
+
+def widened(tensor):
+    """The same values as a view with a larger row stride (and for vectors a stride of one still)."""
+    if tensor.dim() < 2:
+        return leaf(tensor)
+    wide = torch.empty(*tensor.shape[:-1], tensor.shape[-1] + 8, dtype=tensor.dtype)
+    wide[..., : tensor.shape[-1]] = tensor.detach()
+    return wide[..., : tensor.shape[-1]].requires_grad_()
+
+
+@pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if ("gpu", n) not in PENDING])
+def test_forward_of_one_backward_of_another(name):
+    """What is kept belongs to the contract: cpu's forward feeds gpu's backward and the reverse."""
+    op, sizes, params = first_case(name)
+    bound, params = op._bind(sample(op.name, sizes, torch.float32), params)
+    needs = tuple(t is not None and t.requires_grad for t in bound)
+    bound = [t if t is None else t.detach() for t in bound]
+    modules = {b: load(b, op.name) for b in ("cpu", "gpu")}
+    found = {}
+    for ahead in modules:
+        outputs, saved = op.alloc(*bound, needs=needs, **params)
+        for t in (*outputs, *saved):
+            t.fill_(math.nan)
+        modules[ahead].forward(outputs, saved, *bound, **params)
+        ups = [torch.ones_like(o) for o in outputs]
+        for back in modules:
+            found[ahead, back] = modules[back].backward(ups, bound, outputs, saved, needs, **params)
+    for pair, grads in found.items():
+        for need, a, b in zip(needs, grads, found["cpu", "cpu"], strict=True):
+            assert not need or torch.allclose(a, b, rtol=1e-4, atol=1e-5), pair
+
+
+@pytest.mark.parametrize("backend", ("", "cpu"))
+@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY])
+def test_opcheck(name, backend):
+    op, sizes, params = first_case(name)
+    tensors = sample(op.name, sizes, torch.float32, grad=op.gradient)
+    objects(backend or "eager", op, tensors, params)
+    tensors, params = op._bind(tensors, params)
+    ordered = tensors + tuple(params[name] for name in op.param_names)
+    needs = [t is not None and t.requires_grad for t in tensors]
+    opcheck(op._library_op, (*ordered, backend, needs))
+
+
+@pytest.mark.parametrize(("backend", "name"), backends_of(DIFFERENTIABLE, BACKENDS))
+def test_compiles_whole(name, backend):
+    op, sizes, params = first_case(name)
+    tensors = sample(op.name, sizes, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: op(*t, **params), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(backend, compiled, tensors, {}), run(backend, op, tensors, params), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ("eager", "cpu", "gpu"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", (None, 4.0, math.inf), ids=("plain", "clipped", "skipped"))
+def test_adamw(backend, dtype, norm):
+    """One step against torch.optim.AdamW in float64; nothing moves where the norm is not finite."""
+    op = OPS["adamw"]
+    torch.manual_seed(3)
+    param, grad, remainder, m, v, step, _ = op.sample(count=1025, dtype=dtype)
+    extra = {} if norm is None else {"norm": torch.tensor(norm), "max_norm": 1.0}
+    truth = torch.nn.Parameter(whole(op, [param, grad, remainder])[0].double())
+    reference = torch.optim.AdamW([truth], lr=1e-2, weight_decay=0.1)
+    reference.state[truth] = {"step": step.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
+    truth.grad = grad.double() * (1.0 if norm is None else 1.0 / (norm + 1e-6))
+    before = [t.clone() for t in (param, m, v, step)]
+    with use_backend(backend):
+        op(param, grad, remainder, m, v, step, lr=1e-2, weight_decay=0.1, **extra)
+    if norm == math.inf:
+        assert all(torch.equal(a, b) for a, b in zip((param, m, v, step), before, strict=True))
+        return
+    reference.step()
+    assert step.item() == 4.0
+    for ours, theirs in ((whole(op, [param, grad, remainder])[0], truth), (m, reference.state[truth]["exp_avg"]),
+                         (v, reference.state[truth]["exp_avg_sq"])):  # fmt: skip
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=2e-6, atol=2e-7)
+
+
+def edges():
+    """Every upper half of a float32 with the lower halves around a tie."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    return (upper[:, None] + lower).flatten().view(torch.float32)
+
+
+def same_bits(a, b):
+    """Equal to the bit, NaN for any NaN."""
+    kind = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.view(kind)[~a.isnan()], b.view(kind)[~b.isnan()])
+
+
+def test_a_master_is_split_to_nearest_and_joined_again():
+    master = edges()
+    param, remainder = split(master)
+    assert same_bits(join(param, remainder), master)
+    bits = master.view(torch.int32)
+    away = (bits & 0xFFFF == 0x8000) & ~master.isnan()
+    nearest = torch.where(away, ((bits >> 16) + 1).short(), master.bfloat16().view(torch.int16))
+    assert same_bits(param, nearest.view(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("backend", "isa"), [("eager", None), ("gpu", None), *(("cpu", isa) for isa in _C.isas)])
+def test_a_split_master_moves_as_a_float32_one(backend, isa):
+    """Bit for bit, from values of every kind; and a parameter that was set to zero is near zero, not NaN."""
+    torch.manual_seed(4)
+    op, wide = OPS["adamw"], edges()
+    param, remainder = split(wide)
+    states = [[torch.zeros_like(wide), torch.zeros_like(wide), torch.tensor(0.0)] for _ in range(2)]
+    _C.set_isa_cap(isa)
+    with use_backend(backend):
+        for lr in (0.0, 1e-3, 1e-3, 1e-3, 1e-3):
+            grad = torch.randn_like(wide).bfloat16()
+            op(wide, grad.float(), None, *states[0], lr=lr)
+            op(param, grad, remainder, *states[1], lr=lr)
+            assert same_bits(join(param, remainder), wide) and same_bits(param, split(wide)[0])
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+        for zero in (0.0, -0.0):
+            op(param.fill_(zero), grad, split(wide)[1], *states[1], lr=0.0)
+            assert not param.any()
+    _C.set_isa_cap(None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", (0, 1, 65, 4097, 200_001))
+def test_sum_of_squares(backend, dtype, count):
+    """Added to what is there; 1e-6 off float64 at any length, the same from run to run, and infinite where x is."""
+    op = OPS["sum_of_squares"]
+    torch.manual_seed(count)
+    x, total = op.sample(count=count, dtype=dtype)
+    again, expected = total.clone(), 3.0 + x.double().square().sum().item()
+    with use_backend(backend):
+        op(x, total)
+        op(x, again)
+        assert total.item() == pytest.approx(expected, rel=1e-6) and torch.equal(total, again)
+        if count:
+            x[-1] = math.inf
+            op(x, total)
+            assert total.item() == math.inf
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_all_targets_ignored(backend, reduction):
+    op, (x, w, target) = (
+        OPS["linear_cross_entropy"],
+        sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32),
+    )
+    target.fill_(-100)
+    params = {"reduction": reduction}
+    for a, b in zip(run(backend, op, [x, w, target], params), run("eager", op, [x, w, target], params), strict=True):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+def test_all_weights_are_zero(backend):
+    """The mean over no weight is NaN, as over no target; gradients are finite."""
+    op = OPS["linear_cross_entropy"]
+    x, w, target = sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32)
+    with use_backend(backend):
+        loss = op(x, w, target, torch.zeros(3), label_smoothing=0.1, z_loss=0.1)
+        assert loss.isnan() and all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+def test_weights_stay_wide_under_autocast(backend):
+    """A share of 1 / 1000 in bfloat16 would be 0.1 % off, the same way for every token."""
+    x, w, target = sample("linear_cross_entropy", {"rows": 33, "width": 8, "vocab": 65}, torch.float32)
+    weight = torch.full((33,), 1e-3)
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        weighted = OPS["linear_cross_entropy"](x, w, target, weight, reduction="sum")
+        plain = OPS["linear_cross_entropy"](x, w, target, reduction="sum")
+    assert weighted.item() == pytest.approx(plain.item() * 1e-3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5, expected 0 to 1"),
+        ({"z_loss": -1.0}, "z_loss is -1.0, expected at least 0"),
+        ({"prefer": "both"}, "prefer is 'both', expected one of auto, memory, time"),
+        ({"reduction": "max"}, "reduction is 'max', expected one of mean, sum, none"),
+        ({"weight": torch.ones(2)}, r"weight has shape \(2,\), expected \(3\)"),
+        ({"weight": torch.ones(3).half()}, "weight has dtype torch.float16, expected"),
+    ],
+)
+def test_bad_options_of_the_loss_are_told(params, text):
+    tensors = sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32)
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {text}"):
+        OPS["linear_cross_entropy"](*tensors, **params)
+
+
+@pytest.mark.parametrize(
+    ("tables", "text"),
+    [
+        ((torch.ones(5, 4), None), "got only cos, expected cos and sin, or neither"),
+        ((None, torch.ones(5, 4)), "got only sin, expected cos and sin, or neither"),
+        ((torch.ones(4, 4),) * 2, r"cos has shape \(4, 4\), expected \(5, any\)"),
+        ((torch.ones(5, 9),) * 2, "cos has 9 pairs, expected at most 8 of D = 16"),
+        ((torch.ones(5, 4).half(),) * 2, "cos has dtype torch.float16, expected qkv's dtype torch.float32"),
+    ],
+)
+def test_bad_tables_are_told(tables, text):
+    with pytest.raises(ValueError, match=f"attention_qkv: {text}"):
+        OPS["attention_qkv"](torch.ones(1, 5, 6, 16), *tables, n_head=2)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+def test_rotary_leaves_one_projection(backend):
+    """The turned one: fails when qkv is kept beside it, which nothing else in a model would keep."""
+    op, sizes, params = first_case(ROTARY)
+    qkv, *tables = sample(op.name, sizes, torch.float32)
+    kept = []
+    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+        op(qkv, *tables, **params)
+    assert [t.data_ptr() == qkv.data_ptr() for t in kept if t.shape == qkv.shape] == [False]
+
+
+def test_no_gradient_is_formed_under_no_grad():
+    op, tensors = (
+        OPS["linear_cross_entropy"],
+        sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32),
+    )
+    _, saved = op.alloc(*tensors, needs=(False, False, False), ignore_index=-100, reduction="mean")
+    assert saved == ()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY])
+def test_cost_knows_what_is_written(name, dtype):
+    """Forward the outputs, or what the op mutates; backward the gradients and what forward kept for them."""
+    op, sizes, params = first_case(name)
+    # For a scalar loss what is kept are the gradients themselves.
+    params = {**params, "reduction": "none"} if name == "linear_cross_entropy" else params
+    tensors = sample(op.name, sizes, dtype, grad=op.gradient)
+    cost = op.cost(*tensors, **params)
+    if op.mutates:
+        changed = [t for n, t in zip(op.tensor_names, tensors, strict=False) if n in op.mutates and t is not None]
+        assert (cost.written, cost.backward_written) == (held(changed), 0)
+        return
+    bound, bound_params = op._bind(tensors, params)
+    needs = [t is not None and t.requires_grad for t in bound]
+    outputs, saved = op.alloc(*bound, needs=needs, **bound_params)
+    assert cost.written == held(outputs)
+    gradients = run("eager", op, tensors, params)[len(outputs) :]
+    assert cost.backward_written == held({g.data_ptr(): g for g in gradients}.values()) + held(saved)
+    assert cost.bytes > cost.written and cost.backward_bytes >= cost.backward_written
+
+
+def held(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,187 @@
+"""A head cut by rows over ranks gives the loss and the gradients of the whole one, by the rule of test_ops.py.
+
+Mutations that these tests were seen to catch: smoothing shared over the shard alone, a rank's own lse for that of all,
+a target that looks ignored once counted from its shard or is not counted from there, dx not added up, ranks that cut
+their rows by their own shard, an lse in one float32, t not rescaled to the m of all.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from vocab_ranks import (
+    BACKENDS,
+    CASES,
+    DTYPES,
+    GATHERING,
+    OP,
+    SPAWNED,
+    WORLD,
+    results,
+    shards,
+    tensors,
+)  # fmt: skip
+
+from peakgpt.bench.check import double, judge, run
+from peakgpt.kernels.ops.vocab_parallel import Shard, vocab_shard
+
+pytest.importorskip("triton")
+ALONE = [
+    *((backend, name, dtype) for backend in BACKENDS for name in CASES for dtype in DTYPES),
+    *(("gpu", name, torch.float16) for name in ("mean of every term", "none of every term")),
+]
+
+
+def whole(name, dtype, device):
+    """torch's own results of the whole head in this dtype, and those of float64."""
+    given = list(tensors(name, dtype, device))
+    return run("eager", OP, given, CASES[name][2]), run("eager", OP, double(given), CASES[name][2])
+
+
+def assert_right(name, dtype, loss, dx, dw):
+    torchs, truth = whole(name, dtype, loss.device)
+    for what, verdict in zip(("loss", "dx", "dw"), judge([loss, dx, torch.cat(dw)], torchs, truth, dtype), strict=True):
+        assert verdict.passed, f"{what}: {verdict}"
+
+
+def parts(name):
+    """What vocab_shard gives each rank."""
+    sizes = CASES[name][0]
+    return [{"group": "all", "first": sum(sizes[:rank]), "vocab": sum(sizes)} for rank in range(len(sizes))]
+
+
+class Ranks:
+    """Ranks one after the other, three times over: what a rank sends is right once it has heard the one before it
+    right, and the sum of dx follows on the losses."""
+
+    def __init__(self, monkeypatch, count):
+        self.said, self.turn, self.sent, self.last = [{} for _ in range(count)], 0, 0, False
+        monkeypatch.setattr(dist.distributed_c10d, "_resolve_process_group", lambda name: self)
+        monkeypatch.setattr(Shard, "gather", lambda shard, mine: self.exchange(mine))
+        monkeypatch.setattr(Shard, "add_up", lambda shard, tensor: tensor.copy_(self.exchange(tensor).sum(0)))
+
+    def size(self):
+        return len(self.said)
+
+    def rank(self):
+        return self.turn
+
+    def exchange(self, mine):
+        said, self.sent = self.said[self.turn], self.sent + 1
+        assert not self.last or torch.equal(said[self.sent], mine)
+        said[self.sent] = mine.detach().clone()
+        return torch.stack([other.get(self.sent, mine) for other in self.said])
+
+    def run(self, backend, name, dtype):
+        """Each rank's results."""
+        sizes = CASES[name][0]
+        for self.last in (False, False, True):
+            found = []
+            for turn in range(len(sizes)):
+                self.turn, self.sent = turn, 0
+                shard = {"group": "all", "first": sum(sizes[:turn]), "vocab": sum(sizes)}
+                found.append(results(backend, name, dtype, turn, shard))
+        assert len({len(said) for said in self.said}) == 1, "ranks send different numbers of messages"
+        return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize(("backend", "name", "dtype"), ALONE)
+def test_shards_make_the_whole(backend, name, dtype, monkeypatch):
+    """Without processes."""
+    losses, dxs, dws = Ranks(monkeypatch, len(CASES[name][0])).run(backend, name, dtype)
+    assert all(torch.equal(losses[0], loss) for loss in losses) and all(torch.equal(dxs[0], dx) for dx in dxs)
+    assert_right(name, dtype, losses[0], dxs[0], dws)
+
+
+@pytest.fixture(scope="module")
+def spawned(tmp_path_factory):
+    """What each of three processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).parents[2] / "helpers" / "vocab_ranks.py"
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(script.parent), os.environ.get("PYTHONPATH")]))}
+    subprocess.run([sys.executable, script, folder], timeout=240, check=True, env={**os.environ, **paths})
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize(("backend", "name", "dtype"), SPAWNED)
+def test_ranks_make_the_whole(backend, name, dtype, spawned):
+    """Two and three processes; each has the whole loss and dx, to the same bits."""
+    found = [rank[backend, name, dtype] for rank in spawned if (backend, name, dtype) in rank]
+    losses, dxs, dws = zip(*found, strict=True)
+    assert len(found) == len(CASES[name][0])
+    assert all(torch.equal(losses[0], loss) for loss in losses) and all(torch.equal(dxs[0], dx) for dx in dxs)
+    assert_right(name, dtype, losses[0], dxs[0], dws)
+
+
+def test_ranks_fill_sinks(spawned):
+    name = "sum of every term"
+    given = tensors(name, torch.float32)
+    dw = torch.autograd.grad(OP(*given, **CASES[name][2]), given[1])[0]
+    torch.testing.assert_close(torch.cat([rank["sunk"] for rank in spawned]), dw + 1, rtol=1e-5, atol=1e-5)
+
+
+def test_every_rank_is_told_of_another_ones_weight(spawned):
+    for rank in spawned:
+        assert rank["widths"] == "vocab_shard: w has widths 8, 8, 9 by rank, expected one"
+        assert rank["rows"] == "vocab_shard: w has 0, 1, 2 rows by rank, expected at least 1"
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", GATHERING)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_one_rank_is_the_whole_head(reduction, backend, one_rank):
+    """Up to rounding; a head that is cut into one part is still a head."""
+    x, w, target = tensors("mean", torch.float32)
+    plain = run(backend, OP, [x, w, target], {"reduction": reduction})
+    for ours, theirs in zip(
+        run(backend, OP, [x, w, target], {"reduction": reduction, **vocab_shard(w)}), plain, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_compiles_whole(one_rank):
+    x, w, target = tensors("mean", torch.float32)
+    options = {"reduction": "none", **vocab_shard(w)}
+    compiled = torch.compile(lambda *t: OP(*t, **options), fullgraph=True, backend="aot_eager")
+    plain = run("cpu", OP, [x, w, target], options)
+    for ours, theirs in zip(run("cpu", compiled, [x, w, target], {}), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", GATHERING)
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_all_targets_ignored(reduction, backend, one_rank):
+    x, w, target = tensors("mean", torch.float32)
+    params = {"reduction": reduction, **vocab_shard(w)}
+    loss, dx, dw = run(backend, OP, [x, w, torch.full_like(target, -100)], params)
+    assert loss.isnan() if reduction == "mean" else not loss.any()
+    assert backend == "eager" or not (dx.any() or dw.any())  # eager's mean: NaN, as torch's
+
+
+def test_bad_calls_are_told(one_rank):
+    x, w, target = tensors("mean", torch.float32)
+    part = shards("mean", w)[1]
+    with pytest.raises(ValueError, match="first is 17 and vocab 82 for 65 rows of w in group '', expected what vocab_"):
+        OP(x, part, target, first=17, vocab=82)
+    with pytest.raises(ValueError, match="first is 18 and vocab 82 for 65 rows of w in group 'all', expected what"):
+        OP(x, part, target, group="all", first=18, vocab=82)
+    with pytest.raises(ValueError, match="target has values 0 to 82, expected 0 to 81"):
+        OP(x, w, target.clamp(0).index_fill(0, torch.tensor(5), 82), **vocab_shard(w))
+
+
+def test_a_target_that_no_rank_has_gives_nan(one_rank):
+    """On a GPU nobody looks at targets before."""
+    shard = Shard(dist.group.WORLD.group_name, 0, 5)
+    terms = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
+    loss, _ = shard.losses(torch.ones(4, 3), torch.tensor([4, 5, -1, -100]), **terms)
+    assert loss.isnan().tolist() == [False, True, True, False] and loss[3] == 0
