@@ -7,8 +7,8 @@
 
 Loss and dz are those of kernels/ops/linear_cross_entropy.py with this m and t and the V of all. Ranks tell each
 other four floats a token (three without smoothing) in one all_gather, whose sums have the same order on every rank
-and in every run, and add dx up in one all_reduce: in bfloat16 16 bytes a token beside 2 C. A scalar loss asks once a block of rows
-and makes the gradients of the block's logits in their place, 6 C V_r FLOPs a token; to ask once a call would form the
+and in every run, and add dx up in one all_reduce: in bfloat16 16 bytes a token beside 2 C. A scalar loss asks once a
+block of rows and makes the gradients of the block's logits in their place, 6 C V_r FLOPs a token; to ask once a call would form the
 logits twice, 8 C V_r. A block of 512 MiB in bfloat16 costs 6 C 2^28 FLOPs, 2 ms of a GPU at C 768 and 600 TFLOP/s, and
 its second forming 0.7 ms, against one message of a few MB.
 
