@@ -16,7 +16,7 @@ from torch import Tensor
 from peakgpt.bench.check import backends
 from peakgpt.bench.findings import Findings, NotTaken
 from peakgpt.bench.peers import IN_PLACE, peers
-from peakgpt.kernels.core.dispatch import HOME, OPS, Op, use_backend
+from peakgpt.kernels.core.dispatch import BACKENDS, OPS, Op, use_backend
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.hardware.clock import Result, interleave
 from peakgpt.kernels.hardware.device import peak_for, stream_peak
@@ -173,7 +173,7 @@ def compare(
     reasons = op.explain(*tensors, **params)
     chosen = {"peakgpt": next(b for b, reason in reasons.items() if reason is None)}
     fell_back = [f"{op.name}: eager ran as peakgpt, {b} objects: {reasons[b]}"
-                 for b, home in HOME.items() if chosen["peakgpt"] == "eager" and home == device.type]  # fmt: skip
+                 for b, home in BACKENDS.items() if chosen["peakgpt"] == "eager" and home == device.type]  # fmt: skip
     chosen |= {f"peakgpt, {b}": b for b in backends(op, tensors, params) if b != chosen["peakgpt"]}
     calls = {"peakgpt": op, "eager": _forced(op, "eager")}
     calls |= {name: _forced(op, backend) for name, backend in chosen.items() if name not in calls}
@@ -248,7 +248,7 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[In
 def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     op = OPS[case.op]
     tensors = op.sample(**case.sizes, device=device, dtype=dtype)
-    bound, params = op._bind(tensors, case.arguments)
+    bound, params = op.bind(tensors, case.arguments)
     outputs, _ = op.alloc(*bound, needs=(False,) * len(bound), **params)
     ups = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
     if op.gradient:

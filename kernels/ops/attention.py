@@ -147,8 +147,8 @@ def _written_out(q, k, v, added, scale, factor):
 
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower",
-    keeps=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed", "out"),
-    random="dropout",
+    saved_for_backward=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed", "out"),
+    random_param="dropout",
 )  # fmt: skip
 def attention(
     q: Tensor,
@@ -274,7 +274,7 @@ def _keeps_qkv(qkv, cos, sin):
 
 @op(
     cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv,
-    autocast="lower", exact=("cos", "sin"), keeps=_keeps_qkv,
+    autocast="lower", autocast_exempt=("cos", "sin"), saved_for_backward=_keeps_qkv,
 )  # fmt: skip
 def attention_qkv(
     qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, n_head: int, interleaved: bool = False,

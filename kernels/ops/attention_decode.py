@@ -124,7 +124,7 @@ def _alloc(q, *_, needs, **__):
 
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower", gradient=False,
-    exact=("k_scale", "v_scale"),
+    autocast_exempt=("k_scale", "v_scale"),
 )  # fmt: skip
 def attention_decode(
     q: Tensor,

@@ -50,7 +50,7 @@ def _alloc(x, seed, *, needs, p):
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device),), ()
 
 
-@op(cost=_cost, sample=_sample, typical={"p": 0.1}, check=_check, alloc=_alloc, keeps=("seed",), random="p")
+@op(cost=_cost, sample=_sample, typical={"p": 0.1}, check=_check, alloc=_alloc, saved_for_backward=("seed",), random_param="p")
 def dropout(x: Tensor, seed: Tensor | None = None, *, p: float) -> Tensor:
     """Drop elements of x.
 

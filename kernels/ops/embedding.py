@@ -59,7 +59,7 @@ def _alloc(ids, wte, wpe, places, *, needs, start):
     return (wte.new_empty((*ids.shape, wte.shape[1])),), ()
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("ids", "wte", "wpe", "places"))
+@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("ids", "wte", "wpe", "places"))
 def embedding(
     ids: Tensor, wte: Tensor, wpe: Tensor | None = None, places: Tensor | None = None, *, start: int = 0
 ) -> Tensor:

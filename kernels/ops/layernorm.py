@@ -55,7 +55,7 @@ def _statistics(x):
     return x.new_empty(x.shape[:-1], dtype=torch.float32), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@op(cost=_cost, sample=_sample, check=_check_norm, alloc=_alloc, keeps=("x", "w"), autocast="norm")
+@op(cost=_cost, sample=_sample, check=_check_norm, alloc=_alloc, saved_for_backward=("x", "w"), autocast="norm")
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """Normalise the last axis of x.
 
@@ -104,7 +104,7 @@ def _alloc_add(x, residual, w, b, *, needs, eps):
 
 @op(
     cost=_cost_add, sample=_sample_add, check=_check_add, alloc=_alloc_add,
-    keeps=("w", "sum"), outputs=("sum", "normed"), autocast="norm",
+    saved_for_backward=("w", "sum"), outputs=("sum", "normed"), autocast="norm",
 )  # fmt: skip
 def add_layernorm(
     x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = None, *, eps: float = 1e-5

@@ -41,7 +41,7 @@ def _alloc(x, w, b, *, needs):
     return (short_lived(x, *shape) if any(needs) else x.new_empty(shape),), ()
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w"), autocast="lower")
+@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w"), autocast="lower")
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """Multiply the last axis of x by a weight.
 

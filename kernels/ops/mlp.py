@@ -63,7 +63,7 @@ def _alloc(x, w_up, b_up, w_down, b_down, *, needs, activation, recompute):
     return (out,), (x.new_empty((*x.shape[:-1], w_up.shape[0])),) if any(needs) and not recompute else ()
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w_up", "b_up", "w_down"), autocast="lower")
+@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w_up", "b_up", "w_down"), autocast="lower")
 def mlp(
     x: Tensor,
     w_up: Tensor,
@@ -133,7 +133,7 @@ def _alloc_gated(x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, needs, activa
 
 @op(
     cost=_cost_gated, sample=_sample_gated, check=_check_gated, alloc=_alloc_gated,
-    keeps=("x", "w_gate", "b_gate", "w_up", "b_up", "w_down"), autocast="lower",
+    saved_for_backward=("x", "w_gate", "b_gate", "w_up", "b_up", "w_down"), autocast="lower",
 )  # fmt: skip
 def gated_mlp(
     x: Tensor,

@@ -42,7 +42,7 @@ def _statistic(x):
     return (x.new_empty(x.shape[:-1], dtype=torch.float32),)
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w"), autocast="norm")
+@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w"), autocast="norm")
 def rmsnorm(x: Tensor, w: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Scale the last axis of x to a root mean square of one.
 
@@ -88,7 +88,7 @@ def _alloc_add(x, residual, w, *, needs, eps):
 
 @op(
     cost=_cost_add, sample=_sample_add, check=_check_add, alloc=_alloc_add,
-    keeps=("w", "sum"), outputs=("sum", "normed"), autocast="norm",
+    saved_for_backward=("w", "sum"), outputs=("sum", "normed"), autocast="norm",
 )  # fmt: skip
 def add_rmsnorm(x: Tensor, residual: Tensor, w: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """Add the residual to x and normalise the sum, in one pass over memory.

@@ -54,7 +54,7 @@ def _alloc(x, cos, sin, *, needs, **_):
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device),), ()
 
 
-@op(cost=_cost, sample=_sample, typical={"heads": 24}, check=_check, alloc=_alloc, keeps=("cos", "sin"))
+@op(cost=_cost, sample=_sample, typical={"heads": 24}, check=_check, alloc=_alloc, saved_for_backward=("cos", "sin"))
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, interleaved: bool = False) -> Tensor:
     """Turn the first heads of a packed projection; the rest, the values, goes through.
 

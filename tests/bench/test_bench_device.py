@@ -106,7 +106,7 @@ def test_every_gpu_case_is_a_call_that_its_op_takes():
         op, sizes, device = OPS[case.op], case.sizes, "meta"
         if case.op == "attention_decode":  # its cost reads the lengths, so its tensors are real, and few
             sizes, device = {**sizes, "keys": 64, "block": 16}, "cpu"
-        tensors, params = op._bind(op.sample(**sizes, device=device, dtype=torch.bfloat16), case.arguments)
+        tensors, params = op.bind(op.sample(**sizes, device=device, dtype=torch.bfloat16), case.arguments)
         op.check(*tensors, **params)
         assert op.cost(*tensors, **params).flops > 0
     jobs = device_bench.PARTS["attention"].jobs(torch.device("cuda"))

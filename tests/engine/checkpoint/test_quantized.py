@@ -212,7 +212,7 @@ def test_same_bits_for_any_threads(form, rows, threads, monkeypatch):
 
 def test_a_gradient_is_refused():
     call, _ = packed(torch.randn(33, 40), Format(8))
-    with pytest.raises(NotImplementedError, match="linear_q8: a gradient is wanted"):
+    with pytest.raises(NotImplementedError, match="linear_q8: an input requires grad"):
         call(torch.randn(2, 40, requires_grad=True))
 
 

@@ -316,14 +316,14 @@ def test_a_measurement_can_object_unless_forced(monkeypatch):
     assert gpu.slower(*tensors) == said and gpu.slower(*(t[:, :39] for t in tensors)) is None
     assert gpu.slower(*tensors, dropout=0.1) is None and gpu.slower(*tensors, SLOPES[:2]) is None
     needs = (False,) * len(attention.tensor_names)
-    bound = attention._bind(tensors, {})
-    assert backends._objects(attention, gpu, *bound, needs) == said
-    assert backends._objects(attention, gpu, *bound, needs, "gpu") is None
+    bound = attention.bind(tensors, {})
+    assert backends.module_objection(attention, gpu, *bound, needs) == said
+    assert backends.module_objection(attention, gpu, *bound, needs, "gpu") is None
     with use_backend("gpu"):
         assert attention.explain(*tensors)["gpu"] is None
     choices = [Choice("attention", "bfloat16", "eager", {"gpu": said}), Choice("mlp", "bfloat16", "eager", {})]
     _, told, other = Diagnosis(None, None, None, {}, choices)._ops()
-    assert told.endswith(f"that is torch's scaled_dot_product_attention; not gpu: {said}") and "that is" not in other
+    assert told.endswith(f"runs torch's scaled_dot_product_attention; not gpu: {said}") and "torch" not in other
 
 
 @pytest.mark.parametrize(

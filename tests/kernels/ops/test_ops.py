@@ -71,7 +71,7 @@ def test_takes_its_plain_call(backend, name, dtype):
         tensors = op.sample(dtype=dtype)
         assert (
             module is None
-            or module.objection(*op._bind(tensors, op.typical)[0], **op._bind(tensors, op.typical)[1]) is None
+            or module.objection(*op.bind(tensors, op.typical)[0], **op.bind(tensors, op.typical)[1]) is None
         )
 
 
@@ -168,7 +168,7 @@ def widened(tensor):
 def test_forward_of_one_backward_of_another(name):
     """What is kept belongs to the contract: cpu's forward feeds gpu's backward and the reverse."""
     op, sizes, params = first_case(name)
-    bound, params = op._bind(sample(op.name, sizes, torch.float32), params)
+    bound, params = op.bind(sample(op.name, sizes, torch.float32), params)
     needs = tuple(t is not None and t.requires_grad for t in bound)
     bound = [t if t is None else t.detach() for t in bound]
     modules = {b: load(b, op.name) for b in ("cpu", "gpu")}
@@ -192,10 +192,10 @@ def test_opcheck(name, backend):
     op, sizes, params = first_case(name)
     tensors = sample(op.name, sizes, torch.float32, grad=op.gradient)
     objects(backend or "eager", op, tensors, params)
-    tensors, params = op._bind(tensors, params)
+    tensors, params = op.bind(tensors, params)
     ordered = tensors + tuple(params[name] for name in op.param_names)
     needs = [t is not None and t.requires_grad for t in tensors]
-    opcheck(op._library_op, (*ordered, backend, needs))
+    opcheck(op.library_op, (*ordered, backend, needs))
 
 
 @pytest.mark.parametrize(("backend", "name"), backends_of(DIFFERENTIABLE, BACKENDS))
@@ -396,7 +396,7 @@ def test_cost_knows_what_is_written(name, dtype):
         changed = [t for n, t in zip(op.tensor_names, tensors, strict=False) if n in op.mutates and t is not None]
         assert (cost.written, cost.backward_written) == (held(changed), 0)
         return
-    bound, bound_params = op._bind(tensors, params)
+    bound, bound_params = op.bind(tensors, params)
     needs = [t is not None and t.requires_grad for t in bound]
     outputs, saved = op.alloc(*bound, needs=needs, **bound_params)
     assert cost.written == held(outputs)
