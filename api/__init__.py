@@ -11,11 +11,10 @@ from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.ops.attention import attention
 from peakgpt.kernels.ops.attention_decode import attention_decode
 from peakgpt.kernels.ops.cache_store import cache_store
-from peakgpt.kernels.ops.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
-from peakgpt.kernels.ops.rmsnorm import add_rmsnorm, rmsnorm
+from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from peakgpt.kernels.ops.rotary import rotary
 from peakgpt.kernels.ops.vocab_parallel import vocab_shard
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peakgpt.dropin.attend import attention_forward
 from peakgpt.dropin.layers import LayerNorm, Perceptron, add_norm, sum_and_norm
 from peakgpt.dropin.swap import Replaced, layout, weight
-from peakgpt.kernels.ops.layernorm import add_layernorm, layernorm
+from peakgpt.kernels.ops.norm import add_layernorm, layernorm
 from peakgpt.kernels.ops.linear import linear
 
 

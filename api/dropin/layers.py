@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.dropin.swap import Replaced, floating, layout, path, rows, weight
-from peakgpt.kernels.ops.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
-from peakgpt.kernels.ops.rmsnorm import rmsnorm
+from peakgpt.kernels.ops.norm import add_layernorm, layernorm, rmsnorm
 
 # Activation classes by the name that `mlp` has for them; None: its `approximate` says which.
 ACTIVATIONS = {

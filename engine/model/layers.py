@@ -21,9 +21,8 @@ from peakgpt.engine.model.recompute import checkpointed, forgettable, forgetting
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.kernels.ops.attention import attention, attention_qkv, default_scale
 from peakgpt.kernels.ops.dropout import dropout
-from peakgpt.kernels.ops.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES, gated_mlp, mlp
-from peakgpt.kernels.ops.rmsnorm import add_rmsnorm, rmsnorm
+from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from peakgpt.kernels.ops.rotary import rotary
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

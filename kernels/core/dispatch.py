@@ -119,7 +119,7 @@ class Op(OpSpec, Generic[P, R]):
 def op(
     *,
     cost: Callable[..., Cost],
-    sample: Callable[..., tuple[Tensor | None, ...]],
+    sample: Callable[..., tuple[Any, ...]],
     check: Callable[..., None],
     alloc: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]] = lambda *_, **__: ((), ()),
     typical: Mapping[str, Any] = MappingProxyType({}),

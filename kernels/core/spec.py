@@ -41,7 +41,7 @@ class OpSpec:
         eager: Callable[..., Any],
         *,
         cost: Callable[..., Cost],
-        sample: Callable[..., tuple[Tensor | None, ...]],
+        sample: Callable[..., tuple[Any, ...]],
         check: Callable[..., None],
         alloc: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]],
         typical: Params,

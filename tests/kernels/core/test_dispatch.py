@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from peakgpt.kernels.core.dispatch import BACKENDS, forced_backend, use_backend
 from peakgpt.kernels.ops import catalogue
 from peakgpt.kernels.ops.attention import attention, live_pairs
-from peakgpt.kernels.ops.layernorm import layernorm
+from peakgpt.kernels.ops.norm import layernorm
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 
 X, W = torch.randn(3, 8), torch.randn(8)
