@@ -1,5 +1,5 @@
-// LayerNorm or RMSNorm over the last axis, alone or after a residual addition; math in kernels/ops/norm.py.
-// RMSNorm is the same with means of zero: of x, and of g in the backward pass.
+// LayerNorm or RMSNorm over the last axis, alone or after a residual addition; math in kernels/ops/layernorm.py and
+// kernels/ops/rmsnorm.py. RMSNorm is the same with means of zero: of x, and of g in the backward pass.
 #ifndef PEAK_LAYERNORM_H_
 #define PEAK_LAYERNORM_H_
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from peakgpt.dropin.attend import attention_forward
 from peakgpt.dropin.layers import LayerNorm, Perceptron, add_norm, sum_and_norm
 from peakgpt.dropin.swap import Replaced, layout, weight
-from peakgpt.kernels.ops.norm import add_layernorm, layernorm
 from peakgpt.kernels.ops.linear import linear
+from peakgpt.kernels.ops.norm import add_layernorm, layernorm
 
 
 class GPT2Block(Replaced):

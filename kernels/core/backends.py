@@ -1,6 +1,6 @@
 """Backends of an op: the table of backends, the module that implements an op, and the choice for a call.
 
-A backend of an op is a module `<op>.py` of pure functions, anywhere below `kernels/<backend>/`. The path is the registry.
+A backend of an op is a module `<op>.py` of pure functions anywhere below `kernels/<backend>/`. The path registers it.
 
     NO_GRADIENT                                       optional: names of tensors for which it computes no gradient
     objection(*tensors, **params) -> str | None       why it does not support this call, or None. It reads sizes, dtypes

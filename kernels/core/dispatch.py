@@ -69,7 +69,9 @@ class Op(OpSpec, Generic[P, R]):
         autocasting, forced = autocast_enabled(device_type), forced_backend()
         cast = cast_inputs(self, tensors, device_type) if autocasting else tensors
         if not (self.gradient or self.mutates) and any(_needs(cast)):
-            raise NotImplementedError(f"{self.name}: an input requires grad but the op has no gradient, expected a call under torch.no_grad()")
+            raise NotImplementedError(
+                f"{self.name}: an input requires grad but the op has no gradient, expected a call under torch.no_grad()"
+            )
         self.check(*cast, **params)
         if torch.compiler.is_compiling():
             return self._traced(forced, tensors, cast, params)
@@ -147,8 +149,8 @@ def op(
         autocast: "lower" casts to autocast's dtype as torch does for matrix products, "norm" casts as for norms.
         autocast_exempt: names of the tensors that autocast does not cast.
         mutates: names of the tensors changed in place. Such an op returns None and has no gradient.
-        grad_in_forward: for a scalar result: (**params) -> names of the tensors whose gradients forward computes, for an
-            incoming gradient of 1. Forward may add them to the buffers of `accumulate_into`.
+        grad_in_forward: for a scalar result: (**params) -> names of the tensors whose gradients forward computes, for
+            an incoming gradient of 1. Forward may add them to the buffers of `accumulate_into`.
         random_param: name of the parameter that makes the op random if it is not 0. Such an op has a tensor `seed`,
             (1,) int64, drawn from torch's generator if the caller gives none.
         gradient: False for an op that raises if a gradient is required.

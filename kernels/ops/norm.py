@@ -43,8 +43,8 @@ def _cost(
 ) -> Cost:
     """Count one call.
 
-    `flops` are per element, `statistics` are float32 numbers per row. Forward reads x and writes y, backward reads x and
-    dy and writes dx. With a residual each pass moves one tensor more in and forward one more out.
+    `flops` are per element, `statistics` are float32 numbers per row. Forward reads x and writes y, backward reads x
+    and dy and writes dx. With a residual each pass reads one tensor more, and forward writes one more.
     """
     n, moved = x.numel(), x.numel() * x.element_size()
     parameters = sum(t.numel() * t.element_size() for t in (w, b) if t is not None)

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from peakgpt.kernels.core.dispatch import BACKENDS, forced_backend, use_backend
 from peakgpt.kernels.ops import catalogue
 from peakgpt.kernels.ops.attention import attention, live_pairs
-from peakgpt.kernels.ops.norm import layernorm
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from peakgpt.kernels.ops.norm import layernorm
 
 X, W = torch.randn(3, 8), torch.randn(8)
 
@@ -62,7 +62,7 @@ def test_gpu_objects_to_cpu_tensors_unless_forced():
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: use_backend("tpu").__enter__(), ValueError, r"unknown backend: got 'tpu', expected one of gpu, cpu, eager"),
+        (lambda: use_backend("tpu").__enter__(), ValueError, r"unknown backend: got 'tpu', expected one of gpu, cpu, "),
         (lambda: layernorm(X, torch.randn(9)), ValueError, r"w has shape \(9,\), expected \(8\)"),
         (lambda: layernorm(X, W.bfloat16()), ValueError, r"w has dtype torch.bfloat16, expected x's dtype torch.fl"),
         (lambda: layernorm(X.long(), W), ValueError, r"x has dtype torch.int64, expected a floating dtype"),

@@ -197,7 +197,7 @@ def test_compiles_whole(backend):
 def test_a_gradient_is_refused():
     tensors, params = draw(CASES[0])
     tensors[0].requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"an input requires grad but the op has no gradient, expected a call under torch.no_grad"):
+    with pytest.raises(NotImplementedError, match=r"an input requires grad but .* expected a call under torch.no_grad"):
         attention_decode(*tensors, **params)
     with torch.no_grad():
         assert not attention_decode(*tensors, **params).requires_grad
