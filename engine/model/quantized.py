@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
-from peakgpt.kernels.ops.quantize import dequantize_8, known_group, pack_4, pack_8, quantize_4, quantize_8
+from peakgpt.kernels.ops.quantize import check_group, dequantize_8, pack_4, pack_8, quantize_4, quantize_8
 
 if TYPE_CHECKING:
     from peakgpt.engine.model.transformer import Transformer
@@ -36,7 +36,7 @@ class Format:
     def __post_init__(self):
         if self.bits not in (8, 4):
             raise ValueError(f"quantize: bits is {self.bits!r}, expected 8 or 4")
-        known_group("quantize", self.group)
+        check_group("quantize", self.group)
 
     def of(self, module: str) -> Format:
         """That of one module's weight."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from peakgpt.kernels.cpu import attention, rotary
-from peakgpt.kernels.ops.attention import turned_heads
+from peakgpt.kernels.ops.attention import rotated_heads
 
 NO_GRADIENT = rotary.NO_GRADIENT
 
@@ -21,7 +21,7 @@ def objection(qkv, cos=None, sin=None, *, n_head, interleaved=False, **params) -
 def forward(outputs, saved, qkv, cos, sin, *, n_head, interleaved, **params):
     lse, *turned = saved
     if turned:
-        rotary.turn(qkv, cos, sin, turned[0], turned_heads(qkv, n_head), interleaved)
+        rotary.turn(qkv, cos, sin, turned[0], rotated_heads(qkv, n_head), interleaved)
         (qkv,) = turned
     attention.attend(outputs[0], lse, *_split(qkv, n_head), **params)
 

@@ -9,7 +9,7 @@ from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, 
 
 
 def objection(ids: Tensor, wte: Tensor, wpe: Tensor | None, places: Tensor | None, **_) -> str | None:
-    return dtype_objection(wte) if places is None else "takes positions one after the other, got places"
+    return dtype_objection(wte) if places is None else "takes consecutive positions only, got positions"
 
 
 def forward(outputs, saved, ids, wte, wpe, places, *, start):

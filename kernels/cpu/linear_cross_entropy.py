@@ -164,7 +164,7 @@ class Products:
     def finish(self) -> None:
         """Bring what is held in float32 back into dw, and dx together from all ranks."""
         if self.dx is not None and self.shard is not None:
-            self.shard.add_up(self.dx)
+            self.shard.all_reduce(self.dx)
         if self.dw is not None and self.fresh:
             self.dw.zero_()
         if self.total is not None:

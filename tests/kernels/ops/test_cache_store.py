@@ -93,7 +93,7 @@ def test_nothing_to_store(backend):
         ("v", lambda t: t[1:], r"v has shape \(4, 3, 20\), expected \(5, 3, 20\)"),
         ("v", lambda t: t.double(), r"v has dtype torch.float64, expected k's dtype torch.float32"),
         ("k_cache", lambda t: t[:, :, 1:], r"k_cache has shape \(3, 4, 2, 20\), expected \(any, any, 3, 20\)"),
-        ("k_cache", lambda t: t.float(), r"k_cache is torch.float32 on cpu, expected int8 on cpu, as there are scales"),
+        ("k_cache", lambda t: t.float(), r"k_cache is torch.float32 on cpu, expected int8 on cpu with scales"),
         ("slots", lambda t: t + 12, r"slots has a value \d+, expected below 12: 3 blocks"),
         ("slots", lambda t: t.float(), r"slots has dtype torch.float32, expected int64 or int32"),
         ("k_scale", lambda t: None, r"got v_scale without k_scale, expected both or neither"),

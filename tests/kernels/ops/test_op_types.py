@@ -40,7 +40,8 @@ def installed(tmp_path):
     (site / "dependencies.pth").write_text("\n".join(dict.fromkeys(paths)))
     shutil.copytree(ROOT / "api", site / "peakgpt")
     for folder in ("kernels", "engine", "bench"):
-        shutil.copytree(ROOT / folder, site / "peakgpt" / folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
+        ignored = shutil.ignore_patterns("results", "__pycache__")
+        shutil.copytree(ROOT / folder, site / "peakgpt" / folder, ignore=ignored)
     return python
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peakgpt.kernels.ops.attention import dropout_mask
-from peakgpt.kernels.ops.dropout import kept
+from peakgpt.kernels.ops.dropout import keep_mask
 from peakgpt.kernels.ops.philox import philox
 
 # kat_vectors of Random123: counter, key, words.
@@ -46,12 +46,12 @@ def test_rate_and_independence(dropout):
 
 def test_dropout_keeps_its_share():
     """Within four standard deviations, and neighbours a step, a word and a counter apart are independent."""
-    keep, p = kept(torch.tensor([11]), 0.3, 100_003), 0.3
+    keep, p = keep_mask(torch.tensor([11]), 0.3, 100_003), 0.3
     sure = 4 * math.sqrt(p * (1 - p) / 100_000)
     assert keep.shape == (100_003,) and abs(keep.double().mean().item() - (1 - p)) < sure
     for apart in (1, 16, 64):
         assert abs((keep[apart:] & keep[:-apart]).double().mean().item() - (1 - p) ** 2) < 2 * sure
-    assert torch.equal(kept(torch.tensor([11]), 0.3, 70), keep[:70])
+    assert torch.equal(keep_mask(torch.tensor([11]), 0.3, 70), keep[:70])
 
 
 def test_a_larger_problem_drops_the_same_in_its_corner():

@@ -61,8 +61,8 @@ class Ranks:
     def __init__(self, monkeypatch, count):
         self.said, self.turn, self.sent, self.last = [{} for _ in range(count)], 0, 0, False
         monkeypatch.setattr(dist.distributed_c10d, "_resolve_process_group", lambda name: self)
-        monkeypatch.setattr(Shard, "gather", lambda shard, mine: self.exchange(mine))
-        monkeypatch.setattr(Shard, "add_up", lambda shard, tensor: tensor.copy_(self.exchange(tensor).sum(0)))
+        monkeypatch.setattr(Shard, "gather", lambda shard, local: self.exchange(local))
+        monkeypatch.setattr(Shard, "all_reduce", lambda shard, tensor: tensor.copy_(self.exchange(tensor).sum(0)))
 
     def size(self):
         return len(self.said)
