@@ -22,7 +22,7 @@ def python(code: str) -> str:
 
 @pytest.mark.parametrize("folder", ["kernels", "engine", "bench"])
 def test_package_init_contains_only_a_docstring(folder):
-    """transformers imports any `kernels` on the path as Hugging Face's package of that name. It must find no names in it."""
+    """transformers imports any `kernels` on the path as Hugging Face's package of that name. It must be empty."""
     body = ast.parse((ROOT / folder / "__init__.py").read_text()).body
     assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
 

@@ -45,7 +45,7 @@ def backends_of(names, backends):
 
 
 def skip_if_unsupported(backend, op, tensors, params):
-    """Skip with the backend's own words where it does not take this call (test_backend_supports_the_typical_call_of_every_op_except_pending_ones bounds that)."""
+    """Skip with the backend's objection. The test of typical calls limits what a backend may object to."""
     with use_backend(backend):
         reason = op.explain(*tensors, **params)[backend]
     if reason:
@@ -100,9 +100,9 @@ def test_gradients_are_added_to_accumulation_buffers(name, more, backend):
     leaves = [t for t in tensors if t is not None and t.requires_grad]
 
     def results():
-        found = op(*tensors, **params)
-        found = found if isinstance(found, tuple) else (found,)
-        return found, [torch.full_like(r, 0.5) if r.dim() else torch.ones_like(r) for r in found]
+        outputs = op(*tensors, **params)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return outputs, [torch.full_like(r, 0.5) if r.dim() else torch.ones_like(r) for r in outputs]
 
     with use_backend(backend):
         out, ups = results()
@@ -150,9 +150,9 @@ def test_second_backward_is_bitwise_equal_and_strided_inputs_give_the_same_value
     with use_backend(backend):
         results = op(*tensors, **params)
     loss = sum((r * r).sum() for r in (results if isinstance(results, tuple) else (results,)))
-    wanted = [t for t in tensors if t is not None and t.requires_grad]
-    once = torch.autograd.grad(loss, wanted, retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(once, torch.autograd.grad(loss, wanted), strict=True))
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(once, torch.autograd.grad(loss, leaves), strict=True))
 
 
 def widened(tensor):
@@ -172,17 +172,18 @@ def test_saved_tensors_of_one_backend_feed_the_backward_of_another(name):
     needs = tuple(t is not None and t.requires_grad for t in bound)
     bound = [t if t is None else t.detach() for t in bound]
     modules = {b: load(b, op.name) for b in ("cpu", "gpu")}
-    found = {}
-    for ahead in modules:
+    grads_of = {}
+    for forward_backend in modules:
         outputs, saved = op.alloc(*bound, needs=needs, **params)
         for t in (*outputs, *saved):
             t.fill_(math.nan)
-        modules[ahead].forward(outputs, saved, *bound, **params)
+        modules[forward_backend].forward(outputs, saved, *bound, **params)
         ups = [torch.ones_like(o) for o in outputs]
-        for back in modules:
-            found[ahead, back] = modules[back].backward(ups, bound, outputs, saved, needs, **params)
-    for pair, grads in found.items():
-        for need, a, b in zip(needs, grads, found["cpu", "cpu"], strict=True):
+        for backward_backend, module in modules.items():
+            grads = module.backward(ups, bound, outputs, saved, needs, **params)
+            grads_of[forward_backend, backward_backend] = grads
+    for pair, grads in grads_of.items():
+        for need, a, b in zip(needs, grads, grads_of["cpu", "cpu"], strict=True):
             assert not need or torch.allclose(a, b, rtol=1e-4, atol=1e-5), pair
 
 
@@ -229,9 +230,9 @@ def test_adamw_step_equals_torchs_in_float64_and_skips_a_non_finite_norm(backend
         return
     reference.step()
     assert step.item() == 4.0
-    for ours, theirs in ((whole(op, [param, grad, remainder])[0], truth), (m, reference.state[truth]["exp_avg"]),
+    for ours, torchs in ((whole(op, [param, grad, remainder])[0], truth), (m, reference.state[truth]["exp_avg"]),
                          (v, reference.state[truth]["exp_avg_sq"])):  # fmt: skip
-        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=2e-6, atol=2e-7)
+        torch.testing.assert_close(ours.double(), torchs.detach(), rtol=2e-6, atol=2e-7)
 
 
 def edges():
