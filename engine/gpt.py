@@ -113,7 +113,8 @@ class GPT(Transformer):
             TypeError: another option.
             ValueError: parameters out of range, or more tokens asked than block_size has room for.
         """
-        params = SamplingParams.from_generate_options("generate", options, ("start", "beams", "length_penalty", "early_stopping"))
+        own = ("start", "beams", "length_penalty", "early_stopping")
+        params = SamplingParams.from_generate_options("generate", options, own)
         if beams == 1:
             return generate(self, ids, params, start)
         if drawn := [name for name in ("temperature", "top_k", "top_p") if options.get(name)]:
