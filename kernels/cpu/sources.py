@@ -12,7 +12,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"  # of a tree that is install
 
 def digest(folder: Path) -> str:
     """SHA-256 of the sources, as setup.py compiles it in; 1 ms."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in {".cpp", ".h"} and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.suffix in {".cpp", ".h"} and path.is_file())
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

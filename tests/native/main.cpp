@@ -4,7 +4,7 @@
 #include <cstdlib>
 
 #include "check.h"
-#include "isa.h"
+#include "base/isa.h"
 
 int main(int argc, char** argv) {
   using namespace peak::test;

@@ -1,4 +1,4 @@
-#include "adamw.h"
+#include "ops/adamw.h"
 
 #include "buffer.h"
 

@@ -1,9 +1,9 @@
-#include "attention.h"
+#include "attention/attention.h"
 
 #include <algorithm>
 
 #include "buffer.h"
-#include "isa.h"
+#include "base/isa.h"
 
 namespace peak::test {
 namespace {

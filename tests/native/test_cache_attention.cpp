@@ -1,8 +1,8 @@
 // Attention to a cache in blocks, against softmax in double; and to the same bits in parts.
-#include "cache_attention.h"
+#include "attention/cache_attention.h"
 
 #include "buffer.h"
-#include "parallel.h"
+#include "base/parallel.h"
 
 namespace peak::test {
 namespace {

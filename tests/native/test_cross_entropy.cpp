@@ -1,4 +1,4 @@
-#include "cross_entropy.h"
+#include "ops/cross_entropy.h"
 
 #include <algorithm>
 

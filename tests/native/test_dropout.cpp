@@ -1,4 +1,4 @@
-#include "dropout.h"
+#include "ops/dropout.h"
 
 #include "buffer.h"
 

@@ -1,4 +1,4 @@
-#include "embedding.h"
+#include "ops/embedding.h"
 
 #include "buffer.h"
 

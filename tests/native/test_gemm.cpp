@@ -1,5 +1,5 @@
 #include "buffer.h"
-#include "gemm.h"
+#include "gemm/gemm.h"
 
 namespace peak::test {
 namespace {

@@ -1,4 +1,4 @@
-#include "rotary.h"
+#include "ops/rotary.h"
 
 #include "buffer.h"
 

@@ -1,6 +1,6 @@
 // simd.h itself, on each set: every function against double precision or against its plain definition.
 #include "buffer.h"
-#include "isa.h"
+#include "base/isa.h"
 
 #ifndef PEAK_ISA
 namespace peak::test {
@@ -16,7 +16,7 @@ constexpr int kMost = kLanesOfWidestSet;
 #endif
 
 #define PEAK_THIS_FILE "test_simd.cpp"
-#include "foreach_isa.h"
+#include "base/foreach_isa.h"
 
 #ifdef PEAK_ISA
 

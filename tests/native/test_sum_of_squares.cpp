@@ -1,4 +1,4 @@
-#include "sum_of_squares.h"
+#include "ops/sum_of_squares.h"
 
 #include "buffer.h"
 

@@ -1,0 +1,24 @@
+// Dropout by a counter-based mask; math in kernels/ops/dropout.py.
+#ifndef PEAK_DROPOUT_H_
+#define PEAK_DROPOUT_H_
+
+#include <cstdint>
+
+#include "base/types.h"
+
+namespace peak {
+
+struct DropoutArgs {
+  DType dtype;
+  int64_t count;
+  const void* x;        // (count)
+  const int64_t* seed;  // one
+  double p;             // probability of dropping an element
+  void* y;              // (count)
+};
+
+void Dropout(const DropoutArgs& args, int threads);
+
+}  // namespace peak
+
+#endif  // PEAK_DROPOUT_H_
