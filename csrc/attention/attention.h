@@ -1,63 +1,67 @@
-// Attention with online softmax; math in kernels/ops/attention.py, layout of the tiles in attention_tiles.h.
+// Attention with online softmax. The formulas are in kernels/ops/attention.py, the layout of the tiles is in
+// attention/tiles.h.
 #ifndef PEAK_ATTENTION_H_
 #define PEAK_ATTENTION_H_
 
 #include <cstdint>
 
+#include "base/fields.h"
 #include "base/types.h"
 
 namespace peak {
 
-// Strides count elements, in the order batch, token, head; the last axis is contiguous.
-struct AttentionArgs {
+// The inputs of both passes.
+struct AttentionProblem {
   DType dtype;
   int64_t batch, queries, keys, heads, kv_heads, width;
-  const void* q;
-  int64_t q_b, q_t, q_h;
-  const void* k;
-  int64_t k_b, k_t, k_h;
-  const void* v;
-  int64_t v_b, v_t, v_h;
-  const float* alibi;       // (heads) or null
-  const int64_t* kv_start;  // (batch) or null: 0
-  const int64_t* kv_len;    // (batch) or null: all keys
-  const int64_t* cu_seqlens;  // (documents + 1) or null: ascending from 0 to keys, which equal queries
-  int64_t documents;
-  const void* bias;  // (bias_batch, bias_heads, queries, keys), added to the scores, or null
-  DType bias_dtype;
-  int64_t bias_batch, bias_heads;  // all, or 1: shared
-  int64_t bias_b, bias_h, bias_t, bias_s;
+  StridedInput q, k, v;
   bool causal;
-  int64_t window;  // how many keys a query sees at most; 0: any number
   float scale;
-  double dropout;       // probability of dropping a weight
-  const int64_t* seed;  // one, read where dropout > 0
-  void* out;   // (batch, queries, heads, width)
-  float* lse;  // (batch, heads, queries)
-  // The backward pass only; a gradient that is not wanted is null, dk and dv are wanted together.
-  const void* dout;
-  int64_t dout_b, dout_t, dout_h;
-  void* dq;
-  int64_t dq_b, dq_t, dq_h;
-  void* dk;
-  int64_t dk_b, dk_t, dk_h;
-  void* dv;
-  int64_t dv_b, dv_t, dv_h;
-  // Where q and k came turned by rotary embedding: dq and dk are turned back, token by token, before they are rounded.
-  const float* cos;        // (queries, pairs), as many keys; or null
-  const float* minus_sin;  // (queries, pairs)
-  int64_t pairs;
-  bool interleaved;
-  float* dbias;  // (bias_batch, bias_heads, queries, keys) contiguous, zeros on entry
-  float* dalibi;       // (heads)
-  float* dalibi_rows;  // (3, batch, heads, queries), zeros on entry: what dalibi is made of, for each query
+  int64_t window = 0;                   // number of keys that a query sees at most; 0: no limit
+  const float* alibi = nullptr;         // (heads): slopes
+  const int64_t* kv_start = nullptr;    // (batch): the first key of each sequence; null: 0
+  const int64_t* kv_len = nullptr;      // (batch): the number of keys of each sequence; null: all
+  const int64_t* cu_seqlens = nullptr;  // (documents + 1): ascending from 0 to keys; then queries equal keys
+  int64_t documents = 0;
+  const void* bias = nullptr;  // (bias_batch, bias_heads, queries, keys): added to the scores
+  DType bias_dtype = DType::kFloat32;
+  int64_t bias_batch = 0, bias_heads = 0;  // 1: one bias for all
+  int64_t bias_stride_b = 0, bias_stride_h = 0, bias_stride_t = 0, bias_stride_s = 0;
+  double dropout = 0.0;           // probability of dropping a weight
+  const int64_t* seed = nullptr;  // one element, read if dropout > 0
 };
+PEAK_FIELDS(AttentionProblem, dtype, batch, queries, keys, heads, kv_heads, width, q, k, v, causal, scale)
+PEAK_OPTIONAL_FIELDS(AttentionProblem, window, alibi, kv_start, kv_len, cu_seqlens, documents, bias, bias_dtype,
+                     bias_batch, bias_heads, bias_stride_b, bias_stride_h, bias_stride_t, bias_stride_s, dropout, seed)
 
-void AttentionForward(const AttentionArgs& args, int threads);
-void AttentionBackward(const AttentionArgs& args, int threads);
+struct AttentionForwardArgs : AttentionProblem {
+  using Base = AttentionProblem;
+  void* out;   // (batch, queries, heads, width)
+  float* lse;  // (batch, heads, queries): log of the sum of e^score
+};
+PEAK_FIELDS(AttentionForwardArgs, out, lse)
 
-// This thread's workspace, 64-byte aligned; kept between calls, because fresh pages cost more than the work in them.
-char* AttentionScratch(int64_t bytes);
+// A null gradient is not computed. dk and dv are given together or not at all.
+struct AttentionBackwardArgs : AttentionProblem {
+  using Base = AttentionProblem;
+  const void* out;   // from the forward pass, as is lse
+  const float* lse;
+  StridedInput dout;
+  StridedOutput dq, dk, dv;
+  // Given if rotary embedding made q and k: dq and dk become the gradients of the inputs of the rotary embedding.
+  const float* cos = nullptr;        // (queries, pairs); queries equal keys
+  const float* minus_sin = nullptr;  // (queries, pairs)
+  int64_t pairs = 0;
+  bool interleaved = false;
+  float* dbias = nullptr;        // (bias_batch, bias_heads, queries, keys) contiguous, zeros on entry
+  float* dalibi = nullptr;       // (heads)
+  float* dalibi_rows = nullptr;  // (3, batch, heads, queries), zeros on entry: workspace for dalibi
+};
+PEAK_FIELDS(AttentionBackwardArgs, out, lse, dout)
+PEAK_OPTIONAL_FIELDS(AttentionBackwardArgs, dq, dk, dv, cos, minus_sin, pairs, interleaved, dbias, dalibi, dalibi_rows)
+
+void AttentionForward(const AttentionForwardArgs& args, int threads);
+void AttentionBackward(const AttentionBackwardArgs& args, int threads);
 
 }  // namespace peak
 

@@ -1,142 +1,24 @@
 #include "attention/cache_attention.h"
 
+#include "base/memory.h"
+
 #define PEAK_THIS_FILE "attention/cache_attention.cpp"
 #include "base/foreach_isa.h"
 
 #ifdef PEAK_ISA
 
-#include "gemm/small_products.h"
+#include "attention/softmax.h"
+#include "attention/cache_blocks.h"
 
-constexpr int64_t kTile = 64;     // lanes of a tile: queries times the heads that share their keys
-constexpr int64_t kFewLanes = 4;  // up to which a tile is turned: keys, not queries, by the vector
-constexpr int64_t kLine = 64;     // bytes that memory gives at once
-constexpr float kInfinity = __builtin_inff();
+// With up to this number of queries a tile is transposed: keys lie along the lanes, not queries.
+constexpr int64_t kFewLanes = 4;
 
-// What the cache holds of an operand: bf16 stays bf16 where pairs are not multiplied.
-template <class T> struct CachedOf { using type = float; };
-template <bool kNative> struct CachedBf16 { using type = bf16; };
-template <> struct CachedBf16<true> { using type = Pair; };
-template <> struct CachedOf<bf16> : CachedBf16<kNativePairs> {};
-
-// What the products read: in bytes, a copy that is as wide as the other operand. And what is copied.
-template <class T, bool kBytes> struct ReadOf : CachedOf<T> {};
-template <class T> struct ReadOf<T, true> : OperandOf<T> {};
-template <class C, bool kBytes> struct StoredOf { using type = C; };
-template <class C> struct StoredOf<C, true> { using type = int8_t; };
-
-inline void SetOperand(const float* from, float* to) { *to = *from; }
-inline void SetOperand(const bf16* from, float* to) { *to = Widen(*from); }
-inline void SetOperand(const bf16* from, bf16* to) { *to = *from; }
-inline void SetOperand(const bf16* from, Pair* to) { std::memcpy(to, from, sizeof(Pair)); }
-
-// The keys, or values, of a block and head.
-template <class X>
-PEAK_INLINE X* BlockOf(const CacheAttentionArgs& args, void* base, int64_t sequence, int64_t block, int64_t head) {
-  const int64_t number = args.tables[sequence * args.table_row + block];
-  return reinterpret_cast<X*>(static_cast<char*>(base) + (number * args.kv_heads + head) * CacheBytes(args));
-}
-
-
-// Rounds a row to bytes, of which there is room for kCacheWidth; returns their scale.
-template <class T>
-float ToBytes(const T* x, int64_t width, int8_t* bytes) {
-  Vec high = Set(0.0f), zero = Set(0.0f);
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const Vec v = Load(x + d, width - d);
-    high = Max(Abs(v), high);
-    zero = zero + v * Set(0.0f);  // NaN beside an infinity or NaN
-  }
-  const float scale = MaxOf(high) / 127.0f + Sum(zero);
-  const bool some = scale >= 0x1p-126f;
-  for (int64_t d = 0; d < width; d += kLanes) {
-    StoreBytes(bytes + d, some ? Round(Load(x + d, width - d) / Set(scale)) : Set(0.0f));
-  }
-  return scale < 0x1p-126f ? 0.0f : scale;
-}
-
-// Stores one head of a token in bytes, laid out as operands that hold kDeep steps.
-template <class T, int64_t kDeep>
-void AppendBytes(const CacheAttentionArgs& args, const T* k, const T* v, int64_t key, int8_t* keys, int8_t* values) {
-  const int64_t width = args.width;
-  int8_t row[kCacheWidth];
-  float scale = ToBytes(k, width, row);
-  std::memcpy(keys + kCacheBlock * width + key * sizeof(scale), &scale, sizeof(scale));
-  for (int64_t d = 0; d < width; ++d) keys[(d / kDeep * kCacheBlock + key) * kDeep + d % kDeep] = row[d];
-  scale = ToBytes(v, width, row);
-  std::memcpy(values + kCacheBlock * width + key * sizeof(scale), &scale, sizeof(scale));
-  for (int64_t d = 0; d < width; ++d) values[(key / kDeep * width + d) * kDeep + key % kDeep] = row[d];
-}
-
-template <class X>
-PEAK_INLINE void WidenLine(const int8_t* from, X* to) {
-  for (int64_t i = 0; i < kLine; i += 2 * kLanes) {
-    StoreInOrder(to + i, LoadBytes(from + i), LoadBytes(from + i + kLanes));
-  }
-}
-PEAK_INLINE void WidenLine(const int8_t* from, Pair* to) { WidenLine(from, &to->even); }
-
-// Copies `size` bytes of a block, filled up to whole lines, and asks for as many at `next`, a line for each: asked for at
-// once, they would hold up the reads that come after. Into the second cache, as the first has no room for two blocks.
-// 2 cores of an EPYC, GPT-2 124M in bf16, 8 texts of 900 tokens: 18.6 ms a step where reading in place took 27.8.
-template <class C>
-PEAK_INLINE const C* ReadBlock(const C* from, int64_t size, const C* next, C* to) {
-  for (int64_t i = 0; i < size; i += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(next) + i, 0, 2);
-    std::memcpy(reinterpret_cast<char*>(to) + i, reinterpret_cast<const char*>(from) + i, kLine);
-  }
-  return to;
-}
-template <class C>
-PEAK_INLINE const C* ReadBlock(const int8_t* from, int64_t size, const int8_t* next, C* to) {
-  for (int64_t i = 0; i < size; i += kLine) {
-    __builtin_prefetch(next + i, 0, 2);
-    WidenLine(from + i, to + i / kDepth<C>);
-  }
-  return to;
-}
-
-// Puts one row of values where key `key` of a block has its own.
-template <class T, class C>
-PEAK_INLINE void PutValue(const T* v, int64_t key, int64_t width, C* block) {
-  for (int64_t d = 0; d < width; ++d) block[key * width + d] = v[d];
-}
-PEAK_INLINE void PutValue(const bf16* v, int64_t key, int64_t width, Pair* block) {
-  Pair* row = block + key / 2 * width;
-  if (key % 2 == 0) {  // the other key is not there yet: it meets a weight of 0, and may not be an earlier owner's NaN
-    for (int64_t d = 0; d < width; ++d) row[d] = Pair{v[d], {0}};
-  } else {
-    for (int64_t d = 0; d < width; ++d) row[d].odd = v[d];
-  }
-}
-
-// Stores the keys and values of one head of a sequence's new tokens.
-template <class T>
-void Append(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int64_t rows) {
-  using C = typename CachedOf<T>::type;
-  const int64_t width = args.width;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t position = args.past[sequence] + i, key = position % kCacheBlock;
-    const int64_t from = (args.begins[sequence] + i) * args.q_row + head * width;
-    const T *k = static_cast<const T*>(args.k) + from, *v = static_cast<const T*>(args.v) + from;
-    if (args.bytes) {
-      AppendBytes<T, kDepth<typename OperandOf<T>::type>>(
-          args, k, v, key, BlockOf<int8_t>(args, args.keys, sequence, position / kCacheBlock, head),
-          BlockOf<int8_t>(args, args.values, sequence, position / kCacheBlock, head));
-      continue;
-    }
-    C* keys = BlockOf<C>(args, args.keys, sequence, position / kCacheBlock, head);
-    for (int64_t d = 0; d < width; d += kDepth<C>) SetOperand(k + d, keys + d / kDepth<C> * kCacheBlock + key);
-    PutValue(v, key, width,
-             BlockOf<C>(args, args.values, sequence, position / kCacheBlock, head));
-  }
-}
-
-// The queries of a tile that share the keys of one head.
+// The queries of a tile: those that share the keys of one head, one a lane.
 struct Queries {
-  int64_t sequence, head, count;  // count: lanes
+  int64_t sequence, head, count;  // count: lanes in use
   int64_t begin, end;             // keys that any lane sees
   float first[kTile], last[kTile], position[kTile], slope[kTile];
-  int64_t row[kTile];  // in elements of width: (row, head) of q and of out
+  int64_t row[kTile];  // in units of width: (row, head) of q and of out
 
   Queries(const CacheAttentionArgs& args, int64_t sequence_, int64_t head_, int64_t lane)
       : sequence(sequence_), head(head_) {
@@ -154,6 +36,7 @@ struct Queries {
       row[l] = (args.begins[sequence] + i) * args.heads + h;
     }
   }
+  // Whether every lane sees every key of the block that starts at `key`.
   PEAK_INLINE bool Whole(int64_t key) const {
     return first[count - 1] <= static_cast<float>(key) && last[0] >= static_cast<float>(key + kCacheBlock - 1);
   }
@@ -169,72 +52,31 @@ PEAK_INLINE Vec ScoreOf(Vec product, Vec scale, Vec slope, Vec distance) {
   return Fma(slope, distance, product * scale);
 }
 PEAK_INLINE Vec Masked(Vec score, Vec key, Vec first, Vec last) {
-  const Vec gone = Set(-kInfinity);
-  return Select(Greater(first, key), gone, Select(Greater(key, last), gone, score));
-}
-// Minus the maximum, or 0 where no key is live yet: not -inf - -inf.
-PEAK_INLINE Vec BaseOf(Vec high) {
-  const Vec zero = Set(0.0f);
-  return zero - Select(Greater(high, Set(-kInfinity)), high, zero);
+  const Vec masked = Set(-kInfinity);
+  return Select(Greater(first, key), masked, Select(Greater(key, last), masked, score));
 }
 
-PEAK_INLINE void StoreWeights(float* p, int64_t row, Vec even, Vec odd) {
-  Store(p + row * kTile, even);
-  Store(p + (row + 1) * kTile, odd);
-}
-PEAK_INLINE void StoreWeights(Pair* p, int64_t row, Vec even, Vec odd) {
-  StorePairs(&p[row / 2 * kTile].even, PackPairs(even, odd));
-}
-
-// Of a block's keys: what products are multiplied by to be scores; and in bytes, what weights are before they meet values.
-struct BlockScales {
-  alignas(64) float scores[kCacheBlock], weights[kCacheBlock];
-  explicit BlockScales(float scale) {
-    for (float& score : scores) score = scale;
-  }
-  // What is not live has scales of earlier owners, which may be NaN.
-  void Fill(float scale, const int8_t* keys, const int8_t* values, int64_t live) {
-    std::memcpy(scores, keys, sizeof(scores));
-    std::memcpy(weights, values, sizeof(weights));
-    for (int64_t r = 0; r < kCacheBlock; ++r) {
-      scores[r] = r < live ? scale * scores[r] : 0.0f;
-      weights[r] = r < live ? weights[r] : 0.0f;
-    }
-  }
-};
-
-// s[key][lane], products, become weights p; top and sum are brought up to date, factor is what o must be multiplied by.
-template <bool kBytes, class E>
-void SoftmaxOfKeys(const Queries& queries, const BlockScales& scales, int64_t key, float* s, E* p, float* top,
-                   float* sum, float* factor) {
+// Turns products s[key][lane] into weights p and updates the running values.
+template <bool kInt8, class E>
+void SoftmaxOfKeys(const Queries& queries, const BlockScales& scales, int64_t key, float* s, E* p,
+                   const OnlineSoftmax& state) {
   const bool whole = queries.Whole(key);
   for (int64_t at = 0; at < queries.count; at += kLanes) {
     const Vec slope = Load(queries.slope + at), position = Load(queries.position + at);
-    const Vec first = Load(queries.first + at), last = Load(queries.last + at), before = Load(top + at);
-    Vec high = before;
+    const Vec first = Load(queries.first + at), last = Load(queries.last + at);
+    Vec m = Load(state.m + at);
     for (int64_t r = 0; r < kCacheBlock; ++r) {
       const Vec j = Set(static_cast<float>(key + r));
       Vec x = ScoreOf(Load(s + r * kTile + at), Set(scales.scores[r]), slope, j - position);
       if (!whole) x = Masked(x, j, first, last);
       Store(s + r * kTile + at, x);
-      high = Max(x, high);
+      m = Max(x, m);
     }
-    const Vec base = BaseOf(high);
-    Vec even_sum = Set(0.0f), odd_sum = Set(0.0f);
-    for (int64_t r = 0; r < kCacheBlock; r += 2) {
-      const Vec even = Exp(Load(s + r * kTile + at) + base), odd = Exp(Load(s + (r + 1) * kTile + at) + base);
-      even_sum = even_sum + even;
-      odd_sum = odd_sum + odd;
-      if constexpr (kBytes) {
-        StoreWeights(p + at, r, even * Set(scales.weights[r]), odd * Set(scales.weights[r + 1]));
-      } else {
-        StoreWeights(p + at, r, even, odd);
-      }
+    if constexpr (kInt8) {
+      UpdateSoftmax(s, kCacheBlock, at, Set(1.0f), m, FactorByKey{scales.weights}, p, state);
+    } else {
+      UpdateSoftmax(s, kCacheBlock, at, Set(1.0f), m, NoFactor{}, p, state);
     }
-    const Vec f = Exp(before + base);
-    Store(factor + at, f);
-    Store(sum + at, Fma(Load(sum + at), f, even_sum + odd_sum));
-    Store(top + at, high);
   }
 }
 
@@ -243,10 +85,11 @@ inline void PackWeights(const float* x, Pair* p) {
   for (int64_t r = 0; r < kCacheBlock; r += kLanes) Store(&p->even + r, Load(x + r));
 }
 
-// The same for one lane whose keys lie by the vector; the sums are taken one by one, in the order of the keys.
-template <bool kBytes, class E>
+// The same for one query whose keys lie along the lanes. Sums are taken one by one, in the order of the keys, so they
+// have the bits of SoftmaxOfKeys.
+template <bool kInt8, class E>
 void SoftmaxOfLane(const Queries& queries, int64_t lane, const BlockScales& scales, int64_t key, float* s, E* p,
-                   float* top, float* sum, float* factor) {
+                   const OnlineSoftmax& state) {
   alignas(64) float counts[kLanes];
   for (int i = 0; i < kLanes; ++i) counts[i] = static_cast<float>(i);
   const Vec slope = Set(queries.slope[lane]), position = Set(queries.position[lane]);
@@ -258,114 +101,116 @@ void SoftmaxOfLane(const Queries& queries, int64_t lane, const BlockScales& scal
     Store(s + r, x);
     high = Max(x, high);
   }
-  const float before = *top;
-  *top = MaxOf(Max(high, Set(before)));
-  const Vec base = BaseOf(Set(*top));
+  const float before = state.m[lane], m = MaxOf(Max(high, Set(before)));
+  const Vec base = MinusMax(Set(m));
   for (int64_t r = 0; r < kCacheBlock; r += kLanes) Store(s + r, Exp(Load(s + r) + base));
   float even_sum = 0.0f, odd_sum = 0.0f;
   for (int64_t r = 0; r < kCacheBlock; r += 2) {
     even_sum += s[r];
     odd_sum += s[r + 1];
   }
-  const Vec f = Exp(Set(before) + base);
-  Store(factor, f, 1);
-  Store(sum, Fma(Set(*sum), f, Set(even_sum + odd_sum)), 1);
-  if (kBytes) {
+  const Vec alpha = Exp(Set(before) + base);
+  Store(state.alpha + lane, alpha, 1);
+  Store(state.l + lane, Fma(Set(state.l[lane]), alpha, Set(even_sum + odd_sum)), 1);
+  state.m[lane] = m;
+  if (kInt8) {
     for (int64_t r = 0; r < kCacheBlock; r += kLanes) Store(s + r, Load(s + r) * Load(scales.weights + r));
   }
   PackWeights(s, p);
 }
 
-struct CacheSpace {
-  char* base;
-  int64_t used = 0;
-  template <class X>
-  X* Take(int64_t count) {
-    char* at = base + used;
-    used += UpTo(count * static_cast<int64_t>(sizeof(X)), 64);
-    return reinterpret_cast<X*>(at);
-  }
-};
-
-// Divides by the sum of weights and writes one lane's output.
+// Divides the accumulator of one lane by l and stores it; `row` is a workspace of args.width floats.
 template <class T>
-void StoreOut(const CacheAttentionArgs& args, const Queries& queries, int64_t lane, const float* o, int64_t step,
-              float sum, float* row) {
-  for (int64_t d = 0; d < args.width; ++d) row[d] = o[d * step];
+void StoreOut(const CacheAttentionArgs& args, const Queries& queries, int64_t lane, const float* acc, int64_t step,
+              float l, float* row) {
+  for (int64_t d = 0; d < args.width; ++d) row[d] = acc[d * step];
   T* out = static_cast<T*>(args.out) + queries.row[lane] * args.width;
-  const Vec factor = Set(1.0f / sum);  // a query sees itself: never 0
+  const Vec factor = Set(1.0f / l);  // not 0: a query sees its own key
   for (int64_t d = 0; d < args.width; d += kLanes) Store(out + d, Load(row + d) * factor, args.width - d);
 }
 
+// Workspace of a tile. With few queries q, s, p and acc are [lane][...], else [...][lane].
+template <class T, class C>
+struct CacheSpace {
+  using E = typename OperandOf<T>::type;
+  E* q;
+  float* s;
+  E* p;
+  float* acc;
+  OnlineSoftmax softmax;
+  C* copy;  // of a block; its last row is read by whole vectors
+
+  CacheSpace(Arena& arena, int64_t width)
+      : q(arena.Take<E>(width / kDepth<E> * kTile)),
+        s(arena.Take<float>(kTile * kCacheBlock)),
+        p(arena.Take<E>(kTile * kCacheBlock / kDepth<E>)),
+        acc(arena.Take<float>(UpTo(width, kLanes) * kTile)),
+        softmax(arena),
+        copy(arena.Take<C>(kCacheBlock * width / kDepth<C> + kLanes)) {}
+};
+
 // A tile of one sequence and key head, from `lane` on.
-template <class T, bool kBytes>
+template <class T, bool kInt8>
 void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int64_t lane, char* scratch) {
-  using C = typename ReadOf<T, kBytes>::type;
-  using S = typename StoredOf<C, kBytes>::type;
+  using C = typename ReadOf<T, kInt8>::type;
+  using S = typename StoredOf<C, kInt8>::type;
   using E = typename OperandOf<T>::type;
   const Queries queries(args, sequence, head, lane);
   const bool few = queries.count <= kFewLanes;
-  const int64_t width = args.width, depth = width / kDepth<E>, o_row = UpTo(width, kLanes);
-  const int64_t row_bytes = kBytes ? width : width * static_cast<int64_t>(sizeof(C)) / kDepth<C>;
+  const int64_t width = args.width, depth = width / kDepth<E>, acc_row = UpTo(width, kLanes);
+  const int64_t row_bytes = kInt8 ? width : width * static_cast<int64_t>(sizeof(C)) / kDepth<C>;
   const int64_t vecs = (queries.count + kLanes - 1) / kLanes;
-  CacheSpace space{scratch};
-  E* q = space.Take<E>(depth * kTile);  // few: [lane][width], else [width][lane]; alike s, p and o
-  float* s = space.Take<float>(kTile * kCacheBlock);
-  E* p = space.Take<E>(kTile * kCacheBlock / kDepth<E>);
-  float* o = space.Take<float>(o_row * kTile);
-  float* top = space.Take<float>(kTile);
-  float* sum = space.Take<float>(kTile);
-  float* factor = space.Take<float>(kTile);
-  C* copy = space.Take<C>(kCacheBlock * width / kDepth<C> + kLanes);  // the last row is read by whole vectors
+  Arena arena(scratch);
+  const CacheSpace<T, C> space(arena, width);
+  float *const s = space.s, *const acc = space.acc;
   BlockScales scales(args.scale);
   for (int64_t l = 0; l < kTile; ++l) {
     const T* from = QueryOf<T>(args, queries, Least(l, queries.count - 1));
-    for (int64_t d = 0; d < depth; ++d) SetOperand(from + d * kDepth<E>, q + (few ? l * depth + d : d * kTile + l));
-    top[l] = -kInfinity;
-    sum[l] = 0.0f;
+    for (int64_t d = 0; d < depth; ++d) {
+      SetOperand(from + d * kDepth<E>, space.q + (few ? l * depth + d : d * kTile + l));
+    }
   }
-  std::memset(o, 0, o_row * kTile * sizeof(float));
+  space.softmax.Reset();
+  std::memset(acc, 0, acc_row * kTile * sizeof(float));
 
   for (int64_t block = queries.begin / kCacheBlock; block * kCacheBlock < queries.end; ++block) {
     const int64_t key = block * kCacheBlock, live = Least(kCacheBlock, queries.end - key);
-    const int64_t steps = UpTo(live, kDepth<E>) / kDepth<E>;  // what is not live has weight 0, and may hold anything
+    const int64_t steps = UpTo(live, kDepth<E>) / kDepth<E>;  // later keys have weight 0, and their values may be NaN
     const int64_t next = block + (key + kCacheBlock < queries.end);
     const S* keys = BlockOf<S>(args, args.keys, sequence, block, head);
     const S* values = BlockOf<S>(args, args.values, sequence, block, head);
     const S* next_keys = BlockOf<S>(args, args.keys, sequence, next, head);
     const S* next_values = BlockOf<S>(args, args.values, sequence, next, head);
-    if constexpr (kBytes) scales.Fill(args.scale, keys + kCacheBlock * width, values + kCacheBlock * width, live);
-    const C* read = ReadBlock(keys, kCacheBlock * row_bytes, next_keys, copy);
+    if constexpr (kInt8) scales.Fill(args.scale, keys + kCacheBlock * width, values + kCacheBlock * width, live);
+    const C* read = ReadBlock(keys, kCacheBlock * row_bytes, next_keys, space.copy);
     if (few) {
-      Multiply(q, depth, 1, read, kCacheBlock, depth, s, kCacheBlock, queries.count, kCacheBlock / kLanes, false);
-      read = ReadBlock(values, steps * kDepth<E> * row_bytes, next_values, copy);
+      Multiply(space.q, depth, 1, read, kCacheBlock, depth, s, kCacheBlock, queries.count, kCacheBlock / kLanes, false);
+      read = ReadBlock(values, steps * kDepth<E> * row_bytes, next_values, space.copy);
       for (int64_t l = 0; l < queries.count; ++l) {
-        SoftmaxOfLane<kBytes>(queries, l, scales, key, s + l * kCacheBlock, p + l * (kCacheBlock / kDepth<E>), top + l,
-                              sum + l, factor + l);
-        for (int64_t d = 0; d < o_row; d += kLanes) Store(o + l * o_row + d, Load(o + l * o_row + d) * Set(factor[l]));
+        SoftmaxOfLane<kInt8>(queries, l, scales, key, s + l * kCacheBlock, space.p + l * (kCacheBlock / kDepth<E>),
+                             space.softmax);
+        const Vec alpha = Set(space.softmax.alpha[l]);
+        for (int64_t d = 0; d < acc_row; d += kLanes) Store(acc + l * acc_row + d, Load(acc + l * acc_row + d) * alpha);
       }
-      Multiply(p, kCacheBlock / kDepth<E>, 1, read, width, steps, o, o_row, queries.count, o_row / kLanes, true);
+      Multiply(space.p, kCacheBlock / kDepth<E>, 1, read, width, steps, acc, acc_row, queries.count, acc_row / kLanes,
+               true);
     } else {
-      Multiply(read, 1, kCacheBlock, q, kTile, depth, s, kTile, kCacheBlock, vecs, false);
-      SoftmaxOfKeys<kBytes>(queries, scales, key, s, p, top, sum, factor);
-      read = ReadBlock(values, steps * kDepth<E> * row_bytes, next_values, copy);
-      for (int64_t d = 0; d < width; ++d) {
-        for (int64_t at = 0; at < vecs * kLanes; at += kLanes) {
-          Store(o + d * kTile + at, Load(o + d * kTile + at) * Load(factor + at));
-        }
-      }
-      Multiply(read, 1, width, p, kTile, steps, o, kTile, width, vecs, true);
+      Multiply(read, 1, kCacheBlock, space.q, kTile, depth, s, kTile, kCacheBlock, vecs, false);
+      SoftmaxOfKeys<kInt8>(queries, scales, key, s, space.p, space.softmax);
+      read = ReadBlock(values, steps * kDepth<E> * row_bytes, next_values, space.copy);
+      Rescale(acc, width, 0, vecs * kLanes, space.softmax.alpha);
+      Multiply(read, 1, width, space.p, kTile, steps, acc, kTile, width, vecs, true);
     }
   }
   for (int64_t l = 0; l < queries.count; ++l) {
-    StoreOut<T>(args, queries, l, few ? o + l * o_row : o + l, few ? 1 : kTile, sum[l], s);
+    StoreOut<T>(args, queries, l, few ? acc + l * acc_row : acc + l, few ? 1 : kTile, space.softmax.l[l], s);
   }
 }
 
 template <class T>
 void AttendTile(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int64_t lane, char* scratch) {
-  args.bytes ? AttendTileOf<T, true>(args, sequence, head, lane, scratch)
-             : AttendTileOf<T, false>(args, sequence, head, lane, scratch);
+  args.int8_cache ? AttendTileOf<T, true>(args, sequence, head, lane, scratch)
+                  : AttendTileOf<T, false>(args, sequence, head, lane, scratch);
 }
 
 inline int64_t TileLanes() { return kTile; }
@@ -375,8 +220,8 @@ inline int64_t TileLanes() { return kTile; }
 namespace peak {
 
 int64_t CacheAttentionScratch(int64_t width, int threads) {
-  constexpr int64_t kMost = 64 * sizeof(float);  // a tile's lanes
-  return threads * (3 * kMost * (width + 16) + 2 * kMost * kCacheBlock + 4 * kMost);
+  constexpr int64_t kLaneBytes = 64 * sizeof(float);  // one row of a tile
+  return threads * (3 * kLaneBytes * (width + 16) + 2 * kLaneBytes * kCacheBlock + 4 * kLaneBytes);
 }
 
 void TeamCacheAttention(const CacheAttentionArgs& args, char* scratch) {
@@ -395,7 +240,7 @@ void TeamCacheAttention(const CacheAttentionArgs& args, char* scratch) {
   for (int64_t i = 0; i < args.sequences; ++i) {
     const int64_t all = (args.begins[i + 1] - args.begins[i]) * group;
     for (int64_t head = 0; head < args.kv_heads; ++head) {
-      // From tile to tile there is more to do: the next head's begin with another thread.
+      // The work grows from tile to tile, so the tiles of the next head begin with another thread.
       for (int64_t tile = 0; tile * lanes < all; ++tile) {
         if ((i + head + tile) % team.size == team.id) attend(args, i, head, tile * lanes, scratch);
       }

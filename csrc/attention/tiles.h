@@ -1,28 +1,27 @@
-// What both passes of attention share. Included once per set by attention*.cpp, after simd.h.
+// Tiles, packing and masks that both passes of attention share. Included once per instruction set, after simd/simd.h.
+// More than 300 lines: packing, masks, score terms and dropout share the layout that this comment defines.
 //
-// Scores are held transposed, one query a lane: a tile S[key][query] is K times Q^T. Row maxima, sums and corrections
+// Scores are transposed, with one query a lane: a tile S[key][query] is K times Q^T. Row maxima, sums and corrections
 // are then plain vector operations without a horizontal step, and every product has one form,
 //     C[row][lane] += sum_k A(row, k) * B[k][lane],
-// with A broadcast from memory and B and C read by the vector:
+// where A is broadcast from memory and B and C are read as vectors:
 //     S   = K  Q^T     dP  = V  dO^T      k over the width     A natural   B transposed   C[key][query]
 //     O^T = V^T P      dQ^T = K^T dS      k over the keys      A stacked   B a tile       C[width][query]
 //     dV  = P  dO      dK  = dS Q         k over the queries   A a tile    B stacked      C[key][width]
-// An operand is float, or Pair where the set multiplies bf16 pairs; then two steps of k lie together in each packing:
+// An operand is float, or Pair if the instruction set multiplies pairs of bf16; then two steps of k lie together:
 //     natural [row][width / 2]   stacked [row / 2][width]   transposed [width / 2][row]
-// Without such an instruction bf16 is widened when it is packed. Packing also ends ragged sizes (zeros up to whole
-// vectors) and strides that make rows collide in the L1 cache.
+// Without such an instruction, packing converts bf16 to float. Packing also pads ragged sizes with zeros to whole
+// vectors, and it removes strides that make rows collide in the L1 cache.
 
+#include "attention/softmax.h"
 #include "simd/philox.h"
-#include "gemm/small_products.h"
 
-constexpr int64_t kTile = 64;  // queries a tile, and keys: four operands of 64 x 64 floats fill L1 and part of L2
-// Keys a tile where the mask cuts through, so that less of it is dead. Causal T 256, D 64 on Zen 4: 16 beats 32 by 2 to
-// 5 % and 64 by 10 to 15 %.
+// Keys in a tile that the mask cuts, so that less of it is dead. Causal T 256, D 64 on Zen 4: 16 beats 32 by 2 to 5 %
+// and 64 by 10 to 15 %.
 constexpr int64_t kEdgeTile = 16;
-constexpr float kInfinity = __builtin_inff();
 
-// -------------------------------------------------------------------------------------------------------- packing
-// A strided matrix; rows outside [begin, end) read as zeros, whatever memory holds there.
+// --------------------------------------------------------------------------------------------------------- packing
+// A strided matrix. Rows outside [begin, end) read as zeros, whatever memory holds there.
 template <class T>
 struct Rows {
   const T* p;
@@ -33,6 +32,20 @@ struct Rows {
     return Has(row) ? Load(p + row * stride + column, width - column) : Set(0.0f);
   }
 };
+
+// One head of a sequence of a tensor.
+template <class T>
+PEAK_INLINE const T* HeadOf(const StridedInput& x, int64_t b, int64_t h) {
+  return static_cast<const T*>(x.data) + b * x.stride_b + h * x.stride_h;
+}
+template <class T>
+PEAK_INLINE T* HeadOf(const StridedOutput& x, int64_t b, int64_t h) {
+  return static_cast<T*>(x.data) + b * x.stride_b + h * x.stride_h;
+}
+template <class T>
+PEAK_INLINE Rows<T> RowsOf(const StridedInput& x, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t width) {
+  return {HeadOf<T>(x, b, h), x.stride_t, begin, end, width};
+}
 
 // Row lengths of the packings, in operands.
 template <class E>
@@ -75,7 +88,7 @@ inline void PackNatural(const Rows<bf16>& rows, int64_t first, int64_t count, Pa
   }
 }
 
-// kTile rows from `first` on.
+// Packs kTile rows from `first` on.
 template <class T>
 void PackTransposed(const Rows<T>& rows, int64_t first, float* out) {
   for (int64_t r = 0; r < kTile; r += kLanes) {
@@ -88,7 +101,7 @@ void PackTransposed(const Rows<T>& rows, int64_t first, float* out) {
   }
 }
 inline void PackTransposed(const Rows<bf16>& rows, int64_t first, Pair* out) {
-  // Pairs move as whole floats; no arithmetic touches them.
+  // A pair moves as one float; no arithmetic touches it.
   Rows<float> pairs{nullptr, 0, 0, 1, rows.width / 2};
   for (int64_t r = 0; r < kTile; r += kLanes) {
     for (int64_t d = 0; d < pairs.width; d += kLanes) {
@@ -121,18 +134,18 @@ void StoreTransposed(const float* tile, const float* factor, T* out, int64_t str
   }
 }
 
-// ----------------------------------------------------------------------------------------------------------- mask
-// Every mask is one range of keys a query: First(i) .. End(i) - 1, both growing with i.
-struct Live {
+// ------------------------------------------------------------------------------------------------------------ mask
+// Every mask is one range of keys for each query: First(i) .. End(i) - 1. Both bounds grow with i.
+struct LiveKeys {
   int64_t offset, begin, end, window, documents;
-  const int64_t* starts;  // of documents, one more than there are, or null
+  const int64_t* starts;  // first tokens of the documents and the number of tokens, or null
   bool causal;
 
-  Live(const AttentionArgs& args, int64_t b)
+  LiveKeys(const AttentionProblem& args, int64_t b)
       : offset(args.keys - args.queries), documents(args.documents), starts(args.cu_seqlens), causal(args.causal) {
-    begin = args.kv_start == nullptr ? 0 : Most(0, args.kv_start[b]);
-    end = args.kv_len == nullptr ? args.keys
-                                 : Least(args.keys, (args.kv_start == nullptr ? 0 : args.kv_start[b]) + args.kv_len[b]);
+    const int64_t start = args.kv_start == nullptr ? 0 : args.kv_start[b];
+    begin = Most(0, start);
+    end = args.kv_len == nullptr ? args.keys : Least(args.keys, start + args.kv_len[b]);
     window = args.window > 0 ? args.window : args.queries + args.keys;
   }
   // The last document that starts at or before token i.
@@ -158,19 +171,19 @@ struct Live {
   }
 };
 
-// Vectors begin .. end - 1 of a tile's queries.
+// The vectors begin .. end - 1 of a tile's queries.
 struct Lanes {
   int64_t begin, end;
 };
 
-// A tile of queries: their bounds as floats (exact to 2^24 keys), one a lane.
+// A tile of queries. The bounds of their keys are floats (exact up to 2^24 keys), one a lane.
 struct QueryTile {
   int64_t query, count, vecs;
-  int64_t begin, end;        // keys that any of them sees
-  int64_t all_from, all_to;  // keys that all of them see
+  int64_t begin, end;        // keys that any of the queries sees
+  int64_t all_from, all_to;  // keys that all of the queries see
   float first[kTile], last[kTile], position[kTile];
 
-  void Place(const Live& live, int64_t query_, int64_t queries) {
+  void Place(const LiveKeys& live, int64_t query_, int64_t queries) {
     query = query_;
     count = Least(kTile, queries - query);
     vecs = UpTo(count, kLanes) / kLanes;
@@ -184,13 +197,13 @@ struct QueryTile {
       position[i] = static_cast<float>(query + i + live.offset);
     }
   }
-  // Keys of the tile that starts at `key`: whole where all see them, else an edge.
+  // The number of keys of the tile that starts at `key`: kTile if all queries see them, else an edge.
   PEAK_INLINE int64_t KeysAt(int64_t key, int64_t stop) const {
     const bool whole = key >= all_from && key + kTile <= Least(all_to, stop);
     return whole ? kTile : Least(kEdgeTile, stop - key);
   }
   PEAK_INLINE bool Whole(int64_t key, int64_t rows) const { return key >= all_from && key + rows <= all_to; }
-  // The vectors of queries that see any of the keys from `key` on: both bounds of a query grow with it.
+  // The vectors of the queries that see any of the keys from `key` on. Both bounds of a query grow with it.
   PEAK_INLINE Lanes LanesAt(int64_t key, int64_t rows) const {
     Lanes lanes{0, vecs};
     while (lanes.begin < vecs && last[lanes.begin * kLanes + kLanes - 1] < static_cast<float>(key)) ++lanes.begin;
@@ -199,27 +212,30 @@ struct QueryTile {
   }
 };
 
-// What a query head does to its products q k^T.
+// ---------------------------------------------------------------------------------------------------------- scores
+// The terms of a query head's scores besides q k^T.
 struct ScoreTerms {
   float scale, slope;
   const char* bias;  // of query 0 and key 0, or null
   DType bias_dtype;
-  int64_t bias_t, bias_s, keys;
+  int64_t bias_stride_t, bias_stride_s, keys;
 
-  ScoreTerms(const AttentionArgs& args, int64_t b, int64_t h)
+  ScoreTerms(const AttentionProblem& args, int64_t b, int64_t h)
       : scale(args.scale), slope(args.alibi == nullptr ? 0.0f : args.alibi[h]), bias(nullptr),
-        bias_dtype(args.bias_dtype), bias_t(args.bias_t), bias_s(args.bias_s), keys(args.keys) {
+        bias_dtype(args.bias_dtype), bias_stride_t(args.bias_stride_t), bias_stride_s(args.bias_stride_s),
+        keys(args.keys) {
     if (args.bias == nullptr) return;
-    const int64_t at = (args.bias_batch > 1 ? b * args.bias_b : 0) + (args.bias_heads > 1 ? h * args.bias_h : 0);
+    const int64_t at = (args.bias_batch > 1 ? b * args.bias_stride_b : 0) +
+                       (args.bias_heads > 1 ? h * args.bias_stride_h : 0);
     bias = static_cast<const char*>(args.bias) + at * SizeOf(bias_dtype);
   }
-  // Biases of n keys from `key` on, for one query; zeros after them.
+  // Biases of n keys from `key` on, for one query, then zeros.
   template <class B>
   PEAK_INLINE Vec Biases(int64_t query, int64_t key, int64_t n) const {
-    const B* p = reinterpret_cast<const B*>(bias) + query * bias_t + key * bias_s;
-    if (bias_s == 1) return Load(p, n);
+    const B* p = reinterpret_cast<const B*>(bias) + query * bias_stride_t + key * bias_stride_s;
+    if (bias_stride_s == 1) return Load(p, n);
     B part[kLanes] = {};
-    for (int64_t i = 0; i < Least(n, kLanes); ++i) part[i] = p[i * bias_s];
+    for (int64_t i = 0; i < Least(n, kLanes); ++i) part[i] = p[i * bias_stride_s];
     return Load(part);
   }
 };
@@ -233,8 +249,8 @@ PEAK_NOINLINE void AddBias(const ScoreTerms& terms, const QueryTile& tile, float
       const int64_t n = Least(kLanes, terms.keys - key - r);
       Vec square[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        const bool there = n > 0 && at + i < tile.count;
-        square[i] = there ? terms.Biases<B>(tile.query + at + i, key + r, n) : Set(0.0f);
+        const bool exists = n > 0 && at + i < tile.count;
+        square[i] = exists ? terms.Biases<B>(tile.query + at + i, key + r, n) : Set(0.0f);
       }
       Transpose(square);
       for (int64_t i = 0; i < Least(kLanes, rows - r); ++i) {
@@ -245,9 +261,9 @@ PEAK_NOINLINE void AddBias(const ScoreTerms& terms, const QueryTile& tile, float
   }
 }
 
-// s = c s + slope (j - i), -inf where dead; rows past the tile's keys are dead too.
+// s = c s + slope (j - i), or -inf for a masked key. Rows after the tile's keys are masked too.
 inline void MaskScores(const QueryTile& tile, float* s, int64_t key, int64_t rows, Lanes lanes, float c, float slope) {
-  const Vec gone = Set(-kInfinity);
+  const Vec masked = Set(-kInfinity);
   for (int64_t v = lanes.begin; v < lanes.end; ++v) {
     const Vec first = Load(tile.first + v * kLanes), last = Load(tile.last + v * kLanes);
     const Vec position = Load(tile.position + v * kLanes);
@@ -255,12 +271,13 @@ inline void MaskScores(const QueryTile& tile, float* s, int64_t key, int64_t row
       const Vec j = Set(static_cast<float>(key + r));
       float* at = s + r * kTile + v * kLanes;
       const Vec x = Fma(Set(slope), j - position, Load(at) * Set(c));
-      Store(at, Select(Greater(first, j), gone, Select(Greater(j, last), gone, x)));
+      Store(at, Select(Greater(first, j), masked, Select(Greater(j, last), masked, x)));
     }
   }
 }
 
-// Makes scores of the products in s; returns the factor that they still lack: the scale, where nothing else is due.
+// Turns the products in s into scores. Returns the factor that the scores still lack: the scale if there is no other
+// term.
 inline float Scores(const ScoreTerms& terms, const QueryTile& tile, float* s, int64_t key, int64_t rows, Lanes lanes) {
   float c = terms.scale;
   if (terms.bias != nullptr) {
@@ -273,14 +290,15 @@ inline float Scores(const ScoreTerms& terms, const QueryTile& tile, float* s, in
   return 1.0f;
 }
 
-// Which weights of a head are dropped. The weight of query i and key j is kept where word j % 4 of Philox's counter
-// (i, j / 4, b, h) under the seed is at least dropout * 2^32: its place decides, not the tile or thread that asks.
-struct Dropout {
-  float factor = 0.0f;  // of what is kept; 0: nothing is dropped
+// --------------------------------------------------------------------------------------------------------- dropout
+// The mask of a head's weights. The weight of query i and key j is kept if word j % 4 of Philox's counter (i, j / 4, b,
+// h) under the seed is at least dropout * 2^32. The mask depends on i and j only, not on the tile or the thread.
+struct DropoutMask {
+  float factor = 0.0f;  // of the weights that are kept; 0: no dropout
   uint32_t limit = 0, b, h;
   PhiloxKey key;
 
-  Dropout(const AttentionArgs& args, int64_t b_, int64_t h_)
+  DropoutMask(const AttentionProblem& args, int64_t b_, int64_t h_)
       : b(static_cast<uint32_t>(b_)), h(static_cast<uint32_t>(h_)), key{0, 0} {
     if (args.dropout == 0.0) return;
     factor = static_cast<float>(1.0 / (1.0 - args.dropout));
@@ -303,20 +321,3 @@ struct Dropout {
     }
   }
 };
-
-// Places arrays one after another from `base` on, each on its own cache lines; from null it only counts.
-struct Bump {
-  char* base;
-  int64_t used = 0;
-  template <class X>
-  X* Take(int64_t count) {
-    char* at = base == nullptr ? nullptr : base + used;
-    used += UpTo(count * static_cast<int64_t>(sizeof(X)), 64);
-    return reinterpret_cast<X*>(at);
-  }
-};
-
-template <class T>
-PEAK_INLINE const T* At(const void* p, int64_t b, int64_t stride_b, int64_t h, int64_t stride_h) {
-  return static_cast<const T*>(p) + b * stride_b + h * stride_h;
-}

@@ -1,13 +1,14 @@
-// Includes PEAK_THIS_FILE once per instruction set, each time inside namespace peak::<isa>::(anonymous) with that
-// set's Vec from simd.h. Anonymous, or the linker could merge copies that were compiled for different sets.
-// The way of Highway's foreach_target.h (github.com/google/highway). A kernel file says
+// Includes PEAK_THIS_FILE once per instruction set, each time inside namespace peak::<isa>::(anonymous) with the Vec of
+// that set from simd/simd.h. The namespace is anonymous, since the linker could merge copies that were compiled for
+// different instruction sets. The technique is that of Highway's foreach_target.h (github.com/google/highway). A kernel
+// file looks like this:
 //
 //     #include "ops/norm.h"
 //     #define PEAK_THIS_FILE "ops/norm.cpp"
 //     #include "base/foreach_isa.h"
 //     #ifdef PEAK_ISA
-//       template <class T> void Forward(...)   over simd.h; no lambda (GCC compiles them for the base target),
-//                                              no std:: template (its one copy would serve every set)
+//       template <class T> void Forward(...)   uses simd/simd.h; no lambda (GCC compiles lambdas for the base target),
+//                                              no std:: template, unless inlined (its one copy serves every set)
 //     #else
 //       the rest, compiled once: threads, and PEAK_PICK(Forward<float>)(...)
 //     #endif

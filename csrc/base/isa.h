@@ -1,4 +1,4 @@
-// Which instruction sets this build carries, which one runs (run-time choice, cap for tests).
+// The instruction sets of this build, and the choice of the active one at run time. Tests limit it.
 #ifndef PEAK_ISA_H_
 #define PEAK_ISA_H_
 
@@ -14,7 +14,8 @@
 
 #if defined(__x86_64__) || defined(__aarch64__)
 #define PEAK_INLINE inline __attribute__((always_inline))
-// What few calls need: inlined, it costs the others registers and the inlining of what they do need.
+// For code that few calls need: inlined, it would take registers from the other calls and keep other code from being
+// inlined.
 #define PEAK_NOINLINE __attribute__((noinline))
 #else
 #error "peakgpt's C++ kernels support x86-64 and aarch64"
@@ -22,7 +23,7 @@
 
 namespace peak {
 
-// Position in this list = position in PEAK_PICK, which gives the active set's copy of a function of a kernel file.
+// The order of the names is that of PEAK_PICK, which returns the copy of a function for the active instruction set.
 #if defined(__x86_64__)
 constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
 #define PEAK_PICK(...)                       \
@@ -32,13 +33,13 @@ constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
 constexpr const char* kIsaNames[] = {"scalar", "neon"};
 #define PEAK_PICK(...) ::peak::Pick<decltype(&scalar::__VA_ARGS__)>({&scalar::__VA_ARGS__, &neon::__VA_ARGS__})
 #endif
-// The copy of a template for an element type; further template arguments follow the name.
+// The same for a template whose first argument is the element type. Other template arguments follow the name.
 #define PEAK_PICK_DTYPE(dtype, name, ...)                                    \
   ((dtype) == ::peak::DType::kFloat32 ? PEAK_PICK(name<float, ##__VA_ARGS__>) \
                                       : PEAK_PICK(name<::peak::bf16, ##__VA_ARGS__>))
 constexpr int kIsaCount = sizeof(kIsaNames) / sizeof(kIsaNames[0]);
 
-// The widest set that this machine runs; operating system support included (the builtins read XCR0).
+// The widest instruction set that the machine and the operating system support (the builtins read XCR0).
 inline int BestIsa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -47,14 +48,15 @@ inline int BestIsa() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return 1;
   }
-  // Every CPU with the first has the second.
+  // Every CPU with AVX512_BF16 has AVX512_VNNI.
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
 #else
   return 1;
 #endif
 }
 
-// The widest set that runs here and is not wider than `name`; nullptr is no cap. Throws on an unknown name.
+// The widest instruction set that runs here and is not wider than `name`; nullptr: no limit. Throws for an unknown
+// name.
 inline int CapIsa(const char* name) {
   if (name == nullptr) return BestIsa();
   std::string known;
@@ -72,7 +74,7 @@ inline std::atomic<int>& ActiveIsaSlot() {
 
 inline const char* ActiveIsa() { return kIsaNames[ActiveIsaSlot().load()]; }
 
-// Runs at most `name` from now on, nullptr lifts the cap; returns what runs.
+// Limits the active instruction set to `name`; nullptr removes the limit. Returns the active one.
 inline const char* SetIsaCap(const char* name) {
   ActiveIsaSlot().store(CapIsa(name));
   return ActiveIsa();

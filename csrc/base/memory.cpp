@@ -4,8 +4,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
-#include <memory>
-#include <new>
 #include <string>
 
 #ifdef __GLIBC__
@@ -16,48 +14,47 @@
 namespace peak {
 namespace {
 
-// From the system, not from sysconf: in a virtual machine that gives the host's, ten times too much.
+// From sysfs, not from sysconf: in a virtual machine sysconf gives the cache of the host, which can be ten times
+// larger.
 int64_t LastLevelCacheBytes() {
   constexpr int64_t kUnknown = int64_t{32} << 20;
-  int64_t most = 0;
+  int64_t largest = 0;
   for (int index = 0; index < 8; ++index) {
     std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
     int64_t kib = 0;
-    if (file >> kib) most = std::max(most, kib << 10);
+    if (file >> kib) largest = std::max(largest, kib << 10);
   }
-  return most > 0 ? most : kUnknown;
+  return largest > 0 ? largest : kUnknown;
 }
 
 }  // namespace
 
-bool GoPast(const void* out, int64_t bytes, int64_t row_bytes) {
-  static const int64_t cache = LastLevelCacheBytes();
-  constexpr int64_t kLine = 64;
-  return out != nullptr && bytes > cache / 2 && reinterpret_cast<std::uintptr_t>(out) % kLine == 0 &&
-         row_bytes % kLine == 0;
+char* AlignedMemory::Reserve(int64_t bytes) {
+  if (bytes > size_) {
+    memory_.reset();
+    size_ = 0;  // if the allocation throws
+    memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t{kCacheLine})));
+    size_ = bytes;
+  }
+  return memory_.get();
 }
 
-void* Workspace(int64_t bytes) {
-  constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(void* p) const { ::operator delete(p, kLine); }
-  };
-  static thread_local std::unique_ptr<void, Free> held;
-  static thread_local int64_t size = 0;
-  if (bytes > size) {
-    held.reset();
-    size = 0;
-    held.reset(::operator new(bytes, kLine));
-    size = bytes;
-  }
-  return held.get();
+char* Workspace(int64_t bytes) {
+  static thread_local AlignedMemory memory;
+  return memory.Reserve(bytes);
+}
+
+bool BypassCaches(const void* out, int64_t bytes, int64_t row_bytes) {
+  static const int64_t cache = LastLevelCacheBytes();
+  return out != nullptr && bytes > cache / 2 && reinterpret_cast<std::uintptr_t>(out) % kCacheLine == 0 &&
+         row_bytes % kCacheLine == 0;
 }
 
 #ifdef __GLIBC__
 
 constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
 
-void AskHugePages(void* memory, int64_t bytes) {
+void RequestHugePages(void* memory, int64_t bytes) {
   const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + kHugePage - 1) & ~(kHugePage - 1);
   const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) & ~(kHugePage - 1);
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
@@ -70,14 +67,14 @@ bool KeepPages(std::size_t bytes) {
   // Grow the heap once, mark it for huge pages, and give it back to malloc untouched: no page is resident yet.
   void* block = std::malloc(bytes);
   if (block == nullptr) return false;
-  AskHugePages(block, bytes);
+  RequestHugePages(block, bytes);
   std::free(block);
   return true;
 }
 
 #else
 
-void AskHugePages(void*, int64_t) {}
+void RequestHugePages(void*, int64_t) {}
 bool KeepPages(std::size_t) { return false; }
 
 #endif

@@ -1,4 +1,4 @@
-// Work over threads. Its division never follows scheduling, so neither do results.
+// Division of work among threads. Results never depend on the schedule.
 #ifndef PEAK_PARALLEL_H_
 #define PEAK_PARALLEL_H_
 
@@ -10,8 +10,9 @@
 
 namespace peak {
 
-// The threads of one parallel region that run op after op together (csrc/program.cpp). Every thread calls each op; inside
-// one, ParallelParts and ParallelUnits open no region, but do this thread's share and wait for the others.
+// The threads of one parallel region that run a program together (program/program.cpp). Every thread calls every
+// kernel. Inside a team, ParallelParts and ParallelUnits open no region: they run the part of this thread and wait for
+// the others.
 struct Team {
   int id, size;
   static const Team*& Current() {
@@ -24,7 +25,7 @@ inline void Barrier() {
 #pragma omp barrier
 }
 
-// Runs f on every thread of a team of up to `threads`. f may not throw: the others would wait for ever.
+// Runs f on every thread of a team of up to `threads`. f must not throw: the other threads would wait forever.
 template <class F>
 void RunTeam(int threads, const F& f) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -36,8 +37,8 @@ void RunTeam(int threads, const F& f) {
   }
 }
 
-// Runs parts of a parallel region. An exception (a workspace that does not fit in memory) may not leave a region, that
-// ends the process: the first one waits here for the thread that called.
+// Carries the first exception out of a parallel region (such as a failed allocation): an exception that leaves a region
+// ends the process.
 class Catcher {
  public:
   template <class F>
@@ -49,7 +50,7 @@ class Catcher {
       if (!first_) first_ = std::current_exception();
     }
   }
-  // After the region.
+  // To be called after the region.
   void Rethrow() const {
     if (first_) std::rethrow_exception(first_);
   }
@@ -58,11 +59,11 @@ class Catcher {
   std::exception_ptr first_;
 };
 
-// Partial sums of a two-stage reduction: a count that does not follow the thread count, so neither do the sums.
+// Number of partial sums of a two-stage reduction. It does not depend on the number of threads, so neither do the sums.
 constexpr int64_t kParts = 32;
 
-// Calls f(part, begin, end) for `parts` contiguous pieces of [0, n), on up to `threads` threads; the same thread gets
-// the same pieces every run.
+// Calls f(part, begin, end) for `parts` contiguous ranges of [0, n) on up to `threads` threads. A thread gets the same
+// ranges in every run.
 template <class F>
 void ParallelParts(int64_t n, int64_t parts, int threads, const F& f) {
   if (const Team* team = Team::Current()) {
@@ -82,7 +83,8 @@ void ParallelParts(int64_t n, int64_t parts, int threads, const F& f) {
   catcher.Rethrow();
 }
 
-// Calls f(unit) for each of [0, units) on `threads` threads, whichever is free: for units of unequal work.
+// Calls f(unit) for each unit of [0, units) on `threads` threads. The next free thread takes the next unit, for units
+// of unequal work.
 template <class F>
 void ParallelUnits(int64_t units, int threads, const F& f) {
   if (const Team* team = Team::Current()) {

@@ -1,4 +1,4 @@
-// Element types of tensors as the kernels see them.
+// Element types and strided tensors as the kernels see them.
 #ifndef PEAK_TYPES_H_
 #define PEAK_TYPES_H_
 
@@ -14,6 +14,15 @@ struct bf16 {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
 constexpr int64_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// A tensor (batch, token, head, feature), or null. Strides count elements; features are contiguous.
+template <class Pointer>
+struct Strided {
+  Pointer data = nullptr;
+  int64_t stride_b = 0, stride_t = 0, stride_h = 0;
+};
+using StridedInput = Strided<const void*>;
+using StridedOutput = Strided<void*>;
 
 }  // namespace peak
 

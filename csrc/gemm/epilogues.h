@@ -1,8 +1,8 @@
-// Epilogues: what becomes of a tile of sums on its way to memory. Included once per set by gemm.cpp.
+// Epilogues of a tile of sums (gemm/gemm.h). Included once per instruction set by gemm.cpp.
 
 #include "simd/activations.h"
 
-// What a tile of sums becomes, one Vec at a time: i counts its rows from the top of C, j its columns from the left.
+// Writes one Vec of sums of row i and the n columns from j on.
 template <class T, class Out, Epilogue kEpilogue, class Act>
 PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, int64_t n) {
   Out* c = static_cast<Out*>(args.c) + i * args.c_row + j;
@@ -44,7 +44,7 @@ void Finish(const GemmArgs& args, const float* sums, int64_t row, int64_t column
   }
 }
 
-// An activation's result has the type of the operands: each further one costs a second of compilation.
+// The result of an activation has the type of the operands: every other combination would cost a second of compilation.
 template <class T, Epilogue kEpilogue>
 void FinishWith(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
   switch (args.activation) {

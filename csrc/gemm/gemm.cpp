@@ -12,7 +12,8 @@ namespace peak {
 namespace {
 
 struct GemmTile {
-  int64_t rows, columns, slot;  // of a panel of a, of a panel of b, elements of k in a slot
+  int64_t rows, columns;  // of a panel of a, of a panel of b
+  int64_t slot;           // elements of k in a slot
 };
 struct GemmBlock {
   int64_t row, rows, column, columns, k, depth;
@@ -22,8 +23,8 @@ struct GemmPart {
   int64_t row_begin, row_end, column_begin, column_end;  // panels of a block
 };
 
-constexpr int64_t kThinRows = 4;  // up to which b is not packed
-constexpr int64_t kGroupFloats = 120 << 10;  // of packed b, to stay in the second-level cache
+constexpr int64_t kSkinnyRows = 4;  // up to this number of rows b is not packed
+constexpr int64_t kGroupFloats = 120 << 10;  // of packed b: they stay in the second-level cache
 
 }  // namespace
 
@@ -44,7 +45,7 @@ GemmTile TileOf() {
   return {kPanelRows, kColumns, kSlot<T>};
 }
 
-// Packs panels [begin, end) of the block's rows of a.
+// Packs row panels [begin, end) of a block of a.
 template <class T>
 void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>, row = begin * kPanelRows;
@@ -58,21 +59,22 @@ void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64
   }
 }
 
-// Packs columns of b, and elements k to k + depth of them.
+// Packs elements k to k + depth of some columns of b.
 template <class T, class Args>
 void PackColumns(const Args& args, int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) {
   const T* from = static_cast<const T*>(args.b) + column * args.b_col + k * args.b_k;
   Pack<T>(from, args.b_col, args.b_k, columns, depth, kColumnVecs, out);
 }
 
-// Where PackB leaves the panel of `column` in the block of k that begins at `k`, of `slots` slots: [block][panel][slot].
+// Offset of the panel of `column` in the result of PackB, [block of k][panel][slot], for the block of `slots` slots at
+// k.
 template <class T>
 int64_t PackedAt(int64_t n, int64_t k, int64_t column, int64_t slots) {
   const int64_t width = (n + kColumns - 1) / kColumns * kColumns;
   return k / kSlot<T> * width + column * slots;
 }
 
-// Panels [begin, end) of columns of one block of k, packed to where they belong.
+// Packs column panels [begin, end) of one block of k to their places.
 template <class T>
 void PackBlock(const PackArgs& args, int64_t k, int64_t depth, int64_t begin, int64_t end) {
   const int64_t column = begin * kColumns, slots = (depth + kSlot<T> - 1) / kSlot<T>;
@@ -80,8 +82,8 @@ void PackBlock(const PackArgs& args, int64_t k, int64_t depth, int64_t begin, in
                  args.out + PackedAt<T>(args.n, k, column, slots));
 }
 
-// All of a block's tiles in its panels of rows [row_begin, row_end) and of columns [begin, end).
-// Columns go in groups that stay in the second-level cache, packed by the thread that uses them.
+// Computes the tiles of one part of a block. Columns are taken in groups that stay in the second-level cache; the
+// thread that uses a group packs it.
 template <class T>
 void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart& part, const float* a, float* b,
                     float* sums) {
@@ -116,14 +118,16 @@ namespace peak {
 
 namespace {
 
-// Blocks of C and of k: a's packed block and the sums of C stay in the last-level cache, b's group in the second-level.
+// Sizes of a block of C and of k: the packed block of a and the sums of C stay in the last-level cache.
 constexpr int64_t kBlockRows = 1024, kBlockColumns = 3072, kBlockSlots = 1024;
 
 int64_t Pieces(int64_t n, int64_t most) { return std::max<int64_t>(1, (n + most - 1) / most); }
 int64_t Up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-float* Floats(int64_t count) { return static_cast<float*>(Workspace(count * static_cast<int64_t>(sizeof(float)))); }
+float* FloatWorkspace(int64_t count) {
+  return reinterpret_cast<float*>(Workspace(count * static_cast<int64_t>(sizeof(float))));
+}
 
-// How `threads` share a block: a grid of row groups and column groups with the least work for the slowest.
+// Divides a block among `threads`: the grid of row groups and column groups with the least work for the slowest thread.
 std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads) {
   std::pair<int, int> best{1, 1};
   int64_t least = row_panels * column_panels + 1;
@@ -138,24 +142,24 @@ std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads)
   return best;
 }
 
-void GemmThin(const GemmArgs& args, const GemmTile& tile, int64_t depth, int threads) {
-  float* const a = Floats(Up(args.k, tile.slot) / tile.slot * tile.rows);
+void SkinnyGemm(const GemmArgs& args, const GemmTile& tile, int64_t depth, int threads) {
+  float* const a = FloatWorkspace(Up(args.k, tile.slot) / tile.slot * tile.rows);
   PEAK_PICK_DTYPE(args.dtype, PackRows)(args, {0, args.m, 0, args.n, 0, args.k, true, true}, 0, 1, a);
-  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyThin);
+  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplySkinny);
   ParallelParts(Pieces(args.n, tile.columns), threads, threads,
                 [&](int64_t, int64_t begin, int64_t end) { multiply(args, depth, a, begin, end); });
 }
 
 int64_t DepthOf(int64_t k, const GemmTile& tile) {
   const int64_t blocks = Pieces(k, kBlockSlots * tile.slot);
-  return Up(Pieces(k, blocks), tile.slot);  // at least a slot: an empty sum is 0
+  return Up(Pieces(k, blocks), tile.slot);  // at least one slot: an empty sum is 0
 }
 
-// How a product is cut, and the memory that it takes.
+// The blocks of a product and the memory that it needs.
 struct GemmPlan {
   GemmTile tile;
   int64_t rows, columns, depth;  // of a block
-  int64_t a_size, b_size, sums_size;  // floats; b_size for each thread
+  int64_t a_size, b_size, sums_size;  // in floats; b_size is for each thread
 
   explicit GemmPlan(const GemmArgs& args) : tile(PEAK_PICK_DTYPE(args.dtype, TileOf)()) {
     rows = Up(Pieces(args.m, Pieces(args.m, kBlockRows)), tile.rows);
@@ -169,8 +173,8 @@ struct GemmPlan {
   int64_t Scratch(int threads) const { return a_size + sums_size + threads * b_size; }
 };
 
-// One thread's share of a product; all of `workers` run it, on the same scratch.
-void Share(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
+// One thread's part of a product. All `workers` call it with the same scratch.
+void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
   const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
   const int64_t rows = plan.rows, columns = plan.columns, depth = plan.depth;
@@ -218,19 +222,19 @@ int64_t GemmScratch(const GemmArgs& args, int threads) { return GemmPlan(args).S
 void TeamGemm(const GemmArgs& args, float* scratch) {
   if (args.m == 0 || args.n == 0) return;
   const Team* team = Team::Current();
-  Share(args, GemmPlan(args), scratch, team->id, team->size);
+  MultiplyPart(args, GemmPlan(args), scratch, team->id, team->size);
 }
 
 void Gemm(const GemmArgs& args, int threads) {
   if (args.m == 0 || args.n == 0) return;
   const GemmPlan plan(args);
-  if (args.m <= kThinRows && args.packed_b == nullptr) return GemmThin(args, plan.tile, plan.depth, threads);
-  const auto wanted = Grid(plan.rows / plan.tile.rows, plan.columns / plan.tile.columns, threads);
-  const int workers = wanted.first * wanted.second;
-  float* const scratch = Floats(plan.Scratch(workers));
-  // Fewer than wanted come where the caller is in a parallel region itself, or OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
+  if (args.m <= kSkinnyRows && args.packed_b == nullptr) return SkinnyGemm(args, plan.tile, plan.depth, threads);
+  const auto grid = Grid(plan.rows / plan.tile.rows, plan.columns / plan.tile.columns, threads);
+  const int workers = grid.first * grid.second;
+  float* const scratch = FloatWorkspace(plan.Scratch(workers));
+  // The team is smaller than `workers` inside another parallel region, or if OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
 #pragma omp parallel num_threads(workers) if (workers > 1)
-  Share(args, plan, scratch, omp_get_thread_num(), omp_get_num_threads());
+  MultiplyPart(args, plan, scratch, omp_get_thread_num(), omp_get_num_threads());
 }
 
 }  // namespace peak

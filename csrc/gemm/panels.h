@@ -1,17 +1,19 @@
-// Panels, as the innermost loop of a product reads its operands. Included once per set by gemm.cpp, after simd.h.
+// Panels: the order in which the innermost loop of a product reads its operands. Included once per instruction set by
+// gemm.cpp, after simd/simd.h.
 
-// A slot is what one lane of a product takes from each operand at a time: a float, or natively a pair of bf16.
-// Where bf16 products are not native, packing widens to float.
+// A slot is the unit that one lane of a product reads from each operand: a float, or a pair of bf16 if the instruction
+// set multiplies pairs. Without such an instruction packing converts bf16 to float.
 template <class T>
 constexpr int kSlot = 1;
 template <>
 constexpr int kSlot<bf16> = kNativePairs ? 2 : 1;
 
-// The register tile: kRows x (kColumnVecs x kLanes) sums, with the loads of b and one broadcast of a beside them.
+// The register tile: kRows x (kColumnVecs x kLanes) sums. The other registers hold the loads of b and one broadcast of
+// a.
 constexpr int kColumnVecs = 3;
 constexpr int kRows = kRegisters == 32 ? 8 : 4;
 constexpr int kColumns = kColumnVecs * kLanes;
-// Panels of a: at least a Vec of rows, so that both operands are packed alike.
+// A panel of a has at least a Vec of rows, so that both operands are packed in the same way.
 constexpr int kRowVecs = kRows > kLanes ? kRows / kLanes : 1;
 constexpr int kPanelRows = kRowVecs * kLanes;
 
@@ -24,7 +26,7 @@ PEAK_INLINE Vec LoadSlots(const T* p, int64_t n) {
   }
 }
 
-// One Vec of slots from k-rows at p and, for pairs, k_stride further on: n lanes, `left` of the sum's elements.
+// One Vec of n slots from the row at p and, for pairs, the row after it; `left` elements of the sum are left.
 template <class T>
 PEAK_INLINE Vec GatherSlots(const T* p, int64_t k_stride, int64_t n, int64_t left) {
   if constexpr (kSlot<T> == 2) {
@@ -47,7 +49,7 @@ void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t wid
   }
 }
 
-// The same for rows that are neighbours in memory.
+// The same for rows whose elements of one k are contiguous.
 template <class T>
 void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t width, float* out) {
   for (int64_t at = 0; at < k; at += kSlot<T>, out += width) {
@@ -70,7 +72,7 @@ void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t lanes, b
   Store(sums, sum, lanes);
 }
 
-// Packs rows [0, rows) of an operand as panels of `vecs` Vecs: panel, slot, lane. Missing rows are 0.
+// Packs rows [0, rows) of an operand as panels of `vecs` Vecs: [panel][slot][lane]. Missing rows are 0.
 template <class T>
 void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int64_t vecs, float* out) {
   const int64_t width = vecs * kLanes, slots = (k + kSlot<T> - 1) / kSlot<T>;

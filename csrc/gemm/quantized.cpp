@@ -1,3 +1,4 @@
+// More than 300 lines: the layout, its products and its epilogue are read together.
 #include "gemm/quantized.h"
 
 #include <omp.h>
@@ -11,41 +12,40 @@ namespace peak {
 
 namespace {
 
-// kvalues_iq4nl of llama.cpp (ggml-common.h, MIT), plus 128; kernels/ops/quantize.py says what they gain.
+// kvalues_iq4nl of llama.cpp (ggml-common.h, MIT), plus 128; kernels/ops/quantize.py gives their gain.
 constexpr uint8_t kQuantizedLevels[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 
-constexpr int64_t kUnitPanels = 3;     // panels that a tile takes at most, and of which each thread gets whole units
-constexpr int64_t kTileRows = 8;       // rows of x that lie together
-constexpr int64_t kOwnRows = 8;        // up to which each thread makes the bytes of x itself: sharing them costs more
-constexpr int64_t kStreamRows = 8;     // up to which panels come one by one: a single stream is fetched ahead best
-constexpr int64_t kPackedRows = 32;    // up to which 4 bits are unpacked in registers, by each tile
-constexpr int64_t kBlockRows = 1024;   // rows of x that pass by before the next panels: they stay in the last cache
+constexpr int64_t kUnitPanels = 3;    // panels in a unit of work; a tile has at most this number
+constexpr int64_t kTileRows = 8;      // rows of x that are stored together
+constexpr int64_t kBlockRows = 1024;  // rows of x in a block: they stay in the last-level cache
 constexpr int64_t kLine = kPanelOutputs * 4;
+// Limits on the number of rows of x, up to which
+constexpr int64_t kOwnRows = 8;      // each thread quantizes x for itself: sharing the result costs more
+constexpr int64_t kStreamRows = 8;   // panels are read one by one: the processor prefetches a single stream best
+constexpr int64_t kPackedRows = 32;  // each tile unpacks 4-bit weights in registers
 
 int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Where the parts of the scratch lie: bytes of x as (tile, quad, row, 4), then what belongs to blocks as (tile, block,
-// row), then room for each thread to unpack 4 bits.
+// The arrays of the scratch. With scratch == nullptr only `size` is valid.
 struct QuantizedLayout {
-  int64_t rows, quads, blocks;  // rows filled up so that the last tile holds 1, 2, 4 or 8
-  int8_t* bytes = nullptr;
-  float* scales = nullptr;    // of x
-  int32_t* starts = nullptr;  // of sums: what weights without a sign add too much, taken off
-  uint8_t* panels = nullptr;
-  int64_t size;
+  int64_t rows, quads, blocks;  // rows are padded so that the last tile has 1, 2, 4 or 8
+  int8_t* bytes;    // x as (tile, quad, row, 4)
+  float* scales;    // of x: (tile, block, row)
+  int32_t* starts;  // of the sums, (tile, block, row): the correction for weights that are stored without a sign
+  uint8_t* panels;  // for each thread, unpacked 4-bit weights
+  int64_t size;     // in bytes
 
   QuantizedLayout(const QuantizedArgs& args, int parts, void* scratch) {
     const int64_t rest = args.rows % kTileRows;
     rows = args.rows - rest + (rest <= 2 ? rest : rest <= 4 ? 4 : kTileRows);
     quads = Pieces(args.k, 8) * 2;
     blocks = Pieces(args.k, args.block);
-    const int64_t lines = Pieces(rows * quads * 4, 64) * 64, entries = Pieces(rows * blocks * 4, 64) * 64;
-    size = lines + 2 * entries + (args.bits == 4 && args.rows > kPackedRows ? parts * PanelBytes() : 0);
-    if (scratch == nullptr) return;  // asked for the size only
-    bytes = static_cast<int8_t*>(scratch);
-    scales = reinterpret_cast<float*>(bytes + lines);
-    starts = reinterpret_cast<int32_t*>(bytes + lines + entries);
-    panels = reinterpret_cast<uint8_t*>(bytes + lines + 2 * entries);
+    Arena arena(scratch);
+    bytes = arena.Take<int8_t>(rows * quads * 4);
+    scales = arena.Take<float>(rows * blocks);
+    starts = arena.Take<int32_t>(rows * blocks);
+    panels = arena.Take<uint8_t>(args.bits == 4 && args.rows > kPackedRows ? parts * PanelBytes() : 0);
+    size = arena.used();
   }
   int64_t PanelBytes() const { return kUnitPanels * quads * kLine; }
   int64_t TileRows(int64_t row) const { return std::min(kTileRows, rows - row); }
@@ -63,19 +63,19 @@ struct QuantizedLayout {
 #include "simd/activations.h"
 
 constexpr int kPanelVecs = kPanelOutputs / kLanes;
-// A tile's sums take most of the registers; where there are 16 it is one panel of half the rows.
+// The sums of a tile take most of the registers. With 16 registers a tile has one panel and half the rows.
 constexpr int kTilePanels = kLanes == 16 ? kUnitPanels : 1;
 constexpr int kMostRows = kLanes == 16 ? kTileRows : kTileRows / 2;
 
-// ------------------------------------------------------------------------------------------------------ x to bytes
-// One block of a row: `count` elements, their bytes at `stride` quads from each other.
+// -------------------------------------------------------------------------------------------------- quantizing of x
+// Quantizes one block of a row: `count` elements. The quads of bytes are `stride` quads apart.
 template <class T>
 void QuantizeBlock(const T* x, int64_t count, int64_t quads, int64_t stride, int8_t* out, float* scale,
                    int32_t* start) {
   Vec most = Set(0.0f), sum = Set(0.0f);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < count; i += kLanes) most = Max(most, Abs(Load(x + i, count - i)));
-  const float top = MaxOf(most), inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+  const float largest = MaxOf(most), inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
   alignas(64) int8_t bytes[kMaxBlock + kLanes] = {};
 #pragma GCC unroll 4
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -83,23 +83,23 @@ void QuantizeBlock(const T* x, int64_t count, int64_t quads, int64_t stride, int
     sum = sum + v;
     StoreBytes(bytes + i, Max(v, Set(-127.0f)));  // -127 for a NaN
   }
-  const float total = Sum(sum), poison = total - total;  // NaN where an element is no finite number, so inf * 0 too
-  *scale = top / 127.0f + poison;
+  const float total = Sum(sum), poison = total - total;  // NaN if an element is not finite (inf * 0 is NaN too)
+  *scale = largest / 127.0f + poison;
   *start = poison == 0.0f ? (kQuadZero - 128) * static_cast<int32_t>(total) : 0;
 #pragma GCC unroll 8
   for (int64_t q = 0; q < quads; ++q, out += stride * 4) std::memcpy(out, bytes + q * 4, 4);
 }
 
-// Blocks [begin, end) of all rows. A tile's rows past the last one become 0.
+// Quantizes blocks [begin, end) of all rows. The padding rows of the last tile become 0.
 template <class T>
 void QuantizeBlocks(const QuantizedArgs& args, const QuantizedLayout& layout, int64_t begin, int64_t end) {
   for (int64_t first = 0; first < layout.rows; first += kTileRows) {
     const int64_t rows = layout.TileRows(first);
     for (int64_t i = 0; i < rows; ++i) {
-      const bool there = first + i < args.rows;
-      const T* x = static_cast<const T*>(args.x) + (there ? (first + i) * args.x_row : 0);
+      const bool exists = first + i < args.rows;
+      const T* x = static_cast<const T*>(args.x) + (exists ? (first + i) * args.x_row : 0);
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t at = block * args.block, count = there ? std::min(args.block, args.k - at) : 0;
+        const int64_t at = block * args.block, count = exists ? std::min(args.block, args.k - at) : 0;
         const int64_t entry = first * layout.blocks + block * rows + i;
         QuantizeBlock(x + at, count, std::min(args.block, layout.quads * 4 - at) / 4, rows,
                       layout.bytes + first * layout.quads * 4 + (at / 4 * rows + i) * 4, layout.scales + entry,
@@ -110,7 +110,7 @@ void QuantizeBlocks(const QuantizedArgs& args, const QuantizedLayout& layout, in
 }
 
 // ------------------------------------------------------------------------------------------------------- products
-// A panel's weights: how many quads of inputs a line holds, and whether scales belong to blocks.
+// Formats of a panel's weights: the number of quads of inputs in a line, and whether each block has scales.
 struct Bytes {
   static constexpr int kLineQuads = 1;
   static constexpr bool kGrouped = false;
@@ -129,7 +129,7 @@ struct Nibbles {
   }
 };
 
-// What a tile reads: rows of x, of a tile of `rows`, and panels.
+// The inputs of a tile: rows of x and panels of weights.
 struct TileArgs {
   const int8_t* bytes;
   const float* scales;
@@ -137,15 +137,15 @@ struct TileArgs {
   int64_t rows;
   const uint8_t* weight;
   int64_t panel_bytes;
-  const bf16* weight_scales;  // where they belong to blocks: (panels, blocks, kPanelOutputs)
-  int64_t scales_stride;      // of panels
+  const bf16* weight_scales;  // 4 bits: (panels, blocks, kPanelOutputs)
+  int64_t scales_stride;      // between panels
 };
 
-// sums[kRows][kPanels * kPanelOutputs] of Q(x) W^T, without the scale of W where there is one an output.
+// sums[kRows][kPanels * kPanelOutputs] = Q(x) W^T, without the scales of 8-bit weights.
 template <class Weight, int kRows, int kPanels>
 void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t quads, float* sums) {
   constexpr int kVecs = kPanels * kPanelVecs;
-  constexpr int64_t kAhead = 1024;  // bytes of each panel that are asked for in time
+  constexpr int64_t kAhead = 1024;  // prefetch distance in each panel, in bytes
   Weight weights;
   weights.table = LoadTable(kQuantizedLevels);
   const int64_t rows = tile.rows, panel_bytes = tile.panel_bytes;
@@ -154,8 +154,8 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
   const int32_t* starts = tile.starts;
   const uint8_t* w = tile.weight;
   const bf16* weight_scales = tile.weight_scales;
-  const uint8_t* const turn = w + panel_bytes - kAhead;  // from where on it is the next panels that come
-  // All loops over the two kinds of sums are unrolled, or GCC 12 would keep the inner ones in memory.
+  const uint8_t* const last = w + panel_bytes - kAhead;  // from here on the next panels are prefetched
+  // All loops over both arrays of sums are unrolled: otherwise GCC 12 keeps the inner sums in memory.
   Vec total[kRows][kVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
@@ -172,7 +172,7 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
     }
     for (int64_t line = std::min(block_quads, quads) / Weight::kLineQuads; line > 0; --line, w += kLine) {
       Quads lines[kVecs];
-      const uint8_t* const next = w + kAhead + (w < turn ? 0 : (kPanels - 1) * panel_bytes);
+      const uint8_t* const next = w + kAhead + (w < last ? 0 : (kPanels - 1) * panel_bytes);
       for (int p = 0; p < kPanels; ++p) {
         __builtin_prefetch(next + p * panel_bytes);
         for (int v = 0; v < kPanelVecs; ++v) {
@@ -226,7 +226,7 @@ PEAK_INLINE Vec Activated(int activation, Vec v) {
   }
 }
 
-// `rows` rows of y from `row` on, `width` sums each, of which those from `column` on that y has are written.
+// Finishes `rows` rows of `width` sums and writes them to y from (row, column) on, as far as y reaches.
 template <class T, class Out>
 void Finish(const QuantizedArgs& args, const float* sums, int64_t width, int64_t row, int64_t rows, int64_t column) {
   const int64_t columns = std::min(width, args.n - column);
@@ -242,42 +242,43 @@ void Finish(const QuantizedArgs& args, const float* sums, int64_t width, int64_t
 }
 
 template <class T, class Weight, int kRows, int kPanels>
-void FinishedTile(const QuantizedArgs& args, const QuantizedLayout& layout, const TileArgs& tile, int64_t row,
+void MultiplyTile(const QuantizedArgs& args, const QuantizedLayout& layout, const TileArgs& tile, int64_t row,
                   int64_t column) {
   alignas(64) float sums[kRows * kPanels * kPanelOutputs];
   Tile<Weight, kRows, kPanels>(tile, layout.blocks, args.block / 4, layout.quads, sums);
-  args.wide ? Finish<T, float>(args, sums, kPanels * kPanelOutputs, row, kRows, column)
+  args.float32_out ? Finish<T, float>(args, sums, kPanels * kPanelOutputs, row, kRows, column)
             : Finish<T, T>(args, sums, kPanels * kPanelOutputs, row, kRows, column);
 }
 
-// The rows of one tile of x times kPanels panels.
+// Multiplies the rows of one tile of x by kPanels panels.
 template <class T, class Weight, int kPanels>
-void RowsOf(const QuantizedArgs& args, const QuantizedLayout& layout, TileArgs tile, int64_t row, int64_t column) {
+void MultiplyRows(const QuantizedArgs& args, const QuantizedLayout& layout, TileArgs tile, int64_t row,
+                  int64_t column) {
   tile.rows = layout.TileRows(row);
   tile.bytes = layout.bytes + row * layout.quads * 4;
   tile.scales = layout.scales + row * layout.blocks;
   tile.starts = layout.starts + row * layout.blocks;
   switch (tile.rows) {
-    case 1: return FinishedTile<T, Weight, 1, kPanels>(args, layout, tile, row, column);
-    case 2: return FinishedTile<T, Weight, 2, kPanels>(args, layout, tile, row, column);
-    case 4: return FinishedTile<T, Weight, 4, kPanels>(args, layout, tile, row, column);
+    case 1: return MultiplyTile<T, Weight, 1, kPanels>(args, layout, tile, row, column);
+    case 2: return MultiplyTile<T, Weight, 2, kPanels>(args, layout, tile, row, column);
+    case 4: return MultiplyTile<T, Weight, 4, kPanels>(args, layout, tile, row, column);
     default:
       for (int64_t i = 0; i < kTileRows; i += kMostRows) {
-        FinishedTile<T, Weight, kMostRows, kPanels>(args, layout, tile, row + i, column);
+        MultiplyTile<T, Weight, kMostRows, kPanels>(args, layout, tile, row + i, column);
         tile.bytes += kMostRows * 4, tile.scales += kMostRows, tile.starts += kMostRows;
       }
   }
 }
 
-// Rows [begin, end) times `panels` panels from the one of `column` on.
+// Multiplies rows [begin, end) of x by `panels` panels, the first of which is that of `column`.
 template <class T, class Weight>
-void UnitOf(const QuantizedArgs& args, const QuantizedLayout& layout, TileArgs tile, int64_t panels, int64_t column,
-            int64_t begin, int64_t end) {
+void MultiplyUnit(const QuantizedArgs& args, const QuantizedLayout& layout, TileArgs tile, int64_t panels,
+                  int64_t column, int64_t begin, int64_t end) {
   while (panels > 0) {
     const int64_t step = args.rows > kStreamRows && panels >= kTilePanels ? kTilePanels : 1;
     for (int64_t row = begin; row < end; row += kTileRows) {
-      step == kTilePanels ? RowsOf<T, Weight, kTilePanels>(args, layout, tile, row, column)
-                          : RowsOf<T, Weight, 1>(args, layout, tile, row, column);
+      step == kTilePanels ? MultiplyRows<T, Weight, kTilePanels>(args, layout, tile, row, column)
+                          : MultiplyRows<T, Weight, 1>(args, layout, tile, row, column);
     }
     tile.weight += step * tile.panel_bytes;
     if (Weight::kGrouped) tile.weight_scales += step * tile.scales_stride;
@@ -285,7 +286,7 @@ void UnitOf(const QuantizedArgs& args, const QuantizedLayout& layout, TileArgs t
   }
 }
 
-// Lines of 8 inputs become lines of 4.
+// Unpacks lines of 8 inputs of 4 bits to lines of 4 inputs of 8 bits.
 inline void Unpack(const uint8_t* from, int64_t bytes, uint8_t* out) {
   const Nibbles weights{LoadTable(kQuantizedLevels)};
   for (int64_t at = 0; at < bytes; at += kLine, out += 2 * kLine) {
@@ -297,7 +298,7 @@ inline void Unpack(const uint8_t* from, int64_t bytes, uint8_t* out) {
   }
 }
 
-// All rows times panels [begin, end).
+// Multiplies all rows by panels [begin, end).
 template <class T>
 void MultiplyPanels(const QuantizedArgs& args, const QuantizedLayout& layout, int64_t begin, int64_t end,
                     uint8_t* unpacked) {
@@ -318,9 +319,9 @@ void MultiplyPanels(const QuantizedArgs& args, const QuantizedLayout& layout, in
         tile.panel_bytes = layout.quads * kLine;
       }
       const int64_t column = panel * kPanelOutputs;
-      !nibbles ? UnitOf<T, Bytes>(args, layout, tile, panels, column, row, row_end)
-      : unpack ? UnitOf<T, UnpackedNibbles>(args, layout, tile, panels, column, row, row_end)
-               : UnitOf<T, Nibbles>(args, layout, tile, panels, column, row, row_end);
+      !nibbles ? MultiplyUnit<T, Bytes>(args, layout, tile, panels, column, row, row_end)
+      : unpack ? MultiplyUnit<T, UnpackedNibbles>(args, layout, tile, panels, column, row, row_end)
+               : MultiplyUnit<T, Nibbles>(args, layout, tile, panels, column, row, row_end);
     }
   }
 }
@@ -351,10 +352,10 @@ void LinearQuantized(const QuantizedArgs& args, int threads) {
   const int team = static_cast<int>(std::min<int64_t>(threads, units));
   const int64_t size = Pieces(QuantizedScratch(args, team), 64) * 64;
   const bool alone = args.rows <= kOwnRows;
-  char* const scratch = static_cast<char*>(Workspace(alone ? team * size : size));
+  char* const scratch = Workspace(alone ? team * size : size);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
-    // Fewer than wanted where the caller is in a parallel region itself, or OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
+    // The team may be smaller inside another parallel region, or if OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
     const int parts = omp_get_num_threads(), part = omp_get_thread_num();
     char* const own = alone ? scratch + part * size : scratch;
     alone ? QuantizeInputs(args, 0, 1, own) : QuantizeInputs(args, part, parts, own);

@@ -1,6 +1,7 @@
-// The innermost loop of a product: a tile of sums in registers, from two panels. Included once per set by gemm.cpp.
+// The innermost loop of a product: a tile of sums in registers, from two panels. Included once per instruction set by
+// gemm.cpp.
 
-// One slot of each lane, multiplied and added.
+// Multiplies and adds one slot of each lane.
 template <class T>
 PEAK_INLINE Vec AddProduct(Vec sum, Vec left, Vec right) {
   if constexpr (kSlot<T> == 2) {
@@ -10,7 +11,7 @@ PEAK_INLINE Vec AddProduct(Vec sum, Vec left, Vec right) {
   }
 }
 
-// sums[kTileRows][kColumns] = (or, from the second block of k on, +=) the product of two panels over `slots`.
+// sums[kTileRows][kColumns] = the product of two panels over `slots`; += unless `first`.
 template <class T, int kTileRows>
 void Tile(int64_t slots, const float* a, const float* b, bool first, float* sums) {
   Vec acc[kTileRows][kColumnVecs];
@@ -32,7 +33,7 @@ void Tile(int64_t slots, const float* a, const float* b, bool first, float* sums
 
 using TileFunction = void (*)(int64_t, const float*, const float*, bool, float*);
 
-// The tile for the last rows of a product, or the only ones, computes no rows that are not there.
+// The tile function for `rows` rows: the last tile of a product computes its own rows only.
 template <class T>
 TileFunction TileOfRows(int64_t rows) {
   if constexpr (kRows == 8) {

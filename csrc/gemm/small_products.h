@@ -1,11 +1,11 @@
-// Small products in one form, C[row][lane] += sum_k A(row, k) * B[k][lane], with A broadcast from memory and B and C
-// read by the vector. Included once per set, after simd.h.
+// Small products of one form, C[row][lane] += sum_k A(row, k) * B[k][lane], where A is broadcast from memory and B and
+// C are read as vectors. Included once per instruction set, after simd/simd.h.
 //
-// An operand is float, or Pair where the set multiplies bf16 pairs (then two steps of k lie in each), or bf16 that is
-// widened as it is read. A and B may change places: to the same bits, since products commute and k decides the order.
-
+// An operand is float, or Pair if the instruction set multiplies pairs of bf16 (then an operand holds two steps of k),
+// or bf16 that is converted when it is read. Swapping A and B gives the same bits: products commute, and k decides the
+// order.
 constexpr int kBlockRows = 4, kBlockVecs = kRegisters >= 32 ? 4 : 3;
-// Products summed one by one; past that, sums of sums, which lose fewer digits.
+// Number of products that are summed one by one. Longer sums are sums of such sums, which lose fewer digits.
 constexpr int64_t kChain = 32;
 
 struct Pair { bf16 even, odd; };

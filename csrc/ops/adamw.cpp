@@ -4,7 +4,7 @@
 namespace peak {
 namespace {
 
-// What is the same for every element.
+// The values that are the same for every element.
 struct AdamwStep {
   float gradient_scale, decay, beta1, beta2, step_size, inverse_root_correction, eps;
 };
@@ -50,7 +50,7 @@ void Update(const AdamwArgs& args, const AdamwStep& step, int64_t begin, int64_t
                     Set(static_cast<float>(1.0 - args.beta1)), Set(static_cast<float>(1.0 - args.beta2)),
                     Set(step.inverse_root_correction), Set(step.eps)};
   int64_t i = begin;
-  // Apart from the tail, whose calls of memcpy would leave no constant in a register.
+  // The tail is separate: its calls of memcpy would leave no constant in a register.
   for (; i + kLanes <= end; i += kLanes) UpdateLanes<T>(args, c, i, kLanes);
   if (i < end) UpdateLanes<T>(args, c, i, end - i);
 }

@@ -1,9 +1,10 @@
-// One AdamW step over a flat buffer; math in kernels/ops/adamw.py.
+// One AdamW step over a flat buffer. The formulas are in kernels/ops/adamw.py.
 #ifndef PEAK_ADAMW_H_
 #define PEAK_ADAMW_H_
 
 #include <cstdint>
 
+#include "base/fields.h"
 #include "base/types.h"
 
 namespace peak {
@@ -13,13 +14,16 @@ struct AdamwArgs {
   int64_t count;
   void* param;
   const void* grad;
-  int16_t* remainder;  // of bf16 param's float32 master; null: param is float32 and its own master
   float* exp_avg;
   float* exp_avg_sq;
-  float* step;        // updates made so far; incremented
-  const float* norm;  // of all gradients, or null; where it is not finite nothing happens
-  double lr, beta1, beta2, eps, weight_decay, max_norm;
+  float* step;  // number of updates so far; incremented
+  double lr, beta1, beta2, eps, weight_decay;
+  int16_t* remainder = nullptr;  // lower half of a bf16 parameter's float32 master; null: a float32 parameter
+  const float* norm = nullptr;   // of all gradients; the update is skipped if it is not finite
+  double max_norm = 0.0;         // read if norm is given: gradients are clipped to it
 };
+PEAK_FIELDS(AdamwArgs, dtype, count, param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay)
+PEAK_OPTIONAL_FIELDS(AdamwArgs, remainder, norm, max_norm)
 
 void Adamw(const AdamwArgs& args, int threads);
 

@@ -6,14 +6,14 @@
 namespace peak {
 namespace {
 
-// A row is read from memory once, by chunks that stay in L1 between their maximum and their powers.
+// A row is read from memory once, in chunks that stay in L1 between their two passes.
 constexpr int64_t kChunk = 4096;
 constexpr float kLog2E = 1.4426950408889634f;
 
-// What a row needs beside itself.
+// Workspace of a row.
 struct Scratch {
-  float* powers;  // (vocab): e^(z - the maximum so far); unused for float32, whose powers lie in place of the logits
-  float* mosts;   // a chunk's maximum so far
+  float* powers;  // (vocab): e^(z - m) for the m of their chunk; unused for float32, whose powers overwrite the logits
+  float* maxima;  // m after each chunk
 };
 
 }  // namespace
@@ -37,20 +37,20 @@ PEAK_INLINE float ChunkMax(const T* z, int64_t n, float before) {
   Many<4> a = {{Set(before), Set(before), Set(before), Set(before)}};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) a = Max(a, LoadRows<2>(z + i, 2 * kLanes));
-  float most = MaxOf(Max(Max(a.v[0], a.v[1]), Max(a.v[2], a.v[3])));
-  for (; i < n; ++i) most = At(z + i) > most ? At(z + i) : most;
-  return most;
+  float m = MaxOf(Max(Max(a.v[0], a.v[1]), Max(a.v[2], a.v[3])));
+  for (; i < n; ++i) m = At(z + i) > m ? At(z + i) : m;
+  return m;
 }
 
-// The sum of e^(z - most); with kKeep also these powers, in the order of LoadTwo.
+// Returns the sum of e^(z - m). kKeep: also stores these powers, in the order of LoadTwo.
 template <class T, bool kKeep>
-PEAK_INLINE float ChunkPowers(const T* z, int64_t n, float most, float* powers) {
-  const Vec log2e = Set(kLog2E), minus = Set(most), zero = Set(0.0f);
+PEAK_INLINE float ChunkPowers(const T* z, int64_t n, float m, float* powers) {
+  const Vec log2e = Set(kLog2E), minus = Set(m), zero = Set(0.0f);
   Many<4> sum = {{zero, zero, zero, zero}};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    FetchTwo(z + i + kChunk);
-    FetchTwo(z + i + kChunk + 2 * kLanes);
+    PrefetchTwo(z + i + kChunk);
+    PrefetchTwo(z + i + kChunk + 2 * kLanes);
     const Many<4> p = Exp2<float>((LoadRows<2>(z + i, 2 * kLanes) - minus) * log2e);
     if (kKeep) StoreRows<false, 2>(powers + i, 2 * kLanes, p);
     sum = sum + p;
@@ -78,16 +78,17 @@ PEAK_INLINE float SumRow(const T* z, int64_t vocab) {
   return static_cast<float>(total);
 }
 
-// The largest logit of a row, and the sum of e^(z - most).
+// The online softmax of a row: its largest logit m and l, the sum of e^(z - m).
 struct Stats {
-  float most, total;
-  PEAK_INLINE double Log() const { return std::log(static_cast<double>(total)); }
-  PEAK_INLINE double Lse() const { return most + Log(); }
-  PEAK_INLINE double LogProbability(float z) const { return static_cast<double>(z) - most - Log(); }
-  PEAK_INLINE void Keep(float* to) const { to[0] = most, to[1] = total; }
+  float m, l;
+  PEAK_INLINE double Log() const { return std::log(static_cast<double>(l)); }
+  PEAK_INLINE double Lse() const { return m + Log(); }
+  PEAK_INLINE double LogProbability(float z) const { return static_cast<double>(z) - m - Log(); }
+  PEAK_INLINE void Save(float* to) const { to[0] = m, to[1] = l; }
 };
 
-// The gradient of a row of logits: e^(z - most) / total * share - even, and at the target, without cancelling, `At`.
+// The gradient of a row of logits: e^(z - m) / l * share - even. At() is the gradient of the target, without
+// cancellation.
 struct RowGradient {
   float scale, share, even, spread;
   PEAK_INLINE RowGradient(float scale_, const Stats& stats, float smoothing, float z_loss, int64_t vocab)
@@ -96,20 +97,20 @@ struct RowGradient {
     share = (1.0f + pull) * scale;
     spread = pull + smoothing;
   }
-  // e^d - 1 keeps its digits where the model is sure of the target.
+  // e^d - 1 keeps its digits if the probability of the target is near 1.
   PEAK_INLINE float At(double log_probability) const {
     return share * std::expm1(static_cast<float>(log_probability)) + scale * spread - even;
   }
 };
 
-// out = powers * scale - even; meanwhile the next row is fetched.
+// out = powers * scale - even. Prefetches the next row.
 template <class T>
 PEAK_INLINE void ChunkScale(const float* powers, int64_t n, float scale, float even, T* out, const T* next) {
   const Vec s = Set(scale), e = Set(-even);
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    FetchTwoToL2(next + i);
-    FetchTwoToL2(next + i + 2 * kLanes);
+    PrefetchTwoToL2(next + i);
+    PrefetchTwoToL2(next + i + 2 * kLanes);
     StoreRows<false, 2>(out + i, 2 * kLanes, Fma(LoadRows<2>(powers + i, 2 * kLanes), s, e));
   }
   for (; i < n; i += kLanes) Store(out + i, Fma(Load(powers + i, n - i), s, e), n - i);
@@ -118,26 +119,26 @@ PEAK_INLINE void ChunkScale(const float* powers, int64_t n, float scale, float e
 PEAK_INLINE float* Powers(float* z, const Scratch&) { return z; }
 PEAK_INLINE float* Powers(bf16*, const Scratch& scratch) { return scratch.powers; }
 
-// With kKeep z becomes its gradient. A NaN or infinite row gives NaN, as torch does: the maximum may miss a NaN, the sum
-// does not.
+// Returns m and l. kKeep: z becomes its gradient. A row with NaN or infinity gives NaN, as in torch: the maximum may
+// miss a NaN, but the sum does not.
 template <class T, bool kKeep>
 PEAK_INLINE Stats Row(T* z, int64_t vocab, int64_t target, float scale, float smoothing, float z_loss,
                       const Scratch& scratch) {
   const float at_target = kKeep ? At(z + target) : 0.0f;
   float* powers = Powers(z, scratch);
-  float most = -1e30f, total = 0.0f;  // finite, or a chunk of -inf alone would give powers of -inf - -inf
+  float m = -1e30f, l = 0.0f;  // m is finite: a chunk of -inf only would give -inf - -inf
   for (int64_t begin = 0, chunk = 0; begin < vocab; begin += kChunk, ++chunk) {
     const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
-    const float next = ChunkMax(z + begin, n, most);
-    total = total * std::exp(most - next) + ChunkPowers<T, kKeep>(z + begin, n, next, powers + begin);
-    scratch.mosts[chunk] = most = next;
+    const float m_new = ChunkMax(z + begin, n, m), alpha = std::exp(m - m_new);
+    l = l * alpha + ChunkPowers<T, kKeep>(z + begin, n, m_new, powers + begin);
+    scratch.maxima[chunk] = m = m_new;
   }
-  const Stats stats = {most, total};
+  const Stats stats = {m, l};
   if (!kKeep) return stats;
   const RowGradient gradient(scale, stats, smoothing, z_loss, vocab);
   for (int64_t begin = 0, chunk = 0; begin < vocab; begin += kChunk, ++chunk) {
     const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
-    const float factor = gradient.share / total * std::exp(scratch.mosts[chunk] - most);
+    const float factor = gradient.share / l * std::exp(scratch.maxima[chunk] - m);
     ChunkScale(powers + begin, n, factor, gradient.even, z + begin, z + begin + vocab);
   }
   Store(z + target, Set(gradient.At(stats.LogProbability(at_target))), 1);
@@ -155,7 +156,7 @@ void ForwardRows(const CrossEntropyForwardArgs& args, const Scratch& scratch, in
     T* z = static_cast<T*>(args.logits) + row * args.vocab;
     const int64_t target = args.target[row];
     args.loss[row] = 0.0f;
-    Stats{0.0f, 0.0f}.Keep(args.stats + 2 * row);
+    Stats{0.0f, 0.0f}.Save(args.stats + 2 * row);
     if (target == args.ignore_index) {
       if (args.with_gradient) ZeroRow(z, args.vocab);
       continue;
@@ -165,7 +166,7 @@ void ForwardRows(const CrossEntropyForwardArgs& args, const Scratch& scratch, in
     const float scale = args.weight == nullptr ? args.scale : args.scale * args.weight[row];
     const Stats stats = args.with_gradient ? Row<T, true>(z, args.vocab, target, scale, e, args.z_loss, scratch)
                                            : Row<T, false>(z, args.vocab, target, 0.0f, e, args.z_loss, scratch);
-    stats.Keep(args.stats + 2 * row);
+    stats.Save(args.stats + 2 * row);
     double loss = -stats.LogProbability(at_target);
     if (e != 0.0f) loss += e * (static_cast<double>(at_target) - mean);
     if (args.z_loss != 0.0f) loss += args.z_loss * stats.Lse() * stats.Lse();
@@ -176,13 +177,13 @@ void ForwardRows(const CrossEntropyForwardArgs& args, const Scratch& scratch, in
 PEAK_INLINE bool Within(int64_t i, int64_t n) { return i >= 0 && i < n; }
 
 template <class T>
-void PartsRows(const CrossEntropyPartsArgs& args, const Scratch& scratch, int64_t begin, int64_t end) {
+void ShardRows(const CrossEntropyShardArgs& args, const Scratch& scratch, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    T* z = static_cast<T*>(args.logits) + row * args.vocab;
+    T* z = static_cast<T*>(const_cast<void*>(args.logits)) + row * args.vocab;  // Row<T, false> only reads
     const bool live = args.target[row] != args.ignore_index;
     const int64_t target = args.target[row] - args.first;
     float* parts = args.parts + row * args.width;
-    (live ? Row<T, false>(z, args.vocab, target, 0.0f, 0.0f, 0.0f, scratch) : Stats{0.0f, 0.0f}).Keep(parts);
+    (live ? Row<T, false>(z, args.vocab, target, 0.0f, 0.0f, 0.0f, scratch) : Stats{0.0f, 0.0f}).Save(parts);
     parts[2] = live && Within(target, args.vocab) ? At(z + target) : 0.0f;
     if (args.width == 4) parts[3] = live ? SumRow(z, args.vocab) : 0.0f;
   }
@@ -193,8 +194,8 @@ template <class T>
 PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, const Stats& stats, const RowGradient& gradient) {
   const bool here = Within(target, vocab);
   const float hit = here ? gradient.At(stats.LogProbability(At(z + target))) : 0.0f;
-  const Vec minus = Set(stats.most), log2e = Set(kLog2E);
-  const Vec s = Set(gradient.share / stats.total), e = Set(-gradient.even);
+  const Vec minus = Set(stats.m), log2e = Set(kLog2E);
+  const Vec s = Set(gradient.share / stats.l), e = Set(-gradient.even);
   int64_t i = 0;
   for (; i + 4 * kLanes <= vocab; i += 4 * kLanes) {
     const Many<4> x = LoadRows<2>(z + i, 2 * kLanes);
@@ -235,11 +236,11 @@ void CrossEntropyForward(const CrossEntropyForwardArgs& args, int threads) {
   });
 }
 
-void CrossEntropyParts(const CrossEntropyPartsArgs& args, int threads) {
-  const auto rows = PEAK_PICK_DTYPE(args.dtype, PartsRows);
+void CrossEntropyShard(const CrossEntropyShardArgs& args, int threads) {
+  const auto rows = PEAK_PICK_DTYPE(args.dtype, ShardRows);
   ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> mosts(args.vocab / kChunk + 1);
-    rows(args, {nullptr, mosts.data()}, begin, end);
+    std::vector<float> maxima(args.vocab / kChunk + 1);
+    rows(args, {nullptr, maxima.data()}, begin, end);
   });
 }
 

@@ -6,7 +6,7 @@
 #ifdef PEAK_ISA
 #include "simd/philox.h"
 
-// Elements 64 g + 16 w + l take word w of counter 16 g + l.
+// Element 64 g + 16 w + l takes word w of counter 16 g + l.
 constexpr int64_t kStep = 16, kGroup = 4 * kStep;
 
 template <class T>
@@ -19,7 +19,7 @@ void DropGroups(const DropoutArgs& args, int64_t begin, int64_t end) {
   const PhiloxKey key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
   for (int64_t group = begin; group < end; ++group) {
     for (int64_t lane = 0; lane < kStep; lane += kLanes) {
-      // Sixteen counters of a group share their upper half: 2^32 is a multiple of 16.
+      // The 16 counters of a group have the same upper half, since 2^32 is a multiple of 16.
       const uint64_t counter = static_cast<uint64_t>(group * kStep + lane);
       Words words[] = {SetWords(static_cast<uint32_t>(counter)) + CountWords(),
                        SetWords(static_cast<uint32_t>(counter >> 32)), SetWords(0), SetWords(0)};

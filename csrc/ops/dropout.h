@@ -1,9 +1,10 @@
-// Dropout by a counter-based mask; math in kernels/ops/dropout.py.
+// Dropout with a counter-based mask. The formulas are in kernels/ops/dropout.py.
 #ifndef PEAK_DROPOUT_H_
 #define PEAK_DROPOUT_H_
 
 #include <cstdint>
 
+#include "base/fields.h"
 #include "base/types.h"
 
 namespace peak {
@@ -12,10 +13,11 @@ struct DropoutArgs {
   DType dtype;
   int64_t count;
   const void* x;        // (count)
-  const int64_t* seed;  // one
+  const int64_t* seed;  // one element
   double p;             // probability of dropping an element
   void* y;              // (count)
 };
+PEAK_FIELDS(DropoutArgs, dtype, count, x, seed, p, y)
 
 void Dropout(const DropoutArgs& args, int threads);
 

@@ -11,9 +11,9 @@
 
 #ifdef PEAK_ISA
 
-// The row that `kAhead` rows later will be looked up is asked for: a table's rows come in no order that the processor
-// could guess, and lie in pages that it has to look for too.
-template <class T, bool kPastCaches>
+// Prefetches the table row of kAhead tokens later: the processor cannot predict the order of the rows, and it has to
+// translate the address of each.
+template <class T, bool kBypass>
 void GatherRows(const EmbeddingForwardArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t kAhead = 2;
   const int64_t width = args.width;
@@ -26,22 +26,22 @@ void GatherRows(const EmbeddingForwardArgs& args, int64_t begin, int64_t end) {
       std::memcpy(out, token, width * sizeof(T));
       continue;
     }
-    const int64_t place = args.positions == nullptr ? row % args.tokens : args.positions[row];
-    const T* position = static_cast<const T*>(args.wpe) + place * args.wpe_stride;
+    const int64_t position_row = args.positions == nullptr ? row % args.tokens : args.positions[row];
+    const T* position = static_cast<const T*>(args.wpe) + position_row * args.wpe_stride;
     int64_t i = 0;
     for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-      FetchTwoToL2(ahead + i);
-      StoreRows<kPastCaches, 1>(out + i, width, LoadTwo(token + i) + LoadTwo(position + i));
+      PrefetchTwoToL2(ahead + i);
+      StoreRows<kBypass, 1>(out + i, width, LoadTwo(token + i) + LoadTwo(position + i));
     }
     for (; i < width; i += kLanes) {
       const int64_t n = width - i;
       Store(out + i, Load(token + i, n) + Load(position + i, n), n);
     }
   }
-  if (kPastCaches) EndStream();
+  if (kBypass) EndStream();
 }
 
-// out += sum of the rows of dy named by `rows`, in their order, in float32.
+// out += the sum in float32 of the rows of dy whose numbers are in `rows`, in this order.
 template <class T>
 void SumRows(const void* dy_data, const int64_t* rows, int64_t count, int64_t width, void* out) {
   const T* dy = static_cast<const T*>(dy_data);
@@ -59,7 +59,7 @@ namespace peak {
 namespace {
 
 void ScatterTokens(const EmbeddingBackwardArgs& args, int threads) {
-  // Rows by id, and within an id by place: each id has one owner, who adds in a fixed order.
+  // Rows sorted by id, then by row: one thread sums all rows of an id, in a fixed order.
   std::vector<int64_t> rows(args.batch * args.tokens);
   std::iota(rows.begin(), rows.end(), 0);
   std::stable_sort(rows.begin(), rows.end(), [&](int64_t a, int64_t b) { return args.ids[a] < args.ids[b]; });
@@ -95,8 +95,8 @@ void SumPositions(const EmbeddingBackwardArgs& args, int threads) {
 
 void EmbeddingForward(const EmbeddingForwardArgs& args, int threads) {
   const int64_t row_bytes = args.width * SizeOf(args.dtype);
-  const bool past = GoPast(args.out, args.batch * args.tokens * row_bytes, row_bytes);
-  const auto rows = past ? PEAK_PICK_DTYPE(args.dtype, GatherRows, true)
+  const bool bypass = BypassCaches(args.out, args.batch * args.tokens * row_bytes, row_bytes);
+  const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, GatherRows, true)
                          : PEAK_PICK_DTYPE(args.dtype, GatherRows, false);
   ParallelParts(args.batch * args.tokens, threads, threads,
                 [&](int64_t, int64_t begin, int64_t end) { rows(args, begin, end); });

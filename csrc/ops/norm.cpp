@@ -1,3 +1,4 @@
+// More than 300 lines: the forward and the backward pass share the loops over rows.
 #include "ops/norm.h"
 
 #include <vector>
@@ -11,11 +12,11 @@
 
 constexpr float kZeros[4] = {};
 
-// Rows that go together: their sums wait for one another's, and w, b, dw and db are read once for all of them. What is
-// computed of a row does not depend on its neighbours. Backward has twice the operands, and L1 is small.
-constexpr int kForwardTogether = 4, kBackwardTogether = 2;
+// Rows in one step: their sums run in parallel, and w, b, dw and db are read once for all of them. The result of a row
+// does not depend on the other rows. The backward pass has twice the operands, and L1 is small.
+constexpr int kForwardRows = 4, kBackwardRows = 2;
 
-// One value a row, for LoadRows of them.
+// One value for each row, in the order of LoadRows.
 template <int kRows>
 PEAK_INLINE Many<2 * kRows> OfRows(const float* values) {
   Many<2 * kRows> m;
@@ -23,7 +24,7 @@ PEAK_INLINE Many<2 * kRows> OfRows(const float* values) {
   return m;
 }
 
-// The same columns for each row.
+// The same columns for every row, in the order of LoadRows.
 template <int kRows>
 PEAK_INLINE Many<2 * kRows> ForRows(const float* columns) {
   const Two two = LoadTwo(columns);
@@ -37,9 +38,9 @@ PEAK_INLINE void Means(const Many<2 * kRows>& sums, int64_t width, float* means)
   for (int r = 0; r < kRows; ++r) means[r] = Sum(sums.v[2 * r] + sums.v[2 * r + 1]) / static_cast<float>(width);
 }
 
-// x - mu; lanes past the end hold 0, not -mu.
+// x - mu; lanes after the end hold 0, not -mu.
 template <class T>
-PEAK_INLINE Vec CentredPart(const T* x, float mu, int64_t n) {
+PEAK_INLINE Vec CenteredPart(const T* x, float mu, int64_t n) {
   float part[kLanes] = {};
   Store(part, Load(x, n) - Set(mu), n);
   return Load(part);
@@ -51,15 +52,15 @@ struct Rows {
   int64_t stride;
 };
 
-// Asks for 2 * kLanes columns of the kRows rows that come `after` rows later; without them memory waits while a row is
-// read again. None where there are no rows.
+// Prefetches 2 * kLanes columns of the kRows rows that start `after` rows later: without it memory is idle while a row
+// is read for the second time. Does nothing if there are no rows.
 template <int kRows, class T>
-PEAK_INLINE void FetchRows(Rows<const T> x, int after, int64_t column) {
+PEAK_INLINE void PrefetchRows(Rows<const T> x, int after, int64_t column) {
   if (x.at == nullptr) return;
-  for (int r = 0; r < kRows; ++r) FetchTwoToL2(x.at + (after + r) * x.stride + column);
+  for (int r = 0; r < kRows; ++r) PrefetchTwoToL2(x.at + (after + r) * x.stride + column);
 }
 
-// Becomes sum = x + residual, and returns the means.
+// sum = x + residual; also computes the means of the sum.
 template <class T, int kRows>
 PEAK_INLINE void AddRows(Rows<const T> x, Rows<const T> residual, Rows<T> sum, int64_t width, float* means) {
   auto total = OfRows<kRows>(kZeros);
@@ -67,7 +68,7 @@ PEAK_INLINE void AddRows(Rows<const T> x, Rows<const T> residual, Rows<T> sum, i
   for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
     const auto v = LoadRows<kRows>(x.at + i, x.stride) + LoadRows<kRows>(residual.at + i, residual.stride);
     StoreRows<false, kRows>(sum.at + i, sum.stride, v);
-    total = total + (sizeof(T) == 4 ? v : LoadRows<kRows>(sum.at + i, sum.stride));  // of what was rounded
+    total = total + (sizeof(T) == 4 ? v : LoadRows<kRows>(sum.at + i, sum.stride));  // of the rounded values
   }
   for (; i < width; i += kLanes) {
     const int64_t n = width - i;
@@ -91,38 +92,38 @@ PEAK_INLINE void RowMeans(Rows<const T> x, int64_t width, float* means) {
   Means<kRows>(total, width, means);
 }
 
-// mean((x - mu)^2): the second pass over a row that is in L1 costs less than the digits a sum of squares loses.
+// mean((x - mu)^2). A second pass over a row in L1 is cheap, and a sum of squares would lose digits.
 template <class T, int kRows>
 PEAK_INLINE void Variances(Rows<const T> x, Rows<const T> next, int64_t width, const float* mu, float* variances) {
   const auto centre = OfRows<kRows>(mu);
   auto total = OfRows<kRows>(kZeros);
   int64_t i = 0;
   for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-    FetchRows<kRows>(next, kRows, i);
+    PrefetchRows<kRows>(next, kRows, i);
     const auto d = LoadRows<kRows>(x.at + i, x.stride) - centre;
     total = Fma(d, d, total);
   }
   for (; i < width; i += kLanes) {
     for (int r = 0; r < kRows; ++r) {
-      const Vec d = CentredPart(x.at + r * x.stride + i, mu[r], width - i);
+      const Vec d = CenteredPart(x.at + r * x.stride + i, mu[r], width - i);
       total.v[2 * r] = Fma(d, d, total.v[2 * r]);
     }
   }
   Means<kRows>(total, width, variances);
 }
 
-// y = (x - mu) r w + b; x itself goes to `copy` where that is not null.
-template <class T, bool kPastCaches, int kRows>
+// y = (x - mu) r w + b. Copies x to `copy` if it is not null.
+template <class T, bool kBypass, int kRows>
 PEAK_INLINE void Normalize(Rows<const T> x, Rows<const T> next, const float* mu, const float* r, const float* w,
                            const float* b, Rows<T> y, T* copy, int64_t width) {
   const auto centre = OfRows<kRows>(mu), scale = OfRows<kRows>(r);
   int64_t i = 0;
   for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-    FetchRows<kRows>(next, kRows, i);
+    PrefetchRows<kRows>(next, kRows, i);
     const auto v = LoadRows<kRows>(x.at + i, x.stride);
     const auto z = (v - centre) * scale;
-    StoreRows<kPastCaches, kRows>(y.at + i, y.stride, Fma(z, ForRows<kRows>(w + i), ForRows<kRows>(b + i)));
-    if (copy != nullptr) StoreRows<kPastCaches, kRows>(copy + i, y.stride, v);
+    StoreRows<kBypass, kRows>(y.at + i, y.stride, Fma(z, ForRows<kRows>(w + i), ForRows<kRows>(b + i)));
+    if (copy != nullptr) StoreRows<kBypass, kRows>(copy + i, y.stride, v);
   }
   for (; i < width; i += kLanes) {
     const int64_t n = width - i;
@@ -134,16 +135,16 @@ PEAK_INLINE void Normalize(Rows<const T> x, Rows<const T> next, const float* mu,
   }
 }
 
-// `held` is room for kRows rows: sums that are stored past the caches have to be read again before that.
-template <class T, bool kPastCaches, int kRows>
-PEAK_INLINE void ForwardSome(const LayernormForwardArgs& args, const float* w, const float* b, T* held, int64_t row) {
+// `held` holds kRows rows: with stores that bypass the caches, sums are kept here until they are normalized.
+template <class T, bool kBypass, int kRows>
+PEAK_INLINE void ForwardStep(const NormForwardArgs& args, const float* w, const float* b, T* held, int64_t row) {
   const int64_t width = args.width;
   const Rows<const T> first = {static_cast<const T*>(args.x) + row * args.x_stride, args.x_stride};
   Rows<const T> x = first, residual = {nullptr, args.residual_stride};
   T* sum = static_cast<T*>(args.sum) + row * width;
   float mu[kRows] = {};
   if (args.residual != nullptr) {
-    const Rows<T> total = {kPastCaches ? held : sum, width};
+    const Rows<T> total = {kBypass ? held : sum, width};
     residual.at = static_cast<const T*>(args.residual) + row * args.residual_stride;
     AddRows<T, kRows>(first, residual, total, width, mu);
     x = {total.at, total.stride};
@@ -161,23 +162,23 @@ PEAK_INLINE void ForwardSome(const LayernormForwardArgs& args, const float* w, c
   Variances<T, kRows>(x, first, width, mu, r);
   for (int k = 0; k < kRows; ++k) r[k] = 1.0f / std::sqrt(r[k] + args.eps);
   const Rows<T> y = {static_cast<T*>(args.y) + row * width, width};
-  T* copy = kPastCaches && args.residual != nullptr ? sum : nullptr;
-  Normalize<T, kPastCaches, kRows>(x, residual, mu, r, w, b, y, copy, width);
+  T* copy = kBypass && args.residual != nullptr ? sum : nullptr;
+  Normalize<T, kBypass, kRows>(x, residual, mu, r, w, b, y, copy, width);
 }
 
-template <class T, bool kPastCaches>
-void ForwardRows(const LayernormForwardArgs& args, const float* w, const float* b, float* held, int64_t begin,
+template <class T, bool kBypass>
+void ForwardRows(const NormForwardArgs& args, const float* w, const float* b, float* held, int64_t begin,
                  int64_t end) {
   T* rows = reinterpret_cast<T*>(held);
   int64_t row = begin;
-  for (; row + kForwardTogether <= end; row += kForwardTogether) {
-    ForwardSome<T, kPastCaches, kForwardTogether>(args, w, b, rows, row);
+  for (; row + kForwardRows <= end; row += kForwardRows) {
+    ForwardStep<T, kBypass, kForwardRows>(args, w, b, rows, row);
   }
-  for (; row < end; ++row) ForwardSome<T, kPastCaches, 1>(args, w, b, rows, row);
-  if (kPastCaches) EndStream();
+  for (; row < end; ++row) ForwardStep<T, kBypass, 1>(args, w, b, rows, row);
+  if (kBypass) EndStream();
 }
 
-// Each row's mean(g) and mean(g (x - mu)) with g = dy w; adds dy z to dw and dy to db.
+// Computes mean(g) and mean(g (x - mu)) of each row, where g = dy w. Adds dy z to dw and dy to db.
 template <class T, int kRows>
 PEAK_INLINE void Reduce(Rows<const T> dy, Rows<const T> dsum, Rows<const T> x, const float* w, const float* mu,
                         const float* r, float* dw, float* db, int64_t width, float* mean_g, float* mean_gd) {
@@ -185,7 +186,7 @@ PEAK_INLINE void Reduce(Rows<const T> dy, Rows<const T> dsum, Rows<const T> x, c
   auto sum_g = OfRows<kRows>(kZeros), sum_gd = sum_g;
   int64_t i = 0;
   for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-    FetchRows<kRows>(dsum, 0, i);
+    PrefetchRows<kRows>(dsum, 0, i);
     const auto up = LoadRows<kRows>(dy.at + i, dy.stride), d = LoadRows<kRows>(x.at + i, x.stride) - centre;
     const auto g = up * ForRows<kRows>(w + i), z = d * scale;
     sum_g = sum_g + g;
@@ -213,20 +214,20 @@ PEAK_INLINE void Reduce(Rows<const T> dy, Rows<const T> dsum, Rows<const T> x, c
   Means<kRows>(sum_gd, width, mean_gd);
 }
 
-// dx = r (g - mean(g)) - (x - mu) r^3 mean(g (x - mu)), plus what reached the sum.
-template <class T, bool kPastCaches, int kRows>
+// dx = r (g - mean(g)) - (x - mu) r^3 mean(g (x - mu)) + dsum.
+template <class T, bool kBypass, int kRows>
 PEAK_INLINE void InputGradient(Rows<const T> dy, Rows<const T> dsum, Rows<const T> x, const float* w, const float* mu,
                                const float* r, const float* mean_g, const float* slopes, Rows<T> dx, int64_t width) {
   const auto centre = OfRows<kRows>(mu), scale = OfRows<kRows>(r);
   const auto mean = OfRows<kRows>(mean_g), slope = OfRows<kRows>(slopes);
   int64_t i = 0;
   for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-    FetchRows<kRows>(x, kRows, i);
-    FetchRows<kRows>(dy, kRows, i);
+    PrefetchRows<kRows>(x, kRows, i);
+    PrefetchRows<kRows>(dy, kRows, i);
     const auto d = LoadRows<kRows>(x.at + i, x.stride) - centre;
     const auto g = Fma(LoadRows<kRows>(dy.at + i, dy.stride), ForRows<kRows>(w + i), mean);
     const auto scaled = dsum.at == nullptr ? g * scale : Fma(g, scale, LoadRows<kRows>(dsum.at + i, dsum.stride));
-    StoreRows<kPastCaches, kRows>(dx.at + i, dx.stride, Fma(d, slope, scaled));
+    StoreRows<kBypass, kRows>(dx.at + i, dx.stride, Fma(d, slope, scaled));
   }
   for (; i < width; i += kLanes) {
     const int64_t n = width - i;
@@ -239,38 +240,38 @@ PEAK_INLINE void InputGradient(Rows<const T> dy, Rows<const T> dsum, Rows<const 
   }
 }
 
-template <class T, bool kPastCaches, int kRows>
-PEAK_INLINE void BackwardSome(const LayernormBackwardArgs& args, const float* w, float* dw, float* db, int64_t row) {
+template <class T, bool kBypass, int kRows>
+PEAK_INLINE void BackwardStep(const NormBackwardArgs& args, const float* w, float* dw, float* db, int64_t row) {
   const int64_t width = args.width;
   const Rows<const T> dy = {static_cast<const T*>(args.dy) + row * args.dy_stride, args.dy_stride};
   const Rows<const T> x = {static_cast<const T*>(args.x) + row * args.x_stride, args.x_stride};
   const T* up = args.dsum == nullptr ? nullptr : static_cast<const T*>(args.dsum) + row * args.dsum_stride;
   const Rows<const T> dsum = {up, args.dsum_stride};
-  const bool centred = args.mu != nullptr;
-  const float *mu = centred ? args.mu + row : kZeros, *r = args.r + row;
+  const bool centered = args.mu != nullptr;
+  const float *mu = centered ? args.mu + row : kZeros, *r = args.r + row;
   float mean[kRows], slope[kRows];
   Reduce<T, kRows>(dy, dsum, x, w, mu, r, dw, db, width, mean, slope);
   if (args.dx == nullptr) return;
   for (int k = 0; k < kRows; ++k) {
-    mean[k] = centred ? -mean[k] : 0.0f;
+    mean[k] = centered ? -mean[k] : 0.0f;
     slope[k] = -(slope[k] * r[k]) * r[k] * r[k];
   }
   const Rows<T> dx = {static_cast<T*>(args.dx) + row * width, width};
-  InputGradient<T, kPastCaches, kRows>(dy, dsum, x, w, mu, r, mean, slope, dx, width);
+  InputGradient<T, kBypass, kRows>(dy, dsum, x, w, mu, r, mean, slope, dx, width);
 }
 
-template <class T, bool kPastCaches>
-void BackwardRows(const LayernormBackwardArgs& args, const float* w, float* dw, float* db, int64_t begin,
+template <class T, bool kBypass>
+void BackwardRows(const NormBackwardArgs& args, const float* w, float* dw, float* db, int64_t begin,
                   int64_t end) {
   int64_t row = begin;
-  for (; row + kBackwardTogether <= end; row += kBackwardTogether) {
-    BackwardSome<T, kPastCaches, kBackwardTogether>(args, w, dw, db, row);
+  for (; row + kBackwardRows <= end; row += kBackwardRows) {
+    BackwardStep<T, kBypass, kBackwardRows>(args, w, dw, db, row);
   }
-  for (; row < end; ++row) BackwardSome<T, kPastCaches, 1>(args, w, dw, db, row);
-  if (kPastCaches) EndStream();
+  for (; row < end; ++row) BackwardStep<T, kBypass, 1>(args, w, dw, db, row);
+  if (kBypass) EndStream();
 }
 
-// Parameters of type W as floats, in the order that rows of X want.
+// Converts parameters of type W to floats, in the order of rows of X.
 template <class X, class W>
 void Widen(const void* in, int64_t width, float* out) {
   const W* from = static_cast<const W*>(in);
@@ -278,7 +279,7 @@ void Widen(const void* in, int64_t width, float* out) {
   if (sizeof(X) == sizeof(W)) {
     for (; i + 2 * kLanes <= width; i += 2 * kLanes) StoreTwo(out + i, LoadTwo(from + i));
   }
-  for (; i < width; ++i) Store(out + Place<X>(i, width), Load(from + i, 1), 1);
+  for (; i < width; ++i) Store(out + PermutedIndex<X>(i, width), Load(from + i, 1), 1);
 }
 
 #else
@@ -295,29 +296,29 @@ std::vector<float> ToFloats(const void* in, DType dtype, DType w_dtype, int64_t 
   return out;
 }
 
-constexpr int64_t kMostTogether = 4;
+constexpr int64_t kMaxStepRows = 4;
 
 }  // namespace
 
-void LayernormForward(const LayernormForwardArgs& args, int threads) {
+void NormForward(const NormForwardArgs& args, int threads) {
   const int64_t width = args.width, row_bytes = width * SizeOf(args.dtype), bytes = args.rows * row_bytes;
   const auto w = ToFloats(args.w, args.dtype, args.w_dtype, width);
   const auto b = ToFloats(args.b, args.dtype, args.w_dtype, width);
-  const bool past = GoPast(args.y, args.residual == nullptr ? bytes : 2 * bytes, row_bytes) &&
-                    (args.residual == nullptr || GoPast(args.sum, 2 * bytes, row_bytes));
-  const auto rows = past ? PEAK_PICK_DTYPE(args.dtype, ForwardRows, true)
+  const bool bypass = BypassCaches(args.y, args.residual == nullptr ? bytes : 2 * bytes, row_bytes) &&
+                    (args.residual == nullptr || BypassCaches(args.sum, 2 * bytes, row_bytes));
+  const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, ForwardRows, true)
                          : PEAK_PICK_DTYPE(args.dtype, ForwardRows, false);
   ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> held(past && args.residual != nullptr ? kMostTogether * width : 0);
+    std::vector<float> held(bypass && args.residual != nullptr ? kMaxStepRows * width : 0);
     rows(args, w.data(), b.data(), held.data(), begin, end);
   });
 }
 
-void LayernormBackward(const LayernormBackwardArgs& args, int threads) {
+void NormBackward(const NormBackwardArgs& args, int threads) {
   const int64_t width = args.width, row_bytes = width * SizeOf(args.dtype);
   const auto w = ToFloats(args.w, args.dtype, args.w_dtype, width);
-  const bool past = GoPast(args.dx, args.rows * row_bytes, row_bytes);
-  const auto rows = past ? PEAK_PICK_DTYPE(args.dtype, BackwardRows, true)
+  const bool bypass = BypassCaches(args.dx, args.rows * row_bytes, row_bytes);
+  const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, BackwardRows, true)
                          : PEAK_PICK_DTYPE(args.dtype, BackwardRows, false);
   std::vector<float> partial(2 * kParts * width);
   ParallelParts(args.rows, kParts, threads, [&](int64_t part, int64_t begin, int64_t end) {

@@ -5,7 +5,7 @@
 
 #ifdef PEAK_ISA
 
-// Independent sums: two units times a latency of up to six cycles, and with both factors no more than 16 registers.
+// Independent sums: two units times a latency of up to six cycles. With both factors they fit in 16 registers.
 constexpr int kChains = 12;
 
 PEAK_INLINE Vec Step(Vec sum, Vec a, Vec b) { return Fma(a, b, sum); }
@@ -20,10 +20,11 @@ PEAK_INLINE void RunChains(Sum zero, Factor a, Factor b, int64_t iterations, voi
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) sum[c] = Step(sum[c], a, b);
   }
-  std::memcpy(out, sum, sizeof(sum));  // or the compiler would see that nobody reads the sums
+  std::memcpy(out, sum, sizeof(sum));  // otherwise the compiler drops the unused sums
 }
 
-// Returns operations per iteration. `in` holds 64 bytes of factors, unknown to the compiler; `out` takes the sums.
+// Returns the operations of one iteration. `in` holds 64 bytes of factors that the compiler does not know. `out`
+// receives the sums.
 double RunLoop(int loop, const void* in, int64_t iterations, void* out) {
   const float* f = static_cast<const float*>(in);
   const bf16* h = static_cast<const bf16*>(in);
@@ -42,8 +43,8 @@ double RunLoop(int loop, const void* in, int64_t iterations, void* out) {
   return 0.0;
 }
 
-// Four vectors of each stream in turn, as a kernel walks its operands: sums of what is read are what is written.
-template <bool kPastCaches>
+// Reads four vectors of each stream in turn, as a kernel reads its operands, and writes 1 plus their sum.
+template <bool kBypass>
 void StreamPart(const PeakStreamArgs& args, int64_t begin, int64_t end, float* out) {
   float* const base = static_cast<float*>(args.base);
   const int64_t stride = args.stride / 4;
@@ -57,13 +58,13 @@ void StreamPart(const PeakStreamArgs& args, int64_t begin, int64_t end, float* o
     for (int s = 0; s < args.writes; ++s) {
       for (int k = 0; k < 4; ++k) {
         float* const p = to + s * stride + i + k * kLanes;
-        kPastCaches && s >= args.updates ? Stream(p, v[k]) : Store(p, v[k]);
+        kBypass && s >= args.updates ? Stream(p, v[k]) : Store(p, v[k]);
       }
     }
     for (int k = 0; k < 4; ++k) total[k] = total[k] + v[k];
   }
-  if (kPastCaches) EndStream();
-  *out = Sum((total[0] + total[1]) + (total[2] + total[3]));  // or the compiler would drop reads that nobody writes
+  if (kBypass) EndStream();
+  *out = Sum((total[0] + total[1]) + (total[2] + total[3]));  // otherwise the compiler drops reads without writes
 }
 
 #else
@@ -73,9 +74,9 @@ void StreamPart(const PeakStreamArgs& args, int64_t begin, int64_t end, float* o
 namespace peak {
 namespace {
 
-constexpr int64_t kUnit = 64;  // floats: whole for every kLanes, and 256 bytes keep the threads' lines apart
+constexpr int64_t kUnit = 64;  // floats: a multiple of every 4 * kLanes, so that threads share no cache line
 
-// Room for the sums of any set, on lines of its own.
+// Memory for the sums of any instruction set, on its own cache lines.
 struct alignas(64) Sums {
   char bytes[12 * 64];
 };

@@ -1,9 +1,10 @@
-// Rotary position embedding; math in kernels/ops/rotary.py.
+// Rotary position embedding. The formulas are in kernels/ops/rotary.py.
 #ifndef PEAK_ROTARY_H_
 #define PEAK_ROTARY_H_
 
 #include <cstdint>
 
+#include "base/fields.h"
 #include "base/types.h"
 
 namespace peak {
@@ -12,16 +13,18 @@ constexpr int64_t kMaxPairs = 512;
 
 struct RotaryArgs {
   DType dtype;
-  int64_t batch, tokens, heads, width, pairs;
-  int64_t turned;    // of the heads, the first ones; the others are copied
-  bool interleaved;  // a pair is features 2i and 2i + 1; else i and i + pairs
-  const void* x;     // (batch, tokens, heads, width)
-  int64_t stride_b, stride_t, stride_h;  // elements; features themselves are contiguous
-  const float* cos;                      // (tokens, pairs)
+  int64_t batch, tokens, heads, width;
+  int64_t pairs;          // features in a head that are rotated, over 2
+  int64_t rotated_heads;  // the first heads are rotated, the others are copied
+  bool interleaved;       // a pair is features 2i and 2i + 1; else i and i + pairs
+  StridedInput x;
+  const float* cos;  // (tokens, pairs), or (positions, pairs) if positions are given
   const float* sin;
-  void* y;  // (batch, tokens, heads, width); may be x
-  const int64_t* positions;  // (tokens): rows of cos and sin; or null: token by token
+  void* y;  // (batch, tokens, heads, width) contiguous; may be x
+  const int64_t* positions = nullptr;  // (tokens): rows of cos and sin; null: token t takes row t
 };
+PEAK_FIELDS(RotaryArgs, dtype, batch, tokens, heads, width, pairs, rotated_heads, interleaved, x, cos, sin, y)
+PEAK_OPTIONAL_FIELDS(RotaryArgs, positions)
 
 void Rotary(const RotaryArgs& args, int threads);
 

@@ -5,7 +5,7 @@
 
 #ifdef PEAK_ISA
 
-// Short float32 chains, added in double: one chain over 124 million elements is a percent off.
+// Short chains in float32 are summed in double: one float32 chain over 124 million elements has an error of a percent.
 template <class T>
 double SumRange(const void* x, int64_t begin, int64_t end) {
   constexpr int64_t kChain = 4096;

@@ -26,51 +26,53 @@ void CombineRange(const void* x, const void* y, void* out, bool product, int64_t
 
 namespace peak {
 
-namespace {
-
-GemmArgs Completed(GemmArgs args, const Weight& weight, DType dtype, const float* packed) {
-  args.dtype = dtype;
-  args.n = weight.n;
-  args.k = weight.k;
-  args.packed_b = packed;
+// ---------------------------------------------------------------------------------------------------------- weights
+GemmArgs DenseWeight::Completed(GemmArgs args) const {
+  args.dtype = matrix_.dtype;
+  args.n = matrix_.n;
+  args.k = matrix_.k;
+  args.packed_b = matrix_.packed;
   return args;
 }
 
-}  // namespace
-
-int64_t DenseWeight::Scratch(int64_t rows, int threads) const {
+int64_t DenseWeight::ScratchBytes(int64_t rows, int threads) const {
   GemmArgs args{};
   args.m = rows;
-  return GemmScratch(Completed(args, *this, dtype_, packed_), threads);
+  return GemmScratch(Completed(args), threads) * static_cast<int64_t>(sizeof(float));
 }
 
-void DenseWeight::Multiply(const GemmArgs& args, float* scratch) const {
-  TeamGemm(Completed(args, *this, dtype_, packed_), scratch);
+void DenseWeight::Multiply(const GemmArgs& args, char* scratch) const {
+  TeamGemm(Completed(args), reinterpret_cast<float*>(scratch));
 }
 
-int64_t QuantizedWeight::Scratch(int64_t rows, int threads) const {
-  QuantizedArgs args = weight_;
+QuantizedArgs QuantizedWeight::Completed(int64_t rows) const {
+  QuantizedArgs args{};
+  static_cast<QuantizedMatrix&>(args) = matrix_;
   args.rows = rows;
-  return (QuantizedScratch(args, threads) + sizeof(float) - 1) / sizeof(float);
+  return args;
 }
 
-void QuantizedWeight::Multiply(const GemmArgs& args, float* scratch) const {
+int64_t QuantizedWeight::ScratchBytes(int64_t rows, int threads) const {
+  return QuantizedScratch(Completed(rows), threads);
+}
+
+void QuantizedWeight::Multiply(const GemmArgs& args, char* scratch) const {
   const Team& team = *Team::Current();
-  QuantizedArgs product = weight_;
-  product.rows = args.m;
+  QuantizedArgs product = Completed(args.m);
   product.x = args.a;
   product.x_row = args.a_row;
   product.bias = args.bias;
   product.activation = args.epilogue == Epilogue::kActivate ? static_cast<int>(args.activation) : -1;
   product.y = args.c;
   product.y_row = args.c_row;
-  product.wide = args.out_dtype == DType::kFloat32;
+  product.float32_out = args.out_dtype == DType::kFloat32;
   QuantizeInputs(product, team.id, team.size, scratch);
   Barrier();
   MultiplyQuantized(product, team.id, team.size, scratch);
   Barrier();
 }
 
+// ------------------------------------------------------------------------------------------------------------ steps
 // What a step sees of a pass.
 struct Program::State {
   const PassArgs& pass;
@@ -84,113 +86,161 @@ int Program::Buffer(int64_t width) {
   return static_cast<int>(widths_.size()) - 1;
 }
 
-void Program::Embed(int out, const void* wte, int64_t wte_row, const void* wpe, int64_t wpe_row) {
-  steps_.push_back([=, dtype = dtype_, width = widths_[out]](const State& s) {
-    EmbeddingForward({dtype, 1, s.pass.rows, width, s.pass.ids, wte, wte_row, wpe, wpe_row, s.buffers[out],
-                      s.pass.positions}, s.threads);
+void Program::Embed(const EmbedStep& step) {
+  steps_.push_back([=, dtype = dtype_, width = widths_[step.out]](const State& s) {
+    EmbeddingForwardArgs args{};
+    args.dtype = dtype;
+    args.batch = 1;
+    args.tokens = s.pass.rows;
+    args.width = width;
+    args.ids = s.pass.ids;
+    args.wte = step.wte;
+    args.wte_stride = step.wte_stride;
+    args.wpe = step.wpe;
+    args.wpe_stride = step.wpe_stride;
+    args.positions = s.pass.positions;
+    args.out = s.buffers[step.out];
+    EmbeddingForward(args, s.threads);
   });
 }
 
-void Program::Norm(int x, int residual, int sum, int out, const void* w, DType w_dtype, const void* b, float eps,
-                   bool rms) {
-  const int64_t width = widths_[x];
-  steps_.push_back([=, dtype = dtype_, taken = taken_](const State& s) {
-    const int64_t rows = taken ? s.pass.taken : s.pass.rows;
-    const bool adds = residual >= 0;
+void Program::Norm(const NormStep& step) {
+  steps_.push_back([=, dtype = dtype_, width = widths_[step.x], selected = selected_](const State& s) {
+    const int64_t rows = selected ? s.pass.logit_rows : s.pass.rows;
     float* const statistics = reinterpret_cast<float*>(s.scratch);
-    LayernormForward({dtype, w_dtype, rows, width, s.buffers[x], width, adds ? s.buffers[residual] : nullptr, width, w,
-                      b, adds ? s.buffers[sum] : nullptr, s.buffers[out], rms ? nullptr : statistics, statistics + rows,
-                      eps},
-                     s.threads);
+    NormForwardArgs args{};
+    args.dtype = dtype;
+    args.w_dtype = step.w_dtype;
+    args.rows = rows;
+    args.width = width;
+    args.x = s.buffers[step.x];
+    args.x_stride = width;
+    args.w = step.w;
+    args.b = step.b;
+    args.y = s.buffers[step.out];
+    args.mu = step.rms ? nullptr : statistics;
+    args.r = statistics + rows;
+    args.eps = step.eps;
+    if (step.residual >= 0) {
+      args.residual = args.sum = s.buffers[step.residual];
+      args.residual_stride = width;
+    }
+    NormForward(args, s.threads);
   });
-  scratch_.push_back([](const PassArgs& pass, int) { return 2 * pass.rows * static_cast<int64_t>(sizeof(float)); });
+  scratch_bytes_.push_back([](const PassArgs& pass, int) {
+    return 2 * pass.rows * static_cast<int64_t>(sizeof(float));
+  });
 }
 
-void Program::Linear(int x, int out, std::shared_ptr<Weight> weight, const void* bias, Epilogue epilogue,
-                     Activation activation, int gate) {
-  scratch_.push_back([weight, taken = taken_](const PassArgs& pass, int threads) {
-    return weight->Scratch(taken ? pass.taken : pass.rows, threads) * static_cast<int64_t>(sizeof(float));
+void Program::Linear(const LinearStep& step, std::shared_ptr<Weight> weight) {
+  scratch_bytes_.push_back([weight, selected = selected_](const PassArgs& pass, int threads) {
+    return weight->ScratchBytes(selected ? pass.logit_rows : pass.rows, threads);
   });
-  const int64_t width = widths_[x];
-  steps_.push_back([=, dtype = dtype_, taken = taken_](const State& s) {
+  const int64_t width = widths_[step.x];
+  steps_.push_back([=, dtype = dtype_, selected = selected_](const State& s) {
     GemmArgs args{};
-    args.m = taken ? s.pass.taken : s.pass.rows;
-    args.a = s.buffers[x];
+    args.m = selected ? s.pass.logit_rows : s.pass.rows;
+    args.a = s.buffers[step.x];
     args.a_row = width;
     args.a_k = 1;
-    args.c = out < 0 ? static_cast<void*>(s.pass.logits) : s.buffers[out];
-    args.out_dtype = out < 0 ? DType::kFloat32 : dtype;
+    args.c = step.out < 0 ? static_cast<void*>(s.pass.logits) : s.buffers[step.out];
+    args.out_dtype = step.out < 0 ? DType::kFloat32 : dtype;
     args.c_row = weight->n;
-    args.epilogue = epilogue;
-    args.bias = bias;
-    args.activation = activation;
-    args.gate = gate < 0 ? nullptr : s.buffers[gate];
-    weight->Multiply(args, reinterpret_cast<float*>(s.scratch));
+    args.epilogue = step.epilogue;
+    args.bias = step.bias;
+    args.activation = step.activation;
+    args.gate = step.gate < 0 ? nullptr : s.buffers[step.gate];
+    weight->Multiply(args, s.scratch);
   });
 }
 
-void Program::Rotary(int x, int64_t width, int64_t turned, const float* cos, const float* sin, int64_t pairs,
-                     bool interleaved) {
-  const int64_t heads = widths_[x] / width;
+void Program::Rotary(const RotaryStep& step) {
+  steps_.push_back([=, dtype = dtype_, heads = widths_[step.x] / step.width](const State& s) {
+    RotaryArgs args{};
+    args.dtype = dtype;
+    args.batch = 1;
+    args.tokens = s.pass.rows;
+    args.heads = heads;
+    args.width = step.width;
+    args.pairs = step.pairs;
+    args.rotated_heads = step.rotated_heads;
+    args.interleaved = step.interleaved;
+    args.x = {s.buffers[step.x], 0, heads * step.width, step.width};
+    args.cos = step.cos;
+    args.sin = step.sin;
+    args.positions = s.pass.positions;
+    args.y = s.buffers[step.x];
+    peak::Rotary(args, s.threads);
+  });
+}
+
+void Program::Attention(const AttentionStep& step) {
   steps_.push_back([=, dtype = dtype_](const State& s) {
-    peak::Rotary({dtype, 1, s.pass.rows, heads, width, pairs, turned, interleaved, s.buffers[x], 0, heads * width,
-                  width, cos, sin, s.buffers[x], s.pass.positions}, s.threads);
+    const char* qkv = s.buffers[step.x];
+    const int64_t head_bytes = step.width * SizeOf(dtype), layer = step.layer * s.pass.layer_bytes;
+    CacheAttentionArgs args{};
+    args.dtype = dtype;
+    args.heads = step.heads;
+    args.kv_heads = step.kv_heads;
+    args.width = step.width;
+    args.sequences = s.pass.sequences;
+    args.begins = s.pass.begins;
+    args.past = s.pass.past;
+    args.tables = s.pass.tables;
+    args.table_row = s.pass.table_row;
+    args.q = qkv;
+    args.k = qkv + step.heads * head_bytes;
+    args.v = qkv + (step.heads + step.kv_heads) * head_bytes;
+    args.q_row = (step.heads + 2 * step.kv_heads) * step.width;
+    args.int8_cache = s.pass.int8_cache;
+    args.keys = static_cast<char*>(s.pass.keys) + layer;
+    args.values = static_cast<char*>(s.pass.values) + layer;
+    args.window = step.window;
+    args.scale = step.scale;
+    args.alibi = step.alibi;
+    args.out = s.buffers[step.out];
+    TeamCacheAttention(args, s.scratch);
+  });
+  scratch_bytes_.push_back([width = step.width](const PassArgs&, int threads) {
+    return CacheAttentionScratch(width, threads);
   });
 }
 
-void Program::Attend(int x, int out, int64_t layer, int64_t heads, int64_t kv_heads, int64_t width, int64_t window,
-                     float scale, const float* alibi) {
-  const int64_t q_row = (heads + 2 * kv_heads) * width, size = SizeOf(dtype_);
-  steps_.push_back([=, dtype = dtype_](const State& s) {
-    const char* qkv = s.buffers[x];
-    const int64_t at = layer * s.pass.layer_bytes;
-    TeamCacheAttention({dtype, heads, kv_heads, width, s.pass.sequences, s.pass.begins, s.pass.past, s.pass.tables,
-                        s.pass.table_row, qkv, qkv + heads * width * size, qkv + (heads + kv_heads) * width * size,
-                        q_row, s.pass.bytes, static_cast<char*>(s.pass.keys) + at, static_cast<char*>(s.pass.values) + at, window,
-                        scale, alibi, s.buffers[out]}, s.scratch);
-  });
-  scratch_.push_back([width](const PassArgs&, int threads) { return CacheAttentionScratch(width, threads); });
-}
-
-void Program::Combine(int x, int y, int out, bool product) {
-  steps_.push_back([=, dtype = dtype_, width = widths_[x], taken = taken_](const State& s) {
-    const int64_t rows = taken ? s.pass.taken : s.pass.rows;
+void Program::Combine(const CombineStep& step) {
+  steps_.push_back([=, dtype = dtype_, width = widths_[step.x], selected = selected_](const State& s) {
+    const int64_t rows = selected ? s.pass.logit_rows : s.pass.rows;
     const auto combine = PEAK_PICK_DTYPE(dtype, CombineRange);
     ParallelParts(rows * width, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
-      combine(s.buffers[x], s.buffers[y], s.buffers[out], product, begin, end);
+      combine(s.buffers[step.x], s.buffers[step.y], s.buffers[step.out], step.product, begin, end);
     });
   });
 }
 
-void Program::Take(int x, int out) {
-  const int64_t bytes = widths_[x] * SizeOf(dtype_);
+void Program::SelectRows(const SelectStep& step) {
+  const int64_t bytes = widths_[step.x] * SizeOf(dtype_);
   steps_.push_back([=](const State& s) {
-    ParallelParts(s.pass.taken, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    ParallelParts(s.pass.logit_rows, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        std::memcpy(s.buffers[out] + i * bytes, s.buffers[x] + s.pass.take[i] * bytes, bytes);
+        std::memcpy(s.buffers[step.out] + i * bytes, s.buffers[step.x] + s.pass.selected[i] * bytes, bytes);
       }
     });
   });
-  taken_ = true;
+  selected_ = true;
 }
 
+// ------------------------------------------------------------------------------------------------------------- pass
 void Program::Run(const PassArgs& pass, int threads) {
-  const auto up = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  int64_t scratch = 0, used = 0;
-  for (const auto& needs : scratch_) scratch = std::max(scratch, up(needs(pass, threads)));
-  for (const int64_t width : widths_) used += up(pass.rows * width * SizeOf(dtype_));
-  if (used + scratch > size_) {
-    memory_.reset();
-    size_ = 0;
-    memory_.reset(static_cast<char*>(::operator new(used + scratch, std::align_val_t{64})));
-    size_ = used + scratch;
-  }
-  State state{pass, {}, memory_.get(), threads};
-  char* at = memory_.get() + scratch;
-  for (const int64_t width : widths_) {
-    state.buffers.push_back(at);
-    at += up(pass.rows * width * SizeOf(dtype_));
-  }
+  int64_t scratch_bytes = 0;
+  for (const auto& bytes : scratch_bytes_) scratch_bytes = std::max(scratch_bytes, bytes(pass, threads));
+  const auto place = [&](Arena& arena) {
+    State state{pass, {}, arena.Take<char>(scratch_bytes), threads};
+    for (const int64_t width : widths_) state.buffers.push_back(arena.Take<char>(pass.rows * width * SizeOf(dtype_)));
+    return state;
+  };
+  Arena counted;
+  place(counted);
+  Arena arena(memory_.Reserve(counted.used()));
+  const State state = place(arena);
   RunTeam(threads, [&] {
     for (const Step& step : steps_) step(state);
   });

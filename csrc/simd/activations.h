@@ -1,7 +1,7 @@
-// Activations and their slopes, over Vec where it says no more. Included once per set, after simd.h.
+// Activations and their derivatives (slopes) of Vecs. Included once per instruction set, after simd.h.
 
 // x/2 (1 + tanh u) = x s with s = 1 / (1 + 2^t), t = -2 u log2 e: no cancellation in the left tail.
-// u = k (x + 0.044715 x^3), k = sqrt(2 / pi). As exact as T, the type of the operands, needs; over Vec or Many.
+// u = k (x + 0.044715 x^3), k = sqrt(2 / pi). The precision is that of T, the type of the operands. V is Vec or Many.
 template <class T>
 struct GeluTanh {
   template <class V>
@@ -16,7 +16,7 @@ struct GeluTanh {
   // Returns act(x); slope = s + x s (1 - s) 2 u'.
   template <class V>
   static PEAK_INLINE V ValueAndSlope(const V& x, V* slope) {
-    const V square = Min(Set(1e18f), x * x), s = Gate(x, square);  // finite: the slope's other factor may be 0
+    const V square = Min(Set(1e18f), x * x), s = Gate(x, square);  // finite: the other factor may be 0
     const V du2 = Fma(square, Set(6.0f * 0.7978845608f * 0.044715f), Set(2.0f * 0.7978845608f)), value = x * s;
     *slope = Fma(Fnma(value, s, value), du2, s);
     return value;

@@ -1,4 +1,4 @@
-// Vec on AVX2 with FMA: what simd.h names. Included by simd.h.
+// Vec on AVX2 with FMA. simd.h describes the functions and includes this file.
 
 constexpr int kLanes = 8;
 constexpr int kRegisters = 16;
@@ -10,7 +10,7 @@ struct Pairs { __m256i v; };
 PEAK_INLINE __m256i PartMask(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-// The upper 16 bits of each lane hold the rounded value; the lower ones are rubbish.
+// The upper 16 bits of each lane hold the rounded value; the lower 16 bits are undefined.
 PEAK_INLINE __m256i RoundToUpper(__m256 a) {
   const __m256i u = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -106,7 +106,7 @@ PEAK_INLINE Vec Even(Pairs a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(a.
 PEAK_INLINE Vec Odd(Pairs a) {
   return {_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
-// Columns 4l + j of rows 4i .. 4i + 3 gather in lane l of row 4i + j; then the lanes change places.
+// Columns 4l + j of rows 4i .. 4i + 3 are gathered in lane l of row 4i + j; then lanes are exchanged.
 PEAK_INLINE void Transpose(Vec* rows) {
   __m256 t[8];
   for (int i = 0; i < 8; i += 4) {
@@ -152,7 +152,7 @@ PEAK_INLINE Quads SetQuad(const void* p) {
   return {_mm256_set1_epi32(quad)};
 }
 PEAK_INLINE void StoreQuads(void* p, Quads a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }
-// Unsigned times signed bytes saturate at 16 bits: the sign goes to b, so that a is at most 128.
+// Sums of unsigned times signed bytes saturate at 16 bits: b takes the sign of a, so that a is at most 128.
 PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {
   const __m256i w = _mm256_xor_si256(a.v, _mm256_set1_epi8(-128));
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(b.v, w));

@@ -1,4 +1,5 @@
-// Vec on AVX-512 (F, BW, DQ, VL), and with BF16 and VNNI where the set has them: what simd.h names. Included by simd.h.
+// Vec on AVX-512 (F, BW, DQ, VL), with BF16 and VNNI on avx512bf16. simd.h describes the functions and includes this
+// file.
 
 constexpr int kLanes = 16;
 constexpr int kRegisters = 32;
@@ -86,7 +87,7 @@ PEAK_INLINE Pairs PackPairs(Vec even, Vec odd) {
   const __m512bh halves = _mm512_cvtne2ps_pbh(odd.v, even.v);
   __m512i bits;
   std::memcpy(&bits, &halves, sizeof(bits));
-  // Element 2i comes from i, 2i + 1 from 16 + i.
+  // Element 2i comes from i, element 2i + 1 from 16 + i.
   const __m512i from = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008,
                                         0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
   return {_mm512_permutexvar_epi16(from, bits)};
@@ -139,7 +140,7 @@ PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) { return {_mm512_cmpge_epu32_
 
 constexpr int kQuadZero = PEAK_ISA == PEAK_AVX512BF16 ? 0 : 128;
 struct Quads { __m512i v; };
-using IntLanes = int __attribute__((vector_size(64)));  // of __m512i GCC would keep a second copy in the loops
+using IntLanes = int __attribute__((vector_size(64)));  // with __m512i GCC keeps a second copy in the loops
 struct Ints { IntLanes v; };
 struct Table { __m512i v; };
 PEAK_INLINE Ints SetInts(int32_t i) { return {reinterpret_cast<IntLanes>(_mm512_set1_epi32(i))}; }
@@ -158,8 +159,8 @@ PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {
 #else
 PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {  // as on AVX2
   const __m512i w = _mm512_xor_si512(a.v, _mm512_set1_epi8(-128));
-  const __m512i turned = _mm512_mask_sub_epi8(b.v, _mm512_movepi8_mask(w), _mm512_setzero_si512(), b.v);
-  const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
+  const __m512i signed_b = _mm512_mask_sub_epi8(b.v, _mm512_movepi8_mask(w), _mm512_setzero_si512(), b.v);
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_b);
   return {acc.v + reinterpret_cast<IntLanes>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
 }
 #endif

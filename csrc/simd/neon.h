@@ -1,4 +1,4 @@
-// Vec on NEON: what simd.h names. Included by simd.h.
+// Vec on NEON. simd.h describes the functions and includes this file.
 
 constexpr int kLanes = 4;
 constexpr int kRegisters = 32;
@@ -34,7 +34,7 @@ PEAK_INLINE void StoreSplit(bf16* p, int16_t* r, Vec a) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(vaddq_u32(u, vdupq_n_u32(0x8000)), 16));
   vst1_s16(r, vreinterpret_s16_u16(vmovn_u32(u)));
 }
-PEAK_INLINE void Stream(float* p, Vec a) { Store(p, a); }  // aarch64 has no such hint for one register
+PEAK_INLINE void Stream(float* p, Vec a) { Store(p, a); }  // aarch64 has no streaming store of one register
 PEAK_INLINE void EndStream() {}
 template <class T>
 PEAK_INLINE Vec LoadPart(const T* p, int64_t n) {

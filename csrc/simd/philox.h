@@ -1,8 +1,9 @@
-// Philox4x32-7 for kLanes counters at once; math and source in kernels/ops/philox.py. Included once per set, after simd.h.
+// Philox4x32-7 for kLanes counters at once. kernels/ops/philox.py has the formulas and the source. Included once per
+// instruction set, after simd.h.
 
 struct PhiloxKey { uint32_t low, high; };
 
-// Four words of each counter, in its place.
+// Replaces each counter by its four random words.
 PEAK_INLINE void Philox(PhiloxKey key, Words* c) {
   for (int round = 0; round < 7; ++round) {
     Words high_a, high_b;

@@ -1,4 +1,4 @@
-// Vec of one float, in plain C++: what simd.h names, on any machine. Included by simd.h.
+// Vec of one float, in plain C++ for any machine. simd.h describes the functions and includes this file.
 
 constexpr int kLanes = 1;
 constexpr int kRegisters = 16;
@@ -41,7 +41,7 @@ PEAK_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 PEAK_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 PEAK_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 PEAK_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
-// Not std::fma: without the instruction it is a library call a hundred times slower.
+// Not std::fma: without the instruction it is a library call that is a hundred times slower.
 PEAK_INLINE Vec Fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 PEAK_INLINE Vec Fnma(Vec a, Vec b, Vec c) { return {c.v - a.v * b.v}; }
 PEAK_INLINE Vec Sqrt(Vec a) { return {std::sqrt(a.v)}; }
@@ -102,6 +102,6 @@ PEAK_INLINE Quads UpperNibbles(Quads a) {
 }
 PEAK_INLINE Table LoadTable(const uint8_t* p) { Table t; std::memcpy(t.v, p, 16); return t; }
 PEAK_INLINE Quads LookUp(const Table& t, Quads a) { return {{t.v[a.v[0]], t.v[a.v[1]], t.v[a.v[2]], t.v[a.v[3]]}}; }
-// More than 127 comes of rows that are not finite, whose bytes do not matter; its conversion would be undefined.
+// Values above 127 come from rows that are not finite, whose bytes are not used. Converting them would be undefined.
 PEAK_INLINE void StoreBytes(int8_t* p, Vec a) { *p = static_cast<int8_t>(a.v < 127.0f ? a.v : 127.0f); }
 PEAK_INLINE Vec LoadBytes(const int8_t* p) { return {static_cast<float>(*p)}; }

@@ -1,40 +1,41 @@
-// Vec: one register of floats, for the instruction set in PEAK_ISA. Included once per set by foreach_isa.h, inside
-// that set's namespace; kernels see only what this file names, never an intrinsic.
+// Vec: one register of floats, for the instruction set in PEAK_ISA. Included once per instruction set by
+// base/foreach_isa.h, inside the namespace of that set. Kernels use the functions of this list and no intrinsics. More
+// than 300 lines: it is the complete vocabulary of the kernels.
 //
 //   kLanes                     floats in a Vec
-//   Load(p) Load(p, n)         from float or bf16; n < kLanes reads only n elements, the other lanes are 0
-//   Store(p, v) Store(p, v, n) to float or bf16, bf16 rounded to nearest even, NaN stays NaN
-//   LoadSplit(p, r)  StoreSplit(p, r, v)  and with n   float bits = (bf16 bits << 16) + int16; kernels/ops/adamw.py
+//   Load(p) Load(p, n)         from float or bf16; n < kLanes reads n elements and sets the other lanes to 0
+//   Store(p, v) Store(p, v, n) to float or bf16 (rounded to nearest even); NaN stays NaN
+//   LoadSplit(p, r)  StoreSplit(p, r, v)  also with n   float bits = (bf16 bits << 16) + int16; kernels/ops/adamw.py
 //   + - * / Fma(a,b,c)=a*b+c   Fnma(a,b,c)=c-a*b    Sqrt    Abs    CopySign(magnitude, sign)    Round (to even)
-//   Max(a,b) Min(a,b)          b where either is NaN, on every set, as x86 does
+//   Max(a,b) Min(a,b)          b if either is NaN, on every instruction set, as on x86
 //   Greater(a,b) Select(m,a,b) Mask and m ? a : b
 //   Sum(v) MaxOf(v)            over the lanes, in a fixed order
-//   Exp Erf Exp2 Reciprocal    errors stated below
+//   Exp Erf Exp2 Reciprocal    with the errors stated below
 //   Transpose(rows)            kLanes Vecs as a square matrix, in place
 //   Pairs                      kLanes pairs of bf16 for DotPairs(acc, a, b): acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1]
 //   LoadPairs(p)  SetPair(p)   2*kLanes elements; one pair repeated kLanes times
 //   PackPairs(even, odd)       pair i = (bf16(even[i]), bf16(odd[i]))
 //   StorePairs(p, pairs)       2*kLanes elements
-//   Many<N>  Two = Many<2>     N Vecs that take the same steps: + - * Max Min Fma Fnma Exp2 Reciprocal
-//   LoadTwo  StoreTwo          2*kLanes elements; of bf16 one Vec holds the even ones, which saves instructions. Floats
-//                              that meet such Vecs lie as Place(i) says
-//   LoadRows  StoreRows        the same of several rows
+//   Many<N>  Two = Many<2>     N Vecs with the same operations: + - * Max Min Fma Fnma Exp2 Reciprocal
+//   LoadTwo  StoreTwo          2*kLanes elements. For bf16 one Vec holds the even and one the odd elements, which saves
+//                              instructions; PermutedIndex(i) is the order of floats that match such Vecs
+//   LoadRows  StoreRows        the same for several rows
 //   Words                      kLanes unsigned 32-bit words: SetWords(u)  CountWords() = 0, 1, ..  +  ^
-//   MultiplyWide(a, m, &high)  lower words of a * m; the upper ones go to high
+//   MultiplyWide(a, m, &high)  lower words of a * m; high receives the upper words
 //   NotBelow(a, limit)         Mask of a >= limit
-//   kRegisters kNativePairs    vector registers; whether DotPairs is one instruction
-//   FetchTwo(p)  FetchTwoToL2(p)   prefetch
-//   Stream(p, v)  EndStream()  store past the caches to an aligned address; after the last one, before others look
-//   StreamTwo(p, two)          the same of 2*kLanes elements
+//   kRegisters kNativePairs    number of vector registers; whether DotPairs is one instruction
+//   PrefetchTwo(p)  PrefetchTwoToL2(p)   for LoadTwo
+//   Stream(p, v)  EndStream()  store to an aligned address that bypasses the caches; EndStream makes it visible
+//   StreamTwo(p, two)          the same for 2*kLanes elements
 //   Quads, Ints                kLanes groups of four bytes; kLanes signed sums: SetInts(i)  ToFloats(ints)
 //   LoadQuads(p)  SetQuad(p)   4*kLanes bytes; one group repeated. StoreQuads
 //   DotQuads(acc, a, b)        acc[i] += sum of (a[4i+j] - kQuadZero)*b[4i+j], j = 0..3; a unsigned, b -127..127
-//   kQuadZero kNativeQuads     0 where DotQuads is one instruction, else 128; whether it is
-//   LowerNibbles UpperNibbles  of each byte;  LookUp(LoadTable(p), quads)   table[byte], of 16 bytes
+//   kQuadZero kNativeQuads     0 if DotQuads is one instruction, else 128; whether it is
+//   LowerNibbles UpperNibbles  of each byte;  LookUp(LoadTable(p), quads)   table[byte] of a table of 16 bytes
 //   StoreBytes(p, v)  LoadBytes(p)  kLanes integral floats of -128..127 as signed bytes
-//   StoreInOrder(p, a, b)      2*kLanes elements, a's and then b's
+//   StoreInOrder(p, a, b)      2*kLanes elements: those of a, then those of b
 //
-// avx512bf16: the native conversion and dot product take subnormal inputs for 0 and flush subnormal results.
+// avx512bf16: the native conversion and dot product treat subnormal inputs as 0 and flush subnormal results.
 
 constexpr int32_t kNanBits = 0x7fc00000;  // the NaN that StoreSplit writes: its lower half is 0
 
@@ -48,7 +49,7 @@ constexpr int32_t kNanBits = 0x7fc00000;  // the NaN that StoreSplit writes: its
 #include "simd/avx512.h"
 #endif
 
-// --------------------------------------------------------------------------------------- the same on every ISA
+// ----------------------------------------------------------------------------- the same on every instruction set
 // n elements, at most kLanes.
 template <class T>
 PEAK_INLINE Vec Load(const T* p, int64_t n) {
@@ -59,7 +60,7 @@ PEAK_INLINE void Store(T* p, Vec a, int64_t n) {
   n >= kLanes ? Store(p, a) : StorePart(p, a, n);
 }
 
-// The bits of one as the other.
+// Bit cast.
 PEAK_INLINE Vec AsVec(Pairs a) {
   Vec v;
   std::memcpy(&v, &a, sizeof(v));
@@ -86,14 +87,14 @@ PEAK_INLINE void StoreSplit(bf16* p, int16_t* r, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = upper[i], r[i] = lower[i];
 }
 
-// Vecs that take the same steps. A step is taken by all of them before the next one is: only so do long chains of
-// operations keep the units busy, since a scheduler of 64 entries can not look past a chain of 15 to the next one.
+// Vecs with the same operations. All of them do one operation before any does the next: a scheduler of 64 entries
+// cannot look past a chain of 15 operations to the next chain, so chains one after another would leave the units idle.
 template <int N>
 struct Many { Vec v[N]; };
 using Two = Many<2>;
 
 template <class A>
-struct CountOf;  // 0 for a Vec, which takes part in each step
+struct CountOf;  // 0 for a Vec, which is an operand of every Vec of a Many
 template <>
 struct CountOf<Vec> { static constexpr int k = 0; };
 template <int N>
@@ -164,23 +165,23 @@ PEAK_INLINE void StoreRows(T* p, int64_t stride, const Many<2 * kRows>& m) {
   }
 }
 
-// Asks for the elements that LoadTwo will read into L1, or L2; addresses past the end do no harm.
+// Prefetches the elements of a LoadTwo to L1, or L2. Addresses after the end are allowed.
 template <class T>
-PEAK_INLINE void FetchTwo(const T* p) {
+PEAK_INLINE void PrefetchTwo(const T* p) {
   for (size_t byte = 0; byte < 2 * kLanes * sizeof(T); byte += 64) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 3);
   }
 }
 template <class T>
-PEAK_INLINE void FetchTwoToL2(const T* p) {
+PEAK_INLINE void PrefetchTwoToL2(const T* p) {
   for (size_t byte = 0; byte < 2 * kLanes * sizeof(T); byte += 64) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);
   }
 }
 
-// Where element i of a row of floats lies, so that LoadTwo of them fits LoadTwo of a row of T of the same width.
+// The index of element i in a row of floats whose LoadTwo matches LoadTwo of a row of T of the same width.
 template <class T>
-PEAK_INLINE int64_t Place(int64_t i, int64_t width) {
+PEAK_INLINE int64_t PermutedIndex(int64_t i, int64_t width) {
   const int64_t begin = i - i % (2 * kLanes), k = i - begin;
   return sizeof(T) == 4 || begin + 2 * kLanes > width ? i : begin + k % 2 * kLanes + k / 2;
 }
@@ -224,7 +225,7 @@ PEAK_INLINE Vec Scale(Vec a, Vec n) {
 #if PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
   return {_mm512_scalef_ps(a.v, n.v)};
 #else
-  // In two steps: 2^-150 and 2^128 are no floats.
+  // In two steps: 2^-150 and 2^128 are not floats.
   const Vec half = Round(n * Set(0.5f));
   return a * Pow2(half) * Pow2(n - half);
 #endif
@@ -248,7 +249,7 @@ PEAK_INLINE Vec Exp(Vec a) {
 }
 
 #if PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
-// a - floor(a), and p * 2^floor(a) for p in [1, 2]: a of any size, NaN stays NaN.
+// a - floor(a), and p * 2^floor(a) for p in [1, 2]: for a of any size; NaN stays NaN.
 PEAK_INLINE Vec Fraction(Vec a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF)}; }
 PEAK_INLINE Vec ScaleByFloor(Vec p, Vec a) { return {_mm512_scalef_ps(p.v, a.v)}; }
 PEAK_INLINE Vec Reciprocal14(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
@@ -264,8 +265,8 @@ PEAK_LIFT_1(Fraction)
 PEAK_LIFT_2(ScaleByFloor)
 PEAK_LIFT_1(Reciprocal14)
 
-// 2^a with a relative error of 2e-7 for T = float, and of 4e-6 for bf16, whose result has 8 bits; exact limits, NaN
-// stays NaN. V is Vec or Many. The polynomials are minimax on [0, 1) in the relative error.
+// 2^a with a relative error of 2e-7 for T = float, and of 4e-6 for bf16, whose result has 8 bits. The limits are exact
+// and NaN stays NaN. V is Vec or Many. The polynomials minimize the maximum relative error on [0, 1).
 template <class T, class V>
 PEAK_INLINE V Exp2(const V& a) {
   const V r = Fraction(a);
@@ -282,12 +283,12 @@ PEAK_INLINE V Exp2(const V& a) {
   return ScaleByFloor(Fma(p, r, Set(1.0000025934f)), a);
 }
 
-// 1 / a for a of 1 to infinity, with a relative error of 1e-7 for T = float, and of 6.2e-5 for bf16.
+// 1 / a for a from 1 to infinity, with a relative error of 1e-7 for T = float, and of 6.2e-5 for bf16.
 template <class T, class V>
 PEAK_INLINE V Reciprocal(const V& a) {
   const V y = Reciprocal14(a);
   if (!kReciprocal14 || sizeof(T) < 4) return y;
-  return Fma(y, Max(Fnma(a, y, Set(1.0f)), Set(-0.5f)), y);  // infinity times 0 is NaN, for which Max takes its second
+  return Fma(y, Max(Fnma(a, y, Set(1.0f)), Set(-0.5f)), y);  // infinity times 0 is NaN; then Max returns -0.5
 }
 
 // erf(a) to 1.5 ulp: a + a P(a^2) near 0, 1 - e^Q(|a|) outside. Coefficients: N. Juffa's single-precision minimax fit.
@@ -298,7 +299,7 @@ PEAK_INLINE Vec Erf(Vec a) {
   far = Fma(far, t, Set(-1.06777877e-1f));
   far = Fma(far, t, Set(-6.34846687e-1f));
   far = Fma(far, t, Set(-1.28717512e-1f));
-  // Past |a| = 6 the polynomial means nothing; e^-18 is below half an ulp under 1, so the result is exactly 1 there.
+  // The polynomial is valid up to |a| = 6. Beyond it the result is exactly 1: e^-18 is below half an ulp of 1.
   far = Select(Greater(t, Set(6.0f)), Set(-18.0f), Fma(far, t, Set(0.0f) - t));
   far = CopySign(Set(1.0f) - Exp(far), a);
   Vec near = Set(-5.96761703e-4f);
@@ -310,7 +311,8 @@ PEAK_INLINE Vec Erf(Vec a) {
   return Select(Greater(t, Set(0.927734375f)), far, Fma(near, a, a));
 }
 
-// out[i] = sum over kParts of partial[part][Place<X>(i)], in order: the second stage of a reduction over rows of X.
+// out[i] = sum over kParts of partial[part][PermutedIndex<X>(i)] in the order of the parts: the second stage of a
+// reduction over rows of X.
 template <class T, class X>
 void AddParts(float* partial, int64_t stride, int64_t width, void* out) {
   for (int64_t i = 0; i < width; i += kLanes) {
@@ -323,5 +325,5 @@ void AddParts(float* partial, int64_t stride, int64_t width, void* out) {
   if (sizeof(T) == sizeof(X)) {
     for (; i + 2 * kLanes <= width; i += 2 * kLanes) StoreTwo(to + i, LoadTwo(partial + i));
   }
-  for (; i < width; ++i) Store(to + i, Load(partial + Place<X>(i, width), 1), 1);
+  for (; i < width; ++i) Store(to + i, Load(partial + PermutedIndex<X>(i, width), 1), 1);
 }

@@ -1,7 +1,6 @@
-// Faults on purpose, for the sanitizers to find: `plant overread|undefined|race|shared_partial`. A build that lets its
-// own pass is blind, so the Makefile wants each to end badly. The kernels themselves commit them, called with tensors
-// that are too short, misaligned or overlapping: it is csrc that must be instrumented, and OpenMP that must be
-// understood.
+// Deliberate faults that a sanitizer must report: `planted_faults overread|undefined|race|shared_partial`. The Makefile
+// fails if one is not reported. The faults happen inside the kernels, called with tensors that are too short,
+// misaligned or overlapping, because csrc must be instrumented and the sanitizer must understand OpenMP.
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -12,20 +11,22 @@
 
 namespace {
 
-// A vector past the end of a heap block.
+// Reads one element after the end of a heap block.
 void Overread() {
   const std::vector<float> x(1000);
   float total = 0.0f;
-  peak::SumOfSquares({peak::DType::kFloat32, 1001, x.data(), &total}, 1);
+  peak::SumOfSquares({.dtype = peak::DType::kFloat32, .count = 1001, .x = x.data(), .total = &total}, 1);
 }
 
 // A float at an odd address.
 void Undefined() {
   std::vector<char> bytes(8);
-  peak::SumOfSquares({peak::DType::kFloat32, 0, nullptr, reinterpret_cast<float*>(bytes.data() + 1)}, 1);
+  peak::SumOfSquares({.dtype = peak::DType::kFloat32, .count = 0, .x = nullptr,
+                      .total = reinterpret_cast<float*>(bytes.data() + 1)},
+                     1);
 }
 
-// stats start one element into loss: those of one thread's rows are other threads' losses.
+// stats start at loss + 1, so threads write losses and stats of other threads' rows.
 void Race() {
   constexpr int64_t kRows = 1000;
   std::vector<float> logits(2 * kRows), loss(2 * kRows + 1);
@@ -36,7 +37,7 @@ void Race() {
                             4);
 }
 
-// A sum that all threads add to.
+// All threads add to one variable.
 void SharedPartial() {
   int64_t total = 0;
   peak::ParallelParts(1000, 4, 4, [&](int64_t, int64_t begin, int64_t end) { total += end - begin; });

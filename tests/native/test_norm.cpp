@@ -8,25 +8,25 @@
 namespace peak::test {
 namespace {
 
-constexpr int64_t kRows = 3, kGap = 5;  // rows of x lie kGap elements of NaN apart
+constexpr int64_t kRows = 3, kGap = 5;  // kGap elements of NaN follow each row of x
 constexpr float kEps = 1e-5f;
 
 struct Row {
-  double mu, r, mean_slack, spread;  // spread: the largest |x - mu| and |x|, what x - mu's rounding is relative to
+  double mu, r, mean_slack, spread;  // spread: the largest |x| + |mu|, to which the rounding of x - mu is relative
 };
 
-// Of RMSNorm where not centred: a mean of zero.
-Row Statistics(const double* x, int64_t width, bool centred) {
+// Not centered: RMSNorm, with a mean of zero.
+Row Statistics(const double* x, int64_t width, bool centered) {
   double sum = 0.0, magnitude = 0.0, squares = 0.0, largest = 0.0;
   for (int64_t i = 0; i < width; ++i) {
     sum += x[i];
     magnitude += std::fabs(x[i]);
     largest = std::max(largest, std::fabs(x[i]));
   }
-  const double mu = centred ? sum / width : 0.0;
+  const double mu = centered ? sum / width : 0.0;
   for (int64_t i = 0; i < width; ++i) squares += (x[i] - mu) * (x[i] - mu);
-  return {mu, 1.0 / std::sqrt(squares / width + kEps), centred ? magnitude : 0.0,
-          centred ? largest + std::fabs(mu) : 0.0};
+  return {mu, 1.0 / std::sqrt(squares / width + kEps), centered ? magnitude : 0.0,
+          centered ? largest + std::fabs(mu) : 0.0};
 }
 
 // Rows of `width`, `stride` apart, NaN between them.
@@ -37,15 +37,15 @@ void FillRows(const Buffer<T>& x, Random& random, int64_t width, int64_t stride,
   }
 }
 
-// One value of each row that is not like the others: none, a subnormal, the largest, infinity, NaN.
+// One special value in each row: none, a subnormal, a large one, infinity, NaN.
 constexpr double kIntruders[] = {1.0, 0x1p-149, 1e18, kInf, kNan};
 
-PEAK_TEST(layernorm_forward) {
+PEAK_TEST(norm_forward_equals_double_precision) {
   for (const double intruder : kIntruders) {
-    ForEachCase("layernorm", 1, [&](auto element, int64_t width, int placement) {
+    ForEachCase("norm", 1, [&](auto element, int64_t width, int placement) {
       using T = decltype(element);
       const int64_t stride = width + kGap, size = (kRows - 1) * stride + width;
-      const bool with_residual = placement % 2 == 1, with_b = placement != 3, centred = placement < 2;
+      const bool with_residual = placement % 2 == 1, with_b = placement != 3, centered = placement < 2;
       Random random(width);
       Placer place(placement);
       auto x = place.In<T>(size), residual = place.In<T>(size);
@@ -57,10 +57,11 @@ PEAK_TEST(layernorm_forward) {
       w.FillNormal(random, 1.0);
       b.FillNormal(random);
       for (int64_t row = 0; row < kRows; ++row) x[row * stride + width / 2] = Narrow<T>(intruder);
-      LayernormForward({kDtype<T>, DType::kFloat32, kRows, width, x.data(), stride,
-                        with_residual ? residual.data() : nullptr, stride, w.data(), with_b ? b.data() : nullptr,
-                        sum.data(), y.data(), centred ? mu.data() : nullptr, r.data(), kEps},
-                       1 + placement % 2);
+      NormForward({.dtype = kDtype<T>, .w_dtype = DType::kFloat32, .rows = kRows, .width = width, .x = x.data(),
+                   .x_stride = stride, .w = w.data(), .y = y.data(), .r = r.data(), .eps = kEps,
+                   .b = with_b ? b.data() : nullptr, .residual = with_residual ? residual.data() : nullptr,
+                   .residual_stride = stride, .sum = sum.data(), .mu = centered ? mu.data() : nullptr},
+                  1 + placement % 2);
       for (int64_t row = 0; row < kRows; ++row) {
         std::vector<double> in(width);
         for (int64_t i = 0; i < width; ++i) {
@@ -68,11 +69,11 @@ PEAK_TEST(layernorm_forward) {
           if (!with_residual) continue;
           const double exact = in[i] + residual.At(row * stride + i);
           Near("sum", i, sum[row * width + i], {exact, 0.0});
-          in[i] = sum.At(row * width + i);  // what is normalised is the rounded sum
+          in[i] = sum.At(row * width + i);  // the norm takes the rounded sum
         }
-        const Row want = Statistics(in.data(), width, centred);
+        const Row want = Statistics(in.data(), width, centered);
         const double shift = 4.0 * want.mean_slack / width + want.spread;
-        if (centred) Near("mu", row, mu[row], {want.mu, shift});
+        if (centered) Near("mu", row, mu[row], {want.mu, shift});
         Near("r", row, r[row], {want.r, 16.0 * want.r * (1.0 + shift * want.r)});
         for (int64_t i = 0; i < width; ++i) {
           const double z = (in[i] - want.mu) * want.r, bias = with_b ? b.At(i) : 0.0;
@@ -85,12 +86,12 @@ PEAK_TEST(layernorm_forward) {
   }
 }
 
-PEAK_TEST(layernorm_backward) {
-  ForEachCase("layernorm", 1, [&](auto element, int64_t width, int placement) {
+PEAK_TEST(norm_backward_equals_double_precision) {
+  ForEachCase("norm", 1, [&](auto element, int64_t width, int placement) {
     using T = decltype(element);
     const int64_t stride = width + kGap, size = (kRows - 1) * stride + width;
     const bool with_dsum = placement % 2 == 1, with_dx = placement != 2, with_dwb = placement != 3;
-    const bool centred = placement != 1;
+    const bool centered = placement != 1;
     Random random(width);
     Placer place(placement);
     auto x = place.In<T>(size), dy = place.In<T>(size), dsum = place.In<T>(size), w = place.In<T>(width);
@@ -103,16 +104,18 @@ PEAK_TEST(layernorm_backward) {
     for (int64_t row = 0; row < kRows; ++row) {
       std::vector<double> in(width);
       for (int64_t i = 0; i < width; ++i) in[i] = x.At(row * stride + i);
-      const Row statistics = Statistics(in.data(), width, centred);
+      const Row statistics = Statistics(in.data(), width, centered);
       mu[row] = static_cast<float>(statistics.mu);
       r[row] = static_cast<float>(statistics.r);
     }
-    LayernormBackward({kDtype<T>, kDtype<T>, kRows, width, dy.data(), stride, with_dsum ? dsum.data() : nullptr, stride,
-                       x.data(), stride, w.data(), centred ? mu.data() : nullptr, r.data(), with_dx ? dx.data() : nullptr,
-                       with_dwb ? dw.data() : nullptr, with_dwb ? db.data() : nullptr},
-                      1 + placement % 2);
+    NormBackward({.dtype = kDtype<T>, .w_dtype = kDtype<T>, .rows = kRows, .width = width, .dy = dy.data(),
+                  .dy_stride = stride, .x = x.data(), .x_stride = stride, .w = w.data(), .r = r.data(),
+                  .dsum = with_dsum ? dsum.data() : nullptr, .dsum_stride = stride,
+                  .mu = centered ? mu.data() : nullptr, .dx = with_dx ? dx.data() : nullptr,
+                  .dw = with_dwb ? dw.data() : nullptr, .db = with_dwb ? db.data() : nullptr},
+                 1 + placement % 2);
     const auto z = [&](int64_t row, int64_t i) { return (x.At(row * stride + i) - mu.At(row)) * r.At(row); };
-    // x - mu loses what |x| and |mu| have above it.
+    // The rounding error of x - mu is relative to |x| and |mu|.
     const auto z_slack = [&](int64_t row, int64_t i) {
       return 2.0 * r.At(row) * (std::fabs(x.At(row * stride + i)) + std::fabs(mu.At(row)));
     };
@@ -120,7 +123,7 @@ PEAK_TEST(layernorm_backward) {
       double mean_g = 0.0, mean_gz = 0.0, slack_g = 0.0, slack_gz = 0.0;
       for (int64_t i = 0; i < width; ++i) {
         const double g = dy.At(row * stride + i) * w.At(i);
-        mean_g += centred ? g / width : 0.0;
+        mean_g += centered ? g / width : 0.0;
         mean_gz += g * z(row, i) / width;
         slack_g += 8.0 * std::fabs(g) / width;
         slack_gz += 8.0 * std::fabs(g) * (std::fabs(z(row, i)) + z_slack(row, i)) / width;
@@ -148,15 +151,15 @@ PEAK_TEST(layernorm_backward) {
   });
 }
 
-// Outputs past the size at which stores go past the caches have the bits that the same rows have in small calls.
+// Large outputs, whose stores bypass the caches, have the same bits as the same rows in small calls.
 template <class T>
-void ExpectSameBitsPastCaches() {
+void ExpectSameBitsWithoutCaches() {
   constexpr int64_t kWidth = 1024;
   int64_t rows = 64;
-  while (!GoPast(reinterpret_cast<void*>(64), rows * kWidth * sizeof(T), kWidth * sizeof(T))) rows *= 2;
+  while (!BypassCaches(reinterpret_cast<void*>(64), rows * kWidth * sizeof(T), kWidth * sizeof(T))) rows *= 2;
   if (rows * kWidth * static_cast<int64_t>(sizeof(T)) > (int64_t{64} << 20)) return;  // a cache too large for a test
   const int64_t size = rows * kWidth, pieces = 8, some = rows / pieces * kWidth;
-  SetCase("layernorm %s of %lld rows", kName<T>, static_cast<long long>(rows));
+  SetCase("norm %s of %lld rows", kName<T>, static_cast<long long>(rows));
   Random random(1);
   Placer place(0);
   auto x = Buffer<T>(Role::kInput, size, 0), residual = Buffer<T>(Role::kInput, size, 0);
@@ -170,13 +173,15 @@ void ExpectSameBitsPastCaches() {
   b.FillNormal(random);
   const auto run = [&](int64_t first, int64_t count) {
     const int64_t at = first * kWidth;
-    LayernormForward({kDtype<T>, kDtype<T>, count, kWidth, x.data() + at, kWidth, residual.data() + at, kWidth,
-                      w.data(), b.data(), sum.data() + at, y.data() + at, mu.data() + first, r.data() + first, kEps},
-                     2);
-    LayernormBackward({kDtype<T>, kDtype<T>, count, kWidth, residual.data() + at, kWidth, y.data() + at, kWidth,
-                       sum.data() + at, kWidth, w.data(), mu.data() + first, r.data() + first, dx.data() + at, nullptr,
-                       nullptr},
-                      2);
+    NormForward({.dtype = kDtype<T>, .w_dtype = kDtype<T>, .rows = count, .width = kWidth, .x = x.data() + at,
+                 .x_stride = kWidth, .w = w.data(), .y = y.data() + at, .r = r.data() + first, .eps = kEps,
+                 .b = b.data(), .residual = residual.data() + at, .residual_stride = kWidth, .sum = sum.data() + at,
+                 .mu = mu.data() + first},
+                2);
+    NormBackward({.dtype = kDtype<T>, .w_dtype = kDtype<T>, .rows = count, .width = kWidth, .dy = residual.data() + at,
+                  .dy_stride = kWidth, .x = sum.data() + at, .x_stride = kWidth, .w = w.data(), .r = r.data() + first,
+                  .dsum = y.data() + at, .dsum_stride = kWidth, .mu = mu.data() + first, .dx = dx.data() + at},
+                 2);
   };
   run(0, rows);
   for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -194,18 +199,18 @@ void ExpectSameBitsPastCaches() {
     Check(whole == part, "eighth %d differs", static_cast<int>(piece));
   }
 }
-PEAK_TEST(layernorm_past_caches) {
-  ExpectSameBitsPastCaches<float>();
-  ExpectSameBitsPastCaches<bf16>();
+PEAK_TEST(norm_stores_that_bypass_the_caches_give_the_same_bits) {
+  ExpectSameBitsWithoutCaches<float>();
+  ExpectSameBitsWithoutCaches<bf16>();
 }
 
-PEAK_TEST(layernorm_no_rows) {
+PEAK_TEST(norm_of_no_rows_gives_zero_parameter_gradients) {
   Placer place(0);
   auto w = place.In<float>(8);
   auto dw = place.Out<float>(8), db = place.Out<float>(8);
   w.Fill([](int64_t) { return 1.0; });
-  LayernormForward({.width = 8, .w = w.data()}, 2);
-  LayernormBackward({.width = 8, .w = w.data(), .dw = dw.data(), .db = db.data()}, 2);
+  NormForward({.width = 8, .w = w.data()}, 2);
+  NormBackward({.width = 8, .w = w.data(), .dw = dw.data(), .db = db.data()}, 2);
   dw.Expect("dw", [](int64_t) { return Want{0.0, 0.0}; });
   db.Expect("db", [](int64_t) { return Want{0.0, 0.0}; });
 }
@@ -220,19 +225,22 @@ std::vector<char> Call(int threads) {
   auto dw = place.Out<T>(kWidth), db = place.Out<T>(kWidth);
   auto mu = place.Out<float>(kManyRows), r = place.Out<float>(kManyRows);
   for (auto* in : {&x, &dy, &w, &b}) in->FillNormal(random, 1.0);
-  LayernormForward({kDtype<T>, kDtype<T>, kManyRows, kWidth, x.data(), kWidth, dy.data(), kWidth, w.data(), b.data(),
-                    sum.data(), y.data(), mu.data(), r.data(), kEps},
-                   threads);
-  LayernormBackward({kDtype<T>, kDtype<T>, kManyRows, kWidth, dy.data(), kWidth, x.data(), kWidth, sum.data(), kWidth,
-                     w.data(), mu.data(), r.data(), dx.data(), dw.data(), db.data()},
-                    threads);
+  NormForward({.dtype = kDtype<T>, .w_dtype = kDtype<T>, .rows = kManyRows, .width = kWidth, .x = x.data(),
+               .x_stride = kWidth, .w = w.data(), .y = y.data(), .r = r.data(), .eps = kEps, .b = b.data(),
+               .residual = dy.data(), .residual_stride = kWidth, .sum = sum.data(), .mu = mu.data()},
+              threads);
+  NormBackward({.dtype = kDtype<T>, .w_dtype = kDtype<T>, .rows = kManyRows, .width = kWidth, .dy = dy.data(),
+                .dy_stride = kWidth, .x = sum.data(), .x_stride = kWidth, .w = w.data(), .r = r.data(),
+                .dsum = x.data(), .dsum_stride = kWidth, .mu = mu.data(), .dx = dx.data(), .dw = dw.data(),
+                .db = db.data()},
+               threads);
   std::vector<char> bytes;
   for (const auto* out : {&sum, &y, &dx, &dw, &db}) out->Append(bytes);
   for (const auto* out : {&mu, &r}) out->Append(bytes);
   return bytes;
 }
-PEAK_KERNEL(layernorm_float32) { return Call<float>(threads); }
-PEAK_KERNEL(layernorm_bfloat16) { return Call<bf16>(threads); }
+PEAK_KERNEL(norm_float32) { return Call<float>(threads); }
+PEAK_KERNEL(norm_bfloat16) { return Call<bf16>(threads); }
 
 }  // namespace
 }  // namespace peak::test

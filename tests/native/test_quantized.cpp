@@ -1,5 +1,5 @@
-// Products with weights of 8 and 4 bits: each element against doubles, the panels written by the formula of
-// quantized.h; and the same bits whatever the number of rows.
+// Products with weights of 8 and 4 bits: each element equals a double-precision product, with panels written by the
+// formula of gemm/quantized.h, and the bits do not depend on the number of rows.
 #include <algorithm>
 
 #include "buffer.h"
@@ -17,12 +17,12 @@ struct Sizes {
 
 int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// A random weight: its values, and the panels with rubbish where they are filled up.
+// A random weight: its values, and its panels with random padding.
 struct Weight {
   int bits;
   int64_t n, k, block;
   std::vector<double> values;  // (n, k)
-  Buffer<bf16> panels;  // pairs of bytes: a Buffer keeps to even addresses
+  Buffer<bf16> panels;  // pairs of bytes, since a Buffer has an even address
   Buffer<float> scale_8;
   Buffer<bf16> scale_4;
 
@@ -42,7 +42,7 @@ struct Weight {
   double Scale(int64_t j, int64_t b) const {
     return bits == 8 ? scale_8.At(j) : scale_4.At((j / 16 * Pieces(k, block) + b) * 16 + j % 16);
   }
-  // Never -128, which no weight of 8 bits is.
+  // Never -128, which is not a level of 8 bits.
   int Level(int64_t j, int64_t p) const {
     const int64_t quads = Pieces(k, 8) * 2, quad = p / 4, lane = j % 16 * 4 + p % 4;
     if (bits == 8) {
@@ -55,23 +55,27 @@ struct Weight {
   }
   template <class T>
   QuantizedArgs Times(const T* x, int64_t rows, T* y) const {
-    return {.dtype = kDtype<T>, .rows = rows, .x = x, .x_row = k, .bits = bits, .n = n, .k = k, .block = block,
-            .weight = Bytes(),
-            .scale = bits == 8 ? static_cast<const void*>(scale_8.data()) : scale_4.data(),
-            .activation = -1, .y = y, .y_row = n};
+    QuantizedArgs args{};
+    static_cast<QuantizedMatrix&>(args) = {
+        .dtype = kDtype<T>, .bits = bits, .n = n, .k = k, .block = block, .weight = Bytes(),
+        .scale = bits == 8 ? static_cast<const void*>(scale_8.data()) : scale_4.data()};
+    args.rows = rows, args.x = x, args.x_row = k, args.y = y, args.y_row = n;
+    return args;
   }
 };
 
-// x as bytes times scales: in float, as the kernel does, so that no rounding falls to the other side.
+// x as bytes times scales, in float as in the kernel, so that every element rounds to the same byte.
 template <class T>
 std::vector<double> Rounded(const Buffer<T>& x, int64_t rows, int64_t row, int64_t k, int64_t block) {
   std::vector<double> rounded(rows * k);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t begin = 0; begin < k; begin += block) {
       const int64_t end = std::min(begin + block, k);
-      float top = 0.0f;
-      for (int64_t p = begin; p < end; ++p) top = std::max(top, static_cast<float>(std::fabs(x.At(i * row + p))));
-      const float inverse = top > 1e-30f ? 127.0f / top : 0.0f, scale = top / 127.0f;
+      float largest = 0.0f;
+      for (int64_t p = begin; p < end; ++p) {
+        largest = std::max(largest, static_cast<float>(std::fabs(x.At(i * row + p))));
+      }
+      const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f, scale = largest / 127.0f;
       for (int64_t p = begin; p < end; ++p) {
         const double byte = std::nearbyint(static_cast<float>(x.At(i * row + p)) * inverse);
         rounded[i * k + p] = byte * scale;
@@ -81,7 +85,7 @@ std::vector<double> Rounded(const Buffer<T>& x, int64_t rows, int64_t row, int64
   return rounded;
 }
 
-PEAK_TEST(quantised_products) {
+PEAK_TEST(quantized_product_equals_double_precision) {
   ForEachDtype([&](auto element) {
     using T = decltype(element);
     for (const int bits : {8, 4}) {
@@ -122,8 +126,8 @@ PEAK_TEST(quantised_products) {
   });
 }
 
-// What every row has alone, it has among others: tiles of 1, 2, 4 and 8 rows, with 4 bits unpacked or not.
-PEAK_TEST(quantised_rows_are_alone) {
+// A row has the same bits in a product of any number of rows: tiles of 1, 2, 4 and 8 rows, 4 bits unpacked or not.
+PEAK_TEST(quantized_row_does_not_depend_on_other_rows) {
   constexpr int64_t kRows = 45, kK = 200, kN = 70;
   for (const int bits : {8, 4}) {
     Random random(bits);
@@ -135,13 +139,14 @@ PEAK_TEST(quantised_rows_are_alone) {
     for (int64_t rows = 1; rows < kRows; ++rows) {
       SetCase("%d bits, %lld rows", bits, static_cast<long long>(rows));
       LinearQuantized(weight.Times(x.data() + kK, rows, part.data()), 1);
-      Check(std::memcmp(part.data(), all.data() + kN, rows * kN * sizeof(float)) == 0, "differ from the whole's");
+      Check(std::memcmp(part.data(), all.data() + kN, rows * kN * sizeof(float)) == 0,
+            "the rows differ from those of the whole product");
     }
   }
 }
 
-// An infinity or NaN spoils its row, not its neighbours; rows of zeros and of the smallest numbers give the bias.
-PEAK_TEST(quantised_specials) {
+// Infinity and NaN make their row NaN and no other row. Rows of zeros and of subnormals give the bias.
+PEAK_TEST(quantized_infinity_and_nan_stay_in_their_row) {
   constexpr int64_t kRows = 5, kK = 300, kN = 20;
   const double specials[kRows] = {kInf, kNan, 0.0, 0x1p-149, 1.0};
   for (const int bits : {8, 4}) {
@@ -163,7 +168,7 @@ PEAK_TEST(quantised_specials) {
   }
 }
 
-PEAK_TEST(quantised_activations) {
+PEAK_TEST(quantized_activations_equal_double_precision) {
   Random random(3);
   Placer place(1);
   const Weight weight(8, 50, 40, 128, place, random);
@@ -196,10 +201,10 @@ std::vector<char> Call(int bits, int64_t rows, int threads) {
   y.Append(bytes);
   return bytes;
 }
-PEAK_KERNEL(quantised_8_one_row) { return Call<float>(8, 1, threads); }
-PEAK_KERNEL(quantised_8) { return Call<bf16>(8, 43, threads); }
-PEAK_KERNEL(quantised_4_one_row) { return Call<bf16>(4, 1, threads); }
-PEAK_KERNEL(quantised_4) { return Call<float>(4, 43, threads); }
+PEAK_KERNEL(quantized_8_one_row) { return Call<float>(8, 1, threads); }
+PEAK_KERNEL(quantized_8) { return Call<bf16>(8, 43, threads); }
+PEAK_KERNEL(quantized_4_one_row) { return Call<bf16>(4, 1, threads); }
+PEAK_KERNEL(quantized_4) { return Call<float>(4, 43, threads); }
 
 }  // namespace
 }  // namespace peak::test
