@@ -51,7 +51,7 @@ def early(a_ptr, BLOCK: tl.constexpr, HASTY: tl.constexpr, OVERLAP: tl.constexpr
     i = tl.arange(0, BLOCK)
     if HASTY:
         tl.store(a_ptr + i, tl.load(a_ptr + BLOCK + i))
-    overlap.follow(OVERLAP)
+    overlap.wait_for_previous(OVERLAP)
     tl.store(a_ptr + i, tl.load(a_ptr + BLOCK + i))
 
 
