@@ -221,7 +221,7 @@ def test_mlp_gives_the_same_bits_under_no_grad():
             assert torch.equal(op(*tensors), with_grad)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # from the interpreter; 1 / (1 + inf) is 0, which is right
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # 1 / (1 + inf) is 0, which is right
 @pytest.mark.parametrize("act", ("gelu_tanh", "gelu_erf", "relu"))
 def test_mlp_activations_are_right_far_from_zero(act):
     """Catches cancellation near 1 and an overflowing exponential."""

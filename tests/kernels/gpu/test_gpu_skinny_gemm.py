@@ -96,7 +96,8 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(dtype, width, monkeypatch):
 def test_tile_depends_on_the_number_of_outputs_only(monkeypatch):
     """On an H100, wide tiles for GPT-2's 768 and 1600 outputs would leave processors idle."""
     monkeypatch.setattr(skinny_gemm.launch, "processors", lambda x: 132)
-    chosen = {n: skinny_gemm._tile(random(1, 16, dtype=torch.bfloat16), n) for n in (768, 1600, 2304, 4800, 6400, 50257)}
+    outputs = (768, 1600, 2304, 4800, 6400, 50257)
+    chosen = {n: skinny_gemm._tile(random(1, 16, dtype=torch.bfloat16), n) for n in outputs}
     wide, narrow = (skinny_gemm.TILES["sm_80", width] for width in WIDTHS)
     assert [n for n, tile in chosen.items() if tile == narrow] == [768, 1600]
     assert [n for n, tile in chosen.items() if tile == wide] == [2304, 4800, 6400, 50257]
@@ -126,7 +127,8 @@ def test_linear_and_mlps_use_skinny_gemm_up_to_16_rows(monkeypatch):
     """linear launches 1 kernel, mlp 2, gated_mlp 2; none without a row in the table, none for 17 rows."""
     calls = []
     real = skinny_gemm.skinny_gemm_out
-    monkeypatch.setattr(skinny_gemm, "skinny_gemm_out", lambda *a, **k: calls.append(k.get("activation")) or real(*a, **k))
+    record = lambda *a, **k: calls.append(k.get("activation")) or real(*a, **k)  # noqa: E731
+    monkeypatch.setattr(skinny_gemm, "skinny_gemm_out", record)
     expected = {"linear": [None], "mlp": ["gelu_tanh", None], "gated_mlp": ["silu", None]}
     with torch.no_grad(), use_backend("gpu"):
         for (name, names), rows in itertools.product(expected.items(), (1, 16, 17)):
