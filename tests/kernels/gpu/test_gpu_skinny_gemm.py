@@ -127,7 +127,11 @@ def test_linear_and_mlps_use_skinny_gemm_up_to_16_rows(monkeypatch):
     """linear launches 1 kernel, mlp 2, gated_mlp 2; none without a row in the table, none for 17 rows."""
     calls = []
     real = skinny_gemm.skinny_gemm_out
-    record = lambda *a, **k: calls.append(k.get("activation")) or real(*a, **k)  # noqa: E731
+
+    def record(*args, **options):
+        calls.append(options.get("activation"))
+        return real(*args, **options)
+
     monkeypatch.setattr(skinny_gemm, "skinny_gemm_out", record)
     expected = {"linear": [None], "mlp": ["gelu_tanh", None], "gated_mlp": ["silu", None]}
     with torch.no_grad(), use_backend("gpu"):
