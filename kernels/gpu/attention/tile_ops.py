@@ -1,4 +1,4 @@
-"""Pieces that attention's kernels share: which tiles and pairs are live, what is added to a score, what is dropped."""
+"""Device functions of attention's kernels: ranges of tiles, loads and stores, masks, ALiBi and bias, dropout."""
 
 import math
 
@@ -15,14 +15,14 @@ _ROUNDS = tl.constexpr(ROUNDS)
 _key_bounds = triton.jit(schedule.key_bounds)
 _query_bounds = triton.jit(schedule.query_bounds)
 _tiles = triton.jit(schedule.tiles)
-place = triton.jit(schedule.place)
-# Sizes that take any value: a kernel for each that is 1 or a multiple of 16 would gain nothing.
+assignment = triton.jit(schedule.assignment)
+# Integer arguments that Triton should not specialize: a variant for 1 or for multiples of 16 would not be faster.
 SIZES = ("T", "S", "H", "heads", "section", "window", "threshold")
 
 
 @triton.jit
 def key_range(kv_start_ptr, kv_len_ptr, b, S):
-    """First and one past the last key of sequence b."""
+    """Return (lo, hi): sequence b has the keys lo..hi-1."""
     lo, hi = tl.cast(0, tl.int32), S
     if kv_start_ptr is not None:
         lo = tl.load(kv_start_ptr + b).to(tl.int32)
@@ -33,10 +33,10 @@ def key_range(kv_start_ptr, kv_len_ptr, b, S):
 
 @triton.jit
 def key_tiles(i0, T, S, window, lo, hi, document_ptr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr):
-    """Tiles of keys that queries i0..i0+BLOCK_Q-1 see, of keys lo..hi-1; see schedule.tiles."""
+    """Return schedule.tiles for queries i0..i0+BLOCK_Q-1: the tiles of keys they attend to, among keys lo..hi-1."""
     last = tl.minimum(i0 + BLOCK_Q, T) - 1
     full_lo, full_hi = lo, hi
-    if document_ptr is not None:  # the first query's document begins first, and ends first
+    if document_ptr is not None:  # of the documents in the tile, the first query's begins first and ends first
         full_lo = tl.maximum(lo, tl.load(document_ptr + last))
         full_hi = tl.minimum(hi, tl.load(document_ptr + T + i0))
         lo = tl.maximum(lo, tl.load(document_ptr + i0))
@@ -49,15 +49,15 @@ def key_tiles(i0, T, S, window, lo, hi, document_ptr, CAUSAL: tl.constexpr, BLOC
 def query_tiles(
     j0, T, S, window, lo, hi, document_ptr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Tiles of queries that see any of keys j0..j0+BLOCK_K-1, as far as these lie in lo..hi-1; see schedule.tiles."""
+    """Return schedule.tiles for keys j0..j0+BLOCK_K-1 within lo..hi-1: the tiles of queries that attend to them."""
     first, last = tl.maximum(j0, lo), tl.minimum(j0 + BLOCK_K, hi) - 1
     begin, full_begin, end, full_end = 0, 0, T, T
     if document_ptr is not None:
-        some = first <= last
-        begin = tl.load(document_ptr + first, mask=some, other=0)
-        full_begin = tl.load(document_ptr + last, mask=some, other=0)
-        end = tl.load(document_ptr + T + last, mask=some, other=0)
-        full_end = tl.load(document_ptr + T + first, mask=some, other=0)
+        nonempty = first <= last
+        begin = tl.load(document_ptr + first, mask=nonempty, other=0)
+        full_begin = tl.load(document_ptr + last, mask=nonempty, other=0)
+        end = tl.load(document_ptr + T + last, mask=nonempty, other=0)
+        full_end = tl.load(document_ptr + T + first, mask=nonempty, other=0)
     need_lo, need_hi, full_lo, full_hi = _query_bounds(
         first, last, S - T, window, begin, end, full_begin, full_end, CAUSAL
     )
@@ -66,7 +66,7 @@ def query_tiles(
 
 @triton.jit
 def load(ptr, rows, stride, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tile (rows, BLOCK_D), zero where a row is not live (None: all are) and past the head's width."""
+    """Load a tile (len(rows), BLOCK_D), with zeros in rows that are not live (None: all are live) and past column D."""
     d = tl.arange(0, BLOCK_D)
     at = ptr + rows.to(tl.int64)[:, None] * stride + d[None, :]
     if live is None and D == BLOCK_D:
@@ -82,6 +82,7 @@ def load(ptr, rows, stride, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def store(ptr, rows, stride, live, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store the live rows of tile x (len(rows), BLOCK_D), up to column D."""
     d = tl.arange(0, BLOCK_D)
     mask = live[:, None] & (d < D)[None, :]
     tl.store(ptr + rows.to(tl.int64)[:, None] * stride + d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
@@ -89,8 +90,11 @@ def store(ptr, rows, stride, live, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def live_pairs(i, j, window, CAUSAL: tl.constexpr):
-    """Which pairs of query position i (counted from the end, as keys are) and key j of the sequence are live."""
-    live = i > j - (1 << 30)  # all: every position is below 2^30
+    """Return which pairs of query position i and key position j are inside the causal mask and the window.
+
+    Positions of queries are aligned with those of keys: the last query has the position of the last key.
+    """
+    live = i > j - (1 << 30)  # True for all: positions are below 2^30
     if CAUSAL:
         live = j <= i
     if window is not None:
@@ -99,8 +103,8 @@ def live_pairs(i, j, window, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def plus(s, i, j, T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s):
-    """s, in units of log2, with head h's slope and the bias; query i and key j broadcast to its shape."""
+def add_alibi_and_bias(s, i, j, T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s):
+    """Add head h's ALiBi term and the bias to the scores s, in units of log2; i and j broadcast to the shape of s."""
     if alibi_ptr is not None:
         s += tl.load(alibi_ptr + h).to(tl.float32) * LOG2_E * (j - (i + S - T))
     if bias_ptr is not None:
@@ -110,19 +114,20 @@ def plus(s, i, j, T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s):
 
 
 @triton.jit
-def kept(seed, threshold, b, h, i, j0, BLOCK_K: tl.constexpr):
-    """Boolean (len(i), BLOCK_K): which weights of queries i and keys j0.. dropout keeps; see attention.dropout_mask.
+def dropout_mask(seed, threshold, b, h, i, j0, BLOCK_K: tl.constexpr):
+    """Return which weights dropout keeps, boolean (len(i), BLOCK_K), for queries i and keys j0..j0+BLOCK_K-1.
 
-    threshold: dropout * 2^32 - 2^31, so that it is an int32.
+    The mask is that of `dropout_mask` in kernels/ops/attention.py. threshold is dropout * 2^32 - 2^31, an int32.
     """
     group = j0 // 4 + tl.arange(0, BLOCK_K // 4)
     w0, w1, w2, w3 = tl.philox(seed, i[:, None], group[None, :], b.to(tl.int32), h.to(tl.int32), n_rounds=_ROUNDS)
     even, odd = tl.join(_at_least(w0, threshold), _at_least(w2, threshold)), tl.join(
         _at_least(w1, threshold), _at_least(w3, threshold)
     )
-    return tl.reshape(tl.join(even, odd), (i.shape[0], BLOCK_K)) != 0  # word 2 x + y of a group at [..., x, y]
+    return tl.reshape(tl.join(even, odd), (i.shape[0], BLOCK_K)) != 0  # [..., x, y] holds word 2 x + y of the group
 
 
 @triton.jit
 def _at_least(word, threshold):
+    """Compare the uint32 word with a threshold that is shifted by 2^31 into int32."""
     return ((word ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold).to(tl.int8)
