@@ -47,7 +47,7 @@ def _ours(group: int, state, config: GPTConfig, ids: Tensor, case: Case, form: s
     engine = Engine(our_model(state, config, form, group), blocks=blocks)
     if engine.runner_note:
         raise ValueError(f"decode: peakgpt runs {engine.runner_note}")
-    params = SamplingParams(temperature=0.0, max_new_tokens=case.tokens)
+    params = SamplingParams(temperature=0.0, max_tokens=case.tokens)
 
     def run() -> Tensor:
         texts = {engine.submit(row, params): [] for row in ids.tolist()}

@@ -5,8 +5,8 @@ A backend of an op is a module `<op>.py` of pure functions anywhere below `kerne
     NO_GRADIENT                                       optional: names of tensors for which it computes no gradient
     objection(*tensors, **params) -> str | None       why it does not support this call, or None. It reads sizes, dtypes
                                                       and strides only: these are the same while tracing and at run time
-    slower(*tensors, **params) -> str | None          optional: the measurement in which eager was faster, or None; not
-                                                      called for a forced backend
+    declines(*tensors, **params) -> str | None        optional: a measured reason to decline the call (another backend
+                                                      is faster), or None; not called for a forced backend
     forward(outputs, saved, *tensors, **params)       fills the tensors that the contract's `alloc` made
     backward(grads, inputs, outputs, saved, needs, **params) -> one gradient (or None) per tensor
 
@@ -133,5 +133,5 @@ def module_objection(
         if needs[op.tensor_names.index(name)]:
             return f"has no gradient for {name} yet"
     reason = module.objection(*tensors, **params)
-    slower = getattr(module, "slower", None)
-    return slower(*tensors, **params) if reason is None and slower and not forced else reason
+    declines = getattr(module, "declines", None)
+    return declines(*tensors, **params) if reason is None and declines and not forced else reason

@@ -29,7 +29,7 @@ from torch import Tensor
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 GROUPS = (32, 64, 128)
 BLOCK = 128  # inputs that share a scale with 8-bit weights; with 4-bit weights the weights' group is used
-PANEL = 16  # kPanelOutputs in csrc/quantized.h
+PANEL = 16  # kPanelOutputs in csrc/gemm/quantized.h
 _LINE = 8  # inputs are padded to a multiple of this
 _SHRINK = tuple(0.75 + 0.025 * i for i in range(15))  # times the scale that maps the largest weight to the last level
 
