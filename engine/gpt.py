@@ -121,14 +121,16 @@ class GPT(Transformer):
         Raises:
             ValueError: an argument out of range, an argument that would be ignored, or more tokens than block_size.
         """
-        params = sampling_params("generate", max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature,
-                                 top_k=top_k, top_p=top_p, eos_token_id=eos_token_id, seed=seed)  # fmt: skip
+        params = sampling_params(
+            "generate", max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k,
+            top_p=top_p, eos_token_id=eos_token_id, seed=seed,
+        )  # fmt: skip
         count = check_prompt(self, input_ids, max_new_tokens)
         start = None if attention_mask is None else padding_start(attention_mask, input_ids)
         if num_beams == 1:
             if length_penalty != 1.0 or early_stopping is not False:
                 raise ValueError(
-                    "generate: got length_penalty or early_stopping with num_beams 1, expected beam search"
+                    "generate: got length_penalty or early_stopping with num_beams 1, expected more beams"
                 )
             return generate(self, input_ids, params, start, pad_token_id)
         if do_sample:
@@ -150,8 +152,10 @@ class GPT(Transformer):
         seed: int | None = None,
     ) -> Iterator[int]:
         """Yield the new tokens of one sequence, (1, T), one by one, without the eos token. Arguments as `generate`."""
-        params = sampling_params("stream", max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature,
-                                 top_k=top_k, top_p=top_p, eos_token_id=eos_token_id, seed=seed)  # fmt: skip
+        params = sampling_params(
+            "stream", max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k,
+            top_p=top_p, eos_token_id=eos_token_id, seed=seed,
+        )  # fmt: skip
         return stream(self, input_ids, params)
 
     def configure_optimizer(

@@ -8,7 +8,7 @@ import time
 
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.inference.block_pool import CACHES
+from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.inference.prompt_file import read_prompt
 from peakgpt.engine.inference.speculative import DraftModel, PromptLookup, Speculation
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speculate", metavar="DRAFT",
                         help=f'the same text sooner: "{LOOKUP}" looks up repeated words, a checkpoint folder is a '
                         "draft model with the same tokenizer; prints the speed-up over doing without")  # fmt: skip
-    parser.add_argument("--cache", choices=CACHES, help="keep keys and values in bytes: half of bfloat16's memory")
+    parser.add_argument("--cache", choices=CACHE_DTYPES, help="keep keys and values in bytes: half of bfloat16's memory")
     parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
 
 
@@ -44,13 +44,13 @@ def run(args: argparse.Namespace) -> int:
     speculation: Speculation | None = None
     if args.speculate:
         speculation = PromptLookup() if args.speculate == LOOKUP else DraftModel(load(args.speculate))
-    stream_text(model, tokenizer, prompt, max_new_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
-                top_p=args.top_p, stop_strings=(*stops, *args.stop), seed=args.seed,
+    stream_text(model, tokenizer, prompt, max_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
+                top_p=args.top_p, stop=(*stops, *args.stop), seed=args.seed,
                 speculation=speculation, cache=args.cache)  # fmt: skip
     return 0
 
 
-def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int,
+def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: int,
                 speculation: Speculation | None = None, cache: str | None = None, **sampling) -> str:  # fmt: skip
     """Print prompt and continuation as the tokens come, then tokens per second; returns the whole text."""
     ids = tokenizer.encode(prompt)
@@ -59,13 +59,13 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
     room = model.config.block_size - len(ids)
     if room < 1:
         raise ValueError(f"prompt: got {len(ids)} tokens, expected fewer than the model's {model.config.block_size}")
-    params = SamplingParams(max_new_tokens=min(max_new_tokens, room), stop=(tokenizer.end_id,), **sampling)
+    params = SamplingParams(max_tokens=min(max_tokens, room), stop_token_ids=(tokenizer.end_id,), **sampling)
     engine = Engine(model, tokenizer, streams=1, speculation=speculation, cache=cache)
     sys.stdout.write(prompt)
     pieces, tokens, rate = _timed(engine, ids, params, sys.stdout)
     sys.stdout.write(f"\n\n[{len(tokens)} token{'s' * (len(tokens) != 1)}, {rate:.0f} tokens/s]\n")
-    if engine.runner_note:
-        sys.stdout.write(f"[{engine.runner_note}]\n")
+    if engine.executor_note:
+        sys.stdout.write(f"[{engine.executor_note}]\n")
     if speculation:
         _, plain, plain_rate = _timed(Engine(model, tokenizer, streams=1, cache=cache), ids, params, None)
         same = "the same" if plain == tokens else "NOT THE SAME"
@@ -79,7 +79,7 @@ def _timed(engine: Engine, ids: list[int], params: SamplingParams, out) -> tuple
     pieces, tokens, start = [], [], time.perf_counter()
     for output in engine.stream(ids, params):
         pieces.append(output.text)
-        tokens += output.tokens
+        tokens += output.token_ids
         if out:
             out.write(output.text)
             out.flush()

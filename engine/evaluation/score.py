@@ -162,7 +162,7 @@ class Scorer:
             ready.extend((child, child.begin) for node, _, end in step if end == node.end for child in node.children)
 
     def _allocate(self, node: Node, free_blocks: Iterator[int]) -> None:
-        """Use the parent's full blocks, and own blocks after them; copy the tokens of the parent's last, partial one."""
+        """Take the parent's full blocks, then own blocks; copy the parent's last block if it is not full."""
         parent, full = node.parent, node.begin // BLOCK_TOKENS
         own_blocks = (next(free_blocks) for _ in range(node.num_own_blocks))
         node.block_table = [*(parent.block_table[:full] if parent else ()), *own_blocks]

@@ -24,6 +24,8 @@ def sampling_params(
     Raises:
         ValueError: an argument out of range, or one of sampling without do_sample.
     """
+    if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 0):
+        raise ValueError(f"{method}: max_new_tokens is {max_new_tokens!r}, expected at least 0, or None")
     if not do_sample:
         for name, value, default in (
             ("temperature", temperature, 1.0), ("top_k", top_k, None), ("top_p", top_p, None), ("seed", seed, None)

@@ -293,7 +293,7 @@ def test_the_engine_by_ops(options):
     model = chatty("neox")
     prefix = torch.randint(97, (70,)).tolist()
     prompts = [prefix + torch.randint(97, (9 * i + 1,)).tolist() for i in range(5)]
-    params = SamplingParams(temperature=0.0, max_new_tokens=30)
+    params = SamplingParams(temperature=0.0, max_tokens=30)
     with use_backend("eager"):
         engine = Engine(model, **options)
         texts = {engine.submit(ids, params): [] for ids in prompts}
