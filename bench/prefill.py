@@ -160,7 +160,9 @@ def prefill_step(request: Mapping[str, Any]) -> Callable[[], float]:
 
 
 def _ours(state: Mapping[str, Tensor], config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
-    from peakgpt.engine.inference.program_executor import ProgramExecutor  # needs the C++ extension, which nothing else here does
+    from peakgpt.engine.inference.program_executor import (
+        ProgramExecutor,  # needs the C++ extension, which nothing else here does
+    )
 
     blocks = range(blocks_for(ids.shape[1]))
     executor, chunk = ProgramExecutor(our_model(state, config, _name(dtype)), len(blocks)), Chunk(ids[0], 0, blocks)

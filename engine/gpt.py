@@ -129,9 +129,7 @@ class GPT(Transformer):
         start = None if attention_mask is None else padding_start(attention_mask, input_ids)
         if num_beams == 1:
             if length_penalty != 1.0 or early_stopping is not False:
-                raise ValueError(
-                    "generate: got length_penalty or early_stopping with num_beams 1, expected more beams"
-                )
+                raise ValueError("generate: got length_penalty or early_stopping with num_beams 1, expected more beams")
             return generate(self, input_ids, params, start, pad_token_id)
         if do_sample:
             raise ValueError(f"generate: got do_sample=True with num_beams {num_beams}, expected one of the two")

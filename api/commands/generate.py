@@ -8,8 +8,8 @@ import time
 
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
 from peakgpt.engine.inference.engine import Engine, SamplingParams
+from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
 from peakgpt.engine.inference.prompt_file import read_prompt
 from peakgpt.engine.inference.speculative import DraftModel, PromptLookup, Speculation
 from peakgpt.engine.training.trainer import best_dtype
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speculate", metavar="DRAFT",
                         help=f'the same text sooner: "{LOOKUP}" looks up repeated words, a checkpoint folder is a '
                         "draft model with the same tokenizer; prints the speed-up over doing without")  # fmt: skip
-    parser.add_argument("--cache", choices=CACHE_DTYPES, help="keep keys and values in bytes: half of bfloat16's memory")
+    parser.add_argument("--cache", choices=CACHE_DTYPES, help="int8 keys and values: half of bfloat16's memory")
     parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
 
 

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="that clients call the model by (default: the folder's name)")
     parser.add_argument("--api-key-file", type=Path, help=f"file with the key that clients send (or ${KEY})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--blocks", type=int, help=f"of the cache, {BLOCK_TOKENS} tokens each (default: {STREAMS} texts "
+    parser.add_argument("--blocks", type=int, help=f"of {BLOCK_TOKENS} tokens of the cache (default: {STREAMS} texts "
                         f"of {TYPICAL_TOKENS} tokens, in at most {MEMORY_SHARE:.0%}% of the free memory)")  # fmt: skip
-    parser.add_argument("--cache", choices=CACHE_DTYPES, help="keep keys and values in bytes: half of bfloat16's memory")
+    parser.add_argument("--cache", choices=CACHE_DTYPES, help="int8 keys and values: half of bfloat16's memory")
 
 
 def run(args: argparse.Namespace) -> int:

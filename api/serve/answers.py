@@ -68,7 +68,8 @@ class Answer:
             logprobs = self._chat_logprobs(shown) if self.asked.chat else self._logprobs(index, number, shown, first)
         if first and self.asked.echo:
             text = self.texts[number] + text
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": output.finish_reason and _reason(output)}
+        reason = output.finish_reason and _reason(output)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, index: int, number: int, found: tuple[TokenLogprob, ...], first: bool) -> dict[str, list]:
         made = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -15,12 +15,12 @@ import torch
 
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.graph_capture import WARMUP, Rehearsal
-from peakgpt.engine.inference import decode_graphs, stepper
-from peakgpt.engine.inference.block_pool import Chunk
+from peakgpt.engine.inference import decode_graphs, executor
+from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.engine import Engine, SamplingParams
-from peakgpt.engine.inference.ops_runner import OpsRunner, runner_for
-from peakgpt.engine.inference.paged_cache import PagedCache
-from peakgpt.engine.inference.paged_runner import PagedRunner
+from peakgpt.engine.inference.executor import make_executor
+from peakgpt.engine.inference.paged_attention import PagedAttention
+from peakgpt.engine.inference.torch_executor import TorchExecutor
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.kernels.core.dispatch import use_backend
@@ -65,16 +65,14 @@ def test_prompts_in_pieces_beside_each_other_and_decoding(name):
     texts = torch.randint(97, (3, 140))
     expected = model(texts)
     with use_backend("eager"):
-        runner = runner_for(model, 9)
-    assert type(runner) is (OpsRunner if model.config.position in RELATIVE else PagedRunner)
+        model_executor = make_executor(model, 9)
+    assert type(model_executor) is TorchExecutor and model_executor.is_relative == (model.config.position in RELATIVE)
     tables, past = ([6, 0, 4], [2, 5, 1], [8, 3, 7]), [0, 0, 0]
 
     def step(counts, wanted=lambda new: new):
         live = [i for i, new in enumerate(counts) if new]
-        chunks = [
-            Chunk(texts[i, past[i] : past[i] + counts[i]], past[i], tables[i], wanted(counts[i])) for i in live
-        ]
-        got, rows = runner.step(chunks), []
+        chunks = [Chunk(texts[i, past[i] : past[i] + counts[i]], past[i], tables[i], wanted(counts[i])) for i in live]
+        got, rows = model_executor.step(chunks), []
         for i in live:
             past[i] += counts[i]
             rows.append(expected[i, past[i] - wanted(counts[i]) : past[i]])
@@ -99,16 +97,16 @@ def decoding(model, batches):
     texts, past = torch.randint(97, (3, 70)), [1, 62, 5]
     with use_backend("eager"):
         expected = model(texts)
-        runner = PagedRunner(model, blocks=8)
-        runner.step([Chunk(texts[i, : past[i]], 0, [i, 7 - i]) for i in range(3)])
+        model_executor = TorchExecutor(model, 8)
+        model_executor.step([Chunk(texts[i, : past[i]], 0, [i, 7 - i]) for i in range(3)])
     with use_backend("gpu"):
         for live in batches:
-            got = runner.step([Chunk(texts[i, past[i] : past[i] + 1], past[i], [i, 7 - i]) for i in live])
+            got = model_executor.step([Chunk(texts[i, past[i] : past[i] + 1], past[i], [i, 7 - i]) for i in live])
             want = torch.stack([expected[i, past[i]] for i in live])
             torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
             for i in live:
                 past[i] += 1
-    return runner
+    return model_executor
 
 
 def small(name, **changes):
@@ -119,9 +117,9 @@ def small(name, **changes):
 @pytest.mark.parametrize(("name", "changes"), [("gpt2", {}), ("gptj", {"windows": (60,)}), ("bloom", {})], ids=str)
 def test_graphs_follow_growing_texts_and_changing_batches(name, changes, rehearsed):
     """The kernels interpreted; every replay must make the calls of the first one, with the same numbers."""
-    runner = decoding(small(name, **changes), [(0, 1, 2), (0, 1, 2), (0, 1, 2), (2, 1, 0), (1,)])
-    step = runner.graphs.steps[4]
-    assert step.inputs is not None and step.obstacle is None and set(runner.graphs.steps) == {1, 4}
+    model_executor = decoding(small(name, **changes), [(0, 1, 2), (0, 1, 2), (0, 1, 2), (2, 1, 0), (1,)])
+    step = model_executor.graphs.steps[4]
+    assert step.inputs is not None and step.obstacle is None and set(model_executor.graphs.steps) == {1, 4}
 
 
 COUNT = itertools.count(1)
@@ -137,13 +135,13 @@ COUNT = itertools.count(1)
     ids=["wait", "number"],
 )
 def test_what_a_graph_can_not_do_is_told(planted, message, rehearsed, monkeypatch):
-    was = PagedCache.attend
+    was = PagedAttention.attend
 
     def attend(self, *args, **options):
-        planted(self.rows)
+        planted(self.batch)
         return was(self, *args, **options)
 
-    monkeypatch.setattr(PagedCache, "attend", attend)
+    monkeypatch.setattr(PagedAttention, "attend", attend)
     with pytest.raises(RuntimeError, match=message):
         decoding(small("gpt2"), [(0,)] * (WARMUP + 2))
 
@@ -159,9 +157,9 @@ def test_what_a_step_gave_outlives_the_next_step(monkeypatch):
             return self.results
 
     monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Graph)
-    runner = PagedRunner(small("gpt2"), blocks=1)
+    model_executor = TorchExecutor(small("gpt2"), 1)
     with use_backend("eager"):
-        rows = [runner.step([Chunk([past], past, [0])]) for past in range(WARMUP + 3)]
+        rows = [model_executor.step([Chunk([past], past, [0])]) for past in range(WARMUP + 3)]
     assert len(torch.cat(rows).unique(dim=0)) == WARMUP + 3
 
 
@@ -173,8 +171,8 @@ def test_runs_without_a_graph_where_recording_fails(monkeypatch):
 
     monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Fails)
     with pytest.warns(UserWarning, match="runs uncaptured, recording failed: operation not permitted$"):
-        runner = decoding(small("gpt2"), [(0,)] * (WARMUP + 2))
-    assert "not permitted" in runner.graphs.steps[1].obstacle
+        model_executor = decoding(small("gpt2"), [(0,)] * (WARMUP + 2))
+    assert "not permitted" in model_executor.graphs.steps[1].obstacle
 
 
 @torch.no_grad()
@@ -192,11 +190,11 @@ def test_a_text_decodes_to_the_same_bits_beside_others_by_gpu_kernels(name, plan
     model, texts = model_of(name, n_layer=1, n_head=2, block_size=64, vocab_size=33), torch.randint(33, (3, 4))
     past, tables = (3, 0, 0), ([2], [3], [1])
     with use_backend("gpu"):
-        runner = PagedRunner(model, blocks=4)
-        runner.step([Chunk(texts[0, :3], 0, tables[0], 0)])
+        model_executor = TorchExecutor(model, 4)
+        model_executor.step([Chunk(texts[0, :3], 0, tables[0], 0)])
         new = [Chunk(texts[i, p : p + 1], p, tables[i], 1) for i, p in enumerate(past)]
-        alone = torch.cat([runner.step([chunk]) for chunk in new])
-        assert torch.equal(runner.step(new), alone) != planted
+        alone = torch.cat([model_executor.step([chunk]) for chunk in new])
+        assert torch.equal(model_executor.step(new), alone) != planted
 
 
 @torch.no_grad()
@@ -210,9 +208,9 @@ def test_kernels_of_a_step(monkeypatch):
         return was(self, *args, **options)
 
     monkeypatch.setattr(executor, "__call__", counted)
-    runner = PagedRunner(small("gpt2").bfloat16(), blocks=2)
+    model_executor = TorchExecutor(small("gpt2").bfloat16(), 2)
     with use_backend("gpu"):
-        runner.step([Chunk([i], 0, [i]) for i in range(2)])
+        model_executor.step([Chunk([i], 0, [i]) for i in range(2)])
     layer = {"few_rows_fwd": 4, "layernorm_fwd": 2, "cache_store": 1, "attention_decode_parts": 1,
              "attention_decode_merge": 1}  # fmt: skip
     assert launched == Counter(layer) + Counter(["embedding_fwd", "layernorm_fwd", "few_rows_fwd"])
@@ -223,22 +221,25 @@ def test_a_cache_of_bytes():
     """By the interpreted kernels, and eager's in between; a byte is about a hundredth of what it stands for."""
     pytest.importorskip("triton")
     model, texts = small("palm"), torch.randint(97, (2, 70))
-    runner = PagedRunner(model, blocks=4, cache="int8")
+    model_executor = TorchExecutor(model, 4, cache_dtype="int8")
     for past, end, backend in ((0, 61, "eager"), (61, 66, "gpu"), (66, 69, "eager"), (69, 70, "gpu")):
         with use_backend(backend):
-            got = runner.step([Chunk(texts[i, past:end], past, [i, 2 + i]) for i in range(2)])
+            got = model_executor.step([Chunk(texts[i, past:end], past, [i, 2 + i]) for i in range(2)])
     with use_backend("eager"):
         want = model(texts)[:, -1]
-    assert 1e-5 * want.norm() < (got - want).norm() < 1e-2 * want.norm() and runner.memory.keys.dtype == torch.int8
+    assert (
+        1e-5 * want.norm() < (got - want).norm() < 1e-2 * want.norm()
+        and model_executor.kv_cache.keys.dtype == torch.int8
+    )
     with use_backend("eager"):
-        assert Engine(model, blocks=4, cache="int8").runner.memory.keys.dtype == torch.int8
+        assert Engine(model, blocks=4, cache="int8").executor.kv_cache.keys.dtype == torch.int8
 
 
 def test_experts_are_not_recorded(rehearsed):
-    runner = PagedRunner(model_of("glam"), blocks=4)
+    model_executor = TorchExecutor(model_of("glam"), 4)
     for past in range(WARMUP + 2):
-        runner.step([Chunk([past], past, [0])])
-    assert "each expert" in runner.graphs.steps[1].obstacle and runner.graphs.steps[1].inputs is None
+        model_executor.step([Chunk([past], past, [0])])
+    assert "each expert" in model_executor.graphs.steps[1].obstacle and model_executor.graphs.steps[1].inputs is None
 
 
 # ---- who takes it
@@ -247,44 +248,49 @@ def test_experts_are_not_recorded(rehearsed):
 @pytest.fixture
 def by_graphs(monkeypatch):
     """As on a GPU, with the eager ops, which a rehearsal would not let read lengths."""
-    monkeypatch.setattr(stepper, "records", lambda device: True)
-    monkeypatch.setattr(stepper, "_memory_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(executor, "records", lambda device: True)
+    monkeypatch.setattr(executor, "_memory_bytes", lambda device: 1 << 30)
     with use_backend("eager"):
         yield
 
 
-@pytest.mark.parametrize("options", [{}, {"beams": 3}, {"start": torch.tensor([0, 3, 1])}], ids=str)
+def left_padding(*starts):
+    """The mask of prompts of 60 tokens."""
+    return (torch.arange(60) >= torch.tensor(starts)[:, None]).long()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"attention_mask": left_padding(0, 3, 1)}], ids=str)
 def test_generate_by_graphs(options, by_graphs, monkeypatch):
     model, ids = chatty("neox"), torch.randint(97, (3, 60))
-    got = model.generate(ids, max_new_tokens=15, temperature=0.0, **options)
-    assert len(stepper._kept[model].graphs.steps) >= 1 and len(got[:, 60:].unique()) > 9
-    monkeypatch.setattr(stepper, "records", lambda device: False)
-    assert torch.equal(got, model.generate(ids, max_new_tokens=15, temperature=0.0, **options))
+    got = model.generate(ids, max_new_tokens=15, **options)
+    assert len(executor._idle_executors[model].graphs.steps) >= 1 and len(got[:, 60:].unique()) > 9
+    monkeypatch.setattr(executor, "records", lambda device: False)
+    assert torch.equal(got, model.generate(ids, max_new_tokens=15, **options))
 
 
 def test_graphs_are_kept_for_one_text_at_a_time(by_graphs):
     model, ids = model_of("gpt2"), torch.randint(97, (1, 5))
-    options = {"max_new_tokens": 10, "temperature": 0.0}
+    options = {"max_new_tokens": 10}
     alone = list(model.stream(ids, **options)), list(model.stream(ids[:, 2:], **options))
-    runner = stepper._kept[model]
+    model_executor = executor._idle_executors[model]
     model.generate(ids[:, 1:], **options)
-    assert stepper._kept[model] is runner
+    assert executor._idle_executors[model] is model_executor
     both = zip(model.stream(ids, **options), model.stream(ids[:, 2:], **options), strict=True)
     assert [list(text) for text in zip(*both, strict=True)] == list(alone) and alone[0] != alone[1]
-    runner = stepper._kept[model]
+    model_executor = executor._idle_executors[model]
     model.double()
-    assert model.generate(ids, **options).shape == (1, 15) and stepper._kept[model] is not runner
+    assert model.generate(ids, **options).shape == (1, 15) and executor._idle_executors[model] is not model_executor
     gone = weakref.ref(model)
-    del model, runner
+    del model, model_executor
     gc.collect()
     assert gone() is None
 
 
 def test_a_large_cache_is_not_kept(by_graphs, monkeypatch):
-    monkeypatch.setattr(stepper, "_memory_bytes", lambda device: 1 << 10)
+    monkeypatch.setattr(executor, "_memory_bytes", lambda device: 1 << 10)
     model = model_of("gpt2")
     model.generate(torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=9)
-    assert model not in stepper._kept
+    assert model not in executor._idle_executors
 
 
 @pytest.mark.parametrize("options", [{}, {"blocks": 9}, {"budget": 30}, {"blocks": 5, "streams": 3}], ids=str)
@@ -298,22 +304,22 @@ def test_the_engine_by_ops(options):
         engine = Engine(model, **options)
         texts = {engine.submit(ids, params): [] for ids in prompts}
         for output in engine.outputs():
-            texts[output.request] += output.tokens
-        assert isinstance(engine.runner, PagedRunner) and "eager" in engine.runner_note
+            texts[output.request_id] += output.token_ids
+        assert isinstance(engine.executor, TorchExecutor) and "eager" in engine.executor_note
         for ids, text in zip(prompts, texts.values(), strict=True):
-            alone = model.generate(torch.tensor([ids]), max_new_tokens=30, temperature=0.0)
+            alone = model.generate(torch.tensor([ids]), max_new_tokens=30)
             assert alone[0, len(ids) :].tolist() == text
-    assert engine.pool.free_blocks == engine.pool.blocks
+    assert engine.pool.free_blocks == engine.pool.num_blocks
 
 
 @torch.no_grad()
 def test_what_kernels_read_lies_on_16_bytes(monkeypatch):
     """Else Triton compiles each of them again for every combination that is met. Fails without on_16_bytes."""
-    runner, seen = PagedRunner(model_of("gpt2"), blocks=8), []
-    inner = PagedRunner._pass
-    monkeypatch.setattr(PagedRunner, "_pass", lambda self, rows: (seen.append(rows), inner(self, rows))[1])
+    model_executor, seen = TorchExecutor(model_of("gpt2"), 8), []
+    inner = TorchExecutor._forward
+    monkeypatch.setattr(TorchExecutor, "_forward", lambda self, rows: (seen.append(rows), inner(self, rows))[1])
     for counts in ((3,), (1,), (1, 1), (5, 2, 1), (1, 1, 1, 1, 1)):
-        runner.step([Chunk(range(new), 0, [i], min(new, 2)) for i, new in enumerate(counts)])
+        model_executor.step([Chunk(range(new), 0, [i], min(new, 2)) for i, new in enumerate(counts)])
     for rows in seen:
         given = [t for t in rows if isinstance(t, torch.Tensor)]
         assert len(given) in (5, 7) and all(t.data_ptr() % 16 == 0 for t in given)
@@ -322,13 +328,13 @@ def test_what_kernels_read_lies_on_16_bytes(monkeypatch):
 @torch.no_grad()
 def test_a_runner_ends_with_its_last_user():
     """And its cache with it, which the garbage collector does not know to be large."""
-    runner = PagedRunner(model_of("gpt2"), blocks=8)
+    model_executor = TorchExecutor(model_of("gpt2"), 8)
     for past in range(2):
-        runner.step([Chunk([1], past, [0])])
-    gone = weakref.ref(runner.memory)
+        model_executor.step([Chunk([1], past, [0])])
+    gone = weakref.ref(model_executor.kv_cache)
     gc.disable()
     try:
-        del runner
+        del model_executor
         assert gone() is None
     finally:
         gc.enable()
