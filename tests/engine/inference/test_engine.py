@@ -215,7 +215,7 @@ def test_prompt_logprobs_are_the_models_own_from_their_first_position_on(model):
         start = max(first - 1, 0)
         scores = torch.tensor([lp.logprob for lp in got])
         torch.testing.assert_close(scores, expected[start:], rtol=1e-4, atol=1e-4)
-        best = torch.tensor([[p for _, p in lp.top] for lp in got]).view(-1, top)
+        best = torch.tensor([[p for _, p in lp.top] for lp in got]).view(len(got), top)
         torch.testing.assert_close(best, log_p[start:].topk(top).values, rtol=1e-4, atol=1e-4)
         assert all(len(lp.top) == 2 for o in outputs for lp in o.logprobs)
         assert sum(len(o.token_ids) for o in outputs) == limit and outputs[-1].finish_reason == "length"
