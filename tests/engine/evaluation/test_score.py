@@ -57,7 +57,7 @@ def pairs():
     return made
 
 
-def test_log_probabilities_are_transformers(scorer, theirs):
+def test_logprobs_equal_transformers(scorer, theirs):
     scores = scorer.score(pairs())
     for (context, continuation), score in zip(pairs(), scores, strict=True):
         if not continuation:
@@ -172,7 +172,7 @@ def test_a_float64_model_scores_as_in_float32(scorer, folder):
 
 @pytest.mark.parametrize(("window", "stride"), [(None, None), (64, 64 - 1), (50, 1), (200, 100), (7, 3)])
 @torch.no_grad()
-def test_perplexity_by_windows(scorer, theirs, window, stride):
+def test_perplexity_scores_each_token_once_by_windows(scorer, theirs, window, stride):
     """Each token once, from the window that ends with its stride."""
     ids = draw(250, 5)
     found = scorer.perplexity(ids, window=window, stride=stride)
@@ -194,20 +194,20 @@ def test_perplexity_by_windows(scorer, theirs, window, stride):
         (([-1], [2]), "ids from -1 to 2"),
     ],
 )
-def test_bad_texts_are_refused(scorer, pair, message):
+def test_bad_pairs_are_rejected(scorer, pair, message):
     with pytest.raises(ValueError, match=message):
         scorer.score([pair])
 
 
 @pytest.mark.parametrize(("window", "stride"), [(201, 1), (1, 1), (50, 50), (50, 0)])
-def test_bad_windows_are_refused(scorer, window, stride):
+def test_bad_windows_are_rejected(scorer, window, stride):
     with pytest.raises(ValueError, match=f"window is {window} and stride {stride}"):
         scorer.perplexity([1, 2, 3], window=window, stride=stride)
     with pytest.raises(ValueError, match="got 1 tokens"):
         scorer.perplexity([1])
 
 
-def test_too_few_blocks_are_refused():
+def test_too_few_blocks_are_rejected():
     model = GPT(GPTConfig(n_layer=1, n_embd=16, n_head=2, block_size=128, vocab_size=5))
     with pytest.raises(ValueError, match="blocks is 2, expected at least 3"):
         Scorer(model, blocks=2)

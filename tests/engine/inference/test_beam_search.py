@@ -38,7 +38,7 @@ def theirs(model, count, beams, stop, penalty, early):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-def test_text_is_transformers(pair, backend):
+def test_beam_search_gives_transformers_sequences(pair, backend):
     model, reference = pair
     many, free = 2 if backend == "eager" else 3, theirs(reference, 12, 4, (), 1.0, False)[:, 5:]
     stops = (), (int(free[0, 6]),), (int(free[1, 4]), int(free[0, 8]), 33)  # that some texts come to
@@ -55,13 +55,13 @@ def test_text_is_transformers(pair, backend):
     assert len(lengths) > 2, "texts that all end alike prove little"
 
 
-def test_long_beams_over_many_blocks(pair):
+def test_beams_longer_than_a_block_give_transformers_sequences(pair):
     model, reference = pair
     expected = theirs(reference, 90, 3, (), 1.0, False)
     assert torch.equal(model.generate(PROMPT, max_new_tokens=90, num_beams=3), expected)
 
 
-def test_bad_options_are_refused(pair):
+def test_bad_or_ignored_options_are_rejected(pair):
     with pytest.raises(ValueError, match=r"num_beams is 0 .* expected at least 1"):
         pair[0].generate(PROMPT, num_beams=0)
     with pytest.raises(ValueError, match="early_stopping 'soon'"):

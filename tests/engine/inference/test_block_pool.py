@@ -10,18 +10,18 @@ from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, BlockPool, prefix_
 BLOCKS = 4  # tokens in one, here
 
 
-def test_the_block_is_the_programs():
+def test_block_size_equals_the_cpp_programs():
     assert _C.cache_block == BLOCK_TOKENS
 
 
-def test_digests_are_of_all_before():
+def test_prefix_hash_depends_on_all_earlier_tokens():
     a, b = prefix_hashes([1, 2, 3, 4, 5, 6, 7, 8, 9], BLOCKS), prefix_hashes([0, 2, 3, 4, 5, 6, 7, 8], BLOCKS)
     assert len(a) == len(b) == 2 and a[0] != b[0] and a[1] != b[1]
     assert prefix_hashes(range(40), BLOCKS, prefix_hashes(range(20), BLOCKS)) == prefix_hashes(range(40), BLOCKS)
     assert prefix_hashes([-1, 1 << 40, 0, 0], BLOCKS) and prefix_hashes([1, 2, 3], BLOCKS) == []
 
 
-def test_known_blocks_are_found_and_given_up_oldest_first():
+def test_cached_blocks_match_prefixes_and_are_evicted_least_recently_used_first():
     pool = BlockPool(3, BLOCKS)
     keys = prefix_hashes(range(12), BLOCKS)
     blocks = [pool.allocate() for _ in keys]
@@ -40,7 +40,7 @@ def test_known_blocks_are_found_and_given_up_oldest_first():
     assert pool.allocate() == blocks[2] and pool.allocate() == blocks[0] and pool.allocate() is None
 
 
-def test_shared_blocks_stay_until_all_let_go():
+def test_shared_block_stays_until_its_last_reference_is_released():
     pool = BlockPool(2, BLOCKS)
     (key,) = prefix_hashes(range(4), BLOCKS)
     mine = pool.allocate()
@@ -55,7 +55,7 @@ def test_shared_blocks_stay_until_all_let_go():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_block_is_ever_lost_or_given_twice(seed):
+def test_random_use_never_loses_or_double_allocates_a_block(seed):
     choice, pool, held, told = random.Random(seed), BlockPool(8, BLOCKS), [], {}
     for _ in range(2000):
         if choice.random() < 0.5 and (block := pool.allocate()) is not None:

@@ -21,13 +21,13 @@ GPT2 = preset("gpt2")
     (64, 1024, 64 * GIB, 64 * 8), (64, 130, 64 * GIB, 64 * 3), (1, 1024, 64 * GIB, 16),
     (64, 1024, GIB, GIB // 2 // (2 * 12 * 64 * 768 * 2)), (64, 1024, 0, 16),
 ], ids=["room for all", "short texts", "one stream", "half of what is free", "one whole text"])  # fmt: skip
-def test_default_blocks(monkeypatch, streams, block_size, free, expected):
+def test_default_blocks_hold_all_streams_within_half_of_free_memory(monkeypatch, streams, block_size, free, expected):
     monkeypatch.setattr(cache_size, "free_bytes", lambda device: free)
     config = dataclasses.replace(GPT2, block_size=block_size)
     assert default_blocks(config, streams, torch.bfloat16, CPU) == expected
 
 
-def test_64_streams_of_160_tokens_fit():
+def test_default_cache_holds_64_streams_of_160_tokens():
     """On the 4 GiB that are left of a small machine, where 8 texts as long as the model takes did not do."""
     assert default_blocks(GPT2, STREAMS, torch.bfloat16, CPU) >= 64 * 3 or cache_size.free_bytes(CPU) < 4 * GIB
 
@@ -37,7 +37,7 @@ def test_64_streams_of_160_tokens_fit():
     [({}, None), ({}, "int8"), ({"position": "transformer_xl"}, None)],
     ids=["program", "program, int8", "torch ops"],
 )
-def test_an_engine_takes_the_default_and_says_so(changes, cache):
+def test_engine_uses_and_reports_the_default_cache_size(changes, cache):
     config = GPTConfig(n_layer=2, n_head=3, n_embd=24, block_size=300, vocab_size=97, **changes)
     engine = Engine(GPT(config).eval(), streams=30, cache=cache)
     assert engine.pool.num_blocks == engine.executor.kv_cache.num_blocks == 30 * 5
@@ -47,5 +47,5 @@ def test_an_engine_takes_the_default_and_says_so(changes, cache):
     )
 
 
-def test_free_memory_is_the_systems():
+def test_free_memory_is_positive_and_at_most_physical_memory():
     assert 0 < cache_size.free_bytes(CPU) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

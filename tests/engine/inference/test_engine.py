@@ -92,7 +92,7 @@ def expect_the_same(model, options, tokens=60):
     [{}, {"budget": 9}, {"blocks": 9}, {"streams": 2}, {"blocks": 5, "budget": 30}],
     ids=["together", "chunked", "preempted", "two at a time", "cramped"],
 )
-def test_same_text_whatever_else_runs(model, options):
+def test_output_has_the_same_bits_alone_batched_chunked_and_preempted(model, options):
     expect_the_same(model, options)
 
 
@@ -101,7 +101,7 @@ def test_same_text_whatever_else_runs(model, options):
     [(None, None), (Format(8), None), (Format(4, 32), None), (Format(4, 64), None), (None, "int8")],
     ids=str,
 )
-def test_same_text_in_bfloat16_small_weights_and_a_small_cache(model, form, cache):
+def test_output_has_the_same_bits_with_quantized_weights_and_int8_cache(model, form, cache):
     """In one crowd prompts are cut, found by their prefix and preempted."""
     small = copy.deepcopy(model).bfloat16()
     if form:
@@ -116,7 +116,7 @@ def test_same_text_in_bfloat16_small_weights_and_a_small_cache(model, form, cach
     assert texts[0] == texts[1] and len(set(texts[0])) > 3
 
 
-def test_the_check_is_not_blind(model, monkeypatch):
+def test_bit_check_detects_a_batch_dependent_rounding(model, monkeypatch):
     """A pass over several sequences that rounds otherwise, by one part in a million."""
     was = ProgramExecutor.step
     monkeypatch.setattr(
@@ -126,7 +126,7 @@ def test_the_check_is_not_blind(model, monkeypatch):
         expect_the_same(model, {})
 
 
-def test_the_crowd_is_really_preempted_and_really_shares(model, monkeypatch):
+def test_bit_check_covers_preemption_and_prefix_reuse(model, monkeypatch):
     """Else the test above would prove nothing."""
     seen = []
 
@@ -151,7 +151,7 @@ def test_the_crowd_is_really_preempted_and_really_shares(model, monkeypatch):
     assert any(name == "_admit" and computed == 64 for name, _, computed in seen)
 
 
-def test_a_prompt_that_is_wholly_known(model):
+def test_fully_cached_prompt_recomputes_its_last_block(model):
     """Two full blocks: the second one is computed again, for the logits of its last token."""
     ids, engine = prompts(1, shared=127)[0], Engine(model)
     assert len(ids) == 128
@@ -159,7 +159,7 @@ def test_a_prompt_that_is_wholly_known(model):
     assert len(texts[0]) == 60 and texts[0] == texts[1] == texts[2]
 
 
-def test_greedy_is_the_models(model):
+def test_greedy_output_is_the_models_argmax(model):
     ids = prompts(1)[0]
     engine = Engine(model)
     tokens = [t for o in engine.stream(ids, SamplingParams(temperature=0, max_tokens=50)) for t in o.token_ids]
@@ -172,7 +172,7 @@ def test_greedy_is_the_models(model):
 
 
 @pytest.mark.parametrize(("prompt", "budget", "steps"), [(20, 256, 1), (36, 40, 1), (37, 40, 2), (100, 40, 3)])
-def test_the_first_token_comes_with_the_prompts_last_step(model, prompt, budget, steps):
+def test_first_token_comes_with_the_last_step_of_the_prompt(model, prompt, budget, steps):
     """Who comes while four texts run waits for none of them, and they for no prompt: it takes what a step has left."""
     engine = Engine(model, budget=budget)
     others = [engine.submit([i], params_of(0, max_tokens=60)) for i in range(4)]
@@ -183,7 +183,7 @@ def test_the_first_token_comes_with_the_prompts_last_step(model, prompt, budget,
         assert sorted(told) == [*others, late][: 4 + (step == steps)], f"step {step}"
 
 
-def test_cancel_frees(model):
+def test_cancel_frees_blocks_of_its_request_only(model):
     engine = Engine(model, blocks=12)
     first, second = (engine.submit(ids, params_of(0, n=2)) for ids in prompts(2))
     for _ in range(5):
@@ -251,7 +251,7 @@ def expect_one_ended(model, engine, failed):
 
 
 @pytest.mark.parametrize("part", ["uniforms", "choices", "text_stream"])
-def test_who_fails_ends_alone(model, part):
+def test_error_in_one_sequence_ends_only_that_sequence(model, part):
     engine = Engine(model)
     setattr(crowd(engine)[1], part, Failing())
     assert "planted" in str(expect_one_ended(model, engine, 1))
@@ -264,7 +264,7 @@ def test_who_fails_ends_alone(model, part):
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("failed", range(len(KINDS)), ids=["greedy", "top_k", "top_p", "whole"])
-def test_logits_that_are_no_numbers_end_one(model, failed, value, monkeypatch):
+def test_nan_or_inf_logits_end_only_their_sequence(model, failed, value, monkeypatch):
     """One number in one row, or all of them, after some tokens of text."""
     for where in (50, slice(None)):
         engine = Engine(model)
@@ -285,7 +285,7 @@ def test_logits_that_are_no_numbers_end_one(model, failed, value, monkeypatch):
         assert isinstance(error, ArithmeticError) and "are no numbers" in str(error)
 
 
-def test_a_step_that_fails_ends_those_that_fail_alone(model, monkeypatch):
+def test_failed_step_ends_only_sequences_that_fail_alone(model, monkeypatch):
     engine = Engine(model)
     was, crowded = engine.executor.step, []
     sequences = crowd(engine)
@@ -304,7 +304,7 @@ def test_a_step_that_fails_ends_those_that_fail_alone(model, monkeypatch):
     assert not any(o.error for o in engine.outputs()), "what only all together can not do"
 
 
-def test_speculation_that_fails_is_left_out(model):
+def test_failed_speculation_is_disabled_and_output_is_unchanged(model):
     class Broken(PromptLookup):
         def propose(self, requests):
             raise RuntimeError("planted")
@@ -326,7 +326,7 @@ def other(model):
 
 
 @pytest.mark.parametrize("kind", ["lookup", "draft", "draft with few blocks"])
-def test_speculation_changes_no_bit(model, other, kind):
+def test_speculation_gives_the_same_bits(model, other, kind):
     make = {"lookup": PromptLookup, "draft": lambda: DraftModel(other),
             "draft with few blocks": lambda: DraftModel(other, blocks=4)}[kind]  # fmt: skip
     proposed = 0
@@ -345,13 +345,13 @@ def test_speculation_changes_no_bit(model, other, kind):
     assert proposed > 50
 
 
-def test_a_draft_with_another_vocabulary_is_refused(model):
+def test_draft_model_with_another_vocabulary_is_rejected(model):
     small = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=300, vocab_size=90))
     with pytest.raises(ValueError, match="draft has vocab_size 90, expected the model's 97"):
         Engine(model, speculation=DraftModel(small))
 
 
-def test_accepted_tokens_save_steps(model):
+def test_accepted_draft_tokens_save_steps(model):
     """A model is its own best draft: eight tokens a step."""
     params, ids = SamplingParams(temperature=0, max_tokens=81), prompts(1)[0]
     plain, quick = Engine(model), Engine(model, speculation=DraftModel(model))
@@ -360,7 +360,7 @@ def test_accepted_tokens_save_steps(model):
     assert quick.accepted == quick.proposed == 70
 
 
-def test_choices(model):
+def test_choices_constrain_the_output(model):
     engine = Engine(model)
     choices = [(5, 6, 7), (5, 6, 8), (9,), (9, 4)]
     seen = set()
@@ -383,7 +383,7 @@ def tokenizer():
     return train_tokenizer(["der Bär läuft über die Brücke, 日本語もある " * 20], 300)
 
 
-def test_text_stops_before_a_string_that_spans_tokens(tokenizer: Tokenizer):
+def test_text_stops_before_a_stop_string_that_spans_tokens(tokenizer: Tokenizer):
     text = "über die Brücke läuft der Bär 日本語"
     cases = (((), text), (("Brücke",), "über die "), (("ke l", "Bär"), "über die Brüc"), (("nie", "語も"), text),
              (("ä", "Brücken"), "über die Brücke l"), (("ü",), ""))  # fmt: skip
@@ -417,7 +417,7 @@ def test_stop_strings_stop_ids_and_choices_end_the_text(model, tokenizer):
     assert "".join(o.text for o in engine.stream(ids, params)) in ("über", "日本")
 
 
-def test_ids_behind_the_tokenizers_vocabulary(tokenizer):
+def test_token_outside_the_tokenizer_becomes_a_replacement_character(tokenizer):
     """Models have rows of padding there; one that is chosen must not end everybody's step."""
     size = tokenizer.vocab_size
     stream = TextStream(tokenizer)
@@ -438,7 +438,7 @@ def test_ids_behind_the_tokenizers_vocabulary(tokenizer):
         ([1], {"max_tokens": 280}, "up to 281 tokens, expected at most 256, the cache's size"),
     ],
 )
-def test_bad_requests_are_refused(model, ids, options, message):
+def test_bad_requests_are_rejected(model, ids, options, message):
     engine = Engine(model, blocks=4)
     with pytest.raises(ValueError, match=message):
         engine.submit(ids, SamplingParams(**options))
@@ -446,7 +446,7 @@ def test_bad_requests_are_refused(model, ids, options, message):
 
 
 @pytest.mark.parametrize("changes", [{}, {"experts": 2}, {"position": "transformer_xl"}], ids=str)
-def test_any_model_runs_by_its_ops(changes):
+def test_model_without_fused_kernels_runs_by_torch_ops(changes):
     torch.manual_seed(0)
     config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=150, vocab_size=50, **changes)
     model = GPT(config).double().eval()  # no backend takes it: the engine must not care

@@ -26,7 +26,7 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 35]])
 
 @pytest.mark.parametrize("backend", ["eager", "cpu", "gpu"])
 @pytest.mark.parametrize("n_kv_head", [3, 1])
-def test_cached_decode_equals_the_whole_forward(backend, n_kv_head):
+def test_cached_logits_equal_one_forward_pass(backend, n_kv_head):
     if backend != "eager" and isinstance(reason := load(backend, "attention"), str):
         pytest.skip(reason)
     model, ids = model_of(n_kv_head=n_kv_head), torch.randint(41, (2, 12))
@@ -41,7 +41,7 @@ def test_cached_decode_equals_the_whole_forward(backend, n_kv_head):
         model.features(ids[:, :1], cache)
 
 
-def test_greedy_text_equals_transformers(tmp_path):
+def test_greedy_output_equals_transformers(tmp_path):
     model = model_of()
     model.save_pretrained(tmp_path)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
@@ -54,7 +54,7 @@ def test_greedy_text_equals_transformers(tmp_path):
     assert list(model.stream(PROMPT[:1])) == ours[0, 5:].tolist()
 
 
-def test_seeds_decide():
+def test_same_seed_gives_the_same_sample():
     model = model_of()
     draw = [model.generate(PROMPT, do_sample=True, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
@@ -67,7 +67,7 @@ def test_seeds_decide():
     assert torch.equal(first, model.generate(PROMPT, do_sample=True))
 
 
-def test_stops_end_and_fill():
+def test_eos_ends_a_sequence_and_pads_it():
     model = model_of()
     free = model.generate(PROMPT)[:, 5:].tolist()
     stop = next(token for token in free[0] if token not in free[1] and token != free[0][0])
@@ -81,13 +81,13 @@ def test_stops_end_and_fill():
     assert list(model.stream(PROMPT[:1], eos_token_id=(stop,))) == free[0][:at]
 
 
-def test_training_mode_does_not_matter():
+def test_generate_in_training_mode_drops_nothing_out():
     model = model_of(dropout=0.5)
     expected = model.generate(PROMPT)
     assert torch.equal(model.train().generate(PROMPT), expected) and model.training
 
 
-def test_int32_and_limits():
+def test_int32_ids_and_bad_arguments():
     model = model_of()
     assert model.generate(PROMPT.int(), max_new_tokens=3).dtype == torch.int32
     assert torch.equal(model.generate(PROMPT, max_new_tokens=0), PROMPT)

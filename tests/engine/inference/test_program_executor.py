@@ -5,6 +5,7 @@ values of an odd key not zeroed, the head run on rows in the wrong order. With a
 out, scales of keys that are not there yet not zeroed, bytes cut off instead of rounded, scales not copied.
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,14 +57,14 @@ def whole(executor, ids, blocks=range(5)):
 
 
 @torch.no_grad()
-def test_logits_are_the_models(config, isa):
+def test_logits_equal_the_models(config, isa):
     model, ids = model_of(config, torch.float32), torch.randint(97, (150,))
     expected = model(ids[None])[0]
     torch.testing.assert_close(whole(ProgramExecutor(model, 5), ids), expected, rtol=1e-5, atol=2e-5)
 
 
 @torch.no_grad()
-def test_bfloat16_errs_no_more_than_torch(config):
+def test_bfloat16_error_is_at_most_twice_torchs(config):
     model, ids = model_of(config, torch.bfloat16), torch.randint(97, (150,))
     truth = model_of(config, torch.bfloat16).double()(ids[None])[0]
     torchs, ours = model(ids[None])[0], whole(ProgramExecutor(model, 5), ids)
@@ -82,7 +83,7 @@ def pieces(executor, ids):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_however_tokens_come(config, dtype, isa):
+def test_same_bits_for_any_chunks_and_batch(config, dtype, isa):
     executor, ids = ProgramExecutor(model_of(config, dtype), 7), torch.randint(97, (150,))
     expected = whole(executor, ids)
     assert torch.equal(pieces(executor, ids), expected)
@@ -95,7 +96,7 @@ def test_same_bits_however_tokens_come(config, dtype, isa):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", (Format(8), Format(4, 32)), ids=("8 bits", "4 bits"))
 @pytest.mark.parametrize("name", ("gpt2", "palm"))
-def test_quantized_models(name, form, dtype, isa):
+def test_quantized_model_is_near_torch_and_bitwise_chunk_independent(name, form, dtype, isa):
     config = GPTConfig(**SIZES, **MODELS[name])
     state = quantize_state(model_of(config, torch.float32).state_dict(), form)
     model, ids = restore(GPT(config), state, form, dtype), torch.randint(97, (150,))
@@ -110,7 +111,7 @@ def test_quantized_models(name, form, dtype, isa):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ("gpt2", "windows, one key head"))
-def test_a_cache_of_bytes(name, dtype, isa):
+def test_int8_cache_is_near_and_bitwise_chunk_independent(name, dtype, isa):
     """Near the logits of a whole cache, and the same bits however tokens come, whatever the blocks held before."""
     model, ids = model_of(GPTConfig(**SIZES, **MODELS[name]), dtype), torch.randint(97, (150,))
     executor = ProgramExecutor(model, 7, cache_dtype="int8")
@@ -128,7 +129,7 @@ def test_a_cache_of_bytes(name, dtype, isa):
 
 @torch.no_grad()
 @pytest.mark.parametrize("isa", ["scalar"], indirect=True)
-def test_a_cache_of_bytes_holds_what_the_op_stores(isa):
+def test_int8_cache_holds_the_bytes_of_the_cache_store_op(isa):
     """The C++ program rounds as kernels/ops/cache_store.py says; on the scalar set keys lie as (D, BLOCK)."""
     config = GPTConfig(**SIZES)
     model, ids = model_of(config, torch.float32), torch.randint(97, (3,))
@@ -144,7 +145,7 @@ def test_a_cache_of_bytes_holds_what_the_op_stores(isa):
 
 
 @torch.no_grad()
-def test_the_check_is_not_blind():
+def test_torch_ops_with_a_contiguous_cache_fail_the_bit_check():
     """The ops that training uses promise no such thing: a prompt in two parts has other bits there."""
     model = model_of(GPTConfig(**SIZES), torch.float32)
     ids = torch.randint(97, (1, 150))
@@ -153,7 +154,7 @@ def test_the_check_is_not_blind():
     assert not torch.equal(parts, model(ids))
 
 
-def test_same_bits_for_any_threads(config, threads):
+def test_same_bits_for_any_thread_count(config, threads):
     executor, ids = ProgramExecutor(model_of(config, torch.float32), 7), torch.randint(97, (150,))
     results = []
     for count in (1, 2, 3, 4):
@@ -163,7 +164,7 @@ def test_same_bits_for_any_threads(config, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_a_block_held_before_does_not_matter(config, dtype):
+def test_old_block_content_does_not_matter(config, dtype):
     executor, ids = ProgramExecutor(model_of(config, dtype), 5), torch.randint(97, (67,))
     expected = whole(executor, ids)
     for bits in (executor.kv_cache.keys, executor.kv_cache.values):
@@ -183,20 +184,20 @@ def test_what_a_block_held_before_does_not_matter(config, dtype):
         (Chunk([1], 0, [0], 2), "with logits of 2"),
     ],
 )
-def test_bad_chunks_are_refused(chunk, message):
+def test_bad_chunks_are_rejected(chunk, message):
     executor = ProgramExecutor(model_of(GPTConfig(**SIZES), torch.float32), 5)
     with pytest.raises(ValueError, match=message):
         executor.step([chunk])
 
 
-def test_what_can_not_be_lowered_says_so():
+def test_unsupported_models_are_rejected_with_a_reason():
     with pytest.raises(NotImplementedError, match="no relative positions, got 0 and position 'transformer_xl'"):
         ProgramExecutor(GPT(GPTConfig(**SIZES, position="transformer_xl")), 1)
     with pytest.raises(NotImplementedError, match=r"got torch\.float64"):
         ProgramExecutor(GPT(GPTConfig(**SIZES)).double(), 1)
 
 
-def test_the_memory_is_as_large_as_it_says():
+def test_kv_cache_size_in_bytes():
     memory, small = (
         ProgramKVCache(GPTConfig(**SIZES), 3, dtype=torch.bfloat16, cache_dtype=cache) for cache in (None, "int8")
     )
@@ -211,3 +212,15 @@ def test_unknown_cache_dtype_is_rejected_by_every_executor():
             make(model, 3, cache_dtype="int4")
     with pytest.raises(ValueError, match="cache is 'int4', expected None or one of int8"):
         Scorer(GPT(GPTConfig(**SIZES, position="transformer_xl")), blocks=6, cache="int4")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_gives_the_bits_of_step(config, dtype):
+    executor, ids = ProgramExecutor(model_of(config, dtype), 7), torch.randint(97, (2, 71))
+    tables, past = ([6, 0], [2, 5]), (70, 3)
+    executor.step([Chunk(ids[i, :p], 0, tables[i], 0) for i, p in enumerate(past)])
+    new = torch.stack([ids[i, p] for i, p in enumerate(past)])
+    padded = np.zeros((2, 5), dtype=np.int32)
+    padded[:, :2] = tables
+    expected = executor.step([Chunk(new[i : i + 1], p, tables[i]) for i, p in enumerate(past)])
+    assert torch.equal(executor.decode(new, np.array(past), padded), expected)

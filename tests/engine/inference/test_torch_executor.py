@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,7 +60,7 @@ def chatty(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_prompts_in_pieces_beside_each_other_and_decoding(name):
+def test_chunked_prompts_and_decoding_equal_one_forward_pass(name):
     """Three texts of which some grow by chunks, some by a token, in blocks that lie anywhere; then all by a token."""
     model = model_of(name)
     texts = torch.randint(97, (3, 140))
@@ -115,7 +116,7 @@ def small(name, **changes):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "changes"), [("gpt2", {}), ("gptj", {"windows": (60,)}), ("bloom", {})], ids=str)
-def test_graphs_follow_growing_texts_and_changing_batches(name, changes, rehearsed):
+def test_decode_graphs_follow_growing_sequences_and_changing_batches(name, changes, rehearsed):
     """The kernels interpreted; every replay must make the calls of the first one, with the same numbers."""
     model_executor = decoding(small(name, **changes), [(0, 1, 2), (0, 1, 2), (0, 1, 2), (2, 1, 0), (1,)])
     step = model_executor.graphs.steps[4]
@@ -134,7 +135,7 @@ COUNT = itertools.count(1)
     ],
     ids=["wait", "number"],
 )
-def test_what_a_graph_can_not_do_is_told(planted, message, rehearsed, monkeypatch):
+def test_dry_run_rejects_steps_that_a_graph_cannot_record(planted, message, rehearsed, monkeypatch):
     was = PagedAttention.attend
 
     def attend(self, *args, **options):
@@ -147,7 +148,7 @@ def test_what_a_graph_can_not_do_is_told(planted, message, rehearsed, monkeypatc
 
 
 @torch.no_grad()
-def test_what_a_step_gave_outlives_the_next_step(monkeypatch):
+def test_logits_outlive_the_next_step(monkeypatch):
     """A graph gives the same tensor each time."""
 
     class Graph(Rehearsal):
@@ -164,7 +165,7 @@ def test_what_a_step_gave_outlives_the_next_step(monkeypatch):
 
 
 @torch.no_grad()
-def test_runs_without_a_graph_where_recording_fails(monkeypatch):
+def test_failed_recording_falls_back_to_running_the_ops(monkeypatch):
     class Fails(Rehearsal):
         def record(self, body):
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
@@ -177,7 +178,7 @@ def test_runs_without_a_graph_where_recording_fails(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "planted"), [("gpt2", False), ("palm", False), ("gpt2", True)])
-def test_a_text_decodes_to_the_same_bits_beside_others_by_gpu_kernels(name, planted, monkeypatch):
+def test_gpu_kernels_decode_a_sequence_to_the_same_bits_in_any_batch(name, planted, monkeypatch):
     """Up to 16 texts: no kernel of the step knows how many. Planted: products that cut C by the number of rows.
 
     In float32, which shows an order of sums; on a GPU the kernel of few rows is for half precision only.
@@ -198,7 +199,7 @@ def test_a_text_decodes_to_the_same_bits_beside_others_by_gpu_kernels(name, plan
 
 
 @torch.no_grad()
-def test_kernels_of_a_step(monkeypatch):
+def test_number_of_kernels_of_a_decoding_step(monkeypatch):
     """Nine a layer of GPT-2 and three beside them: more is no error, but a cost of every token."""
     executor = pytest.importorskip("triton.runtime.interpreter").GridExecutor
     was, launched = executor.__call__, Counter()
@@ -217,7 +218,7 @@ def test_kernels_of_a_step(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_cache_of_bytes():
+def test_int8_cache_is_near_the_float_cache():
     """By the interpreted kernels, and eager's in between; a byte is about a hundredth of what it stands for."""
     pytest.importorskip("triton")
     model, texts = small("palm"), torch.randint(97, (2, 70))
@@ -235,7 +236,7 @@ def test_a_cache_of_bytes():
         assert Engine(model, blocks=4, cache="int8").executor.kv_cache.keys.dtype == torch.int8
 
 
-def test_experts_are_not_recorded(rehearsed):
+def test_models_with_experts_are_not_recorded(rehearsed):
     model_executor = TorchExecutor(model_of("glam"), 4)
     for past in range(WARMUP + 2):
         model_executor.step([Chunk([past], past, [0])])
@@ -260,7 +261,7 @@ def left_padding(*starts):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"attention_mask": left_padding(0, 3, 1)}], ids=str)
-def test_generate_by_graphs(options, by_graphs, monkeypatch):
+def test_generate_with_graphs_equals_generate_without(options, by_graphs, monkeypatch):
     model, ids = chatty("neox"), torch.randint(97, (3, 60))
     got = model.generate(ids, max_new_tokens=15, **options)
     assert len(executor._idle_executors[model].graphs.steps) >= 1 and len(got[:, 60:].unique()) > 9
@@ -268,7 +269,7 @@ def test_generate_by_graphs(options, by_graphs, monkeypatch):
     assert torch.equal(got, model.generate(ids, max_new_tokens=15, **options))
 
 
-def test_graphs_are_kept_for_one_text_at_a_time(by_graphs):
+def test_graphs_are_reused_by_one_generate_call_at_a_time(by_graphs):
     model, ids = model_of("gpt2"), torch.randint(97, (1, 5))
     options = {"max_new_tokens": 10}
     alone = list(model.stream(ids, **options)), list(model.stream(ids[:, 2:], **options))
@@ -286,7 +287,7 @@ def test_graphs_are_kept_for_one_text_at_a_time(by_graphs):
     assert gone() is None
 
 
-def test_a_large_cache_is_not_kept(by_graphs, monkeypatch):
+def test_large_cache_is_freed_after_generate(by_graphs, monkeypatch):
     monkeypatch.setattr(executor, "_memory_bytes", lambda device: 1 << 10)
     model = model_of("gpt2")
     model.generate(torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=9)
@@ -294,7 +295,7 @@ def test_a_large_cache_is_not_kept(by_graphs, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"blocks": 9}, {"budget": 30}, {"blocks": 5, "streams": 3}], ids=str)
-def test_the_engine_by_ops(options):
+def test_engine_on_torch_ops_gives_the_greedy_output_of_generate(options):
     """Prompts with one prefix, preempted, in chunks: greedy texts are those of one alone."""
     model = chatty("neox")
     prefix = torch.randint(97, (70,)).tolist()
@@ -313,7 +314,7 @@ def test_the_engine_by_ops(options):
 
 
 @torch.no_grad()
-def test_what_kernels_read_lies_on_16_bytes(monkeypatch):
+def test_integers_of_a_step_are_16_byte_aligned(monkeypatch):
     """Else Triton compiles each of them again for every combination that is met. Fails without on_16_bytes."""
     model_executor, seen = TorchExecutor(model_of("gpt2"), 8), []
     inner = TorchExecutor._forward
@@ -326,7 +327,7 @@ def test_what_kernels_read_lies_on_16_bytes(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_runner_ends_with_its_last_user():
+def test_executor_and_cache_are_freed_with_their_last_reference():
     """And its cache with it, which the garbage collector does not know to be large."""
     model_executor = TorchExecutor(model_of("gpt2"), 8)
     for past in range(2):
@@ -338,3 +339,21 @@ def test_a_runner_ends_with_its_last_user():
         assert gone() is None
     finally:
         gc.enable()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_batch", [256, 1])
+@pytest.mark.parametrize("name", ["gpt2", "transformer-xl"])
+def test_decode_gives_the_logits_of_step(name, max_batch, monkeypatch):
+    """Also for models and batches without graphs."""
+    monkeypatch.setattr("peakgpt.engine.inference.torch_executor.MAX_BATCH", max_batch)
+    model_executor, ids = TorchExecutor(model_of(name), 7), torch.randint(97, (2, 71))
+    tables, past = ([6, 0], [2, 5]), (70, 3)
+    with use_backend("eager"):
+        model_executor.step([Chunk(ids[i, :p], 0, tables[i], 0) for i, p in enumerate(past)])
+        new = torch.stack([ids[i, p] for i, p in enumerate(past)])
+        padded = np.zeros((2, model_executor.graphs.width), dtype=np.int32)
+        padded[:, :2] = tables
+        expected = model_executor.step([Chunk(new[i : i + 1], p, tables[i]) for i, p in enumerate(past)])
+        got = model_executor.decode(new, np.array(past), padded)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
