@@ -1,7 +1,7 @@
-"""Scores of given texts: transformers' log-probabilities, and the same bits whatever else is scored.
+"""Scorer: transformers' log-probabilities, with the same bits for any batch.
 
-Mutations seen to fail: a child without a copy of its parent's last block, rows taken one place early,
-windows that overlap in what they score.
+Mutations that these tests detect: a child node without a copy of its parent's last block; logit rows shifted by one;
+windows whose scored tokens overlap.
 """
 
 import pytest
@@ -49,7 +49,7 @@ def draw(count, seed):
 
 
 def pairs():
-    """Contexts that share beginnings of all kinds, ends inside of blocks and at their ends, the same text twice."""
+    """Pairs with common prefixes of many lengths, ends inside and at the end of blocks, and one pair twice."""
     stem = draw(100, 1)
     made = [(stem[:n], draw(k, n + k)) for n in (1, 30, 63, 64, 65, 100) for k in (1, 2, 40)]
     made += [(stem[:64], stem[64:]), (stem[:1], stem[1:]), (stem[:64], stem[64:]), (stem[:70], [])]
@@ -173,7 +173,7 @@ def test_a_float64_model_scores_as_in_float32(scorer, folder):
 @pytest.mark.parametrize(("window", "stride"), [(None, None), (64, 64 - 1), (50, 1), (200, 100), (7, 3)])
 @torch.no_grad()
 def test_perplexity_scores_each_token_once_by_windows(scorer, theirs, window, stride):
-    """Each token once, from the window that ends with its stride."""
+    """Each token is scored once, in the window that ends with the token's stride."""
     ids = draw(250, 5)
     found = scorer.perplexity(ids, window=window, stride=stride)
     window, stride, nll, done = found.window, found.stride, 0.0, 1

@@ -1,6 +1,7 @@
-"""Beam search: transformers' texts, by ops and by the CPU program.
+"""Beam search gives transformers' sequences, by torch ops and by the C++ program.
 
-Mutations seen to fail: no length penalty, texts kept after the search is over, beams that share a block not yet full.
+Mutations that these tests detect: no length penalty; sequences added after the search ended; beams that share a block
+that is not full.
 """
 
 import itertools

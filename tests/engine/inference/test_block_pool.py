@@ -1,4 +1,4 @@
-"""The block pool: who holds what, what is found again, what is given up first."""
+"""BlockPool: reference counts, prefix matches, eviction order."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The default size of a cache: room for every stream, in a share of the memory that is free."""
+"""Default size of the KV cache: enough for every stream, within a share of the free memory."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ def test_default_blocks_hold_all_streams_within_half_of_free_memory(monkeypatch,
 
 
 def test_default_cache_holds_64_streams_of_160_tokens():
-    """On the 4 GiB that are left of a small machine, where 8 texts as long as the model takes did not do."""
+    """With 4 GiB of free memory; a cache of 8 sequences of block_size tokens is too small for them."""
     assert default_blocks(GPT2, STREAMS, torch.bfloat16, CPU) >= 64 * 3 or cache_size.free_bytes(CPU) < 4 * GIB
 
 

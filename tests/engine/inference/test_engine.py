@@ -1,7 +1,7 @@
-"""The engine: each request gets the same text whatever runs beside it, in whatever pieces, with whatever cache.
+"""Engine: the output of a request does not depend on the batch, the chunks or the cache, to the last bit.
 
-Mutations seen to fail: one uniform number for a whole draft, a prompt that is wholly known and takes no step,
-blocks that cancel does not release, an error in one row's choice that ends the step.
+Mutations that these tests detect: one uniform number for a whole draft; a fully cached prompt that takes no step; cancel
+that leaks blocks; an error in sampling one row that ends the whole step.
 """
 
 import copy
@@ -74,7 +74,7 @@ ALONE: dict[tuple, tuple[GPT, dict]] = {}  # with the model, whose id must stay 
 
 
 def expect_the_same(model, options, tokens=60):
-    """Each text and log-probability of a crowd is what it is alone, to the last bit."""
+    """Each output of a batch, log-probabilities included, has the bits that it has alone."""
     engine = Engine(model, **options)
     assert not engine.executor_note
     asked = [(ids, params_of(i, n=1 + i % 2, max_tokens=tokens)) for i, ids in enumerate(prompts(6, shared=150))]
@@ -102,7 +102,7 @@ def test_output_has_the_same_bits_alone_batched_chunked_and_preempted(model, opt
     ids=str,
 )
 def test_output_has_the_same_bits_with_quantized_weights_and_int8_cache(model, form, cache):
-    """In one crowd prompts are cut, found by their prefix and preempted."""
+    """In one batch prompts are chunked, reuse prefixes and are preempted."""
     small = copy.deepcopy(model).bfloat16()
     if form:
         small = restore(small, quantize_state(model.state_dict(), form), form, torch.bfloat16)
@@ -117,7 +117,7 @@ def test_output_has_the_same_bits_with_quantized_weights_and_int8_cache(model, f
 
 
 def test_bit_check_detects_a_batch_dependent_rounding(model, monkeypatch):
-    """A pass over several sequences that rounds otherwise, by one part in a million."""
+    """Plant a relative difference of 1e-6 in steps with more than one chunk."""
     was = ProgramExecutor.step
     monkeypatch.setattr(
         ProgramExecutor, "step", lambda self, chunks: was(self, chunks) * (1.0 + (len(chunks) > 1) * 2.0**-20)
@@ -127,7 +127,7 @@ def test_bit_check_detects_a_batch_dependent_rounding(model, monkeypatch):
 
 
 def test_bit_check_covers_preemption_and_prefix_reuse(model, monkeypatch):
-    """Else the test above would prove nothing."""
+    """Otherwise the bit check would prove nothing about them."""
     seen = []
 
     def spy(name):
@@ -152,7 +152,7 @@ def test_bit_check_covers_preemption_and_prefix_reuse(model, monkeypatch):
 
 
 def test_fully_cached_prompt_recomputes_its_last_block(model):
-    """Two full blocks: the second one is computed again, for the logits of its last token."""
+    """The prompt fills two blocks: the second one is recomputed, for the logits of its last token."""
     ids, engine = prompts(1, shared=127)[0], Engine(model)
     assert len(ids) == 128
     texts = [[o.token_ids for o in engine.stream(ids, params_of(1))] for _ in range(3)]
@@ -173,7 +173,7 @@ def test_greedy_output_is_the_models_argmax(model):
 
 @pytest.mark.parametrize(("prompt", "budget", "steps"), [(20, 256, 1), (36, 40, 1), (37, 40, 2), (100, 40, 3)])
 def test_first_token_comes_with_the_last_step_of_the_prompt(model, prompt, budget, steps):
-    """Who comes while four texts run waits for none of them, and they for no prompt: it takes what a step has left."""
+    """A prompt takes the budget that four decoding sequences leave; it does not delay them."""
     engine = Engine(model, budget=budget)
     others = [engine.submit([i], params_of(0, max_tokens=60)) for i in range(4)]
     engine.step()
@@ -222,7 +222,7 @@ def test_prompt_logprobs_are_the_models_own_from_their_first_position_on(model):
 
 
 class Failing:
-    """Something of one sequence that raises whatever it is asked."""
+    """A part of a sequence that raises on every use."""
 
     def __getattr__(self, name):
         raise RuntimeError("planted")
@@ -238,7 +238,7 @@ def crowd(engine, count=5):
 
 
 def expect_one_ended(model, engine, failed):
-    """Everybody but `failed` gets what it gets alone; returns the error."""
+    """Check that all sequences except `failed` have the output that they have alone; return the error."""
     outputs = list(engine.outputs())
     (ended,) = (o for o in outputs if o.error)
     assert ended.request_id == failed and ended.finish_reason == "error" and not engine.has_work
@@ -265,7 +265,7 @@ def test_error_in_one_sequence_ends_only_that_sequence(model, part):
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("failed", range(len(KINDS)), ids=["greedy", "top_k", "top_p", "whole"])
 def test_nan_or_inf_logits_end_only_their_sequence(model, failed, value, monkeypatch):
-    """One number in one row, or all of them, after some tokens of text."""
+    """Plant it in one logit or in all logits of a row, after some output tokens."""
     for where in (50, slice(None)):
         engine = Engine(model)
         was = engine.executor.step
@@ -317,7 +317,7 @@ def test_failed_speculation_is_disabled_and_output_is_unchanged(model):
 
 @pytest.fixture(scope="module")
 def other(model):
-    """Nearly the same weights: a draft that is sometimes right."""
+    """A draft model with nearly the same weights, so that some drafts are accepted."""
     torch.manual_seed(0)
     draft = GPT(model.config).eval()
     state = {name: t + 0.05 * torch.randn_like(t) for name, t in model.state_dict().items()}
@@ -352,7 +352,7 @@ def test_draft_model_with_another_vocabulary_is_rejected(model):
 
 
 def test_accepted_draft_tokens_save_steps(model):
-    """A model is its own best draft: eight tokens a step."""
+    """The model is its own draft model: all drafts are accepted, eight tokens a step."""
     params, ids = SamplingParams(temperature=0, max_tokens=81), prompts(1)[0]
     plain, quick = Engine(model), Engine(model, speculation=DraftModel(model))
     outputs = [list(engine.stream(ids, params)) for engine in (plain, quick)]
@@ -418,7 +418,7 @@ def test_stop_strings_stop_ids_and_choices_end_the_text(model, tokenizer):
 
 
 def test_token_outside_the_tokenizer_becomes_a_replacement_character(tokenizer):
-    """Models have rows of padding there; one that is chosen must not end everybody's step."""
+    """A model's vocabulary may be padded; sampling such a token must not fail the step."""
     size = tokenizer.vocab_size
     stream = TextStream(tokenizer)
     assert stream.feed(size) + stream.feed(tokenizer.encode("a")[0]) + stream.finish() == "\ufffda"

@@ -1,4 +1,4 @@
-"""Generation: the cache against the whole forward, greedy text against transformers', sampling, stops and limits."""
+"""GPT.generate and GPT.stream: cached against uncached logits, greedy output against transformers, sampling, limits."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""The CPU program of a whole model: the model's logits, to the same bits however its tokens come.
+"""ProgramExecutor: the model's logits, with the same bits for any chunks and batch.
 
-Mutations seen to fail: the last block of a table taken for the first, a tile's queries masked by the tile's last one,
-values of an odd key not zeroed, the head run on rows in the wrong order. With a cache of bytes: values' scales left
-out, scales of keys that are not there yet not zeroed, bytes cut off instead of rounded, scales not copied.
+Mutations that these tests detect: the last block of a table taken for the first; a tile's queries masked by the tile's
+last one; values of an odd key not zeroed; the head run on rows in the wrong order. With an int8 cache: values' scales
+left out; scales of missing keys not zeroed; bytes truncated instead of rounded; scales not copied.
 """
 
 import numpy as np
@@ -72,7 +72,7 @@ def test_bfloat16_error_is_at_most_twice_torchs(config):
 
 
 def pieces(executor, ids):
-    """In chunks of odd sizes beside another sequence, then token by token, in blocks that lie anywhere."""
+    """Run in chunks of odd sizes together with another sequence, then token by token, in blocks in any order."""
     mine, other = [6, 0, 4], [2, 5, 1]
     found, at = [], 0
     for count in (1, 69, 2, 58, 1, 1, 17, 1):
@@ -112,7 +112,7 @@ def test_quantized_model_is_near_torch_and_bitwise_chunk_independent(name, form,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ("gpt2", "windows, one key head"))
 def test_int8_cache_is_near_and_bitwise_chunk_independent(name, dtype, isa):
-    """Near the logits of a whole cache, and the same bits however tokens come, whatever the blocks held before."""
+    """Near the logits of a float cache; the same bits for any chunks and any old block content."""
     model, ids = model_of(GPTConfig(**SIZES, **MODELS[name]), dtype), torch.randint(97, (150,))
     executor = ProgramExecutor(model, 7, cache_dtype="int8")
     for memory in (executor.kv_cache.keys, executor.kv_cache.values):
@@ -130,7 +130,7 @@ def test_int8_cache_is_near_and_bitwise_chunk_independent(name, dtype, isa):
 @torch.no_grad()
 @pytest.mark.parametrize("isa", ["scalar"], indirect=True)
 def test_int8_cache_holds_the_bytes_of_the_cache_store_op(isa):
-    """The C++ program rounds as kernels/ops/cache_store.py says; on the scalar set keys lie as (D, BLOCK)."""
+    """The C++ program rounds as kernels/ops/cache_store.py says; the scalar ISA stores keys as (D, BLOCK_TOKENS)."""
     config = GPTConfig(**SIZES)
     model, ids = model_of(config, torch.float32), torch.randint(97, (3,))
     executor = ProgramExecutor(model, 1, cache_dtype="int8")
@@ -146,7 +146,7 @@ def test_int8_cache_holds_the_bytes_of_the_cache_store_op(isa):
 
 @torch.no_grad()
 def test_torch_ops_with_a_contiguous_cache_fail_the_bit_check():
-    """The ops that training uses promise no such thing: a prompt in two parts has other bits there."""
+    """Training ops do not promise equal bits: a prompt in several parts must give other bits."""
     model = model_of(GPTConfig(**SIZES), torch.float32)
     ids = torch.randint(97, (1, 150))
     cache = ContiguousKVCache(model.config, 1, 150, dtype=torch.float32, device="cpu")

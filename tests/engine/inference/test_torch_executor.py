@@ -1,7 +1,7 @@
-"""Steps of many sequences by a model's ops: each gets what the model alone would give it.
+"""TorchExecutor: a step of many sequences gives each the logits of the model alone.
 
-Mutations seen to fail: padding that is stored in a block, a length that does not count the new token, fresh rows told
-by some of the chunks, angles of the first places, a grid of tables that is not made anew, weights taken as the same.
+Mutations that these tests detect: padding stored in a block; a length without the new token; `is_prefill` decided by
+some of the chunks; rotary angles of the first positions; stale padded block tables; weights assumed unchanged.
 """
 
 import gc
@@ -51,7 +51,7 @@ def model_of(name, **changes):
 
 
 def chatty(name):
-    """Whose greedy text is not one token for ever, and where no two tokens are nearly as likely."""
+    """A model whose greedy output does not repeat one token, and whose best two tokens are never nearly equal."""
     model = model_of(name)
     for parameter in model.parameters():
         parameter.data *= 3
@@ -61,7 +61,7 @@ def chatty(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_chunked_prompts_and_decoding_equal_one_forward_pass(name):
-    """Three texts of which some grow by chunks, some by a token, in blocks that lie anywhere; then all by a token."""
+    """Three sequences grow by chunks and by single tokens, in blocks in any order; then all by single tokens."""
     model = model_of(name)
     texts = torch.randint(97, (3, 140))
     expected = model(texts)
@@ -93,7 +93,7 @@ def rehearsed(monkeypatch):
 
 
 def decoding(model, batches):
-    """Texts that grow by a token a step, those of each entry of `batches` together; compares all logits."""
+    """Decode the sequences of each entry of `batches` together, one token a step, and compare all logits."""
     pytest.importorskip("triton")
     texts, past = torch.randint(97, (3, 70)), [1, 62, 5]
     with use_backend("eager"):
@@ -117,7 +117,7 @@ def small(name, **changes):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "changes"), [("gpt2", {}), ("gptj", {"windows": (60,)}), ("bloom", {})], ids=str)
 def test_decode_graphs_follow_growing_sequences_and_changing_batches(name, changes, rehearsed):
-    """The kernels interpreted; every replay must make the calls of the first one, with the same numbers."""
+    """With interpreted kernels: every replay must make the calls of the recording, with the same numbers."""
     model_executor = decoding(small(name, **changes), [(0, 1, 2), (0, 1, 2), (0, 1, 2), (2, 1, 0), (1,)])
     step = model_executor.graphs.steps[4]
     assert step.inputs is not None and step.obstacle is None and set(model_executor.graphs.steps) == {1, 4}
@@ -149,7 +149,7 @@ def test_dry_run_rejects_steps_that_a_graph_cannot_record(planted, message, rehe
 
 @torch.no_grad()
 def test_logits_outlive_the_next_step(monkeypatch):
-    """A graph gives the same tensor each time."""
+    """A graph returns the same tensor each time, so the executor must copy."""
 
     class Graph(Rehearsal):
         def replay(self):
@@ -179,7 +179,7 @@ def test_failed_recording_falls_back_to_running_the_ops(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "planted"), [("gpt2", False), ("palm", False), ("gpt2", True)])
 def test_gpu_kernels_decode_a_sequence_to_the_same_bits_in_any_batch(name, planted, monkeypatch):
-    """Up to 16 texts: no kernel of the step knows how many. Planted: products that cut C by the number of rows.
+    """Up to 16 sequences no kernel depends on the batch size. Planted: products that split C by the number of rows.
 
     In float32, which shows an order of sums; on a GPU the kernel of few rows is for half precision only.
     """
@@ -200,7 +200,7 @@ def test_gpu_kernels_decode_a_sequence_to_the_same_bits_in_any_batch(name, plant
 
 @torch.no_grad()
 def test_number_of_kernels_of_a_decoding_step(monkeypatch):
-    """Nine a layer of GPT-2 and three beside them: more is no error, but a cost of every token."""
+    """Nine kernels a layer of GPT-2, and three more: an additional one would slow down every token."""
     executor = pytest.importorskip("triton.runtime.interpreter").GridExecutor
     was, launched = executor.__call__, Counter()
 
@@ -219,7 +219,7 @@ def test_number_of_kernels_of_a_decoding_step(monkeypatch):
 
 @torch.no_grad()
 def test_int8_cache_is_near_the_float_cache():
-    """By the interpreted kernels, and eager's in between; a byte is about a hundredth of what it stands for."""
+    """With interpreted and eager kernels in turn; the rounding error of a byte is about 1 %."""
     pytest.importorskip("triton")
     model, texts = small("palm"), torch.randint(97, (2, 70))
     model_executor = TorchExecutor(model, 4, cache_dtype="int8")
@@ -248,7 +248,7 @@ def test_models_with_experts_are_not_recorded(rehearsed):
 
 @pytest.fixture
 def by_graphs(monkeypatch):
-    """As on a GPU, with the eager ops, which a rehearsal would not let read lengths."""
+    """Choose as on a GPU, with eager ops; no dry run, because eager ops read the lengths."""
     monkeypatch.setattr(executor, "records", lambda device: True)
     monkeypatch.setattr(executor, "_memory_bytes", lambda device: 1 << 30)
     with use_backend("eager"):
@@ -296,7 +296,7 @@ def test_large_cache_is_freed_after_generate(by_graphs, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"blocks": 9}, {"budget": 30}, {"blocks": 5, "streams": 3}], ids=str)
 def test_engine_on_torch_ops_gives_the_greedy_output_of_generate(options):
-    """Prompts with one prefix, preempted, in chunks: greedy texts are those of one alone."""
+    """Prompts with a common prefix, preempted and chunked: greedy outputs equal those of each alone."""
     model = chatty("neox")
     prefix = torch.randint(97, (70,)).tolist()
     prompts = [prefix + torch.randint(97, (9 * i + 1,)).tolist() for i in range(5)]
@@ -315,7 +315,7 @@ def test_engine_on_torch_ops_gives_the_greedy_output_of_generate(options):
 
 @torch.no_grad()
 def test_integers_of_a_step_are_16_byte_aligned(monkeypatch):
-    """Else Triton compiles each of them again for every combination that is met. Fails without on_16_bytes."""
+    """Otherwise Triton compiles a kernel again for each combination of alignments. Fails without align_int32."""
     model_executor, seen = TorchExecutor(model_of("gpt2"), 8), []
     inner = TorchExecutor._forward
     monkeypatch.setattr(TorchExecutor, "_forward", lambda self, rows: (seen.append(rows), inner(self, rows))[1])
@@ -328,7 +328,7 @@ def test_integers_of_a_step_are_16_byte_aligned(monkeypatch):
 
 @torch.no_grad()
 def test_executor_and_cache_are_freed_with_their_last_reference():
-    """And its cache with it, which the garbage collector does not know to be large."""
+    """The garbage collector does not know how large the cache is, so a reference cycle would keep it too long."""
     model_executor = TorchExecutor(model_of("gpt2"), 8)
     for past in range(2):
         model_executor.step([Chunk([1], past, [0])])
