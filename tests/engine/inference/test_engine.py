@@ -1,7 +1,7 @@
 """Engine: the output of a request does not depend on the batch, the chunks or the cache, to the last bit.
 
-Mutations that these tests detect: one uniform number for a whole draft; a fully cached prompt that takes no step; cancel
-that leaks blocks; an error in sampling one row that ends the whole step.
+Mutations that these tests detect: one uniform number for a whole draft; a fully cached prompt that takes no step;
+cancel that leaks blocks; an error in sampling one row that ends the whole step.
 """
 
 import copy
