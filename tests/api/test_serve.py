@@ -388,7 +388,7 @@ def fuzz(running, count):
     one()
     assert seen.count(200) > count / 20 and seen.count(400) > count / 20
     assert running.ask("/v1/completions", CANARY)[1]["choices"] == first
-    assert running.idle() == 40 and not running.server.worker.jobs and not running.engine.running
+    assert running.idle() == 40 and not running.server.worker.jobs and not running.engine.scheduler.running
     return asked
 
 
