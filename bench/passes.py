@@ -20,7 +20,7 @@ from peakgpt.kernels.hardware.clock import Result, interleave
 from peakgpt.kernels.hardware.device import stream_peak
 from peakgpt.kernels.ops.adamw import adamw as adamw_op
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/types.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/base/types.h
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Pass:
     """
 
     kernel: str
-    arguments: tuple[Any, ...]  # as the extension takes them, tensors for addresses
+    arguments: dict[str, Any]  # as the extension takes them
     read: Sequence[Tensor | None]
     written: Sequence[Tensor | None] = ()
 
@@ -40,16 +40,17 @@ class Pass:
         from peakgpt.kernels.cpu.ext import _C
 
         kernel, threads = getattr(_C, self.kernel), torch.get_num_threads()
-        call = [DTYPES[a] if isinstance(a, torch.dtype) else _address(a) for a in self.arguments]
-        return lambda: kernel(*call, threads)
+        return lambda: kernel(**self.arguments, threads=threads)
 
 
 def layernorm_forward(dtype, rows: int, width: int, residual: bool = False) -> Pass:
     x, w, b, mu, r = _norm_tensors(dtype, rows, width)
     added, total = torch.randn(2, rows, width).to(dtype).unbind() if residual else (None, None)
     y = torch.empty_like(x)
-    arguments = (dtype, dtype, rows, width, x, width, added, width, w, b, total, y, mu, r, 1e-5)
-    return Pass("layernorm_forward", arguments, (x, added), (total, y))
+    arguments = {"dtype": DTYPES[dtype], "w_dtype": DTYPES[dtype], "rows": rows, "width": width, "x": x,
+                 "x_stride": width, "w": w, "y": y, "r": r, "eps": 1e-5, "b": b, "residual": added,
+                 "residual_stride": width, "sum": total, "mu": mu}  # fmt: skip
+    return Pass("norm_forward", arguments, (x, added), (total, y))
 
 
 def layernorm_backward(dtype, rows: int, width: int, residual: bool = False) -> Pass:
@@ -57,8 +58,10 @@ def layernorm_backward(dtype, rows: int, width: int, residual: bool = False) -> 
     dy, dsum = torch.randn(2, rows, width).to(dtype).unbind()
     dsum = dsum if residual else None
     dx, dw, db = (torch.empty_like(t) for t in (x, w, b))
-    arguments = (dtype, dtype, rows, width, dy, width, dsum, width, x, width, w, mu, r, dx, dw, db)
-    return Pass("layernorm_backward", arguments, (x, dy, dsum), (dx,))
+    arguments = {"dtype": DTYPES[dtype], "w_dtype": DTYPES[dtype], "rows": rows, "width": width, "dy": dy,
+                 "dy_stride": width, "x": x, "x_stride": width, "w": w, "r": r, "dsum": dsum, "dsum_stride": width,
+                 "mu": mu, "dx": dx, "dw": dw, "db": db}  # fmt: skip
+    return Pass("norm_backward", arguments, (x, dy, dsum), (dx,))
 
 
 def _norm_tensors(dtype, rows: int, width: int) -> tuple[Tensor, ...]:
@@ -69,7 +72,8 @@ def _norm_tensors(dtype, rows: int, width: int) -> tuple[Tensor, ...]:
 def embedding_forward(dtype, batch: int, tokens: int, width: int, vocab: int) -> Pass:
     wte, wpe = torch.randn(vocab, width).to(dtype), torch.randn(tokens, width).to(dtype)
     ids, out = torch.randint(vocab, (batch, tokens)), torch.empty(batch, tokens, width, dtype=dtype)
-    arguments = (dtype, batch, tokens, width, ids, wte, width, wpe, width, out, None)
+    arguments = {"dtype": DTYPES[dtype], "batch": batch, "tokens": tokens, "width": width, "ids": ids, "wte": wte,
+                 "wte_stride": width, "out": out, "wpe": wpe, "wpe_stride": width}  # fmt: skip
     found = wte[: batch * tokens]  # as much as is read of it
     return Pass("embedding_forward", arguments, (found, wpe), (out,))
 
@@ -78,19 +82,23 @@ def cross_entropy(dtype, rows: int, vocab: int, gradient: bool = True) -> Pass:
     """The losses, and the logits' gradient in their place; a call finds the gradients that the one before left."""
     logits, target = torch.randn(rows, vocab).to(dtype), torch.randint(vocab, (rows,))
     loss, stats = torch.empty(rows), torch.empty(rows, 2)
-    arguments = (dtype, rows, vocab, logits, target, None, -100, loss, stats, gradient, 1.0, 0.0, 0.0)
+    arguments = {"dtype": DTYPES[dtype], "rows": rows, "vocab": vocab, "logits": logits, "target": target,
+                 "ignore_index": -100, "loss": loss, "stats": stats, "with_gradient": gradient, "scale": 1.0,
+                 "smoothing": 0.0, "z_loss": 0.0}  # fmt: skip
     return Pass("cross_entropy_forward", arguments, (logits,), (logits,) if gradient else ())
 
 
 def sum_of_squares(dtype, count: int) -> Pass:
     x, total = torch.randn(count).to(dtype), torch.zeros(())
-    return Pass("sum_of_squares", (dtype, count, x, total), (x,))
+    return Pass("sum_of_squares", {"dtype": DTYPES[dtype], "count": count, "x": x, "total": total}, (x,))
 
 
 def adamw(dtype, count: int) -> Pass:
     """In bfloat16 with the remainder of the float32 master."""
     param, grad, remainder, m, v, step, _ = adamw_op.sample(count, dtype=dtype)
-    arguments = (dtype, count, param, grad, remainder, m, v, step, None, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.0)
+    arguments = {"dtype": DTYPES[dtype], "count": count, "param": param, "grad": grad, "exp_avg": m, "exp_avg_sq": v,
+                 "step": step, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01,
+                 "remainder": remainder}  # fmt: skip
     return Pass("adamw", arguments, (param, remainder, m, v, grad), (param, remainder, m, v))
 
 
@@ -158,8 +166,3 @@ def _distinct(tensors: Iterable[Tensor | None]) -> dict[int, Tensor]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _address(argument: Any) -> Any:
-    """What the extension takes for an argument: the address of a tensor, 0 for None, anything else as it is."""
-    return 0 if argument is None else argument.data_ptr() if isinstance(argument, Tensor) else argument

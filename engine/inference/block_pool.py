@@ -10,7 +10,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-BLOCK_TOKENS = 64  # tokens of a block; kCacheBlock of csrc/cache_attention.h
+BLOCK_TOKENS = 64  # tokens of a block; kCacheBlock of csrc/attention/cache_attention.h
 
 
 def blocks_for(tokens: int) -> int:

@@ -2,7 +2,7 @@
 
     ContiguousKVCache   (L, B, capacity, K, D)                torch ops, sequences of equal length
     PagedKVCache        (L, num_blocks, BLOCK_TOKENS, K, D)   torch ops; int8 with scales if asked
-    ProgramKVCache      bytes                                 C++ program; the layout is in csrc/cache_attention.h
+    ProgramKVCache      bytes                                 C++ program; the layout is in csrc/attention/cache_attention.h
 
 `BlockPool` decides which sequence owns which block.
 """
@@ -138,7 +138,7 @@ class PagedKVCache:
 
 
 class ProgramKVCache:
-    """Blocks for the C++ program, which defines their layout (csrc/cache_attention.h)."""
+    """Blocks for the C++ program, which defines their layout (csrc/attention/cache_attention.h)."""
 
     def __init__(self, config: GPTConfig, num_blocks: int, *, dtype: torch.dtype, cache_dtype: str | None = None):
         """Allocate the blocks of every layer.

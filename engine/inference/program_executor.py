@@ -16,7 +16,6 @@ from peakgpt.engine.inference.chunk import Chunk, check_token_ids
 from peakgpt.engine.inference.kv_cache import ProgramKVCache
 from peakgpt.engine.inference.program import ModelProgram
 from peakgpt.engine.model.transformer import Transformer
-from peakgpt.kernels.cpu.ext import address
 
 
 class ProgramExecutor:
@@ -63,11 +62,11 @@ class ProgramExecutor:
         # One tensor for all integers: five small ones would cost more than the rest of this function.
         numbers = torch.tensor([*ids, *positions, *begins, *past, *logit_rows])
         counts = len(ids), len(positions), len(begins), len(past), len(logit_rows)
-        parts = [address(part) for part in numbers.split(counts)]
+        ids_, positions_, begins_, past_, selected = numbers.split(counts)
         logits, cache = torch.empty(len(logit_rows), self.config.vocab_size), self.kv_cache
         self.program.run(
-            len(ids), parts[0], parts[1], len(past), parts[2], parts[3], address(tables), tables.shape[1],
-            cache.is_int8, address(cache.keys), address(cache.values), cache.layer_bytes, len(logit_rows), parts[4],
-            address(logits),
+            rows=len(ids), ids=ids_, positions=positions_, sequences=len(past), begins=begins_, past=past_,
+            tables=tables, table_row=tables.shape[1], int8_cache=cache.is_int8, keys=cache.keys, values=cache.values,
+            layer_bytes=cache.layer_bytes, logit_rows=len(logit_rows), selected=selected, logits=logits,
         )  # fmt: skip
         return logits if self.config.logit_scale == 1.0 else logits.mul_(self.config.logit_scale)

@@ -272,7 +272,7 @@ WINDOW_S = 0.01
 MM_SIZE = {"cpu": 1024, "cuda": 8192}  # square; the smallest at which the library is near its best
 STREAM_GAP_BYTES = 17 * 64  # streams a power of two apart would fall into the same sets of a cache
 MOST_STREAMS = 4  # of a kind, when a mix is rounded to whole streams
-LOOPS = {"float32": 0, "bfloat16": 1, "int8": 2}  # csrc/peaks.h
+LOOPS = {"float32": 0, "bfloat16": 1, "int8": 2}  # csrc/ops/peaks.h
 Work = tuple[Callable[[], Any], float]  # what to run, and how many operations or bytes it does
 
 
@@ -432,12 +432,13 @@ def _loop_works(threads: int) -> dict[tuple[str, str], Work]:
     works, seconds = {}, stopwatch("cpu")
     for name, loop in LOOPS.items():
         some = 100_000
-        done = peak_loop(loop, some, threads)
+        done = peak_loop(loop=loop, iterations=some, threads=threads)
         if done == 0 or (name == "bfloat16" and not _cpu_has_bfloat16()):  # computed in float32 there
             continue
-        once_s = min(seconds(functools.partial(peak_loop, loop, some, threads)) for _ in range(3))
+        run = functools.partial(peak_loop, loop=loop, threads=threads)
+        once_s = min(seconds(functools.partial(run, iterations=some)) for _ in range(3))
         iterations = max(1, round(some * WINDOW_S / once_s))
-        works[name, "loop"] = functools.partial(peak_loop, loop, iterations, threads), done / some * iterations
+        works[name, "loop"] = functools.partial(run, iterations=iterations), done / some * iterations
     return works
 
 
@@ -459,7 +460,8 @@ def _stream_work(
 
     def stream() -> None:  # holds `buffer`: an address alone would let it be freed
         base = -(-buffer.data_ptr() // 64) * 64
-        peak_stream(base, stride, stream_bytes, reads, writes, updates, past_caches, threads)
+        peak_stream(base=base, stride=stride, bytes=stream_bytes, reads=reads, writes=writes, updates=updates,
+                    past_caches=past_caches, threads=threads)  # fmt: skip
 
     return stream, float((reads + writes) * stream_bytes)
 

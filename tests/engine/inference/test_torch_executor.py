@@ -183,11 +183,11 @@ def test_gpu_kernels_decode_a_sequence_to_the_same_bits_in_any_batch(name, plant
 
     In float32, which shows an order of sums; on a GPU the kernel of few rows is for half precision only.
     """
-    few_rows = pytest.importorskip("peakgpt.kernels.gpu.gemm.skinny_gemm")
-    monkeypatch.setattr(few_rows, "MOST_ROWS", {("sm_80", "fp32"): few_rows.ROWS})
+    skinny_gemm = pytest.importorskip("peakgpt.kernels.gpu.gemm.skinny_gemm")
+    monkeypatch.setattr(skinny_gemm, "MAX_ROWS", {("sm_80", "fp32"): skinny_gemm.ROWS})
     if planted:
-        cut = replace(few_rows.FLOAT32, SLICES=2, BLOCK_K=16)
-        monkeypatch.setattr(few_rows, "_tile", lambda x, outputs: few_rows.FLOAT32 if len(x) == 1 else cut)
+        cut = replace(skinny_gemm.FLOAT32, SLICES=2, BLOCK_K=16)
+        monkeypatch.setattr(skinny_gemm, "_tile", lambda x, outputs: skinny_gemm.FLOAT32 if len(x) == 1 else cut)
     model, texts = model_of(name, n_layer=1, n_head=2, block_size=64, vocab_size=33), torch.randint(33, (3, 4))
     past, tables = (3, 0, 0), ([2], [3], [1])
     with use_backend("gpu"):
@@ -212,9 +212,9 @@ def test_number_of_kernels_of_a_decoding_step(monkeypatch):
     model_executor = TorchExecutor(small("gpt2").bfloat16(), 2)
     with use_backend("gpu"):
         model_executor.step([Chunk([i], 0, [i]) for i in range(2)])
-    layer = {"few_rows_fwd": 4, "layernorm_fwd": 2, "cache_store": 1, "attention_decode_parts": 1,
+    layer = {"skinny_gemm_fwd": 4, "norm_fwd": 2, "cache_store": 1, "attention_decode_parts": 1,
              "attention_decode_merge": 1}  # fmt: skip
-    assert launched == Counter(layer) + Counter(["embedding_fwd", "layernorm_fwd", "few_rows_fwd"])
+    assert launched == Counter(layer) + Counter(["embedding_fwd", "norm_fwd", "skinny_gemm_fwd"])
 
 
 @torch.no_grad()
