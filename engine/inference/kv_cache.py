@@ -2,7 +2,7 @@
 
     ContiguousKVCache   (L, B, capacity, K, D)                torch ops, sequences of equal length
     PagedKVCache        (L, num_blocks, BLOCK_TOKENS, K, D)   torch ops; int8 with scales if asked
-    ProgramKVCache      bytes                                 C++ program; the layout is in csrc/attention/cache_attention.h
+    ProgramKVCache      bytes                                 C++ program; layout in csrc/attention/cache_attention.h
 
 `BlockPool` decides which sequence owns which block.
 """

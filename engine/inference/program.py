@@ -1,4 +1,4 @@
-"""A model's forward pass as one C++ program on the CPU (csrc/program/program.cpp): one call a step, weights packed once.
+"""A model's forward pass as one C++ program on the CPU (csrc/program/program.cpp): one call a step, packed weights.
 
 The instructions follow the blocks of engine/model/layers.py, by the same config. In the last block, all that follows
 attention is computed only for the rows whose logits are needed: a prompt of T tokens saves most of one layer in L.
@@ -21,7 +21,6 @@ from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 from peakgpt.kernels.cpu.memory import streamed
 from peakgpt.kernels.ops.attention import default_scale
 from peakgpt.kernels.ops.quantize import BLOCK
-
 
 NONE, LOGITS = -1, -1  # instead of a buffer's number
 
