@@ -83,7 +83,7 @@ class PeakGPT(TemplateLM):
         for output in self._engine.outputs():
             if output.error:
                 raise output.error
-            pieces.setdefault(output.request, []).append(output.text)
+            pieces.setdefault(output.request_id, []).append(output.text)
         texts = [
             postprocess_generated_text("".join(pieces.get(number, ())), until, None) for number, until in submitted
         ]

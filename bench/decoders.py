@@ -19,8 +19,8 @@ from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.gguf_gpt import llama_decoder
 from peakgpt.bench.graphs import onnxruntime_decoder, openvino_decoder
 from peakgpt.bench.models import Contender, ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
-from peakgpt.engine.inference.block_pool import BLOCK
-from peakgpt.engine.inference.stepper import CachedStepper
+from peakgpt.engine.inference.block_pool import blocks_for
+from peakgpt.engine.inference.decoder import ContiguousDecoder
 from peakgpt.engine.model.config import GPTConfig
 
 Continue = Callable[[], Tensor]  # -> (streams, tokens) int64
@@ -42,11 +42,11 @@ class Case:
 def _ours(group: int, state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
     from peakgpt.engine.inference.engine import Engine, SamplingParams  # needs tokenizers
 
-    blocks = case.streams * -(-(case.prompt + case.tokens) // BLOCK)
+    blocks = case.streams * blocks_for(case.prompt + case.tokens)
     # As many prompts as there are blocks for: what was computed for one run is given up before the next.
     engine = Engine(our_model(state, config, form, group), blocks=blocks)
-    if engine.runner_note:
-        raise ValueError(f"decode: peakgpt runs {engine.runner_note}")
+    if engine.executor_note:
+        raise ValueError(f"decode: peakgpt runs {engine.executor_note}")
     params = SamplingParams(temperature=0.0, max_tokens=case.tokens)
 
     def run() -> Tensor:
@@ -54,7 +54,7 @@ def _ours(group: int, state, config: GPTConfig, ids: Tensor, case: Case, form: s
         for output in engine.outputs():
             if output.error:
                 raise output.error
-            texts[output.request] += output.tokens
+            texts[output.request_id] += output.token_ids
         return torch.tensor(list(texts.values()))
 
     return run
@@ -66,10 +66,10 @@ def _ops(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Contin
 
     @torch.inference_mode()
     def run() -> Tensor:
-        step = CachedStepper(model, len(ids), case.prompt + case.tokens, None)
-        tokens = [step(ids).argmax(-1)]
+        decoder = ContiguousDecoder(model, len(ids), case.prompt + case.tokens)
+        tokens = [decoder.step(ids).argmax(-1)]
         for _ in range(case.tokens - 1):
-            tokens.append(step(tokens[-1][:, None]).argmax(-1))
+            tokens.append(decoder.step(tokens[-1][:, None]).argmax(-1))
         return torch.stack(tokens, 1)
 
     return run

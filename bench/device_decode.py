@@ -22,9 +22,10 @@ from peakgpt.bench.eager_gpt import EagerGPT
 from peakgpt.bench.ops import OnFailure, agree, raise_it
 from peakgpt.bench.prefill import work_flops
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.inference.block_pool import BLOCK, Chunk
-from peakgpt.engine.inference.ops_runner import runner_for
-from peakgpt.engine.inference.stepper import PAYS, stepper
+from peakgpt.engine.inference.block_pool import blocks_for
+from peakgpt.engine.inference.chunk import Chunk
+from peakgpt.engine.inference.decoder import make_decoder
+from peakgpt.engine.inference.executor import MIN_PACKED_TOKENS, make_executor
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.hardware.clock import Result, interleave
 from peakgpt.kernels.hardware.device import Peak, peak_for
@@ -38,12 +39,12 @@ ROUNDS = 20
 
 
 def _ours(model: GPT, ids: Tensor, case: Case) -> Begin:
-    step = stepper(model, len(ids), case.prompt + case.tokens, max(case.tokens, PAYS), None)
-    step(ids)
+    decoder = make_decoder(model, len(ids), case.prompt + case.tokens, max(case.tokens, MIN_PACKED_TOKENS))
+    decoder.step(ids)
 
     def begin() -> Step:
-        step.rewind(case.prompt)
-        return lambda token: step(token[:, None])
+        decoder.rewind(case.prompt)
+        return lambda token: decoder.step(token[:, None])
 
     return begin
 
@@ -178,9 +179,9 @@ def compare_first_token(config: GPTConfig, tokens: int, device: torch.device, *,
         ValueError: our logits are not eager's.
     """
     model, ids = _random(config, device), torch.randint(config.vocab_size, (1, tokens), device=device)
-    blocks, eager = range(-(-tokens // BLOCK)), _plain(EagerGPT, model)
-    runner, host = runner_for(model, len(blocks)), ids[0].tolist()
-    ours = lambda: runner.step([Chunk(host, 0, blocks)])  # noqa: E731
+    blocks, eager = range(blocks_for(tokens)), _plain(EagerGPT, model)
+    executor, host = make_executor(model, len(blocks)), ids[0].tolist()
+    ours = lambda: executor.step([Chunk(host, 0, blocks)])  # noqa: E731
     theirs = lambda: eager(ids, past=[[] for _ in range(config.n_layer)])[:, -1]  # noqa: E731
     agree("first token: peakgpt", [ours()], [theirs()], torch.bfloat16)
     contenders = {"peakgpt": lambda: int(ours().argmax()), "eager": lambda: int(theirs().argmax())}

@@ -34,7 +34,7 @@ from peakgpt.bench.decoders import Case, our_model
 from peakgpt.bench.findings import OURS, Findings
 from peakgpt.bench.streams import start
 from peakgpt.bench.worker import Worker
-from peakgpt.engine.inference.block_pool import BLOCK
+from peakgpt.engine.inference.block_pool import BLOCK_TOKENS
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import preset
 from peakgpt.kernels.cpu.memory import keep_pages
@@ -127,7 +127,7 @@ def compare_serving(config: GPTConfig, case: Case, dtype: str, *, seconds: float
 
 
 def blocks_for(case: Case) -> int:
-    return case.streams * -(-(case.prompt + case.tokens) // BLOCK)
+    return case.streams * -(-(case.prompt + case.tokens) // BLOCK_TOKENS)
 
 
 def made_up_tokenizer(vocab_size: int):

@@ -8,8 +8,8 @@ import time
 
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.inference.block_pool import CACHES
 from peakgpt.engine.inference.engine import Engine, SamplingParams
+from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
 from peakgpt.engine.inference.prompt_file import read_prompt
 from peakgpt.engine.inference.speculative import DraftModel, PromptLookup, Speculation
 from peakgpt.engine.training.trainer import best_dtype
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speculate", metavar="DRAFT",
                         help=f'the same text sooner: "{LOOKUP}" looks up repeated words, a checkpoint folder is a '
                         "draft model with the same tokenizer; prints the speed-up over doing without")  # fmt: skip
-    parser.add_argument("--cache", choices=CACHES, help="keep keys and values in bytes: half of bfloat16's memory")
+    parser.add_argument("--cache", choices=CACHE_DTYPES, help="int8 keys and values: half of bfloat16's memory")
     parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
 
 
@@ -64,8 +64,8 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: in
     sys.stdout.write(prompt)
     pieces, tokens, rate = _timed(engine, ids, params, sys.stdout)
     sys.stdout.write(f"\n\n[{len(tokens)} token{'s' * (len(tokens) != 1)}, {rate:.0f} tokens/s]\n")
-    if engine.runner_note:
-        sys.stdout.write(f"[{engine.runner_note}]\n")
+    if engine.executor_note:
+        sys.stdout.write(f"[{engine.executor_note}]\n")
     if speculation:
         _, plain, plain_rate = _timed(Engine(model, tokenizer, streams=1, cache=cache), ids, params, None)
         same = "the same" if plain == tokens else "NOT THE SAME"
@@ -79,7 +79,7 @@ def _timed(engine: Engine, ids: list[int], params: SamplingParams, out) -> tuple
     pieces, tokens, start = [], [], time.perf_counter()
     for output in engine.stream(ids, params):
         pieces.append(output.text)
-        tokens += output.tokens
+        tokens += output.token_ids
         if out:
             out.write(output.text)
             out.flush()

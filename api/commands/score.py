@@ -12,7 +12,7 @@ from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.evaluation.zero_shot import ZeroShot
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.inference.block_pool import CACHES
+from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
 from peakgpt.engine.training.trainer import best_dtype
 from peakgpt.kernels.hardware.device import choose_device
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, help="tokens seen at once (default: what the model takes)")
     parser.add_argument("--stride", type=int, help="tokens scored by each window (default: half of it)")
     parser.add_argument("--dtype", choices=("float32", "best"), default="float32")
-    parser.add_argument("--cache", choices=CACHES, help="keep keys and values in bytes, as `peakgpt serve` may")
+    parser.add_argument("--cache", choices=CACHE_DTYPES, help="keep keys and values in bytes, as `peakgpt serve` may")
     parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
 
 

@@ -13,9 +13,10 @@ import torch
 
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.inference.block_pool import BLOCK, CACHES
-from peakgpt.engine.inference.cache_size import SHARE, TYPICAL
+from peakgpt.engine.inference.block_pool import BLOCK_TOKENS
+from peakgpt.engine.inference.cache_size import MEMORY_SHARE, TYPICAL_TOKENS
 from peakgpt.engine.inference.engine import STREAMS, Engine
+from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
 from peakgpt.kernels.cpu.memory import keep_pages
 
 KEY = "PEAKGPT_API_KEY"
@@ -28,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="that clients call the model by (default: the folder's name)")
     parser.add_argument("--api-key-file", type=Path, help=f"file with the key that clients send (or ${KEY})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--blocks", type=int, help=f"of the cache, {BLOCK} tokens each (default: {STREAMS} texts "
-                        f"of {TYPICAL} tokens, in at most {SHARE:.0%}% of the free memory)")  # fmt: skip
-    parser.add_argument("--cache", choices=CACHES, help="keep keys and values in bytes: half of bfloat16's memory")
+    parser.add_argument("--blocks", type=int, help=f"of {BLOCK_TOKENS} tokens of the cache (default: {STREAMS} texts "
+                        f"of {TYPICAL_TOKENS} tokens, in at most {MEMORY_SHARE:.0%}% of the free memory)")  # fmt: skip
+    parser.add_argument("--cache", choices=CACHE_DTYPES, help="int8 keys and values: half of bfloat16's memory")
 
 
 def run(args: argparse.Namespace) -> int:

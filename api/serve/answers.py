@@ -54,7 +54,7 @@ class Answer:
     def part(self, number: int, output: Output) -> dict[str, Any]:
         """What one output adds to a choice: index, text, logprobs, finish_reason."""
         index = number * self.asked.n + output.index
-        self.completion_tokens += len(output.tokens)
+        self.completion_tokens += len(output.token_ids)
         if output.prompt_logprobs is not None:
             self.told_prompt[number] = output.prompt_logprobs
         first, text = index not in self.begun, output.text
@@ -63,12 +63,13 @@ class Answer:
         if output.logprobs is not None:
             shown = output.logprobs
             # The id that ended the text is told of completions, as OpenAI does: lm-eval takes the last one as new.
-            if self.asked.chat and isinstance(output.stopped_by, int):
+            if self.asked.chat and isinstance(output.stop_reason, int):
                 shown = shown[:-1]
             logprobs = self._chat_logprobs(shown) if self.asked.chat else self._logprobs(index, number, shown, first)
         if first and self.asked.echo:
             text = self.texts[number] + text
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": output.finish and _reason(output)}
+        reason = output.finish_reason and _reason(output)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, index: int, number: int, found: tuple[TokenLogprob, ...], first: bool) -> dict[str, list]:
         made = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -97,7 +98,7 @@ class Answer:
 
 
 def _reason(output: Output) -> str:
-    return "length" if output.finish == "length" else "stop"
+    return "length" if output.finish_reason == "length" else "stop"
 
 
 def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Outputs:
         if not self.left:
             raise StopAsyncIteration
         found, self.held = self.held or await self._next(), None
-        self.left -= found[1].finish is not None
+        self.left -= found[1].finish_reason is not None
         return found
 
     async def _next(self) -> tuple[int, Output]:

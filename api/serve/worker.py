@@ -95,13 +95,13 @@ class Worker(threading.Thread):
             return
         events = []
         for output in outputs:
-            job = self.jobs.get(output.request)
+            job = self.jobs.get(output.request_id)
             if job and output.error:
-                log.error("request %d failed", output.request, exc_info=output.error)
+                log.error("request %d failed", output.request_id, exc_info=output.error)
                 self._cancel(job)
                 events.append((job, RuntimeError(f"the engine failed: {type(output.error).__name__}")))
             elif job:
-                events.append((job, (job.numbers[output.request], output)))
+                events.append((job, (job.numbers[output.request_id], output)))
         self._tell(events)
 
     def _tell(self, events: list[tuple[Job, Any]]) -> None:

@@ -305,7 +305,7 @@ def test_a_failing_request_leaves_others_alone(running, monkeypatch):
     thread.join()
     assert found == [expected]
     with monkeypatch.context() as patched:
-        patched.setattr(running.engine.runner, "step", lambda chunks: 1 / 0)
+        patched.setattr(running.engine.executor, "step", lambda chunks: 1 / 0)
         status, answer = running.ask("/v1/completions", CANARY)
     assert status == 500 and answer["error"]["type"] == "server_error"
     assert running.ask("/v1/completions", CANARY)[1]["choices"] == expected and running.idle() == 40
@@ -388,7 +388,7 @@ def fuzz(running, count):
     one()
     assert seen.count(200) > count / 20 and seen.count(400) > count / 20
     assert running.ask("/v1/completions", CANARY)[1]["choices"] == first
-    assert running.idle() == 40 and not running.server.worker.jobs and not running.engine.running
+    assert running.idle() == 40 and not running.server.worker.jobs and not running.engine.scheduler.running
     return asked
 
 

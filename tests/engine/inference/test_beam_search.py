@@ -1,6 +1,7 @@
-"""Beam search: transformers' texts, by ops and by the CPU program.
+"""Beam search gives transformers' sequences, by torch ops and by the C++ program.
 
-Mutations seen to fail: no length penalty, texts kept after the search is over, beams that share a block not yet full.
+Mutations that these tests detect: no length penalty; sequences added after the search ended; beams that share a block
+that is not full.
 """
 
 import itertools
@@ -38,7 +39,7 @@ def theirs(model, count, beams, stop, penalty, early):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-def test_text_is_transformers(pair, backend):
+def test_beam_search_gives_transformers_sequences(pair, backend):
     model, reference = pair
     many, free = 2 if backend == "eager" else 3, theirs(reference, 12, 4, (), 1.0, False)[:, 5:]
     stops = (), (int(free[0, 6]),), (int(free[1, 4]), int(free[0, 8]), 33)  # that some texts come to
@@ -48,24 +49,29 @@ def test_text_is_transformers(pair, backend):
             if early and not stop:
                 continue  # nothing ends early
             expected = theirs(reference, 12, many, stop, penalty, early)
-            ours = model.generate(PROMPT, max_new_tokens=12, beams=many, stop=stop, length_penalty=penalty,
+            ours = model.generate(PROMPT, max_new_tokens=12, num_beams=many, eos_token_id=stop, length_penalty=penalty,
                                   early_stopping=early)  # fmt: skip
             assert torch.equal(ours, expected), (many, stop, penalty, early)
             lengths.add(ours.shape[1])
     assert len(lengths) > 2, "texts that all end alike prove little"
 
 
-def test_long_beams_over_many_blocks(pair):
+def test_beams_longer_than_a_block_give_transformers_sequences(pair):
     model, reference = pair
     expected = theirs(reference, 90, 3, (), 1.0, False)
-    assert torch.equal(model.generate(PROMPT, max_new_tokens=90, beams=3), expected)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=90, num_beams=3), expected)
 
 
-def test_bad_options_are_refused(pair):
-    with pytest.raises(ValueError, match=r"beams is 0 .* expected at least 1"):
-        pair[0].generate(PROMPT, beams=0)
+def test_bad_or_ignored_options_are_rejected(pair):
+    with pytest.raises(ValueError, match=r"num_beams is 0 .* expected at least 1"):
+        pair[0].generate(PROMPT, num_beams=0)
     with pytest.raises(ValueError, match="early_stopping 'soon'"):
-        pair[0].generate(PROMPT, beams=2, early_stopping="soon")
+        pair[0].generate(PROMPT, num_beams=2, early_stopping="soon")
     for option in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}):
-        with pytest.raises(ValueError, match=rf"got {next(iter(option))} with beams 2, expected none"):
-            pair[0].generate(PROMPT, beams=2, **option)
+        with pytest.raises(ValueError, match=rf"got {next(iter(option))} .* without do_sample=True"):
+            pair[0].generate(PROMPT, num_beams=2, **option)
+        with pytest.raises(ValueError, match=r"got do_sample=True with num_beams 2, expected one of the two"):
+            pair[0].generate(PROMPT, num_beams=2, do_sample=True, **option)
+    for option in ({"length_penalty": 2.0}, {"early_stopping": True}):
+        with pytest.raises(ValueError, match="with num_beams 1, expected more beams"):
+            pair[0].generate(PROMPT, **option)

@@ -1,7 +1,7 @@
-"""The engine: each request gets the same text whatever runs beside it, in whatever pieces, with whatever cache.
+"""Engine: the output of a request does not depend on the batch, the chunks or the cache, to the last bit.
 
-Mutations seen to fail: one uniform number for a whole draft, a prompt that is wholly known and takes no step,
-blocks that cancel does not release, an error in one row's choice that ends the step.
+Mutations that these tests detect: one uniform number for a whole draft; a fully cached prompt that takes no step;
+cancel that leaks blocks; an error in sampling one row that ends the whole step.
 """
 
 import copy
@@ -12,7 +12,8 @@ import torch
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
-from peakgpt.engine.inference.runner import Runner
+from peakgpt.engine.inference.program_executor import ProgramExecutor
+from peakgpt.engine.inference.scheduler import Scheduler
 from peakgpt.engine.inference.speculative import DraftModel, PromptLookup
 from peakgpt.engine.inference.text_stream import TextStream
 from peakgpt.engine.model.config import GPTConfig
@@ -34,11 +35,11 @@ def collect(engine, finish=None):
     """(request, index) -> (tokens, log-probabilities)."""
     got = {}
     for o in engine.outputs():
-        tokens, logprobs = got.setdefault((o.request, o.index), ([], []))
-        tokens += o.tokens
+        tokens, logprobs = got.setdefault((o.request_id, o.index), ([], []))
+        tokens += o.token_ids
         logprobs += [(lp.logprob, lp.top) for lp in o.logprobs or ()]
-        if finish is not None and o.finish:
-            finish[o.request, o.index] = o.finish
+        if finish is not None and o.finish_reason:
+            finish[o.request_id, o.index] = o.finish_reason
     return got
 
 
@@ -73,9 +74,9 @@ ALONE: dict[tuple, tuple[GPT, dict]] = {}  # with the model, whose id must stay 
 
 
 def expect_the_same(model, options, tokens=60):
-    """Each text and log-probability of a crowd is what it is alone, to the last bit."""
+    """Each output of a batch, log-probabilities included, has the bits that it has alone."""
     engine = Engine(model, **options)
-    assert not engine.runner_note
+    assert not engine.executor_note
     asked = [(ids, params_of(i, n=1 + i % 2, max_tokens=tokens)) for i, ids in enumerate(prompts(6, shared=150))]
     for ids, params in asked:
         engine.submit(ids, params)
@@ -83,7 +84,7 @@ def expect_the_same(model, options, tokens=60):
     for i, (ids, params) in enumerate(asked):
         for index, expected in alone(model, ids, params, options.get("cache")).items():
             assert got[i, index] == expected
-    assert engine.pool.free_blocks == engine.pool.blocks and not any(engine.pool.uses)
+    assert engine.pool.free_blocks == engine.pool.num_blocks and not any(engine.pool.ref_counts)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def expect_the_same(model, options, tokens=60):
     [{}, {"budget": 9}, {"blocks": 9}, {"streams": 2}, {"blocks": 5, "budget": 30}],
     ids=["together", "chunked", "preempted", "two at a time", "cramped"],
 )
-def test_same_text_whatever_else_runs(model, options):
+def test_output_has_the_same_bits_alone_batched_chunked_and_preempted(model, options):
     expect_the_same(model, options)
 
 
@@ -100,64 +101,68 @@ def test_same_text_whatever_else_runs(model, options):
     [(None, None), (Format(8), None), (Format(4, 32), None), (Format(4, 64), None), (None, "int8")],
     ids=str,
 )
-def test_same_text_in_bfloat16_small_weights_and_a_small_cache(model, form, cache):
-    """In one crowd prompts are cut, found by their prefix and preempted."""
+def test_output_has_the_same_bits_with_quantized_weights_and_int8_cache(model, form, cache):
+    """In one batch prompts are chunked, reuse prefixes and are preempted."""
     small = copy.deepcopy(model).bfloat16()
     if form:
         small = restore(small, quantize_state(model.state_dict(), form), form, torch.bfloat16)
     expect_the_same(small, {"cache": cache}, tokens=30)
     expect_the_same(small, {"blocks": 9, "budget": 30, "cache": cache}, tokens=30)
     ids = prompts(1)[0] * 2
-    texts = [[t for o in engine.stream(ids, params_of(0)) for t in o.tokens]
-             for engine in (Engine(small, cache=cache), Engine(small, speculation=PromptLookup(), cache=cache))]
+    texts = [
+        [t for o in engine.stream(ids, params_of(0)) for t in o.token_ids]
+        for engine in (Engine(small, cache=cache), Engine(small, speculation=PromptLookup(), cache=cache))
+    ]
     assert texts[0] == texts[1] and len(set(texts[0])) > 3
 
 
-def test_the_check_is_not_blind(model, monkeypatch):
-    """A pass over several sequences that rounds otherwise, by one part in a million."""
-    was = Runner.step
-    monkeypatch.setattr(Runner, "step", lambda self, chunks: was(self, chunks) * (1.0 + (len(chunks) > 1) * 2.0**-20))
+def test_bit_check_detects_a_batch_dependent_rounding(model, monkeypatch):
+    """Plant a relative difference of 1e-6 in steps with more than one chunk."""
+    was = ProgramExecutor.step
+    monkeypatch.setattr(
+        ProgramExecutor, "step", lambda self, chunks: was(self, chunks) * (1.0 + (len(chunks) > 1) * 2.0**-20)
+    )
     with pytest.raises(AssertionError):
         expect_the_same(model, {})
 
 
-def test_the_crowd_is_really_preempted_and_really_shares(model, monkeypatch):
-    """Else the test above would prove nothing."""
+def test_bit_check_covers_preemption_and_prefix_reuse(model, monkeypatch):
+    """Otherwise the bit check would prove nothing about them."""
     seen = []
 
     def spy(name):
-        was = getattr(Engine, name)
+        was = getattr(Scheduler, name)
 
         def spied(self, sequence):
-            unfinished = len(sequence.tokens) < sequence.limit
+            unfinished = len(sequence.token_ids) < sequence.max_length
             result = was(self, sequence)
-            seen.append((name, unfinished, sequence.computed))
+            seen.append((name, unfinished, sequence.num_computed))
             return result
 
-        monkeypatch.setattr(Engine, name, spied)
+        monkeypatch.setattr(Scheduler, name, spied)
 
-    spy("_release")
+    spy("release")
     spy("_admit")
     engine = Engine(model, blocks=9)
     for i, ids in enumerate(prompts(6)):
         engine.submit(ids, params_of(i))
     collect(engine)
-    assert any(name == "_release" and unfinished for name, unfinished, _ in seen)
+    assert any(name == "release" and unfinished for name, unfinished, _ in seen)
     assert any(name == "_admit" and computed == 64 for name, _, computed in seen)
 
 
-def test_a_prompt_that_is_wholly_known(model):
-    """Two full blocks: the second one is computed again, for the logits of its last token."""
+def test_fully_cached_prompt_recomputes_its_last_block(model):
+    """The prompt fills two blocks: the second one is recomputed, for the logits of its last token."""
     ids, engine = prompts(1, shared=127)[0], Engine(model)
     assert len(ids) == 128
-    texts = [[o.tokens for o in engine.stream(ids, params_of(1))] for _ in range(3)]
+    texts = [[o.token_ids for o in engine.stream(ids, params_of(1))] for _ in range(3)]
     assert len(texts[0]) == 60 and texts[0] == texts[1] == texts[2]
 
 
-def test_greedy_is_the_models(model):
+def test_greedy_output_is_the_models_argmax(model):
     ids = prompts(1)[0]
     engine = Engine(model)
-    tokens = [t for o in engine.stream(ids, SamplingParams(temperature=0, max_tokens=50)) for t in o.tokens]
+    tokens = [t for o in engine.stream(ids, SamplingParams(temperature=0, max_tokens=50)) for t in o.token_ids]
     reference = torch.tensor([ids])
     with torch.no_grad():
         for token in tokens:
@@ -167,18 +172,18 @@ def test_greedy_is_the_models(model):
 
 
 @pytest.mark.parametrize(("prompt", "budget", "steps"), [(20, 256, 1), (36, 40, 1), (37, 40, 2), (100, 40, 3)])
-def test_the_first_token_comes_with_the_prompts_last_step(model, prompt, budget, steps):
-    """Who comes while four texts run waits for none of them, and they for no prompt: it takes what a step has left."""
+def test_first_token_comes_with_the_last_step_of_the_prompt(model, prompt, budget, steps):
+    """A prompt takes the budget that four decoding sequences leave; it does not delay them."""
     engine = Engine(model, budget=budget)
     others = [engine.submit([i], params_of(0, max_tokens=60)) for i in range(4)]
     engine.step()
     late = engine.submit(prompts(1, shared=prompt - 1)[0], params_of(1))
     for step in range(1, steps + 1):
-        told = [output.request for output in engine.step() if output.tokens]
+        told = [output.request_id for output in engine.step() if output.token_ids]
         assert sorted(told) == [*others, late][: 4 + (step == steps)], f"step {step}"
 
 
-def test_cancel_frees(model):
+def test_cancel_frees_blocks_of_its_request_only(model):
     engine = Engine(model, blocks=12)
     first, second = (engine.submit(ids, params_of(0, n=2)) for ids in prompts(2))
     for _ in range(5):
@@ -213,11 +218,11 @@ def test_prompt_logprobs_are_the_models_own_from_their_first_position_on(model):
         best = torch.tensor([[p for _, p in lp.top] for lp in got]).view(len(got), top)
         torch.testing.assert_close(best, log_p[start:].topk(top).values, rtol=1e-4, atol=1e-4)
         assert all(len(lp.top) == 2 for o in outputs for lp in o.logprobs)
-        assert sum(len(o.tokens) for o in outputs) == limit and outputs[-1].finish == "length"
+        assert sum(len(o.token_ids) for o in outputs) == limit and outputs[-1].finish_reason == "length"
 
 
 class Failing:
-    """Something of one sequence that raises whatever it is asked."""
+    """A part of a sequence that raises on every use."""
 
     def __getattr__(self, name):
         raise RuntimeError("planted")
@@ -229,88 +234,90 @@ class Failing:
 def crowd(engine, count=5):
     for i, ids in enumerate(prompts(count)):
         engine.submit(ids, params_of(i, max_tokens=12))
-    return {s.request.id: s for s in engine.waiting}
+    return {s.request.request_id: s for s in engine.scheduler.waiting}
 
 
 def expect_one_ended(model, engine, failed):
-    """Everybody but `failed` gets what it gets alone; returns the error."""
+    """Check that all sequences except `failed` have the output that they have alone; return the error."""
     outputs = list(engine.outputs())
     (ended,) = (o for o in outputs if o.error)
-    assert ended.request == failed and ended.finish == "error" and not engine.has_work
+    assert ended.request_id == failed and ended.finish_reason == "error" and not engine.has_work
     for i, ids in enumerate(prompts(5)):
         if i != failed:
-            texts = [list(o.tokens) for o in outputs if o.request == i]
+            texts = [list(o.token_ids) for o in outputs if o.request_id == i]
             assert [t for text in texts for t in text] == alone(model, ids, params_of(i, max_tokens=12))[0][0]
-    assert engine.pool.free_blocks == engine.pool.blocks and not any(engine.pool.uses)
+    assert engine.pool.free_blocks == engine.pool.num_blocks and not any(engine.pool.ref_counts)
     return ended.error
 
 
-@pytest.mark.parametrize("part", ["uniforms", "choices", "text"])
-def test_who_fails_ends_alone(model, part):
+@pytest.mark.parametrize("part", ["uniforms", "choices", "text_stream"])
+def test_error_in_one_sequence_ends_only_that_sequence(model, part):
     engine = Engine(model)
     setattr(crowd(engine)[1], part, Failing())
     assert "planted" in str(expect_one_ended(model, engine, 1))
     with pytest.raises(RuntimeError, match="planted"):
         stream = engine.stream([1, 2, 3], params_of(1))
-        setattr(engine.waiting[0], part, Failing())
+        setattr(engine.scheduler.waiting[0], part, Failing())
         list(stream)
     assert len(list(engine.stream([1, 2, 3], params_of(1)))) == 60, "the engine goes on"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("failed", range(len(KINDS)), ids=["greedy", "top_k", "top_p", "whole"])
-def test_logits_that_are_no_numbers_end_one(model, failed, value, monkeypatch):
-    """One number in one row, or all of them, after some tokens of text."""
+def test_nan_or_inf_logits_end_only_their_sequence(model, failed, value, monkeypatch):
+    """Plant it in one logit or in all logits of a row, after some output tokens."""
     for where in (50, slice(None)):
         engine = Engine(model)
-        was = engine.runner.step
+        was = engine.executor.step
         crowd(engine)
 
         def spoiled(chunks, engine=engine, was=was, where=where):
             logits = was(chunks)
-            for i, (sequence, _) in enumerate(engine._batch):
-                if sequence.request.id == failed and len(sequence.tokens) > sequence.prompt + 4 and len(logits) == 5:
+            owners = {id(s.block_table): s for s in engine.scheduler.running}
+            for i, sequence in enumerate(owners[id(chunk.block_table)] for chunk in chunks):
+                output = len(sequence.token_ids) - sequence.num_prompt
+                if sequence.request.request_id == failed and output > 4 and len(logits) == 5:
                     logits[i, where] = float(value)
             return logits
 
-        monkeypatch.setattr(engine.runner, "step", spoiled)
+        monkeypatch.setattr(engine.executor, "step", spoiled)
         error = expect_one_ended(model, engine, failed)
         assert isinstance(error, ArithmeticError) and "are no numbers" in str(error)
 
 
-def test_a_step_that_fails_ends_those_that_fail_alone(model, monkeypatch):
+def test_failed_step_ends_only_sequences_that_fail_alone(model, monkeypatch):
     engine = Engine(model)
-    was, crowded = engine.runner.step, []
+    was, crowded = engine.executor.step, []
     sequences = crowd(engine)
 
     def failing(chunks):
         crowded.append(len(chunks))
-        if any(chunk.blocks is sequences[2].blocks and chunk.past > 80 for chunk in chunks):
+        if any(chunk.block_table is sequences[2].block_table and chunk.past > 80 for chunk in chunks):
             raise MemoryError("planted")
         return was(chunks)
 
-    monkeypatch.setattr(engine.runner, "step", failing)
+    monkeypatch.setattr(engine.executor, "step", failing)
     assert isinstance(expect_one_ended(model, engine, 2), MemoryError)
     assert crowded[-1] > 1, "together again"
     crowd(engine)
-    monkeypatch.setattr(engine.runner, "step", lambda chunks: was(chunks) if len(chunks) == 1 else 1 / 0)
+    monkeypatch.setattr(engine.executor, "step", lambda chunks: was(chunks) if len(chunks) == 1 else 1 / 0)
     assert not any(o.error for o in engine.outputs()), "what only all together can not do"
 
 
-def test_speculation_that_fails_is_left_out(model):
+def test_failed_speculation_is_disabled_and_output_is_unchanged(model):
     class Broken(PromptLookup):
-        def propose(self, asks):
+        def propose(self, requests):
             raise RuntimeError("planted")
 
     ids, params = prompts(1)[0], params_of(0)
-    expected = [t for o in Engine(model).stream(ids, params) for t in o.tokens]
+    expected = [t for o in Engine(model).stream(ids, params) for t in o.token_ids]
     with pytest.warns(UserWarning, match="without speculation, which failed: RuntimeError"):
-        assert [t for o in Engine(model, speculation=Broken()).stream(ids, params) for t in o.tokens] == expected
+        assert [t for o in Engine(model, speculation=Broken()).stream(ids, params) for t in o.token_ids] == expected
 
 
 @pytest.fixture(scope="module")
 def other(model):
-    """Nearly the same weights: a draft that is sometimes right."""
+    """A draft model with nearly the same weights, so that some drafts are accepted."""
     torch.manual_seed(0)
     draft = GPT(model.config).eval()
     state = {name: t + 0.05 * torch.randn_like(t) for name, t in model.state_dict().items()}
@@ -319,7 +326,7 @@ def other(model):
 
 
 @pytest.mark.parametrize("kind", ["lookup", "draft", "draft with few blocks"])
-def test_speculation_changes_no_bit(model, other, kind):
+def test_speculation_gives_the_same_bits(model, other, kind):
     make = {"lookup": PromptLookup, "draft": lambda: DraftModel(other),
             "draft with few blocks": lambda: DraftModel(other, blocks=4)}[kind]  # fmt: skip
     proposed = 0
@@ -332,20 +339,20 @@ def test_speculation_changes_no_bit(model, other, kind):
                 engine.submit((ids * 2)[:170], params_of(i, max_tokens=50))
             results.append(collect(engine))
         assert results[0] == results[1]
-        assert engines[1].accepted <= engines[1].proposed and engines[1].pool.free_blocks == engines[1].pool.blocks
+        assert engines[1].accepted <= engines[1].proposed and engines[1].pool.free_blocks == engines[1].pool.num_blocks
         proposed += engines[1].proposed
         assert engines[1].accepted > 0
     assert proposed > 50
 
 
-def test_a_draft_with_another_vocabulary_is_refused(model):
+def test_draft_model_with_another_vocabulary_is_rejected(model):
     small = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=300, vocab_size=90))
     with pytest.raises(ValueError, match="draft has vocab_size 90, expected the model's 97"):
         Engine(model, speculation=DraftModel(small))
 
 
-def test_accepted_tokens_save_steps(model):
-    """A model is its own best draft: eight tokens a step."""
+def test_accepted_draft_tokens_save_steps(model):
+    """The model is its own draft model: all drafts are accepted, eight tokens a step."""
     params, ids = SamplingParams(temperature=0, max_tokens=81), prompts(1)[0]
     plain, quick = Engine(model), Engine(model, speculation=DraftModel(model))
     outputs = [list(engine.stream(ids, params)) for engine in (plain, quick)]
@@ -353,20 +360,20 @@ def test_accepted_tokens_save_steps(model):
     assert quick.accepted == quick.proposed == 70
 
 
-def test_choices(model):
+def test_choices_constrain_the_output(model):
     engine = Engine(model)
     choices = [(5, 6, 7), (5, 6, 8), (9,), (9, 4)]
     seen = set()
     for seed in range(40):
         params = SamplingParams(choices=choices, stop_token_ids=(0,), seed=seed, temperature=30.0)
-        tokens = tuple(t for o in engine.stream([1, 2, 3], params) for t in o.tokens)
+        tokens = tuple(t for o in engine.stream([1, 2, 3], params) for t in o.token_ids)
         seen.add(tokens)
     assert seen == {(5, 6, 7), (5, 6, 8), (9, 0), (9, 4)}
     # The likeliest choice, when only one token decides.
     with torch.no_grad():
         logits = model(torch.tensor([[1, 2, 3]]))[0, -1]
     (out,) = engine.stream([1, 2, 3], SamplingParams(choices=[(t,) for t in (11, 12, 13)], temperature=0))
-    assert out.tokens[0] == 11 + int(logits[11:14].argmax()) and out.finish == "stop"
+    assert out.token_ids[0] == 11 + int(logits[11:14].argmax()) and out.finish_reason == "stop"
     with pytest.raises(ValueError, match="begins another"):
         engine.submit([1], SamplingParams(choices=[(5,), (5, 6)]))
 
@@ -376,7 +383,7 @@ def tokenizer():
     return train_tokenizer(["der Bär läuft über die Brücke, 日本語もある " * 20], 300)
 
 
-def test_text_stops_before_a_string_that_spans_tokens(tokenizer: Tokenizer):
+def test_text_stops_before_a_stop_string_that_spans_tokens(tokenizer: Tokenizer):
     text = "über die Brücke läuft der Bär 日本語"
     cases = (((), text), (("Brücke",), "über die "), (("ke l", "Bär"), "über die Brüc"), (("nie", "語も"), text),
              (("ä", "Brücken"), "über die Brücke l"), (("ü",), ""))  # fmt: skip
@@ -397,21 +404,21 @@ def test_stop_strings_stop_ids_and_choices_end_the_text(model, tokenizer):
     engine = Engine(wide, tokenizer)
     ids, params = tokenizer.encode("der Bär"), {"seed": 5, "max_tokens": 60}
     outputs = list(engine.stream(ids, SamplingParams(**params)))
-    whole = tokenizer.decode([t for o in outputs for t in o.tokens])
-    assert "".join(o.text for o in outputs) == whole and outputs[-1].finish == "length"
+    whole = tokenizer.decode([t for o in outputs for t in o.token_ids])
+    assert "".join(o.text for o in outputs) == whole and outputs[-1].finish_reason == "length"
     stop = next(whole[i : i + 3] for i in range(20, 60) if whole[i : i + 3] not in whole[: i + 2])
     outputs = list(engine.stream(ids, SamplingParams(**params, stop=("never there", stop))))
     assert "".join(o.text for o in outputs) == whole[: whole.index(stop)]
-    assert outputs[-1].finish == "stop" and outputs[-1].stopped_by == stop
-    token = outputs[3].tokens[0]
+    assert outputs[-1].finish_reason == "stop" and outputs[-1].stop_reason == stop
+    token = outputs[3].token_ids[0]
     outputs = list(engine.stream(ids, SamplingParams(**params, stop_token_ids=(token,))))
-    assert outputs[-1].stopped_by == outputs[-1].tokens[-1] == token and outputs[-1].finish == "stop"
+    assert outputs[-1].stop_reason == outputs[-1].token_ids[-1] == token and outputs[-1].finish_reason == "stop"
     params = SamplingParams(choices=["über", "日本"], temperature=0)
     assert "".join(o.text for o in engine.stream(ids, params)) in ("über", "日本")
 
 
-def test_ids_behind_the_tokenizers_vocabulary(tokenizer):
-    """Models have rows of padding there; one that is chosen must not end everybody's step."""
+def test_token_outside_the_tokenizer_becomes_a_replacement_character(tokenizer):
+    """A model's vocabulary may be padded; sampling such a token must not fail the step."""
     size = tokenizer.vocab_size
     stream = TextStream(tokenizer)
     assert stream.feed(size) + stream.feed(tokenizer.encode("a")[0]) + stream.finish() == "\ufffda"
@@ -425,13 +432,13 @@ def test_ids_behind_the_tokenizers_vocabulary(tokenizer):
         ([97], {}, "prompt has id 97, expected 0 to vocab_size 97 - 1"),
         ([1], {"stop_token_ids": (-1,)}, "stop_token_ids has id -1"),
         ([1], {"logit_bias": {100: 1.0}}, "logit_bias has id 100"),
-        ([1], {"choices": ((3, 99),)}, "choices have id 99"),
-        ([1], {"choices": ("yes",)}, "choice 'yes', expected ids where there is no tokenizer"),
+        ([1], {"choices": ((3, 99),)}, "choices has id 99"),
+        ([1], {"choices": ("yes",)}, "choice 'yes', expected token ids without a tokenizer"),
         ([1], {"stop": ("x",)}, "expected none without a tokenizer"),
-        ([1], {"max_tokens": 280}, "up to 281 tokens, expected at most 256, which the cache has room for"),
+        ([1], {"max_tokens": 280}, "up to 281 tokens, expected at most 256, the cache's size"),
     ],
 )
-def test_bad_requests_are_refused(model, ids, options, message):
+def test_bad_requests_are_rejected(model, ids, options, message):
     engine = Engine(model, blocks=4)
     with pytest.raises(ValueError, match=message):
         engine.submit(ids, SamplingParams(**options))
@@ -439,7 +446,7 @@ def test_bad_requests_are_refused(model, ids, options, message):
 
 
 @pytest.mark.parametrize("changes", [{}, {"experts": 2}, {"position": "transformer_xl"}], ids=str)
-def test_any_model_runs_by_its_ops(changes):
+def test_model_without_fused_kernels_runs_by_torch_ops(changes):
     torch.manual_seed(0)
     config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=150, vocab_size=50, **changes)
     model = GPT(config).double().eval()  # no backend takes it: the engine must not care
@@ -449,4 +456,4 @@ def test_any_model_runs_by_its_ops(changes):
     for (request, _), (tokens, _) in collect(engine).items():
         ids = torch.arange(20 * request + 1)[None]
         with use_backend("eager"):
-            assert tokens == model.generate(ids, temperature=0, max_new_tokens=20)[0, ids.shape[1] :].tolist()
+            assert tokens == model.generate(ids, max_new_tokens=20)[0, ids.shape[1] :].tolist()
