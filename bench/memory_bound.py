@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.bench.findings import Findings
-from peakgpt.kernels.hardware.clock import Result, interleave
-from peakgpt.kernels.hardware.device import stream_peak
+from peakgpt.bench.interleave import interleave
+from peakgpt.bench.run_results import RunResults
+from peakgpt.bench.schema import Result
+from peakgpt.kernels.hardware.peaks import stream_peak
 from peakgpt.kernels.ops.adamw import adamw as adamw_op
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/types.h
 
 
 @dataclass(frozen=True)
-class Pass:
+class KernelCall:
     """A kernel of the extension with its arguments but for the threads, and what it must move.
 
     What it changes in place is read and written. Vectors as long as a row are left out.
@@ -44,21 +45,21 @@ class Pass:
         return lambda: kernel(*call, threads)
 
 
-def layernorm_forward(dtype, rows: int, width: int, residual: bool = False) -> Pass:
+def layernorm_forward(dtype, rows: int, width: int, residual: bool = False) -> KernelCall:
     x, w, b, mu, r = _norm_tensors(dtype, rows, width)
     added, total = torch.randn(2, rows, width).to(dtype).unbind() if residual else (None, None)
     y = torch.empty_like(x)
     arguments = (dtype, dtype, rows, width, x, width, added, width, w, b, total, y, mu, r, 1e-5)
-    return Pass("layernorm_forward", arguments, (x, added), (total, y))
+    return KernelCall("layernorm_forward", arguments, (x, added), (total, y))
 
 
-def layernorm_backward(dtype, rows: int, width: int, residual: bool = False) -> Pass:
+def layernorm_backward(dtype, rows: int, width: int, residual: bool = False) -> KernelCall:
     x, w, b, mu, r = _norm_tensors(dtype, rows, width)
     dy, dsum = torch.randn(2, rows, width).to(dtype).unbind()
     dsum = dsum if residual else None
     dx, dw, db = (torch.empty_like(t) for t in (x, w, b))
     arguments = (dtype, dtype, rows, width, dy, width, dsum, width, x, width, w, mu, r, dx, dw, db)
-    return Pass("layernorm_backward", arguments, (x, dy, dsum), (dx,))
+    return KernelCall("layernorm_backward", arguments, (x, dy, dsum), (dx,))
 
 
 def _norm_tensors(dtype, rows: int, width: int) -> tuple[Tensor, ...]:
@@ -66,40 +67,40 @@ def _norm_tensors(dtype, rows: int, width: int) -> tuple[Tensor, ...]:
     return (3 + torch.randn(rows, width)).to(dtype), w, b, torch.full((rows,), 3.0), torch.ones(rows)
 
 
-def embedding_forward(dtype, batch: int, tokens: int, width: int, vocab: int) -> Pass:
+def embedding_forward(dtype, batch: int, tokens: int, width: int, vocab: int) -> KernelCall:
     wte, wpe = torch.randn(vocab, width).to(dtype), torch.randn(tokens, width).to(dtype)
     ids, out = torch.randint(vocab, (batch, tokens)), torch.empty(batch, tokens, width, dtype=dtype)
     arguments = (dtype, batch, tokens, width, ids, wte, width, wpe, width, out, None)
     found = wte[: batch * tokens]  # as much as is read of it
-    return Pass("embedding_forward", arguments, (found, wpe), (out,))
+    return KernelCall("embedding_forward", arguments, (found, wpe), (out,))
 
 
-def cross_entropy(dtype, rows: int, vocab: int, gradient: bool = True) -> Pass:
+def cross_entropy(dtype, rows: int, vocab: int, gradient: bool = True) -> KernelCall:
     """The losses, and the logits' gradient in their place; a call finds the gradients that the one before left."""
     logits, target = torch.randn(rows, vocab).to(dtype), torch.randint(vocab, (rows,))
     loss, stats = torch.empty(rows), torch.empty(rows, 2)
     arguments = (dtype, rows, vocab, logits, target, None, -100, loss, stats, gradient, 1.0, 0.0, 0.0)
-    return Pass("cross_entropy_forward", arguments, (logits,), (logits,) if gradient else ())
+    return KernelCall("cross_entropy_forward", arguments, (logits,), (logits,) if gradient else ())
 
 
-def sum_of_squares(dtype, count: int) -> Pass:
+def sum_of_squares(dtype, count: int) -> KernelCall:
     x, total = torch.randn(count).to(dtype), torch.zeros(())
-    return Pass("sum_of_squares", (dtype, count, x, total), (x,))
+    return KernelCall("sum_of_squares", (dtype, count, x, total), (x,))
 
 
-def adamw(dtype, count: int) -> Pass:
+def adamw(dtype, count: int) -> KernelCall:
     """In bfloat16 with the remainder of the float32 master."""
     param, grad, remainder, m, v, step, _ = adamw_op.sample(count, dtype=dtype)
     arguments = (dtype, count, param, grad, remainder, m, v, step, None, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.0)
-    return Pass("adamw", arguments, (param, remainder, m, v, grad), (param, remainder, m, v))
+    return KernelCall("adamw", arguments, (param, remainder, m, v, grad), (param, remainder, m, v))
 
 
-PASSES = {
+KERNELS = {
     f.__name__: f
     for f in (layernorm_forward, layernorm_backward, embedding_forward, cross_entropy, sum_of_squares, adamw)
 }
 # GPT-2 124M: 1024 tokens stay in the last-level cache, 16384 do not.
-CASES: list[tuple[str, dict[str, int]]] = [
+GPT2_CALLS: list[tuple[str, dict[str, int]]] = [
     *((name, {"rows": rows, "width": 768, **more})
       for name in ("layernorm_forward", "layernorm_backward")
       for more in ({}, {"residual": True}) for rows in (1024, 4096, 16384)),
@@ -112,24 +113,24 @@ CASES: list[tuple[str, dict[str, int]]] = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", action="append", choices=sorted(PASSES), help="repeatable; default all")
+    parser.add_argument("--only", action="append", choices=sorted(KERNELS), help="repeatable; default all")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
     parser.add_argument("--rounds", type=int, default=15, help="timings of each pass (default 15)")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> Findings:
+def run(args: argparse.Namespace, device: torch.device) -> RunResults:
     if device.type != "cpu":
-        raise ValueError(f"bench passes times the C++ kernels, expected --device cpu, got {device}")
+        raise ValueError(f"bench memory_bound times the C++ kernels, expected --device cpu, got {device}")
     dtypes = [getattr(torch, name) for name in args.dtype or ("float32", "bfloat16")]
-    cases = [case for case in CASES if case[0] in (args.only or PASSES)]
-    return Findings([measure(name, sizes, dtype, rounds=args.rounds) for dtype in dtypes for name, sizes in cases])
+    cases = [case for case in GPT2_CALLS if case[0] in (args.only or KERNELS)]
+    return RunResults([measure(name, sizes, dtype, rounds=args.rounds) for dtype in dtypes for name, sizes in cases])
 
 
 def measure(name: str, sizes: dict[str, int], dtype: torch.dtype, *, rounds: int = 15) -> Result:
     """Time a pass.
 
     Args:
-        name: of PASSES.
+        name: of KERNELS.
         sizes: what it takes.
         dtype: float32 or bfloat16.
         rounds: timings at most.
@@ -138,7 +139,7 @@ def measure(name: str, sizes: dict[str, int], dtype: torch.dtype, *, rounds: int
     Raises:
         ImportError: there is no C++ extension.
     """
-    made = PASSES[name](dtype, **sizes)
+    made = KERNELS[name](dtype, **sizes)
     read, written = _distinct(made.read), _distinct(made.written)
     updated = _bytes(t for address, t in read.items() if address in written)
     read_bytes, written_bytes = _bytes(read.values()), _bytes(written.values())
