@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHONSAFEPATH = 1
 
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-CSRC = $(wildcard csrc/*)
+CSRC = $(wildcard csrc/*/*)
 
 .PHONY: run test test-all test-native test-neon sanitize bench lint aot wheel
 

@@ -17,8 +17,8 @@ PACKAGES = [
     for name, folder in FOLDERS.items()
     for package in (name, *(f"{name}.{sub}" for sub in find_packages(folder)))
 ]
-SOURCES = sorted(map(str, Path("csrc").glob("*.cpp")))
-HEADERS = sorted(map(str, Path("csrc").glob("*.h")))
+SOURCES = sorted(map(str, Path("csrc").rglob("*.cpp")))
+HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 # No -march: a kernel names its instruction set and is chosen at run time. No -ffast-math: masking needs NaN and -inf.
 # Products and sums fuse where a kernel says so, not where a compiler likes: its choice differs between a loop and its
 # tail, and so do the bits between thread counts (seen in AdamW on aarch64).
@@ -57,7 +57,7 @@ class BuildExt(build_ext):
             with ParallelCompile():
                 return super().build_extension(ext)
 
-        objects = {source: f"{folder}/{Path(source).stem}.o" for source in sources}
+        objects = {source: f"{folder}/{Path(source).with_suffix('.o')}" for source in sources}
         include = [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
         cxx, cxxflags, ldflags = (shlex.split(os.environ.get(*v)) for v in ENVIRONMENT)
         text = NINJA.format(
@@ -77,7 +77,7 @@ class BuildExt(build_ext):
 
 def write_digest(folder: str) -> str:
     """Write the SHA-256 of csrc as a C++ file of its own (so nothing else is recompiled for it); return its path."""
-    digest = hashlib.sha256(b"".join(Path(path).read_bytes() for path in sorted(SOURCES + HEADERS))).hexdigest()
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(map(Path, SOURCES + HEADERS)))).hexdigest()
     path = Path(folder, "source_digest.cpp")
     text = f'namespace peak {{\nextern const char kSourceDigest[];\nconst char kSourceDigest[] = "{digest}";\n}}\n'
     if not path.exists() or path.read_text() != text:
@@ -94,7 +94,7 @@ def extension() -> list[Extension]:
         if required:
             raise
         return []
-    include = [pybind11.get_include()]
+    include = ["csrc", pybind11.get_include()]
     return [
         Extension(
             "peakgpt._C",

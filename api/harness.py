@@ -103,8 +103,8 @@ class PeakGPT(TemplateLM):
         if count >= self.max_length:
             raise ValueError(f"peakgpt: max_gen_toks is {count}, expected less than max_length {self.max_length}")
         ids = (self.tok_encode(context) or [self.eot_token_id])[-(self.max_length - count) :]
-        params = SamplingParams(max_new_tokens=count, temperature=temperature, stop=(self.eot_token_id,),
-                                stop_strings=tuple(u for u in until if u), **chosen)  # fmt: skip
+        params = SamplingParams(max_tokens=count, temperature=temperature, stop_token_ids=(self.eot_token_id,),
+                                stop=tuple(u for u in until if u), **chosen)  # fmt: skip
         return ids, params, until
 
 

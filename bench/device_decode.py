@@ -2,9 +2,9 @@
 
     bytes of a step = weights + past keys and values, each read once
 
-Only decoding steps are timed, always the same ones after one prompt. Their bytes are compared with the bandwidth
-measured in the same process. The compiled contender is plain torch as in gpt-fast: a preallocated cache and one compiled step,
-replayed as a CUDA graph.
+Only decoding steps are timed, always the same ones after one prompt. Their bytes are compared with the
+bandwidth measured in the same process. The compiled contender is plain torch as in gpt-fast: a preallocated cache and
+one compiled step, replayed as a CUDA graph.
 """
 
 from __future__ import annotations

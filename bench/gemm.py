@@ -2,8 +2,8 @@
 
 Every layer is read once per pass, so caches help little: few rows are bound by reading the weights, many by arithmetic.
 The head is included for few rows, as in decoding; a prompt needs one row of it, so it is left out for many. Peaks of 8
-and 4 bits are those of int8 (vpdpbusd). Values are not compared here: the tests and `bench ops` do. Kernels are called as a
-decoding step calls them, with preallocated outputs: the dispatch of an op (10 to 20 us, 49 times) would hide a third of
+and 4 bits are those of int8 (vpdpbusd). Values are not compared here: the tests and `bench ops` do. Kernels are called
+as a decoding step calls them, with preallocated outputs: dispatch (10 to 20 us per op, 49 ops) would hide a third of
 the time to read 4-bit weights.
 """
 

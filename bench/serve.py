@@ -155,7 +155,7 @@ def engine_step(request: Mapping[str, Any]) -> Callable[[], float]:
     streams = {}
 
     def submit(stream: int, tokens: int) -> None:
-        params = SamplingParams(temperature=0.0, max_new_tokens=tokens)
+        params = SamplingParams(temperature=0.0, max_tokens=tokens)
         streams[engine.submit(ids[stream].tolist(), params)] = stream
 
     for stream in range(workload.streams):

@@ -104,7 +104,7 @@ class GPT(Transformer):
             length_penalty: texts compare by log-probability over length to this power.
             early_stopping: True stops when `beams` texts have ended, False when no better one is likely, "never" when
                 none is possible.
-            options: max_new_tokens, temperature, top_k, top_p, stop and seed, as in engine.params.SamplingParams. A
+            options: max_new_tokens, temperature, top_k, top_p, stop (token ids) and seed, see SamplingParams. A
                 sequence keeps the id that ended it and is filled up with the first of `stop`; each prompt has a stream
                 of numbers from the seed.
         Returns:
@@ -113,18 +113,19 @@ class GPT(Transformer):
             TypeError: another option.
             ValueError: parameters out of range, or more tokens asked than block_size has room for.
         """
-        params = SamplingParams.of_a_batch("generate", options, ("start", "beams", "length_penalty", "early_stopping"))
+        own = ("start", "beams", "length_penalty", "early_stopping")
+        params = SamplingParams.from_generate_options("generate", options, own)
         if beams == 1:
             return generate(self, ids, params, start)
         if drawn := [name for name in ("temperature", "top_k", "top_p") if options.get(name)]:
             raise ValueError(f"generate: got {drawn[0]} with beams {beams}, expected none: beam search draws nothing")
-        count = check_prompt(self, ids, params.max_new_tokens, start)
-        return beam_search(self, ids, beams, count=count, stop=params.stop, length_penalty=length_penalty,
+        count = check_prompt(self, ids, params.max_tokens, start)
+        return beam_search(self, ids, beams, count=count, stop=params.stop_token_ids, length_penalty=length_penalty,
                            early_stopping=early_stopping, start=start)  # fmt: skip
 
     def stream(self, ids: Tensor, **options: Any) -> Iterator[int]:
         """Yield new token ids of one sequence, (1, T), as they come; ends before an id of `stop`. See `generate`."""
-        return stream(self, ids, SamplingParams.of_a_batch("stream", options))
+        return stream(self, ids, SamplingParams.from_generate_options("stream", options))
 
     def configure_optimizer(
         self,

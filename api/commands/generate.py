@@ -44,13 +44,13 @@ def run(args: argparse.Namespace) -> int:
     speculation: Speculation | None = None
     if args.speculate:
         speculation = PromptLookup() if args.speculate == LOOKUP else DraftModel(load(args.speculate))
-    stream_text(model, tokenizer, prompt, max_new_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
-                top_p=args.top_p, stop_strings=(*stops, *args.stop), seed=args.seed,
+    stream_text(model, tokenizer, prompt, max_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
+                top_p=args.top_p, stop=(*stops, *args.stop), seed=args.seed,
                 speculation=speculation, cache=args.cache)  # fmt: skip
     return 0
 
 
-def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int,
+def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: int,
                 speculation: Speculation | None = None, cache: str | None = None, **sampling) -> str:  # fmt: skip
     """Print prompt and continuation as the tokens come, then tokens per second; returns the whole text."""
     ids = tokenizer.encode(prompt)
@@ -59,7 +59,7 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
     room = model.config.block_size - len(ids)
     if room < 1:
         raise ValueError(f"prompt: got {len(ids)} tokens, expected fewer than the model's {model.config.block_size}")
-    params = SamplingParams(max_new_tokens=min(max_new_tokens, room), stop=(tokenizer.end_id,), **sampling)
+    params = SamplingParams(max_tokens=min(max_tokens, room), stop_token_ids=(tokenizer.end_id,), **sampling)
     engine = Engine(model, tokenizer, streams=1, speculation=speculation, cache=cache)
     sys.stdout.write(prompt)
     pieces, tokens, rate = _timed(engine, ids, params, sys.stdout)

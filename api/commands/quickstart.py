@@ -169,7 +169,7 @@ class Session:
 
         console.print("\na sample (temperature 0.8, top-k 50):\n")
         self.model.eval()
-        text = stream_text(self.model, self.tokenizer, PROMPT, max_new_tokens=200, temperature=0.8, top_k=50,
+        text = stream_text(self.model, self.tokenizer, PROMPT, max_tokens=200, temperature=0.8, top_k=50,
                            seed=self.recipe.seed)  # fmt: skip
         ids = torch.tensor([self.tokenizer.encode(PROMPT)], device=self.device)
         return text, compare_decoding(self.model, ids, count=128)

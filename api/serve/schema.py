@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peakgpt.engine.inference.sampling_params import LEAST_TEMPERATURE, LEAST_TOP_P, SamplingParams
+from peakgpt.engine.inference.sampling_params import MIN_TEMPERATURE, MIN_TOP_P, SamplingParams
 from peakgpt.serve.limits import Limits
 
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|([\[{])|[\]}]', re.DOTALL)  # linear: an open string ends the text
@@ -77,8 +77,8 @@ def number(low: float, high: float) -> Check:
 def temperature(value: Any, limits: Limits) -> float:
     """0 is greedy; logits divided by much less than a thousandth are no numbers any more."""
     found = number(0, 2)(value, limits)
-    expected = f"0, or a number from {LEAST_TEMPERATURE} to 2"
-    return found if found == 0 or found >= LEAST_TEMPERATURE else _expected(expected)
+    expected = f"0, or a number from {MIN_TEMPERATURE} to 2"
+    return found if found == 0 or found >= MIN_TEMPERATURE else _expected(expected)
 
 
 def integer(low: int, high: int | str) -> Check:
@@ -160,7 +160,7 @@ COMMON: dict[str, Check] = {
     "model": text,
     "max_tokens": integer(0, "max_tokens"),
     "temperature": temperature,
-    "top_p": number(LEAST_TOP_P, 1),
+    "top_p": number(MIN_TOP_P, 1),
     "top_k": integer(1, 1 << 31),
     "min_p": number(0, 1),
     "repetition_penalty": number(0.01, 10),
@@ -247,9 +247,9 @@ class Asked:
                 "logit_bias", "choices")  # fmt: skip
         count = f.get("max_tokens", f.get("max_completion_tokens", room if self.chat else min(16, room)))
         return SamplingParams(
-            max_new_tokens=count, temperature=f.get("temperature", 1.0), stop=(end_id,),
-            stop_strings=f.get("stop", ()), logprobs=logprobs,
-            prompt_logprobs=1 if self.echo and logprobs is not None else None,
+            max_tokens=count, temperature=f.get("temperature", 1.0), stop_token_ids=(end_id,),
+            stop=f.get("stop", ()), logprobs=logprobs,
+            prompt_logprobs=logprobs if self.echo else None,
             **{name: f[name] for name in same if name in f},
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ def _ours(group: int, state, config: GPTConfig, ids: Tensor, workload: Workload,
     engine = Engine(our_model(state, config, weights, group), blocks=blocks)
     if engine.runner_note:
         raise ValueError(f"decode: peakgpt runs {engine.runner_note}")
-    params = SamplingParams(temperature=0.0, max_new_tokens=workload.tokens)
+    params = SamplingParams(temperature=0.0, max_tokens=workload.tokens)
 
     def run() -> Tensor:
         sequences = {engine.submit(row, params): [] for row in ids.tolist()}

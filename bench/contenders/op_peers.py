@@ -67,7 +67,7 @@ def _mlp_way(way: str, *tensors: Tensor | None) -> Tensor:
 
     if torch.is_grad_enabled():
         return _WholeWay.apply(way, *tensors)
-    with mlp.way(way), use_backend("gpu"):
+    with mlp.use_strategy(way), use_backend("gpu"):
         return OPS["mlp"](*tensors)
 
 
@@ -79,7 +79,7 @@ class _WholeWay(torch.autograd.Function):
         from peakgpt.kernels.gpu.gemm import mlp
 
         leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        with mlp.way(way), use_backend("gpu"), torch.enable_grad():
+        with mlp.use_strategy(way), use_backend("gpu"), torch.enable_grad():
             ctx.result = OPS["mlp"](*leaves)
         ctx.way, ctx.leaves = way, leaves
         return ctx.result.detach()
@@ -89,7 +89,7 @@ class _WholeWay(torch.autograd.Function):
         from peakgpt.kernels.gpu.gemm import mlp
 
         wanted = [t for t in ctx.leaves if t is not None and t.requires_grad]
-        with mlp.way(ctx.way), use_backend("gpu"):
+        with mlp.use_strategy(ctx.way), use_backend("gpu"):
             found = iter(torch.autograd.grad(ctx.result, wanted, dy, retain_graph=True))
         return None, *(next(found) if t is not None and t.requires_grad else None for t in ctx.leaves)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peakgpt.engine.model.config import GPTConfig
 
-BLOCK = 64  # tokens; kCacheBlock of csrc/cache_attention.h
+BLOCK = 64  # tokens; kCacheBlock of csrc/attention/cache_attention.h
 CACHES = ("int8",)  # what a cache may hold in place of the model's dtype
 
 
@@ -71,7 +71,7 @@ def head_bytes(config: GPTConfig, dtype: torch.dtype, cache: str | None) -> int:
 
 
 class BlockMemory:
-    """The memory of a cache for the CPU programs; its layout inside of a block is theirs (csrc/cache_attention.h)."""
+    """The memory of a cache for the CPU programs; csrc/attention/cache_attention.h has the layout of a block."""
 
     block = BLOCK
 

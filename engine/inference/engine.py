@@ -99,7 +99,8 @@ class _Running:
     def __post_init__(self):
         p = self.request.params
         self.params, self.prompt = p, len(self.request.ids)
-        first = self.prompt if p.prompt_logprobs is None or self.index else min(max(1, p.prompt_logprobs), self.prompt)
+        scores_prompt = p.prompt_logprobs is not None and self.index == 0
+        first = min(max(1, p.prompt_logprobs_start), self.prompt) if scores_prompt else self.prompt
         self.first_scored = first
 
     @property
@@ -198,8 +199,8 @@ class Engine:
         made = [
             _Running(
                 request, index, limit, list(request.ids), Uniforms(seed, index),
-                TextStream(self.tokenizer, params.stop_strings) if self.tokenizer else None,
-                Choices(choices, params.stop) if choices else None,
+                TextStream(self.tokenizer, params.stop) if self.tokenizer else None,
+                Choices(choices, params.stop_token_ids) if choices else None,
             )
             for index in range(params.n)
         ]  # fmt: skip
@@ -381,7 +382,7 @@ class Engine:
         first = chunk.past + len(chunk.ids) - chunk.logits  # position of the first row
         targets = sequence.request.ids[first + 1 : first + 1 + chunk.logits]
         if first + 1 >= sequence.first_scored and targets:
-            top = [sequence.params.logprobs or 0] * len(targets)
+            top = [sequence.params.prompt_logprobs or 0] * len(targets)
             sequence.scored += log_probabilities(logits[: len(targets)], targets, top)
 
     def _choose(self, logits: Tensor, asked: list[tuple[_Running, range]]) -> list[_Chosen]:
@@ -390,7 +391,7 @@ class Engine:
         logits = logits if len(rows) == len(logits) else logits[rows]
         parts, alive = logits.split([len(where) for _, where in asked]), []
         for (sequence, _), z in zip(asked, parts, strict=True):
-            changed = sequence.params.adjusts or sequence.choices
+            changed = sequence.params.changes_logits or sequence.choices
             own = z.clone() if changed and sequence.params.logprobs is not None else z
             if not changed or self._attempt(sequence, self._adjust, sequence, z) is not None:
                 alive.append((sequence, z, own))
@@ -405,7 +406,7 @@ class Engine:
     def _adjust(self, sequence: _Running, logits: Tensor) -> Tensor:
         """Apply penalties, bias and choices to a sequence's rows, in place."""
         for place, z in enumerate(logits):
-            if sequence.params.adjusts:
+            if sequence.params.changes_logits:
                 text = [*sequence.tokens[sequence.prompt :], *sequence.draft[:place]]
                 adjust(z, sequence.params, sequence.request.ids, text)
             if sequence.choices:
@@ -440,7 +441,7 @@ class Engine:
                 raise ArithmeticError(f"generate: the logits after {len(sequence.tokens)} tokens are no numbers")
             sequence.tokens.append(token)
             kept += 1
-            if token in sequence.params.stop:
+            if token in sequence.params.stop_token_ids:
                 finish, stopped_by = "stop", token
             else:
                 text += sequence.text.feed(token) if sequence.text else ""
@@ -482,18 +483,18 @@ class Engine:
 
     def _limit(self, request: Request) -> int:
         c, p, ids, room = self.config, request.params, request.ids, self.pool.blocks * self.pool.block
-        most = max(min(c.block_size, room), len(ids)) if p.max_new_tokens is None else len(ids) + p.max_new_tokens
+        most = max(min(c.block_size, room), len(ids)) if p.max_tokens is None else len(ids) + p.max_tokens
         if not ids or most > c.block_size:
-            raise ValueError(f"generate: {len(ids)} prompt tokens and max_new_tokens {p.max_new_tokens}, expected at "
+            raise ValueError(f"generate: {len(ids)} prompt tokens and max_tokens {p.max_tokens}, expected at "
                              f"least one token, at most block_size {c.block_size} in all")  # fmt: skip
-        for name, tokens in (("prompt", ids), ("stop", p.stop), ("logit_bias", p.logit_bias)):
+        for name, tokens in (("prompt", ids), ("stop_token_ids", p.stop_token_ids), ("logit_bias", p.logit_bias)):
             for token in tokens:
                 if not 0 <= token < c.vocab_size:
                     raise ValueError(f"generate: {name} has id {token}, expected 0 to vocab_size {c.vocab_size} - 1")
         if most > room:
             raise ValueError(f"generate: up to {most} tokens, expected at most {room}, which the cache has room for")
-        if p.stop_strings and not self.tokenizer:
-            raise ValueError(f"generate: stop_strings are {list(p.stop_strings)}, expected none without a tokenizer")
+        if p.stop and not self.tokenizer:
+            raise ValueError(f"generate: stop is {list(p.stop)}, expected none without a tokenizer")
         return most
 
     def _choice(self, choice: str | Sequence[int]) -> Sequence[int]:

@@ -24,7 +24,7 @@ def decode(model: Transformer, ids: Tensor, params: SamplingParams, start: Tenso
     Raises:
         ValueError: an empty or too long prompt.
     """
-    return _decode(model, ids, check_prompt(model, ids, params.max_new_tokens, start), params, start)
+    return _decode(model, ids, check_prompt(model, ids, params.max_tokens, start), params, start)
 
 
 def check_prompt(model: Transformer, ids: Tensor, max_new_tokens: int | None, start: Tensor | None) -> int:
@@ -72,7 +72,7 @@ def _decode(
 def generate(model: Transformer, ids: Tensor, params: SamplingParams, start: Tensor | None) -> Tensor:
     """Continue a batch; see GPT.generate."""
     steps = decode(model, ids, params, start)
-    device, stop = ids.device, params.stop
+    device, stop = ids.device, params.stop_token_ids
     ends = torch.tensor(list(stop), device=device)
     stopped = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     tokens = [ids]
@@ -100,7 +100,7 @@ def stream(model: Transformer, ids: Tensor, params: SamplingParams) -> Iterator[
     steps = decode(model, ids, params)
     if ids.shape[0] != 1:
         raise ValueError(f"stream: ids have shape {tuple(ids.shape)}, expected (1, T)")
-    return _stream(steps, frozenset(params.stop))
+    return _stream(steps, frozenset(params.stop_token_ids))
 
 
 def _stream(tokens: Iterator[Tensor], stop: frozenset[int]) -> Iterator[int]:

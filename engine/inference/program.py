@@ -1,4 +1,4 @@
-"""A GPT's forward pass as one C++ program on the CPU (csrc/program.cpp): one call a step, weights packed once.
+"""A GPT's forward pass as one C++ program on the CPU (csrc/program/program.cpp): one call a step, weights packed once.
 
 Lowering follows the block as engine/model/layers.py does, by the same config. In the last block, what follows attention
 is computed only for the tokens whose logits are wanted: a prompt of T tokens saves most of one layer in L.
@@ -16,7 +16,7 @@ from peakgpt.engine.model.layers import Block, GatedMLP, LayerNorm, RMSNorm
 from peakgpt.engine.model.positions import alibi_slopes, rotary_table
 from peakgpt.engine.model.quantized import QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
-from peakgpt.kernels.cpu.ext import _C, DTYPES, address, threads
+from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 from peakgpt.kernels.cpu.memory import streamed
 from peakgpt.kernels.ops.attention import default_scale
@@ -57,21 +57,21 @@ class Lowered:
             raise NotImplementedError(f"lowering: {reason}")
         c, weight = model.config, model.transformer.wte.weight
         self.config, self.dtype = c, weight.dtype
-        self.program, self.kept = _C.Program(DTYPES[weight.dtype]), []
+        self.program, self.kept = _C.Program(dtype=DTYPES[weight.dtype]), []
         widths = {"x": c.n_embd, "h": c.n_embd, "qkv": (c.n_head + 2 * c.n_kv_head) * c.head_dim,
                   "y": c.n_head * c.head_dim, "branch": c.n_embd, "up": c.n_inner}  # fmt: skip
         if c.gated_mlp:
             widths["gate"] = c.n_inner
         widths |= {"taken x": c.n_embd, "taken h": c.n_embd, "taken y": widths["y"]}
-        self.buffers = {name: self.program.buffer(width) for name, width in widths.items()}
+        self.buffers = {name: self.program.buffer(width=width) for name, width in widths.items()}
         layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
         layers += [] if "lm_head" in model._modules else [model.transformer.wte]
         self.unused = streamed(sum(_packed_floats(layer.weight) for layer in layers), torch.float32)
         self._lower(model)
 
-    def run(self, *pass_args: int) -> None:
-        """Run one pass; see PassArgs in csrc/program.h."""
-        self.program.run(*pass_args, threads())
+    def run(self, **pass_args: Tensor | int) -> None:
+        """Run one pass; the arguments are the fields of PassArgs in csrc/program/program.h."""
+        self.program.run(**pass_args, threads=threads())
 
     # ---- steps
 
@@ -79,7 +79,9 @@ class Lowered:
         c, t = self.config, model.transformer
         learned = c.position == "learned"
         table = t.wpe.weight.detach()[c.position_offset :] if learned else None
-        self.program.embed(self.buffers["x"], *self._matrix(t.wte.weight), *self._matrix(table))
+        wte, wpe = self._kept(t.wte.weight), self._kept(table)
+        self.program.embed(out=self.buffers["x"], wte=wte, wte_stride=wte.stride(0), wpe=wpe,
+                           wpe_stride=0 if wpe is None else wpe.stride(0))  # fmt: skip
         if c.rotary_dim:
             self.angles = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, "cpu")
         self.slopes = alibi_slopes(c.n_head, "cpu") if c.position == "alibi" else None
@@ -100,17 +102,17 @@ class Lowered:
         self._linear("h", "qkv", attn.c_attn)
         if c.rotary_dim:
             cos, sin = self.angles
-            self.program.rotary(number["qkv"], c.head_dim, c.n_head + c.n_kv_head, address(cos), address(sin),
-                                cos.shape[1], c.rotary_interleaved)  # fmt: skip
-        self.program.attend(
-            number["qkv"], number["y"], layer, c.n_head, c.n_kv_head, c.head_dim, attn.window or 0,
-            default_scale(c.head_dim, attn.scale), address(self.slopes),
+            self.program.rotary(x=number["qkv"], width=c.head_dim, rotated_heads=c.n_head + c.n_kv_head, cos=cos,
+                                sin=sin, pairs=cos.shape[1], interleaved=c.rotary_interleaved)  # fmt: skip
+        self.program.attention(
+            x=number["qkv"], out=number["y"], layer=layer, heads=c.n_head, kv_heads=c.n_kv_head, width=c.head_dim,
+            scale=default_scale(c.head_dim, attn.scale), window=attn.window or 0, alibi=self.slopes,
         )  # fmt: skip
 
     def _take(self) -> None:
         """From here on only the rows whose logits are wanted."""
         for name in ("x", "h", "y"):
-            self.program.take(self.buffers[name], self.buffers[f"taken {name}"])
+            self.program.select_rows(x=self.buffers[name], out=self.buffers[f"taken {name}"])
             self._rename(name, f"taken {name}")
 
     def _rename(self, name: str, other: str) -> None:
@@ -136,7 +138,8 @@ class Lowered:
 
     def combine(self, x: str, y: str, out: str, *, product: bool = False) -> None:
         """out = x + y, or x y."""
-        self.program.combine(*(self.buffers[name] for name in (x, y, out)), product)
+        number = self.buffers
+        self.program.combine(x=number[x], y=number[y], out=number[out], product=product)
 
     def add_norm(self, norm: LayerNorm | RMSNorm, residual: str) -> None:
         """residual += branch, h = norm(residual)."""
@@ -144,9 +147,9 @@ class Lowered:
 
     def _norm(self, norm: LayerNorm | RMSNorm, source: str, *, out: str, residual: str | None = None) -> None:
         number, weight, bias = self.buffers, self._kept(norm.weight), self._kept(getattr(norm, "bias", None))
-        stream = NONE if residual is None else number[residual]
-        self.program.norm(number[source], stream, stream, number[out], address(weight), DTYPES[weight.dtype],
-                          address(bias), norm.eps, isinstance(norm, RMSNorm))  # fmt: skip
+        self.program.norm(x=number[source], out=number[out], w=weight, w_dtype=DTYPES[weight.dtype], eps=norm.eps,
+                          rms=isinstance(norm, RMSNorm), residual=NONE if residual is None else number[residual],
+                          b=bias)  # fmt: skip
 
     def _linear(
         self, source: str, out: str | int, layer: nn.Module, epilogue: int = STORE, activation: int = 0,
@@ -155,26 +158,24 @@ class Lowered:
         """out = epilogue(source W^T + b) of a linear layer, quantized or not, or of an embedding that is a head too."""
         weight = self._quantized(layer) if isinstance(layer, QuantizedLinear) else self._packed(layer.weight.detach())
         bias = self._kept(getattr(layer, "bias", None))
-        self.program.linear(self.buffers[source], out if out == LOGITS else self.buffers[out], weight, address(bias),
-                            epilogue, activation, NONE if gate is None else self.buffers[gate])  # fmt: skip
+        self.program.linear(weight=weight, x=self.buffers[source], out=out if out == LOGITS else self.buffers[out],
+                            bias=bias, epilogue=epilogue, activation=activation,
+                            gate=NONE if gate is None else self.buffers[gate])  # fmt: skip
 
     def _packed(self, w: Tensor) -> object:
         """The weight, packed behind those before it: they are read in this order."""
         place, self.unused = self.unused.split([_packed_floats(w), self.unused.numel() - _packed_floats(w)])
-        dtype = DTYPES[w.dtype]
-        _C.pack_b(dtype, *w.shape, address(w), w.stride(0), w.stride(1), address(place), threads())
-        return _C.DenseWeight(dtype, *w.shape, address(self._kept(place)))
+        sizes = {"dtype": DTYPES[w.dtype], "n": w.shape[0], "k": w.shape[1]}
+        _C.pack_b(**sizes, b=w, b_col=w.stride(0), b_k=w.stride(1), out=place, threads=threads())
+        return _C.DenseWeight(**sizes, packed=self._kept(place))
 
     def _quantized(self, layer: QuantizedLinear) -> object:
-        form, parts = layer.form, (address(self._kept(part)) for part in (layer.weight, layer.scale))
-        block = BLOCK if form.bits == 8 else form.group
+        form = layer.form
         return _C.QuantizedWeight(
-            DTYPES[self.dtype], form.bits, layer.out_features, layer.in_features, block, *parts
+            dtype=DTYPES[self.dtype], bits=form.bits, n=layer.out_features, k=layer.in_features,
+            block=BLOCK if form.bits == 8 else form.group, weight=self._kept(layer.weight),
+            scale=self._kept(layer.scale),
         )  # fmt: skip
-
-    def _matrix(self, table: Tensor | None) -> tuple[int, int]:
-        kept = self._kept(table)
-        return (0, 0) if kept is None else (address(kept), kept.stride(0))
 
     def _kept(self, tensor: Tensor | nn.Parameter | None) -> Tensor | None:
         """The tensor itself, held for as long as the program reads it."""
@@ -184,7 +185,8 @@ class Lowered:
 
 
 def _packed_floats(weight: Tensor) -> int:
-    return _C.packed_floats(DTYPES[weight.dtype], *weight.shape)
+    rows, width = weight.shape
+    return _C.packed_floats(dtype=DTYPES[weight.dtype], n=rows, k=width)
 
 
 def _pre_norm(low: Lowered, block: Block, norm: LayerNorm) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from peakgpt.engine.inference.block_pool import BLOCK, BlockMemory, Chunk
 from peakgpt.engine.inference.program import Lowered
-from peakgpt.kernels.cpu.ext import address
 
 if TYPE_CHECKING:
     from peakgpt.engine.model.transformer import Transformer
@@ -63,11 +62,12 @@ class Runner:
         # One tensor for all integers: five small ones cost more than everything else here.
         counts = (len(ids), len(ids), len(begins), len(chunks), len(take))
         numbers = torch.tensor([*ids, *positions, *begins, *(chunk.past for chunk in chunks), *take])
-        at = [address(part) for part in numbers.split(counts)]
+        ids_, positions_, begins_, past, selected = numbers.split(counts)
         table, logits = torch.tensor(tables, dtype=torch.int32), torch.empty(len(take), self.config.vocab_size)
         m = self.memory
         self.lowered.run(
-            len(ids), at[0], at[1], len(chunks), at[2], at[3], address(table), most, m.in_bytes,
-            address(m.keys), address(m.values), m.layer_bytes, len(take), at[4], address(logits),
+            rows=len(ids), ids=ids_, positions=positions_, sequences=len(chunks), begins=begins_, past=past,
+            tables=table, table_row=most, int8_cache=m.in_bytes, keys=m.keys, values=m.values,
+            layer_bytes=m.layer_bytes, logit_rows=len(take), selected=selected, logits=logits,
         )  # fmt: skip
         return logits if self.config.logit_scale == 1.0 else logits.mul_(self.config.logit_scale)

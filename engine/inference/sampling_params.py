@@ -1,4 +1,4 @@
-"""How one request is to be continued, as data."""
+"""SamplingParams: how the engine continues one prompt. The fields have vLLM's names."""
 
 from __future__ import annotations
 
@@ -8,41 +8,50 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
-GREEDY = 0.0  # temperature
-LEAST_TEMPERATURE, LEAST_TOP_P = 1e-3, 1e-6  # float32 tells no smaller ones from 0
-OF_A_BATCH = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed")  # the others are the Engine's
+# float32 cannot distinguish anything smaller from 0.
+MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6
+# Keyword of GPT.generate and GPT.stream -> field. The other fields need the Engine.
+GENERATE_OPTIONS = {
+    "max_new_tokens": "max_tokens", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
+    "stop": "stop_token_ids", "seed": "seed",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How a prompt is continued; the defaults draw from the model's own distribution.
+    """How to continue a prompt. The defaults sample from the model's own distribution.
 
     Args:
-        max_new_tokens: at most this many; None means as many as model and cache have room for. 0 only scores the
-            prompt.
-        temperature: 0 is greedy, and top_k, top_p and min_p do not matter.
-        top_k: choose among the k largest logits.
-        top_p: then among the fewest tokens whose probabilities reach p.
-        min_p: and among those at least this likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
-        repetition_penalty: divides positive logits of tokens in the prompt or the text, multiplies negative ones
-            (Keskar et al. 2019, arXiv:1909.05858, section 4.1).
-        presence_penalty: subtracted from the logits of tokens in the text.
-        frequency_penalty: subtracted from them as often as they are there.
-        stop: ids that end the text; the one that did is among its tokens, and not in its text.
-        stop_strings: end the text before them, wherever tokens begin; they need a tokenizer.
-        logit_bias: added to logits, by id.
-        seed: of the choice, 64 bits; None draws one from torch's generator.
-        n: how many continuations.
-        logprobs: how many likeliest tokens are told beside the chosen one, with log-probabilities; None tells nothing.
-            All log-probabilities are the model's own, before temperature, penalties, bias and choices.
-        prompt_logprobs: log-probabilities of the prompt's tokens from this position on; None tells nothing.
-        choices: the text is one of these strings (they need a tokenizer) or sequences of ids; where one begins another,
-            an id of `stop` ends the shorter.
+        max_tokens: largest number of new tokens; None means as many as the model and the cache can hold. 0 only
+            computes the log-probabilities of the prompt.
+        temperature: divides the logits. 0 is greedy decoding, which ignores top_k, top_p and min_p.
+        top_k: sample among the k tokens with the largest logits.
+        top_p: then among the smallest set of tokens whose probabilities sum to top_p.
+        min_p: then among the tokens whose probability is at least min_p times the largest probability (Nguyen et al.
+            2024, arXiv:2407.01082).
+        repetition_penalty: divides positive logits, and multiplies negative logits, of tokens that occur in the prompt
+            or the output (Keskar et al. 2019, arXiv:1909.05858, section 4.1).
+        presence_penalty: subtracted once from the logits of tokens that occur in the output.
+        frequency_penalty: subtracted from the logits of a token once per occurrence in the output.
+        stop: strings that end the output. The output text ends before the string. A stop string may begin and end
+            inside a token. Needs a tokenizer.
+        stop_token_ids: token ids that end the output. The id is part of the output tokens, not of the output text.
+        logit_bias: token id -> number added to its logit.
+        seed: of the random numbers, 64 bits; None draws a seed from torch's generator.
+        n: number of continuations.
+        logprobs: number of most likely tokens to return per output token, beside the chosen token; None returns no
+            log-probabilities. All log-probabilities come from the model's own distribution, before temperature,
+            penalties, bias and constraints.
+        prompt_logprobs: number of most likely tokens to return per prompt token, beside the prompt token itself; None
+            returns no log-probabilities of the prompt. The first token of the prompt has none.
+        prompt_logprobs_start: first position of the prompt for which prompt_logprobs are returned.
+        choices: the output is one of these, each a string (needs a tokenizer) or a sequence of token ids. If one choice
+            is a prefix of another, one of stop_token_ids ends the shorter.
     Raises:
         ValueError: a value out of range.
     """
 
-    max_new_tokens: int | None = None
+    max_tokens: int | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -50,65 +59,74 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    stop: Sequence[int] = ()
-    stop_strings: Sequence[str] = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
     choices: Sequence[str | Sequence[int]] = ()
 
     def __post_init__(self):
-        count = self.max_new_tokens
-        if count is not None and (not isinstance(count, Integral) or count < 0):
-            raise ValueError(f"sampling: max_new_tokens is {count!r}, expected at least 0, or None")
-        if self.temperature and not LEAST_TEMPERATURE <= self.temperature < math.inf:
-            raise ValueError(
-                f"sampling: temperature is {self.temperature}, expected 0 (greedy) or at least {LEAST_TEMPERATURE}"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"sampling: top_k is {self.top_k}, expected at least 1, or None")
-        if self.top_p is not None and not LEAST_TOP_P <= self.top_p <= 1:
-            raise ValueError(f"sampling: top_p is {self.top_p}, expected {LEAST_TOP_P} <= top_p <= 1, or None")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"sampling: min_p is {self.min_p}, expected 0 to 1, or None")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"sampling: repetition_penalty is {self.repetition_penalty}, expected more than 0")
+        count = self.max_tokens
+        is_count = isinstance(count, Integral) and count >= 0
+        self._require("max_tokens", count is None or is_count, "at least 0, or None")
+        self._require(
+            "temperature", self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf,
+            f"0 (greedy) or at least {MIN_TEMPERATURE}",
+        )  # fmt: skip
+        self._require("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None")
+        self._require(
+            "top_p", self.top_p is None or MIN_TOP_P <= self.top_p <= 1, f"{MIN_TOP_P} <= top_p <= 1, or None"
+        )
+        self._require("min_p", self.min_p is None or 0 <= self.min_p <= 1, "0 to 1, or None")
+        self._require("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0")
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"sampling: {name} is {getattr(self, name)}, expected a number")
-        if not all(math.isfinite(bias) or bias == -math.inf for bias in self.logit_bias.values()):
-            raise ValueError(f"sampling: logit_bias is {dict(self.logit_bias)}, expected numbers, or -inf")
-        if self.n < 1:
-            raise ValueError(f"sampling: n is {self.n}, expected at least 1")
+            self._require(name, math.isfinite(getattr(self, name)), "a finite number")
+        finite = all(math.isfinite(bias) or bias == -math.inf for bias in self.logit_bias.values())
+        self._require("logit_bias", finite, "finite numbers or -inf")
+        self._require("n", self.n >= 1, "at least 1")
         for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"sampling: {name} is {value}, expected at least 0, or None")
-        if not all(self.stop_strings):
-            raise ValueError(f"sampling: stop_strings are {list(self.stop_strings)}, expected none that is empty")
-        if not all(len(choice) for choice in self.choices):
-            raise ValueError(f"sampling: choices are {list(self.choices)}, expected none that is empty")
+            count = getattr(self, name)
+            self._require(name, count is None or count >= 0, "at least 0, or None")
+        first = self.prompt_logprobs_start
+        self._require("prompt_logprobs_start", first >= 0, "at least 0")
+        self._require("prompt_logprobs_start", not first or self.prompt_logprobs is not None, "prompt_logprobs with it")
+        self._require("stop", not isinstance(self.stop, str), "a sequence of strings")
+        for name in ("stop", "choices"):
+            self._require(name, all(len(value) for value in getattr(self, name)), "none that is empty")
+
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"sampling: {name} is {getattr(self, name)!r}, expected {expected}")
 
     @classmethod
-    def of_a_batch(cls, caller: str, options: Mapping[str, Any], own: Sequence[str] = ()) -> SamplingParams:
-        """From the options of GPT.generate and GPT.stream, whose own keywords a refusal names too.
+    def from_generate_options(
+        cls, method: str, options: Mapping[str, Any], more_options: Sequence[str] = ()
+    ) -> SamplingParams:
+        """Build from the keyword arguments of GPT.generate or GPT.stream.
 
+        Args:
+            method: name of the method, for error messages.
+            options: the keyword arguments; see GENERATE_OPTIONS.
+            more_options: names of the method's other keyword arguments, for error messages.
         Raises:
-            TypeError: another name than those of OF_A_BATCH.
+            TypeError: an unknown keyword argument.
             ValueError: a value out of range.
         """
-        if unknown := [name for name in options if name not in OF_A_BATCH]:
-            raise TypeError(f"{caller}: got option {unknown[0]!r}, expected {', '.join((*OF_A_BATCH, *own))}")
-        return cls(**options)
+        if unknown := [name for name in options if name not in GENERATE_OPTIONS]:
+            expected = ", ".join((*GENERATE_OPTIONS, *more_options))
+            raise TypeError(f"{method}: got option {unknown[0]!r}, expected {expected}")
+        return cls(**{GENERATE_OPTIONS[name]: value for name, value in options.items()})
 
     @property
-    def adjusts(self) -> bool:
-        """Whether logits are changed before a token is chosen."""
-        return bool(self.logit_bias) or self.penalises
+    def changes_logits(self) -> bool:
+        """Whether penalties or a bias change the logits."""
+        return bool(self.logit_bias) or self.has_penalties
 
     @property
-    def penalises(self) -> bool:
-        """Whether what is there already matters."""
+    def has_penalties(self) -> bool:
+        """Whether the logits depend on the tokens so far."""
         return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)

@@ -5,8 +5,8 @@ A backend of an op is a module `<op>.py` of pure functions anywhere below `kerne
     NO_GRADIENT                                       optional: names of tensors that it gives no gradient for
     objection(*tensors, **params) -> str | None       why it can not take this call, or None; reads sizes, dtypes and
                                                       strides only, which are the same while tracing and when it runs
-    slower(*tensors, **params) -> str | None          optional: the measurement by which it had better not; it does not
-                                                      count where the backend is forced
+    declines(*tensors, **params) -> str | None        optional: a measured reason to decline the call (another backend
+                                                      is faster), or None; ignored if the backend is forced
     forward(outputs, saved, *tensors, **params)       fills what the contract's `alloc` made
     backward(grads, inputs, outputs, saved, needs, **params) -> one gradient (or None) per tensor
 
@@ -112,8 +112,8 @@ def _objects(op: Op, module: ModuleType, tensors, params, needs, forced: str | N
         if needs[op.tensor_names.index(name)]:
             return f"has no gradient for {name} yet"
     reason = module.objection(*tensors, **params)
-    slower = getattr(module, "slower", None)
-    return slower(*tensors, **params) if reason is None and slower and not forced else reason
+    declines = getattr(module, "declines", None)
+    return declines(*tensors, **params) if reason is None and declines and not forced else reason
 
 
 def objection(op: Op, backend: str, tensors, params, forced: str | None, needs) -> str | None:

@@ -1,1 +1,1 @@
-"""C++ backend: one file per op, glue to peakgpt._C."""
+"""C++ backend: one file for each op, which calls peakgpt._C."""

@@ -1,11 +1,11 @@
-"""AdamW on the CPU: csrc/adamw.cpp, one pass over param, gradient, remainder and moments."""
+"""AdamW on the CPU: csrc/ops/adamw.cpp, one pass over the parameter, gradient, remainder and moments."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, threads
+from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, threads
 
 
 def objection(param: Tensor, grad: Tensor, remainder: Tensor | None, exp_avg: Tensor, *_, **__) -> str | None:
@@ -16,8 +16,21 @@ def objection(param: Tensor, grad: Tensor, remainder: Tensor | None, exp_avg: Te
 
 def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, norm, rate, *,
             lr, beta1, beta2, eps, weight_decay, max_norm):  # fmt: skip
-    lr = lr if rate is None else lr * float(rate)
     _C.adamw(
-        DTYPES[param.dtype], param.numel(), *map(address, (param, grad, remainder, exp_avg, exp_avg_sq, step, norm)),
-        lr, beta1, beta2, eps, weight_decay, max_norm or 0.0, threads(),
-    )  # fmt: skip
+        dtype=DTYPES[param.dtype],
+        count=param.numel(),
+        param=param,
+        grad=grad,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        step=step,
+        lr=lr if rate is None else lr * float(rate),
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        remainder=remainder,
+        norm=norm,
+        max_norm=max_norm or 0.0,
+        threads=threads(),
+    )

@@ -1,23 +1,6 @@
-"""Residual addition and LayerNorm in one pass on the CPU: csrc/layernorm.cpp."""
+"""Residual addition and LayerNorm on the CPU; cpu/norm.py has the implementation."""
 
-from __future__ import annotations
+from peakgpt.kernels.cpu.norm import Norm
 
-from torch import Tensor
-
-from peakgpt.kernels.cpu import layernorm
-
-
-def objection(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, **_) -> str | None:
-    return layernorm.objection(x, w, b)
-
-
-def forward(outputs, saved, x, residual, w, b, *, eps):
-    layernorm.normalise(x, residual, w, b, *outputs, saved, eps)
-
-
-def backward(grads, inputs, outputs, saved, needs, *, eps):
-    dsum, dy = grads
-    need_x, need_residual, *need_parameters = needs
-    needs = (need_x or need_residual, *need_parameters)
-    dx, dw, db = layernorm.gradients(dy, dsum, outputs[0], inputs[2], saved, needs)
-    return dx if need_x else None, dx if need_residual else None, dw, db
+_norm = Norm(mean=True, residual=True)
+objection, forward, backward = _norm.objection, _norm.forward, _norm.backward

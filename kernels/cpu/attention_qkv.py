@@ -1,6 +1,7 @@
 """Attention over one packed projection on the CPU: the kernels of cpu/attention.py on views of qkv and of dqkv.
 
-With rotary its kernel turns the projection into what is kept; attention's backward turns dq and dk back tile by tile.
+With rotary embedding the forward pass saves the rotated projection, and the backward pass of attention applies the
+inverse rotation to dq and dk tile by tile.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ def objection(qkv, cos=None, sin=None, *, n_head, interleaved=False, **params) -
 
 
 def forward(outputs, saved, qkv, cos, sin, *, n_head, interleaved, **params):
-    lse, *turned = saved
-    if turned:
-        rotary.turn(qkv, cos, sin, turned[0], turned_heads(qkv, n_head), interleaved)
-        (qkv,) = turned
+    lse, *rotated = saved
+    if rotated:
+        rotary.rotate(qkv, cos, sin, rotated[0], turned_heads(qkv, n_head), interleaved)
+        (qkv,) = rotated
     attention.attend(outputs[0], lse, *_split(qkv, n_head), **params)
 
 
 def backward(grads, inputs, outputs, saved, needs, *, n_head, **params):
     qkv, cos, sin = inputs
-    lse, *turned = saved
-    if turned:
-        (qkv,) = turned
+    lse, *rotated = saved
+    if rotated:
+        (qkv,) = rotated
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     into = dict(zip(("dq", "dk", "dv"), _split(dqkv, n_head), strict=True))
     attention.gradients(into, grads[0], outputs[0], lse, *_split(qkv, n_head), cos=cos, sin=sin, **params)
@@ -38,6 +39,6 @@ def backward(grads, inputs, outputs, saved, needs, *, n_head, **params):
 
 
 def _split(qkv, n_head):
-    """Views q, k, v."""
+    """Return the views (q, k, v)."""
     kv_heads = (qkv.shape[2] - n_head) // 2
     return qkv[:, :, :n_head], qkv[:, :, n_head : n_head + kv_heads], qkv[:, :, n_head + kv_heads :]

@@ -1,11 +1,11 @@
-"""Dropout on the CPU: csrc/dropout.cpp, one pass."""
+"""Dropout on the CPU: csrc/ops/dropout.cpp, one pass."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, threads
+from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, threads
 
 
 def objection(x: Tensor, *_, p: float) -> str | None:
@@ -23,6 +23,6 @@ def backward(grads, inputs, outputs, saved, needs, *, p):
 
 
 def drop(x: Tensor, seed: Tensor, out: Tensor, p: float) -> None:
-    """Fill out, contiguous."""
-    x, seed = x.contiguous(), seed.long()
-    _C.dropout(DTYPES[x.dtype], x.numel(), address(x), address(seed), p, address(out), threads())
+    """Write x with its dropout mask to out, contiguous."""
+    x = x.contiguous()
+    _C.dropout(dtype=DTYPES[x.dtype], count=x.numel(), x=x, seed=seed.long(), p=p, y=out, threads=threads())

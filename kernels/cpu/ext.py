@@ -1,4 +1,8 @@
-"""What every C++ backend file shares: the extension, dtypes as it numbers them, addresses, threads."""
+"""Helpers of the C++ backend: the extension, its dtype numbers, row views, threads and workspaces.
+
+A kernel of the extension takes keyword arguments: the fields of its argument struct (csrc/*/*.h) and `threads`. A
+tensor argument is a tensor or None. A missing or unknown argument is a TypeError.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peakgpt import _C  # its ImportError is the backend's objection
+from peakgpt import _C  # its ImportError is the objection of the backend
 from peakgpt.kernels.cpu import sources
 
 if reason := sources.objection(_C.source_digest):
     raise ImportError(reason)
 
-__all__ = ["DTYPES", "_C", "address", "dtype_objection", "rows", "scratch", "threads", "workspace"]
+__all__ = ["DTYPES", "_C", "dtype_objection", "rows", "scratch", "threads", "workspace"]
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/base/types.h
 threads = torch.get_num_threads
-_held = threading.local()
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where a tensor's data starts; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+_workspaces = threading.local()
 
 
 def dtype_objection(*tensors: Tensor | None) -> str | None:
-    """Why these dtypes can not be taken, or None."""
+    """Return the reason why the kernels do not take these dtypes, or None."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"takes float32 and bfloat16, got {str(tensor.dtype).removeprefix('torch.')}"
@@ -36,27 +35,30 @@ def dtype_objection(*tensors: Tensor | None) -> str | None:
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """The tensor as (rows, width) with contiguous rows; a view where its strides allow that, else a copy."""
+    """Return the tensor as (rows, width) with contiguous rows: a view if its strides allow one, else a copy."""
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def scratch(dtype: torch.dtype, *shapes: Sequence[int]) -> list[Tensor]:
-    """Uninitialised memory for the largest temporaries of a pass: one slot, for no two passes run at a time."""
+    """Return uninitialized tensors for the largest temporaries of a pass.
+
+    All passes of a thread share this memory, since a thread runs one pass at a time.
+    """
     sizes = [math.prod(shape) for shape in shapes]
     parts = workspace("scratch", dtype, sum(sizes)).split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def workspace(slot: str, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Uninitialised memory for a temporary, valid until the slot is asked for again on this thread.
+    """Return an uninitialized temporary, valid until the next call with this slot on this thread.
 
-    Kept between calls and grown only: fresh pages cost more than the pass that fills them (0.8 to 3.5 GB/s against
-    30 on the machine of docs/cpu.md).
+    The memory is kept between calls and only grows: fresh pages cost more than the pass that fills them (0.8 to
+    3.5 GB/s versus 30 on the machine of docs/cpu.md).
     """
     count = math.prod(shape)
-    held = _held.__dict__.get((slot, dtype))
-    if held is None or held.numel() < count:
-        with torch.inference_mode(False):  # a tensor made in that mode can not be written to outside of it
-            held = _held.__dict__[slot, dtype] = torch.empty(count, dtype=dtype, device="cpu")
-    return held[:count].view(shape)
+    memory = _workspaces.__dict__.get((slot, dtype))
+    if memory is None or memory.numel() < count:
+        with torch.inference_mode(False):  # a tensor made in inference mode cannot be written outside of it
+            memory = _workspaces.__dict__[slot, dtype] = torch.empty(count, dtype=dtype, device="cpu")
+    return memory[:count].view(shape)

@@ -1,4 +1,4 @@
-"""Gated MLP on the CPU: products of csrc/gemm.cpp; the gate, and what backward makes of it, are in their epilogues."""
+"""Gated MLP on the CPU: products of csrc/gemm/gemm.cpp with the gate and its gradient in their epilogues."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def forward(outputs, saved, x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, ac
 def backward(grads, inputs, outputs, saved, needs, *, activation, recompute, into=(None,) * 7):
     x, w_gate, b_gate, w_up, b_up, w_down, _ = inputs
     dy, flat = rows(grads[0]), rows(x)
-    hidden, dgate, dup, *again = scratch(x.dtype, *[(flat.shape[0], w_up.shape[0])] * (3 if saved else 5))
-    gate, up = saved or again
+    hidden, dgate, dup, *recomputed = scratch(x.dtype, *[(flat.shape[0], w_up.shape[0])] * (3 if saved else 5))
+    gate, up = saved or recomputed
     if not saved:
         gemm(flat, w_gate.t(), gate, bias=b_gate)
         gemm(flat, w_up.t(), up, bias=b_up)

@@ -1,7 +1,8 @@
-"""The matrix product of csrc/gemm.cpp on tensors: strides and addresses in, no copies.
+"""The matrix product of csrc/gemm/gemm.cpp on strided tensors, without copies.
 
-On 2 cores of Zen 4 it runs at 92 to 95 % of the measured peak, beside 93 to 95 % (bf16) and 88 % (float32) of torch's
-own, and what follows a product (bias, activation, its slope, sums for a bias's gradient) costs no pass of its own.
+On 2 cores of Zen 4 it reaches 92 to 95 % of the measured peak, versus 93 to 95 % (bf16) and 88 % (float32) of torch's
+product. Its epilogue (bias, activation, derivative of the activation, sums for the gradient of a bias) needs no pass of
+its own.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.cpu.ext import _C, DTYPES, address, threads
+from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 
-STORE, ADD, ACTIVATE, SLOPE, GATE, GATE_SLOPE = range(6)  # Epilogue in csrc/gemm.h
-ACTIVATIONS = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2, "silu": 3}  # Activation there
+STORE, ADD, ACTIVATE, SLOPE, GATE, GATE_SLOPE = range(6)  # Epilogue in csrc/gemm/gemm.h
+ACTIVATIONS = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2, "silu": 3}  # Activation in csrc/gemm/gemm.h
 
 
 def gemm(
@@ -20,51 +21,70 @@ def gemm(
     activation: str = "relu", pre: Tensor | None = None, act: Tensor | None = None, gate: Tensor | None = None,
     dgate: Tensor | None = None, a_sums: Tensor | None = None, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """out = a b, then the epilogue.
+    """Compute out = a b and apply the epilogue.
 
     Args:
-        a: (M, K). b: (K, N), dtype of a. Each with a unit stride, or copied.
-        out: (M, N) with contiguous rows, dtype of a; for STORE and ADD also with contiguous columns, or float32.
+        a: (M, K). b: (K, N), dtype of a. A tensor without a unit stride is copied.
+        out: (M, N) with contiguous rows and the dtype of a. STORE and ADD also take contiguous columns, or float32.
         bias: (N,), added by STORE, ACTIVATE and GATE.
-        pre, act, gate, dgate: (M, N) contiguous, as csrc/gemm.h says.
-        a_sums: (M,) float32, becomes the sums of a over K.
-        packed: b as `pack` left it, which is read instead.
+        pre, act, gate, dgate: (M, N) contiguous; csrc/gemm/gemm.h describes them.
+        a_sums: (M,) float32, written: the sums of a over K.
+        packed: the result of `pack` for b, read instead of b.
     Returns:
         out.
     """
     assert out.dtype == a.dtype or epilogue in (STORE, ADD)
-    if out.stride(1) != 1:  # Conv1D's weights arrive transposed, and so their gradients leave
+    if out.stride(1) != 1:  # the gradient of Conv1D's transposed weights
         gemm(b.t(), a.t(), out.t(), epilogue=epilogue)
         return out
     a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
     _C.gemm(
-        DTYPES[a.dtype], DTYPES[out.dtype], *out.shape, a.shape[1],
-        address(a), a.stride(0), a.stride(1), address(b), b.stride(1), b.stride(0), address(out), out.stride(0),
-        epilogue, address(bias), ACTIVATIONS[activation], address(pre), address(act), address(gate), address(dgate),
-        address(a_sums), address(packed), threads(),
-    )  # fmt: skip
+        dtype=DTYPES[a.dtype],
+        out_dtype=DTYPES[out.dtype],
+        m=out.shape[0],
+        n=out.shape[1],
+        k=a.shape[1],
+        a=a,
+        a_row=a.stride(0),
+        a_k=a.stride(1),
+        c=out,
+        c_row=out.stride(0),
+        b=b,
+        b_col=b.stride(1),
+        b_k=b.stride(0),
+        packed_b=packed,
+        epilogue=epilogue,
+        bias=bias,
+        activation=ACTIVATIONS[activation],
+        pre=pre,
+        act=act,
+        gate=gate,
+        dgate=dgate,
+        a_sums=a_sums,
+        threads=threads(),
+    )
     return out
 
 
 def pack(b: Tensor) -> Tensor:
-    """b, (K, N), in the order in which a product reads it, for one that many products share."""
+    """Return b (K, N) in the order in which a product reads it, for a b that many products use."""
     b = b if 1 in b.stride() else b.contiguous()
-    sizes = DTYPES[b.dtype], b.shape[1], b.shape[0]
-    out = torch.empty(_C.packed_floats(*sizes), dtype=torch.float32)
-    _C.pack_b(*sizes, address(b), b.stride(1), b.stride(0), address(out), threads())
+    sizes = {"dtype": DTYPES[b.dtype], "n": b.shape[1], "k": b.shape[0]}
+    out = torch.empty(_C.packed_floats(**sizes), dtype=torch.float32)
+    _C.pack_b(**sizes, b=b, b_col=b.stride(1), b_k=b.stride(0), out=out, threads=threads())
     return out
 
 
 def linear_backward(
     dy: Tensor, x: Tensor, w: Tensor, needs, into=(None, None, None)
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of y = x w^T + b, where `needs` says so.
+    """Compute the gradients of y = x w^T + b that `needs` asks for.
 
     Args:
         dy: (N, F). x: (N, C). w: (F, C).
-        into: where there is a sink for w, dw is added to it.
+        into: tensors to add a gradient to, or None; only that of w is used.
     Returns:
-        (dx, dw, db); dw in w's strides, or its sink.
+        (dx, dw, db), None if not needed. dw is into[1] or has the strides of w.
     """
     need_x, need_w, need_b = needs
     dx = gemm(dy, w, torch.empty_like(x)) if need_x else None

@@ -1,4 +1,4 @@
-"""Linear layer on the CPU, by the matrix product of csrc/gemm.cpp."""
+"""Linear layer on the CPU: the matrix product of csrc/gemm/gemm.cpp."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Linear cross-entropy on the CPU, in blocks of rows: products around csrc/cross_entropy.cpp.
+"""Linear cross-entropy on the CPU, block by block of rows: products and csrc/ops/cross_entropy.cpp.
 
-A block's logits are formed, and in one pass become loss and gradient in place.
+The logits of a block are computed, then one pass computes the losses and overwrites the logits by their gradient.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.core.autograd import may_overwrite_saved
-from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, scratch, threads, workspace
+from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, rows, scratch, threads, workspace
 from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
 from peakgpt.kernels.ops.vocab_parallel import Shard, shard_of
 
-# Products of 512 rows run within 3 % of 1024 rows, those of 256 up to 18 % slower in float32 and as fast in bfloat16
-# (GPT-2's head, 2 cores of Zen 4, 2026-11). A very large vocabulary gets fewer rows.
+# Products of 512 rows are within 3 % of 1024 rows; products of 256 rows are up to 18 % slower in float32 and as fast in
+# bfloat16 (GPT-2's head, 2 cores of Zen 4, 2026-11). A very large vocabulary gets fewer rows.
 BLOCK_ROWS, BLOCK_BYTES, LEAST_ROWS = {torch.float32: (512, 512), torch.bfloat16: (256, 512)}, 128 << 20, 64
-# Blocks whose dw is summed in bfloat16 before float32 takes over: n blocks round to sqrt((n + 1) / 2) of one rounding.
+# Number of blocks whose dw is summed in bfloat16; later blocks are summed in float32. The rounding error of n blocks is
+# sqrt((n + 1) / 2) times that of one.
 BF16_BLOCKS = 4
-
-
 NO_GRADIENT = ("weight",)
 
 
@@ -35,7 +34,7 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
     weight = None if weight is None else weight.reshape(-1).float().contiguous()
     loss = workspace("loss", torch.float32, target.numel()) if reduction != "none" else outputs[0].view(-1)
     dx, dw = None, into[1]
-    stats = workspace("stats", torch.float32, target.numel(), 2)  # m and t
+    stats = workspace("stats", torch.float32, target.numel(), 2)  # m and l
     scale = 1.0
     if reduction == "mean":
         live = target != ignore_index
@@ -44,20 +43,31 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
     if saved and reduction == "none":
         stats = saved[0].view(-1, 2)
     elif saved:
-        dx, kept = (t if t.numel() else None for t in saved)
-        dw = kept if dw is None else dw
+        dx, saved_dw = (t if t.numel() else None for t in saved)
+        dw = saved_dw if dw is None else dw
     terms = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
     products = Products(flat, w, None if dx is None else dx.view(flat.shape), dw, into[1] is None, shard)
     for block, logits in products.blocks():
         if shard is None:
             _C.cross_entropy_forward(
-                DTYPES[x.dtype], *logits.shape, address(logits), address(target[block]),
-                address(weight if weight is None else weight[block]), ignore_index,
-                address(loss[block]), address(stats[block]), products.wanted, scale, label_smoothing, z_loss, threads(),
-            )  # fmt: skip
+                dtype=DTYPES[x.dtype],
+                rows=logits.shape[0],
+                vocab=logits.shape[1],
+                logits=logits,
+                target=target[block],
+                ignore_index=ignore_index,
+                loss=loss[block],
+                stats=stats[block],
+                with_gradient=products.needed,
+                scale=scale,
+                smoothing=label_smoothing,
+                z_loss=z_loss,
+                weight=None if weight is None else weight[block],
+                threads=threads(),
+            )
         else:
-            loss[block], stats[block] = _losses_of_all(shard, logits, target[block], **terms)
-            if products.wanted:
+            loss[block], stats[block] = _losses_over_shards(shard, logits, target[block], **terms)
+            if products.needed:
                 dloss = torch.full_like(loss[block], scale)
                 dloss = dloss if weight is None else dloss.mul_(weight[block])
                 _gradients(shard, logits, target[block], stats[block], dloss, **terms)
@@ -91,13 +101,21 @@ def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, l
     return None if dx is None else dx.view(x.shape), dw, None, None
 
 
-def _losses_of_all(shard: Shard, logits: Tensor, target: Tensor, **terms) -> tuple[Tensor, Tensor]:
-    """Losses of a block and their m and t, over all shards."""
+def _losses_over_shards(shard: Shard, logits: Tensor, target: Tensor, **terms) -> tuple[Tensor, Tensor]:
+    """Return the losses of a block and its (m, l), over all shards."""
     parts = logits.new_empty(target.numel(), 4 if terms["label_smoothing"] else 3, dtype=torch.float32)
-    _C.cross_entropy_parts(
-        DTYPES[logits.dtype], *logits.shape, address(logits), address(target), terms["ignore_index"], shard.first,
-        parts.shape[1], address(parts), threads(),
-    )  # fmt: skip
+    _C.cross_entropy_shard(
+        dtype=DTYPES[logits.dtype],
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+        logits=logits,
+        target=target,
+        ignore_index=terms["ignore_index"],
+        first=shard.first,
+        width=parts.shape[1],
+        parts=parts,
+        threads=threads(),
+    )
     return shard.losses(parts, target, **terms)
 
 
@@ -105,38 +123,50 @@ def _gradients(
     shard: Shard | None, logits: Tensor, target: Tensor, stats: Tensor, dloss: Tensor, *,
     ignore_index: int, label_smoothing: float, z_loss: float,
 ) -> None:  # fmt: skip
-    """Logits become their gradient at each row's dloss."""
+    """Overwrite the logits by their gradient; dloss is the gradient of each row's loss."""
     first, total = (0, logits.shape[1]) if shard is None else (shard.first, shard.vocab)
     _C.cross_entropy_backward(
-        DTYPES[logits.dtype], *logits.shape, address(logits), address(target), ignore_index,
-        address(stats), address(dloss), label_smoothing, z_loss, first, total, threads(),
-    )  # fmt: skip
+        dtype=DTYPES[logits.dtype],
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+        logits=logits,
+        target=target,
+        ignore_index=ignore_index,
+        stats=stats,
+        dloss=dloss,
+        smoothing=label_smoothing,
+        z_loss=z_loss,
+        first=first,
+        total=total,
+        threads=threads(),
+    )
 
 
 def scaled(gradient: Tensor, scale: float) -> Tensor:
+    """Return scale * gradient, in place if the saved tensor may be overwritten."""
     if not may_overwrite_saved():
         return gradient * scale
     return gradient if scale == 1.0 else gradient.mul_(scale)
 
 
 class Products:
-    """The three products of the head, block by block.
+    """The three products of the head, computed block by block.
 
     Args:
         x: (N, C) rows.
         w: (V, C).
-        dx, dw: become dz w and dz^T x, or None.
-        fresh: whether dw holds nothing yet; else the product is added.
-        shard: where w is one, over whose ranks dx is added up.
+        dx, dw: written: dz w and dz^T x; None: not needed.
+        fresh: overwrite dw; else the product is added to it.
+        shard: of the vocabulary, whose ranks sum dx; None: w is the whole head.
     """
 
     def __init__(
         self, x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, fresh: bool, shard: Shard | None
     ):
         self.x, self.w, self.dx, self.dw, self.fresh, self.shard = x, w, dx, dw, fresh, shard
-        self.wanted = dx is not None or dw is not None
+        self.needed = dx is not None or dw is not None
         few, most = BLOCK_ROWS[x.dtype]
-        most = min(max(-(-x.shape[0] // BF16_BLOCKS), few), most)  # more blocks than those cost another table
+        most = min(max(-(-x.shape[0] // BF16_BLOCKS), few), most)  # more blocks need a float32 copy of dw
         width = w.shape[0] if shard is None else shard.width
         most = max(LEAST_ROWS, min(most, BLOCK_BYTES // (width * w.element_size())))
         self.count = -(-x.shape[0] // most)
@@ -144,7 +174,7 @@ class Products:
         self.total = None  # of dw in float32
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Equal blocks of rows and their logits, which the caller may overwrite."""
+        """Yield blocks of rows of about equal size and their logits, which the caller may overwrite."""
         n = self.x.shape[0]
         for k in range(self.count):
             block = slice(n * k // self.count, n * (k + 1) // self.count)
@@ -152,6 +182,7 @@ class Products:
             yield block, gemm(self.x[block], self.w.t(), logits)
 
     def add(self, block: slice, dz: Tensor) -> None:
+        """Compute the gradients of a block; dz is the gradient of its logits."""
         if self.dx is not None:
             gemm(dz, self.w, self.dx[block])
         if self.dw is None:
@@ -162,7 +193,7 @@ class Products:
         self.fresh, self.done = False, self.done + 1
 
     def finish(self) -> None:
-        """Bring what is held in float32 back into dw, and dx together from all ranks."""
+        """Sum dx over the ranks and write a dw that was summed in float32."""
         if self.dx is not None and self.shard is not None:
             self.shard.add_up(self.dx)
         if self.dw is not None and self.fresh:
@@ -174,7 +205,7 @@ class Products:
     def _widen(self) -> None:
         if self.total is None:
             self.total = workspace("dw", torch.float32, *self.dw.shape).zero_()
-        # By slices: torch widens the second operand into a temporary.
+        # By slices, since torch converts the second operand to a temporary.
         for total, part in zip(self.total.split(1024), self.dw.split(1024), strict=True):
             total.add_(part)
         self.fresh, self.done = True, 0

@@ -1,4 +1,4 @@
-"""Linear layer with weights of 4 bits on the CPU, by csrc/quantized.cpp."""
+"""Linear layer with weights of 4 bits on the CPU: csrc/gemm/quantized.cpp."""
 
 from __future__ import annotations
 

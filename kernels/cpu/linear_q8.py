@@ -1,11 +1,11 @@
-"""Linear layer with weights of 8 bits on the CPU, by csrc/quantized.cpp; linear_q4 shares `multiply`."""
+"""Linear layer with weights of 8 bits on the CPU: csrc/gemm/quantized.cpp. linear_q4 uses `multiply` too."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, rows, threads
+from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, rows, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATIONS
 from peakgpt.kernels.ops.quantize import BLOCK
 
@@ -19,7 +19,7 @@ def forward(outputs, saved, x, w, scale, b, *, activation):
 
 
 def panels_objection(w: Tensor, scale: Tensor, b: Tensor | None, dtype: torch.dtype) -> str | None:
-    """Why a packed weight can not be taken, or None."""
+    """Return the reason why the kernels do not take a packed weight, or None."""
     if scale.dtype != dtype:
         return f"takes {dtype} scales, got {scale.dtype}"
     if not (w.is_contiguous() and scale.is_contiguous() and (b is None or b.is_contiguous())):
@@ -30,10 +30,23 @@ def panels_objection(w: Tensor, scale: Tensor, b: Tensor | None, dtype: torch.dt
 def multiply(
     bits: int, out: Tensor, x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, block: int, activation: str
 ) -> None:
-    """out = act(Q(x) W^T + b); see csrc/quantized.h."""
+    """Compute out = act(Q(x) W^T + b); csrc/gemm/quantized.h has the formulas."""
     x = rows(x)
     width = out.shape[-1]
     _C.linear_quantized(
-        DTYPES[x.dtype], x.shape[0], address(x), x.stride(0), bits, width, x.shape[1], block, address(w),
-        address(scale), address(b), ACTIVATIONS.get(activation, -1), address(out), width, False, threads(),
-    )  # fmt: skip
+        dtype=DTYPES[x.dtype],
+        bits=bits,
+        n=width,
+        k=x.shape[1],
+        block=block,
+        weight=w,
+        scale=scale,
+        rows=x.shape[0],
+        x=x,
+        x_row=x.stride(0),
+        y=out,
+        y_row=width,
+        bias=b,
+        activation=ACTIVATIONS.get(activation, -1),
+        threads=threads(),
+    )

@@ -1,8 +1,8 @@
-"""No fresh pages in steady state: what a step frees stays in the process for the next one.
+"""Keep freed memory in the process, so that a training step needs no fresh pages.
 
-First touch of fresh memory runs at 1 to 3 GB/s where a copy runs at 30, and torch's CPU allocator gives large blocks
-back to the system and faults them in again every step. A trainer calls this once; importing peakgpt never does, since
-it changes malloc for the whole process. The same can be had from outside by
+The first touch of fresh memory runs at 1 to 3 GB/s and a copy at 30. torch's CPU allocator returns large blocks to the
+system, so every step touches fresh memory again. A trainer calls `keep_pages` once. Importing peakgpt never calls it,
+since it changes malloc for the whole process. The environment can set the same with
 GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=40000000000:glibc.malloc.hugetlb=1
 """
 
@@ -17,23 +17,23 @@ from torch import Tensor
 
 @functools.cache
 def keep_pages() -> str | None:
-    """Keep freed memory in the process and use huge pages for it, for good.
+    """Keep freed memory in the process from now on, and use huge pages for it.
 
     Returns:
-        None, or the reason why it could not be done.
+        None, or the reason why it is not possible.
     """
     try:
         from peakgpt.kernels.cpu.ext import _C
     except ImportError as error:
         return f"no C++ extension: {error}"
     half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return None if _C.keep_pages(half) else "this C library's malloc has no such settings"
+    return None if _C.keep_pages(bytes=half) else "this C library's malloc has no such settings"
 
 
 def streamed(count: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory, (count,), for what is read from end to end, often: in huge pages where it can be."""
+    """Return an uninitialized tensor (count,), in huge pages if possible, for data that is often read as a stream."""
     from peakgpt.kernels.cpu.ext import _C
 
     memory = torch.empty(count, dtype=dtype, device="cpu")
-    _C.ask_huge_pages(memory.data_ptr(), memory.nbytes)
+    _C.request_huge_pages(memory=memory.data_ptr(), bytes=memory.nbytes)
     return memory

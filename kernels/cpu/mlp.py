@@ -1,4 +1,4 @@
-"""MLP on the CPU: four products of csrc/gemm.cpp, with bias, activation and slope in their epilogues."""
+"""MLP on the CPU: products of csrc/gemm/gemm.cpp with bias, activation and its derivative in their epilogues."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def backward(grads, inputs, outputs, saved, needs, *, activation, recompute, int
     x, w_up, b_up, w_down, _ = inputs
     need_x, need_w_up, need_b_up, need_w_down, need_b_down = needs
     dy, flat = rows(grads[0]), rows(x)
-    hidden, dpre, *again = scratch(x.dtype, *[(flat.shape[0], w_up.shape[0])] * (2 if saved else 3))
-    pre = saved[0] if saved else gemm(flat, w_up.t(), again[0], bias=b_up)
+    hidden, dpre, *recomputed = scratch(x.dtype, *[(flat.shape[0], w_up.shape[0])] * (2 if saved else 3))
+    pre = saved[0] if saved else gemm(flat, w_up.t(), recomputed[0], bias=b_up)
     gemm(dy, w_down, dpre, epilogue=SLOPE, activation=activation, pre=pre, act=hidden if need_w_down else None)
     _, dw_down, db_down = linear_backward(dy, hidden, w_down, (False, need_w_down, need_b_down), into[2:])
     dx, dw_up, db_up = linear_backward(dpre, flat, w_up, (need_x, need_w_up, need_b_up), into[:3])

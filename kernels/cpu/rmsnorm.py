@@ -1,20 +1,6 @@
-"""RMSNorm on the CPU: csrc/layernorm.cpp without the mean."""
+"""RMSNorm on the CPU; cpu/norm.py has the implementation."""
 
-from __future__ import annotations
+from peakgpt.kernels.cpu.norm import Norm
 
-from torch import Tensor
-
-from peakgpt.kernels.cpu import layernorm
-
-
-def objection(x: Tensor, w: Tensor, **_) -> str | None:
-    return layernorm.objection(x, w, None)
-
-
-def forward(outputs, saved, x, w, *, eps):
-    layernorm.normalise(x, None, w, None, None, outputs[0], (None, *saved), eps)
-
-
-def backward(grads, inputs, outputs, saved, needs, *, eps):
-    x, w = inputs
-    return layernorm.gradients(grads[0], None, x, w, (None, *saved), (*needs, False))[:2]
+_norm = Norm(mean=False, residual=False)
+objection, forward, backward = _norm.objection, _norm.forward, _norm.backward

@@ -1,10 +1,10 @@
-"""Sum of squares on the CPU: csrc/sum_of_squares.cpp, one read of the buffer."""
+"""Sum of squares on the CPU: csrc/ops/sum_of_squares.cpp, one read of the buffer."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from peakgpt.kernels.cpu.ext import _C, DTYPES, address, dtype_objection, threads
+from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, threads
 
 
 def objection(x: Tensor, total: Tensor) -> str | None:
@@ -12,4 +12,4 @@ def objection(x: Tensor, total: Tensor) -> str | None:
 
 
 def forward(outputs, saved, x, total):
-    _C.sum_of_squares(DTYPES[x.dtype], x.numel(), address(x), address(total), threads())
+    _C.sum_of_squares(dtype=DTYPES[x.dtype], count=x.numel(), x=x, total=total, threads=threads())

@@ -1,1 +1,1 @@
-"""Triton backend: one file per op."""
+"""Triton backend: one module per op, anywhere below this package."""

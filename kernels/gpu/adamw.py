@@ -1,6 +1,7 @@
-"""AdamW in Triton: one launch over the flat buffer; step and norm are read on the device, so nothing waits for it.
+"""AdamW in Triton: one launch updates the flat parameter buffer.
 
-Every program reads the step count, so a launch of its own, after the update, moves it on.
+The step count and the gradient norm stay on the device, so the host never waits for them. Every program of the update
+reads the step count. A second launch increments it after the update. Math: kernels/ops/adamw.py.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import triton.language as tl
 from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
-# Unmeasured on hardware: 8 elements a thread, two 16-byte loads of float32.
-BLOCK_N, ROW = 1024, Tile(warps=4)
+# Not measured on hardware. 8 elements a thread are two 16-byte loads of float32.
+BLOCK_N, TILE = 1024, Tile(warps=4)
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def _finite(norm_ptr):
 
 @triton.jit
 def _one_minus_power(t, log_beta):
-    """1 - beta^t, by Taylor's series where it is small: there the subtraction would leave few digits."""
+    """1 - beta^t. Small values use a Taylor series, because the subtraction would cancel most digits."""
     u = t * log_beta
     series = 1.0 + u / 8.0
     for k in tl.static_range(7, 1, -1):
@@ -36,7 +37,7 @@ def _one_minus_power(t, log_beta):
 
 @triton.jit
 def _join(param, remainder):
-    """The float32 master of a bfloat16 parameter; kernels/ops/adamw.py has the formula and the reason for the clamp."""
+    """Return the float32 master value of a bfloat16 parameter; kernels/ops/adamw.py explains the formula."""
     bits = param.to(tl.int16, bitcast=True).to(tl.int32)
     magnitude = tl.maximum(((bits & 0x7FFF) << 16) + remainder.to(tl.int32), 0)
     return (magnitude | ((bits >> 15) << 31)).to(tl.float32, bitcast=True)
@@ -44,7 +45,9 @@ def _join(param, remainder):
 
 @triton.jit
 def _split(master):
-    bits = tl.where(master == master, master.to(tl.int32, bitcast=True), 0x7FC00000)  # NVIDIA's NaN is all ones
+    """Return the bfloat16 parameter and the int16 remainder of a float32 master value."""
+    # NVIDIA's NaN has all bits set, which the addition below would overflow.
+    bits = tl.where(master == master, master.to(tl.int32, bitcast=True), 0x7FC00000)
     return ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), bits.to(tl.int16)
 
 
@@ -71,6 +74,7 @@ def adamw_update(
     max_norm,
     BLOCK_N: tl.constexpr,
 ):
+    """Update one block of parameters and moments. A norm that is not finite leaves everything unchanged."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     end, scale = N, 1.0
     if norm_ptr is not None:
@@ -100,6 +104,7 @@ def adamw_update(
 
 @triton.jit
 def adamw_step(step_ptr, norm_ptr):
+    """Increment the step count unless the norm is not finite."""
     live = True
     if norm_ptr is not None:
         live = _finite(norm_ptr)
@@ -115,15 +120,15 @@ def objection(param, grad, remainder, exp_avg, exp_avg_sq, step, norm, rate=None
 
 def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, norm, rate, *, lr, beta1, beta2, eps,
             weight_decay, max_norm):  # fmt: skip
-    with launch.on(param):
+    with launch.device_of(param):
         adamw_update[(triton.cdiv(param.numel(), BLOCK_N),)](
             param_ptr=param, grad_ptr=grad, remainder_ptr=remainder, exp_avg_ptr=exp_avg,
             exp_avg_sq_ptr=exp_avg_sq, step_ptr=step, norm_ptr=norm, rate_ptr=rate, N=param.numel(),
-            # Differences and logarithms in double: 1 - float32(0.999) is 1e-5 off.
+            # Computed in double on the host: 1 - float32(0.999) has a relative error of 1e-5.
             lr=float(lr), weight_decay=float(weight_decay), beta1=beta1, beta2=beta2,
             one_minus_beta1=1.0 - beta1, one_minus_beta2=1.0 - beta2, log_beta1=_log(beta1), log_beta2=_log(beta2),
             eps=float(eps), max_norm=None if max_norm is None else float(max_norm),
-            BLOCK_N=BLOCK_N, num_warps=ROW.warps, num_stages=ROW.stages,
+            BLOCK_N=BLOCK_N, num_warps=TILE.warps, num_stages=TILE.stages,
         )  # fmt: skip
         adamw_step[(1,)](step_ptr=step, norm_ptr=norm, num_warps=1)
 
@@ -133,8 +138,8 @@ def _log(beta: float) -> float:
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """The static check's cases."""
+    """Yield the static check's cases."""
     numbers = [n for n in adamw_update.arg_names if not n.endswith("_ptr") and n not in ("N", "BLOCK_N")]
     types = dict.fromkeys(numbers, "fp32") | {"param_ptr": "*bf16", "grad_ptr": "*bf16", "remainder_ptr": "*i16"}
-    yield launch.case(adamw_update, "bf16 clipped", ROW, "fp32", {"BLOCK_N": BLOCK_N}, **types)
+    yield launch.case(adamw_update, "bf16 clipped", TILE, "fp32", {"BLOCK_N": BLOCK_N}, **types)
     yield launch.case(adamw_step, "clipped", Tile(warps=1), "fp32", {})

@@ -1,4 +1,4 @@
-"""Dropout in Triton: the seed is read on the device, so a captured step draws a new mask every time it is replayed."""
+"""Dropout in Triton. The kernel reads its seed from device memory, so a replay of a CUDA graph can use a new mask."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 from peakgpt.kernels.ops.dropout import LANES, WORDS
 
-# Groups of 64 elements a program; unmeasured on hardware: 16 elements a thread.
-BLOCK_G, ROW = 32, Tile(warps=4)
+# BLOCK_G groups of LANES * WORDS = 64 elements a program, 16 elements a thread. Not measured on hardware.
+BLOCK_G, TILE = 32, Tile(warps=4)
 
 
 @triton.jit
 def dropout_apply(
-    x_ptr, seed_ptr, y_ptr, N, limit, factor, LANES: tl.constexpr, WORDS: tl.constexpr, BLOCK_G: tl.constexpr
+    x_ptr, seed_ptr, y_ptr, N, threshold, keep_scale, LANES: tl.constexpr, WORDS: tl.constexpr, BLOCK_G: tl.constexpr
 ):
+    """y = x keep_scale where the random word is at least threshold, else 0. One Philox call gives WORDS words."""
     group = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
     lane = tl.arange(0, LANES)
     counter = group[:, None] * LANES + lane[None, :]
@@ -30,7 +31,7 @@ def dropout_apply(
     for word in tl.static_range(WORDS):
         at = group[:, None] * (LANES * WORDS) + word * LANES + lane[None, :]
         x = tl.load(x_ptr + at, mask=at < N, other=0.0).to(tl.float32)
-        y = tl.where(words[word] >= limit.to(tl.uint32), x * factor, 0.0)
+        y = tl.where(words[word] >= threshold.to(tl.uint32), x * keep_scale, 0.0)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < N)
 
 
@@ -49,16 +50,16 @@ def backward(grads, inputs, outputs, saved, needs, *, p):
 
 
 def _drop(x: Tensor, seed: Tensor, y: Tensor, p: float) -> None:
-    with launch.on(x):
+    with launch.device_of(x):
         dropout_apply[(triton.cdiv(x.numel(), BLOCK_G * LANES * WORDS),)](
-            x_ptr=x.contiguous(), seed_ptr=seed.long(), y_ptr=y, N=x.numel(), limit=int(p * 2**32),
-            factor=1.0 / (1.0 - p), LANES=LANES, WORDS=WORDS, BLOCK_G=BLOCK_G,
-            num_warps=ROW.warps, num_stages=ROW.stages,
+            x_ptr=x.contiguous(), seed_ptr=seed.long(), y_ptr=y, N=x.numel(), threshold=int(p * 2**32),
+            keep_scale=1.0 / (1.0 - p), LANES=LANES, WORDS=WORDS, BLOCK_G=BLOCK_G,
+            num_warps=TILE.warps, num_stages=TILE.stages,
         )  # fmt: skip
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """The static check's cases."""
+    """Yield the static check's cases."""
     sizes = {"LANES": LANES, "WORDS": WORDS, "BLOCK_G": BLOCK_G}
-    types = {"seed_ptr": "*i64", "N": "i64", "limit": "i64", "factor": "fp32"}
-    yield launch.case(dropout_apply, "bf16", ROW, "bf16", sizes, **types)
+    types = {"seed_ptr": "*i64", "N": "i64", "threshold": "i64", "keep_scale": "fp32"}
+    yield launch.case(dropout_apply, "bf16", TILE, "bf16", sizes, **types)

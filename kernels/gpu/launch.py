@@ -1,7 +1,8 @@
-"""What every Triton op shares: the class of the device, the base of a tile row, a case of the static check.
+"""Helpers of all Triton ops: device architecture, launch parameters (Tile), cases of the static check (AotCase).
 
-A file kernels/gpu/<op>.py keeps its launch parameters as frozen rows (subclasses of Tile) keyed by class, and yields
-from `aot_cases(arch)` one AotCase per kernel and row, which `python -m peakgpt.kernels.gpu.static_check` compiles.
+The file of an op keeps its launch parameters as frozen rows (subclasses of Tile), keyed by architecture where they
+differ. Its function `aot_cases(arch)` yields one AotCase for each kernel and row. The static check
+(`python -m peakgpt.kernels.gpu.static_check`) compiles these cases.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from torch import Tensor
 
 from peakgpt.kernels.core.dispatch import interpreted
 
-# Classes share tile rows. sm_86 stands for every chip with 99 KB of shared memory a block (8.6, 8.9, 12.x).
-CLASSES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+# Keys of the tile tables. sm_86 stands for all chips with 99 KB of shared memory a block (8.6, 8.9, 12.x).
+ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-OLDEST = (3, 6)  # the first Triton whose tl.range has disable_licm
+OLDEST_TRITON = (3, 6)  # the first version whose tl.range has disable_licm
 
 
 def expect_version(version: str) -> None:
-    """
+    """Check the version of Triton.
+
     Raises:
-        ImportError: an older Triton than the kernels are written for; dispatch keeps it as the backend's objection.
+        ImportError: the version is older than OLDEST_TRITON. Dispatch reports it as the backend's objection.
     """
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
-        raise ImportError(f"needs Triton {'.'.join(map(str, OLDEST))} or newer, got {version}")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        raise ImportError(f"needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, got {version}")
 
 
 expect_version(triton.__version__)
@@ -38,7 +40,7 @@ expect_version(triton.__version__)
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """Launch parameters of one row; subclasses add their BLOCK_*."""
+    """Launch parameters of a kernel: warps and pipeline stages. Subclasses add the BLOCK_* sizes."""
 
     warps: int
     stages: int = 1
@@ -46,19 +48,19 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class AotCase:
-    """One kernel and one row, as the static check compiles it.
+    """A kernel with the arguments and launch parameters that the static check compiles it with.
 
     Args:
         kernel: the `triton.jit` function.
-        label: what distinguishes this case from the kernel's others, such as "bf16 D=64".
+        label: distinguishes the cases of one kernel, such as "bf16 D=64".
         signature: type of each run-time argument by name: "*bf16", "*fp32", "fp32", "i32", "i64".
-            Pointers and integers are compiled as multiples of 16, as the launcher specialises a typical call.
-        constexprs: value of each compile-time argument, and of those run-time ones that the launcher makes
-            constant (a stride of 1, a missing tensor as None).
+            Pointers and integers are compiled as multiples of 16, as the launcher specializes a typical call.
+        constexprs: value of each compile-time argument, and of the run-time arguments that the launcher turns into
+            constants (a stride of 1, a missing tensor as None).
         tile: warps and stages.
-        matmul: whether the chip's matrix instruction must appear.
-        narrow: whether that is the one for tiles of under 64 rows.
-        hot: whether every run of the tests compiles it; the others are left to `peakgpt aot` and the slow tests.
+        matmul: the chip's matrix instruction must appear in the machine code.
+        narrow: this instruction is the one for tiles with fewer than 64 rows.
+        hot: the fast tests compile the case. The slow tests and `peakgpt aot` compile all cases.
     """
 
     kernel: Any
@@ -83,9 +85,9 @@ def case(
     hot: bool = True,
     **types: str,
 ) -> AotCase:
-    """An AotCase whose signature follows from the names: *_ptr is "*dtype", others "i32", unless `types` says more."""
-    rest = [name for name in kernel.arg_names if name not in constexprs]
-    signature = {n: types.get(n) or (f"*{dtype}" if n.endswith("_ptr") else "i32") for n in rest}
+    """Make an AotCase. An argument's type is `types[name]`; by default "*dtype" for names with "_ptr", else "i32"."""
+    runtime = [name for name in kernel.arg_names if name not in constexprs]
+    signature = {n: types.get(n) or (f"*{dtype}" if n.endswith("_ptr") else "i32") for n in runtime}
     return AotCase(
         kernel=kernel, label=label, tile=tile, signature=signature, constexprs=constexprs, matmul=matmul,
         narrow=narrow, hot=hot,
@@ -93,21 +95,21 @@ def case(
 
 
 @functools.cache
-def _class(index: int) -> str | None:
+def _arch(index: int) -> str | None:
     if torch.version.hip:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(index)
     exact = f"sm_{major}{minor}"
-    return exact if exact in CLASSES else {8: "sm_86", 10: "sm_100", 12: "sm_86"}.get(major)
+    return exact if exact in ARCHS else {8: "sm_86", 10: "sm_100", 12: "sm_86"}.get(major)
 
 
 def arch(x: Tensor) -> str | None:
-    """The class whose rows apply to x's device; None for a chip older than sm_80. Interpreted: sm_80."""
-    return "sm_80" if interpreted() else _class(x.device.index)
+    """Return the key of x's device in the tile tables, None for chips older than sm_80, "sm_80" in the interpreter."""
+    return "sm_80" if interpreted() else _arch(x.device.index)
 
 
 def objection(x: Tensor) -> str | None:
-    """Why no Triton kernel of this package takes x, or None."""
+    """Return the reason why no Triton kernel of this package supports x, or None."""
     if x.dtype not in DTYPES:
         return f"takes float32, bfloat16 or float16, got {x.dtype}"
     if arch(x) is None:
@@ -121,16 +123,19 @@ def _processors(index: int) -> int:
 
 
 def processors(x: Tensor) -> int:
-    """Streaming multiprocessors of x's device; interpreted: 1, so that small tests walk the persistent loops."""
+    """Return the number of streaming multiprocessors of x's device.
+
+    It is 1 in the interpreter, so that small tests run several iterations of the loops in persistent kernels.
+    """
     return _processors(x.device.index) if x.is_cuda else 1
 
 
-def rows(x: Tensor) -> Tensor:
-    """x as (R, C) with unit stride along C; a copy only where the strides do not allow a view."""
+def as_rows(x: Tensor) -> Tensor:
+    """Return x as (R, C) with unit stride along C. It is a copy only if the strides of x do not allow a view."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def on(x: Tensor) -> contextlib.AbstractContextManager:
-    """Make x's device the current one: Triton launches there, whatever the tensors say."""
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Make x's device the current device: Triton launches on the current device, not on the device of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

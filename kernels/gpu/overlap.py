@@ -1,10 +1,12 @@
-"""Programmatic dependent launch: a small kernel begins while the one before it in the stream still runs.
+"""Programmatic dependent launch: a kernel starts while the previous kernel of the stream still runs.
 
-A step of decoding is hundreds of kernels of a few microseconds, and a boundary between two costs about one. On sm_90
-and newer a kernel that is launched with `options` starts as soon as the one before it lets it; until `follow` returns
-it may touch nothing that another kernel writes or reads. CUDA C++ Programming Guide, "Programmatic Dependent Launch and
-Synchronization"; PTX ISA, "griddepcontrol": the wait ends when all kernels before have completed and their writes are
-visible. The static check fails a kernel that touches memory earlier.
+A decoding step runs hundreds of kernels that take a few microseconds each. Without overlap the GPU loses about one
+microsecond between two of them. A kernel that is launched with `options` may start before the previous kernel has
+ended (sm_90 and newer). It must not access memory that another kernel reads or writes until `wait_for_previous` has
+returned: by then all previous kernels have completed and their writes are visible. The static check rejects kernels
+that access memory earlier.
+
+CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, "griddepcontrol".
 """
 
 from __future__ import annotations
@@ -16,45 +18,48 @@ from torch import Tensor
 from peakgpt.kernels.core.dispatch import interpreted
 from peakgpt.kernels.gpu import launch
 
-# Unmeasured on hardware. sm_86 stands for 12.x too, and so is left out.
-CLASSES = ("sm_90", "sm_100")
-MOST_ROWS = 64  # tokens; kernels of more are long beside a boundary
-LANES = tl.constexpr(8)
+# Not measured on hardware. sm_86 is not here: it stands for 12.x, but also for 8.x, which lacks the feature.
+ARCHS = ("sm_90", "sm_100")
+MAX_TOKENS = 64  # kernels for more tokens run long compared with the gap between two kernels
+PREFETCH_LANES = tl.constexpr(8)  # one thread of so many issues a prefetch: a warp issues one thread's after another's
 
 
-def options(x: Tensor, rows: int) -> dict[str, bool]:
-    """What a kernel of that many rows on x's device is launched with: OVERLAP, which it hands to `follow`, and more."""
-    on = launch.arch(x) in CLASSES and rows <= MOST_ROWS and not interpreted()
-    return {"OVERLAP": True, "launch_pdl": True} if on else {"OVERLAP": False}
+def options(x: Tensor, tokens: int) -> dict[str, bool]:
+    """Return the launch options that let a kernel start early, for a kernel with that many tokens on x's device.
+
+    They include the kernel's compile-time argument OVERLAP, which it passes on to `wait_for_previous`.
+    """
+    supported = launch.arch(x) in ARCHS and tokens <= MAX_TOKENS and not interpreted()
+    return {"OVERLAP": True, "launch_pdl": True} if supported else {"OVERLAP": False}
 
 
 @triton.jit
-def follow(OVERLAP: tl.constexpr):
-    """Let the next kernel start, and wait for the ones before; comes before any access to memory."""
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Allow the next kernel to start and wait for all previous kernels. Call it before any access to memory."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def prefetch(w_ptr, stride_w, row, rows: tl.constexpr, N, K, BYTES: tl.constexpr, THREADS: tl.constexpr):
-    """Bring the first BYTES of each of `rows` rows of w (N, K), from `row` on, into the L2 cache.
+def prefetch(w_ptr, stride_w, row, ROWS: tl.constexpr, N, K, BYTES: tl.constexpr, THREADS: tl.constexpr):
+    """Fetch the first BYTES of rows row .. row + ROWS - 1 of w (N, K) into the L2 cache.
 
-    Before `follow` too, for it reads no value. Rows start on 16 bytes and are multiples of them. One lane in LANES
-    asks: a warp does so for one lane after the other.
+    Allowed before `wait_for_previous`, because it reads no values. Every row of w must start at a multiple of 16 bytes
+    and be a multiple of 16 bytes long.
     """
     size: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
-    share: tl.constexpr = BYTES // size // (THREADS // LANES // rows)
-    lane = tl.arange(0, THREADS)
-    n, first = row + lane // LANES % rows, lane // LANES // rows * share
-    length = tl.where((lane % LANES == 0) & (n < N), tl.minimum(K - first, share), 0)
+    share: tl.constexpr = BYTES // size // (THREADS // PREFETCH_LANES // ROWS)  # elements of one prefetch
+    thread = tl.arange(0, THREADS)
+    n, first = row + thread // PREFETCH_LANES % ROWS, thread // PREFETCH_LANES // ROWS * share
+    length = tl.where((thread % PREFETCH_LANES == 0) & (n < N), tl.minimum(K - first, share), 0)
     at = w_ptr + n.to(tl.int64) * stride_w + first
     tl.inline_asm_elementwise(
         """
         {
-            .reg .pred some;
-            setp.gt.s32 some, $2, 0;
-            @some cp.async.bulk.prefetch.L2.global [$1], $2;
+            .reg .pred nonempty;
+            setp.gt.s32 nonempty, $2, 0;
+            @nonempty cp.async.bulk.prefetch.L2.global [$1], $2;
             mov.b32 $0, 0;
         }
         """,

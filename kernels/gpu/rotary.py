@@ -1,6 +1,8 @@
-"""Rotary position embedding in Triton: each feature takes its partner's value from the cache it has just been read to.
+"""Rotary position embedding in Triton.
 
-y[d] = x[d] cos - x[partner(d)] sin      d the first of its pair; + for the second
+    y[d] = x[d] cos - x[partner(d)] sin      d the first feature of its pair; + for the second
+
+A thread loads the partner's value again from memory: the load of its own value has just brought it into the cache.
 """
 
 from collections.abc import Iterator
@@ -19,15 +21,15 @@ NO_GRADIENT = ("cos", "sin")
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryTile(Tile):
-    ELEMENTS: int  # heads times features that a program holds
+    ELEMENTS: int  # heads * features that a program holds
 
 
-ROW = RotaryTile(ELEMENTS=2048, warps=4)  # unmeasured on hardware: 16 elements a thread
+TILE = RotaryTile(ELEMENTS=2048, warps=4)  # 16 elements a thread; not measured on hardware
 
 
 @triton.jit
 def partners(d, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The pair of feature d < 2 PAIRS, whether it is the first of it, and the other one."""
+    """Return for each feature d < 2 PAIRS: its pair, whether it is the pair's first feature, and the other feature."""
     if INTERLEAVED:
         pair, first = d // 2, d % 2 == 0
         step = 1
@@ -38,25 +40,26 @@ def partners(d, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def turned_back(
+def rotate_back(
     x, row, live, cos_ptr, sin_ptr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Tile x (len(row), BLOCK_D), float32: the gradient of turned rows as that of what they were.
+    """Turn the gradient of rotated rows into the gradient of the rows before rotation.
 
-    A partner lies in another register or thread, not in a cache: a gather. What a feature gives away is multiplied
-    before it, its own share after it: with both tables at hand first a D of 128 spills on sm_90, one of 64 on sm_100.
+    x is a float32 tile (len(row), BLOCK_D) in registers, so the partner's value comes from a gather. The sin table is
+    used before the gather and the cos table is loaded after it: with both in registers at once, D = 128 spills on sm_90
+    and D = 64 on sm_100.
     """
     d = tl.arange(0, BLOCK_D)[None, :]
     pair, first, partner = partners(d, PAIRS, INTERLEAVED)
-    turns = d < 2 * PAIRS
-    at, live = row[:, None] * PAIRS + tl.where(turns, pair, 0), live[:, None] & turns
-    given = tl.where(first, -x, x) * tl.load(sin_ptr + at, mask=live, other=0.0).to(tl.float32)
-    other = tl.gather(given, tl.broadcast_to(tl.where(turns, partner, d), x.shape), 1)
+    rotated = d < 2 * PAIRS
+    at, live = row[:, None] * PAIRS + tl.where(rotated, pair, 0), live[:, None] & rotated
+    product = tl.where(first, -x, x) * tl.load(sin_ptr + at, mask=live, other=0.0).to(tl.float32)
+    other = tl.gather(product, tl.broadcast_to(tl.where(rotated, partner, d), x.shape), 1)
     return x * tl.load(cos_ptr + at, mask=live, other=1.0).to(tl.float32) + other
 
 
 @triton.jit
-def rotary_turn(
+def rotary_apply(
     x_ptr,
     cos_ptr,
     sin_ptr,
@@ -66,7 +69,7 @@ def rotary_turn(
     stride_h,
     T,
     N,
-    turned,
+    rotated_heads,
     sign,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -74,18 +77,19 @@ def rotary_turn(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Rotate the first rotated_heads of the N heads of one token, copy the others. sign is -1 for the inverse."""
     row = tl.program_id(0).to(tl.int64)
     t = row % T
     head = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     pair, first, partner = partners(d, PAIRS, INTERLEAVED)
     live = (head < N) & (d < D)
-    turns = (head < turned) & (d < 2 * PAIRS)
+    rotated = (head < rotated_heads) & (d < 2 * PAIRS)
     x_row = x_ptr + (row // T) * stride_b + t * stride_t + head * stride_h
     x = tl.load(x_row + d, mask=live, other=0.0)
-    other = tl.load(x_row + partner, mask=turns, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + t * PAIRS + pair, mask=turns, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + t * PAIRS + pair, mask=turns, other=0.0).to(tl.float32) * sign
+    other = tl.load(x_row + partner, mask=rotated, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + t * PAIRS + pair, mask=rotated, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + t * PAIRS + pair, mask=rotated, other=0.0).to(tl.float32) * sign
     y = x.to(tl.float32) * cos + tl.where(first, -other, other) * sin
     tl.store(y_ptr + (row * N + head) * D + d, y.to(y_ptr.dtype.element_ty), mask=live)
 
@@ -95,43 +99,43 @@ def objection(x: Tensor, *_, **__) -> str | None:
 
 
 def forward(outputs, saved, x, cos, sin, *, heads, interleaved):
-    turn(x, cos, sin, outputs[0], heads, interleaved)
+    rotate(x, cos, sin, outputs[0], heads, interleaved)
 
 
 def backward(grads, inputs, outputs, saved, needs, *, heads, interleaved):
     _, cos, sin = inputs
     dx = torch.empty(grads[0].shape, dtype=grads[0].dtype, device=grads[0].device)
-    turn(grads[0], cos, sin, dx, heads, interleaved, sign=-1.0)
+    rotate(grads[0], cos, sin, dx, heads, interleaved, sign=-1.0)
     return dx, None, None
 
 
 def _blocks(heads: int, width: int) -> dict[str, int]:
-    wide = triton.next_power_of_2(width)
-    return {"BLOCK_N": min(triton.next_power_of_2(heads), max(1, ROW.ELEMENTS // wide)), "BLOCK_D": wide}
+    block_d = triton.next_power_of_2(width)
+    return {"BLOCK_N": min(triton.next_power_of_2(heads), max(1, TILE.ELEMENTS // block_d)), "BLOCK_D": block_d}
 
 
-def turn(
+def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, heads: int, interleaved: bool, *, sign: float = 1.0
 ) -> None:
-    """Fill y, (B, T, N, D) contiguous."""
+    """Fill y (B, T, N, D), contiguous, with x after rotation of its first `heads` heads; sign -1 rotates back."""
     batch, tokens, count, width = x.shape
     if not x.numel() or not cos.shape[1]:
         y.copy_(x)
         return
     x = x if x.stride(3) == 1 else x.contiguous()
     blocks = _blocks(count, width)
-    with launch.on(x):
-        rotary_turn[(batch * tokens, triton.cdiv(count, blocks["BLOCK_N"]))](
+    with launch.device_of(x):
+        rotary_apply[(batch * tokens, triton.cdiv(count, blocks["BLOCK_N"]))](
             x_ptr=x, cos_ptr=cos.contiguous(), sin_ptr=sin.contiguous(), y_ptr=y,
-            stride_b=x.stride(0), stride_t=x.stride(1), stride_h=x.stride(2), T=tokens, N=count, turned=heads,
+            stride_b=x.stride(0), stride_t=x.stride(1), stride_h=x.stride(2), T=tokens, N=count, rotated_heads=heads,
             sign=sign, D=width, PAIRS=cos.shape[1], INTERLEAVED=interleaved, **blocks,
-            num_warps=ROW.warps, num_stages=ROW.stages,
+            num_warps=TILE.warps, num_stages=TILE.stages,
         )  # fmt: skip
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """The static check's cases: NeoX-20B's heads, and GPT-J's."""
+    """Yield the static check's cases: the heads of GPT-NeoX-20B and of GPT-J."""
     types = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "sign": "fp32"}
     for heads, width, pairs, interleaved in ((192, 96, 12, False), (48, 256, 32, True)):
         sizes = {"D": width, "PAIRS": pairs, "INTERLEAVED": interleaved, **_blocks(heads, width)}
-        yield launch.case(rotary_turn, f"bf16 D={width}", ROW, "bf16", sizes, **types)
+        yield launch.case(rotary_apply, f"bf16 D={width}", TILE, "bf16", sizes, **types)

@@ -1,9 +1,13 @@
-"""The static check: compile every kernel and tile row for GPUs that are not there, and read the machine code.
+"""The static check: compile every kernel and tile row for GPUs that are not installed, and check the machine code.
 
-Triton compiles without a device, and its wheel carries NVIDIA's disassembler, so registers, spills, shared memory and
-matrix instructions are known before a kernel first runs. `peakgpt aot` prints them; a row fails where it spills, asks
-for more than the chip has, stores nothing (ptxas turns an impossible kernel into a bare trap), starts early
-(overlap.py) and touches memory before it has waited, or holds no matrix instruction of its chip where one is expected.
+Triton compiles without a device, and its wheel contains NVIDIA's disassembler. So registers, spills, shared memory and
+matrix instructions are known before a kernel first runs. `peakgpt aot` prints them. A case fails if its kernel
+
+- spills registers to local memory,
+- needs more shared or tensor memory than the chip has,
+- stores nothing: ptxas compiles an impossible kernel to a bare trap,
+- starts early (overlap.py) and accesses memory before it has waited for the previous kernels,
+- lacks the matrix instruction of its chip although one is expected.
 """
 
 from __future__ import annotations
@@ -26,14 +30,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from peakgpt.kernels import gpu
 from peakgpt.kernels.core import backends
 
-if TYPE_CHECKING:  # it imports Triton, which may not happen before `_worker`
+if TYPE_CHECKING:  # importing it imports Triton, which must not happen before `_worker`
     from peakgpt.kernels.gpu.launch import AotCase
 
 WORKERS = 2
 
 
 class Target(NamedTuple):
-    """A chip: the class of its tile rows, shared memory a block can have, and its matrix instruction, whole and narrow.
+    """A chip: the key of its tile rows, its shared memory a block, and regular expressions of its matrix instructions.
 
     Limits: CUDA C++ Programming Guide, technical specifications per compute capability; AMD CDNA 3 ISA, LDS size.
     """
@@ -41,7 +45,7 @@ class Target(NamedTuple):
     arch: str
     shared_bytes: int
     matrix: str
-    narrow: str = r"\bHMMA\b"  # for tiles of under 64 rows, which newer chips leave to a warp's instruction
+    narrow: str = r"\bHMMA\b"  # the instruction for tiles with fewer than 64 rows
 
 
 TARGETS = {
@@ -54,15 +58,15 @@ TARGETS = {
 }
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_MEMORY_COLUMNS = 512  # sm_100
-# In SASS, PTX, and AMD's assembly.
+# Stores in SASS, PTX and AMD's assembly.
 _STORE = r"\b(STG|ST\.E|UTMASTG|UTMAREDG|RED|REDG|ATOMG?|st\.global|(global|buffer|flat)_(store|atomic)\w*)\b"
-
+# Accesses to memory in PTX, except prefetches.
 _ACCESS = r"\b((ld|st|atom|red)\.(global|volatile|relaxed|acquire|release)|cp\.(async|reduce)\b(?!\.bulk\.prefetch))"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one compiled case uses. `failure` is None where it passes."""
+    """The resources that a compiled case uses. `failure` is None if the case passes."""
 
     op: str
     kernel: str
@@ -74,16 +78,16 @@ class Row:
     spills: int = 0
     shared_bytes: int = 0
     shared_limit_bytes: int = 0
-    matrix_instructions: int = 0  # counted where expected
+    matrix_instructions: int = 0  # counted if AotCase.matmul or if the kernel has a stack
     failure: str | None = None
 
 
 def check_case(op: str, case: AotCase, target: str) -> Row:
-    """Compile one case for one target and judge its machine code.
+    """Compile one case for one target and check its machine code.
 
     Args:
-        op: name for the report.
-        case: what to compile; its kernel must come from a process without TRITON_INTERPRET.
+        op: name in the report.
+        case: its kernel must have been imported without TRITON_INTERPRET.
         target: a key of TARGETS.
     """
     chip = TARGETS[target]
@@ -92,27 +96,27 @@ def check_case(op: str, case: AotCase, target: str) -> Row:
            "warps": case.tile.warps, "stages": case.tile.stages, "shared_limit_bytes": chip.shared_bytes}  # fmt: skip
     try:
         compiled = _compile(case, target)
-    except Exception as error:  # the compiler raises many kinds; the row carries the words
+    except Exception as error:  # the compiler raises many types; the row reports the message
         return Row(**row, failure=f"does not compile: {(str(error).strip() or repr(error)).splitlines()[-1]}")
     code, registers, spills = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled, case.matmul)
-    hasty = bool(case.constexprs.get("OVERLAP")) and _hasty(compiled.asm["ptx"])
+    accesses_early = bool(case.constexprs.get("OVERLAP")) and _accesses_before_wait(compiled.asm["ptx"])
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    found = Row(**row, registers=registers, spills=spills, shared_bytes=compiled.metadata.shared,
+    result = Row(**row, registers=registers, spills=spills, shared_bytes=compiled.metadata.shared,
                 matrix_instructions=len(re.findall(matrix, code)))  # fmt: skip
     failures = {
         f"spills: {spills} instructions": spills > 0,
-        f"shared memory: {found.shared_bytes} bytes, the chip has {chip.shared_bytes}": (
-            found.shared_bytes > chip.shared_bytes
+        f"shared memory: {result.shared_bytes} bytes, the chip has {chip.shared_bytes}": (
+            result.shared_bytes > chip.shared_bytes
         ),
         f"tensor memory: {tensor_memory} columns, the chip has {TENSOR_MEMORY_COLUMNS}": (
             tensor_memory > TENSOR_MEMORY_COLUMNS
         ),
-        "touches memory before it waits for the kernels before": hasty,
-        "stores nothing, as a bare trap does": not re.search(_STORE, code),
-        f"no matrix instruction ({matrix})": case.matmul and not found.matrix_instructions,
+        "accesses memory before it waits for the previous kernels": accesses_early,
+        "stores nothing, like a bare trap": not re.search(_STORE, code),
+        f"no matrix instruction ({matrix})": case.matmul and not result.matrix_instructions,
     }
     failure = "; ".join(reason for reason, failed in failures.items() if failed)
-    return Row(**{**asdict(found), "failure": failure or None})
+    return Row(**{**asdict(result), "failure": failure or None})
 
 
 def _compile(case: AotCase, target: str):
@@ -121,20 +125,20 @@ def _compile(case: AotCase, target: str):
     from triton.compiler import ASTSource
 
     names = case.kernel.arg_names
-    given = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
-    if set(names) != set(given) or set(case.signature) & set(case.constexprs):
-        raise ValueError(f"{case.kernel.__name__} {case.label}: got {sorted(given)}, expected {sorted(names)}")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if given[n][0] in "*i" and given[n] != "i1"}
-    source = ASTSource(case.kernel, {n: given[n] for n in names}, constexprs=dict(case.constexprs), attrs=aligned)
+    types = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
+    if set(names) != set(types) or set(case.signature) & set(case.constexprs):
+        raise ValueError(f"{case.kernel.__name__} {case.label}: got {sorted(types)}, expected {sorted(names)}")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n][0] in "*i" and types[n] != "i1"}
+    source = ASTSource(case.kernel, {n: types[n] for n in names}, constexprs=dict(case.constexprs), attrs=aligned)
     chip = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     return triton.compile(source, target=chip, options={"num_warps": case.tile.warps, "num_stages": case.tile.stages})
 
 
 def _nvidia(compiled, matmul: bool) -> tuple[str, int, int]:
-    """(code, registers a thread, instructions that touch local memory).
+    """Return the code, registers a thread, and the number of instructions that access local memory (spills).
 
-    The code is SASS where matrix instructions or spills are to be counted, else PTX: nvdisasm takes 0.35 s to start,
-    and spills need a stack, which cuobjdump tells at once.
+    The code is SASS if matrix instructions or spills have to be counted, else PTX. This saves the 0.35 s in which
+    nvdisasm starts: cuobjdump reports the size of the stack, and without a stack there are no spills.
     """
     from triton import knobs
 
@@ -142,20 +146,21 @@ def _nvidia(compiled, matmul: bool) -> tuple[str, int, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _read(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        stack, registers = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("STACK", "REG"))
+        stack, registers = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "REG"))
         if not matmul and not stack:
             return compiled.asm["ptx"], registers, 0
         code = _read(knobs.nvidia.nvdisasm.path, "-c", file.name)
     return code, registers, len(re.findall(r"\b(?:LDL|STL)\b", code)) or int(stack > 0)
 
 
-def _hasty(ptx: str) -> bool:
-    """Whether a kernel that starts early (overlap.py) reads or writes before its wait; a prefetch does neither."""
+def _accesses_before_wait(ptx: str) -> bool:
+    """Return whether a kernel that starts early (overlap.py) reads or writes memory before its wait instruction."""
     before, wait, _ = ptx.partition("griddepcontrol.wait")
     return not wait or re.search(_ACCESS, before) is not None
 
 
 def _amd(compiled) -> tuple[str, int, int]:
+    """Return the code, vector registers a thread, and the number of spilled registers."""
     code = compiled.asm["amdgcn"]
     figure = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s*(\d+)", code)}
     return code, figure["vgpr_count"], figure["vgpr_spill_count"]
@@ -169,24 +174,24 @@ def _read(*command: str) -> str:
 
 
 def ops() -> tuple[str, ...]:
-    """Names of the files in this folder that list kernels to compile; nothing is imported."""
+    """Return the names of the modules below this package that define `aot_cases`; nothing is imported."""
     files = Path(gpu.__path__[0]).rglob("*.py")
-    return tuple(sorted(f.stem for f in files if re.search(r"^def aot_cases\(", f.read_text("utf-8"), re.MULTILINE)))
+    return tuple(sorted(f.stem for f in files if re.search(r"^(def )?aot_cases\b", f.read_text("utf-8"), re.MULTILINE)))
 
 
 def check(targets: Sequence[str], names: Sequence[str], *, hot: bool = False) -> Iterator[Row]:
-    """Compile every case of the ops for the targets, or the hot ones, two at a time; rows come in order.
+    """Yield a row for every case (or every hot case) of the ops `names` and the targets, in this order.
 
-    Works wherever it is called from: the kernels are imported in fresh processes without TRITON_INTERPRET.
+    The kernels are compiled in WORKERS new processes, always without TRITON_INTERPRET.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_worker) as pool:
-        chosen = pool.map(_choose, [(op, t, hot) for op in names for t in targets])
-        yield from pool.map(_job, [job for jobs in chosen for job in jobs])
+        jobs_of = pool.map(_jobs, [(op, t, hot) for op in names for t in targets])
+        yield from pool.map(_check_job, [job for jobs in jobs_of for job in jobs])
 
 
 def _worker() -> None:
-    # Under the interpreter triton.jit makes something that can not be compiled; read when a kernel is decorated.
+    # triton.jit reads the variable when it decorates a kernel; kernels of the interpreter cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
 
 
@@ -194,12 +199,12 @@ def _cases(op: str, target: str) -> list[AotCase]:
     return list(importlib.import_module(backends.module_names("gpu")[op]).aot_cases(TARGETS[target].arch))
 
 
-def _choose(job: tuple[str, str, bool]) -> list[tuple[str, str, int]]:
+def _jobs(job: tuple[str, str, bool]) -> list[tuple[str, str, int]]:
     op, target, hot = job
     return [(op, target, i) for i, case in enumerate(_cases(op, target)) if case.hot or not hot]
 
 
-def _job(job: tuple[str, str, int]) -> Row:
+def _check_job(job: tuple[str, str, int]) -> Row:
     op, target, index = job
     return check_case(op, _cases(op, target)[index], target)
 
@@ -223,13 +228,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `peakgpt aot`."""
     parser.add_argument("--target", action="append", choices=TARGETS, help=f"default: {', '.join(DEFAULT_TARGETS)}")
     parser.add_argument("--op", action="append", choices=ops(),
-                        help="or another file of kernels/gpu that has kernels; default: all")  # fmt: skip
-    parser.add_argument("--hot", action="store_true", help="only the rows that decide speed, as the tests do")
+                        help="an op, or another module of kernels/gpu with kernels; default: all")  # fmt: skip
+    parser.add_argument("--hot", action="store_true", help="only the rows that decide the speed, as in the fast tests")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; returns 1 where a row fails, else 0."""
+    """Print the table. Return 1 if a row fails, else 0."""
     rows = []
     if not args.json:
         titles = {name: name for name in Row.__dataclass_fields__}
@@ -246,7 +251,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The check as a program of its own: `python -m peakgpt.kernels.gpu.static_check`."""
+    """Run `python -m peakgpt.kernels.gpu.static_check`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     return run(parser.parse_args(argv))

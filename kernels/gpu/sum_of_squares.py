@@ -1,4 +1,7 @@
-"""Sum of squares in Triton: a partial sum a program over its own stretch, then one program adds them in order."""
+"""Sum of squares in Triton: each program sums one range of elements, then a single program adds the partial sums.
+
+Both stages have a fixed order, so the result is the same from run to run.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,16 @@ import triton.language as tl
 from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
-# Unmeasured on hardware. 1024 programs: some eight for each SM of the largest chips.
-PROGRAMS, BLOCK_N, ROW = 1024, 2048, Tile(warps=8)
+# Not measured on hardware. 1024 programs are about eight for each streaming multiprocessor of the largest chips.
+PROGRAMS, BLOCK_N, TILE = 1024, 2048, Tile(warps=8)
 
 
 @triton.jit
-def sum_of_squares_partial(x_ptr, partial_ptr, N, stretch, BLOCK_N: tl.constexpr):
+def sum_of_squares_partial(x_ptr, partial_ptr, N, range_size, BLOCK_N: tl.constexpr):
+    """Store the sum over elements program * range_size .. (program + 1) * range_size - 1."""
     program = tl.program_id(0).to(tl.int64)
-    begin = program * stretch
-    end = tl.minimum(begin + stretch, N)
+    begin = program * range_size
+    end = tl.minimum(begin + range_size, N)
     acc = tl.zeros([BLOCK_N], tl.float32)
     for start in range(begin, end, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
@@ -30,6 +34,7 @@ def sum_of_squares_partial(x_ptr, partial_ptr, N, stretch, BLOCK_N: tl.constexpr
 
 @triton.jit
 def sum_of_squares_total(partial_ptr, total_ptr, PROGRAMS: tl.constexpr):
+    """Add all partial sums to total."""
     sums = tl.load(partial_ptr + tl.arange(0, PROGRAMS))
     tl.store(total_ptr, tl.load(total_ptr) + tl.sum(sums, 0))
 
@@ -41,19 +46,19 @@ def objection(x, total) -> str | None:
 
 
 def forward(outputs, saved, x, total):
-    # Whole blocks a program; programs past the end write zero.
-    stretch = triton.cdiv(triton.cdiv(x.numel(), PROGRAMS), BLOCK_N) * BLOCK_N
+    # A multiple of BLOCK_N. Programs whose range lies past the end store zero.
+    range_size = triton.cdiv(triton.cdiv(x.numel(), PROGRAMS), BLOCK_N) * BLOCK_N
     partial = torch.empty(PROGRAMS, dtype=torch.float32, device=x.device)
-    with launch.on(x):
+    with launch.device_of(x):
         sum_of_squares_partial[(PROGRAMS,)](
-            x_ptr=x, partial_ptr=partial, N=x.numel(), stretch=stretch, BLOCK_N=BLOCK_N,
-            num_warps=ROW.warps, num_stages=ROW.stages,
+            x_ptr=x, partial_ptr=partial, N=x.numel(), range_size=range_size, BLOCK_N=BLOCK_N,
+            num_warps=TILE.warps, num_stages=TILE.stages,
         )  # fmt: skip
         sum_of_squares_total[(1,)](partial_ptr=partial, total_ptr=total, PROGRAMS=PROGRAMS, num_warps=4)
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """The static check's cases."""
-    yield launch.case(sum_of_squares_partial, "bf16", ROW, "bf16", {"BLOCK_N": BLOCK_N}, partial_ptr="*fp32", N="i64",
-                      stretch="i64")  # fmt: skip
+    """Yield the static check's cases."""
+    yield launch.case(sum_of_squares_partial, "bf16", TILE, "bf16", {"BLOCK_N": BLOCK_N}, partial_ptr="*fp32", N="i64",
+                      range_size="i64")  # fmt: skip
     yield launch.case(sum_of_squares_total, "", Tile(warps=4), "fp32", {"PROGRAMS": PROGRAMS})

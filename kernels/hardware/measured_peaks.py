@@ -23,7 +23,7 @@ WINDOWS = 8  # per method, interleaved: a short disturbance of a shared machine 
 WINDOW_S = 0.01
 MM_SIZE = {"cpu": 1024, "cuda": 8192}  # square; the smallest size at which the library is near its best
 STREAM_GAP_BYTES = 17 * 64  # streams a power of two apart would share the sets of a cache
-LOOPS = {"float32": 0, "bfloat16": 1, "int8": 2}  # csrc/peaks.h
+LOOPS = {"float32": 0, "bfloat16": 1, "int8": 2}  # csrc/ops/peaks.h
 Work = tuple[Callable[[], Any], float]  # a function, and the operations or bytes of one call
 
 
@@ -145,15 +145,13 @@ def _loop_works(threads: int) -> dict[tuple[str, str], Work]:
     works, seconds = {}, stopwatch("cpu")
     for name, loop in LOOPS.items():
         trial_iterations = 100_000
-        operations = peak_loop(loop, trial_iterations, threads)
+        operations = peak_loop(loop=loop, iterations=trial_iterations, threads=threads)
         if operations == 0 or (name == "bfloat16" and not cpu_has_bfloat16()):  # computed in float32 there
             continue
-        once_s = min(seconds(functools.partial(peak_loop, loop, trial_iterations, threads)) for _ in range(3))
+        run = functools.partial(peak_loop, loop=loop, threads=threads)
+        once_s = min(seconds(functools.partial(run, iterations=trial_iterations)) for _ in range(3))
         iterations = max(1, round(trial_iterations * WINDOW_S / once_s))
-        works[name, "loop"] = (
-            functools.partial(peak_loop, loop, iterations, threads),
-            operations / trial_iterations * iterations,
-        )
+        works[name, "loop"] = functools.partial(run, iterations=iterations), operations / trial_iterations * iterations
     return works
 
 
@@ -175,7 +173,8 @@ def _stream_work(
 
     def stream() -> None:  # refers to `buffer`, so that it is not freed
         base = -(-buffer.data_ptr() // 64) * 64
-        peak_stream(base, stride, stream_bytes, reads, writes, updates, past_caches, threads)
+        peak_stream(base=base, stride=stride, bytes=stream_bytes, reads=reads, writes=writes, updates=updates,
+                    past_caches=past_caches, threads=threads)  # fmt: skip
 
     return stream, float((reads + writes) * stream_bytes)
 

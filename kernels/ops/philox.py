@@ -4,7 +4,7 @@
     k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85  mod 2^32                              after it
 
 Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", SC11, section 3.3: seven rounds pass
-BigCrush. csrc/philox.h is the same in C++, Triton's is `tl.philox(..., n_rounds=7)`.
+BigCrush. csrc/simd/philox.h is the same in C++, Triton's is `tl.philox(..., n_rounds=7)`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from torch import Tensor
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 GROUPS = (32, 64, 128)
 BLOCK = 128  # inputs that share a scale where weights have 8 bits; with 4 bits it is the weights' group
-PANEL = 16  # kPanelOutputs in csrc/quantized.h
+PANEL = 16  # kPanelOutputs in csrc/gemm/quantized.h
 _LINE = 8  # inputs are filled up to a multiple
 _SHRINK = tuple(0.75 + 0.025 * i for i in range(15))  # of the scale that takes the largest weight to the last level
 

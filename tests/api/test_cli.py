@@ -176,7 +176,7 @@ def test_generate_from_small_weights(bits, tmp_path, capsys):
     assert main(["generate", str(small), "--prompt", "the cat", "--tokens", "20", "--temperature", "0"]) == 0
     said = capsys.readouterr().out
     engine = Engine(GPT.from_pretrained(small).to(best_dtype(torch.device("cpu"))), tokenizer)
-    params = SamplingParams(max_new_tokens=20, temperature=0, stop=(tokenizer.end_id,))
+    params = SamplingParams(max_tokens=20, temperature=0, stop_token_ids=(tokenizer.end_id,))
     text = "".join(output.text for output in engine.stream(tokenizer.encode("the cat"), params))
     assert said.startswith(f"the cat{text}\n\n[") and " tokens/s]" in said and "by ops" not in said
     assert main(["generate", str(small), "--prompt", "the cat", "--tokens", "1"]) == 0

@@ -1,8 +1,9 @@
-"""Make Triton's interpreter tell the truth about bfloat16, TF32 and masked loads.
+"""Patch Triton's interpreter so that bfloat16, TF32 and masked loads behave as on a GPU.
 
-Triton 3.6 and 3.7 keep bfloat16 as uint16 bit patterns in numpy and compute on the patterns: `tl.dot` multiplies
-them, arithmetic and comparisons are wrong, a cast from float32 truncates. They ignore `input_precision` (a forgotten
-"ieee" passes here and costs 13 bits on a GPU) and give 0 where a masked load has no `other` (a GPU gives anything).
+Triton 3.6 and 3.7 store bfloat16 as uint16 bit patterns in numpy and compute on the patterns: `tl.dot` multiplies
+them, arithmetic and comparisons are wrong, a cast from float32 truncates. They ignore `input_precision`, so a missing
+"ieee" has no effect here but costs 13 bits on a GPU. A masked load without `other` returns 0; on a GPU it returns any
+value.
 """
 
 import functools
@@ -13,25 +14,25 @@ _BF16_NAN = 0x7FC0
 
 
 def to_bf16_bits(x):
-    """float32 array -> bfloat16 bit patterns, rounded to nearest, ties to even."""
+    """Convert a float32 array to bfloat16 bit patterns, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     return np.where(np.isnan(x), _BF16_NAN, rounded).astype(np.uint16)
 
 
 def from_bf16_bits(bits):
-    """bfloat16 bit patterns -> float32 array, exactly."""
+    """Convert bfloat16 bit patterns to a float32 array, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def to_tf32(x):
-    """float32 array with the mantissa rounded to TF32's 10 bits."""
+    """Round the mantissa of a float32 array to TF32's 10 bits."""
     return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
 
 
 @functools.cache  # once a process
 def patch() -> None:
-    """Patch the interpreter's builder; kernels decorated before or after behave alike."""
+    """Patch the interpreter's builder, for kernels decorated before or after the call."""
     import triton.language as tl
     from triton._C.libtriton import ir
     from triton.runtime import interpreter as it
@@ -75,18 +76,18 @@ def patch() -> None:
         def checked(self, *args):
             moves_bits = args[-1] is np.where  # a select
             if not moves_bits and any(getattr(a, "dtype", None) == tl.bfloat16 for a in args):
-                raise TypeError("arithmetic on bfloat16: cast to float32 first, as every kernel here computes in it")
+                raise TypeError("arithmetic on bfloat16: cast to float32 first, as all kernels of this project do")
             return plain(self, *args)
 
         return checked
 
     def check_tensor(self, tensors):
         if any(t.dtype == tl.bfloat16 for t in tensors):
-            raise TypeError("reduction of bfloat16: cast to float32 first, as every kernel here computes in it")
+            raise TypeError("reduction of bfloat16: cast to float32 first, as all kernels of this project do")
         plain_check(self, tensors)
 
     def patch_lang(fn):
-        # Each call of a device function patches triton.language again, which took half of the time.
+        # The interpreter patches triton.language at each call of a device function, which took half of the time.
         languages = [m for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values())]
         if any(tl.core.is_builtin(m.load) for m in languages):
             return plain_patch_lang(fn)

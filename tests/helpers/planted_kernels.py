@@ -1,6 +1,6 @@
-"""Kernels that the static check must reject, and one that it must pass; prints {name: failure} as JSON.
+"""Kernels with faults that the static check must reject, and correct ones. Prints {name: failure} as JSON.
 
-A program of its own: test_aot.py runs it without TRITON_INTERPRET, under which nothing can be compiled.
+test_aot.py runs this program without TRITON_INTERPRET, with which nothing can be compiled.
 """
 
 import json
@@ -15,7 +15,7 @@ from peakgpt.kernels.gpu.static_check import check_case
 
 @triton.jit
 def product(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
-    """Too large a block outgrows the registers and the shared memory."""
+    """A large BLOCK needs more registers and shared memory than there are."""
     i = tl.arange(0, BLOCK)
     at = i[:, None] * BLOCK + i[None, :]
     for k in range(8):
@@ -25,7 +25,7 @@ def product(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def sums(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
-    """A product without tl.dot."""
+    """A matrix product without tl.dot."""
     i = tl.arange(0, BLOCK)
     at = i[:, None] * BLOCK + i[None, :]
     a, b = tl.load(a_ptr + at).to(tl.float32), tl.load(b_ptr + at).to(tl.float32)
@@ -33,8 +33,8 @@ def sums(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def centred(a_ptr, BLOCK: tl.constexpr):
-    """A row that outgrows the registers."""
+def centered(a_ptr, BLOCK: tl.constexpr):
+    """A long row needs more registers than there are."""
     i = tl.arange(0, BLOCK)
     a = tl.load(a_ptr + i).to(tl.float32)
     tl.store(a_ptr + i, a - tl.sum(a, 0) / BLOCK)
@@ -47,11 +47,11 @@ def loads(a_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def early(a_ptr, BLOCK: tl.constexpr, HASTY: tl.constexpr, OVERLAP: tl.constexpr):
-    """Starts before the kernel ahead has ended."""
+    """Starts before the previous kernel has ended; HASTY accesses memory before the wait."""
     i = tl.arange(0, BLOCK)
     if HASTY:
         tl.store(a_ptr + i, tl.load(a_ptr + BLOCK + i))
-    overlap.follow(OVERLAP)
+    overlap.wait_for_previous(OVERLAP)
     tl.store(a_ptr + i, tl.load(a_ptr + BLOCK + i))
 
 
@@ -67,9 +67,9 @@ def case(kernel, block, matmul=False, **constexprs):
 
 PLANTED = {
     "good": case(product, 64, matmul=True),
-    "good without dot": case(centred, 1024),
+    "good without dot": case(centered, 1024),
     "too large": case(product, 256, matmul=True),
-    "spills without dot": case(centred, 131072),
+    "spills without dot": case(centered, 131072),
     "no dot": case(sums, 8, matmul=True),
     "no store": case(loads, 64),
     "no store, dot expected": case(loads, 64, matmul=True),

@@ -1,10 +1,10 @@
-// Runs every test once per instruction set that this machine has and PEAKGPT_ISA lets through:
-// `native [part of a test's name]`.
+// Runs every test once per instruction set that the machine has and PEAKGPT_ISA allows: `native [part of a test's
+// name]`.
 #include <chrono>
 #include <cstdlib>
 
 #include "check.h"
-#include "isa.h"
+#include "base/isa.h"
 
 int main(int argc, char** argv) {
   using namespace peak::test;
@@ -19,14 +19,14 @@ int main(int argc, char** argv) {
       SetCase("%s", test.name);
       test.run();
       const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      std::printf("%-10s %-32s %9lld checks %6.2f s%s\n", peak::ActiveIsa(), test.name,
+      std::printf("%-10s %-72s %9lld checks %6.2f s%s\n", peak::ActiveIsa(), test.name,
                   static_cast<long long>(Count().checks - before.checks), seconds,
                   Count().failures > before.failures ? "  FAILED" : "");
       std::fflush(stdout);
       ++run;
     }
   }
-  if (run == 0) std::printf("no test's name contains '%s'\n", argv[1]);
+  if (run == 0) std::printf("no test name contains '%s'\n", argv[1]);
   std::printf("%lld checks, %lld failed\n", static_cast<long long>(Count().checks),
               static_cast<long long>(Count().failures));
   return run == 0 || Count().failures > 0;

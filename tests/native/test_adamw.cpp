@@ -1,4 +1,4 @@
-#include "adamw.h"
+#include "ops/adamw.h"
 
 #include "buffer.h"
 
@@ -42,14 +42,14 @@ struct Step {
     step[0] = 6.0f;
     norm[0] = 4.0f;
     args = {.dtype = kDtype<T>, .count = count, .param = param.data(), .grad = grad.data(),
-            .remainder = std::is_same_v<T, float> ? nullptr : remainder.data(), .exp_avg = exp_avg.data(),
-            .exp_avg_sq = exp_avg_sq.data(), .step = step.data(), .norm = norm.data(), .lr = 0.01, .beta1 = 0.9,
-            .beta2 = 0.99, .eps = 1e-8, .weight_decay = 0.1, .max_norm = 1.0};
+            .exp_avg = exp_avg.data(), .exp_avg_sq = exp_avg_sq.data(), .step = step.data(), .lr = 0.01, .beta1 = 0.9,
+            .beta2 = 0.99, .eps = 1e-8, .weight_decay = 0.1,
+            .remainder = std::is_same_v<T, float> ? nullptr : remainder.data(), .norm = norm.data(), .max_norm = 1.0};
   }
   double MasterAt(int64_t i) const { return Master(param[i], remainder[i]); }
 };
 
-PEAK_TEST(adamw) {
+PEAK_TEST(adamw_equals_double_precision) {
   ForEachCase("adamw", 0, [&](auto element, int64_t count, int placement) {
     using T = decltype(element);
     const bool clipped = placement != 2;
@@ -77,8 +77,8 @@ PEAK_TEST(adamw) {
   });
 }
 
-// Nothing may change where the gradients' norm is no number.
-PEAK_TEST(adamw_skips) {
+// Nothing changes if the norm of the gradients is not finite.
+PEAK_TEST(adamw_skips_the_step_if_the_norm_is_not_finite) {
   ForEachDtype([&](auto element) {
     for (const double norm : {kInf, kNan}) {
       SetCase("adamw %s norm %g", kName<decltype(element)>, norm);
@@ -92,8 +92,8 @@ PEAK_TEST(adamw_skips) {
   });
 }
 
-// A gradient that is not finite spoils its own element only; subnormal ones do not trap it.
-PEAK_TEST(adamw_specials) {
+// A gradient that is not finite changes its own element only; subnormal gradients keep the element finite.
+PEAK_TEST(adamw_gradient_that_is_not_finite_stays_in_its_element) {
   ForEachCase("adamw specials", 1, [&](auto element, int64_t count, int placement) {
     Step<decltype(element)> s(count, placement);
     s.grad.FillSpecials(placement);

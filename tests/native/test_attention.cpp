@@ -1,20 +1,20 @@
-#include "attention.h"
+#include "attention/attention.h"
 
 #include <algorithm>
 
 #include "buffer.h"
-#include "isa.h"
+#include "base/isa.h"
 
 namespace peak::test {
 namespace {
 
-constexpr int64_t kGap = 5;  // elements of NaN behind each token's heads
+constexpr int64_t kGap = 5;  // elements of NaN after each token's heads
 constexpr float kScale = 0.3f;
 
-// Which keys a sequence has: none of these, or per sequence a start and a length, or documents end to end.
+// The keys of a sequence: all, or a start and a length for each sequence, or packed documents.
 enum class Range { kAll, kPadded, kDocuments };
 
-// An additive bias: none, one for all, one a head, one a head and sequence.
+// An additive bias: none, one for all, one for each head, one for each head and sequence.
 enum class Bias { kNone, kShared, kByHead, kFull };
 
 struct Problem {
@@ -25,15 +25,15 @@ struct Problem {
   Range range;
   Bias bias = Bias::kNone;
   double dropout = 0.0;
-  int64_t pairs = 0;  // of rotary embedding: dq and dk are turned back
+  int64_t pairs = 0;  // of rotary embedding: dq and dk are rotated back
   bool interleaved = false;
 
   int64_t BiasBatch() const { return bias == Bias::kFull ? batch : 1; }
   int64_t BiasHeads() const { return bias == Bias::kFull || bias == Bias::kByHead ? heads : 1; }
 };
 
-// Widths of whole and ragged vectors; both sides of a tile of 64 and of the way for few queries; every mask; groups of
-// heads; padding that leaves a sequence without a key, or reaches past the last.
+// Widths of whole and ragged vectors; sizes around a tile of 64 and around the limit of few queries; every mask; groups
+// of heads; padding that leaves a sequence without a key or ends after the last key.
 constexpr Problem kProblems[] = {
     {1, 1, 1, 1, 1, 8, true, 0, false, Range::kAll},       {2, 1, 70, 4, 2, 16, true, 0, false, Range::kPadded},
     {2, 4, 37, 2, 1, 40, false, 0, true, Range::kPadded},  {1, 3, 133, 2, 2, 64, true, 20, false, Range::kAll},
@@ -64,6 +64,8 @@ struct Tensor4 {
   Tensor4(Placer& place, Role role, int64_t batch, int64_t tokens_, int64_t heads_, int64_t width_)
       : tokens(tokens_), heads(heads_), width(width_),
         buffer(role == Role::kInput ? place.In<T>(batch * StrideB()) : place.Out<T>(batch * StrideB())) {}
+  StridedInput Input() const { return {buffer.data(), StrideB(), StrideT(), width}; }
+  StridedOutput Output() const { return {buffer.data(), StrideB(), StrideT(), width}; }
   int64_t StrideT() const { return heads * width + kGap; }
   int64_t StrideB() const { return tokens * StrideT(); }
   int64_t Index(int64_t b, int64_t t, int64_t h, int64_t d) const {
@@ -80,7 +82,7 @@ struct Tensor4 {
   }
 };
 
-// The tensors of one call, and its arguments.
+// The tensors of one call and its arguments.
 template <class T>
 struct Attention {
   Problem p;
@@ -92,7 +94,8 @@ struct Attention {
   int64_t bias_s, bias_t, bias_h, bias_b;
   Buffer<T> bias;
   Buffer<float> dbias, dalibi, dalibi_rows;
-  AttentionArgs args;
+  AttentionForwardArgs forward{};
+  AttentionBackwardArgs backward{};
 
   Attention(const Problem& problem, int placement, uint64_t seed)
       : p(problem),
@@ -129,7 +132,7 @@ struct Attention {
     for (int64_t slice = 0; slice < p.BiasBatch() * p.BiasHeads(); ++slice) {
       for (int64_t i = 0; i < p.queries; ++i) {
         for (int64_t j = 0; j < p.keys; ++j) {
-          const bool masks = (i + j) % 7 == 3 && j % 3 == 2;  // leaves each query that has a key one
+          const bool masks = (i + j) % 7 == 3 && j % 3 == 2;  // leaves every query at least one of its keys
           bias[slice * bias_h + i * bias_t + j * bias_s] = Narrow<T>(masks ? -kInf : random.Normal());
         }
       }
@@ -144,7 +147,7 @@ struct Attention {
     }
     const int64_t ends[] = {0, p.keys / 3, p.keys / 3, p.keys};  // the second is empty
     for (int i = 0; i < 4; ++i) documents[i] = ends[i];
-    // What padding hides must not matter.
+    // Padded keys must not matter.
     for (int64_t b = 0; p.range == Range::kPadded && b < p.batch; ++b) {
       for (int64_t j = 0; j < p.keys; ++j) {
         if (j >= start[b] && j < start[b] + length[b]) continue;
@@ -152,32 +155,36 @@ struct Attention {
         v.FillRow(b, j, kNan);
       }
     }
-    args = {.dtype = kDtype<T>, .batch = p.batch, .queries = p.queries, .keys = p.keys, .heads = p.heads,
-            .kv_heads = p.kv_heads, .width = p.width,
-            .q = q.buffer.data(), .q_b = q.StrideB(), .q_t = q.StrideT(), .q_h = p.width,
-            .k = k.buffer.data(), .k_b = k.StrideB(), .k_t = k.StrideT(), .k_h = p.width,
-            .v = v.buffer.data(), .v_b = v.StrideB(), .v_t = v.StrideT(), .v_h = p.width,
-            .alibi = p.alibi ? alibi.data() : nullptr,
-            .kv_start = p.range == Range::kPadded ? start.data() : nullptr,
-            .kv_len = p.range == Range::kPadded ? length.data() : nullptr,
-            .cu_seqlens = p.range == Range::kDocuments ? documents.data() : nullptr,
-            .documents = p.range == Range::kDocuments ? 3 : 0,
-            .bias = p.bias == Bias::kNone ? nullptr : bias.data(), .bias_dtype = kDtype<T>,
-            .bias_batch = p.BiasBatch(), .bias_heads = p.BiasHeads(), .bias_b = bias_b, .bias_h = bias_h,
-            .bias_t = bias_t, .bias_s = bias_s,
-            .causal = p.causal, .window = p.window, .scale = kScale, .dropout = p.dropout,
-            .seed = p.dropout > 0.0 ? dropout_seed.data() : nullptr, .out = out.data(), .lse = lse.data(),
-            .dout = dout.buffer.data(), .dout_b = dout.StrideB(), .dout_t = dout.StrideT(), .dout_h = p.width,
-            .dq = dq.buffer.data(), .dq_b = dq.StrideB(), .dq_t = dq.StrideT(), .dq_h = p.width,
-            .dk = dk.buffer.data(), .dk_b = dk.StrideB(), .dk_t = dk.StrideT(), .dk_h = p.width,
-            .dv = dv.buffer.data(), .dv_b = dv.StrideB(), .dv_t = dv.StrideT(), .dv_h = p.width,
-            .cos = p.pairs > 0 ? cos.data() : nullptr, .minus_sin = minus_sin.data(), .pairs = p.pairs,
-            .interleaved = p.interleaved,
-            .dbias = p.bias == Bias::kNone ? nullptr : dbias.data(), .dalibi = p.alibi ? dalibi.data() : nullptr,
-            .dalibi_rows = p.alibi ? dalibi_rows.data() : nullptr};
+    const bool padded = p.range == Range::kPadded, packed = p.range == Range::kDocuments;
+    const AttentionProblem problem_args = {
+        .dtype = kDtype<T>, .batch = p.batch, .queries = p.queries, .keys = p.keys, .heads = p.heads,
+        .kv_heads = p.kv_heads, .width = p.width, .q = q.Input(), .k = k.Input(), .v = v.Input(), .causal = p.causal,
+        .scale = kScale, .window = p.window, .alibi = p.alibi ? alibi.data() : nullptr,
+        .kv_start = padded ? start.data() : nullptr, .kv_len = padded ? length.data() : nullptr,
+        .cu_seqlens = packed ? documents.data() : nullptr, .documents = packed ? 3 : 0,
+        .bias = p.bias == Bias::kNone ? nullptr : bias.data(), .bias_dtype = kDtype<T>, .bias_batch = p.BiasBatch(),
+        .bias_heads = p.BiasHeads(), .bias_stride_b = bias_b, .bias_stride_h = bias_h, .bias_stride_t = bias_t,
+        .bias_stride_s = bias_s, .dropout = p.dropout, .seed = p.dropout > 0.0 ? dropout_seed.data() : nullptr};
+    static_cast<AttentionProblem&>(forward) = problem_args;
+    forward.out = out.data();
+    forward.lse = lse.data();
+    static_cast<AttentionProblem&>(backward) = problem_args;
+    backward.out = out.data();
+    backward.lse = lse.data();
+    backward.dout = dout.Input();
+    backward.dq = dq.Output();
+    backward.dk = dk.Output();
+    backward.dv = dv.Output();
+    backward.cos = p.pairs > 0 ? cos.data() : nullptr;
+    backward.minus_sin = minus_sin.data();
+    backward.pairs = p.pairs;
+    backward.interleaved = p.interleaved;
+    backward.dbias = p.bias == Bias::kNone ? nullptr : dbias.data();
+    backward.dalibi = p.alibi ? dalibi.data() : nullptr;
+    backward.dalibi_rows = p.alibi ? dalibi_rows.data() : nullptr;
   }
 
-  // Dropout's factor on a weight: Philox4x32-7, word by word.
+  // The dropout factor of a weight, by Philox4x32-7.
   double Factor(int64_t b, int64_t h, int64_t i, int64_t j) const {
     if (p.dropout == 0.0) return 1.0;
     const uint64_t key = static_cast<uint64_t>(dropout_seed[0]);
@@ -200,22 +207,22 @@ struct Attention {
   double BiasAt(int64_t b, int64_t h, int64_t i, int64_t j) const {
     return p.bias == Bias::kNone ? 0.0 : bias.At(Slice(b, h) * bias_h + i * bias_t + j * bias_s);
   }
-  // How far key j lies from query i, as ALiBi counts.
+  // The distance of key j from query i, as in ALiBi.
   double Distance(int64_t i, int64_t j) const { return static_cast<double>(j - i - (p.keys - p.queries)); }
 
   bool Lives(int64_t b, int64_t i, int64_t j) const {
-    const int64_t place_of_i = i + p.keys - p.queries;
-    if (p.causal && j > place_of_i) return false;
-    if (p.window > 0 && j <= place_of_i - p.window) return false;
+    const int64_t position = i + p.keys - p.queries;
+    if (p.causal && j > position) return false;
+    if (p.window > 0 && j <= position - p.window) return false;
     if (p.range == Range::kPadded) return j >= start[b] && j < start[b] + length[b];
     return p.range == Range::kAll || (i < documents[1]) == (j < documents[1]);
   }
 };
 
-// One query's weights and what their rounding is relative to.
+// The weights of a query and the scale of their rounding errors.
 struct Weights {
   std::vector<double> p;
-  double lse = -kInf, reach = 0.0;  // reach: how many roundings of 1 a score may be off
+  double lse = -kInf, reach = 0.0;  // reach: the error of a score, in roundings of 1
 };
 
 template <class T>
@@ -223,7 +230,7 @@ Weights WeightsOf(const Attention<T>& a, int64_t b, int64_t h, int64_t i) {
   const int64_t kv_head = h / (a.p.heads / a.p.kv_heads);
   Weights weights;
   weights.p.assign(a.p.keys, 0.0);
-  double top = -kInf, sum = 0.0;
+  double m = -kInf, l = 0.0;
   std::vector<double> scores(a.p.keys, -kInf);
   for (int64_t j = 0; j < a.p.keys; ++j) {
     if (!a.Lives(b, i, j)) continue;
@@ -237,19 +244,19 @@ Weights WeightsOf(const Attention<T>& a, int64_t b, int64_t h, int64_t i) {
     scores[j] = dot + slope + bias;
     magnitude = 4.0 * magnitude + 2.0 * std::fabs(slope) + 2.0 * std::fabs(bias);
     if (std::isfinite(magnitude)) weights.reach = std::max(weights.reach, magnitude);
-    top = std::isnan(scores[j]) ? kNan : std::max(top, scores[j]);
+    m = std::isnan(scores[j]) ? kNan : std::max(m, scores[j]);
   }
-  if (top == -kInf) return weights;
+  if (m == -kInf) return weights;
   for (int64_t j = 0; j < a.p.keys; ++j) {
-    if (a.Lives(b, i, j)) sum += weights.p[j] = std::exp(scores[j] - top);
+    if (a.Lives(b, i, j)) l += weights.p[j] = std::exp(scores[j] - m);
   }
-  for (double& p : weights.p) p /= sum;
-  weights.lse = top + std::log(sum);
+  for (double& p : weights.p) p /= l;
+  weights.lse = m + std::log(l);
   weights.reach += 8.0 + 2.0 * (std::isfinite(weights.lse) ? std::fabs(weights.lse) : 0.0);
   return weights;
 }
 
-// Weights are rounded to the dtype before a product, where that is an instruction of bf16 pairs.
+// Weights are rounded to the dtype before a product if the product is an instruction on bf16 pairs.
 template <class T>
 constexpr double kOperand = kUnit<T> / 0x1p-24;
 
@@ -283,9 +290,9 @@ void Add(Want& sum, double term, double magnitude) {
   sum.slack += magnitude;
 }
 
-// One head's gradient at a token, turned back.
+// Applies the inverse rotation to one head's gradient of a token.
 template <class T>
-void TurnBack(const Attention<T>& a, int64_t token, Want* head) {
+void RotateBack(const Attention<T>& a, int64_t token, Want* head) {
   for (int64_t i = 0; i < a.p.pairs; ++i) {
     Want& first = head[a.p.interleaved ? 2 * i : i];
     Want& second = head[a.p.interleaved ? 2 * i + 1 : a.p.pairs + i];
@@ -343,7 +350,7 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
             Add(dv[at], weights.p[j] * factor * dy, weights.p[j] * factor * std::fabs(dy) * rounding);
           }
         }
-        TurnBack(a, i, dq.data());
+        RotateBack(a, i, dq.data());
         for (int64_t d = 0; with_dq && d < p.width; ++d) {
           const int64_t at = a.dq.Index(b, i, h, d);
           if (!Near("dq", at, a.dq.buffer[at], dq[d])) return;
@@ -351,7 +358,7 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
       }
     }
     for (int64_t j = 0; with_dkv && j < p.keys; ++j) {
-      for (int64_t h = 0; h < p.kv_heads; ++h) TurnBack(a, j, &dk[(j * p.kv_heads + h) * p.width]);
+      for (int64_t h = 0; h < p.kv_heads; ++h) RotateBack(a, j, &dk[(j * p.kv_heads + h) * p.width]);
       for (int64_t i = 0; i < p.kv_heads * p.width; ++i) {
         const int64_t at = a.dk.Index(b, j, 0, i), want = j * p.kv_heads * p.width + i;
         if (!Near("dk", at, a.dk.buffer[at], dk[want]) || !Near("dv", at, a.dv.buffer[at], dv[want])) return;
@@ -363,39 +370,39 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
 }
 
 template <class T>
-void ExpectRight(const Problem& problem, int placement) {
+void ExpectBothPasses(const Problem& problem, int placement) {
   const bool with_dq = placement != 1, with_dkv = placement != 2;
   const int threads = 1 + 2 * (placement % 2);
   Attention<T> a(problem, placement, 1);
-  AttentionForward(a.args, threads);
+  AttentionForward(a.forward, threads);
   ExpectForward(a);
-  if (!with_dq) a.args.dq = nullptr;
-  if (!with_dkv) a.args.dk = a.args.dv = nullptr;
-  AttentionBackward(a.args, threads);
+  if (!with_dq) a.backward.dq = {};
+  if (!with_dkv) a.backward.dk = a.backward.dv = {};
+  AttentionBackward(a.backward, threads);
   ExpectBackward(a, with_dq, with_dkv);
 }
 
-PEAK_TEST(attention) {
+PEAK_TEST(attention_equals_double_precision) {
   ForEachDtype([&](auto element) {
     for (const Problem& p : kProblems) {
       const int number = static_cast<int>(&p - kProblems);
       for (const int placement : {number % kPlacements, (number + 2) % kPlacements}) {
         SetCase("attention %s %s problem %d placement %d", ActiveIsa(), kName<decltype(element)>, number, placement);
-        ExpectRight<decltype(element)>(p, placement);
+        ExpectBothPasses<decltype(element)>(p, placement);
       }
     }
   });
 }
 
-PEAK_TEST(attention_every_count) {
+PEAK_TEST(attention_of_every_length_equals_double_precision) {
   ForEachCase("attention", 1, [&](auto element, int64_t count, int placement) {
     const int64_t queries = placement % 2 == 0 ? count : 5;
-    ExpectRight<decltype(element)>({1, queries, count, 1, 1, 8, true, 0, false, Range::kAll}, placement);
+    ExpectBothPasses<decltype(element)>({1, queries, count, 1, 1, 8, true, 0, false, Range::kAll}, placement);
   });
 }
 
-// One row of q or k that is not like the others reaches the queries that see it, and no other.
-PEAK_TEST(attention_specials) {
+// One special value in q or k reaches the queries that see it and no other query.
+PEAK_TEST(attention_infinity_and_nan_reach_only_queries_that_see_them) {
   ForEachDtype([&](auto element) {
     for (const double intruder : {0x1p-149, 0x1p-127, kInf, -kInf, kNan}) {
       for (const int64_t queries : {4, 70}) {
@@ -405,7 +412,7 @@ PEAK_TEST(attention_specials) {
           Attention<decltype(element)> a({1, queries, 70, 1, 1, 16, true, 0, false, Range::kAll}, 0, 3);
           const auto& into = in_q ? a.q : a.k;
           into.buffer[into.Index(0, in_q ? queries / 2 : 34, 0, 3)] = Narrow<decltype(element)>(intruder);
-          AttentionForward(a.args, 1);
+          AttentionForward(a.forward, 1);
           ExpectForward(a);
         }
       }
@@ -416,8 +423,8 @@ PEAK_TEST(attention_specials) {
 template <class T>
 std::vector<char> Call(const Problem& problem, int threads) {
   Attention<T> a(problem, 0, 1);
-  AttentionForward(a.args, threads);
-  AttentionBackward(a.args, threads);
+  AttentionForward(a.forward, threads);
+  AttentionBackward(a.backward, threads);
   std::vector<char> bytes;
   for (const auto* tensor : {&a.dq, &a.dk, &a.dv}) tensor->buffer.Append(bytes);
   a.out.Append(bytes);

@@ -1,24 +1,24 @@
-// Attention to a cache in blocks, against softmax in double; and to the same bits in parts.
-#include "cache_attention.h"
+// Attention over a paged cache equals a double-precision softmax, with the same bits in any number of steps.
+#include "attention/cache_attention.h"
 
 #include "buffer.h"
-#include "parallel.h"
+#include "base/parallel.h"
 
 namespace peak::test {
 namespace {
 
 constexpr int64_t kHeads = 4, kGroup = 2, kKvHeads = kHeads / kGroup, kBlocks = 5, kTableRow = 3;
-constexpr int32_t kTables[] = {3, 0, 4, 2, 1, 0};  // the last entry is not reached
-constexpr int64_t kTokens[] = {130, 70};           // of each sequence, in the end
+constexpr int32_t kTables[] = {3, 0, 4, 2, 1, 0};  // the last entry is not used
+constexpr int64_t kTokens[] = {130, 70};           // of each sequence at the end
 
-// A cache in memory that ends 64 bytes after its last block, full of NaN: what no token wrote may not matter.
+// A cache that ends 64 int8 after its last block and is full of NaN: memory without a token must not matter.
 template <class T>
 struct Cache {
   Buffer<T> keys, values;
-  Cache(Placer& place, int64_t width, bool bytes)
-      : keys(place.Out<T>(Size(width, bytes))), values(place.Out<T>(Size(width, bytes))) {}
-  static int64_t Size(int64_t width, bool bytes) {
-    const int64_t size = sizeof(T), token = bytes ? width + 4 : width * size;
+  Cache(Placer& place, int64_t width, bool int8)
+      : keys(place.Out<T>(Size(width, int8))), values(place.Out<T>(Size(width, int8))) {}
+  static int64_t Size(int64_t width, bool int8) {
+    const int64_t size = sizeof(T), token = int8 ? width + 4 : width * size;
     return (kBlocks * kKvHeads * kCacheBlock * token + 64) / size;
   }
 };
@@ -27,14 +27,14 @@ template <class T>
 struct Problem {
   int64_t width, row, window;
   const float* alibi;
-  bool bytes;
+  bool int8;
   const Buffer<T>& qkv;  // (200, heads + 2 kv_heads, width): the tokens of both sequences, one after the other
-  std::vector<double> read;  // as attention reads them
+  std::vector<double> read;  // qkv with the rounding of the cache
 
   Problem(int64_t width_, int64_t window_, const float* alibi_, bool bytes_, const Buffer<T>& qkv_)
-      : width(width_), row((kHeads + 2 * kKvHeads) * width_), window(window_), alibi(alibi_), bytes(bytes_), qkv(qkv_) {
+      : width(width_), row((kHeads + 2 * kKvHeads) * width_), window(window_), alibi(alibi_), int8(bytes_), qkv(qkv_) {
     for (int64_t i = 0; i < (kTokens[0] + kTokens[1]) * row; ++i) read.push_back(qkv.At(i));
-    for (int64_t head = 0; bytes && head < static_cast<int64_t>(read.size()) / width; ++head) {
+    for (int64_t head = 0; int8 && head < static_cast<int64_t>(read.size()) / width; ++head) {
       if (head % (kHeads + 2 * kKvHeads) < kHeads) continue;
       double* x = read.data() + head * width;
       float high = 0.0f;
@@ -46,7 +46,7 @@ struct Problem {
     }
   }
 
-  // Tokens past[s] .. past[s] + count[s] - 1 of each, from rows of their own into rows of out from `out_row` on.
+  // Runs tokens past[s] .. past[s] + count[s] - 1 of each sequence s.
   void Run(Cache<T>& cache, const int64_t (&past)[2], const int64_t (&count)[2], T* out, int threads) const {
     std::vector<T> rows((count[0] + count[1]) * row);
     for (int64_t s = 0, at = 0; s < 2; ++s) {
@@ -58,39 +58,41 @@ struct Problem {
     const CacheAttentionArgs args{
         .dtype = kDtype<T>, .heads = kHeads, .kv_heads = kKvHeads, .width = width, .sequences = 2, .begins = begins,
         .past = past, .tables = kTables, .table_row = kTableRow, .q = rows.data(), .k = rows.data() + kHeads * width,
-        .v = rows.data() + (kHeads + kKvHeads) * width, .q_row = row, .bytes = bytes, .keys = cache.keys.data(),
+        .v = rows.data() + (kHeads + kKvHeads) * width, .q_row = row, .int8_cache = int8, .keys = cache.keys.data(),
         .values = cache.values.data(), .window = window, .scale = 0.3f, .alibi = alibi, .out = out};
     RunTeam(threads, [&] { TeamCacheAttention(args, aligned); });
   }
 
   Want Expected(int64_t s, int64_t i, int64_t h, int64_t d) const {
     const int64_t first = s * kTokens[0];
-    const auto at = [&](int64_t token, int64_t head, int64_t x) { return read[(first + token) * row + head * width + x]; };
+    const auto at = [&](int64_t token, int64_t head, int64_t x) {
+      return read[(first + token) * row + head * width + x];
+    };
     std::vector<double> scores;
-    double top = -kInf;
+    double m = -kInf;
     const int64_t from = window > 0 ? std::max<int64_t>(0, i - window + 1) : 0, k = kHeads + h / kGroup;
     for (int64_t j = from; j <= i; ++j) {
       double sum = 0.0;
       for (int64_t x = 0; x < width; ++x) sum += at(i, h, x) * at(j, k, x);
       scores.push_back(0.3f * sum + (alibi == nullptr ? 0.0 : alibi[h] * static_cast<double>(j - i)));
-      top = std::max(top, scores.back());
+      m = std::max(m, scores.back());
     }
     double total = 0.0, value = 0.0, size = 0.0;
     for (int64_t j = from; j <= i; ++j) {
-      const double p = std::exp(scores[j - from] - top), v = at(j, k + kKvHeads, d);
+      const double p = std::exp(scores[j - from] - m), v = at(j, k + kKvHeads, d);
       total += p;
       value += p * v;
       size += p * std::fabs(v);
     }
-    // Weights are rounded to the dtype before they meet values; scores are float32 sums.
+    // Weights are rounded to the dtype before the product with the values; scores are float32 sums.
     const double slack = size / total * (sizeof(T) == 2 ? 0x1p17 : 300.0);
     return {value / total, slack};
   }
 };
 
 template <class T>
-void CheckOne(int64_t width, int64_t window, bool slopes, bool bytes, int placement) {
-  SetCase("cache attention %s%s width %lld window %lld placement %d", kName<T>, bytes ? " in bytes" : "",
+void CheckOne(int64_t width, int64_t window, bool slopes, bool int8, int placement) {
+  SetCase("cache attention %s%s width %lld window %lld placement %d", kName<T>, int8 ? " int8" : "",
           static_cast<long long>(width), static_cast<long long>(window), placement);
   const float alibi[kHeads] = {0.5f, 0.25f, 0.125f, 0.0f};
   const int64_t row = (kHeads + 2 * kKvHeads) * width, tokens = kTokens[0] + kTokens[1];
@@ -99,15 +101,15 @@ void CheckOne(int64_t width, int64_t window, bool slopes, bool bytes, int placem
   auto qkv = place.In<T>(tokens * row);
   qkv.FillNormal(random);
   for (int64_t d = 0; d < width; ++d) qkv[kHeads * width + d] = T{};  // a key of zeros
-  const Problem<T> problem(width, window, slopes ? alibi : nullptr, bytes, qkv);
-  Cache<T> whole(place, width, bytes), parts(place, width, bytes);
+  const Problem<T> problem(width, window, slopes ? alibi : nullptr, int8, qkv);
+  Cache<T> whole(place, width, int8), parts(place, width, int8);
   auto out = place.Out<T>(tokens * kHeads * width);
   problem.Run(whole, {0, 0}, {kTokens[0], kTokens[1]}, out.data(), 2);
   out.Expect("out", [&](int64_t at) {
     const int64_t token = at / width / kHeads, s = token >= kTokens[0];
     return problem.Expected(s, token - s * kTokens[0], at / width % kHeads, at % width);
   });
-  // One token, many, one again, and a few: the same bits.
+  // The same bits in steps of one token, many, one, and a few.
   constexpr int64_t kCuts[][2] = {{0, 0}, {1, 66}, {100, 67}, {101, 68}, {kTokens[0], kTokens[1]}};
   for (int step = 0; step < 4; ++step) {
     const int64_t past[] = {kCuts[step][0], kCuts[step][1]};
@@ -117,21 +119,21 @@ void CheckOne(int64_t width, int64_t window, bool slopes, bool bytes, int placem
     for (int64_t s = 0; s < 2; ++s) {
       const T* expected = out.data() + (s * kTokens[0] + past[s]) * kHeads * width;
       const T* got = part.data() + s * count[0] * kHeads * width;
-      Check(std::memcmp(got, expected, count[s] * kHeads * width * sizeof(T)) == 0, "sequence %lld has other bits in parts",
-            static_cast<long long>(s));
+      Check(std::memcmp(got, expected, count[s] * kHeads * width * sizeof(T)) == 0,
+            "sequence %lld has different bits in steps", static_cast<long long>(s));
     }
   }
 }
 
-PEAK_TEST(cache_attention) {
+PEAK_TEST(cache_attention_equals_double_precision_in_any_steps) {
   ForEachDtype([](auto element) {
     using T = decltype(element);
-    for (const bool bytes : {false, true}) {
+    for (const bool int8 : {false, true}) {
       for (int placement = 0; placement < kPlacements; ++placement) {
-        CheckOne<T>(8, 0, false, bytes, placement);
-        CheckOne<T>(24, 50, true, bytes, placement);
+        CheckOne<T>(8, 0, false, int8, placement);
+        CheckOne<T>(24, 50, true, int8, placement);
       }
-      CheckOne<T>(64, 0, true, bytes, 3);
+      CheckOne<T>(64, 0, true, int8, 3);
     }
   });
 }

@@ -1,4 +1,4 @@
-#include "cross_entropy.h"
+#include "ops/cross_entropy.h"
 
 #include <algorithm>
 
@@ -10,33 +10,33 @@ namespace {
 constexpr int64_t kRows = 4, kIgnored = -100, kIgnoredRow = 2;
 
 double LogSumExp(const double* z, int64_t vocab) {
-  double most = -kInf, sum = 0.0;
-  for (int64_t i = 0; i < vocab; ++i) most = std::max(most, z[i]);
-  for (int64_t i = 0; i < vocab; ++i) sum += std::exp(z[i] - most);
-  return most + std::log(sum);
+  double m = -kInf, l = 0.0;
+  for (int64_t i = 0; i < vocab; ++i) m = std::max(m, z[i]);
+  for (int64_t i = 0; i < vocab; ++i) l += std::exp(z[i] - m);
+  return m + std::log(l);
 }
 
-// Rounding of z - most moves e^(z - most) by that much of itself, and a shift of all logits changes nothing.
+// An absolute error of z - m is a relative error of e^(z - m).
 Want Gradient(double z, double lse, bool target, double scale) {
   const double p = std::exp(z - lse), value = (target ? std::expm1(z - lse) : p) * scale;
   const double reach = std::isinf(z) ? 1.0 : 8.0 + 2.0 * std::fabs(z - lse);
   return {value, std::fabs(scale) * p * reach + 2.0 * std::fabs(value)};
 }
 
-// Both stats of a row; a NaN shows in their sum alone.
+// Checks m and l of a row. A NaN appears in l only.
 void NearStats(int64_t row, const float* stats, const double* z, int64_t vocab, bool ignored) {
-  double most = -kInf, total = 0.0;
-  for (int64_t i = 0; i < vocab; ++i) most = std::max(most, z[i]);
-  for (int64_t i = 0; i < vocab; ++i) total += std::exp(z[i] - most);
-  if (ignored) most = total = 0.0;
-  if (!std::isnan(total)) Near("most", row, stats[0], {most, 0.0});
-  Near("total", row, stats[1], {total, 16.0 * total});
+  double m = -kInf, l = 0.0;
+  for (int64_t i = 0; i < vocab; ++i) m = std::max(m, z[i]);
+  for (int64_t i = 0; i < vocab; ++i) l += std::exp(z[i] - m);
+  if (ignored) m = l = 0.0;
+  if (!std::isnan(l)) Near("m", row, stats[0], {m, 0.0});
+  Near("l", row, stats[1], {l, 16.0 * l});
 }
 
-// One value of each row that is not like the others; infinity and NaN spoil the row, as in PyTorch.
+// One special value in each row. Infinity and NaN make the row NaN, as in PyTorch.
 constexpr double kIntruders[] = {1.0, 0x1p-149, 88.0, -1e30, -kInf, kInf, kNan};
 
-PEAK_TEST(cross_entropy) {
+PEAK_TEST(cross_entropy_equals_double_precision) {
   for (const double intruder : kIntruders) {
     ForEachCase("cross_entropy", 1, [&](auto element, int64_t vocab, int placement) {
       using T = decltype(element);
@@ -62,7 +62,7 @@ PEAK_TEST(cross_entropy) {
                            .stats = stats.data(), .with_gradient = with_gradient, .scale = scale},
                           1 + placement % 2);
       if (!with_gradient) {
-        logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // as they were
+        logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // unchanged
         CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
                               .target = target.data(), .ignore_index = kIgnored, .stats = stats.data(),
                               .dloss = dloss.data(), .total = vocab},
@@ -84,7 +84,7 @@ PEAK_TEST(cross_entropy) {
   }
 }
 
-PEAK_TEST(cross_entropy_smoothed) {
+PEAK_TEST(cross_entropy_with_smoothing_and_z_loss_equals_double_precision) {
   ForEachCase("cross_entropy_smoothed", 1, [&](auto element, int64_t vocab, int placement) {
     using T = decltype(element);
     const bool with_gradient = placement % 2 == 0;
@@ -101,9 +101,9 @@ PEAK_TEST(cross_entropy_smoothed) {
     for (int64_t row = 0; row < kRows; ++row) target[row] = row == kIgnoredRow ? kIgnored : random.Below(vocab);
     const std::vector<double> z = logits.Values();
     CrossEntropyForward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
-                         .target = target.data(), .weight = weight.data(), .ignore_index = kIgnored,
-                         .loss = loss.data(), .stats = stats.data(), .with_gradient = with_gradient, .scale = scale,
-                         .smoothing = smoothing, .z_loss = z_loss},
+                         .target = target.data(), .ignore_index = kIgnored, .loss = loss.data(),
+                         .stats = stats.data(), .with_gradient = with_gradient, .scale = scale, .smoothing = smoothing,
+                         .z_loss = z_loss, .weight = weight.data()},
                         1 + placement % 2);
     if (!with_gradient) {
       CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
@@ -117,7 +117,8 @@ PEAK_TEST(cross_entropy_smoothed) {
       const double truth = LogSumExp(at, vocab), pull = 2.0 * z_loss * truth;
       double sum = 0.0, size = 0.0;
       for (int64_t i = 0; i < vocab; ++i) sum += at[i], size += std::fabs(at[i]);
-      const double value = truth - (1.0 - smoothing) * at[target[row]] - smoothing * sum / vocab + z_loss * truth * truth;
+      const double hit_term = (1.0 - smoothing) * at[target[row]], z_term = z_loss * truth * truth;
+      const double value = truth - hit_term - smoothing * sum / vocab + z_term;
       Near("loss", row, loss[row], {value, 16.0 + 8.0 * (std::fabs(truth) + size / vocab + z_loss * truth * truth)});
       const double factor = with_gradient ? scale * weight.At(row) : dloss.At(row);
       for (int64_t i = 0; i < vocab; ++i) {
@@ -131,8 +132,8 @@ PEAK_TEST(cross_entropy_smoothed) {
   });
 }
 
-// A shard that begins at kFirst of a vocabulary of vocab + kOthers: targets before it, in it and behind it.
-PEAK_TEST(cross_entropy_of_a_shard) {
+// A shard that begins at kFirst of a vocabulary of vocab + kOthers, with targets before it, in it and after it.
+PEAK_TEST(cross_entropy_of_a_shard_equals_double_precision) {
   ForEachCase("cross_entropy_of_a_shard", 1, [&](auto element, int64_t vocab, int placement) {
     using T = decltype(element);
     constexpr int64_t kFirst = 100, kOthers = 150;
@@ -145,15 +146,15 @@ PEAK_TEST(cross_entropy_of_a_shard) {
     auto whole = place.In<float>(2 * kRows), dloss = place.In<float>(kRows);
     logits.FillNormal(random, 3.0, 4.0);
     dloss.FillNormal(random);
-    // The second is what an ignored target would be, counted from the shard's first row.
+    // The second is ignore_index plus the first class of the shard: a real target, not an ignored one.
     const int64_t targets[kRows] = {kFirst + random.Below(vocab), kFirst + kIgnored, kIgnored, kFirst + vocab};
     for (int64_t row = 0; row < kRows; ++row) target[row] = targets[row];
     const std::vector<double> z = logits.Values();
-    CrossEntropyParts({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
+    CrossEntropyShard({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
                        .target = target.data(), .ignore_index = kIgnored, .first = kFirst, .width = 4,
                        .parts = parts.data()},
                       1 + placement % 2);
-    logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // as they were
+    logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // unchanged
     for (int64_t row = 0; row < kRows; ++row) {
       const double* at = &z[row * vocab];
       const bool ignored = row == kIgnoredRow;

@@ -1,11 +1,11 @@
-#include "dropout.h"
+#include "ops/dropout.h"
 
 #include "buffer.h"
 
 namespace peak::test {
 namespace {
 
-// Philox4x32-7 once more, a counter at a time (kernels/ops/philox.py has the source).
+// Philox4x32-7, one counter at a time (kernels/ops/philox.py has the source).
 uint32_t Word(uint64_t seed, uint64_t counter, int which) {
   uint32_t c[] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
   uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
@@ -20,7 +20,7 @@ uint32_t Word(uint64_t seed, uint64_t counter, int which) {
   return c[which];
 }
 
-PEAK_TEST(dropout) {
+PEAK_TEST(dropout_keeps_the_elements_of_the_philox_mask) {
   const double p = 0.3;
   const int64_t seed = -0x123456789abcdef;
   ForEachCase("dropout", 0, [&](auto element, int64_t count, int placement) {

@@ -1,4 +1,4 @@
-#include "embedding.h"
+#include "ops/embedding.h"
 
 #include "buffer.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kBatch = 2, kTokens = 3, kVocab = 4, kGap = 5;
 
-PEAK_TEST(embedding) {
+PEAK_TEST(embedding_equals_double_precision) {
   ForEachCase("embedding", 0, [&](auto element, int64_t width, int placement) {
     using T = decltype(element);
     const int64_t stride = width + kGap, size = kBatch * kTokens * width;
@@ -18,7 +18,7 @@ PEAK_TEST(embedding) {
     auto wte = place.In<T>((kVocab - 1) * stride + width), wpe = place.In<T>((kTokens - 1) * stride + width);
     auto dy = place.In<T>(size);
     auto out = place.Out<T>(size), dwte = place.Out<T>(kVocab * width), dwpe = place.Out<T>(kTokens * width);
-    for (int64_t i = 0; i < ids.count(); ++i) ids[i] = random.Below(kVocab - 1);  // the last row is nobody's
+    for (int64_t i = 0; i < ids.count(); ++i) ids[i] = random.Below(kVocab - 1);  // no token has the last id
     wte.FillNormal(random);
     wpe.FillNormal(random);
     dy.FillNormal(random);
@@ -29,11 +29,12 @@ PEAK_TEST(embedding) {
     const auto before = [](int64_t i) { return i % 3 - 1.0; };
     dwte.Fill(before);
     dwpe.Fill(before);
-    EmbeddingForward({kDtype<T>, kBatch, kTokens, width, ids.data(), wte.data(), stride,
-                      positions ? wpe.data() : nullptr, stride, out.data()},
+    EmbeddingForward({.dtype = kDtype<T>, .batch = kBatch, .tokens = kTokens, .width = width, .ids = ids.data(),
+                      .wte = wte.data(), .wte_stride = stride, .out = out.data(),
+                      .wpe = positions ? wpe.data() : nullptr, .wpe_stride = stride},
                      1 + placement % 2);
-    EmbeddingBackward({kDtype<T>, kBatch, kTokens, width, ids.data(), dy.data(), dwte.data(),
-                       positions ? dwpe.data() : nullptr},
+    EmbeddingBackward({.dtype = kDtype<T>, .batch = kBatch, .tokens = kTokens, .width = width, .ids = ids.data(),
+                       .dy = dy.data(), .dwte = dwte.data(), .dwpe = positions ? dwpe.data() : nullptr},
                       1 + placement % 2);
     constexpr double kTerms = 2.0 * kBatch * kTokens;
     std::vector<Want> want_wte, want_wpe;
@@ -69,11 +70,13 @@ PEAK_KERNEL(embedding_float32) {
   wte.FillNormal(random);
   wpe.FillNormal(random);
   for (auto* sums : {&dwte, &dwpe}) sums->Fill([](int64_t) { return 0.0; });
-  EmbeddingForward({DType::kFloat32, kBatch, kManyTokens, kWidth, ids.data(), wte.data(), kWidth, wpe.data(), kWidth,
-                    out.data()},
+  EmbeddingForward({.dtype = DType::kFloat32, .batch = kBatch, .tokens = kManyTokens, .width = kWidth,
+                    .ids = ids.data(), .wte = wte.data(), .wte_stride = kWidth, .out = out.data(), .wpe = wpe.data(),
+                    .wpe_stride = kWidth},
                    threads);
-  EmbeddingBackward(
-      {DType::kFloat32, kBatch, kManyTokens, kWidth, ids.data(), out.data(), dwte.data(), dwpe.data()}, threads);
+  EmbeddingBackward({.dtype = DType::kFloat32, .batch = kBatch, .tokens = kManyTokens, .width = kWidth,
+                     .ids = ids.data(), .dy = out.data(), .dwte = dwte.data(), .dwpe = dwpe.data()},
+                    threads);
   std::vector<char> bytes;
   for (const auto* buffer : {&out, &dwte, &dwpe}) buffer->Append(bytes);
   return bytes;

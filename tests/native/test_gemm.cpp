@@ -1,5 +1,5 @@
 #include "buffer.h"
-#include "gemm.h"
+#include "gemm/gemm.h"
 
 namespace peak::test {
 namespace {
@@ -20,7 +20,7 @@ GemmArgs Product(DType dtype, DType out, Sizes s, const void* a, const void* b, 
   return args;
 }
 
-// Small integers, whose sums of products float holds exactly.
+// Sums of products of small integers are exact in float.
 PEAK_TEST(gemm_is_exact_on_integers) {
   ForEachDtype([&](auto element) {
     using T = decltype(element);
@@ -61,8 +61,8 @@ PEAK_TEST(gemm_is_exact_on_integers) {
   });
 }
 
-// More than one block of rows, of columns, of k; operands and C with gaps between rows; a bias; each layout.
-PEAK_TEST(gemm_in_blocks) {
+// Several blocks of rows, of columns and of k; gaps between rows of the operands and of C; a bias; each layout.
+PEAK_TEST(gemm_of_several_blocks_equals_double_precision) {
   constexpr int64_t kGap = 3;
   ForEachDtype([&](auto element) {
     using T = decltype(element);
@@ -149,8 +149,8 @@ constexpr struct {
                     {"relu", Activation::kRelu, Relu},
                     {"silu", Activation::kSilu, Silu}};
 
-// One row times one: the sum is b itself, so that what is seen is the epilogue.
-PEAK_TEST(gemm_activates) {
+// One row times 1: the sum is b itself, so the result is that of the epilogue.
+PEAK_TEST(gemm_activation_equals_double_precision) {
   for (const auto& activation : kActivations) {
     ForEachCase(activation.name, 1, [&](auto element, int64_t count, int placement) {
       using T = decltype(element);
@@ -169,10 +169,10 @@ PEAK_TEST(gemm_activates) {
   }
 }
 
-// The slope of a pre-activation past 1e18 is 0 * inf = NaN, in PyTorch too, so specials end there.
+// The derivative at a pre-activation above 1e18 is 0 * inf = NaN, as in PyTorch, so the special values end there.
 double Tame(double x) { return std::fabs(x) < 1e18 ? x : 3.0; }
 
-PEAK_TEST(gemm_takes_slopes) {
+PEAK_TEST(gemm_activation_derivative_equals_double_precision) {
   for (const auto& activation : kActivations) {
     ForEachCase(activation.name, 1, [&](auto element, int64_t count, int placement) {
       using T = decltype(element);
@@ -201,7 +201,7 @@ Want Times(double factor, Want want) {
   return {factor * want.value, std::fabs(factor) * (want.slack + 2.0 * std::fabs(want.value))};
 }
 
-PEAK_TEST(gemm_gates) {
+PEAK_TEST(gemm_gate_equals_double_precision) {
   for (const auto& activation : kActivations) {
     ForEachCase(activation.name, 1, [&](auto element, int64_t count, int placement) {
       using T = decltype(element);

@@ -1,5 +1,4 @@
-// Memory that runs out is an exception for the caller, also where it runs out inside a parallel region, and leaves
-// nothing behind that a later call trips over.
+// A failed allocation is an exception for the caller, even inside a parallel region, and later calls still work.
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -9,7 +8,7 @@
 
 namespace {
 
-// How many more allocations succeed before one, and only one, fails; negative: none will.
+// The number of allocations that succeed before exactly one fails; negative: none fails.
 std::atomic<int64_t> allowed{-1};
 
 void Reserve() {
@@ -50,34 +49,34 @@ void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
 namespace peak::test {
 namespace {
 
-// Lets the allocation after `successes` others fail; false where there is none. A kernel may do without the memory,
-// as std::stable_sort does, else std::bad_alloc must arrive here.
+// Makes the allocation after `successes` others fail. Returns false if there is no such allocation. A kernel may work
+// without the memory, as std::stable_sort does; otherwise std::bad_alloc must arrive here.
 bool FailOne(const Kernel& kernel, int threads, int64_t successes, const std::vector<char>& whole) {
   SetCase("%s on %d threads, allocation %lld fails", kernel.name, threads, static_cast<long long>(successes));
   allowed.store(successes);
   try {
     const std::vector<char> bytes = kernel.run(threads);
     const bool all_succeeded = allowed.exchange(-1) >= 0;
-    Check(bytes == whole, "gave another result");
+    Check(bytes == whole, "gave a different result");
     return !all_succeeded;
   } catch (const std::bad_alloc&) {
     allowed.store(-1);
   }
-  Check(kernel.run(threads) == whole, "gives another result afterwards");
+  Check(kernel.run(threads) == whole, "gives a different result afterwards");
   return true;
 }
 
-// Each allocation of each kernel fails once. What ends the process ends this test.
-PEAK_TEST(memory_runs_out) {
+// Each allocation of each kernel fails once. A crash of the process fails this test.
+PEAK_TEST(every_failed_allocation_is_an_exception) {
   constexpr int kThreads = 3;
   for (const Kernel& kernel : Kernels()) {
     const std::vector<char> whole = kernel.run(kThreads);
     int64_t failed = 0;
-    // On a thread of its own each time: it and its team have no workspace yet.
+    // On a new thread each time: it and its team have no workspace yet.
     for (bool more = true; more; failed += more) {
       std::thread([&] { more = FailOne(kernel, kThreads, failed, whole); }).join();
     }
-    Check(failed > 0, "allocates nothing, so nothing was tested");
+    Check(failed > 0, "allocates nothing, so this test checks nothing");
   }
 }
 

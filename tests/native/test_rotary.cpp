@@ -1,15 +1,15 @@
-#include "rotary.h"
+#include "ops/rotary.h"
 
 #include "buffer.h"
 
 namespace peak::test {
 namespace {
 
-constexpr int64_t kBatch = 2, kTokens = 3, kHeads = 3, kTurned = 2, kRest = 3, kGap = 5;
+constexpr int64_t kBatch = 2, kTokens = 3, kHeads = 3, kRotated = 2, kRest = 3, kGap = 5;
 
-PEAK_TEST(rotary) {
+PEAK_TEST(rotary_equals_double_precision) {
   for (const bool interleaved : {false, true}) {
-    const char* name = interleaved ? "rotary of neighbours" : "rotary of halves";
+    const char* name = interleaved ? "interleaved rotary" : "rotary of halves";
     ForEachCase(name, 0, [&](auto element, int64_t pairs, int placement) {
       using T = decltype(element);
       const int64_t width = 2 * pairs + kRest, stride_h = width + kGap, stride_t = kHeads * stride_h;
@@ -20,19 +20,20 @@ PEAK_TEST(rotary) {
       auto y = place.Out<T>(kBatch * kTokens * kHeads * width);
       const bool special = placement == 1;
       x.Fill([&](int64_t i) { return i % stride_h < width ? random.Normal() : kNan; });
-      // Products past the largest float are infinite in float only: no number to compare.
+      // Products beyond the largest float are infinite in float but not in the reference.
       const auto tame = [&](int64_t i) { return std::fabs(x.At(i)) > 1e37 && !std::isinf(x.At(i)) ? 2.0 : x.At(i); };
       if (special) x.FillSpecials(placement).Fill(tame);
       cos.FillNormal(random);
       sin.FillNormal(random);
       Rotary({.dtype = kDtype<T>, .batch = kBatch, .tokens = kTokens, .heads = kHeads, .width = width, .pairs = pairs,
-              .turned = kTurned, .interleaved = interleaved, .x = x.data(), .stride_b = kTokens * stride_t,
-              .stride_t = stride_t, .stride_h = stride_h, .cos = cos.data(), .sin = sin.data(), .y = y.data()},
+              .rotated_heads = kRotated, .interleaved = interleaved,
+              .x = {x.data(), kTokens * stride_t, stride_t, stride_h}, .cos = cos.data(), .sin = sin.data(),
+              .y = y.data()},
              1 + placement % 2);
       y.Expect("y", [&](int64_t at) -> Want {
         const int64_t feature = at % width, head = at / width % kHeads, row = at / width / kHeads;
         const int64_t from = row * stride_t + head * stride_h;
-        if (head >= kTurned || feature >= 2 * pairs) return {x.At(from + feature), 0.0};
+        if (head >= kRotated || feature >= 2 * pairs) return {x.At(from + feature), 0.0};
         const int64_t pair = interleaved ? feature / 2 : feature % pairs, step = interleaved ? 1 : pairs;
         const bool second = interleaved ? feature % 2 == 1 : feature >= pairs;
         const int64_t table = row % kTokens * pairs + pair;
@@ -51,9 +52,8 @@ PEAK_KERNEL(rotary_float32) {
   auto x = place.In<float>(kMany * kWidth), cos = place.In<float>(kMany * 9), sin = place.In<float>(kMany * 9);
   auto y = place.Out<float>(kMany * kWidth);
   for (const auto* in : {&x, &cos, &sin}) in->FillNormal(random);
-  Rotary({.batch = 1, .tokens = kMany, .heads = 1, .width = kWidth, .pairs = 9, .turned = 1, .interleaved = true,
-          .x = x.data(), .stride_b = kMany * kWidth, .stride_t = kWidth, .stride_h = kWidth, .cos = cos.data(),
-          .sin = sin.data(), .y = y.data()},
+  Rotary({.batch = 1, .tokens = kMany, .heads = 1, .width = kWidth, .pairs = 9, .rotated_heads = 1, .interleaved = true,
+          .x = {x.data(), kMany * kWidth, kWidth, kWidth}, .cos = cos.data(), .sin = sin.data(), .y = y.data()},
          threads);
   std::vector<char> bytes;
   y.Append(bytes);

@@ -1,6 +1,6 @@
-// simd.h itself, on each set: every function against double precision or against its plain definition.
+// Every function of simd/simd.h, on each instruction set, equals double precision or its definition.
 #include "buffer.h"
-#include "isa.h"
+#include "base/isa.h"
 
 #ifndef PEAK_ISA
 namespace peak::test {
@@ -16,7 +16,7 @@ constexpr int kMost = kLanesOfWidestSet;
 #endif
 
 #define PEAK_THIS_FILE "test_simd.cpp"
-#include "foreach_isa.h"
+#include "base/foreach_isa.h"
 
 #ifdef PEAK_ISA
 
@@ -79,7 +79,7 @@ void Twos(const T* in, const float* placed, T* stored, T* streamed, float* diffe
 }
 template <class T>
 int64_t PlaceOf(int64_t i, int64_t width) {
-  return Place<T>(i, width);
+  return PermutedIndex<T>(i, width);
 }
 inline float LaneSum(const float* in) { return Sum(Load(in)); }
 inline float LaneMax(const float* in) { return MaxOf(Load(in)); }

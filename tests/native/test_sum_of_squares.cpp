@@ -1,12 +1,12 @@
-#include "sum_of_squares.h"
+#include "ops/sum_of_squares.h"
 
 #include "buffer.h"
 
 namespace peak::test {
 namespace {
 
-PEAK_TEST(sum_of_squares) {
-  // The last: subnormal, then past what a float's square holds, then no number.
+PEAK_TEST(sum_of_squares_equals_double_precision) {
+  // Special values: a subnormal, values whose square overflows a float, infinity, NaN.
   for (const double intruder : {1.0, 0x1p-149, 1e18, 3e38, kInf, kNan}) {
     ForEachCase("sum_of_squares", 0, [&](auto element, int64_t count, int placement) {
       using T = decltype(element);
@@ -19,7 +19,7 @@ PEAK_TEST(sum_of_squares) {
       if (count > 0) x[count / 2] = Narrow<T>(intruder);
       double want = 0.5;
       for (const double value : x.Values()) want += value * value;
-      SumOfSquares({kDtype<T>, count, x.data(), total.data()}, 1 + placement % 2);
+      SumOfSquares({.dtype = kDtype<T>, .count = count, .x = x.data(), .total = total.data()}, 1 + placement % 2);
       Near("total", 0, total[0], {want, 16.0 * want});
     });
   }
@@ -32,7 +32,7 @@ PEAK_KERNEL(sum_of_squares_bfloat16) {
   auto total = place.Out<float>(1);
   x.FillNormal(random);
   total[0] = 0.0f;
-  SumOfSquares({DType::kBFloat16, x.count(), x.data(), total.data()}, threads);
+  SumOfSquares({.dtype = DType::kBFloat16, .count = x.count(), .x = x.data(), .total = total.data()}, threads);
   std::vector<char> bytes;
   total.Append(bytes);
   return bytes;

@@ -1,10 +1,10 @@
-// No thread count changes a bit of any kernel's results.
+// The results of every kernel have the same bits for every number of threads.
 #include "check.h"
 
 namespace peak::test {
 namespace {
 
-PEAK_TEST(threads_change_no_bit) {
+PEAK_TEST(results_do_not_depend_on_the_thread_count) {
   for (const Kernel& kernel : Kernels()) {
     const std::vector<char> alone = kernel.run(1);
     for (const int threads : {1, 2, 3, 4}) {
@@ -14,8 +14,8 @@ PEAK_TEST(threads_change_no_bit) {
   }
 }
 
-// A kernel that is called on a thread of somebody's team, or past OMP_THREAD_LIMIT, gets fewer threads than it wants.
-PEAK_TEST(threads_that_do_not_come) {
+// Inside a parallel region, or with OMP_THREAD_LIMIT, a kernel gets fewer threads than it requests.
+PEAK_TEST(results_do_not_depend_on_the_granted_threads) {
   for (const Kernel& kernel : Kernels()) {
     SetCase("%s", kernel.name);
     const std::vector<char> alone = kernel.run(1);
@@ -23,7 +23,7 @@ PEAK_TEST(threads_that_do_not_come) {
 #pragma omp parallel num_threads(2)
 #pragma omp single
     nested = kernel.run(4);
-    Check(nested == alone, "differs where it wants 4 threads and gets 1");
+    Check(nested == alone, "differs when it requests 4 threads and gets 1");
   }
 }
 

@@ -1,15 +1,19 @@
-"""Attention in Triton: online softmax forward, and a backward without atomics.
+"""Attention in Triton: forward by online softmax, and a backward without atomics.
 
-    forward   for each tile of queries, over tiles of keys:
-                  m' = max(m, rowmax s)    p = exp2(s - m')    l = l exp2(m - m') + rowsum p    acc likewise
-              out = acc / l    lse = (m + log2 l) ln 2           s in units of log2: scale log2(e) q k^T
-    dq        for each tile of queries, over tiles of keys: delta = rowsum(dout * out) (kept for dkv), dq += ds k
-    dkv       for each tile of keys, over the heads of its group and tiles of queries: dv += p^T dout, dk += ds^T q
+    forward   for each tile of queries, over tiles of keys, with scores s = scale log2(e) q k^T in units of log2:
+                  m' = max(m, rowmax s)    alpha = exp2(m - m')    p = exp2(s - m')
+                  l = l alpha + rowsum p    acc = acc alpha + p v
+              out = acc / l    lse = (m + log2 l) ln 2
+    dq        for each tile of queries, over tiles of keys: delta = rowsum(dout * out), stored for dkv; dq += ds k
+    dkv       for each tile of keys, over the query heads of its group and tiles of queries:
+                  dv += p^T dout    dk += ds^T q
     dbias     for each tile of the bias, over the sequences and heads that share it: dbias += ds
 
-Each range of tiles is cut into full ones, which need no mask, and the rest on the diagonal and at the edges: two loops.
-Kernels: attention_forward.py, attention_backward.py; order of tiles: attention_schedule.py; launch parameters:
-attention_tiles.py. Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2; Milakov and Gimelshein 2018,
+Each range of tiles is split in two loops: full tiles, which need no mask, and tiles on the diagonal and at the edges.
+Kernels: forward.py, backward.py, with device functions in tile_ops.py. Order of the tiles: schedule.py. Launch
+parameters: tiles.py.
+
+Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2; Milakov and Gimelshein 2018,
 arXiv:1805.02867.
 """
 
@@ -26,11 +30,10 @@ from peakgpt.kernels.gpu.attention.backward import attention_bwd_dbias, attentio
 from peakgpt.kernels.gpu.attention.forward import attention_documents, attention_fwd
 from peakgpt.kernels.gpu.attention.tiles import PRECISIONS, SLOWER, TILES, WIDTHS, AttentionTile, Tiles, key
 from peakgpt.kernels.gpu.launch import AotCase, Tile
-from peakgpt.kernels.gpu.reduce import partials, sum_partials
+from peakgpt.kernels.gpu.reduce import empty_partials, sum_partials
 from peakgpt.kernels.ops.attention import default_scale
 
-DOCUMENTS = Tile(warps=4)
-BLOCK_T = 256
+DOCUMENTS_BLOCK_T, DOCUMENTS_TILE = 256, Tile(warps=4)  # of attention_documents
 
 
 def objection(
@@ -46,11 +49,11 @@ def objection(
     return None if default_scale(q.shape[3], scale) > 0 else f"needs a scale above 0, got {scale}"
 
 
-def slower(q: Tensor, k: Tensor, v: Tensor, *sides: Tensor | None, window=None, dropout=0.0, **_) -> str | None:
-    """What was measured against taking a plain call; nothing else that torch has takes the others on tiles."""
+def declines(q: Tensor, k: Tensor, v: Tensor, *optional: Tensor | None, window=None, dropout=0.0, **_) -> str | None:
+    """Return the measurement in SLOWER for a plain call. Torch has no tiled kernel for calls with other options."""
     measured = SLOWER.get(key(q, rich=False))
-    plain = window is None and not dropout and all(side is None for side in sides)
-    return str(measured) if measured and plain and k.shape[1] >= measured.keys else None
+    plain = window is None and not dropout and all(tensor is None for tensor in optional)
+    return str(measured) if measured and plain and k.shape[1] >= measured.min_keys else None
 
 
 @functools.cache
@@ -59,13 +62,14 @@ def _cache_bytes(index: int | None) -> int:
 
 
 def _section(q: Tensor, streamed: Tensor, group: int) -> int:
-    """Heads that run beside each other; `streamed` is what a program walks along, (B, ., ., D)."""
-    cache = _cache_bytes(q.device.index) if q.is_cuda else 1 << 16  # interpreted: small, so that tests have sections
-    return schedule.section(2 * streamed.shape[1] * streamed.shape[3] * streamed.element_size(), cache, group)
+    """Return schedule.section_heads; `streamed` (B, ., ., D) is one of the two tensors that a program loops over."""
+    # Small in the interpreter, so that tests have several sections.
+    cache = _cache_bytes(q.device.index) if q.is_cuda else 1 << 16
+    return schedule.section_heads(2 * streamed.shape[1] * streamed.shape[3] * streamed.element_size(), cache, group)
 
 
 def _tiles(q: Tensor, options, dalibi: Tensor | None = None) -> tuple[Tiles, int]:
-    """The row of the table, and BLOCK_D: the width padded to a power of two."""
+    """Return the row of TILES, and BLOCK_D: the head width padded to a power of two."""
     rich = options.get("bias") is not None or options.get("dropout", 0.0) > 0 or dalibi is not None
     return TILES[key(q, rich)], max(16, triton.next_power_of_2(q.shape[3]))
 
@@ -74,11 +78,11 @@ def _arguments(
     q: Tensor, k: Tensor, v: Tensor, BLOCK_D: int, *, causal: bool, window: int | None, scale: float | None,
     alibi=None, bias=None, kv_start=None, kv_len=None, cu_seqlens=None, seed=None, dropout: float = 0.0,
 ) -> dict:  # fmt: skip
-    """The arguments that all kernels share."""
+    """Return the arguments that all kernels share."""
     alibi, kv_start, kv_len = (None if t is None else t.contiguous() for t in (alibi, kv_start, kv_len))
     tokens, keys, heads, width = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
     stride_b, stride_h, *stride_bias = (0, 0, 0, 0) if bias is None else bias.stride()
-    if bias is not None:  # what is shared is walked along with a stride of zero
+    if bias is not None:  # a stride of zero where sequences or heads share the bias
         stride_b, stride_h = (s if n > 1 else 0 for s, n in zip((stride_b, stride_h), bias.shape[:2], strict=True))
     return dict(
         q_ptr=q, k_ptr=k, v_ptr=v, alibi_ptr=alibi, bias_ptr=bias, kv_start_ptr=kv_start, kv_len_ptr=kv_len,
@@ -97,20 +101,21 @@ def _strides(axes: str, **tensors: Tensor) -> dict[str, int]:
 
 
 def _documents(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Return (2, tokens) int32: first token of each token's document, and the first token after the document."""
     document = torch.empty((2, tokens), dtype=torch.int32, device=cu_seqlens.device)
     count = cu_seqlens.shape[0] - 1
-    attention_documents[(triton.cdiv(tokens, BLOCK_T),)](
+    attention_documents[(triton.cdiv(tokens, DOCUMENTS_BLOCK_T),)](
         cu_seqlens_ptr=cu_seqlens.contiguous(), document_ptr=document, T=tokens, N=count, steps=count.bit_length(),
-        BLOCK_T=BLOCK_T, num_warps=DOCUMENTS.warps,
+        BLOCK_T=DOCUMENTS_BLOCK_T, num_warps=DOCUMENTS_TILE.warps,
     )  # fmt: skip
     return document
 
 
-def _shape(tile: AttentionTile) -> dict[str, int]:
+def _launch_options(tile: AttentionTile) -> dict[str, int]:
     return {"BLOCK_Q": tile.BLOCK_Q, "BLOCK_K": tile.BLOCK_K, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _tables(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> dict:
+def _rotary_arguments(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> dict:
     if cos is None or not cos.shape[1]:
         return {"cos_ptr": None, "sin_ptr": None, "PAIRS": 0, "INTERLEAVED": False}
     return {
@@ -119,13 +124,13 @@ def _tables(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> dict:
 
 
 def fill_forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, **options) -> None:
-    """Write out (B, T, H, D) contiguous and lse (B, H, T); options as in `_arguments`."""
+    """Fill out (B, T, H, D), contiguous, and lse (B, H, T); the options are those of `_arguments`."""
     tiles, block_d = _tiles(q, options)
     batch, tokens, heads, _ = q.shape
-    with launch.on(q):
+    with launch.device_of(q):
         attention_fwd[(triton.cdiv(tokens, tiles.fwd.BLOCK_Q) * heads * batch,)](
             out_ptr=out, lse_ptr=lse, heads=batch * heads, section=_section(q, k, heads // k.shape[2]),
-            **_shape(tiles.fwd), **_arguments(q, k, v, block_d, **options),
+            **_launch_options(tiles.fwd), **_arguments(q, k, v, block_d, **options),
         )  # fmt: skip
 
 
@@ -134,58 +139,59 @@ def fill_backward(
     q: Tensor, k: Tensor, v: Tensor, dalibi: Tensor | None = None, dbias: Tensor | None = None,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = False, **options,
 ) -> None:  # fmt: skip
-    """Write dq and, unless they are None, dk and dv, dalibi (H,) and dbias, contiguous.
+    """Fill dq and, unless they are None, dk and dv, dalibi (H,) and dbias, both contiguous.
 
-    dk and dv have equal strides; the last axes of dq, dk and dv are contiguous. With cos and sin q and k have been
-    turned by them, as by `rotary`, and dq and dk are those of what they were before.
+    dk and dv have equal strides; the last axes of dq, dk and dv are contiguous. With cos and sin, q and k are rotated
+    (see the op `rotary`), and dq and dk are the gradients with respect to q and k before rotation.
     """
     tiles, block_d = _tiles(q, options, dalibi)
     batch, tokens, heads, _ = q.shape
     group = heads // k.shape[2]
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
     delta = torch.empty_like(lse)
-    with launch.on(q):
+    with launch.device_of(q):
         common = dict(
             lse_ptr=lse, dout_ptr=dout, delta_ptr=delta, **_strides("bth", dout=dout),
             **_arguments(q, k, v, block_d, **options),
         )  # fmt: skip
-        tables = _tables(cos, sin, interleaved)
+        tables = _rotary_arguments(cos, sin, interleaved)
         blocks = triton.cdiv(tokens, tiles.dq.BLOCK_Q)
-        dslope = None if dalibi is None else partials(q, 1, batch * blocks, heads)
+        dslope = None if dalibi is None else empty_partials(q, 1, batch * blocks, heads)
         attention_bwd_dq[(blocks * heads * batch,)](
             out_ptr=out, dq_ptr=dq, dslope_ptr=dslope, heads=batch * heads, section=_section(q, k, group),
-            **_strides("bth", dq=dq), **_shape(tiles.dq), **tables, **common,
+            **_strides("bth", dq=dq), **_launch_options(tiles.dq), **tables, **common,
         )  # fmt: skip
         if dalibi is not None:
             sum_partials(dslope, dalibi)
         if dkv is not None:
             attention_bwd_dkv[(triton.cdiv(k.shape[1], tiles.dkv.BLOCK_K) * k.shape[2] * batch,)](
                 dk_ptr=dkv[0], dv_ptr=dkv[1], heads=batch * k.shape[2], section=_section(q, q, 1),
-                **_strides("bsh", dkv=dkv[0]), **_shape(tiles.dkv), **tables, **common,
+                **_strides("bsh", dkv=dkv[0]), **_launch_options(tiles.dkv), **tables, **common,
             )  # fmt: skip
         if dbias is not None:
             shared = [size == 1 for size in dbias.shape[:2]]
             blocks = triton.cdiv(k.shape[1], tiles.dbias.BLOCK_K), triton.cdiv(tokens, tiles.dbias.BLOCK_Q)
             attention_bwd_dbias[(dbias.shape[0] * dbias.shape[1], *blocks)](
-                dbias_ptr=dbias, B=batch, SHARED_B=shared[0], SHARED_H=shared[1], **_shape(tiles.dbias), **common,
+                dbias_ptr=dbias, B=batch, SHARED_B=shared[0], SHARED_H=shared[1], **_launch_options(tiles.dbias),
+                **common,
             )  # fmt: skip
 
 
-_SIDES = ("alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed")
+_OPTIONAL = ("alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed")
 
 
-def forward(outputs, saved, q, k, v, *sides, **params) -> None:
-    fill_forward(outputs[0], saved[0], q, k, v, **dict(zip(_SIDES, sides, strict=True)), **params)
+def forward(outputs, saved, q, k, v, *optional, **params) -> None:
+    fill_forward(outputs[0], saved[0], q, k, v, **dict(zip(_OPTIONAL, optional, strict=True)), **params)
 
 
 def backward(grads, inputs, outputs, saved, needs, **params) -> Sequence[Tensor | None]:
-    q, k, v, *sides = inputs
+    q, k, v, *optional = inputs
     dq, *dkv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dkv = tuple(dkv) if needs[1] or needs[2] else None
     dalibi, dbias = (torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None
-                     for t, need in zip(sides[:2], needs[3:5], strict=True))  # fmt: skip
+                     for t, need in zip(optional[:2], needs[3:5], strict=True))  # fmt: skip
     fill_backward(
-        dq, dkv, grads[0], outputs[0], saved[0], q, k, v, dalibi, dbias, **dict(zip(_SIDES, sides, strict=True)),
+        dq, dkv, grads[0], outputs[0], saved[0], q, k, v, dalibi, dbias, **dict(zip(_OPTIONAL, optional, strict=True)),
         **params,
     )  # fmt: skip
     return dq, *(dkv or (None, None)), dalibi, dbias, *[None] * 4
@@ -195,11 +201,12 @@ def backward(grads, inputs, outputs, saved, needs, **params) -> Sequence[Tensor 
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """Every row for a class of devices with all the options that it serves; in half precision the plain call too.
+    """Yield the static check's cases: every row of an architecture with all options that it serves.
 
-    The rows of backward that a packed projection takes also with rotary, as real models have it.
+    Rows of "half" also compile the plain call. The backward rows that attention_qkv takes also compile with the rotary
+    embedding of real models.
     """
-    yield launch.case(attention_documents, "int32", DOCUMENTS, "i32", {"BLOCK_T": BLOCK_T})
+    yield launch.case(attention_documents, "int32", DOCUMENTS_TILE, "i32", {"BLOCK_T": DOCUMENTS_BLOCK_T})
     for precision in PRECISIONS:
         for width in WIDTHS:
             tiles = TILES[arch, precision, width]
@@ -209,18 +216,18 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
                 yield from (_case(kernel, precision, width, tile, _RICH) for kernel, tile in kernels)
             else:
                 kernels = *kernels, (attention_bwd_dbias, tiles.dbias)
-                yield from (_case(kernel, precision, width, tile, _TABLES) for kernel, tile in kernels)
-            for turns in _TURNS[width] if precision != "half+" else ():
-                yield _case(attention_bwd_dq, precision, width, tiles.dq, _TURNED, *turns)
-                yield _case(attention_bwd_dkv, precision, width, tiles.dkv, _TURNED, *turns)
+                yield from (_case(kernel, precision, width, tile, _ROTARY_TABLES) for kernel, tile in kernels)
+            for rotary in _ROTARY[width] if precision != "half_rich" else ():
+                yield _case(attention_bwd_dq, precision, width, tiles.dq, _WITH_ROTARY, *rotary)
+                yield _case(attention_bwd_dkv, precision, width, tiles.dkv, _WITH_ROTARY, *rotary)
 
 
-_TABLES = ("cos_ptr", "sin_ptr")
-_RICH = ("bias_ptr", "seed_ptr", "dslope_ptr", *_TABLES)  # what a row of "half" does without
+_ROTARY_TABLES = ("cos_ptr", "sin_ptr")
+_RICH = ("bias_ptr", "seed_ptr", "dslope_ptr", *_ROTARY_TABLES)  # absent in every call that a row of "half" serves
 _PLAIN = (*_RICH, "alibi_ptr", "kv_start_ptr", "kv_len_ptr", "document_ptr", "window")
-_TURNED = tuple(name for name in _PLAIN if name not in _TABLES)
-# Head width, pairs, whether neighbours: Pythia's, the whole head's, GPT-NeoX-20B's, GPT-J's.
-_TURNS = {64: ((64, 8, False), (64, 32, False)), 128: ((96, 12, False), (128, 64, False)), 256: ((256, 32, True),)}
+_WITH_ROTARY = tuple(name for name in _PLAIN if name not in _ROTARY_TABLES)
+# (head width, rotary pairs, interleaved): Pythia, the whole head, GPT-NeoX-20B, the whole head, GPT-J.
+_ROTARY = {64: ((64, 8, False), (64, 32, False)), 128: ((96, 12, False), (128, 64, False)), 256: ((256, 32, True),)}
 
 
 def _case(
@@ -230,15 +237,16 @@ def _case(
     dtype, width = "fp32" if precision == "fp32" else "bf16", width or block
     sizes = {"D": width, "BLOCK_D": block, "BLOCK_Q": tile.BLOCK_Q, "BLOCK_K": tile.BLOCK_K}
     shared = {"SHARED_B": True, "SHARED_H": True} if kernel is attention_bwd_dbias else {}
-    turns = {"PAIRS": pairs, "INTERLEAVED": interleaved} if kernel in (attention_bwd_dq, attention_bwd_dkv) else {}
-    given = {"GROUP": 4 if absent in (_RICH, _TABLES) else 1, "CAUSAL": True, **sizes, **shared, **turns}
+    rotary = {"PAIRS": pairs, "INTERLEAVED": interleaved} if kernel in (attention_bwd_dq, attention_bwd_dkv) else {}
+    given = {"GROUP": 4 if absent in (_RICH, _ROTARY_TABLES) else 1, "CAUSAL": True, **sizes, **shared, **rotary}
     missing = {name: None for name in absent if name in kernel.arg_names}
-    label = {_PLAIN: "", _RICH: " alibi, lengths, documents", _TABLES: " every option"}.get(absent, f" {pairs} pairs")
-    hot = absent is _PLAIN or (kernel is attention_bwd_dbias and (precision, width) == ("half+", 64))
-    floats = ("lse_ptr", "delta_ptr", "alibi_ptr", "dslope_ptr", *_TABLES)
+    labels = {_PLAIN: "", _RICH: " alibi, lengths, documents", _ROTARY_TABLES: " every option"}
+    label = labels.get(absent, f" {pairs} pairs")
+    hot = absent is _PLAIN or (kernel is attention_bwd_dbias and (precision, width) == ("half_rich", 64))
+    floats = ("lse_ptr", "delta_ptr", "alibi_ptr", "dslope_ptr", *_ROTARY_TABLES)
     integers = ("kv_start_ptr", "kv_len_ptr", "document_ptr")
     return launch.case(
         kernel, f"{dtype} D={width}{label}", tile, dtype, {**given, **missing},
-        matmul=dtype != "fp32" and tile.newest_mma, hot=hot, scale="fp32", keep_scale="fp32", seed_ptr="*i64",
+        matmul=dtype != "fp32" and tile.warpgroup_mma, hot=hot, scale="fp32", keep_scale="fp32", seed_ptr="*i64",
         **dict.fromkeys(floats, "*fp32"), **dict.fromkeys(integers, "*i32"),
     )  # fmt: skip

@@ -1,14 +1,14 @@
-"""Attention to a cache, in Triton: keys cut at multiples of SPLIT, parts computed apart, added up in their order.
+"""Attention of new tokens to a paged cache, in Triton: split the keys, compute each split separately, then merge.
 
-    parts    for a tile of DECODE_ROWS rows (queries of one sequence x heads of one group) and every split of its keys:
-                 m, l, acc of an online softmax over the split alone
-    merge    for a row: m = max_s m_s    w_s = exp2(m_s - m)    out = sum_s w_s acc_s / sum_s w_s l_s
+    parts    for a tile of DECODE_ROWS rows (queries of one sequence x heads of one group) and each split of SPLIT keys:
+                 m, l, acc of an online softmax over this split
+    merge    for each row: m = max_s m_s    w_s = exp2(m_s - m)    out = sum_s w_s acc_s / sum_s w_s l_s
 
-A cache of bytes is widened to q's dtype, exactly; the keys' scales multiply the scores in float32, the values' the
-weights before they are rounded.
+An int8 cache is converted to q's dtype, which is exact. The scales of the keys multiply the scores in float32. The
+scales of the values multiply the softmax weights before these are rounded to q's dtype.
 
-A row's bits follow from its own keys: tiles, splits and the merge's tree are the same for any batch, and what a split
-adds that a row does not see is an exact zero. How many programs share the splits only decides who computes a part.
+The bits of a row depend on its own keys only: tiles, splits and the order of the merge are the same in any batch, and a
+split that the row does not see contributes an exact zero. The number of programs that share the splits has no effect.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.attention import schedule
-from peakgpt.kernels.gpu.attention.parts import LOG2_E, live_pairs
 from peakgpt.kernels.gpu.attention.schedule import DECODE_ROWS, SPLIT
+from peakgpt.kernels.gpu.attention.tile_ops import LOG2_E, live_pairs
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 from peakgpt.kernels.ops.attention import default_scale
 
@@ -35,24 +35,25 @@ class DecodeTile(Tile):
 
 
 WIDTHS = (64, 128, 256)  # a row serves the head widths up to its own
-WORKSPACE_BYTES = 1 << 26  # of what the parts leave for the merge; more rows are taken one launch after the other
-MERGE = Tile(warps=4)
-# Weights times values' scales, max|v| / 127, keep the order of 1, as float16 needs: it is small otherwise.
-VALUE_FOLD: tl.constexpr = tl.constexpr(64.0)
-CHUNK = 16  # parts that the merge reads at a time
+WORKSPACE_BYTES = 1 << 26  # for m, l and acc of all splits; more rows take several launches
+MERGE_TILE = Tile(warps=4)
+# Softmax weights times the values' scales (max|v| / 127) are multiplied by this, so that float16 does not underflow.
+VALUE_SCALE: tl.constexpr = tl.constexpr(64.0)
+CHUNK = 16  # splits that the merge reads at a time
 
-# Unmeasured: compiled without spills by Triton 3.7.1, not yet timed on hardware. Bytes in flight decide here, not
-# arithmetic: 3.35 TB/s for 0.7 us are 18 KB a processor of an H100. A table's entry is fetched ahead of its block, so
-# 2 n + 1 stages hold n blocks of keys and values: 5 stages 32 KB a program, of which four are resident. float32 spills
-# on sm_86 with one stage, and everywhere with two where the cache is of bytes; the last rows would spill too.
+# Not measured on hardware; compiled without spills by Triton 3.7.1. Bytes in flight matter here, not arithmetic: the
+# 3.35 TB/s of an H100 at a latency of 0.7 us need 18 KB a processor. An entry of the block table is loaded one stage
+# before its block, so 2 n + 1 stages hold n blocks of keys and values: 5 stages are 32 KB a program, and four programs
+# are resident. float32 spills with one stage on sm_86, and with two stages everywhere if the cache is int8. The rows
+# after the | would spill with the general parameters.
 _STAGES = {"sm_80": 5, "sm_86": 3, "sm_90": 5, "sm_100": 5, "gfx942": 2}
 _BLOCKS = {
     ("half", 64): 64, ("half", 128): 32, ("half", 256): 32, ("fp32", 64): 32, ("fp32", 128): 16, ("fp32", 256): 16
 }  # fmt: skip
 TILES = {
     (arch, bits, *row): DecodeTile(BLOCK_K=block, warps=4, stages=_STAGES[arch] if row[0] == "half" else few)
-    for arch in launch.CLASSES
-    for bits, few in ((None, 2), (8, 1))  # of the cache, where it is not q's dtype
+    for arch in launch.ARCHS
+    for bits, few in ((None, 2), (8, 1))  # bits of the cache's elements; None: the dtype of q
     for row, block in _BLOCKS.items()
 } | {
     ("sm_80", 8, "fp32", 128): DecodeTile(BLOCK_K=16, warps=8, stages=1),
@@ -64,14 +65,17 @@ TILES = {
 
 @triton.jit
 def _sequence(slot, cu_queries_ptr, B, steps, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """(sequence, its first query, how many it has, first of the slot's rows); the rows of a spare slot lie past all."""
+    """Return (sequence, its first query, its number of queries, first row of the slot).
+
+    The row of an unused slot is past the last row of its sequence.
+    """
     if cu_queries_ptr is None:
         per: tl.constexpr = (GROUP + ROWS - 1) // ROWS
         b = slot // per
         first, count, r0 = b, 1, slot % per * ROWS
     else:
         b, high = tl.cast(0, tl.int32), B - 1
-        for _ in range(steps):  # the last sequence whose slots begin here or before
+        for _ in range(steps):  # binary search for the last sequence whose slots begin at this one or before
             middle = (b + high + 1) // 2
             begun = _slot_start(middle, tl.load(cu_queries_ptr + middle), GROUP, ROWS) <= slot
             b, high = tl.where(begun, middle, b), tl.where(begun, high, middle - 1)
@@ -90,7 +94,8 @@ def attention_decode_parts(
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    overlap.follow(OVERLAP)
+    """Store m, l and acc of one tile of rows, for every parts-th split of its keys."""
+    overlap.wait_for_previous(OVERLAP)
     slot, kv_head, part = first_slot + tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, first, count, r0 = _sequence(slot, cu_queries_ptr, B, steps, GROUP, ROWS)
     length = tl.load(lengths_ptr + b)
@@ -101,13 +106,13 @@ def attention_decode_parts(
     d = tl.arange(0, BLOCK_D)
     q_at = q_ptr + (first + i).to(tl.int64)[:, None] * stride_q_n + h[:, None] * stride_q_h + d[None, :]
     q = tl.load(q_at, mask=live_rows[:, None] & (d < D)[None, :], other=0.0)
-    fold = scale * LOG2_E
+    qk_scale = scale * LOG2_E
     if alibi_ptr is not None:
         slope = tl.load(alibi_ptr + h, mask=live_rows, other=0.0).to(tl.float32) * LOG2_E
     lo, hi = tl.cast(0, tl.int32), tl.minimum(length, length - count + (r0 + ROWS - 1) // GROUP + 1)
     if window is not None:
         lo = tl.maximum(0, length - count + r0 // GROUP - window + 1)
-    hi = tl.where(r0 < count * GROUP, hi, 0)  # a slot of no sequence
+    hi = tl.where(r0 < count * GROUP, hi, 0)  # an unused slot has no keys
     tables_ptr += b.to(tl.int64) * stride_tables_b
     keys = tl.arange(0, BLOCK_K)
 
@@ -124,7 +129,7 @@ def attention_decode_parts(
             v_at = v_ptr + at * stride_v_n + (j % block).to(tl.int64) * stride_v_s + kv_head.to(tl.int64) * stride_v_h
             k = tl.load(k_at[:, None] + d[None, :], mask=mask, other=0.0)
             v = tl.load(v_at[:, None] + d[None, :], mask=mask, other=0.0)
-            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * fold
+            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * qk_scale
             if k_scale_ptr is not None:
                 scales_at = (at * block + j % block) * tl.num_programs(1) + kv_head
                 s *= tl.load(k_scale_ptr + scales_at, mask=inside, other=0.0)[None, :]
@@ -138,12 +143,12 @@ def attention_decode_parts(
             alpha = tl.exp2(m - base)
             l = l * alpha + tl.sum(p, 1)  # noqa: E741
             if v_scale_ptr is not None:
-                p *= tl.load(v_scale_ptr + scales_at, mask=inside, other=0.0)[None, :] * VALUE_FOLD
+                p *= tl.load(v_scale_ptr + scales_at, mask=inside, other=0.0)[None, :] * VALUE_SCALE
             acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
             m = m_new
         if v_scale_ptr is not None:
-            acc *= 1.0 / VALUE_FOLD
-        # (slots, K, ROWS, splits): rows that do not see this split leave m = -inf, l = 0, acc = 0
+            acc *= 1.0 / VALUE_SCALE
+        # m, l and acc are (slots, K, ROWS, splits). Rows that do not see this split store m = -inf, l = 0, acc = 0.
         row = ((slot - first_slot).to(tl.int64) * tl.num_programs(1) + kv_head) * ROWS + rows
         tl.store(m_ptr + row * splits + split, m, mask=live_rows)
         tl.store(l_ptr + row * splits + split, l, mask=live_rows)
@@ -157,34 +162,35 @@ def attention_decode_merge(
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    overlap.follow(OVERLAP)
+    """Store the output of one row: merge m, l and acc of its splits in a fixed order."""
+    overlap.wait_for_previous(OVERLAP)
     slot, kv_head, row = first_slot + tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, first, count, r0 = _sequence(slot, cu_queries_ptr, B, steps, GROUP, ROWS)
     i, h = (r0 + row) // GROUP, kv_head * GROUP + (r0 + row) % GROUP
     if i < count:
         position = tl.load(lengths_ptr + b) - count + i
-        lo, hi = tl.cast(0, tl.int32), tl.maximum(position + SPLIT, 0) // SPLIT  # splits that the row sees
+        lo, hi = tl.cast(0, tl.int32), tl.maximum(position + SPLIT, 0) // SPLIT  # the row sees splits lo..hi-1
         if window is not None:
             lo = tl.maximum(0, position - window + 1) // SPLIT
         at = (((slot - first_slot).to(tl.int64) * tl.num_programs(1) + kv_head) * ROWS + row) * splits
         d, chunk = tl.arange(0, BLOCK_D), tl.arange(0, CHUNK)
-        parts_m = tl.full((CHUNK,), float("-inf"), tl.float32)
+        split_m = tl.full((CHUNK,), float("-inf"), tl.float32)
         for c in range(lo // CHUNK, (hi + CHUNK - 1) // CHUNK):
             split = c * CHUNK + chunk
-            seen = (split >= lo) & (split < hi)
-            parts_m = tl.maximum(parts_m, tl.load(m_ptr + at + split, mask=seen, other=float("-inf")))
-        m = tl.max(parts_m, 0)
+            visible = (split >= lo) & (split < hi)
+            split_m = tl.maximum(split_m, tl.load(m_ptr + at + split, mask=visible, other=float("-inf")))
+        m = tl.max(split_m, 0)
         m = tl.where(m == float("-inf"), 0.0, m)
-        total = tl.zeros((CHUNK,), tl.float32)
+        split_l = tl.zeros((CHUNK,), tl.float32)
         acc = tl.zeros((CHUNK, BLOCK_D), tl.float32)
         for c in range(lo // CHUNK, (hi + CHUNK - 1) // CHUNK):
             split = c * CHUNK + chunk
-            seen = (split >= lo) & (split < hi)
-            weight = tl.exp2(tl.load(m_ptr + at + split, mask=seen, other=float("-inf")) - m)
-            total += weight * tl.load(l_ptr + at + split, mask=seen, other=0.0)
-            mask = seen[:, None] & (d < D)[None, :]
+            visible = (split >= lo) & (split < hi)
+            weight = tl.exp2(tl.load(m_ptr + at + split, mask=visible, other=float("-inf")) - m)
+            split_l += weight * tl.load(l_ptr + at + split, mask=visible, other=0.0)
+            mask = visible[:, None] & (d < D)[None, :]
             acc += weight[:, None] * tl.load(acc_ptr + (at + split)[:, None] * D + d[None, :], mask=mask, other=0.0)
-        l = tl.sum(total, 0)  # noqa: E741
+        l = tl.sum(split_l, 0)  # noqa: E741
         out = tl.sum(acc, 0) / tl.where(l == 0.0, 1.0, l)
         heads = tl.num_programs(1) * GROUP
         at_out = out_ptr + ((first + i).to(tl.int64) * heads + h) * D + d
@@ -222,8 +228,8 @@ def forward(
     splits = max(1, -(-block_tables.shape[1] * block // SPLIT))
     slot_rows = kv_heads * DECODE_ROWS * splits
     batches = schedule.decode_batches(slots, slot_rows * (width + 2) * 4, WORKSPACE_BYTES)
-    room = torch.empty(batches[0][1] * slot_rows * (width + 2), dtype=torch.float32, device=q.device)
-    acc, m, l = room.split([batches[0][1] * slot_rows * n for n in (width, 1, 1)])  # noqa: E741
+    workspace = torch.empty(batches[0][1] * slot_rows * (width + 2), dtype=torch.float32, device=q.device)
+    acc, m, l = workspace.split([batches[0][1] * slot_rows * n for n in (width, 1, 1)])  # noqa: E741
     alibi, block_tables, lengths, cu_queries = (
         None if t is None else t.contiguous() for t in (alibi, block_tables, lengths, cu_queries)
     )
@@ -234,7 +240,7 @@ def forward(
         "SPLIT": SPLIT, "D": width, "BLOCK_D": max(16, triton.next_power_of_2(width)), **overlap.options(q, queries),
     }  # fmt: skip
     merged_rows = DECODE_ROWS if cu_queries is not None else min(group, DECODE_ROWS)
-    with launch.on(q):
+    with launch.device_of(q):
         for first_slot, count in batches:
             parts = schedule.decode_parts(count, kv_heads, splits, launch.processors(q))
             attention_decode_parts[(count, kv_heads, parts)](
@@ -248,35 +254,39 @@ def forward(
                 num_stages=tile.stages, **common,
             )  # fmt: skip
             attention_decode_merge[(count, kv_heads, merged_rows)](
-                out_ptr=outputs[0], first_slot=first_slot, CHUNK=CHUNK, num_warps=MERGE.warps, **common
+                out_ptr=outputs[0], first_slot=first_slot, CHUNK=CHUNK, num_warps=MERGE_TILE.warps, **common
             )
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """Every row with a cache of q's dtype and of bytes; one query a sequence and, in half precision, every option."""
-    early = {"OVERLAP": arch in overlap.CLASSES}
+    """Yield the static check's cases: every row, for a cache of q's dtype and of int8.
+
+    Half precision compiles both the plain call (one query a sequence) and the call with every option.
+    """
+    options = {"OVERLAP": arch in overlap.ARCHS}
     for (row_arch, bits, precision, width), tile in TILES.items():
         if row_arch == arch:
-            sizes = {"BLOCK_K": tile.BLOCK_K, **early}
+            sizes = {"BLOCK_K": tile.BLOCK_K, **options}
             for every in (False, True) if precision == "half" else (True,):
                 yield _case(attention_decode_parts, precision, width, tile, every, sizes, bits)
                 if precision == "half" and bits is None:
-                    yield _case(attention_decode_merge, precision, width, MERGE, every, {"CHUNK": CHUNK, **early})
+                    merge_sizes = {"CHUNK": CHUNK, **options}
+                    yield _case(attention_decode_merge, precision, width, MERGE_TILE, every, merge_sizes)
 
 
 def _case(
-    kernel, precision: str, width: int, tile: Tile, every: bool, sizes: dict[str, int], bits: int | None = None
+    kernel, precision: str, width: int, tile: Tile, every_option: bool, sizes: dict[str, int], bits: int | None = None
 ) -> AotCase:
     dtype = "fp32" if precision == "fp32" else "bf16"
-    missing = set() if every else {"cu_queries_ptr", "alibi_ptr", "window"}
+    missing = set() if every_option else {"cu_queries_ptr", "alibi_ptr", "window"}
     missing |= {"k_scale_ptr", "v_scale_ptr"} if bits is None else set()
     absent = dict.fromkeys(missing & set(kernel.arg_names))
-    given = {"GROUP": 4 if every else 1, "ROWS": DECODE_ROWS, "SPLIT": SPLIT, "D": width, "BLOCK_D": width}
+    given = {"GROUP": 4 if every_option else 1, "ROWS": DECODE_ROWS, "SPLIT": SPLIT, "D": width, "BLOCK_D": width}
     types = {} if bits is None else dict.fromkeys(("k_ptr", "v_ptr"), "*i8")
-    label = f"{dtype} D={width}" + (" every option" if every else "") + ("" if bits is None else " in bytes")
+    label = f"{dtype} D={width}" + (" every option" if every_option else "") + ("" if bits is None else " int8")
     return launch.case(
         kernel, label, tile, dtype, {**given, **sizes, **absent},
-        hot=not every and (bits is None or width == WIDTHS[0]), scale="fp32", **types,
+        hot=not every_option and (bits is None or width == WIDTHS[0]), scale="fp32", **types,
         **dict.fromkeys(("acc_ptr", "m_ptr", "l_ptr", "alibi_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32"),
         **dict.fromkeys(("tables_ptr", "lengths_ptr", "cu_queries_ptr"), "*i32"),
     )  # fmt: skip

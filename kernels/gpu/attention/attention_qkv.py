@@ -1,7 +1,7 @@
-"""Attention over one packed projection: `attention`'s kernels on slices; the gradients fill one tensor in place.
+"""Attention over one packed projection: the kernels of `attention` on slices; the gradients fill one tensor.
 
-With rotary its kernel turns the projection into what is kept; attention's backward kernels turn dq and dk back where
-they hold them, in float32.
+With cos and sin, the rotary kernel writes the rotated projection, which is saved for backward. The backward kernels
+rotate dq and dk back in registers, in float32.
 """
 
 from collections.abc import Sequence
@@ -25,23 +25,23 @@ def objection(qkv: Tensor, *_, n_head: int, interleaved: bool = False, **params)
     return attention.objection(*_split(qkv, n_head), **params)
 
 
-def slower(qkv: Tensor, *_, n_head: int, interleaved: bool = False, **params) -> str | None:
-    return attention.slower(*_split(qkv, n_head), **params)
+def declines(qkv: Tensor, *_, n_head: int, interleaved: bool = False, **params) -> str | None:
+    return attention.declines(*_split(qkv, n_head), **params)
 
 
 def forward(outputs, saved, qkv: Tensor, cos, sin, *, n_head: int, interleaved: bool, **params) -> None:
-    lse, *turned = saved
-    if turned:
-        rotary.turn(qkv, cos, sin, turned[0], turned_heads(qkv, n_head), interleaved)
-        (qkv,) = turned
+    lse, *rotated = saved
+    if rotated:
+        rotary.rotate(qkv, cos, sin, rotated[0], turned_heads(qkv, n_head), interleaved)
+        (qkv,) = rotated
     attention.fill_forward(outputs[0], lse, *_split(qkv, n_head), **params)
 
 
 def backward(grads, inputs, outputs, saved, needs, *, n_head: int, **params) -> Sequence[Tensor | None]:
     qkv, cos, sin = inputs
-    lse, *turned = saved
-    if turned:
-        (qkv,) = turned
+    lse, *rotated = saved
+    if rotated:
+        (qkv,) = rotated
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dq, *dkv = _split(dqkv, n_head)
     attention.fill_backward(

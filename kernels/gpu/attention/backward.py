@@ -1,27 +1,27 @@
-"""Attention's backward kernels: dq with delta and the slopes' gradient, then dk with dv, then dbias. No atomics."""
+"""Attention's backward kernels, without atomics: dq with delta and the slopes' gradient, then dk and dv, then dbias."""
 
 import triton
 import triton.language as tl
 
-from peakgpt.kernels.gpu.attention.parts import (
+from peakgpt.kernels.gpu.attention.tile_ops import (
     LOG2_E,
     SIZES,
-    kept,
+    add_alibi_and_bias,
+    assignment,
+    dropout_mask,
     key_range,
     key_tiles,
     live_pairs,
     load,
-    place,
-    plus,
     query_tiles,
     store,
 )
-from peakgpt.kernels.gpu.rotary import turned_back
+from peakgpt.kernels.gpu.rotary import rotate_back
 
 
 @triton.jit
 def _load_lse(ptr, live):
-    """In units of log2; infinite where a row has no live key or is not live, so that p = exp2(s - lse) = 0."""
+    """Load lse in units of log2. Rows that are not live or have no live key get +inf, so that p = exp2(s - lse) = 0."""
     lse = tl.load(ptr) if live is None else tl.load(ptr, mask=live, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
 
@@ -37,8 +37,9 @@ def attention_bwd_dq(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Compute dq and delta of one tile of queries of one head, and its part of the slope's gradient."""
     blocks = (T + BLOCK_Q - 1) // BLOCK_Q
-    head, turn = place(tl.program_id(0), blocks, heads, section)
+    head, turn = assignment(tl.program_id(0), blocks, heads, section)
     i0 = (blocks - 1 - turn) * BLOCK_Q
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     rows, keys = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
@@ -65,7 +66,7 @@ def attention_bwd_dq(
 
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     dslope = tl.zeros((BLOCK_Q,), tl.float32)
-    excess, mean = dslope, dslope
+    ds_sum, mean_distance = dslope, dslope
     first, full_first, full_end, end = key_tiles(i0, T, S, window, lo, hi, document_ptr, CAUSAL, BLOCK_Q, BLOCK_K)
     left = full_first - first
     for MASKED in tl.static_range(2):
@@ -78,7 +79,9 @@ def attention_bwd_dq(
             k = load(k_ptr + tl.cast(j0, tl.int64) * stride_k_s, keys, stride_k_s, inside, D, BLOCK_D)
             v = load(v_ptr + tl.cast(j0, tl.int64) * stride_v_s, keys, stride_v_s, inside, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
-            s = plus(s, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s)
+            s = add_alibi_and_bias(
+                s, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s
+            )
             p = tl.exp2(s - lse[:, None])
             if MASKED:
                 live = live_pairs(position[:, None], j[None, :], window, CAUSAL) & inside[None, :]
@@ -87,23 +90,24 @@ def attention_bwd_dq(
                 p = tl.where(live, p, 0.0)
             dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
             if seed_ptr is not None:
-                dp = tl.where(kept(seed, threshold, b, h, i, j0, BLOCK_K), dp * keep_scale, 0.0)
+                dp = tl.where(dropout_mask(seed, threshold, b, h, i, j0, BLOCK_K), dp * keep_scale, 0.0)
             ds = p * (dp - delta[:, None])
             if dslope_ptr is not None:
                 distance = j[None, :] - position[:, None]
                 dslope += tl.sum(ds * distance, 1)
-                excess += tl.sum(ds, 1)
-                mean += tl.sum(p * distance, 1)
+                ds_sum += tl.sum(ds, 1)
+                mean_distance += tl.sum(p * distance, 1)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     dq_ptr += b * stride_dq_b + h * stride_dq_h + at * stride_dq_t
     dq *= scale
     if cos_ptr is not None:
-        dq = turned_back(dq, rows, i < T, cos_ptr + at * PAIRS, sin_ptr + at * PAIRS, PAIRS, INTERLEAVED, BLOCK_D)
+        dq = rotate_back(dq, rows, i < T, cos_ptr + at * PAIRS, sin_ptr + at * PAIRS, PAIRS, INTERLEAVED, BLOCK_D)
     store(dq_ptr, rows, stride_dq_t, i < T, dq, D, BLOCK_D)
     if dslope_ptr is not None:
-        # A row of ds sums to 0 but for the rounding of out in delta, which distances of thousands would magnify.
-        tl.store(dslope_ptr + (b * blocks + turn) * H + h, tl.sum(dslope - excess * mean, 0))
+        # Each row of ds sums to 0, except that out is rounded in delta. Distances of thousands would magnify this
+        # error, so the mean distance is subtracted.
+        tl.store(dslope_ptr + (b * blocks + turn) * H + h, tl.sum(dslope - ds_sum * mean_distance, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -117,9 +121,10 @@ def attention_bwd_dkv(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Compute dk and dv of one tile of keys of one key-value head."""
     blocks = (S + BLOCK_K - 1) // BLOCK_K
-    head, turn = place(tl.program_id(0), blocks, heads, section)
-    j0 = turn * BLOCK_K  # causal: the first keys are seen by most
+    head, turn = assignment(tl.program_id(0), blocks, heads, section)
+    j0 = turn * BLOCK_K  # turn 0 takes the first block: under the causal mask it has the most queries
     b, kv_head = (head // (H // GROUP)).to(tl.int64), (head % (H // GROUP)).to(tl.int64)
     rows, keys = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     j = j0 + keys
@@ -161,7 +166,9 @@ def attention_bwd_dkv(
                 else:
                     delta = tl.load(delta_ptr + row_ptr + i)
                 s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2_E)
-                s = plus(s, i[None, :], j[:, None], T, S, alibi_ptr, h, bias_head, stride_bias_t, stride_bias_s)
+                s = add_alibi_and_bias(
+                    s, i[None, :], j[:, None], T, S, alibi_ptr, h, bias_head, stride_bias_t, stride_bias_s
+                )
                 p = tl.exp2(s - lse[None, :])
                 if MASKED:
                     live = live_pairs(i[None, :] + (S - T), j[:, None], window, CAUSAL)
@@ -171,7 +178,7 @@ def attention_bwd_dkv(
                 dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
                 dropped = p
                 if seed_ptr is not None:
-                    keep = tl.trans(kept(seed, threshold, b, h, i, j0, BLOCK_K))
+                    keep = tl.trans(dropout_mask(seed, threshold, b, h, i, j0, BLOCK_K))
                     dropped = tl.where(keep, p, 0.0)
                     dp = tl.where(keep, dp * keep_scale, 0.0)
                 dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -182,12 +189,12 @@ def attention_bwd_dkv(
     dv_ptr += b * stride_dkv_b + kv_head * stride_dkv_h + at * stride_dkv_s
     if seed_ptr is not None:
         dv *= keep_scale
-    # The loops let keys outside the sequence gather anything: a key's sums are its own.
+    # The loops do not mask keys outside the sequence: their sums are wrong but do not affect other keys.
     dk = tl.where(inside[:, None], dk * scale, 0.0)
     dv = tl.where(inside[:, None], dv, 0.0)
-    store(dv_ptr, keys, stride_dkv_s, j < S, dv, D, BLOCK_D)  # first: turning needs its registers
+    store(dv_ptr, keys, stride_dkv_s, j < S, dv, D, BLOCK_D)  # before dk is rotated back, which needs dv's registers
     if cos_ptr is not None:
-        dk = turned_back(dk, keys, j < S, cos_ptr + at * PAIRS, sin_ptr + at * PAIRS, PAIRS, INTERLEAVED, BLOCK_D)
+        dk = rotate_back(dk, keys, j < S, cos_ptr + at * PAIRS, sin_ptr + at * PAIRS, PAIRS, INTERLEAVED, BLOCK_D)
     store(dk_ptr, keys, stride_dkv_s, j < S, dk, D, BLOCK_D)
 
 
@@ -202,8 +209,8 @@ def attention_bwd_dbias(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dbias, summed over the sequences and heads that share it, in their order."""
-    pair = tl.program_id(0).to(tl.int64)  # of dbias, (B or 1, H or 1, T, S), contiguous
+    """Compute one tile of dbias, summed in a fixed order over the sequences and heads that share it."""
+    pair = tl.program_id(0).to(tl.int64)  # (sequence, head) of dbias, which is (B or 1, H or 1, T, S), contiguous
     j0, i0 = tl.program_id(1) * BLOCK_K, tl.program_id(2) * BLOCK_Q
     first_b, first_h = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
     if not SHARED_H:
@@ -220,11 +227,11 @@ def attention_bwd_dbias(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr).to(tl.int64)
     first, _, _, end = key_tiles(i0, T, S, window, 0, S, document_ptr, CAUSAL, BLOCK_Q, BLOCK_K)
-    seen = (tl.program_id(1) >= first) & (tl.program_id(1) < end)
+    visible = (tl.program_id(1) >= first) & (tl.program_id(1) < end)
     batches, heads = B if SHARED_B else 1, H if SHARED_H else 1
 
     dbias = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-    for n in range(tl.where(seen, batches * heads, 0)):
+    for n in range(tl.where(visible, batches * heads, 0)):
         b, h = first_b + n // heads, first_h + n % heads
         lo, hi = key_range(kv_start_ptr, kv_len_ptr, b, S)
         inside = (j >= lo) & (j < hi)
@@ -234,7 +241,7 @@ def attention_bwd_dbias(
         k = load(k_at, keys, stride_k_s, inside, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
         bias_at = bias_ptr + b * stride_bias_b + h * stride_bias_h
-        s = plus(s, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_at, stride_bias_t, stride_bias_s)
+        s = add_alibi_and_bias(s, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_at, stride_bias_t, stride_bias_s)
         p = tl.exp2(s - _load_lse(lse_ptr + (b * H + h) * T + i, i < T)[:, None])
         p = tl.where(live & inside[None, :], p, 0.0)
         dout_at = dout_ptr + b * stride_dout_b + h * stride_dout_h + tl.cast(i0, tl.int64) * stride_dout_t
@@ -243,7 +250,7 @@ def attention_bwd_dbias(
         v = load(v_at, keys, stride_v_s, inside, D, BLOCK_D)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if seed_ptr is not None:
-            dp = tl.where(kept(seed, threshold, b, h, i, j0, BLOCK_K), dp * keep_scale, 0.0)
+            dp = tl.where(dropout_mask(seed, threshold, b, h, i, j0, BLOCK_K), dp * keep_scale, 0.0)
         delta = tl.load(delta_ptr + (b * H + h) * T + i, mask=i < T, other=0.0)
         dbias += p * (dp - delta[:, None])
 

@@ -1,4 +1,4 @@
-"""Storing new tokens in a cache in blocks, in Triton: keys and values in one launch, heads of a token a program."""
+"""Write the keys and values of new tokens to a paged cache, in Triton: one launch for both, one program a token."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 from peakgpt.kernels.ops.cache_store import SMALLEST_SCALE
 
-# Unmeasured on hardware: 8 elements a thread of keys and as many of values, a program for a token of GPT-2 124M.
-ELEMENTS, ROW = 1024, Tile(warps=4)
-_SMALLEST: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
+# Elements of keys, and of values, a program: 8 a thread, one program for a token of GPT-2 124M. Not measured.
+ELEMENTS, TILE = 1024, Tile(warps=4)
+_SMALLEST_SCALE: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
 
 
 @triton.jit
-def _to_bytes(x):
-    """(bytes, scales) of the rows of x; kernels/ops/cache_store.py has the formula."""
+def _quantize(x):
+    """Return int8 values and float32 scales of the rows of x; kernels/ops/cache_store.py has the formula."""
     x = x.to(tl.float32)
-    # The zero is NaN beside an infinity or NaN, which a maximum would drop.
+    # The sum is 0, or NaN if the row holds an infinity or NaN: the maximum alone would lose a NaN.
     scale = tl.div_rn(tl.max(tl.abs(x), 1) + tl.sum(x * 0.0, 1), 127.0 + tl.zeros([x.shape[0]], tl.float32))
-    scale = tl.where(scale < _SMALLEST, 0.0, scale)
-    wide = tl.broadcast_to(tl.where(scale > 0.0, scale, 1.0)[:, None], x.shape)
-    # Adding 1.5 * 2^23 rounds to a whole number, to even at a tie.
-    q = (tl.div_rn(tl.where((scale > 0.0)[:, None], x, 0.0), wide) + 12582912.0) - 12582912.0
+    scale = tl.where(scale < _SMALLEST_SCALE, 0.0, scale)
+    divisor = tl.broadcast_to(tl.where(scale > 0.0, scale, 1.0)[:, None], x.shape)
+    # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
+    q = (tl.div_rn(tl.where((scale > 0.0)[:, None], x, 0.0), divisor) + 12582912.0) - 12582912.0
     return q.to(tl.int8), scale
 
 
@@ -37,7 +37,8 @@ def cache_store(
     K, block, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    overlap.follow(OVERLAP)
+    """Store one token's keys and values at slots_ptr[n]; a negative slot stores nothing."""
+    overlap.wait_for_previous(OVERLAP)
     n = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + n).to(tl.int64)
     if slot >= 0:
@@ -46,13 +47,13 @@ def cache_store(
         k = tl.load(k_ptr + n * stride_k_n + h[:, None] * stride_k_h + d[None, :], mask=live, other=0.0)
         v = tl.load(v_ptr + n * stride_v_n + h[:, None] * stride_v_h + d[None, :], mask=live, other=0.0)
         if k_scale_ptr is not None:
-            k, k_scale = _to_bytes(k)
-            v, v_scale = _to_bytes(v)
+            k, k_scale = _quantize(k)
+            v, v_scale = _quantize(v)
             tl.store(k_scale_ptr + slot * K + h, k_scale, mask=h < K)
             tl.store(v_scale_ptr + slot * K + h, v_scale, mask=h < K)
-        at, place = slot // block, slot % block
-        k_at = k_cache_ptr + at * stride_k_cache_n + place * stride_k_cache_s
-        v_at = v_cache_ptr + at * stride_v_cache_n + place * stride_v_cache_s
+        block_index, offset = slot // block, slot % block
+        k_at = k_cache_ptr + block_index * stride_k_cache_n + offset * stride_k_cache_s
+        v_at = v_cache_ptr + block_index * stride_v_cache_n + offset * stride_v_cache_s
         tl.store(k_at + h.to(tl.int64)[:, None] * stride_k_cache_h + d[None, :], k, mask=live)
         tl.store(v_at + h.to(tl.int64)[:, None] * stride_v_cache_h + d[None, :], v, mask=live)
 
@@ -69,7 +70,7 @@ def forward(outputs, saved, k, v, k_cache, v_cache, slots, k_scale, v_scale) -> 
     size = max(1, ELEMENTS // block_d)
     if 0 in k.shape:
         return
-    with launch.on(k):
+    with launch.device_of(k):
         cache_store[(tokens, triton.cdiv(heads, size))](
             k_ptr=k, v_ptr=v, k_cache_ptr=k_cache, v_cache_ptr=v_cache, slots_ptr=slots.contiguous(),
             k_scale_ptr=k_scale, v_scale_ptr=v_scale, stride_k_n=k.stride(0), stride_k_h=k.stride(1),
@@ -77,16 +78,16 @@ def forward(outputs, saved, k, v, k_cache, v_cache, slots, k_scale, v_scale) -> 
             stride_k_cache_n=k_cache.stride(0), stride_k_cache_s=k_cache.stride(1), stride_k_cache_h=k_cache.stride(2),
             stride_v_cache_n=v_cache.stride(0), stride_v_cache_s=v_cache.stride(1), stride_v_cache_h=v_cache.stride(2),
             K=heads, block=k_cache.shape[1], D=width, HEADS=size, BLOCK_D=block_d,
-            num_warps=ROW.warps, num_stages=ROW.stages, **overlap.options(k, tokens),
+            num_warps=TILE.warps, num_stages=TILE.stages, **overlap.options(k, tokens),
         )  # fmt: skip
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """Two head widths as they are and in bytes."""
+    """Yield the static check's cases: two head widths, with the cache in bfloat16 and in int8."""
     scales = {"k_scale_ptr", "v_scale_ptr"}
     for width in (64, 128):
-        sizes = {"D": width, "HEADS": ELEMENTS // width, "BLOCK_D": width, "OVERLAP": arch in overlap.CLASSES}
+        sizes = {"D": width, "HEADS": ELEMENTS // width, "BLOCK_D": width, "OVERLAP": arch in overlap.ARCHS}
         types = {"slots_ptr": "*i64"}
-        yield launch.case(cache_store, f"bf16 D={width}", ROW, "bf16", {**sizes, **dict.fromkeys(scales)}, **types)
-        bytes_ = dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*i8") | dict.fromkeys(scales, "*fp32")
-        yield launch.case(cache_store, f"bf16 D={width} in bytes", ROW, "bf16", sizes, **types, **bytes_)
+        yield launch.case(cache_store, f"bf16 D={width}", TILE, "bf16", {**sizes, **dict.fromkeys(scales)}, **types)
+        int8 = dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*i8") | dict.fromkeys(scales, "*fp32")
+        yield launch.case(cache_store, f"bf16 D={width} int8", TILE, "bf16", sizes, **types, **int8)

@@ -1,29 +1,29 @@
-"""Attention's forward kernel, and the one that looks up where each token's document lies."""
+"""Attention's forward kernel, and the kernel that finds the document of each token."""
 
 import triton
 import triton.language as tl
 
-from peakgpt.kernels.gpu.attention.parts import (
+from peakgpt.kernels.gpu.attention.tile_ops import (
     LN_2,
     LOG2_E,
     SIZES,
-    kept,
+    add_alibi_and_bias,
+    assignment,
+    dropout_mask,
     key_range,
     key_tiles,
     live_pairs,
     load,
-    place,
-    plus,
     store,
-)  # fmt: skip
+)
 
 
 @triton.jit(do_not_specialize=("T", "N", "steps"))
 def attention_documents(cu_seqlens_ptr, document_ptr, T, N, steps, BLOCK_T: tl.constexpr):
-    """document (2, T): first token of each token's document, and the first one after it."""
+    """Fill document (2, T): for each token, the first token of its document and the first token after it."""
     i = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     low, high = tl.zeros_like(i), tl.zeros_like(i) + N - 1
-    for _ in range(steps):  # the last document that begins at i or before
+    for _ in range(steps):  # binary search for the last document that begins at i or before
         middle = (low + high + 1) // 2
         begun = tl.load(cu_seqlens_ptr + middle) <= i
         low, high = tl.where(begun, middle, low), tl.where(begun, high, middle - 1)
@@ -40,9 +40,10 @@ def attention_fwd(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Compute out and lse of one tile of queries of one head."""
     blocks = (T + BLOCK_Q - 1) // BLOCK_Q
-    head, turn = place(tl.program_id(0), blocks, heads, section)
-    i0 = (blocks - 1 - turn) * BLOCK_Q  # causal: the last queries see most
+    head, turn = assignment(tl.program_id(0), blocks, heads, section)
+    i0 = (blocks - 1 - turn) * BLOCK_Q  # turn 0 takes the last block: under the causal mask it has the most keys
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     rows, keys = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     i = i0 + rows
@@ -53,9 +54,9 @@ def attention_fwd(
     k_ptr += b * stride_k_b + h // GROUP * stride_k_h
     v_ptr += b * stride_v_b + h // GROUP * stride_v_h
     scale *= LOG2_E
-    fold = scale  # into the exponent; not where something is added to the scores
+    exponent_scale = scale  # applied in the exponent, except if ALiBi or a bias is added to scaled scores
     if alibi_ptr is not None or bias_ptr is not None:
-        fold = 1.0
+        exponent_scale = 1.0
     if bias_ptr is not None:
         bias_ptr += b * stride_bias_b + h * stride_bias_h
     if document_ptr is not None:
@@ -79,21 +80,23 @@ def attention_fwd(
             k = load(k_ptr + tl.cast(j0, tl.int64) * stride_k_s, keys, stride_k_s, inside, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             if alibi_ptr is not None or bias_ptr is not None:
-                s = plus(s * scale, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s)
+                s = add_alibi_and_bias(
+                    s * scale, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s
+                )
             if MASKED:
                 live = live_pairs(position[:, None], j[None, :], window, CAUSAL) & inside[None, :]
                 if document_ptr is not None:
                     live = live & (j[None, :] >= begin[:, None]) & (j[None, :] < end_[:, None])
                 s = tl.where(live, s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1) * fold)
+            m_new = tl.maximum(m, tl.max(s, 1) * exponent_scale)
             base = m_new
             if MASKED or bias_ptr is not None:
-                base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row without a live key so far
-            p = tl.exp2(s * fold - base[:, None])
+                base = tl.where(m_new == float("-inf"), 0.0, m_new)  # not inf - inf in rows without a live key
+            p = tl.exp2(s * exponent_scale - base[:, None])
             alpha = tl.exp2(m - base)
             l = l * alpha + tl.sum(p, 1)  # noqa: E741
             if seed_ptr is not None:
-                p = tl.where(kept(seed, threshold, b, h, i, j0, BLOCK_K), p, 0.0)
+                p = tl.where(dropout_mask(seed, threshold, b, h, i, j0, BLOCK_K), p, 0.0)
             v = load(v_ptr + tl.cast(j0, tl.int64) * stride_v_s, keys, stride_v_s, inside, D, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
             m = m_new

@@ -1,25 +1,27 @@
-"""Which tiles attention's programs take, in what order, and how decoding cuts its keys.
+"""Attention's schedule: which tiles a program visits, the order of the programs, and how decoding splits its keys.
 
-Plain functions of integers. The kernels compile those that they call from this source (`triton.jit(key_tiles)`), so
-what the tests run is what the GPU runs; divisions are of values that are not negative, where C and Python agree.
+These are plain functions of integers. The kernels compile some of them from this source (`triton.jit(schedule.tiles)`),
+so the tests run the code that the GPU runs. Dividends are never negative, where C and Python would round differently.
 """
 
 from __future__ import annotations
 
-SPLIT = 256  # keys a part of a decoded row; what a row adds up, and in what order, follows from this and nothing else
-DECODE_ROWS = 16  # of a tile of decoding: the fewest that a matrix instruction takes
+SPLIT = 256  # keys of one split in decoding; it alone decides what a row adds up and in which order
+DECODE_ROWS = 16  # rows of a decoding tile: the minimum of a matrix instruction
 
 
-# ---- which tiles a program visits ----
+# ---- tiles that a program visits ----
 
 
 def key_bounds(i0, last, offset, window, lo, hi, full_lo, full_hi, causal):
-    """(need_lo, need_hi, full_lo, full_hi): queries i0..last see keys of need_lo..need_hi-1, all of them the full ones.
+    """Return (need_lo, need_hi, full_lo, full_hi) for queries i0..last, with causal mask and window applied.
+
+    At least one of the queries attends to each key of need_lo..need_hi-1; all queries attend to full_lo..full_hi-1.
 
     Args:
-        offset: S - T: query i stands at i + offset.
-        lo, hi: keys lo..hi-1 are seen by some of the queries, as far as sequence and documents say.
-        full_lo, full_hi: those that are seen by all of them, likewise.
+        offset: S - T; the position of query i is i + offset.
+        lo, hi: keys lo..hi-1 that some of the queries may attend to, given sequence lengths and documents alone.
+        full_lo, full_hi: the keys that all of the queries may attend to, likewise.
     """
     need_lo, need_hi = lo, hi
     if causal:
@@ -32,12 +34,14 @@ def key_bounds(i0, last, offset, window, lo, hi, full_lo, full_hi, causal):
 
 
 def query_bounds(j0, last, offset, window, lo, hi, full_lo, full_hi, causal):
-    """(need_lo, need_hi, full_lo, full_hi): keys j0..last are seen by queries of need_lo..need_hi-1.
+    """Return (need_lo, need_hi, full_lo, full_hi) for keys j0..last, with causal mask and window applied.
+
+    Queries need_lo..need_hi-1 attend to at least one of the keys; queries full_lo..full_hi-1 attend to all of them.
 
     Args:
-        offset: S - T.
-        lo, hi: queries lo..hi-1 see some of the keys, as far as documents say.
-        full_lo, full_hi: those that see all of them, likewise.
+        offset: S - T; the position of query i is i + offset.
+        lo, hi: queries lo..hi-1 that may attend to some of the keys, given the documents alone.
+        full_lo, full_hi: the queries that may attend to all of the keys, likewise.
     """
     need_lo, need_hi = lo, hi
     if causal:
@@ -52,7 +56,10 @@ def query_bounds(j0, last, offset, window, lo, hi, full_lo, full_hi, causal):
 
 
 def tiles(need_lo, need_hi, full_lo, full_hi, block):
-    """(first, full_first, full_end, end): tiles first..end-1 hold need_lo..need_hi-1; the middle ones lie in full."""
+    """Return (first, full_first, full_end, end): tiles first..end-1 cover need_lo..need_hi-1.
+
+    Tiles full_first..full_end-1 lie inside full_lo..full_hi-1 and need no mask.
+    """
     first = need_lo // block
     end = max(first, (need_hi + block - 1) // block)
     if need_hi <= need_lo:
@@ -62,27 +69,29 @@ def tiles(need_lo, need_hi, full_lo, full_hi, block):
     return first, full_first, full_end, end
 
 
-# ---- in what order ----
+# ---- order of the programs ----
 
 
-def place(program, blocks, heads, section):
-    """(head, turn) of a program: heads in sections, within a section the first turn of every head before the second.
+def assignment(program, blocks, heads, section):
+    """Return (head, turn) of a program, turn in 0..blocks-1.
 
-    The first turn is the one with the most tiles, so the last programs to start are short and all processors end at
-    about the same time; a section's keys and values fit in the second-level cache.
+    The heads are cut into sections of `section` heads, whose keys and values fit in the L2 cache together. Within a
+    section, turn 0 of all heads runs before turn 1. A head's turn 0 is the block with the most tiles. So the programs
+    that start last are short, and all processors finish at about the same time.
     """
     first = program // (blocks * section) * section
     size = min(section, heads - first)
-    rest = program % (blocks * section)
-    return first + rest % size, rest // size
+    index = program % (blocks * section)
+    return first + index % size, index // size
 
 
-def section(head_bytes: int, cache_bytes: int, group: int) -> int:
-    """Query heads of a section: as many as share half the cache with what streams through it.
+def section_heads(head_bytes: int, cache_bytes: int, group: int) -> int:
+    """Return the number of query heads in a section: their keys and values fill at most half of the cache.
 
     Args:
-        head_bytes: keys and values of one key head.
-        group: query heads a key head.
+        head_bytes: size of the keys and values of one key-value head.
+        cache_bytes: size of the L2 cache.
+        group: query heads for each key-value head.
     """
     return group * max(1, cache_bytes // 2 // max(1, head_bytes))
 
@@ -91,21 +100,21 @@ def section(head_bytes: int, cache_bytes: int, group: int) -> int:
 
 
 def decode_slots(queries: int, batch: int, group: int) -> int:
-    """Tiles of rows at most, where only the device knows how many queries each sequence has."""
+    """Return an upper bound of the slots (tiles of rows) if only the device knows the queries of each sequence."""
     return queries * group // DECODE_ROWS + batch
 
 
 def slot_start(b, first, group, rows):
-    """First slot of sequence b, whose first query is `first`: behind all rows before it, rounded up a sequence."""
+    """Return the first slot of sequence b, whose first query is `first`; each earlier sequence may waste one slot."""
     return first * group // rows + b
 
 
 def decode_parts(slots: int, kv_heads: int, splits: int, processors: int) -> int:
-    """Programs that share the splits of one tile: enough for eight on every processor, if there are as many splits."""
+    """Return the number of programs that share the splits of one slot: about eight programs on each processor."""
     return max(1, min(splits, -(-8 * processors // max(1, slots * kv_heads))))
 
 
 def decode_batches(slots: int, slot_bytes: int, limit_bytes: int) -> list[tuple[int, int]]:
-    """(first slot, count) of each launch, so that what the parts leave for the merge stays within the limit."""
+    """Return (first slot, count) of each launch, such that the partial results of a launch fit in limit_bytes."""
     count = max(1, limit_bytes // max(1, slot_bytes))
     return [(first, min(count, slots - first)) for first in range(0, slots, count)]

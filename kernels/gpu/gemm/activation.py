@@ -1,4 +1,4 @@
-"""Activations and their slopes, as every Triton kernel of the MLP takes them; math and source in kernels/ops/mlp.py."""
+"""Activation functions and their derivatives for the Triton kernels. Math and sources: kernels/ops/mlp.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 import triton
 import triton.language as tl
 
-_STEEP = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
+_TWICE_SQRT_2_PI = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
 _RSQRT_2_PI = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 
 
 @triton.jit
 def activate(x, ACT: tl.constexpr):
-    """(act(x), act'(x)) of a float32 tile; what is not used is not computed."""
+    """Return (act(x), act'(x)) of a float32 tile. The compiler drops a result that the caller does not use."""
     if ACT == "relu":
         y = tl.where(x > 0.0, x, x * 0.0)  # NaN stays NaN
         dy = tl.where(x > 0.0, 1.0, 0.0)
@@ -27,9 +27,9 @@ def activate(x, ACT: tl.constexpr):
         y = x * gate
         dy = gate + x * tl.exp(-0.5 * x * x) * _RSQRT_2_PI
     else:
-        # (1 + tanh u) / 2 = sigmoid(2 u), which needs one exp and no branch.
+        # gelu_tanh: (1 + tanh u) / 2 = sigmoid(2 u), which needs one exp and no branch.
         square = 0.044715 * x * x
-        gate = 1.0 / (1.0 + tl.exp(-(x * _STEEP) * (1.0 + square)))
+        gate = 1.0 / (1.0 + tl.exp(-(x * _TWICE_SQRT_2_PI) * (1.0 + square)))
         y = x * gate
-        dy = gate + y * (1.0 - gate) * (1.0 + 3.0 * square) * _STEEP
+        dy = gate + y * (1.0 - gate) * (1.0 + 3.0 * square) * _TWICE_SQRT_2_PI
     return y, dy

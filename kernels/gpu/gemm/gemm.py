@@ -1,11 +1,12 @@
-"""Matrix products with the MLP's epilogues in Triton: the candidates that the table of mlp.py weighs against cuBLAS.
+"""Matrix products with the MLP's epilogues in Triton, the "fused" strategy of mlp.py.
 
     gemm_act_fwd   pre = a b + bias              h = act(pre)
-    gemm_act_bwd   dpre = (a b) act'(pre)        h = act(pre) again      sums of dpre's columns, one a row of tiles
+    gemm_act_bwd   dpre = (a b) act'(pre)        h = act(pre)        column sums of dpre, one for each row of tiles
 
-Both read the activation from pre as it is stored, so that backward's h has forward's bits. Tiles run down groups of
-GROUP_M rows, which keeps b's columns in the L2 cache. On sm_90 and newer TMA brings the operands where their rows start
-on 16 bytes; the epilogue takes the tile in halves, for a whole one beside its operands outgrows the registers.
+Both kernels read the activation's input from pre as stored, so that backward recomputes h with forward's bits. Tiles
+are visited in groups of GROUP_M rows, which keeps the columns of b in the L2 cache. On sm_90 and newer, TMA loads the
+operands if their rows start at multiples of 16 bytes. The epilogue then handles the tile in two halves: a whole one,
+together with the operands of the epilogue, needs more registers than there are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.gemm.activation import activate
 from peakgpt.kernels.gpu.launch import AotCase, Tile
-from peakgpt.kernels.gpu.reduce import partials, sum_partials
+from peakgpt.kernels.gpu.reduce import empty_partials, sum_partials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +31,11 @@ class GemmTile(Tile):
     BLOCK_N: int
     BLOCK_K: int
     TMA: bool = False
-    HALVES: bool = False  # whether the epilogue takes the tile in two
+    HALVES: bool = False  # the epilogue handles the tile in two halves
 
 
 GROUP_M = 8
-# Unmeasured on hardware; compiled without spills. bf16 and float16; float32, for which nobody would choose these, runs
-# the smallest row.
+# For bfloat16 and float16; float32 only has to work and takes FLOAT32. Not measured on hardware; no spills.
 FORWARD = {
     "sm_80": GemmTile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, warps=8, stages=4),
     "sm_86": GemmTile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, warps=8, stages=3),
@@ -56,7 +56,7 @@ TMA_BYTES = 16
 
 @triton.jit
 def _tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(first row, first column) of this program's tile."""
+    """Return (first row, first column) of this program's tile."""
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (GROUP_M * columns)
     height = tl.minimum(rows - group * GROUP_M, GROUP_M)
@@ -69,7 +69,7 @@ def _product(
     a_ptr, b_ptr, m, n, M, N, K, stride_a, stride_b, B_BY_N: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The tile of a b at (m, n) in float32: a (M, K) by rows; b by its columns, (N, K), or by rows, (K, N)."""
+    """Return the tile of a b at (m, n) in float32. a is (M, K); b is stored as (N, K) if B_BY_N, else as (K, N)."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if TMA:
         a = tl.make_tensor_descriptor(a_ptr, [M, K], [stride_a, 1], [BLOCK_M, BLOCK_K])
@@ -89,7 +89,7 @@ def _product(
             live = k < K
             live_a = (row < M)[:, None] & live[None, :]
             a = tl.load(a_ptr + row[:, None] * stride_a + k[None, :], mask=live_a, other=0.0)
-            if B_BY_N:  # noqa: SIM108  the branch that is not taken must not be compiled
+            if B_BY_N:  # noqa: SIM108  an expression would compile both branches
                 at = col[None, :] * stride_b + k[:, None]
             else:
                 at = k.to(tl.int64)[:, None] * stride_b + col[None, :]
@@ -100,11 +100,15 @@ def _product(
 
 @triton.jit
 def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the left and the right half of the columns."""
     return tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
 
 
 @triton.jit
-def _end_fwd(acc, bias_ptr, pre_ptr, h_ptr, m, n, M, N, ACT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+def _epilogue_fwd(
+    acc, bias_ptr, pre_ptr, h_ptr, m, n, M, N, ACT: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Add the bias; store pre and h, each unless its pointer is None."""
     row, col = (m + tl.arange(0, BLOCK_M)).to(tl.int64), n + tl.arange(0, WIDTH)
     live = (row < M)[:, None] & (col < N)[None, :]
     if bias_ptr is not None:
@@ -118,17 +122,18 @@ def _end_fwd(acc, bias_ptr, pre_ptr, h_ptr, m, n, M, N, ACT: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _end_bwd(
+def _epilogue_bwd(
     acc, pre_ptr, dpre_ptr, h_ptr, partial_ptr, m, n, M, N, ACT: tl.constexpr, BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Store dpre and, each unless its pointer is None, h and the column sums of dpre."""
     row, col = (m + tl.arange(0, BLOCK_M)).to(tl.int64), n + tl.arange(0, WIDTH)
     live = (row < M)[:, None] & (col < N)[None, :]
     at = row[:, None] * N + col[None, :]
     h, slope = activate(tl.load(pre_ptr + at, mask=live, other=0.0).to(tl.float32), ACT)
     if h_ptr is not None:
         tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=live)
-    dpre = acc * slope  # rows past the end are zero in acc
+    dpre = acc * slope  # zero in rows past the end, where acc is zero
     tl.store(dpre_ptr + at, dpre.to(dpre_ptr.dtype.element_ty), mask=live)
     if partial_ptr is not None:
         tl.store(partial_ptr + (m // BLOCK_M).to(tl.int64) * N + col, tl.sum(dpre, 0), mask=col < N)
@@ -159,10 +164,10 @@ def gemm_act_fwd(
     acc = _product(a_ptr, b_ptr, m, n, M, N, K, stride_a, stride_b, B_BY_N, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
     if HALVES:
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
-        _end_fwd(left, bias_ptr, pre_ptr, h_ptr, m, n, M, N, ACT, BLOCK_M, BLOCK_N // 2)
-        _end_fwd(right, bias_ptr, pre_ptr, h_ptr, m, n + BLOCK_N // 2, M, N, ACT, BLOCK_M, BLOCK_N // 2)
+        _epilogue_fwd(left, bias_ptr, pre_ptr, h_ptr, m, n, M, N, ACT, BLOCK_M, BLOCK_N // 2)
+        _epilogue_fwd(right, bias_ptr, pre_ptr, h_ptr, m, n + BLOCK_N // 2, M, N, ACT, BLOCK_M, BLOCK_N // 2)
     else:
-        _end_fwd(acc, bias_ptr, pre_ptr, h_ptr, m, n, M, N, ACT, BLOCK_M, BLOCK_N)
+        _epilogue_fwd(acc, bias_ptr, pre_ptr, h_ptr, m, n, M, N, ACT, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -191,30 +196,34 @@ def gemm_act_bwd(
     acc = _product(a_ptr, b_ptr, m, n, M, N, K, stride_a, stride_b, B_BY_N, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
     if HALVES:
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
-        _end_bwd(left, pre_ptr, dpre_ptr, h_ptr, partial_ptr, m, n, M, N, ACT, BLOCK_M, BLOCK_N // 2)
-        _end_bwd(right, pre_ptr, dpre_ptr, h_ptr, partial_ptr, m, n + BLOCK_N // 2, M, N, ACT, BLOCK_M, BLOCK_N // 2)
+        HALF: tl.constexpr = BLOCK_N // 2
+        _epilogue_bwd(left, pre_ptr, dpre_ptr, h_ptr, partial_ptr, m, n, M, N, ACT, BLOCK_M, HALF)
+        _epilogue_bwd(right, pre_ptr, dpre_ptr, h_ptr, partial_ptr, m, n + HALF, M, N, ACT, BLOCK_M, HALF)
     else:
-        _end_bwd(acc, pre_ptr, dpre_ptr, h_ptr, partial_ptr, m, n, M, N, ACT, BLOCK_M, BLOCK_N)
+        _epilogue_bwd(acc, pre_ptr, dpre_ptr, h_ptr, partial_ptr, m, n, M, N, ACT, BLOCK_M, BLOCK_N)
 
 
-def product_and_act(
+def gemm_act_forward(
     x: Tensor, w: Tensor, bias: Tensor | None, pre: Tensor | None, h: Tensor | None, activation: str
 ) -> None:
-    """Fill pre = x w^T + bias and h = act(pre), where given; x (R, C), w (F, C) with a unit stride."""
+    """Fill pre = x w^T + bias and h = act(pre), each unless None; x (R, C), w (F, C) with a unit stride."""
     grid, arguments = _launch(FORWARD, x, w.t(), activation)
-    with launch.on(x):
+    with launch.device_of(x):
         gemm_act_fwd[grid](bias_ptr=bias, pre_ptr=pre, h_ptr=h, **arguments)
 
 
-def slope_of_product(
+def gemm_act_backward(
     dy: Tensor, w: Tensor, pre: Tensor, h: Tensor | None, db: Tensor | None, activation: str
 ) -> Tensor:
-    """(dy w) act'(pre), with h = act(pre) and db = its column sums filled where given; dy (R, C), w (C, F)."""
+    """Return dpre = (dy w) act'(pre); fill h = act(pre) and db = column sums of dpre, each unless it is None.
+
+    Shapes: dy (R, C), w (C, F), pre and h (R, F), db (F,).
+    """
     dpre = torch.empty_like(pre)
     grid, arguments = _launch(BACKWARD, dy, w, activation)
     tiles = triton.cdiv(dy.shape[0], arguments["BLOCK_M"])
-    partial = None if db is None else partials(dy, 1, tiles, w.shape[1])
-    with launch.on(dy):
+    partial = None if db is None else empty_partials(dy, 1, tiles, w.shape[1])
+    with launch.device_of(dy):
         gemm_act_bwd[grid](pre_ptr=pre, dpre_ptr=dpre, h_ptr=h, partial_ptr=partial, **arguments)
         if db is not None:
             sum_partials(partial, db)
@@ -222,7 +231,7 @@ def slope_of_product(
 
 
 def _launch(table: dict[str, GemmTile], a: Tensor, b: Tensor, activation: str):
-    """(grid, what both kernels take) of a product (M, K) (K, N)."""
+    """Return the grid and the arguments that both kernels share, for a product (M, K) (K, N)."""
     tile = FLOAT32 if a.dtype == torch.float32 else table[launch.arch(a)]
     a = a if a.stride(1) == 1 else a.contiguous()
     b = b if 1 in b.stride() else b.contiguous()
@@ -235,7 +244,7 @@ def _launch(table: dict[str, GemmTile], a: Tensor, b: Tensor, activation: str):
     )
     tma = tile.TMA and aligned
     if tma:
-        triton.set_allocator(_scratch)
+        triton.set_allocator(_descriptor_memory)
     grid = (triton.cdiv(count, tile.BLOCK_M) * triton.cdiv(width, tile.BLOCK_N),)
     return grid, {
         "a_ptr": a, "b_ptr": b, "M": count, "N": width, "K": depth, "stride_a": a.stride(0), "stride_b": stride_b,
@@ -249,13 +258,13 @@ def _sizes(tile: GemmTile) -> dict[str, int | bool]:
             "BLOCK_K": tile.BLOCK_K}  # fmt: skip
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where a launch keeps its TMA descriptors."""
+def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Allocate the memory in which a launch keeps its TMA descriptors."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """The static check's cases: forward's weight by columns, backward's by rows, as F.linear's lie."""
+    """Yield the static check's cases, with weights in the layout of F.linear: (N, K) forward, (K, N) backward."""
     for kernel, table, by_n in ((gemm_act_fwd, FORWARD, True), (gemm_act_bwd, BACKWARD, False)):
         tile = table[arch]
         for tma in (True, False) if tile.TMA else (False,):

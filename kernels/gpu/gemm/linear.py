@@ -1,4 +1,4 @@
-"""Linear layer on the GPU: cuBLAS through torch, which adds the bias in its epilogue; few rows by few_rows.py."""
+"""Linear layer on the GPU: cuBLAS through torch, which adds the bias in its epilogue; few rows take skinny_gemm.py."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.gpu import launch
-from peakgpt.kernels.gpu.gemm import skinny_gemm as few_rows
+from peakgpt.kernels.gpu.gemm import skinny_gemm
 
 
 def objection(x: Tensor, *_) -> str | None:
     return launch.objection(x)
 
 
-def product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
-    """out = x w^T + b, out contiguous."""
-    if few_rows.takes(x, w):
-        few_rows.product(x, w, b, out)
+def linear_out(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
+    """Fill out, contiguous, with x w^T + b."""
+    if skinny_gemm.supports(x, w):
+        skinny_gemm.skinny_gemm_out(x, w, b, out)
     elif b is None:
         torch.mm(x, w.t(), out=out)
     else:
@@ -24,7 +24,7 @@ def product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
 
 
 def forward(outputs, saved, x, w, b):
-    product(x.reshape(-1, x.shape[-1]), w, b, outputs[0].view(-1, w.shape[0]))
+    linear_out(x.reshape(-1, x.shape[-1]), w, b, outputs[0].view(-1, w.shape[0]))
 
 
 def backward(grads, inputs, outputs, saved, needs):

@@ -319,7 +319,7 @@ def said(path):
 def test_nothing_in_kernels_names_a_family():
     """A family is data: an op that knew one would be code for it."""
     root = Path(__file__).parents[3]
-    files = [*root.glob("kernels/**/*.py"), *root.glob("csrc/*.cpp"), *root.glob("csrc/*.h")]
+    files = [*root.glob("kernels/**/*.py"), *root.glob("csrc/**/*.cpp"), *root.glob("csrc/**/*.h")]
     assert len(files) > 50
     found = {str(path.relative_to(root)): match[0] for path in files if (match := FAMILY.search(said(path)))}
     assert not found

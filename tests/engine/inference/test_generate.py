@@ -94,8 +94,8 @@ def test_int32_and_limits():
     assert model.generate(PROMPT).shape == (2, 20)
     bad = [
         ({"max_new_tokens": 16}, "5 prompt tokens and max_new_tokens 16, expected at most block_size 20"),
-        ({"max_new_tokens": -1}, "max_new_tokens is -1, expected at least 0"),
-        ({"max_new_tokens": "4"}, "max_new_tokens is '4', expected at least 0"),
+        ({"max_new_tokens": -1}, "max_tokens is -1, expected at least 0"),
+        ({"max_new_tokens": "4"}, "max_tokens is '4', expected at least 0"),
         ({"temperature": -1.0}, r"temperature is -1.0, expected 0 \(greedy\) or at least 0.001"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0, expected at least 1"),

@@ -184,11 +184,11 @@ def test_a_text_decodes_to_the_same_bits_beside_others_by_gpu_kernels(name, plan
 
     In float32, which shows an order of sums; on a GPU the kernel of few rows is for half precision only.
     """
-    few_rows = pytest.importorskip("peakgpt.kernels.gpu.gemm.skinny_gemm")
-    monkeypatch.setattr(few_rows, "MOST_ROWS", {("sm_80", "fp32"): few_rows.ROWS})
+    skinny_gemm = pytest.importorskip("peakgpt.kernels.gpu.gemm.skinny_gemm")
+    monkeypatch.setattr(skinny_gemm, "MAX_ROWS", {("sm_80", "fp32"): skinny_gemm.ROWS})
     if planted:
-        cut = replace(few_rows.FLOAT32, SLICES=2, BLOCK_K=16)
-        monkeypatch.setattr(few_rows, "_tile", lambda x, outputs: few_rows.FLOAT32 if len(x) == 1 else cut)
+        cut = replace(skinny_gemm.FLOAT32, SLICES=2, BLOCK_K=16)
+        monkeypatch.setattr(skinny_gemm, "_tile", lambda x, outputs: skinny_gemm.FLOAT32 if len(x) == 1 else cut)
     model, texts = model_of(name, n_layer=1, n_head=2, block_size=64, vocab_size=33), torch.randint(33, (3, 4))
     past, tables = (3, 0, 0), ([2], [3], [1])
     with use_backend("gpu"):
@@ -213,9 +213,9 @@ def test_kernels_of_a_step(monkeypatch):
     runner = PagedRunner(small("gpt2").bfloat16(), blocks=2)
     with use_backend("gpu"):
         runner.step([Chunk([i], 0, [i]) for i in range(2)])
-    layer = {"few_rows_fwd": 4, "layernorm_fwd": 2, "cache_store": 1, "attention_decode_parts": 1,
+    layer = {"skinny_gemm_fwd": 4, "norm_fwd": 2, "cache_store": 1, "attention_decode_parts": 1,
              "attention_decode_merge": 1}  # fmt: skip
-    assert launched == Counter(layer) + Counter(["embedding_fwd", "layernorm_fwd", "few_rows_fwd"])
+    assert launched == Counter(layer) + Counter(["embedding_fwd", "norm_fwd", "skinny_gemm_fwd"])
 
 
 @torch.no_grad()
@@ -293,7 +293,7 @@ def test_the_engine_by_ops(options):
     model = chatty("neox")
     prefix = torch.randint(97, (70,)).tolist()
     prompts = [prefix + torch.randint(97, (9 * i + 1,)).tolist() for i in range(5)]
-    params = SamplingParams(temperature=0.0, max_new_tokens=30)
+    params = SamplingParams(temperature=0.0, max_tokens=30)
     with use_backend("eager"):
         engine = Engine(model, **options)
         texts = {engine.submit(ids, params): [] for ids in prompts}

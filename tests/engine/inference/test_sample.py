@@ -118,7 +118,7 @@ def test_numbers_of_a_seed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"min_p": 1.5}, "min_p is 1.5, expected 0 to 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
@@ -126,7 +126,10 @@ def test_numbers_of_a_seed():
         ({"logit_bias": {3: float("inf")}}, "logit_bias is"),
         ({"n": 0}, "n is 0"),
         ({"logprobs": -1}, "logprobs is -1"),
-        ({"stop_strings": ("",)}, "expected none that is empty"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+        ({"prompt_logprobs_start": 3}, "prompt_logprobs_start is 3, expected prompt_logprobs with it"),
+        ({"stop": "end"}, "stop is 'end', expected a sequence of strings"),
+        ({"stop": ("",)}, "expected none that is empty"),
         ({"choices": ((),)}, "expected none that is empty"),
     ],
 )

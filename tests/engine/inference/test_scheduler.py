@@ -57,11 +57,11 @@ KINDS = (
 
 
 def params_of(i, **changes):
-    return SamplingParams(**{"max_new_tokens": 60, "seed": i, "logprobs": 2, **KINDS[i % len(KINDS)], **changes})
+    return SamplingParams(**{"max_tokens": 60, "seed": i, "logprobs": 2, **KINDS[i % len(KINDS)], **changes})
 
 
 def alone(model, ids, params, cache=None):
-    key = (id(model), tuple(ids), params.seed, params.max_new_tokens, params.n, cache)
+    key = (id(model), tuple(ids), params.seed, params.max_tokens, params.n, cache)
     if key not in ALONE:
         engine = Engine(model, blocks=5, cache=cache)
         engine.submit(ids, params)
@@ -76,7 +76,7 @@ def expect_the_same(model, options, tokens=60):
     """Each text and log-probability of a crowd is what it is alone, to the last bit."""
     engine = Engine(model, **options)
     assert not engine.runner_note
-    asked = [(ids, params_of(i, n=1 + i % 2, max_new_tokens=tokens)) for i, ids in enumerate(prompts(6, shared=150))]
+    asked = [(ids, params_of(i, n=1 + i % 2, max_tokens=tokens)) for i, ids in enumerate(prompts(6, shared=150))]
     for ids, params in asked:
         engine.submit(ids, params)
     got = collect(engine)
@@ -157,7 +157,7 @@ def test_a_prompt_that_is_wholly_known(model):
 def test_greedy_is_the_models(model):
     ids = prompts(1)[0]
     engine = Engine(model)
-    tokens = [t for o in engine.stream(ids, SamplingParams(temperature=0, max_new_tokens=50)) for t in o.tokens]
+    tokens = [t for o in engine.stream(ids, SamplingParams(temperature=0, max_tokens=50)) for t in o.tokens]
     reference = torch.tensor([ids])
     with torch.no_grad():
         for token in tokens:
@@ -170,7 +170,7 @@ def test_greedy_is_the_models(model):
 def test_the_first_token_comes_with_the_prompts_last_step(model, prompt, budget, steps):
     """Who comes while four texts run waits for none of them, and they for no prompt: it takes what a step has left."""
     engine = Engine(model, budget=budget)
-    others = [engine.submit([i], params_of(0, max_new_tokens=60)) for i in range(4)]
+    others = [engine.submit([i], params_of(0, max_tokens=60)) for i in range(4)]
     engine.step()
     late = engine.submit(prompts(1, shared=prompt - 1)[0], params_of(1))
     for step in range(1, steps + 1):
@@ -194,18 +194,25 @@ def test_cancel_frees(model):
     assert not engine.has_work and engine.pool.free_blocks == 12
 
 
-def test_prompt_logprobs(model):
+def test_prompt_logprobs_are_the_models_own_from_their_first_position_on(model):
     ids = prompts(3)[2]
     with torch.no_grad():
-        expected = model(torch.tensor([ids]))[0].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+        log_p = model(torch.tensor([ids]))[0].log_softmax(-1)[: len(ids) - 1]
+    expected = log_p[range(len(ids) - 1), ids[1:]]
     engine = Engine(model, budget=50)
-    for first, limit in ((0, 0), (80, 3), (len(ids) - 1, 0), (len(ids), 0)):
-        engine.submit(ids, SamplingParams(max_new_tokens=limit, prompt_logprobs=first, logprobs=1, temperature=0))
+    for first, limit, top in ((0, 0, 1), (80, 3, 0), (len(ids) - 1, 0, 3), (len(ids), 0, 1)):
+        params = SamplingParams(max_tokens=limit, prompt_logprobs=top, prompt_logprobs_start=first, logprobs=2)
+        engine.submit(ids, params)
         outputs = list(engine.outputs())
-        told = [o.prompt_logprobs for o in outputs if o.prompt_logprobs]
-        got = [lp.logprob for lp in (told[0] if told else ())]
-        assert len(told) == (first < len(ids))
-        torch.testing.assert_close(torch.tensor(got), expected[max(first - 1, 0) :], rtol=1e-4, atol=1e-4)
+        returned = [o.prompt_logprobs for o in outputs if o.prompt_logprobs]
+        assert len(returned) == (first < len(ids))
+        got = returned[0] if returned else ()
+        start = max(first - 1, 0)
+        scores = torch.tensor([lp.logprob for lp in got])
+        torch.testing.assert_close(scores, expected[start:], rtol=1e-4, atol=1e-4)
+        best = torch.tensor([[p for _, p in lp.top] for lp in got]).view(len(got), top)
+        torch.testing.assert_close(best, log_p[start:].topk(top).values, rtol=1e-4, atol=1e-4)
+        assert all(len(lp.top) == 2 for o in outputs for lp in o.logprobs)
         assert sum(len(o.tokens) for o in outputs) == limit and outputs[-1].finish == "length"
 
 
@@ -221,7 +228,7 @@ class Failing:
 
 def crowd(engine, count=5):
     for i, ids in enumerate(prompts(count)):
-        engine.submit(ids, params_of(i, max_new_tokens=12))
+        engine.submit(ids, params_of(i, max_tokens=12))
     return {s.request.id: s for s in engine.waiting}
 
 
@@ -233,7 +240,7 @@ def expect_one_ended(model, engine, failed):
     for i, ids in enumerate(prompts(5)):
         if i != failed:
             texts = [list(o.tokens) for o in outputs if o.request == i]
-            assert [t for text in texts for t in text] == alone(model, ids, params_of(i, max_new_tokens=12))[0][0]
+            assert [t for text in texts for t in text] == alone(model, ids, params_of(i, max_tokens=12))[0][0]
     assert engine.pool.free_blocks == engine.pool.blocks and not any(engine.pool.uses)
     return ended.error
 
@@ -322,7 +329,7 @@ def test_speculation_changes_no_bit(model, other, kind):
         for engine in engines:
             for i, ids in enumerate(prompts(2 * together)):
                 # Prompts that repeat themselves, so that there is something to look up.
-                engine.submit((ids * 2)[:170], params_of(i, max_new_tokens=50))
+                engine.submit((ids * 2)[:170], params_of(i, max_tokens=50))
             results.append(collect(engine))
         assert results[0] == results[1]
         assert engines[1].accepted <= engines[1].proposed and engines[1].pool.free_blocks == engines[1].pool.blocks
@@ -339,7 +346,7 @@ def test_a_draft_with_another_vocabulary_is_refused(model):
 
 def test_accepted_tokens_save_steps(model):
     """A model is its own best draft: eight tokens a step."""
-    params, ids = SamplingParams(temperature=0, max_new_tokens=81), prompts(1)[0]
+    params, ids = SamplingParams(temperature=0, max_tokens=81), prompts(1)[0]
     plain, quick = Engine(model), Engine(model, speculation=DraftModel(model))
     outputs = [list(engine.stream(ids, params)) for engine in (plain, quick)]
     assert len(outputs[0]) == 81 and len(outputs[1]) == 11
@@ -351,7 +358,7 @@ def test_choices(model):
     choices = [(5, 6, 7), (5, 6, 8), (9,), (9, 4)]
     seen = set()
     for seed in range(40):
-        params = SamplingParams(choices=choices, stop=(0,), seed=seed, temperature=30.0)
+        params = SamplingParams(choices=choices, stop_token_ids=(0,), seed=seed, temperature=30.0)
         tokens = tuple(t for o in engine.stream([1, 2, 3], params) for t in o.tokens)
         seen.add(tokens)
     assert seen == {(5, 6, 7), (5, 6, 8), (9, 0), (9, 4)}
@@ -384,20 +391,20 @@ def test_text_stops_before_a_string_that_spans_tokens(tokenizer: Tokenizer):
         assert shown == expected and bool(stream.stopped_by) == (expected != text)
 
 
-def test_stop_strings_and_text(model, tokenizer):
+def test_stop_strings_stop_ids_and_choices_end_the_text(model, tokenizer):
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 200}
     wide = GPT(GPTConfig(**sizes, vocab_size=tokenizer.vocab_size)).eval()
     engine = Engine(wide, tokenizer)
-    ids, params = tokenizer.encode("der Bär"), {"seed": 5, "max_new_tokens": 60}
+    ids, params = tokenizer.encode("der Bär"), {"seed": 5, "max_tokens": 60}
     outputs = list(engine.stream(ids, SamplingParams(**params)))
     whole = tokenizer.decode([t for o in outputs for t in o.tokens])
     assert "".join(o.text for o in outputs) == whole and outputs[-1].finish == "length"
     stop = next(whole[i : i + 3] for i in range(20, 60) if whole[i : i + 3] not in whole[: i + 2])
-    outputs = list(engine.stream(ids, SamplingParams(**params, stop_strings=("never there", stop))))
+    outputs = list(engine.stream(ids, SamplingParams(**params, stop=("never there", stop))))
     assert "".join(o.text for o in outputs) == whole[: whole.index(stop)]
     assert outputs[-1].finish == "stop" and outputs[-1].stopped_by == stop
     token = outputs[3].tokens[0]
-    outputs = list(engine.stream(ids, SamplingParams(**params, stop=(token,))))
+    outputs = list(engine.stream(ids, SamplingParams(**params, stop_token_ids=(token,))))
     assert outputs[-1].stopped_by == outputs[-1].tokens[-1] == token and outputs[-1].finish == "stop"
     params = SamplingParams(choices=["über", "日本"], temperature=0)
     assert "".join(o.text for o in engine.stream(ids, params)) in ("über", "日本")
@@ -414,14 +421,14 @@ def test_ids_behind_the_tokenizers_vocabulary(tokenizer):
     ("ids", "options", "message"),
     [
         ([], {}, "0 prompt tokens"),
-        ([1] * 299, {"max_new_tokens": 2}, "299 prompt tokens and max_new_tokens 2, .* at most block_size 300"),
+        ([1] * 299, {"max_tokens": 2}, "299 prompt tokens and max_tokens 2, .* at most block_size 300"),
         ([97], {}, "prompt has id 97, expected 0 to vocab_size 97 - 1"),
-        ([1], {"stop": (-1,)}, "stop has id -1"),
+        ([1], {"stop_token_ids": (-1,)}, "stop_token_ids has id -1"),
         ([1], {"logit_bias": {100: 1.0}}, "logit_bias has id 100"),
         ([1], {"choices": ((3, 99),)}, "choices have id 99"),
         ([1], {"choices": ("yes",)}, "choice 'yes', expected ids where there is no tokenizer"),
-        ([1], {"stop_strings": ("x",)}, "expected none without a tokenizer"),
-        ([1], {"max_new_tokens": 280}, "up to 281 tokens, expected at most 256, which the cache has room for"),
+        ([1], {"stop": ("x",)}, "expected none without a tokenizer"),
+        ([1], {"max_tokens": 280}, "up to 281 tokens, expected at most 256, which the cache has room for"),
     ],
 )
 def test_bad_requests_are_refused(model, ids, options, message):
@@ -438,7 +445,7 @@ def test_any_model_runs_by_its_ops(changes):
     model = GPT(config).double().eval()  # no backend takes it: the engine must not care
     engine = Engine(model, budget=40)
     for i in range(3):
-        engine.submit(list(range(20 * i + 1)), SamplingParams(temperature=0, max_new_tokens=20))
+        engine.submit(list(range(20 * i + 1)), SamplingParams(temperature=0, max_tokens=20))
     for (request, _), (tokens, _) in collect(engine).items():
         ids = torch.arange(20 * request + 1)[None]
         with use_backend("eager"):

@@ -7,6 +7,7 @@ bfloat16 rounded by truncation, dw partials added by one thread only.
 
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -80,9 +81,9 @@ def test_layernorm_every_width(isa, dtype, offset):
         x, _ = placed(values, offset)
         y, buffer = placed(torch.full_like(values, math.nan), offset)
         mu, r = torch.empty(3), torch.empty(3)
-        _C.layernorm_forward(
-            ext.DTYPES[dtype], 0, 3, width, x.data_ptr(), width, 0, 0, w.data_ptr(), b.data_ptr(),
-            0, y.data_ptr(), mu.data_ptr(), r.data_ptr(), 1e-5, 2,
+        _C.norm_forward(
+            dtype=ext.DTYPES[dtype], w_dtype=0, rows=3, width=width, x=x, x_stride=width, w=w, b=b, y=y, mu=mu, r=r,
+            eps=1e-5, threads=2,
         )  # fmt: skip
         assert_untouched(buffer, offset, values.numel())
         truth = torch.nn.functional.layer_norm(values.double(), (width,), w.double(), b.double(), 1e-5)
@@ -136,8 +137,8 @@ def test_cross_entropy_every_vocabulary(isa, dtype, offset):
         logits, buffer = placed(values, offset)
         loss, stats = torch.empty(2), torch.empty(2, 2)
         _C.cross_entropy_forward(
-            ext.DTYPES[dtype], 2, vocab, logits.data_ptr(), target.data_ptr(), 0, -100,
-            loss.data_ptr(), stats.data_ptr(), True, 0.5, 0.0, 0.0, 2,
+            dtype=ext.DTYPES[dtype], rows=2, vocab=vocab, logits=logits, target=target, ignore_index=-100, loss=loss,
+            stats=stats, with_gradient=True, scale=0.5, smoothing=0.0, z_loss=0.0, threads=2,
         )  # fmt: skip
         assert_untouched(buffer, offset, values.numel())
         wide = values.double().requires_grad_()
@@ -232,8 +233,8 @@ def test_special_rows(isa):
     torch.testing.assert_close(got, torch.nn.functional.layer_norm(rows, (36,), w, b), equal_nan=True)
     loss, stats, target = torch.empty(5), torch.empty(5, 2), torch.full((5,), 3)
     _C.cross_entropy_forward(
-        0, 5, 36, rows.data_ptr(), target.data_ptr(), 0, -100, loss.data_ptr(), stats.data_ptr(), False, 1.0, 0.0, 0.0,
-        1,
+        dtype=0, rows=5, vocab=36, logits=rows, target=target, ignore_index=-100, loss=loss, stats=stats,
+        with_gradient=False, scale=1.0, smoothing=0.0, z_loss=0.0, threads=1,
     )  # fmt: skip
     torch.testing.assert_close(
         loss, torch.nn.functional.cross_entropy(rows, target, reduction="none"), equal_nan=True, rtol=1e-6, atol=1e-6
@@ -354,9 +355,49 @@ def test_the_cap_from_the_environment():
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "scalar\n"
 
 
-def test_argument_count_is_checked():
-    with pytest.raises(TypeError, match="adamw: got 1 arguments, expected 16"):
-        _C.adamw(0)
+def test_a_wrong_argument_is_an_error_that_names_it():
+    """No default stands in for a required argument, and no position for a name."""
+    good = {"dtype": 0, "count": 0, "x": None, "total": torch.zeros(()), "threads": 1}
+    _C.sum_of_squares(**good)
+    _C.sum_of_squares(**dict(reversed(good.items())))  # any order
+    for wrong, message in (
+        ({"counts": 0}, "sum_of_squares: got an unknown argument 'counts', expected dtype, count, x, total, threads"),
+        ({"count": 0.5}, "sum_of_squares: argument 'count' is 0.5, expected int"),
+        ({"count": 2**63}, "sum_of_squares: argument 'count' is 9223372036854775808, expected int"),
+        ({"dtype": 2**31}, "sum_of_squares: argument 'dtype' is 2147483648, expected int"),
+        ({"x": "x"}, "sum_of_squares: argument 'x' is a str, expected a tensor, an address or None"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            _C.sum_of_squares(**good | wrong)
+    for name in good:
+        with pytest.raises(TypeError, match=f"sum_of_squares: missing arguments: {name}$"):
+            _C.sum_of_squares(**{key: value for key, value in good.items() if key != name})
+    with pytest.raises(TypeError, match="sum_of_squares: got 5 positional arguments, expected keyword arguments only"):
+        _C.sum_of_squares(*good.values())
+    with pytest.raises(TypeError, match="missing arguments: dtype, count, x, total, threads"):
+        _C.sum_of_squares()
+
+
+def test_a_wrong_argument_of_a_program_is_an_error_that_names_it():
+    program = _C.Program(dtype=0)
+    x, out = program.buffer(width=8), program.buffer(width=8)
+    with pytest.raises(TypeError, match="norm: missing arguments: w, w_dtype, eps, rms"):
+        program.norm(x=x, out=out)
+    with pytest.raises(TypeError, match="linear: got an unknown argument 'gates', expected x, out, bias, epilogue"):
+        program.linear(weight=_C.DenseWeight(dtype=0, n=8, k=8, packed=None), x=x, gates=out)
+    with pytest.raises(TypeError, match="DenseWeight: missing arguments: packed"):
+        _C.DenseWeight(dtype=0, n=8, k=8)
+    with pytest.raises(TypeError, match=r"run: missing arguments: rows, ids, .*logits, threads"):
+        program.run()
+
+
+def test_a_tensor_with_strided_features_is_an_error():
+    x = torch.zeros(1, 2, 3, 16)
+    fields = {"dtype": 0, "batch": 1, "tokens": 2, "heads": 3, "width": 8, "pairs": 4, "rotated_heads": 3,
+              "interleaved": False, "cos": x, "sin": x, "y": x, "threads": 1}  # fmt: skip
+    for wrong in (x[..., ::2], x[0], 0, x.data_ptr()):
+        with pytest.raises(TypeError, match=r"rotary: argument 'x' is a .*, expected a tensor .*contiguous features"):
+            _C.rotary(x=wrong, **fields)
 
 
 WORKSPACES = """

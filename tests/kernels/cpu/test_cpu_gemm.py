@@ -1,4 +1,4 @@
-"""The matrix product of csrc/gemm.cpp: exact on integers, whatever the layout, the set, the edges and the threads.
+"""The matrix product of csrc/gemm/gemm.cpp: exact on integers, whatever the layout, the set, the edges and the threads.
 
 Mutations seen to fail: the second block of k stored instead of added, a column panel's tail written whole, a K tail not
 zeroed, sums of a begun again at each block of k, the slope taken at the product instead of at pre.

@@ -1,6 +1,6 @@
-"""The static check: every kernel passes it for every chip, and what it must reject it rejects.
+"""The static check passes for every kernel and chip, and rejects planted faults.
 
-Each compile runs in a fresh process: this one may have TRITON_INTERPRET set, under which nothing can be compiled.
+Kernels are compiled in new processes: this one may have TRITON_INTERPRET set, with which nothing can be compiled.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def python(*arguments, **environment):
     ("rows", "targets"), [(("--hot",), DEFAULT_TARGETS), pytest.param((), TARGETS, marks=pytest.mark.slow)]
 )
 def test_every_kernel_passes_on_every_target(rows, targets):
-    """Started with TRITON_INTERPRET, which the workers must shake off."""
+    """The program starts with TRITON_INTERPRET set; its workers must ignore it."""
     chosen = [word for target in targets for word in ("--target", target)]
     done = python("-m", "peakgpt.kernels.gpu.static_check", "--json", *rows, *chosen, TRITON_INTERPRET="1")
     rows = json.loads(done.stdout or "[]")
@@ -43,13 +43,13 @@ def test_every_kernel_passes_on_every_target(rows, targets):
 
 
 def launched_kernels():
-    """Names that the source launches as `kernel[grid](...)`."""
+    """Return the names of the kernels that the source launches as `kernel[grid](...)`."""
     sources = "".join(path.read_text() for path in Path(gpu.__path__[0]).rglob("*.py"))
     defined = set(re.findall(r"@triton\.jit(?:\(.*\))?\s+def (\w+)", sources))
     return {name for name in defined if re.search(rf"\b{name}\[", sources)}
 
 
-def test_planted_kernels_fail():
+def test_planted_faults_fail_the_static_check():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parents[2] / "helpers" / "planted_kernels.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
@@ -60,16 +60,16 @@ def test_planted_kernels_fail():
     assert failures["spills without dot"].startswith("spills: ")
     assert failures["no dot"].startswith("no matrix instruction")
     assert failures["no store"].startswith("stores nothing") and "stores nothing" in failures["no store, dot expected"]
-    assert failures["early"] is None and failures["early and hasty"].startswith("touches memory before it waits")
+    assert failures["early"] is None and failures["early and hasty"].startswith("accesses memory before it waits")
     assert failures["broken"] == "does not compile: planted"
 
 
 @pytest.mark.parametrize("failure", (None, "spills: 3 instructions"))
 @pytest.mark.parametrize("as_json", (False, True))
-def test_report_and_exit_code(failure, as_json, monkeypatch, capsys):
+def test_report_shows_failures_and_exit_code_is_1_for_any(failure, as_json, monkeypatch, capsys):
     monkeypatch.setattr(static_check, "check", lambda *_, **__: iter([GOOD, replace(GOOD, failure=failure)]))
-    asked = argparse.Namespace(target=None, op=None, json=as_json, hot=False)
-    assert static_check.run(asked) == int(failure is not None)
+    arguments = argparse.Namespace(target=None, op=None, json=as_json, hot=False)
+    assert static_check.run(arguments) == int(failure is not None)
     out = capsys.readouterr().out
     if as_json:
         assert [row["failure"] for row in json.loads(out)] == [None, failure]
@@ -77,12 +77,12 @@ def test_report_and_exit_code(failure, as_json, monkeypatch, capsys):
         assert [line.split("  ")[-1] for line in out.splitlines()[1:]] == ["ok", f"FAIL {failure}" if failure else "ok"]
 
 
-def test_every_file_that_is_offered_has_kernels():
-    """Regression: of those without, no row was a check that passed."""
+def test_every_listed_module_has_cases():
+    """Regression: a module without cases counted as passed."""
     assert not [op for op in static_check.ops() if not static_check._cases(op, "sm_90")]
 
 
 @pytest.mark.parametrize("arguments", (("--target", "sm_1"), ("--op", "linear"), ("--nonsense",)))
-def test_bad_arguments(arguments):
+def test_bad_arguments_exit_with_2_and_are_named(arguments):
     done = python("-m", "peakgpt", "aot", *arguments)
     assert done.returncode == 2 and arguments[-1] in done.stderr and "Traceback" not in done.stderr

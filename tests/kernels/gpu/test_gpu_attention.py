@@ -1,7 +1,7 @@
-"""Properties of Triton attention, interpreted on a machine without a GPU; test_ops.py holds the plain cases.
+"""Properties of Triton attention, in the interpreter if there is no GPU; test_ops.py holds the plain cases.
 
-Mutations seen to fail here: the causal or window mask dropped from one kernel, dk scaled by 1.01, a range of full
-tiles one too long, dead rows left at NaN, the slope's sign, a group's heads summed into the wrong key head.
+Mutations that these tests caught: the causal or window mask missing in one kernel, dk scaled by 1.01, a range of full
+tiles one too long, rows without keys left at NaN, the slope's sign, a group's heads summed into the wrong key head.
 """
 
 import pytest
@@ -37,7 +37,7 @@ def make(batch, tokens, heads, head_dim, keys=None, kv_heads=None, dtype=torch.f
 
 
 def run(backend, tensors, **params):
-    """out, dq, dk, dv, then the gradients of slopes and bias where they want one."""
+    """Return out, dq, dk, dv, then the gradients of slopes and bias if they require one."""
     terms = [t for t in (params.get("alibi"), params.get("bias")) if t is not None and t.requires_grad]
     with use_backend(backend):
         out = attention(*tensors, **params)
@@ -59,7 +59,7 @@ def assert_right(tensors, **params):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_option_at_once(dtype):
+def test_all_options_together_are_right(dtype):
     heads = 4 if dtype == torch.float32 else 2
     tensors = make(2, 65, heads, 24, keys=129, kv_heads=heads // 2, dtype=dtype)
     bias = leaf(torch.randn(2, 1, 65, 129, device=DEVICE).to(dtype))
@@ -87,7 +87,7 @@ def test_every_option_at_once(dtype):
     ],
     ids=lambda p: "-".join(p),
 )
-def test_options(params):
+def test_each_option_is_right(params):
     assert_right(make(2, 65, 4, 16, kv_heads=1), **params)
 
 
@@ -101,12 +101,12 @@ def test_options(params):
         ([0, 65], {"alibi": leaf(SLOPES), "bias": leaf(torch.randn(1, 4, 65, 65, device=DEVICE))}),
     ],
 )
-def test_packed_documents(starts, params):
+def test_packed_documents_are_right(starts, params):
     assert_right(make(1, 65, 4, 16, kv_heads=2), cu_seqlens=ints(*starts).int(), **params)
 
 
 @pytest.mark.parametrize("head_dim", [1, 80, 96, 256])
-def test_padded_widths(head_dim):
+def test_padded_head_widths_are_right(head_dim):
     assert_right(make(1, 33, 1, head_dim, dtype=torch.bfloat16))
 
 
@@ -114,7 +114,7 @@ TILES = {tiles: (precision, width) for (_, precision, width), tiles in gpu.TILES
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=lambda t: "-".join(f"{x.BLOCK_Q}x{x.BLOCK_K}" for x in t if x))
-def test_every_tile_row(tiles, monkeypatch):
+def test_every_tile_row_is_right(tiles, monkeypatch):
     precision, width = TILES[tiles]
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     tokens = 1 + max(max(t.BLOCK_Q, t.BLOCK_K) for t in tiles if t)
@@ -151,7 +151,7 @@ def test_a_query_without_keys_gives_zero(sizes, params, dead):
     assert (results[0][dead] == 0).all() and (results[1][dead] == 0).all()
 
 
-def test_keys_outside_the_sequence_get_zero_and_do_no_harm():
+def test_keys_outside_the_sequence_have_no_effect_and_zero_gradients():
     tensors = make(1, 40, 2, 16)
     params = {"causal": False, "kv_start": ints(3), "kv_len": ints(30)}
     clean = run("gpu", tensors, **params)
@@ -186,7 +186,7 @@ def test_two_runs_are_bit_equal():
 @pytest.mark.slow
 @pytest.mark.skipif(not interpreted(), reason="on a device the larger form runs")
 def test_250_runs_are_bit_equal():
-    """Interpreted, programs run one after the other: this finds memory that is read before it is written, no races."""
+    """The interpreter runs programs one by one: this finds reads before writes, but no races."""
     bias = leaf(torch.randn(1, 1, 5, 5))
     assert_repeats(250, make(1, 5, 2, 16, kv_heads=1), bias=bias, alibi=leaf(SLOPES[:2]), dropout=0.5, seed=ints(3))
 
@@ -200,7 +200,7 @@ def test_250_runs_are_bit_equal_on_a_device(head_dim):
     assert_repeats(250, tensors, bias=bias, alibi=leaf(SLOPES), dropout=0.1, seed=ints(3))
 
 
-def test_strides_do_not_matter():
+def test_strides_do_not_change_the_bits():
     plain = make(2, 33, 2, 16)
     packed = torch.stack([t.detach() for t in plain], 3)  # (B, T, H, 3, D)
     sliced = [packed[:, :, :, n].requires_grad_() for n in range(3)]
@@ -217,30 +217,30 @@ def test_strides_do_not_matter():
 
 
 @pytest.mark.parametrize("batch, tokens, keys", [(0, 5, 5), (1, 0, 5), (1, 5, 0)])
-def test_zero_sizes(batch, tokens, keys):
+def test_zero_sizes_give_zero_results(batch, tokens, keys):
     shapes = (batch, tokens, 2, 16), (batch, keys, 2, 16), (batch, keys, 2, 16)
     tensors = [leaf(torch.randn(shape, device=DEVICE)) for shape in shapes]
     for result, shape in zip(run("gpu", tensors), (shapes[0], *shapes), strict=True):
         assert result.shape == shape and not result.any()
 
 
-def test_packed_form_is_the_same_and_fills_one_gradient():
+def test_attention_qkv_gives_the_bits_of_attention():
     qkv = leaf(torch.randn(1, 33, 4 + 2 * 2, 16, device=DEVICE))
     up = torch.randn(1, 33, 4, 16, device=DEVICE)
     with use_backend("gpu"):
         packed, split = attention_qkv(qkv, n_head=4), attention(*qkv.split((4, 2, 2), 2))
-    (ours,), (theirs,) = (torch.autograd.grad(y, qkv, up) for y in (packed, split))
-    assert torch.equal(packed, split) and torch.equal(ours, theirs)
+    (packed_grad,), (split_grad,) = (torch.autograd.grad(y, qkv, up) for y in (packed, split))
+    assert torch.equal(packed, split) and torch.equal(packed_grad, split_grad)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_large_logits(dtype):
+def test_large_logits_are_right(dtype):
     tensors = make(1, 66, 2, 32, dtype=dtype)
     assert_right(tensors, scale=30.0, alibi=torch.tensor([40.0, -40.0], device=DEVICE))
 
 
 @pytest.mark.parametrize(("tokens", "keys"), [(1, 65), (34, 33), (65, 2)])
-def test_edges(tokens, keys):
+def test_odd_shapes_are_right(tokens, keys):
     assert_right(make(1, tokens, 2, 80, keys=keys))
 
 
@@ -251,8 +251,8 @@ def test_one_token_gives_its_value():
     assert torch.isfinite(dv).all()
 
 
-def test_drops_what_the_contract_says():
-    """Weights of 1 / S on values that are ones: out counts what is kept."""
+def test_dropout_mask_is_that_of_the_contract():
+    """With weights of 1 / S and values of 1, out counts the weights that dropout keeps."""
     q, k, v = torch.zeros(2, 33, 3, 16, device=DEVICE), torch.zeros(2, 70, 3, 16, device=DEVICE), None
     v, seed = torch.ones_like(k), ints(-(2**62) + 5)
     with use_backend("gpu"):
@@ -275,23 +275,23 @@ def test_dropout_follows_torchs_generator():
 
     with use_backend("gpu"):
         plain, again, other = drawn(block), drawn(block), block(*tensors)
-        held = drawn(lambda *x: checkpoint(block, *x, use_reentrant=False))
+        recomputed = drawn(lambda *x: checkpoint(block, *x, use_reentrant=False))
     assert not torch.equal(plain[0], other)
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, again, held, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, again, recomputed, strict=True))
 
 
-def test_a_seed_is_read_where_it_lies():
-    """As a replayed graph does: the same tensor with another value drops others."""
+def test_seed_is_read_from_device_memory():
+    """As in a replayed CUDA graph: a new value in the same tensor gives a new mask."""
     q, k, v = (t.detach() for t in make(1, 33, 2, 16))
-    seed, found = ints(1), []
+    seed, outputs = ints(1), []
     with use_backend("gpu"):
         for value in (1, 2, 1):
-            found.append(attention(q, k, v, dropout=0.5, seed=seed.fill_(value)))
-    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+            outputs.append(attention(q, k, v, dropout=0.5, seed=seed.fill_(value)))
+    assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
 
 
 @pytest.mark.skipif(interpreted(), reason="needs a CUDA device")
-def test_two_replays_differ():
+def test_two_graph_replays_use_different_dropout_masks():
     q, k, v = (t.detach() for t in make(1, 129, 2, 64, dtype=torch.bfloat16))
     attention(q, k, v, dropout=0.5)
     graph = torch.cuda.CUDAGraph()
@@ -303,27 +303,28 @@ def test_two_replays_differ():
     assert not torch.equal(first, out)
 
 
-def test_gradients_of_what_is_shared_repeat_to_the_bit():
+def test_gradients_of_shared_bias_and_slopes_are_repeatable():
     bias = leaf(torch.randn(1, 1, 17, 17, device=DEVICE))
     assert_repeats(3, make(3, 17, 2, 16), bias=bias, alibi=leaf(SLOPES[:2]))
 
 
-def test_a_measurement_can_object_unless_forced(monkeypatch):
+def test_measured_slower_calls_are_declined_unless_forced(monkeypatch):
     tensors = make(1, 40, 2, 16, dtype=torch.bfloat16)
     row = gpu.key(tensors[0], rich=False)
-    monkeypatch.setitem(gpu.SLOWER, row, Slower(than="cuDNN attention", keys=40, device="a test", date="never"))
-    said = "slower than torch's cuDNN attention here: measured, a test, never"
-    assert gpu.slower(*tensors) == said and gpu.slower(*(t[:, :39] for t in tensors)) is None
-    assert gpu.slower(*tensors, dropout=0.1) is None and gpu.slower(*tensors, SLOPES[:2]) is None
+    monkeypatch.setitem(gpu.SLOWER, row, Slower(baseline="cuDNN attention", min_keys=40, device="a test", date="never"))
+    reason = "measured slower than torch's cuDNN attention on a test, never"
+    assert gpu.declines(*tensors) == reason and gpu.declines(*(t[:, :39] for t in tensors)) is None
+    assert gpu.declines(*tensors, dropout=0.1) is None and gpu.declines(*tensors, SLOPES[:2]) is None
     needs = (False,) * len(attention.tensor_names)
     bound = attention._bind(tensors, {})
-    assert backends._objects(attention, gpu, *bound, needs) == said
+    assert backends._objects(attention, gpu, *bound, needs) == reason
     assert backends._objects(attention, gpu, *bound, needs, "gpu") is None
     with use_backend("gpu"):
         assert attention.explain(*tensors)["gpu"] is None
-    choices = [Choice("attention", "bfloat16", "eager", {"gpu": said}), Choice("mlp", "bfloat16", "eager", {})]
-    _, told, other = Diagnosis(None, None, None, {}, choices)._ops()
-    assert told.endswith(f"that is torch's scaled_dot_product_attention; not gpu: {said}") and "that is" not in other
+    choices = [Choice("attention", "bfloat16", "eager", {"gpu": reason}), Choice("mlp", "bfloat16", "eager", {})]
+    _, attention_line, mlp_line = Diagnosis(None, None, None, {}, choices)._ops()
+    assert attention_line.endswith(f"that is torch's scaled_dot_product_attention; not gpu: {reason}")
+    assert "that is" not in mlp_line
 
 
 @pytest.mark.parametrize(

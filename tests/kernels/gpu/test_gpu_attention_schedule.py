@@ -1,7 +1,7 @@
-"""Attention's schedule as plain numbers: every live pair is visited, every program has its place, no processor waits.
+"""Attention's schedule as plain integers: all live pairs are visited, programs are unique, processors are balanced.
 
-Mutations seen to fail here: a bound one too narrow or one too wide, the first turn taken last, a section's last program
-given to the next one.
+Mutations that these tests caught: a bound that is one too narrow or one too wide, the turns in reverse order, the last
+program of a section assigned to the next section.
 """
 
 import heapq
@@ -21,7 +21,7 @@ BLOCK_Q, BLOCK_K = 8, 4
 
 
 def documents(starts, tokens):
-    """First token of each token's document, and the first one after it."""
+    """Return the first token of each token's document, and the first token after the document."""
     if starts is None:
         return [0] * tokens, [tokens] * tokens
     inside = [max(d for d in range(len(starts) - 1) if starts[d] <= i) for i in range(tokens)]
@@ -29,7 +29,7 @@ def documents(starts, tokens):
 
 
 def visited(over_keys, program, tokens, keys, causal, window, lo, hi, starts):
-    """(first, full_first, full_end, end) as a program of the kernels asks for it; see attention_parts.py."""
+    """Return (first, full_first, full_end, end) as the kernels compute it in tile_ops.py."""
     begin, end = documents(starts, tokens)
     if over_keys:
         i0 = program * BLOCK_Q
@@ -51,7 +51,7 @@ def visited(over_keys, program, tokens, keys, causal, window, lo, hi, starts):
 @pytest.mark.parametrize("starts", (None, [0, 3, 3, 14, 16]), ids=("one", "documents"))
 @pytest.mark.parametrize("over_keys", (True, False), ids=("key_tiles", "query_tiles"))
 @pytest.mark.parametrize(("causal", "window"), list(itertools.product((True, False), (None, 1, 11))))
-def test_visits_what_is_live_and_no_more(over_keys, causal, window, starts):
+def test_visited_tiles_cover_the_live_pairs_and_no_more(over_keys, causal, window, starts):
     for (tokens, keys), (lo, hi) in itertools.product(SHAPES if starts is None else SHAPES[:1], RANGES):
         hi = min(hi, keys)
         live = live_mask(
@@ -67,26 +67,26 @@ def test_visits_what_is_live_and_no_more(over_keys, causal, window, starts):
             touched = strip.any(0).nonzero().flatten().tolist()
             if touched and starts is None:
                 assert (first, end) == (touched[0] // other, touched[-1] // other + 1)
-            elif touched:  # a document that begins and ends within the tile may leave a dead tile beside it
+            elif touched:  # a document inside one tile may add a tile without live pairs
                 assert first <= touched[0] // other and touched[-1] // other < end
             elif starts is None:
                 assert first == end
-            # A key outside lo..hi-1 may fall into a full tile of queries: its own sums are thrown away.
+            # A key outside lo..hi-1 may see a full tile of queries: the kernel discards the sums of that key.
             inside = strip if over_keys else live[:, max(mine.start, lo) : max(min(mine.stop, hi), 0)].T
             assert inside[:, full_first * other : full_end * other].all()
 
 
 @pytest.mark.parametrize(("blocks", "heads", "section"), [(5, 6, 2), (5, 7, 3), (1, 4, 8), (3, 1, 1), (4, 10, 4)])
-def test_every_program_has_its_own_place(blocks, heads, section):
-    places = [schedule.place(program, blocks, heads, section) for program in range(blocks * heads)]
-    assert sorted(places) == list(itertools.product(range(heads), range(blocks)))
-    for (head, turn), (next_head, next_turn) in itertools.pairwise(places):
+def test_every_program_gets_its_own_head_and_block(blocks, heads, section):
+    pairs = [schedule.assignment(program, blocks, heads, section) for program in range(blocks * heads)]
+    assert sorted(pairs) == list(itertools.product(range(heads), range(blocks)))
+    for (head, turn), (next_head, next_turn) in itertools.pairwise(pairs):
         same = head // section == next_head // section
         assert next_head // section - head // section == (0 if same else 1) and (not same or next_turn >= turn)
 
 
 def makespan(work, workers):
-    """When the last of the workers ends, each taking the next piece as soon as it is free."""
+    """Return the time at which the last worker ends; a free worker takes the next piece."""
     free = [0] * workers
     for piece in work:
         heapq.heappush(free, heapq.heappop(free) + piece)
@@ -94,22 +94,22 @@ def makespan(work, workers):
 
 
 @pytest.mark.parametrize(("blocks", "heads"), [(16, 64), (64, 16), (128, 16), (128, 8)])
-def test_causal_work_is_balanced(blocks, heads):
-    """132 processors, the longest turns first: all end within 4 % of an even share. Head after head takes longer."""
-    places = [schedule.place(program, blocks, heads, heads) for program in range(blocks * heads)]
-    work = [blocks - turn for _, turn in places]
+def test_causal_work_is_balanced_over_the_processors(blocks, heads):
+    """132 processors end within 4 % of an even share. The order head by head takes longer."""
+    pairs = [schedule.assignment(program, blocks, heads, heads) for program in range(blocks * heads)]
+    work = [blocks - turn for _, turn in pairs]
     even = sum(work) / 132
     assert makespan(work, 132) < 1.04 * even
-    by_head = [blocks - turn for _, turn in sorted(places)]
+    by_head = [blocks - turn for _, turn in sorted(pairs)]
     assert makespan(by_head, 132) > makespan(work, 132)
 
 
-def test_a_section_shares_half_the_cache():
+def test_section_fills_at_most_half_of_the_cache():
     megabyte = 1 << 20
-    assert schedule.section(4 * megabyte, 50 * megabyte, 1) == 6
-    assert schedule.section(4 * megabyte, 50 * megabyte, 8) == 48
-    assert schedule.section(64 * megabyte, 50 * megabyte, 4) == 4
-    assert schedule.section(0, 50 * megabyte, 1) >= 1
+    assert schedule.section_heads(4 * megabyte, 50 * megabyte, 1) == 6
+    assert schedule.section_heads(4 * megabyte, 50 * megabyte, 8) == 48
+    assert schedule.section_heads(64 * megabyte, 50 * megabyte, 4) == 4
+    assert schedule.section_heads(0, 50 * megabyte, 1) >= 1
 
 
 @pytest.mark.parametrize("group", (1, 3, 8, 71))

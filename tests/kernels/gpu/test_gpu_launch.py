@@ -1,4 +1,4 @@
-"""Which chips and which Triton the Triton kernels take."""
+"""The chips and the versions of Triton that the Triton kernels support."""
 
 from types import SimpleNamespace
 
@@ -12,18 +12,18 @@ from peakgpt.kernels.gpu import launch
 
 @pytest.fixture
 def chip(monkeypatch):
-    """A function that says what launch objects to on a device of a capability that is not there."""
+    """A function that returns the objection of launch for a simulated device of the given compute capability."""
 
     def objection(*capability):
         monkeypatch.setattr(launch, "interpreted", lambda: False)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
-        launch._class.cache_clear()
+        launch._arch.cache_clear()
         return launch.objection(SimpleNamespace(dtype=torch.float32, device=SimpleNamespace(index=0)))
 
     yield objection
-    launch._class.cache_clear()
+    launch._arch.cache_clear()
 
 
 def test_chips_before_ampere_are_refused(chip):

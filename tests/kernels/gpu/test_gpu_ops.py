@@ -1,7 +1,7 @@
-"""What the Triton ops promise beyond the shared rule of test_ops.py: every tile row, several blocks, float16, subsets.
+"""Properties of the Triton ops beyond test_ops.py: every tile row, several blocks, float16, frozen inputs.
 
-Runs in the interpreter where there is no GPU. Fresh tensors hold NaN, so a place that a kernel forgets is seen.
-Mutations that these tests were seen to catch are named where they are not plain.
+Uses the interpreter if there is no GPU. New tensors hold NaN, so an element that a kernel does not write is noticed.
+Docstrings name mutations that a test caught if they are not obvious.
 """
 
 import math
@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """torch.empty gives NaN."""
+    """Fill torch.empty with NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
@@ -30,7 +30,7 @@ def poison(monkeypatch):
 
 
 def double(tensors):
-    """The same in float64, frozen where they are frozen."""
+    """Return the tensors in float64 with the same requires_grad."""
     return [
         t if t is None or not t.is_floating_point() else t.detach().double().requires_grad_(t.requires_grad)
         for t in tensors
@@ -38,7 +38,7 @@ def double(tensors):
 
 
 def assert_right(name, tensors, dtype, **params):
-    """The error rule, and bit-equal repeats; returns the results."""
+    """Check the error rule and that a second run gives the same bits; return the results."""
     op = OPS[name]
     go = run_mutating if op.mutates else run
     torchs, truth = go("eager", op, tensors, params), go("eager", op, double(whole(op, tensors)), params)
@@ -66,7 +66,7 @@ def gpu(name):
         ("embedding", {"batch": 2, "tokens": 9, "vocab": 5, "width": 65}, {}),
     ],
 )
-def test_float16(name, sizes, params):
+def test_float16_passes_the_error_rule(name, sizes, params):
     tensors = sample(name, sizes, torch.float16, DEVICE)
     assert_right(name, tensors, torch.float16, **params)
 
@@ -78,17 +78,17 @@ def test_float16(name, sizes, params):
     ("name", "width"),
     [*(("layernorm", c) for c in (1, 513, 1025, 2049, 4097)), *(("add_layernorm", c) for c in (513, 1025, 8193))],
 )
-def test_norm_rows_of_the_tile_tables(name, width):
-    """One width past each row's, the last two with dw and db in their own kernel."""
+def test_norm_is_right_for_every_tile_row(name, width):
+    """Widths one past each row of the table; the last two compute dw and db in a separate kernel."""
     assert_right(name, sample(name, {"rows": 6, "width": width}, torch.float32, DEVICE), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", ("layernorm", "add_layernorm", "rmsnorm", "add_rmsnorm"))
-def test_norm_by_blocks_of_columns(name, dtype, monkeypatch):
+def test_wide_norm_is_right_for_a_large_mean(name, dtype, monkeypatch):
     """Five blocks, the last of one column; a mean of 1e3 deviations, which a sum of squares would lose in float32."""
-    for limit, value in (("MAX_BLOCK_C", 512), ("BLOCKS_C", 256)):
-        monkeypatch.setattr(gpu("layernorm"), limit, value)
+    for limit, value in (("MAX_BLOCK_C", 512), ("WIDE_BLOCK_C", 256)):
+        monkeypatch.setattr(gpu("norm"), limit, value)
     tensors = sample(name, {"rows": 3, "width": 1025}, dtype, DEVICE)
     if dtype == torch.float32:
         tensors[0] = leaf(tensors[0].detach() + 1e3)
@@ -97,76 +97,76 @@ def test_norm_by_blocks_of_columns(name, dtype, monkeypatch):
 
 @pytest.fixture
 def broad(monkeypatch):
-    """Sums over rows take 1024 columns a program: interpreted, 32 or 64 take ten times as long."""
-    monkeypatch.setattr(gpu("layernorm"), "WIDE_BLOCK_C", 1024)
+    """Sum over rows in blocks of 1024 columns: 32 or 64 take ten times as long in the interpreter."""
+    monkeypatch.setattr(gpu("norm"), "DWDB_BLOCK_C", 1024)
     monkeypatch.setattr(reduce, "BLOCK_C", 1024)
 
 
-def test_norm_of_very_wide_rows(broad):
+def test_norm_is_right_for_rows_wider_than_16384(broad):
     assert_right("layernorm", sample("layernorm", {"rows": 2, "width": 16385}, torch.bfloat16, DEVICE), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("name", "width"), [("rmsnorm", 513), ("rmsnorm", 4100), ("add_rmsnorm", 2049)])
-def test_rmsnorm_rows_of_the_tile_tables(name, width, broad):
-    """Sums in the same kernel and in their own; more rows than programs."""
+def test_rmsnorm_is_right_with_fused_and_separate_sums(name, width, broad):
+    """There are more rows than programs."""
     assert_right(name, sample(name, {"rows": 37, "width": width}, torch.float32, DEVICE), torch.float32)
 
 
 @pytest.mark.parametrize("frozen", range(2))
-def test_rmsnorm_with_frozen_inputs(frozen):
+def test_rmsnorm_is_right_with_frozen_inputs(frozen):
     tensors = sample("rmsnorm", {"rows": 5, "width": 33}, torch.float16, DEVICE)
     tensors[frozen].requires_grad_(False)
     assert_right("rmsnorm", tensors, torch.float16)
 
 
-def test_norm_walks_more_rows_than_programs(broad):
-    """Several blocks a program, in both kernels that sum over rows; the last block is cut."""
+def test_norm_is_right_for_more_rows_than_programs(broad):
+    """Several blocks a program in both kernels that sum over rows; the last block is partial."""
     for rows, width in ((131, 8), (70, 4100)):
         tensors = sample("layernorm", {"rows": rows, "width": width}, torch.bfloat16, DEVICE)
         assert_right("layernorm", tensors, torch.bfloat16)
 
 
-def test_add_layernorm_normalises_the_rounded_sum():
+def test_add_layernorm_normalizes_the_rounded_sum():
     x, residual, w, b = sample("add_layernorm", {"rows": 5, "width": 33}, torch.bfloat16, DEVICE)
     with use_backend("gpu"):
         total, normed = OPS["add_layernorm"](x, residual, w, b)
         assert torch.equal(total, x + residual) and torch.equal(normed, OPS["layernorm"](total, w, b))
 
 
-def test_column_sum_over_several_blocks_of_programs():
-    """More programs than a small test's, one block and a cut one."""
+def test_column_sum_is_right_for_several_blocks_of_programs():
+    """70 partial sums: two full blocks and a partial one."""
     partial = torch.randn(2, 70, 33, device=DEVICE)
     outs = torch.empty(2, 33, device=DEVICE)
     reduce.sum_partials(partial, *outs)
     torch.testing.assert_close(outs, partial.double().sum(1).float(), rtol=1e-5, atol=1e-5)
 
 
-def test_norm_without_bias_and_with_float32_weights():
+def test_norm_is_right_without_bias_and_with_float32_weights():
     x, w, _ = sample("layernorm", {"rows": 5, "width": 33}, torch.bfloat16, DEVICE)
     assert_right("layernorm", [x, leaf(w.float())], torch.bfloat16)
 
 
 @pytest.mark.parametrize("frozen", range(3))
-def test_norm_with_frozen_inputs(frozen):
+def test_norm_is_right_with_frozen_inputs(frozen):
     tensors = sample("layernorm", {"rows": 5, "width": 33}, torch.float32, DEVICE)
     tensors[frozen].requires_grad_(False)
     assert_right("layernorm", tensors, torch.float32)
 
 
 @pytest.mark.parametrize("used", (0, 1))
-def test_add_layernorm_with_one_result_used(used):
+def test_add_layernorm_gradients_are_right_if_one_result_is_used(used):
     op, tensors = OPS["add_layernorm"], sample("add_layernorm", {"rows": 5, "width": 33}, torch.float32, DEVICE)
-    found = {}
+    gradients = {}
     for backend in ("eager", "gpu"):
         with use_backend(backend):
             loss = (op(*tensors)[used] ** 3).sum()
-        found[backend] = torch.autograd.grad(loss, tensors, allow_unused=True)
-    for theirs, ours in zip(found["eager"], found["gpu"], strict=True):
-        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-4, atol=1e-4)
+        gradients[backend] = torch.autograd.grad(loss, tensors, allow_unused=True)
+    for expected, ours in zip(gradients["eager"], gradients["gpu"], strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if expected is None else expected, rtol=1e-4, atol=1e-4)
 
 
-def test_add_layernorm_gradients_of_its_leaves_are_apart():
-    """x and residual get the same gradient, but adding to one may not change the other."""
+def test_add_layernorm_leaf_gradients_do_not_share_memory():
+    """x and residual have equal gradients, but adding to one must not change the other."""
     op, tensors = OPS["add_layernorm"], sample("add_layernorm", {"rows": 5, "width": 33}, torch.float32, DEVICE)
     for _ in range(2):
         with use_backend("gpu"):
@@ -177,7 +177,7 @@ def test_add_layernorm_gradients_of_its_leaves_are_apart():
     assert x.grad.data_ptr() != residual.grad.data_ptr() and torch.equal(x.grad, once)
 
 
-def test_norm_objections():
+def test_norm_objects_with_a_reason():
     x, w, b = sample("layernorm", {"rows": 2, "width": 16}, torch.bfloat16, DEVICE, grad=False)
     objection = gpu("layernorm").objection
     assert objection(x, w, b) is None
@@ -190,8 +190,8 @@ def test_norm_objections():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_mlp_with_transposed_weights(dtype):
-    """Conv1D's layout: gradients of the weights in the weights' strides."""
+def test_mlp_weight_gradients_keep_transposed_strides(dtype):
+    """The layout of Conv1D."""
     tensors = sample("mlp", {"rows": 9, "width": 16, "hidden": 65}, dtype, DEVICE)
     for i in (1, 3):
         tensors[i] = tensors[i].detach().t().contiguous().t().requires_grad_()
@@ -200,31 +200,31 @@ def test_mlp_with_transposed_weights(dtype):
     assert dw_up.stride() == tensors[1].stride() and dw_down.stride() == tensors[3].stride()
 
 
-def test_mlp_without_biases():
+def test_mlp_is_right_without_biases():
     x, w_up, _, w_down, _ = sample("mlp", {"rows": 9, "width": 16, "hidden": 65}, torch.float32, DEVICE)
     assert_right("mlp", [x, w_up, None, w_down, None], torch.float32)
 
 
 @pytest.mark.parametrize("wanted", ((0,), (1,), (2,), (3,), (4,), (1, 3)))
-def test_mlp_with_frozen_inputs(wanted):
+def test_mlp_is_right_with_frozen_inputs(wanted):
     tensors = sample("mlp", {"rows": 9, "width": 16, "hidden": 65}, torch.float32, DEVICE)
     for i, t in enumerate(tensors):
         t.requires_grad_(i in wanted)
     assert_right("mlp", tensors, torch.float32)
 
 
-def test_mlp_keeps_nothing_without_gradients():
+def test_mlp_gives_the_same_bits_under_no_grad():
     op, tensors = OPS["mlp"], sample("mlp", {"rows": 9, "width": 16, "hidden": 65}, torch.bfloat16, DEVICE)
     with use_backend("gpu"):
-        kept = op(*tensors)
+        with_grad = op(*tensors)
         with torch.no_grad():
-            assert torch.equal(op(*tensors), kept)
+            assert torch.equal(op(*tensors), with_grad)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of the interpreter; 1 / (1 + inf) is the right 0
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # 1 / (1 + inf) is 0, which is right
 @pytest.mark.parametrize("act", ("gelu_tanh", "gelu_erf", "relu"))
-def test_mlp_activations_far_from_zero(act):
-    """Where one minus a rounded 1 or an overflowing exponential would show."""
+def test_mlp_activations_are_right_far_from_zero(act):
+    """Catches cancellation near 1 and an overflowing exponential."""
     x = leaf(torch.tensor([-90.0, -30.0, -6.0, -1e-3, 0.0, 1e-3, 6.0, 30.0, 90.0], device=DEVICE)[:, None])
     one = torch.ones(1, 1, device=DEVICE)
     assert_right("mlp", [x, one, None, one, None], torch.float32, activation=act)
@@ -240,42 +240,42 @@ FUSED_CASES = [
 
 
 @pytest.mark.parametrize(("arch", "dtype", "params"), FUSED_CASES, ids=str)
-def test_mlp_fused_into_its_products(arch, dtype, params, monkeypatch):
-    """The rule, by every class's tiles. Fails when a half of the epilogue writes where the other one does."""
+def test_fused_mlp_is_right_with_the_tiles_of_every_architecture(arch, dtype, params, monkeypatch):
+    """Fails if both halves of the epilogue write the same columns."""
     monkeypatch.setattr(gpu("mlp").launch, "arch", lambda x: arch)
     tensors = sample("mlp", {"rows": 131, "width": 40, "hidden": 264}, dtype, DEVICE)
     _, arguments = gpu("gemm")._launch(gpu("gemm").FORWARD, tensors[0].detach(), tensors[1].detach().t(), "relu")
     assert arguments["TMA"] == (arch != "sm_80" and dtype != torch.float32)
-    with gpu("mlp").way("fused"):
+    with gpu("mlp").use_strategy("fused"):
         assert_right("mlp", tensors, dtype, **params)
 
 
 @pytest.mark.parametrize("transposed", (False, True))
-def test_mlp_fused_where_tma_can_not_go(transposed, monkeypatch):
-    """Rows that do not start on 16 bytes, and Conv1D's weights."""
+def test_fused_mlp_is_right_without_tma(transposed, monkeypatch):
+    """Rows that do not start at multiples of 16 bytes, and the transposed weights of Conv1D."""
     monkeypatch.setattr(gpu("mlp").launch, "arch", lambda x: "sm_90")
     tensors = sample("mlp", {"rows": 9, "width": 16, "hidden": 67 if not transposed else 72}, torch.bfloat16, DEVICE)
     for i in (1, 3) if transposed else ():
         tensors[i] = tensors[i].detach().t().contiguous().t().requires_grad_()
-    with gpu("mlp").way("fused"):
+    with gpu("mlp").use_strategy("fused"):
         results = assert_right("mlp", tensors, torch.bfloat16)
         assert results[2].stride() == tensors[1].stride()
         tensors[2] = tensors[4] = None
         assert_right("mlp", tensors, torch.bfloat16)
 
 
-def test_mlp_recomputed_has_the_bits_of_the_kept_one():
+def test_mlp_recompute_gives_the_same_bits_as_saving():
     op, tensors = OPS["mlp"], sample("mlp", {"rows": 9, "width": 16, "hidden": 65}, torch.bfloat16, DEVICE)
     for name in ("fused", "library"):
-        with gpu("mlp").way(name):
+        with gpu("mlp").use_strategy(name):
             kept, again = (run("gpu", op, tensors, {"recompute": recompute}) for recompute in (False, True))
         assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
-def test_the_table_decides_by_shape_and_direction(monkeypatch):
-    """An entry counts for its class, its direction and its shape only; what is not measured is the library's."""
+def test_fused_table_chooses_by_architecture_direction_and_shape(monkeypatch):
+    """Without an entry for the architecture, direction and shape, cuBLAS runs."""
     module, called = gpu("mlp"), []
-    for name in ("product_and_act", "slope_of_product"):
+    for name in ("gemm_act_forward", "gemm_act_backward"):
         real = getattr(module.gemm, name)
         monkeypatch.setattr(module.gemm, name, lambda *a, n=name, f=real: called.append(n) or f(*a))
     tensors = sample("mlp", {"rows": 17, "width": 16, "hidden": 64}, torch.bfloat16, DEVICE)  # 16 are few rows
@@ -283,8 +283,8 @@ def test_the_table_decides_by_shape_and_direction(monkeypatch):
     here = module.launch.arch(tensors[0])
     for table, expected in (
         ({}, []),
-        ({(here, "forward"): {(16, 64)}}, ["product_and_act"]),
-        ({(here, "backward"): {(16, 64)}}, ["slope_of_product"]),
+        ({(here, "forward"): {(16, 64)}}, ["gemm_act_forward"]),
+        ({(here, "backward"): {(16, 64)}}, ["gemm_act_backward"]),
         ({(here, "forward"): {(64, 16)}, ("sm_90x", "backward"): {(16, 64)}}, []),
     ):
         monkeypatch.setattr(module, "FUSED", table)
@@ -295,13 +295,13 @@ def test_the_table_decides_by_shape_and_direction(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-def test_gated_mlp_over_more_rows_than_programs(dtype):
+def test_gated_mlp_is_right_for_more_rows_than_programs(dtype):
     tensors = sample("gated_mlp", {"rows": 131, "width": 16, "hidden": 129}, dtype, DEVICE)
     assert_right("gated_mlp", tensors, dtype)
 
 
 @pytest.mark.parametrize("wanted", ((0,), (1, 4), (2,), (3,), (5,), (6,)))
-def test_gated_mlp_with_frozen_inputs(wanted):
+def test_gated_mlp_is_right_with_frozen_inputs(wanted):
     tensors = sample("gated_mlp", {"rows": 9, "width": 16, "hidden": 65}, torch.float32, DEVICE)
     for i, t in enumerate(tensors):
         t.requires_grad_(i in wanted)
@@ -313,7 +313,7 @@ def test_gated_mlp_with_frozen_inputs(wanted):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
-def test_cross_entropy_in_several_blocks(reduction, dtype, monkeypatch):
+def test_cross_entropy_is_right_in_several_blocks(reduction, dtype, monkeypatch):
     """Seven blocks of rows, three of the vocabulary, one target ignored."""
     monkeypatch.setattr(gpu("linear_cross_entropy"), "BLOCK_BYTES", {"memory": 3 * 192 * dtype.itemsize})
     monkeypatch.setattr(gpu("linear_cross_entropy"), "BLOCK_V", 64)
@@ -322,8 +322,8 @@ def test_cross_entropy_in_several_blocks(reduction, dtype, monkeypatch):
     assert_right("linear_cross_entropy", [x, w, target], dtype, reduction=reduction, prefer="memory")
 
 
-def test_cross_entropy_adds_its_blocks_in_float32(monkeypatch):
-    """128 blocks of one row, all adding the same: a bfloat16 sum would stop growing."""
+def test_cross_entropy_sums_dw_over_blocks_in_float32(monkeypatch):
+    """128 blocks add the same value: a bfloat16 sum would stop growing."""
     monkeypatch.setattr(gpu("linear_cross_entropy"), "BLOCK_BYTES", {"memory": 1})
     x, w = torch.ones(128, 4, device=DEVICE).bfloat16(), torch.zeros(4, 4, device=DEVICE).bfloat16()
     tensors = [leaf(x), leaf(w), torch.zeros(128, dtype=torch.long, device=DEVICE)]
@@ -333,20 +333,20 @@ def test_cross_entropy_adds_its_blocks_in_float32(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 @pytest.mark.parametrize("frozen", (0, 1))
-def test_cross_entropy_with_frozen_inputs(frozen, reduction):
+def test_cross_entropy_is_right_with_frozen_inputs(frozen, reduction):
     tensors = sample("linear_cross_entropy", {"rows": 9, "width": 16, "vocab": 9}, torch.float32, DEVICE)
     tensors[frozen].requires_grad_(False)
     assert_right("linear_cross_entropy", tensors, torch.float32, reduction=reduction)
 
 
-def test_cross_entropy_of_strided_input_and_int32_targets():
+def test_cross_entropy_is_right_for_strided_input_and_int32_targets():
     x, w, target = sample("linear_cross_entropy", {"rows": 12, "width": 16, "vocab": 33}, torch.float32, DEVICE)
     x = x.detach().view(3, 4, 16).transpose(0, 1).requires_grad_()
     assert_right("linear_cross_entropy", [x, w, target.view(4, 3).int()], torch.float32)
 
 
 def test_cross_entropy_float16_mean_survives_loss_scaling():
-    """Tokens that are no target get 1 / 5000 / 64: below float16's normal numbers until the loss scale lifts it."""
+    """Tokens that are no target get 1 / 5000 / 64, a subnormal float16 until the loss scale multiplies it."""
     op = OPS["linear_cross_entropy"]
     x, w, target = sample("linear_cross_entropy", {"rows": 64, "width": 8, "vocab": 5000}, torch.float16, DEVICE)
     target.clamp_(max=9)
@@ -357,7 +357,7 @@ def test_cross_entropy_float16_mean_survives_loss_scaling():
     assert error < 1e-3 * size
 
 
-def test_cross_entropy_float16_with_all_targets_ignored():
+def test_cross_entropy_float16_gradients_are_zero_if_all_targets_are_ignored():
     op = OPS["linear_cross_entropy"]
     x, w, target = sample("linear_cross_entropy", {"rows": 4, "width": 8, "vocab": 9}, torch.float16, DEVICE)
     assert not any(g.any() for g in run_scaled("gpu", op, [x, w, torch.full_like(target, -100)], 1.0))
@@ -378,7 +378,7 @@ def test_cross_entropy_gradient_scale_is_not_rounded_to_bfloat16():
         assert abs((a.double() * t).sum() / (t * t).sum() - 1) < 5e-4
 
 
-def test_cross_entropy_target_out_of_range_gives_nan_in_its_place():
+def test_cross_entropy_target_out_of_range_gives_nan_for_its_token():
     sizes = {"rows": 4, "width": 8, "vocab": 9}
     x, w, target = sample("linear_cross_entropy", sizes, torch.float32, DEVICE, grad=False)
     target[1], target[2] = 9, -7
@@ -389,8 +389,8 @@ def test_cross_entropy_target_out_of_range_gives_nan_in_its_place():
 
 
 @pytest.mark.parametrize("prefer", ("memory", "time"))
-def test_cross_entropy_rows_of_the_table(prefer, monkeypatch):
-    """By blocks and at once: as many products of the head as each means, and the same values."""
+def test_cross_entropy_prefer_sets_the_number_of_blocks(prefer, monkeypatch):
+    """Blocks of 3 rows for "memory", all 9 rows at once for "time"; the values are right in both."""
     module, shapes = gpu("linear_cross_entropy"), []
     monkeypatch.setattr(module, "BLOCK_BYTES", {"memory": 4 * 192 * 4, "time": 1 << 62})
     whole_mm = torch.mm
@@ -400,7 +400,7 @@ def test_cross_entropy_rows_of_the_table(prefer, monkeypatch):
     assert set(shapes) == ({3} if prefer == "memory" else {9})
 
 
-def test_cross_entropy_goes_by_blocks_where_the_logits_are_large(monkeypatch):
+def test_cross_entropy_auto_uses_blocks_for_large_logits(monkeypatch):
     module = gpu("linear_cross_entropy")
     x, w = torch.ones(6, 4, device=DEVICE), torch.ones(33, 4, device=DEVICE)
     monkeypatch.setattr(module, "BLOCK_BYTES", {"memory": 2 * 64 * 4, "time": 1 << 62})
@@ -411,7 +411,7 @@ def test_cross_entropy_goes_by_blocks_where_the_logits_are_large(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_cross_entropy_with_every_term(dtype, reduction):
+def test_cross_entropy_is_right_with_every_term(dtype, reduction):
     sizes = {"rows": 9, "width": 16, "vocab": 129, "weighted": 1}
     tensors = sample("linear_cross_entropy", sizes, dtype, DEVICE)
     tensors[2][4] = -100
@@ -435,15 +435,15 @@ def test_cross_entropy_with_every_term(dtype, reduction):
     ],
     ids=("one", "edges", "exact", "cycle", "single", "none"),
 )
-def test_embedding_runs_and_chunks(ids, dtype):
-    """A sum that leaves out the last chunk of a run, or adds the head of the next run, fails `edges` or `one`."""
+def test_embedding_gradient_is_right_for_runs_over_chunk_edges(ids, dtype):
+    """`edges` or `one` fail if a sum misses the last chunk of a run or adds the head of the next run."""
     torch.manual_seed(1)
     ids = torch.tensor([ids], dtype=torch.int32, device=DEVICE)
     wte = leaf(torch.randn(17, 5, device=DEVICE).to(dtype))
     assert_right("embedding", [ids, wte], dtype)
 
 
-def test_embedding_of_wide_rows_and_later_positions():
+def test_embedding_is_right_for_wide_rows_and_later_positions():
     ids, wte, wpe = sample("embedding", {"batch": 3, "tokens": 5, "vocab": 7, "width": 1025}, torch.float32, DEVICE)
     wpe = leaf(torch.cat([wpe.detach(), wpe.detach(), wpe.detach()]))
     dwpe = assert_right("embedding", [ids, wte, wpe], torch.float32, start=4)[2]
@@ -451,13 +451,13 @@ def test_embedding_of_wide_rows_and_later_positions():
 
 
 @pytest.mark.parametrize("frozen", (1, 2))
-def test_embedding_with_a_frozen_table(frozen):
+def test_embedding_is_right_with_a_frozen_table(frozen):
     tensors = sample("embedding", {"batch": 2, "tokens": 5, "vocab": 7, "width": 8}, torch.float32, DEVICE)
     tensors[frozen].requires_grad_(False)
     assert_right("embedding", tensors, torch.float32)
 
 
-def test_embedding_keeps_nan_and_bad_ids_in_their_rows():
+def test_embedding_nan_and_bad_ids_affect_only_their_rows():
     module, width = gpu("embedding"), 8
     wte = torch.ones(4, width, device=DEVICE)
     ids = torch.tensor([[0, 4, 1, -1, 1]], device=DEVICE)
@@ -474,9 +474,9 @@ def test_embedding_keeps_nan_and_bad_ids_in_their_rows():
 
 
 def test_embedding_adds_to_the_gradient_of_a_tied_head():
-    """Where it lies, in float32 and the same each time; rows of no token keep the head's part to the bit.
+    """In place, summed in float32, repeatable; rows without a token keep the head's bits.
 
-    Fails when a run over several chunks, or one inside a chunk, overwrites what is there.
+    Fails if a run over several chunks, or a run inside a chunk, overwrites the sink.
     """
     ids = torch.tensor([[7] * 70 + [3, 5, 3]], device=DEVICE)
     wte, wpe = leaf(torch.randn(17, 5, device=DEVICE).bfloat16()), leaf(torch.randn(80, 5, device=DEVICE).bfloat16())
@@ -501,8 +501,8 @@ def test_embedding_adds_to_the_gradient_of_a_tied_head():
 
 @pytest.mark.parametrize("step", (0.0, 1.0, 498.0, 1e5))
 @pytest.mark.parametrize("betas", ((0.9, 0.999), (0.9, 0.95), (0.0, 0.99999)))
-def test_adamw_bias_correction_has_all_its_digits(step, betas):
-    """1 - 0.99999^1 by a float32 subtraction would be 1e-3 off."""
+def test_adamw_bias_correction_has_float32_accuracy(step, betas):
+    """1 - 0.99999^1 as a float32 subtraction has a relative error of 1e-3."""
     param, grad, _, m, v, _, _ = sample("adamw", {"count": 65}, torch.float32, DEVICE, grad=False)
     counted = torch.full((), step, device=DEVICE)
     truth = torch.nn.Parameter(param.double())
@@ -517,7 +517,7 @@ def test_adamw_bias_correction_has_all_its_digits(step, betas):
 
 
 @pytest.mark.parametrize("norm", (math.nan, math.inf, -math.inf))
-def test_adamw_skips_the_whole_update(norm):
+def test_adamw_skips_the_update_if_the_norm_is_not_finite(norm):
     tensors = sample("adamw", {"count": 1030}, torch.bfloat16, DEVICE, grad=False)
     tensors[-1] = torch.full((), norm, device=DEVICE)
     after = run_mutating("gpu", OPS["adamw"], tensors, {"lr": 1e-2, "max_norm": 1.0})
@@ -525,12 +525,12 @@ def test_adamw_skips_the_whole_update(norm):
     assert all(torch.equal(a, b) for a, b in zip(after, (param, *rest), strict=True))
 
 
-def test_adamw_of_nothing_still_counts_the_step():
+def test_adamw_of_zero_parameters_counts_the_step():
     tensors = sample("adamw", {"count": 0}, torch.float32, DEVICE, grad=False)
     assert run_mutating("gpu", OPS["adamw"], tensors, {"lr": 1e-2})[-1].item() == 4.0
 
 
-def test_adamw_objections():
+def test_adamw_objects_to_float64():
     param, grad, remainder, *rest = sample("adamw", {"count": 5}, torch.bfloat16, DEVICE, grad=False)
     objection = gpu("adamw").objection
     assert objection(param, grad, remainder, *rest) is None

@@ -1,4 +1,4 @@
-"""The interpreter as conftest.py patches it, against torch; each test fails on Triton 3.7.1's own."""
+"""The interpreter patched by tests/helpers/interpreter.py versus torch; unpatched Triton 3.7.1 fails every test."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_casts_round_to_nearest_even():
     torch.testing.assert_close(up, down.float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_bf16_dot():
+def test_bf16_dot_multiplies_values_not_bit_patterns():
     a, b = (torch.randn(32, 32).bfloat16() for _ in range(2))
     y = torch.empty(32, 32)
     matmul[(1,)](a_ptr=a, b_ptr=b, y_ptr=y, N=32, PRECISION="ieee")
@@ -57,7 +57,7 @@ def test_bf16_dot():
 
 
 @pytest.mark.parametrize("precision, low, high", [("ieee", 0.0, 1e-6), ("tf32", 1e-5, 1e-2)])
-def test_dot_heeds_input_precision(precision, low, high):
+def test_dot_uses_input_precision(precision, low, high):
     a, b = torch.randn(32, 32), torch.randn(32, 32)
     y = torch.empty(32, 32)
     matmul[(1,)](a_ptr=a, b_ptr=b, y_ptr=y, N=32, PRECISION=precision)
@@ -73,7 +73,7 @@ def test_bf16_arithmetic_raises(kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_masked_load_without_other_is_poison(dtype):
+def test_masked_load_without_other_gives_nan(dtype):
     y = torch.zeros(16)
     load_past_end[(1,)](x_ptr=torch.ones(16, dtype=dtype), y_ptr=y, live=9, N=16)
     assert (y[:9] == 1).all() and y[9:].isnan().all()

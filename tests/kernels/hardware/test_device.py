@@ -185,12 +185,12 @@ needs_extension = pytest.mark.skipif(measured_peaks.peak_loop is None, reason="n
 @needs_extension
 @pytest.mark.parametrize("loop", measured_peaks.LOOPS.values(), ids=measured_peaks.LOOPS.keys())
 def test_loop_counts_every_thread_and_iteration(loop):
-    once = measured_peaks.peak_loop(loop, 1, 1)
+    once = measured_peaks.peak_loop(loop=loop, iterations=1, threads=1)
     # A multiply-add is 2 operations on 12 chains of 1 to 16 lanes of 1, 2 or 4 products.
     assert once in {2 * 12 * lanes * 2**loop for lanes in (1, 4, 8, 16)} or (
         once == 0 and loop == measured_peaks.LOOPS["int8"]
     )
-    assert measured_peaks.peak_loop(loop, 1000, 3) == 3000 * once
+    assert measured_peaks.peak_loop(loop=loop, iterations=1000, threads=3) == 3000 * once
 
 
 @needs_extension
@@ -206,7 +206,10 @@ def test_streams_are_read_and_written_once_and_whole(reads, writes, updates, uni
     rows = torch.arange(float((reads + writes - updates) * (n + gap))).view(-1, n + gap)
     place, expected = aligned(rows), rows.clone()
     expected[reads - updates :, :n] = 1 + rows[:reads, :n].sum(0)
-    measured_peaks.peak_stream(place.data_ptr(), 4 * (n + gap), 4 * n, reads, writes, updates, past_caches, threads)
+    measured_peaks.peak_stream(
+        base=place.data_ptr(), stride=4 * (n + gap), bytes=4 * n, reads=reads, writes=writes, updates=updates,
+        past_caches=past_caches, threads=threads,
+    )  # fmt: skip
     assert torch.equal(place, expected)
 
 
@@ -230,8 +233,8 @@ def test_stream_peak_is_the_best_of_its_own_mix(monkeypatch, updated):
     """Bytes count both ways, of the streams that run; the faster kind of store counts; measured once a size class."""
     ran = []
 
-    def stream(base, stride, stream_bytes, reads, writes, updates, past_caches, threads):
-        ran.append((stream_bytes, (reads, writes, updates), past_caches))
+    def stream(*, base, stride, bytes, reads, writes, updates, past_caches, threads):
+        ran.append((bytes, (reads, writes, updates), past_caches))
 
     def seconds(fn, calls=1):
         fn()

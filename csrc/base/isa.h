@@ -1,0 +1,90 @@
+// The instruction sets of this build, and the choice of the active one at run time. Tests limit it.
+#ifndef PEAK_ISA_H_
+#define PEAK_ISA_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "base/types.h"
+
+#if defined(__x86_64__) || defined(__aarch64__)
+#define PEAK_INLINE inline __attribute__((always_inline))
+// For code that few calls need: inlined, it would take registers from the other calls and keep other code from being
+// inlined.
+#define PEAK_NOINLINE __attribute__((noinline))
+#else
+#error "peakgpt's C++ kernels support x86-64 and aarch64"
+#endif
+
+namespace peak {
+
+// The order of the names is that of PEAK_PICK, which returns the copy of a function for the active instruction set.
+#if defined(__x86_64__)
+constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+#define PEAK_PICK(...)                       \
+  ::peak::Pick<decltype(&scalar::__VA_ARGS__)>( \
+      {&scalar::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__, &avx512bf16::__VA_ARGS__})
+#else
+constexpr const char* kIsaNames[] = {"scalar", "neon"};
+#define PEAK_PICK(...) ::peak::Pick<decltype(&scalar::__VA_ARGS__)>({&scalar::__VA_ARGS__, &neon::__VA_ARGS__})
+#endif
+// The same for a template whose first argument is the element type. Other template arguments follow the name.
+#define PEAK_PICK_DTYPE(dtype, name, ...)                                    \
+  ((dtype) == ::peak::DType::kFloat32 ? PEAK_PICK(name<float, ##__VA_ARGS__>) \
+                                      : PEAK_PICK(name<::peak::bf16, ##__VA_ARGS__>))
+constexpr int kIsaCount = sizeof(kIsaNames) / sizeof(kIsaNames[0]);
+
+// The widest instruction set that the machine and the operating system support (the builtins read XCR0).
+inline int BestIsa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return 1;
+  }
+  // Every CPU with AVX512_BF16 has AVX512_VNNI.
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? 3 : 2;
+#else
+  return 1;
+#endif
+}
+
+// The widest instruction set that runs here and is not wider than `name`; nullptr: no limit. Throws for an unknown
+// name.
+inline int CapIsa(const char* name) {
+  if (name == nullptr) return BestIsa();
+  std::string known;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (std::strcmp(name, kIsaNames[i]) == 0) return std::min(i, BestIsa());
+    known += std::string(i > 0 ? ", " : "") + kIsaNames[i];
+  }
+  throw std::invalid_argument("instruction set (PEAKGPT_ISA) is '" + std::string(name) + "', expected one of " + known);
+}
+
+inline std::atomic<int>& ActiveIsaSlot() {
+  static std::atomic<int> slot{CapIsa(std::getenv("PEAKGPT_ISA"))};
+  return slot;
+}
+
+inline const char* ActiveIsa() { return kIsaNames[ActiveIsaSlot().load()]; }
+
+// Limits the active instruction set to `name`; nullptr removes the limit. Returns the active one.
+inline const char* SetIsaCap(const char* name) {
+  ActiveIsaSlot().store(CapIsa(name));
+  return ActiveIsa();
+}
+
+template <class F>
+F Pick(std::initializer_list<F> functions) {
+  return functions.begin()[ActiveIsaSlot().load(std::memory_order_relaxed)];
+}
+
+}  // namespace peak
+
+#endif  // PEAK_ISA_H_

@@ -1,0 +1,242 @@
+#include "gemm/gemm.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "base/memory.h"
+
+namespace peak {
+
+namespace {
+
+struct GemmTile {
+  int64_t rows, columns;  // of a panel of a, of a panel of b
+  int64_t slot;           // elements of k in a slot
+};
+struct GemmBlock {
+  int64_t row, rows, column, columns, k, depth;
+  bool first, last;  // along k
+};
+struct GemmPart {
+  int64_t row_begin, row_end, column_begin, column_end;  // panels of a block
+};
+
+constexpr int64_t kSkinnyRows = 4;  // up to this number of rows b is not packed
+constexpr int64_t kGroupFloats = 120 << 10;  // of packed b: they stay in the second-level cache
+
+}  // namespace
+
+}  // namespace peak
+
+#define PEAK_THIS_FILE "gemm/gemm.cpp"
+#include "base/foreach_isa.h"
+
+#ifdef PEAK_ISA
+
+#include "gemm/panels.h"
+#include "gemm/register_tile.h"
+#include "gemm/epilogues.h"
+#include "gemm/skinny_gemm.h"
+
+template <class T>
+GemmTile TileOf() {
+  return {kPanelRows, kColumns, kSlot<T>};
+}
+
+// Packs row panels [begin, end) of a block of a.
+template <class T>
+void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
+  const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>, row = begin * kPanelRows;
+  const int64_t rows = std::min(end * kPanelRows, block.rows) - row;
+  const T* a = static_cast<const T*>(args.a) + (block.row + row) * args.a_row + block.k * args.a_k;
+  Pack<T>(a, args.a_row, args.a_k, rows, block.depth, kRowVecs, out + row * slots);
+  if (args.a_sums == nullptr || block.column > 0) return;
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const float* panel = out + (row + i) / kPanelRows * kPanelRows * slots + i % kPanelRows;
+    AddSlots<T>(panel, slots, kPanelRows, rows - i, block.first, args.a_sums + block.row + row + i);
+  }
+}
+
+// Packs elements k to k + depth of some columns of b.
+template <class T, class Args>
+void PackColumns(const Args& args, int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) {
+  const T* from = static_cast<const T*>(args.b) + column * args.b_col + k * args.b_k;
+  Pack<T>(from, args.b_col, args.b_k, columns, depth, kColumnVecs, out);
+}
+
+// Offset of the panel of `column` in the result of PackB, [block of k][panel][slot], for the block of `slots` slots at
+// k.
+template <class T>
+int64_t PackedAt(int64_t n, int64_t k, int64_t column, int64_t slots) {
+  const int64_t width = (n + kColumns - 1) / kColumns * kColumns;
+  return k / kSlot<T> * width + column * slots;
+}
+
+// Packs column panels [begin, end) of one block of k to their places.
+template <class T>
+void PackBlock(const PackArgs& args, int64_t k, int64_t depth, int64_t begin, int64_t end) {
+  const int64_t column = begin * kColumns, slots = (depth + kSlot<T> - 1) / kSlot<T>;
+  PackColumns<T>(args, column, std::min(end * kColumns, args.n) - column, k, depth,
+                 args.out + PackedAt<T>(args.n, k, column, slots));
+}
+
+// Computes the tiles of one part of a block. Columns are taken in groups that stay in the second-level cache; the
+// thread that uses a group packs it.
+template <class T>
+void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart& part, const float* a, float* b,
+                    float* sums) {
+  const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
+  const int64_t panels = (block.columns + kColumns - 1) / kColumns;
+  alignas(64) float tile[kRows * kColumns];
+  const int64_t most = std::max<int64_t>(1, kGroupFloats / (kColumns * std::max<int64_t>(1, slots)));
+  for (int64_t group = part.column_begin; group < part.column_end; group += most) {
+    const int64_t group_end = std::min(group + most, part.column_end);
+    const int64_t column = group * kColumns, columns = std::min(group_end * kColumns, block.columns) - column;
+    const float* right = b;
+    if (args.packed_b != nullptr) {
+      right = args.packed_b + PackedAt<T>(args.n, block.k, block.column + column, slots);
+    } else {
+      PackColumns<T>(args, block.column + column, columns, block.k, block.depth, b);
+    }
+    for (int64_t i = part.row_begin * kPanelRows; i < std::min(part.row_end * kPanelRows, block.rows); i += kRows) {
+      const float* left = a + i / kPanelRows * kPanelRows * slots + i % kPanelRows;
+      const TileFunction multiply = TileOfRows<T>(block.rows - i);
+      for (int64_t j = group; j < group_end; ++j) {
+        float* at = sums == nullptr ? tile : sums + (i / kRows * panels + j) * kRows * kColumns;
+        multiply(slots, left, right + (j - group) * kColumns * slots, block.first, at);
+        if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
+      }
+    }
+  }
+}
+
+#else
+
+namespace peak {
+
+namespace {
+
+// Sizes of a block of C and of k: the packed block of a and the sums of C stay in the last-level cache.
+constexpr int64_t kBlockRows = 1024, kBlockColumns = 3072, kBlockSlots = 1024;
+
+int64_t Pieces(int64_t n, int64_t most) { return std::max<int64_t>(1, (n + most - 1) / most); }
+int64_t Up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+float* FloatWorkspace(int64_t count) {
+  return reinterpret_cast<float*>(Workspace(count * static_cast<int64_t>(sizeof(float))));
+}
+
+// Divides a block among `threads`: the grid of row groups and column groups with the least work for the slowest thread.
+std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads) {
+  std::pair<int, int> best{1, 1};
+  int64_t least = row_panels * column_panels + 1;
+  for (int r = 1; r <= threads; ++r) {
+    const int c = threads / r;
+    const int64_t work = Pieces(row_panels, 1) == 0 ? 0 : ((row_panels + r - 1) / r) * ((column_panels + c - 1) / c);
+    if (work < least) {
+      least = work;
+      best = {r, c};
+    }
+  }
+  return best;
+}
+
+void SkinnyGemm(const GemmArgs& args, const GemmTile& tile, int64_t depth, int threads) {
+  float* const a = FloatWorkspace(Up(args.k, tile.slot) / tile.slot * tile.rows);
+  PEAK_PICK_DTYPE(args.dtype, PackRows)(args, {0, args.m, 0, args.n, 0, args.k, true, true}, 0, 1, a);
+  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplySkinny);
+  ParallelParts(Pieces(args.n, tile.columns), threads, threads,
+                [&](int64_t, int64_t begin, int64_t end) { multiply(args, depth, a, begin, end); });
+}
+
+int64_t DepthOf(int64_t k, const GemmTile& tile) {
+  const int64_t blocks = Pieces(k, kBlockSlots * tile.slot);
+  return Up(Pieces(k, blocks), tile.slot);  // at least one slot: an empty sum is 0
+}
+
+// The blocks of a product and the memory that it needs.
+struct GemmPlan {
+  GemmTile tile;
+  int64_t rows, columns, depth;  // of a block
+  int64_t a_size, b_size, sums_size;  // in floats; b_size is for each thread
+
+  explicit GemmPlan(const GemmArgs& args) : tile(PEAK_PICK_DTYPE(args.dtype, TileOf)()) {
+    rows = Up(Pieces(args.m, Pieces(args.m, kBlockRows)), tile.rows);
+    columns = Up(Pieces(args.n, Pieces(args.n, kBlockColumns)), tile.columns);
+    depth = DepthOf(args.k, tile);
+    const int64_t slots = depth / tile.slot;
+    a_size = rows * slots;
+    b_size = args.packed_b != nullptr ? 0 : std::max(kGroupFloats, tile.columns * slots);
+    sums_size = depth < args.k ? rows * columns : 0;
+  }
+  int64_t Scratch(int threads) const { return a_size + sums_size + threads * b_size; }
+};
+
+// One thread's part of a product. All `workers` call it with the same scratch.
+void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
+  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
+  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
+  const int64_t rows = plan.rows, columns = plan.columns, depth = plan.depth;
+  const auto [row_groups, column_groups] = Grid(rows / plan.tile.rows, columns / plan.tile.columns, workers);
+  float* const sums = plan.sums_size > 0 ? a + plan.a_size : nullptr;
+  float* const b = a + plan.a_size + plan.sums_size + id * plan.b_size;
+  for (int64_t column = 0; column < args.n; column += columns) {
+    for (int64_t row = 0; row < args.m; row += rows) {
+      for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
+        const GemmBlock block{row, std::min(rows, args.m - row), column, std::min(columns, args.n - column),
+                              k, std::min(depth, args.k - k), k == 0, k + depth >= args.k};
+        const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
+        pack(args, block, r * id / workers, r * (id + 1) / workers, a);
+        Barrier();
+        const int64_t i = id / column_groups, j = id % column_groups;
+        const GemmPart part{r * i / row_groups, r * (i + 1) / row_groups, c * j / column_groups,
+                            c * (j + 1) / column_groups};
+        if (i < row_groups) multiply(args, block, part, a, b, sums);
+        Barrier();
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t PackedFloats(DType dtype, int64_t n, int64_t k) {
+  const GemmTile tile = PEAK_PICK_DTYPE(dtype, TileOf)();
+  return Up(n, tile.columns) * (Up(k, tile.slot) / tile.slot);
+}
+
+void PackB(const PackArgs& args, int threads) {
+  const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileOf)();
+  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackBlock);
+  const int64_t depth = DepthOf(args.k, tile), panels = Pieces(args.n, tile.columns);
+  for (int64_t k = 0; k < args.k; k += depth) {
+    ParallelParts(panels, panels, threads, [&](int64_t, int64_t begin, int64_t end) {
+      pack(args, k, std::min(depth, args.k - k), begin, end);
+    });
+  }
+}
+
+int64_t GemmScratch(const GemmArgs& args, int threads) { return GemmPlan(args).Scratch(threads); }
+
+void TeamGemm(const GemmArgs& args, float* scratch) {
+  if (args.m == 0 || args.n == 0) return;
+  const Team* team = Team::Current();
+  MultiplyPart(args, GemmPlan(args), scratch, team->id, team->size);
+}
+
+void Gemm(const GemmArgs& args, int threads) {
+  if (args.m == 0 || args.n == 0) return;
+  const GemmPlan plan(args);
+  if (args.m <= kSkinnyRows && args.packed_b == nullptr) return SkinnyGemm(args, plan.tile, plan.depth, threads);
+  const auto grid = Grid(plan.rows / plan.tile.rows, plan.columns / plan.tile.columns, threads);
+  const int workers = grid.first * grid.second;
+  float* const scratch = FloatWorkspace(plan.Scratch(workers));
+  // The team is smaller than `workers` inside another parallel region, or if OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
+#pragma omp parallel num_threads(workers) if (workers > 1)
+  MultiplyPart(args, plan, scratch, omp_get_thread_num(), omp_get_num_threads());
+}
+
+}  // namespace peak
+
+#endif  // PEAK_ISA

@@ -1,0 +1,74 @@
+// C = A B with an epilogue in the same pass: a bias, an activation, or the derivative of an activation.
+//
+// The blocking is the classic one (Goto, van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication", ACM
+// TOMS 34(3)): both operands are packed into panels that the innermost loop reads in order; a tile of C stays in
+// registers. Every element of C is one sum over k. Only k decides the order of this sum: not the threads and not the
+// other rows or columns.
+#ifndef PEAK_GEMM_H_
+#define PEAK_GEMM_H_
+
+#include <cstdint>
+
+#include "base/fields.h"
+#include "base/types.h"
+
+namespace peak {
+
+enum class Activation : int { kGeluTanh = 0, kGeluErf = 1, kRelu = 2, kSilu = 3 };
+
+// How a tile of sums s = a b is written. act is the activation, act' its derivative.
+enum class Epilogue : int {
+  kStore = 0,      // c = s + bias
+  kAdd = 1,        // c += s
+  kActivate = 2,   // pre = s + bias, c = act(pre)
+  kSlope = 3,      // c = s act'(pre), act = act(pre)
+  kGate = 4,       // pre = s + bias, c = act(gate) pre
+  kGateSlope = 5,  // c = s act(gate), dgate = s pre act'(gate), act = act(gate) pre
+};
+
+struct GemmArgs {
+  DType dtype;      // of everything but c and a_sums
+  DType out_dtype;  // of c; the same as dtype if the epilogue has an activation
+  int64_t m, n, k;
+  const void* a;  // element (i, p) is a[i a_row + p a_k]; one of the strides is 1
+  int64_t a_row, a_k;
+  void* c;  // (m, n), rows c_row elements apart
+  int64_t c_row;
+  const void* b = nullptr;  // element (p, j) is b[j b_col + p b_k]; one of the strides is 1
+  int64_t b_col = 0, b_k = 0;
+  const float* packed_b = nullptr;  // b packed by PackB; it is read instead of b
+  Epilogue epilogue = Epilogue::kStore;
+  const void* bias = nullptr;  // (n)
+  Activation activation = Activation::kRelu;
+  void* pre = nullptr;         // (m, n): written by kActivate and kGate if given, read by kSlope and kGateSlope
+  void* act = nullptr;         // (m, n): written by kSlope and kGateSlope if given; may be pre
+  const void* gate = nullptr;  // (m, n): read by kGate and kGateSlope
+  void* dgate = nullptr;       // (m, n): written by kGateSlope
+  float* a_sums = nullptr;     // (m): sums over k of a
+};
+PEAK_FIELDS(GemmArgs, dtype, out_dtype, m, n, k, a, a_row, a_k, c, c_row)
+PEAK_OPTIONAL_FIELDS(GemmArgs, b, b_col, b_k, packed_b, epilogue, bias, activation, pre, act, gate, dgate, a_sums)
+
+void Gemm(const GemmArgs& args, int threads);
+
+// Packs b once, for a weight that many products use.
+struct PackArgs {
+  DType dtype;
+  int64_t n, k;
+  const void* b;  // as in GemmArgs
+  int64_t b_col, b_k;
+  float* out;  // PackedFloats floats
+};
+PEAK_FIELDS(PackArgs, dtype, n, k, b, b_col, b_k, out)
+
+int64_t PackedFloats(DType dtype, int64_t n, int64_t k);
+void PackB(const PackArgs& args, int threads);
+
+// The product inside a team (base/parallel.h): every thread of the team calls TeamGemm with one common scratch of
+// GemmScratch floats.
+int64_t GemmScratch(const GemmArgs& args, int threads);
+void TeamGemm(const GemmArgs& args, float* scratch);
+
+}  // namespace peak
+
+#endif  // PEAK_GEMM_H_

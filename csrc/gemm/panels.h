@@ -1,0 +1,87 @@
+// Panels: the order in which the innermost loop of a product reads its operands. Included once per instruction set by
+// gemm.cpp, after simd/simd.h.
+
+// A slot is the unit that one lane of a product reads from each operand: a float, or a pair of bf16 if the instruction
+// set multiplies pairs. Without such an instruction packing converts bf16 to float.
+template <class T>
+constexpr int kSlot = 1;
+template <>
+constexpr int kSlot<bf16> = kNativePairs ? 2 : 1;
+
+// The register tile: kRows x (kColumnVecs x kLanes) sums. The other registers hold the loads of b and one broadcast of
+// a.
+constexpr int kColumnVecs = 3;
+constexpr int kRows = kRegisters == 32 ? 8 : 4;
+constexpr int kColumns = kColumnVecs * kLanes;
+// A panel of a has at least a Vec of rows, so that both operands are packed in the same way.
+constexpr int kRowVecs = kRows > kLanes ? kRows / kLanes : 1;
+constexpr int kPanelRows = kRowVecs * kLanes;
+
+template <class T>
+PEAK_INLINE Vec LoadSlots(const T* p, int64_t n) {
+  if constexpr (kSlot<T> == 2) {
+    return AsVec(LoadPairs(p, n));
+  } else {
+    return n >= kLanes ? Load(p) : LoadPart(p, n);
+  }
+}
+
+// One Vec of n slots from the row at p and, for pairs, the row after it; `left` elements of the sum are left.
+template <class T>
+PEAK_INLINE Vec GatherSlots(const T* p, int64_t k_stride, int64_t n, int64_t left) {
+  if constexpr (kSlot<T> == 2) {
+    return AsVec(ZipPairs(p, left > 1 ? p + k_stride : nullptr, n));
+  } else {
+    return n >= kLanes ? Load(p) : LoadPart(p, n);
+  }
+}
+
+// Packs `lanes` <= kLanes rows of an operand, contiguous along k, into out[slot * width + lane].
+template <class T>
+void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t width, float* out) {
+  constexpr int64_t kStep = kLanes * kSlot<T>;
+  for (int64_t at = 0; at < k; at += kStep) {
+    Vec rows[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) rows[i] = i < lanes ? LoadSlots(p + i * stride + at, k - at) : Set(0.0f);
+    Transpose(rows);
+    const int64_t slots = std::min<int64_t>(kLanes, (k - at + kSlot<T> - 1) / kSlot<T>);
+    for (int64_t i = 0; i < slots; ++i, out += width) Store(out, rows[i]);
+  }
+}
+
+// The same for rows whose elements of one k are contiguous.
+template <class T>
+void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t width, float* out) {
+  for (int64_t at = 0; at < k; at += kSlot<T>, out += width) {
+    Store(out, GatherSlots(p + at * k_stride, k_stride, lanes, k - at));
+  }
+}
+
+// Adds the elements of a packed panel of one Vec of rows to sums[lanes], in the order of k.
+template <class T>
+void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t lanes, bool first, float* sums) {
+  Vec sum = first ? Set(0.0f) : Load(sums, lanes);
+  [[maybe_unused]] const bf16 ones[2] = {{0x3f80}, {0x3f80}};
+  for (int64_t s = 0; s < slots; ++s, panel += width) {
+    if constexpr (kSlot<T> == 2) {
+      sum = DotPairs(sum, AsPairs(Load(panel)), SetPair(ones));
+    } else {
+      sum = sum + Load(panel);
+    }
+  }
+  Store(sums, sum, lanes);
+}
+
+// Packs rows [0, rows) of an operand as panels of `vecs` Vecs: [panel][slot][lane]. Missing rows are 0.
+template <class T>
+void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int64_t vecs, float* out) {
+  const int64_t width = vecs * kLanes, slots = (k + kSlot<T> - 1) / kSlot<T>;
+  for (int64_t row = 0; row < rows; row += width, out += slots * width) {
+    for (int64_t v = 0; v < vecs; ++v) {
+      const int64_t first = row + v * kLanes, lanes = std::max<int64_t>(0, std::min<int64_t>(kLanes, rows - first));
+      const T* p = static_cast<const T*>(from) + (lanes > 0 ? first * row_stride : 0);
+      k_stride == 1 ? PackAlong(p, row_stride, lanes, k, width, out + v * kLanes)
+                    : PackAcross(p, k_stride, lanes, k, width, out + v * kLanes);
+    }
+  }
+}

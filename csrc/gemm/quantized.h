@@ -1,0 +1,57 @@
+// y = act(Q(x) W^T + b): a linear layer with weights of 8 or 4 bits. Its inputs are quantized to bytes on the fly.
+//
+//   Q(x) = s round(x / s), s = max|x| / 127 over each block of a row      W: kernels/ops/quantize.py
+//
+// Sums of byte products are exact within a block. Over the blocks each element of y adds floats in the order of the
+// blocks. So a row of y depends on its own row of x only: not on the other rows, their number or the threads.
+#ifndef PEAK_QUANTIZED_H_
+#define PEAK_QUANTIZED_H_
+
+#include <cstdint>
+
+#include "base/fields.h"
+#include "base/types.h"
+
+namespace peak {
+
+// Weights lie in panels of kPanelOutputs outputs. A cache line holds 4 inputs of each output, output by output; a byte
+// is level + 128. With 4 bits a byte holds two indices into kQuantizedLevels, the upper one for the input 4 further on,
+// so a line holds 8 inputs. The padding of the last panel and of the last 8 inputs may hold anything.
+constexpr int64_t kPanelOutputs = 16;
+constexpr int64_t kMaxBlock = 128;
+
+struct QuantizedMatrix {
+  DType dtype;  // of x, bias and y
+  int bits;     // of a weight: 8 or 4
+  int64_t n, k;
+  int64_t block;  // inputs that share a scale of x, and with 4 bits a scale of W: a multiple of 8 up to kMaxBlock
+  const uint8_t* weight;  // (panels, k rounded up to 8 / (4 or 8), kPanelOutputs, 4)
+  const void* scale;      // 8 bits: float (n); 4 bits: bf16 (panels, blocks, kPanelOutputs)
+};
+PEAK_FIELDS(QuantizedMatrix, dtype, bits, n, k, block, weight, scale)
+
+struct QuantizedArgs : QuantizedMatrix {
+  using Base = QuantizedMatrix;
+  int64_t rows;
+  const void* x;  // (rows, k), rows x_row elements apart
+  int64_t x_row;
+  void* y;  // (rows, n), rows y_row elements apart
+  int64_t y_row;
+  const void* bias = nullptr;  // (n)
+  int activation = -1;         // an Activation (gemm/gemm.h), or -1
+  bool float32_out = false;    // y is float32 whatever the dtype is
+};
+PEAK_FIELDS(QuantizedArgs, rows, x, x_row, y, y_row)
+PEAK_OPTIONAL_FIELDS(QuantizedArgs, bias, activation, float32_out)
+
+void LinearQuantized(const QuantizedArgs& args, int threads);
+
+// The same in two steps inside a team: every thread calls QuantizeInputs, waits for the others, and calls
+// MultiplyQuantized. `scratch` belongs to the team: QuantizedScratch bytes, 64-byte aligned.
+int64_t QuantizedScratch(const QuantizedArgs& args, int parts);
+void QuantizeInputs(const QuantizedArgs& args, int part, int parts, void* scratch);
+void MultiplyQuantized(const QuantizedArgs& args, int part, int parts, void* scratch);
+
+}  // namespace peak
+
+#endif  // PEAK_QUANTIZED_H_

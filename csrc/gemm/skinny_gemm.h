@@ -1,0 +1,105 @@
+// Skinny GEMM: a product with so few rows that no element of b is used twice, so b is not packed. Included once per
+// instruction set by gemm.cpp.
+
+constexpr int64_t kSkinnyPanels = 16;  // column panels in a block of SkinnyAcross: their sums stay in L1
+constexpr int64_t kSkinnySlots = 4;    // slots for each load and store of these sums
+constexpr int64_t kSkinnyAhead = 16;   // rows of b to prefetch, into the second-level cache
+
+// out[i * kColumns + lane] = the sums of kM rows of a and kLanes columns of b; += from the second block of k on. b is
+// transposed in registers. The slots follow in the order of Tile, so the bits are the same.
+template <class T, int64_t kM>
+void SkinnySums(const float* a, const T* b, int64_t stride, int64_t lanes, int64_t depth, bool first, float* out) {
+  constexpr int64_t kStep = kLanes * kSlot<T>;
+  Vec sums[kM];
+  for (Vec& sum : sums) sum = Set(0.0f);
+  for (int64_t at = 0; at < depth; at += kStep) {
+    Vec right[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) {
+      right[j] = j < lanes ? LoadSlots(b + j * stride + at, depth - at) : Set(0.0f);
+      __builtin_prefetch(b + (j + kLanes) * stride + at, 0, 2);  // the next columns, to the second-level cache
+    }
+    Transpose(right);
+    const int64_t slots = std::min<int64_t>(kLanes, (depth - at + kSlot<T> - 1) / kSlot<T>);
+    for (int64_t s = 0; s < slots; ++s, a += kPanelRows) {
+      for (int64_t i = 0; i < kM; ++i) sums[i] = AddProduct<T>(sums[i], Set(a[i]), right[s]);
+    }
+  }
+  for (int64_t i = 0; i < kM; ++i, out += kColumns) Store(out, first ? sums[i] : Load(out) + sums[i]);
+}
+
+// Column panels [begin, end) of a product with kM rows, for a b whose columns are contiguous along k.
+template <class T, int64_t kM>
+void SkinnyAlong(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
+  alignas(64) float tile[kM * kColumns];
+  for (int64_t column = begin * kColumns; column < std::min(end * kColumns, args.n); column += kColumns) {
+    for (int64_t j = 0; j < std::min<int64_t>(kColumns, args.n - column); j += kLanes) {
+      const T* b = static_cast<const T*>(args.b) + (column + j) * args.b_col;
+      const int64_t lanes = std::min<int64_t>(kLanes, args.n - column - j);
+      for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
+        SkinnySums<T, kM>(a + k / kSlot<T> * kPanelRows, b + k, args.b_col, lanes, std::min(depth, args.k - k), k == 0,
+                           tile + j);
+      }
+    }
+    FinishTile<T>(args, tile, 0, column);
+  }
+}
+
+// Adds kSlots slots of kM rows of a, each times a row of b of `columns` elements, to sums: panels of kM x kColumns.
+template <class T, int64_t kM, int64_t kSlots>
+PEAK_INLINE void AddAcross(const float* a, const T* b, int64_t stride, int64_t columns, int64_t left, float* sums) {
+  constexpr int64_t kStep = kSlot<T>;
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    float* at = sums + j / kColumns * kM * kColumns + j % kColumns;
+    Vec right[kSlots];
+    for (int64_t s = 0; s < kSlots; ++s) {
+      right[s] = GatherSlots(b + s * kStep * stride + j, stride, columns - j, left - s * kStep);
+      for (int64_t k = 0; k < kStep; ++k) __builtin_prefetch(b + (kSkinnyAhead + s * kStep + k) * stride + j, 0, 2);
+    }
+    for (int64_t i = 0; i < kM; ++i) {
+      Vec sum = Load(at + i * kColumns);
+      for (int64_t s = 0; s < kSlots; ++s) sum = AddProduct<T>(sum, Set(a[s * kPanelRows + i]), right[s]);
+      Store(at + i * kColumns, sum);
+    }
+  }
+}
+
+// The same panels for a b whose rows are contiguous: it is read row by row.
+template <class T, int64_t kM>
+void SkinnyAcross(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
+  constexpr int64_t kSums = kSkinnyPanels * kM * kColumns, kStep = kSlot<T>;
+  alignas(64) float total[kSums], block[kSums];
+  for (int64_t panel = begin; panel < end; panel += kSkinnyPanels) {
+    const int64_t column = panel * kColumns;
+    const int64_t columns = std::min(std::min(end, panel + kSkinnyPanels) * kColumns, args.n) - column;
+    const T* b = static_cast<const T*>(args.b) + column;
+    for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
+      float* sums = k == 0 ? total : block;
+      std::fill_n(sums, kSums, 0.0f);
+      const int64_t stop = std::min(k + depth, args.k);
+      int64_t at = k;
+      const auto slots = [&] { return a + at / kStep * kPanelRows; };
+      const auto rows = [&] { return b + at * args.b_k; };
+      for (; at + kSkinnySlots * kStep <= stop; at += kSkinnySlots * kStep) {
+        AddAcross<T, kM, kSkinnySlots>(slots(), rows(), args.b_k, columns, stop - at, sums);
+      }
+      for (; at < stop; at += kStep) AddAcross<T, kM, 1>(slots(), rows(), args.b_k, columns, stop - at, sums);
+      for (int64_t i = 0; k > 0 && i < kSums; i += kLanes) Store(total + i, Load(total + i) + Load(block + i));
+    }
+    for (int64_t j = 0; j < columns; j += kColumns) FinishTile<T>(args, total + j * kM, 0, column + j);
+  }
+}
+
+template <class T, int64_t kM>
+void SkinnyPanels(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
+  args.b_k == 1 ? SkinnyAlong<T, kM>(args, depth, a, begin, end) : SkinnyAcross<T, kM>(args, depth, a, begin, end);
+}
+
+template <class T>
+void MultiplySkinny(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
+  switch (args.m) {
+    case 1: return SkinnyPanels<T, 1>(args, depth, a, begin, end);
+    case 2: return SkinnyPanels<T, 2>(args, depth, a, begin, end);
+    case 3: return SkinnyPanels<T, 3>(args, depth, a, begin, end);
+    case kSkinnyRows: return SkinnyPanels<T, kSkinnyRows>(args, depth, a, begin, end);
+  }
+}

@@ -1,0 +1,127 @@
+// The Python module peakgpt._C: one line for each function, no math.
+//
+// Tensors arrive with their sizes and strides, so the extension links no libtorch and one build serves every torch. The
+// Python side has checked shapes, dtypes and strides. Kernels release the GIL. Arguments are passed by name, as
+// python/arguments.h describes.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "attention/attention.h"
+#include "attention/cache_attention.h"
+#include "base/isa.h"
+#include "base/memory.h"
+#include "gemm/gemm.h"
+#include "gemm/quantized.h"
+#include "ops/adamw.h"
+#include "ops/cross_entropy.h"
+#include "ops/dropout.h"
+#include "ops/embedding.h"
+#include "ops/norm.h"
+#include "ops/peaks.h"
+#include "ops/rotary.h"
+#include "ops/sum_of_squares.h"
+#include "program/program.h"
+#include "python/arguments.h"
+
+namespace py = pybind11;
+
+namespace peak {
+
+extern const char kSourceDigest[];  // written by setup.py
+
+namespace {
+
+using python::DefineKernel, python::DefineMethod, python::DefineMethodWithThreads, python::FromKeywords;
+
+// The instruction sets that this machine runs, narrowest first.
+py::tuple Isas() {
+  py::tuple names(BestIsa() + 1);
+  for (size_t i = 0; i < names.size(); ++i) names[i] = kIsaNames[i];
+  return names;
+}
+
+void DefineIsa(py::module_& m) {
+  ActiveIsa();  // an unknown PEAKGPT_ISA fails the import
+  m.attr("isas") = Isas();
+  m.def("isa", &ActiveIsa, "Return the active instruction set.");
+  m.def("set_isa_cap", &SetIsaCap, py::arg("name").none(true),
+        "Set the widest instruction set to use and return the active one; None removes the limit.");
+}
+
+void DefineKernels(py::module_& m) {
+  DefineKernel<AdamwArgs, Adamw>(m, "adamw");
+  DefineKernel<AttentionForwardArgs, AttentionForward>(m, "attention_forward");
+  DefineKernel<AttentionBackwardArgs, AttentionBackward>(m, "attention_backward");
+  DefineKernel<CrossEntropyForwardArgs, CrossEntropyForward>(m, "cross_entropy_forward");
+  DefineKernel<CrossEntropyShardArgs, CrossEntropyShard>(m, "cross_entropy_shard");
+  DefineKernel<CrossEntropyBackwardArgs, CrossEntropyBackward>(m, "cross_entropy_backward");
+  DefineKernel<DropoutArgs, Dropout>(m, "dropout");
+  DefineKernel<EmbeddingForwardArgs, EmbeddingForward>(m, "embedding_forward");
+  DefineKernel<EmbeddingBackwardArgs, EmbeddingBackward>(m, "embedding_backward");
+  DefineKernel<GemmArgs, Gemm>(m, "gemm");
+  DefineKernel<PackArgs, PackB>(m, "pack_b");
+  DefineKernel<QuantizedArgs, LinearQuantized>(m, "linear_quantized");
+  DefineKernel<NormForwardArgs, NormForward>(m, "norm_forward");
+  DefineKernel<NormBackwardArgs, NormBackward>(m, "norm_backward");
+  DefineKernel<RotaryArgs, Rotary>(m, "rotary");
+  DefineKernel<SumOfSquaresArgs, SumOfSquares>(m, "sum_of_squares");
+  DefineKernel<PeakStreamArgs, PeakStream>(m, "peak_stream");
+  m.def("peak_loop", &PeakLoop, py::kw_only(), py::arg("loop"), py::arg("iterations"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "Run a loop of multiply-adds and return its number of operations.");
+  m.def(
+      "packed_floats", [](int dtype, int64_t n, int64_t k) { return PackedFloats(static_cast<DType>(dtype), n, k); },
+      py::kw_only(), py::arg("dtype"), py::arg("n"), py::arg("k"), "Return the number of floats that pack_b writes.");
+}
+
+void DefineMemory(py::module_& m) {
+  m.def(
+      "request_huge_pages",
+      [](uintptr_t memory, int64_t bytes) { RequestHugePages(reinterpret_cast<void*>(memory), bytes); },
+      py::kw_only(), py::arg("memory"), py::arg("bytes"), "Request huge pages for untouched memory.");
+  m.def("keep_pages", &KeepPages, py::kw_only(), py::arg("bytes"), "Keep freed memory in the process.");
+}
+
+void DefineProgram(py::module_& m) {
+  m.attr("cache_block") = kCacheBlock;
+  py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight");
+  py::class_<DenseWeight, Weight, std::shared_ptr<DenseWeight>>(m, "DenseWeight")
+      .def(py::init([](const py::kwargs& matrix) {
+        return std::make_shared<DenseWeight>(FromKeywords<DenseMatrix>("DenseWeight", matrix));
+      }));
+  py::class_<QuantizedWeight, Weight, std::shared_ptr<QuantizedWeight>>(m, "QuantizedWeight")
+      .def(py::init([](const py::kwargs& matrix) {
+        return std::make_shared<QuantizedWeight>(FromKeywords<QuantizedMatrix>("QuantizedWeight", matrix));
+      }));
+  py::class_<Program> program(m, "Program");
+  program.def(py::init([](int dtype) { return Program(static_cast<DType>(dtype)); }), py::kw_only(), py::arg("dtype"))
+      .def("buffer", &Program::Buffer, py::kw_only(), py::arg("width"))
+      .def(
+          "linear",
+          [](Program& p, std::shared_ptr<Weight> weight, const py::kwargs& step) {
+            p.Linear(FromKeywords<LinearStep>("linear", step), std::move(weight));
+          },
+          py::arg("weight"));
+  DefineMethod<Program, EmbedStep, &Program::Embed>(program, "embed");
+  DefineMethod<Program, NormStep, &Program::Norm>(program, "norm");
+  DefineMethod<Program, RotaryStep, &Program::Rotary>(program, "rotary");
+  DefineMethod<Program, AttentionStep, &Program::Attention>(program, "attention");
+  DefineMethod<Program, CombineStep, &Program::Combine>(program, "combine");
+  DefineMethod<Program, SelectStep, &Program::SelectRows>(program, "select_rows");
+  DefineMethodWithThreads<Program, PassArgs, &Program::Run>(program, "run");
+}
+
+}  // namespace
+}  // namespace peak
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of peakgpt.";
+  m.attr("source_digest") = py::str(peak::kSourceDigest);
+  peak::DefineIsa(m);
+  peak::DefineKernels(m);
+  peak::DefineMemory(m);
+  peak::DefineProgram(m);
+}

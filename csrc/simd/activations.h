@@ -1,0 +1,55 @@
+// Activations and their derivatives (slopes) of Vecs. Included once per instruction set, after simd.h.
+
+// x/2 (1 + tanh u) = x s with s = 1 / (1 + 2^t), t = -2 u log2 e: no cancellation in the left tail.
+// u = k (x + 0.044715 x^3), k = sqrt(2 / pi). The precision is that of T, the type of the operands. V is Vec or Many.
+template <class T>
+struct GeluTanh {
+  template <class V>
+  static PEAK_INLINE V Gate(const V& x, const V& square) {
+    const V t = x * Fma(square, Set(-0.1029432396f), Set(-2.3022081981f));
+    return Reciprocal<T>(Exp2<T>(t) + Set(1.0f));
+  }
+  template <class V>
+  static PEAK_INLINE V Value(const V& x) {
+    return x * Gate(x, x * x);
+  }
+  // Returns act(x); slope = s + x s (1 - s) 2 u'.
+  template <class V>
+  static PEAK_INLINE V ValueAndSlope(const V& x, V* slope) {
+    const V square = Min(Set(1e18f), x * x), s = Gate(x, square);  // finite: the other factor may be 0
+    const V du2 = Fma(square, Set(6.0f * 0.7978845608f * 0.044715f), Set(2.0f * 0.7978845608f)), value = x * s;
+    *slope = Fma(Fnma(value, s, value), du2, s);
+    return value;
+  }
+};
+
+struct GeluErf {
+  static PEAK_INLINE Vec Cdf(Vec x) { return Fma(Erf(x * Set(0.70710678118f)), Set(0.5f), Set(0.5f)); }
+  static PEAK_INLINE Vec Value(Vec x) { return x * Cdf(x); }
+  // slope = Phi(x) + x phi(x).
+  static PEAK_INLINE Vec ValueAndSlope(Vec x, Vec* slope) {
+    const Vec cdf = Cdf(x);
+    *slope = Fma(x * Set(0.3989422804f), Exp(x * x * Set(-0.5f)), cdf);
+    return x * cdf;
+  }
+};
+
+struct Relu {
+  static PEAK_INLINE Vec Value(Vec x) { return Max(Set(0.0f), x); }
+  static PEAK_INLINE Vec ValueAndSlope(Vec x, Vec* slope) {
+    *slope = Select(Greater(x, Set(0.0f)), Set(1.0f), Set(0.0f));
+    return Value(x);
+  }
+};
+
+// x s with s = 1 / (1 + e^-x); slope = s + x s (1 - s).
+template <class T>
+struct Silu {
+  static PEAK_INLINE Vec Gate(Vec x) { return Reciprocal<T>(Exp2<T>(x * Set(-1.4426950409f)) + Set(1.0f)); }
+  static PEAK_INLINE Vec Value(Vec x) { return x * Gate(x); }
+  static PEAK_INLINE Vec ValueAndSlope(Vec x, Vec* slope) {
+    const Vec s = Gate(x), value = x * s;
+    *slope = Fnma(value, s, s + value);
+    return value;
+  }
+};

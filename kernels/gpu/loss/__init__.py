@@ -1,0 +1,1 @@
+"""Loss kernels in Triton."""

@@ -1,0 +1,210 @@
+// Products with weights of 8 and 4 bits: each element equals a double-precision product, with panels written by the
+// formula of gemm/quantized.h, and the bits do not depend on the number of rows.
+#include <algorithm>
+
+#include "buffer.h"
+#include "gemm/gemm.h"
+#include "gemm/quantized.h"
+
+namespace peak::test {
+namespace {
+
+constexpr int kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+struct Sizes {
+  int64_t rows, k, n;
+};
+
+int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// A random weight: its values, and its panels with random padding.
+struct Weight {
+  int bits;
+  int64_t n, k, block;
+  std::vector<double> values;  // (n, k)
+  Buffer<bf16> panels;  // pairs of bytes, since a Buffer has an even address
+  Buffer<float> scale_8;
+  Buffer<bf16> scale_4;
+
+  Weight(int bits, int64_t n, int64_t k, int64_t block, Placer& place, Random& random)
+      : bits(bits), n(n), k(k), block(block), values(n * k),
+        panels(place.In<bf16>(Pieces(n, 16) * Pieces(k, 8) * (bits == 8 ? 64 : 32))),
+        scale_8(place.In<float>(bits == 8 ? n : 0)),
+        scale_4(place.In<bf16>(bits == 4 ? Pieces(n, 16) * Pieces(k, block) * 16 : 0)) {
+    for (int64_t i = 0; i < panels.count(); ++i) panels[i] = {static_cast<uint16_t>(random.Bits())};
+    scale_8.FillNormal(random);
+    scale_4.FillNormal(random);
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t p = 0; p < k; ++p) values[j * k + p] = Level(j, p) * Scale(j, p / block);
+    }
+  }
+  uint8_t* Bytes() const { return reinterpret_cast<uint8_t*>(panels.data()); }
+  double Scale(int64_t j, int64_t b) const {
+    return bits == 8 ? scale_8.At(j) : scale_4.At((j / 16 * Pieces(k, block) + b) * 16 + j % 16);
+  }
+  // Never -128, which is not a level of 8 bits.
+  int Level(int64_t j, int64_t p) const {
+    const int64_t quads = Pieces(k, 8) * 2, quad = p / 4, lane = j % 16 * 4 + p % 4;
+    if (bits == 8) {
+      uint8_t& byte = Bytes()[(j / 16 * quads + quad) * 64 + lane];
+      byte = std::max<uint8_t>(byte, 1);
+      return byte - 128;
+    }
+    const uint8_t byte = Bytes()[(j / 16 * quads / 2 + quad / 2) * 64 + lane];
+    return kLevels[quad % 2 == 0 ? byte & 15 : byte >> 4];
+  }
+  template <class T>
+  QuantizedArgs Times(const T* x, int64_t rows, T* y) const {
+    QuantizedArgs args{};
+    static_cast<QuantizedMatrix&>(args) = {
+        .dtype = kDtype<T>, .bits = bits, .n = n, .k = k, .block = block, .weight = Bytes(),
+        .scale = bits == 8 ? static_cast<const void*>(scale_8.data()) : scale_4.data()};
+    args.rows = rows, args.x = x, args.x_row = k, args.y = y, args.y_row = n;
+    return args;
+  }
+};
+
+// x as bytes times scales, in float as in the kernel, so that every element rounds to the same byte.
+template <class T>
+std::vector<double> Rounded(const Buffer<T>& x, int64_t rows, int64_t row, int64_t k, int64_t block) {
+  std::vector<double> rounded(rows * k);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t begin = 0; begin < k; begin += block) {
+      const int64_t end = std::min(begin + block, k);
+      float largest = 0.0f;
+      for (int64_t p = begin; p < end; ++p) {
+        largest = std::max(largest, static_cast<float>(std::fabs(x.At(i * row + p))));
+      }
+      const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f, scale = largest / 127.0f;
+      for (int64_t p = begin; p < end; ++p) {
+        const double byte = std::nearbyint(static_cast<float>(x.At(i * row + p)) * inverse);
+        rounded[i * k + p] = byte * scale;
+      }
+    }
+  }
+  return rounded;
+}
+
+PEAK_TEST(quantized_product_equals_double_precision) {
+  ForEachDtype([&](auto element) {
+    using T = decltype(element);
+    for (const int bits : {8, 4}) {
+      for (const Sizes s : {Sizes{1, 1, 1}, Sizes{2, 7, 15}, Sizes{3, 8, 16}, Sizes{4, 33, 17}, Sizes{5, 64, 47},
+                            Sizes{8, 65, 48}, Sizes{9, 130, 49}, Sizes{16, 32, 97}, Sizes{33, 72, 33},
+                            Sizes{43, 200, 70}}) {
+        for (int placement = 0; placement < kPlacements; ++placement) {
+          const int64_t block = bits == 8 ? 128 : 32 << placement % 3, gap = placement;
+          SetCase("%d bits %s rows %lld k %lld n %lld placement %d", bits, kName<T>, static_cast<long long>(s.rows),
+                  static_cast<long long>(s.k), static_cast<long long>(s.n), placement);
+          Random random(s.n + placement);
+          Placer place(placement);
+          const Weight weight(bits, s.n, s.k, block, place, random);
+          const int64_t x_row = s.k + gap, y_row = s.n + gap;
+          auto x = place.In<T>(s.rows * x_row), bias = place.In<T>(s.n), y = place.Out<T>(s.rows * y_row);
+          x.Fill([&](int64_t i) { return i % x_row < s.k ? random.Normal() : kNan; });
+          bias.FillNormal(random);
+          QuantizedArgs args = weight.Times(x.data(), s.rows, y.data());
+          args.x_row = x_row, args.y_row = y_row, args.bias = placement % 2 ? bias.data() : nullptr;
+          LinearQuantized(args, 1 + placement % 3);
+          const std::vector<double> left = Rounded(x, s.rows, x_row, s.k, block);
+          for (int64_t at = 0; at < s.rows * y_row; ++at) {
+            const int64_t i = at / y_row, j = at % y_row;
+            if (j >= s.n) {
+              if (!Check(std::isnan(y.At(at)), "wrote between rows of y")) return;
+              continue;
+            }
+            Want want{args.bias == nullptr ? 0.0 : bias.At(j), args.bias == nullptr ? 0.0 : std::fabs(bias.At(j))};
+            for (int64_t p = 0; p < s.k; ++p) {
+              const double product = left[i * s.k + p] * weight.values[j * s.k + p];
+              want.value += product, want.slack += 4.0 * std::fabs(product);
+            }
+            if (!Near("y", at, y[at], want)) return;
+          }
+        }
+      }
+    }
+  });
+}
+
+// A row has the same bits in a product of any number of rows: tiles of 1, 2, 4 and 8 rows, 4 bits unpacked or not.
+PEAK_TEST(quantized_row_does_not_depend_on_other_rows) {
+  constexpr int64_t kRows = 45, kK = 200, kN = 70;
+  for (const int bits : {8, 4}) {
+    Random random(bits);
+    Placer place(0);
+    const Weight weight(bits, kN, kK, bits == 8 ? 128 : 64, place, random);
+    auto x = place.In<float>(kRows * kK), all = place.Out<float>(kRows * kN), part = place.Out<float>(kRows * kN);
+    x.FillNormal(random);
+    LinearQuantized(weight.Times(x.data(), kRows, all.data()), 2);
+    for (int64_t rows = 1; rows < kRows; ++rows) {
+      SetCase("%d bits, %lld rows", bits, static_cast<long long>(rows));
+      LinearQuantized(weight.Times(x.data() + kK, rows, part.data()), 1);
+      Check(std::memcmp(part.data(), all.data() + kN, rows * kN * sizeof(float)) == 0,
+            "the rows differ from those of the whole product");
+    }
+  }
+}
+
+// Infinity and NaN make their row NaN and no other row. Rows of zeros and of subnormals give the bias.
+PEAK_TEST(quantized_infinity_and_nan_stay_in_their_row) {
+  constexpr int64_t kRows = 5, kK = 300, kN = 20;
+  const double specials[kRows] = {kInf, kNan, 0.0, 0x1p-149, 1.0};
+  for (const int bits : {8, 4}) {
+    SetCase("%d bits", bits);
+    Random random(bits);
+    Placer place(bits);
+    const Weight weight(bits, kN, kK, bits == 8 ? 128 : 32, place, random);
+    auto x = place.In<float>(kRows * kK), y = place.Out<float>(kRows * kN), bias = place.In<float>(kN);
+    x.Fill([&](int64_t i) { return i % kK == 200 ? specials[i / kK] : i / kK < 2 ? random.Normal() : 0.0; });
+    bias.Fill([](int64_t j) { return 1.0 + j; });
+    QuantizedArgs args = weight.Times(x.data(), kRows, y.data());
+    args.bias = bias.data();
+    LinearQuantized(args, 2);
+    for (int64_t i = 0; i < kRows * kN; ++i) {
+      if (i / kN < 2) Check(std::isnan(y[i]), "y[%d] is %g, expected NaN", static_cast<int>(i), y[i]);
+      if (i / kN == 2 || i / kN == 3) Check(y[i] == bias[i % kN], "y[%d] is %g", static_cast<int>(i), y[i]);
+      if (i / kN == 4) Near("y", i, y[i], {bias.At(i % kN) + weight.values[i % kN * kK + 200], 40.0});
+    }
+  }
+}
+
+PEAK_TEST(quantized_activations_equal_double_precision) {
+  Random random(3);
+  Placer place(1);
+  const Weight weight(8, 50, 40, 128, place, random);
+  auto x = place.In<float>(3 * 40), plain = place.Out<float>(150), y = place.Out<float>(150);
+  x.FillNormal(random, 0.0, 0.01);
+  QuantizedArgs args = weight.Times(x.data(), 3, plain.data());
+  LinearQuantized(args, 1);
+  for (const Activation activation : {Activation::kGeluTanh, Activation::kGeluErf, Activation::kRelu}) {
+    SetCase("activation %d", static_cast<int>(activation));
+    args.activation = static_cast<int>(activation), args.y = y.data();
+    LinearQuantized(args, 1);
+    y.Expect("y", [&](int64_t i) -> Want {
+      const double v = plain.At(i), u = std::sqrt(2.0 / M_PI) * (v + 0.044715 * v * v * v);
+      const double gelu = activation == Activation::kGeluTanh ? v / (1.0 + std::exp(-2.0 * u))
+                                                             : v * 0.5 * std::erfc(-v / std::sqrt(2.0));
+      return {activation == Activation::kRelu ? std::max(v, 0.0) : gelu, 16.0 * std::fabs(v)};
+    });
+  }
+}
+
+template <class T>
+std::vector<char> Call(int bits, int64_t rows, int threads) {
+  Random random(bits);
+  Placer place(0);
+  const Weight weight(bits, 150, 200, bits == 8 ? 128 : 64, place, random);
+  auto x = place.In<T>(rows * 200), y = place.Out<T>(rows * 150);
+  x.FillNormal(random);
+  LinearQuantized(weight.Times(x.data(), rows, y.data()), threads);
+  std::vector<char> bytes;
+  y.Append(bytes);
+  return bytes;
+}
+PEAK_KERNEL(quantized_8_one_row) { return Call<float>(8, 1, threads); }
+PEAK_KERNEL(quantized_8) { return Call<bf16>(8, 43, threads); }
+PEAK_KERNEL(quantized_4_one_row) { return Call<bf16>(4, 1, threads); }
+PEAK_KERNEL(quantized_4) { return Call<float>(4, 43, threads); }
+
+}  // namespace
+}  // namespace peak::test
