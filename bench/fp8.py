@@ -9,14 +9,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from peakgpt.bench.findings import Findings
+from peakgpt.bench.interleave import interleave
+from peakgpt.bench.run_results import RunResults
+from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.trainer import Recipe, Trainer
-from peakgpt.kernels.hardware.clock import Result, interleave
-from peakgpt.kernels.hardware.device import peak_for
+from peakgpt.kernels.hardware.peaks import peak_for
 
 VOCAB = 50304  # GPT-2's, up to a multiple of 128
 SYMBOLS = 512  # that the sequences use
@@ -29,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the run whose loss is shown (default 100)")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> Findings:
+def run(args: argparse.Namespace, device: torch.device) -> RunResults:
     recipe = Recipe(batch=args.batch, tokens=args.tokens, dtype=torch.bfloat16, lr=6e-4)
-    return Findings(results=compare(preset(args.model, vocab_size=VOCAB), recipe, args.steps, device))
+    return RunResults(results=compare(preset(args.model, vocab_size=VOCAB), recipe, args.steps, device))
 
 
 def compare(

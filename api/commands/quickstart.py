@@ -11,11 +11,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.decode import compare_decoding
-from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
-from peakgpt.bench.ops import Case, compare_ops
-from peakgpt.bench.pair import STRETCH, SharedBatches, stretch
+from peakgpt.bench.environment import environment
+from peakgpt.bench.interleave import interleave
+from peakgpt.bench.op_cases import OpCase
+from peakgpt.bench.ops import compare_ops
 from peakgpt.bench.report import notes, tables, write_report
+from peakgpt.bench.schema import Result, write_results
+from peakgpt.bench.shared_batches import STRETCH, SharedBatches, stretch
+from peakgpt.bench.timing import Timing, ratio
 from peakgpt.engine.data.corpus import load_corpus
 from peakgpt.engine.data.shards import Batches, TokenShards, prepare, validation_windows
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
@@ -25,8 +30,8 @@ from peakgpt.engine.training.evaluate import validation_loss
 from peakgpt.engine.training.run_folder import RunFolder, default_folder
 from peakgpt.engine.training.trainer import Recipe, Trainer, best_dtype
 from peakgpt.kernels.doctor import doctor
-from peakgpt.kernels.hardware.clock import Result, Timing, environment, interleave, ratio, write_results
-from peakgpt.kernels.hardware.device import choose_device, peak_for
+from peakgpt.kernels.hardware.device import choose_device
+from peakgpt.kernels.hardware.peaks import peak_for
 
 PRESET, VOCAB = "gpt2-tiny", 4096
 RECIPE = Recipe(batch=8, tokens=256, lr=2e-3)
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         return 130
     session.save()
     text, decoding = session.sample(console)
-    cases = [Case(op, sizes) for op, sizes in session.op_sizes().items()]
+    cases = [OpCase(op, sizes) for op, sizes in session.op_sizes().items()]
     results += decoding + compare_ops(cases, device, session.recipe.dtype, budget_s=min(10.0, 2 * args.minutes))
     env = environment(device)
     write_results(folder.path / "results.json", results, env)

@@ -22,7 +22,8 @@ from peakgpt.engine.model.presets import PRESETS
 from peakgpt.engine.training.evaluate import validation_loss
 from peakgpt.engine.training.run_folder import RunFolder, default_folder, stop_on_interrupt
 from peakgpt.engine.training.trainer import Recipe, Trainer, best_dtype
-from peakgpt.kernels.hardware.device import choose_device, peak_for
+from peakgpt.kernels.hardware.device import choose_device
+from peakgpt.kernels.hardware.peaks import peak_for
 
 VALIDATION_BATCHES = 32
 SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype", "recompute",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
+from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.trainer import Recipe, Trainer

@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
-from peakgpt.bench.pair import SharedBatches
+from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
+from peakgpt.bench.shared_batches import SharedBatches
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.training.trainer import Recipe, Trainer, schedule
 from peakgpt.kernels.core.autograd import accumulate_into

@@ -1,8 +1,8 @@
-"""The memory-bound passes of the CPU backend alone, each beside streams of the same reads and writes.
+"""Memory-bound kernels of the CPU backend versus streams of the same reads and writes: `peakgpt bench memory_bound`.
 
-What `bench ops` times is an op as people call it, with dispatch, autograd and fresh memory; here a kernel's memory is
-made before, so that what is left is the kernel. Every call works on the same tensors: what fits a cache stays there.
-Values are not compared here: the tests and `bench ops` do.
+`bench ops` times an op as users call it, with dispatch, autograd and new memory. Here only the kernel is timed, on
+preallocated memory. Every call uses the same tensors, so what fits a cache stays there. Values are not compared here:
+the tests and `bench ops` do.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.bench.findings import Findings
-from peakgpt.kernels.hardware.clock import Result, interleave
-from peakgpt.kernels.hardware.device import stream_peak
+from peakgpt.bench.interleave import interleave
+from peakgpt.bench.run_results import RunResults
+from peakgpt.bench.schema import Result
+from peakgpt.kernels.hardware.peaks import stream_peak
 from peakgpt.kernels.ops.adamw import adamw as adamw_op
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/base/types.h
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A kernel of the extension with its arguments but for the threads, and what it must move.
+class KernelCall:
+    """A kernel of the extension, its arguments except the threads, and the tensors that it must read and write.
 
-    What it changes in place is read and written. Vectors as long as a row are left out.
+    Tensors changed in place count as read and written. Vectors as long as a row are left out.
     """
 
     kernel: str
@@ -36,24 +37,24 @@ class Pass:
     written: Sequence[Tensor | None] = ()
 
     def bind(self) -> Callable[[], None]:
-        """A call of it; whoever calls keeps this object, and so the tensors, alive."""
+        """Return a function that calls the kernel. The caller keeps this object, and so the tensors, alive."""
         from peakgpt.kernels.cpu.ext import _C
 
         kernel, threads = getattr(_C, self.kernel), torch.get_num_threads()
         return lambda: kernel(**self.arguments, threads=threads)
 
 
-def layernorm_forward(dtype, rows: int, width: int, residual: bool = False) -> Pass:
+def layernorm_forward(dtype, rows: int, width: int, residual: bool = False) -> KernelCall:
     x, w, b, mu, r = _norm_tensors(dtype, rows, width)
     added, total = torch.randn(2, rows, width).to(dtype).unbind() if residual else (None, None)
     y = torch.empty_like(x)
     arguments = {"dtype": DTYPES[dtype], "w_dtype": DTYPES[dtype], "rows": rows, "width": width, "x": x,
                  "x_stride": width, "w": w, "y": y, "r": r, "eps": 1e-5, "b": b, "residual": added,
                  "residual_stride": width, "sum": total, "mu": mu}  # fmt: skip
-    return Pass("norm_forward", arguments, (x, added), (total, y))
+    return KernelCall("norm_forward", arguments, (x, added), (total, y))
 
 
-def layernorm_backward(dtype, rows: int, width: int, residual: bool = False) -> Pass:
+def layernorm_backward(dtype, rows: int, width: int, residual: bool = False) -> KernelCall:
     x, w, b, mu, r = _norm_tensors(dtype, rows, width)
     dy, dsum = torch.randn(2, rows, width).to(dtype).unbind()
     dsum = dsum if residual else None
@@ -61,7 +62,7 @@ def layernorm_backward(dtype, rows: int, width: int, residual: bool = False) -> 
     arguments = {"dtype": DTYPES[dtype], "w_dtype": DTYPES[dtype], "rows": rows, "width": width, "dy": dy,
                  "dy_stride": width, "x": x, "x_stride": width, "w": w, "r": r, "dsum": dsum, "dsum_stride": width,
                  "mu": mu, "dx": dx, "dw": dw, "db": db}  # fmt: skip
-    return Pass("norm_backward", arguments, (x, dy, dsum), (dx,))
+    return KernelCall("norm_backward", arguments, (x, dy, dsum), (dx,))
 
 
 def _norm_tensors(dtype, rows: int, width: int) -> tuple[Tensor, ...]:
@@ -69,45 +70,45 @@ def _norm_tensors(dtype, rows: int, width: int) -> tuple[Tensor, ...]:
     return (3 + torch.randn(rows, width)).to(dtype), w, b, torch.full((rows,), 3.0), torch.ones(rows)
 
 
-def embedding_forward(dtype, batch: int, tokens: int, width: int, vocab: int) -> Pass:
+def embedding_forward(dtype, batch: int, tokens: int, width: int, vocab: int) -> KernelCall:
     wte, wpe = torch.randn(vocab, width).to(dtype), torch.randn(tokens, width).to(dtype)
     ids, out = torch.randint(vocab, (batch, tokens)), torch.empty(batch, tokens, width, dtype=dtype)
     arguments = {"dtype": DTYPES[dtype], "batch": batch, "tokens": tokens, "width": width, "ids": ids, "wte": wte,
                  "wte_stride": width, "out": out, "wpe": wpe, "wpe_stride": width}  # fmt: skip
-    found = wte[: batch * tokens]  # as much as is read of it
-    return Pass("embedding_forward", arguments, (found, wpe), (out,))
+    rows_read = wte[: batch * tokens]  # the rows that are read, at most
+    return KernelCall("embedding_forward", arguments, (rows_read, wpe), (out,))
 
 
-def cross_entropy(dtype, rows: int, vocab: int, gradient: bool = True) -> Pass:
-    """The losses, and the logits' gradient in their place; a call finds the gradients that the one before left."""
+def cross_entropy(dtype, rows: int, vocab: int, gradient: bool = True) -> KernelCall:
+    """Losses, and the gradient of the logits in place: later calls read the gradients of earlier ones."""
     logits, target = torch.randn(rows, vocab).to(dtype), torch.randint(vocab, (rows,))
     loss, stats = torch.empty(rows), torch.empty(rows, 2)
     arguments = {"dtype": DTYPES[dtype], "rows": rows, "vocab": vocab, "logits": logits, "target": target,
                  "ignore_index": -100, "loss": loss, "stats": stats, "with_gradient": gradient, "scale": 1.0,
                  "smoothing": 0.0, "z_loss": 0.0}  # fmt: skip
-    return Pass("cross_entropy_forward", arguments, (logits,), (logits,) if gradient else ())
+    return KernelCall("cross_entropy_forward", arguments, (logits,), (logits,) if gradient else ())
 
 
-def sum_of_squares(dtype, count: int) -> Pass:
+def sum_of_squares(dtype, count: int) -> KernelCall:
     x, total = torch.randn(count).to(dtype), torch.zeros(())
-    return Pass("sum_of_squares", {"dtype": DTYPES[dtype], "count": count, "x": x, "total": total}, (x,))
+    return KernelCall("sum_of_squares", {"dtype": DTYPES[dtype], "count": count, "x": x, "total": total}, (x,))
 
 
-def adamw(dtype, count: int) -> Pass:
-    """In bfloat16 with the remainder of the float32 master."""
+def adamw(dtype, count: int) -> KernelCall:
+    """In bfloat16 with the remainder of the float32 master weights."""
     param, grad, remainder, m, v, step, _ = adamw_op.sample(count, dtype=dtype)
     arguments = {"dtype": DTYPES[dtype], "count": count, "param": param, "grad": grad, "exp_avg": m, "exp_avg_sq": v,
                  "step": step, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01,
                  "remainder": remainder}  # fmt: skip
-    return Pass("adamw", arguments, (param, remainder, m, v, grad), (param, remainder, m, v))
+    return KernelCall("adamw", arguments, (param, remainder, m, v, grad), (param, remainder, m, v))
 
 
-PASSES = {
+KERNELS = {
     f.__name__: f
     for f in (layernorm_forward, layernorm_backward, embedding_forward, cross_entropy, sum_of_squares, adamw)
 }
 # GPT-2 124M: 1024 tokens stay in the last-level cache, 16384 do not.
-CASES: list[tuple[str, dict[str, int]]] = [
+GPT2_CALLS: list[tuple[str, dict[str, int]]] = [
     *((name, {"rows": rows, "width": 768, **more})
       for name in ("layernorm_forward", "layernorm_backward")
       for more in ({}, {"residual": True}) for rows in (1024, 4096, 16384)),
@@ -120,33 +121,33 @@ CASES: list[tuple[str, dict[str, int]]] = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", action="append", choices=sorted(PASSES), help="repeatable; default all")
+    parser.add_argument("--only", action="append", choices=sorted(KERNELS), help="repeatable; default all")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
-    parser.add_argument("--rounds", type=int, default=15, help="timings of each pass (default 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="timings of each kernel (default 15)")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> Findings:
+def run(args: argparse.Namespace, device: torch.device) -> RunResults:
     if device.type != "cpu":
-        raise ValueError(f"bench passes times the C++ kernels, expected --device cpu, got {device}")
+        raise ValueError(f"bench memory_bound times the C++ kernels, expected --device cpu, got {device}")
     dtypes = [getattr(torch, name) for name in args.dtype or ("float32", "bfloat16")]
-    cases = [case for case in CASES if case[0] in (args.only or PASSES)]
-    return Findings([measure(name, sizes, dtype, rounds=args.rounds) for dtype in dtypes for name, sizes in cases])
+    cases = [case for case in GPT2_CALLS if case[0] in (args.only or KERNELS)]
+    return RunResults([measure(name, sizes, dtype, rounds=args.rounds) for dtype in dtypes for name, sizes in cases])
 
 
 def measure(name: str, sizes: dict[str, int], dtype: torch.dtype, *, rounds: int = 15) -> Result:
-    """Time a pass.
+    """Time one kernel.
 
     Args:
-        name: of PASSES.
-        sizes: what it takes.
+        name: of KERNELS.
+        sizes: arguments of KERNELS[name].
         dtype: float32 or bfloat16.
-        rounds: timings at most.
+        rounds: maximum number of timings.
     Returns:
-        A result with the bytes that the pass must move, its streaming ceiling, and no FLOPs.
+        A result with the bytes that the kernel must move, its streaming ceiling, and no FLOPs.
     Raises:
-        ImportError: there is no C++ extension.
+        ImportError: the C++ extension is missing.
     """
-    made = PASSES[name](dtype, **sizes)
+    made = KERNELS[name](dtype, **sizes)
     read, written = _distinct(made.read), _distinct(made.written)
     updated = _bytes(t for address, t in read.items() if address in written)
     read_bytes, written_bytes = _bytes(read.values()), _bytes(written.values())

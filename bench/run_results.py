@@ -1,4 +1,4 @@
-"""What a benchmark run found: timings, checks against float64, and what failed, with its traceback."""
+"""Results of a benchmark run: timings, checks against float64, and failures with their tracebacks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from peakgpt.bench.check import Check
-from peakgpt.kernels.hardware.clock import Result
+from peakgpt.bench.schema import Result
 
-OURS = "peakgpt"  # contenders of ours have names that start so
-ROOT = Path(__file__).parents[1]  # of the repository, or of the installed package
+OURS = "peakgpt"  # prefix of the names of our contenders
+ROOT = Path(__file__).parents[1]  # the repository, or the installed package
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Something that could not be measured: one contender, or a whole job of a part where `contender` is None."""
+    """A contender without a measurement, or a whole job of a part if `contender` is None."""
 
     message: str
     traceback: str = ""
@@ -33,18 +33,18 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException, contender: str | None = None) -> Failure:
-        """From an exception that was caught."""
+        """Make a failure from a caught exception."""
         text = "".join(traceback.format_exception(error))
         return cls(message=f"{type(error).__name__}: {error}".splitlines()[0], traceback=text, contender=contender)
 
     @property
     def ours(self) -> bool:
-        """Whether it is ours to mend: not what a peer can not do or has no memory for."""
+        """Whether peakgpt is at fault, and not a limit of a peer."""
         return self.contender is None or self.contender.startswith(OURS)
 
 
 def without_folders(text: str) -> str:
-    """The text with paths from this package's folder, or those that Python imports from: results are published."""
+    """Make paths relative to the package or to Python's import folders, because results are published."""
     folders = {ROOT, *(Path(p) for p in sys.path)}
     longest = sorted((str(f) for f in folders if f.is_absolute() and f != Path(f.root)), key=len, reverse=True)
     return re.sub(rf"(?<![\w/.-])({'|'.join(map(re.escape, longest))})/", "", text)
@@ -55,7 +55,7 @@ KINDS = {"result": Result, "check": Check, "failure": Failure}
 
 
 @dataclass
-class Findings:
+class RunResults:
     """The rows of a run, by kind."""
 
     results: list[Result] = field(default_factory=list)
@@ -68,12 +68,12 @@ class Findings:
 
     @property
     def exit_code(self) -> int:
-        """1 where a check or anything of ours failed, else 0."""
+        """Return 1 if a check or a contender of ours failed, else 0."""
         return int(any(not c.passed for c in self.checks) or any(f.ours for f in self.failures))
 
 
 def encode(row: Row) -> dict[str, Any]:
-    """A row as one JSON value that says its kind."""
+    """Return a row and its kind as a JSON value."""
     return {"kind": type(row).__name__.lower(), "row": dataclasses.asdict(row)}
 
 
@@ -82,5 +82,5 @@ def decode(value: dict[str, Any]) -> Row:
     return KINDS[value["kind"]](**value["row"])
 
 
-class NotTaken(Exception):
-    """A peer raises it for a call that is not its kind: it is left out, and nothing has failed."""
+class Unsupported(Exception):
+    """A peer does not implement the call: it is left out, and this is not a failure."""

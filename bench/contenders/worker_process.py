@@ -1,12 +1,12 @@
-"""A contender in a process of its own: allocator settings, page faults and peak memory belong to a process.
+"""A contender in a process of its own, because allocator settings, page faults and peak memory belong to a process.
 
-Protocol: a JSON request in argv[1], whose "make" names the function ("module:function") that turns it into a step; then
-for each line on standard input one step and one JSON line, the fields of `Answer`, on standard output. The process ends
-with its input.
+Protocol: argv[1] is a JSON request. Its "make" names a function, "module:function", that takes the request and returns
+a step. For each line on standard input the process makes one step and prints one JSON line, the fields of `StepReport`.
+It ends when standard input ends.
 
-A step's peak is VmHWM after it, reset before it by writing 5 to /proc/self/clear_refs (proc(5)), and what setting up
-has freed is returned to the system first: the peak is what steps need, not what building took. Where there is no such
-file, it is the most that the process ever held (ru_maxrss), and the note says so.
+The peak memory of a step is VmHWM after it. VmHWM is reset before the step by writing 5 to /proc/self/clear_refs
+(proc(5)), and memory that the setup freed is returned to the system first, so the peak excludes the setup. Without that
+file the peak is that of the whole process (ru_maxrss), and the note says so.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CLOSE_S = 20.0  # for a process to end by itself
+CLOSE_S = 20.0  # until a process that does not end is killed
 WHOLE_LIFE = "memory is the most since the process began"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a process says of one step.
+class StepReport:
+    """One step of a process.
 
     Args:
-        value: what the step returned.
-        faults: pages that it had to be given.
-        peak_bytes: the most that the process held during the step; `base_bytes` is what it held once everything was
-            imported, before anything was built.
-        whole_life: the peak is not the step's but the process'.
+        value: returned by the step.
+        faults: minor page faults.
+        peak_bytes: peak resident memory during the step.
+        base_bytes: resident memory after the imports, before anything is built.
+        whole_life: peak_bytes is the peak of the whole process.
     """
 
     value: float
@@ -50,29 +50,29 @@ class Answer:
     whole_life: bool
 
 
-class Worker:
-    """The parent's side: starts the process, makes it step, and stops it."""
+class WorkerProcess:
+    """Parent side: start the process, make it step, stop it."""
 
     def __init__(self, name: str, request: dict[str, Any], environment: dict[str, str]):
         """
         Args:
             name: for error messages.
-            request: "make", "threads", and what `make` reads.
-            environment: variables beside this process's own.
+            request: "make", "threads", and the arguments of `make`.
+            environment: variables added to those of this process.
         """
         self.name: str = name
-        self.last: Answer | None = None
+        self.last: StepReport | None = None
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "peakgpt.bench.worker", json.dumps(request)],
+            [sys.executable, "-m", "peakgpt.bench.contenders.worker_process", json.dumps(request)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
         )  # fmt: skip
         self.pid = self.process.pid
 
     def step(self) -> float:
-        """One step; waits for it and returns its value.
+        """Make one step and return its value.
 
         Raises:
-            RuntimeError: the process has ended; what it said is on standard error.
+            RuntimeError: the process has ended; its message is on standard error.
         """
         line = ""
         with contextlib.suppress(BrokenPipeError):
@@ -82,16 +82,16 @@ class Worker:
         if not line:
             code = self.process.wait()
             raise RuntimeError(f"benchmark worker {self.name!r} ended with exit code {code}; its message is above")
-        self.last = Answer(**json.loads(line))
+        self.last = StepReport(**json.loads(line))
         return self.last.value
 
     def memory_bytes(self) -> int | None:
-        """The most that the process held during the last step."""
+        """Return the peak resident memory of the last step."""
         return self.last and self.last.peak_bytes
 
     @property
     def base_bytes(self) -> int | None:
-        """What the process held once everything was imported."""
+        """Resident memory after the imports."""
         return self.last and self.last.base_bytes
 
     @property
@@ -102,7 +102,7 @@ class Worker:
         return f"{self.name}: {self.last.faults} page faults in the last step{whole_life}"
 
     def close(self) -> None:
-        """End the process and wait for it; one that does not end is killed."""
+        """End the process; kill it if it does not end within CLOSE_S."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
@@ -113,11 +113,11 @@ class Worker:
         self.process.stdout.close()
 
 
-# ---- the child's side
+# ---- child side
 
 
 def reset_peak() -> bool:
-    """Make the process' peak what it holds now; False where the system can not."""
+    """Reset the peak of this process to its current memory; return False if the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -126,7 +126,7 @@ def reset_peak() -> bool:
 
 
 def peak_bytes() -> int:
-    """The most that this process held since `reset_peak`, or ever where that does nothing."""
+    """Return the peak resident memory since `reset_peak`, or of the whole process if that has no effect."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -134,23 +134,23 @@ def peak_bytes() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
-def give_back() -> None:
-    """Return freed memory to the system, where its C library can (glibc)."""
+def return_freed_memory() -> None:
+    """Return freed memory to the system if the C library can (glibc)."""
     gc.collect()
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _answers(step: Callable[[], float], base_bytes: int) -> Callable[[], Answer]:
+def _reporting(step: Callable[[], float], base_bytes: int) -> Callable[[], StepReport]:
     def faults() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-    def answer() -> Answer:
+    def report() -> StepReport:
         whole_life, before = not reset_peak(), faults()
         value = step()
-        return Answer(value, faults() - before, peak_bytes(), base_bytes, whole_life)
+        return StepReport(value, faults() - before, peak_bytes(), base_bytes, whole_life)
 
-    return answer
+    return report
 
 
 def main() -> None:
@@ -163,10 +163,10 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     reset_peak()
     base_bytes = peak_bytes()
-    answer = _answers(make(request), base_bytes)
-    give_back()
+    report = _reporting(make(request), base_bytes)
+    return_freed_memory()
     for _ in sys.stdin:
-        print(json.dumps(dataclasses.asdict(answer())), flush=True)
+        print(json.dumps(dataclasses.asdict(report())), flush=True)
 
 
 if __name__ == "__main__":

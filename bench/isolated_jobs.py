@@ -1,8 +1,8 @@
-"""Jobs in a process of their own: one that raises, hangs, crashes or loses the device costs itself, not the run.
+"""Jobs in child processes: a job that raises, hangs, crashes or loses the device does not stop the others.
 
-A module names parts in a table PARTS; a part is a row of jobs with a budget. The child runs the jobs in order and
-appends to a file, a JSON line each: {"jobs": names}, {"start": number}, and rows as findings.encode gives them. When it
-dies, the parent starts another one at the next job.
+A module has parts in a table PARTS. A part is a list of jobs with a time budget. The child runs the jobs in order and
+appends JSON lines to a file: {"jobs": names}, {"start": index}, and rows of run_results.encode. If it dies, the parent
+starts another child at the next job.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ from pathlib import Path
 
 import torch
 
-from peakgpt.bench.findings import Failure, Row, decode, encode
+from peakgpt.bench.run_results import Failure, Row, decode, encode
 
 Emit = Callable[[Row], None]
-Job = Callable[[float, Emit], None]  # seconds that it should take, where its rows go
+Job = Callable[[float, Emit], None]  # (budget in seconds, emit)
 
-DEVICE_LOST = 3  # exit code: the failure is told, but nothing more can run in this process
+DEVICE_LOST = 3  # exit code: the failure is reported, and this process cannot run more jobs
 GRACE_S = 10.0  # from the end of the budget to the end of the process
-START_S = 5.0  # about what a process needs before its first job
-TAIL = 6000  # characters of what a dead process said last
+START_S = 5.0  # typical start of a process before its first job
+TAIL = 6000  # last characters of a dead process's output
 
 
 @dataclass(frozen=True)
 class Part:
-    """Args:
-    jobs: device -> name -> job.
-    budget_s: of the part, the starts of its processes included; jobs that it leaves no time for are told as not run.
-    patience_s: a job that takes longer is stopped, with its traceback.
+    """Jobs that share a time budget.
+
+    Args:
+        jobs: device -> name -> job.
+        budget_s: of the part, including the starts of its processes. Jobs without time left are reported as not run.
+        patience_s: a longer job is stopped, with its traceback.
     """
 
     jobs: Callable[[torch.device], dict[str, Job]]
@@ -50,14 +52,14 @@ class Part:
 
 
 def run_part(module: str, name: str, device: torch.device) -> list[Row]:
-    """Run a part to the end of its jobs or of its budget.
+    """Run the jobs of a part until they or the budget end.
 
     Args:
-        module: that has PARTS.
+        module: name of the module with PARTS.
         name: of the part.
-        device: passed to the part's `jobs`.
+        device: argument of `Part.jobs`.
     Returns:
-        Rows of all jobs; a failure for each that died, and one that names the jobs for which no time was left.
+        Rows of all jobs, a failure for each job that died, and one failure that names the jobs not run.
     """
     part: Part = importlib.import_module(module).PARTS[name]
     end = time.time() + part.budget_s
@@ -72,7 +74,7 @@ def run_part(module: str, name: str, device: torch.device) -> list[Row]:
         if child.code != DEVICE_LOST:
             job = jobs[child.started] if child.started >= 0 else ""
             rows.append(Failure(part=name, job=job, message=child.verdict(part.patience_s), traceback=child.tail))
-        if child.started < 0:  # it did not come as far as a job
+        if child.started < 0:  # it died before its first job
             return rows
     if start < len(jobs):
         message = f"not run: the part's {part.budget_s:g} s are over"
@@ -82,7 +84,7 @@ def run_part(module: str, name: str, device: torch.device) -> list[Row]:
 
 @dataclass
 class _Child:
-    """What is left of one process."""
+    """Outcome of one child process."""
 
     code: int
     tail: str
@@ -91,7 +93,7 @@ class _Child:
     rows: list[Row] = field(default_factory=list)
 
     def verdict(self, patience_s: float) -> str:
-        if "Timeout (" in self.tail:  # faulthandler's word
+        if "Timeout (" in self.tail:  # printed by faulthandler
             return f"stopped: no end after {patience_s:g} s or at the end of the budget"
         return f"the process ended with exit code {self.code}"
 
@@ -100,20 +102,20 @@ def _run_child(request: dict) -> _Child:
     with tempfile.TemporaryDirectory() as folder:
         rows, log = Path(folder, "rows"), Path(folder, "log")
         rows.touch()
-        command = [sys.executable, "-m", "peakgpt.bench.isolate", json.dumps({**request, "rows": str(rows)})]
+        command = [sys.executable, "-m", "peakgpt.bench.isolated_jobs", json.dumps({**request, "rows": str(rows)})]
         with open(log, "wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         try:
             code = process.wait(max(0.0, request["end"] - time.time()) + 2 * GRACE_S)
         except subprocess.TimeoutExpired:
             code = -signal.SIGKILL
-        finally:  # also after Ctrl-C; the group holds the compiler's workers too
+        finally:  # also after Ctrl-C; the process group includes the workers of compilers
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         child = _Child(code, log.read_text(errors="replace")[-TAIL:])
         for line in rows.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):  # else it died while writing
+            if line.endswith("\n"):  # otherwise the child died while writing it
                 _take(child, json.loads(line))
     return child
 
@@ -128,36 +130,37 @@ def _take(child: _Child, line: dict) -> None:
 
 
 def main() -> None:
-    """The child's side."""
+    """Run the jobs of argv[1] in the child."""
     request = json.loads(sys.argv[1])
     part: Part = importlib.import_module(request["module"]).PARTS[request["part"]]
     device = torch.device(request["device"])
     jobs = part.jobs(device)
     with open(request["rows"], "a", buffering=1, encoding="utf-8") as file:
-        tell = lambda line: file.write(json.dumps(line) + "\n")  # noqa: E731
-        tell({"jobs": list(jobs)})
+        write = lambda line: file.write(json.dumps(line) + "\n")  # noqa: E731
+        write({"jobs": list(jobs)})
         for number, (name, job) in list(enumerate(jobs.items()))[request["start"] :]:
             left_s = request["end"] - time.time()
             if left_s <= 0:
                 break
-            tell({"start": number})
-            # It ends the process even while the main thread waits for a kernel that never ends.
+            write({"start": number})
+            # Ends the process even if the main thread waits for a kernel that never ends.
             faulthandler.dump_traceback_later(min(part.patience_s, left_s + GRACE_S), exit=True)
 
             def emit(row: Row, name: str = name) -> None:
-                told = isinstance(row, Failure)
-                tell(encode(dataclasses.replace(row, part=request["part"], job=name) if told else row))
+                if isinstance(row, Failure):
+                    row = dataclasses.replace(row, part=request["part"], job=name)
+                write(encode(row))
 
             try:
                 job(left_s / (len(jobs) - number), emit)
-            except Exception as error:  # whatever it is, the next job may still run
+            except Exception as error:  # a failing job must not stop the next one
                 emit(Failure.of(error))
             faulthandler.cancel_dump_traceback_later()
             _settle(device)
 
 
 def _settle(device: torch.device) -> None:
-    """Give memory back; leave the process if the device is lost to it, as after an illegal address."""
+    """Free memory; exit if this process has lost the device, for example after an illegal address."""
     gc.collect()
     if device.type == "cuda":
         try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from peakgpt.bench.findings import NotTaken
+from peakgpt.bench.run_results import Unsupported
 from peakgpt.kernels.core.dispatch import OPS, Op, use_backend
 
 Call = Callable[..., Any]
@@ -97,7 +97,7 @@ class _WholeWay(torch.autograd.Function):
 def _epilogue_mlp(x, w_up, b_up, w_down, b_down) -> Tensor:
     """GELU (tanh on CUDA) in the first product's epilogue; it keeps no pre-activation, so it has no gradient."""
     if torch.is_grad_enabled():
-        raise NotTaken("torch._addmm_activation has no gradient")
+        raise Unsupported("torch._addmm_activation has no gradient")
     return F.linear(torch._addmm_activation(b_up, x, w_up.t(), use_gelu=True), w_down, b_down)
 
 
@@ -130,7 +130,7 @@ def _has_liger(device: torch.device) -> bool:
 def _fused_adamw(param, grad, remainder, exp_avg, exp_avg_sq, step, norm=None, *, lr: float) -> None:
     """torch.optim.AdamW(fused=True)'s kernel; it has no master, so it stands beside our float32 update."""
     if remainder is not None:
-        raise NotTaken("torch's fused AdamW keeps no float32 master")
+        raise Unsupported("torch's fused AdamW keeps no float32 master")
     step += 1
     parts = [list(t.split(CHUNK)) for t in (param, grad, exp_avg, exp_avg_sq)]
     torch._fused_adamw_(*parts, [], [step] * len(parts[0]), lr=lr, beta1=0.9, beta2=0.999, weight_decay=0.01,

@@ -1,21 +1,22 @@
-"""llama.cpp, by the packages llama-cpp-python and gguf: GPT-2 as a GGUF file, quantized by llama.cpp's own tool."""
+"""llama.cpp through the packages llama-cpp-python and gguf: GPT-2 as a GGUF file, quantized by llama.cpp's own tool."""
 
 from __future__ import annotations
 
 import ctypes
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from peakgpt.bench.contenders.contender import Decode, Workload
 from peakgpt.engine.model.config import GPTConfig
 
-if TYPE_CHECKING:
-    from peakgpt.bench.streams import Case, Continue
-
-FILES = {"bfloat16": "LLAMA_FTYPE_MOSTLY_BF16", "int8": "LLAMA_FTYPE_MOSTLY_Q8_0", "int4": "LLAMA_FTYPE_MOSTLY_Q4_0"}
+FILE_TYPES = {
+    "bfloat16": "LLAMA_FTYPE_MOSTLY_BF16",
+    "int8": "LLAMA_FTYPE_MOSTLY_Q8_0",
+    "int4": "LLAMA_FTYPE_MOSTLY_Q4_0",
+}
 NAMES = {
     "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
     "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
@@ -50,8 +51,8 @@ def write_gguf(path: Path, state: dict[str, Tensor], config: GPTConfig) -> None:
     file.close()
 
 
-def llama_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
-    """All streams in one batch a pass; flash attention and a cache in float16, which are its defaults."""
+def llama_cpp_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    """Decode all streams in one batch, with llama.cpp's defaults: flash attention and a float16 cache."""
     import llama_cpp as lib
     import numpy as np
 
@@ -60,41 +61,50 @@ def llama_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form: str) 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.gguf")
         write_gguf(path, state, config)
-        if form in FILES:
-            how, whole = lib.llama_model_quantize_default_params(), path
-            how.ftype, how.nthread, path = getattr(lib, FILES[form]), torch.get_num_threads(), path.with_suffix(".q")
-            _zero(lib.llama_model_quantize(str(whole).encode(), str(path).encode(), ctypes.byref(how)))
+        if weights in FILE_TYPES:
+            options, float32_path = lib.llama_model_quantize_default_params(), path
+            options.ftype, options.nthread, path = (
+                getattr(lib, FILE_TYPES[weights]),
+                torch.get_num_threads(),
+                path.with_suffix(".q"),
+            )
+            _expect_success(
+                lib.llama_model_quantize(str(float32_path).encode(), str(path).encode(), ctypes.byref(options))
+            )
         model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
-        (model or _zero(1)) and path.touch()  # the mapped file may go: the mapping keeps it
-    how = lib.llama_context_default_params()
-    how.n_ctx, how.n_seq_max, how.kv_unified = len(ids) * (case.prompt + case.tokens), len(ids), True
-    how.n_batch = how.n_ubatch = max(ids.numel(), 64)
-    how.n_threads = how.n_threads_batch = torch.get_num_threads()
-    context = lib.llama_init_from_model(model, how)
+        (model or _expect_success(1)) and path.touch()  # the memory mapping outlives the file
+    options = lib.llama_context_default_params()
+    options.n_ctx, options.n_seq_max, options.kv_unified = (
+        len(ids) * (workload.prompt + workload.tokens),
+        len(ids),
+        True,
+    )
+    options.n_batch = options.n_ubatch = max(ids.numel(), 64)
+    options.n_threads = options.n_threads_batch = torch.get_num_threads()
+    context = lib.llama_init_from_model(model, options)
     batch = lib.llama_batch_init(ids.numel(), 0, 1)
 
     def step(rows: Tensor, past: int) -> np.ndarray:
-        """The next token of each stream, (streams,)."""
+        """Return the next token of each stream, (streams,)."""
         count, width = rows.shape
         batch.n_tokens = rows.numel()
         for i, token in enumerate(rows.flatten().tolist()):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, past + i % width, 1
             batch.seq_id[i][0], batch.logits[i] = i // width, i % width == width - 1
-        _zero(lib.llama_decode(context, batch))
+        _expect_success(lib.llama_decode(context, batch))
         logits = [lib.llama_get_logits_ith(context, i * width + width - 1) for i in range(count)]
         return np.array([np.ctypeslib.as_array(z, (config.vocab_size,)).argmax() for z in logits])
 
-    def run(kept: object = silent) -> Tensor:  # what is called back must live
+    def run(log_callback: object = silent) -> Tensor:  # keeps the callback alive
         lib.llama_memory_clear(lib.llama_get_memory(context), False)
         tokens = [torch.from_numpy(step(ids, 0))]
-        for past in range(case.prompt, case.prompt + case.tokens - 1):
+        for past in range(workload.prompt, workload.prompt + workload.tokens - 1):
             tokens.append(torch.from_numpy(step(tokens[-1][:, None], past)))
         return torch.stack(tokens, 1)
 
     return run
 
 
-def _zero(code: int) -> None:
+def _expect_success(code: int) -> None:
     if code:
         raise RuntimeError(f"llama.cpp: got code {code}, expected 0")
-

@@ -1,8 +1,8 @@
-"""GPT-2 with a cache as a graph, for engines that run graphs: onnxruntime and OpenVINO.
+"""GPT-2 with a KV cache exported as a graph, for onnxruntime and OpenVINO.
 
-Plain torch is traced with the keys and values so far as inputs and all of them as outputs, as optimum exports models.
-onnxruntime's 8 bits are its dynamic quantization of products (per output); OpenVINO keeps the cache as state, its bf16
-is a hint over float32 weights, and its 8 bits are weights only, by the package nncf.
+Plain torch is traced with past keys and values as inputs and all keys and values as outputs, as optimum exports models.
+onnxruntime's int8 is dynamic quantization of MatMul, per output channel. OpenVINO keeps the cache as state; its
+bfloat16 is a precision hint over float32 weights, and its int8 is weight-only, by the package nncf.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peakgpt.bench.eager_gpt import EagerGPT
+from peakgpt.bench.contenders.contender import Decode, Workload
+from peakgpt.bench.contenders.eager_gpt import EagerGPT
 from peakgpt.engine.model.config import GPTConfig
-
-if TYPE_CHECKING:
-    from peakgpt.bench.streams import Case, Continue
 
 
 class GraphGPT(EagerGPT):
-    """(ids (B, T), order (B,), keys and values of each layer (B, H, S, D)) -> (logits of the last token, all keys and
-    values); text i continues where text order[i] was, which engines with beams want."""
+    """(ids (B, T), order (B,), past keys and values of each layer (B, H, S, D)) -> (logits of the last
+    token, all keys and values). Sequence i continues sequence order[i], as beam search needs."""
 
     def forward(self, ids: Tensor, order: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         t, before = self.transformer, past[0].shape[2]
@@ -47,7 +44,7 @@ class GraphGPT(EagerGPT):
 
 
 def _example(state, config: GPTConfig, ids: Tensor) -> tuple[GraphGPT, tuple[Tensor, ...], list[str], list[str]]:
-    """The module, inputs to trace it with, and the names of inputs and outputs."""
+    """Return the module, example inputs for tracing, and the names of inputs and outputs."""
     model = GraphGPT(config)
     model.load_state_dict(state)
     past = [torch.zeros(len(ids), config.n_head, 3, config.head_dim)] * (2 * config.n_layer)
@@ -56,8 +53,8 @@ def _example(state, config: GPTConfig, ids: Tensor) -> tuple[GraphGPT, tuple[Ten
     return model.eval(), (ids, torch.arange(len(ids)), *past), inputs, ["logits", *(f"present.{n}" for n in names)]
 
 
-def onnxruntime_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
-    """Keys and values go back as they came out, without a copy."""
+def onnxruntime_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    """Feed keys and values back without a copy."""
     import numpy as np
     import onnxruntime as ort
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -69,9 +66,9 @@ def onnxruntime_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form:
         axes = {name: {2: "tokens"} for name in (*inputs[2:], *outputs[1:])}
         torch.onnx.export(model, example, path, input_names=inputs, output_names=outputs, dynamo=False,
                           opset_version=17, dynamic_axes={"ids": {1: "new"}, **axes})  # fmt: skip
-        if form == "int8":
-            whole, path = path, str(Path(folder, "int8.onnx"))
-            quantize_dynamic(whole, path, op_types_to_quantize=["MatMul"], per_channel=True,
+        if weights == "int8":
+            float32_path, path = path, str(Path(folder, "int8.onnx"))
+            quantize_dynamic(float32_path, path, op_types_to_quantize=["MatMul"], per_channel=True,
                              weight_type=QuantType.QInt8)  # fmt: skip
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
@@ -82,7 +79,7 @@ def onnxruntime_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form:
 
     def run() -> Tensor:
         tokens, new, past = [], ids.numpy(), first
-        for _ in range(case.tokens):
+        for _ in range(workload.tokens):
             feed = dict(zip(inputs, [value(np.ascontiguousarray(new)), order, *past], strict=True))
             logits, *past = session.run_with_ort_values(outputs, feed)
             new = logits.numpy()[:, 0].argmax(-1)[:, None]
@@ -92,8 +89,8 @@ def onnxruntime_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form:
     return run
 
 
-def openvino_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form: str) -> Continue:
-    """As optimum-intel makes its models: a cache that is the request's state, gathered by text."""
+def openvino_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    """Export as optimum-intel does: the cache is the state of the request, gathered by sequence."""
     import numpy as np
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -109,13 +106,13 @@ def openvino_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form: st
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})
     apply_make_stateful_transformation(graph, dict(zip(inputs[2:], outputs[1:], strict=True)))
-    request = openvino_request(graph, form)
+    request = openvino_request(graph, weights)
     order = np.arange(batch)
 
     def run() -> Tensor:
         request.reset_state()
         tokens, new = [], ids.numpy()
-        for _ in range(case.tokens):
+        for _ in range(workload.tokens):
             logits = request.infer({"ids": new, "order": order}, share_inputs=True, share_outputs=True)[0]
             new = logits[:, 0].argmax(-1)[:, None]
             tokens.append(torch.from_numpy(new))
@@ -124,19 +121,21 @@ def openvino_decoder(state, config: GPTConfig, ids: Tensor, case: Case, form: st
     return run
 
 
-def openvino_request(graph, form: str):
-    """A graph of float32 weights compiled for the CPU and latency.
+def openvino_request(graph, weights: str):
+    """Compile a graph of float32 weights for the CPU and low latency.
 
-    8 bits are nncf's weights, symmetric by output, in a bfloat16 graph: the fastest of its ways, 137 tokens/s of GPT-2
-    124M with one stream and 602 with eight; asymmetric 129 and 497, in float32 132 and 476 (2-core Zen 4, 2026-11-21).
+    int8 is nncf's symmetric weight compression in a bfloat16 graph, the fastest option: 137 tokens/s of GPT-2 124M with
+    one stream and 602 with eight; asymmetric 129 and 497, in float32 132 and 476 (2-core Zen 4, 2026-11-21).
     """
     import openvino
 
-    if form == "int8":
-        with contextlib.redirect_stdout(sys.stderr):  # its log and progress; a worker's standard output is for answers
+    if weights == "int8":
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # its log: standard output of a worker process is reserved for reports
             import nncf
 
             graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
-    options = {"INFERENCE_PRECISION_HINT": "f32" if form == "float32" else "bf16", "PERFORMANCE_HINT": "LATENCY",
+    options = {"INFERENCE_PRECISION_HINT": "f32" if weights == "float32" else "bf16", "PERFORMANCE_HINT": "LATENCY",
                "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
     return openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
