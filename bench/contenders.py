@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 
 # glibc keeps freed blocks and backs them with huge pages: eager's bf16 step is 29 % shorter (bench/results, 2026-11).
 TUNED_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=40000000000:glibc.malloc.hugetlb=1"
@@ -26,7 +27,7 @@ State = Mapping[str, Tensor]
 class Contender:
     """How one contender is built from a state, and the environment that its process starts with."""
 
-    build: Callable[[State, GPTConfig, Recipe, torch.device], Any]
+    build: Callable[[State, GPTConfig, TrainConfig, torch.device], Any]
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -36,17 +37,17 @@ def _loaded(model: nn.Module, state: State, device: torch.device) -> nn.Module:
     return model
 
 
-def _ours(state: State, config: GPTConfig, recipe: Recipe, device: torch.device) -> Trainer:
+def _ours(state: State, config: GPTConfig, recipe: TrainConfig, device: torch.device) -> Trainer:
     with device:  # drawing a billion weights on the host takes longer than the benchmark may
         model = GPT(config)
     return Trainer(_loaded(model, state, device), recipe, steps=STEPS)
 
 
-def _eager(state: State, config: GPTConfig, recipe: Recipe, device: torch.device) -> EagerTrainer:
+def _eager(state: State, config: GPTConfig, recipe: TrainConfig, device: torch.device) -> EagerTrainer:
     return EagerTrainer(_loaded(EagerGPT(config), state, device), recipe, steps=STEPS)
 
 
-def _compiled(state: State, config: GPTConfig, recipe: Recipe, device: torch.device) -> EagerTrainer:
+def _compiled(state: State, config: GPTConfig, recipe: TrainConfig, device: torch.device) -> EagerTrainer:
     trainer = _eager(state, config, recipe, device)
     trainer.model = torch.compile(trainer.model)
     return trainer
@@ -61,7 +62,7 @@ CONTENDERS = {
 }
 
 
-def start(config: GPTConfig, recipe: Recipe, device: torch.device) -> tuple[State, tuple[Tensor, Tensor]]:
+def start(config: GPTConfig, recipe: TrainConfig, device: torch.device) -> tuple[State, tuple[Tensor, Tensor]]:
     """What every contender starts from, the same in each process.
 
     Returns:
@@ -83,7 +84,7 @@ def training_step(request: Mapping[str, Any]) -> Callable[[], float]:
         A function that makes one update and returns its loss; it holds nothing but the trainer and the batch.
     """
     device, config = torch.device("cpu"), GPTConfig(**request["config"])
-    recipe = Recipe(batch=request["batch"], tokens=request["tokens"], dtype=getattr(torch, request["dtype"]),
+    recipe = TrainConfig(batch=request["batch"], tokens=request["tokens"], dtype=getattr(torch, request["dtype"]),
                     warmup=request["warmup"], recompute=request["recompute"])  # fmt: skip
     state, batch = start(config, recipe, device)
     trainer = CONTENDERS[request["contender"]].build(state, config, recipe, device)

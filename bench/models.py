@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.layers import swap_layout
-from peakgpt.engine.model.quantized import Format, quantize_state, restore
+from peakgpt.engine.model.quantized import Format
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def our_model(state: dict[str, Tensor], config: GPTConfig, form: str, group: int
     """The model of a state with weights in a form; what is not quantized is bfloat16 then."""
     if form in ("int8", "int4"):
         how = Format(8) if form == "int8" else Format(4, group)
-        return restore(GPT(config), quantize_state(state, how), how, torch.bfloat16)
+        return load_quantized(GPT(config), quantize_state(state, how), how, torch.bfloat16)
     model = GPT(config)
     model.load_state_dict(state, assign=True)
     return model.to(getattr(torch, form)).eval()

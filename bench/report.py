@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peakgpt.bench.findings import OURS, Findings
-from peakgpt.kernels.files import write_whole
+from peakgpt.kernels.files import write_atomically
 from peakgpt.kernels.hardware.clock import Result, Timing, ratio
 
 STYLE = """
@@ -243,7 +243,7 @@ def write_report(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>peakgpt run</title><style>{STYLE}</style><h1>peakgpt run</h1>{''.join(parts)}</html>\n"
     )
-    write_whole(Path(path), page.encode())
+    write_atomically(Path(path), page.encode())
 
 
 def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -20,7 +20,7 @@ from peakgpt.engine.graph_capture import WARMUP
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
-from peakgpt.engine.training.trainer import Recipe
+from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.hardware.clock import Result
 from peakgpt.kernels.hardware.device import peak_for
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> Findings:
     found, config = Findings(), preset(args.model)
     for dtype in args.dtype or ("float32", "bfloat16"):
-        recipe = Recipe(batch=args.batch, tokens=args.tokens, dtype=getattr(torch, dtype), warmup=0.0,
+        recipe = TrainConfig(batch=args.batch, tokens=args.tokens, dtype=getattr(torch, dtype), warmup=0.0,
                         recompute=args.recompute)  # fmt: skip
         found.results += compare_training(config, recipe, device, args.contenders, rounds=args.rounds)
     return found
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, device: torch.device) -> Findings:
 
 def compare_training(
     config: GPTConfig,
-    recipe: Recipe,
+    recipe: TrainConfig,
     device: torch.device,
     names: Sequence[str] | None = None,
     *,
@@ -124,7 +124,7 @@ class Local:
 
 
 def _starts(
-    config: GPTConfig, recipe: Recipe, device: torch.device, names: Sequence[str]
+    config: GPTConfig, recipe: TrainConfig, device: torch.device, names: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], Stepper]]]:
     if device.type == "cpu":
         request = {"make": "peakgpt.bench.contenders:training_step", "threads": torch.get_num_threads(),

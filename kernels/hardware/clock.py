@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from peakgpt.kernels.files import write_whole
+from peakgpt.kernels.files import write_atomically
 
 MIN_TIMING_S = 2e-3  # perf_counter and a thread pool's wake-up cost some 10 us: under 1 % of this
 JUDGED_S = 0.2  # /proc/stat counts in 10 ms ticks: 0.2 s on one CPU is 20 ticks, so that 10 % is 2
@@ -392,7 +392,7 @@ def write_results(
                 "checks": list(checks), "failures": list(failures)}  # fmt: skip
     text = "{\n" + ",\n".join(f"{json.dumps(key)}: {_json_rows(value)}" for key, value in document.items()) + "\n}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f"{text}\n".encode())
+    write_atomically(path, f"{text}\n".encode())
 
 
 def _json_rows(value: Any) -> str:

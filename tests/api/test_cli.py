@@ -17,7 +17,8 @@ from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training.trainer import Trainer, best_dtype
+from peakgpt.engine.training.train_config import best_dtype
+from peakgpt.engine.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -146,7 +147,7 @@ def test_a_resumed_run_gives_the_uninterrupted_ones_losses_bit_for_bit(tmp_path,
         run = tmp_path / name
         argv = ["train", "--text", str(library), "--out", str(run), *sizes]
         if name == "broken":
-            monkeypatch.setattr(Trainer, "step", lambda t, *pair: ctrl_c(t.done == 2) or step(t, *pair))
+            monkeypatch.setattr(Trainer, "step", lambda t, *pair: ctrl_c(t.steps_done == 2) or step(t, *pair))
             assert main(argv) == 130
             assert "--resume" in capsys.readouterr().out
             monkeypatch.setattr(Trainer, "step", step)

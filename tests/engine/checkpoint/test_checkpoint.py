@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import peakgpt
-from peakgpt.engine.checkpoint import checkpoint
+from peakgpt.engine.checkpoint import model_folder
+from peakgpt.engine.checkpoint.training_state import load_training_state, save_training_state
 from peakgpt.engine.model.layers import CONV1D
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 37}
@@ -356,7 +357,7 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", half)
+    monkeypatch.setattr(model_folder, "write_safetensors", half)
     for folder in (tmp_path, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
             our_model(activation="relu").save_pretrained(folder)
@@ -415,13 +416,13 @@ def test_resume_is_bit_exact(tmp_path, dtype):
 
     model, optimizer = build(1e-2)
     train(model, optimizer, 3)
-    checkpoint.save_training_state(tmp_path, model, optimizer, {"step": 3, "cursor": [1, 2]})
+    save_training_state(tmp_path, model, optimizer, {"step": 3, "cursor": [1, 2]})
     expected = train(model, optimizer, 3)
 
     torch.manual_seed(99)
     again, resumed = build(1.0)
     train(again, resumed, 1)
-    assert checkpoint.load_training_state(tmp_path, again, resumed) == {"step": 3, "cursor": [1, 2]}
+    assert load_training_state(tmp_path, again, resumed) == {"step": 3, "cursor": [1, 2]}
     assert train(again, resumed, 3) == expected
     ours, theirs = resumed.master_weights(again), optimizer.master_weights(model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -432,11 +433,11 @@ def test_a_foreign_training_state_is_refused(tmp_path):
     model = our_model()
     optimizer = model.configure_optimizer()
     with pytest.raises(ValueError, match=r"training_state.safetensors: .*expected a whole safetensors file"):
-        checkpoint.load_training_state(tmp_path, model, optimizer)
-    checkpoint.save_training_state(tmp_path, model, optimizer, {})
+        load_training_state(tmp_path, model, optimizer)
+    save_training_state(tmp_path, model, optimizer, {})
     other = our_model(n_embd=32)
     with pytest.raises(ValueError, match=r"transformer.wte.weight is .*\(37, 16\), expected .*\(37, 32\)"):
-        checkpoint.load_training_state(tmp_path, other, other.configure_optimizer())
+        load_training_state(tmp_path, other, other.configure_optimizer())
     save_file({"x": torch.ones(1)}, tmp_path / "training_state.safetensors")
     with pytest.raises(ValueError, match="got no training state in it"):
-        checkpoint.load_training_state(tmp_path, model, optimizer)
+        load_training_state(tmp_path, model, optimizer)

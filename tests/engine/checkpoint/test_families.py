@@ -102,7 +102,7 @@ def test_logits_loss_and_gradients_equal_transformers(pair, backend):
     torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
     family = families.family_of(ours.config)
     expected = file_names({name: p.grad for name, p in theirs.named_parameters()})
-    grads = family.to_theirs(ours.config, {name: p.grad for name, p in ours.named_parameters()})
+    grads = family.to_layout(ours.config, {name: p.grad for name, p in ours.named_parameters()})
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -334,6 +334,6 @@ def test_a_family_that_is_data_is_one_row(tmp_path):
     config = row.config({"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": T, "vocab_size": V}, dropout=0.0)
     assert row.differences(config) == [] and config.norm == "rms"
     model = peakgpt.GPT(config)
-    theirs = row.to_theirs(config, model.state_dict())
-    assert all(torch.equal(row.to_ours(config, name, theirs), tensor) for name, tensor in model.state_dict().items())
+    state, theirs = model.state_dict(), row.to_layout(config, model.state_dict())
+    assert all(torch.equal(row.from_layout(config, name, theirs), tensor) for name, tensor in state.items())
     assert model(batch()[0]).shape == (2, 17, V)

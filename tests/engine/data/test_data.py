@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from peakgpt.engine.data import shards as data
+from peakgpt.engine.data.batches import Batches, validation_batches
 from peakgpt.engine.data.corpus import load_corpus
-from peakgpt.engine.data.shards import Batches, TokenShards, prepare, validation_windows, write_shards
+from peakgpt.engine.data.shards import TokenShards, tokenize_corpus, write_shards
 from peakgpt.engine.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 
@@ -401,7 +402,7 @@ def test_too_little_data(tmp_path):
     with pytest.raises(ValueError, match="training data: got 64 tokens, expected at least 65 for one batch of 4 x 16"):
         Batches(shards, 4, 16, seed=0)
     with pytest.raises(ValueError, match="validation data: got 64 tokens, expected at least 65 for one window"):
-        validation_windows(shards, 1, 64)
+        validation_batches(shards, 1, 64)
     for sizes in ((0, 16), (4, 0)):
         with pytest.raises(ValueError, match="batch x tokens: got"):
             Batches(shards, *sizes, seed=0)
@@ -415,7 +416,7 @@ def test_too_little_data(tmp_path):
 )
 def test_validation_sweep(tmp_path, count, batch, rows, batches):
     shards = stream(tmp_path, count)
-    sweep = list(validation_windows(shards, batch, 16))
+    sweep = list(validation_batches(shards, batch, 16))
     assert len(sweep) == batches
     ids = torch.cat([ids for ids, _ in sweep])
     assert torch.equal(ids.flatten(), torch.arange(batches * rows * 16))
@@ -424,7 +425,7 @@ def test_validation_sweep(tmp_path, count, batch, rows, batches):
 
 def test_large_ids_survive(tmp_path):
     shards = stream(tmp_path, 70_001, vocab_size=70_001, shard_tokens=50_000)
-    assert max(int(targets.max()) for _, targets in validation_windows(shards, 10, 100)) == 70_000
+    assert max(int(targets.max()) for _, targets in validation_batches(shards, 10, 100)) == 70_000
 
 
 def test_prepare(tmp_path):
@@ -432,7 +433,7 @@ def test_prepare(tmp_path):
     write_files(tmp_path / "text", [400] * 40)
     corpus = load_corpus([tmp_path / "text"])
     tokenizer = train_tokenizer((d.text for d in corpus.train), 300)
-    opened = prepare(corpus, tokenizer, tmp_path / "tokens")
+    opened = tokenize_corpus(corpus, tokenizer, tmp_path / "tokens")
     for shards, side in zip(opened, (corpus.train, corpus.validation), strict=True):
         ids = np.empty(len(shards), np.int64)
         shards.read(0, ids)

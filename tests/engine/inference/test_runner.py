@@ -8,6 +8,7 @@ out, scales of keys that are not there yet not zeroed, bytes cut off instead of 
 import pytest
 import torch
 
+from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.block_pool import BlockMemory
@@ -15,7 +16,7 @@ from peakgpt.engine.inference.ops_runner import runner_for
 from peakgpt.engine.inference.paged_runner import PagedRunner
 from peakgpt.engine.inference.runner import Chunk, Runner
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.quantized import Format, quantize_state, restore
+from peakgpt.engine.model.quantized import Format
 from peakgpt.kernels.ops.cache_store import quantize_heads
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 300, "vocab_size": 97}
@@ -97,7 +98,7 @@ def test_same_bits_however_tokens_come(config, dtype, isa):
 def test_quantized_models(name, form, dtype, isa):
     config = GPTConfig(**SIZES, **MODELS[name])
     state = quantize_state(model_of(config, torch.float32).state_dict(), form)
-    model, ids = restore(GPT(config), state, form, dtype), torch.randint(97, (150,))
+    model, ids = load_quantized(GPT(config), state, form, dtype), torch.randint(97, (150,))
     runner = Runner(model, blocks=7)
     expected = whole(runner, ids)
     share = {torch.float32: 2e-2, torch.bfloat16: 6e-2}[dtype]  # a byte of an input may fall to the other side

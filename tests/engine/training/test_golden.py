@@ -12,7 +12,8 @@ import torch
 from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 
 FILE = Path(__file__).with_name("golden_losses.json")
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=67)
@@ -31,7 +32,7 @@ def batches():
 def losses(dtype, seed=0, eager=False):
     """Means of EVERY steps."""
     torch.manual_seed(seed)
-    model, recipe = GPT(CONFIG), Recipe(batch=4, tokens=16, lr=3e-3, dtype=dtype)
+    model, recipe = GPT(CONFIG), TrainConfig(batch=4, tokens=16, lr=3e-3, dtype=dtype)
     if eager:
         plain = EagerGPT(CONFIG)
         plain.load_state_dict(model.state_dict())

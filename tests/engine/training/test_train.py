@@ -9,7 +9,9 @@ import torch
 from peakgpt.bench.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.pair import SharedBatches
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.training.trainer import Recipe, Trainer, schedule
+from peakgpt.engine.training.schedule import learning_rate
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.core.dispatch import use_backend
 
@@ -30,7 +32,7 @@ def test_twenty_steps_give_eagers_losses(dtype, tolerance):
     model = GPT.from_preset("gpt2", **TINY)
     eager = EagerGPT(model.config)
     eager.load_state_dict(model.state_dict())
-    recipe = Recipe(batch=4, tokens=16, lr=3e-3, dtype=dtype)
+    recipe = TrainConfig(batch=4, tokens=16, lr=3e-3, dtype=dtype)
     trainers = {"peakgpt": Trainer(model, recipe, steps=20), "eager": EagerTrainer(eager, recipe, steps=20)}
     shared = SharedBatches(batches(), torch.device("cpu"), trainers)
     for _ in range(20):
@@ -42,7 +44,7 @@ def test_twenty_steps_give_eagers_losses(dtype, tolerance):
 def test_bf16_training_keeps_a_float32_master():
     model = GPT.from_preset("gpt2", **TINY)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = Trainer(model, Recipe(batch=4, tokens=16, dtype=torch.bfloat16), steps=5)
+    trainer = Trainer(model, TrainConfig(batch=4, tokens=16, dtype=torch.bfloat16), steps=5)
     masters = trainer.optimizer.master_weights(model)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16 and torch.equal(masters[name], before[name])
@@ -59,8 +61,8 @@ def test_shared_batches_are_the_same_for_all_and_not_kept_longer_than_needed():
 
 
 def test_schedule_warms_up_and_falls_to_zero():
-    recipe = Recipe(lr=1.0, warmup=0.1)
-    rates = [schedule(recipe, step, 100) for step in range(101)]
+    recipe = TrainConfig(lr=1.0, warmup=0.1)
+    rates = [learning_rate(recipe, step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[100] == 0.0
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
@@ -76,7 +78,7 @@ def test_schedule_warms_up_and_falls_to_zero():
 )
 def test_recipe_says_what_is_wrong(fields, text):
     with pytest.raises(ValueError, match=text):
-        Recipe(**fields)
+        TrainConfig(**fields)
 
 
 @pytest.mark.parametrize("config", [{}, {"tied_head": False, "head_bias": True}], ids=str)
@@ -87,7 +89,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch(micro_batch, config):
     for size in (None, micro_batch):
         torch.manual_seed(0)
         model = GPT.from_preset("gpt2", **TINY, **config)
-        trainer = Trainer(model, Recipe(batch=4, tokens=16, micro_batch=size, lr=1e-2), steps=5)
+        trainer = Trainer(model, TrainConfig(batch=4, tokens=16, micro_batch=size, lr=1e-2), steps=5)
         losses = []
         for ids, targets in itertools.islice(batches(), 3):
             targets[0, 2:] = -100
