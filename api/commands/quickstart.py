@@ -43,9 +43,7 @@ CONTENDERS = ("peakgpt", "eager")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="approximate wall time of the command (default 5)")
-    parser.add_argument(
-        "--text", nargs="+", metavar="FILE", help="UTF-8 files or folders (default: Python's library)"
-    )
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 files or folders (default: Python's library)")
     parser.add_argument("--device", help='"cpu" or "cuda" (default: the CUDA device if there is one)')
     parser.add_argument("--out", help="folder of the run (default runs/quickstart-DATE-TIME)")
     parser.add_argument("--seed", type=int, default=CONFIG.seed, help="seed of initial weights and data order")

@@ -61,9 +61,7 @@ def _quantized_module(name: str, state: Mapping[str, Tensor]) -> str | None:
     return module if kind == "weight" and (LAYERS.match(module) or module == last) else None
 
 
-def load_quantized(
-    model: Transformer, tensors: Mapping[str, Tensor], form: Format, dtype: torch.dtype
-) -> Transformer:
+def load_quantized(model: Transformer, tensors: Mapping[str, Tensor], form: Format, dtype: torch.dtype) -> Transformer:
     """Replace a model's weights by quantized ones. The model does not share memory with `tensors`.
 
     Args:
