@@ -168,8 +168,8 @@ def engine_step(request: Mapping[str, Any]) -> Callable[[], float]:
                 if output.error:
                     raise output.error
                 left -= len(output.token_ids)
-                if output.finish:
-                    submit(streams.pop(output.request), workload.tokens)
+                if output.finish_reason:
+                    submit(streams.pop(output.request_id), workload.tokens)
         return 0.0
 
     return step

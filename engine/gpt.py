@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint import checkpoint
-from peakgpt.engine.checkpoint import quantized as quantized_folder
+from peakgpt.engine.checkpoint.model_folder import read_config, read_weights, write_model
+from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, padding_start, sampling_params, stream
@@ -51,13 +51,13 @@ class GPT(Transformer):
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
         """
-        family, config = checkpoint.read_config(folder, dropout=dropout)
+        family, config = read_config(folder, dropout=dropout)
         with torch.device("meta"):
             model = cls(config)
-        if form := quantized_folder.read_format(folder):
-            return quantized_folder.read(folder, model, form, dtype)
+        if form := read_format(folder):
+            return read_quantized(folder, model, form, dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(checkpoint.read_weights(folder, family, config, shapes, dtype), assign=True)
+        model.load_state_dict(read_weights(folder, family, config, shapes, dtype), assign=True)
         return model.eval()
 
     def save_pretrained(
@@ -82,7 +82,7 @@ class GPT(Transformer):
         if any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise ValueError("save_pretrained: got a quantized model, expected float weights; copy its folder instead")
         state = {name: t.to(dtype or t.dtype) for name, t in {**self.state_dict(), **(weights or {})}.items()}
-        checkpoint.write_model(folder, self.config, state, tokenizer, max_shard_size)
+        write_model(folder, self.config, state, tokenizer, max_shard_size)
 
     def generate(
         self,

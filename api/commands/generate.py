@@ -12,7 +12,7 @@ from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
 from peakgpt.engine.inference.prompt_file import read_prompt
 from peakgpt.engine.inference.speculative import DraftModel, PromptLookup, Speculation
-from peakgpt.engine.training.trainer import best_dtype
+from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.kernels.hardware.device import choose_device
 
 LOOKUP = "lookup"

@@ -13,7 +13,7 @@ from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.evaluation.zero_shot import ZeroShot
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
-from peakgpt.engine.training.trainer import best_dtype
+from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.kernels.hardware.device import choose_device
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.optimizer import decay_groups
-from peakgpt.engine.training.trainer import Recipe, schedule
+from peakgpt.engine.training.schedule import learning_rate
+from peakgpt.engine.training.train_config import TrainConfig
 
 
 class Attention(nn.Module):
@@ -96,7 +97,7 @@ class EagerGPT(nn.Module):
 class EagerTrainer:
     """The same recipe as peakgpt's Trainer in plain torch: fused AdamW, autocast, torch's clipping."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, *, steps: int):
+    def __init__(self, model: nn.Module, recipe: TrainConfig, *, steps: int):
         self.model, self.recipe, self.steps, self.done = model, recipe, steps, 0
         groups = decay_groups(model, recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
@@ -110,7 +111,7 @@ class EagerTrainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = schedule(self.recipe, self.done, self.steps)
+            group["lr"] = learning_rate(self.recipe, self.done, self.steps)
         self.optimizer.step()
         self.done += 1
         return loss.detach()

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.layers import swap_layout
-from peakgpt.engine.model.quantized import Format, quantize_state, restore
+from peakgpt.engine.model.quantized import Format
 
 
 def our_model(state: dict[str, Tensor], config: GPTConfig, weights: str, group: int = 64) -> GPT:
@@ -21,7 +22,7 @@ def our_model(state: dict[str, Tensor], config: GPTConfig, weights: str, group: 
     """
     if weights in ("int8", "int4"):
         quantization = Format(8) if weights == "int8" else Format(4, group)
-        return restore(GPT(config), quantize_state(state, quantization), quantization, torch.bfloat16)
+        return load_quantized(GPT(config), quantize_state(state, quantization), quantization, torch.bfloat16)
     model = GPT(config)
     model.load_state_dict(state, assign=True)
     return model.to(getattr(torch, weights)).eval()

@@ -17,7 +17,8 @@ from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training.trainer import Trainer, best_dtype
+from peakgpt.engine.training.train_config import best_dtype
+from peakgpt.engine.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -97,7 +98,7 @@ def test_other_programs_without_their_packages_are_clear(run, name, missing, arg
     assert text in f"{said.out}{said.err}{stop.value.code}"
 
 
-def test_quickstart_from_text_to_report(tmp_path):
+def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(tmp_path):
     """Tiny, but whole: tokenizer, training beside eager, checkpoint, sample, report."""
     text = tmp_path / "text"
     text.mkdir()
@@ -127,7 +128,7 @@ def test_quickstart_from_text_to_report(tmp_path):
     assert "5 tokens" in subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
 
 
-def test_ctrl_c_before_the_first_step_leaves_a_checkpoint(tmp_path, capsys, monkeypatch):
+def test_quickstart_interrupted_before_the_first_step_leaves_a_checkpoint(tmp_path, capsys, monkeypatch):
     def interrupted(session, budget_s):
         raise KeyboardInterrupt
 
@@ -138,7 +139,7 @@ def test_ctrl_c_before_the_first_step_leaves_a_checkpoint(tmp_path, capsys, monk
     assert GPT.from_pretrained(run / "checkpoint")
 
 
-def test_a_resumed_run_gives_the_uninterrupted_ones_losses_bit_for_bit(tmp_path, capsys, monkeypatch):
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(tmp_path, capsys, monkeypatch):
     library = Path(json.__file__).parent
     sizes = ["--steps", "6", "--batch", "2", "--tokens", "32", "--vocab", "300"]
     losses, step = {}, Trainer.step
@@ -146,7 +147,7 @@ def test_a_resumed_run_gives_the_uninterrupted_ones_losses_bit_for_bit(tmp_path,
         run = tmp_path / name
         argv = ["train", "--text", str(library), "--out", str(run), *sizes]
         if name == "broken":
-            monkeypatch.setattr(Trainer, "step", lambda t, *pair: ctrl_c(t.done == 2) or step(t, *pair))
+            monkeypatch.setattr(Trainer, "step", lambda t, *pair: ctrl_c(t.steps_done == 2) or step(t, *pair))
             assert main(argv) == 130
             assert "--resume" in capsys.readouterr().out
             monkeypatch.setattr(Trainer, "step", step)

@@ -8,7 +8,8 @@ import torch
 
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.cpu import linear
 from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
 
@@ -36,7 +37,7 @@ def trained(dtype, config=CONFIG):
     """Master weights, losses and the gradient norm of three steps."""
     torch.manual_seed(0)
     model = GPT(config)
-    trainer = Trainer(model, Recipe(batch=3, tokens=70, dtype=dtype, lr=1e-2), steps=10)
+    trainer = Trainer(model, TrainConfig(batch=3, tokens=70, dtype=dtype, lr=1e-2), steps=10)
     ids = torch.randint(CONFIG.vocab_size, (3, 71))
     losses = [trainer.step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for _ in range(3)]
     return [*trainer.optimizer.master_weights(model).values(), *losses, trainer.optimizer.grad_norm]

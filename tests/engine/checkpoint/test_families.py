@@ -102,7 +102,7 @@ def test_logits_loss_and_gradients_equal_transformers(pair, backend):
     torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
     family = families.family_of(ours.config)
     expected = file_names({name: p.grad for name, p in theirs.named_parameters()})
-    grads = family.to_theirs(ours.config, {name: p.grad for name, p in ours.named_parameters()})
+    grads = family.to_layout(ours.config, {name: p.grad for name, p in ours.named_parameters()})
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -146,7 +146,7 @@ def test_the_engines_greedy_text_equals_transformers(pair):
 
 
 @torch.no_grad()
-def test_in_bfloat16_texts_part_only_where_two_tokens_are_as_likely(pair):
+def test_bfloat16_greedy_text_differs_only_where_two_tokens_are_equally_likely(pair):
     """Ours errs at most twice as much as torch (the rule of every op), so both may swap what is 4 such errors apart."""
     theirs, _, ours = pair
     rounded, exact = (copy.deepcopy(theirs).to(d) for d in (torch.bfloat16, torch.bfloat16))
@@ -184,7 +184,7 @@ def test_left_padding_changes_nothing(pair, backend):
     assert torch.equal(text, expected)
 
 
-def test_files_go_both_ways(pair, tmp_path):
+def test_saved_files_load_in_transformers_and_the_reverse(pair, tmp_path):
     """Tensor for tensor; transformers finds nothing missing, nothing too much, and computes the same."""
     theirs, folder, _ = pair
     ours = peakgpt.GPT.from_pretrained(folder)
@@ -198,13 +198,13 @@ def test_files_go_both_ways(pair, tmp_path):
     assert peakgpt.GPT.from_pretrained(tmp_path).config == ours.config
 
 
-def test_parameters_are_counted(pair):
+def test_parameter_count_equals_transformers(pair):
     _, _, ours = pair
     assert flops.parameter_count(ours.config) == sum(p.numel() for p in ours.parameters())
 
 
 @pytest.mark.parametrize("variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom"])
-def test_compiles_whole(variant):
+def test_each_family_compiles_as_one_graph(variant):
     kind, sizes = VARIANTS[variant]
     theirs = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=V).to_dict()
     config = families.FAMILIES[theirs["model_type"]].config(theirs, dropout=0.0)
@@ -217,7 +217,7 @@ def test_compiles_whole(variant):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_the_names_of_other_releases_are_read(pair, tmp_path):
+def test_tensor_names_of_other_releases_are_read(pair, tmp_path):
     """Of the bare model, whose names lack the prefix; with the tied head or the head's other name; with old buffers."""
     theirs, folder, ours = pair
     tensors = load_file(folder / "model.safetensors")
@@ -232,7 +232,7 @@ def test_the_names_of_other_releases_are_read(pair, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
 
 
-def test_training_drops_out_and_evaluation_does_not(pair):
+def test_dropout_is_active_in_training_only(pair):
     _, folder, plain = pair
     model = peakgpt.GPT.from_pretrained(folder, dropout=0.3)
     ids, _ = batch()
@@ -328,7 +328,7 @@ def test_nothing_in_kernels_names_a_family():
     assert not found
 
 
-def test_a_family_that_is_data_is_one_row(tmp_path):
+def test_a_new_family_is_one_row(tmp_path):
     """A family nobody has: its row alone reads, writes and runs."""
     row = dataclasses.replace(
         families.FAMILIES["gpt2"], model_type="new", architecture="NewLM", constants={"norm": "rms", "bias": False},
@@ -337,6 +337,6 @@ def test_a_family_that_is_data_is_one_row(tmp_path):
     config = row.config({"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": T, "vocab_size": V}, dropout=0.0)
     assert row.differences(config) == [] and config.norm == "rms"
     model = peakgpt.GPT(config)
-    theirs = row.to_theirs(config, model.state_dict())
-    assert all(torch.equal(row.to_ours(config, name, theirs), tensor) for name, tensor in model.state_dict().items())
+    state, theirs = model.state_dict(), row.to_layout(config, model.state_dict())
+    assert all(torch.equal(row.from_layout(config, name, theirs), tensor) for name, tensor in state.items())
     assert model(batch()[0]).shape == (2, 17, V)

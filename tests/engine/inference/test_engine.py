@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 
+from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
@@ -17,7 +18,7 @@ from peakgpt.engine.inference.scheduler import Scheduler
 from peakgpt.engine.inference.speculative import DraftModel, PromptLookup
 from peakgpt.engine.inference.text_stream import TextStream
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.quantized import Format, quantize_state, restore
+from peakgpt.engine.model.quantized import Format
 from peakgpt.kernels.core.dispatch import use_backend
 
 
@@ -105,7 +106,7 @@ def test_output_has_the_same_bits_with_quantized_weights_and_int8_cache(model, f
     """In one batch prompts are chunked, reuse prefixes and are preempted."""
     small = copy.deepcopy(model).bfloat16()
     if form:
-        small = restore(small, quantize_state(model.state_dict(), form), form, torch.bfloat16)
+        small = load_quantized(small, quantize_state(model.state_dict(), form), form, torch.bfloat16)
     expect_the_same(small, {"cache": cache}, tokens=30)
     expect_the_same(small, {"blocks": 9, "budget": 30, "cache": cache}, tokens=30)
     ids = prompts(1)[0] * 2

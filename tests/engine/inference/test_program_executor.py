@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.chunk import Chunk
@@ -17,7 +18,7 @@ from peakgpt.engine.inference.kv_cache import ContiguousKVCache, ProgramKVCache
 from peakgpt.engine.inference.program_executor import ProgramExecutor
 from peakgpt.engine.inference.torch_executor import TorchExecutor
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.quantized import Format, quantize_state, restore
+from peakgpt.engine.model.quantized import Format
 from peakgpt.kernels.ops.cache_store import quantize_heads
 
 SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 300, "vocab_size": 97}
@@ -99,7 +100,7 @@ def test_same_bits_for_any_chunks_and_batch(config, dtype, isa):
 def test_quantized_model_is_near_torch_and_bitwise_chunk_independent(name, form, dtype, isa):
     config = GPTConfig(**SIZES, **MODELS[name])
     state = quantize_state(model_of(config, torch.float32).state_dict(), form)
-    model, ids = restore(GPT(config), state, form, dtype), torch.randint(97, (150,))
+    model, ids = load_quantized(GPT(config), state, form, dtype), torch.randint(97, (150,))
     executor = ProgramExecutor(model, 7)
     expected = whole(executor, ids)
     share = {torch.float32: 2e-2, torch.bfloat16: 6e-2}[dtype]  # a byte of an input may fall to the other side
