@@ -345,7 +345,7 @@ def test_the_command_drains_on_sigterm(model, tokenizer, tmp_path):
 def test_strangers_need_a_key(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("PEAKGPT_API_KEY", raising=False)
     assert main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 2
-    assert "there is no API key" in capsys.readouterr().err
+    assert "without an API key, expected --api-key-file or $PEAKGPT_API_KEY" in capsys.readouterr().err
 
 
 def fuzz(running, count):
