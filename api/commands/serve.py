@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model-name", help="model name in requests (default: name of the folder)")
     parser.add_argument("--api-key-file", type=Path, help=f"file with the key that clients must send (or ${KEY})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--blocks", type=int, help=f"size of the KV cache in blocks of {BLOCK} tokens (default: {STREAMS}"
+    parser.add_argument("--blocks", type=int, help=f"size of the KV cache in {BLOCK}-token blocks (default: {STREAMS}"
                         f" sequences of {TYPICAL} tokens, in at most {SHARE:.0%}% of free memory)")  # fmt: skip
     parser.add_argument("--kv-cache-dtype", choices=CACHES, help="quantize the KV cache: half the memory of bfloat16")
 
