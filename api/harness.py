@@ -34,7 +34,7 @@ class PeakGPT(TemplateLM):
     Args:
         pretrained: checkpoint folder.
         dtype: dtype of the weights.
-        max_length: maximum number of tokens. Longer inputs lose their beginning, as in the harness's hf model.
+        max_length: maximum number of tokens. Longer inputs lose their beginning, as in the hf model.
         batch_size, device, max_batch_size: accepted because the harness passes them. The engine chooses its own batches.
     """
 
@@ -92,14 +92,14 @@ class PeakGPT(TemplateLM):
         return texts
 
     def _generation(self, context: str, options: dict) -> tuple[list[int], SamplingParams, list[str]]:
-        options_left = normalize_gen_kwargs(options, MAX_GEN_TOKS)
-        until = handle_stop_sequences(options_left.pop("until", None), eos=self.tokens.decode([self.eot_token_id]))
-        count, sampled = options_left.pop("max_gen_toks"), options_left.pop("do_sample", False)
-        temperature = options_left.pop("temperature", 1.0) if sampled else 0.0
-        options_left.pop("temperature", None)
-        chosen = {name: options_left.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in options_left}
-        if options_left:
-            raise ValueError(f"peakgpt: got generation options {sorted(options_left)}, expected only known ones")
+        unused = normalize_gen_kwargs(options, MAX_GEN_TOKS)
+        until = handle_stop_sequences(unused.pop("until", None), eos=self.tokens.decode([self.eot_token_id]))
+        count, sampled = unused.pop("max_gen_toks"), unused.pop("do_sample", False)
+        temperature = unused.pop("temperature", 1.0) if sampled else 0.0
+        unused.pop("temperature", None)
+        chosen = {name: unused.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in unused}
+        if unused:
+            raise ValueError(f"peakgpt: got generation options {sorted(unused)}, expected only known ones")
         if count >= self.max_length:
             raise ValueError(f"peakgpt: max_gen_toks is {count}, expected less than max_length {self.max_length}")
         ids = (self.tok_encode(context) or [self.eot_token_id])[-(self.max_length - count) :]
