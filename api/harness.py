@@ -35,7 +35,7 @@ class PeakGPT(TemplateLM):
         pretrained: checkpoint folder.
         dtype: dtype of the weights.
         max_length: maximum number of tokens. Longer inputs lose their beginning, as in the hf model.
-        batch_size, device, max_batch_size: accepted because the harness passes them. The engine chooses its own batches.
+        batch_size, device, max_batch_size: accepted, as the harness passes them. The engine makes its own batches.
     """
 
     def __init__(self, pretrained: str, dtype: str = "float32", max_length: int | None = None, batch_size=None,
@@ -97,7 +97,8 @@ class PeakGPT(TemplateLM):
         count, sampled = unused.pop("max_gen_toks"), unused.pop("do_sample", False)
         temperature = unused.pop("temperature", 1.0) if sampled else 0.0
         unused.pop("temperature", None)
-        chosen = {name: unused.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in unused}
+        names = ("top_k", "top_p", "min_p", "repetition_penalty")
+        chosen = {name: unused.pop(name) for name in names if name in unused}
         if unused:
             raise ValueError(f"peakgpt: got generation options {sorted(unused)}, expected only known ones")
         if count >= self.max_length:
