@@ -1,7 +1,7 @@
-"""Whether a patched model computes what it computed before, on its own weights.
+"""Check that a patched model computes the same outputs as before, on its own weights.
 
-A model of transformers runs one small batch with padding before and after; of any other model every replaced layer
-runs random rows by both its forwards.
+A model of transformers runs one small batch with padding before and after patching. In any other model, each replaced
+layer runs random inputs through its old and its new forward.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from peakgpt.dropin.swap import Replaced, is_fsdp2, original
+from peakgpt.dropin.class_swap import Replacement, is_fsdp2_class, original_class
 
 BATCH, TOKENS, PADDED = 2, 16, 3  # padding on the left of the first sequence
-# Of the largest output: rounding of float32 through 48 layers stays under a tenth of it; bf16 rounds at 2^-9 each time.
+# Relative to the largest output. float32 rounding through 48 layers stays under a tenth of this; bf16 rounds at 2^-9.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 LOWER = 5e-2
 
 
-def observe(model: nn.Module) -> Tensor | None:
-    """Outputs of a model of transformers for a batch of ours; None for any other model."""
+def reference_outputs(model: nn.Module) -> Tensor | None:
+    """Return the outputs of a model of transformers for a fixed random batch; None for any other model."""
     if "transformers.modeling_utils" not in sys.modules:
         return None
     from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ def observe(model: nn.Module) -> Tensor | None:
     inputs = {"input_ids": ids.to(device), "attention_mask": live.to(device)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    with _evaluating(model), torch.no_grad():
+    with _eval_mode(model), torch.no_grad():
         out = model(**inputs, return_dict=True)
     found = out.logits if "logits" in out else out[0]
     if model.config.is_encoder_decoder or found.shape[:2] != live.shape:
@@ -46,28 +46,29 @@ def observe(model: nn.Module) -> Tensor | None:
     return found[live.bool().to(device)]
 
 
-def compare(before: Tensor | None, model: nn.Module) -> str:
-    """The largest difference, in words.
+def compare_outputs(before: Tensor | None, model: nn.Module) -> str:
+    """Compare outputs after patching with those before; return a sentence with the largest difference.
 
     Raises:
-        ValueError: it is larger than rounding makes it.
+        ValueError: the difference is larger than rounding explains.
     """
     if _device(model) is None:
-        return "not done: the model has no memory of its own yet (meta device)"
+        return "not done: the parameters are on the meta device"
     if before is not None:
-        return f"outputs within {_agree('the model', observe(model), before):.1e} of the largest one"
+        error = _relative_error("the model", reference_outputs(model), before)
+        return f"outputs within {error:.1e} of the largest output"
     worst, count = 0.0, 0
-    with _evaluating(model), torch.no_grad():
+    with _eval_mode(model), torch.no_grad():
         for name, module in model.named_modules():
-            x = module._peakgpt_sample() if isinstance(module, Replaced) else None
+            x = module._peakgpt_sample() if isinstance(module, Replacement) else None
             if x is None:
                 continue
-            kind = original(module)
-            worst, count = max(worst, _agree(name, module(*x), kind.forward(module, *x))), count + 1
-    return f"{count} layers, outputs within {worst:.1e} of the largest one"
+            kind = original_class(module)
+            worst, count = max(worst, _relative_error(name, module(*x), kind.forward(module, *x))), count + 1
+    return f"{count} layers, outputs within {worst:.1e} of the largest output"
 
 
-def _agree(name: str, got: Tensor, expected: Tensor) -> float:
+def _relative_error(name: str, got: Tensor, expected: Tensor) -> float:
     got, expected = (t[0] if isinstance(t, tuple) else t for t in (got, expected))
     scale = expected.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     error = float((got.double() - expected.double()).abs().max() / scale)
@@ -83,10 +84,11 @@ def _device(model: nn.Module) -> torch.device | None:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """eval(), and each module back as it was.
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set eval() and restore the mode of each module at the end.
 
-    FSDP2 leaves a root's parameters whole after a forward: an optimizer that was then made would never see its shards.
+    FSDP2 keeps the parameters of the root module unsharded after a forward. Reshard them, or an optimizer made after
+    this check would hold the wrong tensors.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -95,5 +97,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-            if is_fsdp2(type(module)):
+            if is_fsdp2_class(type(module)):
                 module.reshard()

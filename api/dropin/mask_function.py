@@ -1,11 +1,11 @@
-"""`attn_implementation="peakgpt"`: the attention function and the mask function that transformers asks for by name.
+"""The mask function of `attn_implementation="peakgpt"`, and the registration of that name in transformers.
 
-A mask stays what it says (`Mask`) instead of a (B, 1, T, S) tensor: causal or not, a window, a range of keys for each
-sequence, offsets of packed documents. Where a pattern is none of these, transformers' own dense mask is added to the
-scores, so that it is slower and never wrong. A model that would add a mask itself, and so never calls the function
-here (BLOOM among others), meets `Mask.__radd__`, which raises.
+The mask function returns a compact `Mask` instead of a (B, 1, T, S) tensor: causal or not, a window, a range of keys
+for each sequence, offsets of packed documents. For any other pattern it returns the dense mask of transformers, which
+is slower and always right. A model that adds the mask to its scores itself (such as BLOOM) never calls our attention
+function; `Mask.__radd__` then raises an error.
 
-This module imports transformers; nothing else of peakgpt does before it is asked to.
+This module imports transformers. It is imported only when a user patches such a model or registers the name.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from peakgpt.dropin.attend import Mask, attention_forward
+from peakgpt.dropin.attention_function import Mask, attention_forward
 
 NAME = "peakgpt"
 
 
 def register_attention() -> None:
-    """Make `attn_implementation="peakgpt"` known to transformers, for `from_pretrained` and `set_attn_implementation`.
+    """Register `attn_implementation="peakgpt"` for `from_pretrained` and `set_attn_implementation`.
 
     Raises:
         ImportError: transformers is not installed.
     """
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, mask)
+    AttentionMaskInterface.register(NAME, mask_function)
 
 
 # ---- the mask function
 
 
-def mask(
+def mask_function(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -53,15 +53,16 @@ def mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Mask | Tensor:
-    """What transformers' create_*_mask functions ask for; arguments as in `transformers.masking_utils.sdpa_mask`.
+    """Make the mask for one forward of a model. Arguments as in `transformers.masking_utils.sdpa_mask`.
 
     Returns:
-        A `Mask`, or a dense bool (B, 1, T, S) where the pattern is none that it can say.
+        A `Mask`, or a dense bool tensor (B, 1, T, S) if `Mask` cannot express the pattern.
     """
     found = None
-    if not use_vmap and isinstance(q_offset, int):  # a tensor: a static cache, whose end is not that of its keys
+    # With a static cache q_offset is a tensor, and the last key in the cache is not the last valid key.
+    if not use_vmap and isinstance(q_offset, int):
         found = _traced_pattern(mask_function, local_size, batch_size, q_length, device)
-        # generate() wants a tensor for a static cache, and with a window nothing here tells that from any other cache.
+        # generate() needs a dense mask for a static cache. With a window, a static cache looks like any other here.
         generating = found is not None and found.window is not None and not torch.is_grad_enabled()
         if generating or (found is not None and found.causal and q_offset + q_length != kv_offset + kv_length):
             found = None
@@ -73,17 +74,17 @@ def mask(
     if attention_mask is None:
         return found
     padded = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    return _with_keys(found, padded[:, kv_offset : kv_offset + kv_length].to(torch.bool))
+    return _with_padding(found, padded[:, kv_offset : kv_offset + kv_length].to(torch.bool))
 
 
 def _traced_pattern(function, local_size, batch: int, tokens: int, device) -> Mask | None:
-    """The pattern of a mask function of transformers; None for one that is not known."""
+    """Return the compact form of a mask function of transformers, or None for an unknown one."""
     if not torch.compiler.is_compiling():
         return _pattern(function)
     if function is causal_mask_function or function is bidirectional_mask_function:
         return Mask(function is causal_mask_function)
-    # Closures can not be read here. Without a window and without vmap only packing makes a conjunction; two neighbours
-    # that see each other are in one document.
+    # torch.compile cannot read closures. Without window and vmap, only packing combines two mask functions with "and".
+    # Two neighbours that see each other belong to one document.
     if local_size is not None or function.__qualname__ != "and_masks.<locals>.and_mask":
         return None
     i = torch.arange(tokens, device=device)
@@ -97,30 +98,30 @@ def _pattern(function) -> Mask | None:
         return Mask(function is causal_mask_function)
     if function.__qualname__ != "and_masks.<locals>.and_mask":
         return None
-    first, second = _cell(function, "mask_functions")
+    first, second = _closure_value(function, "mask_functions")
     match first.__qualname__.partition(".")[0], second.__qualname__.partition(".")[0]:
         case "sliding_window_overlay", "causal_mask_function":
-            return Mask(True, window=_cell(first, "sliding_window"))
+            return Mask(True, window=_closure_value(first, "sliding_window"))
         case "packed_sequence_mask_function", "remap_positions_for_packed_sequence":
-            base = _pattern(_cell(second, "mask_function"))
-            return base and base._replace(documents=_offsets(_cell(first, "packed_sequence_mask")))
+            base = _pattern(_closure_value(second, "mask_function"))
+            return base and base._replace(documents=_document_offsets(_closure_value(first, "packed_sequence_mask")))
     return None
 
 
-def _cell(function, name: str) -> Any:
-    """The value of a variable that a closure holds."""
+def _closure_value(function, name: str) -> Any:
+    """Return the value of a variable that a function closes over."""
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 
-def _offsets(document: Tensor) -> Tensor:
-    """(N + 1,) starts of the runs in (B, T) numbers of documents, rows after each other, and the end."""
+def _document_offsets(document: Tensor) -> Tensor:
+    """Turn document numbers, (B, T), into offsets, (N + 1,), over the flattened batch."""
     starts = torch.ones_like(document, dtype=torch.bool)
     starts[:, 1:] = document[:, 1:] != document[:, :-1]
     return torch.cat((starts.flatten().nonzero()[:, 0], starts.new_tensor([document.numel()], dtype=torch.long)))
 
 
-def _with_keys(found: Mask, live: Tensor) -> Mask:
-    """The pattern with the (B, S) live keys."""
+def _with_padding(found: Mask, live: Tensor) -> Mask:
+    """Add padding to a mask; `live`, (B, S) bool, is true for valid keys."""
     if torch.compiler.is_compiling():
         return found._replace(keys=live)
     if bool(live.all()):

@@ -1,8 +1,8 @@
-"""Modules of unknown classes: what they are is found by a trial, or by the names that their code calls.
+"""Detect MLPs and attention in modules of unknown classes.
 
-A perceptron is a module with two linear layers that calls them one after the other, and whose output a known activation
-between them reproduces. Attention is a forward that calls `scaled_dot_product_attention`: it runs as it is written,
-with that name standing for ours.
+An MLP is a module with two linear layers that it calls one after the other, if `mlp` with a known activation gives the
+same output on a trial input. Attention is a forward that calls `scaled_dot_product_attention`: the same code runs, with
+that name bound to a function that calls `peakgpt.attention`.
 """
 
 from __future__ import annotations
@@ -17,61 +17,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peakgpt.dropin import layers
-from peakgpt.dropin.attend import Mask, attend
-from peakgpt.dropin.swap import LAYOUTS, Replaced, original, path, rows, weight
+from peakgpt.dropin.attention_function import Mask, masked_attention
+from peakgpt.dropin.class_swap import LAYOUTS, Replacement, class_path, linear_weight, original_class, sample_rows
+from peakgpt.dropin.replacements import layers
 from peakgpt.kernels.ops.mlp import mlp
 
 SDPA = "scaled_dot_product_attention"
 DROPOUT = "torch.nn.modules.dropout.Dropout"
-# Of the largest output. GELU's two forms differ by 1e-4 of it and more at inputs of this scale.
+# Relative to the largest output. The two forms of GELU differ by at least 1e-4 of it at inputs of this scale.
 SCALE, TOLERANCE = 3.0, {torch.float32: 1e-5, torch.float64: 1e-5}
 LOWER = 2e-2
 
 
-def perceptron(module: nn.Module) -> dict[str, Any] | None:
-    """Options of `layers.MLP` for a module that is one, or None."""
+def detect_mlp(module: nn.Module) -> dict[str, Any] | None:
+    """Return the options of `layers.MLP` if the module is an MLP, else None."""
     children = dict(module.named_children())
-    kinds = {name: path(original(child)) for name, child in children.items()}
+    kinds = {name: class_path(original_class(child)) for name, child in children.items()}
     linear = [name for name, kind in kinds.items() if kind in LAYOUTS]
     acts = [name for name, child in children.items() if layers.activation_of(child)]
-    drops = [name for name, kind in kinds.items() if kind == DROPOUT]
+    dropouts = [name for name, kind in kinds.items() if kind == DROPOUT]
     plain = not (module._parameters or module._buffers or module._forward_hooks or module._forward_pre_hooks)
-    if not plain or len(linear) != 2 or len(acts) > 1 or len(linear) + len(acts) + len(drops) != len(children):
+    if not plain or len(linear) != 2 or len(acts) > 1 or len(linear) + len(acts) + len(dropouts) != len(children):
         return None
     up, down = (children[name] for name in linear)
-    if weight(up).shape[0] != weight(down).shape[1] or up.weight.device.type == "meta":
+    if linear_weight(up).shape[0] != linear_weight(down).shape[1] or up.weight.device.type == "meta":
         return None
-    x = rows(up)[0] * SCALE
+    x = sample_rows(up)[0] * SCALE
     with torch.no_grad(), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        seen = _run(module, children, drops, x)
+        seen = _trace_calls(module, children, dropouts, x)
         if seen is None:
             return None
         y, order = seen
         known = [layers.activation_of(children[acts[0]])] if acts else list(layers.MLP._OPS)
-        fits = [name for name in known if name in layers.MLP._OPS and _near(_by_op(x, up, down, name), y)]
+        matches = [name for name in known if name in layers.MLP._OPS and _close(_fused_output(x, up, down, name), y)]
     middle, end = order[1 : order.index(linear[1])] if linear[1] in order else [], order[-1]
-    if order[0] != linear[0] or len(fits) != 1 or [n for n in middle if n not in drops] != acts:
+    if order[0] != linear[0] or len(matches) != 1 or [n for n in middle if n not in dropouts] != acts:
         return None
-    between = [n for n in middle if n in drops]
-    last = end if end in drops else None
-    if len(between) > 1 or order != [linear[0], *middle, linear[1], *([last] if last else [])]:
+    between = [n for n in middle if n in dropouts]
+    final = end if end in dropouts else None
+    if len(between) > 1 or order != [linear[0], *middle, linear[1], *([final] if final else [])]:
         return None
-    return {"up": linear[0], "act": acts[0] if acts else None, "down": linear[1], "dropout": last,
-            "between": between[0] if between else None, "activation": fits[0]}  # fmt: skip
+    return {"up": linear[0], "act": acts[0] if acts else None, "down": linear[1], "dropout": final,
+            "between": between[0] if between else None, "activation": matches[0]}  # fmt: skip
 
 
-def _run(module: nn.Module, children: dict[str, nn.Module], drops: list[str], x: Tensor):
-    """(output, names of the children in the order of their calls); None where training differs by more than drops."""
+def _trace_calls(module: nn.Module, children: dict[str, nn.Module], dropouts: list[str], x: Tensor):
+    """Return (output, names of the children in call order), or None if training differs by more than dropout."""
     order: list[str] = []
     hooks = [c.register_forward_hook(lambda *_, n=n: order.append(n)) for n, c in children.items()]
     try:
-        with _mode(module, drops, False):
+        with _mode(module, dropouts, False):
             y = module(x)
         first, order[:] = list(order), []
-        with _mode(module, drops, True):
+        with _mode(module, dropouts, True):
             same = torch.equal(module(x), y)
-    except Exception:  # it takes something else than one tensor: it is no perceptron, whatever it says
+    except Exception:  # its forward does not take one tensor, so it is not an MLP
         return None
     finally:
         for hook in hooks:
@@ -80,11 +80,11 @@ def _run(module: nn.Module, children: dict[str, nn.Module], drops: list[str], x:
 
 
 @contextlib.contextmanager
-def _mode(module: nn.Module, drops: list[str], training: bool) -> Iterator[None]:
-    """train() or eval() with dropout of 0, and everything back as it was."""
+def _mode(module: nn.Module, dropouts: list[str], training: bool) -> Iterator[None]:
+    """Set train() or eval() with dropout rates of 0; restore modes and rates at the end."""
     before = {m: m.training for m in module.modules()}
-    rates = {name: getattr(module, name).p for name in drops}
-    for name in drops:
+    rates = {name: getattr(module, name).p for name in dropouts}
+    for name in dropouts:
         getattr(module, name).p = 0.0
     module.train(training)
     try:
@@ -96,27 +96,27 @@ def _mode(module: nn.Module, drops: list[str], training: bool) -> Iterator[None]
             getattr(module, name).p = rate
 
 
-def _by_op(x: Tensor, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
-    return mlp(x, weight(up), up.bias, weight(down), down.bias, activation=activation)
+def _fused_output(x: Tensor, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
+    return mlp(x, linear_weight(up), up.bias, linear_weight(down), down.bias, activation=activation)
 
 
-def _near(got: Tensor, expected: Any) -> bool:
+def _close(got: Tensor, expected: Any) -> bool:
     if not isinstance(expected, Tensor) or got.shape != expected.shape:
         return False
     limit = TOLERANCE.get(got.dtype, LOWER)
     return bool((got - expected).abs().max() <= limit * expected.abs().max())
 
 
-# ---- attention by the name that a forward calls
+# ---- forwards that call scaled_dot_product_attention
 
 
-class CallsSDPA(Replaced):
-    """A module whose forward calls scaled_dot_product_attention; see `calling`."""
+class CallsSDPA(Replacement):
+    """A module whose forward calls scaled_dot_product_attention; see `sdpa_replacement`."""
 
 
 @functools.cache
-def calling(kind: type) -> type[Replaced] | None:
-    """What takes the place of a class whose own forward calls scaled_dot_product_attention; None for other classes."""
+def sdpa_replacement(kind: type) -> type[Replacement] | None:
+    """Return the replacement of a class whose forward calls scaled_dot_product_attention, or None."""
     function = vars(kind).get("forward")
     code = getattr(function, "__code__", None)
     if code is None or SDPA not in code.co_names or kind.__module__.split(".")[0] in ("torch", "transformers"):
@@ -141,7 +141,7 @@ def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """torch's, by `attention` where it can be said in its terms."""
+    """Same as torch's function. Calls `peakgpt.attention` for (B, H, T, D) inputs with a supported mask, else torch."""
     other = query.dim() != 4 or query.shape[-1] != value.shape[-1] or key.shape[0] != query.shape[0]
     if other or (is_causal and (query.shape[2] != key.shape[2] or attn_mask is not None)):
         return F.scaled_dot_product_attention(
@@ -149,4 +149,4 @@ def scaled_dot_product_attention(
         )
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     mask = Mask(is_causal) if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
-    return attend(q, k, v, mask, scale=scale, dropout=dropout_p).transpose(1, 2)
+    return masked_attention(q, k, v, mask, scale=scale, dropout=dropout_p).transpose(1, 2)
