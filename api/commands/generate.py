@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speculative-model", metavar="DRAFT",
                         help=f'speculative decoding, which gives the same text: "{LOOKUP}" proposes repeated words, a '
                         "checkpoint folder is a draft model with the same tokenizer; prints the speed-up")  # fmt: skip
-    parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, help="quantize the KV cache: half the memory of bfloat16")
+    parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES,
+                        help="quantize the KV cache: half the memory of bfloat16")  # fmt: skip
     parser.add_argument("--device", help='"cpu" or "cuda" (default: "cuda" if available)')
 
 

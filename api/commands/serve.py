@@ -29,9 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model-name", help="model name in requests (default: name of the folder)")
     parser.add_argument("--api-key-file", type=Path, help=f"file with the key that clients must send (or ${KEY})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--blocks", type=int, help=f"size of the KV cache in {BLOCK_TOKENS}-token blocks (default: {STREAMS}"
-                        f" sequences of {TYPICAL_TOKENS} tokens, in at most {MEMORY_SHARE:.0%}% of free memory)")  # fmt: skip
-    parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, help="quantize the KV cache: half the memory of bfloat16")
+    parser.add_argument("--blocks", type=int,
+                        help=f"size of the KV cache in {BLOCK_TOKENS}-token blocks (default: {STREAMS} sequences of "
+                        f"{TYPICAL_TOKENS} tokens, in at most {MEMORY_SHARE:.0%}% of free memory)")  # fmt: skip
+    parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES,
+                        help="quantize the KV cache: half the memory of bfloat16")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -95,23 +95,25 @@ class EagerGPT(nn.Module):
 
 
 class EagerTrainer:
-    """The same recipe as peakgpt's Trainer in plain torch: fused AdamW, autocast, torch's clipping."""
+    """The same train_config as peakgpt's Trainer in plain torch: fused AdamW, autocast, torch's clipping."""
 
-    def __init__(self, model: nn.Module, recipe: TrainConfig, *, steps: int):
-        self.model, self.recipe, self.steps, self.done = model, recipe, steps, 0
-        groups = decay_groups(model, recipe.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+    def __init__(self, model: nn.Module, train_config: TrainConfig, *, steps: int):
+        self.model, self.train_config, self.steps, self.done = model, train_config, steps, 0
+        groups = decay_groups(model, train_config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=train_config.lr, betas=train_config.betas, eps=train_config.eps, fused=True
+        )
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """One update; returns the mean loss, detached."""
         self.optimizer.zero_grad(set_to_none=True)
-        half = self.recipe.dtype != torch.float32
-        with torch.autocast(ids.device.type, self.recipe.dtype, enabled=half):
+        half = self.train_config.dtype != torch.float32
+        with torch.autocast(ids.device.type, self.train_config.dtype, enabled=half):
             loss = self.model(ids, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.max_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.done, self.steps)
+            group["lr"] = learning_rate(self.train_config, self.done, self.steps)
         self.optimizer.step()
         self.done += 1
         return loss.detach()

@@ -28,7 +28,7 @@ from peakgpt.engine.model.flops import mfu, recomputed_flops, training_flops
 from peakgpt.engine.training.evaluate import validation_loss
 from peakgpt.engine.training.run_folder import CHECKPOINT, STATE
 from peakgpt.engine.training.trainer import Trainer
-from peakgpt.kernels.hardware.device import peak_for
+from peakgpt.kernels.hardware.peaks import peak_for
 
 VALIDATION_BATCHES = 32
 

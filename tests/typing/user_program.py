@@ -11,7 +11,7 @@ import peakgpt
 def train(steps: int = 3) -> peakgpt.GPT:
     config = peakgpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=64)
     model = peakgpt.GPT(config)
-    trainer = peakgpt.Trainer(model, peakgpt.Recipe(batch=2, tokens=8, lr=1e-3), steps=steps)
+    trainer = peakgpt.Trainer(model, peakgpt.TrainConfig(batch=2, tokens=8, lr=1e-3), steps=steps)
     for _ in range(steps):
         ids = torch.randint(config.vocab_size, (2, 9))
         loss = trainer.step(ids[:, :-1], ids[:, 1:])
