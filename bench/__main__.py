@@ -10,4 +10,5 @@ add_arguments(parser)
 try:
     sys.exit(run(parser.parse_args()))
 except ValueError as error:
-    sys.exit(f"peakgpt bench: {error}")
+    print(f"peakgpt bench: error: {error}", file=sys.stderr)
+    sys.exit(2)

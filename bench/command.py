@@ -1,4 +1,4 @@
-"""The command `peakgpt bench`: measurements versus PyTorch and other engines, interleaved in one run, with results as JSON."""
+"""The command `peakgpt bench`: measure against PyTorch and other engines, interleaved in one run; results as JSON."""
 
 from __future__ import annotations
 
