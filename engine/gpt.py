@@ -7,20 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint import checkpoint
 from peakgpt.engine.checkpoint import quantized as quantized_folder
-from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, padding_start, sampling_params, stream
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.model.quantized import QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
+
+
+class SavedTokenizer(Protocol):
+    """The part of a tokenizer that a checkpoint stores; importing Tokenizer would need the package tokenizers."""
+
+    @property
+    def end_id(self) -> int:
+        """Token that ends a text."""
+
+    def save(self, folder: Path | str) -> None:
+        """Write the tokenizer's files into a folder."""
 
 
 class GPT(Transformer):
@@ -61,8 +71,9 @@ class GPT(Transformer):
         return model.eval()
 
     def save_pretrained(
-        self, folder: Path | str, tokenizer: Tokenizer | None = None, *, weights: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype | None = None, max_shard_size: int | str | None = None,
+        self, folder: Path | str, tokenizer: SavedTokenizer | None = None, *,
+        weights: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None,
+        max_shard_size: int | str | None = None,
     ) -> None:  # fmt: skip
         """Save in the Hugging Face layout of its family, or in our own layout, with a warning, if it has no family.
 
@@ -70,7 +81,7 @@ class GPT(Transformer):
 
         Args:
             folder: created if it does not exist.
-            tokenizer: saved in the same folder; any object with `save(folder)` and `end_id`.
+            tokenizer: saved in the same folder, such as peakgpt's Tokenizer.
             weights: tensors that replace the model's own, by name, as from AdamW.master_weights.
             dtype: of the written tensors; None keeps each tensor's dtype, which is float32 for master weights.
             max_shard_size: bytes, or a string such as "5GB"; larger models are split into several files with an index.
