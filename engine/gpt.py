@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.model_folder import read_config, read_weights, write_model
+from peakgpt.engine.checkpoint.model_folder import TokenizerFiles, read_config, read_weights, write_model
 from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
-from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, padding_start, sampling_params, stream
 from peakgpt.engine.model.presets import preset
@@ -61,8 +60,9 @@ class GPT(Transformer):
         return model.eval()
 
     def save_pretrained(
-        self, folder: Path | str, tokenizer: Tokenizer | None = None, *, weights: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype | None = None, max_shard_size: int | str | None = None,
+        self, folder: Path | str, tokenizer: TokenizerFiles | None = None, *,
+        weights: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None,
+        max_shard_size: int | str | None = None,
     ) -> None:  # fmt: skip
         """Save in the Hugging Face layout of its family, or in our own layout, with a warning, if it has no family.
 
@@ -70,7 +70,7 @@ class GPT(Transformer):
 
         Args:
             folder: created if it does not exist.
-            tokenizer: saved in the same folder; any object with `save(folder)` and `end_id`.
+            tokenizer: saved in the same folder, such as peakgpt's Tokenizer.
             weights: tensors that replace the model's own, by name, as from AdamW.master_weights.
             dtype: of the written tensors; None keeps each tensor's dtype, which is float32 for master weights.
             max_shard_size: bytes, or a string such as "5GB"; larger models are split into several files with an index.
