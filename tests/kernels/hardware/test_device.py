@@ -233,8 +233,9 @@ def test_stream_peak_is_the_best_of_its_own_mix(monkeypatch, updated):
     """Bytes count both ways, of the streams that run; the faster kind of store counts; measured once a size class."""
     ran = []
 
-    def stream(*, base, stride, reads, writes, updates, past_caches, threads, **sizes):
-        ran.append((sizes["bytes"], (reads, writes, updates), past_caches))
+    def stream(**arguments):
+        mix = tuple(arguments[key] for key in ("reads", "writes", "updates"))
+        ran.append((arguments["bytes"], mix, arguments["past_caches"]))
 
     def seconds(fn, calls=1):
         fn()
