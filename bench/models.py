@@ -15,8 +15,8 @@ from torch import Tensor
 
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.layers import swap_layout
 from peakgpt.engine.model.quantized import Format, quantize_state, restore
+from peakgpt.engine.model.state_dicts import transpose_conv1d
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def transformers_model(state, config: GPTConfig, dtype: torch.dtype):
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(theirs)
-    names = {name.removeprefix("transformer."): tensor for name, tensor in swap_layout(state).items()}
+    names = {name.removeprefix("transformer."): tensor for name, tensor in transpose_conv1d(state).items()}
     model.transformer.load_state_dict(names)
     return model.to(dtype).eval()
 

@@ -19,7 +19,7 @@ from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, stream
 from peakgpt.engine.inference.sampling_params import SamplingParams
 from peakgpt.engine.model.presets import preset
-from peakgpt.engine.model.quantized import QuantizedLinear
+from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.model.config import RATES, GPTConfig
-from peakgpt.engine.model.layers import CONV1D
+from peakgpt.engine.model.state_dicts import CONV1D
 
 OWN = "peakgpt"  # model_type of what no family of transformers has
 GELU_NEW = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf", "relu": "relu"}

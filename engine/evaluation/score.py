@@ -185,9 +185,9 @@ class Scorer:
 
     def _whole(self, text: _Text) -> None:
         device = self.model.transformer.wte.weight.device
-        h = self.model.features(torch.tensor([text.ids[:-1]], device=device))[0]
+        h = self.model.hidden_states(torch.tensor([text.ids[:-1]], device=device))[0]
         targets = text.ids[text.first :]
-        logits = self.model.head(h[text.first - 1 :]).float()
+        logits = self.model.compute_logits(h[text.first - 1 :]).float()
         text.logprobs, text.greedy = _pick(logits, list(range(len(targets))), targets)
 
 

@@ -68,8 +68,8 @@ class OpsRunner:
         rows = []
         for chunk in chunks:
             ids = torch.as_tensor(chunk.ids, dtype=torch.int64, device=self.memory.keys.device)
-            h = self.model.features(ids[None], _View(self.memory, chunk))[0]  # (T, C)
-            rows.append(self.model.head(h[len(h) - chunk.logits :]).float())
+            h = self.model.hidden_states(ids[None], _View(self.memory, chunk))[0]  # (T, C)
+            rows.append(self.model.compute_logits(h[len(h) - chunk.logits :]).float())
         return torch.cat(rows)
 
 

@@ -115,6 +115,6 @@ class PagedRunner:
         if self.turns is not None:
             turns = tuple(table.index_select(0, rows.places) for table in self.turns)
         where = Positions(turns, self.config.rotary_interleaved, self.slopes)
-        h = self.model.rows(rows.ids, rows.places, where, PagedCache(self.memory, rows))
+        h = self.model.packed_hidden_states(rows.ids, rows.places, where, PagedCache(self.memory, rows))
         h = h if rows.take is None else h.index_select(0, rows.take)
-        return self.model.head(h) if len(h) else h.new_empty(0, self.config.vocab_size)
+        return self.model.compute_logits(h) if len(h) else h.new_empty(0, self.config.vocab_size)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.model.layers import Block, GatedMLP, LayerNorm, RMSNorm
+from peakgpt.engine.model.block import Block
+from peakgpt.engine.model.mlp import GatedMLP
+from peakgpt.engine.model.norms import LayerNorm, RMSNorm
 from peakgpt.engine.model.positions import alibi_slopes, rotary_table
-from peakgpt.engine.model.quantized import QuantizedLinear
+from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE

@@ -91,7 +91,7 @@ class CachedStepper:
         self.cache = KVCache(model.config, batch, tokens, dtype=weight.dtype, device=weight.device)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return self.model.head(self.model.features(ids, self.cache, self.start)[:, -1])
+        return self.model.compute_logits(self.model.hidden_states(ids, self.cache, self.start)[:, -1])
 
     def reorder(self, parents: Tensor) -> None:
         self.cache.keys, self.cache.values = self.cache.keys[:, parents], self.cache.values[:, parents]

@@ -88,8 +88,8 @@ class Trainer:
         """Take over a model.
 
         Args:
-            model: called as model(ids, targets) -> mean loss; with micro-batches as model(ids, targets, weight=...) ->
-                sum of the weighted losses. Cast to recipe.dtype here.
+            model: called as model(ids, targets) -> mean loss; with micro-batches as model(ids, targets,
+                loss_weight=...) -> sum of the weighted losses. Cast to recipe.dtype here.
             recipe: how to train.
             steps: updates planned; the schedule's length.
         """
@@ -142,7 +142,7 @@ class Trainer:
         weight = (1.0 / (targets != IGNORED).sum()).expand(targets.shape)  # on the device: nobody waits for the count
         total = torch.zeros((), device=ids.device)
         for part in zip(ids.split(most), targets.split(most), weight.split(most), strict=True):
-            loss = self.model(*part[:2], weight=part[2])
+            loss = self.model(*part[:2], loss_weight=part[2])
             loss.backward()
             total += loss.detach()
         return total

@@ -83,7 +83,7 @@ def test_the_loss_is_added_only_while_training():
     model = peakgpt.GPT(config)
     ids = torch.randint(23, (2, 9))
     balance = []
-    model.features(ids, balance=balance)
+    model.hidden_states(ids, balance_losses=balance)
     (one,) = balance
     assert 0.9 < one < E
     torch.testing.assert_close(model.train()(ids, ids) - model.eval()(ids, ids), 0.5 * one)
@@ -99,6 +99,6 @@ def test_padding_does_not_count_in_the_balance():
     config = peakgpt.GPTConfig(n_layer=2, n_head=2, n_embd=C, block_size=9, vocab_size=23, experts=E)
     model, ids = peakgpt.GPT(config), torch.randint(23, (1, 9))
     alone, padded = [], []
-    model.features(ids[:, 3:], balance=alone)
-    model.features(ids, start=torch.tensor([3]), balance=padded)
+    model.hidden_states(ids[:, 3:], balance_losses=alone)
+    model.hidden_states(ids, start=torch.tensor([3]), balance_losses=padded)
     torch.testing.assert_close(padded, alone)

@@ -171,5 +171,5 @@ def test_the_z_loss_is_a_share_of_the_loss_in_parts_too(changes):
     live = targets != -100
     torch.testing.assert_close(whole - plain, 0.5 * model(ids)[live].logsumexp(-1).square().mean(), rtol=1e-4, atol=0)
     weight = (1.0 / live.sum()).expand(targets.shape)
-    parts = [model.train()(ids[i : i + 1], targets[i : i + 1], weight=weight[i : i + 1]) for i in range(2)]
+    parts = [model.train()(ids[i : i + 1], targets[i : i + 1], loss_weight=weight[i : i + 1]) for i in range(2)]
     torch.testing.assert_close(sum(parts), whole)

@@ -10,7 +10,7 @@ from torch import nn
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import forward_flops, multiplying_parameters, recomputed_flops, training_flops
-from peakgpt.engine.model.recompute import forgettable, set_recompute
+from peakgpt.engine.model.recompute import recomputable, set_recompute
 from peakgpt.engine.training.trainer import Recipe, Trainer
 from peakgpt.kernels.core.dispatch import draw_seed, seeds_from, use_backend
 
@@ -81,10 +81,10 @@ def test_results_of_norms_die(monkeypatch):
     made = []
 
     def noted(result, form, x):
-        made.append(weakref.ref(forgettable(result, form, x)))
+        made.append(weakref.ref(recomputable(result, form, x)))
         return result
 
-    monkeypatch.setattr("peakgpt.engine.model.layers.forgettable", noted)
+    monkeypatch.setattr("peakgpt.engine.model.norms.recomputable", noted)
     model, ids = GPT(GPTConfig(**SIZES)), torch.randint(67, (2, 16))
     set_recompute(model, "norm")
     loss = model(ids, ids)
