@@ -16,9 +16,9 @@ from peakgpt.engine.data.corpus import load_corpus
 from peakgpt.engine.data.shards import Batches, TokenShards, prepare, validation_windows
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.graph_capture import Late
 from peakgpt.engine.model.flops import mfu, recomputed_flops, training_flops
 from peakgpt.engine.model.presets import PRESETS
+from peakgpt.engine.training.delayed_metrics import DelayedMetrics
 from peakgpt.engine.training.evaluate import validation_loss
 from peakgpt.engine.training.run_folder import RunFolder, default_folder, stop_on_interrupt
 from peakgpt.engine.training.trainer import Recipe, Trainer, best_dtype
@@ -122,7 +122,7 @@ class Training:
 
     def go_on(self, save_every: int, asked_to_stop: Callable[[], bool]) -> None:
         """Train to the last step or until asked to stop, saving and validating every so many steps."""
-        trainer, late = self.trainer, Late(self.device)
+        trainer, late = self.trainer, DelayedMetrics(self.device)
         self.clock = time.perf_counter()
         while trainer.done < trainer.steps and not asked_to_stop():
             batch = next(self.batches)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peakgpt.engine.graph_capture import Captured, recorder_for
+from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
 from peakgpt.engine.inference.block_pool import BLOCK
 from peakgpt.engine.inference.paged_cache import Rows
 
@@ -47,9 +47,9 @@ class DecodeGraphs:
         """
         self.run, self.width, self.obstacle = run, width, obstacle
         self.pins = device.type == "cuda"
-        self.record = None if obstacle else recorder_for(device, share=True)
+        self.record = None if obstacle else graph_factory(device, share_memory=True)
         self.held = torch.zeros(self._size(BUCKETS[-1]), dtype=torch.int32, device=device)
-        self.steps: dict[int, Captured] = {}
+        self.steps: dict[int, GraphedFunction] = {}
 
     def __call__(self, ids: Tensor | Sequence[int], places: np.ndarray, tables: np.ndarray) -> Tensor:
         """Run one step; nothing waits for the device.
@@ -89,8 +89,8 @@ class DecodeGraphs:
     def _size(self, bucket: int) -> int:
         return NUMBERS * on_16_bytes(bucket) + bucket * self.width
 
-    def _captured(self, bucket: int) -> Captured:
+    def _captured(self, bucket: int) -> GraphedFunction:
         rows, run = self._rows(self.held[: self._size(bucket)], bucket), self.run
-        step = Captured(lambda: (run(rows),), self.record, lambda: None, copies=False)
+        step = GraphedFunction(lambda: (run(rows),), self.record, lambda: None, copy_outputs=False)
         step.obstacle = self.obstacle or step.obstacle
         return step

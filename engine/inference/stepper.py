@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peakgpt.engine.graph_capture import records
+from peakgpt.engine.graph_capture import has_graphs
 from peakgpt.engine.inference.block_pool import BLOCK, BlockPool, Chunk
 from peakgpt.engine.inference.decode_graphs import BUCKETS
 from peakgpt.engine.inference.kv_cache import KVCache
@@ -58,7 +58,7 @@ def stepper(
     """
     if new >= PAYS:
         blocks, device = batch * beams * -(-tokens // BLOCK), model.transformer.wte.weight.device
-        if records(device) and model.config.position not in RELATIVE:
+        if has_graphs(device) and model.config.position not in RELATIVE:
             return _by_graphs(model, blocks, batch, start)
         runner = cpu_runner(model, blocks)
         if not isinstance(runner, str):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.graph_capture import Captured, recorder_for
+from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
 from peakgpt.engine.model.fp8 import set_fp8
 from peakgpt.engine.model.recompute import parse, set_recompute
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
@@ -106,7 +106,7 @@ class Trainer:
         )  # fmt: skip
         self.rate = self.optimizer.rate = torch.ones((), device=device)  # of recipe.lr, by the schedule
         self.grad_norm: Tensor | None = None
-        self.update = Captured(self._update, recorder_for(device), self._fixed)
+        self.update = GraphedFunction(self._update, graph_factory(device), self._fixed)
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Make one update.

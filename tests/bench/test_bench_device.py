@@ -162,7 +162,7 @@ def test_a_step_that_can_not_be_recorded_is_told(monkeypatch):
         begin = inner(model, ids, case)
 
         def again():
-            warnings.warn("the step runs uncaptured, recording failed: no", stacklevel=1)
+            warnings.warn("the function runs uncaptured, capture failed: no", stacklevel=1)
             return begin()
 
         return again

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.graph_capture import WARMUP, Rehearsal
+from peakgpt.engine.graph_capture import WARMUP
+from peakgpt.engine.graph_dry_run import DryRun
 from peakgpt.engine.inference import decode_graphs, stepper
 from peakgpt.engine.inference.block_pool import Chunk
 from peakgpt.engine.inference.engine import Engine, SamplingParams
@@ -90,7 +91,7 @@ def test_prompts_in_pieces_beside_each_other_and_decoding(name):
 
 @pytest.fixture
 def rehearsed(monkeypatch):
-    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Rehearsal)
+    monkeypatch.setattr(decode_graphs, "graph_factory", lambda device, share_memory: DryRun)
 
 
 def decoding(model, batches):
@@ -131,7 +132,7 @@ COUNT = itertools.count(1)
 @pytest.mark.parametrize(
     ("planted", "message"),
     [
-        (lambda rows: int(rows.lengths.max()), "calls __int__ inside a captured step"),
+        (lambda rows: int(rows.lengths.max()), "calls __int__ inside a graphed function"),
         (lambda rows: rows.lengths + next(COUNT), "recorded was"),
     ],
     ids=["wait", "number"],
@@ -152,13 +153,13 @@ def test_what_a_graph_can_not_do_is_told(planted, message, rehearsed, monkeypatc
 def test_what_a_step_gave_outlives_the_next_step(monkeypatch):
     """A graph gives the same tensor each time."""
 
-    class Graph(Rehearsal):
+    class Graph(DryRun):
         def replay(self):
-            self.results = self.results or [torch.empty(1, 97)]
-            self.results[0].copy_(self.body()[0])
-            return self.results
+            self.outputs = self.outputs or [torch.empty(1, 97)]
+            self.outputs[0].copy_(self.function()[0])
+            return self.outputs
 
-    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Graph)
+    monkeypatch.setattr(decode_graphs, "graph_factory", lambda device, share_memory: Graph)
     runner = PagedRunner(small("gpt2"), blocks=1)
     with use_backend("eager"):
         rows = [runner.step([Chunk([past], past, [0])]) for past in range(WARMUP + 3)]
@@ -167,12 +168,12 @@ def test_what_a_step_gave_outlives_the_next_step(monkeypatch):
 
 @torch.no_grad()
 def test_runs_without_a_graph_where_recording_fails(monkeypatch):
-    class Fails(Rehearsal):
-        def record(self, body):
+    class Fails(DryRun):
+        def capture(self, function):
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Fails)
-    with pytest.warns(UserWarning, match="runs uncaptured, recording failed: operation not permitted$"):
+    monkeypatch.setattr(decode_graphs, "graph_factory", lambda device, share_memory: Fails)
+    with pytest.warns(UserWarning, match="runs uncaptured, capture failed: operation not permitted$"):
         runner = decoding(small("gpt2"), [(0,)] * (WARMUP + 2))
     assert "not permitted" in runner.graphs.steps[1].obstacle
 
