@@ -2,7 +2,7 @@
 
 from peakgpt import nn
 from peakgpt.dropin.patching import patch, unpatch
-from peakgpt.engine.data.control_tokens import prefix_tags
+from peakgpt.engine.data.control_tokens import prepend_control_tokens
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.optimizer import AdamW
@@ -36,7 +36,7 @@ __all__ = [
     "mlp",
     "nn",
     "patch",
-    "prefix_tags",
+    "prepend_control_tokens",
     "register_attention",
     "rmsnorm",
     "rotary",

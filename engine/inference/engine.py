@@ -24,7 +24,7 @@ from torch import Tensor
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.block_pool import BLOCK, BlockPool, Chunk, digests
 from peakgpt.engine.inference.cache_size import default_blocks
-from peakgpt.engine.inference.constrained_decoding import Choices
+from peakgpt.engine.inference.constrained_decoding import ChoiceConstraint
 from peakgpt.engine.inference.ops_runner import runner_for
 from peakgpt.engine.inference.sampling import TokenLogprob, Uniforms, adjust, choose, draw_seed, log_probabilities
 from peakgpt.engine.inference.sampling_params import SamplingParams
@@ -88,7 +88,7 @@ class _Running:
     tokens: list[int]  # the prompt and the text
     uniforms: Uniforms
     text: TextStream | None
-    choices: Choices | None
+    choices: ChoiceConstraint | None
     computed: int = 0  # tokens whose keys and values are in the blocks
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of its full blocks
@@ -200,7 +200,7 @@ class Engine:
             _Running(
                 request, index, limit, list(request.ids), Uniforms(seed, index),
                 TextStream(self.tokenizer, params.stop) if self.tokenizer else None,
-                Choices(choices, params.stop_token_ids) if choices else None,
+                ChoiceConstraint(choices, params.stop_token_ids) if choices else None,
             )
             for index in range(params.n)
         ]  # fmt: skip
