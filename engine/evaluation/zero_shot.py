@@ -86,7 +86,9 @@ def best_threshold(means: Sequence[float], labels: Sequence[bool]) -> float:
         ValueError: no texts, or another number of labels than means.
     """
     if not means or len(means) != len(labels):
-        raise ValueError(f"best_threshold: got {len(means)} means and {len(labels)} labels, expected equally many, at least one")
+        raise ValueError(
+            f"best_threshold: got {len(means)} means and {len(labels)} labels, expected equally many, at least one"
+        )
     ordered = sorted(means)
     cuts = [ordered[0] - 1.0, *((a + b) / 2 for a, b in pairwise(ordered)), ordered[-1] + 1.0]
     return max(cuts, key=lambda cut: sum((mean > cut) == label for mean, label in zip(means, labels, strict=True)))

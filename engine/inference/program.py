@@ -1,6 +1,6 @@
 """A GPT's forward pass as one C++ program on the CPU (csrc/program/program.cpp): one call a step, weights packed once.
 
-Lowering follows the block as engine/model/layers.py does, by the same config. In the last block, what follows attention
+Lowering follows the block as engine/model/block.py does, by the same config. In the last block, what follows attention
 is computed only for the tokens whose logits are wanted: a prompt of T tokens saves most of one layer in L.
 """
 
