@@ -172,4 +172,4 @@ def test_a_step_that_can_not_be_recorded_is_told(monkeypatch):
     results = device_decode.compare_steps(config, Case(2, 5, 3), CPU, ["peakgpt"], budget_s=0.0,
                                           on_failure=lambda *failed: told.append(failed))  # fmt: skip
     assert len(results) == 1 and {name for name, _ in told} == {"peakgpt"}
-    assert "recording failed: no" in str(told[0][1])
+    assert "capture failed: no" in str(told[0][1])

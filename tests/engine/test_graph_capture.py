@@ -91,7 +91,7 @@ def test_synchronization_in_a_graphed_function_raises(wait, name):
     step = graphed(lambda x: [wait(x)])
     for _ in range(WARMUP):
         step(torch.ones(3))
-    with pytest.raises(RuntimeError, match=rf"test_capture calls {name} inside a graphed function"):
+    with pytest.raises(RuntimeError, match=rf"test_graph_capture calls {name} inside a graphed function"):
         step(torch.ones(3))
 
 

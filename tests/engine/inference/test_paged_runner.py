@@ -133,7 +133,7 @@ COUNT = itertools.count(1)
     ("planted", "message"),
     [
         (lambda rows: int(rows.lengths.max()), "calls __int__ inside a graphed function"),
-        (lambda rows: rows.lengths + next(COUNT), "recorded was"),
+        (lambda rows: rows.lengths + next(COUNT), "captured was"),
     ],
     ids=["wait", "number"],
 )
@@ -248,7 +248,7 @@ def test_experts_are_not_recorded(rehearsed):
 @pytest.fixture
 def by_graphs(monkeypatch):
     """As on a GPU, with the eager ops, which a rehearsal would not let read lengths."""
-    monkeypatch.setattr(stepper, "records", lambda device: True)
+    monkeypatch.setattr(stepper, "has_graphs", lambda device: True)
     monkeypatch.setattr(stepper, "_memory_bytes", lambda device: 1 << 30)
     with use_backend("eager"):
         yield
@@ -259,7 +259,7 @@ def test_generate_by_graphs(options, by_graphs, monkeypatch):
     model, ids = chatty("neox"), torch.randint(97, (3, 60))
     got = model.generate(ids, max_new_tokens=15, temperature=0.0, **options)
     assert len(stepper._kept[model].graphs.steps) >= 1 and len(got[:, 60:].unique()) > 9
-    monkeypatch.setattr(stepper, "records", lambda device: False)
+    monkeypatch.setattr(stepper, "has_graphs", lambda device: False)
     assert torch.equal(got, model.generate(ids, max_new_tokens=15, temperature=0.0, **options))
 
 
