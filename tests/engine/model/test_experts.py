@@ -18,42 +18,42 @@ def pair():
     config = transformers.MixtralConfig(
         hidden_size=C, intermediate_size=F, num_local_experts=E, num_experts_per_tok=2, experts_implementation="eager"
     )
-    theirs = MixtralSparseMoeBlock(config)
+    mixtral = MixtralSparseMoeBlock(config)
     ours = Experts(C, E, 2, lambda: peakgpt.nn.GatedMLP(C, F))
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in mixtral.parameters():
             parameter.normal_(0.0, 0.4)
-        ours.router.weight.copy_(theirs.gate.weight)
-        for mine, up, down in zip(ours.experts, theirs.experts.gate_up_proj, theirs.experts.down_proj, strict=True):
+        ours.router.weight.copy_(mixtral.gate.weight)
+        for mine, up, down in zip(ours.experts, mixtral.experts.gate_up_proj, mixtral.experts.down_proj, strict=True):
             for part, weight in zip((mine.c_gate, mine.c_fc, mine.c_proj), (*up.chunk(2), down), strict=True):
                 part.weight.copy_(weight)
-    return theirs, ours
+    return mixtral, ours
 
 
 @pytest.mark.parametrize("backend", ("eager", "cpu"))
 def test_outputs_and_gradients_equal_mixtral(backend):
-    theirs, ours = pair()
+    mixtral, ours = pair()
     x, dy = torch.randn(2, 2, 11, C).unbind()
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
-    expected = theirs(x1)
+    expected = mixtral(x1)
     expected.backward(dy)
     with use_backend(backend):
         y = ours(x2)
         y.backward(dy)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x2.grad, x1.grad, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.router.weight.grad, theirs.gate.weight.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.router.weight.grad, mixtral.gate.weight.grad, rtol=1e-5, atol=1e-5)
     for i, mine in enumerate(ours.experts):
         up = torch.cat((mine.c_gate.weight.grad, mine.c_fc.weight.grad))
-        torch.testing.assert_close(up, theirs.experts.gate_up_proj.grad[i], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(mine.c_proj.weight.grad, theirs.experts.down_proj.grad[i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(up, mixtral.experts.gate_up_proj.grad[i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine.c_proj.weight.grad, mixtral.experts.down_proj.grad[i], rtol=1e-5, atol=1e-5)
 
 
 def test_balance_loss_equals_switchs_for_first_choices():
-    theirs, ours = pair()
+    mixtral, ours = pair()
     x, losses = torch.randn(3, 7, C), []
     ours(x, losses)
-    logits, _, _ = theirs.gate(x)
+    logits, _, _ = mixtral.gate(x)
     torch.testing.assert_close(losses[0], load_balancing_loss_func((logits,), E, top_k=1))
 
 

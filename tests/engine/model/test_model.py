@@ -45,9 +45,9 @@ def reference(**changes):
     return model
 
 
-def twin(theirs, **changes):
+def twin(hf_model, **changes):
     ours = peakgpt.GPT(peakgpt.GPTConfig(**{**SIZES, **changes}))
-    state = {name: tensor for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
+    state = {name: tensor for name, tensor in hf_model.state_dict().items() if name != "lm_head.weight"}
     ours.load_state_dict(state, conv1d=True)
     return ours
 
@@ -64,10 +64,10 @@ def batch(rows=2, tokens=17):
 def test_logits_loss_and_gradients_equal_transformers(backend):
     forced = on(backend)
     torch.manual_seed(0)
-    theirs = reference()
-    ours = twin(theirs)
+    hf_model = reference()
+    ours = twin(hf_model)
     ids, targets = batch()
-    logits = theirs(ids).logits
+    logits = hf_model(ids).logits
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
     with forced:
@@ -75,7 +75,7 @@ def test_logits_loss_and_gradients_equal_transformers(backend):
         ours_loss = ours(ids, targets)
         ours_loss.backward()
     torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
-    expected = dict(theirs.named_parameters())
+    expected = dict(hf_model.named_parameters())
     for name, parameter in ours.named_parameters():
         grad = expected[name].grad
         grad = grad.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else grad
@@ -87,11 +87,11 @@ def test_twenty_steps_give_the_losses_of_the_eager_backend(backend):
     """Against transformers with torch's AdamW and clipping, as people run it."""
     forced, steps = on(backend), 4 if backend == "gpu" else 20
     torch.manual_seed(0)
-    theirs = reference()
-    ours = twin(theirs)
+    hf_model = reference()
+    ours = twin(hf_model)
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
     a = peakgpt.AdamW(ours.parameters(), **options, max_norm=1.0)
-    b = torch.optim.AdamW(theirs.parameters(), **options)
+    b = torch.optim.AdamW(hf_model.parameters(), **options)
     losses = []
     ids, targets = batch(3, 20)
     for _ in range(steps):
@@ -101,9 +101,9 @@ def test_twenty_steps_give_the_losses_of_the_eager_backend(backend):
             loss.backward()
             a.step()
         b.zero_grad()
-        expected = F.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
+        expected = F.cross_entropy(hf_model(ids).logits.flatten(0, 1), targets.flatten())
         expected.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(hf_model.parameters(), 1.0)
         b.step()
         losses.append((loss.item(), expected.item()))
     got, wanted = torch.tensor(losses).unbind(1)
@@ -139,12 +139,12 @@ def test_autocast_error_is_at_most_twice_torchs(backend):
     """Weights stay in float32, products are in bfloat16, as with a model in plain torch."""
     forced = on(backend)
     torch.manual_seed(0)
-    theirs = reference()
-    ours = twin(theirs)
+    hf_model = reference()
+    ours = twin(hf_model)
     ids, targets = batch()
     wide = ours(ids, targets).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = F.cross_entropy(theirs(ids).logits.float().flatten(0, 1), targets.flatten())
+        expected = F.cross_entropy(hf_model(ids).logits.float().flatten(0, 1), targets.flatten())
         with forced:
             loss = ours(ids, targets)
     loss.backward()
