@@ -17,7 +17,7 @@ from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantiz
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, padding_start, sampling_params, stream
 from peakgpt.engine.model.presets import preset
-from peakgpt.engine.model.quantized import QuantizedLinear
+from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
 

@@ -34,11 +34,11 @@ def test_cached_logits_equal_one_forward_pass(backend, n_kv_head):
     with use_backend(backend), torch.no_grad():
         whole = model(ids)
         # A prompt, a chunk of several, then one by one.
-        parts = [model.head(model.features(part, cache)) for part in ids.split((6, 4, 1, 1), dim=1)]
+        parts = [model.compute_logits(model.hidden_states(part, cache)) for part in ids.split((6, 4, 1, 1), dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
     assert cache.length == 12
     with pytest.raises(ValueError, match="2 sequences of 13 tokens, expected 2 of at most 12"):
-        model.features(ids[:, :1], cache)
+        model.hidden_states(ids[:, :1], cache)
 
 
 def test_greedy_output_equals_transformers(tmp_path):

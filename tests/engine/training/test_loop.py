@@ -12,7 +12,6 @@ from peakgpt.engine.checkpoint.safetensors_io import read_safetensors
 from peakgpt.engine.data.batches import Batches
 from peakgpt.engine.data.shards import TokenShards, write_shards
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.graph_capture import Late
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import PRESETS
 from peakgpt.engine.training import loop as module
