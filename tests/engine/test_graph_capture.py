@@ -10,6 +10,8 @@ from peakgpt.engine.gpt import GPT
 from peakgpt.engine.graph_capture import WARMUP, GraphedFunction, graph_factory
 from peakgpt.engine.graph_dry_run import DryRun
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training import trainer as trainer_module
+from peakgpt.engine.training.delayed_metrics import DelayedMetrics
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.dispatch import use_backend
