@@ -16,16 +16,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 from peakgpt.bench.check import CASES, LARGE_CASES, check
-from peakgpt.bench.decoders import Case as Streams
+from peakgpt.bench.contenders.contender import Workload
+from peakgpt.bench.contenders.op_peers import peers
 from peakgpt.bench.device_decode import compare_first_token, compare_steps
-from peakgpt.bench.findings import Failure, Findings
 from peakgpt.bench.fp8 import compare as compare_fp8
-from peakgpt.bench.isolate import Emit, Job, Part, run_part
-from peakgpt.bench.ops import Case, compare
-from peakgpt.bench.peers import peers
+from peakgpt.bench.isolated_jobs import Emit, Job, Part, run_part
+from peakgpt.bench.op_cases import OpCase
+from peakgpt.bench.ops import compare
+from peakgpt.bench.run_results import Failure, RunResults
 from peakgpt.bench.train import compare_training
 from peakgpt.engine.model.presets import preset
-from peakgpt.engine.training.trainer import Recipe
+from peakgpt.engine.training.train_config import TrainConfig
 
 FLOAT32, BFLOAT16 = (torch.float32,), (torch.bfloat16,)
 ONE_BY_ONE = ("forward", "backward")
@@ -37,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"one of {', '.join(PARTS)}; repeatable, default all")  # fmt: skip
 
 
-def run(args: argparse.Namespace, device: torch.device) -> Findings:
+def run(args: argparse.Namespace, device: torch.device) -> RunResults:
     return run_parts(__name__, [p for p in PARTS if p in (args.only or PARTS)], device)
 
 
-def run_parts(module: str, names: Sequence[str], device: torch.device) -> Findings:
+def run_parts(module: str, names: Sequence[str], device: torch.device) -> RunResults:
     """Run parts of a module's PARTS one after the other, with a line to standard error after each."""
-    found = Findings()
+    found = RunResults()
     for name in names:
         start, before = time.perf_counter(), len(found.failures)
         for row in run_part(module, name, device):
@@ -74,52 +75,52 @@ def _check(case: tuple, budget_s: float, emit: Emit) -> None:
 
 # 16k tokens at hidden size 2048, as in the literature; one query against a cache of 8k, rotated beyond L2.
 ATTENTION = [
-    *(Case("attention", {"batch": (1 << 14) // t, "tokens": t, "heads": 2048 // d, "head_dim": d}, passes=ONE_BY_ONE)
+    *(OpCase("attention", {"batch": (1 << 14) // t, "tokens": t, "heads": 2048 // d, "head_dim": d}, passes=ONE_BY_ONE)
       for d in (64, 128) for t in (2048, 8192, 16384)),
-    *(Case("attention_qkv", {"batch": 8, "tokens": 2048, "heads": 16, "head_dim": 128, **pairs}, passes=ONE_BY_ONE)
+    *(OpCase("attention_qkv", {"batch": 8, "tokens": 2048, "heads": 16, "head_dim": 128, **pairs}, passes=ONE_BY_ONE)
       for pairs in ({}, {"pairs": 16}, {"pairs": 64})),
-    *(Case("attention", {"batch": b, "tokens": 1, "heads": 32, "head_dim": 128, "keys": 8192}, {"causal": False},
+    *(OpCase("attention", {"batch": b, "tokens": 1, "heads": 32, "head_dim": 128, "keys": 8192}, {"causal": False},
            passes=("forward",)) for b in (8, 1)),
-    *(Case("attention_decode", {"batch": b, "heads": 32, "head_dim": 128, "keys": 8192, "block": block})
+    *(OpCase("attention_decode", {"batch": b, "heads": 32, "head_dim": 128, "keys": 8192, "block": block})
       for b in (32, 8, 1) for block in (8192, 16)),
 ]  # fmt: skip
 ROWS = 1 << 15  # tokens of a GPT-2 batch: 32 sequences of 1024
 LAYERNORM = [
-    *(Case("layernorm", {"rows": ROWS, "width": c}, passes=ONE_BY_ONE) for c in (768, 1024, 2048, 4096)),
-    Case("add_layernorm", {"rows": ROWS, "width": 768}, passes=ONE_BY_ONE),
-    Case("rmsnorm", {"rows": ROWS, "width": 2048}, passes=ONE_BY_ONE),
+    *(OpCase("layernorm", {"rows": ROWS, "width": c}, passes=ONE_BY_ONE) for c in (768, 1024, 2048, 4096)),
+    OpCase("add_layernorm", {"rows": ROWS, "width": 768}, passes=ONE_BY_ONE),
+    OpCase("rmsnorm", {"rows": ROWS, "width": 2048}, passes=ONE_BY_ONE),
 ]
-MLP = [Case("mlp", {"rows": ROWS, "width": c, "hidden": 4 * c}, passes=ONE_BY_ONE) for c in (768, 1600)]
+MLP = [OpCase("mlp", {"rows": ROWS, "width": c, "hidden": 4 * c}, passes=ONE_BY_ONE) for c in (768, 1600)]
 # One token and eight through GPT-2 1558M's products, and through 124M's head.
 LINEAR = [
-    Case("linear", {"rows": rows, "width": c, "out": f}, passes=("replayed",))
+    OpCase("linear", {"rows": rows, "width": c, "out": f}, passes=("replayed",))
     for c, f in ((1600, 4800), (1600, 6400), (6400, 1600), (768, 50304))
     for rows in (1, 8)
 ]
 LOSS = [
-    Case("linear_cross_entropy", {"rows": ROWS, "width": 768, "vocab": v}, {"prefer": way}, passes=WHOLE)
+    OpCase("linear_cross_entropy", {"rows": ROWS, "width": 768, "vocab": v}, {"prefer": way}, passes=WHOLE)
     for v, way in ((50304, "memory"), (131072, "memory"), (50304, "time"))
 ]
 ADAMW = [
-    Case("adamw", {"count": 124_000_000}),
-    Case("adamw", {"count": 1_558_000_000}, checked={"count": 1 << 20}),
+    OpCase("adamw", {"count": 124_000_000}),
+    OpCase("adamw", {"count": 1_558_000_000}, checked={"count": 1 << 20}),
 ]
 
 TINY = {
     "attention": [
-        Case("attention", {"batch": 1, "tokens": 64, "heads": 2, "head_dim": 64}, passes=ONE_BY_ONE),
-        Case("attention_decode", {"batch": 1, "heads": 2, "head_dim": 64, "keys": 64}),
+        OpCase("attention", {"batch": 1, "tokens": 64, "heads": 2, "head_dim": 64}, passes=ONE_BY_ONE),
+        OpCase("attention_decode", {"batch": 1, "heads": 2, "head_dim": 64, "keys": 64}),
     ],
-    "layernorm": [Case("layernorm", {"rows": 64, "width": 256}, passes=ONE_BY_ONE)],
-    "mlp": [Case("mlp", {"rows": 64, "width": 64, "hidden": 256}, passes=ONE_BY_ONE)],
-    "linear": [Case("linear", {"rows": 8, "width": 64, "out": 64}, passes=("replayed",))],
-    "loss": [Case("linear_cross_entropy", {"rows": 64, "width": 64, "vocab": 512}, passes=WHOLE)],
-    "adamw": [Case("adamw", {"count": 4096}, checked={"count": 1024})],
+    "layernorm": [OpCase("layernorm", {"rows": 64, "width": 256}, passes=ONE_BY_ONE)],
+    "mlp": [OpCase("mlp", {"rows": 64, "width": 64, "hidden": 256}, passes=ONE_BY_ONE)],
+    "linear": [OpCase("linear", {"rows": 8, "width": 64, "out": 64}, passes=("replayed",))],
+    "loss": [OpCase("linear_cross_entropy", {"rows": 64, "width": 64, "vocab": 512}, passes=WHOLE)],
+    "adamw": [OpCase("adamw", {"count": 4096}, checked={"count": 1024})],
 }
 
 
 def _op_jobs(
-    part: str, cases: Sequence[Case], dtypes: Sequence[torch.dtype] = BFLOAT16
+    part: str, cases: Sequence[OpCase], dtypes: Sequence[torch.dtype] = BFLOAT16
 ) -> Callable[[torch.device], dict[str, Job]]:
     def jobs(device: torch.device) -> dict[str, Job]:
         todo = [
@@ -139,13 +140,15 @@ def _op_jobs(
 
 
 def _compare(
-    case: Case, direction: str, dtype: torch.dtype, device: torch.device, budget_s: float, emit: Emit
+    case: OpCase, direction: str, dtype: torch.dtype, device: torch.device, budget_s: float, emit: Emit
 ) -> None:  # fmt: skip
-    for row in compare(case, direction, device, dtype, budget_s=budget_s, peers=peers, on_failure=_teller(emit)):
+    for row in compare(
+        case, direction, device, dtype, budget_s=budget_s, peers=peers, on_failure=_record_failures(emit)
+    ):
         emit(row)
 
 
-def _teller(emit: Emit) -> Callable[[str, Exception], None]:
+def _record_failures(emit: Emit) -> Callable[[str, Exception], None]:
     return lambda contender, error: emit(Failure.of(error, contender))
 
 
@@ -153,7 +156,7 @@ def _teller(emit: Emit) -> Callable[[str, Exception], None]:
 
 TINY_RUN = (
     preset("gpt2-tiny", n_layer=1, vocab_size=512),
-    Recipe(batch=1, tokens=32, dtype=torch.bfloat16, warmup=0.0),
+    TrainConfig(batch=1, tokens=32, dtype=torch.bfloat16, warmup=0.0),
 )
 PADDED_VOCAB = 50304  # a multiple of 128, as everyone trains GPT-2
 
@@ -162,12 +165,12 @@ def _train_jobs(device: torch.device) -> dict[str, Job]:
     def job(budget_s: float, emit: Emit) -> None:
         if device.type == "cuda":
             config = preset("gpt2", vocab_size=PADDED_VOCAB)
-            recipe = Recipe(batch=_batch(device), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
+            recipe = TrainConfig(batch=_batch(device), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
         else:
             config, recipe = TINY_RUN
         names = ["peakgpt", "eager", "compile"] if device.type == "cuda" else ["peakgpt", "eager"]
         for row in compare_training(config, recipe, device, names, rounds=20, budget_s=budget_s,
-                                    on_failure=_teller(emit)):  # fmt: skip
+                                    on_failure=_record_failures(emit)):  # fmt: skip
             emit(row)
 
     return {"train": job}
@@ -179,11 +182,11 @@ def _large_jobs(device: torch.device) -> dict[str, Job]:
     def job(budget_s: float, emit: Emit) -> None:
         if device.type == "cuda":
             config = preset("gpt2-xl", vocab_size=PADDED_VOCAB)
-            recipe = Recipe(batch=max(1, _batch(device) // 4), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
+            recipe = TrainConfig(batch=max(1, _batch(device) // 4), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
         else:
             config, recipe = TINY_RUN
         for row in compare_training(config, recipe, device, ["peakgpt"], rounds=10, budget_s=budget_s,
-                                    on_failure=_teller(emit)):  # fmt: skip
+                                    on_failure=_record_failures(emit)):  # fmt: skip
             emit(row)
 
     return {"train 1558M": job}
@@ -193,7 +196,8 @@ def _fp8_jobs(device: torch.device) -> dict[str, Job]:
     def job(budget_s: float, emit: Emit) -> None:
         if device.type == "cuda":
             config = preset("gpt2", vocab_size=PADDED_VOCAB)
-            recipe, steps = Recipe(batch=max(1, _batch(device) // 2), tokens=1024, dtype=torch.bfloat16, lr=6e-4), 50
+            recipe = TrainConfig(batch=max(1, _batch(device) // 2), tokens=1024, dtype=torch.bfloat16, lr=6e-4)
+            steps = 50
         else:
             (config, recipe), steps = TINY_RUN, 3
         for row in compare_fp8(config, recipe, steps, device, budget_s=budget_s / 3):
@@ -223,10 +227,10 @@ def _decode_jobs(device: torch.device) -> dict[str, Job]:
     config_of = lambda name: preset(name) if full else TINY_RUN[0]  # noqa: E731
 
     def steps(name: str, streams: int, contenders: list[str], budget_s: float, emit: Emit) -> None:
-        case = Streams(streams, 128, 128) if full else Streams(2, 8, 4)
+        case = Workload(streams, 128, 128) if full else Workload(2, 8, 4)
         contenders = contenders if full else ["peakgpt", "eager"]  # compiling for a CPU takes longer than the rest
         for row in compare_steps(config_of(name), case, device, contenders, budget_s=budget_s,
-                                 on_failure=_teller(emit)):  # fmt: skip
+                                 on_failure=_record_failures(emit)):  # fmt: skip
             emit(row)
 
     def first_token(name: str, budget_s: float, emit: Emit) -> None:

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from peakgpt.bench.findings import Findings
+from peakgpt.bench.interleave import interleave
+from peakgpt.bench.run_results import RunResults
+from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
-from peakgpt.engine.training.trainer import Recipe, Trainer
-from peakgpt.kernels.hardware.clock import Result, interleave
-from peakgpt.kernels.hardware.device import peak_for
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
+from peakgpt.kernels.hardware.peaks import peak_for
 
 VOCAB = 50304  # GPT-2's, up to a multiple of 128
 SYMBOLS = 512  # that the sequences use
@@ -29,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the run whose loss is shown (default 100)")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> Findings:
-    recipe = Recipe(batch=args.batch, tokens=args.tokens, dtype=torch.bfloat16, lr=6e-4)
-    return Findings(results=compare(preset(args.model, vocab_size=VOCAB), recipe, args.steps, device))
+def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+    recipe = TrainConfig(batch=args.batch, tokens=args.tokens, dtype=torch.bfloat16, lr=6e-4)
+    return RunResults(results=compare(preset(args.model, vocab_size=VOCAB), recipe, args.steps, device))
 
 
 def compare(
-    config: GPTConfig, recipe: Recipe, steps: int, device: torch.device, *, budget_s: float | None = None
+    config: GPTConfig, recipe: TrainConfig, steps: int, device: torch.device, *, budget_s: float | None = None
 ) -> list[Result]:
     """Train with both, then time a step of each; their notes say the losses.
 
@@ -64,7 +66,7 @@ def compare(
     ]  # fmt: skip
 
 
-def compare_losses(config: GPTConfig, recipe: Recipe, steps: int, device: torch.device) -> dict[str, list[float]]:
+def compare_losses(config: GPTConfig, recipe: TrainConfig, steps: int, device: torch.device) -> dict[str, list[float]]:
     """The loss of every step, from the same weights over the same batches."""
     return _trained(config, recipe, steps, device)[1]
 
@@ -81,7 +83,7 @@ def _trained(config, recipe, steps, device) -> tuple[dict[str, Trainer], dict[st
     return trainers, losses
 
 
-def _batches(config: GPTConfig, recipe: Recipe, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(config: GPTConfig, recipe: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Sequences with a rule to learn: each counts up by a step of its own."""
     generator = torch.Generator().manual_seed(recipe.seed)
     symbols = min(SYMBOLS, config.vocab_size)

@@ -1,7 +1,7 @@
-"""transformers' models patched by peakgpt beside the same models as they are: `peakgpt bench patch`.
+"""transformers' models patched by peakgpt versus the unpatched models: `peakgpt bench patch`.
 
-Random weights of the published sizes, train() with the dropout of each config, AdamW and clipping included; or greedy
-text. Each contender has a process of its own, and must have the loss of the others before anything is timed.
+Random weights of the published sizes. Work is a training step in train() with the dropout of each config, clipping and
+AdamW, or greedy generation. Each contender has a process of its own, and is timed only if its loss is the reference's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peakgpt.bench.contenders import SEED, TUNED_MALLOC
-from peakgpt.bench.findings import Failure, Findings
-from peakgpt.bench.ops import OnFailure, raise_it
-from peakgpt.bench.steppers import measure
-from peakgpt.bench.worker import Worker
-from peakgpt.kernels.hardware.clock import Result
+from peakgpt.bench.contenders.contender import SEED, TUNED_ENVIRONMENT, Contender, contenders_on
+from peakgpt.bench.contenders.time_contenders import OnFailure, raise_failure, time_contenders
+from peakgpt.bench.contenders.worker_process import WorkerProcess
+from peakgpt.bench.run_results import Failure, RunResults
+from peakgpt.bench.schema import Result
 
-PROMPT, NEW = 32, 64  # tokens of a greedy text
-LABELLED, IGNORED = 0.15, -100  # of a masked language model's positions (Devlin et al. 2018, arXiv:1810.04805)
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}  # relative, of the loss in eval()
+PROMPT, NEW = 32, 64  # tokens of greedy generation
+LABELED, IGNORED = 0.15, -100  # of a masked language model's positions (Devlin et al. 2018, arXiv:1810.04805)
+EVAL_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}  # relative, of the loss in eval()
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Model:
     """Args:
     config: class and arguments in transformers.
     model: class there.
-    masked: whether it learns masked tokens, instead of the next ones.
+    masked: a masked language model; otherwise it predicts the next token.
     """
 
     config: tuple[str, dict[str, Any]]
@@ -56,18 +55,21 @@ MODELS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Contender:
-    """Whether it is patched, and the environment that its process starts with."""
-
-    patched: bool
-    environment: dict[str, str] = field(default_factory=dict)
+def _unchanged(model: nn.Module) -> None:
+    """Leave the model as transformers makes it."""
 
 
-CONTENDERS = {
-    "peakgpt": Contender(True),
-    "transformers": Contender(False),
-    "transformers, tuned malloc": Contender(False, {"GLIBC_TUNABLES": TUNED_MALLOC}),
+def _patched(model: nn.Module) -> None:
+    from peakgpt.dropin.patching import patch
+
+    patch(model)
+
+
+# build(model) changes the model in place
+PATCH_CONTENDERS = {
+    "peakgpt": Contender(_patched, package="peakgpt"),
+    "transformers": Contender(_unchanged),
+    "transformers, tuned malloc": Contender(_unchanged, TUNED_ENVIRONMENT),
 }
 
 
@@ -76,30 +78,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", choices=tuple(WORK), action="append", help="repeatable; default all")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256, help="context length (default 256)")
-    parser.add_argument("--dtype", choices=tuple(TOLERANCE), action="append", help="repeatable; default both")
-    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all that the device has")
+    parser.add_argument("--dtype", choices=tuple(EVAL_LOSS_TOLERANCE), action="append", help="repeatable; default both")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=tuple(PATCH_CONTENDERS), help="default: all that the device has"
+    )
     parser.add_argument("--rounds", type=int, default=9)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> Findings:
-    found = Findings()
-    names = args.contenders or [n for n, c in CONTENDERS.items() if device.type == "cpu" or not c.environment]
+def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+    results = RunResults()
+    names = args.contenders or contenders_on(PATCH_CONTENDERS, device)
     for model in args.model or MODELS:
         for work in args.work or WORK:
             if work == "generate" and model != "gpt2":
                 continue
-            for dtype in args.dtype or TOLERANCE:
+            for dtype in args.dtype or EVAL_LOSS_TOLERANCE:
                 case = {"model": model, "work": work, "batch": args.batch, "tokens": args.tokens}
                 if work == "generate":
                     case |= {"batch": 1, "tokens": PROMPT + NEW}
-                tell = lambda name, error: found.add(Failure.of(error, name))  # noqa: E731
-                found.results += compare(case, dtype, device, names, rounds=args.rounds, on_failure=tell)
-    return found
+                record_failure = lambda name, error: results.add(Failure.of(error, name))  # noqa: E731
+                results.results += compare(case, dtype, device, names, rounds=args.rounds, on_failure=record_failure)
+    return results
 
 
 def compare(
     case: dict[str, Any], dtype: str, device: torch.device, names: Sequence[str], *, rounds: int = 9,
-    on_failure: OnFailure = raise_it,
+    on_failure: OnFailure = raise_failure,
 ) -> list[Result]:  # fmt: skip
     """Time one kind of work on one model.
 
@@ -107,63 +111,61 @@ def compare(
         case: model, work, batch, tokens.
         dtype: "float32", or "bfloat16": autocast from float32 weights to train, weights of that dtype for text.
         device: where.
-        names: of CONTENDERS.
-        rounds: see clock.interleave.
-        on_failure: told of a contender that raises or has another loss than transformers; the others are timed.
+        names: of PATCH_CONTENDERS.
+        rounds: see `interleave`.
+        on_failure: called with a contender that raises or whose loss differs from transformers'; the others are timed.
     Returns:
-        A result a contender.
+        A result for each contender.
     """
     request = {"make": f"{__name__}:work", "threads": torch.get_num_threads(), "dtype": dtype, "device": str(device)}
-    measured = measure(
-        ((n, partial(Worker, n, {**request, **case, "contender": n}, CONTENDERS[n].environment)) for n in names),
-        lambda name, worker: worker.step(), lambda name, losses: _computes_alike(name, losses, dtype),
+    measured = time_contenders(
+        ((n, partial(WorkerProcess, n, {**request, **case, "contender": n}, PATCH_CONTENDERS[n].environment))
+         for n in names),
+        lambda name, worker: worker.step(), lambda name, losses: _expect_same_loss(name, losses, dtype),
         rounds=rounds, warmup=2, on_failure=on_failure,
     )  # fmt: skip
     note = f"transformers {metadata.version('transformers')}"
     return [
         Result.of(
-            found.timing.noted(found.note, note), bench="patch", case=case, contender=n,
-            backend="auto" if CONTENDERS[n].patched else "torch", device=str(device), dtype=dtype,
-            memory_bytes=found.memory_bytes, base_bytes=found.base_bytes,
+            m.timing.noted(m.note, note), bench="patch", case=case, contender=n,
+            backend=PATCH_CONTENDERS[n].backend, device=str(device), dtype=dtype,
+            memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
         )
-        for n, found in measured.items()
+        for n, m in measured.items()
     ]  # fmt: skip
 
 
-def _computes_alike(name: str, losses: Mapping[str, float], dtype: str) -> None:
+def _expect_same_loss(name: str, losses: Mapping[str, float], dtype: str) -> None:
     """
     Raises:
-        ValueError: the loss in eval() is not transformers', or the first one's where that does not run.
+        ValueError: the loss in eval() differs from transformers', or from the first contender's if that does not run.
     """
-    loss, right = losses[name], losses.get("transformers", next(iter(losses.values())))
-    if not abs(loss - right) <= TOLERANCE[dtype] * abs(right):
-        raise ValueError(f"{name}: loss {loss:.5f}, expected {right:.5f} within {TOLERANCE[dtype]:.2%}")
+    loss, reference = losses[name], losses.get("transformers", next(iter(losses.values())))
+    if not abs(loss - reference) <= EVAL_LOSS_TOLERANCE[dtype] * abs(reference):
+        raise ValueError(f"{name}: loss {loss:.5f}, expected {reference:.5f} within {EVAL_LOSS_TOLERANCE[dtype]:.2%}")
 
 
-# ---- the worker's side
+# ---- in the worker process
 
 
 def work(request: Mapping[str, Any]) -> Callable[[], float]:
-    """A contender, for a worker.
+    """Return a contender's step: `make` of a worker process.
 
     Args:
         request: contender, model, work, batch, tokens, dtype, device.
     Returns:
-        A function that does the work once and returns a number of it; at its first call it returns the loss in eval().
+        A function that does the work once and returns a number. Its first call returns the loss in eval().
     """
     import transformers
 
-    import peakgpt
-
     transformers.logging.set_verbosity_error()
     torch.manual_seed(SEED)
-    which, device = MODELS[request["model"]], torch.device(request["device"])
-    kind, fields = which.config
-    model = getattr(transformers, which.model)(getattr(transformers, kind)(**fields)).to(device)
+    description, device = MODELS[request["model"]], torch.device(request["device"])
+    kind, fields = description.config
+    model = getattr(transformers, description.model)(getattr(transformers, kind)(**fields)).to(device)
     ids = torch.randint(5, model.config.vocab_size, (request["batch"], request["tokens"]))
-    labels = torch.where(torch.rand(ids.shape) < LABELLED, ids, IGNORED) if which.masked else ids
-    if CONTENDERS[request["contender"]].patched:
-        peakgpt.patch(model)
+    labels = torch.where(torch.rand(ids.shape) < LABELED, ids, IGNORED) if description.masked else ids
+    PATCH_CONTENDERS[request["contender"]].build(model)
     make = WORK[request["work"]]
     return _loss_first(make, model, ids.to(device), labels.to(device), getattr(torch, request["dtype"]))
 
@@ -174,7 +176,7 @@ def _loss_first(make, model: nn.Module, ids: Tensor, labels: Tensor, dtype: torc
     def step() -> float:
         if steps:
             return steps[0]()
-        with torch.no_grad(), _lower(ids.device, dtype):
+        with torch.no_grad(), _autocast(ids.device, dtype):
             loss = float(model.eval()(ids, labels=labels).loss)
         steps.append(make(model, ids, labels, dtype))
         return loss
@@ -182,7 +184,7 @@ def _loss_first(make, model: nn.Module, ids: Tensor, labels: Tensor, dtype: torc
     return step
 
 
-def _lower(device: torch.device, dtype: torch.dtype):
+def _autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
@@ -192,7 +194,7 @@ def _train(model: nn.Module, ids: Tensor, labels: Tensor, dtype: torch.dtype) ->
     model.train()
 
     def step() -> float:
-        with _lower(ids.device, dtype):
+        with _autocast(ids.device, dtype):
             loss = model(ids, labels=labels).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peakgpt.bench.findings import OURS, Findings
-from peakgpt.kernels.files import write_whole
-from peakgpt.kernels.hardware.clock import Result, Timing, ratio
+from peakgpt.bench.run_results import OURS, RunResults
+from peakgpt.bench.schema import Result
+from peakgpt.bench.timing import Timing, ratio
+from peakgpt.kernels.files import write_atomically
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2128;background:#fff}
@@ -204,7 +205,7 @@ def notes(results: Iterable[Result]) -> list[str]:
     return [first + (f" ({len(more)} more like it)" if more else "") for first, *more in kinds.values()]
 
 
-def verdicts(found: Findings) -> list[str]:
+def verdicts(found: RunResults) -> list[str]:
     """What was checked and what failed, a line each."""
     lines = []
     if found.checks:
@@ -243,7 +244,7 @@ def write_report(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>peakgpt run</title><style>{STYLE}</style><h1>peakgpt run</h1>{''.join(parts)}</html>\n"
     )
-    write_whole(Path(path), page.encode())
+    write_atomically(Path(path), page.encode())
 
 
 def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

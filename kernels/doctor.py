@@ -8,7 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peakgpt.kernels.core.dispatch import BACKENDS, OPS
-from peakgpt.kernels.hardware.device import Device, Peaks, choose_device, datasheet, describe, measure
+from peakgpt.kernels.hardware.datasheet import Peaks, datasheet
+from peakgpt.kernels.hardware.device import Device, choose_device, describe
+from peakgpt.kernels.hardware.measured_peaks import measure
 from peakgpt.kernels.ops import catalogue
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -49,10 +49,11 @@ def test_training_does_not_load_dynamo_or_sympy():
     """torch imports torch._dynamo and sympy implicitly in some functions. They would hold 150 MiB for the whole run."""
     code = """
 import sys, torch, peakgpt
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 model = peakgpt.GPT(peakgpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=31))
 ids = torch.randint(31, (2, 8))
-Trainer(model, Recipe(batch=2, tokens=8), steps=1).step(ids, ids)
+Trainer(model, TrainConfig(batch=2, tokens=8), steps=1).step(ids, ids)
 print(*({"torch._dynamo", "sympy", "triton"} & set(sys.modules)))
 """
     assert python(code).strip() == ""

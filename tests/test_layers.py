@@ -28,6 +28,7 @@ LAYERS = (
     ("peakgpt.engine.training", "peakgpt.engine.inference"),
     ("peakgpt.engine.evaluation",),
     ("peakgpt.engine",),
+    ("peakgpt.dropin",),
     ("peakgpt.bench",),
     ("peakgpt",),
 )

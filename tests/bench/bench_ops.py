@@ -6,16 +6,16 @@ One contender at a time, so a figure here is to compare with itself; `peakgpt be
 import pytest
 import torch
 
-from peakgpt.bench.ops import PASSES, Case, make_inputs
+from peakgpt.bench.op_cases import PASSES, OpCase, make_inputs
 from peakgpt.kernels.core.dispatch import OPS
 from peakgpt.kernels.ops import catalogue
 
-CALLS = [(name, direction) for name in sorted(catalogue.__all__) for direction in Case(name).directions]
+CALLS = [(name, direction) for name in sorted(catalogue.__all__) for direction in OpCase(name).directions]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "direction"), CALLS, ids=lambda value: value)
 def test_op(benchmark, name, direction, dtype):
-    case, make = Case(name), PASSES[direction][0]
+    case, make = OpCase(name), PASSES[direction][0]
     call = make(OPS[name], make_inputs(case, torch.device("cpu"), dtype), case.arguments)
     benchmark(call)

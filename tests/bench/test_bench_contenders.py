@@ -10,17 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peakgpt.bench import contenders, decoders, streams
-from peakgpt.bench.contenders import TUNED_MALLOC
+from peakgpt.bench import decode
+from peakgpt.bench.contenders import decoding, training
+from peakgpt.bench.contenders.contender import TUNED_MALLOC, WEIGHT_FORMATS, Workload
+from peakgpt.bench.contenders.time_contenders import time_contenders
+from peakgpt.bench.contenders.worker_process import WorkerProcess, _reporting
 from peakgpt.bench.decode import compare_decoding
 from peakgpt.bench.report import comparisons
-from peakgpt.bench.steppers import measure as measure_steppers
-from peakgpt.bench.train import _learns_alike
-from peakgpt.bench.worker import Worker, _answers
+from peakgpt.bench.schema import read_results
+from peakgpt.bench.train import _expect_same_loss
 from peakgpt.cli import main
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.presets import preset
-from peakgpt.kernels.hardware.clock import read_results
 
 
 def tiny_config():
@@ -28,13 +29,13 @@ def tiny_config():
 
 
 def training_request(contender, **changes):
-    return {"make": "peakgpt.bench.contenders:training_step", "contender": contender,
+    return {"make": "peakgpt.bench.contenders.training:training_step", "contender": contender,
             "config": dataclasses.asdict(tiny_config()), "batch": 1, "tokens": 16, "dtype": "float32", "warmup": 0.0,
             "recompute": "none", "threads": 1, **changes}  # fmt: skip
 
 
 def test_worker_steps_and_ends():
-    worker, dead = (Worker(name, training_request(name), {}) for name in ("peakgpt", "nobody"))
+    worker, dead = (WorkerProcess(name, training_request(name), {}) for name in ("peakgpt", "nobody"))
     losses = [worker.step() for _ in range(3)]
     assert losses[2] < losses[0] and "page faults" in worker.note
     with pytest.raises(RuntimeError, match="worker 'nobody' ended with exit code 1"):
@@ -63,7 +64,9 @@ def make(request):
 def test_a_workers_memory_is_that_of_a_step(tmp_path, environment, most):
     """Fails without the reset of the peak or, under the tuned allocator, without the return of freed memory."""
     (tmp_path / "greedy.py").write_text(GREEDY)
-    worker = Worker("greedy", {"make": "greedy:make", "threads": 1}, {"PYTHONPATH": str(tmp_path), **environment})
+    worker = WorkerProcess(
+        "greedy", {"make": "greedy:make", "threads": 1}, {"PYTHONPATH": str(tmp_path), **environment}
+    )
     try:
         assert worker.step() == worker.step() == 2.0
         assert 190 < (worker.memory_bytes() - worker.base_bytes) / 2**20 < most
@@ -77,23 +80,23 @@ def test_a_system_without_peaks_of_a_step_says_so(monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(Path, "write_text", read_only)
-    worker = Worker.__new__(Worker)
-    worker.name, worker.last = "x", _answers(lambda: 1.0, 1)()
+    worker = WorkerProcess.__new__(WorkerProcess)
+    worker.name, worker.last = "x", _reporting(lambda: 1.0, 1)()
     assert worker.last.whole_life and worker.note.endswith("x: memory is the most since the process began")
 
 
 @pytest.mark.parametrize("contender", ["peakgpt", "eager"])
 def test_a_training_step_holds_no_initial_state(contender, monkeypatch):
     states = []
-    start = contenders.start
+    training_inputs = training.training_inputs
 
     def watched(*args):
-        state, batch = start(*args)
+        state, batch = training_inputs(*args)
         states.append(weakref.ref(state["transformer.wte.weight"].untyped_storage()))
         return state, batch
 
-    monkeypatch.setattr(contenders, "start", watched)
-    step = contenders.training_step(training_request(contender))
+    monkeypatch.setattr(training, "training_inputs", watched)
+    step = training.training_step(training_request(contender))
     gc.collect()
     assert step() > 0 and states[0]() is None
 
@@ -101,12 +104,12 @@ def test_a_training_step_holds_no_initial_state(contender, monkeypatch):
 def test_a_contender_that_learns_otherwise_is_refused():
     losses = {"x": 2.005, "eager": 2.0}
     for name in losses:
-        _learns_alike(name, losses, 3, torch.bfloat16)
+        _expect_same_loss(name, losses, 3, torch.bfloat16)
     with pytest.raises(ValueError, match=r"x: loss 2\.0050 after 3 updates, expected 2\.0000 within 0\.1%"):
-        _learns_alike("x", losses, 3, torch.float32)
+        _expect_same_loss("x", losses, 3, torch.float32)
 
 
-class Stepper:
+class FakeContender:
     pid, base_bytes, note = None, None, "said"
     closed = ()
 
@@ -117,42 +120,42 @@ class Stepper:
         return 7
 
     def close(self):
-        Stepper.closed += (self.step,)
+        FakeContender.closed += (self.step,)
 
 
 def test_who_does_not_start_raises_or_is_wrong_is_told_and_closed(monkeypatch):
-    monkeypatch.setattr(Stepper, "closed", ())
+    monkeypatch.setattr(FakeContender, "closed", ())
     right, wrong, raises = lambda: 1, lambda: 2, lambda: 1 / 0
-    starts = {"absent": raises, "right": lambda: Stepper(right), "wrong": lambda: Stepper(wrong),
-              "raises": lambda: Stepper(raises)}  # fmt: skip
+    starts = {"absent": raises, "right": lambda: FakeContender(right), "wrong": lambda: FakeContender(wrong),
+              "raises": lambda: FakeContender(raises)}  # fmt: skip
     seen, told = [], []
 
     def judge(name, values):
         seen.append(dict(values))
         assert values[name] == 1
 
-    measured = measure_steppers(starts.items(), lambda name, stepper: stepper.step(), judge, rounds=3,
+    measured = time_contenders(starts.items(), lambda name, stepper: stepper.step(), judge, rounds=3,
                        on_failure=lambda name, error: told.append((name, type(error))))  # fmt: skip
     assert told == [("absent", ZeroDivisionError), ("raises", ZeroDivisionError), ("wrong", AssertionError)]
-    assert Stepper.closed == (raises, wrong, right) and seen == [{"right": 1, "wrong": 2}] * 2
+    assert FakeContender.closed == (raises, wrong, right) and seen == [{"right": 1, "wrong": 2}] * 2
     found = measured.pop("right")
     assert not measured and len(found.timing.samples_s) == 3 and (found.memory_bytes, found.note) == (7, "said")
     assert found.timing.noted("", "a", "b").note.endswith("a; b")
 
 
-@pytest.mark.parametrize("name", [name for name in decoders.CONTENDERS if name != "eager"])
+@pytest.mark.parametrize("name", [name for name in decoding.DECODING_CONTENDERS if name != "eager"])
 def test_streams_decode_the_same_text(name):
     """In float32 eager's text; in small weights the same again and again, as long."""
-    who = decoders.CONTENDERS[name]
+    who = decoding.DECODING_CONTENDERS[name]
     pytest.importorskip(who.package)
     config = preset("gpt2-tiny", n_layer=1, vocab_size=96, n_head=2, n_embd=64)
-    case = decoders.Case(2, 4, 6)
-    state, ids = streams.start(config, case)
-    expected = decoders.eager_decoder(dict(state), config, ids, case, "float32")()
-    for form in who.forms:
-        decode = who.build(dict(state), config, ids, case, form)
-        text = decode()
-        assert text.shape == (2, 6) and torch.equal(text, decode())
+    case = Workload(2, 4, 6)
+    state, ids = decode.decoding_inputs(config, case)
+    expected = decoding.eager_decoder(dict(state), config, ids, case, "float32")()
+    for form in who.formats:
+        run = who.build(dict(state), config, ids, case, form)
+        text = run()
+        assert text.shape == (2, 6) and torch.equal(text, run())
         assert form != "float32" or torch.equal(text, expected)
     assert len(expected.unique()) > 3
 
@@ -160,23 +163,23 @@ def test_streams_decode_the_same_text(name):
 def test_other_texts_are_refused():
     expected = torch.arange(12).view(2, 6)
     with pytest.raises(ValueError, match="only the first 0 tokens are eager's"):
-        streams._alike("x", expected + 1, expected, "float32")
+        decode._expect_equal_start("x", expected + 1, expected, "float32")
     with pytest.raises(ValueError, match=r"shape \(2, 5\), expected \(2, 6\)"):
-        streams._alike("x", expected[:, 1:], expected, "int8")
+        decode._expect_equal_start("x", expected[:, 1:], expected, "int8")
 
 
 def test_forms_of_weights_are_compared_in_one_run(monkeypatch):
     peak = SimpleNamespace(bandwidth_bytes_s=1e9, source="none")
-    monkeypatch.setattr(streams, "peak_for", lambda *args: peak)
-    here = lambda name, request, environment: Stepper(streams.decode_step(request))  # noqa: E731
-    monkeypatch.setattr(streams, "Worker", here)  # processes are tested with the training step and the prompt
-    case, told = decoders.Case(2, 4, 6), []
-    results = streams.compare_streams(tiny_config(), case, ("float32", "int8"), ["peakgpt", "eager"], rounds=3,
+    monkeypatch.setattr(decode, "peak_for", lambda *args: peak)
+    here = lambda name, request, environment: FakeContender(decode.decode_step(request))  # noqa: E731
+    monkeypatch.setattr(decode, "WorkerProcess", here)  # processes are tested with the training step and the prompt
+    case, told = Workload(2, 4, 6), []
+    results = decode.compare_streams(tiny_config(), case, ("float32", "int8"), ["peakgpt", "eager"], rounds=3,
                                       on_failure=lambda name, error: told.append(name))  # fmt: skip
     assert [(r.contender, r.dtype) for r in results] == [("peakgpt", "float32"), ("eager", "float32"),
                                                          ("peakgpt", "int8")]  # fmt: skip
     assert not told and len({r.rounds for r in results}) == 1
-    weights = [streams.read_bytes(preset("gpt2"), decoders.Case(1, 0, 1), form) for form in decoders.FORMS]
+    weights = [decode.read_bytes(preset("gpt2"), Workload(1, 0, 1), form) for form in WEIGHT_FORMATS]
     assert weights[0] == pytest.approx(4 * 123.65e6, rel=2e-3) and weights == sorted(weights, reverse=True)
     assert weights[3] == pytest.approx(38.6e6 + 85.1e6 * 4.5 / 8, rel=2e-3)
 

@@ -11,10 +11,10 @@ import torch
 from peakgpt.bench import device as device_bench
 from peakgpt.bench import device_decode
 from peakgpt.bench.check import Check
-from peakgpt.bench.contenders import CONTENDERS
-from peakgpt.bench.decoders import Case
-from peakgpt.bench.findings import Failure
-from peakgpt.bench.isolate import run_part
+from peakgpt.bench.contenders.contender import Contender, Workload
+from peakgpt.bench.contenders.training import TRAINING_CONTENDERS
+from peakgpt.bench.isolated_jobs import run_part
+from peakgpt.bench.run_results import Failure
 from peakgpt.cli import main
 from peakgpt.engine.gpt import GPT
 from peakgpt.kernels.core.dispatch import OPS
@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 
 FAKE = """
 import os, time
-from peakgpt.bench.findings import Failure
-from peakgpt.bench.isolate import Part
+from peakgpt.bench.run_results import Failure
+from peakgpt.bench.isolated_jobs import Part
 
 def good(budget_s, emit):
     emit(Failure(message="told", contender="peer"))
@@ -133,18 +133,18 @@ import peakgpt.commands.bench, peakgpt.bench.device
 
 
 def test_contenders_with_an_environment_are_for_processes_only():
-    assert [n for n, c in CONTENDERS.items() if not c.environment] == ["peakgpt", "eager", "compile"]
+    assert [n for n, c in TRAINING_CONTENDERS.items() if not c.environment] == ["peakgpt", "eager", "compile"]
 
 
 def test_decoding_on_a_device_is_compared_and_wrong_logits_are_told(monkeypatch):
     config, told = device_bench.TINY_RUN[0], []
-    was = device_decode.CONTENDERS["eager"]
+    was = device_decode.DEVICE_DECODING_CONTENDERS["eager"].build
 
     def wrong(*args):
         return lambda: lambda token: was(*args)()(token).roll(1, -1)
 
-    monkeypatch.setitem(device_decode.CONTENDERS, "compile", wrong)
-    results = device_decode.compare_steps(config, Case(2, 5, 3), CPU, ["compile", "peakgpt"], budget_s=0.0,
+    monkeypatch.setitem(device_decode.DEVICE_DECODING_CONTENDERS, "compile", Contender(wrong))
+    results = device_decode.compare_steps(config, Workload(2, 5, 3), CPU, ["compile", "peakgpt"], budget_s=0.0,
                                           on_failure=lambda *failure: told.append(failure))  # fmt: skip
     assert [(name, "is off eager" in str(error)) for name, error in told] == [("compile", True)]
     (ours,) = results
@@ -158,8 +158,8 @@ def test_a_step_that_can_not_be_recorded_is_told(monkeypatch):
     """Or its times would pass for a graph's; they are kept."""
     inner = device_decode._eager
 
-    def warns(model, ids, case):
-        begin = inner(model, ids, case)
+    def warns(model, ids, workload):
+        begin = inner(model, ids, workload)
 
         def again():
             warnings.warn("the step runs uncaptured, recording failed: no", stacklevel=1)
@@ -167,9 +167,9 @@ def test_a_step_that_can_not_be_recorded_is_told(monkeypatch):
 
         return again
 
-    monkeypatch.setitem(device_decode.CONTENDERS, "peakgpt", warns)
+    monkeypatch.setitem(device_decode.DEVICE_DECODING_CONTENDERS, "peakgpt", Contender(warns))
     config, told = device_bench.TINY_RUN[0], []
-    results = device_decode.compare_steps(config, Case(2, 5, 3), CPU, ["peakgpt"], budget_s=0.0,
+    results = device_decode.compare_steps(config, Workload(2, 5, 3), CPU, ["peakgpt"], budget_s=0.0,
                                           on_failure=lambda *failed: told.append(failed))  # fmt: skip
     assert len(results) == 1 and {name for name, _ in told} == {"peakgpt"}
     assert "recording failed: no" in str(told[0][1])

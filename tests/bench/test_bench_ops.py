@@ -8,20 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peakgpt.bench import ops
+from peakgpt.bench import op_cases
 from peakgpt.bench.check import check, judge
-from peakgpt.bench.findings import NotTaken
-from peakgpt.bench.ops import Case, choose_cases, compare, compare_ops
-from peakgpt.bench.passes import CASES as PASS_CASES
-from peakgpt.bench.passes import PASSES, measure
-from peakgpt.bench.peers import _epilogue_mlp, peers
+from peakgpt.bench.contenders.op_peers import _epilogue_mlp, peers
+from peakgpt.bench.memory_bound import GPT2_CALLS, KERNELS, measure
+from peakgpt.bench.op_cases import OpCase, choose_cases
+from peakgpt.bench.ops import compare, compare_ops
 from peakgpt.bench.report import notes, tables
+from peakgpt.bench.run_results import Unsupported
+from peakgpt.bench.schema import read_results
 from peakgpt.cli import main
 from peakgpt.kernels.core.dispatch import OPS
-from peakgpt.kernels.hardware.clock import read_results
 
 CPU = torch.device("cpu")
-SMALL = Case("layernorm", {"rows": 8, "width": 16})
+SMALL = OpCase("layernorm", {"rows": 8, "width": 16})
 
 
 def timed(direction, found=None, **contenders):
@@ -47,7 +47,7 @@ def wrong_gradient(x, w, b):
 def test_compare_ops_times_every_op_beside_eager():
     sizes = {"layernorm": {"rows": 8, "width": 16}, "adamw": {"count": 64},
              "attention_qkv": {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 8}}  # fmt: skip
-    cases = [Case(op, size) for op, size in sizes.items()]
+    cases = [OpCase(op, size) for op, size in sizes.items()]
     results = compare_ops(cases, CPU, torch.float32, budget_s=0.0, rounds=3)
     seen = {(r.case["op"], r.case["pass"], r.contender) for r in results}
     passes = {"layernorm": 2, "adamw": 1, "attention_qkv": 2}
@@ -99,7 +99,7 @@ def test_the_others_are_timed_when_one_fails():
         raise RuntimeError("no such kernel")
 
     def declines(x, w, b):
-        raise NotTaken
+        raise Unsupported
 
     found = []
     results = timed("forward", found, broken=broken, wrong=wrong, declines=declines)
@@ -127,7 +127,7 @@ def test_flops_and_bytes_are_those_of_the_direction():
 
 
 def test_values_are_compared_at_other_sizes_where_eager_does_not_fit():
-    case = Case("adamw", {"count": 64}, checked={"count": 8})
+    case = OpCase("adamw", {"count": 64}, checked={"count": 8})
     run = lambda **peer: compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3,  # noqa: E731
                                  peers=lambda op, device: peer)  # fmt: skip
     assert [r.contender for r in run()] == ["peakgpt", "torch fused"]
@@ -137,15 +137,15 @@ def test_values_are_compared_at_other_sizes_where_eager_does_not_fit():
 
 def test_peers_have_our_arguments():
     adamw, attention, mlp = OPS["adamw"], OPS["attention"], OPS["mlp"]
-    names = {r.contender for case, op in ((Case("adamw", {"count": 64}), adamw),
-                                          (Case("attention", {"batch": 1, "tokens": 8, "heads": 1}), attention))
+    names = {r.contender for case, op in ((OpCase("adamw", {"count": 64}), adamw),
+                                          (OpCase("attention", {"batch": 1, "tokens": 8, "heads": 1}), attention))
              for r in compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3, peers=peers)}  # fmt: skip
     assert names == {"peakgpt", "eager", "torch fused", "sdpa flash"}  # adamw's without eager
     assert set(peers(attention, torch.device("cuda"))) == {"sdpa cudnn", "sdpa flash", "sdpa efficient"}
     tensors = mlp.sample(rows=4, width=16, hidden=64)
     with torch.no_grad():  # its GELU is tanh on CUDA and erf on CPU
         torch.testing.assert_close(_epilogue_mlp(*tensors), mlp.eager(*tensors, activation="gelu_erf"))
-    with pytest.raises(NotTaken):
+    with pytest.raises(Unsupported):
         _epilogue_mlp(*tensors)
 
 
@@ -160,20 +160,22 @@ MOVED = {
 
 
 def tiny(name):
-    return {k: TINY[k] for k in inspect.signature(PASSES[name]).parameters if k in TINY}
+    return {k: TINY[k] for k in inspect.signature(KERNELS[name]).parameters if k in TINY}
 
 
 def test_every_pass_is_measured():
-    assert set(MOVED) == set(PASSES) == {name for name, _ in PASS_CASES}
-    for name, sizes in PASS_CASES:
-        assert set(tiny(name)) <= set(sizes) <= set(inspect.signature(PASSES[name]).parameters)
+    assert set(MOVED) == set(KERNELS) == {name for name, _ in GPT2_CALLS}
+    for name, sizes in GPT2_CALLS:
+        assert set(tiny(name)) <= set(sizes) <= set(inspect.signature(KERNELS[name]).parameters)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_pass_moves_what_it_says(name, dtype, monkeypatch):
     asked = []
-    monkeypatch.setattr("peakgpt.bench.passes.stream_peak", lambda *a, **k: asked.append((a, k)) or (1e9, "streams"))
+    monkeypatch.setattr(
+        "peakgpt.bench.memory_bound.stream_peak", lambda *a, **k: asked.append((a, k)) or (1e9, "streams")
+    )
     result = measure(name, tiny(name), dtype, rounds=1)
     read, written = (4 * n for n in MOVED[name])
     if dtype == torch.bfloat16:  # all but the optimizer's remainder and moments
@@ -188,8 +190,8 @@ def test_a_pass_moves_what_it_says(name, dtype, monkeypatch):
 
 def test_passes_write_what_they_say():
     """The tensors that a pass names as written change, those that it only reads do not."""
-    for name in PASSES:
-        made = PASSES[name](torch.float32, **tiny(name))
+    for name in KERNELS:
+        made = KERNELS[name](torch.float32, **tiny(name))
         before = {id(t): t.clone() for t in (*made.read, *made.written) if t is not None}
         made.bind()()
         for t in made.read:
@@ -239,6 +241,6 @@ def test_replayed_records_every_set_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(1)))
     monkeypatch.setattr(torch.cuda, "graph", recording)
     sets = [((SimpleNamespace(device=torch.device("cuda"), name=i),), []) for i in range(3)]
-    run = ops._replayed(lambda x: called.append((x.name, bool(inside))) or x.name, sets, {})
+    run = op_cases.replayed(lambda x: called.append((x.name, bool(inside))) or x.name, sets, {})
     assert called == [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)]
     assert run() == 2 and replays == [1] and len(called) == 6

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from peakgpt.bench import prefill
-from peakgpt.bench.eager_gpt import EagerGPT
-from peakgpt.bench.ops import agree
+from peakgpt.bench.agreement import expect_close
+from peakgpt.bench.contenders.eager_gpt import EagerGPT
 from peakgpt.bench.report import tables
 from peakgpt.engine.model.flops import forward_flops
 from peakgpt.engine.model.presets import preset
@@ -19,20 +19,23 @@ def tiny_config():
 
 def small_prompt(contender, dtype=torch.float32):
     config = tiny_config()
-    state, ids = prefill.start(config, 16)
-    return prefill.CONTENDERS[contender].build(state, config, ids, dtype), prefill.reference_logits(config, 16)
+    state, ids = prefill.prefill_inputs(config, 16)
+    return prefill.PREFILL_CONTENDERS[contender].build(state, config, ids, dtype), prefill.reference_logits(config, 16)
 
 
 @pytest.mark.parametrize(
     ("contender", "dtype"),
-    [(name, getattr(torch, form)) for name in ("peakgpt", "eager", "transformers", "openvino", "ctranslate2")
-     for form in prefill.CONTENDERS[name].forms],
+    [
+        (name, getattr(torch, form))
+        for name in ("peakgpt", "eager", "transformers", "openvino", "ctranslate2")
+        for form in prefill.PREFILL_CONTENDERS[name].formats
+    ],
 )
 def test_every_contender_computes_the_prompts_last_logits(contender, dtype):
-    pytest.importorskip(prefill.CONTENDERS[contender].package)
+    pytest.importorskip(prefill.PREFILL_CONTENDERS[contender].package)
     run, reference = small_prompt(contender, dtype)
     for _ in range(2):  # the second prompt starts afresh
-        agree(contender, [run()], [reference], dtype if dtype.is_floating_point else torch.bfloat16)
+        expect_close(contender, [run()], [reference], dtype if dtype.is_floating_point else torch.bfloat16)
     assert reference.shape == (1, 64)
 
 
@@ -46,8 +49,8 @@ def test_the_static_cache_holds_keys_and_values():
 
 
 def test_prefill_is_compared_and_what_is_missing_is_named(monkeypatch):
-    absent = dataclasses.replace(prefill.CONTENDERS["eager"], package="no_such_engine")
-    monkeypatch.setitem(prefill.CONTENDERS, "absent", absent)
+    absent = dataclasses.replace(prefill.PREFILL_CONTENDERS["eager"], package="no_such_engine")
+    monkeypatch.setitem(prefill.PREFILL_CONTENDERS, "absent", absent)
     told = []
     results = prefill.compare_prefill(
         tiny_config(), 16, torch.float32, ["peakgpt", "absent", "eager"], rounds=3,

@@ -7,10 +7,11 @@ import re
 import pytest
 
 from peakgpt.bench.check import Check
-from peakgpt.bench.findings import Failure, Findings, decode, encode
-from peakgpt.bench.isolate import run_part
+from peakgpt.bench.isolated_jobs import run_part
 from peakgpt.bench.report import comparisons, groups, notes, speedup, tables, verdicts, write_report
-from peakgpt.kernels.hardware.clock import Result, Timing
+from peakgpt.bench.run_results import Failure, RunResults, decode, encode
+from peakgpt.bench.schema import Result
+from peakgpt.bench.timing import Timing
 
 
 def make_result(**changes):
@@ -79,13 +80,13 @@ def test_notes_tell_each_kind_once():
 
 
 def test_verdicts_and_exit_code():
-    fine = Findings(checks=[make_check()], failures=[Failure(message="no kernel", contender="sdpa cudnn")])
+    fine = RunResults(checks=[make_check()], failures=[Failure(message="no kernel", contender="sdpa cudnn")])
     assert fine.exit_code == 0 and "1 of 1 cases" in verdicts(fine)[0]
-    for bad in (Findings(checks=[make_check(passed=False, message="result 1: error 3e-2")]),
-                Findings(failures=[Failure(message="x", contender="peakgpt, gpu")]),
-                Findings(failures=[Failure(message="x", job="batch 8")])):  # fmt: skip
+    for bad in (RunResults(checks=[make_check(passed=False, message="result 1: error 3e-2")]),
+                RunResults(failures=[Failure(message="x", contender="peakgpt, gpu")]),
+                RunResults(failures=[Failure(message="x", job="batch 8")])):  # fmt: skip
         assert bad.exit_code == 1 and len(verdicts(bad)) >= 1
-    assert Findings().exit_code == 0
+    assert RunResults().exit_code == 0
 
 
 def test_rows_survive_the_way_between_processes():
@@ -99,7 +100,11 @@ def test_a_failure_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError) as caught:
         run_part("peer", "", None)
     told = Failure.of(caught.value)
-    for line in ('File "bench/isolate.py", line ', 'File "importlib/__init__.py", line ', 'File "peer.py", line 1'):
+    for line in (
+        'File "bench/isolated_jobs.py", line ',
+        'File "importlib/__init__.py", line ',
+        'File "peer.py", line 1',
+    ):
         assert line in told.traceback
     assert 'File "/' not in told.traceback
     told = Failure(message=f"{tmp_path}/a.so: none, /other{tmp_path}/b.so: none")

@@ -12,14 +12,15 @@ import pytest
 import serving  # skips all where the packages of peakgpt[serve] are missing
 
 from peakgpt.bench import serve as bench
-from peakgpt.bench.decoders import Case
+from peakgpt.bench import streaming_client
+from peakgpt.bench.contenders.contender import Workload
 
-CASE = Case(streams=2, prompt=4, tokens=8)
+CASE = Workload(streams=2, prompt=4, tokens=8)
 
 
 @pytest.fixture
 def running():
-    tokenizer = bench.made_up_tokenizer(300)
+    tokenizer = bench.synthetic_tokenizer(300)
     running = serving.Running(serving.tiny_model(tokenizer), tokenizer)
     yield running
     running.close()
@@ -36,7 +37,7 @@ def test_the_server_beside_the_engine(running, monkeypatch):
         step=bench.engine_step(request), pid=os.getpid(), close=lambda: None
     )
     monkeypatch.setattr(bench, "serving", here)
-    monkeypatch.setattr(bench, "Worker", made)
+    monkeypatch.setattr(bench, "WorkerProcess", made)
     monkeypatch.setattr(bench, "keep_pages", lambda: None)  # for good, and of this process
     config = running.engine.config
     ours, engine, whole, first, between = bench.compare_serving(config, CASE, "float32", seconds=0.2)
@@ -74,7 +75,7 @@ def client(said, pieces=1):
 
     thread = threading.Thread(target=serve)
     thread.start()
-    asking = bench.Client(listening.getsockname()[1], [[1], [2]], 3)
+    asking = streaming_client.StreamingClient(listening.getsockname()[1], [[1], [2]], 3)
     try:
         yield asking
     finally:
@@ -89,7 +90,7 @@ def test_tokens_are_counted(pieces):
     with client(answer(3, 3), pieces) as asking:
         asking.take(30)
         assert 8 <= asking.ended <= 12 and len(asking.first_s) >= asking.ended
-        asking.forget()
+        asking.reset()
         asking.take(6)
         assert 1 <= asking.ended <= 4
 
@@ -98,8 +99,8 @@ def test_tokens_are_counted(pieces):
 def test_pieces_cut_anywhere_count_the_same(piece):
     said = answer(3, 3)
     parts = iter([said[at : at + piece] for at in range(0, len(said), piece)])
-    stream = bench.Stream(0, SimpleNamespace(recv=lambda most: next(parts)), 0.0)
-    counts = [bench.Client(0, [[1]], 3)._receive(stream) for _ in range(0, len(said), piece)]
+    stream = streaming_client.Stream(0, SimpleNamespace(recv=lambda most: next(parts)), 0.0)
+    counts = [streaming_client.StreamingClient(0, [[1]], 3)._receive(stream) for _ in range(0, len(said), piece)]
     assert sum(counts) == 3 and stream.tokens == 5
 
 

@@ -10,7 +10,8 @@ from peakgpt.engine.gpt import GPT
 from peakgpt.engine.graph_capture import WARMUP, Captured, Late, Rehearsal, recorder_for
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training import trainer as train
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.ops.dropout import dropout
 
@@ -31,7 +32,7 @@ def trained(monkeypatch, backend, dtype, recorder, recompute="none", micro_batch
     monkeypatch.setattr(train, "recorder_for", lambda device: recorder)
     torch.manual_seed(3)
     model = GPT(GPTConfig(**SIZES, **config))
-    recipe = Recipe(batch=2, tokens=8, dtype=dtype, lr=1e-2, max_norm=0.5, recompute=recompute,
+    recipe = TrainConfig(batch=2, tokens=8, dtype=dtype, lr=1e-2, max_norm=0.5, recompute=recompute,
                     micro_batch=micro_batch)  # fmt: skip
     trainer = Trainer(model, recipe, steps=10)
     losses, norms = [], []

@@ -97,7 +97,8 @@ def test_the_command(learnt, tokenizer, tmp_path, capsys):
     ids = [tokenizer.end_id, *tokenizer.encode(LEARNT[0] * 20)]
     assert row["perplexity"] == pytest.approx(Scorer(learnt).perplexity(ids, stride=20).value, rel=1e-5)
     assert row["tokens"] == len(ids) - 1 and "windows of 64 by 20" in said
-    assert main(["score", str(tmp_path), "--text", str(tmp_path / "text"), "--stride", "20", "--cache", "int8"]) == 0
+    argv = ["score", str(tmp_path), "--text", str(tmp_path / "text"), "--stride", "20", "--kv-cache-dtype", "int8"]
+    assert main(argv) == 0
     small = json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"]
     assert small != row["perplexity"] and small == pytest.approx(row["perplexity"], rel=0.02)
     assert main(["score", str(tmp_path), "--context", "The nurse said that", "--continuation", " she was tired.",

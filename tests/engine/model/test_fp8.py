@@ -7,7 +7,7 @@ from peakgpt.bench.fp8 import compare_losses
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.fp8 import BACKWARD, FORWARD, fp8_linear, quantize, set_fp8
-from peakgpt.engine.training.trainer import Recipe
+from peakgpt.engine.training.train_config import TrainConfig
 
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64}
 
@@ -76,7 +76,7 @@ def test_sizes_that_do_not_fit_are_told():
 
 
 def test_it_learns_beside_bfloat16():
-    recipe = Recipe(batch=4, tokens=16, lr=3e-3, dtype=torch.bfloat16)
+    recipe = TrainConfig(batch=4, tokens=16, lr=3e-3, dtype=torch.bfloat16)
     losses = compare_losses(GPTConfig(**SIZES), recipe, 30, torch.device("cpu"))
     assert losses["bfloat16"][-1] < losses["bfloat16"][0] - 0.3
     assert losses["fp8"][-1] == pytest.approx(losses["bfloat16"][-1], abs=0.1) and losses["fp8"] != losses["bfloat16"]

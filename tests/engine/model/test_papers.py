@@ -91,7 +91,7 @@ def test_cached_greedy_text_equals_the_papers(pair):
         expected.append(row)
     for backend in BACKENDS:
         with use_backend(backend):
-            assert torch.equal(model.generate(prompt, temperature=0, max_new_tokens=8), torch.stack(expected))
+            assert torch.equal(model.generate(prompt, max_new_tokens=8), torch.stack(expected))
     assert len({*torch.stack(expected)[:, 7:].flatten().tolist()}) > 3, "a text that repeats one token proves little"
 
 

@@ -11,7 +11,8 @@ from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import forward_flops, multiplying_parameters, recomputed_flops, training_flops
 from peakgpt.engine.model.recompute import forgettable, set_recompute
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.dispatch import draw_seed, seeds_from, use_backend
 
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 67}
@@ -29,7 +30,7 @@ def trained(plan, dtype, **config):
     """Losses of three steps and the parameters after them."""
     torch.manual_seed(3)
     model = GPT(GPTConfig(**SIZES, **config))
-    trainer = Trainer(model, Recipe(batch=2, tokens=16, dtype=dtype, lr=1e-2, recompute=plan), steps=10)
+    trainer = Trainer(model, TrainConfig(batch=2, tokens=16, dtype=dtype, lr=1e-2, recompute=plan), steps=10)
     ids = torch.randint(67, (2, 17))
     losses = [trainer.step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for _ in range(3)]
     return [*losses, *trainer.optimizer.master_weights(model).values()]
@@ -120,9 +121,9 @@ def test_flops_of_a_second_pass_with_gates_and_experts(more):
 @pytest.mark.parametrize("plan", ("all", "block/0", "block/", "mlp/2", "block/-1", ""))
 def test_a_bad_plan_is_told(plan):
     with pytest.raises(ValueError, match=r"recompute is .* expected none, norm, mlp, block, or block/N"):
-        Recipe(recompute=plan)
+        TrainConfig(recompute=plan)
 
 
 def test_a_model_without_blocks_is_told():
     with pytest.raises(ValueError, match="expected none for Linear"):
-        Trainer(nn.Linear(2, 2), Recipe(recompute="block"), steps=1)
+        Trainer(nn.Linear(2, 2), TrainConfig(recompute="block"), steps=1)

@@ -20,7 +20,7 @@ from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.core.dispatch import OPS, use_backend
 from peakgpt.kernels.cpu import ext
 from peakgpt.kernels.cpu.gemm import ACTIVATE, SLOPE, gemm
-from peakgpt.kernels.hardware.device import _last_level_cache_bytes
+from peakgpt.kernels.hardware.device import last_level_cache_bytes
 
 POISON = 1234.0
 LANES = 16  # of the widest set
@@ -95,7 +95,7 @@ def test_layernorm_every_width(isa, dtype, offset):
 @pytest.mark.parametrize("width", (96, 97))  # rows of whole lines, which go past the caches, and others
 def test_large_layernorm_is_its_pieces_to_the_bit(isa, dtype, width):
     """What does not fit the cache is stored past it; and an odd number of rows goes otherwise in pieces of 7."""
-    cache = _last_level_cache_bytes()
+    cache = last_level_cache_bytes()
     if cache > 1 << 27:
         pytest.skip(f"a last-level cache of {cache >> 20} MiB")
     rows = max(cache, 32 << 20) // 2 // (width * dtype.itemsize) + 50
@@ -120,7 +120,7 @@ def test_large_layernorm_is_its_pieces_to_the_bit(isa, dtype, width):
 @pytest.mark.parametrize("width", (96, 97))
 def test_large_embedding(isa, dtype, width):
     """Past the caches, or not: the sum of two rows, to the bit."""
-    cache = _last_level_cache_bytes()
+    cache = last_level_cache_bytes()
     if cache > 1 << 27:
         pytest.skip(f"a last-level cache of {cache >> 20} MiB")
     tokens = max(cache, 32 << 20) // 2 // (3 * width * dtype.itemsize) + 50

@@ -7,8 +7,8 @@ import types
 import pytest
 import torch
 
-from peakgpt.kernels.hardware import device
-from peakgpt.kernels.hardware.device import PEAKS, Peaks
+from peakgpt.kernels.hardware import datasheet, device, measured_peaks, peaks
+from peakgpt.kernels.hardware.datasheet import PEAKS, Peaks
 
 DENSE_BF16_TFLOPS = {
     "NVIDIA A100-SXM4-80GB": 312,
@@ -35,20 +35,20 @@ UNKNOWN = ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA Ge
 
 @pytest.mark.parametrize("name", DENSE_BF16_TFLOPS)
 def test_every_row_is_found_by_its_name(name):
-    assert device.datasheet(name).flops["bfloat16"] == DENSE_BF16_TFLOPS[name] * 1e12
+    assert datasheet.datasheet(name).flops["bfloat16"] == DENSE_BF16_TFLOPS[name] * 1e12
 
 
 def test_every_row_has_a_name_here():
-    assert {id(device.datasheet(name)) for name in DENSE_BF16_TFLOPS} == {id(row) for row in PEAKS.values()}
+    assert {id(datasheet.datasheet(name)) for name in DENSE_BF16_TFLOPS} == {id(row) for row in PEAKS.values()}
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_a_sibling_is_not_taken_for_it(name):
-    assert device.datasheet(name) is None
+    assert datasheet.datasheet(name) is None
 
 
 def test_h100_boards_differ():
-    sxm, pcie = device.datasheet("NVIDIA H100 80GB HBM3"), device.datasheet("NVIDIA H100 PCIe")
+    sxm, pcie = datasheet.datasheet("NVIDIA H100 80GB HBM3"), datasheet.datasheet("NVIDIA H100 PCIe")
     assert sxm.flops["float8"] > pcie.flops["float8"] and sxm.bandwidth_bytes_s > pcie.bandwidth_bytes_s
 
 
@@ -86,43 +86,43 @@ def two_rates(monkeypatch):
 
     def set_flops(flops, kind="cpu", name="AMD EPYC"):
         measured = Peaks(flops, 30e9, "measured: here", 40e9)
-        monkeypatch.setattr(device, "_resolve", lambda d: torch.device(kind))
-        monkeypatch.setattr(device, "measure", lambda d: measured)
-        monkeypatch.setattr(device, "describe", lambda d: device.Device(kind, name, "", 1, 1, "", {}))
+        monkeypatch.setattr(peaks, "resolve_device", lambda d: torch.device(kind))
+        monkeypatch.setattr(peaks, "measure", lambda d: measured)
+        monkeypatch.setattr(peaks, "describe", lambda d: device.Device(kind, name, "", 1, 1, "", {}))
 
     return set_flops
 
 
 def test_peak_for_cpu_is_measured(two_rates):
     two_rates({"float32": 2e11, "bfloat16": 4e11})
-    peak = device.peak_for("cpu", torch.bfloat16)
+    peak = peaks.peak_for("cpu", torch.bfloat16)
     assert (peak.flops_s, peak.measured_flops_s, peak.source) == (4e11, 4e11, "measured: here")
     assert peak.bandwidth_bytes_s == 30e9
-    assert device.peak_for("cpu", "float32").flops_s == 2e11
+    assert peaks.peak_for("cpu", "float32").flops_s == 2e11
 
 
 def test_peak_for_cpu_without_bfloat16_says_float32(two_rates):
     two_rates({"float32": 2e11})
-    peak = device.peak_for("cpu", torch.bfloat16)
+    peak = peaks.peak_for("cpu", torch.bfloat16)
     assert peak.flops_s == 2e11 and "that of float32" in peak.source
 
 
 def test_peak_for_known_gpu_is_the_datasheet_beside_the_measured(two_rates):
     two_rates({"float32": 5e13, "bfloat16": 7e14}, "cuda", "NVIDIA H100 80GB HBM3")
-    peak = device.peak_for("cuda", torch.bfloat16)
+    peak = peaks.peak_for("cuda", torch.bfloat16)
     assert (peak.flops_s, peak.measured_flops_s) == (989.4e12, 7e14)
     assert (peak.bandwidth_bytes_s, peak.measured_bandwidth_bytes_s) == (3352e9, 30e9)
     assert "H100" in peak.source and "without sparsity" in peak.source
-    eight_bits = device.peak_for("cuda", torch.float8_e4m3fn)
+    eight_bits = peaks.peak_for("cuda", torch.float8_e4m3fn)
     assert eight_bits.flops_s == 1978.9e12 and eight_bits.measured_flops_s is None
 
 
 def test_peak_for_unknown_gpu_is_measured_never_guessed(two_rates):
     two_rates({"float32": 5e13, "bfloat16": 6e13}, "cuda", "NVIDIA H100 NVL")
-    peak = device.peak_for("cuda", torch.bfloat16)
+    peak = peaks.peak_for("cuda", torch.bfloat16)
     assert (peak.flops_s, peak.source) == (6e13, "measured: here")
     with pytest.raises(ValueError, match=r"\(float32, bfloat16\), got float8"):
-        device.peak_for("cuda", torch.float8_e5m2)
+        peaks.peak_for("cuda", torch.float8_e5m2)
 
 
 def test_best_rates_takes_the_best_window_of_each_in_turn(monkeypatch):
@@ -140,55 +140,57 @@ def test_best_rates_takes_the_best_window_of_each_in_turn(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(device, "stopwatch", lambda d: seconds)
-    monkeypatch.setattr(device, "WINDOWS", 3)
+    monkeypatch.setattr(measured_peaks, "stopwatch", lambda d: seconds)
+    monkeypatch.setattr(measured_peaks, "WINDOWS", 3)
     works = {
         ("float32", "mm"): (work("a", [4.0, 2.0, 8.0]), 6.0),
         ("copy", "memory"): (work("b", [1.0, 2.0, 3.0]), 5.0),
     }
-    assert device._best_rates(torch.device("cpu"), works) == {("float32", "mm"): 3.0, ("copy", "memory"): 5.0}
+    assert measured_peaks._best_rates(torch.device("cpu"), works) == {("float32", "mm"): 3.0, ("copy", "memory"): 5.0}
     assert "".join(order) == "ababab"
 
 
 def test_peaks_takes_the_better_method():
     rates = {("float32", "mm"): 3.0, ("float32", "loop"): 4.0, ("bfloat16", "mm"): 9.0, ("bfloat16", "loop"): 8.0,
              ("copy", "memory"): 5.0}  # fmt: skip
-    peaks = device._peaks(rates, "s")
+    peaks = measured_peaks._peaks(rates, "s")
     assert peaks == Peaks({"float32": 4.0, "bfloat16": 9.0}, 5.0, "s", 5.0)
-    assert device._peaks({**rates, ("read", "memory"): 2.0}, "s").bandwidth_bytes_s == 2.0
+    assert measured_peaks._peaks({**rates, ("read", "memory"): 2.0}, "s").bandwidth_bytes_s == 2.0
 
 
 @functools.cache
 def measured():
-    return device.measure("cpu")
+    return measured_peaks.measure("cpu")
 
 
 def test_measured_cpu_peak_is_physical():
     """1 GFLOP/s is a core of the nineties; 100 TFLOP/s and 10 TB/s no CPU has: a loop that the compiler removed."""
-    peaks = measured()
-    assert all(1e9 < rate < 1e14 for rate in peaks.flops.values()) and "float32" in peaks.flops
-    assert 1e8 < peaks.bandwidth_bytes_s < 1e13 and 1e8 < peaks.copy_bytes_s < 1e13
-    assert "measured" in peaks.source and device.measure("cpu") is peaks
+    found = measured()
+    assert all(1e9 < rate < 1e14 for rate in found.flops.values()) and "float32" in found.flops
+    assert 1e8 < found.bandwidth_bytes_s < 1e13 and 1e8 < found.copy_bytes_s < 1e13
+    assert "measured" in found.source and measured_peaks.measure("cpu") is found
 
 
 def test_measured_without_the_extension(monkeypatch):
-    monkeypatch.setattr(device, "peak_loop", None)
+    monkeypatch.setattr(measured_peaks, "peak_loop", None)
     state = torch.get_rng_state()
-    peaks = device._measure.__wrapped__(torch.device("cpu"), torch.get_num_threads())
+    peaks = measured_peaks._measure.__wrapped__(torch.device("cpu"), torch.get_num_threads())
     assert torch.equal(torch.get_rng_state(), state)  # or a run would depend on whether it asked for its MFU
     assert "no C++ extension" in peaks.source and 1e9 < peaks.flops["float32"] < 1e14
 
 
-needs_extension = pytest.mark.skipif(device.peak_loop is None, reason="no C++ extension")
+needs_extension = pytest.mark.skipif(measured_peaks.peak_loop is None, reason="no C++ extension")
 
 
 @needs_extension
-@pytest.mark.parametrize("loop", device.LOOPS.values(), ids=device.LOOPS.keys())
+@pytest.mark.parametrize("loop", measured_peaks.LOOPS.values(), ids=measured_peaks.LOOPS.keys())
 def test_loop_counts_every_thread_and_iteration(loop):
-    once = device.peak_loop(loop, 1, 1)
+    once = measured_peaks.peak_loop(loop=loop, iterations=1, threads=1)
     # A multiply-add is 2 operations on 12 chains of 1 to 16 lanes of 1, 2 or 4 products.
-    assert once in {2 * 12 * lanes * 2**loop for lanes in (1, 4, 8, 16)} or (once == 0 and loop == device.LOOPS["int8"])
-    assert device.peak_loop(loop, 1000, 3) == 3000 * once
+    assert once in {2 * 12 * lanes * 2**loop for lanes in (1, 4, 8, 16)} or (
+        once == 0 and loop == measured_peaks.LOOPS["int8"]
+    )
+    assert measured_peaks.peak_loop(loop=loop, iterations=1000, threads=3) == 3000 * once
 
 
 @needs_extension
@@ -204,7 +206,10 @@ def test_streams_are_read_and_written_once_and_whole(reads, writes, updates, uni
     rows = torch.arange(float((reads + writes - updates) * (n + gap))).view(-1, n + gap)
     place, expected = aligned(rows), rows.clone()
     expected[reads - updates :, :n] = 1 + rows[:reads, :n].sum(0)
-    device.peak_stream(place.data_ptr(), 4 * (n + gap), 4 * n, reads, writes, updates, past_caches, threads)
+    measured_peaks.peak_stream(
+        base=place.data_ptr(), stride=4 * (n + gap), bytes=4 * n, reads=reads, writes=writes, updates=updates,
+        past_caches=past_caches, threads=threads,
+    )  # fmt: skip
     assert torch.equal(place, expected)
 
 
@@ -220,7 +225,7 @@ def aligned(rows):
      (3e6, 3.01e6, 0, (1, 1, 0)), (5e6, 1e8, 0, (0, 1, 0)), (16, 12, 12, (4, 3, 3)), (8, 8, 4, (2, 2, 1))],
 )  # fmt: skip
 def test_mix(read, written, updated, mix):
-    assert device._mix(read, written, updated) == mix
+    assert peaks._mix(read, written, updated) == mix
 
 
 @pytest.mark.parametrize("updated", [0, 32])
@@ -228,42 +233,43 @@ def test_stream_peak_is_the_best_of_its_own_mix(monkeypatch, updated):
     """Bytes count both ways, of the streams that run; the faster kind of store counts; measured once a size class."""
     ran = []
 
-    def stream(base, stride, stream_bytes, reads, writes, updates, past_caches, threads):
-        ran.append((stream_bytes, (reads, writes, updates), past_caches))
+    def stream(**arguments):
+        mix = tuple(arguments[key] for key in ("reads", "writes", "updates"))
+        ran.append((arguments["bytes"], mix, arguments["past_caches"]))
 
     def seconds(fn, calls=1):
         fn()
         return 0.005 if ran[-1][-1] else 0.01
 
-    monkeypatch.setattr(device, "peak_loop", stream)
-    monkeypatch.setattr(device, "peak_stream", stream, raising=False)
-    monkeypatch.setattr(device, "stopwatch", lambda d: seconds)
-    monkeypatch.setattr(device, "_last_level_cache_bytes", lambda: 8 << 20)
-    monkeypatch.setattr(device, "_stream_rate", functools.cache(device._stream_rate.__wrapped__))
+    monkeypatch.setattr(measured_peaks, "peak_loop", stream)
+    monkeypatch.setattr(measured_peaks, "peak_stream", stream, raising=False)
+    monkeypatch.setattr(measured_peaks, "stopwatch", lambda d: seconds)
+    monkeypatch.setattr(peaks, "last_level_cache_bytes", lambda: 8 << 20)
+    monkeypatch.setattr(peaks, "stream_rate", functools.cache(measured_peaks.stream_rate.__wrapped__))
     in_place = bool(updated)
-    rate, what = device.stream_peak("cpu", 64, 32, 3 << 20, updated_bytes=updated)
+    rate, what = peaks.stream_peak("cpu", 64, 32, 3 << 20, updated_bytes=updated)
     size = (3 << 20) // (2 if in_place else 3)
     assert {r[:2] for r in ran} == {(size, (2, 1, int(in_place)))} and {r[2] for r in ran} == {False, not in_place}
     # The slower kind fits once into a window of 10 ms, the faster twice, which takes 5 ms here.
     assert rate == (3 * size / 0.01 if in_place else 2 * 3 * size / 0.005)
     assert what == f"2 streams read and 1 written{', 1 in place' if in_place else ''}, 3 MiB"
     count = len(ran)
-    again = device.stream_peak(None, 640, 320, (3 << 20) - 5, updated_bytes=10 * updated)
+    again = peaks.stream_peak(None, 640, 320, (3 << 20) - 5, updated_bytes=10 * updated)
     assert again == (rate, what) and len(ran) == count
-    assert device.stream_peak("cpu", 64, 32, 1 << 40)[1].endswith(" 64 MiB")
+    assert peaks.stream_peak("cpu", 64, 32, 1 << 40)[1].endswith(" 64 MiB")
 
 
 def test_stream_peak_bad_input():
     for read, written in ((0, 0), (-1, 5)):
         with pytest.raises(ValueError, match=f"expected bytes to read or write, got {read} and {written}"):
-            device.stream_peak("cpu", read, written, 1)
+            peaks.stream_peak("cpu", read, written, 1)
     with pytest.raises(ValueError, match="expected updates among 1 read and 2 written, got 2"):
-        device.stream_peak("cpu", 1, 2, 1, updated_bytes=2)
+        peaks.stream_peak("cpu", 1, 2, 1, updated_bytes=2)
 
 
 def test_stream_peak_of_a_gpu_is_its_bandwidth(two_rates):
     two_rates({"float32": 5e13, "bfloat16": 7e14}, "cuda", "NVIDIA H100 80GB HBM3")
-    rate, what = device.stream_peak("cuda", 2, 1, 1 << 20)
+    rate, what = peaks.stream_peak("cuda", 2, 1, 1 << 20)
     assert rate == 3352e9 and "H100" in what
 
 
@@ -273,11 +279,11 @@ def test_streams_live_where_an_op_touches(monkeypatch):
 
     Not that a cache is faster: on a shared machine it is not, for seconds.
     """
-    cache, seen = device._last_level_cache_bytes(), []
-    assert all(1e8 < device.stream_peak("cpu", 1, 1, size)[0] < 1e13 for size in (2 << 20, 1 << 40))
-    monkeypatch.setattr(device, "_stream_rate", lambda mix, size, threads: seen.append(size) or 1.5)
+    cache, seen = device.last_level_cache_bytes(), []
+    assert all(1e8 < peaks.stream_peak("cpu", 1, 1, size)[0] < 1e13 for size in (2 << 20, 1 << 40))
+    monkeypatch.setattr(peaks, "stream_rate", lambda mix, size, threads: seen.append(size) or 1.5)
     step = max(cache, 8 << 20) // 16
-    assert [device.stream_peak("cpu", 1, 1, size)[0] for size in (1, 3 * step, 3 * step + 1, 1 << 40)] == [1.5] * 4
+    assert [peaks.stream_peak("cpu", 1, 1, size)[0] for size in (1, 3 * step, 3 * step + 1, 1 << 40)] == [1.5] * 4
     assert seen == [step, 3 * step, 4 * step, 128 * step]
 
 
@@ -289,7 +295,7 @@ def test_float32_precision_is_given_back():
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        device._with_precision("tf32", look)
+        measured_peaks._with_precision("tf32", look)
     assert seen == ["tf32"] and torch.backends.cuda.matmul.fp32_precision == before
 
 

@@ -1,0 +1,83 @@
+"""A contender of a benchmark, and the workload of the inference benchmarks."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEED = 0
+# glibc keeps freed blocks and backs them with huge pages: eager's bf16 step is 29 % shorter (bench/results, 2026-11).
+TUNED_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=40000000000:glibc.malloc.hugetlb=1"
+TUNED_ENVIRONMENT = {"GLIBC_TUNABLES": TUNED_MALLOC}
+WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
+
+State = Mapping[str, Tensor]
+Decode = Callable[[], Tensor]  # -> new tokens (streams, tokens) int64
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of what a benchmark measures.
+
+    Args:
+        build: makes what is timed; each benchmark documents its arguments.
+        environment: variables of its process, for contenders that run in a process of their own.
+        package: import name of the package that it needs.
+        distribution: name to install the package by, if it differs from `package`.
+        formats: of the weights, of WEIGHT_FORMATS, that it is measured in.
+    """
+
+    build: Callable[..., Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    package: str = "torch"
+    distribution: str = ""
+    formats: tuple[str, ...] = ("float32", "bfloat16")
+
+    @property
+    def backend(self) -> str:
+        """The `backend` of its results."""
+        return "auto" if self.package == "peakgpt" else self.package
+
+    @property
+    def version(self) -> str:
+        """Name and version of the package; empty for peakgpt and torch, whose versions the environment has."""
+        name = self.distribution or self.package
+        return "" if name in ("peakgpt", "torch") else f"{name} {metadata.version(name)}"
+
+    def expect_installed(self) -> None:
+        """
+        Raises:
+            ModuleNotFoundError: the package is missing; the message says how to install it.
+        """
+        if importlib.util.find_spec(self.package) is None:
+            name = self.distribution or self.package
+            raise ModuleNotFoundError(f"not measured, {name} is not installed: pip install {name}")
+
+
+def contenders_on(contenders: Mapping[str, Contender], device: torch.device) -> list[str]:
+    """Return the names of the contenders that a device has.
+
+    On a GPU all contenders share one process, so those with an environment of their own are left out.
+    """
+    return [name for name, c in contenders.items() if device.type == "cpu" or not c.environment]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of an inference benchmark.
+
+    Args:
+        streams: sequences decoded at once.
+        prompt: prompt tokens of each.
+        tokens: new tokens of each.
+    """
+
+    streams: int
+    prompt: int
+    tokens: int

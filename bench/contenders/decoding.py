@@ -1,0 +1,128 @@
+"""Contenders of `bench decode`: each makes a function that continues all prompts greedily.
+
+Weights are in float32, bfloat16, int8 or int4. Each engine quantizes by its own method: llama.cpp to Q8_0 and Q4_0
+(groups of 32), CTranslate2 to int8, onnxruntime by dynamic int8, OpenVINO by nncf. Ours are quantized as by
+`peakgpt quantize`, with all other tensors in bfloat16.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peakgpt.bench.contenders.contender import WEIGHT_FORMATS, Contender, Decode, Workload
+from peakgpt.bench.contenders.eager_gpt import EagerGPT
+from peakgpt.bench.contenders.graph_engines import onnxruntime_decoder, openvino_decoder
+from peakgpt.bench.contenders.llama_cpp_gpt import llama_cpp_decoder
+from peakgpt.bench.contenders.models import ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
+from peakgpt.engine.inference.block_pool import blocks_for
+from peakgpt.engine.inference.decoder import ContiguousDecoder
+from peakgpt.engine.model.config import GPTConfig
+
+# Builders: (state, config, ids (streams, prompt), workload, weights) -> Decode. They may reuse the tensors of `state`.
+
+
+def _ours(group: int, state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    from peakgpt.engine.inference.engine import Engine, SamplingParams  # needs tokenizers
+
+    blocks = workload.streams * blocks_for(workload.prompt + workload.tokens)
+    # The cache holds exactly one run, so that no run finds the prefixes of the previous one.
+    engine = Engine(our_model(state, config, weights, group), blocks=blocks)
+    if engine.executor_note:
+        raise ValueError(f"decode: peakgpt runs {engine.executor_note}")
+    params = SamplingParams(temperature=0.0, max_tokens=workload.tokens)
+
+    def run() -> Tensor:
+        sequences = {engine.submit(row, params): [] for row in ids.tolist()}
+        for output in engine.outputs():
+            if output.error:
+                raise output.error
+            sequences[output.request_id] += output.token_ids
+        return torch.tensor(list(sequences.values()))
+
+    return run
+
+
+def _ops(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    """Run our torch ops one by one with a contiguous cache."""
+    model = our_model(state, config, weights)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        decoder = ContiguousDecoder(model, len(ids), workload.prompt + workload.tokens)
+        tokens = [decoder.step(ids).argmax(-1)]
+        for _ in range(workload.tokens - 1):
+            tokens.append(decoder.step(tokens[-1][:, None]).argmax(-1))
+        return torch.stack(tokens, 1)
+
+    return run
+
+
+class StaticGPT(EagerGPT):
+    """GPT-2 in plain torch with a preallocated KV cache."""
+
+    def forward(self, ids: Tensor, past: int, cache: Tensor) -> Tensor:
+        t, end = self.transformer, past + ids.shape[1]
+        x = t["wte"](ids) + t["wpe"](torch.arange(past, end))  # (B, T, C)
+        for layer, block in enumerate(t["h"]):
+            qkv = block.attn.c_attn(block.ln_1(x)).chunk(3, -1)
+            q, k, v = (s.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2) for s in qkv)
+            cache[layer, 0, :, :, past:end], cache[layer, 1, :, :, past:end] = k, v
+            k, v = cache[layer, :, :, :, :end]
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=past == 0)  # (B, H, T, D)
+            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.ln_2(x))
+        return F.linear(t["ln_f"](x)[:, -1], t["wte"].weight)
+
+
+def eager_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    model, dtype = StaticGPT(config), getattr(torch, weights)
+    model.load_state_dict(state)
+    model = model.to(dtype).eval()
+    cache_tokens = workload.prompt + workload.tokens
+    cache = torch.zeros(config.n_layer, 2, len(ids), config.n_head, cache_tokens, config.head_dim, dtype=dtype)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        tokens = [model(ids, 0, cache).argmax(-1)]
+        for past in range(workload.prompt, cache_tokens - 1):
+            tokens.append(model(tokens[-1][:, None], past, cache).argmax(-1))
+        return torch.stack(tokens, 1)
+
+    return run
+
+
+def _transformers(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    model = transformers_model(state, config, getattr(torch, weights))
+    options = {"max_new_tokens": workload.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    return lambda: model.generate(ids, attention_mask=mask, **options)[:, workload.prompt :]
+
+
+def _ctranslate2(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    generator, prompts = ctranslate2_generator(state, config, weights), ctranslate2_prompts(ids)
+
+    def run() -> Tensor:
+        results = generator.generate_batch(prompts, max_length=workload.tokens, min_length=workload.tokens,
+                                         sampling_topk=1, include_prompt_in_result=False, end_token=[])  # fmt: skip
+        return torch.tensor([r.sequences_ids[0] for r in results])
+
+    return run
+
+
+DECODING_CONTENDERS = {
+    "peakgpt": Contender(partial(_ours, 64), package="peakgpt", formats=WEIGHT_FORMATS),
+    "peakgpt by 32": Contender(partial(_ours, 32), package="peakgpt", formats=("int4",)),
+    "peakgpt by ops": Contender(_ops, package="peakgpt"),
+    "eager": Contender(eager_decoder),
+    "transformers": Contender(_transformers, package="transformers"),
+    "llama.cpp": Contender(
+        llama_cpp_decoder, package="llama_cpp", distribution="llama-cpp-python", formats=WEIGHT_FORMATS
+    ),
+    "ctranslate2": Contender(_ctranslate2, package="ctranslate2", formats=("float32", "int8")),
+    "onnxruntime": Contender(onnxruntime_decoder, package="onnxruntime", formats=("float32", "int8")),
+    "openvino": Contender(openvino_decoder, package="openvino", formats=("float32", "bfloat16", "int8")),
+}

@@ -1,0 +1,103 @@
+"""Start contenders, check them, time the correct ones round-robin, and close all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from peakgpt.bench.interleave import interleave
+from peakgpt.bench.timing import Timing
+
+OnFailure = Callable[[str, Exception], None]  # (contender, exception)
+
+
+def raise_failure(contender: str, error: Exception) -> None:
+    """Raise the exception of a contender: the default of `on_failure`."""
+    raise error
+
+
+class RunningContender(Protocol):
+    """A contender that is ready to step: a WorkerProcess, or an object in this process, whose `pid` is None."""
+
+    pid: int | None
+    base_bytes: int | None
+    note: str
+
+    def step(self) -> Any: ...
+    def memory_bytes(self) -> int | None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class MeasuredContender:
+    """The timing of a contender, and its memory and note after the last round."""
+
+    timing: Timing
+    memory_bytes: int | None
+    base_bytes: int | None
+    note: str
+
+
+def time_contenders(
+    starts: Iterable[tuple[str, Callable[[], RunningContender]]],
+    first_output: Callable[[str, RunningContender], Any],
+    expect_correct: Callable[[str, dict[str, Any]], None],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    device: torch.device | None = None,
+    budget_s: float | None = None,
+    on_failure: OnFailure,
+) -> dict[str, MeasuredContender]:
+    """Start, check and time contenders.
+
+    Args:
+        starts: (name, function that starts the contender), started one after the other.
+        first_output: (name, contender) -> output of the first steps, which is checked.
+        expect_correct: (name, outputs by name) raises if that contender's output is wrong.
+        rounds, warmup, device: see `interleave`.
+        budget_s: seconds, including start and check.
+        on_failure: called with a contender that raises or is wrong. It is closed; the others are timed.
+    Returns:
+        name -> measurement of each correct contender.
+    """
+    begin, running = time.perf_counter(), {}
+    try:
+        outputs = _start_all(starts, first_output, running, on_failure)
+        for name in outputs:
+            with _closed_on_failure(name, running, on_failure):
+                expect_correct(name, outputs)
+        if not running:
+            return {}
+        left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - begin))
+        timings = interleave({n: c.step for n, c in running.items()}, rounds=rounds, warmup=warmup, device=device,
+                             budget_s=left_s, workers=[c.pid for c in running.values() if c.pid])  # fmt: skip
+        return {n: MeasuredContender(timings[n], c.memory_bytes(), c.base_bytes, c.note) for n, c in running.items()}
+    finally:
+        for contender in running.values():
+            contender.close()
+
+
+def _start_all(starts, first_output, running: dict[str, RunningContender], on_failure: OnFailure) -> dict[str, Any]:
+    """Fill `running` in place, so that the caller can close it; what `starts` refers to is freed on return."""
+    outputs: dict[str, Any] = {}
+    for name, start in starts:
+        with _closed_on_failure(name, running, on_failure):
+            running[name] = start()
+            outputs[name] = first_output(name, running[name])
+    return outputs
+
+
+@contextlib.contextmanager
+def _closed_on_failure(name: str, running: dict[str, RunningContender], on_failure: OnFailure) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a failing contender must not prevent the timing of the others
+        if name in running:
+            running.pop(name).close()
+        on_failure(name, error)

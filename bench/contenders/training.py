@@ -1,0 +1,81 @@
+"""Contenders of training: peakgpt, PyTorch eager, torch.compile; on a CPU also PyTorch with a tuned allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peakgpt.bench.contenders.contender import SEED, TUNED_ENVIRONMENT, Contender, State
+from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
+
+SCHEDULE_STEPS = 1000  # length of the learning-rate schedule, far more than any benchmark makes
+
+
+def _loaded(model: nn.Module, state: State, device: torch.device) -> nn.Module:
+    model = model.to(device)
+    model.load_state_dict(state)
+    return model
+
+
+def _ours(state: State, config: GPTConfig, train_config: TrainConfig, device: torch.device) -> Trainer:
+    with device:  # initializing a billion weights on the host would exceed the benchmark's time
+        model = GPT(config)
+    return Trainer(_loaded(model, state, device), train_config, steps=SCHEDULE_STEPS)
+
+
+def _eager(state: State, config: GPTConfig, train_config: TrainConfig, device: torch.device) -> EagerTrainer:
+    return EagerTrainer(_loaded(EagerGPT(config), state, device), train_config, steps=SCHEDULE_STEPS)
+
+
+def _compiled(state: State, config: GPTConfig, train_config: TrainConfig, device: torch.device) -> EagerTrainer:
+    trainer = _eager(state, config, train_config, device)
+    trainer.model = torch.compile(trainer.model)
+    return trainer
+
+
+# build(state, config, train_config, device) -> trainer with step(ids, targets) -> loss
+TRAINING_CONTENDERS = {
+    "peakgpt": Contender(_ours, package="peakgpt"),
+    "eager": Contender(_eager),
+    "eager, tuned malloc": Contender(_eager, TUNED_ENVIRONMENT),
+    "compile": Contender(_compiled),
+    "compile, tuned malloc": Contender(_compiled, TUNED_ENVIRONMENT),
+}
+
+
+def training_inputs(
+    config: GPTConfig, train_config: TrainConfig, device: torch.device
+) -> tuple[State, tuple[Tensor, Tensor]]:
+    """Return the initial weights and the batch of every contender, the same in each process.
+
+    Returns:
+        (state dict, (ids, targets)); ids and targets are (B, T) int64 on the device.
+    """
+    torch.manual_seed(SEED)
+    with device:
+        state = GPT(config).state_dict()
+    ids = torch.randint(config.vocab_size, (train_config.batch, train_config.tokens + 1)).to(device)
+    return state, (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+
+def training_step(request: Mapping[str, Any]) -> Callable[[], float]:
+    """Return a contender's training step on a CPU: `make` of a worker process.
+
+    Args:
+        request: contender, config, batch, tokens, dtype, warmup, recompute.
+    Returns:
+        A function that makes one update and returns its loss. It refers only to the trainer and the batch.
+    """
+    device, config = torch.device("cpu"), GPTConfig(**request["config"])
+    train_config = TrainConfig(batch=request["batch"], tokens=request["tokens"], dtype=getattr(torch, request["dtype"]),
+                    warmup=request["warmup"], recompute=request["recompute"])  # fmt: skip
+    state, batch = training_inputs(config, train_config, device)
+    trainer = TRAINING_CONTENDERS[request["contender"]].build(state, config, train_config, device)
+    return lambda: float(trainer.step(*batch))

@@ -1,0 +1,173 @@
+"""A contender in a process of its own, because allocator settings, page faults and peak memory belong to a process.
+
+Protocol: argv[1] is a JSON request. Its "make" names a function, "module:function", that takes the request and returns
+a step. For each line on standard input the process makes one step and prints one JSON line, the fields of `StepReport`.
+It ends when standard input ends.
+
+The peak memory of a step is VmHWM after it. VmHWM is reset before the step by writing 5 to /proc/self/clear_refs
+(proc(5)), and memory that the setup freed is returned to the system first, so the peak excludes the setup. Without that
+file the peak is that of the whole process (ru_maxrss), and the note says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CLOSE_S = 20.0  # until a process that does not end is killed
+WHOLE_LIFE = "memory is the most since the process began"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of a process.
+
+    Args:
+        value: returned by the step.
+        faults: minor page faults.
+        peak_bytes: peak resident memory during the step.
+        base_bytes: resident memory after the imports, before anything is built.
+        whole_life: peak_bytes is the peak of the whole process.
+    """
+
+    value: float
+    faults: int
+    peak_bytes: int
+    base_bytes: int
+    whole_life: bool
+
+
+class WorkerProcess:
+    """Parent side: start the process, make it step, stop it."""
+
+    def __init__(self, name: str, request: dict[str, Any], environment: dict[str, str]):
+        """
+        Args:
+            name: for error messages.
+            request: "make", "threads", and the arguments of `make`.
+            environment: variables added to those of this process.
+        """
+        self.name: str = name
+        self.last: StepReport | None = None
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "peakgpt.bench.contenders.worker_process", json.dumps(request)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        )  # fmt: skip
+        self.pid = self.process.pid
+
+    def step(self) -> float:
+        """Make one step and return its value.
+
+        Raises:
+            RuntimeError: the process has ended; its message is on standard error.
+        """
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise RuntimeError(f"benchmark worker {self.name!r} ended with exit code {code}; its message is above")
+        self.last = StepReport(**json.loads(line))
+        return self.last.value
+
+    def memory_bytes(self) -> int | None:
+        """Return the peak resident memory of the last step."""
+        return self.last and self.last.peak_bytes
+
+    @property
+    def base_bytes(self) -> int | None:
+        """Resident memory after the imports."""
+        return self.last and self.last.base_bytes
+
+    @property
+    def note(self) -> str:
+        if not self.last:
+            return ""
+        whole_life = f"; {self.name}: {WHOLE_LIFE}" if self.last.whole_life else ""
+        return f"{self.name}: {self.last.faults} page faults in the last step{whole_life}"
+
+    def close(self) -> None:
+        """End the process; kill it if it does not end within CLOSE_S."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+# ---- child side
+
+
+def reset_peak() -> bool:
+    """Reset the peak of this process to its current memory; return False if the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> int:
+    """Return the peak resident memory since `reset_peak`, or of the whole process if that has no effect."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system if the C library can (glibc)."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reporting(step: Callable[[], float], base_bytes: int) -> Callable[[], StepReport]:
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def report() -> StepReport:
+        whole_life, before = not reset_peak(), faults()
+        value = step()
+        return StepReport(value, faults() - before, peak_bytes(), base_bytes, whole_life)
+
+    return report
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    module, function = request["make"].split(":")
+    make = getattr(importlib.import_module(module), function)
+
+    import torch
+
+    torch.set_num_threads(request["threads"])
+    reset_peak()
+    base_bytes = peak_bytes()
+    report = _reporting(make(request), base_bytes)
+    return_freed_memory()
+    for _ in sys.stdin:
+        print(json.dumps(dataclasses.asdict(report())), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Where a measurement was taken: commit, device, versions, threads, allocator settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peakgpt.kernels.hardware.device import describe, gpu_clocks
+
+
+def environment(device: torch.device | str | None = None, *, commit: str | None = None) -> dict[str, Any]:
+    """Describe where a measurement was taken, as JSON values.
+
+    Args:
+        device: "cpu" (default) or a CUDA device.
+        commit: revision of the source; by default git is asked. Needed if the tree came without its history.
+    Returns:
+        date (UTC), commit, device (with driver and versions), clocks of a GPU (MHz, W, C; empty if nvidia-smi fails),
+        threads, isa and malloc (settings of the allocator).
+    """
+    device = torch.device(device or "cpu")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or _commit(),
+        "device": dataclasses.asdict(describe(device)),
+        "clocks": gpu_clocks(device),
+        "threads": torch.get_num_threads(),
+        "isa": describe("cpu").arch,
+        "malloc": _malloc_settings(),
+    }
+
+
+def _commit() -> str | None:
+    """Return HEAD of the checkout that holds this file, with "+dirty" if it has changes; None outside a checkout."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # The package may be installed inside the checkout of another project, whose HEAD is not ours.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _malloc_settings() -> dict[str, str]:
+    """Return the settings that change how the C library allocates: page faults are half of eager's loss on a CPU."""
+    settings = {k: v for k, v in os.environ.items() if k == "GLIBC_TUNABLES" or k.startswith("MALLOC_")}
+    if preload := os.environ.get("LD_PRELOAD"):
+        settings["LD_PRELOAD"] = " ".join(Path(p).name for p in preload.replace(":", " ").split())
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if pages.exists():
+        settings["transparent_hugepage"] = pages.read_text().partition("[")[2].partition("]")[0]
+    return settings

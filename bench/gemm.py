@@ -1,0 +1,123 @@
+"""The linear layers of one GPT-2 124M pass with 16-, 8- and 4-bit weights, for few and many rows: `peakgpt bench gemm`.
+
+Every layer is read once per pass, so caches help little: few rows are bound by reading the weights, many by arithmetic.
+The head is included for few rows, as in decoding; a prompt needs one row of it, so it is left out for many. Peaks of 8
+and 4 bits are those of int8 (vpdpbusd). Values are not compared here: the tests and `bench ops` do. Kernels are called
+as a decoding step calls them, with preallocated outputs: dispatch (10 to 20 us per op, 49 ops) would hide a third of
+the time to read 4-bit weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from peakgpt.bench.contenders.contender import Contender
+from peakgpt.bench.interleave import interleave
+from peakgpt.bench.run_results import RunResults
+from peakgpt.bench.schema import Result
+from peakgpt.kernels.cpu.memory import keep_pages
+from peakgpt.kernels.hardware.peaks import peak_for
+from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
+from peakgpt.kernels.ops.quantize import BLOCK
+
+LAYERS = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
+HEAD = (50257, 768)
+MAX_ROWS_WITH_HEAD = 16
+Layer = tuple[Callable[[Tensor, Tensor], object], int]  # (function of x and output y, bytes of the weight)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, action="append", help="repeatable; default 1, 8 and 512")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the inputs")
+    parser.add_argument("--seconds", type=float, default=25.0, help="for each number of rows (default 25)")
+
+
+def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+    if device.type != "cpu":
+        raise ValueError(f"bench gemm: got device {device}, expected cpu")
+    reason = keep_pages()
+    run, dtype = RunResults(), getattr(torch, args.dtype)
+    layers_of = {name: [c.build(n, k, dtype) for n, k in [*LAYERS, HEAD]] for name, c in GEMM_CONTENDERS.items()}
+    for rows in args.rows or (1, 8, 512):
+        run.results += compare(layers_of, rows, dtype, budget_s=args.seconds)
+    note = f"the allocator is left as it is: {reason}" if reason else "freed memory is kept, for every contender"
+    run.results = [replace(r, note="; ".join(filter(None, [r.note, note]))) for r in run.results]
+    return run
+
+
+@torch.no_grad()
+def compare(layers_of: dict[str, list[Layer]], rows: int, dtype: torch.dtype, *, budget_s: float) -> list[Result]:
+    """Time one pass of every contender over its layers.
+
+    Args:
+        layers_of: contender -> LAYERS, then HEAD.
+        rows, dtype: of the inputs.
+        budget_s: see clock.interleave.
+    """
+    shapes = [*LAYERS, HEAD] if rows <= MAX_ROWS_WITH_HEAD else LAYERS
+    inputs = {k: torch.randn(rows, k, dtype=dtype) for _, k in shapes}
+    results = {n: torch.empty(rows, n, dtype=dtype) for n, _ in shapes}
+
+    def go(layers: list[Layer]) -> None:
+        for (product, _), (n, k) in zip(layers, shapes, strict=False):
+            product(inputs[k], results[n])
+
+    contenders = {name: (lambda layers=layers: go(layers)) for name, layers in layers_of.items()}
+    timings = interleave(contenders, rounds=50, warmup=2, budget_s=budget_s)
+    peaks = {name: peak_for("cpu", torch.int8 if name.startswith("peakgpt, ") else dtype) for name in contenders}
+    return [
+        Result.of(
+            timing, bench="products", contender=name, backend="torch" if name.startswith("torch") else "cpu",
+            device="cpu", dtype=str(dtype).removeprefix("torch."), case={"rows": rows},
+            flops=2 * rows * sum(n * k for n, k in shapes), flops_kind="work",
+            bytes=sum(size for (_, size), _ in zip(layers_of[name], shapes, strict=False)),
+            peak_flops_s=peaks[name].flops_s, peak_bytes_s=peaks[name].bandwidth_bytes_s,
+            peak_source=peaks[name].source,
+        )
+        for name, timing in timings.items()
+    ]  # fmt: skip
+
+
+def _plain(n: int, k: int, dtype: torch.dtype) -> Layer:
+    from peakgpt.kernels.cpu.gemm import gemm
+
+    w, b = torch.randn(n, k, dtype=dtype) * k**-0.5, torch.randn(n, dtype=dtype)
+    return lambda x, y: gemm(x, w.t(), y, bias=b), w.nbytes
+
+
+def _quantized(bits: int, group: int) -> Callable[[int, int, torch.dtype], Layer]:
+    def make(n: int, k: int, dtype: torch.dtype) -> Layer:
+        from peakgpt.kernels.cpu.linear_q8 import multiply
+
+        more = {} if bits == 8 else {"group": group}
+        _, w, scale, b = (linear_q8 if bits == 8 else linear_q4).sample(rows=1, width=k, out=n, dtype=dtype, **more)
+        return lambda x, y: multiply(bits, y, x, w, scale, b, group, "none"), w.nbytes + scale.nbytes
+
+    return make
+
+
+def _torch(n: int, k: int, dtype: torch.dtype) -> Layer:
+    w, b = torch.randn(n, k, dtype=dtype) * k**-0.5, torch.randn(n, dtype=dtype)
+    return lambda x, y: torch.addmm(b, x, w.t(), out=y), w.nbytes
+
+
+def _torch_8(n: int, k: int, dtype: torch.dtype) -> Layer:
+    """torch's weight-only product (torch._weight_int8pack_mm, bfloat16 only): inputs stay as they are, no bias."""
+    w, scale = torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n).to(dtype)
+    return lambda x, y: torch._weight_int8pack_mm(x, w, scale), w.nbytes + scale.nbytes
+
+
+# build(n, k, dtype) -> Layer
+GEMM_CONTENDERS = {
+    "peakgpt": Contender(_plain, package="peakgpt"),
+    "peakgpt, 8 bits": Contender(_quantized(8, BLOCK), package="peakgpt"),
+    "peakgpt, 4 bits by 64": Contender(_quantized(4, 64), package="peakgpt"),
+    "peakgpt, 4 bits by 32": Contender(_quantized(4, 32), package="peakgpt"),
+    "torch": Contender(_torch),
+    "torch, 8 bits": Contender(_torch_8),
+}

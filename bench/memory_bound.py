@@ -1,0 +1,169 @@
+"""Memory-bound kernels of the CPU backend versus streams of the same reads and writes: `peakgpt bench memory_bound`.
+
+`bench ops` times an op as users call it, with dispatch, autograd and new memory. Here only the kernel is timed, on
+preallocated memory. Every call uses the same tensors, so what fits a cache stays there. Values are not compared here:
+the tests and `bench ops` do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peakgpt.bench.interleave import interleave
+from peakgpt.bench.run_results import RunResults
+from peakgpt.bench.schema import Result
+from peakgpt.kernels.hardware.peaks import stream_peak
+from peakgpt.kernels.ops.adamw import adamw as adamw_op
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/base/types.h
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A kernel of the extension, its arguments except the threads, and the tensors that it must read and write.
+
+    Tensors changed in place count as read and written. Vectors as long as a row are left out.
+    """
+
+    kernel: str
+    arguments: dict[str, Any]  # as the extension takes them
+    read: Sequence[Tensor | None]
+    written: Sequence[Tensor | None] = ()
+
+    def bind(self) -> Callable[[], None]:
+        """Return a function that calls the kernel. The caller keeps this object, and so the tensors, alive."""
+        from peakgpt.kernels.cpu.ext import _C
+
+        kernel, threads = getattr(_C, self.kernel), torch.get_num_threads()
+        return lambda: kernel(**self.arguments, threads=threads)
+
+
+def layernorm_forward(dtype, rows: int, width: int, residual: bool = False) -> KernelCall:
+    x, w, b, mu, r = _norm_tensors(dtype, rows, width)
+    added, total = torch.randn(2, rows, width).to(dtype).unbind() if residual else (None, None)
+    y = torch.empty_like(x)
+    arguments = {"dtype": DTYPES[dtype], "w_dtype": DTYPES[dtype], "rows": rows, "width": width, "x": x,
+                 "x_stride": width, "w": w, "y": y, "r": r, "eps": 1e-5, "b": b, "residual": added,
+                 "residual_stride": width, "sum": total, "mu": mu}  # fmt: skip
+    return KernelCall("norm_forward", arguments, (x, added), (total, y))
+
+
+def layernorm_backward(dtype, rows: int, width: int, residual: bool = False) -> KernelCall:
+    x, w, b, mu, r = _norm_tensors(dtype, rows, width)
+    dy, dsum = torch.randn(2, rows, width).to(dtype).unbind()
+    dsum = dsum if residual else None
+    dx, dw, db = (torch.empty_like(t) for t in (x, w, b))
+    arguments = {"dtype": DTYPES[dtype], "w_dtype": DTYPES[dtype], "rows": rows, "width": width, "dy": dy,
+                 "dy_stride": width, "x": x, "x_stride": width, "w": w, "r": r, "dsum": dsum, "dsum_stride": width,
+                 "mu": mu, "dx": dx, "dw": dw, "db": db}  # fmt: skip
+    return KernelCall("norm_backward", arguments, (x, dy, dsum), (dx,))
+
+
+def _norm_tensors(dtype, rows: int, width: int) -> tuple[Tensor, ...]:
+    w, b = torch.randn(2, width).to(dtype).unbind()
+    return (3 + torch.randn(rows, width)).to(dtype), w, b, torch.full((rows,), 3.0), torch.ones(rows)
+
+
+def embedding_forward(dtype, batch: int, tokens: int, width: int, vocab: int) -> KernelCall:
+    wte, wpe = torch.randn(vocab, width).to(dtype), torch.randn(tokens, width).to(dtype)
+    ids, out = torch.randint(vocab, (batch, tokens)), torch.empty(batch, tokens, width, dtype=dtype)
+    arguments = {"dtype": DTYPES[dtype], "batch": batch, "tokens": tokens, "width": width, "ids": ids, "wte": wte,
+                 "wte_stride": width, "out": out, "wpe": wpe, "wpe_stride": width}  # fmt: skip
+    rows_read = wte[: batch * tokens]  # the rows that are read, at most
+    return KernelCall("embedding_forward", arguments, (rows_read, wpe), (out,))
+
+
+def cross_entropy(dtype, rows: int, vocab: int, gradient: bool = True) -> KernelCall:
+    """Losses, and the gradient of the logits in place: later calls read the gradients of earlier ones."""
+    logits, target = torch.randn(rows, vocab).to(dtype), torch.randint(vocab, (rows,))
+    loss, stats = torch.empty(rows), torch.empty(rows, 2)
+    arguments = {"dtype": DTYPES[dtype], "rows": rows, "vocab": vocab, "logits": logits, "target": target,
+                 "ignore_index": -100, "loss": loss, "stats": stats, "with_gradient": gradient, "scale": 1.0,
+                 "smoothing": 0.0, "z_loss": 0.0}  # fmt: skip
+    return KernelCall("cross_entropy_forward", arguments, (logits,), (logits,) if gradient else ())
+
+
+def sum_of_squares(dtype, count: int) -> KernelCall:
+    x, total = torch.randn(count).to(dtype), torch.zeros(())
+    return KernelCall("sum_of_squares", {"dtype": DTYPES[dtype], "count": count, "x": x, "total": total}, (x,))
+
+
+def adamw(dtype, count: int) -> KernelCall:
+    """In bfloat16 with the remainder of the float32 master weights."""
+    param, grad, remainder, m, v, step, _ = adamw_op.sample(count, dtype=dtype)
+    arguments = {"dtype": DTYPES[dtype], "count": count, "param": param, "grad": grad, "exp_avg": m, "exp_avg_sq": v,
+                 "step": step, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01,
+                 "remainder": remainder}  # fmt: skip
+    return KernelCall("adamw", arguments, (param, remainder, m, v, grad), (param, remainder, m, v))
+
+
+KERNELS = {
+    f.__name__: f
+    for f in (layernorm_forward, layernorm_backward, embedding_forward, cross_entropy, sum_of_squares, adamw)
+}
+# GPT-2 124M: 1024 tokens stay in the last-level cache, 16384 do not.
+GPT2_CALLS: list[tuple[str, dict[str, int]]] = [
+    *((name, {"rows": rows, "width": 768, **more})
+      for name in ("layernorm_forward", "layernorm_backward")
+      for more in ({}, {"residual": True}) for rows in (1024, 4096, 16384)),
+    *(("embedding_forward", {"batch": batch, "tokens": 1024, "width": 768, "vocab": 50304}) for batch in (1, 16)),
+    *(("cross_entropy", {"rows": rows, "vocab": 50304}) for rows in (64, 512)),
+    ("cross_entropy", {"rows": 512, "vocab": 50304, "gradient": False}),
+    *(("sum_of_squares", {"count": count}) for count in (1 << 21, 124_475_904)),
+    *(("adamw", {"count": count}) for count in (1 << 18, 124_475_904)),
+]  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", action="append", choices=sorted(KERNELS), help="repeatable; default all")
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
+    parser.add_argument("--rounds", type=int, default=15, help="timings of each kernel (default 15)")
+
+
+def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+    if device.type != "cpu":
+        raise ValueError(f"bench memory_bound times the C++ kernels, expected --device cpu, got {device}")
+    dtypes = [getattr(torch, name) for name in args.dtype or ("float32", "bfloat16")]
+    cases = [case for case in GPT2_CALLS if case[0] in (args.only or KERNELS)]
+    return RunResults([measure(name, sizes, dtype, rounds=args.rounds) for dtype in dtypes for name, sizes in cases])
+
+
+def measure(name: str, sizes: dict[str, int], dtype: torch.dtype, *, rounds: int = 15) -> Result:
+    """Time one kernel.
+
+    Args:
+        name: of KERNELS.
+        sizes: arguments of KERNELS[name].
+        dtype: float32 or bfloat16.
+        rounds: maximum number of timings.
+    Returns:
+        A result with the bytes that the kernel must move, its streaming ceiling, and no FLOPs.
+    Raises:
+        ImportError: the C++ extension is missing.
+    """
+    made = KERNELS[name](dtype, **sizes)
+    read, written = _distinct(made.read), _distinct(made.written)
+    updated = _bytes(t for address, t in read.items() if address in written)
+    read_bytes, written_bytes = _bytes(read.values()), _bytes(written.values())
+    ceiling, streams = stream_peak("cpu", read_bytes, written_bytes, read_bytes + written_bytes - updated,
+                                   updated_bytes=updated)  # fmt: skip
+    timing = interleave({name: made.bind()}, rounds=rounds, warmup=2)[name]
+    return Result.of(
+        timing, bench="pass", contender="peakgpt", backend="cpu", device="cpu",
+        dtype=str(dtype).removeprefix("torch."), case={"op": name, **sizes}, bytes=read_bytes + written_bytes,
+        peak_bytes_s=ceiling, peak_source=f"bytes: {streams}",
+    )  # fmt: skip
+
+
+def _distinct(tensors: Iterable[Tensor | None]) -> dict[int, Tensor]:
+    return {t.data_ptr(): t for t in tensors if t is not None}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

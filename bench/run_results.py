@@ -1,0 +1,86 @@
+"""Results of a benchmark run: timings, checks against float64, and failures with their tracebacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peakgpt.bench.check import Check
+from peakgpt.bench.schema import Result
+
+OURS = "peakgpt"  # prefix of the names of our contenders
+ROOT = Path(__file__).parents[1]  # the repository, or the installed package
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A contender without a measurement, or a whole job of a part if `contender` is None."""
+
+    message: str
+    traceback: str = ""
+    contender: str | None = None
+    part: str = ""
+    job: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("message", "traceback"):
+            object.__setattr__(self, name, without_folders(getattr(self, name)))
+
+    @classmethod
+    def of(cls, error: BaseException, contender: str | None = None) -> Failure:
+        """Make a failure from a caught exception."""
+        text = "".join(traceback.format_exception(error))
+        return cls(message=f"{type(error).__name__}: {error}".splitlines()[0], traceback=text, contender=contender)
+
+    @property
+    def ours(self) -> bool:
+        """Whether peakgpt is at fault, and not a limit of a peer."""
+        return self.contender is None or self.contender.startswith(OURS)
+
+
+def without_folders(text: str) -> str:
+    """Make paths relative to the package or to Python's import folders, because results are published."""
+    folders = {ROOT, *(Path(p) for p in sys.path)}
+    longest = sorted((str(f) for f in folders if f.is_absolute() and f != Path(f.root)), key=len, reverse=True)
+    return re.sub(rf"(?<![\w/.-])({'|'.join(map(re.escape, longest))})/", "", text)
+
+
+Row = Result | Check | Failure
+KINDS = {"result": Result, "check": Check, "failure": Failure}
+
+
+@dataclass
+class RunResults:
+    """The rows of a run, by kind."""
+
+    results: list[Result] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        kept = {Result: self.results, Check: self.checks, Failure: self.failures}[type(row)]
+        kept.append(row)
+
+    @property
+    def exit_code(self) -> int:
+        """Return 1 if a check or a contender of ours failed, else 0."""
+        return int(any(not c.passed for c in self.checks) or any(f.ours for f in self.failures))
+
+
+def encode(row: Row) -> dict[str, Any]:
+    """Return a row and its kind as a JSON value."""
+    return {"kind": type(row).__name__.lower(), "row": dataclasses.asdict(row)}
+
+
+def decode(value: dict[str, Any]) -> Row:
+    """The inverse of `encode`."""
+    return KINDS[value["kind"]](**value["row"])
+
+
+class Unsupported(Exception):
+    """A peer does not implement the call: it is left out, and this is not a failure."""

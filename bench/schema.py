@@ -1,0 +1,151 @@
+"""The result schema: one row for each measured case of each contender, and its JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peakgpt.bench.timing import Timing
+from peakgpt.kernels.files import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One measured case of one contender. All benchmarks write this schema.
+
+    `flops_kind` is "model" (6N + 12 L H Q T, for MFU) or "work" (what the op must compute, causal attention is half,
+    for rooflines). A table never mixes the two in one column.
+    """
+
+    bench: str
+    case: dict[str, Any]  # shape and options, JSON values
+    contender: str
+    backend: str
+    device: str
+    dtype: str
+    median_s: float
+    q25_s: float
+    q75_s: float
+    rounds: int  # kept
+    dropped: int
+    samples_s: list[float] = field(
+        default_factory=list
+    )  # of the kept rounds; sample i of each contender of a case is from the same round
+    flops: float | None = None  # per call
+    flops_kind: str | None = None  # "model" or "work"
+    bytes: float | None = None  # per call, minimum that must be read and written
+    memory_bytes: int | None = None  # peak of one call: allocated on a GPU, or resident in a worker process
+    base_bytes: int | None = None  # resident in a worker process after its imports; part of memory_bytes
+    peak_flops_s: float | None = None
+    peak_bytes_s: float | None = None
+    peak_source: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.q25_s <= self.median_s <= self.q75_s < math.inf:
+            raise ValueError(
+                f"expected 0 < q25_s <= median_s <= q75_s, got {self.q25_s}, {self.median_s}, {self.q75_s}"
+            )
+        if self.flops_kind not in ("model", "work", None) or (self.flops is None) != (self.flops_kind is None):
+            raise ValueError(
+                f"expected flops with flops_kind 'model' or 'work', or neither, got {self.flops}, {self.flops_kind!r}"
+            )
+
+    @classmethod
+    def of(cls, timing: Timing, **fields: Any) -> Result:
+        """Make a result from a timing and the remaining fields."""
+        return cls(
+            median_s=timing.median_s, q25_s=timing.q25_s, q75_s=timing.q75_s, samples_s=list(timing.samples_s),
+            rounds=timing.kept, dropped=timing.dropped, note=timing.note, **fields,
+        )  # fmt: skip
+
+    @property
+    def tflops(self) -> float | None:
+        """TFLOP/s at the median."""
+        return None if self.flops is None else self.flops / self.median_s / 1e12
+
+    @property
+    def gbs(self) -> float | None:
+        """GB/s at the median, 1 GB = 1e9 bytes."""
+        return None if self.bytes is None else self.bytes / self.median_s / 1e9
+
+    @property
+    def flops_fraction(self) -> float | None:
+        """Achieved over peak FLOP/s, 0..1: MFU when flops_kind is "model"."""
+        return self.tflops * 1e12 / self.peak_flops_s if self.tflops is not None and self.peak_flops_s else None
+
+    @property
+    def bytes_fraction(self) -> float | None:
+        """Achieved over peak bytes/s, 0..1: MBU in decoding."""
+        return self.gbs * 1e9 / self.peak_bytes_s if self.gbs is not None and self.peak_bytes_s else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values. Derived figures are left out."""
+        return dataclasses.asdict(self)
+
+
+SCHEMA = 2
+
+
+def write_results(
+    path: str | os.PathLike[str], results: Sequence[Result], environment: dict[str, Any], *,
+    checks: Sequence[dict[str, Any]] = (), failures: Sequence[dict[str, Any]] = (),
+) -> None:  # fmt: skip
+    """Write results and their environment as one JSON file, atomically.
+
+    Args:
+        path: of the file; missing folders are created.
+        results: rows.
+        environment: of peakgpt.bench.environment.
+        checks: rows of peakgpt.bench.check.Check: comparisons with float64.
+        failures: rows of peakgpt.bench.run_results.Failure: contenders and jobs without a measurement.
+    """
+    path = Path(path)
+    document = {"schema": SCHEMA, "environment": environment, "results": [r.to_json() for r in results],
+                "checks": list(checks), "failures": list(failures)}  # fmt: skip
+    text = "{\n" + ",\n".join(f"{json.dumps(key)}: {_json_rows(value)}" for key, value in document.items()) + "\n}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def _json_rows(value: Any) -> str:
+    """Write one line for each item of a list, so that files can be compared by diff."""
+    if not isinstance(value, list):
+        return json.dumps(value, indent=1, allow_nan=False)
+    return "[" + ",".join(f"\n{json.dumps(item, allow_nan=False)}" for item in value) + "]"
+
+
+def read_results(path: str | os.PathLike[str]) -> tuple[list[Result], dict[str, Any]]:
+    """Read a file of `write_results`.
+
+    Returns:
+        (results, environment).
+    Raises:
+        ValueError: not a results file, another schema, or an unknown or missing key.
+    """
+    try:
+        document = json.loads(Path(path).read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"expected a JSON file of results, got {os.fspath(path)}: {error}") from error
+    _expect_keys(f"{os.fspath(path)}", document, {"schema", "environment", "results", "checks", "failures"})
+    if document["schema"] != SCHEMA:
+        raise ValueError(f"{os.fspath(path)}: expected schema {SCHEMA}, got {document['schema']!r}")
+    fields = {f.name for f in dataclasses.fields(Result)}
+    for i, row in enumerate(document["results"]):
+        _expect_keys(f"{os.fspath(path)}, result {i}", row, fields)
+    return [Result(**row) for row in document["results"]], document["environment"]
+
+
+def _expect_keys(source: str, got: Any, expected: set[str]) -> None:
+    if not isinstance(got, dict) or set(got) != expected:
+        keys = set(got) if isinstance(got, dict) else set()
+        raise ValueError(
+            f"{source}: expected the keys of the result schema, got unknown {sorted(keys - expected)}, "
+            f"missing {sorted(expected - keys)}"
+        )

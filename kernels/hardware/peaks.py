@@ -1,0 +1,112 @@
+"""Peaks that results are divided by: the datasheet's on a known GPU, measured ones on a CPU and on any other GPU.
+
+    MFU = model FLOPs per second / peak FLOP/s of the dtype        MBU = bytes that must move per second / peak bytes/s
+
+MFU: Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 4.1 and appendix B.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from peakgpt.kernels.hardware.datasheet import datasheet
+from peakgpt.kernels.hardware.device import describe, last_level_cache_bytes, resolve_device
+from peakgpt.kernels.hardware.measured_peaks import has_extension, measure, stream_rate
+
+MAX_STREAMS = 4  # of reads or of writes, when a mix is rounded to whole streams
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The denominators of MFU and MBU for one dtype, and the measured peaks."""
+
+    flops_s: float
+    bandwidth_bytes_s: float
+    source: str
+    measured_flops_s: float | None  # None if only the datasheet has the dtype
+    measured_bandwidth_bytes_s: float
+
+
+def peak_for(device: torch.device | str | None, dtype: torch.dtype | str) -> Peak:
+    """Return the denominators of MFU and MBU with their source.
+
+    A known GPU has the peaks of its datasheet. A CPU and any other GPU are measured. A CPU without 16-bit arithmetic
+    computes bfloat16 and float16 in float32; its peak is then that of float32, and the source says so.
+
+    Args:
+        device: "cpu" (default for None) or a CUDA device.
+        dtype: torch.float32, torch.bfloat16, ...; or a key of Peaks.flops ("tf32" where matmul precision allows it).
+    Raises:
+        ValueError: the device has no peak for this dtype.
+    """
+    device = resolve_device(device)
+    measured = measure(device)
+    peaks = (datasheet(describe(device).name) if device.type == "cuda" else None) or measured
+    name = re.sub("^float8.*", "float8", str(dtype).removeprefix("torch."))
+    source = peaks.source
+    if device.type == "cpu" and name in ("bfloat16", "float16") and name not in peaks.flops:
+        source = f"{source}; that of float32, in which {name} is computed here"
+        name = "float32"
+    if name not in peaks.flops:
+        raise ValueError(f"expected a dtype with a peak on {device} ({', '.join(peaks.flops)}), got {name}")
+    return Peak(
+        flops_s=peaks.flops[name],
+        bandwidth_bytes_s=peaks.bandwidth_bytes_s,
+        source=source,
+        measured_flops_s=measured.flops.get(name),
+        measured_bandwidth_bytes_s=measured.bandwidth_bytes_s,
+    )
+
+
+def stream_peak(
+    device: torch.device | str | None, read_bytes: float, written_bytes: float, touched_bytes: float, *,
+    updated_bytes: float = 0,
+) -> tuple[float, str]:  # fmt: skip
+    """Return the streaming ceiling of an op: bytes/s of a loop with the same reads and writes and no arithmetic.
+
+    Reads and writes have different costs, and a cache is several times faster than memory. So neither the read peak
+    nor the copy peak bounds an op. On a CPU the loop is measured with ordinary and with non-temporal stores, and the
+    faster one counts; once per process, mix and size. The mix is rounded to at most 4 equal streams of reads and of
+    writes. On a GPU the ceiling is the bandwidth of `peak_for` for any mix.
+
+    Args:
+        device: "cpu" (default for None) or a CUDA device.
+        read_bytes, written_bytes: of one call of the op; only their ratio counts.
+        touched_bytes: working set of repeated calls; it decides in which cache the streams fit.
+        updated_bytes: bytes that are read and written in place.
+    Returns:
+        (bytes/s of reads plus writes, description of the streams).
+    Raises:
+        ValueError: no bytes, or more updated than read or written.
+    """
+    if min(read_bytes, written_bytes) < 0 or read_bytes + written_bytes <= 0:
+        raise ValueError(f"expected bytes to read or write, got {read_bytes} and {written_bytes}")
+    if not 0 <= updated_bytes <= min(read_bytes, written_bytes):
+        raise ValueError(f"expected updates among {read_bytes} read and {written_bytes} written, got {updated_bytes}")
+    device = resolve_device(device)
+    if device.type == "cuda" or not has_extension():
+        peak = peak_for(device, torch.float32)
+        return peak.bandwidth_bytes_s, peak.source
+    step = max(last_level_cache_bytes(), 8 << 20) // 16
+    size = min(-(-int(touched_bytes) // step), 8 * 16) * step  # past 8 caches nothing changes
+    mix = _mix(read_bytes, written_bytes, updated_bytes)
+    reads, writes, updates = mix
+    in_place = f", {updates} in place" if updates else ""
+    description = f"{reads} streams read and {writes} written{in_place}, {size >> 20} MiB"
+    return stream_rate(mix, size, torch.get_num_threads()), description
+
+
+def _mix(read: float, written: float, updated: float) -> tuple[int, int, int]:
+    """Return the fewest whole streams (read, written, updated) whose shares are nearest to those of the bytes."""
+    counts, total = range(MAX_STREAMS + 1), read + written
+
+    def distance(mix: tuple[int, int, int]) -> tuple[float, int]:
+        _, w, u = mix
+        streams = mix[0] + w
+        return round(abs(w / streams - written / total) + abs(u / streams - updated / total), 6), streams
+
+    mixes = [(r, w, u) for r in counts for w in counts if r + w for u in range(min(r, w) + 1)]
+    return min(mixes, key=distance)

@@ -1,0 +1,106 @@
+"""The result schema: derived figures, invalid rows, and the JSON file."""
+
+import json
+import math
+
+import pytest
+
+from peakgpt.bench import schema
+from peakgpt.bench.schema import Result
+from peakgpt.bench.timing import Timing
+
+
+def result(**changes):
+    fields = {
+        "bench": "op", "case": {"rows": 1024, "causal": True}, "contender": "cpu", "backend": "cpu",
+        "device": "AMD EPYC", "dtype": "float32", "flops": 3e9, "flops_kind": "work", "bytes": 2e9,
+        "peak_flops_s": 6e9, "peak_bytes_s": 8e9, "peak_source": "measured",
+    }  # fmt: skip
+    return Result.of(Timing((1.0, 2.0, 3.0), dropped=4, note="n"), **{**fields, **changes})
+
+
+def test_result_derives():
+    r = result()
+    assert (r.median_s, r.q25_s, r.q75_s, r.rounds, r.dropped, r.note) == (2.0, 1.5, 2.5, 3, 4, "n")
+    assert r.tflops == pytest.approx(1.5e-3) and r.gbs == pytest.approx(1.0)
+    assert r.flops_fraction == pytest.approx(0.25) and r.bytes_fraction == pytest.approx(0.125)
+    bare = result(flops=None, flops_kind=None, bytes=None)
+    assert bare.tflops is bare.gbs is bare.flops_fraction is bare.bytes_fraction is None
+    assert result(peak_flops_s=None).flops_fraction is None
+
+
+@pytest.mark.parametrize("bad", [{"flops_kind": "sparse"}, {"flops_kind": None}, {"flops": None}])
+def test_result_names_its_flops(bad):
+    with pytest.raises(ValueError, match="'model' or 'work'"):
+        result(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"median_s": 0.0, "q25_s": 0.0}, {"median_s": 9.0}, {"median_s": math.nan}])
+def test_result_times_are_ordered(bad):
+    with pytest.raises(ValueError, match="q25_s <= median_s"):
+        Result(**{**result().to_json(), **bad})
+
+
+def test_results_round_trip(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    results, environment = [result(), result(contender="eager", flops=None, flops_kind=None)], {"threads": 2}
+    schema.write_results(path, results, environment)
+    assert schema.read_results(path) == (results, environment)
+    schema.write_results(path, results[:1], environment)
+    assert schema.read_results(path)[0] == results[:1]
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    schema.write_results(path, [result()], {})
+    with pytest.raises(ValueError):
+        schema.write_results(path, [result(bytes=math.inf)], {})  # no JSON number
+
+    def broken(fd):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(schema.os, "fsync", broken)
+    with pytest.raises(OSError, match="disk full"):
+        schema.write_results(path, [], {})
+    assert schema.read_results(path)[0] == [result()]
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def _unknown(document):
+    document["results"][0]["speed"] = 1
+
+
+def _missing(document):
+    del document["results"][0]["dtype"]
+
+
+def _top_level(document):
+    document["author"] = "me"
+
+
+def _schema(document):
+    document["schema"] = 99
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [(_unknown, "unknown \\['speed'\\]"), (_missing, "missing \\['dtype'\\]"), (_top_level, "unknown \\['author'\\]"),
+     (_schema, "expected schema 2, got 99")],
+)  # fmt: skip
+def test_read_results_refuses(tmp_path, damage, message):
+    path = tmp_path / "results.json"
+    schema.write_results(path, [result()], {})
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=message):
+        schema.read_results(path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
+def test_read_results_refuses_other_files(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="results"):
+        schema.read_results(path)
