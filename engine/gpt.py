@@ -15,9 +15,10 @@ from torch import Tensor
 from peakgpt.engine.checkpoint.model_folder import TokenizerFiles, read_config, read_weights, write_model
 from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
 from peakgpt.engine.inference.beam_search import beam_search
-from peakgpt.engine.inference.generate import check_prompt, generate, padding_start, sampling_params, stream
+from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream
+from peakgpt.engine.model.positions import left_padding_start
 from peakgpt.engine.model.presets import preset
-from peakgpt.engine.model.quantized import QuantizedLinear
+from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
 
@@ -126,7 +127,7 @@ class GPT(Transformer):
             top_p=top_p, eos_token_id=eos_token_id, seed=seed,
         )  # fmt: skip
         count = check_prompt(self, input_ids, max_new_tokens)
-        start = None if attention_mask is None else padding_start(attention_mask, input_ids)
+        start = None if attention_mask is None else left_padding_start(attention_mask, input_ids)
         if num_beams == 1:
             if length_penalty != 1.0 or early_stopping is not False:
                 raise ValueError("generate: got length_penalty or early_stopping with num_beams 1, expected more beams")

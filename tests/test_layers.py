@@ -144,11 +144,11 @@ def test_a_circle_and_an_upward_import_are_reported():
     wrong = {
         "peakgpt.kernels.core.dispatch": {"peakgpt.kernels.ops.mlp"},  # upward
         "peakgpt.kernels.cpu.mlp": {"peakgpt.kernels.gpu.launch", EXTENSION, "peakgpt.kernels.core.check"},  # sideways
-        "peakgpt.engine.model.layers": {EXTENSION, "peakgpt.kernels.ops.mlp"},
+        "peakgpt.engine.model.block": {EXTENSION, "peakgpt.kernels.ops.mlp"},
         "peakgpt.cli": {"peakgpt.bench.ops"},
     }
     assert upward_imports(wrong) == [
-        "peakgpt.engine.model.layers imports peakgpt._C",
+        "peakgpt.engine.model.block imports peakgpt._C",
         "peakgpt.kernels.core.dispatch imports peakgpt.kernels.ops.mlp",
         "peakgpt.kernels.cpu.mlp imports peakgpt.kernels.gpu.launch",
     ]

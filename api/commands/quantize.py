@@ -12,7 +12,7 @@ from peakgpt.engine.checkpoint.quantized_folder import WEIGHT_FILES, read_format
 from peakgpt.engine.checkpoint.quantized_weights import quantize_state
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.model.quantized import Format
+from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.kernels.ops.quantize import GROUPS
 
 BATCH = 8  # windows per forward pass

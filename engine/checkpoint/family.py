@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.model.config import RATES, GPTConfig
-from peakgpt.engine.model.layers import CONV1D
+from peakgpt.engine.model.state_dicts import CONV1D
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from peakgpt.engine.checkpoint.folder import CONFIG, QUANTIZED, WEIGHTS, read_json, replace_files
 from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantized_shapes
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
-from peakgpt.engine.model.quantized import Format
+from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.engine.model.transformer import Transformer
 
 METHOD = "peakgpt"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.model.quantized import EMBEDDING, HEAD, Format, QuantizedLinear
+from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD, Format, QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.ops.quantize import dequantize_8, quantize_4, quantize_8
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peakgpt.engine.graph_capture import Captured, recorder_for
+from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
 from peakgpt.engine.inference.block_pool import BLOCK_TOKENS
 from peakgpt.engine.inference.paged_attention import TokenBatch
 
@@ -48,9 +48,9 @@ class DecodeGraphs:
         """
         self.forward, self.width, self.obstacle = forward, width, obstacle
         self.pin_memory = device.type == "cuda"
-        self.recorder = None if obstacle else recorder_for(device, share=True)
+        self.recorder = None if obstacle else graph_factory(device, share_memory=True)
         self.buffer = torch.zeros(self._buffer_size(MAX_BATCH), dtype=torch.int32, device=device)
-        self.steps: dict[int, Captured] = {}  # by batch size
+        self.steps: dict[int, GraphedFunction] = {}  # by batch size
 
     def __call__(self, ids: Tensor | Sequence[int], positions: np.ndarray, block_tables: np.ndarray) -> Tensor:
         """Run one step without waiting for the device.
@@ -90,8 +90,8 @@ class DecodeGraphs:
     def _buffer_size(self, size: int) -> int:
         return COLUMNS * align_int32(size) + size * self.width
 
-    def _make_step(self, size: int) -> Captured:
+    def _make_step(self, size: int) -> GraphedFunction:
         batch, forward = self._token_batch(self.buffer[: self._buffer_size(size)], size), self.forward
-        step = Captured(lambda: (forward(batch),), self.recorder, lambda: None, copies=False)
+        step = GraphedFunction(lambda: (forward(batch),), self.recorder, lambda: None, copy_outputs=False)
         step.obstacle = self.obstacle or step.obstacle
         return step

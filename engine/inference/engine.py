@@ -22,7 +22,7 @@ from torch import Tensor
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.block_pool import BlockPool
 from peakgpt.engine.inference.cache_size import default_blocks
-from peakgpt.engine.inference.constrained_decoding import Choices
+from peakgpt.engine.inference.constrained_decoding import ChoiceConstraint
 from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.inference.sampling import TokenLogprob, Uniforms, choose, draw_seed, log_probabilities
 from peakgpt.engine.inference.sampling_params import SamplingParams
@@ -122,7 +122,7 @@ class Engine:
             RunningSequence(
                 request, index, max_length, Uniforms(seed, index),
                 TextStream(self.tokenizer, params.stop) if self.tokenizer else None,
-                Choices(choices, params.stop_token_ids) if choices else None,
+                ChoiceConstraint(choices, params.stop_token_ids) if choices else None,
             )
             for index in range(params.n)
         ]  # fmt: skip

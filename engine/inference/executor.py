@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peakgpt.engine.graph_capture import records
+from peakgpt.engine.graph_capture import has_graphs
 from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.kv_cache import KVCache
 from peakgpt.engine.inference.torch_executor import TorchExecutor
@@ -89,7 +89,7 @@ def make_decode_executor(model: Transformer, num_blocks: int, new_tokens: int) -
     """
     if new_tokens < MIN_PACKED_TOKENS:
         return None
-    if records(model.transformer.wte.weight.device) and model.config.position not in RELATIVE:
+    if has_graphs(model.transformer.wte.weight.device) and model.config.position not in RELATIVE:
         return _reuse_graphs(model, num_blocks)
     executor = _program_executor(model, num_blocks, None)
     return None if isinstance(executor, str) else executor

@@ -40,31 +40,6 @@ def sampling_params(
                           top_p=top_p, seed=seed)  # fmt: skip
 
 
-def padding_start(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-    """Convert the mask of left-padded prompts to the position of each first token.
-
-    Args:
-        attention_mask: (B, T) of 0 and 1, in each row zeros and then ones.
-        input_ids: (B, T).
-    Returns:
-        (B,) int64.
-    Raises:
-        ValueError: another shape, or a row that is not zeros and then at least one 1.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else f"{attention_mask!r:.60}"
-        raise ValueError(f"generate: attention_mask is {got}, expected a Tensor of shape {tuple(input_ids.shape)}")
-    mask = attention_mask.long()
-    is_ordered = ((mask == 0) | (mask == 1)).all(1) & (mask.diff(dim=1) >= 0).all(1) & (mask[:, -1] == 1)
-    if not is_ordered.all():
-        row = int(is_ordered.logical_not().nonzero()[0])
-        raise ValueError(
-            f"generate: row {row} of attention_mask is {attention_mask[row].tolist()}, expected zeros and then ones: "
-            "prompts are padded on the left"
-        )
-    return mask.shape[1] - mask.sum(1)
-
-
 def check_prompt(model: Transformer, input_ids: Tensor, max_new_tokens: int | None) -> int:
     """Return the number of tokens to add.
 

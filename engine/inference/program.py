@@ -1,6 +1,6 @@
 """A model's forward pass as one C++ program on the CPU (csrc/program/program.cpp): one call a step, packed weights.
 
-The instructions follow the blocks of engine/model/layers.py, by the same config. In the last block, all that follows
+The instructions follow the blocks of engine/model/block.py, by the same config. In the last block, all that follows
 attention is computed only for the rows whose logits are needed: a prompt of T tokens saves most of one layer in L.
 """
 
@@ -11,9 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.model.layers import Block, GatedMLP, LayerNorm, RMSNorm
+from peakgpt.engine.model.block import Block
+from peakgpt.engine.model.mlp import GatedMLP
+from peakgpt.engine.model.norms import LayerNorm, RMSNorm
 from peakgpt.engine.model.positions import alibi_slopes, rotary_table
-from peakgpt.engine.model.quantized import QuantizedLinear
+from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads

@@ -33,11 +33,11 @@ class SamplingParams:
         logit_bias: token id -> number added to its logit.
         seed: of the random numbers, 64 bits; None draws a seed from torch's generator.
         n: number of continuations.
-        logprobs: number of most likely tokens to return per output token, beside the chosen token; None returns no
-            log-probabilities. All log-probabilities come from the model's own distribution, before temperature,
-            penalties, bias and constraints.
-        prompt_logprobs: number of most likely tokens to return per prompt token, beside the prompt token itself; None
-            returns no log-probabilities of the prompt. The first token of the prompt has none.
+        logprobs: number of most likely tokens to return per output token, in addition to the chosen token; None
+            returns no log-probabilities. All log-probabilities come from the model's own distribution, before
+            temperature, penalties, bias and constraints.
+        prompt_logprobs: number of most likely tokens to return per prompt token, in addition to the prompt token
+            itself; None returns no log-probabilities of the prompt. The first token of the prompt has none.
         prompt_logprobs_start: first position of the prompt for which prompt_logprobs are returned.
         choices: the output is one of these, each a string (needs a tokenizer) or a sequence of token ids. If one choice
             is a prefix of another, one of stop_token_ids ends the shorter.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peakgpt.engine.inference.block_pool import prefix_hashes
 from peakgpt.engine.inference.chunk import Chunk
-from peakgpt.engine.inference.constrained_decoding import Choices
+from peakgpt.engine.inference.constrained_decoding import ChoiceConstraint
 from peakgpt.engine.inference.sampling import TokenLogprob, Uniforms, adjust, log_probabilities
 from peakgpt.engine.inference.sampling_params import SamplingParams
 from peakgpt.engine.inference.text_stream import TextStream
@@ -61,7 +61,7 @@ class RunningSequence:
     max_length: int  # tokens of the prompt and the output
     uniforms: Uniforms
     text_stream: TextStream | None
-    choices: Choices | None
+    choices: ChoiceConstraint | None
     num_computed: int = 0  # tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # prefix hashes of the full blocks

@@ -84,8 +84,8 @@ class TorchExecutor:
     def _run_alone(self, chunk: Chunk) -> Tensor:
         """Logits of one chunk of a model with relative positions."""
         ids = torch.as_tensor(chunk.token_ids, dtype=torch.int64, device=self.device)
-        h = self.model.features(ids[None], GatheredAttention(self.kv_cache, chunk))[0]  # (T, C)
-        return self.model.head(h[len(h) - chunk.num_logits :]).float()
+        h = self.model.hidden_states(ids[None], GatheredAttention(self.kv_cache, chunk))[0]  # (T, C)
+        return self.model.compute_logits(h[len(h) - chunk.num_logits :]).float()
 
     def _block_tables(self, chunks: Sequence[Chunk]) -> np.ndarray:
         """(B, width) int32, padded with 0."""
@@ -125,6 +125,6 @@ class TorchExecutor:
         if self.angles is not None:
             angles = tuple(table.index_select(0, batch.positions) for table in self.angles)
         positions = Positions(angles, self.config.rotary_interleaved, self.slopes)
-        h = self.model.rows(batch.ids, batch.positions, positions, PagedAttention(self.kv_cache, batch))
+        h = self.model.packed_hidden_states(batch.ids, batch.positions, positions, PagedAttention(self.kv_cache, batch))
         h = h if batch.logit_rows is None else h.index_select(0, batch.logit_rows)
-        return self.model.head(h) if len(h) else h.new_empty(0, self.config.vocab_size)
+        return self.model.compute_logits(h) if len(h) else h.new_empty(0, self.config.vocab_size)

@@ -23,8 +23,8 @@ from peakgpt.engine.checkpoint.model_folder import TokenizerFiles, write_model
 from peakgpt.engine.checkpoint.training_state import load_training_state, save_training_state
 from peakgpt.engine.data.batches import validation_batches
 from peakgpt.engine.data.shards import TokenShards
-from peakgpt.engine.graph_capture import Late
 from peakgpt.engine.model.flops import mfu, recomputed_flops, training_flops
+from peakgpt.engine.training.delayed_metrics import DelayedMetrics
 from peakgpt.engine.training.evaluate import validation_loss
 from peakgpt.engine.training.run_folder import CHECKPOINT, STATE
 from peakgpt.engine.training.trainer import Trainer
@@ -137,7 +137,7 @@ class TrainingLoop:
             should_stop: asked before each step.
             synchronous: wait for each step before the next one starts, for benchmarks.
         """
-        trainer, delayed = self.trainer, Late(self.trainer.device)
+        trainer, delayed = self.trainer, DelayedMetrics(self.trainer.device)
         end = trainer.steps if steps is None else min(trainer.steps, trainer.steps_done + steps)
         self._last_step_s = time.perf_counter()
         while trainer.steps_done < end and not should_stop():

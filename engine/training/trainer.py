@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.graph_capture import Captured, recorder_for
+from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
 from peakgpt.engine.model.fp8 import set_fp8
 from peakgpt.engine.model.recompute import set_recompute
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
@@ -54,7 +54,7 @@ class Trainer:
         # A tensor on the device: a CUDA graph reads the new value at every replay.
         self.lr_scale = self.optimizer.lr_scale = torch.ones((), device=self.device)
         self.grad_norm: Tensor | None = None
-        self.update = Captured(self._update, recorder_for(self.device), self._fixed)
+        self.update = GraphedFunction(self._update, graph_factory(self.device), self._fixed)
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Make one update.
@@ -98,7 +98,7 @@ class Trainer:
         for part_ids, part_targets, part_weight in zip(
             ids.split(size), targets.split(size), weight.split(size), strict=True
         ):
-            loss = self.model(part_ids, part_targets, weight=part_weight)
+            loss = self.model(part_ids, part_targets, loss_weight=part_weight)
             loss.backward()
             total += loss.detach()
         return total

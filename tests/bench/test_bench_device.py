@@ -162,7 +162,7 @@ def test_a_step_that_can_not_be_recorded_is_told(monkeypatch):
         begin = inner(model, ids, workload)
 
         def again():
-            warnings.warn("the step runs uncaptured, recording failed: no", stacklevel=1)
+            warnings.warn("the function runs uncaptured, capture failed: no", stacklevel=1)
             return begin()
 
         return again
@@ -172,4 +172,4 @@ def test_a_step_that_can_not_be_recorded_is_told(monkeypatch):
     results = device_decode.compare_steps(config, Workload(2, 5, 3), CPU, ["peakgpt"], budget_s=0.0,
                                           on_failure=lambda *failed: told.append(failed))  # fmt: skip
     assert len(results) == 1 and {name for name, _ in told} == {"peakgpt"}
-    assert "recording failed: no" in str(told[0][1])
+    assert "capture failed: no" in str(told[0][1])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import peakgpt
 from peakgpt.engine.checkpoint import model_folder
 from peakgpt.engine.checkpoint.training_state import load_training_state, save_training_state
-from peakgpt.engine.model.layers import CONV1D
+from peakgpt.engine.model.state_dicts import CONV1D
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 37}
 

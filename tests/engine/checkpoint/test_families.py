@@ -169,7 +169,8 @@ def test_cache_equals_the_whole_forward(pair, backend):
     ids = batch(2, 14)[0]
     cache = ContiguousKVCache(model.config, 2, 14, dtype=torch.float32, device="cpu")
     with use_backend(backend), torch.no_grad():
-        parts = [model.head(model.features(part, cache)) for part in ids.split((6, 3, 1, 1, 1, 1, 1), dim=1)]
+        splits = ids.split((6, 3, 1, 1, 1, 1, 1), dim=1)
+        parts = [model.compute_logits(model.hidden_states(part, cache)) for part in splits]
         torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=1e-5, atol=1e-5)
 
 
@@ -293,9 +294,9 @@ def test_bad_tensors_are_named_as_their_file_does(variant, tmp_path):
 @pytest.mark.parametrize("row", [[0] * 7, [1, 1, 1, 0, 1, 1, 1], [1] * 6 + [0], [2] * 7])
 def test_attention_mask_that_is_not_left_padding_is_rejected(pair, row):
     mask = torch.tensor([[1] * PROMPT, row])
-    with pytest.raises(ValueError, match=r"generate: row 1 of attention_mask is \[.*\], expected zeros and then ones"):
+    with pytest.raises(ValueError, match=r"attention_mask: row 1 is \[.*\], expected zeros \(padding on the left\) and then ones"):
         pair[2].generate(batch()[0][:, :PROMPT], mask, max_new_tokens=1)
-    with pytest.raises(ValueError, match=r"attention_mask is \(1, 7\), expected a Tensor of shape \(2, 7\)"):
+    with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 7\), expected the shape of input_ids, \(2, 7\)"):
         pair[2].generate(batch()[0][:, :PROMPT], mask[:1], max_new_tokens=1)
 
 

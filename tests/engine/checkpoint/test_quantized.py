@@ -17,7 +17,7 @@ from peakgpt.engine.checkpoint.quantized_weights import quantize_state
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.quantized import Format, QuantizedLinear
+from peakgpt.engine.model.quantized_linear import Format, QuantizedLinear
 from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.cpu import linear_q4 as cpu_q4
 from peakgpt.kernels.cpu import linear_q8 as cpu_q8

@@ -18,7 +18,7 @@ from peakgpt.engine.inference.scheduler import Scheduler
 from peakgpt.engine.inference.speculative import DraftModel, PromptLookup
 from peakgpt.engine.inference.text_stream import TextStream
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.quantized import Format
+from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.kernels.core.dispatch import use_backend
 
 

@@ -34,11 +34,11 @@ def test_cached_logits_equal_one_forward_pass(backend, n_kv_head):
     with use_backend(backend), torch.no_grad():
         whole = model(ids)
         # A prompt, a chunk of several, then one by one.
-        parts = [model.head(model.features(part, cache)) for part in ids.split((6, 4, 1, 1), dim=1)]
+        parts = [model.compute_logits(model.hidden_states(part, cache)) for part in ids.split((6, 4, 1, 1), dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
     assert cache.length == 12
     with pytest.raises(ValueError, match="2 sequences of 13 tokens, expected 2 of at most 12"):
-        model.features(ids[:, :1], cache)
+        model.hidden_states(ids[:, :1], cache)
 
 
 def test_greedy_output_equals_transformers(tmp_path):
@@ -119,7 +119,7 @@ def test_int32_ids_and_bad_arguments():
         for method in (model.generate, lambda ids: model.generate(ids, num_beams=2), model.stream):
             with pytest.raises(ValueError, match=rf"input_ids is {said}, expected a Tensor"):
                 method(ids)
-    with pytest.raises(ValueError, match=r"attention_mask is \[0, 1\], expected a Tensor"):
+    with pytest.raises(ValueError, match=r"attention_mask: got \[0, 1\], expected the shape"):
         model.generate(PROMPT, [0, 1])
     with pytest.raises(ValueError, match=r"stream: input_ids have shape \(2, 5\), expected \(1, T\)"):
         model.stream(PROMPT)

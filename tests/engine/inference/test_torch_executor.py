@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.graph_capture import WARMUP, Rehearsal
+from peakgpt.engine.graph_capture import WARMUP
+from peakgpt.engine.graph_dry_run import DryRun
 from peakgpt.engine.inference import decode_graphs, executor
 from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.engine import Engine, SamplingParams
@@ -89,7 +90,7 @@ def test_chunked_prompts_and_decoding_equal_one_forward_pass(name):
 
 @pytest.fixture
 def rehearsed(monkeypatch):
-    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Rehearsal)
+    monkeypatch.setattr(decode_graphs, "graph_factory", lambda device, share_memory: DryRun)
 
 
 def decoding(model, batches):
@@ -130,8 +131,8 @@ COUNT = itertools.count(1)
 @pytest.mark.parametrize(
     ("planted", "message"),
     [
-        (lambda rows: int(rows.lengths.max()), "calls __int__ inside a captured step"),
-        (lambda rows: rows.lengths + next(COUNT), "recorded was"),
+        (lambda rows: int(rows.lengths.max()), "calls __int__ inside a graphed function"),
+        (lambda rows: rows.lengths + next(COUNT), "captured was"),
     ],
     ids=["wait", "number"],
 )
@@ -151,13 +152,13 @@ def test_dry_run_rejects_steps_that_a_graph_cannot_record(planted, message, rehe
 def test_logits_outlive_the_next_step(monkeypatch):
     """A graph returns the same tensor each time, so the executor must copy."""
 
-    class Graph(Rehearsal):
+    class Graph(DryRun):
         def replay(self):
-            self.results = self.results or [torch.empty(1, 97)]
-            self.results[0].copy_(self.body()[0])
-            return self.results
+            self.outputs = self.outputs or [torch.empty(1, 97)]
+            self.outputs[0].copy_(self.function()[0])
+            return self.outputs
 
-    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Graph)
+    monkeypatch.setattr(decode_graphs, "graph_factory", lambda device, share_memory: Graph)
     model_executor = TorchExecutor(small("gpt2"), 1)
     with use_backend("eager"):
         rows = [model_executor.step([Chunk([past], past, [0])]) for past in range(WARMUP + 3)]
@@ -166,12 +167,12 @@ def test_logits_outlive_the_next_step(monkeypatch):
 
 @torch.no_grad()
 def test_failed_recording_falls_back_to_running_the_ops(monkeypatch):
-    class Fails(Rehearsal):
-        def record(self, body):
+    class Fails(DryRun):
+        def capture(self, function):
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(decode_graphs, "recorder_for", lambda device, share: Fails)
-    with pytest.warns(UserWarning, match="runs uncaptured, recording failed: operation not permitted$"):
+    monkeypatch.setattr(decode_graphs, "graph_factory", lambda device, share_memory: Fails)
+    with pytest.warns(UserWarning, match="runs uncaptured, capture failed: operation not permitted$"):
         model_executor = decoding(small("gpt2"), [(0,)] * (WARMUP + 2))
     assert "not permitted" in model_executor.graphs.steps[1].obstacle
 
@@ -249,7 +250,7 @@ def test_models_with_experts_are_not_recorded(rehearsed):
 @pytest.fixture
 def by_graphs(monkeypatch):
     """Choose as on a GPU, with eager ops; no dry run, because eager ops read the lengths."""
-    monkeypatch.setattr(executor, "records", lambda device: True)
+    monkeypatch.setattr(executor, "has_graphs", lambda device: True)
     monkeypatch.setattr(executor, "_memory_bytes", lambda device: 1 << 30)
     with use_backend("eager"):
         yield
@@ -265,7 +266,7 @@ def test_generate_with_graphs_equals_generate_without(options, by_graphs, monkey
     model, ids = chatty("neox"), torch.randint(97, (3, 60))
     got = model.generate(ids, max_new_tokens=15, **options)
     assert len(executor._idle_executors[model].graphs.steps) >= 1 and len(got[:, 60:].unique()) > 9
-    monkeypatch.setattr(executor, "records", lambda device: False)
+    monkeypatch.setattr(executor, "has_graphs", lambda device: False)
     assert torch.equal(got, model.generate(ids, max_new_tokens=15, **options))
 
 

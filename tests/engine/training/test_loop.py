@@ -12,10 +12,10 @@ from peakgpt.engine.checkpoint.safetensors_io import read_safetensors
 from peakgpt.engine.data.batches import Batches
 from peakgpt.engine.data.shards import TokenShards, write_shards
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.graph_capture import Late
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import PRESETS
 from peakgpt.engine.training import loop as module
+from peakgpt.engine.training.delayed_metrics import DelayedMetrics
 from peakgpt.engine.training.loop import StepMetrics, TrainingLoop, ValidationMetrics
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
@@ -74,16 +74,16 @@ def test_a_loop_in_several_runs_makes_the_steps_of_one(shards):
 def test_metrics_that_arrive_a_step_late_come_in_order_and_before_validation(shards, monkeypatch):
     """On CUDA a loss is read while the next step runs; here a class with that behavior stands in."""
 
-    class OneStepLate(Late):
+    class OneStepLate(DelayedMetrics):
         def put(self, label, value):
-            arrived, self.held = self.take(), (label, float(value))
+            arrived, self.pending = self.take(), (label, float(value))
             return arrived
 
         def take(self):
-            arrived, self.held = [self.held] if self.held else [], None
+            arrived, self.pending = [self.pending] if self.pending else [], None
             return arrived
 
-    monkeypatch.setattr(module, "Late", OneStepLate)
+    monkeypatch.setattr(module, "DelayedMetrics", OneStepLate)
     events = list(new_loop(*shards).run(validate_every=8))
     expected = [*range(1, 9), 8, *range(9, 17), 16, *range(17, 21), 20]
     assert [event.step for event in events] == expected

@@ -1,4 +1,4 @@
-"""The linear layer of quantized models, with weights of 8 or 4 bits; engine/checkpoint quantizes a model with it."""
+"""Linear layers whose weights have 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ HEAD, EMBEDDING = "lm_head", "transformer.wte"
 
 @dataclass(frozen=True)
 class Format:
-    """How a model's weights are kept: 8 bits, or 4 in groups of neighbouring inputs."""
+    """The quantization format of a model's weights.
+
+    Args:
+        bits: 8 or 4.
+        group: number of neighboring inputs that share a scale, with 4 bits.
+    Raises:
+        ValueError: other bits, or a group that the kernels do not have.
+    """
 
     bits: int
     group: int = 64
@@ -26,7 +33,7 @@ class Format:
         check_group("quantize", self.group)
 
     def of(self, module: str) -> Format:
-        """That of one module's weight."""
+        """Return the format of one module's weight: the head and a tied embedding always have 8 bits."""
         return Format(8) if module in (HEAD, EMBEDDING) else self
 
 
@@ -36,10 +43,10 @@ class QuantizedLinear(nn.Module):
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, inputs: int, form: Format):
         """
         Args:
-            q, scale: as kernels/ops/quantize.py stores them.
+            q, scale: the quantized weight and its scales, as kernels/ops/quantize.py stores them.
             bias: (F,) or None.
             inputs: C.
-            form: of q.
+            form: format of q.
         """
         super().__init__()
         self.in_features, self.out_features, self.form = inputs, q.shape[0], form
@@ -57,13 +64,13 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn, recurse=True):
-        """Scales stay in their dtype, whatever the model is turned into."""
+        """Move as torch does, but keep the dtype of the scales when the model is cast."""
         scale = self.scale
         super()._apply(fn, recurse)
         self.scale = scale.to(self.scale.device)
         return self
 
 
-def project(layer: nn.Linear | QuantizedLinear, x: Tensor) -> Tensor:
-    """Multiply x, (..., C), by a layer's weight and add its bias."""
+def linear_or_quantized(layer: nn.Linear | QuantizedLinear, x: Tensor) -> Tensor:
+    """Apply a linear layer to x, (..., C): by the fused op, or by the layer itself if it is quantized."""
     return layer(x) if isinstance(layer, QuantizedLinear) else linear(x, layer.weight, layer.bias)
