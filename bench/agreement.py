@@ -14,8 +14,9 @@ def expect_close(label: str, outputs: Sequence[Tensor], reference: Sequence[Tens
     """Compare outputs one by one.
 
     Args:
-        label: of the contender, for the message.
-        outputs, reference: tensors of the contender, and of eager.
+        label: name of the contender, for the message.
+        outputs: tensors of the contender.
+        reference: tensors of eager.
         dtype: key of OUTPUT_TOLERANCE.
     Raises:
         ValueError: a relative L2 error exceeds the tolerance or is not finite.

@@ -1,4 +1,4 @@
-"""The command `peakgpt bench`: measure against PyTorch and other engines, interleaved in one run; results as JSON."""
+"""The command `peakgpt bench`: compare with PyTorch and other engines in one interleaved run; write results as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peakgpt.bench.report import comparisons, notes, tables, verdicts
 from peakgpt.bench.schema import write_results
 from peakgpt.kernels.hardware.device import choose_device
 
-# Each is a module of peakgpt.bench with add_arguments(parser) and run(args, device) -> RunResults.
+# Each key is a module of peakgpt.bench with add_arguments(parser) and run(args, device) -> RunResults.
 BENCHES = {
     "ops": "every op, forward and backward, versus PyTorch",
     "memory_bound": "memory-bound CPU kernels without dispatch, versus streams of the same reads and writes",
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in BENCHES.items():
         bench = benches.add_parser(name, help=text, description=text)
         bench.add_argument("--device", help='"cpu" or "cuda"; default: the CUDA device if there is one')
-        bench.add_argument("--out", type=Path, help="folder for the JSON (default: bench/results below this folder)")
+        bench.add_argument("--out", type=Path, help="folder for the JSON (default: ./bench/results)")
         bench.add_argument("--commit", help="commit of the source, if it has no git history")
         importlib.import_module(f"peakgpt.bench.{name}").add_arguments(bench)
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     results = importlib.import_module(f"peakgpt.bench.{args.bench}").run(args, device)
     path = out / f"{args.bench}-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     checks, failures = ([dataclasses.asdict(row) for row in rows] for rows in (results.checks, results.failures))
-    env["clocks"] = environment(device)["clocks"]  # of a GPU at work
+    env["clocks"] = environment(device)["clocks"]  # read again, because a GPU under load has other clocks
     write_results(path, results.results, env, checks=checks, failures=failures)
     lines = [*tables(results.results), *comparisons(results.results), *notes(results.results), *verdicts(results)]
     print(*lines, f"written: {path}", sep="\n")

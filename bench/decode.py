@@ -1,8 +1,8 @@
 """Greedy decoding with a KV cache versus plain PyTorch and other engines: `peakgpt bench decode`.
 
 On a CPU each contender has a process of its own, and weights of several formats are compared in one interleaved run.
-One step decodes all streams from the prompt to the end, prefill included. `bytes`, for MBU, are what must be read: the
-weights and the cache, once for each new token of all streams together.
+One step decodes all streams from the prompt to the end, prefill included. `bytes`, for MBU, count the weights and
+the KV cache, read once for each new token of all streams together.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import preset
 from peakgpt.kernels.hardware.peaks import peak_for
 
-MIN_EQUAL_TOKENS = 4  # of eager in float32; later tokens may differ by rounding if two are almost equally likely
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5}  # of a weight; int4 in groups of 32, a scale has 16 bits
+MIN_EQUAL_TOKENS = 4  # first tokens, in float32; later, rounding may decide between two almost equally likely tokens
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5}  # per weight; int4: a 16-bit scale for each 32 weights
 HEAD_BITS = {**BITS, "int4": 8}
 
 
@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens (default 32)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to add (default 64)")
-    parser.add_argument("--streams", type=int, action="append", help="repeatable; default 1 and 8, on the CPU")
+    parser.add_argument("--streams", type=int, action="append", help="on the CPU; repeatable; default 1 and 8")
     parser.add_argument("--contenders", nargs="+", choices=tuple(DECODING_CONTENDERS), help="on the CPU; default: all")
-    parser.add_argument("--rounds", type=int, default=7, help="on the CPU (default 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="timings of each contender, on the CPU (default 7)")
     parser.add_argument(
         "--dtype",
         action="append",
         choices=WEIGHT_FORMATS,
-        help="of the weights; repeatable; default: float32 and bfloat16, on the CPU also int8 and int4",
+        help="weight format; repeatable; default: float32 and bfloat16, on the CPU also int8 and int4",
     )
 
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, device: torch.device) -> RunResults:
         return results
     for dtype_name in args.dtype or ("float32", "bfloat16"):
         if (dtype := getattr(torch, dtype_name, None)) not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"bench decode: got --dtype {dtype_name} on {device}, expected float32 or bfloat16 there")
+            raise ValueError(f"bench decode: got --dtype {dtype_name} on {device}, expected float32 or bfloat16")
         model = GPT.from_preset(args.model).to(device, dtype).eval()
         ids = torch.randint(model.config.vocab_size, (1, args.prompt), device=device)
         results.results += compare_decoding(model, ids, count=args.tokens)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, device: torch.device) -> RunResults:
 
 
 def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, budget_s: float = 20.0) -> list[Result]:
-    """Time `count` greedy tokens after a prompt, ours and eager's, once the prompt's logits expect_close.
+    """Time greedy decoding of `count` tokens by peakgpt and eager, after checking the logits of the prompt.
 
     Args:
         model: in the dtype to decode in.
@@ -86,7 +86,7 @@ def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, bu
     Returns:
         Results; bytes are the weights and the cache, read once per token.
     Raises:
-        ValueError: our logits differ from eager's.
+        ValueError: the logits of peakgpt differ from those of eager.
     """
     weight = next(model.parameters())
     eager = EagerGPT(model.config).to(weight.device, weight.dtype)
@@ -134,10 +134,10 @@ def compare_streams(
     Args:
         config: the model.
         workload: streams, prompt and new tokens.
-        formats: of the weights; a contender is timed once for each format that it has.
-        names: of DECODING_CONTENDERS; None means all.
+        formats: weight formats; a contender is timed once in each format that it supports.
+        names: keys of DECODING_CONTENDERS; None means all.
         rounds: see `interleave`.
-        on_failure: called with a contender that is not installed, ends, or decodes other tokens.
+        on_failure: called with a contender that is not installed, ends, or decodes different tokens.
     Returns:
         A result for each contender and format; its dtype is the format.
     """
@@ -216,25 +216,25 @@ def _expect_equal_start(name: str, tokens: Tensor, expected: Tensor, weights: st
     """Return a note on the number of first tokens that are equal.
 
     Raises:
-        ValueError: too few in float32, or another number of tokens.
+        ValueError: too few are equal in float32, or the shapes differ.
     """
     if tokens.shape != expected.shape:
         raise ValueError(f"decode: {name}: tokens have shape {tuple(tokens.shape)}, expected {tuple(expected.shape)}")
     same = int((tokens == expected).long().cumprod(1).sum(1).min())
     if weights == "float32" and same < min(MIN_EQUAL_TOKENS, expected.shape[1]):
         raise ValueError(
-            f"decode: {name}: only the first {same} tokens are eager's, expected at least {MIN_EQUAL_TOKENS}"
+            f"decode: {name}: only the first {same} tokens equal those of eager, expected at least {MIN_EQUAL_TOKENS}"
         )
-    return f"{name}, {weights}: at least {same} of {expected.shape[1]} tokens are those of eager in float32"
+    return f"{name}, {weights}: at least {same} of {expected.shape[1]} tokens equal those of eager in float32"
 
 
 def decode_step(request: Mapping[str, Any]) -> Callable[[], float]:
-    """A contender's decoding, for a worker.
+    """Return the step of a contender: `make` of a worker process.
 
     Args:
-        request: contender, config, workload, form, text (the file into which the first one is written).
+        request: contender, config, workload, weights, output (file for the tokens of the first run).
     Returns:
-        A function that decodes and returns one token.
+        A function that decodes all streams and returns one token.
     """
     config, workload = GPTConfig(**request["config"]), Workload(**request["workload"])
     state, ids = decoding_inputs(config, workload)

@@ -1,7 +1,7 @@
-"""All that a machine with a GPU should be asked, in under 8 minutes: `python -m peakgpt.bench device`.
+"""All checks and benchmarks for a machine with a GPU, in under 8 minutes: `python -m peakgpt.bench device`.
 
-Every op against float64; then ops, training and decoding beside PyTorch's own and other people's kernels, each part in
-a process of its own (see isolate). On a CPU the same parts run at tiny sizes, as a rehearsal.
+Check every op against float64. Then time ops, training and decoding versus PyTorch and other kernels. Each part runs in
+its own process (see isolated_jobs). On a CPU the same parts run at tiny sizes, as a dry run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from peakgpt.bench.check import CASES, LARGE_CASES, check
+from peakgpt.bench.check import check
+from peakgpt.bench.check_cases import CASES, LARGE_CASES
 from peakgpt.bench.contenders.contender import Workload
 from peakgpt.bench.contenders.op_peers import peers
 from peakgpt.bench.device_decode import compare_first_token, compare_steps
@@ -30,7 +31,7 @@ from peakgpt.engine.training.train_config import TrainConfig
 
 FLOAT32, BFLOAT16 = (torch.float32,), (torch.bfloat16,)
 ONE_BY_ONE = ("forward", "backward")
-WHOLE = ("forward+backward",)
+BOTH = ("forward+backward",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +44,15 @@ def run(args: argparse.Namespace, device: torch.device) -> RunResults:
 
 
 def run_parts(module: str, names: Sequence[str], device: torch.device) -> RunResults:
-    """Run parts of a module's PARTS one after the other, with a line to standard error after each."""
-    found = RunResults()
+    """Run the named parts of a module one after the other. Print one line on standard error after each."""
+    results = RunResults()
     for name in names:
-        start, before = time.perf_counter(), len(found.failures)
+        start, before = time.perf_counter(), len(results.failures)
         for row in run_part(module, name, device):
-            found.add(row)
-        failed = len(found.failures) - before
+            results.add(row)
+        failed = len(results.failures) - before
         print(f"{name}: {time.perf_counter() - start:.0f} s, {failed} failures", file=sys.stderr, flush=True)
-    return found
+    return results
 
 
 # ---- check
@@ -73,7 +74,8 @@ def _check(case: tuple, budget_s: float, emit: Emit) -> None:
 
 # ---- ops
 
-# 16k tokens at hidden size 2048, as in the literature; one query against a cache of 8k, rotated beyond L2.
+# 16k tokens at hidden size 2048, as in the literature. Then one query and a KV cache of 8k tokens; inputs rotate, so
+# that they exceed L2.
 ATTENTION = [
     *(OpCase("attention", {"batch": (1 << 14) // t, "tokens": t, "heads": 2048 // d, "head_dim": d}, passes=ONE_BY_ONE)
       for d in (64, 128) for t in (2048, 8192, 16384)),
@@ -91,15 +93,15 @@ LAYERNORM = [
     OpCase("rmsnorm", {"rows": ROWS, "width": 2048}, passes=ONE_BY_ONE),
 ]
 MLP = [OpCase("mlp", {"rows": ROWS, "width": c, "hidden": 4 * c}, passes=ONE_BY_ONE) for c in (768, 1600)]
-# One token and eight through GPT-2 1558M's products, and through 124M's head.
+# One row and eight rows through the linear layers of GPT-2 1558M, and through the head of 124M.
 LINEAR = [
     OpCase("linear", {"rows": rows, "width": c, "out": f}, passes=("replayed",))
     for c, f in ((1600, 4800), (1600, 6400), (6400, 1600), (768, 50304))
     for rows in (1, 8)
 ]
 LOSS = [
-    OpCase("linear_cross_entropy", {"rows": ROWS, "width": 768, "vocab": v}, {"prefer": way}, passes=WHOLE)
-    for v, way in ((50304, "memory"), (131072, "memory"), (50304, "time"))
+    OpCase("linear_cross_entropy", {"rows": ROWS, "width": 768, "vocab": v}, {"prefer": prefer}, passes=BOTH)
+    for v, prefer in ((50304, "memory"), (131072, "memory"), (50304, "time"))
 ]
 ADAMW = [
     OpCase("adamw", {"count": 124_000_000}),
@@ -114,7 +116,7 @@ TINY = {
     "layernorm": [OpCase("layernorm", {"rows": 64, "width": 256}, passes=ONE_BY_ONE)],
     "mlp": [OpCase("mlp", {"rows": 64, "width": 64, "hidden": 256}, passes=ONE_BY_ONE)],
     "linear": [OpCase("linear", {"rows": 8, "width": 64, "out": 64}, passes=("replayed",))],
-    "loss": [OpCase("linear_cross_entropy", {"rows": 64, "width": 64, "vocab": 512}, passes=WHOLE)],
+    "loss": [OpCase("linear_cross_entropy", {"rows": 64, "width": 64, "vocab": 512}, passes=BOTH)],
     "adamw": [OpCase("adamw", {"count": 4096}, checked={"count": 1024})],
 }
 
@@ -123,7 +125,7 @@ def _op_jobs(
     part: str, cases: Sequence[OpCase], dtypes: Sequence[torch.dtype] = BFLOAT16
 ) -> Callable[[torch.device], dict[str, Job]]:
     def jobs(device: torch.device) -> dict[str, Job]:
-        todo = [
+        calls = [
             (case, direction, dtype)
             for case in (cases if device.type == "cuda" else TINY[part])
             for direction in case.directions
@@ -133,7 +135,7 @@ def _op_jobs(
             f"{case.op} {dict(case.sizes)} {direction} {dtype}": functools.partial(
                 _compare, case, direction, dtype, device
             )
-            for case, direction, dtype in todo
+            for case, direction, dtype in calls
         }
 
     return jobs
@@ -158,7 +160,7 @@ TINY_RUN = (
     preset("gpt2-tiny", n_layer=1, vocab_size=512),
     TrainConfig(batch=1, tokens=32, dtype=torch.bfloat16, warmup=0.0),
 )
-PADDED_VOCAB = 50304  # a multiple of 128, as everyone trains GPT-2
+PADDED_VOCAB = 50304  # a multiple of 128, as is usual in GPT-2 training
 
 
 def _train_jobs(device: torch.device) -> dict[str, Job]:
@@ -177,7 +179,7 @@ def _train_jobs(device: torch.device) -> dict[str, Job]:
 
 
 def _large_jobs(device: torch.device) -> dict[str, Job]:
-    """GPT-2 1558M by us alone: nobody else's step fits in the time."""
+    """Time GPT-2 1558M by peakgpt only: a step of eager does not fit into the budget."""
 
     def job(budget_s: float, emit: Emit) -> None:
         if device.type == "cuda":
@@ -207,12 +209,15 @@ def _fp8_jobs(device: torch.device) -> dict[str, Job]:
 
 
 def _batch(device: torch.device) -> int:
-    """Sequences of 1024: the largest power of two up to 32 at 2 GiB each, which is about what eager's logits take."""
+    """Return the number of sequences of 1024 tokens: a power of two up to 32, at 2 GiB each.
+
+    The logits of eager need about 2 GiB for one sequence.
+    """
     gib = torch.cuda.get_device_properties(device).total_memory / 2**30
     return next(b for b in (32, 16, 8, 4, 2, 1) if 2 * b <= gib or b == 1)
 
 
-# Model, streams, contenders; those that compile last, where there is time left. Of 1558M ours alone, as above.
+# (model, streams, contenders). The compiled one is last: it runs only if time is left. 1558M: peakgpt only, as above.
 DECODING = {
     "1558M, 1 stream": ("gpt2-xl", 1, ["peakgpt"]),
     "124M, 1 stream": ("gpt2", 1, ["peakgpt", "eager"]),
@@ -228,7 +233,7 @@ def _decode_jobs(device: torch.device) -> dict[str, Job]:
 
     def steps(name: str, streams: int, contenders: list[str], budget_s: float, emit: Emit) -> None:
         case = Workload(streams, 128, 128) if full else Workload(2, 8, 4)
-        contenders = contenders if full else ["peakgpt", "eager"]  # compiling for a CPU takes longer than the rest
+        contenders = contenders if full else ["peakgpt", "eager"]  # compiling for a CPU takes too long
         for row in compare_steps(config_of(name), case, device, contenders, budget_s=budget_s,
                                  on_failure=_record_failures(emit)):  # fmt: skip
             emit(row)

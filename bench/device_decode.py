@@ -2,9 +2,9 @@
 
     bytes of a step = weights + past keys and values, each read once
 
-Only decoding steps are timed, always the same ones after one prompt. Their bytes are compared with the
-bandwidth measured in the same process. The compiled contender is plain torch as in gpt-fast: a preallocated cache and
-one compiled step, replayed as a CUDA graph.
+Only decoding steps are timed, always the same steps after one prompt. Their bytes are compared with the bandwidth
+measured in the same process. The compiled contender is plain torch as in gpt-fast: a preallocated KV cache and one
+compiled step, replayed as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.hardware.peaks import Peak, peak_for
 
 Step = Callable[[Tensor], Tensor]  # tokens (B,) -> logits (B, V)
-Begin = Callable[[], Step]  # back to the end of the prompt
+Begin = Callable[[], Step]  # restores the state after the prompt
 ROUNDS = 20
 
 
-# ---- contenders: each has computed the prompt when it is built
+# ---- contenders: building one computes its prompt
 
 
 def _ours(model: GPT, ids: Tensor, workload: Workload) -> Begin:
@@ -72,12 +72,11 @@ class FixedGPT(EagerGPT):
         self.register_buffer("cache", weight.new_zeros(c.n_layer, 2, batch, c.n_head, cache_tokens, c.head_dim))
 
     def forward(self, token: Tensor, positions: Tensor) -> Tensor:
-        """Tokens (B, T) at positions (T,) -> logits (B, V) of the last token."""
+        """Return the logits (B, V) of the last of the tokens (B, T) at positions (T,)."""
         t, heads = self.transformer, self.config.n_head
         x = t["wte"](token) + t["wpe"](positions)  # (B, T, C)
-        mask = (
-            torch.arange(self.cache.shape[4], device=positions.device)[None] <= positions[:, None]
-        )  # (T, cache_tokens)
+        cache_positions = torch.arange(self.cache.shape[4], device=positions.device)
+        mask = cache_positions[None] <= positions[:, None]  # (T, cache_tokens)
         for layer, block in enumerate(t["h"]):
             qkv = block.attn.c_attn(block.ln_1(x)).chunk(3, -1)
             q, *new = (s.unflatten(-1, (heads, -1)).transpose(1, 2) for s in qkv)
@@ -130,9 +129,9 @@ def compare_steps(
     Args:
         config: a GPT-2 architecture.
         workload: streams, prompt and new tokens.
-        names: of DEVICE_DECODING_CONTENDERS.
+        names: keys of DEVICE_DECODING_CONTENDERS.
         budget_s: see `interleave`.
-        on_failure: called with a contender that cannot be built or has other logits; the others are timed.
+        on_failure: called with a contender that cannot be built or has wrong logits; the others are timed.
     """
     model, ids = (
         _random_model(config, device),
@@ -168,7 +167,7 @@ def compare_steps(
 
 @contextlib.contextmanager
 def _report_missing_graph(on_failure: OnFailure) -> Iterator[None]:
-    """Report the warning of a step that could not be captured: its time is not that of a CUDA graph."""
+    """Report a step that could not be captured as a failure: its time is not that of a CUDA graph."""
     with warnings.catch_warnings(record=True) as caught:
         yield
     for warning in caught:
@@ -186,10 +185,10 @@ def _greedy(step: Step, token: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def compare_first_token(config: GPTConfig, tokens: int, device: torch.device, *, budget_s: float) -> list[Result]:
-    """Time a prompt to its first token on the host, in bfloat16, our_logits and eager's.
+    """Time prefill by peakgpt and eager in bfloat16, until the first token is on the host.
 
     Raises:
-        ValueError: our logits are not eager's.
+        ValueError: the logits of peakgpt differ from those of eager.
     """
     model, ids = _random_model(config, device), torch.randint(config.vocab_size, (1, tokens), device=device)
     blocks, eager = range(blocks_for(tokens)), _plain(EagerGPT, model)

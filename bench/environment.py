@@ -19,7 +19,7 @@ def environment(device: torch.device | str | None = None, *, commit: str | None 
 
     Args:
         device: "cpu" (default) or a CUDA device.
-        commit: revision of the source; by default git is asked. Needed if the tree came without its history.
+        commit: revision of the source. The default is read from git; pass it if the folder has no git history.
     Returns:
         date (UTC), commit, device (with driver and versions), clocks of a GPU (MHz, W, C; empty if nvidia-smi fails),
         threads, isa and malloc (settings of the allocator).
@@ -52,7 +52,7 @@ def _commit() -> str | None:
 
 
 def _malloc_settings() -> dict[str, str]:
-    """Return the settings that change how the C library allocates: page faults are half of eager's loss on a CPU."""
+    """Return the allocator settings of the C library: on a CPU, page faults are half of the time that eager loses."""
     settings = {k: v for k, v in os.environ.items() if k == "GLIBC_TUNABLES" or k.startswith("MALLOC_")}
     if preload := os.environ.get("LD_PRELOAD"):
         settings["LD_PRELOAD"] = " ".join(Path(p).name for p in preload.replace(":", " ").split())

@@ -1,10 +1,10 @@
 """The linear layers of one GPT-2 124M pass with 16-, 8- and 4-bit weights, for few and many rows: `peakgpt bench gemm`.
 
 Every layer is read once per pass, so caches help little: few rows are bound by reading the weights, many by arithmetic.
-The head is included for few rows, as in decoding; a prompt needs one row of it, so it is left out for many. Peaks of 8
-and 4 bits are those of int8 (vpdpbusd). Values are not compared here: the tests and `bench ops` do. Kernels are called
-as a decoding step calls them, with preallocated outputs: dispatch (10 to 20 us per op, 49 ops) would hide a third of
-the time to read 4-bit weights.
+The head is included for few rows, as in decoding. It is left out for many rows, because a prompt needs only one row of
+logits. The FLOP/s peak for 8- and 4-bit weights is that of int8 (vpdpbusd). Values are not compared here; the tests and
+`bench ops` do that. Kernels are called as in a decoding step, with preallocated outputs: dispatch (10 to 20 us per op,
+49 ops) would hide a third of the time to read 4-bit weights.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Layer = tuple[Callable[[Tensor, Tensor], object], int]  # (function of x and out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, action="append", help="repeatable; default 1, 8 and 512")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the inputs")
+    parser.add_argument("--rows", type=int, action="append", help="rows of the input; repeatable; default 1, 8 and 512")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="dtype of the inputs")
     parser.add_argument("--seconds", type=float, default=25.0, help="for each number of rows (default 25)")
 
 
@@ -55,19 +55,20 @@ def compare(layers_of: dict[str, list[Layer]], rows: int, dtype: torch.dtype, *,
     """Time one pass of every contender over its layers.
 
     Args:
-        layers_of: contender -> LAYERS, then HEAD.
-        rows, dtype: of the inputs.
-        budget_s: see clock.interleave.
+        layers_of: name of a contender -> its LAYERS, then its HEAD.
+        rows: rows of the inputs.
+        dtype: dtype of the inputs.
+        budget_s: see `interleave`.
     """
     shapes = [*LAYERS, HEAD] if rows <= MAX_ROWS_WITH_HEAD else LAYERS
     inputs = {k: torch.randn(rows, k, dtype=dtype) for _, k in shapes}
-    results = {n: torch.empty(rows, n, dtype=dtype) for n, _ in shapes}
+    outputs = {n: torch.empty(rows, n, dtype=dtype) for n, _ in shapes}
 
-    def go(layers: list[Layer]) -> None:
+    def run_pass(layers: list[Layer]) -> None:
         for (product, _), (n, k) in zip(layers, shapes, strict=False):
-            product(inputs[k], results[n])
+            product(inputs[k], outputs[n])
 
-    contenders = {name: (lambda layers=layers: go(layers)) for name, layers in layers_of.items()}
+    contenders = {name: (lambda layers=layers: run_pass(layers)) for name, layers in layers_of.items()}
     timings = interleave(contenders, rounds=50, warmup=2, budget_s=budget_s)
     peaks = {name: peak_for("cpu", torch.int8 if name.startswith("peakgpt, ") else dtype) for name in contenders}
     return [
@@ -94,8 +95,8 @@ def _quantized(bits: int, group: int) -> Callable[[int, int, torch.dtype], Layer
     def make(n: int, k: int, dtype: torch.dtype) -> Layer:
         from peakgpt.kernels.cpu.linear_q8 import multiply
 
-        more = {} if bits == 8 else {"group": group}
-        _, w, scale, b = (linear_q8 if bits == 8 else linear_q4).sample(rows=1, width=k, out=n, dtype=dtype, **more)
+        options = {} if bits == 8 else {"group": group}
+        _, w, scale, b = (linear_q8 if bits == 8 else linear_q4).sample(rows=1, width=k, out=n, dtype=dtype, **options)
         return lambda x, y: multiply(bits, y, x, w, scale, b, group, "none"), w.nbytes + scale.nbytes
 
     return make
@@ -107,7 +108,7 @@ def _torch(n: int, k: int, dtype: torch.dtype) -> Layer:
 
 
 def _torch_8(n: int, k: int, dtype: torch.dtype) -> Layer:
-    """torch's weight-only product (torch._weight_int8pack_mm, bfloat16 only): inputs stay as they are, no bias."""
+    """Weight-only int8 of torch (torch._weight_int8pack_mm, bfloat16 only): inputs are not quantized, no bias."""
     w, scale = torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n).to(dtype)
     return lambda x, y: torch._weight_int8pack_mm(x, w, scale), w.nbytes + scale.nbytes
 

@@ -9,7 +9,7 @@ import torch
 
 
 def peak_allocated_bytes(fn: Callable[[], Any], device: torch.device) -> int | None:
-    """Call fn once and return the most bytes that it allocated on top of what was allocated before; None on a CPU."""
+    """Call fn once and return the peak of allocated bytes minus those allocated before; None on a CPU."""
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)

@@ -17,8 +17,8 @@ from peakgpt.bench.cpu_load import MIN_KEPT, disturbance, keep_undisturbed, read
 from peakgpt.bench.timing import Timing
 from peakgpt.kernels.hardware.stopwatch import stopwatch
 
-MIN_TIMING_S = 2e-3  # perf_counter and the wake-up of a thread pool cost about 10 us: under 1 % of this
-JUDGED_S = 0.2  # /proc/stat counts in 10 ms ticks: 0.2 s on one CPU are 20 ticks, so 10 % are 2 ticks
+MIN_TIMING_S = 2e-3  # perf_counter and the wake-up of a thread pool take about 10 us, less than 1 % of this
+MIN_BLOCK_S = 0.2  # /proc/stat counts in 10 ms ticks: 0.2 s on one CPU is 20 ticks, and 10 % of that is 2 ticks
 REST_S = 0.02  # libgomp's threads spin for 7 ms after a parallel region (2-core Zen 4, 2026-11)
 
 
@@ -64,7 +64,7 @@ def interleave(
         while len(timed) < rounds and not _budget_is_spent(start, budget_s, len(timed)):
             offset = len(timed) % len(names)
             timed.append({n: seconds(contenders[n], calls[n]) for n in names[offset:] + names[:offset]})
-            if time.perf_counter() - block >= JUDGED_S:
+            if time.perf_counter() - block >= MIN_BLOCK_S:
                 break
         disturbances += [disturbance(before, read_load())] * (len(timed) - first)
 

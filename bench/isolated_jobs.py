@@ -42,8 +42,9 @@ class Part:
 
     Args:
         jobs: device -> name -> job.
-        budget_s: of the part, including the starts of its processes. Jobs without time left are reported as not run.
-        patience_s: a longer job is stopped, with its traceback.
+        budget_s: seconds for the part, including the starts of its processes. Jobs that do not fit are reported as
+            not run.
+        patience_s: a job that takes longer is stopped, and its traceback is reported.
     """
 
     jobs: Callable[[torch.device], dict[str, Job]]
@@ -56,7 +57,7 @@ def run_part(module: str, name: str, device: torch.device) -> list[Row]:
 
     Args:
         module: name of the module with PARTS.
-        name: of the part.
+        name: key of PARTS.
         device: argument of `Part.jobs`.
     Returns:
         Rows of all jobs, a failure for each job that died, and one failure that names the jobs not run.
@@ -74,10 +75,10 @@ def run_part(module: str, name: str, device: torch.device) -> list[Row]:
         if child.code != DEVICE_LOST:
             job = jobs[child.started] if child.started >= 0 else ""
             rows.append(Failure(part=name, job=job, message=child.verdict(part.patience_s), traceback=child.tail))
-        if child.started < 0:  # it died before its first job
+        if child.started < 0:  # the child died before its first job
             return rows
     if start < len(jobs):
-        message = f"not run: the part's {part.budget_s:g} s are over"
+        message = f"not run: the budget of the part, {part.budget_s:g} s, is spent"
         rows.append(Failure(part=name, job="; ".join(jobs[start:]), message=message))
     return rows
 
@@ -130,7 +131,7 @@ def _take(child: _Child, line: dict) -> None:
 
 
 def main() -> None:
-    """Run the jobs of argv[1] in the child."""
+    """Run the jobs of the request in argv[1]: the child side."""
     request = json.loads(sys.argv[1])
     part: Part = importlib.import_module(request["module"]).PARTS[request["part"]]
     device = torch.device(request["device"])

@@ -1,8 +1,8 @@
 """Memory-bound kernels of the CPU backend versus streams of the same reads and writes: `peakgpt bench memory_bound`.
 
 `bench ops` times an op as users call it, with dispatch, autograd and new memory. Here only the kernel is timed, on
-preallocated memory. Every call uses the same tensors, so what fits a cache stays there. Values are not compared here:
-the tests and `bench ops` do.
+preallocated memory. Every call uses the same tensors, so tensors that fit into a cache stay there. Values are not
+compared here; the tests and `bench ops` do that.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def embedding_forward(dtype, batch: int, tokens: int, width: int, vocab: int) ->
 
 
 def cross_entropy(dtype, rows: int, vocab: int, gradient: bool = True) -> KernelCall:
-    """Losses, and the gradient of the logits in place: later calls read the gradients of earlier ones."""
+    """Compute losses, and write the gradient over the logits: a later call reads the gradient of the previous one."""
     logits, target = torch.randn(rows, vocab).to(dtype), torch.randint(vocab, (rows,))
     loss, stats = torch.empty(rows), torch.empty(rows, 2)
     arguments = {"dtype": DTYPES[dtype], "rows": rows, "vocab": vocab, "logits": logits, "target": target,
@@ -95,7 +95,7 @@ def sum_of_squares(dtype, count: int) -> KernelCall:
 
 
 def adamw(dtype, count: int) -> KernelCall:
-    """In bfloat16 with the remainder of the float32 master weights."""
+    """Update the parameters; in bfloat16 with the remainder of the float32 master weights."""
     param, grad, remainder, m, v, step, _ = adamw_op.sample(count, dtype=dtype)
     arguments = {"dtype": DTYPES[dtype], "count": count, "param": param, "grad": grad, "exp_avg": m, "exp_avg_sq": v,
                  "step": step, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01,
@@ -138,22 +138,22 @@ def measure(name: str, sizes: dict[str, int], dtype: torch.dtype, *, rounds: int
     """Time one kernel.
 
     Args:
-        name: of KERNELS.
+        name: key of KERNELS.
         sizes: arguments of KERNELS[name].
         dtype: float32 or bfloat16.
         rounds: maximum number of timings.
     Returns:
-        A result with the bytes that the kernel must move, its streaming ceiling, and no FLOPs.
+        A result with the bytes that the kernel must move and the bandwidth of streams of the same bytes. No FLOPs.
     Raises:
         ImportError: the C++ extension is missing.
     """
-    made = KERNELS[name](dtype, **sizes)
-    read, written = _distinct(made.read), _distinct(made.written)
+    call = KERNELS[name](dtype, **sizes)
+    read, written = _distinct(call.read), _distinct(call.written)
     updated = _bytes(t for address, t in read.items() if address in written)
     read_bytes, written_bytes = _bytes(read.values()), _bytes(written.values())
     ceiling, streams = stream_peak("cpu", read_bytes, written_bytes, read_bytes + written_bytes - updated,
                                    updated_bytes=updated)  # fmt: skip
-    timing = interleave({name: made.bind()}, rounds=rounds, warmup=2)[name]
+    timing = interleave({name: call.bind()}, rounds=rounds, warmup=2)[name]
     return Result.of(
         timing, bench="pass", contender="peakgpt", backend="cpu", device="cpu",
         dtype=str(dtype).removeprefix("torch."), case={"op": name, **sizes}, bytes=read_bytes + written_bytes,

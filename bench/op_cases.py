@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peakgpt.kernels.core.dispatch import OPS
 
-MAX_SETS = 8  # of inputs that the calls of a case rotate through
+MAX_SETS = 8  # input sets that the calls of a case rotate through
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class OpCase:
     """An op at one size.
 
     Args:
-        op: its name.
-        sizes: of its sample; defaults are those of GPT-2 124M at 4 x 256 tokens.
+        op: name of the op.
+        sizes: arguments of its `sample`; defaults are those of GPT-2 124M at 4 x 256 tokens.
         params: parameters in addition to the typical ones of the op.
         passes: keys of PASSES; None means forward, and forward+backward if the op has a gradient.
         checked: sizes at which values are compared if eager does not fit at `sizes`; eager is then not timed.
@@ -49,7 +49,7 @@ def choose_cases(ops: Sequence[str], sizes: Sequence[str] = (), passes: Sequence
     """Return cases of the chosen ops, sizes and passes.
 
     Args:
-        ops: names.
+        ops: names of ops.
         sizes: "NAME=N", applied to every op.
         passes: keys of PASSES; None means the default of OpCase.
     Raises:
@@ -83,8 +83,8 @@ def make_inputs(case: OpCase, device: torch.device, dtype: torch.dtype) -> list[
     """Return up to MAX_SETS sets of inputs. Floating-point tensors require gradients if the op has a backward."""
     first = _inputs(case, device, dtype)
     set_bytes = sum(t.numel() * t.element_size() for t in (*first[0], *first[1]) if t is not None)
-    more = min(MAX_SETS - 1, _cold_bytes(device) // max(1, set_bytes))
-    return [first, *(_inputs(case, device, dtype) for _ in range(more))]
+    more_sets = min(MAX_SETS - 1, _cold_bytes(device) // max(1, set_bytes))
+    return [first, *(_inputs(case, device, dtype) for _ in range(more_sets))]
 
 
 def _inputs(case: OpCase, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -113,7 +113,7 @@ def _forward(call, sets: Sequence[Inputs], params) -> Callable[[], Any]:
 
 
 def replayed(call, sets: Sequence[Inputs], params) -> Callable[[], Any]:
-    """Run the forward of every set in one CUDA graph, because a launch takes longer than a kernel of few us."""
+    """Run the forward of every set in one CUDA graph, because a launch takes longer than a kernel of a few us."""
     if sets[0][0][0].device.type != "cuda":
         return _forward(call, sets, params)
     graph = torch.cuda.CUDAGraph()

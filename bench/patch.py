@@ -23,17 +23,20 @@ from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.run_results import Failure, RunResults
 from peakgpt.bench.schema import Result
 
-PROMPT, NEW = 32, 64  # tokens of greedy generation
-LABELED, IGNORED = 0.15, -100  # of a masked language model's positions (Devlin et al. 2018, arXiv:1810.04805)
+PROMPT, NEW = 32, 64  # prompt tokens and new tokens of greedy generation
+# LABELED is the share of labeled positions in a masked language model (Devlin et al. 2018, arXiv:1810.04805)
+LABELED, IGNORED = 0.15, -100
 EVAL_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}  # relative, of the loss in eval()
 
 
 @dataclass(frozen=True)
 class Model:
-    """Args:
-    config: class and arguments in transformers.
-    model: class there.
-    masked: a masked language model; otherwise it predicts the next token.
+    """A model of transformers.
+
+    Args:
+        config: name and arguments of its config class.
+        model: name of its model class.
+        masked: whether it is a masked language model; otherwise it predicts the next token.
     """
 
     config: tuple[str, dict[str, Any]]
@@ -80,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=256, help="context length (default 256)")
     parser.add_argument("--dtype", choices=tuple(EVAL_LOSS_TOLERANCE), action="append", help="repeatable; default both")
     parser.add_argument(
-        "--contenders", nargs="+", choices=tuple(PATCH_CONTENDERS), help="default: all that the device has"
+        "--contenders", nargs="+", choices=tuple(PATCH_CONTENDERS), help="default: all that can run on the device"
     )
     parser.add_argument("--rounds", type=int, default=9)
 
@@ -109,9 +112,10 @@ def compare(
 
     Args:
         case: model, work, batch, tokens.
-        dtype: "float32", or "bfloat16": autocast from float32 weights to train, weights of that dtype for text.
-        device: where.
-        names: of PATCH_CONTENDERS.
+        dtype: "float32" or "bfloat16". bfloat16 means autocast of float32 weights in training, and bfloat16 weights in
+            generation.
+        device: device of the model.
+        names: keys of PATCH_CONTENDERS.
         rounds: see `interleave`.
         on_failure: called with a contender that raises or whose loss differs from transformers'; the others are timed.
     Returns:
@@ -149,7 +153,7 @@ def _expect_same_loss(name: str, losses: Mapping[str, float], dtype: str) -> Non
 
 
 def work(request: Mapping[str, Any]) -> Callable[[], float]:
-    """Return a contender's step: `make` of a worker process.
+    """Return the step of a contender: `make` of a worker process.
 
     Args:
         request: contender, model, work, batch, tokens, dtype, device.
@@ -189,7 +193,7 @@ def _autocast(device: torch.device, dtype: torch.dtype):
 
 
 def _train(model: nn.Module, ids: Tensor, labels: Tensor, dtype: torch.dtype) -> Callable[[], float]:
-    """Forward, backward, clipping and AdamW, as transformers' Trainer does them."""
+    """Return a training step as in the Trainer of transformers: forward, backward, clipping, AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     model.train()
 
@@ -206,16 +210,16 @@ def _train(model: nn.Module, ids: Tensor, labels: Tensor, dtype: torch.dtype) ->
 
 
 def _generate(model: nn.Module, ids: Tensor, labels: Tensor, dtype: torch.dtype) -> Callable[[], float]:
-    """NEW tokens, greedy, after PROMPT."""
+    """Return a function that generates NEW tokens greedily after a prompt of PROMPT tokens."""
     model.to(dtype)
     prompt = ids[:, :PROMPT]
 
     def step() -> float:
-        text = model.generate(
+        tokens = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
             pad_token_id=0,
         )  # fmt: skip
-        return float(text[:, PROMPT:].sum())
+        return float(tokens[:, PROMPT:].sum())
 
     return step
 

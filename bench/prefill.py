@@ -48,7 +48,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
     parser.add_argument("--tokens", type=int, default=512, help="prompt tokens (default 512)")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="of the weights; repeatable; default: all")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="weight format; repeatable; default: all")
     parser.add_argument("--contenders", nargs="+", choices=tuple(PREFILL_CONTENDERS), help="default: all")
     parser.add_argument("--rounds", type=int, default=15)
 
@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> RunResults:
     """
     Raises:
-        ValueError: not a CPU.
+        ValueError: the device is not a CPU.
     """
     if device.type != "cpu":
-        raise ValueError(f"bench prefill compares processes on the CPU, got device {device}: expected --device cpu")
+        raise ValueError(f"bench prefill: got device {device}, expected --device cpu")
     results, config = RunResults(), preset(args.model)
     for dtype in args.dtype or DTYPES:
         record_failure = lambda name, error: results.add(Failure.of(error, name))  # noqa: E731
@@ -81,11 +81,11 @@ def compare_prefill(
 
     Args:
         config: the model.
-        tokens: of the prompt.
-        dtype: to compute in; torch.int8 means int8 weights, quantized by each engine's own method.
-        names: of PREFILL_CONTENDERS; None means all.
+        tokens: prompt tokens.
+        dtype: dtype of the computation; torch.int8 means int8 weights, quantized by each engine's own method.
+        names: keys of PREFILL_CONTENDERS; None means all.
         rounds: see `interleave`.
-        on_failure: called with a contender that is not installed, ends, or has other logits; the others are timed.
+        on_failure: called with a contender that is not installed, ends, or has wrong logits; the others are timed.
     Returns:
         A result for each contender, with work FLOPs.
     """
@@ -123,7 +123,7 @@ def compare_prefill(
 
 
 def work_flops(config: GPTConfig, tokens: int) -> float:
-    """Return the work FLOPs of a prompt: causal attention is half, head and end of the last block at one position."""
+    """Return the work FLOPs of a prompt: half of attention (causal), and one position after the last attention."""
     c = config
     once = 2.0 * c.n_embd * (c.vocab_size + c.n_head * c.head_dim + 2 * c.n_inner)
     return tokens * forward_flops(c, tokens, causal=True) - (tokens - 1) * once
@@ -136,7 +136,7 @@ def prefill_inputs(config: GPTConfig, tokens: int) -> tuple[dict[str, Tensor], T
 
 
 def reference_logits(config: GPTConfig, tokens: int) -> Tensor:
-    """Return eager's last logits (1, V) in float32."""
+    """Return the logits (1, V) of eager at the last position, in float32."""
     state, ids = prefill_inputs(config, tokens)
     model = EagerGPT(config)
     model.load_state_dict(state, assign=True)
@@ -145,7 +145,7 @@ def reference_logits(config: GPTConfig, tokens: int) -> Tensor:
 
 
 def prefill_step(request: Mapping[str, Any]) -> Callable[[], float]:
-    """Return a contender's prefill: `make` of a worker process.
+    """Return the step of a contender: `make` of a worker process.
 
     Args:
         request: contender, config, tokens, dtype, logits (file for the logits of the first run).
@@ -188,7 +188,7 @@ class PromptGPT(EagerGPT):
 
 
 def _static_cache(compiled: bool, state, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
-    """Plain torch with a preallocated KV cache."""
+    """Run plain torch with a preallocated KV cache."""
     model = _loaded(PromptGPT(config), state, dtype)
     cache = torch.zeros(config.n_layer, 2, len(ids), config.n_head, config.block_size, config.head_dim, dtype=dtype)
 
@@ -214,7 +214,7 @@ def _transformers(state, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> 
 
 
 def _ctranslate2(state, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
-    """Generate one token: CTranslate2's way to compute only the last logits."""
+    """Generate one token, which is how CTranslate2 computes only the logits of the last position."""
     generator, prompts = ctranslate2_generator(state, config, _name(dtype)), ctranslate2_prompts(ids)
     options = {"max_length": 1, "sampling_topk": 1, "include_prompt_in_result": False, "return_logits_vocab": True}
 
@@ -238,7 +238,7 @@ class _WithCache(nn.Module):
 
 
 def _openvino(state, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
-    """OpenVINO on the graph of plain torch, with its own SDPA; see openvino_request."""
+    """Run the exported graph of plain torch with OpenVINO, which has its own SDPA; see `openvino_request`."""
     import openvino
 
     model = _WithCache(_loaded(PromptGPT(config), state, torch.float32))

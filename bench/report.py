@@ -1,4 +1,4 @@
-"""What a run found, for people: plain-text tables for the terminal and one self-contained HTML page."""
+"""Reports of a benchmark run: plain-text tables for the terminal and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -25,20 +25,23 @@ CONTENDER_COLORS = {"eager": "#f0883e", "peakgpt": "#0969da"}
 
 
 def groups(results: Iterable[Result]) -> list[list[Result]]:
-    """Contenders of one case together, in the order measured."""
-    found: dict[tuple, list[Result]] = {}
+    """Group results by case, in measured order."""
+    cases: dict[tuple, list[Result]] = {}
     for r in results:
-        found.setdefault((r.bench, r.dtype, r.device, *sorted(r.case.items())), []).append(r)
-    return list(found.values())
+        cases.setdefault((r.bench, r.dtype, r.device, *sorted(r.case.items())), []).append(r)
+    return list(cases.values())
 
 
 def speedup(result: Result, others: Sequence[Result]) -> float | None:
-    """The median time of eager, or of torch's fused optimizer, over this one's; None for itself or without one."""
+    """Return the median time of eager (or of the fused optimizer of torch) over that of `result`.
+
+    Returns None if `result` is eager itself, or if eager was not timed.
+    """
     eager = next((o for o in others if o.contender in ("eager", "torch fused")), None)
     return None if eager is None or eager is result else eager.median_s / result.median_s
 
 
-# ---- how a figure reads; an empty cell where there is none
+# ---- cells of a table; empty for a missing value
 
 
 def _percent(value: float | None) -> str:
@@ -70,8 +73,8 @@ def _rounds(r: Result) -> str:
 
 def _case(r: Result) -> str:
     head = [r.case[k] for k in ("op", "pass") if k in r.case]
-    twice = ("n_head",) if "heads" in r.case else ()  # a parameter that says a size again
-    rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass", *twice)]
+    repeated = ("n_head",) if "heads" in r.case else ()  # the parameter n_head equals the size heads
+    rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass", *repeated)]
     return ", ".join(filter(None, [" ".join([*head, r.dtype]), *rest]))
 
 
@@ -99,18 +102,18 @@ def _columns(*headings: str) -> dict[str, Read]:
     return {heading: COLUMNS[heading] for heading in headings}
 
 
-# One table a kind of benchmark: its title, and per column a heading and how a row reads.
+# For each kind of benchmark: the title of its table and its columns.
 TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "train": (
-        "Training, model FLOPs (6N + 12 L H Q T a token)",
+        "Training, model FLOPs (6N + 12 L H Q T per token)",
         _columns("case", "contender", "tokens/s", "MFU", "ms (quartiles)", "GiB", "rounds", "against eager"),
     ),
     "prefill": (
-        "A prompt's keys, values and last logits, work FLOPs (causal is half, the head at one position)",
+        "Prefill of a prompt, work FLOPs (causal attention is half; the head at one position)",
         _columns("case", "contender", "tokens/s", "of peak FLOP/s", "ms (quartiles)", "GiB", "rounds", "against eager"),
     ),
     "products": (
-        "The products of one pass, work FLOPs; bytes are those of the weights",
+        "Linear layers of one pass, work FLOPs; bytes are those of the weights",
         _columns("case", "contender", "GB/s", "of read peak", "GFLOP/s", "of peak FLOP/s", "ms (quartiles)", "rounds"),
     ),
     "decode": (
@@ -118,24 +121,24 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
         _columns("case", "contender", "tokens/s", "MBU", "rounds", "against eager"),
     ),
     "serve": (
-        "Streams from the server, beside the engine alone",
+        "Streams of the server versus the engine alone",
         _columns("case", "contender", "tokens/s", "ms (quartiles)", "rounds"),
     ),
     "op": (
-        "Ops, work FLOPs (what must be computed; causal is half); bytes beside streams of the same reads and writes",
+        "Ops, work FLOPs (what must be computed; causal is half); bytes versus streams of the same reads and writes",
         _columns("case", "contender", "ms (quartiles)", "GFLOP/s", "GB/s", "of peak FLOP/s", "of streams", "GiB",
                  "rounds", "against eager") | {"contender": lambda r, _: f"{r.contender} ({r.backend})"},
     ),
     "pass": (
-        "Memory-bound kernels, beside streams of the same reads and writes",
+        "Memory-bound kernels versus streams of the same reads and writes",
         _columns("case", "ms (quartiles)", "GB/s", "streams, GB/s", "of streams"),
     ),
 }  # fmt: skip
 
 
 def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, headings, rows) of each kind of benchmark that has results, without columns that are empty throughout."""
-    found = []
+    """Return (title, headings, rows) for each kind of benchmark that has results, without empty columns."""
+    filled = []
     for bench, (title, columns) in TABLES.items():
         rows = [
             [read(r, rs) for read in columns.values()]
@@ -143,25 +146,25 @@ def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[s
             for r in rs
         ]
         if rows:
-            found.append((title, *_used(list(columns), rows)))
-    return found
+            filled.append((title, *_used(list(columns), rows)))
+    return filled
 
 
 def _used(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows) without columns that are empty throughout."""
+    """Return (headings, rows) without empty columns."""
     used = [i for i in range(len(headings)) if any(row[i] for row in rows)]
     return [headings[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
 def tables(results: Sequence[Result]) -> list[str]:
-    """The results as plain text, one table a kind of benchmark that has any."""
+    """Return the results as plain text, one table for each kind of benchmark."""
     return [f"\n{title}\n{_text_table(headings, rows)}" for title, headings, rows in _filled(results)]
 
 
 def comparisons(results: Sequence[Result]) -> list[str]:
-    """How much faster and smaller peakgpt is than each contender of its case, as plain text; empty without pairs.
+    """Return a plain-text table of the speed and memory of peakgpt relative to each contender; empty without pairs.
 
-    Times are paired by round, so the spread is that of the ratio, not of the machine's moods.
+    Times are paired by round, so that changes of the speed of the machine do not widen the spread of the ratio.
     """
     rows = []
     for rs in groups(results):
@@ -170,7 +173,7 @@ def comparisons(results: Sequence[Result]) -> list[str]:
         rows += [[_case(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
     headings = ["case", "of peak FLOP/s", "against", "times as fast (quartiles)", "of its memory", "beyond imports",
                 "rounds"]  # fmt: skip
-    return [f"\npeakgpt against each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
+    return [f"\npeakgpt versus each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
 
 
 def _comparison(ours: Result, other: Result) -> list[str]:
@@ -194,25 +197,30 @@ def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def notes(results: Iterable[Result]) -> list[str]:
-    """What must be known to read the figures: rounds left out, page faults, what the peaks are; each kind once."""
+    """Return notes that explain the numbers: dropped rounds, page faults, sources of the peaks.
+
+    Notes that differ only in numbers are printed once.
+    """
     results, kinds = list(results), {}
-    said = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped, the machine was busy elsewhere"
-            for r in results if r.dropped]  # fmt: skip
-    said += [note for r in results for note in r.note.split("; ") if note]
-    said += [f"peak: {r.peak_source}" for r in results if r.peak_source]
-    for note in dict.fromkeys(said):
+    lines = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped, the machine was busy elsewhere"
+             for r in results if r.dropped]  # fmt: skip
+    lines += [note for r in results for note in r.note.split("; ") if note]
+    lines += [f"peak: {r.peak_source}" for r in results if r.peak_source]
+    for note in dict.fromkeys(lines):
         kinds.setdefault(re.sub(r"[\d.]+", "#", note), []).append(note)
     return [first + (f" ({len(more)} more like it)" if more else "") for first, *more in kinds.values()]
 
 
-def verdicts(found: RunResults) -> list[str]:
-    """What was checked and what failed, a line each."""
+def verdicts(results: RunResults) -> list[str]:
+    """Return one line for the checks, and one for each wrong case and each failure."""
     lines = []
-    if found.checks:
-        good = sum(c.passed for c in found.checks)
-        lines.append(f"\nchecked against float64: {good} of {len(found.checks)} cases within the limit")
-    lines += [f"  wrong: {c.op} {c.case} {c.dtype} on {c.backend}: {c.message}" for c in found.checks if not c.passed]
-    lines += [f"  failed: {', '.join(filter(None, (f.part, f.job, f.contender)))}: {f.message}" for f in found.failures]
+    if results.checks:
+        passed = sum(c.passed for c in results.checks)
+        lines.append(f"\nchecked against float64: {passed} of {len(results.checks)} cases within the limit")
+    lines += [f"  wrong: {c.op} {c.case} {c.dtype} on {c.backend}: {c.message}" for c in results.checks if not c.passed]
+    lines += [
+        f"  failed: {', '.join(filter(None, (f.part, f.job, f.contender)))}: {f.message}" for f in results.failures
+    ]
     return lines
 
 
@@ -223,14 +231,14 @@ def write_report(
     path: Path | str, *, rows: Sequence[dict[str, Any]], results: Sequence[Result], environment: dict[str, Any],
     corpus: str, sample: str,
 ) -> None:  # fmt: skip
-    """Write the page of a run: curves, tables, environment; nothing is loaded from elsewhere.
+    """Write the HTML page of a run: curves, tables, sample, environment. The page loads nothing from elsewhere.
 
     Args:
-        path: of the page.
-        rows: of metrics.jsonl.
+        path: path of the page.
+        rows: rows of metrics.jsonl.
         results: measured cases.
-        environment: as clock.environment() gives it.
-        corpus: one line about the text.
+        environment: from `peakgpt.bench.environment.environment`.
+        corpus: one line about the training text.
         sample: generated text.
     """
     e = html.escape
@@ -254,7 +262,7 @@ def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> str:
-    """Loss of each contender by step, and bits per byte of the held-out text, as inline SVG."""
+    """Plot the loss of each contender and the bits per byte of the held-out text over steps, as inline SVG."""
     losses = {
         name: [(r["step"], r["loss"]) for r in rows if r["contender"] == name and "loss" in r]
         for name in CONTENDER_COLORS
@@ -264,8 +272,8 @@ def _curves(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _chart(series: dict[str, list[tuple[float, float]]], title: str) -> str:
-    """Lines over steps; empty where there is nothing finite to draw."""
-    import matplotlib  # 0.3 s and most of a run never draws
+    """Plot lines over steps as SVG; return "" without finite values."""
+    import matplotlib  # takes 0.3 s, and most commands do not plot
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
@@ -277,8 +285,9 @@ def _chart(series: dict[str, list[tuple[float, float]]], title: str) -> str:
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for name, points in finite.items():
         if points:
-            thin = {"linewidth": 1.2 if name == "peakgpt" else 3}
-            axes.plot(*zip(*points, strict=True), color=CONTENDER_COLORS[name], label=name, gid=f"curve-{name}", **thin)
+            linewidth = 1.2 if name == "peakgpt" else 3  # equal curves stay visible
+            axes.plot(*zip(*points, strict=True), color=CONTENDER_COLORS[name], label=name, gid=f"curve-{name}",
+                      linewidth=linewidth)  # fmt: skip
     axes.set(title=title, xlabel="step")
     axes.legend()
     picture = io.StringIO()

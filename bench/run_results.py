@@ -13,13 +13,13 @@ from typing import Any
 from peakgpt.bench.check import Check
 from peakgpt.bench.schema import Result
 
-OURS = "peakgpt"  # prefix of the names of our contenders
+OURS = "peakgpt"  # the names of our contenders begin with it
 ROOT = Path(__file__).parents[1]  # the repository, or the installed package
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A contender without a measurement, or a whole job of a part if `contender` is None."""
+    """A contender that was not measured, or a job that failed if `contender` is None."""
 
     message: str
     traceback: str = ""
@@ -39,7 +39,7 @@ class Failure:
 
     @property
     def ours(self) -> bool:
-        """Whether peakgpt is at fault, and not a limit of a peer."""
+        """Whether peakgpt failed. A failure of a peer is not an error of the run."""
         return self.contender is None or self.contender.startswith(OURS)
 
 
@@ -63,12 +63,12 @@ class RunResults:
     failures: list[Failure] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
-        kept = {Result: self.results, Check: self.checks, Failure: self.failures}[type(row)]
-        kept.append(row)
+        rows = {Result: self.results, Check: self.checks, Failure: self.failures}[type(row)]
+        rows.append(row)
 
     @property
     def exit_code(self) -> int:
-        """Return 1 if a check or a contender of ours failed, else 0."""
+        """1 if a check or one of our contenders failed, else 0."""
         return int(any(not c.passed for c in self.checks) or any(f.ours for f in self.failures))
 
 
@@ -78,9 +78,9 @@ def encode(row: Row) -> dict[str, Any]:
 
 
 def decode(value: dict[str, Any]) -> Row:
-    """The inverse of `encode`."""
+    """Return the row of an `encode` result."""
     return KINDS[value["kind"]](**value["row"])
 
 
 class Unsupported(Exception):
-    """A peer does not implement the call: it is left out, and this is not a failure."""
+    """A peer does not implement the call. It is left out; this is not a failure."""

@@ -32,14 +32,13 @@ class Result:
     median_s: float
     q25_s: float
     q75_s: float
-    rounds: int  # kept
-    dropped: int
-    samples_s: list[float] = field(
-        default_factory=list
-    )  # of the kept rounds; sample i of each contender of a case is from the same round
+    rounds: int  # kept rounds
+    dropped: int  # dropped rounds
+    # Times of the kept rounds. Sample i of every contender of a case comes from the same round.
+    samples_s: list[float] = field(default_factory=list)
     flops: float | None = None  # per call
     flops_kind: str | None = None  # "model" or "work"
-    bytes: float | None = None  # per call, minimum that must be read and written
+    bytes: float | None = None  # per call: the minimum of bytes read and written
     memory_bytes: int | None = None  # peak of one call: allocated on a GPU, or resident in a worker process
     base_bytes: int | None = None  # resident in a worker process after its imports; part of memory_bytes
     peak_flops_s: float | None = None
@@ -100,11 +99,11 @@ def write_results(
     """Write results and their environment as one JSON file, atomically.
 
     Args:
-        path: of the file; missing folders are created.
-        results: rows.
-        environment: of peakgpt.bench.environment.
-        checks: rows of peakgpt.bench.check.Check: comparisons with float64.
-        failures: rows of peakgpt.bench.run_results.Failure: contenders and jobs without a measurement.
+        path: path of the file; missing folders are created.
+        results: timings.
+        environment: from `peakgpt.bench.environment.environment`.
+        checks: comparisons with float64, fields of `peakgpt.bench.check.Check`.
+        failures: contenders and jobs without a measurement, fields of `peakgpt.bench.run_results.Failure`.
     """
     path = Path(path)
     document = {"schema": SCHEMA, "environment": environment, "results": [r.to_json() for r in results],
@@ -127,7 +126,7 @@ def read_results(path: str | os.PathLike[str]) -> tuple[list[Result], dict[str, 
     Returns:
         (results, environment).
     Raises:
-        ValueError: not a results file, another schema, or an unknown or missing key.
+        ValueError: the file is not JSON, has another schema, or has an unknown or missing key.
     """
     try:
         document = json.loads(Path(path).read_text())

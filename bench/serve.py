@@ -1,6 +1,6 @@
 """The HTTP server under many streams versus the engine alone: `peakgpt bench serve`.
 
-Server and engine run the same requests in processes of their own. Both keep one request open for each stream: when one
+Server and engine run the same requests, each in its own process. Both keep one request open for each stream: when one
 ends, the next begins. The first requests are staggered, so that prompts arrive one by one. A sample is the time of
 streams x tokens new tokens. The process that is not timed is stopped (SIGSTOP), so that rounds pair up. Afterwards the
 server runs alone without pauses, which gives the times to the first token and between tokens.
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=float,
         default=120.0,
-        help="of serving without pauses; rounds versus the engine take half of it before (default 120)",
+        help="duration of serving without pauses; the rounds versus the engine take half of it before (default 120)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
 
@@ -65,13 +65,15 @@ def compare_serving(config: GPTConfig, workload: Workload, dtype: str, *, second
     """Time the server and the engine alone.
 
     Args:
-        config, workload, dtype: of the model and its requests, which are greedy.
-        seconds: of serving without a pause; half of it before, in rounds beside the engine.
+        config: the model.
+        workload: streams, prompt and new tokens; decoding is greedy.
+        dtype: dtype of the weights.
+        seconds: duration of serving without pauses. The rounds versus the engine take half of it before.
     Returns:
-        Tokens of both by rounds; then, of the server without a pause, its tokens, and times to the first token and
-        between tokens of a stream.
+        Results of server and engine in rounds, then of the server without pauses: one for all tokens, one for the times
+        to the first token, one for the times between tokens.
     Raises:
-        ValueError: a request got an error, or fewer tokens than its usage says.
+        ValueError: a request got an error, or a number of tokens that differs from its `usage`.
     """
     request = {"make": f"{__name__}:engine_step", "threads": torch.get_num_threads(), "dtype": dtype,
                "config": dataclasses.asdict(config), "workload": dataclasses.asdict(workload)}  # fmt: skip
@@ -110,9 +112,9 @@ def compare_serving(config: GPTConfig, workload: Workload, dtype: str, *, second
     ]
     speed = f"{rounds * workload.streams * workload.tokens / whole_s:.0f} tokens/s"
     results.append(Result(
-        contender=OURS, case={**sizes, "tokens": workload.tokens, "batch": workload.streams, "time": "without a pause"},
+        contender=OURS, case={**sizes, "tokens": workload.tokens, "batch": workload.streams, "time": "without pauses"},
         median_s=whole_s / rounds, q25_s=whole_s / rounds, q75_s=whole_s / rounds, rounds=1, dropped=0,
-        note=f"without a pause: {whole_s:.0f} s, {speed}, {client.ended} requests ended, each whole", **same,
+        note=f"without pauses: {whole_s:.0f} s, {speed}, {client.ended} requests ended, all complete", **same,
     ))  # fmt: skip
     for what, times in (("first token", client.first_s), ("between tokens", client.between_s)):
         cuts = statistics.quantiles(times, n=100)
@@ -130,7 +132,7 @@ def blocks_for(workload: Workload) -> int:
 
 
 def synthetic_tokenizer(vocab_size: int):
-    """Return a tokenizer of bytes, the end of text, and synthetic words up to the vocabulary size."""
+    """Return a tokenizer with all bytes, the end-of-text token, and synthetic words up to the vocabulary size."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -145,7 +147,7 @@ def synthetic_tokenizer(vocab_size: int):
 
 
 def engine_step(request: Mapping[str, Any]) -> Callable[[], float]:
-    """Return the engine's step: `make` of a worker process. A step computes streams x tokens new tokens."""
+    """Return the step of the engine: `make` of a worker process. A step computes streams x tokens new tokens."""
     from peakgpt.engine.inference.engine import Engine, SamplingParams  # needs tokenizers
 
     config, workload = GPTConfig(**request["config"]), Workload(**request["workload"])
@@ -177,7 +179,7 @@ def engine_step(request: Mapping[str, Any]) -> Callable[[], float]:
 
 @dataclass
 class ServerProcess:
-    """A running `peakgpt serve`, stopped by SIGSTOP except within `awake`."""
+    """A running `peakgpt serve`, stopped by SIGSTOP outside of `awake`."""
 
     process: subprocess.Popen
     port: int

@@ -1,4 +1,4 @@
-"""Client of `bench serve`: keeps one streaming request open for each prompt, and counts tokens and their times.
+"""The client of `bench serve`: keeps one streaming request open for each prompt, counts tokens, records their times.
 
 It runs on the cores of the server, so it counts server-sent events in raw bytes and parses JSON only at the end.
 """
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 STATUS, EVENT, LAST = b"HTTP/1.1 200", b"data: ", b"data: [DONE]\n\n"
-POLL_S = 0.002  # between polls for events: woken by each event, the client would take a core for most of a step
-WAIT_S = 60.0  # for the server to start, to send any event, and to end
+POLL_S = 0.002  # pause between polls: a client that wakes for each event uses a core for most of a step
+WAIT_S = 60.0  # limit for the server to start, to send an event, and to end
 
 
 def first_request_tokens(stream: int, streams: int, tokens: int) -> int:
-    """Return the tokens of a stream's first request: staggered, so that prompts arrive one by one."""
+    """Return the new tokens of the first request of a stream: staggered, so that later prompts arrive one by one."""
     return -(-tokens * (stream + 1) // streams)
 
 
@@ -28,7 +28,7 @@ class Stream:
 
     number: int
     socket: socket.socket
-    begin: float  # seconds, when it was sent
+    begin: float  # time of the request in seconds, by `clock_s`
     tokens: int = 0
     seen: float = 0.0  # time of its last token
     tail: bytes = b""  # last bytes received
@@ -39,9 +39,9 @@ class StreamingClient:
     """Keep one request open for each prompt while `take` runs, and count tokens.
 
     Args:
-        port: of the server, on loopback.
+        port: port of the server on loopback.
         prompts: token ids, one list for each stream.
-        tokens: new tokens of a request; the first requests are staggered.
+        tokens: new tokens per request; the first requests are shorter, to stagger the streams.
     """
 
     port: int
@@ -84,7 +84,7 @@ class StreamingClient:
             time.sleep(POLL_S)
             ready = self.selector.select(WAIT_S)
             if not ready:
-                raise ValueError(f"serve: no stream got anything for {WAIT_S} s")
+                raise ValueError(f"serve: got no data for {WAIT_S} s, expected events of {len(self.prompts)} streams")
             tokens -= sum(self._receive(key.data) for key, _ in ready)
         self.left_at = time.perf_counter()
 
@@ -98,7 +98,7 @@ class StreamingClient:
         self.selector.register(connection, selectors.EVENT_READ, Stream(number, connection, self.clock_s()))
 
     def _receive(self, stream: Stream) -> int:
-        """Receive bytes and return the number of token events. The last two events of a response are no tokens."""
+        """Receive bytes and return the number of token events. The last two events of a response are not tokens."""
         data = stream.socket.recv(1 << 16)
         if not data:
             self._end(stream)
@@ -118,7 +118,7 @@ class StreamingClient:
         stream.socket.close()
         *_, usage, last = stream.tail.split(EVENT)
         if not last.startswith(b"[DONE]"):
-            raise ValueError(f"serve: a stream ended with {stream.tail[-200:]!r}")
+            raise ValueError(f"serve: got a stream that ended with {stream.tail[-200:]!r}, expected [DONE]")
         expected = json.loads(usage.split(b"\r\n")[0])["usage"]["completion_tokens"]
         if expected != stream.tokens - 2:
             raise ValueError(f"serve: got {stream.tokens - 2} tokens, expected {expected}")

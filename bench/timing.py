@@ -30,9 +30,9 @@ class Timing:
     """
 
     samples_s: tuple[float, ...]
-    dropped: int = 0  # rounds
+    dropped: int = 0  # dropped rounds
     note: str = ""
-    calls: int = 1  # per sample
+    calls: int = 1  # calls per sample
 
     def __post_init__(self) -> None:
         if not self.samples_s:
@@ -64,7 +64,7 @@ class Timing:
 
 
 def ratio(a: Timing, b: Timing) -> Spread:
-    """Return the median and the quartiles of a's time over b's in each round: above 1, b is faster.
+    """Return median and quartiles of the time of a over the time of b in each round. Above 1, b is faster.
 
     Raises:
         ValueError: the timings have different numbers of rounds.

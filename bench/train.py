@@ -25,10 +25,10 @@ from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.hardware.peaks import peak_for
 
-# A contender is timed only if its loss after a few updates at the full learning rate is eager's. Eager computes bf16
-# from float32 parameters under autocast and so rounds differently: 0.05 % off at 124M.
+# A contender is timed only if its loss after a few updates at the full learning rate equals that of eager. Eager
+# computes bf16 from float32 parameters under autocast and so rounds differently: 0.05 % at 124M.
 CHECKED_UPDATES = 3
-CHECKED_UPDATES_GPU = WARMUP + 3  # the last of them replay the CUDA graph
+CHECKED_UPDATES_GPU = WARMUP + 3  # the last updates replay the CUDA graph
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-3}  # relative
 
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=256, help="context length (default 256)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="repeatable; default both")
     parser.add_argument(
-        "--contenders", nargs="+", choices=tuple(TRAINING_CONTENDERS), help="default: all that the device has"
+        "--contenders", nargs="+", choices=tuple(TRAINING_CONTENDERS), help="default: all that can run on the device"
     )
     parser.add_argument(
         "--recompute", default="none", metavar="PLAN", help="activation checkpointing of peakgpt, as in `peakgpt train`"
@@ -69,9 +69,9 @@ def compare_training(
 
     Args:
         config: the model.
-        recipe: its batch geometry and dtype.
-        device: on a CPU each contender has its own process, because allocators differ; on a GPU all share this one.
-        names: of TRAINING_CONTENDERS; None means all that the device has.
+        recipe: batch size, tokens and dtype.
+        device: on a CPU each contender has its own process, because allocators differ; on a GPU all share this process.
+        names: keys of TRAINING_CONTENDERS; None means all that can run on the device.
         rounds, budget_s: see `interleave`.
         on_failure: called with a contender that raises or whose loss differs from eager's; the others are timed.
     Returns:
@@ -87,7 +87,7 @@ def compare_training(
     peak = peak_for(device, recipe.dtype)
     case = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
     if recipe.recompute != "none":
-        case["recompute"] = recipe.recompute  # of peakgpt only
+        case["recompute"] = recipe.recompute  # only peakgpt recomputes
     return [
         Result.of(
             m.timing.noted(m.note), bench="train", case=case, contender=name,
@@ -110,19 +110,19 @@ class LocalContender:
     pid, base_bytes, note = None, None, ""
 
     def __init__(self, trainer: Any, batch: tuple[Tensor, Tensor], device: torch.device):
-        self.trainer, self.batch, self.device, self.steps, self.held = trainer, batch, device, 0, None
+        self.trainer, self.batch, self.device, self.steps, self.peak_bytes = trainer, batch, device, 0, None
 
     def step(self) -> Tensor:
         """Make one update and return its loss, without waiting for the device."""
         self.steps += 1
         if self.steps == 2:
             loss: list[Tensor] = []
-            self.held = peak_allocated_bytes(lambda: loss.append(self.trainer.step(*self.batch)), self.device)
+            self.peak_bytes = peak_allocated_bytes(lambda: loss.append(self.trainer.step(*self.batch)), self.device)
             return loss[0]
         return self.trainer.step(*self.batch)
 
     def memory_bytes(self) -> int | None:
-        return self.held
+        return self.peak_bytes
 
     def close(self) -> None:
         del self.trainer

@@ -150,7 +150,7 @@ class Session:
 
             contenders = {"peakgpt": train_steps, "eager": self._eager_steps(eager, shared)}
             timings = interleave(contenders, rounds=rounds - 1, warmup=0, device=self.device)
-            shared.forget("eager")
+            shared.remove("eager")
             del contenders, eager  # frees eager's memory
             self._validate()
             while not self.loop.finished:

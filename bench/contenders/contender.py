@@ -23,14 +23,14 @@ Decode = Callable[[], Tensor]  # -> new tokens (streams, tokens) int64
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation of what a benchmark measures.
+    """One implementation that a benchmark times.
 
     Args:
-        build: makes what is timed; each benchmark documents its arguments.
-        environment: variables of its process, for contenders that run in a process of their own.
+        build: makes the function or the trainer that is timed; each benchmark documents its arguments.
+        environment: environment variables of its worker process.
         package: import name of the package that it needs.
         distribution: name to install the package by, if it differs from `package`.
-        formats: of the weights, of WEIGHT_FORMATS, that it is measured in.
+        formats: weight formats to time, from WEIGHT_FORMATS.
     """
 
     build: Callable[..., Any]
@@ -41,12 +41,12 @@ class Contender:
 
     @property
     def backend(self) -> str:
-        """The `backend` of its results."""
+        """Value of `Result.backend` for this contender."""
         return "auto" if self.package == "peakgpt" else self.package
 
     @property
     def version(self) -> str:
-        """Name and version of the package; empty for peakgpt and torch, whose versions the environment has."""
+        """Name and version of the package. Empty for peakgpt and torch, because `environment` has their versions."""
         name = self.distribution or self.package
         return "" if name in ("peakgpt", "torch") else f"{name} {metadata.version(name)}"
 
@@ -61,9 +61,9 @@ class Contender:
 
 
 def contenders_on(contenders: Mapping[str, Contender], device: torch.device) -> list[str]:
-    """Return the names of the contenders that a device has.
+    """Return the names of the contenders that can run on a device.
 
-    On a GPU all contenders share one process, so those with an environment of their own are left out.
+    On a GPU all contenders share one process, so contenders with environment variables are left out.
     """
     return [name for name, c in contenders.items() if device.type == "cpu" or not c.environment]
 
@@ -74,8 +74,8 @@ class Workload:
 
     Args:
         streams: sequences decoded at once.
-        prompt: prompt tokens of each.
-        tokens: new tokens of each.
+        prompt: prompt tokens per sequence.
+        tokens: new tokens per sequence.
     """
 
     streams: int

@@ -1,8 +1,8 @@
-"""Contenders of `bench decode`: each makes a function that continues all prompts greedily.
+"""Contenders of `bench decode`: each builder returns a function that decodes all prompts greedily.
 
 Weights are in float32, bfloat16, int8 or int4. Each engine quantizes by its own method: llama.cpp to Q8_0 and Q4_0
-(groups of 32), CTranslate2 to int8, onnxruntime by dynamic int8, OpenVINO by nncf. Ours are quantized as by
-`peakgpt quantize`, with all other tensors in bfloat16.
+(groups of 32), CTranslate2 to int8, onnxruntime by dynamic int8, OpenVINO by nncf. peakgpt quantizes as
+`peakgpt quantize` does, with all other tensors in bfloat16.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _ours(group: int, state, config: GPTConfig, ids: Tensor, workload: Workload,
     from peakgpt.engine.inference.engine import Engine, SamplingParams  # needs tokenizers
 
     blocks = workload.streams * blocks_for(workload.prompt + workload.tokens)
-    # The cache holds exactly one run, so that no run finds the prefixes of the previous one.
+    # The cache holds exactly one run, so that no run reuses a prefix of the previous run.
     engine = Engine(our_model(state, config, weights, group), blocks=blocks)
     if engine.executor_note:
         raise ValueError(f"decode: peakgpt runs {engine.executor_note}")
@@ -46,8 +46,8 @@ def _ours(group: int, state, config: GPTConfig, ids: Tensor, workload: Workload,
     return run
 
 
-def _ops(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
-    """Run our torch ops one by one with a contiguous cache."""
+def _torch_ops(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    """Run the modules of the model one op at a time, with a contiguous KV cache."""
     model = our_model(state, config, weights)
 
     @torch.inference_mode()
@@ -116,7 +116,7 @@ def _ctranslate2(state, config: GPTConfig, ids: Tensor, workload: Workload, weig
 DECODING_CONTENDERS = {
     "peakgpt": Contender(partial(_ours, 64), package="peakgpt", formats=WEIGHT_FORMATS),
     "peakgpt by 32": Contender(partial(_ours, 32), package="peakgpt", formats=("int4",)),
-    "peakgpt by ops": Contender(_ops, package="peakgpt"),
+    "peakgpt by ops": Contender(_torch_ops, package="peakgpt"),
     "eager": Contender(eager_decoder),
     "transformers": Contender(_transformers, package="transformers"),
     "llama.cpp": Contender(

@@ -23,8 +23,11 @@ from peakgpt.engine.model.config import GPTConfig
 
 
 class GraphGPT(EagerGPT):
-    """(ids (B, T), order (B,), past keys and values of each layer (B, H, S, D)) -> (logits of the last
-    token, all keys and values). Sequence i continues sequence order[i], as beam search needs."""
+    """GPT-2 whose KV cache is an input and an output of `forward`.
+
+    forward(ids (B, T), order (B,), past keys and values of each layer (B, H, S, D)) returns the logits of the last
+    token, then all keys and values. Sequence i continues sequence order[i], as beam search needs.
+    """
 
     def forward(self, ids: Tensor, order: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         t, before = self.transformer, past[0].shape[2]
@@ -54,7 +57,7 @@ def _example(state, config: GPTConfig, ids: Tensor) -> tuple[GraphGPT, tuple[Ten
 
 
 def onnxruntime_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
-    """Feed keys and values back without a copy."""
+    """Decode with onnxruntime. Keys and values go from output to input without a copy."""
     import numpy as np
     import onnxruntime as ort
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -90,7 +93,7 @@ def onnxruntime_decoder(state, config: GPTConfig, ids: Tensor, workload: Workloa
 
 
 def openvino_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
-    """Export as optimum-intel does: the cache is the state of the request, gathered by sequence."""
+    """Decode with OpenVINO. As in optimum-intel, the KV cache is the state of the request, gathered by sequence."""
     import numpy as np
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -122,7 +125,7 @@ def openvino_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, 
 
 
 def openvino_request(graph, weights: str):
-    """Compile a graph of float32 weights for the CPU and low latency.
+    """Compile a graph with float32 weights for low latency on the CPU.
 
     int8 is nncf's symmetric weight compression in a bfloat16 graph, the fastest option: 137 tokens/s of GPT-2 124M with
     one stream and 602 with eight; asymmetric 129 and 497, in float32 132 and 476 (2-core Zen 4, 2026-11-21).
@@ -130,9 +133,8 @@ def openvino_request(graph, weights: str):
     import openvino
 
     if weights == "int8":
-        with contextlib.redirect_stdout(
-            sys.stderr
-        ):  # its log: standard output of a worker process is reserved for reports
+        # nncf logs to standard output, which a worker process uses for its reports.
+        with contextlib.redirect_stdout(sys.stderr):
             import nncf
 
             graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)

@@ -25,7 +25,7 @@ NAMES = {
 
 
 def write_gguf(path: Path, state: dict[str, Tensor], config: GPTConfig) -> None:
-    """Write float32 weights, (out, in) as in `state`; without a vocabulary."""
+    """Write a GGUF file with the float32 weights of `state`, (out, in), and without a vocabulary."""
     import gguf
 
     file = gguf.GGUFWriter(path, "gpt2")

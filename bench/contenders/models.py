@@ -16,7 +16,7 @@ from peakgpt.engine.model.state_dicts import transpose_conv1d
 
 
 def our_model(state: dict[str, Tensor], config: GPTConfig, weights: str, group: int = 64) -> GPT:
-    """Return our model with weights of a format of WEIGHT_FORMATS.
+    """Return our model with weights in one of WEIGHT_FORMATS.
 
     With int8 or int4 weights, all other tensors are bfloat16; `group` is the int4 group size.
     """
@@ -44,7 +44,7 @@ def transformers_model(state, config: GPTConfig, dtype: torch.dtype):
 
 
 def ctranslate2_generator(state, config: GPTConfig, weights: str):
-    """Convert by CTranslate2's converter from transformers' layout, with a synthetic vocabulary: token i is "t{i}"."""
+    """Convert the model of transformers by CTranslate2. The vocabulary is synthetic: token i is "t{i}"."""
     import ctranslate2
     import tokenizers
     import transformers

@@ -84,7 +84,11 @@ def time_contenders(
 
 
 def _start_all(starts, first_output, running: dict[str, RunningContender], on_failure: OnFailure) -> dict[str, Any]:
-    """Fill `running` in place, so that the caller can close it; what `starts` refers to is freed on return."""
+    """Start the contenders and return their outputs.
+
+    `running` is filled in place, so that the caller can close its contenders after an error. Tensors that only `starts`
+    refers to are freed on return.
+    """
     outputs: dict[str, Any] = {}
     for name, start in starts:
         with _closed_on_failure(name, running, on_failure):

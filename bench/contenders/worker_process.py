@@ -1,4 +1,4 @@
-"""A contender in a process of its own, because allocator settings, page faults and peak memory belong to a process.
+"""Run a contender in its own process, because allocator settings, page faults and peak memory belong to a process.
 
 Protocol: argv[1] is a JSON request. Its "make" names a function, "module:function", that takes the request and returns
 a step. For each line on standard input the process makes one step and prints one JSON line, the fields of `StepReport`.
@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CLOSE_S = 20.0  # until a process that does not end is killed
-WHOLE_LIFE = "memory is the most since the process began"
+CLOSE_S = 20.0  # kill a process that does not end within this time
+WHOLE_LIFE = "memory is the peak since the start of the process"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepReport:
     """One step of a process.
 
     Args:
-        value: returned by the step.
+        value: return value of the step.
         faults: minor page faults.
         peak_bytes: peak resident memory during the step.
         base_bytes: resident memory after the imports, before anything is built.
@@ -51,7 +51,7 @@ class StepReport:
 
 
 class WorkerProcess:
-    """Parent side: start the process, make it step, stop it."""
+    """The parent side: start the process, run its steps, end it."""
 
     def __init__(self, name: str, request: dict[str, Any], environment: dict[str, str]):
         """

@@ -1,6 +1,7 @@
-"""Every op under pytest-benchmark, for its comparing of saved runs: `pytest tests/bench/bench_ops.py`.
+"""Time every op with pytest-benchmark: `pytest tests/bench/bench_ops.py`.
 
-One contender at a time, so a figure here is to compare with itself; `peakgpt bench ops` compares with PyTorch.
+Use it to compare two saved runs of peakgpt. It times one call after the other. `peakgpt bench ops` interleaves the
+calls with those of PyTorch.
 """
 
 import pytest
@@ -15,7 +16,7 @@ CALLS = [(name, direction) for name in sorted(catalogue.__all__) for direction i
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "direction"), CALLS, ids=lambda value: value)
-def test_op(benchmark, name, direction, dtype):
+def test_time_of_one_op(benchmark, name, direction, dtype):
     case, make = OpCase(name), PASSES[direction][0]
     call = make(OPS[name], make_inputs(case, torch.device("cpu"), dtype), case.arguments)
     benchmark(call)

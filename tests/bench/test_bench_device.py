@@ -1,4 +1,4 @@
-"""The device script: what fails, hangs or dies does not stop the rest, and every part runs."""
+"""`bench device`: every part runs, and a job that raises, hangs or dies does not stop the others."""
 
 import json
 import subprocess
@@ -22,13 +22,13 @@ from peakgpt.kernels.core.dispatch import OPS
 CPU = torch.device("cpu")
 
 
-FAKE = """
+FAKE_PARTS = """
 import os, time
 from peakgpt.bench.run_results import Failure
 from peakgpt.bench.isolated_jobs import Part
 
 def good(budget_s, emit):
-    emit(Failure(message="told", contender="peer"))
+    emit(Failure(message="a limit", contender="peer"))
 
 def raises(budget_s, emit):
     good(budget_s, emit)
@@ -44,34 +44,35 @@ PARTS = {
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    (tmp_path / "fake_parts.py").write_text(FAKE)
+def fake_module(tmp_path, monkeypatch):
+    """Write a module with fake parts, and return its name."""
+    (tmp_path / "fake_parts.py").write_text(FAKE_PARTS)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return "fake_parts"
 
 
-def test_a_failing_hanging_or_dying_job_does_not_stop_the_rest(fake):
-    rows = run_part(fake, "mixed", CPU)
+def test_failing_hanging_or_dying_job_does_not_stop_the_others(fake_module):
+    rows = run_part(fake_module, "mixed", CPU)
     assert [(r.job, r.message) for r in rows] == [
-        ("first", "told"),
-        ("raises", "told"),
+        ("first", "a limit"),
+        ("raises", "a limit"),
         ("raises", "ZeroDivisionError: by nought"),
         ("dies", "the process ended with exit code 9"),
         ("hangs", "stopped: no end after 2 s or at the end of the budget"),
-        ("last", "told"),
+        ("last", "a limit"),
     ]
     assert all(r.part == "mixed" for r in rows)
     assert "in raises" in rows[2].traceback and "in <lambda>" in rows[4].traceback
 
 
-def test_a_part_that_can_not_start_or_has_no_time_is_told(fake, capsys):
-    found = device_bench.run_parts(fake, ["unusable", "late"], CPU)
-    assert [f.message for f in found.failures] == [
+def test_part_that_cannot_start_or_has_no_time_is_a_failure(fake_module, capsys):
+    results = device_bench.run_parts(fake_module, ["unusable", "late"], CPU)
+    assert [f.message for f in results.failures] == [
         "the process ended with exit code 1",
-        "not run: the part's 0 s are over",
+        "not run: the budget of the part, 0 s, is spent",
     ]
-    assert "ZeroDivisionError" in found.failures[0].traceback and found.exit_code == 1
+    assert "ZeroDivisionError" in results.failures[0].traceback and results.exit_code == 1
     assert capsys.readouterr().err.startswith("unusable:")
 
 
@@ -100,29 +101,29 @@ def test_every_part_runs_on_cpu(part):
         assert all(r.flops_kind == "model" and r.memory_bytes for r in rows)
 
 
-def test_every_gpu_case_is_a_call_that_its_op_takes():
+def test_every_gpu_case_is_accepted_by_its_op():
     d = device_bench
     for case in (*d.ATTENTION, *d.LAYERNORM, *d.MLP, *d.LINEAR, *d.LOSS, *d.ADAMW):
         op, sizes, device = OPS[case.op], case.sizes, "meta"
-        if case.op == "attention_decode":  # its cost reads the lengths, so its tensors are real, and few
+        if case.op == "attention_decode":  # its cost reads the lengths, so its tensors must be real; keep them small
             sizes, device = {**sizes, "keys": 64, "block": 16}, "cpu"
         tensors, params = op.bind(op.sample(**sizes, device=device, dtype=torch.bfloat16), case.arguments)
         op.check(*tensors, **params)
         assert op.cost(*tensors, **params).flops > 0
     jobs = device_bench.PARTS["attention"].jobs(torch.device("cuda"))
-    assert len(jobs) == 6 * 2 + 2 + 6 + 3 * 2  # both passes; one query; decode; packed, rotary
+    assert len(jobs) == 6 * 2 + 2 + 6 + 3 * 2  # both passes; one query; attention_decode; attention_qkv
     assert len(device_bench.PARTS["check"].jobs(torch.device("cuda"))) == 2 * (
         len(device_bench.CASES) + len(device_bench.LARGE_CASES) + 1
     )
 
 
-def test_the_budgets_keep_eight_minutes():
+def test_budgets_sum_to_less_than_eight_minutes():
     assert sum(p.budget_s for p in device_bench.PARTS.values()) <= 465
     assert all(p.patience_s <= p.budget_s for p in device_bench.PARTS.values())
 
 
-def test_a_bare_machine_is_enough():
-    """No rich, no tokenizers, no safetensors, no C++ extension: what `bench device` imports needs torch only."""
+def test_bench_device_imports_only_torch():
+    """A rented machine may lack rich, tokenizers, safetensors and the C++ extension."""
     code = """
 import sys
 for name in ("rich", "matplotlib", "tokenizers", "safetensors", "transformers", "peakgpt._C"):
@@ -132,21 +133,21 @@ import peakgpt.commands.bench, peakgpt.bench.device
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
 
 
-def test_contenders_with_an_environment_are_for_processes_only():
+def test_contenders_without_environment_can_share_a_process():
     assert [n for n, c in TRAINING_CONTENDERS.items() if not c.environment] == ["peakgpt", "eager", "compile"]
 
 
-def test_decoding_on_a_device_is_compared_and_wrong_logits_are_told(monkeypatch):
-    config, told = device_bench.TINY_RUN[0], []
-    was = device_decode.DEVICE_DECODING_CONTENDERS["eager"].build
+def test_decoding_on_a_device_reports_wrong_logits_and_times_the_others(monkeypatch):
+    config, failures = device_bench.TINY_RUN[0], []
+    build_eager = device_decode.DEVICE_DECODING_CONTENDERS["eager"].build
 
     def wrong(*args):
-        return lambda: lambda token: was(*args)()(token).roll(1, -1)
+        return lambda: lambda token: build_eager(*args)()(token).roll(1, -1)
 
     monkeypatch.setitem(device_decode.DEVICE_DECODING_CONTENDERS, "compile", Contender(wrong))
     results = device_decode.compare_steps(config, Workload(2, 5, 3), CPU, ["compile", "peakgpt"], budget_s=0.0,
-                                          on_failure=lambda *failure: told.append(failure))  # fmt: skip
-    assert [(name, "is off eager" in str(error)) for name, error in told] == [("compile", True)]
+                                          on_failure=lambda *failure: failures.append(failure))  # fmt: skip
+    assert [(name, "is off eager" in str(error)) for name, error in failures] == [("compile", True)]
     (ours,) = results
     weights = sum(p.numel() for p in GPT(config).parameters()) - config.block_size * config.n_embd
     assert ours.bytes == 2 * (3 * weights + 2 * 2 * config.n_embd * (6 + 7 + 8))
@@ -154,22 +155,22 @@ def test_decoding_on_a_device_is_compared_and_wrong_logits_are_told(monkeypatch)
     assert [r.contender for r in first] == ["peakgpt", "eager"] and all(r.flops_fraction for r in first)
 
 
-def test_a_step_that_can_not_be_recorded_is_told(monkeypatch):
-    """Or its times would pass for a graph's; they are kept."""
-    inner = device_decode._eager
+def test_missing_cuda_graph_is_a_failure_and_the_time_is_kept(monkeypatch):
+    """A reader must not take the time of an uncaptured step for that of a CUDA graph."""
+    build_eager = device_decode._eager
 
     def warns(model, ids, workload):
-        begin = inner(model, ids, workload)
+        begin = build_eager(model, ids, workload)
 
-        def again():
+        def begin_with_warning():
             warnings.warn("the function runs uncaptured, capture failed: no", stacklevel=1)
             return begin()
 
-        return again
+        return begin_with_warning
 
     monkeypatch.setitem(device_decode.DEVICE_DECODING_CONTENDERS, "peakgpt", Contender(warns))
-    config, told = device_bench.TINY_RUN[0], []
+    config, failures = device_bench.TINY_RUN[0], []
     results = device_decode.compare_steps(config, Workload(2, 5, 3), CPU, ["peakgpt"], budget_s=0.0,
-                                          on_failure=lambda *failed: told.append(failed))  # fmt: skip
-    assert len(results) == 1 and {name for name, _ in told} == {"peakgpt"}
-    assert "capture failed: no" in str(told[0][1])
+                                          on_failure=lambda *failure: failures.append(failure))  # fmt: skip
+    assert len(results) == 1 and {name for name, _ in failures} == {"peakgpt"}
+    assert "capture failed: no" in str(failures[0][1])

@@ -1,4 +1,4 @@
-"""Benches of ops and passes: nothing wrong is timed, and what is counted is what they compute and move."""
+"""`bench ops` and `bench memory_bound`: wrong values are not timed, and FLOPs and bytes are counted right."""
 
 import contextlib
 import inspect
@@ -24,10 +24,11 @@ CPU = torch.device("cpu")
 SMALL = OpCase("layernorm", {"rows": 8, "width": 16})
 
 
-def timed(direction, found=None, **contenders):
-    told = {} if found is None else {"on_failure": lambda name, error: found.append((name, str(error)))}
+def timed(direction, failures=None, **contenders):
+    """Time one direction of a small layernorm by peakgpt, eager and `contenders`; return name -> result."""
+    options = {} if failures is None else {"on_failure": lambda name, error: failures.append((name, str(error)))}
     results = compare(SMALL, direction, CPU, torch.float32, budget_s=0.0, rounds=3,
-                      peers=lambda op, device: contenders, **told)  # fmt: skip
+                      peers=lambda op, device: contenders, **options)  # fmt: skip
     return {r.contender: r for r in results}
 
 
@@ -44,20 +45,20 @@ def wrong_gradient(x, w, b):
     return y + 0.01 * (y - y.detach())
 
 
-def test_compare_ops_times_every_op_beside_eager():
+def test_compare_ops_times_every_op_versus_torch():
     sizes = {"layernorm": {"rows": 8, "width": 16}, "adamw": {"count": 64},
              "attention_qkv": {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 8}}  # fmt: skip
     cases = [OpCase(op, size) for op, size in sizes.items()]
     results = compare_ops(cases, CPU, torch.float32, budget_s=0.0, rounds=3)
-    seen = {(r.case["op"], r.case["pass"], r.contender) for r in results}
+    timed_cases = {(r.case["op"], r.case["pass"], r.contender) for r in results}
     passes = {"layernorm": 2, "adamw": 1, "attention_qkv": 2}
-    torchs = {"layernorm": "eager", "adamw": "torch fused", "attention_qkv": "eager"}
-    assert {(op, c) for op, _, c in seen} == {(op, c) for op in sizes for c in ("peakgpt", torchs[op])}
-    assert all(len([s for s in seen if s[0] == op]) == 2 * count for op, count in passes.items())
+    baselines = {"layernorm": "eager", "adamw": "torch fused", "attention_qkv": "eager"}
+    assert {(op, c) for op, _, c in timed_cases} == {(op, c) for op in sizes for c in ("peakgpt", baselines[op])}
+    assert all(len([c for c in timed_cases if c[0] == op]) == 2 * count for op, count in passes.items())
     assert next(r for r in results if r.case["op"] == "attention_qkv").case["n_head"] == 2
 
 
-def test_bench_ops_times_the_asked_sizes_and_passes(tmp_path, capsys):
+def test_bench_ops_times_the_requested_sizes_and_passes(tmp_path, capsys):
     argv = ["bench", "ops", "--device", "cpu", "--op", "attention", "--dtype", "float32", "--pass", "backward"]
     sizes = {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 16}
     argv += [a for name, value in sizes.items() for a in ("--size", f"{name}={value}")]
@@ -66,8 +67,8 @@ def test_bench_ops_times_the_asked_sizes_and_passes(tmp_path, capsys):
     assert [r.contender for r in results] == ["peakgpt", "eager", "sdpa flash"]
     assert all(r.case.items() >= {"pass": "backward", **sizes}.items() for r in results)
     assert all("freed memory is kept, for every contender" in r.note for r in results)
-    said = capsys.readouterr().out
-    assert "peakgpt against each contender" in said and "freed memory is kept" in said
+    output = capsys.readouterr().out
+    assert "peakgpt versus each contender" in output and "freed memory is kept" in output
 
 
 @pytest.mark.parametrize(
@@ -75,39 +76,39 @@ def test_bench_ops_times_the_asked_sizes_and_passes(tmp_path, capsys):
     [("rows=8", "got size 'rows' for attention, expected batch, tokens, heads, head_dim"),
      ("tokens", "got --size 'tokens', expected NAME=N"), ("tokens=0", "N at least 1"), ("tokens=-1", "N at least 1")],
 )  # fmt: skip
-def test_sizes_that_an_op_has_not_are_refused(size, message):
+def test_unknown_or_invalid_size_raises(size, message):
     with pytest.raises(ValueError, match=message):
         choose_cases(["attention"], [size])
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
-def test_a_contender_with_wrong_values_is_refused(direction):
+def test_contender_with_wrong_values_raises(direction):
     assert set(timed(direction, other=right)) == {"peakgpt", "eager", "other"}
     with pytest.raises(ValueError, match=r"layernorm: other: result \d is off eager by 0.01, expected at most 0.001"):
         timed(direction, other=wrong)
 
 
-def test_wrong_gradients_are_refused_where_they_count():
+def test_wrong_gradients_raise_if_backward_is_timed():
     assert "other" in timed("forward", other=wrong_gradient)
     for direction in ("backward", "forward+backward"):
         with pytest.raises(ValueError, match="off eager"):
             timed(direction, other=wrong_gradient)
 
 
-def test_the_others_are_timed_when_one_fails():
+def test_other_contenders_are_timed_when_one_fails():
     def broken(x, w, b):
         raise RuntimeError("no such kernel")
 
     def declines(x, w, b):
         raise Unsupported
 
-    found = []
-    results = timed("forward", found, broken=broken, wrong=wrong, declines=declines)
+    failures = []
+    results = timed("forward", failures, broken=broken, wrong=wrong, declines=declines)
     assert set(results) == {"peakgpt", "eager"}
-    assert [name for name, _ in found] == ["broken", "wrong"] and found[0][1] == "no such kernel"
+    assert [name for name, _ in failures] == ["broken", "wrong"] and failures[0][1] == "no such kernel"
 
 
-def test_a_row_that_fell_back_says_why(monkeypatch):
+def test_note_gives_the_reason_of_a_fallback_to_eager(monkeypatch):
     from peakgpt.kernels.cpu import layernorm
 
     assert "eager ran" not in timed("forward")["peakgpt"].note
@@ -117,7 +118,7 @@ def test_a_row_that_fell_back_says_why(monkeypatch):
     assert "layernorm: eager ran as peakgpt, cpu objects: it is Sunday" in notes(results.values())
 
 
-def test_flops_and_bytes_are_those_of_the_direction():
+def test_flops_and_bytes_match_the_direction():
     op = OPS["layernorm"]
     cost = op.cost(*op.sample(rows=8, width=16))
     by = {d: timed(d)["eager"] for d in ("forward", "backward", "forward+backward")}
@@ -126,7 +127,7 @@ def test_flops_and_bytes_are_those_of_the_direction():
     assert by["forward+backward"].bytes == cost.bytes + cost.backward_bytes
 
 
-def test_values_are_compared_at_other_sizes_where_eager_does_not_fit():
+def test_case_too_large_for_eager_is_checked_at_other_sizes():
     case = OpCase("adamw", {"count": 64}, checked={"count": 8})
     run = lambda **peer: compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3,  # noqa: E731
                                  peers=lambda op, device: peer)  # fmt: skip
@@ -135,12 +136,12 @@ def test_values_are_compared_at_other_sizes_where_eager_does_not_fit():
         run(idle=lambda *tensors, lr: None)
 
 
-def test_peers_have_our_arguments():
+def test_peers_take_the_arguments_of_the_op():
     adamw, attention, mlp = OPS["adamw"], OPS["attention"], OPS["mlp"]
     names = {r.contender for case, op in ((OpCase("adamw", {"count": 64}), adamw),
                                           (OpCase("attention", {"batch": 1, "tokens": 8, "heads": 1}), attention))
              for r in compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3, peers=peers)}  # fmt: skip
-    assert names == {"peakgpt", "eager", "torch fused", "sdpa flash"}  # adamw's without eager
+    assert names == {"peakgpt", "eager", "torch fused", "sdpa flash"}  # adamw is an op in place, so eager is not timed
     assert set(peers(attention, torch.device("cuda"))) == {"sdpa cudnn", "sdpa flash", "sdpa efficient"}
     tensors = mlp.sample(rows=4, width=16, hidden=64)
     with torch.no_grad():  # its GELU is tanh on CUDA and erf on CPU
@@ -149,72 +150,72 @@ def test_peers_have_our_arguments():
         _epilogue_mlp(*tensors)
 
 
-# ---- passes
+# ---- memory-bound kernels
 
 TINY = {"rows": 3, "width": 8, "batch": 2, "tokens": 3, "vocab": 9, "count": 5}
-# Elements of each size that are read, and that are written.
+# Elements that each kernel reads and writes at the TINY sizes.
 MOVED = {
     "layernorm_forward": (24, 24), "layernorm_backward": (48, 24), "embedding_forward": (72, 48),
     "cross_entropy": (27, 27), "sum_of_squares": (5, 0), "adamw": (20, 15),
 }  # fmt: skip
 
 
-def tiny(name):
+def tiny_sizes(name):
     return {k: TINY[k] for k in inspect.signature(KERNELS[name]).parameters if k in TINY}
 
 
-def test_every_pass_is_measured():
+def test_every_kernel_has_cases():
     assert set(MOVED) == set(KERNELS) == {name for name, _ in GPT2_CALLS}
     for name, sizes in GPT2_CALLS:
-        assert set(tiny(name)) <= set(sizes) <= set(inspect.signature(KERNELS[name]).parameters)
+        assert set(tiny_sizes(name)) <= set(sizes) <= set(inspect.signature(KERNELS[name]).parameters)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_pass_moves_what_it_says(name, dtype, monkeypatch):
-    asked = []
+def test_kernel_bytes_equal_the_elements_that_it_moves(name, dtype, monkeypatch):
+    stream_calls = []
     monkeypatch.setattr(
-        "peakgpt.bench.memory_bound.stream_peak", lambda *a, **k: asked.append((a, k)) or (1e9, "streams")
+        "peakgpt.bench.memory_bound.stream_peak", lambda *a, **k: stream_calls.append((a, k)) or (1e9, "streams")
     )
-    result = measure(name, tiny(name), dtype, rounds=1)
+    result = measure(name, tiny_sizes(name), dtype, rounds=1)
     read, written = (4 * n for n in MOVED[name])
-    if dtype == torch.bfloat16:  # all but the optimizer's remainder and moments
+    if dtype == torch.bfloat16:  # the remainder and the moments of the optimizer keep their size
         read, written = (70, 60) if name == "adamw" else (read // 2, written // 2)
-    ((_, *moved, touched), more) = asked[0]
+    ((_, *moved, touched), options) = stream_calls[0]
     assert moved == [read, written] and result.bytes == read + written
     updated = {"cross_entropy": read, "adamw": 60}.get(name, 0)
-    assert more == {"updated_bytes": updated} and touched == read + written - updated
+    assert options == {"updated_bytes": updated} and touched == read + written - updated
     assert result.bytes_fraction == result.bytes / result.median_s / 1e9
     assert name in tables([result])[0]
 
 
-def test_passes_write_what_they_say():
-    """The tensors that a pass names as written change, those that it only reads do not."""
+def test_kernels_change_exactly_their_written_tensors():
     for name in KERNELS:
-        made = KERNELS[name](torch.float32, **tiny(name))
-        before = {id(t): t.clone() for t in (*made.read, *made.written) if t is not None}
-        made.bind()()
-        for t in made.read:
-            assert t is None or torch.equal(t, before[id(t)]) != any(t is w for w in made.written), name
-        assert all(t is None or not torch.equal(t, before[id(t)]) for t in made.written), name
+        call = KERNELS[name](torch.float32, **tiny_sizes(name))
+        before = {id(t): t.clone() for t in (*call.read, *call.written) if t is not None}
+        call.bind()()
+        for t in call.read:
+            assert t is None or torch.equal(t, before[id(t)]) != any(t is w for w in call.written), name
+        assert all(t is None or not torch.equal(t, before[id(t)]) for t in call.written), name
 
 
-# ---- the rule against float64
+# ---- the error rule against float64
 
 
-def test_the_rule():
+def test_error_rule_accepts_twice_the_error_of_torch():
     truth = [torch.tensor([1.0, 2.0], dtype=torch.float64)]
-    at = lambda error: [(truth[0] + error).float()]  # noqa: E731
-    assert judge(at(2e-3), at(1e-3), truth, torch.float32)[0].passed
-    assert not judge(at(2.1e-3), at(1e-3), truth, torch.float32)[0].passed
-    assert not judge([torch.tensor([float("nan"), 2.0])], at(1e-3), truth, torch.float32)[0].passed
+    with_error = lambda error: [(truth[0] + error).float()]  # noqa: E731
+    assert judge(with_error(2e-3), with_error(1e-3), truth, torch.float32)[0].passed
+    assert not judge(with_error(2.1e-3), with_error(1e-3), truth, torch.float32)[0].passed
+    nan = [torch.tensor([float("nan"), 2.0])]
+    assert not judge(nan, with_error(1e-3), truth, torch.float32)[0].passed
     inf = [torch.tensor([float("inf"), 2.0])]
-    assert not judge(inf, inf, truth, torch.float32)[0].passed, "not right only because torch is wrong too"
+    assert not judge(inf, inf, truth, torch.float32)[0].passed, "an infinite result of torch does not excuse ours"
     with pytest.raises(ValueError, match=r"expected \(2,\) torch.float32"):
-        judge([truth[0]], at(0.0), truth, torch.float32)
+        judge([truth[0]], with_error(0.0), truth, torch.float32)
 
 
-def test_a_wrong_kernel_is_told_and_named(monkeypatch):
+def test_check_reports_the_result_of_a_wrong_kernel(monkeypatch):
     from peakgpt.kernels.cpu import layernorm
 
     case = ("layernorm", {"rows": 5, "width": 16}, {}, torch.float32, CPU)
@@ -228,19 +229,19 @@ def test_a_wrong_kernel_is_told_and_named(monkeypatch):
     assert not bad.passed and "result 0: error" in bad.message and bad.error > bad.limit
 
 
-def test_replayed_records_every_set_once(monkeypatch):
-    """A stand-in for the graph: what is called inside of it is recorded, and not called again."""
-    called, replays, inside = [], [], []
+def test_replayed_captures_every_input_set_once(monkeypatch):
+    """With a fake CUDA graph: calls inside of it are captured, and a replay does not call them again."""
+    called, replays, captures = [], [], []
 
     @contextlib.contextmanager
-    def recording(graph):
-        inside.append(graph)
+    def capture(graph):
+        captures.append(graph)
         yield
-        inside.pop()
+        captures.pop()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(1)))
-    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
     sets = [((SimpleNamespace(device=torch.device("cuda"), name=i),), []) for i in range(3)]
-    run = op_cases.replayed(lambda x: called.append((x.name, bool(inside))) or x.name, sets, {})
+    run = op_cases.replayed(lambda x: called.append((x.name, bool(captures))) or x.name, sets, {})
     assert called == [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)]
     assert run() == 2 and replays == [1] and len(called) == 6

@@ -55,7 +55,7 @@ def test_shared_batches_are_equal_for_all_contenders_and_freed():
     first = [shared.take("a") for _ in range(3)]
     assert all(torch.equal(x[0], shared.take("b")[0]) for x in first) and not shared.kept
     shared.take("a")
-    shared.forget("b")
+    shared.remove("b")
     shared.take("a")
     assert len(shared.kept) == 0
 

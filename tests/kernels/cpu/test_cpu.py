@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from peakgpt import _C
-from peakgpt.bench.check import double, whole
+from peakgpt.bench.check import double, join_master
 from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.core.dispatch import OPS, use_backend
 from peakgpt.kernels.cpu import ext
@@ -165,14 +165,14 @@ def test_adamw_every_count(isa, dtype, offset):
         step = torch.tensor(3.0)
         with use_backend("cpu"):
             op(*ours, step, norm, **options, max_norm=1.0)
-        truth = double(whole(op, start))
+        truth = double(join_master(op, start))
         truth_step = torch.tensor(3.0, dtype=torch.float64)
         with torch.no_grad():
             op.eager(*truth, truth_step, norm.double(), **options, max_norm=1.0)
         assert step == truth_step == 4
         for buffer in buffers:
             assert_untouched(buffer, offset, count)
-        for got, expected in zip(double(whole(op, ours)), truth, strict=True):
+        for got, expected in zip(double(join_master(op, ours)), truth, strict=True):
             assert got is None or torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-7) is None
 
 

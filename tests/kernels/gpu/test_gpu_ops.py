@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from peakgpt.bench.check import judge, leaf, run, run_mutating, sample, whole
+from peakgpt.bench.check import join_master, judge, leaf, run, run_mutating, sample
 from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.core.dispatch import OPS, load, use_backend
 from peakgpt.kernels.gpu import reduce
@@ -41,7 +41,7 @@ def assert_right(name, tensors, dtype, **params):
     """Check the error rule and that a second run gives the same bits; return the results."""
     op = OPS[name]
     go = run_mutating if op.mutates else run
-    torchs, truth = go("eager", op, tensors, params), go("eager", op, double(whole(op, tensors)), params)
+    torchs, truth = go("eager", op, tensors, params), go("eager", op, double(join_master(op, tensors)), params)
     ours, again = go("gpu", op, tensors, params), go("gpu", op, tensors, params)
     for i, verdict in enumerate(judge(ours, torchs, truth, dtype)):
         assert verdict.passed, f"result {i}: {verdict}"
@@ -521,7 +521,7 @@ def test_adamw_skips_the_update_if_the_norm_is_not_finite(norm):
     tensors = sample("adamw", {"count": 1030}, torch.bfloat16, DEVICE, grad=False)
     tensors[-1] = torch.full((), norm, device=DEVICE)
     after = run_mutating("gpu", OPS["adamw"], tensors, {"lr": 1e-2, "max_norm": 1.0})
-    param, _, _, *rest = whole(OPS["adamw"], tensors[:-1])
+    param, _, _, *rest = join_master(OPS["adamw"], tensors[:-1])
     assert all(torch.equal(a, b) for a, b in zip(after, (param, *rest), strict=True))
 
 

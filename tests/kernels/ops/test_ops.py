@@ -11,7 +11,8 @@ import torch
 from torch.library import opcheck
 
 from peakgpt import _C
-from peakgpt.bench.check import CASES, LARGE_CASES, double, judge, leaf, run, run_mutating, sample, whole
+from peakgpt.bench.check import double, join_master, judge, leaf, run, run_mutating, sample
+from peakgpt.bench.check_cases import CASES, LARGE_CASES
 from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.core.dispatch import OPS, load, use_backend
 from peakgpt.kernels.ops import catalogue
@@ -218,7 +219,7 @@ def test_adamw_step_equals_torchs_in_float64_and_skips_a_non_finite_norm(backend
     torch.manual_seed(3)
     param, grad, remainder, m, v, step, _ = op.sample(count=1025, dtype=dtype)
     extra = {} if norm is None else {"norm": torch.tensor(norm), "max_norm": 1.0}
-    truth = torch.nn.Parameter(whole(op, [param, grad, remainder])[0].double())
+    truth = torch.nn.Parameter(join_master(op, [param, grad, remainder])[0].double())
     reference = torch.optim.AdamW([truth], lr=1e-2, weight_decay=0.1)
     reference.state[truth] = {"step": step.clone(), "exp_avg": m.double(), "exp_avg_sq": v.double()}
     truth.grad = grad.double() * (1.0 if norm is None else 1.0 / (norm + 1e-6))
@@ -230,7 +231,7 @@ def test_adamw_step_equals_torchs_in_float64_and_skips_a_non_finite_norm(backend
         return
     reference.step()
     assert step.item() == 4.0
-    for ours, torchs in ((whole(op, [param, grad, remainder])[0], truth), (m, reference.state[truth]["exp_avg"]),
+    for ours, torchs in ((join_master(op, [param, grad, remainder])[0], truth), (m, reference.state[truth]["exp_avg"]),
                          (v, reference.state[truth]["exp_avg_sq"])):  # fmt: skip
         torch.testing.assert_close(ours.double(), torchs.detach(), rtol=2e-6, atol=2e-7)
 
