@@ -59,7 +59,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Imported at first use, which keeps `import peakgpt` short. Type checkers read the block above.
+# These names are imported at first use, so that `import peakgpt` stays fast. Type checkers read the block above.
 _LAZY = {
     "Engine": "peakgpt.engine.inference.engine",
     "TrainConfig": "peakgpt.engine.training.train_config",

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Each name is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code, imported on use.
+# Each key is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code. It is imported on use.
 COMMANDS = {
     "quickstart": "train a small GPT on text of this machine, compare with PyTorch eager, write a report",
     "train": "train a GPT on text files",
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 class BadInput(Exception):
-    """Wrong arguments on the command line."""
+    """The command line has wrong arguments."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,7 +2,7 @@
 
     python -m peakgpt.harness --model peakgpt --model_args pretrained=FOLDER --tasks TASK
 
-runs `lm_eval` after that import. The harness itself does not search other packages for models.
+runs the command `lm_eval` after importing this module. The harness does not search other packages for models.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 
-MAX_GEN_TOKS = 256  # the harness's own default
+MAX_GEN_TOKS = 256  # default of the harness
 
 
 @register_model("peakgpt")
 class PeakGPT(TemplateLM):
-    """A checkpoint folder with its tokenizer, run on the CPU.
+    """A checkpoint with its tokenizer, evaluated on the CPU.
 
     Args:
         pretrained: checkpoint folder.
         dtype: dtype of the weights.
         max_length: maximum number of tokens. Longer inputs lose their beginning, as in the hf model.
-        batch_size, device, max_batch_size: accepted, as the harness passes them. The engine makes its own batches.
+        batch_size, max_batch_size: ignored, because the engine makes its own batches. The harness passes them.
+        device: "cpu" or None.
     """
 
     def __init__(self, pretrained: str, dtype: str = "float32", max_length: int | None = None, batch_size=None,
@@ -92,20 +93,20 @@ class PeakGPT(TemplateLM):
         return texts
 
     def _generation(self, context: str, options: dict) -> tuple[list[int], SamplingParams, list[str]]:
-        unused = normalize_gen_kwargs(options, MAX_GEN_TOKS)
-        until = handle_stop_sequences(unused.pop("until", None), eos=self.tokens.decode([self.eot_token_id]))
-        count, sampled = unused.pop("max_gen_toks"), unused.pop("do_sample", False)
-        temperature = unused.pop("temperature", 1.0) if sampled else 0.0
-        unused.pop("temperature", None)
+        remaining = normalize_gen_kwargs(options, MAX_GEN_TOKS)
+        until = handle_stop_sequences(remaining.pop("until", None), eos=self.tokens.decode([self.eot_token_id]))
+        count, sampled = remaining.pop("max_gen_toks"), remaining.pop("do_sample", False)
+        temperature = remaining.pop("temperature", 1.0) if sampled else 0.0
+        remaining.pop("temperature", None)
         names = ("top_k", "top_p", "min_p", "repetition_penalty")
-        chosen = {name: unused.pop(name) for name in names if name in unused}
-        if unused:
-            raise ValueError(f"peakgpt: got generation options {sorted(unused)}, expected only known ones")
+        sampling = {name: remaining.pop(name) for name in names if name in remaining}
+        if remaining:
+            raise ValueError(f"peakgpt: got generation options {sorted(remaining)}, expected only known ones")
         if count >= self.max_length:
             raise ValueError(f"peakgpt: max_gen_toks is {count}, expected less than max_length {self.max_length}")
         ids = (self.tok_encode(context) or [self.eot_token_id])[-(self.max_length - count) :]
         params = SamplingParams(max_tokens=count, temperature=temperature, stop_token_ids=(self.eot_token_id,),
-                                stop=tuple(u for u in until if u), **chosen)  # fmt: skip
+                                stop=tuple(u for u in until if u), **sampling)  # fmt: skip
         return ids, params, until
 
 

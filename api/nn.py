@@ -1,4 +1,4 @@
-"""Layers on fused kernels for other people's models, and the loss of a language model as a module."""
+"""Layers on fused kernels for any PyTorch model, and the loss of a language model as a module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["GELUMLP", "CausalSelfAttention", "GatedMLP", "LayerNorm", "LinearCro
 class LinearCrossEntropyLoss(nn.Module):
     """The head and the cross entropy of a language model as one module, without storing the logits.
 
-    The loss of `F.cross_entropy(hidden @ weight.T, targets)`. To tie the head to a token embedding, assign its
+    Computes `F.cross_entropy(hidden @ weight.T, targets)`. To tie the head to a token embedding, assign its
     parameter: `loss.weight = embedding.weight`.
     """
 
@@ -28,11 +28,11 @@ class LinearCrossEntropyLoss(nn.Module):
         Args:
             vocab_size: V.
             n_embd: C.
-            ignore_index: targets of this value have no loss and no gradient, and do not count in the mean.
-            reduction: "mean" over the targets that count, "sum", or "none".
+            ignore_index: targets with this value are ignored: no loss, no gradient, not counted in the mean.
+            reduction: "mean" over targets that are not ignored, "sum", or "none".
             label_smoothing: share of the target probability that is spread over the whole vocabulary, 0 to 1.
-            z_loss: factor on logsumexp(logits)^2, which is added to the loss.
-            device, dtype: of the weight, (V, C), which is drawn from N(0, 0.02^2) as in GPT-2.
+            z_loss: factor of the term logsumexp(logits)^2 of the loss.
+            device, dtype: of the weight (V, C). It is initialized from N(0, 0.02^2), as in GPT-2.
         Raises:
             ValueError: an unknown reduction.
         """
@@ -49,7 +49,7 @@ class LinearCrossEntropyLoss(nn.Module):
         Args:
             hidden: (..., C), dtype of the weight, or a lower precision under autocast.
             targets: (...) int64 or int32, already shifted.
-            loss_weight: (...) float32, a factor on the loss of each target; None means 1.
+            loss_weight: (...) float32, a factor for the loss of each target; None means 1.
         Returns:
             float32: a scalar, or (...) with reduction "none".
         Raises:

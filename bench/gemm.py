@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, device: torch.device) -> RunResults:
     layers_of = {name: [c.build(n, k, dtype) for n, k in [*LAYERS, HEAD]] for name, c in GEMM_CONTENDERS.items()}
     for rows in args.rows or (1, 8, 512):
         run.results += compare(layers_of, rows, dtype, budget_s=args.seconds)
-    note = f"the allocator is left as it is: {reason}" if reason else "freed memory is kept, for every contender"
+    note = f"the allocator is unchanged: {reason}" if reason else "freed memory is kept, for every contender"
     run.results = [replace(r, note="; ".join(filter(None, [r.note, note]))) for r in run.results]
     return run
 

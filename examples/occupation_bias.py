@@ -3,7 +3,7 @@
     bias(o) = log p(female words | "The <o> was a") - log p(male words | "The <o> was a")
 
 and for whole sentences the difference of averaged token log-probabilities with "she" and with "he".
-Brown et al. 2020, arXiv:2005.14165, section 6.1; the sentences after WinoBias (Zhao et al. 2018, arXiv:1804.06876).
+Brown et al. 2020, arXiv:2005.14165, section 6.1. The sentences follow WinoBias (Zhao et al. 2018, arXiv:1804.06876).
 
     python examples/occupation_bias.py CHECKPOINT
 """
@@ -40,7 +40,7 @@ def sentence_bias(zero: ZeroShot, sentence: str, occupation: str) -> float:
 
 
 def measure(zero: ZeroShot) -> list[tuple[str, float, float, float, float]]:
-    """Return for each occupation: its name, the bias in the three contexts, the mean bias of the sentences."""
+    """Return a row for each occupation: name, bias in the three contexts, mean bias of the sentences."""
     return [
         (
             occupation,

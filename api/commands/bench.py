@@ -1,4 +1,4 @@
-"""peakgpt bench: see peakgpt.bench.command."""
+"""peakgpt bench: the command of `peakgpt.bench.command`."""
 
 from peakgpt.bench.command import add_arguments, run
 

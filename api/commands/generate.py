@@ -16,7 +16,7 @@ from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.kernels.hardware.device import choose_device
 
 LOOKUP = "lookup"
-TOP_K, SEED = 50, 0  # defaults of sampling
+TOP_K, SEED = 50, 0  # defaults of --top-k and --seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,20 +68,20 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: in
     params = SamplingParams(max_tokens=min(max_tokens, free), stop_token_ids=(tokenizer.end_id,), **sampling)
     engine = Engine(model, tokenizer, streams=1, speculation=speculation, cache=cache)
     sys.stdout.write(prompt)
-    pieces, tokens, rate = _timed(engine, ids, params, sys.stdout)
+    pieces, tokens, rate = _run_request(engine, ids, params, sys.stdout)
     sys.stdout.write(f"\n\n[{len(tokens)} token{'s' * (len(tokens) != 1)}, {rate:.0f} tokens/s]\n")
     if engine.executor_note:
         sys.stdout.write(f"[{engine.executor_note}]\n")
     if speculation:
-        _, plain, plain_rate = _timed(Engine(model, tokenizer, streams=1, cache=cache), ids, params, None)
+        _, plain, plain_rate = _run_request(Engine(model, tokenizer, streams=1, cache=cache), ids, params, None)
         same = "the same" if plain == tokens else "NOT THE SAME"
         sys.stdout.write(f"[{engine.accepted} of {engine.proposed} proposed tokens accepted; {plain_rate:.0f} "
                          f"tokens/s without speculation: {rate / plain_rate:.2f} x, text {same}]\n")  # fmt: skip
     return "".join([prompt, *pieces])
 
 
-def _timed(engine: Engine, ids: list[int], params: SamplingParams, out) -> tuple[list[str], list[int], float]:
-    """Run one request; return pieces of text, token ids, and tokens per second."""
+def _run_request(engine: Engine, ids: list[int], params: SamplingParams, out) -> tuple[list[str], list[int], float]:
+    """Run one request and write its text to `out`; return pieces of text, token ids, and tokens per second."""
     pieces, tokens, start = [], [], time.perf_counter()
     for output in engine.stream(ids, params):
         pieces.append(output.text)

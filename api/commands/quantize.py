@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> int:
     if Path(args.source).resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
     if present := read_format(args.source):
-        raise ValueError(f"quantize: IN has weights of {present.bits} bits already, expected a checkpoint of floats")
-    form = Format(args.bits, args.group)
+        raise ValueError(f"quantize: IN has weights of {present.bits} bits already, expected float weights")
+    quantization = Format(args.bits, args.group)
     ids = None if args.text is None else _tokens(args.source, args.text)
     model = GPT.from_pretrained(args.source)
-    write_quantized(args.source, args.folder, quantize_state(model.state_dict(), form), form)
+    write_quantized(args.source, args.folder, quantize_state(model.state_dict(), quantization), quantization)
     print(f"{args.folder}: {_size(args.folder) / 2**20:.1f} MiB, {_size(args.source) / 2**20:.1f} MiB before")
     if ids is not None:
         before, after = perplexity(model, ids), perplexity(GPT.from_pretrained(args.folder), ids)
@@ -54,8 +54,8 @@ def perplexity(model: GPT, ids: torch.Tensor) -> float:
     size, total = model.config.block_size, 0.0
     pairs = [(ids[i : i + size], ids[i + 1 : i + size + 1]) for i in range(0, ids.numel() - 1, size)]
     pairs = [(x[: y.numel()], y) for x, y in pairs]
-    whole = [p for p in pairs if p[0].numel() == size]  # the last window may be shorter, and is its own batch
-    batches = [whole[i : i + BATCH] for i in range(0, len(whole), BATCH)]
+    full = [p for p in pairs if p[0].numel() == size]  # the last window may be shorter, and is its own batch
+    batches = [full[i : i + BATCH] for i in range(0, len(full), BATCH)]
     for batch in [*batches, *([p] for p in pairs if p[0].numel() < size)]:
         x, y = (torch.stack(part) for part in zip(*batch, strict=True))
         total += float(model(x, y)) * y.numel()
@@ -74,5 +74,5 @@ def _tokens(folder: str, path: str) -> torch.Tensor:
 
 
 def _size(folder: str) -> int:
-    """Return the bytes of a folder's weights."""
+    """Return the size of the weight files of a folder, in bytes."""
     return sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith(WEIGHT_FILES[:3]))

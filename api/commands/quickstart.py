@@ -1,4 +1,4 @@
-"""peakgpt quickstart: train a small GPT on this machine's own text, compare it with PyTorch eager, and report."""
+"""peakgpt quickstart: train a small GPT on text of this machine, compare with PyTorch eager, write a report."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from peakgpt.kernels.hardware.peaks import peak_for
 
 PRESET, VOCAB = "gpt2-tiny", 4096
 CONFIG = TrainConfig(batch=8, tokens=256, lr=2e-3)
-COMPARISON_SHARE = 0.2  # of the training time, in which peakgpt and eager train in turns
-FIXED_S = 40  # tokenizer, validation, decoding, op table and report, at the default size
+COMPARISON_SHARE = 0.2  # share of the training time in which peakgpt and eager train in turns
+FIXED_S = 40  # time of tokenizer, validation, decoding, op table and report with the default --minutes
 VALIDATION_BATCHES = 16
 PROMPT = '"""Read a file and return'
 CONTENDERS = ("peakgpt", "eager")
@@ -117,7 +117,11 @@ class Session:
         cls, device: torch.device, config: TrainConfig, tokenizer: Tokenizer, train_shards: TokenShards,
         validation_shards: TokenShards, folder: RunFolder,
     ) -> Session:  # fmt: skip
-        """Build the model; ValueError if there is too little text."""
+        """Build the model.
+
+        Raises:
+            ValueError: the text has too few tokens for a batch.
+        """
         Batches(train_shards, config.batch, config.tokens, config.seed)
         validation_batches(validation_shards, config.batch, config.tokens)
         torch.manual_seed(config.seed)
@@ -136,14 +140,14 @@ class Session:
         console.print(
             f"model: {PRESET}, {parameter_count(self.model.config) / 1e6:.2f} M parameters, "
             f"{str(self.config.dtype).removeprefix('torch.')}; {steps} steps of "
-            f"{self.config.batch} x {self.config.tokens} tokens, eager beside us for the first {rounds * STRETCH}\n"
+            f"{self.config.batch} x {self.config.tokens} tokens, in turns with eager for the first {rounds * STRETCH}\n"
         )
         self._validate()
         with _progress(console) as progress:
             task = progress.add_task("", total=steps, loss=0.0, rate=0.0, mfu=0.0)
 
             def train_steps() -> None:
-                for event in self.loop.run(STRETCH, synchronous=True):  # as eager's steps are
+                for event in self.loop.run(STRETCH, synchronous=True):  # eager is synchronous too
                     self.folder.log(contender="peakgpt", **event.row())
                     progress.update(task, completed=event.step, loss=event.loss, rate=event.tokens_per_s,
                                     mfu=100 * event.mfu)  # fmt: skip
@@ -163,7 +167,7 @@ class Session:
         return [self._result(name, timing) for name, timing in timings.items()]
 
     def save(self) -> None:
-        """Write the checkpoint in transformers' GPT-2 layout."""
+        """Write the checkpoint in the GPT-2 layout of transformers."""
         if self.loop is None:
             self.model.save_pretrained(self.folder.checkpoint, self.tokenizer)
         else:
@@ -181,7 +185,7 @@ class Session:
         return text, compare_decoding(self.model, ids, count=128)
 
     def op_sizes(self) -> dict[str, dict[str, int]]:
-        """Return the sizes of each op in this training step."""
+        """Return the sizes of the ops in the training step of this model."""
         c, batch, tokens = self.model.config, self.config.batch, self.config.tokens
         rows = {"rows": batch * tokens, "width": c.n_embd}
         return {
@@ -198,7 +202,7 @@ class Session:
         return Batches(self.train_shards, self.config.batch, self.config.tokens, self.config.seed)
 
     def _plan(self, budget_s: float) -> tuple[int, int]:
-        """Return (steps, rounds with eager) that fill the budget, from the speed of copies of both trainers."""
+        """Time copies of both trainers; return the steps and the rounds with eager that fill the budget."""
         config = self.model.config
         trial = {"peakgpt": Trainer(copy.deepcopy(self.model), self.config, steps=100),
                  "eager": EagerTrainer(EagerGPT(config).to(self.device), self.config, steps=100)}  # fmt: skip
@@ -211,7 +215,7 @@ class Session:
         return rounds * STRETCH + max(0, round((1 - COMPARISON_SHARE) * budget_s / ours)), rounds
 
     def _eager_steps(self, model: EagerGPT, shared: SharedBatches) -> Callable[[], None]:
-        """Return a function that trains eager for a stretch of steps and logs them."""
+        """Return a function that trains eager for STRETCH steps and logs them."""
         trainer, loop = EagerTrainer(model, self.config, steps=self.loop.trainer.steps), self.loop
 
         def train_steps() -> None:

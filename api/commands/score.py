@@ -1,4 +1,4 @@
-"""peakgpt score: log-probabilities of continuations, or the perplexity of a text by windows."""
+"""peakgpt score: log-probabilities of continuations, or the perplexity of a text in overlapping windows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--text", type=Path, help="file to compute the perplexity of")
     mode.add_argument("--continuation", action="append", help="text to score after --context; may be repeated")
-    parser.add_argument("--context", help="text before the continuations (default: the beginning of a text)")
+    parser.add_argument("--context", help="text before the continuations (default: none)")
     parser.add_argument("--window", type=int, help="context length in tokens (default: block_size of the model)")
     parser.add_argument("--stride", type=int, help="tokens scored by each window (default: half the window)")
     parser.add_argument("--dtype", choices=("float32", "best"), default="float32",
@@ -51,7 +51,7 @@ def _perplexity(scorer: Scorer, tokenizer: Tokenizer, args: argparse.Namespace) 
         text = args.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{args.text}: got {error}, expected UTF-8") from None
-    # The end-of-text token comes first, so that the first token of the text has a context.
+    # The end-of-text token comes first, to give the first token of the text a context.
     result = scorer.perplexity([tokenizer.end_id, *tokenizer.encode(text)], window=args.window, stride=args.stride)
     bits = result.nll_nats / math.log(2) / len(text.encode())
     row = {"perplexity": result.value, "bits_per_byte": bits, **dataclasses.asdict(result)}
@@ -60,8 +60,8 @@ def _perplexity(scorer: Scorer, tokenizer: Tokenizer, args: argparse.Namespace) 
     print(json.dumps(row))
 
 
-def _continuations(zero: ZeroShot, context: str, continuations: list[str]) -> None:
-    scores = zero.continuations([(context, continuation) for continuation in continuations])
+def _continuations(zero_shot: ZeroShot, context: str, continuations: list[str]) -> None:
+    scores = zero_shot.continuations([(context, continuation) for continuation in continuations])
     print(f"{'log p':>10}  {'a token':>10}  {'greedy':>6}  continuation")
     for text, score in zip(continuations, scores, strict=True):
         greedy = "yes" if all(score.greedy) else "no"

@@ -25,7 +25,7 @@ KEY = "PEAKGPT_API_KEY"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="(default 8000; 0 chooses a free port)")
+    parser.add_argument("--port", type=int, default=8000, help="port (default 8000; 0 chooses a free port)")
     parser.add_argument("--served-model-name", help="model name in requests (default: name of the folder)")
     parser.add_argument("--api-key-file", type=Path, help=f"file with the key that clients must send (or ${KEY})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
     key = args.api_key_file.read_text().strip() if args.api_key_file else os.environ.get(KEY)
     if not loopback and not key:
         raise ValueError(f"serve: host is {args.host} without an API key, expected --api-key-file or ${KEY}")
-    # uvicorn finishes running requests and then raises the signal again. A requested end is not a failure.
+    # uvicorn finishes running requests and then raises the signal again. SIGTERM must give exit code 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    keep_pages()  # torch would free and fault in again the logits of a step, 13 MB for 64 streams
+    keep_pages()  # else every step pays page faults for its logits, 13 MB for 64 streams
     tokenizer = Tokenizer.load(args.checkpoint)
     model = GPT.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype))
     engine = Engine(model, tokenizer, blocks=args.blocks, cache=args.kv_cache_dtype)

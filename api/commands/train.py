@@ -1,4 +1,4 @@
-"""peakgpt train: train a GPT on text files. A stopped run can be resumed, and then continues bit for bit."""
+"""peakgpt train: train a GPT on text files. A resumed run has the same bits as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.hardware.device import choose_device
 
-# The flags that a run keeps in settings.json, and that a resumed run reads there.
+# Options that a run writes to settings.json. A resumed run reads them from this file.
 SETTINGS = ("model", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype", "recompute",
             "micro_batch")  # fmt: skip
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="steps between checkpoints (default 250); the last step always has one")  # fmt: skip
     parser.add_argument("--out", help="folder of the run (default runs/train-DATE-TIME)")
     parser.add_argument("--resume", metavar="FOLDER",
-                        help="continue the run in this folder; only --device and --save-every count then")  # fmt: skip
+                        help="continue the run in this folder; it takes only --device and --save-every")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,6 +82,11 @@ def _settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a run folder.
+
+    Raises:
+        ValueError: settings.json is missing, is not JSON, or has other keys than SETTINGS.
+    """
     try:
         settings = json.loads((path / "settings.json").read_text())
     except (OSError, ValueError):
@@ -102,7 +107,7 @@ def _prepare(text: list[str] | None, settings: dict[str, Any], folder: RunFolder
 
 
 def build_loop(folder: RunFolder, settings: dict[str, Any], device: torch.device) -> tuple[Tokenizer, TrainingLoop]:
-    """Build the loop that the settings describe, over the tokens in the folder."""
+    """Build the training loop of a run from its settings and the tokens in its folder."""
     tokenizer = Tokenizer.load(folder.tokens)
     shards, validation = (TokenShards.open(folder.tokens, name) for name in ("train", "validation"))
     config = TrainConfig(

@@ -1,1 +1,1 @@
-"""peakgpt's ops in models that people already have: `patch`, `unpatch`, and transformers' attn_implementation."""
+"""peakgpt's ops in existing PyTorch models: `patch`, `unpatch`, and attn_implementation="peakgpt" in transformers."""

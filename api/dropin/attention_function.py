@@ -32,8 +32,8 @@ class Mask(NamedTuple):
         start, length: (B,) int64, the range of valid keys of each sequence.
         keys: (B, S) bool, valid keys. Used if they are not one range, and under torch.compile, which cannot read them.
         documents: (N + 1,) int64 offsets of packed documents in the B * T tokens of the batch.
-        unpacked: bool tensor that is asserted at run time. torch.compile cannot read position_ids, so packed ones must
-            not occur.
+        unpacked: bool tensor that must be true at run time, which is asserted. torch.compile cannot read position_ids,
+            so they must not hold packed documents.
     """
 
     causal: bool
@@ -49,7 +49,7 @@ class Mask(NamedTuple):
 
     __add__ = __radd__
 
-    def __getattr__(self, name: str):  # a model uses it as a tensor
+    def __getattr__(self, name: str):  # called if a model uses the mask as a tensor
         raise AttributeError(NO_MASK_ARITHMETIC)
 
 
@@ -72,11 +72,11 @@ def attention_forward(
     Args:
         module: the attention module. Only its `is_causal` is read.
         query: (B, H, T, D). key, value: (B, K, S, D).
-        attention_mask: a Mask; or a dense (B or 1, H or 1, T, S) tensor, bool or additive; or None. None
-            is a causal mask if `is_causal` (default: of the module) is true. One query then sees all keys. For
-            1 < T < S only the first T keys are used: this is the prompt in a static cache.
-        dropout, scaling: as `dropout` and `scale` of `peakgpt.attention`. scaling None means 1 / sqrt(D).
-        position_bias: (1 or B, H, T, S), added to the scores. It gets a gradient.
+        attention_mask: a Mask; or a dense (B or 1, H or 1, T, S) tensor, bool or additive; or None. With
+            None the mask is causal if `is_causal` (default: that of the module) is true. A single query then sees all
+            keys. For 1 < T < S only the first T keys are used: a prompt in a static cache.
+        dropout, scaling: `dropout` and `scale` of `peakgpt.attention`. scaling None means 1 / sqrt(D).
+        position_bias: (1 or B, H, T, S), added to the scores. It receives a gradient.
         cu_seq_lens_q: (N + 1,) offsets of packed documents, for B = 1. Overrides documents derived from position_ids.
         others: arguments in IGNORED_KEYWORDS are ignored; any other that is not None or False raises.
     Returns:
@@ -128,9 +128,9 @@ def masked_attention(
             q, k, v, causal=causal, kv_start=mask.start, kv_len=mask.length, bias=expand_bias(bias, q, k), **options
         )
     if bias is not None or mask.start is not None or mask.keys is not None:
-        raise ValueError("attention: got packed documents with padding or a position bias, expected them alone")
-    rows = [t.reshape(1, -1, *t.shape[2:]) for t in (q, k, v)]
-    y = attention(*rows, causal=causal, cu_seqlens=mask.documents if documents is None else documents, **options)
+        raise ValueError("attention: got packed documents with padding or a position bias, expected neither")
+    packed = [t.reshape(1, -1, *t.shape[2:]) for t in (q, k, v)]
+    y = attention(*packed, causal=causal, cu_seqlens=mask.documents if documents is None else documents, **options)
     return y.view(q.shape)
 
 
@@ -152,8 +152,8 @@ def additive_mask(mask: Tensor, q: Tensor) -> Tensor:
     return mask.new_zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _sum(bias: Tensor | None, more: Tensor) -> Tensor:
-    return more if bias is None else bias + more
+def _sum(bias: Tensor | None, mask: Tensor) -> Tensor:
+    return mask if bias is None else bias + mask
 
 
 def expand_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

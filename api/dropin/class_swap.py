@@ -1,7 +1,7 @@
 """Replace the forward of a module: its class becomes a subclass with the same name.
 
 Parameters, buffers, hooks, `isinstance`, state dict names and FSDP wrapping policies do not change. A subclass of
-transformers' GradientCheckpointingLayer keeps its activation checkpointing. `restore` gives the class back.
+transformers' GradientCheckpointingLayer keeps its activation checkpointing. `restore` undoes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYOUTS = {LINEAR: LINEAR, OUT_PROJ: LINEAR, CONV1D: CONV1D}
 class Replacement:
     """Base of the replacement classes. `self._peakgpt` holds the options of the module's row in KNOWN_CLASSES."""
 
-    # Whether forward keeps the signature of the replaced one: transformers inspects the arguments of whole models.
+    # Whether forward keeps the signature of the original: transformers inspects the arguments of whole models.
     _keep_signature = False
 
     @classmethod
@@ -43,7 +43,7 @@ def class_path(kind: type) -> str:
 
 
 def is_fsdp2_class(kind: type) -> bool:
-    """Return whether FSDP2 has wrapped this class. Compares names, so that nothing is imported."""
+    """Return whether FSDP2 has wrapped this class. Compares names to avoid an import."""
     return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
 
 
@@ -53,13 +53,13 @@ def original_class(module: nn.Module) -> type:
 
 
 def replace(module: nn.Module, by: type[Replacement], options: dict[str, Any]) -> None:
-    """Make the module an instance of a new subclass of `by` and its own class."""
+    """Make the module an instance of a new subclass of `by` and of its original class."""
     module.__dict__[OPTIONS] = options
     module.__class__ = _subclass(type(module), by)
 
 
 def restore(module: nn.Module) -> None:
-    """Give the module its own class back."""
+    """Restore the original class of the module."""
     kind = getattr(type(module), ORIGINAL, None)
     if kind is None:
         return
@@ -74,10 +74,10 @@ def restore(module: nn.Module) -> None:
 
 @functools.cache
 def _subclass(kind: type, by: type[Replacement]) -> type:
-    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    attributes = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     if by._keep_signature:
-        same["forward"] = _with_signature(by.forward, kind.forward)
-    return type(kind.__name__, (by, kind), {**same, ORIGINAL: kind})
+        attributes["forward"] = _with_signature(by.forward, kind.forward)
+    return type(kind.__name__, (by, kind), {**attributes, ORIGINAL: kind})
 
 
 def _with_signature(function, like):
@@ -92,7 +92,7 @@ def _with_signature(function, like):
 
 
 def linear_layout(layer: nn.Module) -> str | None:
-    """Return LINEAR for x W^T + b, CONV1D for x W + b, None for other layers, hooks, adapters, shards."""
+    """Return LINEAR for x W^T + b, CONV1D for x W + b; None for other layers and for hooks, adapters or shards."""
     kind = LAYOUTS.get(class_path(original_class(layer)))
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     plain = type(layer.weight) in (nn.Parameter, Tensor) if kind else False

@@ -1,8 +1,8 @@
 """Detect MLPs and attention in modules of unknown classes.
 
-An MLP is a module with two linear layers that it calls one after the other, if `mlp` with a known activation gives the
-same output on a trial input. Attention is a forward that calls `scaled_dot_product_attention`: the same code runs, with
-that name bound to a function that calls `peakgpt.attention`.
+A module is an MLP if it calls two linear layers one after the other, and if `mlp` with a known activation gives the
+same output on a trial input. A module is attention if its forward calls `scaled_dot_product_attention`. The replacement
+runs the same code, with that name bound to a function that calls `peakgpt.attention`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peakgpt.kernels.ops.mlp import mlp
 
 SDPA = "scaled_dot_product_attention"
 DROPOUT = "torch.nn.modules.dropout.Dropout"
-# Relative to the largest output. The two forms of GELU differ by at least 1e-4 of it at inputs of this scale.
+# TOLERANCE is relative to the largest output. At inputs of SCALE, the two forms of GELU differ by at least 1e-4 of it.
 SCALE, TOLERANCE = 3.0, {torch.float32: 1e-5, torch.float64: 1e-5}
 LOWER = 2e-2
 
@@ -44,10 +44,10 @@ def detect_mlp(module: nn.Module) -> dict[str, Any] | None:
         return None
     x = sample_rows(up)[0] * SCALE
     with torch.no_grad(), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        seen = _trace_calls(module, children, dropouts, x)
-        if seen is None:
+        trace = _trace_calls(module, children, dropouts, x)
+        if trace is None:
             return None
-        y, order = seen
+        y, order = trace
         known = [layers.activation_of(children[acts[0]])] if acts else list(layers.MLP._OPS)
         matches = [name for name in known if name in layers.MLP._OPS and _close(_fused_output(x, up, down, name), y)]
     middle, end = order[1 : order.index(linear[1])] if linear[1] in order else [], order[-1]
@@ -62,7 +62,10 @@ def detect_mlp(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _trace_calls(module: nn.Module, children: dict[str, nn.Module], dropouts: list[str], x: Tensor):
-    """Return (output, names of the children in call order), or None if training differs by more than dropout."""
+    """Return (output, names of the children in call order).
+
+    Returns None if the forward needs other inputs, or if training mode differs by more than dropout.
+    """
     order: list[str] = []
     hooks = [c.register_forward_hook(lambda *_, n=n: order.append(n)) for n, c in children.items()]
     try:
@@ -71,7 +74,7 @@ def _trace_calls(module: nn.Module, children: dict[str, nn.Module], dropouts: li
         first, order[:] = list(order), []
         with _mode(module, dropouts, True):
             same = torch.equal(module(x), y)
-    except Exception:  # its forward does not take one tensor, so it is not an MLP
+    except Exception:  # the forward does not take one tensor, so the module is not an MLP
         return None
     finally:
         for hook in hooks:
@@ -132,18 +135,18 @@ def sdpa_replacement(kind: type) -> type[Replacement] | None:
 
 
 def _copy(module: types.ModuleType, changed: dict[str, Any]) -> types.ModuleType:
-    twin = types.ModuleType(module.__name__)
-    twin.__dict__.update({**vars(module), **changed})
-    return twin
+    copied = types.ModuleType(module.__name__)
+    copied.__dict__.update({**vars(module), **changed})
+    return copied
 
 
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Same as torch's function. Calls `peakgpt.attention` for (B, H, T, D) inputs with a supported mask, else torch."""
-    other = query.dim() != 4 or query.shape[-1] != value.shape[-1] or key.shape[0] != query.shape[0]
-    if other or (is_causal and (query.shape[2] != key.shape[2] or attn_mask is not None)):
+    """Replace the function of torch: call `peakgpt.attention` for supported (B, H, T, D) inputs, else torch."""
+    unsupported = query.dim() != 4 or query.shape[-1] != value.shape[-1] or key.shape[0] != query.shape[0]
+    if unsupported or (is_causal and (query.shape[2] != key.shape[2] or attn_mask is not None)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

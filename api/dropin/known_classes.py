@@ -1,4 +1,4 @@
-"""Which replacement class each known module class gets. Keys are class paths, so that nothing is imported for them."""
+"""The replacement class of each known module class. Keys are class paths, so that transformers is not imported."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Row:
     """How one module class is replaced.
 
     Args:
-        replacement: the new class. None: the module stays and calls our attention function through transformers'
-            AttentionInterface.
-        ops: names of the ops that run then, for the report.
+        replacement: the new class. None: the module is not replaced, and calls our attention function through the
+            AttentionInterface of transformers.
+        ops: names of the ops that it runs, for the report.
         options: names of submodules and other settings that the replacement reads.
         parts: names of submodules whose forward the replacement does not call.
     """
@@ -66,7 +66,10 @@ MASKED_OPS = "cross-entropy of the labelled positions"
 RMSNORM = Row(layers.RMSNorm, "rmsnorm")
 SEPARATE = _rotary(("q_proj", "k_proj", "v_proj"), "o_proj", "past_key_values")
 BERT_LAYER = _mlp(
-    "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", "output.dropout",
+    "intermediate.dense",
+    "intermediate.intermediate_act_fn",
+    "output.dense",
+    "output.dropout",
     replacement=layers.BertLayer,
 )
 DROP_ADD_NORM = Row(layers.DropAddNorm, "add_layernorm")

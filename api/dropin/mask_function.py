@@ -2,7 +2,7 @@
 
 The mask function returns a compact `Mask` instead of a (B, 1, T, S) tensor: causal or not, a window, a range of keys
 for each sequence, offsets of packed documents. For any other pattern it returns the dense mask of transformers, which
-is slower and always right. A model that adds the mask to its scores itself (such as BLOOM) never calls our attention
+is slower. A model that adds the mask to its scores itself (such as BLOOM) never calls our attention
 function; `Mask.__radd__` then raises an error.
 
 This module imports transformers. It is imported only when a user patches such a model or registers the name.
@@ -58,23 +58,23 @@ def mask_function(
     Returns:
         A `Mask`, or a dense bool tensor (B, 1, T, S) if `Mask` cannot express the pattern.
     """
-    found = None
+    mask = None
     # With a static cache q_offset is a tensor, and the last key in the cache is not the last valid key.
     if not use_vmap and isinstance(q_offset, int):
-        found = _traced_pattern(mask_function, local_size, batch_size, q_length, device)
-        # generate() needs a dense mask for a static cache. With a window, a static cache looks like any other here.
-        generating = found is not None and found.window is not None and not torch.is_grad_enabled()
-        if generating or (found is not None and found.causal and q_offset + q_length != kv_offset + kv_length):
-            found = None
-    if found is None:
+        mask = _traced_pattern(mask_function, local_size, batch_size, q_length, device)
+        # generate() needs a dense mask for a static cache, which cannot be recognized here if there is a window.
+        generating = mask is not None and mask.window is not None and not torch.is_grad_enabled()
+        if generating or (mask is not None and mask.causal and q_offset + q_length != kv_offset + kv_length):
+            mask = None
+    if mask is None:
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
             allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
     if attention_mask is None:
-        return found
+        return mask
     padded = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    return _with_padding(found, padded[:, kv_offset : kv_offset + kv_length].to(torch.bool))
+    return _with_padding(mask, padded[:, kv_offset : kv_offset + kv_length].to(torch.bool))
 
 
 def _traced_pattern(function, local_size, batch: int, tokens: int, device) -> Mask | None:
@@ -120,13 +120,13 @@ def _document_offsets(document: Tensor) -> Tensor:
     return torch.cat((starts.flatten().nonzero()[:, 0], starts.new_tensor([document.numel()], dtype=torch.long)))
 
 
-def _with_padding(found: Mask, live: Tensor) -> Mask:
+def _with_padding(mask: Mask, live: Tensor) -> Mask:
     """Add padding to a mask; `live`, (B, S) bool, is true for valid keys."""
     if torch.compiler.is_compiling():
-        return found._replace(keys=live)
+        return mask._replace(keys=live)
     if bool(live.all()):
-        return found
+        return mask
     length, start = live.sum(1), live.int().argmax(1)
     j = torch.arange(live.shape[1], device=live.device)
-    whole = (j >= start[:, None]) & (j < (start + length)[:, None]) == live
-    return found._replace(start=start, length=length) if bool(whole.all()) else found._replace(keys=live)
+    is_range = (j >= start[:, None]) & (j < (start + length)[:, None]) == live
+    return mask._replace(start=start, length=length) if bool(is_range.all()) else mask._replace(keys=live)

@@ -37,13 +37,13 @@ def patch(model: nn.Module, strict: bool = False, check: bool = True) -> Report:
     Returns:
         A Report with one entry for each module. Print it to see what runs on which op and why others do not.
     Raises:
-        ValueError: not a module; already patched; strict and modules are left; outputs differ. The model is unchanged
-            then.
+        ValueError: not a module; already patched; strict and modules are left; outputs differ. The model is then
+            unchanged.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"patch: got a {type(model).__name__}, expected a torch.nn.Module")
     if any(original_class(m) is not type(m) for m in model.modules()):
-        raise ValueError("patch: got a model that is patched already, expected one that is not: unpatch it first")
+        raise ValueError("patch: got a model that is patched already, expected an unpatched model: call unpatch first")
     before = reference_outputs(model) if check else None
     report = Report()
     try:
@@ -52,24 +52,24 @@ def patch(model: nn.Module, strict: bool = False, check: bool = True) -> Report:
         for name, module in model.named_modules():
             report.entries.append(_entry(name, module, parts, attention_ids))
         if strict and report.left:
-            named = "; ".join(f"{e.module or 'the model'} ({e.kind}): {e.note}" for e in report.left[:3])
-            raise ValueError(f"patch: got strict=True and {len(report.left)} modules left, expected none: {named}")
+            names = "; ".join(f"{e.module or 'the model'} ({e.kind}): {e.note}" for e in report.left[:3])
+            raise ValueError(f"patch: got strict=True and {len(report.left)} modules left, expected none: {names}")
         report.check = compare_outputs(before, model) if check else "not done: check=False"
     except Exception:
         unpatch(model)
         raise
     if any(p.device.type == "cpu" for p in model.parameters()):
-        why = keep_pages()
-        kept = "the process keeps freed memory until it ends"
-        report.process = f"freed memory returns to the system: {why}" if why else kept
+        reason = keep_pages()
+        keeps = "the process keeps freed memory until it ends"
+        report.process = f"freed memory returns to the system: {reason}" if reason else keeps
     return report
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo `patch`: give every module its own class back. Outputs are then the same bits as before `patch`.
+    """Undo `patch`: restore the class of every module. Outputs then have the same bits as before `patch`.
 
     Raises:
-        ValueError: a module was wrapped (as by FSDP2) after it was patched.
+        ValueError: a module was wrapped after it was patched, for example by FSDP2.
     """
     for module in model.modules():
         restore(module)
@@ -93,18 +93,18 @@ def _set_attention_implementation(model: nn.Module) -> set[int]:
 
     from peakgpt.dropin.mask_function import NAME, register_attention
 
-    found: set[int] = set()
+    attention_ids: set[int] = set()
     configs: set[int] = set()
     for part in model.modules():
         if not isinstance(part, PreTrainedModel) or not (ids := _attention_modules(part)):
             continue
-        found |= ids
+        attention_ids |= ids
         if id(part.config) not in configs:
             register_attention()
             configs.add(id(part.config))
             part.__dict__[PREVIOUS_ATTENTION] = part.config._attn_implementation_internal
             part.config._attn_implementation_internal = NAME
-    return found
+    return attention_ids
 
 
 def _attention_modules(model: nn.Module) -> set[int]:
@@ -129,7 +129,7 @@ def _entry(name: str, module: nn.Module, parts: dict[int, str], attention_ids: s
             return Entry(name, kind, REPLACED, BY_NAME)
         if id(module) in parts:
             return Entry(name, kind, PART, parts[id(module)])
-        reason = "its model is not one of transformers" if row else unreplaced.reason_left(module)
+        reason = "its model is not a transformers model" if row else unreplaced.reason_left(module)
         return Entry(name, kind, LEFT, reason) if reason else Entry(name, kind, KEPT)
     options = dict(row.options)
     if reason := row.replacement.objection(module, options):
@@ -156,7 +156,7 @@ def _detect(module: nn.Module) -> Row | None:
 
 
 class DetectedMLP(MLP):
-    """An MLP of an unknown class, whose activation `detection` has found."""
+    """An MLP of an unknown class. `detection` has determined its activation."""
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:

@@ -16,8 +16,8 @@ class Entry:
     Args:
         module: name of the module in the model; "" is the model itself.
         kind: name of its class.
-        status: "replaced": runs on peakgpt's ops. "part of": its parent replaces its work. "left": not replaced,
-            although peakgpt has an op for it or the module is unknown. "kept": needs no
+        status: "replaced": runs on the ops of peakgpt. "part of": the replacement of its parent does its work.
+            "left": not replaced, although peakgpt has an op for it or the module is unknown. "kept": needs no
             replacement (containers, embeddings, dropout).
         note: the ops, the parent, or the reason.
     """
@@ -34,7 +34,7 @@ class Report:
 
     Args:
         entries: one for each module of the model.
-        process: what changed in the process outside of the model; "" if nothing did.
+        process: changes of the process outside of the model; "" without any.
         check: the largest difference from the unpatched model, or why it was not checked.
     """
 
@@ -51,7 +51,7 @@ class Report:
         return [e for e in self.entries if e.status == LEFT]
 
     def rows(self) -> Iterator[tuple[str, Entry, int]]:
-        """Yield (name, entry, count). Modules whose names differ in a number only share one row."""
+        """Yield (name, entry, count). Modules whose names differ only in a number share one row."""
         groups: dict[tuple, list[Entry]] = {}
         for e in self.entries:
             name, note = (re.sub(r"\b\d+\b", "*", text) for text in (e.module, e.note))
@@ -71,7 +71,7 @@ class Report:
         console = Console(width=140, no_color=True)
         with console.capture() as text:
             console.print(table)
-        kept = sum(e.status == KEPT for e in self.entries)
-        lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left, {kept} need no replacement",
+        unneeded = sum(e.status == KEPT for e in self.entries)
+        lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left, {unneeded} need no replacement",
                 self.process, self.check and f"check: {self.check}"]  # fmt: skip
         return text.get() + "\n".join(filter(None, lines))

@@ -1,6 +1,6 @@
 """Find modules that were not replaced although peakgpt has, or may have, an op for them.
 
-Decided from the parameters of the module, the functions that its forward calls, and its children. Containers,
+The decision uses the parameters of the module, the functions that its forward calls, and its children. Containers,
 embeddings, dropout and single activations need no replacement.
 """
 
@@ -36,10 +36,10 @@ def reason_left(module: nn.Module) -> str | None:
     if called:
         return f"its forward calls {called[0]}, expected a known class that {OPS_BY_FUNCTION[called[0]]} can replace"
     children = [original_class(child) for child in module.children()]
-    products = sum(class_path(child) in LAYOUTS for child in children)
-    if products > 1 and any(_is_activation(child) for child in module.children()):
-        return "MLP of an unknown form"
-    if products > 1 and "Attention" in kind.__name__:
+    linear_layers = sum(class_path(child) in LAYOUTS for child in children)
+    if linear_layers > 1 and any(_is_activation(child) for child in module.children()):
+        return "MLP of an unknown structure"
+    if linear_layers > 1 and "Attention" in kind.__name__:
         return "attention of an unknown class"
     return "computes all logits for its loss" if _has_loss_of_logits(module, kind) else None
 

@@ -40,17 +40,17 @@ def reference_outputs(model: nn.Module) -> Tensor | None:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     with _eval_mode(model), torch.no_grad():
         out = model(**inputs, return_dict=True)
-    found = out.logits if "logits" in out else out[0]
-    if model.config.is_encoder_decoder or found.shape[:2] != live.shape:
-        return found
-    return found[live.bool().to(device)]
+    outputs = out.logits if "logits" in out else out[0]
+    if model.config.is_encoder_decoder or outputs.shape[:2] != live.shape:
+        return outputs
+    return outputs[live.bool().to(device)]
 
 
 def compare_outputs(before: Tensor | None, model: nn.Module) -> str:
     """Compare outputs after patching with those before; return a sentence with the largest difference.
 
     Raises:
-        ValueError: the difference is larger than rounding explains.
+        ValueError: the difference is larger than rounding errors.
     """
     if _device(model) is None:
         return "not done: the parameters are on the meta device"
@@ -87,8 +87,8 @@ def _device(model: nn.Module) -> torch.device | None:
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Set eval() and restore the mode of each module at the end.
 
-    FSDP2 keeps the parameters of the root module unsharded after a forward. Reshard them, or an optimizer made after
-    this check would hold the wrong tensors.
+    FSDP2 keeps the parameters of the root module unsharded after a forward. This function reshards them, because an
+    optimizer that is created after the check would otherwise hold the unsharded tensors.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()

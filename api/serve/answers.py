@@ -13,7 +13,7 @@ from peakgpt.serve.schema import CompletionRequest
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token as text. Bytes that are not UTF-8 are spelled as "bytes:\\xNN", so that all tokens differ."""
+    """Return a token as text. Bytes that are not UTF-8 become "bytes:\\xNN", so that all tokens differ."""
     data = tokenizer.token_bytes(token)
     try:
         return data.decode()
@@ -22,7 +22,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 class Answer:
-    """One response: the fields that its parts share, and the token counts of `usage`."""
+    """One response: the fields that are common to its parts, and the token counts of `usage`."""
 
     def __init__(self, completion: CompletionRequest, model: str, tokenizer: Tokenizer, prompts: list[list[int]],
                  texts: list[str]):  # fmt: skip
@@ -53,7 +53,7 @@ class Answer:
         return {**self.head, "object": self.kind(chunk=chunk), "choices": choices, **counts}
 
     def part(self, number: int, output: Output) -> dict[str, Any]:
-        """Return what one output adds to a choice: index, text, logprobs, finish_reason."""
+        """Convert one output of the engine into a part of a choice: index, text, logprobs, finish_reason."""
         index = number * self.completion.n + output.index
         self.completion_tokens += len(output.token_ids)
         if output.prompt_logprobs is not None:
@@ -62,33 +62,34 @@ class Answer:
         self.begun.add(index)
         logprobs = None
         if output.logprobs is not None:
-            shown = output.logprobs
+            entries = output.logprobs
             # Completions list the stop token too, as OpenAI does: lm-eval counts the last entry as a new token.
             if self.completion.chat and isinstance(output.stop_reason, int):
-                shown = shown[:-1]
+                entries = entries[:-1]
             chat = self.completion.chat
-            logprobs = self._chat_logprobs(shown) if chat else self._logprobs(index, number, shown, first)
+            logprobs = self._chat_logprobs(entries) if chat else self._logprobs(index, number, entries, first)
         if first and self.completion.echo:
             text = self.texts[number] + text
         reason = output.finish_reason and _reason(output)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, index: int, number: int, logprobs: tuple[TokenLogprob, ...], first: bool) -> dict[str, list]:
-        made = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        columns = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         if first and self.completion.echo:
-            self._add(made, index, self.prompts[number][0], None, None)
+            self._add(columns, index, self.prompts[number][0], None, None)
             logprobs = (*self.prompt_logprobs.get(number, ()), *logprobs)
-        for one in logprobs:
-            top = {token_text(self.tokenizer, token): logprob for token, logprob in one.top}
-            self._add(made, index, one.token, one.logprob, top | {token_text(self.tokenizer, one.token): one.logprob})
-        return made
+        for entry in logprobs:
+            top = {token_text(self.tokenizer, token): logprob for token, logprob in entry.top}
+            top |= {token_text(self.tokenizer, entry.token): entry.logprob}
+            self._add(columns, index, entry.token, entry.logprob, top)
+        return columns
 
-    def _add(self, made: dict[str, list], index: int, token: int, logprob: float | None, top: dict | None) -> None:
+    def _add(self, columns: dict[str, list], index: int, token: int, logprob: float | None, top: dict | None) -> None:
         text = token_text(self.tokenizer, token)
-        at = self.offsets.get(index, 0)
-        self.offsets[index] = at + len(text)
-        for name, value in zip(made, (text, logprob, top, at), strict=True):
-            made[name].append(value)
+        offset = self.offsets.get(index, 0)
+        self.offsets[index] = offset + len(text)
+        for name, value in zip(columns, (text, logprob, top, offset), strict=True):
+            columns[name].append(value)
 
     def _chat_logprobs(self, logprobs: tuple[TokenLogprob, ...]) -> dict[str, list]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -105,15 +106,15 @@ def _reason(output: Output) -> str:
 
 def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Merge the parts of one choice, in order."""
-    whole = {**parts[-1], "text": "".join(part["text"] for part in parts)}
+    merged = {**parts[-1], "text": "".join(part["text"] for part in parts)}
     parts_with_logprobs = [part["logprobs"] for part in parts if part["logprobs"] is not None]
     if parts_with_logprobs:
         first = parts_with_logprobs[0]
-        whole["logprobs"] = {
+        merged["logprobs"] = {
             name: [value for part in parts_with_logprobs for value in part[name]] if isinstance(values, list) else None
             for name, values in first.items()
         }
-    return whole
+    return merged
 
 
 def as_message(choice: dict[str, Any], *, chunk: bool, first: bool = True) -> dict[str, Any]:

@@ -37,12 +37,12 @@ class Metrics:
     registry: prometheus.CollectorRegistry = field(default_factory=prometheus.CollectorRegistry)
 
     def __post_init__(self):
-        kept = {"registry": self.registry}
-        self.answers = prometheus.Counter("peakgpt_answers", "answers by status", ["status"], **kept)
-        self.tokens = prometheus.Counter("peakgpt_tokens", "tokens read and written", ["kind"], **kept)
-        self.first = prometheus.Histogram("peakgpt_first_output_seconds", "until the first output", **kept)
-        self.load = prometheus.Gauge("peakgpt_continuations", "continuations running and waiting", **kept)
-        self.free = prometheus.Gauge("peakgpt_free_blocks", "free blocks of the cache", **kept)
+        options = {"registry": self.registry}
+        self.answers = prometheus.Counter("peakgpt_answers", "answers by status", ["status"], **options)
+        self.tokens = prometheus.Counter("peakgpt_tokens", "tokens read and written", ["kind"], **options)
+        self.first = prometheus.Histogram("peakgpt_first_output_seconds", "until the first output", **options)
+        self.load = prometheus.Gauge("peakgpt_continuations", "continuations running and waiting", **options)
+        self.free = prometheus.Gauge("peakgpt_free_blocks", "free blocks of the cache", **options)
 
 
 class Server:
@@ -63,11 +63,11 @@ class Server:
         self.metrics.load.set_function(lambda: self.worker.load)
         self.metrics.free.set_function(lambda: engine.pool.free_blocks)
         self.block_size, self.vocab_size = engine.config.block_size, engine.config.vocab_size
-        # Upper bound of prompt characters: every token is the longest of the vocabulary.
-        self.longest = self.block_size * max(map(len, tokenizer.library.get_vocab()))
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._life)
+        # Upper bound of the prompt in characters: as if every token were the longest of the vocabulary.
+        self.max_prompt_chars = self.block_size * max(map(len, tokenizer.library.get_vocab()))
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
         for path, method, answer in (
-            ("/", "GET", self._page), ("/health", "GET", self._health), ("/metrics", "GET", self._tell_metrics),
+            ("/", "GET", self._page), ("/health", "GET", self._health), ("/metrics", "GET", self._metrics),
             ("/v1/models", "GET", self._models), ("/v1/completions", "POST", self._completions),
             ("/v1/chat/completions", "POST", self._chat), ("/tokenize", "POST", self._tokenize),
             ("/detokenize", "POST", self._detokenize),
@@ -79,7 +79,7 @@ class Server:
         self.app = app
 
     @contextlib.asynccontextmanager
-    async def _life(self, app: FastAPI) -> AsyncIterator[None]:
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self.worker.loop = asyncio.get_running_loop()
         self.worker.start()
         yield
@@ -94,7 +94,7 @@ class Server:
         alive = self.worker.is_alive()
         return JSONResponse({"status": "ok" if alive else "the engine thread has stopped"}, 200 if alive else 503)
 
-    async def _tell_metrics(self) -> Response:
+    async def _metrics(self) -> Response:
         return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     async def _models(self) -> dict[str, Any]:
@@ -104,12 +104,12 @@ class Server:
 
     async def _tokenize(self, request: Request) -> dict[str, Any]:
         fields = check(await self._read(request), TOKENIZE, self.limits)
-        ids = await asyncio.to_thread(self.tokenizer.encode, self._needed(fields, "prompt"))
+        ids = await asyncio.to_thread(self.tokenizer.encode, self._required(fields, "prompt"))
         return {"tokens": ids, "count": len(ids), "max_model_len": self.block_size}
 
     async def _detokenize(self, request: Request) -> dict[str, Any]:
         fields = check(await self._read(request), DETOKENIZE, self.limits)
-        tokens = self._needed(fields, "tokens")
+        tokens = self._required(fields, "tokens")
         if len(tokens) != 1 or isinstance(tokens[0], str):
             raise BadRequest(f"tokens: got {tokens!r:.80}, expected one list of token ids", param="tokens")
         self._check_ids(tokens[0], "tokens")
@@ -150,38 +150,38 @@ class Server:
         return EventStream(content, outputs) if completion.stream else JSONResponse(content)
 
     def _job(self, completion: CompletionRequest, prompts: list[str | list[int]]) -> tuple[Job, Answer]:
-        for text in filter(lambda p: isinstance(p, str) and len(p) > self.longest, prompts):
-            # Reject it before spending time on its encoding.
-            raise BadRequest(f"prompt: got {len(text)} characters, expected up to {self.longest}", param="prompt",
-                             code="context_length_exceeded")  # fmt: skip
+        for text in filter(lambda p: isinstance(p, str) and len(p) > self.max_prompt_chars, prompts):
+            # Reject a long prompt before spending time on its encoding.
+            raise BadRequest(f"prompt: got {len(text)} characters, expected up to {self.max_prompt_chars}",
+                             param="prompt", code="context_length_exceeded")  # fmt: skip
         ids = [self.tokenizer.encode(p) or [self.tokenizer.end_id] if isinstance(p, str) else p for p in prompts]
-        made = []
-        for one in ids:
-            self._check_ids(one, "prompt")
-            room = self.block_size - len(one)
-            if room < 0 or len(one) > self.limits.prompt_tokens:
-                raise BadRequest(f"prompt: got {len(one)} tokens, expected up to {self.block_size}", param="prompt",
+        requests = []
+        for prompt in ids:
+            self._check_ids(prompt, "prompt")
+            max_new_tokens = self.block_size - len(prompt)
+            if max_new_tokens < 0 or len(prompt) > self.limits.prompt_tokens:
+                raise BadRequest(f"prompt: got {len(prompt)} tokens, expected up to {self.block_size}", param="prompt",
                                  code="context_length_exceeded")  # fmt: skip
             try:
-                made.append((one, completion.params(self.tokenizer.end_id, room)))
+                requests.append((prompt, completion.params(self.tokenizer.end_id, max_new_tokens)))
             except ValueError as error:
                 raise BadRequest(str(error)) from None
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if completion.echo else []
-        return Job(made), Answer(completion, self.name, self.tokenizer, ids, texts)
+        return Job(requests), Answer(completion, self.name, self.tokenizer, ids, texts)
 
     async def _whole(self, outputs: Outputs, answer: Answer) -> dict[str, Any]:
         parts: dict[int, list[dict]] = {}
-        later = []
+        delayed = []
         async for number, output in outputs:
-            # Only the first choice of a prompt brings the prompt's log-probabilities, and others may come before it.
-            waits = answer.completion.echo and output.logprobs is not None and number not in answer.prompt_logprobs
-            if output.index and waits:
-                later.append((number, output))
+            # Only the first choice has the log-probabilities of the prompt. Delay other choices that come before it.
+            early = answer.completion.echo and output.logprobs is not None and number not in answer.prompt_logprobs
+            if output.index and early:
+                delayed.append((number, output))
                 continue
-            for event in ((number, output), *_taken(later, number)):
+            for event in ((number, output), *_take_delayed(delayed, number)):
                 part = answer.part(*event)
                 parts.setdefault(part["index"], []).append(part)
-        for event in later:
+        for event in delayed:
             part = answer.part(*event)
             parts.setdefault(part["index"], []).append(part)
         outputs.end()
@@ -209,13 +209,13 @@ class Server:
         finally:
             self.metrics.tokens.labels("text").inc(answer.completion_tokens)
 
-    # ---- helpers of all routes
+    # ---- helpers for all routes
 
     async def _read(self, request: Request) -> dict[str, Any]:
         # In a thread: parsing a megabyte of brackets takes half a second and must not block other streams.
         return await asyncio.to_thread(parse, await read_body(request, self.limits), self.limits)
 
-    def _needed(self, fields: dict[str, Any], name: str) -> Any:
+    def _required(self, fields: dict[str, Any], name: str) -> Any:
         if name not in fields:
             raise BadRequest(f"{name}: got none, expected one", param=name)
         return fields[name]
@@ -235,8 +235,8 @@ class Server:
         return JSONResponse(error.body, error.status, headers)
 
 
-def _taken(later: list[tuple[int, Any]], number: int) -> list[tuple[int, Any]]:
+def _take_delayed(delayed: list[tuple[int, Any]], number: int) -> list[tuple[int, Any]]:
     """Remove and return the delayed outputs of one prompt."""
-    taken = [event for event in later if event[0] == number]
-    later[:] = [event for event in later if event[0] != number]
+    taken = [event for event in delayed if event[0] == number]
+    delayed[:] = [event for event in delayed if event[0] != number]
     return taken

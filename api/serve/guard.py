@@ -31,8 +31,8 @@ class Guard:
         """
         Args:
             key: API key that clients must send. None: no key is needed.
-            hosts: allowed values of the Host header. They keep web pages from reaching a loopback server through
-                their own name (DNS rebinding). None: any.
+            hosts: allowed values of the Host header. They prevent DNS rebinding: a web page that reaches a loopback
+                server through its own host name. None: any host.
         """
         self.app, self.hosts, self.limits = app, hosts, limits
         self.digest = None if key is None else hashlib.sha256(key.encode()).digest()
@@ -53,14 +53,14 @@ class Guard:
             raise BadRequest(f"header: got more than {self.limits.header_bytes} bytes", status=431)
         if len(headers) > self.limits.headers:
             raise BadRequest(f"header: got {len(headers)} lines, expected up to {self.limits.headers}", status=431)
-        found = dict(headers)
-        host = found.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] if self.hosts else None
+        header = dict(headers)
+        host = header.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] if self.hosts else None
         if self.hosts and host not in self.hosts:
             raise BadRequest(f"host: got {host[:64]!r}, expected one of {', '.join(self.hosts)}", status=403)
-        if self.digest and scope["path"] != OPEN and not self._known(found.get(b"authorization", b"")):
+        if self.digest and scope["path"] != OPEN and not self._is_authorized(header.get(b"authorization", b"")):
             raise BadRequest("no valid API key, expected Authorization: Bearer KEY", status=401, code="invalid_api_key")
 
-    def _known(self, header: bytes) -> bool:
+    def _is_authorized(self, header: bytes) -> bool:
         """Accept Bearer KEY, or Basic with the key as password for browsers. Compares in constant time."""
         kind, _, value = header.partition(b" ")
         if kind.lower() == b"basic":
@@ -104,9 +104,9 @@ async def read_body(request, limits: Limits) -> bytes:
     try:
         await asyncio.wait_for(read(), limits.body_s)
     except asyncio.TimeoutError:
-        raise BadRequest(f"body: not there after {limits.body_s} s", status=408) from None
+        raise BadRequest(f"body: got {len(body)} bytes after {limits.body_s} s, expected all", status=408) from None
     except ClientDisconnect:
-        raise BadRequest("the client went away", status=499) from None
+        raise BadRequest("the client has disconnected", status=499) from None
     return bytes(body)
 
 
@@ -135,7 +135,7 @@ def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
                 self.scope["extensions"] = {CHUNK: self.chunk}
 
         async def chunk(self, data: bytes) -> None:
-            """Send a chunk of a response that has started. Same bytes as `send`, in a tenth of its time."""
+            """Send a chunk of a started response: the same bytes as `send` in a tenth of the time."""
             await self.flow.drain()
             if not self.transport.is_closing():
                 self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -160,17 +160,17 @@ def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
                 self.writing_timer = None
             super().resume_writing()
 
-        def _expect(self, what: str | None) -> None:
+        def _expect(self, part: str | None) -> None:
             """Start the timer for the next part of a request; data that arrives does not restart it."""
-            if what == self.reading:
+            if part == self.reading:
                 return
             if self.reading_timer is not None:
                 self.reading_timer.cancel()
-            self.reading = what
-            self.reading_timer = what and self.loop.call_later(seconds[what], self.transport.abort)
+            self.reading = part
+            self.reading_timer = part and self.loop.call_later(seconds[part], self.transport.abort)
 
         def _refuse(self, refusal: BadRequest) -> None:
-            """Answer without a request and close. A response that has started is cut off."""
+            """Send an error without a request and close the connection. A response that has started is cut off."""
             if self.cycle is not None and not self.cycle.response_complete:
                 return self.transport.abort()
             body = json.dumps(refusal.body)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of requests and connections. Besides, prompt and new tokens together fit in block_size of the model."""
+    """Limits of requests and connections. In addition, prompt plus new tokens must fit into block_size of the model."""
 
     header_bytes: int = 16 << 10
     headers: int = 100  # lines
@@ -31,7 +31,7 @@ class Limits:
     body_s: float = 20.0
     write_s: float = 30.0  # time until a client that does not read is disconnected
     keep_alive_s: int = 5
-    drain_s: int = 30  # after SIGTERM
+    drain_s: int = 30  # time for running requests after SIGTERM
 
 
 LIMITS = Limits()

@@ -1,7 +1,7 @@
-"""The fields of a request: a table of names with the check of each value. Other fields are rejected.
+"""The fields of a request: tables of their names and the check of each value.
 
-OpenAI, "API reference", /v1/completions and /v1/chat/completions. Fields that this server does not know
-are errors, never ignored. null means that a field is absent, as in the server of OpenAI.
+OpenAI, "API reference", /v1/completions and /v1/chat/completions. Unknown fields are errors, never ignored. null
+means that a field is absent, as in the server of OpenAI.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     """Read a JSON object without NaN, infinities, repeated keys, lone surrogates or deep nesting.
 
     Raises:
-        BadRequest: anything else.
+        BadRequest: the body is something else.
     """
     try:
         text = body.decode()
@@ -44,8 +44,8 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
         data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
         json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
-        said = "a lone surrogate" if isinstance(error, UnicodeEncodeError) else str(error)
-        raise BadRequest(f"body: got {said}, expected JSON in UTF-8") from None
+        reason = "a lone surrogate" if isinstance(error, UnicodeEncodeError) else str(error)
+        raise BadRequest(f"body: got {reason}, expected JSON in UTF-8") from None
     if not isinstance(data, dict):
         raise BadRequest(f"body: got {type(data).__name__}, expected a JSON object")
     return data
@@ -56,9 +56,9 @@ def _refuse_constant(name: str) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
+    if len(unique := dict(pairs)) < len(pairs):
         raise ValueError("a key twice in one object")
-    return found
+    return unique
 
 
 # ---- checks: (value, limits) -> parsed value, or ValueError with the expected value
@@ -76,9 +76,9 @@ def number(low: float, high: float) -> Check:
 
 def temperature(value: Any, limits: Limits) -> float:
     """Check a temperature. 0 is greedy; much less than 0.001 overflows the logits."""
-    found = number(0, 2)(value, limits)
+    parsed = number(0, 2)(value, limits)
     expected = f"0, or a number from {MIN_TEMPERATURE} to 2"
-    return found if found == 0 or found >= MIN_TEMPERATURE else _expected(expected)
+    return parsed if parsed == 0 or parsed >= MIN_TEMPERATURE else _expected(expected)
 
 
 def integer(low: int, high: int | str) -> Check:
@@ -97,14 +97,14 @@ def text(value: Any, limits: Limits) -> str:
     return value if isinstance(value, str) else _expected("a string")
 
 
-def texts(count: str, chars: str) -> Check:
+def strings(count: str, chars: str) -> Check:
     def check(value, limits):
-        found = [value] if isinstance(value, str) else value
-        most, long = getattr(limits, count), getattr(limits, chars)
-        good = isinstance(found, list) and len(found) <= most
-        if not good or not all(isinstance(s, str) and 0 < len(s) <= long for s in found):
-            _expected(f"up to {most} strings of 1 to {long} characters")
-        return tuple(found)
+        values = [value] if isinstance(value, str) else value
+        most, longest = getattr(limits, count), getattr(limits, chars)
+        good = isinstance(values, list) and len(values) <= most
+        if not good or not all(isinstance(s, str) and 0 < len(s) <= longest for s in values):
+            _expected(f"up to {most} strings of 1 to {longest} characters")
+        return tuple(values)
 
     return check
 
@@ -114,8 +114,8 @@ def bias(value: Any, limits: Limits) -> dict[int, float]:
         _expected(f"an object of up to {limits.bias} token ids")
     if not all(re.fullmatch(r"[0-9]{1,9}", key) for key in value):
         _expected("token ids as keys")
-    found = {int(key): number(-100, 100)(number_, limits) for key, number_ in value.items()}
-    return found if len(found) == len(value) else _expected("each token id once")
+    biases = {int(key): number(-100, 100)(bias, limits) for key, bias in value.items()}
+    return biases if len(biases) == len(value) else _expected("each token id once")
 
 
 def prompts(value: Any, limits: Limits) -> list[str | list[int]]:
@@ -123,9 +123,9 @@ def prompts(value: Any, limits: Limits) -> list[str | list[int]]:
     many = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]
     if not 0 < len(many) <= limits.prompts:
         _expected(f"up to {limits.prompts} prompts")
-    for one in many:
-        ids = isinstance(one, list) and 0 < len(one) <= limits.prompt_tokens and all(type(i) is int for i in one)
-        if not ids and not isinstance(one, str):
+    for prompt in many:
+        in_limit = isinstance(prompt, list) and 0 < len(prompt) <= limits.prompt_tokens
+        if not isinstance(prompt, str) and not (in_limit and all(type(i) is int for i in prompt)):
             _expected(f"strings, or lists of 1 to {limits.prompt_tokens} token ids")
     return many
 
@@ -145,15 +145,15 @@ def stream_options(value: Any, limits: Limits) -> bool:
     return boolean(value.get("include_usage", False), limits) if good else _expected("an object of include_usage")
 
 
-def refused(why: str) -> Check:
+def unsupported(reason: str) -> Check:
     def check(value, limits):
-        _expected(f"nothing: {why}")
+        _expected(f"nothing: {reason}")
 
     return check
 
 
-def _expected(what: str) -> Any:
-    raise ValueError(what)
+def _expected(description: str) -> Any:
+    raise ValueError(description)
 
 
 COMMON: dict[str, Check] = {
@@ -167,10 +167,10 @@ COMMON: dict[str, Check] = {
     "presence_penalty": number(-2, 2),
     "frequency_penalty": number(-2, 2),
     "n": integer(1, "n"),
-    "stop": texts("stop", "stop_chars"),
+    "stop": strings("stop", "stop_chars"),
     "seed": integer(-(1 << 63), (1 << 63) - 1),
     "logit_bias": bias,
-    "choices": texts("allowed_texts", "allowed_chars"),
+    "choices": strings("allowed_texts", "allowed_chars"),
     "stream": boolean,
     "stream_options": stream_options,
     "user": text,  # identifies the end user; has no effect, as in OpenAI
@@ -181,7 +181,7 @@ COMPLETION: dict[str, Check] = {
     "echo": boolean,
     "logprobs": integer(0, "logprobs"),
     "best_of": integer(1, "n"),
-    "suffix": refused("these models do not insert text; put all of it into the prompt"),
+    "suffix": unsupported("these models do not insert text; put all of it into the prompt"),
 }
 CHAT: dict[str, Check] = {
     **COMMON,
@@ -195,12 +195,12 @@ DETOKENIZE: dict[str, Check] = {"model": text, "tokens": prompts}
 
 
 def check(data: Mapping[str, Any], fields: Mapping[str, Check], limits: Limits) -> dict[str, Any]:
-    """Check all fields.
+    """Check all fields and return their parsed values.
 
     Raises:
         BadRequest: an unknown field, or a value out of its range.
     """
-    found = {}
+    parsed = {}
     for name, value in data.items():
         if name not in fields:
             raise BadRequest(f"{name[:64]}: got an unknown field, expected one of {', '.join(fields)}",
@@ -208,10 +208,10 @@ def check(data: Mapping[str, Any], fields: Mapping[str, Check], limits: Limits) 
         if value is None:
             continue
         try:
-            found[name] = fields[name](value, limits)
+            parsed[name] = fields[name](value, limits)
         except ValueError as error:
             raise BadRequest(f"{name}: got {value!r:.80}, expected {error}", param=name) from None
-    return found
+    return parsed
 
 
 @dataclass(frozen=True)
@@ -237,15 +237,16 @@ class CompletionRequest:
     def n(self) -> int:
         return self.fields.get("n", 1)
 
-    def params(self, end_id: int, room: int) -> SamplingParams:
-        """How to continue a prompt that leaves room for so many tokens."""
+    def params(self, end_id: int, max_new_tokens: int) -> SamplingParams:
+        """Return the sampling parameters of a prompt. At most max_new_tokens fit after it."""
         f = self.fields
         logprobs = f.get("logprobs")
         if self.chat:
             logprobs = f.get("top_logprobs", 0) if logprobs else None
         same = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "n", "seed",
                 "logit_bias", "choices")  # fmt: skip
-        count = f.get("max_tokens", f.get("max_completion_tokens", room if self.chat else min(16, room)))
+        default = max_new_tokens if self.chat else min(16, max_new_tokens)
+        count = f.get("max_tokens", f.get("max_completion_tokens", default))
         return SamplingParams(
             max_tokens=count, temperature=f.get("temperature", 1.0), stop_token_ids=(end_id,),
             stop=f.get("stop", ()), logprobs=logprobs,
@@ -255,25 +256,25 @@ class CompletionRequest:
 
 
 def check_request(data: Mapping[str, Any], *, chat: bool, limits: Limits) -> CompletionRequest:
-    """Check a request for text, and what its fields say together.
+    """Check the fields of a completion request, one by one and in combination.
 
     Raises:
-        BadRequest: see the message.
+        BadRequest: a field is unknown, missing or out of range, or contradicts another field.
     """
-    found = check(data, CHAT if chat else COMPLETION, limits)
-    if (name := "messages" if chat else "prompt") not in found:
+    fields = check(data, CHAT if chat else COMPLETION, limits)
+    if (name := "messages" if chat else "prompt") not in fields:
         raise BadRequest(f"{name}: got none, expected one", param=name)
-    n = found.get("n", 1)
-    if n * len(found.get("prompt", [0])) > limits.choices:
-        raise BadRequest(f"n: got {n} for each prompt, expected up to {limits.choices} choices in all", param="n")
-    if found.get("best_of", n) != n:
-        raise BadRequest(f"best_of: got {found['best_of']}, expected n, which is {n}", param="best_of")
-    if "top_logprobs" in found and not found.get("logprobs"):
+    n = fields.get("n", 1)
+    if n * len(fields.get("prompt", [0])) > limits.choices:
+        raise BadRequest(f"n: got {n} for each prompt, expected up to {limits.choices} choices per request", param="n")
+    if fields.get("best_of", n) != n:
+        raise BadRequest(f"best_of: got {fields['best_of']}, expected n, which is {n}", param="best_of")
+    if "top_logprobs" in fields and not fields.get("logprobs"):
         raise BadRequest("top_logprobs: got it without logprobs, expected logprobs true", param="top_logprobs")
-    if "stream_options" in found and not found.get("stream"):
-        raise BadRequest("stream_options: got them without stream, expected stream true", param="stream_options")
-    if "max_tokens" in found and "max_completion_tokens" in found:
+    if "stream_options" in fields and not fields.get("stream"):
+        raise BadRequest("stream_options: got it without stream, expected stream true", param="stream_options")
+    if "max_tokens" in fields and "max_completion_tokens" in fields:
         raise BadRequest("max_tokens: got max_completion_tokens too, expected one of them", param="max_tokens")
-    if found.get("stream") and found.get("echo") and "logprobs" in found and n > 1:
+    if fields.get("stream") and fields.get("echo") and "logprobs" in fields and n > 1:
         raise BadRequest("stream: got it with echo, logprobs and n above 1, expected not all of them", param="stream")
-    return CompletionRequest(found, chat)
+    return CompletionRequest(fields, chat)

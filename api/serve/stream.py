@@ -1,7 +1,7 @@
 """Iterate over the outputs of a job, and stream them in a response.
 
-Starlette's StreamingResponse would double the cost of each message. This response is cheaper: it detects a client that
-disconnects through the queue of outputs on which it waits anyway.
+StreamingResponse of Starlette would double the cost of each message. `EventStream` is cheaper, because it waits on one
+queue only: a disconnect of the client arrives there like an output.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from peakgpt.serve.worker import Job, Worker
 class Outputs:
     """Iterate over (prompt number, output) until all sequences of a job end or the client disconnects.
 
-    The job counts in the load of the worker until `end`, which also cancels its unfinished sequences. Iterating raises
-    BadRequest.
+    The job counts in the load of the worker until `end`, which also cancels its unfinished sequences.
+
+    Raises:
+        BadRequest: while iterating, if the request fails or the client disconnects.
     """
 
     def __init__(self, job: Job, worker: Worker, request: Request):
@@ -69,11 +71,11 @@ class Outputs:
     async def _watch_disconnect(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self.job.events.put_nowait(BadRequest("the client went away", status=499))
+        self.job.events.put_nowait(BadRequest("the client has disconnected", status=499))
 
 
 class EventStream(Response):
-    """A response of server-sent events, each sent at once. Always ends the outputs, also after an error."""
+    """A response of server-sent events, without buffering. It always ends the outputs, also after an error."""
 
     media_type = "text/event-stream"
 

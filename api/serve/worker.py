@@ -39,7 +39,7 @@ class Worker(threading.Thread):
         self.loop: asyncio.AbstractEventLoop | None = None  # receives the events; set before start()
         self.engine, self.inbox, self.wake = engine, deque(), threading.Condition()
         self.jobs: dict[int, Job] = {}  # request id of the engine -> job
-        self.load = 0  # sequences not ended; used by the asyncio thread only
+        self.load = 0  # unfinished sequences; used by the asyncio thread only
 
     def submit(self, job: Job) -> None:
         self._post("submit", job)
@@ -73,7 +73,7 @@ class Worker(threading.Thread):
             for number, (ids, params) in enumerate(job.prompts):
                 request = self.engine.submit(ids, params)
                 self.jobs[request], job.numbers[request] = job, number
-        except Exception as error:  # any error here belongs to this request
+        except Exception as error:  # every error here is caused by this request
             self._cancel(job)
             self._post_events([(job, error)])
 
@@ -105,11 +105,11 @@ class Worker(threading.Thread):
         self._post_events(events)
 
     def _post_events(self, events: list[tuple[Job, Any]]) -> None:
-        """Post the events of a step together, because each call wakes the loop through a pipe."""
+        """Post all events of a step in one call, because each call wakes the loop through a pipe."""
         try:
             self.loop.call_soon_threadsafe(_put, events)
         except RuntimeError:  # the loop is closed
-            log.debug("outputs after the end of the loop")
+            log.debug("dropped outputs: the event loop is closed")
 
 
 def _put(events: list[tuple[Job, Any]]) -> None:

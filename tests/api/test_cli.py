@@ -73,9 +73,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(argv, text, tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert main(argv) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("peakgpt: error: ") and said.count("\n") == 1 and text in said and "Traceback" not in said
-    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+    message = capsys.readouterr().err
+    assert message.startswith("peakgpt: error: ") and message.count("\n") == 1 and text in message
+    assert "Traceback" not in message
+    assert sorted(tmp_path.rglob("*")) == before, "the command left files behind"
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "occupation_bias.py"
@@ -86,23 +87,23 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "occupation_bias.py"
     [
         (runpy.run_module, "peakgpt.harness", "lm_eval", "--help", "pip install 'lm-eval[api]'"),
         (runpy.run_path, str(EXAMPLE), "peakgpt", "--help", "usage: "),
-        (runpy.run_path, str(EXAMPLE), "peakgpt", "there", "error: "),
-        (runpy.run_path, str(EXAMPLE), None, "there", "checkpoint there: got no such folder"),
+        (runpy.run_path, str(EXAMPLE), "peakgpt", "FOLDER", "error: "),
+        (runpy.run_path, str(EXAMPLE), None, "FOLDER", "checkpoint FOLDER: got no such folder"),
     ],
 )
 def test_missing_packages_give_one_sentence(run, name, missing, argument, text, monkeypatch, capsys):
-    """Regression: tracebacks."""
+    """Regression: these programs printed tracebacks."""
     monkeypatch.setattr(sys, "argv", ["program", argument])
     if missing:
         monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as stop:
         run(name, run_name="__main__")
-    said = capsys.readouterr()
-    assert text in f"{said.out}{said.err}{stop.value.code}"
+    output = capsys.readouterr()
+    assert text in f"{output.out}{output.err}{stop.value.code}"
 
 
 def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(tmp_path):
-    """Tiny, but whole: tokenizer, training beside eager, checkpoint, sample, report."""
+    """A short but complete run: tokenizer, training in turns with eager, checkpoint, sample, report."""
     text = tmp_path / "text"
     text.mkdir()
     library = Path(json.__file__).parent
@@ -110,25 +111,25 @@ def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(tmp_path):
         (text / source.name).write_text(source.read_text())
     (text / "argparse.py").write_text((library.parent / "argparse.py").read_text())
     run = tmp_path / "run"
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "peakgpt", "quickstart", "--minutes", "0.05", "--text", text, "--out", run],
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert completed.returncode == 0, completed.stdout + completed.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {c: [r["loss"] for r in rows if r["contender"] == c and "loss" in r] for c in ("peakgpt", "eager")}
-    both = min(map(len, losses.values()))
-    assert both >= 20 and losses["peakgpt"][both - 1] < losses["peakgpt"][0] - 0.5, "it learns"
-    ours, eager = losses["peakgpt"][:both], losses["eager"][:both]
-    # Later the loss jumps at this rate, and two bf16 roundings of one run part: test_golden.py compares whole runs.
+    steps = min(map(len, losses.values()))
+    assert steps >= 20 and losses["peakgpt"][steps - 1] < losses["peakgpt"][0] - 0.5, "the model learns"
+    ours, eager = losses["peakgpt"][:steps], losses["eager"][:steps]
+    # Later losses differ: at this learning rate, bf16 rounding errors grow. test_golden.py compares complete runs.
     assert all(abs(a - b) < 5e-3 for a, b in zip(ours[:5], eager[:5], strict=True)), "same weights, same batches"
     page = (run / "report.html").read_text()
     assert page.count("<svg") >= 1 and "bits per byte" in page and "src=" not in page
-    assert "against eager" in done.stdout and "digest" in done.stdout
+    assert "against eager" in completed.stdout and "digest" in completed.stdout
     model, tokenizer = GPT.from_pretrained(run / "checkpoint"), Tokenizer.load(run / "checkpoint")
     assert model.config.vocab_size == tokenizer.vocab_size
-    again = [sys.executable, "-m", "peakgpt", "generate", run / "checkpoint", "--prompt", "def ", "--max-tokens", "5"]
-    assert "5 tokens" in subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    command = [sys.executable, "-m", "peakgpt", "generate", run / "checkpoint", "--prompt", "def ", "--max-tokens", "5"]
+    assert "5 tokens" in subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
 
 
 def test_quickstart_interrupted_before_the_first_step_leaves_a_checkpoint(tmp_path, capsys, monkeypatch):
@@ -142,15 +143,15 @@ def test_quickstart_interrupted_before_the_first_step_leaves_a_checkpoint(tmp_pa
     assert GPT.from_pretrained(run / "checkpoint")
 
 
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(tmp_path, capsys, monkeypatch):
+def test_resumed_run_has_same_losses_as_an_uninterrupted_run(tmp_path, capsys, monkeypatch):
     library = Path(json.__file__).parent
     sizes = ["--steps", "6", "--batch", "2", "--tokens", "32", "--vocab", "300"]
     losses, step = {}, Trainer.step
-    for name in ("whole", "broken"):
+    for name in ("uninterrupted", "resumed"):
         run = tmp_path / name
         argv = ["train", "--text", str(library), "--out", str(run), *sizes]
-        if name == "broken":
-            monkeypatch.setattr(Trainer, "step", lambda t, *pair: ctrl_c(t.steps_done == 2) or step(t, *pair))
+        if name == "resumed":
+            monkeypatch.setattr(Trainer, "step", lambda t, *pair: ctrl_c_if(t.steps_done == 2) or step(t, *pair))
             assert main(argv) == 130
             assert "--resume" in capsys.readouterr().out
             monkeypatch.setattr(Trainer, "step", step)
@@ -158,11 +159,11 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(tmp_pa
         assert main(argv) == 0
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [r["loss"] for r in rows if "loss" in r]
-    assert len(losses["whole"]) == 6 and losses["whole"] == losses["broken"]
+    assert len(losses["uninterrupted"]) == 6 and losses["uninterrupted"] == losses["resumed"]
 
 
-def ctrl_c(now):
-    if now:
+def ctrl_c_if(condition):
+    if condition:
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -178,15 +179,15 @@ def test_generate_from_quantized_checkpoint_equals_engine(bits, tmp_path, capsys
     assert main(["quantize", str(source), str(small), "--bits", str(bits), "--group", "32"]) == 0
     capsys.readouterr()
     assert main(["generate", str(small), "--prompt", "the cat", "-n", "20", "--temperature", "0"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     engine = Engine(GPT.from_pretrained(small).to(best_dtype(torch.device("cpu"))), tokenizer)
     params = SamplingParams(max_tokens=20, temperature=0, stop_token_ids=(tokenizer.end_id,))
-    text = "".join(output.text for output in engine.stream(tokenizer.encode("the cat"), params))
-    assert said.startswith(f"the cat{text}\n\n[") and " tokens/s]" in said and "torch ops" not in said
+    text = "".join(part.text for part in engine.stream(tokenizer.encode("the cat"), params))
+    assert output.startswith(f"the cat{text}\n\n[") and " tokens/s]" in output and "torch ops" not in output
     assert main(["generate", str(small), "--prompt", "the cat", "--max-tokens", "1"]) == 0
     assert "\n[1 token, " in capsys.readouterr().out
     assert main(["quantize", str(small), str(tmp_path / "again"), "--bits", "8"]) == 2
-    assert f"IN has weights of {bits} bits already, expected a checkpoint of floats" in capsys.readouterr().err
+    assert f"IN has weights of {bits} bits already, expected float weights" in capsys.readouterr().err
     assert main(["generate", str(small), "--prompt", "the cat " * 100]) == 2
     assert "tokens, expected fewer than the model's 64" in capsys.readouterr().err
     assert len(text) > 5
@@ -197,9 +198,9 @@ def test_speculative_decoding_gives_the_same_text(tmp_path, capsys):
     tokenizer = train_tokenizer(["the cat sat on the mat, the cat sat on the hat "] * 20, 280)
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 128}
     GPT(GPTConfig(**sizes, vocab_size=tokenizer.vocab_size)).save_pretrained(tmp_path, tokenizer)
-    (tmp_path / "shots.json").write_text(json.dumps({"input": "on", "examples": [["sat", "cat"]], "stop": ["never"]}))
+    (tmp_path / "prompt.json").write_text(json.dumps({"input": "on", "examples": [["sat", "cat"]], "stop": ["never"]}))
     for draft in ("lookup", str(tmp_path)):
-        argv = ["generate", str(tmp_path), "--file", str(tmp_path / "shots.json"), "--max-tokens", "40"]
+        argv = ["generate", str(tmp_path), "--file", str(tmp_path / "prompt.json"), "--max-tokens", "40"]
         assert main([*argv, "--temperature", "0", "--speculative-model", draft]) == 0
-        said = capsys.readouterr().out
-        assert said.startswith("sat\ncat\n\non\n") and "text the same]" in said and "40 tokens," in said
+        output = capsys.readouterr().out
+        assert output.startswith("sat\ncat\n\non\n") and "text the same]" in output and "40 tokens," in output

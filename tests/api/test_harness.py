@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a local task: the metrics of its own Hugging Face model, on the same checkpoint."""
+"""lm-evaluation-harness on local tasks: peakgpt has the metrics of the hf model on the same checkpoint."""
 
 import json
 import os
@@ -36,12 +36,12 @@ def folder(tmp_path_factory):
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder / "model", tokenizer)
 
-    def some(count):
+    def random_words(count):
         return " ".join(words[i] for i in torch.randint(len(words), (count,)))
 
-    # One question is longer than the model takes, and two begin alike.
-    rows = [{"question": some(60 if i == 3 else 6 + i), "options": [f" {some(2)}" for _ in range(4)], "label": i % 4}
-            for i in range(8)]  # fmt: skip
+    # One question is longer than block_size of the model, and two questions are equal.
+    rows = [{"question": random_words(60 if i == 3 else 6 + i), "label": i % 4,
+             "options": [f" {random_words(2)}" for _ in range(4)]} for i in range(8)]  # fmt: skip
     rows[5]["question"] = rows[4]["question"]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in TASKS.items():
@@ -50,20 +50,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-# In a process of its own: what keeps the harness off the network is read when its packages are imported.
+# Runs in its own process: the variables that keep the harness offline are read when its packages are imported.
 EVALUATE = """
 import json, socket, sys, threading
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 import peakgpt.harness
 folder, *tasks = sys.argv[1:]
-manager, found = TaskManager(include_path=folder, include_defaults=False), {}
+manager, scores_by_model = TaskManager(include_path=folder, include_defaults=False), {}
 
-def evaluate(kind, tasks, **more):
-    got = simple_evaluate(kind, model_args={"pretrained": folder + "/model", **more}, tasks=tasks,
+def evaluate(kind, tasks, **options):
+    output = simple_evaluate(kind, model_args={"pretrained": folder + "/model", **options}, tasks=tasks,
                           task_manager=manager, bootstrap_iters=0, log_samples=True)
-    samples = {task: [[row["doc_id"], row["resps"]] for row in rows] for task, rows in got["samples"].items()}
-    found[kind] = {"results": got["results"], "samples": samples}
+    samples = {task: [[row["doc_id"], row["resps"]] for row in rows] for task, rows in output["samples"].items()}
+    scores_by_model[kind] = {"results": output["results"], "samples": samples}
 
 evaluate("hf", tasks, device="cpu", dtype="float32", batch_size=2)
 evaluate("peakgpt", tasks)
@@ -82,43 +82,43 @@ else:
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
     evaluate("local-completions", ["peak_choice"], model="local", base_url=url, tokenizer=folder + "/model",
              tokenizer_backend="huggingface", max_length=64)
-json.dump(found, open(folder + "/found.json", "w"))
+json.dump(scores_by_model, open(folder + "/scores_by_model.json", "w"))
 """
 
 
-def same(ours, theirs):
-    """Equal, and numbers (log-probabilities) within 1e-4, or 1e-5 of a sum over a whole text."""
+def assert_same(ours, reference):
+    """Compare nested values. Floats (log-probabilities) may differ by 1e-4, or by a relative 1e-5."""
     if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        ours, theirs = list(ours.values()), [theirs[name] for name in ours]
+        assert ours.keys() == reference.keys()
+        ours, reference = list(ours.values()), [reference[name] for name in ours]
     if isinstance(ours, list):
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            same(a, b)
+        assert len(ours) == len(reference)
+        for a, b in zip(ours, reference, strict=True):
+            assert_same(a, b)
     else:
-        assert theirs == (pytest.approx(ours, abs=1e-4, rel=1e-5) if isinstance(ours, float) else ours)
+        assert reference == (pytest.approx(ours, abs=1e-4, rel=1e-5) if isinstance(ours, float) else ours)
 
 
 @pytest.fixture(scope="module")
-def found(folder):
-    """By model: what the harness found."""
+def scores_by_model(folder):
+    """Evaluate all tasks in a subprocess; return results and samples of each model."""
     pytest.importorskip("accelerate", reason="accelerate, which the harness's own model needs, is not installed")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     command = [sys.executable, "-c", EVALUATE, str(folder), *(f"peak_{name}" for name in TASKS)]
-    done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "found.json").read_text())
+    completed = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    return json.loads((folder / "scores_by_model.json").read_text())
 
 
-def test_lm_eval_metrics_equal_those_of_its_hf_model(found):
-    assert len(found["hf"]["samples"]) == len(TASKS)
-    same(found["peakgpt"], found["hf"])
+def test_lm_eval_metrics_equal_those_of_its_hf_model(scores_by_model):
+    assert len(scores_by_model["hf"]["samples"]) == len(TASKS)
+    assert_same(scores_by_model["peakgpt"], scores_by_model["hf"])
 
 
-def test_lm_eval_client_gets_same_scores_from_the_server(found):
-    """The harness cuts one question for its client by a token more: it asks for one new token."""
-    if "local-completions" not in found:
+def test_lm_eval_client_gets_same_scores_from_the_server(scores_by_model):
+    """One question differs: the harness truncates it by one more token for its client, which asks for one new token."""
+    if "local-completions" not in scores_by_model:
         pytest.skip("the packages of peakgpt[serve] are not installed")
-    ours, theirs = (dict(found[name]["samples"]["peak_choice"]) for name in ("local-completions", "hf"))
-    assert len(ours) == 8 and ours.pop(3) != theirs.pop(3)
-    same(ours, theirs)
+    ours, reference = (dict(scores_by_model[name]["samples"]["peak_choice"]) for name in ("local-completions", "hf"))
+    assert len(ours) == 8 and ours.pop(3) != reference.pop(3)
+    assert_same(ours, reference)

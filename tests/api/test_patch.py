@@ -90,19 +90,19 @@ def batch(model):
     ids[0, :4] = model.config.pad_token_id or 0
     inputs = {"input_ids": ids, "attention_mask": live}
     labels = torch.where(live.bool(), ids, -100)
-    labels[0, 4] = -100  # its place is padding, where transformers has zeros (sdpa) or means (eager)
+    labels[0, 4] = -100  # the position before it is padding, where sdpa gives zeros and eager gives means
     return inputs, labels
 
 
-def learn(model, labels, inputs):
-    """The loss of a training step and every gradient."""
+def train_step(model, labels, inputs):
+    """Return the loss of a training step and every gradient."""
     model.zero_grad(set_to_none=True)
     loss = model.train()(**inputs, labels=labels).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def look(model, inputs):
+def outputs_of(model, inputs):
     if model.config.is_encoder_decoder:
         inputs = {**inputs, "decoder_input_ids": inputs["input_ids"]}
     with torch.no_grad():
@@ -120,21 +120,21 @@ def test_patched_model_gives_same_outputs_and_gradients_and_unpatch_restores_bit
     model = build(name)
     inputs, labels = batch(model)
     state = model.state_dict()
-    before = look(model, inputs), learn(model, labels, inputs)
+    before = outputs_of(model, inputs), train_step(model, labels, inputs)
     assert peakgpt.patch(model, strict=True).replaced
-    close(look(model, inputs), before[0])
-    loss, grads = learn(model, labels, inputs)
+    close(outputs_of(model, inputs), before[0])
+    loss, grads = train_step(model, labels, inputs)
     close(loss, before[1][0])
     assert model(**inputs, labels=labels).logits is None
     assert grads.keys() == before[1][1].keys()
     for key, grad in grads.items():
         close(grad, before[1][1][key], 1e-4)
-    now = model.state_dict()
-    assert list(now) == list(state) and all(now[k].data_ptr() == state[k].data_ptr() for k in state)
+    patched_state = model.state_dict()
+    assert list(patched_state) == list(state) and all(patched_state[k].data_ptr() == state[k].data_ptr() for k in state)
 
     peakgpt.unpatch(model)
-    assert torch.equal(look(model, inputs), before[0])
-    again = learn(model, labels, inputs)
+    assert torch.equal(outputs_of(model, inputs), before[0])
+    again = train_step(model, labels, inputs)
     assert all(torch.equal(again[1][k], g) for k, g in before[1][1].items())
     assert not any("eakgpt" in str(type(m).__mro__) + str(vars(m).keys()) for m in model.modules())
 
@@ -154,17 +154,17 @@ def test_bf16_autocast_error_is_at_most_twice_the_unpatched_error(name):
     """Errors of loss and gradients against the float32 model, patched versus unpatched."""
     model = build(name)
     inputs, labels = batch(model)
-    truth = learn(model, labels, inputs)
+    truth = train_step(model, labels, inputs)
 
     def errors():
         with torch.autocast("cpu", torch.bfloat16):
-            loss, grads = learn(model, labels, inputs)
+            loss, grads = train_step(model, labels, inputs)
         return abs(loss - truth[0]), sum((grads[k] - g).norm() / g.norm().clamp(min=1e-6) for k, g in truth[1].items())
 
-    theirs = errors()
+    stock = errors()
     peakgpt.patch(model, check=False)
     ours = errors()
-    assert ours[0] <= 2 * theirs[0] + 0.01 and ours[1] <= 2 * theirs[1]
+    assert ours[0] <= 2 * stock[0] + 0.01 and ours[1] <= 2 * stock[1]
 
 
 RATES = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout", "hidden_dropout",
@@ -184,16 +184,16 @@ def test_dropout_follows_torch_seed_and_keeps_its_rate(name):
             return torch.stack([model.train()(**inputs, labels=labels).loss for _ in range(24)])
 
     torch.manual_seed(3)
-    theirs = losses()
+    stock = losses()
     peakgpt.patch(model, check=False)
     torch.manual_seed(3)
     ours = losses()
-    assert theirs.std() > 0 and ours.std() > 0.4 * theirs.std() and theirs.std() > 0.4 * ours.std()
-    assert abs(ours.mean() - theirs.mean()) < 4 * ((ours.var() + theirs.var()) / 24) ** 0.5
+    assert stock.std() > 0 and ours.std() > 0.4 * stock.std() and stock.std() > 0.4 * ours.std()
+    assert abs(ours.mean() - stock.mean()) < 4 * ((ours.var() + stock.var()) / 24) ** 0.5
     torch.manual_seed(3)
-    one = learn(model, labels, inputs)
+    one = train_step(model, labels, inputs)
     torch.manual_seed(3)
-    two = learn(model, labels, inputs)
+    two = train_step(model, labels, inputs)
     assert torch.equal(one[0], two[0]) and all(torch.equal(two[1][k], g) for k, g in one[1].items())
 
 
@@ -202,12 +202,12 @@ def test_activation_checkpointing_gives_same_gradients_with_dropout():
     inputs, labels = batch(model)
     peakgpt.patch(model, check=False)
     torch.manual_seed(3)
-    expected = learn(model, labels, inputs)
+    expected = train_step(model, labels, inputs)
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         torch.manual_seed(3)
-        loss, grads = learn(model, labels, inputs)
+        loss, grads = train_step(model, labels, inputs)
         assert torch.equal(loss, expected[0])
         for key, grad in grads.items():
             close(grad, expected[1][key], 1e-5)
@@ -294,18 +294,18 @@ def test_hooks_and_adapters_added_after_patch_take_effect(name, part):
         parent = blocks[1].get_submodule(above)
         setattr(parent, last, Adapter(getattr(parent, last)))
         blocks[0].get_submodule(part).register_forward_hook(lambda m, x, y: y * 1.5)
-    close(look(model, inputs), look(adapted, inputs))
+    close(outputs_of(model, inputs), outputs_of(adapted, inputs))
 
 
 def test_deepcopy_of_patched_model_can_be_unpatched():
     model = build()
     inputs, _ = batch(model)
-    expected = look(model, inputs)
+    expected = outputs_of(model, inputs)
     peakgpt.patch(model, check=False)
     twin = copy.deepcopy(model)
-    close(look(twin, inputs), expected)
+    close(outputs_of(twin, inputs), expected)
     peakgpt.unpatch(twin)
-    assert torch.equal(look(twin, inputs), expected)
+    assert torch.equal(outputs_of(twin, inputs), expected)
     assert type(model.lm_head) is not torch.nn.Linear
 
 
@@ -346,9 +346,9 @@ def test_torch_layers_in_any_model_give_same_outputs_and_gradients(kind, monkeyp
     torch.manual_seed(0)
     model = Stack()
     x = torch.randn(2, 5, 32, requires_grad=True)
-    dead = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    masked = torch.ones(5, 5, dtype=torch.bool).triu(1)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    mask = dead if kind == torch.bool else torch.zeros(5, 5).masked_fill(dead, float("-inf"))
+    mask = masked if kind == torch.bool else torch.zeros(5, 5).masked_fill(masked, float("-inf"))
 
     def run():
         y = model(x, mask, padding)
@@ -363,8 +363,8 @@ def test_torch_layers_in_any_model_give_same_outputs_and_gradients(kind, monkeyp
     got = run()
     assert len(calls) == 3
     close(got[0], expected[0])
-    for ours, theirs in zip(got[1], expected[1], strict=True):
-        close(ours, theirs, 1e-4)
+    for ours, stock in zip(got[1], expected[1], strict=True):
+        close(ours, stock, 1e-4)
     peakgpt.unpatch(model)
     assert torch.equal(run()[0], expected[0])
 
@@ -401,8 +401,8 @@ def test_mlp_of_unknown_class_is_detected_by_trial_input(module, fused):
     expected = module.eval()(x)
     report = peakgpt.patch(module)
     assert torch.equal(torch.get_rng_state(), state)
-    found = [e.note for e in report.entries if e.module == "" and e.status == "replaced"]
-    assert found == (["mlp"] if fused else [])
+    notes = [e.note for e in report.entries if e.module == "" and e.status == "replaced"]
+    assert notes == (["mlp"] if fused else [])
     assert fused is None or module._peakgpt["activation"] == fused
     close(module(x), expected)
     torch.manual_seed(0)
@@ -412,8 +412,8 @@ def test_mlp_of_unknown_class_is_detected_by_trial_input(module, fused):
     close(got, module(x), 1e-4)
 
 
-class Attends(torch.nn.Module):
-    """Attention as in nanoGPT."""
+class NanoGPTAttention(torch.nn.Module):
+    """Attention as in nanoGPT. `spell` chooses how the forward names scaled_dot_product_attention."""
 
     def __init__(self, spell):
         super().__init__()
@@ -433,7 +433,7 @@ class Attends(torch.nn.Module):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("spell", ["F", "torch", "direct"])
 def test_forward_that_calls_sdpa_runs_peakgpt_attention(spell, compiled, monkeypatch):
-    module, x = Attends(spell), torch.randn(2, 7, 32)
+    module, x = NanoGPTAttention(spell), torch.randn(2, 7, 32)
     mask = torch.rand(7, 7) > 0.3
     expected = module(x), module(x, mask, scale=0.3)
     peakgpt.patch(module)
@@ -495,12 +495,12 @@ class SelfAttention(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "why"),
+    ("module", "reason"),
     [
         (Scaled, r"0 \(Scaled\): unknown class with parameters of its own \(weight\)"),
         (Calls, r"0 \(Calls\): its forward calls gelu, expected a known class that mlp can replace"),
-        (lambda: BaseMLP(twice=True), r"0 \(BaseMLP\): MLP of an unknown form"),
-        (lambda: BaseMLP(torch.nn.SiLU()), r"0 \(BaseMLP\): MLP of an unknown form"),
+        (lambda: BaseMLP(twice=True), r"0 \(BaseMLP\): MLP of an unknown structure"),
+        (lambda: BaseMLP(torch.nn.SiLU()), r"0 \(BaseMLP\): MLP of an unknown structure"),
         (SelfAttention, r"0 \(SelfAttention\): attention of an unknown class"),
         (lambda: torch.nn.Conv1d(16, 16, 1), r"0 \(Conv1d\): unknown class with parameters"),
         (lambda: torch.nn.GRU(16, 16), r"0 \(GRU\): unknown class with parameters"),
@@ -511,9 +511,9 @@ class SelfAttention(torch.nn.Module):
         (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA)), r"\(Qwen3RMSNorm\): unknown class"),
     ],
 )  # fmt: skip
-def test_strict_raises_on_every_unknown_module(module, why):
+def test_strict_raises_on_every_unknown_module(module, reason):
     model = torch.nn.Sequential(module(), torch.nn.Linear(16, 16), torch.nn.Dropout(), torch.nn.GELU())
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match=reason):
         peakgpt.patch(model, strict=True, check=False)
     assert not any(vars(type(m)).get("_peakgpt_original") for m in model.modules())
     assert peakgpt.patch(model, check=False).left
@@ -523,10 +523,10 @@ def test_check_detects_a_wrong_replacement_and_restores_the_model(monkeypatch):
     monkeypatch.setitem(layers.ACTIVATIONS, "transformers.activations.NewGELUActivation", "relu")
     model = build()
     inputs, _ = batch(model)
-    expected = look(model, inputs)
+    expected = outputs_of(model, inputs)
     with pytest.raises(ValueError, match="outputs of the model differ by"):
         peakgpt.patch(model)
-    assert torch.equal(look(model, inputs), expected)
+    assert torch.equal(outputs_of(model, inputs), expected)
 
 
 def test_report_lists_every_module():

@@ -1,4 +1,4 @@
-"""attn_implementation="peakgpt" handles each known pitfall of the attention interface of transformers."""
+"""attn_implementation="peakgpt" handles masks, caches and options of the attention interface of transformers."""
 
 import pytest
 import torch
@@ -25,18 +25,18 @@ def model_of(kind, implementation="peakgpt", **fields):
 
 def pair(kind, reference="sdpa", **fields):
     """Build the same model with a reference attention and with "peakgpt"."""
-    theirs, ours = model_of(kind, reference, **fields), model_of(kind, **fields)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+    stock, ours = model_of(kind, reference, **fields), model_of(kind, **fields)
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Record the keyword arguments of each call of the attention op."""
-    seen = []
+    recorded = []
     op = peakgpt.attention
-    monkeypatch.setattr(attention_function, "attention", lambda *a, **k: seen.append(k) or op(*a, **k))
-    return seen
+    monkeypatch.setattr(attention_function, "attention", lambda *a, **k: recorded.append(k) or op(*a, **k))
+    return recorded
 
 
 IDS = torch.randint(5, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -52,10 +52,10 @@ LIVE = {
 @pytest.mark.parametrize("kind", ["Llama", "OPT", "GPTNeoX"])
 def test_padding_is_applied_without_a_dense_mask(kind, padding, calls):
     """Without a registered mask function, transformers ignores left padding silently."""
-    theirs, ours = pair(kind)
+    stock, ours = pair(kind)
     live = LIVE[padding]
     with torch.no_grad():
-        expected, got = (m(IDS, attention_mask=live).logits[live.bool()] for m in (theirs, ours))
+        expected, got = (m(IDS, attention_mask=live).logits[live.bool()] for m in (stock, ours))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == 2
     for call in calls:
@@ -92,9 +92,9 @@ def test_model_without_attention_interface_raises_at_construction(kind, fields):
 
 def test_scale_of_the_caller_is_used(calls):
     """OPT scales its queries and passes 1.0."""
-    theirs, ours = pair("OPT")
+    stock, ours = pair("OPT")
     with torch.no_grad():
-        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-5)
     assert {call["scale"] for call in calls} == {1.0}
 
 
@@ -102,14 +102,20 @@ def test_position_bias_is_added_and_gets_gradient():
     """T5 passes it as a keyword argument."""
     torch.manual_seed(0)
     config = transformers.T5Config(
-        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB, dropout_rate=0.0,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=VOCAB,
+        dropout_rate=0.0,
         decoder_start_token_id=0,
     )
-    theirs = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    stock = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     ours = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="peakgpt")
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(stock.state_dict())
     grads = []
-    for model in (theirs, ours):
+    for model in (stock, ours):
         model.train()(IDS, attention_mask=LIVE["right"], labels=IDS).loss.backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if "relative_attention_bias" in n})
     assert len(grads[0]) == 2
@@ -150,13 +156,13 @@ def test_no_mask_equals_sdpa_attention_of_transformers(queries, keys, causal):
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_dense_mask_of_the_user_is_applied(kind):
-    theirs, ours = pair("Llama", num_key_value_heads=2)
+    stock, ours = pair("Llama", num_key_value_heads=2)
     mask = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(1)) > 0.5
     mask |= torch.eye(9, dtype=torch.bool)
     mask = mask if kind == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(kind).min)
     with torch.no_grad():
         torch.testing.assert_close(
-            ours(IDS, attention_mask=mask).logits, theirs(IDS, attention_mask=mask).logits, rtol=1e-4, atol=1e-5
+            ours(IDS, attention_mask=mask).logits, stock(IDS, attention_mask=mask).logits, rtol=1e-4, atol=1e-5
         )
 
 
@@ -165,19 +171,19 @@ def test_dense_mask_of_the_user_is_applied(kind):
 @pytest.mark.parametrize("window", [None, 4])
 def test_greedy_tokens_are_same_with_dynamic_and_static_cache(cache, padding, window):
     fields = {"sliding_window": window, "num_key_value_heads": 2} if window else {}
-    theirs, ours = pair("Mistral" if window else "Llama", pad_token_id=0, **fields)
+    stock, ours = pair("Mistral" if window else "Llama", pad_token_id=0, **fields)
     options = {"max_new_tokens": 7, "do_sample": False, "cache_implementation": cache, "attention_mask": LIVE[padding],
                "disable_compile": True}  # fmt: skip
-    assert torch.equal(ours.generate(IDS, **options), theirs.generate(IDS, **options))
+    assert torch.equal(ours.generate(IDS, **options), stock.generate(IDS, **options))
 
 
 def test_second_prompt_chunk_attends_to_the_first():
     """More than one query and fewer than keys: the mask is aligned at the last key."""
-    theirs, ours = pair("Llama")
+    stock, ours = pair("Llama")
     with torch.no_grad():
         cache = ours(IDS[:, :4]).past_key_values
         got = ours(IDS[:, 4:], past_key_values=cache).logits
-        torch.testing.assert_close(got, theirs(IDS).logits[:, 4:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, stock(IDS).logits[:, 4:], rtol=1e-4, atol=1e-5)
 
 
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 0, 1]])
@@ -186,17 +192,17 @@ PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 0, 1]]
 @pytest.mark.parametrize("window", [None, 3])
 def test_packed_documents_are_read_from_position_ids(window, calls):
     fields = {"sliding_window": window, "num_key_value_heads": 2} if window else {}
-    theirs, ours = pair("Mistral" if window else "Llama", **fields)
-    expected, got = (m(IDS, position_ids=PACKED, use_cache=False).logits for m in (theirs, ours))
+    stock, ours = pair("Mistral" if window else "Llama", **fields)
+    expected, got = (m(IDS, position_ids=PACKED, use_cache=False).logits for m in (stock, ours))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert all(call["cu_seqlens"].tolist() == [0, 3, 9, 16, 18] and call["window"] == window for call in calls)
 
 
 def test_packed_documents_are_read_from_cu_seq_lens():
-    theirs, ours = pair("Llama")
+    stock, ours = pair("Llama")
     offsets = torch.tensor([0, 3, 9], dtype=torch.int32)
     with torch.no_grad():
-        expected = theirs(IDS[:1], position_ids=PACKED[:1], use_cache=False).logits
+        expected = stock(IDS[:1], position_ids=PACKED[:1], use_cache=False).logits
         got = ours(IDS[:1], position_ids=PACKED[:1], use_cache=False, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets,
                    max_length_q=6, max_length_k=6).logits  # fmt: skip
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -204,17 +210,17 @@ def test_packed_documents_are_read_from_cu_seq_lens():
 
 def test_compiled_forward_has_no_dense_mask_and_rejects_packing():
     """Under torch.compile, transformers makes a dense mask of every batch because position_ids may be packed."""
-    theirs, ours = pair("Llama")
+    stock, ours = pair("Llama")
     shapes = []
 
-    def see(graph, inputs):
+    def record_shapes(graph, inputs):
         shapes.extend(tuple(n.meta["example_value"].shape) for n in graph.graph.nodes
                       if isinstance(n.meta.get("example_value"), torch.Tensor))  # fmt: skip
         return graph.forward
 
-    run = torch.compile(ours, fullgraph=True, backend=see)
+    run = torch.compile(ours, fullgraph=True, backend=record_shapes)
     got = run(IDS, use_cache=False, position_ids=torch.arange(9)[None]).logits
-    torch.testing.assert_close(got, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, stock(IDS).logits, rtol=1e-4, atol=1e-5)
     assert not [s for s in shapes if s[-2:] == (9, 9)]
     with pytest.raises(RuntimeError, match="packed position_ids while compiling: expected cu_seq_lens_q"):
         run(IDS, use_cache=False, position_ids=PACKED[:1])
@@ -222,11 +228,11 @@ def test_compiled_forward_has_no_dense_mask_and_rejects_packing():
 
 @pytest.mark.parametrize("padding", ["left", "holes"])
 def test_compiled_forward_applies_padding(padding):
-    theirs, ours = pair("Llama")
+    stock, ours = pair("Llama")
     live = LIVE[padding]
     run = torch.compile(ours, fullgraph=True, backend="aot_eager")
     got = run(IDS, attention_mask=live, use_cache=False).logits[live.bool()]
-    expected = theirs(IDS, attention_mask=live).logits[live.bool()]
+    expected = stock(IDS, attention_mask=live).logits[live.bool()]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The server, asked by OpenAI's own client and by raw sockets: what it answers, and what it refuses."""
+"""The HTTP server, called by the client of OpenAI and through raw sockets: responses and errors."""
 
 import contextlib
 import dataclasses
@@ -59,18 +59,18 @@ def test_echo_returns_log_probabilities_of_prompt_and_completion(client, model, 
 
 
 def test_stop_token_has_its_log_probability(client, tokenizer):
-    """lm-eval takes the last entry for the new token, and sums those before."""
+    """lm-eval takes the last entry as the new token, and sums the entries before it."""
     ids = tokenizer.encode("the canary")
     ending = {"max_tokens": 1, "logit_bias": {str(tokenizer.end_id): 100}}
-    told = client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=1, **ending).choices[0]
-    assert told.text == "the canary" and len(told.logprobs.token_logprobs) == len(ids) + 1
+    choice = client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=1, **ending).choices[0]
+    assert choice.text == "the canary" and len(choice.logprobs.token_logprobs) == len(ids) + 1
 
 
 def test_streamed_parts_add_up_to_the_whole_completion(client):
-    wanted = {"model": "tiny", "prompt": ["the", "a song"], "n": 2, "max_tokens": 30, "seed": 3}
-    whole = client.completions.create(**wanted)
+    request = {"model": "tiny", "prompt": ["the", "a song"], "n": 2, "max_tokens": 30, "seed": 3}
+    whole = client.completions.create(**request)
     texts, usage = {}, None
-    for chunk in client.completions.create(**wanted, stream=True, stream_options={"include_usage": True}):
+    for chunk in client.completions.create(**request, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             texts[choice.index] = texts.get(choice.index, "") + choice.text
@@ -86,9 +86,9 @@ def test_stop_strings_end_the_completion(client):
 
 
 def test_chat_completion_renders_template_and_streams(client):
-    wanted = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "seed": 1}
-    whole = client.chat.completions.create(**wanted, logprobs=True, top_logprobs=2)
-    stream = client.chat.completions.create(**wanted, stream=True)
+    request = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "seed": 1}
+    whole = client.chat.completions.create(**request, logprobs=True, top_logprobs=2)
+    stream = client.chat.completions.create(**request, stream=True)
     streamed = "".join(chunk.choices[0].delta.content for chunk in stream)
     same = client.completions.create(model="tiny", prompt="user: hi\nassistant:", max_tokens=9, seed=1)
     assert whole.choices[0].message.content == streamed == same.choices[0].text
@@ -106,9 +106,9 @@ def test_models_tokenize_health_and_metrics_routes(running, client, tokenizer):
     assert status == 404 and "got GET /nowhere, expected one of GET /, " in answer["error"]["message"]
 
 
-@pytest.mark.parametrize(("value", "said"), [(-1, "got -1, "), ("1", "got '1', "), ([1], r"got [1], ")])
-def test_error_messages_quote_the_received_value(running, value, said):
-    assert said in running.ask("/v1/completions", {"prompt": "x", "max_tokens": value})[1]["error"]["message"]
+@pytest.mark.parametrize(("value", "text"), [(-1, "got -1, "), ("1", "got '1', "), ([1], r"got [1], ")])
+def test_error_messages_quote_the_received_value(running, value, text):
+    assert text in running.ask("/v1/completions", {"prompt": "x", "max_tokens": value})[1]["error"]["message"]
 
 
 BAD = [
@@ -134,7 +134,7 @@ def test_bad_fields_return_errors_in_openai_format(running, changes, param):
     assert answer["error"]["message"]
 
 
-# Fields of OpenAI's and of other servers that change what the text is: beams, shapes, tools, more than n texts.
+# Fields of OpenAI and of other servers that change the text: beam search, response formats, tools.
 UNKNOWN = (
     "use_beam_search", "num_beams", "beams", "length_penalty", "early_stopping", "response_format", "tools",
     "tool_choice", "parallel_tool_calls", "functions", "function_call", "guided_json", "guided_regex", "guided_choice",
@@ -166,7 +166,7 @@ def test_best_of_must_equal_n(running):
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "text"),
     [
         (b'{"prompt": "x", "temperature": NaN}', "NaN"), (b'{"prompt": "x", "temperature": -Infinity}', "Infinity"),
         (b'{"prompt": "x", "temperature": 1e999}', "inf"), (b'{"prompt": "\\ud800"}', "lone surrogate"),
@@ -177,9 +177,9 @@ def test_best_of_must_equal_n(running):
     ],
     ids=lambda value: str(value[:30]),
 )  # fmt: skip
-def test_bad_bodies_are_rejected(running, raw, said):
+def test_bad_bodies_are_rejected(running, raw, text):
     status, answer = running.ask("/v1/completions", raw=raw)
-    assert status == (413 if said == "more than" else 400) and said in answer["error"]["message"]
+    assert status == (413 if text == "more than" else 400) and text in answer["error"]["message"]
 
 
 def test_wrong_model_content_type_host_and_header_are_rejected(running):
@@ -225,7 +225,7 @@ def test_slow_bodies_are_cut_off(running):
 
 
 def test_bodies_that_no_route_reads_are_cut_off(running):
-    """What no path reads is not waited for longer, whatever comes of it."""
+    """The time limit of a body holds although no route reads the body, and data that arrives does not extend it."""
     with socket.create_connection(("127.0.0.1", running.port), timeout=5) as slow:
         slow.sendall(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{")
         assert b"404" in slow.recv(1000)
@@ -239,15 +239,15 @@ def test_bodies_that_no_route_reads_are_cut_off(running):
 def test_client_that_does_not_read_is_cut_off(model, tokenizer):
     small = Running(model, tokenizer, send_bytes=4096)
     try:
-        with socket.socket() as deaf:
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            deaf.connect(("127.0.0.1", small.port))
-            deaf.sendall(posted({"prompt": ["x"] * 8, "max_tokens": 120, "seed": 1, "stream": True}))
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", small.port))
+            client.sendall(posted({"prompt": ["x"] * 8, "max_tokens": 120, "seed": 1, "stream": True}))
             until = time.monotonic() + 10
             while not (connections := small.uvicorn.server_state.connections):
                 assert time.monotonic() < until
             while connections:
-                assert time.monotonic() < until, "the connection is still there"
+                assert time.monotonic() < until, "the connection is still open"
                 time.sleep(0.01)
             assert small.idle() == 40
     finally:
@@ -261,20 +261,20 @@ def test_client_that_does_not_read_is_cut_off(model, tokenizer):
     (b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n", 400),
 ], ids=["header", "target", "no HTTP", "no host", "length"])  # fmt: skip
 def test_bad_headers_return_errors_in_openai_format(running, sent, status):
-    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as asked:
-        asked.sendall(sent)
-        head, _, body = b"".join(iter(lambda: asked.recv(4096), b"")).partition(b"\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as connection:
+        connection.sendall(sent)
+        head, _, body = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
         assert head.startswith(f"HTTP/1.1 {status} ".encode()) and json.loads(body)["error"]["message"]
 
 
 def test_too_many_connections_are_rejected(running):
-    begin, held = time.monotonic(), []
+    begin, connections = time.monotonic(), []
     try:
-        held = [socket.create_connection(("127.0.0.1", running.port), timeout=5) for _ in range(31)]
-        assert b"503" in held[-1].recv(1000)
+        connections = [socket.create_connection(("127.0.0.1", running.port), timeout=5) for _ in range(31)]
+        assert b"503" in connections[-1].recv(1000)
     finally:
-        for one in held:
-            one.close()
+        for connection in connections:
+            connection.close()
     while running.ask("/health")[0] != 200:
         assert time.monotonic() - begin < 5
 
@@ -295,15 +295,15 @@ def test_disconnected_client_frees_its_cache(running):
 
 
 def test_failing_request_does_not_affect_others(running, monkeypatch):
-    """Refused by the engine while another one runs; then a step that fails, after which all goes on."""
+    """First the engine rejects requests while another runs. Then a step raises, and later requests succeed."""
     expected = running.ask("/v1/completions", CANARY)[1]["choices"]
-    found = []
-    thread = threading.Thread(target=lambda: found.append(running.ask("/v1/completions", CANARY)[1]["choices"]))
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(running.ask("/v1/completions", CANARY)[1]["choices"]))
     thread.start()
     for _ in range(5):
         assert running.ask("/v1/completions", {"prompt": "x", "logit_bias": {"5000": 1}})[0] == 400
     thread.join()
-    assert found == [expected]
+    assert answers == [expected]
     with monkeypatch.context() as patched:
         patched.setattr(running.engine.executor, "step", lambda chunks: 1 / 0)
         status, answer = running.ask("/v1/completions", CANARY)
@@ -312,22 +312,23 @@ def test_failing_request_does_not_affect_others(running, monkeypatch):
 
 
 def test_serve_command_finishes_streams_on_sigterm(model, tokenizer, tmp_path):
-    """A process: streams that run end as they would have, nobody new is let in, and the exit code is 0."""
+    """After SIGTERM running streams finish, new connections are refused, and the exit code is 0."""
     config = dataclasses.replace(model.config, block_size=1024)
     GPT(config).save_pretrained(tmp_path / "long", tokenizer)
     command = [sys.executable, "-m", "peakgpt", "serve", str(tmp_path / "long"), "--port", "0", "--dtype", "float32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert re.fullmatch(r"cache: \d+ blocks of 64 tokens, .* MiB; .*\n", process.stderr.readline())
-            said = re.fullmatch(r"long: http://127\.0\.0\.1:(\d+)\n", process.stdout.readline())
-            at = ("127.0.0.1", int(said[1]))
+            address = re.fullmatch(r"long: http://127\.0\.0\.1:(\d+)\n", process.stdout.readline())
+            at = ("127.0.0.1", int(address[1]))
             with socket.create_connection(at, timeout=20) as idle, contextlib.ExitStack() as stack:
                 idle.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 assert b"200 OK" in idle.recv(1000)
-                asked = {"prompt": "x", "max_tokens": 400, "logit_bias": {str(tokenizer.end_id): -100}, "stream": True}
+                no_end = {str(tokenizer.end_id): -100}
+                request = {"prompt": "x", "max_tokens": 400, "logit_bias": no_end, "stream": True}
                 streams = [stack.enter_context(socket.create_connection(at, timeout=20)) for _ in range(4)]
                 for stream in streams:
-                    stream.sendall(posted(asked))
+                    stream.sendall(posted(request))
                 begun = [stream.recv(100) for stream in streams]
                 process.terminate()
                 with pytest.raises(ConnectionError):
@@ -342,14 +343,14 @@ def test_serve_command_finishes_streams_on_sigterm(model, tokenizer, tmp_path):
             process.kill()
 
 
-def test_other_hosts_than_loopback_need_an_api_key(tmp_path, capsys, monkeypatch):
+def test_host_other_than_loopback_needs_an_api_key(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("PEAKGPT_API_KEY", raising=False)
     assert main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "without an API key, expected --api-key-file or $PEAKGPT_API_KEY" in capsys.readouterr().err
 
 
 def fuzz(running, count):
-    """Requests drawn around the schema; ends with the canary's bits, and all blocks free."""
+    """Send random valid and invalid requests. Then the canary must give the same bits, and all blocks must be free."""
     given = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
     from hypothesis import strategies as st
 
@@ -373,8 +374,8 @@ def fuzz(running, count):
     requests = st.fixed_dictionaries(prompt, optional=good) | st.fixed_dictionaries(
         {"prompt": prompt["prompt"] | odd}, optional=mixed
     )
-    first, seen = running.ask("/v1/completions", CANARY)[1]["choices"], []
-    asked = []
+    first, statuses = running.ask("/v1/completions", CANARY)[1]["choices"], []
+    bodies = []
 
     @given.settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(given.HealthCheck))
     @given.given(requests)
@@ -382,14 +383,14 @@ def fuzz(running, count):
         status, answer = running.ask("/v1/completions", data)
         assert status in (200, 400), (status, answer)
         assert status == 200 or answer["error"]["message"]
-        seen.append(status)
-        asked.append(json.dumps(data).encode())
+        statuses.append(status)
+        bodies.append(json.dumps(data).encode())
 
     one()
-    assert seen.count(200) > count / 20 and seen.count(400) > count / 20
+    assert statuses.count(200) > count / 20 and statuses.count(400) > count / 20
     assert running.ask("/v1/completions", CANARY)[1]["choices"] == first
     assert running.idle() == 40 and not running.server.worker.jobs and not running.engine.scheduler.running
-    return asked
+    return bodies
 
 
 def resident_bytes():
@@ -403,11 +404,11 @@ def test_random_requests_never_break_the_server(running):
 
 @pytest.mark.slow
 def test_many_random_requests_leak_no_memory(running):
-    """Memory is measured over the same requests again: hypothesis itself keeps what it has drawn."""
-    asked = fuzz(running, 10_000)[-2000:]
+    """Repeats the same requests for the measurement, because hypothesis keeps the requests that it draws."""
+    bodies = fuzz(running, 10_000)[-2000:]
     sizes = []
     for _ in range(3):
-        for raw in asked:
+        for raw in bodies:
             running.ask("/v1/completions", raw=raw)
         sizes.append(resident_bytes())
     assert running.idle() == 40

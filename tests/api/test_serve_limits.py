@@ -1,6 +1,6 @@
-"""Every cap of api/serve/limits.py: what is at it passes, one more is refused.
+"""Every limit of api/serve/limits.py: the maximum is accepted, and one more is rejected.
 
-The numbers are written here once more: who raises a cap has to say so in two places.
+The numbers are repeated here, so that a change of a limit must be made in two places.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from serving import LIMITS, Running, guard
 
 from peakgpt.serve.schema import BadRequest, check_request, parse
 
-# cap: (its value, fields of a request that is at it)
+# limit: (its value, function that makes the fields of a request with n of it)
 FIELDS = {
     "prompts": (64, lambda n: {"prompt": ["x"] * n}),
     "prompt_tokens": (1 << 17, lambda n: {"prompt": [1] * n}),
@@ -44,14 +44,14 @@ def test_every_limit_has_a_test():
     assert {*FIELDS, *CHAT, *TIMES, *OTHERS} == {field.name for field in dataclasses.fields(LIMITS)}
 
 
-@pytest.mark.parametrize(("chat", "cap"), [*((False, cap) for cap in FIELDS), *((True, cap) for cap in CHAT)])
-def test_field_limits_accept_the_maximum_and_reject_more(chat, cap):
-    most, fields = (CHAT if chat else FIELDS)[cap]
+@pytest.mark.parametrize(("chat", "name"), [*((False, name) for name in FIELDS), *((True, name) for name in CHAT)])
+def test_field_limits_accept_the_maximum_and_reject_more(chat, name):
+    most, fields = (CHAT if chat else FIELDS)[name]
     start = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
     check_request({**start, **fields(most)}, chat=chat, limits=LIMITS)
     with pytest.raises(BadRequest) as refusal:
         check_request({**start, **fields(most + 1)}, chat=chat, limits=LIMITS)
-    param = {"choices": "n"}.get(cap) or [*fields(most)][-1]
+    param = {"choices": "n"}.get(name) or [*fields(most)][-1]
     assert refusal.value.status == 400 and refusal.value.body["error"]["param"] == param
 
 
@@ -79,7 +79,7 @@ def test_body_size_limit(declared):
 
 
 def head(count, size):
-    """A request's scope with so many header lines and bytes in all, target and separators included."""
+    """Return the scope of a request with `count` header lines and `size` bytes, target and separators included."""
     lines = [(b"x" * 4, b"")] * (count - 1)
     target = b"/health"
     rest = size - len(target) - 8 * (count - 1) - len(b"filler") - 4
@@ -123,22 +123,22 @@ def test_queue_limit(running):
 
 def test_connection_limit(running):
     running.idle()
-    held = []
+    connections, address = [], ("127.0.0.1", running.port)
     try:
-        held = [socket.create_connection(("127.0.0.1", running.port), timeout=5) for _ in range(OTHERS["connections"])]
-        held[-1].sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        assert b"200 OK" in held[-1].recv(1000)
-        held.append(socket.create_connection(("127.0.0.1", running.port), timeout=5))
-        assert b"503" in held[-1].recv(1000)
+        connections = [socket.create_connection(address, timeout=5) for _ in range(OTHERS["connections"])]
+        connections[-1].sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert b"200 OK" in connections[-1].recv(1000)
+        connections.append(socket.create_connection(("127.0.0.1", running.port), timeout=5))
+        assert b"503" in connections[-1].recv(1000)
     finally:
-        for one in held:
-            one.close()
+        for connection in connections:
+            connection.close()
 
 
 def test_time_limits_reach_uvicorn():
-    """That they are kept to is tests/api/test_serve.py's, with shorter ones."""
-    made, timers = guard.protocol(LIMITS), []
-    protocol = made.__new__(made)
+    """tests/api/test_serve.py tests their effect, with shorter limits."""
+    protocol_class, timers = guard.protocol(LIMITS), []
+    protocol = protocol_class.__new__(protocol_class)
     protocol.loop = SimpleNamespace(call_later=lambda s, what: timers.append(s) or SimpleNamespace(cancel=lambda: None))
     protocol.transport, protocol.flow = SimpleNamespace(abort=None), SimpleNamespace(pause_writing=lambda: None)
     protocol._expect("head")
@@ -157,7 +157,7 @@ def test_time_limits_reach_uvicorn():
         timers.append(seconds)
         raise asyncio.TimeoutError
 
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(BadRequest, match=r"not there after 20\.0 s"):
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(BadRequest, match=r"got 0 bytes after 20\.0 s"):
         patched.setattr(asyncio, "wait_for", wait)
         request = SimpleNamespace(headers={"content-type": "application/json"}, stream=never)
         asyncio.run(guard.read_body(request, LIMITS))

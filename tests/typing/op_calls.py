@@ -1,4 +1,4 @@
-"""Calls every public op with full types. test_op_types.py runs `pyright --strict` on it."""
+"""Calls of all public ops with their types. tests/kernels/ops/test_op_types.py runs `pyright --strict` on this file."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""A user's program runs, and pyright --strict finds no error in it that comes from peakgpt."""
+"""The program of a user runs, and `pyright --strict` accepts it."""
 
 import importlib.util
 import json
@@ -25,9 +25,9 @@ def link_package(folder: Path) -> None:
 
 
 def test_user_program_runs(tmp_path):
-    done = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("loss ") == 3 and done.stdout.count("torch.Size([1, 8, 2, 16])") == 2
+    completed = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.count("loss ") == 3 and completed.stdout.count("torch.Size([1, 8, 2, 16])") == 2
 
 
 def test_user_program_passes_pyright_strict(tmp_path):
@@ -41,9 +41,9 @@ def test_user_program_passes_pyright_strict(tmp_path):
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "pyright", "-p", tmp_path, "--pythonpath", sys.executable, "--outputjson"]
     env = {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert done.stdout.startswith("{"), f"pyright did not run: {done.stdout}{done.stderr}"
-    report = json.loads(done.stdout)
+    completed = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert completed.stdout.startswith("{"), f"pyright did not run: {completed.stdout}{completed.stderr}"
+    report = json.loads(completed.stdout)
     errors = [f"line {d['range']['start']['line'] + 1}: {d['message']}" for d in report["generalDiagnostics"]]
     assert report["summary"]["filesAnalyzed"] == 1 and not errors, "\n".join(errors)
 

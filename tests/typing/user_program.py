@@ -1,4 +1,4 @@
-"""A program of a user: train, generate, call an op, patch a module, call a server. pyright --strict accepts it."""
+"""The program of a user: train, generate, call an op, patch a module, call a server. test_user_program.py checks it."""
 
 import json
 import urllib.request

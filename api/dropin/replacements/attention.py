@@ -53,7 +53,7 @@ class RotaryAttention(TransformersAttention):
 
 
 class GPTJAttention(TransformersAttention):
-    """GPT-J and GPT-Neo, which compute attention in a method `_attn`."""
+    """GPT-J and GPT-Neo. They compute attention in the method `_attn`."""
 
     def forward(self, *args, output_attentions=False, **kwargs):
         _reject_output_attentions(output_attentions)
@@ -116,7 +116,7 @@ class BloomAttention(TransformersAttention):
 
 def _reject_output_attentions(output_attentions: Any) -> None:
     if output_attentions:
-        raise ValueError("attention: got output_attentions=True, expected False: a patched model keeps no weights")
+        raise ValueError("attention: got output_attentions=True, expected False: patched models store no weights")
 
 
 class MultiheadAttention(Replacement):
@@ -126,8 +126,8 @@ class MultiheadAttention(Replacement):
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
         if module.in_proj_weight is None:
             return "keys or values have a different width than queries"
-        own = module.bias_k is not None or module.add_zero_attn
-        return "adds an extra key (add_bias_kv, add_zero_attn)" if own else None
+        extra_key = module.bias_k is not None or module.add_zero_attn
+        return "adds an extra key (add_bias_kv, add_zero_attn)" if extra_key else None
 
     def _peakgpt_sample(self) -> tuple[Tensor, ...]:
         x = self.in_proj_weight.detach()[:5].unsqueeze(1 - self.batch_first)
@@ -166,5 +166,5 @@ class MultiheadAttention(Replacement):
             masks.append(padding[:, None, None])
         masks = [m if m.dtype.is_floating_point else additive_mask(~m, q) for m in masks]
         total = sum(masks) if masks else None
-        # The sum of two masks may overflow, and masks of torch hold -inf: a fully masked row would be NaN.
+        # The sum of two masks may overflow, and masks of torch hold -inf. A fully masked row would then be NaN.
         return None if total is None else total.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)

@@ -1,4 +1,4 @@
-"""Replacements for whole transformer blocks, which save the calls from module to module in a decode step."""
+"""Replacements for whole transformer blocks: they save the calls between modules in a decode step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peakgpt.kernels.ops.norm import add_layernorm, layernorm
 
 
 class GPT2Block(Replacement):
-    """The block of GPT-2, with residual and second norm fused. Runs its own forward if a submodule was changed."""
+    """The block of GPT-2, with residual and second norm fused. Runs the original forward if a submodule was changed."""
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
@@ -26,21 +26,22 @@ class GPT2Block(Replacement):
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None, **kwargs):
         parts = self._modules
         attn, mlp, first, second = parts["attn"], parts["mlp"], parts["ln_1"], parts["ln_2"]
-        into, out = attn._modules["c_attn"], attn._modules["c_proj"]
-        same = type(attn) is self._peakgpt["attn"] and isinstance(first, LayerNorm) and isinstance(second, LayerNorm)
-        plain = same and _has_no_hooks(attn, first, second) and linear_layout(into) and linear_layout(out)
+        qkv_proj, out_proj = attn._modules["c_attn"], attn._modules["c_proj"]
+        norms = isinstance(first, LayerNorm) and isinstance(second, LayerNorm)
+        unchanged = type(attn) is self._peakgpt["attn"] and norms
+        plain = unchanged and _has_no_hooks(attn, first, second) and linear_layout(qkv_proj) and linear_layout(out_proj)
         if encoder_hidden_states is not None or not plain:
             return super().forward(hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs)
         kwargs.pop("encoder_attention_mask", None)
         x, shape = hidden_states, (*hidden_states.shape[:-1], 3, attn.num_heads, attn.head_dim)
         h = layernorm(x, first.weight, first.bias, eps=first.eps)
-        q, k, v = linear(h, linear_weight(into), into.bias).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = linear(h, linear_weight(qkv_proj), qkv_proj.bias).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
         if past_key_values is not None:
             cache = getattr(past_key_values, "self_attention_cache", past_key_values)
             k, v = cache.update(k, v, attn.layer_idx)
         dropout = attn.attn_dropout.p if attn.training else 0.0
         y, _ = attention_forward(attn, q, k, v, attention_mask, dropout, attn.scaling, **kwargs)
-        y = attn.resid_dropout(linear(y.flatten(2), linear_weight(out), out.bias))
+        y = attn.resid_dropout(linear(y.flatten(2), linear_weight(out_proj), out_proj.bias))
         x, h = add_layernorm(y.to(x.dtype), x, second.weight, second.bias, eps=second.eps)
         return x + mlp(h)
 
@@ -84,7 +85,8 @@ class BartLayer(InlineMLPBlock):
         past_key_values=None, use_cache=True, **kwargs,
     ):  # fmt: skip
         x = hidden_states
-        if x.dtype == torch.float16 and encoder_hidden_states is None:  # the encoder's own forward checks for overflow
+        # The original forward of the encoder checks for overflow.
+        if x.dtype == torch.float16 and encoder_hidden_states is None:
             return super().forward(x, attention_mask, **kwargs)
         y, _ = self.self_attn(x, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
         x = add_norm(self.self_attn_layer_norm, self._dropout(y), x)

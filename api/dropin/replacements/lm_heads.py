@@ -1,8 +1,8 @@
 """Replacements for language models of transformers, whose loss becomes `linear_cross_entropy`.
 
 In train() and with labels, the forward of transformers runs with a head that returns its input, and the loss is
-computed from these hidden states. The output is the same except `logits`, which is None. The bias of a head becomes one
-more column of its weight, for a feature that is 1. In eval(), without labels, and with a loss function of the user,
+computed from these hidden states. The output is the same except `logits`, which is None. The bias of a head becomes an
+extra column of its weight, with a constant input of 1. In eval(), without labels, and with a custom loss function,
 nothing changes.
 """
 
@@ -49,7 +49,7 @@ def passing_through(head: nn.Module):
 
 
 class LanguageModel(Replacement):
-    """Base. Options: head: name of the module that computes logits."""
+    """Base of the replacements of language models. Options: head: name of the module that computes logits."""
 
     _keep_signature = True
 
@@ -152,9 +152,9 @@ class BartLM(Seq2SeqLM):
 def _cross_entropy(x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, **options: Any) -> Tensor:
     """Compute `linear_cross_entropy` for a head with or without bias. A bias costs a copy of the weight."""
     if bias is not None:
-        more = ALIGNED - x.shape[1] % ALIGNED
-        one = F.pad(x.new_ones(len(x), 1), (0, more - 1))
-        x, w = torch.cat((x, one), 1), torch.cat((w, F.pad(bias[:, None].to(w.dtype), (0, more - 1))), 1)
+        columns = ALIGNED - x.shape[1] % ALIGNED
+        ones = F.pad(x.new_ones(len(x), 1), (0, columns - 1))
+        x, w = torch.cat((x, ones), 1), torch.cat((w, F.pad(bias[:, None].to(w.dtype), (0, columns - 1))), 1)
     return linear_cross_entropy(x, w, target, **options)
 
 
