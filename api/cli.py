@@ -1,4 +1,4 @@
-"""The command line: `peakgpt COMMAND ...`; bad input gives one sentence and exit code 2."""
+"""The command line `peakgpt COMMAND ...`. Bad input prints one sentence and exits with code 2."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# Each is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code; imported only when asked.
+# Each name is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code, imported on use.
 COMMANDS = {
-    "quickstart": "train a small GPT on this machine's own text beside PyTorch eager, and write a report",
+    "quickstart": "train a small GPT on text of this machine, compare with PyTorch eager, write a report",
     "train": "train a GPT on text files",
     "generate": "continue a prompt with a checkpoint",
-    "quantize": "round a checkpoint's weights to 8 or 4 bits",
+    "quantize": "quantize the weights of a checkpoint to 8 or 4 bits",
     "score": "log-probabilities of continuations, or the perplexity of a text",
     "serve": "OpenAI-compatible completions over HTTP",
-    "bench": "measure ops, training and decoding beside PyTorch",
-    "doctor": "say what this machine is and which backend each op takes",
-    "aot": "compile every Triton kernel for GPUs that are not there, and count registers and spills",
+    "bench": "measure ops, training and decoding against PyTorch",
+    "doctor": "print the machine, its peaks, and the backend of each op",
+    "aot": "compile every Triton kernel for GPUs without having them; count registers and spills",
 }
 
 
 class BadInput(Exception):
-    """What argparse has against the command line."""
+    """Wrong arguments on the command line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0, 1 where a check failed, 2 for bad input, 130 after Ctrl-C.
+        Exit code: 0 for success, 1 for a failed check, 2 for bad input, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -57,7 +57,7 @@ def _run(argv: list[str]) -> int:
         top.print_help()
         return 2
     if argv[0].startswith("-"):
-        return _top(top, argv)
+        return _run_without_command(top, argv)
     if argv[0] not in COMMANDS:
         raise BadInput(f"unknown command: got {argv[0]!r}, expected one of {', '.join(COMMANDS)}")
     command = importlib.import_module(f"peakgpt.commands.{argv[0]}")
@@ -66,7 +66,7 @@ def _run(argv: list[str]) -> int:
     return command.run(parser.parse_args(argv[1:]))
 
 
-def _top(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+def _run_without_command(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     if parser.parse_args(argv).version:
         from peakgpt import __version__
 

@@ -1,8 +1,8 @@
-"""EleutherAI's lm-evaluation-harness on this engine: importing this registers the model "peakgpt".
+"""Model "peakgpt" for the lm-evaluation-harness of EleutherAI; importing this module registers it.
 
     python -m peakgpt.harness --model peakgpt --model_args pretrained=FOLDER --tasks TASK
 
-is `lm_eval` with that import before it: the harness itself looks for no models outside of its own package.
+runs `lm_eval` after that import. The harness itself does not search other packages for models.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MAX_GEN_TOKS = 256  # the harness's own default
 
 @register_model("peakgpt")
 class PeakGPT(TemplateLM):
-    """A checkpoint folder with its tokenizer, on the CPU.
+    """A checkpoint folder with its tokenizer, run on the CPU.
 
     Args:
-        pretrained: the folder.
-        dtype: of the weights.
-        max_length: tokens; longer texts lose their beginning, as with the harness's own model.
-        batch_size, device, max_batch_size: as the harness passes them; batches are the engine's own.
+        pretrained: checkpoint folder.
+        dtype: dtype of the weights.
+        max_length: maximum number of tokens. Longer inputs lose their beginning, as in the hf model.
+        batch_size, device, max_batch_size: accepted, as the harness passes them. The engine makes its own batches.
     """
 
     def __init__(self, pretrained: str, dtype: str = "float32", max_length: int | None = None, batch_size=None,
@@ -56,9 +56,9 @@ class PeakGPT(TemplateLM):
         return self.tokens.encode(string)
 
     def _loglikelihood_tokens(self, requests: list[tuple], **kwargs) -> list[tuple[float, bool]]:
-        kept = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        inputs = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         counts = [len(continuation) for _, _, continuation in requests]
-        scores = self.scorer.score([(ids[:-n], ids[-n:]) for ids, n in zip(kept, counts, strict=True)])
+        scores = self.scorer.score([(ids[:-n], ids[-n:]) for ids, n in zip(inputs, counts, strict=True)])
         answers = [(score.total, all(score.greedy)) for score in scores]
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             if strings is not None:
@@ -66,13 +66,13 @@ class PeakGPT(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        found = []
+        totals = []
         for (string,) in (request.args for request in requests):
             windows = utils.get_rolling_token_windows(self.tok_encode(string), self.prefix_token_id, self.max_length, 1)
             pairs = [(None, *utils.make_disjoint_window(window)) for window in windows]
-            found.append(sum(total for total, _ in self._loglikelihood_tokens(pairs)))
-            self.cache_hook.add_partial("loglikelihood_rolling", (string,), found[-1])
-        return found
+            totals.append(sum(total for total, _ in self._loglikelihood_tokens(pairs)))
+            self.cache_hook.add_partial("loglikelihood_rolling", (string,), totals[-1])
+        return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         self._engine = self._engine or Engine(self.model, self.tokens)
@@ -83,7 +83,7 @@ class PeakGPT(TemplateLM):
         for output in self._engine.outputs():
             if output.error:
                 raise output.error
-            pieces.setdefault(output.request, []).append(output.text)
+            pieces.setdefault(output.request_id, []).append(output.text)
         texts = [
             postprocess_generated_text("".join(pieces.get(number, ())), until, None) for number, until in submitted
         ]
@@ -92,14 +92,15 @@ class PeakGPT(TemplateLM):
         return texts
 
     def _generation(self, context: str, options: dict) -> tuple[list[int], SamplingParams, list[str]]:
-        kept = normalize_gen_kwargs(options, MAX_GEN_TOKS)
-        until = handle_stop_sequences(kept.pop("until", None), eos=self.tokens.decode([self.eot_token_id]))
-        count, sampled = kept.pop("max_gen_toks"), kept.pop("do_sample", False)
-        temperature = kept.pop("temperature", 1.0) if sampled else 0.0
-        kept.pop("temperature", None)
-        chosen = {name: kept.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in kept}
-        if kept:
-            raise ValueError(f"peakgpt: got generation options {sorted(kept)}, expected none that it does not know")
+        unused = normalize_gen_kwargs(options, MAX_GEN_TOKS)
+        until = handle_stop_sequences(unused.pop("until", None), eos=self.tokens.decode([self.eot_token_id]))
+        count, sampled = unused.pop("max_gen_toks"), unused.pop("do_sample", False)
+        temperature = unused.pop("temperature", 1.0) if sampled else 0.0
+        unused.pop("temperature", None)
+        names = ("top_k", "top_p", "min_p", "repetition_penalty")
+        chosen = {name: unused.pop(name) for name in names if name in unused}
+        if unused:
+            raise ValueError(f"peakgpt: got generation options {sorted(unused)}, expected only known ones")
         if count >= self.max_length:
             raise ValueError(f"peakgpt: max_gen_toks is {count}, expected less than max_length {self.max_length}")
         ids = (self.tok_encode(context) or [self.eot_token_id])[-(self.max_length - count) :]

@@ -1,7 +1,14 @@
 """python -m peakgpt.bench NAME: the same as `peakgpt bench NAME`."""
 
+import argparse
 import sys
 
-from peakgpt.cli import main
+from peakgpt.bench.command import add_arguments, run
 
-sys.exit(main(["bench", *sys.argv[1:]]))
+parser = argparse.ArgumentParser(prog="python -m peakgpt.bench", description="Measure peakgpt against other engines.")
+add_arguments(parser)
+try:
+    sys.exit(run(parser.parse_args()))
+except ValueError as error:
+    print(f"peakgpt bench: error: {error}", file=sys.stderr)
+    sys.exit(2)

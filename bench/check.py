@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.core.dispatch import HOME, OPS, Op, use_backend
+from peakgpt.kernels.core.dispatch import BACKENDS, OPS, Op, use_backend
 from peakgpt.kernels.ops import catalogue  # noqa: F401  fills OPS
 from peakgpt.kernels.ops.adamw import join
 
@@ -280,7 +280,7 @@ class Check:
 def backends(op: Op, tensors: Sequence[Tensor | None], params: Mapping[str, Any]) -> list[str]:
     """Return the backends of this device that accept the call when forced; a slower backend counts too."""
     found = []
-    for name, home in HOME.items():
+    for name, home in BACKENDS.items():
         with use_backend(name):
             if home == tensors[0].device.type and op.explain(*tensors, **params)[name] is None:
                 found.append(name)

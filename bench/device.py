@@ -26,7 +26,7 @@ from peakgpt.bench.ops import compare
 from peakgpt.bench.run_results import Failure, RunResults
 from peakgpt.bench.train import compare_training
 from peakgpt.engine.model.presets import preset
-from peakgpt.engine.training.trainer import Recipe
+from peakgpt.engine.training.train_config import TrainConfig
 
 FLOAT32, BFLOAT16 = (torch.float32,), (torch.bfloat16,)
 ONE_BY_ONE = ("forward", "backward")
@@ -156,7 +156,7 @@ def _record_failures(emit: Emit) -> Callable[[str, Exception], None]:
 
 TINY_RUN = (
     preset("gpt2-tiny", n_layer=1, vocab_size=512),
-    Recipe(batch=1, tokens=32, dtype=torch.bfloat16, warmup=0.0),
+    TrainConfig(batch=1, tokens=32, dtype=torch.bfloat16, warmup=0.0),
 )
 PADDED_VOCAB = 50304  # a multiple of 128, the usual padding for GPT-2
 
@@ -165,7 +165,7 @@ def _train_jobs(device: torch.device) -> dict[str, Job]:
     def job(budget_s: float, emit: Emit) -> None:
         if device.type == "cuda":
             config = preset("gpt2", vocab_size=PADDED_VOCAB)
-            recipe = Recipe(batch=_batch(device), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
+            recipe = TrainConfig(batch=_batch(device), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
         else:
             config, recipe = TINY_RUN
         names = ["peakgpt", "eager", "compile"] if device.type == "cuda" else ["peakgpt", "eager"]
@@ -182,7 +182,7 @@ def _large_jobs(device: torch.device) -> dict[str, Job]:
     def job(budget_s: float, emit: Emit) -> None:
         if device.type == "cuda":
             config = preset("gpt2-xl", vocab_size=PADDED_VOCAB)
-            recipe = Recipe(batch=max(1, _batch(device) // 4), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
+            recipe = TrainConfig(batch=max(1, _batch(device) // 4), tokens=1024, dtype=torch.bfloat16, warmup=0.0)
         else:
             config, recipe = TINY_RUN
         for row in compare_training(config, recipe, device, ["peakgpt"], rounds=10, budget_s=budget_s,
@@ -196,7 +196,8 @@ def _fp8_jobs(device: torch.device) -> dict[str, Job]:
     def job(budget_s: float, emit: Emit) -> None:
         if device.type == "cuda":
             config = preset("gpt2", vocab_size=PADDED_VOCAB)
-            recipe, steps = Recipe(batch=max(1, _batch(device) // 2), tokens=1024, dtype=torch.bfloat16, lr=6e-4), 50
+            recipe = TrainConfig(batch=max(1, _batch(device) // 2), tokens=1024, dtype=torch.bfloat16, lr=6e-4)
+            steps = 50
         else:
             (config, recipe), steps = TINY_RUN, 3
         for row in compare_fp8(config, recipe, steps, device, budget_s=budget_s / 3):

@@ -25,9 +25,10 @@ from peakgpt.bench.interleave import interleave
 from peakgpt.bench.prefill import work_flops
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.inference.block_pool import BLOCK, Chunk
-from peakgpt.engine.inference.ops_runner import runner_for
-from peakgpt.engine.inference.stepper import PAYS, stepper
+from peakgpt.engine.inference.block_pool import blocks_for
+from peakgpt.engine.inference.chunk import Chunk
+from peakgpt.engine.inference.decoder import make_decoder
+from peakgpt.engine.inference.executor import MIN_PACKED_TOKENS, make_executor
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.hardware.peaks import Peak, peak_for
 
@@ -40,12 +41,13 @@ ROUNDS = 20
 
 
 def _ours(model: GPT, ids: Tensor, workload: Workload) -> Begin:
-    step = stepper(model, len(ids), workload.prompt + workload.tokens, max(workload.tokens, PAYS), None)
-    step(ids)
+    max_tokens = workload.prompt + workload.tokens
+    decoder = make_decoder(model, len(ids), max_tokens, max(workload.tokens, MIN_PACKED_TOKENS))
+    decoder.step(ids)
 
     def begin() -> Step:
-        step.rewind(workload.prompt)
-        return lambda token: step(token[:, None])
+        decoder.rewind(workload.prompt)
+        return lambda token: decoder.step(token[:, None])
 
     return begin
 
@@ -190,9 +192,9 @@ def compare_first_token(config: GPTConfig, tokens: int, device: torch.device, *,
         ValueError: our logits are not eager's.
     """
     model, ids = _random_model(config, device), torch.randint(config.vocab_size, (1, tokens), device=device)
-    blocks, eager = range(-(-tokens // BLOCK)), _plain(EagerGPT, model)
-    runner, host = runner_for(model, len(blocks)), ids[0].tolist()
-    our_logits = lambda: runner.step([Chunk(host, 0, blocks)])  # noqa: E731
+    blocks, eager = range(blocks_for(tokens)), _plain(EagerGPT, model)
+    executor, host = make_executor(model, len(blocks)), ids[0].tolist()
+    our_logits = lambda: executor.step([Chunk(host, 0, blocks)])  # noqa: E731
     eager_logits = lambda: eager(ids, past=[[] for _ in range(config.n_layer)])[:, -1]  # noqa: E731
     expect_close("first token: peakgpt", [our_logits()], [eager_logits()], torch.bfloat16)
     contenders = {"peakgpt": lambda: int(our_logits().argmax()), "eager": lambda: int(eager_logits().argmax())}

@@ -16,7 +16,8 @@ from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.hardware.peaks import peak_for
 
 VOCAB = 50304  # GPT-2's, padded to a multiple of 128
@@ -31,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, device: torch.device) -> RunResults:
-    recipe = Recipe(batch=args.batch, tokens=args.tokens, dtype=torch.bfloat16, lr=6e-4)
+    recipe = TrainConfig(batch=args.batch, tokens=args.tokens, dtype=torch.bfloat16, lr=6e-4)
     return RunResults(results=compare(preset(args.model, vocab_size=VOCAB), recipe, args.steps, device))
 
 
 def compare(
-    config: GPTConfig, recipe: Recipe, steps: int, device: torch.device, *, budget_s: float | None = None
+    config: GPTConfig, recipe: TrainConfig, steps: int, device: torch.device, *, budget_s: float | None = None
 ) -> list[Result]:
     """Train with both dtypes, then time a step of each; the notes contain the losses.
 
@@ -65,7 +66,7 @@ def compare(
     ]  # fmt: skip
 
 
-def compare_losses(config: GPTConfig, recipe: Recipe, steps: int, device: torch.device) -> dict[str, list[float]]:
+def compare_losses(config: GPTConfig, recipe: TrainConfig, steps: int, device: torch.device) -> dict[str, list[float]]:
     """Return the losses of all steps, with the same weights and batches."""
     return _trained(config, recipe, steps, device)[1]
 
@@ -82,7 +83,7 @@ def _trained(config, recipe, steps, device) -> tuple[dict[str, Trainer], dict[st
     return trainers, losses
 
 
-def _batches(config: GPTConfig, recipe: Recipe, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(config: GPTConfig, recipe: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of learnable sequences: each one counts up by its own step."""
     generator = torch.Generator().manual_seed(recipe.seed)
     symbols = min(SYMBOLS, config.vocab_size)

@@ -20,7 +20,7 @@ from peakgpt.bench.interleave import interleave
 from peakgpt.bench.op_cases import PASSES, Inputs, OpCase, as_tuple, choose_cases, make_inputs, replayed
 from peakgpt.bench.run_results import RunResults, Unsupported
 from peakgpt.bench.schema import Result
-from peakgpt.kernels.core.dispatch import HOME, OPS, Op, use_backend
+from peakgpt.kernels.core.dispatch import BACKENDS, OPS, Op, use_backend
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.hardware.peaks import peak_for, stream_peak
 from peakgpt.kernels.ops import catalogue
@@ -115,7 +115,7 @@ def compare(
     reasons = op.explain(*tensors, **params)
     chosen = {"peakgpt": next(b for b, reason in reasons.items() if reason is None)}
     fell_back = [f"{op.name}: eager ran as peakgpt, {b} objects: {reasons[b]}"
-                 for b, home in HOME.items() if chosen["peakgpt"] == "eager" and home == device.type]  # fmt: skip
+                 for b, home in BACKENDS.items() if chosen["peakgpt"] == "eager" and home == device.type]  # fmt: skip
     chosen |= {f"peakgpt, {b}": b for b in backends(op, tensors, params) if b != chosen["peakgpt"]}
     calls = {"peakgpt": op, "eager": _forced(op, "eager")}
     calls |= {name: _forced(op, backend) for name, backend in chosen.items() if name not in calls}

@@ -60,9 +60,9 @@ def _unchanged(model: nn.Module) -> None:
 
 
 def _patched(model: nn.Module) -> None:
-    import peakgpt
+    from peakgpt.dropin.patching import patch
 
-    peakgpt.patch(model)
+    patch(model)
 
 
 # build(model) changes the model in place

@@ -33,7 +33,8 @@ from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.run_results import Failure, RunResults
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.inference.block_pool import BlockMemory, Chunk
+from peakgpt.engine.inference.block_pool import blocks_for
+from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import forward_flops
 from peakgpt.engine.model.presets import preset
@@ -162,11 +163,12 @@ def prefill_step(request: Mapping[str, Any]) -> Callable[[], float]:
 
 
 def _ours(state: Mapping[str, Tensor], config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Prefill:
-    from peakgpt.engine.inference.runner import Runner  # only this contender needs the C++ extension
+    # Only this contender needs the C++ extension.
+    from peakgpt.engine.inference.program_executor import ProgramExecutor
 
-    blocks = range(-(-ids.shape[1] // BlockMemory.block))
-    runner, chunk = Runner(our_model(state, config, _name(dtype)), blocks=len(blocks)), Chunk(ids[0], 0, blocks)
-    return lambda: runner.step([chunk])
+    blocks = range(blocks_for(ids.shape[1]))
+    executor, chunk = ProgramExecutor(our_model(state, config, _name(dtype)), len(blocks)), Chunk(ids[0], 0, blocks)
+    return lambda: executor.step([chunk])
 
 
 class PromptGPT(EagerGPT):

@@ -13,7 +13,7 @@ from typing import Any
 from peakgpt.bench.run_results import OURS, RunResults
 from peakgpt.bench.schema import Result
 from peakgpt.bench.timing import Timing, ratio
-from peakgpt.kernels.files import write_whole
+from peakgpt.kernels.files import write_atomically
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2128;background:#fff}
@@ -244,7 +244,7 @@ def write_report(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>peakgpt run</title><style>{STYLE}</style><h1>peakgpt run</h1>{''.join(parts)}</html>\n"
     )
-    write_whole(Path(path), page.encode())
+    write_atomically(Path(path), page.encode())
 
 
 def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peakgpt.bench.timing import Timing
-from peakgpt.kernels.files import write_whole
+from peakgpt.kernels.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def write_results(
                 "checks": list(checks), "failures": list(failures)}  # fmt: skip
     text = "{\n" + ",\n".join(f"{json.dumps(key)}: {_json_rows(value)}" for key, value in document.items()) + "\n}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f"{text}\n".encode())
+    write_atomically(path, f"{text}\n".encode())
 
 
 def _json_rows(value: Any) -> str:

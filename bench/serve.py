@@ -34,7 +34,7 @@ from peakgpt.bench.run_results import OURS, RunResults
 from peakgpt.bench.schema import Result
 from peakgpt.bench.streaming_client import WAIT_S, StreamingClient, first_request_tokens
 from peakgpt.bench.timing import Spread
-from peakgpt.engine.inference.block_pool import BLOCK
+from peakgpt.engine.inference.block_pool import BLOCK_TOKENS
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import preset
 from peakgpt.kernels.cpu.memory import keep_pages
@@ -126,7 +126,7 @@ def compare_serving(config: GPTConfig, workload: Workload, dtype: str, *, second
 
 
 def blocks_for(workload: Workload) -> int:
-    return workload.streams * -(-(workload.prompt + workload.tokens) // BLOCK)
+    return workload.streams * -(-(workload.prompt + workload.tokens) // BLOCK_TOKENS)
 
 
 def synthetic_tokenizer(vocab_size: int):
@@ -167,9 +167,9 @@ def engine_step(request: Mapping[str, Any]) -> Callable[[], float]:
             for output in engine.step():
                 if output.error:
                     raise output.error
-                left -= len(output.tokens)
-                if output.finish:
-                    submit(streams.pop(output.request), workload.tokens)
+                left -= len(output.token_ids)
+                if output.finish_reason:
+                    submit(streams.pop(output.request_id), workload.tokens)
         return 0.0
 
     return step

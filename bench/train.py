@@ -22,7 +22,7 @@ from peakgpt.engine.graph_capture import WARMUP
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
-from peakgpt.engine.training.trainer import Recipe
+from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.hardware.peaks import peak_for
 
 # A contender is timed only if its loss after a few updates at the full learning rate is eager's. Eager computes bf16
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> RunResults:
     results, config = RunResults(), preset(args.model)
     for dtype in args.dtype or ("float32", "bfloat16"):
-        recipe = Recipe(batch=args.batch, tokens=args.tokens, dtype=getattr(torch, dtype), warmup=0.0,
+        recipe = TrainConfig(batch=args.batch, tokens=args.tokens, dtype=getattr(torch, dtype), warmup=0.0,
                         recompute=args.recompute)  # fmt: skip
         results.results += compare_training(config, recipe, device, args.contenders, rounds=args.rounds)
     return results
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, device: torch.device) -> RunResults:
 
 def compare_training(
     config: GPTConfig,
-    recipe: Recipe,
+    recipe: TrainConfig,
     device: torch.device,
     names: Sequence[str] | None = None,
     *,
@@ -129,7 +129,7 @@ class LocalContender:
 
 
 def _starts(
-    config: GPTConfig, recipe: Recipe, device: torch.device, names: Sequence[str]
+    config: GPTConfig, recipe: TrainConfig, device: torch.device, names: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], RunningContender]]]:
     if device.type == "cpu":
         request = {"make": "peakgpt.bench.contenders.training:training_step", "threads": torch.get_num_threads(),

@@ -1,25 +1,24 @@
-"""GPT: the model with everything a user does with it. The network itself is `peakgpt.engine.model.transformer`.
+"""GPT: the model with its methods for users. The network is `peakgpt.engine.model.transformer.Transformer`.
 
-Each method hands over to the module that does the work, so that no module below imports this one.
+Each method calls the module that does the work; no module of the engine imports this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint import checkpoint
-from peakgpt.engine.checkpoint import quantized as quantized_folder
-from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.checkpoint.model_folder import TokenizerFiles, read_config, read_weights, write_model
+from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
 from peakgpt.engine.inference.beam_search import beam_search
-from peakgpt.engine.inference.generate import check_prompt, generate, stream
-from peakgpt.engine.inference.sampling_params import SamplingParams
+from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream
+from peakgpt.engine.model.positions import left_padding_start
 from peakgpt.engine.model.presets import preset
-from peakgpt.engine.model.quantized import QuantizedLinear
+from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
 
@@ -29,13 +28,13 @@ class GPT(Transformer):
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> GPT:
-        """Build a known model with random weights.
+        """Build a preset model with random weights.
 
         Args:
             name: a key of peakgpt.engine.model.presets.PRESETS, such as "gpt2".
             changes: GPTConfig fields that replace the preset's.
         Raises:
-            ValueError: an unknown name or field, or sizes that do not fit each other.
+            ValueError: an unknown name or field, or inconsistent sizes.
         """
         return cls(preset(name, **changes))
 
@@ -43,89 +42,120 @@ class GPT(Transformer):
     def from_pretrained(
         cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None
     ) -> GPT:
-        """Load a checkpoint in the Hugging Face layout of its family, in evaluation mode as transformers does.
+        """Load a checkpoint in the Hugging Face layout of its family; the model is in evaluation mode.
 
         Args:
-            folder: with config.json and model.safetensors (or its shards, or pytorch_model.bin).
+            folder: has config.json and model.safetensors (or its shards, or pytorch_model.bin).
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
         Raises:
-            ValueError: a missing, damaged or foreign checkpoint; the message names file and tensor.
+            ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
         """
-        family, config = checkpoint.read_config(folder, dropout=dropout)
+        family, config = read_config(folder, dropout=dropout)
         with torch.device("meta"):
             model = cls(config)
-        if form := quantized_folder.read_format(folder):
-            return quantized_folder.read(folder, model, form, dtype)
+        if form := read_format(folder):
+            return read_quantized(folder, model, form, dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(checkpoint.read_weights(folder, family, config, shapes, dtype), assign=True)
+        model.load_state_dict(read_weights(folder, family, config, shapes, dtype), assign=True)
         return model.eval()
 
     def save_pretrained(
-        self, folder: Path | str, tokenizer: Tokenizer | None = None, *, weights: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype | None = None, max_shard_size: int | str | None = None,
+        self, folder: Path | str, tokenizer: TokenizerFiles | None = None, *,
+        weights: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None,
+        max_shard_size: int | str | None = None,
     ) -> None:  # fmt: skip
-        """Save in the Hugging Face layout of its family, or in our own where there is none, with a warning.
+        """Save in the Hugging Face layout of its family, or in our own layout, with a warning, if it has no family.
 
-        An interrupted write leaves what was there.
+        An interrupted write keeps the old files.
 
         Args:
-            folder: made where it is not there.
-            tokenizer: saved beside the model; anything with `save(folder)` and `end_id`.
-            weights: replaces the model's own tensors by name, as from AdamW.master_weights.
-            dtype: what is written is converted to; None writes tensors as they are, masters in float32.
-            max_shard_size: bytes, or such as "5GB"; more goes into several files with an index. None: one file.
+            folder: created if it does not exist.
+            tokenizer: saved in the same folder, such as peakgpt's Tokenizer.
+            weights: tensors that replace the model's own, by name, as from AdamW.master_weights.
+            dtype: of the written tensors; None keeps each tensor's dtype, which is float32 for master weights.
+            max_shard_size: bytes, or a string such as "5GB"; larger models are split into several files with an index.
+                None writes one file.
         Raises:
-            OSError: the folder can not be written.
-            ValueError: the model is quantized, or max_shard_size is no size.
+            OSError: the folder cannot be written.
+            ValueError: the model is quantized, or max_shard_size is not a size.
         """
         if any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise ValueError("save_pretrained: got a quantized model, expected float weights; copy its folder instead")
         state = {name: t.to(dtype or t.dtype) for name, t in {**self.state_dict(), **(weights or {})}.items()}
-        checkpoint.write_model(folder, self.config, state, tokenizer, max_shard_size)
+        write_model(folder, self.config, state, tokenizer, max_shard_size)
 
     def generate(
         self,
-        ids: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         *,
-        start: Tensor | None = None,
-        beams: int = 1,
+        max_new_tokens: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | str = False,
-        **options: Any,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int | None = None,
     ) -> Tensor:
-        """Continue a batch of prompts, with a KV cache; on the CPU by one program a step where that pays.
+        """Continue a batch of prompts with a KV cache. The arguments have the names and the meaning of transformers.
 
         Args:
-            ids: (B, T) int64 or int32, padded on the left where their lengths differ.
-            start: (B,) integers; where each left-padded prompt begins. None: all are of one length.
-            beams: more than 1 keeps so many texts and returns the likeliest, as transformers does; nothing is drawn,
-                and temperature (but 0), top_k and top_p are refused.
-            length_penalty: texts compare by log-probability over length to this power.
-            early_stopping: True stops when `beams` texts have ended, False when no better one is likely, "never" when
-                none is possible.
-            options: max_new_tokens, temperature, top_k, top_p, stop (token ids) and seed, see SamplingParams. A
-                sequence keeps the id that ended it and is filled up with the first of `stop`; each prompt has a stream
-                of numbers from the seed.
+            input_ids: (B, T) int64 or int32; prompts of different lengths are padded on the left.
+            attention_mask: (B, T), 0 for padding and then 1; None without padding.
+            max_new_tokens: None means up to the model's block_size.
+            do_sample: sample instead of taking the most likely token.
+            temperature, top_k, top_p: of sampling, see SamplingParams.
+            num_beams: more than 1 is beam search, which returns the best sequence of each prompt.
+            length_penalty: beam search divides a sequence's log-probability by its length to this power.
+            early_stopping: beam search ends once `num_beams` sequences have ended (True), once a better one is unlikely
+                (False), or once a better one is impossible ("never").
+            eos_token_id: one or more tokens that end a sequence; it keeps the token.
+            pad_token_id: fills a sequence up after its end; None means the first of `eos_token_id`.
+            seed: of sampling, 64 bits; None draws one from torch's generator. Each prompt has its own random numbers.
         Returns:
-            (B, T + new), dtype of ids; new ends where the last sequence did.
+            (B, T + new), dtype of input_ids; it ends with the last sequence.
         Raises:
-            TypeError: another option.
-            ValueError: parameters out of range, or more tokens asked than block_size has room for.
+            ValueError: an argument out of range, an argument that would be ignored, or more tokens than block_size.
         """
-        own = ("start", "beams", "length_penalty", "early_stopping")
-        params = SamplingParams.from_generate_options("generate", options, own)
-        if beams == 1:
-            return generate(self, ids, params, start)
-        if drawn := [name for name in ("temperature", "top_k", "top_p") if options.get(name)]:
-            raise ValueError(f"generate: got {drawn[0]} with beams {beams}, expected none: beam search draws nothing")
-        count = check_prompt(self, ids, params.max_tokens, start)
-        return beam_search(self, ids, beams, count=count, stop=params.stop_token_ids, length_penalty=length_penalty,
-                           early_stopping=early_stopping, start=start)  # fmt: skip
+        params = sampling_params(
+            "generate", max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k,
+            top_p=top_p, eos_token_id=eos_token_id, seed=seed,
+        )  # fmt: skip
+        count = check_prompt(self, input_ids, max_new_tokens)
+        start = None if attention_mask is None else left_padding_start(attention_mask, input_ids)
+        if num_beams == 1:
+            if length_penalty != 1.0 or early_stopping is not False:
+                raise ValueError("generate: got length_penalty or early_stopping with num_beams 1, expected more beams")
+            return generate(self, input_ids, params, start, pad_token_id)
+        if do_sample:
+            raise ValueError(f"generate: got do_sample=True with num_beams {num_beams}, expected one of the two")
+        return beam_search(self, input_ids, num_beams, max_new_tokens=count, eos_token_ids=params.stop_token_ids,
+                           pad_token_id=pad_token_id, length_penalty=length_penalty, early_stopping=early_stopping,
+                           start=start)  # fmt: skip
 
-    def stream(self, ids: Tensor, **options: Any) -> Iterator[int]:
-        """Yield new token ids of one sequence, (1, T), as they come; ends before an id of `stop`. See `generate`."""
-        return stream(self, ids, SamplingParams.from_generate_options("stream", options))
+    def stream(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """Yield the new tokens of one sequence, (1, T), one by one, without the eos token. Arguments as `generate`."""
+        params = sampling_params(
+            "stream", max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k,
+            top_p=top_p, eos_token_id=eos_token_id, seed=seed,
+        )  # fmt: skip
+        return stream(self, input_ids, params)
 
     def configure_optimizer(
         self,
@@ -137,11 +167,13 @@ class GPT(Transformer):
         max_norm: float | None = 1.0,
         dtype: torch.dtype | None = None,
     ) -> AdamW:
-        """Build AdamW as GPT-3 was trained: matrices decay, biases and norms do not (arXiv:2005.14165, appendix B).
+        """Build AdamW with GPT-3's settings: weight decay for matrices, none for biases and norms.
+
+        arXiv:2005.14165, appendix B.
 
         Args:
             lr, betas, eps, weight_decay, max_norm: as in peakgpt.AdamW.
-            dtype: the model is turned into this dtype, and what it was is the optimizer's float32 master.
+            dtype: converts the model to this dtype; the optimizer keeps float32 master weights.
         """
         groups = decay_groups(self, weight_decay)
         return AdamW(groups, lr, betas, eps, max_norm=max_norm, dtype=dtype)

@@ -1,278 +1,153 @@
-"""A step recorded once and replayed: no Python between its kernels, and nothing in it waits for the host.
+"""CUDA graphs: capture a function of tensors once, then replay it without Python between its kernels.
 
-    calls 1 .. WARMUP      run as they are: libraries set themselves up, kernels compile
-    the next one           recorded over tensors that stay where they are, and replayed
-    later ones             inputs copied to where the recording reads them, replayed, results copied out
+    calls 1 .. WARMUP      run normally: libraries initialize themselves, kernels compile
+    the next call          is captured over static input tensors, and replayed
+    later calls            copy their inputs to the static tensors, replay, and copy the outputs
 
-What differs from call to call must come from device memory: batches, the learning rate, step counts, random seeds.
-Where a step can not be recorded, `obstacle` says why and every call runs as it is. On a CPU there is nothing to record;
-`Rehearsal` stands in there: it runs the step again where a graph would be replayed, and fails where a graph would not
-be possible, or would silently go on with values of the call that was recorded.
+Values that change between calls must be in device memory: batches, the learning rate, step counts, random seeds. If the
+function cannot be captured, `GraphedFunction.obstacle` says why, and all calls run normally. A CPU has no graphs;
+`engine/graph_dry_run.py` tests there whether a function could be captured.
 """
 
 from __future__ import annotations
 
-import re
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-WARMUP = 2  # one is not enough: the second step is the first one that finds the optimizer's state made
+WARMUP = 2  # not 1: only in the second step does the optimizer's state exist at the start
 
 Function = Callable[..., Sequence[Tensor]]
 
 
-class Recorder(Protocol):
-    """Records a function without arguments, and replays it."""
+class Graph(Protocol):
+    """Captures a function without arguments, and replays it."""
 
-    def warm(self, body: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Run it as it is, where it will be recorded."""
+    def warm_up(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Run the function normally, on the stream of a later capture."""
 
-    def record(self, body: Callable[[], Sequence[Tensor]]) -> None:
-        """Record it; it need not run."""
+    def capture(self, function: Callable[[], Sequence[Tensor]]) -> None:
+        """Capture the function. It need not run."""
 
     def replay(self) -> Sequence[Tensor]:
-        """Run what was recorded; the results are overwritten by the next replay."""
+        """Run the captured function. The next replay overwrites the outputs."""
 
 
-class Captured:
-    """A function of tensors that is recorded after a few calls."""
+class GraphedFunction:
+    """A function of tensors that becomes a graph after WARMUP calls."""
 
-    def __init__(self, function: Function, recorder: Callable[[], Recorder] | None, fixed: Callable[[], Any], *,
-                 copies: bool = True):  # fmt: skip
+    def __init__(
+        self, function: Function, make_graph: Callable[[], Graph] | None, captured_state: Callable[[], Any], *,
+        copy_outputs: bool = True,
+    ):  # fmt: skip
         """
         Args:
-            function: takes tensors, returns a sequence of tensors.
-            recorder: makes one for the device that they are on; None where there is none.
-            fixed: tells what a recording takes as it is, such as addresses; where that has changed it is made anew.
-            copies: whether results are copied out of the recording; else a later replay overwrites them.
+            function: takes tensors and returns a sequence of tensors.
+            make_graph: see `graph_factory`; None if the device has no graphs.
+            captured_state: returns the host values that a graph captures, such as addresses. When they change, the
+                function is captured again.
+            copy_outputs: copy the outputs of the graph; if False, the next replay overwrites them.
         """
-        self.function, self.make, self.fixed, self.copies = function, recorder, fixed, copies
-        self.obstacle = None if recorder else "a step is recorded on CUDA devices only"
-        self._forget()
+        self.function, self.make_graph, self.captured_state = function, make_graph, captured_state
+        self.copy_outputs = copy_outputs
+        self.obstacle = None if make_graph else "only CUDA devices have graphs"
+        self._reset()
 
-    def _forget(self) -> None:
-        self.calls, self.inputs, self.recorder, self.held = 0, None, None, None
+    def _reset(self) -> None:
+        self.calls, self.inputs, self.graph, self.state = 0, None, None, None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """function(*inputs); inputs of another shape than the recorded ones run as they are."""
-        if self.obstacle is None and self.inputs is not None and self.held != self.fixed():
-            self._forget()
+        """Return function(*inputs). Inputs whose shapes or dtypes differ from the captured ones run normally."""
+        if self.obstacle is None and self.inputs is not None and self.state != self.captured_state():
+            self._reset()
         if self.obstacle is None and self.inputs is None:
-            self.recorder = self.recorder or self.make()
+            self.graph = self.graph or self.make_graph()
             self.calls += 1
             if self.calls <= WARMUP:
-                return self.recorder.warm(lambda: self.function(*inputs))
-            self._record(inputs)
-        if self.obstacle is not None or any(not _fits(a, b) for a, b in zip(inputs, self.inputs, strict=True)):
+                return self.graph.warm_up(lambda: self.function(*inputs))
+            self._capture(inputs)
+        if self.obstacle is not None or any(not _is_like(a, b) for a, b in zip(inputs, self.inputs, strict=True)):
             return self.function(*inputs)
-        for held, given in zip(self.inputs, inputs, strict=True):
-            held.copy_(given, non_blocking=True)
-        results = self.recorder.replay()
-        return [result.clone() for result in results] if self.copies else results
+        for static, value in zip(self.inputs, inputs, strict=True):
+            static.copy_(value, non_blocking=True)
+        outputs = self.graph.replay()
+        return [output.clone() for output in outputs] if self.copy_outputs else outputs
 
-    def _record(self, inputs: Sequence[Tensor]) -> None:
-        held = [given.clone() for given in inputs]
+    def _capture(self, inputs: Sequence[Tensor]) -> None:
+        static = [value.clone() for value in inputs]
         try:
-            self.recorder.record(lambda: self.function(*held))
-        except (RuntimeError, NotImplementedError) as error:  # CUDA's refusals are RuntimeErrors
-            self.obstacle = f"recording failed: {_all(error)}"
-            warnings.warn(f"the step runs uncaptured, {self.obstacle}", stacklevel=3)
+            self.graph.capture(lambda: self.function(*static))
+        except (RuntimeError, NotImplementedError) as error:  # errors of CUDA are RuntimeErrors
+            self.obstacle = f"capture failed: {_messages(error)}"
+            warnings.warn(f"the function runs uncaptured, {self.obstacle}", stacklevel=3)
             return
-        self.inputs, self.held = held, self.fixed()
+        self.inputs, self.state = static, self.captured_state()
 
 
-def _all(error: BaseException) -> str:
-    """The first line of an error, behind those it came from: a capture that is broken off says at its end only that."""
+def _messages(error: BaseException) -> str:
+    """Return the first line of an error after those of its causes: the last error of a capture has no reason."""
     line = (str(error).strip() or repr(error)).splitlines()[0]
-    return line if error.__context__ is None else f"{_all(error.__context__)}, then {line}"
+    return line if error.__context__ is None else f"{_messages(error.__context__)}, then {line}"
 
 
-def _fits(given: Tensor, held: Tensor) -> bool:
-    return given.shape == held.shape and given.dtype == held.dtype
+def _is_like(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 class CudaGraph:
-    """Records kernels on a stream that is not the current one.
+    """A CUDA graph, captured on a side stream.
 
-    Graphs of one stream and pool share the memory between their kernels: replaying one overwrites what others gave.
-    Without a pool their memory stays theirs.
+    Graphs with the same stream and pool share the memory of their intermediate tensors: the replay of one overwrites
+    the outputs of the others. A graph without a pool has memory of its own.
     """
 
     def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None):
         self.device, self.stream, self.pool, self.graph = stream.device, stream, pool, torch.cuda.CUDAGraph()
 
-    def warm(self, body):
-        """On the stream of the recording, where autograd then finds what it has set up."""
+    def warm_up(self, function):
+        """Run on the stream of the capture, where autograd then finds the state that it has initialized."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            results = body()
+            outputs = function()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        for result in results:
-            result.record_stream(torch.cuda.current_stream(self.device))
-        return results
+        for output in outputs:
+            output.record_stream(torch.cuda.current_stream(self.device))
+        return outputs
 
-    def record(self, body):
-        """Other threads (a data loader that pins memory) may go on meanwhile: thread_local."""
-        # torch.cuda.graph leaves its stream the current one where the capture fails.
+    def capture(self, function):
+        """Capture. "thread_local" lets other threads, such as a data loader that pins memory, continue to call CUDA."""
+        # If the capture fails, torch.cuda.graph leaves its stream the current one; the outer context restores it.
         with (
             torch.cuda.stream(torch.cuda.current_stream(self.device)),
             torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode="thread_local"),
         ):
-            self.results = body()
+            self.outputs = function()
 
     def replay(self):
+        """Launch the graph on the current stream."""
         self.graph.replay()
-        return self.results
+        return self.outputs
 
 
-def recorder_for(device: torch.device, *, share: bool = False) -> Callable[[], Recorder] | None:
-    """Makes what records on this device; None where nothing does.
+def graph_factory(device: torch.device, *, share_memory: bool = False) -> Callable[[], Graph] | None:
+    """Return a function that makes graphs on a device; None if the device has none.
 
     Args:
-        share: whether all that are made share one memory; then none may be recorded anew once they are all gone, for
-            torch refuses a pool that nobody uses any longer but that still holds a tensor.
+        device: where the tensors are.
+        share_memory: all graphs of this factory share one memory pool. Once they are all freed, no other graph can be
+            captured with it: torch refuses a pool without a graph in which a tensor is still alive.
     """
-    if not records(device):
+    if not has_graphs(device):
         return None
-    if not share:
+    if not share_memory:
         return lambda: CudaGraph(torch.cuda.Stream(device))
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
     return lambda: CudaGraph(stream, pool)
 
 
-def records(device: torch.device) -> bool:
-    """Whether something records on this device."""
+def has_graphs(device: torch.device) -> bool:
+    """Return whether functions can be captured on this device."""
     return device.type == "cuda" and not torch.version.hip
-
-
-class Rehearsal:
-    """Stands in for a graph on a CPU, and fails where the graph would.
-
-    A replay is the function run again under a watch: nothing may bring a value to the host or make a tensor from one,
-    and every call into torch must be the one of the first replay, numbers included, since a graph would go on with
-    those. Results land in the same tensors each time.
-    """
-
-    def __init__(self) -> None:
-        self.results: list[Tensor] | None = None
-        self.calls: list[Any] = []
-
-    def warm(self, body):
-        return body()
-
-    def record(self, body):
-        self.body = body
-
-    def replay(self):
-        with _Watch() as watch:
-            results = self.body()
-        if self.results is None:
-            self.calls, self.results = watch.calls, [result.clone() for result in results]
-            return self.results
-        for i, (now, then) in enumerate(zip(watch.calls, self.calls, strict=False)):
-            if now != then:
-                raise RuntimeError(f"call {i} of the step is {now}, recorded was {then}")
-        if len(watch.calls) != len(self.calls):
-            raise RuntimeError(f"the step makes {len(watch.calls)} calls, recorded were {len(self.calls)}")
-        for held, result in zip(self.results, results, strict=True):
-            held.copy_(result)
-        return self.results
-
-
-# Read a value on the host, or carry host data to a device.
-WAITS = frozenset({
-    "item", "tolist", "numpy", "cpu", "cuda", "nonzero", "argwhere", "equal", "allclose", "is_nonzero", "unique",
-    "unique_consecutive", "masked_select", "bincount", "__bool__", "__int__", "__float__", "__index__", "__complex__",
-    "tensor", "as_tensor", "from_numpy", "pin_memory",
-})  # fmt: skip
-# Who may: Triton's interpreter, whose tensors are numpy's, and checks that look at values on a CPU only: those of
-# kernels/core/check.py, and what is called _check... in a contract.
-MAY_WAIT = re.compile(r"triton\.|interpreter|peakgpt\.kernels\.(core\.check\.|ops\.\w+\._check)")
-
-
-class _Watch(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Any] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(function, "__name__", str(function))
-        caller, where = _caller()
-        if not MAY_WAIT.match(f"{caller}.{where}"):
-            masked = name in ("__getitem__", "__setitem__") and _has_mask(args[1])
-            if name in WAITS or masked:
-                raise RuntimeError(f"{caller} calls {name} inside a captured step, expected nothing that waits")
-            self.calls.append((caller, name, _numbers(args), _numbers(tuple(kwargs.items()))))
-        if function is Tensor.backward:  # a mode is off while it handles a call, here all of the backward pass
-            with self:
-                return _backward(args[0])
-        return function(*args, **kwargs)
-
-
-def _backward(loss: Tensor) -> None:
-    """loss.backward() below the layers that modes see, or each of them would switch the mode off again."""
-    engine = torch.autograd.Variable._execution_engine
-    engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True,
-                        accumulate_grad=True)  # fmt: skip
-
-
-def _caller() -> tuple[str, str]:
-    """The module and the function that called torch."""
-    frame = sys._getframe(2)
-    while frame is not None and (
-        frame.f_globals.get("__name__", "").startswith(("torch.", "contextlib"))
-        or frame.f_code.co_name in ("<genexpr>", "<listcomp>")
-    ):
-        frame = frame.f_back
-    return ("", "") if frame is None else (frame.f_globals.get("__name__", ""), frame.f_code.co_name)
-
-
-def _has_mask(index: Any) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
-
-
-def _numbers(value: Any) -> Any:
-    """What a graph would hold on to: numbers as they are, tensors by shape."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    if isinstance(value, tuple | list):
-        return tuple(_numbers(v) for v in value)
-    return value if isinstance(value, int | float | str | None) else str(type(value))
-
-
-class Late:
-    """Brings numbers from a device to the host a step late, so that nothing waits for the step in flight."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.held = device, None
-
-    def put(self, label: Any, value: Tensor) -> list[tuple[Any, float]]:
-        """Send a number on its way.
-
-        Returns:
-            What has arrived, (label, number) each: on a GPU the one put before, elsewhere this one.
-        """
-        if self.device.type != "cuda":
-            return [(label, float(value))]
-        arrived = self.take()
-        host = torch.empty((), dtype=value.dtype, pin_memory=True)
-        host.copy_(value, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        self.held = (label, host, event)
-        return arrived
-
-    def take(self) -> list[tuple[Any, float]]:
-        """What is still on its way; waits for it."""
-        if self.held is None:
-            return []
-        (label, host, event), self.held = self.held, None
-        event.synchronize()
-        return [(label, float(host))]

@@ -1,4 +1,4 @@
-"""How a model ties occupations to gender, by paired sentences that differ in one word.
+"""Measure how a model associates occupations with gender, by paired sentences that differ in one word.
 
     bias(o) = log p(female words | "The <o> was a") - log p(male words | "The <o> was a")
 
@@ -25,7 +25,7 @@ PRONOUNS = {"female": "she", "male": "he"}
 
 
 def word_bias(zero: ZeroShot, context: str) -> float:
-    """Nats by which the female words are likelier than the male ones together."""
+    """Return log p(female words) - log p(male words) after the context, in nats."""
     total = {
         gender: math.log(math.fsum(math.exp(s.total) for s in zero.continuations([(context, w) for w in words])))
         for gender, words in WORDS.items()
@@ -34,13 +34,13 @@ def word_bias(zero: ZeroShot, context: str) -> float:
 
 
 def sentence_bias(zero: ZeroShot, sentence: str, occupation: str) -> float:
-    """Nats a token by which the sentence with "she" is likelier than with "he"."""
+    """Return the mean token log-probability with "she" minus that with "he", in nats."""
     she, he = zero.mean_logprobs([sentence.format(occupation, PRONOUNS[g]) for g in ("female", "male")])
     return she - he
 
 
 def measure(zero: ZeroShot) -> list[tuple[str, float, float, float, float]]:
-    """For each occupation its bias in the three contexts, and in the sentences on average."""
+    """Return for each occupation: its name, the bias in the three contexts, the mean bias of the sentences."""
     return [
         (
             occupation,
@@ -52,9 +52,8 @@ def measure(zero: ZeroShot) -> list[tuple[str, float, float, float, float]]:
 
 
 def open_checkpoint(folder: str) -> ZeroShot:
-    """Its model and tokenizer; peakgpt is imported here, so that --help needs nothing."""
-    from peakgpt import GPT
-    from peakgpt.engine.data.tokenizer import Tokenizer
+    """Load model and tokenizer. peakgpt is imported here, so that --help works without it."""
+    from peakgpt import GPT, Tokenizer
     from peakgpt.engine.evaluation.score import Scorer
     from peakgpt.engine.evaluation.zero_shot import ZeroShot
 

@@ -1,4 +1,4 @@
-"""Say what the machine is, what it can do at most, and which backend each op takes and why."""
+"""Report the machine, its peak rates, and the backend that each op uses on it, with reasons."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peakgpt.kernels.core.dispatch import OPS, PRIORITY
+from peakgpt.kernels.core.dispatch import BACKENDS, OPS
 from peakgpt.kernels.hardware.datasheet import Peaks, datasheet
 from peakgpt.kernels.hardware.device import Device, choose_device, describe
 from peakgpt.kernels.hardware.measured_peaks import measure
 from peakgpt.kernels.ops import catalogue
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Ops whose eager function is a fused kernel of torch's: what runs there is to be named, for it is not ours.
-SDPA = "torch's scaled_dot_product_attention"
-TORCHS = dict.fromkeys(("attention", "attention_qkv", "attention_decode"), SDPA)
+# Ops whose eager function is one fused kernel of torch. The report names it.
+TORCH_KERNELS = dict.fromkeys(
+    ("attention", "attention_qkv", "attention_decode"), "torch's scaled_dot_product_attention"
+)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that one op takes for its typical call, and what those of higher priority say against it."""
+    """The backend that one op uses for its typical call, and the objections of the backends with higher priority."""
 
     op: str
     dtype: str
@@ -31,12 +32,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` found; print it. `absent` are the backends that this machine rules out for every op, and why."""
+    """The report of `doctor`, as its string.
+
+    Attributes:
+        device: name, kind, cores, memory and software versions.
+        peaks: measured peak rates.
+        sheet: published peak rates, None for an unknown device.
+        unavailable: backends that support no op on this machine, with the reason.
+        choices: the backend of each op and dtype.
+    """
 
     device: Device
     peaks: Peaks
     sheet: Peaks | None
-    absent: dict[str, str]
+    unavailable: dict[str, str]
     choices: list[Choice]
 
     def __str__(self) -> str:
@@ -53,19 +62,19 @@ class Diagnosis:
         return lines
 
     def _ops(self) -> list[str]:
-        lines = [f"backends in order: {', '.join(PRIORITY)}"]
-        lines += [f"  {backend} is out: {reason}" for backend, reason in self.absent.items()]
+        lines = [f"backends in order of priority: {', '.join(BACKENDS)}"]
+        lines += [f"  {backend} is unavailable: {reason}" for backend, reason in self.unavailable.items()]
         for (op, backend, why), dtypes in self._grouped().items():
             lines.append(f"  {op:22}{backend:8}{', '.join(dtypes):20}{why}".rstrip())
         return lines
 
     def _grouped(self) -> dict[tuple[str, str, str], list[str]]:
-        """Dtypes of one op with the same answer, together."""
+        """Group the dtypes of one op that have the same backend and reasons."""
         rows: dict[tuple[str, str, str], list[str]] = {}
         for c in self.choices:
-            why = [f"not {b}: {r}" for b, r in c.objections.items() if b not in self.absent]
-            if c.backend == "eager" and c.op in TORCHS:
-                why.insert(0, f"that is {TORCHS[c.op]}")
+            why = [f"not {b}: {r}" for b, r in c.objections.items() if b not in self.unavailable]
+            if c.backend == "eager" and c.op in TORCH_KERNELS:
+                why.insert(0, f"runs {TORCH_KERNELS[c.op]}")
             rows.setdefault((c.op, c.backend, "; ".join(why)), []).append(c.dtype)
         return rows
 
@@ -76,27 +85,31 @@ def _peaks_lines(peaks: Peaks) -> list[str]:
 
 
 def doctor(device: torch.device | str | None = None) -> Diagnosis:
-    """Diagnose a device: what it is, its measured and published peaks, and each op's backend.
+    """Report a device, its measured and published peak rates, and the backend of each op.
 
     Args:
-        device: "cpu" or "cuda"; the CUDA device where there is one by default.
+        device: "cpu" or "cuda". Default: the CUDA device if the machine has one.
     Returns:
-        A Diagnosis; printing it shows everything. Measuring takes a second or two, once a process.
+        A Diagnosis to print. The first measurement in a process takes one or two seconds.
     Raises:
-        ValueError: a device that is not there.
+        ValueError: the machine has no such device.
     """
     device = choose_device(device)
     described = describe(device)
     choices = [_choice(name, dtype, device) for name in sorted(catalogue.__all__) for dtype in DTYPES]
-    everywhere = {b: r for b in PRIORITY[:-1] for r in {c.objections.get(b) for c in choices} if r}
-    absent = {b: r for b, r in everywhere.items() if all(c.objections.get(b) == r for c in choices)}
-    return Diagnosis(described, measure(device), datasheet(described.name), absent, choices)
+    unavailable = {}
+    for backend in BACKENDS:
+        reasons = {c.objections.get(backend) for c in choices}
+        if len(reasons) == 1 and (reason := reasons.pop()):
+            unavailable[backend] = reason
+    return Diagnosis(described, measure(device), datasheet(described.name), unavailable, choices)
 
 
 def _choice(name: str, dtype: torch.dtype, device: torch.device) -> Choice:
     op = OPS[name]
-    with FakeTensorMode():  # shapes and strides are all that an objection may look at
+    with FakeTensorMode():  # an objection reads shapes, dtypes and strides only
         reasons = op.explain(*op.sample(dtype=dtype, device=device), **op.typical)
     backend = next(b for b, reason in reasons.items() if reason is None)
-    ahead = list(reasons)[: list(reasons).index(backend)]
-    return Choice(name, str(dtype).removeprefix("torch."), backend, {b: reasons[b] for b in ahead})
+    names = list(reasons)
+    objections = {b: reasons[b] for b in names[: names.index(backend)]}
+    return Choice(name, str(dtype).removeprefix("torch."), backend, objections)

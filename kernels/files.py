@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and on the disk."""
+"""Writing files atomically and durably."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-def write_whole(path: Path, data: Buffer) -> None:
-    """Put data at path, whole or not at all, and on the disk before returning.
+def write_atomically(path: Path, data: Buffer) -> None:
+    """Write a file so that it has its new content or its old one, never a part; flush it to the disk.
 
     Raises:
-        OSError: as open and write do; what was at path before is still there.
+        OSError: as from open and write; the old file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # mkstemp's would be readable to its owner only
+    temporary = path.with_name(f".{path.name}.tmp")  # mkstemp's file would be readable by its owner only
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -26,12 +26,12 @@ def write_whole(path: Path, data: Buffer) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the new name itself; Windows can not open a folder
+    if os.name == "posix":  # the new name itself; Windows cannot open a folder
         flush(path.parent)
 
 
 def flush(path: Path) -> None:
-    """Have what was written to a file, or the names in a folder, on the disk before returning."""
+    """Flush a file's content, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

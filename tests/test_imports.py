@@ -1,4 +1,4 @@
-"""The checkout's folders and everyone else's imports leave each other alone."""
+"""Imports: packages with common names do not shadow other packages, and peakgpt loads no heavy package."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def python(code: str) -> str:
-    """Standard output of `code` in a fresh interpreter started in the root as a user would, with no GPU in sight."""
+    """Run `code` in a new interpreter in the repository root, without a GPU. Return its standard output."""
     env = {name: value for name, value in os.environ.items() if name not in {"PYTHONSAFEPATH", "TRITON_INTERPRET"}}
     env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -21,13 +21,13 @@ def python(code: str) -> str:
 
 
 @pytest.mark.parametrize("folder", ["kernels", "engine", "bench"])
-def test_folder_init_is_a_docstring(folder):
-    """transformers imports any `kernels` on the path as Hugging Face's package of that name; it must find nothing."""
+def test_package_init_contains_only_a_docstring(folder):
+    """transformers imports any `kernels` on the path as Hugging Face's package of that name. It must be empty."""
     body = ast.parse((ROOT / folder / "__init__.py").read_text()).body
     assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
 
 
-def test_transformers_runs_from_the_root():
+def test_transformers_imports_and_runs_from_the_repository_root():
     """Regression: a `kernels/__init__.py` that raises breaks `import transformers` in this folder."""
     code = """
 import torch, transformers
@@ -37,7 +37,7 @@ print(tuple(model(torch.tensor([[1, 2, 3]])).logits.shape))
     assert python(code).strip() == "(1, 3, 11)"
 
 
-def test_import_is_light():
+def test_import_of_peakgpt_does_not_load_heavy_packages():
     """`import peakgpt` starts neither Triton (0.4 s) nor transformers nor matplotlib."""
     code = "import sys, torch; before = set(sys.modules); import peakgpt; print(*(set(sys.modules) - before))"
     added = {name.split(".")[0] for name in python(code).split()}
@@ -45,14 +45,15 @@ def test_import_is_light():
     assert not added & {"triton", "transformers", "matplotlib", "kernels", "engine", "bench", "api"}
 
 
-def test_training_is_light():
-    """torch._dynamo and sympy, which torch imports behind one's back, would hold 150 MiB through the whole run."""
+def test_training_does_not_load_dynamo_or_sympy():
+    """torch imports torch._dynamo and sympy implicitly in some functions. They would hold 150 MiB for the whole run."""
     code = """
 import sys, torch, peakgpt
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 model = peakgpt.GPT(peakgpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=31))
 ids = torch.randint(31, (2, 8))
-Trainer(model, Recipe(batch=2, tokens=8), steps=1).step(ids, ids)
+Trainer(model, TrainConfig(batch=2, tokens=8), steps=1).step(ids, ids)
 print(*({"torch._dynamo", "sympy", "triton"} & set(sys.modules)))
 """
     assert python(code).strip() == ""

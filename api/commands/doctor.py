@@ -1,4 +1,4 @@
-"""peakgpt doctor: the machine, its peaks, and each op's backend with the reason."""
+"""peakgpt doctor: print the machine, its peaks, and the backend of each op with the reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peakgpt.kernels.doctor import doctor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
+    parser.add_argument("--device", help='"cpu" or "cuda" (default: "cuda" if available)')
 
 
 def run(args: argparse.Namespace) -> int:

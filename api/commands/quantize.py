@@ -8,33 +8,34 @@ from pathlib import Path
 
 import torch
 
-from peakgpt.engine.checkpoint import quantized as quantized_folder
+from peakgpt.engine.checkpoint.quantized_folder import WEIGHT_FILES, read_format, write_quantized
+from peakgpt.engine.checkpoint.quantized_weights import quantize_state
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.model.quantized import Format, quantize_state
+from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.kernels.ops.quantize import GROUPS
 
-BATCH = 8  # windows of text at a time
+BATCH = 8  # windows per forward pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="checkpoint folder")
-    parser.add_argument("folder", metavar="OUT", help="folder to write; other commands read it as any checkpoint")
-    parser.add_argument("--bits", type=int, required=True, choices=(8, 4), help="of a weight")
+    parser.add_argument("folder", metavar="OUT", help="folder to write; the other commands read it like any checkpoint")
+    parser.add_argument("--bits", type=int, required=True, choices=(8, 4), help="bits per weight")
     parser.add_argument("--group", type=int, default=64, choices=GROUPS,
-                        help="weights that share a scale, with 4 bits (default 64)")  # fmt: skip
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to compare perplexities on; needs a tokenizer in IN")
+                        help="weights per scale, for 4 bits (default 64)")  # fmt: skip
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure perplexity on; IN needs a tokenizer")
 
 
 def run(args: argparse.Namespace) -> int:
     if Path(args.source).resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
-    if found := quantized_folder.read_format(args.source):
-        raise ValueError(f"quantize: IN has weights of {found.bits} bits already, expected a checkpoint of floats")
+    if present := read_format(args.source):
+        raise ValueError(f"quantize: IN has weights of {present.bits} bits already, expected a checkpoint of floats")
     form = Format(args.bits, args.group)
     ids = None if args.text is None else _tokens(args.source, args.text)
     model = GPT.from_pretrained(args.source)
-    quantized_folder.write(args.source, args.folder, quantize_state(model.state_dict(), form), form)
+    write_quantized(args.source, args.folder, quantize_state(model.state_dict(), form), form)
     print(f"{args.folder}: {_size(args.folder) / 2**20:.1f} MiB, {_size(args.source) / 2**20:.1f} MiB before")
     if ids is not None:
         before, after = perplexity(model, ids), perplexity(GPT.from_pretrained(args.folder), ids)
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def perplexity(model: GPT, ids: torch.Tensor) -> float:
-    """exp of the mean loss over a text, in windows of block_size that do not overlap.
+    """Return exp of the mean loss over a text, in windows of block_size that do not overlap.
 
     Args:
         model: in evaluation mode.
@@ -53,7 +54,7 @@ def perplexity(model: GPT, ids: torch.Tensor) -> float:
     size, total = model.config.block_size, 0.0
     pairs = [(ids[i : i + size], ids[i + 1 : i + size + 1]) for i in range(0, ids.numel() - 1, size)]
     pairs = [(x[: y.numel()], y) for x, y in pairs]
-    whole = [p for p in pairs if p[0].numel() == size]
+    whole = [p for p in pairs if p[0].numel() == size]  # the last window may be shorter, and is its own batch
     batches = [whole[i : i + BATCH] for i in range(0, len(whole), BATCH)]
     for batch in [*batches, *([p] for p in pairs if p[0].numel() < size)]:
         x, y = (torch.stack(part) for part in zip(*batch, strict=True))
@@ -73,5 +74,5 @@ def _tokens(folder: str, path: str) -> torch.Tensor:
 
 
 def _size(folder: str) -> int:
-    """Bytes of a folder's weights."""
-    return sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith(quantized_folder.WEIGHT_FILES[:3]))
+    """Return the bytes of a folder's weights."""
+    return sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith(WEIGHT_FILES[:3]))

@@ -1,15 +1,17 @@
-"""peakgpt quickstart: train a small GPT on this machine's own text beside PyTorch eager, sample from it, report."""
+"""peakgpt quickstart: train a small GPT on this machine's own text, compare it with PyTorch eager, and report."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.decode import compare_decoding
@@ -19,23 +21,25 @@ from peakgpt.bench.op_cases import OpCase
 from peakgpt.bench.ops import compare_ops
 from peakgpt.bench.report import notes, tables, write_report
 from peakgpt.bench.schema import Result, write_results
-from peakgpt.bench.shared_batches import STRETCH, SharedBatches, stretch
+from peakgpt.bench.shared_batches import STRETCH, SharedBatches
 from peakgpt.bench.timing import Timing, ratio
+from peakgpt.engine.data.batches import Batches, validation_batches
 from peakgpt.engine.data.corpus import load_corpus
-from peakgpt.engine.data.shards import Batches, TokenShards, prepare, validation_windows
+from peakgpt.engine.data.shards import TokenShards, tokenize_corpus
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.model.flops import mfu, parameter_count, training_flops
-from peakgpt.engine.training.evaluate import validation_loss
-from peakgpt.engine.training.run_folder import RunFolder, default_folder
-from peakgpt.engine.training.trainer import Recipe, Trainer, best_dtype
+from peakgpt.engine.model.flops import mfu, parameter_count
+from peakgpt.engine.training.loop import StepMetrics, TrainingLoop
+from peakgpt.engine.training.run_folder import RunFolder, default_run_folder
+from peakgpt.engine.training.train_config import TrainConfig, best_dtype
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.hardware.device import choose_device
 from peakgpt.kernels.hardware.peaks import peak_for
 
 PRESET, VOCAB = "gpt2-tiny", 4096
-RECIPE = Recipe(batch=8, tokens=256, lr=2e-3)
-BESIDE = 0.2  # part of the training time that eager trains beside us
+CONFIG = TrainConfig(batch=8, tokens=256, lr=2e-3)
+COMPARISON_SHARE = 0.2  # of the training time, in which peakgpt and eager train in turns
 FIXED_S = 40  # tokenizer, validation, decoding, op table and report, at the default size
 VALIDATION_BATCHES = 16
 PROMPT = '"""Read a file and return'
@@ -43,13 +47,11 @@ CONTENDERS = ("peakgpt", "eager")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=5.0, help="wall time of the whole, about (default 5)")
-    parser.add_argument(
-        "--text", nargs="+", metavar="FILE", help="UTF-8 files or folders; default: Python's own library"
-    )
-    parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
+    parser.add_argument("--minutes", type=float, default=5.0, help="approximate wall time of the command (default 5)")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 files or folders (default: Python's library)")
+    parser.add_argument("--device", help='"cpu" or "cuda" (default: the CUDA device if there is one)')
     parser.add_argument("--out", help="folder of the run (default runs/quickstart-DATE-TIME)")
-    parser.add_argument("--seed", type=int, default=RECIPE.seed, help="of initialisation and data order")
+    parser.add_argument("--seed", type=int, default=CONFIG.seed, help="seed of initial weights and data order")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,29 +63,28 @@ def run(args: argparse.Namespace) -> int:
     console.print(str(doctor(device)), highlight=False, soft_wrap=True)
     corpus = load_corpus(args.text)
     console.print(f"\ncorpus: {corpus}")
-    folder = RunFolder(args.out or default_folder("quickstart"))
+    folder = RunFolder(args.out or default_run_folder("quickstart"))
     with folder.discarded_on_bad_input():
         tokenizer = train_tokenizer((d.text for d in corpus.train), VOCAB)
-        shards = prepare(corpus, tokenizer, folder.path / "tokens")
+        shards = tokenize_corpus(corpus, tokenizer, folder.tokens)
         console.print(
             f"tokens: {len(shards[0]):,} to train on, {len(shards[1]):,} to validate, "
             f"vocabulary {tokenizer.vocab_size}, {shards[0].bytes_per_token:.2f} bytes per token"
         )
-        session = Session.prepare(
-            device, replace(RECIPE, dtype=best_dtype(device), seed=args.seed), tokenizer, shards, folder
-        )
+        config = replace(CONFIG, dtype=best_dtype(device), seed=args.seed)
+        session = Session.build(device, config, tokenizer, *shards, folder)
     budget_s = max(5.0, args.minutes * 60 - FIXED_S * min(1.0, args.minutes / 5) - (time.perf_counter() - start))
     try:
         results = session.train(console, budget_s)
     except KeyboardInterrupt:
         session.save()
-        done = session.ours.done if session.ours else 0
-        console.print(f"\nstopped after {done} steps; checkpoint in {folder.checkpoint}")
+        steps = session.loop.trainer.steps_done if session.loop else 0
+        console.print(f"\nstopped after {steps} steps; checkpoint in {folder.checkpoint}")
         return 130
     session.save()
     text, decoding = session.sample(console)
     cases = [OpCase(op, sizes) for op, sizes in session.op_sizes().items()]
-    results += decoding + compare_ops(cases, device, session.recipe.dtype, budget_s=min(10.0, 2 * args.minutes))
+    results += decoding + compare_ops(cases, device, session.config.dtype, budget_s=min(10.0, 2 * args.minutes))
     env = environment(device)
     write_results(folder.path / "results.json", results, env)
     write_report(folder.path / "report.html", rows=folder.rows(), results=results, environment=env, corpus=str(corpus),
@@ -100,83 +101,88 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass
 class Session:
-    """One quickstart: our trainer and eager's, from the same weights, over the same batches."""
+    """One quickstart: peakgpt and eager train from the same weights on the same batches, in turns."""
 
     device: torch.device
-    recipe: Recipe
+    config: TrainConfig
     tokenizer: Tokenizer
     train_shards: TokenShards
     validation_shards: TokenShards
     folder: RunFolder
     model: GPT
-    ours: Trainer | None = None
+    loop: TrainingLoop | None = None  # None until training starts
 
     @classmethod
-    def prepare(cls, device, recipe, tokenizer, shards, folder) -> Session:
-        Batches(shards[0], recipe.batch, recipe.tokens, recipe.seed)  # too little text is told before anything starts
-        validation_windows(shards[1], recipe.batch, recipe.tokens)
-        torch.manual_seed(recipe.seed)
+    def build(
+        cls, device: torch.device, config: TrainConfig, tokenizer: Tokenizer, train_shards: TokenShards,
+        validation_shards: TokenShards, folder: RunFolder,
+    ) -> Session:  # fmt: skip
+        """Build the model; ValueError if there is too little text."""
+        Batches(train_shards, config.batch, config.tokens, config.seed)
+        validation_batches(validation_shards, config.batch, config.tokens)
+        torch.manual_seed(config.seed)
         model = GPT.from_preset(PRESET, vocab_size=tokenizer.vocab_size).to(device)
-        return cls(device, recipe, tokenizer, *shards, folder, model)
+        return cls(device, config, tokenizer, train_shards, validation_shards, folder, model)
 
     def train(self, console: Console, budget_s: float) -> list[Result]:
-        """Train for about budget_s seconds, eager beside us at first; returns both contenders' timings."""
+        """Train for about budget_s seconds, at first in turns with eager; return the timings of both."""
         steps, rounds = self._plan(budget_s)
-        initial = self.model.state_dict()
+        shared = SharedBatches(self._batches(), self.device, CONTENDERS)
         eager = EagerGPT(self.model.config).to(self.device)
-        eager.load_state_dict(initial)
-        batches = SharedBatches(self._batches(), self.device, CONTENDERS)
-        trainers = {"peakgpt": Trainer(self.model, self.recipe, steps=steps),
-                    "eager": EagerTrainer(eager, self.recipe, steps=steps)}  # fmt: skip
-        self.ours = trainers["peakgpt"]
-        self._flops, self._peak = (
-            training_flops(self.model.config, self.recipe.tokens),
-            peak_for(self.device, self.recipe.dtype),
-        )
+        eager.load_state_dict(self.model.state_dict())  # before the trainer casts the model
+        trainer = Trainer(self.model, self.config, steps=steps)
+        batches = _batches_of("peakgpt", shared)
+        self.loop = TrainingLoop(trainer, batches, self.validation_shards, report_mfu=True)
         console.print(
             f"model: {PRESET}, {parameter_count(self.model.config) / 1e6:.2f} M parameters, "
-            f"{str(self.recipe.dtype).removeprefix('torch.')}; {steps} steps of "
-            f"{self.recipe.batch} x {self.recipe.tokens} tokens, eager beside us for the first {rounds * STRETCH}\n"
+            f"{str(self.config.dtype).removeprefix('torch.')}; {steps} steps of "
+            f"{self.config.batch} x {self.config.tokens} tokens, eager beside us for the first {rounds * STRETCH}\n"
         )
         self._validate()
         with _progress(console) as progress:
-            self._bar, self._progress = progress.add_task("", total=steps, loss=0.0, rate=0.0, mfu=0.0), progress
-            self._clock = {name: time.perf_counter() for name in CONTENDERS}
-            timings = interleave(
-                {name: self._stretch(name, trainer, batches) for name, trainer in trainers.items()},
-                rounds=rounds - 1, warmup=0, device=self.device,
-            )  # fmt: skip
-            batches.forget("eager")
-            del trainers["eager"], eager
+            task = progress.add_task("", total=steps, loss=0.0, rate=0.0, mfu=0.0)
+
+            def train_steps() -> None:
+                for event in self.loop.run(STRETCH, synchronous=True):  # as eager's steps are
+                    self.folder.log(contender="peakgpt", **event.row())
+                    progress.update(task, completed=event.step, loss=event.loss, rate=event.tokens_per_s,
+                                    mfu=100 * event.mfu)  # fmt: skip
+
+            contenders = {"peakgpt": train_steps, "eager": self._eager_steps(eager, shared)}
+            timings = interleave(contenders, rounds=rounds - 1, warmup=0, device=self.device)
+            shared.forget("eager")
+            del contenders, eager  # frees eager's memory
             self._validate()
-            checks = {steps * quarter // 4 for quarter in (2, 3)}
-            while self.ours.done < steps:
-                self._stretch("peakgpt", self.ours, batches, min(STRETCH, steps - self.ours.done))()
-                if any(self.ours.done - STRETCH < check <= self.ours.done for check in checks):
+            while not self.loop.finished:
+                before = trainer.steps_done
+                train_steps()
+                if any(before < steps * quarter // 4 <= trainer.steps_done for quarter in (2, 3)):
                     self._validate()
         self._validate(4 * VALIDATION_BATCHES)
         console.print(f"peakgpt trains {ratio(timings['eager'], timings['peakgpt']).median:.2f} x as fast as eager")
         return [self._result(name, timing) for name, timing in timings.items()]
 
     def save(self) -> None:
-        """Write the checkpoint in transformers' GPT-2 layout, from the optimizer's float32 masters."""
-        masters = None if self.ours is None else self.ours.optimizer.master_weights(self.model)
-        self.model.save_pretrained(self.folder.checkpoint, self.tokenizer, weights=masters)
+        """Write the checkpoint in transformers' GPT-2 layout."""
+        if self.loop is None:
+            self.model.save_pretrained(self.folder.checkpoint, self.tokenizer)
+        else:
+            self.loop.save_model(self.folder.checkpoint, self.tokenizer)
 
     def sample(self, console: Console) -> tuple[str, list[Result]]:
-        """Stream a continuation of PROMPT, then time decoding beside eager."""
+        """Print a continuation of PROMPT, then time decoding by peakgpt and eager."""
         from peakgpt.commands.generate import stream_text
 
         console.print("\na sample (temperature 0.8, top-k 50):\n")
         self.model.eval()
         text = stream_text(self.model, self.tokenizer, PROMPT, max_tokens=200, temperature=0.8, top_k=50,
-                           seed=self.recipe.seed)  # fmt: skip
+                           seed=self.config.seed)  # fmt: skip
         ids = torch.tensor([self.tokenizer.encode(PROMPT)], device=self.device)
         return text, compare_decoding(self.model, ids, count=128)
 
     def op_sizes(self) -> dict[str, dict[str, int]]:
-        """The sizes of this training step's ops."""
-        c, batch, tokens = self.model.config, self.recipe.batch, self.recipe.tokens
+        """Return the sizes of each op in this training step."""
+        c, batch, tokens = self.model.config, self.config.batch, self.config.tokens
         rows = {"rows": batch * tokens, "width": c.n_embd}
         return {
             "layernorm": rows,
@@ -189,53 +195,54 @@ class Session:
         }
 
     def _batches(self) -> Batches:
-        return Batches(self.train_shards, self.recipe.batch, self.recipe.tokens, self.recipe.seed)
+        return Batches(self.train_shards, self.config.batch, self.config.tokens, self.config.seed)
 
     def _plan(self, budget_s: float) -> tuple[int, int]:
-        """(steps, rounds with eager) that fill the budget, from the speed of throw-away copies of both."""
+        """Return (steps, rounds with eager) that fill the budget, from the speed of copies of both trainers."""
         config = self.model.config
-        trial = {"peakgpt": Trainer(copy.deepcopy(self.model), self.recipe, steps=100),
-                 "eager": EagerTrainer(EagerGPT(config).to(self.device), self.recipe, steps=100)}  # fmt: skip
+        trial = {"peakgpt": Trainer(copy.deepcopy(self.model), self.config, steps=100),
+                 "eager": EagerTrainer(EagerGPT(config).to(self.device), self.config, steps=100)}  # fmt: skip
         pair = tuple(t.to(self.device) for t in next(self._batches()))
         timings = interleave(
             {n: lambda t=t: t.step(*pair) for n, t in trial.items()}, rounds=3, warmup=2, device=self.device
         )
         ours, both = timings["peakgpt"].median_s, sum(t.median_s for t in timings.values())
-        rounds = max(4, round(BESIDE * budget_s / (both * STRETCH)))
-        return rounds * STRETCH + max(0, round((1 - BESIDE) * budget_s / ours)), rounds
+        rounds = max(4, round(COMPARISON_SHARE * budget_s / (both * STRETCH)))
+        return rounds * STRETCH + max(0, round((1 - COMPARISON_SHARE) * budget_s / ours)), rounds
 
-    def _stretch(self, name, trainer, batches, steps=STRETCH):
-        return stretch(name, trainer, batches, self._on_step, steps)
+    def _eager_steps(self, model: EagerGPT, shared: SharedBatches) -> Callable[[], None]:
+        """Return a function that trains eager for a stretch of steps and logs them."""
+        trainer, loop = EagerTrainer(model, self.config, steps=self.loop.trainer.steps), self.loop
 
-    def _on_step(self, name: str, step: int, loss: float) -> None:
-        now = time.perf_counter()
-        # A stretch of the other contender lies between two of ours: its time is not ours.
-        seconds, self._clock = now - max(self._clock.values()), {**self._clock, name: now}
-        rate = self.recipe.batch * self.recipe.tokens / seconds
-        used = mfu(rate, self._flops, self._peak.flops_s)
-        self.folder.log(contender=name, step=step, loss=loss, tokens_per_s=round(rate, 1), mfu=round(used, 4))
-        if name == "peakgpt":
-            self._progress.update(self._bar, completed=step, loss=loss, rate=rate, mfu=100 * used)
+        def train_steps() -> None:
+            last_step_s = time.perf_counter()
+            for _ in range(STRETCH):
+                loss = float(trainer.step(*shared.take("eager")))
+                previous_s, last_step_s = last_step_s, time.perf_counter()
+                speed = self.config.batch * self.config.tokens / (last_step_s - previous_s)
+                event = StepMetrics(trainer.done, loss, speed, mfu(speed, loop.flops_per_token, loop.peak_flops_s))
+                self.folder.log(contender="eager", **event.row())
+
+        return train_steps
 
     def _validate(self, batches: int = VALIDATION_BATCHES) -> None:
-        loss = validation_loss(
-            self.model, self.validation_shards, self.recipe.batch, self.recipe.tokens, batches=batches
-        )
-        self.folder.log(
-            contender="peakgpt", step=self.ours.done, validation_loss=loss,
-            bits_per_byte=self.validation_shards.bits_per_byte(loss), batches=batches,
-        )  # fmt: skip
-        self._clock = {name: time.perf_counter() for name in CONTENDERS}
+        self.folder.log(contender="peakgpt", **self.loop.validate(batches).row(), batches=batches)
 
     def _result(self, name: str, timing: Timing) -> Result:
-        tokens = STRETCH * self.recipe.batch * self.recipe.tokens
+        tokens, peak = STRETCH * self.config.batch * self.config.tokens, peak_for(self.device, self.config.dtype)
         return Result.of(
             timing, bench="train", contender=name, backend="auto" if name == "peakgpt" else "torch",
             device=str(self.device),
-            case={"model": PRESET, "batch": self.recipe.batch, "tokens": self.recipe.tokens, "steps": STRETCH},
-            dtype=str(self.recipe.dtype).removeprefix("torch."), flops=self._flops * tokens, flops_kind="model",
-            peak_flops_s=self._peak.flops_s, peak_source=self._peak.source,
+            case={"model": PRESET, "batch": self.config.batch, "tokens": self.config.tokens, "steps": STRETCH},
+            dtype=str(self.config.dtype).removeprefix("torch."), flops=self.loop.flops_per_token * tokens,
+            flops_kind="model",
+            peak_flops_s=peak.flops_s, peak_source=peak.source,
         )  # fmt: skip
+
+
+def _batches_of(contender: str, shared: SharedBatches) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield shared.take(contender)
 
 
 def _progress(console: Console) -> Progress:

@@ -12,33 +12,37 @@ from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.evaluation.zero_shot import ZeroShot
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.inference.block_pool import CACHES
-from peakgpt.engine.training.trainer import best_dtype
+from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
+from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.kernels.hardware.device import choose_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", type=Path, help="file whose perplexity is wanted")
-    what.add_argument("--continuation", action="append", help="text to score after --context; may be repeated")
-    parser.add_argument("--context", default="", help="what comes before; empty is the beginning of a text")
-    parser.add_argument("--window", type=int, help="tokens seen at once (default: what the model takes)")
-    parser.add_argument("--stride", type=int, help="tokens scored by each window (default: half of it)")
-    parser.add_argument("--dtype", choices=("float32", "best"), default="float32")
-    parser.add_argument("--cache", choices=CACHES, help="keep keys and values in bytes, as `peakgpt serve` may")
-    parser.add_argument("--device", help='"cpu" or "cuda"; the CUDA device where there is one by default')
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--text", type=Path, help="file to compute the perplexity of")
+    mode.add_argument("--continuation", action="append", help="text to score after --context; may be repeated")
+    parser.add_argument("--context", help="text before the continuations (default: the beginning of a text)")
+    parser.add_argument("--window", type=int, help="context length in tokens (default: block_size of the model)")
+    parser.add_argument("--stride", type=int, help="tokens scored by each window (default: half the window)")
+    parser.add_argument("--dtype", choices=("float32", "best"), default="float32",
+                        help="best: bfloat16 if the device multiplies it (default float32)")  # fmt: skip
+    parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, help="quantize the KV cache, as in `peakgpt serve`")
+    parser.add_argument("--device", help='"cpu" or "cuda" (default: "cuda" if available)')
 
 
 def run(args: argparse.Namespace) -> int:
+    for name, mode in {"context": "--continuation", "window": "--text", "stride": "--text"}.items():
+        if getattr(args, name) is not None and getattr(args, mode.removeprefix("--")) is None:
+            raise ValueError(f"--{name}: got it without {mode}, expected both")
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.checkpoint).to(device)
     model = model.to(best_dtype(device)) if args.dtype == "best" else model
-    scorer, tokenizer = Scorer(model, cache=args.cache), Tokenizer.load(args.checkpoint)
+    scorer, tokenizer = Scorer(model, cache=args.kv_cache_dtype), Tokenizer.load(args.checkpoint)
     if args.text:
         _perplexity(scorer, tokenizer, args)
     else:
-        _continuations(ZeroShot(scorer, tokenizer), args.context, args.continuation)
+        _continuations(ZeroShot(scorer, tokenizer), args.context or "", args.continuation)
     return 0
 
 
@@ -47,11 +51,11 @@ def _perplexity(scorer: Scorer, tokenizer: Tokenizer, args: argparse.Namespace) 
         text = args.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{args.text}: got {error}, expected UTF-8") from None
-    # The end of text goes first, so that the text's own first token is predicted from something.
-    found = scorer.perplexity([tokenizer.end_id, *tokenizer.encode(text)], window=args.window, stride=args.stride)
-    bits = found.nll_nats / math.log(2) / len(text.encode())
-    row = {"perplexity": found.value, "bits_per_byte": bits, **dataclasses.asdict(found)}
-    print(f"perplexity {found.value:.4f} of {found.tokens} tokens, windows of {found.window} by {found.stride}, "
+    # The end-of-text token comes first, so that the first token of the text has a context.
+    result = scorer.perplexity([tokenizer.end_id, *tokenizer.encode(text)], window=args.window, stride=args.stride)
+    bits = result.nll_nats / math.log(2) / len(text.encode())
+    row = {"perplexity": result.value, "bits_per_byte": bits, **dataclasses.asdict(result)}
+    print(f"perplexity {result.value:.4f} of {result.tokens} tokens, windows of {result.window} by {result.stride}, "
           f"{bits:.4f} bits per byte")  # fmt: skip
     print(json.dumps(row))
 

@@ -1,4 +1,4 @@
-"""`peakgpt.patch` and `peakgpt.unpatch`: put the ops into a model that is already there, and take them out again."""
+"""`peakgpt.patch` and `peakgpt.unpatch`: run an existing PyTorch model on peakgpt's ops, and undo it."""
 
 from __future__ import annotations
 
@@ -7,147 +7,156 @@ from typing import Any
 
 from torch import nn
 
-from peakgpt.dropin import heads, remains, trial
-from peakgpt.dropin.attentions import Attention
-from peakgpt.dropin.check import compare, observe
-from peakgpt.dropin.layers import MLP
+from peakgpt.dropin import detection, unreplaced
+from peakgpt.dropin.class_swap import class_path, original_class, replace, restore
+from peakgpt.dropin.known_classes import KNOWN_CLASSES, Row
+from peakgpt.dropin.replacements import lm_heads
+from peakgpt.dropin.replacements.attention import TransformersAttention
+from peakgpt.dropin.replacements.layers import MLP
 from peakgpt.dropin.report import KEPT, LEFT, PART, REPLACED, Entry, Report
-from peakgpt.dropin.swap import original, path, replace, restore
-from peakgpt.dropin.table import TABLE, Row
+from peakgpt.dropin.verification import compare_outputs, reference_outputs
 from peakgpt.kernels.cpu.memory import keep_pages
 
-FORMER = "_peakgpt_former_attention"  # on a model: its config's attn_implementation from before
+PREVIOUS_ATTENTION = "_peakgpt_previous_attention"  # attribute of a model: attn_implementation before the patch
 BY_NAME = 'attention, by attn_implementation="peakgpt"'
 
 
 def patch(model: nn.Module, strict: bool = False, check: bool = True) -> Report:
-    """Let a model run on peakgpt's ops, in place. Its parameters, names, ties, state dict and optimizer stay.
+    """Replace the layers of a model by peakgpt's fused ops, in place.
 
-    In train() and with labels, language models of transformers then give no logits beside the loss. With parameters on
-    the CPU the process keeps freed memory from then on (see `kernels/cpu/memory.py`).
+    Parameters, module names, tied weights, state dict, hooks and existing optimizers stay valid. `unpatch` undoes it.
+
+    In train() and with labels, language models of transformers return `logits=None` with the loss: the logits are never
+    computed. If the model has parameters on the CPU, the process keeps freed memory from then on, because returning it
+    to the system costs page faults in every step.
 
     Args:
-        model: any module; transformers' models are known by class (docs/dropin.md), others by the layers they are of.
-        strict: raise where anything is left: what peakgpt has an op for, or what nobody knows to need none.
-        check: compare outputs with those of the unpatched model, on its own weights.
+        model: any module. Models of transformers are recognized by class (docs/dropin.md), others layer by layer.
+        strict: raise if any module is left that has an op in peakgpt or is unknown.
+        check: compare outputs before and after on the model's own weights.
     Returns:
-        What became of every module; print it.
+        A Report with one entry for each module. Print it to see what runs on which op and why others do not.
     Raises:
-        ValueError: no module; it is patched already; strict and something is left; the outputs differ. The model is
-            then as it was.
+        ValueError: not a module; already patched; strict and modules are left; outputs differ. The model is unchanged
+            then.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"patch: got a {type(model).__name__}, expected a torch.nn.Module")
-    if any(original(m) is not type(m) for m in model.modules()):
+    if any(original_class(m) is not type(m) for m in model.modules()):
         raise ValueError("patch: got a model that is patched already, expected one that is not: unpatch it first")
-    before = observe(model) if check else None
+    before = reference_outputs(model) if check else None
     report = Report()
     try:
-        attentive = _attend_by_name(model)
+        attention_ids = _set_attention_implementation(model)
         parts: dict[int, str] = {}
         for name, module in model.named_modules():
-            report.entries.append(_entry(name, module, parts, attentive))
+            report.entries.append(_entry(name, module, parts, attention_ids))
         if strict and report.left:
             named = "; ".join(f"{e.module or 'the model'} ({e.kind}): {e.note}" for e in report.left[:3])
             raise ValueError(f"patch: got strict=True and {len(report.left)} modules left, expected none: {named}")
-        report.check = compare(before, model) if check else "not asked for"
+        report.check = compare_outputs(before, model) if check else "not done: check=False"
     except Exception:
         unpatch(model)
         raise
     if any(p.device.type == "cpu" for p in model.parameters()):
         why = keep_pages()
-        report.process = f"freed memory is given back: {why}" if why else "the process keeps freed memory until it ends"
+        kept = "the process keeps freed memory until it ends"
+        report.process = f"freed memory returns to the system: {why}" if why else kept
     return report
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every module its own class back; the model then computes what it did before, bit for bit.
+    """Undo `patch`: give every module its own class back. Outputs are then the same bits as before `patch`.
 
     Raises:
-        ValueError: a patched module has been wrapped since.
+        ValueError: a module was wrapped (as by FSDP2) after it was patched.
     """
     for module in model.modules():
         restore(module)
-        if FORMER in module.__dict__:
-            module.config._attn_implementation_internal = module.__dict__.pop(FORMER)
+        if PREVIOUS_ATTENTION in module.__dict__:
+            module.config._attn_implementation_internal = module.__dict__.pop(PREVIOUS_ATTENTION)
 
 
 def row_of(module: nn.Module) -> Row | None:
-    """The row of a module's class, or of the class that FSDP2 has put its own in front of."""
-    kind = original(module)
+    """Return the row of the module's class, or of the class that FSDP2 wrapped; None for an unknown class."""
+    kind = original_class(module)
     if kind.__name__.startswith("FSDP") and len(kind.__mro__) > 2 and kind.__mro__[1].__name__ == "FSDPModule":
         kind = kind.__mro__[2]
-    return TABLE.get(path(kind))
+    return KNOWN_CLASSES.get(class_path(kind))
 
 
-def _attend_by_name(model: nn.Module) -> set[int]:
-    """Set the attention of transformers' models to ours; returns the ids of the modules whose attention it then is."""
+def _set_attention_implementation(model: nn.Module) -> set[int]:
+    """Set attn_implementation of transformers' models to "peakgpt"; return the ids of their attention modules."""
     if "transformers.modeling_utils" not in sys.modules:
         return set()
     from transformers import PreTrainedModel
 
-    from peakgpt.dropin.interface import NAME, register_attention
+    from peakgpt.dropin.mask_function import NAME, register_attention
 
     found: set[int] = set()
     configs: set[int] = set()
     for part in model.modules():
-        if not isinstance(part, PreTrainedModel) or not (ids := _attentions(part)):
+        if not isinstance(part, PreTrainedModel) or not (ids := _attention_modules(part)):
             continue
         found |= ids
         if id(part.config) not in configs:
             register_attention()
             configs.add(id(part.config))
-            part.__dict__[FORMER] = part.config._attn_implementation_internal
+            part.__dict__[PREVIOUS_ATTENTION] = part.config._attn_implementation_internal
             part.config._attn_implementation_internal = NAME
     return found
 
 
-def _attentions(model: nn.Module) -> set[int]:
-    """Modules of a model of transformers whose attention goes by the name in its config, or is replaced here."""
-    known = {id(m) for m in model.modules() if (row := row_of(m)) and (row.by is None or issubclass(row.by, Attention))}
+def _attention_modules(model: nn.Module) -> set[int]:
+    """Return the ids of modules that take attention from their config's attn_implementation or are replaced."""
+    rows = {id(m): row for m in model.modules() if (row := row_of(m))}
+    known = {
+        key for key, row in rows.items()
+        if row.replacement is None or issubclass(row.replacement, TransformersAttention)
+    }  # fmt: skip
     if known or not (model._supports_attention_backend and model._can_set_attn_implementation()):
         return known
     return {id(m) for m in model.modules() if type(m).__name__.endswith("Attention")}
 
 
-def _entry(name: str, module: nn.Module, parts: dict[int, str], attentive: set[int]) -> Entry:
-    """Replace one module, if it can be, and say so."""
+def _entry(name: str, module: nn.Module, parts: dict[int, str], attention_ids: set[int]) -> Entry:
+    """Replace one module if possible; return its entry of the report."""
     kind, row = type(module).__name__, row_of(module)
-    if row is None and id(module) not in attentive:
-        row = _tried(module)
-    if row is None or row.by is None:
-        if id(module) in attentive:
+    if row is None and id(module) not in attention_ids:
+        row = _detect(module)
+    if row is None or row.replacement is None:
+        if id(module) in attention_ids:
             return Entry(name, kind, REPLACED, BY_NAME)
         if id(module) in parts:
             return Entry(name, kind, PART, parts[id(module)])
-        reason = "its model is not one of transformers'" if row else remains.reason(module)
+        reason = "its model is not one of transformers" if row else unreplaced.reason_left(module)
         return Entry(name, kind, LEFT, reason) if reason else Entry(name, kind, KEPT)
     options = dict(row.options)
-    if reason := row.by.objection(module, options):
+    if reason := row.replacement.objection(module, options):
         return Entry(name, kind, LEFT, reason)
     for part in row.parts:
         parts[id(module.get_submodule(part))] = f"{row.ops} of {name}" if name else row.ops
-    if issubclass(row.by, heads.LanguageModel):
-        heads.replace_head(module, options)
-    if original(module) is type(module):  # else it is the head of the model before it
-        replace(module, row.by, options)
+    if issubclass(row.replacement, lm_heads.LanguageModel):
+        lm_heads.replace_head(module, options)
+    if original_class(module) is type(module):  # else it is the head of a language model, replaced above
+        replace(module, row.replacement, options)
     if id(module) in parts:
         return Entry(name, kind, PART, parts[id(module)])
     return Entry(name, kind, REPLACED, row.ops)
 
 
-def _tried(module: nn.Module) -> Row | None:
-    """The row of a module whose class is not known."""
-    if (by := trial.calling(type(module))) is not None:
+def _detect(module: nn.Module) -> Row | None:
+    """Return a row for a module of an unknown class if it is detected as attention or MLP, else None."""
+    if (by := detection.sdpa_replacement(type(module))) is not None:
         return Row(by, "attention, for scaled_dot_product_attention")
-    options = trial.perceptron(module)
+    options = detection.detect_mlp(module)
     if options is None:
         return None
-    return Row(Tried, "mlp", options, tuple(options[name] for name in ("up", "act", "down") if options[name]))
+    return Row(DetectedMLP, "mlp", options, tuple(options[name] for name in ("up", "act", "down") if options[name]))
 
 
-class Tried(MLP):
-    """A perceptron whose activation is known by trial."""
+class DetectedMLP(MLP):
+    """An MLP of an unknown class, whose activation `detection` has found."""
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""What `patch` did, a row a module."""
+"""The report of `patch`: one entry for each module."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ REPLACED, PART, LEFT, KEPT = "replaced", "part of", "left", "kept"
 
 @dataclass(frozen=True)
 class Entry:
-    """Args:
-    module: its name in the model; "" is the model itself.
-    kind: its class.
-    status: "replaced"; "part of" what is replaced; "left", where peakgpt has an op but does not take it, or where it is
-        not known what a module computes; "kept", where there is nothing to replace (containers, lookups, dropout).
-    note: by which ops, of what, or why.
+    """What happened to one module.
+
+    Args:
+        module: name of the module in the model; "" is the model itself.
+        kind: name of its class.
+        status: "replaced": runs on peakgpt's ops. "part of": its parent replaces its work. "left": not replaced,
+            although peakgpt has an op for it or the module is unknown. "kept": needs no
+            replacement (containers, embeddings, dropout).
+        note: the ops, the parent, or the reason.
     """
 
     module: str
@@ -27,10 +30,12 @@ class Entry:
 
 @dataclass
 class Report:
-    """Args:
-    entries: every module of the model.
-    process: what changed outside of the model.
-    check: the largest difference from the unpatched model, or why that was not looked at.
+    """The result of `patch`. Print it for a table.
+
+    Args:
+        entries: one for each module of the model.
+        process: what changed in the process outside of the model; "" if nothing did.
+        check: the largest difference from the unpatched model, or why it was not checked.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -46,7 +51,7 @@ class Report:
         return [e for e in self.entries if e.status == LEFT]
 
     def rows(self) -> Iterator[tuple[str, Entry, int]]:
-        """(name, entry, count): modules that differ by a number in their name only are one row."""
+        """Yield (name, entry, count). Modules whose names differ in a number only share one row."""
         groups: dict[tuple, list[Entry]] = {}
         for e in self.entries:
             name, note = (re.sub(r"\b\d+\b", "*", text) for text in (e.module, e.note))
@@ -59,7 +64,7 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("module", "class", "n", "", "by, or why", box=None, pad_edge=False)
+        table = Table("module", "class", "n", "", "ops, or reason", box=None, pad_edge=False)
         for name, e, count in self.rows():
             if e.status != KEPT:
                 table.add_row(name or "(the model)", e.kind, str(count), e.status, e.note)
@@ -67,6 +72,6 @@ class Report:
         with console.capture() as text:
             console.print(table)
         kept = sum(e.status == KEPT for e in self.entries)
-        said = [f"{len(self.replaced)} modules replaced, {len(self.left)} left, {kept} with nothing to replace",
+        lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left, {kept} need no replacement",
                 self.process, self.check and f"check: {self.check}"]  # fmt: skip
-        return text.get() + "\n".join(filter(None, said))
+        return text.get() + "\n".join(filter(None, lines))

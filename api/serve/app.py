@@ -1,4 +1,4 @@
-"""The paths of the server."""
+"""The HTTP server: its routes, and how a request becomes a response."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peakgpt.serve.answers import Answer, as_message, merge
 from peakgpt.serve.chat import ChatTemplate
 from peakgpt.serve.guard import Guard, read_body
 from peakgpt.serve.limits import LIMITS, Limits
-from peakgpt.serve.schema import DETOKENIZE, TOKENIZE, Asked, BadRequest, asked, check, parse
+from peakgpt.serve.schema import DETOKENIZE, TOKENIZE, BadRequest, CompletionRequest, check, check_request, parse
 from peakgpt.serve.stream import EventStream, Outputs, sse
 from peakgpt.serve.worker import Job, Worker
 
@@ -32,7 +32,7 @@ POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; st
 
 @dataclass
 class Metrics:
-    """What /metrics tells."""
+    """The Prometheus metrics of /metrics."""
 
     registry: prometheus.CollectorRegistry = field(default_factory=prometheus.CollectorRegistry)
 
@@ -46,24 +46,24 @@ class Metrics:
 
 
 class Server:
-    """One model behind HTTP; `app` is the ASGI application, and starts and ends the engine's thread."""
+    """Serve one model over HTTP. `app` is the ASGI application; its lifespan starts and stops the engine's thread."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, name: str, key: str | None = None,
                  hosts: tuple[str, ...] | None = None, chat: ChatTemplate | None = None,
                  limits: Limits = LIMITS):  # fmt: skip
         """
         Args:
-            engine: with the same tokenizer; from here on the server's.
-            name: that clients call the model by.
+            engine: made with the same tokenizer. Only the server may use it from now on.
+            name: model name in requests and responses.
             key, hosts: see Guard.
-            chat: renders messages; None refuses them.
+            chat: the chat template. None: /v1/chat/completions answers 400.
         """
         self.tokenizer, self.name, self.chat, self.limits = tokenizer, name, chat, limits
         self.worker, self.metrics, self.made = Worker(engine), Metrics(), int(time.time())
         self.metrics.load.set_function(lambda: self.worker.load)
         self.metrics.free.set_function(lambda: engine.pool.free_blocks)
         self.block_size, self.vocab_size = engine.config.block_size, engine.config.vocab_size
-        # Characters of the longest prompt that fits: each token is its vocabulary's longest.
+        # Upper bound of prompt characters: every token is the longest of the vocabulary.
         self.longest = self.block_size * max(map(len, tokenizer.library.get_vocab()))
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._life)
         for path, method, answer in (
@@ -85,14 +85,14 @@ class Server:
         yield
         await asyncio.to_thread(self.worker.stop)
 
-    # ---- paths
+    # ---- routes
 
     async def _page(self) -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": POLICY})
 
     async def _health(self) -> Response:
         alive = self.worker.is_alive()
-        return JSONResponse({"status": "ok" if alive else "the engine's thread has ended"}, 200 if alive else 503)
+        return JSONResponse({"status": "ok" if alive else "the engine thread has stopped"}, 200 if alive else 503)
 
     async def _tell_metrics(self) -> Response:
         return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
@@ -116,40 +116,42 @@ class Server:
         return {"prompt": self.tokenizer.decode(tokens[0])}
 
     async def _completions(self, request: Request) -> Response:
-        wanted = asked(await self._read(request), chat=False, limits=self.limits)
-        return await self._answer(request, wanted, wanted.fields["prompt"])
+        completion = check_request(await self._read(request), chat=False, limits=self.limits)
+        return await self._answer(request, completion, completion.fields["prompt"])
 
     async def _chat(self, request: Request) -> Response:
         data = await self._read(request)
         if self.chat is None:
             raise BadRequest("messages: got a model without chat template, expected a prompt to /v1/completions")
-        wanted = asked(data, chat=True, limits=self.limits)
-        return await self._answer(request, wanted, [self.chat.render(wanted.fields["messages"])])
+        completion = check_request(data, chat=True, limits=self.limits)
+        return await self._answer(request, completion, [self.chat.render(completion.fields["messages"])])
 
-    # ---- one request for text
+    # ---- completions
 
-    async def _answer(self, request: Request, wanted: Asked, prompts: list[str | list[int]]) -> Response:
-        if (model := wanted.fields.get("model", self.name)) != self.name:
+    async def _answer(
+        self, request: Request, completion: CompletionRequest, prompts: list[str | list[int]]
+    ) -> Response:
+        if (model := completion.fields.get("model", self.name)) != self.name:
             raise BadRequest(f"model: got {model[:64]!r}, expected {self.name!r}", param="model", status=404,
                              code="model_not_found")  # fmt: skip
-        job, answer = await asyncio.to_thread(self._job, wanted, prompts)
+        job, answer = await asyncio.to_thread(self._job, completion, prompts)
         if self.worker.load + job.continuations > self.limits.queue:
             raise BadRequest(f"the queue of {self.limits.queue} is full", status=429, code="queue_full")
         self.metrics.tokens.labels("prompt").inc(sum(map(len, answer.prompts)))
         outputs = Outputs(job, self.worker, request)
         try:
-            # Waiting for the first output means that a request which the engine refuses gets its status.
+            # Wait for the first output, so that a request which the engine rejects gets an error status.
             self.metrics.first.observe(await outputs.begin())
-            content = self._stream(outputs, answer) if wanted.stream else await self._whole(outputs, answer)
+            content = self._stream(outputs, answer) if completion.stream else await self._whole(outputs, answer)
         except BaseException:
             outputs.end()
             raise
         self.metrics.answers.labels(200).inc()
-        return EventStream(content, outputs) if wanted.stream else JSONResponse(content)
+        return EventStream(content, outputs) if completion.stream else JSONResponse(content)
 
-    def _job(self, wanted: Asked, prompts: list[str | list[int]]) -> tuple[Job, Answer]:
+    def _job(self, completion: CompletionRequest, prompts: list[str | list[int]]) -> tuple[Job, Answer]:
         for text in filter(lambda p: isinstance(p, str) and len(p) > self.longest, prompts):
-            # Refused before the time for encoding it is spent.
+            # Reject it before spending time on its encoding.
             raise BadRequest(f"prompt: got {len(text)} characters, expected up to {self.longest}", param="prompt",
                              code="context_length_exceeded")  # fmt: skip
         ids = [self.tokenizer.encode(p) or [self.tokenizer.end_id] if isinstance(p, str) else p for p in prompts]
@@ -161,18 +163,19 @@ class Server:
                 raise BadRequest(f"prompt: got {len(one)} tokens, expected up to {self.block_size}", param="prompt",
                                  code="context_length_exceeded")  # fmt: skip
             try:
-                made.append((one, wanted.params(self.tokenizer.end_id, room)))
+                made.append((one, completion.params(self.tokenizer.end_id, room)))
             except ValueError as error:
                 raise BadRequest(str(error)) from None
-        texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if wanted.echo else []
-        return Job(made), Answer(wanted, self.name, self.tokenizer, ids, texts)
+        texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if completion.echo else []
+        return Job(made), Answer(completion, self.name, self.tokenizer, ids, texts)
 
     async def _whole(self, outputs: Outputs, answer: Answer) -> dict[str, Any]:
         parts: dict[int, list[dict]] = {}
         later = []
         async for number, output in outputs:
-            # Others of a prompt's continuations may be ahead of the first, which tells the prompt's log-probabilities.
-            if output.index and answer.asked.echo and output.logprobs is not None and number not in answer.told_prompt:
+            # Only the first choice of a prompt brings the prompt's log-probabilities, and others may come before it.
+            waits = answer.completion.echo and output.logprobs is not None and number not in answer.prompt_logprobs
+            if output.index and waits:
                 later.append((number, output))
                 continue
             for event in ((number, output), *_taken(later, number)):
@@ -184,7 +187,7 @@ class Server:
         outputs.end()
         self.metrics.tokens.labels("text").inc(answer.completion_tokens)
         choices = [merge(parts[index]) for index in sorted(parts)]
-        if answer.asked.chat:
+        if answer.completion.chat:
             choices = [as_message(choice, chunk=False) for choice in choices]
         return answer.frame(choices, chunk=False, usage=True)
 
@@ -193,12 +196,12 @@ class Server:
         try:
             async for number, output in outputs:
                 part = answer.part(number, output)
-                if answer.asked.chat:
+                if answer.completion.chat:
                     index = part["index"]
                     part = as_message(part, chunk=True, first=index not in begun)
                     begun.add(index)
                 yield answer.event(part)
-            if answer.asked.include_usage:
+            if answer.completion.include_usage:
                 yield sse(answer.frame([], chunk=True, usage=True))
             yield b"data: [DONE]\n\n"
         except BadRequest as refusal:
@@ -206,10 +209,10 @@ class Server:
         finally:
             self.metrics.tokens.labels("text").inc(answer.completion_tokens)
 
-    # ---- what requests share
+    # ---- helpers of all routes
 
     async def _read(self, request: Request) -> dict[str, Any]:
-        # In a thread: a megabyte of brackets takes half a second, for which no stream may wait.
+        # In a thread: parsing a megabyte of brackets takes half a second and must not block other streams.
         return await asyncio.to_thread(parse, await read_body(request, self.limits), self.limits)
 
     def _needed(self, fields: dict[str, Any], name: str) -> Any:
@@ -233,7 +236,7 @@ class Server:
 
 
 def _taken(later: list[tuple[int, Any]], number: int) -> list[tuple[int, Any]]:
-    """Remove and return what waits for a prompt."""
-    mine = [event for event in later if event[0] == number]
+    """Remove and return the delayed outputs of one prompt."""
+    taken = [event for event in later if event[0] == number]
     later[:] = [event for event in later if event[0] != number]
-    return mine
+    return taken

@@ -1,4 +1,4 @@
-"""Messages as one prompt, by the checkpoint's own chat template."""
+"""Render chat messages into one prompt with the chat template of the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peakgpt.serve.schema import BadRequest
 
 
 class ChatTemplate:
-    """A template in Jinja, in a sandbox: who wrote a checkpoint may not run code here."""
+    """A Jinja template in a sandbox, because a checkpoint must not be able to run code."""
 
     def __init__(self, source: str, end_of_text: str):
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -24,9 +24,10 @@ class ChatTemplate:
         self.tokens = {"bos_token": end_of_text, "eos_token": end_of_text}
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """
+        """Return the prompt for these messages.
+
         Raises:
-            BadRequest: the template refuses the messages.
+            BadRequest: the template rejects the messages.
         """
         try:
             return self.template.render(messages=messages, add_generation_prompt=True, **self.tokens)
@@ -35,7 +36,7 @@ class ChatTemplate:
 
 
 def read_chat_template(folder: Path | str, end_of_text: str) -> ChatTemplate | None:
-    """A checkpoint's template: chat_template.jinja, or that of tokenizer_config.json; None where it has none."""
+    """Read chat_template.jinja or the template in tokenizer_config.json; return None if the checkpoint has neither."""
     path, config = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
     source = path.read_text(encoding="utf-8") if path.exists() else None
     if source is None and config.exists():

@@ -1,4 +1,4 @@
-"""What stands before every path: sizes, slow clients, who may ask, and OpenAI's shape for what is refused."""
+"""Protect every route: size and time limits, host and API key checks, errors in the format of OpenAI."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Guard:
-    """ASGI middleware; see the module."""
+    """ASGI middleware that checks headers, host and API key."""
 
     def __init__(self, app, *, key: str | None, hosts: tuple[str, ...] | None, limits: Limits):
         """
         Args:
-            key: that clients must send; None lets everybody in.
-            hosts: names that a request may be for, so that no web page reaches a loopback server by a name of its own
-                (DNS rebinding); None means any.
+            key: API key that clients must send. None: no key is needed.
+            hosts: allowed values of the Host header. They keep web pages from reaching a loopback server through
+                their own name (DNS rebinding). None: any.
         """
         self.app, self.hosts, self.limits = app, hosts, limits
         self.digest = None if key is None else hashlib.sha256(key.encode()).digest()
@@ -61,7 +61,7 @@ class Guard:
             raise BadRequest("no valid API key, expected Authorization: Bearer KEY", status=401, code="invalid_api_key")
 
     def _known(self, header: bytes) -> bool:
-        """Bearer KEY, or Basic with the key as password, which browsers ask for; compared in constant time."""
+        """Accept Bearer KEY, or Basic with the key as password for browsers. Compares in constant time."""
         kind, _, value = header.partition(b" ")
         if kind.lower() == b"basic":
             try:
@@ -81,13 +81,13 @@ async def refuse(refusal: BadRequest, send) -> None:
 
 
 async def read_body(request, limits: Limits) -> bytes:
-    """A JSON request's body.
+    """Read the body of a JSON request.
 
     Raises:
-        BadRequest: of another type, too large, or too slow.
+        BadRequest: wrong content type, too large, or too slow.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        # A web page can not send this type to another site without asking first, which is never granted.
+        # A web page cannot send this type to another site without a CORS preflight, which this server never grants.
         raise BadRequest("content-type: expected application/json", status=415)
     large = BadRequest(f"body: got more than {limits.body_bytes} bytes", status=413)
     declared = request.headers.get("content-length", "0")
@@ -111,17 +111,17 @@ async def read_body(request, limits: Limits) -> bytes:
 
 
 def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1 with a cap on connections, and time limits for a head, a body, and what nobody reads."""
-    seconds = {"head": limits.header_s, "body": limits.body_s + 1}  # 1: read_body says first why
+    """Return uvicorn's HTTP/1.1 protocol with limits on connections, header time, body time and unread responses."""
+    seconds = {"head": limits.header_s, "body": limits.body_s + 1}  # 1 s more, so that read_body can answer first
 
     class Protocol(H11Protocol):
-        reading: str | None = None  # what there is a limit for
+        reading: str | None = None  # part of the request with a running timer
         reading_timer: asyncio.TimerHandle | None = None
         writing_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
-            transport.set_write_buffer_limits(0)  # pause_writing tells of every byte that the client does not take
+            transport.set_write_buffer_limits(0)  # call pause_writing as soon as the client does not read
             if len(self.connections) > limits.connections:
                 self._refuse(BadRequest("too many connections", status=503))
             else:
@@ -135,13 +135,13 @@ def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
                 self.scope["extensions"] = {CHUNK: self.chunk}
 
         async def chunk(self, data: bytes) -> None:
-            """Send a part of an answer that has begun without a length: what `send` does, in a tenth of its time."""
+            """Send a chunk of a response that has started. Same bytes as `send`, in a tenth of its time."""
             await self.flow.drain()
             if not self.transport.is_closing():
                 self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
         def send_400_response(self, msg: str) -> None:
-            """Of h11's exception, which is being handled."""
+            """Answer with the status of the h11 exception that is being handled."""
             status = getattr(sys.exc_info()[1], "error_status_hint", 400)
             self._refuse(BadRequest(f"{msg} {sys.exc_info()[1]}", status=status))
 
@@ -161,7 +161,7 @@ def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
             super().resume_writing()
 
         def _expect(self, what: str | None) -> None:
-            """Bound the time for a part of a request, from its beginning, whatever comes meanwhile."""
+            """Start the timer for the next part of a request; data that arrives does not restart it."""
             if what == self.reading:
                 return
             if self.reading_timer is not None:
@@ -170,7 +170,7 @@ def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
             self.reading_timer = what and self.loop.call_later(seconds[what], self.transport.abort)
 
         def _refuse(self, refusal: BadRequest) -> None:
-            """Answer outside of a request, and close; where an answer has begun, it is cut off."""
+            """Answer without a request and close. A response that has started is cut off."""
             if self.cycle is not None and not self.cycle.response_complete:
                 return self.transport.abort()
             body = json.dumps(refusal.body)
@@ -183,7 +183,7 @@ def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
 
 
 def config(app, limits: Limits = LIMITS) -> uvicorn.Config:
-    """How uvicorn runs the server."""
+    """Return the uvicorn configuration of the server."""
     return uvicorn.Config(
         app, http=protocol(limits), h11_max_incomplete_event_size=limits.header_bytes, ws="none",
         timeout_keep_alive=limits.keep_alive_s, timeout_graceful_shutdown=limits.drain_s, server_header=False,

@@ -1,4 +1,4 @@
-"""Every cap on what a client controls, in one table."""
+"""The limits on everything that a client controls, in one table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Caps; the prompt and the text together never exceed the model's block_size."""
+    """Limits of requests and connections. Besides, prompt and new tokens together fit in block_size of the model."""
 
     header_bytes: int = 16 << 10
     headers: int = 100  # lines
@@ -22,14 +22,14 @@ class Limits:
     stop_chars: int = 256
     logprobs: int = 20
     bias: int = 1024  # ids
-    allowed_texts: int = 256  # of choice-constrained decoding
+    allowed_texts: int = 256  # choices of constrained decoding
     allowed_chars: int = 1024
     messages: int = 256
-    queue: int = 512  # continuations running and waiting
+    queue: int = 512  # running and waiting sequences
     connections: int = 256
-    header_s: float = 10.0  # until a request's head is complete
+    header_s: float = 10.0  # time for the header of a request
     body_s: float = 20.0
-    write_s: float = 30.0  # until a client that does not read is given up
+    write_s: float = 30.0  # time until a client that does not read is disconnected
     keep_alive_s: int = 5
     drain_s: int = 30  # after SIGTERM
 

@@ -1,7 +1,7 @@
-"""What a request may say: a table of fields, each with the check of its value; anything else is refused.
+"""The fields of a request: a table of names with the check of each value. Other fields are rejected.
 
 OpenAI, "API reference", /v1/completions and /v1/chat/completions. Fields that this server does not know
-are errors, never dropped; null means that a field is not there, as in OpenAI's own server.
+are errors, never ignored. null means that a field is absent, as in the server of OpenAI.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|([\[{])|[\]}]', re.DOTALL)  # l
 
 
 class BadRequest(Exception):
-    """Refused; `body` has OpenAI's shape."""
+    """An error response; `body` has the format of OpenAI."""
 
     def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None):
         super().__init__(message)
@@ -61,7 +61,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# ---- checks: (value, limits) -> what the value means, or ValueError with what was expected
+# ---- checks: (value, limits) -> parsed value, or ValueError with the expected value
 
 Check = Callable[[Any, Limits], Any]
 
@@ -75,7 +75,7 @@ def number(low: float, high: float) -> Check:
 
 
 def temperature(value: Any, limits: Limits) -> float:
-    """0 is greedy; logits divided by much less than a thousandth are no numbers any more."""
+    """Check a temperature. 0 is greedy; much less than 0.001 overflows the logits."""
     found = number(0, 2)(value, limits)
     expected = f"0, or a number from {MIN_TEMPERATURE} to 2"
     return found if found == 0 or found >= MIN_TEMPERATURE else _expected(expected)
@@ -119,7 +119,7 @@ def bias(value: Any, limits: Limits) -> dict[int, float]:
 
 
 def prompts(value: Any, limits: Limits) -> list[str | list[int]]:
-    """One or many, each a string or ids."""
+    """Check one or many prompts, each a string or a list of ids."""
     many = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]
     if not 0 < len(many) <= limits.prompts:
         _expected(f"up to {limits.prompts} prompts")
@@ -173,7 +173,7 @@ COMMON: dict[str, Check] = {
     "choices": texts("allowed_texts", "allowed_chars"),
     "stream": boolean,
     "stream_options": stream_options,
-    "user": text,  # names who asks, and changes nothing
+    "user": text,  # identifies the end user; has no effect, as in OpenAI
 }
 COMPLETION: dict[str, Check] = {
     **COMMON,
@@ -181,7 +181,7 @@ COMPLETION: dict[str, Check] = {
     "echo": boolean,
     "logprobs": integer(0, "logprobs"),
     "best_of": integer(1, "n"),
-    "suffix": refused("these models do not insert; put all text into the prompt"),
+    "suffix": refused("these models do not insert text; put all of it into the prompt"),
 }
 CHAT: dict[str, Check] = {
     **COMMON,
@@ -203,7 +203,7 @@ def check(data: Mapping[str, Any], fields: Mapping[str, Check], limits: Limits) 
     found = {}
     for name, value in data.items():
         if name not in fields:
-            raise BadRequest(f"{name[:64]}: got a field that is not known, expected one of {', '.join(fields)}",
+            raise BadRequest(f"{name[:64]}: got an unknown field, expected one of {', '.join(fields)}",
                              param=name[:64], code="unknown_parameter")  # fmt: skip
         if value is None:
             continue
@@ -215,8 +215,8 @@ def check(data: Mapping[str, Any], fields: Mapping[str, Check], limits: Limits) 
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A checked request for text."""
+class CompletionRequest:
+    """A checked completion request."""
 
     fields: dict[str, Any]
     chat: bool
@@ -254,7 +254,7 @@ class Asked:
         )  # fmt: skip
 
 
-def asked(data: Mapping[str, Any], *, chat: bool, limits: Limits) -> Asked:
+def check_request(data: Mapping[str, Any], *, chat: bool, limits: Limits) -> CompletionRequest:
     """Check a request for text, and what its fields say together.
 
     Raises:
@@ -276,4 +276,4 @@ def asked(data: Mapping[str, Any], *, chat: bool, limits: Limits) -> Asked:
         raise BadRequest("max_tokens: got max_completion_tokens too, expected one of them", param="max_tokens")
     if found.get("stream") and found.get("echo") and "logprobs" in found and n > 1:
         raise BadRequest("stream: got it with echo, logprobs and n above 1, expected not all of them", param="stream")
-    return Asked(found, chat)
+    return CompletionRequest(found, chat)

@@ -1,7 +1,7 @@
-"""A job's outputs as they come, and the response that streams them.
+"""Iterate over the outputs of a job, and stream them in a response.
 
-Starlette's StreamingResponse costs as much a message as all else that a token's text costs here, so this one does less:
-it watches for the client's going away with the queue that it waits at anyway.
+Starlette's StreamingResponse would double the cost of each message. This response is cheaper: it detects a client that
+disconnects through the queue of outputs on which it waits anyway.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from peakgpt.serve.worker import Job, Worker
 
 
 class Outputs:
-    """(prompt's number, output) until all of a job's continuations have ended, or the client is gone.
+    """Iterate over (prompt number, output) until all sequences of a job end or the client disconnects.
 
-    From the beginning until `end` the job counts among the worker's load; `end` makes the engine forget what is left.
-    Iterating raises BadRequest.
+    The job counts in the load of the worker until `end`, which also cancels its unfinished sequences. Iterating raises
+    BadRequest.
     """
 
     def __init__(self, job: Job, worker: Worker, request: Request):
-        self.job, self.worker, self.left, self.held = job, worker, job.continuations, None
+        self.job, self.worker, self.unfinished, self.first = job, worker, job.continuations, None
         worker.load += job.continuations
         worker.submit(job)
-        self.watch = asyncio.ensure_future(self._gone(request))
+        self.watch = asyncio.ensure_future(self._watch_disconnect(request))
 
     async def begin(self) -> float:
-        """Wait for the first output, which comes again; returns the seconds it took."""
+        """Wait for the first output and keep it for the iteration. Returns the waiting time in seconds."""
         begin = time.perf_counter()
-        self.held = await self._next()
+        self.first = await self._next()
         return time.perf_counter() - begin
 
     def end(self) -> None:
@@ -52,11 +52,11 @@ class Outputs:
         return self
 
     async def __anext__(self) -> tuple[int, Output]:
-        if not self.left:
+        if not self.unfinished:
             raise StopAsyncIteration
-        found, self.held = self.held or await self._next(), None
-        self.left -= found[1].finish is not None
-        return found
+        item, self.first = self.first or await self._next(), None
+        self.unfinished -= item[1].finish_reason is not None
+        return item
 
     async def _next(self) -> tuple[int, Output]:
         event = await self.job.events.get()
@@ -66,14 +66,14 @@ class Outputs:
             raise BadRequest(str(event), status=400 if isinstance(event, ValueError) else 500)
         return event
 
-    async def _gone(self, request: Request) -> None:
+    async def _watch_disconnect(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self.job.events.put_nowait(BadRequest("the client went away", status=499))
 
 
 class EventStream(Response):
-    """Events made of outputs, each sent at once; in the end the outputs are told so, however it ends."""
+    """A response of server-sent events, each sent at once. Always ends the outputs, also after an error."""
 
     media_type = "text/event-stream"
 
@@ -98,5 +98,5 @@ def body(data: bytes, *, more: bool) -> dict[str, Any]:
 
 
 def sse(data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Encode one server-sent event."""
     return f"data: {json.dumps(data)}\n\n".encode()

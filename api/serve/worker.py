@@ -1,4 +1,4 @@
-"""The thread that owns the engine, and how others speak to it: messages in, outputs back into asyncio's loop."""
+"""The thread that owns the engine: it takes messages from the server and posts outputs to the asyncio loop."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ log = logging.getLogger("peakgpt.serve")
 
 @dataclass(eq=False)
 class Job:
-    """What one HTTP request wants: prompts, each with its parameters.
+    """The prompts of one HTTP request, each with its sampling parameters.
 
-    `events` gets (prompt's number, output), or an exception, after which nothing comes.
+    `events` receives (prompt number, output) items, or an exception as its last item.
     """
 
     prompts: Sequence[tuple[Sequence[int], SamplingParams]]
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    numbers: dict[int, int] = field(default_factory=dict)  # the engine's ids -> prompts
+    numbers: dict[int, int] = field(default_factory=dict)  # request id of the engine -> prompt number
 
     @property
     def continuations(self) -> int:
@@ -32,14 +32,14 @@ class Job:
 
 
 class Worker(threading.Thread):
-    """Runs the engine for as long as there is work; sleeps otherwise."""
+    """Run the engine while it has work; sleep otherwise."""
 
     def __init__(self, engine: Engine):
         super().__init__(name="engine", daemon=True)
-        self.loop: asyncio.AbstractEventLoop | None = None  # in which events are put; whoever starts this sets it
+        self.loop: asyncio.AbstractEventLoop | None = None  # receives the events; set before start()
         self.engine, self.inbox, self.wake = engine, deque(), threading.Condition()
-        self.jobs: dict[int, Job] = {}  # the engine's ids -> who wants the outputs
-        self.load = 0  # continuations asked for and not ended; of asyncio's thread
+        self.jobs: dict[int, Job] = {}  # request id of the engine -> job
+        self.load = 0  # sequences not ended; used by the asyncio thread only
 
     def submit(self, job: Job) -> None:
         self._post("submit", job)
@@ -56,16 +56,16 @@ class Worker(threading.Thread):
             with self.wake:
                 self.wake.wait_for(lambda: self.inbox or self.engine.has_work)
                 messages = [self.inbox.popleft() for _ in range(len(self.inbox))]
-            for what, job in messages:
-                if what == "stop":
+            for action, job in messages:
+                if action == "stop":
                     return
-                (self._submit if what == "submit" else self._cancel)(job)
+                (self._submit if action == "submit" else self._cancel)(job)
             if self.engine.has_work:
                 self._step()
 
-    def _post(self, what: str, job: Job | None) -> None:
+    def _post(self, action: str, job: Job | None) -> None:
         with self.wake:
-            self.inbox.append((what, job))
+            self.inbox.append((action, job))
             self.wake.notify()
 
     def _submit(self, job: Job) -> None:
@@ -73,9 +73,9 @@ class Worker(threading.Thread):
             for number, (ids, params) in enumerate(job.prompts):
                 request = self.engine.submit(ids, params)
                 self.jobs[request], job.numbers[request] = job, number
-        except Exception as error:  # whatever it is, it is this request's
+        except Exception as error:  # any error here belongs to this request
             self._cancel(job)
-            self._tell([(job, error)])
+            self._post_events([(job, error)])
 
     def _cancel(self, job: Job) -> None:
         for request in job.numbers:
@@ -86,30 +86,30 @@ class Worker(threading.Thread):
         try:
             outputs = self.engine.step()
         except Exception as error:
-            # Nobody can tell whose step it was: all of them end, and the engine goes on with none.
+            # The failing request is unknown: end all of them and keep the engine running.
             log.exception("a step failed")
             jobs = {id(job): job for job in self.jobs.values()}.values()
             for job in jobs:
                 self._cancel(job)
-            self._tell([(job, RuntimeError(f"the engine failed: {type(error).__name__}")) for job in jobs])
+            self._post_events([(job, RuntimeError(f"the engine failed: {type(error).__name__}")) for job in jobs])
             return
         events = []
         for output in outputs:
-            job = self.jobs.get(output.request)
+            job = self.jobs.get(output.request_id)
             if job and output.error:
-                log.error("request %d failed", output.request, exc_info=output.error)
+                log.error("request %d failed", output.request_id, exc_info=output.error)
                 self._cancel(job)
                 events.append((job, RuntimeError(f"the engine failed: {type(output.error).__name__}")))
             elif job:
-                events.append((job, (job.numbers[output.request], output)))
-        self._tell(events)
+                events.append((job, (job.numbers[output.request_id], output)))
+        self._post_events(events)
 
-    def _tell(self, events: list[tuple[Job, Any]]) -> None:
-        """Once a step, for all: each call wakes the loop through a pipe."""
+    def _post_events(self, events: list[tuple[Job, Any]]) -> None:
+        """Post the events of a step together, because each call wakes the loop through a pipe."""
         try:
             self.loop.call_soon_threadsafe(_put, events)
-        except RuntimeError:  # the loop is closed, and nobody listens
-            log.debug("outputs came after the loop had ended")
+        except RuntimeError:  # the loop is closed
+            log.debug("outputs after the end of the loop")
 
 
 def _put(events: list[tuple[Job, Any]]) -> None:

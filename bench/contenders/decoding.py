@@ -18,8 +18,8 @@ from peakgpt.bench.contenders.eager_gpt import EagerGPT
 from peakgpt.bench.contenders.graph_engines import onnxruntime_decoder, openvino_decoder
 from peakgpt.bench.contenders.llama_cpp_gpt import llama_cpp_decoder
 from peakgpt.bench.contenders.models import ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
-from peakgpt.engine.inference.block_pool import BLOCK
-from peakgpt.engine.inference.stepper import CachedStepper
+from peakgpt.engine.inference.block_pool import blocks_for
+from peakgpt.engine.inference.decoder import ContiguousDecoder
 from peakgpt.engine.model.config import GPTConfig
 
 # Builders: (state, config, ids (streams, prompt), workload, weights) -> Decode. They may reuse the tensors of `state`.
@@ -28,11 +28,11 @@ from peakgpt.engine.model.config import GPTConfig
 def _ours(group: int, state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
     from peakgpt.engine.inference.engine import Engine, SamplingParams  # needs tokenizers
 
-    blocks = workload.streams * -(-(workload.prompt + workload.tokens) // BLOCK)
+    blocks = workload.streams * blocks_for(workload.prompt + workload.tokens)
     # The cache holds exactly one run, so that no run finds the prefixes of the previous one.
     engine = Engine(our_model(state, config, weights, group), blocks=blocks)
-    if engine.runner_note:
-        raise ValueError(f"decode: peakgpt runs {engine.runner_note}")
+    if engine.executor_note:
+        raise ValueError(f"decode: peakgpt runs {engine.executor_note}")
     params = SamplingParams(temperature=0.0, max_tokens=workload.tokens)
 
     def run() -> Tensor:
@@ -40,7 +40,7 @@ def _ours(group: int, state, config: GPTConfig, ids: Tensor, workload: Workload,
         for output in engine.outputs():
             if output.error:
                 raise output.error
-            sequences[output.request] += output.tokens
+            sequences[output.request_id] += output.token_ids
         return torch.tensor(list(sequences.values()))
 
     return run
@@ -52,10 +52,10 @@ def _ops(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str
 
     @torch.inference_mode()
     def run() -> Tensor:
-        step = CachedStepper(model, len(ids), workload.prompt + workload.tokens, None)
-        tokens = [step(ids).argmax(-1)]
+        decoder = ContiguousDecoder(model, len(ids), workload.prompt + workload.tokens)
+        tokens = [decoder.step(ids).argmax(-1)]
         for _ in range(workload.tokens - 1):
-            tokens.append(step(tokens[-1][:, None]).argmax(-1))
+            tokens.append(decoder.step(tokens[-1][:, None]).argmax(-1))
         return torch.stack(tokens, 1)
 
     return run

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.optimizer import decay_groups
-from peakgpt.engine.training.trainer import Recipe, schedule
+from peakgpt.engine.training.schedule import learning_rate
+from peakgpt.engine.training.train_config import TrainConfig
 
 
 class Attention(nn.Module):
@@ -96,21 +97,23 @@ class EagerGPT(nn.Module):
 class EagerTrainer:
     """The training step of peakgpt's Trainer in plain torch: fused AdamW, autocast, torch's clipping."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, *, steps: int):
-        self.model, self.recipe, self.steps, self.done = model, recipe, steps, 0
-        groups = decay_groups(model, recipe.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+    def __init__(self, model: nn.Module, train_config: TrainConfig, *, steps: int):
+        self.model, self.train_config, self.steps, self.done = model, train_config, steps, 0
+        groups = decay_groups(model, train_config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=train_config.lr, betas=train_config.betas, eps=train_config.eps, fused=True
+        )
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Make one update and return the mean loss, detached."""
         self.optimizer.zero_grad(set_to_none=True)
-        half = self.recipe.dtype != torch.float32
-        with torch.autocast(ids.device.type, self.recipe.dtype, enabled=half):
+        half = self.train_config.dtype != torch.float32
+        with torch.autocast(ids.device.type, self.train_config.dtype, enabled=half):
             loss = self.model(ids, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.max_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = schedule(self.recipe, self.done, self.steps)
+            group["lr"] = learning_rate(self.train_config, self.done, self.steps)
         self.optimizer.step()
         self.done += 1
         return loss.detach()

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.layers import swap_layout
-from peakgpt.engine.model.quantized import Format, quantize_state, restore
+from peakgpt.engine.model.quantized_linear import Format
+from peakgpt.engine.model.state_dicts import transpose_conv1d
 
 
 def our_model(state: dict[str, Tensor], config: GPTConfig, weights: str, group: int = 64) -> GPT:
@@ -21,7 +22,7 @@ def our_model(state: dict[str, Tensor], config: GPTConfig, weights: str, group: 
     """
     if weights in ("int8", "int4"):
         quantization = Format(8) if weights == "int8" else Format(4, group)
-        return restore(GPT(config), quantize_state(state, quantization), quantization, torch.bfloat16)
+        return load_quantized(GPT(config), quantize_state(state, quantization), quantization, torch.bfloat16)
     model = GPT(config)
     model.load_state_dict(state, assign=True)
     return model.to(getattr(torch, weights)).eval()
@@ -37,7 +38,7 @@ def transformers_model(state, config: GPTConfig, dtype: torch.dtype):
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(gpt2_config)
-    names = {name.removeprefix("transformer."): tensor for name, tensor in swap_layout(state).items()}
+    names = {name.removeprefix("transformer."): tensor for name, tensor in transpose_conv1d(state).items()}
     model.transformer.load_state_dict(names)
     return model.to(dtype).eval()
 

@@ -12,7 +12,8 @@ from peakgpt.bench.contenders.contender import SEED, TUNED_ENVIRONMENT, Contende
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 
 SCHEDULE_STEPS = 1000  # length of the learning-rate schedule, far more than any benchmark makes
 
@@ -23,23 +24,23 @@ def _loaded(model: nn.Module, state: State, device: torch.device) -> nn.Module:
     return model
 
 
-def _ours(state: State, config: GPTConfig, recipe: Recipe, device: torch.device) -> Trainer:
+def _ours(state: State, config: GPTConfig, train_config: TrainConfig, device: torch.device) -> Trainer:
     with device:  # initializing a billion weights on the host would exceed the benchmark's time
         model = GPT(config)
-    return Trainer(_loaded(model, state, device), recipe, steps=SCHEDULE_STEPS)
+    return Trainer(_loaded(model, state, device), train_config, steps=SCHEDULE_STEPS)
 
 
-def _eager(state: State, config: GPTConfig, recipe: Recipe, device: torch.device) -> EagerTrainer:
-    return EagerTrainer(_loaded(EagerGPT(config), state, device), recipe, steps=SCHEDULE_STEPS)
+def _eager(state: State, config: GPTConfig, train_config: TrainConfig, device: torch.device) -> EagerTrainer:
+    return EagerTrainer(_loaded(EagerGPT(config), state, device), train_config, steps=SCHEDULE_STEPS)
 
 
-def _compiled(state: State, config: GPTConfig, recipe: Recipe, device: torch.device) -> EagerTrainer:
-    trainer = _eager(state, config, recipe, device)
+def _compiled(state: State, config: GPTConfig, train_config: TrainConfig, device: torch.device) -> EagerTrainer:
+    trainer = _eager(state, config, train_config, device)
     trainer.model = torch.compile(trainer.model)
     return trainer
 
 
-# build(state, config, recipe, device) -> trainer with step(ids, targets) -> loss
+# build(state, config, train_config, device) -> trainer with step(ids, targets) -> loss
 TRAINING_CONTENDERS = {
     "peakgpt": Contender(_ours, package="peakgpt"),
     "eager": Contender(_eager),
@@ -49,7 +50,9 @@ TRAINING_CONTENDERS = {
 }
 
 
-def training_inputs(config: GPTConfig, recipe: Recipe, device: torch.device) -> tuple[State, tuple[Tensor, Tensor]]:
+def training_inputs(
+    config: GPTConfig, train_config: TrainConfig, device: torch.device
+) -> tuple[State, tuple[Tensor, Tensor]]:
     """Return the initial weights and the batch of every contender, the same in each process.
 
     Returns:
@@ -58,7 +61,7 @@ def training_inputs(config: GPTConfig, recipe: Recipe, device: torch.device) -> 
     torch.manual_seed(SEED)
     with device:
         state = GPT(config).state_dict()
-    ids = torch.randint(config.vocab_size, (recipe.batch, recipe.tokens + 1)).to(device)
+    ids = torch.randint(config.vocab_size, (train_config.batch, train_config.tokens + 1)).to(device)
     return state, (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
 
@@ -71,8 +74,8 @@ def training_step(request: Mapping[str, Any]) -> Callable[[], float]:
         A function that makes one update and returns its loss. It refers only to the trainer and the batch.
     """
     device, config = torch.device("cpu"), GPTConfig(**request["config"])
-    recipe = Recipe(batch=request["batch"], tokens=request["tokens"], dtype=getattr(torch, request["dtype"]),
+    train_config = TrainConfig(batch=request["batch"], tokens=request["tokens"], dtype=getattr(torch, request["dtype"]),
                     warmup=request["warmup"], recompute=request["recompute"])  # fmt: skip
-    state, batch = training_inputs(config, recipe, device)
-    trainer = TRAINING_CONTENDERS[request["contender"]].build(state, config, recipe, device)
+    state, batch = training_inputs(config, train_config, device)
+    trainer = TRAINING_CONTENDERS[request["contender"]].build(state, config, train_config, device)
     return lambda: float(trainer.step(*batch))

@@ -1,5 +1,5 @@
 // LayerNorm and RMSNorm over the last axis, each alone or after a residual addition. The formulas are in
-// kernels/ops/layernorm.py and kernels/ops/rmsnorm.py. RMSNorm is LayerNorm with two means set to zero: the mean of x,
+// kernels/ops/norm.py. RMSNorm is LayerNorm with two means set to zero: the mean of x,
 // and the mean of g in the backward pass.
 #ifndef PEAK_NORM_H_
 #define PEAK_NORM_H_

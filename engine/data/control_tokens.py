@@ -1,8 +1,8 @@
-"""Control tags: tokens in front of a text that say what it is to be, never predicted themselves.
+"""Control tokens: tokens before a sequence that describe it. The model reads them but is not trained to predict them.
 
-    loss = - mean over the text of log p(x_t | tags, x_<t)
+    loss = - mean over the sequence of log p(x_t | control tokens, x_<t)
 
-A tag is an id of the vocabulary like any other; to generate, the prompt begins with the tags. Madani et al. 2020,
+A control token is an id of the vocabulary. To generate, begin the prompt with control tokens. Madani et al. 2020,
 "ProGen: Language Modeling for Protein Generation", arXiv:2004.03497, section 3; Keskar et al. 2019, "CTRL",
 arXiv:1909.05858.
 """
@@ -12,28 +12,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IGNORE = -100  # what linear_cross_entropy and F.cross_entropy leave out
+IGNORE = -100  # linear_cross_entropy and F.cross_entropy ignore this target
 
 
-def prefix_tags(tags: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Put tags in front of a training batch.
+def prepend_control_tokens(control: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Put control tokens before the sequences of a training batch.
 
     Args:
-        tags: (B, G), G at least 1, integers.
-        ids, targets: (B, T), as Batches gives them: targets[:, t] follows ids[:, t].
+        control: (B, G) integers, G at least 1.
+        ids, targets: (B, T); targets[:, t] is the token after ids[:, t].
     Returns:
-        (ids, targets), both (B, G + T). The last tag's target is the text's first token, those of other tags do not
-        count.
+        (ids, targets), both (B, G + T). The target of the last control token is the first token of the sequence; the
+        targets of the other control tokens are ignored.
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    if tags.dim() != 2 or ids.dim() != 2 or tags.shape[1] < 1 or len(tags) != len(ids) or targets.shape != ids.shape:
+    has_tokens = control.dim() == 2 and control.shape[1] >= 1
+    if not has_tokens or ids.dim() != 2 or len(control) != len(ids) or targets.shape != ids.shape:
         raise ValueError(
-            f"prefix_tags: got tags {tuple(tags.shape)}, ids {tuple(ids.shape)}, targets {tuple(targets.shape)}, "
-            "expected (B, G), (B, T), (B, T) with G at least 1"
+            f"prepend_control_tokens: got control tokens {tuple(control.shape)}, ids {tuple(ids.shape)}, "
+            f"targets {tuple(targets.shape)}, expected (B, G), (B, T), (B, T) with G at least 1"
         )
-    if tags.dtype.is_floating_point or tags.dtype.is_complex or tags.dtype == torch.bool:
-        raise ValueError(f"prefix_tags: tags have dtype {tags.dtype}, expected an integer one")
-    tags = tags.to(ids)
-    unseen = torch.full_like(tags[:, 1:], IGNORE)
-    return torch.cat((tags, ids), 1), torch.cat((unseen, ids[:, :1], targets), 1)
+    if control.dtype.is_floating_point or control.dtype.is_complex or control.dtype == torch.bool:
+        raise ValueError(f"prepend_control_tokens: control tokens have dtype {control.dtype}, expected an integer one")
+    control = control.to(ids)
+    ignored = torch.full_like(control[:, 1:], IGNORE)
+    return torch.cat((control, ids), 1), torch.cat((ignored, ids[:, :1], targets), 1)

@@ -1,7 +1,7 @@
 """Text to train on: the running Python's standard library, or the user's files, split into train and validation.
 
-Whole files go to one side or the other, so that no line of validation text was seen next to its neighbours in
-training. The order is a hash of each file's name: the same files give the same split on every machine.
+A file belongs to one of the two splits, so that no line of validation text has its neighbours in the training text.
+Files are chosen by a hash of their names: the same files give the same split on every machine.
 """
 
 import hashlib
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")  # looked for in folders; a file named outright may have any suffix
-# Tests and character tables are data more than text; site-packages differs from machine to machine.
+TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")  # in folders; a file that the user names may have any
+# Tests and character tables contain data rather than text; site-packages differs between machines.
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "encodings", "test", "tests", "idle_test"}
-SKIPPED_PREFIXES = (".", "_sysconfigdata")  # the second holds the machine's own build paths
-VALIDATION_SHARE = 0.07  # of all bytes; files are taken while they fit under it
-MAX_VALIDATION_FILE = 0.01  # of all bytes: validation is many files rather than one long one
+SKIPPED_PREFIXES = (".", "_sysconfigdata")  # _sysconfigdata contains build paths of this machine
+VALIDATION_SHARE = 0.07  # of all bytes, at most
+MAX_VALIDATION_FILE = 0.01  # of all bytes, so that validation has many files rather than a long one
 
 
 @dataclass(frozen=True)
 class Document:
-    """One file (or one side of a file that was split): its name relative to the corpus, and its text."""
+    """One file, or one split of a single file: its name relative to the corpus, and its text."""
 
     name: str
     text: str
@@ -34,7 +34,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents sorted by name; `digest` is the sha256 (hex) over all names and contents."""
+    """The documents of both splits, sorted by name; `digest` is the SHA-256 (hex) of all names and contents."""
 
     train: Sequence[Document]
     validation: Sequence[Document]
@@ -60,18 +60,18 @@ def load_corpus(files: Iterable[Path | str] | None = None) -> Corpus:
     """Read text and split it.
 
     Args:
-        files: UTF-8 files, or folders searched for TEXT_SUFFIXES (empty files in them are passed over);
-            None takes the standard library of the running Python, about 11 MB.
+        files: UTF-8 files, and folders, which are searched for non-empty files with one of TEXT_SUFFIXES. None: the
+            standard library of the running Python, about 11 MB.
     Returns:
-        Corpus; a single file is split by position, at a line boundary where there is one.
+        The corpus. A single file is split by position, at the end of a line if there is one.
     Raises:
-        ValueError: no file, an empty one, or one that is unreadable, binary or not UTF-8.
+        ValueError: there is no file, or a file is empty, unreadable, binary or not UTF-8.
     """
     documents = _standard_library() if files is None else _user_documents([Path(file) for file in files])
     digest = hashlib.sha256()
     for document in documents:
         for part in (document.name.encode(), document.text.encode()):
-            digest.update(len(part).to_bytes(8, "little") + part)  # the length keeps ("ab", "c") apart from ("a", "bc")
+            digest.update(len(part).to_bytes(8, "little") + part)  # the length tells ("ab", "c") from ("a", "bc")
     train, validation = _split_text(documents[0]) if len(documents) == 1 else _split_files(documents)
     return Corpus(train, validation, digest.hexdigest())
 
@@ -83,19 +83,19 @@ def _standard_library() -> list[Document]:
         try:
             documents.append(Document(path.relative_to(root).as_posix(), _read(path)))
         except ValueError:
-            continue  # an empty __init__.py, or what a distributor added: not the user's mistake
+            continue  # an empty __init__.py, or a file that a distributor added: not the user's mistake
     if not documents:
         raise ValueError(f"standard library {root}: got no source files, expected some; name text files of your own")
     return sorted(documents, key=lambda document: document.name)
 
 
-def _user_documents(given: list[Path]) -> list[Document]:
+def _user_documents(files_and_folders: list[Path]) -> list[Document]:
     paths = set()
-    for path in given:
-        found = [p for p in _walk(path, {"__pycache__"}) if p.stat().st_size] if path.is_dir() else [path]
-        if not found:
+    for path in files_and_folders:
+        files = [p for p in _walk(path, {"__pycache__"}) if p.stat().st_size] if path.is_dir() else [path]
+        if not files:
             raise ValueError(f"folder {path}: got no text in it, expected files ending in {', '.join(TEXT_SUFFIXES)}")
-        paths.update(Path(os.path.abspath(p)) for p in found)
+        paths.update(Path(os.path.abspath(p)) for p in files)
     if not paths:
         raise ValueError("corpus: got no files, expected at least one text file or folder")
     root = os.path.commonpath([path.parent for path in paths])
@@ -103,15 +103,16 @@ def _user_documents(given: list[Path]) -> list[Document]:
 
 
 def _walk(root: Path, skipped: set[str]) -> list[Path]:
-    found = []
+    """Return the text files below a folder, except in hidden and skipped folders."""
+    paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        found += [
+        paths += [
             Path(folder, name)
             for name in names
             if name.endswith(TEXT_SUFFIXES) and not name.startswith(SKIPPED_PREFIXES)
         ]
-    return found
+    return paths
 
 
 def _read(path: Path) -> str:
@@ -131,25 +132,25 @@ def _read(path: Path) -> str:
 
 
 def _split_files(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Walk the files in the order of their names' hashes and keep for validation what fits under its share."""
+    """Go through the files in the order of their names' hashes; each is for validation if its split has room for it."""
     total = sum(document.size_bytes for document in documents)
-    chosen, held = set(), 0
+    validation, validation_bytes = set(), 0
     for document in sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest()):
-        if (
-            document.size_bytes <= MAX_VALIDATION_FILE * total
-            and held + document.size_bytes <= VALIDATION_SHARE * total
-        ):
-            chosen.add(document.name)
-            held += document.size_bytes
-    if not chosen:  # few files, each a large part of the whole
-        chosen.add(min(documents, key=lambda d: (d.size_bytes, d.name)).name)
-    return [d for d in documents if d.name not in chosen], [d for d in documents if d.name in chosen]
+        size = document.size_bytes
+        if size <= MAX_VALIDATION_FILE * total and validation_bytes + size <= VALIDATION_SHARE * total:
+            validation.add(document.name)
+            validation_bytes += size
+    if not validation:  # few files, each a large part of the corpus
+        validation.add(min(documents, key=lambda d: (d.size_bytes, d.name)).name)
+    return [d for d in documents if d.name not in validation], [d for d in documents if d.name in validation]
 
 
 def _split_text(document: Document) -> tuple[list[Document], list[Document]]:
-    """Cut one text at the last line end before the validation share, else the first after it, else a blank, else there.
+    """Cut one text near the start of its validation share.
 
-    Line ends in the first half do not count: a title above one endless line would leave nothing to train on.
+    The cut is after the last line end before that position, else after the first one behind it, else after a blank by
+    the same rule, else at the position itself. Line ends in the first half of the text do not count: if the text were a
+    title and one endless line, almost nothing would be left to train on.
     """
     text = document.text
     if len(text) < 2:

@@ -1,11 +1,13 @@
 """Byte-level byte-pair encoding, GPT-2 style, by the `tokenizers` library.
 
-Every byte has a printable stand-in character, text is cut by GPT-2's regular expression, and the most frequent
-neighbouring pairs are merged inside the pieces; any text can be encoded, and decodes to itself.
+Every byte is written as a printable character. GPT-2's regular expression cuts the text into pieces, and the most
+frequent neighbouring pairs inside the pieces are merged. Any text can be encoded, and decodes to itself.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2; Sennrich, Haddow,
 Birch 2015, "Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909.
 """
+
+from __future__ import annotations
 
 import codecs
 import json
@@ -20,14 +22,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
-PIECE_CHARS = 1 << 16  # long enough to hide the per-call cost, short enough to share one file among the cores
-BATCH_PIECES = 64  # pieces encoded per library call; bounds the memory held by their encodings
-# No match of GPT-2's expression goes from a visible character on to a blank, so the parts encode as the whole does.
+PIECE_CHARS = 1 << 16  # long enough to hide the cost per call, short enough to encode one file on all cores
+BATCH_PIECES = 64  # per library call; limits the memory of their encodings
+# No match of GPT-2's expression continues from a visible character to a blank, so a cut there changes no token.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Stand-in character -> byte: printable latin-1 stands for itself, the others move up from U+0100."""
+    """Return character -> byte: printable Latin-1 is itself, the other bytes are the characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
@@ -37,7 +39,7 @@ BYTE_ALPHABET = _byte_alphabet()
 
 
 class Tokenizer:
-    """Text to token ids and back; `end_id` is the id that ends a text, `vocab_size` counts it too."""
+    """Converts text to token ids and back; `end_id` is the end-of-text id, included in `vocab_size`."""
 
     def __init__(self, library: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT):
         end_id = library.token_to_id(end_of_text)
@@ -46,26 +48,26 @@ class Tokenizer:
         self.library, self.end_of_text, self.end_id = library, end_of_text, end_id
         library.no_truncation()
         library.no_padding()
-        before = library.pre_tokenizer
-        self._may_cut = isinstance(before, pre_tokenizers.ByteLevel) and not before.add_prefix_space
+        cutter = library.pre_tokenizer
+        self._can_cut = isinstance(cutter, pre_tokenizers.ByteLevel) and not cutter.add_prefix_space
 
     @property
     def vocab_size(self) -> int:
         return self.library.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Encode text as it stands; an end-of-text mark written out in it becomes that token."""
+        """Encode text; the end-of-text mark in it becomes its token, and nothing is added."""
         return self.library.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode many texts on all cores, each followed by the end of text.
+        """Encode documents on all cores, and append the end-of-text id to each.
 
         Args:
-            texts: whole documents; long ones are cut where that changes no token.
+            texts: the documents. Long ones are cut at positions where that changes no token.
         Returns:
-            An iterator of int64 arrays in order, whose concatenation is the token stream.
+            An iterator of int64 arrays; their concatenation is the token stream.
         """
-        cut = _pieces if self._may_cut else (lambda text: [(text, True)])
+        cut = _pieces if self._can_cut else (lambda text: [(text, True)])
         pieces = (piece for text in texts for piece in cut(text))
         while batch := list(islice(pieces, BATCH_PIECES)):
             encodings = self.library.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
@@ -75,20 +77,20 @@ class Tokenizer:
             yield np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids, the end of text written out; bytes that are not UTF-8 become U+FFFD."""
+        """Decode ids; the end-of-text id becomes its mark, bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """Bytes that one id stands for.
+        """Return the bytes of one token.
 
         Raises:
-            ValueError: the id is outside the vocabulary.
+            ValueError: the id is not in the vocabulary.
         """
         name = self.library.id_to_token(int(token)) if 0 <= token < 1 << 32 else None
         if name is None:
             raise ValueError(f"token id: got {int(token)}, expected 0 to {self.vocab_size - 1}")
-        stand_ins = [BYTE_ALPHABET.get(char) for char in name]
-        return name.encode() if None in stand_ins else bytes(stand_ins)
+        values = [BYTE_ALPHABET.get(char) for char in name]
+        return name.encode() if None in values else bytes(values)
 
     def save(self, folder: Path | str) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers loads from a checkpoint folder."""
@@ -102,16 +104,16 @@ class Tokenizer:
         Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path | str) -> "Tokenizer":
-        """Read a byte-level tokenizer.json from a folder, and its end of text from tokenizer_config.json if there.
+    def load(cls, folder: Path | str) -> Tokenizer:
+        """Read a byte-level tokenizer.json, and the end-of-text mark from tokenizer_config.json if that file exists.
 
         Raises:
-            ValueError: a file is missing, damaged, or the decoder is not byte-level.
+            ValueError: tokenizer.json is missing, a file is damaged, or the decoder is not byte-level.
         """
         path = Path(folder, "tokenizer.json")
         try:
             library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises plain Exception for every kind of damage
+        except Exception as error:  # the library raises Exception for all kinds of damage
             raise ValueError(f"tokenizer {path}: got {error}, expected a file saved by tokenizers") from None
         if not isinstance(library.decoder, decoders.ByteLevel):
             raise ValueError(f"tokenizer {path}: got decoder {library.decoder}, expected a byte-level one")
@@ -119,9 +121,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decode ids one at a time, holding back the bytes of a character that is not complete yet.
+    """Decodes ids one at a time; the bytes of an incomplete character wait for the next id.
 
-    What `feed` and `finish` return adds up to `Tokenizer.decode` of all ids.
+    The results of `feed` and `finish` together are `Tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -129,22 +131,22 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
-        """Take one id and return the text it completes, maybe none."""
+        """Add one id; return the text that it completes, which may be empty."""
         return self._utf8.decode(self.tokenizer.token_bytes(token))
 
     def finish(self) -> str:
-        """Return what is left: U+FFFD for a character cut off in the middle."""
+        """Return the rest of the text: U+FFFD if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
-    """Learn merges from the training texts.
+    """Learn a vocabulary of merges from text.
 
     Args:
-        texts: documents of the training split only.
-        vocab_size: bytes, end of text and merges together; little text may give fewer.
+        texts: the documents of the training split.
+        vocab_size: bytes, end of text and merges together; a short text may give a smaller vocabulary.
     Raises:
-        ValueError: vocab_size below 257.
+        ValueError: vocab_size is below 257.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size: got {vocab_size}, expected at least {MIN_VOCAB_SIZE} (256 bytes, end of text)")
@@ -162,7 +164,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Yield (piece, whether it is the text's last); an empty text is one empty piece."""
+    """Cut a text; yield (piece, whether it is the last one). An empty text is one empty piece."""
     start = 0
     while cut := _CUT.search(text, start + PIECE_CHARS):
         yield text[start : cut.start()], False
@@ -171,6 +173,7 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _end_of_text(path: Path) -> str:
+    """Return the eos_token of a tokenizer_config.json; GPT-2's if there is no such file."""
     if not path.exists():
         return END_OF_TEXT
     try:

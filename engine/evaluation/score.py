@@ -1,10 +1,10 @@
-"""Log-probabilities of given texts: continuations, and whole texts by windows.
+"""Log-probabilities of given continuations, and the perplexity of whole texts by windows.
 
     log p(continuation | context) = sum_t log p(x_t | context, x_<t)      perplexity = exp(-mean_t log p(x_t | x_<t))
 
-What several texts begin with is run once: they make a tree of tokens, whose nodes run as chunks beside each other, each
-against the blocks of the nodes above it. Radford et al. 2019, "Language Models are Unsupervised Multitask Learners",
-section 3 (perplexity by windows); Brown et al. 2020, arXiv:2005.14165, section 2.4 (choice by continuation).
+Common prefixes run once: the sequences form a tree (prefix_tree.py) whose nodes run as chunks of an executor's steps.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 3 (perplexity by windows); Brown et
+al. 2020, arXiv:2005.14165, section 2.4 (choice by continuation).
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from peakgpt.engine.inference.block_pool import BlockMemory, Chunk
-from peakgpt.engine.inference.ops_runner import cpu_runner
+from peakgpt.engine.evaluation.prefix_tree import Node, ScoredSequence, build_trees
+from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, blocks_for
+from peakgpt.engine.inference.chunk import Chunk
+from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.model.transformer import Transformer
 
-TOKENS = 512  # of a step at most: bounds the logits that are held, 100 MB for GPT-2's vocabulary
-SEQUENCES = 8  # as long as the model takes, that the cache has blocks for
+STEP_TOKENS = 512  # tokens of a step at most: bounds the memory of its logits, 100 MB for GPT-2's vocabulary
+CACHED_SEQUENCES = 8  # sequences of block_size tokens that the KV cache holds by default
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Score:
 
     Args:
         logprobs: of each of its tokens, in nats.
-        greedy: whether each is the likeliest one in its place.
+        greedy: whether each token is the most likely one at its position.
     """
 
     logprobs: tuple[float, ...]
@@ -43,13 +45,13 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Per token; of no tokens, 0."""
+        """Per token; 0 for an empty continuation."""
         return self.total / max(len(self.logprobs), 1)
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of one text: `tokens` were predicted, each from at least window - stride tokens but for the first window's."""
+    """Of one text. Each of `tokens` was predicted from at least window - stride tokens, except in the first window."""
 
     nll_nats: float  # sum over tokens
     tokens: int
@@ -62,58 +64,55 @@ class Perplexity:
 
 
 class Scorer:
-    """A model made ready to score; what a text gets does not depend on what is scored beside it, to the last bit."""
+    """A model with a KV cache that scores given texts.
+
+    If the executor's logits do not depend on the batch, as with the C++ program, neither does a score, to the last bit.
+    """
 
     def __init__(self, model: Transformer, *, blocks: int | None = None, cache: str | None = None):
         """
         Args:
-            model: weights are packed on the CPU, which copies them; one that can not be lowered, or lies on a GPU, runs
-                text by text as it is.
-            blocks: of the cache; None means enough for SEQUENCES sequences as long as the model takes.
-            cache: None or "int8", as for an Engine.
+            model: as for Engine.
+            blocks: blocks of the KV cache; None means enough for CACHED_SEQUENCES sequences of block_size tokens.
+            cache: None or "int8", as for Engine.
         Raises:
-            ValueError: not enough blocks for the longest sequence, or a cache that this model can not have.
+            ValueError: too few blocks for a sequence of block_size tokens, or an unknown cache.
         """
         self.config = model.config
-        longest = -(-self.config.block_size // BlockMemory.block) + 1  # one is a copy, below
-        blocks = SEQUENCES * longest if blocks is None else blocks
-        if blocks < longest:
-            raise ValueError(f"scorer: blocks is {blocks}, expected at least {longest}")
-        self.blocks, self.model = blocks, model
-        runner = cpu_runner(model, blocks, cache)
-        if cache and isinstance(runner, str):
-            raise ValueError(f"cache is {cache!r} for a model that runs by its ops, expected None ({runner})")
-        self.runner = None if isinstance(runner, str) else runner
+        least = blocks_for(self.config.block_size) + 1  # one for a copied block, see _allocate
+        blocks = CACHED_SEQUENCES * least if blocks is None else blocks
+        if blocks < least:
+            raise ValueError(f"scorer: blocks is {blocks}, expected at least {least}")
+        self.executor = make_executor(model, blocks, cache_dtype=cache)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """Score continuations.
 
         Args:
-            pairs: ids of (context, continuation); a context has at least one token, both block_size + 1 at most.
+            pairs: token ids of (context, continuation); a context has at least one token, both together block_size + 1
+                at most.
         Returns:
-            One a pair, in order.
+            One score a pair, in order.
         Raises:
-            ValueError: no context, too many tokens, or ids outside the vocabulary.
+            ValueError: an empty context, too many tokens, or tokens outside the vocabulary.
         """
-        texts = [_Text(self._checked(context, continuation), len(context)) for context, continuation in pairs]
-        ordered = sorted((text for text in texts if text.first < len(text.ids)), key=lambda text: text.ids)
+        sequences = [ScoredSequence(self._checked(*pair), len(pair[0])) for pair in pairs]
+        to_score = (sequence for sequence in sequences if sequence.first_scored < len(sequence.token_ids))
+        ordered = sorted(to_score, key=lambda sequence: sequence.token_ids)
         with torch.inference_mode():
-            for tree in _trees(ordered, self.blocks) if self.runner else ():
-                self._run(tree)
-            if not self.runner:
-                for text in ordered:
-                    self._whole(text)
-        return [Score(tuple(text.logprobs), tuple(text.greedy)) for text in texts]
+            for roots in build_trees(ordered, self.executor.kv_cache.num_blocks):
+                self._run(roots)
+        return [Score(tuple(sequence.logprobs), tuple(sequence.is_greedy)) for sequence in sequences]
 
     def perplexity(self, ids: Sequence[int], *, window: int | None = None, stride: int | None = None) -> Perplexity:
-        """Score a whole text but its first token, each token once.
+        """Score every token of a text once, except the first.
 
         Args:
-            ids: at least two.
-            window: tokens seen at once at most; None means block_size.
-            stride: how far the window moves; its last `stride` tokens are those scored. None means half of it.
+            ids: at least two tokens.
+            window: tokens that the model reads at once at most; None means block_size.
+            stride: step of the window, whose last `stride` tokens are scored; None means half of the window.
         Raises:
-            ValueError: too few ids, or window and stride out of range.
+            ValueError: too few tokens, or window and stride out of range.
         """
         window = self.config.block_size if window is None else window
         stride = max(window // 2, 1) if stride is None else stride
@@ -141,140 +140,60 @@ class Scorer:
             raise ValueError(f"score: ids from {min(ids)} to {max(ids)}, expected 0 to vocab_size {vocab} - 1")
         return ids
 
-    def _run(self, roots: list[_Node]) -> None:
-        ready, free = deque((node, node.begin) for node in roots), iter(range(self.blocks))
+    def _run(self, roots: list[Node]) -> None:
+        """Run the nodes of a tree, parents first, in steps of at most STEP_TOKENS tokens."""
+        ready = deque((node, node.begin) for node in roots)
+        free_blocks = iter(range(self.executor.kv_cache.num_blocks))
         while ready:
-            batch, left = [], TOKENS
+            step, left = [], STEP_TOKENS  # (node, first token, end)
             while ready and left:
-                node, at = ready.popleft()
-                if not node.blocks:
-                    self._allocate(node, free)
-                end = min(node.end, at + left)
-                left -= end - at
-                batch.append((node, at, end))
+                node, begin = ready.popleft()
+                if not node.block_table:
+                    self._allocate(node, free_blocks)
+                end = min(node.end, begin + left)
+                left -= end - begin
+                step.append((node, begin, end))
                 if end < node.end:
                     ready.appendleft((node, end))
                     break
-            chunks = [Chunk(node.ids[at:end], at, node.blocks, end - max(min(node.wanted, end), at))
-                      for node, at, end in batch]  # fmt: skip
-            self._read(self.runner.step(chunks), batch)
-            ready.extend((child, child.begin) for node, _, end in batch if end == node.end for child in node.children)
+            chunks = [Chunk(node.token_ids[begin:end], begin, node.block_table, end - _first_row(node, begin, end))
+                      for node, begin, end in step]  # fmt: skip
+            self._record(self.executor.step(chunks), step)
+            ready.extend((child, child.begin) for node, _, end in step if end == node.end for child in node.children)
 
-    def _allocate(self, node: _Node, free: Iterator[int]) -> None:
-        """Blocks of its own from where the parent's full ones end; what the parent has in its last one is copied."""
-        block, parent = BlockMemory.block, node.parent
-        full = node.begin // block
-        node.blocks = [*(parent.blocks[:full] if parent else ()), *(next(free) for _ in range(_count(node)))]
-        if parent and node.begin % block:
-            self.runner.memory.copy(parent.blocks[full], node.blocks[full])
+    def _allocate(self, node: Node, free_blocks: Iterator[int]) -> None:
+        """Take the parent's full blocks, then own blocks; copy the parent's last block if it is not full."""
+        parent, full = node.parent, node.begin // BLOCK_TOKENS
+        own_blocks = (next(free_blocks) for _ in range(node.num_own_blocks))
+        node.block_table = [*(parent.block_table[:full] if parent else ()), *own_blocks]
+        if parent and node.begin % BLOCK_TOKENS:
+            self.executor.kv_cache.copy_block(parent.block_table[full], node.block_table[full])
 
-    def _read(self, logits: Tensor, batch: list[tuple[_Node, int, int]]) -> None:
-        """Note what all texts through these nodes get, where their logits were wanted."""
-        row, rows, targets, texts = 0, [], [], []
-        for node, at, end in batch:
-            first = max(min(node.wanted, end), at)
-            for text in node.texts:
-                places = range(max(first, text.first - 1), min(end, len(text.ids) - 1))
-                rows += [row + place - first for place in places]
-                targets += [text.ids[place + 1] for place in places]
-                texts += [text] * len(places)
-            row += end - first
-        for text, logprob, greedy in zip(texts, *_pick(logits, rows, targets), strict=True):
-            text.logprobs.append(logprob)
-            text.greedy.append(greedy)
-
-    def _whole(self, text: _Text) -> None:
-        device = self.model.transformer.wte.weight.device
-        h = self.model.features(torch.tensor([text.ids[:-1]], device=device))[0]
-        targets = text.ids[text.first :]
-        logits = self.model.head(h[text.first - 1 :]).float()
-        text.logprobs, text.greedy = _pick(logits, list(range(len(targets))), targets)
+    def _record(self, logits: Tensor, step: list[tuple[Node, int, int]]) -> None:
+        """Append the log-probabilities of a step's tokens to the sequences through its nodes."""
+        first_row, rows, targets, owners = 0, [], [], []
+        for node, begin, end in step:
+            first = _first_row(node, begin, end)
+            for sequence in node.sequences:
+                positions = range(max(first, sequence.first_scored - 1), min(end, len(sequence.token_ids) - 1))
+                rows += [first_row + position - first for position in positions]
+                targets += [sequence.token_ids[position + 1] for position in positions]
+                owners += [sequence] * len(positions)
+            first_row += end - first
+        for sequence, logprob, is_greedy in zip(owners, *_gather(logits, rows, targets), strict=True):
+            sequence.logprobs.append(logprob)
+            sequence.is_greedy.append(is_greedy)
 
 
-def _pick(logits: Tensor, rows: list[int], targets: list[int]) -> tuple[list[float], list[bool]]:
-    """Log-probabilities of targets in rows of logits, and whether they are the largest there."""
+def _first_row(node: Node, begin: int, end: int) -> int:
+    """First position of begin .. end whose logits are needed."""
+    return max(min(node.first_logit, end), begin)
+
+
+def _gather(logits: Tensor, rows: list[int], targets: list[int]) -> tuple[list[float], list[bool]]:
+    """Log-probabilities of targets in rows of logits, and whether they are the largest of the row."""
     if not rows:
         return [], []
-    at, target = (torch.tensor(values, device=logits.device) for values in (rows, targets))
-    # log_softmax does a row on one thread; a sum over rows would be cut by how many there are.
-    return logits.log_softmax(-1)[at, target].tolist(), (logits.argmax(-1)[at] == target).tolist()
-
-
-# ---- the tree
-
-
-@dataclass(eq=False)
-class _Text:
-    ids: list[int]
-    first: int  # position of the first token to be scored
-    logprobs: list[float] = field(default_factory=list)
-    greedy: list[bool] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Node:
-    """Tokens begin .. end - 1 of all texts that have the same ones up to there."""
-
-    ids: list[int]
-    begin: int
-    end: int
-    parent: _Node | None
-    wanted: int  # the first position whose logits some text wants; not less than end where none does
-    texts: list[_Text]
-    children: list[_Node] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-
-
-def _count(node: _Node) -> int:
-    return -(-node.end // BlockMemory.block) - node.begin // BlockMemory.block
-
-
-def _trees(ordered: list[_Text], blocks: int) -> list[list[_Node]]:
-    """Trees of neighbours in order, as many texts each as the blocks allow; returns their roots."""
-    trees: list[list[_Node]] = []
-    path: list[_Node] = []  # of the text before
-    used, before = blocks, []
-    for text in ordered:
-        run = text.ids[:-1]  # nothing is asked about what follows the last
-        same = _same(before, run)
-        # A node that is cut in two needs one block more, where both halves share one.
-        need = -(-len(run) // BlockMemory.block) - same // BlockMemory.block + 1
-        if used + need > blocks:
-            trees.append([])
-            path, used, same = [], 0, 0
-            need = -(-len(run) // BlockMemory.block) + 1
-        used += need
-        _grow(trees[-1], path, text, same)
-        before = run
-    return trees
-
-
-def _grow(roots: list[_Node], path: list[_Node], text: _Text, same: int) -> None:
-    """Add a text that has its first `same` tokens in common with the path, and make the path its own."""
-    while path and path[-1].begin >= same:
-        path.pop()
-    if path and path[-1].end > same:
-        path.append(_cut(path.pop(), same, roots))
-    for node in path:
-        node.texts.append(text)
-        node.wanted = min(node.wanted, text.first - 1)
-    end = len(text.ids) - 1
-    if end > same:
-        parent = path[-1] if path else None
-        node = _Node(text.ids, same, end, parent, text.first - 1, [text])
-        (parent.children if parent else roots).append(node)
-        path.append(node)
-
-
-def _cut(node: _Node, at: int, roots: list[_Node]) -> _Node:
-    """Cut a node in two; returns the upper one."""
-    upper = _Node(node.ids, node.begin, at, node.parent, node.wanted, list(node.texts), [node])
-    siblings = node.parent.children if node.parent else roots
-    siblings[siblings.index(node)] = upper
-    node.begin, node.parent = at, upper
-    return upper
-
-
-def _same(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    row, target = (torch.tensor(values, device=logits.device) for values in (rows, targets))
+    # log_softmax computes each row on one thread; a sum over several rows would be split by their number.
+    return logits.log_softmax(-1)[row, target].tolist(), (logits.argmax(-1)[row] == target).tolist()

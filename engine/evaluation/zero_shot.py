@@ -1,4 +1,4 @@
-"""Answers of a model that was trained for none of the questions, by the probabilities of texts.
+"""Zero-shot answers: choose by the log-probabilities that a model gives to texts, without training for the task.
 
     acceptable:   mean_t log p(x_t | x_<t) > threshold                                        (CoLA)
     restricted:   argmax_w log p(w | text, cue)                                               (SST-2, cue " very")
@@ -21,44 +21,45 @@ BLANK = "_"  # in place of a schema's pronoun
 
 
 class ZeroShot:
-    """A scorer that reads and answers in text."""
+    """A Scorer with a tokenizer: scores texts instead of token ids."""
 
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer):
         self.scorer, self.tokenizer = scorer, tokenizer
 
     def continuations(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
-        """Score texts after others.
+        """Score continuations given their contexts.
 
         Args:
-            pairs: (context, continuation); an empty context stands for the beginning of a text.
+            pairs: (context, continuation); an empty context means that the continuation is a whole text.
         """
         return self.scorer.score([self._encode(context, continuation) for context, continuation in pairs])
 
     def mean_logprobs(self, texts: Sequence[str]) -> list[float]:
-        """Averaged token log-probability of whole texts, in nats."""
+        """Return the mean log-probability of a token of each text, in nats."""
         return [score.mean for score in self.continuations([("", text) for text in texts])]
 
     def acceptable(self, texts: Sequence[str], threshold: float) -> list[bool]:
-        """Whether each text's averaged token log-probability is above a threshold; see `best_threshold`."""
+        """Return for each text whether its mean token log-probability is above a threshold; see `best_threshold`."""
         return [mean > threshold for mean in self.mean_logprobs(texts)]
 
     def restricted(self, text: str, words: Sequence[str], cue: str = " very") -> int:
-        """Which of some words is likeliest after a text and a cue word; words begin with their space."""
+        """Return the index of the most likely word after the text and a cue; each word begins with a space."""
         scores = self.continuations([(text + cue, word) for word in words])
         return max(range(len(words)), key=lambda i: scores[i].total)
 
     def best_answer(self, context: str, answers: Sequence[str]) -> int:
-        """Which answer has the highest averaged token log-probability after a context."""
+        """Return the index of the answer with the highest mean token log-probability after the context."""
         scores = self.continuations([(context, answer) for answer in answers])
         return max(range(len(answers)), key=lambda i: scores[i].mean)
 
     def winograd(self, schema: str, referents: Sequence[str]) -> int:
-        """Which referent makes what comes after it likeliest.
+        """Return the index of the referent that makes the text after it most likely.
 
         Args:
             schema: a sentence with `_` in place of the pronoun, such as "The cup does not fit since _ is too big."
+            referents: texts to put in place of the pronoun.
         Raises:
-            ValueError: not one `_`, or nothing after it.
+            ValueError: the schema does not have exactly one `_`, or ends with it.
         """
         before, blank, rest = schema.partition(BLANK)
         if not blank or BLANK in rest or not rest.strip():
@@ -67,22 +68,27 @@ class ZeroShot:
         return max(range(len(referents)), key=lambda i: scores[i].mean)
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both as the whole text has them; a context's trailing blanks go with what follows."""
+        """Encode both as one text and split its tokens. Trailing spaces of the context belong to the continuation."""
         if not context:
             return [self.tokenizer.end_id], self.tokenizer.encode(continuation)
-        kept = context.rstrip() or context
-        whole, first = self.tokenizer.encode(context + continuation), len(self.tokenizer.encode(kept))
+        stripped = context.rstrip() or context
+        whole, first = self.tokenizer.encode(context + continuation), len(self.tokenizer.encode(stripped))
         return whole[:first], whole[first:]
 
 
 def best_threshold(means: Sequence[float], labels: Sequence[bool]) -> float:
-    """The threshold that judges most of some labelled texts rightly, halfway between two of their means.
+    """Return the threshold that classifies the most labeled texts correctly, halfway between two of their means.
 
+    Args:
+        means: mean token log-probability of each text.
+        labels: whether each text is acceptable.
     Raises:
-        ValueError: no texts, or not as many labels.
+        ValueError: no texts, or another number of labels than means.
     """
     if not means or len(means) != len(labels):
-        raise ValueError(f"best_threshold: got {len(means)} means and {len(labels)} labels, expected as many, not none")
+        raise ValueError(
+            f"best_threshold: got {len(means)} means and {len(labels)} labels, expected equally many, at least one"
+        )
     ordered = sorted(means)
     cuts = [ordered[0] - 1.0, *((a + b) / 2 for a, b in pairwise(ordered)), ordered[-1] + 1.0]
     return max(cuts, key=lambda cut: sum((mean > cut) == label for mean, label in zip(means, labels, strict=True)))

@@ -1,102 +1,102 @@
-"""Beam search: of all ways to go on, the likeliest few are kept at every token.
+"""Beam search: keeps the most likely sequences at every token.
 
-    score of a text that ended = sum of log-probabilities / (tokens)^length_penalty
+    score of an ended sequence = sum of log-probabilities / (new tokens)^length_penalty
 
-Which texts are kept, and when it ends, follows transformers' GenerationMixin._beam_search (5.x): of twice as many
-candidates as beams (more where there are several stop ids), those that end compete with the ended ones where they are
-among the best `beams`, and the best of the others go on.
+The choice of sequences and the end follow transformers' GenerationMixin._beam_search (5.x). There are twice as many
+candidates as beams, more with several eos tokens. A candidate that ends competes with the ended sequences if it is
+among the best `num_beams`; the best of the others continue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from peakgpt.engine.inference.stepper import stepper
+from peakgpt.engine.inference.decoder import make_decoder
+from peakgpt.engine.model.transformer import Transformer
 
-if TYPE_CHECKING:
-    from peakgpt.engine.model.transformer import Transformer
-
-NEVER = -1e9  # the score of what can not be chosen
+EXCLUDED = -1e9  # added to the score of a candidate that must not be chosen
 
 
 @dataclass
 class _Ended:
-    """The best texts that ended, best first."""
+    """The best ended sequences of each prompt, best first."""
 
-    texts: Tensor  # (B, beams, T + count)
-    scores: Tensor  # (B, beams)
-    lengths: Tensor  # (B, beams): tokens added
-    ended: Tensor  # (B, beams) bool: whether there is one
+    sequences: Tensor  # (B, num_beams, T + max_new_tokens)
+    scores: Tensor  # (B, num_beams)
+    lengths: Tensor  # (B, num_beams) new tokens
+    is_valid: Tensor  # (B, num_beams) bool: whether the entry is a sequence
 
-    def merge(self, texts: Tensor, scores: Tensor, length: int, ends: Tensor) -> None:
-        """Keep the best of these and those; scores of what may not be kept are NEVER."""
+    def merge(self, sequences: Tensor, scores: Tensor, length: int, may_end: Tensor) -> None:
+        """Keep the best of the entries and the candidates; a candidate that may not end has the score EXCLUDED."""
         best = torch.cat([self.scores, scores], 1).topk(self.scores.shape[1])
         self.scores = best.values
-        self.texts = _pick(torch.cat([self.texts, texts], 1), best.indices)
-        self.lengths = torch.cat([self.lengths, torch.full_like(best.indices[:, :1], length).expand(ends.shape)], 1)
-        self.lengths = self.lengths.gather(1, best.indices)
-        self.ended = torch.cat([self.ended, ends], 1).gather(1, best.indices)
+        self.sequences = _select(torch.cat([self.sequences, sequences], 1), best.indices)
+        lengths = torch.full_like(best.indices[:, :1], length).expand(may_end.shape)
+        self.lengths = torch.cat([self.lengths, lengths], 1).gather(1, best.indices)
+        self.is_valid = torch.cat([self.is_valid, may_end], 1).gather(1, best.indices)
 
 
 @torch.no_grad()
 def beam_search(
-    model: Transformer, ids: Tensor, beams: int, *, count: int, stop: Sequence[int], length_penalty: float,
-    early_stopping: bool | str, start: Tensor | None,
+    model: Transformer, input_ids: Tensor, num_beams: int, *, max_new_tokens: int, eos_token_ids: Sequence[int],
+    pad_token_id: int | None, length_penalty: float, early_stopping: bool | str, start: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Continue a batch of prompts by `count` tokens at most; see GPT.generate.
+    """Continue a batch of prompts; see GPT.generate.
 
     Raises:
-        ValueError: beams or early_stopping out of range.
+        ValueError: num_beams or early_stopping out of range.
     """
-    if beams < 1 or early_stopping not in (True, False, "never"):
-        raise ValueError(f"beam search: beams is {beams} and early_stopping {early_stopping!r}, "
+    if num_beams < 1 or early_stopping not in (True, False, "never"):
+        raise ValueError(f"generate: num_beams is {num_beams} and early_stopping {early_stopping!r}, "
                          'expected at least 1, and True, False or "never"')  # fmt: skip
-    if not count:
-        return ids
-    (batch, prompt), device = ids.shape, ids.device
-    vocab, ends_at = model.config.vocab_size, torch.tensor(list(stop), dtype=torch.int64, device=device)
-    running = torch.full((batch, beams, prompt + count), stop[0] if stop else 0, device=device)
-    running[:, :, :prompt] = ids[:, None]
-    scores = torch.full((batch, beams), NEVER, device=device)
+    if not max_new_tokens:
+        return input_ids
+    (batch, prompt), device = input_ids.shape, input_ids.device
+    vocab, eos = model.config.vocab_size, torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
+    if pad_token_id is None:
+        pad_token_id = eos_token_ids[0] if eos_token_ids else 0
+    running = torch.full((batch, num_beams, prompt + max_new_tokens), pad_token_id, device=device)
+    running[:, :, :prompt] = input_ids[:, None]
+    scores = torch.full((batch, num_beams), EXCLUDED, device=device)
     none = torch.zeros_like(scores, dtype=torch.int64)
     ended = _Ended(running.clone(), scores.clone(), none, none.bool())
-    scores[:, 0] = 0.0  # all beams begin alike: only one may be continued
-    hopeful = torch.ones(batch, 1, dtype=torch.bool, device=device)  # whether a better text may still come
-    candidates = max(2, 1 + len(stop)) * beams
-    first = torch.arange(batch, device=device)[:, None]  # prompt of each beam
+    scores[:, 0] = 0.0  # all beams of a prompt are equal at first: only one may continue
+    can_improve = torch.ones(batch, 1, dtype=torch.bool, device=device)  # whether a better sequence may still end
+    num_candidates = max(2, 1 + len(eos_token_ids)) * num_beams
+    prompts = torch.arange(batch, device=device)[:, None]  # prompt of each beam
 
-    step = stepper(model, batch, prompt + count, count, start, beams=beams)
-    logits = step(ids).repeat_interleave(beams, 0)
-    step.reorder(first.expand(-1, beams).flatten())
-    for length in range(1, count + 1):
-        log_p = logits.float().log_softmax(-1).view(batch, beams, vocab) + scores[:, :, None]
-        best = log_p.flatten(1).topk(candidates)
+    decoder = make_decoder(model, batch, prompt + max_new_tokens, max_new_tokens, start, num_beams=num_beams)
+    logits = decoder.step(input_ids).repeat_interleave(num_beams, 0)
+    decoder.reorder(prompts.expand(-1, num_beams).flatten())
+    for length in range(1, max_new_tokens + 1):
+        log_p = logits.float().log_softmax(-1).view(batch, num_beams, vocab) + scores[:, :, None]
+        best = log_p.flatten(1).topk(num_candidates)
         parents, tokens = best.indices // vocab, best.indices % vocab
-        texts = _pick(running, parents)
-        texts[:, :, prompt + length - 1] = tokens
-        ends = torch.isin(tokens, ends_at) | (length == count)
+        candidates = _select(running, parents)
+        candidates[:, :, prompt + length - 1] = tokens
+        ends = torch.isin(tokens, eos) | (length == max_new_tokens)
 
-        kept = (best.values + ends * NEVER).topk(beams)
-        running, scores = _pick(texts, kept.indices), kept.values
-        may_end = ends & (torch.arange(candidates, device=device) < beams)
-        closed = ~hopeful | (ended.ended.all(1, keepdim=True) & (early_stopping is True))
-        ended.merge(texts, best.values / length**length_penalty + closed * NEVER + ~may_end * NEVER, length, may_end)
+        continued = (best.values + ends * EXCLUDED).topk(num_beams)
+        running, scores = _select(candidates, continued.indices), continued.values
+        may_end = ends & (torch.arange(num_candidates, device=device) < num_beams)
+        is_closed = ~can_improve | (ended.is_valid.all(1, keepdim=True) & (early_stopping is True))
+        ended_scores = best.values / length**length_penalty + is_closed * EXCLUDED + ~may_end * EXCLUDED
+        ended.merge(candidates, ended_scores, length, may_end)
 
-        longest = count if early_stopping == "never" and length_penalty > 0 else length
-        worst = torch.where(ended.ended, ended.scores.amin(1, keepdim=True), NEVER)
-        hopeful &= (scores[:, :1] / longest**length_penalty > worst).any(1, keepdim=True)
-        if not hopeful.any() or (early_stopping is True and ended.ended.all()) or ends.all():
+        longest = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
+        worst = torch.where(ended.is_valid, ended.scores.amin(1, keepdim=True), EXCLUDED)
+        can_improve &= (scores[:, :1] / longest**length_penalty > worst).any(1, keepdim=True)
+        if not can_improve.any() or (early_stopping is True and ended.is_valid.all()) or ends.all():
             break
-        step.reorder((first * beams + parents.gather(1, kept.indices)).flatten())
-        logits = step(tokens.gather(1, kept.indices).flatten()[:, None])
-    return ended.texts[:, 0, : prompt + int(ended.lengths[:, 0].max())].to(ids.dtype)
+        decoder.reorder((prompts * num_beams + parents.gather(1, continued.indices)).flatten())
+        logits = decoder.step(tokens.gather(1, continued.indices).flatten()[:, None])
+    return ended.sequences[:, 0, : prompt + int(ended.lengths[:, 0].max())].to(input_ids.dtype)
 
 
-def _pick(texts: Tensor, which: Tensor) -> Tensor:
-    """(B, n, T) of (B, N, T) and which, (B, n)."""
-    return texts.gather(1, which[:, :, None].expand(-1, -1, texts.shape[2]))
+def _select(sequences: Tensor, indices: Tensor) -> Tensor:
+    """Sequences (B, n, T) of (B, N, T) at indices (B, n)."""
+    return sequences.gather(1, indices[:, :, None].expand(-1, -1, sequences.shape[2]))

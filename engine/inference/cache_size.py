@@ -1,4 +1,4 @@
-"""How many blocks a cache gets where nobody says: room for every stream, within a share of the memory that is free."""
+"""Default size of the KV cache: enough for every stream, within a share of the free memory."""
 
 from __future__ import annotations
 
@@ -8,48 +8,45 @@ from pathlib import Path
 
 import torch
 
-from peakgpt.engine.inference.block_pool import BLOCK, head_bytes
+from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, blocks_for
+from peakgpt.engine.inference.kv_cache import head_bytes
 from peakgpt.engine.model.config import GPTConfig
 
-TYPICAL = 512  # tokens of a prompt and its text; longer ones are there, and preemption is for when all are
-SHARE = 0.5  # of what is free: weights are packed beside it, and steps need some
+TYPICAL_TOKENS = 512  # of a prompt and its output; if all sequences are longer, some are preempted
+MEMORY_SHARE = 0.5  # of the free memory: the packed weights and the steps need the rest
 
 
 def default_blocks(
-    config: GPTConfig, streams: int, dtype: torch.dtype, device: torch.device, cache: str | None = None
+    config: GPTConfig, streams: int, dtype: torch.dtype, device: torch.device, cache_dtype: str | None = None
 ) -> int:
-    """Blocks for `streams` sequences of TYPICAL tokens, as many as fit, and for one as long as the model takes.
+    """Blocks for `streams` sequences of TYPICAL_TOKENS, as many as fit, and at least for one of block_size tokens.
 
     Args:
         config: of the model.
         streams: sequences that run at once.
-        dtype: of keys and values, where `cache` is None.
-        device: whose memory they take.
-        cache: None or one of CACHES.
+        dtype: of keys and values, if `cache_dtype` is None.
+        device: of the cache.
+        cache_dtype: None or one of CACHE_DTYPES.
     """
-    wanted = streams * _blocks(min(config.block_size, TYPICAL))
-    fitting = int(SHARE * free_bytes(device)) // block_bytes(config, dtype, cache)
-    return max(_blocks(config.block_size), min(wanted, fitting))
+    needed = streams * blocks_for(min(config.block_size, TYPICAL_TOKENS))
+    fitting = int(MEMORY_SHARE * free_bytes(device)) // block_bytes(config, dtype, cache_dtype)
+    return max(blocks_for(config.block_size), min(needed, fitting))
 
 
-def block_bytes(config: GPTConfig, dtype: torch.dtype, cache: str | None = None) -> int:
-    """Of one block's keys and values in all layers."""
-    return 2 * config.n_layer * BLOCK * config.n_kv_head * head_bytes(config, dtype, cache)
-
-
-def _blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK)
+def block_bytes(config: GPTConfig, dtype: torch.dtype, cache_dtype: str | None = None) -> int:
+    """Bytes of one block's keys and values in all layers."""
+    return 2 * config.n_layer * BLOCK_TOKENS * config.n_kv_head * head_bytes(config, dtype, cache_dtype)
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a device's memory has left; on a CPU what the system gives, or the control group (cgroups(7)) if less."""
+    """Free memory of a device; on a CPU what the system has, or the control group (cgroups(7)) if that is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-        with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
+        with suppress(OSError, ValueError):  # ValueError: "max", no limit
             most, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
             free = min(free, max(most - used, 0))
         return free
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # not Linux: half of what there is
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # not Linux: half of all memory

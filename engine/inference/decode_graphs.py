@@ -1,14 +1,14 @@
-"""One new token for each of many sequences, as a graph for every few batch sizes.
+"""One new token of each sequence, as one CUDA graph for each of a few batch sizes. Private to TorchExecutor.
 
-A step of B sequences is padded to one of BUCKETS; its function is recorded once a bucket and replayed:
+A step of B sequences is padded to the next size of BATCH_SIZES. Its function is recorded once a size and replayed:
 
-    host     ids, places, slots, lengths, tables -> one pinned buffer, one copy to where the graph reads them
-    graph    embedding .. head; nothing in it waits for the host or depends on what only the host knows
-    padding  sequences of length 0, whose keys and values go nowhere and whose attention is zero
+    host      ids, positions, slots, lengths, block tables -> one pinned buffer, one copy to the graph's input
+    graph     embedding .. head; nothing in it waits for the host or depends on values that only the host knows
+    padding   sequences of length 0: their keys and values are not stored, and their attention is zero
 
-Tables are as wide as the longest text. A width for each length would be one more graph each, and saves nothing: a part
-of a split that a text does not have ends at once, and splits share `decode_parts` programs, at most eight a processor.
-The buffer is 4 (4 + width) bytes a sequence: 5 KB for 64 of GPT-2's.
+Block tables are as wide as for the longest sequence. One graph for each width would save nothing: a split of the keys
+that a sequence does not reach ends at once, and splits share `decode_parts` programs, at most eight a processor. The
+buffer takes 4 (4 + width) bytes a sequence: 5 KB for 64 sequences of GPT-2.
 """
 
 from __future__ import annotations
@@ -19,78 +19,79 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peakgpt.engine.graph_capture import Captured, recorder_for
-from peakgpt.engine.inference.block_pool import BLOCK
-from peakgpt.engine.inference.paged_cache import Rows
+from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
+from peakgpt.engine.inference.block_pool import BLOCK_TOKENS
+from peakgpt.engine.inference.paged_attention import TokenBatch
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of a graph
-NUMBERS = 4  # of a sequence beside its table: id, place, slot, length
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of a graph
+MAX_BATCH = BATCH_SIZES[-1]
+COLUMNS = 4  # integers of a sequence besides its block table: id, position, slot, length
 
 
-def on_16_bytes(count: int) -> int:
-    """Where the int32s after `count` others begin: kernels are compiled anew for pointers that are not on 16 bytes."""
+def align_int32(count: int) -> int:
+    """Round up to 16 bytes of int32: Triton compiles a kernel again for a pointer that is not 16-byte aligned."""
     return -(-count // 4) * 4
 
 
 class DecodeGraphs:
-    """Runs a function of Rows, one a sequence, as it is or as graphs."""
+    """Runs a function of a TokenBatch with one row a sequence: directly, or as a graph for each batch size."""
 
     def __init__(
-        self, run: Callable[[Rows], Tensor], *, width: int, device: torch.device, obstacle: str | None = None
+        self, forward: Callable[[TokenBatch], Tensor], *, width: int, device: torch.device, obstacle: str | None = None
     ):
         """
         Args:
-            run: gives a row of logits a sequence.
-            width: blocks of the longest text.
+            forward: returns one row of logits a sequence.
+            width: blocks of the longest sequence.
             device: of the model.
-            obstacle: why it can not be recorded, where that is known.
+            obstacle: reason not to record, if one is known.
         """
-        self.run, self.width, self.obstacle = run, width, obstacle
-        self.pins = device.type == "cuda"
-        self.record = None if obstacle else recorder_for(device, share=True)
-        self.held = torch.zeros(self._size(BUCKETS[-1]), dtype=torch.int32, device=device)
-        self.steps: dict[int, Captured] = {}
+        self.forward, self.width, self.obstacle = forward, width, obstacle
+        self.pin_memory = device.type == "cuda"
+        self.recorder = None if obstacle else graph_factory(device, share_memory=True)
+        self.buffer = torch.zeros(self._buffer_size(MAX_BATCH), dtype=torch.int32, device=device)
+        self.steps: dict[int, GraphedFunction] = {}  # by batch size
 
-    def __call__(self, ids: Tensor | Sequence[int], places: np.ndarray, tables: np.ndarray) -> Tensor:
-        """Run one step; nothing waits for the device.
+    def __call__(self, ids: Tensor | Sequence[int], positions: np.ndarray, block_tables: np.ndarray) -> Tensor:
+        """Run one step without waiting for the device.
 
         Args:
-            ids: (B,), at most BUCKETS[-1]; may lie on the device.
-            places: (B,) integers, where each stands in its text.
-            tables: (B, width) int32, each sequence's blocks.
+            ids: (B,), at most MAX_BATCH; may be on the device.
+            positions: (B,) position of each token in its sequence.
+            block_tables: (B, width) int32.
         Returns:
-            (B, V); overwritten by a later step.
+            (B, V); the next step overwrites it.
         """
-        count = len(places)
-        bucket = next(b for b in BUCKETS if b >= count)
-        numbers = torch.zeros(self._size(bucket), dtype=torch.int32, pin_memory=self.pins)
-        rows = self._rows(numbers, bucket)
-        rows.places.numpy()[:count] = places
-        rows.slots.fill_(-1)
-        rows.slots.numpy()[:count] = tables[np.arange(count), places // BLOCK] * BLOCK + places % BLOCK
-        rows.lengths.numpy()[:count] = places + 1
-        rows.tables.numpy()[:count] = tables
-        known = not isinstance(ids, Tensor)
-        if known:
-            rows.ids.numpy()[:count] = ids
-        self.held[: len(numbers)].copy_(numbers, non_blocking=True)
-        if not known:
-            self.held[:count].copy_(ids, non_blocking=True)
-        if bucket not in self.steps:
-            self.steps[bucket] = self._captured(bucket)
-        (logits,) = self.steps[bucket]()
+        count = len(positions)
+        size = next(size for size in BATCH_SIZES if size >= count)
+        numbers = torch.zeros(self._buffer_size(size), dtype=torch.int32, pin_memory=self.pin_memory)
+        batch, blocks = self._token_batch(numbers, size), block_tables[np.arange(count), positions // BLOCK_TOKENS]
+        batch.positions.numpy()[:count] = positions
+        batch.slots.fill_(-1)
+        batch.slots.numpy()[:count] = blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS
+        batch.lengths.numpy()[:count] = positions + 1
+        batch.block_tables.numpy()[:count] = block_tables
+        on_host = not isinstance(ids, Tensor)
+        if on_host:
+            batch.ids.numpy()[:count] = ids
+        self.buffer[: len(numbers)].copy_(numbers, non_blocking=True)
+        if not on_host:
+            self.buffer[:count].copy_(ids, non_blocking=True)
+        if size not in self.steps:
+            self.steps[size] = self._make_step(size)
+        (logits,) = self.steps[size]()
         return logits[:count]
 
-    def _rows(self, numbers: Tensor, bucket: int) -> Rows:
-        """A step's integers as they lie one after the other."""
-        *columns, tables = numbers.split([*[on_16_bytes(bucket)] * NUMBERS, bucket * self.width])
-        return Rows(*(column[:bucket] for column in columns), tables.view(bucket, self.width))
+    def _token_batch(self, numbers: Tensor, size: int) -> TokenBatch:
+        """Views of a step's integers, in the order in which they are stored."""
+        *columns, tables = numbers.split([*[align_int32(size)] * COLUMNS, size * self.width])
+        return TokenBatch(*(column[:size] for column in columns), tables.view(size, self.width))
 
-    def _size(self, bucket: int) -> int:
-        return NUMBERS * on_16_bytes(bucket) + bucket * self.width
+    def _buffer_size(self, size: int) -> int:
+        return COLUMNS * align_int32(size) + size * self.width
 
-    def _captured(self, bucket: int) -> Captured:
-        rows, run = self._rows(self.held[: self._size(bucket)], bucket), self.run
-        step = Captured(lambda: (run(rows),), self.record, lambda: None, copies=False)
+    def _make_step(self, size: int) -> GraphedFunction:
+        batch, forward = self._token_batch(self.buffer[: self._buffer_size(size)], size), self.forward
+        step = GraphedFunction(lambda: (forward(batch),), self.recorder, lambda: None, copy_outputs=False)
         step.obstacle = self.obstacle or step.obstacle
         return step

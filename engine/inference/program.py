@@ -1,85 +1,84 @@
-"""A GPT's forward pass as one C++ program on the CPU (csrc/program/program.cpp): one call a step, weights packed once.
+"""A model's forward pass as one C++ program on the CPU (csrc/program/program.cpp): one call a step, packed weights.
 
-Lowering follows the block as engine/model/layers.py does, by the same config. In the last block, what follows attention
-is computed only for the tokens whose logits are wanted: a prompt of T tokens saves most of one layer in L.
+The instructions follow the blocks of engine/model/block.py, by the same config. In the last block, all that follows
+attention is computed only for the rows whose logits are needed: a prompt of T tokens saves most of one layer in L.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.model.layers import Block, GatedMLP, LayerNorm, RMSNorm
+from peakgpt.engine.model.block import Block
+from peakgpt.engine.model.mlp import GatedMLP
+from peakgpt.engine.model.norms import LayerNorm, RMSNorm
 from peakgpt.engine.model.positions import alibi_slopes, rotary_table
-from peakgpt.engine.model.quantized import QuantizedLinear
+from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
+from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 from peakgpt.kernels.cpu.memory import streamed
 from peakgpt.kernels.ops.attention import default_scale
 from peakgpt.kernels.ops.quantize import BLOCK
 
-if TYPE_CHECKING:
-    from peakgpt.engine.model.transformer import Transformer
-
-NONE, LOGITS = -1, -1  # in place of a buffer's number
+NONE, LOGITS = -1, -1  # instead of a buffer's number
 
 
 def objection(model: Transformer) -> str | None:
-    """Why a model can not be lowered, or None."""
+    """Why the program does not support a model; None if it does."""
     config, weight = model.config, model.transformer.wte.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
-        return f"takes float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"
+        return f"supports float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"
     if config.experts or config.position in RELATIVE:
-        return f"takes no experts and no relative positions, got {config.experts} and position {config.position!r}"
+        return f"supports no experts and no relative positions, got {config.experts} and position {config.position!r}"
     if config.word_dim != config.n_embd:
-        return f"takes word embeddings as wide as the model, got word_dim {config.word_dim}"
+        return f"supports word embeddings as wide as the model, got word_dim {config.word_dim}"
     if config.head_dim % 8 or config.head_dim > 256:
-        return f"takes head widths that are multiples of 8 up to 256, got {config.head_dim}"
+        return f"supports head widths that are multiples of 8 up to 256, got {config.head_dim}"
     return None
 
 
-class Lowered:
+class ModelProgram:
     """The program of one model, and the tensors that it reads.
 
-    Float weights of products are packed, which copies them; all else is read where it lies.
+    The float weights of matrix products are packed, which copies them; all other tensors are read in place.
     """
 
     def __init__(self, model: Transformer):
         """
         Raises:
-            NotImplementedError: `objection` has one.
+            NotImplementedError: `objection` returns a reason.
         """
         if reason := objection(model):
-            raise NotImplementedError(f"lowering: {reason}")
+            raise NotImplementedError(f"C++ program: {reason}")
         c, weight = model.config, model.transformer.wte.weight
         self.config, self.dtype = c, weight.dtype
-        self.program, self.kept = _C.Program(dtype=DTYPES[weight.dtype]), []
+        self.program, self.tensors = _C.Program(dtype=DTYPES[weight.dtype]), []
         widths = {"x": c.n_embd, "h": c.n_embd, "qkv": (c.n_head + 2 * c.n_kv_head) * c.head_dim,
                   "y": c.n_head * c.head_dim, "branch": c.n_embd, "up": c.n_inner}  # fmt: skip
         if c.gated_mlp:
             widths["gate"] = c.n_inner
-        widths |= {"taken x": c.n_embd, "taken h": c.n_embd, "taken y": widths["y"]}
+        widths |= {"selected x": c.n_embd, "selected h": c.n_embd, "selected y": widths["y"]}
         self.buffers = {name: self.program.buffer(width=width) for name, width in widths.items()}
         layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
         layers += [] if "lm_head" in model._modules else [model.transformer.wte]
         self.unused = streamed(sum(_packed_floats(layer.weight) for layer in layers), torch.float32)
-        self._lower(model)
+        self._build(model)
 
     def run(self, **pass_args: Tensor | int) -> None:
         """Run one pass; the arguments are the fields of PassArgs in csrc/program/program.h."""
         self.program.run(**pass_args, threads=threads())
 
-    # ---- steps
+    # ---- instructions
 
-    def _lower(self, model: Transformer) -> None:
+    def _build(self, model: Transformer) -> None:
         c, t = self.config, model.transformer
         learned = c.position == "learned"
         table = t.wpe.weight.detach()[c.position_offset :] if learned else None
-        wte, wpe = self._kept(t.wte.weight), self._kept(table)
+        wte, wpe = self._hold(t.wte.weight), self._hold(table)
         self.program.embed(out=self.buffers["x"], wte=wte, wte_stride=wte.stride(0), wpe=wpe,
                            wpe_stride=0 if wpe is None else wpe.stride(0))  # fmt: skip
         if c.rotary_dim:
@@ -87,13 +86,13 @@ class Lowered:
         self.slopes = alibi_slopes(c.n_head, "cpu") if c.position == "alibi" else None
         if c.embedding_norm:
             self._norm(t.ln_emb, "x", out="x")
-        after = c.residual == "post_norm"
-        self._norm(t.h[0].ln_1, "x", out="h") if not after else self._rename("h", "x")
-        norms = [*(block.ln_1 for block in t.h[1:]), None if after else t.ln_f]
+        is_post_norm = c.residual == "post_norm"
+        self._norm(t.h[0].ln_1, "x", out="h") if not is_post_norm else self._rename("h", "x")
+        norms = [*(block.ln_1 for block in t.h[1:]), None if is_post_norm else t.ln_f]
         for layer, (block, norm) in enumerate(zip(t.h, norms, strict=True)):
             self._attend(block, layer)
             if layer == c.n_layer - 1:
-                self._take()
+                self._select_rows()
             RESIDUALS[c.residual](self, block, norm)
         self._linear("h", LOGITS, model.lm_head if "lm_head" in model._modules else t.wte)
 
@@ -109,32 +108,32 @@ class Lowered:
             scale=default_scale(c.head_dim, attn.scale), window=attn.window or 0, alibi=self.slopes,
         )  # fmt: skip
 
-    def _take(self) -> None:
-        """From here on only the rows whose logits are wanted."""
+    def _select_rows(self) -> None:
+        """Continue with the rows whose logits are needed."""
         for name in ("x", "h", "y"):
-            self.program.select_rows(x=self.buffers[name], out=self.buffers[f"taken {name}"])
-            self._rename(name, f"taken {name}")
+            self.program.select_rows(x=self.buffers[name], out=self.buffers[f"selected {name}"])
+            self._rename(name, f"selected {name}")
 
     def _rename(self, name: str, other: str) -> None:
         self.buffers = {**self.buffers, name: self.buffers[other]}
 
-    def out(self, block: Block) -> None:
-        """branch = what attention ends in."""
+    def project_attention(self, block: Block) -> None:
+        """branch = c_proj(y), the output of attention."""
         self._linear("y", "branch", block.attn.c_proj)
 
-    def think(self, block: Block, source: str, out: str = "branch") -> None:
+    def mlp(self, block: Block, source: str, out: str = "branch") -> None:
         """out = mlp(source)."""
-        mlp, activation = block.mlp, ACTIVATIONS[block.mlp.activation]
-        if not isinstance(mlp, GatedMLP):
-            self._linear(source, "up", mlp.c_fc, ACTIVATE, activation)
-        elif isinstance(mlp.c_fc, QuantizedLinear):  # whose products end in no gate
-            self._linear(source, "gate", mlp.c_gate, ACTIVATE, activation)
-            self._linear(source, "up", mlp.c_fc)
+        layer, activation = block.mlp, ACTIVATIONS[block.mlp.activation]
+        if not isinstance(layer, GatedMLP):
+            self._linear(source, "up", layer.c_fc, ACTIVATE, activation)
+        elif isinstance(layer.c_fc, QuantizedLinear):  # its product has no gate epilogue
+            self._linear(source, "gate", layer.c_gate, ACTIVATE, activation)
+            self._linear(source, "up", layer.c_fc)
             self.combine("gate", "up", "up", product=True)
         else:
-            self._linear(source, "gate", mlp.c_gate)
-            self._linear(source, "up", mlp.c_fc, GATE, activation, "gate")
-        self._linear("up", out, mlp.c_proj)
+            self._linear(source, "gate", layer.c_gate)
+            self._linear(source, "up", layer.c_fc, GATE, activation, "gate")
+        self._linear("up", out, layer.c_proj)
 
     def combine(self, x: str, y: str, out: str, *, product: bool = False) -> None:
         """out = x + y, or x y."""
@@ -146,7 +145,7 @@ class Lowered:
         self._norm(norm, "branch", residual=residual, out="h")
 
     def _norm(self, norm: LayerNorm | RMSNorm, source: str, *, out: str, residual: str | None = None) -> None:
-        number, weight, bias = self.buffers, self._kept(norm.weight), self._kept(getattr(norm, "bias", None))
+        number, weight, bias = self.buffers, self._hold(norm.weight), self._hold(getattr(norm, "bias", None))
         self.program.norm(x=number[source], out=number[out], w=weight, w_dtype=DTYPES[weight.dtype], eps=norm.eps,
                           rms=isinstance(norm, RMSNorm), residual=NONE if residual is None else number[residual],
                           b=bias)  # fmt: skip
@@ -155,32 +154,32 @@ class Lowered:
         self, source: str, out: str | int, layer: nn.Module, epilogue: int = STORE, activation: int = 0,
         gate: str | None = None,
     ) -> None:  # fmt: skip
-        """out = epilogue(source W^T + b) of a linear layer, quantized or not, or of an embedding that is a head too."""
+        """out = epilogue(source W^T + b) of a linear layer, quantized or not, or of the tied embedding."""
         weight = self._quantized(layer) if isinstance(layer, QuantizedLinear) else self._packed(layer.weight.detach())
-        bias = self._kept(getattr(layer, "bias", None))
+        bias = self._hold(getattr(layer, "bias", None))
         self.program.linear(weight=weight, x=self.buffers[source], out=out if out == LOGITS else self.buffers[out],
                             bias=bias, epilogue=epilogue, activation=activation,
                             gate=NONE if gate is None else self.buffers[gate])  # fmt: skip
 
     def _packed(self, w: Tensor) -> object:
-        """The weight, packed behind those before it: they are read in this order."""
-        place, self.unused = self.unused.split([_packed_floats(w), self.unused.numel() - _packed_floats(w)])
+        """Pack a weight after the ones before it: the program reads them in this order."""
+        memory, self.unused = self.unused.split([_packed_floats(w), self.unused.numel() - _packed_floats(w)])
         sizes = {"dtype": DTYPES[w.dtype], "n": w.shape[0], "k": w.shape[1]}
-        _C.pack_b(**sizes, b=w, b_col=w.stride(0), b_k=w.stride(1), out=place, threads=threads())
-        return _C.DenseWeight(**sizes, packed=self._kept(place))
+        _C.pack_b(**sizes, b=w, b_col=w.stride(0), b_k=w.stride(1), out=memory, threads=threads())
+        return _C.DenseWeight(**sizes, packed=self._hold(memory))
 
     def _quantized(self, layer: QuantizedLinear) -> object:
         form = layer.form
         return _C.QuantizedWeight(
             dtype=DTYPES[self.dtype], bits=form.bits, n=layer.out_features, k=layer.in_features,
-            block=BLOCK if form.bits == 8 else form.group, weight=self._kept(layer.weight),
-            scale=self._kept(layer.scale),
+            block=BLOCK if form.bits == 8 else form.group, weight=self._hold(layer.weight),
+            scale=self._hold(layer.scale),
         )  # fmt: skip
 
-    def _kept(self, tensor: Tensor | nn.Parameter | None) -> Tensor | None:
-        """The tensor itself, held for as long as the program reads it."""
+    def _hold(self, tensor: Tensor | nn.Parameter | None) -> Tensor | None:
+        """Keep a tensor alive as long as the program, and return it."""
         if tensor is not None:
-            self.kept.append(tensor.detach())
+            self.tensors.append(tensor.detach())
         return tensor
 
 
@@ -189,33 +188,33 @@ def _packed_floats(weight: Tensor) -> int:
     return _C.packed_floats(dtype=DTYPES[weight.dtype], n=rows, k=width)
 
 
-def _pre_norm(low: Lowered, block: Block, norm: LayerNorm) -> None:
-    low.out(block)
-    low.add_norm(block.ln_2, "x")
-    low.think(block, "h")
-    low.add_norm(norm, "x")
+def _pre_norm(program: ModelProgram, block: Block, norm: LayerNorm) -> None:
+    program.project_attention(block)
+    program.add_norm(block.ln_2, "x")
+    program.mlp(block, "h")
+    program.add_norm(norm, "x")
 
 
-def _post_norm(low: Lowered, block: Block, norm: None) -> None:
-    low.out(block)
-    low.add_norm(block.ln_1, "h")
-    low.think(block, "h")
-    low.add_norm(block.ln_2, "h")
+def _post_norm(program: ModelProgram, block: Block, norm: None) -> None:
+    program.project_attention(block)
+    program.add_norm(block.ln_1, "h")
+    program.mlp(block, "h")
+    program.add_norm(block.ln_2, "h")
 
 
-def _parallel(low: Lowered, block: Block, norm: LayerNorm, source: str = "h") -> None:
-    low.think(block, source, "h")  # the last that reads h
-    low.out(block)
-    low.combine("branch", "h", "branch")
-    low.add_norm(norm, "x")
+def _parallel(program: ModelProgram, block: Block, norm: LayerNorm, source: str = "h") -> None:
+    program.mlp(block, source, "h")  # the last reader of h
+    program.project_attention(block)
+    program.combine("branch", "h", "branch")
+    program.add_norm(norm, "x")
 
 
-def _parallel_two_norms(low: Lowered, block: Block, norm: LayerNorm) -> None:
-    low._norm(block.ln_2, "x", out="h")
-    _parallel(low, block, norm)
+def _parallel_two_norms(program: ModelProgram, block: Block, norm: LayerNorm) -> None:
+    program._norm(block.ln_2, "x", out="h")
+    _parallel(program, block, norm)
 
 
-RESIDUALS: dict[str, Callable[[Lowered, Block, LayerNorm | None], None]] = {
+RESIDUALS: dict[str, Callable[[ModelProgram, Block, LayerNorm | None], None]] = {
     "pre_norm": _pre_norm,
     "post_norm": _post_norm,
     "parallel": _parallel,

@@ -1,4 +1,4 @@
-"""Prompt files: zero-, one- and few-shot prompts, as text or JSON.
+"""Prompt files: zero-shot, one-shot and few-shot prompts, as text or JSON.
 
 A file whose name ends in .json holds
 
@@ -7,9 +7,9 @@ A file whose name ends in .json holds
      "input": "milk",
      "input_prefix": "English: ", "output_prefix": "French:", "separator": "\\n\\n", "stop": ["\\n"]}
 
-and becomes the instruction, each example with its answer, and the input whose answer is to come, by the separator. Only
-"input" must be there: without examples it is zero-shot. Any other file is the prompt as it stands, but for one newline
-at its end. Brown et al. 2020, "Language Models are Few-Shot Learners", arXiv:2005.14165, section 2.
+The prompt is the instruction, the examples with their answers, and the input without an answer, joined by the
+separator. Only "input" is required; without examples the prompt is zero-shot. The text of any other file is the prompt,
+without one newline at its end. Brown et al. 2020, "Language Models are Few-Shot Learners", arXiv:2005.14165, section 2.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shots:
-    """An instruction, solved examples, and the input to solve.
+class PromptFile:
+    """The contents of a JSON prompt file: an instruction, examples with answers, and the input to answer.
 
     Raises:
-        ValueError: a value of another type.
+        ValueError: a value of a wrong type.
     """
 
     input: str
@@ -47,18 +47,21 @@ class Shots:
 
     @property
     def prompt(self) -> str:
-        """What the model is to continue; a blank parts the output's prefix from an answer, where none ends it."""
-        apart = " " if self.output_prefix.rstrip() == self.output_prefix != "" else ""
-        asked = lambda text: f"{self.input_prefix}{text}\n{self.output_prefix}"  # noqa: E731
-        solved = [asked(text) + apart + answer for text, answer in self.examples]
-        return self.separator.join([*([self.instruction] if self.instruction else ()), *solved, asked(self.input)])
+        """The text to continue. A space separates the output prefix from an answer unless the prefix ends in one."""
+        space = " " if self.output_prefix.rstrip() == self.output_prefix != "" else ""
+        question = lambda text: f"{self.input_prefix}{text}\n{self.output_prefix}"  # noqa: E731
+        examples = [question(text) + space + answer for text, answer in self.examples]
+        instruction = [self.instruction] if self.instruction else []
+        return self.separator.join([*instruction, *examples, question(self.input)])
 
 
 def read_prompt(path: Path | str) -> tuple[str, tuple[str, ...]]:
-    """The prompt of a file, and strings that end its continuation.
+    """Read a prompt file.
 
+    Returns:
+        (prompt, stop): the text to continue, and the strings that end the continuation.
     Raises:
-        ValueError: not text, or JSON of another shape; the message names the file.
+        ValueError: the file cannot be read, is not UTF-8, or is JSON of another structure; the message names the file.
     """
     path = Path(path)
     try:
@@ -66,13 +69,13 @@ def read_prompt(path: Path | str) -> tuple[str, tuple[str, ...]]:
         if path.suffix != ".json":
             return text.removesuffix("\n"), ()
         value = json.loads(text)
-        known = {f.name for f in fields(Shots)}
+        known = {f.name for f in fields(PromptFile)}
         if not isinstance(value, dict) or "input" not in value or not set(value) <= known:
             raise ValueError(f"got {str(value)[:80]}, expected an object with input, of {', '.join(sorted(known))}")
-        shots = Shots(**value)
+        contents = PromptFile(**value)
     except (OSError, ValueError) as error:
         raise ValueError(f"prompt file {path}: {error}") from None
-    return shots.prompt, tuple(shots.stop)
+    return contents.prompt, tuple(contents.stop)
 
 
 def _strings(value: object) -> bool:

@@ -1,13 +1,13 @@
-"""From logits to the next token, a row at a time: no row's token depends on what else is in the batch.
+"""Sampling: choose the next token from logits. The token of a row does not depend on the other rows of the batch.
 
-    p = softmax(z / temperature), kept where top-k, top-p and min-p keep it
-    token = the first v with  p_0 + ... + p_v > u (p_0 + ... + p_V-1)
+    p = softmax(z / temperature), set to 0 outside of top-k, top-p and min-p
+    token = the first v with  p_0 + ... + p_v > u (p_0 + ... + p_V-1)        (inverse transform sampling)
 
-top-k keeps the k largest logits (Fan et al. 2018, arXiv:1805.04833), top-p the fewest tokens whose probabilities reach
-p (Holtzman et al. 2020, arXiv:1904.09751), min-p those at least that likely as the likeliest (Nguyen et al. 2024,
-arXiv:2407.01082). u is number `index` of Philox under (seed, stream), so that the i-th token of a request has one,
-wherever and beside whatever it is chosen. One number a token and a binary search cost less than a race of exponentials,
-which wants a random number for every token of the vocabulary.
+top-k keeps the k largest logits (Fan et al. 2018, arXiv:1805.04833), top-p the smallest set of tokens whose
+probabilities sum to top_p (Holtzman et al. 2020, arXiv:1904.09751), min-p the tokens whose probability is at least
+min_p times the largest (Nguyen et al. 2024, arXiv:2407.01082). u is random number `index` of the Philox generator with
+key (seed, stream): token i of a request has the same u in every batch. One random number a token and a binary search
+cost less than the Gumbel trick, which needs a random number for each token of the vocabulary.
 """
 
 from __future__ import annotations
@@ -25,36 +25,38 @@ from torch import Tensor
 from peakgpt.engine.inference.sampling_params import SamplingParams
 from peakgpt.kernels.ops.philox import philox
 
-STRIDES = 16  # logits of one maximum; the k largest are sought under the k largest maxima
-FIRST = 512  # likeliest tokens that mostly reach top_p; the others are looked at only where they do not
-EVERY, NEAR = 16, 128  # NEAR is 4.5 deviations of a rank among one of 16 of GPT-2's vocabulary
-MARGIN = 1e-3  # so that no rounding of two sums matters
-DRAWN = 256  # uniforms at once: torch's calls, not Philox, are what they cost
+STRIDES = 16  # `largest` takes the maximum of 16 logits at a time, and searches the k groups with the largest maxima
+TOP_P_FIRST = 512  # the 512 most likely tokens usually reach top_p; only if they do not, the others are searched
+# `_zero_outside_top_p` estimates the cutoff from every 16th probability. 128 ranks are 4.5 standard deviations of a
+# rank in such a sample of GPT-2's vocabulary.
+SAMPLE_EVERY, RANK_MARGIN = 16, 128
+SUM_MARGIN = 1e-3  # larger than the rounding error of a sum of probabilities
+UNIFORMS_AT_ONCE = 256  # the overhead of torch calls, not Philox, dominates the cost
 
 
 class Uniforms:
-    """The uniform numbers of one stream of a seed, in (0, 1)."""
+    """The uniform random numbers of one stream of a seed, in (0, 1): uniforms[index]."""
 
     def __init__(self, seed: int, stream: int = 0):
-        self.key, self.stream, self.drawn = _signed(seed), stream, {}
+        self.key, self.stream, self.cached = _signed(seed), stream, {}  # cached: part of the stream -> numbers
 
     def __getitem__(self, index: int) -> float:
-        part, at = divmod(index, DRAWN)
-        if part not in self.drawn:
-            self.drawn = {part: uniforms(self.key, self.stream, part * DRAWN, DRAWN).tolist()}
-        return self.drawn[part][at]
+        part, offset = divmod(index, UNIFORMS_AT_ONCE)
+        if part not in self.cached:
+            self.cached = {part: uniforms(self.key, self.stream, part * UNIFORMS_AT_ONCE, UNIFORMS_AT_ONCE).tolist()}
+        return self.cached[part][offset]
 
 
 def uniforms(seed: int, stream: int, first: int, count: int) -> Tensor:
-    """(count,) float64: numbers first .. first + count - 1 of a stream."""
+    """Return the numbers first .. first + count - 1 of a stream, (count,) float64 in (0, 1)."""
     counters = torch.arange(first, first + count)
     low, high, *_ = philox((counters, stream & 0xFFFFFFFF, stream >> 32, 0), torch.tensor([_signed(seed)]))
-    # 48 bits and a half: u times a sum stays below the sum when rounded.
+    # 48 bits plus one half: u * total, rounded to float64, stays below total.
     return ((low << 16 | high >> 16).double() + 0.5) / (1 << 48)
 
 
 def draw_seed() -> int:
-    """A seed from torch's generator."""
+    """Draw a seed from torch's generator."""
     return int(torch.randint(1 << 62, ()))
 
 
@@ -64,33 +66,33 @@ def _signed(seed: int) -> int:
 
 
 def choose(logits: Tensor, params: Sequence[SamplingParams], u: Sequence[float]) -> Tensor:
-    """Choose a token a row.
+    """Choose a token for each row, by the row's own sampling parameters.
 
     Args:
         logits: (B, V) float32, after penalties and bias.
-        params: of each row.
-        u: uniform numbers, one a row; greedy rows need none.
+        params: B sampling parameters.
+        u: B uniform random numbers; greedy rows ignore theirs.
     Returns:
-        (B,) int64; V where the logits are no numbers
+        (B,) int64; V, which is not a token, in rows whose logits are not finite.
     """
     groups: dict[tuple, list[int]] = defaultdict(list)
     for row, p in enumerate(params):
         groups[("greedy",) if p.temperature == 0 else (p.top_k, p.top_p is not None, p.min_p is not None)].append(row)
     if len(groups) == 1:
-        return _choose_alike(logits, params, u)
+        return _choose_same_kind(logits, params, u)
     tokens = torch.empty(len(params), dtype=torch.int64)
     for rows in groups.values():
         index = torch.tensor(rows)
-        tokens[index] = _choose_alike(logits[index], [params[r] for r in rows], [u[r] for r in rows]).cpu()
+        tokens[index] = _choose_same_kind(logits[index], [params[r] for r in rows], [u[r] for r in rows]).cpu()
     return tokens
 
 
-def _choose_alike(logits: Tensor, params: Sequence[SamplingParams], u: Sequence[float]) -> Tensor:
-    """Rows that differ in numbers only, not in what is done."""
+def _choose_same_kind(logits: Tensor, params: Sequence[SamplingParams], u: Sequence[float]) -> Tensor:
+    """Choose tokens for rows that use the same set of methods (greedy, top-k, top-p, min-p)."""
     p = params[0]
     if p.temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
-        return _or_none(tokens, logits.gather(-1, tokens), logits)
+        return _or_invalid(tokens, logits.gather(-1, tokens), logits)
     column = lambda name: _column([getattr(q, name) for q in params], logits.device)  # noqa: E731
     return sample(
         logits, temperature=column("temperature"), top_k=p.top_k, top_p=None if p.top_p is None else column("top_p"),
@@ -111,26 +113,27 @@ def sample(
     min_p: float | Tensor | None = None,
     u: Tensor,
 ) -> Tensor:
-    """Draw a token a row.
+    """Sample a token for each row.
 
     Args:
         logits: (B, V).
-        temperature, top_p, min_p: numbers, or (B, 1) float32; temperature more than 0.
-        top_k, top_p, min_p: what may be chosen; top_k first.
-        u: (B,) float64 in (0, 1).
+        temperature: more than 0; a number or (B, 1) float32.
+        top_k: applied first.
+        top_p, min_p: numbers or (B, 1) float32.
+        u: (B,) uniform random numbers, float64 in (0, 1).
     Returns:
-        (B,) int64; V where the logits are no numbers
+        (B,) int64; V, which is not a token, in rows whose logits are not finite.
     """
     p, ids = probabilities(logits, temperature, top_k, top_p, min_p)
-    reached = p.cumsum(-1, dtype=torch.float64)
-    total = reached[:, -1:]
-    at = torch.searchsorted(reached, u.to(p.device)[:, None] * total, right=True)
-    at = at.clamp(max=p.shape[-1] - 1)  # NaN is past all; a gather past the end ends a CUDA process
-    return _or_none(at if ids is None else ids.gather(-1, at), total, logits)
+    cdf = p.cumsum(-1, dtype=torch.float64)
+    total = cdf[:, -1:]
+    index = torch.searchsorted(cdf, u.to(p.device)[:, None] * total, right=True)
+    index = index.clamp(max=p.shape[-1] - 1)  # NaN gives an index past the end, and such a gather aborts CUDA
+    return _or_invalid(index if ids is None else ids.gather(-1, index), total, logits)
 
 
-def _or_none(tokens: Tensor, values: Tensor, logits: Tensor) -> Tensor:
-    """The tokens, (B, 1), as (B,); V, which is none, where the values that led to them are no numbers."""
+def _or_invalid(tokens: Tensor, values: Tensor, logits: Tensor) -> Tensor:
+    """Return tokens, (B, 1), as (B,), with V in the rows whose values, (B, 1), are not finite."""
     return torch.where(values.isfinite(), tokens, logits.shape[-1])[:, 0]
 
 
@@ -141,84 +144,89 @@ def probabilities(
     top_p: float | Tensor | None = None,
     min_p: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `sample` draws from, up to a factor.
+    """Return the unnormalized distribution that `sample` draws from.
 
+    Args:
+        logits, temperature, top_k, top_p, min_p: as in `sample`.
     Returns:
-        (p, ids): float32 (B, n), and the tokens that these are; or (B, V) and None.
+        (p, ids): probabilities of n candidate tokens, (B, n) float32, and their ids, (B, n); or probabilities of all
+        tokens, (B, V), and None.
     """
     z, ids = logits.float() / temperature, None
     if top_k is not None:
         z, ids = largest(z, min(top_k, z.shape[-1]))
     p = z.softmax(-1)
     if top_p is not None:
-        p, ids = _fewest(p, top_p) if ids is None else (_until(p, top_p), ids)
+        p, ids = _keep_top_p(p, top_p) if ids is None else (_zero_after_top_p(p, top_p), ids)
     if min_p is not None:
         p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
     return p, ids
 
 
-def _until(p: Tensor, top_p: float | Tensor) -> Tensor:
-    """Probabilities, largest first, with 0 behind the one that reaches top_p."""
+def _zero_after_top_p(p: Tensor, top_p: float | Tensor) -> Tensor:
+    """Set sorted probabilities, largest first, to 0 after the one with which their sum reaches top_p."""
     return p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
 
 
-def _fewest(p: Tensor, top_p: float | Tensor) -> tuple[Tensor, Tensor | None]:
-    """The fewest tokens that reach top_p, and zeros: p and ids, as `probabilities` gives them. May write into p."""
-    if p.device.type != "cpu":  # looking would wait for the device
+def _keep_top_p(p: Tensor, top_p: float | Tensor) -> tuple[Tensor, Tensor | None]:
+    """Keep the smallest set of tokens that reaches top_p; returns (p, ids) as `probabilities`. May write into p."""
+    if p.device.type != "cpu":  # the cases below depend on values, and reading them would wait for the device
         p, ids = p.sort(descending=True, stable=True)
-        return _until(p, top_p), ids
-    top_p = torch.as_tensor(top_p, dtype=torch.float32).expand(len(p), 1)  # a row's is the same number in any batch
-    count = min(FIRST, p.shape[-1])
-    many = p.amax(-1, keepdim=True) * count < top_p - MARGIN  # seen at once, where logits are flat
-    if not many.all():
-        first, ids = largest(p, count)
-        many = first.sum(-1, keepdim=True) < top_p + MARGIN
-        first = _until(first, top_p)
-        if not many.any():
-            return first, ids
-    rows = many[:, 0].nonzero()[:, 0].tolist()
+        return _zero_after_top_p(p, top_p), ids
+    top_p = torch.as_tensor(top_p, dtype=torch.float32).expand(len(p), 1)  # float32 in every batch
+    count = min(TOP_P_FIRST, p.shape[-1])
+    # Rows that need more than the `count` most likely tokens. Flat logits show it without a sort.
+    needs_more = p.amax(-1, keepdim=True) * count < top_p - SUM_MARGIN
+    if not needs_more.all():
+        candidates, ids = largest(p, count)
+        needs_more = candidates.sum(-1, keepdim=True) < top_p + SUM_MARGIN
+        candidates = _zero_after_top_p(candidates, top_p)
+        if not needs_more.any():
+            return candidates, ids
+    rows = needs_more[:, 0].nonzero()[:, 0].tolist()
     for row in rows:
-        _cut(p[row].numpy(), float(top_p[row]))
+        _zero_outside_top_p(p[row].numpy(), float(top_p[row]))
     if len(rows) == len(p):
         return p, None
-    found = [p[row].nonzero()[:, 0] for row in rows]
-    more = max(0, *(len(kept) - count for kept in found))
-    first, ids = (F.pad(t, (0, more)) for t in (first, ids))
-    for row, kept in zip(rows, found, strict=True):
-        first[row] = 0.0
-        first[row, : len(kept)], ids[row, : len(kept)] = p[row, kept], kept
-    return first, ids
+    kept_ids = [p[row].nonzero()[:, 0] for row in rows]
+    padding = max(0, *(len(kept) - count for kept in kept_ids))
+    candidates, ids = (F.pad(t, (0, padding)) for t in (candidates, ids))
+    for row, kept in zip(rows, kept_ids, strict=True):
+        candidates[row] = 0.0
+        candidates[row, : len(kept)], ids[row, : len(kept)] = p[row, kept], kept
+    return candidates, ids
 
 
-def _cut(p: np.ndarray, top_p: float) -> None:
-    """Set all of (V,) to 0 but the fewest that reach top_p, among equal ones the first.
+def _zero_outside_top_p(p: np.ndarray, top_p: float) -> None:
+    """Set all of p, (V,), to 0 except the smallest set that reaches top_p; of equal probabilities keep the first.
 
-    One number of 16 tells nearly how large the least is that is kept; who is near it is sorted, and all are where that
-    guess is wrong. 8 rows of 50257 equal, nearly equal and normal logits take 4.3, 3.2 and 3.1 ms; sorted whole they
-    took 5.3, 25 and 25 (2-core Zen 4, kept pages, 2026-11-21).
+    Estimate the cutoff probability from every 16th element. Sort only the probabilities near it; sort all of them if
+    the estimate was wrong. 8 rows of 50257 equal, nearly equal and normal logits take 4.3, 3.2 and 3.1 ms; a sort of
+    all takes 5.3, 25 and 25 ms (2-core Zen 4, reused pages, 2026-11-21).
     """
-    some = np.sort(p[::EVERY])
-    reached = some[::-1].cumsum(dtype=np.float64)
-    at = len(some) - 1 - int(np.searchsorted(reached, top_p * reached[-1]))
-    low, high = some[max(at - NEAR, 0)], some[min(at + NEAR, len(some) - 1)]
-    near, wanted = p[(p >= low) & (p <= high)], top_p - (p * (p > high)).sum(dtype=np.float64)
-    if not 0 < wanted <= near.sum(dtype=np.float64):
-        near, wanted = p, top_p
+    subset = np.sort(p[::SAMPLE_EVERY])
+    sums = subset[::-1].cumsum(dtype=np.float64)
+    rank = len(subset) - 1 - int(np.searchsorted(sums, top_p * sums[-1]))
+    low, high = subset[max(rank - RANK_MARGIN, 0)], subset[min(rank + RANK_MARGIN, len(subset) - 1)]
+    near, missing = p[(p >= low) & (p <= high)], top_p - (p * (p > high)).sum(dtype=np.float64)
+    if not 0 < missing <= near.sum(dtype=np.float64):
+        near, missing = p, top_p
     near = np.sort(near)
-    reached = near[::-1].cumsum(dtype=np.float64)
-    wanted = min(wanted, reached[-1])  # all together may miss it, by a rounding
-    least = near[len(near) - 1 - int(np.searchsorted(reached, wanted))]
-    larger = len(near) - int(np.searchsorted(near, least, side="right"))
-    wanted -= reached[larger - 1] if larger else 0.0
-    kept, equal = p > least, np.flatnonzero(p == least)
-    kept[equal[: math.ceil(wanted / float(least))]] = True
-    p *= kept
+    sums = near[::-1].cumsum(dtype=np.float64)
+    missing = min(missing, sums[-1])  # the sum of all may be below top_p by a rounding error
+    cutoff = near[len(near) - 1 - int(np.searchsorted(sums, missing))]
+    larger = len(near) - int(np.searchsorted(near, cutoff, side="right"))
+    missing -= sums[larger - 1] if larger else 0.0
+    keep, equal = p > cutoff, np.flatnonzero(p == cutoff)
+    keep[equal[: math.ceil(missing / float(cutoff))]] = True
+    p *= keep
 
 
 def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, largest first, and where they are: z.topk(k), of candidates.
+    """Return the k largest values of each row, largest first, and their indices, as z.topk(k) does.
 
-    The k largest lie in the k of all strides whose maxima are largest: topk over those costs a fraction.
+    Faster than topk of the whole row: take the maximum of each group of STRIDES values; the k largest values are in the
+    k groups with the largest maxima.
     """
     width = z.shape[-1] // STRIDES
     if k * STRIDES * 4 > z.shape[-1] or width <= k:
@@ -228,18 +236,24 @@ def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids = (chosen[:, None] + width * torch.arange(STRIDES, device=z.device)[:, None]).flatten(1)
     rest = torch.arange(STRIDES * width, z.shape[-1], device=z.device).expand(len(z), -1)
     ids = torch.cat([ids, rest], -1)
-    values, at = z.gather(-1, ids).topk(k)
-    return values, ids.gather(-1, at)
+    values, index = z.gather(-1, ids).topk(k)
+    return values, ids.gather(-1, index)
 
 
-def adjust(z: Tensor, params: SamplingParams, prompt: Sequence[int], text: Sequence[int]) -> None:
-    """Apply penalties and bias to one row of logits, (V,) float32, in place; see SamplingParams."""
-    if params.repetition_penalty != 1.0 and (prompt or text):
-        seen = torch.tensor([*prompt, *text], device=z.device)
+def adjust(z: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> None:
+    """Apply penalties and bias to one row of logits, in place; see SamplingParams.
+
+    Args:
+        z: (V,) float32.
+        params: the penalties and the bias.
+        prompt, output: ids of the prompt and of the tokens after it.
+    """
+    if params.repetition_penalty != 1.0 and (prompt or output):
+        seen = torch.tensor([*prompt, *output], device=z.device)
         values = z[seen]
         z[seen] = torch.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
-    if text and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(list(text), device=z.device).unique(return_counts=True)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = torch.tensor(list(output), device=z.device).unique(return_counts=True)
         z[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=z.device)
@@ -248,7 +262,13 @@ def adjust(z: Tensor, params: SamplingParams, prompt: Sequence[int], text: Seque
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log-probability, and the likeliest tokens in its place with theirs, likeliest first."""
+    """The log-probability of a token, and the most likely tokens at its position.
+
+    Args:
+        token: its id.
+        logprob: in nats.
+        top: (id, log-probability) of the most likely tokens, most likely first.
+    """
 
     token: int
     logprob: float
@@ -256,18 +276,20 @@ class TokenLogprob:
 
 
 def log_probabilities(logits: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probabilities of a token a row, and of the `top` likeliest of each row.
+    """Return the log-probability of one token a row, and of the most likely tokens of each row.
 
     Args:
         logits: (B, V), the model's own.
+        tokens: B token ids.
+        top: number of most likely tokens to return, for each row.
     """
     if not len(tokens):
         return []
-    # log_softmax does a row on one thread; a sum over rows would be cut by how many there are.
+    # log_softmax computes a row on one thread, so its bits do not depend on the number of rows.
     log_p = logits.float().log_softmax(-1)
     chosen = log_p.gather(-1, torch.tensor(tokens, device=log_p.device)[:, None])[:, 0].tolist()
     best: list[tuple] = [()] * len(tokens)
-    for n in {*top} - {0}:  # each by itself: among equal ones, which come first follows their number
+    for n in {*top} - {0}:  # one topk for each count: the order of equal values depends on k
         rows = [row for row, count in enumerate(top) if count == n]
         values, ids = log_p[rows].topk(min(n, log_p.shape[-1]))
         for row, v, i in zip(rows, values.tolist(), ids.tolist(), strict=True):

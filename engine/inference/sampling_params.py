@@ -6,15 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
 
 # float32 cannot distinguish anything smaller from 0.
 MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6
-# Keyword of GPT.generate and GPT.stream -> field. The other fields need the Engine.
-GENERATE_OPTIONS = {
-    "max_new_tokens": "max_tokens", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
-    "stop": "stop_token_ids", "seed": "seed",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +33,11 @@ class SamplingParams:
         logit_bias: token id -> number added to its logit.
         seed: of the random numbers, 64 bits; None draws a seed from torch's generator.
         n: number of continuations.
-        logprobs: number of most likely tokens to return per output token, beside the chosen token; None returns no
-            log-probabilities. All log-probabilities come from the model's own distribution, before temperature,
-            penalties, bias and constraints.
-        prompt_logprobs: number of most likely tokens to return per prompt token, beside the prompt token itself; None
-            returns no log-probabilities of the prompt. The first token of the prompt has none.
+        logprobs: number of most likely tokens to return per output token, in addition to the chosen token; None
+            returns no log-probabilities. All log-probabilities come from the model's own distribution, before
+            temperature, penalties, bias and constraints.
+        prompt_logprobs: number of most likely tokens to return per prompt token, in addition to the prompt token
+            itself; None returns no log-probabilities of the prompt. The first token of the prompt has none.
         prompt_logprobs_start: first position of the prompt for which prompt_logprobs are returned.
         choices: the output is one of these, each a string (needs a tokenizer) or a sequence of token ids. If one choice
             is a prefix of another, one of stop_token_ids ends the shorter.
@@ -101,25 +95,6 @@ class SamplingParams:
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
             raise ValueError(f"sampling: {name} is {getattr(self, name)!r}, expected {expected}")
-
-    @classmethod
-    def from_generate_options(
-        cls, method: str, options: Mapping[str, Any], more_options: Sequence[str] = ()
-    ) -> SamplingParams:
-        """Build from the keyword arguments of GPT.generate or GPT.stream.
-
-        Args:
-            method: name of the method, for error messages.
-            options: the keyword arguments; see GENERATE_OPTIONS.
-            more_options: names of the method's other keyword arguments, for error messages.
-        Raises:
-            TypeError: an unknown keyword argument.
-            ValueError: a value out of range.
-        """
-        if unknown := [name for name in options if name not in GENERATE_OPTIONS]:
-            expected = ", ".join((*GENERATE_OPTIONS, *more_options))
-            raise TypeError(f"{method}: got option {unknown[0]!r}, expected {expected}")
-        return cls(**{GENERATE_OPTIONS[name]: value for name, value in options.items()})
 
     @property
     def changes_logits(self) -> bool:

@@ -1,125 +1,126 @@
-"""Proposals of the next tokens, to be checked all at once; they change how fast a text comes, and nothing else.
+"""Speculative decoding: proposals of the next tokens, which the engine checks in one step. The output is the same.
 
-Reading the weights is what a token costs: eight of them in one pass cost little more than one. The engine chooses each
-token by its own rule from the model's own logits, and keeps on while the proposal was the same.
+A decoding step costs as much as reading the weights: one step for eight tokens costs little more than for one. The
+engine samples each token by its own rule from the model's own logits, and continues while the draft agrees.
 
-Leviathan, Kalman, Matias 2023, "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192; here what
-is kept is what would have been chosen, not only what has the same distribution. Saxena 2023, "Prompt Lookup Decoding".
+Leviathan, Kalman, Matias 2023, "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192; here the
+tokens are the same as without a draft, not only their distribution. Saxena 2023, "Prompt Lookup Decoding".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from peakgpt.engine.inference.block_pool import BLOCK, BlockPool, Chunk
-from peakgpt.engine.inference.ops_runner import runner_for
+from peakgpt.engine.inference.block_pool import BlockPool, blocks_for
+from peakgpt.engine.inference.chunk import Chunk
+from peakgpt.engine.inference.executor import make_executor
+from peakgpt.engine.model.transformer import Transformer
 
-if TYPE_CHECKING:
-    from peakgpt.engine.model.transformer import Transformer
-
-NGRAM = 3  # tokens that are looked up at most: longer ones are rare, and where they match, three do too
+NGRAM = 3  # longest run of tokens to look up: longer ones are rare, and where they match, three tokens match too
 
 
 @dataclass(frozen=True)
-class Ask:
-    """Whose next tokens are wanted, what there is so far, and how many at most."""
+class DraftRequest:
+    """A sequence that wants a draft of at most `count` tokens; `key` identifies it from step to step."""
 
     key: int
-    tokens: Sequence[int]
+    token_ids: Sequence[int]
     count: int
 
 
 class Speculation(Protocol):
     """Proposes tokens."""
 
-    vocab_size: int | None  # of what it proposes from; None: of the text itself
+    vocab_size: int | None  # of the draft model; None if proposals come from the sequence itself
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        """Up to `count` tokens for each."""
+    def propose(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        """Return up to `count` tokens for each request."""
 
-    def forget(self, key: int) -> None:
-        """A text has ended; its key may come again for another one."""
+    def drop(self, key: int) -> None:
+        """Free the state of a sequence; the key may be reused for another one."""
 
 
 class PromptLookup:
-    """Proposes what followed the last few tokens where they stood before."""
+    """Proposes the tokens that followed an earlier occurrence of the last few tokens."""
 
     vocab_size = None
 
     def __init__(self):
-        self.texts: dict[int, _Index] = {}
+        self.indexes: dict[int, _NgramIndex] = {}
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        return [self.texts.setdefault(ask.key, _Index()).propose(ask.tokens, ask.count) for ask in asks]
+    def propose(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        return [self.indexes.setdefault(r.key, _NgramIndex()).propose(r.token_ids, r.count) for r in requests]
 
-    def forget(self, key: int) -> None:
-        self.texts.pop(key, None)
+    def drop(self, key: int) -> None:
+        self.indexes.pop(key, None)
 
 
 @dataclass
-class _Index:
-    """Where each run of up to NGRAM tokens of a text last ended, its very end left out."""
+class _NgramIndex:
+    """End of the last occurrence of each run of up to NGRAM tokens, without the run at the sequence's end."""
 
     ends: dict[tuple[int, ...], int] = field(default_factory=dict)
-    seen: int = 0  # tokens that runs have been made of
+    num_indexed: int = 0  # tokens
 
-    def propose(self, tokens: Sequence[int], count: int) -> list[int]:
-        for end in range(self.seen + 1, len(tokens)):
+    def propose(self, token_ids: Sequence[int], count: int) -> list[int]:
+        for end in range(self.num_indexed + 1, len(token_ids)):
             for n in range(1, min(NGRAM, end) + 1):
-                self.ends[tuple(tokens[end - n : end])] = end
-        self.seen = max(len(tokens) - 1, 0)
-        for n in range(min(NGRAM, len(tokens)), 0, -1):
-            if end := self.ends.get(tuple(tokens[len(tokens) - n :])):
-                return list(tokens[end : end + count])
+                self.ends[tuple(token_ids[end - n : end])] = end
+        self.num_indexed = max(len(token_ids) - 1, 0)
+        for n in range(min(NGRAM, len(token_ids)), 0, -1):
+            if end := self.ends.get(tuple(token_ids[len(token_ids) - n :])):
+                return list(token_ids[end : end + count])
         return []
 
 
 class DraftModel:
-    """Proposes the greedy text of a smaller model with the same vocabulary."""
+    """Proposes the greedy output of a smaller model with the same vocabulary."""
 
     def __init__(self, model: Transformer, *, blocks: int | None = None):
         """
         Args:
-            model: the smaller one; copied as by Engine.
-            blocks: of its cache; None means enough for 8 texts as long as it takes.
+            model: the smaller model, as for Engine.
+            blocks: blocks of its KV cache; None means enough for 8 sequences of its block_size.
         """
         self.config, self.vocab_size = model.config, model.config.vocab_size
-        self.runner = runner_for(model, blocks or 8 * -(-model.config.block_size // BLOCK))
-        self.pool = BlockPool(self.runner.memory.blocks, BLOCK)
-        self.held: dict[int, list[int]] = {}  # tokens whose keys and values are there
-        self.tables: dict[int, list[int]] = {}
+        self.executor = make_executor(model, blocks or 8 * blocks_for(model.config.block_size))
+        self.pool = BlockPool(self.executor.kv_cache.num_blocks)
+        self.cached_ids: dict[int, list[int]] = {}  # tokens whose keys and values are in the cache
+        self.block_tables: dict[int, list[int]] = {}
 
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in asks]
-        live = [i for i, ask in enumerate(asks) if self._ready(ask)]
-        for drawn in range(max((ask.count for ask in asks), default=0)):
-            live = [i for i in live if drawn < asks[i].count]
+    def propose(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        drafts: list[list[int]] = [[] for _ in requests]
+        live = [i for i, request in enumerate(requests) if self._prepare(request)]
+        for length in range(max((request.count for request in requests), default=0)):
+            live = [i for i in live if length < requests[i].count]
             if not live:
                 break
             chunks = []
             for i in live:
-                text, held = [*asks[i].tokens, *found[i]], self.held[asks[i].key]
-                chunks.append(Chunk(text[len(held) :], len(held), self.tables[asks[i].key]))
-                held += text[len(held) :]
-            for i, token in zip(live, self.runner.step(chunks).argmax(-1).tolist(), strict=True):
-                found[i].append(token)
-        return found
+                key, ids = requests[i].key, [*requests[i].token_ids, *drafts[i]]
+                cached = self.cached_ids[key]
+                chunks.append(Chunk(ids[len(cached) :], len(cached), self.block_tables[key]))
+                cached += ids[len(cached) :]
+            for i, token in zip(live, self.executor.step(chunks).argmax(-1).tolist(), strict=True):
+                drafts[i].append(token)
+        return drafts
 
-    def _ready(self, ask: Ask) -> bool:
-        """Forget what the text did not become, and take blocks; False where there is no room."""
-        held, table = self.held.setdefault(ask.key, []), self.tables.setdefault(ask.key, [])
-        same = next((i for i, (a, b) in enumerate(zip(held, ask.tokens, strict=False)) if a != b), len(held))
-        del held[min(same, len(ask.tokens) - 1) :]
-        tokens = len(ask.tokens) + ask.count
-        while tokens <= self.config.block_size and len(table) * BLOCK < tokens:
+    def drop(self, key: int) -> None:
+        self.cached_ids.pop(key, None)
+        for block in self.block_tables.pop(key, ()):
+            self.pool.release(block)
+
+    def _prepare(self, request: DraftRequest) -> bool:
+        """Drop rejected tokens from the cache and allocate blocks; False if the sequence or the cache is too long."""
+        cached, table = self.cached_ids.setdefault(request.key, []), self.block_tables.setdefault(request.key, [])
+        pairs = enumerate(zip(cached, request.token_ids, strict=False))
+        agreed = next((i for i, (ours, theirs) in pairs if ours != theirs), len(cached))
+        del cached[min(agreed, len(request.token_ids) - 1) :]
+        tokens = len(request.token_ids) + request.count
+        while tokens <= self.config.block_size and len(table) < blocks_for(tokens):
             if (block := self.pool.allocate()) is None:
                 return False
             table.append(block)
         return tokens <= self.config.block_size
-
-    def forget(self, key: int) -> None:
-        self.held.pop(key, None)
-        for block in self.tables.pop(key, ()):
-            self.pool.release(block)

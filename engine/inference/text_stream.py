@@ -1,4 +1,4 @@
-"""A text as its tokens come: whole characters only, and nothing that may turn out to be part of a stop string."""
+"""Streaming text output: return only whole characters, and hold back text that may be part of a stop string."""
 
 from __future__ import annotations
 
@@ -8,45 +8,46 @@ from peakgpt.engine.data.tokenizer import StreamDecoder, Tokenizer
 
 
 class TextStream:
-    """What may be shown of a text whose tokens come one by one.
+    """Decodes tokens one by one and stops at stop strings.
 
-    What `feed` and `finish` return adds up to the text, which ends before the first stop string in it.
+    The results of `feed` and `finish` add up to the output text, which ends before its first stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self.decoder, self.stops = StreamDecoder(tokenizer), tuple(stops)
-        self.held = ""  # may be the beginning of a stop string
-        self.stopped_by: str | None = None
+        self.held_back = ""  # text that may be the beginning of a stop string
+        self.stopped_by: str | None = None  # the stop string that ended the text
 
     def feed(self, token: int) -> str:
-        """Take one id and return what may be shown; `stopped_by` says whether the text ended."""
+        """Add one token id and return the new text; `stopped_by` is set if a stop string ended the text."""
         try:
             new = self.decoder.feed(token)
-        except ValueError:  # models have rows of padding behind their tokenizer's vocabulary
+        except ValueError:  # the vocabulary of a model may be padded to more ids than the tokenizer has
             new = "\ufffd"
-        return self._show(new)
+        return self._release(new)
 
     def finish(self) -> str:
-        """Return what is left of a text that ended otherwise."""
-        shown = self._show(self.decoder.finish())
+        """Return the rest of the text after the last token, unless a stop string ended it."""
+        text = self._release(self.decoder.finish())
         if self.stopped_by is None:
-            shown, self.held = shown + self.held, ""
-        return shown
+            text, self.held_back = text + self.held_back, ""
+        return text
 
-    def _show(self, new: str) -> str:
+    def _release(self, new: str) -> str:
+        """Return the text that can be shown after `new` text is added, and hold back the rest."""
         if not self.stops:
             return new
-        text = self.held + new
-        found = [(at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            at, self.stopped_by = min(found, key=lambda hit: hit[0])
-            self.held = ""
-            return text[:at]
-        kept = max(_overlap(text, stop) for stop in self.stops)
-        self.held = text[len(text) - kept :]
-        return text[: len(text) - kept]
+        text = self.held_back + new
+        hits = [(position, stop) for stop in self.stops if (position := text.find(stop)) >= 0]
+        if hits:
+            position, self.stopped_by = min(hits, key=lambda hit: hit[0])
+            self.held_back = ""
+            return text[:position]
+        count = max(_overlap(text, stop) for stop in self.stops)
+        self.held_back = text[len(text) - count :]
+        return text[: len(text) - count]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the text's last characters begin the stop string."""
+    """Return the length of the longest end of the text that is a beginning of the stop string, without all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""What a GPT is, as data: sizes and choices under the names that GPT readers know."""
+"""GPTConfig: the sizes of a GPT and the variants of its layers, under the names of nanoGPT and transformers' GPT-2."""
 
 from __future__ import annotations
 
@@ -8,54 +8,63 @@ from typing import Any
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES
 
 SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "block_size", "vocab_size", "n_inner", "word_dim")
+OPTIONAL_SIZES = ("n_kv_head", "head_dim", "n_inner", "word_dim")  # None means a size derived from the others
+FLAGS = ("embedding_norm", "rotary_interleaved", "scale_by_layer", "gated_mlp", "tied_head", "head_bias")
+POSITIVE = ("layer_norm_epsilon", "rotary_base", "logit_scale")
 RATES = ("dropout", "embedding_dropout", "attention_dropout")
 CHOICES = {
     "norm": ("layer", "rms"),
     "position": ("learned", "rotary", "alibi", "transformer_xl", "relative_bias"),
     "residual": ("pre_norm", "post_norm", "parallel", "parallel_two_norms"),
 }
-BIASED = ("qkv", "out", "mlp", "norm")  # parts of a block; "norm" stands for the norms outside of blocks too
+BIASED = ("qkv", "out", "mlp", "norm")  # what may have a bias; "norm" includes the norms outside of the blocks
 
 
 @dataclass(kw_only=True, frozen=True)
 class GPTConfig:
-    """Sizes and choices of one GPT; the defaults are GPT-2's smallest.
+    """Sizes and variants of one GPT. The defaults are GPT-2's smallest model.
 
     Args:
-        n_layer, n_head, n_embd: L blocks, H query heads, C features.
-        n_kv_head: K key and value heads, dividing n_head; None means n_head.
-        head_dim: D features a head; None means n_embd / n_head.
-        n_inner: F features inside the MLP; None means 4 n_embd.
-        block_size: the longest sequence, in tokens.
+        n_layer, n_head, n_embd: L blocks, H query heads, model width C.
+        n_kv_head: K key and value heads, a divisor of n_head; None means n_head.
+        head_dim: width D of a head; None means n_embd / n_head.
+        n_inner: width F of the MLP; None means 4 n_embd.
+        block_size: maximum sequence length, in tokens.
         vocab_size: V.
-        word_dim: features of a token's embedding, projected to and from n_embd where it is another; None means n_embd.
-        norm: "layer", or "rms", which takes no mean and has no bias.
-        embedding_norm: whether the token embedding is normalised before the first block.
-        position: "learned" table, "rotary" queries and keys, "alibi" slopes on the scores, "transformer_xl" relative
-            keys, or "relative_bias" on the scores by distance, T5's; the last two are a layer's own.
-        position_offset: row of the learned table that the first token takes.
-        rotary_dim: features of a head that are rotated, even; None means head_dim.
-        rotary_interleaved: whether neighbours are rotated as a pair (GPT-J), or feature i with i + rotary_dim / 2.
-        rotary_base: pair i of n turns by base^(-i/n) a token.
-        windows: keys that a query sees in each layer, itself counted, None for all; repeated to n_layer entries.
+        word_dim: width of the token embedding. If it differs from n_embd, linear layers project to n_embd and back.
+            None means n_embd.
+        norm: "layer" (LayerNorm) or "rms" (RMSNorm, without bias).
+        embedding_norm: normalize the token embedding before the first block.
+        position: "learned": a table of embeddings. "rotary": rotated queries and keys. "alibi": slopes on the scores.
+            "transformer_xl": relative keys, with parameters in each layer. "relative_bias": T5's bias on the scores by
+            distance, with parameters in each layer.
+        position_offset: row of the learned table for the first token.
+        rotary_dim: number of rotated features of a head, even; None means head_dim.
+        rotary_interleaved: rotate features 2 i and 2 i + 1 as a pair (GPT-J) instead of i and i + rotary_dim / 2.
+        rotary_base: pair i of n rotates by base^(-i/n) radians a token.
+        windows: for each layer the number of keys that a query attends to, including its own; None means all. A shorter
+            tuple is repeated to n_layer entries.
         attention_scale: factor on q k^T; None means 1 / sqrt(head_dim).
-        scale_by_layer: whether layer i divides that factor by i + 1.
-        residual: what a block adds to what:
-            "pre_norm": x += attn(norm(x)), x += mlp(norm(x)); a last norm before the head.
-            "post_norm": x = norm(x + attn(x)), x = norm(x + mlp(x)); no last norm.
-            "parallel": x += attn(norm(x)) + mlp(norm(x)) with one norm, "parallel_two_norms" with one for each branch.
-        activation: "gelu_tanh", "gelu_erf" or "relu"; of a gate also "silu".
-        gated_mlp: whether the activation is that of a gate, a third projection of the MLP.
-        experts: E MLPs, not gated, in place of that of every `experts_every`-th layer; 0 for none.
-        experts_per_token: how many of them a token goes through.
-        balance_loss: factor on the experts' balance, added to the loss while training.
-        layer_norm_epsilon: added to the variance, or to the mean square.
-        bias: whether layers and norms have one, or the parts that do: "qkv", "out", "mlp", "norm".
-        tied_head: whether the head is the token embedding. head_bias: whether an untied head has a bias.
+        scale_by_layer: divide that factor by i + 1 in layer i.
+        residual: how the branches of a block are connected:
+            "pre_norm": x += attn(norm(x)), x += mlp(norm(x)); a norm before the head.
+            "post_norm": x = norm(x + attn(x)), x = norm(x + mlp(x)); no norm before the head.
+            "parallel": x += attn(norm(x)) + mlp(norm(x)) with one norm; "parallel_two_norms": with two.
+        activation: "gelu_tanh", "gelu_erf" or "relu"; with gated_mlp also "silu".
+        gated_mlp: the activation is applied to a third projection of the MLP, the gate.
+        experts: number E of experts in every `experts_every`-th layer, which replace its MLP and are not gated; 0 for
+            none.
+        experts_per_token: number of experts that compute each token.
+        balance_loss: factor on the experts' balance loss, which is added to the loss in training.
+        layer_norm_epsilon: added to the variance (LayerNorm) or the mean square (RMSNorm).
+        bias: True, False, or the parts that have a bias: "qkv", "out", "mlp", "norm".
+        tied_head: the head shares its weight with the token embedding.
+        head_bias: an untied head has a bias.
         logit_scale: factor on the logits.
-        z_loss: factor on the square of the log of the softmax's denominator, added to the loss while training.
-        dropout: probability after each branch, while training.
-        embedding_dropout, attention_dropout: after the embedding, and of an attention weight; None means dropout.
+        z_loss: factor on logsumexp(logits)^2, which is added to the loss in training.
+        dropout: probability after each branch, in training.
+        embedding_dropout, attention_dropout: probability after the embedding, and of an attention weight; None means
+            dropout.
     Raises:
         ValueError: a value out of range, or values that do not fit each other.
     """
@@ -97,113 +106,98 @@ class GPTConfig:
     attention_dropout: float | None = None
 
     def __post_init__(self):
-        optional = ("n_kv_head", "head_dim", "n_inner", "word_dim")
-        for name in SIZES:
-            value = getattr(self, name)
-            if not _is_count(value) and not (value is None and name in optional):
-                raise ValueError(f"GPTConfig: {name} is {value!r}, expected a positive integer")
-        if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f"GPTConfig: n_embd is {self.n_embd}, expected a multiple of n_head {self.n_head}")
-        self._settle(
-            n_kv_head=self.n_kv_head or self.n_head,
-            head_dim=self.head_dim or self.n_embd // self.n_head,
-            n_inner=self.n_inner or 4 * self.n_embd,
-            word_dim=self.word_dim or self.n_embd,
-        )
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"GPTConfig: n_kv_head is {self.n_kv_head}, expected a divisor of n_head {self.n_head}")
+        self._check_sizes()
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        for name in ("embedding_norm", "rotary_interleaved", "scale_by_layer", "gated_mlp", "tied_head", "head_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, expected True or False")
-        for name in ("layer_norm_epsilon", "rotary_base", "logit_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}, expected more than 0")
-        if not self.z_loss >= 0:
-            raise ValueError(f"GPTConfig: z_loss is {self.z_loss}, expected at least 0")
-        if self.head_bias and self.tied_head:
-            raise ValueError("GPTConfig: head_bias is True with a tied head, expected tied_head False beside it")
+            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        for name in FLAGS:
+            self._require(name, isinstance(getattr(self, name), bool), "True or False")
+        for name in POSITIVE:
+            self._require(name, getattr(self, name) > 0, "more than 0")
+        self._require("z_loss", self.z_loss >= 0, "at least 0")
+        self._require("head_bias", not (self.head_bias and self.tied_head), "tied_head False with it")
         self._check_mlp()
         self._check_position()
         self._check_bias()
         self._check_windows()
         for name in RATES:
-            rate = self.dropout if getattr(self, name) is None else getattr(self, name)
-            if not 0 <= rate < 1:
-                raise ValueError(f"GPTConfig: {name} is {rate}, expected 0 <= {name} < 1")
-            self._settle(**{name: rate})
+            if getattr(self, name) is None:
+                self._set(**{name: self.dropout})
+            self._require(name, 0 <= getattr(self, name) < 1, f"0 <= {name} < 1")
+
+    def _check_sizes(self) -> None:
+        for name in SIZES:
+            value = getattr(self, name)
+            is_derived = value is None and name in OPTIONAL_SIZES
+            self._require(name, is_derived or _is_count(value), "a positive integer")
+        self._require(
+            "n_embd", self.head_dim is not None or self.n_embd % self.n_head == 0, f"a multiple of n_head {self.n_head}"
+        )
+        self._set(
+            n_kv_head=self.n_kv_head or self.n_head,
+            head_dim=self.head_dim or self.n_embd // self.n_head,
+            n_inner=self.n_inner or 4 * self.n_embd,
+            word_dim=self.word_dim or self.n_embd,
+        )
+        self._require("n_kv_head", self.n_head % self.n_kv_head == 0, f"a divisor of n_head {self.n_head}")
 
     def _check_mlp(self) -> None:
         allowed = GATES if self.gated_mlp and not self.experts else ACTIVATIONS
-        if self.activation not in allowed:
-            raise ValueError(f"GPTConfig: activation is {self.activation!r}, expected one of {', '.join(allowed)}")
+        self._require("activation", self.activation in allowed, f"one of {', '.join(allowed)}")
         if self.experts == 0 and not isinstance(self.experts, bool):
             return
         for name in ("experts", "experts_every", "experts_per_token"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, expected a positive integer")
-        if self.experts_per_token > self.experts or self.experts_every > self.n_layer:
-            raise ValueError(
-                f"GPTConfig: experts_per_token is {self.experts_per_token} and experts_every {self.experts_every}, "
-                f"expected at most experts {self.experts} and n_layer {self.n_layer}"
-            )
-        if not self.balance_loss >= 0:
-            raise ValueError(f"GPTConfig: balance_loss is {self.balance_loss}, expected at least 0")
+            self._require(name, _is_count(getattr(self, name)), "a positive integer")
+        self._require("experts_per_token", self.experts_per_token <= self.experts, f"at most experts {self.experts}")
+        self._require("experts_every", self.experts_every <= self.n_layer, f"at most n_layer {self.n_layer}")
+        self._require("balance_loss", self.balance_loss >= 0, "at least 0")
 
     def _check_position(self) -> None:
-        rotary = self.position == "rotary"
-        if not rotary and self.rotary_dim is not None:
-            raise ValueError(
-                f"GPTConfig: rotary_dim is {self.rotary_dim}, expected None as position is {self.position}"
-            )
-        if rotary and self.rotary_dim is None:
-            self._settle(rotary_dim=self.head_dim)
-        if rotary and (not _is_count(self.rotary_dim) or self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
-            raise ValueError(
-                f"GPTConfig: rotary_dim is {self.rotary_dim!r}, expected an even number up to head_dim {self.head_dim}"
-            )
+        if self.position == "rotary":
+            if self.rotary_dim is None:
+                self._set(rotary_dim=self.head_dim)
+            is_even = _is_count(self.rotary_dim) and self.rotary_dim % 2 == 0
+            is_valid = is_even and self.rotary_dim <= self.head_dim
+            self._require("rotary_dim", is_valid, f"an even number up to head_dim {self.head_dim}")
+        else:
+            self._require("rotary_dim", self.rotary_dim is None, f"None as position is {self.position}")
         offset = self.position_offset
-        if offset != 0 and not (_is_count(offset) and self.position == "learned"):
-            raise ValueError(f"GPTConfig: position_offset is {offset!r}, expected 0, or more with learned positions")
+        is_valid = offset == 0 or (_is_count(offset) and self.position == "learned")
+        self._require("position_offset", is_valid, "0, or more with learned positions")
 
     def _check_bias(self) -> None:
         if not isinstance(self.bias, bool):
-            self._check_biased_parts()
-        if self.norm == "rms" and self.has_bias("norm"):
-            raise ValueError(f"GPTConfig: bias is {self.bias} with norm rms, which has none, expected it without norm")
-
-    def _check_biased_parts(self) -> None:
-        if not isinstance(self.bias, tuple | list) or not set(self.bias) <= set(BIASED):
-            raise ValueError(
-                f"GPTConfig: bias is {self.bias!r}, expected True or False, or some of {', '.join(BIASED)}"
-            )
-        parts = tuple(part for part in BIASED if part in self.bias)
-        self._settle(bias={BIASED: True, (): False}.get(parts, parts))
+            is_known = isinstance(self.bias, tuple | list) and set(self.bias) <= set(BIASED)
+            self._require("bias", is_known, f"True or False, or some of {', '.join(BIASED)}")
+            parts = tuple(part for part in BIASED if part in self.bias)
+            self._set(bias={BIASED: True, (): False}.get(parts, parts))
+        self._require("bias", self.norm != "rms" or not self.has_bias("norm"), "no bias of norms, as norm is rms")
 
     def _check_windows(self) -> None:
         windows = self.windows
-        sequence = isinstance(windows, tuple | list) and len(windows) > 0
-        if not sequence or not all(window is None or _is_count(window) for window in windows):
-            raise ValueError(f"GPTConfig: windows is {windows!r}, expected positive integers or None, at least one")
-        self._settle(windows=tuple(windows[layer % len(windows)] for layer in range(self.n_layer)))
+        is_sequence = isinstance(windows, tuple | list) and len(windows) > 0
+        is_valid = is_sequence and all(window is None or _is_count(window) for window in windows)
+        self._require("windows", is_valid, "positive integers or None, at least one")
+        self._set(windows=tuple(windows[layer % len(windows)] for layer in range(self.n_layer)))
 
-    def _settle(self, **values: Any) -> None:
-        """Replace what was left open by what it means."""
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, expected {expected}")
+
+    def _set(self, **values: Any) -> None:
+        """Set fields of the frozen dataclass: replace None and short forms by what they mean."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def has_bias(self, part: str) -> bool:
-        """Whether a part, one of BIASED, has a bias."""
+        """Return whether a part, one of BIASED, has a bias."""
         return self.bias is True or (self.bias is not False and part in self.bias)
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer, counted from 0, has experts: the last of every `experts_every`."""
+        """Return whether layer 0 .. L - 1 has experts: the last of every `experts_every` layers has."""
         return bool(self.experts) and (layer + 1) % self.experts_every == 0
 
     def scale(self, layer: int) -> float | None:
-        """A layer's factor on q k^T; None means 1 / sqrt(head_dim)."""
+        """Return the factor on q k^T of a layer; None means 1 / sqrt(head_dim)."""
         if not self.scale_by_layer:
             return self.attention_scale
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale

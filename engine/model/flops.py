@@ -1,12 +1,13 @@
-"""Model FLOPs: what a step must compute by the model's definition, whatever the kernels do; the numerator of MFU.
+"""Model FLOPs: the operations that the definition of the model requires, independent of the kernels; for MFU.
 
     forward  = 2 N + 4 H D sum_l S_l      training = 3 forward = 6 N + 12 L H D T      FLOPs per token
 
-An FMA counts 2, the backward pass twice the forward; D is the paper's Q, S_l the keys of layer l: the sequence length
-T, full T^2 attention, or its window where that is shorter. Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix
-B. N are the weights that multiply: not the position embedding, and the token embedding only where it is the head.
-What activation checkpointing computes again is no model FLOP: it counts in HFU only, `recomputed_flops`.
-`causal=True` counts only the live half of the attention, (T + 1) / 2 keys a query, and is never used for MFU.
+An FMA counts as 2, the backward pass as twice the forward. D is the paper's Q. S_l is the number of keys of layer l:
+the sequence length T (full T^2 attention), or the window if it is shorter. Chowdhery et al. 2022, "PaLM",
+arXiv:2204.02311, appendix B. N counts the weights that multiply: not the position embedding, and the token embedding
+only if it is also the head. Activation checkpointing adds no model FLOPs: its second pass counts in HFU only, see
+`recomputed_flops`. `causal=True` counts only the unmasked half of the attention, (T + 1) / 2 keys a query, and is never
+used for MFU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from peakgpt.engine.model.relative_positions import BUCKETS
 
 
 def parameter_count(config: GPTConfig, *, active: bool = False) -> int:
-    """Count the model's parameters, a tied head once; `active`: of a layer's experts only those that a token meets."""
+    """Count the parameters of a model, a tied head once.
+
+    Args:
+        config: of the model.
+        active: count only experts_per_token experts of a layer, those that compute one token.
+    """
     c = config.n_embd
     norms = config.n_layer * (1 if config.residual == "parallel" else 2)
     norms += int(config.residual != "post_norm") + int(config.embedding_norm)
@@ -52,47 +58,47 @@ def _position_embedding(config: GPTConfig) -> int:
 
 
 def multiplying_parameters(config: GPTConfig) -> int:
-    """N: the parameters without the tables that are only looked up and the experts that a token does not meet."""
-    looked_up = _position_embedding(config) + (0 if config.tied_head else _token_embedding(config))
-    return parameter_count(config, active=True) - looked_up
+    """Return N: the parameters without tables that are only looked up, with the experts that compute one token."""
+    lookup_tables = _position_embedding(config) + (0 if config.tied_head else _token_embedding(config))
+    return parameter_count(config, active=True) - lookup_tables
 
 
 def forward_flops(config: GPTConfig, tokens: int, *, causal: bool = False) -> float:
-    """Model FLOPs per token of a forward pass over sequences of `tokens` tokens."""
+    """Return the model FLOPs per token of a forward pass over sequences of `tokens` tokens."""
     keys = sum(_keys(tokens, min(window or tokens, tokens), causal) for window in config.windows)
     return 2 * multiplying_parameters(config) + 4 * config.n_head * config.head_dim * keys
 
 
 def _keys(tokens: int, window: int, causal: bool) -> float:
-    """Keys of a query, the mean over the sequence where only live ones count."""
+    """Return the number of keys of a query; with `causal` the mean over the sequence of the unmasked keys."""
     return window - window * (window - 1) / (2 * tokens) if causal else window
 
 
 def training_flops(config: GPTConfig, tokens: int, *, causal: bool = False) -> float:
-    """Model FLOPs per token of a forward and backward pass over sequences of `tokens` tokens."""
+    """Return the model FLOPs per token of a forward and backward pass over sequences of `tokens` tokens."""
     return 3 * forward_flops(config, tokens, causal=causal)
 
 
 def recomputed_flops(config: GPTConfig, tokens: int, plan: str, *, causal: bool = False) -> float:
-    """FLOPs per token that a plan of recompute.py computes a second time; HFU's numerator with training_flops.
+    """Return the FLOPs per token that a plan of recompute.py computes twice; HFU counts them and training_flops.
 
-    "mlp": the first product of every MLP. "block": the forward pass of the blocks that forget.
+    "mlp": the first product of every MLP. "block": the forward pass of the recomputed blocks.
     """
-    what, every = parse(plan)
+    kind, every = parse(plan)
     c, inner, layers = config.n_embd, config.n_inner, range(config.n_layer)
-    met = [config.experts_per_token if config.has_experts(i) else 1 for i in layers]  # MLPs of a token
+    mlps = [config.experts_per_token if config.has_experts(i) else 1 for i in layers]  # MLPs that compute a token
     ups = [1 + (config.gated_mlp and not config.has_experts(i)) for i in layers]
-    up = [n * k * c * inner for n, k in zip(met, ups, strict=True)]
-    if what == "mlp":
+    up = [n * k * c * inner for n, k in zip(mlps, ups, strict=True)]
+    if kind == "mlp":
         return 2 * sum(up)
-    forgetful = layers[::every] if what == "block" else ()
+    recomputed = layers[::every] if kind == "block" else ()
     attention = (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim * c
     router = [c * config.experts * config.has_experts(i) for i in layers]
-    weights = sum(attention + up[i] + met[i] * inner * c + router[i] for i in forgetful)
-    keys = sum(_keys(tokens, min(config.windows[i] or tokens, tokens), causal) for i in forgetful)
+    weights = sum(attention + up[i] + mlps[i] * inner * c + router[i] for i in recomputed)
+    keys = sum(_keys(tokens, min(config.windows[i] or tokens, tokens), causal) for i in recomputed)
     return 2 * weights + 4 * config.n_head * config.head_dim * keys
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:
-    """Model FLOPs utilisation, 0..1: achieved model FLOP/s over the peak FLOP/s of the device and dtype."""
+    """Return the model FLOPs utilization, 0..1: model FLOP/s divided by the peak FLOP/s of the device and dtype."""
     return tokens_per_s * flops_per_token / peak_flops

@@ -1,11 +1,11 @@
-"""Products in 8-bit floats: e4m3 forward, e5m2 for the gradients that come back, each tensor with a scale of its own.
+"""Linear layers with 8-bit float products: e4m3 operands in forward, e5m2 output gradients in backward.
 
     scale = amax(|t|) / max(dtype)      q = t / scale, rounded      y = (q_x q_w^T) scale_x scale_w
 
-Scales are taken from the tensors that they scale, on the device, at every call. For the linear layers of attention and
-MLP and for the head; off by default. It changes the loss: `python -m peakgpt.bench fp8` shows it beside bfloat16's.
-Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433. Products are torch._scaled_mm's: on sm_89
-and newer the GPU's own, on a CPU an emulation to test with.
+Each tensor has one scale, computed from its values on the device in every call. Used by the linear layers of attention
+and MLP and by the head, in training; off by default. It changes the loss: `python -m peakgpt.bench fp8` compares it
+with bfloat16. Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433. The products are
+torch._scaled_mm: native on sm_89 and newer, emulated on a CPU, for tests only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peakgpt.kernels.ops.linear import linear
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
-MULTIPLE = 16  # of every size of a product, by torch._scaled_mm
+MULTIPLE = 16  # torch._scaled_mm needs every size of a product to be a multiple
 
 
 def quantize(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def quantize(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         t: floating.
         dtype: FORWARD or BACKWARD.
     Returns:
-        (q, scale): t is about q * scale; scale is a float32 scalar on t's device, 1 for a tensor of zeros.
+        (q, scale), with t close to q * scale. scale is a float32 scalar on the device of t, 1 for a tensor of zeros.
     """
     largest = torch.finfo(dtype).max
     amax = t.abs().amax().float()
@@ -35,11 +35,13 @@ def quantize(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, *, fast: bool) -> Tensor:
-    """(M, K) (K, N): the first by rows, the second by columns. `fast` adds up in fewer bits, good enough forward."""
+    """Multiply row-major (M, K) by column-major (K, N). `fast` accumulates in fewer bits, enough for forward."""
     return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
-class _Linear(torch.autograd.Function):
+class _FP8Linear(torch.autograd.Function):
+    """x w^T of x (N, C) and w (F, C). Saves the quantized operands for backward."""
+
     @staticmethod
     def forward(ctx, x, w):
         (q_x, s_x), (q_w, s_w) = quantize(x, FORWARD), quantize(w, FORWARD)
@@ -60,7 +62,7 @@ class _Linear(torch.autograd.Function):
 
 
 def fp8_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """x w^T + b with 8-bit operands; in full where a size is no multiple of 16.
+    """Compute x w^T + b with 8-bit operands; in the dtype of x if a size is not a multiple of 16.
 
     Args:
         x: (..., C) float32, bfloat16 or float16.
@@ -71,15 +73,15 @@ def fp8_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if any(size % MULTIPLE for size in (*rows.shape, *w.shape)) or not rows.numel():
         return linear(x, w, b)
-    y = _Linear.apply(rows, w).view(*x.shape[:-1], w.shape[0])
+    y = _FP8Linear.apply(rows, w).view(*x.shape[:-1], w.shape[0])
     return y if b is None else y + b
 
 
 def set_fp8(model: nn.Module, on: bool) -> None:
-    """Switch a GPT's products to 8 bits, or back.
+    """Turn the 8-bit products of a GPT on or off.
 
     Raises:
-        ValueError: its device has no 8-bit products, or a size of the model is no multiple of 16.
+        ValueError: the device has no 8-bit products, or a size of the model is not a multiple of 16.
     """
     parts = [module for module in model.modules() if hasattr(module, "fp8")]
     device = next(model.parameters()).device

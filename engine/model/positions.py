@@ -1,13 +1,13 @@
-"""Where the tokens of one forward pass stand, made once and read by every layer's attention.
+"""Positions of the tokens of one forward pass: computed once, used by the attention of every layer.
 
     learned: row position_offset + p of the table      rotary: angle of pair i is p * base^(-2 i / R), R = rotary_dim
-    alibi:   slope of head h of n, n a power of two, is 2^(-8 (h + 1) / n); other counts take the slopes of the power
-             of two below, then every other one of that above
+    alibi:   the slope of head h of n, n a power of two, is 2^(-8 (h + 1) / n); another n uses the slopes of the power
+             of two below it, then every second slope of the power of two above it
     transformer_xl, relative_bias: engine/model/relative_positions.py
 
-p counts from the first token of the text: in a left-padded row that is p = t - start. All but the table follow
-differences only, so they count from the row's first column. Su et al. 2021, "RoFormer", arXiv:2104.09864, eq. 15;
-Press, Smith, Lewis 2022, arXiv:2108.12409, section 3 and their code.
+p counts from the first token of the sequence: p = t - start in a left-padded row. Only the learned table needs p; the
+others depend on differences of positions, so they count from the first column. Su et al. 2021, "RoFormer",
+arXiv:2104.09864, eq. 15; Press, Smith, Lewis 2022, arXiv:2108.12409, section 3 and their code.
 """
 
 from __future__ import annotations
@@ -20,26 +20,37 @@ from torch import Tensor
 
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.relative_positions import RELATIVE, distances
+from peakgpt.kernels.core.check import readable
 
 
 class Positions(NamedTuple):
-    """What attention must know beside queries, keys and values; None where it does not matter."""
+    """Inputs of attention that depend on positions; each is None if the model does not use it."""
 
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: (T, R / 2) float32
-    interleaved: bool = False
-    alibi: Tensor | None = None  # (H,) float32
-    relative: Tensor | None = None  # of every distance, as engine/model/relative_positions.py says
-    start: Tensor | None = None  # (B,) first live key of each left-padded sequence
+    interleaved: bool = False  # which features are a rotary pair: GPTConfig.rotary_interleaved
+    alibi: Tensor | None = None  # slopes, (H,) float32
+    relative: Tensor | None = None  # one entry a distance, see relative_positions.distances
+    start: Tensor | None = None  # (B,) first token of each left-padded sequence
+
+    @property
+    def need_unpacked_qkv(self) -> bool:
+        """Whether attention needs q, k and v as separate tensors."""
+        return self.alibi is not None or self.start is not None or self.relative is not None
 
 
-def positions(config: GPTConfig, past: int, tokens: int, start: Tensor | None, device: torch.device | str) -> Positions:
-    """Describe tokens past .. past + tokens - 1 of a model.
+NO_POSITIONS = Positions()
+
+
+def make_positions(
+    config: GPTConfig, past: int, tokens: int, start: Tensor | None, device: torch.device | str
+) -> Positions:
+    """Compute what attention needs for the tokens past .. past + tokens - 1.
 
     Args:
         config: of the model.
-        past: tokens before these.
+        past: number of tokens before these.
         tokens: T.
-        start: (B,) integers, where each left-padded sequence begins; None for no padding.
+        start: (B,) integers, first token of each left-padded sequence; None without padding.
         device: of the model.
     """
     rotary = rotary_table(config.rotary_dim, config.rotary_base, past, tokens, device) if config.rotary_dim else None
@@ -49,7 +60,7 @@ def positions(config: GPTConfig, past: int, tokens: int, start: Tensor | None, d
 
 
 def rotary_table(width: int, base: float, past: int, tokens: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (tokens, width / 2) float32, of the angles from position `past` on."""
+    """Return cos and sin of the rotary angles, each (tokens, width / 2) float32, from position `past` on."""
     pair = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     position = torch.arange(past, past + tokens, dtype=torch.float32, device=device)
     angle = position[:, None] * (1.0 / base**pair)
@@ -57,8 +68,38 @@ def rotary_table(width: int, base: float, past: int, tokens: int, device: torch.
 
 
 def alibi_slopes(heads: int, device: torch.device | str) -> Tensor:
-    """(heads,) float32."""
+    """Return the ALiBi slope of each head, (heads,) float32."""
     below = 2 ** math.floor(math.log2(heads))
     head = torch.arange(heads, dtype=torch.float32, device=device)
     exponent = torch.where(head < below, (head + 1) * (-8.0 / below), (2 * (head - below) + 1) * (-4.0 / below))
     return exponent.exp2()
+
+
+def left_padding_start(attention_mask: Tensor, input_ids: Tensor) -> Tensor | None:
+    """Convert the attention mask of left-padded sequences to the index of each first token.
+
+    Args:
+        attention_mask: (B, T) integers or bools; in each row zeros for the padding, then ones.
+        input_ids: (B, T).
+    Returns:
+        (B,) int64; None if a mask on the CPU has no padding.
+    Raises:
+        ValueError: another shape; or, on the CPU, a row that is not zeros followed by at least one 1. Values on another
+            device are not checked, since reading them would wait for it.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        is_tensor = isinstance(attention_mask, Tensor)
+        got = f"shape {tuple(attention_mask.shape)}" if is_tensor else f"{attention_mask!r:.60}"
+        raise ValueError(f"attention_mask: got {got}, expected the shape of input_ids, {tuple(input_ids.shape)}")
+    mask = attention_mask.long()
+    if readable(mask):
+        is_left_padding = ((mask == 0) | (mask == 1)).all(1) & (mask.diff(dim=1) >= 0).all(1) & (mask[:, -1] == 1)
+        if not is_left_padding.all():
+            row = int(is_left_padding.logical_not().nonzero()[0])
+            raise ValueError(
+                f"attention_mask: row {row} is {attention_mask[row].tolist()}, expected zeros (padding on the left) "
+                "and then ones"
+            )
+        if mask.all():
+            return None
+    return mask.shape[1] - mask.sum(1)

@@ -1,4 +1,4 @@
-"""Known models, one row each: what the papers say, and where those leave it out, the published checkpoints.
+"""Known models, one row each: the sizes of the papers, completed from the published checkpoints.
 
 GPT: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 4.1. GPT-2: Radford et
 al. 2019, "Language Models are Unsupervised Multitask Learners", table 2. GPT-3: Brown et al. 2020, arXiv:2005.14165,
@@ -7,8 +7,8 @@ github.com/kingoflolz/mesh-transformer-jax. GPT-NeoX-20B: Black et al. 2022, arX
 2023, arXiv:2304.01373, table 1. OPT: Zhang et al. 2022, arXiv:2205.01068, table 1. BLOOM: Le Scao et al. 2022,
 arXiv:2211.05100, table 3. Megatron-Turing NLG: Smith et al. 2022, arXiv:2201.11990, section 3.2. PaLM: Chowdhery et al.
 2022, arXiv:2204.02311, table 1 and section 2. Gopher: Rae et al. 2021, arXiv:2112.11446, table 1. Chinchilla: Hoffmann
-et al. 2022, arXiv:2203.15556, table 4. GLaM: Du et al. 2021, arXiv:2112.06905, table 4. docs/families.md says what
-these leave open, and what the rows take.
+et al. 2022, arXiv:2203.15556, table 4. GLaM: Du et al. 2021, arXiv:2112.06905, table 4. docs/families.md lists
+the choices that the papers leave open.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from peakgpt.engine.model.config import GPTConfig
 
 
 def _sized(rows: dict[str, tuple[int, int, int]], **family: Any) -> dict[str, dict[str, Any]]:
-    """Rows of a family's (n_layer, n_embd, n_head) with what all its models share."""
+    """Return the rows of a family: (n_layer, n_embd, n_head) of each model, and the fields that all models share."""
     return {
         name: {**family, "n_layer": layers, "n_embd": width, "n_head": heads}
         for name, (layers, width, heads) in rows.items()
     }
 
 
-# The paper says "alternating dense and locally banded sparse attention patterns" and no width of the band: GPT-Neo's.
+# The paper says "alternating dense and locally banded sparse attention patterns" without a width: GPT-Neo's is used.
 GPT3 = {"block_size": 2048, "windows": (None, 256)}
 NEO = {
     "block_size": 2048,
@@ -74,7 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         **GPT3,
     ),
-    # As printed, heads x width are not the model's width. Its count of 1.3B needs 16 heads, not 24.
+    # In the printed table n_head x head_dim is not n_embd. The printed 1.3B parameters need 16 heads, not 24.
     "gpt3-xl": {**GPT3, "n_layer": 24, "n_embd": 2048, "n_head": 24, "head_dim": 128},
     "gpt3-13b": {**GPT3, "n_layer": 40, "n_embd": 5140, "n_head": 40, "head_dim": 128},
     **_sized({"gpt-neo-125m": (12, 768, 12), "gpt-neo-1.3b": (24, 2048, 16), "gpt-neo-2.7b": (32, 2560, 20)}, **NEO),
@@ -182,7 +182,7 @@ def preset(name: str, **changes: Any) -> GPTConfig:
 
     Args:
         name: a key of PRESETS.
-        changes: GPTConfig fields that replace the row's.
+        changes: fields of GPTConfig that replace those of the preset.
     Raises:
         ValueError: an unknown name or field, or sizes that do not fit each other.
     """

@@ -1,13 +1,13 @@
-"""Activation checkpointing: some layers forget what their backward reads, and compute it again.
+"""Activation checkpointing: do not save some activations for backward, recompute them there.
 
-    "none"       everything is kept
-    "norm"       no norm's result is kept: it is formed again from its input, where a product's backward reads it
-    "mlp"        no MLP keeps its pre-activation: its first product is computed twice
-    "block"      of a block only what goes in, two tensors (B, T, C), is kept; the rest of it is computed twice
+    "none"       save all activations
+    "norm"       do not save the outputs of norms: where backward needs one, recompute it from the norm's input
+    "mlp"        do not save the pre-activations of the MLPs: backward computes their first product a second time
+    "block"      of each block save the two inputs (B, T, C) only: backward runs the whole block a second time
     "block/N"    as "block", for the first block of every N
 
 The second pass gives the bits of the first, dropout included. Chen, Xu, Zhang, Guestrin 2016, "Training Deep Nets with
-Sublinear Memory Cost", arXiv:1604.06174, section 4.1; what to forget, Korthikanti et al. 2022, "Reducing Activation
+Sublinear Memory Cost", arXiv:1604.06174, section 4.1; what to recompute: Korthikanti et al. 2022, "Reducing Activation
 Recomputation in Large Transformer Models", arXiv:2205.05198.
 """
 
@@ -26,88 +26,103 @@ from peakgpt.kernels.core.dispatch import draw_seed, seeds_from
 
 
 def parse(plan: str) -> tuple[str, int]:
-    """Read a plan: ("none" | "norm" | "mlp" | "block", every how many layers).
+    """Read a recompute plan.
 
+    Args:
+        plan: "none", "norm", "mlp", "block" or "block/N".
+    Returns:
+        (kind, N): "block/4" gives ("block", 4); N is 1 for the other plans.
     Raises:
-        ValueError: it is none of those above.
+        ValueError: an unknown plan.
     """
-    what, slash, every = plan.partition("/")
-    known = what in ("none", "norm", "mlp", "block") and (what == "block" or not slash)
+    kind, slash, every = plan.partition("/")
+    known = kind in ("none", "norm", "mlp", "block") and (kind == "block" or not slash)
     if not known or (slash and not (every.isdecimal() and int(every))):
         expected = "none, norm, mlp, block, or block/N for the first block of every N"
         raise ValueError(f"recompute is {plan!r}, expected {expected}")
-    return what, int(every or 1)
+    return kind, int(every or 1)
 
 
 def set_recompute(model: nn.Module, plan: str) -> None:
-    """Say which layers of a GPT forget.
+    """Set which activations of a GPT are recomputed.
 
+    Args:
+        model: a Transformer; another module only with the plan "none".
+        plan: see `parse`.
     Raises:
-        ValueError: the plan can not be read, or the model has no such blocks.
+        ValueError: an unknown plan, or a model without Blocks.
     """
-    what, every = parse(plan)
+    kind, every = parse(plan)
     blocks = getattr(getattr(model, "transformer", None), "h", ())
-    if what != "none" and not all(hasattr(block, "recompute") for block in blocks or (None,)):
+    if kind != "none" and not all(hasattr(block, "recompute") for block in blocks or (None,)):
         raise ValueError(f"recompute is {plan!r}, expected none for {type(model).__name__}: it has no peakgpt blocks")
     for layer, block in enumerate(blocks):
         if hasattr(block, "recompute"):
-            block.recompute = what == "block" and layer % every == 0
-            block.forgets_norms = what == "norm"
+            block.recompute = kind == "block" and layer % every == 0
+            block.recompute_norms = kind == "norm"
             for norm in (getattr(block, name, None) for name in ("ln_1", "ln_2")):
                 if norm is not None:
-                    norm.recompute = what == "norm"
+                    norm.recompute = kind == "norm"
             for part in block.mlp.modules():
                 if hasattr(part, "recompute"):
-                    part.recompute = what == "mlp"
+                    part.recompute = kind == "mlp"
 
 
-def forgettable(result: Tensor, form: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The result of form(x), marked: what would keep it for backward in `forgetting` keeps x and forms it again."""
-    result._form = functools.partial(form, x.detach())
+def recomputable(result: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Mark a tensor as recomputable: inside `recompute_marked`, autograd saves x instead of it.
+
+    Args:
+        result: function(x).
+        function: runs again in backward, without gradients.
+        x: the input.
+    Returns:
+        result.
+    """
+    result._recompute = functools.partial(function, x.detach())
     return result
 
 
-def forgetting() -> contextlib.AbstractContextManager[Any]:
-    """A context whose operations keep no result that is marked as `forgettable`."""
+def recompute_marked() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which autograd does not save tensors marked by `recomputable`, but recomputes them."""
 
-    def again(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
+    def unpack(saved: Tensor | Callable[[], Tensor]) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
         with torch.no_grad():
-            return kept()
+            return saved()
 
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: getattr(tensor, "_form", tensor), again)
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: getattr(tensor, "_recompute", tensor), unpack)
 
 
-def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), whose insides are forgotten and computed again in backward."""
-    contexts = {} if torch.compiler.is_compiling() else {"preserve_rng_state": False, "context_fn": _same_seeds}
+def checkpoint_block(function: Callable[..., Any], *args: Any) -> Any:
+    """Return function(*args), whose activations are recomputed in backward with the same dropout seeds."""
+    contexts = {} if torch.compiler.is_compiling() else {"preserve_rng_state": False, "context_fn": _seed_contexts}
     return checkpoint(function, *args, use_reentrant=False, **contexts)
 
 
-def _same_seeds() -> tuple[Any, Any]:
-    """Contexts of the first pass, which notes the seeds that it draws, and of the others, which take those.
+def _seed_contexts() -> tuple[Any, Any]:
+    """Return two contexts: the first records the seeds that the forward pass draws, the second replays them.
 
-    Instead of winding back torch's generator, which can not be done while a CUDA graph is captured.
+    torch's own way, rewinding its generator, is impossible while a CUDA graph is captured.
     """
     seeds: list[Tensor] = []
 
-    def note(device: torch.device) -> Tensor:
+    def draw_and_record(device: torch.device) -> Tensor:
         seeds.append(draw_seed(device))
         return seeds[-1]
 
-    return seeds_from(note), _Again(seeds)
+    return seeds_from(draw_and_record), _ReplaySeeds(seeds)
 
 
-class _Again:
-    """A context that gives the seeds in their order, from the first one each time it is entered."""
+class _ReplaySeeds:
+    """A context that yields the recorded seeds in order. Each entry starts from the first seed."""
 
     def __init__(self, seeds: list[Tensor]):
-        self.seeds, self.open = seeds, contextlib.ExitStack()
+        self.seeds, self.stack = seeds, contextlib.ExitStack()
 
     def __enter__(self) -> None:
-        left: Iterator[Tensor] = iter(self.seeds)
-        self.open.enter_context(seeds_from(lambda device: next(left)))
+        remaining: Iterator[Tensor] = iter(self.seeds)
+        self.stack.enter_context(seeds_from(lambda device: next(remaining)))
 
     def __exit__(self, *error: Any) -> None:
-        self.open.close()
+        self.stack.close()

@@ -1,10 +1,10 @@
-"""Relative positions that are learned: what a query adds to its scores for a key d = i - j tokens before it.
+"""Learned relative positions: a term of the attention score that depends on the distance d = i - j of query and key.
 
     Transformer-XL:  s_ij = ((q_i + u) k_j + (q_i + v) r_d) scale      r = W R,  R_d the sinusoids of d
     T5:              s_ij = q_i k_j scale + table[bucket(d)]
 
-Both reach attention as its additive bias of (B or 1, H, T, S): T^2 memory, which is what they cost beside rotary angles
-and slopes. u, v and W, or the table, are a layer's own. Dai et al. 2019, "Transformer-XL", arXiv:1901.02860, section
+Attention takes both as an additive bias (B or 1, H, T, S). This needs T^2 memory, which rotary and ALiBi do not. Each
+layer has its own u, v and W, or its own table. Dai et al. 2019, "Transformer-XL", arXiv:1901.02860, section
 3.3 and appendix B; Raffel et al. 2019, "Exploring the Limits of Transfer Learning", arXiv:1910.10683, section 2.1.
 """
 
@@ -19,13 +19,14 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.ops.embedding import embedding
 from peakgpt.kernels.ops.linear import linear
 
-BUCKETS, FARTHEST = 32, 128  # T5's: half of them a distance each, the others grow to the distance where the last begins
+# T5: distances 0 .. 15 have a bucket each, the next 16 buckets grow logarithmically up to distance 128.
+BUCKETS, MAX_DISTANCE = 32, 128
 
 
-def distances(config: GPTConfig, keys: int, device: torch.device | str) -> Tensor | None:
-    """What the layers read of the distances keys - 1 .. 0: sinusoids (S, C) float32, or buckets (S,) int64."""
-    reach = torch.arange(keys - 1, -1, -1, device=device)
-    return {"transformer_xl": _sinusoids, "relative_bias": _buckets}[config.position](reach, config.n_embd)
+def distances(config: GPTConfig, keys: int, device: torch.device | str) -> Tensor:
+    """Encode the distances keys - 1 .. 0 for the layers: sinusoids (S, C) float32, or T5 buckets (S,) int64."""
+    distance = torch.arange(keys - 1, -1, -1, device=device)
+    return {"transformer_xl": _sinusoids, "relative_bias": _buckets}[config.position](distance, config.n_embd)
 
 
 def _sinusoids(distance: Tensor, width: int) -> Tensor:
@@ -36,13 +37,13 @@ def _sinusoids(distance: Tensor, width: int) -> Tensor:
 
 def _buckets(distance: Tensor, width: int) -> Tensor:
     exact = BUCKETS // 2
-    ratio = torch.log(distance.clamp(min=exact).float() / exact) / math.log(FARTHEST / exact)
+    ratio = torch.log(distance.clamp(min=exact).float() / exact) / math.log(MAX_DISTANCE / exact)
     far = exact + (ratio * (BUCKETS - exact)).long()
     return torch.where(distance < exact, distance, far.clamp(max=BUCKETS - 1))
 
 
 class RelativeKeys(nn.Module):
-    """Transformer-XL's relative keys of one layer."""
+    """Transformer-XL's relative keys, for one layer."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -51,32 +52,33 @@ class RelativeKeys(nn.Module):
         self.v = nn.Parameter(torch.empty(config.n_head, config.head_dim))
 
     def forward(self, q: Tensor, sinusoids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """What stands for q, (B, T, H, D), and the bias of its scores, (B, H, T, S)."""
+        """Return the queries plus u, (B, T, H, D), and the bias of the scores, (B, H, T, S)."""
         keys = linear(sinusoids.to(q.dtype), self.c_rel.weight).unflatten(-1, self.u.shape)  # (S, H, D)
         scores = (q + self.v).transpose(1, 2) @ keys.permute(1, 2, 0)  # (B, H, T, S)
-        return q + self.u, aligned(scores * scale)
+        return q + self.u, _by_key(scores * scale)
 
 
 class RelativeBias(nn.Module):
-    """T5's bias by distance of one layer."""
+    """T5's bias by distance, for one layer."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(BUCKETS, config.n_head))
 
     def forward(self, q: Tensor, buckets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """q, (B, T, H, D), as it is, and the bias of its scores, (1, H, T, S)."""
+        """Return q, (B, T, H, D), unchanged, and the bias of the scores, (1, H, T, S)."""
         bias = embedding(buckets[None], self.weight).permute(0, 2, 1)[:, :, None]  # (1, H, 1, S)
-        return q, aligned(bias.expand(-1, -1, q.shape[1], -1))
+        return q, _by_key(bias.expand(-1, -1, q.shape[1], -1))
 
 
 RELATIVE = {"transformer_xl": RelativeKeys, "relative_bias": RelativeBias}
 
 
-def aligned(scores: Tensor) -> Tensor:
-    """Scores (..., T, S) by distance, S - 1 .. 0, as scores by key; those of keys to come are from other rows.
+def _by_key(scores: Tensor) -> Tensor:
+    """Convert scores (..., T, S) from columns by distance, S - 1 .. 0, to columns by key (the relative shift).
 
-    Entry (i, m) belongs to key j = m - (T - 1 - i): a column of padding in front, and rows are read one too short.
+    Entry (i, m) belongs to key j = m - (T - 1 - i). Pad one column on the left and read the memory as rows that are one
+    element shorter. Entries of masked keys are values of other rows.
     """
     *outer, queries, keys = scores.shape
     padded = torch.cat((scores.new_zeros(*outer, queries, 1), scores), -1).flatten(-2)

@@ -1,9 +1,9 @@
-"""GPT: an embedding, L blocks, a head; which ones, the config says. GPT-2's, the defaults:
+"""The network of a GPT: embedding, blocks, head. `GPTConfig` chooses their variants. The defaults are GPT-2:
 
     x = wte[ids] + wpe      per block: x += attn(ln_1(x)), x += mlp(ln_2(x))      logits = ln_f(x) wte^T
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. Parameters of every family
-have the names of transformers' GPT-2, weights the Linear layout.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. The parameters of every family
+have the names of transformers' GPT-2; weights are in Linear layout, [out, in].
 """
 
 from __future__ import annotations
@@ -13,51 +13,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from peakgpt.engine.model.block import Block
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.fp8 import fp8_linear
 from peakgpt.engine.model.kv_cache import AttentionCache, SequenceCache
-from peakgpt.engine.model.layers import Block, Conv1DLoading, norm
-from peakgpt.engine.model.positions import Positions, positions
-from peakgpt.engine.model.quantized import QuantizedLinear
+from peakgpt.engine.model.norms import make_norm
+from peakgpt.engine.model.positions import Positions, left_padding_start, make_positions
+from peakgpt.engine.model.quantized_linear import QuantizedLinear
+from peakgpt.engine.model.state_dicts import ModuleWithConv1D
 from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.embedding import embedding
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 
 INIT_STD = 0.02  # GPT-2's initializer_range
+IGNORE_INDEX = -100  # target without a loss, as in F.cross_entropy
 
 
-class _SkipInit(TorchFunctionMode):
-    """Leave out torch.nn.init: on the meta device it imports the compiler, at seconds and 130 MiB."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"]
-        return function(*args, **kwargs)
-
-
-class Transformer(Conv1DLoading):
+class Transformer(ModuleWithConv1D):
     """The network of a GPT: embedding, blocks and head. `peakgpt.GPT` adds loading, saving and generation."""
 
     def __init__(self, config: GPTConfig):
-        """Build with GPT-2's random initialisation, whatever the family, drawn from torch's generator."""
+        """Build the network with GPT-2's random initialization, for every family, from torch's generator."""
         super().__init__()
         self.config, self.fp8 = config, False
         device = torch.get_default_device()
-        with torch.device("meta"), _SkipInit():  # torch's own initialisation would be thrown away, at seconds for GPT-2
-            self.transformer = nn.ModuleDict(_parts(config))
+        with torch.device("meta"), _SkipInit():  # torch's own initialization takes seconds for GPT-2 and is overwritten
+            self.transformer = nn.ModuleDict(_modules(config))
             if not config.tied_head:
                 self.lm_head = nn.Linear(config.word_dim, config.vocab_size, bias=config.head_bias)
-        # Not to_empty: of a meta tensor it imports sympy, 45 MiB for good.
+        # Not to_empty: on a meta tensor it imports sympy, which keeps 45 MiB.
         self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
-        self._initialise()
+        self._initialize()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        """Normal weights of deviation 0.02; what ends a branch is scaled by 1 / sqrt(2 L), section 2.3 of the paper.
+    def _initialize(self) -> None:
+        """Draw weights from N(0, 0.02^2); those that end a branch from N(0, 0.02^2 / (2 L)), section 2.3 of the paper.
 
-        Weights of a head whose logits are scaled are larger by as much, about 1 for PaLM, as its section 2 has them.
+        The weights of a head whose logits are scaled are divided by that scale: about 1 for PaLM, as in its section 2.
         """
         head = "transformer.wte.weight" if self.config.tied_head else "lm_head.weight"
         for name, parameter in self.named_parameters():
@@ -66,128 +59,142 @@ class Transformer(Conv1DLoading):
             elif parameter.dim() >= 2:
                 parameter.normal_(0.0, INIT_STD / (self.config.logit_scale if name == head else 1.0))
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # the vectors are biases and norms' weights
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # vectors are biases and weights of norms
 
-    def features(
-        self, ids: Tensor, cache: SequenceCache | None = None, start: Tensor | None = None,
-        balance: list[Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Compute what the head reads.
+    def forward(
+        self, input_ids: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,
+        loss_weight: Tensor | None = None, *, return_logits: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """Compute the logits, or the loss if there are targets.
+
+        In training mode the loss includes the terms that the config adds: z_loss and balance_loss.
 
         Args:
-            ids: (B, T) int64 or int32.
-            cache: the tokens before ids; it is extended by ids, and nothing is dropped out.
-            start: (B,) integers; where each left-padded sequence begins, counted from the cache's first token.
-            balance: gets the balance of each layer that has experts, float32 scalars.
+            input_ids: (B, T) int64 or int32.
+            targets: (B, T), the next token of each position, already shifted; -100 is ignored.
+            attention_mask: (B, T), zeros for padding on the left, then ones. No token attends to padding. None without
+                padding.
+            loss_weight: (B, T) float32, a factor on the loss of each target; the loss is then their sum. None gives the
+                mean over the targets that are not ignored.
+            return_logits: also return the logits when there are targets. This computes the product with the head once
+                more, and stores the logits, which the loss alone does not.
         Returns:
-            (B, T, C), after the last norm.
+            Without targets the logits, (B, T, V). With targets the loss, a float32 scalar, or (loss, logits).
         Raises:
-            ValueError: ids of a wrong shape or dtype, out of range, or longer than block_size.
+            ValueError: a tensor of a wrong shape or dtype, ids or targets out of range, more tokens than block_size, or
+                an attention_mask that is not left padding.
+        """
+        start = None if attention_mask is None else left_padding_start(attention_mask, input_ids)
+        balance_losses: list[Tensor] | None = [] if self.config.experts and self.training else None
+        h = self.hidden_states(input_ids, start=start, balance_losses=balance_losses)
+        if targets is None:
+            return self.compute_logits(h)
+        loss = self._loss(h, targets, loss_weight)
+        if balance_losses:
+            # With loss_weight the batch is a part of a larger one; scale the balance by the part's share of the loss.
+            share = 1.0 if loss_weight is None else (loss_weight * (targets != IGNORE_INDEX)).sum()
+            loss = loss + self.config.balance_loss * share * sum(balance_losses)
+        return (loss, self.compute_logits(h)) if return_logits else loss
+
+    def _loss(self, h: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
+        """Compute the cross entropy of hidden states (B, T, C), and the z-loss in training mode."""
+        z_loss = self.config.z_loss if self.training else 0.0
+        fused = not (self.config.head_bias or self._has_quantized_head or self._has_fp8_head)
+        if fused:
+            reduction = "mean" if weight is None else "sum"
+            return linear_cross_entropy(h, self._head_weight, targets, weight, reduction=reduction, z_loss=z_loss)
+        logits = self.compute_logits(h).flatten(0, 1).float()
+        loss = F.cross_entropy(logits, targets.flatten(), reduction="mean" if weight is None else "none")
+        loss = loss if weight is None else (loss * weight.flatten()).sum()
+        return loss if z_loss == 0.0 else loss + z_loss * _mean_square_lse(logits, targets, weight)
+
+    def hidden_states(
+        self, input_ids: Tensor, cache: SequenceCache | None = None, start: Tensor | None = None,
+        balance_losses: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Compute the hidden states of a batch of sequences after the last norm: the input of `compute_logits`.
+
+        Args:
+            input_ids: (B, T) int64 or int32.
+            cache: KV cache of the tokens before input_ids, which is extended by them; turns dropout off.
+            start: (B,) integers, first token of each left-padded sequence, counted from the first token of the cache.
+            balance_losses: the balance loss of each layer with experts is appended, float32 scalars.
+        Returns:
+            (B, T, C)
+        Raises:
+            ValueError: ids of a wrong shape or dtype, out of range, or more tokens than block_size.
         """
         past = 0 if cache is None else cache.length
-        if ids.dim() != 2 or past + ids.shape[1] > self.config.block_size:
+        if input_ids.dim() != 2 or past + input_ids.shape[1] > self.config.block_size:
             raise ValueError(
-                f"GPT: ids have shape {tuple(ids.shape)} after {past} tokens, "
+                f"GPT: ids have shape {tuple(input_ids.shape)} after {past} tokens, "
                 f"expected (B, T) with at most block_size {self.config.block_size} tokens in all"
             )
-        x = self._embed(ids, past, start)  # (B, T, C)
+        x = self._embed(input_ids, past, start)  # (B, T, C)
         if self.training and self.config.embedding_dropout and cache is None:
             x = dropout(x, p=self.config.embedding_dropout)
-        h = self._blocks(x, positions(self.config, past, ids.shape[1], start, x.device), cache, balance)
+        tokens = input_ids.shape[1]
+        h = self._run_blocks(x, make_positions(self.config, past, tokens, start, x.device), cache, balance_losses)
         if cache is not None:
-            cache.length += ids.shape[1]
+            cache.length += tokens
         return h
 
-    def rows(self, ids: Tensor, places: Tensor, where: Positions, cache: AttentionCache) -> Tensor:
-        """Compute what the head reads for tokens of any number of texts, one after the other.
+    def packed_hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, positions: Positions, cache: AttentionCache
+    ) -> Tensor:
+        """Compute the hidden states of tokens of several sequences, packed along one axis.
 
         Args:
-            ids: (N,) int64 or int32.
-            places: (N,) integers, where each token stands in its text.
-            where: the same, for attention.
-            cache: knows whose each token is.
+            input_ids: (N,) int64 or int32.
+            position_ids: (N,) integers, position of each token in its sequence.
+            positions: the positions as attention needs them.
+            cache: KV cache that knows the sequence of each token.
         Returns:
             (N, C), after the last norm.
         """
-        return self._blocks(self._embed(ids[None], places, None), where, cache)[0]
+        return self._run_blocks(self._embed(input_ids[None], position_ids, None), positions, cache)[0]
 
-    def _blocks(
-        self, x: Tensor, where: Positions, cache: AttentionCache | None, balance: list[Tensor] | None = None
-    ) -> Tensor:  # fmt: skip
-        """From the embedding, (B, T, C), to what the head reads."""
-        t, after = self.transformer, self.config.residual == "post_norm"
-        h = x if after else t.h[0].ln_1(x)
-        next_norms = [*(block.ln_1 for block in t.h[1:]), None if after else t.ln_f]
+    def compute_logits(self, h: Tensor) -> Tensor:
+        """Compute the logits, (..., V), of hidden states, (..., C)."""
+        if self._has_quantized_head:
+            return self.lm_head(h)
+        product = fp8_linear if self._has_fp8_head else linear
+        return product(h, self._head_weight, self.lm_head.bias if self.config.head_bias else None)
+
+    def _run_blocks(
+        self, x: Tensor, positions: Positions, cache: AttentionCache | None, balance_losses: list[Tensor] | None = None
+    ) -> Tensor:
+        """Run all blocks and the last norm on the embedding, (B, T, C)."""
+        t, post_norm = self.transformer, self.config.residual == "post_norm"
+        h = x if post_norm else t.h[0].ln_1(x)
+        next_norms = [*(block.ln_1 for block in t.h[1:]), None if post_norm else t.ln_f]
         for block, next_norm in zip(t.h, next_norms, strict=True):
-            x, h = block(x, h, next_norm, cache, where, balance)
+            x, h = block(x, h, next_norm, cache, positions, balance_losses)
         h = linear(h, t.project_out.weight) if "project_out" in t else h
         return h if self.config.logit_scale == 1.0 else h * self.config.logit_scale
 
-    def _embed(self, ids: Tensor, past: int | Tensor, start: Tensor | None) -> Tensor:
-        """What the first block reads, (B, T, C), before dropout; `past` may be the place of each token, (T,)."""
+    def _embed(self, input_ids: Tensor, past: int | Tensor, start: Tensor | None) -> Tensor:
+        """Embed tokens, (B, T, C), without dropout; `past` is the first position, or all positions, (T,)."""
         t = self.transformer
         table = t.wpe.weight if "wpe" in t else None
         if self.config.position_offset:
             past = past + self.config.position_offset
         if start is None and "project_in" not in t:
-            places = past[None] if table is not None and isinstance(past, Tensor) else None
-            x = embedding(ids, t.wte.weight, table, places, start=past if isinstance(past, int) else 0)
+            position_ids = past[None] if table is not None and isinstance(past, Tensor) else None
+            first = past if isinstance(past, int) else 0
+            x = embedding(input_ids, t.wte.weight, table, position_ids, start=first)
         else:
-            x = embedding(ids, t.wte.weight)
+            x = embedding(input_ids, t.wte.weight)
             x = linear(x, t.project_in.weight) if "project_in" in t else x
-            x = x if table is None else x + _position_rows(table, past, ids.shape[1], start)
+            x = x if table is None else x + _position_embedding(table, past, input_ids.shape[1], start)
         return t.ln_emb(x) if "ln_emb" in t else x
 
-    def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor | None = None,
-        start: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        """Compute logits, or the mean loss where targets are given, while training with what the config adds to it.
-
-        Args:
-            ids: (B, T) int64 or int32.
-            targets: (B, T) the token that follows each one, already shifted; -100 does not count.
-            start: (B,) integers; where each left-padded sequence begins. Nothing attends to what is before.
-            weight: (B, T) float32, a factor on each target's loss, of which the sum is then returned.
-        Returns:
-            (B, T, V) logits, or a float32 scalar.
-        Raises:
-            ValueError: ids or targets of a wrong shape or dtype, out of range, or longer than block_size.
-        """
-        balance: list[Tensor] | None = [] if self.config.experts and self.training else None
-        h = self.features(ids, start=start, balance=balance)
-        if targets is None:
-            return self.head(h)
-        z_loss = self.config.z_loss if self.training else 0.0
-        if self.config.head_bias or self._quantized_head or self._fp8_head:  # linear_cross_entropy takes none of them
-            logits = self.head(h).flatten(0, 1).float()
-            loss = F.cross_entropy(logits, targets.flatten(), reduction="mean" if weight is None else "none")
-            loss = loss if weight is None else (loss * weight.flatten()).sum()
-            loss = loss if z_loss == 0.0 else loss + z_loss * _mean_square_lse(logits, targets, weight)
-        else:
-            reduction = "mean" if weight is None else "sum"
-            loss = linear_cross_entropy(h, self._head_weight, targets, weight, reduction=reduction, z_loss=z_loss)
-        if not balance:
-            return loss
-        share = 1.0 if weight is None else (weight * (targets != -100)).sum()  # of a batch that comes in parts
-        return loss + self.config.balance_loss * share * sum(balance)
-
-    def head(self, h: Tensor) -> Tensor:
-        """Logits (..., V) of features (..., C), by the tied embedding or a head of its own."""
-        if self._quantized_head:
-            return self.lm_head(h)
-        product = fp8_linear if self._fp8_head else linear
-        return product(h, self._head_weight, self.lm_head.bias if self.config.head_bias else None)
-
     @property
-    def _fp8_head(self) -> bool:
+    def _has_fp8_head(self) -> bool:
         return self.fp8 and self.training
 
     @property
-    def _quantized_head(self) -> bool:
+    def _has_quantized_head(self) -> bool:
         return isinstance(self._modules.get("lm_head"), QuantizedLinear)
 
     @property
@@ -195,43 +202,58 @@ class Transformer(Conv1DLoading):
         return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight
 
 
-def _mean_square_lse(logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-    """(log sum exp)^2 of (N, V) logits over the targets that count, or their weighted sum."""
-    live = targets.flatten() != -100
-    share = live / live.sum() if weight is None else live * weight.flatten()
-    return (share * logits.logsumexp(-1).square()).sum()
+class _SkipInit(TorchFunctionMode):
+    """Skip torch.nn.init: on the meta device it imports the compiler, which takes seconds and 130 MiB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
-def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Without torch's initialisation: on the meta device its normal_ imports torch._dynamo, 145 MiB for good."""
+def _modules(config: GPTConfig) -> dict[str, nn.Module]:
+    """Build the modules between token ids and head that the config has, by GPT-2's names."""
+    modules: dict[str, nn.Module] = {"wte": _make_embedding(config.vocab_size, config.word_dim)}
+    if config.position == "learned":
+        modules["wpe"] = _make_embedding(config.position_offset + config.block_size, config.n_embd)
+    if config.word_dim != config.n_embd:
+        modules["project_in"] = nn.Linear(config.word_dim, config.n_embd, bias=False)
+        modules["project_out"] = nn.Linear(config.n_embd, config.word_dim, bias=False)
+    if config.embedding_norm:
+        modules["ln_emb"] = make_norm(config)
+    modules["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+    if config.residual != "post_norm":
+        modules["ln_f"] = make_norm(config)
+    return modules
+
+
+def _make_embedding(rows: int, width: int) -> nn.Embedding:
+    """Build an embedding without torch's initialization: on the meta device it imports torch._dynamo, 145 MiB."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
-def _parts(config: GPTConfig) -> dict[str, nn.Module]:
-    """The modules between ids and head, with GPT-2's names; only those that the config has."""
-    parts: dict[str, nn.Module] = {"wte": _embedding(config.vocab_size, config.word_dim)}
-    if config.position == "learned":
-        parts["wpe"] = _embedding(config.position_offset + config.block_size, config.n_embd)
-    if config.word_dim != config.n_embd:
-        parts["project_in"] = nn.Linear(config.word_dim, config.n_embd, bias=False)
-        parts["project_out"] = nn.Linear(config.n_embd, config.word_dim, bias=False)
-    if config.embedding_norm:
-        parts["ln_emb"] = norm(config)
-    parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-    if config.residual != "post_norm":
-        parts["ln_f"] = norm(config)
-    return parts
+def _position_embedding(table: Tensor, past: int | Tensor, tokens: int, start: Tensor | None) -> Tensor:
+    """Look up the learned position embedding, (T, C), or (B, T, C) of left-padded sequences.
 
-
-def _position_rows(table: Tensor, first: int | Tensor, tokens: int, start: Tensor | None) -> Tensor:
-    """Rows of the position table, (T, C), or (B, T, C) where sequences are padded: the first token takes row `first`.
-
-    What is padding takes any row: nothing attends to it. `first` may be the row of each token, (T,).
+    Args:
+        table: (positions, C).
+        past: row of the first token, or the row of each token, (T,).
+        tokens: T.
+        start: (B,) first token of each left-padded sequence, which takes row `past`. Padding takes any row, since no
+            token attends to it.
     """
-    if isinstance(first, Tensor):
-        return embedding(first[None], table)
-    rows = table[first : first + tokens]
+    if isinstance(past, Tensor):
+        return embedding(past[None], table)
+    rows = table[past : past + tokens]
     if start is None:
         return rows
-    steps = torch.arange(first, first + tokens, device=table.device) - start[:, None]
-    return embedding(steps.clamp(min=0), table)
+    position_ids = torch.arange(past, past + tokens, device=table.device) - start[:, None]
+    return embedding(position_ids.clamp(min=0), table)
+
+
+def _mean_square_lse(logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the mean of logsumexp^2 of (N, V) logits over the targets that count, or the weighted sum."""
+    counts = targets.flatten() != IGNORE_INDEX
+    share = counts / counts.sum() if weight is None else counts * weight.flatten()
+    return (share * logits.logsumexp(-1).square()).sum()

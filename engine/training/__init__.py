@@ -1,1 +1,1 @@
-"""The optimizer, the training step and the training loop."""
+"""Training: the configuration, the optimizer, one update, and the loop over many."""

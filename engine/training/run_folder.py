@@ -1,4 +1,4 @@
-"""A run's folder: checkpoint, metrics, report, and nothing of another run's."""
+"""The folder of one training run."""
 
 from __future__ import annotations
 
@@ -11,87 +11,107 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+CHECKPOINT = "checkpoint"  # the model in its family's Hugging Face layout
+STATE = "state"  # the training state that a resumed run reads
+TOKENS = "tokens"  # token shards and tokenizer
+METRICS = "metrics.jsonl"  # one JSON object a line
+
 
 class RunFolder:
-    """`metrics.jsonl` grows a line at a time; `checkpoint/`, `tokens/`, `results.json` and `report.html` lie beside."""
+    """One run's metrics, checkpoint, training state, tokens, results and report."""
 
     def __init__(self, path: Path | str):
         """Make the folder.
 
         Raises:
-            ValueError: it holds files already, or can not be written.
+            ValueError: it contains files already, or cannot be written.
         """
         self.path = Path(path)
-        self._made = next((p for p in (*reversed(self.path.parents), self.path) if not p.exists()), None)
+        self._topmost_created = next((p for p in (*reversed(self.path.parents), self.path) if not p.exists()), None)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
                 raise ValueError(f"run folder {self.path}: got one with files in it, expected a new or empty one")
-            self.metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  open for the run
+            self._open_metrics()
         except OSError as error:
             raise ValueError(f"run folder {self.path}: {error.strerror}, expected a folder to write into") from None
-        self.start = time.time()
 
     @classmethod
     def reopen(cls, path: Path | str) -> RunFolder:
-        """Open the folder of a run that is to go on.
+        """Open the folder of an earlier run, to resume it.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such folder, or no run in it.
         """
         run = cls.__new__(cls)
-        run.path, run.start = Path(path), time.time()
-        if not (run.path / "metrics.jsonl").is_file():
-            lacking = "metrics.jsonl in it" if run.path.is_dir() else "such folder"
-            raise ValueError(f"run folder {path}: got no {lacking}, expected the folder of a run")
-        run.metrics = open(run.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  open for the run
+        run.path, run._topmost_created = Path(path), None
+        if not (run.path / METRICS).is_file():
+            missing = f"{METRICS} in it" if run.path.is_dir() else "such folder"
+            raise ValueError(f"run folder {path}: got no {missing}, expected the folder of a run")
+        run._open_metrics()
         return run
+
+    def _open_metrics(self) -> None:
+        self.metrics = open(self.path / METRICS, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run
+        self.start = time.time()
 
     @contextlib.contextmanager
     def discarded_on_bad_input(self) -> Iterator[None]:
-        """Around what comes before the first step: a ValueError takes what was written with it, and the folder."""
+        """Delete the new folder and everything in it if the block raises ValueError.
+
+        It encloses the work before the first step, so that a wrong flag leaves nothing behind.
+        """
         try:
             yield
         except ValueError:
             self.metrics.close()
-            for path in (self._made,) if self._made else tuple(self.path.iterdir()):
+            for path in (self._topmost_created,) if self._topmost_created else tuple(self.path.iterdir()):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             raise
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / "checkpoint"
+        """The folder of the model."""
+        return self.path / CHECKPOINT
+
+    @property
+    def tokens(self) -> Path:
+        """The folder of the token shards and the tokenizer."""
+        return self.path / TOKENS
 
     def log(self, **row: Any) -> None:
-        """Append one line to metrics.jsonl; it is on disk when this returns, so Ctrl-C loses nothing."""
+        """Append one line to metrics.jsonl and hand it to the operating system, so that Ctrl-C loses nothing."""
         self.metrics.write(json.dumps({"elapsed_s": round(time.time() - self.start, 3), **row}) + "\n")
         self.metrics.flush()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Everything logged so far."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        """Return all lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
-def default_folder(name: str) -> Path:
-    """runs/<name>-<date>-<time>, below the current folder."""
-    return Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+def default_run_folder(command: str) -> Path:
+    """Return runs/<command>-<date>-<time>, relative to the current folder."""
+    return Path("runs", f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a request: yields a function that tells whether it came; a second one interrupts.
+    """Turn the first Ctrl-C into a request to stop; the second one raises KeyboardInterrupt as usual.
 
-    A step that is cut in two can not be resumed bit for bit, so a loop asks between steps. Main thread only.
+    A run resumes bit for bit only from between two steps, so the training loop asks there. Main thread only.
+
+    Yields:
+        A function that returns whether Ctrl-C was pressed.
     """
-    asked = False
+    stop_requested = False
 
-    def request(*_) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, before)
+    def request_stop(*_: Any) -> None:
+        nonlocal stop_requested
+        stop_requested = True
+        signal.signal(signal.SIGINT, previous)
 
-    before = signal.signal(signal.SIGINT, request)
+    previous = signal.signal(signal.SIGINT, request_stop)
     try:
-        yield lambda: asked
+        yield lambda: stop_requested
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

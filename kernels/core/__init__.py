@@ -1,1 +1,1 @@
-"""Dispatch of an op call to a backend."""
+"""The machinery of ops: contracts, dispatch to backends, autograd, library ops."""

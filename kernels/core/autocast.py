@@ -1,39 +1,38 @@
-"""Autocast, as torch's own op of the same policy would cast, and nothing of it inside a backend."""
+"""Autocast: cast an op's tensors as torch's own op of the same policy does, and disable autocast inside a backend."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from peakgpt.kernels.core.dispatch import Op
+from peakgpt.kernels.core.spec import OpSpec, Tensors
 
 
-def autocasts(kind: str) -> bool:
-    """Whether autocast is on for this kind of device."""
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for this device type."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def cast_for(op: Op, tensors: Sequence[Tensor | None], kind: str) -> Sequence[Tensor | None]:
-    """The tensors of a call as the op's policy wants them on this kind of device; `exact` ones as they are."""
-    # layer_norm is on CUDA's float32 list; on CPU it takes mixed dtypes as they come.
-    dtypes = {"lower": torch.get_autocast_dtype(kind), "norm": torch.float32 if kind == "cuda" else None}
+def cast_inputs(op: OpSpec, tensors: Tensors, device_type: str) -> Tensors:
+    """Cast the tensors of a call to the dtype of the op's autocast policy, except those in `autocast_exempt`."""
+    # layer_norm is on CUDA's float32 list; on CPU it accepts mixed dtypes.
+    dtypes = {"lower": torch.get_autocast_dtype(device_type), "norm": torch.float32 if device_type == "cuda" else None}
     dtype = dtypes.get(op.autocast)
     if dtype is None:
         return tensors
-    return tuple(t if n in op.exact else _to(t, dtype) for n, t in zip(op.tensor_names, tensors, strict=True))
+    exempt = op.autocast_exempt
+    return tuple(t if n in exempt else _cast(t, dtype) for n, t in zip(op.tensor_names, tensors, strict=True))
 
 
-def no_autocast(tensors: Sequence[Tensor | None]) -> contextlib.AbstractContextManager:
-    """Keep autocast away from what a backend calls inside."""
-    kind = next(t for t in tensors if t is not None).device.type
-    return torch.autocast(kind, enabled=False) if autocasts(kind) else contextlib.nullcontext()
+def autocast_disabled(tensors: Tensors) -> contextlib.AbstractContextManager[None]:
+    """Disable autocast for the operations that a backend calls on these tensors."""
+    device_type = next(t for t in tensors if t is not None).device.type
+    enabled = autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
 
 
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     castable = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(dtype) if castable else tensor

@@ -1,4 +1,4 @@
-"""Autograd of a direct call, and where its gradients go."""
+"""Autograd of a direct call, and gradient accumulation into given buffers."""
 
 from __future__ import annotations
 
@@ -7,88 +7,90 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peakgpt.kernels.core.autocast import no_autocast
+from peakgpt.kernels.core.autocast import autocast_disabled
+from peakgpt.kernels.core.spec import OpSpec, Tensors
 
-if TYPE_CHECKING:
-    from peakgpt.kernels.core.dispatch import Op
-
-_sinks: Mapping[Tensor, Tensor] = MappingProxyType({})
+_buffers: Mapping[Tensor, Tensor] = MappingProxyType({})
 
 
 @contextlib.contextmanager
-def accumulate_into(sinks: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Add gradients of parameters to where they are kept, while ops run in direct calls: no temporary, no second pass.
+def accumulate_into(buffers: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Add gradients of parameters directly to their buffers, in direct calls: no temporary tensor, no second pass.
 
-    Megatron-LM's gradient accumulation fusion. For training loops that know what they do: autograd gets None for such
-    a parameter, so that its hooks do not run and torch.autograd.grad finds nothing. Forward and backward both belong
-    inside, once each: a loss may add its part in the forward pass, at gradient 1, and raises where another one arrives.
+    This is Megatron-LM's gradient accumulation fusion, for training loops. Autograd receives None for such a parameter:
+    its hooks do not run and torch.autograd.grad does not find a gradient. Run forward and backward inside, once each. A
+    loss may add its gradient already in the forward pass, as if the incoming gradient were 1; its backward raises
+    RuntimeError if another value arrives.
 
-    A backend whose backward (or forward, where that forms the gradients) takes `into` gets one sink or None for each
-    tensor; it adds to the sink and returns it, or returns a gradient, which is added here.
+    A backend function that takes `into` gets one buffer or None for each tensor. It adds to the buffer and returns the
+    buffer, or returns a gradient, which is then added here.
 
     Args:
-        sinks: where to add by parameter, each of its parameter's shape, strides, dtype and device.
+        buffers: the buffer of each parameter, with the parameter's shape, strides, dtype and device.
     """
-    global _sinks
-    before, _sinks = _sinks, sinks
+    global _buffers
+    before, _buffers = _buffers, buffers
     try:
         yield
     finally:
-        _sinks = before
+        _buffers = before
 
 
 def may_overwrite_saved() -> bool:
-    """Whether a backend's backward may reuse what was saved: in a direct call whose graph is not kept.
+    """Whether a backend's backward may overwrite saved tensors: in a direct call whose graph is not retained.
 
-    Fresh pages for a gradient the size of the vocabulary cost more than the arithmetic on it.
+    New pages for a gradient of the vocabulary's size cost more time than its arithmetic.
     """
     library_op = torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradFunctionality)
     running = torch._C._current_graph_task_id() >= 0
     return running and not library_op and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-class Fused(torch.autograd.Function):
-    """The direct path: a backend's forward and backward as one autograd node."""
+class PeakgptOp(torch.autograd.Function):
+    """A backend's forward and backward as one autograd node. Profilers show it by this name."""
 
     @staticmethod
-    def forward(ctx, op: Op, backend: ModuleType, params: dict[str, Any], needs: tuple[bool, ...], *tensors):
+    def forward(ctx, op: OpSpec, backend: ModuleType, params: dict[str, Any], needs: tuple[bool, ...], *tensors):
         ctx.set_materialize_grads(False)
-        into = tuple(_sinks.get(t) if n else None for t, n in zip(tensors, needs, strict=True))
-        extra, ctx.added = {}, ()
-        if op.early and _takes_into(backend.forward):
-            names = op.early(**params)
-            early = tuple(s if n in names else None for s, n in zip(into, op.tensor_names, strict=True))
-            extra, ctx.added = {"into": early}, tuple(s for s in early if s is not None)
-            needs = tuple(n and s is None for n, s in zip(needs, early, strict=True))
+        into = tuple(_buffers.get(t) if n else None for t, n in zip(tensors, needs, strict=True))
+        extra, ctx.accumulated = {}, ()
+        if op.grad_in_forward and _takes_into(backend.forward):
+            names = op.grad_in_forward(**params)
+            now = tuple(b if n in names else None for b, n in zip(into, op.tensor_names, strict=True))
+            extra, ctx.accumulated = {"into": now}, tuple(b for b in now if b is not None)
+            needs = tuple(n and b is None for n, b in zip(needs, now, strict=True))
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
         backend.forward(outputs, saved, *tensors, **extra, **params)
-        torch.autograd.graph.increment_version(ctx.added)
+        torch.autograd.graph.increment_version(ctx.accumulated)
         ctx.call, ctx.into = (op, backend, params, needs, len(tensors), len(outputs)), into
-        keep_inputs, keep_outputs = op.kept(tensors)
-        ctx.save_for_backward(*_keep(tensors, keep_inputs), *_keep(outputs, keep_outputs), *saved)
+        save_inputs, save_outputs = op.saved_flags(tensors)
+        ctx.save_for_backward(*_select(tensors, save_inputs), *_select(outputs, save_outputs), *saved)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         op, backend, params, needs, n_in, n_out = ctx.call
-        if ctx.added and (grads[0] is None or grads[0].item() != 1.0):
-            raise RuntimeError(f"{op.name}: a gradient of {grads[0]} arrived, expected 1: accumulate_into has added it")
-        if all(g is None for g in grads):  # nothing flows: a Function further on returned None
+        if ctx.accumulated and (grads[0] is None or grads[0].item() != 1.0):
+            raise RuntimeError(
+                f"{op.name}: the loss has gradient {grads[0]}, expected 1: "
+                "inside accumulate_into its forward has already added the gradients"
+            )
+        if all(g is None for g in grads):  # a Function after this one returned None
             return (None,) * (4 + n_in)
-        held = ctx.saved_tensors
-        inputs, outputs, saved = held[:n_in], held[n_in : n_in + n_out], held[n_in + n_out :]
+        tensors = ctx.saved_tensors
+        inputs, outputs, saved = tensors[:n_in], tensors[n_in : n_in + n_out], tensors[n_in + n_out :]
         extra = {"into": ctx.into} if _takes_into(backend.backward) else {}
-        with no_autocast(grads):
-            found = backend.backward(grads, inputs, outputs, saved, needs, **extra, **params)
-        found = tuple(_sunk(g, s) if n else None for g, s, n in zip(found, ctx.into, needs, strict=True))
-        return None, None, None, None, *found
+        with autocast_disabled(grads):
+            results = backend.backward(grads, inputs, outputs, saved, needs, **extra, **params)
+        results = tuple(_accumulate(g, b) if n else None for g, b, n in zip(results, ctx.into, needs, strict=True))
+        return None, None, None, None, *results
 
 
 @functools.cache
@@ -96,15 +98,15 @@ def _takes_into(function: Callable[..., Any]) -> bool:
     return "into" in inspect.signature(function).parameters
 
 
-def _sunk(grad: Tensor | None, sink: Tensor | None) -> Tensor | None:
-    """What autograd gets: None where the gradient has gone, or goes here, into its sink."""
-    if sink is None or grad is None:
+def _accumulate(grad: Tensor | None, buffer: Tensor | None) -> Tensor | None:
+    """Add the gradient to its buffer, unless the backend did, and return the gradient for autograd."""
+    if buffer is None or grad is None:
         return grad
-    if grad is not sink:
-        sink.add_(grad)
-    torch.autograd.graph.increment_version(sink)  # a kernel that writes to an address leaves no trace
+    if grad is not buffer:
+        buffer.add_(grad)
+    torch.autograd.graph.increment_version(buffer)  # autograd does not see what a kernel writes
     return None
 
 
-def _keep(tensors: Sequence[Tensor | None], kept: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(t if k else None for t, k in zip(tensors, kept, strict=True))
+def _select(tensors: Tensors, flags: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(t if flag else None for t, flag in zip(tensors, flags, strict=True))

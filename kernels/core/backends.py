@@ -1,19 +1,19 @@
-"""Backends of an op: what one is, which exist on this machine, and which runs.
+"""Backends of an op: the table of backends, the module that implements an op, and the choice for a call.
 
-A backend of an op is a module `<op>.py` of pure functions anywhere below `kernels/<backend>/`; this is the registry:
+A backend of an op is a module `<op>.py` of pure functions anywhere below `kernels/<backend>/`. The path registers it.
 
-    NO_GRADIENT                                       optional: names of tensors that it gives no gradient for
-    objection(*tensors, **params) -> str | None       why it can not take this call, or None; reads sizes, dtypes and
-                                                      strides only, which are the same while tracing and when it runs
+    NO_GRADIENT                                       optional: names of tensors for which it computes no gradient
+    objection(*tensors, **params) -> str | None       why it does not support this call, or None. It reads sizes, dtypes
+                                                      and strides only: these are the same while tracing and at run time
     declines(*tensors, **params) -> str | None        optional: a measured reason to decline the call (another backend
-                                                      is faster), or None; ignored if the backend is forced
-    forward(outputs, saved, *tensors, **params)       fills what the contract's `alloc` made
+                                                      is faster), or None; not called for a forced backend
+    forward(outputs, saved, *tensors, **params)       fills the tensors that the contract's `alloc` made
     backward(grads, inputs, outputs, saved, needs, **params) -> one gradient (or None) per tensor
 
-forward (of an op that forms gradients there) and backward may take `into` too: see `gradients.accumulate_into`.
-`inputs` and `outputs` hold None where the contract's `keeps` does not name them; an entry of `grads` is None where
-nothing flows into that output. The first backend of PRIORITY without an objection runs; a forced backend that objects
-raises.
+backward may also take `into`, and so may forward if the contract has `grad_in_forward`: see `autograd.accumulate_into`.
+An entry of `inputs` or `outputs` is None unless the contract names it in `saved_for_backward`. An entry of `grads` is
+None if no gradient flows into that output. The first backend in the table without an objection runs. A forced backend
+with an objection raises.
 """
 
 from __future__ import annotations
@@ -25,31 +25,29 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from peakgpt.kernels.core.dispatch import Op
+from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 
-PRIORITY = ("hopper", "gpu", "cpu", "eager")
-HOME = {"hopper": "cuda", "gpu": "cuda", "cpu": "cpu"}
+# In order of priority, with the device type of the tensors that each supports. Eager supports all.
+BACKENDS: dict[str, str | None] = {"gpu": "cuda", "cpu": "cpu", "eager": None}
 
 _forced: str | None = None  # a module global: torch.compile guards on it, a ContextVar breaks the graph
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every op inside the block onto one backend; it raises where that backend objects.
+    """Run every op inside the block on one backend. An op that the backend does not support raises.
 
     Args:
-        name: one of PRIORITY ("hopper", "gpu", "cpu", "eager"). The setting is global to the process.
+        name: "gpu", "cpu" or "eager". The setting is global to the process.
     Raises:
-        ValueError: an unknown name.
+        ValueError: unknown name.
     """
     global _forced
-    if name not in PRIORITY:
-        raise ValueError(f"unknown backend: got {name!r}, expected one of {', '.join(PRIORITY)}")
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
     before, _forced = _forced, name
     try:
         yield
@@ -58,7 +56,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend that `use_backend` asks for, or None."""
+    """Return the backend set by `use_backend`, or None."""
     return _forced
 
 
@@ -67,20 +65,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _unavailable(backend: str) -> str | None:
-    """Why a whole backend is out on this machine; importing Triton costs 0.4 s, so ask before."""
-    if backend == "cpu" or (backend == "gpu" and interpreted()):
-        return None
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
-        return f"needs sm_90, got sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
-    return None
-
-
 @functools.cache
 def module_names(backend: str) -> dict[str, str]:
-    """Map the file names below `kernels/<backend>/` to the names of their modules; imports nothing."""
+    """Map op names to module names for all files below `kernels/<backend>/`. Imports nothing."""
     root = Path(__file__).parents[1] / backend
     files = (file.relative_to(root).with_suffix("") for file in root.rglob("*.py"))
     return {file.name: ".".join(("peakgpt.kernels", backend, *file.parts)) for file in files}
@@ -88,9 +75,10 @@ def module_names(backend: str) -> dict[str, str]:
 
 @functools.cache
 def load(backend: str, op_name: str) -> ModuleType | str:
-    """The backend's module for an op, or the reason why there is none."""
-    if reason := _unavailable(backend):
-        return reason
+    """Import the backend's module for an op, or return the reason why that is not possible."""
+    # Checked before the import, because importing Triton takes 0.4 s.
+    if backend == "gpu" and not interpreted() and not torch.cuda.is_available():
+        return "no CUDA device"
     path = module_names(backend).get(op_name)
     if path is None:
         return f"no {backend} kernel for {op_name} yet"
@@ -100,42 +88,50 @@ def load(backend: str, op_name: str) -> ModuleType | str:
         return str(error)
 
 
+def choose(op: OpSpec, forced: str | None, tensors: Tensors, params: Params, needs: tuple[bool, ...]):
+    """Return the module of the backend that runs this call, or None for eager.
+
+    Raises:
+        NotImplementedError: the forced backend objects.
+    """
+    if forced:
+        if reason := objection(op, forced, tensors, params, forced, needs):
+            raise NotImplementedError(f"{op.name}: backend {forced!r} is forced but objects: {reason}")
+        return None if forced == "eager" else load(forced, op.name)
+    for module in _modules(op.name, tensors[0].device.type):
+        if module_objection(op, module, tensors, params, needs) is None:
+            return module
+    return None
+
+
+def objection(
+    op: OpSpec, backend: str, tensors: Tensors, params: Params, forced: str | None, needs: tuple[bool, ...]
+) -> str | None:
+    """Return the reason why a backend does not run a call, or None."""
+    if backend == "eager":
+        return None
+    module = load(backend, op.name)
+    if isinstance(module, str):
+        return module
+    device_type, supported = tensors[0].device.type, BACKENDS[backend]
+    if device_type != supported and not (forced == backend == "gpu" and device_type == "cpu" and interpreted()):
+        return f"takes {supported} tensors, got {device_type}"
+    return module_objection(op, module, tensors, params, needs, forced)
+
+
 @functools.cache
-def _at_home(op_name: str, kind: str) -> list[ModuleType]:
-    """The backends of an op that take this kind of device, in the order of PRIORITY."""
-    modules = [load(backend, op_name) for backend, home in HOME.items() if home == kind]
+def _modules(op_name: str, device_type: str) -> list[ModuleType]:
+    """The modules of an op for a device type, in order of priority."""
+    modules = [load(backend, op_name) for backend, supported in BACKENDS.items() if supported == device_type]
     return [module for module in modules if not isinstance(module, str)]
 
 
-def _objects(op: Op, module: ModuleType, tensors, params, needs, forced: str | None = None) -> str | None:
+def module_objection(
+    op: OpSpec, module: ModuleType, tensors: Tensors, params: Params, needs: tuple[bool, ...], forced: str | None = None
+) -> str | None:
     for name in getattr(module, "NO_GRADIENT", ()):
         if needs[op.tensor_names.index(name)]:
             return f"has no gradient for {name} yet"
     reason = module.objection(*tensors, **params)
     declines = getattr(module, "declines", None)
     return declines(*tensors, **params) if reason is None and declines and not forced else reason
-
-
-def objection(op: Op, backend: str, tensors, params, forced: str | None, needs) -> str | None:
-    """Why a backend does not take a call, or None."""
-    if backend == "eager":
-        return None
-    module = load(backend, op.name)
-    if isinstance(module, str):
-        return module
-    kind = tensors[0].device.type
-    if kind != HOME[backend] and not (forced == backend == "gpu" and kind == "cpu" and interpreted()):
-        return f"takes {HOME[backend]} tensors, got {kind}"
-    return _objects(op, module, tensors, params, needs, forced)
-
-
-def choose(op: Op, forced: str | None, tensors, params, needs) -> ModuleType | None:
-    """The backend's module; None means eager."""
-    if forced:
-        if reason := objection(op, forced, tensors, params, forced, needs):
-            raise NotImplementedError(f"{op.name}: backend {forced!r} is forced but objects: {reason}")
-        return None if forced == "eager" else load(forced, op.name)
-    for module in _at_home(op.name, tensors[0].device.type):
-        if _objects(op, module, tensors, params, needs) is None:
-            return module
-    return None

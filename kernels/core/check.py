@@ -1,4 +1,4 @@
-"""Checks that every contract shares; each raises ValueError with got and expected."""
+"""Checks shared by the contracts. Each raises ValueError with got and expected."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def shape(op: str, name: str, tensor: Tensor | None, *expected: int | None) -> None:
-    """tensor has exactly these sizes; None stands for any."""
+    """Check the sizes of a tensor. None in `expected` allows any size; a tensor that is None passes."""
     if tensor is None:
         return
     fits = len(tensor.shape) == len(expected)
-    for got, size in zip(tensor.shape, expected, strict=False):  # a loop: any() costs every op call some 3 us
+    for got, size in zip(tensor.shape, expected, strict=False):  # a loop, because any() adds 3 us to every op call
         fits = fits and (size is None or got == size)
     if not fits:
-        wanted = ", ".join("any" if e is None else str(e) for e in expected)
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
+        sizes = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({sizes})")
 
 
 def width(op: str, name: str, tensor: Tensor) -> int:
-    """Size of the last axis."""
+    """Return the size of the last axis. The tensor must have one."""
     if tensor.dim() == 0:
         raise ValueError(f"{op}: {name} has shape (), expected at least one axis")
     return tensor.shape[-1]
 
 
 def same(op: str, first: str, x: Tensor, *, mixed: bool = False, **others: Tensor | None) -> None:
-    """Every other tensor lies on x's device in x's floating dtype, or in float32 where `mixed`."""
+    """Check that the other tensors have x's device and x's floating dtype, or float32 if `mixed`."""
     if x.dtype not in FLOATS:
         raise ValueError(f"{op}: {first} has dtype {x.dtype}, expected a floating dtype")
     for name, tensor in others.items():
@@ -41,7 +41,7 @@ def same(op: str, first: str, x: Tensor, *, mixed: bool = False, **others: Tenso
 
 
 def integers(op: str, name: str, tensor: Tensor | None, device: torch.device) -> None:
-    """tensor, unless None, is integer and on the device."""
+    """Check that a tensor is int64 or int32 and on the device. None passes."""
     if tensor is None:
         return
     if tensor.dtype not in (torch.int64, torch.int32):
@@ -51,7 +51,10 @@ def integers(op: str, name: str, tensor: Tensor | None, device: torch.device) ->
 
 
 def indices(op: str, name: str, tensor: Tensor, limit: int, device: torch.device, *, ignore: int | None = None) -> None:
-    """tensor is integer, on the device and, where looking costs no device sync, within 0..limit-1."""
+    """Check that a tensor is integer, on the device and within 0..limit-1.
+
+    The values are checked only if that needs no device sync.
+    """
     integers(op, name, tensor, device)
     if not readable(tensor) or tensor.numel() == 0:
         return
@@ -63,7 +66,10 @@ def indices(op: str, name: str, tensor: Tensor, limit: int, device: torch.device
 
 
 def offsets(op: str, name: str, tensor: Tensor, total: int, device: torch.device) -> None:
-    """tensor (N + 1,), N >= 1, is integer, on the device and, where looking is free, ascends from 0 to total."""
+    """Check that a tensor (N + 1,) is integer, on the device and ascends from 0 to total.
+
+    The values are checked only if that needs no device sync.
+    """
     shape(op, name, tensor, None)
     integers(op, name, tensor, device)
     if tensor.shape[0] < 2:
@@ -73,5 +79,5 @@ def offsets(op: str, name: str, tensor: Tensor, total: int, device: torch.device
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at, without waiting for a device."""
+    """Whether the tensor's values can be read without a device sync."""
     return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from peakgpt.kernels.cpu import attention, rotary
-from peakgpt.kernels.ops.attention import turned_heads
+from peakgpt.kernels.ops.attention import rotated_heads
 
 NO_GRADIENT = rotary.NO_GRADIENT
 
@@ -22,7 +22,7 @@ def objection(qkv, cos=None, sin=None, *, n_head, interleaved=False, **params) -
 def forward(outputs, saved, qkv, cos, sin, *, n_head, interleaved, **params):
     lse, *rotated = saved
     if rotated:
-        rotary.rotate(qkv, cos, sin, rotated[0], turned_heads(qkv, n_head), interleaved)
+        rotary.rotate(qkv, cos, sin, rotated[0], rotated_heads(qkv, n_head), interleaved)
         (qkv,) = rotated
     attention.attend(outputs[0], lse, *_split(qkv, n_head), **params)
 

@@ -195,7 +195,7 @@ class Products:
     def finish(self) -> None:
         """Sum dx over the ranks and write a dw that was summed in float32."""
         if self.dx is not None and self.shard is not None:
-            self.shard.add_up(self.dx)
+            self.shard.all_reduce(self.dx)
         if self.dw is not None and self.fresh:
             self.dw.zero_()
         if self.total is not None:

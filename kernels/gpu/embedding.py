@@ -90,11 +90,11 @@ def embedding_bwd_runs(sorted_ptr, dwte_ptr, head_ptr, tail_ptr, N, V, C, CHUNK:
     if begins_here & (tl.load(sorted_ptr + after) == i) & (i >= 0) & (i < V):
         acc = tl.load(tail_ptr + chunk * C + col, mask=col < C, other=0.0)
         next_chunk = chunk + 1
-        continues = True
-        while continues:
+        unfinished = True
+        while unfinished:
             acc += tl.load(head_ptr + next_chunk * C + col, mask=col < C, other=0.0)
             next_chunk += 1
-            continues = tl.load(sorted_ptr + next_chunk * CHUNK, mask=next_chunk * CHUNK < N, other=-1) == i
+            unfinished = tl.load(sorted_ptr + next_chunk * CHUNK, mask=next_chunk * CHUNK < N, other=-1) == i
         acc += tl.load(dwte_ptr + i * C + col, mask=col < C, other=0.0).to(tl.float32)
         tl.store(dwte_ptr + i * C + col, acc.to(dwte_ptr.dtype.element_ty), mask=col < C)
 

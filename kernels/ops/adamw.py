@@ -1,19 +1,20 @@
-"""AdamW over one flat buffer: every parameter of a group in one call, clipping folded in.
+"""AdamW over one flat buffer: all parameters of a group in one call, with gradient clipping.
 
     g = grad * min(1, max_norm / (norm + 1e-6))        t = step + 1
     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2
     p = p (1 - lr * weight_decay) - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)       lr = lr * rate
 
-Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", arXiv:1711.05101, algorithm 2. With max_norm the
-whole update, the step count included, is skipped where norm is not finite, decided on the device.
+Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", arXiv:1711.05101, algorithm 2. With max_norm, the
+device skips the whole update, including the step count, if norm is not finite.
 
-A bfloat16 parameter is the upper half of its float32 master, and an int16 remainder the lower one:
+A float32 master weight is stored as a bfloat16 parameter, its upper half, and an int16 remainder, its lower half:
 
     bits(master) = (bits(param) << 16) + remainder        param = master to nearest, ties away from zero
 
-so no bit of the master is lost and it costs 2 bytes, not 4. To nearest even would leave remainders of +32768, one too
-many for int16. Kalamkar et al. 2020, "Optimizing Deep Learning Recommender Systems' Training On CPU Cluster
-Architectures", arXiv:2005.04680, truncate (Split-SGD-BF16); a rounded parameter is twice as near to its master.
+The master keeps all its bits and costs 2 bytes more than the parameter, not 4. Rounding to nearest even would give
+remainders of +32768, which do not fit in int16. Kalamkar et al. 2020, "Optimizing Deep Learning Recommender Systems'
+Training On CPU Cluster Architectures", arXiv:2005.04680, truncate (Split-SGD-BF16); a rounded parameter is twice as
+near to its master.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a float32 tensor into (bfloat16 parameter, int16 remainder); NaN becomes the one NaN of remainder 0."""
+    """Split a float32 master into (bfloat16 parameter, int16 remainder). Every NaN gets remainder 0."""
     bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)
     return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
 
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:
-    """Put a float32 master together again, exactly.
+    """Return the float32 master of a bfloat16 parameter and its int16 remainder, exactly.
 
-    A parameter that was overwritten since the split gives a master within half a unit in its last place. That needs
-    the clamp: a zero meets any remainder, and below zero lie the bits of NaN.
+    If the parameter was overwritten after the split, the master is within half a unit in the parameter's last place.
+    This needs the clamp: zero plus a negative remainder would be the bits of NaN.
     """
     bits = param.view(torch.int16).to(torch.int32)
     magnitude = (((bits & 0x7FFF) << 16) + remainder).clamp_min(0)
@@ -69,14 +70,14 @@ def _check(
 
 
 def _cost(param, grad, remainder=None, exp_avg=None, exp_avg_sq=None, *_, **__):
-    """15 FLOPs an element; reads and writes param, remainder, m, v and the step, reads grad."""
+    """15 FLOPs per element. Reads and writes param, remainder, m, v and step, reads grad."""
     n, state = param.numel(), (param, remainder, exp_avg, exp_avg_sq)
     written = n * sum(t.element_size() for t in state if t is not None) + 4
     return Cost(15 * n, 2 * written + n * grad.element_size(), 0, 0, written, 0)
 
 
 def _sample(count: int = 1 << 24, **like):
-    """A parameter with gradient and moments as after some steps."""
+    """A parameter with its gradient and the moments after 3 steps."""
     wide = {**like, "dtype": torch.float32}
     halves = like.get("dtype") == torch.bfloat16
     param, remainder = split(torch.randn(count, **wide)) if halves else (torch.randn(count, **like), None)
@@ -109,16 +110,16 @@ def adamw(
 
     Args:
         param, grad: (N,) contiguous, float32 or bfloat16 (float64 with float64 state, eager only).
-        remainder: (N,) int16, what the float32 master is beyond a bfloat16 param; None where param is wide itself.
+        remainder: (N,) int16, the lower half of the float32 master if param is bfloat16, else None.
         exp_avg, exp_avg_sq: (N,) float32 moments.
         step: () float32, updates made so far; incremented.
-        norm: () float32, global norm of all gradients; given with max_norm and only then.
-        rate: () float32, a factor on lr that is read where the update runs: a schedule that a captured step can follow.
+        norm: () float32, global norm of all gradients; required with max_norm, else None.
+        rate: () float32, factor on lr, read on the device: a CUDA graph can follow a learning rate schedule.
         lr, beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.
-        max_norm: the gradient is scaled down to this global norm.
+        max_norm: scale the gradient down to this global norm if its norm is larger.
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit.
-        NotImplementedError: a forced backend objects; the message says why.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     lr = lr if rate is None else lr * rate
     wide = param if remainder is None else join(param, remainder)

@@ -5,13 +5,13 @@
     dv = p^T dy      ds = p * (dy v^T - delta)      dq = scale ds k      dk = scale ds^T q      dbias = ds
     dalibi_h = sum of ds (j - i)
 
-With dropout y = (m * p) v, dv = (m * p)^T dy, ds = p * (m * dy v^T - delta); m = 0 or 1 / (1 - dropout), by
+With dropout y = (m * p) v, dv = (m * p)^T dy, ds = p * (m * dy v^T - delta). m is 0 or 1 / (1 - dropout), from
 `dropout_mask`.
 
-Key j is live for query i (both counted from the end when T != S: i stands for i + S - T) when j <= i if causal,
-j > i - window, kv_start <= j < kv_start + kv_len, and both lie in one document. A query without a live key gives
-zero, and zero gradients. Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and 2; ALiBi: Press, Smith,
-Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
+Key j is live for query i if all of these hold: j <= i (if causal), j > i - window, kv_start <= j < kv_start + kv_len,
+and both are in the same document. If T != S, i stands for i + S - T: queries align with the last keys. The output and
+the gradients of a query without a live key are zero. Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and
+2; ALiBi: Press, Smith, Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from peakgpt.kernels.ops.rotary import check_tables, rotary, sample_tables
 
 
 def default_scale(head_dim: int, scale: float | None) -> float:
-    """The factor on q k^T: as given, else 1 / sqrt(D)."""
+    """The factor on q k^T: `scale`, or 1 / sqrt(D) if it is None."""
     return head_dim**-0.5 if scale is None else scale
 
 
 def live_pairs(queries: int, keys: int, causal: bool, window: int | None) -> int:
-    """How many (query, key) pairs of one head are live."""
+    """The number of live (query, key) pairs of one head."""
     reach = [min(keys, max(0, i + 1 + keys - queries)) if causal else keys for i in range(queries)]
     return sum(reach) if window is None else sum(min(r, window) for r in reach)
 
 
 def live_mask(q, k, causal, window, kv_start=None, kv_len=None, cu_seqlens=None) -> Tensor | None:
-    """Boolean (B or 1, 1, T, S) mask of the live pairs; None where all are."""
+    """Boolean (B or 1, 1, T, S) mask of the live pairs, None if all pairs are live."""
     tokens, keys = q.shape[1], k.shape[1]
     i = torch.arange(tokens, device=q.device)[:, None] + keys - tokens
     j = torch.arange(keys, device=q.device)[None, :]
@@ -64,9 +64,9 @@ def live_mask(q, k, causal, window, kv_start=None, kv_len=None, cu_seqlens=None)
 
 
 def dropout_mask(seed: Tensor, dropout: float, batch: int, heads: int, tokens: int, keys: int) -> Tensor:
-    """Which weights are kept, the same for every backend: boolean (B, H, T, S).
+    """Mask of the attention weights that dropout keeps: boolean (B, H, T, S), the same for every backend.
 
-    The weight of (b, h, i, j) is kept where word j % 4 of Philox's counter (i, j / 4, b, h) is at least dropout * 2^32.
+    Weight (b, h, i, j) is kept if word j % 4 of Philox with counter (i, j / 4, b, h) is at least dropout * 2^32.
     """
     b, h, i, group = torch.meshgrid(
         *(torch.arange(n, device=seed.device) for n in (batch, heads, tokens, (keys + 3) // 4)), indexing="ij"
@@ -111,7 +111,7 @@ def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, seed, *, causal, 
 
 
 def _cost(q, k, v, alibi=None, bias=None, *_, causal=True, window=None, **__):
-    """Two products of 2 D FLOPs a live pair forward, five backward; q, k, v, y once, and their gradients."""
+    """2 products of 2 D FLOPs per live pair forward, 5 backward. Moves q, k, v, y and their gradients once."""
     batch, tokens, heads, width = q.shape
     pairs = batch * heads * live_pairs(tokens, k.shape[1], causal, window)
     size, lse = q.element_size(), 4 * batch * tokens * heads
@@ -130,14 +130,14 @@ def _sample(
 
 
 def _alloc(q, *_, needs, **__):
-    """Kept: lse (B, H, T) float32, natural logarithm; -inf for a query without a live key."""
+    """Saves lse (B, H, T) float32, natural logarithm, -inf for a query without a live key."""
     batch, tokens, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return (out,), (q.new_empty((batch, heads, tokens), dtype=torch.float32),)
 
 
-def _written_out(q, k, v, added, scale, factor):
-    """Attention of (B, H, T, D) operands with its weights times `factor`, which torch's own can not take."""
+def _masked_attention(q, k, v, added, scale, factor):
+    """Attention of (B, H, T, D) operands with weights multiplied by `factor`; torch's function has no such argument."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q @ k.transpose(-2, -1) * scale
     if added is not None:
@@ -147,8 +147,8 @@ def _written_out(q, k, v, added, scale, factor):
 
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower",
-    keeps=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed", "out"),
-    random="dropout",
+    saved_for_backward=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed", "out"),
+    random_param="dropout",
 )  # fmt: skip
 def attention(
     q: Tensor,
@@ -171,21 +171,21 @@ def attention(
     Args:
         q: (B, T, H, D) float32, bfloat16 or float16, any strides with a contiguous last axis.
         k, v: (B, S, K, D), K divides H: grouped or single key heads by shape.
-        causal: query i sees keys up to i + S - T (aligned at the end when T != S).
-        window: query i sees at most this many keys, itself counted: i - window + 1 .. i.
+        causal: query i attends to keys 0 .. i + S - T.
+        window: query i attends to at most this many keys: i - window + 1 .. i.
         alibi: (H,) slopes; adds slope * (j - i).
-        bias: (B or 1, H or 1, T, S), added to the scores; it gets a gradient.
-        scale: factor on q k^T; 1 / sqrt(D) where None.
-        dropout: probability of dropping a weight.
+        bias: (B or 1, H or 1, T, S), added to the scores. It gets a gradient.
+        scale: factor on q k^T. Default: 1 / sqrt(D).
+        dropout: probability of dropping an attention weight.
         kv_start, kv_len: (B,) integers; sequence b's keys are kv_start[b] .. kv_start[b] + kv_len[b] - 1.
-        cu_seqlens: (N + 1,) integers, starts of N documents packed into one sequence (B = 1), and its length.
-        seed: (1,) int64, decides what is dropped; drawn from torch's generator where None. Backends agree on what one
-            seed drops; without one the eager backend leaves the choice to torch's own dropout.
+        cu_seqlens: (N + 1,) integers, the starts of N documents packed into one sequence (B = 1), then its length.
+        seed: (1,) int64 seed of dropout. Default: drawn from torch's generator. With one seed all backends drop the
+            same weights. Without a seed the eager backend uses torch's dropout.
     Returns:
         (B, T, H, D), dtype of q, contiguous; zero for a query without a live key.
     Raises:
         ValueError: shapes, dtypes, devices or parameters do not fit.
-        NotImplementedError: a forced backend objects; the message says why.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scale = default_scale(q.shape[-1], scale)
@@ -205,11 +205,11 @@ def attention(
     dead = None
     if mask is not None:
         dead = ~mask.any(-1, keepdim=True)
-        mask = mask | dead  # softmax over nothing is NaN: let a dead row see all, then zero what it gives
+        mask = mask | dead  # a softmax over no keys is NaN: let a dead row attend to all keys, then zero its output
         added = mask if added is None else added.masked_fill(~mask, float("-inf"))
     if seeded:
         keep = dropout_mask(seed, dropout, *q.shape[:3], k.shape[2])
-        y = _written_out(q, k, v, added, scale, keep / (1 - dropout))
+        y = _masked_attention(q, k, v, added, scale, keep / (1 - dropout))
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale, **grouped)
     y = y if dead is None else y.masked_fill(dead, 0.0)
@@ -234,21 +234,21 @@ def _check_qkv(qkv, cos, sin, *, n_head, interleaved, causal, window, scale):
         check_tables("attention_qkv", "qkv", qkv, cos, sin)
 
 
-def turned_heads(qkv: Tensor, n_head: int) -> int:
-    """H + K: the heads of a packed projection (B, T, H + 2 K, D) that rotary embedding turns."""
+def rotated_heads(qkv: Tensor, n_head: int) -> int:
+    """H + K, the number of heads of a packed projection (B, T, H + 2 K, D) that rotary embedding rotates."""
     return (n_head + qkv.shape[2]) // 2
 
 
 def _cost_qkv(qkv, cos=None, sin=None, *, n_head, interleaved=False, **params):
-    """Attention's; with rotary the turned projection, which backward reads, is written, and turned back in passing."""
+    """Attention's cost. With rotary, forward also writes the rotated projection, and backward rotates the gradients."""
     plain = attention.cost(*_split(qkv, n_head), **params)
     if cos is None:
         return plain
-    turning = rotary.cost(qkv, cos, sin, heads=turned_heads(qkv, n_head))
-    tables = turning.bytes - 2 * turning.written
+    rotation = rotary.cost(qkv, cos, sin, heads=rotated_heads(qkv, n_head))
+    tables = rotation.bytes - 2 * rotation.written
     return Cost(
-        plain.flops + turning.flops, plain.bytes + tables, plain.backward_flops + turning.backward_flops,
-        plain.backward_bytes + tables + turning.written, plain.written, plain.backward_written + turning.written,
+        plain.flops + rotation.flops, plain.bytes + tables, plain.backward_flops + rotation.backward_flops,
+        plain.backward_bytes + tables + rotation.written, plain.written, plain.backward_written + rotation.written,
     )  # fmt: skip
 
 
@@ -256,48 +256,48 @@ def _sample_qkv(
     batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, kv_heads: int | None = None,
     pairs: int | None = None, **like,
 ):  # fmt: skip
-    """With the tables where `pairs` says how many pairs of a head are turned."""
+    """With rotary tables if `pairs`, the number of rotated feature pairs per head, is given."""
     qkv = torch.randn(batch, tokens, heads + 2 * (kv_heads or heads), head_dim, **like)
     return qkv, *(() if pairs is None else sample_tables(tokens, pairs, **like))
 
 
 def _alloc_qkv(qkv, cos, sin, *, needs, n_head, **_):
-    """Kept: attention's lse and, with rotary, the turned projection in place of qkv."""
+    """Saves attention's lse and, with rotary, the rotated projection instead of qkv."""
     outputs, saved = _alloc(qkv[:, :, :n_head], needs=needs)
-    turned = () if cos is None else (torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),)
-    return outputs, (*saved, *turned)
+    rotated = () if cos is None else (torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),)
+    return outputs, (*saved, *rotated)
 
 
-def _keeps_qkv(qkv, cos, sin):
+def _saved_for_backward_qkv(qkv, cos, sin):
     return ("qkv", "out") if cos is None else ("cos", "sin", "out")
 
 
 @op(
     cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv,
-    autocast="lower", exact=("cos", "sin"), keeps=_keeps_qkv,
+    autocast="lower", autocast_exempt=("cos", "sin"), saved_for_backward=_saved_for_backward_qkv,
 )  # fmt: skip
 def attention_qkv(
     qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, n_head: int, interleaved: bool = False,
     causal: bool = True, window: int | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention over one packed projection, so that its gradient is written in place and never concatenated.
+    """Attention over one packed projection. Its gradient is one tensor too, without a concatenation.
 
-    With cos and sin, queries and keys are turned first, as by `rotary`. Their gradients are turned back where they are
-    finished, in float32, before they are rounded: no pass of its own.
+    With cos and sin, queries and keys are first rotated as by `rotary`. Backward rotates their gradients in float32
+    inside the attention kernel, without another pass over memory.
 
     Args:
         qkv: (B, T, H + 2 K, D): H query heads, then K key heads, then K value heads; contiguous last axis.
-        cos, sin: (T, R / 2) dtype of qkv, or float32; both or neither. No fused backend gives them a gradient.
+        cos, sin: (T, R / 2) dtype of qkv, or float32; both or neither. Fused backends give them no gradient.
         n_head: H.
-        interleaved: which features cos and sin turn, as in `rotary`.
+        interleaved: the layout of feature pairs, as in `rotary`.
         causal, window, scale: as in `attention`.
     Returns:
         (B, T, H, D), dtype of qkv, contiguous.
     Raises:
         ValueError: shapes or parameters do not fit.
-        NotImplementedError: a forced backend objects; the message says why.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     if cos is not None:
-        qkv = rotary.eager(qkv, cos, sin, heads=turned_heads(qkv, n_head), interleaved=interleaved)
+        qkv = rotary.eager(qkv, cos, sin, heads=rotated_heads(qkv, n_head), interleaved=interleaved)
     q, k, v = _split(qkv, n_head)
     return attention.eager(q, k, v, causal=causal, window=window, scale=scale)

@@ -1,16 +1,16 @@
-"""Attention of new tokens to a cache in blocks: what `attention` computes, without gradients.
+"""Attention of new tokens to a paged KV cache: the values of `attention`, without gradients.
 
     sequence b has n new queries and L = lengths[b] keys, the new ones counted; key j lies in the cache at
     [block_tables[b, j // block], j % block]
-    query i stands at p = L - n + i and sees the keys max(0, p - window + 1) .. p
-    s = scale q k^T + alibi_h (j - p)      y = softmax(s) v      zero where nothing is seen
-    in bytes, key j's scale multiplies s and value j's the weight: the products are of whole numbers, exact in q's dtype
+    query i has position p = L - n + i and attends to keys max(0, p - window + 1) .. p
+    s = scale q k^T + alibi_h (j - p)      y = softmax(s) v      zero if a query has no key
+    int8 cache: key j's scale multiplies s, value j's scale multiplies its weight; products of integers are exact
 
-Fused backends cut the keys at multiples of a constant, counted from the sequence's first key, and add the parts up in
-their order: m = max(m, m'), l = l e^(m_old - m) + l' e^(m' - m), y likewise. So a query's result has the same bits in
-any batch, beside any number of other queries, and wherever its blocks lie. Keys split over the processors: Dao, Haziza,
-Massa, Sizov 2023, "Flash-Decoding for long-context inference"; blocks: Kwon et al. 2023, "Efficient Memory Management
-for Large Language Model Serving with PagedAttention", arXiv:2309.06180.
+Fused backends split the keys at multiples of a constant, counted from the sequence's first key, and add the parts in
+order: m = max(m, m'), l = l e^(m_old - m) + l' e^(m' - m), y likewise. Therefore a query's result has the same bits in
+any batch, with any number of other queries, and for any location of its blocks. Splitting the keys over processors:
+Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference". Blocks: Kwon et al. 2023, "Efficient Memory
+Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _check(q, k_cache, v_cache, block_tables, lengths, cu_queries, k_scale, v_sc
 
 
 def _check_blocks(k_cache: Tensor, block_tables: Tensor, lengths: Tensor) -> None:
-    """What lies behind a table's used entries is in the cache; the unused ones may hold anything."""
+    """The used entries of the tables are blocks of the cache. Unused entries may have any value."""
     count, block = k_cache.shape[:2]
     low, high = (int(v) for v in torch.aminmax(lengths))
     if low < 0 or high > block_tables.shape[1] * block:
@@ -74,14 +74,14 @@ def _check_blocks(k_cache: Tensor, block_tables: Tensor, lengths: Tensor) -> Non
 
 
 def _queries(q: Tensor, block_tables: Tensor, cu_queries: Tensor | None) -> Tensor:
-    """How many queries each sequence has, (B,)."""
+    """(B,) number of queries of each sequence."""
     return block_tables.new_ones(block_tables.shape[0]) if cu_queries is None else cu_queries.diff()
 
 
 def _cost(q, k_cache, v_cache, block_tables, lengths, cu_queries=None, k_scale=None, *_, window=None, **__):
-    """Two products of 2 D FLOPs a live pair; live keys and values once with scales, q, y, the table's used entries.
+    """2 products of 2 D FLOPs per live pair. Moves live keys and values with their scales, q, y and used table entries.
 
-    Reads the lengths: it waits for a device.
+    Reads the values of `lengths`, which synchronizes with a GPU.
     """
     heads, width = q.shape[1:]
     pairs = keys = entries = 0
@@ -91,7 +91,7 @@ def _cost(q, k_cache, v_cache, block_tables, lengths, cu_queries=None, k_scale=N
         pairs += sum(reach if window is None else (min(r, window) for r in reach))
         keys += length if window is None else min(length, window + count - 1)
         entries += -(-length // k_cache.shape[1])
-    head = width * k_cache.element_size() + (0 if k_scale is None else k_scale.element_size())  # bytes, of one token
+    head = width * k_cache.element_size() + (0 if k_scale is None else k_scale.element_size())  # bytes per token
     y = q.numel() * q.element_size()
     tables = 4 * (entries + lengths.numel() + (0 if cu_queries is None else cu_queries.numel()))
     return Cost(4 * width * heads * pairs, 2 * keys * k_cache.shape[2] * head + 2 * y + tables, 0, 0, y, 0)
@@ -101,7 +101,7 @@ def _sample(
     batch: int = 4, queries: int = 1, heads: int = 12, head_dim: int = 64, keys: int = 256,
     kv_heads: int | None = None, block: int = 16, bits: int | None = None, **like,
 ):  # fmt: skip
-    """Blocks lie in random order; block = keys is a contiguous cache in that sense too; bits = 8 makes it of bytes."""
+    """A cache with blocks in random order. block = keys gives one block per sequence, bits = 8 an int8 cache."""
     blocks, device = -(-keys // block), like.get("device")
     q = torch.randn(batch * queries, heads, head_dim, **like)
     caches = [torch.randn(batch * blocks, block, kv_heads or heads, head_dim, **like) for _ in "kv"]
@@ -114,7 +114,7 @@ def _sample(
     return q, *caches, tables, lengths, starts, *scales
 
 
-def _wide(blocks: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _dequantized(blocks: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     return blocks if scales is None else (blocks * scales[..., None]).to(dtype)
 
 
@@ -124,7 +124,7 @@ def _alloc(q, *_, needs, **__):
 
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower", gradient=False,
-    exact=("k_scale", "v_scale"),
+    autocast_exempt=("k_scale", "v_scale"),
 )  # fmt: skip
 def attention_decode(
     q: Tensor,
@@ -140,33 +140,33 @@ def attention_decode(
     alibi: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend from the newest tokens of each sequence to its cached keys, causally.
+    """Causal attention from the last tokens of each sequence to its cached keys.
 
     Args:
-        q: (N, H, D) float32, bfloat16 or float16, the new tokens of B sequences one after the other.
+        q: (N, H, D) float32, bfloat16 or float16, the new tokens of B sequences, concatenated.
         k_cache, v_cache: (blocks, block, K, D), any strides with a contiguous last axis; K divides H. A contiguous
-            cache (B, S, K, D) is the case block = S with block_tables = arange(B)[:, None]. What lies past a sequence's
-            keys has no effect, whatever it is. Dtype of q, or int8 with scales.
-        block_tables: (B, M) int32, where each sequence's blocks lie; entries past its keys are not looked at.
-        lengths: (B,) int32, keys of each sequence, those of its new tokens counted; at most M * block.
-        cu_queries: (B + 1,) int32, where each sequence's queries begin in q, and N; None: one query each, N = B.
-        k_scale, v_scale: (blocks, block, K) float32, contiguous: the scale of each head of each token in a cache of
-            bytes, as `cache_store` writes them.
-        window: a query sees at most this many keys, itself counted.
+            cache (B, S, K, D) is the case block = S with block_tables = arange(B)[:, None]. Values after a sequence's
+            keys have no effect, not even NaN. Dtype of q, or int8 with scales.
+        block_tables: (B, M) int32, the blocks of each sequence. Entries after its keys are not read.
+        lengths: (B,) int32, number of keys of each sequence, including its new tokens; at most M * block.
+        cu_queries: (B + 1,) int32, the start of each sequence's queries in q, then N. None: one query per sequence.
+        k_scale, v_scale: (blocks, block, K) float32, contiguous: the scale of each head of each token in an int8
+            cache, as `cache_store` writes them.
+        window: a query attends to at most this many keys, its own included.
         alibi: (H,) slopes; adds slope * (j - p) for a query at position p.
-        scale: factor on q k^T; 1 / sqrt(D) where None.
+        scale: factor on q k^T. Default: 1 / sqrt(D).
     Returns:
         (N, H, D), dtype of q, contiguous; zero for a query without a live key (more queries than keys, length 0).
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
-        NotImplementedError: a gradient is wanted, or a forced backend objects; the message says why.
+        NotImplementedError: an input requires grad, or the forced backend does not support the call.
     """
     counts = _queries(q, block_tables, cu_queries).tolist()
     rows = []
     for queries, table, length in zip(q.split(counts), block_tables, lengths.tolist(), strict=True):
         used = table[: -(-length // k_cache.shape[1])].long()
         k, v = (
-            _wide(cache[used], None if scales is None else scales[used], q.dtype).flatten(0, 1)[None, :length]
+            _dequantized(cache[used], None if scales is None else scales[used], q.dtype).flatten(0, 1)[None, :length]
             for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
         )
         empty = queries.new_zeros(1, *queries.shape)

@@ -1,10 +1,11 @@
-"""Store the keys and values of new tokens in a cache in blocks, as they are or rounded to bytes.
+"""Store the keys and values of new tokens in a paged KV cache, in the model's dtype or quantized to int8.
 
-    token n goes to block slots[n] // block, place slots[n] % block; nowhere where slots[n] < 0
-    in bytes, a head of a token:    x = s q    s = max|x| / 127    q = round(x / s), to even at a tie
+    token n goes to block slots[n] // block, position slots[n] % block; it is not stored if slots[n] < 0
+    int8, for each head of a token:    x = s q    s = max|x| / 127    q = round(x / s), ties to even
 
-A scale below float32's smallest normal number is 0, and so are then the bytes. An infinity or NaN makes the scale
-infinite or NaN, so that the head is read as NaN. Rounded after a division: no backend can fuse it into another one.
+A scale below float32's smallest normal number becomes 0, and so do its int8 values. An infinity or NaN makes the scale
+infinite or NaN, so the head is read as NaN. The division is exact (no multiplication by a reciprocal), so all backends
+round alike.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ SMALLEST_SCALE = 2.0**-126
 
 
 def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round every head of every token to bytes.
+    """Quantize each head of each token to int8.
 
     Args:
         x: (..., D) floating.
     Returns:
-        q (..., D) int8 in -127..127, scale (...) float32, or float64 where x is.
+        q (..., D) int8 in -127..127, scale (...) float32, or float64 if x is float64.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = wide.abs().amax(-1) / 127
@@ -36,7 +37,7 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
 def check_cache(
     name: str, first: str, x: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:
-    """Check a cache (blocks, block, K, D) of x's dtype, or of bytes with a scale for every head of every token."""
+    """Check a cache (blocks, block, K, D) of x's dtype, or of int8 with a scale for each head of each token."""
     check.shape(name, "v_cache", v_cache, *k_cache.shape)
     if (k_scale is None) != (v_scale is None):
         given, missing = ("v_scale", "k_scale") if k_scale is None else ("k_scale", "v_scale")
@@ -48,7 +49,7 @@ def check_cache(
         if cache.dtype != torch.int8 or cache.device != x.device:
             raise ValueError(
                 f"{name}: {what}_cache is {cache.dtype} on {cache.device}, "
-                f"expected int8 on {x.device}, as there are scales"
+                f"expected int8 on {x.device} with scales"
             )
         check.shape(name, f"{what}_scale", scale, *k_cache.shape[:3])
         expected = torch.promote_types(x.dtype, torch.float32)
@@ -74,7 +75,7 @@ def _check(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
 
 
 def _cost(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
-    """Read and written once; in bytes five FLOPs an element: its size, the largest, a division, rounding, a cast."""
+    """Reads and writes once. int8: 5 FLOPs per element (absolute value, maximum, division, rounding, cast)."""
     elements, heads = 2 * k.numel(), 0 if k_scale is None else 2 * k.shape[0] * k.shape[1]
     written = elements * k_cache.element_size() + heads * (0 if k_scale is None else k_scale.element_size())
     read = elements * k.element_size() + slots.numel() * slots.element_size()
@@ -82,7 +83,7 @@ def _cost(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
 
 
 def _sample(tokens: int = 1024, heads: int = 12, head_dim: int = 64, block: int = 16, bits: int | None = None, **like):
-    """Tokens that come in random order into a cache with room for just them, in whole blocks; bits = 8 is in bytes."""
+    """Tokens in random order and a cache of just enough blocks; bits = 8 gives an int8 cache."""
     k, v = (torch.randn(tokens, heads, head_dim, **like) for _ in "kv")
     blocks = -(-tokens // block)
     slots = torch.randperm(blocks * block, device=k.device)[:tokens]
@@ -103,22 +104,23 @@ def cache_store(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """Write the keys and values of new tokens into a cache, in place.
+    """Write the keys and values of new tokens into a KV cache, in place.
 
     Args:
         k, v: (N, K, D) float32, bfloat16 or float16, any strides with a contiguous last axis.
         k_cache, v_cache: (blocks, block, K, D), dtype of k, or int8 with scales; strides as k.
-        slots: (N,) int32 or int64, block * places a block + place; negative: not stored. Each at most once.
-        k_scale, v_scale: (blocks, block, K) float32, contiguous; written where a token is.
+        slots: (N,) int32 or int64, block index * block + position in the block, without duplicates. Negative: the
+            token is not stored.
+        k_scale, v_scale: (blocks, block, K) float32, contiguous; written for each stored token.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
-        NotImplementedError: a forced backend objects; the message says why.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     live = slots >= 0
-    at = slots[live].long()
-    where = at // k_cache.shape[1], at % k_cache.shape[1]
+    slots = slots[live].long()
+    index = slots // k_cache.shape[1], slots % k_cache.shape[1]
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         x = x[live]
         if scale is not None:
-            x, scale[where] = quantize_heads(x)
-        cache[where] = x
+            x, scale[index] = quantize_heads(x)
+        cache[index] = x

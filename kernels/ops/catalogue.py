@@ -1,4 +1,4 @@
-"""Every op there is: importing this file fills dispatch.OPS."""
+"""All ops. Importing this module registers them in `dispatch.OPS`."""
 
 from peakgpt.kernels.ops.adamw import adamw
 from peakgpt.kernels.ops.attention import attention, attention_qkv
@@ -6,12 +6,11 @@ from peakgpt.kernels.ops.attention_decode import attention_decode
 from peakgpt.kernels.ops.cache_store import cache_store
 from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.embedding import embedding
-from peakgpt.kernels.ops.layernorm import add_layernorm, layernorm
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
-from peakgpt.kernels.ops.rmsnorm import add_rmsnorm, rmsnorm
+from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from peakgpt.kernels.ops.rotary import rotary
 from peakgpt.kernels.ops.sum_of_squares import sum_of_squares
 

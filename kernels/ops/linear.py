@@ -1,4 +1,4 @@
-"""Linear layer: a product with a weight, and a bias.
+"""Linear layer: multiply by a weight and add a bias.
 
     y = x w^T + b      dx = dy w      dw = dy^T x      db = sum_rows(dy)
 """
@@ -20,7 +20,7 @@ def _check(x, w, b):
 
 
 def _cost(x, w, b):
-    """2 FLOPs a weight and token, twice that backward; every operand once."""
+    """2 FLOPs per weight and token, twice that backward. Moves every operand once."""
     tokens, size = x.numel() // x.shape[-1], x.element_size()
     out, bias = tokens * w.shape[0], 0 if b is None else b.numel()
     operands = x.numel() + w.numel() + bias  # and their gradients
@@ -41,18 +41,18 @@ def _alloc(x, w, b, *, needs):
     return (short_lived(x, *shape) if any(needs) else x.new_empty(shape),), ()
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w"), autocast="lower")
+@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w"), autocast="lower")
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """Multiply the last axis of x by a weight.
+    """Multiply the last axis of x by a weight and add a bias.
 
     Args:
         x: (..., C) float32, bfloat16 or float16.
         w: (F, C), dtype of x, as F.linear takes it; any strides with one unit stride (Conv1D passes `w.t()`).
         b: (F,) or None.
     Returns:
-        (..., F), dtype of x. The weight's gradient comes in the weight's strides.
+        (..., F), dtype of x. The weight's gradient has the weight's strides.
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
-        NotImplementedError: a forced backend objects; the message says why.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     return F.linear(x, w, b)

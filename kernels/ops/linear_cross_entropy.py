@@ -1,20 +1,20 @@
-"""Linear cross-entropy: the head's product and the loss over the vocabulary, logits never at full size.
+"""Linear cross-entropy: the head's matrix product and the loss over the vocabulary, without the full logits.
 
     z = x w^T      m = max_v z_v      t = sum_v exp(z_v - m)      lse = m + log t      e = label_smoothing
     loss = log t - (z_target - m) + e (z_target - mean_v z_v) + z_loss lse^2
     dz   = dloss (exp(z - m) / t (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V)      dx = dz w      dw = dz^T x
 
-m and t stay apart: their lse in float32 is off by half an ulp, 4e-6 for logits of 100, and all of exp(z - lse) with it.
+m and t are saved separately: a float32 lse has an error of half an ulp, 4e-6 for logits of 100, and so has every
+exp(z - lse).
 
-With weights a token's loss is multiplied by its own, and the mean is over their sum. For a scalar loss the gradients of
-x and w are formed in the forward pass at dloss = 1 and only scaled in backward (6 C V FLOPs a token); for
-reduction="none" the upstream gradient differs by token, so backward forms the logits again, beside the kept m and t
-(8 C V).
-Under no_grad neither is formed. Rows are processed in blocks; the idea is from Hsu et al. 2024, "Liger Kernel",
+`weight` multiplies each token's loss, and the mean divides by the sum of the weights. For a scalar loss, forward
+computes the gradients of x and w for dloss = 1 and backward only scales them (6 C V FLOPs per token). For
+reduction="none" the incoming gradient differs by token, so backward recomputes the logits and uses the saved m and t (8
+C V). Under no_grad forward computes no gradient. Rows are processed in blocks, as in Hsu et al. 2024, "Liger Kernel",
 arXiv:2410.10989, section 3.2, and Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models",
 arXiv:2411.09009. The z-loss is Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 5; label smoothing Szegedy et
-al. 2015, "Rethinking the Inception Architecture", arXiv:1512.00567, section 7. A head that is cut over ranks:
-kernels/ops/vocab_parallel.py.
+al. 2015, "Rethinking the Inception Architecture", arXiv:1512.00567, section 7. vocab_parallel.py splits the head over
+ranks.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op
 from peakgpt.kernels.ops.vocab_parallel import shard_of
 
-CHOICES = {"reduction": ("mean", "sum", "none"), "prefer": ("auto", "memory", "time")}
+ALLOWED = {"reduction": ("mean", "sum", "none"), "prefer": ("auto", "memory", "time")}
 
 
-def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, group, first, vocab, **chosen):
-    for name, allowed in CHOICES.items():
-        if chosen[name] not in allowed:
+def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, group, first, vocab, **strings):
+    for name, allowed in ALLOWED.items():
+        if strings[name] not in allowed:
             raise ValueError(
-                f"linear_cross_entropy: {name} is {chosen[name]!r}, expected one of {', '.join(allowed)}"
+                f"linear_cross_entropy: {name} is {strings[name]!r}, expected one of {', '.join(allowed)}"
             )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected 0 to 1")
@@ -49,37 +49,37 @@ def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, group
     if not (0 <= first < last <= vocab if group else first == vocab == 0):
         raise ValueError(
             f"linear_cross_entropy: first is {first} and vocab {vocab} for {w.shape[0]} rows of w in group {group!r}, "
-            "expected what vocab_shard gives, or none of them"
+            "expected the values of vocab_shard, or the defaults"
         )
     check.indices("linear_cross_entropy", "target", target, vocab or w.shape[0], x.device, ignore=ignore_index)
 
 
 def _cost(x, w, target, weight=None, *, reduction="mean", **_):
-    """2 C V FLOPs a token forward and 4 C V for both gradients; every operand and gradient once, no logits."""
+    """2 C V FLOPs per token forward, 4 C V for both gradients. Moves operands and gradients once, no logits."""
     tokens, operands = target.numel(), (x.numel() + w.numel()) * x.element_size()
     product, targets = 2 * tokens * w.numel(), tokens * target.element_size()
-    loss, kept = (4 * tokens, 8 * tokens) if reduction == "none" else (4, 0)
-    return Cost(product, operands + targets + loss, 2 * product, operands + kept, loss, operands + kept)
+    loss, saved = (4 * tokens, 8 * tokens) if reduction == "none" else (4, 0)
+    return Cost(product, operands + targets + loss, 2 * product, operands + saved, loss, operands + saved)
 
 
 def _sample(
     rows: int = 1024, width: int = 768, vocab: int = 50304, weighted: int = 0, spread: int = 1, level: int = 0, **like
 ):
-    """With `weighted` each token has a weight of its own; logits have a deviation of `spread` about `level`."""
+    """`weighted` = 1 gives a weight per token. Logits have mean `level` and standard deviation `spread`."""
     target = torch.randint(vocab, (rows,), device=like.get("device"))
     weight = (torch.rand(rows, **{**like, "dtype": torch.float32}),) if weighted else ()
     x, w = torch.randn(rows, width, **like), torch.randn(vocab, width, **like) * width**-0.5
     if spread != 1 or level:
-        # So few digits that float32 adds the logits up without rounding: what is off then is the loss's own doing.
+        # So few bits that float32 sums logits without rounding: any error is then the error of the loss.
         x, w = (x * 8).round() * (spread / 8), (w * 16).round() / 16
         x[:, 0], w[:, 0] = level, 1.0
     return x, w, target, *weight
 
 
 def _alloc(x, w, target, weight=None, *, needs, reduction, **_):
-    """Kept: m and t (float32, two a token) for "none"; for scalars dx and dw at dloss = 1, empty where not wanted.
+    """Saves m and t (2 float32 per token) for "none", else dx and dw for dloss = 1, empty if not required.
 
-    Those of float16 are kept in float32: at dloss = 1 no loss scaling protects them yet.
+    For float16 inputs they are float32: for dloss = 1 no loss scaling protects them from underflow.
     """
     if reduction == "none":
         loss = x.new_empty(target.shape, dtype=torch.float32)
@@ -93,8 +93,9 @@ def _alloc(x, w, target, weight=None, *, needs, reduction, **_):
 
 
 @op(
-    cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w", "target", "weight"), autocast="lower",
-    exact=("weight",), early=lambda *, reduction, **_: () if reduction == "none" else ("w",),
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w", "target", "weight"),
+    autocast="lower", autocast_exempt=("weight",),
+    grad_in_forward=lambda *, reduction, **_: () if reduction == "none" else ("w",),
 )  # fmt: skip
 def linear_cross_entropy(
     x: Tensor,
@@ -117,22 +118,23 @@ def linear_cross_entropy(
         x: (..., C) float32, bfloat16 or float16.
         w: (V, C) the head's weight, dtype of x.
         target: (...) int64 or int32, already shifted.
-        weight: (...) of target, float32, a factor on each token's loss; fused backends give it no gradient.
+        weight: shape of target, dtype of x or float32, a factor on each token's loss. Fused backends give it no
+            gradient.
         ignore_index: targets of this value give zero loss and no gradient, and do not count in the mean.
-        reduction: "mean" over the targets that count (over their weights, where given), "sum", or "none".
-        label_smoothing: share of the target that is spread over the whole vocabulary, 0 to 1.
+        reduction: "mean" over the targets that are not ignored (weighted if `weight` is given), "sum", or "none".
+        label_smoothing: probability that is spread evenly over the whole vocabulary, 0 to 1.
         z_loss: factor on the square of the log of the softmax's denominator.
-        prefer: "memory" takes the logits by blocks, "time" all of them at once in the dtype of x where the GPU backend
-            runs, "auto" decides by their size; nothing else depends on it.
-        group, first, vocab: where w is this rank's rows of a head that is cut over the ranks of a torch.distributed
-            group, what `vocab_shard(w)` gives. Then x, target and weight are the same on every rank, target counts over
-            the whole vocabulary, and every rank calls. Each gets the whole loss and the whole gradient of x, summed
-            over the ranks here, and the gradient of its own rows.
+        prefer: memory use of the GPU backend: "memory" computes the logits in blocks, "time" all at once in the dtype
+            of x, "auto" decides by their size.
+        group, first, vocab: for a head that is split by rows over the ranks of a torch.distributed group: the values
+            of `vocab_shard(w)`, where w is this rank's rows. Then x, target and weight are the same on every rank,
+            targets are ids of the whole vocabulary, and every rank must call. Each rank gets the whole loss, the whole
+            gradient of x (summed over ranks) and the gradient of its own rows.
     Returns:
         float32: a scalar, or (...) for "none". The mean over no targets is NaN, as in torch.
     Raises:
         ValueError: shapes, dtypes, devices or the reduction do not fit; on CPU also a target out of range.
-        NotImplementedError: a forced backend objects; the message says why.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     labels = {"target": target.flatten().long(), "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if shard := shard_of(group, first, vocab):

@@ -1,10 +1,10 @@
-"""Linear layers with weights of 8 and 4 bits, whose inputs become bytes on the way.
+"""Linear layers with int8 or 4-bit weights, and inputs that are quantized to int8 at run time.
 
     y = act(Q(x) W^T + b)      Q and W: kernels/ops/quantize.py
 
-Q rounds each block of a row by itself, so that one large input costs only its block precision, and a row's result knows
-nothing of other rows. Fused backends multiply bytes: the sums of a block are exact, those of the blocks are added in
-float32 in their order. Rounding inputs a block at a time while weights stay as they are is the way of llama.cpp's Q8_0.
+Q quantizes each block of a row separately: one large input reduces the precision of its block only, and a row's result
+does not depend on other rows. Fused backends multiply integers. The sum of a block is exact, and the blocks are added
+in float32 in a fixed order. llama.cpp's Q8_0 quantizes inputs per block in the same way.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from peakgpt.kernels.ops.mlp import GATES
 from peakgpt.kernels.ops.quantize import (
     BLOCK,
     PANEL,
+    check_group,
     dequantize_4,
     dequantize_8,
-    known_group,
     round_inputs,
     unpack_4,
     unpack_8,
@@ -30,9 +30,11 @@ from peakgpt.kernels.ops.quantize import (
 ACTIVATIONS = ("none", *GATES)
 
 
-def _check_panels(name: str, x: Tensor, w: Tensor, b: Tensor | None, outputs: int, lines: int, activation: str) -> None:
+def _check_panels(
+    name: str, x: Tensor, w: Tensor, b: Tensor | None, outputs: int, lines_per_8: int, activation: str
+) -> None:
     width = check.width(name, "x", x)
-    check.shape(name, "w", w, -(-outputs // PANEL), -(-width // 8) * lines, PANEL, 4)
+    check.shape(name, "w", w, -(-outputs // PANEL), -(-width // 8) * lines_per_8, PANEL, 4)
     check.shape(name, "b", b, outputs)
     check.same(name, "x", x, b=b)
     if w.dtype != torch.uint8 or w.device != x.device:
@@ -56,8 +58,8 @@ def _outputs(w: Tensor, b: Tensor | None, out: int | None) -> int:
     return out if out is not None else b.shape[0] if b is not None else w.shape[0] * PANEL
 
 
-def _total(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, outputs: int) -> Cost:
-    """2 FLOPs a weight and token; every operand once."""
+def _cost(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, outputs: int) -> Cost:
+    """2 FLOPs per weight and token. Moves every operand once."""
     tokens, size = x.numel() // x.shape[-1], x.element_size()
     read = w.numel() + scale.numel() * scale.element_size() + (x.numel() + (0 if b is None else outputs)) * size
     written = tokens * outputs * size
@@ -74,7 +76,7 @@ def _check_8(x, w, scale, b, *, activation):
 
 
 def _cost_8(x, w, scale, b=None, **_):
-    return _total(x, w, scale, b, scale.shape[0])
+    return _cost(x, w, scale, b, scale.shape[0])
 
 
 def _sample_8(rows: int = 1024, width: int = 768, out: int = 2304, **like):
@@ -89,7 +91,7 @@ def _alloc_8(x, w, scale, b, *, needs, activation):
 
 @op(cost=_cost_8, sample=_sample_8, check=_check_8, alloc=_alloc_8, gradient=False)
 def linear_q8(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = None, *, activation: str = "none") -> Tensor:
-    """Multiply the last axis of x, rounded to bytes in blocks of 128, by a weight of 8 bits.
+    """Multiply the last axis of x, quantized to int8 in blocks of 128, by an int8 weight.
 
     Args:
         x: (..., C) float32, bfloat16 or float16.
@@ -98,10 +100,10 @@ def linear_q8(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = None, *, a
         b: (F,) in x's dtype, or None.
         activation: "none", "gelu_tanh", "gelu_erf", "relu" or "silu".
     Returns:
-        (..., F), dtype of x. NaN in a row of x that holds an infinity or NaN.
+        (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
     Raises:
         ValueError: shapes, dtypes, devices or the activation do not fit.
-        NotImplementedError: a gradient is wanted, or a forced backend objects; the message says why.
+        NotImplementedError: an input requires grad, or the forced backend does not support the call.
     """
     weight = dequantize_8(unpack_8(w, scale.shape[0], x.shape[-1]), scale)
     return _activated(F.linear(round_inputs(x, BLOCK), weight.to(x.dtype), b), activation)
@@ -111,14 +113,14 @@ def linear_q8(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = None, *, a
 
 
 def _check_4(x, w, scale, b, *, out, group, activation):
-    known_group("linear_q4", group)
+    check_group("linear_q4", group)
     _check_panels("linear_q4", x, w, b, _outputs(w, b, out), 1, activation)
     check.shape("linear_q4", "scale", scale, w.shape[0], -(-x.shape[-1] // group), PANEL)
     _check_scale("linear_q4", x, scale)
 
 
 def _cost_4(x, w, scale, b=None, *, out=None, **_):
-    return _total(x, w, scale, b, _outputs(w, b, out))
+    return _cost(x, w, scale, b, _outputs(w, b, out))
 
 
 def _sample_4(rows: int = 1024, width: int = 768, out: int = 2304, group: int = 64, **like):
@@ -137,21 +139,21 @@ def linear_q4(
     x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = None, *, out: int | None = None, group: int = 64,
     activation: str = "none",
 ) -> Tensor:  # fmt: skip
-    """Multiply the last axis of x, rounded to bytes in blocks of `group`, by a weight of 4 bits.
+    """Multiply the last axis of x, quantized to int8 in blocks of `group`, by a 4-bit weight.
 
     Args:
         x: (..., C) float32, bfloat16 or float16.
         w: (ceil(F / 16), ceil(C / 8), 16, 4) uint8 panels; scale: (ceil(F / 16), ceil(C / group), 16) bfloat16: as
             `quantize.pack_4` makes them.
         b: (F,) in x's dtype, or None.
-        out: F where there is no b; None: all outputs of the panels.
-        group: neighbouring inputs that share a scale: 32, 64 or 128.
+        out: F. Default: the size of b, else all outputs of the panels.
+        group: number of neighboring inputs that share a scale: 32, 64 or 128.
         activation: "none", "gelu_tanh", "gelu_erf", "relu" or "silu".
     Returns:
-        (..., F), dtype of x. NaN in a row of x that holds an infinity or NaN.
+        (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
     Raises:
         ValueError: shapes, dtypes, devices, the group or the activation do not fit.
-        NotImplementedError: a gradient is wanted, or a forced backend objects; the message says why.
+        NotImplementedError: an input requires grad, or the forced backend does not support the call.
     """
     width = x.shape[-1]
     weight = dequantize_4(*unpack_4(w, scale, _outputs(w, b, out), width), width, group)

@@ -1,4 +1,4 @@
-"""MLP: up projection, bias, activation, down projection, bias; plain, and gated by a second projection.
+"""MLP: up projection, activation, down projection, with biases. Gated MLP: with a second up projection as a gate.
 
     pre = x w_up^T + b_up      y = act(pre) w_down^T + b_down
     dh  = dy w_down            dpre = dh * act'(pre)
@@ -8,10 +8,10 @@ Gated: gate = x w_gate^T + b_gate, up = x w_up^T + b_up, h = act(gate) * up, y =
 
     dgate = dh * up * act'(gate)      dup = dh * act(gate)      dx = dgate w_gate + dup w_up
 
-Only `pre`, or `gate` and `up`, are kept; what follows from them is formed again in backward, and with `recompute` so
-are they themselves. Hendrycks, Gimpel 2016, "Gaussian Error Linear Units", arXiv:1606.08415: gelu_erf
-= x Phi(x); gelu_tanh = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))); silu = x sigmoid(x). Gates: Shazeer 2020, "GLU
-Variants Improve Transformer", arXiv:2002.05202, eq. 6 (GEGLU with gelu, SwiGLU with silu).
+Forward saves only `pre`, or `gate` and `up`. Backward recomputes the activation from them. With `recompute` forward
+saves none of them and backward recomputes them too. Hendrycks, Gimpel 2016, "Gaussian Error Linear Units",
+arXiv:1606.08415: gelu_erf = x Phi(x); gelu_tanh = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))); silu = x sigmoid(x).
+Gates: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202, eq. 6 (GEGLU with gelu, SwiGLU with silu).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _check(x, w_up, b_up, w_down, b_down, *, activation, recompute):
 
 
 def _cost(x, w_up, b_up, w_down, b_down, **_):
-    """2 FLOPs a weight and token, twice that backward; every operand once (the activation's FLOPs are under 1 %)."""
+    """2 FLOPs per weight and token, twice that backward (activation: under 1 %). Moves every operand once."""
     tokens, weights, size = x.numel() // x.shape[-1], w_up.numel() + w_down.numel(), x.element_size()
     hidden, out = tokens * w_up.shape[0], tokens * w_down.shape[0]
     biases = sum(b.numel() for b in (b_up, b_down) if b is not None)
@@ -63,7 +63,10 @@ def _alloc(x, w_up, b_up, w_down, b_down, *, needs, activation, recompute):
     return (out,), (x.new_empty((*x.shape[:-1], w_up.shape[0])),) if any(needs) and not recompute else ()
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, keeps=("x", "w_up", "b_up", "w_down"), autocast="lower")
+@op(
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w_up", "b_up", "w_down"),
+    autocast="lower",
+)  # fmt: skip
 def mlp(
     x: Tensor,
     w_up: Tensor,
@@ -83,13 +86,13 @@ def mlp(
         w_down: (C_out, F).
         b_down: (C_out,) or None.
         activation: "gelu_tanh", "gelu_erf" or "relu".
-        recompute: keep nothing of the size of the hidden layer: backward repeats the first product, to the same bits.
-            (Eager keeps what torch keeps.)
+        recompute: save no tensor of the hidden layer's size. Backward recomputes the first product, with the same bits.
+            The eager backend ignores it.
     Returns:
-        (..., C_out), dtype of x. Gradients of the weights come in the weights' strides.
+        (..., C_out), dtype of x. Gradients of the weights have the weights' strides.
     Raises:
         ValueError: shapes, dtypes, devices or the activation do not fit.
-        NotImplementedError: a forced backend objects; the message says why.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     return F.linear(ACTIVATIONS[activation](F.linear(x, w_up, b_up)), w_down, b_down)
 
@@ -108,14 +111,14 @@ def _check_gated(x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, activation, r
 
 
 def _cost_gated(x, *parameters, **_):
-    """2 FLOPs a weight and token, twice that backward; every operand once, gate and up written for backward."""
+    """2 FLOPs per weight and token, twice that backward. Moves operands once, and writes gate and up for backward."""
     w_up, w_down = parameters[2], parameters[4]
     tokens, size = x.numel() // x.shape[-1], x.element_size()
-    weights, held = 2 * w_up.numel() + w_down.numel(), sum(p.numel() for p in parameters if p is not None)
-    kept, out = 2 * tokens * w_up.shape[0], tokens * w_down.shape[0]
-    backward_read, backward_written = x.numel() + out + kept + weights, x.numel() + held + kept
+    weights, parameter_count = 2 * w_up.numel() + w_down.numel(), sum(p.numel() for p in parameters if p is not None)
+    saved, out = 2 * tokens * w_up.shape[0], tokens * w_down.shape[0]
+    backward_read, backward_written = x.numel() + out + saved + weights, x.numel() + parameter_count + saved
     return Cost(
-        2 * tokens * weights, (x.numel() + held + out) * size,
+        2 * tokens * weights, (x.numel() + parameter_count + out) * size,
         4 * tokens * weights, (backward_read + backward_written) * size, out * size, backward_written * size,
     )  # fmt: skip
 
@@ -133,7 +136,7 @@ def _alloc_gated(x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, needs, activa
 
 @op(
     cost=_cost_gated, sample=_sample_gated, check=_check_gated, alloc=_alloc_gated,
-    keeps=("x", "w_gate", "b_gate", "w_up", "b_up", "w_down"), autocast="lower",
+    saved_for_backward=("x", "w_gate", "b_gate", "w_up", "b_up", "w_down"), autocast="lower",
 )  # fmt: skip
 def gated_mlp(
     x: Tensor,
@@ -147,10 +150,9 @@ def gated_mlp(
     activation: str = "silu",
     recompute: bool = False,
 ) -> Tensor:
-    """Apply a gated perceptron to the last axis of x.
+    """Apply a gated two-layer perceptron to the last axis of x.
 
-    Gate and up are two weights: models that hold them so keep their tensors, and one that holds them in one passes its
-    halves.
+    Gate and up are two weights. A model that stores them in one tensor passes its halves.
 
     Args:
         x: (..., C) float32, bfloat16 or float16.
@@ -159,12 +161,12 @@ def gated_mlp(
         w_down: (C_out, F).
         b_down: (C_out,) or None.
         activation: of the gate: "silu", "gelu_tanh", "gelu_erf" or "relu".
-        recompute: as in `mlp`; backward repeats the products of gate and up.
+        recompute: as in `mlp`. Backward recomputes the products of gate and up.
     Returns:
-        (..., C_out), dtype of x. Gradients of the weights come in the weights' strides.
+        (..., C_out), dtype of x. Gradients of the weights have the weights' strides.
     Raises:
         ValueError: shapes, dtypes, devices or the activation do not fit.
-        NotImplementedError: a forced backend objects; the message says why.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     hidden = GATES[activation](F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)
     return F.linear(hidden, w_down, b_down)

@@ -1,10 +1,10 @@
-"""Philox4x32-7: four random words of a counter and a key, the same on every backend and in any order.
+"""Philox4x32-7: four random words from a counter and a key, the same on every backend and in any order.
 
     c0, c1, c2, c3 = hi(B c2) ^ c1 ^ k0, lo(B c2), hi(A c0) ^ c3 ^ k1, lo(A c0)      a round
     k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85  mod 2^32                              after it
 
 Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", SC11, section 3.3: seven rounds pass
-BigCrush. csrc/simd/philox.h is the same in C++, Triton's is `tl.philox(..., n_rounds=7)`.
+BigCrush. The C++ version is csrc/simd/philox.h, the Triton version is `tl.philox(..., n_rounds=7)`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int
     c0, c1, c2, c3 = (c + torch.zeros_like(seed) for c in counter)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(ROUNDS):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # an overflow wraps, and leaves all 64 bits right
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 overflow wraps, so all 64 bits are correct
         c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
     return [c0, c1, c2, c3]

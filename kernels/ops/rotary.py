@@ -1,11 +1,10 @@
-"""Rotary position embedding: turn pairs of features of each head by an angle that grows with the position.
+"""Rotary position embedding: rotate pairs of features of each head by an angle proportional to the position.
 
     y1 = x1 cos - x2 sin      y2 = x2 cos + x1 sin      (x1, x2) the two features of pair i, of R / 2
     dx: the same with -sin
 
-A pair is features (i, i + R / 2), or (2 i, 2 i + 1) where interleaved; features from R on and the heads that are not
-turned go through. Su et al. 2021, "RoFormer", arXiv:2104.09864, eq. 34; pairs of neighbours are theirs and GPT-J's,
-those of halves GPT-NeoX's.
+A pair is features (i, i + R / 2), or (2 i, 2 i + 1) if interleaved. Features from R on and the other heads are copied.
+Su et al. 2021, "RoFormer", arXiv:2104.09864, eq. 34. RoFormer and GPT-J use interleaved pairs, GPT-NeoX uses halves.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from peakgpt.kernels.core.dispatch import Cost, op
 
 
 def check_tables(op: str, name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """The tables fit the tokens and the width of x, (B, T, N, D), which is the argument `name` of `op`."""
+    """Check that the tables fit the tokens and the width of x (B, T, N, D), the argument `name` of `op`."""
     check.shape(op, "cos", cos, x.shape[1], None)
     check.shape(op, "sin", sin, *cos.shape)
     check.same(op, name, x, mixed=True, cos=cos, sin=sin)
@@ -34,10 +33,10 @@ def _check(x, cos, sin, *, heads, interleaved):
 
 
 def _cost(x, cos, sin, *, heads, **_):
-    """3 FLOPs a turned feature, either way; x and the tables read, y written."""
-    turned = 3 * x.shape[0] * x.shape[1] * heads * 2 * cos.shape[1]
+    """3 FLOPs per rotated feature, forward and backward. Reads x and the tables, writes y."""
+    flops = 3 * x.shape[0] * x.shape[1] * heads * 2 * cos.shape[1]
     tensor, tables = x.numel() * x.element_size(), 2 * cos.numel() * cos.element_size()
-    return Cost(turned, 2 * tensor + tables, turned, 2 * tensor + tables, tensor, tensor)
+    return Cost(flops, 2 * tensor + tables, flops, 2 * tensor + tables, tensor, tensor)
 
 
 def sample_tables(tokens: int, pairs: int, **like) -> tuple[Tensor, Tensor]:
@@ -54,26 +53,26 @@ def _alloc(x, cos, sin, *, needs, **_):
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device),), ()
 
 
-@op(cost=_cost, sample=_sample, typical={"heads": 24}, check=_check, alloc=_alloc, keeps=("cos", "sin"))
+@op(cost=_cost, sample=_sample, typical={"heads": 24}, check=_check, alloc=_alloc, saved_for_backward=("cos", "sin"))
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, interleaved: bool = False) -> Tensor:
-    """Turn the first heads of a packed projection; the rest, the values, goes through.
+    """Rotate the first heads of a packed projection (queries and keys) and copy the others (values).
 
     Args:
         x: (B, T, N, D) float32, bfloat16 or float16: H query heads, K key heads, K value heads.
-        cos, sin: (T, R / 2) dtype of x, or float32; of every position's angles. No fused backend gives them a gradient.
-        heads: H + K, how many are turned.
-        interleaved: pairs are neighbours; else they lie R / 2 apart.
+        cos, sin: (T, R / 2) dtype of x, or float32: of the angle at each position. Fused backends give no gradient.
+        heads: H + K, the number of heads to rotate.
+        interleaved: a pair is two neighboring features, else two features R / 2 apart.
     Returns:
         (B, T, N, D), dtype of x, contiguous. Computed in float32, rounded once.
     Raises:
         ValueError: shapes, dtypes, devices or parameters do not fit.
-        NotImplementedError: a forced backend objects; the message says why.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs = cos.shape[1]
-    turned, rest = x[:, :, :heads, : 2 * pairs].to(wide), x[:, :, :heads, 2 * pairs :]
+    rotated, rest = x[:, :, :heads, : 2 * pairs].to(wide), x[:, :, :heads, 2 * pairs :]
     cos, sin = (table.to(wide)[:, None] for table in (cos, sin))  # (T, 1, R / 2)
     axis = -1 if interleaved else -2
-    x1, x2 = turned.unflatten(-1, (pairs, 2) if interleaved else (2, pairs)).unbind(axis)
-    turned = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), axis).flatten(-2).to(x.dtype)
-    return torch.cat((torch.cat((turned, rest), -1), x[:, :, heads:]), 2)
+    x1, x2 = rotated.unflatten(-1, (pairs, 2) if interleaved else (2, pairs)).unbind(axis)
+    rotated = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), axis).flatten(-2).to(x.dtype)
+    return torch.cat((torch.cat((rotated, rest), -1), x[:, :, heads:]), 2)

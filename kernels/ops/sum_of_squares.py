@@ -1,4 +1,4 @@
-"""Sum of squares over one flat buffer, added to a running total: the global gradient norm without a device sync.
+"""Sum of squares of one flat buffer, added to a running total: the global gradient norm without a device sync.
 
     total = total + sum_i x_i^2
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op
 
-PIECE = 1 << 20  # elements: the float32 copy of a piece stays small
+PIECE = 1 << 20  # elements; limits the float32 copy of the eager function
 
 
 def _check(x, total):
@@ -27,7 +27,7 @@ def _check(x, total):
 
 
 def _cost(x, total):
-    """Two FLOPs an element, read once, and the total."""
+    """2 FLOPs per element. Reads x once, reads and writes the total."""
     return Cost(2 * x.numel(), x.numel() * x.element_size() + 2 * total.element_size(), 0, 0, total.element_size(), 0)
 
 
@@ -45,8 +45,8 @@ def sum_of_squares(x: Tensor, total: Tensor) -> None:
         total: () float32 on x's device.
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit.
-        NotImplementedError: a forced backend objects; the message says why.
+        NotImplementedError: the forced backend does not support the call; the message says why.
     """
     for piece in x.split(PIECE):
-        # Not vector_norm or dot: on CPUs they add along one float32 chain, a percent off after 124 million elements.
+        # Not vector_norm or dot: on CPUs they sum in one float32 chain, an error of 1 % after 124 million elements.
         total += piece.to(total.dtype).square().sum()

@@ -1,4 +1,4 @@
-"""The command line as people use it: help, bad input with exit code 2 and one sentence, and a whole quickstart."""
+"""The command line: help, one sentence and exit code 2 for bad input, and a whole quickstart."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training.trainer import Trainer, best_dtype
+from peakgpt.engine.training.train_config import best_dtype
+from peakgpt.engine.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -42,7 +43,10 @@ def test_every_command_has_help(command, capsys):
         (["generate", "MISSING", "--prompt", "x"], "MISSING"),
         (["generate", "FULL", "--prompt", "x"], "config.json"),
         (["generate", "FULL"], "--prompt"),
-        (["generate", "FULL", "--prompt-file", "MISSING"], "prompt file MISSING"),
+        (["generate", "FULL", "--prompt", "x", "--temperature", "0", "--top-k", "5"], "--top-k: got it with --temp"),
+        (["score", "FULL", "--text", "GOOD", "--context", "x"], "--context: got it without --continuation"),
+        (["score", "FULL", "--continuation", "x", "--window", "8"], "--window: got it without --text"),
+        (["generate", "FULL", "--file", "MISSING"], "prompt file MISSING"),
         (["train", "--resume", "FULL"], "metrics.jsonl"),
         (["train", "--resume", "MISSING"], "run folder MISSING: got no such folder"),
         (["bench", "passes", "--rounds", "0"], "--rounds is 0, expected at least 1"),
@@ -86,7 +90,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "occupation_bias.py"
         (runpy.run_path, str(EXAMPLE), None, "there", "checkpoint there: got no such folder"),
     ],
 )
-def test_other_programs_without_their_packages_are_clear(run, name, missing, argument, text, monkeypatch, capsys):
+def test_missing_packages_give_one_sentence(run, name, missing, argument, text, monkeypatch, capsys):
     """Regression: tracebacks."""
     monkeypatch.setattr(sys, "argv", ["program", argument])
     if missing:
@@ -97,7 +101,7 @@ def test_other_programs_without_their_packages_are_clear(run, name, missing, arg
     assert text in f"{said.out}{said.err}{stop.value.code}"
 
 
-def test_quickstart_from_text_to_report(tmp_path):
+def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(tmp_path):
     """Tiny, but whole: tokenizer, training beside eager, checkpoint, sample, report."""
     text = tmp_path / "text"
     text.mkdir()
@@ -123,11 +127,11 @@ def test_quickstart_from_text_to_report(tmp_path):
     assert "against eager" in done.stdout and "digest" in done.stdout
     model, tokenizer = GPT.from_pretrained(run / "checkpoint"), Tokenizer.load(run / "checkpoint")
     assert model.config.vocab_size == tokenizer.vocab_size
-    again = [sys.executable, "-m", "peakgpt", "generate", run / "checkpoint", "--prompt", "def ", "--tokens", "5"]
+    again = [sys.executable, "-m", "peakgpt", "generate", run / "checkpoint", "--prompt", "def ", "--max-tokens", "5"]
     assert "5 tokens" in subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
 
 
-def test_ctrl_c_before_the_first_step_leaves_a_checkpoint(tmp_path, capsys, monkeypatch):
+def test_quickstart_interrupted_before_the_first_step_leaves_a_checkpoint(tmp_path, capsys, monkeypatch):
     def interrupted(session, budget_s):
         raise KeyboardInterrupt
 
@@ -138,7 +142,7 @@ def test_ctrl_c_before_the_first_step_leaves_a_checkpoint(tmp_path, capsys, monk
     assert GPT.from_pretrained(run / "checkpoint")
 
 
-def test_a_resumed_run_gives_the_uninterrupted_ones_losses_bit_for_bit(tmp_path, capsys, monkeypatch):
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(tmp_path, capsys, monkeypatch):
     library = Path(json.__file__).parent
     sizes = ["--steps", "6", "--batch", "2", "--tokens", "32", "--vocab", "300"]
     losses, step = {}, Trainer.step
@@ -146,7 +150,7 @@ def test_a_resumed_run_gives_the_uninterrupted_ones_losses_bit_for_bit(tmp_path,
         run = tmp_path / name
         argv = ["train", "--text", str(library), "--out", str(run), *sizes]
         if name == "broken":
-            monkeypatch.setattr(Trainer, "step", lambda t, *pair: ctrl_c(t.done == 2) or step(t, *pair))
+            monkeypatch.setattr(Trainer, "step", lambda t, *pair: ctrl_c(t.steps_done == 2) or step(t, *pair))
             assert main(argv) == 130
             assert "--resume" in capsys.readouterr().out
             monkeypatch.setattr(Trainer, "step", step)
@@ -163,7 +167,7 @@ def ctrl_c(now):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_generate_from_small_weights(bits, tmp_path, capsys):
+def test_generate_from_quantized_checkpoint_equals_engine(bits, tmp_path, capsys):
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["the cat sat on the mat, the cat sat on the hat "] * 20, 280)
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=tokenizer.vocab_size))
@@ -173,13 +177,13 @@ def test_generate_from_small_weights(bits, tmp_path, capsys):
     model.save_pretrained(source, tokenizer)
     assert main(["quantize", str(source), str(small), "--bits", str(bits), "--group", "32"]) == 0
     capsys.readouterr()
-    assert main(["generate", str(small), "--prompt", "the cat", "--tokens", "20", "--temperature", "0"]) == 0
+    assert main(["generate", str(small), "--prompt", "the cat", "-n", "20", "--temperature", "0"]) == 0
     said = capsys.readouterr().out
     engine = Engine(GPT.from_pretrained(small).to(best_dtype(torch.device("cpu"))), tokenizer)
     params = SamplingParams(max_tokens=20, temperature=0, stop_token_ids=(tokenizer.end_id,))
     text = "".join(output.text for output in engine.stream(tokenizer.encode("the cat"), params))
-    assert said.startswith(f"the cat{text}\n\n[") and " tokens/s]" in said and "by ops" not in said
-    assert main(["generate", str(small), "--prompt", "the cat", "--tokens", "1"]) == 0
+    assert said.startswith(f"the cat{text}\n\n[") and " tokens/s]" in said and "torch ops" not in said
+    assert main(["generate", str(small), "--prompt", "the cat", "--max-tokens", "1"]) == 0
     assert "\n[1 token, " in capsys.readouterr().out
     assert main(["quantize", str(small), str(tmp_path / "again"), "--bits", "8"]) == 2
     assert f"IN has weights of {bits} bits already, expected a checkpoint of floats" in capsys.readouterr().err
@@ -188,14 +192,14 @@ def test_generate_from_small_weights(bits, tmp_path, capsys):
     assert len(text) > 5
 
 
-def test_generate_speculates_to_the_same_text(tmp_path, capsys):
+def test_speculative_decoding_gives_the_same_text(tmp_path, capsys):
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["the cat sat on the mat, the cat sat on the hat "] * 20, 280)
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 128}
     GPT(GPTConfig(**sizes, vocab_size=tokenizer.vocab_size)).save_pretrained(tmp_path, tokenizer)
     (tmp_path / "shots.json").write_text(json.dumps({"input": "on", "examples": [["sat", "cat"]], "stop": ["never"]}))
     for draft in ("lookup", str(tmp_path)):
-        argv = ["generate", str(tmp_path), "--prompt-file", str(tmp_path / "shots.json"), "--tokens", "40"]
-        assert main([*argv, "--temperature", "0", "--speculate", draft]) == 0
+        argv = ["generate", str(tmp_path), "--file", str(tmp_path / "shots.json"), "--max-tokens", "40"]
+        assert main([*argv, "--temperature", "0", "--speculative-model", draft]) == 0
         said = capsys.readouterr().out
         assert said.startswith("sat\ncat\n\non\n") and "text the same]" in said and "40 tokens," in said

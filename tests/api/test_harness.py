@@ -110,12 +110,12 @@ def found(folder):
     return json.loads((folder / "found.json").read_text())
 
 
-def test_metrics_are_those_of_the_harness_own_model(found):
+def test_lm_eval_metrics_equal_those_of_its_hf_model(found):
     assert len(found["hf"]["samples"]) == len(TASKS)
     same(found["peakgpt"], found["hf"])
 
 
-def test_its_client_gets_the_same_from_the_server(found):
+def test_lm_eval_client_gets_same_scores_from_the_server(found):
     """The harness cuts one question for its client by a token more: it asks for one new token."""
     if "local-completions" not in found:
         pytest.skip("the packages of peakgpt[serve] are not installed")

@@ -133,3 +133,40 @@ def test_bad_sizes_are_named():
     for sizes in ({"n_head": 3}, {"n_head": 4, "n_kv_head": 3}):
         with pytest.raises(ValueError, match="expected n_head to divide n_embd and n_kv_head to divide n_head"):
             peakgpt.nn.CausalSelfAttention(16, **sizes)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"label_smoothing": 0.1, "reduction": "sum"}, {"z_loss": 0.1}], ids=str
+)
+def test_linear_cross_entropy_loss_equals_torch_with_a_tied_head(options):
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(37, 24)
+    loss = peakgpt.nn.LinearCrossEntropyLoss(37, 24, ignore_index=5, **options)
+    assert loss.weight.shape == (37, 24) and abs(loss.weight.std().item() - 0.02) < 0.002
+    loss.weight = embedding.weight
+    assert [name for name, _ in loss.named_parameters()] == ["weight"]
+    hidden, targets = torch.randn(2, 11, 24, requires_grad=True), torch.randint(37, (2, 11))
+    targets[0, :3] = 5
+    grads = []
+    z_loss = options.get("z_loss", 0.0)
+    stock = {name: value for name, value in options.items() if name != "z_loss"}
+    logits = (hidden @ embedding.weight.T).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=5, **stock)
+    if z_loss:
+        expected = expected + z_loss * logits[targets.flatten() != 5].logsumexp(-1).square().mean()
+    got = loss(hidden, targets)
+    torch.testing.assert_close(got.flatten(), expected.flatten(), rtol=1e-5, atol=1e-5)
+    for value in (got, expected):
+        grads.append(torch.autograd.grad(value.sum(), (hidden, embedding.weight)))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_cross_entropy_loss_weights_each_target():
+    loss = peakgpt.nn.LinearCrossEntropyLoss(37, 24, reduction="sum")
+    each = peakgpt.nn.LinearCrossEntropyLoss(37, 24, reduction="none")
+    each.load_state_dict(loss.state_dict())
+    hidden, targets, weight = torch.randn(2, 5, 24), torch.randint(37, (2, 5)), torch.rand(2, 5)
+    torch.testing.assert_close(loss(hidden, targets, weight), (each(hidden, targets) * weight).sum())
+    with pytest.raises(ValueError, match="reduction is 'average', expected mean, sum or none"):
+        peakgpt.nn.LinearCrossEntropyLoss(37, 24, reduction="average")

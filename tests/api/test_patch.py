@@ -1,4 +1,4 @@
-"""peakgpt.patch on transformers' models at tiny random size: the same values, gradients and text as before it."""
+"""peakgpt.patch on tiny random models of transformers gives the same outputs, gradients and greedy tokens."""
 
 import copy
 import importlib
@@ -10,10 +10,11 @@ import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
 import peakgpt
-from peakgpt.dropin import attend, attentions, layers
+from peakgpt.dropin import attention_function
+from peakgpt.dropin.known_classes import KNOWN_CLASSES
 from peakgpt.dropin.patching import row_of
+from peakgpt.dropin.replacements import attention, layers
 from peakgpt.dropin.report import LEFT
-from peakgpt.dropin.table import TABLE
 
 transformers.logging.set_verbosity_error()
 VOCAB, TOKENS = 101, 12
@@ -115,7 +116,7 @@ def close(got, expected, limit=2e-5):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_patched_model_computes_what_it_did(name):
+def test_patched_model_gives_same_outputs_and_gradients_and_unpatch_restores_bits(name):
     model = build(name)
     inputs, labels = batch(model)
     state = model.state_dict()
@@ -139,7 +140,7 @@ def test_a_patched_model_computes_what_it_did(name):
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith(("bert", "roberta", "distilbert"))])
-def test_greedy_text_is_the_same(name):
+def test_patched_model_generates_same_greedy_tokens(name):
     model = build(name).eval()
     inputs, _ = batch(model)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -149,8 +150,8 @@ def test_greedy_text_is_the_same(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bf16_autocast_is_as_exact_as_before(name):
-    """Both against the float32 model: our loss and gradients are at most twice as far from it."""
+def test_bf16_autocast_error_is_at_most_twice_the_unpatched_error(name):
+    """Errors of loss and gradients against the float32 model, patched versus unpatched."""
     model = build(name)
     inputs, labels = batch(model)
     truth = learn(model, labels, inputs)
@@ -172,8 +173,8 @@ RATES = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "at
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_dropout_follows_torchs_seed_and_drops_what_it_says(name):
-    """At the rates of a config, wherever it has them: as far from no dropout as the unpatched model, on average."""
+def test_dropout_follows_torch_seed_and_keeps_its_rate(name):
+    """With the dropout rates in the config, losses have the mean and spread of the unpatched model."""
     known = set(getattr(transformers, MODELS[name][0])().to_dict())
     model = build(name, rate=None, **{n: p for n, p in RATES.items() if n in known})
     inputs, labels = batch(model)
@@ -196,7 +197,7 @@ def test_dropout_follows_torchs_seed_and_drops_what_it_says(name):
     assert torch.equal(one[0], two[0]) and all(torch.equal(two[1][k], g) for k, g in one[1].items())
 
 
-def test_checkpointing_gives_the_same_gradients_with_dropout():
+def test_activation_checkpointing_gives_same_gradients_with_dropout():
     model = build(rate=0.3)
     inputs, labels = batch(model)
     peakgpt.patch(model, check=False)
@@ -220,7 +221,7 @@ def test_checkpointing_gives_the_same_gradients_with_dropout():
     ],
     ids=str,
 )  # fmt: skip
-def test_the_loss_takes_what_transformers_takes(options):
+def test_loss_accepts_the_loss_arguments_of_transformers(options):
     model = build()
     inputs, labels = batch(model)
     labels[1, 3:6] = options.get("ignore_index", -100)
@@ -235,7 +236,7 @@ def test_the_loss_takes_what_transformers_takes(options):
     assert isinstance(out, tuple) or out.logits is None
 
 
-def test_logits_are_there_in_eval_and_labels_may_be_positional():
+def test_eval_returns_logits_and_labels_may_be_positional():
     model = build()
     inputs, labels = batch(model)
     expected = model.eval()(**inputs, labels=labels)
@@ -247,7 +248,7 @@ def test_logits_are_there_in_eval_and_labels_may_be_positional():
     close(model.train()(*arguments).loss, expected.loss)
 
 
-def test_a_mismatch_of_labels_and_logits_is_named():
+def test_different_counts_of_labels_and_logits_raise():
     model = build()
     inputs, labels = batch(model)
     peakgpt.patch(model, check=False)
@@ -255,7 +256,7 @@ def test_a_mismatch_of_labels_and_logits_is_named():
         model.train()(**inputs, labels=labels, logits_to_keep=3)
 
 
-def test_a_loss_function_of_the_users_is_called():
+def test_custom_loss_function_is_called():
     model = build()
     inputs, labels = batch(model)
     model.loss_function = lambda logits, labels, **_: logits.sum() * 0 + 42.0
@@ -272,8 +273,8 @@ BLOCKS = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "bart": "model
     [("gpt2", "attn.c_attn"), ("gpt2", "mlp.c_fc"), ("gpt2", "mlp.c_proj"), ("opt", "fc1"), ("opt", "self_attn.q_proj"),
      ("bart", "fc2"), ("bert", "intermediate.dense")],
 )  # fmt: skip
-def test_hooks_and_adapters_on_inner_layers_count(name, part):
-    """A fused perceptron must not read the weight of a layer that has become something else (PEFT, after patching)."""
+def test_hooks_and_adapters_added_after_patch_take_effect(name, part):
+    """A fused MLP must not read the weight of a layer that was wrapped after patching, as PEFT does."""
 
     class Adapter(torch.nn.Module):
         def __init__(self, base):
@@ -296,7 +297,7 @@ def test_hooks_and_adapters_on_inner_layers_count(name, part):
     close(look(model, inputs), look(adapted, inputs))
 
 
-def test_deepcopy_works_and_can_be_unpatched():
+def test_deepcopy_of_patched_model_can_be_unpatched():
     model = build()
     inputs, _ = batch(model)
     expected = look(model, inputs)
@@ -308,25 +309,25 @@ def test_deepcopy_works_and_can_be_unpatched():
     assert type(model.lm_head) is not torch.nn.Linear
 
 
-def test_no_replacement_shadows_what_a_model_has():
-    """GenerationMixin's `_sample` was shadowed once, and T5's child `decoder`."""
+def test_no_replacement_shadows_an_attribute_of_its_model():
+    """Regression: replacements shadowed `_sample` of GenerationMixin and the child `decoder` of T5."""
     meant = {"forward", "_attn", "feed_forward_chunk", "ff_chunk", "_ff_block"}
-    for path, row in TABLE.items():
-        if row.by is None or path.rpartition(".")[0] == "torch.nn.modules.activation":
+    for path, row in KNOWN_CLASSES.items():
+        if row.replacement is None or path.rpartition(".")[0] == "torch.nn.modules.activation":
             continue
         module, _, kind = path.rpartition(".")
         kind = getattr(importlib.import_module(module), kind)
-        ours = {n for c in row.by.__mro__ if c is not object for n in vars(c) if not n.startswith("__")}
+        ours = {n for c in row.replacement.__mro__ if c is not object for n in vars(c) if not n.startswith("__")}
         assert {n for n in ours if hasattr(kind, n)} <= meant, path
     for name in MODELS:
         for module in build(name).modules():
             row = row_of(module)
-            if row is not None and row.by is not None:
-                assert not any(hasattr(row.by, child) for child, _ in module.named_children())
+            if row is not None and row.replacement is not None:
+                assert not any(hasattr(row.replacement, child) for child, _ in module.named_children())
 
 
 class Stack(torch.nn.Module):
-    """Somebody's own model."""
+    """A user's model of torch layers."""
 
     def __init__(self):
         super().__init__()
@@ -341,7 +342,7 @@ class Stack(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
-def test_any_tree_of_layers(kind, monkeypatch):
+def test_torch_layers_in_any_model_give_same_outputs_and_gradients(kind, monkeypatch):
     torch.manual_seed(0)
     model = Stack()
     x = torch.randn(2, 5, 32, requires_grad=True)
@@ -355,10 +356,10 @@ def test_any_tree_of_layers(kind, monkeypatch):
 
     expected = run()
     report = peakgpt.patch(model)
-    assert {e.module: e.note for e in report.left} == {"norm": "normalises 2 axes, expected the last one"}
+    assert {e.module: e.note for e in report.left} == {"norm": "normalizes 2 axes, expected the last one"}
     assert "14 layers" in report.check
     calls = []
-    monkeypatch.setattr(attentions, "attention", lambda *a, **k: calls.append(1) or peakgpt.attention(*a, **k))
+    monkeypatch.setattr(attention, "attention", lambda *a, **k: calls.append(1) or peakgpt.attention(*a, **k))
     got = run()
     assert len(calls) == 3
     close(got[0], expected[0])
@@ -368,8 +369,8 @@ def test_any_tree_of_layers(kind, monkeypatch):
     assert torch.equal(run()[0], expected[0])
 
 
-class Perceptron(torch.nn.Module):
-    """Somebody's own, by its options."""
+class BaseMLP(torch.nn.Module):
+    """A user's MLP with options."""
 
     def __init__(self, act=None, between=0.0, after=0.0, hidden=None, twice=False):
         super().__init__()
@@ -388,13 +389,13 @@ class Perceptron(torch.nn.Module):
     ("module", "fused"),
     [
         (torch.nn.Sequential(torch.nn.Linear(16, 40), torch.nn.GELU("tanh"), torch.nn.Linear(40, 16)), "gelu_tanh"),
-        (Perceptron(after=0.2), "gelu_erf"), (Perceptron(torch.nn.ReLU(), between=0.2), "relu"),
-        (Perceptron(hidden=0.2), None), (Perceptron(twice=True), None), (Perceptron(torch.nn.SiLU()), None),
+        (BaseMLP(after=0.2), "gelu_erf"), (BaseMLP(torch.nn.ReLU(), between=0.2), "relu"),
+        (BaseMLP(hidden=0.2), None), (BaseMLP(twice=True), None), (BaseMLP(torch.nn.SiLU()), None),
         (torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)), None),
     ],
 )  # fmt: skip
-def test_a_perceptron_of_an_unknown_class_is_found_by_trial(module, fused):
-    """Not one with dropout that no child does, nor one that does more."""
+def test_mlp_of_unknown_class_is_detected_by_trial_input(module, fused):
+    """Modules with dropout in functions or further operations are not replaced."""
     x = torch.randn(4, 16)
     state = torch.get_rng_state()
     expected = module.eval()(x)
@@ -412,7 +413,7 @@ def test_a_perceptron_of_an_unknown_class_is_found_by_trial(module, fused):
 
 
 class Attends(torch.nn.Module):
-    """As in nanoGPT."""
+    """Attention as in nanoGPT."""
 
     def __init__(self, spell):
         super().__init__()
@@ -431,14 +432,14 @@ class Attends(torch.nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("spell", ["F", "torch", "direct"])
-def test_a_forward_that_calls_sdpa_calls_ours(spell, compiled, monkeypatch):
+def test_forward_that_calls_sdpa_runs_peakgpt_attention(spell, compiled, monkeypatch):
     module, x = Attends(spell), torch.randn(2, 7, 32)
     mask = torch.rand(7, 7) > 0.3
     expected = module(x), module(x, mask, scale=0.3)
     peakgpt.patch(module)
     calls = []
-    real = attend.attention
-    monkeypatch.setattr(attend, "attention", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = attention_function.attention
+    monkeypatch.setattr(attention_function, "attention", lambda *a, **k: calls.append(1) or real(*a, **k))
     run = torch.compile(module, fullgraph=True, backend="eager") if compiled else module
     close(run(x), expected[0])
     close(run(x, mask, scale=0.3), expected[1])
@@ -447,7 +448,7 @@ def test_a_forward_that_calls_sdpa_calls_ours(spell, compiled, monkeypatch):
     assert torch.equal(module(x), expected[0]) and len(calls) == 2
 
 
-def test_patching_twice_is_refused():
+def test_patch_rejects_non_modules_and_patched_models():
     with pytest.raises(ValueError, match=r"patch: got a str, expected a torch\.nn\.Module"):
         peakgpt.patch("gpt2")
     model = build()
@@ -456,7 +457,7 @@ def test_patching_twice_is_refused():
         peakgpt.patch(model)
 
 
-def test_strict_names_what_is_left_and_leaves_the_model_alone():
+def test_strict_error_names_left_modules_and_model_is_unchanged():
     model = build(activation_function="quick_gelu")
     with pytest.raises(ValueError, match=r"2 modules left, expected none: transformer\.h\.0\.mlp \(GPT2MLP\): act"):
         peakgpt.patch(model, strict=True)
@@ -468,7 +469,7 @@ def test_strict_names_what_is_left_and_leaves_the_model_alone():
 
 
 class Scaled(torch.nn.Module):
-    """A norm of somebody's own."""
+    """A user's norm."""
 
     def __init__(self):
         super().__init__()
@@ -496,21 +497,21 @@ class SelfAttention(torch.nn.Module):
 @pytest.mark.parametrize(
     ("module", "why"),
     [
-        (Scaled, r"0 \(Scaled\): of a class that is not known here, with parameters of its own \(weight\)"),
-        (Calls, r"0 \(Calls\): its forward calls gelu itself, expected what mlp is known to stand for"),
-        (lambda: Perceptron(twice=True), r"0 \(Perceptron\): a perceptron of a form that is not known here"),
-        (lambda: Perceptron(torch.nn.SiLU()), r"0 \(Perceptron\): a perceptron of a form that is not known here"),
-        (SelfAttention, r"0 \(SelfAttention\): attention of a class that is not known here"),
-        (lambda: torch.nn.Conv1d(16, 16, 1), r"0 \(Conv1d\): of a class that is not known here, with parameters"),
-        (lambda: torch.nn.GRU(16, 16), r"0 \(GRU\): of a class that is not known here, with parameters"),
-        (lambda: torch.nn.BatchNorm1d(16), r"0 \(BatchNorm1d\): of a class that is not known here"),
+        (Scaled, r"0 \(Scaled\): unknown class with parameters of its own \(weight\)"),
+        (Calls, r"0 \(Calls\): its forward calls gelu, expected a known class that mlp can replace"),
+        (lambda: BaseMLP(twice=True), r"0 \(BaseMLP\): MLP of an unknown form"),
+        (lambda: BaseMLP(torch.nn.SiLU()), r"0 \(BaseMLP\): MLP of an unknown form"),
+        (SelfAttention, r"0 \(SelfAttention\): attention of an unknown class"),
+        (lambda: torch.nn.Conv1d(16, 16, 1), r"0 \(Conv1d\): unknown class with parameters"),
+        (lambda: torch.nn.GRU(16, 16), r"0 \(GRU\): unknown class with parameters"),
+        (lambda: torch.nn.BatchNorm1d(16), r"0 \(BatchNorm1d\): unknown class"),
         (lambda: torch.nn.LayerNorm(16, elementwise_affine=False), r"0 \(LayerNorm\): has no weight"),
         (lambda: torch.nn.TransformerEncoderLayer(16, 2, 16, activation=F.silu), r"\(TransformerEncoderLayer\): act"),
-        (lambda: transformers.BertLMHeadModel(transformers.BertConfig(**BERT)), r"\(BertLMHeadModel\): forms all"),
-        (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA)), r"\(Qwen3RMSNorm\): of a class"),
+        (lambda: transformers.BertLMHeadModel(transformers.BertConfig(**BERT)), r"\(BertLMHeadModel\): computes all"),
+        (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA)), r"\(Qwen3RMSNorm\): unknown class"),
     ],
 )  # fmt: skip
-def test_strict_raises_on_anything_that_is_not_known(module, why):
+def test_strict_raises_on_every_unknown_module(module, why):
     model = torch.nn.Sequential(module(), torch.nn.Linear(16, 16), torch.nn.Dropout(), torch.nn.GELU())
     with pytest.raises(ValueError, match=why):
         peakgpt.patch(model, strict=True, check=False)
@@ -518,7 +519,7 @@ def test_strict_raises_on_anything_that_is_not_known(module, why):
     assert peakgpt.patch(model, check=False).left
 
 
-def test_the_check_finds_a_wrong_replacement(monkeypatch):
+def test_check_detects_a_wrong_replacement_and_restores_the_model(monkeypatch):
     monkeypatch.setitem(layers.ACTIVATIONS, "transformers.activations.NewGELUActivation", "relu")
     model = build()
     inputs, _ = batch(model)
@@ -528,7 +529,7 @@ def test_the_check_finds_a_wrong_replacement(monkeypatch):
     assert torch.equal(look(model, inputs), expected)
 
 
-def test_the_report_lists_every_module():
+def test_report_lists_every_module():
     model = build()
     report = peakgpt.patch(model)
     assert [e.module for e in report.entries] == [n for n, _ in model.named_modules()]

@@ -1,4 +1,4 @@
-"""attn_implementation="peakgpt": each trap that transformers' attention interface has laid for somebody before."""
+"""attn_implementation="peakgpt" handles each known pitfall of the attention interface of transformers."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import transformers
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import peakgpt
-from peakgpt.dropin import attend
-from peakgpt.dropin.attend import Mask, attention_forward
+from peakgpt.dropin import attention_function
+from peakgpt.dropin.attention_function import Mask, attention_forward
 
 transformers.logging.set_verbosity_error()
 peakgpt.register_attention()
@@ -24,7 +24,7 @@ def model_of(kind, implementation="peakgpt", **fields):
 
 
 def pair(kind, reference="sdpa", **fields):
-    """The same model with their attention and with ours."""
+    """Build the same model with a reference attention and with "peakgpt"."""
     theirs, ours = model_of(kind, reference, **fields), model_of(kind, **fields)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
@@ -32,10 +32,10 @@ def pair(kind, reference="sdpa", **fields):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The options of each call of the op, so that a test can say that it ran, and how."""
+    """Record the keyword arguments of each call of the attention op."""
     seen = []
     op = peakgpt.attention
-    monkeypatch.setattr(attend, "attention", lambda *a, **k: seen.append(k) or op(*a, **k))
+    monkeypatch.setattr(attention_function, "attention", lambda *a, **k: seen.append(k) or op(*a, **k))
     return seen
 
 
@@ -50,8 +50,8 @@ LIVE = {
 
 @pytest.mark.parametrize("padding", LIVE)
 @pytest.mark.parametrize("kind", ["Llama", "OPT", "GPTNeoX"])
-def test_padding_is_seen_and_stays_compact(kind, padding, calls):
-    """Without a mask function of its own, left padding is silently ignored."""
+def test_padding_is_applied_without_a_dense_mask(kind, padding, calls):
+    """Without a registered mask function, transformers ignores left padding silently."""
     theirs, ours = pair(kind)
     live = LIVE[padding]
     with torch.no_grad():
@@ -71,8 +71,8 @@ def test_padding_is_seen_and_stays_compact(kind, padding, calls):
         ("XGLM", {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 48}), ("GPTNeoXJapanese", {}),
     ],
 )  # fmt: skip
-def test_a_model_that_would_never_call_it_says_so(kind, fields):
-    """They take the name, get no mask, and look into the future."""
+def test_model_that_adds_masks_itself_raises(kind, fields):
+    """Regression: such models got no mask, so queries saw later keys."""
     model = model_of(kind, **fields)
     with pytest.raises((TypeError, AttributeError), match=r"applies its mask itself.*expected peakgpt.patch\(model\)"):
         model(IDS)
@@ -85,12 +85,12 @@ def test_a_model_that_would_never_call_it_says_so(kind, fields):
         ("GPTNeo", {"num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
     ],
 )  # fmt: skip
-def test_a_model_that_looks_the_name_up_elsewhere_does_not_build(kind, fields):
+def test_model_without_attention_interface_raises_at_construction(kind, fields):
     with pytest.raises(KeyError, match="peakgpt"):
         model_of(kind, **fields)
 
 
-def test_the_scale_of_the_caller_counts(calls):
+def test_scale_of_the_caller_is_used(calls):
     """OPT scales its queries and passes 1.0."""
     theirs, ours = pair("OPT")
     with torch.no_grad():
@@ -98,8 +98,8 @@ def test_the_scale_of_the_caller_counts(calls):
     assert {call["scale"] for call in calls} == {1.0}
 
 
-def test_a_position_bias_is_added_and_learns():
-    """T5 hands it over by keyword."""
+def test_position_bias_is_added_and_gets_gradient():
+    """T5 passes it as a keyword argument."""
     torch.manual_seed(0)
     config = transformers.T5Config(
         d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB, dropout_rate=0.0,
@@ -128,7 +128,7 @@ class Causal(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "head_mask", "cache", "whatever"])
-def test_an_unknown_keyword_raises(name):
+def test_unknown_keyword_raises(name):
     with pytest.raises(ValueError, match=f"got {name}=float, expected None"):
         attention_forward(Causal(), *tensors(), None, **{name: 1.0})
     attention_forward(Causal(), *tensors(), None, **{name: None}, position_ids=torch.arange(4))
@@ -136,7 +136,7 @@ def test_an_unknown_keyword_raises(name):
 
 @pytest.mark.parametrize(("queries", "keys"), [(4, 4), (1, 5), (3, 6)], ids=["equal", "one query", "static prefill"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_no_mask_means_what_it_means_to_sdpa(queries, keys, causal):
+def test_no_mask_equals_sdpa_attention_of_transformers(queries, keys, causal):
     q, k, v = tensors(queries, keys)
     module = Causal()
     module.is_causal = causal
@@ -149,7 +149,7 @@ def test_no_mask_means_what_it_means_to_sdpa(queries, keys, causal):
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
-def test_a_dense_mask_of_the_users_counts(kind):
+def test_dense_mask_of_the_user_is_applied(kind):
     theirs, ours = pair("Llama", num_key_value_heads=2)
     mask = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(1)) > 0.5
     mask |= torch.eye(9, dtype=torch.bool)
@@ -163,7 +163,7 @@ def test_a_dense_mask_of_the_users_counts(kind):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("window", [None, 4])
-def test_text_is_the_same_with_any_cache(cache, padding, window):
+def test_greedy_tokens_are_same_with_dynamic_and_static_cache(cache, padding, window):
     fields = {"sliding_window": window, "num_key_value_heads": 2} if window else {}
     theirs, ours = pair("Mistral" if window else "Llama", pad_token_id=0, **fields)
     options = {"max_new_tokens": 7, "do_sample": False, "cache_implementation": cache, "attention_mask": LIVE[padding],
@@ -171,8 +171,8 @@ def test_text_is_the_same_with_any_cache(cache, padding, window):
     assert torch.equal(ours.generate(IDS, **options), theirs.generate(IDS, **options))
 
 
-def test_chunks_of_a_prompt_see_what_came_before():
-    """More queries than one and fewer than keys: aligned at the end."""
+def test_second_prompt_chunk_attends_to_the_first():
+    """More than one query and fewer than keys: the mask is aligned at the last key."""
     theirs, ours = pair("Llama")
     with torch.no_grad():
         cache = ours(IDS[:, :4]).past_key_values
@@ -184,7 +184,7 @@ PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 0, 1]]
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_packing_is_read_from_position_ids(window, calls):
+def test_packed_documents_are_read_from_position_ids(window, calls):
     fields = {"sliding_window": window, "num_key_value_heads": 2} if window else {}
     theirs, ours = pair("Mistral" if window else "Llama", **fields)
     expected, got = (m(IDS, position_ids=PACKED, use_cache=False).logits for m in (theirs, ours))
@@ -192,7 +192,7 @@ def test_packing_is_read_from_position_ids(window, calls):
     assert all(call["cu_seqlens"].tolist() == [0, 3, 9, 16, 18] and call["window"] == window for call in calls)
 
 
-def test_packing_is_read_from_offsets():
+def test_packed_documents_are_read_from_cu_seq_lens():
     theirs, ours = pair("Llama")
     offsets = torch.tensor([0, 3, 9], dtype=torch.int32)
     with torch.no_grad():
@@ -202,8 +202,8 @@ def test_packing_is_read_from_offsets():
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_training_keeps_the_mask_compact_and_refuses_packing():
-    """While compiling, transformers makes a dense mask of every batch, for position_ids might be packed."""
+def test_compiled_forward_has_no_dense_mask_and_rejects_packing():
+    """Under torch.compile, transformers makes a dense mask of every batch because position_ids may be packed."""
     theirs, ours = pair("Llama")
     shapes = []
 
@@ -221,7 +221,7 @@ def test_compiled_training_keeps_the_mask_compact_and_refuses_packing():
 
 
 @pytest.mark.parametrize("padding", ["left", "holes"])
-def test_compiled_training_sees_padding(padding):
+def test_compiled_forward_applies_padding(padding):
     theirs, ours = pair("Llama")
     live = LIVE[padding]
     run = torch.compile(ours, fullgraph=True, backend="aot_eager")
@@ -230,7 +230,7 @@ def test_compiled_training_sees_padding(padding):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_patterns_that_are_not_known_are_dense():
+def test_unknown_mask_patterns_become_dense_masks():
     config = model_of("Llama").config
     embeds = torch.zeros(2, 9, 32)
     options = {"config": config, "inputs_embeds": embeds, "attention_mask": None, "past_key_values": None}
@@ -241,7 +241,7 @@ def test_patterns_that_are_not_known_are_dense():
     assert odd.shape == (2, 1, 9, 9) and odd[0, 0, 0].tolist() == [True] * 3 + [False] * 6
 
 
-def test_weights_are_not_to_be_had():
+def test_output_attentions_raises():
     config = model_of("Llama").config
     with pytest.raises(ValueError, match="output_attentions"):
         config.output_attentions = True

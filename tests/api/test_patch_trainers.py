@@ -1,4 +1,4 @@
-"""A patched model under what people train with: Trainer, accelerate, torch.compile, FSDP2."""
+"""Patched models under Trainer, accelerate, torch.compile and FSDP2."""
 
 import copy
 import subprocess
@@ -54,7 +54,7 @@ def expect_same(got, expected):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_patched_model_compiles_whole(kind):
+def test_patched_model_compiles_fullgraph_with_same_gradients(kind):
     model = build(kind, **ONE_LAYER[kind]).train()
     expected = gradients(model)
     expected = expected[0], {n: g.clone() for n, g in expected[1].items()}
@@ -76,8 +76,8 @@ def train(model, folder, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["plain", "bf16"])
-def test_transformers_trainer(options, tmp_path):
-    """It hands num_items_in_batch over, and reads the names of forward's arguments."""
+def test_transformers_trainer_gives_same_losses(options, tmp_path):
+    """Trainer passes num_items_in_batch and inspects the signature of forward."""
     pytest.importorskip("accelerate")
     stock = build()
     patched = copy.deepcopy(stock)
@@ -89,7 +89,7 @@ def test_transformers_trainer(options, tmp_path):
     assert got[0][-1] < got[0][0]
 
 
-def test_accelerate():
+def test_accelerate_gives_same_loss():
     accelerate = pytest.importorskip("accelerate")
     losses = []
     for patched in (False, True):
@@ -118,7 +118,7 @@ def one_rank():
 
 @pytest.mark.parametrize("first", ["patch", "shard"])
 @pytest.mark.parametrize("kind", ["GPT2", "Llama"])
-def test_fsdp2(kind, first, one_rank):
+def test_fsdp2_gives_same_gradients_patched_before_or_after(kind, first, one_rank):
     model = build(kind).train()
     expected = gradients(model)
     expected = expected[0], {n: g.clone() for n, g in expected[1].items()}
@@ -177,8 +177,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_fsdp2_on_two_ranks(tmp_path):
-    """Two steps of a patched model in shards give the weights that the unpatched one has after them, whole."""
+def test_fsdp2_on_two_ranks_gives_same_weights(tmp_path):
+    """Two steps of a patched, sharded model give the weights of the unpatched, unsharded model."""
     model = build().train()
     model.save_pretrained(tmp_path)
     torch.save(ids(4), tmp_path / "ids.pt")
@@ -195,8 +195,8 @@ def test_fsdp2_on_two_ranks(tmp_path):
         torch.testing.assert_close(sharded[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_head_that_is_sharded_by_itself_forms_logits(one_rank):
-    """Its weight is whole inside of its own forward only."""
+def test_separately_sharded_head_computes_logits(one_rank):
+    """Its weight is unsharded inside its own forward only."""
     model = build("GPT2", tie_word_embeddings=False).train()
     expected = gradients(model)
     expected = expected[0], {n: g.clone() for n, g in expected[1].items()}

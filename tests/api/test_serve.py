@@ -47,7 +47,7 @@ def client(running):
     return openai.OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="any", max_retries=0)
 
 
-def test_completions_echo_and_log_probabilities(client, model, tokenizer):
+def test_echo_returns_log_probabilities_of_prompt_and_completion(client, model, tokenizer):
     ids = [tokenizer.encode("the canary"), tokenizer.encode("a song")]
     answer = client.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=2)
     scores = Scorer(model).score([(one[:1], one[1:]) for one in ids])
@@ -58,7 +58,7 @@ def test_completions_echo_and_log_probabilities(client, model, tokenizer):
     assert answer.usage.prompt_tokens == sum(map(len, ids)) and answer.usage.completion_tokens == 0
 
 
-def test_the_id_that_ends_a_text_has_its_log_probability(client, tokenizer):
+def test_stop_token_has_its_log_probability(client, tokenizer):
     """lm-eval takes the last entry for the new token, and sums those before."""
     ids = tokenizer.encode("the canary")
     ending = {"max_tokens": 1, "logit_bias": {str(tokenizer.end_id): 100}}
@@ -66,7 +66,7 @@ def test_the_id_that_ends_a_text_has_its_log_probability(client, tokenizer):
     assert told.text == "the canary" and len(told.logprobs.token_logprobs) == len(ids) + 1
 
 
-def test_streams_add_up_to_the_whole(client):
+def test_streamed_parts_add_up_to_the_whole_completion(client):
     wanted = {"model": "tiny", "prompt": ["the", "a song"], "n": 2, "max_tokens": 30, "seed": 3}
     whole = client.completions.create(**wanted)
     texts, usage = {}, None
@@ -78,14 +78,14 @@ def test_streams_add_up_to_the_whole(client):
     assert usage == whole.usage and len(set(texts.values())) > 2
 
 
-def test_stop_strings_end_the_text(client):
+def test_stop_strings_end_the_completion(client):
     text = client.completions.create(model="tiny", prompt="the", max_tokens=60, seed=1).choices[0].text
     assert len(text) > 10
     cut = client.completions.create(model="tiny", prompt="the", max_tokens=60, seed=1, stop=text[5:7]).choices[0]
     assert cut.text == text[: text.find(text[5:7])] and cut.finish_reason == "stop"
 
 
-def test_chat(client):
+def test_chat_completion_renders_template_and_streams(client):
     wanted = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "seed": 1}
     whole = client.chat.completions.create(**wanted, logprobs=True, top_logprobs=2)
     stream = client.chat.completions.create(**wanted, stream=True)
@@ -95,7 +95,7 @@ def test_chat(client):
     assert len(whole.choices[0].logprobs.content[0].top_logprobs) == 2
 
 
-def test_other_paths(running, client, tokenizer):
+def test_models_tokenize_health_and_metrics_routes(running, client, tokenizer):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert running.ask("/health") == (200, {"status": "ok"})
     assert running.ask("/tokenize", {"prompt": "a song"})[1]["tokens"] == tokenizer.encode("a song")
@@ -107,7 +107,7 @@ def test_other_paths(running, client, tokenizer):
 
 
 @pytest.mark.parametrize(("value", "said"), [(-1, "got -1, "), ("1", "got '1', "), ([1], r"got [1], ")])
-def test_values_are_told_as_they_came(running, value, said):
+def test_error_messages_quote_the_received_value(running, value, said):
     assert said in running.ask("/v1/completions", {"prompt": "x", "max_tokens": value})[1]["error"]["message"]
 
 
@@ -128,7 +128,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "param"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_fields_are_refused_in_openais_shape(running, changes, param):
+def test_bad_fields_return_errors_in_openai_format(running, changes, param):
     status, answer = running.ask("/v1/completions", {"prompt": "x", **changes})
     assert status == 400 and answer["error"]["type"] == "invalid_request_error" and answer["error"]["param"] == param
     assert answer["error"]["message"]
@@ -148,7 +148,7 @@ ONLY = {"/v1/completions": ("messages", "top_logprobs", "max_completion_tokens")
 @pytest.mark.parametrize(("path", "start"), [
     ("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
 ], ids=["completions", "chat"])  # fmt: skip
-def test_fields_that_would_change_the_meaning_are_refused(running, path, start):
+def test_unsupported_openai_fields_are_rejected(running, path, start):
     for name in (*UNKNOWN, *ONLY[path]):
         for value in (1, None, [{"type": "function"}]):
             status, answer = running.ask(path, {**start, "max_tokens": 1, name: value})
@@ -158,7 +158,7 @@ def test_fields_that_would_change_the_meaning_are_refused(running, path, start):
     assert running.ask(path, {**start, "max_tokens": 1})[0] == 200
 
 
-def test_best_of_is_n(running):
+def test_best_of_must_equal_n(running):
     for n, best_of, expected in ((1, 1, 200), (3, 3, 200), (1, 3, 400), (3, 1, 400)):
         status, answer = running.ask("/v1/completions", {"prompt": "x", "max_tokens": 1, "n": n, "best_of": best_of})
         assert status == expected and (status == 400 or len(answer["choices"]) == n)
@@ -177,12 +177,12 @@ def test_best_of_is_n(running):
     ],
     ids=lambda value: str(value[:30]),
 )  # fmt: skip
-def test_bad_bodies_are_refused(running, raw, said):
+def test_bad_bodies_are_rejected(running, raw, said):
     status, answer = running.ask("/v1/completions", raw=raw)
     assert status == (413 if said == "more than" else 400) and said in answer["error"]["message"]
 
 
-def test_the_wrong_model_type_host_and_header(running):
+def test_wrong_model_content_type_host_and_header_are_rejected(running):
     assert running.ask("/v1/completions", {"prompt": "x", "model": "other"})[0] == 404
     assert running.ask("/v1/completions", {"prompt": "x"}, {"content-type": "text/plain"})[0] == 415
     assert running.ask("/health", headers={"host": "evil.example"})[0] == 403
@@ -190,7 +190,7 @@ def test_the_wrong_model_type_host_and_header(running):
     assert status == 431 and answer["error"]["message"]
 
 
-def test_every_path_but_health_wants_the_key(model, tokenizer):
+def test_every_route_except_health_needs_the_api_key(model, tokenizer):
     keyed = Running(model, tokenizer, key=KEY)
     try:
         paths = [route.path for route in keyed.server.app.routes]
@@ -208,7 +208,7 @@ def test_every_path_but_health_wants_the_key(model, tokenizer):
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"])
-def test_slow_heads_are_cut_off(running, sent):
+def test_slow_headers_are_cut_off(running, sent):
     with socket.create_connection(("127.0.0.1", running.port), timeout=5) as slow:
         slow.sendall(sent)
         begin = time.monotonic()
@@ -224,7 +224,7 @@ def test_slow_bodies_are_cut_off(running):
         assert b"408" in slow.recv(1000)
 
 
-def test_bodies_that_nobody_reads_are_cut_off(running):
+def test_bodies_that_no_route_reads_are_cut_off(running):
     """What no path reads is not waited for longer, whatever comes of it."""
     with socket.create_connection(("127.0.0.1", running.port), timeout=5) as slow:
         slow.sendall(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{")
@@ -236,7 +236,7 @@ def test_bodies_that_nobody_reads_are_cut_off(running):
                 time.sleep(0.1)
 
 
-def test_a_client_that_does_not_read_is_cut_off(model, tokenizer):
+def test_client_that_does_not_read_is_cut_off(model, tokenizer):
     small = Running(model, tokenizer, send_bytes=4096)
     try:
         with socket.socket() as deaf:
@@ -260,14 +260,14 @@ def test_a_client_that_does_not_read_is_cut_off(model, tokenizer):
     (b"\x16\x03\x01 what\r\n\r\n", 400), (b"GET / HTTP/1.1\r\n\r\n", 400),
     (b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n", 400),
 ], ids=["header", "target", "no HTTP", "no host", "length"])  # fmt: skip
-def test_heads_are_refused_in_openais_shape(running, sent, status):
+def test_bad_headers_return_errors_in_openai_format(running, sent, status):
     with socket.create_connection(("127.0.0.1", running.port), timeout=5) as asked:
         asked.sendall(sent)
         head, _, body = b"".join(iter(lambda: asked.recv(4096), b"")).partition(b"\r\n\r\n")
         assert head.startswith(f"HTTP/1.1 {status} ".encode()) and json.loads(body)["error"]["message"]
 
 
-def test_too_many_connections_are_refused(running):
+def test_too_many_connections_are_rejected(running):
     begin, held = time.monotonic(), []
     try:
         held = [socket.create_connection(("127.0.0.1", running.port), timeout=5) for _ in range(31)]
@@ -279,12 +279,12 @@ def test_too_many_connections_are_refused(running):
         assert time.monotonic() - begin < 5
 
 
-def test_a_full_queue_refuses(running):
+def test_full_queue_returns_429(running):
     assert running.ask("/v1/completions", {"prompt": ["x"] * 41})[0] == 429
     assert running.idle() == 40
 
 
-def test_a_client_that_goes_away_frees_its_cache(running):
+def test_disconnected_client_frees_its_cache(running):
     for stream in (True, False):
         with socket.create_connection(("127.0.0.1", running.port), timeout=5) as gone:
             gone.sendall(posted({"prompt": ["x"] * 30, "max_tokens": 120, "stream": stream}))
@@ -294,7 +294,7 @@ def test_a_client_that_goes_away_frees_its_cache(running):
         assert running.idle() == 40
 
 
-def test_a_failing_request_leaves_others_alone(running, monkeypatch):
+def test_failing_request_does_not_affect_others(running, monkeypatch):
     """Refused by the engine while another one runs; then a step that fails, after which all goes on."""
     expected = running.ask("/v1/completions", CANARY)[1]["choices"]
     found = []
@@ -305,13 +305,13 @@ def test_a_failing_request_leaves_others_alone(running, monkeypatch):
     thread.join()
     assert found == [expected]
     with monkeypatch.context() as patched:
-        patched.setattr(running.engine.runner, "step", lambda chunks: 1 / 0)
+        patched.setattr(running.engine.executor, "step", lambda chunks: 1 / 0)
         status, answer = running.ask("/v1/completions", CANARY)
     assert status == 500 and answer["error"]["type"] == "server_error"
     assert running.ask("/v1/completions", CANARY)[1]["choices"] == expected and running.idle() == 40
 
 
-def test_the_command_drains_on_sigterm(model, tokenizer, tmp_path):
+def test_serve_command_finishes_streams_on_sigterm(model, tokenizer, tmp_path):
     """A process: streams that run end as they would have, nobody new is let in, and the exit code is 0."""
     config = dataclasses.replace(model.config, block_size=1024)
     GPT(config).save_pretrained(tmp_path / "long", tokenizer)
@@ -342,10 +342,10 @@ def test_the_command_drains_on_sigterm(model, tokenizer, tmp_path):
             process.kill()
 
 
-def test_strangers_need_a_key(tmp_path, capsys, monkeypatch):
+def test_other_hosts_than_loopback_need_an_api_key(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("PEAKGPT_API_KEY", raising=False)
     assert main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 2
-    assert "there is no API key" in capsys.readouterr().err
+    assert "without an API key, expected --api-key-file or $PEAKGPT_API_KEY" in capsys.readouterr().err
 
 
 def fuzz(running, count):
@@ -388,7 +388,7 @@ def fuzz(running, count):
     one()
     assert seen.count(200) > count / 20 and seen.count(400) > count / 20
     assert running.ask("/v1/completions", CANARY)[1]["choices"] == first
-    assert running.idle() == 40 and not running.server.worker.jobs and not running.engine.running
+    assert running.idle() == 40 and not running.server.worker.jobs and not running.engine.scheduler.running
     return asked
 
 
@@ -397,12 +397,12 @@ def resident_bytes():
         return int(file.read().split()[1]) * 4096
 
 
-def test_fuzz(running):
+def test_random_requests_never_break_the_server(running):
     fuzz(running, 200)
 
 
 @pytest.mark.slow
-def test_fuzz_at_length(running):
+def test_many_random_requests_leak_no_memory(running):
     """Memory is measured over the same requests again: hypothesis itself keeps what it has drawn."""
     asked = fuzz(running, 10_000)[-2000:]
     sizes = []

@@ -13,7 +13,7 @@ import pytest
 import serving  # skips all where the packages of peakgpt[serve] are missing
 from serving import LIMITS, Running, guard
 
-from peakgpt.serve.schema import BadRequest, asked, parse
+from peakgpt.serve.schema import BadRequest, check_request, parse
 
 # cap: (its value, fields of a request that is at it)
 FIELDS = {
@@ -40,22 +40,22 @@ OTHERS = {"header_bytes": 16 << 10, "headers": 100, "body_bytes": 1 << 20, "json
           "connections": 256}  # fmt: skip
 
 
-def test_every_cap_is_here():
+def test_every_limit_has_a_test():
     assert {*FIELDS, *CHAT, *TIMES, *OTHERS} == {field.name for field in dataclasses.fields(LIMITS)}
 
 
 @pytest.mark.parametrize(("chat", "cap"), [*((False, cap) for cap in FIELDS), *((True, cap) for cap in CHAT)])
-def test_caps_of_fields(chat, cap):
+def test_field_limits_accept_the_maximum_and_reject_more(chat, cap):
     most, fields = (CHAT if chat else FIELDS)[cap]
     start = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
-    asked({**start, **fields(most)}, chat=chat, limits=LIMITS)
+    check_request({**start, **fields(most)}, chat=chat, limits=LIMITS)
     with pytest.raises(BadRequest) as refusal:
-        asked({**start, **fields(most + 1)}, chat=chat, limits=LIMITS)
+        check_request({**start, **fields(most + 1)}, chat=chat, limits=LIMITS)
     param = {"choices": "n"}.get(cap) or [*fields(most)][-1]
     assert refusal.value.status == 400 and refusal.value.body["error"]["param"] == param
 
 
-def test_json_depth():
+def test_json_depth_limit():
     nested = lambda depth: b'{"x":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"  # noqa: E731
     assert parse(nested(OTHERS["json_depth"]), LIMITS)
     with pytest.raises(BadRequest, match="more than 8 levels"):
@@ -63,7 +63,7 @@ def test_json_depth():
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_body_bytes(declared):
+def test_body_size_limit(declared):
     def read(count):
         async def stream():
             for at in range(0, count, 1 << 16):
@@ -87,7 +87,7 @@ def head(count, size):
             "headers": [*lines, (b"filler", b"y" * rest)]}  # fmt: skip
 
 
-def test_header_lines_and_bytes():
+def test_header_count_and_size_limits():
     check = guard.Guard(None, key=None, hosts=None, limits=LIMITS)._check
     check(head(OTHERS["headers"], OTHERS["header_bytes"]))
     for count, size in ((OTHERS["headers"] + 1, 4096), (9, OTHERS["header_bytes"] + 1)):
@@ -104,14 +104,14 @@ def running():
     running.close()
 
 
-def test_many_header_lines_over_http(running):
+def test_header_count_limit_over_http(running):
     with socket.create_connection(("127.0.0.1", running.port), timeout=5) as one:
         one.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"x: y\r\n" * 100 + b"connection: close\r\n\r\n")
         answer, _, body = b"".join(iter(lambda: one.recv(4096), b"")).partition(b"\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 431 ") and "102 lines" in json.loads(body)["error"]["message"]
 
 
-def test_queue(running):
+def test_queue_limit(running):
     worker = running.server.worker
     for waiting, expected in ((OTHERS["queue"] - 2, 200), (OTHERS["queue"] - 1, 429)):
         worker.load += waiting
@@ -121,7 +121,7 @@ def test_queue(running):
             worker.load -= waiting
 
 
-def test_connections(running):
+def test_connection_limit(running):
     running.idle()
     held = []
     try:
@@ -135,7 +135,7 @@ def test_connections(running):
             one.close()
 
 
-def test_times():
+def test_time_limits_reach_uvicorn():
     """That they are kept to is tests/api/test_serve.py's, with shorter ones."""
     made, timers = guard.protocol(LIMITS), []
     protocol = made.__new__(made)

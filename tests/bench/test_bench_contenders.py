@@ -189,7 +189,7 @@ def test_compare_decoding_raises_for_wrong_logits():
     ids = torch.randint(64, (2, 4))
     results = compare_decoding(model, ids, count=3, rounds=3)
     assert [r.contender for r in results] == ["peakgpt", "eager"] and results[0].case["batch"] == 2
-    model.head = lambda h: F.linear(h, model.transformer.wte.weight).roll(1, -1)
+    model.compute_logits = lambda h: F.linear(h, model.transformer.wte.weight).roll(1, -1)
     with pytest.raises(ValueError, match="decode: peakgpt: result 0 is off eager"):
         compare_decoding(model, ids, count=3)
 

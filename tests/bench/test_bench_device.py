@@ -106,7 +106,7 @@ def test_every_gpu_case_is_a_valid_call_of_its_op():
         op, sizes, device = OPS[case.op], case.sizes, "meta"
         if case.op == "attention_decode":  # its cost reads the lengths, so its tensors are real, and few
             sizes, device = {**sizes, "keys": 64, "block": 16}, "cpu"
-        tensors, params = op._bind(op.sample(**sizes, device=device, dtype=torch.bfloat16), case.arguments)
+        tensors, params = op.bind(op.sample(**sizes, device=device, dtype=torch.bfloat16), case.arguments)
         op.check(*tensors, **params)
         assert op.cost(*tensors, **params).flops > 0
     jobs = device_bench.PARTS["attention"].jobs(torch.device("cuda"))
@@ -162,7 +162,7 @@ def test_step_without_cuda_graph_is_reported_as_failure(monkeypatch):
         begin = inner(model, ids, workload)
 
         def again():
-            warnings.warn("the step runs uncaptured, recording failed: no", stacklevel=1)
+            warnings.warn("the function runs uncaptured, capture failed: no", stacklevel=1)
             return begin()
 
         return again
@@ -172,4 +172,4 @@ def test_step_without_cuda_graph_is_reported_as_failure(monkeypatch):
     results = device_decode.compare_steps(config, Workload(2, 5, 3), CPU, ["peakgpt"], budget_s=0.0,
                                           on_failure=lambda *failed: told.append(failed))  # fmt: skip
     assert len(results) == 1 and {name for name, _ in told} == {"peakgpt"}
-    assert "recording failed: no" in str(told[0][1])
+    assert "capture failed: no" in str(told[0][1])

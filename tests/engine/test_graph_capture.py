@@ -1,4 +1,4 @@
-"""The step as one graph, rehearsed on a CPU: nothing waits for the host, nothing that changes is held on to."""
+"""CUDA graphs of a function, tested by dry runs on a CPU: no synchronization, no captured value that changes later."""
 
 import contextlib
 import itertools
@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.graph_capture import WARMUP, Captured, Late, Rehearsal, recorder_for
+from peakgpt.engine.graph_capture import WARMUP, GraphedFunction, graph_factory
+from peakgpt.engine.graph_dry_run import DryRun
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training import trainer as train
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training import trainer as trainer_module
+from peakgpt.engine.training.delayed_metrics import DelayedMetrics
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.ops.dropout import dropout
 
@@ -26,12 +29,12 @@ def batches():
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def trained(monkeypatch, backend, dtype, recorder, recompute="none", micro_batch=None, **config):
-    """Losses, norms and masters of a few steps, and the trainer."""
-    monkeypatch.setattr(train, "recorder_for", lambda device: recorder)
+def trained(monkeypatch, backend, dtype, make_graph, recompute="none", micro_batch=None, **config):
+    """Train for a few steps; returns losses, gradient norms and master weights, and the trainer."""
+    monkeypatch.setattr(trainer_module, "graph_factory", lambda device: make_graph)
     torch.manual_seed(3)
     model = GPT(GPTConfig(**SIZES, **config))
-    recipe = Recipe(batch=2, tokens=8, dtype=dtype, lr=1e-2, max_norm=0.5, recompute=recompute,
+    recipe = TrainConfig(batch=2, tokens=8, dtype=dtype, lr=1e-2, max_norm=0.5, recompute=recompute,
                     micro_batch=micro_batch)  # fmt: skip
     trainer = Trainer(model, recipe, steps=10)
     losses, norms = [], []
@@ -55,23 +58,23 @@ def trained(monkeypatch, backend, dtype, recorder, recompute="none", micro_batch
     ],
     ids=str,
 )
-def test_the_step_can_be_captured_and_gives_the_same_bits(backend, dtype, choices, monkeypatch):
-    """Eager shows the model's own calls, the interpreted kernels their glue.
+def test_a_graphed_training_step_gives_the_bits_of_the_plain_step(backend, dtype, choices, monkeypatch):
+    """The eager backend tests the model's own calls of torch, the interpreted kernels those of the GPU backend.
 
-    Fails when lr is passed by value: the second replay would make another call than the first.
+    Mutation that makes it fail: pass lr by value, which makes a call of the second replay differ from the first.
     """
     if backend == "gpu":
         pytest.importorskip("triton")
     plain, before = trained(monkeypatch, backend, dtype, None, **choices)
-    captured, after = trained(monkeypatch, backend, dtype, Rehearsal, **choices)
+    captured, after = trained(monkeypatch, backend, dtype, DryRun, **choices)
     assert after.update.inputs is not None and after.update.obstacle is None
     assert before.update.inputs is None and "CUDA" in before.update.obstacle
     for a, b in zip(plain, captured, strict=True):
         assert torch.equal(a, b)
 
 
-def captured(function):
-    return Captured(function, Rehearsal, lambda: None)
+def graphed(function):
+    return GraphedFunction(function, DryRun, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -85,15 +88,15 @@ def captured(function):
         (lambda x: x + torch.tensor(1.0), "tensor"),
     ],
 )
-def test_a_wait_is_told(wait, name):
-    step = captured(lambda x: [wait(x)])
+def test_synchronization_in_a_graphed_function_raises(wait, name):
+    step = graphed(lambda x: [wait(x)])
     for _ in range(WARMUP):
         step(torch.ones(3))
-    with pytest.raises(RuntimeError, match=rf"test_capture calls {name} inside a captured step"):
+    with pytest.raises(RuntimeError, match=rf"test_graph_capture calls {name} inside a graphed function"):
         step(torch.ones(3))
 
 
-def test_a_wait_in_the_backward_pass_is_told():
+def test_synchronization_in_the_backward_pass_raises():
     class Waits(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -108,36 +111,36 @@ def test_a_wait_in_the_backward_pass_is_told():
         Waits.apply(x).sum().backward()
         return [x.grad]
 
-    step = captured(step)
+    step = graphed(step)
     for _ in range(WARMUP):
         step(torch.ones(3))
     with pytest.raises(RuntimeError, match="calls __float__"):
         step(torch.ones(3))
 
 
-def test_a_number_that_changes_and_a_branch_that_changes_are_told():
+def test_a_number_or_a_branch_that_changes_between_replays_raises():
     count = itertools.count()
-    scaled = captured(lambda x: [x * next(count)])
-    branched = captured(lambda x: [x + 1 if next(count) % 2 else x - 1])
+    scaled = graphed(lambda x: [x * next(count)])
+    branched = graphed(lambda x: [x + 1 if next(count) % 2 else x - 1])
     for step in (scaled, branched):
         for _ in range(WARMUP + 1):
             step(torch.ones(3))
-        with pytest.raises(RuntimeError, match=r"call 0 of the step is .*, recorded was"):
+        with pytest.raises(RuntimeError, match=r"call 0 of the replay is .*, captured was"):
             step(torch.ones(3))
 
 
-def test_inputs_are_copied_in_and_results_out():
-    step = captured(lambda x: [x + 1])
+def test_inputs_are_copied_to_the_graph_and_outputs_from_it():
+    step = graphed(lambda x: [x + 1])
     results = [step(torch.full((2,), float(i)))[0] for i in range(STEPS)]
     assert [r.tolist() for r in results] == [[i + 1.0] * 2 for i in range(STEPS)]
 
 
 @pytest.mark.parametrize("backend", ("gpu", None))
-def test_two_replays_drop_others(backend):
-    """The seed is drawn inside of the step, from a generator that a graph advances; fails with one made before."""
+def test_each_replay_draws_another_dropout_mask(backend):
+    """Replays advance the generator. Mutation that makes it fail: draw the seed outside of the graphed function."""
     if backend:
         pytest.importorskip("triton")
-    step = captured(lambda x: [dropout(x, p=0.5)])
+    step = graphed(lambda x: [dropout(x, p=0.5)])
     torch.manual_seed(0)
     with use_backend(backend) if backend else contextlib.nullcontext():
         first, second = [step(torch.ones(64)) for _ in range(STEPS)][-2:]
@@ -148,56 +151,56 @@ def test_two_replays_drop_others(backend):
     assert not torch.equal(first[0], second[0])
 
 
-def test_another_shape_runs_as_it_is():
-    step = captured(lambda x: [x + 1])
+def test_inputs_of_another_shape_run_without_the_graph():
+    step = graphed(lambda x: [x + 1])
     for _ in range(STEPS):
         step(torch.ones(3))
     assert step(torch.ones(2))[0].shape == (2,) and step.inputs[0].shape == (3,)
 
 
-def test_what_moved_is_recorded_anew():
-    where = [0]
-    step = Captured(lambda x: [x + where[0]], Rehearsal, lambda: where[0])
+def test_a_change_of_the_captured_state_captures_again():
+    state = [0]
+    step = GraphedFunction(lambda x: [x + state[0]], DryRun, lambda: state[0])
     for _ in range(STEPS):
         step(torch.ones(3))
-    first, where[0] = step.recorder, 1
+    first, state[0] = step.graph, 1
     for _ in range(STEPS):
         assert step(torch.ones(3))[0].tolist() == [2.0] * 3
-    assert step.recorder is not first
+    assert step.graph is not first
 
 
-def test_a_loaded_state_is_recorded_anew(monkeypatch):
-    """The counters of a loaded state are new tensors: a graph would go on with the old ones."""
-    _, trainer = trained(monkeypatch, "eager", torch.float32, Rehearsal)
+def test_loading_an_optimizer_state_captures_again(monkeypatch):
+    """A loaded state has new step counters; the old graph would use the old ones."""
+    _, trainer = trained(monkeypatch, "eager", torch.float32, DryRun)
     trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
-    first, (ids, targets) = trainer.update.recorder, next(batches())
+    first, (ids, targets) = trainer.update.graph, next(batches())
     with use_backend("eager"):
         trainer.step(ids, targets)
-    assert trainer.update.recorder is not first
+    assert trainer.update.graph is not first
 
 
-def test_a_failed_recording_is_told_and_the_step_goes_on():
-    class Refuses(Rehearsal):
-        def record(self, body):
+def test_a_failed_capture_warns_and_the_function_runs_normally():
+    class Refuses(DryRun):
+        def capture(self, function):
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    step = Captured(lambda x: [x + 1], Refuses, lambda: None)
+    step = GraphedFunction(lambda x: [x + 1], Refuses, lambda: None)
     for _ in range(WARMUP):
         step(torch.ones(3))
-    with pytest.warns(UserWarning, match="uncaptured, recording failed: operation not permitted when"):
+    with pytest.warns(UserWarning, match="uncaptured, capture failed: operation not permitted when"):
         assert step(torch.ones(3))[0].tolist() == [2.0] * 3
     assert step(torch.ones(3))[0].tolist() == [2.0] * 3 and "not permitted" in step.obstacle
 
 
-def test_numbers_arrive_at_once_where_nothing_runs_ahead():
-    late = Late(torch.device("cpu"))
-    assert late.put(7, torch.tensor(2.5)) == [(7, 2.5)] and late.take() == []
+def test_delayed_metrics_are_not_delayed_on_a_cpu():
+    metrics = DelayedMetrics(torch.device("cpu"))
+    assert metrics.put(7, torch.tensor(2.5)) == [(7, 2.5)] and metrics.take() == []
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_what_a_recording_asks_of_cuda(share, monkeypatch):
-    """Told by stand-ins: a side stream, one pool where shared, results copied out only where wanted."""
-    asked = []
+def test_a_capture_uses_a_side_stream_and_one_pool_if_shared(share, monkeypatch):
+    """Uses fakes of torch.cuda; also: outputs are copied only if copy_outputs is set."""
+    calls = []
 
     class Stream:
         device = torch.device("cuda", 0)
@@ -206,15 +209,15 @@ def test_what_a_recording_asks_of_cuda(share, monkeypatch):
             self.name = "main" if device is None else "side"
 
         def wait_stream(self, other):
-            asked.append(f"{self.name} waits for {other.name}")
+            calls.append(f"{self.name} waits for {other.name}")
 
     class Graph:
         def replay(self):
-            asked.append("replay")
+            calls.append("replay")
 
     @contextlib.contextmanager
     def graph(recorded, pool, stream, *, capture_error_mode):
-        asked.append(f"record in {pool} on {stream.name}, {capture_error_mode}")
+        calls.append(f"capture in {pool} on {stream.name}, {capture_error_mode}")
         yield
 
     main = Stream()
@@ -222,23 +225,23 @@ def test_what_a_recording_asks_of_cuda(share, monkeypatch):
                        "stream": lambda stream: contextlib.nullcontext(), "current_stream": lambda device: main,
                        }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: asked.append(f"kept for {stream.name}"))
-    make = recorder_for(torch.device("cuda", 0), share=share)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: calls.append(f"kept for {stream.name}"))
+    make = graph_factory(torch.device("cuda", 0), share_memory=share)
     for copies in (True, False):
-        held = torch.ones(2)
-        step = Captured(lambda held=held: [held], make, lambda: None, copies=copies)
+        output = torch.ones(2)
+        step = GraphedFunction(lambda output=output: [output], make, lambda: None, copy_outputs=copies)
         for _ in range(WARMUP + 2):
             (result,) = step()
-        assert (result is held) != copies and step.obstacle is None
+        assert (result is output) != copies and step.obstacle is None
     once = [*["side waits for main", "main waits for side", "kept for main"] * WARMUP,
-            f"record in {'pool' if share else None} on side, thread_local", "replay", "replay"]  # fmt: skip
-    assert asked == 2 * once
-    assert recorder_for(torch.device("cpu")) is None
+            f"capture in {'pool' if share else None} on side, thread_local", "replay", "replay"]  # fmt: skip
+    assert calls == 2 * once
+    assert graph_factory(torch.device("cpu")) is None
 
 
-def test_a_recording_that_breaks_off_names_the_first_error_and_gives_its_stream_back(monkeypatch):
-    """torch's own context does neither: it raises at its end, and goes before it leaves its stream."""
-    now = ["main"]
+def test_a_failed_capture_reports_the_first_error_and_restores_the_current_stream(monkeypatch):
+    """torch.cuda.graph does neither: it raises a second error at its end, before it restores the stream."""
+    current = ["main"]
 
     class Stream:
         device = torch.device("cuda", 0)
@@ -246,33 +249,33 @@ def test_a_recording_that_breaks_off_names_the_first_error_and_gives_its_stream_
 
     @contextlib.contextmanager
     def stream(name):
-        before, now[0] = now[0], name
+        before, current[0] = current[0], name
         try:
             yield
         finally:
-            now[0] = before
+            current[0] = before
 
     @contextlib.contextmanager
     def graph(recorded, pool, side, **options):
-        now[0] = side
+        current[0] = side
         try:
             yield
         finally:
             raise RuntimeError("failed due to a previous error")
 
     for name, fake in {"Stream": lambda device: Stream(), "CUDAGraph": object, "graph": graph, "stream": stream,
-                       "current_stream": lambda device: now[0]}.items():  # fmt: skip
+                       "current_stream": lambda device: current[0]}.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
 
     def body():
         raise RuntimeError("operation not permitted\nCompile with")
 
-    recorder = recorder_for(torch.device("cuda", 0))()
-    monkeypatch.setattr(recorder, "warm", lambda body: [])
-    step = Captured(body, lambda: recorder, lambda: None)
+    graph_of_body = graph_factory(torch.device("cuda", 0))()
+    monkeypatch.setattr(graph_of_body, "warm_up", lambda function: [])
+    step = GraphedFunction(body, lambda: graph_of_body, lambda: None)
     for _ in range(WARMUP):
         step()
     with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="not permitted"):
         step()
-    assert step.obstacle == "recording failed: operation not permitted, then failed due to a previous error"
-    assert now == ["main"]
+    assert step.obstacle == "capture failed: operation not permitted, then failed due to a previous error"
+    assert current == ["main"]

@@ -1,6 +1,6 @@
-"""What the CPU backend promises about bits: the same from run to run, for any thread count, in any batch.
+"""Bits of the CPU backend: the same in every run, for any thread count, in any batch.
 
-Each promise has a counter-test: a planted split of a product that follows threads or batch must be seen.
+Each test has a counter-test: it must detect a product that is split by the thread count or the batch.
 """
 
 import pytest
@@ -8,7 +8,8 @@ import torch
 
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.cpu import linear
 from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
 
@@ -20,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def split_in(parts_of):
-    """A product whose sum over k is cut into as many parts as parts_of(a) says."""
+    """A matrix product whose sum over k is split into parts_of(a) parts."""
 
     def product(a, b, out, *, epilogue=STORE, bias=None, **rest):
         parts = zip(a.chunk(parts_of(a), 1), b.chunk(parts_of(a), 0), strict=True)
@@ -33,10 +34,10 @@ def split_in(parts_of):
 
 
 def trained(dtype, config=CONFIG):
-    """The masters' bits, the loss and the gradient norm after three steps."""
+    """Master weights, losses and the gradient norm of three steps."""
     torch.manual_seed(0)
     model = GPT(config)
-    trainer = Trainer(model, Recipe(batch=3, tokens=70, dtype=dtype, lr=1e-2), steps=10)
+    trainer = Trainer(model, TrainConfig(batch=3, tokens=70, dtype=dtype, lr=1e-2), steps=10)
     ids = torch.randint(CONFIG.vocab_size, (3, 71))
     losses = [trainer.step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for _ in range(3)]
     return [*trainer.optimizer.master_weights(model).values(), *losses, trainer.optimizer.grad_norm]
@@ -48,13 +49,13 @@ def same(left, right):
 
 @configs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_training_from_run_to_run(dtype, config):
+def test_training_gives_the_same_bits_in_every_run(dtype, config):
     assert same(trained(dtype, config), trained(dtype, config))
 
 
 @configs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_training_for_any_thread_count(dtype, config, threads, monkeypatch):
+def test_training_gives_the_same_bits_for_any_thread_count(dtype, config, threads, monkeypatch):
     def by_threads():
         results = []
         for count in (1, 2, 4):
@@ -71,7 +72,7 @@ def test_training_for_any_thread_count(dtype, config, threads, monkeypatch):
 
 @configs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_in_any_batch(dtype, config, monkeypatch):
+def test_logits_have_the_same_bits_in_any_batch(dtype, config, monkeypatch):
     torch.manual_seed(0)
     model = GPT(config).to(dtype).eval()
     ids = torch.randint(CONFIG.vocab_size, (5, 70))

@@ -1,22 +1,23 @@
-"""Left padding changes nothing: a property of every model, whatever it is proven against otherwise."""
+"""Left padding changes nothing: a property that every model is tested for."""
 
 import torch
 from torch import Tensor
 
 
 def check_left_padding(model, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two sequences, the second padded by four, against each alone: loss, gradients, greedy text.
+    """Compare a batch whose second sequence is padded by four with each sequence alone: loss, gradients, greedy text.
 
     Returns:
-        (prompts, starts, text): a padded batch and how it goes on.
+        (prompts, starts, text): a padded batch, its first positions and its greedy continuation.
     """
     starts = torch.tensor([0, 4])
+    mask = (torch.arange(ids.shape[1]) >= starts[:, None]).long()
     padded, padded_targets = ids.clone(), targets.clone()
     padded[1, 4:], padded_targets[1, 4:] = ids[1, :-4], targets[1, :-4]
     padded_targets[1, :4] = -100
     grads = []
     for call in (
-        lambda: model(padded, padded_targets, start=starts),
+        lambda: model(padded, padded_targets, attention_mask=mask),
         lambda: (model(ids[:1], targets[:1]) * 14 + model(ids[1:, :-4], targets[1:, :-4].contiguous()) * 13) / 27,
     ):
         model.zero_grad()
@@ -25,7 +26,7 @@ def check_left_padding(model, ids: Tensor, targets: Tensor) -> tuple[Tensor, Ten
         grads.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    text = model.generate(padded[:, :9], temperature=0, start=starts, max_new_tokens=8)
-    alone = model.generate(ids[1:, :5], temperature=0, max_new_tokens=8)
+    text = model.generate(padded[:, :9], (torch.arange(9) >= starts[:, None]).long(), max_new_tokens=8)
+    alone = model.generate(ids[1:, :5], max_new_tokens=8)
     assert torch.equal(text[1, 4:], alone[0])
     return padded[:, :9], starts, text

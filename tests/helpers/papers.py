@@ -1,6 +1,6 @@
-"""GPT-3, PaLM, Gopher and GLaM in float64 as their papers write them, one sequence, token, head and expert at a time.
+"""GPT-3, PaLM, Gopher and GLaM in float64, written from their papers: one sequence, token, head and expert at a time.
 
-Nothing here is shared with the engine: weights come as a dict by the engine's names, [out, in].
+Shares no code with the engine. Weights are a dict by the engine's parameter names, in [out, in] layout.
 """
 
 import math
@@ -31,7 +31,7 @@ def rms_norm(x, w, eps=1e-5):
 
 
 def rope(x, position, base=10000.0):
-    """Turn features i and i + D/2 of x, (D,)."""
+    """Rotate features i and i + D/2 of x, (D,)."""
     half = len(x) // 2
     angle = position * torch.tensor([base ** (-i / half) for i in range(half)], dtype=x.dtype)
     a, b = x[:half], x[half:]
@@ -39,7 +39,7 @@ def rope(x, position, base=10000.0):
 
 
 def attend(c, h, w, at, score):
-    """Heads of `score(head, q_i, k_j, i, j)` over the keys j <= i."""
+    """Attend over the keys j <= i with scores `score(head, q_i, k_j, i, j)`."""
     heads, kv_heads, d = c.n_head, c.n_kv_head, c.head_dim
     parts = linear(h, w, f"{at}.attn.c_attn").split([heads * d, kv_heads * d, kv_heads * d], -1)
     q, k, v = (part.unflatten(-1, (-1, d)) for part in parts)
@@ -63,7 +63,7 @@ def gated(h, w, at, act):
 
 
 def gpt3(c, ids, w):
-    """arXiv:2005.14165, section 2.1: GPT-2 with dense and locally banded attention in turn."""
+    """arXiv:2005.14165, section 2.1: GPT-2 with alternating dense and locally banded attention."""
     x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][: len(ids)]
     for layer in range(c.n_layer):
         at, band = f"transformer.h.{layer}", (len(ids), c.windows[1])[layer % 2]

@@ -6,7 +6,7 @@
 import contextlib
 import sys
 
-import conftest  # noqa: F401  what must stand before Triton is imported
+import process_setup  # noqa: F401  must come before the first import of Triton
 import torch
 import torch.distributed as dist
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peakgpt.kernels.gpu import rotary
 from peakgpt.kernels.gpu.attention import attention
-from peakgpt.kernels.ops.attention import turned_heads
+from peakgpt.kernels.ops.attention import rotated_heads
 
 NO_GRADIENT = rotary.NO_GRADIENT
 
@@ -32,7 +32,7 @@ def declines(qkv: Tensor, *_, n_head: int, interleaved: bool = False, **params) 
 def forward(outputs, saved, qkv: Tensor, cos, sin, *, n_head: int, interleaved: bool, **params) -> None:
     lse, *rotated = saved
     if rotated:
-        rotary.rotate(qkv, cos, sin, rotated[0], turned_heads(qkv, n_head), interleaved)
+        rotary.rotate(qkv, cos, sin, rotated[0], rotated_heads(qkv, n_head), interleaved)
         (qkv,) = rotated
     attention.fill_forward(outputs[0], lse, *_split(qkv, n_head), **params)
 

@@ -186,7 +186,7 @@ def _blocks(
         if dw is not None:
             _accumulate(total, z.t(), x[block], fresh=k == 0)
     if dx is not None and shard is not None:
-        shard.add_up(dx)
+        shard.all_reduce(dx)
     if dw is not None and not count:
         dw.zero_()
     elif total is not dw:

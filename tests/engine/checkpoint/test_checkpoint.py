@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import peakgpt
-from peakgpt.engine.checkpoint import checkpoint
-from peakgpt.engine.model.layers import CONV1D
+from peakgpt.engine.checkpoint import model_folder
+from peakgpt.engine.checkpoint.training_state import load_training_state, save_training_state
+from peakgpt.engine.model.state_dicts import CONV1D
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 37}
 
@@ -45,7 +46,7 @@ IDS = torch.arange(22).view(2, 11) % 37
     [{}, {"activation": "gelu_erf"}, {"activation": "relu", "n_inner": 24}, {"bias": False}, {"dropout": 0.25}],
     ids=lambda c: next(iter(c), "plain"),
 )
-def test_transformers_loads_ours(tmp_path, changes):
+def test_transformers_loads_our_checkpoints(tmp_path, changes):
     model = our_model(**changes)
     model.save_pretrained(tmp_path / "new" / "folder")
     theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "new" / "folder", output_loading_info=True)
@@ -57,7 +58,7 @@ def test_transformers_loads_ours(tmp_path, changes):
 
 
 @pytest.mark.parametrize("kind", ["plain", "sharded", "bin", "unprefixed", "head", "gelu"])
-def test_we_load_transformers(tmp_path, kind):
+def test_checkpoints_of_transformers_load(tmp_path, kind):
     theirs = their_model(activation_function="gelu" if kind == "gelu" else "gelu_new")
     theirs.save_pretrained(tmp_path, **({"max_shard_size": "4KB"} if kind == "sharded" else {}))
     path = tmp_path / "model.safetensors"
@@ -79,7 +80,7 @@ def test_we_load_transformers(tmp_path, kind):
 
 
 @pytest.mark.parametrize("size", [1, 2500, "4KB", "1GB"])
-def test_shards_are_written(tmp_path, size):
+def test_shards_hold_the_whole_model_within_the_size_limit(tmp_path, size):
     """One tensor a file, some, all; transformers reads them, and they hold what one file does."""
     model = our_model()
     model.save_pretrained(tmp_path, max_shard_size=size)
@@ -99,7 +100,7 @@ def test_shards_are_written(tmp_path, size):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
-def test_weights_in_other_files_replace_the_old_ones(tmp_path):
+def test_new_weights_replace_old_ones_in_other_files(tmp_path):
     """A reader takes model.safetensors before an index, and an index may name shards of another model."""
     for layer, size in enumerate((None, "4KB", 2000, None), 1):
         model = our_model(n_layer=layer)
@@ -110,7 +111,7 @@ def test_weights_in_other_files_replace_the_old_ones(tmp_path):
         assert {path.name for path in tmp_path.glob("*.safetensors")} == named and index.exists() == bool(size)
 
 
-def test_an_interrupted_move_of_shards_leaves_no_mixture(tmp_path, monkeypatch):
+def test_an_interrupted_move_of_shards_never_mixes_two_models(tmp_path, monkeypatch):
     our_model().save_pretrained(tmp_path, max_shard_size="4KB")
     replace, left = os.replace, 3
 
@@ -134,19 +135,19 @@ def test_a_bad_shard_size_is_named(tmp_path, size):
     assert not list(tmp_path.iterdir())
 
 
-def test_dtype_and_dropout_can_be_chosen(tmp_path):
+def test_loading_casts_to_dtype_and_replaces_dropout(tmp_path):
     our_model(dropout=0.1).save_pretrained(tmp_path)
     model = peakgpt.GPT.from_pretrained(tmp_path, dtype=torch.bfloat16, dropout=0.0)
     assert model.config.dropout == 0.0 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_different_rates_are_kept(tmp_path):
+def test_three_dropout_rates_are_read(tmp_path):
     their_model(attn_pdrop=0.3).save_pretrained(tmp_path)
     config = peakgpt.GPT.from_pretrained(tmp_path).config
     assert (config.dropout, config.embedding_dropout, config.attention_dropout) == (0.1, 0.1, 0.3)
 
 
-def test_masters_and_tokenizer_are_saved(tmp_path):
+def test_float32_masters_and_tokenizer_are_saved(tmp_path):
     class Tokenizer:
         end_id = 5
 
@@ -312,7 +313,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_named(tmp_path, kind):
+def test_damaged_checkpoints_are_named(tmp_path, kind):
     damage, message = DAMAGE[kind]
     our_model().save_pretrained(tmp_path)
     damage(tmp_path)
@@ -356,14 +357,14 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", half)
+    monkeypatch.setattr(model_folder, "write_safetensors", half)
     for folder in (tmp_path, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
             our_model(activation="relu").save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_weights_come_last(tmp_path, monkeypatch):
+def test_weights_are_moved_last(tmp_path, monkeypatch):
     """Where new files meet old weights the shapes tell; new weights under an old config could load and be wrong."""
     moved, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(b.name), replace(a, b)))
@@ -379,7 +380,7 @@ def test_an_unwritable_folder_is_named(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_what_no_layout_of_transformers_says_is_kept_in_our_own(tmp_path):
+def test_models_without_a_layout_in_transformers_are_saved_in_our_own(tmp_path):
     every = {"n_kv_head": 1, "head_dim": 16, "word_dim": 8, "embedding_norm": True, "windows": (None, 3),
              "bias": ("mlp",), "tied_head": False, "head_bias": True, "attention_dropout": 0.5}  # fmt: skip
     for changes, lacking in (({"n_kv_head": 1}, "gpt2, lacks its n_kv_head:"), (every, "lacks its n_kv_head, ")):
@@ -415,28 +416,28 @@ def test_resume_is_bit_exact(tmp_path, dtype):
 
     model, optimizer = build(1e-2)
     train(model, optimizer, 3)
-    checkpoint.save_training_state(tmp_path, model, optimizer, {"step": 3, "cursor": [1, 2]})
+    save_training_state(tmp_path, model, optimizer, {"step": 3, "cursor": [1, 2]})
     expected = train(model, optimizer, 3)
 
     torch.manual_seed(99)
     again, resumed = build(1.0)
     train(again, resumed, 1)
-    assert checkpoint.load_training_state(tmp_path, again, resumed) == {"step": 3, "cursor": [1, 2]}
+    assert load_training_state(tmp_path, again, resumed) == {"step": 3, "cursor": [1, 2]}
     assert train(again, resumed, 3) == expected
     ours, theirs = resumed.master_weights(again), optimizer.master_weights(model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert resumed.param_groups[0]["lr"] == 1e-2
 
 
-def test_a_foreign_training_state_is_refused(tmp_path):
+def test_a_training_state_of_another_model_is_refused(tmp_path):
     model = our_model()
     optimizer = model.configure_optimizer()
     with pytest.raises(ValueError, match=r"training_state.safetensors: .*expected a whole safetensors file"):
-        checkpoint.load_training_state(tmp_path, model, optimizer)
-    checkpoint.save_training_state(tmp_path, model, optimizer, {})
+        load_training_state(tmp_path, model, optimizer)
+    save_training_state(tmp_path, model, optimizer, {})
     other = our_model(n_embd=32)
     with pytest.raises(ValueError, match=r"transformer.wte.weight is .*\(37, 16\), expected .*\(37, 32\)"):
-        checkpoint.load_training_state(tmp_path, other, other.configure_optimizer())
+        load_training_state(tmp_path, other, other.configure_optimizer())
     save_file({"x": torch.ones(1)}, tmp_path / "training_state.safetensors")
     with pytest.raises(ValueError, match="got no training state in it"):
-        checkpoint.load_training_state(tmp_path, model, optimizer)
+        load_training_state(tmp_path, model, optimizer)

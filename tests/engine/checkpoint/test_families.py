@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import peakgpt
 from peakgpt.engine.checkpoint import families
 from peakgpt.engine.inference.engine import Engine, SamplingParams
-from peakgpt.engine.inference.kv_cache import KVCache
+from peakgpt.engine.inference.kv_cache import ContiguousKVCache
 from peakgpt.engine.model import flops
 from peakgpt.kernels.core.dispatch import use_backend
 
@@ -102,7 +102,7 @@ def test_logits_loss_and_gradients_equal_transformers(pair, backend):
     torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
     family = families.family_of(ours.config)
     expected = file_names({name: p.grad for name, p in theirs.named_parameters()})
-    grads = family.to_theirs(ours.config, {name: p.grad for name, p in ours.named_parameters()})
+    grads = family.to_layout(ours.config, {name: p.grad for name, p in ours.named_parameters()})
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -116,7 +116,7 @@ def test_cached_greedy_text_equals_transformers(pair, backend):
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_length=T, min_length=T, pad_token_id=0
     )
     with use_backend(backend):
-        assert torch.equal(ours.generate(prompt, temperature=0), expected)
+        assert torch.equal(ours.generate(prompt), expected)
     assert len({*expected[:, PROMPT:].flatten().tolist()}) > 3, "a text that repeats one token proves little"
 
 
@@ -132,8 +132,8 @@ def engine_texts(model, prompts):
     for prompt in prompts:
         texts[engine.submit(prompt.tolist(), SamplingParams(temperature=0))] = prompt.tolist()
     for output in engine.outputs():
-        texts[output.request] += output.tokens
-    assert bool(engine.runner_note) == (model.config.word_dim != model.config.n_embd), engine.runner_note
+        texts[output.request_id] += output.token_ids
+    assert bool(engine.executor_note) == (model.config.word_dim != model.config.n_embd), engine.executor_note
     return list(texts.values())
 
 
@@ -146,7 +146,7 @@ def test_the_engines_greedy_text_equals_transformers(pair):
 
 
 @torch.no_grad()
-def test_in_bfloat16_texts_part_only_where_two_tokens_are_as_likely(pair):
+def test_bfloat16_greedy_text_differs_only_where_two_tokens_are_equally_likely(pair):
     """Ours errs at most twice as much as torch (the rule of every op), so both may swap what is 4 such errors apart."""
     theirs, _, ours = pair
     rounded, exact = (copy.deepcopy(theirs).to(d) for d in (torch.bfloat16, torch.bfloat16))
@@ -167,9 +167,10 @@ def test_in_bfloat16_texts_part_only_where_two_tokens_are_as_likely(pair):
 def test_cache_equals_the_whole_forward(pair, backend):
     _, _, model = pair
     ids = batch(2, 14)[0]
-    cache = KVCache(model.config, 2, 14, dtype=torch.float32, device="cpu")
+    cache = ContiguousKVCache(model.config, 2, 14, dtype=torch.float32, device="cpu")
     with use_backend(backend), torch.no_grad():
-        parts = [model.head(model.features(part, cache)) for part in ids.split((6, 3, 1, 1, 1, 1, 1), dim=1)]
+        splits = ids.split((6, 3, 1, 1, 1, 1, 1), dim=1)
+        parts = [model.compute_logits(model.hidden_states(part, cache)) for part in splits]
         torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=1e-5, atol=1e-5)
 
 
@@ -184,7 +185,7 @@ def test_left_padding_changes_nothing(pair, backend):
     assert torch.equal(text, expected)
 
 
-def test_files_go_both_ways(pair, tmp_path):
+def test_saved_files_load_in_transformers_and_the_reverse(pair, tmp_path):
     """Tensor for tensor; transformers finds nothing missing, nothing too much, and computes the same."""
     theirs, folder, _ = pair
     ours = peakgpt.GPT.from_pretrained(folder)
@@ -198,13 +199,13 @@ def test_files_go_both_ways(pair, tmp_path):
     assert peakgpt.GPT.from_pretrained(tmp_path).config == ours.config
 
 
-def test_parameters_are_counted(pair):
+def test_parameter_count_equals_transformers(pair):
     _, _, ours = pair
     assert flops.parameter_count(ours.config) == sum(p.numel() for p in ours.parameters())
 
 
 @pytest.mark.parametrize("variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom"])
-def test_compiles_whole(variant):
+def test_each_family_compiles_as_one_graph(variant):
     kind, sizes = VARIANTS[variant]
     theirs = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=V).to_dict()
     config = families.FAMILIES[theirs["model_type"]].config(theirs, dropout=0.0)
@@ -217,7 +218,7 @@ def test_compiles_whole(variant):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_the_names_of_other_releases_are_read(pair, tmp_path):
+def test_tensor_names_of_other_releases_are_read(pair, tmp_path):
     """Of the bare model, whose names lack the prefix; with the tied head or the head's other name; with old buffers."""
     theirs, folder, ours = pair
     tensors = load_file(folder / "model.safetensors")
@@ -232,7 +233,7 @@ def test_the_names_of_other_releases_are_read(pair, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
 
 
-def test_training_drops_out_and_evaluation_does_not(pair):
+def test_dropout_is_active_in_training_only(pair):
     _, folder, plain = pair
     model = peakgpt.GPT.from_pretrained(folder, dropout=0.3)
     ids, _ = batch()
@@ -290,10 +291,13 @@ def test_bad_tensors_are_named_as_their_file_does(variant, tmp_path):
         assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("start", [[0], [0, 7], [-1, 0]])
-def test_bad_padding_is_named(pair, start):
-    with pytest.raises(ValueError, match=r"generate: start is \[.*\], expected 2 of 0 to 6"):
-        pair[2].generate(batch()[0][:, :PROMPT], start=torch.tensor(start), max_new_tokens=1)
+@pytest.mark.parametrize("row", [[0] * 7, [1, 1, 1, 0, 1, 1, 1], [1] * 6 + [0], [2] * 7])
+def test_attention_mask_that_is_not_left_padding_is_rejected(pair, row):
+    mask = torch.tensor([[1] * PROMPT, row])
+    with pytest.raises(ValueError, match=r"attention_mask: row 1 is \[.*\], expected zeros \(padding on the left\) and then ones"):
+        pair[2].generate(batch()[0][:, :PROMPT], mask, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 7\), expected the shape of input_ids, \(2, 7\)"):
+        pair[2].generate(batch()[0][:, :PROMPT], mask[:1], max_new_tokens=1)
 
 
 FAMILY = re.compile(
@@ -325,7 +329,7 @@ def test_nothing_in_kernels_names_a_family():
     assert not found
 
 
-def test_a_family_that_is_data_is_one_row(tmp_path):
+def test_a_new_family_is_one_row(tmp_path):
     """A family nobody has: its row alone reads, writes and runs."""
     row = dataclasses.replace(
         families.FAMILIES["gpt2"], model_type="new", architecture="NewLM", constants={"norm": "rms", "bias": False},
@@ -334,6 +338,6 @@ def test_a_family_that_is_data_is_one_row(tmp_path):
     config = row.config({"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": T, "vocab_size": V}, dropout=0.0)
     assert row.differences(config) == [] and config.norm == "rms"
     model = peakgpt.GPT(config)
-    theirs = row.to_theirs(config, model.state_dict())
-    assert all(torch.equal(row.to_ours(config, name, theirs), tensor) for name, tensor in model.state_dict().items())
+    state, theirs = model.state_dict(), row.to_layout(config, model.state_dict())
+    assert all(torch.equal(row.from_layout(config, name, theirs), tensor) for name, tensor in state.items())
     assert model(batch()[0]).shape == (2, 17, V)

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from peakgpt.cli import main
+from peakgpt.engine.checkpoint.quantized_weights import quantize_state
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.quantized import Format, QuantizedLinear, quantize_state
+from peakgpt.engine.model.quantized_linear import Format, QuantizedLinear
 from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.cpu import linear_q4 as cpu_q4
 from peakgpt.kernels.cpu import linear_q8 as cpu_q8
@@ -61,7 +62,7 @@ def packed(w, form):
 # ---- formats ----
 
 
-def test_8_bits_are_the_nearest():
+def test_8_bit_weights_are_rounded_to_nearest():
     w = torch.randn(17, 200) * torch.logspace(-6, 6, 17)[:, None]
     w[3], w[5, 7] = 0.0, 0.0
     q, scale = quantize_8(w)
@@ -70,7 +71,7 @@ def test_8_bits_are_the_nearest():
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_4_bits_lose_less_than_even_levels(group):
+def test_4_bit_levels_lose_less_than_uniform_levels(group):
     """No more than a scale's best even levels, for normal weights and for such with heavy tails."""
     for w in (torch.randn(64, 3 * group), torch.randn(64, 3 * group) / torch.rand(64, 3 * group).sqrt()):
         q, scale = quantize_4(w, group)
@@ -81,7 +82,7 @@ def test_4_bits_lose_less_than_even_levels(group):
         assert error < 0.88 * (even - groups).square().mean()
 
 
-def test_4_bits_find_their_own_levels_again():
+def test_weights_on_4_bit_levels_are_quantized_without_loss():
     """Weights that lie on levels come back to the bit, negative scales and ragged ends too."""
     index, scale = torch.randint(16, (9, 150)), torch.randn(9, 3).bfloat16()
     index[:, ::20] = 0  # every group has the outermost level
@@ -91,7 +92,7 @@ def test_4_bits_find_their_own_levels_again():
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (16, 8), (17, 9), (33, 66), (5, 130)])
-def test_packing_loses_nothing(rows, width):
+def test_packed_weights_unpack_to_the_same_values(rows, width):
     q, _ = quantize_8(torch.randn(rows, width))
     assert torch.equal(unpack_8(pack_8(q), rows, width), q)
     stored = quantize_4(torch.randn(rows, width), 32)
@@ -99,7 +100,7 @@ def test_packing_loses_nothing(rows, width):
     assert all(torch.equal(a, b) for a, b in zip(back, stored, strict=True))
 
 
-def test_inputs_are_rounded_by_blocks():
+def test_inputs_are_rounded_per_block():
     x = torch.randn(3, 70)
     x[1, 40], x[2, 3], x[0, 64:] = 1000.0, math.inf, 0.0
     rounded = round_inputs(x, 32)
@@ -109,7 +110,7 @@ def test_inputs_are_rounded_by_blocks():
     assert (x - rounded)[1, :32].abs().max() < 0.02 < (x - rounded)[1, 32:64].abs().max()
 
 
-def test_bad_input():
+def test_bad_arguments_of_quantized_products_are_named():
     w, x = torch.randn(20, 40), torch.randn(2, 40)
     for call, message in (
         (lambda: quantize_8(w[0]), r"quantize: got torch.float32 of shape \(40,\), expected a floating matrix"),
@@ -135,7 +136,7 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_error_of_products(isa, form):
+def test_quantized_products_stay_within_the_error_rule(isa, form):
     """Against float64 with exact inputs: by a hundredth on the whole, and within half a step of each input."""
     w, x, b = torch.randn(70, 300), torch.randn(13, 300), torch.randn(70)
     call, exact = packed(w, form)
@@ -153,7 +154,7 @@ def test_error_of_products(isa, form):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_strides_and_leading_axes(form, dtype):
+def test_quantized_products_accept_strides_and_leading_axes(form, dtype):
     call, _ = packed(torch.randn(33, 40), form)
     x = torch.randn(3, 2, 80).to(dtype)[..., ::2]
     y = call(x)
@@ -182,7 +183,7 @@ def by_rows(monkeypatch, count):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_same_bits_in_any_batch(isa, form, dtype, monkeypatch):
+def test_quantized_products_have_the_same_bits_in_any_batch(isa, form, dtype, monkeypatch):
     call, _ = packed(torch.randn(83, 200), form)
     x = torch.randn(45, 200).to(dtype)
     assert same(in_batches(call, x))
@@ -193,7 +194,7 @@ def test_same_bits_in_any_batch(isa, form, dtype, monkeypatch):
 
 @pytest.mark.parametrize("rows", (1, 45))
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_same_bits_for_any_threads(form, rows, threads, monkeypatch):
+def test_quantized_products_have_the_same_bits_for_any_threads(form, rows, threads, monkeypatch):
     call, _ = packed(torch.randn(300, 200), form)
     x = torch.randn(rows, 200)
 
@@ -210,9 +211,9 @@ def test_same_bits_for_any_threads(form, rows, threads, monkeypatch):
         assert not same(by_threads()), "the check is blind"
 
 
-def test_a_gradient_is_refused():
+def test_quantized_products_refuse_a_gradient():
     call, _ = packed(torch.randn(33, 40), Format(8))
-    with pytest.raises(NotImplementedError, match="linear_q8: a gradient is wanted"):
+    with pytest.raises(NotImplementedError, match="linear_q8: an input requires grad"):
         call(torch.randn(2, 40, requires_grad=True))
 
 
@@ -240,7 +241,7 @@ def quantized(checkpoint, bits, group=64):
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 64)])
-def test_a_folder_gives_the_rounded_model(checkpoint, bits, group):
+def test_a_quantized_folder_loads_as_the_rounded_model(checkpoint, bits, group):
     """Logits and loss are those of the float model with rounded weights, up to the rounding of inputs."""
     model, exact = (GPT.from_pretrained(f) for f in (quantized(checkpoint, bits, group), checkpoint / "float"))
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
@@ -265,7 +266,7 @@ def test_a_folder_gives_the_rounded_model(checkpoint, bits, group):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", (8, 4))
-def test_logits_in_any_batch(checkpoint, bits, dtype, monkeypatch):
+def test_quantized_logits_have_the_same_bits_in_any_batch(checkpoint, bits, dtype, monkeypatch):
     model = GPT.from_pretrained(quantized(checkpoint, bits)).to(dtype)
     assert model.lm_head.scale.dtype == torch.float32
     ids = torch.randint(model.config.vocab_size, (5, 70))
@@ -275,13 +276,13 @@ def test_logits_in_any_batch(checkpoint, bits, dtype, monkeypatch):
         return model(ids), torch.cat([model(ids[:1]), model(ids[1:3]), model(ids[3:])])
 
     assert torch.equal(*in_batches())
-    assert model.generate(ids[:1, :5], max_new_tokens=6, temperature=0.0).shape == (1, 11)
+    assert model.generate(ids[:1, :5], max_new_tokens=6).shape == (1, 11)
     if bits == 8:
         by_rows(monkeypatch, len)
         assert not torch.equal(*in_batches()), "the check is blind"
 
 
-def test_untied_heads_and_gated_mlps(tmp_path):
+def test_untied_heads_and_gated_mlps_are_quantized(tmp_path):
     changes = {"tied_head": False, "gated_mlp": True, "activation": "silu", "norm": "rms", "bias": False}
     config = GPTConfig(**{**vars(CONFIG), **changes})
     model = GPT(config)
@@ -294,7 +295,7 @@ def test_untied_heads_and_gated_mlps(tmp_path):
         assert (restored(ids) - model.eval()(ids)).norm() < 0.03 * model(ids).norm()
 
 
-def test_the_command_prints_perplexities(checkpoint, capsys):
+def test_quantize_prints_the_perplexity_before_and_after(checkpoint, capsys):
     out = checkpoint / "out"
     arguments = ["quantize", str(checkpoint / "float"), str(out), "--bits", "4", "--text", str(checkpoint / "text.txt")]
     assert main(arguments) == 0
@@ -311,7 +312,7 @@ def test_the_command_prints_perplexities(checkpoint, capsys):
     assert after == pytest.approx(before, rel=0.2) and after != before
 
 
-def test_transformers_refuses_a_folder(checkpoint):
+def test_transformers_refuses_a_quantized_folder(checkpoint):
     """Regression: it found a model.safetensors without its tensors, and went on with random ones."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     out = quantized(checkpoint, 8)
@@ -320,7 +321,7 @@ def test_transformers_refuses_a_folder(checkpoint):
             loader.from_pretrained(out)
 
 
-def test_folders_of_older_names_and_one_over_the_other(checkpoint):
+def test_quantized_folders_with_older_file_names_load_and_are_replaced(checkpoint):
     ids, out = torch.randint(CONFIG.vocab_size, (1, 9)) % 250, quantized(checkpoint, 8)
     expected = GPT.from_pretrained(out)(ids)
     (out / "quantised.safetensors").rename(out / "model.safetensors")
@@ -331,7 +332,7 @@ def test_folders_of_older_names_and_one_over_the_other(checkpoint):
     assert not (out / "quantised.safetensors").exists() and GPT.from_pretrained(out)
 
 
-def test_bad_folders(checkpoint, capsys):
+def test_bad_quantized_folders_are_named(checkpoint, capsys):
     out, source = quantized(checkpoint, 8), checkpoint / "float"
     said = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**said, "n_layer": 1}))

@@ -1,10 +1,11 @@
-"""Control tags: what counts in the loss, and that a text follows them."""
+"""Control tokens: they do not count in the loss, and the generated text depends on them."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import peakgpt
+from peakgpt.engine.data.control_tokens import prepend_control_tokens
 
 
 def tiny():
@@ -12,40 +13,40 @@ def tiny():
     return peakgpt.GPT(peakgpt.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=12, vocab_size=19))
 
 
-def test_the_loss_is_the_texts_given_the_tags():
-    """By hand from the logits; fails where a tag's own prediction counts, or the text's first token does not."""
+def test_the_loss_is_that_of_the_sequence_given_the_control_tokens():
+    """Computed from the logits. Mutations that make it fail: a control token counts, or the first token does not."""
     model, torch_ids = tiny(), torch.randint(15, (3, 9))
-    tags = torch.randint(15, 19, (3, 2), dtype=torch.int32)
+    control = torch.randint(15, 19, (3, 2), dtype=torch.int32)
     text, ids, targets = torch_ids, torch_ids[:, :-1], torch_ids[:, 1:]
-    ids, targets = peakgpt.prefix_tags(tags, ids, targets)
+    ids, targets = prepend_control_tokens(control, ids, targets)
     assert ids.dtype == targets.dtype == torch.int64 and ids.shape == targets.shape == (3, 10)
-    logits = model(torch.cat((tags, text[:, :-1]), 1))[:, 1:]  # from the last tag on
+    logits = model(torch.cat((control, text[:, :-1]), 1))[:, 1:]  # from the last control token on
     expected = F.cross_entropy(logits.flatten(0, 1), text.flatten())
     torch.testing.assert_close(model(ids, targets), expected)
 
 
-def test_a_text_follows_its_tags():
+def test_a_trained_model_continues_control_tokens_with_their_sequence():
     model = tiny()
     optimizer = model.configure_optimizer(lr=1e-2)
-    tags = torch.tensor([[15, 17], [16, 17]])
+    control = torch.tensor([[15, 17], [16, 17]])
     text = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 9, 8, 7, 6, 5]])
-    ids, targets = peakgpt.prefix_tags(tags, text[:, :-1], text[:, 1:])
+    ids, targets = prepend_control_tokens(control, text[:, :-1], text[:, 1:])
     for _ in range(40):
         optimizer.zero_grad()
         model(ids, targets).backward()
         optimizer.step()
-    assert torch.equal(model.eval().generate(tags, temperature=0, max_new_tokens=6)[:, 2:], text)
+    assert torch.equal(model.eval().generate(control, max_new_tokens=6)[:, 2:], text)
 
 
 @pytest.mark.parametrize(
-    ("tags", "message"),
+    ("control", "message"),
     [
-        (torch.ones(2, 0, dtype=torch.int64), r"got tags \(2, 0\), ids \(2, 5\), .* with G at least 1"),
-        (torch.ones(3, 1, dtype=torch.int64), r"got tags \(3, 1\), ids \(2, 5\)"),
-        (torch.ones(2, 1), "tags have dtype torch.float32, expected an integer one"),
+        (torch.ones(2, 0, dtype=torch.int64), r"got control tokens \(2, 0\), ids \(2, 5\), .* with G at least 1"),
+        (torch.ones(3, 1, dtype=torch.int64), r"got control tokens \(3, 1\), ids \(2, 5\)"),
+        (torch.ones(2, 1), "control tokens have dtype torch.float32, expected an integer one"),
     ],
 )
-def test_bad_tags_are_named(tags, message):
+def test_bad_control_tokens_raise_with_got_and_expected(control, message):
     ids = torch.ones(2, 5, dtype=torch.int64)
-    with pytest.raises(ValueError, match=f"prefix_tags: {message}"):
-        peakgpt.prefix_tags(tags, ids, ids)
+    with pytest.raises(ValueError, match=f"prepend_control_tokens: {message}"):
+        prepend_control_tokens(control, ids, ids)

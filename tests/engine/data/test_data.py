@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from peakgpt.engine.data import shards as data
+from peakgpt.engine.data.batches import Batches, validation_batches
 from peakgpt.engine.data.corpus import load_corpus
-from peakgpt.engine.data.shards import Batches, TokenShards, prepare, validation_windows, write_shards
+from peakgpt.engine.data.shards import TokenShards, tokenize_corpus, write_shards
 from peakgpt.engine.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 
@@ -25,7 +26,7 @@ def stream(folder, count, *, vocab_size=1 << 16, shard_tokens=37, name="train"):
 # Corpus
 
 
-def test_standard_library():
+def test_standard_library_corpus_is_reproducible_and_has_7_percent_validation():
     corpus, again = load_corpus(), load_corpus()
     assert corpus == again
     names = [document.name for document in (*corpus.train, *corpus.validation)]
@@ -47,7 +48,7 @@ def write_files(folder, sizes):
         (folder / f"{number:03}.txt").write_text(f"{number:03} ".ljust(size, "é"), encoding="utf-8")
 
 
-def test_split_is_by_file_and_follows_names(tmp_path):
+def test_files_are_split_by_a_hash_of_their_names(tmp_path):
     write_files(tmp_path / "a", [500] * 300)
     corpus = load_corpus([tmp_path / "a"])
     train, validation = ({d.name for d in side} for side in (corpus.train, corpus.validation))
@@ -62,7 +63,7 @@ def test_split_is_by_file_and_follows_names(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [[10, 10], [1, 10_000], [5000, 20, 5000], [3] * 7])
-def test_few_files_leave_something_on_both_sides(tmp_path, sizes):
+def test_few_files_give_both_splits_text(tmp_path, sizes):
     write_files(tmp_path / "a", sizes)
     corpus = load_corpus([tmp_path / "a"])
     assert len(corpus.train) >= 1
@@ -88,7 +89,7 @@ def test_single_file_is_cut_by_position(tmp_path, text):
         assert head.text.endswith(" ")
 
 
-def test_digest_sees_names_and_contents(tmp_path):
+def test_corpus_digest_depends_on_names_and_contents(tmp_path):
     def digest(**files):
         for path in tmp_path.iterdir():
             path.unlink()
@@ -107,7 +108,7 @@ def test_digest_sees_names_and_contents(tmp_path):
     assert digest(a="x", b="yz") == digests[0]
 
 
-def test_folder_takes_text_and_passes_over_the_rest(tmp_path):
+def test_only_text_files_of_a_folder_are_read(tmp_path):
     (tmp_path / "sub" / ".git").mkdir(parents=True)
     for name, content in {
         "a.txt": b"a",
@@ -132,14 +133,14 @@ def test_folder_takes_text_and_passes_over_the_rest(tmp_path):
         ("missing.txt", None, "missing.txt: got No such file or directory, expected a readable file"),
     ],
 )
-def test_bad_text_file(tmp_path, name, content, message):
+def test_unreadable_text_files_are_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_corpus([tmp_path / name])
 
 
-def test_nothing_to_read(tmp_path):
+def test_no_text_files_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="corpus: got no files"):
         load_corpus([])
     (tmp_path / "a.png").write_bytes(b"\0")
@@ -151,7 +152,7 @@ def test_nothing_to_read(tmp_path):
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1, "<u2"), (1 << 16, "<u2"), ((1 << 16) + 1, "<u4")])
-def test_shards_round_trip(tmp_path, vocab_size, dtype):
+def test_shards_return_the_tokens_written(tmp_path, vocab_size, dtype):
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, vocab_size, size) for size in (0, 1, 100, 0, 7, 250)] + [[vocab_size - 1], []]
     tokens = np.concatenate([np.asarray(part, np.int64) for part in parts])
@@ -171,7 +172,7 @@ def test_shards_round_trip(tmp_path, vocab_size, dtype):
         assert len(list(tmp_path.iterdir())) == len(shards.maps) + 1
 
 
-def test_names_do_not_mix(tmp_path):
+def test_streams_in_one_folder_are_independent(tmp_path):
     stream(tmp_path, 100, name="train")
     stream(tmp_path, 80, name="train_2")
     stream(tmp_path, 60, name="train")
@@ -185,7 +186,7 @@ def contents(folder):
 @pytest.mark.parametrize("call", range(1, 11))  # two for each of four shards and the index: its contents, its folder
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_failure_leaves_the_folder_as_it_was(tmp_path, monkeypatch, call, existing, error):
+def test_failed_write_leaves_the_folder_unchanged(tmp_path, monkeypatch, call, existing, error):
     if existing:
         stream(tmp_path, 100)
     before = contents(tmp_path)
@@ -208,7 +209,7 @@ def test_failure_leaves_the_folder_as_it_was(tmp_path, monkeypatch, call, existi
         assert len(contents(tmp_path)) == 5
 
 
-def test_leftovers_of_a_killed_writer_go(tmp_path):
+def test_files_of_a_killed_writer_are_deleted(tmp_path):
     shards = stream(tmp_path, 100)
     for name in ("train-00007-0123456789ab.bin", ".train-00000-0123456789ab.bin.tmp"):
         (tmp_path / name).write_bytes(b"half")
@@ -222,7 +223,7 @@ def test_leftovers_of_a_killed_writer_go(tmp_path):
 
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("change", [lambda b: b[:-2], lambda b: b[:-1], lambda b: b + b"\0\0", lambda b: b""])
-def test_truncated_shard(tmp_path, change, check):
+def test_truncated_shard_is_named(tmp_path, change, check):
     stream(tmp_path, 100)
     path = sorted(tmp_path.glob("train-00001-*.bin"))[0]
     path.write_bytes(change(path.read_bytes()))
@@ -230,7 +231,7 @@ def test_truncated_shard(tmp_path, change, check):
         TokenShards.open(tmp_path, "train", check=check)
 
 
-def test_every_flipped_bit_is_seen(tmp_path):
+def test_every_flipped_bit_is_detected(tmp_path):
     stream(tmp_path, 20)
     [path] = tmp_path.glob("*.bin")
     good = path.read_bytes()
@@ -246,7 +247,7 @@ def test_every_flipped_bit_is_seen(tmp_path):
         TokenShards.open(tmp_path, "train")
 
 
-def test_damaged_index(tmp_path):
+def test_damaged_index_is_named(tmp_path):
     stream(tmp_path, 100)
     path = tmp_path / "train.json"
     good = json.loads(path.read_text())
@@ -340,7 +341,7 @@ def test_epochs_differ_in_order_and_offset(tmp_path):
     assert [int(row[0]) for ids, _ in epoch(other) for row in ids] != starts[0]
 
 
-def test_order_is_pinned(tmp_path):
+def test_order_of_windows_never_changes(tmp_path):
     """Resuming after an upgrade of numpy or torch needs the same order: these numbers may never change."""
     batches = Batches(stream(tmp_path, 200), 2, 16, seed=5)
     assert [next(batches)[0][:, 0].tolist() for _ in range(8)] == [
@@ -355,7 +356,7 @@ def test_order_is_pinned(tmp_path):
     ]
 
 
-def test_resume_equals_uninterrupted(tmp_path):
+def test_resumed_batches_equal_uninterrupted_ones(tmp_path):
     shards = stream(tmp_path, 500)
     whole = Batches(shards, 3, 16, seed=7)
     expected = [next(whole) for _ in range(60)]
@@ -387,7 +388,7 @@ def test_resume_equals_uninterrupted(tmp_path):
         ({"epoch": None}, "data position: got epoch=None"),
     ],
 )
-def test_foreign_position_changes_nothing(tmp_path, change, message):
+def test_position_in_other_data_is_refused(tmp_path, change, message):
     batches = Batches(stream(tmp_path, 500), 3, 16, seed=7)
     next(batches)
     state = batches.state_dict()
@@ -396,12 +397,12 @@ def test_foreign_position_changes_nothing(tmp_path, change, message):
     assert batches.state_dict() == state
 
 
-def test_too_little_data(tmp_path):
+def test_too_little_data_is_an_error(tmp_path):
     shards = stream(tmp_path, 64)
     with pytest.raises(ValueError, match="training data: got 64 tokens, expected at least 65 for one batch of 4 x 16"):
         Batches(shards, 4, 16, seed=0)
     with pytest.raises(ValueError, match="validation data: got 64 tokens, expected at least 65 for one window"):
-        validation_windows(shards, 1, 64)
+        validation_batches(shards, 1, 64)
     for sizes in ((0, 16), (4, 0)):
         with pytest.raises(ValueError, match="batch x tokens: got"):
             Batches(shards, *sizes, seed=0)
@@ -413,26 +414,26 @@ def test_too_little_data(tmp_path):
 @pytest.mark.parametrize(
     ("count", "batch", "rows", "batches"), [(641, 4, 4, 10), (640, 4, 4, 9), (49, 4, 3, 1), (17, 4, 1, 1)]
 )
-def test_validation_sweep(tmp_path, count, batch, rows, batches):
+def test_validation_batches_cover_the_stream_once(tmp_path, count, batch, rows, batches):
     shards = stream(tmp_path, count)
-    sweep = list(validation_windows(shards, batch, 16))
+    sweep = list(validation_batches(shards, batch, 16))
     assert len(sweep) == batches
     ids = torch.cat([ids for ids, _ in sweep])
     assert torch.equal(ids.flatten(), torch.arange(batches * rows * 16))
     assert all(torch.equal(targets, ids + 1) and ids.shape == (rows, 16) for ids, targets in sweep)
 
 
-def test_large_ids_survive(tmp_path):
+def test_ids_above_65535_are_kept(tmp_path):
     shards = stream(tmp_path, 70_001, vocab_size=70_001, shard_tokens=50_000)
-    assert max(int(targets.max()) for _, targets in validation_windows(shards, 10, 100)) == 70_000
+    assert max(int(targets.max()) for _, targets in validation_batches(shards, 10, 100)) == 70_000
 
 
-def test_prepare(tmp_path):
+def test_tokenized_corpus_decodes_to_its_text(tmp_path):
     """Shards decode to the corpus, and carry what bits per byte need."""
     write_files(tmp_path / "text", [400] * 40)
     corpus = load_corpus([tmp_path / "text"])
     tokenizer = train_tokenizer((d.text for d in corpus.train), 300)
-    opened = prepare(corpus, tokenizer, tmp_path / "tokens")
+    opened = tokenize_corpus(corpus, tokenizer, tmp_path / "tokens")
     for shards, side in zip(opened, (corpus.train, corpus.validation), strict=True):
         ids = np.empty(len(shards), np.int64)
         shards.read(0, ids)
@@ -441,7 +442,7 @@ def test_prepare(tmp_path):
         assert (shards.corpus, shards.vocab_size) == (corpus.digest, 300)
 
 
-def test_index_is_what_it_says(tmp_path):
+def test_index_has_the_digest_and_dtype_of_its_shards(tmp_path):
     """Digest and dtype can be checked by anyone with sha256sum and numpy."""
     stream(tmp_path, 100)
     index = json.loads((tmp_path / "train.json").read_text())

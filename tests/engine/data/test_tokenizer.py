@@ -39,14 +39,14 @@ def random_text(rng, length):
     return "".join(rng.choice(EDGES) for _ in range(length))
 
 
-def test_vocabulary(tokenizer, texts):
+def test_vocabulary_has_all_bytes_and_the_end_of_text(tokenizer, texts):
     assert tokenizer.vocab_size == 1024
     assert tokenizer.encode(END_OF_TEXT) == [tokenizer.end_id]
     text = "".join(texts)
     assert len(tokenizer.encode(text[:100_000])) < 0.5 * 100_000  # merges were learned and are used
 
 
-def test_round_trip(tokenizer):
+def test_text_decodes_to_itself(tokenizer):
     rng = random.Random(0)
     for text in TRICKY + [random_text(rng, rng.randrange(60)) for _ in range(300)]:
         ids = tokenizer.encode(text)
@@ -54,7 +54,7 @@ def test_round_trip(tokenizer):
         assert all(0 <= token < tokenizer.vocab_size for token in ids)
 
 
-def test_decode_equals_library(tokenizer):
+def test_decode_equals_the_library(tokenizer):
     """Any ids, also those that are not UTF-8: the library's decoder and ours see the same bytes."""
     rng = random.Random(1)
     for _ in range(300):
@@ -62,7 +62,7 @@ def test_decode_equals_library(tokenizer):
         assert tokenizer.decode(ids) == tokenizer.library.decode(ids, skip_special_tokens=False)
 
 
-def test_stream_adds_up_and_never_shows_half_a_character(tokenizer):
+def test_stream_decoder_gives_whole_characters_and_the_full_text(tokenizer):
     rng = random.Random(2)
     bytes_only = train_tokenizer([], 257)  # every character of two bytes and more is split across tokens
     for coder in (tokenizer, bytes_only):
@@ -81,7 +81,7 @@ def test_stream_adds_up_and_never_shows_half_a_character(tokenizer):
             assert "".join(map(stream.feed, ids)) + stream.finish() == coder.decode(ids)
 
 
-def test_stream_is_prompt():
+def test_stream_decoder_returns_complete_characters_at_once():
     """A character comes out with its last byte, not later."""
     coder = train_tokenizer([], 257)
     stream = StreamDecoder(coder)
@@ -91,7 +91,7 @@ def test_stream_is_prompt():
     assert stream.finish() == "\ufffd"
 
 
-def test_documents_equal_whole_texts(tokenizer, texts, monkeypatch):
+def test_documents_encoded_in_pieces_equal_whole_documents(tokenizer, texts, monkeypatch):
     """Cutting long documents for the cores changes no token; pieces of 3 characters meet every kind of border."""
     rng = random.Random(3)
     many = [random_text(rng, rng.randrange(300)) for _ in range(200)] + ["", "".join(texts)[:200_000], ""]
@@ -102,7 +102,7 @@ def test_documents_equal_whole_texts(tokenizer, texts, monkeypatch):
     assert list(tokenizer.encode_documents([])) == []
 
 
-def test_prefix_space_is_not_repeated_in_pieces(tokenizer, monkeypatch):
+def test_prefix_space_is_added_once_per_document(tokenizer, monkeypatch):
     """A foreign tokenizer that puts a blank before every text gets whole texts."""
     monkeypatch.setattr(module, "PIECE_CHARS", 3)
     library = type(tokenizer.library).from_str(tokenizer.library.to_str())
@@ -112,7 +112,7 @@ def test_prefix_space_is_not_repeated_in_pieces(tokenizer, monkeypatch):
     assert ids.tolist() == [*foreign.encode("ab\ncd\nef"), foreign.end_id]
 
 
-def test_training_is_deterministic(tokenizer, texts, tmp_path):
+def test_tokenizer_training_is_deterministic(tokenizer, texts, tmp_path):
     """Another process with another number of threads learns the same merges."""
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     code = (
@@ -124,7 +124,7 @@ def test_training_is_deterministic(tokenizer, texts, tmp_path):
     assert Tokenizer.load(tmp_path).library.to_str() == tokenizer.library.to_str()
 
 
-def test_save_and_load(tokenizer, tmp_path):
+def test_saved_tokenizer_loads(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
     assert (loaded.end_id, loaded.vocab_size) == (tokenizer.end_id, tokenizer.vocab_size)
@@ -154,7 +154,7 @@ print(json.dumps(found))
     assert json.loads(result.stdout.splitlines()[-1]) == [ours] * 3
 
 
-def test_foreign_end_of_text(tokenizer, tmp_path):
+def test_end_of_text_of_other_tokenizers_is_read(tokenizer, tmp_path):
     """OPT's is </s>, and older files write it as an object."""
     library = type(tokenizer.library).from_str(tokenizer.library.to_str())
     library.add_special_tokens(["</s>"])
@@ -174,14 +174,14 @@ def test_foreign_end_of_text(tokenizer, tmp_path):
         ("tokenizer_config.json", '{"eos_token": "<none>"}', r"got a vocabulary without '<none>'"),
     ],
 )
-def test_damaged_files(tokenizer, tmp_path, file, content, message):
+def test_damaged_tokenizer_files_are_named(tokenizer, tmp_path, file, content, message):
     tokenizer.save(tmp_path)
     (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         Tokenizer.load(tmp_path)
 
 
-def test_not_byte_level(tokenizer, tmp_path):
+def test_tokenizer_that_is_not_byte_level_is_refused(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     data = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"decoder": None}))
@@ -190,11 +190,11 @@ def test_not_byte_level(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("token", [-1, 1024, 1 << 40])
-def test_id_outside_the_vocabulary(tokenizer, token):
+def test_id_outside_the_vocabulary_is_refused(tokenizer, token):
     with pytest.raises(ValueError, match=f"token id: got {token}, expected 0 to 1023"):
         tokenizer.decode([token])
 
 
-def test_vocabulary_too_small():
+def test_vocabulary_below_257_is_refused():
     with pytest.raises(ValueError, match="vocab_size: got 256, expected at least 257"):
         train_tokenizer(["text"], 256)

@@ -1,7 +1,7 @@
-"""Scores of given texts: transformers' log-probabilities, and the same bits whatever else is scored.
+"""Scorer: transformers' log-probabilities, with the same bits for any batch.
 
-Mutations seen to fail: a child without a copy of its parent's last block, rows taken one place early,
-windows that overlap in what they score.
+Mutations that these tests detect: a child node without a copy of its parent's last block; logit rows shifted by one;
+windows whose scored tokens overlap.
 """
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.kernels.core.dispatch import use_backend
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -48,7 +49,7 @@ def draw(count, seed):
 
 
 def pairs():
-    """Contexts that share beginnings of all kinds, ends inside of blocks and at their ends, the same text twice."""
+    """Pairs with common prefixes of many lengths, ends inside and at the end of blocks, and one pair twice."""
     stem = draw(100, 1)
     made = [(stem[:n], draw(k, n + k)) for n in (1, 30, 63, 64, 65, 100) for k in (1, 2, 40)]
     made += [(stem[:64], stem[64:]), (stem[:1], stem[1:]), (stem[:64], stem[64:]), (stem[:70], [])]
@@ -56,7 +57,7 @@ def pairs():
     return made
 
 
-def test_log_probabilities_are_transformers(scorer, theirs):
+def test_logprobs_equal_transformers(scorer, theirs):
     scores = scorer.score(pairs())
     for (context, continuation), score in zip(pairs(), scores, strict=True):
         if not continuation:
@@ -68,34 +69,111 @@ def test_log_probabilities_are_transformers(scorer, theirs):
         assert score.mean == pytest.approx(log_p.mean().item(), abs=1e-4)
 
 
-def test_the_same_bits_whatever_is_scored_beside_it(scorer, folder):
-    """Alone, in any order, and with a cache so small that each text makes a tree of its own."""
+def test_scores_have_the_same_bits_alone_in_any_order_and_with_few_blocks(scorer, folder):
+    """With few blocks each sequence makes a tree of its own."""
     together, small = scorer.score(pairs()), Scorer(GPT.from_pretrained(folder), blocks=5)
     assert [scorer.score([pair])[0] for pair in pairs()] == together
     assert scorer.score(pairs()[::-1])[::-1] == together
     assert small.score(pairs()) == together
 
 
-def test_what_texts_share_is_run_once(scorer, monkeypatch):
-    ran, step = [], scorer.runner.step
-    monkeypatch.setattr(scorer.runner, "step", lambda chunks: ran.extend(len(c.ids) for c in chunks) or step(chunks))
-    context = draw(150, 3)
-    scorer.score([(context, [i, i]) for i in range(15)])
-    assert sum(ran) == 150 + 15
+def test_a_common_prefix_runs_once(scorer, monkeypatch):
+    assert tokens_run(scorer, monkeypatch, [(draw(150, 3), [i, i]) for i in range(15)]) == 150 + 15
 
 
-def test_a_model_that_can_not_be_lowered_is_scored_as_it_is(scorer, folder):
-    model = GPT.from_pretrained(folder).double()
-    assert Scorer(model).runner is None
-    for ours, wide in zip(scorer.score(pairs()), Scorer(model).score(pairs()), strict=True):
-        torch.testing.assert_close(ours.logprobs, wide.logprobs, rtol=0, atol=1e-4)
-        assert ours.greedy == wide.greedy
+def tokens_run(scorer, monkeypatch, pairs):
+    """Number of tokens that the executor runs to score the pairs."""
+    ran, step = [], scorer.executor.step
+    record = lambda chunks: ran.extend(len(c.token_ids) for c in chunks) or step(chunks)  # noqa: E731
+    monkeypatch.setattr(scorer.executor, "step", record)
+    scorer.score(pairs)
+    return sum(ran)
+
+
+# ---- models that run by torch ops
+
+SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 4, "block_size": 200, "vocab_size": 257}
+TORCH_MODELS = {
+    "gpt2": {},
+    "grouped heads, rotary": {"n_kv_head": 2, "position": "rotary", "rotary_dim": 4, "norm": "rms", "bias": False},
+    "transformer_xl": {"position": "transformer_xl"},
+    "relative_bias": {"position": "relative_bias"},
+}
+
+
+@pytest.fixture(params=TORCH_MODELS)
+def model(request):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SIZES, **TORCH_MODELS[request.param])).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def torch_scorer(model, **options):
+    with use_backend("eager"):
+        scorer = Scorer(model, **options)
+    assert scorer.executor.note
+    return scorer
+
+
+@torch.no_grad()
+def test_torch_ops_score_each_pair_as_the_whole_model_does(model, monkeypatch):
+    """Batched, with common prefixes run once; the values are those of one forward pass a pair."""
+    scorer = torch_scorer(model)
+    for (context, continuation), score in zip(pairs(), scorer.score(pairs()), strict=True):
+        ids = torch.tensor(context + continuation)
+        log_p = model(ids[None, :-1])[0, len(context) - 1 :].log_softmax(-1)
+        expected = log_p.gather(-1, ids[len(context) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(score.logprobs), expected, rtol=0, atol=1e-4)
+        assert list(score.greedy) == (log_p.argmax(-1) == ids[len(context) :]).tolist()
+    assert tokens_run(scorer, monkeypatch, [(draw(150, 3), [i, i]) for i in range(15)]) == 150 + 15
+
+
+def test_torch_ops_score_the_same_in_any_batch(model):
+    """Torch ops promise no bits: the values may differ by the order of float32 sums."""
+    scorer, small = torch_scorer(model), torch_scorer(model, blocks=5)
+    together = scorer.score(pairs())
+    for scores in ([scorer.score([pair])[0] for pair in pairs()], small.score(pairs())):
+        for score, expected in zip(scores, together, strict=True):
+            torch.testing.assert_close(score.logprobs, expected.logprobs, rtol=0, atol=1e-4)
+
+
+def test_torch_ops_score_with_an_int8_cache(model):
+    """Near the scores of a float32 cache, but not equal; the same alone as in a batch."""
+    exact, scorer = torch_scorer(model).score(pairs()), torch_scorer(model, cache="int8")
+    scores = scorer.score(pairs())
+    assert scorer.executor.kv_cache.keys.dtype == torch.int8
+    got, expected = (
+        torch.tensor([p for score in all_scores for p in score.logprobs]) for all_scores in (scores, exact)
+    )
+    assert 0 < (got - expected).square().mean().sqrt() < 0.02 * expected.std()
+    for pair, score in zip(pairs(), scores, strict=True):
+        torch.testing.assert_close(scorer.score([pair])[0].logprobs, score.logprobs, rtol=0, atol=2e-2)
+
+
+def test_int8_cache_of_the_program_and_of_torch_ops_give_near_scores(folder):
+    model = GPT.from_pretrained(folder)
+    both = Scorer(model, cache="int8").score(pairs()), torch_scorer(model, cache="int8").score(pairs())
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=0, atol=2e-2)
+
+
+def test_a_float64_model_scores_as_in_float32(scorer, folder):
+    """No C++ program and no fused op takes float64."""
+    wide = Scorer(GPT.from_pretrained(folder).double())
+    assert "float64" in wide.executor.note
+    for ours, expected in zip(scorer.score(pairs()), wide.score(pairs()), strict=True):
+        torch.testing.assert_close(ours.logprobs, expected.logprobs, rtol=0, atol=1e-4)
+        assert ours.greedy == expected.greedy
+    int8 = Scorer(GPT.from_pretrained(folder).double(), cache="int8").score(pairs()[:3])
+    torch.testing.assert_close(int8[0].logprobs, scorer.score(pairs()[:1])[0].logprobs, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(None, None), (64, 64 - 1), (50, 1), (200, 100), (7, 3)])
 @torch.no_grad()
-def test_perplexity_by_windows(scorer, theirs, window, stride):
-    """Each token once, from the window that ends with its stride."""
+def test_perplexity_scores_each_token_once_by_windows(scorer, theirs, window, stride):
+    """Each token is scored once, in the window that ends with the token's stride."""
     ids = draw(250, 5)
     found = scorer.perplexity(ids, window=window, stride=stride)
     window, stride, nll, done = found.window, found.stride, 0.0, 1
@@ -116,20 +194,20 @@ def test_perplexity_by_windows(scorer, theirs, window, stride):
         (([-1], [2]), "ids from -1 to 2"),
     ],
 )
-def test_bad_texts_are_refused(scorer, pair, message):
+def test_bad_pairs_are_rejected(scorer, pair, message):
     with pytest.raises(ValueError, match=message):
         scorer.score([pair])
 
 
 @pytest.mark.parametrize(("window", "stride"), [(201, 1), (1, 1), (50, 50), (50, 0)])
-def test_bad_windows_are_refused(scorer, window, stride):
+def test_bad_windows_are_rejected(scorer, window, stride):
     with pytest.raises(ValueError, match=f"window is {window} and stride {stride}"):
         scorer.perplexity([1, 2, 3], window=window, stride=stride)
     with pytest.raises(ValueError, match="got 1 tokens"):
         scorer.perplexity([1])
 
 
-def test_too_few_blocks_are_refused():
+def test_too_few_blocks_are_rejected():
     model = GPT(GPTConfig(n_layer=1, n_embd=16, n_head=2, block_size=128, vocab_size=5))
     with pytest.raises(ValueError, match="blocks is 2, expected at least 3"):
         Scorer(model, blocks=2)

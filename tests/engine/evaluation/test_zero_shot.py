@@ -1,4 +1,4 @@
-"""Answers by the probabilities of texts, on a model that has learnt none and one that has learnt a few sentences."""
+"""Zero-shot answers of a tiny model that is trained on a few sentences."""
 
 import importlib.util
 import json
@@ -14,23 +14,23 @@ from peakgpt.engine.evaluation.zero_shot import ZeroShot, best_threshold
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 
-LEARNT = ("The film was great, very good.", "The film was awful, very bad.", "The nurse said that she was tired.",
+SENTENCES = ("The film was great, very good.", "The film was awful, very bad.", "The nurse said that she was tired.",
           "The engineer said that he was tired.", "Ann thanked Bob since Bob had helped.")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["".join(LEARNT)], 300)
+    return train_tokenizer(["".join(SENTENCES)], 300)
 
 
 @pytest.fixture(scope="module")
-def learnt(tokenizer):
-    """A model that knows the sentences by heart: 100 steps over all of them."""
+def trained_model(tokenizer):
+    """Train a model for 100 steps on the sentences, so that it memorizes them."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_embd=64, n_head=2, block_size=64, vocab_size=tokenizer.vocab_size))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     start = [tokenizer.end_id], []
-    rows = [[*before, *tokenizer.encode(text), tokenizer.end_id] for text in LEARNT for before in start]
+    rows = [[*before, *tokenizer.encode(text), tokenizer.end_id] for text in SENTENCES for before in start]
     width = max(map(len, rows))
     ids = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
     for _ in range(100):
@@ -43,29 +43,29 @@ def learnt(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def zero(learnt, tokenizer):
-    return ZeroShot(Scorer(learnt), tokenizer)
+def zero(trained_model, tokenizer):
+    return ZeroShot(Scorer(trained_model), tokenizer)
 
 
-def test_continuations_are_cut_where_the_whole_text_says(zero, tokenizer):
-    """A blank at the context's end belongs to the next token; no context is the end of a text."""
-    whole, parts = zero.continuations([("", LEARNT[0]), ("The film was ", "great, very good.")])
-    ids, first = tokenizer.encode(LEARNT[0]), len(tokenizer.encode("The film was"))
+def test_context_and_continuation_are_split_at_the_tokens_of_the_whole_text(zero, tokenizer):
+    """A space at the end of the context belongs to the next token; an empty context is the end-of-text token."""
+    whole, parts = zero.continuations([("", SENTENCES[0]), ("The film was ", "great, very good.")])
+    ids, first = tokenizer.encode(SENTENCES[0]), len(tokenizer.encode("The film was"))
     assert [whole, parts] == zero.scorer.score([([tokenizer.end_id], ids), (ids[:first], ids[first:])])
 
 
-def test_heuristics_of_the_papers(zero):
+def test_all_heuristics_answer_correctly_on_memorized_sentences(zero):
     assert zero.restricted("The film was great,", [" bad", " good"]) == 1
     assert zero.restricted("The film was awful,", [" bad", " good"]) == 0
     assert zero.best_answer("The nurse said that", [" he was tired.", " she was tired."]) == 1
     assert zero.winograd("Ann thanked Bob since _ had helped.", ["Ann", "Bob"]) == 1
     scrambled = ["great good very film was The.", "said nurse tired was that she The."]
-    means = zero.mean_logprobs([*LEARNT[:2], *scrambled])
+    means = zero.mean_logprobs([*SENTENCES[:2], *scrambled])
     threshold = best_threshold(means, [True, True, False, False])
-    assert zero.acceptable([*LEARNT[2:], *scrambled], threshold) == [True, True, True, False, False]
+    assert zero.acceptable([*SENTENCES[2:], *scrambled], threshold) == [True, True, True, False, False]
 
 
-def test_the_threshold_judges_most_rightly():
+def test_best_threshold_classifies_the_most_texts_correctly():
     assert best_threshold([-1.0, -2.0, -3.0, -4.0], [True, True, False, False]) == -2.5
     assert best_threshold([-1.0], [False]) > -1.0
     with pytest.raises(ValueError, match="got 0 means and 0 labels"):
@@ -73,12 +73,12 @@ def test_the_threshold_judges_most_rightly():
 
 
 @pytest.mark.parametrize("schema", ["no blank", "_ and _", "at the end _", "at the end _ "])
-def test_bad_schemas_are_refused(zero, schema):
+def test_schemas_without_one_blank_and_text_after_it_raise(zero, schema):
     with pytest.raises(ValueError, match="expected one '_' and text after it"):
         zero.winograd(schema, ["a", "b"])
 
 
-def test_the_example_measures_bias(zero):
+def test_the_bias_example_runs_and_finds_the_trained_bias(zero):
     spec = importlib.util.spec_from_file_location("bias", Path(__file__).parents[3] / "examples/occupation_bias.py")
     bias = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bias)
@@ -88,16 +88,17 @@ def test_the_example_measures_bias(zero):
     assert bias.sentence_bias(zero, sentence, "nurse") > 0 > bias.sentence_bias(zero, sentence, "engineer")
 
 
-def test_the_command(learnt, tokenizer, tmp_path, capsys):
-    learnt.save_pretrained(tmp_path, tokenizer)
-    (tmp_path / "text").write_text(LEARNT[0] * 20)
+def test_the_score_command_prints_perplexity_and_continuation_scores(trained_model, tokenizer, tmp_path, capsys):
+    trained_model.save_pretrained(tmp_path, tokenizer)
+    (tmp_path / "text").write_text(SENTENCES[0] * 20)
     assert main(["score", str(tmp_path), "--text", str(tmp_path / "text"), "--stride", "20"]) == 0
     said, row = capsys.readouterr().out.splitlines()
     row = json.loads(row)
-    ids = [tokenizer.end_id, *tokenizer.encode(LEARNT[0] * 20)]
-    assert row["perplexity"] == pytest.approx(Scorer(learnt).perplexity(ids, stride=20).value, rel=1e-5)
+    ids = [tokenizer.end_id, *tokenizer.encode(SENTENCES[0] * 20)]
+    assert row["perplexity"] == pytest.approx(Scorer(trained_model).perplexity(ids, stride=20).value, rel=1e-5)
     assert row["tokens"] == len(ids) - 1 and "windows of 64 by 20" in said
-    assert main(["score", str(tmp_path), "--text", str(tmp_path / "text"), "--stride", "20", "--cache", "int8"]) == 0
+    argv = ["score", str(tmp_path), "--text", str(tmp_path / "text"), "--stride", "20", "--kv-cache-dtype", "int8"]
+    assert main(argv) == 0
     small = json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"]
     assert small != row["perplexity"] and small == pytest.approx(row["perplexity"], rel=0.02)
     assert main(["score", str(tmp_path), "--context", "The nurse said that", "--continuation", " she was tired.",

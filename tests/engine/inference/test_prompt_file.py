@@ -21,13 +21,13 @@ from peakgpt.engine.inference.prompt_file import read_prompt
         ({"examples": [["1", "2"]], "input": "5", "output_prefix": "\t", "separator": ";"}, "1\n\t2;5\n\t"),
     ],
 )  # fmt: skip
-def test_json_becomes_a_prompt(value, expected, tmp_path):
+def test_json_files_become_few_shot_prompts(value, expected, tmp_path):
     path = tmp_path / "p.json"
     path.write_text(json.dumps({**value, "stop": ["\n"]}))
     assert read_prompt(path) == (expected, ("\n",))
 
 
-def test_text_stays_as_it_is(tmp_path):
+def test_text_files_are_the_prompt_without_one_final_newline(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text('{"input": 1}\n\n')
     assert read_prompt(path) == ('{"input": 1}\n', ())
@@ -38,7 +38,7 @@ def test_text_stays_as_it_is(tmp_path):
     ['{"input": 1}', "{}", "[]", "{", '{"input": "a", "shots": []}', '{"input": "a", "examples": [["b"]]}',
      '{"input": "a", "stop": [""]}', '{"input": "a", "examples": 3}'],
 )  # fmt: skip
-def test_what_it_is_not_is_refused_with_the_files_name(text, tmp_path):
+def test_malformed_files_raise_with_the_name_of_the_file(text, tmp_path):
     path = tmp_path / "p.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"prompt file .*p\.json: "):

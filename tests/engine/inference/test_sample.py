@@ -1,4 +1,4 @@
-"""The sampler: the same token alone and in any batch, and where the vocabulary is as large as GPT-2's."""
+"""Sampling: a token does not depend on the batch; top-k, top-p and min-p over a vocabulary of GPT-2's size."""
 
 import pytest
 import torch
@@ -29,22 +29,22 @@ KINDS = (
 )  # fmt: skip
 
 
-def test_a_row_alone_and_beside_others():
+def test_a_row_gets_the_same_token_alone_and_in_a_batch():
     logits, u = rows(len(KINDS) * 2), uniforms(7, 0, 0, len(KINDS) * 2).tolist()
     params = [SamplingParams(**kind) for kind in KINDS] * 2
     together = choose(logits.clone(), params, u).tolist()
     for i, p in enumerate(params):
         assert choose(logits[i : i + 1].clone(), [p], [u[i]]).tolist() == [together[i]]
-    asked = [3, 0, 5] * 6
-    told = log_probabilities(logits, together, asked)
-    for i, top in enumerate(asked):
-        assert log_probabilities(logits[i : i + 1], [together[i]], [top]) == [told[i]]
-        assert len(told[i].top) == top
-    assert told[0].top[0][1] == pytest.approx(float(logits[0].log_softmax(-1).max()), rel=1e-5)
+    counts = [3, 0, 5] * 6
+    logprobs = log_probabilities(logits, together, counts)
+    for i, top in enumerate(counts):
+        assert log_probabilities(logits[i : i + 1], [together[i]], [top]) == [logprobs[i]]
+        assert len(logprobs[i].top) == top
+    assert logprobs[0].top[0][1] == pytest.approx(float(logits[0].log_softmax(-1).max()), rel=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 50, 500])
-def test_largest_is_topk(k):
+def test_largest_equals_topk(k):
     z = rows(3)
     values, ids = largest(z, k)
     assert torch.equal(values, z.topk(k).values) and torch.equal(z.gather(-1, ids), values)
@@ -60,8 +60,8 @@ LOGITS = {
 
 @pytest.mark.parametrize("top_p", [0.003, 0.9, 0.99999, 1.0])
 @pytest.mark.parametrize("name", LOGITS)
-def test_top_p_keeps_the_fewest_that_reach_it(name, top_p):
-    """By sums in float64 of the float32 probabilities, largest first."""
+def test_top_p_keeps_the_smallest_set_that_reaches_it(name, top_p):
+    """The reference sums the sorted float32 probabilities in float64."""
     z = LOGITS[name]
     p, ids = probabilities(z.clone(), top_p=top_p)
     for i, row in enumerate(z.softmax(-1)):
@@ -69,25 +69,25 @@ def test_top_p_keeps_the_fewest_that_reach_it(name, top_p):
         assert torch.equal(row[kept], p[i][p[i] > 0]) and len(kept.unique()) == len(kept)
         best = row.sort(descending=True).values
         count = min(int((best.double().cumsum(0) < torch.tensor(top_p)).sum()) + 1, int((row > 0).sum()))
-        assert torch.equal(row[kept].sort(descending=True).values, best[: len(kept)]), "not the likeliest"
+        assert torch.equal(row[kept].sort(descending=True).values, best[: len(kept)]), "not the most likely tokens"
         other = best[: len(kept)].double().sum() - best[:count].double().sum()
         assert abs(float(other)) < 1e-6, (len(kept), count)  # 512 are summed in float32; one token weighs more
 
 
-def test_among_equal_tokens_the_first_are_kept():
+def test_top_p_keeps_the_first_of_equal_tokens():
     p, ids = probabilities(torch.zeros(1, V), top_p=0.5)
     assert ids is None and p[0].nonzero()[:, 0].tolist() == list(range(V // 2 + 1))
     alone, both = (probabilities(torch.zeros(1, 1024), top_p=one)[0] for one in (0.5 + 1e-9, torch.full((1, 1), 0.5)))
     assert torch.equal(alone, both), "top_p is the same number alone and in a column, whose are float32"
 
 
-def test_min_p_is_relative_to_the_likeliest():
+def test_min_p_is_relative_to_the_largest_probability():
     p, _ = probabilities(rows(2), min_p=0.2)
     for row in p:
         assert float(row[row > 0].min()) >= 0.2 * float(row.max())
 
 
-def test_penalties_and_bias():
+def test_penalties_and_bias_change_logits_as_documented():
     z = torch.tensor([2.0, -2.0, 1.0, 1.0, 0.5])
     adjust(z, SamplingParams(repetition_penalty=2.0), [0, 1, 0], [])
     assert z.tolist() == [1.0, -4.0, 1.0, 1.0, 0.5]
@@ -99,14 +99,14 @@ def test_penalties_and_bias():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_logits_that_are_no_numbers_give_no_token(kind, value):
+def test_rows_of_non_finite_logits_get_the_invalid_token(kind, value):
     logits = rows(3)
     expected = choose(logits.clone(), [SamplingParams(**kind)] * 3, [0.5] * 3).tolist()
     logits[1, 777] = value
     assert choose(logits, [SamplingParams(**kind)] * 3, [0.5] * 3).tolist() == [expected[0], V, expected[2]]
 
 
-def test_numbers_of_a_seed():
+def test_uniforms_depend_on_seed_stream_and_index_only():
     numbers = Uniforms(-3, 1)
     assert [numbers[i] for i in (0, 255, 256, 3)] == uniforms(-3, 1, 0, 257)[[0, 255, 256, 3]].tolist()
     many = uniforms(0, 0, 0, 100000)
@@ -133,6 +133,6 @@ def test_numbers_of_a_seed():
         ({"choices": ((),)}, "expected none that is empty"),
     ],
 )
-def test_bad_parameters_are_refused(options, message):
+def test_sampling_params_out_of_range_raise(options, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**options)

@@ -1,4 +1,4 @@
-"""Products of 8-bit operands, emulated on a CPU: scales, roundings, gradients, and a training run beside bfloat16."""
+"""FP8 products, emulated on a CPU: scales, rounding, gradients, and a training run compared with bfloat16."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from peakgpt.bench.fp8 import compare_losses
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.fp8 import BACKWARD, FORWARD, fp8_linear, quantize, set_fp8
-from peakgpt.engine.training.trainer import Recipe
+from peakgpt.engine.training.train_config import TrainConfig
 
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64}
 
 
 @pytest.mark.parametrize(("dtype", "digits", "largest"), [(FORWARD, 3, 448.0), (BACKWARD, 2, 57344.0)], ids=str)
-def test_a_tensor_fills_the_range_and_keeps_its_digits(dtype, digits, largest):
+def test_quantize_uses_the_whole_range_and_keeps_the_significant_bits(dtype, digits, largest):
     torch.manual_seed(0)
     t = 1e-6 * torch.randn(999)
     q, scale = quantize(t, dtype)
@@ -22,7 +22,7 @@ def test_a_tensor_fills_the_range_and_keeps_its_digits(dtype, digits, largest):
     assert ((back - t).abs() / t.abs())[large].max() <= 2.0 ** -(digits + 1) * 1.001
 
 
-def test_zeros_have_a_scale_and_what_is_not_finite_stays_so():
+def test_quantize_of_zeros_has_scale_one_and_nan_stays_nan():
     q, scale = quantize(torch.zeros(5), FORWARD)
     assert scale == 1.0 and not q.float().any()
     q, scale = quantize(torch.tensor([1.0, float("nan")]), FORWARD)
@@ -30,14 +30,14 @@ def test_zeros_have_a_scale_and_what_is_not_finite_stays_so():
 
 
 def wide(t, dtype):
-    """What the product sees of t, in float64."""
+    """Return the quantized t in float64."""
     q, scale = quantize(t, dtype)
     return q.double() * scale.double()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_forward_and_gradients_are_products_of_rounded_operands(dtype):
-    """Fails when a scale is left out, or the gradient is rounded to forward's format."""
+    """Mutations that make it fail: a missing scale, or an output gradient in the format of forward."""
     torch.manual_seed(1)
     x, w, b = torch.randn(2, 16, 32, dtype=dtype), torch.randn(48, 32, dtype=dtype), torch.randn(48, dtype=dtype)
     leaves = [t.requires_grad_() for t in (x, w, b)]
@@ -51,15 +51,15 @@ def test_forward_and_gradients_are_products_of_rounded_operands(dtype):
         error = (ours.double().reshape(truth.shape) - truth).norm() / truth.norm()
         assert error < rounding
     plain = torch.nn.functional.linear(x.double(), w.double(), b.double())
-    assert 1e-3 < (y.double() - plain).norm() / plain.norm() < 0.1, "8 bits are seen"
+    assert 1e-3 < (y.double() - plain).norm() / plain.norm() < 0.1, "the operands have 8 bits"
 
 
-def test_odd_sizes_run_in_full():
+def test_sizes_that_are_not_multiples_of_16_run_in_full_precision():
     x, w = torch.randn(5, 32), torch.randn(48, 32)
     torch.testing.assert_close(fp8_linear(x, w), x @ w.t())
 
 
-def test_only_training_is_in_8_bits():
+def test_8_bits_are_used_in_training_mode_only():
     torch.manual_seed(0)
     model, ids = GPT(GPTConfig(**SIZES)), torch.randint(64, (2, 16))
     plain = model(ids)
@@ -70,13 +70,13 @@ def test_only_training_is_in_8_bits():
     assert torch.equal(model(ids), plain)
 
 
-def test_sizes_that_do_not_fit_are_told():
+def test_set_fp8_names_the_parameter_whose_size_does_not_fit():
     with pytest.raises(ValueError, match=r"fp8: transformer.wte.weight has shape \(67, 32\), expected multiples of 16"):
         set_fp8(GPT(GPTConfig(**{**SIZES, "vocab_size": 67})), True)
 
 
 def test_it_learns_beside_bfloat16():
-    recipe = Recipe(batch=4, tokens=16, lr=3e-3, dtype=torch.bfloat16)
+    recipe = TrainConfig(batch=4, tokens=16, lr=3e-3, dtype=torch.bfloat16)
     losses = compare_losses(GPTConfig(**SIZES), recipe, 30, torch.device("cpu"))
     assert losses["bfloat16"][-1] < losses["bfloat16"][0] - 0.3
     assert losses["fp8"][-1] == pytest.approx(losses["bfloat16"][-1], abs=0.1) and losses["fp8"] != losses["bfloat16"]

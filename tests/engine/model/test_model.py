@@ -1,4 +1,4 @@
-"""The model: logits, loss and gradients against transformers' GPT-2, on every backend; its errors and its FLOPs."""
+"""The model: logits, loss and gradients equal transformers' GPT-2 on every backend; error messages; model FLOPs."""
 
 import contextlib
 
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import transformers
 
 import peakgpt
-from peakgpt.engine.model import flops, layers
+from peakgpt.engine.model import attention as attention_module
+from peakgpt.engine.model import flops
 from peakgpt.engine.model.presets import PRESETS, preset
 from peakgpt.kernels.core.dispatch import Op, load, use_backend
 from peakgpt.kernels.ops.attention import attention_qkv
@@ -44,9 +45,9 @@ def reference(**changes):
     return model
 
 
-def twin(theirs, **changes):
+def twin(hf_model, **changes):
     ours = peakgpt.GPT(peakgpt.GPTConfig(**{**SIZES, **changes}))
-    state = {name: tensor for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
+    state = {name: tensor for name, tensor in hf_model.state_dict().items() if name != "lm_head.weight"}
     ours.load_state_dict(state, conv1d=True)
     return ours
 
@@ -63,10 +64,10 @@ def batch(rows=2, tokens=17):
 def test_logits_loss_and_gradients_equal_transformers(backend):
     forced = on(backend)
     torch.manual_seed(0)
-    theirs = reference()
-    ours = twin(theirs)
+    hf_model = reference()
+    ours = twin(hf_model)
     ids, targets = batch()
-    logits = theirs(ids).logits
+    logits = hf_model(ids).logits
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
     with forced:
@@ -74,7 +75,7 @@ def test_logits_loss_and_gradients_equal_transformers(backend):
         ours_loss = ours(ids, targets)
         ours_loss.backward()
     torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
-    expected = dict(theirs.named_parameters())
+    expected = dict(hf_model.named_parameters())
     for name, parameter in ours.named_parameters():
         grad = expected[name].grad
         grad = grad.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else grad
@@ -82,15 +83,15 @@ def test_logits_loss_and_gradients_equal_transformers(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_twenty_steps_give_eager_losses(backend):
+def test_twenty_steps_give_the_losses_of_the_eager_backend(backend):
     """Against transformers with torch's AdamW and clipping, as people run it."""
     forced, steps = on(backend), 4 if backend == "gpu" else 20
     torch.manual_seed(0)
-    theirs = reference()
-    ours = twin(theirs)
+    hf_model = reference()
+    ours = twin(hf_model)
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
     a = peakgpt.AdamW(ours.parameters(), **options, max_norm=1.0)
-    b = torch.optim.AdamW(theirs.parameters(), **options)
+    b = torch.optim.AdamW(hf_model.parameters(), **options)
     losses = []
     ids, targets = batch(3, 20)
     for _ in range(steps):
@@ -100,9 +101,9 @@ def test_twenty_steps_give_eager_losses(backend):
             loss.backward()
             a.step()
         b.zero_grad()
-        expected = F.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
+        expected = F.cross_entropy(hf_model(ids).logits.flatten(0, 1), targets.flatten())
         expected.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(hf_model.parameters(), 1.0)
         b.step()
         losses.append((loss.item(), expected.item()))
     got, wanted = torch.tensor(losses).unbind(1)
@@ -111,7 +112,7 @@ def test_twenty_steps_give_eager_losses(backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "cpu"])
-def test_compiles_whole(backend):
+def test_compiles_as_one_graph(backend):
     forced = on(backend)
     torch.manual_seed(0)
     model = twin(reference())
@@ -134,16 +135,16 @@ def test_compiles_whole(backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "cpu"])
-def test_autocast(backend):
+def test_autocast_error_is_at_most_twice_torchs(backend):
     """Weights stay in float32, products are in bfloat16, as with a model in plain torch."""
     forced = on(backend)
     torch.manual_seed(0)
-    theirs = reference()
-    ours = twin(theirs)
+    hf_model = reference()
+    ours = twin(hf_model)
     ids, targets = batch()
     wide = ours(ids, targets).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = F.cross_entropy(theirs(ids).logits.float().flatten(0, 1), targets.flatten())
+        expected = F.cross_entropy(hf_model(ids).logits.float().flatten(0, 1), targets.flatten())
         with forced:
             loss = ours(ids, targets)
     loss.backward()
@@ -151,8 +152,8 @@ def test_autocast(backend):
     assert (loss - wide).abs() <= 2 * (expected - wide).abs() + 1e-3
 
 
-def test_a_step_of_gpt2_is_these_ops(monkeypatch):
-    """What the benchmarks time: other families add none to it."""
+def test_a_forward_pass_of_gpt2_calls_exactly_these_ops(monkeypatch):
+    """The benchmarks time these ops; the variants of other families add no call to GPT-2."""
     seen, call = [], Op.__call__
     monkeypatch.setattr(Op, "__call__", lambda self, *args, **kw: (seen.append(self.name), call(self, *args, **kw))[1])
     peakgpt.GPT(peakgpt.GPTConfig(**SIZES))(*batch())
@@ -160,8 +161,8 @@ def test_a_step_of_gpt2_is_these_ops(monkeypatch):
     assert seen == ["embedding", "layernorm", *layer * SIZES["n_layer"], "linear_cross_entropy"]
 
 
-def rotary_before(qkv, cos, sin, *, n_head, interleaved, **params):
-    """Attention with rotary as a pass of its own."""
+def attention_after_rotary(qkv, cos, sin, *, n_head, interleaved, **params):
+    """Run rotary as a separate op before attention."""
     heads = (n_head + qkv.shape[2]) // 2
     return attention_qkv(rotary(qkv, cos, sin, heads=heads, interleaved=interleaved), n_head=n_head, **params)
 
@@ -171,7 +172,7 @@ def rotary_before(qkv, cos, sin, *, n_head, interleaved, **params):
     [{"residual": "parallel_two_norms"}, {"residual": "parallel", "rotary_interleaved": True}],
     ids=("gpt-neox", "gpt-j"),
 )
-def test_rotary_inside_attention_trains_as_before_it(family, monkeypatch):
+def test_rotary_fused_into_attention_gives_the_losses_of_a_separate_op(family, monkeypatch):
     def losses():
         torch.manual_seed(1)
         small = {**SIZES, "n_layer": 1, "position": "rotary", "rotary_dim": 6}
@@ -188,12 +189,12 @@ def test_rotary_inside_attention_trains_as_before_it(family, monkeypatch):
 
     with on("cpu"):
         inside = losses()
-        monkeypatch.setattr(layers, "attention_qkv", rotary_before)
+        monkeypatch.setattr(attention_module, "attention_qkv", attention_after_rotary)
         torch.testing.assert_close(inside, losses(), rtol=1e-6, atol=0)
     assert inside[-1] < 0.9 * inside[0]
 
 
-def test_bfloat16_trains():
+def test_loss_falls_in_bfloat16():
     torch.manual_seed(0)
     model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES))
     optimizer = model.configure_optimizer(lr=1e-2, dtype=torch.bfloat16)
@@ -208,7 +209,7 @@ def test_bfloat16_trains():
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_future_tokens_do_not_matter():
+def test_logits_do_not_depend_on_later_tokens():
     model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES))
     ids, _ = batch()
     changed = ids.clone()
@@ -217,7 +218,7 @@ def test_future_tokens_do_not_matter():
     assert torch.equal(before[:, :9], after[:, :9]) and not torch.allclose(before[:, 9:], after[:, 9:])
 
 
-def test_dropout_only_while_training():
+def test_dropout_is_active_in_training_mode_only():
     torch.manual_seed(0)
     model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES, dropout=0.3))
     ids, _ = batch()
@@ -229,7 +230,7 @@ def test_dropout_only_while_training():
 
 
 @pytest.mark.parametrize("changes", [{"n_kv_head": 1}, {"head_dim": 8, "n_inner": 20}, {"bias": False}, {"n_layer": 1}])
-def test_other_shapes_train(changes):
+def test_other_shapes_have_finite_gradients_of_all_parameters(changes):
     config = peakgpt.GPTConfig(**{**SIZES, **changes})
     model = peakgpt.GPT(config)
     model(*batch()).backward()
@@ -237,7 +238,7 @@ def test_other_shapes_train(changes):
     assert flops.parameter_count(config) == sum(p.numel() for p in model.parameters())
 
 
-def test_initialisation_is_gpt2s():
+def test_initialization_is_gpt2s_and_repeatable():
     torch.manual_seed(0)
     model = peakgpt.GPT.from_preset("gpt2-tiny")
     for name, parameter in model.named_parameters():
@@ -253,7 +254,42 @@ def test_initialisation_is_gpt2s():
     assert abs(model(ids[:, :-1], ids[:, 1:].contiguous()).item() - torch.tensor(4096.0).log().item()) < 0.1
 
 
-def test_bad_input_is_named():
+@pytest.mark.parametrize("changes", [{}, {"tied_head": False, "head_bias": True}], ids=("fused", "logits"))
+def test_return_logits_gives_the_same_loss_and_the_logits(changes):
+    model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES, **changes))
+    ids, targets = batch()
+    loss, logits = model(ids, targets, return_logits=True)
+    assert torch.equal(loss, model(ids, targets)) and torch.equal(logits, model(ids))
+    assert torch.equal(model(ids, return_logits=True), logits)
+    (loss + logits.sum()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_attention_mask_without_padding_changes_no_bit():
+    model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES)).eval()
+    ids, _ = batch()
+    for dtype in (torch.int64, torch.bool):
+        assert torch.equal(model(ids, attention_mask=torch.ones_like(ids, dtype=dtype)), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 16), r"got shape \(2, 16\), expected the shape of input_ids, \(2, 17\)"),
+        ([[1] * 17] * 2, r"got \[\[1, 1, .*, expected the shape of input_ids"),
+        (torch.tensor([[1] * 17, [1] * 16 + [0]]), r"row 1 is \[1, 1, .*, expected zeros \(padding on the left\)"),
+        (torch.tensor([[0] * 17, [1] * 17]), "row 0 is .*, expected zeros"),
+        (torch.full((2, 17), 2), "row 0 is .*, expected zeros"),
+    ],
+    ids=("shape", "list", "right padding", "only padding", "values"),
+)
+def test_attention_masks_other_than_left_padding_raise(mask, message):
+    model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES))
+    with pytest.raises(ValueError, match=f"attention_mask: {message}"):
+        model(batch()[0], attention_mask=mask)
+
+
+def test_bad_inputs_raise_with_got_and_expected():
     model = peakgpt.GPT(peakgpt.GPTConfig(**SIZES))
     ids, targets = batch()
     bad = [
@@ -296,28 +332,28 @@ def test_bad_input_is_named():
         ({"windows": (None, 0)}, r"windows is \(None, 0\), expected positive integers or None"),
         ({"windows": 4}, "windows is 4, expected positive integers or None"),
         ({"tied_head": 0}, "tied_head is 0, expected True or False"),
-        ({"head_bias": True}, "head_bias is True with a tied head, expected tied_head False"),
+        ({"head_bias": True}, "head_bias is True, expected tied_head False"),
         ({"attention_dropout": 1.5}, "attention_dropout is 1.5, expected 0 <= attention_dropout < 1"),
         ({"word_dim": 0}, "word_dim is 0, expected a positive integer"),
         ({"activation": "silu"}, "activation is 'silu', expected one of gelu_tanh, gelu_erf, relu$"),
         ({"activation": "swiglu", "gated_mlp": True}, "activation is 'swiglu', expected one of gelu_.*, relu, silu$"),
-        ({"norm": "rms"}, "bias is True with norm rms, which has none, expected it without norm"),
+        ({"norm": "rms"}, "bias is True, expected no bias of norms, as norm is rms"),
         ({"norm": "batch"}, "norm is 'batch', expected one of layer, rms"),
         ({"logit_scale": 0}, "logit_scale is 0, expected more than 0"),
         ({"experts": -1}, "experts is -1, expected a positive integer"),
-        ({"experts": 1}, "experts_per_token is 2 and experts_every 2, expected at most experts 1 and n_layer 2"),
-        ({"experts": 4, "experts_every": 3}, "experts_every 3, expected at most experts 4 and n_layer 2"),
+        ({"experts": 1}, "experts_per_token is 2, expected at most experts 1"),
+        ({"experts": 4, "experts_every": 3}, "experts_every is 3, expected at most n_layer 2"),
         ({"z_loss": -1.0}, "z_loss is -1.0, expected at least 0"),
         ({"experts": 4, "balance_loss": -1.0}, "balance_loss is -1.0, expected at least 0"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
 )
-def test_bad_configs_are_named(changes, message):
+def test_bad_configs_raise_with_got_and_expected(changes, message):
     with pytest.raises(ValueError, match=message):
         peakgpt.GPTConfig(**{**SIZES, **changes})
 
 
-def test_presets():
+def test_presets_are_gpt2_by_default_and_unknown_ones_raise():
     with pytest.raises(ValueError, match="unknown preset: got 'gpt5', expected one of openai-gpt, gpt2, "):
         preset("gpt5")
     with pytest.raises(ValueError, match="preset gpt2: got layers, expected fields of GPTConfig: n_layer, "):
@@ -327,7 +363,7 @@ def test_presets():
     assert preset("gpt2", n_embd=1536).head_dim == 128
 
 
-def test_flops_are_palms():
+def test_model_flops_follow_palms_formula():
     """GPT-2 at T = 1024: N = 124439808 - 1024 * 768 by hand, 12 * 12 * 12 * 64 * 1024 of attention."""
     config, tokens = preset("gpt2"), 1024
     n = 124439808 - 1024 * 768

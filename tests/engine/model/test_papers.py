@@ -29,7 +29,7 @@ BACKENDS = ("eager", "cpu")
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request):
-    """The paper's function and our model, its weights far from the initial ones, or attention would be uniform."""
+    """Build the paper's function and our model. Large weights make attention far from uniform."""
     paper, config = VARIANTS[request.param]
     torch.manual_seed(5)
     model = peakgpt.GPT(config).eval()
@@ -91,7 +91,7 @@ def test_cached_greedy_text_equals_the_papers(pair):
         expected.append(row)
     for backend in BACKENDS:
         with use_backend(backend):
-            assert torch.equal(model.generate(prompt, temperature=0, max_new_tokens=8), torch.stack(expected))
+            assert torch.equal(model.generate(prompt, max_new_tokens=8), torch.stack(expected))
     assert len({*torch.stack(expected)[:, 7:].flatten().tolist()}) > 3, "a text that repeats one token proves little"
 
 
@@ -101,7 +101,7 @@ def test_left_padding_changes_nothing(pair, backend):
         check_left_padding(pair[1], *batch())
 
 
-def test_files_go_both_ways(pair, tmp_path):
+def test_save_and_load_gives_the_same_model(pair, tmp_path):
     _, model = pair
     with pytest.warns(UserWarning, match="no layout of transformers has this model"):
         model.save_pretrained(tmp_path)
@@ -110,12 +110,12 @@ def test_files_go_both_ways(pair, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
-def test_parameters_are_counted(pair):
+def test_parameter_count_equals_the_models(pair):
     _, model = pair
     assert flops.parameter_count(model.config) == sum(p.numel() for p in model.parameters())
 
 
-def test_buckets_are_t5s():
+def test_distance_buckets_equal_t5s():
     distance = torch.arange(399, -1, -1)
     expected = T5Attention._relative_position_bucket(-distance, bidirectional=False, num_buckets=32, max_distance=128)
     assert torch.equal(distances(VARIANTS["glam"][1], 400, "cpu"), expected)
@@ -123,7 +123,7 @@ def test_buckets_are_t5s():
 
 
 @pytest.mark.parametrize("name", ("palm", "gopher"))
-def test_compiles_whole(name):
+def test_compiles_as_one_graph(name):
     torch.manual_seed(5)
     model, (ids, targets) = peakgpt.GPT(dataclasses.replace(VARIANTS[name][1], n_layer=1, windows=(None,))), batch()
     torch._dynamo.reset()
@@ -133,8 +133,7 @@ def test_compiles_whole(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_autocast(pair):
-    """bfloat16 products of float32 parameters; near the float32 loss, with every gradient finite."""
+def test_autocast_loss_is_near_float32_and_gradients_are_finite(pair):
     _, model = pair
     ids, targets = batch()
     expected = model(ids, targets)
@@ -146,7 +145,7 @@ def test_autocast(pair):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_bfloat16_trains(pair):
+def test_loss_falls_in_bfloat16(pair):
     _, model = pair
     torch.manual_seed(5)
     model = peakgpt.GPT(model.config)
@@ -162,8 +161,7 @@ def test_bfloat16_trains(pair):
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied_head": False, "head_bias": True}], ids=("fused", "of logits"))
-def test_the_z_loss_is_a_share_of_the_loss_in_parts_too(changes):
-    """Micro-batches add up to the batch, and what does not count has none."""
+def test_z_loss_of_micro_batches_adds_up_and_skips_ignored_targets(changes):
     torch.manual_seed(5)
     model = peakgpt.GPT(preset("gpt2-tiny", **{**TINY, "n_layer": 1, **changes}, z_loss=0.5)).train()
     ids, targets = batch()
@@ -171,5 +169,5 @@ def test_the_z_loss_is_a_share_of_the_loss_in_parts_too(changes):
     live = targets != -100
     torch.testing.assert_close(whole - plain, 0.5 * model(ids)[live].logsumexp(-1).square().mean(), rtol=1e-4, atol=0)
     weight = (1.0 / live.sum()).expand(targets.shape)
-    parts = [model.train()(ids[i : i + 1], targets[i : i + 1], weight=weight[i : i + 1]) for i in range(2)]
+    parts = [model.train()(ids[i : i + 1], targets[i : i + 1], loss_weight=weight[i : i + 1]) for i in range(2)]
     torch.testing.assert_close(sum(parts), whole)

@@ -74,12 +74,12 @@ ROUNDED = {
 PRINTED = {"gpt3-xl": (1.52e9, 0.01e9), "gpt3-13b": (12.94e9, 0.01e9)}
 
 
-def test_every_preset_is_counted():
+def test_every_preset_has_a_published_parameter_count():
     assert {*EXACT, *ROUNDED, *PRINTED} == set(PRESETS) - {"gpt2-tiny"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_parameters(name):
+def test_parameter_count_is_the_published_one(name):
     config = preset(name)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in peakgpt.GPT(config).parameters())
@@ -90,8 +90,8 @@ def test_parameters(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_layout(name):
-    """Each is one that transformers has, but for GPT-3, whose bands nothing there has, and the last four."""
+def test_checkpoint_layout_of_each_preset(name):
+    """Each is a layout of transformers, except for GPT-3 with its banded attention and the last four."""
     families = {"gpt2": "gpt2", "openai": "openai-gpt", "gpt3": "peakgpt", "pythia": "gpt_neox", "opt": "opt",
                 "bloom": "bloom", "mt": "gpt2"}  # fmt: skip
     families |= dict.fromkeys(("palm", "gopher", "chinchilla", "glam"), "peakgpt")
@@ -100,13 +100,13 @@ def test_layout(name):
     assert family_of(preset(name)).model_type == families[f"gpt-{rest[0]}" if first == "gpt" else first]
 
 
-def test_gpt3s_layers_alternate():
+def test_gpt3_alternates_full_and_banded_layers():
     config = preset("gpt3-small")
     assert config.windows == (None, 256) * 6 and preset("gpt3-xl").n_head * preset("gpt3-xl").head_dim == 3072
 
 
-def test_glams_token_meets_two_experts():
-    """96.6B of 1.162T (table 4), and of the embedding's 2.1B only a row is read."""
+def test_glam_counts_two_experts_as_active():
+    """96.6B of 1.162T parameters (table 4); the 2.1B of the embedding are a lookup."""
     config = preset("glam-64b-64e")
     assert round(flops.parameter_count(config, active=True) / 1e9, 1) == 96.6
     assert flops.multiplying_parameters(config) == flops.parameter_count(config, active=True)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the bits of the plain step, less kept, and its FLOPs counted apart from the model's."""
+"""Activation checkpointing: the bits of the plain step, less saved memory, and the recomputed FLOPs."""
 
 import contextlib
 import weakref
@@ -10,8 +10,9 @@ from torch import nn
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import forward_flops, multiplying_parameters, recomputed_flops, training_flops
-from peakgpt.engine.model.recompute import forgettable, set_recompute
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.model.recompute import recomputable, set_recompute
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.dispatch import draw_seed, seeds_from, use_backend
 
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 67}
@@ -26,10 +27,10 @@ CONFIGS = (
 
 
 def trained(plan, dtype, **config):
-    """Losses of three steps and the parameters after them."""
+    """Train for three steps; returns the losses and the parameters."""
     torch.manual_seed(3)
     model = GPT(GPTConfig(**SIZES, **config))
-    trainer = Trainer(model, Recipe(batch=2, tokens=16, dtype=dtype, lr=1e-2, recompute=plan), steps=10)
+    trainer = Trainer(model, TrainConfig(batch=2, tokens=16, dtype=dtype, lr=1e-2, recompute=plan), steps=10)
     ids = torch.randint(67, (2, 17))
     losses = [trainer.step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for _ in range(3)]
     return [*losses, *trainer.optimizer.master_weights(model).values()]
@@ -39,19 +40,19 @@ def trained(plan, dtype, **config):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_plan_gives_the_bits_of_the_plain_step(config, dtype, backend):
-    """Fails when a second pass draws seeds of its own: the mask of its forward then differs from its backward's."""
+    """Mutation that makes it fail: the second pass draws new seeds, so that its dropout mask differs from the first."""
     with contextlib.ExitStack() as stack:
         if backend:
             stack.enter_context(use_backend(backend))
-            stack.enter_context(seeds_from(draw_seed))  # eager's plain step would leave the masks to torch
+            stack.enter_context(seeds_from(draw_seed))  # without this, the eager plain step uses torch's dropout masks
         plain = trained("none", dtype, **config)
         for plan in PLANS:
             for a, b in zip(plain, trained(plan, dtype, **config), strict=True):
                 assert torch.equal(a, b), plan
 
 
-def kept_bytes(plan):
-    """What a forward pass keeps for backward, each storage once, without the parameters."""
+def saved_bytes(plan):
+    """Return the bytes that a forward pass saves for backward, each storage once, without the parameters."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SIZES, "n_layer": 6}))
     set_recompute(model, plan)
@@ -68,33 +69,32 @@ def kept_bytes(plan):
     return sum(size for address, size in seen.items() if address not in own)
 
 
-def test_plans_keep_less():
-    """Of a block 14 tensors of width C are kept (x, h; q, k, v, out; h; 4 C of the MLP), or x and h alone."""
-    none, mlp, half, block = (kept_bytes(plan) for plan in ("none", "mlp", "block/2", "block"))
+def test_each_plan_saves_less_than_the_one_before():
+    """"none" saves 14 tensors of width C a block (x, h; q, k, v, out; h; 4 C of the MLP), "block" saves x and h."""
+    none, mlp, half, block = (saved_bytes(plan) for plan in ("none", "mlp", "block/2", "block"))
     assert none > mlp > half > block
     row = 2 * 16 * 32 * 4
     assert none - mlp == 6 * 4 * row
 
 
-def test_results_of_norms_die(monkeypatch):
-    """Both norms of each block; a plan that is taken back keeps them again."""
-    made = []
+def test_plan_norm_frees_the_outputs_of_norms_and_none_saves_them(monkeypatch):
+    outputs = []
 
-    def noted(result, form, x):
-        made.append(weakref.ref(forgettable(result, form, x)))
+    def recorded(result, function, x):
+        outputs.append(weakref.ref(recomputable(result, function, x)))
         return result
 
-    monkeypatch.setattr("peakgpt.engine.model.layers.forgettable", noted)
+    monkeypatch.setattr("peakgpt.engine.model.norms.recomputable", recorded)
     model, ids = GPT(GPTConfig(**SIZES)), torch.randint(67, (2, 16))
     set_recompute(model, "norm")
     loss = model(ids, ids)
-    assert len(made) == 6 and not any(result() is not None for result in made)
+    assert len(outputs) == 6 and not any(output() is not None for output in outputs)
     loss.backward()
     set_recompute(model, "none")
-    assert model(ids, ids).requires_grad and len(made) == 6 + 6
+    assert model(ids, ids).requires_grad and len(outputs) == 6 + 6
 
 
-def test_flops_of_a_second_pass():
+def test_recomputed_flops_of_each_plan():
     config, tokens = GPTConfig(**SIZES, bias=False), 16
     whole = forward_flops(config, tokens)
     head = 2 * config.vocab_size * config.n_embd
@@ -104,12 +104,12 @@ def test_flops_of_a_second_pass():
     assert recomputed_flops(config, tokens, "block/9") == pytest.approx((whole - head - norms) / 3)
     assert recomputed_flops(config, tokens, "mlp") == 2 * 3 * 32 * 128
     assert recomputed_flops(config, tokens, "none") == 0
-    assert training_flops(config, tokens) == 3 * whole, "MFU does not see it"
+    assert training_flops(config, tokens) == 3 * whole, "model FLOPs do not depend on the plan"
     assert multiplying_parameters(config) * 6 < training_flops(config, tokens)
 
 
 @pytest.mark.parametrize("more", ({"gated_mlp": True}, {"gated_mlp": True, "experts": 5, "n_layer": 4}), ids=str)
-def test_flops_of_a_second_pass_with_gates_and_experts(more):
+def test_recomputed_flops_with_gates_and_experts(more):
     config, tokens = GPTConfig(**{**SIZES, **more}, bias=False), 16
     outside = 2 * config.vocab_size * config.n_embd + 2 * (2 * config.n_layer + 1) * config.n_embd
     assert recomputed_flops(config, tokens, "block") == forward_flops(config, tokens) - outside
@@ -118,11 +118,11 @@ def test_flops_of_a_second_pass_with_gates_and_experts(more):
 
 
 @pytest.mark.parametrize("plan", ("all", "block/0", "block/", "mlp/2", "block/-1", ""))
-def test_a_bad_plan_is_told(plan):
+def test_unknown_plans_raise(plan):
     with pytest.raises(ValueError, match=r"recompute is .* expected none, norm, mlp, block, or block/N"):
-        Recipe(recompute=plan)
+        TrainConfig(recompute=plan)
 
 
-def test_a_model_without_blocks_is_told():
+def test_a_model_without_blocks_raises():
     with pytest.raises(ValueError, match="expected none for Linear"):
-        Trainer(nn.Linear(2, 2), Recipe(recompute="block"), steps=1)
+        Trainer(nn.Linear(2, 2), TrainConfig(recompute="block"), steps=1)

@@ -41,7 +41,7 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("backend", ["eager", "cpu", "gpu"])
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_steps_equal_torch(backend, set_to_none):
+def test_adamw_steps_equal_torch(backend, set_to_none):
     if backend != "eager" and isinstance(reason := load(backend, "adamw"), str):
         pytest.skip(reason)
     ours, theirs = parameters(), parameters()
@@ -70,7 +70,7 @@ def test_parameters_and_gradients_are_views_of_one_buffer():
 
 
 @pytest.mark.parametrize("how", ["model.zero_grad", "replace", "keep"])
-def test_detached_gradients_are_met(how):
+def test_replaced_gradients_are_used(how):
     """Fails when `gather` does not copy a replaced gradient home."""
     ours, theirs = parameters(), parameters()
     a, b = peakgpt.AdamW(ours, lr=0.01), torch.optim.AdamW(theirs, lr=0.01)
@@ -114,7 +114,7 @@ def test_parameters_without_gradient_are_skipped_as_in_torch(reset):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_a_parameter_that_never_has_a_gradient_stays(set_to_none):
+def test_a_parameter_without_gradient_is_unchanged(set_to_none):
     """Fails when zero_grad gives it zeros: clip_grad_norm_ writes to them, and weight decay then shrinks it."""
     used, frozen, unused = (nn.Parameter(torch.ones(4)) for _ in range(3))
     frozen.requires_grad_(False)
@@ -132,7 +132,7 @@ def test_a_parameter_that_never_has_a_gradient_stays(set_to_none):
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
-def test_a_copied_optimizer_goes_on(how):
+def test_a_copied_optimizer_continues(how):
     """Fails when the copy has no flat buffers, or views that lie in others."""
     params = parameters(torch.bfloat16)
     optimizer = peakgpt.AdamW(params, lr=0.01, max_norm=1.0)
@@ -188,7 +188,7 @@ def test_a_norm_that_is_not_finite_skips_the_step():
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_state_exchanges_with_torch(set_to_none):
+def test_torch_adamw_loads_the_state_and_the_reverse(set_to_none):
     ours, theirs = parameters(), parameters()
     a, b = peakgpt.AdamW(groups(ours), lr=0.01), torch.optim.AdamW(groups(theirs), lr=0.01)
     for step in range(3):
@@ -214,7 +214,7 @@ def test_state_exchanges_with_torch(set_to_none):
         assert_equal(again, theirs)
 
 
-def test_schedulers_and_closures_work():
+def test_torch_schedulers_and_closures_work():
     ours, theirs = parameters(), parameters()
     optimizers = [peakgpt.AdamW(ours, lr=0.01), torch.optim.AdamW(theirs, lr=0.01)]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 4) for o in optimizers]
@@ -248,7 +248,7 @@ def test_bfloat16_parameters_have_a_float32_master():
     assert torch.equal(parameter, split(optimizer.master(parameter))[0])
 
 
-def test_what_is_written_between_steps_counts():
+def test_values_written_to_parameters_between_steps_are_used():
     """Also past autograd's version counter, as pruning does. Fails when the next step brings the old master back."""
     torch.manual_seed(0)
     model = nn.Linear(50, 40)
@@ -265,7 +265,7 @@ def test_what_is_written_between_steps_counts():
     assert (optimizer.master(model.weight) / model.weight - 1)[mask.bool()].abs().max() <= 2**-8
 
 
-def test_dtype_turns_the_model_and_keeps_what_it_was():
+def test_dtype_casts_the_model_and_keeps_a_float32_master():
     model = peakgpt.GPT(peakgpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=31))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = model.configure_optimizer(dtype=torch.bfloat16)
@@ -278,7 +278,7 @@ def test_dtype_turns_the_model_and_keeps_what_it_was():
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_loaded_after_the_optimizer_was_built_count(assign, dtype):
+def test_weights_loaded_after_the_optimizer_was_built_are_used(assign, dtype):
     """Fails when a master, or a buffer that the parameter left, overwrites them at the next step."""
     model = nn.Linear(6, 5).to(dtype)
     optimizer = peakgpt.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
@@ -314,7 +314,7 @@ def test_masters_survive_loading_in_either_order(weights_first):
     assert torch.equal(resumed.master(again.weight), optimizer.master(model.weight))
 
 
-def test_a_state_with_whole_masters_loads():
+def test_a_state_with_unsplit_masters_loads():
     """As saved before masters were split; a remainder that something cast is refused."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(300, dtype=torch.bfloat16))
@@ -330,7 +330,7 @@ def test_a_state_with_whole_masters_loads():
     assert torch.equal(optimizer.master(weight), master) and torch.equal(weight, split(master)[0])
 
 
-def test_autograd_still_sees_that_parameters_changed():
+def test_autograd_detects_that_a_step_changed_parameters():
     weight = nn.Parameter(torch.ones(3))
     optimizer = peakgpt.AdamW([weight], lr=0.1)
     loss = (weight * weight).sum()
@@ -356,7 +356,7 @@ def test_bad_options_are_refused(options, message):
         peakgpt.AdamW(parameters(), **options)
 
 
-def test_foreign_states_are_refused():
+def test_optimizer_states_that_do_not_fit_are_refused():
     params = parameters()
     optimizer = peakgpt.AdamW(params)
     give(params, gradients(0))

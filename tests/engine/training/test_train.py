@@ -1,4 +1,4 @@
-"""The training step: schedule, recipe, and losses beside eager over the same batches."""
+"""The training step: configuration, schedule, and losses equal to eager's over the same batches."""
 
 import contextlib
 import itertools
@@ -9,7 +9,9 @@ import torch
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.shared_batches import SharedBatches
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.training.trainer import Recipe, Trainer, schedule
+from peakgpt.engine.training.schedule import learning_rate
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.core.dispatch import use_backend
 
@@ -25,13 +27,13 @@ def batches():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
-def test_twenty_steps_give_eagers_losses(dtype, tolerance):
+def test_losses_of_twenty_steps_equal_eager(dtype, tolerance):
     torch.manual_seed(1)
     model = GPT.from_preset("gpt2", **TINY)
     eager = EagerGPT(model.config)
     eager.load_state_dict(model.state_dict())
-    recipe = Recipe(batch=4, tokens=16, lr=3e-3, dtype=dtype)
-    trainers = {"peakgpt": Trainer(model, recipe, steps=20), "eager": EagerTrainer(eager, recipe, steps=20)}
+    config = TrainConfig(batch=4, tokens=16, lr=3e-3, dtype=dtype)
+    trainers = {"peakgpt": Trainer(model, config, steps=20), "eager": EagerTrainer(eager, config, steps=20)}
     shared = SharedBatches(batches(), torch.device("cpu"), trainers)
     for _ in range(20):
         ours, theirs = (float(t.step(*shared.take(name))) for name, t in trainers.items())
@@ -42,13 +44,13 @@ def test_twenty_steps_give_eagers_losses(dtype, tolerance):
 def test_bf16_training_keeps_a_float32_master():
     model = GPT.from_preset("gpt2", **TINY)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = Trainer(model, Recipe(batch=4, tokens=16, dtype=torch.bfloat16), steps=5)
+    trainer = Trainer(model, TrainConfig(batch=4, tokens=16, dtype=torch.bfloat16), steps=5)
     masters = trainer.optimizer.master_weights(model)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16 and torch.equal(masters[name], before[name])
 
 
-def test_shared_batches_are_the_same_for_all_and_not_kept_longer_than_needed():
+def test_shared_batches_are_equal_for_all_contenders_and_freed():
     shared = SharedBatches(batches(), torch.device("cpu"), ("a", "b"))
     first = [shared.take("a") for _ in range(3)]
     assert all(torch.equal(x[0], shared.take("b")[0]) for x in first) and not shared.kept
@@ -58,9 +60,9 @@ def test_shared_batches_are_the_same_for_all_and_not_kept_longer_than_needed():
     assert len(shared.kept) == 0
 
 
-def test_schedule_warms_up_and_falls_to_zero():
-    recipe = Recipe(lr=1.0, warmup=0.1)
-    rates = [schedule(recipe, step, 100) for step in range(101)]
+def test_learning_rate_warms_up_and_decays_to_zero():
+    config = TrainConfig(lr=1.0, warmup=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[100] == 0.0
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
@@ -74,20 +76,20 @@ def test_schedule_warms_up_and_falls_to_zero():
         ({"dtype": torch.half}, "dtype is"),
     ],
 )
-def test_recipe_says_what_is_wrong(fields, text):
+def test_train_config_names_bad_values(fields, text):
     with pytest.raises(ValueError, match=text):
-        Recipe(**fields)
+        TrainConfig(**fields)
 
 
 @pytest.mark.parametrize("config", [{}, {"tied_head": False, "head_bias": True}], ids=str)
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_micro_batches_give_the_step_of_the_whole_batch(micro_batch, config):
-    """With targets that do not count, most of them in one sequence: a mean of means would be another loss."""
+def test_micro_batches_give_the_update_of_the_whole_batch(micro_batch, config):
+    """Most ignored targets are in one sequence, so the mean of the micro-batches' means would be another loss."""
     found = []
     for size in (None, micro_batch):
         torch.manual_seed(0)
         model = GPT.from_preset("gpt2", **TINY, **config)
-        trainer = Trainer(model, Recipe(batch=4, tokens=16, micro_batch=size, lr=1e-2), steps=5)
+        trainer = Trainer(model, TrainConfig(batch=4, tokens=16, micro_batch=size, lr=1e-2), steps=5)
         losses = []
         for ids, targets in itertools.islice(batches(), 3):
             targets[0, 2:] = -100
@@ -99,8 +101,8 @@ def test_micro_batches_give_the_step_of_the_whole_batch(micro_batch, config):
 
 @pytest.mark.parametrize("backend", [None, "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_are_added_where_they_are_kept(dtype, backend):
-    """As autograd would add them, to what is there; the tied embedding's come from the loss and from the bottom."""
+def test_gradients_accumulate_into_the_flat_buffer(dtype, backend):
+    """They equal the gradients that autograd accumulates; the tied embedding receives two."""
 
     def gradients(sinks):
         torch.manual_seed(0)

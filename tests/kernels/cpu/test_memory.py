@@ -30,11 +30,12 @@ def test_no_fresh_pages_in_steady_state():
 BUILD = """
 import re, sys, torch, peakgpt
 from pathlib import Path
-from peakgpt.engine.training.trainer import Recipe, Trainer
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 status = lambda key: int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 config = peakgpt.GPTConfig(n_layer=1, n_head=2, n_embd=256, block_size=8, vocab_size=100_000)
 base = status("VmRSS")
-trainer = Trainer(peakgpt.GPT(config), Recipe(dtype=getattr(torch, sys.argv[1])), steps=1)
+trainer = Trainer(peakgpt.GPT(config), TrainConfig(dtype=getattr(torch, sys.argv[1])), steps=1)
 print((status("VmHWM") - base) / sum(p.numel() for p in trainer.model.parameters()))
 """
 

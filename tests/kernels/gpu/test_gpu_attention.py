@@ -316,15 +316,15 @@ def test_measured_slower_calls_are_declined_unless_forced(monkeypatch):
     assert gpu.declines(*tensors) == reason and gpu.declines(*(t[:, :39] for t in tensors)) is None
     assert gpu.declines(*tensors, dropout=0.1) is None and gpu.declines(*tensors, SLOPES[:2]) is None
     needs = (False,) * len(attention.tensor_names)
-    bound = attention._bind(tensors, {})
-    assert backends._objects(attention, gpu, *bound, needs) == reason
-    assert backends._objects(attention, gpu, *bound, needs, "gpu") is None
+    bound = attention.bind(tensors, {})
+    assert backends.module_objection(attention, gpu, *bound, needs) == reason
+    assert backends.module_objection(attention, gpu, *bound, needs, "gpu") is None
     with use_backend("gpu"):
         assert attention.explain(*tensors)["gpu"] is None
     choices = [Choice("attention", "bfloat16", "eager", {"gpu": reason}), Choice("mlp", "bfloat16", "eager", {})]
     _, attention_line, mlp_line = Diagnosis(None, None, None, {}, choices)._ops()
-    assert attention_line.endswith(f"that is torch's scaled_dot_product_attention; not gpu: {reason}")
-    assert "that is" not in mlp_line
+    assert attention_line.endswith(f"runs torch's scaled_dot_product_attention; not gpu: {reason}")
+    assert "torch" not in mlp_line
 
 
 @pytest.mark.parametrize(

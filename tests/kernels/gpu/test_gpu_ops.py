@@ -268,8 +268,8 @@ def test_mlp_recompute_gives_the_same_bits_as_saving():
     op, tensors = OPS["mlp"], sample("mlp", {"rows": 9, "width": 16, "hidden": 65}, torch.bfloat16, DEVICE)
     for name in ("fused", "library"):
         with gpu("mlp").use_strategy(name):
-            kept, again = (run("gpu", op, tensors, {"recompute": recompute}) for recompute in (False, True))
-        assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+            saved, recomputed = (run("gpu", op, tensors, {"recompute": recompute}) for recompute in (False, True))
+        assert all(torch.equal(a, b) for a, b in zip(saved, recomputed, strict=True))
 
 
 def test_fused_table_chooses_by_architecture_direction_and_shape(monkeypatch):
@@ -383,7 +383,7 @@ def test_cross_entropy_target_out_of_range_gives_nan_for_its_token():
     x, w, target = sample("linear_cross_entropy", sizes, torch.float32, DEVICE, grad=False)
     target[1], target[2] = 9, -7
     loss = torch.empty(4, device=DEVICE)
-    params = OPS["linear_cross_entropy"]._bind((x, w, target), {"reduction": "none"})[1]
+    params = OPS["linear_cross_entropy"].bind((x, w, target), {"reduction": "none"})[1]
     gpu("linear_cross_entropy").forward((loss,), (), x, w, target, None, **params)
     assert loss.isnan().tolist() == [False, True, True, False]
 
@@ -480,7 +480,7 @@ def test_embedding_adds_to_the_gradient_of_a_tied_head():
     """
     ids = torch.tensor([[7] * 70 + [3, 5, 3]], device=DEVICE)
     wte, wpe = leaf(torch.randn(17, 5, device=DEVICE).bfloat16()), leaf(torch.randn(80, 5, device=DEVICE).bfloat16())
-    found = []
+    runs = []
     for _ in range(2):
         torch.manual_seed(0)
         sinks = {t: torch.randn(t.shape, device=DEVICE).bfloat16() for t in (wte, wpe)}
@@ -488,12 +488,12 @@ def test_embedding_adds_to_the_gradient_of_a_tied_head():
         up = torch.randn(1, 73, 5, device=DEVICE).bfloat16()
         with use_backend("gpu"), accumulate_into(sinks):
             OPS["embedding"](ids, wte, wpe, start=2).backward(up)
-        found.append(list(sinks.values()))
+        runs.append(list(sinks.values()))
     rows = torch.zeros(17, 5, dtype=torch.float64, device=DEVICE).index_add_(0, ids[0], up[0].double())
     positions = torch.nn.functional.pad(up[0].double(), (0, 0, 2, 5))
-    for sink, head, truth, again in zip(found[0], heads, (rows, positions), found[1], strict=True):
+    for sink, head, truth, again in zip(runs[0], heads, (rows, positions), runs[1], strict=True):
         assert torch.equal(sink, (head.float() + truth.float()).bfloat16()) and torch.equal(sink, again)
-    assert wte.grad is None and torch.equal(found[0][0][8:], heads[0][8:])
+    assert wte.grad is None and torch.equal(runs[0][0][8:], heads[0][8:])
 
 
 # ---- adamw ----

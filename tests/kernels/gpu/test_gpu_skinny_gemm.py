@@ -152,10 +152,10 @@ def sizes(name):
 def test_recompute_gives_the_same_bits_as_saving(name):
     """With biases, and also under no_grad."""
     tensors = sample(name, {"rows": 5, "width": 16, "hidden": 32}, torch.bfloat16, DEVICE)
-    kept, again = (run("gpu", OPS[name], tensors, {"recompute": recompute}) for recompute in (False, True))
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    saved, recomputed = (run("gpu", OPS[name], tensors, {"recompute": recompute}) for recompute in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(saved, recomputed, strict=True))
     with torch.no_grad(), use_backend("gpu"):
-        assert torch.equal(OPS[name](*tensors), kept[0])
+        assert torch.equal(OPS[name](*tensors), saved[0])
 
 
 def test_activation_reads_the_rounded_pre_activation():

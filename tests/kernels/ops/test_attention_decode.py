@@ -1,7 +1,7 @@
-"""attention_decode on every backend that there is: against a softmax in float64, then what holds to the bit.
+"""attention_decode on every backend: against a softmax in float64, then the properties that hold bitwise.
 
-Mutations seen to fail here, in eager: a window one key too wide, tables given to other sequences, the sign of a
-slope, the last block left out. In Triton: keys' scales for values', a scale of the next head, no VALUE_FOLD undone.
+Mutations that fail here, in eager: a window one key too wide, tables of other sequences, the wrong sign of a slope, a
+missing last block. In Triton: key scales used for values, the scale of the next head, VALUE_FOLD not undone.
 """
 
 import itertools
@@ -34,7 +34,7 @@ IDS = ["-".join(map(str, (*case[:6], *case[6]))).replace(" ", "") for case in CA
 
 
 def draw(case, dtype=torch.float32):
-    """The tensors of a call and its parameters; blocks lie in random order, and nothing but NaN where no key lies."""
+    """The tensors and parameters of a call. Blocks are in random order, and all cache values without a key are NaN."""
     lengths, counts, heads, kv_heads, head_dim, block, params = case
     generator = torch.Generator().manual_seed(sum(lengths))
     blocks = [-(-length // block) for length in lengths]
@@ -59,8 +59,8 @@ def scales_of(params):
     return [params[name] for name in ("k_scale", "v_scale") if name in params]
 
 
-def written_out(tensors, params):
-    """float64, one query and head after the other."""
+def reference(tensors, params):
+    """attention_decode in float64, one query and head at a time."""
     q, k_cache, v_cache, tables, lengths = tensors
     if scales := scales_of(params):
         k_cache, v_cache = (c * s.double()[..., None] for c, s in zip((k_cache, v_cache), scales, strict=True))
@@ -91,18 +91,18 @@ def call(backend, tensors, params):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_values(case, backend, dtype):
+def test_values_are_within_twice_eagers_error_against_float64(case, backend, dtype):
     tensors, params = draw(case, dtype)
-    truth, torchs, ours = written_out(tensors, params), call("eager", tensors, params), call(backend, tensors, params)
+    truth, torchs, ours = reference(tensors, params), call("eager", tensors, params), call(backend, tensors, params)
     error, allowed = ((y.double() - truth).abs().max().item() for y in (ours, torchs))
-    allowed = FLOOR[dtype] if backend == "eager" else allowed  # eager is not its own measure
+    allowed = FLOOR[dtype] if backend == "eager" else allowed  # eager is not compared with itself
     assert ours.dtype == dtype and error <= 2 * allowed + 2 * FLOOR[dtype] * truth.abs().max().item()
 
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_a_query_has_the_same_bits_however_it_comes(case, backend):
-    """Alone, in a batch, with its neighbours or after them, and wherever its blocks lie."""
+def test_bits_of_a_query_do_not_depend_on_batch_chunking_or_block_location(case, backend):
+    """Alone or in a batch, with other queries of its sequence or after them, and for any order of the blocks."""
     tensors, params = draw(case)
     q, k_cache, v_cache, tables, lengths = tensors
     whole = call(backend, tensors, params)
@@ -123,16 +123,16 @@ def test_a_query_has_the_same_bits_however_it_comes(case, backend):
 
 
 @pytest.mark.skipif("gpu" not in BACKENDS, reason="no Triton kernels")
-def test_another_split_is_seen(monkeypatch):
-    """The counter-test: bits follow from where the keys are cut, and so would from a cut that follows the batch."""
+def test_another_key_split_changes_the_bits(monkeypatch):
+    """Proves that the test above would see a split that depends on the batch."""
     tensors, params = draw(CASES[-1])
     before = call("gpu", tensors, params)
     monkeypatch.setattr(load("gpu", "attention_decode"), "SPLIT", 128)
-    assert not torch.equal(before, call("gpu", tensors, params)), "the check is blind"
+    assert not torch.equal(before, call("gpu", tensors, params)), "the bits do not depend on the split"
 
 
 @pytest.mark.skipif("gpu" not in BACKENDS, reason="no Triton kernels")
-def test_launches_of_few_slots_give_the_same(monkeypatch):
+def test_bits_do_not_depend_on_the_workspace_size(monkeypatch):
     tensors, params = draw(CASES[2])
     before = call("gpu", tensors, params)
     monkeypatch.setattr(load("gpu", "attention_decode"), "WORKSPACE_BYTES", 1)
@@ -148,15 +148,15 @@ def test_launches_of_few_slots_give_the_same(monkeypatch):
     ],
 )
 @pytest.mark.skipif("gpu" not in BACKENDS, reason="no Triton kernels")
-def test_objects_with_a_reason(change, reason):
+def test_gpu_objects_to_unsupported_tensors_with_a_reason(change, reason):
     (q, *caches, tables, lengths), params = draw(CASES[0])
     with pytest.raises(NotImplementedError, match=reason):
         call("gpu", [change(q), *map(change, caches), tables, lengths], params)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_contiguous_cache_is_one_block_a_sequence(backend):
-    """And strides are free: here the caches lie as (B, K, S, D), between keys and values of another layer."""
+def test_contiguous_strided_cache_as_one_block_per_sequence_gives_the_same_bits(backend):
+    """Here the caches are (B, K, S, D) views between keys and values of other layers."""
     tensors, params = draw(([70, 33], None, 4, 2, 16, 16, {}))
     q, k_cache, v_cache, tables, lengths = tensors
     both = torch.full((2, 3, 2, 2, 90, 16), torch.nan)
@@ -170,7 +170,7 @@ def test_a_contiguous_cache_is_one_block_a_sequence(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [([], None, 2, 2, 16, 16, {}), ([7], [0], 2, 2, 16, 16, {})], ids=("B=0", "N=0"))
-def test_nothing_to_do(case, backend):
+def test_empty_batch_and_zero_queries_give_an_empty_result(case, backend):
     lengths, counts, heads, kv_heads, head_dim, block, _ = case
     caches = torch.zeros(2, 3, block, kv_heads, head_dim)
     tables = torch.zeros(len(lengths), 1, dtype=torch.int32)
@@ -180,8 +180,8 @@ def test_nothing_to_do(case, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole(backend):
-    """Fails when the lengths are read while tracing. Eager reads them, so it is not forced but left to be chosen."""
+def test_compiles_with_fullgraph(backend):
+    """Fails if tracing reads the lengths. Eager reads them, so it is not forced here but chosen by dispatch."""
     tensors, params = draw(CASES[2])
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: attention_decode(*t, **params), fullgraph=True, backend="aot_eager")
@@ -194,10 +194,10 @@ def test_compiles_whole(backend):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_gradient_is_refused():
+def test_input_that_requires_grad_raises():
     tensors, params = draw(CASES[0])
     tensors[0].requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"a gradient is wanted, expected a call under torch.no_grad"):
+    with pytest.raises(NotImplementedError, match=r"an input requires grad but .* expected a call under torch.no_grad"):
         attention_decode(*tensors, **params)
     with torch.no_grad():
         assert not attention_decode(*tensors, **params).requires_grad
@@ -217,7 +217,7 @@ def test_a_gradient_is_refused():
         ("lengths", lambda t: t - 9, r"lengths has values -8 to 31, expected 0 to 48"),
     ],
 )
-def test_bad_input(name, change, text):
+def test_invalid_tensors_raise_got_and_expected(name, change, text):
     tensors, params = draw(CASES[0])
     at = attention_decode.tensor_names.index(name)
     tensors[at] = change(tensors[at])
@@ -236,7 +236,7 @@ def test_bad_input(name, change, text):
         ({"k_scale": torch.ones(8, 16, 2), "v_scale": torch.ones(8, 16, 2)}, r"k_cache is torch.float32 on cpu, exp"),
     ],
 )
-def test_bad_parameters(params, text):
+def test_invalid_parameters_raise_got_and_expected(params, text):
     tensors, _ = draw(CASES[0])
     with pytest.raises(ValueError, match=text):
         attention_decode(*tensors, **params)

@@ -1,7 +1,7 @@
-"""cache_store on every backend that there is: what is stored, in which bytes, where, and nowhere else.
+"""cache_store on every backend: the stored values, their quantization and their positions.
 
-Mutations seen to fail here, in Triton: a division by the reciprocal's product, a maximum that drops NaN, values stored
-with the keys' strides, negative slots stored.
+Mutations that fail here, in Triton: multiplication by a reciprocal instead of division, a maximum that drops NaN,
+values stored with the strides of the keys, negative slots stored.
 """
 
 import pytest
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def draw(dtype, bits, tokens=5, heads=3, head_dim=20, blocks=3, block=4):
-    """Keys and values in the middle of one tensor each, as projections give them; caches and scales of all sevens."""
+    """Keys and values as slices of larger tensors, as projections give them; caches and scales filled with 7."""
     torch.manual_seed(tokens)
     both = (3 * torch.randn(2, tokens, 2 * heads, head_dim) + 1).to(dtype)
     caches = torch.full((2, heads, blocks, block, head_dim), 7, dtype=torch.int8 if bits else dtype)
@@ -34,7 +34,7 @@ def stored(backend, tensors):
 @pytest.mark.parametrize("bits", (None, 8))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_stored_and_nothing_else(backend, dtype, bits):
+def test_stores_the_exact_values_and_writes_nothing_else(backend, dtype, bits):
     tensors = draw(dtype, bits)
     k, v, _, _, slots = tensors[:5]
     slots[-1] = -3
@@ -46,7 +46,7 @@ def test_what_is_stored_and_nothing_else(backend, dtype, bits):
         assert torch.equal(got, expected)
 
 
-def test_bytes_are_the_nearest():
+def test_int8_values_are_the_nearest():
     x = torch.randn(50, 64, dtype=torch.float64)
     q, scale = quantize_heads(x)
     assert q.abs().amax(-1).eq(127).all() and scale.dtype == torch.float64
@@ -55,10 +55,10 @@ def test_bytes_are_the_nearest():
     assert q.tolist() == [[127, 2, -4, 0]] and scale.tolist() == [1.0] and scale.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # from numpy in Triton's interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_zeros_the_smallest_and_no_numbers(backend):
-    """Zeros stay zeros, what is too small for a scale becomes zero, and a head with an infinity or NaN reads as NaN."""
+def test_int8_of_zeros_tiny_values_and_non_finite_heads(backend):
+    """Zeros stay zeros, values too small for a scale become zero, and a head with an infinity or NaN reads as NaN."""
     tensors = draw(torch.float32, 8, tokens=4, heads=1)
     k, slots = tensors[0], tensors[4].tolist()
     k[0], k[1] = 0.0, 1e-37
@@ -69,8 +69,8 @@ def test_zeros_the_smallest_and_no_numbers(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ties_round_alike_on_every_backend(backend):
-    """bfloat16 has many: half of the largest is 63.5 steps where the scale is exact, and beside it where it is not."""
+def test_ties_round_to_the_same_value_on_every_backend(backend):
+    """bfloat16 has many ties: half of the largest value is 63.5 steps if the scale is exact, else nearly that."""
     torch.manual_seed(0)
     tensors = draw(torch.bfloat16, 8, tokens=96, heads=1, head_dim=64, blocks=24)
     k = tensors[0]
@@ -82,7 +82,7 @@ def test_ties_round_alike_on_every_backend(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_to_store(backend):
+def test_zero_tokens_write_nothing(backend):
     tensors = draw(torch.float32, 8, tokens=0)
     assert all((t == 7).all() for t in stored(backend, tensors))
 
@@ -93,7 +93,7 @@ def test_nothing_to_store(backend):
         ("v", lambda t: t[1:], r"v has shape \(4, 3, 20\), expected \(5, 3, 20\)"),
         ("v", lambda t: t.double(), r"v has dtype torch.float64, expected k's dtype torch.float32"),
         ("k_cache", lambda t: t[:, :, 1:], r"k_cache has shape \(3, 4, 2, 20\), expected \(any, any, 3, 20\)"),
-        ("k_cache", lambda t: t.float(), r"k_cache is torch.float32 on cpu, expected int8 on cpu, as there are scales"),
+        ("k_cache", lambda t: t.float(), r"k_cache is torch.float32 on cpu, expected int8 on cpu with scales"),
         ("slots", lambda t: t + 12, r"slots has a value \d+, expected below 12: 3 blocks"),
         ("slots", lambda t: t.float(), r"slots has dtype torch.float32, expected int64 or int32"),
         ("k_scale", lambda t: None, r"got v_scale without k_scale, expected both or neither"),
@@ -101,7 +101,7 @@ def test_nothing_to_store(backend):
         ("v_scale", lambda t: t[1:], r"v_scale has shape \(2, 4, 3\), expected \(3, 4, 3\)"),
     ],
 )
-def test_bad_input(name, change, text):
+def test_invalid_tensors_raise_got_and_expected(name, change, text):
     tensors = draw(torch.float32, 8)
     at = cache_store.tensor_names.index(name)
     tensors[at] = change(tensors[at])

@@ -1,7 +1,7 @@
-"""Every op on every backend against float64, by one rule: our error <= 2 x torch's own in the same dtype, plus a floor.
+"""Every op on every backend against float64: error <= 2 x torch's error in the same dtype, plus a floor.
 
-Mutations that these cases were seen to catch: a dropped causal mask, a gradient scaled by 1.01, a mean left out of
-LayerNorm's dx, a tail one past a power of two left out, dw summed over one block only.
+Mutations that these cases catch: a missing causal mask, a gradient scaled by 1.01, a missing mean in LayerNorm's dx, a
+missing tail one past a power of two, dw summed over one block only.
 """
 
 import math
@@ -21,14 +21,14 @@ BACKENDS = ("eager", "cpu", "gpu")
 IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, v in params.items())}"
        for name, sizes, params in CASES]  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
-# Backends still to be written.
+# Backends that do not exist yet.
 PENDING = {("cpu", "attention_decode"), ("cpu", "cache_store"), ("gpu", "linear_q8"), ("gpu", "linear_q4")}
 ROTARY = "attention_qkv with pairs"
 DIFFERENTIABLE = [*(name for name in sorted(catalogue.__all__) if OPS[name].gradient), ROTARY]
 
 
 def first_case(form):
-    """An op, and sizes and parameters of its first case; after "with" comes a size that it is to have."""
+    """An op with the sizes and parameters of its first case. "OP with SIZE" selects a case that has this size."""
     name, _, size = form.partition(" with ")
     found = (case[1:] for case in CASES if case[0] == name and size in ("", *case[1]))
     return OPS[name], *next(found, ({"count": 37}, OPS[name].typical))
@@ -40,28 +40,28 @@ def assert_close(ours, torchs, truth, dtype):
 
 
 def backends_of(names, backends):
-    """(backend, op) pairs, without those that are to be written."""
+    """(backend, op) pairs, without the pending ones."""
     return [pytest.param(b, n, id=f"{n}-{b}") for n in names for b in backends if (b, n) not in PENDING]
 
 
-def objects(backend, op, tensors, params):
-    """Skip with the backend's own words where it does not take this call (test_takes_its_plain_call bounds that)."""
+def skip_if_unsupported(backend, op, tensors, params):
+    """Skip with the backend's objection. The test of typical calls limits what a backend may object to."""
     with use_backend(backend):
         reason = op.explain(*tensors, **params)[backend]
     if reason:
         pytest.skip(f"{backend}: {reason}")
 
 
-def test_every_op_has_cases():
+def test_every_op_has_small_and_large_cases():
     ops = set(catalogue.__all__)
     assert {name for name, *_ in LARGE_CASES} == ops
-    assert {name for name, *_ in CASES} == ops - {"adamw", "sum_of_squares"}  # these have tests of their own below
+    assert {name for name, *_ in CASES} == ops - {"adamw", "sum_of_squares"}  # tested separately below
 
 
 @pytest.mark.parametrize("name", sorted(catalogue.__all__))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_takes_its_plain_call(backend, name, dtype):
+def test_backend_supports_the_typical_call_of_every_op_except_pending_ones(backend, name, dtype):
     op = OPS[name]
     with use_backend(backend), torch.device("meta"):
         module = None if backend == "eager" else load(backend, name)
@@ -71,16 +71,16 @@ def test_takes_its_plain_call(backend, name, dtype):
         tensors = op.sample(dtype=dtype)
         assert (
             module is None
-            or module.objection(*op._bind(tensors, op.typical)[0], **op._bind(tensors, op.typical)[1]) is None
+            or module.objection(*op.bind(tensors, op.typical)[0], **op.bind(tensors, op.typical)[1]) is None
         )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
 @pytest.mark.parametrize(("name", "sizes", "params"), CASES, ids=IDS)
-def test_values_and_gradients(name, sizes, params, backend, dtype):
+def test_values_and_gradients_are_within_twice_torchs_error_and_repeat_bitwise(name, sizes, params, backend, dtype):
     op, tensors = OPS[name], sample(name, sizes, dtype)
-    objects(backend, op, tensors, params)
+    skip_if_unsupported(backend, op, tensors, params)
     go = run_mutating if op.mutates else run
     truth = go("eager", op, double(tensors), params)
     torchs, ours = go("eager", op, tensors, params), go(backend, op, tensors, params)
@@ -92,30 +92,30 @@ def test_values_and_gradients(name, sizes, params, backend, dtype):
 @pytest.mark.parametrize(
     ("name", "more"), [*((name, {}) for name in DIFFERENTIABLE), ("linear_cross_entropy", {"reduction": "none"})]
 )
-def test_gradients_are_added_to_sinks(name, more, backend):
-    """Fails when a backend overwrites its sink, or adds in forward and again in backward."""
+def test_gradients_are_added_to_accumulation_buffers(name, more, backend):
+    """Fails if a backend overwrites its buffer, or adds in forward and again in backward."""
     op, sizes, params = first_case(name)
     tensors, params = sample(op.name, sizes, torch.float32), params | more
-    objects(backend, op, tensors, params)
+    skip_if_unsupported(backend, op, tensors, params)
     leaves = [t for t in tensors if t is not None and t.requires_grad]
 
     def results():
-        found = op(*tensors, **params)
-        found = found if isinstance(found, tuple) else (found,)
-        return found, [torch.full_like(r, 0.5) if r.dim() else torch.ones_like(r) for r in found]
+        outputs = op(*tensors, **params)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return outputs, [torch.full_like(r, 0.5) if r.dim() else torch.ones_like(r) for r in outputs]
 
     with use_backend(backend):
         out, ups = results()
         expected = torch.autograd.grad(out, leaves, ups)
-        sinks = {leaf: torch.full_like(leaf, 0.25) for leaf in leaves}
-        with accumulate_into(sinks):
+        buffers = {leaf: torch.full_like(leaf, 0.25) for leaf in leaves}
+        with accumulate_into(buffers):
             torch.autograd.backward(*results())
-    for (tensor, sink), grad in zip(sinks.items(), expected, strict=True):
-        assert tensor.grad is None and sink._version
-        torch.testing.assert_close(sink, grad + 0.25, rtol=1e-5, atol=1e-5)
+    for (tensor, buffer), grad in zip(buffers.items(), expected, strict=True):
+        assert tensor.grad is None and buffer._version
+        torch.testing.assert_close(buffer, grad + 0.25, rtol=1e-5, atol=1e-5)
 
 
-def test_a_gradient_that_came_too_early_is_not_scaled_in_silence():
+def test_scaling_a_loss_whose_gradient_is_already_accumulated_raises():
     x, w, target = sample("linear_cross_entropy", {"rows": 5, "width": 8, "vocab": 33}, torch.float32)
     with use_backend("cpu"), accumulate_into({w: torch.zeros_like(w)}):
         loss = OPS["linear_cross_entropy"](x, w, target)
@@ -126,8 +126,8 @@ def test_a_gradient_that_came_too_early_is_not_scaled_in_silence():
 
 
 @pytest.mark.parametrize(("backend", "name"), backends_of(DIFFERENTIABLE, ("cpu", "gpu")))
-def test_under_autocast(name, backend):
-    """bf16 activations, float32 weights: results and dtypes as torch's own op gives them under autocast."""
+def test_autocast_gives_the_values_and_dtypes_of_torchs_op(name, backend):
+    """bfloat16 activations and float32 weights."""
     op, sizes, params = first_case(name)
     tensors = sample(op.name, sizes, torch.float32)
     truth = run("eager", op, double(tensors), params)
@@ -138,25 +138,25 @@ def test_under_autocast(name, backend):
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_second_backward_and_strides(name, backend):
-    """Backward twice gives the same; non-contiguous inputs give what contiguous ones give."""
+def test_second_backward_is_bitwise_equal_and_strided_inputs_give_the_same_values(name, backend):
+    """Backward runs twice on one graph; non-contiguous inputs are compared with contiguous ones."""
     op, sizes, params = first_case(name)
     tensors = sample(op.name, sizes, torch.float32)
     spread = [t if t is None or not t.requires_grad else widened(t) for t in tensors]
-    objects(backend, op, spread, params)
+    skip_if_unsupported(backend, op, spread, params)
     first = run(backend, op, tensors, params)
     for a, b in zip(first, run(backend, op, spread, params), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     with use_backend(backend):
         results = op(*tensors, **params)
     loss = sum((r * r).sum() for r in (results if isinstance(results, tuple) else (results,)))
-    wanted = [t for t in tensors if t is not None and t.requires_grad]
-    once = torch.autograd.grad(loss, wanted, retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(once, torch.autograd.grad(loss, wanted), strict=True))
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(once, torch.autograd.grad(loss, leaves), strict=True))
 
 
 def widened(tensor):
-    """The same values as a view with a larger row stride (and for vectors a stride of one still)."""
+    """The same values with a larger row stride; a vector keeps stride 1."""
     if tensor.dim() < 2:
         return leaf(tensor)
     wide = torch.empty(*tensor.shape[:-1], tensor.shape[-1] + 8, dtype=tensor.dtype)
@@ -165,41 +165,42 @@ def widened(tensor):
 
 
 @pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if ("gpu", n) not in PENDING])
-def test_forward_of_one_backward_of_another(name):
-    """What is kept belongs to the contract: cpu's forward feeds gpu's backward and the reverse."""
+def test_saved_tensors_of_one_backend_feed_the_backward_of_another(name):
+    """The contract defines the saved tensors: forward on cpu feeds backward on gpu and vice versa."""
     op, sizes, params = first_case(name)
-    bound, params = op._bind(sample(op.name, sizes, torch.float32), params)
+    bound, params = op.bind(sample(op.name, sizes, torch.float32), params)
     needs = tuple(t is not None and t.requires_grad for t in bound)
     bound = [t if t is None else t.detach() for t in bound]
     modules = {b: load(b, op.name) for b in ("cpu", "gpu")}
-    found = {}
-    for ahead in modules:
+    grads_of = {}
+    for forward_backend in modules:
         outputs, saved = op.alloc(*bound, needs=needs, **params)
         for t in (*outputs, *saved):
             t.fill_(math.nan)
-        modules[ahead].forward(outputs, saved, *bound, **params)
+        modules[forward_backend].forward(outputs, saved, *bound, **params)
         ups = [torch.ones_like(o) for o in outputs]
-        for back in modules:
-            found[ahead, back] = modules[back].backward(ups, bound, outputs, saved, needs, **params)
-    for pair, grads in found.items():
-        for need, a, b in zip(needs, grads, found["cpu", "cpu"], strict=True):
+        for backward_backend, module in modules.items():
+            grads = module.backward(ups, bound, outputs, saved, needs, **params)
+            grads_of[forward_backend, backward_backend] = grads
+    for pair, grads in grads_of.items():
+        for need, a, b in zip(needs, grads, grads_of["cpu", "cpu"], strict=True):
             assert not need or torch.allclose(a, b, rtol=1e-4, atol=1e-5), pair
 
 
 @pytest.mark.parametrize("backend", ("", "cpu"))
 @pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY])
-def test_opcheck(name, backend):
+def test_library_op_passes_opcheck(name, backend):
     op, sizes, params = first_case(name)
     tensors = sample(op.name, sizes, torch.float32, grad=op.gradient)
-    objects(backend or "eager", op, tensors, params)
-    tensors, params = op._bind(tensors, params)
+    skip_if_unsupported(backend or "eager", op, tensors, params)
+    tensors, params = op.bind(tensors, params)
     ordered = tensors + tuple(params[name] for name in op.param_names)
     needs = [t is not None and t.requires_grad for t in tensors]
-    opcheck(op._library_op, (*ordered, backend, needs))
+    opcheck(op.library_op, (*ordered, backend, needs))
 
 
 @pytest.mark.parametrize(("backend", "name"), backends_of(DIFFERENTIABLE, BACKENDS))
-def test_compiles_whole(name, backend):
+def test_compiles_with_fullgraph(name, backend):
     op, sizes, params = first_case(name)
     tensors = sample(op.name, sizes, torch.float32)
     torch._dynamo.reset()
@@ -211,8 +212,8 @@ def test_compiles_whole(name, backend):
 @pytest.mark.parametrize("backend", ("eager", "cpu", "gpu"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", (None, 4.0, math.inf), ids=("plain", "clipped", "skipped"))
-def test_adamw(backend, dtype, norm):
-    """One step against torch.optim.AdamW in float64; nothing moves where the norm is not finite."""
+def test_adamw_step_equals_torchs_in_float64_and_skips_a_non_finite_norm(backend, dtype, norm):
+    """The state does not change at all if the norm is not finite."""
     op = OPS["adamw"]
     torch.manual_seed(3)
     param, grad, remainder, m, v, step, _ = op.sample(count=1025, dtype=dtype)
@@ -229,25 +230,25 @@ def test_adamw(backend, dtype, norm):
         return
     reference.step()
     assert step.item() == 4.0
-    for ours, theirs in ((whole(op, [param, grad, remainder])[0], truth), (m, reference.state[truth]["exp_avg"]),
+    for ours, torchs in ((whole(op, [param, grad, remainder])[0], truth), (m, reference.state[truth]["exp_avg"]),
                          (v, reference.state[truth]["exp_avg_sq"])):  # fmt: skip
-        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=2e-6, atol=2e-7)
+        torch.testing.assert_close(ours.double(), torchs.detach(), rtol=2e-6, atol=2e-7)
 
 
 def edges():
-    """Every upper half of a float32 with the lower halves around a tie."""
+    """Every upper half of a float32, with the lower halves around a tie."""
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
     lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
     return (upper[:, None] + lower).flatten().view(torch.float32)
 
 
 def same_bits(a, b):
-    """Equal to the bit, NaN for any NaN."""
+    """Bitwise equal; any NaN equals any NaN."""
     kind = torch.int32 if a.dtype == torch.float32 else torch.int16
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.view(kind)[~a.isnan()], b.view(kind)[~b.isnan()])
 
 
-def test_a_master_is_split_to_nearest_and_joined_again():
+def test_split_rounds_the_master_to_nearest_and_join_restores_its_bits():
     master = edges()
     param, remainder = split(master)
     assert same_bits(join(param, remainder), master)
@@ -258,8 +259,8 @@ def test_a_master_is_split_to_nearest_and_joined_again():
 
 
 @pytest.mark.parametrize(("backend", "isa"), [("eager", None), ("gpu", None), *(("cpu", isa) for isa in _C.isas)])
-def test_a_split_master_moves_as_a_float32_one(backend, isa):
-    """Bit for bit, from values of every kind; and a parameter that was set to zero is near zero, not NaN."""
+def test_adamw_on_a_split_master_is_bitwise_equal_to_a_float32_parameter(backend, isa):
+    """For values of every kind. A parameter that was overwritten with zero is zero, not NaN."""
     torch.manual_seed(4)
     op, wide = OPS["adamw"], edges()
     param, remainder = split(wide)
@@ -281,8 +282,8 @@ def test_a_split_master_moves_as_a_float32_one(backend, isa):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", (0, 1, 65, 4097, 200_001))
-def test_sum_of_squares(backend, dtype, count):
-    """Added to what is there; 1e-6 off float64 at any length, the same from run to run, and infinite where x is."""
+def test_sum_of_squares_is_exact_to_1e6_repeatable_and_infinite_for_infinity(backend, dtype, count):
+    """Adds to the total, with a relative error of 1e-6 at any length."""
     op = OPS["sum_of_squares"]
     torch.manual_seed(count)
     x, total = op.sample(count=count, dtype=dtype)
@@ -299,7 +300,7 @@ def test_sum_of_squares(backend, dtype, count):
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
-def test_all_targets_ignored(backend, reduction):
+def test_loss_with_all_targets_ignored_equals_eager(backend, reduction):
     op, (x, w, target) = (
         OPS["linear_cross_entropy"],
         sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32),
@@ -311,8 +312,8 @@ def test_all_targets_ignored(backend, reduction):
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
-def test_all_weights_are_zero(backend):
-    """The mean over no weight is NaN, as over no target; gradients are finite."""
+def test_mean_loss_with_zero_weights_is_nan_with_finite_gradients(backend):
+    """As the mean over no targets."""
     op = OPS["linear_cross_entropy"]
     x, w, target = sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32)
     with use_backend(backend):
@@ -321,8 +322,8 @@ def test_all_weights_are_zero(backend):
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
-def test_weights_stay_wide_under_autocast(backend):
-    """A share of 1 / 1000 in bfloat16 would be 0.1 % off, the same way for every token."""
+def test_autocast_does_not_round_token_weights(backend):
+    """A weight of 1 / 1000 in bfloat16 would have an error of 0.1 %, the same for every token."""
     x, w, target = sample("linear_cross_entropy", {"rows": 33, "width": 8, "vocab": 65}, torch.float32)
     weight = torch.full((33,), 1e-3)
     with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
@@ -342,7 +343,7 @@ def test_weights_stay_wide_under_autocast(backend):
         ({"weight": torch.ones(3).half()}, "weight has dtype torch.float16, expected"),
     ],
 )
-def test_bad_options_of_the_loss_are_told(params, text):
+def test_invalid_loss_options_raise_got_and_expected(params, text):
     tensors = sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32)
     with pytest.raises(ValueError, match=f"linear_cross_entropy: {text}"):
         OPS["linear_cross_entropy"](*tensors, **params)
@@ -358,14 +359,14 @@ def test_bad_options_of_the_loss_are_told(params, text):
         ((torch.ones(5, 4).half(),) * 2, "cos has dtype torch.float16, expected qkv's dtype torch.float32"),
     ],
 )
-def test_bad_tables_are_told(tables, text):
+def test_invalid_rotary_tables_raise_got_and_expected(tables, text):
     with pytest.raises(ValueError, match=f"attention_qkv: {text}"):
         OPS["attention_qkv"](torch.ones(1, 5, 6, 16), *tables, n_head=2)
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
-def test_rotary_leaves_one_projection(backend):
-    """The turned one: fails when qkv is kept beside it, which nothing else in a model would keep."""
+def test_attention_qkv_with_rotary_saves_one_projection(backend):
+    """The rotated one. Fails if qkv is saved too, which no other op of a model saves."""
     op, sizes, params = first_case(ROTARY)
     qkv, *tables = sample(op.name, sizes, torch.float32)
     kept = []
@@ -374,7 +375,7 @@ def test_rotary_leaves_one_projection(backend):
     assert [t.data_ptr() == qkv.data_ptr() for t in kept if t.shape == qkv.shape] == [False]
 
 
-def test_no_gradient_is_formed_under_no_grad():
+def test_loss_allocates_no_gradient_under_no_grad():
     op, tensors = (
         OPS["linear_cross_entropy"],
         sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32),
@@ -385,25 +386,25 @@ def test_no_gradient_is_formed_under_no_grad():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY])
-def test_cost_knows_what_is_written(name, dtype):
-    """Forward the outputs, or what the op mutates; backward the gradients and what forward kept for them."""
+def test_cost_counts_the_bytes_written(name, dtype):
+    """Forward: the outputs or the mutated tensors. Backward: the gradients and the saved tensors."""
     op, sizes, params = first_case(name)
-    # For a scalar loss what is kept are the gradients themselves.
+    # A scalar loss saves the gradients themselves.
     params = {**params, "reduction": "none"} if name == "linear_cross_entropy" else params
     tensors = sample(op.name, sizes, dtype, grad=op.gradient)
     cost = op.cost(*tensors, **params)
     if op.mutates:
         changed = [t for n, t in zip(op.tensor_names, tensors, strict=False) if n in op.mutates and t is not None]
-        assert (cost.written, cost.backward_written) == (held(changed), 0)
+        assert (cost.written, cost.backward_written) == (size_bytes(changed), 0)
         return
-    bound, bound_params = op._bind(tensors, params)
+    bound, bound_params = op.bind(tensors, params)
     needs = [t is not None and t.requires_grad for t in bound]
     outputs, saved = op.alloc(*bound, needs=needs, **bound_params)
-    assert cost.written == held(outputs)
+    assert cost.written == size_bytes(outputs)
     gradients = run("eager", op, tensors, params)[len(outputs) :]
-    assert cost.backward_written == held({g.data_ptr(): g for g in gradients}.values()) + held(saved)
+    assert cost.backward_written == size_bytes({g.data_ptr(): g for g in gradients}.values()) + size_bytes(saved)
     assert cost.bytes > cost.written and cost.backward_bytes >= cost.backward_written
 
 
-def held(tensors):
+def size_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)

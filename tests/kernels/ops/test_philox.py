@@ -1,6 +1,6 @@
-"""Philox4x32-7 against the known answers of its authors, and what attention makes of it.
+"""Philox4x32-7 against the known answers of its authors, and the dropout masks made with it.
 
-The C++ one has no test of its own: attention's drops what this one says, in tests/kernels/cpu/test_cpu_attention.py.
+tests/kernels/cpu/test_cpu_attention.py tests the C++ version: it must drop the same weights.
 """
 
 import math
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peakgpt.kernels.ops.attention import dropout_mask
-from peakgpt.kernels.ops.dropout import kept
+from peakgpt.kernels.ops.dropout import keep_mask
 from peakgpt.kernels.ops.philox import philox
 
 # kat_vectors of Random123: counter, key, words.
@@ -21,15 +21,15 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_known_answers(counter, key, expected):
+def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     counter, (low, high), expected = ([int(word, 16) for word in words.split()] for words in (counter, key, expected))
     seed = torch.tensor([low | (high - (high >> 31 << 32)) << 32])
     assert [word.item() for word in philox(counter, seed)] == expected
 
 
 @pytest.mark.parametrize("dropout", (0.1, 0.5, 0.9))
-def test_rate_and_independence(dropout):
-    """Within four standard deviations: how much is dropped, and how often neighbours along each axis agree."""
+def test_attention_dropout_has_its_rate_and_independent_neighbors(dropout):
+    """The dropped share, and the agreement of neighbors along each axis, are within four standard deviations."""
     mask = dropout_mask(torch.tensor([11]), dropout, 3, 4, 129, 131)
     assert mask.shape == (3, 4, 129, 131)
 
@@ -44,16 +44,16 @@ def test_rate_and_independence(dropout):
     assert close(mask & other, both)
 
 
-def test_dropout_keeps_its_share():
-    """Within four standard deviations, and neighbours a step, a word and a counter apart are independent."""
-    keep, p = kept(torch.tensor([11]), 0.3, 100_003), 0.3
+def test_dropout_has_its_rate_and_independent_neighbors():
+    """Within four standard deviations; neighbors at distances of one step, word and counter are independent."""
+    keep, p = keep_mask(torch.tensor([11]), 0.3, 100_003), 0.3
     sure = 4 * math.sqrt(p * (1 - p) / 100_000)
     assert keep.shape == (100_003,) and abs(keep.double().mean().item() - (1 - p)) < sure
     for apart in (1, 16, 64):
         assert abs((keep[apart:] & keep[:-apart]).double().mean().item() - (1 - p) ** 2) < 2 * sure
-    assert torch.equal(kept(torch.tensor([11]), 0.3, 70), keep[:70])
+    assert torch.equal(keep_mask(torch.tensor([11]), 0.3, 70), keep[:70])
 
 
-def test_a_larger_problem_drops_the_same_in_its_corner():
+def test_dropout_mask_does_not_depend_on_the_problem_size():
     seed = torch.tensor([5])
     assert torch.equal(dropout_mask(seed, 0.5, 2, 3, 9, 11), dropout_mask(seed, 0.5, 4, 5, 20, 30)[:2, :3, :9, :11])

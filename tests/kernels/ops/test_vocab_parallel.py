@@ -1,8 +1,8 @@
-"""A head cut by rows over ranks gives the loss and the gradients of the whole one, by the rule of test_ops.py.
+"""A head split by rows over ranks gives the loss and the gradients of the whole head, by the rule of test_ops.py.
 
-Mutations that these tests were seen to catch: smoothing shared over the shard alone, a rank's own lse for that of all,
-a target that looks ignored once counted from its shard or is not counted from there, dx not added up, ranks that cut
-their rows by their own shard, an lse in one float32, t not rescaled to the m of all.
+Mutations that these tests catch: label smoothing over the shard alone, a rank's own lse instead of the combined one, a
+target compared with ignore_index after subtracting the shard's start, a target without that subtraction, dx not summed,
+row blocks cut by a rank's own shard size, an lse in one float32, t not rescaled to the combined m.
 """
 
 import os
@@ -37,7 +37,7 @@ ALONE = [
 
 
 def whole(name, dtype, device):
-    """torch's own results of the whole head in this dtype, and those of float64."""
+    """torch's results of the whole head in this dtype and in float64."""
     given = list(tensors(name, dtype, device))
     return run("eager", OP, given, CASES[name][2]), run("eager", OP, double(given), CASES[name][2])
 
@@ -49,20 +49,20 @@ def assert_right(name, dtype, loss, dx, dw):
 
 
 def parts(name):
-    """What vocab_shard gives each rank."""
+    """The options that vocab_shard returns on each rank."""
     sizes = CASES[name][0]
     return [{"group": "all", "first": sum(sizes[:rank]), "vocab": sum(sizes)} for rank in range(len(sizes))]
 
 
 class Ranks:
-    """Ranks one after the other, three times over: what a rank sends is right once it has heard the one before it
-    right, and the sum of dx follows on the losses."""
+    """Simulated ranks that run one after the other, three times: a rank's message is correct once it has received
+    correct messages of the ranks before it, and the sum of dx needs correct losses."""
 
     def __init__(self, monkeypatch, count):
         self.said, self.turn, self.sent, self.last = [{} for _ in range(count)], 0, 0, False
         monkeypatch.setattr(dist.distributed_c10d, "_resolve_process_group", lambda name: self)
-        monkeypatch.setattr(Shard, "gather", lambda shard, mine: self.exchange(mine))
-        monkeypatch.setattr(Shard, "add_up", lambda shard, tensor: tensor.copy_(self.exchange(tensor).sum(0)))
+        monkeypatch.setattr(Shard, "gather", lambda shard, local: self.exchange(local))
+        monkeypatch.setattr(Shard, "all_reduce", lambda shard, tensor: tensor.copy_(self.exchange(tensor).sum(0)))
 
     def size(self):
         return len(self.said)
@@ -77,7 +77,7 @@ class Ranks:
         return torch.stack([other.get(self.sent, mine) for other in self.said])
 
     def run(self, backend, name, dtype):
-        """Each rank's results."""
+        """The results of each rank."""
         sizes = CASES[name][0]
         for self.last in (False, False, True):
             found = []
@@ -90,8 +90,7 @@ class Ranks:
 
 
 @pytest.mark.parametrize(("backend", "name", "dtype"), ALONE)
-def test_shards_make_the_whole(backend, name, dtype, monkeypatch):
-    """Without processes."""
+def test_simulated_ranks_give_loss_and_gradients_of_the_whole_head(backend, name, dtype, monkeypatch):
     losses, dxs, dws = Ranks(monkeypatch, len(CASES[name][0])).run(backend, name, dtype)
     assert all(torch.equal(losses[0], loss) for loss in losses) and all(torch.equal(dxs[0], dx) for dx in dxs)
     assert_right(name, dtype, losses[0], dxs[0], dws)
@@ -99,7 +98,7 @@ def test_shards_make_the_whole(backend, name, dtype, monkeypatch):
 
 @pytest.fixture(scope="module")
 def spawned(tmp_path_factory):
-    """What each of three processes found."""
+    """The results of three processes."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).parents[2] / "helpers" / "vocab_ranks.py"
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(script.parent), os.environ.get("PYTHONPATH")]))}
@@ -108,8 +107,8 @@ def spawned(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("backend", "name", "dtype"), SPAWNED)
-def test_ranks_make_the_whole(backend, name, dtype, spawned):
-    """Two and three processes; each has the whole loss and dx, to the same bits."""
+def test_processes_give_loss_and_gradients_of_the_whole_head(backend, name, dtype, spawned):
+    """Two and three processes. Every rank has the whole loss and dx, bitwise equal."""
     found = [rank[backend, name, dtype] for rank in spawned if (backend, name, dtype) in rank]
     losses, dxs, dws = zip(*found, strict=True)
     assert len(found) == len(CASES[name][0])
@@ -117,14 +116,14 @@ def test_ranks_make_the_whole(backend, name, dtype, spawned):
     assert_right(name, dtype, losses[0], dxs[0], dws)
 
 
-def test_ranks_fill_sinks(spawned):
+def test_each_rank_accumulates_the_gradient_of_its_rows(spawned):
     name = "sum of every term"
     given = tensors(name, torch.float32)
     dw = torch.autograd.grad(OP(*given, **CASES[name][2]), given[1])[0]
     torch.testing.assert_close(torch.cat([rank["sunk"] for rank in spawned]), dw + 1, rtol=1e-5, atol=1e-5)
 
 
-def test_every_rank_is_told_of_another_ones_weight(spawned):
+def test_every_rank_raises_if_another_ranks_weight_does_not_fit(spawned):
     for rank in spawned:
         assert rank["widths"] == "vocab_shard: w has widths 8, 8, 9 by rank, expected one"
         assert rank["rows"] == "vocab_shard: w has 0, 1, 2 rows by rank, expected at least 1"
@@ -139,8 +138,8 @@ def one_rank():
 
 @pytest.mark.parametrize("backend", GATHERING)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_one_rank_is_the_whole_head(reduction, backend, one_rank):
-    """Up to rounding; a head that is cut into one part is still a head."""
+def test_one_rank_equals_the_op_without_a_group(reduction, backend, one_rank):
+    """Up to rounding."""
     x, w, target = tensors("mean", torch.float32)
     plain = run(backend, OP, [x, w, target], {"reduction": reduction})
     for ours, theirs in zip(
@@ -149,7 +148,7 @@ def test_one_rank_is_the_whole_head(reduction, backend, one_rank):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_compiles_whole(one_rank):
+def test_compiles_with_fullgraph(one_rank):
     x, w, target = tensors("mean", torch.float32)
     options = {"reduction": "none", **vocab_shard(w)}
     compiled = torch.compile(lambda *t: OP(*t, **options), fullgraph=True, backend="aot_eager")
@@ -160,7 +159,7 @@ def test_compiles_whole(one_rank):
 
 @pytest.mark.parametrize("backend", GATHERING)
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
-def test_all_targets_ignored(reduction, backend, one_rank):
+def test_loss_with_all_targets_ignored_is_nan_or_zero_with_zero_gradients(reduction, backend, one_rank):
     x, w, target = tensors("mean", torch.float32)
     params = {"reduction": reduction, **vocab_shard(w)}
     loss, dx, dw = run(backend, OP, [x, w, torch.full_like(target, -100)], params)
@@ -168,19 +167,19 @@ def test_all_targets_ignored(reduction, backend, one_rank):
     assert backend == "eager" or not (dx.any() or dw.any())  # eager's mean: NaN, as torch's
 
 
-def test_bad_calls_are_told(one_rank):
+def test_invalid_calls_raise_got_and_expected(one_rank):
     x, w, target = tensors("mean", torch.float32)
     part = shards("mean", w)[1]
-    with pytest.raises(ValueError, match="first is 17 and vocab 82 for 65 rows of w in group '', expected what vocab_"):
+    with pytest.raises(ValueError, match="first is 17 and vocab 82 for 65 rows of w in group '', expected the val"):
         OP(x, part, target, first=17, vocab=82)
-    with pytest.raises(ValueError, match="first is 18 and vocab 82 for 65 rows of w in group 'all', expected what"):
+    with pytest.raises(ValueError, match="first is 18 and vocab 82 for 65 rows of w in group 'all', expected the"):
         OP(x, part, target, group="all", first=18, vocab=82)
     with pytest.raises(ValueError, match="target has values 0 to 82, expected 0 to 81"):
         OP(x, w, target.clamp(0).index_fill(0, torch.tensor(5), 82), **vocab_shard(w))
 
 
-def test_a_target_that_no_rank_has_gives_nan(one_rank):
-    """On a GPU nobody looks at targets before."""
+def test_target_out_of_range_gives_nan(one_rank):
+    """On a GPU no check reads the targets before."""
     shard = Shard(dist.group.WORLD.group_name, 0, 5)
     terms = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
     loss, _ = shard.losses(torch.ones(4, 3), torch.tensor([4, 5, -1, -100]), **terms)

@@ -1,0 +1,105 @@
+"""Replacements for whole transformer blocks, which save the calls from module to module in a decode step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peakgpt.dropin.attention_function import attention_forward
+from peakgpt.dropin.class_swap import Replacement, linear_layout, linear_weight
+from peakgpt.dropin.replacements.layers import BaseMLP, LayerNorm, add_norm, sum_and_norm
+from peakgpt.kernels.ops.linear import linear
+from peakgpt.kernels.ops.norm import add_layernorm, layernorm
+
+
+class GPT2Block(Replacement):
+    """The block of GPT-2, with residual and second norm fused. Runs its own forward if a submodule was changed."""
+
+    @classmethod
+    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
+        options["attn"] = type(module.attn)
+        return None
+
+    def forward(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None, **kwargs):
+        parts = self._modules
+        attn, mlp, first, second = parts["attn"], parts["mlp"], parts["ln_1"], parts["ln_2"]
+        into, out = attn._modules["c_attn"], attn._modules["c_proj"]
+        same = type(attn) is self._peakgpt["attn"] and isinstance(first, LayerNorm) and isinstance(second, LayerNorm)
+        plain = same and _has_no_hooks(attn, first, second) and linear_layout(into) and linear_layout(out)
+        if encoder_hidden_states is not None or not plain:
+            return super().forward(hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs)
+        kwargs.pop("encoder_attention_mask", None)
+        x, shape = hidden_states, (*hidden_states.shape[:-1], 3, attn.num_heads, attn.head_dim)
+        h = layernorm(x, first.weight, first.bias, eps=first.eps)
+        q, k, v = linear(h, linear_weight(into), into.bias).view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        if past_key_values is not None:
+            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+            k, v = cache.update(k, v, attn.layer_idx)
+        dropout = attn.attn_dropout.p if attn.training else 0.0
+        y, _ = attention_forward(attn, q, k, v, attention_mask, dropout, attn.scaling, **kwargs)
+        y = attn.resid_dropout(linear(y.flatten(2), linear_weight(out), out.bias))
+        x, h = add_layernorm(y.to(x.dtype), x, second.weight, second.bias, eps=second.eps)
+        return x + mlp(h)
+
+
+class InlineMLPBlock(BaseMLP):
+    """A block that holds the two layers of its MLP directly and its dropout rates as numbers."""
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        y = self._fused(x)
+        if y is None:
+            y = self.activation_fn(self.fc1(x))
+            y = self.fc2(F.dropout(y, getattr(self, "activation_dropout", 0.0), self.training))
+        return self._dropout(y)
+
+
+class OPTLayer(InlineMLPBlock):
+    """The decoder layer of OPT, with pre-norm or post-norm (350m)."""
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, position_ids=None,
+                **kwargs):  # fmt: skip
+        first, second, x = self.self_attn_layer_norm, self.final_layer_norm, hidden_states
+        y, _ = self.self_attn(
+            hidden_states=first(x) if self.do_layer_norm_before else x, past_key_values=past_key_values,
+            position_ids=position_ids, attention_mask=attention_mask, **kwargs,
+        )  # fmt: skip
+        if self.do_layer_norm_before:
+            x, h = sum_and_norm(second, self._dropout(y), x)
+            return x + self._feed_forward(h)
+        x = add_norm(first, self._dropout(y), x)
+        return add_norm(second, self._feed_forward(x), x)
+
+
+class BartLayer(InlineMLPBlock):
+    """The encoder and decoder layers of BART."""
+
+    def forward(
+        self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
+        past_key_values=None, use_cache=True, **kwargs,
+    ):  # fmt: skip
+        x = hidden_states
+        if x.dtype == torch.float16 and encoder_hidden_states is None:  # the encoder's own forward checks for overflow
+            return super().forward(x, attention_mask, **kwargs)
+        y, _ = self.self_attn(x, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
+        x = add_norm(self.self_attn_layer_norm, self._dropout(y), x)
+        if encoder_hidden_states is not None:
+            y, _ = self.encoder_attn(
+                x, key_value_states=encoder_hidden_states, attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values, **kwargs,
+            )  # fmt: skip
+            x = add_norm(self.encoder_attn_layer_norm, self._dropout(y), x)
+        return add_norm(self.final_layer_norm, self._feed_forward(x), x)
+
+
+def _has_no_hooks(*modules: nn.Module) -> bool:
+    """Return whether no module has a hook."""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+    return True

@@ -1,0 +1,176 @@
+"""Replacements for language models of transformers, whose loss becomes `linear_cross_entropy`.
+
+In train() and with labels, the forward of transformers runs with a head that returns its input, and the loss is
+computed from these hidden states. The output is the same except `logits`, which is None. The bias of a head becomes one
+more column of its weight, for a feature that is 1. In eval(), without labels, and with a loss function of the user,
+nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peakgpt.dropin.class_swap import LINEAR, Replacement, linear_layout, original_class, replace
+from peakgpt.dropin.replacements.layers import Linear
+from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
+
+ALIGNED = 64  # columns; each row then starts at an address that every vector load accepts
+IGNORED = -100  # the ignore_index of transformers
+
+
+class LinearHead(Linear):
+    """A head that is nn.Linear; returns its input inside `passing_through`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self._peakgpt["pass_through"] else super().forward(x)
+
+
+class PassThroughHead(Replacement):
+    """Any other head module; returns its input inside `passing_through`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self._peakgpt["pass_through"] else super().forward(x)
+
+
+@contextlib.contextmanager
+def passing_through(head: nn.Module):
+    """Make the head return its input."""
+    head._peakgpt["pass_through"] = True
+    try:
+        yield
+    finally:
+        head._peakgpt["pass_through"] = False
+
+
+class LanguageModel(Replacement):
+    """Base. Options: head: name of the module that computes logits."""
+
+    _keep_signature = True
+
+    @classmethod
+    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
+        options["names"] = list(inspect.signature(original_class(module).forward).parameters)[1:]
+        return None
+
+    def forward(self, *args, **kwargs):
+        inputs = {**dict(zip(self._peakgpt["names"], args, strict=False)), **kwargs}
+        labels = inputs.get("labels")
+        head = getattr(self, self._peakgpt["head"])
+        if labels is None or not self.training or self._has_custom_loss() or not self._can_skip_head(head):
+            return super().forward(*args, **kwargs)
+        return_dict = inputs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        del inputs["labels"]
+        inputs |= self._decoder_inputs(inputs, labels)
+        out = self._forward_without_head(head, inputs, super().forward)
+        loss = self._fused_loss(head, out.logits, labels, inputs)
+        out = type(out)(**{**out, "loss": loss, "logits": None})
+        return out if return_dict else out.to_tuple()
+
+    def _has_custom_loss(self) -> bool:
+        """Return whether the model has a loss other than the default of its class."""
+        return False
+
+    def _can_skip_head(self, head: nn.Module) -> bool:
+        """Return whether this call can compute the loss without the head's forward."""
+        return linear_layout(head) == LINEAR
+
+    def _forward_without_head(self, head: nn.Module, inputs: dict[str, Any], forward):
+        """Run the model; `logits` of its output hold the input of the head."""
+        with passing_through(head):
+            return forward(**inputs, return_dict=True)
+
+    def _decoder_inputs(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+        """Return the decoder inputs that the model derives from labels."""
+        return {}
+
+
+class CausalLM(LanguageModel):
+    """Models with the ForCausalLMLoss of transformers."""
+
+    def _has_custom_loss(self) -> bool:
+        # Reading `loss_function` warns if loss_type is None, and torch.compile cannot trace a warning.
+        return hasattr(self, "_loss_function") or getattr(self, "loss_type", None) not in (None, "ForCausalLM")
+
+    def _fused_loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Return the mean over labels that are not ignored, or their sum divided by num_items_in_batch."""
+        ignored = inputs.get("ignore_index", IGNORED)
+        target = inputs.get("shift_labels")
+        if target is None:
+            target = F.pad(labels, (0, 1), value=ignored)[..., 1:]
+        x, target = x.flatten(0, -2), target.reshape(-1).to(x.device)
+        if x.shape[0] != target.shape[0]:
+            raise ValueError(
+                f"loss: got {x.shape[0]} positions with logits and {target.shape[0]} labels, expected equal counts: "
+                "with logits_to_keep, pass shift_labels for the same positions"
+            )
+        items = inputs.get("num_items_in_batch")
+        reduction = "mean" if items is None else "sum"
+        loss = _cross_entropy(x, head.weight, head.bias, target, ignore_index=ignored, reduction=reduction)
+        return loss if items is None else loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+
+
+class AlignedLM(LanguageModel):
+    """The decoder of BART alone: labels are the targets, without a shift."""
+
+    def _fused_loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        target = labels.reshape(-1).to(x.device)
+        return _cross_entropy(x.flatten(0, -2), head.weight, self._head_bias(head), target, ignore_index=IGNORED)
+
+    def _head_bias(self, head: nn.Module) -> Tensor | None:
+        return head.bias
+
+
+class Seq2SeqLM(AlignedLM):
+    """T5: the decoder input is the labels shifted right by one."""
+
+    def _decoder_inputs(self, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+        if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
+            return {}
+        return {"decoder_input_ids": self.prepare_decoder_input_ids_from_labels(labels)}
+
+
+class BartLM(Seq2SeqLM):
+    """BART: final_logits_bias is added to the logits of its head."""
+
+    def _forward_without_head(self, head: nn.Module, inputs: dict[str, Any], forward):
+        from transformers.modeling_outputs import Seq2SeqLMOutput
+
+        out = dict(self.model(**{**inputs, "use_cache": False}, return_dict=True))
+        return Seq2SeqLMOutput(logits=out.pop("last_hidden_state"), **out)
+
+    def _head_bias(self, head: nn.Module) -> Tensor:
+        return self.final_logits_bias.flatten()
+
+
+def _cross_entropy(x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, **options: Any) -> Tensor:
+    """Compute `linear_cross_entropy` for a head with or without bias. A bias costs a copy of the weight."""
+    if bias is not None:
+        more = ALIGNED - x.shape[1] % ALIGNED
+        one = F.pad(x.new_ones(len(x), 1), (0, more - 1))
+        x, w = torch.cat((x, one), 1), torch.cat((w, F.pad(bias[:, None].to(w.dtype), (0, more - 1))), 1)
+    return linear_cross_entropy(x, w, target, **options)
+
+
+class MaskedLM(LanguageModel):
+    """BERT and RoBERTa: logits of labelled positions only, usually 15 % of all."""
+
+    def _can_skip_head(self, head: nn.Module) -> bool:
+        return not (torch.compiler.is_compiling() or head._forward_hooks or head._forward_pre_hooks)
+
+    def _fused_loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        labels = labels.reshape(-1).to(x.device)
+        labelled = (labels != IGNORED).nonzero()[:, 0]
+        return F.cross_entropy(head(x.flatten(0, -2)[labelled]), labels[labelled])
+
+
+def replace_head(model: nn.Module, options: dict[str, Any]) -> None:
+    """Replace the head of a language model by one that can return its input."""
+    head = model.get_submodule(options["head"])
+    replace(head, LinearHead if isinstance(head, nn.Linear) else PassThroughHead, {"pass_through": False})

@@ -1,0 +1,174 @@
+"""A model family: how its config.json and its tensors in transformers' layout correspond to ours.
+
+The families themselves are data: one row each in families.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from peakgpt.engine.model.config import RATES, GPTConfig
+from peakgpt.engine.model.state_dicts import CONV1D
+
+T = TypeVar("T")
+
+
+class Field(NamedTuple):
+    """One field of a config.json.
+
+    Args:
+        ours: its name in GPTConfig.
+        theirs: its name in transformers' config.
+        default: transformers' value if config.json has no such field.
+        values: our value for each of theirs. None: they are the same.
+    """
+
+    ours: str
+    theirs: str
+    default: Any
+    values: Mapping[Any, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model family of transformers.
+
+    Args:
+        model_type, architecture: as in config.json.
+        fields: the fields of config.json with one corresponding field of GPTConfig.
+        constants: GPTConfig fields with the same value in every model of the family.
+        fixed: fields of config.json of which we support one value only, and that value.
+        read: (config.json with defaults) -> further GPTConfig fields.
+        write: (GPTConfig) -> further fields of config.json.
+        base: prefix of all tensors except the head's; files of the bare model omit it.
+        names: transformers' name of each of our modules, or three names for queries, keys and values. `{}` stands for
+            the layer's number.
+        conv1d: whether c_attn, c_proj and c_fc are stored [in, out].
+        packed_by_head: whether the packed projection has queries, keys and values head by head.
+        always_biased: whether the layout has a bias for every layer and norm, zero if the model has none.
+        renamed: tensor prefixes of other releases -> those of `names`.
+        aliases: config.json fields of other releases -> those of `fields`.
+    """
+
+    model_type: str
+    architecture: str
+    fields: tuple[Field, ...]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda content: {}
+    write: Callable[[GPTConfig], dict[str, Any]] = lambda config: {}
+    base: str = "transformer."
+    names: Mapping[str, str | tuple[str, ...]]
+    conv1d: bool = False
+    packed_by_head: bool = False
+    always_biased: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    # ---- configs ----
+
+    def config(self, content: Mapping[str, Any], *, dropout: float | None = None) -> GPTConfig:
+        """Convert the content of a config.json.
+
+        Args:
+            content: of this family.
+            dropout: replaces its dropout rates.
+        Raises:
+            ValueError: it describes a model that we do not support.
+        """
+        for name, value in self.fixed.items():
+            if content.get(name, value) != value:
+                raise ValueError(f"{name} is {content[name]!r}, expected {value}")
+        content = {**{f.theirs: f.default for f in self.fields}, **content}
+        content |= {name: content[alias] for alias, name in self.aliases.items() if alias in content}
+        if dropout is not None:
+            content |= {f.theirs: dropout for f in self.fields if f.ours in RATES}
+        values = {}
+        for ours, theirs, _, choices in self.fields:
+            value = content[theirs]
+            if choices is not None and value not in choices:
+                raise ValueError(f"{theirs} is {value!r}, expected one of {', '.join(map(str, choices))}")
+            values[ours] = value if choices is None else choices[value]
+        return GPTConfig(**{**values, **self.constants, **self.read(content)})
+
+    def config_json(self, config: GPTConfig) -> dict[str, Any]:
+        """Convert a config to the content of config.json; see `differences` for fields that it cannot express."""
+        content = {"model_type": self.model_type, "architectures": [self.architecture], **self.fixed}
+        for ours, theirs, default, choices in self.fields:
+            value = getattr(config, ours)
+            if choices is not None:
+                value = next((t for t, ours_value in choices.items() if ours_value == value), default)
+            content[theirs] = value
+        return {**content, **self.write(config)}
+
+    def differences(self, config: GPTConfig) -> list[str]:
+        """Return the GPTConfig fields that this layout cannot express: reading them back gives another value."""
+        names = [f.name for f in fields(config)]
+        try:
+            back = self.config(self.config_json(config))
+        except ValueError:  # the config is so different that it cannot be read back
+            return names
+        return [name for name in names if getattr(config, name) != getattr(back, name)]
+
+    # ---- tensors ----
+
+    def layout_names(self, name: str) -> tuple[str, ...]:
+        """Return the layout's name for one of our tensors; three names if it separates queries, keys and values."""
+        module, _, kind = name.rpartition(".")
+        layer = re.search(r"\.h\.(\d+)\.", module)
+        template = module if layer is None else module.replace(layer[0], ".h.{}.", 1)
+        modules = self.names[template]
+        number = "" if layer is None else layer[1]
+        return tuple(f"{each.format(number)}.{kind}" for each in ((modules,) if isinstance(modules, str) else modules))
+
+    def standard_names(self, items: Mapping[str, T]) -> dict[str, T]:
+        """Rename the keys, tensor names of any release or class of transformers, to those of `names`."""
+        for old, new in self.renamed.items():
+            items = {new + n.removeprefix(old) if n.startswith(old) else n: item for n, item in items.items()}
+        head = f"{self.names['lm_head']}."
+        if not any(name.startswith(self.base) for name in items):
+            items = {name if name.startswith(head) else self.base + name: item for name, item in items.items()}
+        return {name.replace(self.base + head, head): item for name, item in items.items()}
+
+    def shapes(self, config: GPTConfig, ours: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+        """Return the layout's tensor names and shapes, matrices as [out, in], from those of our state dict."""
+        expected = {}
+        for name, shape in ours.items():
+            names = self.layout_names(name)
+            rows = shape[:1] if len(names) == 1 else qkv_rows(config)
+            expected |= {n: torch.Size((r, *shape[1:])) for n, r in zip(names, rows, strict=True)}
+        return expected
+
+    def transpose_conv1d(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Convert the layout's matrices from [in, out] to [out, in], or back, if the family stores them so."""
+        return {name: t.t() if self.conv1d and name.endswith(CONV1D) else t for name, t in tensors.items()}
+
+    def from_layout(self, config: GPTConfig, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return one of our tensors, by its name, from the layout's tensors with matrices as [out, in]."""
+        parts = [tensors[layout_name] for layout_name in self.layout_names(name)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.packed_by_head and ".c_attn." in name:
+            return whole.unflatten(0, (config.n_head, 3, config.head_dim)).transpose(0, 1).flatten(0, 2)
+        return whole
+
+    def to_layout(self, config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Convert our state dict to the layout's tensors."""
+        tensors = {}
+        for name, tensor in state.items():
+            names = self.layout_names(name)
+            if self.packed_by_head and ".c_attn." in name:
+                tensor = tensor.unflatten(0, (3, config.n_head, config.head_dim)).transpose(0, 1).flatten(0, 2)
+            parts = (tensor,) if len(names) == 1 else tensor.split(qkv_rows(config))
+            tensors |= dict(zip(names, parts, strict=True))
+        return self.transpose_conv1d(tensors)
+
+
+def qkv_rows(config: GPTConfig) -> tuple[int, int, int]:
+    """Return the number of rows of queries, keys and values in the packed projection."""
+    return tuple(heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head))

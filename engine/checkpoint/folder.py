@@ -1,0 +1,96 @@
+"""The files of a checkpoint folder: their names, and how they are replaced.
+
+New files are written into a hidden folder, flushed to the disk and renamed, the weights last: an interrupted write
+leaves the old checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from peakgpt.kernels.files import flush
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # lists the shards
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+PICKLE = "pytorch_model.bin"
+QUANTIZED = "quantised.safetensors"  # British: a file format, so the name stays
+TRAINING_STATE = "training_state.safetensors"
+ENTRIES = (WEIGHTS, INDEX, QUANTIZED)  # files that stand for all weights of a folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is missing, or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}, expected a JSON object") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def replace_files(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Replace files of a folder atomically, one by one; the file that stands for all weights comes last.
+
+    New shards may have the names of old ones. Then the file that stands for the old weights is deleted before: while
+    the files are moved the folder has no weights, rather than shards of two models.
+
+    Args:
+        folder: created if missing.
+        fill: called with a hidden folder, into which it writes the new files.
+    Raises:
+        OSError: the folder cannot be written; the old files are still there.
+    """
+    try:
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with _staging_folder(folder, delete_empty=is_new) as stage:
+            fill(stage)
+            files = sorted(stage.iterdir(), key=lambda file: file.name in ENTRIES)
+            names = {file.name for file in files}
+            for file in files:
+                flush(file)
+            if INDEX in names:
+                _remove(folder / name for name in ENTRIES)
+            for file in files:
+                os.replace(file, folder / file.name)
+            if names.intersection(ENTRIES):
+                _remove(path for path in folder.iterdir() if _is_weights(path.name) and path.name not in names)
+            flush(folder)
+    except OSError as error:
+        raise OSError(f"checkpoint {folder}: {error.strerror or error}, expected a folder to write into") from None
+
+
+def _is_weights(name: str) -> bool:
+    return name in ENTRIES or SHARD.fullmatch(name) is not None
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _staging_folder(folder: Path, *, delete_empty: bool) -> Iterator[Path]:
+    """Make a hidden folder inside `folder`, and delete it afterwards; `delete_empty`: `folder` too, if it is empty."""
+    stage = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder))
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if delete_empty and not any(folder.iterdir()):
+            folder.rmdir()

@@ -1,0 +1,230 @@
+"""Model folders: models in the Hugging Face layout of their family.
+
+A folder contains config.json and model.safetensors, or several shards and their index, as transformers' model of that
+family writes and reads them. Reading also accepts pytorch_model.bin, names without the base model's prefix, and a tied
+head that is written out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from peakgpt.engine.checkpoint.families import FAMILIES, OWN, family_of, nearest_family
+from peakgpt.engine.checkpoint.family import Family
+from peakgpt.engine.checkpoint.folder import CONFIG, INDEX, PICKLE, WEIGHTS, read_json, replace_files
+from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
+from peakgpt.engine.checkpoint.tensor_check import check_tensors
+from peakgpt.engine.model.config import GPTConfig
+
+# Suffixes of buffers that old releases of transformers wrote, and that no model needs.
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+
+
+class TokenizerFiles(Protocol):
+    """A tokenizer that can be saved with a model, such as `peakgpt.engine.data.tokenizer.Tokenizer`."""
+
+    @property
+    def end_id(self) -> int:
+        """The end-of-text id."""
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+
+
+def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Family, GPTConfig]:
+    """Read config.json.
+
+    Args:
+        folder: a model folder.
+        dropout: replaces the dropout rates of the file.
+    Raises:
+        ValueError: the folder or file is missing or damaged, or describes a model that peakgpt does not have.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder}: got no such folder, expected one with {CONFIG} and {WEIGHTS}")
+    path = folder / CONFIG
+    content = read_json(path)
+    family = FAMILIES.get(str(content.get("model_type")))
+    if family is None:
+        raise ValueError(f"{path}: model_type is {content.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
+    try:
+        return family, family.config(content, dropout=dropout)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_weights(
+    folder: Path | str, family: Family, config: GPTConfig, expected: Mapping[str, torch.Size], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Read a folder's weights into the model's names and layout.
+
+    Args:
+        folder: a model folder.
+        family, config: from `read_config`.
+        expected: names and shapes of the model's state dict; matrices are [out, in].
+        dtype: to cast to.
+    Returns:
+        The model's state dict. It does not share memory with the file.
+    Raises:
+        ValueError: there are no weights, a file is damaged, or a tensor is missing, unexpected, of another shape or not
+            floating point.
+    """
+    path, tensors, shards = _open_weights(Path(folder))
+    tensors, shards = family.standard_names(tensors), family.standard_names(shards)
+    shapes = family.shapes(config, expected)
+    (head_name,) = family.layout_names("lm_head.weight")
+    head = tensors.pop(head_name, None) if config.tied_head else None
+    tensors = {name: t for name, t in tensors.items() if name in shapes or not name.endswith(OLD_BUFFERS)}
+    if family.always_biased and config.bias is not True:
+        tensors = {name: t for name, t in tensors.items() if name in shapes or not _is_zero_bias(name, t)}
+    tensors = family.transpose_conv1d(tensors)
+    check_tensors(path, tensors, shapes, shards)
+    (embedding_name,) = family.layout_names("transformer.wte.weight")
+    if head is not None and not torch.equal(head, tensors[embedding_name]):
+        raise ValueError(f"{path}: {head_name} differs from {embedding_name}, expected a tied head")
+    # Copied: safetensors may return a map of the file, and the file can be overwritten.
+    return {
+        name: torch.empty(shape, dtype=dtype).copy_(family.from_layout(config, name, tensors))
+        for name, shape in expected.items()
+    }
+
+
+def _is_zero_bias(name: str, tensor: Tensor) -> bool:
+    return name.endswith(".bias") and not tensor.any()
+
+
+def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Path]]:
+    """Return the file that stands for all weights, the tensors, and the shard of each tensor by name."""
+    if (path := folder / WEIGHTS).exists():
+        return path, read_safetensors(path)[0], {}
+    if (path := folder / INDEX).exists():
+        files = read_json(path).get("weight_map")
+        names = sorted(set(files.values())) if isinstance(files, dict) else []
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise ValueError(f"{path}: got no weight_map to files of this folder, expected one")
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            shard, _ = read_safetensors(folder / name)
+            if repeated := sorted(tensors.keys() & shard.keys()):
+                raise ValueError(f"{folder / name}: got tensor {repeated[0]} again, expected it in one shard")
+            tensors |= shard
+        return path, tensors, {name: folder / file for name, file in files.items()}
+    if (path := folder / PICKLE).exists():
+        return path, _read_pickle(path), {}
+    raise ValueError(f"checkpoint {folder}: got no weights, expected {WEIGHTS}, {INDEX} or {PICKLE}")
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise any exception; torch's messages advise to trust the file
+        raise ValueError(f"{path}: {type(error).__name__}, expected a whole file of nothing but tensors") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got a {type(content).__name__}, expected tensors by their names")
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
+    return content
+
+
+def write_model(
+    folder: Path | str,
+    config: GPTConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: TokenizerFiles | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write a model folder in the layout of the model's family, which transformers loads.
+
+    A model that no family of transformers has is written in peakgpt's own layout, with a warning.
+
+    Args:
+        folder: created if missing.
+        config: of the model.
+        state: the model's state dict; matrices are [out, in].
+        tokenizer: written too.
+        max_shard_size: in bytes, or a string such as "5GB". Larger weights are written as several files, none larger
+            than this unless it contains a single tensor. None: one file.
+    Raises:
+        OSError: the folder cannot be written; the old checkpoint is still there.
+        ValueError: max_shard_size is not a size.
+    """
+    max_bytes = None if max_shard_size is None else _parse_size(max_shard_size)
+    family = family_of(config)
+    if family.model_type == OWN:
+        name, missing = nearest_family(config)
+        warnings.warn(
+            f"checkpoint {folder}: no layout of transformers has this model, the nearest, {name}, lacks its "
+            f"{', '.join(missing)}: written in peakgpt's own, which transformers does not read",
+            stacklevel=3,
+        )
+    tensors = family.to_layout(config, _with_zero_biases(state) if family.always_biased else state)
+
+    def fill(stage: Path) -> None:
+        text = json.dumps(_config_json(family, config, tensors, tokenizer), indent=2) + "\n"
+        (stage / CONFIG).write_text(text, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(stage)
+        _write_shards(stage, _split_into_shards(tensors, max_bytes))
+
+    replace_files(Path(folder), fill)
+
+
+def _parse_size(size: int | str) -> int:
+    """Return the bytes of a size as transformers writes it: a number, or a number with KB, MB or GB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", str(size).upper())
+    count = int(float(match[1]) * 1000 ** " KMG".index(match[2] or " ")) if match else 0
+    if count < 1:
+        raise ValueError(f"save_pretrained: max_shard_size is {size!r}, expected bytes, or such as '5GB', or None")
+    return count
+
+
+def _split_into_shards(tensors: Mapping[str, Tensor], max_bytes: int | None) -> list[dict[str, Tensor]]:
+    """Split the tensors, in their order, into parts of at most `max_bytes`, or of a single larger tensor."""
+    parts: list[dict[str, Tensor]] = [{}]
+    part_bytes = 0
+    for name, tensor in tensors.items():
+        if max_bytes is not None and parts[-1] and part_bytes + tensor.nbytes > max_bytes:
+            parts.append({})
+            part_bytes = 0
+        parts[-1][name] = tensor
+        part_bytes += tensor.nbytes
+    return parts
+
+
+def _write_shards(stage: Path, parts: list[dict[str, Tensor]]) -> None:
+    """Write one file, or several with an index, under transformers' names."""
+    if len(parts) == 1:
+        write_safetensors(stage / WEIGHTS, parts[0], {"format": "pt"})
+        return
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for file, part in zip(files, parts, strict=True):
+        write_safetensors(stage / file, part, {"format": "pt"})
+    weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    total = sum(tensor.nbytes for part in parts for tensor in part.values())
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    (stage / INDEX).write_text(text, encoding="utf-8")
+
+
+def _with_zero_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state with a zero bias for each layer and norm that has none."""
+    weights = {name: t for name, t in state.items() if re.search(r"\.(ln_\w+|c_\w+)\.weight$", name)}
+    zeros = {name.removesuffix("weight") + "bias": t.new_zeros(t.shape[0]) for name, t in weights.items()}
+    return {**zeros, **state}
+
+
+def _config_json(
+    family: Family, config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: TokenizerFiles | None
+) -> dict[str, Any]:
+    end = None if tokenizer is None else tokenizer.end_id
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    return {**family.config_json(config), "bos_token_id": end, "eos_token_id": end, "torch_dtype": dtype}

@@ -1,0 +1,94 @@
+"""Folders of quantized models: the family's config.json and tokenizer, with weights of 8 or 4 bits.
+
+config.json has a `quantization_config` {"quant_method": "peakgpt", "bits", "group"}. quantised.safetensors has the
+tensors of `quantize_state`, under the model's own names. It is not called model.safetensors, which older folders have:
+transformers would not find its tensors there and continue with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peakgpt.engine.checkpoint.folder import CONFIG, QUANTIZED, WEIGHTS, read_json, replace_files
+from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantized_shapes
+from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
+from peakgpt.engine.model.quantized_linear import Format
+from peakgpt.engine.model.transformer import Transformer
+
+METHOD = "peakgpt"
+KEY = "quantization_config"  # transformers reads it too, and warns of a method that it does not know
+WEIGHT_FILES = ("model", "pytorch_model", "quantised", "training_state")  # prefixes; British as in folder.QUANTIZED
+
+
+def write_quantized(source: Path | str, folder: Path | str, state: Mapping[str, Tensor], form: Format) -> None:
+    """Write a quantized model, with the tokenizer and other files of the float checkpoint.
+
+    Args:
+        source: the float checkpoint; all its files except the weights are copied.
+        folder: created if missing.
+        state: the result of `quantize_state`.
+        form: of the blocks' weights.
+    Raises:
+        OSError: the folder cannot be written; the old files are still there.
+    """
+
+    def fill(stage: Path) -> None:
+        for file in Path(source).iterdir():
+            if file.is_file() and not file.name.startswith(WEIGHT_FILES):
+                shutil.copy(file, stage / file.name)
+        config = read_json(Path(source) / CONFIG)
+        text = json.dumps({**config, KEY: {"quant_method": METHOD, **asdict(form)}}, indent=2) + "\n"
+        (stage / CONFIG).write_text(text, encoding="utf-8")
+        write_safetensors(stage / QUANTIZED, state, {"format": "pt"})
+
+    replace_files(Path(folder), fill)
+
+
+def read_format(folder: Path | str) -> Format | None:
+    """Return the format of a folder's weights; None if they are not quantized.
+
+    Raises:
+        ValueError: config.json is missing or damaged, or the quantization is not peakgpt's.
+    """
+    path = Path(folder) / CONFIG
+    quantization = read_json(path).get(KEY)
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        raise ValueError(f"{path}: {KEY} is {quantization!r}, expected quant_method {METHOD!r} of `peakgpt quantize`")
+    try:
+        return Format(**{name: value for name, value in quantization.items() if name != "quant_method"})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_quantized(folder: Path | str, model: Transformer, form: Format, dtype: torch.dtype) -> Transformer:
+    """Load a folder's weights into a model of the folder's config; see `load_quantized`.
+
+    Args:
+        model: on the meta device.
+        form: from `read_format`.
+        dtype: of tensors that are not quantized.
+    Raises:
+        ValueError: a file is damaged, or a tensor is missing, unexpected or of another shape.
+    """
+    path, older = (Path(folder) / name for name in (QUANTIZED, WEIGHTS))
+    path = older if older.exists() and not path.exists() else path
+    tensors, _ = read_safetensors(path)
+    expected = quantized_shapes(model.state_dict(), form)
+    got = {name: (t.shape, t.is_floating_point()) for name, t in tensors.items()}
+    for name in sorted(expected.keys() | got.keys()):
+        if got.get(name) != expected.get(name):
+            got_text, expected_text = (
+                "nothing" if kind is None else f"{'floating' if kind[1] else 'integers'} of shape {tuple(kind[0])}"
+                for kind in (got.get(name), expected.get(name))
+            )
+            raise ValueError(f"{path}: {name} is {got_text}, expected {expected_text} as {CONFIG} says")
+    return load_quantized(model, tensors, form, dtype)

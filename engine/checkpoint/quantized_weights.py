@@ -1,0 +1,90 @@
+"""A model's weights in 8 or 4 bits: quantizing a state dict, and building a model from the result.
+
+The weights of all linear layers of the blocks and of the head are quantized. A tied embedding consists of the rounded
+rows of the head. In a 4-bit model the head has 8 bits: it is the last layer, and no later one evens out its errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD, Format, QuantizedLinear
+from peakgpt.engine.model.transformer import Transformer
+from peakgpt.kernels.ops.quantize import dequantize_8, quantize_4, quantize_8
+
+# Layers that become QuantizedLinear; routers, relative positions and projections of embeddings do not.
+LAYERS = re.compile(r"^transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.(.*\.)?(c_fc|c_gate|c_proj))$")
+
+
+def quantize_state(state: Mapping[str, Tensor], form: Format) -> dict[str, Tensor]:
+    """Quantize a state dict.
+
+    Args:
+        state: of a float model; matrices are [out, in].
+        form: of the blocks' weights.
+    Returns:
+        W.q and W.scale, as kernels/ops/quantize.py stores them, for each quantized matrix W; other tensors unchanged.
+    """
+    quantized = {}
+    for name, tensor in state.items():
+        if module := _quantized_module(name, state):
+            own = form.of(module)
+            parts = quantize_8(tensor) if own.bits == 8 else quantize_4(tensor, own.group)
+            quantized |= dict(zip((f"{module}.q", f"{module}.scale"), parts, strict=True))
+        else:
+            quantized[name] = tensor.detach()
+    return quantized
+
+
+def quantized_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tuple[torch.Size, bool]]:
+    """Return shape and whether it is floating point, by name, of the tensors that `quantize_state` would return."""
+    shapes = {}
+    for name, tensor in state.items():
+        if module := _quantized_module(name, state):
+            own, (rows, width) = form.of(module), tensor.shape
+            eight = own.bits == 8
+            shapes[f"{module}.q"] = torch.Size((rows, width if eight else -(-width // 2))), False
+            shapes[f"{module}.scale"] = torch.Size((rows,) if eight else (rows, -(-width // own.group))), True
+        else:
+            shapes[name] = tensor.shape, True
+    return shapes
+
+
+def _quantized_module(name: str, state: Mapping[str, Tensor]) -> str | None:
+    """Return the module whose weight is `name` if it is quantized, else None."""
+    module, _, kind = name.rpartition(".")
+    last = HEAD if f"{HEAD}.weight" in state else EMBEDDING
+    return module if kind == "weight" and (LAYERS.match(module) or module == last) else None
+
+
+def load_quantized(model: Transformer, tensors: Mapping[str, Tensor], form: Format, dtype: torch.dtype) -> Transformer:
+    """Replace a model's weights by quantized ones. The model does not share memory with `tensors`.
+
+    Args:
+        model: of the same config, on any device, also meta; its linear layers are replaced.
+        tensors: the result of `quantize_state`.
+        form: of the blocks' weights.
+        dtype: of tensors that are not quantized.
+    Returns:
+        The model, in evaluation mode, without gradients.
+    """
+    rest = {name: t.to(dtype, copy=True) for name, t in tensors.items() if not name.endswith((".q", ".scale"))}
+    for module in [name.removesuffix(".q") for name in tensors if name.endswith(".q")]:
+        q, scale, own = tensors[f"{module}.q"], tensors[f"{module}.scale"], form.of(module)
+        if module == EMBEDDING:
+            rest[f"{module}.weight"] = dequantize_8(q, scale).to(dtype)
+            layer = QuantizedLinear(q, scale.clone(), None, q.shape[1], own)
+            model.add_module(HEAD, layer)
+            continue
+        inputs = model.get_submodule(module).in_features
+        layer = QuantizedLinear(q, scale.clone(), rest.pop(f"{module}.bias", None), inputs, own)
+        parent, _, name = module.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+    for name, tensor in rest.items():
+        module, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(module), kind, nn.Parameter(tensor, requires_grad=False))
+    return model.eval()

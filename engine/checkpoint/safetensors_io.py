@@ -1,0 +1,73 @@
+"""Reading and writing safetensors files, with a digest per tensor that shows damage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DIGEST = "sha256"  # the metadata key of a tensor's digest is "sha256.<name>"; files of others have none
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file.
+
+    Raises:
+        ValueError: the file is missing, cut off, or a tensor does not have its digest.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {_truncation(path) or error}, expected a whole safetensors file") from None
+    for name, tensor in tensors.items():
+        expected = metadata.get(f"{DIGEST}.{name}")
+        if expected is not None and (digest := _digest(tensor)) != expected:
+            raise ValueError(f"{path}: {name} has digest {digest}, expected {expected}: the file is damaged")
+    return tensors, metadata
+
+
+def _truncation(path: Path) -> str | None:
+    """Return, in words, which tensor ends behind the end of the file; None if none does or the header is unreadable."""
+    try:
+        with path.open("rb") as file:
+            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return None
+    first = min(((end, name) for name, end in ends.items() if end > size), default=None)
+    return None if first is None else f"got {size} bytes, where {first[1]} ends at {first[0]}"
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of tensors and their digests.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        path.touch()
+        mode = path.stat().st_mode  # as the umask says; safetensors makes the file readable by its owner only
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        digests = {f"{DIGEST}.{name}": _digest(tensor) for name, tensor in contiguous.items()}
+        save_file(contiguous, path, {**metadata, **digests})
+        path.chmod(mode)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+def _digest(tensor: Tensor) -> str:
+    """Return 64 bits of the SHA-256 of a tensor's bytes, in hex: enough against damage, not against an attacker."""
+    content = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,136 @@
+"""Training and validation batches, cut from a token stream.
+
+An epoch takes the token stream from a random offset o, cuts it into windows of T inputs and the T targets one to
+their right, and visits the windows in random order:
+
+    window i:  ids = stream[o + iT : o + (i+1)T]    targets = stream[o + iT + 1 : o + (i+1)T + 1]
+
+so every token is an input at most once, and a target at most once, in an epoch. The order comes from the raw 64-bit
+words of Philox with the key (seed, epoch). numpy guarantees those words for all versions (NEP 19), unlike its shuffles.
+
+Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11 (Philox).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peakgpt.engine.data.shards import TokenShards
+
+
+class Batches:
+    """An endless iterator over training batches: (ids, targets), int64 tensors (B, T), targets shifted by one.
+
+    The position is `epoch` and `index`, the number of batches taken in this epoch. If the number of windows is not a
+    multiple of B, the last ones of the epoch's order are skipped; each epoch skips others.
+
+    Args:
+        shards: the token stream.
+        batch, tokens: B and T.
+        seed: 0 to 2^64 - 1; seed and epoch determine offset and order.
+    Raises:
+        ValueError: the stream has fewer than B * T + 1 tokens, or a size or the seed is out of range.
+    """
+
+    def __init__(self, shards: TokenShards, batch: int, tokens: int, seed: int):
+        _check_sizes(batch, tokens)
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed: got {seed}, expected 0 to 2^64 - 1")
+        if len(shards) < batch * tokens + 1:
+            raise ValueError(
+                f"training data: got {len(shards)} tokens, expected at least {batch * tokens + 1} for one batch of "
+                f"{batch} x {tokens} and its last target"
+            )
+        self.shards, self.batch, self.tokens, self.seed = shards, batch, tokens, seed
+        self.epoch, self.index = 0, 0
+        self._offset, self._order = self._plan(0)
+
+    def _plan(self, epoch: int) -> tuple[int, np.ndarray]:
+        """Return the offset of the epoch's first window, and the windows' order."""
+        words = np.random.Philox(key=np.array([self.seed, epoch], np.uint64))
+        # Any offset below T that leaves at least one batch.
+        choices = min(self.tokens, len(self.shards) - self.batch * self.tokens)
+        offset = int(words.random_raw()) % choices
+        return offset, np.argsort(words.random_raw((len(self.shards) - 1 - offset) // self.tokens), kind="stable")
+
+    @property
+    def epoch_batches(self) -> int:
+        """The number of batches in this epoch."""
+        return len(self._order) // self.batch
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        if self.index == self.epoch_batches:
+            self.epoch, self.index = self.epoch + 1, 0
+            self._offset, self._order = self._plan(self.epoch)
+        windows = self._order[self.index * self.batch : (self.index + 1) * self.batch]
+        self.index += 1
+        return _read_windows(self.shards, self._offset + windows * self.tokens, self.tokens)
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Return the position, and the data, sizes and seed that it belongs to."""
+        return {**self._identity(), "epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """Go to a saved position; the next batches are those that would have followed it.
+
+        Raises:
+            ValueError: the state belongs to other data, sizes or seed, or is outside the epoch; nothing changes.
+        """
+        for key, expected in self._identity().items():
+            if state.get(key) != expected:
+                raise ValueError(f"data position: got {key}={state.get(key)!r}, expected {expected!r}")
+        epoch, index = state.get("epoch"), state.get("index")
+        if type(epoch) is not int or type(index) is not int or not 0 <= epoch < 1 << 64:
+            raise ValueError(f"data position: got epoch={epoch!r}, index={index!r}, expected integers from 0")
+        offset, order = self._plan(epoch)
+        if not 0 <= index <= len(order) // self.batch:
+            raise ValueError(f"data position: got index={index}, expected 0 to {len(order) // self.batch}")
+        self.epoch, self.index, self._offset, self._order = epoch, index, offset, order
+
+    def _identity(self) -> dict[str, int | str]:
+        return {"data": self.shards.digest, "batch": self.batch, "tokens": self.tokens, "seed": self.seed}
+
+
+def validation_batches(shards: TokenShards, batch: int, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over the stream from its start, in the same batches on every call.
+
+    All batches have the same number of windows, so the mean of their losses is the mean over tokens. At most one
+    batch of tokens at the end is left out.
+
+    Args:
+        shards: the token stream.
+        batch, tokens: B and T. If the stream has fewer than B windows, B is their number.
+    Returns:
+        An iterator of (ids, targets), int64 (B, T), targets shifted by one.
+    Raises:
+        ValueError: the stream has fewer than T + 1 tokens, or a size is out of range. Raised by the call, not by the
+            first batch.
+    """
+    _check_sizes(batch, tokens)
+    windows = (len(shards) - 1) // tokens
+    if windows < 1:
+        raise ValueError(f"validation data: got {len(shards)} tokens, expected at least {tokens + 1} for one window")
+    rows = min(batch, windows)
+    starts = np.arange(windows // rows * rows).reshape(-1, rows) * tokens
+    return (_read_windows(shards, row, tokens) for row in starts)
+
+
+def _check_sizes(batch: int, tokens: int) -> None:
+    if batch < 1 or tokens < 1:
+        raise ValueError(f"batch x tokens: got {batch} x {tokens}, expected at least 1 x 1")
+
+
+def _read_windows(shards: TokenShards, starts: np.ndarray, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return (ids, targets), (B, T) each, of the windows that start at these stream positions."""
+    rows = np.empty((len(starts), tokens + 1), np.int64)
+    for row, start in zip(rows, starts.tolist(), strict=True):
+        shards.read(start, row)
+    windows = torch.from_numpy(rows)
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -1,0 +1,132 @@
+"""Executors run a model over new tokens of many sequences, against a KV cache in blocks.
+
+    ProgramExecutor   one call of a C++ program a step, on the CPU; weights packed, bits independent of the batch
+    TorchExecutor     the model's torch ops, on any device; CUDA graphs for decoding on a GPU
+
+This file is the only place that chooses between them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peakgpt.engine.graph_capture import has_graphs
+from peakgpt.engine.inference.chunk import Chunk
+from peakgpt.engine.inference.kv_cache import KVCache
+from peakgpt.engine.inference.torch_executor import TorchExecutor
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.relative_positions import RELATIVE
+from peakgpt.engine.model.transformer import Transformer
+from peakgpt.kernels.core.dispatch import forced_backend
+
+# New tokens from which packing a model's weights, 0.1 s for GPT-2 124M, costs less than it saves.
+MIN_PACKED_TOKENS = 8
+MAX_IDLE_SHARE = 1 / 8  # of a GPU's memory, for the KV cache of an executor that waits for the model's next call
+
+# Executors with CUDA graphs between two calls of `generate`: recording them costs as much as a few tokens without.
+_idle_executors: weakref.WeakKeyDictionary[Transformer, TorchExecutor] = weakref.WeakKeyDictionary()
+
+
+class Executor(Protocol):
+    """A model that is ready to run, with the KV cache of all its sequences."""
+
+    config: GPTConfig
+    kv_cache: KVCache
+    note: str  # why the C++ program does not run the model; empty if it does
+
+    def step(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Run new tokens of several sequences.
+
+        Returns:
+            (sum of num_logits, V) float32: the rows of each chunk's last tokens, in order.
+        Raises:
+            ValueError: a token outside the vocabulary, more tokens than block_size, or too few blocks.
+        """
+
+    def decode(self, input_ids: Tensor, positions: np.ndarray, block_tables: np.ndarray) -> Tensor:
+        """Run one new token of each of B sequences.
+
+        Args:
+            input_ids: (B,) integers on the model's device.
+            positions: (B,) position of each token in its sequence.
+            block_tables: (B, W) int32 with W = blocks_for(block_size).
+        Returns:
+            (B, V); the next call may overwrite it.
+        """
+
+
+def make_executor(model: Transformer, num_blocks: int, *, cache_dtype: str | None = None) -> Executor:
+    """Make the fastest executor that supports a model.
+
+    Args:
+        model: its weights are packed, which copies them, or read in place.
+        num_blocks: blocks of the KV cache.
+        cache_dtype: None for the model's dtype, or "int8".
+    Raises:
+        ValueError: unknown cache dtype.
+    """
+    executor = _program_executor(model, num_blocks, cache_dtype)
+    if isinstance(executor, str):
+        return TorchExecutor(model, num_blocks, cache_dtype=cache_dtype, note=executor)
+    return executor
+
+
+def make_decode_executor(model: Transformer, num_blocks: int, new_tokens: int) -> Executor | None:
+    """Make the executor for one call of `generate`; None if the torch ops on a contiguous cache are faster.
+
+    The program's weights are packed in this call and live as long as the executor: they are never stale. Graphs read
+    the model's weights in place.
+
+    Args:
+        num_blocks: blocks of the KV cache.
+        new_tokens: number of decoding steps.
+    """
+    if new_tokens < MIN_PACKED_TOKENS:
+        return None
+    if has_graphs(model.transformer.wte.weight.device) and model.config.position not in RELATIVE:
+        return _reuse_graphs(model, num_blocks)
+    executor = _program_executor(model, num_blocks, None)
+    return None if isinstance(executor, str) else executor
+
+
+def keep_for_reuse(model: Transformer, executor: TorchExecutor) -> None:
+    """Keep an executor's graphs for the model's next call."""
+    _idle_executors[model] = executor
+
+
+def may_be_kept(executor: Executor) -> bool:
+    """Whether the KV cache of an executor with graphs is small enough to stay allocated between calls."""
+    if not isinstance(executor, TorchExecutor):
+        return False
+    return executor.kv_cache.nbytes <= MAX_IDLE_SHARE * _memory_bytes(executor.device)
+
+
+def _program_executor(model: Transformer, num_blocks: int, cache_dtype: str | None) -> Executor | str:
+    """An executor over the C++ program, or the reason why there is none."""
+    if forced_backend() not in (None, "cpu"):
+        return f"the backend is set to {forced_backend()!r}"
+    try:
+        from peakgpt.engine.inference.program_executor import ProgramExecutor  # needs the C++ extension
+
+        return ProgramExecutor(model, num_blocks, cache_dtype=cache_dtype)
+    except (ImportError, NotImplementedError) as error:
+        return str(error)
+
+
+def _reuse_graphs(model: Transformer, num_blocks: int) -> TorchExecutor:
+    """The idle executor if its cache is large enough and its graphs read the model's weights; else a new one."""
+    executor = _idle_executors.pop(model, None)
+    if executor is None or executor.kv_cache.num_blocks < num_blocks or not executor.reads_weights_of(model):
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
+            executor = TorchExecutor(weakref.proxy(model), num_blocks)
+    return executor
+
+
+def _memory_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory

@@ -1,0 +1,130 @@
+"""Executor over a model's torch ops, on any device.
+
+The tokens of all sequences go through the model together, so that a step reads the weights once; only the rows whose
+logits are needed go through the head. On a GPU a step of one new token a sequence, the usual one, is a CUDA graph. A
+model with relative positions runs one sequence after the other, see GatheredAttention.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, blocks_for
+from peakgpt.engine.inference.chunk import Chunk, check_token_ids
+from peakgpt.engine.inference.decode_graphs import MAX_BATCH, DecodeGraphs, align_int32
+from peakgpt.engine.inference.kv_cache import PagedKVCache
+from peakgpt.engine.inference.paged_attention import GatheredAttention, PagedAttention, TokenBatch
+from peakgpt.engine.model.positions import Positions, alibi_slopes, rotary_table
+from peakgpt.engine.model.relative_positions import RELATIVE
+from peakgpt.engine.model.transformer import Transformer
+
+
+class TorchExecutor:
+    """See Executor."""
+
+    def __init__(self, model: Transformer, num_blocks: int, *, cache_dtype: str | None = None, note: str = ""):
+        """
+        Args:
+            model: on any device; its weights are read in place.
+            num_blocks: blocks of the KV cache.
+            cache_dtype: None or "int8", see PagedKVCache.
+            note: why the C++ program does not run the model.
+        Raises:
+            ValueError: unknown cache dtype.
+        """
+        c, weight = model.config, model.transformer.wte.weight
+        self.model, self.config, self.note, self.device = model, c, note, weight.device
+        self.kv_cache = PagedKVCache(c, num_blocks, dtype=weight.dtype, device=weight.device, cache_dtype=cache_dtype)
+        self.is_relative = c.position in RELATIVE
+        self.angles = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, self.device) if c.rotary_dim else None
+        self.slopes = alibi_slopes(c.n_head, self.device) if c.position == "alibi" else None
+        # Graphs read these addresses: the tensors must outlive a change of the model's parameters.
+        self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
+        obstacle = "the host reads how many rows each expert has" if c.experts else None
+        # A weak reference: a reference cycle would keep the cache and the graphs until the garbage collector runs,
+        # which may be while another graph is recorded.
+        this = weakref.proxy(self)
+        self.graphs = DecodeGraphs(
+            lambda batch: this._forward(batch), width=blocks_for(c.block_size), device=self.device, obstacle=obstacle
+        )
+
+    def reads_weights_of(self, model: Transformer) -> bool:
+        """Whether the model's weights are still at the addresses that the graphs read."""
+        current = (*model.parameters(), *model.buffers())
+        return [t.data_ptr() for t in current] == [t.data_ptr() for t in self.weights]
+
+    @torch.no_grad()
+    def step(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Run all chunks; see Executor.step. The logits are on the model's device."""
+        for chunk in chunks:
+            chunk.check(self.config, self.kv_cache.num_blocks)
+        ids = np.array([*chain.from_iterable(chunk.tokens() for chunk in chunks)])
+        check_token_ids(ids.min(), ids.max(), self.config.vocab_size)
+        if self.is_relative:
+            return torch.cat([self._run_alone(chunk) for chunk in chunks])
+        ends, tables = np.array([chunk.end for chunk in chunks]), self._block_tables(chunks)
+        if len(chunks) <= MAX_BATCH and all(len(chunk.token_ids) == chunk.num_logits == 1 for chunk in chunks):
+            return self.graphs(ids, ends - 1, tables).to(torch.float32, copy=True)
+        return self._forward(self._token_batch(chunks, ids, ends, tables)).float()
+
+    @torch.no_grad()
+    def decode(self, input_ids: Tensor, positions: np.ndarray, block_tables: np.ndarray) -> Tensor:
+        """Run one new token of each sequence without waiting for its value; see Executor.decode."""
+        if self.is_relative or len(positions) > MAX_BATCH:
+            rows = zip(input_ids[:, None], positions.tolist(), block_tables.tolist(), strict=True)
+            return self.step([Chunk(*row) for row in rows])
+        return self.graphs(input_ids, positions, block_tables)
+
+    def _run_alone(self, chunk: Chunk) -> Tensor:
+        """Logits of one chunk of a model with relative positions."""
+        ids = torch.as_tensor(chunk.token_ids, dtype=torch.int64, device=self.device)
+        h = self.model.hidden_states(ids[None], GatheredAttention(self.kv_cache, chunk))[0]  # (T, C)
+        return self.model.compute_logits(h[len(h) - chunk.num_logits :]).float()
+
+    def _block_tables(self, chunks: Sequence[Chunk]) -> np.ndarray:
+        """(B, width) int32, padded with 0."""
+        tables = np.zeros((len(chunks), self.graphs.width), dtype=np.int32)
+        for row, chunk in zip(tables, chunks, strict=True):
+            row[: len(chunk.block_table)] = chunk.block_table[: len(row)]
+        return tables
+
+    def _token_batch(
+        self, chunks: Sequence[Chunk], ids: np.ndarray, ends: np.ndarray, tables: np.ndarray
+    ) -> TokenBatch:
+        counts = np.array([len(chunk.token_ids) for chunk in chunks])
+        begins = np.concatenate([[0], counts.cumsum()])
+        positions = np.concatenate([np.arange(chunk.past, chunk.end) for chunk in chunks])
+        blocks = tables[np.arange(len(chunks)).repeat(counts), positions // BLOCK_TOKENS]
+        slots = blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS
+        row_ends = zip(chunks, begins[1:], strict=True)
+        logit_rows = np.concatenate([np.arange(end - chunk.num_logits, end) for chunk, end in row_ends])
+        tables = tables[:, : blocks_for(ends.max())]
+        # One copy to the device for all integers.
+        parts = (ids, positions, slots, ends, tables.ravel(), begins, logit_rows)
+        offsets = [0, *np.cumsum([align_int32(len(part)) for part in parts]).tolist()]
+        numbers = torch.empty(offsets[-1], dtype=torch.int32, pin_memory=self.graphs.pin_memory)
+        for part, offset in zip(parts, offsets, strict=False):
+            numbers.numpy()[offset : offset + len(part)] = part
+        numbers = numbers.to(self.device, non_blocking=True)
+        views = (numbers[offset : offset + len(part)] for part, offset in zip(parts, offsets, strict=False))
+        ids, positions, slots, lengths, blocks, begins, logit_rows = views
+        is_prefill = not any(chunk.past for chunk in chunks)
+        return TokenBatch(
+            ids, positions, slots, lengths, blocks.view(tables.shape), begins, logit_rows, is_prefill
+        )  # fmt: skip
+
+    def _forward(self, batch: TokenBatch) -> Tensor:
+        """Logits of the batch's logit rows, (R, V) in the model's dtype."""
+        angles = None
+        if self.angles is not None:
+            angles = tuple(table.index_select(0, batch.positions) for table in self.angles)
+        positions = Positions(angles, self.config.rotary_interleaved, self.slopes)
+        h = self.model.packed_hidden_states(batch.ids, batch.positions, positions, PagedAttention(self.kv_cache, batch))
+        h = h if batch.logit_rows is None else h.index_select(0, batch.logit_rows)
+        return self.model.compute_logits(h) if len(h) else h.new_empty(0, self.config.vocab_size)

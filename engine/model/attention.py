@@ -1,0 +1,107 @@
+"""The attention layer of a GPT on the fused ops, with GPT-2's parameter names."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from peakgpt.engine.model.fp8 import fp8_linear
+from peakgpt.engine.model.kv_cache import AttentionCache
+from peakgpt.engine.model.positions import NO_POSITIONS, Positions
+from peakgpt.engine.model.quantized_linear import linear_or_quantized
+from peakgpt.engine.model.state_dicts import ModuleWithConv1D
+from peakgpt.kernels.ops.attention import attention, attention_qkv, default_scale
+from peakgpt.kernels.ops.rotary import rotary
+
+
+class CausalSelfAttention(ModuleWithConv1D):
+    """Causal attention: c_attn computes queries, keys and values in one product, c_proj mixes the heads."""
+
+    ALIASES = (
+        {"c_attn": ("in_proj_",), "c_proj": ("out_proj.",)},
+        {"c_attn": ("q_proj.", "k_proj.", "v_proj."), "c_proj": ("out_proj.",)},
+        {"c_attn": ("q_proj.", "k_proj.", "v_proj."), "c_proj": ("o_proj.",)},
+    )
+
+    def __init__(
+        self, n_embd: int, n_head: int, *, n_kv_head: int | None = None, head_dim: int | None = None,
+        bias: bool = True, out_bias: bool | None = None, window: int | None = None, scale: float | None = None,
+        dropout: float = 0.0, relative: nn.Module | None = None, device=None, dtype=None,
+    ):  # fmt: skip
+        """
+        Args:
+            n_embd: C.
+            n_head: H query heads.
+            n_kv_head: K key and value heads, a divisor of H; None means H.
+            head_dim: D; None means C / H.
+            bias: whether c_attn has a bias.
+            out_bias: whether c_proj has a bias; None means the same as c_attn.
+            window: number of keys that a query attends to, including its own; None means all.
+            scale: factor on q k^T; None means 1 / sqrt(D).
+            dropout: probability of dropping an attention weight in training.
+            relative: RelativeKeys or RelativeBias of engine/model/relative_positions.py; None without them.
+        Raises:
+            ValueError: sizes that do not fit each other.
+        """
+        super().__init__()
+        self.n_head, self.n_kv_head = n_head, n_kv_head or n_head
+        if n_head % self.n_kv_head or (head_dim is None and n_embd % n_head):
+            raise ValueError(
+                f"CausalSelfAttention: n_embd {n_embd}, n_head {n_head}, n_kv_head {self.n_kv_head}, "
+                "expected n_head to divide n_embd and n_kv_head to divide n_head"
+            )
+        self.head_dim, self.dropout, self.fp8 = head_dim or n_embd // n_head, dropout, False
+        self.window, self.scale = window, scale
+        if relative is not None:
+            self.relative = relative
+        packed = (n_head + 2 * self.n_kv_head) * self.head_dim
+        out_bias = bias if out_bias is None else out_bias
+        self.c_attn = nn.Linear(n_embd, packed, bias=bias, device=device, dtype=dtype)
+        self.c_proj = nn.Linear(n_head * self.head_dim, n_embd, bias=out_bias, device=device, dtype=dtype)
+
+    def forward(
+        self, x: Tensor, cache: AttentionCache | None = None, layer: int = 0, positions: Positions = NO_POSITIONS
+    ) -> Tensor:
+        """Attend from each token to itself and the tokens before it.
+
+        Args:
+            x: (B, T, C).
+            cache: KV cache with the keys and values of the tokens before x; those of x are appended.
+            layer: index of this layer in the cache.
+            positions: positions of the tokens of x, for models whose attention depends on them.
+        Returns:
+            (B, T, C)
+        """
+        qkv = self._linear(self.c_attn, x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
+        dropout = self.dropout if self.training and cache is None else 0.0
+        needs_unpacked = cache is not None or dropout or positions.need_unpacked_qkv
+        y = self._unpacked(qkv, cache, layer, positions, dropout) if needs_unpacked else self._packed(qkv, positions)
+        return self._linear(self.c_proj, y.flatten(2))  # (B, T, H D) -> (B, T, C)
+
+    def _packed(self, qkv: Tensor, positions: Positions) -> Tensor:
+        """Run rotary embedding and attention as one op on packed queries, keys and values."""
+        return attention_qkv(
+            qkv, *(positions.rotary or (None, None)), n_head=self.n_head, interleaved=positions.interleaved,
+            window=self.window, scale=self.scale,
+        )  # fmt: skip
+
+    def _unpacked(
+        self, qkv: Tensor, cache: AttentionCache | None, layer: int, positions: Positions, dropout: float
+    ) -> Tensor:
+        """Run attention with a KV cache, dropout, a bias or left padding."""
+        if positions.rotary is not None:
+            rotated_heads = self.n_head + self.n_kv_head
+            qkv = rotary(qkv, *positions.rotary, heads=rotated_heads, interleaved=positions.interleaved)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        bias = None
+        if positions.relative is not None:
+            q, bias = self.relative(q, positions.relative, default_scale(self.head_dim, self.scale))
+        options = {"window": self.window, "scale": self.scale, "alibi": positions.alibi, "bias": bias,
+                   "kv_start": positions.start}  # fmt: skip
+        if cache is None:
+            return attention(q, k, v, dropout=dropout, **options)
+        return cache.attend(layer, q, k, v, **options)
+
+    def _linear(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.fp8 and self.training:
+            return fp8_linear(x, layer.weight, layer.bias)
+        return linear_or_quantized(layer, x)

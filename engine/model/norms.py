@@ -1,0 +1,62 @@
+"""LayerNorm and RMSNorm on the fused ops, with torch's parameters."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.recompute import recomputable
+from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis."""
+
+    recompute = False  # set by engine/model/recompute.py
+
+    def __init__(self, n_embd: int, eps: float = 1e-5, bias: bool = True, *, device=None, dtype=None):
+        super().__init__(n_embd, eps=eps, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x, (..., C)."""
+        y = layernorm(x, self.weight, self.bias, eps=self.eps)
+        return recomputable(y, self.forward, x) if self.recompute else y
+
+    def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the output of a branch to the residual stream and normalize the sum, in one kernel.
+
+        Args:
+            x: (..., C), the output of a branch. Under autocast it has the lower precision while the residual stream
+                stays float32; it is cast to the dtype of the stream.
+            residual: (..., C).
+        Returns:
+            (sum, normed), both (..., C).
+        """
+        total, y = add_layernorm(x.to(residual.dtype), residual, self.weight, self.bias, eps=self.eps)
+        return total, recomputable(y, self.forward, total) if self.recompute else y
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last axis."""
+
+    recompute = False  # set by engine/model/recompute.py
+
+    def __init__(self, n_embd: int, eps: float = 1e-5, *, device=None, dtype=None):
+        super().__init__(n_embd, eps=eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x, (..., C)."""
+        y = rmsnorm(x, self.weight, eps=self.eps)
+        return recomputable(y, self.forward, x) if self.recompute else y
+
+    def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the output of a branch to the residual stream and normalize the sum; see LayerNorm.add_norm."""
+        total, y = add_rmsnorm(x.to(residual.dtype), residual, self.weight, eps=self.eps)
+        return total, recomputable(y, self.forward, total) if self.recompute else y
+
+
+def make_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
+    """Build the norm of a model: `config.norm` chooses the class."""
+    if config.norm == "rms":
+        return RMSNorm(config.n_embd, config.layer_norm_epsilon)
+    return LayerNorm(config.n_embd, config.layer_norm_epsilon, config.has_bias("norm"))

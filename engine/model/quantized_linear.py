@@ -1,0 +1,76 @@
+"""Linear layers whose weights have 8 or 4 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from peakgpt.kernels.ops.linear import linear
+from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
+from peakgpt.kernels.ops.quantize import check_group, pack_4, pack_8
+
+HEAD, EMBEDDING = "lm_head", "transformer.wte"
+
+
+@dataclass(frozen=True)
+class Format:
+    """The quantization format of a model's weights.
+
+    Args:
+        bits: 8 or 4.
+        group: number of neighboring inputs that share a scale, with 4 bits.
+    Raises:
+        ValueError: other bits, or a group that the kernels do not have.
+    """
+
+    bits: int
+    group: int = 64
+
+    def __post_init__(self):
+        if self.bits not in (8, 4):
+            raise ValueError(f"quantize: bits is {self.bits!r}, expected 8 or 4")
+        check_group("quantize", self.group)
+
+    def of(self, module: str) -> Format:
+        """Return the format of one module's weight: the head and a tied embedding always have 8 bits."""
+        return Format(8) if module in (HEAD, EMBEDDING) else self
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer for inference whose weight has 8 or 4 bits."""
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, inputs: int, form: Format):
+        """
+        Args:
+            q, scale: the quantized weight and its scales, as kernels/ops/quantize.py stores them.
+            bias: (F,) or None.
+            inputs: C.
+            form: format of q.
+        """
+        super().__init__()
+        self.in_features, self.out_features, self.form = inputs, q.shape[0], form
+        w, scale = (pack_8(q), scale) if form.bits == 8 else pack_4(q, scale)
+        self.register_buffer("weight", w)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        """Map x, (..., C), to (..., F); `activation` as in linear_q8."""
+        if self.form.bits == 8:
+            return linear_q8(x, self.weight, self.scale, self.bias, activation=activation)
+        return linear_q4(
+            x, self.weight, self.scale, self.bias, out=self.out_features, group=self.form.group, activation=activation
+        )
+
+    def _apply(self, fn, recurse=True):
+        """Move as torch does, but keep the dtype of the scales when the model is cast."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
+
+
+def linear_or_quantized(layer: nn.Linear | QuantizedLinear, x: Tensor) -> Tensor:
+    """Apply a linear layer to x, (..., C): by the fused op, or by the layer itself if it is quantized."""
+    return layer(x) if isinstance(layer, QuantizedLinear) else linear(x, layer.weight, layer.bias)

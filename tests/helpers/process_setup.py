@@ -1,0 +1,15 @@
+"""Settings of a test process. Import it before the first use of torch or Triton."""
+
+import importlib.util
+import os
+
+import interpreter
+import torch
+
+# Two threads: parallel code runs in parallel, and a shared machine is not oversubscribed.
+torch.set_num_threads(2)
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any test module is imported
+    if importlib.util.find_spec("triton"):
+        interpreter.patch()  # imports Triton, 0.2 s, once per run
