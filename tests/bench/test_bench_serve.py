@@ -48,7 +48,7 @@ def test_server_and_engine_give_paired_rounds_and_latencies(running, monkeypatch
     # Whose requests were still open has gone away: 499 where none of its tokens had come.
     assert not re.search(r'status="(4(?!99)|5)', running.ask("/metrics")[1])
     idle = running.idle()
-    assert idle == running.engine.pool.blocks
+    assert idle == running.engine.pool.num_blocks
 
 
 def answer(tokens, told, last="data: [DONE]\n\n", status="200 OK"):
