@@ -1,7 +1,7 @@
-"""All checks and benchmarks for a machine with a GPU, in under 8 minutes: `python -m peakgpt.bench device`.
+"""Checks and benchmarks for a machine with a GPU, in under 8 minutes: `python -m peakgpt.bench device`.
 
-Check every op against float64. Then time ops, training and decoding versus PyTorch and other kernels. Each part runs in
-its own process (see isolated_jobs). On a CPU the same parts run at tiny sizes, as a dry run.
+Every op is checked against float64. Then ops, training and decoding are timed versus PyTorch's and other projects'
+kernels. Each part has a process of its own (isolated_jobs). On a CPU the same parts run at tiny sizes, as a dry run.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from peakgpt.bench.check import check
-from peakgpt.bench.check_cases import CASES, LARGE_CASES
+from peakgpt.bench.check import CASES, LARGE_CASES, check
 from peakgpt.bench.contenders.contender import Workload
 from peakgpt.bench.contenders.op_peers import peers
 from peakgpt.bench.device_decode import compare_first_token, compare_steps
@@ -31,7 +30,7 @@ from peakgpt.engine.training.train_config import TrainConfig
 
 FLOAT32, BFLOAT16 = (torch.float32,), (torch.bfloat16,)
 ONE_BY_ONE = ("forward", "backward")
-BOTH = ("forward+backward",)
+WHOLE = ("forward+backward",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +43,15 @@ def run(args: argparse.Namespace, device: torch.device) -> RunResults:
 
 
 def run_parts(module: str, names: Sequence[str], device: torch.device) -> RunResults:
-    """Run the named parts of a module one after the other. Print one line on standard error after each."""
-    results = RunResults()
+    """Run parts of a module's PARTS in order, with a line on standard error after each."""
+    found = RunResults()
     for name in names:
-        start, before = time.perf_counter(), len(results.failures)
+        start, before = time.perf_counter(), len(found.failures)
         for row in run_part(module, name, device):
-            results.add(row)
-        failed = len(results.failures) - before
+            found.add(row)
+        failed = len(found.failures) - before
         print(f"{name}: {time.perf_counter() - start:.0f} s, {failed} failures", file=sys.stderr, flush=True)
-    return results
+    return found
 
 
 # ---- check
@@ -74,8 +73,7 @@ def _check(case: tuple, budget_s: float, emit: Emit) -> None:
 
 # ---- ops
 
-# 16k tokens at hidden size 2048, as in the literature. Then one query and a KV cache of 8k tokens; inputs rotate, so
-# that they exceed L2.
+# 16k tokens at hidden size 2048, as in the literature; one query with 8k cached keys, larger than L2 together.
 ATTENTION = [
     *(OpCase("attention", {"batch": (1 << 14) // t, "tokens": t, "heads": 2048 // d, "head_dim": d}, passes=ONE_BY_ONE)
       for d in (64, 128) for t in (2048, 8192, 16384)),
@@ -93,15 +91,15 @@ LAYERNORM = [
     OpCase("rmsnorm", {"rows": ROWS, "width": 2048}, passes=ONE_BY_ONE),
 ]
 MLP = [OpCase("mlp", {"rows": ROWS, "width": c, "hidden": 4 * c}, passes=ONE_BY_ONE) for c in (768, 1600)]
-# One row and eight rows through the linear layers of GPT-2 1558M, and through the head of 124M.
+# One and eight tokens through the linear layers of GPT-2 1558M, and through the head of 124M.
 LINEAR = [
     OpCase("linear", {"rows": rows, "width": c, "out": f}, passes=("replayed",))
     for c, f in ((1600, 4800), (1600, 6400), (6400, 1600), (768, 50304))
     for rows in (1, 8)
 ]
 LOSS = [
-    OpCase("linear_cross_entropy", {"rows": ROWS, "width": 768, "vocab": v}, {"prefer": prefer}, passes=BOTH)
-    for v, prefer in ((50304, "memory"), (131072, "memory"), (50304, "time"))
+    OpCase("linear_cross_entropy", {"rows": ROWS, "width": 768, "vocab": v}, {"prefer": way}, passes=WHOLE)
+    for v, way in ((50304, "memory"), (131072, "memory"), (50304, "time"))
 ]
 ADAMW = [
     OpCase("adamw", {"count": 124_000_000}),
@@ -116,7 +114,7 @@ TINY = {
     "layernorm": [OpCase("layernorm", {"rows": 64, "width": 256}, passes=ONE_BY_ONE)],
     "mlp": [OpCase("mlp", {"rows": 64, "width": 64, "hidden": 256}, passes=ONE_BY_ONE)],
     "linear": [OpCase("linear", {"rows": 8, "width": 64, "out": 64}, passes=("replayed",))],
-    "loss": [OpCase("linear_cross_entropy", {"rows": 64, "width": 64, "vocab": 512}, passes=BOTH)],
+    "loss": [OpCase("linear_cross_entropy", {"rows": 64, "width": 64, "vocab": 512}, passes=WHOLE)],
     "adamw": [OpCase("adamw", {"count": 4096}, checked={"count": 1024})],
 }
 
@@ -125,7 +123,7 @@ def _op_jobs(
     part: str, cases: Sequence[OpCase], dtypes: Sequence[torch.dtype] = BFLOAT16
 ) -> Callable[[torch.device], dict[str, Job]]:
     def jobs(device: torch.device) -> dict[str, Job]:
-        calls = [
+        todo = [
             (case, direction, dtype)
             for case in (cases if device.type == "cuda" else TINY[part])
             for direction in case.directions
@@ -135,7 +133,7 @@ def _op_jobs(
             f"{case.op} {dict(case.sizes)} {direction} {dtype}": functools.partial(
                 _compare, case, direction, dtype, device
             )
-            for case, direction, dtype in calls
+            for case, direction, dtype in todo
         }
 
     return jobs
@@ -160,7 +158,7 @@ TINY_RUN = (
     preset("gpt2-tiny", n_layer=1, vocab_size=512),
     TrainConfig(batch=1, tokens=32, dtype=torch.bfloat16, warmup=0.0),
 )
-PADDED_VOCAB = 50304  # a multiple of 128, as is usual in GPT-2 training
+PADDED_VOCAB = 50304  # a multiple of 128, the usual padding for GPT-2
 
 
 def _train_jobs(device: torch.device) -> dict[str, Job]:
@@ -179,7 +177,7 @@ def _train_jobs(device: torch.device) -> dict[str, Job]:
 
 
 def _large_jobs(device: torch.device) -> dict[str, Job]:
-    """Time GPT-2 1558M by peakgpt only: a step of eager does not fit into the budget."""
+    """GPT-2 1558M, peakgpt only: the other contenders do not fit in the time."""
 
     def job(budget_s: float, emit: Emit) -> None:
         if device.type == "cuda":
@@ -209,15 +207,12 @@ def _fp8_jobs(device: torch.device) -> dict[str, Job]:
 
 
 def _batch(device: torch.device) -> int:
-    """Return the number of sequences of 1024 tokens: a power of two up to 32, at 2 GiB each.
-
-    The logits of eager need about 2 GiB for one sequence.
-    """
+    """Return the largest power of two up to 32 of 1024-token sequences, at 2 GiB each (about eager's logits)."""
     gib = torch.cuda.get_device_properties(device).total_memory / 2**30
     return next(b for b in (32, 16, 8, 4, 2, 1) if 2 * b <= gib or b == 1)
 
 
-# (model, streams, contenders). The compiled one is last: it runs only if time is left. 1558M: peakgpt only, as above.
+# Model, streams, contenders. Compiled contenders run last, if time is left. 1558M is measured for peakgpt only.
 DECODING = {
     "1558M, 1 stream": ("gpt2-xl", 1, ["peakgpt"]),
     "124M, 1 stream": ("gpt2", 1, ["peakgpt", "eager"]),
@@ -233,7 +228,9 @@ def _decode_jobs(device: torch.device) -> dict[str, Job]:
 
     def steps(name: str, streams: int, contenders: list[str], budget_s: float, emit: Emit) -> None:
         case = Workload(streams, 128, 128) if full else Workload(2, 8, 4)
-        contenders = contenders if full else ["peakgpt", "eager"]  # compiling for a CPU takes too long
+        contenders = (
+            contenders if full else ["peakgpt", "eager"]
+        )  # compilation for a CPU takes longer than all other jobs
         for row in compare_steps(config_of(name), case, device, contenders, budget_s=budget_s,
                                  on_failure=_record_failures(emit)):  # fmt: skip
             emit(row)

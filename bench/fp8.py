@@ -1,4 +1,4 @@
-"""Training with fp8 GEMMs versus bfloat16: losses of the same run, then the time of a step: `peakgpt bench fp8`."""
+"""Training with fp8 GEMMs versus bfloat16: loss of the same run, then time of a step: `peakgpt bench fp8`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.hardware.peaks import peak_for
 
-VOCAB = 50304  # of GPT-2, rounded up to a multiple of 128
-SYMBOLS = 512  # number of different tokens in the sequences
+VOCAB = 50304  # GPT-2's, padded to a multiple of 128
+SYMBOLS = 512  # number of token ids in the synthetic sequences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=100, help="updates before the timing (default 100)")
+    parser.add_argument("--steps", type=int, default=100, help="of the run whose loss is printed (default 100)")
 
 
 def run(args: argparse.Namespace, device: torch.device) -> RunResults:
@@ -39,13 +39,12 @@ def run(args: argparse.Namespace, device: torch.device) -> RunResults:
 def compare(
     config: GPTConfig, recipe: TrainConfig, steps: int, device: torch.device, *, budget_s: float | None = None
 ) -> list[Result]:
-    """Train with bfloat16 and with fp8, then time a step of each. The notes of the results have the last losses.
+    """Train with both dtypes, then time a step of each; the notes contain the losses.
 
     Args:
-        config: the model.
-        recipe: how it is trained; `recipe.fp8` is replaced for each contender.
-        steps: updates before the timing.
-        budget_s: seconds for the timing.
+        config, recipe: model and training; each contender sets recipe.fp8.
+        steps: of the run that gives the loss.
+        budget_s: seconds of the timing.
     """
     trainers, losses = _trained(config, recipe, steps, device)
     for step in sorted({0, steps // 4, steps // 2, steps - 1}):
@@ -61,14 +60,14 @@ def compare(
             bench="train", case=case | {"n_layer": config.n_layer, "n_embd": config.n_embd},
             contender="peakgpt" if name == "bfloat16" else f"peakgpt, {name}", backend="auto", device=str(device),
             dtype="bfloat16", flops=flops, flops_kind="model", peak_flops_s=peak.flops_s,
-            peak_source=f"{peak.source}, the bfloat16 peak for both",
+            peak_source=f"{peak.source}, bfloat16's for both",
         )
         for name, timing in timings.items()
     ]  # fmt: skip
 
 
 def compare_losses(config: GPTConfig, recipe: TrainConfig, steps: int, device: torch.device) -> dict[str, list[float]]:
-    """Return the loss of every step of both runs, from the same weights on the same batches."""
+    """Return the losses of all steps, with the same weights and batches."""
     return _trained(config, recipe, steps, device)[1]
 
 
@@ -79,12 +78,13 @@ def _trained(config, recipe, steps, device) -> tuple[dict[str, Trainer], dict[st
         model = GPT(config).to(device)
         trainers[name] = Trainer(model, dataclasses.replace(recipe, fp8=fp8), steps=2 * steps)
         batches = _batches(config, recipe, device)
-        losses[name] = torch.stack([trainers[name].step(*next(batches)) for _ in range(steps)]).tolist()
+        found = torch.stack([trainers[name].step(*next(batches)) for _ in range(steps)])
+        losses[name] = found.tolist()
     return trainers, losses
 
 
 def _batches(config: GPTConfig, recipe: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of sequences that a model can learn: each sequence counts up by its own step, modulo SYMBOLS."""
+    """Yield batches of learnable sequences: each one counts up by its own step."""
     generator = torch.Generator().manual_seed(recipe.seed)
     symbols = min(SYMBOLS, config.vocab_size)
     while True:

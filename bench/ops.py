@@ -1,4 +1,4 @@
-"""Each op versus PyTorch: forward, backward, or both. Values are checked against eager, then times are interleaved."""
+"""Each op versus PyTorch: forward, backward or both, checked against eager first: `peakgpt bench ops`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.hardware.peaks import peak_for, stream_peak
 from peakgpt.kernels.ops import catalogue
 
-COMPUTE_DTYPES = {"linear_q8": torch.int8, "linear_q4": torch.int8}  # ops whose peak is not that of the input dtype
+PRODUCTS = {"linear_q8": torch.int8, "linear_q4": torch.int8}  # ops whose peak is not that of their input dtype
 
 
 Peers = Callable[[Op, torch.device], dict[str, Callable[..., Any]]]
@@ -35,23 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", choices=sorted(catalogue.__all__), help="repeatable; default all")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
     parser.add_argument("--size", action="append", default=[], metavar="NAME=N",
-                        help="such as tokens=1024; repeatable; default: GPT-2 124M at 4 x 256 tokens")  # fmt: skip
+                        help="such as tokens=1024; repeatable; defaults: GPT-2 124M at 4 x 256 tokens")  # fmt: skip
     parser.add_argument("--pass", action="append", dest="passes", choices=tuple(PASSES),
                         help="repeatable; default forward, and forward+backward if the op has a gradient")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=120.0, help="for each dtype (default 120)")
 
 
 def run(args: argparse.Namespace, device: torch.device) -> RunResults:
-    """On a CPU all contenders use the allocator settings of peakgpt training, which are also the fastest for eager."""
+    """Time the chosen ops. On a CPU all contenders use the allocator settings of peakgpt's Trainer, eager's fastest."""
     cases = choose_cases(args.op or sorted(catalogue.__all__), args.size, args.passes)
     reason = keep_pages() if device.type == "cpu" else None
-    run_results = RunResults()
+    found = RunResults()
     for dtype in args.dtype or ("float32", "bfloat16"):
-        run_results.results += compare_ops(cases, device, getattr(torch, dtype), budget_s=args.seconds, peers=peers)
+        found.results += compare_ops(cases, device, getattr(torch, dtype), budget_s=args.seconds, peers=peers)
     if device.type == "cpu":
-        note = f"the allocator is unchanged: {reason}" if reason else "freed memory is kept, for every contender"
-        run_results.results = [replace(r, note="; ".join(filter(None, [r.note, note]))) for r in run_results.results]
-    return run_results
+        said = f"the allocator is unchanged: {reason}" if reason else "freed memory is kept, for every contender"
+        found.results = [replace(r, note="; ".join(filter(None, [r.note, said]))) for r in found.results]
+    return found
 
 
 def compare_ops(
@@ -66,21 +66,21 @@ def compare_ops(
     """Time ops versus eager.
 
     Args:
-        cases: ops and sizes; each is timed in all of its directions.
-        device, dtype: device and dtype of the inputs.
+        cases: ops and sizes; each is timed in all its passes.
+        device, dtype: of the inputs.
         budget_s: seconds for all cases, shared evenly.
         rounds: maximum number of timings of each contender.
         peers: see `compare`.
     Returns:
         Results with work FLOPs and bytes.
     Raises:
-        ValueError: the values of a contender differ from those of eager. Wrong values are never timed.
+        ValueError: our values differ from eager's.
     """
-    runs = [(case, direction) for case in cases for direction in case.directions]
+    todo = [(case, direction) for case in cases for direction in case.directions]
     return [
         result
-        for case, direction in runs
-        for result in compare(case, direction, device, dtype, budget_s=budget_s / len(runs), rounds=rounds, peers=peers)
+        for case, direction in todo
+        for result in compare(case, direction, device, dtype, budget_s=budget_s / len(todo), rounds=rounds, peers=peers)
     ]
 
 
@@ -95,17 +95,17 @@ def compare(
     peers: Peers = lambda op, device: {},
     on_failure: OnFailure = raise_failure,
 ) -> list[Result]:
-    """Time one direction of one case.
+    """Time one pass of one case.
 
     Args:
-        direction: key of PASSES.
+        direction: one of PASSES.
         budget_s: seconds, including the check; see `interleave`.
-        peers: (op, device) -> further contenders, with the arguments of the op.
-        on_failure: called with a contender that raises or has wrong values; the others are timed.
+        peers: more contenders, with the arguments of the op.
+        on_failure: called with a contender that raises or whose values differ from eager's; the others are timed.
     Returns:
         A result for each contender: "peakgpt" as dispatched, "peakgpt, NAME" for each other backend, "eager", peers.
     Raises:
-        ValueError: by default, if the values of a contender differ from those of eager.
+        ValueError: by default, if the values of a contender differ from eager's.
     """
     start = time.perf_counter()
     op, device, params = OPS[case.op], torch.device(device), case.arguments
@@ -121,18 +121,18 @@ def compare(
     calls |= {name: _forced(op, backend) for name, backend in chosen.items() if name not in calls}
     calls |= IN_PLACE.get(op.name, {}) | peers(op, device)
     small = sets if case.checked is None else make_inputs(replace(case, sizes=case.checked), device, dtype)
-    calls = _with_eager_values(op, calls, make, small[0], params, dtype, on_failure)
-    if case.checked is not None or op.mutates:  # in place, eager is only the reference: users run the fused op
+    calls = _right(op, calls, make, small[0], params, dtype, on_failure)
+    if case.checked is not None or op.mutates:  # for an in-place op eager is only the reference
         del calls["eager"]
     contenders = {name: make(call, sets, params) for name, call in calls.items()}
-    left_s = max(0.0, budget_s - (time.perf_counter() - start))  # all compilation was in the check
+    left_s = max(0.0, budget_s - (time.perf_counter() - start))  # the check includes all compilation
     timings = interleave(contenders, rounds=rounds, warmup=2, device=device, budget_s=left_s)
     if make is replayed and device.type == "cuda":
         timings = {name: timing.each(len(sets)) for name, timing in timings.items()}
-    cost, peak = op.cost(*tensors, **params), peak_for(device, COMPUTE_DTYPES.get(op.name, dtype))
+    cost, peak = op.cost(*tensors, **params), peak_for(device, PRODUCTS.get(op.name, dtype))
     written = forward * cost.written + backward * cost.backward_written
     read = forward * cost.bytes + backward * cost.backward_bytes - written
-    # Every call reads another input set. The allocator reuses the memory of the outputs.
+    # Every call reads another input set, but the allocator reuses the memory of the outputs.
     touched = len(sets) * read + (0 if op.mutates else written)
     updated = min(read, written) if op.mutates else 0
     ceiling, streams = stream_peak(device, read, written, touched, updated_bytes=updated)
@@ -161,20 +161,18 @@ def _forced(op: Op, backend: str) -> Callable[..., Any]:
 # ---- the check before the timing
 
 
-def _with_eager_values(
-    op: Op, calls, make, inputs: Inputs, params, dtype, on_failure: OnFailure
-) -> dict[str, Callable[..., Any]]:
-    """Return the contenders with the values of eager; report the others to on_failure."""
-    reference, correct = _values(op, calls["eager"], make, inputs, params), {}
+def _right(op: Op, calls, make, inputs: Inputs, params, dtype, on_failure: OnFailure) -> dict[str, Callable[..., Any]]:
+    """Return the contenders whose values are eager's; call on_failure for the others."""
+    reference, right = _values(op, calls["eager"], make, inputs, params), {}
     for name, call in calls.items():
         try:
             expect_close(f"{op.name}: {name}", _values(op, call, make, inputs, params), reference, dtype)
-            correct[name] = call
+            right[name] = call
         except Unsupported:
             continue
         except Exception as error:  # a failing peer must not prevent the timing of the others
             on_failure(name, error)
-    return correct
+    return right
 
 
 def _values(op: Op, call, make, inputs: Inputs, params) -> tuple[Tensor, ...]:

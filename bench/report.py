@@ -1,4 +1,4 @@
-"""Reports of a benchmark run: plain-text tables for the terminal and one self-contained HTML page."""
+"""Report of a run: plain-text tables for the terminal and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -25,23 +25,20 @@ CONTENDER_COLORS = {"eager": "#f0883e", "peakgpt": "#0969da"}
 
 
 def groups(results: Iterable[Result]) -> list[list[Result]]:
-    """Group results by case, in measured order."""
-    cases: dict[tuple, list[Result]] = {}
+    """Group the results of one case, in the order of measurement."""
+    found: dict[tuple, list[Result]] = {}
     for r in results:
-        cases.setdefault((r.bench, r.dtype, r.device, *sorted(r.case.items())), []).append(r)
-    return list(cases.values())
+        found.setdefault((r.bench, r.dtype, r.device, *sorted(r.case.items())), []).append(r)
+    return list(found.values())
 
 
 def speedup(result: Result, others: Sequence[Result]) -> float | None:
-    """Return the median time of eager (or of the fused optimizer of torch) over that of `result`.
-
-    Returns None if `result` is eager itself, or if eager was not timed.
-    """
+    """Return the median time of eager (or torch's fused optimizer) over this result's; None without a reference."""
     eager = next((o for o in others if o.contender in ("eager", "torch fused")), None)
     return None if eager is None or eager is result else eager.median_s / result.median_s
 
 
-# ---- cells of a table; empty for a missing value
+# ---- formatting; a missing figure is an empty cell
 
 
 def _percent(value: float | None) -> str:
@@ -73,8 +70,8 @@ def _rounds(r: Result) -> str:
 
 def _case(r: Result) -> str:
     head = [r.case[k] for k in ("op", "pass") if k in r.case]
-    repeated = ("n_head",) if "heads" in r.case else ()  # the parameter n_head equals the size heads
-    rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass", *repeated)]
+    twice = ("n_head",) if "heads" in r.case else ()  # a parameter that repeats a size
+    rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass", *twice)]
     return ", ".join(filter(None, [" ".join([*head, r.dtype]), *rest]))
 
 
@@ -102,18 +99,18 @@ def _columns(*headings: str) -> dict[str, Read]:
     return {heading: COLUMNS[heading] for heading in headings}
 
 
-# For each kind of benchmark: the title of its table and its columns.
+# One table for each kind of benchmark: title, and for each column a heading and a formatter.
 TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "train": (
-        "Training, model FLOPs (6N + 12 L H Q T per token)",
+        "Training, model FLOPs (6N + 12 L H Q T a token)",
         _columns("case", "contender", "tokens/s", "MFU", "ms (quartiles)", "GiB", "rounds", "against eager"),
     ),
     "prefill": (
-        "Prefill of a prompt, work FLOPs (causal attention is half; the head at one position)",
+        "Prefill, work FLOPs (causal attention is half, the head at one position)",
         _columns("case", "contender", "tokens/s", "of peak FLOP/s", "ms (quartiles)", "GiB", "rounds", "against eager"),
     ),
     "products": (
-        "Linear layers of one pass, work FLOPs; bytes are those of the weights",
+        "The linear layers of one pass, work FLOPs; bytes are those of the weights",
         _columns("case", "contender", "GB/s", "of read peak", "GFLOP/s", "of peak FLOP/s", "ms (quartiles)", "rounds"),
     ),
     "decode": (
@@ -121,7 +118,7 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
         _columns("case", "contender", "tokens/s", "MBU", "rounds", "against eager"),
     ),
     "serve": (
-        "Streams of the server versus the engine alone",
+        "Server with many streams versus the engine alone",
         _columns("case", "contender", "tokens/s", "ms (quartiles)", "rounds"),
     ),
     "op": (
@@ -137,8 +134,8 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
 
 
 def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Return (title, headings, rows) for each kind of benchmark that has results, without empty columns."""
-    filled = []
+    """Return (title, headings, rows) of each kind of benchmark with results, without empty columns."""
+    found = []
     for bench, (title, columns) in TABLES.items():
         rows = [
             [read(r, rs) for read in columns.values()]
@@ -146,12 +143,12 @@ def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[s
             for r in rs
         ]
         if rows:
-            filled.append((title, *_used(list(columns), rows)))
-    return filled
+            found.append((title, *_used(list(columns), rows)))
+    return found
 
 
 def _used(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Return (headings, rows) without empty columns."""
+    """Return headings and rows without empty columns."""
     used = [i for i in range(len(headings)) if any(row[i] for row in rows)]
     return [headings[i] for i in used], [[row[i] for i in used] for row in rows]
 
@@ -162,9 +159,9 @@ def tables(results: Sequence[Result]) -> list[str]:
 
 
 def comparisons(results: Sequence[Result]) -> list[str]:
-    """Return a plain-text table of the speed and memory of peakgpt relative to each contender; empty without pairs.
+    """Return a table of peakgpt's speed and memory relative to each contender of a case; empty without pairs.
 
-    Times are paired by round, so that changes of the speed of the machine do not widen the spread of the ratio.
+    Times are paired by round, so the quartiles are those of the ratio.
     """
     rows = []
     for rs in groups(results):
@@ -173,7 +170,7 @@ def comparisons(results: Sequence[Result]) -> list[str]:
         rows += [[_case(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
     headings = ["case", "of peak FLOP/s", "against", "times as fast (quartiles)", "of its memory", "beyond imports",
                 "rounds"]  # fmt: skip
-    return [f"\npeakgpt versus each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
+    return [f"\npeakgpt against each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
 
 
 def _comparison(ours: Result, other: Result) -> list[str]:
@@ -197,30 +194,25 @@ def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def notes(results: Iterable[Result]) -> list[str]:
-    """Return notes that explain the numbers: dropped rounds, page faults, sources of the peaks.
-
-    Notes that differ only in numbers are printed once.
-    """
+    """Return notes on the figures: dropped rounds, page faults, sources of the peaks; each kind of note once."""
     results, kinds = list(results), {}
-    lines = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped, the machine was busy elsewhere"
-             for r in results if r.dropped]  # fmt: skip
-    lines += [note for r in results for note in r.note.split("; ") if note]
-    lines += [f"peak: {r.peak_source}" for r in results if r.peak_source]
-    for note in dict.fromkeys(lines):
+    said = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped, the machine was busy elsewhere"
+            for r in results if r.dropped]  # fmt: skip
+    said += [note for r in results for note in r.note.split("; ") if note]
+    said += [f"peak: {r.peak_source}" for r in results if r.peak_source]
+    for note in dict.fromkeys(said):
         kinds.setdefault(re.sub(r"[\d.]+", "#", note), []).append(note)
     return [first + (f" ({len(more)} more like it)" if more else "") for first, *more in kinds.values()]
 
 
-def verdicts(results: RunResults) -> list[str]:
-    """Return one line for the checks, and one for each wrong case and each failure."""
+def verdicts(found: RunResults) -> list[str]:
+    """Return one line for the checks, and one for each failure."""
     lines = []
-    if results.checks:
-        passed = sum(c.passed for c in results.checks)
-        lines.append(f"\nchecked against float64: {passed} of {len(results.checks)} cases within the limit")
-    lines += [f"  wrong: {c.op} {c.case} {c.dtype} on {c.backend}: {c.message}" for c in results.checks if not c.passed]
-    lines += [
-        f"  failed: {', '.join(filter(None, (f.part, f.job, f.contender)))}: {f.message}" for f in results.failures
-    ]
+    if found.checks:
+        good = sum(c.passed for c in found.checks)
+        lines.append(f"\nchecked against float64: {good} of {len(found.checks)} cases within the limit")
+    lines += [f"  wrong: {c.op} {c.case} {c.dtype} on {c.backend}: {c.message}" for c in found.checks if not c.passed]
+    lines += [f"  failed: {', '.join(filter(None, (f.part, f.job, f.contender)))}: {f.message}" for f in found.failures]
     return lines
 
 
@@ -231,14 +223,14 @@ def write_report(
     path: Path | str, *, rows: Sequence[dict[str, Any]], results: Sequence[Result], environment: dict[str, Any],
     corpus: str, sample: str,
 ) -> None:  # fmt: skip
-    """Write the HTML page of a run: curves, tables, sample, environment. The page loads nothing from elsewhere.
+    """Write the page of a run with curves, tables and environment. It loads no other file.
 
     Args:
-        path: path of the page.
-        rows: rows of metrics.jsonl.
+        path: of the page.
+        rows: of metrics.jsonl.
         results: measured cases.
-        environment: from `peakgpt.bench.environment.environment`.
-        corpus: one line about the training text.
+        environment: of peakgpt.bench.environment.
+        corpus: one line that describes the text.
         sample: generated text.
     """
     e = html.escape
@@ -262,7 +254,7 @@ def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> str:
-    """Plot the loss of each contender and the bits per byte of the held-out text over steps, as inline SVG."""
+    """Return the loss of each contender and the bits per byte of the held-out text by step, as inline SVG."""
     losses = {
         name: [(r["step"], r["loss"]) for r in rows if r["contender"] == name and "loss" in r]
         for name in CONTENDER_COLORS
@@ -272,8 +264,8 @@ def _curves(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _chart(series: dict[str, list[tuple[float, float]]], title: str) -> str:
-    """Plot lines over steps as SVG; return "" without finite values."""
-    import matplotlib  # takes 0.3 s, and most commands do not plot
+    """Return a line chart over steps; empty without finite values."""
+    import matplotlib  # takes 0.3 s, and most runs draw nothing
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
@@ -285,9 +277,8 @@ def _chart(series: dict[str, list[tuple[float, float]]], title: str) -> str:
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for name, points in finite.items():
         if points:
-            linewidth = 1.2 if name == "peakgpt" else 3  # equal curves stay visible
-            axes.plot(*zip(*points, strict=True), color=CONTENDER_COLORS[name], label=name, gid=f"curve-{name}",
-                      linewidth=linewidth)  # fmt: skip
+            thin = {"linewidth": 1.2 if name == "peakgpt" else 3}
+            axes.plot(*zip(*points, strict=True), color=CONTENDER_COLORS[name], label=name, gid=f"curve-{name}", **thin)
     axes.set(title=title, xlabel="step")
     axes.legend()
     picture = io.StringIO()

@@ -112,7 +112,7 @@ def compare_serving(config: GPTConfig, workload: Workload, dtype: str, *, second
     ]
     speed = f"{rounds * workload.streams * workload.tokens / whole_s:.0f} tokens/s"
     results.append(Result(
-        contender=OURS, case={**sizes, "tokens": workload.tokens, "batch": workload.streams, "time": "without pauses"},
+        contender=OURS, case={**sizes, "tokens": workload.tokens, "batch": workload.streams, "time": "without a pause"},
         median_s=whole_s / rounds, q25_s=whole_s / rounds, q75_s=whole_s / rounds, rounds=1, dropped=0,
         note=f"without pauses: {whole_s:.0f} s, {speed}, {client.ended} requests ended, all complete", **same,
     ))  # fmt: skip

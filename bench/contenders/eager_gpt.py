@@ -1,8 +1,8 @@
-"""The PyTorch eager baseline: GPT-2 as an expert writes it in plain torch, and its training step.
+"""The PyTorch eager baseline: GPT-2 in plain torch, and its training step.
 
 SDPA attention, one qkv projection, F.gelu, F.cross_entropy over the flattened logits, torch's fused AdamW, gradient
-clipping by torch, bf16 by autocast over float32 parameters. Parameters are named as in peakgpt.GPT, so that both load
-the same state dict. Structure after GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+clipping by torch, bf16 by autocast over float32 parameters. Parameters have the names of peakgpt.GPT, so that both
+load one state dict. Structure after GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class EagerGPT(nn.Module):
-    """GPT-2 in plain torch. forward(ids (B, T)) returns logits, with targets the mean loss, as in peakgpt.GPT."""
+    """GPT-2 in plain torch: ids (B, T) -> logits (B, T, V), or the mean loss if targets are given."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -95,7 +95,7 @@ class EagerGPT(nn.Module):
 
 
 class EagerTrainer:
-    """Train by the same TrainConfig as peakgpt.Trainer, in plain torch: fused AdamW, autocast, clip_grad_norm_."""
+    """The training step of peakgpt's Trainer in plain torch: fused AdamW, autocast, torch's clipping."""
 
     def __init__(self, model: nn.Module, train_config: TrainConfig, *, steps: int):
         self.model, self.train_config, self.steps, self.done = model, train_config, steps, 0

@@ -1,4 +1,4 @@
-"""Kernels of other libraries with the arguments of our ops: contenders of `bench ops` on a GPU, some also on a CPU."""
+"""Kernels of other projects with the arguments of our ops: peers of `bench ops` and `bench device`."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ CHUNK = 1 << 22  # elements; torch's fused AdamW takes a list of parameters, and
 
 
 def peers(op: Op, device: torch.device) -> dict[str, Call]:
-    """Return the peers of an op that this machine has.
+    """Return the peers of an op on a device.
 
     Returns:
-        name -> function with the arguments of the op. It raises if it cannot take a call, as cuDNN does on old GPUs.
+        name -> function with the arguments of the op. It raises if it does not support a call (cuDNN on old GPUs).
     """
-    calls = PEERS.get(op.name, lambda device: {})(device)
+    found = OTHERS.get(op.name, lambda device: {})(device)
     if device.type == "cuda" and op.name in COMPILED:
-        calls["compile"] = _compiled(op)
-    return calls
+        found["compile"] = _compiled(op)
+    return found
 
 
 def _compiled(op: Op) -> Call:
-    # The pass "backward" runs many times over one autograd graph, which donated buffers do not allow.
+    # A backward timed alone runs many times on one graph, which donated buffers do not allow.
     functorch.donated_buffer = False
-    torch._dynamo.reset()  # dynamo compiles at most eight sizes of a function
+    torch._dynamo.reset()  # otherwise torch.compile stops at the eighth size of an op
     return torch.compile(op.eager, dynamic=False)
 
 
@@ -55,65 +55,64 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool 
 
 
 def _mlp(device: torch.device) -> dict[str, Call]:
-    """cuBLASLt, and both strategies of kernels/gpu/gemm/mlp.py, which otherwise chooses one of them by its table."""
+    """Include both of our strategies, between which the table of kernels/gpu/gemm/mlp.py chooses."""
     if device.type != "cuda":
         return {}
-    ours = {f"peakgpt {strategy}": functools.partial(_mlp_by, strategy) for strategy in ("fused", "library")}
+    ours = {f"peakgpt {way}": functools.partial(_mlp_way, way) for way in ("fused", "library")}
     return {"cublaslt epilogue": _epilogue_mlp, **ours}
 
 
-def _mlp_by(strategy: str, *tensors: Tensor | None) -> Tensor:
+def _mlp_way(way: str, *tensors: Tensor | None) -> Tensor:
     from peakgpt.kernels.gpu.gemm import mlp
 
     if torch.is_grad_enabled():
-        return _MLPByStrategy.apply(strategy, *tensors)
-    with mlp.use_strategy(strategy), use_backend("gpu"):
+        return _WholeWay.apply(way, *tensors)
+    with mlp.use_strategy(way), use_backend("gpu"):
         return OPS["mlp"](*tensors)
 
 
-class _MLPByStrategy(torch.autograd.Function):
-    """The MLP by one strategy in forward and backward: autograd runs backward after the forward context has ended."""
+class _WholeWay(torch.autograd.Function):
+    """Apply a strategy in forward and backward; backward runs after the `with` block of the forward has ended."""
 
     @staticmethod
-    def forward(ctx, strategy, *tensors):
+    def forward(ctx, way, *tensors):
         from peakgpt.kernels.gpu.gemm import mlp
 
         leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        with mlp.use_strategy(strategy), use_backend("gpu"), torch.enable_grad():
+        with mlp.use_strategy(way), use_backend("gpu"), torch.enable_grad():
             ctx.result = OPS["mlp"](*leaves)
-        ctx.strategy, ctx.leaves = strategy, leaves
+        ctx.way, ctx.leaves = way, leaves
         return ctx.result.detach()
 
     @staticmethod
     def backward(ctx, dy):
         from peakgpt.kernels.gpu.gemm import mlp
 
-        inputs = [t for t in ctx.leaves if t is not None and t.requires_grad]
-        with mlp.use_strategy(ctx.strategy), use_backend("gpu"):
-            grads = iter(torch.autograd.grad(ctx.result, inputs, dy, retain_graph=True))
-        return None, *(next(grads) if t is not None and t.requires_grad else None for t in ctx.leaves)
+        wanted = [t for t in ctx.leaves if t is not None and t.requires_grad]
+        with mlp.use_strategy(ctx.way), use_backend("gpu"):
+            found = iter(torch.autograd.grad(ctx.result, wanted, dy, retain_graph=True))
+        return None, *(next(found) if t is not None and t.requires_grad else None for t in ctx.leaves)
 
 
 def _epilogue_mlp(x, w_up, b_up, w_down, b_down) -> Tensor:
-    """Fuse GELU (tanh on CUDA) into the epilogue of the first GEMM. The pre-activation is not saved: no gradient."""
+    """GELU (tanh on CUDA) in the epilogue of the first GEMM. It saves no pre-activation, so it has no gradient."""
     if torch.is_grad_enabled():
         raise Unsupported("torch._addmm_activation has no gradient")
     return F.linear(torch._addmm_activation(b_up, x, w_up.t(), use_gelu=True), w_down, b_down)
 
 
 def _linear_cross_entropy(device: torch.device) -> dict[str, Call]:
-    calls = {}
-    # Not on a CPU: there its chunks take 5.5 s, and all rows at once 0.63 s (1024 x 768 x 50304, bf16, 2-core Zen 4,
-    # 2026-11).
+    found = {}
+    # On a CPU it takes 5.5 s in chunks and 0.63 s unchunked (1024 x 768 x 50304, bf16, 2-core Zen 4, 2026-11).
     if device.type == "cuda" and hasattr(F, "linear_cross_entropy"):
-        chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # without options it stores all logits
+        chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # without options it is F.linear plus the loss
         options = {"options": chunked()} if chunked else {}
-        calls["torch linear_cross_entropy"] = functools.partial(F.linear_cross_entropy, **options)
+        found["torch linear_cross_entropy"] = functools.partial(F.linear_cross_entropy, **options)
     if _has_liger(device):
         from liger_kernel.transformers import functional as liger
 
-        calls["liger"] = liger.liger_fused_linear_cross_entropy
-    return calls
+        found["liger"] = liger.liger_fused_linear_cross_entropy
+    return found
 
 
 def _layernorm(device: torch.device) -> dict[str, Call]:
@@ -129,7 +128,7 @@ def _has_liger(device: torch.device) -> bool:
 
 
 def _fused_adamw(param, grad, remainder, exp_avg, exp_avg_sq, step, norm=None, *, lr: float) -> None:
-    """Run the kernel of torch.optim.AdamW(fused=True). It has no master weights: compare it with our float32 update."""
+    """The kernel of torch.optim.AdamW(fused=True). It has no master weights: a peer of our float32 update only."""
     if remainder is not None:
         raise Unsupported("torch's fused AdamW keeps no float32 master")
     step += 1
@@ -138,12 +137,12 @@ def _fused_adamw(param, grad, remainder, exp_avg, exp_avg_sq, step, norm=None, *
                         eps=1e-8, amsgrad=False, maximize=False)  # fmt: skip
 
 
-PEERS: dict[str, Callable[[torch.device], dict[str, Call]]] = {
+OTHERS: dict[str, Callable[[torch.device], dict[str, Call]]] = {
     "attention": _attention,
     "layernorm": _layernorm,
     "mlp": _mlp,
     "linear_cross_entropy": _linear_cross_entropy,
 }
 
-# For ops that change their tensors: the kernel of torch that a user would run.
+# Replacements of in-place ops in torch.
 IN_PLACE: dict[str, dict[str, Call]] = {"adamw": {"torch fused": _fused_adamw}}

@@ -1,4 +1,4 @@
-"""Contenders in worker processes: protocol, memory, checks before timing, training and decoding."""
+"""Contenders in processes of their own: what training and decoding compare."""
 
 import dataclasses
 import gc
@@ -34,49 +34,48 @@ def training_request(contender, **changes):
             "recompute": "none", "threads": 1, **changes}  # fmt: skip
 
 
-def test_worker_reports_steps_and_its_exit_code():
-    worker, failing = (WorkerProcess(name, training_request(name), {}) for name in ("peakgpt", "unknown"))
+def test_worker_process_steps_and_reports_its_death():
+    worker, dead = (WorkerProcess(name, training_request(name), {}) for name in ("peakgpt", "nobody"))
     losses = [worker.step() for _ in range(3)]
     assert losses[2] < losses[0] and "page faults" in worker.note
-    with pytest.raises(RuntimeError, match="worker 'unknown' ended with exit code 1"):
-        failing.step()
+    with pytest.raises(RuntimeError, match="worker 'nobody' ended with exit code 1"):
+        dead.step()
     worker.process.kill()
     worker.process.wait()
     with pytest.raises(RuntimeError, match="'peakgpt' ended with exit code -9"):
         worker.step()
-    for w in (worker, failing):
+    for w in (worker, dead):
         w.close()
 
 
-LARGE_SETUP = """
+GREEDY = """
 import torch
 MIB = 1 << 18  # floats
 
 def make(request):
-    torch.ones(400 * MIB)  # the setup needs more memory than a step
-    weights = torch.ones(100 * MIB)
-    return lambda: float((weights + 1)[0])
+    torch.ones(400 * MIB)  # building takes more than a step
+    kept = torch.ones(100 * MIB)
+    return lambda: float((kept + 1)[0])
 """
 
 
-# The tuned allocator keeps the 100 MiB that a step frees. If a small allocation then takes part of them, the next step
-# needs 100 MiB more.
-@pytest.mark.parametrize("environment, limit_mib", [({}, 220), ({"GLIBC_TUNABLES": TUNED_MALLOC}, 320)])
-def test_worker_memory_is_the_peak_of_a_step(tmp_path, environment, limit_mib):
-    """Fails if the worker does not reset its peak, or does not return freed memory under the tuned allocator."""
-    (tmp_path / "large_setup.py").write_text(LARGE_SETUP)
+# The tuned allocator keeps a step's freed 100 MiB, and where something small lies in it, the next step gets others.
+@pytest.mark.parametrize("environment, most", [({}, 220), ({"GLIBC_TUNABLES": TUNED_MALLOC}, 320)])
+def test_worker_memory_is_the_peak_of_one_step_without_setup(tmp_path, environment, most):
+    """Fails without the reset of the peak or, under the tuned allocator, without the return of freed memory."""
+    (tmp_path / "greedy.py").write_text(GREEDY)
     worker = WorkerProcess(
-        "large_setup", {"make": "large_setup:make", "threads": 1}, {"PYTHONPATH": str(tmp_path), **environment}
+        "greedy", {"make": "greedy:make", "threads": 1}, {"PYTHONPATH": str(tmp_path), **environment}
     )
     try:
         assert worker.step() == worker.step() == 2.0
-        assert 190 < (worker.memory_bytes() - worker.base_bytes) / 2**20 < limit_mib
+        assert 190 < (worker.memory_bytes() - worker.base_bytes) / 2**20 < most
         assert worker.base_bytes > 1 << 26 and not worker.last.whole_life
     finally:
         worker.close()
 
 
-def test_note_says_that_memory_is_the_peak_of_the_process(monkeypatch):
+def test_note_says_when_step_peaks_are_unavailable(monkeypatch):
     def read_only(path, text):
         raise PermissionError
 
@@ -87,22 +86,22 @@ def test_note_says_that_memory_is_the_peak_of_the_process(monkeypatch):
 
 
 @pytest.mark.parametrize("contender", ["peakgpt", "eager"])
-def test_training_step_keeps_no_reference_to_the_initial_state(contender, monkeypatch):
+def test_training_step_frees_the_initial_state(contender, monkeypatch):
     states = []
     training_inputs = training.training_inputs
 
-    def recorded(*args):
+    def watched(*args):
         state, batch = training_inputs(*args)
         states.append(weakref.ref(state["transformer.wte.weight"].untyped_storage()))
         return state, batch
 
-    monkeypatch.setattr(training, "training_inputs", recorded)
+    monkeypatch.setattr(training, "training_inputs", watched)
     step = training.training_step(training_request(contender))
     gc.collect()
     assert step() > 0 and states[0]() is None
 
 
-def test_training_with_another_loss_raises():
+def test_contender_with_other_loss_raises():
     losses = {"x": 2.005, "eager": 2.0}
     for name in losses:
         _expect_same_loss(name, losses, 3, torch.bfloat16)
@@ -111,7 +110,7 @@ def test_training_with_another_loss_raises():
 
 
 class FakeContender:
-    pid, base_bytes, note = None, None, "a note"
+    pid, base_bytes, note = None, None, "said"
     closed = ()
 
     def __init__(self, step):
@@ -124,44 +123,44 @@ class FakeContender:
         FakeContender.closed += (self.step,)
 
 
-def test_failing_contenders_are_reported_and_closed_and_the_others_timed(monkeypatch):
+def test_failing_contenders_are_reported_and_closed(monkeypatch):
     monkeypatch.setattr(FakeContender, "closed", ())
     right, wrong, raises = lambda: 1, lambda: 2, lambda: 1 / 0
     starts = {"absent": raises, "right": lambda: FakeContender(right), "wrong": lambda: FakeContender(wrong),
               "raises": lambda: FakeContender(raises)}  # fmt: skip
-    checked, failures = [], []
+    seen, told = [], []
 
-    def expect_correct(name, values):
-        checked.append(dict(values))
+    def judge(name, values):
+        seen.append(dict(values))
         assert values[name] == 1
 
-    measured = time_contenders(starts.items(), lambda name, contender: contender.step(), expect_correct, rounds=3,
-                       on_failure=lambda name, error: failures.append((name, type(error))))  # fmt: skip
-    assert failures == [("absent", ZeroDivisionError), ("raises", ZeroDivisionError), ("wrong", AssertionError)]
-    assert FakeContender.closed == (raises, wrong, right) and checked == [{"right": 1, "wrong": 2}] * 2
-    correct = measured.pop("right")
-    assert not measured and len(correct.timing.samples_s) == 3 and (correct.memory_bytes, correct.note) == (7, "a note")
-    assert correct.timing.noted("", "a", "b").note.endswith("a; b")
+    measured = time_contenders(starts.items(), lambda name, stepper: stepper.step(), judge, rounds=3,
+                       on_failure=lambda name, error: told.append((name, type(error))))  # fmt: skip
+    assert told == [("absent", ZeroDivisionError), ("raises", ZeroDivisionError), ("wrong", AssertionError)]
+    assert FakeContender.closed == (raises, wrong, right) and seen == [{"right": 1, "wrong": 2}] * 2
+    found = measured.pop("right")
+    assert not measured and len(found.timing.samples_s) == 3 and (found.memory_bytes, found.note) == (7, "said")
+    assert found.timing.noted("", "a", "b").note.endswith("a; b")
 
 
 @pytest.mark.parametrize("name", [name for name in decoding.DECODING_CONTENDERS if name != "eager"])
-def test_contenders_decode_the_same_tokens_as_eager(name):
-    """float32 weights give the tokens of eager. Other formats give the same tokens in every run, and as many."""
-    contender = decoding.DECODING_CONTENDERS[name]
-    pytest.importorskip(contender.package)
+def test_decoding_contenders_give_the_tokens_of_eager(name):
+    """In float32 eager's text; in small weights the same again and again, as long."""
+    who = decoding.DECODING_CONTENDERS[name]
+    pytest.importorskip(who.package)
     config = preset("gpt2-tiny", n_layer=1, vocab_size=96, n_head=2, n_embd=64)
-    workload = Workload(2, 4, 6)
-    state, ids = decode.decoding_inputs(config, workload)
-    expected = decoding.eager_decoder(dict(state), config, ids, workload, "float32")()
-    for weights in contender.formats:
-        run = contender.build(dict(state), config, ids, workload, weights)
-        tokens = run()
-        assert tokens.shape == (2, 6) and torch.equal(tokens, run())
-        assert weights != "float32" or torch.equal(tokens, expected)
+    case = Workload(2, 4, 6)
+    state, ids = decode.decoding_inputs(config, case)
+    expected = decoding.eager_decoder(dict(state), config, ids, case, "float32")()
+    for form in who.formats:
+        run = who.build(dict(state), config, ids, case, form)
+        text = run()
+        assert text.shape == (2, 6) and torch.equal(text, run())
+        assert form != "float32" or torch.equal(text, expected)
     assert len(expected.unique()) > 3
 
 
-def test_decoding_with_other_tokens_raises():
+def test_other_tokens_raise():
     expected = torch.arange(12).view(2, 6)
     with pytest.raises(ValueError, match="only the first 0 tokens equal those of eager"):
         decode._expect_equal_start("x", expected + 1, expected, "float32")
@@ -169,23 +168,23 @@ def test_decoding_with_other_tokens_raises():
         decode._expect_equal_start("x", expected[:, 1:], expected, "int8")
 
 
-def test_weight_formats_are_compared_in_one_run(monkeypatch):
+def test_weight_formats_share_one_interleaved_run(monkeypatch):
     peak = SimpleNamespace(bandwidth_bytes_s=1e9, source="none")
     monkeypatch.setattr(decode, "peak_for", lambda *args: peak)
-    in_process = lambda name, request, environment: FakeContender(decode.decode_step(request))  # noqa: E731
-    monkeypatch.setattr(decode, "WorkerProcess", in_process)  # other tests start real worker processes
-    workload, failures = Workload(2, 4, 6), []
-    results = decode.compare_streams(tiny_config(), workload, ("float32", "int8"), ["peakgpt", "eager"], rounds=3,
-                                      on_failure=lambda name, error: failures.append(name))  # fmt: skip
+    here = lambda name, request, environment: FakeContender(decode.decode_step(request))  # noqa: E731
+    monkeypatch.setattr(decode, "WorkerProcess", here)  # processes are tested with the training step and the prompt
+    case, told = Workload(2, 4, 6), []
+    results = decode.compare_streams(tiny_config(), case, ("float32", "int8"), ["peakgpt", "eager"], rounds=3,
+                                      on_failure=lambda name, error: told.append(name))  # fmt: skip
     assert [(r.contender, r.dtype) for r in results] == [("peakgpt", "float32"), ("eager", "float32"),
                                                          ("peakgpt", "int8")]  # fmt: skip
-    assert not failures and len({r.rounds for r in results}) == 1
-    read_bytes = [decode.read_bytes(preset("gpt2"), Workload(1, 0, 1), weights) for weights in WEIGHT_FORMATS]
-    assert read_bytes[0] == pytest.approx(4 * 123.65e6, rel=2e-3) and read_bytes == sorted(read_bytes, reverse=True)
-    assert read_bytes[3] == pytest.approx(38.6e6 + 85.1e6 * 4.5 / 8, rel=2e-3)
+    assert not told and len({r.rounds for r in results}) == 1
+    weights = [decode.read_bytes(preset("gpt2"), Workload(1, 0, 1), form) for form in WEIGHT_FORMATS]
+    assert weights[0] == pytest.approx(4 * 123.65e6, rel=2e-3) and weights == sorted(weights, reverse=True)
+    assert weights[3] == pytest.approx(38.6e6 + 85.1e6 * 4.5 / 8, rel=2e-3)
 
 
-def test_compare_decoding_times_both_and_raises_on_wrong_logits():
+def test_compare_decoding_raises_for_wrong_logits():
     model = GPT(tiny_config())
     ids = torch.randint(64, (2, 4))
     results = compare_decoding(model, ids, count=3, rounds=3)
@@ -204,7 +203,7 @@ def trained(tmp_path_factory):
     return read_results(next(out.iterdir()))[0]
 
 
-def test_bench_train_times_each_contender_in_its_process(trained):
+def test_bench_train_gives_a_result_with_memory_for_each_process(trained):
     assert [r.contender for r in trained] == ["peakgpt", "eager", "eager, tuned malloc"]
     assert all(r.case["batch"] == 1 and r.case["tokens"] == 16 and r.dtype == "bfloat16" for r in trained)
     assert all(r.memory_bytes > r.base_bytes > 1 << 26 and len(r.samples_s) == r.rounds for r in trained)

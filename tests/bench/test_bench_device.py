@@ -1,4 +1,4 @@
-"""`bench device`: every part runs, and a job that raises, hangs or dies does not stop the others."""
+"""The device script: what fails, hangs or dies does not stop the rest, and every part runs."""
 
 import json
 import subprocess
@@ -22,13 +22,13 @@ from peakgpt.kernels.core.dispatch import OPS
 CPU = torch.device("cpu")
 
 
-FAKE_PARTS = """
+FAKE = """
 import os, time
 from peakgpt.bench.run_results import Failure
 from peakgpt.bench.isolated_jobs import Part
 
 def good(budget_s, emit):
-    emit(Failure(message="a limit", contender="peer"))
+    emit(Failure(message="told", contender="peer"))
 
 def raises(budget_s, emit):
     good(budget_s, emit)
@@ -44,39 +44,38 @@ PARTS = {
 
 
 @pytest.fixture
-def fake_module(tmp_path, monkeypatch):
-    """Write a module with fake parts, and return its name."""
-    (tmp_path / "fake_parts.py").write_text(FAKE_PARTS)
+def fake(tmp_path, monkeypatch):
+    (tmp_path / "fake_parts.py").write_text(FAKE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return "fake_parts"
 
 
-def test_failing_hanging_or_dying_job_does_not_stop_the_others(fake_module):
-    rows = run_part(fake_module, "mixed", CPU)
+def test_raising_hanging_or_dying_job_does_not_stop_the_other_jobs(fake):
+    rows = run_part(fake, "mixed", CPU)
     assert [(r.job, r.message) for r in rows] == [
-        ("first", "a limit"),
-        ("raises", "a limit"),
+        ("first", "told"),
+        ("raises", "told"),
         ("raises", "ZeroDivisionError: by nought"),
         ("dies", "the process ended with exit code 9"),
         ("hangs", "stopped: no end after 2 s or at the end of the budget"),
-        ("last", "a limit"),
+        ("last", "told"),
     ]
     assert all(r.part == "mixed" for r in rows)
     assert "in raises" in rows[2].traceback and "in <lambda>" in rows[4].traceback
 
 
-def test_part_that_cannot_start_or_has_no_time_is_a_failure(fake_module, capsys):
-    results = device_bench.run_parts(fake_module, ["unusable", "late"], CPU)
-    assert [f.message for f in results.failures] == [
+def test_part_that_cannot_start_or_has_no_time_is_reported(fake, capsys):
+    found = device_bench.run_parts(fake, ["unusable", "late"], CPU)
+    assert [f.message for f in found.failures] == [
         "the process ended with exit code 1",
         "not run: the budget of the part, 0 s, is spent",
     ]
-    assert "ZeroDivisionError" in results.failures[0].traceback and results.exit_code == 1
+    assert "ZeroDivisionError" in found.failures[0].traceback and found.exit_code == 1
     assert capsys.readouterr().err.startswith("unusable:")
 
 
-def test_bench_device_end_to_end(tmp_path, capsys):
+def test_bench_device_writes_results_file_and_table(tmp_path, capsys):
     argv = ["bench", "device", "--device", "cpu", "--only", "adamw", "--commit", "abc"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
@@ -101,29 +100,29 @@ def test_every_part_runs_on_cpu(part):
         assert all(r.flops_kind == "model" and r.memory_bytes for r in rows)
 
 
-def test_every_gpu_case_is_accepted_by_its_op():
+def test_every_gpu_case_is_a_valid_call_of_its_op():
     d = device_bench
     for case in (*d.ATTENTION, *d.LAYERNORM, *d.MLP, *d.LINEAR, *d.LOSS, *d.ADAMW):
         op, sizes, device = OPS[case.op], case.sizes, "meta"
-        if case.op == "attention_decode":  # its cost reads the lengths, so its tensors must be real; keep them small
+        if case.op == "attention_decode":  # its cost reads the lengths, so its tensors are real, and few
             sizes, device = {**sizes, "keys": 64, "block": 16}, "cpu"
         tensors, params = op.bind(op.sample(**sizes, device=device, dtype=torch.bfloat16), case.arguments)
         op.check(*tensors, **params)
         assert op.cost(*tensors, **params).flops > 0
     jobs = device_bench.PARTS["attention"].jobs(torch.device("cuda"))
-    assert len(jobs) == 6 * 2 + 2 + 6 + 3 * 2  # both passes; one query; attention_decode; attention_qkv
+    assert len(jobs) == 6 * 2 + 2 + 6 + 3 * 2  # both passes; one query; decode; packed, rotary
     assert len(device_bench.PARTS["check"].jobs(torch.device("cuda"))) == 2 * (
         len(device_bench.CASES) + len(device_bench.LARGE_CASES) + 1
     )
 
 
-def test_budgets_sum_to_less_than_eight_minutes():
+def test_part_budgets_sum_to_under_eight_minutes():
     assert sum(p.budget_s for p in device_bench.PARTS.values()) <= 465
     assert all(p.patience_s <= p.budget_s for p in device_bench.PARTS.values())
 
 
-def test_bench_device_imports_only_torch():
-    """A rented machine may lack rich, tokenizers, safetensors and the C++ extension."""
+def test_bench_device_imports_with_torch_only():
+    """No rich, no tokenizers, no safetensors, no C++ extension: what `bench device` imports needs torch only."""
     code = """
 import sys
 for name in ("rich", "matplotlib", "tokenizers", "safetensors", "transformers", "peakgpt._C"):
@@ -133,21 +132,21 @@ import peakgpt.commands.bench, peakgpt.bench.device
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
 
 
-def test_contenders_without_environment_can_share_a_process():
+def test_gpu_contenders_have_no_environment_of_their_own():
     assert [n for n, c in TRAINING_CONTENDERS.items() if not c.environment] == ["peakgpt", "eager", "compile"]
 
 
-def test_decoding_on_a_device_reports_wrong_logits_and_times_the_others(monkeypatch):
-    config, failures = device_bench.TINY_RUN[0], []
-    build_eager = device_decode.DEVICE_DECODING_CONTENDERS["eager"].build
+def test_device_decoding_reports_wrong_logits_and_counts_bytes(monkeypatch):
+    config, told = device_bench.TINY_RUN[0], []
+    was = device_decode.DEVICE_DECODING_CONTENDERS["eager"].build
 
     def wrong(*args):
-        return lambda: lambda token: build_eager(*args)()(token).roll(1, -1)
+        return lambda: lambda token: was(*args)()(token).roll(1, -1)
 
     monkeypatch.setitem(device_decode.DEVICE_DECODING_CONTENDERS, "compile", Contender(wrong))
     results = device_decode.compare_steps(config, Workload(2, 5, 3), CPU, ["compile", "peakgpt"], budget_s=0.0,
-                                          on_failure=lambda *failure: failures.append(failure))  # fmt: skip
-    assert [(name, "is off eager" in str(error)) for name, error in failures] == [("compile", True)]
+                                          on_failure=lambda *failure: told.append(failure))  # fmt: skip
+    assert [(name, "is off eager" in str(error)) for name, error in told] == [("compile", True)]
     (ours,) = results
     weights = sum(p.numel() for p in GPT(config).parameters()) - config.block_size * config.n_embd
     assert ours.bytes == 2 * (3 * weights + 2 * 2 * config.n_embd * (6 + 7 + 8))
@@ -155,22 +154,22 @@ def test_decoding_on_a_device_reports_wrong_logits_and_times_the_others(monkeypa
     assert [r.contender for r in first] == ["peakgpt", "eager"] and all(r.flops_fraction for r in first)
 
 
-def test_missing_cuda_graph_is_a_failure_and_the_time_is_kept(monkeypatch):
-    """A reader must not take the time of an uncaptured step for that of a CUDA graph."""
-    build_eager = device_decode._eager
+def test_step_without_cuda_graph_is_reported_as_failure(monkeypatch):
+    """Or its times would pass for a graph's; they are kept."""
+    inner = device_decode._eager
 
     def warns(model, ids, workload):
-        begin = build_eager(model, ids, workload)
+        begin = inner(model, ids, workload)
 
-        def begin_with_warning():
+        def again():
             warnings.warn("the function runs uncaptured, capture failed: no", stacklevel=1)
             return begin()
 
-        return begin_with_warning
+        return again
 
     monkeypatch.setitem(device_decode.DEVICE_DECODING_CONTENDERS, "peakgpt", Contender(warns))
-    config, failures = device_bench.TINY_RUN[0], []
+    config, told = device_bench.TINY_RUN[0], []
     results = device_decode.compare_steps(config, Workload(2, 5, 3), CPU, ["peakgpt"], budget_s=0.0,
-                                          on_failure=lambda *failure: failures.append(failure))  # fmt: skip
-    assert len(results) == 1 and {name for name, _ in failures} == {"peakgpt"}
-    assert "capture failed: no" in str(failures[0][1])
+                                          on_failure=lambda *failed: told.append(failed))  # fmt: skip
+    assert len(results) == 1 and {name for name, _ in told} == {"peakgpt"}
+    assert "capture failed: no" in str(told[0][1])

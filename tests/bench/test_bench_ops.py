@@ -1,4 +1,4 @@
-"""`bench ops` and `bench memory_bound`: wrong values are not timed, and FLOPs and bytes are counted right."""
+"""Benches of ops and passes: nothing wrong is timed, and what is counted is what they compute and move."""
 
 import contextlib
 import inspect
@@ -24,11 +24,10 @@ CPU = torch.device("cpu")
 SMALL = OpCase("layernorm", {"rows": 8, "width": 16})
 
 
-def timed(direction, failures=None, **contenders):
-    """Time one direction of a small layernorm by peakgpt, eager and `contenders`; return name -> result."""
-    options = {} if failures is None else {"on_failure": lambda name, error: failures.append((name, str(error)))}
+def timed(direction, found=None, **contenders):
+    told = {} if found is None else {"on_failure": lambda name, error: found.append((name, str(error)))}
     results = compare(SMALL, direction, CPU, torch.float32, budget_s=0.0, rounds=3,
-                      peers=lambda op, device: contenders, **options)  # fmt: skip
+                      peers=lambda op, device: contenders, **told)  # fmt: skip
     return {r.contender: r for r in results}
 
 
@@ -45,20 +44,20 @@ def wrong_gradient(x, w, b):
     return y + 0.01 * (y - y.detach())
 
 
-def test_compare_ops_times_every_op_versus_torch():
+def test_compare_ops_times_every_op_and_pass_versus_eager():
     sizes = {"layernorm": {"rows": 8, "width": 16}, "adamw": {"count": 64},
              "attention_qkv": {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 8}}  # fmt: skip
     cases = [OpCase(op, size) for op, size in sizes.items()]
     results = compare_ops(cases, CPU, torch.float32, budget_s=0.0, rounds=3)
-    timed_cases = {(r.case["op"], r.case["pass"], r.contender) for r in results}
+    seen = {(r.case["op"], r.case["pass"], r.contender) for r in results}
     passes = {"layernorm": 2, "adamw": 1, "attention_qkv": 2}
-    baselines = {"layernorm": "eager", "adamw": "torch fused", "attention_qkv": "eager"}
-    assert {(op, c) for op, _, c in timed_cases} == {(op, c) for op in sizes for c in ("peakgpt", baselines[op])}
-    assert all(len([c for c in timed_cases if c[0] == op]) == 2 * count for op, count in passes.items())
+    torchs = {"layernorm": "eager", "adamw": "torch fused", "attention_qkv": "eager"}
+    assert {(op, c) for op, _, c in seen} == {(op, c) for op in sizes for c in ("peakgpt", torchs[op])}
+    assert all(len([s for s in seen if s[0] == op]) == 2 * count for op, count in passes.items())
     assert next(r for r in results if r.case["op"] == "attention_qkv").case["n_head"] == 2
 
 
-def test_bench_ops_times_the_requested_sizes_and_passes(tmp_path, capsys):
+def test_bench_ops_times_the_given_sizes_and_passes(tmp_path, capsys):
     argv = ["bench", "ops", "--device", "cpu", "--op", "attention", "--dtype", "float32", "--pass", "backward"]
     sizes = {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 16}
     argv += [a for name, value in sizes.items() for a in ("--size", f"{name}={value}")]
@@ -67,8 +66,8 @@ def test_bench_ops_times_the_requested_sizes_and_passes(tmp_path, capsys):
     assert [r.contender for r in results] == ["peakgpt", "eager", "sdpa flash"]
     assert all(r.case.items() >= {"pass": "backward", **sizes}.items() for r in results)
     assert all("freed memory is kept, for every contender" in r.note for r in results)
-    output = capsys.readouterr().out
-    assert "peakgpt versus each contender" in output and "freed memory is kept" in output
+    said = capsys.readouterr().out
+    assert "peakgpt against each contender" in said and "freed memory is kept" in said
 
 
 @pytest.mark.parametrize(
@@ -95,20 +94,20 @@ def test_wrong_gradients_raise_if_backward_is_timed():
             timed(direction, other=wrong_gradient)
 
 
-def test_other_contenders_are_timed_when_one_fails():
+def test_failing_contender_does_not_stop_the_others():
     def broken(x, w, b):
         raise RuntimeError("no such kernel")
 
     def declines(x, w, b):
         raise Unsupported
 
-    failures = []
-    results = timed("forward", failures, broken=broken, wrong=wrong, declines=declines)
+    found = []
+    results = timed("forward", found, broken=broken, wrong=wrong, declines=declines)
     assert set(results) == {"peakgpt", "eager"}
-    assert [name for name, _ in failures] == ["broken", "wrong"] and failures[0][1] == "no such kernel"
+    assert [name for name, _ in found] == ["broken", "wrong"] and found[0][1] == "no such kernel"
 
 
-def test_note_gives_the_reason_of_a_fallback_to_eager(monkeypatch):
+def test_result_of_fallback_to_eager_notes_the_objection(monkeypatch):
     from peakgpt.kernels.cpu import layernorm
 
     assert "eager ran" not in timed("forward")["peakgpt"].note
@@ -118,7 +117,7 @@ def test_note_gives_the_reason_of_a_fallback_to_eager(monkeypatch):
     assert "layernorm: eager ran as peakgpt, cpu objects: it is Sunday" in notes(results.values())
 
 
-def test_flops_and_bytes_match_the_direction():
+def test_flops_and_bytes_are_those_of_the_pass():
     op = OPS["layernorm"]
     cost = op.cost(*op.sample(rows=8, width=16))
     by = {d: timed(d)["eager"] for d in ("forward", "backward", "forward+backward")}
@@ -127,7 +126,7 @@ def test_flops_and_bytes_match_the_direction():
     assert by["forward+backward"].bytes == cost.bytes + cost.backward_bytes
 
 
-def test_case_too_large_for_eager_is_checked_at_other_sizes():
+def test_values_are_compared_at_checked_sizes():
     case = OpCase("adamw", {"count": 64}, checked={"count": 8})
     run = lambda **peer: compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3,  # noqa: E731
                                  peers=lambda op, device: peer)  # fmt: skip
@@ -141,7 +140,7 @@ def test_peers_take_the_arguments_of_the_op():
     names = {r.contender for case, op in ((OpCase("adamw", {"count": 64}), adamw),
                                           (OpCase("attention", {"batch": 1, "tokens": 8, "heads": 1}), attention))
              for r in compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3, peers=peers)}  # fmt: skip
-    assert names == {"peakgpt", "eager", "torch fused", "sdpa flash"}  # adamw is an op in place, so eager is not timed
+    assert names == {"peakgpt", "eager", "torch fused", "sdpa flash"}  # adamw's without eager
     assert set(peers(attention, torch.device("cuda"))) == {"sdpa cudnn", "sdpa flash", "sdpa efficient"}
     tensors = mlp.sample(rows=4, width=16, hidden=64)
     with torch.no_grad():  # its GELU is tanh on CUDA and erf on CPU
@@ -150,72 +149,72 @@ def test_peers_take_the_arguments_of_the_op():
         _epilogue_mlp(*tensors)
 
 
-# ---- memory-bound kernels
+# ---- passes
 
 TINY = {"rows": 3, "width": 8, "batch": 2, "tokens": 3, "vocab": 9, "count": 5}
-# Elements that each kernel reads and writes at the TINY sizes.
+# Elements of each size that are read, and that are written.
 MOVED = {
     "layernorm_forward": (24, 24), "layernorm_backward": (48, 24), "embedding_forward": (72, 48),
     "cross_entropy": (27, 27), "sum_of_squares": (5, 0), "adamw": (20, 15),
 }  # fmt: skip
 
 
-def tiny_sizes(name):
+def tiny(name):
     return {k: TINY[k] for k in inspect.signature(KERNELS[name]).parameters if k in TINY}
 
 
-def test_every_kernel_has_cases():
+def test_every_kernel_has_a_case():
     assert set(MOVED) == set(KERNELS) == {name for name, _ in GPT2_CALLS}
     for name, sizes in GPT2_CALLS:
-        assert set(tiny_sizes(name)) <= set(sizes) <= set(inspect.signature(KERNELS[name]).parameters)
+        assert set(tiny(name)) <= set(sizes) <= set(inspect.signature(KERNELS[name]).parameters)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernel_bytes_equal_the_elements_that_it_moves(name, dtype, monkeypatch):
-    stream_calls = []
+def test_kernel_bytes_are_those_of_its_tensors(name, dtype, monkeypatch):
+    asked = []
     monkeypatch.setattr(
-        "peakgpt.bench.memory_bound.stream_peak", lambda *a, **k: stream_calls.append((a, k)) or (1e9, "streams")
+        "peakgpt.bench.memory_bound.stream_peak", lambda *a, **k: asked.append((a, k)) or (1e9, "streams")
     )
-    result = measure(name, tiny_sizes(name), dtype, rounds=1)
+    result = measure(name, tiny(name), dtype, rounds=1)
     read, written = (4 * n for n in MOVED[name])
-    if dtype == torch.bfloat16:  # the remainder and the moments of the optimizer keep their size
+    if dtype == torch.bfloat16:  # all but the optimizer's remainder and moments
         read, written = (70, 60) if name == "adamw" else (read // 2, written // 2)
-    ((_, *moved, touched), options) = stream_calls[0]
+    ((_, *moved, touched), more) = asked[0]
     assert moved == [read, written] and result.bytes == read + written
     updated = {"cross_entropy": read, "adamw": 60}.get(name, 0)
-    assert options == {"updated_bytes": updated} and touched == read + written - updated
+    assert more == {"updated_bytes": updated} and touched == read + written - updated
     assert result.bytes_fraction == result.bytes / result.median_s / 1e9
     assert name in tables([result])[0]
 
 
-def test_kernels_change_exactly_their_written_tensors():
+def test_kernels_change_only_their_written_tensors():
+    """The tensors that a pass names as written change, those that it only reads do not."""
     for name in KERNELS:
-        call = KERNELS[name](torch.float32, **tiny_sizes(name))
-        before = {id(t): t.clone() for t in (*call.read, *call.written) if t is not None}
-        call.bind()()
-        for t in call.read:
-            assert t is None or torch.equal(t, before[id(t)]) != any(t is w for w in call.written), name
-        assert all(t is None or not torch.equal(t, before[id(t)]) for t in call.written), name
+        made = KERNELS[name](torch.float32, **tiny(name))
+        before = {id(t): t.clone() for t in (*made.read, *made.written) if t is not None}
+        made.bind()()
+        for t in made.read:
+            assert t is None or torch.equal(t, before[id(t)]) != any(t is w for w in made.written), name
+        assert all(t is None or not torch.equal(t, before[id(t)]) for t in made.written), name
 
 
-# ---- the error rule against float64
+# ---- the rule against float64
 
 
-def test_error_rule_accepts_twice_the_error_of_torch():
+def test_error_rule_allows_twice_torchs_error():
     truth = [torch.tensor([1.0, 2.0], dtype=torch.float64)]
-    with_error = lambda error: [(truth[0] + error).float()]  # noqa: E731
-    assert judge(with_error(2e-3), with_error(1e-3), truth, torch.float32)[0].passed
-    assert not judge(with_error(2.1e-3), with_error(1e-3), truth, torch.float32)[0].passed
-    nan = [torch.tensor([float("nan"), 2.0])]
-    assert not judge(nan, with_error(1e-3), truth, torch.float32)[0].passed
+    at = lambda error: [(truth[0] + error).float()]  # noqa: E731
+    assert judge(at(2e-3), at(1e-3), truth, torch.float32)[0].passed
+    assert not judge(at(2.1e-3), at(1e-3), truth, torch.float32)[0].passed
+    assert not judge([torch.tensor([float("nan"), 2.0])], at(1e-3), truth, torch.float32)[0].passed
     inf = [torch.tensor([float("inf"), 2.0])]
-    assert not judge(inf, inf, truth, torch.float32)[0].passed, "an infinite result of torch does not excuse ours"
+    assert not judge(inf, inf, truth, torch.float32)[0].passed, "not right only because torch is wrong too"
     with pytest.raises(ValueError, match=r"expected \(2,\) torch.float32"):
-        judge([truth[0]], with_error(0.0), truth, torch.float32)
+        judge([truth[0]], at(0.0), truth, torch.float32)
 
 
-def test_check_reports_the_result_of_a_wrong_kernel(monkeypatch):
+def test_check_reports_a_wrong_kernel(monkeypatch):
     from peakgpt.kernels.cpu import layernorm
 
     case = ("layernorm", {"rows": 5, "width": 16}, {}, torch.float32, CPU)
@@ -230,18 +229,18 @@ def test_check_reports_the_result_of_a_wrong_kernel(monkeypatch):
 
 
 def test_replayed_captures_every_input_set_once(monkeypatch):
-    """With a fake CUDA graph: calls inside of it are captured, and a replay does not call them again."""
-    called, replays, captures = [], [], []
+    """A stand-in for the graph: what is called inside of it is recorded, and not called again."""
+    called, replays, inside = [], [], []
 
     @contextlib.contextmanager
-    def capture(graph):
-        captures.append(graph)
+    def recording(graph):
+        inside.append(graph)
         yield
-        captures.pop()
+        inside.pop()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(1)))
-    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
     sets = [((SimpleNamespace(device=torch.device("cuda"), name=i),), []) for i in range(3)]
-    run = op_cases.replayed(lambda x: called.append((x.name, bool(captures))) or x.name, sets, {})
+    run = op_cases.replayed(lambda x: called.append((x.name, bool(inside))) or x.name, sets, {})
     assert called == [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)]
     assert run() == 2 and replays == [1] and len(called) == 6

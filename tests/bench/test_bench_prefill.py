@@ -1,4 +1,4 @@
-"""`bench prefill`: every contender computes the same logits, and its work FLOPs are counted right."""
+"""A prompt's bench: every contender computes the same logits, and what is counted is what a prompt must compute."""
 
 import dataclasses
 
@@ -26,58 +26,58 @@ def small_prompt(contender, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("contender", "dtype"),
     [
-        (name, getattr(torch, weights))
+        (name, getattr(torch, form))
         for name in ("peakgpt", "eager", "transformers", "openvino", "ctranslate2")
-        for weights in prefill.PREFILL_CONTENDERS[name].formats
+        for form in prefill.PREFILL_CONTENDERS[name].formats
     ],
 )
-def test_every_contender_computes_the_logits_of_the_last_position(contender, dtype):
+def test_every_contender_computes_the_last_logits(contender, dtype):
     pytest.importorskip(prefill.PREFILL_CONTENDERS[contender].package)
     run, reference = small_prompt(contender, dtype)
-    for _ in range(2):  # the second run must not see the cache of the first
+    for _ in range(2):  # the second prompt starts afresh
         expect_close(contender, [run()], [reference], dtype if dtype.is_floating_point else torch.bfloat16)
     assert reference.shape == (1, 64)
 
 
-def test_prompt_gpt_stores_the_keys_and_values_of_eager():
-    model, stored = prefill.PromptGPT(tiny_config()), {}
+def test_prompt_gpt_stores_keys_and_values():
+    model, kept = prefill.PromptGPT(tiny_config()), {}
     ids = torch.randint(64, (1, 5))
-    model(ids, lambda layer, k, v: stored.update({layer: (k, v)}))
+    model(ids, lambda layer, k, v: kept.update({layer: (k, v)}))
     past = [[]]
     EagerGPT.forward(model, ids, past=past)
-    assert list(stored) == [0] and all(torch.equal(a, b) for a, b in zip(stored[0], past[0], strict=True))
+    assert list(kept) == [0] and all(torch.equal(a, b) for a, b in zip(kept[0], past[0], strict=True))
 
 
-def test_compare_prefill_reports_a_missing_package_and_times_the_others(monkeypatch):
-    missing = dataclasses.replace(prefill.PREFILL_CONTENDERS["eager"], package="no_such_engine")
-    monkeypatch.setitem(prefill.PREFILL_CONTENDERS, "missing", missing)
-    failures = []
+def test_missing_package_is_reported_and_others_are_timed(monkeypatch):
+    absent = dataclasses.replace(prefill.PREFILL_CONTENDERS["eager"], package="no_such_engine")
+    monkeypatch.setitem(prefill.PREFILL_CONTENDERS, "absent", absent)
+    told = []
     results = prefill.compare_prefill(
-        tiny_config(), 16, torch.float32, ["peakgpt", "missing", "eager"], rounds=3,
-        on_failure=lambda name, error: failures.append(f"{name}: {error}"),
+        tiny_config(), 16, torch.float32, ["peakgpt", "absent", "eager"], rounds=3,
+        on_failure=lambda name, error: told.append(f"{name}: {error}"),
     )  # fmt: skip
     assert [r.contender for r in results] == ["peakgpt", "eager"]
-    assert failures == ["missing: not measured, no_such_engine is not installed: pip install no_such_engine"]
+    assert told == ["absent: not measured, no_such_engine is not installed: pip install no_such_engine"]
     assert all(r.flops == prefill.work_flops(tiny_config(), 16) and r.memory_bytes > r.base_bytes for r in results)
     assert "rounds" in tables(results)[0] and "3 of 3" in tables(results)[0]
 
 
-def test_wrong_prefill_logits_are_a_failure(monkeypatch):
-    reference_logits = prefill.reference_logits
-    monkeypatch.setattr(prefill, "reference_logits", lambda *a: reference_logits(*a).roll(1, -1))
-    failures = []
+def test_wrong_prefill_logits_are_reported(monkeypatch):
+    right = prefill.reference_logits
+    monkeypatch.setattr(prefill, "reference_logits", lambda *a: right(*a).roll(1, -1))
+    told = []
     results = prefill.compare_prefill(
-        tiny_config(), 16, torch.float32, ["eager"], rounds=3,
-        on_failure=lambda name, error: failures.append(str(error)),
-    )  # fmt: skip
-    assert results == [] and "prefill: eager: result 0 is off eager" in failures[0]
+        tiny_config(), 16, torch.float32, ["eager"], rounds=3, on_failure=lambda name, error: told.append(str(error))
+    )
+    assert results == [] and "prefill: eager: result 0 is off eager" in told[0]
 
 
-def test_work_flops_of_a_prompt():
+def test_prefill_work_flops():
     assert prefill.work_flops(preset("gpt2"), 512) == pytest.approx(86.59e9, rel=1e-3)
-    assert prefill.work_flops(preset("gpt2"), 1) == pytest.approx(forward_flops(preset("gpt2"), 1))
+    one = prefill.work_flops(preset("gpt2"), 1)
+    assert one == pytest.approx(forward_flops(preset("gpt2"), 1))
 
 
-def test_bench_prefill_on_a_gpu_raises():
+def test_prefill_on_cuda_raises(monkeypatch):
     with pytest.raises(ValueError, match="expected --device cpu"):
         prefill.run(None, torch.device("cuda"))

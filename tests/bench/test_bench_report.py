@@ -1,4 +1,4 @@
-"""The output of a benchmark run: tables, comparisons, notes, exit code, HTML page."""
+"""What a bench run says: tables, comparisons, notes, the exit code, the page."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def make_check(**changes):
     return Check(**{**fields, **changes})
 
 
-def test_speedup_is_relative_to_eager_of_the_same_case():
+def test_speedup_and_groups():
     eager, ours = make_result(), make_result(contender="peakgpt", timing=Timing((0.1,)))
     other = make_result(case={"op": "mlp", "pass": "forward", "rows": 9})
     assert groups([eager, other, ours]) == [[eager, ours], [other]]
@@ -37,25 +37,25 @@ def test_speedup_is_relative_to_eager_of_the_same_case():
     assert speedup(eager, [eager, ours]) is None and speedup(ours, [ours]) is None
 
 
-def test_table_leaves_out_a_parameter_that_repeats_a_size():
+def test_case_shows_heads_once():
     case = {"op": "attention_qkv", "pass": "forward", "heads": 3, "n_head": 3}
     assert "attention_qkv forward float32, heads 3  " in "\n".join(tables([make_result(case=case)]))
 
 
-def test_tables_have_units_fractions_and_speedups():
+def test_tables_show_case_contender_and_used_columns():
     eager = make_result(flops=4e9, flops_kind="work", peak_flops_s=1e11)
     ours = make_result(contender="peakgpt", backend="cpu", timing=Timing((0.1,)), flops=4e9, flops_kind="work")
     text = "\n".join(tables([eager, ours]))
     lines = text.splitlines()
-    assert "work FLOPs" in lines[1] and "GB/s" not in text, "a column without values is left out"
+    assert "work FLOPs" in lines[1] and "GB/s" not in text, "a column without a figure is left out"
     assert lines[4].startswith("mlp forward float32, rows 8") and "20.0 %" in lines[4] and "20" in lines[4]
     assert "peakgpt (cpu)" in lines[5] and lines[5].endswith("2.00 x") and "mlp" not in lines[5]
     assert len({len(line) for line in lines[2:]}) == 1
     assert tables([]) == []
 
 
-def test_comparisons_are_ratios_of_the_same_round():
-    """The machine is half as fast in every second round, so the times vary and their ratios do not."""
+def test_comparisons_pair_times_by_round():
+    """The machine slows down twofold half way: each time spreads widely, their ratio does not."""
     ours = make_result(contender="peakgpt", timing=Timing((0.1, 0.2, 0.1, 0.2), dropped=1), memory_bytes=6 << 20,
                        base_bytes=2 << 20, flops=4e9, flops_kind="work", peak_flops_s=1e11)  # fmt: skip
     eager = make_result(timing=Timing((0.15, 0.3, 0.15, 0.3)), memory_bytes=12 << 20, base_bytes=2 << 20)
@@ -69,10 +69,10 @@ def test_comparisons_are_ratios_of_the_same_round():
     assert "memory" not in comparisons(bare)[0]
 
 
-def test_notes_that_differ_in_numbers_are_printed_once():
+def test_notes_show_each_kind_once():
     disturbed = [make_result(timing=Timing((0.1,), dropped=2, note=f"only {n} of 9 rounds fitted")) for n in (3, 4, 5)]
-    printed = notes([*disturbed, make_result(peak_source="datasheet")])
-    assert printed == [
+    said = notes([*disturbed, make_result(peak_source="datasheet")])
+    assert said == [
         "op: 2 of 3 rounds dropped, the machine was busy elsewhere",
         "only 3 of 9 rounds fitted (2 more like it)",
         "peak: datasheet",
@@ -80,8 +80,8 @@ def test_notes_that_differ_in_numbers_are_printed_once():
 
 
 def test_verdicts_and_exit_code():
-    good = RunResults(checks=[make_check()], failures=[Failure(message="no kernel", contender="sdpa cudnn")])
-    assert good.exit_code == 0 and "1 of 1 cases" in verdicts(good)[0]
+    fine = RunResults(checks=[make_check()], failures=[Failure(message="no kernel", contender="sdpa cudnn")])
+    assert fine.exit_code == 0 and "1 of 1 cases" in verdicts(fine)[0]
     for bad in (RunResults(checks=[make_check(passed=False, message="result 1: error 3e-2")]),
                 RunResults(failures=[Failure(message="x", contender="peakgpt, gpu")]),
                 RunResults(failures=[Failure(message="x", job="batch 8")])):  # fmt: skip
@@ -89,7 +89,7 @@ def test_verdicts_and_exit_code():
     assert RunResults().exit_code == 0
 
 
-def test_decode_inverts_encode():
+def test_rows_round_trip_through_json():
     for row in (make_result(), make_check(), Failure(message="m", part="p", job="j")):
         assert decode(json.loads(json.dumps(encode(row)))) == row
 
@@ -99,26 +99,26 @@ def test_failure_has_no_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ZeroDivisionError) as caught:
         run_part("peer", "", None)
-    failure = Failure.of(caught.value)
+    told = Failure.of(caught.value)
     for line in (
         'File "bench/isolated_jobs.py", line ',
         'File "importlib/__init__.py", line ',
         'File "peer.py", line 1',
     ):
-        assert line in failure.traceback
-    assert 'File "/' not in failure.traceback
-    failure = Failure(message=f"{tmp_path}/a.so: none, /other{tmp_path}/b.so: none")
-    assert failure.message == f"a.so: none, /other{tmp_path}/b.so: none"  # the end of a longer path stays
+        assert line in told.traceback
+    assert 'File "/' not in told.traceback
+    told = Failure(message=f"{tmp_path}/a.so: none, /other{tmp_path}/b.so: none")
+    assert told.message == f"a.so: none, /other{tmp_path}/b.so: none"  # no end of a longer path is cut
 
 
-def test_report_is_self_contained(tmp_path):
+def test_report_page_loads_nothing(tmp_path):
     rows = [{"contender": c, "step": s, "loss": 5.0 - s} for c in ("peakgpt", "eager") for s in range(3)]
     rows += [{"contender": "peakgpt", "step": s, "bits_per_byte": 3.5 - s} for s in (0, 2)]
     rows += [{"contender": "peakgpt", "step": 3, "loss": float("nan")}]
     write_report(tmp_path / "report.html", rows=rows, results=[make_result(), make_result(contender="a<b")],
                  environment={"commit": "abc"}, corpus="11 MB & more", sample="<script>alert()</script>")  # fmt: skip
     page = (tmp_path / "report.html").read_text()
-    # The page loads nothing. XML namespaces look like addresses and are only names.
+    # Nothing is loaded: every reference stays in the page (namespaces are names, no addresses).
     assert not re.search(r"src\s*=|href\s*=\s*[\"'](?!#)|url\((?!#)|@import|<script", page)
     for text in ("11 MB &amp; more", "a&lt;b", "mlp forward float32, rows 8", "abc", "bits per byte", "&lt;script"):
         assert text in page

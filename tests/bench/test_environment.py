@@ -6,7 +6,7 @@ import subprocess
 from peakgpt.bench import environment
 
 
-def test_environment_has_commit_device_and_allocator_settings(monkeypatch):
+def test_environment_has_commit_device_and_malloc_settings(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=0")
     monkeypatch.setenv("LD_PRELOAD", "/opt/lib/libjemalloc.so")
     env = environment.environment("cpu", commit="abc")
@@ -18,13 +18,13 @@ def test_environment_has_commit_device_and_allocator_settings(monkeypatch):
 
 
 def test_commit_is_of_the_checkout_that_holds_the_package(tmp_path, monkeypatch):
-    """The package may be installed inside the checkout of another project, whose HEAD is not ours."""
+    """Installed inside another project's checkout, that project's HEAD is not ours."""
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
     file = tmp_path / "environment.py"
     file.write_text("")
     monkeypatch.setattr(environment, "__file__", str(file))
     assert environment._commit() is None
-    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "other project"]):
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
         subprocess.run([*git, *command], check=True)
     assert environment._commit() is None
     for command in (["add", "environment.py"], ["commit", "-q", "-m", "ours"]):

@@ -1,7 +1,4 @@
-"""Interleaving: rotation, repetition of fast calls, dropped rounds, budget.
-
-No test depends on the speed of the machine.
-"""
+"""Interleaving: rotation, repetition of fast calls, dropped rounds, budget. No test depends on the machine's speed."""
 
 import itertools
 import math
@@ -14,22 +11,22 @@ from peakgpt.bench.cpu_load import Ticks
 
 
 class FakeMachine:
-    """A clock that only contenders advance, and the counters of two CPUs."""
+    """A clock that a contender moves by hand, and the CPU counters of two CPUs beside it."""
 
     def __init__(self, monkeypatch):
-        self.clock_s, self.foreign, self.stolen, self.calls = 0.0, 0.0, 0.0, []
-        monkeypatch.setattr(interleave.time, "perf_counter", lambda: self.clock_s)
+        self.now_s, self.foreign, self.stolen, self.calls = 0.0, 0.0, 0.0, []
+        monkeypatch.setattr(interleave.time, "perf_counter", lambda: self.now_s)
         monkeypatch.setattr(interleave, "read_ticks", self.ticks)
 
     def ticks(self, workers=()):
-        own = self.clock_s * 100  # this process uses one of the two CPUs all the time
+        own = self.now_s * 100  # one of the two CPUs is ours throughout
         return Ticks(*(round(n) for n in (2 * own, own + self.foreign, self.stolen, own)))
 
-    def contender(self, name, seconds, during=lambda call: None):
+    def contender(self, name, seconds, meanwhile=lambda call: None):
         def call():
             self.calls.append(name)
-            self.clock_s += seconds
-            during(self.calls.count(name))
+            self.now_s += seconds
+            meanwhile(self.calls.count(name))
 
         return call
 
@@ -42,7 +39,7 @@ def machine(monkeypatch):
 def test_interleave_rotates_and_measures(machine):
     contenders = {name: machine.contender(name, s) for name, s in [("a", 0.5), ("b", 0.25), ("c", 1.0)]}
     timings = interleave.interleave(contenders, rounds=4, warmup=2)
-    # Two warm-up calls, one call to estimate the duration, then the rounds.
+    # Two warm-up calls and one to see how long a call takes, then the rounds.
     assert "".join(machine.calls) == "aaabbbccc" + "abc" + "bca" + "cab" + "abc"
     assert {n: t.samples_s for n, t in timings.items()} == {"a": (0.5,) * 4, "b": (0.25,) * 4, "c": (1.0,) * 4}
     assert all(t.dropped == 0 and t.note == "" and t.calls == 1 for t in timings.values())
@@ -54,9 +51,9 @@ def test_interleave_repeats_fast_calls(machine):
     assert timing.median_s == pytest.approx(3e-6)
 
 
-def test_interleave_is_not_misled_by_a_cold_start(machine):
+def test_interleave_calibrates_calls_after_cold_start(machine):
     def cold(call):
-        machine.clock_s += 1e-3 if call <= 3 else 0
+        machine.now_s += 1e-3 if call <= 3 else 0
 
     timing = interleave.interleave({"a": machine.contender("a", 2e-5, cold)}, rounds=5)["a"]
     assert timing.calls * 2e-5 >= interleave.MIN_TIMING_S
@@ -64,9 +61,9 @@ def test_interleave_is_not_misled_by_a_cold_start(machine):
 
 def test_interleave_drops_a_disturbed_round_for_every_contender(machine):
     def foreign_in_round_3(call):
-        if call == 2 + 3:  # after the warm-up and the estimate
+        if call == 2 + 3:  # after the warm-up and the first look
             machine.foreign += 40
-            machine.clock_s += 0.4
+            machine.now_s += 0.4
 
     def stolen_in_round_5(call):
         if call == 2 + 5:
@@ -81,17 +78,17 @@ def test_interleave_drops_a_disturbed_round_for_every_contender(machine):
         assert timing.dropped == 2 and "2 rounds" in timing.note
 
 
-def test_interleave_judges_short_rounds_together(machine):
-    """1/16 s is 12 ticks, so a rounding error of one tick looks like a disturbance: judge 0.2 s together."""
+def test_interleave_judges_consecutive_short_rounds_together(machine):
+    """1/16 s are 12 ticks: one tick of rounding would look like a disturbance, so 0.2 s are judged as one."""
 
-    def foreign_in_the_first_round(call):
+    def foreign_in_the_first(call):
         machine.foreign += 30 if call == 3 else 0
 
-    timing = interleave.interleave({"a": machine.contender("a", 1 / 16, foreign_in_the_first_round)}, rounds=12)["a"]
+    timing = interleave.interleave({"a": machine.contender("a", 1 / 16, foreign_in_the_first)}, rounds=12)["a"]
     assert timing.dropped == 4 and timing.kept == 8
 
 
-def test_interleave_stops_when_the_budget_is_spent(machine):
+def test_interleave_budget(machine):
     timing = interleave.interleave({"a": machine.contender("a", 1.0)}, rounds=100, budget_s=7.5)["a"]
     assert timing.kept == 6 and "6 of 100 rounds" in timing.note
     assert (
@@ -100,17 +97,17 @@ def test_interleave_stops_when_the_budget_is_spent(machine):
 
 
 @pytest.mark.parametrize("bad", [{"rounds": 0}, {"rounds": 3, "warmup": -1}, {"rounds": 3, "contenders": {}}])
-def test_interleave_raises_on_bad_input(bad):
+def test_interleave_invalid_arguments_raise(bad):
     with pytest.raises(ValueError, match="expected contenders, rounds >= 1"):
         interleave.interleave(**{"contenders": {"a": int}, **bad})
 
 
-def test_workers_rest_before_each_timing(monkeypatch):
+def test_rest_precedes_each_timing_of_worker_processes(monkeypatch):
     events = []
     monkeypatch.setattr(interleave.time, "sleep", lambda seconds: events.append("rest"))
     work = lambda: [events.append("work"), sum(range(1 << 20))]  # noqa: E731
     interleave.interleave({"a": work, "b": work}, rounds=3, warmup=0, workers=[os.getpid()])
-    assert all("rest" in pair for pair in itertools.pairwise(events))
+    assert all("rest" in (before, now) for before, now in itertools.pairwise(events))
     events.clear()
     interleave.interleave({"a": work, "b": work}, rounds=3, warmup=0)
     assert "rest" not in events

@@ -19,7 +19,7 @@ def result(**changes):
     return Result.of(Timing((1.0, 2.0, 3.0), dropped=4, note="n"), **{**fields, **changes})
 
 
-def test_result_derives_rates_and_fractions():
+def test_result_derived_rates_and_fractions():
     r = result()
     assert (r.median_s, r.q25_s, r.q75_s, r.rounds, r.dropped, r.note) == (2.0, 1.5, 2.5, 3, 4, "n")
     assert r.tflops == pytest.approx(1.5e-3) and r.gbs == pytest.approx(1.0)
@@ -30,13 +30,13 @@ def test_result_derives_rates_and_fractions():
 
 
 @pytest.mark.parametrize("bad", [{"flops_kind": "sparse"}, {"flops_kind": None}, {"flops": None}])
-def test_flops_need_a_valid_kind(bad):
+def test_result_requires_flops_kind(bad):
     with pytest.raises(ValueError, match="'model' or 'work'"):
         result(**bad)
 
 
 @pytest.mark.parametrize("bad", [{"median_s": 0.0, "q25_s": 0.0}, {"median_s": 9.0}, {"median_s": math.nan}])
-def test_median_outside_the_quartiles_raises(bad):
+def test_result_times_are_ordered(bad):
     with pytest.raises(ValueError, match="q25_s <= median_s"):
         Result(**{**result().to_json(), **bad})
 
@@ -55,7 +55,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     schema.write_results(path, [result()], {})
     with pytest.raises(ValueError):
-        schema.write_results(path, [result(bytes=math.inf)], {})  # infinity is not a JSON number
+        schema.write_results(path, [result(bytes=math.inf)], {})  # no JSON number
 
     def broken(fd):
         raise OSError("disk full")
@@ -88,7 +88,7 @@ def _schema(document):
     [(_unknown, "unknown \\['speed'\\]"), (_missing, "missing \\['dtype'\\]"), (_top_level, "unknown \\['author'\\]"),
      (_schema, "expected schema 2, got 99")],
 )  # fmt: skip
-def test_read_results_raises_on_wrong_keys_or_schema(tmp_path, damage, message):
+def test_read_results_invalid_document_raises(tmp_path, damage, message):
     path = tmp_path / "results.json"
     schema.write_results(path, [result()], {})
     document = json.loads(path.read_text())
@@ -99,7 +99,7 @@ def test_read_results_raises_on_wrong_keys_or_schema(tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
-def test_read_results_raises_on_other_files(tmp_path, content):
+def test_read_results_non_json_file_raises(tmp_path, content):
     path = tmp_path / "results.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="results"):

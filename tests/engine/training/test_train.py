@@ -53,11 +53,11 @@ def test_bf16_training_keeps_a_float32_master():
 def test_shared_batches_are_equal_for_all_contenders_and_freed():
     shared = SharedBatches(batches(), torch.device("cpu"), ("a", "b"))
     first = [shared.take("a") for _ in range(3)]
-    assert all(torch.equal(x[0], shared.take("b")[0]) for x in first) and not shared.kept
+    assert all(torch.equal(x[0], shared.take("b")[0]) for x in first) and not shared.pending
     shared.take("a")
     shared.remove("b")
     shared.take("a")
-    assert len(shared.kept) == 0
+    assert len(shared.pending) == 0
 
 
 def test_learning_rate_warms_up_and_decays_to_zero():
