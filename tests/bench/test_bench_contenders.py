@@ -1,4 +1,4 @@
-"""Contenders in processes of their own: what training and decoding compare."""
+"""Contenders in worker processes: protocol, memory, checks before timing, training and decoding."""
 
 import dataclasses
 import gc
@@ -59,10 +59,11 @@ def make(request):
 """
 
 
-# The tuned allocator keeps a step's freed 100 MiB, and where something small lies in it, the next step gets others.
+# The tuned allocator keeps the 100 MiB that a step frees. If a small allocation then takes part of them, the next step
+# needs 100 MiB more.
 @pytest.mark.parametrize("environment, most", [({}, 220), ({"GLIBC_TUNABLES": TUNED_MALLOC}, 320)])
 def test_worker_memory_is_the_peak_of_one_step_without_setup(tmp_path, environment, most):
-    """Fails without the reset of the peak or, under the tuned allocator, without the return of freed memory."""
+    """Fails if the worker does not reset its peak, or does not return freed memory under the tuned allocator."""
     (tmp_path / "greedy.py").write_text(GREEDY)
     worker = WorkerProcess(
         "greedy", {"make": "greedy:make", "threads": 1}, {"PYTHONPATH": str(tmp_path), **environment}
@@ -145,7 +146,7 @@ def test_failing_contenders_are_reported_and_closed(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in decoding.DECODING_CONTENDERS if name != "eager"])
 def test_decoding_contenders_give_the_tokens_of_eager(name):
-    """In float32 eager's text; in small weights the same again and again, as long."""
+    """float32 weights give the tokens of eager. Other formats give the same tokens in every run, and as many."""
     who = decoding.DECODING_CONTENDERS[name]
     pytest.importorskip(who.package)
     config = preset("gpt2-tiny", n_layer=1, vocab_size=96, n_head=2, n_embd=64)

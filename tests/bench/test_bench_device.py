@@ -1,4 +1,4 @@
-"""The device script: what fails, hangs or dies does not stop the rest, and every part runs."""
+"""`bench device`: every part runs, and a job that raises, hangs or dies does not stop the others."""
 
 import json
 import subprocess
@@ -104,13 +104,13 @@ def test_every_gpu_case_is_a_valid_call_of_its_op():
     d = device_bench
     for case in (*d.ATTENTION, *d.LAYERNORM, *d.MLP, *d.LINEAR, *d.LOSS, *d.ADAMW):
         op, sizes, device = OPS[case.op], case.sizes, "meta"
-        if case.op == "attention_decode":  # its cost reads the lengths, so its tensors are real, and few
+        if case.op == "attention_decode":  # its cost reads the lengths, so its tensors must be real; keep them small
             sizes, device = {**sizes, "keys": 64, "block": 16}, "cpu"
         tensors, params = op.bind(op.sample(**sizes, device=device, dtype=torch.bfloat16), case.arguments)
         op.check(*tensors, **params)
         assert op.cost(*tensors, **params).flops > 0
     jobs = device_bench.PARTS["attention"].jobs(torch.device("cuda"))
-    assert len(jobs) == 6 * 2 + 2 + 6 + 3 * 2  # both passes; one query; decode; packed, rotary
+    assert len(jobs) == 6 * 2 + 2 + 6 + 3 * 2  # both passes; one query; attention_decode; attention_qkv
     assert len(device_bench.PARTS["check"].jobs(torch.device("cuda"))) == 2 * (
         len(device_bench.CASES) + len(device_bench.LARGE_CASES) + 1
     )
@@ -122,7 +122,7 @@ def test_part_budgets_sum_to_under_eight_minutes():
 
 
 def test_bench_device_imports_with_torch_only():
-    """No rich, no tokenizers, no safetensors, no C++ extension: what `bench device` imports needs torch only."""
+    """A rented machine may lack rich, tokenizers, safetensors and the C++ extension."""
     code = """
 import sys
 for name in ("rich", "matplotlib", "tokenizers", "safetensors", "transformers", "peakgpt._C"):
@@ -155,7 +155,7 @@ def test_device_decoding_reports_wrong_logits_and_counts_bytes(monkeypatch):
 
 
 def test_step_without_cuda_graph_is_reported_as_failure(monkeypatch):
-    """Or its times would pass for a graph's; they are kept."""
+    """A reader must not take the time of an uncaptured step for that of a CUDA graph."""
     inner = device_decode._eager
 
     def warns(model, ids, workload):

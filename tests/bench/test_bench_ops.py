@@ -1,4 +1,4 @@
-"""Benches of ops and passes: nothing wrong is timed, and what is counted is what they compute and move."""
+"""`bench ops` and `bench memory_bound`: wrong values are not timed, and FLOPs and bytes are counted right."""
 
 import contextlib
 import inspect
@@ -140,7 +140,7 @@ def test_peers_take_the_arguments_of_the_op():
     names = {r.contender for case, op in ((OpCase("adamw", {"count": 64}), adamw),
                                           (OpCase("attention", {"batch": 1, "tokens": 8, "heads": 1}), attention))
              for r in compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3, peers=peers)}  # fmt: skip
-    assert names == {"peakgpt", "eager", "torch fused", "sdpa flash"}  # adamw's without eager
+    assert names == {"peakgpt", "eager", "torch fused", "sdpa flash"}  # adamw is an op in place, so eager is not timed
     assert set(peers(attention, torch.device("cuda"))) == {"sdpa cudnn", "sdpa flash", "sdpa efficient"}
     tensors = mlp.sample(rows=4, width=16, hidden=64)
     with torch.no_grad():  # its GELU is tanh on CUDA and erf on CPU
@@ -149,10 +149,10 @@ def test_peers_take_the_arguments_of_the_op():
         _epilogue_mlp(*tensors)
 
 
-# ---- passes
+# ---- memory-bound kernels
 
 TINY = {"rows": 3, "width": 8, "batch": 2, "tokens": 3, "vocab": 9, "count": 5}
-# Elements of each size that are read, and that are written.
+# Elements that each kernel reads and writes at the TINY sizes.
 MOVED = {
     "layernorm_forward": (24, 24), "layernorm_backward": (48, 24), "embedding_forward": (72, 48),
     "cross_entropy": (27, 27), "sum_of_squares": (5, 0), "adamw": (20, 15),
@@ -178,7 +178,7 @@ def test_kernel_bytes_are_those_of_its_tensors(name, dtype, monkeypatch):
     )
     result = measure(name, tiny(name), dtype, rounds=1)
     read, written = (4 * n for n in MOVED[name])
-    if dtype == torch.bfloat16:  # all but the optimizer's remainder and moments
+    if dtype == torch.bfloat16:  # the remainder and the moments of the optimizer keep their size
         read, written = (70, 60) if name == "adamw" else (read // 2, written // 2)
     ((_, *moved, touched), more) = asked[0]
     assert moved == [read, written] and result.bytes == read + written
@@ -199,7 +199,7 @@ def test_kernels_change_only_their_written_tensors():
         assert all(t is None or not torch.equal(t, before[id(t)]) for t in made.written), name
 
 
-# ---- the rule against float64
+# ---- the error rule against float64
 
 
 def test_error_rule_allows_twice_torchs_error():
@@ -229,7 +229,7 @@ def test_check_reports_a_wrong_kernel(monkeypatch):
 
 
 def test_replayed_captures_every_input_set_once(monkeypatch):
-    """A stand-in for the graph: what is called inside of it is recorded, and not called again."""
+    """With a fake CUDA graph: calls inside of it are captured, and a replay does not call them again."""
     called, replays, inside = [], [], []
 
     @contextlib.contextmanager

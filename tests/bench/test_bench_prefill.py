@@ -1,4 +1,4 @@
-"""A prompt's bench: every contender computes the same logits, and what is counted is what a prompt must compute."""
+"""`bench prefill`: every contender computes the same logits, and its work FLOPs are counted right."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def small_prompt(contender, dtype=torch.float32):
 def test_every_contender_computes_the_last_logits(contender, dtype):
     pytest.importorskip(prefill.PREFILL_CONTENDERS[contender].package)
     run, reference = small_prompt(contender, dtype)
-    for _ in range(2):  # the second prompt starts afresh
+    for _ in range(2):  # the second run must not see the cache of the first
         expect_close(contender, [run()], [reference], dtype if dtype.is_floating_point else torch.bfloat16)
     assert reference.shape == (1, 64)
 

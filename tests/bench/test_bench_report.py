@@ -1,4 +1,4 @@
-"""What a bench run says: tables, comparisons, notes, the exit code, the page."""
+"""The output of a benchmark run: tables, comparisons, notes, exit code, HTML page."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def test_tables_show_case_contender_and_used_columns():
 
 
 def test_comparisons_pair_times_by_round():
-    """The machine slows down twofold half way: each time spreads widely, their ratio does not."""
+    """The machine is half as fast in every second round, so the times vary and their ratios do not."""
     ours = make_result(contender="peakgpt", timing=Timing((0.1, 0.2, 0.1, 0.2), dropped=1), memory_bytes=6 << 20,
                        base_bytes=2 << 20, flops=4e9, flops_kind="work", peak_flops_s=1e11)  # fmt: skip
     eager = make_result(timing=Timing((0.15, 0.3, 0.15, 0.3)), memory_bytes=12 << 20, base_bytes=2 << 20)
@@ -108,7 +108,7 @@ def test_failure_has_no_absolute_paths(tmp_path, monkeypatch):
         assert line in told.traceback
     assert 'File "/' not in told.traceback
     told = Failure(message=f"{tmp_path}/a.so: none, /other{tmp_path}/b.so: none")
-    assert told.message == f"a.so: none, /other{tmp_path}/b.so: none"  # no end of a longer path is cut
+    assert told.message == f"a.so: none, /other{tmp_path}/b.so: none"  # the end of a longer path stays
 
 
 def test_report_page_loads_nothing(tmp_path):
@@ -118,7 +118,7 @@ def test_report_page_loads_nothing(tmp_path):
     write_report(tmp_path / "report.html", rows=rows, results=[make_result(), make_result(contender="a<b")],
                  environment={"commit": "abc"}, corpus="11 MB & more", sample="<script>alert()</script>")  # fmt: skip
     page = (tmp_path / "report.html").read_text()
-    # Nothing is loaded: every reference stays in the page (namespaces are names, no addresses).
+    # The page loads nothing. XML namespaces look like addresses and are only names.
     assert not re.search(r"src\s*=|href\s*=\s*[\"'](?!#)|url\((?!#)|@import|<script", page)
     for text in ("11 MB &amp; more", "a&lt;b", "mlp forward float32, rows 8", "abc", "bits per byte", "&lt;script"):
         assert text in page

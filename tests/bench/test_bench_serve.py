@@ -1,4 +1,4 @@
-"""`bench serve`: its client counts what the server sends, and takes nothing else than whole answers."""
+"""`bench serve`: its client counts the tokens of the server, and raises on incomplete responses."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ def running():
 
 
 def test_server_and_engine_give_paired_rounds_and_latencies(running, monkeypatch):
-    """Both in this process; tests/api/test_serve.py starts the command, and tests/test_bench.py workers."""
+    """Both run in this process. Other tests start `peakgpt serve` and worker processes."""
 
     @contextlib.contextmanager
     def here(folder, dtype, *, blocks):
@@ -38,14 +38,14 @@ def test_server_and_engine_give_paired_rounds_and_latencies(running, monkeypatch
     )
     monkeypatch.setattr(bench, "serving", here)
     monkeypatch.setattr(bench, "WorkerProcess", made)
-    monkeypatch.setattr(bench, "keep_pages", lambda: None)  # for good, and of this process
+    monkeypatch.setattr(bench, "keep_pages", lambda: None)  # it changes the allocator of this process for good
     config = running.engine.config
     ours, engine, whole, first, between = bench.compare_serving(config, CASE, "float32", seconds=0.2)
     assert (ours.contender, engine.contender, whole.contender) == ("peakgpt", "engine", "peakgpt")
     assert ours.rounds == engine.rounds and whole.case["time"] == "without a pause"
     ended = int(whole.note.split(" requests ended")[0].split()[-1])
     assert ended >= 1 and abs(first.rounds - ended) <= CASE.streams < between.rounds
-    # Whose requests were still open has gone away: 499 where none of its tokens had come.
+    # The client disconnects from open requests at the end: status 499 if the first token was not yet sent.
     assert not re.search(r'status="(4(?!99)|5)', running.ask("/metrics")[1])
     idle = running.idle()
     assert idle == running.engine.pool.num_blocks
@@ -65,7 +65,7 @@ def client(said, pieces=1):
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve():
-        with contextlib.suppress(OSError):  # closed below
+        with contextlib.suppress(OSError):  # the socket is closed at the end of the test
             while True:
                 opened, _ = listening.accept()
                 with opened:

@@ -13,7 +13,7 @@ cpu2 900 900 900 900 900 900 900 900 0 0
 intr 12345 0 0
 ctxt 1
 """
-# Field 2 is the program's name, in brackets and free to hold spaces and brackets; 14 to 17 are the times.
+# Field 2 is the name of the program in brackets. It may contain spaces and brackets. Fields 14 to 17 are the times.
 SELF = "42 (a (b) c) R 1 1 1 0 -1 4194304 102 0 0 0 11 22 33 44 20 0 1 0 64767 3133440 416\n"
 
 
@@ -55,7 +55,7 @@ def test_keep_undisturbed_drops_disturbed_rounds_but_keeps_half():
     assert cpu_load.keep_undisturbed([0.0, 0.1, 0.0]) == ([0, 1, 2], "")
     kept, note = cpu_load.keep_undisturbed([0.0, 0.11, 0.1, 0.0, 0.9])
     assert kept == [0, 2, 3] and "2 rounds" in note and "dropped" in note
-    # Too many disturbed: the least disturbed half stays, in order, and it says so.
+    # Too many rounds are disturbed: keep the least disturbed half in order, and say so in the note.
     kept, note = cpu_load.keep_undisturbed([0.5, 0.2, 0.9, 0.0, 0.3, 0.8, 0.7, 0.6])
     assert kept == [0, 1, 3, 4] and "only 1 of 8" in note and "50%" in note
     assert cpu_load.keep_undisturbed([0.5, 0.6])[0] == [0, 1]

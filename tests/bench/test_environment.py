@@ -18,7 +18,7 @@ def test_environment_has_commit_device_and_malloc_settings(monkeypatch):
 
 
 def test_commit_is_of_the_checkout_that_holds_the_package(tmp_path, monkeypatch):
-    """Installed inside another project's checkout, that project's HEAD is not ours."""
+    """The package may be installed inside the checkout of another project, whose HEAD is not ours."""
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
     file = tmp_path / "environment.py"
     file.write_text("")

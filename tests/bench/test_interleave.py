@@ -1,4 +1,7 @@
-"""Interleaving: rotation, repetition of fast calls, dropped rounds, budget. No test depends on the machine's speed."""
+"""Interleaving: rotation, repetition of fast calls, dropped rounds, budget.
+
+No test depends on the speed of the machine.
+"""
 
 import itertools
 import math
@@ -11,7 +14,7 @@ from peakgpt.bench.cpu_load import Ticks
 
 
 class FakeMachine:
-    """A clock that a contender moves by hand, and the CPU counters of two CPUs beside it."""
+    """A clock that only contenders advance, and the counters of two CPUs."""
 
     def __init__(self, monkeypatch):
         self.now_s, self.foreign, self.stolen, self.calls = 0.0, 0.0, 0.0, []
@@ -39,7 +42,7 @@ def machine(monkeypatch):
 def test_interleave_rotates_and_measures(machine):
     contenders = {name: machine.contender(name, s) for name, s in [("a", 0.5), ("b", 0.25), ("c", 1.0)]}
     timings = interleave.interleave(contenders, rounds=4, warmup=2)
-    # Two warm-up calls and one to see how long a call takes, then the rounds.
+    # Two warm-up calls, one call to estimate the duration, then the rounds.
     assert "".join(machine.calls) == "aaabbbccc" + "abc" + "bca" + "cab" + "abc"
     assert {n: t.samples_s for n, t in timings.items()} == {"a": (0.5,) * 4, "b": (0.25,) * 4, "c": (1.0,) * 4}
     assert all(t.dropped == 0 and t.note == "" and t.calls == 1 for t in timings.values())
@@ -79,7 +82,7 @@ def test_interleave_drops_a_disturbed_round_for_every_contender(machine):
 
 
 def test_interleave_judges_consecutive_short_rounds_together(machine):
-    """1/16 s are 12 ticks: one tick of rounding would look like a disturbance, so 0.2 s are judged as one."""
+    """1/16 s is 12 ticks, so a rounding error of one tick looks like a disturbance: judge 0.2 s together."""
 
     def foreign_in_the_first(call):
         machine.foreign += 30 if call == 3 else 0
