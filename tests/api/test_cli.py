@@ -49,7 +49,7 @@ def test_every_command_has_help(command, capsys):
         (["generate", "FULL", "--file", "MISSING"], "prompt file MISSING"),
         (["train", "--resume", "FULL"], "metrics.jsonl"),
         (["train", "--resume", "MISSING"], "run folder MISSING: got no such folder"),
-        (["bench", "passes", "--rounds", "0"], "--rounds is 0, expected at least 1"),
+        (["bench", "memory_bound", "--rounds", "0"], "--rounds is 0, expected at least 1"),
         (["train", "--model", "gpt5"], "invalid choice: 'gpt5'"),
         (["train", "--steps", "0"], "--steps is 0"),
         (["train", "--text", "GOOD", "--tokens", "900", "--vocab", "300"], "training data: got"),
