@@ -1,5 +1,7 @@
 """The documents are true: their code runs as printed, and their commands, links and file names exist."""
 
+import argparse
+import importlib
 import os
 import re
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from peakgpt.bench.command import BENCHES
 from peakgpt.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -96,14 +99,32 @@ def prose(name):
     return re.sub(r"```(?!sh).*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
 
 
+def options(parser):
+    """The options of a parser and of its subparsers."""
+    names = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            names = names.union(*map(options, action.choices.values()))
+    return names
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_commands_and_links_exist(name):
+def test_command_line_options_exist(name):
+    for command, rest in re.findall(r"(?:^ *|`)(?:[A-Z_]+=\S+ )?peakgpt ([a-z]+)([^`\n#]*)", prose(name), re.MULTILINE):
+        assert command in COMMANDS, command
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"peakgpt.commands.{command}").add_arguments(parser)
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= options(parser), rest
+        if command == "bench" and (bench := re.match(r" ([a-z]\w*)", rest)):
+            assert bench[1] in BENCHES, rest
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_make_targets_and_links_exist(name):
     text = prose(name)
     targets = re.findall(r"^([\w.\-]+)[\w .\-]*:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in re.findall(r"(?:^ *|`)make ([\w-]+)", text, re.MULTILINE):
         assert target in targets, target
-    for command in re.findall(r"(?:^ *|`)(?:[A-Z_]+=\S+ )?peakgpt ([a-z]+)", text, re.MULTILINE):
-        assert command in COMMANDS, command
     for link in re.findall(r"\]\(([^)#:]+)", text):
         assert ((ROOT / name).parent / link).exists(), link
     assert name != "AGENTS.md" or len(text.splitlines()) <= 80
@@ -122,6 +143,13 @@ def missing_files(text, folder):
 def test_file_names_exist(name):
     text = re.sub(r"Create\s+`[^`]+`", "", prose(name))  # files that the guide creates do not exist yet
     assert missing_files(text, (ROOT / name).parent) == []
+
+
+@pytest.mark.parametrize("name", ["AGENTS.md", "docs/architecture.md"])
+def test_file_names_without_a_folder_exist_somewhere(name):
+    names = set(re.findall(r"(?<![\w./>])[\w-]+\.(?:py|cpp|h)\b", prose(name)))
+    files = {path.name for folder in SOURCES for path in (ROOT / folder).rglob("*")}
+    assert names - files - set(SOURCES) == set()
 
 
 def test_a_missing_file_is_reported():
