@@ -41,7 +41,7 @@ build {folder}/_C.so: link {objects}
 
 
 class BuildExt(build_ext):
-    """Compile with ninja: only changed files, and files that include a changed header. Without ninja, compile all files."""
+    """Compile with ninja: changed files and files that include a changed header. Without ninja, compile all files."""
 
     def build_extension(self, ext: Extension) -> None:
         # Not setuptools' folder, which an editable install deletes. One per Python, since each has its own headers.
