@@ -173,7 +173,7 @@ struct GemmPlan {
   int64_t Scratch(int threads) const { return a_size + sums_size + threads * b_size; }
 };
 
-// One thread's part of a product. All `workers` call it with the same scratch.
+// Computes one thread's part of a product. All `workers` call it with the same scratch.
 void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
   const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);

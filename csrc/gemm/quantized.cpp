@@ -23,7 +23,8 @@ constexpr int64_t kLine = kPanelOutputs * 4;
 constexpr int64_t kOwnRows = 8;
 // Up to this number of rows, panels are read one by one: the processor prefetches a single stream best.
 constexpr int64_t kStreamRows = 8;
-// Up to this number of rows, each tile unpacks 4-bit weights in registers. With more rows a unit is unpacked once.
+// Up to this number of rows, each tile unpacks 4-bit weights in registers. With more rows a unit is unpacked once for
+// each block of rows.
 constexpr int64_t kPackedRows = 32;
 
 int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }

@@ -140,7 +140,7 @@ def _forward(x, residual, w, b, total, y, mu, r, eps) -> None:
 
 
 def _backward(dy, dsum, x, w, mu, r, needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (dx, dw, db), dw and db None where not needed; dsum is the gradient of the sum x + residual or None."""
+    """Return (dx, dw, db). dw and db are None if not needed; dsum is the gradient of x + residual, or None."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, dy, dsum = launch.as_rows(x), launch.as_rows(dy), dsum if dsum is None else launch.as_rows(dsum)
     (count, width), block = x.shape, triton.next_power_of_2(x.shape[1])
