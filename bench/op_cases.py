@@ -90,7 +90,7 @@ def make_inputs(case: OpCase, device: torch.device, dtype: torch.dtype) -> list[
 def _inputs(case: OpCase, device: torch.device, dtype: torch.dtype) -> Inputs:
     op = OPS[case.op]
     tensors = op.sample(**case.sizes, device=device, dtype=dtype)
-    bound, params = op._bind(tensors, case.arguments)
+    bound, params = op.bind(tensors, case.arguments)
     outputs, _ = op.alloc(*bound, needs=(False,) * len(bound), **params)
     ups = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
     if op.gradient:

@@ -22,7 +22,7 @@ def train(steps: int = 3) -> peakgpt.GPT:
 def generate(model: peakgpt.GPT, prompt: list[int]) -> list[int]:
     engine = peakgpt.Engine(model)
     params = peakgpt.SamplingParams(max_tokens=4, temperature=0)
-    return [token for output in engine.stream(prompt, params) for token in output.tokens]
+    return [token for output in engine.stream(prompt, params) for token in output.token_ids]
 
 
 def complete(url: str, prompt: str) -> str:

@@ -294,9 +294,9 @@ def test_bad_tensors_are_named_as_their_file_does(variant, tmp_path):
 @pytest.mark.parametrize("row", [[0] * 7, [1, 1, 1, 0, 1, 1, 1], [1] * 6 + [0], [2] * 7])
 def test_attention_mask_that_is_not_left_padding_is_rejected(pair, row):
     mask = torch.tensor([[1] * PROMPT, row])
-    with pytest.raises(ValueError, match=r"attention_mask: row 1 is \[.*\], expected zeros \(padding on the left\) and then ones"):
+    with pytest.raises(ValueError, match=r"attention_mask: row 1 is \[.*\], expected zeros \(padding on the left\)"):
         pair[2].generate(batch()[0][:, :PROMPT], mask, max_new_tokens=1)
-    with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 7\), expected the shape of input_ids, \(2, 7\)"):
+    with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 7\), expected the shape of input_ids"):
         pair[2].generate(batch()[0][:, :PROMPT], mask[:1], max_new_tokens=1)
 
 

@@ -34,26 +34,26 @@ UNKNOWN = ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA Ge
 
 
 @pytest.mark.parametrize("name", DENSE_BF16_TFLOPS)
-def test_every_row_is_found_by_its_name(name):
+def test_device_name_selects_its_datasheet_row(name):
     assert datasheet.datasheet(name).flops["bfloat16"] == DENSE_BF16_TFLOPS[name] * 1e12
 
 
-def test_every_row_has_a_name_here():
+def test_every_datasheet_row_is_tested():
     assert {id(datasheet.datasheet(name)) for name in DENSE_BF16_TFLOPS} == {id(row) for row in PEAKS.values()}
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_a_sibling_is_not_taken_for_it(name):
+def test_similar_device_name_selects_no_row(name):
     assert datasheet.datasheet(name) is None
 
 
-def test_h100_boards_differ():
+def test_h100_sxm_and_pcie_have_different_peaks():
     sxm, pcie = datasheet.datasheet("NVIDIA H100 80GB HBM3"), datasheet.datasheet("NVIDIA H100 PCIe")
     assert sxm.flops["float8"] > pcie.flops["float8"] and sxm.bandwidth_bytes_s > pcie.bandwidth_bytes_s
 
 
 @pytest.mark.parametrize("row", PEAKS.values(), ids=PEAKS.keys())
-def test_row_is_sane(row):
+def test_datasheet_row_is_dense_and_consistent(row):
     """Narrower is never slower, and tensor cores double their rate as the width halves: a sparse figure would show."""
     flops = row.flops
     chain = [flops[k] for k in ("float32", "tf32", "bfloat16", "float8") if k in flops]
@@ -72,7 +72,7 @@ def test_describe_cpu():
     assert cpu.versions["torch"] == torch.__version__
 
 
-def test_describe_bad_input():
+def test_describe_unknown_device_raises():
     with pytest.raises(ValueError, match="cpu or cuda device, got 'meta'"):
         device.describe("meta")
     if not torch.cuda.is_available():
@@ -107,7 +107,7 @@ def test_peak_for_cpu_without_bfloat16_says_float32(two_rates):
     assert peak.flops_s == 2e11 and "that of float32" in peak.source
 
 
-def test_peak_for_known_gpu_is_the_datasheet_beside_the_measured(two_rates):
+def test_peak_for_known_gpu_has_datasheet_and_measured_peaks(two_rates):
     two_rates({"float32": 5e13, "bfloat16": 7e14}, "cuda", "NVIDIA H100 80GB HBM3")
     peak = peaks.peak_for("cuda", torch.bfloat16)
     assert (peak.flops_s, peak.measured_flops_s) == (989.4e12, 7e14)
@@ -150,7 +150,7 @@ def test_best_rates_takes_the_best_window_of_each_in_turn(monkeypatch):
     assert "".join(order) == "ababab"
 
 
-def test_peaks_takes_the_better_method():
+def test_measured_peak_is_that_of_the_faster_method():
     rates = {("float32", "mm"): 3.0, ("float32", "loop"): 4.0, ("bfloat16", "mm"): 9.0, ("bfloat16", "loop"): 8.0,
              ("copy", "memory"): 5.0}  # fmt: skip
     peaks = measured_peaks._peaks(rates, "s")
@@ -200,7 +200,7 @@ def test_loop_counts_every_thread_and_iteration(loop):
 @pytest.mark.parametrize(
     ("reads", "writes", "updates"), [(1, 0, 0), (0, 1, 0), (1, 1, 0), (3, 2, 0), (3, 2, 1), (2, 2, 2)]
 )
-def test_streams_are_read_and_written_once_and_whole(reads, writes, updates, units, threads, past_caches):
+def test_streams_read_and_write_every_element_once(reads, writes, updates, units, threads, past_caches):
     """Each thread's share of each stream: nothing left out, nothing past the end; 1 plus the sum of what is read."""
     n, gap = units * 64, 64
     rows = torch.arange(float((reads + writes - updates) * (n + gap))).view(-1, n + gap)
@@ -224,7 +224,7 @@ def aligned(rows):
     [(10, 0, 0, (1, 0, 0)), (0, 3, 0, (0, 1, 0)), (8, 8, 0, (1, 1, 0)), (64, 32, 0, (2, 1, 0)),
      (3e6, 3.01e6, 0, (1, 1, 0)), (5e6, 1e8, 0, (0, 1, 0)), (16, 12, 12, (4, 3, 3)), (8, 8, 4, (2, 2, 1))],
 )  # fmt: skip
-def test_mix(read, written, updated, mix):
+def test_mix_rounds_to_the_nearest_whole_streams(read, written, updated, mix):
     assert peaks._mix(read, written, updated) == mix
 
 
@@ -259,7 +259,7 @@ def test_stream_peak_is_the_best_of_its_own_mix(monkeypatch, updated):
     assert peaks.stream_peak("cpu", 64, 32, 1 << 40)[1].endswith(" 64 MiB")
 
 
-def test_stream_peak_bad_input():
+def test_stream_peak_invalid_bytes_raise():
     for read, written in ((0, 0), (-1, 5)):
         with pytest.raises(ValueError, match=f"expected bytes to read or write, got {read} and {written}"):
             peaks.stream_peak("cpu", read, written, 1)
@@ -274,7 +274,7 @@ def test_stream_peak_of_a_gpu_is_its_bandwidth(two_rates):
 
 
 @needs_extension
-def test_streams_live_where_an_op_touches(monkeypatch):
+def test_stream_size_follows_the_working_set(monkeypatch):
     """As large as what is touched, by sixteenths of the last cache and up to eight of it; rates are told as they are.
 
     Not that a cache is faster: on a shared machine it is not, for seconds.
@@ -287,7 +287,7 @@ def test_streams_live_where_an_op_touches(monkeypatch):
     assert seen == [step, 3 * step, 4 * step, 128 * step]
 
 
-def test_float32_precision_is_given_back():
+def test_float32_matmul_precision_is_restored_after_error():
     before, seen = torch.backends.cuda.matmul.fp32_precision, []
 
     def look():
@@ -299,7 +299,7 @@ def test_float32_precision_is_given_back():
     assert seen == ["tf32"] and torch.backends.cuda.matmul.fp32_precision == before
 
 
-def test_nvidia_smi_is_asked_by_uuid_and_may_not_answer(monkeypatch):
+def test_nvidia_smi_uses_uuid_and_may_fail(monkeypatch):
     """Its indices are not torch's under CUDA_VISIBLE_DEVICES."""
     asked = []
 
