@@ -8,11 +8,11 @@ from torch import Tensor
 from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, rows, threads
 
 
-def objection(ids: Tensor, wte: Tensor, wpe: Tensor | None, places: Tensor | None, **_) -> str | None:
-    return dtype_objection(wte) if places is None else "takes consecutive positions, got a tensor of positions"
+def objection(ids: Tensor, wte: Tensor, wpe: Tensor | None, positions: Tensor | None, **_) -> str | None:
+    return dtype_objection(wte) if positions is None else "takes consecutive positions, got a tensor of positions"
 
 
-def forward(outputs, saved, ids, wte, wpe, places, *, start):
+def forward(outputs, saved, ids, wte, wpe, positions, *, start):
     ids, wte = ids.long().contiguous(), rows(wte)
     batch, tokens = ids.shape
     wpe = None if wpe is None else rows(wpe)[start : start + tokens]
