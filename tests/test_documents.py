@@ -1,4 +1,4 @@
-"""What the documents show runs as it stands there."""
+"""The documents: their Python examples run, and the commands, targets and links that they name exist."""
 
 import re
 import subprocess
@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def blocks(name, language):
+    """Return the code blocks of a document in one language."""
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
 
@@ -20,24 +21,24 @@ def run(code, folder):
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
-def test_readme_python_runs(tmp_path):
-    """The blocks build on each other. Two layers of GPT-2 instead of twelve: the rest is as shown."""
+def test_python_examples_of_readme_run(tmp_path):
+    """All blocks run as one program, because later blocks use earlier ones. GPT-2 has two layers to save time."""
     code = "\n".join(blocks("README.md", "python"))
-    shown, quick = 'from_preset("gpt2")', 'from_preset("gpt2", n_layer=2)'
+    shown, smaller = 'from_preset("gpt2")', 'from_preset("gpt2", n_layer=2)'
     assert shown in code
-    done = run(code.replace(shown, quick), tmp_path)
+    done = run(code.replace(shown, smaller), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "backends in order" in done.stdout and (tmp_path / "checkpoint" / "model.safetensors").is_file()
 
 
-def test_the_op_in_ten_lines_works(tmp_path):
+def test_example_op_of_contributing_compiles_and_explains_itself(tmp_path):
     contract = blocks("CONTRIBUTING.md", "python")[0]
     check = """
 x = scale_shift.sample(rows=3, width=5)
 assert torch.equal(torch.compile(scale_shift, fullgraph=True, backend="aot_eager")(*x), x[0] * x[1] + x[2])
 print(scale_shift.explain(*x))
 """
-    # In a file: an op reads its own annotations.
+    # In a file, because `op` evaluates the annotations of the eager function.
     (tmp_path / "scale_shift.py").write_text(contract + check)
     done = subprocess.run([sys.executable, "scale_shift.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "'eager': None" in done.stdout, done.stderr

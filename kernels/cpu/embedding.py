@@ -36,8 +36,8 @@ def backward(grads, inputs, outputs, saved, needs, *, start, into=(None,) * 4):
     ids, dy = ids.long().contiguous(), grads[0].contiguous()
     batch, tokens = ids.shape
     dwte, dwpe = (
-        sink if sink is not None or not need else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-        for t, need, sink in zip((wte, wpe), needs[1:3], into[1:3], strict=True)
+        buffer if buffer is not None or not need else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+        for t, need, buffer in zip((wte, wpe), needs[1:3], into[1:3], strict=True)
     )
     _C.embedding_backward(
         dtype=DTYPES[dy.dtype],

@@ -88,10 +88,10 @@ def linear_backward(
     """
     need_x, need_w, need_b = needs
     dx = gemm(dy, w, torch.empty_like(x)) if need_x else None
-    sink = into[1]
-    dw = sink if sink is not None or not need_w else torch.empty_like(w)
+    dw_buffer = into[1]
+    dw = dw_buffer if dw_buffer is not None or not need_w else torch.empty_like(w)
     sums = dy.new_empty(dy.shape[1], dtype=torch.float32) if need_b and need_w and dw.stride(1) == 1 else None
     if need_w:
-        gemm(dy.t(), x, dw, a_sums=sums, epilogue=STORE if sink is None else ADD)
+        gemm(dy.t(), x, dw, a_sums=sums, epilogue=STORE if dw_buffer is None else ADD)
     db = (dy.sum(0) if sums is None else sums.to(dy.dtype)) if need_b else None
     return dx, dw, db

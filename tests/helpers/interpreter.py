@@ -87,7 +87,7 @@ def patch() -> None:
         plain_check(self, tensors)
 
     def patch_lang(fn):
-        # Patching triton.language at each call of a device function took half of the time. Patch it once per kernel.
+        # Patching triton.language at each call of a device function took half of the time. Skip it if it is patched.
         languages = [m for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values())]
         if any(tl.core.is_builtin(m.load) for m in languages):
             return plain_patch_lang(fn)

@@ -301,12 +301,12 @@ def test_linear_cross_entropy_over_many_blocks(monkeypatch, dtype, reduction):
 
     def run(backend, *tensors, before=None):
         leaves = [t.detach().requires_grad_() for t in tensors]
-        sinks = {} if before is None else {leaves[1]: before.clone()}
-        with use_backend(backend), accumulate_into(sinks):
+        buffers = {} if before is None else {leaves[1]: before.clone()}
+        with use_backend(backend), accumulate_into(buffers):
             loss = OPS["linear_cross_entropy"](*leaves, target, reduction=reduction)
             weights = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
             (loss * weights).sum().backward()
-        return loss.detach(), leaves[0].grad, sinks.get(leaves[1], leaves[1].grad)
+        return loss.detach(), leaves[0].grad, buffers.get(leaves[1], leaves[1].grad)
 
     truth, torchs, ours = run("eager", x.double(), w.double()), run("eager", x, w), run("cpu", x, w)
     for got, eager, true in zip(ours, torchs, truth, strict=True):
