@@ -8,7 +8,6 @@ Other people's models: patch, unpatch, register_attention. Backends: use_backend
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.sampling_params import SamplingParams
 from peakgpt.engine.model.config import GPTConfig
@@ -25,6 +24,7 @@ from peakgpt.kernels.ops.rotary import rotary
 if TYPE_CHECKING:
     from peakgpt import nn
     from peakgpt.dropin.patching import patch, unpatch
+    from peakgpt.engine.data.tokenizer import Tokenizer
     from peakgpt.engine.inference.engine import Engine
     from peakgpt.engine.training.train_config import TrainConfig
     from peakgpt.engine.training.trainer import Trainer
@@ -62,6 +62,7 @@ __version__ = "0.1.0"
 # Imported at first use, which keeps `import peakgpt` short. Type checkers read the block above.
 _LAZY = {
     "Engine": "peakgpt.engine.inference.engine",
+    "Tokenizer": "peakgpt.engine.data.tokenizer",
     "TrainConfig": "peakgpt.engine.training.train_config",
     "Trainer": "peakgpt.engine.training.trainer",
     "doctor": "peakgpt.kernels.doctor",

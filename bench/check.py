@@ -1,9 +1,9 @@
-"""Is an op right? One rule, for the tests and for a machine with a GPU.
+"""The error rule of ops, for the tests and for `bench device`.
 
     |ours - truth| <= 2 |torch's - truth| + floor * |truth|        largest values of each result
 
-`truth` is the contract's eager function in float64, `torch's` the same in the op's own dtype. It holds for every
-result, for every gradient under random upstream gradients, and for what a mutating op leaves behind.
+`truth` is the eager function of the contract in float64, `torch's` the same function in the dtype of the op. The rule
+holds for every output, every gradient under random upstream gradients, and every tensor that the op mutates.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from peakgpt.kernels.core.dispatch import BACKENDS, OPS, Op, use_backend
 from peakgpt.kernels.ops import catalogue  # noqa: F401  fills OPS
 from peakgpt.kernels.ops.adamw import join
 
-# Of the largest value: a few ulp of float32, half an ulp of the others.
+# Relative to the largest value: a few ulp of float32, half an ulp of the others.
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
 
-# op, sizes of its sample, parameters; lengths and widths one either side of a block
+# (op, sizes of its sample, parameters); lengths and widths around the block sizes
 CASES = [
     ("layernorm", {"rows": 5, "width": 129}, {}),
     ("layernorm", {"rows": 1, "width": 1025}, {"eps": 1e-3}),
@@ -128,7 +128,7 @@ CASES = [
     ),
 ]
 
-# Sizes of real models, for hardware that can afford their float64.
+# Sizes of real models, for hardware that is fast enough in float64.
 LARGE_CASES = [
     ("layernorm", {"rows": 4096, "width": 1600}, {}),
     ("add_layernorm", {"rows": 4096, "width": 768}, {}),
@@ -163,7 +163,7 @@ LARGE_CASES = [
     ("sum_of_squares", {"count": (1 << 20) + 1}, {}),
 ]
 
-# Floating tensors that nobody trains, by op.
+# Floating-point inputs without a gradient, by op.
 CONSTANT = {"rotary": ("cos", "sin"), "attention_qkv": ("cos", "sin"), "linear_cross_entropy": ("weight",)}
 
 
@@ -171,7 +171,7 @@ def sample(
     name: str, sizes: Mapping[str, int | None], dtype: torch.dtype, device: torch.device | str = "cpu", *,
     grad: bool = True,
 ) -> list[Tensor | None]:  # fmt: skip
-    """The tensors of a call, always the same; floating ones are leaves that want a gradient where the op has one."""
+    """Return the inputs of a call, the same each time; floating-point ones require a gradient if the op has one."""
     grad = grad and OPS[name].gradient
     torch.manual_seed(len(name) + sum(v for v in sizes.values() if v))
     tensors = OPS[name].sample(**sizes, dtype=dtype, device=device)
@@ -183,12 +183,12 @@ def sample(
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """A copy that wants a gradient."""
+    """Return a copy that requires a gradient."""
     return tensor.detach().clone().requires_grad_()
 
 
 def double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The same tensors in float64."""
+    """Return the tensors in float64."""
     return [
         t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
         for t in tensors
@@ -196,7 +196,7 @@ def double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def run(backend: str, op: Callable[..., Any], tensors: Sequence[Tensor | None], params: Mapping[str, Any]):
-    """Outputs and the gradients of every input that wants one; upstream gradients are random but the same for all."""
+    """Return outputs and input gradients; random upstream gradients are the same for every backend."""
     with use_backend(backend):
         results = op(*tensors, **params)
     results = results if isinstance(results, tuple) else (results,)
@@ -207,7 +207,7 @@ def run(backend: str, op: Callable[..., Any], tensors: Sequence[Tensor | None], 
 
 
 def run_mutating(backend: str, op: Op, tensors: Sequence[Tensor | None], params: Mapping[str, Any]) -> list[Tensor]:
-    """What an op leaves in the tensors that it changes; `tensors` themselves stay as they are."""
+    """Run an in-place op on copies and return the tensors that it mutates."""
     copies = [None if t is None else t.detach().clone() for t in tensors]
     with use_backend(backend):
         op(*copies, **params)
@@ -216,7 +216,7 @@ def run_mutating(backend: str, op: Op, tensors: Sequence[Tensor | None], params:
 
 
 def whole(op: Op, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The tensors with a split master put together: its halves are two roundings, the rule is for one."""
+    """Return the tensors with split master weights joined, because the rule is for one rounding, not two."""
     named = dict(zip(op.tensor_names, tensors, strict=False))
     if named.get("remainder") is not None:
         named |= {"param": join(named["param"], named["remainder"]), "remainder": None}
@@ -225,7 +225,7 @@ def whole(op: Op, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far one result is off float64, beside torch's own and the limit that follows; largest absolute values."""
+    """Largest absolute error of one result against float64, torch's own error, and the limit."""
 
     error: float
     torch_error: float
@@ -263,7 +263,7 @@ def judge(
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One case of one backend; the error figures are of the result nearest to, or furthest over, its limit."""
+    """One case of one backend; the errors are those of the result with the largest error relative to its limit."""
 
     op: str
     case: dict[str, Any]
@@ -278,7 +278,7 @@ class Check:
 
 
 def backends(op: Op, tensors: Sequence[Tensor | None], params: Mapping[str, Any]) -> list[str]:
-    """This device's backends that take a call when forced; being slower is no objection then."""
+    """Return the backends of this device that accept the call when forced; a slower backend counts too."""
     found = []
     for name, home in BACKENDS.items():
         with use_backend(name):
@@ -291,7 +291,7 @@ def check(
     name: str, sizes: Mapping[str, int | None], params: Mapping[str, Any], dtype: torch.dtype,
     device: torch.device | str,
 ) -> list[Check]:  # fmt: skip
-    """Judge one case on every backend that takes it, and whether two runs give the same bits."""
+    """Check one case on every backend that accepts it, and that two runs give the same bits."""
     op = OPS[name]
     tensors = sample(name, sizes, dtype, device, grad=op.gradient)
     go = run_mutating if op.mutates else run
@@ -315,5 +315,5 @@ def check(
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """Return None instead of NaN and infinity, which JSON does not have."""
     return value if abs(value) < float("inf") else None

@@ -1,7 +1,7 @@
-"""All that a machine with a GPU should be asked, in under 8 minutes: `python -m peakgpt.bench device`.
+"""Checks and benchmarks for a machine with a GPU, in under 8 minutes: `python -m peakgpt.bench device`.
 
-Every op against float64; then ops, training and decoding beside PyTorch's own and other people's kernels, each part in
-a process of its own (see isolate). On a CPU the same parts run at tiny sizes, as a rehearsal.
+Every op is checked against float64. Then ops, training and decoding are timed versus PyTorch's and other projects'
+kernels. Each part has a process of its own (isolated_jobs). On a CPU the same parts run at tiny sizes, as a dry run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, device: torch.device) -> RunResults:
 
 
 def run_parts(module: str, names: Sequence[str], device: torch.device) -> RunResults:
-    """Run parts of a module's PARTS one after the other, with a line to standard error after each."""
+    """Run parts of a module's PARTS in order, with a line on standard error after each."""
     found = RunResults()
     for name in names:
         start, before = time.perf_counter(), len(found.failures)
@@ -73,7 +73,7 @@ def _check(case: tuple, budget_s: float, emit: Emit) -> None:
 
 # ---- ops
 
-# 16k tokens at hidden size 2048, as in the literature; one query against a cache of 8k, rotated beyond L2.
+# 16k tokens at hidden size 2048, as in the literature; one query with 8k cached keys, larger than L2 together.
 ATTENTION = [
     *(OpCase("attention", {"batch": (1 << 14) // t, "tokens": t, "heads": 2048 // d, "head_dim": d}, passes=ONE_BY_ONE)
       for d in (64, 128) for t in (2048, 8192, 16384)),
@@ -91,7 +91,7 @@ LAYERNORM = [
     OpCase("rmsnorm", {"rows": ROWS, "width": 2048}, passes=ONE_BY_ONE),
 ]
 MLP = [OpCase("mlp", {"rows": ROWS, "width": c, "hidden": 4 * c}, passes=ONE_BY_ONE) for c in (768, 1600)]
-# One token and eight through GPT-2 1558M's products, and through 124M's head.
+# One and eight tokens through the linear layers of GPT-2 1558M, and through the head of 124M.
 LINEAR = [
     OpCase("linear", {"rows": rows, "width": c, "out": f}, passes=("replayed",))
     for c, f in ((1600, 4800), (1600, 6400), (6400, 1600), (768, 50304))
@@ -158,7 +158,7 @@ TINY_RUN = (
     preset("gpt2-tiny", n_layer=1, vocab_size=512),
     TrainConfig(batch=1, tokens=32, dtype=torch.bfloat16, warmup=0.0),
 )
-PADDED_VOCAB = 50304  # a multiple of 128, as everyone trains GPT-2
+PADDED_VOCAB = 50304  # a multiple of 128, the usual padding for GPT-2
 
 
 def _train_jobs(device: torch.device) -> dict[str, Job]:
@@ -177,7 +177,7 @@ def _train_jobs(device: torch.device) -> dict[str, Job]:
 
 
 def _large_jobs(device: torch.device) -> dict[str, Job]:
-    """GPT-2 1558M by us alone: nobody else's step fits in the time."""
+    """GPT-2 1558M, peakgpt only: the other contenders do not fit in the time."""
 
     def job(budget_s: float, emit: Emit) -> None:
         if device.type == "cuda":
@@ -207,12 +207,12 @@ def _fp8_jobs(device: torch.device) -> dict[str, Job]:
 
 
 def _batch(device: torch.device) -> int:
-    """Sequences of 1024: the largest power of two up to 32 at 2 GiB each, which is about what eager's logits take."""
+    """Return the largest power of two up to 32 of 1024-token sequences, at 2 GiB each (about eager's logits)."""
     gib = torch.cuda.get_device_properties(device).total_memory / 2**30
     return next(b for b in (32, 16, 8, 4, 2, 1) if 2 * b <= gib or b == 1)
 
 
-# Model, streams, contenders; those that compile last, where there is time left. Of 1558M ours alone, as above.
+# Model, streams, contenders. Compiled contenders run last, if time is left. 1558M is measured for peakgpt only.
 DECODING = {
     "1558M, 1 stream": ("gpt2-xl", 1, ["peakgpt"]),
     "124M, 1 stream": ("gpt2", 1, ["peakgpt", "eager"]),
@@ -228,7 +228,9 @@ def _decode_jobs(device: torch.device) -> dict[str, Job]:
 
     def steps(name: str, streams: int, contenders: list[str], budget_s: float, emit: Emit) -> None:
         case = Workload(streams, 128, 128) if full else Workload(2, 8, 4)
-        contenders = contenders if full else ["peakgpt", "eager"]  # compiling for a CPU takes longer than the rest
+        contenders = (
+            contenders if full else ["peakgpt", "eager"]
+        )  # compilation for a CPU takes longer than all other jobs
         for row in compare_steps(config_of(name), case, device, contenders, budget_s=budget_s,
                                  on_failure=_record_failures(emit)):  # fmt: skip
             emit(row)

@@ -1,4 +1,4 @@
-"""8-bit products beside bfloat16: the loss of the same training run, then the time of a step: `peakgpt bench fp8`."""
+"""Training with fp8 GEMMs versus bfloat16: loss of the same run, then time of a step: `peakgpt bench fp8`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.hardware.peaks import peak_for
 
-VOCAB = 50304  # GPT-2's, up to a multiple of 128
-SYMBOLS = 512  # that the sequences use
+VOCAB = 50304  # GPT-2's, padded to a multiple of 128
+SYMBOLS = 512  # number of token ids in the synthetic sequences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=100, help="of the run whose loss is shown (default 100)")
+    parser.add_argument("--steps", type=int, default=100, help="of the run whose loss is printed (default 100)")
 
 
 def run(args: argparse.Namespace, device: torch.device) -> RunResults:
@@ -39,12 +39,12 @@ def run(args: argparse.Namespace, device: torch.device) -> RunResults:
 def compare(
     config: GPTConfig, recipe: TrainConfig, steps: int, device: torch.device, *, budget_s: float | None = None
 ) -> list[Result]:
-    """Train with both, then time a step of each; their notes say the losses.
+    """Train with both dtypes, then time a step of each; the notes contain the losses.
 
     Args:
-        config, recipe: the model and how it is trained; recipe.fp8 is set by each contender.
-        steps: of the run whose loss is told.
-        budget_s: of the timing.
+        config, recipe: model and training; each contender sets recipe.fp8.
+        steps: of the run that gives the loss.
+        budget_s: seconds of the timing.
     """
     trainers, losses = _trained(config, recipe, steps, device)
     for step in sorted({0, steps // 4, steps // 2, steps - 1}):
@@ -67,7 +67,7 @@ def compare(
 
 
 def compare_losses(config: GPTConfig, recipe: TrainConfig, steps: int, device: torch.device) -> dict[str, list[float]]:
-    """The loss of every step, from the same weights over the same batches."""
+    """Return the losses of all steps, with the same weights and batches."""
     return _trained(config, recipe, steps, device)[1]
 
 
@@ -84,7 +84,7 @@ def _trained(config, recipe, steps, device) -> tuple[dict[str, Trainer], dict[st
 
 
 def _batches(config: GPTConfig, recipe: TrainConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sequences with a rule to learn: each counts up by a step of its own."""
+    """Yield batches of learnable sequences: each one counts up by its own step."""
     generator = torch.Generator().manual_seed(recipe.seed)
     symbols = min(SYMBOLS, config.vocab_size)
     while True:

@@ -1,4 +1,4 @@
-"""Each op beside PyTorch: forward, backward, or both, checked against eager first, then interleaved."""
+"""Each op versus PyTorch: forward, backward or both, checked against eager first: `peakgpt bench ops`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.hardware.peaks import peak_for, stream_peak
 from peakgpt.kernels.ops import catalogue
 
-PRODUCTS = {"linear_q8": torch.int8, "linear_q4": torch.int8}  # whose peak is not that of their inputs' dtype
+PRODUCTS = {"linear_q8": torch.int8, "linear_q4": torch.int8}  # ops whose peak is not that of their input dtype
 
 
 Peers = Callable[[Op, torch.device], dict[str, Callable[..., Any]]]
@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", choices=sorted(catalogue.__all__), help="repeatable; default all")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
     parser.add_argument("--size", action="append", default=[], metavar="NAME=N",
-                        help="as tokens=1024; repeatable, the others are GPT-2 124M's at 4 x 256 tokens")  # fmt: skip
+                        help="such as tokens=1024; repeatable; defaults: GPT-2 124M at 4 x 256 tokens")  # fmt: skip
     parser.add_argument("--pass", action="append", dest="passes", choices=tuple(PASSES),
-                        help="repeatable; default forward, and forward+backward where there is a gradient")  # fmt: skip
+                        help="repeatable; default forward, and forward+backward if the op has a gradient")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=120.0, help="for each dtype (default 120)")
 
 
 def run(args: argparse.Namespace, device: torch.device) -> RunResults:
-    """On a CPU all contenders run under the allocator that peakgpt trains with, which is eager's at its best."""
+    """Time the chosen ops. On a CPU all contenders use the allocator settings of peakgpt's Trainer, eager's fastest."""
     cases = choose_cases(args.op or sorted(catalogue.__all__), args.size, args.passes)
     reason = keep_pages() if device.type == "cpu" else None
     found = RunResults()
@@ -63,18 +63,18 @@ def compare_ops(
     rounds: int = 30,
     peers: Peers = lambda op, device: {},
 ) -> list[Result]:
-    """Time ops beside eager.
+    """Time ops versus eager.
 
     Args:
-        cases: what is timed, in every direction of theirs.
+        cases: ops and sizes; each is timed in all its passes.
         device, dtype: of the inputs.
-        budget_s: seconds in all, shared evenly.
-        rounds: timings of each contender at most.
+        budget_s: seconds for all cases, shared evenly.
+        rounds: maximum number of timings of each contender.
         peers: see `compare`.
     Returns:
         Results with work FLOPs and bytes.
     Raises:
-        ValueError: our values are not eager's: nothing wrong is timed.
+        ValueError: our values differ from eager's.
     """
     todo = [(case, direction) for case in cases for direction in case.directions]
     return [
@@ -95,17 +95,17 @@ def compare(
     peers: Peers = lambda op, device: {},
     on_failure: OnFailure = raise_failure,
 ) -> list[Result]:
-    """Time one direction of one case.
+    """Time one pass of one case.
 
     Args:
         direction: one of PASSES.
-        budget_s: seconds, the check included; see `clock.interleave`.
-        peers: further contenders, called as the op is.
-        on_failure: told of a contender that raises or gives other values than eager; the others are timed.
+        budget_s: seconds, including the check; see `interleave`.
+        peers: more contenders, with the arguments of the op.
+        on_failure: called with a contender that raises or whose values differ from eager's; the others are timed.
     Returns:
-        A result a contender: "peakgpt" as dispatched, "peakgpt, NAME" for a further backend forced, "eager", peers.
+        A result for each contender: "peakgpt" as dispatched, "peakgpt, NAME" for each other backend, "eager", peers.
     Raises:
-        ValueError: by default, a contender's values are not eager's.
+        ValueError: by default, if the values of a contender differ from eager's.
     """
     start = time.perf_counter()
     op, device, params = OPS[case.op], torch.device(device), case.arguments
@@ -122,17 +122,17 @@ def compare(
     calls |= IN_PLACE.get(op.name, {}) | peers(op, device)
     small = sets if case.checked is None else make_inputs(replace(case, sizes=case.checked), device, dtype)
     calls = _right(op, calls, make, small[0], params, dtype, on_failure)
-    if case.checked is not None or op.mutates:  # of an op in place eager is the reference, not what people run
+    if case.checked is not None or op.mutates:  # for an in-place op eager is only the reference
         del calls["eager"]
     contenders = {name: make(call, sets, params) for name, call in calls.items()}
-    left_s = max(0.0, budget_s - (time.perf_counter() - start))  # the check has compiled what there is to compile
+    left_s = max(0.0, budget_s - (time.perf_counter() - start))  # the check includes all compilation
     timings = interleave(contenders, rounds=rounds, warmup=2, device=device, budget_s=left_s)
     if make is replayed and device.type == "cuda":
         timings = {name: timing.each(len(sets)) for name, timing in timings.items()}
     cost, peak = op.cost(*tensors, **params), peak_for(device, PRODUCTS.get(op.name, dtype))
     written = forward * cost.written + backward * cost.backward_written
     read = forward * cost.bytes + backward * cost.backward_bytes - written
-    # Every call reads another set; what it writes the allocator gives out again.
+    # Every call reads another input set, but the allocator reuses the memory of the outputs.
     touched = len(sets) * read + (0 if op.mutates else written)
     updated = min(read, written) if op.mutates else 0
     ceiling, streams = stream_peak(device, read, written, touched, updated_bytes=updated)
@@ -162,7 +162,7 @@ def _forced(op: Op, backend: str) -> Callable[..., Any]:
 
 
 def _right(op: Op, calls, make, inputs: Inputs, params, dtype, on_failure: OnFailure) -> dict[str, Callable[..., Any]]:
-    """The contenders whose values are eager's; the others go to on_failure."""
+    """Return the contenders whose values are eager's; call on_failure for the others."""
     reference, right = _values(op, calls["eager"], make, inputs, params), {}
     for name, call in calls.items():
         try:
@@ -170,7 +170,7 @@ def _right(op: Op, calls, make, inputs: Inputs, params, dtype, on_failure: OnFai
             right[name] = call
         except Unsupported:
             continue
-        except Exception as error:  # whatever a peer does must not keep the others from being measured
+        except Exception as error:  # a failing peer must not prevent the timing of the others
             on_failure(name, error)
     return right
 

@@ -1,4 +1,4 @@
-"""What a run found, for people: plain-text tables for the terminal and one self-contained HTML page."""
+"""Report of a run: plain-text tables for the terminal and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONTENDER_COLORS = {"eager": "#f0883e", "peakgpt": "#0969da"}
 
 
 def groups(results: Iterable[Result]) -> list[list[Result]]:
-    """Contenders of one case together, in the order measured."""
+    """Group the results of one case, in the order of measurement."""
     found: dict[tuple, list[Result]] = {}
     for r in results:
         found.setdefault((r.bench, r.dtype, r.device, *sorted(r.case.items())), []).append(r)
@@ -33,12 +33,12 @@ def groups(results: Iterable[Result]) -> list[list[Result]]:
 
 
 def speedup(result: Result, others: Sequence[Result]) -> float | None:
-    """The median time of eager, or of torch's fused optimizer, over this one's; None for itself or without one."""
+    """Return the median time of eager (or torch's fused optimizer) over this result's; None without a reference."""
     eager = next((o for o in others if o.contender in ("eager", "torch fused")), None)
     return None if eager is None or eager is result else eager.median_s / result.median_s
 
 
-# ---- how a figure reads; an empty cell where there is none
+# ---- formatting; a missing figure is an empty cell
 
 
 def _percent(value: float | None) -> str:
@@ -70,7 +70,7 @@ def _rounds(r: Result) -> str:
 
 def _case(r: Result) -> str:
     head = [r.case[k] for k in ("op", "pass") if k in r.case]
-    twice = ("n_head",) if "heads" in r.case else ()  # a parameter that says a size again
+    twice = ("n_head",) if "heads" in r.case else ()  # a parameter that repeats a size
     rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass", *twice)]
     return ", ".join(filter(None, [" ".join([*head, r.dtype]), *rest]))
 
@@ -99,18 +99,18 @@ def _columns(*headings: str) -> dict[str, Read]:
     return {heading: COLUMNS[heading] for heading in headings}
 
 
-# One table a kind of benchmark: its title, and per column a heading and how a row reads.
+# One table for each kind of benchmark: title, and for each column a heading and a formatter.
 TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "train": (
         "Training, model FLOPs (6N + 12 L H Q T a token)",
         _columns("case", "contender", "tokens/s", "MFU", "ms (quartiles)", "GiB", "rounds", "against eager"),
     ),
     "prefill": (
-        "A prompt's keys, values and last logits, work FLOPs (causal is half, the head at one position)",
+        "Prefill, work FLOPs (causal attention is half, the head at one position)",
         _columns("case", "contender", "tokens/s", "of peak FLOP/s", "ms (quartiles)", "GiB", "rounds", "against eager"),
     ),
     "products": (
-        "The products of one pass, work FLOPs; bytes are those of the weights",
+        "The linear layers of one pass, work FLOPs; bytes are those of the weights",
         _columns("case", "contender", "GB/s", "of read peak", "GFLOP/s", "of peak FLOP/s", "ms (quartiles)", "rounds"),
     ),
     "decode": (
@@ -118,23 +118,23 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
         _columns("case", "contender", "tokens/s", "MBU", "rounds", "against eager"),
     ),
     "serve": (
-        "Streams from the server, beside the engine alone",
+        "Server with many streams versus the engine alone",
         _columns("case", "contender", "tokens/s", "ms (quartiles)", "rounds"),
     ),
     "op": (
-        "Ops, work FLOPs (what must be computed; causal is half); bytes beside streams of the same reads and writes",
+        "Ops, work FLOPs (what must be computed; causal is half); bytes versus streams of the same reads and writes",
         _columns("case", "contender", "ms (quartiles)", "GFLOP/s", "GB/s", "of peak FLOP/s", "of streams", "GiB",
                  "rounds", "against eager") | {"contender": lambda r, _: f"{r.contender} ({r.backend})"},
     ),
     "pass": (
-        "Memory-bound kernels, beside streams of the same reads and writes",
+        "Memory-bound kernels versus streams of the same reads and writes",
         _columns("case", "ms (quartiles)", "GB/s", "streams, GB/s", "of streams"),
     ),
 }  # fmt: skip
 
 
 def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, headings, rows) of each kind of benchmark that has results, without columns that are empty throughout."""
+    """Return (title, headings, rows) of each kind of benchmark with results, without empty columns."""
     found = []
     for bench, (title, columns) in TABLES.items():
         rows = [
@@ -148,20 +148,20 @@ def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[s
 
 
 def _used(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows) without columns that are empty throughout."""
+    """Return headings and rows without empty columns."""
     used = [i for i in range(len(headings)) if any(row[i] for row in rows)]
     return [headings[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
 def tables(results: Sequence[Result]) -> list[str]:
-    """The results as plain text, one table a kind of benchmark that has any."""
+    """Return the results as plain text, one table for each kind of benchmark."""
     return [f"\n{title}\n{_text_table(headings, rows)}" for title, headings, rows in _filled(results)]
 
 
 def comparisons(results: Sequence[Result]) -> list[str]:
-    """How much faster and smaller peakgpt is than each contender of its case, as plain text; empty without pairs.
+    """Return a table of peakgpt's speed and memory relative to each contender of a case; empty without pairs.
 
-    Times are paired by round, so the spread is that of the ratio, not of the machine's moods.
+    Times are paired by round, so the quartiles are those of the ratio.
     """
     rows = []
     for rs in groups(results):
@@ -194,7 +194,7 @@ def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def notes(results: Iterable[Result]) -> list[str]:
-    """What must be known to read the figures: rounds left out, page faults, what the peaks are; each kind once."""
+    """Return notes on the figures: dropped rounds, page faults, sources of the peaks; each kind of note once."""
     results, kinds = list(results), {}
     said = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped, the machine was busy elsewhere"
             for r in results if r.dropped]  # fmt: skip
@@ -206,7 +206,7 @@ def notes(results: Iterable[Result]) -> list[str]:
 
 
 def verdicts(found: RunResults) -> list[str]:
-    """What was checked and what failed, a line each."""
+    """Return one line for the checks, and one for each failure."""
     lines = []
     if found.checks:
         good = sum(c.passed for c in found.checks)
@@ -223,14 +223,14 @@ def write_report(
     path: Path | str, *, rows: Sequence[dict[str, Any]], results: Sequence[Result], environment: dict[str, Any],
     corpus: str, sample: str,
 ) -> None:  # fmt: skip
-    """Write the page of a run: curves, tables, environment; nothing is loaded from elsewhere.
+    """Write the page of a run with curves, tables and environment. It loads no other file.
 
     Args:
         path: of the page.
         rows: of metrics.jsonl.
         results: measured cases.
-        environment: as clock.environment() gives it.
-        corpus: one line about the text.
+        environment: of peakgpt.bench.environment.
+        corpus: one line that describes the text.
         sample: generated text.
     """
     e = html.escape
@@ -254,7 +254,7 @@ def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> str:
-    """Loss of each contender by step, and bits per byte of the held-out text, as inline SVG."""
+    """Return the loss of each contender and the bits per byte of the held-out text by step, as inline SVG."""
     losses = {
         name: [(r["step"], r["loss"]) for r in rows if r["contender"] == name and "loss" in r]
         for name in CONTENDER_COLORS
@@ -264,8 +264,8 @@ def _curves(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _chart(series: dict[str, list[tuple[float, float]]], title: str) -> str:
-    """Lines over steps; empty where there is nothing finite to draw."""
-    import matplotlib  # 0.3 s and most of a run never draws
+    """Return a line chart over steps; empty without finite values."""
+    import matplotlib  # takes 0.3 s, and most runs draw nothing
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text

@@ -1,8 +1,8 @@
-"""The PyTorch eager baseline: GPT-2 as a careful user of plain torch writes it, and its training step.
+"""The PyTorch eager baseline: GPT-2 in plain torch, and its training step.
 
 SDPA attention, one qkv projection, F.gelu, F.cross_entropy over the flattened logits, torch's fused AdamW, gradient
-clipping by torch, bf16 by autocast over float32 parameters. Parameters are named as in peakgpt.GPT, so that one state
-dict starts both. Structure after GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+clipping by torch, bf16 by autocast over float32 parameters. Parameters have the names of peakgpt.GPT, so that both
+load one state dict. Structure after GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class EagerGPT(nn.Module):
-    """GPT-2 in plain torch; forward as peakgpt.GPT's: ids (B, T) -> logits, with targets -> mean loss."""
+    """GPT-2 in plain torch: ids (B, T) -> logits (B, T, V), or the mean loss if targets are given."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -85,7 +85,7 @@ class EagerGPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids: Tensor, count: int) -> Tensor:
-        """Greedy continuation with a KV cache that grows by concatenation: (B, T) -> (B, T + count)."""
+        """Decode greedily with a KV cache that grows by concatenation: (B, T) -> (B, T + count)."""
         past: list[list[Tensor]] = [[] for _ in range(self.config.n_layer)]
         step = ids
         for _ in range(count):
@@ -95,7 +95,7 @@ class EagerGPT(nn.Module):
 
 
 class EagerTrainer:
-    """The same train_config as peakgpt's Trainer in plain torch: fused AdamW, autocast, torch's clipping."""
+    """The training step of peakgpt's Trainer in plain torch: fused AdamW, autocast, torch's clipping."""
 
     def __init__(self, model: nn.Module, train_config: TrainConfig, *, steps: int):
         self.model, self.train_config, self.steps, self.done = model, train_config, steps, 0
@@ -105,7 +105,7 @@ class EagerTrainer:
         )
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """One update; returns the mean loss, detached."""
+        """Make one update and return the mean loss, detached."""
         self.optimizer.zero_grad(set_to_none=True)
         half = self.train_config.dtype != torch.float32
         with torch.autocast(ids.device.type, self.train_config.dtype, enabled=half):

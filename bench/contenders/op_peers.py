@@ -1,4 +1,4 @@
-"""Other people's kernels, called as our ops are: what an op is timed beside on a GPU (on CPU, where they exist)."""
+"""Kernels of other projects with the arguments of our ops: peers of `bench ops` and `bench device`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CHUNK = 1 << 22  # elements; torch's fused AdamW takes a list of parameters, and
 
 
 def peers(op: Op, device: torch.device) -> dict[str, Call]:
-    """Every peer of an op that this machine has.
+    """Return the peers of an op on a device.
 
     Returns:
-        name -> function with the op's arguments. What can not take a call raises, as cuDNN does on old GPUs.
+        name -> function with the arguments of the op. It raises if it does not support a call (cuDNN on old GPUs).
     """
     found = OTHERS.get(op.name, lambda device: {})(device)
     if device.type == "cuda" and op.name in COMPILED:
@@ -37,9 +37,9 @@ def peers(op: Op, device: torch.device) -> dict[str, Call]:
 
 
 def _compiled(op: Op) -> Call:
-    # A backward that is timed alone runs many times over one graph, which donated buffers forbid.
+    # A backward timed alone runs many times on one graph, which donated buffers do not allow.
     functorch.donated_buffer = False
-    torch._dynamo.reset()  # else the eighth size of an op is no longer compiled
+    torch._dynamo.reset()  # otherwise torch.compile stops at the eighth size of an op
     return torch.compile(op.eager, dynamic=False)
 
 
@@ -55,7 +55,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool 
 
 
 def _mlp(device: torch.device) -> dict[str, Call]:
-    """With both ways of ours, which the table of kernels/gpu/gemm/mlp.py chooses between."""
+    """Include both of our strategies, between which the table of kernels/gpu/gemm/mlp.py chooses."""
     if device.type != "cuda":
         return {}
     ours = {f"peakgpt {way}": functools.partial(_mlp_way, way) for way in ("fused", "library")}
@@ -72,7 +72,7 @@ def _mlp_way(way: str, *tensors: Tensor | None) -> Tensor:
 
 
 class _WholeWay(torch.autograd.Function):
-    """Carries a way into the backward pass, which runs after its block has ended."""
+    """Apply a strategy in forward and backward; backward runs after the `with` block of the forward has ended."""
 
     @staticmethod
     def forward(ctx, way, *tensors):
@@ -95,7 +95,7 @@ class _WholeWay(torch.autograd.Function):
 
 
 def _epilogue_mlp(x, w_up, b_up, w_down, b_down) -> Tensor:
-    """GELU (tanh on CUDA) in the first product's epilogue; it keeps no pre-activation, so it has no gradient."""
+    """GELU (tanh on CUDA) in the epilogue of the first GEMM. It saves no pre-activation, so it has no gradient."""
     if torch.is_grad_enabled():
         raise Unsupported("torch._addmm_activation has no gradient")
     return F.linear(torch._addmm_activation(b_up, x, w_up.t(), use_gelu=True), w_down, b_down)
@@ -103,9 +103,9 @@ def _epilogue_mlp(x, w_up, b_up, w_down, b_down) -> Tensor:
 
 def _linear_cross_entropy(device: torch.device) -> dict[str, Call]:
     found = {}
-    # On a CPU its chunks take 5.5 s where the whole takes 0.63 (1024 x 768 x 50304, bf16, 2-core Zen 4, 2026-11).
+    # On a CPU it takes 5.5 s in chunks and 0.63 s unchunked (1024 x 768 x 50304, bf16, 2-core Zen 4, 2026-11).
     if device.type == "cuda" and hasattr(F, "linear_cross_entropy"):
-        chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # without options it is F.linear and the loss
+        chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # without options it is F.linear plus the loss
         options = {"options": chunked()} if chunked else {}
         found["torch linear_cross_entropy"] = functools.partial(F.linear_cross_entropy, **options)
     if _has_liger(device):
@@ -128,7 +128,7 @@ def _has_liger(device: torch.device) -> bool:
 
 
 def _fused_adamw(param, grad, remainder, exp_avg, exp_avg_sq, step, norm=None, *, lr: float) -> None:
-    """torch.optim.AdamW(fused=True)'s kernel; it has no master, so it stands beside our float32 update."""
+    """The kernel of torch.optim.AdamW(fused=True). It has no master weights: a peer of our float32 update only."""
     if remainder is not None:
         raise Unsupported("torch's fused AdamW keeps no float32 master")
     step += 1
@@ -144,5 +144,5 @@ OTHERS: dict[str, Callable[[torch.device], dict[str, Call]]] = {
     "linear_cross_entropy": _linear_cross_entropy,
 }
 
-# What torch's users run instead of an op that changes its tensors.
+# Replacements of in-place ops in torch.
 IN_PLACE: dict[str, dict[str, Call]] = {"adamw": {"torch fused": _fused_adamw}}

@@ -34,7 +34,7 @@ def training_request(contender, **changes):
             "recompute": "none", "threads": 1, **changes}  # fmt: skip
 
 
-def test_worker_steps_and_ends():
+def test_worker_process_steps_and_reports_its_death():
     worker, dead = (WorkerProcess(name, training_request(name), {}) for name in ("peakgpt", "nobody"))
     losses = [worker.step() for _ in range(3)]
     assert losses[2] < losses[0] and "page faults" in worker.note
@@ -61,7 +61,7 @@ def make(request):
 
 # The tuned allocator keeps a step's freed 100 MiB, and where something small lies in it, the next step gets others.
 @pytest.mark.parametrize("environment, most", [({}, 220), ({"GLIBC_TUNABLES": TUNED_MALLOC}, 320)])
-def test_a_workers_memory_is_that_of_a_step(tmp_path, environment, most):
+def test_worker_memory_is_the_peak_of_one_step_without_setup(tmp_path, environment, most):
     """Fails without the reset of the peak or, under the tuned allocator, without the return of freed memory."""
     (tmp_path / "greedy.py").write_text(GREEDY)
     worker = WorkerProcess(
@@ -75,7 +75,7 @@ def test_a_workers_memory_is_that_of_a_step(tmp_path, environment, most):
         worker.close()
 
 
-def test_a_system_without_peaks_of_a_step_says_so(monkeypatch):
+def test_note_says_when_step_peaks_are_unavailable(monkeypatch):
     def read_only(path, text):
         raise PermissionError
 
@@ -86,7 +86,7 @@ def test_a_system_without_peaks_of_a_step_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize("contender", ["peakgpt", "eager"])
-def test_a_training_step_holds_no_initial_state(contender, monkeypatch):
+def test_training_step_frees_the_initial_state(contender, monkeypatch):
     states = []
     training_inputs = training.training_inputs
 
@@ -101,7 +101,7 @@ def test_a_training_step_holds_no_initial_state(contender, monkeypatch):
     assert step() > 0 and states[0]() is None
 
 
-def test_a_contender_that_learns_otherwise_is_refused():
+def test_contender_with_other_loss_raises():
     losses = {"x": 2.005, "eager": 2.0}
     for name in losses:
         _expect_same_loss(name, losses, 3, torch.bfloat16)
@@ -123,7 +123,7 @@ class FakeContender:
         FakeContender.closed += (self.step,)
 
 
-def test_who_does_not_start_raises_or_is_wrong_is_told_and_closed(monkeypatch):
+def test_failing_contenders_are_reported_and_closed(monkeypatch):
     monkeypatch.setattr(FakeContender, "closed", ())
     right, wrong, raises = lambda: 1, lambda: 2, lambda: 1 / 0
     starts = {"absent": raises, "right": lambda: FakeContender(right), "wrong": lambda: FakeContender(wrong),
@@ -144,7 +144,7 @@ def test_who_does_not_start_raises_or_is_wrong_is_told_and_closed(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in decoding.DECODING_CONTENDERS if name != "eager"])
-def test_streams_decode_the_same_text(name):
+def test_decoding_contenders_give_the_tokens_of_eager(name):
     """In float32 eager's text; in small weights the same again and again, as long."""
     who = decoding.DECODING_CONTENDERS[name]
     pytest.importorskip(who.package)
@@ -160,7 +160,7 @@ def test_streams_decode_the_same_text(name):
     assert len(expected.unique()) > 3
 
 
-def test_other_texts_are_refused():
+def test_other_tokens_raise():
     expected = torch.arange(12).view(2, 6)
     with pytest.raises(ValueError, match="only the first 0 tokens are eager's"):
         decode._expect_equal_start("x", expected + 1, expected, "float32")
@@ -168,7 +168,7 @@ def test_other_texts_are_refused():
         decode._expect_equal_start("x", expected[:, 1:], expected, "int8")
 
 
-def test_forms_of_weights_are_compared_in_one_run(monkeypatch):
+def test_weight_formats_share_one_interleaved_run(monkeypatch):
     peak = SimpleNamespace(bandwidth_bytes_s=1e9, source="none")
     monkeypatch.setattr(decode, "peak_for", lambda *args: peak)
     here = lambda name, request, environment: FakeContender(decode.decode_step(request))  # noqa: E731
@@ -184,7 +184,7 @@ def test_forms_of_weights_are_compared_in_one_run(monkeypatch):
     assert weights[3] == pytest.approx(38.6e6 + 85.1e6 * 4.5 / 8, rel=2e-3)
 
 
-def test_decoding_is_compared_and_wrong_logits_are_refused():
+def test_compare_decoding_raises_for_wrong_logits():
     model = GPT(tiny_config())
     ids = torch.randint(64, (2, 4))
     results = compare_decoding(model, ids, count=3, rounds=3)
@@ -203,7 +203,7 @@ def trained(tmp_path_factory):
     return read_results(next(out.iterdir()))[0]
 
 
-def test_bench_train_compares_processes(trained):
+def test_bench_train_gives_a_result_with_memory_for_each_process(trained):
     assert [r.contender for r in trained] == ["peakgpt", "eager", "eager, tuned malloc"]
     assert all(r.case["batch"] == 1 and r.case["tokens"] == 16 and r.dtype == "bfloat16" for r in trained)
     assert all(r.memory_bytes > r.base_bytes > 1 << 26 and len(r.samples_s) == r.rounds for r in trained)

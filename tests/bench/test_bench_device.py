@@ -51,7 +51,7 @@ def fake(tmp_path, monkeypatch):
     return "fake_parts"
 
 
-def test_a_failing_hanging_or_dying_job_does_not_stop_the_rest(fake):
+def test_raising_hanging_or_dying_job_does_not_stop_the_other_jobs(fake):
     rows = run_part(fake, "mixed", CPU)
     assert [(r.job, r.message) for r in rows] == [
         ("first", "told"),
@@ -65,7 +65,7 @@ def test_a_failing_hanging_or_dying_job_does_not_stop_the_rest(fake):
     assert "in raises" in rows[2].traceback and "in <lambda>" in rows[4].traceback
 
 
-def test_a_part_that_can_not_start_or_has_no_time_is_told(fake, capsys):
+def test_part_that_cannot_start_or_has_no_time_is_reported(fake, capsys):
     found = device_bench.run_parts(fake, ["unusable", "late"], CPU)
     assert [f.message for f in found.failures] == [
         "the process ended with exit code 1",
@@ -75,7 +75,7 @@ def test_a_part_that_can_not_start_or_has_no_time_is_told(fake, capsys):
     assert capsys.readouterr().err.startswith("unusable:")
 
 
-def test_bench_device_end_to_end(tmp_path, capsys):
+def test_bench_device_writes_results_file_and_table(tmp_path, capsys):
     argv = ["bench", "device", "--device", "cpu", "--only", "adamw", "--commit", "abc"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
@@ -100,7 +100,7 @@ def test_every_part_runs_on_cpu(part):
         assert all(r.flops_kind == "model" and r.memory_bytes for r in rows)
 
 
-def test_every_gpu_case_is_a_call_that_its_op_takes():
+def test_every_gpu_case_is_a_valid_call_of_its_op():
     d = device_bench
     for case in (*d.ATTENTION, *d.LAYERNORM, *d.MLP, *d.LINEAR, *d.LOSS, *d.ADAMW):
         op, sizes, device = OPS[case.op], case.sizes, "meta"
@@ -116,12 +116,12 @@ def test_every_gpu_case_is_a_call_that_its_op_takes():
     )
 
 
-def test_the_budgets_keep_eight_minutes():
+def test_part_budgets_sum_to_under_eight_minutes():
     assert sum(p.budget_s for p in device_bench.PARTS.values()) <= 465
     assert all(p.patience_s <= p.budget_s for p in device_bench.PARTS.values())
 
 
-def test_a_bare_machine_is_enough():
+def test_bench_device_imports_with_torch_only():
     """No rich, no tokenizers, no safetensors, no C++ extension: what `bench device` imports needs torch only."""
     code = """
 import sys
@@ -132,11 +132,11 @@ import peakgpt.commands.bench, peakgpt.bench.device
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
 
 
-def test_contenders_with_an_environment_are_for_processes_only():
+def test_gpu_contenders_have_no_environment_of_their_own():
     assert [n for n, c in TRAINING_CONTENDERS.items() if not c.environment] == ["peakgpt", "eager", "compile"]
 
 
-def test_decoding_on_a_device_is_compared_and_wrong_logits_are_told(monkeypatch):
+def test_device_decoding_reports_wrong_logits_and_counts_bytes(monkeypatch):
     config, told = device_bench.TINY_RUN[0], []
     was = device_decode.DEVICE_DECODING_CONTENDERS["eager"].build
 
@@ -154,7 +154,7 @@ def test_decoding_on_a_device_is_compared_and_wrong_logits_are_told(monkeypatch)
     assert [r.contender for r in first] == ["peakgpt", "eager"] and all(r.flops_fraction for r in first)
 
 
-def test_a_step_that_can_not_be_recorded_is_told(monkeypatch):
+def test_step_without_cuda_graph_is_reported_as_failure(monkeypatch):
     """Or its times would pass for a graph's; they are kept."""
     inner = device_decode._eager
 

@@ -44,7 +44,7 @@ def wrong_gradient(x, w, b):
     return y + 0.01 * (y - y.detach())
 
 
-def test_compare_ops_times_every_op_beside_eager():
+def test_compare_ops_times_every_op_and_pass_versus_eager():
     sizes = {"layernorm": {"rows": 8, "width": 16}, "adamw": {"count": 64},
              "attention_qkv": {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 8}}  # fmt: skip
     cases = [OpCase(op, size) for op, size in sizes.items()]
@@ -57,7 +57,7 @@ def test_compare_ops_times_every_op_beside_eager():
     assert next(r for r in results if r.case["op"] == "attention_qkv").case["n_head"] == 2
 
 
-def test_bench_ops_times_the_asked_sizes_and_passes(tmp_path, capsys):
+def test_bench_ops_times_the_given_sizes_and_passes(tmp_path, capsys):
     argv = ["bench", "ops", "--device", "cpu", "--op", "attention", "--dtype", "float32", "--pass", "backward"]
     sizes = {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 16}
     argv += [a for name, value in sizes.items() for a in ("--size", f"{name}={value}")]
@@ -75,26 +75,26 @@ def test_bench_ops_times_the_asked_sizes_and_passes(tmp_path, capsys):
     [("rows=8", "got size 'rows' for attention, expected batch, tokens, heads, head_dim"),
      ("tokens", "got --size 'tokens', expected NAME=N"), ("tokens=0", "N at least 1"), ("tokens=-1", "N at least 1")],
 )  # fmt: skip
-def test_sizes_that_an_op_has_not_are_refused(size, message):
+def test_unknown_or_invalid_size_raises(size, message):
     with pytest.raises(ValueError, match=message):
         choose_cases(["attention"], [size])
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
-def test_a_contender_with_wrong_values_is_refused(direction):
+def test_contender_with_wrong_values_raises(direction):
     assert set(timed(direction, other=right)) == {"peakgpt", "eager", "other"}
     with pytest.raises(ValueError, match=r"layernorm: other: result \d is off eager by 0.01, expected at most 0.001"):
         timed(direction, other=wrong)
 
 
-def test_wrong_gradients_are_refused_where_they_count():
+def test_wrong_gradients_raise_if_backward_is_timed():
     assert "other" in timed("forward", other=wrong_gradient)
     for direction in ("backward", "forward+backward"):
         with pytest.raises(ValueError, match="off eager"):
             timed(direction, other=wrong_gradient)
 
 
-def test_the_others_are_timed_when_one_fails():
+def test_failing_contender_does_not_stop_the_others():
     def broken(x, w, b):
         raise RuntimeError("no such kernel")
 
@@ -107,7 +107,7 @@ def test_the_others_are_timed_when_one_fails():
     assert [name for name, _ in found] == ["broken", "wrong"] and found[0][1] == "no such kernel"
 
 
-def test_a_row_that_fell_back_says_why(monkeypatch):
+def test_result_of_fallback_to_eager_notes_the_objection(monkeypatch):
     from peakgpt.kernels.cpu import layernorm
 
     assert "eager ran" not in timed("forward")["peakgpt"].note
@@ -117,7 +117,7 @@ def test_a_row_that_fell_back_says_why(monkeypatch):
     assert "layernorm: eager ran as peakgpt, cpu objects: it is Sunday" in notes(results.values())
 
 
-def test_flops_and_bytes_are_those_of_the_direction():
+def test_flops_and_bytes_are_those_of_the_pass():
     op = OPS["layernorm"]
     cost = op.cost(*op.sample(rows=8, width=16))
     by = {d: timed(d)["eager"] for d in ("forward", "backward", "forward+backward")}
@@ -126,7 +126,7 @@ def test_flops_and_bytes_are_those_of_the_direction():
     assert by["forward+backward"].bytes == cost.bytes + cost.backward_bytes
 
 
-def test_values_are_compared_at_other_sizes_where_eager_does_not_fit():
+def test_values_are_compared_at_checked_sizes():
     case = OpCase("adamw", {"count": 64}, checked={"count": 8})
     run = lambda **peer: compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3,  # noqa: E731
                                  peers=lambda op, device: peer)  # fmt: skip
@@ -135,7 +135,7 @@ def test_values_are_compared_at_other_sizes_where_eager_does_not_fit():
         run(idle=lambda *tensors, lr: None)
 
 
-def test_peers_have_our_arguments():
+def test_peers_take_the_arguments_of_the_op():
     adamw, attention, mlp = OPS["adamw"], OPS["attention"], OPS["mlp"]
     names = {r.contender for case, op in ((OpCase("adamw", {"count": 64}), adamw),
                                           (OpCase("attention", {"batch": 1, "tokens": 8, "heads": 1}), attention))
@@ -163,7 +163,7 @@ def tiny(name):
     return {k: TINY[k] for k in inspect.signature(KERNELS[name]).parameters if k in TINY}
 
 
-def test_every_pass_is_measured():
+def test_every_kernel_has_a_case():
     assert set(MOVED) == set(KERNELS) == {name for name, _ in GPT2_CALLS}
     for name, sizes in GPT2_CALLS:
         assert set(tiny(name)) <= set(sizes) <= set(inspect.signature(KERNELS[name]).parameters)
@@ -171,7 +171,7 @@ def test_every_pass_is_measured():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_pass_moves_what_it_says(name, dtype, monkeypatch):
+def test_kernel_bytes_are_those_of_its_tensors(name, dtype, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "peakgpt.bench.memory_bound.stream_peak", lambda *a, **k: asked.append((a, k)) or (1e9, "streams")
@@ -188,7 +188,7 @@ def test_a_pass_moves_what_it_says(name, dtype, monkeypatch):
     assert name in tables([result])[0]
 
 
-def test_passes_write_what_they_say():
+def test_kernels_change_only_their_written_tensors():
     """The tensors that a pass names as written change, those that it only reads do not."""
     for name in KERNELS:
         made = KERNELS[name](torch.float32, **tiny(name))
@@ -202,7 +202,7 @@ def test_passes_write_what_they_say():
 # ---- the rule against float64
 
 
-def test_the_rule():
+def test_error_rule_allows_twice_torchs_error():
     truth = [torch.tensor([1.0, 2.0], dtype=torch.float64)]
     at = lambda error: [(truth[0] + error).float()]  # noqa: E731
     assert judge(at(2e-3), at(1e-3), truth, torch.float32)[0].passed
@@ -214,7 +214,7 @@ def test_the_rule():
         judge([truth[0]], at(0.0), truth, torch.float32)
 
 
-def test_a_wrong_kernel_is_told_and_named(monkeypatch):
+def test_check_reports_a_wrong_kernel(monkeypatch):
     from peakgpt.kernels.cpu import layernorm
 
     case = ("layernorm", {"rows": 5, "width": 16}, {}, torch.float32, CPU)
@@ -228,7 +228,7 @@ def test_a_wrong_kernel_is_told_and_named(monkeypatch):
     assert not bad.passed and "result 0: error" in bad.message and bad.error > bad.limit
 
 
-def test_replayed_records_every_set_once(monkeypatch):
+def test_replayed_captures_every_input_set_once(monkeypatch):
     """A stand-in for the graph: what is called inside of it is recorded, and not called again."""
     called, replays, inside = [], [], []
 

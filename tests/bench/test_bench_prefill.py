@@ -31,7 +31,7 @@ def small_prompt(contender, dtype=torch.float32):
         for form in prefill.PREFILL_CONTENDERS[name].formats
     ],
 )
-def test_every_contender_computes_the_prompts_last_logits(contender, dtype):
+def test_every_contender_computes_the_last_logits(contender, dtype):
     pytest.importorskip(prefill.PREFILL_CONTENDERS[contender].package)
     run, reference = small_prompt(contender, dtype)
     for _ in range(2):  # the second prompt starts afresh
@@ -39,7 +39,7 @@ def test_every_contender_computes_the_prompts_last_logits(contender, dtype):
     assert reference.shape == (1, 64)
 
 
-def test_the_static_cache_holds_keys_and_values():
+def test_prompt_gpt_stores_keys_and_values():
     model, kept = prefill.PromptGPT(tiny_config()), {}
     ids = torch.randint(64, (1, 5))
     model(ids, lambda layer, k, v: kept.update({layer: (k, v)}))
@@ -48,7 +48,7 @@ def test_the_static_cache_holds_keys_and_values():
     assert list(kept) == [0] and all(torch.equal(a, b) for a, b in zip(kept[0], past[0], strict=True))
 
 
-def test_prefill_is_compared_and_what_is_missing_is_named(monkeypatch):
+def test_missing_package_is_reported_and_others_are_timed(monkeypatch):
     absent = dataclasses.replace(prefill.PREFILL_CONTENDERS["eager"], package="no_such_engine")
     monkeypatch.setitem(prefill.PREFILL_CONTENDERS, "absent", absent)
     told = []
@@ -62,7 +62,7 @@ def test_prefill_is_compared_and_what_is_missing_is_named(monkeypatch):
     assert "rounds" in tables(results)[0] and "3 of 3" in tables(results)[0]
 
 
-def test_wrong_prefill_logits_are_refused(monkeypatch):
+def test_wrong_prefill_logits_are_reported(monkeypatch):
     right = prefill.reference_logits
     monkeypatch.setattr(prefill, "reference_logits", lambda *a: right(*a).roll(1, -1))
     told = []
@@ -72,12 +72,12 @@ def test_wrong_prefill_logits_are_refused(monkeypatch):
     assert results == [] and "prefill: eager: result 0 is off eager" in told[0]
 
 
-def test_prefill_counts_what_a_prompt_must_compute():
+def test_prefill_work_flops():
     assert prefill.work_flops(preset("gpt2"), 512) == pytest.approx(86.59e9, rel=1e-3)
     one = prefill.work_flops(preset("gpt2"), 1)
     assert one == pytest.approx(forward_flops(preset("gpt2"), 1))
 
 
-def test_prefill_is_for_the_cpu(monkeypatch):
+def test_prefill_on_cuda_raises(monkeypatch):
     with pytest.raises(ValueError, match="expected --device cpu"):
         prefill.run(None, torch.device("cuda"))

@@ -37,12 +37,12 @@ def test_speedup_and_groups():
     assert speedup(eager, [eager, ours]) is None and speedup(ours, [ours]) is None
 
 
-def test_a_case_says_its_heads_once():
+def test_case_shows_heads_once():
     case = {"op": "attention_qkv", "pass": "forward", "heads": 3, "n_head": 3}
     assert "attention_qkv forward float32, heads 3  " in "\n".join(tables([make_result(case=case)]))
 
 
-def test_tables_say_what_was_measured():
+def test_tables_show_case_contender_and_used_columns():
     eager = make_result(flops=4e9, flops_kind="work", peak_flops_s=1e11)
     ours = make_result(contender="peakgpt", backend="cpu", timing=Timing((0.1,)), flops=4e9, flops_kind="work")
     text = "\n".join(tables([eager, ours]))
@@ -54,7 +54,7 @@ def test_tables_say_what_was_measured():
     assert tables([]) == []
 
 
-def test_comparisons_pair_rounds():
+def test_comparisons_pair_times_by_round():
     """The machine slows down twofold half way: each time spreads widely, their ratio does not."""
     ours = make_result(contender="peakgpt", timing=Timing((0.1, 0.2, 0.1, 0.2), dropped=1), memory_bytes=6 << 20,
                        base_bytes=2 << 20, flops=4e9, flops_kind="work", peak_flops_s=1e11)  # fmt: skip
@@ -69,7 +69,7 @@ def test_comparisons_pair_rounds():
     assert "memory" not in comparisons(bare)[0]
 
 
-def test_notes_tell_each_kind_once():
+def test_notes_show_each_kind_once():
     disturbed = [make_result(timing=Timing((0.1,), dropped=2, note=f"only {n} of 9 rounds fitted")) for n in (3, 4, 5)]
     said = notes([*disturbed, make_result(peak_source="datasheet")])
     assert said == [
@@ -89,12 +89,12 @@ def test_verdicts_and_exit_code():
     assert RunResults().exit_code == 0
 
 
-def test_rows_survive_the_way_between_processes():
+def test_rows_round_trip_through_json():
     for row in (make_result(), make_check(), Failure(message="m", part="p", job="j")):
         assert decode(json.loads(json.dumps(encode(row)))) == row
 
 
-def test_a_failure_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+def test_failure_has_no_absolute_paths(tmp_path, monkeypatch):
     (tmp_path / "peer.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ZeroDivisionError) as caught:
@@ -111,7 +111,7 @@ def test_a_failure_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     assert told.message == f"a.so: none, /other{tmp_path}/b.so: none"  # no end of a longer path is cut
 
 
-def test_report_is_self_contained(tmp_path):
+def test_report_page_loads_nothing(tmp_path):
     rows = [{"contender": c, "step": s, "loss": 5.0 - s} for c in ("peakgpt", "eager") for s in range(3)]
     rows += [{"contender": "peakgpt", "step": s, "bits_per_byte": 3.5 - s} for s in (0, 2)]
     rows += [{"contender": "peakgpt", "step": 3, "loss": float("nan")}]

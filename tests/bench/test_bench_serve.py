@@ -26,7 +26,7 @@ def running():
     running.close()
 
 
-def test_the_server_beside_the_engine(running, monkeypatch):
+def test_server_and_engine_give_paired_rounds_and_latencies(running, monkeypatch):
     """Both in this process; tests/api/test_serve.py starts the command, and tests/test_bench.py workers."""
 
     @contextlib.contextmanager
@@ -48,7 +48,7 @@ def test_the_server_beside_the_engine(running, monkeypatch):
     # Whose requests were still open has gone away: 499 where none of its tokens had come.
     assert not re.search(r'status="(4(?!99)|5)', running.ask("/metrics")[1])
     idle = running.idle()
-    assert idle == running.engine.pool.blocks
+    assert idle == running.engine.pool.num_blocks
 
 
 def answer(tokens, told, last="data: [DONE]\n\n", status="200 OK"):
@@ -86,7 +86,7 @@ def client(said, pieces=1):
 
 
 @pytest.mark.parametrize("pieces", [1, 5, 1000])
-def test_tokens_are_counted(pieces):
+def test_client_counts_tokens_and_completed_requests(pieces):
     with client(answer(3, 3), pieces) as asking:
         asking.take(30)
         assert 8 <= asking.ended <= 12 and len(asking.first_s) >= asking.ended
@@ -96,7 +96,7 @@ def test_tokens_are_counted(pieces):
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1 << 16])
-def test_pieces_cut_anywhere_count_the_same(piece):
+def test_client_counts_the_same_tokens_for_any_packet_size(piece):
     said = answer(3, 3)
     parts = iter([said[at : at + piece] for at in range(0, len(said), piece)])
     stream = streaming_client.Stream(0, SimpleNamespace(recv=lambda most: next(parts)), 0.0)
@@ -110,6 +110,6 @@ def test_pieces_cut_anywhere_count_the_same(piece):
     (answer(3, 3, last='data: {"error": {"message": "no"}}\n\n'), "a stream ended with"),
     (answer(3, 3, status="429 Too Many Requests"), "429 Too Many Requests.*, expected status 200"),
 ], ids=["fewer", "more", "cut off", "error", "refused"])  # fmt: skip
-def test_answers_that_are_not_whole_are_no_measurement(said, message):
+def test_incomplete_response_or_error_status_raises(said, message):
     with client(said) as asking, pytest.raises(ValueError, match=message):
         asking.take(30)

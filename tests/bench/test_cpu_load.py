@@ -17,7 +17,7 @@ ctxt 1
 SELF = "42 (a (b) c) R 1 1 1 0 -1 4194304 102 0 0 0 11 22 33 44 20 0 1 0 64767 3133440 416\n"
 
 
-def test_parse_ticks_sums_the_cpus_we_may_use():
+def test_parse_ticks_sums_the_usable_cpus():
     ticks = cpu_load.parse_ticks(STAT, [SELF], {0, 1})
     assert ticks == Ticks(total=645 + 879, busy=133 + 265, stolen=15, own=11 + 22 + 33 + 44)
 
@@ -41,7 +41,7 @@ def test_disturbance(foreign, stolen, expected):
     assert cpu_load.disturbance(before, after) == pytest.approx(expected)
 
 
-def test_disturbance_unknown_is_none():
+def test_unknown_disturbance_is_zero():
     ticks = Ticks(10, 5, 0, 5)
     assert (
         cpu_load.disturbance(None, ticks)
@@ -51,7 +51,7 @@ def test_disturbance_unknown_is_none():
     )
 
 
-def test_keep_undisturbed():
+def test_keep_undisturbed_drops_disturbed_rounds_but_keeps_half():
     assert cpu_load.keep_undisturbed([0.0, 0.1, 0.0]) == ([0, 1, 2], "")
     kept, note = cpu_load.keep_undisturbed([0.0, 0.11, 0.1, 0.0, 0.9])
     assert kept == [0, 2, 3] and "2 rounds" in note and "dropped" in note

@@ -6,7 +6,7 @@ import subprocess
 from peakgpt.bench import environment
 
 
-def test_environment(monkeypatch):
+def test_environment_has_commit_device_and_malloc_settings(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=0")
     monkeypatch.setenv("LD_PRELOAD", "/opt/lib/libjemalloc.so")
     env = environment.environment("cpu", commit="abc")

@@ -45,13 +45,13 @@ def test_interleave_rotates_and_measures(machine):
     assert all(t.dropped == 0 and t.note == "" and t.calls == 1 for t in timings.values())
 
 
-def test_interleave_repeats_what_is_fast(machine):
+def test_interleave_repeats_fast_calls(machine):
     timing = interleave.interleave({"a": machine.contender("a", 3e-6)}, rounds=5)["a"]
     assert timing.calls == math.ceil(interleave.MIN_TIMING_S / 3e-6)
     assert timing.median_s == pytest.approx(3e-6)
 
 
-def test_interleave_is_not_misled_by_a_cold_start(machine):
+def test_interleave_calibrates_calls_after_cold_start(machine):
     def cold(call):
         machine.now_s += 1e-3 if call <= 3 else 0
 
@@ -78,7 +78,7 @@ def test_interleave_drops_a_disturbed_round_for_every_contender(machine):
         assert timing.dropped == 2 and "2 rounds" in timing.note
 
 
-def test_interleave_judges_short_rounds_together(machine):
+def test_interleave_judges_consecutive_short_rounds_together(machine):
     """1/16 s are 12 ticks: one tick of rounding would look like a disturbance, so 0.2 s are judged as one."""
 
     def foreign_in_the_first(call):
@@ -97,12 +97,12 @@ def test_interleave_budget(machine):
 
 
 @pytest.mark.parametrize("bad", [{"rounds": 0}, {"rounds": 3, "warmup": -1}, {"rounds": 3, "contenders": {}}])
-def test_interleave_bad_input(bad):
+def test_interleave_invalid_arguments_raise(bad):
     with pytest.raises(ValueError, match="expected contenders, rounds >= 1"):
         interleave.interleave(**{"contenders": {"a": int}, **bad})
 
 
-def test_contenders_in_processes_start_rested(monkeypatch):
+def test_rest_precedes_each_timing_of_worker_processes(monkeypatch):
     events = []
     monkeypatch.setattr(interleave.time, "sleep", lambda seconds: events.append("rest"))
     work = lambda: [events.append("work"), sum(range(1 << 20))]  # noqa: E731

@@ -19,7 +19,7 @@ def result(**changes):
     return Result.of(Timing((1.0, 2.0, 3.0), dropped=4, note="n"), **{**fields, **changes})
 
 
-def test_result_derives():
+def test_result_derived_rates_and_fractions():
     r = result()
     assert (r.median_s, r.q25_s, r.q75_s, r.rounds, r.dropped, r.note) == (2.0, 1.5, 2.5, 3, 4, "n")
     assert r.tflops == pytest.approx(1.5e-3) and r.gbs == pytest.approx(1.0)
@@ -30,7 +30,7 @@ def test_result_derives():
 
 
 @pytest.mark.parametrize("bad", [{"flops_kind": "sparse"}, {"flops_kind": None}, {"flops": None}])
-def test_result_names_its_flops(bad):
+def test_result_requires_flops_kind(bad):
     with pytest.raises(ValueError, match="'model' or 'work'"):
         result(**bad)
 
@@ -51,7 +51,7 @@ def test_results_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     schema.write_results(path, [result()], {})
     with pytest.raises(ValueError):
@@ -88,7 +88,7 @@ def _schema(document):
     [(_unknown, "unknown \\['speed'\\]"), (_missing, "missing \\['dtype'\\]"), (_top_level, "unknown \\['author'\\]"),
      (_schema, "expected schema 2, got 99")],
 )  # fmt: skip
-def test_read_results_refuses(tmp_path, damage, message):
+def test_read_results_invalid_document_raises(tmp_path, damage, message):
     path = tmp_path / "results.json"
     schema.write_results(path, [result()], {})
     document = json.loads(path.read_text())
@@ -99,7 +99,7 @@ def test_read_results_refuses(tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
-def test_read_results_refuses_other_files(tmp_path, content):
+def test_read_results_non_json_file_raises(tmp_path, content):
     path = tmp_path / "results.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="results"):

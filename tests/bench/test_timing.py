@@ -6,12 +6,12 @@ from peakgpt.bench import timing
 from peakgpt.bench.timing import Spread, Timing
 
 
-def test_timing_of_each_of_several():
+def test_each_divides_samples_by_count():
     two = Timing((4.0, 6.0), dropped=1, note="n", calls=3)
     assert two.each(2) == Timing((2.0, 3.0), dropped=1, note="n", calls=6)
 
 
-def test_spread_and_ratio():
+def test_ratio_pairs_samples_by_round():
     assert Spread.of((4.0,)) == Spread(4.0, 4.0, 4.0)
     assert Spread.of((1.0, 2.0, 3.0, 4.0, 100.0)) == Spread(3.0, 2.0, 4.0)
     # Paired by round: a round in which the machine was four times slower leaves the ratio alone.

@@ -34,16 +34,16 @@ SIMILAR_NAMES = ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 3090 Ti", "NVI
 
 
 @pytest.mark.parametrize("name", DENSE_BF16_TFLOPS)
-def test_datasheet_finds_every_card_by_its_name(name):
+def test_device_name_selects_its_datasheet_row(name):
     assert datasheet.datasheet(name).flops["bfloat16"] == DENSE_BF16_TFLOPS[name] * 1e12
 
 
-def test_names_above_cover_every_row():
+def test_every_datasheet_row_is_tested():
     assert {id(datasheet.datasheet(name)) for name in DENSE_BF16_TFLOPS} == {id(row) for row in PEAKS.values()}
 
 
 @pytest.mark.parametrize("name", SIMILAR_NAMES)
-def test_card_with_a_similar_name_has_no_row(name):
+def test_similar_device_name_selects_no_row(name):
     assert datasheet.datasheet(name) is None
 
 
@@ -53,7 +53,7 @@ def test_h100_sxm_and_pcie_have_different_peaks():
 
 
 @pytest.mark.parametrize("row", PEAKS.values(), ids=PEAKS.keys())
-def test_row_has_dense_peaks(row):
+def test_datasheet_row_is_dense_and_consistent(row):
     """A narrower dtype is never slower, and tensor cores run twice as fast at half the width. A sparse figure fails."""
     flops = row.flops
     rates = [flops[k] for k in ("float32", "tf32", "bfloat16", "float8") if k in flops]
@@ -72,7 +72,7 @@ def test_describe_returns_the_cpu_by_default():
     assert cpu.versions["torch"] == torch.__version__
 
 
-def test_describe_rejects_other_and_missing_devices():
+def test_describe_unknown_device_raises():
     with pytest.raises(ValueError, match="cpu or cuda device, got 'meta'"):
         device.describe("meta")
     if not torch.cuda.is_available():
@@ -150,7 +150,7 @@ def test_best_rates_interleaves_works_and_takes_the_best_window_of_each(monkeypa
     assert "".join(order) == "ababab"
 
 
-def test_peaks_takes_the_better_method_for_each_dtype():
+def test_measured_peak_is_that_of_the_faster_method():
     rates = {("float32", "mm"): 3.0, ("float32", "loop"): 4.0, ("bfloat16", "mm"): 9.0, ("bfloat16", "loop"): 8.0,
              ("copy", "memory"): 5.0}  # fmt: skip
     peaks = measured_peaks._peaks(rates, "s")
@@ -200,7 +200,7 @@ def test_loop_counts_every_thread_and_iteration(loop):
 @pytest.mark.parametrize(
     ("reads", "writes", "updates"), [(1, 0, 0), (0, 1, 0), (1, 1, 0), (3, 2, 0), (3, 2, 1), (2, 2, 2)]
 )
-def test_streams_are_read_and_written_exactly_once(reads, writes, updates, units, threads, past_caches):
+def test_streams_read_and_write_every_element_once(reads, writes, updates, units, threads, past_caches):
     """For any number of threads, each written element is 1 plus the sum of the elements read, and the gap stays."""
     n, gap = units * 64, 64
     initial = torch.arange(float((reads + writes - updates) * (n + gap))).view(-1, n + gap)
@@ -224,7 +224,7 @@ def aligned(tensor):
     [(10, 0, 0, (1, 0, 0)), (0, 3, 0, (0, 1, 0)), (8, 8, 0, (1, 1, 0)), (64, 32, 0, (2, 1, 0)),
      (3e6, 3.01e6, 0, (1, 1, 0)), (5e6, 1e8, 0, (0, 1, 0)), (16, 12, 12, (4, 3, 3)), (8, 8, 4, (2, 2, 1))],
 )  # fmt: skip
-def test_mix_has_the_fewest_streams_with_the_nearest_shares(read, written, updated, mix):
+def test_mix_rounds_to_the_nearest_whole_streams(read, written, updated, mix):
     assert peaks._mix(read, written, updated) == mix
 
 
@@ -260,7 +260,7 @@ def test_stream_peak_measures_the_mix_once_with_both_kinds_of_store(monkeypatch,
     assert peaks.stream_peak("cpu", 64, 32, 1 << 40)[1].endswith(" 64 MiB")
 
 
-def test_stream_peak_rejects_invalid_byte_counts():
+def test_stream_peak_invalid_bytes_raise():
     for read, written in ((0, 0), (-1, 5)):
         with pytest.raises(ValueError, match=f"expected bytes to read or write, got {read} and {written}"):
             peaks.stream_peak("cpu", read, written, 1)
@@ -275,7 +275,7 @@ def test_stream_peak_of_a_gpu_is_its_bandwidth(set_measured_peaks):
 
 
 @needs_extension
-def test_stream_peak_uses_the_working_set_in_steps_of_the_cache(monkeypatch):
+def test_stream_size_follows_the_working_set(monkeypatch):
     """Streams have the size of the working set, in steps of 1/16 of the last-level cache, up to 8 times the cache.
 
     That a cache is faster than memory is not tested: on a shared machine it is not true for seconds at a time.
@@ -288,7 +288,7 @@ def test_stream_peak_uses_the_working_set_in_steps_of_the_cache(monkeypatch):
     assert sizes == [step, 3 * step, 4 * step, 128 * step]
 
 
-def test_float32_precision_is_restored_after_an_error():
+def test_float32_matmul_precision_is_restored_after_error():
     before, inside = torch.backends.cuda.matmul.fp32_precision, []
 
     def fail():
@@ -300,7 +300,7 @@ def test_float32_precision_is_restored_after_an_error():
     assert inside == ["tf32"] and torch.backends.cuda.matmul.fp32_precision == before
 
 
-def test_nvidia_smi_selects_the_gpu_by_uuid_and_may_be_missing(monkeypatch):
+def test_nvidia_smi_uses_uuid_and_may_fail(monkeypatch):
     """Under CUDA_VISIBLE_DEVICES nvidia-smi and torch number the GPUs differently."""
     commands = []
 
