@@ -21,17 +21,17 @@ BACKENDS = ("eager", "cpu", "gpu")
 IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, v in params.items())}"
        for name, sizes, params in CASES]  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
-# Backends that do not exist yet.
+# (backend, op) pairs without a kernel.
 PENDING = {("cpu", "attention_decode"), ("cpu", "cache_store"), ("gpu", "linear_q8"), ("gpu", "linear_q4")}
 ROTARY = "attention_qkv with pairs"
 DIFFERENTIABLE = [*(name for name in sorted(catalogue.__all__) if OPS[name].gradient), ROTARY]
 
 
-def first_case(form):
+def first_case(selector):
     """An op with the sizes and parameters of its first case. "OP with SIZE" selects a case that has this size."""
-    name, _, size = form.partition(" with ")
-    found = (case[1:] for case in CASES if case[0] == name and size in ("", *case[1]))
-    return OPS[name], *next(found, ({"count": 37}, OPS[name].typical))
+    name, _, size = selector.partition(" with ")
+    matching = (case[1:] for case in CASES if case[0] == name and size in ("", *case[1]))
+    return OPS[name], *next(matching, ({"count": 37}, OPS[name].typical))
 
 
 def assert_close(ours, torchs, truth, dtype):
@@ -81,21 +81,22 @@ def test_backend_supports_the_typical_call_of_every_op_except_pending_ones(backe
 def test_values_and_gradients_are_within_twice_torchs_error_and_repeat_bitwise(name, sizes, params, backend, dtype):
     op, tensors = OPS[name], sample(name, sizes, dtype)
     skip_if_unsupported(backend, op, tensors, params)
-    go = run_mutating if op.mutates else run
-    truth = go("eager", op, double(tensors), params)
-    torchs, ours = go("eager", op, tensors, params), go(backend, op, tensors, params)
+    run_op = run_mutating if op.mutates else run
+    truth = run_op("eager", op, double(tensors), params)
+    torchs, ours = run_op("eager", op, tensors, params), run_op(backend, op, tensors, params)
     assert_close(ours, torchs, truth, dtype)
-    assert all(torch.equal(a, b) for a, b in zip(ours, go(backend, op, tensors, params), strict=True)), "not repeatable"
+    again = run_op(backend, op, tensors, params)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "not repeatable"
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
 @pytest.mark.parametrize(
-    ("name", "more"), [*((name, {}) for name in DIFFERENTIABLE), ("linear_cross_entropy", {"reduction": "none"})]
+    ("name", "options"), [*((name, {}) for name in DIFFERENTIABLE), ("linear_cross_entropy", {"reduction": "none"})]
 )
-def test_gradients_are_added_to_accumulation_buffers(name, more, backend):
+def test_gradients_are_added_to_accumulation_buffers(name, options, backend):
     """Fails if a backend overwrites its buffer, or adds in forward and again in backward."""
     op, sizes, params = first_case(name)
-    tensors, params = sample(op.name, sizes, torch.float32), params | more
+    tensors, params = sample(op.name, sizes, torch.float32), params | options
     skip_if_unsupported(backend, op, tensors, params)
     leaves = [t for t in tensors if t is not None and t.requires_grad]
 
@@ -105,8 +106,8 @@ def test_gradients_are_added_to_accumulation_buffers(name, more, backend):
         return outputs, [torch.full_like(r, 0.5) if r.dim() else torch.ones_like(r) for r in outputs]
 
     with use_backend(backend):
-        out, ups = results()
-        expected = torch.autograd.grad(out, leaves, ups)
+        outputs, upstream = results()
+        expected = torch.autograd.grad(outputs, leaves, upstream)
         buffers = {leaf: torch.full_like(leaf, 0.25) for leaf in leaves}
         with accumulate_into(buffers):
             torch.autograd.backward(*results())
@@ -142,10 +143,10 @@ def test_second_backward_is_bitwise_equal_and_strided_inputs_give_the_same_value
     """Backward runs twice on one graph; non-contiguous inputs are compared with contiguous ones."""
     op, sizes, params = first_case(name)
     tensors = sample(op.name, sizes, torch.float32)
-    spread = [t if t is None or not t.requires_grad else widened(t) for t in tensors]
-    skip_if_unsupported(backend, op, spread, params)
+    strided = [t if t is None or not t.requires_grad else widened(t) for t in tensors]
+    skip_if_unsupported(backend, op, strided, params)
     first = run(backend, op, tensors, params)
-    for a, b in zip(first, run(backend, op, spread, params), strict=True):
+    for a, b in zip(first, run(backend, op, strided, params), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     with use_backend(backend):
         results = op(*tensors, **params)
@@ -156,7 +157,7 @@ def test_second_backward_is_bitwise_equal_and_strided_inputs_give_the_same_value
 
 
 def widened(tensor):
-    """The same values with a larger row stride; a vector keeps stride 1."""
+    """Return the same values with a larger row stride. A vector keeps stride 1."""
     if tensor.dim() < 2:
         return leaf(tensor)
     wide = torch.empty(*tensor.shape[:-1], tensor.shape[-1] + 8, dtype=tensor.dtype)
@@ -178,9 +179,9 @@ def test_saved_tensors_of_one_backend_feed_the_backward_of_another(name):
         for t in (*outputs, *saved):
             t.fill_(math.nan)
         modules[forward_backend].forward(outputs, saved, *bound, **params)
-        ups = [torch.ones_like(o) for o in outputs]
+        upstream = [torch.ones_like(o) for o in outputs]
         for backward_backend, module in modules.items():
-            grads = module.backward(ups, bound, outputs, saved, needs, **params)
+            grads = module.backward(upstream, bound, outputs, saved, needs, **params)
             grads_of[forward_backend, backward_backend] = grads
     for pair, grads in grads_of.items():
         for need, a, b in zip(needs, grads, grads_of["cpu", "cpu"], strict=True):
@@ -235,8 +236,8 @@ def test_adamw_step_equals_torchs_in_float64_and_skips_a_non_finite_norm(backend
         torch.testing.assert_close(ours.double(), torchs.detach(), rtol=2e-6, atol=2e-7)
 
 
-def edges():
-    """Every upper half of a float32, with the lower halves around a tie."""
+def rounding_edges():
+    """Return every upper half of a float32, with the lower halves around a tie."""
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
     lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
     return (upper[:, None] + lower).flatten().view(torch.float32)
@@ -249,20 +250,20 @@ def same_bits(a, b):
 
 
 def test_split_rounds_the_master_to_nearest_and_join_restores_its_bits():
-    master = edges()
+    master = rounding_edges()
     param, remainder = split(master)
     assert same_bits(join(param, remainder), master)
     bits = master.view(torch.int32)
-    away = (bits & 0xFFFF == 0x8000) & ~master.isnan()
-    nearest = torch.where(away, ((bits >> 16) + 1).short(), master.bfloat16().view(torch.int16))
+    ties = (bits & 0xFFFF == 0x8000) & ~master.isnan()
+    nearest = torch.where(ties, ((bits >> 16) + 1).short(), master.bfloat16().view(torch.int16))
     assert same_bits(param, nearest.view(torch.bfloat16))
 
 
 @pytest.mark.parametrize(("backend", "isa"), [("eager", None), ("gpu", None), *(("cpu", isa) for isa in _C.isas)])
 def test_adamw_on_a_split_master_is_bitwise_equal_to_a_float32_parameter(backend, isa):
-    """For values of every kind. A parameter that was overwritten with zero is zero, not NaN."""
+    """For normal, subnormal, infinite and NaN values. A parameter that was overwritten with zero stays zero."""
     torch.manual_seed(4)
-    op, wide = OPS["adamw"], edges()
+    op, wide = OPS["adamw"], rounding_edges()
     param, remainder = split(wide)
     states = [[torch.zeros_like(wide), torch.zeros_like(wide), torch.tensor(0.0)] for _ in range(2)]
     _C.set_isa_cap(isa)
@@ -313,7 +314,7 @@ def test_loss_with_all_targets_ignored_equals_eager(backend, reduction):
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
 def test_mean_loss_with_zero_weights_is_nan_with_finite_gradients(backend):
-    """As the mean over no targets."""
+    """As the mean over no targets is."""
     op = OPS["linear_cross_entropy"]
     x, w, target = sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32)
     with use_backend(backend):
@@ -333,7 +334,7 @@ def test_autocast_does_not_round_token_weights(backend):
 
 
 @pytest.mark.parametrize(
-    ("params", "text"),
+    ("params", "message"),
     [
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5, expected 0 to 1"),
         ({"z_loss": -1.0}, "z_loss is -1.0, expected at least 0"),
@@ -343,14 +344,14 @@ def test_autocast_does_not_round_token_weights(backend):
         ({"weight": torch.ones(3).half()}, "weight has dtype torch.float16, expected"),
     ],
 )
-def test_invalid_loss_options_raise_got_and_expected(params, text):
+def test_invalid_loss_options_raise_got_and_expected(params, message):
     tensors = sample("linear_cross_entropy", {"rows": 3, "width": 8, "vocab": 9}, torch.float32)
-    with pytest.raises(ValueError, match=f"linear_cross_entropy: {text}"):
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
         OPS["linear_cross_entropy"](*tensors, **params)
 
 
 @pytest.mark.parametrize(
-    ("tables", "text"),
+    ("tables", "message"),
     [
         ((torch.ones(5, 4), None), "got only cos, expected cos and sin, or neither"),
         ((None, torch.ones(5, 4)), "got only sin, expected cos and sin, or neither"),
@@ -359,20 +360,20 @@ def test_invalid_loss_options_raise_got_and_expected(params, text):
         ((torch.ones(5, 4).half(),) * 2, "cos has dtype torch.float16, expected qkv's dtype torch.float32"),
     ],
 )
-def test_invalid_rotary_tables_raise_got_and_expected(tables, text):
-    with pytest.raises(ValueError, match=f"attention_qkv: {text}"):
+def test_invalid_rotary_tables_raise_got_and_expected(tables, message):
+    with pytest.raises(ValueError, match=f"attention_qkv: {message}"):
         OPS["attention_qkv"](torch.ones(1, 5, 6, 16), *tables, n_head=2)
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
 def test_attention_qkv_with_rotary_saves_one_projection(backend):
-    """The rotated one. Fails if qkv is saved too, which no other op of a model saves."""
+    """Saves the rotated projection. Fails if qkv is saved too: no other op of a model saves it."""
     op, sizes, params = first_case(ROTARY)
     qkv, *tables = sample(op.name, sizes, torch.float32)
-    kept = []
-    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+    saved = []
+    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
         op(qkv, *tables, **params)
-    assert [t.data_ptr() == qkv.data_ptr() for t in kept if t.shape == qkv.shape] == [False]
+    assert [t.data_ptr() == qkv.data_ptr() for t in saved if t.shape == qkv.shape] == [False]
 
 
 def test_loss_allocates_no_gradient_under_no_grad():
