@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target makes and later ones bring up to date only when their inputs changed.
+# Everything runs in .venv. The first target creates it; later targets update it only if their inputs changed.
 PYTHON ?= python3
 # The folders kernels/, engine/, bench/ must not be importable by their bare names.
 export PYTHONSAFEPATH = 1
@@ -11,30 +11,30 @@ CSRC = $(wildcard csrc/*/*)
 run: .venv/.run
 	.venv/bin/peakgpt quickstart
 
-# A worker per core; their OpenMP teams wait without spinning, or they would take the cores from each other.
+# One worker per core. Their OpenMP threads wait without spinning, because spinning threads take cores from the others.
 test test-all: export OMP_WAIT_POLICY = passive
 test: .venv/.test
 	.venv/bin/python -m pytest -n logical
 
-# Slow tests too, then the usual ones with the other Triton that the kernels are built for.
+# All tests with the slow ones, then the tests without the slow ones under the oldest supported Triton.
 test-all: .venv/.test .venv-triton36/.ready
 	.venv/bin/python -m pytest -n logical -m "slow or not slow"
 	.venv-triton36/bin/python -m pytest -n logical
 
-# The kernels without Python, once per instruction set; needs a C++ compiler only.
+# The C++ kernels without Python, once per instruction set. Needs a C++ compiler only.
 test-native:
 	$(MAKE) -C tests/native check
 
-# The same cross-compiled for aarch64; needs the packages g++-aarch64-linux-gnu and qemu-user.
+# The same tests cross-compiled for aarch64. Needs the packages g++-aarch64-linux-gnu and qemu-user.
 test-neon:
 	$(MAKE) -C tests/native check FLAVOUR=neon
 
-# The same under AddressSanitizer with UBSan, then under ThreadSanitizer; needs the packages clang and libomp-dev.
+# The same tests under AddressSanitizer with UBSan, then under ThreadSanitizer. Needs the packages clang and libomp-dev.
 sanitize:
 	$(MAKE) -C tests/native check FLAVOUR=asan
 	$(MAKE) -C tests/native check FLAVOUR=tsan
 
-# Takes a while: torch.compile is a contender. The results land in bench/results.
+# Takes long, because torch.compile is a contender. Writes to bench/results.
 bench: .venv/.run
 	.venv/bin/peakgpt bench ops
 	.venv/bin/peakgpt bench train
@@ -45,12 +45,12 @@ aot: .venv/.run
 lint: .venv/.dev
 	.venv/bin/ruff check .
 
-# The wheel is built from the sdist, so a file missing there fails here.
+# Builds the wheel from the sdist, so a file that the sdist lacks makes it fail.
 wheel: .venv/.dev
 	rm -rf dist
 	.venv/bin/python -m build --no-isolation
 
-# The build tools stay in .venv: build isolation would move pybind11's headers each time and so recompile everything.
+# The build tools stay in .venv: build isolation would put pybind11's headers in a new folder and recompile all files.
 .venv/.tools: constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) setuptools pybind11 ninja
@@ -64,8 +64,8 @@ wheel: .venv/.dev
 	$(PIP) --no-build-isolation -e '.[$*]'
 	touch $@
 
-# Its own Triton over .venv's packages, with their .pth files (the editable peakgpt is one).
-# numpy: the interpreter of Triton 3.6 breaks with 2.4 (range over a tensor bound).
+# Another Triton on top of the packages of .venv, with their .pth files (the editable peakgpt is one of them).
+# The interpreter of Triton 3.6 fails with numpy 2.4 (range over a tensor bound).
 .venv-triton36/.ready: Makefile constraints.txt | .venv/.test
 	.venv/bin/python -m venv --clear --without-pip .venv-triton36
 	echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" \

@@ -1,4 +1,4 @@
-"""Where each folder lands in the package, and the optional C++ extension. Metadata lives in pyproject.toml."""
+"""The mapping from folders to packages, and the optional C++ extension. The metadata is in pyproject.toml."""
 
 import hashlib
 import os
@@ -20,13 +20,13 @@ PACKAGES = [
 SOURCES = sorted(map(str, Path("csrc").rglob("*.cpp")))
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 # No -march: a kernel names its instruction set and is chosen at run time. No -ffast-math: masking needs NaN and -inf.
-# Products and sums fuse where a kernel says so, not where a compiler likes: its choice differs between a loop and its
-# tail, and so do the bits between thread counts (seen in AdamW on aarch64).
+# -ffp-contract=off: only Fma in the source fuses a product and a sum. A compiler fuses a loop and its tail differently,
+# which made the bits depend on the number of threads (seen in AdamW on aarch64).
 FLAGS = [
     "-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off",
     "-Wall", "-Wextra",
 ]  # fmt: skip
-# Not sysconfig's flags: those describe the machine that built Python.
+# Variable and default. Not the flags of sysconfig, which are for the machine that built Python.
 ENVIRONMENT = (("CXX", "c++"), ("CXXFLAGS", ""), ("LDFLAGS", ""))
 NINJA = """\
 builddir = {folder}
@@ -41,10 +41,10 @@ build {folder}/_C.so: link {objects}
 
 
 class BuildExt(build_ext):
-    """Compile with ninja, which rebuilds only what a touched file or header reaches; without ninja, all in parallel."""
+    """Compile with ninja: changed files and files that include a changed header. Without ninja, compile all files."""
 
     def build_extension(self, ext: Extension) -> None:
-        # Own folder: the temporary one of an editable install is deleted, and each Python has its own headers.
+        # Not setuptools' folder, which an editable install deletes. One per Python, since each has its own headers.
         folder = f"build/{sysconfig.get_config_var('SOABI')}"
         os.makedirs(folder, exist_ok=True)
         sources = [*ext.sources, write_digest(folder)]
@@ -69,14 +69,14 @@ class BuildExt(build_ext):
         text += "".join(f"build {out}: cxx {source}\n" for source, out in objects.items())
         Path(folder, "build.ninja").write_text(text)
         if subprocess.call([os.path.join(ninja.BIN_DIR, "ninja"), "-f", f"{folder}/build.ninja"]):
-            raise CompileError("the C++ extension did not build; the compiler's message is above")
+            raise CompileError("the C++ extension did not compile; the message of the compiler is above")
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(os.path.dirname(target))
         self.copy_file(f"{folder}/_C.so", target)
 
 
 def write_digest(folder: str) -> str:
-    """Write the SHA-256 of csrc as a C++ file of its own (so nothing else is recompiled for it); return its path."""
+    """Write the SHA-256 of csrc to a separate C++ file, so that no other file is recompiled for it. Return its path."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(map(Path, SOURCES + HEADERS)))).hexdigest()
     path = Path(folder, "source_digest.cpp")
     text = f'namespace peak {{\nextern const char kSourceDigest[];\nconst char kSourceDigest[] = "{digest}";\n}}\n'
@@ -86,7 +86,7 @@ def write_digest(folder: str) -> str:
 
 
 def extension() -> list[Extension]:
-    """`peakgpt._C`; a failing build is tolerated unless PEAKGPT_REQUIRE_EXT=1. None where pybind11 is missing."""
+    """Return `peakgpt._C`, or an empty list without pybind11. The build may fail unless PEAKGPT_REQUIRE_EXT=1."""
     required = os.environ.get("PEAKGPT_REQUIRE_EXT") == "1"
     try:
         import pybind11

@@ -1,4 +1,4 @@
-"""Check an installed wheel from outside of the tree: smoke.py VENV TREE."""
+"""Check that an installed wheel has all modules of the tree. Run outside of the tree: smoke.py VENV TREE."""
 
 import sys
 from pathlib import Path

@@ -32,7 +32,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The report of `doctor`, as its string.
+    """The report of `doctor`; `str` of it is the text.
 
     Attributes:
         device: name, kind, cores, memory and software versions.

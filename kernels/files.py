@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def write_atomically(path: Path, data: Buffer) -> None:
-    """Write a file so that it has its new content or its old one, never a part; flush it to the disk.
+    """Replace a file's content atomically and flush it to the disk. A crash leaves the old content or the new one.
 
     Raises:
-        OSError: as from open and write; the old file is unchanged.
+        OSError: the file cannot be written; the old file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # mkstemp's file would be readable by its owner only
+    temporary = path.with_name(f".{path.name}.tmp")  # not mkstemp, whose file only its owner can read
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -26,12 +26,12 @@ def write_atomically(path: Path, data: Buffer) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the new name itself; Windows cannot open a folder
+    if os.name == "posix":  # makes the rename durable; Windows cannot open a folder
         flush(path.parent)
 
 
 def flush(path: Path) -> None:
-    """Flush a file's content, or the names in a folder, to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

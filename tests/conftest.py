@@ -1,4 +1,4 @@
-"""Fixtures that several test files share, and the settings of the process."""
+"""Fixtures of several test files. Importing process_setup configures the test process."""
 
 import process_setup  # noqa: F401  must come before the first import of Triton
 import pytest
@@ -15,7 +15,7 @@ def _isas() -> list[str]:
 
 @pytest.fixture(params=_isas())
 def isa(request):
-    """Each instruction set of the C++ kernels that this machine runs, as the widest one allowed."""
+    """Run the test once for each instruction set of the C++ kernels that this machine supports."""
     from peakgpt import _C
 
     torch.manual_seed(0)
@@ -26,7 +26,7 @@ def isa(request):
 
 @pytest.fixture
 def threads():
-    """Sets torch's number of threads, and puts it back."""
+    """A function that sets torch's number of threads. The number is restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -22,7 +22,7 @@ def python(code: str) -> str:
 
 @pytest.mark.parametrize("folder", ["kernels", "engine", "bench"])
 def test_package_init_contains_only_a_docstring(folder):
-    """transformers imports any `kernels` on the path as Hugging Face's package of that name. It must be empty."""
+    """transformers imports any `kernels` on the path as Hugging Face's package of that name, so ours runs no code."""
     body = ast.parse((ROOT / folder / "__init__.py").read_text()).body
     assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
 
@@ -38,7 +38,7 @@ print(tuple(model(torch.tensor([[1, 2, 3]])).logits.shape))
 
 
 def test_import_of_peakgpt_does_not_load_heavy_packages():
-    """`import peakgpt` starts neither Triton (0.4 s) nor transformers nor matplotlib."""
+    """`import peakgpt` imports neither Triton (0.4 s) nor transformers nor matplotlib."""
     code = "import sys, torch; before = set(sys.modules); import peakgpt; print(*(set(sys.modules) - before))"
     added = {name.split(".")[0] for name in python(code).split()}
     assert "peakgpt" in added

@@ -1,4 +1,4 @@
-"""The import graph of the tree: no circle between modules, and imports point downward only.
+"""The import graph: no import circles, and imports point downward only.
 
 All imports count, also those under TYPE_CHECKING and inside functions.
 """
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"kernels": "peakgpt.kernels", "engine": "peakgpt.engine", "bench": "peakgpt.bench", "api": "peakgpt"}
 EXTENSION = "peakgpt._C"
 # From the lowest layer up. A module imports from its own package and from lower layers. Packages in one row do not
-# import each other. A module belongs to the longest name here that contains it.
+# import each other. A module belongs to the longest package name that contains it.
 LAYERS = (
     ("peakgpt.kernels.files",),
     ("peakgpt.kernels.cpu.sources",),
@@ -32,12 +32,12 @@ LAYERS = (
     ("peakgpt.bench",),
     ("peakgpt",),
 )
-# Only these import the C++ extension itself. Others get it from kernels.cpu.ext, which checks that it is up to date.
+# Only these packages import the C++ extension. Others get it from kernels.cpu.ext, which checks that it is up to date.
 EXTENSION_USERS = ("peakgpt.kernels.cpu",)
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Module name -> file, for all Python files of the packages below root."""
+    """Return module name -> file for all Python files of the packages below root."""
     files = {}
     for folder, package in PACKAGES.items():
         for file in (root / folder).rglob("*.py"):
@@ -47,7 +47,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports_of(source: str, name: str, known: set[str]) -> set[str]:
-    """The modules in `known`, and the extension, that a module's source imports."""
+    """Return the modules in `known`, and the extension, that a module's source imports."""
     targets = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -65,8 +65,8 @@ def import_graph(root: Path) -> dict[str, set[str]]:
     return {name: imports_of(file.read_text(), name, set(files)) for name, file in files.items()}
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The strongly connected components with more than one module (Tarjan 1972)."""
+def import_circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the strongly connected components with more than one module (Tarjan 1972)."""
     index, low, stack, components = {}, {}, [], []
 
     def visit(name):
@@ -78,9 +78,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
             if target in stack:
                 low[name] = min(low[name], low[target])
         if low[name] == index[name]:
-            at = stack.index(name)
-            components.append(sorted(stack[at:]))
-            del stack[at:]
+            start = stack.index(name)
+            components.append(sorted(stack[start:]))
+            del stack[start:]
 
     for name in sorted(graph):
         if name not in index:
@@ -89,13 +89,13 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def layer_of(name: str) -> tuple[int, str]:
-    """The row of a module in LAYERS, and its package there."""
+    """Return the row of a module in LAYERS, and its package in that row."""
     rows = ((level, package) for level, row in enumerate(LAYERS) for package in row)
     return max((row for row in rows if f"{name}.".startswith(f"{row[1]}.")), key=lambda row: len(row[1]))
 
 
 def upward_imports(graph: dict[str, set[str]]) -> list[str]:
-    """One line for each import that does not point to its own package or a lower layer."""
+    """Return a line for each import that points neither to the module's own package nor to a lower layer."""
     wrong = []
     for name, targets in sorted(graph.items()):
         level, package = layer_of(name)
@@ -115,8 +115,9 @@ def graph():
     return import_graph(ROOT)
 
 
-def test_no_modules_import_each_other_in_a_circle(graph):
-    assert not (found := circles(graph)), "import circles:\n" + "\n".join(" <-> ".join(circle) for circle in found)
+def test_import_graph_has_no_circles(graph):
+    circles = import_circles(graph)
+    assert not circles, "import circles:\n" + "\n".join(" <-> ".join(circle) for circle in circles)
 
 
 def test_imports_point_to_lower_layers_only(graph):
@@ -137,17 +138,17 @@ def late():
     assert imports_of(source, "peakgpt.kernels.cpu.gemm", known) == expected
 
 
-def test_a_circle_and_an_upward_import_are_reported():
-    """A circle of three modules and a module outside of it, and each kind of wrong import."""
-    ring = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "user": {"a"}}
-    assert circles(ring) == [["a", "b", "c"]]
-    wrong = {
+def test_import_circles_and_upward_imports_are_reported():
+    """A circle of three modules, which another module imports, and each kind of invalid import."""
+    graph_with_circle = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "user": {"a"}}
+    assert import_circles(graph_with_circle) == [["a", "b", "c"]]
+    graph_with_upward_imports = {
         "peakgpt.kernels.core.dispatch": {"peakgpt.kernels.ops.mlp"},  # upward
         "peakgpt.kernels.cpu.mlp": {"peakgpt.kernels.gpu.launch", EXTENSION, "peakgpt.kernels.core.check"},  # sideways
         "peakgpt.engine.model.block": {EXTENSION, "peakgpt.kernels.ops.mlp"},
         "peakgpt.cli": {"peakgpt.bench.ops"},
     }
-    assert upward_imports(wrong) == [
+    assert upward_imports(graph_with_upward_imports) == [
         "peakgpt.engine.model.block imports peakgpt._C",
         "peakgpt.kernels.core.dispatch imports peakgpt.kernels.ops.mlp",
         "peakgpt.kernels.cpu.mlp imports peakgpt.kernels.gpu.launch",

@@ -44,7 +44,7 @@ PEAK_FIELDS(AttentionForwardArgs, out, lse)
 // A null gradient is not computed. dk and dv are given together or not at all.
 struct AttentionBackwardArgs : AttentionProblem {
   using Base = AttentionProblem;
-  const void* out;   // from the forward pass, as is lse
+  const void* out;   // out and lse: the results of the forward pass
   const float* lse;
   StridedInput dout;
   StridedOutput dq, dk, dv;

@@ -120,7 +120,7 @@ void RowStatistics(const Rows<T>& dy, const Rows<T>& y, const float* lse, int64_
 // One query tile against the keys of one key tile. Offsets are relative to the ranges of the unit.
 template <class T>
 void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const QueryTile& tile, int64_t width,
-                  int64_t key, int64_t keys, const ScoreTerms& terms, const TermGradients& into,
+                  int64_t key, int64_t keys, const ScoreTerms& terms, const TermGradients& dterms,
                   const DropoutMask& dropout) {
   using E = typename OperandOf<T>::type;
   const Widths<E> widths(width);
@@ -134,16 +134,16 @@ void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const
            width / kDepth<E>, space.dp + lane, kTile, rows, vecs, false);
   const float c = Scores(terms, tile, space.s, key, rows, lanes);
   if (dropout.On()) dropout.Draw(tile, key, rows, lanes, space.mask);
-  const auto gradients = into.Any() ? (dropout.On() ? Gradients<true, true, T> : Gradients<true, false, T>)
+  const auto gradients = dterms.Any() ? (dropout.On() ? Gradients<true, true, T> : Gradients<true, false, T>)
                                     : (dropout.On() ? Gradients<false, true, T> : Gradients<false, false, T>);
   gradients(space, space.lse + i, space.delta + i, rows, lanes, c);
-  if (into.bias != nullptr) AddBiasGradient(tile, space.dp, key, keys, lanes, into.bias, terms.keys);
-  if (into.slope_rows != nullptr) {
-    AddSlopeGradient(tile, space.s, space.dp, key, keys, lanes, into.slope_rows, into.plane);
+  if (dterms.bias != nullptr) AddBiasGradient(tile, space.dp, key, keys, lanes, dterms.bias, terms.keys);
+  if (dterms.slope_rows != nullptr) {
+    AddSlopeGradient(tile, space.s, space.dp, key, keys, lanes, dterms.slope_rows, dterms.plane);
   }
   if (unit.by_key) {
     const int64_t line = kTile / kDepth<E>, at = (i + lane) / kDepth<E> * widths.stacked;
-    // Without the lanes after the last query: for a single query they would be all steps but one.
+    // Skips the lanes after the last query: with a single query they would be all steps except one.
     const int64_t depth = UpTo(Least(vecs * kLanes, tile.count - lane), kDepth<E>) / kDepth<E>;
     const int64_t columns = widths.stacked / kLanes;
     Multiply(space.p + lane / kDepth<E>, line, 1, space.dy_stacked + at, widths.stacked, depth,
@@ -199,7 +199,7 @@ void BackwardHead(const AttentionBackwardArgs& args, const BackwardUnit& unit, c
   const Rows<T> y{static_cast<const T*>(args.out) + (unit.b * args.queries * args.heads + h) * width,
                   args.heads * width, 0, args.queries, width};
   const ScoreTerms terms(args, unit.b, h);
-  const TermGradients into(args, unit, h);
+  const TermGradients dterms(args, unit, h);
   const DropoutMask dropout(args, unit.b, h);
   for (int64_t i = 0; i < count; i += kTile) {
     PackTransposed(q, unit.query + i, space.q + i * width / kDepth<E>);
@@ -218,7 +218,7 @@ void BackwardHead(const AttentionBackwardArgs& args, const BackwardUnit& unit, c
       int64_t keys;
       for (int64_t key = Most(block, tile.begin / kEdgeTile * kEdgeTile); key < stop; key += keys) {
         keys = tile.KeysAt(key, stop);
-        BackwardTile(unit, space, tile, width, key, keys, terms, into, dropout);
+        BackwardTile(unit, space, tile, width, key, keys, terms, dterms, dropout);
       }
     }
   }
@@ -263,7 +263,7 @@ void RunBackwardUnit(const AttentionBackwardArgs& args, const BackwardUnit& unit
 namespace peak {
 namespace {
 
-// Divides [0, length) into about `count` ranges that start on multiples of a tile.
+// Divides [0, length) dterms about `count` ranges that start on multiples of a tile.
 struct Ranges {
   int64_t length, ranges;
   static constexpr int64_t kUnit = 64;  // the tile of every instruction set

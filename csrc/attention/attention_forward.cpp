@@ -30,7 +30,7 @@ struct ForwardSpace {
   }
 };
 
-// Turns scores c s into weights p and updates the running values. kDrop: the stored weights are multiplied by the mask.
+// Turns scores c s into weights p and updates m, l and alpha. kDrop: the stored weights are multiplied by the mask.
 template <bool kDrop, class T>
 void Softmax(const ForwardSpace<T>& space, int64_t rows, Lanes lanes, float c) {
   const Vec scale = Set(c), nothing = Set(-kInfinity);
@@ -73,7 +73,7 @@ PEAK_INLINE void ForwardTile(const ForwardSpace<T>& space, const QueryTile& tile
            rows / kDepth<E>, space.acc + lane, kTile, width, vecs, true);
 }
 
-// Query tiles part, part + parts, ... of one head.
+// Computes query tiles part, part + parts, ... of one head.
 template <class T>
 void ForwardHead(const AttentionForwardArgs& args, int64_t b, int64_t h, int64_t part, int64_t parts) {
   const int64_t width = args.width, kv_head = h / (args.heads / args.kv_heads);

@@ -13,7 +13,7 @@
 // With up to this number of queries a tile is transposed: keys lie along the lanes, not queries.
 constexpr int64_t kFewLanes = 4;
 
-// The queries of a tile: those that share the keys of one head, one a lane.
+// The queries of a tile, one in each lane. They share the keys of one head.
 struct Queries {
   int64_t sequence, head, count;  // count: lanes in use
   int64_t begin, end;             // keys that any lane sees
@@ -56,7 +56,7 @@ PEAK_INLINE Vec Masked(Vec score, Vec key, Vec first, Vec last) {
   return Select(Greater(first, key), masked, Select(Greater(key, last), masked, score));
 }
 
-// Turns products s[key][lane] into weights p and updates the running values.
+// Turns products s[key][lane] into weights p and updates m, l and alpha.
 template <bool kInt8, class E>
 void SoftmaxOfKeys(const Queries& queries, const BlockScales& scales, int64_t key, float* s, E* p,
                    const OnlineSoftmax& state) {
@@ -138,7 +138,7 @@ struct CacheSpace {
   E* p;
   float* acc;
   OnlineSoftmax softmax;
-  C* copy;  // of a block; its last row is read by whole vectors
+  C* copy;  // of a block; its last row is read as whole vectors
 
   CacheSpace(Arena& arena, int64_t width)
       : q(arena.Take<E>(width / kDepth<E> * kTile)),
@@ -149,7 +149,7 @@ struct CacheSpace {
         copy(arena.Take<C>(kCacheBlock * width / kDepth<C> + kLanes)) {}
 };
 
-// A tile of one sequence and key head, from `lane` on.
+// Computes the tile of one sequence and key head that starts at `lane`.
 template <class T, bool kInt8>
 void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head, int64_t lane, char* scratch) {
   using C = typename ReadOf<T, kInt8>::type;

@@ -1,13 +1,15 @@
 // The blocks of a KV cache: how keys and values are stored and read. Included once per instruction set, after
 // attention/softmax.h. The layout is in attention/cache_attention.h.
 
-// Type of the keys and values in a cache of the model's dtype: bf16 stays bf16 without native pairs.
+// Type of the keys and values in a cache of the model's dtype: float for float32; for bf16 a Pair if the instruction
+// set multiplies pairs of bf16, else bf16.
 template <class T> struct CachedOf { using type = float; };
 template <bool kNative> struct CachedBf16 { using type = bf16; };
 template <> struct CachedBf16<true> { using type = Pair; };
 template <> struct CachedOf<bf16> : CachedBf16<kNativePairs> {};
 
-// Type that the products read: of an int8 cache, a copy in the type of the other operand. And the stored type.
+// ReadOf is the type that the products read: for an int8 cache, a copy in the type of the other operand. StoredOf is
+// the type in the cache.
 template <class T, bool kInt8> struct ReadOf : CachedOf<T> {};
 template <class T> struct ReadOf<T, true> : OperandOf<T> {};
 template <class C, bool kInt8> struct StoredOf { using type = C; };

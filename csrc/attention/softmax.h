@@ -8,11 +8,11 @@
 
 #include "gemm/small_products.h"
 
-// Queries in a tile, and keys: four operands of 64 x 64 floats fill L1 and part of L2.
+// Number of queries and number of keys in a tile: four operands of 64 x 64 floats fill L1 and part of L2.
 constexpr int64_t kTile = 64;
 constexpr float kInfinity = __builtin_inff();
 
-// The running values of kTile queries.
+// m, l and alpha of kTile queries.
 struct OnlineSoftmax {
   float *m, *l, *alpha;
 
@@ -54,8 +54,8 @@ struct FactorByKey {
   PEAK_INLINE Vec operator()(Vec p, int64_t row) const { return p * Set(factors[row]); }
 };
 
-// Updates one vector of queries, from lane `at` on, by `rows` scores c s[key][at] whose maximum with m is m_new. Stores
-// the weights times their factor in p.
+// Updates m, l and alpha of one vector of queries, from lane `at` on, with `rows` new scores c s[key][at]. m_new is the
+// maximum of m and these scores. Stores the weights times their factor in p.
 template <class Factor, class E>
 PEAK_INLINE void UpdateSoftmax(const float* s, int64_t rows, int64_t at, Vec c, Vec m_new, const Factor& factor, E* p,
                                const OnlineSoftmax& state) {

@@ -9,7 +9,7 @@
 //   PEAK_OPTIONAL_FIELDS(ScaleArgs, factor)
 //
 // A caller must pass every required field; an optional field has its default value in the struct. A struct that derives
-// from another one says so with `using Base` and lists its own fields only.
+// from another one declares it with `using Base` and lists its own fields only.
 #ifndef PEAK_FIELDS_H_
 #define PEAK_FIELDS_H_
 
@@ -29,7 +29,8 @@ struct OptionalFields : RequiredFields<void> {};
 
 }  // namespace peak
 
-// PEAK_FOR_EACH(macro, a, b, ...) is macro(a) macro(b) ..., for up to 85 arguments: each level rescans four times.
+// PEAK_FOR_EACH(macro, a, b, ...) expands to macro(a) macro(b) ..., for up to 85 arguments: each level rescans four
+// times.
 #define PEAK_PARENS ()
 #define PEAK_RESCAN_1(...) __VA_ARGS__
 #define PEAK_RESCAN_2(...) PEAK_RESCAN_1(PEAK_RESCAN_1(PEAK_RESCAN_1(PEAK_RESCAN_1(__VA_ARGS__))))

@@ -8,7 +8,7 @@
 //     #include "base/foreach_isa.h"
 //     #ifdef PEAK_ISA
 //       template <class T> void Forward(...)   uses simd/simd.h; no lambda (GCC compiles lambdas for the base target),
-//                                              no std:: template, unless inlined (its one copy serves every set)
+//                                              no std:: template unless it is inlined (else every set shares one copy)
 //     #else
 //       the rest, compiled once: threads, and PEAK_PICK(Forward<float>)(...)
 //     #endif

@@ -14,8 +14,8 @@
 
 #if defined(__x86_64__) || defined(__aarch64__)
 #define PEAK_INLINE inline __attribute__((always_inline))
-// For code that few calls need: inlined, it would take registers from the other calls and keep other code from being
-// inlined.
+// For code that few calls run. If it were inlined, it would take registers from all calls and prevent the inlining of
+// other code.
 #define PEAK_NOINLINE __attribute__((noinline))
 #else
 #error "peakgpt's C++ kernels support x86-64 and aarch64"

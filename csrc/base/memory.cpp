@@ -32,7 +32,7 @@ int64_t LastLevelCacheBytes() {
 char* AlignedMemory::Reserve(int64_t bytes) {
   if (bytes > size_) {
     memory_.reset();
-    size_ = 0;  // if the allocation throws
+    size_ = 0;  // remains 0 if the allocation throws
     memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t{kCacheLine})));
     size_ = bytes;
   }

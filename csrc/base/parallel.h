@@ -50,7 +50,7 @@ class Catcher {
       if (!first_) first_ = std::current_exception();
     }
   }
-  // To be called after the region.
+  // Call it after the parallel region.
   void Rethrow() const {
     if (first_) std::rethrow_exception(first_);
   }

@@ -24,7 +24,7 @@ struct GemmPart {
 };
 
 constexpr int64_t kSkinnyRows = 4;  // up to this number of rows b is not packed
-constexpr int64_t kGroupFloats = 120 << 10;  // of packed b: they stay in the second-level cache
+constexpr int64_t kGroupFloats = 120 << 10;  // packed b in a group of columns: it stays in the second-level cache
 
 }  // namespace
 
@@ -74,7 +74,7 @@ int64_t PackedAt(int64_t n, int64_t k, int64_t column, int64_t slots) {
   return k / kSlot<T> * width + column * slots;
 }
 
-// Packs column panels [begin, end) of one block of k to their places.
+// Packs column panels [begin, end) of one block of k into the result of PackB.
 template <class T>
 void PackBlock(const PackArgs& args, int64_t k, int64_t depth, int64_t begin, int64_t end) {
   const int64_t column = begin * kColumns, slots = (depth + kSlot<T> - 1) / kSlot<T>;
@@ -133,7 +133,7 @@ std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads)
   int64_t least = row_panels * column_panels + 1;
   for (int r = 1; r <= threads; ++r) {
     const int c = threads / r;
-    const int64_t work = Pieces(row_panels, 1) == 0 ? 0 : ((row_panels + r - 1) / r) * ((column_panels + c - 1) / c);
+    const int64_t work = ((row_panels + r - 1) / r) * ((column_panels + c - 1) / c);
     if (work < least) {
       least = work;
       best = {r, c};
@@ -173,7 +173,7 @@ struct GemmPlan {
   int64_t Scratch(int threads) const { return a_size + sums_size + threads * b_size; }
 };
 
-// One thread's part of a product. All `workers` call it with the same scratch.
+// Computes one thread's part of a product. All `workers` call it with the same scratch.
 void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
   const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
@@ -232,7 +232,7 @@ void Gemm(const GemmArgs& args, int threads) {
   const auto grid = Grid(plan.rows / plan.tile.rows, plan.columns / plan.tile.columns, threads);
   const int workers = grid.first * grid.second;
   float* const scratch = FloatWorkspace(plan.Scratch(workers));
-  // The team is smaller than `workers` inside another parallel region, or if OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
+  // The team is smaller than `workers` inside another parallel region, or if OMP_THREAD_LIMIT or OMP_DYNAMIC limits it.
 #pragma omp parallel num_threads(workers) if (workers > 1)
   MultiplyPart(args, plan, scratch, omp_get_thread_num(), omp_get_num_threads());
 }

@@ -26,7 +26,7 @@ PEAK_INLINE Vec LoadSlots(const T* p, int64_t n) {
   }
 }
 
-// One Vec of n slots from the row at p and, for pairs, the row after it; `left` elements of the sum are left.
+// One Vec of n slots from the row at p and, for pairs, the row after it; the sum over k has `left` elements left.
 template <class T>
 PEAK_INLINE Vec GatherSlots(const T* p, int64_t k_stride, int64_t n, int64_t left) {
   if constexpr (kSlot<T> == 2) {
@@ -49,7 +49,7 @@ void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t wid
   }
 }
 
-// The same for rows whose elements of one k are contiguous.
+// The same for an operand in which the elements of one k are contiguous.
 template <class T>
 void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t width, float* out) {
   for (int64_t at = 0; at < k; at += kSlot<T>, out += width) {

@@ -19,10 +19,13 @@ constexpr int64_t kUnitPanels = 3;    // panels in a unit of work; a tile has at
 constexpr int64_t kTileRows = 8;      // rows of x that are stored together
 constexpr int64_t kBlockRows = 1024;  // rows of x in a block: they stay in the last-level cache
 constexpr int64_t kLine = kPanelOutputs * 4;
-// Limits on the number of rows of x, up to which
-constexpr int64_t kOwnRows = 8;      // each thread quantizes x for itself: sharing the result costs more
-constexpr int64_t kStreamRows = 8;   // panels are read one by one: the processor prefetches a single stream best
-constexpr int64_t kPackedRows = 32;  // each tile unpacks 4-bit weights in registers
+// Up to this number of rows of x, each thread quantizes all of x: sharing the result costs more.
+constexpr int64_t kOwnRows = 8;
+// Up to this number of rows, panels are read one by one: the processor prefetches a single stream best.
+constexpr int64_t kStreamRows = 8;
+// Up to this number of rows, each tile unpacks 4-bit weights in registers. With more rows a unit is unpacked once for
+// each block of rows.
+constexpr int64_t kPackedRows = 32;
 
 int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -31,7 +34,7 @@ struct QuantizedLayout {
   int64_t rows, quads, blocks;  // rows are padded so that the last tile has 1, 2, 4 or 8
   int8_t* bytes;    // x as (tile, quad, row, 4)
   float* scales;    // of x: (tile, block, row)
-  int32_t* starts;  // of the sums, (tile, block, row): the correction for weights that are stored without a sign
+  int32_t* starts;  // (tile, block, row): what the sums start from, a correction for weights stored without a sign
   uint8_t* panels;  // for each thread, unpacked 4-bit weights
   int64_t size;     // in bytes
 
@@ -247,7 +250,7 @@ void MultiplyTile(const QuantizedArgs& args, const QuantizedLayout& layout, cons
   alignas(64) float sums[kRows * kPanels * kPanelOutputs];
   Tile<Weight, kRows, kPanels>(tile, layout.blocks, args.block / 4, layout.quads, sums);
   args.float32_out ? Finish<T, float>(args, sums, kPanels * kPanelOutputs, row, kRows, column)
-            : Finish<T, T>(args, sums, kPanels * kPanelOutputs, row, kRows, column);
+                   : Finish<T, T>(args, sums, kPanels * kPanelOutputs, row, kRows, column);
 }
 
 // Multiplies the rows of one tile of x by kPanels panels.
@@ -355,7 +358,7 @@ void LinearQuantized(const QuantizedArgs& args, int threads) {
   char* const scratch = Workspace(alone ? team * size : size);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
-    // The team may be smaller inside another parallel region, or if OMP_THREAD_LIMIT or OMP_DYNAMIC says so.
+    // The team may be smaller inside another parallel region, or if OMP_THREAD_LIMIT or OMP_DYNAMIC limits it.
     const int parts = omp_get_num_threads(), part = omp_get_thread_num();
     char* const own = alone ? scratch + part * size : scratch;
     alone ? QuantizeInputs(args, 0, 1, own) : QuantizeInputs(args, part, parts, own);

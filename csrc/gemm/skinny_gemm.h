@@ -5,8 +5,8 @@ constexpr int64_t kSkinnyPanels = 16;  // column panels in a block of SkinnyAcro
 constexpr int64_t kSkinnySlots = 4;    // slots for each load and store of these sums
 constexpr int64_t kSkinnyAhead = 16;   // rows of b to prefetch, into the second-level cache
 
-// out[i * kColumns + lane] = the sums of kM rows of a and kLanes columns of b; += from the second block of k on. b is
-// transposed in registers. The slots follow in the order of Tile, so the bits are the same.
+// out[i * kColumns + lane] = the sums of kM rows of a and kLanes columns of b; += unless `first`. b is transposed in
+// registers. The slots are added in the order of Tile, so the bits are the same.
 template <class T, int64_t kM>
 void SkinnySums(const float* a, const T* b, int64_t stride, int64_t lanes, int64_t depth, bool first, float* out) {
   constexpr int64_t kStep = kLanes * kSlot<T>;

@@ -89,7 +89,7 @@ void MultiplyChain(const A* a, int64_t a_row, int64_t a_step, const B* b, int64_
   }
 }
 
-// C (rows x vecs) = or += A B.
+// C (rows x vecs) = A B, or += A B if `add`.
 template <class A, class B>
 void Multiply(const A* a, int64_t a_row, int64_t a_step, const B* b, int64_t b_step, int64_t depth, float* c,
               int64_t c_row, int64_t rows, int64_t vecs, bool add) {

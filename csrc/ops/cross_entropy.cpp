@@ -119,8 +119,8 @@ PEAK_INLINE void ChunkScale(const float* powers, int64_t n, float scale, float e
 PEAK_INLINE float* Powers(float* z, const Scratch&) { return z; }
 PEAK_INLINE float* Powers(bf16*, const Scratch& scratch) { return scratch.powers; }
 
-// Returns m and l. kKeep: z becomes its gradient. A row with NaN or infinity gives NaN, as in torch: the maximum may
-// miss a NaN, but the sum does not.
+// Returns m and l. kKeep: overwrites z with its gradient. A row with NaN or infinity gives NaN, as in torch: the
+// maximum may miss a NaN, but the sum does not.
 template <class T, bool kKeep>
 PEAK_INLINE Stats Row(T* z, int64_t vocab, int64_t target, float scale, float smoothing, float z_loss,
                       const Scratch& scratch) {
@@ -189,11 +189,11 @@ void ShardRows(const CrossEntropyShardArgs& args, const Scratch& scratch, int64_
   }
 }
 
-// A target outside of the row belongs to another shard.
+// Overwrites a row with its gradient. A target outside of the row belongs to another shard.
 template <class T>
 PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, const Stats& stats, const RowGradient& gradient) {
-  const bool here = Within(target, vocab);
-  const float hit = here ? gradient.At(stats.LogProbability(At(z + target))) : 0.0f;
+  const bool in_shard = Within(target, vocab);
+  const float target_gradient = in_shard ? gradient.At(stats.LogProbability(At(z + target))) : 0.0f;
   const Vec minus = Set(stats.m), log2e = Set(kLog2E);
   const Vec s = Set(gradient.share / stats.l), e = Set(-gradient.even);
   int64_t i = 0;
@@ -205,7 +205,7 @@ PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, const Stats& s
     const int64_t n = vocab - i;
     Store(z + i, Fma(Exp2<T>((Load(z + i, n) - minus) * log2e), s, e), n);
   }
-  if (here) Store(z + target, Set(hit), 1);
+  if (in_shard) Store(z + target, Set(target_gradient), 1);
 }
 
 template <class T>
@@ -231,8 +231,8 @@ void CrossEntropyForward(const CrossEntropyForwardArgs& args, int threads) {
   const auto rows = PEAK_PICK_DTYPE(args.dtype, ForwardRows);
   const int64_t powers = args.dtype == DType::kBFloat16 && args.with_gradient ? args.vocab : 0;
   ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> held(powers + args.vocab / kChunk + 1);
-    rows(args, {held.data(), held.data() + powers}, begin, end);
+    std::vector<float> workspace(powers + args.vocab / kChunk + 1);
+    rows(args, {workspace.data(), workspace.data() + powers}, begin, end);
   });
 }
 

@@ -18,7 +18,7 @@ struct CrossEntropyForwardArgs {
   int64_t ignore_index;
   float* loss;         // (rows), not multiplied by weight; 0 for an ignored row
   float* stats;        // (rows, 2): m and l; 0 for an ignored row
-  bool with_gradient;  // overwrite the logits by the gradient of scale * sum(weight * loss)
+  bool with_gradient;  // overwrite the logits with the gradient of scale * sum(weight * loss)
   float scale, smoothing, z_loss;
   const float* weight = nullptr;  // (rows); null: 1
 };

@@ -11,8 +11,8 @@
 
 #ifdef PEAK_ISA
 
-// Prefetches the table row of kAhead tokens later: the processor cannot predict the order of the rows, and it has to
-// translate the address of each.
+// Prefetches the table row of the token that is kAhead positions later: the processor cannot predict the order of the
+// rows, and it has to translate the address of each.
 template <class T, bool kBypass>
 void GatherRows(const EmbeddingForwardArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t kAhead = 2;
@@ -97,7 +97,7 @@ void EmbeddingForward(const EmbeddingForwardArgs& args, int threads) {
   const int64_t row_bytes = args.width * SizeOf(args.dtype);
   const bool bypass = BypassCaches(args.out, args.batch * args.tokens * row_bytes, row_bytes);
   const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, GatherRows, true)
-                         : PEAK_PICK_DTYPE(args.dtype, GatherRows, false);
+                           : PEAK_PICK_DTYPE(args.dtype, GatherRows, false);
   ParallelParts(args.batch * args.tokens, threads, threads,
                 [&](int64_t, int64_t begin, int64_t end) { rows(args, begin, end); });
 }

@@ -12,8 +12,8 @@
 
 constexpr float kZeros[4] = {};
 
-// Rows in one step: their sums run in parallel, and w, b, dw and db are read once for all of them. The result of a row
-// does not depend on the other rows. The backward pass has twice the operands, and L1 is small.
+// Number of rows in one step: their sums run in parallel, and w, b, dw and db are read once for all of them. The result
+// of a row does not depend on the other rows. The backward pass has twice the operands, and L1 is small.
 constexpr int kForwardRows = 4, kBackwardRows = 2;
 
 // One value for each row, in the order of LoadRows.
@@ -68,7 +68,8 @@ PEAK_INLINE void AddRows(Rows<const T> x, Rows<const T> residual, Rows<T> sum, i
   for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
     const auto v = LoadRows<kRows>(x.at + i, x.stride) + LoadRows<kRows>(residual.at + i, residual.stride);
     StoreRows<false, kRows>(sum.at + i, sum.stride, v);
-    total = total + (sizeof(T) == 4 ? v : LoadRows<kRows>(sum.at + i, sum.stride));  // of the rounded values
+    // The means are those of the rounded sums.
+    total = total + (sizeof(T) == 4 ? v : LoadRows<kRows>(sum.at + i, sum.stride));
   }
   for (; i < width; i += kLanes) {
     const int64_t n = width - i;
@@ -135,16 +136,17 @@ PEAK_INLINE void Normalize(Rows<const T> x, Rows<const T> next, const float* mu,
   }
 }
 
-// `held` holds kRows rows: with stores that bypass the caches, sums are kept here until they are normalized.
+// sum_rows has space for kRows rows of x + residual: if stores bypass the caches, the sums stay here until they are
+// normalized.
 template <class T, bool kBypass, int kRows>
-PEAK_INLINE void ForwardStep(const NormForwardArgs& args, const float* w, const float* b, T* held, int64_t row) {
+PEAK_INLINE void ForwardStep(const NormForwardArgs& args, const float* w, const float* b, T* sum_rows, int64_t row) {
   const int64_t width = args.width;
   const Rows<const T> first = {static_cast<const T*>(args.x) + row * args.x_stride, args.x_stride};
   Rows<const T> x = first, residual = {nullptr, args.residual_stride};
   T* sum = static_cast<T*>(args.sum) + row * width;
   float mu[kRows] = {};
   if (args.residual != nullptr) {
-    const Rows<T> total = {kBypass ? held : sum, width};
+    const Rows<T> total = {kBypass ? sum_rows : sum, width};
     residual.at = static_cast<const T*>(args.residual) + row * args.residual_stride;
     AddRows<T, kRows>(first, residual, total, width, mu);
     x = {total.at, total.stride};
@@ -167,14 +169,14 @@ PEAK_INLINE void ForwardStep(const NormForwardArgs& args, const float* w, const 
 }
 
 template <class T, bool kBypass>
-void ForwardRows(const NormForwardArgs& args, const float* w, const float* b, float* held, int64_t begin,
+void ForwardRows(const NormForwardArgs& args, const float* w, const float* b, float* workspace, int64_t begin,
                  int64_t end) {
-  T* rows = reinterpret_cast<T*>(held);
+  T* sum_rows = reinterpret_cast<T*>(workspace);
   int64_t row = begin;
   for (; row + kForwardRows <= end; row += kForwardRows) {
-    ForwardStep<T, kBypass, kForwardRows>(args, w, b, rows, row);
+    ForwardStep<T, kBypass, kForwardRows>(args, w, b, sum_rows, row);
   }
-  for (; row < end; ++row) ForwardStep<T, kBypass, 1>(args, w, b, rows, row);
+  for (; row < end; ++row) ForwardStep<T, kBypass, 1>(args, w, b, sum_rows, row);
   if (kBypass) EndStream();
 }
 
@@ -271,7 +273,7 @@ void BackwardRows(const NormBackwardArgs& args, const float* w, float* dw, float
   if (kBypass) EndStream();
 }
 
-// Converts parameters of type W to floats, in the order of rows of X.
+// Converts parameters of type W to floats, in the order in which LoadTwo reads a row of X.
 template <class X, class W>
 void Widen(const void* in, int64_t width, float* out) {
   const W* from = static_cast<const W*>(in);
@@ -305,12 +307,12 @@ void NormForward(const NormForwardArgs& args, int threads) {
   const auto w = ToFloats(args.w, args.dtype, args.w_dtype, width);
   const auto b = ToFloats(args.b, args.dtype, args.w_dtype, width);
   const bool bypass = BypassCaches(args.y, args.residual == nullptr ? bytes : 2 * bytes, row_bytes) &&
-                    (args.residual == nullptr || BypassCaches(args.sum, 2 * bytes, row_bytes));
+                      (args.residual == nullptr || BypassCaches(args.sum, 2 * bytes, row_bytes));
   const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, ForwardRows, true)
-                         : PEAK_PICK_DTYPE(args.dtype, ForwardRows, false);
+                           : PEAK_PICK_DTYPE(args.dtype, ForwardRows, false);
   ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> held(bypass && args.residual != nullptr ? kMaxStepRows * width : 0);
-    rows(args, w.data(), b.data(), held.data(), begin, end);
+    std::vector<float> workspace(bypass && args.residual != nullptr ? kMaxStepRows * width : 0);
+    rows(args, w.data(), b.data(), workspace.data(), begin, end);
   });
 }
 
@@ -319,7 +321,7 @@ void NormBackward(const NormBackwardArgs& args, int threads) {
   const auto w = ToFloats(args.w, args.dtype, args.w_dtype, width);
   const bool bypass = BypassCaches(args.dx, args.rows * row_bytes, row_bytes);
   const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, BackwardRows, true)
-                         : PEAK_PICK_DTYPE(args.dtype, BackwardRows, false);
+                           : PEAK_PICK_DTYPE(args.dtype, BackwardRows, false);
   std::vector<float> partial(2 * kParts * width);
   ParallelParts(args.rows, kParts, threads, [&](int64_t part, int64_t begin, int64_t end) {
     float* dw = partial.data() + 2 * part * width;

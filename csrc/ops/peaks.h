@@ -21,7 +21,7 @@ struct PeakStreamArgs {
   int64_t stride;
   int64_t bytes;               // of a stream; a multiple of 256
   int reads, writes, updates;  // the last `updates` of the read streams are the first of the written streams
-  bool past_caches;            // how streams are written that are not read: an ordinary store reads its line first
+  bool past_caches;            // bypass the caches for streams that are only written: other stores read the line first
 };
 PEAK_FIELDS(PeakStreamArgs, base, stride, bytes, reads, writes, updates, past_caches)
 

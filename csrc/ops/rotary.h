@@ -14,7 +14,7 @@ constexpr int64_t kMaxPairs = 512;
 struct RotaryArgs {
   DType dtype;
   int64_t batch, tokens, heads, width;
-  int64_t pairs;          // features in a head that are rotated, over 2
+  int64_t pairs;          // half the number of rotated features of a head
   int64_t rotated_heads;  // the first heads are rotated, the others are copied
   bool interleaved;       // a pair is features 2i and 2i + 1; else i and i + pairs
   StridedInput x;

@@ -11,7 +11,7 @@ PEAK_INLINE void RotateHalves(const T* x, const float* cos, const float* sin, T*
   }
 }
 
-// In float32 on the stack, so that the compiler uses plain shuffles.
+// Works in float32 on the stack, so that the compiler uses plain shuffles.
 template <class T>
 PEAK_INLINE void RotateInterleaved(const T* x, const float* cos, const float* sin, T* y, int64_t pairs) {
   float features[2 * kMaxPairs], rotated[2 * kMaxPairs];

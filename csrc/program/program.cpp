@@ -73,7 +73,7 @@ void QuantizedWeight::Multiply(const GemmArgs& args, char* scratch) const {
 }
 
 // ------------------------------------------------------------------------------------------------------------ steps
-// What a step sees of a pass.
+// The state of a pass that its steps read.
 struct Program::State {
   const PassArgs& pass;
   std::vector<char*> buffers;

@@ -34,7 +34,7 @@ struct PassArgs {
   void* values;
   int64_t layer_bytes;
   int64_t logit_rows;       // number of rows whose logits are computed
-  const int64_t* selected;  // (logit_rows): these rows
+  const int64_t* selected;  // (logit_rows): their row numbers
   float* logits;            // (logit_rows, vocabulary)
 };
 PEAK_FIELDS(PassArgs, rows, ids, positions, sequences, begins, past, tables, table_row, int8_cache, keys, values,
@@ -54,7 +54,7 @@ class Weight {
 struct DenseMatrix {
   DType dtype;
   int64_t n, k;
-  const float* packed;  // by PackB
+  const float* packed;  // the result of PackB
 };
 PEAK_FIELDS(DenseMatrix, dtype, n, k, packed)
 
@@ -82,7 +82,7 @@ class QuantizedWeight : public Weight {
   QuantizedMatrix matrix_;
 };
 
-// The steps. A field of type int is the number of a buffer, -1 is none.
+// The steps. A field of type int is the number of a buffer; -1 means no buffer.
 
 // out = wte[id] + wpe[position].
 struct EmbedStep {
@@ -115,7 +115,7 @@ struct LinearStep {
   const void* bias = nullptr;
   Epilogue epilogue = Epilogue::kStore;
   Activation activation = Activation::kRelu;
-  int gate = -1;  // of kGate
+  int gate = -1;  // the gate of Epilogue::kGate
 };
 PEAK_FIELDS(LinearStep, x)
 PEAK_OPTIONAL_FIELDS(LinearStep, out, bias, epilogue, activation, gate)
@@ -182,7 +182,7 @@ class Program {
   std::vector<int64_t> widths_;
   std::vector<Step> steps_;
   std::vector<std::function<int64_t(const PassArgs&, int)>> scratch_bytes_;  // of the steps that have a scratch
-  bool selected_ = false;  // while steps are added: whether SelectRows was
+  bool selected_ = false;  // whether the steps that were added so far include SelectRows
   AlignedMemory memory_;
 };
 

@@ -26,7 +26,7 @@ const char* NameOf(FieldKind kind) {
   return "";
 }
 
-// Each of these returns false where the value does not fit the field; a Python error may be set or not.
+// Each of these functions returns false if the value does not fit the field. It may or may not set a Python error.
 bool ToInt64(PyObject* value, int64_t* to) {
   if (!PyLong_Check(value)) return false;
   *to = PyLong_AsLongLong(value);

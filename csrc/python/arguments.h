@@ -22,7 +22,7 @@ namespace peak::python {
 
 namespace py = pybind11;
 
-// How a Python value becomes a field.
+// The conversion of a Python value to a field.
 enum class FieldKind { kInt, kInt64, kBool, kFloat, kDouble, kPointer, kStrided };
 
 template <class T>
@@ -45,14 +45,14 @@ constexpr FieldKind KindOf() {
   }
 }
 
-// The fields of one struct: their names, places and kinds.
+// The fields of one struct: their names, offsets and kinds.
 class ArgumentTable {
  public:
   // Adds the field at `offset` bytes of the struct.
   void Add(const char* name, std::ptrdiff_t offset, FieldKind kind, bool required);
 
-  // Fills `args`, which holds the default values. `values` are the `positional` ones, then one for each of `names`, a
-  // tuple of str or null. Returns false with a Python error set.
+  // Fills `args`, which holds the default values. `values` has `positional` positional arguments, then one value for
+  // each keyword in `names`, a tuple of str or null. If it returns false, a Python error is set.
   bool Read(const char* function, void* args, PyObject* const* values, Py_ssize_t positional, PyObject* names) const;
 
  private:
@@ -62,7 +62,7 @@ class ArgumentTable {
     FieldKind kind;
   };
 
-  // The index of a field; the search starts at `expected`. -1: there is none.
+  // Returns the index of a field, or -1 if no field has this name. The search starts at `expected`.
   int Find(PyObject* name, size_t expected) const;
   void RaiseUnknown(const char* function, PyObject* name) const;
   void RaiseMissing(const char* function, uint64_t given) const;
@@ -71,7 +71,7 @@ class ArgumentTable {
   uint64_t required_ = 0;  // bit i: fields_[i]
 };
 
-// Sets the Python error of the C++ exception that is being handled.
+// Sets a Python error for the C++ exception that is being handled.
 void RaiseCurrentException();
 
 // ------------------------------------------------------------------------------------------- tables of C++ structs
@@ -124,9 +124,9 @@ void AddFields(ArgumentTable& table) {
 template <class Args>
 const ArgumentTable& TableOf() {
   static const ArgumentTable table = [] {
-    ArgumentTable made;
-    AddFields<Args>(made);
-    return made;
+    ArgumentTable fields;
+    AddFields<Args>(fields);
+    return fields;
   }();
   return table;
 }
@@ -138,11 +138,11 @@ const ArgumentTable& TableWithThreads() {
     const auto offset = [](const auto& part) {
       return reinterpret_cast<const char*>(&part) - reinterpret_cast<const char*>(&sample);
     };
-    if (offset(sample.args) != 0) throw std::logic_error("the fields of Args lie at an offset");
-    ArgumentTable made;
-    AddFields<Args>(made);
-    made.Add("threads", offset(sample.threads), FieldKind::kInt, true);
-    return made;
+    if (offset(sample.args) != 0) throw std::logic_error("WithThreads::args is not at offset 0");
+    ArgumentTable fields;
+    AddFields<Args>(fields);
+    fields.Add("threads", offset(sample.threads), FieldKind::kInt, true);
+    return fields;
   }();
   return table;
 }
@@ -239,7 +239,7 @@ void DefineMethodWithThreads(py::object& type, const char* name) {
   AddMethod(type, name, CallMethodWithThreads<Class, Args, kMethod>);
 }
 
-// The struct that keyword arguments of a pybind11 function give.
+// Returns a struct filled from the keyword arguments of a pybind11 function.
 template <class Args>
 Args FromKeywords(const char* function, const py::kwargs& keywords) {
   Args args{};

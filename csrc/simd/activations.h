@@ -16,7 +16,7 @@ struct GeluTanh {
   // Returns act(x); slope = s + x s (1 - s) 2 u'.
   template <class V>
   static PEAK_INLINE V ValueAndSlope(const V& x, V* slope) {
-    const V square = Min(Set(1e18f), x * x), s = Gate(x, square);  // finite: the other factor may be 0
+    const V square = Min(Set(1e18f), x * x), s = Gate(x, square);  // finite, because infinity times 0 is NaN
     const V du2 = Fma(square, Set(6.0f * 0.7978845608f * 0.044715f), Set(2.0f * 0.7978845608f)), value = x * s;
     *slope = Fma(Fnma(value, s, value), du2, s);
     return value;

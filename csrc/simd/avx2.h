@@ -152,7 +152,8 @@ PEAK_INLINE Quads SetQuad(const void* p) {
   return {_mm256_set1_epi32(quad)};
 }
 PEAK_INLINE void StoreQuads(void* p, Quads a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }
-// Sums of unsigned times signed bytes saturate at 16 bits: b takes the sign of a, so that a is at most 128.
+// maddubs multiplies unsigned by signed bytes, and its sums saturate at 16 bits. So b takes the sign of a - 128, and
+// |a - 128| is at most 128.
 PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {
   const __m256i w = _mm256_xor_si256(a.v, _mm256_set1_epi8(-128));
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(b.v, w));

@@ -100,7 +100,7 @@ PEAK_INLINE Vec Even(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.
 PEAK_INLINE Vec Odd(Pairs a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
-// As on AVX2.
+// The same steps as in avx2.h, with four 128-bit lanes.
 PEAK_INLINE void Transpose(Vec* rows) {
   __m512 t[16];
   for (int i = 0; i < 16; i += 4) {
@@ -157,7 +157,7 @@ PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {
   return {reinterpret_cast<IntLanes>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc.v), a.v, b.v))};
 }
 #else
-PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {  // as on AVX2
+PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {  // avx2.h explains the signs
   const __m512i w = _mm512_xor_si512(a.v, _mm512_set1_epi8(-128));
   const __m512i signed_b = _mm512_mask_sub_epi8(b.v, _mm512_movepi8_mask(w), _mm512_setzero_si512(), b.v);
   const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_b);

@@ -30,7 +30,8 @@
 //   Quads, Ints                kLanes groups of four bytes; kLanes signed sums: SetInts(i)  ToFloats(ints)
 //   LoadQuads(p)  SetQuad(p)   4*kLanes bytes; one group repeated. StoreQuads
 //   DotQuads(acc, a, b)        acc[i] += sum of (a[4i+j] - kQuadZero)*b[4i+j], j = 0..3; a unsigned, b -127..127
-//   kQuadZero kNativeQuads     0 if DotQuads is one instruction, else 128; whether it is
+//   kQuadZero                  0 if DotQuads is one instruction, else 128
+//   kNativeQuads               whether DotQuads is one instruction
 //   LowerNibbles UpperNibbles  of each byte;  LookUp(LoadTable(p), quads)   table[byte] of a table of 16 bytes
 //   StoreBytes(p, v)  LoadBytes(p)  kLanes integral floats of -128..127 as signed bytes
 //   StoreInOrder(p, a, b)      2*kLanes elements: those of a, then those of b
@@ -94,7 +95,7 @@ struct Many { Vec v[N]; };
 using Two = Many<2>;
 
 template <class A>
-struct CountOf;  // 0 for a Vec, which is an operand of every Vec of a Many
+struct CountOf;  // N of a Many<N>; 0 for a Vec, which is combined with every Vec of a Many
 template <>
 struct CountOf<Vec> { static constexpr int k = 0; };
 template <int N>
@@ -157,11 +158,11 @@ PEAK_INLINE Many<2 * kRows> LoadRows(const T* p, int64_t stride) {
   }
   return m;
 }
-template <bool kPastCaches, int kRows, class T>
+template <bool kBypass, int kRows, class T>
 PEAK_INLINE void StoreRows(T* p, int64_t stride, const Many<2 * kRows>& m) {
   for (int r = 0; r < kRows; ++r) {
     const Two t = {m.v[2 * r], m.v[2 * r + 1]};
-    kPastCaches ? StreamTwo(p + r * stride, t) : StoreTwo(p + r * stride, t);
+    kBypass ? StreamTwo(p + r * stride, t) : StoreTwo(p + r * stride, t);
   }
 }
 
@@ -225,7 +226,7 @@ PEAK_INLINE Vec Scale(Vec a, Vec n) {
 #if PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
   return {_mm512_scalef_ps(a.v, n.v)};
 #else
-  // In two steps: 2^-150 and 2^128 are not floats.
+  // Multiplies in two steps, because 2^-150 and 2^128 are not floats.
   const Vec half = Round(n * Set(0.5f));
   return a * Pow2(half) * Pow2(n - half);
 #endif
@@ -234,7 +235,7 @@ PEAK_INLINE Vec Scale(Vec a, Vec n) {
 // e^a to 1.5 ulp (2 ulp without FMA, and below the normal range); e^-inf = 0, NaN stays NaN.
 // r = a - n ln 2 with ln 2 in two parts (Cody and Waite), then the Taylor-like minimax of Cephes' expf.
 PEAK_INLINE Vec Exp(Vec a) {
-  // e^-104 rounds to 0 and e^89 to infinity. The second operand decides for NaN.
+  // e^-104 rounds to 0 and e^89 to infinity. Max and Min return their second operand for a NaN, so a NaN remains.
   const Vec x = Min(Set(89.0f), Max(Set(-104.0f), a));
   const Vec n = Round(x * Set(1.44269504088896341f));
   Vec r = Fnma(n, Set(0.693359375f), x);
@@ -249,7 +250,7 @@ PEAK_INLINE Vec Exp(Vec a) {
 }
 
 #if PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
-// a - floor(a), and p * 2^floor(a) for p in [1, 2]: for a of any size; NaN stays NaN.
+// Fraction is a - floor(a). ScaleByFloor is p * 2^floor(a) for p in [1, 2]. a may have any size; NaN stays NaN.
 PEAK_INLINE Vec Fraction(Vec a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF)}; }
 PEAK_INLINE Vec ScaleByFloor(Vec p, Vec a) { return {_mm512_scalef_ps(p.v, a.v)}; }
 PEAK_INLINE Vec Reciprocal14(Vec a) { return {_mm512_rcp14_ps(a.v)}; }

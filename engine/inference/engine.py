@@ -6,7 +6,7 @@
     outputs    tokens and text of each sequence (sequence.py)
 
 If the executor's logits do not depend on the batch, neither does a request's output, to the last bit
-(tests/engine/inference/test_engine.py).
+(tests/engine/inference/test_engine.py). More than 300 lines: the whole step of a batch is read in one place.
 """
 
 from __future__ import annotations

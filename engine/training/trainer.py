@@ -35,8 +35,8 @@ class Trainer:
         """Cast the model to config.dtype and build its optimizer.
 
         Args:
-            model: called as model(ids, targets) -> mean loss; with micro-batches as model(ids, targets, weight=...) ->
-                sum of the weighted losses.
+            model: called as model(ids, targets) -> mean loss; with micro-batches as model(ids, targets,
+                loss_weight=...) -> sum of the weighted losses.
             config: how to train.
             steps: planned updates; the length of the learning-rate schedule.
         """

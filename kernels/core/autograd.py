@@ -45,7 +45,7 @@ def accumulate_into(buffers: Mapping[Tensor, Tensor]) -> Iterator[None]:
 def may_overwrite_saved() -> bool:
     """Whether a backend's backward may overwrite saved tensors: in a direct call whose graph is not retained.
 
-    New pages for a gradient of the vocabulary's size cost more time than its arithmetic.
+    A copy of a gradient of the vocabulary's size would touch fresh pages, which takes longer than its arithmetic.
     """
     library_op = torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradFunctionality)
     running = torch._C._current_graph_task_id() >= 0
@@ -62,9 +62,9 @@ class PeakgptOp(torch.autograd.Function):
         extra, ctx.accumulated = {}, ()
         if op.grad_in_forward and _takes_into(backend.forward):
             names = op.grad_in_forward(**params)
-            now = tuple(b if n in names else None for b, n in zip(into, op.tensor_names, strict=True))
-            extra, ctx.accumulated = {"into": now}, tuple(b for b in now if b is not None)
-            needs = tuple(n and b is None for n, b in zip(needs, now, strict=True))
+            forward_into = tuple(b if n in names else None for b, n in zip(into, op.tensor_names, strict=True))
+            extra, ctx.accumulated = {"into": forward_into}, tuple(b for b in forward_into if b is not None)
+            needs = tuple(n and b is None for n, b in zip(needs, forward_into, strict=True))
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
         backend.forward(outputs, saved, *tensors, **extra, **params)
         torch.autograd.graph.increment_version(ctx.accumulated)
@@ -82,7 +82,7 @@ class PeakgptOp(torch.autograd.Function):
                 f"{op.name}: the loss has gradient {grads[0]}, expected 1: "
                 "inside accumulate_into its forward has already added the gradients"
             )
-        if all(g is None for g in grads):  # a Function after this one returned None
+        if all(g is None for g in grads):  # a later autograd.Function returned None
             return (None,) * (4 + n_in)
         tensors = ctx.saved_tensors
         inputs, outputs, saved = tensors[:n_in], tensors[n_in : n_in + n_out], tensors[n_in + n_out :]

@@ -1,6 +1,6 @@
 """Backends of an op: the table of backends, the module that implements an op, and the choice for a call.
 
-A backend of an op is a module `<op>.py` of pure functions anywhere below `kernels/<backend>/`. The path registers it.
+A backend of an op is a module `<op>.py` of pure functions anywhere below `kernels/<backend>/`. Its path registers it.
 
     NO_GRADIENT                                       optional: names of tensors for which it computes no gradient
     objection(*tensors, **params) -> str | None       why it does not support this call, or None. It reads sizes, dtypes
@@ -30,7 +30,7 @@ import torch
 
 from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 
-# In order of priority, with the device type of the tensors that each supports. Eager supports all.
+# Backends in order of priority -> the device type of the tensors that each supports. Eager supports all.
 BACKENDS: dict[str, str | None] = {"gpu": "cuda", "cpu": "cpu", "eager": None}
 
 _forced: str | None = None  # a module global: torch.compile guards on it, a ContextVar breaks the graph

@@ -86,7 +86,7 @@ class Op(OpSpec, Generic[P, R]):
         if backend is None:
             return self.run_eager(with_seed(self, tensors, params) if source_is_set() else tensors, params)
         cast = with_seed(self, cast, params)
-        if autocasting:  # the backend computes in the dtypes that it is given
+        if autocasting:  # the backend computes in the dtypes of its inputs
             with torch.autocast(device_type, enabled=False):
                 return self._direct(backend, cast, params, needs)
         return self._direct(backend, cast, params, needs)

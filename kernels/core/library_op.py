@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from peakgpt.kernels.core import backends
-from peakgpt.kernels.core.spec import OpSpec
+from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 
 _library = torch.library.Library("peakgpt", "DEF")
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float", str: "str",
@@ -15,57 +18,52 @@ _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int",
 
 def register(op: OpSpec) -> torch._ops.OpOverload:
     """Define the library op and, if the op has a gradient, its backward op. Return the library op."""
-    n_in, n_out = len(op.tensor_names), len(op.outputs)
-    tags = (torch.Tag.needs_exact_strides,)
-    replay = _Replay(op)
-
-    def choose(forced: str, tensors, params, needs):
-        return backends.choose(op, forced or None, tensors, params, needs) or replay
-
-    def split(args):
-        *values, forced, needs = args
-        return tuple(values[:n_in]), dict(zip(op.param_names, values[n_in:], strict=True)), forced, needs
 
     def forward(*args):
-        tensors, params, forced, needs = split(args)
-        op.check(*tensors, **params)  # again: tracing saw no values, and an id out of range writes to any address
+        tensors, params, forced, needs = _split(op, args)
+        # Checked again, because tracing has no values. With an id out of range C++ would write outside of its buffer.
+        op.check(*tensors, **params)
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
-        choose(forced, tensors, params, needs).forward(outputs, saved, *tensors, **params)
+        _choose(op, forced, tensors, params, needs).forward(outputs, saved, *tensors, **params)
         return None if op.mutates else [*outputs, *saved]
 
     def fake(*args):
-        tensors, params, _, needs = split(args)
+        tensors, params, _, needs = _split(op, args)
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
         return None if op.mutates else [*outputs, *saved]
 
-    _library.define(
-        f"{op.name}({_schema(op)}, str backend, bool[] needs) -> {'()' if op.mutates else 'Tensor[]'}", tags=tags
-    )
-    _library.impl(op.name, forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"peakgpt::{op.name}", fake, lib=_library)
-    library_op = getattr(torch.ops.peakgpt, op.name).default
-    if not op.gradient:
-        return library_op
+    schema = f"({_schema(op)}, str backend, bool[] needs) -> {'()' if op.mutates else 'Tensor[]'}"
+    library_op = _define(op.name, schema, forward, fake)
+    if op.gradient:
+        _register_autograd(op, _register_backward(op))
+    return library_op
+
+
+def _register_backward(op: OpSpec) -> torch._ops.OpOverload:
+    """Define the op that computes the gradients of the tensors that need one."""
 
     def backward(grads, inputs, outputs, saved, *rest):
         *values, forced, needs = rest
         params = dict(zip(op.param_names, values, strict=True))
-        with torch._C._AutoDispatchBelowAutograd():  # forward's autograd kernel does this; backward has none
-            results = choose(forced, inputs, params, needs).backward(grads, inputs, outputs, saved, needs, **params)
+        with torch._C._AutoDispatchBelowAutograd():  # as forward's autograd kernel does; backward has no such kernel
+            module = _choose(op, forced, inputs, params, needs)
+            results = module.backward(grads, inputs, outputs, saved, needs, **params)
         return _distinct([_with_fake_strides(t, g) for t, g, need in zip(inputs, results, needs, strict=True) if need])
 
-    def fake_backward(grads, inputs, outputs, saved, *rest):
+    def fake(grads, inputs, outputs, saved, *rest):
         return [torch.empty_like(t) for t, need in zip(inputs, rest[-1], strict=True) if need]
 
     lists = "Tensor?[] grads, Tensor?[] inputs, Tensor[] outputs, Tensor[] saved"
-    arguments = ", ".join([lists, *_schema(op).split(", ")[n_in:], "str backend, bool[] needs"])
-    _library.define(f"{op.name}_backward({arguments}) -> Tensor[]", tags=tags)
-    _library.impl(f"{op.name}_backward", backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"peakgpt::{op.name}_backward", fake_backward, lib=_library)
-    library_backward = getattr(torch.ops.peakgpt, f"{op.name}_backward").default
+    params = _schema(op).split(", ")[len(op.tensor_names) :]
+    arguments = ", ".join([lists, *params, "str backend, bool[] needs"])
+    return _define(f"{op.name}_backward", f"({arguments}) -> Tensor[]", backward, fake)
+
+
+def _register_autograd(op: OpSpec, library_backward: torch._ops.OpOverload) -> None:
+    n_in, n_out = len(op.tensor_names), len(op.outputs)
 
     def setup(ctx, inputs, output):
-        tensors, *_ = split(inputs)
+        tensors, *_ = _split(op, inputs)
         ctx.rest, ctx.needs = inputs[n_in:], inputs[-1]
         ctx.present = [t is not None for t in tensors]
         ctx.save_for_backward(*(t for t in tensors if t is not None), *output)
@@ -78,7 +76,27 @@ def register(op: OpSpec) -> torch._ops.OpOverload:
         return *(next(results) if need else None for need in ctx.needs), *(None for _ in ctx.rest)
 
     torch.library.register_autograd(f"peakgpt::{op.name}", gradient, setup_context=setup, lib=_library)
-    return library_op
+
+
+def _define(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    _library.define(f"{name}{schema}", tags=(torch.Tag.needs_exact_strides,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"peakgpt::{name}", fake, lib=_library)
+    return getattr(torch.ops.peakgpt, name).default
+
+
+def _split(op: OpSpec, args: Sequence[Any]) -> tuple[Tensors, Params, str, Sequence[bool]]:
+    """Split the arguments of the library op into tensors, parameters, the forced backend and needs."""
+    *values, forced, needs = args
+    count = len(op.tensor_names)
+    return tuple(values[:count]), dict(zip(op.param_names, values[count:], strict=True)), forced, needs
+
+
+def _choose(op: OpSpec, forced: str, tensors: Tensors, params: Params, needs: Sequence[bool]):
+    """Return the module of the backend that runs the call, or the eager function as a backend."""
+    return backends.choose(op, forced or None, tensors, params, needs) or _EagerBackend(op)
 
 
 def _schema(op: OpSpec) -> str:
@@ -90,8 +108,8 @@ def _schema(op: OpSpec) -> str:
     return ", ".join(f"{kind} {name}" for name, kind in kinds.items())
 
 
-class _Replay:
-    """The eager function as a backend of the library op. Backward runs it again, under autograd."""
+class _EagerBackend:
+    """The eager function as a backend of the library op. Backward runs it again under autograd."""
 
     def __init__(self, op: OpSpec):
         self.op = op

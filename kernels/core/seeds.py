@@ -46,8 +46,8 @@ def source_is_set() -> bool:
 
 def with_seed(op: OpSpec, tensors: Tensors, params: Mapping[str, Any]) -> Tensors:
     """Return the tensors of a call, with a new seed if the op is random and the caller gave none."""
-    at = op.seed_index
-    if at is None or params[op.random_param] == 0 or tensors[at] is not None:
+    index = op.seed_index
+    if index is None or params[op.random_param] == 0 or tensors[index] is not None:
         return tensors
     seed = (_source or draw_seed)(tensors[0].device)
-    return *tensors[:at], seed, *tensors[at + 1 :]
+    return *tensors[:index], seed, *tensors[index + 1 :]

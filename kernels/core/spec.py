@@ -80,7 +80,7 @@ class OpSpec:
         Raises:
             TypeError: an argument is missing or unknown.
         """
-        if self._tensors_first and len(args) == len(self.tensor_names):  # how layers call: 2 us less
+        if self._tensors_first and len(args) == len(self.tensor_names):  # a layer's usual call: saves 2 us
             params = {**self._param_defaults, **kwargs}
             if params.keys() == self._param_set:
                 return tuple(args), params
@@ -105,9 +105,10 @@ class OpSpec:
 
 
 def short_lived(like: Tensor, *shape: int) -> Tensor:
-    """Allocate a result that is freed before tensors allocated after it: 128 bytes more than its shape needs.
+    """Allocate a result that is freed before tensors that are allocated later. Requests 128 bytes more than it needs.
 
-    glibc's posix_memalign searches for 96 bytes more than requested. A block freed by it therefore holds no tensor of
-    the same size and stays unused between longer-lived tensors: 84 MiB of a float32 training step of GPT-2 124M.
+    glibc's posix_memalign searches for a block that is 96 bytes larger than the request. So it cannot reuse a freed
+    block for a tensor of the same size, and the block stays unused between tensors that live longer: 84 MiB in a
+    float32 training step of GPT-2 124M.
     """
     return like.new_empty(math.prod(shape) + 128 // like.element_size()).resize_(shape)

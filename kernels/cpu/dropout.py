@@ -23,6 +23,6 @@ def backward(grads, inputs, outputs, saved, needs, *, p):
 
 
 def drop(x: Tensor, seed: Tensor, out: Tensor, p: float) -> None:
-    """Write x with its dropout mask to out, contiguous."""
+    """Apply the dropout mask of `seed` to x and write the result to out, contiguous."""
     x = x.contiguous()
     _C.dropout(dtype=DTYPES[x.dtype], count=x.numel(), x=x, seed=seed.long(), p=p, y=out, threads=threads())

@@ -8,11 +8,11 @@ from torch import Tensor
 from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, rows, threads
 
 
-def objection(ids: Tensor, wte: Tensor, wpe: Tensor | None, places: Tensor | None, **_) -> str | None:
-    return dtype_objection(wte) if places is None else "takes consecutive positions, got a tensor of positions"
+def objection(ids: Tensor, wte: Tensor, wpe: Tensor | None, positions: Tensor | None, **_) -> str | None:
+    return dtype_objection(wte) if positions is None else "takes consecutive positions, got a tensor of positions"
 
 
-def forward(outputs, saved, ids, wte, wpe, places, *, start):
+def forward(outputs, saved, ids, wte, wpe, positions, *, start):
     ids, wte = ids.long().contiguous(), rows(wte)
     batch, tokens = ids.shape
     wpe = None if wpe is None else rows(wpe)[start : start + tokens]
@@ -36,8 +36,8 @@ def backward(grads, inputs, outputs, saved, needs, *, start, into=(None,) * 4):
     ids, dy = ids.long().contiguous(), grads[0].contiguous()
     batch, tokens = ids.shape
     dwte, dwpe = (
-        sink if sink is not None or not need else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-        for t, need, sink in zip((wte, wpe), needs[1:3], into[1:3], strict=True)
+        buffer if buffer is not None or not need else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+        for t, need, buffer in zip((wte, wpe), needs[1:3], into[1:3], strict=True)
     )
     _C.embedding_backward(
         dtype=DTYPES[dy.dtype],

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peakgpt import _C  # its ImportError is the objection of the backend
+from peakgpt import _C  # its ImportError becomes the objection of the backend
 from peakgpt.kernels.cpu import sources
 
 if reason := sources.objection(_C.source_digest):
@@ -43,7 +43,7 @@ def rows(tensor: Tensor) -> Tensor:
 def scratch(dtype: torch.dtype, *shapes: Sequence[int]) -> list[Tensor]:
     """Return uninitialized tensors for the largest temporaries of a pass.
 
-    All passes of a thread share this memory, since a thread runs one pass at a time.
+    All passes of a thread share this memory, because a thread runs one pass at a time.
     """
     sizes = [math.prod(shape) for shape in shapes]
     parts = workspace("scratch", dtype, sum(sizes)).split(sizes)

@@ -1,8 +1,8 @@
 """The matrix product of csrc/gemm/gemm.cpp on strided tensors, without copies.
 
 On 2 cores of Zen 4 it reaches 92 to 95 % of the measured peak, versus 93 to 95 % (bf16) and 88 % (float32) of torch's
-product. Its epilogue (bias, activation, derivative of the activation, sums for the gradient of a bias) needs no pass of
-its own.
+product. Its epilogue (bias, activation, derivative of the activation, sums for the gradient of a bias) needs no
+additional pass over memory.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def linear_backward(
     """
     need_x, need_w, need_b = needs
     dx = gemm(dy, w, torch.empty_like(x)) if need_x else None
-    sink = into[1]
-    dw = sink if sink is not None or not need_w else torch.empty_like(w)
+    dw_buffer = into[1]
+    dw = dw_buffer if dw_buffer is not None or not need_w else torch.empty_like(w)
     sums = dy.new_empty(dy.shape[1], dtype=torch.float32) if need_b and need_w and dw.stride(1) == 1 else None
     if need_w:
-        gemm(dy.t(), x, dw, a_sums=sums, epilogue=STORE if sink is None else ADD)
+        gemm(dy.t(), x, dw, a_sums=sums, epilogue=STORE if dw_buffer is None else ADD)
     db = (dy.sum(0) if sums is None else sums.to(dy.dtype)) if need_b else None
     return dx, dw, db

@@ -1,6 +1,6 @@
 """Linear cross-entropy on the CPU, block by block of rows: products and csrc/ops/cross_entropy.cpp.
 
-The logits of a block are computed, then one pass computes the losses and overwrites the logits by their gradient.
+The logits of a block are computed, then one pass computes the losses and overwrites the logits with their gradient.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _gradients(
     shard: Shard | None, logits: Tensor, target: Tensor, stats: Tensor, dloss: Tensor, *,
     ignore_index: int, label_smoothing: float, z_loss: float,
 ) -> None:  # fmt: skip
-    """Overwrite the logits by their gradient; dloss is the gradient of each row's loss."""
+    """Overwrite the logits with their gradient; dloss is the gradient of each row's loss."""
     first, total = (0, logits.shape[1]) if shard is None else (shard.first, shard.vocab)
     _C.cross_entropy_backward(
         dtype=DTYPES[logits.dtype],
@@ -156,22 +156,20 @@ class Products:
         x: (N, C) rows.
         w: (V, C).
         dx, dw: written: dz w and dz^T x; None: not needed.
-        fresh: overwrite dw; else the product is added to it.
-        shard: of the vocabulary, whose ranks sum dx; None: w is the whole head.
+        fresh: True overwrites dw, False adds to it.
+        shard: this rank's part of the vocabulary; dx is then summed over the ranks. None: w is the whole head.
     """
 
-    def __init__(
-        self, x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, fresh: bool, shard: Shard | None
-    ):
+    def __init__(self, x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, fresh: bool, shard: Shard | None):
         self.x, self.w, self.dx, self.dw, self.fresh, self.shard = x, w, dx, dw, fresh, shard
         self.needed = dx is not None or dw is not None
-        few, most = BLOCK_ROWS[x.dtype]
-        most = min(max(-(-x.shape[0] // BF16_BLOCKS), few), most)  # more blocks need a float32 copy of dw
+        low, high = BLOCK_ROWS[x.dtype]
+        block_rows = min(max(-(-x.shape[0] // BF16_BLOCKS), low), high)  # more blocks need a float32 copy of dw
         width = w.shape[0] if shard is None else shard.width
-        most = max(LEAST_ROWS, min(most, BLOCK_BYTES // (width * w.element_size())))
-        self.count = -(-x.shape[0] // most)
-        self.done = 0
-        self.total = None  # of dw in float32
+        block_rows = max(LEAST_ROWS, min(block_rows, BLOCK_BYTES // (width * w.element_size())))
+        self.count = -(-x.shape[0] // block_rows)
+        self.done = 0  # blocks added to dw since it was last moved to the float32 sum
+        self.total = None  # float32 sum of dw, if the blocks are too many for bfloat16
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield blocks of rows of about equal size and their logits, which the caller may overwrite."""
@@ -203,9 +201,10 @@ class Products:
             self.dw.copy_(self.total)
 
     def _widen(self) -> None:
+        """Add dw to its float32 sum and start dw again."""
         if self.total is None:
             self.total = workspace("dw", torch.float32, *self.dw.shape).zero_()
-        # By slices, since torch converts the second operand to a temporary.
+        # In slices, because torch converts the second operand to a temporary of its size.
         for total, part in zip(self.total.split(1024), self.dw.split(1024), strict=True):
             total.add_(part)
         self.fresh, self.done = True, 0

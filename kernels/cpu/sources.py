@@ -1,4 +1,4 @@
-"""Check that the extension was built from the sources in the same tree. A wheel has no sources, so nothing to check."""
+"""Check that the extension was built from the sources in the same tree. A wheel has none, so it is not checked."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def _finite(norm_ptr):
 
 @triton.jit
 def _one_minus_power(t, log_beta):
-    """1 - beta^t. Small values use a Taylor series, because the subtraction would cancel most digits."""
+    """Return 1 - beta^t. Small values use a Taylor series, because the subtraction would cancel most digits."""
     u = t * log_beta
     series = 1.0 + u / 8.0
     for k in tl.static_range(7, 1, -1):

@@ -21,7 +21,7 @@ BLOCK_G, TILE = 32, Tile(warps=4)
 def dropout_apply(
     x_ptr, seed_ptr, y_ptr, N, threshold, keep_scale, LANES: tl.constexpr, WORDS: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """y = x keep_scale where the random word is at least threshold, else 0. One Philox call gives WORDS words."""
+    """Store y = x keep_scale where the random word is at least threshold, else 0. One Philox call gives WORDS words."""
     group = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
     lane = tl.arange(0, LANES)
     counter = group[:, None] * LANES + lane[None, :]

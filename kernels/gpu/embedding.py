@@ -147,7 +147,7 @@ def backward(grads, inputs, outputs, saved, needs, *, start, into=(None,) * 4):
 
 
 def _scatter_add(ids: Tensor, dy: Tensor, dtable: Tensor) -> None:
-    """dtable[ids] += dy; each run is summed in float32."""
+    """Add dy to the rows ids of dtable. Each run is summed in float32."""
     (count, width), vocab = dy.shape, dtable.shape[0]
     sorted_ids, order = torch.sort(ids.flatten(), stable=True)
     chunks, columns = triton.cdiv(count, CHUNK), triton.cdiv(width, BLOCK_C)

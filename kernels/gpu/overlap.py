@@ -21,11 +21,11 @@ from peakgpt.kernels.gpu import launch
 # Not measured on hardware. sm_86 is not here: it stands for 12.x, but also for 8.x, which lacks the feature.
 ARCHS = ("sm_90", "sm_100")
 MAX_TOKENS = 64  # kernels for more tokens run long compared with the gap between two kernels
-PREFETCH_LANES = tl.constexpr(8)  # one thread of so many issues a prefetch: a warp issues one thread's after another's
+PREFETCH_LANES = tl.constexpr(8)  # one of 8 threads issues a prefetch: a warp issues those of its threads in sequence
 
 
 def options(x: Tensor, tokens: int) -> dict[str, bool]:
-    """Return the launch options that let a kernel start early, for a kernel with that many tokens on x's device.
+    """Return the launch options that let a kernel for this number of tokens start early on x's device.
 
     They include the kernel's compile-time argument OVERLAP, which it passes on to `wait_for_previous`.
     """

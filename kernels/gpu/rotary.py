@@ -1,8 +1,8 @@
 """Rotary position embedding in Triton.
 
-    y[d] = x[d] cos - x[partner(d)] sin      d the first feature of its pair; + for the second
+    y[d] = x[d] cos - x[partner(d)] sin      for the first feature of each pair; + for the second
 
-A thread loads the partner's value again from memory: the load of its own value has just brought it into the cache.
+A thread loads its own value and, in a second load, the partner's value: the first loads have brought it into the cache.
 """
 
 from collections.abc import Iterator

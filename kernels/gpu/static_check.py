@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from peakgpt.kernels import gpu
 from peakgpt.kernels.core import backends
 
-if TYPE_CHECKING:  # importing it imports Triton, which must not happen before `_worker`
+if TYPE_CHECKING:  # the module imports Triton, which must not happen before `_worker` runs
     from peakgpt.kernels.gpu.launch import AotCase
 
 WORKERS = 2
@@ -180,7 +180,7 @@ def ops() -> tuple[str, ...]:
 
 
 def check(targets: Sequence[str], names: Sequence[str], *, hot: bool = False) -> Iterator[Row]:
-    """Yield a row for every case (or every hot case) of the ops `names` and the targets, in this order.
+    """Yield a row for every case (or every hot case) of the ops `names` and the targets, sorted by op, then by target.
 
     The kernels are compiled in WORKERS new processes, always without TRITON_INTERPRET.
     """
@@ -218,7 +218,7 @@ _LINE = (
 
 
 def line(row: Row) -> str:
-    """One row of the table."""
+    """Format one row of the table."""
     shared = f"{row.shared_bytes / 1024:.0f}/{row.shared_limit_bytes // 1024} KB"
     verdict = f"FAIL {row.failure}" if row.failure else "ok"
     return _LINE.format(**asdict(row), shared=shared, matrix=row.matrix_instructions, verdict=verdict)

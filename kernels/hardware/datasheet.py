@@ -28,9 +28,9 @@ _ADA = "NVIDIA Ada architecture whitepaper, appendix A, without sparsity"
 _HOPPER = "NVIDIA H100 architecture whitepaper, without sparsity"
 _A100 = "NVIDIA A100 datasheet, without sparsity"
 
-# Pattern of torch's device name -> dense peaks. The first match counts. Vendors also print sparse figures, twice as
+# Pattern of torch's device name -> dense peaks. The first match is used. Vendors also print sparse figures, twice as
 # large: NVIDIA's H100 datasheet says 1,979 for bf16 "with sparsity", which is 989.4 dense. float8 and half use float32
-# accumulation; GeForce cards run it at half rate. A pattern excludes weaker cards whose name starts alike ("RTX 4090
+# accumulation; GeForce cards run it at half rate. A pattern excludes weaker cards with similar names ("RTX 4090
 # Laptop GPU", "H200 NVL", "H100 NVL", "A10G"): a card without a row is measured.
 # Not every figure has been checked again in the document that its row names. Check a row before you quote it.
 PEAKS: dict[str, Peaks] = {

@@ -27,7 +27,7 @@ class Device:
     versions: dict[str, str]
 
 
-# Instruction sets that a kernel of this project could use: names of /proc/cpuinfo, in order of release.
+# Instruction sets that a kernel of this project could use, by their names in /proc/cpuinfo, in order of release.
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni",
                 "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm", "sve", "sme")  # fmt: skip
 
@@ -99,10 +99,10 @@ def _nvidia_smi(device: torch.device, *fields: str) -> dict[str, str]:
     gpu_id = f"GPU-{uuid}" if uuid else str(device.index)
     command = ["nvidia-smi", "-i", gpu_id, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(zip(fields, map(str.strip, answer.strip().split(",")), strict=False))
+    return dict(zip(fields, map(str.strip, output.strip().split(",")), strict=False))
 
 
 def _cpu_info() -> dict[str, str]:

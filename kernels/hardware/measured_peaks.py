@@ -21,8 +21,8 @@ except ImportError:  # the extension is optional; `measure` names its absence in
 
 WINDOWS = 8  # per method, interleaved: a short disturbance of a shared machine spoils one window of each
 WINDOW_S = 0.01
-MM_SIZE = {"cpu": 1024, "cuda": 8192}  # square; the smallest size at which the library is near its best
-STREAM_GAP_BYTES = 17 * 64  # streams a power of two apart would share the sets of a cache
+MM_SIZE = {"cpu": 1024, "cuda": 8192}  # of square matrices; the smallest size at which the library is near its peak
+STREAM_GAP_BYTES = 17 * 64  # at distances of a power of two streams would share the same cache sets
 LOOPS = {"float32": 0, "bfloat16": 1, "int8": 2}  # csrc/ops/peaks.h
 Work = tuple[Callable[[], Any], float]  # a function, and the operations or bytes of one call
 
@@ -68,8 +68,8 @@ def stream_rate(mix: tuple[int, int, int], size_bytes: int, threads: int) -> flo
 
     Args:
         mix: number of streams (read, written, updated in place).
-        size_bytes: of all streams together.
-        threads: that run the loop.
+        size_bytes: total size of the streams.
+        threads: number of threads that run the loop.
     """
     reads, writes, updates = mix
     stream_bytes = size_bytes // (reads + writes - updates)
@@ -79,7 +79,7 @@ def stream_rate(mix: tuple[int, int, int], size_bytes: int, threads: int) -> flo
 
 
 def _repeated(fn: Callable[[], Any], amount: float) -> Work:
-    """Repeat a work to fill a window."""
+    """Repeat a call until it fills a window of WINDOW_S."""
     fn()
     calls = max(1, round(WINDOW_S / stopwatch("cpu")(fn)))
 
@@ -91,7 +91,7 @@ def _repeated(fn: Callable[[], Any], amount: float) -> Work:
 
 
 def _peaks(rates: dict[tuple[str, str], float], source: str) -> Peaks:
-    """Take the better method for each dtype. Without a measured read rate the copy rate stands in."""
+    """Take the better method for each dtype. Without a measured read rate, use the copy rate."""
     flops: dict[str, float] = {}
     for (name, method), rate in rates.items():
         if method != "memory":
@@ -113,7 +113,7 @@ def _best_rates(device: torch.device, works: dict[tuple[str, str], Work]) -> dic
 def _mm_works(device: torch.device) -> dict[tuple[str, str], Work]:
     n = MM_SIZE[device.type]
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    if device.type == "cpu":  # without the instruction torch's bfloat16 GEMM is slow and shows no peak
+    if device.type == "cpu":  # without bfloat16 instructions torch's bfloat16 GEMM is slow and shows no peak
         dtypes = [torch.float32, torch.bfloat16] if cpu_has_bfloat16() else [torch.float32]
     works = {}
     generator = torch.Generator(device).manual_seed(0)  # measuring must not change the caller's random state
@@ -146,7 +146,7 @@ def _loop_works(threads: int) -> dict[tuple[str, str], Work]:
     for name, loop in LOOPS.items():
         trial_iterations = 100_000
         operations = peak_loop(loop=loop, iterations=trial_iterations, threads=threads)
-        if operations == 0 or (name == "bfloat16" and not cpu_has_bfloat16()):  # computed in float32 there
+        if operations == 0 or (name == "bfloat16" and not cpu_has_bfloat16()):  # this CPU computes it in float32
             continue
         run = functools.partial(peak_loop, loop=loop, threads=threads)
         once_s = min(seconds(functools.partial(run, iterations=trial_iterations)) for _ in range(3))

@@ -13,8 +13,8 @@ A float32 master weight is stored as a bfloat16 parameter, its upper half, and a
 
 The master keeps all its bits and costs 2 bytes more than the parameter, not 4. Rounding to nearest even would give
 remainders of +32768, which do not fit in int16. Kalamkar et al. 2020, "Optimizing Deep Learning Recommender Systems'
-Training On CPU Cluster Architectures", arXiv:2005.04680, truncate (Split-SGD-BF16); a rounded parameter is twice as
-near to its master.
+Training On CPU Cluster Architectures", arXiv:2005.04680, truncate (Split-SGD-BF16). Rounding halves the
+distance between the parameter and its master.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _check(
     got = None if remainder is None else remainder.dtype
     expected = torch.int16 if param.dtype == torch.bfloat16 else None
     if got != expected:
-        raise ValueError(f"adamw: remainder has dtype {got}, expected {expected} where param is {param.dtype}")
+        raise ValueError(f"adamw: remainder has dtype {got}, expected {expected} if param is {param.dtype}")
     if remainder is not None and remainder.device != param.device:
         raise ValueError(f"adamw: remainder is on {remainder.device}, expected param's device {param.device}")
     if (max_norm is None) != (norm is None):
@@ -79,8 +79,8 @@ def _cost(param, grad, remainder=None, exp_avg=None, exp_avg_sq=None, *_, **__):
 def _sample(count: int = 1 << 24, **like):
     """A parameter with its gradient and the moments after 3 steps."""
     wide = {**like, "dtype": torch.float32}
-    halves = like.get("dtype") == torch.bfloat16
-    param, remainder = split(torch.randn(count, **wide)) if halves else (torch.randn(count, **like), None)
+    has_remainder = like.get("dtype") == torch.bfloat16
+    param, remainder = split(torch.randn(count, **wide)) if has_remainder else (torch.randn(count, **like), None)
     moments = torch.randn(count, **wide) * 0.1, torch.rand(count, **wide) * 0.1
     return param, torch.randn(count, **like), remainder, *moments, torch.full((), 3.0, **wide), None
 
@@ -112,7 +112,7 @@ def adamw(
         param, grad: (N,) contiguous, float32 or bfloat16 (float64 with float64 state, eager only).
         remainder: (N,) int16, the lower half of the float32 master if param is bfloat16, else None.
         exp_avg, exp_avg_sq: (N,) float32 moments.
-        step: () float32, updates made so far; incremented.
+        step: () float32, number of updates so far; incremented.
         norm: () float32, global norm of all gradients; required with max_norm, else None.
         rate: () float32, factor on lr, read on the device: a CUDA graph can follow a learning rate schedule.
         lr, beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.

@@ -205,7 +205,7 @@ def attention(
     dead = None
     if mask is not None:
         dead = ~mask.any(-1, keepdim=True)
-        mask = mask | dead  # a softmax over no keys is NaN: let a dead row attend to all keys, then zero its output
+        mask = mask | dead  # a softmax over no keys is NaN, so a dead row attends to all keys and its output is zeroed
         added = mask if added is None else added.masked_fill(~mask, float("-inf"))
     if seeded:
         keep = dropout_mask(seed, dropout, *q.shape[:3], k.shape[2])
@@ -226,7 +226,7 @@ def _check_qkv(qkv, cos, sin, *, n_head, interleaved, causal, window, scale):
     rest = qkv.shape[2] - n_head
     if n_head < 1 or rest < 2 or rest % 2 or n_head % (rest // 2):
         raise ValueError(
-            f"attention_qkv: {qkv.shape[2]} heads in all and {n_head} for queries, expected H + 2 K with K dividing H"
+            f"attention_qkv: {qkv.shape[2]} heads in total and {n_head} query heads, expected H + 2 K with K dividing H"
         )
     if (cos is None) != (sin is None):
         raise ValueError(f"attention_qkv: got only {'cos' if sin is None else 'sin'}, expected cos and sin, or neither")
@@ -256,7 +256,7 @@ def _sample_qkv(
     batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, kv_heads: int | None = None,
     pairs: int | None = None, **like,
 ):  # fmt: skip
-    """With rotary tables if `pairs`, the number of rotated feature pairs per head, is given."""
+    """Add rotary tables if `pairs`, the number of rotated feature pairs per head, is given."""
     qkv = torch.randn(batch, tokens, heads + 2 * (kv_heads or heads), head_dim, **like)
     return qkv, *(() if pairs is None else sample_tables(tokens, pairs, **like))
 

@@ -1,6 +1,6 @@
 """Attention of new tokens to a paged KV cache: the values of `attention`, without gradients.
 
-    sequence b has n new queries and L = lengths[b] keys, the new ones counted; key j lies in the cache at
+    sequence b has n new queries and L = lengths[b] keys, including the new ones; key j lies in the cache at
     [block_tables[b, j // block], j % block]
     query i has position p = L - n + i and attends to keys max(0, p - window + 1) .. p
     s = scale q k^T + alibi_h (j - p)      y = softmax(s) v      zero if a query has no key
@@ -57,13 +57,13 @@ def _check(q, k_cache, v_cache, block_tables, lengths, cu_queries, k_scale, v_sc
 
 
 def _check_blocks(k_cache: Tensor, block_tables: Tensor, lengths: Tensor) -> None:
-    """The used entries of the tables are blocks of the cache. Unused entries may have any value."""
+    """Check that the used entries of the tables are blocks of the cache. Unused entries may have any value."""
     count, block = k_cache.shape[:2]
     low, high = (int(v) for v in torch.aminmax(lengths))
     if low < 0 or high > block_tables.shape[1] * block:
         raise ValueError(
             f"{OP}: lengths has values {low} to {high}, expected 0 to {block_tables.shape[1] * block}: "
-            f"{block_tables.shape[1]} blocks of {block} a sequence"
+            f"{block_tables.shape[1]} blocks of {block} per sequence"
         )
     if high == 0:
         return
@@ -152,7 +152,7 @@ def attention_decode(
         cu_queries: (B + 1,) int32, the start of each sequence's queries in q, then N. None: one query per sequence.
         k_scale, v_scale: (blocks, block, K) float32, contiguous: the scale of each head of each token in an int8
             cache, as `cache_store` writes them.
-        window: a query attends to at most this many keys, its own included.
+        window: a query attends to at most this many keys, including its own.
         alibi: (H,) slopes; adds slope * (j - p) for a query at position p.
         scale: factor on q k^T. Default: 1 / sqrt(D).
     Returns:
@@ -162,7 +162,7 @@ def attention_decode(
         NotImplementedError: an input requires grad, or the forced backend does not support the call.
     """
     counts = _queries(q, block_tables, cu_queries).tolist()
-    rows = []
+    results = []
     for queries, table, length in zip(q.split(counts), block_tables, lengths.tolist(), strict=True):
         used = table[: -(-length // k_cache.shape[1])].long()
         k, v = (
@@ -171,5 +171,5 @@ def attention_decode(
         )
         empty = queries.new_zeros(1, *queries.shape)
         params = {"window": window, "alibi": alibi, "scale": scale}
-        rows.append(attention.eager(queries[None], k, v, **params) if length else empty)
-    return torch.cat([row[0] for row in rows]) if rows else torch.empty_like(q)
+        results.append(attention.eager(queries[None], k, v, **params) if length else empty)
+    return torch.cat([result[0] for result in results]) if results else torch.empty_like(q)

@@ -5,7 +5,7 @@
 
 A scale below float32's smallest normal number becomes 0, and so do its int8 values. An infinity or NaN makes the scale
 infinite or NaN, so the head is read as NaN. The division is exact (no multiplication by a reciprocal), so all backends
-round alike.
+round to the same values.
 """
 
 from __future__ import annotations
@@ -45,17 +45,16 @@ def check_cache(
     if k_scale is None:
         check.same(name, first, x, k_cache=k_cache, v_cache=v_cache)
         return
-    for what, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
+    for letter, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
         if cache.dtype != torch.int8 or cache.device != x.device:
             raise ValueError(
-                f"{name}: {what}_cache is {cache.dtype} on {cache.device}, "
-                f"expected int8 on {x.device} with scales"
+                f"{name}: {letter}_cache is {cache.dtype} on {cache.device}, expected int8 on {x.device} with scales"
             )
-        check.shape(name, f"{what}_scale", scale, *k_cache.shape[:3])
+        check.shape(name, f"{letter}_scale", scale, *k_cache.shape[:3])
         expected = torch.promote_types(x.dtype, torch.float32)
         if scale.dtype != expected or scale.device != x.device or not scale.is_contiguous():
             raise ValueError(
-                f"{name}: {what}_scale is {scale.dtype} on {scale.device} with strides {scale.stride()}, "
+                f"{name}: {letter}_scale is {scale.dtype} on {scale.device} with strides {scale.stride()}, "
                 f"expected contiguous {expected} on {x.device}"
             )
 
@@ -83,7 +82,7 @@ def _cost(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
 
 
 def _sample(tokens: int = 1024, heads: int = 12, head_dim: int = 64, block: int = 16, bits: int | None = None, **like):
-    """Tokens in random order and a cache of just enough blocks; bits = 8 gives an int8 cache."""
+    """Tokens in random order and a cache with the fewest blocks that hold them; bits = 8 gives an int8 cache."""
     k, v = (torch.randn(tokens, heads, head_dim, **like) for _ in "kv")
     blocks = -(-tokens // block)
     slots = torch.randperm(blocks * block, device=k.device)[:tokens]

@@ -4,8 +4,8 @@
 
 The mask is a function of a seed: only the seed is saved for backward, and a recomputed forward gets the same mask.
 Element n, in contiguous order, is kept if word (n / 16) % 4 of Philox with counter n / 64 * 16 + n % 16 is at least
-p * 2^32. A step of 16 is a whole vector on every machine. Srivastava, Hinton,
-Krizhevsky, Sutskever, Salakhutdinov 2014, "Dropout", JMLR 15:1929-1958.
+p * 2^32. 16 consecutive elements fill whole vector registers on every machine. Srivastava, Hinton, Krizhevsky,
+Sutskever, Salakhutdinov 2014, "Dropout", JMLR 15:1929-1958.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def _cost(ids, wte, wpe=None, positions=None, **_):
 def _sample(
     batch: int = 4, tokens: int = 256, vocab: int = 50304, width: int = 768, positions: int | None = None, **like
 ):
-    """With a position per token if `positions`, the number of rows of wpe, is given."""
+    """Add a position per token if `positions`, the number of rows of wpe, is given."""
     ids = torch.randint(vocab, (batch, tokens), device=like.get("device"))
     tables = torch.randn(vocab, width, **like), torch.randn(positions or tokens, width, **like)
     return ids, *tables, *(() if positions is None else (torch.randint(positions, ids.shape, device=ids.device),))

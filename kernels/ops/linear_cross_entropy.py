@@ -9,9 +9,9 @@ exp(z - lse).
 
 `weight` multiplies each token's loss, and the mean divides by the sum of the weights. For a scalar loss, forward
 computes the gradients of x and w for dloss = 1 and backward only scales them (6 C V FLOPs per token). For
-reduction="none" the incoming gradient differs by token, so backward recomputes the logits and uses the saved m and t (8
-C V). Under no_grad forward computes no gradient. Rows are processed in blocks, as in Hsu et al. 2024, "Liger Kernel",
-arXiv:2410.10989, section 3.2, and Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models",
+reduction="none" the incoming gradient differs by token, so backward recomputes the logits and uses the saved m and t
+(8 C V). Under no_grad forward computes no gradient. Rows are processed in blocks, as in Hsu et al. 2024, "Liger
+Kernel", arXiv:2410.10989, section 3.2, and Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models",
 arXiv:2411.09009. The z-loss is Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 5; label smoothing Szegedy et
 al. 2015, "Rethinking the Inception Architecture", arXiv:1512.00567, section 7. vocab_parallel.py splits the head over
 ranks.
@@ -33,9 +33,7 @@ ALLOWED = {"reduction": ("mean", "sum", "none"), "prefer": ("auto", "memory", "t
 def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, group, first, vocab, **strings):
     for name, allowed in ALLOWED.items():
         if strings[name] not in allowed:
-            raise ValueError(
-                f"linear_cross_entropy: {name} is {strings[name]!r}, expected one of {', '.join(allowed)}"
-            )
+            raise ValueError(f"linear_cross_entropy: {name} is {strings[name]!r}, expected one of {', '.join(allowed)}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected 0 to 1")
     if not z_loss >= 0.0:
@@ -70,7 +68,7 @@ def _sample(
     weight = (torch.rand(rows, **{**like, "dtype": torch.float32}),) if weighted else ()
     x, w = torch.randn(rows, width, **like), torch.randn(vocab, width, **like) * width**-0.5
     if spread != 1 or level:
-        # So few bits that float32 sums logits without rounding: any error is then the error of the loss.
+        # Few enough bits that the float32 logits are exact, so any error comes from the loss.
         x, w = (x * 8).round() * (spread / 8), (w * 16).round() / 16
         x[:, 0], w[:, 0] = level, 1.0
     return x, w, target, *weight

@@ -1,7 +1,7 @@
 """Philox4x32-7: four random words from a counter and a key, the same on every backend and in any order.
 
-    c0, c1, c2, c3 = hi(B c2) ^ c1 ^ k0, lo(B c2), hi(A c0) ^ c3 ^ k1, lo(A c0)      a round
-    k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85  mod 2^32                              after it
+    c0, c1, c2, c3 = hi(B c2) ^ c1 ^ k0, lo(B c2), hi(A c0) ^ c3 ^ k1, lo(A c0)      each round
+    k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85  mod 2^32                              after each round
 
 Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", SC11, section 3.3: seven rounds pass
 BigCrush. The C++ version is csrc/simd/philox.h, the Triton version is `tl.philox(..., n_rounds=7)`.

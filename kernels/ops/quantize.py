@@ -16,8 +16,8 @@ LEVELS are those of llama.cpp's IQ4_NL (kvalues_iq4nl in ggml-common.h). Levels 
 the idea of NF4: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, "QLoRA", arXiv:2305.14314, section 3.
 
 The stored form, in files and for any machine, is (q, scale) of `quantize_8` and `quantize_4`. The packed form, which
-the ops read, is panels of 16 outputs: 64 bytes hold 4 inputs of each output (8 with 4 bits). `pack_8` and `pack_4` make
-it.
+the ops read, is panels of 16 outputs: 64 bytes hold 4 inputs of each output (8 with 4 bits). It comes from `pack_8`
+and `pack_4`.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def to_tf32(x):
     return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
 
 
-@functools.cache  # once a process
+@functools.cache  # once per process
 def patch() -> None:
     """Patch the interpreter's builder, for kernels decorated before or after the call."""
     import triton.language as tl
@@ -74,7 +74,7 @@ def patch() -> None:
 
     def no_bf16(plain):
         def checked(self, *args):
-            moves_bits = args[-1] is np.where  # a select
+            moves_bits = args[-1] is np.where  # tl.where
             if not moves_bits and any(getattr(a, "dtype", None) == tl.bfloat16 for a in args):
                 raise TypeError("arithmetic on bfloat16: cast to float32 first, as all kernels of this project do")
             return plain(self, *args)
@@ -87,7 +87,7 @@ def patch() -> None:
         plain_check(self, tensors)
 
     def patch_lang(fn):
-        # The interpreter patches triton.language at each call of a device function, which took half of the time.
+        # Patching triton.language at each call of a device function took half of the time. Skip it if it is patched.
         languages = [m for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values())]
         if any(tl.core.is_builtin(m.load) for m in languages):
             return plain_patch_lang(fn)

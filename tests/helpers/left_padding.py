@@ -1,14 +1,16 @@
-"""Left padding changes nothing: a property that every model is tested for."""
+"""Check that left padding changes no result of a model."""
 
 import torch
 from torch import Tensor
 
 
 def check_left_padding(model, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compare a batch whose second sequence is padded by four with each sequence alone: loss, gradients, greedy text.
+    """Compare a batch, whose second sequence has four padding tokens, with each sequence alone.
+
+    Compares the loss, the gradients and the greedy continuation.
 
     Returns:
-        (prompts, starts, text): a padded batch, its first positions and its greedy continuation.
+        (prompts, starts, output_ids): a padded batch, the first position of each sequence, the greedy continuation.
     """
     starts = torch.tensor([0, 4])
     mask = (torch.arange(ids.shape[1]) >= starts[:, None]).long()
@@ -26,7 +28,7 @@ def check_left_padding(model, ids: Tensor, targets: Tensor) -> tuple[Tensor, Ten
         grads.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    text = model.generate(padded[:, :9], (torch.arange(9) >= starts[:, None]).long(), max_new_tokens=8)
+    output_ids = model.generate(padded[:, :9], (torch.arange(9) >= starts[:, None]).long(), max_new_tokens=8)
     alone = model.generate(ids[1:, :5], max_new_tokens=8)
-    assert torch.equal(text[1, 4:], alone[0])
-    return padded[:, :9], starts, text
+    assert torch.equal(output_ids[1, 4:], alone[0])
+    return padded[:, :9], starts, output_ids

@@ -1,6 +1,6 @@
 """GPT-3, PaLM, Gopher and GLaM in float64, written from their papers: one sequence, token, head and expert at a time.
 
-Shares no code with the engine. Weights are a dict by the engine's parameter names, in [out, in] layout.
+This module shares no code with the engine. Weights are a dict by the engine's parameter names, in [out, in] layout.
 """
 
 import math
@@ -38,42 +38,42 @@ def rope(x, position, base=10000.0):
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
 
 
-def attend(c, h, w, at, score):
-    """Attend over the keys j <= i with scores `score(head, q_i, k_j, i, j)`."""
+def attend(c, h, w, prefix, score):
+    """Attend over the keys j <= i with scores `score(head, q_i, k_j, i, j)`. c is the config, h the normed input."""
     heads, kv_heads, d = c.n_head, c.n_kv_head, c.head_dim
-    parts = linear(h, w, f"{at}.attn.c_attn").split([heads * d, kv_heads * d, kv_heads * d], -1)
+    parts = linear(h, w, f"{prefix}.attn.c_attn").split([heads * d, kv_heads * d, kv_heads * d], -1)
     q, k, v = (part.unflatten(-1, (-1, d)) for part in parts)
-    rows = []
+    outputs = []
     for i in range(len(h)):
-        row = []
+        output = []
         for head in range(heads):
-            own = head * kv_heads // heads
-            s = torch.stack([score(head, q[i, head], k[j, own], i, j) for j in range(i + 1)])
-            row.append(s.softmax(0) @ v[: i + 1, own])
-        rows.append(torch.cat(row))
-    return linear(torch.stack(rows), w, f"{at}.attn.c_proj")
+            kv_head = head * kv_heads // heads
+            s = torch.stack([score(head, q[i, head], k[j, kv_head], i, j) for j in range(i + 1)])
+            output.append(s.softmax(0) @ v[: i + 1, kv_head])
+        outputs.append(torch.cat(output))
+    return linear(torch.stack(outputs), w, f"{prefix}.attn.c_proj")
 
 
-def mlp(h, w, at, act):
-    return linear(act(linear(h, w, f"{at}.c_fc")), w, f"{at}.c_proj")
+def mlp(h, w, prefix, act):
+    return linear(act(linear(h, w, f"{prefix}.c_fc")), w, f"{prefix}.c_proj")
 
 
-def gated(h, w, at, act):
-    return linear(act(linear(h, w, f"{at}.c_gate")) * linear(h, w, f"{at}.c_fc"), w, f"{at}.c_proj")
+def gated(h, w, prefix, act):
+    return linear(act(linear(h, w, f"{prefix}.c_gate")) * linear(h, w, f"{prefix}.c_fc"), w, f"{prefix}.c_proj")
 
 
 def gpt3(c, ids, w):
     """arXiv:2005.14165, section 2.1: GPT-2 with alternating dense and locally banded attention."""
     x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][: len(ids)]
     for layer in range(c.n_layer):
-        at, band = f"transformer.h.{layer}", (len(ids), c.windows[1])[layer % 2]
+        prefix, band = f"transformer.h.{layer}", (len(ids), c.windows[1])[layer % 2]
 
         def score(head, q, k, i, j, band=band):
             return q @ k / math.sqrt(c.head_dim) if j > i - band else torch.tensor(-math.inf, dtype=q.dtype)
 
-        norms = [(w[f"{at}.ln_{n}.weight"], w[f"{at}.ln_{n}.bias"]) for n in (1, 2)]
-        x = x + attend(c, layer_norm(x, *norms[0]), w, at, score)
-        x = x + mlp(layer_norm(x, *norms[1]), w, f"{at}.mlp", gelu)
+        norms = [(w[f"{prefix}.ln_{n}.weight"], w[f"{prefix}.ln_{n}.bias"]) for n in (1, 2)]
+        x = x + attend(c, layer_norm(x, *norms[0]), w, prefix, score)
+        x = x + mlp(layer_norm(x, *norms[1]), w, f"{prefix}.mlp", gelu)
     x = layer_norm(x, w["transformer.ln_f.weight"], w["transformer.ln_f.bias"])
     return x @ w["transformer.wte.weight"].T, 0.0
 
@@ -86,9 +86,9 @@ def palm(c, ids, w):
         return rope(q, i) @ rope(k, j) / math.sqrt(c.head_dim)
 
     for layer in range(c.n_layer):
-        at = f"transformer.h.{layer}"
-        h = layer_norm(x, w[f"{at}.ln_1.weight"])
-        x = x + gated(h, w, f"{at}.mlp", silu) + attend(c, h, w, at, score)
+        prefix = f"transformer.h.{layer}"
+        h = layer_norm(x, w[f"{prefix}.ln_1.weight"])
+        x = x + gated(h, w, f"{prefix}.mlp", silu) + attend(c, h, w, prefix, score)
     x = layer_norm(x, w["transformer.ln_f.weight"])
     logits = x @ w["transformer.wte.weight"].T / math.sqrt(c.n_embd)
     return logits, 1e-4 * logits.exp().sum(-1).log().pow(2).mean()  # section 5: 1e-4 log^2 Z
@@ -99,8 +99,8 @@ def gopher(c, ids, w):
     x = w["transformer.wte.weight"][ids]
     rates = torch.tensor([10000 ** (-2 * i / c.n_embd) for i in range(c.n_embd // 2)], dtype=x.dtype)
     for layer in range(c.n_layer):
-        at = f"transformer.h.{layer}"
-        names = (f"{at}.attn.relative.{name}" for name in ("c_rel.weight", "u", "v"))
+        prefix = f"transformer.h.{layer}"
+        names = (f"{prefix}.attn.relative.{name}" for name in ("c_rel.weight", "u", "v"))
         w_r, u, v = (w[name] for name in names)
 
         def score(head, q, k, i, j, w_r=w_r, u=u, v=v):
@@ -109,39 +109,39 @@ def gopher(c, ids, w):
             r = r.unflatten(0, (c.n_head, c.head_dim))[head]
             return (q @ k + q @ r + u[head] @ k + v[head] @ r) / math.sqrt(c.head_dim)
 
-        x = x + attend(c, rms_norm(x, w[f"{at}.ln_1.weight"]), w, at, score)
-        x = x + mlp(rms_norm(x, w[f"{at}.ln_2.weight"]), w, f"{at}.mlp", gelu)
+        x = x + attend(c, rms_norm(x, w[f"{prefix}.ln_1.weight"]), w, prefix, score)
+        x = x + mlp(rms_norm(x, w[f"{prefix}.ln_2.weight"]), w, f"{prefix}.mlp", gelu)
     return rms_norm(x, w["transformer.ln_f.weight"]) @ w["transformer.wte.weight"].T, 0.0
 
 
 def bucket(distance):
-    """arXiv:1910.10683's buckets: 16 of one distance each, 16 that grow to 128."""
+    """The bucket of a distance in arXiv:1910.10683: 16 buckets of one distance each, then 16 that widen up to 128."""
     far = 16 + int(math.log(max(distance, 16) / 16) / math.log(128 / 16) * 16)
     return distance if distance < 16 else min(far, 31)
 
 
 def glam(c, ids, w):
-    """arXiv:2112.06905, section 4: two of the experts in every second layer, GELU gates in others."""
+    """arXiv:2112.06905, section 4: the top two experts in every second layer, a GELU-gated MLP in the others."""
     x, balance = w["transformer.wte.weight"][ids], 0.0
     for layer in range(c.n_layer):
-        at = f"transformer.h.{layer}"
-        table = w[f"{at}.attn.relative.weight"]
+        prefix = f"transformer.h.{layer}"
+        table = w[f"{prefix}.attn.relative.weight"]
 
         def score(head, q, k, i, j, table=table):
             return q @ k / math.sqrt(c.head_dim) + table[bucket(i - j), head]
 
-        x = x + attend(c, layer_norm(x, w[f"{at}.ln_1.weight"]), w, at, score)
-        h = layer_norm(x, w[f"{at}.ln_2.weight"])
+        x = x + attend(c, layer_norm(x, w[f"{prefix}.ln_1.weight"]), w, prefix, score)
+        h = layer_norm(x, w[f"{prefix}.ln_2.weight"])
         if layer % 2 == 0:
-            x = x + gated(h, w, f"{at}.mlp", gelu)
+            x = x + gated(h, w, f"{prefix}.mlp", gelu)
             continue
-        p = (h @ w[f"{at}.mlp.router.weight"].T).softmax(-1)
-        rows, first = [], torch.zeros(c.experts, dtype=x.dtype)
-        for token, chances in zip(h, p, strict=True):
-            a, b = sorted(range(c.experts), key=lambda e, chances=chances: -chances[e].item())[:2]
-            both = [mlp(token, w, f"{at}.mlp.experts.{e}", gelu) * chances[e] for e in (a, b)]
-            rows.append(sum(both) / (chances[a] + chances[b]))
-            first[a] += 1
-        balance = balance + c.experts * (first / len(h) * p.mean(0)).sum()
-        x = x + torch.stack(rows)
+        p = (h @ w[f"{prefix}.mlp.router.weight"].T).softmax(-1)
+        outputs, first_choices = [], torch.zeros(c.experts, dtype=x.dtype)
+        for token, probabilities in zip(h, p, strict=True):
+            a, b = sorted(range(c.experts), key=lambda e, probabilities=probabilities: -probabilities[e].item())[:2]
+            pair = [mlp(token, w, f"{prefix}.mlp.experts.{e}", gelu) * probabilities[e] for e in (a, b)]
+            outputs.append(sum(pair) / (probabilities[a] + probabilities[b]))
+            first_choices[a] += 1
+        balance = balance + c.experts * (first_choices / len(h) * p.mean(0)).sum()
+        x = x + torch.stack(outputs)
     return layer_norm(x, w["transformer.ln_f.weight"]) @ w["transformer.wte.weight"].T, c.balance_loss * balance

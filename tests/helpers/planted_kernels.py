@@ -1,6 +1,6 @@
 """Kernels with faults that the static check must reject, and correct ones. Prints {name: failure} as JSON.
 
-test_aot.py runs this program without TRITON_INTERPRET, with which nothing can be compiled.
+test_aot.py runs this program without TRITON_INTERPRET, because interpreted kernels cannot be compiled.
 """
 
 import json
@@ -15,26 +15,26 @@ from peakgpt.kernels.gpu.static_check import check_case
 
 @triton.jit
 def product(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
-    """A large BLOCK needs more registers and shared memory than there are."""
+    """A large BLOCK needs more registers and shared memory than the GPU has."""
     i = tl.arange(0, BLOCK)
-    at = i[:, None] * BLOCK + i[None, :]
+    offsets = i[:, None] * BLOCK + i[None, :]
     for k in range(8):
-        c = tl.dot(tl.load(a_ptr + at + k), tl.load(b_ptr + at + k), input_precision="ieee")
-        tl.store(c_ptr + at + k * BLOCK * BLOCK, c)
+        c = tl.dot(tl.load(a_ptr + offsets + k), tl.load(b_ptr + offsets + k), input_precision="ieee")
+        tl.store(c_ptr + offsets + k * BLOCK * BLOCK, c)
 
 
 @triton.jit
 def sums(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
     """A matrix product without tl.dot."""
     i = tl.arange(0, BLOCK)
-    at = i[:, None] * BLOCK + i[None, :]
-    a, b = tl.load(a_ptr + at).to(tl.float32), tl.load(b_ptr + at).to(tl.float32)
-    tl.store(c_ptr + at, tl.sum(a[:, :, None] * b[None, :, :], 1))
+    offsets = i[:, None] * BLOCK + i[None, :]
+    a, b = tl.load(a_ptr + offsets).to(tl.float32), tl.load(b_ptr + offsets).to(tl.float32)
+    tl.store(c_ptr + offsets, tl.sum(a[:, :, None] * b[None, :, :], 1))
 
 
 @triton.jit
 def centered(a_ptr, BLOCK: tl.constexpr):
-    """A long row needs more registers than there are."""
+    """A long row needs more registers than the GPU has."""
     i = tl.arange(0, BLOCK)
     a = tl.load(a_ptr + i).to(tl.float32)
     tl.store(a_ptr + i, a - tl.sum(a, 0) / BLOCK)
@@ -61,8 +61,8 @@ def broken(a_ptr, BLOCK: tl.constexpr):
 
 
 def case(kernel, block, matmul=False, **constexprs):
-    given = {"BLOCK": block, **constexprs}
-    return launch.case(kernel, f"BLOCK={block}", Tile(warps=4), "bf16", given, matmul=matmul)
+    constants = {"BLOCK": block, **constexprs}
+    return launch.case(kernel, f"BLOCK={block}", Tile(warps=4), "bf16", constants, matmul=matmul)
 
 
 PLANTED = {

@@ -6,7 +6,7 @@ import os
 import interpreter
 import torch
 
-# Two threads: parallel code runs in parallel, and a shared machine is not oversubscribed.
+# Two threads are enough to test parallel code and do not overload a shared machine.
 torch.set_num_threads(2)
 
 if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""A tiny model behind a server that runs in this process, for tests of the server and of what asks it."""
+"""A server with a tiny model in this process, for tests of the server and of its clients."""
 
 import asyncio
 import dataclasses
@@ -42,7 +42,7 @@ def tiny_model(tokenizer):
 
 
 class Running:
-    """A server in a thread of its own."""
+    """A server that runs in its own thread."""
 
     def __init__(self, model, tokenizer, send_bytes=None, limits=LIMITS_HERE, **options):
         self.engine = Engine(model, tokenizer, blocks=40)
@@ -56,13 +56,13 @@ class Running:
         self.thread.start()
 
     def ask(self, path, data=None, headers=(), raw=None):
-        """(status, JSON or text)"""
+        """Send a request. Return (status, JSON or text)."""
         body = raw if raw is not None else None if data is None else json.dumps(data).encode()
         head = {"content-type": "application/json", **dict(headers)}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, head)
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                status, text = answer.status, answer.read().decode()
+            with urllib.request.urlopen(request, timeout=20) as response:
+                status, text = response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             status, text = error.code, error.read().decode()
         return status, json.loads(text) if text.startswith("{") else text
@@ -72,16 +72,16 @@ class Running:
         self.thread.join()
 
     def idle(self):
-        """Wait until nothing is asked for; returns the free blocks."""
-        until, worker = time.monotonic() + 10, self.server.worker
-        while worker.load or worker.jobs or self.engine.has_work:  # jobs are forgotten by the worker's own thread
-            assert time.monotonic() < until, "something was left"
+        """Wait until no request is left. Return the number of free cache blocks."""
+        deadline, worker = time.monotonic() + 10, self.server.worker
+        while worker.load or worker.jobs or self.engine.has_work:  # the worker's thread removes finished jobs
+            assert time.monotonic() < deadline, "requests were left after 10 s"
             time.sleep(0.01)
         return self.engine.pool.free_blocks
 
 
 def posted(data):
-    """A request for completions as bytes."""
+    """The bytes of a POST to /v1/completions."""
     body = json.dumps(data).encode()
     head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body

@@ -1,9 +1,9 @@
-// Memory of a tensor with something bad on either side.
+// Memory of a tensor between guard words.
 //
-// Before an input and behind it lie NaNs (huge negative numbers to an integer): what is read there shows in a result.
-// Around an output lies a number that must still be there when the Buffer goes, and its elements start as NaN. In the
-// last placement the tensor ends at a page without access, so that reading one byte too many ends the test on every
-// machine and in every build; AddressSanitizer knows the bounds in all placements.
+// The guard words of an input are NaNs (huge negative numbers for integers), so a read outside of the input changes a
+// result. The destructor checks that no guard word has changed. The elements of every tensor start as NaN. In the last
+// placement the tensor ends at a page without access: reading one byte too many ends the test on every machine and in
+// every build. AddressSanitizer knows the bounds in all placements.
 #ifndef PEAK_TESTS_NATIVE_BUFFER_H_
 #define PEAK_TESTS_NATIVE_BUFFER_H_
 
@@ -32,7 +32,7 @@
 
 namespace peak::test {
 
-// Whole pages with a page behind them that can not be touched; kept for the next Buffer of the size.
+// Whole pages, followed by a page without access. Free pages are kept for the next Buffer of the same size.
 class Pages {
  public:
   static char* Take(size_t bytes) {
@@ -46,7 +46,7 @@ class Pages {
     if (pages == MAP_FAILED || mprotect(static_cast<char*>(pages) + bytes, Size(), PROT_NONE) != 0) std::abort();
     return static_cast<char*>(pages);
   }
-  // Takes no memory, for it runs in destructors while memory is made to fail.
+  // Allocates no memory: destructors call it while allocations fail on purpose (test_memory.cpp).
   static void Give(char* pages, size_t bytes) {
     char*& first = Free().find(bytes)->second;
     std::memcpy(pages, &first, sizeof(first));
@@ -58,7 +58,7 @@ class Pages {
   }
 
  private:
-  // By size; each free one starts with the address of the next.
+  // Lists of free pages by their size. The first bytes of free pages hold the address of the next ones.
   static std::map<size_t, char*>& Free() {
     static std::map<size_t, char*> free;
     return free;
@@ -70,7 +70,8 @@ enum class Role { kInput, kOutput };
 template <class T>
 class Buffer {
  public:
-  // placement 0, 1, 2: 0, 1, 3 elements past a multiple of 64 bytes; 3: up to the forbidden page.
+  // Placements 0, 1 and 2 begin 0, 1 and 3 elements past a multiple of 64 bytes. Placement 3 ends at the page without
+  // access.
   Buffer(Role role, int64_t count, int placement) : role_(role), count_(count) {
     constexpr size_t kGuard = 128, kShift[] = {0, 1, 3};
     const size_t bytes = count * sizeof(T), page = Pages::Size();
@@ -89,7 +90,7 @@ class Buffer {
     const uint16_t word = role_ == Role::kInput ? kNanWord : kGuardWord;
     const char* end = begin() + count_ * sizeof(T);
     Check(HoldsWords(pages_, begin() - pages_, word), "the kernel wrote before a tensor");
-    Check(HoldsWords(end, pages_ + size_ - end, word), "the kernel wrote behind a tensor");
+    Check(HoldsWords(end, pages_ + size_ - end, word), "the kernel wrote after a tensor");
     Pages::Give(pages_, size_);
   }
 
@@ -98,7 +99,7 @@ class Buffer {
   T& operator[](int64_t i) const { return data_[i]; }
   double At(int64_t i) const { return Widen(data_[i]); }
 
-  // value(i) for each element.
+  // Sets each element i to value(i).
   template <class F>
   const Buffer& Fill(const F& value) const {
     for (int64_t i = 0; i < count_; ++i) data_[i] = Narrow<T>(value(i));
@@ -119,7 +120,7 @@ class Buffer {
   }
   void Append(std::vector<char>& bytes) const { bytes.insert(bytes.end(), begin(), begin() + count_ * sizeof(T)); }
 
-  // Each element against want(i).
+  // Checks each element i against want(i), up to the first failure.
   template <class F>
   void Expect(const char* what, const F& want) const {
     for (int64_t i = 0; i < count_; ++i) {
@@ -128,10 +129,10 @@ class Buffer {
   }
 
  private:
-  static constexpr uint16_t kNanWord = 0xffc5, kGuardWord = 0xa5a5;  // the first is a NaN as half of either dtype
+  static constexpr uint16_t kNanWord = 0xffc5, kGuardWord = 0xa5a5;  // kNanWord: NaN in bf16, two of them in float
 
   char* begin() const { return reinterpret_cast<char*>(data_); }
-  // At even addresses, to which placements keep.
+  // `at` is even in every placement.
   static void FillWords(char* at, size_t bytes, uint16_t word) {
     std::fill_n(reinterpret_cast<uint16_t*>(at), bytes / 2, word);
   }
@@ -149,7 +150,8 @@ class Buffer {
   T* data_;
 };
 
-// The buffers of one call: each next one takes the next placement, so over all placements each pointer sees each.
+// Makes the buffers of one call. Each buffer takes the placement after that of the buffer before, so a loop over all
+// placements gives every pointer every placement.
 class Placer {
  public:
   explicit Placer(int placement) : placement_(placement) {}

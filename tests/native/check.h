@@ -1,4 +1,5 @@
-// A check harness in one header: tests register themselves, a failed check says where, main.cpp runs all per set.
+// The test harness. Tests register themselves, and a failed check prints its case. main.cpp runs all tests once for
+// each instruction set.
 #ifndef PEAK_TESTS_NATIVE_CHECK_H_
 #define PEAK_TESTS_NATIVE_CHECK_H_
 
@@ -29,8 +30,9 @@ inline std::vector<Test>& Tests() {
   [[maybe_unused]] static const bool name##_registered = (::peak::test::Tests().push_back({#name, name}), true); \
   static void name()
 
-// A typical call of a kernel on `threads` threads: fills what it needs from a fixed seed, returns its outputs' bytes.
-// test_threads.cpp holds each to: the same bits for any thread count, and no end of the process without memory.
+// A typical call of a kernel on `threads` threads. It fills the inputs from a fixed seed and returns the bytes of the
+// outputs. test_threads.cpp checks that the bytes are the same for any number of threads, and test_memory.cpp that a
+// failed allocation does not end the process.
 struct Kernel {
   const char* name;
   std::vector<char> (*run)(int threads);
@@ -54,25 +56,25 @@ inline Tally& Count() {
   return tally;
 }
 
-// What a failed check prints first: the case that runs.
-inline char (&Where())[256] {
+// Describes the case that runs now. A failed check prints it first.
+inline char (&CurrentCase())[256] {
   static char text[256];
   return text;
 }
 __attribute__((format(printf, 1, 2))) inline void SetCase(const char* format, ...) {
   va_list values;
   va_start(values, format);
-  std::vsnprintf(Where(), sizeof(Where()), format, values);
+  std::vsnprintf(CurrentCase(), sizeof(CurrentCase()), format, values);
   va_end(values);
 }
 
-constexpr int kShown = 20;  // failures in full; the rest is counted
+constexpr int kShown = 20;  // number of failures that are printed; later ones are only counted
 
 __attribute__((format(printf, 2, 3))) inline bool Check(bool good, const char* format, ...) {
   ++Count().checks;
   if (good) return true;
   if (++Count().failures <= kShown) {
-    std::printf("FAIL %s: ", Where());
+    std::printf("FAIL %s: ", CurrentCase());
     va_list values;
     va_start(values, format);
     std::vprintf(format, values);
@@ -87,10 +89,10 @@ template <class T>
 constexpr DType kDtype = std::is_same_v<T, float> ? DType::kFloat32 : DType::kBFloat16;
 template <class T>
 constexpr const char* kName = std::is_same_v<T, float> ? "float32" : "bfloat16";
-// Half a unit in the last place, relative.
+// The relative error of rounding to T: half a unit in the last place.
 template <class T>
 constexpr double kUnit = std::is_same_v<T, float> ? 0x1p-24 : 0x1p-8;
-// Native bf16 instructions flush what is subnormal; plain float arithmetic does not.
+// The absolute error near 0: native bf16 instructions flush subnormal numbers, float arithmetic does not.
 template <class T>
 constexpr double kFloor = std::is_same_v<T, float> ? 0x1p-149 : 0x1p-126;
 
@@ -108,7 +110,7 @@ template <>
 inline float Narrow<float>(double x) {
   return static_cast<float>(x);
 }
-// To nearest even. Through float: double rounding does not matter to inputs.
+// Rounds to nearest even. x is rounded to float first, which is good enough for inputs.
 template <>
 inline bf16 Narrow<bf16>(double x) {
   const float f = static_cast<float>(x);
@@ -119,8 +121,8 @@ inline bf16 Narrow<bf16>(double x) {
 }
 
 // ----------------------------------------------------------------------------------------------------- comparison
-// What the reference says, in double, and by how much float32 arithmetic may miss it: `slack` is the sum of the
-// magnitudes that were added up on the way, times the number of roundings that each went through.
+// The value of the reference in double, and the error that float32 arithmetic may have, in units of 2^-24: `slack` is
+// the sum of the magnitudes of all added terms, each times the number of its roundings.
 struct Want {
   double value, slack;
 };
@@ -143,7 +145,7 @@ bool Near(const char* what, int64_t index, T got_narrow, Want want) {
 // ---------------------------------------------------------------------------------------------------------- sweeps
 constexpr int kLanesOfWidestSet = 16;
 
-// 0 .. 2 x lanes, and past the unrolled loops with a ragged end.
+// 0 .. 2 * lanes, and larger counts, which run the unrolled loops and end in a partial vector.
 inline std::vector<int64_t> Counts(int64_t from = 0) {
   std::vector<int64_t> counts;
   for (int64_t n = from; n <= 2 * kLanesOfWidestSet; ++n) counts.push_back(n);
@@ -157,9 +159,9 @@ void ForEachDtype(const F& f) {
   f(bf16{});
 }
 
-constexpr int kPlacements = 4;  // as buffer.h says
+constexpr int kPlacements = 4;  // of a tensor in memory, see Buffer
 
-// f(element, count, placement) for both dtypes.
+// Calls f(element, count, placement) for both dtypes, all counts and all placements.
 template <class F>
 void ForEachCase(const char* what, int64_t first_count, const F& f) {
   ForEachDtype([&](auto element) {
@@ -175,7 +177,7 @@ void ForEachCase(const char* what, int64_t first_count, const F& f) {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-// Zeros, subnormals, the smallest normal, the largest numbers, what is none.
+// Zeros, subnormals, the smallest normal, the largest numbers, infinities and NaN.
 constexpr double kSpecials[] = {0.0,   -0.0, 0x1p-149, -0x1p-140, 0x1p-127, 0x1p-126, -1e-30, 1.0,
                                 1e4,   -1e4, 1e18,     -1e18,     3e38,     -3e38,    kInf,   -kInf, kNan};
 
@@ -191,7 +193,7 @@ class Random {
   }
   int64_t Below(int64_t n) { return static_cast<int64_t>(Bits() % static_cast<uint64_t>(n)); }
   double Uniform() { return static_cast<double>(Bits() >> 11) * 0x1p-53; }
-  // Near enough to normal (sum of twelve), without a library's logarithm in the way.
+  // Approximately normal: a sum of twelve uniform numbers. A logarithm would differ between libraries.
   double Normal() {
     double sum = -6.0;
     for (int i = 0; i < 12; ++i) sum += Uniform();
@@ -201,6 +203,16 @@ class Random {
  private:
   uint64_t state_;
 };
+
+// Special values, then `count` uniform ones, then zeros up to a multiple of the widest vector.
+inline std::vector<float> Samples(double low, double high, int count) {
+  std::vector<float> values;
+  for (const double special : kSpecials) values.push_back(static_cast<float>(special));
+  Random random(1);
+  for (int i = 0; i < count; ++i) values.push_back(static_cast<float>(low + (high - low) * random.Uniform()));
+  while (values.size() % kLanesOfWidestSet != 0) values.push_back(0.0f);
+  return values;
+}
 
 }  // namespace peak::test
 

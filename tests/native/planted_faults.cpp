@@ -18,7 +18,7 @@ void Overread() {
   peak::SumOfSquares({.dtype = peak::DType::kFloat32, .count = 1001, .x = x.data(), .total = &total}, 1);
 }
 
-// A float at an odd address.
+// Reads and writes a float at an odd address.
 void Undefined() {
   std::vector<char> bytes(8);
   peak::SumOfSquares({.dtype = peak::DType::kFloat32, .count = 0, .x = nullptr,

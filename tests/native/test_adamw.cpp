@@ -5,7 +5,7 @@
 namespace peak::test {
 namespace {
 
-// A bf16 parameter's float32 master: its bits and the remainder, added below the sign.
+// The float32 master of a bf16 parameter: its magnitude bits in the upper half, plus the remainder.
 float Master(bf16 param, int16_t remainder) {
   const int32_t magnitude = (param.bits & 0x7fff) * 0x10000 + remainder;
   const uint32_t bits = static_cast<uint32_t>(magnitude) | static_cast<uint32_t>(param.bits & 0x8000) << 16;
@@ -61,15 +61,15 @@ PEAK_TEST(adamw_equals_double_precision) {
     Adamw(s.args, 1 + placement % 2);
     Check(s.step[0] == 7.0f, "step is %g, expected 7", s.step[0]);
     const double scale = clipped ? 1.0 / (4.0 + 1e-6) : 1.0;
-    const double fix1 = 1.0 - std::pow(0.9, 7), fix2 = 1.0 - std::pow(0.99, 7);
+    const double correction1 = 1.0 - std::pow(0.9, 7), correction2 = 1.0 - std::pow(0.99, 7);
     for (int64_t i = 0; i < count; ++i) {
-      const double g = s.grad.At(i) * scale, fresh_m = 0.9 * m[i] + 0.1 * g, fresh_v = 0.99 * v[i] + 0.01 * g * g;
-      const double update = 0.01 * (fresh_m / fix1) / (std::sqrt(fresh_v / fix2) + 1e-8);
+      const double g = s.grad.At(i) * scale, new_m = 0.9 * m[i] + 0.1 * g, new_v = 0.99 * v[i] + 0.01 * g * g;
+      const double update = 0.01 * (new_m / correction1) / (std::sqrt(new_v / correction2) + 1e-8);
       const double want = master[i] * (1.0 - 0.01 * 0.1) - update;
       const double m_slack = 4.0 * (std::fabs(0.9 * m[i]) + std::fabs(0.1 * g));
-      Near("exp_avg", i, s.exp_avg[i], {fresh_m, m_slack});
-      Near("exp_avg_sq", i, s.exp_avg_sq[i], {fresh_v, 6.0 * fresh_v});
-      const double relative = m_slack / std::max(std::fabs(fresh_m), 1e-30) + 12.0;
+      Near("exp_avg", i, s.exp_avg[i], {new_m, m_slack});
+      Near("exp_avg_sq", i, s.exp_avg_sq[i], {new_v, 6.0 * new_v});
+      const double relative = m_slack / std::max(std::fabs(new_m), 1e-30) + 12.0;
       const Want param{want, 4.0 * std::fabs(master[i]) + std::fabs(update) * relative};
       Near("master", i, static_cast<float>(s.MasterAt(i)), param);
       if (!Near("param", i, s.param[i], param)) return;
@@ -87,7 +87,7 @@ PEAK_TEST(adamw_skips_the_step_if_the_norm_is_not_finite) {
       const std::vector<double> param = s.param.Values(), m = s.exp_avg.Values(), v = s.exp_avg_sq.Values();
       Adamw(s.args, 2);
       Check(s.param.Values() == param && s.exp_avg.Values() == m && s.exp_avg_sq.Values() == v && s.step[0] == 6.0f,
-            "changed something");
+            "a skipped step changed a tensor");
     }
   });
 }

@@ -1,4 +1,4 @@
-// Attention over a paged cache equals a double-precision softmax, with the same bits in any number of steps.
+// Attention over a paged cache equals a double-precision softmax, with the same bits in steps of any size.
 #include "attention/cache_attention.h"
 
 #include "buffer.h"
@@ -9,9 +9,9 @@ namespace {
 
 constexpr int64_t kHeads = 4, kGroup = 2, kKvHeads = kHeads / kGroup, kBlocks = 5, kTableRow = 3;
 constexpr int32_t kTables[] = {3, 0, 4, 2, 1, 0};  // the last entry is not used
-constexpr int64_t kTokens[] = {130, 70};           // of each sequence at the end
+constexpr int64_t kTokens[] = {130, 70};           // of each sequence after the last step
 
-// A cache that ends 64 int8 after its last block and is full of NaN: memory without a token must not matter.
+// A cache full of NaN, with 64 bytes after its last block: memory without a token must not affect a result.
 template <class T>
 struct Cache {
   Buffer<T> keys, values;
@@ -31,8 +31,8 @@ struct Problem {
   const Buffer<T>& qkv;  // (200, heads + 2 kv_heads, width): the tokens of both sequences, one after the other
   std::vector<double> read;  // qkv with the rounding of the cache
 
-  Problem(int64_t width_, int64_t window_, const float* alibi_, bool bytes_, const Buffer<T>& qkv_)
-      : width(width_), row((kHeads + 2 * kKvHeads) * width_), window(window_), alibi(alibi_), int8(bytes_), qkv(qkv_) {
+  Problem(int64_t width_, int64_t window_, const float* alibi_, bool int8_, const Buffer<T>& qkv_)
+      : width(width_), row((kHeads + 2 * kKvHeads) * width_), window(window_), alibi(alibi_), int8(int8_), qkv(qkv_) {
     for (int64_t i = 0; i < (kTokens[0] + kTokens[1]) * row; ++i) read.push_back(qkv.At(i));
     for (int64_t head = 0; int8 && head < static_cast<int64_t>(read.size()) / width; ++head) {
       if (head % (kHeads + 2 * kKvHeads) < kHeads) continue;
@@ -109,7 +109,7 @@ void CheckOne(int64_t width, int64_t window, bool slopes, bool int8, int placeme
     const int64_t token = at / width / kHeads, s = token >= kTokens[0];
     return problem.Expected(s, token - s * kTokens[0], at / width % kHeads, at % width);
   });
-  // The same bits in steps of one token, many, one, and a few.
+  // The result has the same bits if it is computed in steps of one, a few or many tokens.
   constexpr int64_t kCuts[][2] = {{0, 0}, {1, 66}, {100, 67}, {101, 68}, {kTokens[0], kTokens[1]}};
   for (int step = 0; step < 4; ++step) {
     const int64_t past[] = {kCuts[step][0], kCuts[step][1]};
@@ -125,7 +125,7 @@ void CheckOne(int64_t width, int64_t window, bool slopes, bool int8, int placeme
   }
 }
 
-PEAK_TEST(cache_attention_equals_double_precision_in_any_steps) {
+PEAK_TEST(cache_attention_equals_double_precision_in_steps_of_any_size) {
   ForEachDtype([](auto element) {
     using T = decltype(element);
     for (const bool int8 : {false, true}) {

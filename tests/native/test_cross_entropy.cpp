@@ -19,8 +19,8 @@ double LogSumExp(const double* z, int64_t vocab) {
 // An absolute error of z - m is a relative error of e^(z - m).
 Want Gradient(double z, double lse, bool target, double scale) {
   const double p = std::exp(z - lse), value = (target ? std::expm1(z - lse) : p) * scale;
-  const double reach = std::isinf(z) ? 1.0 : 8.0 + 2.0 * std::fabs(z - lse);
-  return {value, std::fabs(scale) * p * reach + 2.0 * std::fabs(value)};
+  const double relative_slack = std::isinf(z) ? 1.0 : 8.0 + 2.0 * std::fabs(z - lse);
+  return {value, std::fabs(scale) * p * relative_slack + 2.0 * std::fabs(value)};
 }
 
 // Checks m and l of a row. A NaN appears in l only.
@@ -34,13 +34,13 @@ void NearStats(int64_t row, const float* stats, const double* z, int64_t vocab, 
 }
 
 // One special value in each row. Infinity and NaN make the row NaN, as in PyTorch.
-constexpr double kIntruders[] = {1.0, 0x1p-149, 88.0, -1e30, -kInf, kInf, kNan};
+constexpr double kSpecialValues[] = {1.0, 0x1p-149, 88.0, -1e30, -kInf, kInf, kNan};
 
 PEAK_TEST(cross_entropy_equals_double_precision) {
-  for (const double intruder : kIntruders) {
+  for (const double special : kSpecialValues) {
     ForEachCase("cross_entropy", 1, [&](auto element, int64_t vocab, int placement) {
       using T = decltype(element);
-      if (intruder == -kInf && vocab == 1) return;  // a row without a finite logit has no softmax
+      if (special == -kInf && vocab == 1) return;  // a row without a finite logit has no softmax
       const bool with_gradient = placement % 2 == 0;
       const float scale = 0.25f;
       Random random(vocab);
@@ -54,7 +54,7 @@ PEAK_TEST(cross_entropy_equals_double_precision) {
       for (int64_t row = 0; row < kRows; ++row) {
         const int64_t at = random.Below(vocab);
         target[row] = row == kIgnoredRow ? kIgnored : at;
-        if (vocab > 1) logits[row * vocab + (at + 1) % vocab] = Narrow<T>(intruder);
+        if (vocab > 1) logits[row * vocab + (at + 1) % vocab] = Narrow<T>(special);
       }
       const std::vector<double> z = logits.Values();
       CrossEntropyForward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
@@ -70,13 +70,13 @@ PEAK_TEST(cross_entropy_equals_double_precision) {
       }
       for (int64_t row = 0; row < kRows; ++row) {
         const bool ignored = row == kIgnoredRow;
-        const double truth = ignored ? 0.0 : LogSumExp(&z[row * vocab], vocab);
-        const double hit = ignored ? 0.0 : z[row * vocab + target[row]];
+        const double lse = ignored ? 0.0 : LogSumExp(&z[row * vocab], vocab);
+        const double z_target = ignored ? 0.0 : z[row * vocab + target[row]];
         NearStats(row, &stats[2 * row], &z[row * vocab], vocab, ignored);
-        Near("loss", row, loss[row], {truth - hit, ignored ? 0.0 : 16.0});
+        Near("loss", row, loss[row], {lse - z_target, ignored ? 0.0 : 16.0});
         const double factor = ignored ? 0.0 : with_gradient ? scale : dloss.At(row);
         for (int64_t i = 0; i < vocab; ++i) {
-          const Want want = ignored ? Want{0.0, 0.0} : Gradient(z[row * vocab + i], truth, i == target[row], factor);
+          const Want want = ignored ? Want{0.0, 0.0} : Gradient(z[row * vocab + i], lse, i == target[row], factor);
           if (!Near("dlogits", i, logits[row * vocab + i], want)) return;
         }
       }
@@ -114,17 +114,17 @@ PEAK_TEST(cross_entropy_with_smoothing_and_z_loss_equals_double_precision) {
     for (int64_t row = 0; row < kRows; ++row) {
       if (row == kIgnoredRow) continue;
       const double* at = &z[row * vocab];
-      const double truth = LogSumExp(at, vocab), pull = 2.0 * z_loss * truth;
+      const double lse = LogSumExp(at, vocab), pull = 2.0 * z_loss * lse;
       double sum = 0.0, size = 0.0;
       for (int64_t i = 0; i < vocab; ++i) sum += at[i], size += std::fabs(at[i]);
-      const double hit_term = (1.0 - smoothing) * at[target[row]], z_term = z_loss * truth * truth;
-      const double value = truth - hit_term - smoothing * sum / vocab + z_term;
-      Near("loss", row, loss[row], {value, 16.0 + 8.0 * (std::fabs(truth) + size / vocab + z_loss * truth * truth)});
+      const double target_term = (1.0 - smoothing) * at[target[row]], z_term = z_loss * lse * lse;
+      const double value = lse - target_term - smoothing * sum / vocab + z_term;
+      Near("loss", row, loss[row], {value, 16.0 + 8.0 * (std::fabs(lse) + size / vocab + z_loss * lse * lse)});
       const double factor = with_gradient ? scale * weight.At(row) : dloss.At(row);
       for (int64_t i = 0; i < vocab; ++i) {
-        const bool hit = i == target[row];
-        const Want plain = Gradient(at[i], truth, false, factor * (1.0 + pull));
-        const double want = plain.value - factor * (smoothing / vocab + (hit ? 1.0 - smoothing : 0.0));
+        const bool is_target = i == target[row];
+        const Want plain = Gradient(at[i], lse, false, factor * (1.0 + pull));
+        const double want = plain.value - factor * (smoothing / vocab + (is_target ? 1.0 - smoothing : 0.0));
         const double slack = plain.slack + std::fabs(factor) * (4.0 + 4.0 * std::fabs(pull));
         if (!Near("dlogits", i, logits[row * vocab + i], {want, slack})) return;
       }
@@ -146,7 +146,7 @@ PEAK_TEST(cross_entropy_of_a_shard_equals_double_precision) {
     auto whole = place.In<float>(2 * kRows), dloss = place.In<float>(kRows);
     logits.FillNormal(random, 3.0, 4.0);
     dloss.FillNormal(random);
-    // The second is ignore_index plus the first class of the shard: a real target, not an ignored one.
+    // The second target minus kFirst equals ignore_index. It is a class of another shard and not ignored.
     const int64_t targets[kRows] = {kFirst + random.Below(vocab), kFirst + kIgnored, kIgnored, kFirst + vocab};
     for (int64_t row = 0; row < kRows; ++row) target[row] = targets[row];
     const std::vector<double> z = logits.Values();
@@ -175,9 +175,10 @@ PEAK_TEST(cross_entropy_of_a_shard_equals_double_precision) {
       const double lse = whole.At(2 * row) + std::log(whole.At(2 * row + 1));
       const double pull = 2.0 * z_loss * lse, factor = row == kIgnoredRow ? 0.0 : dloss.At(row);
       for (int64_t i = 0; i < vocab; ++i) {
-        const bool hit = row == 0 && i == target[row] - kFirst;
+        const bool is_target = row == 0 && i == target[row] - kFirst;
         const Want plain = Gradient(z[row * vocab + i], lse, false, factor * (1.0 + pull));
-        const double want = plain.value - factor * (smoothing / (vocab + kOthers) + (hit ? 1.0 - smoothing : 0.0));
+        const double onehot = is_target ? 1.0 - smoothing : 0.0;
+        const double want = plain.value - factor * (smoothing / (vocab + kOthers) + onehot);
         const double slack = plain.slack + std::fabs(factor) * (4.0 + 4.0 * std::fabs(pull));
         if (!Near("dlogits", i, logits[row * vocab + i], {want, slack})) return;
       }

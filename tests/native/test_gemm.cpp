@@ -78,7 +78,7 @@ PEAK_TEST(gemm_of_several_blocks_equals_double_precision) {
         auto a = place.In<T>((a_across ? s.k : s.m) * a_line), b = place.In<T>((b_across ? s.k : s.n) * b_line);
         auto bias = place.In<T>(s.n), c = place.Out<T>(s.m * c_row);
         auto sums = place.Out<float>(s.m);
-        // A gap keeps the NaN that it has.
+        // The gaps hold NaN.
         a.Fill([&](int64_t i) { return i % a_line < a_line - kGap ? random.Normal() : kNan; });
         b.Fill([&](int64_t i) { return i % b_line < b_line - kGap ? random.Normal() : kNan; });
         bias.FillNormal(random);
@@ -99,7 +99,7 @@ PEAK_TEST(gemm_of_several_blocks_equals_double_precision) {
             for (int64_t p = 0; p < s.k; ++p) {
               const double x = left[i * args.a_row + p * args.a_k], product = x * right[p * args.b_k + j * args.b_col];
               want.value += product;
-              want.slack += 8.0 * std::fabs(product);  // errors of a chain grow as its root does
+              want.slack += 8.0 * std::fabs(product);  // the error of a chain grows with the root of its length
               if (j > 0) continue;
               total.value += x;
               total.slack += 8.0 * std::fabs(x);
@@ -121,12 +121,12 @@ ValueAndSlope GeluTanh(double x) {
   const double k = std::sqrt(2.0 / M_PI), u = k * (x + 0.044715 * x * x * x);
   const double s = 1.0 / (1.0 + std::exp(-2.0 * u)), du2 = 2.0 * k * (1.0 + 3.0 * 0.044715 * x * x);
   // An error of the exponent's argument is relative to u; past |2u| = 104 the result is below the subnormals.
-  const double loss = 4.0 + 4.0 * std::min(std::fabs(2.0 * u), 104.0);
-  return {{x * s, std::fabs(x * s) * loss}, {s + x * s * (1.0 - s) * du2, s * loss * (1.0 + std::fabs(x) * du2)}};
+  const double error = 4.0 + 4.0 * std::min(std::fabs(2.0 * u), 104.0);
+  return {{x * s, std::fabs(x * s) * error}, {s + x * s * (1.0 - s) * du2, s * error * (1.0 + std::fabs(x) * du2)}};
 }
 
 ValueAndSlope GeluErf(double x) {
-  // Half of 1 + erf: an error of half an ulp of 1 stays in the tail, until erf is -1.
+  // The kernel computes (1 + erf) / 2: its tail has an error of half an ulp of 1, until erf is -1.
   const double cdf = 0.5 * std::erfc(-x / std::sqrt(2.0)), phi = std::exp(-0.5 * x * x) / std::sqrt(2.0 * M_PI);
   const bool tail = x < -9.0;
   return {{x * cdf, tail ? 0x1p-30 : 4.0 * std::fabs(x)},
@@ -136,8 +136,8 @@ ValueAndSlope GeluErf(double x) {
 ValueAndSlope Relu(double x) { return {{x > 0 || std::isnan(x) ? x : 0.0, 0.0}, {x > 0 ? 1.0 : 0.0, 0.0}}; }
 
 ValueAndSlope Silu(double x) {
-  const double s = 1.0 / (1.0 + std::exp(-x)), loss = 4.0 + 4.0 * std::min(std::fabs(x), 104.0);
-  return {{x * s, std::fabs(x * s) * loss}, {s + x * s * (1.0 - s), s * loss * (1.0 + std::fabs(x))}};
+  const double s = 1.0 / (1.0 + std::exp(-x)), error = 4.0 + 4.0 * std::min(std::fabs(x), 104.0);
+  return {{x * s, std::fabs(x * s) * error}, {s + x * s * (1.0 - s), s * error * (1.0 + std::fabs(x))}};
 }
 
 constexpr struct {
@@ -149,7 +149,7 @@ constexpr struct {
                     {"relu", Activation::kRelu, Relu},
                     {"silu", Activation::kSilu, Silu}};
 
-// One row times 1: the sum is b itself, so the result is that of the epilogue.
+// The product of 1 and one row is this row, so the result shows the epilogue alone.
 PEAK_TEST(gemm_activation_equals_double_precision) {
   for (const auto& activation : kActivations) {
     ForEachCase(activation.name, 1, [&](auto element, int64_t count, int placement) {
@@ -169,8 +169,8 @@ PEAK_TEST(gemm_activation_equals_double_precision) {
   }
 }
 
-// The derivative at a pre-activation above 1e18 is 0 * inf = NaN, as in PyTorch, so the special values end there.
-double Tame(double x) { return std::fabs(x) < 1e18 ? x : 3.0; }
+// Replaces values of 1e18 and more, whose derivative is 0 * inf = NaN, as in PyTorch.
+double ReplaceHuge(double x) { return std::fabs(x) < 1e18 ? x : 3.0; }
 
 PEAK_TEST(gemm_activation_derivative_equals_double_precision) {
   for (const auto& activation : kActivations) {
@@ -183,7 +183,7 @@ PEAK_TEST(gemm_activation_derivative_equals_double_precision) {
       one.Fill([](int64_t) { return 1.0; });
       dy.FillNormal(random, 0.5);
       pre.FillNormal(random, 0.0, 3.0);
-      if (placement % 2) pre.FillSpecials(placement).Fill([&](int64_t i) { return Tame(pre.At(i)); });
+      if (placement % 2) pre.FillSpecials(placement).Fill([&](int64_t i) { return ReplaceHuge(pre.At(i)); });
       GemmArgs args = Product(kDtype<T>, kDtype<T>, {1, 1, count}, one.data(), dy.data(), dpre.data());
       args.epilogue = Epilogue::kSlope, args.activation = activation.code, args.pre = pre.data();
       args.act = placement == 2 ? nullptr : act.data();
@@ -208,7 +208,7 @@ PEAK_TEST(gemm_gate_equals_double_precision) {
       Random random(count);
       Placer place(placement);
       auto one = place.In<T>(1), dh = place.In<T>(count), gate = place.In<T>(count), up = place.In<T>(count);
-      auto pre = place.Out<T>(count), h = place.Out<T>(count), again = place.Out<T>(count);
+      auto pre = place.Out<T>(count), h = place.Out<T>(count), recomputed = place.Out<T>(count);
       auto dup = place.Out<T>(count), dgate = place.Out<T>(count);
       one.Fill([](int64_t) { return 1.0; });
       for (const auto* in : {&dh, &gate, &up}) in->FillNormal(random, 0.5, 2.0);
@@ -220,13 +220,14 @@ PEAK_TEST(gemm_gate_equals_double_precision) {
       h.Expect("h", [&](int64_t i) { return Times(up.At(i), activation.reference(gate.At(i)).value); });
 
       args.epilogue = Epilogue::kGateSlope, args.b = dh.data(), args.c = dup.data(), args.dgate = dgate.data();
-      args.pre = up.data(), args.act = placement == 2 ? nullptr : again.data();
+      args.pre = up.data(), args.act = placement == 2 ? nullptr : recomputed.data();
       Gemm(args, 1 + placement % 2);
       dup.Expect("dup", [&](int64_t i) { return Times(dh.At(i), activation.reference(gate.At(i)).value); });
       dgate.Expect("dgate",
                    [&](int64_t i) { return Times(dh.At(i) * up.At(i), activation.reference(gate.At(i)).slope); });
       if (!args.act) return;
-      again.Expect("h again", [&](int64_t i) { return Times(up.At(i), activation.reference(gate.At(i)).value); });
+      recomputed.Expect("recomputed h",
+                        [&](int64_t i) { return Times(up.At(i), activation.reference(gate.At(i)).value); });
     });
   }
 }

@@ -15,7 +15,7 @@ struct Row {
   double mu, r, mean_slack, spread;  // spread: the largest |x| + |mu|, to which the rounding of x - mu is relative
 };
 
-// Not centered: RMSNorm, with a mean of zero.
+// Returns the statistics of a row. If not centered (RMSNorm), the mean is zero.
 Row Statistics(const double* x, int64_t width, bool centered) {
   double sum = 0.0, magnitude = 0.0, squares = 0.0, largest = 0.0;
   for (int64_t i = 0; i < width; ++i) {
@@ -29,7 +29,7 @@ Row Statistics(const double* x, int64_t width, bool centered) {
           centered ? largest + std::fabs(mu) : 0.0};
 }
 
-// Rows of `width`, `stride` apart, NaN between them.
+// Fills rows of `width` elements, `stride` apart. The gaps between them stay NaN.
 template <class T>
 void FillRows(const Buffer<T>& x, Random& random, int64_t width, int64_t stride, double mean) {
   for (int64_t row = 0; row < kRows; ++row) {
@@ -38,10 +38,10 @@ void FillRows(const Buffer<T>& x, Random& random, int64_t width, int64_t stride,
 }
 
 // One special value in each row: none, a subnormal, a large one, infinity, NaN.
-constexpr double kIntruders[] = {1.0, 0x1p-149, 1e18, kInf, kNan};
+constexpr double kSpecialValues[] = {1.0, 0x1p-149, 1e18, kInf, kNan};
 
 PEAK_TEST(norm_forward_equals_double_precision) {
-  for (const double intruder : kIntruders) {
+  for (const double special : kSpecialValues) {
     ForEachCase("norm", 1, [&](auto element, int64_t width, int placement) {
       using T = decltype(element);
       const int64_t stride = width + kGap, size = (kRows - 1) * stride + width;
@@ -56,7 +56,7 @@ PEAK_TEST(norm_forward_equals_double_precision) {
       FillRows(residual, random, width, stride, -1.0);
       w.FillNormal(random, 1.0);
       b.FillNormal(random);
-      for (int64_t row = 0; row < kRows; ++row) x[row * stride + width / 2] = Narrow<T>(intruder);
+      for (int64_t row = 0; row < kRows; ++row) x[row * stride + width / 2] = Narrow<T>(special);
       NormForward({.dtype = kDtype<T>, .w_dtype = DType::kFloat32, .rows = kRows, .width = width, .x = x.data(),
                    .x_stride = stride, .w = w.data(), .y = y.data(), .r = r.data(), .eps = kEps,
                    .b = with_b ? b.data() : nullptr, .residual = with_residual ? residual.data() : nullptr,
@@ -157,7 +157,8 @@ void ExpectSameBitsWithoutCaches() {
   constexpr int64_t kWidth = 1024;
   int64_t rows = 64;
   while (!BypassCaches(reinterpret_cast<void*>(64), rows * kWidth * sizeof(T), kWidth * sizeof(T))) rows *= 2;
-  if (rows * kWidth * static_cast<int64_t>(sizeof(T)) > (int64_t{64} << 20)) return;  // a cache too large for a test
+  // The cache of this machine is too large for a test.
+  if (rows * kWidth * static_cast<int64_t>(sizeof(T)) > (int64_t{64} << 20)) return;
   const int64_t size = rows * kWidth, pieces = 8, some = rows / pieces * kWidth;
   SetCase("norm %s of %lld rows", kName<T>, static_cast<long long>(rows));
   Random random(1);
@@ -196,7 +197,7 @@ void ExpectSameBitsWithoutCaches() {
     for (auto* out : {&sum, &y, &dx}) std::memset(out->data() + piece * some, 0xff, some * sizeof(T));
     run(piece * some / kWidth, some / kWidth);
     append(part);
-    Check(whole == part, "eighth %d differs", static_cast<int>(piece));
+    Check(whole == part, "part %d of 8 differs", static_cast<int>(piece));
   }
 }
 PEAK_TEST(norm_stores_that_bypass_the_caches_give_the_same_bits) {

@@ -17,7 +17,7 @@ struct Sizes {
 
 int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// A random weight: its values, and its panels with random padding.
+// A random weight: its panels, with random padding, and its values in double.
 struct Weight {
   int bits;
   int64_t n, k, block;
@@ -42,7 +42,7 @@ struct Weight {
   double Scale(int64_t j, int64_t b) const {
     return bits == 8 ? scale_8.At(j) : scale_4.At((j / 16 * Pieces(k, block) + b) * 16 + j % 16);
   }
-  // Never -128, which is not a level of 8 bits.
+  // Returns the level of a weight. Replaces a byte of -128, which is not a level of 8 bits.
   int Level(int64_t j, int64_t p) const {
     const int64_t quads = Pieces(k, 8) * 2, quad = p / 4, lane = j % 16 * 4 + p % 4;
     if (bits == 8) {
@@ -64,7 +64,7 @@ struct Weight {
   }
 };
 
-// x as bytes times scales, in float as in the kernel, so that every element rounds to the same byte.
+// Returns x after quantization. Computes in float like the kernel, so that every element rounds to the same byte.
 template <class T>
 std::vector<double> Rounded(const Buffer<T>& x, int64_t rows, int64_t row, int64_t k, int64_t block) {
   std::vector<double> rounded(rows * k);

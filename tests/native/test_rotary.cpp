@@ -20,9 +20,11 @@ PEAK_TEST(rotary_equals_double_precision) {
       auto y = place.Out<T>(kBatch * kTokens * kHeads * width);
       const bool special = placement == 1;
       x.Fill([&](int64_t i) { return i % stride_h < width ? random.Normal() : kNan; });
-      // Products beyond the largest float are infinite in float but not in the reference.
-      const auto tame = [&](int64_t i) { return std::fabs(x.At(i)) > 1e37 && !std::isinf(x.At(i)) ? 2.0 : x.At(i); };
-      if (special) x.FillSpecials(placement).Fill(tame);
+      // A product of such values is infinite in float but not in the reference.
+      const auto replace_huge = [&](int64_t i) {
+        return std::fabs(x.At(i)) > 1e37 && !std::isinf(x.At(i)) ? 2.0 : x.At(i);
+      };
+      if (special) x.FillSpecials(placement).Fill(replace_huge);
       cos.FillNormal(random);
       sin.FillNormal(random);
       Rotary({.dtype = kDtype<T>, .batch = kBatch, .tokens = kTokens, .heads = kHeads, .width = width, .pairs = pairs,

@@ -7,7 +7,7 @@ namespace {
 
 PEAK_TEST(sum_of_squares_equals_double_precision) {
   // Special values: a subnormal, values whose square overflows a float, infinity, NaN.
-  for (const double intruder : {1.0, 0x1p-149, 1e18, 3e38, kInf, kNan}) {
+  for (const double special : {1.0, 0x1p-149, 1e18, 3e38, kInf, kNan}) {
     ForEachCase("sum_of_squares", 0, [&](auto element, int64_t count, int placement) {
       using T = decltype(element);
       Random random(count);
@@ -16,7 +16,7 @@ PEAK_TEST(sum_of_squares_equals_double_precision) {
       auto total = place.Out<float>(1);
       x.FillNormal(random, 1.0);
       total[0] = 0.5f;
-      if (count > 0) x[count / 2] = Narrow<T>(intruder);
+      if (count > 0) x[count / 2] = Narrow<T>(special);
       double want = 0.5;
       for (const double value : x.Values()) want += value * value;
       SumOfSquares({.dtype = kDtype<T>, .count = count, .x = x.data(), .total = total.data()}, 1 + placement % 2);

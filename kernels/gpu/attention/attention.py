@@ -50,7 +50,10 @@ def objection(
 
 
 def declines(q: Tensor, k: Tensor, v: Tensor, *optional: Tensor | None, window=None, dropout=0.0, **_) -> str | None:
-    """Return the measurement in SLOWER for a plain call. Torch has no tiled kernel for calls with other options."""
+    """Return the row of SLOWER that shows torch faster for this plain call, or None.
+
+    Torch has no tiled kernel for calls with other options.
+    """
     measured = SLOWER.get(key(q, rich=False))
     plain = window is None and not dropout and all(tensor is None for tensor in optional)
     return str(measured) if measured and plain and k.shape[1] >= measured.min_keys else None
@@ -139,7 +142,7 @@ def fill_backward(
     q: Tensor, k: Tensor, v: Tensor, dalibi: Tensor | None = None, dbias: Tensor | None = None,
     cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = False, **options,
 ) -> None:  # fmt: skip
-    """Fill dq and, unless they are None, dk and dv, dalibi (H,) and dbias, both contiguous.
+    """Fill dq, and each of (dk, dv), dalibi (H,) and dbias unless it is None. dalibi and dbias are contiguous.
 
     dk and dv have equal strides; the last axes of dq, dk and dv are contiguous. With cos and sin, q and k are rotated
     (see the op `rotary`), and dq and dk are the gradients with respect to q and k before rotation.

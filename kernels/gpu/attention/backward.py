@@ -105,8 +105,8 @@ def attention_bwd_dq(
         dq = rotate_back(dq, rows, i < T, cos_ptr + at * PAIRS, sin_ptr + at * PAIRS, PAIRS, INTERLEAVED, BLOCK_D)
     store(dq_ptr, rows, stride_dq_t, i < T, dq, D, BLOCK_D)
     if dslope_ptr is not None:
-        # Each row of ds sums to 0, except that out is rounded in delta. Distances of thousands would magnify this
-        # error, so the mean distance is subtracted.
+        # Each row of ds would sum to 0 if delta were exact, but out is rounded. Distances of thousands would magnify
+        # this error, so the mean distance is subtracted.
         tl.store(dslope_ptr + (b * blocks + turn) * H + h, tl.sum(dslope - ds_sum * mean_distance, 0))
 
 

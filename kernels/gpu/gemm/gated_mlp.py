@@ -27,7 +27,7 @@ from peakgpt.kernels.gpu.reduce import empty_partials, sum_partials
 
 @triton.jit
 def gated_mlp_gate_fwd(gate_ptr, up_ptr, h_ptr, N, ACT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """h = act(gate) up."""
+    """Store h = act(gate) up."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     gate, _ = activate(tl.load(gate_ptr + at, mask=at < N, other=0.0).to(tl.float32), ACT)
     h = gate * tl.load(up_ptr + at, mask=at < N, other=0.0).to(tl.float32)

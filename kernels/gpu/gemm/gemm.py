@@ -5,8 +5,8 @@
 
 Both kernels read the activation's input from pre as stored, so that backward recomputes h with forward's bits. Tiles
 are visited in groups of GROUP_M rows, which keeps the columns of b in the L2 cache. On sm_90 and newer, TMA loads the
-operands if their rows start at multiples of 16 bytes. The epilogue then handles the tile in two halves: a whole one,
-together with the operands of the epilogue, needs more registers than there are.
+operands if their rows start at multiples of 16 bytes. The epilogue then handles the tile in two halves: a whole tile
+and the operands of the epilogue need more registers than a thread has.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class GemmTile(Tile):
 
 
 GROUP_M = 8
-# For bfloat16 and float16; float32 only has to work and takes FLOAT32. Not measured on hardware; no spills.
+# For bfloat16 and float16. float32 takes FLOAT32, which is not optimized. Not measured on hardware; no spills.
 FORWARD = {
     "sm_80": GemmTile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, warps=8, stages=4),
     "sm_86": GemmTile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, warps=8, stages=3),
@@ -160,6 +160,7 @@ def gemm_act_fwd(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Compute one tile of pre and h."""
     m, n = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = _product(a_ptr, b_ptr, m, n, M, N, K, stride_a, stride_b, B_BY_N, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
     if HALVES:
@@ -192,6 +193,7 @@ def gemm_act_bwd(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Compute one tile of dpre and h, and its column sums of dpre."""
     m, n = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = _product(a_ptr, b_ptr, m, n, M, N, K, stride_a, stride_b, B_BY_N, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
     if HALVES:

@@ -68,7 +68,7 @@ def _fused(direction: str, x: Tensor, w_up: Tensor) -> bool:
 
 @triton.jit
 def mlp_act_fwd(pre_ptr, h_ptr, N, ACT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """h = act(pre)."""
+    """Store h = act(pre)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     h, _ = activate(tl.load(pre_ptr + at, mask=at < N, other=0.0).to(tl.float32), ACT)
     tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=at < N)
@@ -128,7 +128,7 @@ def _hidden(x: Tensor, w_up: Tensor, b_up: Tensor | None, pre: Tensor | None, ac
 
 
 def _recompute_pre(x: Tensor, w_up: Tensor, b_up: Tensor | None, activation: str) -> Tensor:
-    """Return pre again, by forward's strategy, so that it has the same bits."""
+    """Return pre with the bits of the forward pass: both use the same strategy."""
     pre = x.new_empty(x.shape[0], w_up.shape[0])
     if _fused("forward", x, w_up):
         gemm.gemm_act_forward(x, w_up, b_up, pre, None, activation)

@@ -33,7 +33,7 @@ class SkinnyTile(Tile):
 
 
 ROWS = 16
-# Each program prefetches so much of the weight while the previous kernel runs: for 200 programs 2 us of an H100's
+# Bytes of the weight that each program prefetches while the previous kernel runs: for 200 programs 2 us of an H100's
 # bandwidth.
 PREFETCH_BYTES = 1 << 15
 # Derived, not measured: an H100's 3.35 TB/s at a latency of 0.8 us need 2.7 MB in flight, or 20 KB a processor. "wide"
@@ -191,7 +191,7 @@ def _precision(x: Tensor) -> str:
 
 
 def _tile(x: Tensor, outputs: int) -> SkinnyTile:
-    """Choose the tile by the number of outputs alone: if the number of rows counted, it would change a row's bits."""
+    """Choose the tile by the number of outputs alone: a row's bits must not depend on the number of rows."""
     if x.dtype == torch.float32:
         return FLOAT32
     wide = TILES[launch.arch(x), "wide"]

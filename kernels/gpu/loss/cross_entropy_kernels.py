@@ -20,7 +20,7 @@ def _row_sums(z_ptr, V, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr):
         v = first + tl.arange(0, BLOCK_V)
         z = tl.load(z_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
         m_new = tl.maximum(m, tl.max(z, 0))
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # 0 as long as no logit was finite
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # 0 until a logit is finite
         l = l * tl.exp(m - base) + tl.sum(tl.exp(z - base), 0)
         m = m_new
         if SMOOTH:
@@ -60,9 +60,9 @@ def linear_cross_entropy_fwd(
     z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, scale_ptr, stride_z_r, V, ignore_index, smoothing, z_loss,
     GRAD: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Store the weighted loss of one row. With GRAD overwrite its logits by their gradient.
+    """Store the weighted loss of one row. With GRAD, overwrite its logits with their gradient.
 
-    The gradient is that at dloss = scale, or 1 if scale_ptr is None.
+    The gradient is multiplied by the scale, unless scale_ptr is None.
     """
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z_r
@@ -148,7 +148,7 @@ def linear_cross_entropy_bwd(
 
 @triton.jit
 def linear_cross_entropy_scale(x_ptr, scale_ptr, y_ptr, N, BLOCK_N: tl.constexpr):
-    """y = x * scale, multiplied in float32; torch would first round a scale in device memory to x's dtype."""
+    """Store y = x * scale, multiplied in float32; torch would first round a scale in device memory to x's dtype."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = tl.load(x_ptr + at, mask=at < N, other=0.0).to(tl.float32) * tl.load(scale_ptr)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < N)

@@ -53,12 +53,12 @@ class RowLosses:
         self.weight = None if weight is None else weight.flatten().float().contiguous()
 
     def total(self) -> Tensor:
-        """Return the divisor of a mean: the count or the weights' sum of the targets that are not ignored."""
+        """Return the divisor of a mean: the number of targets that are not ignored, or the sum of their weights."""
         live = self.target != self.terms["ignore_index"]
         return live.sum() if self.weight is None else torch.where(live, self.weight, 0.0).sum()
 
     def losses(self, z: Tensor, block: slice, loss, stats, scale, grad: bool) -> None:
-        """Fill a block of loss, and of stats (m, l) unless None; grad overwrites z with dz at dloss = scale."""
+        """Fill a block of loss, and of stats (m, l) unless None. With grad, overwrite z with scale * dz."""
         if self.shard is not None:
             self._sharded_losses(z, block, loss, stats, scale, grad)
             return
@@ -76,7 +76,7 @@ class RowLosses:
         )  # fmt: skip
 
     def _sharded_losses(self, z: Tensor, block: slice, loss, stats, scale, grad: bool) -> None:
-        """`losses` for a shard's logits; the ranks exchange m, l and the target's logit before the gradient."""
+        """Run `losses` for a shard's logits; the ranks exchange m, l and the target's logit before the gradient."""
         smooth = self._smoothing() != 0.0
         parts = torch.empty((z.shape[0], 4 if smooth else 3), dtype=torch.float32, device=z.device)
         linear_cross_entropy_shard[(z.shape[0],)](
@@ -194,7 +194,7 @@ def _blocks(
 
 
 def _accumulate(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
-    """out = a b if fresh, else out += a b; out may have a wider dtype than a and b."""
+    """Compute out = a b if fresh, else out += a b; out may have a wider dtype than a and b."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=0 if fresh else 1, out=out)
     elif fresh:

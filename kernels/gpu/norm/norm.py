@@ -52,8 +52,8 @@ class Norm:
     """The backend functions of one norm op.
 
     Args:
-        centered: the mean is subtracted and there is a bias b (LayerNorm); without it, RMSNorm.
-        residual: x + residual is normalized, and the sum is the op's first output.
+        centered: True for LayerNorm, which subtracts the mean and has a bias b; False for RMSNorm.
+        residual: the op normalizes x + residual, and this sum is its first output.
     """
 
     centered: bool
@@ -78,15 +78,15 @@ class Norm:
         if self.residual:
             x, dsum = outputs[0], grads[0]
             dy = torch.zeros_like(x) if dy is None else dy
-        wanted = need_x or need_residual, need_w, need_b
-        dx, dw, db = _backward(dy, dsum, x, w, *self._statistics(saved), wanted)
+        needed = need_x or need_residual, need_w, need_b
+        dx, dw, db = _backward(dy, dsum, x, w, *self._statistics(saved), needed)
         # Autograd copies dx before it accumulates into a gradient that x and residual share.
         return dx, *((dx,) if self.residual else ()), dw, *((db,) if self.centered else ())
 
     def aot_cases(self, arch: str) -> Iterator[AotCase]:
         """Yield the static check's cases: both directions at the widest C of each row, the last with a masked tail."""
         types = {"mu_ptr": "*fp32", "r_ptr": "*fp32", "partial_ptr": "*fp32", "eps": "fp32"}
-        hot = self.centered and not self.residual  # the other ops run the same kernels with less or little more
+        hot = self.centered and not self.residual  # the other ops run almost the same kernels
         for kernel, wide_kernel, table, residual_names in (
             (norm_fwd, norm_fwd_wide, FORWARD, ("residual_ptr", "sum_ptr", "stride_residual_r")),
             (norm_bwd, norm_bwd_wide, BACKWARD, ("dsum_ptr", "stride_dsum_r")),
@@ -109,18 +109,18 @@ class Norm:
             yield launch.case(norm_bwd_dwdb, "bf16 C=8192", DWDB_TILE, "bf16", sizes, **types)
 
     def _unpack(self, values: Sequence[Any], missing: Any = None) -> tuple[Any, Any, Any, Any]:
-        """Values in the order of the op's tensors -> those of (x, residual, w, b); `missing` where the op has none."""
+        """Map values in the order of the op's tensors to (x, residual, w, b), with `missing` for absent tensors."""
         x, *rest = values
         residual = rest.pop(0) if self.residual else missing
         return x, residual, rest[0], rest[1] if self.centered else missing
 
     def _statistics(self, saved: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
-        """(mu, r); mu is None for RMSNorm."""
+        """Return mu and r; mu is None for RMSNorm."""
         return (saved[0], saved[1]) if self.centered else (None, saved[0])
 
 
 def _forward(x, residual, w, b, total, y, mu, r, eps) -> None:
-    """Fill y, r, mu unless it is None, and with a residual total = x + residual."""
+    """Fill y and r, mu unless it is None, and total = x + residual if there is a residual."""
     x, residual = launch.as_rows(x), residual if residual is None else launch.as_rows(residual)
     (count, width), block = x.shape, triton.next_power_of_2(x.shape[1])
     arguments = {
@@ -140,7 +140,7 @@ def _forward(x, residual, w, b, total, y, mu, r, eps) -> None:
 
 
 def _backward(dy, dsum, x, w, mu, r, needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (dx, dw, db), dw and db None where not needed; dsum is the gradient of the sum x + residual or None."""
+    """Return (dx, dw, db). dw and db are None if not needed; dsum is the gradient of x + residual, or None."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, dy, dsum = launch.as_rows(x), launch.as_rows(dy), dsum if dsum is None else launch.as_rows(dsum)
     (count, width), block = x.shape, triton.next_power_of_2(x.shape[1])

@@ -18,8 +18,8 @@ def heads(count):
     return torch.randn(1, 4, count, 8)
 
 
-def attend(**sides):
-    return attention(heads(2), heads(2), heads(2), **sides)
+def attend(**options):
+    return attention(heads(2), heads(2), heads(2), **options)
 
 
 def loss(target, **params):
@@ -42,7 +42,7 @@ def test_use_backend_ends_with_its_block_after_an_error():
     with pytest.raises(RuntimeError), use_backend("cpu"):
         raise RuntimeError
     assert forced_backend() is None
-    assert layernorm(X.double(), W.double()).dtype == torch.float64  # cpu, if it were still forced, would object
+    assert layernorm(X.double(), W.double()).dtype == torch.float64  # a forced cpu backend would object
 
 
 def test_explain_lists_backends_in_order_and_eager_never_objects():
@@ -60,7 +60,7 @@ def test_gpu_objects_to_cpu_tensors_unless_forced():
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "text"),
+    ("call", "error", "message"),
     [
         (lambda: use_backend("tpu").__enter__(), ValueError, r"unknown backend: got 'tpu', expected one of gpu, cpu, "),
         (lambda: layernorm(X, torch.randn(9)), ValueError, r"w has shape \(9,\), expected \(8\)"),
@@ -91,14 +91,14 @@ def test_gpu_objects_to_cpu_tensors_unless_forced():
         (lambda: embed(torch.zeros(1, 4).long(), torch.randn(3, 8)), ValueError, r"positions 0 to 3"),
     ],
 )  # fmt: skip
-def test_invalid_calls_raise_an_error_with_got_and_expected(call, error, text):
-    with pytest.raises(error, match=text):
+def test_invalid_calls_raise_an_error_with_got_and_expected(call, error, message):
+    with pytest.raises(error, match=message):
         call()
 
 
 @pytest.mark.parametrize("name", ["embedding", "linear_cross_entropy"])
 def test_compiled_code_checks_the_range_of_ids(name):
-    """Fails if only the Python call checks values, which tracing hides: C++ would write to any address."""
+    """Fails if only the direct call checks values: tracing has no values, so C++ would write outside of its buffer."""
     bad, table = torch.tensor([[0, 9]]), torch.randn(5, 8)
 
     def call(ids, x):
@@ -124,9 +124,9 @@ def test_compiled_code_chooses_the_same_backend_as_a_direct_call(trainable):
 
 
 def test_backward_of_the_library_op_does_not_overwrite_saved_tensors():
-    """Fails if the library op's backward may overwrite saved tensors: it would return or change one of its inputs."""
+    """Fails if it does: a library op may not change or return one of its inputs."""
     x, w = (torch.randn(n, 8, requires_grad=True) for n in (3, 5))
-    with FlopCounterMode(display=False):  # any dispatch mode
+    with FlopCounterMode(display=False):  # a dispatch mode selects the library op
         value = loss_of(x, w)
     saved = [t for t in value.grad_fn.saved_tensors if t.shape == w.shape]
     before = {t.data_ptr() for t in saved}
@@ -154,14 +154,14 @@ def test_backward_gives_no_gradient_if_a_later_function_returns_none():
 
 
 def test_torch_func_and_forward_mode_run_the_eager_function():
-    """Fails if a backend runs, which supports neither: the tangent would be lost without an error."""
+    """Fails if a backend runs. Backends support neither, and the tangent would be lost without an error."""
     tangent, eager = torch.randn_like(X), layernorm.eager
     with forward_ad.dual_level():
-        found = forward_ad.unpack_dual(layernorm(forward_ad.make_dual(X, tangent), W)).tangent
+        got = forward_ad.unpack_dual(layernorm(forward_ad.make_dual(X, tangent), W)).tangent
         expected = forward_ad.unpack_dual(eager(forward_ad.make_dual(X, tangent), W)).tangent
-    torch.testing.assert_close(found, expected)
-    found, expected = (torch.func.grad(lambda x, f=f: f(x, W).pow(3).sum())(X) for f in (layernorm, eager))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(got, expected)
+    got, expected = (torch.func.grad(lambda x, f=f: f(x, W).pow(3).sum())(X) for f in (layernorm, eager))
+    torch.testing.assert_close(got, expected)
     with use_backend("cpu"), pytest.raises(NotImplementedError, match=r"forced under a transform of torch\.func"):
         torch.func.grad(lambda x: layernorm(x, W).sum())(X)
 
@@ -182,8 +182,8 @@ def test_query_without_live_keys_gives_zero_and_zero_gradient():
 def test_packed_documents_do_not_attend_to_each_other():
     q, k, v = (torch.randn(1, 7, 2, 8) for _ in "qkv")
     packed = attention(q, k, v, cu_seqlens=torch.tensor([0, 3, 7], dtype=torch.int32))
-    apart = [attention(q[:, s], k[:, s], v[:, s]) for s in (slice(0, 3), slice(3, 7))]
-    torch.testing.assert_close(packed, torch.cat(apart, 1))
+    separate = [attention(q[:, s], k[:, s], v[:, s]) for s in (slice(0, 3), slice(3, 7))]
+    torch.testing.assert_close(packed, torch.cat(separate, 1))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The C++ attention on every instruction set: values and gradients against float64, then what must hold to the bit.
+"""The C++ attention on every instruction set: values and gradients against float64, and properties that hold bitwise.
 
-Mutations that these tests were seen to catch: the mask left out, dv scaled by 1.01, the padding rows of an odd number
-of keys counted in the softmax, a window one key too wide, dead keys read.
+Mutations that these tests catch: a missing mask, dv scaled by 1.01, the padding rows of an odd number of keys counted
+in the softmax, a window one key too wide, dead keys read.
 """
 
 import pytest
@@ -12,9 +12,9 @@ from peakgpt.kernels.ops.attention import attention, attention_qkv
 
 _C = pytest.importorskip("peakgpt._C")
 
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3}  # of the largest value: a few ulp, half an ulp
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3}  # relative to the largest value; a few ulp, half an ulp
 
-# B, T, S, H, K, D, then parameters; alibi, kv_start and kv_len as lists
+# B, T, S, H, K, D, parameters. A list becomes a tensor; bias is given by its first two sizes.
 CASES = [
     (1, 63, 63, 2, 2, 64, {}),
     (2, 64, 64, 1, 1, 64, {}),
@@ -62,15 +62,15 @@ IDS = ["x".join(map(str, case[:6])) + "".join(f"-{name}" for name in case[6]) fo
 
 
 @pytest.fixture(autouse=True)
-def bf16_products():
-    """Where a mask wants a gradient, torch widens bf16 to float32; its own bf16 is what ours is measured by."""
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the CPU's too
+def compute_in_bfloat16():
+    """Make torch compute in bfloat16. It uses float32 if the mask needs a gradient, but the baseline is bfloat16."""
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # also on CPU
     yield
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
 
 
 def draw(case, dtype, seed=0):
-    """(q, k, v, upstream gradient), parameters; a bias, given by its first two sizes, and slopes want gradients."""
+    """Return [q, k, v, upstream gradient] and the parameters, as tensors."""
     batch, tokens, keys, heads, kv_heads, width, params = case
     generator = torch.Generator().manual_seed(seed)
     shapes = (batch, tokens, heads, width), *[(batch, keys, kv_heads, width)] * 2, (batch, tokens, heads, width)
@@ -82,7 +82,7 @@ def draw(case, dtype, seed=0):
 
 
 def run(backend, tensors, params):
-    """out, then the gradients of q, k, v and, where given, slopes and bias."""
+    """Return out, then the gradients of q, k and v, and of alibi and bias if given."""
     *inputs, upstream = tensors
     leaves = [t.detach().requires_grad_() for t in inputs]
     terms = {n: params[n].detach().requires_grad_() for n in ("alibi", "bias") if n in params}
@@ -95,13 +95,14 @@ def widened(params):
     return {n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in params.items()}
 
 
-def same(ours, theirs):
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+def same(first, second):
+    """Whether two lists of tensors are bitwise equal."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_values_and_gradients(isa, case, dtype):
+def test_values_and_gradients_are_within_twice_torchs_error(isa, case, dtype):
     tensors, params = draw(case, dtype)
     truth = run("eager", [t.double() for t in tensors], widened(params))
     torchs, ours = run("eager", tensors, params), run("cpu", tensors, params)
@@ -115,7 +116,7 @@ def test_values_and_gradients(isa, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
-def test_statistics(isa, dtype):
+def test_saved_lse_equals_float64(isa, dtype):
     (q, k, v, _), _ = draw((2, 70, 70, 4, 2, 32, {}), dtype)
     out, lse = torch.full_like(q, torch.nan), torch.full((2, 4, 70), torch.nan)
     load("cpu", "attention").attend(out, lse, q, k, v)
@@ -126,8 +127,8 @@ def test_statistics(isa, dtype):
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
 @pytest.mark.parametrize("tokens", (3, 20))
-def test_a_row_without_a_live_key(isa, dtype, tokens):
-    """Zero out, lse -inf, zero gradients, whatever lies in the dead keys."""
+def test_query_without_live_keys_gives_zeros_for_any_values_of_dead_keys(isa, dtype, tokens):
+    """out is 0, lse is -inf and the gradients are 0, although the dead keys are NaN."""
     (q, k, v, upstream), _ = draw((2, tokens, 18, 2, 2, 16, {}), dtype)
     length = torch.tensor([0, 18 - tokens if tokens < 18 else 2])
     for b, n in enumerate(length):
@@ -137,7 +138,7 @@ def test_a_row_without_a_live_key(isa, dtype, tokens):
     backend.attend(out, lse, q, k, v, kv_len=length)
     grads = [torch.full_like(t, torch.nan) for t in (q, k, v)]
     backend.gradients(dict(zip(("dq", "dk", "dv"), grads, strict=True)), upstream, out, lse, q, k, v, kv_len=length)
-    dead = max(0, tokens - 18)  # causal: the first queries come before every key
+    dead = max(0, tokens - 18)  # causal: the first queries are before all keys
     assert not out[0].any() and (lse[0] == -torch.inf).all()
     assert not out[1, :dead].any() and (lse[1, :, :dead] == -torch.inf).all() and lse[1, :, dead:].isfinite().all()
     assert all(not g[0].any() and g[1].isfinite().all() for g in grads)
@@ -146,26 +147,27 @@ def test_a_row_without_a_live_key(isa, dtype, tokens):
     assert out[1, dead:].any() and grads[2][1, 0].any()
 
 
-@pytest.mark.parametrize("at", (1, 16, 63, 64, 65, 128))
-def test_causality(isa, at):
+@pytest.mark.parametrize("token", (1, 16, 63, 64, 65, 128))
+def test_outputs_before_a_changed_token_are_bitwise_equal(isa, token):
     tensors, _ = draw((1, 130, 130, 2, 1, 64, {}), torch.bfloat16)
     before = run("cpu", tensors, {})[0]
     for t in tensors[:3]:
-        t[:, at:] += 100
+        t[:, token:] += 100
     after = run("cpu", tensors, {})[0]
-    assert torch.equal(before[:, :at], after[:, :at]) and not torch.equal(before[:, at:], after[:, at:])
+    assert torch.equal(before[:, :token], after[:, :token])
+    assert not torch.equal(before[:, token:], after[:, token:])
 
 
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
-def test_packed_documents_do_not_meet(isa, dtype, causal):
-    """Bit for bit what another neighbour leaves, values and gradients, also inside one tile of queries."""
-    bounds = [0, 16, 80, 144, 200]  # multiples of a vector: no two documents share one
+def test_packed_documents_do_not_change_each_others_bits(isa, dtype, causal):
+    """Values and gradients, also of documents in one tile of queries. The changed document is NaN."""
+    bounds = [0, 16, 80, 144, 200]  # multiples of the vector width: no vector has tokens of two documents
     tensors, _ = draw((1, 200, 200, 2, 1, 32, {}), dtype)
     params = {"causal": causal, "cu_seqlens": torch.tensor(bounds)}
     before = run("cpu", tensors, params)
-    for at in (1, 2):
-        start, stop = bounds[at : at + 2]
+    for document in (1, 2):
+        start, stop = bounds[document : document + 2]
         changed = [t.clone() for t in tensors]
         for t in changed:
             t[:, start:stop] = torch.nan
@@ -175,8 +177,8 @@ def test_packed_documents_do_not_meet(isa, dtype, causal):
             assert b[:, start:stop].isnan().all()
 
 
-def dropped(*tensors, backend="cpu", call=attention, **params):
-    """out and the gradients of q, k, v under dropout, with what torch's generator gives."""
+def run_with_dropout(*tensors, backend="cpu", call=attention, **params):
+    """Return out and the gradients of q, k and v with dropout. Without `seed` it comes from torch's generator."""
     *inputs, upstream = tensors
     leaves = [t.detach().requires_grad_() for t in inputs]
     with use_backend(backend):
@@ -184,33 +186,33 @@ def dropped(*tensors, backend="cpu", call=attention, **params):
         return [out, *torch.autograd.grad(out, leaves, upstream)]
 
 
-def test_dropout_is_torchs_generators():
-    """The same after manual_seed, another in the next call; a seed that is given, drops its own and draws nothing."""
+def test_dropout_follows_torchs_generator_or_a_given_seed():
+    """manual_seed repeats the mask, the next call has another mask, and a given seed does not advance the generator."""
     tensors, _ = draw((2, 70, 70, 2, 2, 16, {}), torch.float32)
     torch.manual_seed(3)
-    first, second = dropped(*tensors), dropped(*tensors)
+    first, second = run_with_dropout(*tensors), run_with_dropout(*tensors)
     torch.manual_seed(3)
-    given = dropped(*tensors, seed=torch.tensor([3]))
-    again = dropped(*tensors)
+    given = run_with_dropout(*tensors, seed=torch.tensor([3]))
+    again = run_with_dropout(*tensors)
     assert same(first, again) and not same(first, second) and not same(first, given)
-    assert same(given, dropped(*tensors, seed=torch.tensor([3], dtype=torch.int32)))
+    assert same(given, run_with_dropout(*tensors, seed=torch.tensor([3], dtype=torch.int32)))
 
 
-def test_dropout_in_a_checkpointed_block():
+def test_checkpointed_block_recomputes_the_same_dropout_mask():
     tensors, _ = draw((2, 70, 70, 2, 2, 16, {}), torch.float32)
 
     def checkpointed(*leaves, **params):
         return torch.utils.checkpoint.checkpoint(attention, *leaves, use_reentrant=False, **params)
 
     torch.manual_seed(3)
-    expected = dropped(*tensors)
+    expected = run_with_dropout(*tensors)
     torch.manual_seed(3)
-    assert same(dropped(*tensors, call=checkpointed), expected)
+    assert same(run_with_dropout(*tensors, call=checkpointed), expected)
 
 
 @pytest.mark.parametrize("width", (16, 12), ids=("cpu", "eager"))
-def test_dropout_in_compiled_code(width):
-    """Forward and backward drop the same: out is linear in v, so <dv, v> = <dout, out>. Also where eager replays."""
+def test_compiled_forward_and_backward_use_the_same_dropout_mask(width):
+    """out is linear in v, so <dv, v> = <dout, out>. Width 12 runs the eager backend, which recomputes forward."""
     tensors, _ = draw((2, 70, 70, 2, 2, width, {}), torch.float64 if width == 12 else torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v: attention(q, k, v, dropout=0.25), fullgraph=True, backend="aot_eager")
@@ -222,13 +224,13 @@ def test_dropout_in_compiled_code(width):
     torch.testing.assert_close((dv * v).sum(), (out * upstream).sum())
     if width == 16:
         torch.manual_seed(3)
-        expected, _, _, expected_dv = dropped(*tensors)
+        expected, _, _, expected_dv = run_with_dropout(*tensors)
         assert same([out, dv], [expected, expected_dv])
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
-def test_strides(isa, dtype):
-    """Views of one packed projection, with heads before tokens, with an odd offset, and any upstream gradient."""
+def test_strides_of_inputs_and_upstream_gradient_do_not_change_the_bits(isa, dtype):
+    """Views of a packed projection, (B, H, T, D) layout, an odd offset, a strided last axis; expanded gradients."""
     tensors, _ = draw((2, 70, 70, 2, 2, 24, {}), dtype)
     expected = run("cpu", tensors, {})
     *inputs, upstream = tensors
@@ -239,16 +241,16 @@ def test_strides(isa, dtype):
         [torch.cat([t.new_zeros(2, 70, 2, 1), t], 3)[..., 1:] for t in inputs],
         [t.transpose(1, 3).contiguous().transpose(1, 3) for t in inputs],
     ):
-        for up in (upstream, upstream.transpose(1, 3).contiguous().transpose(1, 3)):
-            assert same(run("cpu", [*views, up], {}), expected)
-    summed = run("cpu", [*inputs, upstream.new_ones(1).expand_as(upstream)], {})
-    assert same(summed, run("cpu", [*inputs, torch.ones_like(upstream)], {}))
+        for dout in (upstream, upstream.transpose(1, 3).contiguous().transpose(1, 3)):
+            assert same(run("cpu", [*views, dout], {}), expected)
+    expanded = run("cpu", [*inputs, upstream.new_ones(1).expand_as(upstream)], {})
+    assert same(expanded, run("cpu", [*inputs, torch.ones_like(upstream)], {}))
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
 @pytest.mark.parametrize("tokens", (3, 70))
-def test_bias_of_any_strides_and_dtype(isa, dtype, tokens):
-    """Transposed, expanded over keys, a float32 one beside bf16; with -inf as a mask, also for a whole row."""
+def test_strides_and_dtype_of_the_bias_do_not_change_the_bits(isa, dtype, tokens):
+    """Transposed, expanded over keys, or float32 with bfloat16 inputs. -inf masks keys, and all keys of one query."""
     tensors, params = draw((2, tokens, 75, 2, 1, 16, {"bias": (1, 2), "causal": False}), dtype)
     bias = params["bias"].clone()
     bias[0, 1, 1, 20:] = bias[0, 0, 2] = -torch.inf
@@ -268,7 +270,7 @@ def test_bias_of_any_strides_and_dtype(isa, dtype, tokens):
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
-def test_packed_projection(isa, dtype):
+def test_attention_qkv_is_bitwise_equal_to_attention(isa, dtype):
     (q, k, v, upstream), _ = draw((2, 70, 70, 4, 2, 32, {}), dtype)
     expected = run("cpu", [q, k, v, upstream], {"window": 33})
     packed = torch.cat([q, k, v], 2).requires_grad_()
@@ -278,7 +280,7 @@ def test_packed_projection(isa, dtype):
     assert same([out, *gradient.split((4, 2, 2), 2)], expected)
 
 
-THREADS = [
+THREAD_CASES = [
     (1, 150, 150, 1, 1, 64, {}),
     (1, 70, 200, 6, 3, 16, {"window": 100}),
     (1, 200, 200, 2, 1, 16, {"alibi": [0.5, 0.0625], "cu_seqlens": [0, 90, 200]}),
@@ -291,9 +293,9 @@ THREADS = [
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
-@pytest.mark.parametrize("case", THREADS, ids=str)
-def test_thread_counts_agree(case, dtype, threads):
-    """To the bit: one pass over whole heads on one thread, two passes over pieces on more threads than heads."""
+@pytest.mark.parametrize("case", THREAD_CASES, ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(case, dtype, threads):
+    """Backward is one pass over whole heads on one thread, and two passes over pieces if threads outnumber heads."""
     tensors, params = draw(case, dtype)
     results = []
     for count in (1, 2, 4, 5):
@@ -302,20 +304,20 @@ def test_thread_counts_agree(case, dtype, threads):
     assert all(same(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("wanted", ("q", "k", "v", "qv"))
-def test_only_the_wanted_gradients(wanted):
+@pytest.mark.parametrize("required", ("q", "k", "v", "qv"))
+def test_only_required_gradients_are_computed(required):
     tensors, _ = draw((1, 70, 70, 2, 2, 16, {}), torch.float32)
     *inputs, upstream = tensors
     full = run("cpu", tensors, {})[1:]
-    leaves = [t.detach().requires_grad_(n in wanted) for n, t in zip("qkv", inputs, strict=True)]
+    leaves = [t.detach().requires_grad_(n in required) for n, t in zip("qkv", inputs, strict=True)]
     with use_backend("cpu"):
         attention(*leaves).backward(upstream)
     for name, leaf, gradient in zip("qkv", leaves, full, strict=True):
-        assert torch.equal(leaf.grad, gradient) if name in wanted else leaf.grad is None
+        assert torch.equal(leaf.grad, gradient) if name in required else leaf.grad is None
 
 
 @pytest.mark.parametrize("sizes", ((0, 5, 5), (2, 0, 0), (2, 0, 5), (2, 5, 0)), ids=str)
-def test_nothing_to_attend(sizes):
+def test_empty_batch_queries_or_keys_give_zeros(sizes):
     tensors, _ = draw((*sizes, 2, 2, 16, {}), torch.float32)
     results = run("cpu", tensors, {"causal": False})
     assert [r.shape for r in results] == [tensors[i].shape for i in (0, 0, 1, 2)]
@@ -323,7 +325,7 @@ def test_nothing_to_attend(sizes):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"dtype": torch.float16}, "got float16"),
         ({"dtype": torch.float64}, "got float64"),
@@ -332,8 +334,8 @@ def test_nothing_to_attend(sizes):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_objects_with_a_reason(change, words):
+def test_unsupported_dtype_or_width_raises_the_objection(change, message):
     change = dict(change)
     q = torch.zeros(1, 4, 1, change.pop("width", 16), dtype=change.pop("dtype", torch.float32))
-    with use_backend("cpu"), pytest.raises(NotImplementedError, match=words):
+    with use_backend("cpu"), pytest.raises(NotImplementedError, match=message):
         attention(q, q, q, **change)

@@ -1,7 +1,7 @@
-"""The matrix product of csrc/gemm/gemm.cpp: exact on integers, whatever the layout, the set, the edges and the threads.
+"""The matrix product of csrc/gemm/gemm.cpp: exact on integers for all layouts, instruction sets, edges and threads.
 
-Mutations seen to fail: the second block of k stored instead of added, a column panel's tail written whole, a K tail not
-zeroed, sums of a begun again at each block of k, the slope taken at the product instead of at pre.
+Mutations that these tests catch: the second block of k stored instead of added, a column panel's tail written in full,
+a K tail not zeroed, sums of a restarted at each block of k, the derivative evaluated at the product instead of at pre.
 """
 
 import itertools
@@ -15,13 +15,13 @@ from peakgpt.kernels.cpu.gemm import ACTIVATE, ADD, SLOPE, gemm, pack
 
 DTYPES = (torch.float32, torch.bfloat16)
 POISON = 1234.0
-# Around the register tile, panels, and past every block (1024 rows, 3072 columns, 1024 or 2048 of k).
+# SMALL: around the register tile and the panels. LARGE: past each block (1024 rows, 3072 columns, 1024 or 2048 of k).
 SMALL = list(itertools.product((1, 3, 4, 5, 8, 17), (1, 2, 31, 33), (1, 15, 47, 49)))
 LARGE = [(1030, 37, 60), (20, 2100, 100), (2, 4100, 100), (9, 40, 3100), (1100, 1050, 130)]
 
 
 def integers(rows, columns, dtype, transposed=False):
-    """Small enough that bfloat16 holds them and float32 their products' sums; off a vector's alignment; in poison."""
+    """Random integers, unaligned, inside a buffer of NaN: exact in bfloat16, and sums of their products in float32."""
     shape = (columns, rows) if transposed else (rows, columns)
     buffer = torch.full((shape[0] + 1, shape[1] + 3), math.nan, dtype=dtype)
     view = buffer[:-1, 1:-2]
@@ -30,14 +30,14 @@ def integers(rows, columns, dtype, transposed=False):
 
 
 def padded(rows, columns, dtype):
-    """A result inside a poisoned buffer, and a check that nothing around it was written."""
+    """Return an output inside a poisoned buffer, and a check that nothing around it was written."""
     buffer = torch.full((rows + 2, columns + 5), POISON, dtype=dtype)
     out = buffer[1:-1, 3:-2]
     out.fill_(math.nan)
 
     def assert_untouched():
         out.fill_(POISON)
-        assert (buffer == POISON).all(), "wrote outside its result"
+        assert (buffer == POISON).all(), "wrote outside of the output"
 
     return out, assert_untouched
 
@@ -45,7 +45,7 @@ def padded(rows, columns, dtype):
 @pytest.mark.parametrize("layouts", list(itertools.product((False, True), repeat=2)), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", (SMALL, LARGE), ids=("small", "large"))
-def test_exact_on_integers(isa, sizes, dtype, layouts):
+def test_product_of_integers_is_exact(isa, sizes, dtype, layouts):
     for m, k, n in sizes if isa != "scalar" or sizes is SMALL else LARGE[:2]:
         a, b = integers(m, k, dtype, layouts[0]), integers(k, n, dtype, layouts[1])
         out, assert_untouched = padded(m, n, torch.float32)
@@ -62,7 +62,7 @@ def test_exact_on_integers(isa, sizes, dtype, layouts):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ("gelu_tanh", "gelu_erf", "relu"))
-def test_epilogues(isa, activation, dtype):
+def test_epilogues_equal_torchs_activation_and_derivative(isa, activation, dtype):
     m, k, n = 13, 70, 53
     a, b = torch.randn(m, k).to(dtype) / 8, torch.randn(k, n).to(dtype)
     bias = torch.randn(n).to(dtype)
@@ -77,17 +77,17 @@ def test_epilogues(isa, activation, dtype):
     torch.testing.assert_close(out.double(), act(product + bias.double()), **tolerance)
 
     wide = pre.double().requires_grad_()
-    (slope,) = torch.autograd.grad(act(wide).sum(), wide)
+    (derivative,) = torch.autograd.grad(act(wide).sum(), wide)
     hidden = torch.empty_like(pre)
     gemm(a, b, out, epilogue=SLOPE, activation=activation, pre=pre, act=hidden)
-    torch.testing.assert_close(out.double(), product * slope, **tolerance)
+    torch.testing.assert_close(out.double(), product * derivative, **tolerance)
     torch.testing.assert_close(hidden.double(), act(wide).detach(), **tolerance)
     assert_untouched()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values(isa, dtype):
-    """Padding must not turn an infinity of one row or column into NaN elsewhere."""
+def test_infinity_and_nan_stay_in_their_row_and_column(isa, dtype):
+    """Fails if padding turns an infinity of one row or column into NaN elsewhere."""
     a, b = torch.ones(9, 5, dtype=dtype), torch.ones(5, 50, dtype=dtype)
     a[3, 1], b[2, 49] = math.inf, math.nan
     out = gemm(a, b, torch.empty(9, 50, dtype=dtype))
@@ -95,21 +95,22 @@ def test_special_values(isa, dtype):
     assert (torch.cat([out[:3, :49], out[4:, :49]]) == 5).all()
 
 
-def test_empty():
+def test_empty_operands_give_zeros():
     out = torch.full((3, 4), math.nan)
     assert (gemm(torch.empty(3, 0), torch.empty(0, 4), out) == 0).all()
     assert gemm(torch.empty(0, 2), torch.empty(2, 4), torch.empty(0, 4)).shape == (0, 4)
 
 
 def split_by_threads(a, b, out):
-    """The planted fault: each thread sums its own stretch of k, and the stretches are added."""
+    """A wrong product: each thread sums one part of k, so the result depends on the number of threads."""
     parts = torch.get_num_threads()
     for i, (left, right) in enumerate(zip(a.chunk(parts, 1), b.chunk(parts, 0), strict=True)):
         gemm(left, right, out, epilogue=ADD if i else 0)
     return out
 
 
-def by_threads(threads, product, a, b):
+def results_by_threads(threads, product, a, b):
+    """The results of the product with 1 to 4 threads."""
     results = []
     for count in (1, 2, 3, 4):
         threads(count)
@@ -119,17 +120,17 @@ def by_threads(threads, product, a, b):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "k", "n"), [(100, 2100, 70), (5, 300, 1000), (1100, 64, 50)])
-def test_same_bits_for_any_threads(m, k, n, dtype, threads):
+def test_bits_do_not_depend_on_the_number_of_threads(m, k, n, dtype, threads):
     torch.manual_seed(0)
     a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    first, *others = by_threads(threads, gemm, a, b)
+    first, *others = results_by_threads(threads, gemm, a, b)
     assert all(torch.equal(first, other) for other in others)
-    first, *others = by_threads(threads, split_by_threads, a, b)
-    assert not all(torch.equal(first, other) for other in others), "the check is blind"
+    first, *others = results_by_threads(threads, split_by_threads, a, b)
+    assert not all(torch.equal(first, other) for other in others), "this test cannot see a split over threads"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_in_any_batch(dtype):
+def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
     torch.manual_seed(0)
     a, b = torch.randn(1100, 2500).to(dtype), torch.randn(200, 2500).to(dtype).t()
     whole = gemm(a, b, torch.empty(1100, 200))

@@ -1,11 +1,11 @@
-"""Memory: steady state faults no page, and building a trainer holds no second copy of the model."""
+"""Memory: training steps touch no fresh pages, and building a trainer makes no second copy of the model."""
 
 import subprocess
 import sys
 
 import pytest
 
-CODE = """
+STEPS = """
 import resource, torch
 from peakgpt.kernels.cpu.memory import keep_pages
 assert keep_pages() is None
@@ -21,9 +21,9 @@ print(faults() - before)
 """
 
 
-def test_no_fresh_pages_in_steady_state():
-    """Without keep_pages this faults some 32,000 pages a step."""
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+def test_keep_pages_avoids_page_faults_in_steady_state():
+    """Without keep_pages a step has about 32,000 page faults."""
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100
 
 
@@ -42,7 +42,7 @@ print((status("VmHWM") - base) / sum(p.numel() for p in trainer.model.parameters
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("dtype", "state"), [("float32", 4 * 4), ("bfloat16", 3 * 2 + 2 * 4)])
-def test_building_a_trainer_holds_the_state_once(dtype, state):
-    """Parameter, gradient, moments and, for bfloat16, remainder. Fails when masters are split a parameter at a time."""
+def test_building_a_trainer_needs_memory_for_one_copy_of_the_state(dtype, state):
+    """Parameter, gradient, moments, and in bfloat16 the remainder. Fails if a whole parameter is split at once."""
     done = subprocess.run([sys.executable, "-c", BUILD, dtype], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < state + 1.5, "bytes a parameter"
+    assert float(done.stdout) < state + 1.5, "bytes per parameter"

@@ -1,6 +1,6 @@
 """The static check passes for every kernel and chip, and rejects planted faults.
 
-Kernels are compiled in new processes: this one may have TRITON_INTERPRET set, with which nothing can be compiled.
+Kernels are compiled in new processes: this process may have TRITON_INTERPRET set, and then Triton compiles nothing.
 """
 
 import argparse

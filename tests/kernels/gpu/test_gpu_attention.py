@@ -184,7 +184,7 @@ def test_two_runs_are_bit_equal():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not interpreted(), reason="on a device the larger form runs")
+@pytest.mark.skipif(not interpreted(), reason="a CUDA device runs test_250_runs_are_bit_equal_on_a_device")
 def test_250_runs_are_bit_equal():
     """The interpreter runs programs one by one: this finds reads before writes, but no races."""
     bias = leaf(torch.randn(1, 1, 5, 5))
@@ -268,20 +268,20 @@ def test_dropout_follows_torchs_generator():
     def block(*x):
         return attention(*x, dropout=0.5)
 
-    def drawn(call):
+    def results_of(call):
         torch.manual_seed(3)
         out = call(*tensors)
         return [out, *torch.autograd.grad(out.square().sum(), tensors)]
 
     with use_backend("gpu"):
-        plain, again, other = drawn(block), drawn(block), block(*tensors)
-        recomputed = drawn(lambda *x: checkpoint(block, *x, use_reentrant=False))
+        plain, again, other = results_of(block), results_of(block), block(*tensors)
+        recomputed = results_of(lambda *x: checkpoint(block, *x, use_reentrant=False))
     assert not torch.equal(plain[0], other)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, again, recomputed, strict=True))
 
 
 def test_seed_is_read_from_device_memory():
-    """As in a replayed CUDA graph: a new value in the same tensor gives a new mask."""
+    """A new value in the same tensor gives a new mask, as in a replay of a CUDA graph."""
     q, k, v = (t.detach() for t in make(1, 33, 2, 16))
     seed, outputs = ints(1), []
     with use_backend("gpu"):

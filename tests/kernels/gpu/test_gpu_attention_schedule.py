@@ -62,8 +62,8 @@ def test_visited_tiles_cover_the_live_pairs_and_no_more(over_keys, causal, windo
         for program in range(-(-(tokens if over_keys else keys) // size)):
             first, full_first, full_end, end = visited(over_keys, program, tokens, keys, causal, window, lo, hi, starts)
             assert 0 <= first <= full_first <= full_end <= end
-            mine = slice(program * size, (program + 1) * size)
-            strip = live[mine] if over_keys else live[:, mine].T
+            own = slice(program * size, (program + 1) * size)
+            strip = live[own] if over_keys else live[:, own].T
             touched = strip.any(0).nonzero().flatten().tolist()
             if touched and starts is None:
                 assert (first, end) == (touched[0] // other, touched[-1] // other + 1)
@@ -72,7 +72,7 @@ def test_visited_tiles_cover_the_live_pairs_and_no_more(over_keys, causal, windo
             elif starts is None:
                 assert first == end
             # A key outside lo..hi-1 may see a full tile of queries: the kernel discards the sums of that key.
-            inside = strip if over_keys else live[:, max(mine.start, lo) : max(min(mine.stop, hi), 0)].T
+            inside = strip if over_keys else live[:, max(own.start, lo) : max(min(own.stop, hi), 0)].T
             assert inside[:, full_first * other : full_end * other].all()
 
 

@@ -106,7 +106,7 @@ def test_tile_depends_on_the_number_of_outputs_only(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "taken"),
+    ("change", "supported"),
     [
         (lambda x, w: (x, w), True),
         (lambda x, w: (x[:1], w), True),
@@ -118,9 +118,9 @@ def test_tile_depends_on_the_number_of_outputs_only(monkeypatch):
         (lambda x, w: (x.float(), w.float()), False),
     ],
 )
-def test_supports_only_few_aligned_half_precision_rows(change, taken):
+def test_supports_only_few_aligned_half_precision_rows(change, supported):
     x, w = change(random(16, 48, dtype=torch.bfloat16), random(8, 48, dtype=torch.bfloat16))
-    assert skinny_gemm.supports(x, w) == taken
+    assert skinny_gemm.supports(x, w) == supported
 
 
 def test_linear_and_mlps_use_skinny_gemm_up_to_16_rows(monkeypatch):
@@ -159,7 +159,7 @@ def test_recompute_gives_the_same_bits_as_saving(name):
 
 
 def test_activation_reads_the_rounded_pre_activation():
-    """So the activation that backward recomputes from `pre` has forward's bits."""
+    """The activation that backward recomputes from `pre` then has the bits of the forward pass."""
     x, w = random(3, 64, dtype=torch.bfloat16), random(9, 64, dtype=torch.bfloat16)
     y, pre, _ = ours(x, w, None, None, "gelu_tanh")
     again = fresh(3, 9, dtype=torch.bfloat16)
@@ -180,7 +180,7 @@ def test_strided_inputs_give_the_values_of_linear():
     ("arch", "rows", "early"), [("sm_90", 1, True), ("sm_100", 64, True), ("sm_90", 65, False), ("sm_86", 1, False)]
 )
 def test_early_start_only_on_sm_90_and_sm_100_up_to_64_tokens(arch, rows, early, monkeypatch):
-    """Never in the interpreter. The static check covers the memory accesses before the wait."""
+    """The interpreter never starts early. The static check covers the memory accesses before the wait."""
     monkeypatch.setattr(overlap.launch, "arch", lambda x: arch)
     x = random(1, 16, dtype=torch.bfloat16)
     assert overlap.options(x, rows)["OVERLAP"] == (early and not overlap.interpreted())

@@ -1,4 +1,4 @@
-"""What the machine is and its peaks: the table, the choice of the denominator, and that a measured peak is physical."""
+"""The device and its peaks: the datasheet table, the choice of the denominators, and plausible measured peaks."""
 
 import functools
 import itertools
@@ -27,8 +27,8 @@ DENSE_BF16_TFLOPS = {
     "NVIDIA B200": 2250,
     "AMD Instinct MI300X": 1307.4,
 }
-# Weaker or other siblings, whose name starts alike: measured.
-UNKNOWN = ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 Laptop GPU",
+# Weaker or different cards with similar names. They have no row, so they are measured.
+SIMILAR_NAMES = ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 Laptop GPU",
            "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 5090 D", "NVIDIA H100 NVL", "NVIDIA H200 NVL",
            "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GB200", "NVIDIA GH200 480GB", "Tesla T4")  # fmt: skip
 
@@ -42,7 +42,7 @@ def test_every_datasheet_row_is_tested():
     assert {id(datasheet.datasheet(name)) for name in DENSE_BF16_TFLOPS} == {id(row) for row in PEAKS.values()}
 
 
-@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.parametrize("name", SIMILAR_NAMES)
 def test_similar_device_name_selects_no_row(name):
     assert datasheet.datasheet(name) is None
 
@@ -54,10 +54,10 @@ def test_h100_sxm_and_pcie_have_different_peaks():
 
 @pytest.mark.parametrize("row", PEAKS.values(), ids=PEAKS.keys())
 def test_datasheet_row_is_dense_and_consistent(row):
-    """Narrower is never slower, and tensor cores double their rate as the width halves: a sparse figure would show."""
+    """A narrower dtype is never slower, and tensor cores run twice as fast at half the width. A sparse figure fails."""
     flops = row.flops
-    chain = [flops[k] for k in ("float32", "tf32", "bfloat16", "float8") if k in flops]
-    assert all(wide <= narrow for wide, narrow in itertools.pairwise(chain))
+    rates = [flops[k] for k in ("float32", "tf32", "bfloat16", "float8") if k in flops]
+    assert all(wide <= narrow for wide, narrow in itertools.pairwise(rates))
     assert flops["float16"] == flops["bfloat16"] <= flops["int8"]
     assert flops["bfloat16"] / flops["tf32"] == pytest.approx(2, rel=0.05)
     if "float8" in flops:
@@ -65,7 +65,7 @@ def test_datasheet_row_is_dense_and_consistent(row):
     assert 1e11 < row.bandwidth_bytes_s < 1e13 and row.source
 
 
-def test_describe_cpu():
+def test_describe_returns_the_cpu_by_default():
     cpu = device.describe()
     assert cpu == device.describe("cpu") and cpu.kind == "cpu"
     assert cpu.name and cpu.arch and cpu.cores >= 1 and cpu.memory_bytes > 1 << 28
@@ -81,34 +81,34 @@ def test_describe_unknown_device_raises():
 
 
 @pytest.fixture
-def two_rates(monkeypatch):
-    """Peaks as if measured, so that the choices are tested without measuring."""
+def set_measured_peaks(monkeypatch):
+    """Replace the measurement by given peaks of a given device."""
 
-    def set_flops(flops, kind="cpu", name="AMD EPYC"):
+    def replace(flops, kind="cpu", name="AMD EPYC"):
         measured = Peaks(flops, 30e9, "measured: here", 40e9)
         monkeypatch.setattr(peaks, "resolve_device", lambda d: torch.device(kind))
         monkeypatch.setattr(peaks, "measure", lambda d: measured)
         monkeypatch.setattr(peaks, "describe", lambda d: device.Device(kind, name, "", 1, 1, "", {}))
 
-    return set_flops
+    return replace
 
 
-def test_peak_for_cpu_is_measured(two_rates):
-    two_rates({"float32": 2e11, "bfloat16": 4e11})
+def test_peak_for_cpu_is_measured(set_measured_peaks):
+    set_measured_peaks({"float32": 2e11, "bfloat16": 4e11})
     peak = peaks.peak_for("cpu", torch.bfloat16)
     assert (peak.flops_s, peak.measured_flops_s, peak.source) == (4e11, 4e11, "measured: here")
     assert peak.bandwidth_bytes_s == 30e9
     assert peaks.peak_for("cpu", "float32").flops_s == 2e11
 
 
-def test_peak_for_cpu_without_bfloat16_says_float32(two_rates):
-    two_rates({"float32": 2e11})
+def test_peak_for_cpu_without_bfloat16_says_float32(set_measured_peaks):
+    set_measured_peaks({"float32": 2e11})
     peak = peaks.peak_for("cpu", torch.bfloat16)
     assert peak.flops_s == 2e11 and "that of float32" in peak.source
 
 
-def test_peak_for_known_gpu_has_datasheet_and_measured_peaks(two_rates):
-    two_rates({"float32": 5e13, "bfloat16": 7e14}, "cuda", "NVIDIA H100 80GB HBM3")
+def test_peak_for_known_gpu_has_datasheet_and_measured_peaks(set_measured_peaks):
+    set_measured_peaks({"float32": 5e13, "bfloat16": 7e14}, "cuda", "NVIDIA H100 80GB HBM3")
     peak = peaks.peak_for("cuda", torch.bfloat16)
     assert (peak.flops_s, peak.measured_flops_s) == (989.4e12, 7e14)
     assert (peak.bandwidth_bytes_s, peak.measured_bandwidth_bytes_s) == (3352e9, 30e9)
@@ -117,15 +117,15 @@ def test_peak_for_known_gpu_has_datasheet_and_measured_peaks(two_rates):
     assert eight_bits.flops_s == 1978.9e12 and eight_bits.measured_flops_s is None
 
 
-def test_peak_for_unknown_gpu_is_measured_never_guessed(two_rates):
-    two_rates({"float32": 5e13, "bfloat16": 6e13}, "cuda", "NVIDIA H100 NVL")
+def test_peak_for_unknown_gpu_is_measured(set_measured_peaks):
+    set_measured_peaks({"float32": 5e13, "bfloat16": 6e13}, "cuda", "NVIDIA H100 NVL")
     peak = peaks.peak_for("cuda", torch.bfloat16)
     assert (peak.flops_s, peak.source) == (6e13, "measured: here")
     with pytest.raises(ValueError, match=r"\(float32, bfloat16\), got float8"):
         peaks.peak_for("cuda", torch.float8_e5m2)
 
 
-def test_best_rates_takes_the_best_window_of_each_in_turn(monkeypatch):
+def test_best_rates_interleaves_works_and_takes_the_best_window_of_each(monkeypatch):
     order = []
 
     def seconds(fn):
@@ -163,19 +163,19 @@ def measured():
     return measured_peaks.measure("cpu")
 
 
-def test_measured_cpu_peak_is_physical():
-    """1 GFLOP/s is a core of the nineties; 100 TFLOP/s and 10 TB/s no CPU has: a loop that the compiler removed."""
-    found = measured()
-    assert all(1e9 < rate < 1e14 for rate in found.flops.values()) and "float32" in found.flops
-    assert 1e8 < found.bandwidth_bytes_s < 1e13 and 1e8 < found.copy_bytes_s < 1e13
-    assert "measured" in found.source and measured_peaks.measure("cpu") is found
+def test_measured_cpu_peak_is_plausible():
+    """1 GFLOP/s is a core of the nineties. No CPU reaches 100 TFLOP/s or 10 TB/s, but an optimized-away loop would."""
+    cpu_peaks = measured()
+    assert all(1e9 < rate < 1e14 for rate in cpu_peaks.flops.values()) and "float32" in cpu_peaks.flops
+    assert 1e8 < cpu_peaks.bandwidth_bytes_s < 1e13 and 1e8 < cpu_peaks.copy_bytes_s < 1e13
+    assert "measured" in cpu_peaks.source and measured_peaks.measure("cpu") is cpu_peaks
 
 
-def test_measured_without_the_extension(monkeypatch):
+def test_measuring_without_the_extension_keeps_the_random_state(monkeypatch):
     monkeypatch.setattr(measured_peaks, "peak_loop", None)
     state = torch.get_rng_state()
     peaks = measured_peaks._measure.__wrapped__(torch.device("cpu"), torch.get_num_threads())
-    assert torch.equal(torch.get_rng_state(), state)  # or a run would depend on whether it asked for its MFU
+    assert torch.equal(torch.get_rng_state(), state)  # else computing the MFU would change a run
     assert "no C++ extension" in peaks.source and 1e9 < peaks.flops["float32"] < 1e14
 
 
@@ -186,7 +186,7 @@ needs_extension = pytest.mark.skipif(measured_peaks.peak_loop is None, reason="n
 @pytest.mark.parametrize("loop", measured_peaks.LOOPS.values(), ids=measured_peaks.LOOPS.keys())
 def test_loop_counts_every_thread_and_iteration(loop):
     once = measured_peaks.peak_loop(loop=loop, iterations=1, threads=1)
-    # A multiply-add is 2 operations on 12 chains of 1 to 16 lanes of 1, 2 or 4 products.
+    # One iteration: 12 independent multiply-adds (2 operations) of 1 to 16 lanes with 1, 2 or 4 products each.
     assert once in {2 * 12 * lanes * 2**loop for lanes in (1, 4, 8, 16)} or (
         once == 0 and loop == measured_peaks.LOOPS["int8"]
     )
@@ -201,22 +201,22 @@ def test_loop_counts_every_thread_and_iteration(loop):
     ("reads", "writes", "updates"), [(1, 0, 0), (0, 1, 0), (1, 1, 0), (3, 2, 0), (3, 2, 1), (2, 2, 2)]
 )
 def test_streams_read_and_write_every_element_once(reads, writes, updates, units, threads, past_caches):
-    """Each thread's share of each stream: nothing left out, nothing past the end; 1 plus the sum of what is read."""
+    """For any number of threads, each written element is 1 plus the sum of the elements read, and the gap stays."""
     n, gap = units * 64, 64
-    rows = torch.arange(float((reads + writes - updates) * (n + gap))).view(-1, n + gap)
-    place, expected = aligned(rows), rows.clone()
-    expected[reads - updates :, :n] = 1 + rows[:reads, :n].sum(0)
+    initial = torch.arange(float((reads + writes - updates) * (n + gap))).view(-1, n + gap)
+    streams, expected = aligned(initial), initial.clone()
+    expected[reads - updates :, :n] = 1 + initial[:reads, :n].sum(0)
     measured_peaks.peak_stream(
-        base=place.data_ptr(), stride=4 * (n + gap), bytes=4 * n, reads=reads, writes=writes, updates=updates,
+        base=streams.data_ptr(), stride=4 * (n + gap), bytes=4 * n, reads=reads, writes=writes, updates=updates,
         past_caches=past_caches, threads=threads,
     )  # fmt: skip
-    assert torch.equal(place, expected)
+    assert torch.equal(streams, expected)
 
 
-def aligned(rows):
-    """A copy at an address that non-temporal stores take."""
-    buffer = torch.empty(rows.numel() + 16)
-    return buffer[-buffer.data_ptr() % 64 // 4 :][: rows.numel()].view(rows.shape).copy_(rows)
+def aligned(tensor):
+    """A copy with the 64-byte alignment that non-temporal stores need."""
+    buffer = torch.empty(tensor.numel() + 16)
+    return buffer[-buffer.data_ptr() % 64 // 4 :][: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 @pytest.mark.parametrize(
@@ -229,17 +229,17 @@ def test_mix_rounds_to_the_nearest_whole_streams(read, written, updated, mix):
 
 
 @pytest.mark.parametrize("updated", [0, 32])
-def test_stream_peak_is_the_best_of_its_own_mix(monkeypatch, updated):
-    """Bytes count both ways, of the streams that run; the faster kind of store counts; measured once a size class."""
-    ran = []
+def test_stream_peak_measures_the_mix_once_with_both_kinds_of_store(monkeypatch, updated):
+    """Bytes are reads plus writes. The faster kind of store counts. Calls of one size class share a measurement."""
+    stream_calls = []
 
     def stream(**arguments):
         mix = tuple(arguments[key] for key in ("reads", "writes", "updates"))
-        ran.append((arguments["bytes"], mix, arguments["past_caches"]))
+        stream_calls.append((arguments["bytes"], mix, arguments["past_caches"]))
 
     def seconds(fn, calls=1):
         fn()
-        return 0.005 if ran[-1][-1] else 0.01
+        return 0.005 if stream_calls[-1][-1] else 0.01
 
     monkeypatch.setattr(measured_peaks, "peak_loop", stream)
     monkeypatch.setattr(measured_peaks, "peak_stream", stream, raising=False)
@@ -247,15 +247,16 @@ def test_stream_peak_is_the_best_of_its_own_mix(monkeypatch, updated):
     monkeypatch.setattr(peaks, "last_level_cache_bytes", lambda: 8 << 20)
     monkeypatch.setattr(peaks, "stream_rate", functools.cache(measured_peaks.stream_rate.__wrapped__))
     in_place = bool(updated)
-    rate, what = peaks.stream_peak("cpu", 64, 32, 3 << 20, updated_bytes=updated)
+    rate, description = peaks.stream_peak("cpu", 64, 32, 3 << 20, updated_bytes=updated)
     size = (3 << 20) // (2 if in_place else 3)
-    assert {r[:2] for r in ran} == {(size, (2, 1, int(in_place)))} and {r[2] for r in ran} == {False, not in_place}
-    # The slower kind fits once into a window of 10 ms, the faster twice, which takes 5 ms here.
+    assert {call[:2] for call in stream_calls} == {(size, (2, 1, int(in_place)))}
+    assert {past_caches for *_, past_caches in stream_calls} == {False, not in_place}
+    # A window is 10 ms. The slower kind of store runs once in it; the faster one runs twice and takes 5 ms here.
     assert rate == (3 * size / 0.01 if in_place else 2 * 3 * size / 0.005)
-    assert what == f"2 streams read and 1 written{', 1 in place' if in_place else ''}, 3 MiB"
-    count = len(ran)
+    assert description == f"2 streams read and 1 written{', 1 in place' if in_place else ''}, 3 MiB"
+    count = len(stream_calls)
     again = peaks.stream_peak(None, 640, 320, (3 << 20) - 5, updated_bytes=10 * updated)
-    assert again == (rate, what) and len(ran) == count
+    assert again == (rate, description) and len(stream_calls) == count
     assert peaks.stream_peak("cpu", 64, 32, 1 << 40)[1].endswith(" 64 MiB")
 
 
@@ -267,44 +268,44 @@ def test_stream_peak_invalid_bytes_raise():
         peaks.stream_peak("cpu", 1, 2, 1, updated_bytes=2)
 
 
-def test_stream_peak_of_a_gpu_is_its_bandwidth(two_rates):
-    two_rates({"float32": 5e13, "bfloat16": 7e14}, "cuda", "NVIDIA H100 80GB HBM3")
-    rate, what = peaks.stream_peak("cuda", 2, 1, 1 << 20)
-    assert rate == 3352e9 and "H100" in what
+def test_stream_peak_of_a_gpu_is_its_bandwidth(set_measured_peaks):
+    set_measured_peaks({"float32": 5e13, "bfloat16": 7e14}, "cuda", "NVIDIA H100 80GB HBM3")
+    rate, description = peaks.stream_peak("cuda", 2, 1, 1 << 20)
+    assert rate == 3352e9 and "H100" in description
 
 
 @needs_extension
 def test_stream_size_follows_the_working_set(monkeypatch):
-    """As large as what is touched, by sixteenths of the last cache and up to eight of it; rates are told as they are.
+    """Streams have the size of the working set, in steps of 1/16 of the last-level cache, up to 8 times the cache.
 
-    Not that a cache is faster: on a shared machine it is not, for seconds.
+    That a cache is faster than memory is not tested: on a shared machine it is not true for seconds at a time.
     """
-    cache, seen = device.last_level_cache_bytes(), []
+    cache, sizes = device.last_level_cache_bytes(), []
     assert all(1e8 < peaks.stream_peak("cpu", 1, 1, size)[0] < 1e13 for size in (2 << 20, 1 << 40))
-    monkeypatch.setattr(peaks, "stream_rate", lambda mix, size, threads: seen.append(size) or 1.5)
+    monkeypatch.setattr(peaks, "stream_rate", lambda mix, size, threads: sizes.append(size) or 1.5)
     step = max(cache, 8 << 20) // 16
     assert [peaks.stream_peak("cpu", 1, 1, size)[0] for size in (1, 3 * step, 3 * step + 1, 1 << 40)] == [1.5] * 4
-    assert seen == [step, 3 * step, 4 * step, 128 * step]
+    assert sizes == [step, 3 * step, 4 * step, 128 * step]
 
 
 def test_float32_matmul_precision_is_restored_after_error():
-    before, seen = torch.backends.cuda.matmul.fp32_precision, []
+    before, inside = torch.backends.cuda.matmul.fp32_precision, []
 
-    def look():
-        seen.append(torch.backends.cuda.matmul.fp32_precision)
+    def fail():
+        inside.append(torch.backends.cuda.matmul.fp32_precision)
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        measured_peaks._with_precision("tf32", look)
-    assert seen == ["tf32"] and torch.backends.cuda.matmul.fp32_precision == before
+        measured_peaks._with_precision("tf32", fail)
+    assert inside == ["tf32"] and torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_nvidia_smi_uses_uuid_and_may_fail(monkeypatch):
-    """Its indices are not torch's under CUDA_VISIBLE_DEVICES."""
-    asked = []
+    """Under CUDA_VISIBLE_DEVICES nvidia-smi and torch number the GPUs differently."""
+    commands = []
 
     def run(command, **_):
-        asked.append(command)
+        commands.append(command)
         return types.SimpleNamespace(stdout="1980 MHz, 700.00 W\n")
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(uuid="12ab"))
@@ -312,7 +313,7 @@ def test_nvidia_smi_uses_uuid_and_may_fail(monkeypatch):
     monkeypatch.setattr(device.subprocess, "run", run)
     gpu = torch.device("cuda", 1)
     assert device._nvidia_smi(gpu, "clocks.sm", "power.limit") == {"clocks.sm": "1980 MHz", "power.limit": "700.00 W"}
-    assert asked[0][:3] == ["nvidia-smi", "-i", "GPU-12ab"]
+    assert commands[0][:3] == ["nvidia-smi", "-i", "GPU-12ab"]
 
     def missing(command, **_):
         raise FileNotFoundError(command[0])

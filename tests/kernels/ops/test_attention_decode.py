@@ -1,4 +1,4 @@
-"""attention_decode on every backend: against a softmax in float64, then the properties that hold bitwise.
+"""attention_decode on every backend: values against float64, and properties that hold bitwise.
 
 Mutations that fail here, in eager: a window one key too wide, tables of other sequences, the wrong sign of a slope, a
 missing last block. In Triton: key scales used for values, the scale of the next head, VALUE_FOLD not undone.
@@ -17,7 +17,7 @@ from peakgpt.kernels.ops.cache_store import quantize_heads
 BACKENDS = ("eager", *(b for b in ("cpu", "gpu") if not isinstance(load(b, "attention_decode"), str)))
 FUSED = BACKENDS[1:]
 
-# lengths, queries of each sequence, H, K, D, block, parameters; "bits" = 8 makes a cache of bytes
+# lengths, queries of each sequence, H, K, D, block, parameters; "bits" = 8 gives an int8 cache
 CASES = [
     ([40, 1, 17], None, 2, 2, 16, 16, {}),
     ([70, 33], None, 4, 1, 80, 1, {}),
@@ -74,8 +74,8 @@ def reference(tensors, params):
             keys = range(max(0, p + 1 - (params.get("window") or p + 1)), p + 1)
             if not len(keys):
                 continue
-            at = [(tables[b, j // k_cache.shape[1]].item(), j % k_cache.shape[1], h // group) for j in keys]
-            k, v = (torch.stack([cache[i].double() for i in at]) for cache in (k_cache, v_cache))
+            entries = [(tables[b, j // k_cache.shape[1]].item(), j % k_cache.shape[1], h // group) for j in keys]
+            k, v = (torch.stack([cache[i].double() for i in entries]) for cache in (k_cache, v_cache))
             s = k @ q[n, h].double() * scale
             if params.get("alibi") is not None:
                 s += params["alibi"][h].double() * (torch.tensor(list(keys)) - p)
@@ -116,15 +116,15 @@ def test_bits_of_a_query_do_not_depend_on_batch_chunking_or_block_location(case,
             one = call(backend, [q[n : n + 1], k_cache, v_cache, tables[b : b + 1], length], alone)
             assert torch.equal(one[0], whole[n]), (b, n)
     order = torch.randperm(len(k_cache))
-    place = order.argsort().int()
-    moved = torch.where(tables < 0, tables, place[tables.clamp(min=0).long()])
+    new_block = order.argsort().int()
+    moved = torch.where(tables < 0, tables, new_block[tables.clamp(min=0).long()])
     scales = {name: params[name][order] for name in ("k_scale", "v_scale") if name in params}
     assert torch.equal(whole, call(backend, [q, k_cache[order], v_cache[order], moved, lengths], params | scales))
 
 
 @pytest.mark.skipif("gpu" not in BACKENDS, reason="no Triton kernels")
 def test_another_key_split_changes_the_bits(monkeypatch):
-    """Proves that the test above would see a split that depends on the batch."""
+    """Shows that the test above would fail if the split depended on the batch."""
     tensors, params = draw(CASES[-1])
     before = call("gpu", tensors, params)
     monkeypatch.setattr(load("gpu", "attention_decode"), "SPLIT", 128)
@@ -160,10 +160,10 @@ def test_contiguous_strided_cache_as_one_block_per_sequence_gives_the_same_bits(
     tensors, params = draw(([70, 33], None, 4, 2, 16, 16, {}))
     q, k_cache, v_cache, tables, lengths = tensors
     both = torch.full((2, 3, 2, 2, 90, 16), torch.nan)
-    for cache, into in zip((k_cache, v_cache), both[:, 1], strict=True):
+    for cache, layer in zip((k_cache, v_cache), both[:, 1], strict=True):
         for b, length in enumerate(lengths.tolist()):
             used = tables[b, : -(-length // 16)].long()
-            into[b, :, :length] = cache[used].flatten(0, 1)[:length].transpose(0, 1)
+            layer[b, :, :length] = cache[used].flatten(0, 1)[:length].transpose(0, 1)
     flat = [q, *(t.transpose(1, 2) for t in both[:, 1]), torch.arange(2, dtype=torch.int32)[:, None], lengths]
     assert torch.equal(call(backend, flat, params), call(backend, tensors, params))
 
@@ -187,11 +187,11 @@ def test_compiles_with_fullgraph(backend):
     compiled = torch.compile(lambda *t: attention_decode(*t, **params), fullgraph=True, backend="aot_eager")
     expected = call(backend, tensors, params)
     if backend == "eager":
-        found = compiled(*tensors)
+        compiled_result = compiled(*tensors)
     else:
         with use_backend(backend):
-            found = compiled(*tensors)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            compiled_result = compiled(*tensors)
+    torch.testing.assert_close(compiled_result, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_input_that_requires_grad_raises():
@@ -204,7 +204,7 @@ def test_input_that_requires_grad_raises():
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "text"),
+    ("name", "change", "message"),
     [
         ("q", lambda t: t[:2], r"q has shape \(2, 2, 16\), expected \(3, any, any\)"),
         ("q", lambda t: t.bfloat16(), r"k_cache has dtype torch.float32, expected q's dtype torch.bfloat16"),
@@ -217,16 +217,16 @@ def test_input_that_requires_grad_raises():
         ("lengths", lambda t: t - 9, r"lengths has values -8 to 31, expected 0 to 48"),
     ],
 )
-def test_invalid_tensors_raise_got_and_expected(name, change, text):
+def test_invalid_tensors_raise_got_and_expected(name, change, message):
     tensors, params = draw(CASES[0])
-    at = attention_decode.tensor_names.index(name)
-    tensors[at] = change(tensors[at])
-    with pytest.raises(ValueError, match=text):
+    index = attention_decode.tensor_names.index(name)
+    tensors[index] = change(tensors[index])
+    with pytest.raises(ValueError, match=message):
         attention_decode(*tensors, **params)
 
 
 @pytest.mark.parametrize(
-    ("params", "text"),
+    ("params", "message"),
     [
         ({"window": 0}, r"window is 0, expected at least 1"),
         ({"alibi": torch.ones(3)}, r"alibi has shape \(3,\), expected \(2\)"),
@@ -236,7 +236,7 @@ def test_invalid_tensors_raise_got_and_expected(name, change, text):
         ({"k_scale": torch.ones(8, 16, 2), "v_scale": torch.ones(8, 16, 2)}, r"k_cache is torch.float32 on cpu, exp"),
     ],
 )
-def test_invalid_parameters_raise_got_and_expected(params, text):
+def test_invalid_parameters_raise_got_and_expected(params, message):
     tensors, _ = draw(CASES[0])
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=message):
         attention_decode(*tensors, **params)

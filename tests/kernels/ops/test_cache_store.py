@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def draw(dtype, bits, tokens=5, heads=3, head_dim=20, blocks=3, block=4):
-    """Keys and values as slices of larger tensors, as projections give them; caches and scales filled with 7."""
+    """Return the tensors of a call. Keys and values are slices of a packed projection. Caches and scales are all 7."""
     torch.manual_seed(tokens)
     both = (3 * torch.randn(2, tokens, 2 * heads, head_dim) + 1).to(dtype)
     caches = torch.full((2, heads, blocks, block, head_dim), 7, dtype=torch.int8 if bits else dtype)
@@ -25,6 +25,7 @@ def draw(dtype, bits, tokens=5, heads=3, head_dim=20, blocks=3, block=4):
 
 
 def stored(backend, tensors):
+    """Run the op. Return the caches and scales, flat over blocks and positions."""
     k, v, *caches, slots = tensors[:5]
     with use_backend(backend):
         cache_store(k, v, *caches, slots, *tensors[5:])
@@ -38,11 +39,11 @@ def test_stores_the_exact_values_and_writes_nothing_else(backend, dtype, bits):
     tensors = draw(dtype, bits)
     k, v, _, _, slots = tensors[:5]
     slots[-1] = -3
-    found = stored(backend, tensors)
+    results = stored(backend, tensors)
     (kq, ks), (vq, vs) = quantize_heads(k), quantize_heads(v)
-    for place, got in zip((k, v) if bits is None else (kq, vq, ks, vs), found, strict=True):
+    for values, got in zip((k, v) if bits is None else (kq, vq, ks, vs), results, strict=True):
         expected = torch.full_like(got, 7)
-        expected[slots[slots >= 0]] = place[slots >= 0]
+        expected[slots[slots >= 0]] = values[slots >= 0]
         assert torch.equal(got, expected)
 
 
@@ -76,8 +77,8 @@ def test_ties_round_to_the_same_value_on_every_backend(backend):
     k = tensors[0]
     k.copy_(torch.randint(1, 256, k.shape))
     k[:, :, 1] = k.float().amax(-1).bfloat16() / 2
-    found = stored(backend, tensors)
-    for got, expected in zip((found[0], found[2]), quantize_heads(k), strict=True):
+    results = stored(backend, tensors)
+    for got, expected in zip((results[0], results[2]), quantize_heads(k), strict=True):
         assert torch.equal(got[tensors[4]], expected)
 
 
@@ -88,7 +89,7 @@ def test_zero_tokens_write_nothing(backend):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "text"),
+    ("name", "change", "message"),
     [
         ("v", lambda t: t[1:], r"v has shape \(4, 3, 20\), expected \(5, 3, 20\)"),
         ("v", lambda t: t.double(), r"v has dtype torch.float64, expected k's dtype torch.float32"),
@@ -101,9 +102,9 @@ def test_zero_tokens_write_nothing(backend):
         ("v_scale", lambda t: t[1:], r"v_scale has shape \(2, 4, 3\), expected \(3, 4, 3\)"),
     ],
 )
-def test_invalid_tensors_raise_got_and_expected(name, change, text):
+def test_invalid_tensors_raise_got_and_expected(name, change, message):
     tensors = draw(torch.float32, 8)
-    at = cache_store.tensor_names.index(name)
-    tensors[at] = change(tensors[at])
-    with pytest.raises(ValueError, match=f"cache_store: {text}"):
+    index = cache_store.tensor_names.index(name)
+    tensors[index] = change(tensors[index])
+    with pytest.raises(ValueError, match=f"cache_store: {message}"):
         cache_store(*tensors)

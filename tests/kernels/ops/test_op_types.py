@@ -31,17 +31,17 @@ def test_every_argument_and_result_is_annotated_and_documented(name):
 
 @pytest.fixture
 def installed(tmp_path):
-    """The interpreter of a venv in which peakgpt is installed as by its wheel: a type checker sees py.typed."""
-    home = tmp_path / "venv"
-    venv.create(home)
-    python = home / "bin" / "python"
-    site = Path(sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)}))
+    """Python of a venv with peakgpt installed like a wheel, so that a type checker finds py.typed."""
+    folder = tmp_path / "venv"
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     paths = [sysconfig.get_path("purelib"), *(p for p in sys.path if p.endswith("site-packages"))]
     (site / "dependencies.pth").write_text("\n".join(dict.fromkeys(paths)))
     shutil.copytree(ROOT / "api", site / "peakgpt")
-    for folder in ("kernels", "engine", "bench"):
+    for package in ("kernels", "engine", "bench"):
         ignored = shutil.ignore_patterns("results", "__pycache__")
-        shutil.copytree(ROOT / folder, site / "peakgpt" / folder, ignore=ignored)
+        shutil.copytree(ROOT / package, site / "peakgpt" / package, ignore=ignored)
     return python
 
 

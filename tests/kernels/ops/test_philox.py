@@ -45,12 +45,12 @@ def test_attention_dropout_has_its_rate_and_independent_neighbors(dropout):
 
 
 def test_dropout_has_its_rate_and_independent_neighbors():
-    """Within four standard deviations; neighbors at distances of one step, word and counter are independent."""
+    """Within four standard deviations. Neighbors are one element, one word or one counter group apart."""
     keep, p = keep_mask(torch.tensor([11]), 0.3, 100_003), 0.3
-    sure = 4 * math.sqrt(p * (1 - p) / 100_000)
-    assert keep.shape == (100_003,) and abs(keep.double().mean().item() - (1 - p)) < sure
-    for apart in (1, 16, 64):
-        assert abs((keep[apart:] & keep[:-apart]).double().mean().item() - (1 - p) ** 2) < 2 * sure
+    tolerance = 4 * math.sqrt(p * (1 - p) / 100_000)
+    assert keep.shape == (100_003,) and abs(keep.double().mean().item() - (1 - p)) < tolerance
+    for distance in (1, 16, 64):
+        assert abs((keep[distance:] & keep[:-distance]).double().mean().item() - (1 - p) ** 2) < 2 * tolerance
     assert torch.equal(keep_mask(torch.tensor([11]), 0.3, 70), keep[:70])
 
 
