@@ -1,1 +1,1 @@
-"""Configuration, model, data, training and generation."""
+"""Model, checkpoints, data, training, inference and evaluation; `gpt.GPT` joins them."""

@@ -114,11 +114,11 @@ class GPT(Transformer):
             length_penalty: beam search divides a sequence's log-probability by its length to this power.
             early_stopping: beam search ends once `num_beams` sequences have ended (True), once a better one is unlikely
                 (False), or once a better one is impossible ("never").
-            eos_token_id: one or more tokens that end a sequence; it keeps the token.
-            pad_token_id: fills a sequence up after its end; None means the first of `eos_token_id`.
+            eos_token_id: one or more tokens that end a sequence; the sequence keeps the token.
+            pad_token_id: fills a sequence after its end; None means the first of `eos_token_id`.
             seed: of sampling, 64 bits; None draws one from torch's generator. Each prompt has its own random numbers.
         Returns:
-            (B, T + new), dtype of input_ids; it ends with the last sequence.
+            (B, T + new), dtype of input_ids; new is the number of new tokens of the longest sequence.
         Raises:
             ValueError: an argument out of range, an argument that would be ignored, or more tokens than block_size.
         """
@@ -130,7 +130,7 @@ class GPT(Transformer):
         start = None if attention_mask is None else left_padding_start(attention_mask, input_ids)
         if num_beams == 1:
             if length_penalty != 1.0 or early_stopping is not False:
-                raise ValueError("generate: got length_penalty or early_stopping with num_beams 1, expected more beams")
+                raise ValueError("generate: got length_penalty or early_stopping with num_beams 1, expected at least 2")
             return generate(self, input_ids, params, start, pad_token_id)
         if do_sample:
             raise ValueError(f"generate: got do_sample=True with num_beams {num_beams}, expected one of the two")

@@ -6,7 +6,7 @@
 
 Values that change between calls must be in device memory: batches, the learning rate, step counts, random seeds. If the
 function cannot be captured, `GraphedFunction.obstacle` says why, and all calls run normally. A CPU has no graphs;
-`engine/graph_dry_run.py` tests there whether a function could be captured.
+`engine/graph_dry_run.py` tests on a CPU whether a function could be captured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-WARMUP = 2  # not 1: only in the second step does the optimizer's state exist at the start
+WARMUP = 2  # not 1: the first training step creates the optimizer's state, the second one runs like all later ones
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -88,7 +88,7 @@ class GraphedFunction:
 
 
 def _messages(error: BaseException) -> str:
-    """Return the first line of an error after those of its causes: the last error of a capture has no reason."""
+    """Return the first lines of an error and its causes: the last error of a failed capture gives no reason."""
     line = (str(error).strip() or repr(error)).splitlines()[0]
     return line if error.__context__ is None else f"{_messages(error.__context__)}, then {line}"
 
@@ -101,14 +101,14 @@ class CudaGraph:
     """A CUDA graph, captured on a side stream.
 
     Graphs with the same stream and pool share the memory of their intermediate tensors: the replay of one overwrites
-    the outputs of the others. A graph without a pool has memory of its own.
+    the outputs of the others. A graph without a pool has its own memory.
     """
 
     def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None):
         self.device, self.stream, self.pool, self.graph = stream.device, stream, pool, torch.cuda.CUDAGraph()
 
     def warm_up(self, function):
-        """Run on the stream of the capture, where autograd then finds the state that it has initialized."""
+        """Run on the capture's stream: autograd initializes its state for this stream before the capture needs it."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             outputs = function()

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 class DryRun:
     """A graph for tests on a CPU: a replay runs the function and checks its calls of torch.
 
-    No call may bring a value to the host, or make a tensor from a host value. Every call must be that of the first
-    replay, its numbers included, since a graph would reuse those numbers. Outputs are the same tensors in each replay.
+    No call may bring a value to the host, or make a tensor from a host value. Every call must equal that of the
+    first replay, numbers included, since a graph would reuse them. Outputs are the same tensors in each replay.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class DryRun:
         return function()
 
     def capture(self, function):
-        """Remember the function."""
+        """Store the function."""
         self.function = function
 
     def replay(self):
@@ -47,9 +47,9 @@ class DryRun:
             return self.outputs
         for i, (call, captured) in enumerate(zip(check.calls, self.calls, strict=False)):
             if call != captured:
-                raise RuntimeError(f"call {i} of the replay is {call}, captured was {captured}")
+                raise RuntimeError(f"call {i} of the replay is {call}, expected {captured} as captured")
         if len(check.calls) != len(self.calls):
-            raise RuntimeError(f"the replay makes {len(check.calls)} calls, captured were {len(self.calls)}")
+            raise RuntimeError(f"the replay makes {len(check.calls)} calls, expected {len(self.calls)} as captured")
         for static, output in zip(self.outputs, outputs, strict=True):
             static.copy_(output)
         return self.outputs
@@ -86,7 +86,7 @@ class _CheckCalls(TorchFunctionMode):
 
 
 def _backward(loss: Tensor) -> None:
-    """Run loss.backward() below the level of torch function modes, each of which would turn this mode off again."""
+    """Run loss.backward() without torch function modes: its own dispatch to them would turn this mode off again."""
     engine = torch.autograd.Variable._execution_engine
     engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True,
                         accumulate_grad=True)  # fmt: skip

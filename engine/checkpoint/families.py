@@ -15,7 +15,8 @@ from peakgpt.engine.model.config import GPTConfig
 
 OWN = "peakgpt"  # model_type of our own layout
 GELU_NEW = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf", "relu": "relu"}
-GELU_FAST = {"gelu_fast": "gelu_tanh", **GELU_NEW}  # NeoX-20B's name in transformers; some bits of the two differ
+# NeoX-20B's config says gelu_fast, which differs from gelu_new in some bits.
+GELU_FAST = {"gelu_fast": "gelu_tanh", **GELU_NEW}
 
 GPT2_SIZES = (
     Field("n_layer", "n_layer", 12),
@@ -34,32 +35,32 @@ GPT2_RATES = (
 
 
 def _with_defaults(fields: tuple[Field, ...], **defaults: Any) -> tuple[Field, ...]:
-    """Replace defaults, by transformers' names."""
-    return tuple(f._replace(default=defaults.get(f.theirs, f.default)) for f in fields)
+    """Return the fields with other defaults, which are given by transformers' names."""
+    return tuple(f._replace(default=defaults.get(f.hf_name, f.default)) for f in fields)
 
 
 def _names(
     base: str, layer: str, *, wte: str, ln_1: str, qkv: str | tuple[str, ...], out: str, up: str, down: str,
     ln_f: str = "ln_f", head: str = "lm_head", ln_2: str = "", **more: str,
 ) -> dict[str, str | tuple[str, ...]]:  # fmt: skip
-    """Return `Family.names` for a family whose blocks are called base + layer; `more` are outside the blocks."""
+    """Return `Family.names` for a family whose blocks are named base + layer; `more` names modules outside of them."""
     outside = {"wte": wte, "ln_f": ln_f, **more}
     inside = {"ln_1": ln_1, "ln_2": ln_2, "attn.c_attn": qkv, "attn.c_proj": out, "mlp.c_fc": up, "mlp.c_proj": down}
     prefix = f"{base}{layer}.{{}}."
     return {
         "lm_head": head,
-        **{f"transformer.{ours}": base + theirs for ours, theirs in outside.items()},
+        **{f"transformer.{name}": base + hf_name for name, hf_name in outside.items()},
         **{
-            f"transformer.h.{{}}.{ours}": prefix + theirs
-            if isinstance(theirs, str)
-            else tuple(prefix + each for each in theirs)
-            for ours, theirs in inside.items()
+            f"transformer.h.{{}}.{name}": prefix + hf_names
+            if isinstance(hf_names, str)
+            else tuple(prefix + hf_name for hf_name in hf_names)
+            for name, hf_names in inside.items()
         },
     }
 
 
 class _SameNames(dict[str, str]):
-    """The names of a layout that has our own."""
+    """Maps every module name to itself: our own layout has our names."""
 
     def __missing__(self, name: str) -> str:
         return name

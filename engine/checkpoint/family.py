@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.model.config import RATES, GPTConfig
-from peakgpt.engine.model.state_dicts import CONV1D
+from peakgpt.engine.model.state_dicts import transpose_conv1d
 
 T = TypeVar("T")
 
@@ -23,14 +23,14 @@ class Field(NamedTuple):
     """One field of a config.json.
 
     Args:
-        ours: its name in GPTConfig.
-        theirs: its name in transformers' config.
+        name: its name in GPTConfig.
+        hf_name: its name in transformers' config.
         default: transformers' value if config.json has no such field.
-        values: our value for each of theirs. None: they are the same.
+        values: value in config.json -> value in GPTConfig; None if both are the same.
     """
 
-    ours: str
-    theirs: str
+    name: str
+    hf_name: str
     default: Any
     values: Mapping[Any, Any] | None = None
 
@@ -43,7 +43,7 @@ class Family:
         model_type, architecture: as in config.json.
         fields: the fields of config.json with one corresponding field of GPTConfig.
         constants: GPTConfig fields with the same value in every model of the family.
-        fixed: fields of config.json of which we support one value only, and that value.
+        fixed: fields of config.json that we support with one value only -> that value.
         read: (config.json with defaults) -> further GPTConfig fields.
         write: (GPTConfig) -> further fields of config.json.
         base: prefix of all tensors except the head's; files of the bare model omit it.
@@ -77,34 +77,34 @@ class Family:
         """Convert the content of a config.json.
 
         Args:
-            content: of this family.
+            content: the config.json of a model of this family.
             dropout: replaces its dropout rates.
         Raises:
-            ValueError: it describes a model that we do not support.
+            ValueError: the content describes a model that we do not support.
         """
         for name, value in self.fixed.items():
             if content.get(name, value) != value:
                 raise ValueError(f"{name} is {content[name]!r}, expected {value}")
-        content = {**{f.theirs: f.default for f in self.fields}, **content}
+        content = {**{f.hf_name: f.default for f in self.fields}, **content}
         content |= {name: content[alias] for alias, name in self.aliases.items() if alias in content}
         if dropout is not None:
-            content |= {f.theirs: dropout for f in self.fields if f.ours in RATES}
-        values = {}
-        for ours, theirs, _, choices in self.fields:
-            value = content[theirs]
-            if choices is not None and value not in choices:
-                raise ValueError(f"{theirs} is {value!r}, expected one of {', '.join(map(str, choices))}")
-            values[ours] = value if choices is None else choices[value]
-        return GPTConfig(**{**values, **self.constants, **self.read(content)})
+            content |= {f.hf_name: dropout for f in self.fields if f.name in RATES}
+        converted = {}
+        for name, hf_name, _, values in self.fields:
+            value = content[hf_name]
+            if values is not None and value not in values:
+                raise ValueError(f"{hf_name} is {value!r}, expected one of {', '.join(map(str, values))}")
+            converted[name] = value if values is None else values[value]
+        return GPTConfig(**{**converted, **self.constants, **self.read(content)})
 
     def config_json(self, config: GPTConfig) -> dict[str, Any]:
         """Convert a config to the content of config.json; see `differences` for fields that it cannot express."""
         content = {"model_type": self.model_type, "architectures": [self.architecture], **self.fixed}
-        for ours, theirs, default, choices in self.fields:
-            value = getattr(config, ours)
-            if choices is not None:
-                value = next((t for t, ours_value in choices.items() if ours_value == value), default)
-            content[theirs] = value
+        for name, hf_name, default, values in self.fields:
+            value = getattr(config, name)
+            if values is not None:
+                value = next((hf_value for hf_value, our_value in values.items() if our_value == value), default)
+            content[hf_name] = value
         return {**content, **self.write(config)}
 
     def differences(self, config: GPTConfig) -> list[str]:
@@ -125,7 +125,7 @@ class Family:
         template = module if layer is None else module.replace(layer[0], ".h.{}.", 1)
         modules = self.names[template]
         number = "" if layer is None else layer[1]
-        return tuple(f"{each.format(number)}.{kind}" for each in ((modules,) if isinstance(modules, str) else modules))
+        return tuple(f"{m.format(number)}.{kind}" for m in ((modules,) if isinstance(modules, str) else modules))
 
     def standard_names(self, items: Mapping[str, T]) -> dict[str, T]:
         """Rename the keys, tensor names of any release or class of transformers, to those of `names`."""
@@ -136,18 +136,18 @@ class Family:
             items = {name if name.startswith(head) else self.base + name: item for name, item in items.items()}
         return {name.replace(self.base + head, head): item for name, item in items.items()}
 
-    def shapes(self, config: GPTConfig, ours: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    def shapes(self, config: GPTConfig, our_shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
         """Return the layout's tensor names and shapes, matrices as [out, in], from those of our state dict."""
         expected = {}
-        for name, shape in ours.items():
+        for name, shape in our_shapes.items():
             names = self.layout_names(name)
             rows = shape[:1] if len(names) == 1 else qkv_rows(config)
             expected |= {n: torch.Size((r, *shape[1:])) for n, r in zip(names, rows, strict=True)}
         return expected
 
     def transpose_conv1d(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert the layout's matrices from [in, out] to [out, in], or back, if the family stores them so."""
-        return {name: t.t() if self.conv1d and name.endswith(CONV1D) else t for name, t in tensors.items()}
+        """Convert the layout's matrices from [in, out] to [out, in] or back, if the family stores them as [in, out]."""
+        return transpose_conv1d(tensors) if self.conv1d else dict(tensors)
 
     def from_layout(self, config: GPTConfig, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one of our tensors, by its name, from the layout's tensors with matrices as [out, in]."""

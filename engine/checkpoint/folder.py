@@ -25,7 +25,7 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 PICKLE = "pytorch_model.bin"
 QUANTIZED = "quantised.safetensors"  # British: a file format, so the name stays
 TRAINING_STATE = "training_state.safetensors"
-ENTRIES = (WEIGHTS, INDEX, QUANTIZED)  # files that stand for all weights of a folder
+ENTRIES = (WEIGHTS, INDEX, QUANTIZED)  # a reader opens the weights of a folder by one of these files
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,10 +44,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def replace_files(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Replace files of a folder atomically, one by one; the file that stands for all weights comes last.
+    """Replace files of a folder atomically, one by one; the weights file or index (ENTRIES) comes last.
 
-    New shards may have the names of old ones. Then the file that stands for the old weights is deleted before: while
-    the files are moved the folder has no weights, rather than shards of two models.
+    New shards may have the names of old ones. So before new shards are moved, the old weights file or index is deleted.
+    A reader that comes during the move finds no weights instead of shards of two models.
 
     Args:
         folder: created if missing.

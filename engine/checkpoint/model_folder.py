@@ -1,8 +1,8 @@
 """Model folders: models in the Hugging Face layout of their family.
 
 A folder contains config.json and model.safetensors, or several shards and their index, as transformers' model of that
-family writes and reads them. Reading also accepts pytorch_model.bin, names without the base model's prefix, and a tied
-head that is written out.
+family writes and reads them. Reading also accepts pytorch_model.bin, names without the base model's prefix, and a
+separate copy of a tied head.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Fa
         folder: a model folder.
         dropout: replaces the dropout rates of the file.
     Raises:
-        ValueError: the folder or file is missing or damaged, or describes a model that peakgpt does not have.
+        ValueError: the folder or file is missing or damaged, or describes a model that peakgpt does not support.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -103,7 +103,7 @@ def _is_zero_bias(name: str, tensor: Tensor) -> bool:
 
 
 def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Path]]:
-    """Return the file that stands for all weights, the tensors, and the shard of each tensor by name."""
+    """Return the weights file or index, the tensors, and the shard of each tensor by name."""
     if (path := folder / WEIGHTS).exists():
         return path, read_safetensors(path)[0], {}
     if (path := folder / INDEX).exists():
@@ -127,7 +127,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise any exception; torch's messages advise to trust the file
-        raise ValueError(f"{path}: {type(error).__name__}, expected a whole file of nothing but tensors") from None
+        raise ValueError(f"{path}: {type(error).__name__}, expected an undamaged file of tensors only") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got a {type(content).__name__}, expected tensors by their names")
     for name, value in content.items():
@@ -145,7 +145,7 @@ def write_model(
 ) -> None:
     """Write a model folder in the layout of the model's family, which transformers loads.
 
-    A model that no family of transformers has is written in peakgpt's own layout, with a warning.
+    A model that no family of transformers can express is written in peakgpt's own layout, with a warning.
 
     Args:
         folder: created if missing.
@@ -163,8 +163,8 @@ def write_model(
     if family.model_type == OWN:
         name, missing = nearest_family(config)
         warnings.warn(
-            f"checkpoint {folder}: no layout of transformers has this model, the nearest, {name}, lacks its "
-            f"{', '.join(missing)}: written in peakgpt's own, which transformers does not read",
+            f"checkpoint {folder}: no layout of transformers can express this model: the nearest, {name}, lacks "
+            f"{', '.join(missing)}. It is written in peakgpt's own layout, which transformers cannot read.",
             stacklevel=3,
         )
     tensors = family.to_layout(config, _with_zero_biases(state) if family.always_biased else state)
@@ -184,7 +184,8 @@ def _parse_size(size: int | str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", str(size).upper())
     count = int(float(match[1]) * 1000 ** " KMG".index(match[2] or " ")) if match else 0
     if count < 1:
-        raise ValueError(f"save_pretrained: max_shard_size is {size!r}, expected bytes, or such as '5GB', or None")
+        expected = "a number of bytes, a string such as '5GB', or None"
+        raise ValueError(f"save_pretrained: max_shard_size is {size!r}, expected {expected}")
     return count
 
 
@@ -225,6 +226,6 @@ def _with_zero_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _config_json(
     family: Family, config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: TokenizerFiles | None
 ) -> dict[str, Any]:
-    end = None if tokenizer is None else tokenizer.end_id
+    end_id = None if tokenizer is None else tokenizer.end_id
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    return {**family.config_json(config), "bos_token_id": end, "eos_token_id": end, "torch_dtype": dtype}
+    return {**family.config_json(config), "bos_token_id": end_id, "eos_token_id": end_id, "torch_dtype": dtype}

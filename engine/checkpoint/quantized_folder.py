@@ -1,8 +1,8 @@
 """Folders of quantized models: the family's config.json and tokenizer, with weights of 8 or 4 bits.
 
 config.json has a `quantization_config` {"quant_method": "peakgpt", "bits", "group"}. quantised.safetensors has the
-tensors of `quantize_state`, under the model's own names. It is not called model.safetensors, which older folders have:
-transformers would not find its tensors there and continue with random weights.
+tensors of `quantize_state`, under the model's own names. Its name is not model.safetensors, as in older folders:
+transformers would open that file, not find its tensors, and continue with random weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def write_quantized(source: Path | str, folder: Path | str, state: Mapping[str, 
         source: the float checkpoint; all its files except the weights are copied.
         folder: created if missing.
         state: the result of `quantize_state`.
-        form: of the blocks' weights.
+        form: format of the blocks' weights.
     Raises:
         OSError: the folder cannot be written; the old files are still there.
     """

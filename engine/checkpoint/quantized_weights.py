@@ -1,7 +1,7 @@
 """A model's weights in 8 or 4 bits: quantizing a state dict, and building a model from the result.
 
 The weights of all linear layers of the blocks and of the head are quantized. A tied embedding consists of the rounded
-rows of the head. In a 4-bit model the head has 8 bits: it is the last layer, and no later one evens out its errors.
+rows of the head. In a 4-bit model the head has 8 bits: it is the last layer, so no later layer reduces its errors.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def quantize_state(state: Mapping[str, Tensor], form: Format) -> dict[str, Tenso
 
     Args:
         state: of a float model; matrices are [out, in].
-        form: of the blocks' weights.
+        form: format of the blocks' weights.
     Returns:
         W.q and W.scale, as kernels/ops/quantize.py stores them, for each quantized matrix W; other tensors unchanged.
     """
     quantized = {}
     for name, tensor in state.items():
         if module := _quantized_module(name, state):
-            own = form.of(module)
-            parts = quantize_8(tensor) if own.bits == 8 else quantize_4(tensor, own.group)
+            module_form = form.of(module)
+            parts = quantize_8(tensor) if module_form.bits == 8 else quantize_4(tensor, module_form.group)
             quantized |= dict(zip((f"{module}.q", f"{module}.scale"), parts, strict=True))
         else:
             quantized[name] = tensor.detach()
@@ -41,14 +41,14 @@ def quantize_state(state: Mapping[str, Tensor], form: Format) -> dict[str, Tenso
 
 
 def quantized_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tuple[torch.Size, bool]]:
-    """Return shape and whether it is floating point, by name, of the tensors that `quantize_state` would return."""
+    """Return (shape, whether it is floating point) by name, for the tensors that `quantize_state` would return."""
     shapes = {}
     for name, tensor in state.items():
         if module := _quantized_module(name, state):
-            own, (rows, width) = form.of(module), tensor.shape
-            eight = own.bits == 8
-            shapes[f"{module}.q"] = torch.Size((rows, width if eight else -(-width // 2))), False
-            shapes[f"{module}.scale"] = torch.Size((rows,) if eight else (rows, -(-width // own.group))), True
+            module_form, (rows, width) = form.of(module), tensor.shape
+            is_8_bit, groups = module_form.bits == 8, -(-width // module_form.group)
+            shapes[f"{module}.q"] = torch.Size((rows, width if is_8_bit else -(-width // 2))), False
+            shapes[f"{module}.scale"] = torch.Size((rows,) if is_8_bit else (rows, groups)), True
         else:
             shapes[name] = tensor.shape, True
     return shapes
@@ -67,21 +67,21 @@ def load_quantized(model: Transformer, tensors: Mapping[str, Tensor], form: Form
     Args:
         model: of the same config, on any device, also meta; its linear layers are replaced.
         tensors: the result of `quantize_state`.
-        form: of the blocks' weights.
+        form: format of the blocks' weights.
         dtype: of tensors that are not quantized.
     Returns:
         The model, in evaluation mode, without gradients.
     """
     rest = {name: t.to(dtype, copy=True) for name, t in tensors.items() if not name.endswith((".q", ".scale"))}
     for module in [name.removesuffix(".q") for name in tensors if name.endswith(".q")]:
-        q, scale, own = tensors[f"{module}.q"], tensors[f"{module}.scale"], form.of(module)
+        q, scale, module_form = tensors[f"{module}.q"], tensors[f"{module}.scale"], form.of(module)
         if module == EMBEDDING:
             rest[f"{module}.weight"] = dequantize_8(q, scale).to(dtype)
-            layer = QuantizedLinear(q, scale.clone(), None, q.shape[1], own)
+            layer = QuantizedLinear(q, scale.clone(), None, q.shape[1], module_form)
             model.add_module(HEAD, layer)
             continue
         inputs = model.get_submodule(module).in_features
-        layer = QuantizedLinear(q, scale.clone(), rest.pop(f"{module}.bias", None), inputs, own)
+        layer = QuantizedLinear(q, scale.clone(), rest.pop(f"{module}.bias", None), inputs, module_form)
         parent, _, name = module.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     for name, tensor in rest.items():

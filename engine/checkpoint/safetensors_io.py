@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DIGEST = "sha256"  # the metadata key of a tensor's digest is "sha256.<name>"; files of others have none
+DIGEST = "sha256"  # the metadata key of a tensor's digest is "sha256.<name>"; files of other libraries have none
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -34,7 +34,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _truncation(path: Path) -> str | None:
-    """Return, in words, which tensor ends behind the end of the file; None if none does or the header is unreadable."""
+    """Describe the first tensor that ends after the end of the file; None if there is none or no readable header."""
     try:
         with path.open("rb") as file:
             length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
@@ -44,7 +44,7 @@ def _truncation(path: Path) -> str | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return None
     first = min(((end, name) for name, end in ends.items() if end > size), default=None)
-    return None if first is None else f"got {size} bytes, where {first[1]} ends at {first[0]}"
+    return None if first is None else f"got {size} bytes, but {first[1]} ends at byte {first[0]}"
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -58,7 +58,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
 
     try:
         path.touch()
-        mode = path.stat().st_mode  # as the umask says; safetensors makes the file readable by its owner only
+        # The mode that the umask gives; safetensors makes the file readable by its owner only.
+        mode = path.stat().st_mode
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         digests = {f"{DIGEST}.{name}": _digest(tensor) for name, tensor in contiguous.items()}
         save_file(contiguous, path, {**metadata, **digests})

@@ -23,10 +23,10 @@ def check_tensors(
     """Check names, shapes and dtypes.
 
     Args:
-        path: the file to name in an error.
+        path: the file that errors name.
         tensors: by name.
         expected: shapes by name.
-        shards: files to name instead, by tensor name.
+        shards: shard of each tensor, by tensor name; errors name it instead of `path`.
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape, or not floating point.
     """
@@ -42,5 +42,5 @@ def check_tensors(
     if extra := sorted(set(tensors) - set(expected)):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise ValueError(
-            f"{shards.get(extra[0], path)}: got tensor {extra[0]}{more}, expected the {len(expected)} of {CONFIG} alone"
+            f"{shards.get(extra[0], path)}: got tensor {extra[0]}{more}, expected only the {len(expected)} of {CONFIG}"
         )

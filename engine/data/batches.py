@@ -26,7 +26,7 @@ class Batches:
     """An endless iterator over training batches: (ids, targets), int64 tensors (B, T), targets shifted by one.
 
     The position is `epoch` and `index`, the number of batches taken in this epoch. If the number of windows is not a
-    multiple of B, the last ones of the epoch's order are skipped; each epoch skips others.
+    multiple of B, the last windows of the epoch's order are skipped; each epoch skips other windows.
 
     Args:
         shards: the token stream.
@@ -53,8 +53,8 @@ class Batches:
         """Return the offset of the epoch's first window, and the windows' order."""
         words = np.random.Philox(key=np.array([self.seed, epoch], np.uint64))
         # Any offset below T that leaves at least one batch.
-        choices = min(self.tokens, len(self.shards) - self.batch * self.tokens)
-        offset = int(words.random_raw()) % choices
+        num_offsets = min(self.tokens, len(self.shards) - self.batch * self.tokens)
+        offset = int(words.random_raw()) % num_offsets
         return offset, np.argsort(words.random_raw((len(self.shards) - 1 - offset) // self.tokens), kind="stable")
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IGNORE = -100  # linear_cross_entropy and F.cross_entropy ignore this target
+from peakgpt.engine.model.transformer import IGNORE_INDEX
 
 
 def prepend_control_tokens(control: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def prepend_control_tokens(control: Tensor, ids: Tensor, targets: Tensor) -> tup
             f"targets {tuple(targets.shape)}, expected (B, G), (B, T), (B, T) with G at least 1"
         )
     if control.dtype.is_floating_point or control.dtype.is_complex or control.dtype == torch.bool:
-        raise ValueError(f"prepend_control_tokens: control tokens have dtype {control.dtype}, expected an integer one")
+        raise ValueError(f"prepend_control_tokens: control tokens have dtype {control.dtype}, expected integers")
     control = control.to(ids)
-    ignored = torch.full_like(control[:, 1:], IGNORE)
+    ignored = torch.full_like(control[:, 1:], IGNORE_INDEX)
     return torch.cat((control, ids), 1), torch.cat((ignored, ids[:, :1], targets), 1)

@@ -1,6 +1,6 @@
 """Text to train on: the running Python's standard library, or the user's files, split into train and validation.
 
-A file belongs to one of the two splits, so that no line of validation text has its neighbours in the training text.
+A file belongs to one of the two splits, so that no line of validation text has neighboring lines in the training text.
 Files are chosen by a hash of their names: the same files give the same split on every machine.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")  # in folders; a file that the user names may have any
+TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")  # in folders; a file that the user names may have any suffix
 # Tests and character tables contain data rather than text; site-packages differs between machines.
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "encodings", "test", "tests", "idle_test"}
 SKIPPED_PREFIXES = (".", "_sysconfigdata")  # _sysconfigdata contains build paths of this machine
-VALIDATION_SHARE = 0.07  # of all bytes, at most
-MAX_VALIDATION_FILE = 0.01  # of all bytes, so that validation has many files rather than a long one
+VALIDATION_SHARE = 0.07  # maximum share of all bytes
+MAX_VALIDATION_FILE = 0.01  # of all bytes, so that validation has many files instead of a long one
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def load_corpus(files: Iterable[Path | str] | None = None) -> Corpus:
     digest = hashlib.sha256()
     for document in documents:
         for part in (document.name.encode(), document.text.encode()):
-            digest.update(len(part).to_bytes(8, "little") + part)  # the length tells ("ab", "c") from ("a", "bc")
+            digest.update(len(part).to_bytes(8, "little") + part)  # the length separates ("ab", "c") from ("a", "bc")
     train, validation = _split_text(documents[0]) if len(documents) == 1 else _split_files(documents)
     return Corpus(train, validation, digest.hexdigest())
 
@@ -85,7 +85,7 @@ def _standard_library() -> list[Document]:
         except ValueError:
             continue  # an empty __init__.py, or a file that a distributor added: not the user's mistake
     if not documents:
-        raise ValueError(f"standard library {root}: got no source files, expected some; name text files of your own")
+        raise ValueError(f"standard library {root}: got no source files, expected some; pass text files of your own")
     return sorted(documents, key=lambda document: document.name)
 
 
@@ -132,7 +132,7 @@ def _read(path: Path) -> str:
 
 
 def _split_files(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Go through the files in the order of their names' hashes; each is for validation if its split has room for it."""
+    """Visit the files in the order of their names' hashes; small ones become validation text up to its share."""
     total = sum(document.size_bytes for document in documents)
     validation, validation_bytes = set(), 0
     for document in sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest()):
@@ -148,18 +148,18 @@ def _split_files(documents: list[Document]) -> tuple[list[Document], list[Docume
 def _split_text(document: Document) -> tuple[list[Document], list[Document]]:
     """Cut one text near the start of its validation share.
 
-    The cut is after the last line end before that position, else after the first one behind it, else after a blank by
-    the same rule, else at the position itself. Line ends in the first half of the text do not count: if the text were a
-    title and one endless line, almost nothing would be left to train on.
+    The cut is after the last line end before that position, else after the first line end after it. Without line ends
+    the same rule applies to spaces, else the cut is at the position itself. Line ends in the first half of the text do
+    not count: if the text were a title and one endless line, almost nothing would be left to train on.
     """
     text = document.text
     if len(text) < 2:
         raise ValueError(f"text file {document.name}: got {len(text)} character, expected at least 2 to split")
     cut = max(1, int(len(text) * (1 - VALIDATION_SHARE)))
     for mark in ("\n", " "):
-        at = text.rfind(mark, len(text) // 2, cut)
-        at = at if at >= 0 else text.find(mark, cut, len(text) - 1)
-        if at >= 0:
-            cut = at + 1
+        position = text.rfind(mark, len(text) // 2, cut)
+        position = position if position >= 0 else text.find(mark, cut, len(text) - 1)
+        if position >= 0:
+            cut = position + 1
             break
     return [Document(document.name, text[:cut])], [Document(document.name, text[cut:])]

@@ -24,7 +24,7 @@ from peakgpt.kernels.files import write_atomically
 FORMAT = "peakgpt.tokens.1"
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: few files, and a buffer that fits in any machine's memory
 SHARD_SUFFIX = r"-\d{5,}-[0-9a-f]{12}\.bin"  # after the stream's name: number and digest
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # little-endian on disk, whatever the machine
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # little-endian on every machine
 
 
 def write_shards(
@@ -128,7 +128,7 @@ class TokenShards:
     corpus: str  # digest of the corpus
     digest: str  # SHA-256 (hex) of the stream: the same tokens in the same shards have the same digest
     maps: Sequence[np.ndarray]  # one per shard, uint16 or uint32
-    starts: Sequence[int]  # position in the stream of each shard's first token, and of the end
+    starts: Sequence[int]  # stream position of each shard's first token, then the stream's length
 
     @classmethod
     def open(cls, folder: Path | str, name: str, *, check: bool = True) -> TokenShards:
@@ -166,14 +166,14 @@ class TokenShards:
         shard = bisect_right(self.starts, start) - 1
         filled = 0
         while filled < len(out):
-            inside = start + filled - self.starts[shard]
-            part = self.maps[shard][inside : inside + len(out) - filled]
+            offset = start + filled - self.starts[shard]
+            part = self.maps[shard][offset : offset + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled, shard = filled + len(part), shard + 1
 
 
 def _read_index(path: Path) -> dict:
-    expected = f"an index of format {FORMAT} as write_shards leaves it"
+    expected = f"an index of format {FORMAT} as write_shards writes it"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -188,7 +188,7 @@ def _read_index(path: Path) -> dict:
 
 
 def _index_fault(index: dict) -> str | None:
-    """Return the first wrong value of an index in words; None if all are right."""
+    """Describe the first wrong value of an index; None if all are right."""
     for key in ("vocab_size", "tokens", "text_bytes"):
         if type(index.get(key)) is not int or index[key] < 1:
             return f"{key}={index.get(key)!r}"
@@ -199,7 +199,7 @@ def _index_fault(index: dict) -> str | None:
         return f"shards={shards!r}"
     for shard in shards:
         row = shard if isinstance(shard, dict) else {}
-        # A file name without a folder: an index cannot point outside its own.
+        # A file name without a folder: an index cannot point outside of its own folder.
         if not re.fullmatch(rf"\w+{SHARD_SUFFIX}", str(row.get("file"))):
             return f"shard {shard!r}"
         if type(row.get("tokens")) is not int or row["tokens"] < 1 or not isinstance(row.get("sha256"), str):

@@ -1,7 +1,7 @@
-"""Byte-level byte-pair encoding, GPT-2 style, by the `tokenizers` library.
+"""Byte-level byte-pair encoding, GPT-2 style, with the `tokenizers` library.
 
 Every byte is written as a printable character. GPT-2's regular expression cuts the text into pieces, and the most
-frequent neighbouring pairs inside the pieces are merged. Any text can be encoded, and decodes to itself.
+frequent neighboring pairs inside the pieces are merged. Any text can be encoded, and decodes to itself.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2; Sennrich, Haddow,
 Birch 2015, "Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909.
@@ -56,14 +56,14 @@ class Tokenizer:
         return self.library.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Encode text; the end-of-text mark in it becomes its token, and nothing is added."""
+        """Encode text. An end-of-text mark in the text becomes its token; no special token is added."""
         return self.library.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Encode documents on all cores, and append the end-of-text id to each.
 
         Args:
-            texts: the documents. Long ones are cut at positions where that changes no token.
+            texts: the documents. Long documents are cut at positions where a cut changes no token.
         Returns:
             An iterator of int64 arrays; their concatenation is the token stream.
         """

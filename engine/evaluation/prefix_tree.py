@@ -27,8 +27,8 @@ class Node:
     """Tokens begin .. end - 1 of all sequences that are equal up to there.
 
     Args:
-        token_ids: one of these sequences, whole.
-        first_logit: first position whose logits some sequence needs; end or more if none does.
+        token_ids: all tokens of one of these sequences.
+        first_logit: first position at which a sequence needs logits; end or more if there is none.
         sequences: all sequences through this node.
         block_table: blocks of the tokens 0 .. end - 1.
     """
@@ -44,23 +44,26 @@ class Node:
 
     @property
     def num_own_blocks(self) -> int:
-        """Blocks that this node needs besides its parent's full blocks."""
+        """Blocks that this node needs in addition to its parent's full blocks."""
         return blocks_for(self.end) - self.begin // BLOCK_TOKENS
 
 
 def build_trees(sequences: Iterable[ScoredSequence], num_blocks: int) -> list[list[Node]]:
-    """Build trees of sequences that are sorted by their tokens, each with as many as `num_blocks` blocks can hold.
+    """Build trees of sequences. Each tree has as many sequences as `num_blocks` blocks can hold.
 
+    Args:
+        sequences: sorted by their tokens.
+        num_blocks: blocks of the KV cache.
     Returns:
         The roots of each tree.
     """
     trees: list[list[Node]] = []
-    path: list[Node] = []  # the nodes of the sequence before
-    used, before = num_blocks, []
+    path: list[Node] = []  # the nodes of the previous sequence
+    used, previous = num_blocks, []
     for sequence in sequences:
         computed = sequence.token_ids[:-1]  # the logits after the last token are not needed
-        common = _common_length(before, computed)
-        # A node that is split needs one block more, if its halves share a block.
+        common = _common_length(previous, computed)
+        # Splitting a node takes one more block if its halves share a block.
         needed = blocks_for(len(computed)) - common // BLOCK_TOKENS + 1
         if used + needed > num_blocks:
             trees.append([])
@@ -68,7 +71,7 @@ def build_trees(sequences: Iterable[ScoredSequence], num_blocks: int) -> list[li
             needed = blocks_for(len(computed)) + 1
         used += needed
         _insert(trees[-1], path, sequence, common)
-        before = computed
+        previous = computed
     return trees
 
 
@@ -99,5 +102,5 @@ def _split(node: Node, position: int, roots: list[Node]) -> Node:
 
 
 def _common_length(a: list[int], b: list[int]) -> int:
-    """Number of tokens at the beginning that two sequences have in common."""
+    """Return the length of the common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -23,7 +23,7 @@ from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.model.transformer import Transformer
 
-STEP_TOKENS = 512  # tokens of a step at most: bounds the memory of its logits, 100 MB for GPT-2's vocabulary
+STEP_TOKENS = 512  # maximum tokens of a step; bounds the memory of its logits, 100 MB for GPT-2's vocabulary
 CACHED_SEQUENCES = 8  # sequences of block_size tokens that the KV cache holds by default
 
 
@@ -45,13 +45,13 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Per token; 0 for an empty continuation."""
+        """Mean per token; 0 for an empty continuation."""
         return self.total / max(len(self.logprobs), 1)
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of one text. Each of `tokens` was predicted from at least window - stride tokens, except in the first window."""
+    """Perplexity of one text. After the first window, a token is predicted from at least window - stride tokens."""
 
     nll_nats: float  # sum over tokens
     tokens: int
@@ -66,7 +66,7 @@ class Perplexity:
 class Scorer:
     """A model with a KV cache that scores given texts.
 
-    If the executor's logits do not depend on the batch, as with the C++ program, neither does a score, to the last bit.
+    If the executor's logits do not depend on the batch, as with the C++ program, neither does any bit of a score.
     """
 
     def __init__(self, model: Transformer, *, blocks: int | None = None, cache: str | None = None):
@@ -79,10 +79,10 @@ class Scorer:
             ValueError: too few blocks for a sequence of block_size tokens, or an unknown cache.
         """
         self.config = model.config
-        least = blocks_for(self.config.block_size) + 1  # one for a copied block, see _allocate
-        blocks = CACHED_SEQUENCES * least if blocks is None else blocks
-        if blocks < least:
-            raise ValueError(f"scorer: blocks is {blocks}, expected at least {least}")
+        min_blocks = blocks_for(self.config.block_size) + 1  # one for a copied block, see _allocate
+        blocks = CACHED_SEQUENCES * min_blocks if blocks is None else blocks
+        if blocks < min_blocks:
+            raise ValueError(f"scorer: blocks is {blocks}, expected at least {min_blocks}")
         self.executor = make_executor(model, blocks, cache_dtype=cache)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
@@ -92,7 +92,7 @@ class Scorer:
             pairs: token ids of (context, continuation); a context has at least one token, both together block_size + 1
                 at most.
         Returns:
-            One score a pair, in order.
+            One score per pair, in order.
         Raises:
             ValueError: an empty context, too many tokens, or tokens outside the vocabulary.
         """
@@ -109,8 +109,8 @@ class Scorer:
 
         Args:
             ids: at least two tokens.
-            window: tokens that the model reads at once at most; None means block_size.
-            stride: step of the window, whose last `stride` tokens are scored; None means half of the window.
+            window: maximum number of tokens that the model reads at once; None means block_size.
+            stride: number of tokens that the window moves and that are scored at its end; None means window / 2.
         Raises:
             ValueError: too few tokens, or window and stride out of range.
         """
@@ -130,11 +130,12 @@ class Scorer:
         return Perplexity(-math.fsum(score.total for score in scores), len(ids) - 1, window, stride)
 
     def _checked(self, context: Sequence[int], continuation: Sequence[int]) -> list[int]:
-        ids, most, vocab = [*map(int, context), *map(int, continuation)], self.config.block_size, self.config.vocab_size
-        if not len(context) or len(ids) > most + 1:
+        ids = [*map(int, context), *map(int, continuation)]
+        limit, vocab = self.config.block_size, self.config.vocab_size
+        if not len(context) or len(ids) > limit + 1:
             raise ValueError(
                 f"score: got a context of {len(context)} tokens and a continuation of {len(continuation)}, expected a "
-                f"context of at least 1, and at most block_size {most} + 1 together"
+                f"context of at least 1, and at most block_size {limit} + 1 together"
             )
         if not 0 <= min(ids) <= max(ids) < vocab:
             raise ValueError(f"score: ids from {min(ids)} to {max(ids)}, expected 0 to vocab_size {vocab} - 1")
@@ -145,13 +146,13 @@ class Scorer:
         ready = deque((node, node.begin) for node in roots)
         free_blocks = iter(range(self.executor.kv_cache.num_blocks))
         while ready:
-            step, left = [], STEP_TOKENS  # (node, first token, end)
-            while ready and left:
+            step, tokens_left = [], STEP_TOKENS  # (node, first token, end)
+            while ready and tokens_left:
                 node, begin = ready.popleft()
                 if not node.block_table:
                     self._allocate(node, free_blocks)
-                end = min(node.end, begin + left)
-                left -= end - begin
+                end = min(node.end, begin + tokens_left)
+                tokens_left -= end - begin
                 step.append((node, begin, end))
                 if end < node.end:
                     ready.appendleft((node, end))
@@ -186,14 +187,14 @@ class Scorer:
 
 
 def _first_row(node: Node, begin: int, end: int) -> int:
-    """First position of begin .. end whose logits are needed."""
+    """Return the first position of begin .. end whose logits are needed."""
     return max(min(node.first_logit, end), begin)
 
 
 def _gather(logits: Tensor, rows: list[int], targets: list[int]) -> tuple[list[float], list[bool]]:
-    """Log-probabilities of targets in rows of logits, and whether they are the largest of the row."""
+    """Return the log-probabilities of targets in rows of logits, and whether each is the largest of its row."""
     if not rows:
         return [], []
     row, target = (torch.tensor(values, device=logits.device) for values in (rows, targets))
-    # log_softmax computes each row on one thread; a sum over several rows would be split by their number.
+    # log_softmax computes a row on one thread, so its bits do not depend on the number of rows.
     return logits.log_softmax(-1)[row, target].tolist(), (logits.argmax(-1)[row] == target).tolist()

@@ -35,7 +35,7 @@ class ZeroShot:
         return self.scorer.score([self._encode(context, continuation) for context, continuation in pairs])
 
     def mean_logprobs(self, texts: Sequence[str]) -> list[float]:
-        """Return the mean log-probability of a token of each text, in nats."""
+        """Return for each text the mean log-probability of its tokens, in nats."""
         return [score.mean for score in self.continuations([("", text) for text in texts])]
 
     def acceptable(self, texts: Sequence[str], threshold: float) -> list[bool]:
@@ -87,7 +87,7 @@ def best_threshold(means: Sequence[float], labels: Sequence[bool]) -> float:
     """
     if not means or len(means) != len(labels):
         raise ValueError(
-            f"best_threshold: got {len(means)} means and {len(labels)} labels, expected equally many, at least one"
+            f"best_threshold: got {len(means)} means and {len(labels)} labels, expected equal numbers, at least 1"
         )
     ordered = sorted(means)
     cuts = [ordered[0] - 1.0, *((a + b) / 2 for a, b in pairwise(ordered)), ordered[-1] + 1.0]

@@ -2,9 +2,9 @@
 
     score of an ended sequence = sum of log-probabilities / (new tokens)^length_penalty
 
-The choice of sequences and the end follow transformers' GenerationMixin._beam_search (5.x). There are twice as many
-candidates as beams, more with several eos tokens. A candidate that ends competes with the ended sequences if it is
-among the best `num_beams`; the best of the others continue.
+The choice of sequences and the stopping rule follow transformers' GenerationMixin._beam_search (5.x). There are twice
+as many candidates as beams, more with several eos tokens. A candidate that ends competes with the ended sequences if it
+is among the best `num_beams`; the best of the others continue.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def beam_search(
     running = torch.full((batch, num_beams, prompt + max_new_tokens), pad_token_id, device=device)
     running[:, :, :prompt] = input_ids[:, None]
     scores = torch.full((batch, num_beams), EXCLUDED, device=device)
-    none = torch.zeros_like(scores, dtype=torch.int64)
-    ended = _Ended(running.clone(), scores.clone(), none, none.bool())
+    zeros = torch.zeros_like(scores, dtype=torch.int64)
+    ended = _Ended(running.clone(), scores.clone(), zeros, zeros.bool())
     scores[:, 0] = 0.0  # all beams of a prompt are equal at first: only one may continue
     can_improve = torch.ones(batch, 1, dtype=torch.bool, device=device)  # whether a better sequence may still end
     num_candidates = max(2, 1 + len(eos_token_ids)) * num_beams
@@ -98,5 +98,5 @@ def beam_search(
 
 
 def _select(sequences: Tensor, indices: Tensor) -> Tensor:
-    """Sequences (B, n, T) of (B, N, T) at indices (B, n)."""
+    """Select sequences (B, n, T) from (B, N, T) by indices (B, n)."""
     return sequences.gather(1, indices[:, :, None].expand(-1, -1, sequences.shape[2]))

@@ -22,7 +22,7 @@ class BlockPool:
     """Allocates block numbers and finds full blocks by the hash of their prefix.
 
     A full block is known by the hash of all tokens up to its end. A free block keeps its content until it is allocated
-    again, the least recently used one first.
+    again; the least recently used block is allocated first.
     """
 
     def __init__(self, num_blocks: int, block_tokens: int = BLOCK_TOKENS):

@@ -19,7 +19,9 @@ MEMORY_SHARE = 0.5  # of the free memory: the packed weights and the steps need 
 def default_blocks(
     config: GPTConfig, streams: int, dtype: torch.dtype, device: torch.device, cache_dtype: str | None = None
 ) -> int:
-    """Blocks for `streams` sequences of TYPICAL_TOKENS, as many as fit, and at least for one of block_size tokens.
+    """Return the default number of blocks: for `streams` sequences of TYPICAL_TOKENS tokens, as far as memory allows.
+
+    There are always enough blocks for one sequence of block_size tokens.
 
     Args:
         config: of the model.
@@ -39,14 +41,14 @@ def block_bytes(config: GPTConfig, dtype: torch.dtype, cache_dtype: str | None =
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device; on a CPU what the system has, or the control group (cgroups(7)) if that is less."""
+    """Free memory of a device; on a CPU of the system, or of the control group (cgroups(7)) if that is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
         with suppress(OSError, ValueError):  # ValueError: "max", no limit
-            most, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-            free = min(free, max(most - used, 0))
+            limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+            free = min(free, max(limit - used, 0))
         return free
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # not Linux: half of all memory

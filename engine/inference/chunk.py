@@ -19,7 +19,7 @@ class Chunk:
         token_ids: the new tokens.
         past: number of tokens before them; their keys and values are in the cache.
         block_table: the sequence's blocks, enough for past + len(token_ids) tokens.
-        num_logits: number of last tokens to compute logits for.
+        num_logits: number of trailing tokens to compute logits for.
     """
 
     token_ids: Sequence[int] | Tensor
@@ -37,7 +37,8 @@ class Chunk:
         return self.token_ids.tolist() if isinstance(self.token_ids, Tensor) else self.token_ids
 
     def check(self, config: GPTConfig, num_blocks: int) -> None:
-        """
+        """Check the chunk against the model and the cache.
+
         Raises:
             ValueError: more tokens than the model's block_size, or a block table that is too short or has a block
                 outside 0 .. num_blocks - 1.
@@ -56,7 +57,8 @@ class Chunk:
 
 
 def check_token_ids(lowest: int, highest: int, vocab_size: int) -> None:
-    """
+    """Check the range of token ids.
+
     Raises:
         ValueError: a token outside the vocabulary.
     """

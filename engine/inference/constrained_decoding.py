@@ -28,7 +28,7 @@ class ChoiceConstraint:
         self.node, self.stop_token_ids = root, tuple(stop_token_ids)
         ordered = sorted({tuple(choice) for choice in choices})
         if not self.stop_token_ids and any(b[: len(a)] == a for a, b in pairwise(ordered)):
-            raise ValueError(f"choices: one of {len(choices)} begins another, expected a stop id to end it with")
+            raise ValueError(f"choices: one of {len(choices)} is a prefix of another, expected a stop id to end it")
 
     def allowed(self) -> list[int]:
         """Return the tokens that may come next."""

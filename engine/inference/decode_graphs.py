@@ -1,14 +1,14 @@
-"""One new token of each sequence, as one CUDA graph for each of a few batch sizes. Private to TorchExecutor.
+"""Decoding steps, one new token per sequence, as CUDA graphs for a few batch sizes. Private to TorchExecutor.
 
-A step of B sequences is padded to the next size of BATCH_SIZES. Its function is recorded once a size and replayed:
+A step of B sequences is padded to the next size of BATCH_SIZES. Its function is captured once per size and replayed:
 
     host      ids, positions, slots, lengths, block tables -> one pinned buffer, one copy to the graph's input
     graph     embedding .. head; nothing in it waits for the host or depends on values that only the host knows
     padding   sequences of length 0: their keys and values are not stored, and their attention is zero
 
-Block tables are as wide as for the longest sequence. One graph for each width would save nothing: a split of the keys
-that a sequence does not reach ends at once, and splits share `decode_parts` programs, at most eight a processor. The
-buffer takes 4 (4 + width) bytes a sequence: 5 KB for 64 sequences of GPT-2.
+Block tables have the width of the longest sequence. One graph per width would save nothing: a split of the keys that
+begins after the end of a sequence returns at once, and splits share `decode_parts` programs, at most eight per
+processor. The buffer takes 4 (4 + width) bytes a sequence: 5 KB for 64 sequences of GPT-2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peakgpt.engine.inference.paged_attention import TokenBatch
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sequences of a graph
 MAX_BATCH = BATCH_SIZES[-1]
-COLUMNS = 4  # integers of a sequence besides its block table: id, position, slot, length
+COLUMNS = 4  # integers of a sequence in addition to its block table: id, position, slot, length
 
 
 def align_int32(count: int) -> int:
@@ -34,21 +34,21 @@ def align_int32(count: int) -> int:
 
 
 class DecodeGraphs:
-    """Runs a function of a TokenBatch with one row a sequence: directly, or as a graph for each batch size."""
+    """Runs a function of a TokenBatch with one row per sequence: directly, or as a graph for each batch size."""
 
     def __init__(
         self, forward: Callable[[TokenBatch], Tensor], *, width: int, device: torch.device, obstacle: str | None = None
     ):
         """
         Args:
-            forward: returns one row of logits a sequence.
+            forward: returns one row of logits per sequence.
             width: blocks of the longest sequence.
             device: of the model.
-            obstacle: reason not to record, if one is known.
+            obstacle: reason why no graph can be captured, if one is known.
         """
         self.forward, self.width, self.obstacle = forward, width, obstacle
         self.pin_memory = device.type == "cuda"
-        self.recorder = None if obstacle else graph_factory(device, share_memory=True)
+        self.make_graph = None if obstacle else graph_factory(device, share_memory=True)
         self.buffer = torch.zeros(self._buffer_size(MAX_BATCH), dtype=torch.int32, device=device)
         self.steps: dict[int, GraphedFunction] = {}  # by batch size
 
@@ -92,6 +92,6 @@ class DecodeGraphs:
 
     def _make_step(self, size: int) -> GraphedFunction:
         batch, forward = self._token_batch(self.buffer[: self._buffer_size(size)], size), self.forward
-        step = GraphedFunction(lambda: (forward(batch),), self.recorder, lambda: None, copy_outputs=False)
+        step = GraphedFunction(lambda: (forward(batch),), self.make_graph, lambda: None, copy_outputs=False)
         step.obstacle = self.obstacle or step.obstacle
         return step

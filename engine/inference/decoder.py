@@ -39,10 +39,10 @@ def make_decoder(
 
     Args:
         batch: B prompts.
-        max_tokens: length of a sequence at most, with its prompt.
+        max_tokens: maximum length of a sequence, prompt included.
         new_tokens: number of decoding steps.
         start: (B,) first token of each left-padded prompt; None without padding.
-        num_beams: sequences that continue one prompt at most.
+        num_beams: maximum number of sequences that continue one prompt.
     """
     executor = make_decode_executor(model, batch * num_beams * blocks_for(max_tokens), new_tokens)
     if executor is None:
@@ -103,7 +103,7 @@ class PagedDecoder:
         continued, copies = set(), []
         for child, parent in enumerate(order):
             table = list(old_tables[parent])
-            # A block that is not full must have one owner, who writes to it: the first child; the others copy it.
+            # A block that is not full needs one owner that writes to it: the first child; the other children copy it.
             shared = past[parent] // self.pool.block_tokens if parent in continued else len(table)
             continued.add(parent)
             for block in table[:shared]:
@@ -119,7 +119,7 @@ class PagedDecoder:
             self.block_tables[child][i] = block
 
     def _decode(self, input_ids: Tensor) -> Tensor:
-        """Run one token of each sequence; its value may still be in computation on the device."""
+        """Run one token of each sequence; the device may still be computing its value."""
         positions = np.array([self._grow(sequence, 1) for sequence in range(len(input_ids))])
         if self.padded_tables is None:
             width = blocks_for(self.executor.config.block_size)

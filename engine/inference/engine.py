@@ -35,11 +35,12 @@ from peakgpt.engine.model.transformer import Transformer
 __all__ = ["Engine", "Output", "Request", "SamplingParams", "TokenLogprob"]
 
 T = TypeVar("T")
-# Tokens of a step. On the CPU 0.12 s of GPT-2 124M in bf16 on two cores. On a GPU by count, not measured: 300 tokens
-# are multiplied while weights are read (989 TFLOP/s, 3.35 TB/s), and launching a step's kernels takes longer than that.
+# Tokens of a step. CPU: such a step takes 0.12 s for GPT-2 124M in bf16 on two cores. GPU: estimated, not measured.
+# While it reads the weights, it can multiply 300 tokens (989 TFLOP/s, 3.35 TB/s); launching a step's kernels takes
+# longer than that.
 BUDGET = {"cpu": 256, "cuda": 2048}
-STREAMS = 64  # sequences at once
-MAX_CHECKED = 8  # tokens of a step with drafts: for GPT-2 124M it takes 1.15 times as long as a step of one token
+STREAMS = 64  # sequences that run at once
+MAX_CHECKED = 8  # tokens of a step with drafts; for GPT-2 124M it takes 1.15 times as long as a step of one token
 
 Sample = tuple[RunningSequence, list[int], list["TokenLogprob | None"]]  # tokens and their log-probabilities
 
@@ -55,11 +56,11 @@ class Engine:
         """
         Args:
             model: if the C++ program supports it, its weights are copied, and later changes have no effect; else it
-                runs by torch ops on its own weights.
+                runs on torch ops with its own weights.
             tokenizer: for output text, stop strings and choices given as strings.
             blocks: blocks of the KV cache; None means enough for all streams, see engine/inference/cache_size.py.
-            streams: sequences that run at once at most.
-            budget: tokens of a step; None means the device's default.
+            streams: maximum number of sequences that run at once.
+            budget: maximum number of tokens of a step; None means the device's default.
             speculation: proposes tokens, which do not change the output; `proposed` and `accepted` count them.
             cache: "int8" stores keys and values as bytes, in half of bfloat16's memory; None in the model's dtype.
         Raises:
@@ -81,12 +82,12 @@ class Engine:
 
     @property
     def executor_note(self) -> str:
-        """Why the model runs by torch ops and not by the C++ program; empty if it runs by the program."""
+        """Why the model runs on torch ops and not in the C++ program; empty if it runs in the program."""
         return f"torch ops: {self.executor.note}" if self.executor.note else ""
 
     @property
     def cache_note(self) -> str:
-        """The size of the KV cache, for a person."""
+        """The size of the KV cache as a sentence."""
         blocks, size = self.pool.num_blocks, self.executor.kv_cache.nbytes / (1 << 20)
         return (f"cache: {blocks} blocks of {self.pool.block_tokens} tokens, {self._cache_tokens} tokens in all, "
                 f"{size:.0f} MiB; {self.streams} sequences of {self._cache_tokens // self.streams} tokens "
@@ -192,7 +193,7 @@ class Engine:
         try:
             drafts = self.speculation.propose([request for _, request in requests])
         except Exception as error:  # the output does not depend on drafts
-            warnings.warn(f"generate: goes on without speculation, which failed: {error!r}", stacklevel=2)
+            warnings.warn(f"generate: continues without speculation, which failed: {error!r}", stacklevel=2)
             self.speculation = None
             return
         for (sequence, _), draft in zip(requests, drafts, strict=True):
@@ -207,7 +208,7 @@ class Engine:
             return None
         try:
             return self.executor.step([item.chunk for item in batch.scheduled])
-        except Exception:  # one sequence's error, or one of the whole batch: each sequence alone shows which
+        except Exception:  # of one sequence or of the whole batch: running each sequence alone shows which
             results = [
                 (item, self._isolate(batch, item.sequence, self.executor.step, [item.chunk]))
                 for item in batch.scheduled
@@ -252,7 +253,7 @@ class Engine:
         try:
             return self._choose(candidates, logits)
         except Exception:
-            alone = [self._isolate(batch, one[0], self._choose, [one], one[1]) for one in candidates]
+            alone = [self._isolate(batch, c[0], self._choose, [c], c[1]) for c in candidates]
             return [sample for samples in alone for sample in samples or ()]
 
     def _choose(self, candidates: list[tuple[RunningSequence, Tensor, Tensor]], logits: Tensor) -> list[Sample]:
@@ -279,7 +280,7 @@ class Engine:
                 for (sequence, z, _), end in zip(candidates, ends, strict=True)]  # fmt: skip
 
     def _append(self, sequence: RunningSequence, tokens: list[int], logprobs: list[TokenLogprob | None]) -> Output:
-        """Append sampled tokens to a sequence, and end it if they do."""
+        """Append sampled tokens to a sequence, and end the sequence if one of them ends it."""
         has_draft = bool(sequence.draft)
         output = sequence.append(tokens, logprobs, self.config.vocab_size)
         self.accepted += len(output.token_ids) - 1 if has_draft else 0
@@ -307,7 +308,7 @@ class Engine:
     # ---- checks of a request
 
     def _max_length(self, request: Request) -> int:
-        """Tokens of a continuation at most, with its prompt."""
+        """Maximum length of a continuation, prompt included."""
         c, p, prompt, cache_tokens = self.config, request.params, request.prompt_token_ids, self._cache_tokens
         if p.max_tokens is None:
             length = max(min(c.block_size, cache_tokens), len(prompt))

@@ -25,11 +25,11 @@ from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.core.dispatch import forced_backend
 
-# New tokens from which packing a model's weights, 0.1 s for GPT-2 124M, costs less than it saves.
+# With at least so many new tokens, packing a model's weights (0.1 s for GPT-2 124M) costs less than it saves.
 MIN_PACKED_TOKENS = 8
 MAX_IDLE_SHARE = 1 / 8  # of a GPU's memory, for the KV cache of an executor that waits for the model's next call
 
-# Executors with CUDA graphs between two calls of `generate`: recording them costs as much as a few tokens without.
+# Executors with CUDA graphs, kept for the model's next `generate`: a capture takes as long as a few tokens without one.
 _idle_executors: weakref.WeakKeyDictionary[Transformer, TorchExecutor] = weakref.WeakKeyDictionary()
 
 
@@ -108,7 +108,7 @@ def may_be_kept(executor: Executor) -> bool:
 
 
 def _program_executor(model: Transformer, num_blocks: int, cache_dtype: str | None) -> Executor | str:
-    """An executor over the C++ program, or the reason why there is none."""
+    """Return an executor over the C++ program, or the reason why there is none."""
     if forced_backend() not in (None, "cpu"):
         return f"the backend is set to {forced_backend()!r}"
     try:
@@ -120,7 +120,7 @@ def _program_executor(model: Transformer, num_blocks: int, cache_dtype: str | No
 
 
 def _reuse_graphs(model: Transformer, num_blocks: int) -> TorchExecutor:
-    """The idle executor if its cache is large enough and its graphs read the model's weights; else a new one."""
+    """Return the idle executor if its cache is large enough and its graphs read the model's weights; else a new one."""
     executor = _idle_executors.pop(model, None)
     if executor is None or executor.kv_cache.num_blocks < num_blocks or not executor.reads_weights_of(model):
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it

@@ -1,4 +1,4 @@
-"""`generate` and `stream`: one pass over the prompts, then one token of every sequence a step."""
+"""`generate` and `stream`: one pass over the prompts, then steps of one token per sequence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sampling_params(
     """Convert the arguments of GPT.generate or GPT.stream, which have transformers' names.
 
     Raises:
-        ValueError: an argument out of range, or one of sampling without do_sample.
+        ValueError: an argument out of range, or a sampling argument without do_sample.
     """
     if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 0):
         raise ValueError(f"{method}: max_new_tokens is {max_new_tokens!r}, expected at least 0, or None")
@@ -41,7 +41,7 @@ def sampling_params(
 
 
 def check_prompt(model: Transformer, input_ids: Tensor, max_new_tokens: int | None) -> int:
-    """Return the number of tokens to add.
+    """Check a prompt and return the number of tokens to add.
 
     Raises:
         ValueError: not a Tensor, or an empty or too long prompt.
@@ -51,9 +51,9 @@ def check_prompt(model: Transformer, input_ids: Tensor, max_new_tokens: int | No
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         shape = tuple(input_ids.shape)
         raise ValueError(f"generate: input_ids have shape {shape}, expected (B, T) with at least one token")
-    most = model.config.block_size - input_ids.shape[1]
-    count = most if max_new_tokens is None else max_new_tokens
-    if not 0 <= count <= most:
+    max_count = model.config.block_size - input_ids.shape[1]
+    count = max_count if max_new_tokens is None else max_new_tokens
+    if not 0 <= count <= max_count:
         raise ValueError(
             f"generate: {input_ids.shape[1]} prompt tokens and max_new_tokens {count}, "
             f"expected at most block_size {model.config.block_size} in all"

@@ -1,7 +1,7 @@
 """KV caches: contiguous for one batch, in blocks for many sequences.
 
     ContiguousKVCache   (L, B, capacity, K, D)                torch ops, sequences of equal length
-    PagedKVCache        (L, num_blocks, BLOCK_TOKENS, K, D)   torch ops; int8 with scales if asked
+    PagedKVCache        (L, num_blocks, BLOCK_TOKENS, K, D)   torch ops; optionally int8 with scales
     ProgramKVCache      bytes                                 C++ program; layout in csrc/attention/cache_attention.h
 
 `BlockPool` decides which sequence owns which block.
@@ -18,7 +18,7 @@ from peakgpt.engine.inference.block_pool import BLOCK_TOKENS
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.ops.attention import attention
 
-CACHE_DTYPES = ("int8",)  # besides the model's own dtype, which is None
+CACHE_DTYPES = ("int8",)  # None means the model's own dtype
 
 
 class KVCache(Protocol):

@@ -1,7 +1,7 @@
-"""Attention of new tokens to a PagedKVCache: what a model's layers see as their cache during one step.
+"""Attention of new tokens to a PagedKVCache: the cache that a model's layers use during one step.
 
 `PagedAttention` serves tokens of many sequences at once and reads the blocks in place. `GatheredAttention` serves one
-sequence and copies its blocks: relative positions are a bias for each pair of tokens, which the paged op does not take.
+sequence and copies its blocks: relative positions are a bias per token pair, which the paged op does not support.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TokenBatch(NamedTuple):
         ids: (N,) token ids.
         positions: (N,) positions in their sequences.
         slots: (N,) where keys and values go, block * BLOCK_TOKENS + offset; -1 stores nothing.
-        lengths: (B,) tokens of each sequence, with the new ones; 0 for padding.
+        lengths: (B,) tokens of each sequence, new ones included; 0 for padding.
         block_tables: (B, M) blocks of each sequence.
         begins: (B + 1,) first row of each sequence, and N; None if each has one row.
         logit_rows: (R,) rows to compute logits for; None for all.
@@ -54,7 +54,7 @@ class PagedAttention:
         alibi: Tensor | None, bias: Tensor | None, kv_start: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """q is (1, N, H, D), the rows of all sequences; k and v are (1, N, K, D)."""
-        assert bias is None and kv_start is None, "concatenated sequences take neither a bias by pair nor padding"
+        assert bias is None and kv_start is None, "concatenated sequences have no bias per token pair and no padding"
         batch, (keys, values, *scales) = self.batch, self.kv_cache.layer(layer)
         cache_store(k[0], v[0], keys, values, batch.slots, *scales)
         options = {"window": window, "scale": scale, "alibi": alibi}
@@ -85,7 +85,7 @@ class GatheredAttention:
         return attention(q, *gathered, causal=q.shape[1] > 1, **options)
 
     def _gather(self, stored: Tensor, scale: Tensor | None, end: int, dtype: torch.dtype) -> Tensor:
-        """The sequence's first `end` keys or values, (1, end, K, D), dequantized."""
+        """Return the sequence's first `end` keys or values, (1, end, K, D), dequantized."""
         tokens = stored[self.blocks].flatten(0, 1)[None, :end]
         if scale is None:
             return tokens

@@ -1,7 +1,7 @@
 """A model's forward pass as one C++ program on the CPU (csrc/program/program.cpp): one call a step, packed weights.
 
-The instructions follow the blocks of engine/model/block.py, by the same config. In the last block, all that follows
-attention is computed only for the rows whose logits are needed: a prompt of T tokens saves most of one layer in L.
+The instructions are the layers of engine/model/block.py, for the same config. In the last block, all layers after
+attention are computed only for the rows whose logits are needed: a prompt of T tokens saves most of one layer in L.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def objection(model: Transformer) -> str | None:
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return f"supports float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"
     if config.experts or config.position in RELATIVE:
-        return f"supports no experts and no relative positions, got {config.experts} and position {config.position!r}"
+        got = f"experts {config.experts} and position {config.position!r}"
+        return f"supports no experts and no relative positions, got {got}"
     if config.word_dim != config.n_embd:
         return f"supports word embeddings as wide as the model, got word_dim {config.word_dim}"
     if config.head_dim % 8 or config.head_dim > 256:
@@ -162,7 +163,7 @@ class ModelProgram:
                             gate=NONE if gate is None else self.buffers[gate])  # fmt: skip
 
     def _packed(self, w: Tensor) -> object:
-        """Pack a weight after the ones before it: the program reads them in this order."""
+        """Pack a weight behind the previous one: the program reads them in this order."""
         memory, self.unused = self.unused.split([_packed_floats(w), self.unused.numel() - _packed_floats(w)])
         sizes = {"dtype": DTYPES[w.dtype], "n": w.shape[0], "k": w.shape[1]}
         _C.pack_b(**sizes, b=w, b_col=w.stride(0), b_k=w.stride(1), out=memory, threads=threads())
@@ -203,7 +204,7 @@ def _post_norm(program: ModelProgram, block: Block, norm: None) -> None:
 
 
 def _parallel(program: ModelProgram, block: Block, norm: LayerNorm, source: str = "h") -> None:
-    program.mlp(block, source, "h")  # the last reader of h
+    program.mlp(block, source, "h")  # nothing reads the old h after this
     program.project_attention(block)
     program.combine("branch", "h", "branch")
     program.add_norm(norm, "x")

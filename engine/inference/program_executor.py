@@ -1,7 +1,7 @@
 """Executor over the C++ program of a model, on the CPU.
 
-A sequence's logits have the same bits whatever else is in the step and however its tokens are cut into chunks, with one
-backend (tests/engine/inference/test_program_executor.py).
+A sequence's logits have the same bits in any batch and for any split of its tokens into chunks, as long as the backend
+stays the same (tests/engine/inference/test_program_executor.py).
 """
 
 from __future__ import annotations

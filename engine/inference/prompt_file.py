@@ -39,10 +39,10 @@ class PromptFile:
         for name in ("input", "instruction", "input_prefix", "output_prefix", "separator"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"prompt file: {name} is {getattr(self, name)!r}, expected a string")
-        if not _strings(self.stop) or not all(self.stop):
+        if not _is_strings(self.stop) or not all(self.stop):
             raise ValueError(f"prompt file: stop is {self.stop!r}, expected strings, none of them empty")
-        listed = isinstance(self.examples, list | tuple)
-        if not listed or not all(_strings(pair) and len(pair) == 2 for pair in self.examples):
+        is_list = isinstance(self.examples, list | tuple)
+        if not is_list or not all(_is_strings(pair) and len(pair) == 2 for pair in self.examples):
             raise ValueError(f"prompt file: examples are {self.examples!r}, expected pairs of input and output")
 
     @property
@@ -71,12 +71,13 @@ def read_prompt(path: Path | str) -> tuple[str, tuple[str, ...]]:
         value = json.loads(text)
         known = {f.name for f in fields(PromptFile)}
         if not isinstance(value, dict) or "input" not in value or not set(value) <= known:
-            raise ValueError(f"got {str(value)[:80]}, expected an object with input, of {', '.join(sorted(known))}")
+            expected = f"an object with input and no keys except {', '.join(sorted(known))}"
+            raise ValueError(f"got {str(value)[:80]}, expected {expected}")
         contents = PromptFile(**value)
     except (OSError, ValueError) as error:
         raise ValueError(f"prompt file {path}: {error}") from None
     return contents.prompt, tuple(contents.stop)
 
 
-def _strings(value: object) -> bool:
+def _is_strings(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)

@@ -6,7 +6,7 @@
 top-k keeps the k largest logits (Fan et al. 2018, arXiv:1805.04833), top-p the smallest set of tokens whose
 probabilities sum to top_p (Holtzman et al. 2020, arXiv:1904.09751), min-p the tokens whose probability is at least
 min_p times the largest (Nguyen et al. 2024, arXiv:2407.01082). u is random number `index` of the Philox generator with
-key (seed, stream): token i of a request has the same u in every batch. One random number a token and a binary search
+key (seed, stream): token i of a request has the same u in every batch. One random number per token and a binary search
 cost less than the Gumbel trick, which needs a random number for each token of the vocabulary.
 """
 
@@ -71,7 +71,7 @@ def choose(logits: Tensor, params: Sequence[SamplingParams], u: Sequence[float])
     Args:
         logits: (B, V) float32, after penalties and bias.
         params: B sampling parameters.
-        u: B uniform random numbers; greedy rows ignore theirs.
+        u: B uniform random numbers; those of greedy rows are ignored.
     Returns:
         (B,) int64; V, which is not a token, in rows whose logits are not finite.
     """

@@ -87,10 +87,11 @@ class SamplingParams:
             self._require(name, count is None or count >= 0, "at least 0, or None")
         first = self.prompt_logprobs_start
         self._require("prompt_logprobs_start", first >= 0, "at least 0")
-        self._require("prompt_logprobs_start", not first or self.prompt_logprobs is not None, "prompt_logprobs with it")
+        is_used = not first or self.prompt_logprobs is not None
+        self._require("prompt_logprobs_start", is_used, "0 without prompt_logprobs")
         self._require("stop", not isinstance(self.stop, str), "a sequence of strings")
         for name in ("stop", "choices"):
-            self._require(name, all(len(value) for value in getattr(self, name)), "none that is empty")
+            self._require(name, all(len(value) for value in getattr(self, name)), "no empty element")
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:

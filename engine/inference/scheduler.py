@@ -24,7 +24,7 @@ class Scheduled:
     """A sequence in a step.
 
     Args:
-        num_tokens: known tokens to run; the draft comes on top.
+        num_tokens: known tokens to run, without the draft.
         chunk: these tokens and the draft.
     """
 
@@ -35,7 +35,7 @@ class Scheduled:
 
 @dataclass(eq=False)
 class Batch:
-    """One step: what runs, and the sequences that ended in it.
+    """One step: the sequences that run in it, and those that end in it.
 
     Args:
         scheduled: sequences to run; those that fail are removed.
@@ -56,8 +56,8 @@ class Scheduler:
     def __init__(self, pool: BlockPool, *, budget: int, max_running: int):
         """
         Args:
-            budget: tokens of a step.
-            max_running: sequences that run at once at most.
+            budget: maximum number of tokens of a step.
+            max_running: maximum number of sequences that run at once.
         """
         self.pool, self.budget, self.max_running = pool, budget, max_running
         self.waiting: deque[RunningSequence] = deque()
@@ -73,13 +73,13 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Plan the next step: how many tokens of each sequence run. Their blocks are allocated."""
-        left, num_tokens, batch = self.budget, {}, Batch()
+        tokens_left, num_tokens, batch = self.budget, {}, Batch()
         for sequence in list(self.running):
-            new = min(sequence.num_new, max(left, 1 if sequence.is_decoding else 0))
+            new = min(sequence.num_new, max(tokens_left, 1 if sequence.is_decoding else 0))
             if sequence in self.running and new and self._allocate(sequence, sequence.num_computed + new, batch):
                 num_tokens[sequence] = new
-                left -= new
-        while self.waiting and left > 0 and len(self.running) < self.max_running:
+                tokens_left -= new
+        while self.waiting and tokens_left > 0 and len(self.running) < self.max_running:
             if self.waiting[0].is_complete:
                 batch.complete.append(self.waiting.popleft())
                 continue
@@ -87,14 +87,14 @@ class Scheduler:
                 break
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            num_tokens[sequence] = min(sequence.num_new, left)
-            left -= num_tokens[sequence]
-        # `running` leaves out sequences that were preempted after they got their tokens.
+            num_tokens[sequence] = min(sequence.num_new, tokens_left)
+            tokens_left -= num_tokens[sequence]
+        # Sequences that were preempted after they got their tokens are no longer in `running`.
         batch.scheduled = [Scheduled(s, num_tokens[s]) for s in self.running if s in num_tokens]
         return batch
 
     def allocate_draft(self, sequence: RunningSequence, draft: list[int]) -> None:
-        """Give a sequence as much of a draft as free blocks can hold; nobody is preempted for it."""
+        """Give a sequence as much of a draft as free blocks can hold; no sequence is preempted for it."""
         table, size, known = sequence.block_table, self.pool.block_tokens, len(sequence.token_ids)
         while len(table) * size < known + len(draft) and self.pool.free_blocks:
             table.append(self.pool.allocate())
@@ -130,7 +130,7 @@ class Scheduler:
         sequence.block_table, sequence.num_published, sequence.num_computed = [], 0, 0
 
     def _allocate(self, sequence: RunningSequence, num_tokens: int, batch: Batch) -> bool:
-        """Allocate blocks for a running sequence; preempt later ones, and at last itself, which returns False."""
+        """Allocate blocks for a running sequence, if necessary by preemption; False if it is preempted itself."""
         while len(sequence.block_table) * self.pool.block_tokens < num_tokens:
             if (block := self.pool.allocate()) is not None:
                 sequence.block_table.append(block)
@@ -144,7 +144,7 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: RunningSequence) -> bool:
-        """Allocate blocks for all tokens of a waiting sequence, known ones first; False if it must wait."""
+        """Allocate blocks for a waiting sequence, reusing cached blocks of its prefix; False if it must wait."""
         size, pool = self.pool.block_tokens, self.pool
         sequence.update_hashes(len(sequence.token_ids), size)
         usable = sequence.block_hashes[: sequence.first_logit_position // size]
@@ -152,8 +152,8 @@ class Scheduler:
         needed = -(-len(sequence.token_ids) // size) - len(matched)
         # A running sequence may be computing the next block of this prefix: wait for it.
         following = usable[len(matched) : len(matched) + 1]
-        is_coming = any(following[0] in s.block_hashes[s.num_published :] for s in self.running if following)
-        if needed > pool.free_blocks or is_coming:
+        is_being_computed = any(following[0] in s.block_hashes[s.num_published :] for s in self.running if following)
+        if needed > pool.free_blocks or is_being_computed:
             for block in matched:
                 pool.release(block)
             return False

@@ -27,7 +27,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step added to one continuation of a request.
+    """The tokens that one step adds to one continuation of a request.
 
     Args:
         request_id: returned by Engine.submit.
@@ -80,7 +80,7 @@ class RunningSequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only the last token is not computed."""
+        """Whether only the last token is still to be computed."""
         return self.num_computed == len(self.token_ids) - 1
 
     @property
@@ -137,7 +137,7 @@ class RunningSequence:
         return True
 
     def uniform(self, row: int) -> float:
-        """Random number of the output token that row `row` samples; greedy decoding needs none."""
+        """Random number for the output token of row `row`; greedy decoding needs none."""
         if self.params.temperature == 0:
             return 0.0
         return self.uniforms[len(self.token_ids) - self.num_prompt + row]
@@ -151,7 +151,7 @@ class RunningSequence:
         count, text, finish_reason, stop_reason = 0, "", None if tokens else "length", None
         for token, drafted in zip(tokens, [*self.draft, None], strict=False):
             if token >= vocab_size:
-                raise ArithmeticError(f"generate: the logits after {len(self.token_ids)} tokens are no numbers")
+                raise ArithmeticError(f"generate: the logits after {len(self.token_ids)} tokens are not finite")
             self.token_ids.append(token)
             count += 1
             if token in self.params.stop_token_ids:

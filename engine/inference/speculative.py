@@ -1,4 +1,4 @@
-"""Speculative decoding: proposals of the next tokens, which the engine checks in one step. The output is the same.
+"""Speculative decoding: proposals of the next tokens, which the engine checks in one step. The output stays the same.
 
 A decoding step costs as much as reading the weights: one step for eight tokens costs little more than for one. The
 engine samples each token by its own rule from the model's own logits, and continues while the draft agrees.
@@ -18,12 +18,12 @@ from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.model.transformer import Transformer
 
-NGRAM = 3  # longest run of tokens to look up: longer ones are rare, and where they match, three tokens match too
+NGRAM = 3  # longest run of tokens to look up: a longer match is rare, and then the last three tokens match too
 
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """A sequence that wants a draft of at most `count` tokens; `key` identifies it from step to step."""
+    """A sequence that needs a draft of at most `count` tokens; `key` identifies it from step to step."""
 
     key: int
     token_ids: Sequence[int]
@@ -59,7 +59,7 @@ class PromptLookup:
 
 @dataclass
 class _NgramIndex:
-    """End of the last occurrence of each run of up to NGRAM tokens, without the run at the sequence's end."""
+    """End of the last occurrence of each run of up to NGRAM tokens, except the run at the sequence's end."""
 
     ends: dict[tuple[int, ...], int] = field(default_factory=dict)
     num_indexed: int = 0  # tokens
@@ -113,11 +113,11 @@ class DraftModel:
             self.pool.release(block)
 
     def _prepare(self, request: DraftRequest) -> bool:
-        """Drop rejected tokens from the cache and allocate blocks; False if the sequence or the cache is too long."""
+        """Drop rejected tokens and allocate blocks; False if the sequence is too long or the cache is full."""
         cached, table = self.cached_ids.setdefault(request.key, []), self.block_tables.setdefault(request.key, [])
         pairs = enumerate(zip(cached, request.token_ids, strict=False))
-        agreed = next((i for i, (ours, theirs) in pairs if ours != theirs), len(cached))
-        del cached[min(agreed, len(request.token_ids) - 1) :]
+        num_equal = next((i for i, (old, new) in pairs if old != new), len(cached))
+        del cached[min(num_equal, len(request.token_ids) - 1) :]
         tokens = len(request.token_ids) + request.count
         while tokens <= self.config.block_size and len(table) < blocks_for(tokens):
             if (block := self.pool.allocate()) is None:

@@ -49,5 +49,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of the text that is a beginning of the stop string, without all of it."""
+    """Return the length of the longest suffix of the text that is a prefix of the stop string, but not all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

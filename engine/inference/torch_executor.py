@@ -1,7 +1,7 @@
 """Executor over a model's torch ops, on any device.
 
 The tokens of all sequences go through the model together, so that a step reads the weights once; only the rows whose
-logits are needed go through the head. On a GPU a step of one new token a sequence, the usual one, is a CUDA graph. A
+logits are needed go through the head. On a GPU the usual step, of one new token per sequence, is a CUDA graph. A
 model with relative positions runs one sequence after the other, see GatheredAttention.
 """
 
@@ -48,10 +48,10 @@ class TorchExecutor:
         self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
         obstacle = "the host reads how many rows each expert has" if c.experts else None
         # A weak reference: a reference cycle would keep the cache and the graphs until the garbage collector runs,
-        # which may be while another graph is recorded.
-        this = weakref.proxy(self)
+        # which may be while another graph is captured.
+        weak = weakref.proxy(self)
         self.graphs = DecodeGraphs(
-            lambda batch: this._forward(batch), width=blocks_for(c.block_size), device=self.device, obstacle=obstacle
+            lambda batch: weak._forward(batch), width=blocks_for(c.block_size), device=self.device, obstacle=obstacle
         )
 
     def reads_weights_of(self, model: Transformer) -> bool:

@@ -17,7 +17,7 @@ CHOICES = {
     "position": ("learned", "rotary", "alibi", "transformer_xl", "relative_bias"),
     "residual": ("pre_norm", "post_norm", "parallel", "parallel_two_norms"),
 }
-BIASED = ("qkv", "out", "mlp", "norm")  # what may have a bias; "norm" includes the norms outside of the blocks
+BIASED = ("qkv", "out", "mlp", "norm")  # parts that can have a bias; "norm" includes the norms outside of the blocks
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -114,7 +114,7 @@ class GPTConfig:
         for name in POSITIVE:
             self._require(name, getattr(self, name) > 0, "more than 0")
         self._require("z_loss", self.z_loss >= 0, "at least 0")
-        self._require("head_bias", not (self.head_bias and self.tied_head), "tied_head False with it")
+        self._require("head_bias", not (self.head_bias and self.tied_head), "False with tied_head")
         self._check_mlp()
         self._check_position()
         self._check_bias()
@@ -184,7 +184,7 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, expected {expected}")
 
     def _set(self, **values: Any) -> None:
-        """Set fields of the frozen dataclass: replace None and short forms by what they mean."""
+        """Set fields of the frozen dataclass: replace None and short forms by full values."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -193,7 +193,7 @@ class GPTConfig:
         return self.bias is True or (self.bias is not False and part in self.bias)
 
     def has_experts(self, layer: int) -> bool:
-        """Return whether layer 0 .. L - 1 has experts: the last of every `experts_every` layers has."""
+        """Return whether a layer, 0 .. L - 1, has experts: the last one of every `experts_every` layers does."""
         return bool(self.experts) and (layer + 1) % self.experts_every == 0
 
     def scale(self, layer: int) -> float | None:

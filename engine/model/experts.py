@@ -4,10 +4,10 @@
     balance loss = E * sum_e f_e P_e      f_e: share of tokens whose first choice is e, P_e: mean of p_e over the tokens
 
 No token is dropped, and the output of a token does not depend on the other tokens of the batch. The rows are sorted by
-expert, each expert runs on its own rows, and the results are put back. Each step is a gather, so that sums have a fixed
-order. The host reads the number of rows of each expert, once a layer. Lepikhin et al. 2020, "GShard", arXiv:2006.16668,
-algorithm 1 (without its capacity); the balance loss in the scale of Fedus, Zoph, Shazeer 2021, "Switch Transformers",
-arXiv:2101.03961, eq. 4.
+expert, each expert runs on its own rows, and the results return to the order of the tokens. Each step is a gather, so
+that sums have a fixed order. The host reads the number of rows of each expert, once a layer. Lepikhin et al. 2020,
+"GShard", arXiv:2006.16668, algorithm 1 (without its capacity); the balance loss with the scale of Fedus, Zoph, Shazeer
+2021, "Switch Transformers", arXiv:2101.03961, eq. 4.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Experts(nn.Module):
         if balance_losses is not None:
             first_choice = torch.nn.functional.one_hot(top_experts[:, 0], count).float()
             balance_losses.append(_balance_loss(first_choice, p, x, start))
-        expert, order = top_experts.flatten().sort(stable=True)  # sorted row i is choice order[i] of N k choices
+        expert, order = top_experts.flatten().sort(stable=True)  # sorted row i is entry order[i] of the N k choices
         parts = _gather_rows(flat, order // k).split(torch.bincount(expert, minlength=count).tolist())
         y = torch.cat([run(rows) for run, rows in zip(self.experts, parts, strict=True)])
         y = _gather_rows(y, order.argsort()).unflatten(0, (-1, k))  # (N, k, C)

@@ -80,7 +80,7 @@ def training_flops(config: GPTConfig, tokens: int, *, causal: bool = False) -> f
 
 
 def recomputed_flops(config: GPTConfig, tokens: int, plan: str, *, causal: bool = False) -> float:
-    """Return the FLOPs per token that a plan of recompute.py computes twice; HFU counts them and training_flops.
+    """Return the FLOPs per token that a plan of recompute.py computes twice; HFU counts training_flops plus these.
 
     "mlp": the first product of every MLP. "block": the forward pass of the recomputed blocks.
     """

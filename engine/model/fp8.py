@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from peakgpt.kernels.ops.linear import linear
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
-MULTIPLE = 16  # torch._scaled_mm needs every size of a product to be a multiple
+MULTIPLE = 16  # torch._scaled_mm needs every size of a product to be a multiple of this
 
 
 def quantize(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Round a tensor to 8 bits.
 
     Args:
-        t: floating.
+        t: floating point.
         dtype: FORWARD or BACKWARD.
     Returns:
         (q, scale), with t close to q * scale. scale is a float32 scalar on the device of t, 1 for a tensor of zeros.

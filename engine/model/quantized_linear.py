@@ -21,7 +21,7 @@ class Format:
         bits: 8 or 4.
         group: number of neighboring inputs that share a scale, with 4 bits.
     Raises:
-        ValueError: other bits, or a group that the kernels do not have.
+        ValueError: other bits, or a group that the kernels do not support.
     """
 
     bits: int

@@ -21,7 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FlatBuffer:
-    """The parameters of one group, dtype and device, end to end, with gradients, remainders and moments alike.
+    """The parameters of one group, dtype and device, end to end; gradients, remainders and moments in the same layout.
 
     Attributes:
         param, grad: (N,), N the padded number of elements.
@@ -60,7 +60,7 @@ class FlatBuffer:
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self._add_to_states("exp_avg", self.exp_avg)
         self._add_to_states("exp_avg_sq", self.exp_avg_sq)
-        # .data: a view shares its base's version counter, and each gradient needs one of its own.
+        # .data: a view shares its base's version counter, and each gradient needs its own counter.
         self.grad_views = [view.data for view in self._views(self.grad)]
         self.had_gradient = [p.requires_grad for p in parameters]  # in the last step
         self.zeroed_versions = [-1] * len(parameters)  # of a gradient that zero_grad made equivalent to None, or -1
@@ -74,10 +74,10 @@ class FlatBuffer:
 
     @torch.no_grad()
     def _adopt(self, i: int) -> None:
-        """Copy the present value of parameter i into the buffer, and make the parameter a view of it."""
+        """Copy the current value of parameter i into the buffer, and make the parameter a view of it."""
         parameter = self.parameters[i]
         self._write_master(i, parameter.detach())
-        grad, parameter.grad = parameter.grad, None  # a parameter may not change its dtype while it has a gradient
+        grad, parameter.grad = parameter.grad, None  # a parameter that has a gradient cannot change its dtype
         parameter.data = self.param_views[i]
         parameter.grad = None if grad is None else grad.to(parameter.dtype)
 
@@ -135,10 +135,10 @@ class FlatBuffer:
         return grad is not None and grad._version != self.zeroed_versions[i]
 
     def runs(self) -> list[tuple[slice, Tensor]]:
-        """Return the runs of neighbouring parameters to update together: (slice of the buffers, step counter) each.
+        """Return the runs of neighboring parameters to update together: (slice of the buffers, step counter) each.
 
-        All parameters of a run have a gradient and the same step count. Where a counter would belong to two runs, or
-        to parameters without gradients too, it is cloned, so that each counter advances alone.
+        All parameters of a run have a gradient and the same step count. A counter that would belong to
+        two runs, or also to parameters without gradients, is cloned, so that each counter advances alone.
         """
         runs, used = [], set()
         self.had_gradient = [self._has_gradient(i) for i in range(len(self.parameters))]
@@ -157,7 +157,7 @@ class FlatBuffer:
         return runs
 
     def zero_grad(self, set_to_none: bool) -> None:
-        """Zero the gradients; those of parameters that may get one again become views of the buffer.
+        """Zero the gradients. A parameter that had none in this step and in the last one gets None; others get a view.
 
         Args:
             set_to_none: treat the zeros as None until they are written to.
@@ -183,7 +183,7 @@ class FlatBuffer:
                 state[name].copy_(entry[name]) if entry else state[name].zero_()
             if "remainder" in state and "remainder" in entry:
                 state["remainder"].copy_(entry["remainder"])
-            elif "remainder" in state and "master" in entry:  # saved before masters were split
+            elif "remainder" in state and "master" in entry:  # written by a version that did not split masters
                 self._write_master(i, entry["master"])
 
 

@@ -1,4 +1,4 @@
-"""The training loop: an iterator of events, which the caller prints, logs and saves at.
+"""The training loop: an iterator of events. The caller prints, logs and saves between them.
 
     loop = TrainingLoop(Trainer(model, config, steps=1000), Batches(shards, 8, 256, seed=0), validation_shards)
     for event in loop.run(validate_every=250):
@@ -97,8 +97,8 @@ class TrainingLoop:
             trainer: makes the updates. Its model needs a `config`, a GPTConfig.
             batches: of (ids, targets), (B, T) int64 each; `peakgpt.engine.data.batches.Batches` can be resumed.
             validation: tokens to evaluate on.
-            report_mfu: whether the events tell MFU. The device's peak is measured first, for some seconds, if it has no
-                datasheet.
+            report_mfu: whether the events include MFU. If the device has no datasheet, its peak is measured first, for
+                some seconds.
         Raises:
             ValueError: too few validation tokens, or sequences longer than the model's block_size.
         """
@@ -134,7 +134,7 @@ class TrainingLoop:
             steps: at most this many updates. None: all that the trainer has planned.
             validate_every: validate after each multiple of this many updates, and after the last planned one. All
                 metrics of earlier steps have arrived by then. None: never.
-            should_stop: asked before each step.
+            should_stop: called before each step; True ends the run.
             synchronous: wait for each step before the next one starts, for benchmarks.
         """
         trainer, delayed = self.trainer, DelayedMetrics(self.trainer.device)
@@ -158,14 +158,14 @@ class TrainingLoop:
 
     def _metrics(self, losses: Iterable[tuple[int, float]]) -> Iterator[StepMetrics]:
         """Yield the metrics of (step, loss) pairs that have just reached the host."""
-        config, peak, again = self.trainer.config, self.peak_flops_s, self.recomputed_flops_per_token
+        config, peak, recomputed = self.trainer.config, self.peak_flops_s, self.recomputed_flops_per_token
         for step, loss in losses:
             previous_s, self._last_step_s = self._last_step_s, time.perf_counter()
             speed = config.batch * config.tokens / (self._last_step_s - previous_s)
             yield StepMetrics(
                 step, loss, speed,
                 mfu=mfu(speed, self.flops_per_token, peak) if peak else None,
-                hfu=mfu(speed, self.flops_per_token + again, peak) if peak and again else None,
+                hfu=mfu(speed, self.flops_per_token + recomputed, peak) if peak and recomputed else None,
             )  # fmt: skip
 
     def validate(self, batches: int = VALIDATION_BATCHES) -> ValidationMetrics:

@@ -90,7 +90,7 @@ class AdamW(torch.optim.Optimizer):
             buffer.load([entries[parameter] for parameter in buffer.parameters])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; options that it leaves out are the optimizer's."""
+        """Add a group of parameters; missing options get the optimizer's values."""
         _add_param_group(self, param_group)
         group = self.param_groups[-1]
         try:
@@ -139,7 +139,7 @@ class AdamW(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients in place.
 
-        A parameter whose gradient is None keeps None: zeros that a gradient clipper scales would look like a gradient.
+        A parameter whose gradient is None keeps None: zeros count as a gradient once a gradient clipper scales them.
 
         Args:
             set_to_none: as in torch, the next step skips a parameter that gets no gradient before it. Its gradient
@@ -249,7 +249,7 @@ def _checked_state(i: int, entry: Mapping[str, Any] | None, parameter: Tensor) -
     """Return entry i of a state dict, empty if the parameter never had a gradient.
 
     Raises:
-        ValueError: it is not AdamW's, or does not fit the parameter.
+        ValueError: the entry is not AdamW's, or does not fit the parameter.
     """
     if not entry:
         return {}

@@ -31,7 +31,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
-                raise ValueError(f"run folder {self.path}: got one with files in it, expected a new or empty one")
+                raise ValueError(f"run folder {self.path}: got a folder with files, expected a new or empty one")
             self._open_metrics()
         except OSError as error:
             raise ValueError(f"run folder {self.path}: {error.strerror}, expected a folder to write into") from None
@@ -59,7 +59,7 @@ class RunFolder:
     def discarded_on_bad_input(self) -> Iterator[None]:
         """Delete the new folder and everything in it if the block raises ValueError.
 
-        It encloses the work before the first step, so that a wrong flag leaves nothing behind.
+        Put the work before the first step into the block, so that a wrong flag leaves nothing behind.
         """
         try:
             yield
@@ -98,7 +98,8 @@ def default_run_folder(command: str) -> Path:
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a request to stop; the second one raises KeyboardInterrupt as usual.
 
-    A run resumes bit for bit only from between two steps, so the training loop asks there. Main thread only.
+    A run resumes bit for bit only from a state between two steps, so the training loop checks for the request there.
+    Main thread only.
 
     Yields:
         A function that returns whether Ctrl-C was pressed.

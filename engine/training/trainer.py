@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
 from peakgpt.engine.model.fp8 import set_fp8
 from peakgpt.engine.model.recompute import set_recompute
+from peakgpt.engine.model.transformer import IGNORE_INDEX
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
 from peakgpt.engine.training.schedule import learning_rate
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.cpu.memory import keep_pages
-
-IGNORE_INDEX = -100  # targets that do not count, as in torch
 
 
 class Trainer:
@@ -54,7 +53,7 @@ class Trainer:
         # A tensor on the device: a CUDA graph reads the new value at every replay.
         self.lr_scale = self.optimizer.lr_scale = torch.ones((), device=self.device)
         self.grad_norm: Tensor | None = None
-        self.update = GraphedFunction(self._update, graph_factory(self.device), self._fixed)
+        self.update = GraphedFunction(self._update, graph_factory(self.device), self._captured_state)
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Make one update.
@@ -79,7 +78,7 @@ class Trainer:
         with accumulate_into(self.optimizer.gradients()):
             loss = self._backward(ids, targets)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr  # a loaded optimizer state may hold another one
+            group["lr"] = self.config.lr  # a loaded optimizer state may contain another lr
         self.optimizer.step()
         return loss, self.optimizer.grad_norm
 
@@ -103,7 +102,7 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def _fixed(self) -> tuple[Any, ...]:
+    def _captured_state(self) -> tuple[Any, ...]:
         """Return everything that a captured update depends on; the update is captured again when it changes."""
         states = self.optimizer.state.items()
         return self.model.training, *((p.data_ptr(), state["step"].data_ptr()) for p, state in states)

@@ -125,7 +125,7 @@ def test_a_number_or_a_branch_that_changes_between_replays_raises():
     for step in (scaled, branched):
         for _ in range(WARMUP + 1):
             step(torch.ones(3))
-        with pytest.raises(RuntimeError, match=r"call 0 of the replay is .*, captured was"):
+        with pytest.raises(RuntimeError, match=r"call 0 of the replay is .*, expected .* as captured"):
             step(torch.ones(3))
 
 
@@ -147,7 +147,7 @@ def test_each_replay_draws_another_dropout_mask(backend):
         torch.manual_seed(5)
         third = step(torch.ones(64))
         torch.manual_seed(5)
-        assert torch.equal(third[0], step(torch.ones(64))[0]), "the same state of the generator repeats"
+        assert torch.equal(third[0], step(torch.ones(64))[0]), "the same generator state gives the same mask"
     assert not torch.equal(first[0], second[0])
 
 
@@ -216,7 +216,7 @@ def test_a_capture_uses_a_side_stream_and_one_pool_if_shared(share, monkeypatch)
             calls.append("replay")
 
     @contextlib.contextmanager
-    def graph(recorded, pool, stream, *, capture_error_mode):
+    def graph(cuda_graph, pool, stream, *, capture_error_mode):
         calls.append(f"capture in {pool} on {stream.name}, {capture_error_mode}")
         yield
 
@@ -256,7 +256,7 @@ def test_a_failed_capture_reports_the_first_error_and_restores_the_current_strea
             current[0] = before
 
     @contextlib.contextmanager
-    def graph(recorded, pool, side, **options):
+    def graph(cuda_graph, pool, side, **options):
         current[0] = side
         try:
             yield

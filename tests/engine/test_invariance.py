@@ -67,7 +67,7 @@ def test_training_gives_the_same_bits_for_any_thread_count(dtype, config, thread
     assert all(same(first, other) for other in others)
     monkeypatch.setattr(linear, "gemm", split_in(lambda a: torch.get_num_threads()))
     first, *others = by_threads()
-    assert not any(same(first, other) for other in others), "the check is blind"
+    assert not any(same(first, other) for other in others), "the check does not detect the planted split"
 
 
 @configs
@@ -83,4 +83,4 @@ def test_logits_have_the_same_bits_in_any_batch(dtype, config, monkeypatch):
 
     assert same(*([r] for r in in_batches()))
     monkeypatch.setattr(linear, "gemm", split_in(lambda a: 1 + a.shape[0] // 100))
-    assert not same(*([r] for r in in_batches())), "the check is blind"
+    assert not same(*([r] for r in in_batches())), "the check does not detect the planted split"

@@ -1,4 +1,4 @@
-"""Checkpoints: logits equal to transformers' both ways, bit-exact resume, and one sentence for every kind of damage."""
+"""Checkpoints: logits equal to transformers' both ways, bit-exact resume, and a clear error for each kind of damage."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from peakgpt.engine.model.state_dicts import CONV1D
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 37}
 
 
-def our_model(**changes):
+def make_model(**changes):
     torch.manual_seed(1)
     model = peakgpt.GPT(peakgpt.GPTConfig(**{**SIZES, **changes}))
     with torch.no_grad():
@@ -26,7 +26,7 @@ def our_model(**changes):
     return model.eval()
 
 
-def their_model(**changes):
+def make_hf_model(**changes):
     torch.manual_seed(2)
     config = transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=16, n_positions=12, vocab_size=37, bos_token_id=0, eos_token_id=0, **changes
@@ -47,11 +47,11 @@ IDS = torch.arange(22).view(2, 11) % 37
     ids=lambda c: next(iter(c), "plain"),
 )
 def test_transformers_loads_our_checkpoints(tmp_path, changes):
-    model = our_model(**changes)
+    model = make_model(**changes)
     model.save_pretrained(tmp_path / "new" / "folder")
-    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "new" / "folder", output_loading_info=True)
+    hf_model, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "new" / "folder", output_loading_info=True)
     assert not any(info.values()), info
-    torch.testing.assert_close(model(IDS), theirs.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(IDS), hf_model.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
     again = peakgpt.GPT.from_pretrained(tmp_path / "new" / "folder")
     assert again.config == model.config and not again.training
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
@@ -59,15 +59,15 @@ def test_transformers_loads_our_checkpoints(tmp_path, changes):
 
 @pytest.mark.parametrize("kind", ["plain", "sharded", "bin", "unprefixed", "head", "gelu"])
 def test_checkpoints_of_transformers_load(tmp_path, kind):
-    theirs = their_model(activation_function="gelu" if kind == "gelu" else "gelu_new")
-    theirs.save_pretrained(tmp_path, **({"max_shard_size": "4KB"} if kind == "sharded" else {}))
+    hf_model = make_hf_model(activation_function="gelu" if kind == "gelu" else "gelu_new")
+    hf_model.save_pretrained(tmp_path, **({"max_shard_size": "4KB"} if kind == "sharded" else {}))
     path = tmp_path / "model.safetensors"
     if kind == "sharded":
         assert not path.exists() and (tmp_path / "model.safetensors.index.json").exists()
     if kind == "bin":
         torch.save(load_file(path), tmp_path / "pytorch_model.bin")
         path.unlink()
-    if kind == "unprefixed":  # as the first GPT-2 checkpoints are, masks and all
+    if kind == "unprefixed":  # as in the first GPT-2 checkpoints, which also have masks
         tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
         save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 12, 12)}, path)
     if kind == "head":
@@ -75,27 +75,27 @@ def test_checkpoints_of_transformers_load(tmp_path, kind):
         save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}, path)
     model = peakgpt.GPT.from_pretrained(tmp_path)
     assert model.config.dropout == 0.1
-    torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(IDS), hf_model(IDS).logits, rtol=1e-5, atol=1e-5)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("size", [1, 2500, "4KB", "1GB"])
 def test_shards_hold_the_whole_model_within_the_size_limit(tmp_path, size):
-    """One tensor a file, some, all; transformers reads them, and they hold what one file does."""
-    model = our_model()
+    """One tensor per file, some, or all. The tensors equal those of a single file, and transformers reads them."""
+    model = make_model()
     model.save_pretrained(tmp_path, max_shard_size=size)
     files = sorted(path for path in tmp_path.iterdir() if path.suffix == ".safetensors")
-    found = [load_file(path) for path in files]
+    parts = [load_file(path) for path in files]
     model.save_pretrained(tmp_path / "whole")
     whole = load_file(tmp_path / "whole" / "model.safetensors")
-    assert sum(map(len, found)) == len(whole) and (len(files) > 1) == (size != "1GB")
+    assert sum(map(len, parts)) == len(whole) and (len(files) > 1) == (size != "1GB")
     assert len(files) == {1: len(whole), "1GB": 1}.get(size, len(files))
-    assert all(torch.equal(t, whole[name]) for part in found for name, t in part.items())
+    assert all(torch.equal(t, whole[name]) for part in parts for name, t in part.items())
     limit = {"4KB": 4000, "1GB": 10**9}.get(size, size)
-    assert all(len(part) == 1 or sum(t.nbytes for t in part.values()) <= limit for part in found)
-    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert all(len(part) == 1 or sum(t.nbytes for t in part.values()) <= limit for part in parts)
+    hf_model, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
-    torch.testing.assert_close(theirs.eval()(IDS).logits, model(IDS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hf_model.eval()(IDS).logits, model(IDS), rtol=1e-5, atol=1e-5)
     again = peakgpt.GPT.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
@@ -103,7 +103,7 @@ def test_shards_hold_the_whole_model_within_the_size_limit(tmp_path, size):
 def test_new_weights_replace_old_ones_in_other_files(tmp_path):
     """A reader takes model.safetensors before an index, and an index may name shards of another model."""
     for layer, size in enumerate((None, "4KB", 2000, None), 1):
-        model = our_model(n_layer=layer)
+        model = make_model(n_layer=layer)
         model.save_pretrained(tmp_path, max_shard_size=size)
         assert torch.equal(peakgpt.GPT.from_pretrained(tmp_path)(IDS), model(IDS))
         index = tmp_path / "model.safetensors.index.json"
@@ -112,37 +112,38 @@ def test_new_weights_replace_old_ones_in_other_files(tmp_path):
 
 
 def test_an_interrupted_move_of_shards_never_mixes_two_models(tmp_path, monkeypatch):
-    our_model().save_pretrained(tmp_path, max_shard_size="4KB")
+    make_model().save_pretrained(tmp_path, max_shard_size="4KB")
     replace, left = os.replace, 3
 
-    def some(source, target):
+    def interrupted_replace(source, target):
         nonlocal left
         if not (left := left - 1):
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", some)
+    monkeypatch.setattr(os, "replace", interrupted_replace)
     with pytest.raises(KeyboardInterrupt):
-        our_model(activation="relu").save_pretrained(tmp_path, max_shard_size="4KB")
+        make_model(activation="relu").save_pretrained(tmp_path, max_shard_size="4KB")
     with pytest.raises(ValueError, match="got no weights, expected"):
         peakgpt.GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, -5, "5XB", "big", ""])
-def test_a_bad_shard_size_is_named(tmp_path, size):
-    with pytest.raises(ValueError, match=f"max_shard_size is {size!r}, expected bytes, or such as '5GB'"):
-        our_model().save_pretrained(tmp_path, max_shard_size=size)
+def test_a_bad_shard_size_is_named_in_the_error(tmp_path, size):
+    message = f"max_shard_size is {size!r}, expected a number of bytes, a string such as '5GB'"
+    with pytest.raises(ValueError, match=message):
+        make_model().save_pretrained(tmp_path, max_shard_size=size)
     assert not list(tmp_path.iterdir())
 
 
 def test_loading_casts_to_dtype_and_replaces_dropout(tmp_path):
-    our_model(dropout=0.1).save_pretrained(tmp_path)
+    make_model(dropout=0.1).save_pretrained(tmp_path)
     model = peakgpt.GPT.from_pretrained(tmp_path, dtype=torch.bfloat16, dropout=0.0)
     assert model.config.dropout == 0.0 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_three_dropout_rates_are_read(tmp_path):
-    their_model(attn_pdrop=0.3).save_pretrained(tmp_path)
+    make_hf_model(attn_pdrop=0.3).save_pretrained(tmp_path)
     config = peakgpt.GPT.from_pretrained(tmp_path).config
     assert (config.dropout, config.embedding_dropout, config.attention_dropout) == (0.1, 0.1, 0.3)
 
@@ -154,7 +155,7 @@ def test_float32_masters_and_tokenizer_are_saved(tmp_path):
         def save(self, folder):
             (folder / "tokenizer.json").write_text("{}")
 
-    model = our_model()
+    model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = model.configure_optimizer(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path, Tokenizer(), weights=optimizer.master_weights(model))
@@ -167,7 +168,7 @@ def test_float32_masters_and_tokenizer_are_saved(tmp_path):
                for n, t in half.items())  # fmt: skip
     shutil.rmtree(tmp_path / "half")
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "all as readable as the umask says"
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "all files have the mode of the umask"
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 5
 
 
@@ -208,14 +209,14 @@ def flip_a_bit(path):
 
 
 def flip_in_a_shard(folder):
-    """Of those that we write, which have digests."""
+    """Flip a bit in a shard that peakgpt wrote, since those have digests."""
     model = peakgpt.GPT.from_pretrained(folder)
     model.save_pretrained(folder, max_shard_size="4KB")
     flip_a_bit(min(folder.glob("model-00002-*")))
 
 
 def shards(change):
-    """Two shards, the first with what `change` made of it."""
+    """Save two shards; `change` damages the first one."""
 
     def damage(folder):
         tensors = load_file(folder / "model.safetensors")
@@ -260,7 +261,8 @@ DAMAGE = {
     "epsilon a string": (edit_config(layer_norm_epsilon="x"), "config.json: "),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "got no weights, expected model.safetensors"),
     "truncated": (
-        truncate, r"model.safetensors: got \d+ bytes, where transformer\S* ends at \d+, expected a whole safetensors f"
+        truncate,
+        r"model.safetensors: got \d+ bytes, but transformer\S* ends at byte \d+, expected a whole safetensors file",
     ),
     "truncated in its header": (cut_to(100), "model.safetensors: .*expected a whole safetensors file"),
     "empty": (cut_to(0), "model.safetensors: .*expected a whole safetensors file"),
@@ -273,7 +275,7 @@ DAMAGE = {
     ),
     "a shard truncated": (
         shards(lambda path, *_: path.write_bytes(path.read_bytes()[:-9])),
-        r"0.safetensors: got \d+ bytes, where transformer\S* ends at \d+, expected a whole safetensors file",
+        r"0.safetensors: got \d+ bytes, but transformer\S* ends at byte \d+, expected a whole safetensors file",
     ),
     "a shard without a tensor": (
         shards(lambda path, first, _: save_file(dict(list(first.items())[1:]), path)),
@@ -290,18 +292,18 @@ DAMAGE = {
     "a name like a path": (edit_tensors(lambda t: t.update({"../x": torch.ones(1)})), r"got tensor \.\./x, "),
     "not safetensors": (write("model.safetensors", "hello"), "model.safetensors: .*expected a whole safetensors"),
     "missing": (edit_tensors(lambda t: t.pop(LN_F)), rf"got no tensor {LN_F}, expected one of shape \(16,\)"),
-    "extra": (edit_tensors(lambda t: t.update(x=torch.ones(1))), "got tensor x, expected the 28 of config.json alone"),
+    "extra": (edit_tensors(lambda t: t.update(x=torch.ones(1))), "got tensor x, expected only the 28 of config.json"),
     "misshapen": (edit_tensors(lambda t: t.update({LN_F: torch.ones(3)})), rf"{LN_F} is .*\(3,\), expected .*\(16,\)"),
     "linear layout": (edit_tensors(lambda t: t.update({ATTN: torch.ones(48, 16)})), r"c_attn.weight is .* \(16, 48\)"),
     "integers": (edit_tensors(lambda t: t.update({LN_F: torch.ones(16, dtype=torch.int32)})), "expected floating"),
     "other head": (edit_tensors(lambda t: t.update({"lm_head.weight": torch.ones(37, 16)})), "expected a tied head"),
     "other size": (edit_config(vocab_size=38), rf"{WTE} is .*\(37, 16\), expected .*\(38, 16\)"),
-    "pickle of objects": (only_a_pickle({"x": os.getcwd}), "pytorch_model.bin: .*nothing but tensors"),
+    "pickle of objects": (only_a_pickle({"x": os.getcwd}), "pytorch_model.bin: .*of tensors only"),
     "pickle of a number": (only_a_pickle({"x": 3}), "pytorch_model.bin: x is a int, expected a tensor"),
     "pickle of a list": (only_a_pickle([torch.ones(1)]), "pytorch_model.bin: got a list, expected tensors by their n"),
     "pickle cut off": (
         lambda f: (only_a_pickle({"x": torch.ones(99)})(f), os.truncate(f / "pytorch_model.bin", 200)),
-        "pytorch_model.bin: .*expected a whole file of nothing but tensors",
+        "pytorch_model.bin: .*expected an undamaged file of tensors only",
     ),
     "a name like a path in an index": (
         only_an_index('{"weight_map": {"../../x": "a.safetensors"}}'), "a.safetensors: .*expected a whole safetensors"
@@ -313,9 +315,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_checkpoints_are_named(tmp_path, kind):
+def test_damaged_checkpoints_are_named_in_the_error(tmp_path, kind):
     damage, message = DAMAGE[kind]
-    our_model().save_pretrained(tmp_path)
+    make_model().save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
         peakgpt.GPT.from_pretrained(tmp_path)
@@ -335,21 +337,21 @@ def test_damaged_checkpoints_are_named(tmp_path, kind):
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:checkpoint")
-def test_bad_fields_of_our_own_layout_are_named(tmp_path, changes, message):
-    our_model(n_kv_head=1).save_pretrained(tmp_path)
+def test_bad_fields_of_our_own_layout_are_named_in_the_error(tmp_path, changes, message):
+    make_model(n_kv_head=1).save_pretrained(tmp_path)
     edit_config(**changes)(tmp_path)
     with pytest.raises(ValueError, match=f"config.json: GPTConfig: {message}") as error:
         peakgpt.GPT.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_a_missing_folder_is_named_in_the_error(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere: got no such folder, expected one with config.json"):
         peakgpt.GPT.from_pretrained(tmp_path / "nowhere")
 
 
 def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    model = our_model()
+    model = make_model()
     model.save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
@@ -360,31 +362,31 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(model_folder, "write_safetensors", half)
     for folder in (tmp_path, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
-            our_model(activation="relu").save_pretrained(folder)
+            make_model(activation="relu").save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_weights_are_moved_last(tmp_path, monkeypatch):
-    """Where new files meet old weights the shapes tell; new weights under an old config could load and be wrong."""
+    """Old weights under a new config fail by their shapes; new weights under an old config could load and be wrong."""
     moved, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(b.name), replace(a, b)))
-    our_model().save_pretrained(tmp_path)
+    make_model().save_pretrained(tmp_path)
     assert moved == ["config.json", "model.safetensors"]
 
 
-def test_an_unwritable_folder_is_named(tmp_path):
+def test_an_unwritable_folder_is_named_in_the_error(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match=f"checkpoint {folder}: .*, expected a folder to write into"):
-            our_model().save_pretrained(folder)
+            make_model().save_pretrained(folder)
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_models_without_a_layout_in_transformers_are_saved_in_our_own(tmp_path):
     every = {"n_kv_head": 1, "head_dim": 16, "word_dim": 8, "embedding_norm": True, "windows": (None, 3),
              "bias": ("mlp",), "tied_head": False, "head_bias": True, "attention_dropout": 0.5}  # fmt: skip
-    for changes, lacking in (({"n_kv_head": 1}, "gpt2, lacks its n_kv_head:"), (every, "lacks its n_kv_head, ")):
-        model = our_model(**changes)
+    for changes, lacking in (({"n_kv_head": 1}, r"gpt2, lacks n_kv_head\."), (every, "lacks n_kv_head, ")):
+        model = make_model(**changes)
         with pytest.warns(UserWarning, match=lacking):
             model.save_pretrained(tmp_path)
         again = peakgpt.GPT.from_pretrained(tmp_path)
@@ -394,7 +396,7 @@ def test_models_without_a_layout_in_transformers_are_saved_in_our_own(tmp_path):
 
 
 def train(model, optimizer, steps):
-    """Steps on data drawn from torch's generator; with dropout, so that the generator's state matters twice."""
+    """Train on data from torch's generator. Dropout draws from it too, so a wrong state changes the losses."""
     losses = []
     for _ in range(steps):
         ids = torch.randint(37, (2, 9))
@@ -408,10 +410,10 @@ def train(model, optimizer, steps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_bit_exact(tmp_path, dtype):
-    """Fails when masters, step counts, dropout's generator or the options of a group are not restored."""
+    """Fails if masters, step counts, dropout's generator or the options of a group are not restored."""
 
     def build(lr):
-        model = our_model(dropout=0.1).train()
+        model = make_model(dropout=0.1).train()
         return model, model.configure_optimizer(lr=lr, dtype=dtype)
 
     model, optimizer = build(1e-2)
@@ -424,18 +426,18 @@ def test_resume_is_bit_exact(tmp_path, dtype):
     train(again, resumed, 1)
     assert load_training_state(tmp_path, again, resumed) == {"step": 3, "cursor": [1, 2]}
     assert train(again, resumed, 3) == expected
-    ours, theirs = resumed.master_weights(again), optimizer.master_weights(model)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    resumed_masters, masters = resumed.master_weights(again), optimizer.master_weights(model)
+    assert all(torch.equal(resumed_masters[name], masters[name]) for name in masters)
     assert resumed.param_groups[0]["lr"] == 1e-2
 
 
 def test_a_training_state_of_another_model_is_refused(tmp_path):
-    model = our_model()
+    model = make_model()
     optimizer = model.configure_optimizer()
     with pytest.raises(ValueError, match=r"training_state.safetensors: .*expected a whole safetensors file"):
         load_training_state(tmp_path, model, optimizer)
     save_training_state(tmp_path, model, optimizer, {})
-    other = our_model(n_embd=32)
+    other = make_model(n_embd=32)
     with pytest.raises(ValueError, match=r"transformer.wte.weight is .*\(37, 16\), expected .*\(37, 32\)"):
         load_training_state(tmp_path, other, other.configure_optimizer())
     save_file({"x": torch.ones(1)}, tmp_path / "training_state.safetensors")

@@ -1,4 +1,4 @@
-"""Every family against transformers, tiny and random: logits, loss, gradients, greedy text, and files both ways."""
+"""Every family equals transformers on tiny random models: logits, loss, gradients, greedy output, files both ways."""
 
 import ast
 import copy
@@ -28,7 +28,7 @@ NEOX = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "in
 OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 72, "max_position_embeddings": T}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": T}
 BLOOM = {"n_layer": 2, "seq_length": T}
-# Every choice that a row of engine/checkpoint/families.py makes, by the config class's name in transformers.
+# Every variant that engine/checkpoint/families.py reads: transformers' config class without "Config", and its fields.
 VARIANTS = {
     "gpt2": ("GPT2", GPT),
     "gpt2 scaled by layer": ("GPT2", {**GPT, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}),
@@ -50,7 +50,7 @@ BACKENDS = ("eager", "cpu")
 
 
 def reference(variant):
-    """transformers' model with weights far from their initial ones, or attention would be uniform."""
+    """Build transformers' model with large weights; with the initial ones attention would be uniform."""
     torch.manual_seed(sum(map(ord, variant)))
     kind, sizes = VARIANTS[variant]
     config = getattr(transformers, f"{kind}Config")(
@@ -66,10 +66,10 @@ def reference(variant):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request, tmp_path_factory):
-    """transformers' model, the folder that it was saved in, and ours from it."""
-    theirs, folder = reference(request.param), tmp_path_factory.mktemp("theirs")
-    theirs.save_pretrained(folder)
-    return theirs, folder, peakgpt.GPT.from_pretrained(folder, dropout=0.0)
+    """Return transformers' model, its folder, and our model loaded from that folder."""
+    hf_model, folder = reference(request.param), tmp_path_factory.mktemp("hf")
+    hf_model.save_pretrained(folder)
+    return hf_model, folder, peakgpt.GPT.from_pretrained(folder, dropout=0.0)
 
 
 def batch(rows=2, tokens=17):
@@ -81,18 +81,18 @@ def batch(rows=2, tokens=17):
 
 
 def file_names(state):
-    """Names of a transformers model's tensors as its files have them."""
+    """Rename the tensors of transformers' model to the names in its files."""
     return {name.replace("lm_head", "embed_out") if "gpt_neox.embed_in.weight" in state else name: t
             for name, t in state.items()}  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_loss_and_gradients_equal_transformers(pair, backend):
-    theirs, _, ours = pair
+    hf_model, _, ours = pair
     ids, targets = batch()
-    for model in (theirs, ours):
+    for model in (hf_model, ours):
         model.zero_grad()
-    logits = theirs(ids).logits
+    logits = hf_model(ids).logits
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
     with use_backend(backend):
@@ -101,7 +101,7 @@ def test_logits_loss_and_gradients_equal_transformers(pair, backend):
         ours_loss.backward()
     torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
     family = families.family_of(ours.config)
-    expected = file_names({name: p.grad for name, p in theirs.named_parameters()})
+    expected = file_names({name: p.grad for name, p in hf_model.named_parameters()})
     grads = family.to_layout(ours.config, {name: p.grad for name, p in ours.named_parameters()})
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
@@ -109,62 +109,63 @@ def test_logits_loss_and_gradients_equal_transformers(pair, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_cached_greedy_text_equals_transformers(pair, backend):
-    theirs, _, ours = pair
+def test_cached_greedy_output_equals_transformers(pair, backend):
+    hf_model, _, ours = pair
     prompt = batch(4)[0][:, :PROMPT]
-    expected = theirs.generate(
+    expected = hf_model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_length=T, min_length=T, pad_token_id=0
     )
     with use_backend(backend):
         assert torch.equal(ours.generate(prompt), expected)
-    assert len({*expected[:, PROMPT:].flatten().tolist()}) > 3, "a text that repeats one token proves little"
+    assert len({*expected[:, PROMPT:].flatten().tolist()}) > 3, "an output that repeats one token proves little"
 
 
-def texts_of(theirs, prompts):
-    """transformers' greedy texts, each prompt by itself, as long as the model takes."""
+def hf_outputs(hf_model, prompts):
+    """Return transformers' greedy output of each prompt alone, up to the maximum length."""
     options = {"do_sample": False, "max_length": T, "min_length": T, "pad_token_id": 0}
-    return [theirs.generate(p[None], attention_mask=torch.ones_like(p)[None], **options)[0].tolist() for p in prompts]
+    return [hf_model.generate(p[None], attention_mask=torch.ones_like(p)[None], **options)[0].tolist() for p in prompts]
 
 
-def engine_texts(model, prompts):
-    """The engine's greedy texts, all prompts at once."""
-    engine, texts = Engine(model, budget=9), {}
+def engine_outputs(model, prompts):
+    """Return the engine's greedy output of all prompts in one batch."""
+    engine, outputs = Engine(model, budget=9), {}
     for prompt in prompts:
-        texts[engine.submit(prompt.tolist(), SamplingParams(temperature=0))] = prompt.tolist()
+        outputs[engine.submit(prompt.tolist(), SamplingParams(temperature=0))] = prompt.tolist()
     for output in engine.outputs():
-        texts[output.request_id] += output.token_ids
+        outputs[output.request_id] += output.token_ids
     assert bool(engine.executor_note) == (model.config.word_dim != model.config.n_embd), engine.executor_note
-    return list(texts.values())
+    return list(outputs.values())
 
 
-def test_the_engines_greedy_text_equals_transformers(pair):
-    theirs, _, ours = pair
+def test_the_engines_greedy_output_equals_transformers(pair):
+    hf_model, _, ours = pair
     prompts = [row[:count] for row, count in zip(batch(3)[0], (PROMPT, 11, 2), strict=True)]
-    expected = texts_of(theirs, prompts)
-    assert engine_texts(ours.eval(), prompts) == expected
-    assert len({token for text in expected for token in text[11:]}) > 2
+    expected = hf_outputs(hf_model, prompts)
+    assert engine_outputs(ours.eval(), prompts) == expected
+    assert len({token for output in expected for token in output[11:]}) > 2
 
 
 @torch.no_grad()
-def test_bfloat16_greedy_text_differs_only_where_two_tokens_are_equally_likely(pair):
-    """Ours errs at most twice as much as torch (the rule of every op), so both may swap what is 4 such errors apart."""
-    theirs, _, ours = pair
-    rounded, exact = (copy.deepcopy(theirs).to(d) for d in (torch.bfloat16, torch.bfloat16))
+def test_bfloat16_greedy_output_differs_only_where_two_tokens_are_equally_likely(pair):
+    """Our error is at most twice torch's (the rule of every op), so tokens within 4 such errors may be swapped."""
+    hf_model, _, ours = pair
+    rounded, exact = (copy.deepcopy(hf_model).to(d) for d in (torch.bfloat16, torch.bfloat16))
     exact = exact.double()  # the same rounded weights
     prompts = [row[:PROMPT] for row in batch(3)[0]]
-    expected = texts_of(rounded, prompts)
-    for ours_text, text in zip(engine_texts(copy.deepcopy(ours).bfloat16().eval(), prompts), expected, strict=True):
-        same = next((i for i in range(T) if ours_text[i] != text[i]), None)
-        if same is None:
+    expected = hf_outputs(rounded, prompts)
+    our_outputs = engine_outputs(copy.deepcopy(ours).bfloat16().eval(), prompts)
+    for our_output, output in zip(our_outputs, expected, strict=True):
+        first_difference = next((i for i in range(T) if our_output[i] != output[i]), None)
+        if first_difference is None:
             continue
-        ids = torch.tensor([text[:same]])
+        ids = torch.tensor([output[:first_difference]])
         truth = exact(ids).logits[0]
         error = (rounded(ids).logits[0].double() - truth).abs().max()
-        assert (truth[-1, text[same]] - truth[-1, ours_text[same]]).abs() <= 4 * error
+        assert (truth[-1, output[first_difference]] - truth[-1, our_output[first_difference]]).abs() <= 4 * error
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_cache_equals_the_whole_forward(pair, backend):
+def test_cached_logits_equal_one_forward_pass(pair, backend):
     _, _, model = pair
     ids = batch(2, 14)[0]
     cache = ContiguousKVCache(model.config, 2, 14, dtype=torch.float32, device="cpu")
@@ -176,30 +177,30 @@ def test_cache_equals_the_whole_forward(pair, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_left_padding_changes_nothing(pair, backend):
-    """Against each sequence alone, loss and gradients included; and against transformers' padded greedy text."""
-    theirs, _, ours = pair
+    """Equal to each sequence alone, loss and gradients included; greedy output equals transformers' with padding."""
+    hf_model, _, ours = pair
     with use_backend(backend):
-        prompts, starts, text = check_left_padding(ours, *batch())
+        prompts, starts, output = check_left_padding(ours, *batch())
     mask = (torch.arange(9) >= starts[:, None]).long()
-    expected = theirs.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=8, pad_token_id=0)
-    assert torch.equal(text, expected)
+    expected = hf_model.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=8, pad_token_id=0)
+    assert torch.equal(output, expected)
 
 
 def test_saved_files_load_in_transformers_and_the_reverse(pair, tmp_path):
-    """Tensor for tensor; transformers finds nothing missing, nothing too much, and computes the same."""
-    theirs, folder, _ = pair
+    """All tensors are equal; transformers reports no missing or unexpected tensor and computes equal logits."""
+    hf_model, folder, _ = pair
     ours = peakgpt.GPT.from_pretrained(folder)
     ours.save_pretrained(tmp_path)
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    again, info = type(theirs).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    again, info = type(hf_model).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
     assert not any(info.values()), info
     ids, _ = batch()
-    assert torch.equal(again.eval()(ids).logits, theirs(ids).logits)
+    assert torch.equal(again.eval()(ids).logits, hf_model(ids).logits)
     assert peakgpt.GPT.from_pretrained(tmp_path).config == ours.config
 
 
-def test_parameter_count_equals_transformers(pair):
+def test_parameter_count_equals_the_models(pair):
     _, _, ours = pair
     assert flops.parameter_count(ours.config) == sum(p.numel() for p in ours.parameters())
 
@@ -207,8 +208,8 @@ def test_parameter_count_equals_transformers(pair):
 @pytest.mark.parametrize("variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom"])
 def test_each_family_compiles_as_one_graph(variant):
     kind, sizes = VARIANTS[variant]
-    theirs = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=V).to_dict()
-    config = families.FAMILIES[theirs["model_type"]].config(theirs, dropout=0.0)
+    content = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=V).to_dict()
+    config = families.FAMILIES[content["model_type"]].config(content, dropout=0.0)
     model = peakgpt.GPT(dataclasses.replace(config, n_layer=1, windows=config.windows[-1:]))
     ids, targets = batch()
     torch._dynamo.reset()
@@ -219,12 +220,13 @@ def test_each_family_compiles_as_one_graph(variant):
 
 
 def test_tensor_names_of_other_releases_are_read(pair, tmp_path):
-    """Of the bare model, whose names lack the prefix; with the tied head or the head's other name; with old buffers."""
-    theirs, folder, ours = pair
+    """Names of the bare model (without prefix), a separate tied head or the head's other name, and old buffers."""
+    hf_model, folder, ours = pair
     tensors = load_file(folder / "model.safetensors")
     base = families.family_of(ours.config).base
     old = {name.removeprefix(base).replace("embed_out", "lm_head"): tensor for name, tensor in tensors.items()}
-    old |= {} if "lm_head.weight" in old else {"lm_head.weight": theirs.get_input_embeddings().weight.detach().clone()}
+    embedding = hf_model.get_input_embeddings().weight.detach().clone()
+    old = {"lm_head.weight": embedding} | old
     block = next(name for name in old if ".0." in name).partition(".0.")[0]
     old[f"{block}.0.attention.masked_bias"] = torch.tensor(-1e9)
     save_file(old, tmp_path / "model.safetensors")
@@ -263,9 +265,9 @@ BAD_CONFIGS = [
 
 
 @pytest.mark.parametrize(("variant", "changes", "message"), BAD_CONFIGS)
-def test_bad_configs_are_named(variant, changes, message, tmp_path):
-    theirs = reference(variant)
-    theirs.save_pretrained(tmp_path)
+def test_bad_configs_are_named_in_the_error(variant, changes, message, tmp_path):
+    hf_model = reference(variant)
+    hf_model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=message) as error:
@@ -274,18 +276,18 @@ def test_bad_configs_are_named(variant, changes, message, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["gpt_neo", "gpt_neox", "opt", "bloom"])
-def test_bad_tensors_are_named_as_their_file_does(variant, tmp_path):
+def test_bad_tensors_are_named_in_the_error_as_in_their_file(variant, tmp_path):
     reference(variant).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     name = next(n for n in tensors if n.endswith(("k_proj.weight", "query_key_value.weight")))
     whole = tensors.pop(name)
-    for found, message in (
+    for replacement, message in (
         ({}, rf"got no tensor {name}, expected one of shape \({whole.shape[0]}, {whole.shape[1]}\)"),
         ({name: whole[:-1].clone()}, rf"{name} is .*\({whole.shape[0] - 1}, .*expected .*\({whole.shape[0]}, "),
-        ({name: whole, "model.extra": whole.clone()}, "got tensor .*model.extra, expected the"),
+        ({name: whole, "model.extra": whole.clone()}, "got tensor .*model.extra, expected only the"),
     ):
-        save_file(tensors | found, path)
+        save_file(tensors | replacement, path)
         with pytest.raises(ValueError, match=message) as error:
             peakgpt.GPT.from_pretrained(tmp_path)
         assert str(path) in str(error.value)
@@ -305,8 +307,8 @@ FAMILY = re.compile(
 )
 
 
-def said(path):
-    """Names and strings of a Python file but for docstrings; a C++ file without its comments."""
+def names_and_strings(path):
+    """Return names and strings of a Python file without docstrings, or a C++ file without comments."""
     text = path.read_text()
     if path.suffix != ".py":
         return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
@@ -321,23 +323,24 @@ def said(path):
 
 
 def test_nothing_in_kernels_names_a_family():
-    """A family is data: an op that knew one would be code for it."""
+    """A family is data: no op may depend on one."""
     root = Path(__file__).parents[3]
     files = [*root.glob("kernels/**/*.py"), *root.glob("csrc/**/*.cpp"), *root.glob("csrc/**/*.h")]
     assert len(files) > 50
-    found = {str(path.relative_to(root)): match[0] for path in files if (match := FAMILY.search(said(path)))}
-    assert not found
+    searched = ((path, FAMILY.search(names_and_strings(path))) for path in files)
+    families_named = {str(path.relative_to(root)): match[0] for path, match in searched if match}
+    assert not families_named
 
 
 def test_a_new_family_is_one_row(tmp_path):
-    """A family nobody has: its row alone reads, writes and runs."""
+    """For a family that does not exist, one new row is enough to read, write and run its models."""
     row = dataclasses.replace(
         families.FAMILIES["gpt2"], model_type="new", architecture="NewLM", constants={"norm": "rms", "bias": False},
-        read=lambda found: {}, write=lambda config: {}, always_biased=False, conv1d=False,
+        read=lambda content: {}, write=lambda config: {}, always_biased=False, conv1d=False,
     )  # fmt: skip
     config = row.config({"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": T, "vocab_size": V}, dropout=0.0)
     assert row.differences(config) == [] and config.norm == "rms"
     model = peakgpt.GPT(config)
-    state, theirs = model.state_dict(), row.to_layout(config, model.state_dict())
-    assert all(torch.equal(row.from_layout(config, name, theirs), tensor) for name, tensor in state.items())
+    state, layout = model.state_dict(), row.to_layout(config, model.state_dict())
+    assert all(torch.equal(row.from_layout(config, name, layout), tensor) for name, tensor in state.items())
     assert model(batch()[0]).shape == (2, 17, V)

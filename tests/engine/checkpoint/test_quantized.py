@@ -1,8 +1,8 @@
 """Weights of 8 and 4 bits: the formats, the products' error and bits, folders and `peakgpt quantize`.
 
-Mutations seen to fail: sums begun at 0 where the instruction takes weights without a sign, nibbles exchanged, the first
-block's scale taken for all, tiles of fewer rows read with the stride of 8, a block that follows batch or threads,
-scales turned into the model's dtype, the head left out of the loss.
+Mutations that these tests detect: sums that start at 0 although the instruction takes unsigned weights; swapped
+nibbles; the first block's scale used for all blocks; tiles of fewer rows read with the stride of 8; a block length that
+depends on the batch or the threads; scales cast to the model's dtype; a loss without the head.
 """
 
 import json
@@ -47,7 +47,7 @@ def seeded():
 
 
 def packed(w, form):
-    """A function x, b -> y by the op, and the weight that it stands for in float64."""
+    """Return the op as a function of (x, b), and its dequantized weight in float64."""
     width = w.shape[1]
     if form.bits == 8:
         q, scale = quantize_8(w)
@@ -72,23 +72,23 @@ def test_8_bit_weights_are_rounded_to_nearest():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_4_bit_levels_lose_less_than_uniform_levels(group):
-    """No more than a scale's best even levels, for normal weights and for such with heavy tails."""
+    """The reference is llama.cpp's Q4_0; for normal weights and for weights with heavy tails."""
     for w in (torch.randn(64, 3 * group), torch.randn(64, 3 * group) / torch.rand(64, 3 * group).sqrt()):
         q, scale = quantize_4(w, group)
         error = (dequantize_4(q, scale, w.shape[1], group) - w).square().mean()
         groups = w.view(-1, group)
-        step = groups.gather(1, groups.abs().argmax(1, keepdim=True)) / -8  # as llama.cpp's Q4_0
-        even = (groups / step).round().clamp(-8, 7) * step
-        assert error < 0.88 * (even - groups).square().mean()
+        step = groups.gather(1, groups.abs().argmax(1, keepdim=True)) / -8  # as in Q4_0
+        uniform = (groups / step).round().clamp(-8, 7) * step
+        assert error < 0.88 * (uniform - groups).square().mean()
 
 
 def test_weights_on_4_bit_levels_are_quantized_without_loss():
-    """Weights that lie on levels come back to the bit, negative scales and ragged ends too."""
+    """Dequantization restores every bit, also with negative scales and an incomplete last group."""
     index, scale = torch.randint(16, (9, 150)), torch.randn(9, 3).bfloat16()
     index[:, ::20] = 0  # every group has the outermost level
     w = torch.tensor(LEVELS)[index] * scale.float().repeat_interleave(64, 1)[:, :150]
-    q, found = quantize_4(w, 64)
-    assert torch.equal(dequantize_4(q, found, 150, 64), w) and torch.equal(found, scale)
+    q, stored_scale = quantize_4(w, 64)
+    assert torch.equal(dequantize_4(q, stored_scale, 150, 64), w) and torch.equal(stored_scale, scale)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (16, 8), (17, 9), (33, 66), (5, 130)])
@@ -110,7 +110,7 @@ def test_inputs_are_rounded_per_block():
     assert (x - rounded)[1, :32].abs().max() < 0.02 < (x - rounded)[1, 32:64].abs().max()
 
 
-def test_bad_arguments_of_quantized_products_are_named():
+def test_bad_arguments_of_quantized_products_are_named_in_the_error():
     w, x = torch.randn(20, 40), torch.randn(2, 40)
     for call, message in (
         (lambda: quantize_8(w[0]), r"quantize: got torch.float32 of shape \(40,\), expected a floating matrix"),
@@ -137,13 +137,13 @@ def test_bad_arguments_of_quantized_products_are_named():
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_quantized_products_stay_within_the_error_rule(isa, form):
-    """Against float64 with exact inputs: by a hundredth on the whole, and within half a step of each input."""
+    """The error against float64 is below 1 % of the norm, and within half a rounding step of each input."""
     w, x, b = torch.randn(70, 300), torch.randn(13, 300), torch.randn(70)
     call, exact = packed(w, form)
     block = 128 if form.bits == 8 else form.group
     truth = x.double() @ exact.t()
     assert (call(x) - truth).norm() < 0.01 * truth.norm()
-    x[:, 17] *= 50  # costs its own block its precision, nobody else's
+    x[:, 17] *= 50  # an outlier costs precision in its own block only
     y, truth = call(x, b), x.double() @ exact.t() + b.double()
     steps = F.pad(x, (0, -300 % block)).view(13, -1, block).abs().amax(2) / 127
     bound = 0.5001 * steps.repeat_interleave(block, 1)[:, :300].double() @ exact.abs().t() + 1e-4
@@ -170,8 +170,8 @@ def same(results):
     return all(torch.equal(results[0], r) for r in results[1:])
 
 
-def by_rows(monkeypatch, count):
-    """Plant a block length that follows count(x): the fault that both tests below must see."""
+def plant_block_length(monkeypatch, count):
+    """Plant a bug that both tests below must detect: a block length that depends on count(x)."""
     real = cpu_q8.multiply
 
     def planted(bits, out, x, w, scale, b, block, activation):
@@ -188,8 +188,8 @@ def test_quantized_products_have_the_same_bits_in_any_batch(isa, form, dtype, mo
     x = torch.randn(45, 200).to(dtype)
     assert same(in_batches(call, x))
     if form.bits == 8:
-        by_rows(monkeypatch, len)
-        assert not same(in_batches(call, x)), "the check is blind"
+        plant_block_length(monkeypatch, len)
+        assert not same(in_batches(call, x)), "the check does not detect the planted bug"
 
 
 @pytest.mark.parametrize("rows", (1, 45))
@@ -207,8 +207,8 @@ def test_quantized_products_have_the_same_bits_for_any_threads(form, rows, threa
 
     assert same(by_threads())
     if form.bits == 8:
-        by_rows(monkeypatch, lambda x: torch.get_num_threads())
-        assert not same(by_threads()), "the check is blind"
+        plant_block_length(monkeypatch, lambda x: torch.get_num_threads())
+        assert not same(by_threads()), "the check does not detect the planted bug"
 
 
 def test_quantized_products_refuse_a_gradient():
@@ -247,21 +247,22 @@ def test_a_quantized_folder_loads_as_the_rounded_model(checkpoint, bits, group):
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert len(layers) == 4 * CONFIG.n_layer + 1 and layers["lm_head"].form.bits == 8
     assert all(layer.form.bits == bits for name, layer in layers.items() if name != "lm_head")
-    found, state = quantize_state(exact.state_dict(), Format(bits, group)), dict(exact.state_dict())
+    rounded, state = quantize_state(exact.state_dict(), Format(bits, group)), dict(exact.state_dict())
     for name in layers:
-        of = "transformer.wte" if name == "lm_head" else name
-        q, scale, width = found[f"{of}.q"], found[f"{of}.scale"], state[f"{of}.weight"].shape[1]
-        eight = bits == 8 or name == "lm_head"
-        state[f"{of}.weight"] = dequantize_8(q, scale) if eight else dequantize_4(q, scale, width, group)
+        source = "transformer.wte" if name == "lm_head" else name
+        q, scale, width = rounded[f"{source}.q"], rounded[f"{source}.scale"], state[f"{source}.weight"].shape[1]
+        is_8_bit = bits == 8 or name == "lm_head"
+        restored = dequantize_8(q, scale) if is_8_bit else dequantize_4(q, scale, width, group)
+        state[f"{source}.weight"] = restored
     exact.load_state_dict(state)
     ids = torch.randint(model.config.vocab_size, (3, 71))
     with torch.no_grad():
-        ours, theirs = model(ids), exact(ids)
-        assert (ours - theirs).norm() < 0.03 * theirs.norm()
-        loss = F.cross_entropy(ours[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        logits, exact_logits = model(ids), exact(ids)
+        assert (logits - exact_logits).norm() < 0.03 * exact_logits.norm()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         torch.testing.assert_close(model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()), loss)
         with use_backend("eager"):
-            assert (ours - model(ids)).norm() < 0.01 * ours.norm()
+            assert (logits - model(ids)).norm() < 0.01 * logits.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -278,8 +279,8 @@ def test_quantized_logits_have_the_same_bits_in_any_batch(checkpoint, bits, dtyp
     assert torch.equal(*in_batches())
     assert model.generate(ids[:1, :5], max_new_tokens=6).shape == (1, 11)
     if bits == 8:
-        by_rows(monkeypatch, len)
-        assert not torch.equal(*in_batches()), "the check is blind"
+        plant_block_length(monkeypatch, len)
+        assert not torch.equal(*in_batches()), "the check does not detect the planted bug"
 
 
 def test_untied_heads_and_gated_mlps_are_quantized(tmp_path):
@@ -299,8 +300,8 @@ def test_quantize_prints_the_perplexity_before_and_after(checkpoint, capsys):
     out = checkpoint / "out"
     arguments = ["quantize", str(checkpoint / "float"), str(out), "--bits", "4", "--text", str(checkpoint / "text.txt")]
     assert main(arguments) == 0
-    said = capsys.readouterr().out
-    before, after = (float(part.split()[0].rstrip(",")) for part in said.split("tokens: ")[1].split(", "))
+    printed = capsys.readouterr().out
+    before, after = (float(part.split()[0].rstrip(",")) for part in printed.split("tokens: ")[1].split(", "))
     model = GPT.from_pretrained(checkpoint / "float")
     ids = torch.tensor(Tokenizer.load(out).encode((checkpoint / "text.txt").read_text()))
     size, losses = model.config.block_size, []
@@ -313,7 +314,7 @@ def test_quantize_prints_the_perplexity_before_and_after(checkpoint, capsys):
 
 
 def test_transformers_refuses_a_quantized_folder(checkpoint):
-    """Regression: it found a model.safetensors without its tensors, and went on with random ones."""
+    """Regression: transformers opened a model.safetensors without its tensors, and continued with random weights."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     out = quantized(checkpoint, 8)
     for loader in (transformers.AutoModelForCausalLM, transformers.GPT2LMHeadModel):
@@ -332,13 +333,13 @@ def test_quantized_folders_with_older_file_names_load_and_are_replaced(checkpoin
     assert not (out / "quantised.safetensors").exists() and GPT.from_pretrained(out)
 
 
-def test_bad_quantized_folders_are_named(checkpoint, capsys):
+def test_bad_quantized_folders_are_named_in_the_error(checkpoint, capsys):
     out, source = quantized(checkpoint, 8), checkpoint / "float"
-    said = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**said, "n_layer": 1}))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "n_layer": 1}))
     with pytest.raises(ValueError, match=r"transformer.h.1.attn.c_attn.bias is floating of shape .*, expected nothing"):
         GPT.from_pretrained(out)
-    (out / "config.json").write_text(json.dumps({**said, "quantization_config": {"quant_method": "gptq"}}))
+    (out / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ValueError, match="expected quant_method 'peakgpt'"):
         GPT.from_pretrained(out)
     with pytest.raises(ValueError, match="save_pretrained: got a quantized model"):

@@ -14,14 +14,13 @@ def tiny():
 
 
 def test_the_loss_is_that_of_the_sequence_given_the_control_tokens():
-    """Computed from the logits. Mutations that make it fail: a control token counts, or the first token does not."""
-    model, torch_ids = tiny(), torch.randint(15, (3, 9))
+    """Mutations that make it fail: a control token has a loss, or the first token has none."""
+    model, sequences = tiny(), torch.randint(15, (3, 9))
     control = torch.randint(15, 19, (3, 2), dtype=torch.int32)
-    text, ids, targets = torch_ids, torch_ids[:, :-1], torch_ids[:, 1:]
-    ids, targets = prepend_control_tokens(control, ids, targets)
+    ids, targets = prepend_control_tokens(control, sequences[:, :-1], sequences[:, 1:])
     assert ids.dtype == targets.dtype == torch.int64 and ids.shape == targets.shape == (3, 10)
-    logits = model(torch.cat((control, text[:, :-1]), 1))[:, 1:]  # from the last control token on
-    expected = F.cross_entropy(logits.flatten(0, 1), text.flatten())
+    logits = model(torch.cat((control, sequences[:, :-1]), 1))[:, 1:]  # from the last control token on
+    expected = F.cross_entropy(logits.flatten(0, 1), sequences.flatten())
     torch.testing.assert_close(model(ids, targets), expected)
 
 
@@ -29,13 +28,13 @@ def test_a_trained_model_continues_control_tokens_with_their_sequence():
     model = tiny()
     optimizer = model.configure_optimizer(lr=1e-2)
     control = torch.tensor([[15, 17], [16, 17]])
-    text = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 9, 8, 7, 6, 5]])
-    ids, targets = prepend_control_tokens(control, text[:, :-1], text[:, 1:])
+    sequences = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 9, 8, 7, 6, 5]])
+    ids, targets = prepend_control_tokens(control, sequences[:, :-1], sequences[:, 1:])
     for _ in range(40):
         optimizer.zero_grad()
         model(ids, targets).backward()
         optimizer.step()
-    assert torch.equal(model.eval().generate(control, max_new_tokens=6)[:, 2:], text)
+    assert torch.equal(model.eval().generate(control, max_new_tokens=6)[:, 2:], sequences)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_a_trained_model_continues_control_tokens_with_their_sequence():
     [
         (torch.ones(2, 0, dtype=torch.int64), r"got control tokens \(2, 0\), ids \(2, 5\), .* with G at least 1"),
         (torch.ones(3, 1, dtype=torch.int64), r"got control tokens \(3, 1\), ids \(2, 5\)"),
-        (torch.ones(2, 1), "control tokens have dtype torch.float32, expected an integer one"),
+        (torch.ones(2, 1), "control tokens have dtype torch.float32, expected integers"),
     ],
 )
 def test_bad_control_tokens_raise_with_got_and_expected(control, message):

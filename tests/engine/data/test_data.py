@@ -1,4 +1,4 @@
-"""Corpus, token shards and batches: what goes in comes out, once, in a reproducible order; damage is named."""
+"""Corpus, token shards and batches: each token comes out once, in a reproducible order; errors name damaged files."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from peakgpt.engine.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 
 def stream(folder, count, *, vocab_size=1 << 16, shard_tokens=37, name="train"):
-    """Shards whose token at position p is p: a batch shows where it comes from."""
+    """Write shards in which the token at position p is p, so that a batch shows its positions."""
     source = np.array_split(np.arange(count), 5)
     write_shards(folder, name, source, vocab_size, shard_tokens, text_bytes=4 * count, corpus_digest="d")
     return TokenShards.open(folder, name)
@@ -63,7 +63,7 @@ def test_files_are_split_by_a_hash_of_their_names(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [[10, 10], [1, 10_000], [5000, 20, 5000], [3] * 7])
-def test_few_files_give_both_splits_text(tmp_path, sizes):
+def test_both_splits_of_few_files_have_text(tmp_path, sizes):
     write_files(tmp_path / "a", sizes)
     corpus = load_corpus([tmp_path / "a"])
     assert len(corpus.train) >= 1
@@ -133,14 +133,14 @@ def test_only_text_files_of_a_folder_are_read(tmp_path):
         ("missing.txt", None, "missing.txt: got No such file or directory, expected a readable file"),
     ],
 )
-def test_unreadable_text_files_are_named(tmp_path, name, content, message):
+def test_unreadable_text_files_are_named_in_the_error(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_corpus([tmp_path / name])
 
 
-def test_no_text_files_is_an_error(tmp_path):
+def test_a_corpus_without_text_files_raises(tmp_path):
     with pytest.raises(ValueError, match="corpus: got no files"):
         load_corpus([])
     (tmp_path / "a.png").write_bytes(b"\0")
@@ -168,7 +168,7 @@ def test_shards_return_the_tokens_written(tmp_path, vocab_size, dtype):
         assert (shards.vocab_size, len(shards), shards.corpus) == (vocab_size, 359, "abc")
         assert shards.bytes_per_token == 2
         assert shards.bits_per_byte(math.log(2)) == pytest.approx(0.5)
-        # An older, longer set leaves nothing behind.
+        # The files of an older, longer stream are deleted.
         assert len(list(tmp_path.iterdir())) == len(shards.maps) + 1
 
 
@@ -183,7 +183,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("call", range(1, 11))  # two for each of four shards and the index: its contents, its folder
+@pytest.mark.parametrize("call", range(1, 11))  # fsync of file and folder, for four shards and the index
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_failed_write_leaves_the_folder_unchanged(tmp_path, monkeypatch, call, existing, error):
@@ -204,7 +204,7 @@ def test_failed_write_leaves_the_folder_unchanged(tmp_path, monkeypatch, call, e
         write_shards(tmp_path, "train", [np.arange(100, 200)], 300, 25, text_bytes=1, corpus_digest="d")
     if call < 10:
         assert contents(tmp_path) == before
-    else:  # the new index is in place: the new stream is whole, nothing else stays
+    else:  # the new index is in place: the new stream is complete, and old files are deleted
         assert len(TokenShards.open(tmp_path, "train").maps) == 4
         assert len(contents(tmp_path)) == 5
 
@@ -223,7 +223,7 @@ def test_files_of_a_killed_writer_are_deleted(tmp_path):
 
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("change", [lambda b: b[:-2], lambda b: b[:-1], lambda b: b + b"\0\0", lambda b: b""])
-def test_truncated_shard_is_named(tmp_path, change, check):
+def test_truncated_shard_is_named_in_the_error(tmp_path, change, check):
     stream(tmp_path, 100)
     path = sorted(tmp_path.glob("train-00001-*.bin"))[0]
     path.write_bytes(change(path.read_bytes()))
@@ -241,13 +241,13 @@ def test_every_flipped_bit_is_detected(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=rf"{path.name}: got sha256 [0-9a-f]{{12}}, expected [0-9a-f]{{12}}"):
             TokenShards.open(tmp_path, "train")
-        TokenShards.open(tmp_path, "train", check=False)  # which reads no contents
+        TokenShards.open(tmp_path, "train", check=False)  # does not read the contents
     path.unlink()
     with pytest.raises(ValueError, match=f"{path.name}: got No such file"):
         TokenShards.open(tmp_path, "train")
 
 
-def test_damaged_index_is_named(tmp_path):
+def test_damaged_index_is_named_in_the_error(tmp_path):
     stream(tmp_path, 100)
     path = tmp_path / "train.json"
     good = json.loads(path.read_text())
@@ -318,7 +318,7 @@ def test_epoch_uses_every_token_at_most_once(tmp_path, count, batch, tokens):
             assert ids.dtype == targets.dtype == torch.int64
             assert ids.is_contiguous()
             assert targets.is_contiguous()
-            # The token at position p is p: the rows are windows of the stream, the targets are one further.
+            # The token at position p is p: the rows are windows of the stream, the targets are shifted by one.
             assert torch.equal(ids, ids[:, :1] + torch.arange(tokens))
             assert torch.equal(targets, ids + 1)
             seen += ids.flatten().tolist()
@@ -326,7 +326,7 @@ def test_epoch_uses_every_token_at_most_once(tmp_path, count, batch, tokens):
         assert len(set(seen)) == len(seen)
         assert len(set(targets_seen)) == len(targets_seen)
         assert max(targets_seen) < count
-        # What an epoch leaves out: the offset, less than a window at the end, less than a batch of windows.
+        # An epoch leaves out the tokens before its offset, less than a window at the end, and less than a batch.
         assert len(seen) >= max(batch * tokens, count - 1 - 2 * (tokens - 1) - (batch - 1) * tokens)
 
 
@@ -361,16 +361,16 @@ def test_resumed_batches_equal_uninterrupted_ones(tmp_path):
     whole = Batches(shards, 3, 16, seed=7)
     expected = [next(whole) for _ in range(60)]
     assert whole.epoch >= 4
-    for at in (0, 1, 9, 10, 11, 37):
+    for count in (0, 1, 9, 10, 11, 37):
         first = Batches(shards, 3, 16, seed=7)
-        for _ in range(at):
+        for _ in range(count):
             next(first)
         state = json.loads(json.dumps(first.state_dict()))
         resumed = Batches(TokenShards.open(tmp_path, "train"), 3, 16, seed=7)
         next(resumed)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
-        for ids, targets in expected[at:]:
+        for ids, targets in expected[count:]:
             again = next(resumed)
             assert torch.equal(again[0], ids)
             assert torch.equal(again[1], targets)
@@ -397,7 +397,7 @@ def test_position_in_other_data_is_refused(tmp_path, change, message):
     assert batches.state_dict() == state
 
 
-def test_too_little_data_is_an_error(tmp_path):
+def test_too_little_data_raises(tmp_path):
     shards = stream(tmp_path, 64)
     with pytest.raises(ValueError, match="training data: got 64 tokens, expected at least 65 for one batch of 4 x 16"):
         Batches(shards, 4, 16, seed=0)
@@ -429,7 +429,7 @@ def test_ids_above_65535_are_kept(tmp_path):
 
 
 def test_tokenized_corpus_decodes_to_its_text(tmp_path):
-    """Shards decode to the corpus, and carry what bits per byte need."""
+    """The shards also have the number of bytes, which bits per byte need."""
     write_files(tmp_path / "text", [400] * 40)
     corpus = load_corpus([tmp_path / "text"])
     tokenizer = train_tokenizer((d.text for d in corpus.train), 300)

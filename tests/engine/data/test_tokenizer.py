@@ -55,7 +55,7 @@ def test_text_decodes_to_itself(tokenizer):
 
 
 def test_decode_equals_the_library(tokenizer):
-    """Any ids, also those that are not UTF-8: the library's decoder and ours see the same bytes."""
+    """For random ids, whose bytes often are not UTF-8."""
     rng = random.Random(1)
     for _ in range(300):
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(1, 40))]
@@ -82,7 +82,7 @@ def test_stream_decoder_gives_whole_characters_and_the_full_text(tokenizer):
 
 
 def test_stream_decoder_returns_complete_characters_at_once():
-    """A character comes out with its last byte, not later."""
+    """A character is returned with its last byte, not later."""
     coder = train_tokenizer([], 257)
     stream = StreamDecoder(coder)
     assert [stream.feed(token) for token in coder.encode("é🎉a")] == ["", "é", "", "", "", "🎉", "a"]
@@ -92,7 +92,7 @@ def test_stream_decoder_returns_complete_characters_at_once():
 
 
 def test_documents_encoded_in_pieces_equal_whole_documents(tokenizer, texts, monkeypatch):
-    """Cutting long documents for the cores changes no token; pieces of 3 characters meet every kind of border."""
+    """Cutting long documents for the cores changes no token; pieces of 3 characters have every kind of boundary."""
     rng = random.Random(3)
     many = [random_text(rng, rng.randrange(300)) for _ in range(200)] + ["", "".join(texts)[:200_000], ""]
     expected = [token for text in many for token in [*tokenizer.encode(text), tokenizer.end_id]]
@@ -103,7 +103,7 @@ def test_documents_encoded_in_pieces_equal_whole_documents(tokenizer, texts, mon
 
 
 def test_prefix_space_is_added_once_per_document(tokenizer, monkeypatch):
-    """A foreign tokenizer that puts a blank before every text gets whole texts."""
+    """A tokenizer that adds a space before every text gets whole documents instead of pieces."""
     monkeypatch.setattr(module, "PIECE_CHARS", 3)
     library = type(tokenizer.library).from_str(tokenizer.library.to_str())
     library.pre_tokenizer = module.pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -134,17 +134,17 @@ def test_saved_tokenizer_loads(tokenizer, tmp_path):
 def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
     pytest.importorskip("transformers")
     tokenizer.save(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))  # as beside a checkpoint
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))  # as in a checkpoint folder
     code = """
 import json, sys
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 folder, texts = sys.argv[1], json.loads(sys.argv[2])
-found = []
+results = []
 for kind in AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast:
     other = kind.from_pretrained(folder)
     ids = [other(text).input_ids for text in texts]
-    found.append([ids, [other.decode(i) for i in ids], other.eos_token_id, len(other)])
-print(json.dumps(found))
+    results.append([ids, [other.decode(i) for i in ids], other.eos_token_id, len(other)])
+print(json.dumps(results))
 """
     texts = TRICKY[1:]
     command = [sys.executable, "-c", code, str(tmp_path), json.dumps(texts)]
@@ -155,7 +155,7 @@ print(json.dumps(found))
 
 
 def test_end_of_text_of_other_tokenizers_is_read(tokenizer, tmp_path):
-    """OPT's is </s>, and older files write it as an object."""
+    """OPT's token is </s>. Older files write it as an object."""
     library = type(tokenizer.library).from_str(tokenizer.library.to_str())
     library.add_special_tokens(["</s>"])
     library.save(str(tmp_path / "tokenizer.json"))
@@ -174,7 +174,7 @@ def test_end_of_text_of_other_tokenizers_is_read(tokenizer, tmp_path):
         ("tokenizer_config.json", '{"eos_token": "<none>"}', r"got a vocabulary without '<none>'"),
     ],
 )
-def test_damaged_tokenizer_files_are_named(tokenizer, tmp_path, file, content, message):
+def test_damaged_tokenizer_files_are_named_in_the_error(tokenizer, tmp_path, file, content, message):
     tokenizer.save(tmp_path)
     (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):

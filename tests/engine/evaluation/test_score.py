@@ -19,16 +19,16 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 def folder(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 200, "vocab_size": 257}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
-    for parameter in theirs.parameters():
+    hf_model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    for parameter in hf_model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     path = tmp_path_factory.mktemp("score")
-    theirs.save_pretrained(path)
+    hf_model.save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def theirs(folder):
+def hf_model(folder):
     return transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
 
 
@@ -38,9 +38,9 @@ def scorer(folder):
 
 
 @torch.no_grad()
-def expected(theirs, context, continuation):
+def expected(hf_model, context, continuation):
     ids = torch.tensor([context + continuation])
-    log_p = theirs(ids[:, :-1]).logits.log_softmax(-1)[0, len(context) - 1 :]
+    log_p = hf_model(ids[:, :-1]).logits.log_softmax(-1)[0, len(context) - 1 :]
     return log_p.gather(-1, ids[0, len(context) :, None])[:, 0], log_p.argmax(-1) == ids[0, len(context) :]
 
 
@@ -57,20 +57,20 @@ def pairs():
     return made
 
 
-def test_logprobs_equal_transformers(scorer, theirs):
+def test_logprobs_equal_transformers(scorer, hf_model):
     scores = scorer.score(pairs())
     for (context, continuation), score in zip(pairs(), scores, strict=True):
         if not continuation:
             assert score.logprobs == () and score.total == 0 and score.mean == 0
             continue
-        log_p, greedy = expected(theirs, context, continuation)
+        log_p, greedy = expected(hf_model, context, continuation)
         torch.testing.assert_close(torch.tensor(score.logprobs), log_p, rtol=0, atol=1e-4)
         assert list(score.greedy) == greedy.tolist()
         assert score.mean == pytest.approx(log_p.mean().item(), abs=1e-4)
 
 
 def test_scores_have_the_same_bits_alone_in_any_order_and_with_few_blocks(scorer, folder):
-    """With few blocks each sequence makes a tree of its own."""
+    """With few blocks each sequence has its own tree."""
     together, small = scorer.score(pairs()), Scorer(GPT.from_pretrained(folder), blocks=5)
     assert [scorer.score([pair])[0] for pair in pairs()] == together
     assert scorer.score(pairs()[::-1])[::-1] == together
@@ -90,7 +90,7 @@ def tokens_run(scorer, monkeypatch, pairs):
     return sum(ran)
 
 
-# ---- models that run by torch ops
+# ---- models that run on torch ops
 
 SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 4, "block_size": 200, "vocab_size": 257}
 TORCH_MODELS = {
@@ -119,7 +119,7 @@ def torch_scorer(model, **options):
 
 @torch.no_grad()
 def test_torch_ops_score_each_pair_as_the_whole_model_does(model, monkeypatch):
-    """Batched, with common prefixes run once; the values are those of one forward pass a pair."""
+    """Batched, with common prefixes run once; the values are those of one forward pass per pair."""
     scorer = torch_scorer(model)
     for (context, continuation), score in zip(pairs(), scorer.score(pairs()), strict=True):
         ids = torch.tensor(context + continuation)
@@ -131,7 +131,7 @@ def test_torch_ops_score_each_pair_as_the_whole_model_does(model, monkeypatch):
 
 
 def test_torch_ops_score_the_same_in_any_batch(model):
-    """Torch ops promise no bits: the values may differ by the order of float32 sums."""
+    """Torch ops do not guarantee equal bits: float32 sums may have another order."""
     scorer, small = torch_scorer(model), torch_scorer(model, blocks=5)
     together = scorer.score(pairs())
     for scores in ([scorer.score([pair])[0] for pair in pairs()], small.score(pairs())):
@@ -140,7 +140,7 @@ def test_torch_ops_score_the_same_in_any_batch(model):
 
 
 def test_torch_ops_score_with_an_int8_cache(model):
-    """Near the scores of a float32 cache, but not equal; the same alone as in a batch."""
+    """Close to the scores with a float32 cache, but not equal. A pair alone scores nearly the same as in a batch."""
     exact, scorer = torch_scorer(model).score(pairs()), torch_scorer(model, cache="int8")
     scores = scorer.score(pairs())
     assert scorer.executor.kv_cache.keys.dtype == torch.int8
@@ -155,12 +155,12 @@ def test_torch_ops_score_with_an_int8_cache(model):
 def test_int8_cache_of_the_program_and_of_torch_ops_give_near_scores(folder):
     model = GPT.from_pretrained(folder)
     both = Scorer(model, cache="int8").score(pairs()), torch_scorer(model, cache="int8").score(pairs())
-    for ours, theirs in zip(*both, strict=True):
-        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=0, atol=2e-2)
+    for program_score, torch_score in zip(*both, strict=True):
+        torch.testing.assert_close(program_score.logprobs, torch_score.logprobs, rtol=0, atol=2e-2)
 
 
 def test_a_float64_model_scores_as_in_float32(scorer, folder):
-    """No C++ program and no fused op takes float64."""
+    """Neither the C++ program nor a fused op supports float64."""
     wide = Scorer(GPT.from_pretrained(folder).double())
     assert "float64" in wide.executor.note
     for ours, expected in zip(scorer.score(pairs()), wide.score(pairs()), strict=True):
@@ -172,17 +172,17 @@ def test_a_float64_model_scores_as_in_float32(scorer, folder):
 
 @pytest.mark.parametrize(("window", "stride"), [(None, None), (64, 64 - 1), (50, 1), (200, 100), (7, 3)])
 @torch.no_grad()
-def test_perplexity_scores_each_token_once_by_windows(scorer, theirs, window, stride):
+def test_perplexity_scores_each_token_once_by_windows(scorer, hf_model, window, stride):
     """Each token is scored once, in the window that ends with the token's stride."""
     ids = draw(250, 5)
-    found = scorer.perplexity(ids, window=window, stride=stride)
-    window, stride, nll, done = found.window, found.stride, 0.0, 1
+    result = scorer.perplexity(ids, window=window, stride=stride)
+    window, stride, nll, done = result.window, result.stride, 0.0, 1
     for end in [*range(window, 250, stride), 250]:
         begin = max(end - window, 0)
-        log_p, _ = expected(theirs, ids[begin:done], ids[done:end])
+        log_p, _ = expected(hf_model, ids[begin:done], ids[done:end])
         nll, done = nll - log_p.double().sum().item(), end
-    assert found.tokens == 249 and found.nll_nats == pytest.approx(nll, rel=1e-5)
-    assert found.value == pytest.approx(torch.tensor(nll / 249).exp().item(), rel=1e-4)
+    assert result.tokens == 249 and result.nll_nats == pytest.approx(nll, rel=1e-5)
+    assert result.value == pytest.approx(torch.tensor(nll / 249).exp().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,8 @@ def test_the_bias_example_runs_and_finds_the_trained_bias(zero):
     spec = importlib.util.spec_from_file_location("bias", Path(__file__).parents[3] / "examples/occupation_bias.py")
     bias = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bias)
-    found = {name: values for name, *values in bias.measure(zero)}
-    assert list(found) == list(bias.OCCUPATIONS) and all(len(values) == 4 for values in found.values())
+    biases = {name: values for name, *values in bias.measure(zero)}
+    assert list(biases) == list(bias.OCCUPATIONS) and all(len(values) == 4 for values in biases.values())
     sentence = "The {} said that {} was tired."
     assert bias.sentence_bias(zero, sentence, "nurse") > 0 > bias.sentence_bias(zero, sentence, "engineer")
 
@@ -92,11 +92,11 @@ def test_the_score_command_prints_perplexity_and_continuation_scores(trained_mod
     trained_model.save_pretrained(tmp_path, tokenizer)
     (tmp_path / "text").write_text(SENTENCES[0] * 20)
     assert main(["score", str(tmp_path), "--text", str(tmp_path / "text"), "--stride", "20"]) == 0
-    said, row = capsys.readouterr().out.splitlines()
+    line, row = capsys.readouterr().out.splitlines()
     row = json.loads(row)
     ids = [tokenizer.end_id, *tokenizer.encode(SENTENCES[0] * 20)]
     assert row["perplexity"] == pytest.approx(Scorer(trained_model).perplexity(ids, stride=20).value, rel=1e-5)
-    assert row["tokens"] == len(ids) - 1 and "windows of 64 by 20" in said
+    assert row["tokens"] == len(ids) - 1 and "windows of 64 by 20" in line
     argv = ["score", str(tmp_path), "--text", str(tmp_path / "text"), "--stride", "20", "--kv-cache-dtype", "int8"]
     assert main(argv) == 0
     small = json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"]

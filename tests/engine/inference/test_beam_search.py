@@ -1,4 +1,4 @@
-"""Beam search gives transformers' sequences, by torch ops and by the C++ program.
+"""Beam search gives transformers' sequences, on torch ops and in the C++ program.
 
 Mutations that these tests detect: no length penalty; sequences added after the search ended; beams that share a block
 that is not full.
@@ -30,7 +30,7 @@ def pair(tmp_path_factory):
 PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 35]])
 
 
-def theirs(model, count, beams, stop, penalty, early):
+def hf_beam_search(model, count, beams, stop, penalty, early):
     return model.generate(
         PROMPT, attention_mask=torch.ones_like(PROMPT), do_sample=False, num_beams=beams, max_new_tokens=count,
         eos_token_id=list(stop) or None, pad_token_id=stop[0] if stop else 0, length_penalty=penalty,
@@ -41,24 +41,24 @@ def theirs(model, count, beams, stop, penalty, early):
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_beam_search_gives_transformers_sequences(pair, backend):
     model, reference = pair
-    many, free = 2 if backend == "eager" else 3, theirs(reference, 12, 4, (), 1.0, False)[:, 5:]
-    stops = (), (int(free[0, 6]),), (int(free[1, 4]), int(free[0, 8]), 33)  # that some texts come to
+    num_beams, free = 2 if backend == "eager" else 3, hf_beam_search(reference, 12, 4, (), 1.0, False)[:, 5:]
+    stops = (), (int(free[0, 6]),), (int(free[1, 4]), int(free[0, 8]), 33)  # tokens that occur in the outputs
     lengths = set()
     with use_backend(backend):
         for stop, penalty, early in itertools.product(stops, (-1.0, 0.0, 2.0), (True, False, "never")):
             if early and not stop:
                 continue  # nothing ends early
-            expected = theirs(reference, 12, many, stop, penalty, early)
-            ours = model.generate(PROMPT, max_new_tokens=12, num_beams=many, eos_token_id=stop, length_penalty=penalty,
-                                  early_stopping=early)  # fmt: skip
-            assert torch.equal(ours, expected), (many, stop, penalty, early)
+            expected = hf_beam_search(reference, 12, num_beams, stop, penalty, early)
+            ours = model.generate(PROMPT, max_new_tokens=12, num_beams=num_beams, eos_token_id=stop,
+                                  length_penalty=penalty, early_stopping=early)  # fmt: skip
+            assert torch.equal(ours, expected), (num_beams, stop, penalty, early)
             lengths.add(ours.shape[1])
-    assert len(lengths) > 2, "texts that all end alike prove little"
+    assert len(lengths) > 2, "outputs of equal length prove little"
 
 
 def test_beams_longer_than_a_block_give_transformers_sequences(pair):
     model, reference = pair
-    expected = theirs(reference, 90, 3, (), 1.0, False)
+    expected = hf_beam_search(reference, 90, 3, (), 1.0, False)
     assert torch.equal(model.generate(PROMPT, max_new_tokens=90, num_beams=3), expected)
 
 
@@ -73,5 +73,5 @@ def test_bad_or_ignored_options_are_rejected(pair):
         with pytest.raises(ValueError, match=r"got do_sample=True with num_beams 2, expected one of the two"):
             pair[0].generate(PROMPT, num_beams=2, do_sample=True, **option)
     for option in ({"length_penalty": 2.0}, {"early_stopping": True}):
-        with pytest.raises(ValueError, match="with num_beams 1, expected more beams"):
+        with pytest.raises(ValueError, match="with num_beams 1, expected at least 2"):
             pair[0].generate(PROMPT, **option)

@@ -20,7 +20,7 @@ GPT2 = preset("gpt2")
 @pytest.mark.parametrize(("streams", "block_size", "free", "expected"), [
     (64, 1024, 64 * GIB, 64 * 8), (64, 130, 64 * GIB, 64 * 3), (1, 1024, 64 * GIB, 16),
     (64, 1024, GIB, GIB // 2 // (2 * 12 * 64 * 768 * 2)), (64, 1024, 0, 16),
-], ids=["room for all", "short texts", "one stream", "half of what is free", "one whole text"])  # fmt: skip
+], ids=["all streams", "short sequences", "one stream", "half of free memory", "one whole sequence"])  # fmt: skip
 def test_default_blocks_hold_all_streams_within_half_of_free_memory(monkeypatch, streams, block_size, free, expected):
     monkeypatch.setattr(cache_size, "free_bytes", lambda device: free)
     config = dataclasses.replace(GPT2, block_size=block_size)

@@ -1,4 +1,4 @@
-"""Engine: the output of a request does not depend on the batch, the chunks or the cache, to the last bit.
+"""Engine: the output of a request does not depend on the batch, the chunks or the cache, bit for bit.
 
 Mutations that these tests detect: one uniform number for a whole draft; a fully cached prompt that takes no step;
 cancel that leaks blocks; an error in sampling one row that ends the whole step.
@@ -71,18 +71,18 @@ def alone(model, ids, params, cache=None):
     return ALONE[key][1]
 
 
-ALONE: dict[tuple, tuple[GPT, dict]] = {}  # with the model, whose id must stay its own
+ALONE: dict[tuple, tuple[GPT, dict]] = {}  # the entry keeps its model alive, so that no other model gets its id
 
 
 def expect_the_same(model, options, tokens=60):
-    """Each output of a batch, log-probabilities included, has the bits that it has alone."""
+    """Check that each output of a batch, log-probabilities included, has the bits of the same request alone."""
     engine = Engine(model, **options)
     assert not engine.executor_note
-    asked = [(ids, params_of(i, n=1 + i % 2, max_tokens=tokens)) for i, ids in enumerate(prompts(6, shared=150))]
-    for ids, params in asked:
+    requests = [(ids, params_of(i, n=1 + i % 2, max_tokens=tokens)) for i, ids in enumerate(prompts(6, shared=150))]
+    for ids, params in requests:
         engine.submit(ids, params)
     got = collect(engine)
-    for i, (ids, params) in enumerate(asked):
+    for i, (ids, params) in enumerate(requests):
         for index, expected in alone(model, ids, params, options.get("cache")).items():
             assert got[i, index] == expected
     assert engine.pool.free_blocks == engine.pool.num_blocks and not any(engine.pool.ref_counts)
@@ -110,18 +110,18 @@ def test_output_has_the_same_bits_with_quantized_weights_and_int8_cache(model, f
     expect_the_same(small, {"cache": cache}, tokens=30)
     expect_the_same(small, {"blocks": 9, "budget": 30, "cache": cache}, tokens=30)
     ids = prompts(1)[0] * 2
-    texts = [
+    outputs = [
         [t for o in engine.stream(ids, params_of(0)) for t in o.token_ids]
         for engine in (Engine(small, cache=cache), Engine(small, speculation=PromptLookup(), cache=cache))
     ]
-    assert texts[0] == texts[1] and len(set(texts[0])) > 3
+    assert outputs[0] == outputs[1] and len(set(outputs[0])) > 3
 
 
 def test_bit_check_detects_a_batch_dependent_rounding(model, monkeypatch):
     """Plant a relative difference of 1e-6 in steps with more than one chunk."""
-    was = ProgramExecutor.step
+    original = ProgramExecutor.step
     monkeypatch.setattr(
-        ProgramExecutor, "step", lambda self, chunks: was(self, chunks) * (1.0 + (len(chunks) > 1) * 2.0**-20)
+        ProgramExecutor, "step", lambda self, chunks: original(self, chunks) * (1.0 + (len(chunks) > 1) * 2.0**-20)
     )
     with pytest.raises(AssertionError):
         expect_the_same(model, {})
@@ -132,11 +132,11 @@ def test_bit_check_covers_preemption_and_prefix_reuse(model, monkeypatch):
     seen = []
 
     def spy(name):
-        was = getattr(Scheduler, name)
+        original = getattr(Scheduler, name)
 
         def spied(self, sequence):
             unfinished = len(sequence.token_ids) < sequence.max_length
-            result = was(self, sequence)
+            result = original(self, sequence)
             seen.append((name, unfinished, sequence.num_computed))
             return result
 
@@ -156,8 +156,8 @@ def test_fully_cached_prompt_recomputes_its_last_block(model):
     """The prompt fills two blocks: the second one is recomputed, for the logits of its last token."""
     ids, engine = prompts(1, shared=127)[0], Engine(model)
     assert len(ids) == 128
-    texts = [[o.token_ids for o in engine.stream(ids, params_of(1))] for _ in range(3)]
-    assert len(texts[0]) == 60 and texts[0] == texts[1] == texts[2]
+    outputs = [[o.token_ids for o in engine.stream(ids, params_of(1))] for _ in range(3)]
+    assert len(outputs[0]) == 60 and outputs[0] == outputs[1] == outputs[2]
 
 
 def test_greedy_output_is_the_models_argmax(model):
@@ -180,8 +180,8 @@ def test_first_token_comes_with_the_last_step_of_the_prompt(model, prompt, budge
     engine.step()
     late = engine.submit(prompts(1, shared=prompt - 1)[0], params_of(1))
     for step in range(1, steps + 1):
-        told = [output.request_id for output in engine.step() if output.token_ids]
-        assert sorted(told) == [*others, late][: 4 + (step == steps)], f"step {step}"
+        request_ids = [output.request_id for output in engine.step() if output.token_ids]
+        assert sorted(request_ids) == [*others, late][: 4 + (step == steps)], f"step {step}"
 
 
 def test_cancel_frees_blocks_of_its_request_only(model):
@@ -245,8 +245,8 @@ def expect_one_ended(model, engine, failed):
     assert ended.request_id == failed and ended.finish_reason == "error" and not engine.has_work
     for i, ids in enumerate(prompts(5)):
         if i != failed:
-            texts = [list(o.token_ids) for o in outputs if o.request_id == i]
-            assert [t for text in texts for t in text] == alone(model, ids, params_of(i, max_tokens=12))[0][0]
+            parts = [list(o.token_ids) for o in outputs if o.request_id == i]
+            assert [t for part in parts for t in part] == alone(model, ids, params_of(i, max_tokens=12))[0][0]
     assert engine.pool.free_blocks == engine.pool.num_blocks and not any(engine.pool.ref_counts)
     return ended.error
 
@@ -260,20 +260,20 @@ def test_error_in_one_sequence_ends_only_that_sequence(model, part):
         stream = engine.stream([1, 2, 3], params_of(1))
         setattr(engine.scheduler.waiting[0], part, Failing())
         list(stream)
-    assert len(list(engine.stream([1, 2, 3], params_of(1)))) == 60, "the engine goes on"
+    assert len(list(engine.stream([1, 2, 3], params_of(1)))) == 60, "the engine continues"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("failed", range(len(KINDS)), ids=["greedy", "top_k", "top_p", "whole"])
 def test_nan_or_inf_logits_end_only_their_sequence(model, failed, value, monkeypatch):
-    """Plant it in one logit or in all logits of a row, after some output tokens."""
+    """Plant the value in one logit or in all logits of a row, after some output tokens."""
     for where in (50, slice(None)):
         engine = Engine(model)
-        was = engine.executor.step
+        original = engine.executor.step
         crowd(engine)
 
-        def spoiled(chunks, engine=engine, was=was, where=where):
-            logits = was(chunks)
+        def with_bad_logits(chunks, engine=engine, original=original, where=where):
+            logits = original(chunks)
             owners = {id(s.block_table): s for s in engine.scheduler.running}
             for i, sequence in enumerate(owners[id(chunk.block_table)] for chunk in chunks):
                 output = len(sequence.token_ids) - sequence.num_prompt
@@ -281,28 +281,28 @@ def test_nan_or_inf_logits_end_only_their_sequence(model, failed, value, monkeyp
                     logits[i, where] = float(value)
             return logits
 
-        monkeypatch.setattr(engine.executor, "step", spoiled)
+        monkeypatch.setattr(engine.executor, "step", with_bad_logits)
         error = expect_one_ended(model, engine, failed)
-        assert isinstance(error, ArithmeticError) and "are no numbers" in str(error)
+        assert isinstance(error, ArithmeticError) and "are not finite" in str(error)
 
 
 def test_failed_step_ends_only_sequences_that_fail_alone(model, monkeypatch):
     engine = Engine(model)
-    was, crowded = engine.executor.step, []
+    original, batch_sizes = engine.executor.step, []
     sequences = crowd(engine)
 
     def failing(chunks):
-        crowded.append(len(chunks))
+        batch_sizes.append(len(chunks))
         if any(chunk.block_table is sequences[2].block_table and chunk.past > 80 for chunk in chunks):
             raise MemoryError("planted")
-        return was(chunks)
+        return original(chunks)
 
     monkeypatch.setattr(engine.executor, "step", failing)
     assert isinstance(expect_one_ended(model, engine, 2), MemoryError)
-    assert crowded[-1] > 1, "together again"
+    assert batch_sizes[-1] > 1, "the other sequences run in one batch again"
     crowd(engine)
-    monkeypatch.setattr(engine.executor, "step", lambda chunks: was(chunks) if len(chunks) == 1 else 1 / 0)
-    assert not any(o.error for o in engine.outputs()), "what only all together can not do"
+    monkeypatch.setattr(engine.executor, "step", lambda chunks: original(chunks) if len(chunks) == 1 else 1 / 0)
+    assert not any(o.error for o in engine.outputs()), "a failure of the batch alone ends no sequence"
 
 
 def test_failed_speculation_is_disabled_and_output_is_unchanged(model):
@@ -336,7 +336,7 @@ def test_speculation_gives_the_same_bits(model, other, kind):
         results = []
         for engine in engines:
             for i, ids in enumerate(prompts(2 * together)):
-                # Prompts that repeat themselves, so that there is something to look up.
+                # Repeated prompts, so that the lookup finds matches.
                 engine.submit((ids * 2)[:170], params_of(i, max_tokens=50))
             results.append(collect(engine))
         assert results[0] == results[1]
@@ -370,12 +370,12 @@ def test_choices_constrain_the_output(model):
         tokens = tuple(t for o in engine.stream([1, 2, 3], params) for t in o.token_ids)
         seen.add(tokens)
     assert seen == {(5, 6, 7), (5, 6, 8), (9, 0), (9, 4)}
-    # The likeliest choice, when only one token decides.
+    # Choices of one token: the most likely token is chosen.
     with torch.no_grad():
         logits = model(torch.tensor([[1, 2, 3]]))[0, -1]
     (out,) = engine.stream([1, 2, 3], SamplingParams(choices=[(t,) for t in (11, 12, 13)], temperature=0))
     assert out.token_ids[0] == 11 + int(logits[11:14].argmax()) and out.finish_reason == "stop"
-    with pytest.raises(ValueError, match="begins another"):
+    with pytest.raises(ValueError, match="is a prefix of another"):
         engine.submit([1], SamplingParams(choices=[(5,), (5, 6)]))
 
 
@@ -392,7 +392,7 @@ def test_text_stops_before_a_stop_string_that_spans_tokens(tokenizer: Tokenizer)
         stream, shown = TextStream(tokenizer, stops), ""
         for token in tokenizer.encode(text):
             shown += stream.feed(token)
-            assert expected.startswith(shown), "what was shown is taken back"
+            assert expected.startswith(shown), "text that was returned cannot be taken back"
             if stream.stopped_by:
                 break
         shown += "" if stream.stopped_by else stream.finish()
@@ -447,10 +447,10 @@ def test_bad_requests_are_rejected(model, ids, options, message):
 
 
 @pytest.mark.parametrize("changes", [{}, {"experts": 2}, {"position": "transformer_xl"}], ids=str)
-def test_model_without_fused_kernels_runs_by_torch_ops(changes):
+def test_model_without_fused_kernels_runs_on_torch_ops(changes):
     torch.manual_seed(0)
     config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=150, vocab_size=50, **changes)
-    model = GPT(config).double().eval()  # no backend takes it: the engine must not care
+    model = GPT(config).double().eval()  # no fused backend supports float64
     engine = Engine(model, budget=40)
     for i in range(3):
         engine.submit(list(range(20 * i + 1)), SamplingParams(temperature=0, max_tokens=20))

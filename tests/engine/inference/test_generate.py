@@ -17,7 +17,7 @@ def model_of(**changes):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.normal_(0.0, 0.5)  # large, or the tied head repeats one token for ever
+                parameter.normal_(0.0, 0.5)  # large, since with small weights the tied head repeats one token
     return model
 
 
@@ -44,13 +44,13 @@ def test_cached_logits_equal_one_forward_pass(backend, n_kv_head):
 def test_greedy_output_equals_transformers(tmp_path):
     model = model_of()
     model.save_pretrained(tmp_path)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
-    expected = theirs.generate(
+    hf_model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    expected = hf_model.generate(
         PROMPT, attention_mask=torch.ones_like(PROMPT), do_sample=False, max_length=20, min_length=20, pad_token_id=0
     )
     ours = model.generate(PROMPT)
     assert torch.equal(ours, expected)
-    assert len({*ours[0, 5:].tolist()}) > 3, "a text that repeats one token proves little"
+    assert len({*ours[0, 5:].tolist()}) > 3, "an output that repeats one token proves little"
     assert list(model.stream(PROMPT[:1])) == ours[0, 5:].tolist()
 
 
@@ -71,14 +71,14 @@ def test_eos_ends_a_sequence_and_pads_it():
     model = model_of()
     free = model.generate(PROMPT)[:, 5:].tolist()
     stop = next(token for token in free[0] if token not in free[1] and token != free[0][0])
-    at = free[0].index(stop)
+    stop_position = free[0].index(stop)
     ours = model.generate(PROMPT, eos_token_id=(stop, 0))[:, 5:].tolist()
-    assert ours[0][: at + 1] == free[0][: at + 1] and set(ours[0][at:]) == {stop}
+    assert ours[0][: stop_position + 1] == free[0][: stop_position + 1] and set(ours[0][stop_position:]) == {stop}
     end = next((i for i, token in enumerate(free[1]) if token == 0), 14)
     assert ours[1] == free[1][: end + 1]
     alone = model.generate(PROMPT[:1], eos_token_id=(stop,))
-    assert alone[0, 5:].tolist() == free[0][: at + 1]
-    assert list(model.stream(PROMPT[:1], eos_token_id=(stop,))) == free[0][:at]
+    assert alone[0, 5:].tolist() == free[0][: stop_position + 1]
+    assert list(model.stream(PROMPT[:1], eos_token_id=(stop,))) == free[0][:stop_position]
 
 
 def test_generate_in_training_mode_drops_nothing_out():
@@ -115,9 +115,9 @@ def test_int32_ids_and_bad_arguments():
                 method(PROMPT[:1], **{name: 1})
     with pytest.raises(ValueError, match=r"shape \(2, 0\), expected \(B, T\) with at least one token"):
         model.generate(PROMPT[:, :0])
-    for ids, said in (([[1, 2]], r"\[\[1, 2\]\]"), ("text", "'text'")):
+    for ids, shown in (([[1, 2]], r"\[\[1, 2\]\]"), ("text", "'text'")):
         for method in (model.generate, lambda ids: model.generate(ids, num_beams=2), model.stream):
-            with pytest.raises(ValueError, match=rf"input_ids is {said}, expected a Tensor"):
+            with pytest.raises(ValueError, match=rf"input_ids is {shown}, expected a Tensor"):
                 method(ids)
     with pytest.raises(ValueError, match=r"attention_mask: got \[0, 1\], expected the shape"):
         model.generate(PROMPT, [0, 1])

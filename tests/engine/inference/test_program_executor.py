@@ -1,6 +1,6 @@
 """ProgramExecutor: the model's logits, with the same bits for any chunks and batch.
 
-Mutations that these tests detect: the last block of a table taken for the first; a tile's queries masked by the tile's
+Mutations that these tests detect: the last block of a table used as the first; a tile's queries masked by the tile's
 last one; values of an odd key not zeroed; the head run on rows in the wrong order. With an int8 cache: values' scales
 left out; scales of missing keys not zeroed; bytes truncated instead of rounded; scales not copied.
 """
@@ -74,13 +74,13 @@ def test_bfloat16_error_is_at_most_twice_torchs(config):
 
 def pieces(executor, ids):
     """Run in chunks of odd sizes together with another sequence, then token by token, in blocks in any order."""
-    mine, other = [6, 0, 4], [2, 5, 1]
-    found, at = [], 0
+    table, other_table = [6, 0, 4], [2, 5, 1]
+    logits, past = [], 0
     for count in (1, 69, 2, 58, 1, 1, 17, 1):
-        beside = [Chunk(ids[:5], at, other, 0)] if at % 2 else []
-        found.append(executor.step([*beside, Chunk(ids[at : at + count], at, mine, count)]))
-        at += count
-    return torch.cat(found)
+        others = [Chunk(ids[:5], past, other_table, 0)] if past % 2 else []
+        logits.append(executor.step([*others, Chunk(ids[past : past + count], past, table, count)]))
+        past += count
+    return torch.cat(logits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -103,7 +103,7 @@ def test_quantized_model_is_near_torch_and_bitwise_chunk_independent(name, form,
     model, ids = load_quantized(GPT(config), state, form, dtype), torch.randint(97, (150,))
     executor = ProgramExecutor(model, 7)
     expected = whole(executor, ids)
-    share = {torch.float32: 2e-2, torch.bfloat16: 6e-2}[dtype]  # a byte of an input may fall to the other side
+    share = {torch.float32: 2e-2, torch.bfloat16: 6e-2}[dtype]  # a rounded input may differ by one
     limit = share * float(expected.abs().max())
     torch.testing.assert_close(expected, model(ids[None])[0].float(), rtol=0.0, atol=limit)
     assert torch.equal(pieces(executor, ids), expected)
@@ -117,7 +117,7 @@ def test_int8_cache_is_near_and_bitwise_chunk_independent(name, dtype, isa):
     model, ids = model_of(GPTConfig(**SIZES, **MODELS[name]), dtype), torch.randint(97, (150,))
     executor = ProgramExecutor(model, 7, cache_dtype="int8")
     for memory in (executor.kv_cache.keys, executor.kv_cache.values):
-        memory.fill_(255)  # scales are NaN
+        memory.fill_(255)  # the scales are then NaN
     expected, plain = whole(executor, ids), whole(ProgramExecutor(model, 7), ids)
     error = (expected - plain).square().mean().sqrt() / plain.std()
     assert 0 < error < 0.02
@@ -141,13 +141,13 @@ def test_int8_cache_holds_the_bytes_of_the_cache_store_op(isa):
     q, scale = quantize_heads(k)
     for head, block in enumerate(executor.kv_cache.keys[: 4 * 64 * 20].view(4, -1)):
         bytes_, scales = block[:1024].view(torch.int8).view(16, 64)[:, :3], block[1024:].view(torch.float32)[:3]
-        assert (q[:, head] != bytes_.T).sum() <= 1  # what lies near a tie, since sums differ
+        assert (q[:, head] != bytes_.T).sum() <= 1  # the sums differ, so a value near a tie may round differently
         torch.testing.assert_close(scales, scale[:, head], rtol=1e-5, atol=0.0)
 
 
 @torch.no_grad()
 def test_torch_ops_with_a_contiguous_cache_fail_the_bit_check():
-    """Training ops do not promise equal bits: a prompt in several parts must give other bits."""
+    """Training ops do not guarantee equal bits: a prompt in several parts must give other bits."""
     model = model_of(GPTConfig(**SIZES), torch.float32)
     ids = torch.randint(97, (1, 150))
     cache = ContiguousKVCache(model.config, 1, 150, dtype=torch.float32, device="cpu")
@@ -192,7 +192,7 @@ def test_bad_chunks_are_rejected(chunk, message):
 
 
 def test_unsupported_models_are_rejected_with_a_reason():
-    with pytest.raises(NotImplementedError, match="no relative positions, got 0 and position 'transformer_xl'"):
+    with pytest.raises(NotImplementedError, match="no relative positions, got experts 0 and position 'transformer_xl'"):
         ProgramExecutor(GPT(GPTConfig(**SIZES, position="transformer_xl")), 1)
     with pytest.raises(NotImplementedError, match=r"got torch\.float64"):
         ProgramExecutor(GPT(GPTConfig(**SIZES)).double(), 1)

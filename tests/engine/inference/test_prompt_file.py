@@ -1,4 +1,4 @@
-"""Prompt files: what becomes of text and of JSON, and what is refused by name."""
+"""Prompt files: the prompts of text and JSON files, and errors that name the file."""
 
 import json
 

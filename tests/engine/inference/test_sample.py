@@ -53,8 +53,8 @@ def test_largest_equals_topk(k):
 LOGITS = {
     "equal": torch.zeros(2, V), "nearly equal": rows(2, 0.01), "normal": rows(2, 1.0), "peaked": rows(2, 10.0),
     "few values": rows(2, 2.0).round(), "one of 16 lower": rows(2, 1.0) - 9.0 * (torch.arange(V) % 16 == 0),
-    "one more than a guess needs": rows(2, 1.0)[:, :513], "few": rows(2, 1.0)[:, :17],
-    "of both kinds": torch.cat([rows(1, 10.0), rows(2, 0.01), rows(1, 4.0)]),
+    "513 tokens": rows(2, 1.0)[:, :513], "17 tokens": rows(2, 1.0)[:, :17],
+    "peaked and flat rows": torch.cat([rows(1, 10.0), rows(2, 0.01), rows(1, 4.0)]),
 }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_top_p_keeps_the_first_of_equal_tokens():
     p, ids = probabilities(torch.zeros(1, V), top_p=0.5)
     assert ids is None and p[0].nonzero()[:, 0].tolist() == list(range(V // 2 + 1))
     alone, both = (probabilities(torch.zeros(1, 1024), top_p=one)[0] for one in (0.5 + 1e-9, torch.full((1, 1), 0.5)))
-    assert torch.equal(alone, both), "top_p is the same number alone and in a column, whose are float32"
+    assert torch.equal(alone, both), "top_p is rounded to float32 alone as in a column"
 
 
 def test_min_p_is_relative_to_the_largest_probability():
@@ -127,10 +127,10 @@ def test_uniforms_depend_on_seed_stream_and_index_only():
         ({"n": 0}, "n is 0"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
-        ({"prompt_logprobs_start": 3}, "prompt_logprobs_start is 3, expected prompt_logprobs with it"),
+        ({"prompt_logprobs_start": 3}, "prompt_logprobs_start is 3, expected 0 without prompt_logprobs"),
         ({"stop": "end"}, "stop is 'end', expected a sequence of strings"),
-        ({"stop": ("",)}, "expected none that is empty"),
-        ({"choices": ((),)}, "expected none that is empty"),
+        ({"stop": ("",)}, "expected no empty element"),
+        ({"choices": ((),)}, "expected no empty element"),
     ],
 )
 def test_sampling_params_out_of_range_raise(options, message):

@@ -39,7 +39,7 @@ MODELS = {
     "palm": {"residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
              "activation": "silu", "bias": False, "logit_scale": 0.125},
     "glam": {"experts": 4, "experts_per_token": 2, "experts_every": 1},
-    "transformer-xl": {"position": "transformer_xl"},  # one text after the other
+    "transformer-xl": {"position": "transformer_xl"},  # runs one sequence at a time
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def model_of(name, **changes):
     return model.eval()
 
 
-def chatty(name):
+def varied_model(name):
     """A model whose greedy output does not repeat one token, and whose best two tokens are never nearly equal."""
     model = model_of(name)
     for parameter in model.parameters():
@@ -64,48 +64,50 @@ def chatty(name):
 def test_chunked_prompts_and_decoding_equal_one_forward_pass(name):
     """Three sequences grow by chunks and by single tokens, in blocks in any order; then all by single tokens."""
     model = model_of(name)
-    texts = torch.randint(97, (3, 140))
-    expected = model(texts)
+    sequences = torch.randint(97, (3, 140))
+    expected = model(sequences)
     with use_backend("eager"):
         model_executor = make_executor(model, 9)
     assert type(model_executor) is TorchExecutor and model_executor.is_relative == (model.config.position in RELATIVE)
     tables, past = ([6, 0, 4], [2, 5, 1], [8, 3, 7]), [0, 0, 0]
 
-    def step(counts, wanted=lambda new: new):
+    def step(counts, num_logits=lambda new: new):
         live = [i for i, new in enumerate(counts) if new]
-        chunks = [Chunk(texts[i, past[i] : past[i] + counts[i]], past[i], tables[i], wanted(counts[i])) for i in live]
+        chunks = [
+            Chunk(sequences[i, past[i] : past[i] + counts[i]], past[i], tables[i], num_logits(counts[i])) for i in live
+        ]
         got, rows = model_executor.step(chunks), []
         for i in live:
             past[i] += counts[i]
-            rows.append(expected[i, past[i] - wanted(counts[i]) : past[i]])
+            rows.append(expected[i, past[i] - num_logits(counts[i]) : past[i]])
         torch.testing.assert_close(got, torch.cat(rows), rtol=1e-5, atol=2e-5)
 
     for counts in ((70, 3, 0), (1, 66, 60), (58, 1, 5), (5, 1, 1), (1, 1, 1), (1, 1, 0), (1, 1, 1)):
         step(counts)
-    step((1, 9, 2), wanted=lambda new: new // 2)
+    step((1, 9, 2), num_logits=lambda new: new // 2)
 
 
-# ---- decoding as graphs, rehearsed
+# ---- decoding as CUDA graphs, tested by dry runs
 
 
 @pytest.fixture
-def rehearsed(monkeypatch):
+def dry_run(monkeypatch):
     monkeypatch.setattr(decode_graphs, "graph_factory", lambda device, share_memory: DryRun)
 
 
 def decoding(model, batches):
     """Decode the sequences of each entry of `batches` together, one token a step, and compare all logits."""
     pytest.importorskip("triton")
-    texts, past = torch.randint(97, (3, 70)), [1, 62, 5]
+    sequences, past = torch.randint(97, (3, 70)), [1, 62, 5]
     with use_backend("eager"):
-        expected = model(texts)
+        expected = model(sequences)
         model_executor = TorchExecutor(model, 8)
-        model_executor.step([Chunk(texts[i, : past[i]], 0, [i, 7 - i]) for i in range(3)])
+        model_executor.step([Chunk(sequences[i, : past[i]], 0, [i, 7 - i]) for i in range(3)])
     with use_backend("gpu"):
         for live in batches:
-            got = model_executor.step([Chunk(texts[i, past[i] : past[i] + 1], past[i], [i, 7 - i]) for i in live])
-            want = torch.stack([expected[i, past[i]] for i in live])
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+            got = model_executor.step([Chunk(sequences[i, past[i] : past[i] + 1], past[i], [i, 7 - i]) for i in live])
+            rows = torch.stack([expected[i, past[i]] for i in live])
+            torch.testing.assert_close(got, rows, rtol=1e-5, atol=2e-5)
             for i in live:
                 past[i] += 1
     return model_executor
@@ -117,8 +119,8 @@ def small(name, **changes):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "changes"), [("gpt2", {}), ("gptj", {"windows": (60,)}), ("bloom", {})], ids=str)
-def test_decode_graphs_follow_growing_sequences_and_changing_batches(name, changes, rehearsed):
-    """With interpreted kernels: every replay must make the calls of the recording, with the same numbers."""
+def test_decode_graphs_follow_growing_sequences_and_changing_batches(name, changes, dry_run):
+    """With interpreted kernels: every replay must make the calls of the capture, with the same numbers."""
     model_executor = decoding(small(name, **changes), [(0, 1, 2), (0, 1, 2), (0, 1, 2), (2, 1, 0), (1,)])
     step = model_executor.graphs.steps[4]
     assert step.inputs is not None and step.obstacle is None and set(model_executor.graphs.steps) == {1, 4}
@@ -132,16 +134,16 @@ COUNT = itertools.count(1)
     ("planted", "message"),
     [
         (lambda rows: int(rows.lengths.max()), "calls __int__ inside a graphed function"),
-        (lambda rows: rows.lengths + next(COUNT), "captured was"),
+        (lambda rows: rows.lengths + next(COUNT), "expected .* as captured"),
     ],
     ids=["wait", "number"],
 )
-def test_dry_run_rejects_steps_that_a_graph_cannot_record(planted, message, rehearsed, monkeypatch):
-    was = PagedAttention.attend
+def test_dry_run_rejects_steps_that_a_graph_cannot_capture(planted, message, dry_run, monkeypatch):
+    original = PagedAttention.attend
 
     def attend(self, *args, **options):
         planted(self.batch)
-        return was(self, *args, **options)
+        return original(self, *args, **options)
 
     monkeypatch.setattr(PagedAttention, "attend", attend)
     with pytest.raises(RuntimeError, match=message):
@@ -166,7 +168,7 @@ def test_logits_outlive_the_next_step(monkeypatch):
 
 
 @torch.no_grad()
-def test_failed_recording_falls_back_to_running_the_ops(monkeypatch):
+def test_failed_capture_falls_back_to_running_the_ops(monkeypatch):
     class Fails(DryRun):
         def capture(self, function):
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
@@ -182,19 +184,19 @@ def test_failed_recording_falls_back_to_running_the_ops(monkeypatch):
 def test_gpu_kernels_decode_a_sequence_to_the_same_bits_in_any_batch(name, planted, monkeypatch):
     """Up to 16 sequences no kernel depends on the batch size. Planted: products that split C by the number of rows.
 
-    In float32, which shows an order of sums; on a GPU the kernel of few rows is for half precision only.
+    In float32, which shows an order of sums; on a GPU the skinny GEMM is for half precision only.
     """
     skinny_gemm = pytest.importorskip("peakgpt.kernels.gpu.gemm.skinny_gemm")
     monkeypatch.setattr(skinny_gemm, "MAX_ROWS", {("sm_80", "fp32"): skinny_gemm.ROWS})
     if planted:
         cut = replace(skinny_gemm.FLOAT32, SLICES=2, BLOCK_K=16)
         monkeypatch.setattr(skinny_gemm, "_tile", lambda x, outputs: skinny_gemm.FLOAT32 if len(x) == 1 else cut)
-    model, texts = model_of(name, n_layer=1, n_head=2, block_size=64, vocab_size=33), torch.randint(33, (3, 4))
+    model, sequences = model_of(name, n_layer=1, n_head=2, block_size=64, vocab_size=33), torch.randint(33, (3, 4))
     past, tables = (3, 0, 0), ([2], [3], [1])
     with use_backend("gpu"):
         model_executor = TorchExecutor(model, 4)
-        model_executor.step([Chunk(texts[0, :3], 0, tables[0], 0)])
-        new = [Chunk(texts[i, p : p + 1], p, tables[i], 1) for i, p in enumerate(past)]
+        model_executor.step([Chunk(sequences[0, :3], 0, tables[0], 0)])
+        new = [Chunk(sequences[i, p : p + 1], p, tables[i], 1) for i, p in enumerate(past)]
         alone = torch.cat([model_executor.step([chunk]) for chunk in new])
         assert torch.equal(model_executor.step(new), alone) != planted
 
@@ -203,11 +205,11 @@ def test_gpu_kernels_decode_a_sequence_to_the_same_bits_in_any_batch(name, plant
 def test_number_of_kernels_of_a_decoding_step(monkeypatch):
     """Nine kernels a layer of GPT-2, and three more: an additional one would slow down every token."""
     executor = pytest.importorskip("triton.runtime.interpreter").GridExecutor
-    was, launched = executor.__call__, Counter()
+    original, launched = executor.__call__, Counter()
 
     def counted(self, *args, **options):
         launched[self.fn.__name__] += 1
-        return was(self, *args, **options)
+        return original(self, *args, **options)
 
     monkeypatch.setattr(executor, "__call__", counted)
     model_executor = TorchExecutor(small("gpt2").bfloat16(), 2)
@@ -222,33 +224,33 @@ def test_number_of_kernels_of_a_decoding_step(monkeypatch):
 def test_int8_cache_is_near_the_float_cache():
     """With interpreted and eager kernels in turn; the rounding error of a byte is about 1 %."""
     pytest.importorskip("triton")
-    model, texts = small("palm"), torch.randint(97, (2, 70))
+    model, sequences = small("palm"), torch.randint(97, (2, 70))
     model_executor = TorchExecutor(model, 4, cache_dtype="int8")
     for past, end, backend in ((0, 61, "eager"), (61, 66, "gpu"), (66, 69, "eager"), (69, 70, "gpu")):
         with use_backend(backend):
-            got = model_executor.step([Chunk(texts[i, past:end], past, [i, 2 + i]) for i in range(2)])
+            got = model_executor.step([Chunk(sequences[i, past:end], past, [i, 2 + i]) for i in range(2)])
     with use_backend("eager"):
-        want = model(texts)[:, -1]
+        expected = model(sequences)[:, -1]
     assert (
-        1e-5 * want.norm() < (got - want).norm() < 1e-2 * want.norm()
+        1e-5 * expected.norm() < (got - expected).norm() < 1e-2 * expected.norm()
         and model_executor.kv_cache.keys.dtype == torch.int8
     )
     with use_backend("eager"):
         assert Engine(model, blocks=4, cache="int8").executor.kv_cache.keys.dtype == torch.int8
 
 
-def test_models_with_experts_are_not_recorded(rehearsed):
+def test_models_with_experts_are_not_captured(dry_run):
     model_executor = TorchExecutor(model_of("glam"), 4)
     for past in range(WARMUP + 2):
         model_executor.step([Chunk([past], past, [0])])
     assert "each expert" in model_executor.graphs.steps[1].obstacle and model_executor.graphs.steps[1].inputs is None
 
 
-# ---- who takes it
+# ---- generate and Engine on a TorchExecutor
 
 
 @pytest.fixture
-def by_graphs(monkeypatch):
+def use_graphs(monkeypatch):
     """Choose as on a GPU, with eager ops; no dry run, because eager ops read the lengths."""
     monkeypatch.setattr(executor, "has_graphs", lambda device: True)
     monkeypatch.setattr(executor, "_memory_bytes", lambda device: 1 << 30)
@@ -262,15 +264,15 @@ def left_padding(*starts):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"attention_mask": left_padding(0, 3, 1)}], ids=str)
-def test_generate_with_graphs_equals_generate_without(options, by_graphs, monkeypatch):
-    model, ids = chatty("neox"), torch.randint(97, (3, 60))
+def test_generate_with_graphs_equals_generate_without(options, use_graphs, monkeypatch):
+    model, ids = varied_model("neox"), torch.randint(97, (3, 60))
     got = model.generate(ids, max_new_tokens=15, **options)
     assert len(executor._idle_executors[model].graphs.steps) >= 1 and len(got[:, 60:].unique()) > 9
     monkeypatch.setattr(executor, "has_graphs", lambda device: False)
     assert torch.equal(got, model.generate(ids, max_new_tokens=15, **options))
 
 
-def test_graphs_are_reused_by_one_generate_call_at_a_time(by_graphs):
+def test_graphs_are_reused_by_one_generate_call_at_a_time(use_graphs):
     model, ids = model_of("gpt2"), torch.randint(97, (1, 5))
     options = {"max_new_tokens": 10}
     alone = list(model.stream(ids, **options)), list(model.stream(ids[:, 2:], **options))
@@ -278,17 +280,17 @@ def test_graphs_are_reused_by_one_generate_call_at_a_time(by_graphs):
     model.generate(ids[:, 1:], **options)
     assert executor._idle_executors[model] is model_executor
     both = zip(model.stream(ids, **options), model.stream(ids[:, 2:], **options), strict=True)
-    assert [list(text) for text in zip(*both, strict=True)] == list(alone) and alone[0] != alone[1]
+    assert [list(tokens) for tokens in zip(*both, strict=True)] == list(alone) and alone[0] != alone[1]
     model_executor = executor._idle_executors[model]
     model.double()
     assert model.generate(ids, **options).shape == (1, 15) and executor._idle_executors[model] is not model_executor
-    gone = weakref.ref(model)
+    reference = weakref.ref(model)
     del model, model_executor
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
-def test_large_cache_is_freed_after_generate(by_graphs, monkeypatch):
+def test_large_cache_is_freed_after_generate(use_graphs, monkeypatch):
     monkeypatch.setattr(executor, "_memory_bytes", lambda device: 1 << 10)
     model = model_of("gpt2")
     model.generate(torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=9)
@@ -298,19 +300,19 @@ def test_large_cache_is_freed_after_generate(by_graphs, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"blocks": 9}, {"budget": 30}, {"blocks": 5, "streams": 3}], ids=str)
 def test_engine_on_torch_ops_gives_the_greedy_output_of_generate(options):
     """Prompts with a common prefix, preempted and chunked: greedy outputs equal those of each alone."""
-    model = chatty("neox")
+    model = varied_model("neox")
     prefix = torch.randint(97, (70,)).tolist()
     prompts = [prefix + torch.randint(97, (9 * i + 1,)).tolist() for i in range(5)]
     params = SamplingParams(temperature=0.0, max_tokens=30)
     with use_backend("eager"):
         engine = Engine(model, **options)
-        texts = {engine.submit(ids, params): [] for ids in prompts}
+        outputs = {engine.submit(ids, params): [] for ids in prompts}
         for output in engine.outputs():
-            texts[output.request_id] += output.token_ids
+            outputs[output.request_id] += output.token_ids
         assert isinstance(engine.executor, TorchExecutor) and "eager" in engine.executor_note
-        for ids, text in zip(prompts, texts.values(), strict=True):
+        for ids, tokens in zip(prompts, outputs.values(), strict=True):
             alone = model.generate(torch.tensor([ids]), max_new_tokens=30)
-            assert alone[0, len(ids) :].tolist() == text
+            assert alone[0, len(ids) :].tolist() == tokens
     assert engine.pool.free_blocks == engine.pool.num_blocks
 
 
@@ -333,11 +335,11 @@ def test_executor_and_cache_are_freed_with_their_last_reference():
     model_executor = TorchExecutor(model_of("gpt2"), 8)
     for past in range(2):
         model_executor.step([Chunk([1], past, [0])])
-    gone = weakref.ref(model_executor.kv_cache)
+    reference = weakref.ref(model_executor.kv_cache)
     gc.disable()
     try:
         del model_executor
-        assert gone() is None
+        assert reference() is None
     finally:
         gc.enable()
 

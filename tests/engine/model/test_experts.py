@@ -24,8 +24,8 @@ def pair():
         for parameter in mixtral.parameters():
             parameter.normal_(0.0, 0.4)
         ours.router.weight.copy_(mixtral.gate.weight)
-        for mine, up, down in zip(ours.experts, mixtral.experts.gate_up_proj, mixtral.experts.down_proj, strict=True):
-            for part, weight in zip((mine.c_gate, mine.c_fc, mine.c_proj), (*up.chunk(2), down), strict=True):
+        for expert, up, down in zip(ours.experts, mixtral.experts.gate_up_proj, mixtral.experts.down_proj, strict=True):
+            for part, weight in zip((expert.c_gate, expert.c_fc, expert.c_proj), (*up.chunk(2), down), strict=True):
                 part.weight.copy_(weight)
     return mixtral, ours
 
@@ -43,10 +43,10 @@ def test_outputs_and_gradients_equal_mixtral(backend):
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x2.grad, x1.grad, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.router.weight.grad, mixtral.gate.weight.grad, rtol=1e-5, atol=1e-5)
-    for i, mine in enumerate(ours.experts):
-        up = torch.cat((mine.c_gate.weight.grad, mine.c_fc.weight.grad))
+    for i, expert in enumerate(ours.experts):
+        up = torch.cat((expert.c_gate.weight.grad, expert.c_fc.weight.grad))
         torch.testing.assert_close(up, mixtral.experts.gate_up_proj.grad[i], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(mine.c_proj.weight.grad, mixtral.experts.down_proj.grad[i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(expert.c_proj.weight.grad, mixtral.experts.down_proj.grad[i], rtol=1e-5, atol=1e-5)
 
 
 def test_balance_loss_equals_switchs_for_first_choices():

@@ -75,7 +75,7 @@ def test_set_fp8_names_the_parameter_whose_size_does_not_fit():
         set_fp8(GPT(GPTConfig(**{**SIZES, "vocab_size": 67})), True)
 
 
-def test_it_learns_beside_bfloat16():
+def test_fp8_training_loss_is_near_that_of_bfloat16():
     recipe = TrainConfig(batch=4, tokens=16, lr=3e-3, dtype=torch.bfloat16)
     losses = compare_losses(GPTConfig(**SIZES), recipe, 30, torch.device("cpu"))
     assert losses["bfloat16"][-1] < losses["bfloat16"][0] - 0.3

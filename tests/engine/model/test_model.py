@@ -21,7 +21,7 @@ OPS = ("embedding", "layernorm", "add_layernorm", "attention_qkv", "mlp", "linea
 
 
 def on(backend):
-    """A context that forces the backend; skips, with its own reason, where an op of the model has none."""
+    """Return a context that forces the backend; skip the test, with the reason, if it lacks an op of the model."""
     if backend == "auto":
         return contextlib.nullcontext()
     missing = [reason for name in OPS if backend != "eager" and isinstance(reason := load(backend, name), str)]
@@ -31,7 +31,7 @@ def on(backend):
 
 
 def reference(**changes):
-    """transformers' GPT-2 at tiny random size; weights far from 0.02, or attention would be uniform."""
+    """Build a tiny GPT-2 of transformers with large weights; with a std of 0.02 attention would be uniform."""
     sizes = {**SIZES, **changes}
     config = transformers.GPT2Config(
         n_layer=sizes["n_layer"], n_head=sizes["n_head"], n_embd=sizes["n_embd"], n_positions=sizes["block_size"],
@@ -53,7 +53,7 @@ def twin(hf_model, **changes):
 
 
 def batch(rows=2, tokens=17):
-    """Ids and shifted targets, some of which do not count."""
+    """Return ids and shifted targets, some of which are ignored."""
     ids = torch.randint(SIZES["vocab_size"], (rows, tokens + 1))
     targets = ids[:, 1:].clone()
     targets[0, -3:] = -100
@@ -83,8 +83,8 @@ def test_logits_loss_and_gradients_equal_transformers(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_twenty_steps_give_the_losses_of_the_eager_backend(backend):
-    """Against transformers with torch's AdamW and clipping, as people run it."""
+def test_twenty_steps_give_the_losses_of_transformers(backend):
+    """The reference is transformers' GPT-2 with torch's AdamW and gradient clipping."""
     forced, steps = on(backend), 4 if backend == "gpu" else 20
     torch.manual_seed(0)
     hf_model = reference()
@@ -106,9 +106,9 @@ def test_twenty_steps_give_the_losses_of_the_eager_backend(backend):
         torch.nn.utils.clip_grad_norm_(hf_model.parameters(), 1.0)
         b.step()
         losses.append((loss.item(), expected.item()))
-    got, wanted = torch.tensor(losses).unbind(1)
-    assert wanted[-1] < 0.9 * wanted[0], "a model that does not learn proves little"
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    got, expected = torch.tensor(losses).unbind(1)
+    assert expected[-1] < 0.9 * expected[0], "a model that does not learn proves little"
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "cpu"])
@@ -179,13 +179,13 @@ def test_rotary_fused_into_attention_gives_the_losses_of_a_separate_op(family, m
         model = peakgpt.GPT(peakgpt.GPTConfig(**small, **family))
         optimizer = model.configure_optimizer(lr=1e-2)
         ids, targets = batch()
-        found = []
+        steps = []
         for _ in range(6):
             optimizer.zero_grad()
-            found.append(model(ids, targets))
-            found[-1].backward()
+            steps.append(model(ids, targets))
+            steps[-1].backward()
             optimizer.step()
-        return torch.stack(found).detach()
+        return torch.stack(steps).detach()
 
     with on("cpu"):
         inside = losses()
@@ -332,7 +332,7 @@ def test_bad_inputs_raise_with_got_and_expected():
         ({"windows": (None, 0)}, r"windows is \(None, 0\), expected positive integers or None"),
         ({"windows": 4}, "windows is 4, expected positive integers or None"),
         ({"tied_head": 0}, "tied_head is 0, expected True or False"),
-        ({"head_bias": True}, "head_bias is True, expected tied_head False"),
+        ({"head_bias": True}, "head_bias is True, expected False with tied_head"),
         ({"attention_dropout": 1.5}, "attention_dropout is 1.5, expected 0 <= attention_dropout < 1"),
         ({"word_dim": 0}, "word_dim is 0, expected a positive integer"),
         ({"activation": "silu"}, "activation is 'silu', expected one of gelu_tanh, gelu_erf, relu$"),

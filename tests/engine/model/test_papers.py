@@ -1,4 +1,4 @@
-"""The families that transformers lacks, against helpers/papers.py: logits, loss, gradients, greedy text, and files."""
+"""The families that transformers lacks equal helpers/papers.py: logits, loss, gradients, greedy output; and files."""
 
 import dataclasses
 
@@ -57,10 +57,10 @@ def test_logits_loss_and_gradients_equal_the_papers(pair, backend):
     with use_backend(backend):
         if reason := attention.explain(*attention.sample(1, 4, 1, 16))[backend]:
             pytest.skip(reason)
-    ids, targets = batch(1, 9) if backend == "gpu" else batch()  # interpreted, every program counts
+    ids, targets = batch(1, 9) if backend == "gpu" else batch()  # small: the interpreter is slow
     weights = double(model)
-    found = [paper(model.config, row, weights) for row in ids]
-    logits = torch.stack([row for row, _ in found])
+    results = [paper(model.config, row, weights) for row in ids]
+    logits = torch.stack([row for row, _ in results])
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
     model.zero_grad()
@@ -69,18 +69,18 @@ def test_logits_loss_and_gradients_equal_the_papers(pair, backend):
         ours = model(ids, targets)
         ours.backward()
     torch.testing.assert_close(ours.double(), loss, rtol=1e-5, atol=1e-5)
-    for row, (_, added) in zip(ids, found, strict=True):
+    for row, (_, added) in zip(ids, results, strict=True):
         got = model.train()(row[None], row[None]) - model.eval()(row[None], row[None])
         assert got.item() == pytest.approx(float(torch.as_tensor(added).detach()), rel=1e-3, abs=1e-6)
     for name, parameter in model.named_parameters():
         expected = weights[name].grad
-        expected = torch.zeros_like(weights[name]) if expected is None else expected  # an expert that no token met
+        expected = torch.zeros_like(weights[name]) if expected is None else expected  # an expert without tokens
         torch.testing.assert_close(
             parameter.grad.double(), expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
-def test_cached_greedy_text_equals_the_papers(pair):
+def test_cached_greedy_output_equals_the_papers(pair):
     paper, model = pair
     prompt = batch(2)[0][:, :7]
     weights = {name: p.detach() for name, p in double(model).items()}
@@ -92,7 +92,7 @@ def test_cached_greedy_text_equals_the_papers(pair):
     for backend in BACKENDS:
         with use_backend(backend):
             assert torch.equal(model.generate(prompt, max_new_tokens=8), torch.stack(expected))
-    assert len({*torch.stack(expected)[:, 7:].flatten().tolist()}) > 3, "a text that repeats one token proves little"
+    assert len({*torch.stack(expected)[:, 7:].flatten().tolist()}) > 3, "an output that repeats one token proves little"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,7 +103,7 @@ def test_left_padding_changes_nothing(pair, backend):
 
 def test_save_and_load_gives_the_same_model(pair, tmp_path):
     _, model = pair
-    with pytest.warns(UserWarning, match="no layout of transformers has this model"):
+    with pytest.warns(UserWarning, match="no layout of transformers can express this model"):
         model.save_pretrained(tmp_path)
     again = peakgpt.GPT.from_pretrained(tmp_path)
     assert again.config == model.config and again.state_dict().keys() == model.state_dict().keys()

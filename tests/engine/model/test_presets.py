@@ -8,7 +8,7 @@ from peakgpt.engine.checkpoint.families import family_of
 from peakgpt.engine.model import flops
 from peakgpt.engine.model.presets import PRESETS, preset
 
-# To the last parameter: the published checkpoints.
+# Exact counts of the published checkpoints.
 EXACT = {
     "openai-gpt": 116_534_784,
     "gpt2": 124_439_808,
@@ -38,8 +38,8 @@ EXACT = {
     "bloom": 176_247_271_424,
     "opt-350m": 331_196_416,  # the paper says 350M, its checkpoint has fewer
 }
-# As the papers print them, with the place that they round to: GPT-3 table D.1, OPT table 1, MT-NLG section 3.2, PaLM
-# table 1, Gopher table 1. Gopher 280B, Chinchilla and GLaM are printed as 280B, 70B and 1.2T: next digits are by hand.
+# Counts printed in the papers, with the unit of the last digit: GPT-3 table D.1, OPT table 1, MT-NLG section 3.2, PaLM
+# table 1, Gopher table 1. Gopher 280B, Chinchilla and GLaM are printed as 280B, 70B and 1.2T; more digits are by hand.
 ROUNDED = {
     "gpt3-small": (125e6, 1e6),
     "gpt3-medium": (356e6, 1e6),
@@ -58,7 +58,7 @@ ROUNDED = {
     "mt-nlg-530b": (530e9, 1e9),
     "palm-8b": (8.63e9, 0.01e9),
     "palm-62b": (62.50e9, 0.01e9),
-    "palm-540b": (540.35e9, 0.02e9),  # 540.356: printed cut off
+    "palm-540b": (540.35e9, 0.02e9),  # 540.356, printed without rounding
     "gopher-44m": (44e6, 1e6),
     "gopher-117m": (117e6, 1e6),
     "gopher-417m": (417e6, 1e6),
@@ -68,9 +68,9 @@ ROUNDED = {
     "chinchilla-70b": (70.06e9, 0.01e9),
     "glam-64b-64e": (1.162e12, 0.001e12),
 }
-# The widths that GPT-3's table 2.1 prints for two sizes do not give the counts beside them (1.3B, 13.0B): its XL has 24
-# heads of 128 on a width of 2048, and 1.3B needs 16; its 13B has a width of 5140 that 40 heads of 128 do not fill, and
-# 12850M, as table D.1 says, needs 5120. The rows are as printed, and this is what they count.
+# For two sizes, the widths in GPT-3's table 2.1 do not give its counts (1.3B, 13.0B). XL has 24 heads of 128 and
+# a width of 2048; 1.3B needs 16 heads. 13B has 40 heads of 128 and a width of 5140; 12850M, as in table D.1, needs
+# 5120. The presets have the printed sizes, which give these counts.
 PRINTED = {"gpt3-xl": (1.52e9, 0.01e9), "gpt3-13b": (12.94e9, 0.01e9)}
 
 
@@ -90,8 +90,8 @@ def test_parameter_count_is_the_published_one(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_checkpoint_layout_of_each_preset(name):
-    """Each is a layout of transformers, except for GPT-3 with its banded attention and the last four."""
+def test_presets_have_the_checkpoint_layout_of_their_family(name):
+    """transformers has no layout for GPT-3, whose attention is banded, PaLM, Gopher, Chinchilla and GLaM."""
     families = {"gpt2": "gpt2", "openai": "openai-gpt", "gpt3": "peakgpt", "pythia": "gpt_neox", "opt": "opt",
                 "bloom": "bloom", "mt": "gpt2"}  # fmt: skip
     families |= dict.fromkeys(("palm", "gopher", "chinchilla", "glam"), "peakgpt")

@@ -39,8 +39,8 @@ def losses(dtype, seed=0, eager=False):
         trainer = EagerTrainer(plain, config, steps=STEPS)
     else:
         trainer = Trainer(model, config, steps=STEPS)
-    found = [trainer.step(*batch) for _, batch in zip(range(STEPS), batches(), strict=False)]
-    return torch.stack(found).view(-1, EVERY).mean(1)
+    step_losses = [trainer.step(*batch) for _, batch in zip(range(STEPS), batches(), strict=False)]
+    return torch.stack(step_losses).view(-1, EVERY).mean(1)
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -72,7 +72,7 @@ def test_a_loop_in_several_runs_makes_the_steps_of_one(shards):
 
 
 def test_metrics_that_arrive_a_step_late_come_in_order_and_before_validation(shards, monkeypatch):
-    """On CUDA a loss is read while the next step runs; here a class with that behavior stands in."""
+    """On CUDA a loss is read while the next step runs; here a class on the CPU simulates that."""
 
     class OneStepLate(DelayedMetrics):
         def put(self, label, value):
@@ -98,7 +98,7 @@ def test_rows_have_the_fields_of_metrics_jsonl(shards, monkeypatch):
     assert list(next(new_loop(*shards).run(1)).row()) == ["step", "loss", "tokens_per_s"]
 
 
-def test_bad_input_of_a_loop_is_named(shards):
+def test_bad_input_of_a_loop_is_named_in_the_error(shards):
     train, validation = shards
     loop = new_loop(train, None)
     with pytest.raises(ValueError, match="got no validation tokens"):
@@ -111,8 +111,8 @@ def test_bad_input_of_a_loop_is_named(shards):
 def test_a_run_folder_of_version_0_1_0_resumes(tmp_path, monkeypatch):
     """Its weights, optimizer state, random state and position in the data are those of a run that was not stopped.
 
-    The file beside it has the losses of that run. Other machines round otherwise, so the bits are compared on a
-    machine like the one that wrote it.
+    run_folder_0.1.0.json has the losses of that run. Other machines round differently, so the bits are compared only
+    on a machine like the one that wrote it.
     """
     from peakgpt._C import isas
 

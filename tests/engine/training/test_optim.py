@@ -1,4 +1,4 @@
-"""AdamW: torch's steps, torch's state format both ways, and whatever people do to gradients between two steps."""
+"""AdamW: torch's steps, torch's state format both ways, and changes that users make between two steps."""
 
 import copy
 import pickle
@@ -24,8 +24,8 @@ def gradients(step, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
 
 
-def give(params, grads):
-    """Add gradients as autograd would, by a backward pass; None leaves a parameter out."""
+def accumulate(params, grads):
+    """Add gradients by a backward pass; None gives a parameter no gradient."""
     loss = sum((p * g).sum() for p, g in zip(params, grads, strict=True) if g is not None)
     loss.backward()
 
@@ -34,8 +34,8 @@ def groups(params):
     return [{"params": params[:2], "lr": 0.02, "weight_decay": 0.0}, {"params": params[2:], "betas": (0.8, 0.95)}]
 
 
-def assert_equal(ours, theirs):
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+def assert_equal(ours, torch_params):
+    for i, (a, b) in enumerate(zip(ours, torch_params, strict=True)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=lambda m, i=i: f"parameter {i}: {m}")
 
 
@@ -44,58 +44,58 @@ def assert_equal(ours, theirs):
 def test_adamw_steps_equal_torch(backend, set_to_none):
     if backend != "eager" and isinstance(reason := load(backend, "adamw"), str):
         pytest.skip(reason)
-    ours, theirs = parameters(), parameters()
-    a, b = peakgpt.AdamW(groups(ours), lr=0.01), torch.optim.AdamW(groups(theirs), lr=0.01)
+    ours, torch_params = parameters(), parameters()
+    a, b = peakgpt.AdamW(groups(ours), lr=0.01), torch.optim.AdamW(groups(torch_params), lr=0.01)
     with use_backend(backend):
         for step in range(5):
-            for params, optimizer in ((ours, a), (theirs, b)):
-                give(params, gradients(step))
+            for params, optimizer in ((ours, a), (torch_params, b)):
+                accumulate(params, gradients(step))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=set_to_none)
-            assert_equal(ours, theirs)
+            assert_equal(ours, torch_params)
 
 
 def test_parameters_and_gradients_are_views_of_one_buffer():
     params = parameters()
     optimizer = peakgpt.AdamW(params)
     assert len({p.untyped_storage().data_ptr() for p in params}) == 1
-    give(params, gradients(0))
+    accumulate(params, gradients(0))
     optimizer.step()
     assert len({p.grad.untyped_storage().data_ptr() for p in params}) == 1
-    held = [p.grad for p in params]
+    views = [p.grad for p in params]
     optimizer.zero_grad()
-    give(params, gradients(1))
-    assert all(p.grad is grad for p, grad in zip(params, held, strict=True))
-    assert_equal(held, gradients(1))
+    accumulate(params, gradients(1))
+    assert all(p.grad is grad for p, grad in zip(params, views, strict=True))
+    assert_equal(views, gradients(1))
 
 
 @pytest.mark.parametrize("how", ["model.zero_grad", "replace", "keep"])
 def test_replaced_gradients_are_used(how):
-    """Fails when `gather` does not copy a replaced gradient home."""
-    ours, theirs = parameters(), parameters()
-    a, b = peakgpt.AdamW(ours, lr=0.01), torch.optim.AdamW(theirs, lr=0.01)
+    """Fails if `gather_gradients` does not copy a replaced gradient into the buffer."""
+    ours, torch_params = parameters(), parameters()
+    a, b = peakgpt.AdamW(ours, lr=0.01), torch.optim.AdamW(torch_params, lr=0.01)
     for step in range(4):
-        for params, optimizer in ((ours, a), (theirs, b)):
+        for params, optimizer in ((ours, a), (torch_params, b)):
             if how == "replace":
                 for p, g in zip(params, gradients(step), strict=True):
                     p.grad = g.clone()
             else:
-                give(params, gradients(step))
+                accumulate(params, gradients(step))
             optimizer.step()
             if how == "model.zero_grad":
                 for p in params:
                     p.grad = None
-        assert_equal(ours, theirs)
+        assert_equal(ours, torch_params)
 
 
 @pytest.mark.parametrize("reset", ["optimizer", "none"])
 def test_parameters_without_gradient_are_skipped_as_in_torch(reset):
-    """Each has its own step count then. Fails when `runs` takes a zeroed gradient for one, or shares counters."""
-    ours, theirs = parameters(), parameters()
-    a, b = peakgpt.AdamW(ours, lr=0.01, max_norm=1.0), torch.optim.AdamW(theirs, lr=0.01)
+    """Each then has its own step count. Fails if `runs` counts a zeroed gradient as a gradient, or shares counters."""
+    ours, torch_params = parameters(), parameters()
+    a, b = peakgpt.AdamW(ours, lr=0.01, max_norm=1.0), torch.optim.AdamW(torch_params, lr=0.01)
     missing = [(), (1,), (0, 2, 4), (1, 2), (), (3,), (0, 1, 2, 3, 4), ()]
     for step, without in enumerate(missing):
-        for params, optimizer in ((ours, a), (theirs, b)):
+        for params, optimizer in ((ours, a), (torch_params, b)):
             if reset == "none":
                 for p in params:
                     p.grad = None
@@ -103,19 +103,19 @@ def test_parameters_without_gradient_are_skipped_as_in_torch(reset):
                 optimizer.zero_grad()
             grads = [None if i in without else g for i, g in enumerate(gradients(step))]
             if len(without) < len(SHAPES):
-                give(params, grads)
+                accumulate(params, grads)
             if optimizer is b and len(without) < len(SHAPES):
                 norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
                 torch.testing.assert_close(a.grad_norm, norm)
             optimizer.step()
-        assert_equal(ours, theirs)
+        assert_equal(ours, torch_params)
     counts = [int(a.state[p]["step"]) for p in ours]
-    assert counts == [int(b.state[p]["step"]) for p in theirs]
+    assert counts == [int(b.state[p]["step"]) for p in torch_params]
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_a_parameter_without_gradient_is_unchanged(set_to_none):
-    """Fails when zero_grad gives it zeros: clip_grad_norm_ writes to them, and weight decay then shrinks it."""
+    """Fails if zero_grad gives it zeros: clip_grad_norm_ writes to them, and weight decay then shrinks it."""
     used, frozen, unused = (nn.Parameter(torch.ones(4)) for _ in range(3))
     frozen.requires_grad_(False)
     params = [used, frozen, unused]
@@ -133,38 +133,38 @@ def test_a_parameter_without_gradient_is_unchanged(set_to_none):
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
 def test_a_copied_optimizer_continues(how):
-    """Fails when the copy has no flat buffers, or views that lie in others."""
+    """Fails if the copy has no flat buffers, or views of the original's buffers."""
     params = parameters(torch.bfloat16)
     optimizer = peakgpt.AdamW(params, lr=0.01, max_norm=1.0)
-    give(params, gradients(0, torch.bfloat16))
+    accumulate(params, gradients(0, torch.bfloat16))
     optimizer.step()
     others, other = how((params, optimizer))
     for some, one in ((params, optimizer), (others, other)):
         one.zero_grad()
-        give(some, gradients(1, torch.bfloat16))
+        accumulate(some, gradients(1, torch.bfloat16))
         one.step()
     for a, b in zip(params, others, strict=True):
         assert torch.equal(optimizer.master(a), other.master(b)) and a.data_ptr() != b.data_ptr()
 
 
 def test_clipping_is_over_all_groups():
-    ours, theirs = parameters(), parameters()
-    a, b = peakgpt.AdamW(groups(ours), lr=0.01, max_norm=0.5), torch.optim.AdamW(groups(theirs), lr=0.01)
+    ours, torch_params = parameters(), parameters()
+    a, b = peakgpt.AdamW(groups(ours), lr=0.01, max_norm=0.5), torch.optim.AdamW(groups(torch_params), lr=0.01)
     for step in range(3):
-        give(ours, gradients(step))
-        give(theirs, gradients(step))
-        norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        accumulate(ours, gradients(step))
+        accumulate(torch_params, gradients(step))
+        norm = torch.nn.utils.clip_grad_norm_(torch_params, 0.5)
         a.step()
         b.step()
         torch.testing.assert_close(a.grad_norm, norm)
-        assert_equal(ours, theirs)
+        assert_equal(ours, torch_params)
         a.zero_grad()
         b.zero_grad()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_of_many_elements_is_exact(dtype):
-    """Fails when the norm is one call of torch's over the buffer."""
+    """Fails if the norm is one call of torch over the whole buffer."""
     big, small = (nn.Parameter(torch.zeros(count, dtype=dtype)) for count in (20_000_003, 7))
     optimizer = peakgpt.AdamW([big, small], max_norm=1.0)
     optimizer.zero_grad()
@@ -179,7 +179,7 @@ def test_the_norm_of_many_elements_is_exact(dtype):
 def test_a_norm_that_is_not_finite_skips_the_step():
     params = parameters()
     optimizer = peakgpt.AdamW(params, max_norm=1.0)
-    give(params, gradients(0))
+    accumulate(params, gradients(0))
     params[1].grad[0] = float("nan")
     before = [p.detach().clone() for p in params]
     optimizer.step()
@@ -189,38 +189,38 @@ def test_a_norm_that_is_not_finite_skips_the_step():
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_torch_adamw_loads_the_state_and_the_reverse(set_to_none):
-    ours, theirs = parameters(), parameters()
-    a, b = peakgpt.AdamW(groups(ours), lr=0.01), torch.optim.AdamW(groups(theirs), lr=0.01)
+    ours, torch_params = parameters(), parameters()
+    a, b = peakgpt.AdamW(groups(ours), lr=0.01), torch.optim.AdamW(groups(torch_params), lr=0.01)
     for step in range(3):
-        give(theirs, gradients(step))
+        accumulate(torch_params, gradients(step))
         b.step()
         b.zero_grad()
     with torch.no_grad():
-        for p, q in zip(ours, theirs, strict=True):
+        for p, q in zip(ours, torch_params, strict=True):
             p.copy_(q)
     a.load_state_dict(copy.deepcopy(b.state_dict()))
     again = parameters()
     with torch.no_grad():
-        for p, q in zip(again, theirs, strict=True):
+        for p, q in zip(again, torch_params, strict=True):
             p.copy_(q)
     c = torch.optim.AdamW(groups(again), lr=0.5)
     c.load_state_dict(copy.deepcopy(a.state_dict()))
     for step in range(3, 5):
-        for params, optimizer in ((ours, a), (theirs, b), (again, c)):
+        for params, optimizer in ((ours, a), (torch_params, b), (again, c)):
             optimizer.zero_grad(set_to_none=set_to_none)
-            give(params, gradients(step))
+            accumulate(params, gradients(step))
             optimizer.step()
-        assert_equal(ours, theirs)
-        assert_equal(again, theirs)
+        assert_equal(ours, torch_params)
+        assert_equal(again, torch_params)
 
 
 def test_torch_schedulers_and_closures_work():
-    ours, theirs = parameters(), parameters()
-    optimizers = [peakgpt.AdamW(ours, lr=0.01), torch.optim.AdamW(theirs, lr=0.01)]
+    ours, torch_params = parameters(), parameters()
+    optimizers = [peakgpt.AdamW(ours, lr=0.01), torch.optim.AdamW(torch_params, lr=0.01)]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 4) for o in optimizers]
     for step in range(4):
         losses = []
-        for params, optimizer, schedule in zip((ours, theirs), optimizers, schedules, strict=True):
+        for params, optimizer, schedule in zip((ours, torch_params), optimizers, schedules, strict=True):
 
             def closure(params=params, optimizer=optimizer, step=step):
                 optimizer.zero_grad()
@@ -231,7 +231,7 @@ def test_torch_schedulers_and_closures_work():
             losses.append(optimizer.step(closure).detach())
             schedule.step()
         torch.testing.assert_close(*losses)
-        assert_equal(ours, theirs)
+        assert_equal(ours, torch_params)
 
 
 def test_bfloat16_parameters_have_a_float32_master():
@@ -249,7 +249,7 @@ def test_bfloat16_parameters_have_a_float32_master():
 
 
 def test_values_written_to_parameters_between_steps_are_used():
-    """Also past autograd's version counter, as pruning does. Fails when the next step brings the old master back."""
+    """Also values written to .data, as in pruning. Fails if the next step restores the old master."""
     torch.manual_seed(0)
     model = nn.Linear(50, 40)
     optimizer = peakgpt.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, dtype=torch.bfloat16)
@@ -270,8 +270,8 @@ def test_dtype_casts_the_model_and_keeps_a_float32_master():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = model.configure_optimizer(dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    kept = optimizer.master_weights(model)
-    assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
+    masters = optimizer.master_weights(model)
+    assert all(torch.equal(masters[name], tensor) for name, tensor in before.items())
     decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert all((decays[p] > 0) == (p.dim() >= 2) for p in model.parameters())
 
@@ -279,7 +279,7 @@ def test_dtype_casts_the_model_and_keeps_a_float32_master():
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_loaded_after_the_optimizer_was_built_are_used(assign, dtype):
-    """Fails when a master, or a buffer that the parameter left, overwrites them at the next step."""
+    """Fails if the next step overwrites them with an old master or from a buffer that the parameter no longer uses."""
     model = nn.Linear(6, 5).to(dtype)
     optimizer = peakgpt.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     new = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
@@ -296,7 +296,7 @@ def test_weights_loaded_after_the_optimizer_was_built_are_used(assign, dtype):
 
 @pytest.mark.parametrize("weights_first", [True, False])
 def test_masters_survive_loading_in_either_order(weights_first):
-    """Fails when weights loaded after the optimizer's state round the masters."""
+    """Fails if weights loaded after the optimizer's state round the masters."""
     torch.manual_seed(0)
     model = nn.Linear(30, 20)
     optimizer = peakgpt.AdamW(model.parameters(), dtype=torch.bfloat16)
@@ -315,7 +315,7 @@ def test_masters_survive_loading_in_either_order(weights_first):
 
 
 def test_a_state_with_unsplit_masters_loads():
-    """As saved before masters were split; a remainder that something cast is refused."""
+    """Older versions saved such states. A remainder that was cast to another dtype is refused."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(300, dtype=torch.bfloat16))
     optimizer, master = peakgpt.AdamW([weight]), torch.randn(300)
@@ -359,7 +359,7 @@ def test_bad_options_are_refused(options, message):
 def test_optimizer_states_that_do_not_fit_are_refused():
     params = parameters()
     optimizer = peakgpt.AdamW(params)
-    give(params, gradients(0))
+    accumulate(params, gradients(0))
     momentum = torch.optim.SGD(params, lr=0.1, momentum=0.9)
     momentum.step()
     with pytest.raises(ValueError, match="expected step, exp_avg and exp_avg_sq"):

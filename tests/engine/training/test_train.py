@@ -22,7 +22,7 @@ def batches():
     generator = torch.Generator().manual_seed(5)
     for _ in itertools.count():
         start = torch.randint(67, (4, 1), generator=generator)
-        ids = (start + 3 * torch.arange(17)) % 67  # a rule to learn
+        ids = (start + 3 * torch.arange(17)) % 67  # a pattern to learn
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -36,8 +36,8 @@ def test_losses_of_twenty_steps_equal_eager(dtype, tolerance):
     trainers = {"peakgpt": Trainer(model, config, steps=20), "eager": EagerTrainer(eager, config, steps=20)}
     shared = SharedBatches(batches(), torch.device("cpu"), trainers)
     for _ in range(20):
-        ours, theirs = (float(t.step(*shared.take(name))) for name, t in trainers.items())
-        assert abs(ours - theirs) < tolerance
+        ours, expected = (float(t.step(*shared.take(name))) for name, t in trainers.items())
+        assert abs(ours - expected) < tolerance
     assert ours < 4.2, "it learns"
 
 
@@ -85,7 +85,7 @@ def test_train_config_names_bad_values(fields, text):
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_micro_batches_give_the_update_of_the_whole_batch(micro_batch, config):
     """Most ignored targets are in one sequence, so the mean of the micro-batches' means would be another loss."""
-    found = []
+    results = []
     for size in (None, micro_batch):
         torch.manual_seed(0)
         model = GPT.from_preset("gpt2", **TINY, **config)
@@ -94,15 +94,15 @@ def test_micro_batches_give_the_update_of_the_whole_batch(micro_batch, config):
         for ids, targets in itertools.islice(batches(), 3):
             targets[0, 2:] = -100
             losses.append(trainer.step(ids, targets))
-        found.append([*losses, trainer.grad_norm])
-    for a, b in zip(*found, strict=True):
+        results.append([*losses, trainer.grad_norm])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("backend", [None, "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_accumulate_into_the_flat_buffer(dtype, backend):
-    """They equal the gradients that autograd accumulates; the tied embedding receives two."""
+    """They equal the gradients that autograd accumulates; the tied embedding receives two gradients."""
 
     def gradients(sinks):
         torch.manual_seed(0)
@@ -116,8 +116,8 @@ def test_gradients_accumulate_into_the_flat_buffer(dtype, backend):
         optimizer.step()
         return optimizer, {name: p.grad for name, p in model.named_parameters()}
 
-    (ours, found), (_, expected) = gradients(True), gradients(False)
+    (optimizer, grads), (_, expected) = gradients(True), gradients(False)
     for name, grad in expected.items():
         tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * float(grad.abs().max())
-        torch.testing.assert_close(found[name], grad, rtol=0.0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-    assert all(state["step"] == 1 for state in ours.state.values())
+        torch.testing.assert_close(grads[name], grad, rtol=0.0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    assert all(state["step"] == 1 for state in optimizer.state.values())
