@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peakgpt.engine.model.transformer import IGNORE_INDEX
+from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
 
 def prepend_control_tokens(control: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,9 @@ from peakgpt.engine.model.state_dicts import ModuleWithConv1D
 from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.embedding import embedding
 from peakgpt.kernels.ops.linear import linear
-from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
 INIT_STD = 0.02  # GPT-2's initializer_range
-IGNORE_INDEX = -100  # target without a loss, as in F.cross_entropy
 
 
 class Transformer(ModuleWithConv1D):

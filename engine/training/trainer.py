@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
 from peakgpt.engine.model.fp8 import set_fp8
 from peakgpt.engine.model.recompute import set_recompute
-from peakgpt.engine.model.transformer import IGNORE_INDEX
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
 from peakgpt.engine.training.schedule import learning_rate
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.cpu.memory import keep_pages
+from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
 
 class Trainer:

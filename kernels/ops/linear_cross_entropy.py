@@ -27,6 +27,7 @@ from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op
 from peakgpt.kernels.ops.vocab_parallel import shard_of
 
+IGNORE_INDEX = -100  # a target that does not count, as in F.cross_entropy
 ALLOWED = {"reduction": ("mean", "sum", "none"), "prefer": ("auto", "memory", "time")}
 
 
@@ -101,7 +102,7 @@ def linear_cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
