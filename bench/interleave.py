@@ -86,7 +86,7 @@ def _rest_before(seconds: Callable[..., float]) -> Callable[..., float]:
 
 
 def _warm_up(fn: Callable[[], Any], warmup: int, seconds: Callable[..., float]) -> int:
-    """Warm fn up and return the number of calls that take MIN_TIMING_S."""
+    """Warm fn up; return how many calls together last at least MIN_TIMING_S."""
     for _ in range(warmup):
         fn()
     calls = 1

@@ -118,7 +118,7 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def as_message(choice: dict[str, Any], *, chunk: bool, first: bool = True) -> dict[str, Any]:
-    """Convert a choice of a completion into one of a chat completion."""
+    """Convert an entry of `choices` from the completion format to the chat completion format."""
     text = choice.pop("text")
     message = {**({"role": "assistant"} if first else {}), "content": text}
     return {**choice, "delta" if chunk else "message": message}

@@ -1,4 +1,4 @@
-"""The only clock of the project: seconds of a call on a CPU or a GPU."""
+"""The clock of benchmarks and of measured peaks: seconds of a call on a CPU or a GPU."""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ def _sample_qkv(
     batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, kv_heads: int | None = None,
     pairs: int | None = None, **like,
 ):  # fmt: skip
-    """Add rotary tables if `pairs`, the number of rotated feature pairs per head, is given."""
+    """Return random inputs: qkv, and also the rotary tables if `pairs` (rotated feature pairs per head) is given."""
     qkv = torch.randn(batch, tokens, heads + 2 * (kv_heads or heads), head_dim, **like)
     return qkv, *(() if pairs is None else sample_tables(tokens, pairs, **like))
 

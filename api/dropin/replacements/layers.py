@@ -103,7 +103,7 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
 
 
 class DropAddNorm(Replacement):
-    """The attention output of BERT: linear, dropout, residual, norm."""
+    """Replaces BERT's module after attention: norm(dropout(linear(x)) + residual)."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         return add_norm(self.LayerNorm, self.dropout(self.dense(hidden_states)), input_tensor)

@@ -179,7 +179,7 @@ def column_sum_grid(x: Tensor) -> tuple[int, int]:
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
-    """Yield the static check's cases."""
+    """Yield one case for each kernel and tile that `peakgpt aot` compiles without a GPU."""
     tile = {"BLOCK_R": ACT_BACKWARD.BLOCK_R, "BLOCK_F": ACT_BACKWARD.BLOCK_F}
     for act in ("gelu_tanh", "gelu_erf"):
         yield launch.case(mlp_act_fwd, f"bf16 {act}", ACT_FORWARD, "bf16", {"ACT": act, "BLOCK_N": ACT_BLOCK_N})
