@@ -239,8 +239,8 @@ def _position_embedding(table: Tensor, past: int | Tensor, tokens: int, start: T
         table: (positions, C).
         past: row of the first token, or the row of each token, (T,).
         tokens: T.
-        start: (B,) first token of each left-padded sequence, which takes row `past`. Padding takes any row, since no
-            token attends to it.
+        start: (B,) padding tokens before each left-padded sequence: token t takes row past + t - start. Padding takes
+            any row, since no token attends to it.
     """
     if isinstance(past, Tensor):
         return embedding(past[None], table)
