@@ -67,7 +67,8 @@ def run_part(module: str, name: str, device: torch.device) -> list[Row]:
     rows: list[Row] = []
     start, jobs = 0, [""]
     while start < len(jobs) and time.time() + START_S < end:
-        child = _run_child({"module": module, "part": name, "device": str(device), "start": start, "end": end})
+        request = {"module": module, "part": name, "device": str(device), "start": start, "end": end}
+        child = _run_child({**request, "patience_s": part.patience_s})
         rows += child.rows
         jobs, start = child.jobs or jobs, child.started + 1
         if child.code == 0:
@@ -145,7 +146,7 @@ def main() -> None:
                 break
             write({"start": number})
             # Ends the process even if the main thread waits for a kernel that never ends.
-            faulthandler.dump_traceback_later(min(part.patience_s, left_s + GRACE_S), exit=True)
+            faulthandler.dump_traceback_later(min(request["patience_s"], left_s + GRACE_S), exit=True)
 
             def emit(row: Row, name: str = name) -> None:
                 if isinstance(row, Failure):
