@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.core import backends
+from peakgpt.kernels.core.autograd import differentiable_gradients, transformed
 from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 
 _library = torch.library.Library("peakgpt", "DEF")
@@ -25,6 +26,8 @@ def register(op: OpSpec) -> torch._ops.OpOverload:
         op.check(*tensors, **params)
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
         _choose(op, forced, tensors, params, needs).forward(outputs, saved, *tensors, **params)
+        if op.mutates:
+            op.increment_versions(tensors)
         return None if op.mutates else [*outputs, *saved]
 
     def fake(*args):
@@ -72,6 +75,10 @@ def _register_autograd(op: OpSpec, library_backward: torch._ops.OpOverload) -> N
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if present else None for present in ctx.present]
         outputs = list(tensors)
+        if torch.is_grad_enabled() or transformed():
+            params = dict(zip(op.param_names, ctx.rest[: len(op.param_names)], strict=True))
+            gradients = differentiable_gradients(op, inputs, params, grads[:n_out], ctx.needs)
+            return *gradients, *(None for _ in ctx.rest)
         results = iter(library_backward(list(grads[:n_out]), inputs, outputs[:n_out], outputs[n_out:], *ctx.rest))
         return *(next(results) if need else None for need in ctx.needs), *(None for _ in ctx.rest)
 
