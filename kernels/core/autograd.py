@@ -95,6 +95,12 @@ class PeakgptOp(torch.autograd.Function):
         return None, None, None, None, *results
 
 
+def autograd_keys() -> contextlib.AbstractContextManager[None]:
+    """Enable autograd inside a library op, which runs with autograd's dispatch key excluded."""
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate the backward of an autograd.Function that computes values only: under create_graph=True it raises.
 

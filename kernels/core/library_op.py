@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.core import backends
-from peakgpt.kernels.core.autograd import differentiable_gradients, transformed
+from peakgpt.kernels.core import backends, flops
+from peakgpt.kernels.core.autograd import autograd_keys, differentiable_gradients, transformed
 from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 
 _library = torch.library.Library("peakgpt", "DEF")
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float", str: "str",
            int | None: "SymInt?", float | None: "float?"}  # fmt: skip
+flops.register_cpu_attention()
 
 
 def register(op: OpSpec) -> torch._ops.OpOverload:
@@ -37,8 +38,10 @@ def register(op: OpSpec) -> torch._ops.OpOverload:
 
     schema = f"({_schema(op)}, str backend, bool[] needs) -> {'()' if op.mutates else 'Tensor[]'}"
     library_op = _define(op.name, schema, forward, fake)
+    flops.register_forward(op, lambda *args: _split(op, args)[:2])
     if op.gradient:
         _register_autograd(op, _register_backward(op))
+        flops.register_backward(op)
     return library_op
 
 
@@ -131,19 +134,13 @@ class _EagerBackend:
 
     def backward(self, grads, inputs, outputs, saved, needs, **params):
         leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
-        with _autograd_keys(), torch.enable_grad():
+        with autograd_keys(), torch.enable_grad():
             results = self.op.run_eager(leaves, params)
             results = results if len(grads) > 1 else (results,)
             pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
             differentiated = [t for t, need in zip(leaves, needs, strict=True) if need]
             gradients = iter(torch.autograd.grad([r for r, _ in pairs], differentiated, [g for _, g in pairs]))
         return [next(gradients) if need else None for need in needs]
-
-
-def _autograd_keys():
-    """Enable autograd inside a library op, which runs with autograd's dispatch key excluded."""
-    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def _with_fake_strides(tensor: Tensor, grad: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class OpSpec:
         differentiable: Callable[..., Any] | None,
         restore: Callable[[Tensors, Sequence[Tensor | None]], Tensors],
         matmul_flops: Callable[..., int] | None,
+        counted_as: Params,
     ):
         functools.update_wrapper(self, eager)
         self.name, self.eager = eager.__name__, eager
@@ -64,7 +65,8 @@ class OpSpec:
         self.outputs, self.mutates = () if mutates else tuple(outputs), frozenset(mutates)
         self.autocast, self.autocast_exempt = autocast, frozenset(autocast_exempt)
         self.grad_in_forward, self.random_param, self.gradient = grad_in_forward, random_param, gradient and not mutates
-        self.differentiable, self.restore, self.matmul_flops = differentiable or eager, restore, matmul_flops
+        self.differentiable, self.restore = differentiable or eager, restore
+        self.matmul_flops, self.counted_as = matmul_flops, dict(counted_as)
         self.signature = inspect.signature(eager, eval_str=True)
         arguments = self.signature.parameters
         self.tensor_names = tuple(n for n, a in arguments.items() if a.annotation in (Tensor, Tensor | None))
