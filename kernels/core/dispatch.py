@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from peakgpt.kernels.core import backends, library_op
+from peakgpt.kernels.core import backends, flops, library_op
 from peakgpt.kernels.core.autocast import autocast_disabled, autocast_enabled, cast_inputs
 from peakgpt.kernels.core.autograd import autograd_function, transformed
 from peakgpt.kernels.core.backends import BACKENDS, forced_backend, interpreted, load, use_backend
@@ -81,6 +81,7 @@ class Op(OpSpec, Generic[P, R]):
                 raise NotImplementedError(f"{self.name}: backend {forced!r} is forced under a transform of torch.func")
             return self.run_differentiable(tensors, params)
         if not _plain(tensors):
+            flops.give_to_counters()
             return self._traced(forced, tensors, cast, params)
         needs = _needs(cast)
         backend = backends.choose(self, forced, cast, params, needs)
