@@ -52,6 +52,13 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def needs_autograd(grads: Sequence[Tensor | None]) -> bool:
+    """Whether gradients must be computed by autograd: they are differentiated again, transformed or batched."""
+    if torch.is_grad_enabled() or transformed():
+        return True
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)  # is_grads_batched
+
+
 class PeakgptOp(torch.autograd.Function):
     """A backend's forward and backward as one autograd node. `autograd_function` makes a subclass for each op."""
 
@@ -86,7 +93,7 @@ class PeakgptOp(torch.autograd.Function):
             return (None,) * (4 + n_in)
         tensors = ctx.saved_tensors
         inputs, outputs, saved = tensors[:n_in], tensors[n_in : n_in + n_out], tensors[n_in + n_out :]
-        if torch.is_grad_enabled() or transformed():
+        if needs_autograd(grads):
             return None, None, None, None, *_differentiable_backward(ctx, grads, inputs, outputs)
         extra = {"into": ctx.into} if _takes_into(backend.backward) else {}
         with autocast_disabled(grads):
@@ -127,8 +134,8 @@ def differentiable_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Compute a call's gradients by autograd through the eager function, which supports everything that torch does.
 
-    Backends compute values only. They run neither under create_graph, because the result would be detached from the
-    graph, nor on the tensors of a torch.func transform.
+    Backends compute values only: where `needs_autograd`, they would return gradients that are detached from the graph,
+    and lose tangents.
 
     Args:
         inputs: tensors of the call.

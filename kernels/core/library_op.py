@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.core import backends, flops
-from peakgpt.kernels.core.autograd import autograd_keys, differentiable_gradients, transformed
+from peakgpt.kernels.core.autograd import autograd_keys, differentiable_gradients, needs_autograd
 from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 
 _library = torch.library.Library("peakgpt", "DEF")
@@ -78,7 +78,7 @@ def _register_autograd(op: OpSpec, library_backward: torch._ops.OpOverload) -> N
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if present else None for present in ctx.present]
         outputs = list(tensors)
-        if torch.is_grad_enabled() or transformed():
+        if needs_autograd(grads):
             params = dict(zip(op.param_names, ctx.rest[: len(op.param_names)], strict=True))
             gradients = differentiable_gradients(op, inputs, params, grads[:n_out], ctx.needs)
             return *gradients, *(None for _ in ctx.rest)
