@@ -150,7 +150,7 @@ def differentiable_gradients(
         leaves = [_leaf(t) if need else t for t, need in zip(inputs, needs, strict=True)]
         results = op.run_differentiable(leaves, params)
         results = results if len(op.outputs) > 1 else (results,)
-        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
+        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
         found = torch.autograd.grad(
             [r for r, _ in pairs], [t for t, need in zip(leaves, needs, strict=True) if need], [g for _, g in pairs],
             create_graph=create_graph, allow_unused=True,

@@ -91,7 +91,7 @@ def _backward(
     with torch.enable_grad():
         results = op.run_eager(inputs, params)
     results = results if len(op.outputs) > 1 else (results,)
-    used = [r for r, g in zip(results, grads, strict=True) if g is not None]
+    used = [r for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
     return lambda: torch.autograd.grad(used, leaves, [torch.empty_like(r) for r in used], allow_unused=True)
 
 

@@ -8,6 +8,7 @@ on a GPU. They refuse a device function whose file does not import triton.langua
 from __future__ import annotations
 
 import functools
+import threading
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def patch() -> None:
 
     builder = it.InterpreterBuilder
     plain_cast, plain_dot, plain_fp_to_fp = builder.cast_impl, builder.create_dot, builder.create_fp_to_fp
-    plain_patch_lang = it._patch_lang
+    plain_patch_lang, plain_launch, launching = it._patch_lang, it.GridExecutor.__call__, threading.RLock()
 
     def cast(self, src, dst_type):
         if src.dtype.scalar == tl.bfloat16:
@@ -72,5 +73,9 @@ def patch() -> None:
             return plain_patch_lang(fn)
         return it._LangPatchScope()
 
-    it._patch_lang = patch_lang
+    def launch(self, *args, **kwargs):
+        with launching:  # a launch patches triton.language, which all threads see
+            return plain_launch(self, *args, **kwargs)
+
+    it._patch_lang, it.GridExecutor.__call__ = patch_lang, launch
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast, fp_to_fp, dot

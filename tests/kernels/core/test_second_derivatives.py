@@ -56,7 +56,7 @@ def second_order(call, tensors):
     generator = torch.Generator().manual_seed(3)
     weights = lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)  # noqa: E731
     results = call(*tensors)
-    results = results if isinstance(results, tuple) else (results,)
+    results = [r for r in (results if isinstance(results, tuple) else (results,)) if r.requires_grad]
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     ups = [weights(r).requires_grad_() for r in results]
     first = torch.autograd.grad(results, wanted, ups, create_graph=True)
@@ -94,6 +94,16 @@ def test_second_derivatives_of_every_op_are_those_of_eager_torch(name, sizes, pa
         assert name == "attention_qkv" and path != "library_op" and "create_graph=True with cos and sin" in str(error)
         return
     assert_same(got, truth, 2e-3)
+
+
+@pytest.mark.parametrize("name", ["linear", "layernorm", "add_layernorm", "add_rmsnorm", "mlp", "rotary", "attention"])
+def test_second_derivatives_with_one_trainable_input(name):
+    """As in fine-tuning: the result sum of add_layernorm needs no gradient if only w does."""
+    _, sizes, params = next(case for case in SMALL if case[0] == name)
+    every, (call, eager) = inputs_of(name, sizes, params), op_call(name, params)
+    for i in [i for i, t in enumerate(every) if t is not None and t.requires_grad]:
+        tensors = [t.detach().requires_grad_(at == i) for at, t in enumerate(every)]
+        assert_same(second_order(call, tensors), second_order(eager, double(tensors)), 2e-3)
 
 
 def test_first_order_gradients_under_create_graph_are_attached_to_the_graph():
