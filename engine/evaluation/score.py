@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.prefix_tree import Node, ScoredSequence, build_trees
 from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, blocks_for
 from peakgpt.engine.inference.chunk import Chunk
@@ -198,3 +199,19 @@ def _gather(logits: Tensor, rows: list[int], targets: list[int]) -> tuple[list[f
     row, target = (torch.tensor(values, device=logits.device) for values in (rows, targets))
     # log_softmax computes a row on one thread, so its bits do not depend on the number of rows.
     return logits.log_softmax(-1)[row, target].tolist(), (logits.argmax(-1)[row] == target).tolist()
+
+
+def text_perplexity(
+    scorer: Scorer, tokenizer: Tokenizer, text: str, *, window: int | None = None, stride: int | None = None
+) -> Perplexity:
+    """Return the perplexity of a text, after an end-of-text token that gives its first token a context.
+
+    Args:
+        text: at least one character.
+        window, stride: see `Scorer.perplexity`.
+    Raises:
+        ValueError: the text is empty, or see `Scorer.perplexity`.
+    """
+    if not text:
+        raise ValueError("perplexity: got an empty text, expected at least one character")
+    return scorer.perplexity([tokenizer.end_id, *tokenizer.encode(text)], window=window, stride=stride)

@@ -8,6 +8,9 @@ have the names of transformers' GPT-2; weights are in Linear layout, [out, in].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +39,7 @@ class Transformer(ModuleWithConv1D):
         """Build the network with GPT-2's random initialization, for every family, from torch's generator."""
         super().__init__()
         self.config, self.fp8 = config, False
+        self.source_files: Mapping[str, Mapping[str, Any]] = {}  # JSON files of the folder that it was loaded from
         device = torch.get_default_device()
         with torch.device("meta"), _SkipInit():  # torch's own initialization takes seconds for GPT-2 and is overwritten
             self.transformer = nn.ModuleDict(_modules(config))
