@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.plain import fusable, is_plain
 from peakgpt.engine.model.recompute import recomputable
 from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 
 
+@fusable
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis."""
 
@@ -20,7 +22,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (..., C)."""
         y = layernorm(x, self.weight, self.bias, eps=self.eps)
-        return recomputable(y, self.forward, x) if self.recompute else y
+        return recomputable(y, self.forward, x) if self.recompute and is_plain(self, LayerNorm) else y
 
     def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add the output of a branch to the residual stream and normalize the sum, in one kernel.
@@ -36,6 +38,7 @@ class LayerNorm(nn.LayerNorm):
         return total, recomputable(y, self.forward, total) if self.recompute else y
 
 
+@fusable
 class RMSNorm(nn.RMSNorm):
     """RMSNorm over the last axis."""
 
@@ -47,12 +50,20 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (..., C)."""
         y = rmsnorm(x, self.weight, eps=self.eps)
-        return recomputable(y, self.forward, x) if self.recompute else y
+        return recomputable(y, self.forward, x) if self.recompute and is_plain(self, RMSNorm) else y
 
     def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add the output of a branch to the residual stream and normalize the sum; see LayerNorm.add_norm."""
         total, y = add_rmsnorm(x.to(residual.dtype), residual, self.weight, eps=self.eps)
         return total, recomputable(y, self.forward, total) if self.recompute else y
+
+
+def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (x + residual, its norm), see LayerNorm.add_norm: in one kernel, or by the norm's own forward."""
+    if is_plain(norm, LayerNorm) or is_plain(norm, RMSNorm):
+        return norm.add_norm(x, residual)
+    total = x.to(residual.dtype) + residual
+    return total, norm(total)
 
 
 def make_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
