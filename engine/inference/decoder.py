@@ -62,7 +62,7 @@ class ContiguousDecoder:
         self.kv_cache = ContiguousKVCache(model.config, batch, max_tokens, dtype=weight.dtype, device=weight.device)
 
     def step(self, input_ids: Tensor) -> Tensor:
-        return self.model.compute_logits(self.model.hidden_states(input_ids, self.kv_cache, self.start)[:, -1])
+        return self.model.last_logits(input_ids, self.kv_cache, self.start)[:, 0]
 
     def reorder(self, parents: Tensor) -> None:
         self.kv_cache.reorder(parents)

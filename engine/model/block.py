@@ -8,7 +8,7 @@ hooked, wrapped or replaced is called instead, with and for hidden states alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ from peakgpt.kernels.ops.dropout import dropout
 Branch = Callable[[Tensor], Tensor]
 
 
-class Pass(NamedTuple):
-    """What the blocks of one forward pass share.
+@dataclass(frozen=True)
+class Pass:
+    """What the blocks of one forward pass share. Not a tuple: wrappers of blocks copy, move and cast those.
 
     Args:
         cache: KV cache; None in training.
@@ -40,6 +41,9 @@ class Pass(NamedTuple):
     cache: AttentionCache | None = None
     positions: Positions = NO_POSITIONS
     balance_losses: list[Tensor] | None = None
+
+
+ALONE = Pass()
 
 
 @fusable
@@ -66,7 +70,7 @@ class Block(nn.Module):
         self.dropout, self.residual = c.dropout, c.residual
         self.recompute = self.recompute_norms = False  # set by engine/model/recompute.py
 
-    def forward(self, x: Tensor, layer: int = 0, shared: Pass = Pass()) -> Tensor:  # noqa: B008, a Pass is immutable
+    def forward(self, x: Tensor, layer: int = 0, shared: Pass = ALONE) -> Tensor:
         """Run one layer.
 
         Args:
@@ -91,14 +95,14 @@ class Block(nn.Module):
         Returns:
             (x, h) for the next layer.
         """
-        cache, positions, balance_losses = shared
+        cache, positions = shared.cache, shared.positions
         p = self.dropout if self.training and cache is None else 0.0
 
         def attn(h: Tensor) -> Tensor:
             return _dropout(self.attn(h, cache, layer, positions), p)
 
         def mlp(h: Tensor) -> Tensor:
-            y = self.mlp(h, balance_losses, positions.start) if _has_experts(self.mlp) else self.mlp(h)
+            y = self.mlp(h, shared.balance_losses, positions.start) if _has_experts(self.mlp) else self.mlp(h)
             return _dropout(y, p)
 
         run = RESIDUALS[self.residual]

@@ -135,9 +135,14 @@ class Snapshot:
         self._modules = [weakref.ref(module) for module in walk(model)]
 
     @property
+    def model(self) -> nn.Module | None:
+        """The model; None if it is gone."""
+        return self._model()
+
+    @property
     def is_current(self) -> bool:
         """Whether the model has the same modules and they run as before. True once the model is gone."""
-        model = self._model()
+        model = self.model
         if model is None:
             return True
         now = list(walk(model))

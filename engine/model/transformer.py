@@ -18,7 +18,7 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.fp8 import fp8_linear
 from peakgpt.engine.model.kv_cache import AttentionCache, SequenceCache
 from peakgpt.engine.model.norms import make_norm
-from peakgpt.engine.model.plain import fusable, is_plain, is_plain_embedding, run_linear
+from peakgpt.engine.model.plain import FORWARDS, fusable, has_own_call, is_plain, is_plain_embedding, run_linear
 from peakgpt.engine.model.positions import Positions, left_padding_start, make_positions
 from peakgpt.engine.model.state_dicts import ModuleWithConv1D
 from peakgpt.kernels.ops.dropout import dropout
@@ -63,7 +63,8 @@ class Transformer(ModuleWithConv1D):
 
     def forward(
         self, input_ids: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,
-        loss_weight: Tensor | None = None, *, return_logits: bool = False,
+        loss_weight: Tensor | None = None, *, return_logits: bool = False, cache: SequenceCache | None = None,
+        start: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Compute the logits, or the loss if there are targets.
 
@@ -78,18 +79,22 @@ class Transformer(ModuleWithConv1D):
                 mean over the targets that are not ignored.
             return_logits: also return the logits when there are targets. This computes the product with the head once
                 more, and stores the logits, which the loss alone does not.
+            cache, start: as in `hidden_states`; with `start`, attention_mask is None.
         Returns:
             Without targets the logits, (B, T, V). With targets the loss, a float32 scalar, or (loss, logits).
         Raises:
             ValueError: a tensor of a wrong shape or dtype, ids or targets out of range, more tokens than block_size, or
-                an attention_mask that is not left padding.
+                an attention_mask that is not left padding or together with `start`.
         """
-        start = None if attention_mask is None else left_padding_start(attention_mask, input_ids)
+        if attention_mask is not None:
+            if start is not None or cache is not None:
+                raise ValueError("GPT: got attention_mask with start or cache, expected start alone")
+            start = left_padding_start(attention_mask, input_ids)
         balance_losses: list[Tensor] | None = [] if self.config.experts and self.training else None
-        h = self.hidden_states(input_ids, start=start, balance_losses=balance_losses)
+        h = self.hidden_states(input_ids, cache, start, balance_losses)
         if targets is None:
             return self.compute_logits(h)
-        logits = None if self._has_plain_head and not self.config.head_bias else self.compute_logits(h)
+        logits = None if self._has_fusable_head else self.compute_logits(h)
         loss = self._fused_loss(h, targets, loss_weight) if logits is None else self._loss(logits, targets, loss_weight)
         if balance_losses:
             # With loss_weight the batch is a part of a larger one; scale the balance by the part's share of the loss.
@@ -160,6 +165,19 @@ class Transformer(ModuleWithConv1D):
         """
         return self._run_blocks(self._embed(input_ids[None], position_ids, None), positions, cache)[0]
 
+    def last_logits(
+        self, input_ids: Tensor, cache: SequenceCache, start: Tensor | None = None, count: int = 1
+    ) -> Tensor:
+        """Compute the logits of the last `count` tokens, (B, count, V): by `forward` if it was hooked or replaced.
+
+        Args:
+            input_ids, cache, start: as in `hidden_states`.
+        """
+        first = input_ids.shape[1] - count
+        if has_own_call(self) or type(self).forward is not FORWARDS[Transformer]:
+            return self(input_ids, cache=cache, start=start)[:, first:]
+        return self.compute_logits(self.hidden_states(input_ids, cache, start)[:, first:])
+
     def compute_logits(self, h: Tensor) -> Tensor:
         """Compute the logits, (..., V), of hidden states, (..., C)."""
         product, head = fp8_linear if self._has_fp8_head else linear, self._modules.get("lm_head")
@@ -197,13 +215,13 @@ class Transformer(ModuleWithConv1D):
         return self.fp8 and self.training
 
     @property
-    def _has_plain_head(self) -> bool:
+    def _has_fusable_head(self) -> bool:
         head = self._modules.get("lm_head")
-        return not self._has_fp8_head and (head is None or is_plain(head, nn.Linear))
+        return not self._has_fp8_head and (head is None or (is_plain(head, nn.Linear) and head.bias is None))
 
     @property
     def _head_weight(self) -> Tensor:
-        return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight
+        return (self._modules.get("lm_head") or self.transformer.wte).weight
 
 
 class _SkipInit(TorchFunctionMode):
