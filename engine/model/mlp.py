@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.model.fp8 import fp8_linear
-from peakgpt.engine.model.plain import fusable, is_plain, run_linear
+from peakgpt.engine.model.plain import fusable, is_plain, plain_parameters, run_linear
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.recompute import checkpoint_block
 from peakgpt.engine.model.state_dicts import ModuleWithAliases, ModuleWithConv1D
@@ -53,17 +53,15 @@ class GELUMLP(ModuleWithConv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (..., C), to (..., C)."""
-        up, down = self.c_fc, self.c_proj
         fp8 = self.fp8 and self.training
-        if not fp8 and is_plain(up, nn.Linear) and is_plain(down, nn.Linear):
-            return mlp(
-                x, up.weight, up.bias, down.weight, down.bias, activation=self.activation, recompute=self.recompute
-            )
-        if is_plain(up, QuantizedLinear):
-            return run_linear(down, up(x, self.activation))
-        return _unfused(self, self._by_layers, x, fp8_linear if fp8 else linear)
+        if not fp8 and (parameters := _plain(self.c_fc, self.c_proj)):
+            return mlp(x, *parameters, activation=self.activation, recompute=self.recompute)
+        if is_plain(self.c_fc, QuantizedLinear):
+            return run_linear(self.c_proj, self.c_fc(x, self.activation))
+        return _unfused(self, x, fp8_linear if fp8 else linear)
 
-    def _by_layers(self, x: Tensor, product: Product) -> Tensor:
+    def by_layers(self, x: Tensor, product: Product) -> Tensor:
+        """Map x, (..., C), layer by layer; a layer that is not plain runs its own forward."""
         h = ACTIVATIONS[self.activation](run_linear(self.c_fc, x, product))
         return run_linear(self.c_proj, h, product)
 
@@ -101,23 +99,31 @@ class GatedMLP(ModuleWithAliases):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (..., C), to (..., C)."""
-        gate, up, down = self.c_gate, self.c_fc, self.c_proj
-        if is_plain(gate, nn.Linear) and is_plain(up, nn.Linear) and is_plain(down, nn.Linear):
-            return gated_mlp(
-                x, gate.weight, gate.bias, up.weight, up.bias, down.weight, down.bias, activation=self.activation,
-                recompute=self.recompute,
-            )  # fmt: skip
-        if is_plain(gate, QuantizedLinear):
-            return run_linear(down, gate(x, self.activation) * run_linear(up, x))
-        return _unfused(self, self._by_layers, x, linear)
+        if parameters := _plain(self.c_gate, self.c_fc, self.c_proj):
+            return gated_mlp(x, *parameters, activation=self.activation, recompute=self.recompute)
+        if is_plain(self.c_gate, QuantizedLinear):
+            return run_linear(self.c_proj, self.c_gate(x, self.activation) * run_linear(self.c_fc, x))
+        return _unfused(self, x, linear)
 
-    def _by_layers(self, x: Tensor, product: Product) -> Tensor:
+    def by_layers(self, x: Tensor, product: Product) -> Tensor:
+        """Map x, (..., C), layer by layer; a layer that is not plain runs its own forward."""
         gate = GATES[self.activation](run_linear(self.c_gate, x, product))
         return run_linear(self.c_proj, gate * run_linear(self.c_fc, x, product), product)
 
 
-def _unfused(module: GELUMLP | GatedMLP, by_layers: Callable[..., Tensor], x: Tensor, product: Product) -> Tensor:
+def _plain(*layers: nn.Module) -> list[Tensor | None] | None:
+    """Return weight and bias of each layer if all are plain, else None."""
+    parameters: list[Tensor | None] = []
+    for layer in layers:
+        p = plain_parameters(layer, nn.Linear)
+        if p is None:
+            return None
+        parameters += (p["weight"], p["bias"])
+    return parameters
+
+
+def _unfused(module: GELUMLP | GatedMLP, x: Tensor, product: Product) -> Tensor:
     """Run an MLP layer by layer; with `recompute` backward runs all its layers a second time."""
     if module.recompute and torch.is_grad_enabled():
-        return checkpoint_block(by_layers, x, product)
-    return by_layers(x, product)
+        return checkpoint_block(module.by_layers, x, product)
+    return module.by_layers(x, product)

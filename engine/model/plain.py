@@ -2,14 +2,15 @@
 
 A fused op stands for the calls of several modules. That is right only as long as these calls would do nothing else. A
 module runs its own forward if it was wrapped, replaced, subclassed or parametrized (its class differs), has hooks, has
-a `forward` of its own, or has weights of a tensor subclass such as DTensor. `is_plain` decides this for one call,
-`change_of` for a whole model, before it is made a program or a CUDA graph. The drop-in replacements use `has_own_call`.
+a `forward` of its own, or has weights of a tensor subclass such as DTensor. `plain_parameters` decides this for one
+call, `change_of` for a whole model before it is made a program or a CUDA graph, `has_own_call` for the drop-in
+replacements. A model compiled by torch.compile sees only the hooks that it had then, as all of torch's modules.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -46,19 +47,24 @@ def has_own_call(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a fused op may stand for a call of this module.
+def plain_parameters(module: nn.Module, kind: type[nn.Module]) -> Mapping[str, Tensor | None] | None:
+    """Return the parameters of a module if a fused op may stand for its call, else None.
+
+    Reading them from this mapping is faster than `module.weight` by as much as the check costs.
 
     Args:
         module: any module in the place of one of `kind`.
         kind: nn.Linear, nn.Embedding, or a class declared by `fusable`.
     """
-    return (
-        type(module) is kind
-        and kind.forward is FORWARDS[kind]
-        and type(module._parameters.get("weight")) in PLAIN_TENSORS
-        and not has_own_call(module)
-    )
+    if type(module) is not kind or kind.forward is not FORWARDS[kind] or has_own_call(module):
+        return None
+    parameters = module._parameters
+    return parameters if type(parameters.get("weight")) in PLAIN_TENSORS else None
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a fused op may stand for a call of this module; arguments as `plain_parameters`."""
+    return plain_parameters(module, kind) is not None
 
 
 def is_plain_embedding(module: nn.Module) -> bool:
@@ -77,16 +83,17 @@ def run_linear(layer: nn.Module, x: Tensor, product: Callable[..., Tensor] = lin
         layer: nn.Linear, or what stands in its place: QuantizedLinear, an adapter, any other module.
         product: (x, weight, bias) -> (..., F).
     """
-    return product(x, layer.weight, layer.bias) if is_plain(layer, nn.Linear) else layer(x)
+    p = plain_parameters(layer, nn.Linear)
+    return layer(x) if p is None else product(x, p["weight"], p["bias"])
 
 
-def walk(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield all modules of a model, a shared one several times. Much faster than nn.Module.modules."""
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        yield module
-        stack.extend(child for child in module._modules.values() if child is not None)
+def walk(model: nn.Module) -> list[nn.Module]:
+    """List all modules of a model, a shared one several times. Much faster than nn.Module.modules."""
+    modules = [model]
+    for module in modules:  # which grows
+        if module._modules:
+            modules += [child for child in module._modules.values() if child is not None]
+    return modules
 
 
 def change_of(model: nn.Module) -> str | None:
@@ -145,5 +152,4 @@ class Snapshot:
         model = self.model
         if model is None:
             return True
-        now = list(walk(model))
-        return [ref() for ref in self._modules] == now and (self.change is None) == (change_of(model) is None)
+        return [ref() for ref in self._modules] == walk(model) and (self.change is None) == (change_of(model) is None)

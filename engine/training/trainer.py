@@ -109,4 +109,4 @@ class Trainer:
         """Return everything that a captured update depends on; the update is captured again when it changes."""
         states = self.optimizer.state.items()
         addresses = [(p.data_ptr(), state["step"].data_ptr()) for p, state in states]
-        return self.model.training, addresses, [*walk(self.model)]
+        return self.model.training, addresses, walk(self.model)
