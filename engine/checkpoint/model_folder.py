@@ -23,6 +23,7 @@ from peakgpt.engine.checkpoint.folder import CONFIG, INDEX, PICKLE, WEIGHTS, rea
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
 from peakgpt.engine.checkpoint.tensor_check import check_tensors
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.transformer import Transformer
 
 # Suffixes of buffers that old releases of transformers wrote, and that no model needs.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -156,8 +157,9 @@ def write_model(
             than this unless it contains a single tensor. None: one file.
     Raises:
         OSError: the folder cannot be written; the old checkpoint is still there.
-        ValueError: max_shard_size is not a size.
+        ValueError: max_shard_size is not a size, or the state has other tensors than a model of this config.
     """
+    _check_state(config, state)
     max_bytes = None if max_shard_size is None else _parse_size(max_shard_size)
     family = family_of(config)
     if family.model_type == OWN:
@@ -177,6 +179,20 @@ def write_model(
         _write_shards(stage, _split_into_shards(tensors, max_bytes))
 
     replace_files(Path(folder), fill)
+
+
+def _check_state(config: GPTConfig, state: Mapping[str, Tensor]) -> None:
+    """Check that a state dict has the tensors of a plain model: adapters, pruning and parametrizations rename them."""
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in Transformer(config).state_dict().items()}
+    got = {name: tuple(t.shape) for name, t in state.items()}
+    for name in sorted(got.keys() | expected.keys()):
+        if got.get(name) != expected.get(name):
+            shape, other = got.get(name, "missing"), expected.get(name, "no such tensor")
+            raise ValueError(
+                f"save_pretrained: {name} is {shape}, expected {other}: "
+                "merge adapters (peft: merge_and_unload), and remove pruning and parametrizations, before saving"
+            )
 
 
 def _parse_size(size: int | str) -> int:

@@ -71,11 +71,10 @@ class Engine:
         if speculation and speculation.vocab_size not in (None, model.config.vocab_size):
             raise ValueError(f"speculation: the draft has vocab_size {speculation.vocab_size}, expected the model's "
                              f"{model.config.vocab_size}")  # fmt: skip
-        weight = model.transformer.wte.weight
         self.config, self.tokenizer, self.streams = model.config, tokenizer, streams
         if blocks is None:
-            blocks = default_blocks(model.config, streams, weight.dtype, weight.device, cache)
-        self.budget = BUDGET[weight.device.type] if budget is None else budget
+            blocks = default_blocks(model.config, streams, model.dtype, model.device, cache)
+        self.budget = BUDGET[model.device.type] if budget is None else budget
         self._memory = blocks, cache
         self._prepare(model)
         self.speculation, self.proposed, self.accepted = speculation, 0, 0

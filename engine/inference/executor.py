@@ -92,7 +92,7 @@ def make_decode_executor(model: Transformer, num_blocks: int, new_tokens: int) -
         return None
     if change_of(model) is not None:
         return None
-    if has_graphs(model.transformer.wte.weight.device) and model.config.position not in RELATIVE:
+    if has_graphs(model.device) and model.config.position not in RELATIVE:
         return _reuse_graphs(model, num_blocks)
     executor = _program_executor(model, num_blocks, None)
     return None if isinstance(executor, str) else executor

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peakgpt.engine.model.block import Block
 from peakgpt.engine.model.mlp import GatedMLP
 from peakgpt.engine.model.norms import LayerNorm, RMSNorm
-from peakgpt.engine.model.plain import change_of
+from peakgpt.engine.model.plain import change_of, walk
 from peakgpt.engine.model.positions import alibi_slopes, rotary_table
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
@@ -68,7 +68,7 @@ class ModelProgram:
         widths |= {"selected x": c.n_embd, "selected h": c.n_embd, "selected y": widths["y"]}
         self.widths = widths
         self.buffers = {name: self.program.buffer(width=width) for name, width in widths.items()}
-        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        layers = [module for module in walk(model) if isinstance(module, nn.Linear)]
         layers += [] if "lm_head" in model._modules else [model.transformer.wte]
         self.unused = streamed(sum(_packed_floats(layer.weight) for layer in layers), torch.float32)
         self._build(model)

@@ -45,10 +45,10 @@ class TorchExecutor:
         Raises:
             ValueError: unknown cache dtype.
         """
-        c, weight = model.config, model.transformer.wte.weight
+        c, dtype = model.config, model.dtype
         self.model = model if keeps_model else weakref.proxy(model)
-        self.config, self.note, self.device = c, note, weight.device
-        self.kv_cache = PagedKVCache(c, num_blocks, dtype=weight.dtype, device=weight.device, cache_dtype=cache_dtype)
+        self.config, self.note, self.device = c, note, model.device
+        self.kv_cache = PagedKVCache(c, num_blocks, dtype=dtype, device=self.device, cache_dtype=cache_dtype)
         self.snapshot = Snapshot(model)
         self.is_one_by_one = c.position in RELATIVE or self.snapshot.change is not None
         self.angles = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, self.device) if c.rotary_dim else None

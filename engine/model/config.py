@@ -188,6 +188,10 @@ class GPTConfig:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    def get_text_config(self) -> GPTConfig:
+        """Return this config: transformers' name for the config of the language model, which PEFT asks for."""
+        return self
+
     def has_bias(self, part: str) -> bool:
         """Return whether a part, one of BIASED, has a bias."""
         return self.bias is True or (self.bias is not False and part in self.bias)

@@ -64,7 +64,8 @@ class Experts(nn.Module):
     def _route(self, x: Tensor) -> Tensor:
         """Return the router's logits, (N, E) float32, of x, (N, C)."""
         if is_plain(self.router, nn.Linear):
-            return linear(x.float(), self.router.weight.float())
+            bias = self.router.bias  # of another router than __init__ makes
+            return linear(x.float(), self.router.weight.float(), None if bias is None else bias.float())
         return self.router(x).float()
 
 

@@ -165,6 +165,16 @@ class Transformer(ModuleWithConv1D):
         """
         return self._run_blocks(self._embed(input_ids[None], position_ids, None), positions, cache)[0]
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first parameter."""
+        return next(self.parameters()).dtype
+
     def last_logits(
         self, input_ids: Tensor, cache: SequenceCache, start: Tensor | None = None, count: int = 1
     ) -> Tensor:
@@ -188,6 +198,8 @@ class Transformer(ModuleWithConv1D):
     ) -> Tensor:
         """Run all blocks and the last norm on the embedding, (B, T, C)."""
         t = self.transformer
+        if cache is not None and len(t.h) > self.config.n_layer:
+            raise ValueError(f"GPT: got {len(t.h)} blocks, expected at most n_layer {self.config.n_layer} with a cache")
         h = run_blocks(t.h, x, t._modules.get("ln_f"), Pass(cache, positions, balance_losses))
         h = run_linear(t.project_out, h) if "project_out" in t else h
         return h if self.config.logit_scale == 1.0 else h * self.config.logit_scale

@@ -31,7 +31,7 @@ FAMILIES = {
     "parallel": {"residual": "parallel", "position": "rotary", "tied_head": False, "head_bias": True},
     "two_norms": {"residual": "parallel_two_norms", "position": "alibi", "embedding_norm": True},
     "post_norm": {"residual": "post_norm", "word_dim": 16, "position_offset": 2, "activation": "relu"},
-    "experts": {"experts": 3, "z_loss": 1e-3, "tied_head": False},
+    "experts": {"experts": 2, "z_loss": 1e-3, "tied_head": False},
     "relative_keys": {"position": "transformer_xl"},
     "relative_bias": {"position": "relative_bias", "windows": (4, None)},
 }
@@ -101,8 +101,11 @@ def forward_pre_hook(model, name):
 
 def in_place_hook(model, name):
     def hook(module, args, out):
+        if name.endswith("relative"):
+            return  # torch forbids it: its output is one of several views
         with torch.no_grad():  # raises the version, hides the multiplication from autograd
-            (out[0] if isinstance(out, tuple) else out).mul_(1.5)
+            out = out[0] if isinstance(out, tuple) else out
+            out.mul_(bend(torch.ones_like(out)))
 
     model.get_submodule(name).register_forward_hook(hook)
 
@@ -212,7 +215,7 @@ CHANGES = [
     spectral_norm, orthogonal, pruned, torch_norm, identity_norm, identity_branch, linear_with_bias, narrow_mlp,
     bounded_embedding,
 ]  # fmt: skip
-DECODED = (forward_hook, patched_forward, wrapper, narrow_mlp, bounded_embedding)
+DECODED = (forward_hook, patched_forward, wrapper, narrow_mlp)
 
 
 @contextlib.contextmanager
@@ -331,7 +334,7 @@ def test_engine_and_scorer_follow_hooks_that_come_and_go(family):
             logprobs = model(IDS[:1])[0, 3:-1].log_softmax(-1).gather(1, IDS[0, 4:, None])[:, 0]
         got = torch.tensor(scorer.score([(prompt[:4], prompt[4:])])[0].logprobs)
         torch.testing.assert_close(got, logprobs, rtol=1e-3, atol=1e-3)
-        return expected
+        return expected, got.tolist()
 
     before = check()
     for name in ("", "transformer.h.1", "transformer.h.1.attn.c_proj"):
@@ -366,9 +369,14 @@ def test_a_changed_model_is_no_program(change):
 def test_blocks_that_are_copied_removed_or_shared_decode_as_they_run():
     model = copy.deepcopy(base("gpt2")).eval()
     h = model.transformer.h
+    # With more blocks than the config has, the KV cache has too few layers.
     for blocks in ([h[1], h[0]], [h[0], copy.deepcopy(h[0])], [h[1], h[1]], [h[0]]):
         model.transformer.h = nn.ModuleList(blocks)
         assert torch.equal(model.generate(IDS, max_new_tokens=NEW), greedy(model, NEW))
+    model.transformer.h = nn.ModuleList([*h, *h])
+    assert model(IDS).isfinite().all()
+    with pytest.raises(ValueError, match="got 4 blocks, expected at most n_layer 2"):
+        model.generate(IDS, max_new_tokens=1)
 
 
 def test_a_head_with_a_hook_a_bias_or_an_adapter_computes_the_loss():
