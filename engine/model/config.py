@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES
@@ -187,6 +187,10 @@ class GPTConfig:
         """Set fields of the frozen dataclass: replace None and short forms by full values."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name: transformers' name, which PEFT calls."""
+        return asdict(self)
 
     def get_text_config(self) -> GPTConfig:
         """Return this config: transformers' name for the config of the language model, which PEFT asks for."""

@@ -20,6 +20,7 @@ from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.inference.torch_executor import TorchExecutor
 from peakgpt.engine.model.plain import change_of
+from peakgpt.engine.model.recompute import set_recompute
 
 V, T, NEW = 61, 7, 9  # NEW: enough tokens for the C++ program, see MIN_PACKED_TOKENS
 SIZES = {"vocab_size": V, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -100,9 +101,10 @@ def forward_pre_hook(model, name):
 
 
 def in_place_hook(model, name):
+    if name.endswith("relative"):
+        return False  # torch forbids it: the output is one of several views
+
     def hook(module, args, out):
-        if name.endswith("relative"):
-            return  # torch forbids it: its output is one of several views
         with torch.no_grad():  # raises the version, hides the multiplication from autograd
             out = out[0] if isinstance(out, tuple) else out
             out.mul_(bend(torch.ones_like(out)))
@@ -215,7 +217,10 @@ CHANGES = [
     spectral_norm, orthogonal, pruned, torch_norm, identity_norm, identity_branch, linear_with_bias, narrow_mlp,
     bounded_embedding,
 ]  # fmt: skip
-DECODED = (forward_hook, patched_forward, wrapper, narrow_mlp)
+CASES = [
+    (family, change) for family in FAMILIES for change in CHANGES
+    if family in ("gpt2", "llama") or change not in (subclass, weight_norm, spectral_norm, orthogonal, pruned)
+]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -251,8 +256,7 @@ def greedy(model, count):
     return ids
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "change"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_changed_module_runs_its_own_forward(family, change):
     plain = base(family)(IDS)
     for name in module_names(family):
@@ -263,7 +267,7 @@ def test_a_changed_module_runs_its_own_forward(family, change):
         assert not torch.allclose(got[0], plain, atol=1e-4), name
         with no_fused_ops():
             assert_close(got, losses_and_gradients(model))
-        if change in DECODED:
+        if change is wrapper or (change is patched_forward and not name):
             model.eval()
             assert torch.equal(model.generate(IDS, max_new_tokens=NEW), greedy(model, NEW)), name
 
@@ -390,23 +394,21 @@ def test_a_head_with_a_hook_a_bias_or_an_adapter_computes_the_loss():
 
 
 @pytest.mark.parametrize("plan", ["norm", "mlp", "block"])
-@pytest.mark.parametrize("change", [forward_hook, in_place_hook, patched_forward, subclass, parametrization])
+@pytest.mark.parametrize("change", [in_place_hook, patched_forward], ids=lambda change: change.__name__)
 def test_recomputation_runs_the_changed_modules_again(plan, change):
-    for family in ("gpt2", "llama", "parallel"):
-        for name in module_names(family):
-            model = copy.deepcopy(base(family))
-            if change(model, name) is False:
-                continue
-            expected = losses_and_gradients(model)
-            peakgpt.engine.model.recompute.set_recompute(model, plan)
-            assert_close(losses_and_gradients(model), expected)
+    for name in module_names("llama"):
+        model = copy.deepcopy(base("llama"))
+        if change(model, name) is False:
+            continue
+        expected = losses_and_gradients(model)
+        set_recompute(model, plan)
+        assert_close(losses_and_gradients(model), expected)
 
 
 def test_compiled_models_run_hooks_and_wrappers():
-    for change in (forward_hook, wrapper, parametrization):
-        model = copy.deepcopy(base("llama"))
-        for name in ("transformer.h.1.attn.c_attn", "transformer.h.0.ln_2", "transformer.wte"):
-            change(model, name)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(IDS), model(IDS), rtol=1e-4, atol=1e-4)
+    model = copy.deepcopy(base("llama"))
+    forward_hook(model, "transformer.h.1.attn.c_attn")
+    wrapper(model, "transformer.h.0.ln_2")
+    parametrization(model, "transformer.wte")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS), model(IDS), rtol=1e-4, atol=1e-4)
