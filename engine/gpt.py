@@ -91,12 +91,24 @@ class GPT(Transformer):
                 None writes one file.
         Raises:
             OSError: the folder cannot be written.
-            ValueError: the model is quantized, or max_shard_size is not a size.
+            ValueError: the model is quantized, has adapters that are not merged, or max_shard_size is not a size.
         """
         if any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise ValueError("save_pretrained: got a quantized model, expected float weights; copy its folder instead")
         state = {name: t.to(dtype or t.dtype) for name, t in {**self.state_dict(), **(weights or {})}.items()}
         write_model(folder, self.config, state, tokenizer, max_shard_size, source_files=self.source_files)
+
+    @property
+    def prepare_inputs_for_generation(self) -> Any:
+        """Refuse the wrappers of PEFT that need the forward of transformers' models.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "GPT: got a wrapper for models of transformers (PEFT's task_type, prompt or prefix tuning), expected "
+            "get_peft_model without task_type, with adapters of modules such as LoRA, DoRA or IA3"
+        )
 
     def generate(
         self,

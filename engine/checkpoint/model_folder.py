@@ -25,6 +25,7 @@ from peakgpt.engine.checkpoint.source_files import NO_FILES, TokenizerFiles, jso
 from peakgpt.engine.checkpoint.tensor_check import check_tensors
 from peakgpt.engine.checkpoint.weight_files import expect_modules, open_weights
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.transformer import Transformer
 
 __all__ = ["TokenizerFiles", "read_config", "read_source_files", "read_weights", "write_model"]
 
@@ -118,8 +119,9 @@ def write_model(
         source_files: from `read_source_files` of the folder that the model was loaded from.
     Raises:
         OSError: the folder cannot be written; the old checkpoint is still there.
-        ValueError: max_shard_size is not a size.
+        ValueError: max_shard_size is not a size, or the state has other tensors than a model of this config.
     """
+    _check_state(config, state)
     max_bytes = None if max_shard_size is None else _parse_size(max_shard_size)
     family = family_of(config)
     if family.model_type == OWN:
@@ -140,6 +142,20 @@ def write_model(
         _write_shards(stage, _split_into_shards(tensors, max_bytes))
 
     replace_files(Path(folder), fill)
+
+
+def _check_state(config: GPTConfig, state: Mapping[str, Tensor]) -> None:
+    """Check that a state dict has the tensors of a plain model: adapters, pruning and parametrizations rename them."""
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in Transformer(config).state_dict().items()}
+    got = {name: tuple(t.shape) for name, t in state.items()}
+    for name in sorted(got.keys() | expected.keys()):
+        if got.get(name) != expected.get(name):
+            shape, other = got.get(name, "missing"), expected.get(name, "no such tensor")
+            raise ValueError(
+                f"save_pretrained: {name} is {shape}, expected {other}: "
+                "merge adapters (peft: merge_and_unload), and remove pruning and parametrizations, before saving"
+            )
 
 
 def _parse_size(size: int | str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES
@@ -192,6 +192,14 @@ class GPTConfig:
         """Set fields of the frozen dataclass: replace None and short forms by full values."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name: transformers' name, which PEFT calls."""
+        return asdict(self)
+
+    def get_text_config(self) -> GPTConfig:
+        """Return this config: transformers' name for the config of the language model, which PEFT asks for."""
+        return self
 
     def has_bias(self, part: str) -> bool:
         """Return whether a part, one of BIASED, has a bias."""
