@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peakgpt.kernels.core.autograd import first_order
 from peakgpt.engine.model.plain import is_plain
+from peakgpt.kernels.core.autograd import first_order
 from peakgpt.kernels.ops.linear import linear
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
