@@ -94,6 +94,7 @@ def _rmsnorm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     sample=_sample,
     alloc=lambda x, w, b, *, needs, eps: ((short_lived(x, *x.shape),), (_statistic(x), _statistic(x))),
     saved_for_backward=("x", "w"),
+    strided=("x", "out"),
     autocast="norm",
 )
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -118,6 +119,7 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, *, eps: float = 1e-
     sample=lambda rows=1024, width=768, **like: _sample(rows, width, **like)[:2],
     alloc=lambda x, w, *, needs, eps: ((_empty(x),), (_statistic(x),)),
     saved_for_backward=("x", "w"),
+    strided=("x", "out"),
     autocast="norm",
 )
 def rmsnorm(x: Tensor, w: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -145,6 +147,7 @@ def rmsnorm(x: Tensor, w: Tensor, *, eps: float = 1e-5) -> Tensor:
         (_statistic(x), _statistic(x)),
     ),
     saved_for_backward=("w", "sum"),
+    strided=("x", "residual", "sum", "normed"),
     outputs=("sum", "normed"),
     autocast="norm",
 )
@@ -173,6 +176,7 @@ def add_layernorm(
     sample=lambda rows=1024, width=768, **like: _sample_add(rows, width, **like)[:3],
     alloc=lambda x, residual, w, *, needs, eps: ((_empty(x), _empty(x)), (_statistic(x),)),
     saved_for_backward=("w", "sum"),
+    strided=("x", "residual", "sum", "normed"),
     outputs=("sum", "normed"),
     autocast="norm",
 )
