@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, rows, threads
+from peakgpt.kernels.ops.norm import default_eps
 
 
 class Norm:
@@ -41,7 +42,7 @@ class Norm:
             w=w,
             y=outputs[-1],
             r=saved[-1],
-            eps=eps,
+            eps=default_eps(x.dtype, eps),
             b=b,
             residual=residual,
             residual_stride=0 if residual is None else residual.stride(0),

@@ -17,6 +17,7 @@ from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 from peakgpt.kernels.gpu.norm.norm_kernels import norm_bwd, norm_bwd_dwdb, norm_bwd_wide, norm_fwd, norm_fwd_wide
 from peakgpt.kernels.gpu.reduce import empty_partials, sum_partials
+from peakgpt.kernels.ops.norm import default_eps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,8 @@ def _forward(x, residual, w, b, total, y, mu, r, eps) -> None:
     arguments = {
         "x_ptr": x, "residual_ptr": residual, "w_ptr": w, "b_ptr": b,
         "sum_ptr": total, "y_ptr": y, "mu_ptr": mu, "r_ptr": r, "stride_x_r": x.stride(0),
-        "stride_residual_r": 0 if residual is None else residual.stride(0), "eps": eps, "C": width,
+        "stride_residual_r": 0 if residual is None else residual.stride(0), "eps": default_eps(x.dtype, eps),
+        "C": width,
     }  # fmt: skip
     with launch.device_of(x):
         if block > MAX_BLOCK_C:

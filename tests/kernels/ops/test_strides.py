@@ -10,7 +10,7 @@ import random
 
 import pytest
 import torch
-from layouts import intact, lay_out, layouts
+from layouts import OFFSET, intact, lay_out, layouts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peakgpt.bench.check import CONSTANT
@@ -27,7 +27,7 @@ def some(*shape):
 
 
 def attention_options():
-    return {"alibi": some(4), "bias": some(2, 4, 5, 7), "kv_start": torch.tensor([0, 1]),
+    return {"alibi": some(2), "bias": some(2, 2, 5, 7), "kv_start": torch.tensor([0, 1]),
             "kv_len": torch.tensor([7, 5], dtype=torch.int32), "seed": torch.tensor([3])}  # fmt: skip
 
 
@@ -58,7 +58,7 @@ CASES = [
     ("rotary", {"batch": 2, "tokens": 3, "heads": 3, "head_dim": 16, "pairs": 6, **FIRST}, {}, {"heads": 2}),
     ("rotary", {"batch": 1, "tokens": 1, "heads": 2, "head_dim": 2, "pairs": 1, **FIRST}, {},
      {"heads": 1, "interleaved": True}),
-    ("attention", {"batch": 2, "tokens": 5, "heads": 4, "head_dim": 16, "keys": 7, "kv_heads": 2, **FIRST},
+    ("attention", {"batch": 2, "tokens": 5, "heads": 2, "head_dim": 16, "keys": 7, "kv_heads": 1, **FIRST},
      attention_options, {"dropout": 0.3}),
     ("attention", {"batch": 1, "tokens": 6, "heads": 1, "head_dim": 8, **FIRST},
      lambda: {"cu_seqlens": torch.tensor([0, 2, 6])}, {}),
@@ -67,7 +67,8 @@ CASES = [
      {"n_head": 4}),
     ("attention_decode", {"batch": 3, "heads": 4, "head_dim": 16, "keys": 33, "kv_heads": 2, **FIRST},
      lambda: {"alibi": some(4)}, {}),
-    ("attention_decode", {"batch": 2, "queries": 3, "heads": 2, "head_dim": 16, "keys": 20, "bits": 8, **FIRST}, {}, {}),
+    ("attention_decode", {"batch": 2, "queries": 3, "heads": 2, "head_dim": 16, "keys": 20, "bits": 8, **FIRST},
+     {}, {}),
     ("cache_store", {"tokens": 5, "heads": 3, "head_dim": 8, **FIRST}, {}, {}),
     ("cache_store", {"tokens": 5, "heads": 1, "head_dim": 8, "block": 2, "bits": 8, **FIRST}, {}, {}),
     ("adamw", {"count": 37, **HALF},
@@ -124,8 +125,11 @@ def call(index):
     return Call(*CASES[index])
 
 
-def assert_same(call, backend, tensors, grads):
-    """Compare a call that has tensors and gradients in other layouts with one that has contiguous copies of them."""
+def assert_same(call, backend, tensors, grads, reference=None):
+    """Compare a call with tensors and gradients in other layouts with one that has contiguous copies of them.
+
+    The reference is a backend whose results may differ by rounding.
+    """
     dense = [{n: t.clone(memory_format=torch.contiguous_format) for n, t in ts.items()} for ts in (tensors, grads)]
     try:
         results = call.run(backend, tensors, grads)
@@ -133,9 +137,11 @@ def assert_same(call, backend, tensors, grads):
         mutated = [n for n in tensors if n in call.op.mutates or n.endswith("_scale")]
         assert mutated and call.op.name in REFUSED and "strides" in str(error)
         return
-    tolerance = 1e-5 if next(iter(call.tensors.values())).dtype != torch.bfloat16 else 2e-2
-    for i, (a, b) in enumerate(zip(results, call.run(backend, *dense), strict=True)):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=False, msg=lambda m, i=i: f"{i}: {m}")
+    tolerance = 1e-4 if reference else 1e-5
+    if any(t.dtype == torch.bfloat16 for t in call.tensors.values()):
+        tolerance = 5e-2
+    for i, (a, b) in enumerate(zip(results, call.run(reference or backend, *dense), strict=True)):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, i=i: f"result {i}: {m}")
     assert all(intact(t) for t in tensors.values() if t.storage_offset() or not t.is_contiguous())
 
 
@@ -162,21 +168,34 @@ def test_each_tensor_and_each_gradient_alone_in_each_layout(index, backend):
             assert_same(one, backend, {}, {name: lay_out(one.grads[name], *layout)})
 
 
+def written(name, tensor):
+    """The layouts of a tensor that its op refuses in some others: those that every backend takes."""
+    return [("spread", axis) for axis in range(3)] if name.endswith("_cache") else [(OFFSET,)]
+
+
 def combination(one, choose):
     """Every tensor and gradient in the layout that `choose` takes from its list."""
-    tensors = {n: lay_out(t, *choose(possible(n, t))) for n, t in one.tensors.items() if n not in one.op.mutates}
+    limited = {n for n in one.tensors if n in one.op.mutates or n.endswith(("_cache", "_scale"))}
+    options = {n: written(n, t) if n in limited else possible(n, t) for n, t in one.tensors.items()}
+    tensors = {n: lay_out(t, *choose(options[n])) for n, t in one.tensors.items()}
     return tensors, {n: lay_out(t, *choose(layouts(t))) for n, t in one.grads.items()}
 
 
+def spread_last(options):
+    """The last axis that can be spread."""
+    return max((layout for layout in options if layout[0] == "spread"), default=(OFFSET,))
+
+
 @pytest.mark.parametrize("index", range(len(CASES)), ids=IDS)
-def test_all_tensors_and_gradients_in_a_layout_at_once_on_gpus(index):
+def test_all_tensors_and_gradients_at_once_on_gpus(index):
+    """Two turns: the last axis of each tensor is spread, then each tensor has another layout."""
     one = call(index)
-    for turn in range(5):
-        tensors, grads = combination(one, lambda options, turn=turn: options[turn % len(options)])
-        tensors = {n: t for n, t in tensors.items() if not n.endswith(("_cache", "_scale"))}
-        if one.objection("gpu", {}) is None:
-            assert one.objection("gpu", tensors) is None
-            assert_same(one, "gpu", tensors, grads)
+    if one.objection("gpu", {}) is not None:
+        pytest.skip("no kernel")
+    for choose in (spread_last, lambda options: options[len(options) // 2]):
+        tensors, grads = combination(one, choose)
+        assert one.objection("gpu", tensors) is None
+        assert_same(one, "gpu", tensors, grads, "eager")
 
 
 class LibraryOps(TorchDispatchMode):
@@ -191,7 +210,6 @@ def test_random_combinations_in_direct_calls_and_library_ops(index, rounds=3):
     one, chance = call(index), random.Random(index)
     for backend, _ in itertools.product(("eager", "cpu"), range(rounds)):
         tensors, grads = combination(one, chance.choice)
-        tensors = {n: t for n, t in tensors.items() if not n.endswith("_scale")}
         if one.objection(backend, tensors) is None:
             assert_same(one, backend, tensors, grads)
             with LibraryOps():
