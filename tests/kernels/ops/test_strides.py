@@ -10,10 +10,11 @@ import random
 
 import pytest
 import torch
-from layouts import OFFSET, intact, lay_out, layouts
+from layouts import OFFSET, TRANSPOSED, intact, lay_out, layouts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peakgpt.bench.check import CONSTANT
+from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.core.dispatch import OPS, load, use_backend
 from peakgpt.kernels.ops import catalogue
 
@@ -214,3 +215,65 @@ def test_random_combinations_in_direct_calls_and_library_ops(index, rounds=3):
             assert_same(one, backend, tensors, grads)
             with LibraryOps():
                 assert_same(one, backend, tensors, grads)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize("name", ("linear", "embedding", "linear_cross_entropy"))
+def test_an_accumulation_buffer_in_any_layout_receives_the_gradient(name, backend):
+    """Kernels that add to a buffer do not read its strides."""
+    one = next(call(i) for i, case in enumerate(CASES) if case[0] == name)
+    leaves = {n: t.detach().clone().requires_grad_(n in one.needed) for n, t in one.tensors.items()}
+    with use_backend(backend):
+        (y,) = one.outputs(leaves)
+        expected = torch.autograd.grad(y, [leaves[n] for n in one.needed], torch.ones_like(y))
+        for layout in (("spread", 0), (TRANSPOSED,)):
+            buffers = {leaves[n]: lay_out(torch.full_like(leaves[n], 0.5), *layout) for n in one.needed if n != "b"}
+            with accumulate_into(buffers):
+                one.outputs(leaves)[0].backward(torch.ones_like(y))
+            for leaf, grad in zip((leaves[n] for n in one.needed), expected, strict=True):
+                if leaf in buffers:
+                    torch.testing.assert_close(buffers[leaf], grad + 0.5, rtol=1e-5, atol=1e-5)
+
+
+EMPTY = [
+    ("linear", [(3, 0), (5, 0), (5,)]),
+    ("linear", [(3, 4), (0, 4), (0,)]),
+    ("linear", [(2, 0, 4), (5, 4), (5,)]),
+    ("mlp", [(3, 0), (4, 0), (4,), (5, 4), (5,)]),
+    ("mlp", [(3, 4), (0, 4), (0,), (5, 0), (5,)]),
+    ("mlp", [(3, 4), (2, 4), (2,), (0, 2), (0,)]),
+    ("gated_mlp", [(3, 0), (4, 0), (4,), (4, 0), (4,), (5, 4), (5,)]),
+    ("gated_mlp", [(3, 4), (0, 4), (0,), (0, 4), (0,), (5, 0), (5,)]),
+    ("layernorm", [(2, 0, 4), (4,), (4,)]),
+    ("layernorm", [(2, 3, 0), (0,), (0,)]),
+    ("rmsnorm", [(2, 3, 0), (0,)]),
+    ("attention", [(2, 3, 0, 8), (2, 3, 1, 8), (2, 3, 1, 8)]),
+    ("attention", [(2, 3, 2, 8), (2, 0, 2, 8), (2, 0, 2, 8)]),
+    ("attention", [(2, 0, 2, 8), (2, 3, 2, 8), (2, 3, 2, 8)]),
+]
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize(("name", "shapes"), EMPTY, ids=str)
+def test_empty_axes_give_torchs_values_and_gradients_or_an_objection(name, shapes, backend):
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def results(backend):
+        with use_backend(backend):
+            y = OPS[name](*leaves, **OPS[name].typical)
+            return y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    with use_backend(backend):
+        if reason := OPS[name].explain(*leaves, **OPS[name].typical)[backend]:
+            pytest.skip(reason)
+    for a, b in zip(results(backend), results("eager"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_target_without_axes_is_one_token():
+    x, w, target = some(4), some(9, 4), torch.tensor(3)
+    expected = torch.nn.functional.cross_entropy((w @ x)[None], target[None])
+    for backend in BACKENDS:
+        with use_backend(backend):
+            torch.testing.assert_close(OPS["linear_cross_entropy"](x, w, target), expected)
