@@ -124,6 +124,7 @@ def _problem(q, k, v, *, causal=True, window=None, scale=None, dropout=0.0, seed
         problem["cu_seqlens"] = cu_seqlens.to(torch.int64)
         problem["documents"] = cu_seqlens.shape[0] - 1
     if bias is not None:
+        bias = bias.resolve_neg()
         problem |= {"bias": bias, "bias_dtype": DTYPES[bias.dtype], "bias_batch": bias.shape[0]}
         problem["bias_heads"] = bias.shape[1]
         names = ("bias_stride_b", "bias_stride_h", "bias_stride_t", "bias_stride_s")

@@ -141,7 +141,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 def unit_last(x: Tensor) -> Tensor:
     """Return x with stride 1 in its last axis: x itself, or a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 STEP = 2
-OFFSET, TRANSPOSED, ODD = "offset", "transposed", "odd"
+OFFSET, TRANSPOSED, ODD, NEGATED = "offset", "transposed", "odd", "negated"
 
 
 def layouts(tensor: Tensor) -> list[tuple]:
@@ -12,6 +12,7 @@ def layouts(tensor: Tensor) -> list[tuple]:
     axes = range(tensor.dim())
     found = [("spread", axis) for axis in axes] + [("expanded", axis) for axis in axes] + [(OFFSET,)]
     found += [(TRANSPOSED,)] if tensor.dim() > 1 else []
+    found += [(NEGATED,)] if tensor.dtype == torch.float32 and tensor.numel() > 1 else []
     return found + [(ODD,)] * (1 in tensor.shape)
 
 
@@ -25,7 +26,8 @@ def lay_out(tensor: Tensor, layout: str, axis: int = 0) -> Tensor:
 
     spread: every second index of an axis; the others hold poison. expanded: stride 0 along an axis, so all indices have
     the values of the first. offset: the storage begins one element earlier. transposed: reversed order of axes in
-    memory. odd: axes of size 1 have strides that no contiguous tensor has.
+    memory. odd: axes of size 1 have strides that no contiguous tensor has. negated: the imaginary part of a conjugated
+    tensor, whose memory holds the values with the other sign.
     """
     if layout == "spread":
         shape = list(tensor.shape)
@@ -42,6 +44,8 @@ def lay_out(tensor: Tensor, layout: str, axis: int = 0) -> Tensor:
     if layout == TRANSPOSED:
         order = list(reversed(range(tensor.dim())))
         return tensor.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
+    if layout == NEGATED:
+        return torch.complex(torch.full_like(tensor, torch.nan), -tensor).conj().imag
     strides = [7 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return tensor.clone().as_strided(tensor.shape, strides)
 
@@ -49,7 +53,7 @@ def lay_out(tensor: Tensor, layout: str, axis: int = 0) -> Tensor:
 def intact(view: Tensor) -> bool:
     """Whether all elements of the storage that a view made by `lay_out` does not show are still poison."""
     base = view._base
-    if base is None or view.dtype == torch.bool:
+    if base is None or base.dtype != view.dtype:
         return True
     hidden = torch.ones(base.untyped_storage().nbytes() // base.element_size(), dtype=torch.bool)
     hidden.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)

@@ -83,6 +83,7 @@ def _arguments(
 ) -> dict:  # fmt: skip
     """Return the arguments that all kernels share."""
     tokens, keys, heads, width = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
+    bias = None if bias is None else bias.resolve_neg()
     stride_b, stride_h, *stride_bias = (0, 0, 0, 0) if bias is None else bias.stride()
     if bias is not None:  # a stride of zero where sequences or heads share the bias
         stride_b, stride_h = (s if n > 1 else 0 for s, n in zip((stride_b, stride_h), bias.shape[:2], strict=True))
