@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from peakgpt.kernels.core.autocast import autocast_disabled
+from peakgpt.kernels.core.backends import run_backward, run_forward
 from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 from peakgpt.kernels.core.thread_state import ThreadState
 
@@ -70,11 +71,12 @@ class PeakgptOp(torch.autograd.Function):
         extra, ctx.accumulated = {}, ()
         if op.grad_in_forward and _takes_into(backend.forward):
             names = op.grad_in_forward(**params)
-            forward_into = tuple(b if n in names else None for b, n in zip(into, op.tensor_names, strict=True))
+            named = zip(_contiguous(into), op.tensor_names, strict=True)
+            forward_into = tuple(b if n in names else None for b, n in named)
             extra, ctx.accumulated = {"into": forward_into}, tuple(b for b in forward_into if b is not None)
             needs = tuple(n and b is None for n, b in zip(needs, forward_into, strict=True))
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
-        backend.forward(outputs, saved, *tensors, **extra, **params)
+        run_forward(op, backend, outputs, saved, tensors, {**extra, **params})
         torch.autograd.graph.increment_version(ctx.accumulated)
         ctx.call, ctx.into = (op, backend, params, needs, len(tensors), len(outputs)), into
         save_inputs, save_outputs = op.saved_flags(tensors)
@@ -95,9 +97,9 @@ class PeakgptOp(torch.autograd.Function):
         inputs, outputs, saved = tensors[:n_in], tensors[n_in : n_in + n_out], tensors[n_in + n_out :]
         if needs_autograd(grads):
             return None, None, None, None, *_differentiable_backward(ctx, grads, inputs, outputs)
-        extra = {"into": ctx.into} if _takes_into(backend.backward) else {}
+        extra = {"into": _contiguous(ctx.into)} if _takes_into(backend.backward) else {}
         with autocast_disabled(grads):
-            results = backend.backward(grads, inputs, outputs, saved, needs, **extra, **params)
+            results = run_backward(op, backend, grads, inputs, outputs, saved, needs, {**extra, **params})
         results = tuple(_accumulate(g, b) if n else None for g, b, n in zip(results, ctx.into, needs, strict=True))
         return None, None, None, None, *results
 
@@ -189,6 +191,11 @@ def _leaf(tensor: Tensor) -> Tensor:
 @functools.cache
 def _takes_into(function: Callable[..., Any]) -> bool:
     return "into" in inspect.signature(function).parameters
+
+
+def _contiguous(buffers: Tensors) -> Tensors:
+    """Return the buffers that a kernel may write to; the gradients of the others are added here."""
+    return tuple(b if b is not None and b.is_contiguous() else None for b in buffers)
 
 
 def _accumulate(grad: Tensor | None, buffer: Tensor | None) -> Tensor | None:

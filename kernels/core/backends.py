@@ -10,6 +10,8 @@ A backend of an op is a module `<op>.py` of pure functions anywhere below `kerne
     forward(outputs, saved, *tensors, **params)       fills the tensors that the contract's `alloc` made
     backward(grads, inputs, outputs, saved, needs, **params) -> one gradient (or None) per tensor
 
+forward and backward receive contiguous tensors, except those in the contract's `strided`, which may have any strides.
+
 backward may also take `into`, and so may forward if the contract has `grad_in_forward`: see `autograd.accumulate_into`.
 An entry of `inputs` or `outputs` is None unless the contract names it in `saved_for_backward`. An entry of `grads` is
 None if no gradient flows into that output. The first backend in the table without an objection runs. A forced backend
@@ -22,10 +24,12 @@ import contextlib
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 from peakgpt.kernels.core.thread_state import ThreadState
@@ -118,6 +122,31 @@ def _modules(op_name: str, device_type: str) -> list[ModuleType]:
     """The modules of an op for a device type, in order of priority."""
     modules = [load(backend, op_name) for backend, supported in BACKENDS.items() if supported == device_type]
     return [module for module in modules if not isinstance(module, str)]
+
+
+def run_forward(
+    op: OpSpec, module: ModuleType, outputs: Tensors, saved: Tensors, tensors: Tensors, params: Params
+) -> None:
+    """Call a backend's forward, with the inputs in the layout that the contract promises to backends."""
+    module.forward(outputs, saved, *_contiguous(tensors, op.contiguous_inputs), **params)
+
+
+def run_backward(
+    op: OpSpec, module: ModuleType, grads: Tensors, inputs: Tensors, outputs: Tensors, saved: Tensors,
+    needs: Sequence[bool], params: Params,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Call a backend's backward, with gradients and inputs in the layout that the contract promises to backends."""
+    grads, inputs = _contiguous(grads, op.contiguous_grads), _contiguous(inputs, op.contiguous_inputs)
+    return module.backward(grads, inputs, outputs, saved, needs, **params)
+
+
+def _contiguous(tensors: Tensors, indices: Sequence[int]) -> Tensors:
+    """Return the tensors with those at the indices contiguous: copies only where the strides require it."""
+    for i in indices:
+        tensor = tensors[i]
+        if tensor is not None and not tensor.is_contiguous():
+            tensors = *tensors[:i], tensor.contiguous(), *tensors[i + 1 :]
+    return tensors
 
 
 def module_objection(

@@ -113,7 +113,7 @@ class Op(OpSpec, Generic[P, R]):
 
     def _forward(self, backend: ModuleType, tensors: Tensors, params: Params) -> Any:
         results, saved = self.alloc(*tensors, needs=(False,) * len(tensors), **params)
-        backend.forward(results, saved, *tensors, **params)
+        backends.run_forward(self, backend, results, saved, tensors, params)
         if self.mutates:
             self.increment_versions(tensors)
         return self._result(results)
@@ -140,6 +140,7 @@ def op(
     alloc: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]] = lambda *_, **__: ((), ()),
     typical: Mapping[str, Any] = MappingProxyType({}),
     saved_for_backward: Sequence[str] | Callable[..., Sequence[str]] = (),
+    strided: Sequence[str] = (),
     outputs: Sequence[str] = ("out",),
     autocast: str | None = None,
     autocast_exempt: Sequence[str] = (),
@@ -163,6 +164,8 @@ def op(
             `needs` has one bool per tensor: whether its gradient is required. This is also the fake implementation.
         typical: values for the parameters that have no default, as in GPT-2 124M.
         saved_for_backward: names of the inputs and outputs that backward reads, or (*tensors) -> names for this call.
+        strided: names of the inputs, and of the outputs for their gradients, that backends take with any strides. A
+            backend receives all other inputs and gradients contiguous.
         outputs: names of the results.
         autocast: "lower" casts to autocast's dtype as torch does for matrix products, "norm" casts as for norms.
         autocast_exempt: names of the tensors that autocast does not cast.
@@ -182,10 +185,10 @@ def op(
     """
     return lambda eager: Op(
         eager, cost=cost, sample=sample, check=check, alloc=alloc, typical=typical,
-        saved_for_backward=saved_for_backward, outputs=outputs, autocast=autocast, autocast_exempt=autocast_exempt,
-        mutates=mutates, grad_in_forward=grad_in_forward, random_param=random_param, gradient=gradient,
-        differentiable=differentiable, restore=restore, matmul_flops=matmul_flops,
-        counted_as=counted_as,
+        saved_for_backward=saved_for_backward, strided=strided, outputs=outputs, autocast=autocast,
+        autocast_exempt=autocast_exempt, mutates=mutates, grad_in_forward=grad_in_forward,
+        random_param=random_param, gradient=gradient, differentiable=differentiable, restore=restore,
+        matmul_flops=matmul_flops, counted_as=counted_as,
     )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ def register(op: OpSpec) -> torch._ops.OpOverload:
         # Checked again, because tracing has no values. With an id out of range C++ would write outside of its buffer.
         op.check(*tensors, **params)
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
-        _choose(op, forced, tensors, params, needs).forward(outputs, saved, *tensors, **params)
+        module = _choose(op, forced, tensors, params, needs)
+        backends.run_forward(op, module, outputs, saved, tensors, params)
         if op.mutates:
             op.increment_versions(tensors)
         return None if op.mutates else [*outputs, *saved]
@@ -53,7 +54,7 @@ def _register_backward(op: OpSpec) -> torch._ops.OpOverload:
         params = dict(zip(op.param_names, values, strict=True))
         with torch._C._AutoDispatchBelowAutograd():  # as forward's autograd kernel does; backward has no such kernel
             module = _choose(op, forced, inputs, params, needs)
-            results = module.backward(grads, inputs, outputs, saved, needs, **params)
+            results = backends.run_backward(op, module, grads, inputs, outputs, saved, needs, params)
         return _distinct([_with_fake_strides(t, g) for t, g, need in zip(inputs, results, needs, strict=True) if need])
 
     def fake(grads, inputs, outputs, saved, *rest):

@@ -47,6 +47,7 @@ class OpSpec:
         alloc: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]],
         typical: Params,
         saved_for_backward: Sequence[str] | Callable[..., Sequence[str]],
+        strided: Sequence[str],
         outputs: Sequence[str],
         autocast: str | None,
         autocast_exempt: Sequence[str],
@@ -77,6 +78,8 @@ class OpSpec:
         self._positional = sum(a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments.values())
         self._defaults = {n: a.default for n, a in arguments.items() if a.default is not a.empty}
         self._param_defaults = {n: v for n, v in self._defaults.items() if n in self.param_names}
+        self.contiguous_inputs = tuple(i for i, n in enumerate(self.tensor_names) if n not in strided)
+        self.contiguous_grads = tuple(i for i, n in enumerate(self.outputs) if n not in strided)
         self._tensors_first = self._names[: len(self.tensor_names)] == self.tensor_names
         self._saved = saved_for_backward
         self._saved_always = None if callable(saved_for_backward) else self._flags(saved_for_backward)

@@ -54,8 +54,7 @@ def _check(
     for name, tensor in (("param", param), ("grad", grad), ("remainder", remainder), ("exp_avg", exp_avg),
                          ("exp_avg_sq", exp_avg_sq)):  # fmt: skip
         check.shape("adamw", name, tensor, n)
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"adamw: {name} has stride {tensor.stride()}, expected (1,)")
+    check.contiguous("adamw", param=param, remainder=remainder, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check.same("adamw", "param", param, grad=grad)
     check.same("adamw", "exp_avg", exp_avg, exp_avg_sq=exp_avg_sq, step=step, norm=norm, rate=rate)
     check.shape("adamw", "rate", rate)
@@ -109,7 +108,8 @@ def adamw(
     """Update param, its remainder and moments in place by one AdamW step.
 
     Args:
-        param, grad: (N,) contiguous, float32 or bfloat16 (float64 with float64 state, eager only).
+        param, grad: (N,) float32 or bfloat16 (float64 with float64 state, eager only). All tensors that the op changes
+            must be contiguous.
         remainder: (N,) int16, the lower half of the float32 master if param is bfloat16, else None.
         exp_avg, exp_avg_sq: (N,) float32 moments.
         step: () float32, number of updates so far; incremented.

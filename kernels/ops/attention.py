@@ -190,7 +190,7 @@ def _attend(function, q, k, v, *, causal, window, scale, dropout, seed, alibi, b
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower",
     saved_for_backward=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed", "out"),
-    random_param="dropout", differentiable=_differentiable,
+    strided=("q", "k", "v", "bias", "out"), random_param="dropout", differentiable=_differentiable,
 )  # fmt: skip
 def attention(
     q: Tensor,
@@ -211,7 +211,7 @@ def attention(
     """Attend from each query to its live keys.
 
     Args:
-        q: (B, T, H, D) float32, bfloat16 or float16, any strides with a contiguous last axis.
+        q: (B, T, H, D) float32, bfloat16 or float16, any strides; copied if the last one is not 1.
         k, v: (B, S, K, D), K divides H: grouped or single key heads by shape.
         causal: query i attends to keys 0 .. i + S - T.
         window: query i attends to at most this many keys: i - window + 1 .. i.
@@ -322,7 +322,7 @@ def _restore_qkv(inputs, outputs):
 @op(
     cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv,
     autocast="lower", autocast_exempt=("cos", "sin"), saved_for_backward=_saved_for_backward_qkv,
-    differentiable=_differentiable_qkv, restore=_restore_qkv,
+    strided=("qkv", "out"), differentiable=_differentiable_qkv, restore=_restore_qkv,
 )  # fmt: skip
 def attention_qkv(
     qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, n_head: int, interleaved: bool = False,
@@ -334,7 +334,7 @@ def attention_qkv(
     inside the attention kernel, without another pass over memory.
 
     Args:
-        qkv: (B, T, H + 2 K, D): H query heads, then K key heads, then K value heads; contiguous last axis.
+        qkv: (B, T, H + 2 K, D): H query heads, then K key heads, then K value heads; strides as in `attention`.
         cos, sin: (T, R / 2) dtype of qkv, or float32; both or neither. Fused backends give them no gradient.
         n_head: H.
         interleaved: the layout of feature pairs, as in `rotary`.

@@ -129,8 +129,8 @@ def _alloc(q, *_, needs, **__):
 
 
 @op(
-    cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower", gradient=False,
-    autocast_exempt=("k_scale", "v_scale"), matmul_flops=_matmul_flops,
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, strided=("q", "k_cache", "v_cache"),
+    autocast="lower", gradient=False, autocast_exempt=("k_scale", "v_scale"), matmul_flops=_matmul_flops,
 )  # fmt: skip
 def attention_decode(
     q: Tensor,
@@ -150,9 +150,10 @@ def attention_decode(
 
     Args:
         q: (N, H, D) float32, bfloat16 or float16, the new tokens of B sequences, concatenated.
-        k_cache, v_cache: (blocks, block, K, D), any strides with a contiguous last axis; K divides H. A contiguous
-            cache (B, S, K, D) is the case block = S with block_tables = arange(B)[:, None]. Values after a sequence's
-            keys have no effect, not even NaN. Dtype of q, or int8 with scales.
+        k_cache, v_cache: (blocks, block, K, D), any strides; K divides H. Only the eager backend takes a cache whose
+            last axis is not contiguous. A contiguous cache (B, S, K, D) is the case block = S with block_tables =
+            arange(B)[:, None]. Values after a sequence's keys have no effect, not even NaN. Dtype of q, or int8 with
+            scales.
         block_tables: (B, M) int32, the blocks of each sequence. Entries after its keys are not read.
         lengths: (B,) int32, number of keys of each sequence, including its new tokens; at most M * block.
         cu_queries: (B + 1,) int32, the start of each sequence's queries in q, then N. None: one query per sequence.

@@ -20,8 +20,6 @@ def _check(x, total):
     check.shape("sum_of_squares", "x", x, None)
     check.shape("sum_of_squares", "total", total)
     check.same("sum_of_squares", "x", x)
-    if not x.is_contiguous():
-        raise ValueError(f"sum_of_squares: x has stride {x.stride()}, expected (1,)")
     if total.device != x.device or total.dtype != torch.promote_types(x.dtype, torch.float32):
         raise ValueError(f"sum_of_squares: total is {total.dtype} on {total.device}, expected float32 on {x.device}")
 
@@ -41,10 +39,10 @@ def sum_of_squares(x: Tensor, total: Tensor) -> None:
     """Add the squares of x to total, in place.
 
     Args:
-        x: (N,) contiguous, float32, bfloat16 or float16.
+        x: (N,) float32, bfloat16 or float16.
         total: () float32 on x's device.
     Raises:
-        ValueError: shapes, dtypes, devices or strides do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
         NotImplementedError: the forced backend does not support the call; the message says why.
     """
     for piece in x.split(PIECE):

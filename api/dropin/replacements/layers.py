@@ -87,7 +87,7 @@ class TorchRMSNorm(RMSNorm):
         return LayerNorm.objection(module, options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rmsnorm(x, self.weight, eps=torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+        return rmsnorm(x, self.weight, eps=self.eps)
 
 
 def sum_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

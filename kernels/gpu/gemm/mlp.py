@@ -92,8 +92,8 @@ def mlp_act_bwd(
         tl.store(partial_ptr + pid.to(tl.int64) * F + col, tl.sum(db, 0), mask=col < F)
 
 
-def objection(x: Tensor, *_, **__) -> str | None:
-    return launch.objection(x)
+def objection(x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, *_, **__) -> str | None:
+    return launch.objection(x, w_up, w_down)
 
 
 def forward(outputs, saved, x, w_up, b_up, w_down, b_down, *, activation, recompute):
