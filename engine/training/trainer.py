@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
 from peakgpt.engine.model.fp8 import set_fp8
 from peakgpt.engine.model.recompute import set_recompute
+from peakgpt.engine.training.gradient_memory import GradientMemory
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
 from peakgpt.engine.training.schedule import learning_rate
 from peakgpt.engine.training.train_config import TrainConfig
@@ -52,6 +53,7 @@ class Trainer:
         )  # fmt: skip
         # A tensor on the device: a CUDA graph reads the new value at every replay.
         self.lr_scale = self.optimizer.lr_scale = torch.ones((), device=self.device)
+        self.gradients = GradientMemory(self.optimizer)
         self.grad_norm: Tensor | None = None
         self.update = GraphedFunction(self._update, graph_factory(self.device), self._captured_state)
 
@@ -74,9 +76,9 @@ class Trainer:
 
     def _update(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, gradient norm). A CUDA graph repeats it, so values that change must be in device memory."""
-        self.optimizer.zero_grad()
-        with accumulate_into(self.optimizer.gradients()):
+        with accumulate_into(self.gradients.zero()):
             loss = self._backward(ids, targets)
+        self.gradients.drop_unwritten()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr  # a loaded optimizer state may contain another lr
         self.optimizer.step()
@@ -105,4 +107,5 @@ class Trainer:
     def _captured_state(self) -> tuple[Any, ...]:
         """Return everything that a captured update depends on; the update is captured again when it changes."""
         states = self.optimizer.state.items()
-        return self.model.training, *((p.data_ptr(), state["step"].data_ptr()) for p, state in states)
+        tensors = (t for p, state in states for t in (p, p.grad, *state.values()) if t is not None)
+        return self.model.training, *self.optimizer.captured_state(), *(tensor.data_ptr() for tensor in tensors)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from peakgpt.kernels.core.foreach import address_table
 from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, threads
+
+prepare = address_table
 
 
 def objection(x: Tensor, total: Tensor) -> str | None:
@@ -13,3 +16,8 @@ def objection(x: Tensor, total: Tensor) -> str | None:
 
 def forward(outputs, saved, x, total):
     _C.sum_of_squares(dtype=DTYPES[x.dtype], count=x.numel(), x=x, total=total, threads=threads())
+
+
+def run_each(table, calls, total):
+    dtype = DTYPES[calls[0][0].dtype]
+    _C.sum_of_squares_each(dtype=dtype, count=len(table), table=table, total=total, threads=threads())
