@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from peakgpt.engine.training.optimizer_state import check_entry, load_entry, master_of, split_pieces, update_tensors
+from peakgpt.engine.training.optimizer_state import check_entry, loaded_entry, master_of, split_pieces, update_tensors
 from peakgpt.kernels.core.foreach import Foreach
 from peakgpt.kernels.ops.adamw import DTYPES, adamw
 from peakgpt.kernels.ops.sum_of_squares import sum_of_squares
@@ -161,7 +161,7 @@ class AdamW(torch.optim.Optimizer):
         return self._launches[key]
 
     def captured_state(self) -> list[Any]:
-        """Return what a CUDA graph of a step reads besides tensors: the tables of addresses. A new table is not equal."""
+        """Return the tables of addresses that a CUDA graph of a step reads, as objects: a new table is not equal."""
         return [launch.prepared for pair in self._launches.values() for launch in pair]
 
     def master(self, parameter: Tensor) -> Tensor:
@@ -203,7 +203,9 @@ class AdamW(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({k: copy.deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")})
         for parameter, entry in entries.items():
-            load_entry(self.state[parameter], entry, parameter)
+            state = loaded_entry(entry, self.state.pop(parameter, {}).get("remainder"), parameter)
+            if state:
+                self.state[parameter] = state
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -38,17 +38,20 @@ def update_tensors(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[T
         or moment.shape != parameter.shape or ("remainder" in state) != (parameter.dtype == torch.bfloat16)
     ):  # fmt: skip
         _fit(state, parameter)
-    if grad.layout != torch.strided:
-        raise ValueError(f"AdamW: got a gradient of layout {grad.layout}, expected a dense one")
-    tensors = (parameter, grad, state.get("remainder"), state["exp_avg"], state["exp_avg_sq"], state["step"])
-    if type(parameter) is nn.Parameter and all(t is None or t.is_contiguous() for t in tensors):
-        return tensors
-    return _in_memory_order(tensors, state)
+    if grad.layout != torch.strided or grad.dtype != parameter.dtype:
+        raise ValueError(f"AdamW: got a gradient of layout {grad.layout} in {grad.dtype}, expected a dense one in "
+                         f"{parameter.dtype}")  # fmt: skip
+    moment, square, remainder = state["exp_avg"], state["exp_avg_sq"], state.get("remainder")
+    if (
+        type(parameter) is nn.Parameter and parameter.is_contiguous() and grad.is_contiguous()
+        and moment.is_contiguous() and square.is_contiguous() and (remainder is None or remainder.is_contiguous())
+    ):  # fmt: skip
+        return parameter, grad, remainder, moment, square, state["step"]
+    return _in_memory_order(parameter, state)
 
 
-def _in_memory_order(tensors: tuple[Tensor | None, ...], state: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+def _in_memory_order(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
     """Return the tensors as one axis, in the order of the parameter's memory; a tensor in another order is copied."""
-    parameter, *_ = tensors
     order = torch.empty_like(parameter, device="meta").stride()
     if order != parameter.stride():  # it has gaps
         order = torch.empty(parameter.shape, device="meta").stride()
@@ -114,7 +117,9 @@ def master_of(parameter: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_entry(i: int, entry: Mapping[str, Any] | None, parameter: Tensor) -> Mapping[str, Any]:
-    """Return a copy of entry i of a state dict; it is empty, or has only a remainder, if the parameter never had a gradient.
+    """Return a copy of entry i of a state dict.
+
+    It is empty, or has only a remainder, if the parameter never had a gradient.
 
     Raises:
         ValueError: the entry is not AdamW's, or does not fit the parameter.
@@ -133,23 +138,24 @@ def check_entry(i: int, entry: Mapping[str, Any] | None, parameter: Tensor) -> M
     return entry
 
 
-def load_entry(state: dict[str, Tensor], entry: Mapping[str, Any], parameter: nn.Parameter) -> None:
-    """Replace a parameter's state by copies of an entry that `check_entry` has passed.
+def loaded_entry(entry: Mapping[str, Any], remainder: Tensor | None, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return a parameter's state as a copy of an entry that `check_entry` has passed.
 
-    A bfloat16 parameter keeps its remainder if the entry has none, as one of torch.optim.AdamW.
+    Args:
+        entry: of a state dict.
+        remainder: of a bfloat16 parameter, taken if the entry has none, as one of torch.optim.AdamW.
+        parameter: gets the high half of a master that was saved unsplit.
     """
-    remainder, wide = state.get("remainder"), WIDE[parameter.dtype]
-    state.clear()
+    state, wide = {}, WIDE[parameter.dtype]
     if "step" in entry:
         state["step"] = torch.full((), float(entry["step"]), dtype=wide, device=parameter.device)
         for name in MOMENTS:
             state[name] = torch.empty_like(parameter, dtype=wide, requires_grad=False).copy_(entry[name])
     if parameter.dtype != torch.bfloat16:
-        return
+        return state
     if "remainder" in entry:
         remainder = torch.empty_like(parameter, dtype=torch.int16, requires_grad=False).copy_(entry["remainder"])
     elif "master" in entry:  # written by a version that did not split masters
         high, remainder = split_pieces(entry["master"].to(parameter.device))
         parameter.copy_(high)
-    if remainder is not None:
-        state["remainder"] = remainder
+    return state if remainder is None else {**state, "remainder": remainder}

@@ -2,14 +2,17 @@
 
 A backend module offers it with two functions:
 
-    prepare(calls) -> table                    addresses and sizes of the tensors, on the device that reads them
-    run_each(table, calls, *shared, **params)  runs the op for every row of the table
+    prepare(table, device) -> prepared table         table: (calls, 1 + tensors) int64 on the CPU: the elements of the
+                                                     first tensor, then the address of each tensor, 0 for None
+    run_each(table, calls, *shared, **params)        runs the op for every row of a prepared table
 
 Torch's optimizers do the same for lists of tensors (torch._foreach_*).
 """
 
 from __future__ import annotations
 
+import array
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -55,7 +58,8 @@ class Foreach:
         """Run op(*call, *shared, **params) for each call; one after the other where their first tensors overlap.
 
         Args:
-            calls: the first tensors of the op for each call: all calls in the same dtypes and on one device.
+            calls: the first tensors of the op for each call. They must fit together as the op demands, and have the
+                same dtypes and device in all calls: only the first call is checked.
             shared: its other tensors.
             params: its parameters.
         Raises:
@@ -63,7 +67,11 @@ class Foreach:
         """
         if torch.compiler.is_compiling() or _transformed() or not _plain([*calls[0], *shared]):
             return self._one_by_one(calls, shared, params)
-        key = forced_backend(), [0 if t is None else (t.data_ptr(), t.numel()) for call in calls for t in call]
+        rows = array.array("q")
+        for call in calls:
+            rows.append(call[0].numel())
+            rows.extend([0 if t is None else t.data_ptr() for t in call])
+        key = forced_backend(), rows
         if key != self.prepared.key:
             self.prepared = self._prepare(key, calls, shared, params)
         if self.prepared.backend is None:
@@ -71,29 +79,32 @@ class Foreach:
         self.prepared.backend.run_each(self.prepared.table, calls, *shared, **params)
 
     def _prepare(self, key: Any, calls: Sequence[Call], shared: Call, params: dict[str, Any]) -> Prepared:
-        for call in calls:
-            for tensor in call:
-                if tensor is not None and tensor.numel() and not tensor.data_ptr():
-                    raise ValueError(f"{self.op.name}: a tensor of shape {tuple(tensor.shape)} has no memory")
-            self.op.check(*call, *shared, **params)
+        forced, rows = key
+        self.op.check(*calls[0], *shared, **params)
+        if rows.count(0) > len(calls) * sum(t is None for t in calls[0]):
+            self._expect_memory(calls)
         tensors = [*calls[0], *shared]
-        backend = backends.choose(self.op, forced_backend(), tensors, params, (False,) * len(tensors))
-        if not hasattr(backend, "run_each") or _overlap([call[0] for call in calls]):
+        backend = backends.choose(self.op, forced, tensors, params, (False,) * len(tensors))
+        columns = 1 + len(calls[0])
+        writes_first = self.op.tensor_names[0] in self.op.mutates
+        overlap = writes_first and _overlap(rows[1::columns], rows[::columns], calls[0][0].element_size())
+        if overlap or not hasattr(backend, "run_each"):
             return Prepared(key, None, None)
-        return Prepared(key, backend, backend.prepare(calls))
+        table = torch.frombuffer(rows, dtype=torch.int64).view(-1, columns)
+        return Prepared(key, backend, backend.prepare(table, calls[0][0].device))
+
+    def _expect_memory(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            for name, t in zip(self.op.tensor_names, call, strict=False):
+                if t is not None and t.numel() and not t.data_ptr():
+                    raise ValueError(f"{self.op.name}: {name} has shape {tuple(t.shape)} and no memory")
 
     def _one_by_one(self, calls: Sequence[Call], shared: Call, params: dict[str, Any]) -> None:
         for call in calls:
             self.op(*call, *shared, **params)
 
 
-def _overlap(tensors: Sequence[Tensor | None]) -> bool:
+def _overlap(addresses: Sequence[int], counts: Sequence[int], element_size: int) -> bool:
     """Return whether two contiguous tensors share memory."""
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors if t is not None)
-    return any(stop > start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False))
-
-
-def address_table(calls: Sequence[Call]) -> Tensor:
-    """Return a row per call: the elements of its first tensor, then the address of each tensor, 0 for None; int64."""
-    rows = [[call[0].numel(), *(0 if t is None else t.data_ptr() for t in call)] for call in calls]
-    return torch.tensor(rows, dtype=torch.int64)
+    spans = sorted(zip(addresses, counts, strict=True))
+    return any(start + count * element_size > after for (start, count), (after, _) in itertools.pairwise(spans))

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.core.foreach import address_table
 from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, threads
-
-prepare = address_table
 
 
 def objection(param: Tensor, grad: Tensor, remainder: Tensor | None, exp_avg: Tensor, *_, **__) -> str | None:
@@ -37,6 +34,10 @@ def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, n
         max_norm=max_norm or 0.0,
         threads=threads(),
     )
+
+
+def prepare(table: Tensor, device: torch.device) -> Tensor:
+    return table
 
 
 def run_each(table, calls, norm=None, rate=None, *, lr, beta1, beta2, eps, weight_decay, max_norm=None):

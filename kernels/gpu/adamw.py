@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from peakgpt.kernels.gpu import block_map, launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
@@ -75,7 +76,7 @@ def _update(
     eps,
     max_norm,
 ):
-    """Update the elements `at` of a parameter and its moments. A norm that is not finite leaves everything unchanged."""
+    """Update the elements `at` of a parameter and its moments. A norm that is not finite leaves all unchanged."""
     end, scale = N, 1.0
     if norm_ptr is not None:
         end = tl.where(_finite(norm_ptr), N, 0)
@@ -209,8 +210,8 @@ def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, n
         adamw_step[(1,)](step_ptr=step, norm_ptr=norm, num_warps=1)
 
 
-def prepare(calls) -> block_map.BlockMap:
-    return block_map.BlockMap(calls, BLOCK_N)
+def prepare(table: Tensor, device: torch.device) -> block_map.BlockMap:
+    return block_map.BlockMap(table, device, BLOCK_N, scalars=1)
 
 
 def run_each(blocks, calls, norm=None, rate=None, *, lr, beta1, beta2, eps, weight_decay, max_norm=None):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from peakgpt.kernels.gpu import block_map, launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
@@ -75,8 +76,8 @@ def forward(outputs, saved, x, total):
         sum_of_squares_total[(1,)](partial_ptr=partial, total_ptr=total, PROGRAMS=PROGRAMS, num_warps=4)
 
 
-def prepare(calls) -> block_map.BlockMap:
-    return block_map.BlockMap(calls, BLOCK_N)
+def prepare(table: Tensor, device: torch.device) -> block_map.BlockMap:
+    return block_map.BlockMap(table, device, BLOCK_N)
 
 
 def run_each(blocks, calls, total):

@@ -287,7 +287,7 @@ def test_dtype_casts_the_model_and_keeps_a_float32_master():
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_loaded_after_the_optimizer_was_built_are_used(assign, dtype):
-    """Fails if the next step overwrites them with an old master, or writes to memory that the parameter no longer uses."""
+    """Fails if the next step overwrites them with an old master, or writes to memory of the old value."""
     model = nn.Linear(6, 5).to(dtype)
     optimizer = peakgpt.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     new = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
