@@ -75,13 +75,19 @@ def _update(
     log_beta2,
     eps,
     max_norm,
+    MASKED: tl.constexpr,
 ):
-    """Update the elements `at` of a parameter and its moments. A norm that is not finite leaves all unchanged."""
+    """Update the elements `at` of a parameter and its moments. A norm that is not finite leaves all unchanged.
+
+    MASKED is False only if all elements exist and the norm is finite.
+    """
     end, scale = N, 1.0
     if norm_ptr is not None:
         end = tl.where(_finite(norm_ptr), N, 0)
         scale = tl.minimum(max_norm / (tl.load(norm_ptr) + 1e-6), 1.0)
     live = at < end
+    if not MASKED:
+        live = tl.full(at.shape, 1, tl.int1)
     if rate_ptr is not None:
         lr *= tl.load(rate_ptr)
     t = tl.load(step_ptr) + 1.0
@@ -130,7 +136,7 @@ def adamw_update(
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     _update(
         param_ptr, grad_ptr, remainder_ptr, exp_avg_ptr, exp_avg_sq_ptr, step_ptr, norm_ptr, rate_ptr, at, N, lr,
-        weight_decay, beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, max_norm,
+        weight_decay, beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, max_norm, MASKED=True,
     )  # fmt: skip
 
 
@@ -156,19 +162,33 @@ def adamw_update_each(
     COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Update one block of one parameter of a table; block_map.BlockMap says which."""
+    """Update one block of one parameter of a table; BlockMap says which."""
     row = tl.load(row_ptr + tl.program_id(0))
     entry = table_ptr + row * COLUMNS
-    at = (tl.program_id(0) - tl.load(first_ptr + row)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = (tl.program_id(0) - tl.load(first_ptr + row)).to(tl.int64) * BLOCK_N
+    N, at = tl.load(entry), start + tl.arange(0, BLOCK_N)
+    param_ptr, grad_ptr = block_map.address(entry + 1, DTYPE, ALIGN), block_map.address(entry + 2, DTYPE, ALIGN)
     remainder_ptr = None
     if tl.bfloat16 == DTYPE:
         remainder_ptr = block_map.address(entry + 3, tl.int16, ALIGN)
-    _update(
-        block_map.address(entry + 1, DTYPE, ALIGN), block_map.address(entry + 2, DTYPE, ALIGN), remainder_ptr,
-        block_map.address(entry + 4, tl.float32, ALIGN), block_map.address(entry + 5, tl.float32, ALIGN),
-        block_map.address(entry + 6, tl.float32, 4), norm_ptr, rate_ptr, at, tl.load(entry), lr, weight_decay, beta1,
-        beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, max_norm,
-    )  # fmt: skip
+    exp_avg_ptr = block_map.address(entry + 4, tl.float32, ALIGN)
+    exp_avg_sq_ptr = block_map.address(entry + 5, tl.float32, ALIGN)
+    step_ptr = block_map.address(entry + 6, tl.float32, 4)
+    whole = start + BLOCK_N <= N
+    if norm_ptr is not None:
+        whole = whole & _finite(norm_ptr)
+    if whole:  # without a mask, its loads have 16 bytes; the compiler does not know that N is a multiple of 16
+        _update(
+            param_ptr, grad_ptr, remainder_ptr, exp_avg_ptr, exp_avg_sq_ptr, step_ptr, norm_ptr, rate_ptr, at, N, lr,
+            weight_decay, beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, max_norm,
+            MASKED=False,
+        )  # fmt: skip
+    else:
+        _update(
+            param_ptr, grad_ptr, remainder_ptr, exp_avg_ptr, exp_avg_sq_ptr, step_ptr, norm_ptr, rate_ptr, at, N, lr,
+            weight_decay, beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, max_norm,
+            MASKED=True,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -44,9 +44,12 @@ def sum_of_squares_partial_each(
     acc = tl.zeros([BLOCK_N], tl.float32)
     for block in range(begin, tl.minimum(begin + range_size, blocks)):
         row = tl.load(row_ptr + block)
-        at = (block - tl.load(first_ptr + row)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        x_ptr = block_map.address(table_ptr + 2 * row + 1, DTYPE, ALIGN)
-        x = tl.load(x_ptr + at, mask=at < tl.load(table_ptr + 2 * row), other=0.0).to(tl.float32)
+        start, N = (block - tl.load(first_ptr + row)).to(tl.int64) * BLOCK_N, tl.load(table_ptr + 2 * row)
+        at, x_ptr = start + tl.arange(0, BLOCK_N), block_map.address(table_ptr + 2 * row + 1, DTYPE, ALIGN)
+        if start + BLOCK_N <= N:  # without a mask, its loads have 16 bytes
+            x = tl.load(x_ptr + at).to(tl.float32)
+        else:
+            x = tl.load(x_ptr + at, mask=at < N, other=0.0).to(tl.float32)
         acc += x * x
     tl.store(partial_ptr + program, tl.sum(acc, 0))
 
