@@ -51,6 +51,7 @@ class Trainer:
             decay_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps,
             max_norm=config.max_norm, dtype=config.dtype,
         )  # fmt: skip
+        self.optimizer.register_load_state_dict_post_hook(self._set_lr)
         # A tensor on the device: a CUDA graph reads the new value at every replay.
         self.lr_scale = self.optimizer.lr_scale = torch.ones((), device=self.device)
         self.gradients = GradientMemory(self.optimizer)
@@ -64,11 +65,22 @@ class Trainer:
             ids, targets: (B, T) int64 on the model's device; targets are already shifted by one.
         Returns:
             The mean loss before the update, detached, a tensor () on the device: reading it waits for the step.
+        Raises:
+            ValueError: someone else has changed the learning rate, which would have no effect.
         """
+        if any(group["lr"] != self.config.lr for group in self.optimizer.param_groups):
+            raise ValueError(
+                f"Trainer: lr of a parameter group is not the config's {self.config.lr}: the Trainer has a schedule of "
+                "its own; use peakgpt.AdamW in a loop of your own with a scheduler of torch"
+            )
         self.lr_scale.fill_(learning_rate(self.config, self.steps_done, self.steps) / self.config.lr)
         loss, self.grad_norm = self.update(ids, targets)
         self.steps_done += 1
         return loss
+
+    def _set_lr(self, optimizer: AdamW) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.lr  # a loaded optimizer state may contain another lr
 
     def master_weights(self) -> dict[str, Tensor]:
         """Return the model's state dict in float32; see `AdamW.master_weights`."""
@@ -79,8 +91,6 @@ class Trainer:
         with accumulate_into(self.gradients.zero()):
             loss = self._backward(ids, targets)
         self.gradients.drop_unwritten()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr  # a loaded optimizer state may contain another lr
         self.optimizer.step()
         return loss, self.optimizer.grad_norm
 

@@ -1,6 +1,7 @@
 """The training step: configuration, schedule, and losses equal to eager's over the same batches."""
 
 import contextlib
+import copy
 import itertools
 
 import pytest
@@ -122,3 +123,15 @@ def test_gradients_accumulate_into_kept_memory(dtype, backend):
         tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * float(grad.abs().max())
         torch.testing.assert_close(grads[name], grad, rtol=0.0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
     assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def test_a_scheduler_that_would_have_no_effect_is_refused():
+    model = GPT.from_preset("gpt2", **TINY)
+    trainer = Trainer(model, TrainConfig(batch=2, tokens=16, lr=1e-3), steps=9)
+    other = copy.deepcopy(trainer.optimizer.state_dict())
+    other["param_groups"][0]["lr"] = 5.0
+    trainer.optimizer.load_state_dict(other)  # a state of a run with another lr
+    trainer.step(*next(batches()))
+    torch.optim.lr_scheduler.LinearLR(trainer.optimizer)
+    with pytest.raises(ValueError, match=r"lr of a parameter group is not the config's 0\.001"):
+        trainer.step(*next(batches()))
