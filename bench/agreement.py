@@ -33,17 +33,19 @@ def expect_close(
         ValueError: a relative L2 error exceeds the limit or is not finite.
     """
     limit = OUTPUT_TOLERANCE[dtype]
-    errors = [_relative_error(a, b) for a, b in zip(outputs, reference, strict=True)]
-    if all(error <= limit for error in errors):
+    differences = [_relative_error(a, b) for a, b in zip(outputs, reference, strict=True)]
+    if all(difference <= limit for difference in differences):
         return
-    judge, limits = "eager", [limit] * len(errors)
+    errors, limits, judge = differences, [limit] * len(differences), ""
     if truth is not None:
         true = truth()
-        judge, errors = "float64", [_relative_error(a, t) for a, t in zip(outputs, true, strict=True)]
+        errors = [_relative_error(a, t) for a, t in zip(outputs, true, strict=True)]
         limits = [max(limit, 2 * _relative_error(b, t)) for b, t in zip(reference, true, strict=True)]
-    for i, (error, allowed) in enumerate(zip(errors, limits, strict=True)):
+        judge = " and off float64 by {:.2g}"
+    for i, (difference, error, allowed) in enumerate(zip(differences, errors, limits, strict=True)):
         if not error <= allowed:
-            raise ValueError(f"{label}: result {i} is off {judge} by {error:.2g}, expected at most {allowed:.2g}")
+            off = f"off eager by {difference:.2g}{judge.format(error)}"
+            raise ValueError(f"{label}: result {i} is {off}, expected at most {allowed:.2g}")
 
 
 def _relative_error(a: Tensor, b: Tensor) -> float:
