@@ -41,11 +41,11 @@ def expect_close(
         true = truth()
         errors = [_relative_error(a, t) for a, t in zip(outputs, true, strict=True)]
         limits = [max(limit, 2 * _relative_error(b, t)) for b, t in zip(reference, true, strict=True)]
-        judge = " and off float64 by {:.2g}"
+        judge = ", and off float64 by {:.2g}"
     for i, (difference, error, allowed) in enumerate(zip(differences, errors, limits, strict=True)):
         if not error <= allowed:
-            off = f"off eager by {difference:.2g}{judge.format(error)}"
-            raise ValueError(f"{label}: result {i} is {off}, expected at most {allowed:.2g}")
+            off = f"off eager by {difference:.2g}, expected at most {allowed:.2g}{judge.format(error)}"
+            raise ValueError(f"{label}: result {i} is {off}")
 
 
 def _relative_error(a: Tensor, b: Tensor) -> float:
