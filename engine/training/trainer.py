@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
 from peakgpt.engine.model.fp8 import set_fp8
+from peakgpt.engine.model.plain import has_own_call, walk
 from peakgpt.engine.model.recompute import set_recompute
 from peakgpt.engine.training.gradient_memory import GradientMemory
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
@@ -74,7 +75,9 @@ class Trainer:
                 "its own; use peakgpt.AdamW in a loop of your own with a scheduler of torch"
             )
         self.lr_scale.fill_(learning_rate(self.config, self.steps_done, self.steps) / self.config.lr)
-        loss, self.grad_norm = self.update(ids, targets)
+        # The replay of a graph calls no hook.
+        is_hooked = self.update.obstacle is None and any(map(has_own_call, walk(self.model)))
+        loss, self.grad_norm = (self._update if is_hooked else self.update)(ids, targets)
         self.steps_done += 1
         return loss
 
@@ -118,4 +121,5 @@ class Trainer:
         """Return everything that a captured update depends on; the update is captured again when it changes."""
         states = self.optimizer.state.items()
         tensors = (t for p, state in states for t in (p, p.grad, *state.values()) if t is not None)
-        return self.model.training, *self.optimizer.captured_state(), *(tensor.data_ptr() for tensor in tensors)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        return self.model.training, self.optimizer.captured_state(), addresses, walk(self.model)
