@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from peakgpt.heartbeat import heartbeat
+
 # Each key is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code. It is imported on use.
 COMMANDS = {
     "quickstart": "train a small GPT on text of this machine, compare with PyTorch eager, write a report",
@@ -19,6 +21,11 @@ COMMANDS = {
     "doctor": "print the machine, its peaks, and the backend of each op",
     "aot": "compile every Triton kernel for GPUs without having them; count registers and spills",
 }
+
+
+# Commands that may be silent for long -> the stream of their heartbeat. Programs read the standard output of some.
+HEARTBEATS = {"quickstart": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr", "score": "stderr",
+              "aot": "stderr"}  # fmt: skip
 
 
 class BadInput(Exception):
@@ -63,7 +70,11 @@ def _run(argv: list[str]) -> int:
     command = importlib.import_module(f"peakgpt.commands.{argv[0]}")
     parser = _Parser(prog=f"peakgpt {argv[0]}", description=COMMANDS[argv[0]])
     command.add_arguments(parser)
-    return command.run(parser.parse_args(argv[1:]))
+    args = parser.parse_args(argv[1:])
+    if argv[0] not in HEARTBEATS:
+        return command.run(args)
+    with heartbeat(HEARTBEATS[argv[0]], f"peakgpt {argv[0]}"):
+        return command.run(args)
 
 
 def _run_without_command(parser: argparse.ArgumentParser, argv: list[str]) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peakgpt.bench.timing import Timing
+from peakgpt.engine.model.flops import mfu
 from peakgpt.kernels.files import write_atomically
 
 
@@ -81,7 +82,9 @@ class Result:
     @property
     def flops_fraction(self) -> float | None:
         """Achieved over peak FLOP/s, 0..1: MFU when flops_kind is "model"."""
-        return self.tflops * 1e12 / self.peak_flops_s if self.tflops is not None and self.peak_flops_s else None
+        if self.flops is None or not self.peak_flops_s:
+            return None
+        return mfu(1 / self.median_s, self.flops, self.peak_flops_s)
 
     @property
     def bytes_fraction(self) -> float | None:

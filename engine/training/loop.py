@@ -158,15 +158,19 @@ class TrainingLoop:
 
     def _metrics(self, losses: Iterable[tuple[int, float]]) -> Iterator[StepMetrics]:
         """Yield the metrics of (step, loss) pairs that have just reached the host."""
-        config, peak, recomputed = self.trainer.config, self.peak_flops_s, self.recomputed_flops_per_token
         for step, loss in losses:
             previous_s, self._last_step_s = self._last_step_s, time.perf_counter()
-            speed = config.batch * config.tokens / (self._last_step_s - previous_s)
-            yield StepMetrics(
-                step, loss, speed,
-                mfu=mfu(speed, self.flops_per_token, peak) if peak else None,
-                hfu=mfu(speed, self.flops_per_token + recomputed, peak) if peak and recomputed else None,
-            )  # fmt: skip
+            yield self.step_metrics(step, loss, self._last_step_s - previous_s)
+
+    def step_metrics(self, step: int, loss: float, step_s: float) -> StepMetrics:
+        """Return the metrics of a step of this loop's size that took step_s seconds, by any contender."""
+        config, peak, recomputed = self.trainer.config, self.peak_flops_s, self.recomputed_flops_per_token
+        speed = config.batch * config.tokens / step_s
+        return StepMetrics(
+            step, loss, speed,
+            mfu=mfu(speed, self.flops_per_token, peak) if peak else None,
+            hfu=mfu(speed, self.flops_per_token + recomputed, peak) if peak and recomputed else None,
+        )  # fmt: skip
 
     def validate(self, batches: int = VALIDATION_BATCHES) -> ValidationMetrics:
         """Evaluate the model on the first batches of the validation tokens.
