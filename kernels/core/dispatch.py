@@ -80,7 +80,7 @@ class Op(OpSpec, Generic[P, R]):
             if forced not in (None, "eager"):
                 raise NotImplementedError(f"{self.name}: backend {forced!r} is forced under a transform of torch.func")
             return self.run_differentiable(tensors, params)
-        if not _plain(tensors):
+        if not is_plain(tensors):
             flops.give_to_counters()
             return self._traced(forced, tensors, cast, params)
         needs = _needs(cast)
@@ -192,7 +192,7 @@ def op(
     )  # fmt: skip
 
 
-def _plain(tensors: Tensors) -> bool:
+def is_plain(tensors: Tensors) -> bool:
     """Whether a direct call is safe: no tensor subclass (a DTensor has no data pointer) and no dispatch mode."""
     return (
         all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)

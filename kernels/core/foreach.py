@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.core import backends
+from peakgpt.kernels.core.autograd import transformed
 from peakgpt.kernels.core.backends import forced_backend
-from peakgpt.kernels.core.dispatch import Op, _plain, _transformed
+from peakgpt.kernels.core.dispatch import Op, is_plain
 
 Call = Sequence["Tensor | None"]
 
@@ -65,7 +66,7 @@ class Foreach:
         Raises:
             ValueError: tensors or parameters that the op refuses, or a tensor without memory.
         """
-        if torch.compiler.is_compiling() or _transformed() or not _plain([*calls[0], *shared]):
+        if torch.compiler.is_compiling() or transformed() or not is_plain([*calls[0], *shared]):
             return self._one_by_one(calls, shared, params)
         rows = array.array("q")
         for call in calls:
