@@ -30,9 +30,10 @@ from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.flops import mfu, parameter_count
 from peakgpt.engine.training.loop import StepMetrics, TrainingLoop
-from peakgpt.engine.training.run_folder import RunFolder, default_run_folder
+from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.engine.training.trainer import Trainer
+from peakgpt.kernels.command_line import MAX_SEED, integer, number
 from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.hardware.device import choose_device
 from peakgpt.kernels.hardware.peaks import peak_for
@@ -47,23 +48,23 @@ CONTENDERS = ("peakgpt", "eager")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=5.0, help="approximate wall time of the command (default 5)")
+    parser.add_argument("--minutes", type=number(), default=5.0,
+                        help="approximate wall time of the command (default 5)")  # fmt: skip
     parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 files or folders (default: Python's library)")
     parser.add_argument("--device", help='"cpu" or "cuda" (default: the CUDA device if there is one)')
     parser.add_argument("--out", help="folder of the run (default runs/quickstart-DATE-TIME)")
-    parser.add_argument("--seed", type=int, default=CONFIG.seed, help="seed of initial weights and data order")
+    parser.add_argument("--seed", type=integer(0, MAX_SEED), default=CONFIG.seed,
+                        help="seed of initial weights and data order")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.minutes > 0:
-        raise ValueError(f"--minutes is {args.minutes}, expected more than 0")
     start = time.perf_counter()
     console = Console()
     device = choose_device(args.device)
     console.print(str(doctor(device)), highlight=False, soft_wrap=True)
     corpus = load_corpus(args.text)
     console.print(f"\ncorpus: {corpus}")
-    folder = RunFolder(args.out or default_run_folder("quickstart"))
+    folder = RunFolder.with_default_name("quickstart") if args.out is None else RunFolder(args.out)
     with folder.discarded_on_bad_input():
         tokenizer = train_tokenizer((d.text for d in corpus.train), VOCAB)
         shards = tokenize_corpus(corpus, tokenizer, folder.tokens)

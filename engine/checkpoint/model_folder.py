@@ -7,7 +7,6 @@ separate copy of a tied head.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from peakgpt.engine.checkpoint.folder import CONFIG, INDEX, PICKLE, WEIGHTS, rea
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
 from peakgpt.engine.checkpoint.tensor_check import check_tensors
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.kernels.strict_json import dumps
 
 # Suffixes of buffers that old releases of transformers wrote, and that no model needs.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -170,7 +170,7 @@ def write_model(
     tensors = family.to_layout(config, _with_zero_biases(state) if family.always_biased else state)
 
     def fill(stage: Path) -> None:
-        text = json.dumps(_config_json(family, config, tensors, tokenizer), indent=2) + "\n"
+        text = dumps(_config_json(family, config, tensors, tokenizer), indent=2) + "\n"
         (stage / CONFIG).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(stage)
@@ -212,7 +212,7 @@ def _write_shards(stage: Path, parts: list[dict[str, Tensor]]) -> None:
         write_safetensors(stage / file, part, {"format": "pt"})
     weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
     total = sum(tensor.nbytes for part in parts for tensor in part.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    text = dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
     (stage / INDEX).write_text(text, encoding="utf-8")
 
 

@@ -7,7 +7,6 @@ transformers would open that file, not find its tensors, and continue with rando
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
 from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.engine.model.transformer import Transformer
+from peakgpt.kernels.strict_json import dumps
 
 METHOD = "peakgpt"
 KEY = "quantization_config"  # transformers reads it too, and warns of a method that it does not know
@@ -44,7 +44,7 @@ def write_quantized(source: Path | str, folder: Path | str, state: Mapping[str, 
             if file.is_file() and not file.name.startswith(WEIGHT_FILES):
                 shutil.copy(file, stage / file.name)
         config = read_json(Path(source) / CONFIG)
-        text = json.dumps({**config, KEY: {"quant_method": METHOD, **asdict(form)}}, indent=2) + "\n"
+        text = dumps({**config, KEY: {"quant_method": METHOD, **asdict(form)}}, indent=2) + "\n"
         (stage / CONFIG).write_text(text, encoding="utf-8")
         write_safetensors(stage / QUANTIZED, state, {"format": "pt"})
 

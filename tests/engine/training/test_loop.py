@@ -144,6 +144,7 @@ def test_a_training_state_of_version_0_1_0_is_written_back_bit_for_bit(tmp_path,
     loop.save(run, tokenizer)
     for file in ("state/training_state.safetensors", "checkpoint/model.safetensors"):
         (old, old_text), (new, new_text) = (read_safetensors(folder / file) for folder in (OLD_RUN, run))
+        new_text.pop("digest", None)  # of the whole training state; 0.1.0 did not write it
         assert old_text == new_text and old.keys() == new.keys()
         assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
     weights = GPT.from_pretrained(OLD_RUN / "checkpoint").state_dict()
