@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.bits == 8:
+        refuse_ignored(args, ("group",), "with --bits 8, which has one scale for each row; expected it with --bits 4")
     args.source = model_folder(args.source)
     if args.source.resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
     if present := read_format(args.source):
         raise ValueError(f"quantize: IN has weights of {present.bits} bits already, expected float weights")
-    if args.bits == 8:
-        refuse_ignored(args, ("group",), "with --bits 8, which has one scale for each row; expected it with --bits 4")
     target = Path(args.folder)
     if target.is_dir() and (weights := sorted(f.name for f in target.iterdir() if f.name.startswith(WEIGHT_FILES))):
         raise ValueError(f"quantize: OUT has {weights[0]}, expected a folder without weights")

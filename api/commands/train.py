@@ -95,6 +95,7 @@ def _start(
         tokenizer = train_tokenizer((document.text for document in corpus.train), settings["vocab"])
         tokenize_corpus(corpus, tokenizer, folder.tokens)
         tokenizer.save(folder.tokens)
+        lines.activity = "building the model and measuring the device's peak"
         write_atomically(folder.root / SETTINGS, (dumps(settings, indent=1) + "\n").encode())
         return folder, *build_loop(folder, settings, device)
 

@@ -30,7 +30,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second one acts as usual, at once.
 
     A run resumes bit for bit only from a state between two steps, so the training loop checks for the request there.
-    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Main thread only.
+    SIGTERM or SIGHUP that is ignored, as SIGHUP is under nohup, stays ignored. Main thread only.
     """
     request = StopRequest()
 
@@ -43,7 +43,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     handlers = {number: signal.getsignal(number) for number in STOPPING}
-    previous = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    previous = {
+        number: handler
+        for number, handler in handlers.items()
+        if handler is not None and (handler is not signal.SIG_IGN or number == signal.SIGINT)
+    }
     for number in previous:
         signal.signal(number, stop)
     try:
