@@ -210,7 +210,7 @@ class TrainingLoop:
         values = {"done": trainer.steps_done, "data": self.batches.state_dict()}
         # The state comes first: a killed run never has a checkpoint that no state continues.
         save_training_state(Path(folder, STATE), trainer.model, trainer.optimizer, values)
-        write_model(Path(folder, CHECKPOINT), trainer.model.config, weights, tokenizer)
+        self._write_model(Path(folder, CHECKPOINT), weights, tokenizer)
 
     def save_model(self, folder: Path | str, tokenizer: TokenizerFiles | None = None) -> None:
         """Write the model alone, from the optimizer's float32 master.
@@ -218,7 +218,11 @@ class TrainingLoop:
         Raises:
             OSError, FloatingPointError: as in `save`.
         """
-        write_model(folder, self.trainer.model.config, self._finite_weights(), tokenizer)
+        self._write_model(folder, self._finite_weights(), tokenizer)
+
+    def _write_model(self, folder: Path | str, weights: dict[str, Tensor], tokenizer: TokenizerFiles | None) -> None:
+        model = self.trainer.model
+        write_model(folder, model.config, weights, tokenizer, source_files=model.source_files)
 
     def _finite_weights(self) -> dict[str, Tensor]:
         weights = self.trainer.master_weights()

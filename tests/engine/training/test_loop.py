@@ -110,7 +110,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_last_save(shards,
         return loss * float("nan") if what == "loss" else loss
 
     loop.trainer.step = damaged_step
-    with pytest.raises(FloatingPointError, match="step 4: .* (is nan|is inf|not finite)"):
+    with pytest.raises(FloatingPointError, match=r"step 4: .* (is nan|is inf|not finite)"):
         for event in loop.run(1):
             assert event.step == 4
         loop.save(tmp_path)
