@@ -31,6 +31,7 @@ from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import preset
+from peakgpt.kernels.command_line import integer, refuse_ignored
 from peakgpt.kernels.hardware.peaks import peak_for
 
 MIN_EQUAL_TOKENS = 4  # first tokens, in float32; later, rounding may decide between two almost equally likely tokens
@@ -40,11 +41,11 @@ HEAD_BITS = {**BITS, "int4": 8}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
-    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens (default 32)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens to add (default 64)")
-    parser.add_argument("--streams", type=int, action="append", help="on the CPU; repeatable; default 1 and 8")
+    parser.add_argument("--prompt", type=integer(), default=32, help="prompt tokens (default 32)")
+    parser.add_argument("--tokens", type=integer(), default=64, help="tokens to add (default 64)")
+    parser.add_argument("--streams", type=integer(), action="append", help="on the CPU; repeatable; default 1 and 8")
     parser.add_argument("--contenders", nargs="+", choices=tuple(DECODING_CONTENDERS), help="on the CPU; default: all")
-    parser.add_argument("--rounds", type=int, default=7, help="timings of each contender, on the CPU (default 7)")
+    parser.add_argument("--rounds", type=integer(), help="timings of each contender, on the CPU (default 7)")
     parser.add_argument(
         "--dtype",
         action="append",
@@ -56,16 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     """
     Raises:
-        ValueError: int8 or int4 weights on a GPU.
+        ValueError: int8 or int4 weights, or a flag of the CPU's benchmark, on a GPU.
     """
     if device.type == "cpu":
         for streams in args.streams or (1, 8):
             for row in compare_streams(
                 preset(args.model), Workload(streams, args.prompt, args.tokens), args.dtype or WEIGHT_FORMATS,
-                args.contenders, rounds=args.rounds, on_failure=record_failures(emit),
+                args.contenders, rounds=args.rounds or 7, on_failure=record_failures(emit),
             ):  # fmt: skip
                 emit(row)
         return
+    refuse_ignored(args, ("streams", "contenders", "rounds"), f"on {device}, expected it on the CPU only")
     for dtype_name in args.dtype or ("float32", "bfloat16"):
         if (dtype := getattr(torch, dtype_name, None)) not in (torch.float32, torch.bfloat16):
             raise ValueError(f"bench decode: got --dtype {dtype_name} on {device}, expected float32 or bfloat16")

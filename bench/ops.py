@@ -20,6 +20,7 @@ from peakgpt.bench.interleave import OnFailure, interleave, raise_failure
 from peakgpt.bench.op_cases import PASSES, Inputs, OpCase, as_tuple, choose_cases, make_inputs, replayed
 from peakgpt.bench.run_results import Emit, Unsupported, record_failures
 from peakgpt.bench.schema import Result
+from peakgpt.kernels.command_line import number
 from peakgpt.kernels.core.dispatch import BACKENDS, OPS, Op, use_backend
 from peakgpt.kernels.hardware.peaks import peak_for, stream_peak
 from peakgpt.kernels.ops import catalogue
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="such as tokens=1024; repeatable; defaults: GPT-2 124M at 4 x 256 tokens")  # fmt: skip
     parser.add_argument("--pass", action="append", dest="passes", choices=tuple(PASSES),
                         help="repeatable; default forward, and forward+backward if the op has a gradient")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=120.0, help="for each dtype (default 120)")
+    parser.add_argument("--seconds", type=number(), default=120.0, help="for each dtype (default 120)")
 
 
 def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from peakgpt.bench.timing import Timing
 from peakgpt.engine.model.flops import mfu
 from peakgpt.kernels.files import write_atomically
+from peakgpt.kernels.strict_json import dumps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def write_results(
     path: str | os.PathLike[str], results: Sequence[Result], environment: dict[str, Any], *,
     checks: Sequence[dict[str, Any]] = (), failures: Sequence[dict[str, Any]] = (),
 ) -> None:  # fmt: skip
-    """Write results and their environment as one JSON file, atomically.
+    """Write results and their environment as one JSON file, atomically. Numbers that are not finite become null.
 
     Args:
         path: path of the file; missing folders are created.
@@ -115,7 +116,7 @@ def write_results(
     path = Path(path)
     document = {"schema": SCHEMA, "environment": environment, "results": [r.to_json() for r in results],
                 "checks": list(checks), "failures": list(failures)}  # fmt: skip
-    text = "{\n" + ",\n".join(f"{json.dumps(key)}: {_json_rows(value)}" for key, value in document.items()) + "\n}"
+    text = "{\n" + ",\n".join(f"{dumps(key)}: {_json_rows(value)}" for key, value in document.items()) + "\n}"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, f"{text}\n".encode())
 
@@ -123,8 +124,8 @@ def write_results(
 def _json_rows(value: Any) -> str:
     """Write one line for each item of a list, so that files can be compared by diff."""
     if not isinstance(value, list):
-        return json.dumps(value, indent=1, allow_nan=False)
-    return "[" + ",".join(f"\n{json.dumps(item, allow_nan=False)}" for item in value) + "]"
+        return dumps(value, indent=1)
+    return "[" + ",".join(f"\n{dumps(item)}" for item in value) + "]"
 
 
 def read_results(path: str | os.PathLike[str]) -> tuple[list[Result], dict[str, Any]]:

@@ -33,10 +33,11 @@ from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.flops import parameter_count
 from peakgpt.engine.training.loop import TrainingLoop
-from peakgpt.engine.training.run_folder import RunFolder, default_run_folder
+from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.heartbeat import enter_phase
+from peakgpt.kernels.command_line import MAX_SEED, integer, number
 from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.hardware.device import choose_device
 from peakgpt.kernels.hardware.peaks import peak_for
@@ -57,23 +58,22 @@ CONTENDERS = ("peakgpt", "eager")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=5.0, help="wall time of the command (default 5)")
+    parser.add_argument("--minutes", type=number(), default=5.0, help="wall time of the command (default 5)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 files or folders (default: Python's library)")
     parser.add_argument("--device", help='"cpu" or "cuda" (default: the CUDA device if there is one)')
     parser.add_argument("--out", help="folder of the run (default runs/quickstart-DATE-TIME)")
-    parser.add_argument("--seed", type=int, default=CONFIG.seed, help="seed of initial weights and data order")
+    parser.add_argument("--seed", type=integer(0, MAX_SEED), default=CONFIG.seed,
+                        help="seed of initial weights and data order")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.minutes > 0:
-        raise ValueError(f"--minutes is {args.minutes}, expected more than 0")
     budget = TimeBudget(60 * args.minutes, ENDS)
     console = Console()
     device = choose_device(args.device)
     console.print(str(doctor(device)), highlight=False, soft_wrap=True)
     corpus = load_corpus(args.text)
     console.print(f"\ncorpus: {corpus}")
-    folder = RunFolder(args.out or default_run_folder("quickstart"))
+    folder = RunFolder.with_default_name("quickstart") if args.out is None else RunFolder(args.out)
     with folder.discarded_on_bad_input():
         enter_phase("training the tokenizer")
         texts = budget.take("tokenizer", (d.text for d in corpus.train), at_least=TOKENIZER_S)

@@ -20,6 +20,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from peakgpt.engine.data.run_layout import model_folder
+from peakgpt.kernels.strict_json import dumps
+
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 PIECE_CHARS = 1 << 16  # long enough to hide the cost per call, short enough to encode one file on all cores
@@ -101,7 +104,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         self.library.save(str(Path(folder, "tokenizer.json")))
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        Path(folder, "tokenizer_config.json").write_text(dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -110,6 +113,7 @@ class Tokenizer:
         Raises:
             ValueError: tokenizer.json is missing, a file is damaged, or the decoder is not byte-level.
         """
+        folder = model_folder(folder)
         path = Path(folder, "tokenizer.json")
         try:
             library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -120,11 +120,14 @@ class Scorer:
         Args:
             ids: at least two tokens.
             window: maximum number of tokens that the model reads at once; None means block_size.
-            stride: number of tokens that the window moves and that are scored at its end; None means window / 2.
+            stride: number of tokens that the window moves and that are scored at its end; None means window / 2. With
+                window None a larger stride than block_size - 1 is capped to it; the result says so.
         Raises:
             ValueError: too few tokens, or window and stride out of range.
         """
-        window = self.config.block_size if window is None else window
+        if window is None:
+            window = self.config.block_size
+            stride = None if stride is None else min(stride, window - 1)
         stride = max(window // 2, 1) if stride is None else stride
         if not 1 < window <= self.config.block_size or not 0 < stride < window:
             raise ValueError(
