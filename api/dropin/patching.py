@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from peakgpt.dropin import detection, unreplaced
+from peakgpt.dropin.attention_function import NAME
 from peakgpt.dropin.class_swap import class_path, original_class, replace, restore
 from peakgpt.dropin.known_classes import KNOWN_CLASSES, Row
 from peakgpt.dropin.replacements import lm_heads
@@ -74,7 +75,9 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         restore(module)
         if PREVIOUS_ATTENTION in module.__dict__:
-            module.config._attn_implementation_internal = module.__dict__.pop(PREVIOUS_ATTENTION)
+            previous = module.__dict__.pop(PREVIOUS_ATTENTION)
+            if module.config._attn_implementation_internal == NAME:  # else set_attn_implementation was called later
+                module.config._attn_implementation_internal = previous
 
 
 def row_of(module: nn.Module) -> Row | None:
@@ -91,7 +94,7 @@ def _set_attention_implementation(model: nn.Module) -> set[int]:
         return set()
     from transformers import PreTrainedModel
 
-    from peakgpt.dropin.mask_function import NAME, register_attention
+    from peakgpt.dropin.mask_function import register_attention
 
     attention_ids: set[int] = set()
     configs: set[int] = set()
@@ -147,8 +150,8 @@ def _entry(name: str, module: nn.Module, parts: dict[int, str], attention_ids: s
 
 def _detect(module: nn.Module) -> Row | None:
     """Return a row for a module of an unknown class if it is detected as attention or MLP, else None."""
-    if (by := detection.sdpa_replacement(type(module))) is not None:
-        return Row(by, "attention, for scaled_dot_product_attention")
+    if detection.calls_sdpa(type(module)):
+        return Row(detection.CallsSDPA, "attention, for scaled_dot_product_attention")
     options = detection.detect_mlp(module)
     if options is None:
         return None
@@ -161,3 +164,7 @@ class DetectedMLP(MLP):
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
         return None
+
+    def _intact_layers(self, *roles: str) -> list[nn.Module] | None:
+        same = list(self._modules) == self._peakgpt["children"]  # a layer that was appended to nn.Sequential must run
+        return super()._intact_layers(*roles) if same else None

@@ -13,7 +13,7 @@ import peakgpt
 from peakgpt.dropin import attention_function
 from peakgpt.dropin.known_classes import KNOWN_CLASSES
 from peakgpt.dropin.patching import row_of
-from peakgpt.dropin.replacements import attention, layers
+from peakgpt.dropin.replacements import layers
 from peakgpt.dropin.report import LEFT
 
 transformers.logging.set_verbosity_error()
@@ -359,7 +359,8 @@ def test_torch_layers_in_any_model_give_same_outputs_and_gradients(kind, monkeyp
     assert {e.module: e.note for e in report.left} == {"norm": "normalizes 2 axes, expected the last one"}
     assert "14 layers" in report.check
     calls = []
-    monkeypatch.setattr(attention, "attention", lambda *a, **k: calls.append(1) or peakgpt.attention(*a, **k))
+    real = attention_function.attention
+    monkeypatch.setattr(attention_function, "attention", lambda *a, **k: calls.append(1) or real(*a, **k))
     got = run()
     assert len(calls) == 3
     close(got[0], expected[0])

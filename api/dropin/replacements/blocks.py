@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peakgpt.dropin.attention_function import attention_forward
-from peakgpt.dropin.class_swap import Replacement, linear_layout, linear_weight
-from peakgpt.dropin.replacements.layers import BaseMLP, LayerNorm, add_norm, sum_and_norm
+from peakgpt.dropin.attention_function import NAME, attention_forward
+from peakgpt.dropin.class_swap import Replacement, has_no_hooks, linear_layout, linear_weight
+from peakgpt.dropin.replacements.layers import BaseMLP, add_norm, is_intact_norm, sum_and_norm
 from peakgpt.kernels.ops.linear import linear
-from peakgpt.kernels.ops.norm import add_layernorm, layernorm
+from peakgpt.kernels.ops.norm import layernorm
 
 
 class GPT2Block(Replacement):
@@ -24,14 +24,11 @@ class GPT2Block(Replacement):
         return None
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None, **kwargs):
+        if encoder_hidden_states is not None or not self._peakgpt_intact():
+            return super().forward(hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs)
         parts = self._modules
         attn, mlp, first, second = parts["attn"], parts["mlp"], parts["ln_1"], parts["ln_2"]
         qkv_proj, out_proj = attn._modules["c_attn"], attn._modules["c_proj"]
-        norms = isinstance(first, LayerNorm) and isinstance(second, LayerNorm)
-        unchanged = type(attn) is self._peakgpt["attn"] and norms
-        plain = unchanged and _has_no_hooks(attn, first, second) and linear_layout(qkv_proj) and linear_layout(out_proj)
-        if encoder_hidden_states is not None or not plain:
-            return super().forward(hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs)
         kwargs.pop("encoder_attention_mask", None)
         x, shape = hidden_states, (*hidden_states.shape[:-1], 3, attn.num_heads, attn.head_dim)
         h = layernorm(x, first.weight, first.bias, eps=first.eps)
@@ -42,8 +39,19 @@ class GPT2Block(Replacement):
         dropout = attn.attn_dropout.p if attn.training else 0.0
         y, _ = attention_forward(attn, q, k, v, attention_mask, dropout, attn.scaling, **kwargs)
         y = attn.resid_dropout(linear(y.flatten(2), linear_weight(out_proj), out_proj.bias))
-        x, h = add_layernorm(y.to(x.dtype), x, second.weight, second.bias, eps=second.eps)
+        x, h = sum_and_norm(second, y, x)
         return x + mlp(h)
+
+    def _peakgpt_intact(self) -> bool:
+        """Return whether nothing has changed the attention, its projections and the norms."""
+        parts = self._modules
+        attn = parts["attn"]
+        return (
+            type(attn) is self._peakgpt["attn"] and has_no_hooks(attn)
+            and attn.config._attn_implementation == NAME
+            and is_intact_norm(parts["ln_1"]) and is_intact_norm(parts["ln_2"])
+            and bool(linear_layout(attn._modules["c_attn"]) and linear_layout(attn._modules["c_proj"]))
+        )  # fmt: skip
 
 
 class InlineMLPBlock(BaseMLP):
@@ -97,11 +105,3 @@ class BartLayer(InlineMLPBlock):
             )  # fmt: skip
             x = add_norm(self.encoder_attn_layer_norm, self._dropout(y), x)
         return add_norm(self.final_layer_norm, self._feed_forward(x), x)
-
-
-def _has_no_hooks(*modules: nn.Module) -> bool:
-    """Return whether no module has a hook."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return False
-    return True
