@@ -13,6 +13,7 @@ import copyreg
 import functools
 import inspect
 import sys
+import types
 from typing import Any, NoReturn
 
 import torch
@@ -91,18 +92,38 @@ def replace(module: nn.Module, by: type[Replacement], options: dict[str, Any]) -
     module.__class__ = _subclass(type(module), by)
 
 
+def wrapped_since(module: nn.Module) -> str | None:
+    """Return what was put around a replaced module that keeps `restore` from undoing the replacement, or None."""
+    kind, replaced = type(module), getattr(type(module), REPLACED_CLASS, None)
+    if replaced is None:
+        return None
+    if kind is not replaced and is_fsdp2_class(kind):
+        return f"{kind.__name__} that was wrapped after it was patched"
+    if "forward" in module.__dict__ and not _methods_of(module, replaced):
+        return f"{kind.__name__} whose attribute `forward` was set after it was patched"
+    return None
+
+
 def restore(module: nn.Module) -> None:
     """Restore the original class of the module. A class that a parametrization made of it later keeps its additions."""
     kind, replaced = type(module), getattr(type(module), REPLACED_CLASS, None)
     if replaced is None:
         return
-    if kind is not replaced and is_fsdp2_class(kind):
-        raise ValueError(
-            f"unpatch: got a {kind.__name__} that was wrapped after it was patched, expected it unwrapped: "
-            "patch after wrapping"
-        )
+    methods = _methods_of(module, replaced)
     module.__class__ = _without(kind, replaced)
     del module.__dict__[OPTIONS]
+    for name, method in methods.items():
+        module.__dict__[name] = getattr(type(module), method).__get__(module)
+
+
+def _methods_of(module: nn.Module, replaced: type) -> dict[str, str]:
+    """Return the attributes that hold a bound method of the replacement, such as `_old_forward` of accelerate."""
+    return {
+        name: value.__name__
+        for name, value in module.__dict__.items()
+        if isinstance(value, types.MethodType) and value.__self__ is module
+        and getattr(replaced, value.__name__, None) is value.__func__
+    }  # fmt: skip
 
 
 def _without(kind: type, replaced: type) -> type:
