@@ -9,10 +9,10 @@ With dropout y = (m * p) v, dv = (m * p)^T dy, ds = p * (m * dy v^T - delta). m 
 `dropout_mask`.
 
 Key j is live for query i if all of these hold: j <= i (if causal), j > i - window, kv_start <= j < kv_start + kv_len,
-both are in the same document, and bias is not -inf. If T != S, i stands for i + S - T: queries align with the last
-keys. The output and the gradients of a query without a live key are zero. Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and
-2; ALiBi: Press, Smith, Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et al. 2023, arXiv:2305.13245. More
-than 300 lines: `attention` and `attention_qkv` share the masks and the costs.
+both are in the same document, and the bias is not -inf. If T != S, i stands for i + S - T: queries align with the last
+keys. The output and the gradients of a query without a live key are zero. Dao 2023, "FlashAttention-2",
+arXiv:2307.08691, algorithms 1 and 2; ALiBi: Press, Smith, Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et
+al. 2023, arXiv:2305.13245. More than 300 lines: `attention` and `attention_qkv` share the masks and the costs.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from peakgpt.dropin.attention_function import NAME
 from peakgpt.dropin.class_swap import (
     LINEAR,
     Replacement,
+    has_no_hooks,
     is_intact,
     linear_layout,
     original_class,
@@ -187,6 +188,10 @@ def _cross_entropy(x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, **
 class MaskedLM(LanguageModel):
     """BERT and RoBERTa: logits of labelled positions only, usually 15 % of all."""
 
+    def _has_custom_loss(self) -> bool:
+        loss = getattr(self, "mlm_loss_fct", None)  # DistilBERT
+        return loss is not None and not (type(loss) is nn.CrossEntropyLoss and has_no_hooks(loss) and _is_default(loss))
+
     def _can_skip_head(self, head: nn.Module) -> bool:
         return is_intact(head) and not torch.compiler.is_compiling()
 
@@ -194,6 +199,10 @@ class MaskedLM(LanguageModel):
         labels = labels.reshape(-1).to(x.device)
         labelled = (labels != IGNORED).nonzero()[:, 0]
         return F.cross_entropy(head(x.flatten(0, -2)[labelled]), labels[labelled])
+
+
+def _is_default(loss: nn.CrossEntropyLoss) -> bool:
+    return loss.weight is None and (loss.ignore_index, loss.reduction, loss.label_smoothing) == (IGNORED, "mean", 0.0)
 
 
 def replace_head(model: nn.Module, options: dict[str, Any]) -> None:
