@@ -175,10 +175,15 @@ def has_no_hooks(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
+def has_replaced_class(module: nn.Module) -> bool:
+    """Return whether the module has the class that `patch` gave it, and no subclass as a parametrization makes it."""
+    kind = type(module)
+    return getattr(kind, REPLACED_CLASS, None) is kind
+
+
 def is_intact(module: nn.Module) -> bool:
     """Return whether the module has the class that `patch` gave it, and no hook."""
-    kind = type(module)
-    return getattr(kind, REPLACED_CLASS, None) is kind and has_no_hooks(module)
+    return has_replaced_class(module) and has_no_hooks(module)
 
 
 def is_plain(tensor: Any) -> bool:

@@ -16,7 +16,7 @@ from peakgpt.dropin.attention_function import (
     expand_bias,
     masked_attention,
 )
-from peakgpt.dropin.class_swap import Replacement, is_plain
+from peakgpt.dropin.class_swap import Replacement, has_replaced_class, is_plain
 from peakgpt.engine.model.positions import alibi_slopes
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.rotary import rotary
@@ -180,6 +180,8 @@ class MultiheadAttention(Replacement):
 
     def _peakgpt_supports(self, query, key, value, padding, mask, is_causal) -> bool:
         """Return whether forward supports these inputs. The forward of torch says what is wrong with the others."""
+        if not (has_replaced_class(self) and has_replaced_class(self.out_proj)):
+            return False
         if not query.dim() == key.dim() == value.dim() == 3 or query.is_nested or key.is_nested or value.is_nested:
             return False
         batch, row = (0, 1) if self.batch_first else (1, 0)
@@ -189,7 +191,7 @@ class MultiheadAttention(Replacement):
             and (mask is None or mask.shape[-2:] == (queries, keys))
             and (padding is None or padding.shape == (key.shape[batch], keys))
             and not (is_causal and mask is None)
-            and is_plain(self.in_proj_weight) and is_plain(getattr(self.out_proj, "weight", None))
+            and is_plain(self.in_proj_weight) and is_plain(self.out_proj.weight)
         )  # fmt: skip
 
     def _additive_masks(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:

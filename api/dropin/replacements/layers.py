@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.dropin.class_swap import (
+    CONV1D,
     Replacement,
     class_path,
     dropout_rate,
@@ -58,9 +59,10 @@ class Linear(Replacement):
         return sample_rows(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_plain(self.weight):
+        w = self.weight  # read once: a parametrization computes it, and spectral_norm changes its state
+        if not is_plain(w):
             return super().forward(x)
-        return linear(x, linear_weight(self), self.bias)
+        return linear(x, w.t() if self._peakgpt_layout == CONV1D else w, self.bias)
 
 
 class LayerNorm(Replacement):
@@ -76,9 +78,10 @@ class LayerNorm(Replacement):
         return sample_rows(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_plain(self.weight):
+        w = self.weight
+        if not is_plain(w):
             return super().forward(x)
-        return layernorm(x, self.weight, self.bias, eps=self.eps)
+        return layernorm(x, w, self.bias, eps=self.eps)
 
 
 class RMSNorm(Replacement):
@@ -88,9 +91,10 @@ class RMSNorm(Replacement):
         return sample_rows(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_plain(self.weight) or x.dtype != self.weight.dtype:
+        w = self.weight
+        if not is_plain(w) or x.dtype != w.dtype:
             return super().forward(x)
-        return rmsnorm(x, self.weight, eps=self.variance_epsilon)
+        return rmsnorm(x, w, eps=self.variance_epsilon)
 
 
 class TorchRMSNorm(RMSNorm):
@@ -101,9 +105,10 @@ class TorchRMSNorm(RMSNorm):
         return LayerNorm.objection(module, options)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_plain(self.weight) or x.dtype != self.weight.dtype:
+        w = self.weight
+        if not is_plain(w) or x.dtype != w.dtype:
             return nn.RMSNorm.forward(self, x)
-        return rmsnorm(x, self.weight, eps=torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+        return rmsnorm(x, w, eps=torch.finfo(x.dtype).eps if self.eps is None else self.eps)
 
 
 def is_intact_norm(norm: nn.Module) -> bool:
