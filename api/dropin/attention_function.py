@@ -56,6 +56,11 @@ class Mask(NamedTuple):
         raise AttributeError(NO_MASK_ARITHMETIC)
 
 
+def is_known_mask(mask: Any) -> bool:
+    """Return whether `attention_forward` takes this mask. set_attn_implementation may select a function with others."""
+    return mask is None or isinstance(mask, Mask) or (isinstance(mask, Tensor) and mask.dim() == 4)
+
+
 class _Recorder:
     """Tells whether transformers collects the attention weights of this call.
 

@@ -185,7 +185,7 @@ class DetectedMLP(MLP):
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
-        return None
+        return super().objection(module, options) if options["act"] else None
 
     def _intact_layers(self, *roles: str) -> list[nn.Module] | None:
         same = list(self._modules) == self._peakgpt["children"]  # a layer that was appended to nn.Sequential must run

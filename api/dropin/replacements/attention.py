@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.dropin.attention_function import (
-    NAME,
     Mask,
     additive_mask,
     attention_forward,
     expand_bias,
+    is_known_mask,
     masked_attention,
 )
 from peakgpt.dropin.class_swap import Replacement, has_replaced_class, is_plain
@@ -25,10 +25,6 @@ from peakgpt.kernels.ops.rotary import rotary
 class TransformersAttention(Replacement):
     """Attention in a model of transformers; its config then selects our mask function."""
 
-    def _peakgpt_selected(self) -> bool:
-        """Return whether the config still selects it: set_attn_implementation may have selected another function."""
-        return self.config._attn_implementation == NAME
-
 
 class RotaryAttention(TransformersAttention):
     """Llama, GPT-NeoX and others with rotary positions.
@@ -39,7 +35,7 @@ class RotaryAttention(TransformersAttention):
 
     def forward(self, hidden_states, *args, position_embeddings=None, attention_mask=None, **kwargs):
         # More than one row of position_embeddings: each sequence has its own positions.
-        if args or position_embeddings is None or len(position_embeddings[0]) != 1 or not self._peakgpt_selected():
+        if args or position_embeddings is None or len(position_embeddings[0]) != 1 or not is_known_mask(attention_mask):
             kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             return super().forward(hidden_states, *args, **kwargs)
         names = self._peakgpt

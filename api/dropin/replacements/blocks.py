@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peakgpt.dropin.attention_function import NAME, attention_forward
+from peakgpt.dropin.attention_function import attention_forward, is_known_mask
 from peakgpt.dropin.class_swap import Replacement, has_no_hooks, linear_layout, linear_weight
 from peakgpt.dropin.replacements.layers import BaseMLP, add_norm, is_intact_norm, sum_and_norm
 from peakgpt.kernels.ops.linear import linear
@@ -24,7 +24,7 @@ class GPT2Block(Replacement):
         return None
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None, **kwargs):
-        if encoder_hidden_states is not None or not self._peakgpt_intact():
+        if encoder_hidden_states is not None or not (is_known_mask(attention_mask) and self._peakgpt_intact()):
             return super().forward(hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs)
         parts = self._modules
         attn, mlp, first, second = parts["attn"], parts["mlp"], parts["ln_1"], parts["ln_2"]
@@ -48,7 +48,6 @@ class GPT2Block(Replacement):
         attn = parts["attn"]
         return (
             type(attn) is self._peakgpt["attn"] and has_no_hooks(attn)
-            and attn.config._attn_implementation == NAME
             and is_intact_norm(parts["ln_1"]) and is_intact_norm(parts["ln_2"])
             and bool(linear_layout(attn._modules["c_attn"]) and linear_layout(attn._modules["c_proj"]))
         )  # fmt: skip
