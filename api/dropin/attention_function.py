@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.dropin.attention_weights import attention_and_weights
-from peakgpt.dropin.class_swap import dropout_rate
+from peakgpt.dropin.intact import dropout_rate
 from peakgpt.kernels.ops.attention import attention
 
 NAME = "peakgpt"  # attn_implementation

@@ -18,16 +18,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import _has_any_global_hook
 
+from peakgpt.dropin.intact import REPLACED_CLASS, is_intact, is_plain_tensor
 from peakgpt.kernels.core.check import FLOATS
 
-ORIGINAL, OPTIONS, REPLACED_CLASS = "_peakgpt_original", "_peakgpt", "_peakgpt_class"
+ORIGINAL, OPTIONS = "_peakgpt_original", "_peakgpt"
 LINEAR, CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"
 OUT_PROJ = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"  # nn.MultiheadAttention's out_proj
 LAYOUTS = {LINEAR: LINEAR, OUT_PROJ: LINEAR, CONV1D: CONV1D}
-PLAIN = (nn.Parameter, Tensor, FakeTensor)
 
 
 class Replacement:
@@ -164,40 +162,6 @@ def with_signature(function, like):
     return forward
 
 
-# ---- whether the forward of a child may be skipped
-
-
-def has_no_hooks(module: nn.Module) -> bool:
-    """Return whether calling the module runs nothing but the forward of its class."""
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or "forward" in module.__dict__ or _has_any_global_hook()
-    )  # fmt: skip
-
-
-def has_replaced_class(module: nn.Module) -> bool:
-    """Return whether the module has the class that `patch` gave it, and no subclass as a parametrization makes it."""
-    kind = type(module)
-    return getattr(kind, REPLACED_CLASS, None) is kind
-
-
-def is_intact(module: nn.Module) -> bool:
-    """Return whether the module has the class that `patch` gave it, and no hook."""
-    return has_replaced_class(module) and has_no_hooks(module)
-
-
-def is_plain(tensor: Any) -> bool:
-    """Return whether this is a tensor, and no subclass of it such as a DTensor or a quantized weight."""
-    return type(tensor) in PLAIN
-
-
-def dropout_rate(layer: nn.Module) -> float | None:
-    """Return the rate at which a dropout layer drops, 0.0 in eval(). None: it does more, and must be called."""
-    if type(layer) is not nn.Dropout or not has_no_hooks(layer):
-        return None
-    return layer.p if layer.training else 0.0
-
-
 # ---- linear layers
 
 
@@ -209,7 +173,7 @@ def layout_of(kind: type) -> str | None:
 def linear_layout(layer: nn.Module) -> str | None:
     """Return the layout of a linear layer whose forward may be skipped, else None."""
     layout = getattr(type(layer), "_peakgpt_layout", None)
-    return layout if layout and is_intact(layer) and is_plain(layer.weight) else None
+    return layout if layout and is_intact(layer) and is_plain_tensor(layer.weight) else None
 
 
 def linear_weight(layer: nn.Module) -> Tensor:

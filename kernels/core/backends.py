@@ -22,42 +22,36 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
+from peakgpt.kernels.core.thread_state import ThreadState
 
 # Backends in order of priority -> the device type of the tensors that each supports. Eager supports all.
 BACKENDS: dict[str, str | None] = {"gpu": "cuda", "cpu": "cpu", "eager": None}
 
-_forced: str | None = None  # a module global: torch.compile guards on it, a ContextVar breaks the graph
+_forced: ThreadState[str | None] = ThreadState("backend", None)
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Run every op inside the block on one backend. An op that the backend does not support raises.
 
     Args:
-        name: "gpu", "cpu" or "eager". The setting is global to the process.
+        name: "gpu", "cpu" or "eager". It applies to the calls of this thread only.
     Raises:
         ValueError: unknown name.
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"unknown backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
+    return _forced.set_to(name)
 
 
 def forced_backend() -> str | None:
-    """Return the backend set by `use_backend`, or None."""
-    return _forced
+    """Return the backend that `use_backend` has set for this thread, or None."""
+    return _forced.get()
 
 
 def interpreted() -> bool:

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from peakgpt.kernels.core.dispatch import interpreted
+from peakgpt.kernels.gpu import interpreter
 
 # Keys of the tile tables. sm_86 stands for all chips with 99 KB of shared memory a block (8.6, 8.9, 12.x).
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
@@ -36,6 +37,8 @@ def expect_version(version: str) -> None:
 
 
 expect_version(triton.__version__)
+if interpreted():
+    interpreter.patch()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,12 @@ def _cost(q, k_cache, v_cache, block_tables, lengths, cu_queries=None, k_scale=N
     return Cost(4 * width * heads * pairs, 2 * keys * k_cache.shape[2] * head + 2 * y + tables, 0, 0, y, 0)
 
 
+def _matmul_flops(q, k_cache, v_cache, block_tables, lengths, cu_queries=None, *_, **__):
+    """2 products of 2 D FLOPs per pair of a query and a key of its sequence, live or not, as torch counts."""
+    pairs = int((_queries(q, block_tables, cu_queries) * lengths).sum())
+    return 4 * q.shape[1] * q.shape[2] * pairs
+
+
 def _sample(
     batch: int = 4, queries: int = 1, heads: int = 12, head_dim: int = 64, keys: int = 256,
     kv_heads: int | None = None, block: int = 16, bits: int | None = None, **like,
@@ -124,7 +130,7 @@ def _alloc(q, *_, needs, **__):
 
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower", gradient=False,
-    autocast_exempt=("k_scale", "v_scale"),
+    autocast_exempt=("k_scale", "v_scale"), matmul_flops=_matmul_flops,
 )  # fmt: skip
 def attention_decode(
     q: Tensor,

@@ -93,7 +93,13 @@ def _sample(tokens: int = 1024, heads: int = 12, head_dim: int = 64, block: int 
     return k, v, *caches, slots, *(torch.zeros(blocks, block, heads, **scale_like) for _ in "kv")
 
 
-@op(cost=_cost, sample=_sample, check=_check, mutates=("k_cache", "v_cache", "k_scale", "v_scale"))
+@op(
+    cost=_cost,
+    sample=_sample,
+    check=_check,
+    mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
+    matmul_flops=lambda *_, **__: 0,
+)
 def cache_store(
     k: Tensor,
     v: Tensor,

@@ -94,6 +94,7 @@ def _alloc(x, w, target, weight=None, *, needs, reduction, **_):
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w", "target", "weight"),
     autocast="lower", autocast_exempt=("weight",),
+    counted_as={"group": "", "first": 0, "vocab": 0},
     grad_in_forward=lambda *, reduction, **_: () if reduction == "none" else ("w",),
 )  # fmt: skip
 def linear_cross_entropy(

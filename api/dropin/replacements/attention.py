@@ -16,7 +16,8 @@ from peakgpt.dropin.attention_function import (
     is_known_mask,
     masked_attention,
 )
-from peakgpt.dropin.class_swap import Replacement, has_replaced_class, is_plain
+from peakgpt.dropin.class_swap import Replacement
+from peakgpt.dropin.intact import has_replaced_class, is_plain_tensor
 from peakgpt.engine.model.positions import alibi_slopes
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.rotary import rotary
@@ -187,7 +188,7 @@ class MultiheadAttention(Replacement):
             and (mask is None or mask.shape[-2:] == (queries, keys))
             and (padding is None or padding.shape == (key.shape[batch], keys))
             and not (is_causal and mask is None)
-            and is_plain(self.in_proj_weight) and is_plain(self.out_proj.weight)
+            and is_plain_tensor(self.in_proj_weight) and is_plain_tensor(self.out_proj.weight)
         )  # fmt: skip
 
     def _additive_masks(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:

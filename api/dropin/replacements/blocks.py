@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.dropin.attention_function import attention_forward, is_known_mask
-from peakgpt.dropin.class_swap import Replacement, has_no_hooks, linear_layout, linear_weight
+from peakgpt.dropin.class_swap import Replacement, linear_layout, linear_weight
 from peakgpt.dropin.replacements.layers import BaseMLP, add_norm, is_intact_norm, sum_and_norm
+from peakgpt.engine.model.plain import has_own_call
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.norm import layernorm
 
@@ -47,7 +48,7 @@ class GPT2Block(Replacement):
         parts = self._modules
         attn = parts["attn"]
         return (
-            type(attn) is self._peakgpt["attn"] and has_no_hooks(attn)
+            type(attn) is self._peakgpt["attn"] and not has_own_call(attn)
             and is_intact_norm(parts["ln_1"]) and is_intact_norm(parts["ln_2"])
             and bool(linear_layout(attn._modules["c_attn"]) and linear_layout(attn._modules["c_proj"]))
         )  # fmt: skip

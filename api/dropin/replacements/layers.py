@@ -13,16 +13,14 @@ from peakgpt.dropin.class_swap import (
     CONV1D,
     Replacement,
     class_path,
-    dropout_rate,
     has_float_weight,
-    has_no_hooks,
-    is_intact,
-    is_plain,
     layout_of,
     linear_layout,
     linear_weight,
     sample_rows,
 )
+from peakgpt.dropin.intact import dropout_rate, is_intact, is_plain_tensor
+from peakgpt.engine.model.plain import has_own_call
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
 from peakgpt.kernels.ops.norm import add_layernorm, layernorm, rmsnorm
@@ -60,7 +58,7 @@ class Linear(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight  # read once: a parametrization computes it, and spectral_norm changes its state
-        if not is_plain(w):
+        if not is_plain_tensor(w):
             return super().forward(x)
         return linear(x, w.t() if self._peakgpt_layout == CONV1D else w, self.bias)
 
@@ -79,7 +77,7 @@ class LayerNorm(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        if not is_plain(w):
+        if not is_plain_tensor(w):
             return super().forward(x)
         return layernorm(x, w, self.bias, eps=self.eps)
 
@@ -92,7 +90,7 @@ class RMSNorm(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        if not is_plain(w) or x.dtype != w.dtype:
+        if not is_plain_tensor(w) or x.dtype != w.dtype:
             return super().forward(x)
         return rmsnorm(x, w, eps=self.variance_epsilon)
 
@@ -106,14 +104,14 @@ class TorchRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        if not is_plain(w) or x.dtype != w.dtype:
+        if not is_plain_tensor(w) or x.dtype != w.dtype:
             return nn.RMSNorm.forward(self, x)
         return rmsnorm(x, w, eps=torch.finfo(x.dtype).eps if self.eps is None else self.eps)
 
 
 def is_intact_norm(norm: nn.Module) -> bool:
     """Return whether this is a replaced nn.LayerNorm whose forward may be skipped."""
-    return isinstance(norm, LayerNorm) and is_intact(norm) and is_plain(norm.weight)
+    return isinstance(norm, LayerNorm) and is_intact(norm) and is_plain_tensor(norm.weight)
 
 
 def sum_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +185,7 @@ class BaseMLP(Replacement):
             return None
         if names["act"] is not None:
             act = getattr(self, names["act"]) if "." not in names["act"] else operator.attrgetter(names["act"])(self)
-            if _identity(act) != names["act_identity"] or (isinstance(act, nn.Module) and not has_no_hooks(act)):
+            if _identity(act) != names["act_identity"] or (isinstance(act, nn.Module) and has_own_call(act)):
                 return None
         between = 0.0 if names["between"] is None else getattr(self, names["between"])
         rate = dropout_rate(between) if isinstance(between, nn.Module) else between * self.training
@@ -238,7 +236,7 @@ class BertLayer(BaseMLP):
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         up, out = self.intermediate, self.output
-        intact = (type(up), type(out)) == self._peakgpt["kinds"] and has_no_hooks(up) and has_no_hooks(out)
+        intact = (type(up), type(out)) == self._peakgpt["kinds"] and not has_own_call(up) and not has_own_call(out)
         y = self._fused(attention_output) if intact else None
         if y is None:
             return super().feed_forward_chunk(attention_output)

@@ -19,17 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.dropin.attention_function import NAME
-from peakgpt.dropin.class_swap import (
-    LINEAR,
-    Replacement,
-    has_no_hooks,
-    is_intact,
-    linear_layout,
-    original_class,
-    replace,
-    with_signature,
-)
+from peakgpt.dropin.class_swap import LINEAR, Replacement, linear_layout, original_class, replace, with_signature
+from peakgpt.dropin.intact import is_intact
 from peakgpt.dropin.replacements.layers import Linear
+from peakgpt.engine.model.plain import has_own_call
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 
 ALIGNED = 64  # columns; each row then starts at an address that every vector load accepts
@@ -190,7 +183,7 @@ class MaskedLM(LanguageModel):
 
     def _has_custom_loss(self) -> bool:
         loss = getattr(self, "mlm_loss_fct", None)  # DistilBERT
-        return loss is not None and not (type(loss) is nn.CrossEntropyLoss and has_no_hooks(loss) and _is_default(loss))
+        return loss is not None and not _is_default(loss)
 
     def _can_skip_head(self, head: nn.Module) -> bool:
         return is_intact(head) and not torch.compiler.is_compiling()
@@ -201,8 +194,11 @@ class MaskedLM(LanguageModel):
         return F.cross_entropy(head(x.flatten(0, -2)[labelled]), labels[labelled])
 
 
-def _is_default(loss: nn.CrossEntropyLoss) -> bool:
-    return loss.weight is None and (loss.ignore_index, loss.reduction, loss.label_smoothing) == (IGNORED, "mean", 0.0)
+def _is_default(loss: nn.Module) -> bool:
+    """Return whether the loss is the mean cross-entropy over labels other than -100."""
+    if type(loss) is not nn.CrossEntropyLoss or has_own_call(loss) or loss.weight is not None:
+        return False
+    return (loss.ignore_index, loss.reduction, loss.label_smoothing) == (IGNORED, "mean", 0.0)
 
 
 def replace_head(model: nn.Module, options: dict[str, Any]) -> None:
