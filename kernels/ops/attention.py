@@ -9,10 +9,10 @@ With dropout y = (m * p) v, dv = (m * p)^T dy, ds = p * (m * dy v^T - delta). m 
 `dropout_mask`.
 
 Key j is live for query i if all of these hold: j <= i (if causal), j > i - window, kv_start <= j < kv_start + kv_len,
-and both are in the same document. If T != S, i stands for i + S - T: queries align with the last keys. The output and
-the gradients of a query without a live key are zero. Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and
-2; ALiBi: Press, Smith, Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et al. 2023, arXiv:2305.13245. More
-than 300 lines: `attention` and `attention_qkv` share the masks and the costs.
+both are in the same document, and the bias is not -inf. If T != S, i stands for i + S - T: queries align with the last
+keys. The output and the gradients of a query without a live key are zero. Dao 2023, "FlashAttention-2",
+arXiv:2307.08691, algorithms 1 and 2; ALiBi: Press, Smith, Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et
+al. 2023, arXiv:2305.13245. More than 300 lines: `attention` and `attention_qkv` share the masks and the costs.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def _matmul_attention(q, k, v, *, attn_mask, scale, keep=None, dropout_p=0.0, en
     if attn_mask is not None:
         is_bool = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask
-    weights = scores.softmax(-1)
+    dead = (scores == float("-inf")).all(-1, keepdim=True)  # by a bias of -inf
+    weights = scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
     weights = F.dropout(weights, dropout_p) if keep is None else weights * keep
     return weights.to(v.dtype) @ v
 
@@ -216,7 +217,7 @@ def attention(
         causal: query i attends to keys 0 .. i + S - T.
         window: query i attends to at most this many keys: i - window + 1 .. i.
         alibi: (H,) slopes; adds slope * (j - i).
-        bias: (B or 1, H or 1, T, S), added to the scores. It gets a gradient.
+        bias: (B or 1, H or 1, T, S), added to the scores; -inf masks a key. It gets a gradient.
         scale: factor on q k^T. Default: 1 / sqrt(D).
         dropout: probability of dropping an attention weight.
         kv_start, kv_len: (B,) integers; sequence b's keys are kv_start[b] .. kv_start[b] + kv_len[b] - 1.
