@@ -154,7 +154,7 @@ class Server:
             # Reject a long prompt before spending time on its encoding.
             raise BadRequest(f"prompt: got {len(text)} characters, expected up to {self.max_prompt_chars}",
                              param="prompt", code="context_length_exceeded")  # fmt: skip
-        ids = [self.tokenizer.encode(p) or [self.tokenizer.end_id] if isinstance(p, str) else p for p in prompts]
+        ids = [p if isinstance(p, list) else self._encode(p, chat=completion.chat) for p in prompts]
         requests = []
         for prompt in ids:
             self._check_ids(prompt, "prompt")
@@ -219,6 +219,10 @@ class Server:
         if name not in fields:
             raise BadRequest(f"{name}: got none, expected one", param=name)
         return fields[name]
+
+    def _encode(self, prompt: str, *, chat: bool) -> list[int]:
+        """Encode a prompt. A chat template has written the special tokens already."""
+        return self.tokenizer.encode(prompt, add_special_tokens=not chat) or [self.tokenizer.end_id]
 
     def _check_ids(self, ids: list[int], param: str) -> None:
         if not 0 <= min(ids) <= max(ids) < min(self.vocab_size, self.tokenizer.vocab_size):

@@ -329,7 +329,7 @@ class Engine:
         if isinstance(choice, str):
             if not self.tokenizer:
                 raise ValueError(f"generate: choice {choice!r}, expected token ids without a tokenizer")
-            return self.tokenizer.encode(choice)
+            return self.tokenizer.encode(choice, add_special_tokens=False)
         self._check_ids("choices", choice)
         return choice
 
