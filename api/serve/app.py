@@ -124,7 +124,7 @@ class Server:
         if self.chat is None:
             raise BadRequest("messages: got a model without chat template, expected a prompt to /v1/completions")
         completion = check_request(data, chat=True, limits=self.limits)
-        return await self._answer(request, completion, [self.chat.render(completion.fields["messages"])])
+        return await self._answer(request, completion, [await self.chat.render_async(completion.fields["messages"])])
 
     # ---- completions
 

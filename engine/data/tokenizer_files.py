@@ -164,9 +164,7 @@ def token_text(value: Any) -> str | None:
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the special tokens of a config by name: the usual ones, then those of the model alone."""
     extra = config.get("extra_special_tokens")
-    own = {
-        key: config[key] for key in config if key.endswith("_token") and key not in NAMED and token_text(config[key])
-    }
+    own = {key: value for key, value in config.items() if key.endswith("_token") and token_text(value)}
     usual = {key: config[key] for key in NAMED if key in config}
     return {**usual, **own, **(extra if isinstance(extra, dict) else {})}
 
@@ -177,11 +175,9 @@ def _add_tokens(library: tokenizers.Tokenizer, config: Mapping[str, Any], named:
     The end of text is not added: a model cannot write a token that it does not have.
     """
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    special = [
-        *(value for key, value in named.items() if key != "eos_token"),
-        *(extra if isinstance(extra, list) else []),
-    ]
-    special = {text: value for value in special if (text := token_text(value))}
+    values = [value for key, value in named.items() if key != "eos_token"]
+    values += extra if isinstance(extra, list) else []
+    special = {text: value for value in values if (text := token_text(value))}
     listed = config.get("added_tokens_decoder") or {}
     tokens = {int(token): _added_token(value) for token, value in listed.items()}
     for text, token in (config.get("added_tokens") or {}).items():
@@ -235,9 +231,7 @@ _CLASS_OF_FAMILY = {
 
 def _class_name(library: tokenizers.Tokenizer, config: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     """Return the class that AutoTokenizer would take, without "Fast"; only names in `_CLASSES` matter."""
-    name = (
-        config.get("tokenizer_class") or model.get("tokenizer_class") or _CLASS_OF_FAMILY.get(model.get("model_type"))
-    )
-    name = str(name).removesuffix("Fast")
+    family = _CLASS_OF_FAMILY.get(str(model.get("model_type")))
+    name = str(config.get("tokenizer_class") or model.get("tokenizer_class") or family).removesuffix("Fast")
     is_bytes = isinstance(library.decoder, decoders.ByteLevel)  # Llama 3 names Llama 2's class
     return "" if name == "LlamaTokenizer" and is_bytes else name

@@ -102,7 +102,8 @@ def test_ids_equal_transformers(kind, name, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "name", "model_type"),
     [
-        ("byte_level", "GPT2TokenizerFast", "gpt2"), ("byte_level", None, "opt"), ("byte_level", "GPT2Tokenizer", "opt"),
+        ("byte_level", "GPT2TokenizerFast", "gpt2"), ("byte_level", None, "opt"),
+        ("byte_level", "GPT2Tokenizer", "opt"),
         ("byte_level", "GPTNeoXTokenizerFast", "gpt_neox"), ("byte_level", None, "gpt_neox"),
         ("byte_level", "LlamaTokenizerFast", "llama"), ("llama", "LlamaTokenizerFast", "llama"),
         ("llama", "LlamaTokenizer", None), ("byte_level", "PreTrainedTokenizerFast", "gpt2"),
@@ -183,8 +184,9 @@ def test_folder_of_an_older_format_names_the_way_out(name, tmp_path):
 
 
 DAMAGE = [
-    ("added_tokens_decoder", [1]), ("added_tokens_decoder", {"x": {"content": "a"}}), ("added_tokens_decoder", {"1": 3}),
-    ("added_tokens_decoder", {"1": {"content": 3}}), ("added_tokens_decoder", {"-1": {"content": "a", "lstrip": "x"}}),
+    ("added_tokens_decoder", [1]), ("added_tokens_decoder", {"x": {"content": "a"}}),
+    ("added_tokens_decoder", {"1": 3}), ("added_tokens_decoder", {"1": {"content": 3}}),
+    ("added_tokens_decoder", {"-1": {"content": "a", "lstrip": "x"}}),
 ]  # fmt: skip
 
 
@@ -201,7 +203,7 @@ def test_panic_of_the_library_is_a_value_error():
     pattern = tokenizers.Regex(r"(x+x+)+y")
     made.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
     tokenizer = Tokenizer(made, "</s>")
-    with pytest.raises(ValueError, match="tokenizer: got .*retry-limit"):
+    with pytest.raises(ValueError, match=r"tokenizer: got .*retry-limit"):
         tokenizer.encode("x" * 40)
     with pytest.raises(ValueError, match="tokenizer: got a lone surrogate"):
         tokenizer.encode("a\ud800")
