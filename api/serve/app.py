@@ -104,7 +104,7 @@ class Server:
 
     async def _tokenize(self, request: Request) -> dict[str, Any]:
         fields = check(await self._read(request), TOKENIZE, self.limits)
-        ids = await asyncio.to_thread(self.tokenizer.encode, self._required(fields, "prompt"))
+        ids = await asyncio.to_thread(self._encode, self._required(fields, "prompt"), chat=False)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.block_size}
 
     async def _detokenize(self, request: Request) -> dict[str, Any]:
@@ -154,7 +154,8 @@ class Server:
             # Reject a long prompt before spending time on its encoding.
             raise BadRequest(f"prompt: got {len(text)} characters, expected up to {self.max_prompt_chars}",
                              param="prompt", code="context_length_exceeded")  # fmt: skip
-        ids = [p if isinstance(p, list) else self._encode(p, chat=completion.chat) for p in prompts]
+        chat, end = completion.chat, [self.tokenizer.end_id]
+        ids = [p if isinstance(p, list) else self._encode(p, chat=chat) or end for p in prompts]
         requests = []
         for prompt in ids:
             self._check_ids(prompt, "prompt")
@@ -222,7 +223,10 @@ class Server:
 
     def _encode(self, prompt: str, *, chat: bool) -> list[int]:
         """Encode a prompt. A chat template has written the special tokens already."""
-        return self.tokenizer.encode(prompt, add_special_tokens=not chat) or [self.tokenizer.end_id]
+        try:
+            return self.tokenizer.encode(prompt, add_special_tokens=not chat)
+        except ValueError as error:  # such as a regular expression of the tokenizer that takes too long
+            raise BadRequest(f"prompt: {error}", param="prompt") from None
 
     def _check_ids(self, ids: list[int], param: str) -> None:
         if not 0 <= min(ids) <= max(ids) < min(self.vocab_size, self.tokenizer.vocab_size):
