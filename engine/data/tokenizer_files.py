@@ -228,12 +228,17 @@ _CLASSES: dict[str, tuple[Build, dict[str, str | None]]] = {
 _CLASS_OF_FAMILY = {
     **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "opt"), "GPT2Tokenizer"),
     "gpt_neox": "GPTNeoXTokenizer",
+    "llama": "LlamaTokenizer",
+    **dict.fromkeys(("", "peakgpt")),  # the class that tokenizer_config.json names
 }
 
 
 def _class_name(library: tokenizers.Tokenizer, config: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     """Return the class that AutoTokenizer would take, without "Fast"; only names in `_CLASSES` matter."""
-    family = _CLASS_OF_FAMILY.get(str(model.get("model_type")))
-    name = str(config.get("tokenizer_class") or model.get("tokenizer_class") or family).removesuffix("Fast")
+    family = str(model.get("model_type") or "")
+    if family not in _CLASS_OF_FAMILY:  # such as mistral, which names Llama's class: tokenizer.json as it is
+        return ""
+    named = config.get("tokenizer_class") or model.get("tokenizer_class") or _CLASS_OF_FAMILY[family]
+    name = str(named).removesuffix("Fast")
     is_bytes = isinstance(library.decoder, decoders.ByteLevel)  # Llama 3 names Llama 2's class
     return "" if name == "LlamaTokenizer" and is_bytes else name

@@ -106,7 +106,10 @@ def test_ids_equal_transformers(kind, name, tmp_path):
         ("byte_level", "GPT2Tokenizer", "opt"),
         ("byte_level", "GPTNeoXTokenizerFast", "gpt_neox"), ("byte_level", None, "gpt_neox"),
         ("byte_level", "LlamaTokenizerFast", "llama"), ("llama", "LlamaTokenizerFast", "llama"),
-        ("llama", "LlamaTokenizer", None), ("byte_level", "PreTrainedTokenizerFast", "gpt2"),
+        ("llama", "LlamaTokenizer", None),
+        ("llama", "LlamaTokenizerFast", "mistral"),
+        ("byte_level", "GPT2TokenizerFast", "peakgpt"),
+        ("byte_level", None, "bloom"), ("byte_level", "PreTrainedTokenizerFast", "gpt2"),
     ],
 )  # fmt: skip
 def test_classes_that_transformers_builds_anew(kind, name, model_type, prefix, tmp_path):
