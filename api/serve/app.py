@@ -104,7 +104,7 @@ class Server:
 
     async def _tokenize(self, request: Request) -> dict[str, Any]:
         fields = check(await self._read(request), TOKENIZE, self.limits)
-        ids = await asyncio.to_thread(self.tokenizer.encode, self._required(fields, "prompt"))
+        ids = await asyncio.to_thread(self._encode, self._required(fields, "prompt"), chat=False)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.block_size}
 
     async def _detokenize(self, request: Request) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Server:
         if self.chat is None:
             raise BadRequest("messages: got a model without chat template, expected a prompt to /v1/completions")
         completion = check_request(data, chat=True, limits=self.limits)
-        return await self._answer(request, completion, [self.chat.render(completion.fields["messages"])])
+        return await self._answer(request, completion, [await self.chat.render_async(completion.fields["messages"])])
 
     # ---- completions
 
@@ -154,7 +154,8 @@ class Server:
             # Reject a long prompt before spending time on its encoding.
             raise BadRequest(f"prompt: got {len(text)} characters, expected up to {self.max_prompt_chars}",
                              param="prompt", code="context_length_exceeded")  # fmt: skip
-        ids = [self.tokenizer.encode(p) or [self.tokenizer.end_id] if isinstance(p, str) else p for p in prompts]
+        chat, end = completion.chat, [self.tokenizer.end_id]
+        ids = [p if isinstance(p, list) else self._encode(p, chat=chat) or end for p in prompts]
         requests = []
         for prompt in ids:
             self._check_ids(prompt, "prompt")
@@ -219,6 +220,13 @@ class Server:
         if name not in fields:
             raise BadRequest(f"{name}: got none, expected one", param=name)
         return fields[name]
+
+    def _encode(self, prompt: str, *, chat: bool) -> list[int]:
+        """Encode a prompt. A chat template has written the special tokens already."""
+        try:
+            return self.tokenizer.encode(prompt, add_special_tokens=not chat)
+        except ValueError as error:  # such as a regular expression of the tokenizer that takes too long
+            raise BadRequest(f"prompt: {error}", param="prompt") from None
 
     def _check_ids(self, ids: list[int], param: str) -> None:
         if not 0 <= min(ids) <= max(ids) < min(self.vocab_size, self.tokenizer.vocab_size):

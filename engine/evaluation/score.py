@@ -216,7 +216,7 @@ def _gather(logits: Tensor, rows: list[int], targets: list[int]) -> tuple[list[f
 def text_perplexity(
     scorer: Scorer, tokenizer: Tokenizer, text: str, *, window: int | None = None, stride: int | None = None
 ) -> Perplexity:
-    """Return the perplexity of a text, after an end-of-text token that gives its first token a context.
+    """Return the perplexity of a text, after BOS, or the end of text, which gives its first token a context.
 
     Args:
         text: at least one character.
@@ -226,4 +226,6 @@ def text_perplexity(
     """
     if not text:
         raise ValueError("perplexity: got an empty text, expected at least one character")
-    return scorer.perplexity([tokenizer.end_id, *tokenizer.encode(text)], window=window, stride=stride)
+    start = tokenizer.start_ids or [tokenizer.end_id]
+    ids = [*start, *tokenizer.encode(text, add_special_tokens=False)]
+    return scorer.perplexity(ids, window=window, stride=stride)

@@ -24,6 +24,7 @@ from peakgpt.engine.inference.block_pool import BlockPool
 from peakgpt.engine.inference.cache_size import default_blocks
 from peakgpt.engine.inference.constrained_decoding import ChoiceConstraint
 from peakgpt.engine.inference.executor import make_executor
+from peakgpt.engine.inference.padded_vocabulary import PaddedVocabulary
 from peakgpt.engine.inference.sampling import TokenLogprob, Uniforms, choose, draw_seed, log_probabilities
 from peakgpt.engine.inference.sampling_params import SamplingParams
 from peakgpt.engine.inference.scheduler import Batch, Scheduled, Scheduler
@@ -59,7 +60,8 @@ class Engine:
             model: if the C++ program supports it, its weights are copied, and later changes of their values have no
                 effect; else it runs on torch ops with its own weights. A hook, an adapter or another module that
                 arrives later takes effect with the next request of an idle engine.
-            tokenizer: for output text, stop strings and choices given as strings.
+            tokenizer: for output text, stop strings and choices given as strings. Ids of the model that it does not
+                have are not sampled unless a request names them in its bias or choices.
             blocks: blocks of the KV cache; None means enough for all streams, see engine/inference/cache_size.py.
             streams: maximum number of sequences that run at once.
             budget: maximum number of tokens of a step; None means the device's default.
@@ -78,6 +80,7 @@ class Engine:
         self._memory = blocks, cache
         self._prepare(model)
         self.speculation, self.proposed, self.accepted = speculation, 0, 0
+        self._vocabulary = PaddedVocabulary(model.config.vocab_size, tokenizer, model.device)
         self._ids = count()
 
     def _prepare(self, model: Transformer) -> None:
@@ -259,10 +262,15 @@ class Engine:
         """Sample from the rows of each sequence. If it fails, retry one by one and end those that raise."""
         rows = [row for _, sequence_rows in to_sample for row in sequence_rows]
         logits = logits if len(rows) == len(logits) else logits[rows]
-        parts, candidates = logits.split([len(sequence_rows) for _, sequence_rows in to_sample]), []
-        for (sequence, _), z in zip(to_sample, parts, strict=True):
+        sizes, candidates = [len(sequence_rows) for _, sequence_rows in to_sample], []
+        parts = originals = logits.split(sizes)
+        if self._vocabulary.padding:
+            if any(sequence.params.logprobs is not None for sequence, _ in to_sample):
+                originals = logits.clone().split(sizes)
+            self._vocabulary.mask(logits, [(s, z) for (s, _), z in zip(to_sample, parts, strict=True)])
+        for (sequence, _), z, original in zip(to_sample, parts, originals, strict=True):
             changes = sequence.changes_logits
-            unchanged = z.clone() if changes and sequence.params.logprobs is not None else z
+            unchanged = original.clone() if changes and sequence.params.logprobs is not None else original
             if not changes or self._isolate(batch, sequence, sequence.change_logits, z):
                 candidates.append((sequence, z, unchanged))
         if not candidates:
@@ -348,7 +356,7 @@ class Engine:
         if isinstance(choice, str):
             if not self.tokenizer:
                 raise ValueError(f"generate: choice {choice!r}, expected token ids without a tokenizer")
-            return self.tokenizer.encode(choice)
+            return self.tokenizer.encode(choice, add_special_tokens=False)
         self._check_ids("choices", choice)
         return choice
 

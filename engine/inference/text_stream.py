@@ -20,11 +20,7 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """Add one token id and return the new text; `stopped_by` is set if a stop string ended the text."""
-        try:
-            new = self.decoder.feed(token)
-        except ValueError:  # the vocabulary of a model may be padded to more ids than the tokenizer has
-            new = "\ufffd"
-        return self._release(new)
+        return self._release(self.decoder.feed(token))
 
     def finish(self) -> str:
         """Return the rest of the text after the last token, unless a stop string ended it."""
