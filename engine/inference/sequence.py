@@ -49,7 +49,7 @@ class Output:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 @dataclass(eq=False)
@@ -62,6 +62,7 @@ class RunningSequence:
     uniforms: Uniforms
     text_stream: TextStream | None
     choices: ChoiceConstraint | None
+    may_sample_padding: bool = False  # ids that the tokenizer does not have
     num_computed: int = 0  # tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # prefix hashes of the full blocks
@@ -180,6 +181,6 @@ class RunningSequence:
             tuple(self.prompt_logprobs) if is_first and self.first_scored < self.num_prompt else None,
         )  # fmt: skip
 
-    def failed(self, error: Exception) -> Output:
+    def failed(self, error: BaseException) -> Output:
         """The output of a sequence that an exception ends."""
         return Output(self.request.request_id, self.index, finish_reason="error", error=error)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from peakgpt.engine.data.tokenizer import StreamDecoder, Tokenizer
 
+MAX_TAIL_BYTES = 3  # of an incomplete UTF-8 character; each is at most one token
+
 
 class TextStream:
     """Decodes tokens one by one and stops at stop strings.
@@ -13,18 +15,23 @@ class TextStream:
     The results of `feed` and `finish` add up to the output text, which ends before its first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt_token_ids: Sequence[int] = ()):
+        """
+        Args:
+            tokenizer: decodes the tokens.
+            stops: the stop strings.
+            prompt_token_ids: the tokens before the output. If they end inside a character, the output text begins with
+                this whole character.
+        """
         self.decoder, self.stops = StreamDecoder(tokenizer), tuple(stops)
         self.held_back = ""  # text that may be the beginning of a stop string
         self.stopped_by: str | None = None  # the stop string that ended the text
+        for token in prompt_token_ids[-MAX_TAIL_BYTES:]:
+            self._decode(token)
 
     def feed(self, token: int) -> str:
         """Add one token id and return the new text; `stopped_by` is set if a stop string ended the text."""
-        try:
-            new = self.decoder.feed(token)
-        except ValueError:  # the vocabulary of a model may be padded to more ids than the tokenizer has
-            new = "\ufffd"
-        return self._release(new)
+        return self._release(self._decode(token))
 
     def finish(self) -> str:
         """Return the rest of the text after the last token, unless a stop string ended it."""
@@ -32,6 +39,12 @@ class TextStream:
         if self.stopped_by is None:
             text, self.held_back = text + self.held_back, ""
         return text
+
+    def _decode(self, token: int) -> str:
+        try:
+            return self.decoder.feed(token)
+        except ValueError:  # the vocabulary of a model may be padded to more ids than the tokenizer has
+            return ""
 
     def _release(self, new: str) -> str:
         """Return the text that can be shown after `new` text is added, and hold back the rest."""
