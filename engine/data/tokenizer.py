@@ -20,22 +20,14 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from peakgpt.engine.data.token_pieces import BYTE_ALPHABET, EMPTY, TokenPieces
+
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 PIECE_CHARS = 1 << 16  # long enough to hide the cost per call, short enough to encode one file on all cores
 BATCH_PIECES = 64  # per library call; limits the memory of their encodings
 # No match of GPT-2's expression continues from a visible character to a blank, so a cut there changes no token.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return character -> byte: printable Latin-1 is itself, the other bytes are the characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
-
-
-BYTE_ALPHABET = _byte_alphabet()
 
 
 class Tokenizer:
@@ -46,6 +38,7 @@ class Tokenizer:
         if end_id is None:
             raise ValueError(f"tokenizer: got a vocabulary without {end_of_text!r}, expected it as the end of text")
         self.library, self.end_of_text, self.end_id = library, end_of_text, end_id
+        self.pieces = TokenPieces(library)
         library.no_truncation()
         library.no_padding()
         cutter = library.pre_tokenizer
@@ -77,20 +70,19 @@ class Tokenizer:
             yield np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids; the end-of-text id becomes its mark, bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        """Decode ids; the end-of-text id becomes its mark, bytes that are not UTF-8 become U+FFFD.
 
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one token.
+        An id beyond the vocabulary is empty text, as in transformers: many models have more rows than tokens.
 
         Raises:
-            ValueError: the id is not in the vocabulary.
+            ValueError: an id below 0 or above 2**32 - 1.
         """
-        name = self.library.id_to_token(int(token)) if 0 <= token < 1 << 32 else None
-        if name is None:
-            raise ValueError(f"token id: got {int(token)}, expected 0 to {self.vocab_size - 1}")
-        values = [BYTE_ALPHABET.get(char) for char in name]
-        return name.encode() if None in values else bytes(values)
+        stream = StreamDecoder(self)
+        return b"".join(map(stream.next_bytes, map(int, ids))).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that one token adds to a text; none for an id beyond the vocabulary."""
+        return self.pieces[int(token)].later
 
     def save(self, folder: Path | str) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers loads from a checkpoint folder."""
@@ -115,9 +107,10 @@ class Tokenizer:
             library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises Exception for all kinds of damage
             raise ValueError(f"tokenizer {path}: got {error}, expected a file saved by tokenizers") from None
-        if not isinstance(library.decoder, decoders.ByteLevel):
-            raise ValueError(f"tokenizer {path}: got decoder {library.decoder}, expected a byte-level one")
-        return cls(library, _end_of_text(Path(folder, "tokenizer_config.json")))
+        try:
+            return cls(library, _end_of_text(Path(folder, "tokenizer_config.json")))
+        except ValueError as error:
+            raise ValueError(f"tokenizer {path}: {error}") from None
 
 
 class StreamDecoder:
@@ -127,16 +120,60 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+        self._pieces, self._is_first, self._tail = tokenizer.pieces, True, b""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
         """Add one id; return the text that it completes, which may be empty."""
-        return self._utf8.decode(self.tokenizer.token_bytes(token))
+        return self._utf8.decode(self.next_bytes(token))
 
     def finish(self) -> str:
         """Return the rest of the text: U+FFFD if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)
+
+    def next_bytes(self, token: int) -> bytes:
+        """Add one id; return the bytes that it adds to the text."""
+        piece = self._pieces[token]
+        if piece is EMPTY:
+            return b""
+        data = piece.first if self._is_first else self._tail + piece.later
+        self._is_first, self._tail = False, piece.tail
+        return data
+
+
+class TokenOffsets(StreamDecoder):
+    """Finds where each token begins in the decoded text, in characters (`text_offset` of OpenAI).
+
+    A token that continues a character begins where that character begins. Example, with a token of two bytes and one
+    of one byte for the euro sign, and then " cat":
+
+        >>> offsets = TokenOffsets(tokenizer)
+        >>> [offsets.locate(token) for token in tokenizer.encode("\u20ac cat")]
+        [0, 0, 1]
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0):
+        """
+        Args:
+            start: number of characters before the first token.
+        """
+        super().__init__(tokenizer)
+        self.position = start  # characters that are complete
+
+    def locate(self, token: int) -> int:
+        """Add one id; return the position of the character that its first byte belongs to."""
+        data = self.next_bytes(token)
+        begun = len(self._utf8.decode(data[:1]))
+        is_complete = begun and not self._utf8.getstate()[0]  # else the first byte waits for the rest of its character
+        offset = self.position + begun - (1 if is_complete else 0)
+        self.position += begun + len(self._utf8.decode(data[1:]))
+        return offset
+
+
+def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Return for each token the position in `tokenizer.decode(ids)` where it begins, in characters."""
+    offsets = TokenOffsets(tokenizer)
+    return [offsets.locate(token) for token in ids]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:

@@ -27,11 +27,11 @@ class TextStream:
         self.held_back = ""  # text that may be the beginning of a stop string
         self.stopped_by: str | None = None  # the stop string that ended the text
         for token in prompt_token_ids[-MAX_TAIL_BYTES:]:
-            self._decode(token)
+            self.decoder.feed(token)
 
     def feed(self, token: int) -> str:
         """Add one token id and return the new text; `stopped_by` is set if a stop string ended the text."""
-        return self._release(self._decode(token))
+        return self._release(self.decoder.feed(token))
 
     def finish(self) -> str:
         """Return the rest of the text after the last token, unless a stop string ended it."""
@@ -39,12 +39,6 @@ class TextStream:
         if self.stopped_by is None:
             text, self.held_back = text + self.held_back, ""
         return text
-
-    def _decode(self, token: int) -> str:
-        try:
-            return self.decoder.feed(token)
-        except ValueError:  # the vocabulary of a model may be padded to more ids than the tokenizer has
-            return ""
 
     def _release(self, new: str) -> str:
         """Return the text that can be shown after `new` text is added, and hold back the rest."""

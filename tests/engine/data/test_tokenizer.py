@@ -181,18 +181,27 @@ def test_damaged_tokenizer_files_are_named_in_the_error(tokenizer, tmp_path, fil
         Tokenizer.load(tmp_path)
 
 
-def test_tokenizer_that_is_not_byte_level_is_refused(tokenizer, tmp_path):
+def test_tokenizer_with_an_unknown_decoder_is_refused(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     data = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"decoder": None}))
-    with pytest.raises(ValueError, match="expected a byte-level one"):
+    decoder = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"decoder": decoder}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: got decoder CTC, expected ByteLevel"):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("token", [-1, 1024, 1 << 40])
-def test_id_outside_the_vocabulary_is_refused(tokenizer, token):
+@pytest.mark.parametrize("token", [-1, 1 << 32, 1 << 40])
+def test_id_that_no_vocabulary_has_is_refused(tokenizer, token):
     with pytest.raises(ValueError, match=f"token id: got {token}, expected 0 to 1023"):
         tokenizer.decode([token])
+
+
+def test_ids_beyond_the_vocabulary_are_empty_text(tokenizer):
+    """The rows of many models are padded to a multiple of 64 or more."""
+    ids = [1024, *tokenizer.encode("a é"), 5000, 1024]
+    stream = StreamDecoder(tokenizer)
+    assert tokenizer.decode(ids) == "".join(map(stream.feed, ids)) + stream.finish() == "a é"
+    assert tokenizer.token_bytes(1024) == b""
 
 
 def test_vocabulary_below_257_is_refused():
