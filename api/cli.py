@@ -26,6 +26,16 @@ class BadInput(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        # An abbreviated flag would be taken for another one: --api-key for --api-key-file.
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if flags := [text.partition("=")[0] for text in unknown if text.startswith("-")] or unknown:
+            self.error(f"unrecognized arguments: {' '.join(flags)}")  # without values, which may be secret
+        return parsed
+
     def error(self, message: str):
         raise BadInput(f"{message} (see {self.prog} --help)")
 

@@ -40,8 +40,7 @@ class ChoiceConstraint:
 
     def feed(self, token: int) -> bool:
         """Append one token to the output; returns whether the output is complete."""
-        sequences, length = self.choices.sequences, self.length
-        numbers = [i for i in range(self.first, self.end) if length < len(sequences[i]) and sequences[i][length] == token]
-        self.first, self.end = (numbers[0], numbers[-1] + 1) if numbers else (self.end, self.end)
-        self.length += 1
-        return all(len(choice) == self.length for choice in sequences[self.first : self.end])
+        n, candidates = self.length, self.choices.sequences[self.first : self.end]
+        fits = [i for i, choice in enumerate(candidates, self.first) if len(choice) > n and choice[n] == token]
+        self.first, self.end, self.length = fits[0] if fits else self.end, fits[-1] + 1 if fits else self.end, n + 1
+        return all(len(choice) == self.length for choice in self.choices.sequences[self.first : self.end])

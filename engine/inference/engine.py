@@ -120,7 +120,7 @@ class Engine:
         return self.add(*self.preparation.prepare([(prompt_token_ids, params)]))
 
     def add(self, sequences: list[RunningSequence]) -> int:
-        """Queue the sequences of a prompt that `preparation` made in this or another thread; return the request's id."""
+        """Queue the sequences of a prompt that `preparation` made, in any thread; return the request's id."""
         self.scheduler.add(sequences)
         return sequences[0].request.request_id
 

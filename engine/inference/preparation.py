@@ -68,27 +68,28 @@ class Preparation:
             for index in range(params.n)
         ]  # fmt: skip
 
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and its output."""
+        return min(self.config.block_size, self.cache_tokens)
+
     def _max_length(self, request: Request) -> int:
         """Maximum length of a continuation, prompt included."""
-        c, p, prompt = self.config, request.params, request.prompt_token_ids
-        limit = min(c.block_size, self.cache_tokens)
-        if not prompt:
-            raise InvalidParam("prompt", "prompt: got no tokens, expected at least one")
+        p, prompt, limit = request.params, request.prompt_token_ids, self.max_length
         length = max(limit, len(prompt)) if p.max_tokens is None else len(prompt) + p.max_tokens
+        too_long = "prompt" if len(prompt) > limit else "max_tokens"
+        if length > self.config.block_size:
+            raise ContextExceeded(too_long, f"{len(prompt)} prompt tokens and max_tokens {p.max_tokens}, expected at "
+                                  f"most block_size {self.config.block_size} in all")  # fmt: skip
         if length > limit:
-            raise ContextExceeded(
-                "prompt" if len(prompt) > limit else "max_tokens",
-                f"This model's maximum context length is {limit} tokens ({self._what_limits()}). Got {len(prompt)} prompt "
-                f"tokens and max_tokens {p.max_tokens}",
-            )  # fmt: skip
+            raise ContextExceeded(too_long, f"up to {length} tokens, expected at most {limit}, the cache's size")
+        if not prompt:
+            raise InvalidParam("prompt", "0 prompt tokens, expected at least one")
         for name, ids in (("prompt", prompt), ("stop_token_ids", p.stop_token_ids), ("logit_bias", p.logit_bias)):
             self._check_ids(name, ids)
         if p.stop and not self.tokenizer:
-            raise InvalidParam("stop", f"stop: got {list(p.stop)}, expected none without a tokenizer")
+            raise InvalidParam("stop", f"stop is {list(p.stop)}, expected none without a tokenizer")
         return length
-
-    def _what_limits(self) -> str:
-        return "the cache's size" if self.cache_tokens < self.config.block_size else "block_size"
 
     def _choices(self, params: SamplingParams) -> Choices | None:
         if not params.choices:
@@ -103,7 +104,7 @@ class Preparation:
     def _encode_choice(self, choice: str | Sequence[int]) -> Sequence[int]:
         if isinstance(choice, str):
             if not self.tokenizer:
-                raise InvalidParam("choices", f"choices: got {choice!r}, expected token ids without a tokenizer")
+                raise InvalidParam("choices", f"choice {choice!r}, expected token ids without a tokenizer")
             choice = self.tokenizer.encode(choice)
         self._check_ids("choices", choice)
         return choice
@@ -111,11 +112,11 @@ class Preparation:
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         size = self.config.vocab_size
         if wrong := [token for token in ids if not 0 <= token < size]:
-            raise InvalidParam(name, f"{name}: got id {wrong[0]}, expected 0 to vocab_size {size} - 1")
+            raise InvalidParam(name, f"{name} has id {wrong[0]}, expected 0 to vocab_size {size} - 1")
 
 
 def _padding(tokenizer: Tokenizer | None, vocab_size: int) -> Tensor:
-    """Return the ids of a model that its tokenizer does not have, (P,) int64. They are sampled only if a request asks."""
+    """Return the ids of a model that its tokenizer does not have, (P,) int64. Only a request can ask for them."""
     if tokenizer is None:
         return torch.empty(0, dtype=torch.int64)
     known = set(tokenizer.library.get_vocab().values())
