@@ -50,7 +50,9 @@ class GELUMLP(ModuleWithConv1D):
             return fp8_linear(h, down.weight, down.bias)
         if isinstance(up, QuantizedLinear):
             return down(up(x, self.activation))
-        return mlp(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation, recompute=self.recompute)
+        return mlp(
+            x, up.weight, up.bias, down.weight, down.bias, activation=self.activation, recompute=self.recompute
+        )
 
 
 class GatedMLP(ModuleWithAliases):

@@ -123,7 +123,8 @@ BAD = [
     ({"prompt": [[1], [-1]]}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ["x"] * 65}, "prompt"),
     ({"prompt": [1] * 129}, "prompt"), ({"choices": ["x"] * 257}, "choices"), ({"num_beams": 2}, "num_beams"),
     ({"prompt": None}, "prompt"), ({"top_p": 1e-40}, "top_p"), ({"stream_options": {}}, "stream_options"),
-    ({"prompt": "a" * 20000}, "prompt"), ({"prompt": [1] * 120, "max_tokens": 20}, "max_tokens"), ({"seed": 1 << 64}, "seed"),
+    ({"prompt": "a" * 20000}, "prompt"), ({"prompt": [1] * 120, "max_tokens": 20}, "max_tokens"),
+    ({"seed": 1 << 64}, "seed"),
 ]  # fmt: skip
 
 
