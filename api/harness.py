@@ -55,8 +55,15 @@ class PeakGPT(TemplateLM):
     def eot_token_id(self) -> int:
         return self.tokens.end_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        return (self.tokens.start_ids or [self.eot_token_id])[0]
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        return self.tokens.encode(string)
+        if add_special_tokens is None:  # as in the hf model, a text that begins with BOS gets no second one
+            start = self.tokens.decode(self.tokens.start_ids)
+            add_special_tokens = not start or not string.startswith(start)
+        return self.tokens.encode(string, add_special_tokens=add_special_tokens)
 
     def _loglikelihood_tokens(self, requests: list[tuple], **kwargs) -> list[tuple[float, bool]]:
         inputs = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]

@@ -51,8 +51,10 @@ def _perplexity(scorer: Scorer, tokenizer: Tokenizer, args: argparse.Namespace) 
         text = args.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{args.text}: got {error}, expected UTF-8") from None
-    # The end-of-text token comes first, to give the first token of the text a context.
-    result = scorer.perplexity([tokenizer.end_id, *tokenizer.encode(text)], window=args.window, stride=args.stride)
+    # BOS, or the end of text, comes first: the first token of the text needs a context.
+    start = tokenizer.start_ids or [tokenizer.end_id]
+    ids = [*start, *tokenizer.encode(text, add_special_tokens=False)]
+    result = scorer.perplexity(ids, window=args.window, stride=args.stride)
     bits = result.nll_nats / math.log(2) / len(text.encode())
     row = {"perplexity": result.value, "bits_per_byte": bits, **dataclasses.asdict(result)}
     print(f"perplexity {result.value:.4f} of {result.tokens} tokens, windows of {result.window} by {result.stride}, "

@@ -66,7 +66,7 @@ class Server:
         """
         if key is not None:
             key = check_keys([key] if isinstance(key, str) else key, "key")
-        self.name, self.limits = name, limits
+        self.name, self.chat, self.limits = name, chat, limits
         self.worker, self.metrics, self.made = Worker(engine), Metrics(), int(time.time())
         self.metrics.load.set_function(lambda: self.worker.load)
         self.metrics.free.set_function(lambda: engine.pool.free_blocks)
@@ -137,7 +137,9 @@ class Server:
         completion = await self.requests.run(self.requests.completion, body, chat)
         outputs = Outputs(self.worker, request, completion.continuations, self.limits.queue)
         try:
-            sequences, answer = await self.requests.run(self.requests.sequences, completion)
+            fields = completion.fields
+            texts = [await self.chat.render_async(fields["messages"])] if chat else fields["prompt"]
+            sequences, answer = await self.requests.run(self.requests.sequences, completion, texts)
             self.metrics.tokens.labels("prompt").inc(sum(map(len, answer.prompts)))
             self.metrics.first.observe(await outputs.submit(sequences))
             if not completion.stream:

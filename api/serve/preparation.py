@@ -76,11 +76,12 @@ class RequestPreparation:
         self._check_model(completion.fields)
         return completion
 
-    def sequences(self, completion: CompletionRequest) -> tuple[list[list[RunningSequence]], Answer]:
+    def sequences(
+        self, completion: CompletionRequest, texts: list[str | list[int]]
+    ) -> tuple[list[list[RunningSequence]], Answer]:
         """Encode the prompts of a request and make their sequences."""
-        texts = [self.chat.render(completion.fields["messages"])] if completion.chat else completion.fields["prompt"]
         name = "messages" if completion.chat else "prompt"
-        prompts = [self._encode(text, name) if isinstance(text, str) else self._known(text, name) for text in texts]
+        prompts = [self._known(text if isinstance(text, list) else self._encode(text, name), name) for text in texts]
         params_of: dict[int, SamplingParams] = {}
         self._check_prompt_logprobs(completion, prompts)
         try:
@@ -101,7 +102,7 @@ class RequestPreparation:
         """Answer a request to /tokenize."""
         fields = check(parse(body, self.limits), TOKENIZE, self.limits)
         self._check_model(fields)
-        ids = self._ids(_required(fields, "prompt"), "prompt")
+        ids = self._encode(_required(fields, "prompt"), "prompt")
         return {"tokens": ids, "count": len(ids), "max_model_len": self.engine.config.block_size}
 
     def detokenize(self, body: bytes) -> dict[str, Any]:
@@ -119,16 +120,15 @@ class RequestPreparation:
         if (model := fields.get("model", self.name)) != self.name:
             raise unknown_model(model, self.name)
 
-    def _ids(self, text: str, param: str) -> list[int]:
+    def _encode(self, text: str, param: str) -> list[int]:
         """Encode a text, unless it is too long to fit whatever its tokens are."""
         if len(text) > self.max_chars:
             raise _too_long(f"got {len(text)} characters, expected up to {self.max_chars}", self.engine, param)
-        return self.tokenizer.encode(text)
-
-    def _encode(self, text: str, param: str) -> list[int]:
-        return self._known(self._ids(text, param) or [self.tokenizer.end_id], param)
+        # A chat template has written the special tokens already.
+        return self.tokenizer.encode(text, add_special_tokens=param != "messages")
 
     def _known(self, ids: list[int], param: str) -> list[int]:
+        ids = ids or [self.tokenizer.end_id]
         if not 0 <= min(ids) <= max(ids) < self.num_ids:
             raise BadRequest(f"{param}: got ids from {min(ids)} to {max(ids)}, expected 0 to {self.num_ids - 1}",
                              param=param)  # fmt: skip

@@ -12,15 +12,20 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice, takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from peakgpt.engine.data.token_pieces import BYTE_ALPHABET, EMPTY, TokenPieces
+from peakgpt.engine.data.tokenizer_files import CONFIG, TOKENIZER, read_folder
+
+T = TypeVar("T")
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
@@ -33,12 +38,23 @@ _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 class Tokenizer:
     """Converts text to token ids and back; `end_id` is the end-of-text id, included in `vocab_size`."""
 
-    def __init__(self, library: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT):
+    def __init__(
+        self, library: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT,
+        side_files: Mapping[str, bytes] | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+            library: its truncation and padding are turned off.
+            end_of_text: the token that ends a text; a word of the library.
+            side_files: relative path -> content of the files that `save` writes besides tokenizer.json. None: a
+                tokenizer_config.json for GPT-2's class.
+        """
         end_id = library.token_to_id(end_of_text)
         if end_id is None:
             raise ValueError(f"tokenizer: got a vocabulary without {end_of_text!r}, expected it as the end of text")
         self.library, self.end_of_text, self.end_id = library, end_of_text, end_id
         self.pieces = TokenPieces(library)
+        self._side_files = {CONFIG: _gpt2_config(end_of_text)} if side_files is None else dict(side_files)
         library.no_truncation()
         library.no_padding()
         cutter = library.pre_tokenizer
@@ -48,10 +64,28 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.library.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """Encode text. An end-of-text mark in the text becomes its token; no special token is added."""
-        # encode_batch releases the interpreter's lock, encode does not: a megabyte would stop all threads for a second.
-        return self.library.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    @cached_property
+    def start_ids(self) -> list[int]:
+        """The ids that `encode` puts before a text, such as BOS."""
+        parts = _call(self.library.encode, "a")
+        count = len(list(takewhile(lambda sequence: sequence is None, parts.sequence_ids)))
+        return parts.ids[:count]
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Encode text. A special token in the text, such as the end-of-text mark, becomes its id.
+
+        Args:
+            text: anything that UTF-8 can hold.
+            add_special_tokens: add what the tokenizer puts around a text, such as BOS. GPT-2's adds nothing. A
+                rendered chat template brings its own, so it is encoded without.
+        Raises:
+            ValueError: a lone surrogate, or the library fails, such as a regular expression that takes too long.
+        """
+        return _call(self._encode_unlocked, text, add_special_tokens).ids
+
+    def _encode_unlocked(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        """Encode without the interpreter's lock, which `library.encode` keeps: a second for a megabyte."""
+        return self.library.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Encode documents on all cores, and append the end-of-text id to each.
@@ -64,7 +98,7 @@ class Tokenizer:
         cut = _pieces if self._can_cut else (lambda text: [(text, True)])
         pieces = (piece for text in texts for piece in cut(text))
         while batch := list(islice(pieces, BATCH_PIECES)):
-            encodings = self.library.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+            encodings = _call(self.library.encode_batch_fast, [text for text, _ in batch], add_special_tokens=False)
             ids: list[int] = []
             for encoding, (_, last) in zip(encodings, batch, strict=True):
                 ids += [*encoding.ids, self.end_id] if last else encoding.ids
@@ -86,32 +120,24 @@ class Tokenizer:
         return self.pieces[int(token)].later
 
     def save(self, folder: Path | str) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers loads from a checkpoint folder."""
-        config = {
-            "tokenizer_class": "GPT2TokenizerFast",
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.end_of_text),
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-        }
-        self.library.save(str(Path(folder, "tokenizer.json")))
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        """Write tokenizer.json and its side files, which transformers loads from a checkpoint folder."""
+        _call(self.library.save, str(Path(folder, TOKENIZER)))
+        for name, content in self._side_files.items():
+            Path(folder, name).parent.mkdir(exist_ok=True)
+            Path(folder, name).write_bytes(content)
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
-        """Read a byte-level tokenizer.json, and the end-of-text mark from tokenizer_config.json if that file exists.
+        """Read the tokenizer of a checkpoint folder, as transformers' AutoTokenizer does.
 
         Raises:
-            ValueError: tokenizer.json is missing, a file is damaged, or the decoder is not byte-level.
+            ValueError: tokenizer.json is missing, a file is damaged, or the decoder is not supported.
         """
-        path = Path(folder, "tokenizer.json")
+        files = read_folder(folder)
         try:
-            library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises Exception for all kinds of damage
-            raise ValueError(f"tokenizer {path}: got {error}, expected a file saved by tokenizers") from None
-        try:
-            return cls(library, _end_of_text(Path(folder, "tokenizer_config.json")))
+            return cls(files.library, files.special_tokens.get("eos_token") or END_OF_TEXT, files.side_files)
         except ValueError as error:
-            raise ValueError(f"tokenizer {path}: {error}") from None
+            raise ValueError(f"tokenizer {Path(folder, TOKENIZER)}: {error}") from None
 
 
 class StreamDecoder:
@@ -210,12 +236,32 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
     yield text[start:], True
 
 
-def _end_of_text(path: Path) -> str:
-    """Return the eos_token of a tokenizer_config.json; GPT-2's if there is no such file."""
-    if not path.exists():
-        return END_OF_TEXT
+def _gpt2_config(end_of_text: str) -> bytes:
+    """Return a tokenizer_config.json for GPT-2's class."""
+    config = {
+        "tokenizer_class": "GPT2TokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text),
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _call(function: Callable[..., T], *args, **options) -> T:
+    """Call the library; raise ValueError for every failure. A Rust panic is a BaseException in Python."""
     try:
-        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token") or END_OF_TEXT
-        return token if isinstance(token, str) else token["content"]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"tokenizer {path}: got {error!r}, expected JSON with an eos_token") from None
+        return function(*args, **options)
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
+        surrogate = any(isinstance(text, str) and not _is_utf8(text) for text in args)
+        reason = "got a lone surrogate, expected text in UTF-8" if surrogate else f"got {error}"
+        raise ValueError(f"tokenizer: {reason}") from None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -105,7 +105,7 @@ class Preparation:
         if isinstance(choice, str):
             if not self.tokenizer:
                 raise InvalidParam("choices", f"choice {choice!r}, expected token ids without a tokenizer")
-            choice = self.tokenizer.encode(choice)
+            choice = self.tokenizer.encode(choice, add_special_tokens=False)
         self._check_ids("choices", choice)
         return choice
 

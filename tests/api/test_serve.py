@@ -36,7 +36,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def running(model, tokenizer):
-    running = Running(model, tokenizer, chat=ChatTemplate(CHAT, "<|endoftext|>"), hosts=guard.LOOPBACK)
+    running = Running(model, tokenizer, chat=ChatTemplate(CHAT, {}), hosts=guard.LOOPBACK)
     yield running
     running.close()
 

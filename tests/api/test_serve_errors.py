@@ -25,7 +25,7 @@ AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 @pytest.fixture(scope="module")
 def running():
     tokenizer = serving.tiny_tokenizer()
-    chat = ChatTemplate("{{ messages[0].content }}", "<e>")
+    chat = ChatTemplate("{{ messages[0].content }}", {})
     running = Running(serving.tiny_model(tokenizer), tokenizer, key=[KEY, "other"], hosts=guard.LOOPBACK, chat=chat)
     yield running
     running.close()

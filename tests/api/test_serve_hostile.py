@@ -47,7 +47,7 @@ VALUES = {
 @pytest.fixture(scope="module")
 def running():
     tokenizer = serving.tiny_tokenizer()
-    running = Running(serving.tiny_model(tokenizer), tokenizer, limits=LIMITS, chat=ChatTemplate(TEMPLATE, "<e>"))
+    running = Running(serving.tiny_model(tokenizer), tokenizer, limits=LIMITS, chat=ChatTemplate(TEMPLATE, {}))
     yield running
     running.close()
 
@@ -155,7 +155,7 @@ def test_work_before_the_first_token_is_shared_between_continuations(running, mo
             watch(patch, SamplingParams, "__post_init__", lambda this, done=done: done.append(1))
             fields = {"prompt": "x", "max_tokens": 2, **DIMENSIONS[other](2), **DIMENSIONS[copies](count)}
             completion = schema.check_request(fields, chat=False, limits=LIMITS)
-            sequences, _ = running.server.requests.sequences(completion)
+            sequences, _ = running.server.requests.sequences(completion, completion.fields["prompt"])
             assert sum(map(len, sequences)) == count
             done.remove(1)  # the first prompt
             done[:] = done[len(completion.fields["prompt"]) - 1 :]  # the other prompts
@@ -208,7 +208,7 @@ def test_nothing_of_a_request_is_prepared_in_the_event_loop_or_the_engine_thread
     for path, data in (("/v1/completions", large), *((path, data) for path, (_, data) in ROUTES.items())):
         assert running.ask(path, data)[0] == 200
     assert set(seen) == {"parse", "encode", "decode", "prepare", "render", "__init__"}
-    assert all(name.startswith("prepare") for name in set.union(*seen.values()))
+    assert all(name.startswith(("prepare", "chat template")) for name in set.union(*seen.values()))
 
 
 def test_full_queue_refuses_before_a_prompt_is_encoded(running, monkeypatch):
