@@ -11,8 +11,8 @@ INVALID, SERVER = "invalid_request_error", "server_error"
 
 # code: (status, type)
 ERRORS: dict[str, tuple[int, str]] = {
-    "invalid_json": (400, INVALID),
     "invalid_http": (400, INVALID),
+    "invalid_json": (400, INVALID),
     "invalid_value": (400, INVALID),
     "missing_required_parameter": (400, INVALID),
     "unknown_parameter": (400, INVALID),
@@ -20,8 +20,8 @@ ERRORS: dict[str, tuple[int, str]] = {
     "context_length_exceeded": (400, INVALID),
     "invalid_api_key": (401, INVALID),
     "host_not_allowed": (403, INVALID),
-    "model_not_found": (404, INVALID),
     "unknown_url": (404, INVALID),
+    "model_not_found": (404, INVALID),
     "method_not_supported": (405, INVALID),
     "request_timeout": (408, INVALID),
     "request_too_large": (413, INVALID),

@@ -141,7 +141,7 @@ def test_every_error_of_a_template_is_a_bad_request(source):
 
 SLOW = ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{{ 9 ** (9 ** (8 + messages | length)) }}",
-        "{% for i in range(99999) %}{{ (messages[0].content * 99999) | wordwrap(1) | length }}{% endfor %}"]  # fmt: skip
+        "{% for i in range(99999) %}{{ (messages[0].content * 99999) | wordwrap(1) }}{% endfor %}"]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", SLOW)

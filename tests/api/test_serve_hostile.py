@@ -148,7 +148,9 @@ def test_work_before_the_first_token_is_shared_between_continuations(running, mo
     work = {1: Own(), 12: Own()}
     for count, done in work.items():
         with monkeypatch.context() as patch:
-            watch(patch, tokenizer_module.Tokenizer, "encode", lambda this, text, done=done: done.append(len(text)))
+            watch(
+                patch, tokenizer_module.Tokenizer, "encode", lambda this, text, done=done, **_: done.append(len(text))
+            )
             watch(
                 patch, constrained_decoding.Choices, "__init__", lambda this, ids, _, done=done: done.append(len(ids))
             )
