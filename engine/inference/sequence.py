@@ -168,7 +168,7 @@ class RunningSequence:
                 break
         if self.draft:
             self.num_computed, self.draft = len(self.token_ids) - 1, []
-        if finish_reason and self.text_stream and not self.text_stream.stopped_by:
+        if finish_reason and count and self.text_stream and not self.text_stream.stopped_by:
             text += self.text_stream.finish()
         return self.output(tokens[:count], logprobs[:count], text, finish_reason, stop_reason)
 
