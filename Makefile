@@ -56,7 +56,7 @@ wheel: .venv/.dev
 	$(PIP) setuptools pybind11 ninja
 	touch $@
 
-.venv/.run: .venv/.tools setup.py pyproject.toml $(CSRC)
+.venv/.run: .venv/.tools setup.py pyproject.toml api $(CSRC)
 	$(PIP) --no-build-isolation -e .
 	touch $@
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shlex
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -17,6 +18,7 @@ PACKAGES = [
     for name, folder in FOLDERS.items()
     for package in (name, *(f"{name}.{sub}" for sub in find_packages(folder)))
 ]
+EDITABLE = Path("build", "editable")
 SOURCES = sorted(map(str, Path("csrc").rglob("*.cpp")))
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 # No -march: a kernel names its instruction set and is chosen at run time. No -ffast-math: masking needs NaN and -inf.
@@ -85,6 +87,25 @@ def write_digest(folder: str) -> str:
     return str(path)
 
 
+def package_dir() -> dict[str, str]:
+    """Return the folder of each package, or in an editable install one folder of links for all of them.
+
+    One folder needs only a path file. For several folders setuptools installs an import hook, which no type checker can
+    follow.
+    """
+    if "editable_wheel" not in sys.argv:
+        return FOLDERS
+    package = EDITABLE / "peakgpt"
+    package.mkdir(parents=True, exist_ok=True)
+    for path in package.iterdir():
+        if path.is_symlink():
+            path.unlink()
+    for path in (*Path("api").iterdir(), *(Path(name) for name in FOLDERS.values() if name != "api")):
+        if path.suffix != ".so" and path.name != "__pycache__":
+            (package / path.name).symlink_to(os.path.relpath(path, package))
+    return {"": str(EDITABLE)}
+
+
 def extension() -> list[Extension]:
     """Return `peakgpt._C`, or an empty list without pybind11. The build may fail unless PEAKGPT_REQUIRE_EXT=1."""
     required = os.environ.get("PEAKGPT_REQUIRE_EXT") == "1"
@@ -109,4 +130,4 @@ def extension() -> list[Extension]:
     ]
 
 
-setup(packages=PACKAGES, package_dir=FOLDERS, ext_modules=extension(), cmdclass={"build_ext": BuildExt})
+setup(packages=PACKAGES, package_dir=package_dir(), ext_modules=extension(), cmdclass={"build_ext": BuildExt})

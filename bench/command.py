@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from peakgpt.bench.environment import environment
-from peakgpt.bench.report import comparisons, notes, tables, verdicts
+from peakgpt.bench.report import comparisons, notes, row_line, tables, verdicts
+from peakgpt.bench.run_results import Failure, Row, RunResults
 from peakgpt.bench.schema import write_results
 from peakgpt.kernels.hardware.device import choose_device
 
-# Each key is a module of peakgpt.bench with add_arguments(parser) and run(args, device) -> RunResults.
+# Each key is a module of peakgpt.bench with add_arguments(parser) and run(args, device, emit); `emit` takes a Row.
 BENCHES = {
     "ops": "every op, forward and backward, versus PyTorch",
     "memory_bound": "memory-bound CPU kernels without dispatch, versus streams of the same reads and writes",
@@ -45,11 +48,42 @@ def run(args: argparse.Namespace) -> int:
     env = environment(device, commit=args.commit)  # before measuring, so that a missing device is an error at once
     out = args.out or Path("bench", "results")
     out.mkdir(parents=True, exist_ok=True)
-    results = importlib.import_module(f"peakgpt.bench.{args.bench}").run(args, device)
-    path = out / f"{args.bench}-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    checks, failures = ([dataclasses.asdict(row) for row in rows] for rows in (results.checks, results.failures))
+    file = ResultsFile(out / f"{args.bench}-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json", env)
+    try:
+        importlib.import_module(f"peakgpt.bench.{args.bench}").run(args, device, file.add)
+    except Exception as error:
+        if not file.path.exists():  # nothing is lost, for example after a wrong argument
+            raise
+        file.add(Failure.of(error))
     env["clocks"] = environment(device)["clocks"]  # read again, because a GPU under load has other clocks
-    write_results(path, results.results, env, checks=checks, failures=failures)
-    lines = [*tables(results.results), *comparisons(results.results), *notes(results.results), *verdicts(results)]
-    print(*lines, f"written: {path}", sep="\n")
-    return results.exit_code
+    file.write()
+    results = file.rows.results
+    lines = [*tables(results), *comparisons(results), *notes(results), *verdicts(file.rows)]
+    print(*lines, f"written: {file.path}", sep="\n")
+    return file.rows.exit_code
+
+
+class ResultsFile:
+    """The rows of a run, written to a JSON file and printed to standard error as soon as each one is finished."""
+
+    def __init__(self, path: Path, env: dict[str, Any]):
+        """
+        Args:
+            path: of the JSON file; it exists after the first row.
+            env: from `environment`.
+        """
+        self.path = path
+        self.env = env
+        self.rows = RunResults()
+
+    def add(self, row: Row) -> None:
+        """Keep, print and write a row."""
+        self.rows.add(row)
+        print(row_line(row), file=sys.stderr, flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file by one with all rows so far."""
+        rows = self.rows
+        checks, failures = ([dataclasses.asdict(row) for row in kind] for kind in (rows.checks, rows.failures))
+        write_results(self.path, rows.results, self.env, checks=checks, failures=failures)

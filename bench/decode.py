@@ -22,10 +22,10 @@ from peakgpt.bench.agreement import expect_close
 from peakgpt.bench.contenders.contender import SEED, WEIGHT_FORMATS, Workload
 from peakgpt.bench.contenders.decoding import DECODING_CONTENDERS, eager_decoder
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
-from peakgpt.bench.contenders.time_contenders import OnFailure, raise_failure, time_contenders
+from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess
-from peakgpt.bench.interleave import interleave
-from peakgpt.bench.run_results import Failure, RunResults
+from peakgpt.bench.interleave import OnFailure, interleave, raise_failure
+from peakgpt.bench.run_results import Emit, record_failures
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
@@ -52,27 +52,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     """
     Raises:
         ValueError: int8 or int4 weights on a GPU.
     """
-    results = RunResults()
     if device.type == "cpu":
-        record_failure = lambda name, error: results.add(Failure.of(error, name))  # noqa: E731
         for streams in args.streams or (1, 8):
-            results.results += compare_streams(
+            for row in compare_streams(
                 preset(args.model), Workload(streams, args.prompt, args.tokens), args.dtype or WEIGHT_FORMATS,
-                args.contenders, rounds=args.rounds, on_failure=record_failure,
-            )  # fmt: skip
-        return results
+                args.contenders, rounds=args.rounds, on_failure=record_failures(emit),
+            ):  # fmt: skip
+                emit(row)
+        return
     for dtype_name in args.dtype or ("float32", "bfloat16"):
         if (dtype := getattr(torch, dtype_name, None)) not in (torch.float32, torch.bfloat16):
             raise ValueError(f"bench decode: got --dtype {dtype_name} on {device}, expected float32 or bfloat16")
         model = GPT.from_preset(args.model).to(device, dtype).eval()
         ids = torch.randint(model.config.vocab_size, (1, args.prompt), device=device)
-        results.results += compare_decoding(model, ids, count=args.tokens)
-    return results
+        for row in compare_decoding(model, ids, count=args.tokens):
+            emit(row)
 
 
 def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, budget_s: float = 20.0) -> list[Result]:

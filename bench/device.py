@@ -20,10 +20,10 @@ from peakgpt.bench.contenders.contender import Workload
 from peakgpt.bench.contenders.op_peers import peers
 from peakgpt.bench.device_decode import compare_first_token, compare_steps
 from peakgpt.bench.fp8 import compare as compare_fp8
-from peakgpt.bench.isolated_jobs import Emit, Job, Part, run_part
+from peakgpt.bench.isolated_jobs import Job, Part, run_part
 from peakgpt.bench.op_cases import OpCase
 from peakgpt.bench.ops import compare
-from peakgpt.bench.run_results import Failure, RunResults
+from peakgpt.bench.run_results import Emit, Failure, record_failures
 from peakgpt.bench.train import compare_training
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
@@ -38,20 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"one of {', '.join(PARTS)}; repeatable, default all")  # fmt: skip
 
 
-def run(args: argparse.Namespace, device: torch.device) -> RunResults:
-    return run_parts(__name__, [p for p in PARTS if p in (args.only or PARTS)], device)
+def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
+    run_parts(__name__, [p for p in PARTS if p in (args.only or PARTS)], device, emit)
 
 
-def run_parts(module: str, names: Sequence[str], device: torch.device) -> RunResults:
+def run_parts(module: str, names: Sequence[str], device: torch.device, emit: Emit) -> None:
     """Run parts of a module's PARTS in order, with a line on standard error after each."""
-    found = RunResults()
     for name in names:
-        start, before = time.perf_counter(), len(found.failures)
-        for row in run_part(module, name, device):
-            found.add(row)
-        failed = len(found.failures) - before
+        start = time.perf_counter()
+        rows = run_part(module, name, device)
+        for row in rows:
+            emit(row)
+        failed = sum(isinstance(row, Failure) for row in rows)
         print(f"{name}: {time.perf_counter() - start:.0f} s, {failed} failures", file=sys.stderr, flush=True)
-    return found
 
 
 # ---- check
@@ -143,13 +142,9 @@ def _compare(
     case: OpCase, direction: str, dtype: torch.dtype, device: torch.device, budget_s: float, emit: Emit
 ) -> None:  # fmt: skip
     for row in compare(
-        case, direction, device, dtype, budget_s=budget_s, peers=peers, on_failure=_record_failures(emit)
+        case, direction, device, dtype, budget_s=budget_s, peers=peers, on_failure=record_failures(emit)
     ):
         emit(row)
-
-
-def _record_failures(emit: Emit) -> Callable[[str, Exception], None]:
-    return lambda contender, error: emit(Failure.of(error, contender))
 
 
 # ---- the model
@@ -170,7 +165,7 @@ def _train_jobs(device: torch.device) -> dict[str, Job]:
             config, recipe = TINY_RUN
         names = ["peakgpt", "eager", "compile"] if device.type == "cuda" else ["peakgpt", "eager"]
         for row in compare_training(config, recipe, device, names, rounds=20, budget_s=budget_s,
-                                    on_failure=_record_failures(emit)):  # fmt: skip
+                                    on_failure=record_failures(emit)):  # fmt: skip
             emit(row)
 
     return {"train": job}
@@ -186,7 +181,7 @@ def _large_jobs(device: torch.device) -> dict[str, Job]:
         else:
             config, recipe = TINY_RUN
         for row in compare_training(config, recipe, device, ["peakgpt"], rounds=10, budget_s=budget_s,
-                                    on_failure=_record_failures(emit)):  # fmt: skip
+                                    on_failure=record_failures(emit)):  # fmt: skip
             emit(row)
 
     return {"train 1558M": job}
@@ -232,7 +227,7 @@ def _decode_jobs(device: torch.device) -> dict[str, Job]:
             contenders if full else ["peakgpt", "eager"]
         )  # compilation for a CPU takes longer than all other jobs
         for row in compare_steps(config_of(name), case, device, contenders, budget_s=budget_s,
-                                 on_failure=_record_failures(emit)):  # fmt: skip
+                                 on_failure=record_failures(emit)):  # fmt: skip
             emit(row)
 
     def first_token(name: str, budget_s: float, emit: Emit) -> None:

@@ -20,8 +20,7 @@ from torch import Tensor
 from peakgpt.bench.agreement import expect_close
 from peakgpt.bench.contenders.contender import Contender, Workload
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
-from peakgpt.bench.contenders.time_contenders import OnFailure, raise_failure
-from peakgpt.bench.interleave import interleave
+from peakgpt.bench.interleave import OnFailure, interleave, raise_failure
 from peakgpt.bench.prefill import work_flops
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT

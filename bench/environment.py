@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.hardware.device import describe, gpu_clocks
 
 
@@ -34,6 +35,14 @@ def environment(device: torch.device | str | None = None, *, commit: str | None 
         "isa": describe("cpu").arch,
         "malloc": _malloc_settings(),
     }
+
+
+def keep_pages_note(device: torch.device) -> str:
+    """Use the allocator settings of peakgpt's Trainer for every contender in this process; return a note on them."""
+    if device.type != "cpu":
+        return ""
+    reason = keep_pages()
+    return f"the allocator is unchanged: {reason}" if reason else "freed memory is kept, for every contender"
 
 
 def _commit() -> str | None:

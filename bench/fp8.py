@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.interleave import interleave
-from peakgpt.bench.run_results import RunResults
+from peakgpt.bench.run_results import Emit
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
@@ -31,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the run whose loss is printed (default 100)")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     recipe = TrainConfig(batch=args.batch, tokens=args.tokens, dtype=torch.bfloat16, lr=6e-4)
-    return RunResults(results=compare(preset(args.model, vocab_size=VOCAB), recipe, args.steps, device))
+    for row in compare(preset(args.model, vocab_size=VOCAB), recipe, args.steps, device):
+        emit(row)
 
 
 def compare(

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from peakgpt.bench.contenders.contender import Contender
-from peakgpt.bench.interleave import interleave
-from peakgpt.bench.run_results import RunResults
+from peakgpt.bench.environment import keep_pages_note
+from peakgpt.bench.interleave import OnFailure, interleave, raise_failure
+from peakgpt.bench.run_results import Emit, record_failures
 from peakgpt.bench.schema import Result
-from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.hardware.peaks import peak_for
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.quantize import BLOCK
@@ -37,28 +36,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=25.0, help="for each number of rows (default 25)")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     if device.type != "cpu":
         raise ValueError(f"bench gemm: got device {device}, expected cpu")
-    reason = keep_pages()
-    run, dtype = RunResults(), getattr(torch, args.dtype)
+    note, dtype = keep_pages_note(device), getattr(torch, args.dtype)
     layers_of = {name: [c.build(n, k, dtype) for n, k in [*LAYERS, HEAD]] for name, c in GEMM_CONTENDERS.items()}
     for rows in args.rows or (1, 8, 512):
-        run.results += compare(layers_of, rows, dtype, budget_s=args.seconds)
-    note = f"the allocator is unchanged: {reason}" if reason else "freed memory is kept, for every contender"
-    run.results = [replace(r, note="; ".join(filter(None, [r.note, note]))) for r in run.results]
-    return run
+        for row in compare(layers_of, rows, dtype, budget_s=args.seconds, on_failure=record_failures(emit)):
+            emit(row.noted(note))
 
 
 @torch.no_grad()
-def compare(layers_of: dict[str, list[Layer]], rows: int, dtype: torch.dtype, *, budget_s: float) -> list[Result]:
+def compare(
+    layers_of: dict[str, list[Layer]], rows: int, dtype: torch.dtype, *, budget_s: float,
+    on_failure: OnFailure = raise_failure,
+) -> list[Result]:  # fmt: skip
     """Time one pass of every contender over its layers.
 
     Args:
         layers_of: name of a contender -> its LAYERS, then its HEAD.
         rows: rows of the inputs.
         dtype: dtype of the inputs.
-        budget_s: see `interleave`.
+        budget_s, on_failure: see `interleave`.
     """
     shapes = [*LAYERS, HEAD] if rows <= MAX_ROWS_WITH_HEAD else LAYERS
     inputs = {k: torch.randn(rows, k, dtype=dtype) for _, k in shapes}
@@ -69,8 +68,8 @@ def compare(layers_of: dict[str, list[Layer]], rows: int, dtype: torch.dtype, *,
             product(inputs[k], outputs[n])
 
     contenders = {name: (lambda layers=layers: run_pass(layers)) for name, layers in layers_of.items()}
-    timings = interleave(contenders, rounds=50, warmup=2, budget_s=budget_s)
-    peaks = {name: peak_for("cpu", torch.int8 if name.startswith("peakgpt, ") else dtype) for name in contenders}
+    timings = interleave(contenders, rounds=50, warmup=2, budget_s=budget_s, on_failure=on_failure)
+    peaks = {name: peak_for("cpu", torch.int8 if name.startswith("peakgpt, ") else dtype) for name in timings}
     return [
         Result.of(
             timing, bench="products", contender=name, backend="torch" if name.startswith("torch") else "cpu",

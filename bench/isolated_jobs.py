@@ -25,9 +25,8 @@ from pathlib import Path
 
 import torch
 
-from peakgpt.bench.run_results import Failure, Row, decode, encode
+from peakgpt.bench.run_results import Emit, Failure, Row, decode, encode
 
-Emit = Callable[[Row], None]
 Job = Callable[[float, Emit], None]  # (budget in seconds, emit)
 
 DEVICE_LOST = 3  # exit code: the failure is reported, and this process cannot run more jobs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.interleave import interleave
-from peakgpt.bench.run_results import RunResults
+from peakgpt.bench.run_results import Emit
 from peakgpt.bench.schema import Result
 from peakgpt.kernels.hardware.peaks import stream_peak
 from peakgpt.kernels.ops.adamw import adamw as adamw_op
@@ -126,12 +126,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timings of each kernel (default 15)")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     if device.type != "cpu":
         raise ValueError(f"bench memory_bound times the C++ kernels, expected --device cpu, got {device}")
-    dtypes = [getattr(torch, name) for name in args.dtype or ("float32", "bfloat16")]
     cases = [case for case in GPT2_CALLS if case[0] in (args.only or KERNELS)]
-    return RunResults([measure(name, sizes, dtype, rounds=args.rounds) for dtype in dtypes for name, sizes in cases])
+    for dtype in args.dtype or ("float32", "bfloat16"):
+        for name, sizes in cases:
+            emit(measure(name, sizes, getattr(torch, dtype), rounds=args.rounds))
 
 
 def measure(name: str, sizes: dict[str, int], dtype: torch.dtype, *, rounds: int = 15) -> Result:

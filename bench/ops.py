@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +14,13 @@ from torch import Tensor
 from peakgpt.bench.agreement import expect_close
 from peakgpt.bench.check import backends
 from peakgpt.bench.contenders.op_peers import IN_PLACE, peers
-from peakgpt.bench.contenders.time_contenders import OnFailure, raise_failure
+from peakgpt.bench.environment import keep_pages_note
 from peakgpt.bench.gpu_memory import peak_allocated_bytes
-from peakgpt.bench.interleave import interleave
+from peakgpt.bench.interleave import OnFailure, interleave, raise_failure
 from peakgpt.bench.op_cases import PASSES, Inputs, OpCase, as_tuple, choose_cases, make_inputs, replayed
-from peakgpt.bench.run_results import RunResults, Unsupported
+from peakgpt.bench.run_results import Emit, Unsupported, record_failures
 from peakgpt.bench.schema import Result
 from peakgpt.kernels.core.dispatch import BACKENDS, OPS, Op, use_backend
-from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.hardware.peaks import peak_for, stream_peak
 from peakgpt.kernels.ops import catalogue
 
@@ -41,17 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="for each dtype (default 120)")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     """Time the chosen ops. On a CPU all contenders use the allocator settings of peakgpt's Trainer, eager's fastest."""
     cases = choose_cases(args.op or sorted(catalogue.__all__), args.size, args.passes)
-    reason = keep_pages() if device.type == "cpu" else None
-    found = RunResults()
+    note = keep_pages_note(device)
     for dtype in args.dtype or ("float32", "bfloat16"):
-        found.results += compare_ops(cases, device, getattr(torch, dtype), budget_s=args.seconds, peers=peers)
-    if device.type == "cpu":
-        said = f"the allocator is unchanged: {reason}" if reason else "freed memory is kept, for every contender"
-        found.results = [replace(r, note="; ".join(filter(None, [r.note, said]))) for r in found.results]
-    return found
+        for row in compare_ops(cases, device, getattr(torch, dtype), budget_s=args.seconds, peers=peers,
+                               on_failure=record_failures(emit)):  # fmt: skip
+            emit(row.noted(note))
 
 
 def compare_ops(
@@ -62,26 +58,25 @@ def compare_ops(
     budget_s: float = 60.0,
     rounds: int = 30,
     peers: Peers = lambda op, device: {},
-) -> list[Result]:
-    """Time ops versus eager.
+    on_failure: OnFailure = raise_failure,
+) -> Iterator[Result]:
+    """Time ops versus eager, one after the other.
 
     Args:
         cases: ops and sizes; each is timed in all its passes.
         device, dtype: of the inputs.
         budget_s: seconds for all cases, shared evenly.
         rounds: maximum number of timings of each contender.
-        peers: see `compare`.
-    Returns:
+        peers, on_failure: see `compare`.
+    Yields:
         Results with work FLOPs and bytes.
     Raises:
         ValueError: our values differ from eager's.
     """
     todo = [(case, direction) for case in cases for direction in case.directions]
-    return [
-        result
-        for case, direction in todo
-        for result in compare(case, direction, device, dtype, budget_s=budget_s / len(todo), rounds=rounds, peers=peers)
-    ]
+    for case, direction in todo:
+        yield from compare(case, direction, device, dtype, budget_s=budget_s / len(todo), rounds=rounds, peers=peers,
+                           on_failure=on_failure)  # fmt: skip
 
 
 def compare(
@@ -126,7 +121,8 @@ def compare(
         del calls["eager"]
     contenders = {name: make(call, sets, params) for name, call in calls.items()}
     left_s = max(0.0, budget_s - (time.perf_counter() - start))  # the check includes all compilation
-    timings = interleave(contenders, rounds=rounds, warmup=2, device=device, budget_s=left_s)
+    timings = interleave(contenders, rounds=rounds, warmup=2, device=device, budget_s=left_s,
+                         on_failure=on_failure)  # fmt: skip
     if make is replayed and device.type == "cuda":
         timings = {name: timing.each(len(sets)) for name, timing in timings.items()}
     cost, peak = op.cost(*tensors, **params), peak_for(device, PRODUCTS.get(op.name, dtype))

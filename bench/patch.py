@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.bench.contenders.contender import SEED, TUNED_ENVIRONMENT, Contender, contenders_on
-from peakgpt.bench.contenders.time_contenders import OnFailure, raise_failure, time_contenders
+from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess
-from peakgpt.bench.run_results import Failure, RunResults
+from peakgpt.bench.interleave import OnFailure, raise_failure
+from peakgpt.bench.run_results import Emit, record_failures
 from peakgpt.bench.schema import Result
 
 PROMPT, NEW = 32, 64  # prompt tokens and new tokens of greedy generation
@@ -88,8 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> RunResults:
-    results = RunResults()
+def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     names = args.contenders or contenders_on(PATCH_CONTENDERS, device)
     for model in args.model or MODELS:
         for work in args.work or WORK:
@@ -99,9 +99,8 @@ def run(args: argparse.Namespace, device: torch.device) -> RunResults:
                 case = {"model": model, "work": work, "batch": args.batch, "tokens": args.tokens}
                 if work == "generate":
                     case |= {"batch": 1, "tokens": PROMPT + NEW}
-                record_failure = lambda name, error: results.add(Failure.of(error, name))  # noqa: E731
-                results.results += compare(case, dtype, device, names, rounds=args.rounds, on_failure=record_failure)
-    return results
+                for row in compare(case, dtype, device, names, rounds=args.rounds, on_failure=record_failures(emit)):
+                    emit(row)
 
 
 def compare(

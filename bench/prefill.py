@@ -28,9 +28,10 @@ from peakgpt.bench.contenders.contender import SEED, TUNED_ENVIRONMENT, Contende
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
 from peakgpt.bench.contenders.graph_engines import openvino_request
 from peakgpt.bench.contenders.models import ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
-from peakgpt.bench.contenders.time_contenders import OnFailure, raise_failure, time_contenders
+from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess
-from peakgpt.bench.run_results import Failure, RunResults
+from peakgpt.bench.interleave import OnFailure, raise_failure
+from peakgpt.bench.run_results import Emit, record_failures
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.block_pool import blocks_for
@@ -53,19 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     """
     Raises:
         ValueError: the device is not a CPU.
     """
     if device.type != "cpu":
         raise ValueError(f"bench prefill: got device {device}, expected --device cpu")
-    results, config = RunResults(), preset(args.model)
     for dtype in args.dtype or DTYPES:
-        record_failure = lambda name, error: results.add(Failure.of(error, name))  # noqa: E731
-        results.results += compare_prefill(config, args.tokens, getattr(torch, dtype), args.contenders,
-                                         rounds=args.rounds, on_failure=record_failure)  # fmt: skip
-    return results
+        for row in compare_prefill(preset(args.model), args.tokens, getattr(torch, dtype), args.contenders,
+                                   rounds=args.rounds, on_failure=record_failures(emit)):  # fmt: skip
+            emit(row)
 
 
 def compare_prefill(

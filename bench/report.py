@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peakgpt.bench.run_results import OURS, RunResults
+from peakgpt.bench.check import Check
+from peakgpt.bench.run_results import OURS, Failure, Row, RunResults
 from peakgpt.bench.schema import Result
 from peakgpt.bench.timing import Timing, ratio
 from peakgpt.kernels.files import write_atomically
@@ -205,15 +206,24 @@ def notes(results: Iterable[Result]) -> list[str]:
     return [first + (f" ({len(more)} more like it)" if more else "") for first, *more in kinds.values()]
 
 
+def row_line(row: Row) -> str:
+    """Return one line for a finished row."""
+    if isinstance(row, Check):
+        verdict = "right" if row.passed else "wrong"
+        return f"{verdict}: {row.op} {row.case} {row.dtype} on {row.backend}: {row.message}".rstrip(": ")
+    if isinstance(row, Failure):
+        return f"failed: {', '.join(filter(None, (row.part, row.job, row.contender)))}: {row.message}"
+    return f"{row.bench}: {_case(row)}, {row.contender}: {_ms(row)} ms"
+
+
 def verdicts(found: RunResults) -> list[str]:
     """Return one line for the checks, and one for each failure."""
     lines = []
     if found.checks:
         good = sum(c.passed for c in found.checks)
         lines.append(f"\nchecked against float64: {good} of {len(found.checks)} cases within the limit")
-    lines += [f"  wrong: {c.op} {c.case} {c.dtype} on {c.backend}: {c.message}" for c in found.checks if not c.passed]
-    lines += [f"  failed: {', '.join(filter(None, (f.part, f.job, f.contender)))}: {f.message}" for f in found.failures]
-    return lines
+    wrong = [check for check in found.checks if not check.passed]
+    return lines + [f"  {row_line(row)}" for row in (*wrong, *found.failures)]
 
 
 # ---- the page

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def without_folders(text: str) -> str:
 
 
 Row = Result | Check | Failure
+Emit = Callable[[Row], None]  # takes a finished row
 KINDS = {"result": Result, "check": Check, "failure": Failure}
 
 
@@ -63,6 +65,7 @@ class RunResults:
     failures: list[Failure] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
+        """Add a finished row."""
         rows = {Result: self.results, Check: self.checks, Failure: self.failures}[type(row)]
         rows.append(row)
 
@@ -70,6 +73,11 @@ class RunResults:
     def exit_code(self) -> int:
         """1 if a check or one of our contenders failed, else 0."""
         return int(any(not c.passed for c in self.checks) or any(f.ours for f in self.failures))
+
+
+def record_failures(emit: Emit) -> Callable[[str, Exception], None]:
+    """Return an `on_failure` that emits a Failure: (contender, exception)."""
+    return lambda contender, error: emit(Failure.of(error, contender))
 
 
 def encode(row: Row) -> dict[str, Any]:

@@ -64,6 +64,10 @@ class Result:
             rounds=timing.kept, dropped=timing.dropped, note=timing.note, **fields,
         )  # fmt: skip
 
+    def noted(self, note: str) -> Result:
+        """Return this result with one more note, unless it is empty."""
+        return dataclasses.replace(self, note="; ".join(filter(None, (self.note, note))))
+
     @property
     def tflops(self) -> float | None:
         """TFLOP/s at the median."""

@@ -30,7 +30,7 @@ from peakgpt.bench.contenders.models import our_model
 from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.decode import decoding_inputs
 from peakgpt.bench.interleave import interleave
-from peakgpt.bench.run_results import OURS, RunResults
+from peakgpt.bench.run_results import OURS, Emit
 from peakgpt.bench.schema import Result
 from peakgpt.bench.streaming_client import WAIT_S, StreamingClient, first_request_tokens
 from peakgpt.bench.timing import Spread
@@ -54,11 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
 
 
-def run(args: argparse.Namespace, device: torch.device) -> RunResults:
+def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     if device.type != "cpu":
         raise ValueError(f"serve: device is {device}, expected cpu")
     workload = Workload(args.streams, args.prompt, args.tokens)
-    return RunResults(compare_serving(preset(args.model), workload, args.dtype, seconds=args.seconds))
+    for row in compare_serving(preset(args.model), workload, args.dtype, seconds=args.seconds):
+        emit(row)
 
 
 def compare_serving(config: GPTConfig, workload: Workload, dtype: str, *, seconds: float) -> list[Result]:

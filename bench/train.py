@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.contenders.contender import contenders_on
-from peakgpt.bench.contenders.time_contenders import OnFailure, RunningContender, raise_failure, time_contenders
+from peakgpt.bench.contenders.time_contenders import RunningContender, time_contenders
 from peakgpt.bench.contenders.training import TRAINING_CONTENDERS, training_inputs
 from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.gpu_memory import peak_allocated_bytes
-from peakgpt.bench.run_results import RunResults
+from peakgpt.bench.interleave import OnFailure, raise_failure
+from peakgpt.bench.run_results import Emit, record_failures
 from peakgpt.bench.schema import Result
 from peakgpt.engine.graph_capture import WARMUP
 from peakgpt.engine.model.config import GPTConfig
@@ -46,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> RunResults:
-    results, config = RunResults(), preset(args.model)
+def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     for dtype in args.dtype or ("float32", "bfloat16"):
         recipe = TrainConfig(batch=args.batch, tokens=args.tokens, dtype=getattr(torch, dtype), warmup=0.0,
                         recompute=args.recompute)  # fmt: skip
-        results.results += compare_training(config, recipe, device, args.contenders, rounds=args.rounds)
-    return results
+        for row in compare_training(preset(args.model), recipe, device, args.contenders, rounds=args.rounds,
+                                    on_failure=record_failures(emit)):  # fmt: skip
+            emit(row)
 
 
 def compare_training(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peakgpt.kernels.core.backends import module_names
 from peakgpt.kernels.core.dispatch import BACKENDS, OPS
 from peakgpt.kernels.hardware.datasheet import Peaks, datasheet
 from peakgpt.kernels.hardware.device import Device, choose_device, describe
@@ -99,7 +100,7 @@ def doctor(device: torch.device | str | None = None) -> Diagnosis:
     choices = [_choice(name, dtype, device) for name in sorted(catalogue.__all__) for dtype in DTYPES]
     unavailable = {}
     for backend in BACKENDS:
-        reasons = {c.objections.get(backend) for c in choices}
+        reasons = {c.objections.get(backend) for c in choices if c.op in module_names(backend)}
         if len(reasons) == 1 and (reason := reasons.pop()):
             unavailable[backend] = reason
     return Diagnosis(described, measure(device), datasheet(described.name), unavailable, choices)

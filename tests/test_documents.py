@@ -130,6 +130,23 @@ def test_make_targets_and_links_exist(name):
     assert name != "AGENTS.md" or len(text.splitlines()) <= 80
 
 
+def test_results_in_documents_exist_and_were_measured_at_known_commits():
+    """A figure that cites a file or a commit that nobody has cannot be checked."""
+    folder = ROOT / "bench" / "results"
+    for name in (*DOCUMENTS, "CHANGELOG.md"):
+        for file in re.findall(r"[a-z-]+-(?:cpu|cuda)-\d{8}-\d{6}\.json", (ROOT / name).read_text()):
+            assert (folder / file).is_file(), f"{name} cites {file}"
+    if not (ROOT / ".git").exists() or git("rev-parse", "--is-shallow-repository") == "true":
+        pytest.skip("no complete git history")
+    for path in folder.glob("*.json"):
+        commit = re.search(r'"commit": "(\w+)', path.read_text())[1]
+        assert git("cat-file", "-t", commit) == "commit", f"{path.name}: {commit}"
+
+
+def git(*arguments):
+    return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
+
+
 def missing_files(text, folder):
     """Return the names of the form folder/file.ext that exist neither below the repository root nor below `folder`.
 

@@ -1,5 +1,6 @@
 """The wheel has all files of the tree; the extension matches its sources and loads no unwanted library."""
 
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,27 @@ def test_package_has_every_file_of_the_tree(tmp_path):
     assert packaged == expected
 
 
+def test_sdist_has_the_files_that_documents_link_to(tmp_path):
+    """Regression: the sdist had the README, but neither docs/ nor examples/."""
+    subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path], cwd=ROOT, check=True,
+                   capture_output=True, timeout=120)  # fmt: skip
+    names = (tmp_path / "peakgpt.egg-info" / "SOURCES.txt").read_text().splitlines()
+    packed = {Path(name) for name in names}
+    packed |= {parent for name in packed for parent in name.parents}
+    documents = [name for name in packed if name.suffix == ".md"]
+    assert Path("README.md") in packed and Path("docs/dropin.md") in packed
+    for document in documents:
+        for link in re.findall(r"\]\(([\w./-]+)[)#]", (ROOT / document).read_text()):
+            assert Path(os.path.normpath(document.parent / link)) in packed, f"{document} links {link}"
+
+
+def test_metadata_has_a_license(tmp_path):
+    subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path], cwd=ROOT, check=True,
+                   capture_output=True, timeout=120)  # fmt: skip
+    metadata = (tmp_path / "peakgpt.egg-info" / "PKG-INFO").read_text()
+    assert "License-Expression: MIT" in metadata and "License-File: LICENSE" in metadata
+
+
 def test_extension_is_built_from_these_sources(extension):
     """Regression: if an optional extension does not compile, the previous build stays installed."""
     assert extension.source_digest == sources.digest(ROOT / "csrc"), "csrc changed: reinstall with pip install -e ."
@@ -77,6 +99,32 @@ def test_extension_built_from_other_sources_is_not_called():
     *reasons, warning_count = done.stdout.splitlines()
     assert len(reasons) == 3 and all("other sources" in reason and "`pip install -e .`" in reason for reason in reasons)
     assert warning_count == "1"
+
+
+# Hides the extension, as if no compiler had been there when peakgpt was installed.
+MISSING_EXTENSION = """
+import importlib.util, sys, warnings
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "peakgpt._C" else find_spec(name, *rest)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import peakgpt, torch
+    for op in (peakgpt.layernorm, peakgpt.linear):
+        inputs = op.sample(device="cpu", dtype=torch.float32)
+        op(*inputs)
+        print(op.explain(*inputs)["cpu"])
+print(str(peakgpt.doctor("cpu")).count("install a C++ compiler"))
+print(len([warning for warning in caught if "install a C++ compiler" in str(warning.message)]))
+"""
+
+
+def test_missing_extension_is_named_once_with_the_way_out():
+    """Regression: pip reports success without a compiler, and doctor said "cannot import name '_C'"."""
+    done = subprocess.run([sys.executable, "-c", MISSING_EXTENSION], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    *reasons, mentions, warning_count = done.stdout.splitlines()
+    assert len(reasons) == 2 and all("install a C++ compiler with OpenMP" in reason for reason in reasons)
+    assert mentions == "1" and warning_count == "1"
 
 
 def test_extension_of_a_wheel_without_sources_is_called(monkeypatch, tmp_path):

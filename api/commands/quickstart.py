@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     session.save()
     text, decoding = session.sample(console)
     cases = [OpCase(op, sizes) for op, sizes in session.op_sizes().items()]
-    results += decoding + compare_ops(cases, device, session.config.dtype, budget_s=min(10.0, 2 * args.minutes))
+    results += [*decoding, *compare_ops(cases, device, session.config.dtype, budget_s=min(10.0, 2 * args.minutes))]
     env = environment(device)
     write_results(folder.path / "results.json", results, env)
     write_report(folder.path / "report.html", rows=folder.rows(), results=results, environment=env, corpus=str(corpus),

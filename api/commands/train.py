@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _prepare(text: list[str] | None, settings: dict[str, Any], folder: RunFolder) -> None:
     """Write the tokens, the tokenizer and the settings of a new run."""
     corpus = load_corpus(text)
-    tokenizer = train_tokenizer((document.text for document in corpus.train), settings["vocab"])
+    report = partial(print, flush=True)
+    tokenizer = train_tokenizer((document.text for document in corpus.train), settings["vocab"], report=report)
     tokenize_corpus(corpus, tokenizer, folder.tokens)
     tokenizer.save(folder.tokens)
     (folder.path / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")

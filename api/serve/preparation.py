@@ -125,7 +125,10 @@ class RequestPreparation:
         if len(text) > self.max_chars:
             raise _too_long(f"got {len(text)} characters, expected up to {self.max_chars}", self.engine, param)
         # A chat template has written the special tokens already.
-        return self.tokenizer.encode(text, add_special_tokens=param != "messages")
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=param != "messages")
+        except ValueError as error:  # such as a regular expression of the tokenizer that takes too long
+            raise BadRequest(f"{param}: {error}", param=param) from None
 
     def _known(self, ids: list[int], param: str) -> list[int]:
         ids = ids or [self.tokenizer.end_id]

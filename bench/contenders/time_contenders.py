@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,15 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from peakgpt.bench.interleave import interleave
+from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.timing import Timing
-
-OnFailure = Callable[[str, Exception], None]  # (contender, exception)
-
-
-def raise_failure(contender: str, error: Exception) -> None:
-    """Raise the exception of a contender: the default of `on_failure`."""
-    raise error
 
 
 class RunningContender(Protocol):
@@ -76,8 +70,12 @@ def time_contenders(
             return {}
         left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - begin))
         timings = interleave({n: c.step for n, c in running.items()}, rounds=rounds, warmup=warmup, device=device,
-                             budget_s=left_s, workers=[c.pid for c in running.values() if c.pid])  # fmt: skip
-        return {n: MeasuredContender(timings[n], c.memory_bytes(), c.base_bytes, c.note) for n, c in running.items()}
+                             budget_s=left_s, workers=[c.pid for c in running.values() if c.pid],
+                             on_failure=on_failure)  # fmt: skip
+        return {
+            n: MeasuredContender(timing, running[n].memory_bytes(), running[n].base_bytes, running[n].note)
+            for n, timing in timings.items()
+        }
     finally:
         for contender in running.values():
             contender.close()
@@ -94,6 +92,7 @@ def _start_all(starts, first_output, running: dict[str, RunningContender], on_fa
         with _closed_on_failure(name, running, on_failure):
             running[name] = start()
             outputs[name] = first_output(name, running[name])
+            print(f"ready: {name}", file=sys.stderr, flush=True)
     return outputs
 
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from peakgpt.engine.data.library_call import call
+
 SUPPORTED = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece", "BPEDecoder"}
 MAX_ID = (1 << 32) - 1  # of the library
 _PLAIN = "a"  # a token that every supported decoder leaves as it is
@@ -90,7 +92,8 @@ class TokenPieces:
         return Piece(first.encode(), later.encode(), tail.encode())
 
     def _decode(self, *names: str) -> str:
-        return " ".join(names) if self.library.decoder is None else self.library.decoder.decode(list(names))
+        decoder = self.library.decoder
+        return " ".join(names) if decoder is None else call(decoder.decode, list(names))
 
     def _is_literal(self, name: str) -> bool:
         """Return whether a token is text as it stands.

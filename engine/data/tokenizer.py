@@ -12,23 +12,24 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from peakgpt.engine.data.library_call import call, call_interruptibly
 from peakgpt.engine.data.token_pieces import BYTE_ALPHABET, EMPTY, TokenPieces
 from peakgpt.engine.data.tokenizer_files import CONFIG, TOKENIZER, read_folder
 
-T = TypeVar("T")
-
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
+MAX_VOCAB_SIZE = 1 << 20  # the largest of published models are 2**18; the library allocates for all of it at once
+MAX_WORD_BYTES = 2048  # the time of learning merges is quadratic in the longest word
 PIECE_CHARS = 1 << 16  # long enough to hide the cost per call, short enough to encode one file on all cores
 BATCH_PIECES = 64  # per library call; limits the memory of their encodings
 # No match of GPT-2's expression continues from a visible character to a blank, so a cut there changes no token.
@@ -67,7 +68,7 @@ class Tokenizer:
     @cached_property
     def start_ids(self) -> list[int]:
         """The ids that `encode` puts before a text, such as BOS."""
-        parts = _call(self.library.encode, "a")
+        parts = call(self.library.encode, "a")
         count = len(list(takewhile(lambda sequence: sequence is None, parts.sequence_ids)))
         return parts.ids[:count]
 
@@ -81,11 +82,8 @@ class Tokenizer:
         Raises:
             ValueError: a lone surrogate, or the library fails, such as a regular expression that takes too long.
         """
-        return _call(self._encode_unlocked, text, add_special_tokens).ids
-
-    def _encode_unlocked(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        """Encode without the interpreter's lock, which `library.encode` keeps: a second for a megabyte."""
-        return self.library.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        # A batch of one: `encode` takes twice as long, because it counts offsets, and holds the GIL all the time.
+        return call(self.library.encode_batch_fast, [text], add_special_tokens=add_special_tokens)[0].ids
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Encode documents on all cores, and append the end-of-text id to each.
@@ -98,7 +96,8 @@ class Tokenizer:
         cut = _pieces if self._can_cut else (lambda text: [(text, True)])
         pieces = (piece for text in texts for piece in cut(text))
         while batch := list(islice(pieces, BATCH_PIECES)):
-            encodings = _call(self.library.encode_batch_fast, [text for text, _ in batch], add_special_tokens=False)
+            pieces_of_batch = [text for text, _ in batch]
+            encodings = call_interruptibly(self.library.encode_batch_fast, pieces_of_batch, add_special_tokens=False)
             ids: list[int] = []
             for encoding, (_, last) in zip(encodings, batch, strict=True):
                 ids += [*encoding.ids, self.end_id] if last else encoding.ids
@@ -121,7 +120,7 @@ class Tokenizer:
 
     def save(self, folder: Path | str) -> None:
         """Write tokenizer.json and its side files, which transformers loads from a checkpoint folder."""
-        _call(self.library.save, str(Path(folder, TOKENIZER)))
+        call(self.library.save, str(Path(folder, TOKENIZER)))
         for name, content in self._side_files.items():
             Path(folder, name).parent.mkdir(exist_ok=True)
             Path(folder, name).write_bytes(content)
@@ -203,28 +202,78 @@ def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     return [offsets.locate(token) for token in ids]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 4096, *, report: Callable[[str], None] | None = None
+) -> Tokenizer:
     """Learn a vocabulary of merges from text.
 
     Args:
         texts: the documents of the training split.
         vocab_size: bytes, end of text and merges together; a short text may give a smaller vocabulary.
+        report: called with a line about the progress every 10 s.
     Raises:
-        ValueError: vocab_size is below 257.
+        ValueError: vocab_size is not from 257 to 2**20.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size: got {vocab_size}, expected at least {MIN_VOCAB_SIZE} (256 bytes, end of text)")
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size: got {vocab_size}, expected at least {MIN_VOCAB_SIZE} (256 bytes, end of text) "
+                         f"and at most {MAX_VOCAB_SIZE}")  # fmt: skip
+    texts = list(texts)
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
+    if any(map(_may_have_long_word, texts)):
+        library.pre_tokenizer = _cutting_long_words(library.pre_tokenizer)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(BYTE_ALPHABET),
         show_progress=False,
     )
-    library.train_from_iterator((piece for text in texts for piece, _ in _pieces(text)), trainer)
+    _learn_merges(library, trainer, texts, report)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return Tokenizer(library)
+
+
+def _learn_merges(
+    library: tokenizers.Tokenizer, trainer: trainers.Trainer, texts: list[str], report: Callable[[str], None] | None
+) -> None:
+    stop, read_chars, total = threading.Event(), 0, sum(map(len, texts))
+
+    def pieces() -> Iterator[str]:
+        nonlocal read_chars
+        for text in texts:
+            for piece, _ in _pieces(text):
+                if stop.is_set():
+                    return
+                read_chars += len(piece)
+                yield piece
+
+    def progress(seconds: float) -> None:
+        doing = "learns merges" if read_chars == total else "reads text"
+        if report:
+            report(f"tokenizer: {doing}, {read_chars / 1e6:.1f} of {total / 1e6:.1f} million characters read, "
+                   f"{seconds:.0f} s")  # fmt: skip
+
+    call_interruptibly(library.train_from_iterator, pieces(), trainer, report=progress, stop=stop)
+
+
+def _may_have_long_word(text: str) -> bool:
+    """Return False if no word of the text has more than MAX_WORD_BYTES bytes; quick, and sometimes True without need.
+
+    A word is visible characters or blanks alone. A long one has at least a quarter of MAX_WORD_BYTES characters, so it
+    fills one of the blocks of half that size. Python takes U+001C to U+001F for blanks, GPT-2's expression does not.
+    """
+    if any(char in text for char in "\x1c\x1d\x1e\x1f"):
+        return True
+    size = MAX_WORD_BYTES // 8
+    blocks = (text[start : start + size] for start in range(0, len(text), size))
+    return any(len(block) == size and block.split() in ([], [block]) for block in blocks)
+
+
+def _cutting_long_words(words: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """Cut words, whose bytes are characters here, at MAX_WORD_BYTES; shorter ones stay as they are."""
+    chunks = Regex(rf"[\s\S]{{1,{MAX_WORD_BYTES}}}")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.Split(chunks, "isolated")])
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
@@ -245,23 +294,3 @@ def _gpt2_config(end_of_text: str) -> bytes:
         "clean_up_tokenization_spaces": False,
     }
     return (json.dumps(config, indent=2) + "\n").encode()
-
-
-def _call(function: Callable[..., T], *args, **options) -> T:
-    """Call the library; raise ValueError for every failure. A Rust panic is a BaseException in Python."""
-    try:
-        return function(*args, **options)
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
-            raise
-        surrogate = any(isinstance(text, str) and not _is_utf8(text) for text in args)
-        reason = "got a lone surrogate, expected text in UTF-8" if surrogate else f"got {error}"
-        raise ValueError(f"tokenizer: {reason}") from None
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -20,6 +20,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 
+from peakgpt.engine.data.library_call import call
+
 TOKENIZER, CONFIG, SPECIAL_MAP, ADDED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 )  # fmt: skip
@@ -53,11 +55,10 @@ def read_folder(folder: Path | str) -> TokenizerFolder:
     if not path.exists():
         raise ValueError(f"tokenizer {path}: got {_without_tokenizer(Path(folder))}")
     try:
-        library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the library raises Exception for damage, and a Rust panic is a BaseException
-        raise ValueError(f"tokenizer {path}: got {error}, expected a file saved by tokenizers") from None
+        library = call(tokenizers.Tokenizer.from_str, path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = str(error).removeprefix("tokenizer: got ")
+        raise ValueError(f"tokenizer {path}: got {reason}, expected a file saved by tokenizers") from None
     config = read_tokenizer_config(folder)
     name = _class_name(library, config, read_json(Path(folder, "config.json")))
     build, defaults = _CLASSES.get(name, (None, {}))
@@ -182,9 +183,10 @@ def _add_tokens(library: tokenizers.Tokenizer, config: Mapping[str, Any], named:
     tokens = {int(token): _added_token(value) for token, value in listed.items()}
     for text, token in (config.get("added_tokens") or {}).items():
         tokens[int(token)] = AddedToken(text, special=text in special, normalized=text not in special)
-    library.add_tokens([tokens[token] for token in sorted(tokens)])
+    call(library.add_tokens, [tokens[token] for token in sorted(tokens)])
     known = {token.content for token in library.get_added_tokens_decoder().values()}
-    library.add_tokens([_added_token(value, special=True) for text, value in special.items() if text not in known])
+    missing = [_added_token(value, special=True) for text, value in special.items() if text not in known]
+    call(library.add_tokens, missing)
 
 
 def _added_token(value: Any, **flags) -> AddedToken:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import accumulate
 from typing import TypeVar
 
@@ -25,6 +24,7 @@ from peakgpt.engine.inference.block_pool import BlockPool
 from peakgpt.engine.inference.cache_size import default_blocks
 from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.inference.interrupts import INTERRUPTS
+from peakgpt.engine.inference.padded_vocabulary import PaddedVocabulary
 from peakgpt.engine.inference.preparation import Preparation
 from peakgpt.engine.inference.sampling import TokenLogprob, choose, log_probabilities
 from peakgpt.engine.inference.sampling_params import SamplingParams
@@ -58,7 +58,8 @@ class Engine:
         Args:
             model: if the C++ program supports it, its weights are copied, and later changes have no effect; else it
                 runs on torch ops with its own weights.
-            tokenizer: for output text, stop strings and choices given as strings.
+            tokenizer: for output text, stop strings and choices given as strings. Ids of the model that it does not
+                have are not sampled unless a request names them in its bias or choices.
             blocks: blocks of the KV cache; None means enough for all streams, see engine/inference/cache_size.py.
             streams: maximum number of sequences that run at once.
             budget: maximum number of tokens of a step; None means the device's default.
@@ -80,7 +81,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, budget=budget, max_running=streams)
         self.speculation, self.proposed, self.accepted = speculation, 0, 0
         self.preparation = Preparation(model.config, tokenizer, self._cache_tokens)
-        self._padding = self.preparation.padding.to(weight.device)
+        self._vocabulary = PaddedVocabulary(model.config.vocab_size, tokenizer, weight.device)
 
     @property
     def executor_note(self) -> str:
@@ -238,10 +239,15 @@ class Engine:
         """Sample from the rows of each sequence. If it fails, retry one by one and end those that raise."""
         rows = [row for _, sequence_rows in to_sample for row in sequence_rows]
         logits = logits if len(rows) == len(logits) else logits[rows]
-        parts, candidates = logits.split([len(sequence_rows) for _, sequence_rows in to_sample]), []
-        for (sequence, _), z in zip(to_sample, parts, strict=True):
+        sizes, candidates = [len(sequence_rows) for _, sequence_rows in to_sample], []
+        parts = originals = logits.split(sizes)
+        if self._vocabulary.padding:
+            if any(sequence.params.logprobs is not None for sequence, _ in to_sample):
+                originals = logits.clone().split(sizes)
+            self._vocabulary.mask(logits, [(s, z) for (s, _), z in zip(to_sample, parts, strict=True)])
+        for (sequence, _), z, original in zip(to_sample, parts, originals, strict=True):
             changes = sequence.changes_logits
-            unchanged = z.clone() if changes and sequence.params.logprobs is not None else z
+            unchanged = original.clone() if changes and sequence.params.logprobs is not None else original
             if not changes or self._isolate(batch, sequence, sequence.change_logits, z):
                 candidates.append((sequence, z, unchanged))
         if not candidates:
@@ -266,9 +272,7 @@ class Engine:
         rows = [(sequence, row) for sequence, z, _ in candidates for row in range(len(z))]
         params = [sequence.params for sequence, _ in rows]
         uniforms = [sequence.uniform(row) for sequence, row in rows]
-        hidden = [i for i, (sequence, _) in enumerate(rows) if not sequence.may_sample_padding]
-        with self._padding_hidden(logits, hidden):
-            tokens = choose(logits, params, uniforms).tolist() if rows else []
+        tokens = choose(logits, params, uniforms).tolist() if rows else []
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
         if scored := [i for i, p in enumerate(params) if p.logprobs is not None]:
             unchanged = torch.cat([z for sequence, _, z in candidates if sequence.params.logprobs is not None])
@@ -280,19 +284,6 @@ class Engine:
         ends = accumulate(len(z) for _, z, _ in candidates)
         return [(sequence, tokens[end - len(z) : end], logprobs[end - len(z) : end])
                 for (sequence, z, _), end in zip(candidates, ends, strict=True)]  # fmt: skip
-
-    @contextmanager
-    def _padding_hidden(self, logits: Tensor, rows: list[int]) -> Iterator[None]:
-        """Give the ids that the tokenizer does not have the probability 0 in some rows, until the context ends."""
-        if not len(self._padding) or not rows:
-            yield
-            return
-        index = torch.tensor(rows, device=logits.device)[:, None], self._padding
-        saved, logits[index] = logits[index], float("-inf")
-        try:
-            yield
-        finally:
-            logits[index] = saved
 
     def _append(self, sequence: RunningSequence, tokens: list[int], logprobs: list[TokenLogprob | None]) -> Output:
         """Append sampled tokens to a sequence, and end the sequence if one of them ends it."""

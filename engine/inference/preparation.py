@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count
 
-import torch
-from torch import Tensor
-
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, prefix_hashes
 from peakgpt.engine.inference.constrained_decoding import ChoiceConstraint, Choices
@@ -32,7 +29,6 @@ class Preparation:
             cache_tokens: tokens that fit into the KV cache.
         """
         self.config, self.tokenizer, self.cache_tokens = config, tokenizer, cache_tokens
-        self.padding = _padding(tokenizer, config.vocab_size)
         self._ids = count()
 
     def prepare(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[list[RunningSequence]]:
@@ -57,13 +53,11 @@ class Preparation:
         choices = choices_of[id(params.choices)]
         hashes = prefix_hashes(request.prompt_token_ids, BLOCK_TOKENS)
         seed = draw_seed() if params.seed is None else params.seed
-        padding = set(self.padding.tolist()) if params.logit_bias else ()
-        may_sample_padding = bool(choices) or any(bias > 0 and i in padding for i, bias in params.logit_bias.items())
         return [
             RunningSequence(
                 request, index, max_length, Uniforms(seed, index),
                 TextStream(self.tokenizer, params.stop, request.prompt_token_ids) if self.tokenizer else None,
-                ChoiceConstraint(choices) if choices else None, may_sample_padding, block_hashes=list(hashes),
+                ChoiceConstraint(choices) if choices else None, block_hashes=list(hashes),
             )
             for index in range(params.n)
         ]  # fmt: skip
@@ -95,8 +89,8 @@ class Preparation:
         if not params.choices:
             return None
         # The output never gets longer than block_size, so the tokens after it cannot matter.
-        ids = [self._encode_choice(choice)[: self.config.block_size + 1] for choice in params.choices]
         try:
+            ids = [self._encode_choice(choice)[: self.config.block_size + 1] for choice in params.choices]
             return Choices(ids, params.stop_token_ids)
         except ValueError as error:
             raise InvalidParam("choices", str(error)) from None
@@ -113,11 +107,3 @@ class Preparation:
         size = self.config.vocab_size
         if wrong := [token for token in ids if not 0 <= token < size]:
             raise InvalidParam(name, f"{name} has id {wrong[0]}, expected 0 to vocab_size {size} - 1")
-
-
-def _padding(tokenizer: Tokenizer | None, vocab_size: int) -> Tensor:
-    """Return the ids of a model that its tokenizer does not have, (P,) int64. Only a request can ask for them."""
-    if tokenizer is None:
-        return torch.empty(0, dtype=torch.int64)
-    known = set(tokenizer.library.get_vocab().values())
-    return torch.tensor([token for token in range(vocab_size) if token not in known], dtype=torch.int64)

@@ -62,7 +62,6 @@ class RunningSequence:
     uniforms: Uniforms
     text_stream: TextStream | None
     choices: ChoiceConstraint | None
-    may_sample_padding: bool = False  # ids that the tokenizer does not have
     num_computed: int = 0  # tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # prefix hashes of the full blocks

@@ -13,8 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peakgpt import _C  # its ImportError becomes the objection of the backend
 from peakgpt.kernels.cpu import sources
+
+# An ImportError of this module becomes the objection of the backend.
+if reason := sources.missing():
+    raise ImportError(reason)
+
+from peakgpt import _C
 
 if reason := sources.objection(_C.source_digest):
     raise ImportError(reason)

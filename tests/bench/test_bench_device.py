@@ -15,7 +15,7 @@ from peakgpt.bench.check import Check
 from peakgpt.bench.contenders.contender import Contender, Workload
 from peakgpt.bench.contenders.training import TRAINING_CONTENDERS
 from peakgpt.bench.isolated_jobs import run_part
-from peakgpt.bench.run_results import Failure
+from peakgpt.bench.run_results import Failure, RunResults
 from peakgpt.cli import main
 from peakgpt.engine.gpt import GPT
 from peakgpt.kernels.core.dispatch import OPS
@@ -67,7 +67,8 @@ def test_raising_hanging_or_dying_job_does_not_stop_the_other_jobs(fake):
 
 
 def test_part_that_cannot_start_or_has_no_time_is_reported(fake, capsys):
-    found = device_bench.run_parts(fake, ["unusable", "late"], CPU)
+    found = RunResults()
+    device_bench.run_parts(fake, ["unusable", "late"], CPU, found.add)
     assert [f.message for f in found.failures] == [
         "the process ended with exit code 1",
         "not run: the budget of the part, 0 s, is spent",

@@ -48,7 +48,7 @@ def test_compare_ops_times_every_op_and_pass_versus_eager():
     sizes = {"layernorm": {"rows": 8, "width": 16}, "adamw": {"count": 64},
              "attention_qkv": {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 8}}  # fmt: skip
     cases = [OpCase(op, size) for op, size in sizes.items()]
-    results = compare_ops(cases, CPU, torch.float32, budget_s=0.0, rounds=3)
+    results = list(compare_ops(cases, CPU, torch.float32, budget_s=0.0, rounds=3))
     seen = {(r.case["op"], r.case["pass"], r.contender) for r in results}
     passes = {"layernorm": 2, "adamw": 1, "attention_qkv": 2}
     torchs = {"layernorm": "eager", "adamw": "torch fused", "attention_qkv": "eager"}

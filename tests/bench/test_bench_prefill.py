@@ -80,4 +80,4 @@ def test_prefill_work_flops():
 
 def test_prefill_on_cuda_raises(monkeypatch):
     with pytest.raises(ValueError, match="expected --device cpu"):
-        prefill.run(None, torch.device("cuda"))
+        prefill.run(None, torch.device("cuda"), print)
