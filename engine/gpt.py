@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.model_folder import TokenizerFiles, read_config, read_weights, write_model
+from peakgpt.engine.checkpoint.folder import CONFIG
+from peakgpt.engine.checkpoint.model_folder import (
+    TokenizerFiles,
+    read_config,
+    read_source_files,
+    read_weights,
+    write_model,
+)
 from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream
@@ -52,8 +59,13 @@ class GPT(Transformer):
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
         """
         family, config = read_config(folder, dropout=dropout)
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # a size does not fit into 64 bits
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{Path(folder) / CONFIG}: {reason}, expected sizes of a model") from None
+        model.source_files = read_source_files(folder)
         if form := read_format(folder):
             return read_quantized(folder, model, form, dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -67,7 +79,8 @@ class GPT(Transformer):
     ) -> None:  # fmt: skip
         """Save in the Hugging Face layout of its family, or in our own layout, with a warning, if it has no family.
 
-        An interrupted write keeps the old files.
+        Fields of config.json that peakgpt does not use, and generation_config.json, are those of the folder that the
+        model was loaded from. An interrupted write keeps the old files.
 
         Args:
             folder: created if it does not exist.
@@ -78,12 +91,24 @@ class GPT(Transformer):
                 None writes one file.
         Raises:
             OSError: the folder cannot be written.
-            ValueError: the model is quantized, or max_shard_size is not a size.
+            ValueError: the model is quantized, has adapters that are not merged, or max_shard_size is not a size.
         """
         if any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise ValueError("save_pretrained: got a quantized model, expected float weights; copy its folder instead")
         state = {name: t.to(dtype or t.dtype) for name, t in {**self.state_dict(), **(weights or {})}.items()}
-        write_model(folder, self.config, state, tokenizer, max_shard_size)
+        write_model(folder, self.config, state, tokenizer, max_shard_size, source_files=self.source_files)
+
+    @property
+    def prepare_inputs_for_generation(self) -> Any:
+        """Refuse the wrappers of PEFT that need the forward of transformers' models.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "GPT: got a wrapper for models of transformers (PEFT's task_type, prompt or prefix tuning), expected "
+            "get_peft_model without task_type, with adapters of modules such as LoRA, DoRA or IA3"
+        )
 
     def generate(
         self,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
-import torch
-
-from peakgpt.engine.checkpoint.quantized_folder import WEIGHT_FILES, read_format, write_quantized
+from peakgpt.engine.checkpoint.folder import TRAINING_STATE
+from peakgpt.engine.checkpoint.quantized_folder import is_weights, read_format, write_quantized
 from peakgpt.engine.checkpoint.quantized_weights import quantize_state
+from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.evaluation.score import Scorer, text_perplexity
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.kernels.ops.quantize import GROUPS
-
-BATCH = 8  # windows per forward pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,46 +31,17 @@ def run(args: argparse.Namespace) -> int:
     if present := read_format(args.source):
         raise ValueError(f"quantize: IN has weights of {present.bits} bits already, expected float weights")
     quantization = Format(args.bits, args.group)
-    ids = None if args.text is None else _tokens(args.source, args.text)
+    text = None if args.text is None else (Tokenizer.load(args.source), read_text(args.text))
     model = GPT.from_pretrained(args.source)
     write_quantized(args.source, args.folder, quantize_state(model.state_dict(), quantization), quantization)
     print(f"{args.folder}: {_size(args.folder) / 2**20:.1f} MiB, {_size(args.source) / 2**20:.1f} MiB before")
-    if ids is not None:
-        before, after = perplexity(model, ids), perplexity(GPT.from_pretrained(args.folder), ids)
-        print(f"perplexity over {ids.numel() - 1} tokens: {before:.3f}, {after:.3f} after ({after / before - 1:+.2%})")
+    if text:
+        before, after = (text_perplexity(Scorer(m), *text) for m in (model, GPT.from_pretrained(args.folder)))
+        print(f"perplexity of {before.tokens} tokens, windows of {before.window} by {before.stride}: "
+              f"{before.value:.4f}, {after.value:.4f} after ({after.value / before.value - 1:+.2%})")  # fmt: skip
     return 0
 
 
-@torch.no_grad()
-def perplexity(model: GPT, ids: torch.Tensor) -> float:
-    """Return exp of the mean loss over a text, in windows of block_size that do not overlap.
-
-    Args:
-        model: in evaluation mode.
-        ids: (N,) int64, N at least 2.
-    """
-    size, total = model.config.block_size, 0.0
-    pairs = [(ids[i : i + size], ids[i + 1 : i + size + 1]) for i in range(0, ids.numel() - 1, size)]
-    pairs = [(x[: y.numel()], y) for x, y in pairs]
-    full = [p for p in pairs if p[0].numel() == size]  # the last window may be shorter, and is its own batch
-    batches = [full[i : i + BATCH] for i in range(0, len(full), BATCH)]
-    for batch in [*batches, *([p] for p in pairs if p[0].numel() < size)]:
-        x, y = (torch.stack(part) for part in zip(*batch, strict=True))
-        total += float(model(x, y)) * y.numel()
-    return math.exp(total / (ids.numel() - 1))
-
-
-def _tokens(folder: str, path: str) -> torch.Tensor:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {path}: {error}, expected UTF-8") from None
-    ids = torch.tensor(Tokenizer.load(folder).encode(text))
-    if ids.numel() < 2:
-        raise ValueError(f"--text {path}: got {ids.numel()} tokens, expected at least 2")
-    return ids
-
-
 def _size(folder: str) -> int:
-    """Return the size of the weight files of a folder, in bytes."""
-    return sum(f.stat().st_size for f in Path(folder).iterdir() if f.name.startswith(WEIGHT_FILES[:3]))
+    """Return the size of the weights of a folder, in bytes."""
+    return sum(f.stat().st_size for f in Path(folder).iterdir() if is_weights(f) and f.name != TRAINING_STATE)

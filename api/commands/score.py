@@ -8,8 +8,9 @@ import json
 import math
 from pathlib import Path
 
+from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer import Tokenizer
-from peakgpt.engine.evaluation.score import Scorer
+from peakgpt.engine.evaluation.score import Scorer, text_perplexity
 from peakgpt.engine.evaluation.zero_shot import ZeroShot
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
@@ -47,14 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _perplexity(scorer: Scorer, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.text}: got {error}, expected UTF-8") from None
-    # BOS, or the end of text, comes first: the first token of the text needs a context.
-    start = tokenizer.start_ids or [tokenizer.end_id]
-    ids = [*start, *tokenizer.encode(text, add_special_tokens=False)]
-    result = scorer.perplexity(ids, window=args.window, stride=args.stride)
+    text = read_text(args.text)
+    result = text_perplexity(scorer, tokenizer, text, window=args.window, stride=args.stride)
     bits = result.nll_nats / math.log(2) / len(text.encode())
     row = {"perplexity": result.value, "bits_per_byte": bits, **dataclasses.asdict(result)}
     print(f"perplexity {result.value:.4f} of {result.tokens} tokens, windows of {result.window} by {result.stride}, "

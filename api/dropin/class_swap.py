@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peakgpt.engine.model.plain import PLAIN_TENSORS, has_own_call
 from peakgpt.kernels.core.check import FLOATS
 
 ORIGINAL, OPTIONS = "_peakgpt_original", "_peakgpt"
@@ -94,9 +95,8 @@ def _with_signature(function, like):
 def linear_layout(layer: nn.Module) -> str | None:
     """Return LINEAR for x W^T + b, CONV1D for x W + b; None for other layers and for hooks, adapters or shards."""
     kind = LAYOUTS.get(class_path(original_class(layer)))
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    plain = type(layer.weight) in (nn.Parameter, Tensor) if kind else False
-    return kind if plain and not hooked else None
+    plain = type(layer.weight) in PLAIN_TENSORS if kind else False
+    return kind if plain and not has_own_call(layer) else None
 
 
 def linear_weight(layer: nn.Module) -> Tensor:

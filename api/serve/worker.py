@@ -91,7 +91,11 @@ class Worker(threading.Thread):
         for number, sequences in enumerate(job.prompts):
             request = sequences[0].request.request_id
             self.jobs[request], job.numbers[request] = job, number
-            self.engine.add(sequences)
+            try:
+                self.engine.add(sequences)
+            except Exception as error:
+                self._cancel(job)
+                return self._post_events([(job, engine_error(error))])
 
     def _cancel(self, job: Job) -> None:
         for request in job.numbers:

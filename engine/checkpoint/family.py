@@ -6,13 +6,14 @@ The families themselves are data: one row each in families.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from peakgpt.engine.checkpoint.folder import CONFIG
 from peakgpt.engine.model.config import RATES, GPTConfig
 from peakgpt.engine.model.state_dicts import transpose_conv1d
 
@@ -85,17 +86,37 @@ class Family:
         for name, value in self.fixed.items():
             if content.get(name, value) != value:
                 raise ValueError(f"{name} is {content[name]!r}, expected {value}")
-        content = {**{f.hf_name: f.default for f in self.fields}, **content}
-        content |= {name: content[alias] for alias, name in self.aliases.items() if alias in content}
+        content = self._with_defaults(content)
         if dropout is not None:
             content |= {f.hf_name: dropout for f in self.fields if f.name in RATES}
         converted = {}
         for name, hf_name, _, values in self.fields:
             value = content[hf_name]
-            if values is not None and value not in values:
+            if values is not None and not (isinstance(value, Hashable) and value in values):
                 raise ValueError(f"{hf_name} is {value!r}, expected one of {', '.join(map(str, values))}")
             converted[name] = value if values is None else values[value]
-        return GPTConfig(**{**converted, **self.constants, **self.read(content)})
+        try:
+            return GPTConfig(**{**converted, **self.constants, **self.read(content)})
+        except ValueError as error:
+            raise ValueError(self._with_their_names(str(error))) from None
+        except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # a value of another type
+            raise ValueError(f"{type(error).__name__}: {error}, expected values as transformers writes them") from None
+
+    def _with_defaults(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        content = {**{f.hf_name: f.default for f in self.fields}, **content}
+        return content | {name: content[alias] for alias, name in self.aliases.items() if alias in content}
+
+    def _with_their_names(self, message: str) -> str:
+        """Add the names in config.json of the GPTConfig fields that a message names."""
+        named = [f for f in self.fields if f.name != f.hf_name and re.search(rf"\b{f.name}\b", message)]
+        return message + "".join(f"; {f.name} is {f.hf_name} in {CONFIG}" for f in named)
+
+    def module_counts(self, content: Mapping[str, Any]) -> dict[str, str]:
+        """Return "layers" and "experts" -> the field of a config.json that has their number."""
+        by_name = {f.name: f.hf_name for f in self.fields}
+        present = {name: alias for alias, name in self.aliases.items() if alias in content}
+        names = {"layers": by_name["n_layer"], "experts": by_name.get("experts")}
+        return {what: present.get(name, name) for what, name in names.items() if name is not None}
 
     def config_json(self, config: GPTConfig) -> dict[str, Any]:
         """Convert a config to the content of config.json; see `differences` for fields that it cannot express."""

@@ -12,31 +12,25 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.families import FAMILIES, OWN, family_of, nearest_family
 from peakgpt.engine.checkpoint.family import Family
-from peakgpt.engine.checkpoint.folder import CONFIG, INDEX, PICKLE, WEIGHTS, read_json, replace_files
-from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
+from peakgpt.engine.checkpoint.folder import CONFIG, INDEX, WEIGHTS, read_json, replace_files
+from peakgpt.engine.checkpoint.safetensors_io import write_safetensors
+from peakgpt.engine.checkpoint.source_files import NO_FILES, TokenizerFiles, json_files, read_source_files
 from peakgpt.engine.checkpoint.tensor_check import check_tensors
+from peakgpt.engine.checkpoint.weight_files import expect_modules, open_weights
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.transformer import Transformer
+
+__all__ = ["TokenizerFiles", "read_config", "read_source_files", "read_weights", "write_model"]
 
 # Suffixes of buffers that old releases of transformers wrote, and that no model needs.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
-
-
-class TokenizerFiles(Protocol):
-    """A tokenizer that can be saved with a model, such as `peakgpt.engine.data.tokenizer.Tokenizer`."""
-
-    @property
-    def end_id(self) -> int:
-        """The end-of-text id."""
-
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer's files."""
 
 
 def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Family, GPTConfig]:
@@ -56,9 +50,10 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Fa
     family = FAMILIES.get(str(content.get("model_type")))
     if family is None:
         raise ValueError(f"{path}: model_type is {content.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
+    expect_modules(folder, content, family.module_counts(content))
     try:
         return family, family.config(content, dropout=dropout)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -78,7 +73,7 @@ def read_weights(
         ValueError: there are no weights, a file is damaged, or a tensor is missing, unexpected, of another shape or not
             floating point.
     """
-    path, tensors, shards = _open_weights(Path(folder))
+    path, tensors, shards = open_weights(Path(folder))
     tensors, shards = family.standard_names(tensors), family.standard_names(shards)
     shapes = family.shapes(config, expected)
     (head_name,) = family.layout_names("lm_head.weight")
@@ -102,46 +97,13 @@ def _is_zero_bias(name: str, tensor: Tensor) -> bool:
     return name.endswith(".bias") and not tensor.any()
 
 
-def _open_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Path]]:
-    """Return the weights file or index, the tensors, and the shard of each tensor by name."""
-    if (path := folder / WEIGHTS).exists():
-        return path, read_safetensors(path)[0], {}
-    if (path := folder / INDEX).exists():
-        files = read_json(path).get("weight_map")
-        names = sorted(set(files.values())) if isinstance(files, dict) else []
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise ValueError(f"{path}: got no weight_map to files of this folder, expected one")
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            shard, _ = read_safetensors(folder / name)
-            if repeated := sorted(tensors.keys() & shard.keys()):
-                raise ValueError(f"{folder / name}: got tensor {repeated[0]} again, expected it in one shard")
-            tensors |= shard
-        return path, tensors, {name: folder / file for name, file in files.items()}
-    if (path := folder / PICKLE).exists():
-        return path, _read_pickle(path), {}
-    raise ValueError(f"checkpoint {folder}: got no weights, expected {WEIGHTS}, {INDEX} or {PICKLE}")
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise any exception; torch's messages advise to trust the file
-        raise ValueError(f"{path}: {type(error).__name__}, expected an undamaged file of tensors only") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: got a {type(content).__name__}, expected tensors by their names")
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
-    return content
-
-
 def write_model(
     folder: Path | str,
     config: GPTConfig,
     state: Mapping[str, Tensor],
     tokenizer: TokenizerFiles | None = None,
     max_shard_size: int | str | None = None,
+    source_files: Mapping[str, Mapping[str, Any]] = NO_FILES,
 ) -> None:
     """Write a model folder in the layout of the model's family, which transformers loads.
 
@@ -154,10 +116,12 @@ def write_model(
         tokenizer: written too.
         max_shard_size: in bytes, or a string such as "5GB". Larger weights are written as several files, none larger
             than this unless it contains a single tensor. None: one file.
+        source_files: from `read_source_files` of the folder that the model was loaded from.
     Raises:
         OSError: the folder cannot be written; the old checkpoint is still there.
-        ValueError: max_shard_size is not a size.
+        ValueError: max_shard_size is not a size, or the state has other tensors than a model of this config.
     """
+    _check_state(config, state)
     max_bytes = None if max_shard_size is None else _parse_size(max_shard_size)
     family = family_of(config)
     if family.model_type == OWN:
@@ -168,15 +132,30 @@ def write_model(
             stacklevel=3,
         )
     tensors = family.to_layout(config, _with_zero_biases(state) if family.always_biased else state)
+    dtype = next(iter(tensors.values())).dtype
 
     def fill(stage: Path) -> None:
-        text = json.dumps(_config_json(family, config, tensors, tokenizer), indent=2) + "\n"
-        (stage / CONFIG).write_text(text, encoding="utf-8")
+        for name, content in json_files(family, config, dtype, tokenizer, source_files).items():
+            (stage / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(stage)
         _write_shards(stage, _split_into_shards(tensors, max_bytes))
 
     replace_files(Path(folder), fill)
+
+
+def _check_state(config: GPTConfig, state: Mapping[str, Tensor]) -> None:
+    """Check that a state dict has the tensors of a plain model: adapters, pruning and parametrizations rename them."""
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in Transformer(config).state_dict().items()}
+    got = {name: tuple(t.shape) for name, t in state.items()}
+    for name in sorted(got.keys() | expected.keys()):
+        if got.get(name) != expected.get(name):
+            shape, other = got.get(name, "missing"), expected.get(name, "no such tensor")
+            raise ValueError(
+                f"save_pretrained: {name} is {shape}, expected {other}: "
+                "merge adapters (peft: merge_and_unload), and remove pruning and parametrizations, before saving"
+            )
 
 
 def _parse_size(size: int | str) -> int:
@@ -221,11 +200,3 @@ def _with_zero_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = {name: t for name, t in state.items() if re.search(r"\.(ln_\w+|c_\w+)\.weight$", name)}
     zeros = {name.removesuffix("weight") + "bias": t.new_zeros(t.shape[0]) for name, t in weights.items()}
     return {**zeros, **state}
-
-
-def _config_json(
-    family: Family, config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: TokenizerFiles | None
-) -> dict[str, Any]:
-    end_id = None if tokenizer is None else tokenizer.end_id
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    return {**family.config_json(config), "bos_token_id": end_id, "eos_token_id": end_id, "torch_dtype": dtype}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,31 +25,49 @@ from peakgpt.engine.model.transformer import Transformer
 
 METHOD = "peakgpt"
 KEY = "quantization_config"  # transformers reads it too, and warns of a method that it does not know
-WEIGHT_FILES = ("model", "pytorch_model", "quantised", "training_state")  # prefixes; British as in folder.QUANTIZED
+WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def write_quantized(source: Path | str, folder: Path | str, state: Mapping[str, Tensor], form: Format) -> None:
     """Write a quantized model, with the tokenizer and other files of the float checkpoint.
 
     Args:
-        source: the float checkpoint; all its files except the weights are copied.
-        folder: created if missing.
+        source: the float checkpoint; all its files except the weights are copied. A link is copied as a file if it
+            points into the folder or into the blobs of its Hugging Face cache, else left out with a warning.
+        folder: created if missing; must not have weights, which may be the only copy of a model.
         state: the result of `quantize_state`.
         form: format of the blocks' weights.
     Raises:
         OSError: the folder cannot be written; the old files are still there.
+        ValueError: the folder has weights.
     """
+    if present := sorted(path.name for path in Path(folder).glob("*") if is_weights(path)):
+        raise ValueError(f"quantize: OUT {folder} has {present[0]} already, expected a folder without weights")
 
     def fill(stage: Path) -> None:
         for file in Path(source).iterdir():
-            if file.is_file() and not file.name.startswith(WEIGHT_FILES):
+            if not file.is_file() or is_weights(file):
+                continue
+            if _belongs_to(file, Path(source).resolve()):
                 shutil.copy(file, stage / file.name)
+            else:
+                warnings.warn(f"quantize: {file} is a link out of its folder and is not copied", stacklevel=2)
         config = read_json(Path(source) / CONFIG)
         text = json.dumps({**config, KEY: {"quant_method": METHOD, **asdict(form)}}, indent=2) + "\n"
         (stage / CONFIG).write_text(text, encoding="utf-8")
         write_safetensors(stage / QUANTIZED, state, {"format": "pt"})
 
     replace_files(Path(folder), fill)
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file has tensors of a model or of a training state, or is their index."""
+    return path.name.endswith(WEIGHT_SUFFIXES)
+
+
+def _belongs_to(file: Path, folder: Path) -> bool:
+    """Whether a file is in a folder or in the folder's Hugging Face cache: snapshots/<commit>/ links to blobs/."""
+    return file.resolve().is_relative_to(folder) or file.resolve().parent == folder.parents[1] / "blobs"
 
 
 def read_format(folder: Path | str) -> Format | None:

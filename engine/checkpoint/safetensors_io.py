@@ -33,6 +33,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def read_names(path: Path) -> list[str]:
+    """Return the names of a file's tensors, without reading the tensors.
+
+    Raises:
+        ValueError: the file is missing or its header is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {_truncation(path) or error}, expected a whole safetensors file") from None
+
+
 def _truncation(path: Path) -> str | None:
     """Describe the first tensor that ends after the end of the file; None if there is none or no readable header."""
     try:

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.prefix_tree import Node, ScoredSequence, build_trees
 from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, blocks_for
 from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.executor import make_executor
+from peakgpt.engine.model.plain import Snapshot
 from peakgpt.engine.model.transformer import Transformer
 
 STEP_TOKENS = 512  # maximum tokens of a step; bounds the memory of its logits, 100 MB for GPT-2's vocabulary
@@ -83,6 +85,12 @@ class Scorer:
         blocks = CACHED_SEQUENCES * min_blocks if blocks is None else blocks
         if blocks < min_blocks:
             raise ValueError(f"scorer: blocks is {blocks}, expected at least {min_blocks}")
+        self._memory = blocks, cache
+        self._prepare(model)
+
+    def _prepare(self, model: Transformer) -> None:
+        (blocks, cache), self.snapshot = self._memory, Snapshot(model)
+        self.executor = None  # frees the KV cache of the one before
         self.executor = make_executor(model, blocks, cache_dtype=cache)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
@@ -96,6 +104,8 @@ class Scorer:
         Raises:
             ValueError: an empty context, too many tokens, or tokens outside the vocabulary.
         """
+        if not self.snapshot.is_current:  # its modules were hooked or replaced
+            self._prepare(self.snapshot.model)
         sequences = [ScoredSequence(self._checked(*pair), len(pair[0])) for pair in pairs]
         to_score = (sequence for sequence in sequences if sequence.first_scored < len(sequence.token_ids))
         ordered = sorted(to_score, key=lambda sequence: sequence.token_ids)
@@ -198,3 +208,21 @@ def _gather(logits: Tensor, rows: list[int], targets: list[int]) -> tuple[list[f
     row, target = (torch.tensor(values, device=logits.device) for values in (rows, targets))
     # log_softmax computes a row on one thread, so its bits do not depend on the number of rows.
     return logits.log_softmax(-1)[row, target].tolist(), (logits.argmax(-1)[row] == target).tolist()
+
+
+def text_perplexity(
+    scorer: Scorer, tokenizer: Tokenizer, text: str, *, window: int | None = None, stride: int | None = None
+) -> Perplexity:
+    """Return the perplexity of a text, after BOS or an end-of-text token that gives its first token a context.
+
+    Args:
+        text: at least one character.
+        window, stride: see `Scorer.perplexity`.
+    Raises:
+        ValueError: the text is empty, or see `Scorer.perplexity`.
+    """
+    if not text:
+        raise ValueError("perplexity: got an empty text, expected at least one character")
+    start = tokenizer.start_ids or [tokenizer.end_id]
+    ids = [*start, *tokenizer.encode(text, add_special_tokens=False)]
+    return scorer.perplexity(ids, window=window, stride=stride)

@@ -57,12 +57,11 @@ class ContiguousDecoder:
     """Runs a model's torch ops on a contiguous KV cache; see Decoder."""
 
     def __init__(self, model: Transformer, batch: int, max_tokens: int, start: Tensor | None = None):
-        weight = model.transformer.wte.weight
         self.model, self.start = model, start
-        self.kv_cache = ContiguousKVCache(model.config, batch, max_tokens, dtype=weight.dtype, device=weight.device)
+        self.kv_cache = ContiguousKVCache(model.config, batch, max_tokens, dtype=model.dtype, device=model.device)
 
     def step(self, input_ids: Tensor) -> Tensor:
-        return self.model.compute_logits(self.model.hidden_states(input_ids, self.kv_cache, self.start)[:, -1])
+        return self.model.last_logits(input_ids, self.kv_cache, self.start)[:, 0]
 
     def reorder(self, parents: Tensor) -> None:
         self.kv_cache.reorder(parents)

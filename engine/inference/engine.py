@@ -31,6 +31,7 @@ from peakgpt.engine.inference.sampling_params import SamplingParams
 from peakgpt.engine.inference.scheduler import Batch, Scheduled, Scheduler
 from peakgpt.engine.inference.sequence import Output, Request, RunningSequence
 from peakgpt.engine.inference.speculative import DraftRequest, Speculation
+from peakgpt.engine.model.plain import Snapshot
 from peakgpt.engine.model.transformer import Transformer
 
 __all__ = ["Engine", "Output", "Request", "SamplingParams", "TokenLogprob"]
@@ -56,8 +57,9 @@ class Engine:
     ):  # fmt: skip
         """
         Args:
-            model: if the C++ program supports it, its weights are copied, and later changes have no effect; else it
-                runs on torch ops with its own weights.
+            model: if the C++ program supports it, its weights are copied, and later changes of their values have no
+                effect; else it runs on torch ops with its own weights. A hook, an adapter or another module that
+                arrives later takes effect with the next request of an idle engine.
             tokenizer: for output text, stop strings and choices given as strings. Ids of the model that it does not
                 have are not sampled unless a request names them in its bias or choices.
             blocks: blocks of the KV cache; None means enough for all streams, see engine/inference/cache_size.py.
@@ -71,17 +73,23 @@ class Engine:
         if speculation and speculation.vocab_size not in (None, model.config.vocab_size):
             raise ValueError(f"speculation: the draft has vocab_size {speculation.vocab_size}, expected the model's "
                              f"{model.config.vocab_size}")  # fmt: skip
-        weight = model.transformer.wte.weight
         self.config, self.tokenizer, self.streams = model.config, tokenizer, streams
         if blocks is None:
-            blocks = default_blocks(model.config, streams, weight.dtype, weight.device, cache)
-        self.executor = make_executor(model, blocks, cache_dtype=cache)
-        self.pool = BlockPool(self.executor.kv_cache.num_blocks)
-        budget = BUDGET[weight.device.type] if budget is None else budget
-        self.scheduler = Scheduler(self.pool, budget=budget, max_running=streams)
+            blocks = default_blocks(model.config, streams, model.dtype, model.device, cache)
+        self.budget = BUDGET[model.device.type] if budget is None else budget
+        self._memory = blocks, cache
+        self._prepare(model)
         self.speculation, self.proposed, self.accepted = speculation, 0, 0
         self.preparation = Preparation(model.config, tokenizer, self._cache_tokens)
-        self._vocabulary = PaddedVocabulary(model.config.vocab_size, tokenizer, weight.device)
+        self._vocabulary = PaddedVocabulary(model.config.vocab_size, tokenizer, model.device)
+
+    def _prepare(self, model: Transformer) -> None:
+        """Make the executor, and the blocks and the scheduler of its empty KV cache."""
+        (blocks, cache), self.snapshot = self._memory, Snapshot(model)
+        self.executor = None  # frees the KV cache of the one before
+        self.executor = make_executor(model, blocks, cache_dtype=cache)
+        self.pool = BlockPool(self.executor.kv_cache.num_blocks)
+        self.scheduler = Scheduler(self.pool, budget=self.budget, max_running=self.streams)
 
     @property
     def executor_note(self) -> str:
@@ -121,7 +129,12 @@ class Engine:
         return self.add(*self.preparation.prepare([(prompt_token_ids, params)]))
 
     def add(self, sequences: list[RunningSequence]) -> int:
-        """Queue the sequences of a prompt that `preparation` made, in any thread; return the request's id."""
+        """Queue the sequences of a prompt that `preparation` made, in any thread; return the request's id.
+
+        Raises:
+            ValueError: modules of the model were hooked or replaced while requests run.
+        """
+        self._follow_model()
         self.scheduler.add(sequences)
         return sequences[0].request.request_id
 
@@ -155,6 +168,15 @@ class Engine:
                 yield output
         finally:
             self.cancel(request_id)
+
+    def _follow_model(self) -> None:
+        """Make a new executor if modules of the model were hooked or replaced since the last request."""
+        if self.snapshot.is_current:
+            return
+        if self.has_work:
+            raise ValueError("generate: the model's modules were hooked or replaced while requests run, expected an "
+                             "idle engine: finish or cancel its requests first")  # fmt: skip
+        self._prepare(self.snapshot.model)
 
     # ---- a step
 

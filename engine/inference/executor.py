@@ -21,6 +21,7 @@ from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.kv_cache import KVCache
 from peakgpt.engine.inference.torch_executor import TorchExecutor
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.plain import change_of
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.core.dispatch import forced_backend
@@ -89,7 +90,9 @@ def make_decode_executor(model: Transformer, num_blocks: int, new_tokens: int) -
     """
     if new_tokens < MIN_PACKED_TOKENS:
         return None
-    if has_graphs(model.transformer.wte.weight.device) and model.config.position not in RELATIVE:
+    if change_of(model) is not None:
+        return None
+    if has_graphs(model.device) and model.config.position not in RELATIVE:
         return _reuse_graphs(model, num_blocks)
     executor = _program_executor(model, num_blocks, None)
     return None if isinstance(executor, str) else executor
@@ -120,11 +123,11 @@ def _program_executor(model: Transformer, num_blocks: int, cache_dtype: str | No
 
 
 def _reuse_graphs(model: Transformer, num_blocks: int) -> TorchExecutor:
-    """Return the idle executor if its cache is large enough and its graphs read the model's weights; else a new one."""
+    """Return the idle executor if its cache is large enough and its graphs stand for the model; else a new one."""
     executor = _idle_executors.pop(model, None)
-    if executor is None or executor.kv_cache.num_blocks < num_blocks or not executor.reads_weights_of(model):
+    if executor is None or executor.kv_cache.num_blocks < num_blocks or not executor.stands_for(model):
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
-            executor = TorchExecutor(weakref.proxy(model), num_blocks)
+            executor = TorchExecutor(model, num_blocks, keeps_model=False)
     return executor
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peakgpt.engine.model.block import Block
 from peakgpt.engine.model.mlp import GatedMLP
 from peakgpt.engine.model.norms import LayerNorm, RMSNorm
+from peakgpt.engine.model.plain import change_of, walk
 from peakgpt.engine.model.positions import alibi_slopes, rotary_table
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
@@ -29,6 +30,8 @@ NONE, LOGITS = -1, -1  # instead of a buffer's number
 
 def objection(model: Transformer) -> str | None:
     """Why the program does not support a model; None if it does."""
+    if change := change_of(model):
+        return f"supports plain modules only: {change}"
     config, weight = model.config, model.transformer.wte.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return f"supports float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"
@@ -51,7 +54,7 @@ class ModelProgram:
     def __init__(self, model: Transformer):
         """
         Raises:
-            NotImplementedError: `objection` returns a reason.
+            NotImplementedError: `objection` returns a reason, or a module has other sizes than the config.
         """
         if reason := objection(model):
             raise NotImplementedError(f"C++ program: {reason}")
@@ -63,8 +66,9 @@ class ModelProgram:
         if c.gated_mlp:
             widths["gate"] = c.n_inner
         widths |= {"selected x": c.n_embd, "selected h": c.n_embd, "selected y": widths["y"]}
+        self.widths = widths
         self.buffers = {name: self.program.buffer(width=width) for name, width in widths.items()}
-        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        layers = [module for module in walk(model) if isinstance(module, nn.Linear)]
         layers += [] if "lm_head" in model._modules else [model.transformer.wte]
         self.unused = streamed(sum(_packed_floats(layer.weight) for layer in layers), torch.float32)
         self._build(model)
@@ -78,6 +82,10 @@ class ModelProgram:
     def _build(self, model: Transformer) -> None:
         c, t = self.config, model.transformer
         learned = c.position == "learned"
+        _require("transformer.h", len(t.h), c.n_layer)
+        _require("transformer.wte", tuple(t.wte.weight.shape), (c.vocab_size, c.n_embd))
+        if learned:
+            _require("transformer.wpe", tuple(t.wpe.weight.shape), (c.position_offset + c.block_size, c.n_embd))
         table = t.wpe.weight.detach()[c.position_offset :] if learned else None
         wte, wpe = self._hold(t.wte.weight), self._hold(table)
         self.program.embed(out=self.buffers["x"], wte=wte, wte_stride=wte.stride(0), wpe=wpe,
@@ -99,6 +107,8 @@ class ModelProgram:
 
     def _attend(self, block: Block, layer: int) -> None:
         c, attn, number = self.config, block.attn, self.buffers
+        heads = attn.n_head, attn.n_kv_head, attn.head_dim
+        _require(f"transformer.h.{layer}.attn", heads, (c.n_head, c.n_kv_head, c.head_dim))
         self._linear("h", "qkv", attn.c_attn)
         if c.rotary_dim:
             cos, sin = self.angles
@@ -146,6 +156,7 @@ class ModelProgram:
         self._norm(norm, "branch", residual=residual, out="h")
 
     def _norm(self, norm: LayerNorm | RMSNorm, source: str, *, out: str, residual: str | None = None) -> None:
+        _require("a norm", tuple(norm.weight.shape), (self.config.n_embd,))
         number, weight, bias = self.buffers, self._hold(norm.weight), self._hold(getattr(norm, "bias", None))
         self.program.norm(x=number[source], out=number[out], w=weight, w_dtype=DTYPES[weight.dtype], eps=norm.eps,
                           rms=isinstance(norm, RMSNorm), residual=NONE if residual is None else number[residual],
@@ -156,6 +167,8 @@ class ModelProgram:
         gate: str | None = None,
     ) -> None:  # fmt: skip
         """out = epilogue(source W^T + b) of a linear layer, quantized or not, or of the tied embedding."""
+        expected = self.config.vocab_size if out == LOGITS else self.widths[out], self.widths[source]
+        _require(f"the {type(layer).__name__} of {out!r}", _sizes(layer), expected)
         weight = self._quantized(layer) if isinstance(layer, QuantizedLinear) else self._packed(layer.weight.detach())
         bias = self._hold(getattr(layer, "bias", None))
         self.program.linear(weight=weight, x=self.buffers[source], out=out if out == LOGITS else self.buffers[out],
@@ -182,6 +195,16 @@ class ModelProgram:
         if tensor is not None:
             self.tensors.append(tensor.detach())
         return tensor
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Return (outputs, inputs) of a linear layer, quantized or not, or of the tied embedding."""
+    return (layer.out_features, layer.in_features) if isinstance(layer, QuantizedLinear) else tuple(layer.weight.shape)
+
+
+def _require(part: str, got: object, expected: object) -> None:
+    if got != expected:
+        raise NotImplementedError(f"C++ program: supports the sizes of the config, {part} has {got}, not {expected}")
 
 
 def _packed_floats(weight: Tensor) -> int:

@@ -1,8 +1,10 @@
 """Executor over a model's torch ops, on any device.
 
 The tokens of all sequences go through the model together, so that a step reads the weights once; only the rows whose
-logits are needed go through the head. On a GPU the usual step, of one new token per sequence, is a CUDA graph. A
-model with relative positions runs one sequence after the other, see GatheredAttention.
+logits are needed go through the head. On a GPU the usual step, of one new token per sequence, is a CUDA graph.
+
+Two kinds of models run one sequence after the other, without graphs: those with relative positions, see
+GatheredAttention; and those with a hook or a module of someone else, which expects sequences of its own, (1, T, C).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from peakgpt.engine.inference.chunk import Chunk, check_token_ids
 from peakgpt.engine.inference.decode_graphs import MAX_BATCH, DecodeGraphs, align_int32
 from peakgpt.engine.inference.kv_cache import PagedKVCache
 from peakgpt.engine.inference.paged_attention import GatheredAttention, PagedAttention, TokenBatch
+from peakgpt.engine.model.plain import Snapshot
 from peakgpt.engine.model.positions import Positions, alibi_slopes, rotary_table
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
@@ -28,20 +31,26 @@ from peakgpt.engine.model.transformer import Transformer
 class TorchExecutor:
     """See Executor."""
 
-    def __init__(self, model: Transformer, num_blocks: int, *, cache_dtype: str | None = None, note: str = ""):
+    def __init__(
+        self, model: Transformer, num_blocks: int, *, cache_dtype: str | None = None, note: str = "",
+        keeps_model: bool = True,
+    ):  # fmt: skip
         """
         Args:
             model: on any device; its weights are read in place.
             num_blocks: blocks of the KV cache.
             cache_dtype: None or "int8", see PagedKVCache.
             note: why the C++ program does not run the model.
+            keeps_model: whether the executor keeps the model alive.
         Raises:
             ValueError: unknown cache dtype.
         """
-        c, weight = model.config, model.transformer.wte.weight
-        self.model, self.config, self.note, self.device = model, c, note, weight.device
-        self.kv_cache = PagedKVCache(c, num_blocks, dtype=weight.dtype, device=weight.device, cache_dtype=cache_dtype)
-        self.is_relative = c.position in RELATIVE
+        c, dtype = model.config, model.dtype
+        self.model = model if keeps_model else weakref.proxy(model)
+        self.config, self.note, self.device = c, note, model.device
+        self.kv_cache = PagedKVCache(c, num_blocks, dtype=dtype, device=self.device, cache_dtype=cache_dtype)
+        self.snapshot = Snapshot(model)
+        self.is_one_by_one = c.position in RELATIVE or self.snapshot.change is not None
         self.angles = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, self.device) if c.rotary_dim else None
         self.slopes = alibi_slopes(c.n_head, self.device) if c.position == "alibi" else None
         # Graphs read these addresses: the tensors must outlive a change of the model's parameters.
@@ -54,8 +63,10 @@ class TorchExecutor:
             lambda batch: weak._forward(batch), width=blocks_for(c.block_size), device=self.device, obstacle=obstacle
         )
 
-    def reads_weights_of(self, model: Transformer) -> bool:
-        """Whether the model's weights are still at the addresses that the graphs read."""
+    def stands_for(self, model: Transformer) -> bool:
+        """Whether the graphs still do what the model does: the same modules, with weights at the same addresses."""
+        if not self.snapshot.is_current:
+            return False
         current = (*model.parameters(), *model.buffers())
         return [t.data_ptr() for t in current] == [t.data_ptr() for t in self.weights]
 
@@ -66,7 +77,7 @@ class TorchExecutor:
             chunk.check(self.config, self.kv_cache.num_blocks)
         ids = np.array([*chain.from_iterable(chunk.tokens() for chunk in chunks)])
         check_token_ids(ids.min(), ids.max(), self.config.vocab_size)
-        if self.is_relative:
+        if self.is_one_by_one:
             return torch.cat([self._run_alone(chunk) for chunk in chunks])
         ends, tables = np.array([chunk.end for chunk in chunks]), self._block_tables(chunks)
         if len(chunks) <= MAX_BATCH and all(len(chunk.token_ids) == chunk.num_logits == 1 for chunk in chunks):
@@ -76,16 +87,16 @@ class TorchExecutor:
     @torch.no_grad()
     def decode(self, input_ids: Tensor, positions: np.ndarray, block_tables: np.ndarray) -> Tensor:
         """Run one new token of each sequence without waiting for its value; see Executor.decode."""
-        if self.is_relative or len(positions) > MAX_BATCH:
+        if self.is_one_by_one or len(positions) > MAX_BATCH:
             rows = zip(input_ids[:, None], positions.tolist(), block_tables.tolist(), strict=True)
             return self.step([Chunk(*row) for row in rows])
         return self.graphs(input_ids, positions, block_tables)
 
     def _run_alone(self, chunk: Chunk) -> Tensor:
-        """Logits of one chunk of a model with relative positions."""
+        """Logits of one chunk, (num_logits, V)."""
         ids = torch.as_tensor(chunk.token_ids, dtype=torch.int64, device=self.device)
-        h = self.model.hidden_states(ids[None], GatheredAttention(self.kv_cache, chunk))[0]  # (T, C)
-        return self.model.compute_logits(h[len(h) - chunk.num_logits :]).float()
+        cache = GatheredAttention(self.kv_cache, chunk)
+        return self.model.last_logits(ids[None], cache, count=chunk.num_logits)[0].float()
 
     def _block_tables(self, chunks: Sequence[Chunk]) -> np.ndarray:
         """(B, width) int32, padded with 0."""

@@ -6,13 +6,15 @@ from torch import Tensor, nn
 
 from peakgpt.engine.model.fp8 import fp8_linear
 from peakgpt.engine.model.kv_cache import AttentionCache
+from peakgpt.engine.model.plain import fusable, run_linear
 from peakgpt.engine.model.positions import NO_POSITIONS, Positions
-from peakgpt.engine.model.quantized_linear import linear_or_quantized
 from peakgpt.engine.model.state_dicts import ModuleWithConv1D
 from peakgpt.kernels.ops.attention import attention, attention_qkv, default_scale
+from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.rotary import rotary
 
 
+@fusable
 class CausalSelfAttention(ModuleWithConv1D):
     """Causal attention: c_attn computes queries, keys and values in one product, c_proj mixes the heads."""
 
@@ -102,6 +104,4 @@ class CausalSelfAttention(ModuleWithConv1D):
         return cache.attend(layer, q, k, v, **options)
 
     def _linear(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if self.fp8 and self.training:
-            return fp8_linear(x, layer.weight, layer.bias)
-        return linear_or_quantized(layer, x)
+        return run_linear(layer, x, fp8_linear if self.fp8 and self.training else linear)

@@ -1,12 +1,14 @@
 """One layer of a GPT: attention and MLP with their norms, added to the residual stream.
 
-Each layer ends with the norm of the next one: the add of a branch and the norm after it are one kernel (`add_norm`).
-So a block receives its normalized input, and returns the input of the next block normalized by the next block's norm.
+The add of a branch and the norm after it are one kernel (`add_norm`). So `run_blocks` lets a block end with the norm of
+the next block: it receives its input normalized, and returns the input of the next block normalized. A block that was
+hooked, wrapped or replaced is called instead, with and for hidden states alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.experts import Experts
 from peakgpt.engine.model.kv_cache import AttentionCache
 from peakgpt.engine.model.mlp import GELUMLP, GatedMLP
-from peakgpt.engine.model.norms import LayerNorm, RMSNorm, make_norm
+from peakgpt.engine.model.norms import add_norm, make_norm
+from peakgpt.engine.model.plain import fusable, is_plain
 from peakgpt.engine.model.positions import NO_POSITIONS, Positions
 from peakgpt.engine.model.recompute import checkpoint_block, recompute_marked
 from peakgpt.engine.model.relative_positions import RELATIVE
@@ -25,8 +28,27 @@ from peakgpt.kernels.ops.dropout import dropout
 Branch = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What the blocks of one forward pass share. Not a tuple: wrappers of blocks copy, move and cast those.
+
+    Args:
+        cache: KV cache; None in training.
+        positions: positions of the tokens.
+        balance_losses: the balance loss of each layer's experts is appended.
+    """
+
+    cache: AttentionCache | None = None
+    positions: Positions = NO_POSITIONS
+    balance_losses: list[Tensor] | None = None
+
+
+ALONE = Pass()
+
+
+@fusable
 class Block(nn.Module):
-    """One layer of a GPT. `Transformer` chains the blocks."""
+    """One layer of a GPT. `run_blocks` chains the blocks."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -45,32 +67,42 @@ class Block(nn.Module):
             self.mlp = Experts(c.n_embd, c.experts, c.experts_per_token, make_expert)
         else:
             self.mlp = (GatedMLP if c.gated_mlp else GELUMLP)(c.n_embd, c.n_inner, **options)
-        self.dropout, self.layer, self.residual = c.dropout, layer, c.residual
+        self.dropout, self.residual = c.dropout, c.residual
         self.recompute = self.recompute_norms = False  # set by engine/model/recompute.py
 
-    def forward(
-        self, x: Tensor, h: Tensor, next_norm: LayerNorm | RMSNorm | None, cache: AttentionCache | None = None,
-        positions: Positions = NO_POSITIONS, balance_losses: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(self, x: Tensor, layer: int = 0, shared: Pass = ALONE) -> Tensor:
         """Run one layer.
 
         Args:
-            x: (B, T, C), the residual stream.
-            h: (B, T, C), x normalized by ln_1; x itself if the norms come after the branches (post_norm).
-            next_norm: ln_1 of the next layer, or ln_f; unused with post_norm.
-            cache: KV cache; None in training.
-            positions: positions of the tokens.
-            balance_losses: the balance loss of this layer's experts is appended.
+            x: (B, T, C), the hidden states.
+            layer: index of the layer in the cache.
+            shared: what all layers of this forward pass share.
+        Returns:
+            (B, T, C), the hidden states after the layer.
+        """
+        return self.run(x, None, None, layer, shared)[0]
+
+    def run(
+        self, x: Tensor, h: Tensor | None, next_norm: nn.Module | None, layer: int, shared: Pass
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run one layer, and the norm after it.
+
+        Args:
+            x: (B, T, C), the hidden states.
+            h: (B, T, C), x normalized by ln_1; None if that is left to this block, and with post_norm.
+            next_norm: ln_1 of the next layer, or ln_f; None if the next layer is left to compute it.
+            layer, shared: as in `forward`.
         Returns:
             (x, h) for the next layer.
         """
+        cache, positions = shared.cache, shared.positions
         p = self.dropout if self.training and cache is None else 0.0
 
         def attn(h: Tensor) -> Tensor:
-            return _dropout(self.attn(h, cache, self.layer, positions), p)
+            return _dropout(self.attn(h, cache, layer, positions), p)
 
         def mlp(h: Tensor) -> Tensor:
-            y = self.mlp(h, balance_losses, positions.start) if isinstance(self.mlp, Experts) else self.mlp(h)
+            y = self.mlp(h, shared.balance_losses, positions.start) if _has_experts(self.mlp) else self.mlp(h)
             return _dropout(y, p)
 
         run = RESIDUALS[self.residual]
@@ -83,23 +115,55 @@ class Block(nn.Module):
         return run(self, x, h, next_norm, attn, mlp)
 
 
-def _pre_norm(block: Block, x: Tensor, h: Tensor, next_norm: nn.Module, attn: Branch, mlp: Branch):
-    x, h = block.ln_2.add_norm(attn(h), x)
-    return next_norm.add_norm(mlp(h), x)
+def run_blocks(blocks: nn.ModuleList, x: Tensor, last_norm: nn.Module | None, shared: Pass) -> Tensor:
+    """Run all blocks and the last norm.
+
+    Args:
+        blocks: Blocks, or modules that are called as `Block.forward`.
+        x: (B, T, C), the embedding.
+        last_norm: ln_f; None with post_norm.
+        shared: see Pass.
+    Returns:
+        (B, T, C)
+    """
+    h, plain = None, [is_plain(block, Block) for block in blocks]
+    for layer, block in enumerate(blocks):
+        if not plain[layer]:
+            x, h = block(x, layer, shared), None
+            continue
+        is_last = layer + 1 == len(plain)
+        next_norm = last_norm if is_last else blocks[layer + 1]._modules.get("ln_1") if plain[layer + 1] else None
+        x, h = block.run(x, h, next_norm, layer, shared)
+    if last_norm is None:
+        return x
+    return last_norm(x) if h is None else h
 
 
-def _post_norm(block: Block, x: Tensor, h: Tensor, next_norm: None, attn: Branch, mlp: Branch):
-    _, h = block.ln_1.add_norm(attn(h), h)
-    _, h = block.ln_2.add_norm(mlp(h), h)
-    return h, h
+def _pre_norm(block: Block, x: Tensor, h: Tensor | None, next_norm: nn.Module | None, attn: Branch, mlp: Branch):
+    x, h = add_norm(block.ln_2, attn(block.ln_1(x) if h is None else h), x)
+    return _add(mlp(h), x, next_norm)
 
 
-def _parallel(block: Block, x: Tensor, h: Tensor, next_norm: nn.Module, attn: Branch, mlp: Branch):
-    return next_norm.add_norm(attn(h) + mlp(h), x)
+def _post_norm(block: Block, x: Tensor, h: None, next_norm: nn.Module | None, attn: Branch, mlp: Branch):
+    _, x = add_norm(block.ln_1, attn(x), x)
+    return add_norm(block.ln_2, mlp(x), x)[1], None
 
 
-def _parallel_two_norms(block: Block, x: Tensor, h: Tensor, next_norm: nn.Module, attn: Branch, mlp: Branch):
-    return next_norm.add_norm(attn(h) + mlp(block.ln_2(x)), x)
+def _parallel(block: Block, x: Tensor, h: Tensor | None, next_norm: nn.Module | None, attn: Branch, mlp: Branch):
+    h = block.ln_1(x) if h is None else h
+    return _add(attn(h) + mlp(h), x, next_norm)
+
+
+def _parallel_two_norms(
+    block: Block, x: Tensor, h: Tensor | None, next_norm: nn.Module | None, attn: Branch, mlp: Branch
+):
+    h = block.ln_1(x) if h is None else h
+    return _add(attn(h) + mlp(block.ln_2(x)), x, next_norm)
+
+
+def _add(branch: Tensor, x: Tensor, next_norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """Add the last branch of a block to the residual stream, and normalize the sum if the next norm is known."""
+    return (x + branch.to(x.dtype), None) if next_norm is None else add_norm(next_norm, branch, x)
 
 
 # config.residual -> how the branches are connected to the residual stream
@@ -109,6 +173,13 @@ RESIDUALS = {
     "parallel": _parallel,
     "parallel_two_norms": _parallel_two_norms,
 }
+
+
+def _has_experts(mlp: nn.Module) -> bool:
+    """Return whether an MLP is, or wraps, Experts: these also take the balance losses."""
+    if isinstance(mlp, Experts | GELUMLP | GatedMLP):
+        return isinstance(mlp, Experts)
+    return any(isinstance(part, Experts) for part in mlp.modules())
 
 
 def _dropout(x: Tensor, p: float) -> Tensor:

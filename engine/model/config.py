@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES
@@ -11,6 +12,7 @@ SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "block_size", "
 OPTIONAL_SIZES = ("n_kv_head", "head_dim", "n_inner", "word_dim")  # None means a size derived from the others
 FLAGS = ("embedding_norm", "rotary_interleaved", "scale_by_layer", "gated_mlp", "tied_head", "head_bias")
 POSITIVE = ("layer_norm_epsilon", "rotary_base", "logit_scale")
+PENALTIES = ("z_loss", "balance_loss")
 RATES = ("dropout", "embedding_dropout", "attention_dropout")
 CHOICES = {
     "norm": ("layer", "rms"),
@@ -108,12 +110,15 @@ class GPTConfig:
     def __post_init__(self):
         self._check_sizes()
         for name, allowed in CHOICES.items():
-            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+            self._require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
         for name in FLAGS:
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         for name in POSITIVE:
-            self._require(name, getattr(self, name) > 0, "more than 0")
-        self._require("z_loss", self.z_loss >= 0, "at least 0")
+            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a finite number above 0")
+        for name in PENALTIES:
+            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a finite number from 0")
+        scale = self.attention_scale
+        self._require("attention_scale", scale is None or _is_number(scale), "None or a finite number")
         self._require("head_bias", not (self.head_bias and self.tied_head), "False with tied_head")
         self._check_mlp()
         self._check_position()
@@ -122,7 +127,8 @@ class GPTConfig:
         for name in RATES:
             if getattr(self, name) is None:
                 self._set(**{name: self.dropout})
-            self._require(name, 0 <= getattr(self, name) < 1, f"0 <= {name} < 1")
+            is_rate = _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1
+            self._require(name, is_rate, f"0 <= {name} < 1")
 
     def _check_sizes(self) -> None:
         for name in SIZES:
@@ -149,7 +155,6 @@ class GPTConfig:
             self._require(name, _is_count(getattr(self, name)), "a positive integer")
         self._require("experts_per_token", self.experts_per_token <= self.experts, f"at most experts {self.experts}")
         self._require("experts_every", self.experts_every <= self.n_layer, f"at most n_layer {self.n_layer}")
-        self._require("balance_loss", self.balance_loss >= 0, "at least 0")
 
     def _check_position(self) -> None:
         if self.position == "rotary":
@@ -188,6 +193,14 @@ class GPTConfig:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name: transformers' name, which PEFT calls."""
+        return asdict(self)
+
+    def get_text_config(self) -> GPTConfig:
+        """Return this config: transformers' name for the config of the language model, which PEFT asks for."""
+        return self
+
     def has_bias(self, part: str) -> bool:
         """Return whether a part, one of BIASED, has a bias."""
         return self.bias is True or (self.bias is not False and part in self.bias)
@@ -202,6 +215,10 @@ class GPTConfig:
             return self.attention_scale
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return scale / (layer + 1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:

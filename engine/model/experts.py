@@ -17,10 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from peakgpt.engine.model.plain import fusable, is_plain
 from peakgpt.kernels.ops.embedding import embedding
 from peakgpt.kernels.ops.linear import linear
 
 
+@fusable
 class Experts(nn.Module):
     """A mixture of experts in place of a block's MLP."""
 
@@ -47,7 +49,7 @@ class Experts(nn.Module):
                 the balance loss.
         """
         flat, k, count = x.flatten(0, -2), self.per_token, len(self.experts)
-        p = linear(flat.float(), self.router.weight.float()).softmax(-1)  # (N, E)
+        p = self._route(flat).softmax(-1)  # (N, E)
         top_p, top_experts = p.topk(k)
         if balance_losses is not None:
             first_choice = torch.nn.functional.one_hot(top_experts[:, 0], count).float()
@@ -58,6 +60,13 @@ class Experts(nn.Module):
         y = _gather_rows(y, order.argsort()).unflatten(0, (-1, k))  # (N, k, C)
         weights = (top_p / top_p.sum(-1, keepdim=True)).to(y.dtype)
         return (y * weights[..., None]).sum(1).view(x.shape)
+
+    def _route(self, x: Tensor) -> Tensor:
+        """Return the router's logits, (N, E) float32, of x, (N, C)."""
+        if is_plain(self.router, nn.Linear):
+            bias = self.router.bias  # of another router than __init__ makes
+            return linear(x.float(), self.router.weight.float(), None if bias is None else bias.float())
+        return self.router(x).float()
 
 
 def _balance_loss(first_choice: Tensor, p: Tensor, x: Tensor, start: Tensor | None) -> Tensor:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from peakgpt.engine.model.plain import is_plain
 from peakgpt.kernels.ops.linear import linear
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+LAYERS = ("c_attn", "c_fc", "c_proj", "lm_head")
 MULTIPLE = 16  # torch._scaled_mm needs every size of a product to be a multiple of this
 
 
@@ -80,8 +82,11 @@ def fp8_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 def set_fp8(model: nn.Module, on: bool) -> None:
     """Turn the 8-bit products of a GPT on or off.
 
+    A layer that is hooked or replaced later runs its own forward, without 8-bit products.
+
     Raises:
-        ValueError: the device has no 8-bit products, or a size of the model is not a multiple of 16.
+        ValueError: the device has no 8-bit products, a size of the model is not a multiple of 16, or a layer runs its
+            own forward.
     """
     parts = [module for module in model.modules() if hasattr(module, "fp8")]
     device = next(model.parameters()).device
@@ -90,6 +95,10 @@ def set_fp8(model: nn.Module, on: bool) -> None:
         raise ValueError(f"fp8: got {name}, expected a GPU of sm_89 or newer")
     if on and not parts:
         raise ValueError(f"fp8: got {type(model).__name__}, expected a GPT of peakgpt")
+    for part in parts if on else ():
+        for name, layer in part.named_children():
+            if name in LAYERS and not is_plain(layer, nn.Linear):
+                raise ValueError(f"fp8: {name} is a {type(layer).__name__} with its own forward, expected plain layers")
     for name, p in model.named_parameters() if on else ():
         if p.dim() == 2 and "wpe" not in name and any(size % MULTIPLE for size in p.shape):
             raise ValueError(f"fp8: {name} has shape {tuple(p.shape)}, expected multiples of {MULTIPLE}")

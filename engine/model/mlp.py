@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.model.fp8 import fp8_linear
+from peakgpt.engine.model.plain import fusable, is_plain, plain_parameters, run_linear
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
+from peakgpt.engine.model.recompute import checkpoint_block
 from peakgpt.engine.model.state_dicts import ModuleWithAliases, ModuleWithConv1D
+from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES, gated_mlp, mlp
 
+Product = Callable[..., Tensor]  # (x, weight, bias) -> x weight^T + bias
 
+
+@fusable
 class GELUMLP(ModuleWithConv1D):
     """GPT-2's MLP: c_fc, activation, c_proj."""
 
@@ -44,17 +53,20 @@ class GELUMLP(ModuleWithConv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (..., C), to (..., C)."""
-        up, down = self.c_fc, self.c_proj
-        if self.fp8 and self.training:
-            h = ACTIVATIONS[self.activation](fp8_linear(x, up.weight, up.bias))
-            return fp8_linear(h, down.weight, down.bias)
-        if isinstance(up, QuantizedLinear):
-            return down(up(x, self.activation))
-        return mlp(
-            x, up.weight, up.bias, down.weight, down.bias, activation=self.activation, recompute=self.recompute
-        )
+        fp8 = self.fp8 and self.training
+        if not fp8 and (parameters := _plain(self.c_fc, self.c_proj)):
+            return mlp(x, *parameters, activation=self.activation, recompute=self.recompute)
+        if is_plain(self.c_fc, QuantizedLinear):
+            return run_linear(self.c_proj, self.c_fc(x, self.activation))
+        return _unfused(self, x, fp8_linear if fp8 else linear)
+
+    def by_layers(self, x: Tensor, product: Product) -> Tensor:
+        """Map x, (..., C), layer by layer; a layer that is not plain runs its own forward."""
+        h = ACTIVATIONS[self.activation](run_linear(self.c_fc, x, product))
+        return run_linear(self.c_proj, h, product)
 
 
+@fusable
 class GatedMLP(ModuleWithAliases):
     """A gated MLP: c_proj(activation(c_gate(x)) * c_fc(x))."""
 
@@ -87,7 +99,31 @@ class GatedMLP(ModuleWithAliases):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (..., C), to (..., C)."""
-        if isinstance(self.c_fc, QuantizedLinear):
-            return self.c_proj(self.c_gate(x, self.activation) * self.c_fc(x))
-        parameters = (p for part in (self.c_gate, self.c_fc, self.c_proj) for p in (part.weight, part.bias))
-        return gated_mlp(x, *parameters, activation=self.activation, recompute=self.recompute)
+        if parameters := _plain(self.c_gate, self.c_fc, self.c_proj):
+            return gated_mlp(x, *parameters, activation=self.activation, recompute=self.recompute)
+        if is_plain(self.c_gate, QuantizedLinear):
+            return run_linear(self.c_proj, self.c_gate(x, self.activation) * run_linear(self.c_fc, x))
+        return _unfused(self, x, linear)
+
+    def by_layers(self, x: Tensor, product: Product) -> Tensor:
+        """Map x, (..., C), layer by layer; a layer that is not plain runs its own forward."""
+        gate = GATES[self.activation](run_linear(self.c_gate, x, product))
+        return run_linear(self.c_proj, gate * run_linear(self.c_fc, x, product), product)
+
+
+def _plain(*layers: nn.Module) -> list[Tensor | None] | None:
+    """Return weight and bias of each layer if all are plain, else None."""
+    parameters: list[Tensor | None] = []
+    for layer in layers:
+        p = plain_parameters(layer, nn.Linear)
+        if p is None:
+            return None
+        parameters += (p["weight"], p["bias"])
+    return parameters
+
+
+def _unfused(module: GELUMLP | GatedMLP, x: Tensor, product: Product) -> Tensor:
+    """Run an MLP layer by layer; with `recompute` backward runs all its layers a second time."""
+    if module.recompute and torch.is_grad_enabled():
+        return checkpoint_block(module.by_layers, x, product)
+    return module.by_layers(x, product)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.plain import fusable, is_plain, plain_parameters
 from peakgpt.engine.model.recompute import recomputable
 from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 
 
+@fusable
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis."""
 
@@ -20,22 +22,10 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (..., C)."""
         y = layernorm(x, self.weight, self.bias, eps=self.eps)
-        return recomputable(y, self.forward, x) if self.recompute else y
-
-    def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the output of a branch to the residual stream and normalize the sum, in one kernel.
-
-        Args:
-            x: (..., C), the output of a branch. Under autocast it has the lower precision while the residual stream
-                stays float32; it is cast to the dtype of the stream.
-            residual: (..., C).
-        Returns:
-            (sum, normed), both (..., C).
-        """
-        total, y = add_layernorm(x.to(residual.dtype), residual, self.weight, self.bias, eps=self.eps)
-        return total, recomputable(y, self.forward, total) if self.recompute else y
+        return recomputable(y, self.forward, x) if self.recompute and is_plain(self, LayerNorm) else y
 
 
+@fusable
 class RMSNorm(nn.RMSNorm):
     """RMSNorm over the last axis."""
 
@@ -47,12 +37,29 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (..., C)."""
         y = rmsnorm(x, self.weight, eps=self.eps)
-        return recomputable(y, self.forward, x) if self.recompute else y
+        return recomputable(y, self.forward, x) if self.recompute and is_plain(self, RMSNorm) else y
 
-    def add_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the output of a branch to the residual stream and normalize the sum; see LayerNorm.add_norm."""
-        total, y = add_rmsnorm(x.to(residual.dtype), residual, self.weight, eps=self.eps)
-        return total, recomputable(y, self.forward, total) if self.recompute else y
+
+def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the output of a branch to the residual stream and normalize the sum, in one kernel if the norm is plain.
+
+    Args:
+        norm: LayerNorm, RMSNorm, or what stands in the place of one and then runs its own forward.
+        x: (..., C), the output of a branch. Under autocast it has the lower precision while the residual stream stays
+            float32; it is cast to the dtype of the stream.
+        residual: (..., C).
+    Returns:
+        (sum, normed), both (..., C).
+    """
+    x = x.to(residual.dtype)
+    if (p := plain_parameters(norm, LayerNorm)) is not None:
+        total, y = add_layernorm(x, residual, p["weight"], p["bias"], eps=norm.eps)
+    elif (p := plain_parameters(norm, RMSNorm)) is not None:
+        total, y = add_rmsnorm(x, residual, p["weight"], eps=norm.eps)
+    else:
+        total = x + residual
+        return total, norm(total)
+    return total, recomputable(y, norm.forward, total) if norm.recompute else y
 
 
 def make_norm(config: GPTConfig) -> LayerNorm | RMSNorm:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from peakgpt.kernels.ops.linear import linear
+from peakgpt.engine.model.plain import fusable
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.quantize import check_group, pack_4, pack_8
 
@@ -37,6 +37,7 @@ class Format:
         return Format(8) if module in (HEAD, EMBEDDING) else self
 
 
+@fusable
 class QuantizedLinear(nn.Module):
     """A linear layer for inference whose weight has 8 or 4 bits."""
 
@@ -69,8 +70,3 @@ class QuantizedLinear(nn.Module):
         super()._apply(fn, recurse)
         self.scale = scale.to(self.scale.device)
         return self
-
-
-def linear_or_quantized(layer: nn.Linear | QuantizedLinear, x: Tensor) -> Tensor:
-    """Apply a linear layer to x, (..., C): by the fused op, or by the layer itself if it is quantized."""
-    return layer(x) if isinstance(layer, QuantizedLinear) else linear(x, layer.weight, layer.bias)

@@ -78,8 +78,18 @@ def recomputable(result: Tensor, function: Callable[[Tensor], Tensor], x: Tensor
     Returns:
         result.
     """
-    result._recompute = functools.partial(function, x.detach())
+    x = x.detach()  # has the version of the original, which every change in place raises
+    result._recompute = functools.partial(_recomputed, function, x, x._version), result._version
     return result
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor, version: int) -> Tensor:
+    if x._version != version:
+        raise RuntimeError(
+            f"recompute: the input of a norm, {tuple(x.shape)}, was changed in place after the norm read it, expected "
+            "it unchanged until backward"
+        )
+    return function(x)
 
 
 def recompute_marked() -> contextlib.AbstractContextManager[Any]:
@@ -91,7 +101,11 @@ def recompute_marked() -> contextlib.AbstractContextManager[Any]:
         with torch.no_grad():
             return saved()
 
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: getattr(tensor, "_recompute", tensor), unpack)
+    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        recompute, version = getattr(tensor, "_recompute", (tensor, None))
+        return recompute if tensor._version == version else tensor  # a hook may have changed it in place
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def checkpoint_block(function: Callable[..., Any], *args: Any) -> Any:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.plain import fusable, run_linear
 from peakgpt.kernels.ops.embedding import embedding
-from peakgpt.kernels.ops.linear import linear
 
 # T5: distances 0 .. 15 have a bucket each, the next 16 buckets grow logarithmically up to distance 128.
 BUCKETS, MAX_DISTANCE = 32, 128
@@ -42,6 +42,7 @@ def _buckets(distance: Tensor, width: int) -> Tensor:
     return torch.where(distance < exact, distance, far.clamp(max=BUCKETS - 1))
 
 
+@fusable
 class RelativeKeys(nn.Module):
     """Transformer-XL's relative keys, for one layer."""
 
@@ -53,11 +54,12 @@ class RelativeKeys(nn.Module):
 
     def forward(self, q: Tensor, sinusoids: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Return the queries plus u, (B, T, H, D), and the bias of the scores, (B, H, T, S)."""
-        keys = linear(sinusoids.to(q.dtype), self.c_rel.weight).unflatten(-1, self.u.shape)  # (S, H, D)
+        keys = run_linear(self.c_rel, sinusoids.to(q.dtype)).unflatten(-1, self.u.shape)  # (S, H, D)
         scores = (q + self.v).transpose(1, 2) @ keys.permute(1, 2, 0)  # (B, H, T, S)
         return q + self.u, _by_key(scores * scale)
 
 
+@fusable
 class RelativeBias(nn.Module):
     """T5's bias by distance, for one layer."""
 

@@ -8,18 +8,21 @@ have the names of transformers' GPT-2; weights are in Linear layout, [out, in].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peakgpt.engine.model.block import Block
+from peakgpt.engine.model.block import Block, Pass, run_blocks
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.fp8 import fp8_linear
 from peakgpt.engine.model.kv_cache import AttentionCache, SequenceCache
 from peakgpt.engine.model.norms import make_norm
+from peakgpt.engine.model.plain import FORWARDS, fusable, has_own_call, is_plain, is_plain_embedding, run_linear
 from peakgpt.engine.model.positions import Positions, left_padding_start, make_positions
-from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.state_dicts import ModuleWithConv1D
 from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.embedding import embedding
@@ -29,6 +32,7 @@ from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX, linear_cross_
 INIT_STD = 0.02  # GPT-2's initializer_range
 
 
+@fusable
 class Transformer(ModuleWithConv1D):
     """The network of a GPT: embedding, blocks and head. `peakgpt.GPT` adds loading, saving and generation."""
 
@@ -36,6 +40,7 @@ class Transformer(ModuleWithConv1D):
         """Build the network with GPT-2's random initialization, for every family, from torch's generator."""
         super().__init__()
         self.config, self.fp8 = config, False
+        self.source_files: Mapping[str, Mapping[str, Any]] = {}  # JSON files of the folder that it was loaded from
         device = torch.get_default_device()
         with torch.device("meta"), _SkipInit():  # torch's own initialization takes seconds for GPT-2 and is overwritten
             self.transformer = nn.ModuleDict(_modules(config))
@@ -62,7 +67,8 @@ class Transformer(ModuleWithConv1D):
 
     def forward(
         self, input_ids: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,
-        loss_weight: Tensor | None = None, *, return_logits: bool = False,
+        loss_weight: Tensor | None = None, *, return_logits: bool = False, cache: SequenceCache | None = None,
+        start: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Compute the logits, or the loss if there are targets.
 
@@ -77,32 +83,42 @@ class Transformer(ModuleWithConv1D):
                 mean over the targets that are not ignored.
             return_logits: also return the logits when there are targets. This computes the product with the head once
                 more, and stores the logits, which the loss alone does not.
+            cache, start: as in `hidden_states`; with `start`, attention_mask is None.
         Returns:
             Without targets the logits, (B, T, V). With targets the loss, a float32 scalar, or (loss, logits).
         Raises:
             ValueError: a tensor of a wrong shape or dtype, ids or targets out of range, more tokens than block_size, or
-                an attention_mask that is not left padding.
+                an attention_mask that is not left padding or together with `start`.
         """
-        start = None if attention_mask is None else left_padding_start(attention_mask, input_ids)
+        if attention_mask is not None:
+            if start is not None or cache is not None:
+                raise ValueError("GPT: got attention_mask with start or cache, expected start alone")
+            start = left_padding_start(attention_mask, input_ids)
         balance_losses: list[Tensor] | None = [] if self.config.experts and self.training else None
-        h = self.hidden_states(input_ids, start=start, balance_losses=balance_losses)
+        h = self.hidden_states(input_ids, cache, start, balance_losses)
         if targets is None:
             return self.compute_logits(h)
-        loss = self._loss(h, targets, loss_weight)
+        logits = None if self._has_fusable_head else self.compute_logits(h)
+        loss = self._fused_loss(h, targets, loss_weight) if logits is None else self._loss(logits, targets, loss_weight)
         if balance_losses:
             # With loss_weight the batch is a part of a larger one; scale the balance by the part's share of the loss.
             share = 1.0 if loss_weight is None else (loss_weight * (targets != IGNORE_INDEX)).sum()
             loss = loss + self.config.balance_loss * share * sum(balance_losses)
-        return (loss, self.compute_logits(h)) if return_logits else loss
+        if not return_logits:
+            return loss
+        return loss, self.compute_logits(h) if logits is None else logits
 
-    def _loss(self, h: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
+    def _fused_loss(self, h: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
         """Compute the cross entropy of hidden states (B, T, C), and the z-loss in training mode."""
+        return linear_cross_entropy(
+            h, self._head_weight, targets, weight, reduction="mean" if weight is None else "sum",
+            z_loss=self.config.z_loss if self.training else 0.0,
+        )  # fmt: skip
+
+    def _loss(self, logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
+        """Compute the same of logits, (B, T, V), for a head that the fused loss does not support."""
         z_loss = self.config.z_loss if self.training else 0.0
-        fused = not (self.config.head_bias or self._has_quantized_head or self._has_fp8_head)
-        if fused:
-            reduction = "mean" if weight is None else "sum"
-            return linear_cross_entropy(h, self._head_weight, targets, weight, reduction=reduction, z_loss=z_loss)
-        logits = self.compute_logits(h).flatten(0, 1).float()
+        logits = logits.flatten(0, 1).float()
         loss = F.cross_entropy(logits, targets.flatten(), reduction="mean" if weight is None else "none")
         loss = loss if weight is None else (loss * weight.flatten()).sum()
         return loss if z_loss == 0.0 else loss + z_loss * _mean_square_lse(logits, targets, weight)
@@ -153,39 +169,61 @@ class Transformer(ModuleWithConv1D):
         """
         return self._run_blocks(self._embed(input_ids[None], position_ids, None), positions, cache)[0]
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first parameter."""
+        return next(self.parameters()).dtype
+
+    def last_logits(
+        self, input_ids: Tensor, cache: SequenceCache, start: Tensor | None = None, count: int = 1
+    ) -> Tensor:
+        """Compute the logits of the last `count` tokens, (B, count, V): by `forward` if it was hooked or replaced.
+
+        Args:
+            input_ids, cache, start: as in `hidden_states`.
+        """
+        first = input_ids.shape[1] - count
+        if has_own_call(self) or type(self).forward is not FORWARDS[Transformer]:
+            return self(input_ids, cache=cache, start=start)[:, first:]
+        return self.compute_logits(self.hidden_states(input_ids, cache, start)[:, first:])
+
     def compute_logits(self, h: Tensor) -> Tensor:
         """Compute the logits, (..., V), of hidden states, (..., C)."""
-        if self._has_quantized_head:
-            return self.lm_head(h)
-        product = fp8_linear if self._has_fp8_head else linear
-        return product(h, self._head_weight, self.lm_head.bias if self.config.head_bias else None)
+        product, head = fp8_linear if self._has_fp8_head else linear, self._modules.get("lm_head")
+        return product(h, self._head_weight) if head is None else run_linear(head, h, product)
 
     def _run_blocks(
         self, x: Tensor, positions: Positions, cache: AttentionCache | None, balance_losses: list[Tensor] | None = None
     ) -> Tensor:
         """Run all blocks and the last norm on the embedding, (B, T, C)."""
-        t, post_norm = self.transformer, self.config.residual == "post_norm"
-        h = x if post_norm else t.h[0].ln_1(x)
-        next_norms = [*(block.ln_1 for block in t.h[1:]), None if post_norm else t.ln_f]
-        for block, next_norm in zip(t.h, next_norms, strict=True):
-            x, h = block(x, h, next_norm, cache, positions, balance_losses)
-        h = linear(h, t.project_out.weight) if "project_out" in t else h
+        t = self.transformer
+        if cache is not None and len(t.h) > self.config.n_layer:
+            raise ValueError(f"GPT: got {len(t.h)} blocks, expected at most n_layer {self.config.n_layer} with a cache")
+        h = run_blocks(t.h, x, t._modules.get("ln_f"), Pass(cache, positions, balance_losses))
+        h = run_linear(t.project_out, h) if "project_out" in t else h
         return h if self.config.logit_scale == 1.0 else h * self.config.logit_scale
 
     def _embed(self, input_ids: Tensor, past: int | Tensor, start: Tensor | None) -> Tensor:
         """Embed tokens, (B, T, C), without dropout; `past` is the first position, or all positions, (T,)."""
         t = self.transformer
-        table = t.wpe.weight if "wpe" in t else None
+        wpe = t._modules.get("wpe")
         if self.config.position_offset:
             past = past + self.config.position_offset
-        if start is None and "project_in" not in t:
-            position_ids = past[None] if table is not None and isinstance(past, Tensor) else None
+        fused = is_plain_embedding(t.wte) and (wpe is None or is_plain_embedding(wpe))
+        if fused and start is None and "project_in" not in t:
+            table = None if wpe is None else wpe.weight
+            position_ids = past[None] if wpe is not None and isinstance(past, Tensor) else None
             first = past if isinstance(past, int) else 0
             x = embedding(input_ids, t.wte.weight, table, position_ids, start=first)
         else:
-            x = embedding(input_ids, t.wte.weight)
-            x = linear(x, t.project_in.weight) if "project_in" in t else x
-            x = x if table is None else x + _position_embedding(table, past, input_ids.shape[1], start)
+            x = _look_up(t.wte, input_ids)
+            x = run_linear(t.project_in, x) if "project_in" in t else x
+            x = x if wpe is None else x + _position_embedding(wpe, past, input_ids, start)
         return t.ln_emb(x) if "ln_emb" in t else x
 
     @property
@@ -193,12 +231,13 @@ class Transformer(ModuleWithConv1D):
         return self.fp8 and self.training
 
     @property
-    def _has_quantized_head(self) -> bool:
-        return isinstance(self._modules.get("lm_head"), QuantizedLinear)
+    def _has_fusable_head(self) -> bool:
+        head = self._modules.get("lm_head")
+        return not self._has_fp8_head and (head is None or (is_plain(head, nn.Linear) and head.bias is None))
 
     @property
     def _head_weight(self) -> Tensor:
-        return self.transformer.wte.weight if self.config.tied_head else self.lm_head.weight
+        return (self._modules.get("lm_head") or self.transformer.wte).weight
 
 
 class _SkipInit(TorchFunctionMode):
@@ -232,23 +271,25 @@ def _make_embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
-def _position_embedding(table: Tensor, past: int | Tensor, tokens: int, start: Tensor | None) -> Tensor:
-    """Look up the learned position embedding, (T, C), or (B, T, C) of left-padded sequences.
+def _look_up(table: nn.Module, ids: Tensor) -> Tensor:
+    """Look up rows of an embedding, (..., C): by the fused op, or by the module's own forward if it is not plain."""
+    return embedding(ids, table.weight) if is_plain_embedding(table) else table(ids)
+
+
+def _position_embedding(table: nn.Module, past: int | Tensor, input_ids: Tensor, start: Tensor | None) -> Tensor:
+    """Look up the learned position embedding, (1, T, C), or (B, T, C) of left-padded sequences.
 
     Args:
-        table: (positions, C).
+        table: the position embedding.
         past: row of the first token, or the row of each token, (T,).
-        tokens: T.
+        input_ids: (B, T).
         start: (B,) padding tokens before each left-padded sequence: token t takes row past + t - start. Padding takes
             any row, since no token attends to it.
     """
     if isinstance(past, Tensor):
-        return embedding(past[None], table)
-    rows = table[past : past + tokens]
-    if start is None:
-        return rows
-    position_ids = torch.arange(past, past + tokens, device=table.device) - start[:, None]
-    return embedding(position_ids.clamp(min=0), table)
+        return _look_up(table, past[None])
+    position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
+    return _look_up(table, position_ids if start is None else (position_ids - start[:, None]).clamp(min=0))
 
 
 def _mean_square_lse(logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:

@@ -196,7 +196,8 @@ class TrainingLoop:
 
     def save_model(self, folder: Path | str, tokenizer: TokenizerFiles | None = None) -> None:
         """Write the model alone, from the optimizer's float32 master."""
-        write_model(folder, self.trainer.model.config, self.trainer.master_weights(), tokenizer)
+        model = self.trainer.model
+        write_model(folder, model.config, self.trainer.master_weights(), tokenizer, source_files=model.source_files)
 
     def load(self, folder: Path | str) -> None:
         """Continue from what `save` wrote: weights, optimizer, random state, and position in the data.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peakgpt.dropin.attention_function import attention_forward
 from peakgpt.dropin.class_swap import Replacement, linear_layout, linear_weight
 from peakgpt.dropin.replacements.layers import BaseMLP, LayerNorm, add_norm, sum_and_norm
+from peakgpt.engine.model.plain import has_own_call
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.norm import add_layernorm, layernorm
 
@@ -29,7 +30,8 @@ class GPT2Block(Replacement):
         qkv_proj, out_proj = attn._modules["c_attn"], attn._modules["c_proj"]
         norms = isinstance(first, LayerNorm) and isinstance(second, LayerNorm)
         unchanged = type(attn) is self._peakgpt["attn"] and norms
-        plain = unchanged and _has_no_hooks(attn, first, second) and linear_layout(qkv_proj) and linear_layout(out_proj)
+        hooked = has_own_call(attn) or has_own_call(first) or has_own_call(second)
+        plain = unchanged and not hooked and linear_layout(qkv_proj) and linear_layout(out_proj)
         if encoder_hidden_states is not None or not plain:
             return super().forward(hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs)
         kwargs.pop("encoder_attention_mask", None)
@@ -97,11 +99,3 @@ class BartLayer(InlineMLPBlock):
             )  # fmt: skip
             x = add_norm(self.encoder_attn_layer_norm, self._dropout(y), x)
         return add_norm(self.final_layer_norm, self._feed_forward(x), x)
-
-
-def _has_no_hooks(*modules: nn.Module) -> bool:
-    """Return whether no module has a hook."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return False
-    return True

@@ -17,6 +17,7 @@ from peakgpt.dropin.class_swap import (
     linear_weight,
     sample_rows,
 )
+from peakgpt.engine.model.plain import has_own_call
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
 from peakgpt.kernels.ops.norm import add_layernorm, layernorm, rmsnorm
@@ -91,7 +92,7 @@ class TorchRMSNorm(RMSNorm):
 
 def sum_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Return (x + residual, norm of that sum), in one pass if the norm is a replaced LayerNorm without hooks."""
-    if not isinstance(norm, LayerNorm) or norm._forward_hooks or norm._forward_pre_hooks:
+    if not isinstance(norm, LayerNorm) or has_own_call(norm):
         x = x + residual
         return x, norm(x)
     return add_layernorm(x.to(residual.dtype), residual, norm.weight, norm.bias, eps=norm.eps)
@@ -188,8 +189,7 @@ class BertLayer(BaseMLP):
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         out = self.output
-        hooked = self.intermediate._forward_hooks or out._forward_hooks or out._forward_pre_hooks
-        y = None if hooked or self.intermediate._forward_pre_hooks else self._fused(attention_output)
+        y = None if has_own_call(self.intermediate) or has_own_call(out) else self._fused(attention_output)
         if y is None:
             return super().feed_forward_chunk(attention_output)
         return add_norm(out.LayerNorm, out.dropout(y), attention_output)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peakgpt.dropin.class_swap import LINEAR, Replacement, linear_layout, original_class, replace
 from peakgpt.dropin.replacements.layers import Linear
+from peakgpt.engine.model.plain import has_own_call
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 
 ALIGNED = 64  # columns; each row then starts at an address that every vector load accepts
@@ -162,7 +163,7 @@ class MaskedLM(LanguageModel):
     """BERT and RoBERTa: logits of labelled positions only, usually 15 % of all."""
 
     def _can_skip_head(self, head: nn.Module) -> bool:
-        return not (torch.compiler.is_compiling() or head._forward_hooks or head._forward_pre_hooks)
+        return not (torch.compiler.is_compiling() or has_own_call(head))
 
     def _fused_loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
         labels = labels.reshape(-1).to(x.device)

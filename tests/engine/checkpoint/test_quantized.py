@@ -301,16 +301,21 @@ def test_quantize_prints_the_perplexity_before_and_after(checkpoint, capsys):
     arguments = ["quantize", str(checkpoint / "float"), str(out), "--bits", "4", "--text", str(checkpoint / "text.txt")]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    before, after = (float(part.split()[0].rstrip(",")) for part in printed.split("tokens: ")[1].split(", "))
+    before, after = (float(part.split()[0].rstrip(",")) for part in printed.split(": ")[-1].split(", "))
     model = GPT.from_pretrained(checkpoint / "float")
-    ids = torch.tensor(Tokenizer.load(out).encode((checkpoint / "text.txt").read_text()))
-    size, losses = model.config.block_size, []
+    tokenizer = Tokenizer.load(out)
+    ids = torch.tensor([tokenizer.end_id, *tokenizer.encode((checkpoint / "text.txt").read_text())])
+    size, nll, end = model.config.block_size, 0.0, 1
     with torch.no_grad():
-        for i in range(0, len(ids) - 1, size):
-            y = ids[i + 1 : i + size + 1]
-            losses.append(F.cross_entropy(model(ids[None, i : i + len(y)])[0], y, reduction="sum"))
-    assert before == pytest.approx(math.exp(sum(losses) / (len(ids) - 1)), rel=1e-4)
+        while end < len(ids):  # every token once, in windows that move by half of their length
+            begin, end = end, min(len(ids), end + size // 2 if end > 1 else size)
+            x = ids[max(end - size, 0) : end]
+            nll -= model(x[None, :-1])[0].log_softmax(-1)[range(len(x) - 1), x[1:]][begin - end :].sum()
+    assert before == pytest.approx(math.exp(nll / (len(ids) - 1)), rel=1e-4)
     assert after == pytest.approx(before, rel=0.2) and after != before
+    for folder, value in (("float", before), ("out", after)):  # Regression: two perplexities for one model and text
+        assert main(["score", str(checkpoint / folder), "--text", str(checkpoint / "text.txt")]) == 0
+        assert f"perplexity {value:.4f} of" in capsys.readouterr().out
 
 
 def test_transformers_refuses_a_quantized_folder(checkpoint):
@@ -322,15 +327,44 @@ def test_transformers_refuses_a_quantized_folder(checkpoint):
             loader.from_pretrained(out)
 
 
-def test_quantized_folders_with_older_file_names_load_and_are_replaced(checkpoint):
+def test_quantized_folders_with_older_file_names_load(checkpoint):
     ids, out = torch.randint(CONFIG.vocab_size, (1, 9)) % 250, quantized(checkpoint, 8)
     expected = GPT.from_pretrained(out)(ids)
     (out / "quantised.safetensors").rename(out / "model.safetensors")
     assert torch.equal(GPT.from_pretrained(out)(ids), expected)
-    assert torch.equal(GPT.from_pretrained(quantized(checkpoint, 8))(ids), expected)
-    assert not (out / "model.safetensors").exists()
+    (out / "model.safetensors").rename(out / "quantised.safetensors")
     GPT.from_pretrained(checkpoint / "float").save_pretrained(out)
     assert not (out / "quantised.safetensors").exists() and GPT.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "quantised.safetensors", "model-00001-of-00002.safetensors",
+             "consolidated.00.pth", "adapter_model.safetensors", "training_state.safetensors", "model.gguf"]
+)  # fmt: skip
+def test_quantize_never_writes_over_weights(checkpoint, name, capsys):
+    """Regression: it deleted a tuned model whose folder was given as OUT."""
+    out = checkpoint / "tuned"
+    out.mkdir()
+    (out / name).write_bytes(b"the only copy")
+    assert main(["quantize", str(checkpoint / "float"), str(out), "--bits", "8"]) == 2
+    assert f"has {name} already, expected a folder without weights" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [name] and (out / name).read_bytes() == b"the only copy"
+
+
+def test_quantize_copies_links_of_a_hub_cache_and_no_others(checkpoint):
+    snapshot = checkpoint / "models--a--b" / "snapshots" / "0123"
+    blobs = checkpoint / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate((checkpoint / "float").iterdir()):
+        (blobs / str(i)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blobs / str(i))
+    (snapshot / "notes.txt").symlink_to(checkpoint / "text.txt")
+    with pytest.warns(UserWarning, match=r"notes\.txt is a link out of its folder and is not copied"):
+        assert main(["quantize", str(snapshot), str(checkpoint / "out"), "--bits", "8"]) == 0
+    assert not (checkpoint / "out" / "notes.txt").exists()
+    assert all(not path.is_symlink() for path in (checkpoint / "out").iterdir())
+    assert Tokenizer.load(checkpoint / "out") and GPT.from_pretrained(checkpoint / "out")
 
 
 def test_bad_quantized_folders_are_named_in_the_error(checkpoint, capsys):

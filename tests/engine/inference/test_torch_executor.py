@@ -68,7 +68,7 @@ def test_chunked_prompts_and_decoding_equal_one_forward_pass(name):
     expected = model(sequences)
     with use_backend("eager"):
         model_executor = make_executor(model, 9)
-    assert type(model_executor) is TorchExecutor and model_executor.is_relative == (model.config.position in RELATIVE)
+    assert type(model_executor) is TorchExecutor and model_executor.is_one_by_one == (model.config.position in RELATIVE)
     tables, past = ([6, 0, 4], [2, 5, 1], [8, 3, 7]), [0, 0, 0]
 
     def step(counts, num_logits=lambda new: new):

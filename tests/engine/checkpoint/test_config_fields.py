@@ -1,0 +1,137 @@
+"""Every field of a family's config.json is read, known to be harmless, or refused by name; damage is one sentence."""
+
+import json
+import math
+
+import pytest
+import torch
+from small_configs import SMALL
+
+from peakgpt.engine.checkpoint.families import FAMILIES, OWN
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+CONFIG_MAPPING = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+
+# Fields that do not change the logits of a loaded model in eval().
+HARMLESS = {
+    # what transformers returns, labels of classifiers, the versions and the dtype of the file
+    "architectures", "chunk_size_feed_forward", "dtype", "id2label", "label2id", "model_type", "output_attentions",
+    "output_hidden_states", "problem_type", "return_dict", "transformers_version", "use_cache", "_name_or_path",
+    # initialization, generation, heads of other tasks
+    "initializer_range", "init_std", "bos_token_id", "eos_token_id", "pad_token_id", "classifier_dropout",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+    # how transformers computes the same values
+    "reorder_and_upcast_attn", "pretraining_tp", "slow_but_exact", "is_decoder", "is_encoder_decoder",
+    # derived from attention_types
+    "attention_layers",
+}  # fmt: skip
+READ = {"gpt_neo": {"attention_types", "window_size"}, "gpt_neox": {"rope_parameters"}}
+
+
+@pytest.mark.parametrize("model_type", SMALL)
+def test_every_field_of_transformers_config_is_read_or_harmless(model_type):
+    family = FAMILIES[model_type]
+    known = {f.hf_name for f in family.fields} | {*family.fixed, *family.aliases} | READ.get(model_type, set())
+    assert set(CONFIG_MAPPING[model_type]().to_dict()) - known - HARMLESS == set()
+
+
+def alternatives(value):
+    """Return other values of a field that transformers might accept."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [2 * value]
+    if isinstance(value, float):
+        return [value * 10 + 1e-3]
+    if isinstance(value, str):
+        return ["relu", "gelu_new", "silu"]
+    if isinstance(value, dict) and "rope_type" in value:
+        return [{**value, **more} for more in ({"rope_type": "linear", "factor": 2.0}, {"rope_theta": 500.0},
+                                               {"partial_rotary_factor": 1.0})]  # fmt: skip
+    return [True, 16, "relu"] if value is None else []
+
+
+@pytest.mark.parametrize("model_type", SMALL)
+def test_a_changed_field_gives_transformers_logits_or_an_error_that_names_it(model_type, tmp_path):
+    base, family = CONFIG_MAPPING[model_type](**SMALL[model_type], vocab_size=64), FAMILIES[model_type]
+    ids, equal = torch.randint(64, (2, 9)), 0
+    common = set(transformers.PreTrainedConfig().to_dict()) if model_type != "gpt2" else {"architectures", "model_type"}
+    changes = [(name, value) for name, old in base.to_dict().items() if name not in common
+               for value in alternatives(old)]  # fmt: skip
+    for name, value in changes:
+        try:
+            config = CONFIG_MAPPING[model_type](**{**base.to_dict(), name: value})
+            model = getattr(transformers, family.architecture)(config).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+                expected = model(ids).logits
+            model.save_pretrained(tmp_path)
+        except Exception:  # transformers does not accept this value
+            continue
+        try:
+            with torch.no_grad():
+                got = GPT.from_pretrained(tmp_path)(ids)
+        except ValueError as error:
+            assert name in str(error) or "rope_type" in str(error), f"{name} = {value!r}"
+            continue
+        equal += 1
+        assert (got - expected).abs().max() < 1e-3 * expected.abs().max(), f"{name} = {value!r}"
+    assert equal >= 8
+
+
+HOSTILE = [None, "x", "", "9" * 50, -1, 0, 1.5, 1e30, 2**31, 2**63, 2**200, 20_000, math.nan, math.inf, True,
+           [], {}, [[[]]], [None], {"a": [1]}]  # fmt: skip
+
+
+def written(tmp_path, model_type):
+    """Save a small model; return the path and content of its config.json."""
+    if model_type == OWN:
+        config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64, gated_mlp=True, experts=2)
+        with pytest.warns(UserWarning, match="own layout"):
+            GPT(config).save_pretrained(tmp_path)
+    else:
+        config = CONFIG_MAPPING[model_type](**SMALL[model_type], vocab_size=64)
+        getattr(transformers, FAMILIES[model_type].architecture)(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    return path, json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_hostile_value_in_config_json_loads_or_is_one_sentence(model_type, tmp_path):
+    """Regression: n_layer 20,000 took 42 s and 2e9 all memory: modules were built before names were compared."""
+    path, content = written(tmp_path, model_type)
+    names = {*content, *(f.hf_name for f in FAMILIES[model_type].fields), "quantization_config", "rope_scaling"}
+    for name in sorted(names):
+        for value in HOSTILE:
+            path.write_text(json.dumps({**content, name: value}))
+            try:
+                GPT.from_pretrained(tmp_path)
+            except ValueError as error:
+                assert str(tmp_path) in str(error) and "\n" not in str(error), f"{name} = {value!r}: {error}"
+
+
+TEXTS = ["[" * 100_000, '{"a":' * 50_000, "[]", "null", "", "\0", '{"model_type": "gpt2"', "1"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_damaged_json_is_one_sentence_with_the_path(name, text, tmp_path):
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=16)).save_pretrained(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: .*expected"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": 5}, {"weight_map": {"a": 5}}, {"weight_map": {"a": None}},
+                                   {"weight_map": {"a": "../b.safetensors"}}, {"weight_map": ["a"]},
+                                   {"weight_map": {"a": ""}}, {"weight_map": {"a": "."}}, {"weight_map": {"a": []}},
+                                   {"weight_map": {"a": "config.json"}}, []])  # fmt: skip
+def test_a_damaged_index_is_one_sentence_with_a_path(index, tmp_path):
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=16)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"{tmp_path}.*expected"):
+        GPT.from_pretrained(tmp_path)
