@@ -250,3 +250,28 @@ def test_error_in_a_stream_has_the_same_format(running):
         text += b"".join(iter(lambda: stream.recv(1 << 16), b""))
     last = [line for line in text.split(b"\n") if line.startswith(b"data: {")][-1]
     assert json.loads(last[6:])["error"]["code"] == "internal_error" and b"[DONE]" not in text
+
+
+@pytest.mark.parametrize("name", ["_append", "_record_chunk"])
+def test_panic_of_one_sequence_ends_only_this_one(name):
+    """Interrupts end all, as always."""
+    tokenizer = serving.tiny_tokenizer()
+    engine = serving.Engine(serving.tiny_model(tokenizer), tokenizer, blocks=8)
+    params = preparation.SamplingParams(max_tokens=5, temperature=0, logit_bias={tokenizer.end_id: -100})
+    bad, good = engine.submit([5], params), engine.submit([6], params)
+    original = getattr(engine, name)
+
+    def fail(first, *args, error=Panic):
+        sequence = getattr(first, "sequence", first)
+        if sequence.request.request_id == bad:
+            raise error
+        return original(first, *args)
+
+    setattr(engine, name, fail)
+    outputs = list(engine.outputs())
+    assert [type(one.error) for one in outputs if one.request_id == bad] == [Panic]
+    assert sum(len(one.token_ids) for one in outputs if one.request_id == good) == 5
+    setattr(engine, name, lambda *args: fail(*args, error=KeyboardInterrupt))
+    bad = engine.submit([5], params)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
