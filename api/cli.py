@@ -37,6 +37,12 @@ class BadInput(Exception):
 
 
 class _Parser(Parser):
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if flags := [text.partition("=")[0] for text in unknown if text.startswith("-")] or unknown:
+            self.error(f"unrecognized arguments: {' '.join(flags)}")  # without values, which may be secret
+        return parsed
+
     def error(self, message: str):
         # "argument --steps: is 0, expected at least 1" is how argparse gives the messages of `integer` and `number`.
         message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)

@@ -36,5 +36,6 @@ class PaddedVocabulary:
             z[:, ids] = values
 
     def _asked(self, sequence: RunningSequence) -> list[int]:
-        """Return the padded ids that a sequence may have: those of its bias, and all if it has choices."""
-        return list(self.padding if sequence.choices else self.padding.intersection(sequence.params.logit_bias))
+        """Return the padded ids that a sequence may have: those that its bias raises, and all if it has choices."""
+        raised = (token for token, bias in sequence.params.logit_bias.items() if bias > 0)
+        return list(self.padding if sequence.choices else self.padding.intersection(raised))
