@@ -26,7 +26,7 @@ def integer(low: int = 1, high: int = MAX_COUNT) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"is {text!r}, expected an integer") from None
+            raise argparse.ArgumentTypeError(f"is {text[:40]!r}, expected an integer") from None
         if not low <= value <= high:
             expected = f"at least {low}" if value < low else f"at most {high}"
             raise argparse.ArgumentTypeError(f"is {value}, expected {expected}")
@@ -42,7 +42,7 @@ def number(above: float = 0.0, high: float = MAX_NUMBER, *, or_equal: bool = Fal
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"is {text!r}, expected a number") from None
+            raise argparse.ArgumentTypeError(f"is {text[:40]!r}, expected a number") from None
         if math.isnan(value) or value < above or (value == above and not or_equal):
             raise argparse.ArgumentTypeError(
                 f"is {value}, expected {'at least' if or_equal else 'more than'} {above:g}"

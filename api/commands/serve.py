@@ -8,8 +8,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from peakgpt.engine.inference.block_pool import BLOCK_TOKENS
 from peakgpt.engine.inference.cache_size import MEMORY_SHARE, TYPICAL_TOKENS, block_bytes
 from peakgpt.engine.inference.engine import STREAMS, Engine
 from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
+from peakgpt.kernels.command_line import integer
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.hardware.device import choose_device, describe
 from peakgpt.serve.keys import check_keys, read_key_file
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument(
-        "--port", type=_integer(0, 65535), default=8000, help="port (default 8000; 0 chooses a free port)"
+        "--port", type=integer(0, 65535), default=8000, help="port (default 8000; 0 chooses a free port)"
     )
     parser.add_argument("--served-model-name", help="model name in requests (default: name of the folder)")
     parser.add_argument("--api-key-file", type=Path,
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a key; may be repeated. The process list shows it to other users")  # fmt: skip
     parser.add_argument("--device", help='"cpu", "cuda" or "auto" (default: "cuda" if available)')
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--blocks", type=_integer(1, (1 << 31) - 1),
+    parser.add_argument("--blocks", type=integer(),
                         help=f"size of the KV cache in {BLOCK_TOKENS}-token blocks (default: {STREAMS} sequences of "
                         f"{TYPICAL_TOKENS} tokens, in at most {MEMORY_SHARE:.0%}% of free memory)")  # fmt: skip
     parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES,
@@ -84,16 +83,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{server.name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         http.run([listening])
     return 1 if server.worker.failed else 0
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        with suppress(ValueError):
-            if low <= (value := int(text)) <= high:
-                return value
-        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, expected an integer from {low} to {high}")
-
-    return parse
 
 
 def _keys(args: argparse.Namespace) -> list[str] | None:

@@ -92,7 +92,7 @@ class _Process:
 
     @property
     def is_alive(self) -> bool:
-        return self._stop.alive
+        return self._stop.alive and self.process.poll() is None
 
     def ask(self, request: dict[str, Any] | None, seconds: float) -> str:
         """Send a request, if there is one, and return the text of the answer.

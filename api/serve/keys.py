@@ -9,6 +9,8 @@ import hmac
 from collections.abc import Sequence
 from pathlib import Path
 
+from peakgpt.engine.data.text_file import read_bytes
+
 MAX_FILE_BYTES = 1 << 16
 
 
@@ -16,11 +18,9 @@ def read_key_file(path: Path) -> list[str]:
     """Return the keys of a file, one a line. Blanks around a key and blank lines do not count.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it has no key, or a line that is no key.
+        ValueError: the file cannot be read, has no key, or has a line that is no key.
     """
-    with path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
+    data = read_bytes(path, "API key file", MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"API key file {path}: got more than {MAX_FILE_BYTES} bytes, expected one key a line")
     lines = [line.strip() for line in data.decode("utf-8-sig", errors="replace").splitlines()]

@@ -18,6 +18,8 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from peakgpt.engine.data.text_file import read_text
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
@@ -64,17 +66,17 @@ def read_prompt(path: Path | str) -> tuple[str, tuple[str, ...]]:
         ValueError: the file cannot be read, is not UTF-8, or is JSON of another structure; the message names the file.
     """
     path = Path(path)
+    text = read_text(path, "prompt file")
+    if path.suffix != ".json":
+        return text.removesuffix("\n"), ()
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return text.removesuffix("\n"), ()
         value = json.loads(text)
         known = {f.name for f in fields(PromptFile)}
         if not isinstance(value, dict) or "input" not in value or not set(value) <= known:
             expected = f"an object with input and no keys except {', '.join(sorted(known))}"
             raise ValueError(f"got {str(value)[:80]}, expected {expected}")
         contents = PromptFile(**value)
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"prompt file {path}: {error}") from None
     return contents.prompt, tuple(contents.stop)
 

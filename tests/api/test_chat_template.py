@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import signal
 import threading
 import time
 
@@ -165,10 +164,16 @@ def test_template_that_does_not_compile_is_refused_at_start(source, monkeypatch)
 
 
 def test_killed_process_is_started_again():
-    template = ChatTemplate("{{ messages[0].content }}", {})
-    os.kill(template._process.process.pid, signal.SIGKILL)
+    source = "{% if messages | length == 2 %}" + SLOW[0] + "{% endif %}{{ messages[0].content }}"
+    template = ChatTemplate(source, {})
+    process = template._process.process
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # until it has ended
+    assert template.render(HELLO) == "hello"  # killed between two requests: the client notices nothing
+    killer = threading.Timer(0.2, lambda: template._process.process.kill())
+    killer.start()
     with pytest.raises(BadRequest, match="its process ended"):
-        template.render(HELLO)
+        template.render(HELLO * 2)
     assert template.render(HELLO) == "hello"
 
 

@@ -1,10 +1,11 @@
-"""`read_text` reads files and pipes, and refuses in one sentence what would never end."""
+"""`read_text` and `load_corpus` read files and pipes, and refuse in one sentence what would never end."""
 
 import os
 import threading
 
 import pytest
 
+from peakgpt.engine.data.corpus import load_corpus
 from peakgpt.engine.data.text_file import read_text
 
 
@@ -37,3 +38,6 @@ def test_what_never_ends_or_is_no_text_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=expected):
             read_text(path)
+        if path not in (tmp_path, tmp_path / "binary"):  # a corpus searches folders, and has its own words for bytes
+            with pytest.raises(ValueError, match=expected):
+                load_corpus([path])

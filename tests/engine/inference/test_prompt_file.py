@@ -1,6 +1,7 @@
 """Prompt files: the prompts of text and JSON files, and errors that name the file."""
 
 import json
+import os
 
 import pytest
 
@@ -36,12 +37,19 @@ def test_text_files_are_the_prompt_without_one_final_newline(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ['{"input": 1}', "{}", "[]", "{", '{"input": "a", "shots": []}', '{"input": "a", "examples": [["b"]]}',
-     '{"input": "a", "stop": [""]}', '{"input": "a", "examples": 3}'],
+     '{"input": "a", "stop": [""]}', '{"input": "a", "examples": 3}', "[" * 100_000, '{"input":' * 100_000,
+     "1" * 5000],
 )  # fmt: skip
 def test_malformed_files_raise_with_the_name_of_the_file(text, tmp_path):
     path = tmp_path / "p.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"prompt file .*p\.json: "):
         read_prompt(path)
-    with pytest.raises(ValueError, match="prompt file"):
-        read_prompt(tmp_path / "missing")
+
+
+def test_what_never_ends_or_cannot_be_read_raises_with_the_name_of_the_file(tmp_path):
+    for suffix in ("", ".json"):
+        os.mkfifo(tmp_path / f"pipe{suffix}")
+        for path in (tmp_path / f"pipe{suffix}", "/dev/zero", tmp_path, tmp_path / f"missing{suffix}"):
+            with pytest.raises(ValueError, match=f"prompt file {path}: got "):
+                read_prompt(path)
