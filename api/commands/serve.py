@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         from peakgpt.serve.limits import LIMITS
     except ImportError as error:
         raise ValueError(f"serve: got {error}, expected the packages of pip install -e '.[serve]'") from None
-    keys, device = _keys(args), choose_device(args.device)
+    name, keys, device = _name(args), _keys(args), choose_device(args.device)
     family, address = _resolve(args.host, args.port)
     is_loopback = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
     if not is_loopback and not keys:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         engine = Engine(model, tokenizer, blocks=args.blocks, cache=args.kv_cache_dtype)
         print("\n".join(filter(None, (engine.cache_note, engine.executor_note))), file=sys.stderr, flush=True)
         server = Server(
-            engine, tokenizer, name=args.served_model_name or Path(args.checkpoint).resolve().name,
+            engine, tokenizer, name=name,
             key=keys, hosts=(*LOOPBACK, address[0]) if is_loopback else None,
             chat=read_chat_template(args.checkpoint, tokenizer.end_of_text),
         )  # fmt: skip
@@ -83,6 +83,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"{server.name}: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         http.run([listening])
     return 1 if server.worker.failed else 0
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Return the name of the model in requests.
+
+    Raises:
+        ValueError: it is empty, or has characters that no request can write or no terminal can show.
+    """
+    given = args.served_model_name
+    name = Path(args.checkpoint).resolve().name if given is None else given
+    if not name or not name.isprintable():
+        raise ValueError(f"--served-model-name: got {name[:80]!r}, expected printable characters")
+    return name
 
 
 def _keys(args: argparse.Namespace) -> list[str] | None:

@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 
 from peakgpt.engine.data.library_call import call
+from peakgpt.engine.data.text_file import read_text
 
 TOKENIZER, CONFIG, SPECIAL_MAP, ADDED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -55,9 +56,9 @@ def read_folder(folder: Path | str) -> TokenizerFolder:
     if not path.exists():
         raise ValueError(f"tokenizer {path}: got {_without_tokenizer(Path(folder))}")
     try:
-        library = call(tokenizers.Tokenizer.from_str, path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = str(error).removeprefix("tokenizer: got ")
+        library = call(tokenizers.Tokenizer.from_str, read_text(path, "tokenizer"))
+    except ValueError as error:
+        reason = str(error).removeprefix(f"tokenizer {path}: got ").removeprefix("tokenizer: got ")[:300]
         raise ValueError(f"tokenizer {path}: got {reason}, expected a file saved by tokenizers") from None
     config = read_tokenizer_config(folder)
     name = _class_name(library, config, read_json(Path(folder, "config.json")))
@@ -97,9 +98,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
+    text = read_text(path, "tokenizer")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer {path}: got {error!r}, expected JSON") from None
     if not isinstance(data, dict):
         raise ValueError(f"tokenizer {path}: got {type(data).__name__}, expected JSON with one object")

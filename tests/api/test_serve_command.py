@@ -99,6 +99,8 @@ def test_wrong_numbers_are_one_sentence_before_loading(run, flag, value):
     (("--host", "::"), "API key"), (("--host", "0.0.0.0"), "API key"), (("--device", "tpu"), "device"),
     (("--device", "cuda:99"), "device"), (("--device", ""), ""), (("--dtype", "int8"), "--dtype"),
     (("--kv-cache-dtype", "x"), "--kv-cache-dtype"), (("--po", "1"), "--po"), (("extra",), "extra"),
+    (("--served-model-name", ""), "--served-model-name"), (("--served-model-name", "a\nb"), "--served-model-name"),
+    (("--served-model-name", "n\udcff"), "--served-model-name"),
 ], ids=str)  # fmt: skip
 def test_wrong_flags_are_one_sentence_before_loading(run, flags, words):
     if flags == ("--device", ""):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 
 import pytest
@@ -210,3 +211,18 @@ def test_panic_of_the_library_is_a_value_error():
         tokenizer.encode("x" * 40)
     with pytest.raises(ValueError, match="tokenizer: got a lone surrogate"):
         tokenizer.encode("a\ud800")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"])
+def test_files_that_never_end_or_are_long_are_one_sentence(name, tmp_path):
+    write(tmp_path, BUILDERS["byte_level"](), {key: value for key, value in GENERIC.items() if value})
+    (tmp_path / name).unlink(missing_ok=True)
+    for content in (None, b"\xff", b"[" * 100_000, json.dumps(["a" * 5000] * 3).encode()):
+        if content is None:
+            os.mkfifo(tmp_path / name)  # without a writer
+        else:
+            (tmp_path / name).unlink()
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^tokenizer .*{name}: got .*expected") as error:
+            Tokenizer.load(tmp_path)
+        assert len(str(error.value)) < 600 and "\n" not in str(error.value)
