@@ -95,7 +95,7 @@ def _neo_windows(content: Mapping[str, Any]) -> dict[str, Any]:
     if len(kinds) != layers or not all(kind in list(window_of) for kind in kinds):
         raise ValueError(f"attention_types is {types}, expected {layers} layers of global or local")
     if content.get("attention_layers") not in (None, kinds):
-        raise ValueError(f"attention_layers is {content['attention_layers']!r}, expected {kinds} as attention_types says")
+        raise ValueError(f"attention_layers is {content['attention_layers']!r}, expected {kinds}")
     return {"windows": tuple(window_of[kind] for kind in kinds)}
 
 
