@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
+
+from peakgpt.closed_output import PIPE_EXIT_CODE, discard_output
+from peakgpt.heartbeat import heartbeat
+from peakgpt.kernels.command_line import Parser
 
 # Each key is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code. It is imported on use.
 COMMANDS = {
@@ -21,12 +27,25 @@ COMMANDS = {
 }
 
 
+# Commands that may be silent for long -> the stream of their heartbeat. Programs read the standard output of some.
+HEARTBEATS = {"quickstart": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr", "score": "stderr",
+              "aot": "stderr"}  # fmt: skip
+
+
 class BadInput(Exception):
     """The command line has wrong arguments."""
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if flags := [text.partition("=")[0] for text in unknown if text.startswith("-")] or unknown:
+            self.error(f"unrecognized arguments: {' '.join(flags)}")  # without values, which may be secret
+        return parsed
+
     def error(self, message: str):
+        # "argument --steps: is 0, expected at least 1" is how argparse gives the messages of `integer` and `number`.
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
         raise BadInput(f"{message} (see {self.prog} --help)")
 
 
@@ -34,11 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0 for success, 1 for a failed check, 2 for bad input, 130 after Ctrl-C.
+        Exit code: 0 for success, 1 for a failed check or a training that gave numbers which are not finite, 2 for bad
+        input, 128 + N after signal N, such as 130 after Ctrl-C, and 141 if nobody reads the output any more.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    with contextlib.suppress(AttributeError, ValueError):  # a replaced standard output
+        sys.stdout.reconfigure(line_buffering=True)  # a pipe gets each line at once, as a terminal does
     try:
-        return _run(argv)
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        discard_output()
+        return PIPE_EXIT_CODE
+    except FloatingPointError as error:
+        print(f"peakgpt: error: {error}", file=sys.stderr)
+        return 1
     except (BadInput, ValueError, NotImplementedError, OSError) as error:
         print(f"peakgpt: error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +93,11 @@ def _run(argv: list[str]) -> int:
     command = importlib.import_module(f"peakgpt.commands.{argv[0]}")
     parser = _Parser(prog=f"peakgpt {argv[0]}", description=COMMANDS[argv[0]])
     command.add_arguments(parser)
-    return command.run(parser.parse_args(argv[1:]))
+    args = parser.parse_args(argv[1:])
+    if argv[0] not in HEARTBEATS:
+        return command.run(args)
+    with heartbeat(HEARTBEATS[argv[0]], f"peakgpt {argv[0]}"):
+        return command.run(args)
 
 
 def _run_without_command(parser: argparse.ArgumentParser, argv: list[str]) -> int:

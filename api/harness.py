@@ -23,28 +23,30 @@ from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
+from peakgpt.kernels.hardware.device import choose_device
 
-MAX_GEN_TOKS = 256  # default of the harness
+MAX_GEN_TOKS, DEFAULT_DEVICE = 256, "cuda:0"  # defaults of the harness
 
 
 @register_model("peakgpt")
 class PeakGPT(TemplateLM):
-    """A checkpoint with its tokenizer, evaluated on the CPU.
+    """A checkpoint with its tokenizer.
 
     Args:
         pretrained: checkpoint folder.
         dtype: dtype of the weights.
         max_length: maximum number of tokens. Longer inputs lose their beginning, as in the hf model.
         batch_size, max_batch_size: ignored, because the engine makes its own batches. The harness passes them.
-        device: "cpu" or None.
+        device: "cpu", "cuda", "cuda:N" or "auto". Where torch sees no CUDA device, "cuda:0" means the CPU as in the hf
+            model, because the harness passes it by default.
     """
 
     def __init__(self, pretrained: str, dtype: str = "float32", max_length: int | None = None, batch_size=None,
                  max_batch_size=None, device=None):  # fmt: skip
         super().__init__()
-        if device not in (None, "cpu"):
-            raise ValueError(f"peakgpt: device is {device!r}, expected cpu")
-        self.model = GPT.from_pretrained(pretrained, dtype=getattr(torch, dtype))
+        if device == DEFAULT_DEVICE and not torch.cuda.is_available():
+            device = "cpu"
+        self.model = GPT.from_pretrained(pretrained, dtype=getattr(torch, dtype)).to(choose_device(device))
         self.tokens = Tokenizer.load(pretrained)
         self.max_length = min(max_length or self.model.config.block_size, self.model.config.block_size)
         self.scorer, self._engine = Scorer(self.model), None
@@ -53,8 +55,15 @@ class PeakGPT(TemplateLM):
     def eot_token_id(self) -> int:
         return self.tokens.end_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        return (self.tokens.start_ids or [self.eot_token_id])[0]
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        return self.tokens.encode(string)
+        if add_special_tokens is None:  # as in the hf model, a text that begins with BOS gets no second one
+            start = self.tokens.decode(self.tokens.start_ids)
+            add_special_tokens = not start or not string.startswith(start)
+        return self.tokens.encode(string, add_special_tokens=add_special_tokens)
 
     def _loglikelihood_tokens(self, requests: list[tuple], **kwargs) -> list[tuple[float, bool]]:
         inputs = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]

@@ -1,11 +1,11 @@
 """python -m peakgpt.bench NAME: the same as `peakgpt bench NAME`."""
 
-import argparse
 import sys
 
 from peakgpt.bench.command import add_arguments, run
+from peakgpt.kernels.command_line import Parser
 
-parser = argparse.ArgumentParser(prog="python -m peakgpt.bench", description="Measure peakgpt against other engines.")
+parser = Parser(prog="python -m peakgpt.bench", description="Measure peakgpt against other engines.")
 add_arguments(parser)
 try:
     sys.exit(run(parser.parse_args()))

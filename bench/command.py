@@ -42,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if getattr(args, "rounds", 1) < 1:
-        raise ValueError(f"--rounds is {args.rounds}, expected at least 1")
     device = choose_device(args.device)
     env = environment(device, commit=args.commit)  # before measuring, so that a missing device is an error at once
     out = args.out or Path("bench", "results")

@@ -8,6 +8,7 @@ the KV cache, read once for each new token of all streams together.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import preset
+from peakgpt.kernels.command_line import integer, refuse_ignored
 from peakgpt.kernels.hardware.peaks import peak_for
 
 MIN_EQUAL_TOKENS = 4  # first tokens, in float32; later, rounding may decide between two almost equally likely tokens
@@ -39,11 +41,11 @@ HEAD_BITS = {**BITS, "int4": 8}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
-    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens (default 32)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens to add (default 64)")
-    parser.add_argument("--streams", type=int, action="append", help="on the CPU; repeatable; default 1 and 8")
+    parser.add_argument("--prompt", type=integer(), default=32, help="prompt tokens (default 32)")
+    parser.add_argument("--tokens", type=integer(), default=64, help="tokens to add (default 64)")
+    parser.add_argument("--streams", type=integer(), action="append", help="on the CPU; repeatable; default 1 and 8")
     parser.add_argument("--contenders", nargs="+", choices=tuple(DECODING_CONTENDERS), help="on the CPU; default: all")
-    parser.add_argument("--rounds", type=int, default=7, help="timings of each contender, on the CPU (default 7)")
+    parser.add_argument("--rounds", type=integer(), help="timings of each contender, on the CPU (default 7)")
     parser.add_argument(
         "--dtype",
         action="append",
@@ -55,16 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
     """
     Raises:
-        ValueError: int8 or int4 weights on a GPU.
+        ValueError: int8 or int4 weights, or a flag of the CPU's benchmark, on a GPU.
     """
     if device.type == "cpu":
         for streams in args.streams or (1, 8):
             for row in compare_streams(
                 preset(args.model), Workload(streams, args.prompt, args.tokens), args.dtype or WEIGHT_FORMATS,
-                args.contenders, rounds=args.rounds, on_failure=record_failures(emit),
+                args.contenders, rounds=args.rounds or 7, on_failure=record_failures(emit),
             ):  # fmt: skip
                 emit(row)
         return
+    refuse_ignored(args, ("streams", "contenders", "rounds"), f"on {device}, expected it on the CPU only")
     for dtype_name in args.dtype or ("float32", "bfloat16"):
         if (dtype := getattr(torch, dtype_name, None)) not in (torch.float32, torch.bfloat16):
             raise ValueError(f"bench decode: got --dtype {dtype_name} on {device}, expected float32 or bfloat16")
@@ -85,7 +88,7 @@ def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, bu
     Returns:
         Results; bytes are the weights and the cache, read once per token.
     Raises:
-        ValueError: the logits of peakgpt differ from those of eager.
+        ValueError: the logits of peakgpt are wrong; see `expect_close`.
     """
     weight = next(model.parameters())
     eager = EagerGPT(model.config).to(weight.device, weight.dtype)
@@ -93,7 +96,8 @@ def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, bu
     count = min(count, model.config.block_size - ids.shape[1])
     was_training, _ = model.training, model.eval()
     with torch.no_grad():
-        expect_close("decode: peakgpt", [model(ids)], [eager(ids)], weight.dtype)
+        truth = lambda: [copy.deepcopy(eager).double()(ids)]  # noqa: E731
+        expect_close("decode: peakgpt", [model(ids)], [eager(ids)], weight.dtype, truth)
     contenders = {
         "peakgpt": lambda: model.generate(ids, max_new_tokens=count),
         "eager": lambda: eager.generate(ids, count),

@@ -18,6 +18,7 @@ from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
+from peakgpt.kernels.command_line import integer
 from peakgpt.kernels.hardware.peaks import peak_for
 
 VOCAB = 50304  # GPT-2's, padded to a multiple of 128
@@ -26,9 +27,9 @@ SYMBOLS = 512  # number of token ids in the synthetic sequences
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=100, help="of the run whose loss is printed (default 100)")
+    parser.add_argument("--batch", type=integer(), default=8)
+    parser.add_argument("--tokens", type=integer(), default=1024)
+    parser.add_argument("--steps", type=integer(), default=100, help="of the run whose loss is printed (default 100)")
 
 
 def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:

@@ -20,6 +20,7 @@ from peakgpt.bench.environment import keep_pages_note
 from peakgpt.bench.interleave import OnFailure, interleave, raise_failure
 from peakgpt.bench.run_results import Emit, record_failures
 from peakgpt.bench.schema import Result
+from peakgpt.kernels.command_line import integer, number
 from peakgpt.kernels.hardware.peaks import peak_for
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.quantize import BLOCK
@@ -31,9 +32,10 @@ Layer = tuple[Callable[[Tensor, Tensor], object], int]  # (function of x and out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, action="append", help="rows of the input; repeatable; default 1, 8 and 512")
+    parser.add_argument("--rows", type=integer(), action="append",
+                        help="rows of the input; repeatable; default 1, 8 and 512")  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="dtype of the inputs")
-    parser.add_argument("--seconds", type=float, default=25.0, help="for each number of rows (default 25)")
+    parser.add_argument("--seconds", type=number(), default=25.0, help="for each number of rows (default 25)")
 
 
 def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from peakgpt.bench.interleave import interleave
 from peakgpt.bench.run_results import Emit
 from peakgpt.bench.schema import Result
+from peakgpt.kernels.command_line import integer
 from peakgpt.kernels.hardware.peaks import stream_peak
 from peakgpt.kernels.ops.adamw import adamw as adamw_op
 
@@ -123,7 +124,7 @@ GPT2_CALLS: list[tuple[str, dict[str, int]]] = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", choices=sorted(KERNELS), help="repeatable; default all")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
-    parser.add_argument("--rounds", type=int, default=15, help="timings of each kernel (default 15)")
+    parser.add_argument("--rounds", type=integer(), default=15, help="timings of each kernel (default 15)")
 
 
 def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.agreement import expect_close
-from peakgpt.bench.check import backends
+from peakgpt.bench.check import backends, double
 from peakgpt.bench.contenders.op_peers import IN_PLACE, peers
 from peakgpt.bench.environment import keep_pages_note
 from peakgpt.bench.gpu_memory import peak_allocated_bytes
@@ -20,6 +20,7 @@ from peakgpt.bench.interleave import OnFailure, interleave, raise_failure
 from peakgpt.bench.op_cases import PASSES, Inputs, OpCase, as_tuple, choose_cases, make_inputs, replayed
 from peakgpt.bench.run_results import Emit, Unsupported, record_failures
 from peakgpt.bench.schema import Result
+from peakgpt.kernels.command_line import number
 from peakgpt.kernels.core.dispatch import BACKENDS, OPS, Op, use_backend
 from peakgpt.kernels.hardware.peaks import peak_for, stream_peak
 from peakgpt.kernels.ops import catalogue
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="such as tokens=1024; repeatable; defaults: GPT-2 124M at 4 x 256 tokens")  # fmt: skip
     parser.add_argument("--pass", action="append", dest="passes", choices=tuple(PASSES),
                         help="repeatable; default forward, and forward+backward if the op has a gradient")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=120.0, help="for each dtype (default 120)")
+    parser.add_argument("--seconds", type=number(), default=120.0, help="for each dtype (default 120)")
 
 
 def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
@@ -67,16 +68,21 @@ def compare_ops(
         device, dtype: of the inputs.
         budget_s: seconds for all cases, shared evenly.
         rounds: maximum number of timings of each contender.
-        peers, on_failure: see `compare`.
+        peers: see `compare`.
+        on_failure: called with a contender that raises or has wrong values, or with a case that cannot be timed; all
+            other rows are measured.
     Yields:
         Results with work FLOPs and bytes.
     Raises:
-        ValueError: our values differ from eager's.
+        ValueError: by default, if our values differ from eager's.
     """
     todo = [(case, direction) for case in cases for direction in case.directions]
     for case, direction in todo:
-        yield from compare(case, direction, device, dtype, budget_s=budget_s / len(todo), rounds=rounds, peers=peers,
-                           on_failure=on_failure)  # fmt: skip
+        try:
+            yield from compare(case, direction, device, dtype, budget_s=budget_s / len(todo), rounds=rounds,
+                               peers=peers, on_failure=on_failure)  # fmt: skip
+        except Exception as error:
+            on_failure(f"peakgpt {case.op} {direction}", error)
 
 
 def compare(
@@ -118,7 +124,7 @@ def compare(
     small = sets if case.checked is None else make_inputs(replace(case, sizes=case.checked), device, dtype)
     calls = _right(op, calls, make, small[0], params, dtype, on_failure)
     if case.checked is not None or op.mutates:  # for an in-place op eager is only the reference
-        del calls["eager"]
+        calls.pop("eager", None)
     contenders = {name: make(call, sets, params) for name, call in calls.items()}
     left_s = max(0.0, budget_s - (time.perf_counter() - start))  # the check includes all compilation
     timings = interleave(contenders, rounds=rounds, warmup=2, device=device, budget_s=left_s,
@@ -158,11 +164,13 @@ def _forced(op: Op, backend: str) -> Callable[..., Any]:
 
 
 def _right(op: Op, calls, make, inputs: Inputs, params, dtype, on_failure: OnFailure) -> dict[str, Callable[..., Any]]:
-    """Return the contenders whose values are eager's; call on_failure for the others."""
-    reference, right = _values(op, calls["eager"], make, inputs, params), {}
+    """Return the contenders whose values are eager's or closer to float64; call on_failure for the others."""
+    eager = calls["eager"]
+    reference, right = _values(op, eager, make, inputs, params), {}
+    truth = None if op.mutates else lambda: _values(op, eager, make, tuple(map(double, inputs)), params)
     for name, call in calls.items():
         try:
-            expect_close(f"{op.name}: {name}", _values(op, call, make, inputs, params), reference, dtype)
+            expect_close(f"{op.name}: {name}", _values(op, call, make, inputs, params), reference, dtype, truth)
             right[name] = call
         except Unsupported:
             continue

@@ -23,6 +23,7 @@ from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.interleave import OnFailure, raise_failure
 from peakgpt.bench.run_results import Emit, record_failures
 from peakgpt.bench.schema import Result
+from peakgpt.kernels.command_line import integer
 
 PROMPT, NEW = 32, 64  # prompt tokens and new tokens of greedy generation
 # LABELED is the share of labeled positions in a masked language model (Devlin et al. 2018, arXiv:1810.04805)
@@ -80,13 +81,13 @@ PATCH_CONTENDERS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="repeatable; default all")
     parser.add_argument("--work", choices=tuple(WORK), action="append", help="repeatable; default all")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256, help="context length (default 256)")
+    parser.add_argument("--batch", type=integer(), default=4)
+    parser.add_argument("--tokens", type=integer(), default=256, help="context length (default 256)")
     parser.add_argument("--dtype", choices=tuple(EVAL_LOSS_TOLERANCE), action="append", help="repeatable; default both")
     parser.add_argument(
         "--contenders", nargs="+", choices=tuple(PATCH_CONTENDERS), help="default: all that can run on the device"
     )
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=integer(), default=9)
 
 
 def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:

@@ -39,6 +39,7 @@ from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import forward_flops
 from peakgpt.engine.model.presets import preset
+from peakgpt.kernels.command_line import integer
 from peakgpt.kernels.hardware.peaks import peak_for
 
 StoreKeysValues = Callable[[int, Tensor, Tensor], None]  # layer, keys and values (B, H, T, D)
@@ -48,10 +49,10 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
-    parser.add_argument("--tokens", type=int, default=512, help="prompt tokens (default 512)")
+    parser.add_argument("--tokens", type=integer(), default=512, help="prompt tokens (default 512)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="weight format; repeatable; default: all")
     parser.add_argument("--contenders", nargs="+", choices=tuple(PREFILL_CONTENDERS), help="default: all")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=integer(), default=15)
 
 
 def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from peakgpt.bench.timing import Timing
+from peakgpt.engine.model.flops import mfu
 from peakgpt.kernels.files import write_atomically
+from peakgpt.kernels.strict_json import dumps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,9 @@ class Result:
     @property
     def flops_fraction(self) -> float | None:
         """Achieved over peak FLOP/s, 0..1: MFU when flops_kind is "model"."""
-        return self.tflops * 1e12 / self.peak_flops_s if self.tflops is not None and self.peak_flops_s else None
+        if self.flops is None or not self.peak_flops_s:
+            return None
+        return mfu(1 / self.median_s, self.flops, self.peak_flops_s)
 
     @property
     def bytes_fraction(self) -> float | None:
@@ -100,7 +104,7 @@ def write_results(
     path: str | os.PathLike[str], results: Sequence[Result], environment: dict[str, Any], *,
     checks: Sequence[dict[str, Any]] = (), failures: Sequence[dict[str, Any]] = (),
 ) -> None:  # fmt: skip
-    """Write results and their environment as one JSON file, atomically.
+    """Write results and their environment as one JSON file, atomically. Numbers that are not finite become null.
 
     Args:
         path: path of the file; missing folders are created.
@@ -112,7 +116,7 @@ def write_results(
     path = Path(path)
     document = {"schema": SCHEMA, "environment": environment, "results": [r.to_json() for r in results],
                 "checks": list(checks), "failures": list(failures)}  # fmt: skip
-    text = "{\n" + ",\n".join(f"{json.dumps(key)}: {_json_rows(value)}" for key, value in document.items()) + "\n}"
+    text = "{\n" + ",\n".join(f"{dumps(key)}: {_json_rows(value)}" for key, value in document.items()) + "\n}"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, f"{text}\n".encode())
 
@@ -120,8 +124,8 @@ def write_results(
 def _json_rows(value: Any) -> str:
     """Write one line for each item of a list, so that files can be compared by diff."""
     if not isinstance(value, list):
-        return json.dumps(value, indent=1, allow_nan=False)
-    return "[" + ",".join(f"\n{json.dumps(item, allow_nan=False)}" for item in value) + "]"
+        return dumps(value, indent=1)
+    return "[" + ",".join(f"\n{dumps(item)}" for item in value) + "]"
 
 
 def read_results(path: str | os.PathLike[str]) -> tuple[list[Result], dict[str, Any]]:

@@ -37,17 +37,18 @@ from peakgpt.bench.timing import Spread
 from peakgpt.engine.inference.block_pool import BLOCK_TOKENS
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import preset
+from peakgpt.kernels.command_line import integer, number
 from peakgpt.kernels.cpu.memory import keep_pages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
-    parser.add_argument("--streams", type=int, default=64, help="requests open at once (default 64)")
-    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens (default 32)")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens of a request (default 128)")
+    parser.add_argument("--streams", type=integer(), default=64, help="requests open at once (default 64)")
+    parser.add_argument("--prompt", type=integer(), default=32, help="prompt tokens (default 32)")
+    parser.add_argument("--tokens", type=integer(), default=128, help="new tokens of a request (default 128)")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=number(),
         default=120.0,
         help="duration of serving without pauses; the rounds versus the engine take half of it before (default 120)",
     )

@@ -24,6 +24,7 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.kernels.command_line import integer
 from peakgpt.kernels.hardware.peaks import peak_for
 
 # A contender is timed only if its loss after a few updates at the full learning rate equals that of eager. Eager
@@ -35,8 +36,8 @@ LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-3}  # relative
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256, help="context length (default 256)")
+    parser.add_argument("--batch", type=integer(), default=4)
+    parser.add_argument("--tokens", type=integer(), default=256, help="context length (default 256)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="repeatable; default both")
     parser.add_argument(
         "--contenders", nargs="+", choices=tuple(TRAINING_CONTENDERS), help="default: all that can run on the device"
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recompute", default="none", metavar="PLAN", help="activation checkpointing of peakgpt, as in `peakgpt train`"
     )
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=integer(), default=9)
 
 
 def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:

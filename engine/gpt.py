@@ -21,6 +21,7 @@ from peakgpt.engine.checkpoint.model_folder import (
     write_model,
 )
 from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
+from peakgpt.engine.data.run_layout import model_folder
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream
 from peakgpt.engine.model.positions import left_padding_start
@@ -52,12 +53,14 @@ class GPT(Transformer):
         """Load a checkpoint in the Hugging Face layout of its family; the model is in evaluation mode.
 
         Args:
-            folder: has config.json and model.safetensors (or its shards, or pytorch_model.bin).
+            folder: has config.json and model.safetensors (or its shards, or pytorch_model.bin), or is the folder of a
+                run, which has them in checkpoint/.
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
         """
+        folder = model_folder(folder)
         family, config = read_config(folder, dropout=dropout)
         try:
             with torch.device("meta"):

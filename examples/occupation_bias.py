@@ -61,7 +61,7 @@ def open_checkpoint(folder: str) -> ZeroShot:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder with a model and its tokenizer")
     try:
         rows = measure(open_checkpoint(parser.parse_args().checkpoint))

@@ -1,17 +1,32 @@
-"""Writing files atomically and durably."""
+"""Writing files atomically and durably; locks; folders that are made and removed without harm to other processes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+try:
+    import fcntl
+except ImportError:  # Windows: there are no locks, and no staging folder is swept
+    fcntl = None
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+STAGE = re.compile(r"\.incoming-[a-z0-9_]{8}")  # names of staging folders
+ATTEMPTS = 100  # a folder that was just made may be removed by another process; more often than this is no accident
+
 
 def write_atomically(path: Path, data: Buffer) -> None:
     """Replace a file's content atomically and flush it to the disk. A crash leaves the old content or the new one.
+
+    Only one process at a time may write a path.
 
     Raises:
         OSError: the file cannot be written; the old file is unchanged.
@@ -37,3 +52,111 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock(handle: int) -> bool:
+    """Take the exclusive lock of an open file or folder, without waiting.
+
+    The system frees the lock when the handle is closed, and so when the process ends in any way.
+
+    Returns:
+        False if the file system or the platform has no locks.
+    Raises:
+        BlockingIOError: another handle has the lock.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def is_open_at(handle: int, path: Path) -> bool:
+    """Return whether the open file or folder is still the one at `path`: it was neither removed nor replaced."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Make a folder and its missing parents.
+
+    Returns:
+        The folders that this call made, the outermost first. Folders that another process made meanwhile are not
+        among them.
+    Raises:
+        OSError: a folder cannot be made.
+    """
+    for _ in range(ATTEMPTS):
+        made: list[Path] = []
+        try:
+            for folder in (*reversed(path.parents), path):
+                if not folder.is_dir():
+                    with contextlib.suppress(FileExistsError):
+                        folder.mkdir()
+                        made.append(folder)
+            if path.is_dir():
+                return made
+            raise NotADirectoryError(None, "Not a directory", str(path))
+        except FileNotFoundError:  # another process has removed a parent, because it was empty
+            remove_empty_folders(made)
+        except OSError:
+            remove_empty_folders(made)
+            raise
+    raise FileNotFoundError(None, "its parents disappear", str(path))
+
+
+def remove_empty_folders(folders: Sequence[Path]) -> None:
+    """Remove the folders from the last to the first, and stop at one that is not empty."""
+    with contextlib.suppress(OSError):
+        for folder in reversed(folders):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """Make a hidden folder inside `folder`, and delete it afterwards with everything in it.
+
+    The hidden folders of processes that were killed are deleted first.
+    """
+    sweep(folder)
+    stage, handle = _locked_stage(folder)
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked_stage(folder: Path) -> tuple[Path, int]:
+    """Make a staging folder that `sweep` does not touch while this process lives. Returns it and its locked handle."""
+    for _ in range(ATTEMPTS):
+        stage = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder))
+        try:
+            handle = os.open(stage, os.O_RDONLY)
+        except FileNotFoundError:  # swept already
+            continue
+        with contextlib.suppress(BlockingIOError):  # it is being swept
+            lock(handle)
+            if is_open_at(handle, stage):
+                return stage, handle
+        os.close(handle)
+    raise FileNotFoundError(None, "staging folders disappear", str(folder))
+
+
+def sweep(folder: Path) -> None:
+    """Delete the staging folders whose process has ended."""
+    for stage in list(folder.iterdir()):
+        if STAGE.fullmatch(stage.name) is None or stage.is_symlink() or not stage.is_dir():
+            continue
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            handle = os.open(stage, os.O_RDONLY)
+            with contextlib.suppress(BlockingIOError):  # its process lives
+                if lock(handle):
+                    shutil.rmtree(stage, ignore_errors=True)
+            os.close(handle)

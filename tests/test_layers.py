@@ -14,7 +14,7 @@ EXTENSION = "peakgpt._C"
 # From the lowest layer up. A module imports from its own package and from lower layers. Packages in one row do not
 # import each other. A module belongs to the longest package name that contains it.
 LAYERS = (
-    ("peakgpt.kernels.files",),
+    ("peakgpt.kernels.files", "peakgpt.kernels.command_line", "peakgpt.kernels.strict_json"),
     ("peakgpt.kernels.cpu.sources",),
     ("peakgpt.kernels.cpu.ext",),
     ("peakgpt.kernels.hardware",),

@@ -13,6 +13,7 @@ from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
 from peakgpt.engine.inference.prompt_file import read_prompt
 from peakgpt.engine.inference.speculative import DraftModel, PromptLookup, Speculation
 from peakgpt.engine.training.train_config import best_dtype
+from peakgpt.kernels.command_line import MAX_SEED, integer, number, refuse_ignored
 from peakgpt.kernels.hardware.device import choose_device
 
 LOOKUP = "lookup"
@@ -20,16 +21,18 @@ TOP_K, SEED = 50, 0  # defaults of --top-k and --seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer")
+    parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer, or of a run")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", help="text to continue")
     prompt.add_argument("-f", "--file", help="file with the prompt: text, or JSON with examples (docs/inference.md)")
-    parser.add_argument("-n", "--max-tokens", type=int, default=200, help="maximum number of new tokens (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
-    parser.add_argument("--top-k", type=int, help=f"sample from this many most likely tokens (default {TOP_K})")
-    parser.add_argument("--top-p", type=float, help="sample from the fewest tokens that reach this probability")
+    parser.add_argument("-n", "--max-tokens", type=integer(), default=200,
+                        help="maximum number of new tokens (default 200)")  # fmt: skip
+    parser.add_argument("--temperature", type=number(or_equal=True), default=0.8, help="0 is greedy (default 0.8)")
+    parser.add_argument("--top-k", type=integer(), help=f"sample from this many most likely tokens (default {TOP_K})")
+    parser.add_argument("--top-p", type=number(high=1),
+                        help="sample from the fewest tokens that reach this probability")  # fmt: skip
     parser.add_argument("--stop", action="append", default=[], help="text that ends the continuation; may be repeated")
-    parser.add_argument("--seed", type=int, help=f"seed of sampling (default {SEED})")
+    parser.add_argument("--seed", type=integer(0, MAX_SEED), help=f"seed of sampling (default {SEED})")
     parser.add_argument("--speculative-model", metavar="DRAFT",
                         help=f'speculative decoding, which gives the same text: "{LOOKUP}" proposes repeated words, a '
                         "checkpoint folder is a draft model with the same tokenizer; prints the speed-up")  # fmt: skip
@@ -39,20 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.temperature == 0 and (ignored := [n for n in ("top_k", "top_p", "seed") if getattr(args, n) is not None]):
-        flag = ignored[0].replace("_", "-")
-        raise ValueError(f"--{flag}: got it with --temperature 0, which is greedy; expected a higher temperature")
+    if args.temperature == 0:
+        refuse_ignored(args, ("top_k", "top_p", "seed"),
+                       "with --temperature 0, which is greedy; expected a higher temperature")  # fmt: skip
+    sampling = {"temperature": args.temperature, "top_k": TOP_K if args.top_k is None else args.top_k,
+                "top_p": args.top_p, "seed": SEED if args.seed is None else args.seed}  # fmt: skip
+    SamplingParams(**sampling, stop=args.stop)  # raises before the model is loaded
     device = choose_device(args.device)
     load = lambda folder: GPT.from_pretrained(folder).to(device, best_dtype(device)).eval()  # noqa: E731
-    prompt, stops = read_prompt(args.file) if args.file else (args.prompt, ())
+    prompt, stops = read_prompt(args.file) if args.file is not None else (args.prompt, ())
     model, tokenizer = load(args.checkpoint), Tokenizer.load(args.checkpoint)
     speculation: Speculation | None = None
     if args.speculative_model:
         speculation = PromptLookup() if args.speculative_model == LOOKUP else DraftModel(load(args.speculative_model))
-    stream_text(model, tokenizer, prompt, max_tokens=args.max_tokens, temperature=args.temperature,
-                top_k=TOP_K if args.top_k is None else args.top_k, top_p=args.top_p,
-                stop=(*stops, *args.stop), seed=SEED if args.seed is None else args.seed,
-                speculation=speculation, cache=args.kv_cache_dtype)  # fmt: skip
+    stream_text(model, tokenizer, prompt, max_tokens=args.max_tokens, stop=(*stops, *args.stop),
+                speculation=speculation, cache=args.kv_cache_dtype, **sampling)  # fmt: skip
     return 0
 
 

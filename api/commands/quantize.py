@@ -8,29 +8,36 @@ from pathlib import Path
 from peakgpt.engine.checkpoint.folder import TRAINING_STATE
 from peakgpt.engine.checkpoint.quantized_folder import is_weights, read_format, write_quantized
 from peakgpt.engine.checkpoint.quantized_weights import quantize_state
+from peakgpt.engine.data.run_layout import model_folder
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.score import Scorer, text_perplexity
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.quantized_linear import Format
+from peakgpt.kernels.command_line import refuse_ignored
 from peakgpt.kernels.ops.quantize import GROUPS
+
+GROUP = 64  # default of --group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="checkpoint folder")
+    parser.add_argument("source", metavar="IN", help="checkpoint folder, or folder of a run")
     parser.add_argument("folder", metavar="OUT", help="folder to write; the other commands read it like any checkpoint")
     parser.add_argument("--bits", type=int, required=True, choices=(8, 4), help="bits per weight")
-    parser.add_argument("--group", type=int, default=64, choices=GROUPS,
-                        help="weights per scale, for 4 bits (default 64)")  # fmt: skip
+    parser.add_argument("--group", type=int, choices=GROUPS,
+                        help=f"weights per scale, for 4 bits (default {GROUP})")  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure perplexity on; IN needs a tokenizer")
 
 
 def run(args: argparse.Namespace) -> int:
-    if Path(args.source).resolve() == Path(args.folder).resolve():
+    if args.bits == 8:
+        refuse_ignored(args, ("group",), "with --bits 8, which has one scale for each row; expected it with --bits 4")
+    args.source = model_folder(args.source)
+    if args.source.resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
     if present := read_format(args.source):
         raise ValueError(f"quantize: IN has weights of {present.bits} bits already, expected float weights")
-    quantization = Format(args.bits, args.group)
+    quantization = Format(args.bits, args.group or GROUP)
     text = None if args.text is None else (Tokenizer.load(args.source), read_text(args.text))
     model = GPT.from_pretrained(args.source)
     write_quantized(args.source, args.folder, quantize_state(model.state_dict(), quantization), quantization)

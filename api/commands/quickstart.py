@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +21,8 @@ from peakgpt.bench.environment import environment
 from peakgpt.bench.interleave import interleave
 from peakgpt.bench.op_cases import OpCase
 from peakgpt.bench.ops import compare_ops
-from peakgpt.bench.report import notes, tables, write_report
+from peakgpt.bench.report import notes, tables, verdicts, write_report
+from peakgpt.bench.run_results import Failure, RunResults
 from peakgpt.bench.schema import Result, write_results
 from peakgpt.bench.shared_batches import STRETCH, SharedBatches
 from peakgpt.bench.timing import Timing, ratio
@@ -28,44 +31,54 @@ from peakgpt.engine.data.corpus import load_corpus
 from peakgpt.engine.data.shards import TokenShards, tokenize_corpus
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.model.flops import mfu, parameter_count
-from peakgpt.engine.training.loop import StepMetrics, TrainingLoop
-from peakgpt.engine.training.run_folder import RunFolder, default_run_folder
+from peakgpt.engine.model.flops import parameter_count
+from peakgpt.engine.training.loop import TrainingLoop
+from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.engine.training.trainer import Trainer
+from peakgpt.heartbeat import enter_phase
+from peakgpt.kernels.command_line import MAX_SEED, integer, number
 from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.hardware.device import choose_device
 from peakgpt.kernels.hardware.peaks import peak_for
+from peakgpt.time_budget import TimeBudget
 
 PRESET, VOCAB = "gpt2-tiny", 4096
 CONFIG = TrainConfig(batch=8, tokens=256, lr=2e-3)
 COMPARISON_SHARE = 0.2  # share of the training time in which peakgpt and eager train in turns
-FIXED_S = 40  # time of tokenizer, validation, decoding, op table and report with the default --minutes
+# Share of the wall time at which each phase should end; the machine's other load decides how much fits into it.
+ENDS = {"tokenizer": 0.1, "training": 0.82, "decoding": 0.91, "ops": 0.98}
+TOKENIZER_S, TRAINING_S = 20.0, 5.0  # at least, however short --minutes is: less gives no useful model
+LINE_S = 5.0  # between two lines of training where the output is no terminal
 VALIDATION_BATCHES = 16
+SAMPLE_TOKENS = 200
+DECODINGS = 20  # a comparison of decoding takes about as long as so many runs of peakgpt
 PROMPT = '"""Read a file and return'
 CONTENDERS = ("peakgpt", "eager")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=5.0, help="approximate wall time of the command (default 5)")
+    parser.add_argument("--minutes", type=number(), default=5.0, help="wall time of the command (default 5)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 files or folders (default: Python's library)")
     parser.add_argument("--device", help='"cpu" or "cuda" (default: the CUDA device if there is one)')
     parser.add_argument("--out", help="folder of the run (default runs/quickstart-DATE-TIME)")
-    parser.add_argument("--seed", type=int, default=CONFIG.seed, help="seed of initial weights and data order")
+    parser.add_argument("--seed", type=integer(0, MAX_SEED), default=CONFIG.seed,
+                        help="seed of initial weights and data order")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.minutes > 0:
-        raise ValueError(f"--minutes is {args.minutes}, expected more than 0")
-    start = time.perf_counter()
+    budget = TimeBudget(60 * args.minutes, ENDS)
     console = Console()
     device = choose_device(args.device)
     console.print(str(doctor(device)), highlight=False, soft_wrap=True)
     corpus = load_corpus(args.text)
     console.print(f"\ncorpus: {corpus}")
-    folder = RunFolder(args.out or default_run_folder("quickstart"))
+    folder = RunFolder.with_default_name("quickstart") if args.out is None else RunFolder(args.out)
     with folder.discarded_on_bad_input():
-        tokenizer = train_tokenizer((d.text for d in corpus.train), VOCAB)
+        enter_phase("training the tokenizer")
+        texts = budget.take("tokenizer", (d.text for d in corpus.train), at_least=TOKENIZER_S)
+        tokenizer = train_tokenizer(texts, VOCAB)
+        enter_phase("encoding the text")
         shards = tokenize_corpus(corpus, tokenizer, folder.tokens)
         console.print(
             f"tokens: {len(shards[0]):,} to train on, {len(shards[1]):,} to validate, "
@@ -73,30 +86,35 @@ def run(args: argparse.Namespace) -> int:
         )
         config = replace(CONFIG, dtype=best_dtype(device), seed=args.seed)
         session = Session.build(device, config, tokenizer, *shards, folder)
-    budget_s = max(5.0, args.minutes * 60 - FIXED_S * min(1.0, args.minutes / 5) - (time.perf_counter() - start))
+    found = RunResults()
+    enter_phase("training")
     try:
-        results = session.train(console, budget_s)
+        found.results += session.train(console, budget)
     except KeyboardInterrupt:
         session.save()
         steps = session.loop.trainer.steps_done if session.loop else 0
         console.print(f"\nstopped after {steps} steps; checkpoint in {folder.checkpoint}")
         return 130
     session.save()
-    text, decoding = session.sample(console)
-    cases = [OpCase(op, sizes) for op, sizes in session.op_sizes().items()]
-    results += [*decoding, *compare_ops(cases, device, session.config.dtype, budget_s=min(10.0, 2 * args.minutes))]
+    enter_phase("decoding")
+    text = session.sample(console, found, budget)
+    enter_phase("timing the ops")
+    session.time_ops(found, budget)
+    enter_phase("writing the report")
     env = environment(device)
-    write_results(folder.path / "results.json", results, env)
-    write_report(folder.path / "report.html", rows=folder.rows(), results=results, environment=env, corpus=str(corpus),
-                 sample=text)  # fmt: skip
-    print(*tables(results), *notes(results), sep="\n")
+    write_results(
+        folder.path / "results.json", found.results, env, failures=[dataclasses.asdict(f) for f in found.failures]
+    )
+    write_report(folder.path / "report.html", rows=folder.rows(), results=found.results, environment=env,
+                 corpus=str(corpus), sample=text)  # fmt: skip
+    print(*tables(found.results), *notes(found.results), *verdicts(found), sep="\n")
     console.print(
         f"\ncheckpoint: {folder.checkpoint}   report: {folder.path / 'report.html'}\n"
         f"next: peakgpt generate {folder.checkpoint} --prompt 'def '\n"
         "      peakgpt quickstart --text FILE... --minutes 30\n"
         "      peakgpt bench train"
     )
-    return 0
+    return found.exit_code
 
 
 @dataclass
@@ -128,9 +146,15 @@ class Session:
         model = GPT.from_preset(PRESET, vocab_size=tokenizer.vocab_size).to(device)
         return cls(device, config, tokenizer, train_shards, validation_shards, folder, model)
 
-    def train(self, console: Console, budget_s: float) -> list[Result]:
-        """Train for about budget_s seconds, at first in turns with eager; return the timings of both."""
-        steps, rounds = self._plan(budget_s)
+    def train(self, console: Console, budget: TimeBudget) -> list[Result]:
+        """Train until the phase should end, at first in turns with eager; return the timings of both.
+
+        The number of steps is planned from a few trials. It is cut while the training runs if the machine gets slower,
+        and the learning rate follows.
+        """
+        training_s = budget.left_s("training", at_least=TRAINING_S)
+        end_s = budget.clock() + training_s
+        steps, rounds = self._plan(training_s)
         shared = SharedBatches(self._batches(), self.device, CONTENDERS)
         eager = EagerGPT(self.model.config).to(self.device)
         eager.load_state_dict(self.model.state_dict())  # before the trainer casts the model
@@ -142,25 +166,38 @@ class Session:
             f"{str(self.config.dtype).removeprefix('torch.')}; {steps} steps of "
             f"{self.config.batch} x {self.config.tokens} tokens, in turns with eager for the first {rounds * STRETCH}\n"
         )
+        start_s = budget.clock()
         self._validate()
+        end_s -= 4 * (budget.clock() - start_s)  # the last validation has four times as many batches
         with _progress(console) as progress:
             task = progress.add_task("", total=steps, loss=0.0, rate=0.0, mfu=0.0)
+            line_s = -math.inf
 
             def train_steps() -> None:
+                nonlocal line_s
                 for event in self.loop.run(STRETCH, synchronous=True):  # eager is synchronous too
                     self.folder.log(contender="peakgpt", **event.row())
-                    progress.update(task, completed=event.step, loss=event.loss, rate=event.tokens_per_s,
-                                    mfu=100 * event.mfu)  # fmt: skip
+                    progress.update(task, completed=event.step, total=trainer.steps, loss=event.loss,
+                                    rate=event.tokens_per_s, mfu=100 * event.mfu)  # fmt: skip
+                    if not console.is_terminal and budget.clock() - line_s >= LINE_S:
+                        line_s = budget.clock()
+                        console.print(f"step {event.step}/{trainer.steps}  loss {event.loss:.3f}  "
+                                      f"{event.tokens_per_s:,.0f} tok/s  MFU {100 * event.mfu:.1f} %")  # fmt: skip
 
             contenders = {"peakgpt": train_steps, "eager": self._eager_steps(eager, shared)}
-            timings = interleave(contenders, rounds=rounds - 1, warmup=0, device=self.device)
+            comparison_s = COMPARISON_SHARE * (end_s - budget.clock())
+            timings = interleave(contenders, rounds=rounds - 1, warmup=0, device=self.device, budget_s=comparison_s)
             shared.remove("eager")
             del contenders, eager  # frees eager's memory
             self._validate()
+            halves = [0.5, 0.75]  # of the steps, after which the model is validated
             while not self.loop.finished:
-                before = trainer.steps_done
+                start_s = budget.clock()
                 train_steps()
-                if any(before < steps * quarter // 4 <= trainer.steps_done for quarter in (2, 3)):
+                now_s = budget.clock()
+                cut_steps(trainer, (now_s - start_s) / STRETCH, end_s - now_s)
+                if halves and not self.loop.finished and trainer.steps_done >= halves[0] * trainer.steps:
+                    halves.pop(0)
                     self._validate()
         self._validate(4 * VALIDATION_BATCHES)
         console.print(f"peakgpt trains {ratio(timings['eager'], timings['peakgpt']).median:.2f} x as fast as eager")
@@ -173,16 +210,36 @@ class Session:
         else:
             self.loop.save_model(self.folder.checkpoint, self.tokenizer)
 
-    def sample(self, console: Console) -> tuple[str, list[Result]]:
-        """Print a continuation of PROMPT, then time decoding by peakgpt and eager."""
+    def sample(self, console: Console, found: RunResults, budget: TimeBudget) -> str:
+        """Print a continuation of PROMPT and return it; time decoding by peakgpt and eager."""
         from peakgpt.commands.generate import stream_text
 
         console.print("\na sample (temperature 0.8, top-k 50):\n")
         self.model.eval()
-        text = stream_text(self.model, self.tokenizer, PROMPT, max_tokens=200, temperature=0.8, top_k=50,
+        start_s = budget.clock()
+        text = stream_text(self.model, self.tokenizer, PROMPT, max_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50,
                            seed=self.config.seed)  # fmt: skip
         ids = torch.tensor([self.tokenizer.encode(PROMPT)], device=self.device)
-        return text, compare_decoding(self.model, ids, count=128)
+        left_s, token_s = budget.left_s("decoding"), (budget.clock() - start_s) / SAMPLE_TOKENS
+        count = int(min(128, max(8, left_s / (DECODINGS * token_s))))
+        try:
+            found.results += compare_decoding(self.model, ids, count=count, budget_s=left_s)
+        except Exception as error:  # a failing row must not cost the report
+            found.add(Failure.of(error, "peakgpt decoding"))
+        return text
+
+    def time_ops(self, found: RunResults, budget: TimeBudget) -> None:
+        """Time the ops of this model's training step, as many as fit into the time."""
+        sizes = self.op_sizes()
+        for done, (op, size) in enumerate(sizes.items()):
+            left_s = budget.left_s("ops")
+            if left_s == 0:
+                print(f"no time left to time {', '.join(list(sizes)[done:])}")
+                return
+            found.results += compare_ops(
+                [OpCase(op, size)], self.device, self.config.dtype, budget_s=min(1.5, left_s / (len(sizes) - done)),
+                on_failure=lambda name, error, op=op: found.add(Failure.of(error, f"peakgpt {op}: {name}")),
+            )  # fmt: skip
 
     def op_sizes(self) -> dict[str, dict[str, int]]:
         """Return the sizes of the ops in the training step of this model."""
@@ -223,8 +280,7 @@ class Session:
             for _ in range(STRETCH):
                 loss = float(trainer.step(*shared.take("eager")))
                 previous_s, last_step_s = last_step_s, time.perf_counter()
-                speed = self.config.batch * self.config.tokens / (last_step_s - previous_s)
-                event = StepMetrics(trainer.done, loss, speed, mfu(speed, loop.flops_per_token, loop.peak_flops_s))
+                event = loop.step_metrics(trainer.done, loss, last_step_s - previous_s)
                 self.folder.log(contender="eager", **event.row())
 
         return train_steps
@@ -242,6 +298,12 @@ class Session:
             flops_kind="model",
             peak_flops_s=peak.flops_s, peak_source=peak.source,
         )  # fmt: skip
+
+
+def cut_steps(trainer: Trainer, step_s: float, left_s: float) -> None:
+    """Plan fewer updates if the planned ones do not fit into the time that is left."""
+    fitting = max(0, int(left_s / step_s))
+    trainer.steps = max(trainer.steps_done, min(trainer.steps, trainer.steps_done + fitting))
 
 
 def _batches_of(contender: str, shared: SharedBatches) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -15,17 +14,21 @@ from peakgpt.engine.evaluation.zero_shot import ZeroShot
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
 from peakgpt.engine.training.train_config import best_dtype
+from peakgpt.kernels.command_line import integer, refuse_ignored
 from peakgpt.kernels.hardware.device import choose_device
+from peakgpt.kernels.strict_json import dumps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer")
+    parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer, or of a run")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--text", type=Path, help="file to compute the perplexity of")
     mode.add_argument("--continuation", action="append", help="text to score after --context; may be repeated")
     parser.add_argument("--context", help="text before the continuations (default: none)")
-    parser.add_argument("--window", type=int, help="context length in tokens (default: block_size of the model)")
-    parser.add_argument("--stride", type=int, help="tokens scored by each window (default: half the window)")
+    parser.add_argument("--window", type=integer(2), help="context length in tokens (default: block_size of the model)")
+    parser.add_argument("--stride", type=integer(),
+                        help="tokens scored by each window, below --window (default: half the window); without "
+                        "--window a larger one is capped by the model's context")
     parser.add_argument("--dtype", choices=("float32", "best"), default="float32",
                         help="best: bfloat16 if the device multiplies it (default float32)")  # fmt: skip
     parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES, help="quantize the KV cache, as in `peakgpt serve`")
@@ -33,14 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, mode in {"context": "--continuation", "window": "--text", "stride": "--text"}.items():
-        if getattr(args, name) is not None and getattr(args, mode.removeprefix("--")) is None:
-            raise ValueError(f"--{name}: got it without {mode}, expected both")
+    if args.continuation is None:
+        refuse_ignored(args, ("context",), "without --continuation, expected both")
+    if args.text is None:
+        refuse_ignored(args, ("window", "stride"), "without --text, expected both")
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.checkpoint).to(device)
     model = model.to(best_dtype(device)) if args.dtype == "best" else model
     scorer, tokenizer = Scorer(model, cache=args.kv_cache_dtype), Tokenizer.load(args.checkpoint)
-    if args.text:
+    if args.text is not None:
         _perplexity(scorer, tokenizer, args)
     else:
         _continuations(ZeroShot(scorer, tokenizer), args.context or "", args.continuation)
@@ -54,7 +58,7 @@ def _perplexity(scorer: Scorer, tokenizer: Tokenizer, args: argparse.Namespace) 
     row = {"perplexity": result.value, "bits_per_byte": bits, **dataclasses.asdict(result)}
     print(f"perplexity {result.value:.4f} of {result.tokens} tokens, windows of {result.window} by {result.stride}, "
           f"{bits:.4f} bits per byte")  # fmt: skip
-    print(json.dumps(row))
+    print(dumps(row))
 
 
 def _continuations(zero_shot: ZeroShot, context: str, continuations: list[str]) -> None:
@@ -65,4 +69,4 @@ def _continuations(zero_shot: ZeroShot, context: str, continuations: list[str]) 
         print(f"{score.total:10.4f}  {score.mean:10.4f}  {greedy:>6}  {text!r}")
     rows = [{"continuation": text, "logprob": score.total, "tokens": len(score.logprobs), "greedy": all(score.greedy)}
             for text, score in zip(continuations, scores, strict=True)]  # fmt: skip
-    print(json.dumps(rows))
+    print(dumps(rows))

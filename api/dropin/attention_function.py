@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peakgpt.dropin.attention_weights import attention_and_weights
+from peakgpt.dropin.intact import dropout_rate
 from peakgpt.kernels.ops.attention import attention
 
+NAME = "peakgpt"  # attn_implementation
 # Keyword arguments that models pass to every attention function and that do not change attention.
 IGNORED_KEYWORDS = frozenset({
     "position_ids", "cache_position", "use_cache", "num_items_in_batch", "ignore_index", "shift_labels",
@@ -53,6 +56,28 @@ class Mask(NamedTuple):
         raise AttributeError(NO_MASK_ARITHMETIC)
 
 
+def is_known_mask(mask: Any) -> bool:
+    """Return whether `attention_forward` takes this mask. set_attn_implementation may select a function with others."""
+    return mask is None or isinstance(mask, Mask) or (isinstance(mask, Tensor) and mask.dim() == 4)
+
+
+class _Recorder:
+    """Tells whether transformers collects the attention weights of this call.
+
+    Some models do not pass output_attentions on to the attention function. `register_attention` sets `collector` to
+    the variable in which transformers keeps what it collects.
+    """
+
+    collector: Any = None
+
+    def wants_weights(self) -> bool:
+        outputs = None if self.collector is None else self.collector.get()
+        return bool(outputs) and "attentions" in outputs
+
+
+RECORDER = _Recorder()
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -65,8 +90,10 @@ def attention_forward(
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    output_attentions: bool | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Compute attention for a module of transformers, with the signature of its AttentionInterface.
 
     Args:
@@ -78,9 +105,12 @@ def attention_forward(
         dropout, scaling: `dropout` and `scale` of `peakgpt.attention`. scaling None means 1 / sqrt(D).
         position_bias: (1 or B, H, T, S), added to the scores. It receives a gradient.
         cu_seq_lens_q: (N + 1,) offsets of packed documents, for B = 1. Overrides documents derived from position_ids.
+        seq_idx: (B, T) integers, the number of the packed document of each token. Used if neither cu_seq_lens_q nor
+            position_ids give the documents.
+        output_attentions: return the attention weights too. Eager torch computes them, in (T, S) memory.
         others: arguments in IGNORED_KEYWORDS are ignored; any other that is not None or False raises.
     Returns:
-        ((B, T, H, D), None). Attention weights are never returned.
+        (B, T, H, D), and the attention weights, (B, H, T, S) after dropout, or None if they are not required.
     Raises:
         ValueError: an unknown option, or a combination that is not supported.
     """
@@ -93,7 +123,12 @@ def attention_forward(
             k, v = k[:, :queries], v[:, :queries]
             position_bias = None if position_bias is None else position_bias[..., :queries]
         attention_mask = Mask(causal, sliding_window if causal else None)
-    return masked_attention(q, k, v, attention_mask, position_bias, cu_seq_lens_q, scale=scaling, dropout=dropout), None
+    if seq_idx is not None and cu_seq_lens_q is None and isinstance(attention_mask, Mask):
+        attention_mask = with_documents(attention_mask, seq_idx)
+    return masked_attention(
+        q, k, v, attention_mask, position_bias, cu_seq_lens_q, scale=scaling, dropout=dropout,
+        weights=bool(output_attentions) or RECORDER.wants_weights(),
+    )  # fmt: skip
 
 
 def masked_attention(
@@ -105,33 +140,43 @@ def masked_attention(
     documents: Tensor | None = None,
     *,
     scale: float | None = None,
-    dropout: float = 0.0,
+    dropout: float | nn.Module = 0.0,
     window: int | None = None,
     alibi: Tensor | None = None,
-) -> Tensor:
-    """Call `peakgpt.attention` on (B, T, H, D) tensors with a compact or dense mask; return (B, T, H, D)."""
-    options = {"scale": scale, "dropout": dropout, "alibi": alibi}
+    weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Call `peakgpt.attention` on (B, T, H, D) tensors with a compact or dense mask.
+
+    Args:
+        dropout: a rate, or the module that drops attention weights.
+        weights: return the weights too.
+    Returns:
+        (B, T, H, D), and the weights, (B, H, T, S), or None. A query that sees no key gives zeros in both.
+    """
     if isinstance(mask, Tensor):
-        bias = _sum(bias, additive_mask(mask, q))
         if documents is not None:
             raise ValueError("attention: got a dense mask and packed documents, expected one of them")
-        return attention(q, k, v, causal=False, window=window, bias=expand_bias(bias, q, k), **options)
+        bias, mask = _sum(bias, additive_mask(mask, q)), Mask(False)
     windows = [w for w in (window, mask.window) if w is not None]
-    options["window"] = min(windows) if windows else None
-    causal = mask.causal and q.shape[1] > 1  # one query sees every key, and backends are faster without a mask
-    if documents is None and mask.documents is None:
-        if mask.unpacked is not None:
-            torch._assert_async(mask.unpacked, "packed position_ids while compiling: expected cu_seq_lens_q with them")
-        if mask.keys is not None:
-            bias = _sum(bias, additive_mask(mask.keys[:, None, None], q))
-        return attention(
-            q, k, v, causal=causal, kv_start=mask.start, kv_len=mask.length, bias=expand_bias(bias, q, k), **options
-        )
-    if bias is not None or mask.start is not None or mask.keys is not None:
+    documents = mask.documents if documents is None else documents
+    options = {"causal": mask.causal, "window": min(windows) if windows else None, "scale": scale, "alibi": alibi,
+               "kv_start": mask.start, "kv_len": mask.length, "cu_seqlens": documents}  # fmt: skip
+    if mask.unpacked is not None and documents is None:
+        torch._assert_async(mask.unpacked, "packed position_ids while compiling: expected cu_seq_lens_q with them")
+    if documents is not None and not (bias is mask.start is mask.keys is None):
         raise ValueError("attention: got packed documents with padding or a position bias, expected neither")
+    if mask.keys is not None:
+        bias = _sum(bias, additive_mask(mask.keys[:, None, None], q))
+    bias = expand_bias(bias, q, k)
+    rate = dropout_rate(dropout) if isinstance(dropout, nn.Module) else dropout
+    if weights or rate is None:
+        y, p = attention_and_weights(q, k, v, bias=bias, dropout=dropout, **options)
+        return y, p if weights else None
+    if documents is None:
+        options["causal"] &= q.shape[1] > 1  # one query sees every key, and backends are faster without a mask
+        return attention(q, k, v, bias=bias, dropout=rate, **options), None
     packed = [t.reshape(1, -1, *t.shape[2:]) for t in (q, k, v)]
-    y = attention(*packed, causal=causal, cu_seqlens=mask.documents if documents is None else documents, **options)
-    return y.view(q.shape)
+    return attention(*packed, dropout=rate, **options).view(q.shape), None
 
 
 def _reject_unknown(others: dict[str, Any]) -> None:
@@ -144,12 +189,35 @@ def _reject_unknown(others: dict[str, Any]) -> None:
 
 
 def additive_mask(mask: Tensor, q: Tensor) -> Tensor:
-    """Turn a bool mask into an additive one: False becomes the lowest value of the dtype of the scores."""
-    if mask.dtype != torch.bool:
+    """Return a mask to be added to the scores of queries q, -inf for what is masked.
+
+    Args:
+        mask: bool, True for live keys; or additive, with -inf or the lowest value of its dtype for masked keys.
+    """
+    if mask.dtype == torch.bool:
+        kind = q.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+        return mask.new_zeros(mask.shape, dtype=dtype).masked_fill(~mask, float("-inf"))
+    # Half of the lowest value: in float16 a model may have added a position bias to its mask. A weight under it is 0
+    # anyway, except for a query that sees no key.
+    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
+
+
+def with_documents(mask: Mask, numbers: Tensor) -> Mask:
+    """Add packed documents to a mask that has none; `numbers`, (B, T), has the number of the document of each token."""
+    if mask.documents is not None:
         return mask
-    kind = q.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
-    return mask.new_zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    if torch.compiler.is_compiling():  # the number of documents would be the length of a tensor
+        unpacked = (numbers[:, 1:] == numbers[:, :-1]).all()
+        return mask._replace(unpacked=unpacked if mask.unpacked is None else unpacked & mask.unpacked)
+    return mask._replace(documents=document_offsets(numbers))
+
+
+def document_offsets(numbers: Tensor) -> Tensor:
+    """Turn document numbers, (B, T), into offsets, (N + 1,), over the flattened batch."""
+    starts = torch.ones_like(numbers, dtype=torch.bool)
+    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    return torch.cat((starts.flatten().nonzero()[:, 0], starts.new_tensor([numbers.numel()], dtype=torch.long)))
 
 
 def _sum(bias: Tensor | None, mask: Tensor) -> Tensor:

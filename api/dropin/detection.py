@@ -8,7 +8,6 @@ runs the same code, with that name bound to a function that calls `peakgpt.atten
 from __future__ import annotations
 
 import contextlib
-import functools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -58,7 +57,8 @@ def detect_mlp(module: nn.Module) -> dict[str, Any] | None:
     if len(between) > 1 or order != [linear[0], *middle, linear[1], *([final] if final else [])]:
         return None
     return {"up": linear[0], "act": acts[0] if acts else None, "down": linear[1], "dropout": final,
-            "between": between[0] if between else None, "activation": matches[0]}  # fmt: skip
+            "between": between[0] if between else None, "activation": matches[0],
+            "children": list(children)}  # fmt: skip
 
 
 def _trace_calls(module: nn.Module, children: dict[str, nn.Module], dropouts: list[str], x: Tensor):
@@ -113,25 +113,29 @@ def _close(got: Tensor, expected: Any) -> bool:
 # ---- forwards that call scaled_dot_product_attention
 
 
+def calls_sdpa(kind: type) -> bool:
+    """Return whether the forward of a class of the user calls scaled_dot_product_attention."""
+    code = getattr(vars(kind).get("forward"), "__code__", None)
+    return code is not None and SDPA in code.co_names and kind.__module__.split(".")[0] not in ("torch", "transformers")
+
+
 class CallsSDPA(Replacement):
-    """A module whose forward calls scaled_dot_product_attention; see `sdpa_replacement`."""
+    """A module whose forward calls scaled_dot_product_attention."""
 
-
-@functools.cache
-def sdpa_replacement(kind: type) -> type[Replacement] | None:
-    """Return the replacement of a class whose forward calls scaled_dot_product_attention, or None."""
-    function = vars(kind).get("forward")
-    code = getattr(function, "__code__", None)
-    if code is None or SDPA not in code.co_names or kind.__module__.split(".")[0] in ("torch", "transformers"):
-        return None
-    functional = _copy(F, {SDPA: scaled_dot_product_attention})
-    stand_ins = {id(F): functional, id(F.scaled_dot_product_attention): scaled_dot_product_attention,
-                 id(torch): _copy(torch, {"nn": _copy(nn, {"functional": functional})}),
-                 id(nn): _copy(nn, {"functional": functional})}  # fmt: skip
-    names = {name: stand_ins.get(id(value), value) for name, value in function.__globals__.items()}
-    forward = types.FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
-    forward.__kwdefaults__ = function.__kwdefaults__
-    return type(CallsSDPA.__name__, (CallsSDPA,), {"forward": forward})
+    @classmethod
+    def _peakgpt_attributes(cls, kind: type) -> dict[str, Any]:
+        """Return a forward with the same code, in which that name is bound to our function."""
+        function = vars(kind)["forward"]
+        functional = _copy(F, {SDPA: scaled_dot_product_attention})
+        stand_ins = {id(F): functional, id(F.scaled_dot_product_attention): scaled_dot_product_attention,
+                     id(torch): _copy(torch, {"nn": _copy(nn, {"functional": functional})}),
+                     id(nn): _copy(nn, {"functional": functional})}  # fmt: skip
+        names = {name: stand_ins.get(id(value), value) for name, value in function.__globals__.items()}
+        forward = types.FunctionType(
+            function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+        )
+        forward.__kwdefaults__ = function.__kwdefaults__
+        return {"forward": forward}
 
 
 def _copy(module: types.ModuleType, changed: dict[str, Any]) -> types.ModuleType:
@@ -152,4 +156,4 @@ def scaled_dot_product_attention(
         )
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     mask = Mask(is_causal) if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
-    return masked_attention(q, k, v, mask, scale=scale, dropout=dropout_p).transpose(1, 2)
+    return masked_attention(q, k, v, mask, scale=scale, dropout=dropout_p)[0].transpose(1, 2)

@@ -48,9 +48,9 @@ def _layer(replacement: type[blocks.InlineMLPBlock], between: str | None = None)
     return Row(replacement, "mlp, add_layernorm", options, ("fc1", "activation_fn", "fc2"))
 
 
-def _torch(dropout: str) -> Row:
+def _torch(replacement: type[layers.TorchBlock], dropout: str) -> Row:
     options = {"up": "linear1", "act": "activation", "down": "linear2", "dropout": dropout, "between": "dropout"}
-    return Row(layers.TorchBlock, "mlp", options, ("linear1", "linear2"))
+    return Row(replacement, "mlp", options, ("linear1", "linear2"))
 
 
 def _rotary(project: tuple[str, ...], out: str, cache: str) -> Row:
@@ -104,8 +104,8 @@ KNOWN_CLASSES: dict[str, Row] = {
     OUT_PROJ: Row(layers.Linear, "linear"),
     "torch.nn.modules.normalization.LayerNorm": Row(layers.LayerNorm, "layernorm"),
     "torch.nn.modules.normalization.RMSNorm": Row(layers.TorchRMSNorm, "rmsnorm"),
-    "torch.nn.modules.transformer.TransformerEncoderLayer": _torch("dropout2"),
-    "torch.nn.modules.transformer.TransformerDecoderLayer": _torch("dropout3"),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": _torch(layers.EncoderLayer, "dropout2"),
+    "torch.nn.modules.transformer.TransformerDecoderLayer": _torch(layers.TorchBlock, "dropout3"),
     "torch.nn.modules.activation.MultiheadAttention": Row(attention.MultiheadAttention, "attention, linear"),
     _in("openai", "Attention"): Row(attention.OpenAIGPTAttention, "attention"),
     _in("openai", "MLP"): _mlp("c_fc", "act", "c_proj", "dropout"),

@@ -22,9 +22,13 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from peakgpt.dropin.attention_function import Mask, attention_forward
+from peakgpt.dropin.attention_function import NAME, RECORDER, Mask, attention_forward, document_offsets
 
-NAME = "peakgpt"
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # a version of transformers that passes output_attentions on
+    _active_collector = None
+
 
 
 def register_attention() -> None:
@@ -33,6 +37,7 @@ def register_attention() -> None:
     Raises:
         ImportError: transformers is not installed.
     """
+    RECORDER.collector = _active_collector
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_function)
 
@@ -104,20 +109,13 @@ def _pattern(function) -> Mask | None:
             return Mask(True, window=_closure_value(first, "sliding_window"))
         case "packed_sequence_mask_function", "remap_positions_for_packed_sequence":
             base = _pattern(_closure_value(second, "mask_function"))
-            return base and base._replace(documents=_document_offsets(_closure_value(first, "packed_sequence_mask")))
+            return base and base._replace(documents=document_offsets(_closure_value(first, "packed_sequence_mask")))
     return None
 
 
 def _closure_value(function, name: str) -> Any:
     """Return the value of a variable that a function closes over."""
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
-
-
-def _document_offsets(document: Tensor) -> Tensor:
-    """Turn document numbers, (B, T), into offsets, (N + 1,), over the flattened batch."""
-    starts = torch.ones_like(document, dtype=torch.bool)
-    starts[:, 1:] = document[:, 1:] != document[:, :-1]
-    return torch.cat((starts.flatten().nonzero()[:, 0], starts.new_tensor([document.numel()], dtype=torch.long)))
 
 
 def _with_padding(mask: Mask, live: Tensor) -> Mask:

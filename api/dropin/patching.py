@@ -8,16 +8,18 @@ from typing import Any
 from torch import nn
 
 from peakgpt.dropin import detection, unreplaced
-from peakgpt.dropin.class_swap import class_path, original_class, replace, restore
+from peakgpt.dropin.attention_function import NAME
+from peakgpt.dropin.class_swap import class_path, original_class, replace, restore, wrapped_since
 from peakgpt.dropin.known_classes import KNOWN_CLASSES, Row
 from peakgpt.dropin.replacements import lm_heads
-from peakgpt.dropin.replacements.attention import TransformersAttention
+from peakgpt.dropin.replacements.attention import RotaryAttention, TransformersAttention
 from peakgpt.dropin.replacements.layers import MLP
 from peakgpt.dropin.report import KEPT, LEFT, PART, REPLACED, Entry, Report
 from peakgpt.dropin.verification import compare_outputs, reference_outputs
 from peakgpt.kernels.cpu.memory import keep_pages
 
 PREVIOUS_ATTENTION = "_peakgpt_previous_attention"  # attribute of a model: attn_implementation before the patch
+FORWARD_SET = "its attribute `forward` replaces the forward of its class, as the hooks of accelerate do"
 BY_NAME = 'attention, by attn_implementation="peakgpt"'
 
 
@@ -69,12 +71,19 @@ def unpatch(model: nn.Module) -> None:
     """Undo `patch`: restore the class of every module. Outputs then have the same bits as before `patch`.
 
     Raises:
-        ValueError: a module was wrapped after it was patched, for example by FSDP2.
+        ValueError: a module was wrapped after it was patched, for example by FSDP2. The model is then unchanged.
     """
+    for name, module in model.named_modules():
+        if obstacle := wrapped_since(module):
+            raise ValueError(
+                f"unpatch: got {name or 'the model'}, a {obstacle}, expected it unwrapped: patch after wrapping"
+            )
     for module in model.modules():
         restore(module)
         if PREVIOUS_ATTENTION in module.__dict__:
-            module.config._attn_implementation_internal = module.__dict__.pop(PREVIOUS_ATTENTION)
+            previous = module.__dict__.pop(PREVIOUS_ATTENTION)
+            if module.config._attn_implementation_internal == NAME:  # else set_attn_implementation was called later
+                module.config._attn_implementation_internal = previous
 
 
 def row_of(module: nn.Module) -> Row | None:
@@ -91,7 +100,7 @@ def _set_attention_implementation(model: nn.Module) -> set[int]:
         return set()
     from transformers import PreTrainedModel
 
-    from peakgpt.dropin.mask_function import NAME, register_attention
+    from peakgpt.dropin.mask_function import register_attention
 
     attention_ids: set[int] = set()
     configs: set[int] = set()
@@ -109,6 +118,8 @@ def _set_attention_implementation(model: nn.Module) -> set[int]:
 
 def _attention_modules(model: nn.Module) -> set[int]:
     """Return the ids of modules that take attention from their config's attn_implementation or are replaced."""
+    if any(_needs_dense_mask(module) for module in model.modules()):
+        return set()
     rows = {id(m): row for m in model.modules() if (row := row_of(m))}
     known = {
         key for key, row in rows.items()
@@ -117,6 +128,20 @@ def _attention_modules(model: nn.Module) -> set[int]:
     if known or not (model._supports_attention_backend and model._can_set_attn_implementation()):
         return known
     return {id(m) for m in model.modules() if type(m).__name__.endswith("Attention")}
+
+
+def _needs_dense_mask(module: nn.Module) -> bool:
+    """Return whether this is attention that adds a mask to its scores itself and that cannot be replaced."""
+    rows = (KNOWN_CLASSES.get(class_path(kind)) for kind in original_class(module).__mro__)
+    row = next(filter(None, rows), None)
+    if row is None or row.replacement is None or not issubclass(row.replacement, TransformersAttention):
+        return False
+    replaced = row_of(module) is row and _objection(row, module, {}) is None
+    return not (replaced or issubclass(row.replacement, RotaryAttention))
+
+
+def _objection(row: Row, module: nn.Module, options: dict[str, Any]) -> str | None:
+    return FORWARD_SET if "forward" in vars(module) else row.replacement.objection(module, options)
 
 
 def _entry(name: str, module: nn.Module, parts: dict[int, str], attention_ids: set[int]) -> Entry:
@@ -132,7 +157,7 @@ def _entry(name: str, module: nn.Module, parts: dict[int, str], attention_ids: s
         reason = "its model is not a transformers model" if row else unreplaced.reason_left(module)
         return Entry(name, kind, LEFT, reason) if reason else Entry(name, kind, KEPT)
     options = dict(row.options)
-    if reason := row.replacement.objection(module, options):
+    if reason := _objection(row, module, options):
         return Entry(name, kind, LEFT, reason)
     for part in row.parts:
         parts[id(module.get_submodule(part))] = f"{row.ops} of {name}" if name else row.ops
@@ -147,8 +172,8 @@ def _entry(name: str, module: nn.Module, parts: dict[int, str], attention_ids: s
 
 def _detect(module: nn.Module) -> Row | None:
     """Return a row for a module of an unknown class if it is detected as attention or MLP, else None."""
-    if (by := detection.sdpa_replacement(type(module))) is not None:
-        return Row(by, "attention, for scaled_dot_product_attention")
+    if detection.calls_sdpa(type(module)):
+        return Row(detection.CallsSDPA, "attention, for scaled_dot_product_attention")
     options = detection.detect_mlp(module)
     if options is None:
         return None
@@ -160,4 +185,8 @@ class DetectedMLP(MLP):
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
-        return None
+        return super().objection(module, options) if options["act"] else None
+
+    def _intact_layers(self, *roles: str) -> list[nn.Module] | None:
+        same = list(self._modules) == self._peakgpt["children"]  # a layer that was appended to nn.Sequential must run
+        return super()._intact_layers(*roles) if same else None

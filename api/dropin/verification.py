@@ -1,7 +1,8 @@
 """Check that a patched model computes the same outputs as before, on its own weights.
 
 A model of transformers runs one small batch with padding before and after patching. In any other model, each replaced
-layer runs random inputs through its old and its new forward.
+layer runs random inputs through its old and its new forward. A model with parameters of several dtypes runs under
+autocast, as in training: without it, torch multiplies no two dtypes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,18 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 LOWER = 5e-2
 
 
-def reference_outputs(model: nn.Module) -> Tensor | None:
-    """Return the outputs of a model of transformers for a fixed random batch; None for any other model."""
+def reference_outputs(model: nn.Module) -> Tensor | str | None:
+    """Return the outputs of a model of transformers for a fixed random batch; None for any other model.
+
+    A string says why the model has no outputs before it is patched.
+    """
+    try:
+        return _outputs(model)
+    except Exception as error:
+        return f"not done: the unpatched model raises {type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def _outputs(model: nn.Module) -> Tensor | None:
     if "transformers.modeling_utils" not in sys.modules:
         return None
     from transformers import PreTrainedModel
@@ -38,7 +49,7 @@ def reference_outputs(model: nn.Module) -> Tensor | None:
     inputs = {"input_ids": ids.to(device), "attention_mask": live.to(device)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    with _eval_mode(model), torch.no_grad():
+    with _eval_mode(model), torch.no_grad(), _autocast(model):
         out = model(**inputs, return_dict=True)
     outputs = out.logits if "logits" in out else out[0]
     if model.config.is_encoder_decoder or outputs.shape[:2] != live.shape:
@@ -46,7 +57,7 @@ def reference_outputs(model: nn.Module) -> Tensor | None:
     return outputs[live.bool().to(device)]
 
 
-def compare_outputs(before: Tensor | None, model: nn.Module) -> str:
+def compare_outputs(before: Tensor | str | None, model: nn.Module) -> str:
     """Compare outputs after patching with those before; return a sentence with the largest difference.
 
     Raises:
@@ -54,28 +65,42 @@ def compare_outputs(before: Tensor | None, model: nn.Module) -> str:
     """
     if _device(model) is None:
         return "not done: the parameters are on the meta device"
+    if isinstance(before, str):
+        return before
+    limit = max((TOLERANCE.get(dtype, LOWER) for dtype in _dtypes(model)), default=LOWER)
     if before is not None:
-        error = _relative_error("the model", reference_outputs(model), before)
+        error = _relative_error("the model", _outputs(model), before, limit)
         return f"outputs within {error:.1e} of the largest output"
     worst, count = 0.0, 0
-    with _eval_mode(model), torch.no_grad():
+    with _eval_mode(model), torch.no_grad(), _autocast(model):
         for name, module in model.named_modules():
             x = module._peakgpt_sample() if isinstance(module, Replacement) else None
             if x is None:
                 continue
-            kind = original_class(module)
-            worst, count = max(worst, _relative_error(name, module(*x), kind.forward(module, *x))), count + 1
+            expected = original_class(module).forward(module, *x)
+            worst, count = max(worst, _relative_error(name, module(*x), expected, limit)), count + 1
     return f"{count} layers, outputs within {worst:.1e} of the largest output"
 
 
-def _relative_error(name: str, got: Tensor, expected: Tensor) -> float:
+def _relative_error(name: str, got: Tensor, expected: Tensor, limit: float) -> float:
     got, expected = (t[0] if isinstance(t, tuple) else t for t in (got, expected))
     scale = expected.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     error = float((got.double() - expected.double()).abs().max() / scale)
-    limit = TOLERANCE.get(expected.dtype, LOWER)
     if not error <= limit:
         raise ValueError(f"patch: outputs of {name} differ by {error:.1e} of the largest one, expected under {limit:g}")
     return error
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in model.parameters() if p.is_floating_point()}
+
+
+def _autocast(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return autocast to the lowest dtype of the parameters if they have several."""
+    dtypes = _dtypes(model)
+    lower = [dtype for dtype in (torch.float16, torch.bfloat16) if dtype in dtypes]
+    mixed = len(dtypes) > 1 and lower
+    return torch.autocast(_device(model).type, lower[0]) if mixed else contextlib.nullcontext()
 
 
 def _device(model: nn.Module) -> torch.device | None:

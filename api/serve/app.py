@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fastapi
 import prometheus_client as prometheus
@@ -18,16 +18,22 @@ from starlette.exceptions import HTTPException
 
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.engine import Engine
-from peakgpt.serve.answers import Answer, as_message, merge
+from peakgpt.engine.inference.sequence import Output
+from peakgpt.serve.answers import Answer, WholeChoice, as_message, encode
 from peakgpt.serve.chat import ChatTemplate
+from peakgpt.serve.errors import BadRequest, code_of
 from peakgpt.serve.guard import Guard, read_body
+from peakgpt.serve.keys import check_keys
 from peakgpt.serve.limits import LIMITS, Limits
-from peakgpt.serve.schema import DETOKENIZE, TOKENIZE, BadRequest, CompletionRequest, check, check_request, parse
-from peakgpt.serve.stream import EventStream, Outputs, sse
-from peakgpt.serve.worker import Job, Worker
+from peakgpt.serve.preparation import RequestPreparation, unknown_model
+from peakgpt.serve.stream import EventStream, Outputs, WholeResponse, sse
+from peakgpt.serve.worker import Worker
 
 PAGE = Path(__file__).with_name("page.html")
-POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+POLICY = ("default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+PAGE_HEADERS = {"content-security-policy": POLICY, "x-frame-options": "DENY", "x-content-type-options": "nosniff"}
+T = TypeVar("T")
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Metrics:
 class Server:
     """Serve one model over HTTP. `app` is the ASGI application; its lifespan starts and stops the engine's thread."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, name: str, key: str | None = None,
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, name: str, key: str | Sequence[str] | None = None,
                  hosts: tuple[str, ...] | None = None, chat: ChatTemplate | None = None,
                  limits: Limits = LIMITS):  # fmt: skip
         """
@@ -58,24 +64,26 @@ class Server:
             key, hosts: see Guard.
             chat: the chat template. None: /v1/chat/completions answers 400.
         """
-        self.tokenizer, self.name, self.chat, self.limits = tokenizer, name, chat, limits
+        if key is not None:
+            key = check_keys([key] if isinstance(key, str) else key, "key")
+        self.name, self.chat, self.limits = name, chat, limits
         self.worker, self.metrics, self.made = Worker(engine), Metrics(), int(time.time())
         self.metrics.load.set_function(lambda: self.worker.load)
         self.metrics.free.set_function(lambda: engine.pool.free_blocks)
-        self.block_size, self.vocab_size = engine.config.block_size, engine.config.vocab_size
-        # Upper bound of the prompt in characters: as if every token were the longest of the vocabulary.
-        self.max_prompt_chars = self.block_size * max(map(len, tokenizer.library.get_vocab()))
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
+        self.block_size = engine.config.block_size
+        self.requests = RequestPreparation(engine.preparation, tokenizer, name, chat, limits)
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=self._lifespan)
         for path, method, answer in (
             ("/", "GET", self._page), ("/health", "GET", self._health), ("/metrics", "GET", self._metrics),
-            ("/v1/models", "GET", self._models), ("/v1/completions", "POST", self._completions),
-            ("/v1/chat/completions", "POST", self._chat), ("/tokenize", "POST", self._tokenize),
-            ("/detokenize", "POST", self._detokenize),
+            ("/v1/models", "GET", self._models), ("/v1/models/{name:path}", "GET", self._model),
+            ("/v1/completions", "POST", self._completions), ("/v1/chat/completions", "POST", self._chat),
+            ("/tokenize", "POST", self._tokenize), ("/detokenize", "POST", self._detokenize),
         ):  # fmt: skip
-            app.add_api_route(path, answer, methods=[method], response_model=None)
+            methods = [method, "HEAD"] if method == "GET" else [method]
+            app.add_api_route(path, answer, methods=methods, response_model=None)
         app.add_exception_handler(BadRequest, self._refused)
         app.add_exception_handler(HTTPException, self._refused)
-        app.add_middleware(Guard, key=key, hosts=hosts, limits=limits)
+        app.add_middleware(Guard, key=key, hosts=hosts, limits=limits, is_alive=lambda: not self.worker.failed)
         self.app = app
 
     @contextlib.asynccontextmanager
@@ -88,7 +96,7 @@ class Server:
     # ---- routes
 
     async def _page(self) -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": POLICY})
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     async def _health(self) -> Response:
         alive = self.worker.is_alive()
@@ -98,80 +106,58 @@ class Server:
         return Response(prometheus.generate_latest(self.metrics.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     async def _models(self) -> dict[str, Any]:
-        model = {"id": self.name, "object": "model", "created": self.made, "owned_by": "peakgpt",
-                 "max_model_len": self.block_size}  # fmt: skip
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [await self._model(self.name)]}
 
-    async def _tokenize(self, request: Request) -> dict[str, Any]:
-        fields = check(await self._read(request), TOKENIZE, self.limits)
-        ids = await asyncio.to_thread(self.tokenizer.encode, self._required(fields, "prompt"))
-        return {"tokens": ids, "count": len(ids), "max_model_len": self.block_size}
+    async def _model(self, name: str) -> dict[str, Any]:
+        if name != self.name:
+            raise unknown_model(name, self.name)
+        return {"id": name, "object": "model", "created": self.made, "owned_by": "peakgpt",
+                "max_model_len": self.block_size}  # fmt: skip
 
-    async def _detokenize(self, request: Request) -> dict[str, Any]:
-        fields = check(await self._read(request), DETOKENIZE, self.limits)
-        tokens = self._required(fields, "tokens")
-        if len(tokens) != 1 or isinstance(tokens[0], str):
-            raise BadRequest(f"tokens: got {tokens!r:.80}, expected one list of token ids", param="tokens")
-        self._check_ids(tokens[0], "tokens")
-        return {"prompt": self.tokenizer.decode(tokens[0])}
+    async def _tokenize(self, request: Request) -> Response:
+        return await self._text_answer(request, self.requests.tokenize)
+
+    async def _detokenize(self, request: Request) -> Response:
+        return await self._text_answer(request, self.requests.detokenize)
+
+    async def _text_answer(self, request: Request, answer: Callable[[bytes], dict[str, Any]]) -> Response:
+        body = await read_body(request, self.limits)
+        return WholeResponse(await self.requests.run(lambda: encode(answer(body)).encode()))
 
     async def _completions(self, request: Request) -> Response:
-        completion = check_request(await self._read(request), chat=False, limits=self.limits)
-        return await self._answer(request, completion, completion.fields["prompt"])
+        return await self._answer(request, chat=False)
 
     async def _chat(self, request: Request) -> Response:
-        data = await self._read(request)
-        if self.chat is None:
-            raise BadRequest("messages: got a model without chat template, expected a prompt to /v1/completions")
-        completion = check_request(data, chat=True, limits=self.limits)
-        return await self._answer(request, completion, [self.chat.render(completion.fields["messages"])])
+        return await self._answer(request, chat=True)
 
     # ---- completions
 
-    async def _answer(
-        self, request: Request, completion: CompletionRequest, prompts: list[str | list[int]]
-    ) -> Response:
-        if (model := completion.fields.get("model", self.name)) != self.name:
-            raise BadRequest(f"model: got {model[:64]!r}, expected {self.name!r}", param="model", status=404,
-                             code="model_not_found")  # fmt: skip
-        job, answer = await asyncio.to_thread(self._job, completion, prompts)
-        if self.worker.load + job.continuations > self.limits.queue:
-            raise BadRequest(f"the queue of {self.limits.queue} is full", status=429, code="queue_full")
-        self.metrics.tokens.labels("prompt").inc(sum(map(len, answer.prompts)))
-        outputs = Outputs(job, self.worker, request)
+    async def _answer(self, request: Request, *, chat: bool) -> Response:
+        body = await read_body(request, self.limits)
+        completion = await self.requests.run(self.requests.completion, body, chat)
+        outputs = Outputs(self.worker, request, completion.continuations, self.limits.queue)
         try:
-            # Wait for the first output, so that a request which the engine rejects gets an error status.
-            self.metrics.first.observe(await outputs.begin())
-            content = self._stream(outputs, answer) if completion.stream else await self._whole(outputs, answer)
+            fields = completion.fields
+            texts = [await self.chat.render_async(fields["messages"])] if chat else fields["prompt"]
+            sequences, answer = await self.requests.run(self.requests.sequences, completion, texts)
+            self.metrics.tokens.labels("prompt").inc(sum(map(len, answer.prompts)))
+            self.metrics.first.observe(await outputs.submit(sequences))
+            if not completion.stream:
+                content = await self._whole(outputs, answer)
         except BaseException:
             outputs.end()
             raise
         self.metrics.answers.labels(200).inc()
-        return EventStream(content, outputs) if completion.stream else JSONResponse(content)
+        return EventStream(self._stream(outputs, answer), outputs) if completion.stream else WholeResponse(content)
 
-    def _job(self, completion: CompletionRequest, prompts: list[str | list[int]]) -> tuple[Job, Answer]:
-        for text in filter(lambda p: isinstance(p, str) and len(p) > self.max_prompt_chars, prompts):
-            # Reject a long prompt before spending time on its encoding.
-            raise BadRequest(f"prompt: got {len(text)} characters, expected up to {self.max_prompt_chars}",
-                             param="prompt", code="context_length_exceeded")  # fmt: skip
-        ids = [self.tokenizer.encode(p) or [self.tokenizer.end_id] if isinstance(p, str) else p for p in prompts]
-        requests = []
-        for prompt in ids:
-            self._check_ids(prompt, "prompt")
-            max_new_tokens = self.block_size - len(prompt)
-            if max_new_tokens < 0 or len(prompt) > self.limits.prompt_tokens:
-                raise BadRequest(f"prompt: got {len(prompt)} tokens, expected up to {self.block_size}", param="prompt",
-                                 code="context_length_exceeded")  # fmt: skip
-            try:
-                requests.append((prompt, completion.params(self.tokenizer.end_id, max_new_tokens)))
-            except ValueError as error:
-                raise BadRequest(str(error)) from None
-        texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts] if completion.echo else []
-        return Job(requests), Answer(completion, self.name, self.tokenizer, ids, texts)
-
-    async def _whole(self, outputs: Outputs, answer: Answer) -> dict[str, Any]:
-        parts: dict[int, list[dict]] = {}
+    async def _whole(self, outputs: Outputs, answer: Answer) -> bytes:
+        choices: dict[int, WholeChoice] = {}
         delayed = []
+
+        def add(number: int, output: Output) -> None:
+            choice = choices.setdefault(answer.index(number, output), WholeChoice(answer.completion.chat))
+            choice.add(answer.part(number, output))
+
         async for number, output in outputs:
             # Only the first choice has the log-probabilities of the prompt. Delay other choices that come before it.
             early = answer.completion.echo and output.logprobs is not None and number not in answer.prompt_logprobs
@@ -179,28 +165,33 @@ class Server:
                 delayed.append((number, output))
                 continue
             for event in ((number, output), *_take_delayed(delayed, number)):
-                part = answer.part(*event)
-                parts.setdefault(part["index"], []).append(part)
+                await self._convert(answer, add, *event)
         for event in delayed:
-            part = answer.part(*event)
-            parts.setdefault(part["index"], []).append(part)
+            await self._convert(answer, add, *event)
         outputs.end()
         self.metrics.tokens.labels("text").inc(answer.completion_tokens)
-        choices = [merge(parts[index]) for index in sorted(parts)]
-        if answer.completion.chat:
-            choices = [as_message(choice, chunk=False) for choice in choices]
-        return answer.frame(choices, chunk=False, usage=True)
+        return await self.requests.run(answer.whole, [choices[index] for index in sorted(choices)])
+
+    async def _convert(self, answer: Answer, convert: Callable[..., T], number: int, output: Output) -> T:
+        """Convert an output; in a thread if it has the log-probabilities of a prompt."""
+        if answer.is_large(number, output):
+            return await self.requests.run(convert, number, output)
+        return convert(number, output)
 
     async def _stream(self, outputs: Outputs, answer: Answer) -> AsyncIterator[bytes]:
         begun: set[int] = set()
+
+        def event(number: int, output: Output) -> bytes:
+            part = answer.part(number, output)
+            if answer.completion.chat:
+                index = part["index"]
+                part = as_message(part, chunk=True, first=index not in begun)
+                begun.add(index)
+            return answer.event(part)
+
         try:
             async for number, output in outputs:
-                part = answer.part(number, output)
-                if answer.completion.chat:
-                    index = part["index"]
-                    part = as_message(part, chunk=True, first=index not in begun)
-                    begun.add(index)
-                yield answer.event(part)
+                yield await self._convert(answer, event, number, output)
             if answer.completion.include_usage:
                 yield sse(answer.frame([], chunk=True, usage=True))
             yield b"data: [DONE]\n\n"
@@ -209,30 +200,17 @@ class Server:
         finally:
             self.metrics.tokens.labels("text").inc(answer.completion_tokens)
 
-    # ---- helpers for all routes
-
-    async def _read(self, request: Request) -> dict[str, Any]:
-        # In a thread: parsing a megabyte of brackets takes half a second and must not block other streams.
-        return await asyncio.to_thread(parse, await read_body(request, self.limits), self.limits)
-
-    def _required(self, fields: dict[str, Any], name: str) -> Any:
-        if name not in fields:
-            raise BadRequest(f"{name}: got none, expected one", param=name)
-        return fields[name]
-
-    def _check_ids(self, ids: list[int], param: str) -> None:
-        if not 0 <= min(ids) <= max(ids) < min(self.vocab_size, self.tokenizer.vocab_size):
-            raise BadRequest(f"{param}: got ids from {min(ids)} to {max(ids)}, expected 0 to {self.vocab_size - 1}",
-                             param=param)  # fmt: skip
-
     async def _refused(self, request: Request, error: BadRequest | fastapi.HTTPException) -> Response:
         if not isinstance(error, BadRequest):
-            expected = ", ".join(f"{method} {route.path}" for route in self.app.routes for method in route.methods)
-            error = BadRequest(f"got {request.method} {request.url.path[:64]}, expected one of {expected}",
-                               status=error.status_code)  # fmt: skip
+            expected = ", ".join(f"{method} {route.path}" for route in self.app.routes
+                                 for method in sorted(route.methods) if method != "HEAD")  # fmt: skip
+            code = code_of(error.status_code)
+            allowed = error.headers or {}  # Allow, with status 405
+            got = f"{request.method[:16]} {request.url.path[:64]}"
+            error = BadRequest(f"got {got}, expected one of {expected}", code=code)
+            error.headers.update(allowed)
         self.metrics.answers.labels(error.status).inc()
-        headers = {"retry-after": "1"} if error.status == 429 else {}
-        return JSONResponse(error.body, error.status, headers)
+        return JSONResponse(error.body, error.status, error.headers)
 
 
 def _take_delayed(delayed: list[tuple[int, Any]], number: int) -> list[tuple[int, Any]]:

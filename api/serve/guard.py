@@ -3,80 +3,121 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hashlib
-import hmac
 import http
+import ipaddress
 import json
+import logging
+import re
 import sys
+from collections.abc import Callable, Sequence
 
 import h11
 import uvicorn
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from peakgpt.engine.inference.interrupts import INTERRUPTS
+from peakgpt.serve.errors import BadRequest, code_of
+from peakgpt.serve.keys import Keys
 from peakgpt.serve.limits import LIMITS, Limits
-from peakgpt.serve.schema import BadRequest
+from peakgpt.serve.worker import engine_stopped
 
 OPEN = "/health"  # needs no key
 CHUNK = "peakgpt.chunk"  # ASGI extension: Protocol.chunk
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")  # RFC 9110, 7.2: host, then an optional port
+
+log = logging.getLogger("peakgpt.serve")
 
 
 class Guard:
-    """ASGI middleware that checks headers, host and API key."""
+    """ASGI middleware that checks headers, host, API key and engine, and turns every exception into an error."""
 
-    def __init__(self, app, *, key: str | None, hosts: tuple[str, ...] | None, limits: Limits):
+    def __init__(self, app, *, key: Sequence[str] | None, hosts: tuple[str, ...] | None, limits: Limits,
+                 is_alive: Callable[[], bool] = lambda: True):  # fmt: skip
         """
         Args:
-            key: API key that clients must send. None: no key is needed.
-            hosts: allowed values of the Host header. They prevent DNS rebinding: a web page that reaches a loopback
+            key: API keys; clients must send one of them. None: no key is needed.
+            hosts: allowed names in the Host header. They prevent DNS rebinding: a web page that reaches a loopback
                 server through its own host name. None: any host.
+            is_alive: whether the engine can answer requests.
+        Raises:
+            ValueError: a blank key.
         """
-        self.app, self.hosts, self.limits = app, hosts, limits
-        self.digest = None if key is None else hashlib.sha256(key.encode()).digest()
+        self.app, self.limits, self.is_alive = app, limits, is_alive
+        self.hosts = hosts and {_normal(host) for host in hosts}
+        self.keys = None if key is None else Keys(key)
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        started = False
+
+        async def observed(message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
 
         try:
             self._check(scope)
+            await self.app(scope, receive, observed)
         except BadRequest as refusal:
-            return await refuse(refusal, send)
-        await self.app(scope, receive, send)
+            await refuse(refusal, send)
+        except (*INTERRUPTS, asyncio.CancelledError):
+            raise
+        except BaseException as error:
+            if started:
+                raise
+            log.exception("a request failed")
+            await refuse(internal_error(error), send)
 
     def _check(self, scope) -> None:
         headers, target = scope["headers"], len(scope["raw_path"]) + len(scope["query_string"])
         if target + sum(len(name) + len(value) + 4 for name, value in headers) > self.limits.header_bytes:
-            raise BadRequest(f"header: got more than {self.limits.header_bytes} bytes", status=431)
+            raise BadRequest(f"header: got more than {self.limits.header_bytes} bytes", code="header_too_large")
         if len(headers) > self.limits.headers:
-            raise BadRequest(f"header: got {len(headers)} lines, expected up to {self.limits.headers}", status=431)
+            raise BadRequest(f"header: got {len(headers)} lines, expected up to {self.limits.headers}",
+                             code="header_too_large")  # fmt: skip
         header = dict(headers)
-        host = header.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] if self.hosts else None
-        if self.hosts and host not in self.hosts:
-            raise BadRequest(f"host: got {host[:64]!r}, expected one of {', '.join(self.hosts)}", status=403)
-        if self.digest and scope["path"] != OPEN and not self._is_authorized(header.get(b"authorization", b"")):
-            raise BadRequest("no valid API key, expected Authorization: Bearer KEY", status=401, code="invalid_api_key")
+        if b"transfer-encoding" in header and b"content-length" in header:  # RFC 9112, 6.3: perhaps an attack
+            raise BadRequest("header: got Content-Length and Transfer-Encoding, expected one", code="invalid_http")
+        host = header.get(b"host", b"").decode("latin-1")
+        if self.hosts and _host_name(host) not in self.hosts:
+            raise BadRequest(f"host: got {host[:64]!r}, expected one of {', '.join(sorted(self.hosts))}",
+                             code="host_not_allowed")  # fmt: skip
+        if scope["path"] == OPEN:
+            return
+        if self.keys and not self.keys.accept(header.get(b"authorization", b"")):
+            raise BadRequest("no valid API key, expected Authorization: Bearer KEY", code="invalid_api_key")
+        if not self.is_alive():
+            raise engine_stopped()
 
-    def _is_authorized(self, header: bytes) -> bool:
-        """Accept Bearer KEY, or Basic with the key as password for browsers. Compares in constant time."""
-        kind, _, value = header.partition(b" ")
-        if kind.lower() == b"basic":
-            try:
-                value = base64.b64decode(value, validate=True).partition(b":")[2]
-            except binascii.Error:
-                value = b""
-        return hmac.compare_digest(hashlib.sha256(value.strip()).digest(), self.digest)
+
+def _host_name(header: str) -> str | None:
+    """Return the name in a Host header without its port; None if it has another form."""
+    match = _HOST.fullmatch(header.strip())
+    return match and _normal(match[1].removeprefix("[").removesuffix("]"))
+
+
+def _normal(host: str) -> str:
+    """Return the one spelling of a host: names in small letters, addresses in their shortest form."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host.lower().removesuffix(".")
+
+
+def internal_error(error: BaseException) -> BadRequest:
+    return BadRequest(f"the server failed: {type(error).__name__}", code="internal_error")
 
 
 async def refuse(refusal: BadRequest, send) -> None:
     body = json.dumps(refusal.body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if refusal.status == 401:
-        headers.append((b"www-authenticate", b'Basic realm="peakgpt"'))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
+    if refusal.body["error"]["code"] == "invalid_http":
+        headers["connection"] = "close"
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -88,8 +129,8 @@ async def read_body(request, limits: Limits) -> bytes:
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # A web page cannot send this type to another site without a CORS preflight, which this server never grants.
-        raise BadRequest("content-type: expected application/json", status=415)
-    large = BadRequest(f"body: got more than {limits.body_bytes} bytes", status=413)
+        raise BadRequest("content-type: expected application/json", code="unsupported_media_type")
+    large = BadRequest(f"body: got more than {limits.body_bytes} bytes", code="request_too_large")
     declared = request.headers.get("content-length", "0")
     if not declared.isdigit() or int(declared) > limits.body_bytes:
         raise large
@@ -104,9 +145,10 @@ async def read_body(request, limits: Limits) -> bytes:
     try:
         await asyncio.wait_for(read(), limits.body_s)
     except asyncio.TimeoutError:
-        raise BadRequest(f"body: got {len(body)} bytes after {limits.body_s} s, expected all", status=408) from None
+        raise BadRequest(f"body: got {len(body)} bytes after {limits.body_s} s, expected all",
+                         code="request_timeout") from None  # fmt: skip
     except ClientDisconnect:
-        raise BadRequest("the client has disconnected", status=499) from None
+        raise BadRequest("the client has disconnected", code="client_disconnected") from None
     return bytes(body)
 
 
@@ -123,7 +165,7 @@ def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
             super().connection_made(transport)
             transport.set_write_buffer_limits(0)  # call pause_writing as soon as the client does not read
             if len(self.connections) > limits.connections:
-                self._refuse(BadRequest("too many connections", status=503))
+                self._refuse(BadRequest("too many connections", code="too_many_connections"))
             else:
                 self._expect("head")
 
@@ -143,7 +185,7 @@ def protocol(limits: Limits = LIMITS) -> type[H11Protocol]:
         def send_400_response(self, msg: str) -> None:
             """Answer with the status of the h11 exception that is being handled."""
             status = getattr(sys.exc_info()[1], "error_status_hint", 400)
-            self._refuse(BadRequest(f"{msg} {sys.exc_info()[1]}", status=status))
+            self._refuse(BadRequest(f"{msg} {sys.exc_info()[1]}", code=code_of(status)))
 
         def connection_lost(self, exc) -> None:
             self._expect(None)

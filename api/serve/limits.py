@@ -13,6 +13,8 @@ class Limits:
     headers: int = 100  # lines
     body_bytes: int = 1 << 20
     json_depth: int = 8  # a request needs 4
+    json_containers: int = 1024  # objects, and as many lists; a request with all messages has 258
+    json_keys: int = 4096  # in all objects; a request with all biases and messages has about 1600
     prompts: int = 64  # in one request
     prompt_tokens: int = 1 << 17
     max_tokens: int = 1 << 17
@@ -21,6 +23,7 @@ class Limits:
     stop: int = 16  # strings
     stop_chars: int = 256
     logprobs: int = 20
+    prompt_logprobs: int = 1 << 19  # that echo returns: prompt tokens x n x (1 + logprobs), of all prompts
     bias: int = 1024  # ids
     allowed_texts: int = 256  # choices of constrained decoding
     allowed_chars: int = 1024

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from peakgpt.engine.inference.sampling_params import MIN_TEMPERATURE, MIN_TOP_P, SamplingParams
+from peakgpt.serve.errors import BadRequest
 from peakgpt.serve.limits import Limits
 
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|([\[{])|[\]}]', re.DOTALL)  # linear: an open string ends the text
-
-
-class BadRequest(Exception):
-    """An error response; `body` has the format of OpenAI."""
-
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None):
-        super().__init__(message)
-        self.status = status
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 60
 
 
 def parse(body: bytes, limits: Limits) -> dict[str, Any]:
@@ -36,19 +30,30 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     """
     try:
         text = body.decode()
-        depth = 0
-        for match in _BRACKETS.finditer(text):
-            depth += 1 if match[1] else -1 if match[0] in "]}" else 0
-            if depth > limits.json_depth:
-                raise ValueError(f"more than {limits.json_depth} levels")
+        _check_nesting(text, limits)
         data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-        json.dumps(data, ensure_ascii=False).encode()
+        if _SURROGATE.search(text):
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
         reason = "a lone surrogate" if isinstance(error, UnicodeEncodeError) else str(error)
-        raise BadRequest(f"body: got {reason}, expected JSON in UTF-8") from None
+        raise BadRequest(f"body: got {reason}, expected JSON in UTF-8", code="invalid_json") from None
     if not isinstance(data, dict):
-        raise BadRequest(f"body: got {type(data).__name__}, expected a JSON object")
+        raise BadRequest(f"body: got {type(data).__name__}, expected a JSON object", code="invalid_json")
     return data
+
+
+def _check_nesting(text: str, limits: Limits) -> None:
+    """Count the brackets and keys outside of strings. json.loads needs half a second for a megabyte of them."""
+    plain = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+    if (keys := plain.count(":")) > limits.json_keys:
+        raise ValueError(f"{keys} keys, expected up to {limits.json_keys}")
+    if max(map(plain.count, "[]{}")) > limits.json_containers:
+        raise ValueError(f"more than {limits.json_containers} objects and lists or {limits.json_depth} levels")
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", plain):
+        depth += 1 if bracket in "[{" else -1
+        if depth > limits.json_depth:
+            raise ValueError(f"more than {limits.json_depth} levels")
 
 
 def _refuse_constant(name: str) -> None:
@@ -145,9 +150,13 @@ def stream_options(value: Any, limits: Limits) -> bool:
     return boolean(value.get("include_usage", False), limits) if good else _expected("an object of include_usage")
 
 
+class Unsupported(ValueError):
+    """OpenAI knows the field, this server does not support it."""
+
+
 def unsupported(reason: str) -> Check:
     def check(value, limits):
-        _expected(f"nothing: {reason}")
+        raise Unsupported(f"nothing: {reason}")
 
     return check
 
@@ -210,7 +219,8 @@ def check(data: Mapping[str, Any], fields: Mapping[str, Check], limits: Limits) 
         try:
             parsed[name] = fields[name](value, limits)
         except ValueError as error:
-            raise BadRequest(f"{name}: got {value!r:.80}, expected {error}", param=name) from None
+            code = "unsupported_parameter" if isinstance(error, Unsupported) else "invalid_value"
+            raise BadRequest(f"{name}: got {_repr.repr(value)}, expected {error}", param=name, code=code) from None
     return parsed
 
 
@@ -237,8 +247,16 @@ class CompletionRequest:
     def n(self) -> int:
         return self.fields.get("n", 1)
 
+    @property
+    def continuations(self) -> int:
+        return self.n * len(self.fields.get("prompt", [0]))
+
     def params(self, end_id: int, max_new_tokens: int) -> SamplingParams:
-        """Return the sampling parameters of a prompt. At most max_new_tokens fit after it."""
+        """Return the sampling parameters of a prompt. At most max_new_tokens fit after it.
+
+        Raises:
+            InvalidParam: a value that the engine does not support.
+        """
         f = self.fields
         logprobs = f.get("logprobs")
         if self.chat:
@@ -255,6 +273,10 @@ class CompletionRequest:
         )  # fmt: skip
 
 
+def missing(name: str) -> BadRequest:
+    return BadRequest(f"{name}: got none, expected one", param=name, code="missing_required_parameter")
+
+
 def check_request(data: Mapping[str, Any], *, chat: bool, limits: Limits) -> CompletionRequest:
     """Check the fields of a completion request, one by one and in combination.
 
@@ -263,7 +285,7 @@ def check_request(data: Mapping[str, Any], *, chat: bool, limits: Limits) -> Com
     """
     fields = check(data, CHAT if chat else COMPLETION, limits)
     if (name := "messages" if chat else "prompt") not in fields:
-        raise BadRequest(f"{name}: got none, expected one", param=name)
+        raise missing(name)
     n = fields.get("n", 1)
     if n * len(fields.get("prompt", [0])) > limits.choices:
         raise BadRequest(f"n: got {n} for each prompt, expected up to {limits.choices} choices per request", param="n")

@@ -10,36 +10,53 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
-from peakgpt.engine.inference.engine import Output
+from peakgpt.engine.inference.sequence import Output, RunningSequence
+from peakgpt.serve.errors import BadRequest
 from peakgpt.serve.guard import CHUNK
-from peakgpt.serve.schema import BadRequest
 from peakgpt.serve.worker import Job, Worker
+
+PIECE_BYTES = 1 << 16
 
 
 class Outputs:
     """Iterate over (prompt number, output) until all sequences of a job end or the client disconnects.
 
-    The job counts in the load of the worker until `end`, which also cancels its unfinished sequences.
+    The job counts in the load of the worker from the beginning, before its prompts are encoded, until `end`, which also
+    cancels its unfinished sequences.
 
     Raises:
         BadRequest: while iterating, if the request fails or the client disconnects.
     """
 
-    def __init__(self, job: Job, worker: Worker, request: Request):
-        self.job, self.worker, self.unfinished, self.first = job, worker, job.continuations, None
-        worker.load += job.continuations
-        worker.submit(job)
+    def __init__(self, worker: Worker, request: Request, continuations: int, queue: int):
+        """
+        Args:
+            continuations: number of sequences of the job.
+            queue: limit of the worker's load.
+        Raises:
+            BadRequest: the queue is full.
+        """
+        if worker.load + continuations > queue:
+            raise BadRequest(f"the queue of {queue} is full", code="rate_limit_exceeded")
+        self.job, self.worker, self.unfinished, self.first = Job(), worker, continuations, None
+        self.load, self.is_submitted = continuations, False
+        worker.load += continuations
         self.watch = asyncio.ensure_future(self._watch_disconnect(request))
 
-    async def begin(self) -> float:
-        """Wait for the first output and keep it for the iteration. Returns the waiting time in seconds."""
+    async def submit(self, prompts: Sequence[list[RunningSequence]]) -> float:
+        """Submit the job, wait for the first output and keep it for the iteration. Returns the waiting time in seconds.
+
+        So a request that fails at once gets an error status.
+        """
         begin = time.perf_counter()
+        self.job.prompts, self.is_submitted = prompts, True
+        self.worker.submit(self.job)
         self.first = await self._next()
         return time.perf_counter() - begin
 
@@ -47,8 +64,9 @@ class Outputs:
         if self.watch is not None:
             self.watch.cancel()
             self.watch = None
-            self.worker.cancel(self.job)
-            self.worker.load -= self.job.continuations
+            if self.is_submitted:
+                self.worker.cancel(self.job)
+            self.worker.load -= self.load
 
     def __aiter__(self) -> Outputs:
         return self
@@ -64,14 +82,12 @@ class Outputs:
         event = await self.job.events.get()
         if isinstance(event, BadRequest):
             raise event
-        if isinstance(event, Exception):
-            raise BadRequest(str(event), status=400 if isinstance(event, ValueError) else 500)
         return event
 
     async def _watch_disconnect(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self.job.events.put_nowait(BadRequest("the client has disconnected", status=499))
+        self.job.events.put_nowait(BadRequest("the client has disconnected", code="client_disconnected"))
 
 
 class EventStream(Response):
@@ -93,6 +109,21 @@ class EventStream(Response):
                 await send(body(b"", more=False))
         finally:
             self.outputs.end()
+
+
+class WholeResponse(Response):
+    """A JSON response that is sent in pieces, so that a client has `write_s` seconds for each of them."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: bytes):
+        super().__init__(content)
+
+    async def __call__(self, scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for begin in range(0, len(self.body), PIECE_BYTES):
+            await send(body(self.body[begin : begin + PIECE_BYTES], more=True))
+        await send(body(b"", more=False))
 
 
 def body(data: bytes, *, more: bool) -> dict[str, Any]:

@@ -6,29 +6,28 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peakgpt.engine.inference.engine import Engine, SamplingParams
+from peakgpt.engine.inference.engine import Engine
+from peakgpt.engine.inference.interrupts import INTERRUPTS
+from peakgpt.engine.inference.sequence import RunningSequence
+from peakgpt.serve.errors import BadRequest
 
 log = logging.getLogger("peakgpt.serve")
 
 
 @dataclass(eq=False)
 class Job:
-    """The prompts of one HTTP request, each with its sampling parameters.
+    """The prompts of one HTTP request, each with the sequences that continue it.
 
     `events` receives (prompt number, output) items, or an exception as its last item.
     """
 
-    prompts: Sequence[tuple[Sequence[int], SamplingParams]]
+    prompts: Sequence[list[RunningSequence]] = ()
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     numbers: dict[int, int] = field(default_factory=dict)  # request id of the engine -> prompt number
-
-    @property
-    def continuations(self) -> int:
-        return sum(params.n for _, params in self.prompts)
 
 
 class Worker(threading.Thread):
@@ -37,9 +36,11 @@ class Worker(threading.Thread):
     def __init__(self, engine: Engine):
         super().__init__(name="engine", daemon=True)
         self.loop: asyncio.AbstractEventLoop | None = None  # receives the events; set before start()
+        self.on_failure: Callable[[], None] = lambda: None  # called in the loop if the thread ends by an exception
         self.engine, self.inbox, self.wake = engine, deque(), threading.Condition()
         self.jobs: dict[int, Job] = {}  # request id of the engine -> job
         self.load = 0  # unfinished sequences; used by the asyncio thread only
+        self.failed = False  # the thread has ended by an exception
 
     def submit(self, job: Job) -> None:
         self._post("submit", job)
@@ -52,6 +53,13 @@ class Worker(threading.Thread):
         self.join()
 
     def run(self) -> None:
+        try:
+            self._run()
+        except BaseException:
+            log.critical("the engine thread has ended", exc_info=True)
+            self._fail()
+
+    def _run(self) -> None:
         while True:
             with self.wake:
                 self.wake.wait_for(lambda: self.inbox or self.engine.has_work)
@@ -63,19 +71,31 @@ class Worker(threading.Thread):
             if self.engine.has_work:
                 self._step()
 
+    def _fail(self) -> None:
+        """End every job, also those that were submitted in the meantime."""
+        with self.wake:
+            self.failed = True
+            jobs = {*self.jobs.values(), *(job for action, job in self.inbox if action == "submit")}
+        self._post_events([(job, engine_stopped()) for job in jobs])
+        self._call_in_loop(self.on_failure)
+
     def _post(self, action: str, job: Job | None) -> None:
         with self.wake:
             self.inbox.append((action, job))
             self.wake.notify()
+            failed = self.failed
+        if failed and action == "submit":
+            job.events.put_nowait(engine_stopped())
 
     def _submit(self, job: Job) -> None:
-        try:
-            for number, (ids, params) in enumerate(job.prompts):
-                request = self.engine.submit(ids, params)
-                self.jobs[request], job.numbers[request] = job, number
-        except Exception as error:  # every error here is caused by this request
-            self._cancel(job)
-            self._post_events([(job, error)])
+        for number, sequences in enumerate(job.prompts):
+            request = sequences[0].request.request_id
+            self.jobs[request], job.numbers[request] = job, number
+            try:
+                self.engine.add(sequences)
+            except Exception as error:
+                self._cancel(job)
+                return self._post_events([(job, engine_error(error))])
 
     def _cancel(self, job: Job) -> None:
         for request in job.numbers:
@@ -85,13 +105,15 @@ class Worker(threading.Thread):
     def _step(self) -> None:
         try:
             outputs = self.engine.step()
-        except Exception as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             # The failing request is unknown: end all of them and keep the engine running.
             log.exception("a step failed")
             jobs = {id(job): job for job in self.jobs.values()}.values()
             for job in jobs:
                 self._cancel(job)
-            self._post_events([(job, RuntimeError(f"the engine failed: {type(error).__name__}")) for job in jobs])
+            self._post_events([(job, engine_error(error)) for job in jobs])
             return
         events = []
         for output in outputs:
@@ -99,17 +121,28 @@ class Worker(threading.Thread):
             if job and output.error:
                 log.error("request %d failed", output.request_id, exc_info=output.error)
                 self._cancel(job)
-                events.append((job, RuntimeError(f"the engine failed: {type(output.error).__name__}")))
+                events.append((job, engine_error(output.error)))
             elif job:
                 events.append((job, (job.numbers[output.request_id], output)))
         self._post_events(events)
 
     def _post_events(self, events: list[tuple[Job, Any]]) -> None:
         """Post all events of a step in one call, because each call wakes the loop through a pipe."""
+        self._call_in_loop(_put, events)
+
+    def _call_in_loop(self, function: Callable[..., None], *args: Any) -> None:
         try:
-            self.loop.call_soon_threadsafe(_put, events)
+            self.loop.call_soon_threadsafe(function, *args)
         except RuntimeError:  # the loop is closed
             log.debug("dropped outputs: the event loop is closed")
+
+
+def engine_error(error: BaseException) -> BadRequest:
+    return BadRequest(f"the engine failed: {type(error).__name__}", code="internal_error")
+
+
+def engine_stopped() -> BadRequest:
+    return BadRequest("the engine has stopped, and the server is about to exit", code="engine_stopped")
 
 
 def _put(events: list[tuple[Job, Any]]) -> None:

@@ -1,5 +1,7 @@
 #include "ops/adamw.h"
 
+#include <vector>
+
 #ifndef PEAK_ISA
 namespace peak {
 namespace {
@@ -58,26 +60,59 @@ void Update(const AdamwArgs& args, const AdamwStep& step, int64_t begin, int64_t
 #else
 
 namespace peak {
+namespace {
 
-void Adamw(const AdamwArgs& args, int threads) {
-  double scale = 1.0;
-  if (args.norm != nullptr) {
-    if (!std::isfinite(*args.norm)) return;
-    scale = std::min(1.0, args.max_norm / (*args.norm + 1e-6));
-  }
+AdamwStep StepOf(const AdamwArgs& args) {
+  const double scale = args.norm == nullptr ? 1.0 : std::min(1.0, args.max_norm / (*args.norm + 1e-6));
   const double t = *args.step + 1.0;
   // Powers in double: 1 - 0.999^1 in float has three digits.
-  const AdamwStep step{static_cast<float>(scale),
-                       static_cast<float>(1.0 - args.lr * args.weight_decay),
-                       static_cast<float>(args.beta1),
-                       static_cast<float>(args.beta2),
-                       static_cast<float>(args.lr / (1.0 - std::pow(args.beta1, t))),
-                       static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(args.beta2, t))),
-                       static_cast<float>(args.eps)};
-  const auto update = PEAK_PICK_DTYPE(args.dtype, Update);
-  ParallelParts(args.count, threads, threads,
-                [&](int64_t, int64_t begin, int64_t end) { update(args, step, begin, end); });
-  *args.step = static_cast<float>(t);
+  return {static_cast<float>(scale),
+          static_cast<float>(1.0 - args.lr * args.weight_decay),
+          static_cast<float>(args.beta1),
+          static_cast<float>(args.beta2),
+          static_cast<float>(args.lr / (1.0 - std::pow(args.beta1, t))),
+          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(args.beta2, t))),
+          static_cast<float>(args.eps)};
+}
+
+// The parameters share dtype and norm.
+void UpdateAll(const std::vector<AdamwArgs>& all, int threads) {
+  if (all.empty() || (all[0].norm != nullptr && !std::isfinite(*all[0].norm))) return;
+  std::vector<AdamwStep> steps;
+  std::vector<int64_t> starts{0};  // of each parameter, if all lay end to end
+  for (const AdamwArgs& args : all) {
+    steps.push_back(StepOf(args));
+    starts.push_back(starts.back() + args.count);
+  }
+  const auto update = PEAK_PICK_DTYPE(all[0].dtype, Update);
+  ParallelParts(starts.back(), threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (; i < all.size() && starts[i] < end; ++i) {
+      update(all[i], steps[i], std::max(begin - starts[i], int64_t{0}), std::min(end - starts[i], all[i].count));
+    }
+  });
+  for (const AdamwArgs& args : all) *args.step += 1.0f;
+}
+
+template <class T>
+T* Address(int64_t bits) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(bits));
+}
+
+}  // namespace
+
+void Adamw(const AdamwArgs& args, int threads) { UpdateAll({args}, threads); }
+
+void AdamwEach(const AdamwEachArgs& args, int threads) {
+  std::vector<AdamwArgs> all;
+  for (const int64_t* row = args.table; row != args.table + 7 * args.count; row += 7) {
+    all.push_back({.dtype = args.dtype, .count = row[0], .param = Address<void>(row[1]),
+                   .grad = Address<const void>(row[2]), .exp_avg = Address<float>(row[4]),
+                   .exp_avg_sq = Address<float>(row[5]), .step = Address<float>(row[6]), .lr = args.lr,
+                   .beta1 = args.beta1, .beta2 = args.beta2, .eps = args.eps, .weight_decay = args.weight_decay,
+                   .remainder = Address<int16_t>(row[3]), .norm = args.norm, .max_norm = args.max_norm});
+  }
+  UpdateAll(all, threads);
 }
 
 }  // namespace peak

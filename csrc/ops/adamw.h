@@ -1,4 +1,4 @@
-// One AdamW step over a flat buffer. The formulas are in kernels/ops/adamw.py.
+// One AdamW step of one tensor, or of many. The formulas are in kernels/ops/adamw.py.
 #ifndef PEAK_ADAMW_H_
 #define PEAK_ADAMW_H_
 
@@ -26,6 +26,21 @@ PEAK_FIELDS(AdamwArgs, dtype, count, param, grad, exp_avg, exp_avg_sq, step, lr,
 PEAK_OPTIONAL_FIELDS(AdamwArgs, remainder, norm, max_norm)
 
 void Adamw(const AdamwArgs& args, int threads);
+
+// The same for many parameters in one parallel pass: hundreds of small tensors cost no more than a large one.
+struct AdamwEachArgs {
+  DType dtype;
+  int64_t count;         // of parameters
+  const int64_t* table;  // (count, 7): the number of elements, then the addresses of param, grad, remainder (0: none),
+                         // exp_avg, exp_avg_sq and step
+  double lr, beta1, beta2, eps, weight_decay;
+  const float* norm = nullptr;
+  double max_norm = 0.0;
+};
+PEAK_FIELDS(AdamwEachArgs, dtype, count, table, lr, beta1, beta2, eps, weight_decay)
+PEAK_OPTIONAL_FIELDS(AdamwEachArgs, norm, max_norm)
+
+void AdamwEach(const AdamwEachArgs& args, int threads);
 
 }  // namespace peak
 

@@ -54,6 +54,7 @@ void DefineIsa(py::module_& m) {
 
 void DefineKernels(py::module_& m) {
   DefineKernel<AdamwArgs, Adamw>(m, "adamw");
+  DefineKernel<AdamwEachArgs, AdamwEach>(m, "adamw_each");
   DefineKernel<AttentionForwardArgs, AttentionForward>(m, "attention_forward");
   DefineKernel<AttentionBackwardArgs, AttentionBackward>(m, "attention_backward");
   DefineKernel<CrossEntropyForwardArgs, CrossEntropyForward>(m, "cross_entropy_forward");
@@ -69,6 +70,7 @@ void DefineKernels(py::module_& m) {
   DefineKernel<NormBackwardArgs, NormBackward>(m, "norm_backward");
   DefineKernel<RotaryArgs, Rotary>(m, "rotary");
   DefineKernel<SumOfSquaresArgs, SumOfSquares>(m, "sum_of_squares");
+  DefineKernel<SumOfSquaresEachArgs, SumOfSquaresEach>(m, "sum_of_squares_each");
   DefineKernel<PeakStreamArgs, PeakStream>(m, "peak_stream");
   m.def("peak_loop", &PeakLoop, py::kw_only(), py::arg("loop"), py::arg("iterations"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "Run a loop of multiply-adds and return its number of operations.");

@@ -6,18 +6,15 @@ leaves the old checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from peakgpt.engine.data.text_file import read_text
-from peakgpt.kernels.files import flush
+from peakgpt.kernels.files import flush, make_folders, remove_empty_folders, staging_folder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -59,23 +56,29 @@ def replace_files(folder: Path, fill: Callable[[Path], None]) -> None:
         OSError: the folder cannot be written; the old files are still there.
     """
     try:
-        is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        with _staging_folder(folder, delete_empty=is_new) as stage:
-            fill(stage)
-            files = sorted(stage.iterdir(), key=lambda file: file.name in ENTRIES)
-            names = {file.name for file in files}
-            for file in files:
-                flush(file)
-            if INDEX in names:
-                _remove(folder / name for name in ENTRIES)
-            for file in files:
-                os.replace(file, folder / file.name)
-            if names.intersection(ENTRIES):
-                _remove(path for path in folder.iterdir() if _is_weights(path.name) and path.name not in names)
-            flush(folder)
+        made = make_folders(folder)
+        try:
+            with staging_folder(folder) as stage:
+                _fill_and_move(folder, stage, fill)
+        finally:
+            remove_empty_folders(made)
     except OSError as error:
         raise OSError(f"checkpoint {folder}: {error.strerror or error}, expected a folder to write into") from None
+
+
+def _fill_and_move(folder: Path, stage: Path, fill: Callable[[Path], None]) -> None:
+    fill(stage)
+    files = sorted(stage.iterdir(), key=lambda file: file.name in ENTRIES)
+    names = {file.name for file in files}
+    for file in files:
+        flush(file)
+    if INDEX in names:
+        _remove(folder / name for name in ENTRIES)
+    for file in files:
+        os.replace(file, folder / file.name)
+    if names.intersection(ENTRIES):
+        _remove(path for path in folder.iterdir() if _is_weights(path.name) and path.name not in names)
+    flush(folder)
 
 
 def _is_weights(name: str) -> bool:
@@ -85,15 +88,3 @@ def _is_weights(name: str) -> bool:
 def _remove(paths: Iterable[Path]) -> None:
     for path in list(paths):
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _staging_folder(folder: Path, *, delete_empty: bool) -> Iterator[Path]:
-    """Make a hidden folder inside `folder`, and delete it afterwards; `delete_empty`: `folder` too, if it is empty."""
-    stage = Path(tempfile.mkdtemp(prefix=".incoming-", dir=folder))
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        if delete_empty and not any(folder.iterdir()):
-            folder.rmdir()

@@ -7,7 +7,6 @@ separate copy of a tied head.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from peakgpt.engine.checkpoint.tensor_check import check_tensors
 from peakgpt.engine.checkpoint.weight_files import expect_modules, open_weights
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.transformer import Transformer
+from peakgpt.kernels.strict_json import dumps
 
 __all__ = ["TokenizerFiles", "read_config", "read_source_files", "read_weights", "write_model"]
 
@@ -136,7 +136,7 @@ def write_model(
 
     def fill(stage: Path) -> None:
         for name, content in json_files(family, config, dtype, tokenizer, source_files).items():
-            (stage / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (stage / name).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(stage)
         _write_shards(stage, _split_into_shards(tensors, max_bytes))
@@ -191,7 +191,7 @@ def _write_shards(stage: Path, parts: list[dict[str, Tensor]]) -> None:
         write_safetensors(stage / file, part, {"format": "pt"})
     weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
     total = sum(tensor.nbytes for part in parts for tensor in part.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    text = dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
     (stage / INDEX).write_text(text, encoding="utf-8")
 
 

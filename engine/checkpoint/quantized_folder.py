@@ -7,7 +7,6 @@ transformers would open that file, not find its tensors, and continue with rando
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
 from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.engine.model.transformer import Transformer
+from peakgpt.kernels.strict_json import dumps
 
 METHOD = "peakgpt"
 KEY = "quantization_config"  # transformers reads it too, and warns of a method that it does not know
@@ -53,7 +53,7 @@ def write_quantized(source: Path | str, folder: Path | str, state: Mapping[str, 
             else:
                 warnings.warn(f"quantize: {file} is a link out of its folder and is not copied", stacklevel=2)
         config = read_json(Path(source) / CONFIG)
-        text = json.dumps({**config, KEY: {"quant_method": METHOD, **asdict(form)}}, indent=2) + "\n"
+        text = dumps({**config, KEY: {"quant_method": METHOD, **asdict(form)}}, indent=2) + "\n"
         (stage / CONFIG).write_text(text, encoding="utf-8")
         write_safetensors(stage / QUANTIZED, state, {"format": "pt"})
 

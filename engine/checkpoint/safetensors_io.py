@@ -19,13 +19,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: the file is missing, cut off, or a tensor does not have its digest.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     _expect_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # damaged bytes raise any exception
         raise ValueError(f"{path}: {_truncation(path) or error}, expected a whole safetensors file") from None
     for name, tensor in tensors.items():
         expected = metadata.get(f"{DIGEST}.{name}")
@@ -69,9 +69,13 @@ def _truncation(path: Path) -> str | None:
     return None if first is None else f"got {size} bytes, but {first[1]} ends at byte {first[0]}"
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], digests: Mapping[str, str] | None = None
+) -> None:
     """Write a file of tensors and their digests.
 
+    Args:
+        digests: `tensor_digests` of the tensors, where they are known already.
     Raises:
         OSError: the file cannot be written.
     """
@@ -83,11 +87,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
         # The mode that the umask gives; safetensors makes the file readable by its owner only.
         mode = path.stat().st_mode
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        digests = {f"{DIGEST}.{name}": _digest(tensor) for name, tensor in contiguous.items()}
-        save_file(contiguous, path, {**metadata, **digests})
+        rows = {f"{DIGEST}.{name}": digest for name, digest in (digests or tensor_digests(contiguous)).items()}
+        save_file(contiguous, path, {**metadata, **rows})
         path.chmod(mode)
     except SafetensorError as error:
         raise OSError(str(error)) from None
+
+
+def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the digest of each tensor that `write_safetensors` writes."""
+    return {name: _digest(tensor.detach().contiguous()) for name, tensor in tensors.items()}
 
 
 def _digest(tensor: Tensor) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from peakgpt.engine.data.corpus import Corpus
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.kernels.files import write_atomically
+from peakgpt.kernels.strict_json import dumps
 
 FORMAT = "peakgpt.tokens.1"
 SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: few files, and a buffer that fits in any machine's memory
@@ -80,7 +81,7 @@ def write_shards(
             "corpus": corpus_digest,
             "shards": shards,
         }
-        write_atomically(folder / f"{name}.json", json.dumps(index, indent=2).encode())
+        write_atomically(folder / f"{name}.json", dumps(index, indent=2).encode())
     finally:
         _delete_unlisted(folder, name)
 

@@ -12,40 +12,51 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from peakgpt.engine.data.library_call import call, call_interruptibly
+from peakgpt.engine.data.run_layout import model_folder
+from peakgpt.engine.data.token_pieces import BYTE_ALPHABET, EMPTY, TokenPieces
+from peakgpt.engine.data.tokenizer_files import CONFIG, TOKENIZER, read_folder
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
+MAX_VOCAB_SIZE = 1 << 20  # the largest of published models are 2**18; the library allocates for all of it at once
+MAX_WORD_BYTES = 2048  # the time of learning merges is quadratic in the longest word
 PIECE_CHARS = 1 << 16  # long enough to hide the cost per call, short enough to encode one file on all cores
 BATCH_PIECES = 64  # per library call; limits the memory of their encodings
 # No match of GPT-2's expression continues from a visible character to a blank, so a cut there changes no token.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Return character -> byte: printable Latin-1 is itself, the other bytes are the characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
-
-
-BYTE_ALPHABET = _byte_alphabet()
-
-
 class Tokenizer:
     """Converts text to token ids and back; `end_id` is the end-of-text id, included in `vocab_size`."""
 
-    def __init__(self, library: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT):
+    def __init__(
+        self, library: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT,
+        side_files: Mapping[str, bytes] | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+            library: its truncation and padding are turned off.
+            end_of_text: the token that ends a text; a word of the library.
+            side_files: relative path -> content of the files that `save` writes besides tokenizer.json. None: a
+                tokenizer_config.json for GPT-2's class.
+        """
         end_id = library.token_to_id(end_of_text)
         if end_id is None:
             raise ValueError(f"tokenizer: got a vocabulary without {end_of_text!r}, expected it as the end of text")
         self.library, self.end_of_text, self.end_id = library, end_of_text, end_id
+        self.pieces = TokenPieces(library)
+        self._side_files = {CONFIG: _gpt2_config(end_of_text)} if side_files is None else dict(side_files)
         library.no_truncation()
         library.no_padding()
         cutter = library.pre_tokenizer
@@ -55,9 +66,25 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.library.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """Encode text. An end-of-text mark in the text becomes its token; no special token is added."""
-        return self.library.encode(text, add_special_tokens=False).ids
+    @cached_property
+    def start_ids(self) -> list[int]:
+        """The ids that `encode` puts before a text, such as BOS."""
+        parts = call(self.library.encode, "a")
+        count = len(list(takewhile(lambda sequence: sequence is None, parts.sequence_ids)))
+        return parts.ids[:count]
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Encode text. A special token in the text, such as the end-of-text mark, becomes its id.
+
+        Args:
+            text: anything that UTF-8 can hold.
+            add_special_tokens: add what the tokenizer puts around a text, such as BOS. GPT-2's adds nothing. A
+                rendered chat template brings its own, so it is encoded without.
+        Raises:
+            ValueError: a lone surrogate, or the library fails, such as a regular expression that takes too long.
+        """
+        # A batch of one: `encode` takes twice as long, because it counts offsets, and holds the GIL all the time.
+        return call(self.library.encode_batch_fast, [text], add_special_tokens=add_special_tokens)[0].ids
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Encode documents on all cores, and append the end-of-text id to each.
@@ -70,54 +97,47 @@ class Tokenizer:
         cut = _pieces if self._can_cut else (lambda text: [(text, True)])
         pieces = (piece for text in texts for piece in cut(text))
         while batch := list(islice(pieces, BATCH_PIECES)):
-            encodings = self.library.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+            pieces_of_batch = [text for text, _ in batch]
+            encodings = call_interruptibly(self.library.encode_batch_fast, pieces_of_batch, add_special_tokens=False)
             ids: list[int] = []
             for encoding, (_, last) in zip(encodings, batch, strict=True):
                 ids += [*encoding.ids, self.end_id] if last else encoding.ids
             yield np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids; the end-of-text id becomes its mark, bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        """Decode ids; the end-of-text id becomes its mark, bytes that are not UTF-8 become U+FFFD.
 
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one token.
+        An id beyond the vocabulary is empty text, as in transformers: many models have more rows than tokens.
 
         Raises:
-            ValueError: the id is not in the vocabulary.
+            ValueError: an id below 0 or above 2**32 - 1.
         """
-        name = self.library.id_to_token(int(token)) if 0 <= token < 1 << 32 else None
-        if name is None:
-            raise ValueError(f"token id: got {int(token)}, expected 0 to {self.vocab_size - 1}")
-        values = [BYTE_ALPHABET.get(char) for char in name]
-        return name.encode() if None in values else bytes(values)
+        stream = StreamDecoder(self)
+        return b"".join(map(stream.next_bytes, map(int, ids))).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that one token adds to a text; none for an id beyond the vocabulary."""
+        return self.pieces[int(token)].later
 
     def save(self, folder: Path | str) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers loads from a checkpoint folder."""
-        config = {
-            "tokenizer_class": "GPT2TokenizerFast",
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.end_of_text),
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-        }
-        self.library.save(str(Path(folder, "tokenizer.json")))
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        """Write tokenizer.json and its side files, which transformers loads from a checkpoint folder."""
+        call(self.library.save, str(Path(folder, TOKENIZER)))
+        for name, content in self._side_files.items():
+            Path(folder, name).parent.mkdir(exist_ok=True)
+            Path(folder, name).write_bytes(content)
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
-        """Read a byte-level tokenizer.json, and the end-of-text mark from tokenizer_config.json if that file exists.
+        """Read the tokenizer of a checkpoint folder, as transformers' AutoTokenizer does.
 
         Raises:
-            ValueError: tokenizer.json is missing, a file is damaged, or the decoder is not byte-level.
+            ValueError: tokenizer.json is missing, a file is damaged, or the decoder is not supported.
         """
-        path = Path(folder, "tokenizer.json")
+        files = read_folder(model_folder(folder))
         try:
-            library = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises Exception for all kinds of damage
-            raise ValueError(f"tokenizer {path}: got {error}, expected a file saved by tokenizers") from None
-        if not isinstance(library.decoder, decoders.ByteLevel):
-            raise ValueError(f"tokenizer {path}: got decoder {library.decoder}, expected a byte-level one")
-        return cls(library, _end_of_text(Path(folder, "tokenizer_config.json")))
+            return cls(files.library, files.special_tokens.get("eos_token") or END_OF_TEXT, files.side_files)
+        except ValueError as error:
+            raise ValueError(f"tokenizer {Path(folder, TOKENIZER)}: {error}") from None
 
 
 class StreamDecoder:
@@ -127,40 +147,134 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+        self._pieces, self._is_first, self._tail = tokenizer.pieces, True, b""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
         """Add one id; return the text that it completes, which may be empty."""
-        return self._utf8.decode(self.tokenizer.token_bytes(token))
+        return self._utf8.decode(self.next_bytes(token))
 
     def finish(self) -> str:
         """Return the rest of the text: U+FFFD if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)
 
+    def next_bytes(self, token: int) -> bytes:
+        """Add one id; return the bytes that it adds to the text."""
+        piece = self._pieces[token]
+        if piece is EMPTY:
+            return b""
+        data = piece.first if self._is_first else self._tail + piece.later
+        self._is_first, self._tail = False, piece.tail
+        return data
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
+
+class TokenOffsets(StreamDecoder):
+    """Finds where each token begins in the decoded text, in characters (`text_offset` of OpenAI).
+
+    A token that continues a character begins where that character begins. Example, with a token of two bytes and one
+    of one byte for the euro sign, and then " cat":
+
+        >>> offsets = TokenOffsets(tokenizer)
+        >>> [offsets.locate(token) for token in tokenizer.encode("\u20ac cat")]
+        [0, 0, 1]
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0):
+        """
+        Args:
+            start: number of characters before the first token.
+        """
+        super().__init__(tokenizer)
+        self.position = start  # characters that are complete
+
+    def locate(self, token: int) -> int:
+        """Add one id; return the position of the character that its first byte belongs to."""
+        data = self.next_bytes(token)
+        begun = len(self._utf8.decode(data[:1]))
+        is_complete = begun and not self._utf8.getstate()[0]  # else the first byte waits for the rest of its character
+        offset = self.position + begun - (1 if is_complete else 0)
+        self.position += begun + len(self._utf8.decode(data[1:]))
+        return offset
+
+
+def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Return for each token the position in `tokenizer.decode(ids)` where it begins, in characters."""
+    offsets = TokenOffsets(tokenizer)
+    return [offsets.locate(token) for token in ids]
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 4096, *, report: Callable[[str], None] | None = None
+) -> Tokenizer:
     """Learn a vocabulary of merges from text.
 
     Args:
         texts: the documents of the training split.
         vocab_size: bytes, end of text and merges together; a short text may give a smaller vocabulary.
+        report: called with a line about the progress every 10 s.
     Raises:
-        ValueError: vocab_size is below 257.
+        ValueError: vocab_size is not from 257 to 2**20.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size: got {vocab_size}, expected at least {MIN_VOCAB_SIZE} (256 bytes, end of text)")
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"vocab_size: got {vocab_size}, expected at least {MIN_VOCAB_SIZE} (256 bytes, end of text) "
+                         f"and at most {MAX_VOCAB_SIZE}")  # fmt: skip
+    texts = list(texts)
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
+    if any(map(_may_have_long_word, texts)):
+        library.pre_tokenizer = _cutting_long_words(library.pre_tokenizer)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(BYTE_ALPHABET),
         show_progress=False,
     )
-    library.train_from_iterator((piece for text in texts for piece, _ in _pieces(text)), trainer)
+    _learn_merges(library, trainer, texts, report)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return Tokenizer(library)
+
+
+def _learn_merges(
+    library: tokenizers.Tokenizer, trainer: trainers.Trainer, texts: list[str], report: Callable[[str], None] | None
+) -> None:
+    stop, read_chars, total = threading.Event(), 0, sum(map(len, texts))
+
+    def pieces() -> Iterator[str]:
+        nonlocal read_chars
+        for text in texts:
+            for piece, _ in _pieces(text):
+                if stop.is_set():
+                    return
+                read_chars += len(piece)
+                yield piece
+
+    def progress(seconds: float) -> None:
+        doing = "learns merges" if read_chars == total else "reads text"
+        if report:
+            report(f"tokenizer: {doing}, {read_chars / 1e6:.1f} of {total / 1e6:.1f} million characters read, "
+                   f"{seconds:.0f} s")  # fmt: skip
+
+    call_interruptibly(library.train_from_iterator, pieces(), trainer, report=progress, stop=stop)
+
+
+def _may_have_long_word(text: str) -> bool:
+    """Return False if no word of the text has more than MAX_WORD_BYTES bytes; quick, and sometimes True without need.
+
+    A word is visible characters or blanks alone. A long one has at least a quarter of MAX_WORD_BYTES characters, so it
+    fills one of the blocks of half that size. Python takes U+001C to U+001F for blanks, GPT-2's expression does not.
+    """
+    if any(char in text for char in "\x1c\x1d\x1e\x1f"):
+        return True
+    size = MAX_WORD_BYTES // 8
+    blocks = (text[start : start + size] for start in range(0, len(text), size))
+    return any(len(block) == size and block.split() in ([], [block]) for block in blocks)
+
+
+def _cutting_long_words(words: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """Cut words, whose bytes are characters here, at MAX_WORD_BYTES; shorter ones stay as they are."""
+    chunks = Regex(rf"[\s\S]{{1,{MAX_WORD_BYTES}}}")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.Split(chunks, "isolated")])
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
@@ -172,12 +286,12 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
     yield text[start:], True
 
 
-def _end_of_text(path: Path) -> str:
-    """Return the eos_token of a tokenizer_config.json; GPT-2's if there is no such file."""
-    if not path.exists():
-        return END_OF_TEXT
-    try:
-        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token") or END_OF_TEXT
-        return token if isinstance(token, str) else token["content"]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"tokenizer {path}: got {error!r}, expected JSON with an eos_token") from None
+def _gpt2_config(end_of_text: str) -> bytes:
+    """Return a tokenizer_config.json for GPT-2's class."""
+    config = {
+        "tokenizer_class": "GPT2TokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text),
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    return (json.dumps(config, indent=2) + "\n").encode()

@@ -120,11 +120,14 @@ class Scorer:
         Args:
             ids: at least two tokens.
             window: maximum number of tokens that the model reads at once; None means block_size.
-            stride: number of tokens that the window moves and that are scored at its end; None means window / 2.
+            stride: number of tokens that the window moves and that are scored at its end; None means window / 2. With
+                window None a larger stride than block_size - 1 is capped to it; the result says so.
         Raises:
             ValueError: too few tokens, or window and stride out of range.
         """
-        window = self.config.block_size if window is None else window
+        if window is None:
+            window = self.config.block_size
+            stride = None if stride is None else min(stride, window - 1)
         stride = max(window // 2, 1) if stride is None else stride
         if not 1 < window <= self.config.block_size or not 0 < stride < window:
             raise ValueError(
@@ -213,7 +216,7 @@ def _gather(logits: Tensor, rows: list[int], targets: list[int]) -> tuple[list[f
 def text_perplexity(
     scorer: Scorer, tokenizer: Tokenizer, text: str, *, window: int | None = None, stride: int | None = None
 ) -> Perplexity:
-    """Return the perplexity of a text, after an end-of-text token that gives its first token a context.
+    """Return the perplexity of a text, after BOS, or the end of text, which gives its first token a context.
 
     Args:
         text: at least one character.
@@ -223,4 +226,6 @@ def text_perplexity(
     """
     if not text:
         raise ValueError("perplexity: got an empty text, expected at least one character")
-    return scorer.perplexity([tokenizer.end_id, *tokenizer.encode(text)], window=window, stride=stride)
+    start = tokenizer.start_ids or [tokenizer.end_id]
+    ids = [*start, *tokenizer.encode(text, add_special_tokens=False)]
+    return scorer.perplexity(ids, window=window, stride=stride)

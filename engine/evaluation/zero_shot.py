@@ -12,6 +12,7 @@ Trinh and Le 2018, arXiv:1806.02847 (partial scores of Winograd schemas).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from peakgpt.engine.data.tokenizer import Tokenizer
@@ -68,12 +69,17 @@ class ZeroShot:
         return max(range(len(referents)), key=lambda i: scores[i].mean)
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Encode both as one text and split its tokens. Trailing spaces of the context belong to the continuation."""
+        """Encode both as one text and split its tokens. Trailing spaces of the context belong to the continuation.
+
+        The context starts with the tokens that the tokenizer puts before a text, such as BOS. An empty context is the
+        end of text if there are none.
+        """
+        start, encode = self.tokenizer.start_ids, partial(self.tokenizer.encode, add_special_tokens=False)
         if not context:
-            return [self.tokenizer.end_id], self.tokenizer.encode(continuation)
+            return start or [self.tokenizer.end_id], encode(continuation)
         stripped = context.rstrip() or context
-        whole, first = self.tokenizer.encode(context + continuation), len(self.tokenizer.encode(stripped))
-        return whole[:first], whole[first:]
+        whole, first = encode(context + continuation), len(encode(stripped))
+        return start + whole[:first], whole[first:]
 
 
 def best_threshold(means: Sequence[float], labels: Sequence[bool]) -> float:

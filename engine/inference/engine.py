@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, count
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -22,14 +22,15 @@ from torch import Tensor
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.block_pool import BlockPool
 from peakgpt.engine.inference.cache_size import default_blocks
-from peakgpt.engine.inference.constrained_decoding import ChoiceConstraint
 from peakgpt.engine.inference.executor import make_executor
-from peakgpt.engine.inference.sampling import TokenLogprob, Uniforms, choose, draw_seed, log_probabilities
+from peakgpt.engine.inference.interrupts import INTERRUPTS
+from peakgpt.engine.inference.padded_vocabulary import PaddedVocabulary
+from peakgpt.engine.inference.preparation import Preparation
+from peakgpt.engine.inference.sampling import TokenLogprob, choose, log_probabilities
 from peakgpt.engine.inference.sampling_params import SamplingParams
 from peakgpt.engine.inference.scheduler import Batch, Scheduled, Scheduler
 from peakgpt.engine.inference.sequence import Output, Request, RunningSequence
 from peakgpt.engine.inference.speculative import DraftRequest, Speculation
-from peakgpt.engine.inference.text_stream import TextStream
 from peakgpt.engine.model.plain import Snapshot
 from peakgpt.engine.model.transformer import Transformer
 
@@ -47,7 +48,7 @@ Sample = tuple[RunningSequence, list[int], list["TokenLogprob | None"]]  # token
 
 
 class Engine:
-    """A model that continues many requests at once. Only one thread may use it."""
+    """A model that continues many requests at once. Only one thread may use it, except for `preparation`."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer | None = None, *, blocks: int | None = None,
@@ -59,7 +60,8 @@ class Engine:
             model: if the C++ program supports it, its weights are copied, and later changes of their values have no
                 effect; else it runs on torch ops with its own weights. A hook, an adapter or another module that
                 arrives later takes effect with the next request of an idle engine.
-            tokenizer: for output text, stop strings and choices given as strings.
+            tokenizer: for output text, stop strings and choices given as strings. Ids of the model that it does not
+                have are not sampled unless a request names them in its bias or choices.
             blocks: blocks of the KV cache; None means enough for all streams, see engine/inference/cache_size.py.
             streams: maximum number of sequences that run at once.
             budget: maximum number of tokens of a step; None means the device's default.
@@ -78,7 +80,8 @@ class Engine:
         self._memory = blocks, cache
         self._prepare(model)
         self.speculation, self.proposed, self.accepted = speculation, 0, 0
-        self._ids = count()
+        self.preparation = Preparation(model.config, tokenizer, self._cache_tokens)
+        self._vocabulary = PaddedVocabulary(model.config.vocab_size, tokenizer, model.device)
 
     def _prepare(self, model: Transformer) -> None:
         """Make the executor, and the blocks and the scheduler of its empty KV cache."""
@@ -121,24 +124,19 @@ class Engine:
         Returns:
             The request's id.
         Raises:
-            ValueError: tokens or parameters that the model, the tokenizer or the cache does not support; or modules of
-                the model were hooked or replaced while requests run.
+            InvalidParam: tokens or parameters that the model, the tokenizer or the cache does not support.
+        """
+        return self.add(*self.preparation.prepare([(prompt_token_ids, params)]))
+
+    def add(self, sequences: list[RunningSequence]) -> int:
+        """Queue the sequences of a prompt that `preparation` made, in any thread; return the request's id.
+
+        Raises:
+            ValueError: modules of the model were hooked or replaced while requests run.
         """
         self._follow_model()
-        request = Request(next(self._ids), tuple(map(int, prompt_token_ids)), params)
-        max_length = self._max_length(request)
-        choices = [self._encode_choice(choice) for choice in params.choices]
-        seed = draw_seed() if params.seed is None else params.seed
-        sequences = [
-            RunningSequence(
-                request, index, max_length, Uniforms(seed, index),
-                TextStream(self.tokenizer, params.stop) if self.tokenizer else None,
-                ChoiceConstraint(choices, params.stop_token_ids) if choices else None,
-            )
-            for index in range(params.n)
-        ]  # fmt: skip
         self.scheduler.add(sequences)
-        return request.request_id
+        return sequences[0].request.request_id
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request and free its blocks; return whether it was waiting or running."""
@@ -211,7 +209,9 @@ class Engine:
         requests = [(s, DraftRequest(id(s), s.token_ids, n)) for s, n in zip(decoding, counts, strict=True) if n > 0]
         try:
             drafts = self.speculation.propose([request for _, request in requests])
-        except Exception as error:  # the output does not depend on drafts
+        except INTERRUPTS:
+            raise
+        except BaseException as error:  # the output does not depend on drafts
             warnings.warn(f"generate: continues without speculation, which failed: {error!r}", stacklevel=2)
             self.speculation = None
             return
@@ -227,7 +227,9 @@ class Engine:
             return None
         try:
             return self.executor.step([item.chunk for item in batch.scheduled])
-        except Exception:  # of one sequence or of the whole batch: running each sequence alone shows which
+        except INTERRUPTS:
+            raise
+        except BaseException:  # of one sequence or of the whole batch: running each sequence alone shows which
             results = [
                 (item, self._isolate(batch, item.sequence, self.executor.step, [item.chunk]))
                 for item in batch.scheduled
@@ -259,10 +261,15 @@ class Engine:
         """Sample from the rows of each sequence. If it fails, retry one by one and end those that raise."""
         rows = [row for _, sequence_rows in to_sample for row in sequence_rows]
         logits = logits if len(rows) == len(logits) else logits[rows]
-        parts, candidates = logits.split([len(sequence_rows) for _, sequence_rows in to_sample]), []
-        for (sequence, _), z in zip(to_sample, parts, strict=True):
+        sizes, candidates = [len(sequence_rows) for _, sequence_rows in to_sample], []
+        parts = originals = logits.split(sizes)
+        if self._vocabulary.padding:
+            if any(sequence.params.logprobs is not None for sequence, _ in to_sample):
+                originals = logits.clone().split(sizes)
+            self._vocabulary.mask(logits, [(s, z) for (s, _), z in zip(to_sample, parts, strict=True)])
+        for (sequence, _), z, original in zip(to_sample, parts, originals, strict=True):
             changes = sequence.changes_logits
-            unchanged = z.clone() if changes and sequence.params.logprobs is not None else z
+            unchanged = original.clone() if changes and sequence.params.logprobs is not None else original
             if not changes or self._isolate(batch, sequence, sequence.change_logits, z):
                 candidates.append((sequence, z, unchanged))
         if not candidates:
@@ -271,7 +278,9 @@ class Engine:
             logits = torch.cat([z for _, z, _ in candidates])
         try:
             return self._choose(candidates, logits)
-        except Exception:
+        except INTERRUPTS:
+            raise
+        except BaseException:
             alone = [self._isolate(batch, c[0], self._choose, [c], c[1]) for c in candidates]
             return [sample for samples in alone for sample in samples or ()]
 
@@ -311,7 +320,9 @@ class Engine:
         """Call a function; if it raises, end this sequence with an error, keep the others, and return None."""
         try:
             return function(*args)
-        except Exception as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             self._end(sequence)
             batch.failures.append(sequence.failed(error))
             return None
@@ -323,37 +334,3 @@ class Engine:
     def _drop_draft(self, sequence: RunningSequence) -> None:
         if self.speculation:
             self.speculation.drop(id(sequence))
-
-    # ---- checks of a request
-
-    def _max_length(self, request: Request) -> int:
-        """Maximum length of a continuation, prompt included."""
-        c, p, prompt, cache_tokens = self.config, request.params, request.prompt_token_ids, self._cache_tokens
-        if p.max_tokens is None:
-            length = max(min(c.block_size, cache_tokens), len(prompt))
-        else:
-            length = len(prompt) + p.max_tokens
-        if not prompt or length > c.block_size:
-            raise ValueError(f"generate: {len(prompt)} prompt tokens and max_tokens {p.max_tokens}, expected at "
-                             f"least one token, at most block_size {c.block_size} in all")  # fmt: skip
-        for name, ids in (("prompt", prompt), ("stop_token_ids", p.stop_token_ids), ("logit_bias", p.logit_bias)):
-            self._check_ids(name, ids)
-        if length > cache_tokens:
-            raise ValueError(f"generate: up to {length} tokens, expected at most {cache_tokens}, the cache's size")
-        if p.stop and not self.tokenizer:
-            raise ValueError(f"generate: stop is {list(p.stop)}, expected none without a tokenizer")
-        return length
-
-    def _encode_choice(self, choice: str | Sequence[int]) -> Sequence[int]:
-        if isinstance(choice, str):
-            if not self.tokenizer:
-                raise ValueError(f"generate: choice {choice!r}, expected token ids without a tokenizer")
-            return self.tokenizer.encode(choice)
-        self._check_ids("choices", choice)
-        return choice
-
-    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
-        for token in ids:
-            if not 0 <= token < self.config.vocab_size:
-                size = self.config.vocab_size
-                raise ValueError(f"generate: {name} has id {token}, expected 0 to vocab_size {size} - 1")

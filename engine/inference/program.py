@@ -23,6 +23,7 @@ from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 from peakgpt.kernels.cpu.memory import streamed
 from peakgpt.kernels.ops.attention import default_scale
+from peakgpt.kernels.ops.norm import default_eps
 from peakgpt.kernels.ops.quantize import BLOCK
 
 NONE, LOGITS = -1, -1  # instead of a buffer's number
@@ -40,6 +41,9 @@ def objection(model: Transformer) -> str | None:
         return f"supports no experts and no relative positions, got {got}"
     if config.word_dim != config.n_embd:
         return f"supports word embeddings as wide as the model, got word_dim {config.word_dim}"
+    for name, parameter in model.named_parameters():
+        if parameter.stride(-1) != 1 and parameter.shape[-1] > 1:
+            return f"supports parameters with contiguous rows, got strides {parameter.stride()} of {name}"
     if config.head_dim % 8 or config.head_dim > 256:
         return f"supports head widths that are multiples of 8 up to 256, got {config.head_dim}"
     return None
@@ -158,9 +162,9 @@ class ModelProgram:
     def _norm(self, norm: LayerNorm | RMSNorm, source: str, *, out: str, residual: str | None = None) -> None:
         _require("a norm", tuple(norm.weight.shape), (self.config.n_embd,))
         number, weight, bias = self.buffers, self._hold(norm.weight), self._hold(getattr(norm, "bias", None))
-        self.program.norm(x=number[source], out=number[out], w=weight, w_dtype=DTYPES[weight.dtype], eps=norm.eps,
-                          rms=isinstance(norm, RMSNorm), residual=NONE if residual is None else number[residual],
-                          b=bias)  # fmt: skip
+        self.program.norm(x=number[source], out=number[out], w=weight, w_dtype=DTYPES[weight.dtype],
+                          eps=default_eps(self.dtype, norm.eps), rms=isinstance(norm, RMSNorm),
+                          residual=NONE if residual is None else number[residual], b=bias)  # fmt: skip
 
     def _linear(
         self, source: str, out: str | int, layer: nn.Module, epilogue: int = STORE, activation: int = 0,

@@ -11,6 +11,18 @@ from numbers import Integral
 MIN_TEMPERATURE, MIN_TOP_P = 1e-3, 1e-6
 
 
+class InvalidParam(ValueError):
+    """A parameter of a request has a wrong value; `name` is the parameter."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
+
+
+class ContextExceeded(InvalidParam):
+    """The prompt, or the prompt and max_tokens, are longer than the model's context or the cache."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to continue a prompt. The defaults sample from the model's own distribution.
@@ -42,7 +54,7 @@ class SamplingParams:
         choices: the output is one of these, each a string (needs a tokenizer) or a sequence of token ids. If one choice
             is a prefix of another, one of stop_token_ids ends the shorter.
     Raises:
-        ValueError: a value out of range.
+        InvalidParam: a value out of range.
     """
 
     max_tokens: int | None = None
@@ -95,7 +107,7 @@ class SamplingParams:
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
-            raise ValueError(f"sampling: {name} is {getattr(self, name)!r}, expected {expected}")
+            raise InvalidParam(name, f"sampling: {name} is {getattr(self, name)!r}, expected {expected}")
 
     @property
     def changes_logits(self) -> bool:

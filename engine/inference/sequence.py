@@ -49,7 +49,7 @@ class Output:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 @dataclass(eq=False)
@@ -167,7 +167,7 @@ class RunningSequence:
                 break
         if self.draft:
             self.num_computed, self.draft = len(self.token_ids) - 1, []
-        if finish_reason and self.text_stream and not self.text_stream.stopped_by:
+        if finish_reason and count and self.text_stream and not self.text_stream.stopped_by:
             text += self.text_stream.finish()
         return self.output(tokens[:count], logprobs[:count], text, finish_reason, stop_reason)
 
@@ -180,6 +180,6 @@ class RunningSequence:
             tuple(self.prompt_logprobs) if is_first and self.first_scored < self.num_prompt else None,
         )  # fmt: skip
 
-    def failed(self, error: Exception) -> Output:
+    def failed(self, error: BaseException) -> Output:
         """The output of a sequence that an exception ends."""
         return Output(self.request.request_id, self.index, finish_reason="error", error=error)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from peakgpt.engine.data.tokenizer import StreamDecoder, Tokenizer
+
+MAX_TAIL_BYTES = 3  # of an incomplete UTF-8 character; each is at most one token
 
 
 class TextStream:
@@ -13,18 +16,24 @@ class TextStream:
     The results of `feed` and `finish` add up to the output text, which ends before its first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self.decoder, self.stops = StreamDecoder(tokenizer), tuple(stops)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt_token_ids: Sequence[int] = ()):
+        """
+        Args:
+            tokenizer: decodes the tokens.
+            stops: the stop strings.
+            prompt_token_ids: the tokens before the output. If they end inside a character, the output text begins with
+                this whole character.
+        """
+        self.decoder, self.stops = StreamDecoder(tokenizer), tuple(dict.fromkeys(stops))
         self.held_back = ""  # text that may be the beginning of a stop string
+        self.matched = dict.fromkeys(self.stops, 0)  # stop string -> characters that the text ends with
         self.stopped_by: str | None = None  # the stop string that ended the text
+        for token in prompt_token_ids[-MAX_TAIL_BYTES:]:
+            self.decoder.feed(token)
 
     def feed(self, token: int) -> str:
         """Add one token id and return the new text; `stopped_by` is set if a stop string ended the text."""
-        try:
-            new = self.decoder.feed(token)
-        except ValueError:  # the vocabulary of a model may be padded to more ids than the tokenizer has
-            new = "\ufffd"
-        return self._release(new)
+        return self._release(self.decoder.feed(token))
 
     def finish(self) -> str:
         """Return the rest of the text after the last token, unless a stop string ended it."""
@@ -38,16 +47,40 @@ class TextStream:
         if not self.stops:
             return new
         text = self.held_back + new
-        hits = [(position, stop) for stop in self.stops if (position := text.find(stop)) >= 0]
+        positions = [(self._find(stop, new, len(self.held_back)), stop) for stop in self.stops]
+        hits = [hit for hit in positions if hit[0] >= 0]
         if hits:
             position, self.stopped_by = min(hits, key=lambda hit: hit[0])
             self.held_back = ""
             return text[:position]
-        count = max(_overlap(text, stop) for stop in self.stops)
+        count = max(self.matched.values())
         self.held_back = text[len(text) - count :]
         return text[: len(text) - count]
 
+    def _find(self, stop: str, new: str, start: int) -> int:
+        """Match a stop string against new text; return where it begins, or -1. The work does not depend on its length.
 
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of the text that is a prefix of the stop string, but not all of it."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+        Args:
+            start: number of characters held back before the new text.
+        """
+        matched, shorter = self.matched[stop], _shorter_matches(stop)
+        for position, char in enumerate(new, start + 1):
+            while matched and stop[matched] != char:
+                matched = shorter[matched - 1]
+            matched += stop[matched] == char
+            if matched == len(stop):
+                return position - matched
+        self.matched[stop] = matched
+        return -1
+
+
+@lru_cache(maxsize=1024)
+def _shorter_matches(stop: str) -> tuple[int, ...]:
+    """Return for each prefix of a string the longest shorter prefix that it ends with (Knuth, Morris, Pratt 1977)."""
+    lengths, matched = [0], 0
+    for char in stop[1:]:
+        while matched and stop[matched] != char:
+            matched = lengths[matched - 1]
+        matched += stop[matched] == char
+        lengths.append(matched)
+    return tuple(lengths)

@@ -99,6 +99,12 @@ def recomputed_flops(config: GPTConfig, tokens: int, plan: str, *, causal: bool 
     return 2 * weights + 4 * config.n_head * config.head_dim * keys
 
 
-def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:
-    """Return the model FLOPs utilization, 0..1: model FLOP/s divided by the peak FLOP/s of the device and dtype."""
-    return tokens_per_s * flops_per_token / peak_flops
+def mfu(units_per_s: float, flops_per_unit: float, peak_flops: float) -> float:
+    """Return the FLOPs utilization, 0..1: FLOP/s divided by the peak FLOP/s of the device and dtype.
+
+    Args:
+        units_per_s: tokens, steps or calls per second.
+        flops_per_unit: of one of them; model FLOPs for MFU.
+        peak_flops: FLOP/s.
+    """
+    return units_per_s * flops_per_unit / peak_flops

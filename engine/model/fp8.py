@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.model.plain import is_plain
+from peakgpt.kernels.core.autograd import first_order
 from peakgpt.kernels.ops.linear import linear
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
@@ -52,6 +53,7 @@ class _FP8Linear(torch.autograd.Function):
         return _product(q_x, s_x, q_w.t(), s_w, x.dtype, fast=True)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         q_x, s_x, q_w, s_w = ctx.saved_tensors
         q_dy, s_dy = quantize(dy, BACKWARD)

@@ -16,7 +16,7 @@ class LayerNorm(nn.LayerNorm):
 
     recompute = False  # set by engine/model/recompute.py
 
-    def __init__(self, n_embd: int, eps: float = 1e-5, bias: bool = True, *, device=None, dtype=None):
+    def __init__(self, n_embd: int, eps: float = 1e-5, *, bias: bool = True, device=None, dtype=None):
         super().__init__(n_embd, eps=eps, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class RMSNorm(nn.RMSNorm):
 
     recompute = False  # set by engine/model/recompute.py
 
-    def __init__(self, n_embd: int, eps: float = 1e-5, *, device=None, dtype=None):
+    def __init__(self, n_embd: int, eps: float | None = None, *, device=None, dtype=None):
         super().__init__(n_embd, eps=eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,4 +66,4 @@ def make_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     """Build the norm of a model: `config.norm` chooses the class."""
     if config.norm == "rms":
         return RMSNorm(config.n_embd, config.layer_norm_epsilon)
-    return LayerNorm(config.n_embd, config.layer_norm_epsilon, config.has_bias("norm"))
+    return LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.has_bias("norm"))

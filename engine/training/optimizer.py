@@ -1,4 +1,7 @@
-"""AdamW on flat buffers: one op updates all parameters of a group at once; see flat_buffer.py.
+"""AdamW: one op updates all parameters of a group at once, each in the memory that it has.
+
+The optimizer never moves a parameter or a gradient and shares no memory between its tensors. So a parameter may be
+replaced (`p.data = x`), resized, shared with other processes, flattened or saved by any library between two steps.
 
 A bfloat16 parameter is the high half of its float32 master (kernels/ops/adamw.py), so a value that is written to the
 parameter changes the master too.
@@ -6,18 +9,23 @@ parameter changes the master too.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from peakgpt.engine.training.flat_buffer import MOMENTS, FlatBuffer
-from peakgpt.kernels.ops.adamw import DTYPES, adamw, join
+from peakgpt.engine.training.optimizer_state import check_entry, loaded_entry, master_of, split_pieces, update_tensors
+from peakgpt.kernels.core.foreach import Foreach
+from peakgpt.kernels.ops.adamw import DTYPES, adamw
 from peakgpt.kernels.ops.sum_of_squares import sum_of_squares
 
 UNSUPPORTED = ("amsgrad", "maximize", "differentiable")
 COPIED = ("max_norm", "grad_norm", "lr_scale", "_dtype")  # attributes that torch's __getstate__ leaves out
+
+Key = tuple[int, torch.dtype, torch.device]  # of parameters that one launch updates: index of the group, dtype, device
 
 
 class AdamW(torch.optim.Optimizer):
@@ -58,16 +66,16 @@ class AdamW(torch.optim.Optimizer):
             max_norm: gradients are clipped to this global norm over all groups.
             dtype: the parameters are cast to this dtype; their old values become the float32 master.
         Raises:
-            ValueError: an option that is not supported or out of range, or a parameter that is sparse, not floating
-                point, or float16: float16 needs loss scaling, and torch's scaler takes float32 parameters under
-                autocast.
+            ValueError: an option that is not supported or out of range, or a parameter that is sparse, a tensor
+                subclass such as DTensor, not floating point, or float16: float16 needs loss scaling, and torch's scaler
+                takes float32 parameters under autocast.
         """
         if dtype not in (None, *DTYPES):
             raise ValueError(f"AdamW: dtype is {dtype}, expected torch.float32 or torch.bfloat16")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"AdamW: max_norm is {max_norm}, expected more than 0, or None")
         self.max_norm, self.grad_norm, self.lr_scale, self._dtype = max_norm, None, None, dtype
-        self._buffers: list[tuple[dict[str, Any], FlatBuffer]] = []
+        self._launches: dict[Key, tuple[Foreach, Foreach]] = {}
         super().__init__(params, {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
@@ -75,19 +83,11 @@ class AdamW(torch.optim.Optimizer):
         })  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the flat buffers: copy.deepcopy and pickle do not keep views of one buffer together."""
-        for _, buffer in self._buffers:
-            buffer.gather_parameters()
         return {**super().__getstate__(), **{name: getattr(self, name) for name in COPIED}}
 
-    @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        entries, self._buffers = dict(self.state), []
-        for group in self.param_groups:
-            self._flatten(group)
-        for _, buffer in self._buffers:
-            buffer.load([entries[parameter] for parameter in buffer.parameters])
+        self._launches = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; missing options get the optimizer's values."""
@@ -98,16 +98,19 @@ class AdamW(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._flatten(group)
-
-    def _flatten(self, group: dict[str, Any]) -> None:
-        by_kind: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            by_kind.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-        for parameters in by_kind.values():
-            buffer = FlatBuffer(parameters, self._dtype)
-            self._buffers.append((group, buffer))
-            self.state.update(zip(parameters, buffer.states, strict=True))
+            if self._dtype not in (None, parameter.dtype):
+                self._cast(parameter, self._dtype)
+
+    @torch.no_grad()
+    def _cast(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        """Cast a parameter; its state keeps the low half of a float32 value that becomes bfloat16."""
+        grad, parameter.grad = parameter.grad, None  # a parameter that has a gradient cannot change its dtype
+        if dtype == torch.bfloat16:
+            parameter.data, self.state[parameter]["remainder"] = split_pieces(parameter.detach())
+        else:
+            parameter.data = parameter.data.to(dtype)
+        parameter.grad = None if grad is None else grad.to(dtype)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -116,41 +119,50 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        calls = []
-        for group, buffer in self._buffers:
-            buffer.gather_parameters()
-            buffer.gather_gradients()
-            calls += [(group, buffer, *run) for run in buffer.runs()]
+        calls: dict[Key, list[tuple[Tensor | None, ...]]] = {}
+        updated: list[tuple[nn.Parameter, Tensor]] = []
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    tensors = update_tensors(parameter, self.state[parameter])
+                    calls.setdefault((index, parameter.dtype, parameter.device), []).append(tensors)
+                    updated.append((parameter, tensors[0]))
         if not calls:
             return loss
-        self.grad_norm = None if self.max_norm is None else _norm([buffer.grad[span] for _, buffer, span, _ in calls])
-        for group, buffer, span, step in calls:
-            adamw(
-                buffer.param[span], buffer.grad[span], None if buffer.remainder is None else buffer.remainder[span],
-                buffer.exp_avg[span], buffer.exp_avg_sq[span], step,
-                *(t if t is None else t.to(step.device, step.dtype) for t in (self.grad_norm, self.lr_scale)),
-                lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-                weight_decay=group["weight_decay"], max_norm=self.max_norm,
+        self.grad_norm = None if self.max_norm is None else self._norm(calls)
+        for key, tensors in calls.items():
+            group, step = self.param_groups[key[0]], tensors[0][-1]
+            shared = (t if t is None else t.to(step.device, step.dtype) for t in (self.grad_norm, self.lr_scale))
+            self._launch(key)[1](
+                tensors, *shared, lr=float(group["lr"]), beta1=float(group["betas"][0]),
+                beta2=float(group["betas"][1]), eps=float(group["eps"]), weight_decay=float(group["weight_decay"]),
+                max_norm=self.max_norm,
             )  # fmt: skip
-            torch.autograd.graph.increment_version(buffer.parameters)  # tells autograd that the parameters changed
+        for parameter, tensor in updated:
+            if tensor is not parameter and tensor.data_ptr() != parameter.data_ptr():
+                parameter.copy_(tensor.view(parameter.shape))  # its elements have gaps, so the op got a copy
+        torch.autograd.graph.increment_version([parameter for parameter, _ in updated])  # tells autograd
         return loss
 
-    @torch.no_grad()
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero the gradients in place.
+    def _norm(self, calls: Mapping[Key, list[tuple[Tensor | None, ...]]]) -> Tensor:
+        """Return the global norm of all gradients, () in float32 or wider, without a device sync."""
+        totals: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        for key, tensors in calls.items():
+            _, dtype, device = key
+            wide = torch.promote_types(dtype, torch.float32)
+            total = totals.setdefault((device, wide), torch.zeros((), dtype=wide, device=device))
+            self._launch(key)[0]([(grad,) for _, grad, *_ in tensors], total)
+        first, *others = totals.values()
+        return torch.stack([first, *(total.to(first.device, first.dtype) for total in others)]).sum().sqrt()
 
-        A parameter whose gradient is None keeps None: zeros count as a gradient once a gradient clipper scales them.
+    def _launch(self, key: Key) -> tuple[Foreach, Foreach]:
+        if key not in self._launches:
+            self._launches[key] = Foreach(sum_of_squares), Foreach(adamw)
+        return self._launches[key]
 
-        Args:
-            set_to_none: as in torch, the next step skips a parameter that gets no gradient before it. Its gradient
-                reads as zeros until then.
-        """
-        for _, buffer in self._buffers:
-            buffer.zero_grad(set_to_none)
-
-    def gradients(self) -> dict[Tensor, Tensor]:
-        """Return the parameters' gradients that are views of the flat buffers, for `accumulate_into`."""
-        return {p: grad for _, buffer in self._buffers for p, grad in buffer.gradients()}
+    def captured_state(self) -> list[Any]:
+        """Return the tables of addresses that a CUDA graph of a step reads, as objects: a new table is not equal."""
+        return [launch.prepared for pair in self._launches.values() for launch in pair]
 
     def master(self, parameter: Tensor) -> Tensor:
         """Return a parameter's float32 master; the parameter itself if it has none.
@@ -158,25 +170,17 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             ValueError: the tensor is not a parameter of this optimizer.
         """
-        if parameter not in self.state:
+        if not any(parameter is own for group in self.param_groups for own in group["params"]):
             raise ValueError(f"AdamW: got a tensor of shape {tuple(parameter.shape)}, expected one of its parameters")
-        remainder = self.state[parameter].get("remainder")
-        return parameter.detach() if remainder is None else join(parameter.detach(), remainder)
+        return master_of(parameter, self.state.get(parameter, {}))
 
     def master_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the model's state dict with float32 masters instead of bfloat16 parameters, for a checkpoint."""
-        state = dict(model.state_dict())
-        for name, parameter in model.named_parameters():
-            if parameter in self.state:
-                state[name] = self.master(parameter)
+        state, owned = dict(model.state_dict()), {p for group in self.param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter in owned and name in state:
+                state[name] = master_of(parameter, self.state.get(parameter, {}))
         return state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch.optim.AdamW's format; a bfloat16 parameter has a `remainder` in addition."""
-        packed = super().state_dict()
-        # A copy per parameter: torch.optim.AdamW would increment a shared counter once for each parameter.
-        packed["state"] = {i: {**state, "step": state["step"].clone()} for i, state in packed["state"].items()}
-        return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -185,6 +189,8 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             ValueError: groups, shapes or entries do not fit, or the state uses an option that is not supported.
         """
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
         groups, states = state_dict["param_groups"], state_dict["state"]
         got, expected = ([len(g["params"]) for g in gs] for gs in (groups, self.param_groups))
         if got != expected:
@@ -193,11 +199,15 @@ class AdamW(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, groups, strict=True):
             _check({**group, **saved, "params": group["params"]})
             for i, parameter in zip(saved["params"], group["params"], strict=True):
-                entries[parameter] = _checked_state(i, states.get(i), parameter)
+                entries[parameter] = check_entry(i, states.get(i), parameter)
         for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
-        for _, buffer in self._buffers:
-            buffer.load([entries[parameter] for parameter in buffer.parameters])
+            group.update({k: copy.deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")})
+        for parameter, entry in entries.items():
+            state = loaded_entry(entry, self.state.pop(parameter, {}).get("remainder"), parameter)
+            if state:
+                self.state[parameter] = state
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
 
 # __wrapped__: without torch's guard against torch.compile, which imports torch._dynamo and costs 150 MiB.
@@ -214,19 +224,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """Return the global norm of all gradients, () in float32 or wider, without a device sync."""
-    first = gradients[0]
-    totals: dict[torch.device, Tensor] = {}
-    for gradient in gradients:
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        total = totals.setdefault(gradient.device, torch.zeros((), dtype=wide, device=gradient.device))
-        sum_of_squares(gradient, total)
-    return torch.stack([total.to(first.device) for total in totals.values()]).sum().sqrt()
-
-
 def _check(group: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the options are in range and a flat buffer can contain the parameters."""
+    """Raise ValueError unless the options are in range and the op takes the parameters."""
     for name in UNSUPPORTED:
         if group.get(name):
             raise ValueError(f"AdamW: {name} is {group[name]}, expected False: it is not supported")
@@ -238,29 +237,13 @@ def _check(group: Mapping[str, Any]) -> None:
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"AdamW: betas are {group['betas']}, expected two values in 0 <= beta < 1")
     for parameter in group["params"]:
+        if is_traceable_wrapper_subclass(parameter):
+            raise ValueError(
+                f"AdamW: got a parameter of type {type(parameter).__name__}, expected a plain tensor: "
+                "tensor subclasses, such as the DTensors of FSDP2 and tensor parallelism, need torch.optim.AdamW"
+            )
         if parameter.dtype not in DTYPES or parameter.layout != torch.strided:
             raise ValueError(
                 f"AdamW: got a parameter of dtype {parameter.dtype} and layout {parameter.layout}, "
                 "expected a dense one in float32, bfloat16 or float64"
             )
-
-
-def _checked_state(i: int, entry: Mapping[str, Any] | None, parameter: Tensor) -> Mapping[str, Any]:
-    """Return entry i of a state dict, empty if the parameter never had a gradient.
-
-    Raises:
-        ValueError: the entry is not AdamW's, or does not fit the parameter.
-    """
-    if not entry:
-        return {}
-    missing = [name for name in ("step", *MOMENTS) if name not in entry]
-    if missing:
-        raise ValueError(f"AdamW: state {i} has {', '.join(entry)}, expected step, exp_avg and exp_avg_sq")
-    for name in (*MOMENTS, *(name for name in ("remainder", "master") if name in entry)):
-        if entry[name].shape != parameter.shape:
-            raise ValueError(
-                f"AdamW: {name} of state {i} has shape {tuple(entry[name].shape)}, expected {tuple(parameter.shape)}"
-            )
-    if "remainder" in entry and entry["remainder"].dtype != torch.int16:
-        raise ValueError(f"AdamW: remainder of state {i} has dtype {entry['remainder'].dtype}, expected torch.int16")
-    return entry

@@ -1,73 +1,156 @@
-"""The folder of one training run."""
+"""The folder of one training run. One process at a time writes it; a lock that ends with the process says which."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import shutil
-import signal
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-CHECKPOINT = "checkpoint"  # the model in its family's Hugging Face layout
-STATE = "state"  # the training state that a resumed run reads
-TOKENS = "tokens"  # token shards and tokenizer
-METRICS = "metrics.jsonl"  # one JSON object a line
+from peakgpt.engine.data.run_layout import CHECKPOINT, METRICS, TOKENS
+from peakgpt.kernels.files import (
+    STAGE,
+    flush,
+    is_open_at,
+    lock,
+    make_folders,
+    remove_empty_folders,
+    staging_folder,
+    sweep,
+)
+from peakgpt.kernels.strict_json import dumps
+
+
+class Taken(ValueError):
+    """Another run has the folder, or it contains files."""
 
 
 class RunFolder:
     """One run's metrics, checkpoint, training state, tokens, results and report."""
 
     def __init__(self, path: Path | str):
-        """Make the folder.
+        """Make the folder. A folder whose run was killed before it was prepared counts as empty.
 
         Raises:
-            ValueError: it contains files already, or cannot be written.
+            ValueError: it contains files already, belongs to another process, or cannot be written.
         """
-        self.path = Path(path)
-        self._topmost_created = next((p for p in (*reversed(self.path.parents), self.path) if not p.exists()), None)
+        self.path, self._stage = Path(path), None
+        made: list[Path] = []
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise ValueError(f"run folder {self.path}: got a folder with files, expected a new or empty one")
-            self._open_metrics()
+            made = make_folders(self.path)
+            self._open(new=True)
         except OSError as error:
+            remove_empty_folders(made)
             raise ValueError(f"run folder {self.path}: {error.strerror}, expected a folder to write into") from None
+        except ValueError:
+            remove_empty_folders(made)
+            raise
+        self._made = made
+
+    @classmethod
+    def with_default_name(cls, command: str) -> RunFolder:
+        """Make runs/<command>-<date>-<time>, relative to the current folder, with a suffix if that name is taken."""
+        path = default_run_folder(command)
+        for number in itertools.count(2):
+            try:
+                return cls(path)
+            except Taken:
+                path = path.with_name(f"{default_run_folder(command).name}-{number}")
+        raise AssertionError
 
     @classmethod
     def reopen(cls, path: Path | str) -> RunFolder:
         """Open the folder of an earlier run, to resume it.
 
         Raises:
-            ValueError: there is no such folder, or no run in it.
+            ValueError: there is no such folder, no run in it, or its run has not ended.
         """
         run = cls.__new__(cls)
-        run.path, run._topmost_created = Path(path), None
+        run.path, run._stage, run._made = Path(path), None, []
         if not (run.path / METRICS).is_file():
             missing = f"{METRICS} in it" if run.path.is_dir() else "such folder"
             raise ValueError(f"run folder {path}: got no {missing}, expected the folder of a run")
-        run._open_metrics()
+        run._open(new=False)
         return run
 
-    def _open_metrics(self) -> None:
-        self.metrics = open(self.path / METRICS, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run
-        self.start = time.time()
+    def _open(self, *, new: bool) -> None:
+        """Open metrics.jsonl and lock it. Of several processes that try, one succeeds."""
+        has_files = Taken(f"run folder {self.path}: got a folder with files, expected a new or empty one")
+        path, restarted = self.path / METRICS, new and self._is_unprepared()
+        if new and not restarted and any(self.path.iterdir()):
+            raise has_files
+        try:
+            # Open for the whole run. Mode "x" fails if another process has made the file.
+            metrics: TextIO = open(path, "x" if new and not restarted else "a", encoding="utf-8")  # noqa: SIM115
+        except FileExistsError:
+            raise has_files from None
+        try:
+            lock(metrics.fileno())
+            if not is_open_at(metrics.fileno(), path):
+                raise BlockingIOError
+            sweep(self.path)
+            if restarted and any(entry != path or entry.stat().st_size for entry in self.path.iterdir()):
+                raise has_files
+        except BlockingIOError:
+            metrics.close()
+            raise Taken(
+                f"run folder {self.path}: a running process writes it, expected a free one"
+            ) from None
+        except Taken:
+            metrics.close()
+            raise
+        self.metrics, self.start = metrics, time.time()
+
+    def _is_unprepared(self) -> bool:
+        """Return whether the folder has only what a run writes before its first line of metrics."""
+        entries = {entry.name for entry in self.path.iterdir()}
+        stages = {name for name in entries if STAGE.fullmatch(name)}
+        return bool(stages) and entries - stages == {METRICS} and not (self.path / METRICS).stat().st_size
+
+    def close(self) -> None:
+        """Close metrics.jsonl, which frees the lock."""
+        self.metrics.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @contextlib.contextmanager
     def discarded_on_bad_input(self) -> Iterator[None]:
-        """Delete the new folder and everything in it if the block raises ValueError.
+        """Prepare a new run: in the block `root` is a hidden folder, whose content is moved into the run at its end.
 
-        Put the work before the first step into the block, so that a wrong flag leaves nothing behind.
+        If the block raises, only what this process has made is deleted: the hidden folder, metrics.jsonl, and the
+        folders that it made and that are empty. Put the work before the first step into the block, so that a wrong flag
+        leaves nothing behind.
         """
         try:
-            yield
-        except ValueError:
-            self.metrics.close()
-            for path in (self._topmost_created,) if self._topmost_created else tuple(self.path.iterdir()):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with staging_folder(self.path) as stage:
+                self._stage = stage
+                yield
+                # Files come after folders: settings.json says that the run is prepared.
+                for entry in sorted(stage.iterdir(), key=lambda entry: entry.is_file()):
+                    if entry.is_file():
+                        flush(entry)
+                    os.rename(entry, self.path / entry.name)
+                flush(self.path)
+        except BaseException:
+            (self.path / METRICS).unlink(missing_ok=True)
+            self.close()
+            remove_empty_folders(self._made)
             raise
+        finally:
+            self._stage = None
+
+    @property
+    def root(self) -> Path:
+        """The folder to write into: the hidden one while the run is prepared, then the run folder."""
+        return self._stage or self.path
 
     @property
     def checkpoint(self) -> Path:
@@ -77,12 +160,22 @@ class RunFolder:
     @property
     def tokens(self) -> Path:
         """The folder of the token shards and the tokenizer."""
-        return self.path / TOKENS
+        return self.root / TOKENS
 
     def log(self, **row: Any) -> None:
         """Append one line to metrics.jsonl and hand it to the operating system, so that Ctrl-C loses nothing."""
-        self.metrics.write(json.dumps({"elapsed_s": round(time.time() - self.start, 3), **row}) + "\n")
+        self.metrics.write(dumps({"elapsed_s": round(time.time() - self.start, 3), **row}) + "\n")
         self.metrics.flush()
+
+    def drop_rows_after(self, step: int) -> None:
+        """Cut metrics.jsonl back to the rows up to `step`, which a resumed run continues; drop an unfinished line."""
+        kept_bytes = 0
+        with open(self.path / METRICS, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n") or _step(line) > step:
+                    break
+                kept_bytes += len(line)
+        self.metrics.truncate(kept_bytes)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all lines of metrics.jsonl."""
@@ -94,25 +187,10 @@ def default_run_folder(command: str) -> Path:
     return Path("runs", f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-@contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a request to stop; the second one raises KeyboardInterrupt as usual.
-
-    A run resumes bit for bit only from a state between two steps, so the training loop checks for the request there.
-    Main thread only.
-
-    Yields:
-        A function that returns whether Ctrl-C was pressed.
-    """
-    stop_requested = False
-
-    def request_stop(*_: Any) -> None:
-        nonlocal stop_requested
-        stop_requested = True
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, request_stop)
+def _step(line: bytes) -> int:
+    """Return the step of a line of metrics.jsonl; 0 if it has none."""
     try:
-        yield lambda: stop_requested
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        step = json.loads(line).get("step")
+    except (ValueError, AttributeError, RecursionError):
+        return 0
+    return step if isinstance(step, int) else 0

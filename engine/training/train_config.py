@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch", "tokens", "lr", "eps", "max_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, expected more than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, expected a finite number above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"TrainConfig: weight_decay is {self.weight_decay}, expected a finite number from 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"TrainConfig: betas are {self.betas}, expected numbers from 0 to below 1")
         if self.micro_batch is not None and not 0 < self.micro_batch <= self.batch:
             raise ValueError(
                 f"TrainConfig: micro_batch is {self.micro_batch}, expected 1 to batch {self.batch}, or None"

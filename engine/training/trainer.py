@@ -15,6 +15,7 @@ from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
 from peakgpt.engine.model.fp8 import set_fp8
 from peakgpt.engine.model.plain import has_own_call, walk
 from peakgpt.engine.model.recompute import set_recompute
+from peakgpt.engine.training.gradient_memory import GradientMemory
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
 from peakgpt.engine.training.schedule import learning_rate
 from peakgpt.engine.training.train_config import TrainConfig
@@ -51,8 +52,10 @@ class Trainer:
             decay_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps,
             max_norm=config.max_norm, dtype=config.dtype,
         )  # fmt: skip
+        self.optimizer.register_load_state_dict_post_hook(self._set_lr)
         # A tensor on the device: a CUDA graph reads the new value at every replay.
         self.lr_scale = self.optimizer.lr_scale = torch.ones((), device=self.device)
+        self.gradients = GradientMemory(self.optimizer)
         self.grad_norm: Tensor | None = None
         self.update = GraphedFunction(self._update, graph_factory(self.device), self._captured_state)
 
@@ -63,7 +66,14 @@ class Trainer:
             ids, targets: (B, T) int64 on the model's device; targets are already shifted by one.
         Returns:
             The mean loss before the update, detached, a tensor () on the device: reading it waits for the step.
+        Raises:
+            ValueError: someone else has changed the learning rate, which would have no effect.
         """
+        if any(group["lr"] != self.config.lr for group in self.optimizer.param_groups):
+            raise ValueError(
+                f"Trainer: lr of a parameter group is not the config's {self.config.lr}: the Trainer has a schedule of "
+                "its own; use peakgpt.AdamW in a loop of your own with a scheduler of torch"
+            )
         self.lr_scale.fill_(learning_rate(self.config, self.steps_done, self.steps) / self.config.lr)
         # The replay of a graph calls no hook.
         is_hooked = self.update.obstacle is None and any(map(has_own_call, walk(self.model)))
@@ -71,17 +81,19 @@ class Trainer:
         self.steps_done += 1
         return loss
 
+    def _set_lr(self, optimizer: AdamW) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.lr  # a loaded optimizer state may contain another lr
+
     def master_weights(self) -> dict[str, Tensor]:
         """Return the model's state dict in float32; see `AdamW.master_weights`."""
         return self.optimizer.master_weights(self.model)
 
     def _update(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, gradient norm). A CUDA graph repeats it, so values that change must be in device memory."""
-        self.optimizer.zero_grad()
-        with accumulate_into(self.optimizer.gradients()):
+        with accumulate_into(self.gradients.zero()):
             loss = self._backward(ids, targets)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr  # a loaded optimizer state may contain another lr
+        self.gradients.drop_unwritten()
         self.optimizer.step()
         return loss, self.optimizer.grad_norm
 
@@ -108,5 +120,6 @@ class Trainer:
     def _captured_state(self) -> tuple[Any, ...]:
         """Return everything that a captured update depends on; the update is captured again when it changes."""
         states = self.optimizer.state.items()
-        addresses = [(p.data_ptr(), state["step"].data_ptr()) for p, state in states]
-        return self.model.training, addresses, walk(self.model)
+        tensors = (t for p, state in states for t in (p, p.grad, *state.values()) if t is not None)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        return self.model.training, self.optimizer.captured_state(), addresses, walk(self.model)

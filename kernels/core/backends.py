@@ -10,6 +10,8 @@ A backend of an op is a module `<op>.py` of pure functions anywhere below `kerne
     forward(outputs, saved, *tensors, **params)       fills the tensors that the contract's `alloc` made
     backward(grads, inputs, outputs, saved, needs, **params) -> one gradient (or None) per tensor
 
+forward and backward receive contiguous tensors, except those in the contract's `strided`, which may have any strides.
+
 backward may also take `into`, and so may forward if the contract has `grad_in_forward`: see `autograd.accumulate_into`.
 An entry of `inputs` or `outputs` is None unless the contract names it in `saved_for_backward`. An entry of `grads` is
 None if no gradient flows into that output. The first backend in the table without an objection runs. A forced backend
@@ -22,42 +24,38 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
+from peakgpt.kernels.core.thread_state import ThreadState
 
 # Backends in order of priority -> the device type of the tensors that each supports. Eager supports all.
 BACKENDS: dict[str, str | None] = {"gpu": "cuda", "cpu": "cpu", "eager": None}
 
-_forced: str | None = None  # a module global: torch.compile guards on it, a ContextVar breaks the graph
+_forced: ThreadState[str | None] = ThreadState("backend", None)
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Run every op inside the block on one backend. An op that the backend does not support raises.
 
     Args:
-        name: "gpu", "cpu" or "eager". The setting is global to the process.
+        name: "gpu", "cpu" or "eager". It applies to the calls of this thread only.
     Raises:
         ValueError: unknown name.
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"unknown backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
+    return _forced.set_to(name)
 
 
 def forced_backend() -> str | None:
-    """Return the backend set by `use_backend`, or None."""
-    return _forced
+    """Return the backend that `use_backend` has set for this thread, or None."""
+    return _forced.get()
 
 
 def interpreted() -> bool:
@@ -124,6 +122,31 @@ def _modules(op_name: str, device_type: str) -> list[ModuleType]:
     """The modules of an op for a device type, in order of priority."""
     modules = [load(backend, op_name) for backend, supported in BACKENDS.items() if supported == device_type]
     return [module for module in modules if not isinstance(module, str)]
+
+
+def run_forward(
+    op: OpSpec, module: ModuleType, outputs: Tensors, saved: Tensors, tensors: Tensors, params: Params
+) -> None:
+    """Call a backend's forward, with the inputs in the layout that the contract promises to backends."""
+    module.forward(outputs, saved, *_contiguous(tensors, op.contiguous_inputs), **params)
+
+
+def run_backward(
+    op: OpSpec, module: ModuleType, grads: Tensors, inputs: Tensors, outputs: Tensors, saved: Tensors,
+    needs: Sequence[bool], params: Params,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Call a backend's backward, with gradients and inputs in the layout that the contract promises to backends."""
+    grads, inputs = _contiguous(grads, op.contiguous_grads), _contiguous(inputs, op.contiguous_inputs)
+    return module.backward(grads, inputs, outputs, saved, needs, **params)
+
+
+def _contiguous(tensors: Tensors, indices: Sequence[int]) -> Tensors:
+    """Return the tensors with those at the indices contiguous: copies only where the strides require it."""
+    for i in indices:
+        tensor = tensors[i]
+        if tensor is not None and not tensor.is_contiguous():
+            tensors = *tensors[:i], tensor.contiguous(), *tensors[i + 1 :]
+    return tensors
 
 
 def module_objection(

@@ -50,6 +50,20 @@ def integers(op: str, name: str, tensor: Tensor | None, device: torch.device) ->
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device}")
 
 
+def contiguous(op: str, **tensors: Tensor | None) -> None:
+    """Check that tensors that an op writes to are contiguous. None passes."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} has strides {tensor.stride()}, expected a contiguous tensor to write to")
+
+
+def distinct(op: str, **tensors: Tensor) -> None:
+    """Check that no two elements of a tensor that an op writes to share memory, as in an expanded tensor."""
+    for name, tensor in tensors.items():
+        if 0 in tensor.stride() and not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} has strides {tensor.stride()}, expected none of 0 in a tensor to write to")
+
+
 def indices(op: str, name: str, tensor: Tensor, limit: int, device: torch.device, *, ignore: int | None = None) -> None:
     """Check that a tensor is integer, on the device and within 0..limit-1.
 

@@ -6,7 +6,8 @@ A contract file declares an op with `@op` on its eager function.
                                                          the autograd of autograd.py
     torch.compile, fake tensors, dispatch modes, tensor  `torch.ops.peakgpt.<op>`, which library_op.py generates from
     subclasses                                           the same contract
-    torch.func transforms, forward-mode AD               the eager function, because no backend supports them
+    torch.func transforms, forward-mode AD,              the eager function, in operations that torch can
+    gradients of gradients                               differentiate: no backend supports them
 
 Other layers import the names in `__all__` from here.
 """
@@ -19,12 +20,11 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from peakgpt.kernels.core import backends, library_op
+from peakgpt.kernels.core import backends, flops, library_op
 from peakgpt.kernels.core.autocast import autocast_disabled, autocast_enabled, cast_inputs
-from peakgpt.kernels.core.autograd import PeakgptOp
+from peakgpt.kernels.core.autograd import autograd_function, transformed
 from peakgpt.kernels.core.backends import BACKENDS, forced_backend, interpreted, load, use_backend
 from peakgpt.kernels.core.seeds import draw_seed, seeds_from, source_is_set, with_seed
 from peakgpt.kernels.core.spec import Cost, OpSpec, Params, Tensors, short_lived
@@ -58,6 +58,7 @@ class Op(OpSpec, Generic[P, R]):
     def __init__(self, eager: Callable[P, R], **contract: Any):
         super().__init__(eager, **contract)
         self.library_op = library_op.register(self)
+        self.autograd_function = autograd_function(self.name)
         OPS[self.name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -75,11 +76,12 @@ class Op(OpSpec, Generic[P, R]):
         self.check(*cast, **params)
         if torch.compiler.is_compiling():
             return self._traced(forced, tensors, cast, params)
-        if _transformed():
+        if transformed():
             if forced not in (None, "eager"):
                 raise NotImplementedError(f"{self.name}: backend {forced!r} is forced under a transform of torch.func")
-            return self.run_eager(tensors, params)
-        if not _plain(tensors):
+            return self.run_differentiable(tensors, params)
+        if not is_plain(tensors):
+            flops.give_to_counters()
             return self._traced(forced, tensors, cast, params)
         needs = _needs(cast)
         backend = backends.choose(self, forced, cast, params, needs)
@@ -91,6 +93,10 @@ class Op(OpSpec, Generic[P, R]):
                 return self._direct(backend, cast, params, needs)
         return self._direct(backend, cast, params, needs)
 
+    def __reduce__(self) -> str:
+        """Pickle and copy the op as a function: by its name."""
+        return self.name
+
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, str | None]:
         """Return each backend's objection to this call, None if it supports it, in order of priority."""
         tensors, params = self.bind(args, kwargs)
@@ -99,9 +105,17 @@ class Op(OpSpec, Generic[P, R]):
 
     def _direct(self, backend: ModuleType, tensors: Tensors, params: Params, needs: tuple[bool, ...]) -> Any:
         if any(needs):
-            return self._result(PeakgptOp.apply(self, backend, params, needs, *tensors))
-        results, saved = self.alloc(*tensors, needs=needs, **params)
-        backend.forward(results, saved, *tensors, **params)
+            return self._result(self.autograd_function.apply(self, backend, params, needs, *tensors))
+        if torch._C._autograd._profiler_enabled():  # record_function costs 10 us without a profiler, too
+            with torch.profiler.record_function(f"peakgpt::{self.name}"):
+                return self._forward(backend, tensors, params)
+        return self._forward(backend, tensors, params)
+
+    def _forward(self, backend: ModuleType, tensors: Tensors, params: Params) -> Any:
+        results, saved = self.alloc(*tensors, needs=(False,) * len(tensors), **params)
+        backends.run_forward(self, backend, results, saved, tensors, params)
+        if self.mutates:
+            self.increment_versions(tensors)
         return self._result(results)
 
     def _traced(self, forced: str | None, tensors: Tensors, cast: Tensors, params: Params) -> Any:
@@ -126,6 +140,7 @@ def op(
     alloc: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]] = lambda *_, **__: ((), ()),
     typical: Mapping[str, Any] = MappingProxyType({}),
     saved_for_backward: Sequence[str] | Callable[..., Sequence[str]] = (),
+    strided: Sequence[str] = (),
     outputs: Sequence[str] = ("out",),
     autocast: str | None = None,
     autocast_exempt: Sequence[str] = (),
@@ -133,6 +148,10 @@ def op(
     grad_in_forward: Callable[..., Sequence[str]] | None = None,
     random_param: str | None = None,
     gradient: bool = True,
+    differentiable: Callable[..., Any] | None = None,
+    restore: Callable[[Tensors, Sequence[Tensor | None]], Tensors] = lambda inputs, outputs: inputs,
+    matmul_flops: Callable[..., int] | None = None,
+    counted_as: Params = MappingProxyType({}),
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare an op. Arguments annotated `Tensor` or `Tensor | None` are tensors, all others are parameters.
 
@@ -145,6 +164,8 @@ def op(
             `needs` has one bool per tensor: whether its gradient is required. This is also the fake implementation.
         typical: values for the parameters that have no default, as in GPT-2 124M.
         saved_for_backward: names of the inputs and outputs that backward reads, or (*tensors) -> names for this call.
+        strided: names of the inputs, and of the outputs for their gradients, that backends take with any strides. A
+            backend receives all other inputs and gradients contiguous.
         outputs: names of the results.
         autocast: "lower" casts to autocast's dtype as torch does for matrix products, "norm" casts as for norms.
         autocast_exempt: names of the tensors that autocast does not cast.
@@ -154,25 +175,29 @@ def op(
         random_param: name of the parameter that makes the op random if it is not 0. Such an op has a tensor `seed`,
             (1,) int64, drawn from torch's generator if the caller gives none.
         gradient: False for an op that raises if a gradient is required.
+        differentiable: the eager function in operations that torch can differentiate twice and in forward mode.
+            Default: the eager function.
+        restore: (inputs, outputs), of which backward has those in `saved_for_backward` -> inputs for which the eager
+            function has the same gradients, for gradients of gradients. An input that is still None counts as zero.
+        matmul_flops: (*tensors, **params) -> FLOPs of a forward pass's matrix products, for torch's FlopCounterMode.
+            Default: those of the eager function on fake tensors, for an op whose eager function reads no values.
+        counted_as: parameters of a call with the same FLOPs, for parameters with which fake tensors cannot run.
     """
     return lambda eager: Op(
         eager, cost=cost, sample=sample, check=check, alloc=alloc, typical=typical,
-        saved_for_backward=saved_for_backward, outputs=outputs, autocast=autocast, autocast_exempt=autocast_exempt,
-        mutates=mutates, grad_in_forward=grad_in_forward, random_param=random_param, gradient=gradient,
+        saved_for_backward=saved_for_backward, strided=strided, outputs=outputs, autocast=autocast,
+        autocast_exempt=autocast_exempt, mutates=mutates, grad_in_forward=grad_in_forward,
+        random_param=random_param, gradient=gradient, differentiable=differentiable, restore=restore,
+        matmul_flops=matmul_flops, counted_as=counted_as,
     )  # fmt: skip
 
 
-def _plain(tensors: Tensors) -> bool:
+def is_plain(tensors: Tensors) -> bool:
     """Whether a direct call is safe: no tensor subclass (a DTensor has no data pointer) and no dispatch mode."""
     return (
         all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
     )
-
-
-def _transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _needs(tensors: Tensors) -> tuple[bool, ...]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.core import backends
+from peakgpt.kernels.core import backends, flops
+from peakgpt.kernels.core.autograd import autograd_keys, differentiable_gradients, needs_autograd
 from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 
 _library = torch.library.Library("peakgpt", "DEF")
@@ -24,18 +25,24 @@ def register(op: OpSpec) -> torch._ops.OpOverload:
         # Checked again, because tracing has no values. With an id out of range C++ would write outside of its buffer.
         op.check(*tensors, **params)
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
-        _choose(op, forced, tensors, params, needs).forward(outputs, saved, *tensors, **params)
+        module = _choose(op, forced, tensors, params, needs)
+        backends.run_forward(op, module, outputs, saved, tensors, params)
+        if op.mutates:
+            op.increment_versions(tensors)
         return None if op.mutates else [*outputs, *saved]
 
     def fake(*args):
+        flops.give_to_counters()  # compiled code does not call the op
         tensors, params, _, needs = _split(op, args)
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
         return None if op.mutates else [*outputs, *saved]
 
     schema = f"({_schema(op)}, str backend, bool[] needs) -> {'()' if op.mutates else 'Tensor[]'}"
     library_op = _define(op.name, schema, forward, fake)
+    flops.add_forward(op, lambda *args: _split(op, args)[:2])
     if op.gradient:
         _register_autograd(op, _register_backward(op))
+        flops.add_backward(op)
     return library_op
 
 
@@ -47,7 +54,7 @@ def _register_backward(op: OpSpec) -> torch._ops.OpOverload:
         params = dict(zip(op.param_names, values, strict=True))
         with torch._C._AutoDispatchBelowAutograd():  # as forward's autograd kernel does; backward has no such kernel
             module = _choose(op, forced, inputs, params, needs)
-            results = module.backward(grads, inputs, outputs, saved, needs, **params)
+            results = backends.run_backward(op, module, grads, inputs, outputs, saved, needs, params)
         return _distinct([_with_fake_strides(t, g) for t, g, need in zip(inputs, results, needs, strict=True) if need])
 
     def fake(grads, inputs, outputs, saved, *rest):
@@ -72,6 +79,10 @@ def _register_autograd(op: OpSpec, library_backward: torch._ops.OpOverload) -> N
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if present else None for present in ctx.present]
         outputs = list(tensors)
+        if needs_autograd(grads):
+            params = dict(zip(op.param_names, ctx.rest[: len(op.param_names)], strict=True))
+            gradients = differentiable_gradients(op, inputs, params, grads[:n_out], ctx.needs)
+            return *gradients, *(None for _ in ctx.rest)
         results = iter(library_backward(list(grads[:n_out]), inputs, outputs[:n_out], outputs[n_out:], *ctx.rest))
         return *(next(results) if need else None for need in ctx.needs), *(None for _ in ctx.rest)
 
@@ -124,19 +135,13 @@ class _EagerBackend:
 
     def backward(self, grads, inputs, outputs, saved, needs, **params):
         leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
-        with _autograd_keys(), torch.enable_grad():
+        with autograd_keys(), torch.enable_grad():
             results = self.op.run_eager(leaves, params)
             results = results if len(grads) > 1 else (results,)
             pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
             differentiated = [t for t, need in zip(leaves, needs, strict=True) if need]
             gradients = iter(torch.autograd.grad([r for r, _ in pairs], differentiated, [g for _, g in pairs]))
         return [next(gradients) if need else None for need in needs]
-
-
-def _autograd_keys():
-    """Enable autograd inside a library op, which runs with autograd's dispatch key excluded."""
-    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def _with_fake_strides(tensor: Tensor, grad: Tensor) -> Tensor:

@@ -8,15 +8,16 @@ again. In a CUDA graph the seed lies in device memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peakgpt.kernels.core.spec import OpSpec, Tensors
+from peakgpt.kernels.core.thread_state import ThreadState
 
-_source: Callable[[torch.device], Tensor] | None = None
+_source: ThreadState[Callable[[torch.device], Tensor] | None] = ThreadState("seeds", None)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -24,24 +25,18 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-@contextlib.contextmanager
-def seeds_from(source: Callable[[torch.device], Tensor]) -> Iterator[None]:
+def seeds_from(source: Callable[[torch.device], Tensor]) -> contextlib.AbstractContextManager[None]:
     """Take the seeds of random ops from source(device) instead of `draw_seed`. The eager backend gets a seed too.
 
     A recomputed forward pass uses it to get the same masks. Restoring torch's generator is no alternative: that is not
     possible while a CUDA graph is captured.
     """
-    global _source
-    before, _source = _source, source
-    try:
-        yield
-    finally:
-        _source = before
+    return _source.set_to(source)
 
 
 def source_is_set() -> bool:
     """Whether `seeds_from` is active."""
-    return _source is not None
+    return _source.get() is not None
 
 
 def with_seed(op: OpSpec, tensors: Tensors, params: Mapping[str, Any]) -> Tensors:
@@ -49,5 +44,5 @@ def with_seed(op: OpSpec, tensors: Tensors, params: Mapping[str, Any]) -> Tensor
     index = op.seed_index
     if index is None or params[op.random_param] == 0 or tensors[index] is not None:
         return tensors
-    seed = (_source or draw_seed)(tensors[0].device)
+    seed = (_source.get() or draw_seed)(tensors[0].device)
     return *tensors[:index], seed, *tensors[index + 1 :]

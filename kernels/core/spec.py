@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Tensors = Sequence[Tensor | None]
@@ -46,6 +47,7 @@ class OpSpec:
         alloc: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]],
         typical: Params,
         saved_for_backward: Sequence[str] | Callable[..., Sequence[str]],
+        strided: Sequence[str],
         outputs: Sequence[str],
         autocast: str | None,
         autocast_exempt: Sequence[str],
@@ -53,6 +55,10 @@ class OpSpec:
         grad_in_forward: Callable[..., Sequence[str]] | None,
         random_param: str | None,
         gradient: bool,
+        differentiable: Callable[..., Any] | None,
+        restore: Callable[[Tensors, Sequence[Tensor | None]], Tensors],
+        matmul_flops: Callable[..., int] | None,
+        counted_as: Params,
     ):
         functools.update_wrapper(self, eager)
         self.name, self.eager = eager.__name__, eager
@@ -60,6 +66,8 @@ class OpSpec:
         self.outputs, self.mutates = () if mutates else tuple(outputs), frozenset(mutates)
         self.autocast, self.autocast_exempt = autocast, frozenset(autocast_exempt)
         self.grad_in_forward, self.random_param, self.gradient = grad_in_forward, random_param, gradient and not mutates
+        self.differentiable, self.restore = differentiable or eager, restore
+        self.matmul_flops, self.counted_as = matmul_flops, dict(counted_as)
         self.signature = inspect.signature(eager, eval_str=True)
         arguments = self.signature.parameters
         self.tensor_names = tuple(n for n, a in arguments.items() if a.annotation in (Tensor, Tensor | None))
@@ -70,6 +78,8 @@ class OpSpec:
         self._positional = sum(a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments.values())
         self._defaults = {n: a.default for n, a in arguments.items() if a.default is not a.empty}
         self._param_defaults = {n: v for n, v in self._defaults.items() if n in self.param_names}
+        self.contiguous_inputs = tuple(i for i, n in enumerate(self.tensor_names) if n not in strided)
+        self.contiguous_grads = tuple(i for i, n in enumerate(self.outputs) if n not in strided)
         self._tensors_first = self._names[: len(self.tensor_names)] == self.tensor_names
         self._saved = saved_for_backward
         self._saved_always = None if callable(saved_for_backward) else self._flags(saved_for_backward)
@@ -99,6 +109,15 @@ class OpSpec:
     def run_eager(self, tensors: Tensors, params: Params) -> Any:
         """Call the eager function with bound arguments."""
         return self.eager(**dict(zip(self.tensor_names, tensors, strict=True)), **params)
+
+    def run_differentiable(self, tensors: Tensors, params: Params) -> Any:
+        """Call the eager function in operations that torch can differentiate any number of times."""
+        return self.differentiable(**dict(zip(self.tensor_names, tensors, strict=True)), **params)
+
+    def increment_versions(self, tensors: Tensors) -> None:
+        """Tell autograd that the op has written the tensors in `mutates`: it does not see what a kernel writes."""
+        named = zip(self.tensor_names, tensors, strict=True)
+        torch.autograd.graph.increment_version([t for n, t in named if n in self.mutates and t is not None])
 
     def _flags(self, names: Sequence[str]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         return tuple(n in names for n in self.tensor_names), tuple(n in names for n in self.outputs)

@@ -1,4 +1,4 @@
-"""AdamW on the CPU: csrc/ops/adamw.cpp, one pass over the parameter, gradient, remainder and moments."""
+"""AdamW on the CPU: csrc/ops/adamw.cpp, one pass over parameters, gradients, remainders and moments."""
 
 from __future__ import annotations
 
@@ -30,6 +30,26 @@ def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, n
         eps=eps,
         weight_decay=weight_decay,
         remainder=remainder,
+        norm=norm,
+        max_norm=max_norm or 0.0,
+        threads=threads(),
+    )
+
+
+def prepare(table: Tensor, device: torch.device) -> Tensor:
+    return table
+
+
+def run_each(table, calls, norm=None, rate=None, *, lr, beta1, beta2, eps, weight_decay, max_norm=None):
+    _C.adamw_each(
+        dtype=DTYPES[calls[0][0].dtype],
+        count=len(table),
+        table=table,
+        lr=lr if rate is None else lr * float(rate),
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
         norm=norm,
         max_norm=max_norm or 0.0,
         threads=threads(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, threads
+from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, threads, unit_last
 from peakgpt.kernels.ops.attention import default_scale
 
 MAX_WIDTH = 256  # the widest head that the tests cover
@@ -72,8 +72,8 @@ def gradients(into, dout, out, lse, q, k, v, *, cos=None, sin=None, interleaved=
     rotation = {}
     if cos is not None:
         rotation = {
-            "cos": cos.float().contiguous(),
-            "minus_sin": -sin.float().contiguous(),
+            "cos": cos.float(),
+            "minus_sin": -sin.float(),
             "pairs": cos.shape[1],
             "interleaved": interleaved,
         }
@@ -81,7 +81,7 @@ def gradients(into, dout, out, lse, q, k, v, *, cos=None, sin=None, interleaved=
         **_problem(q, k, v, **options),
         out=out,
         lse=lse,
-        dout=_unit_last(dout),
+        dout=unit_last(dout),
         dq=into.get("dq"),
         dk=into.get("dk"),
         dv=into.get("dv"),
@@ -97,10 +97,6 @@ def _empty_if(needed: bool, like: Tensor) -> Tensor | None:
     return torch.empty_like(like, memory_format=torch.contiguous_format) if needed else None
 
 
-def _unit_last(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _problem(q, k, v, *, causal=True, window=None, scale=None, dropout=0.0, seed=None, bias=None, cu_seqlens=None,
              **vectors) -> dict[str, object]:  # fmt: skip
     """Return the fields of AttentionProblem in csrc/attention/attention.h; vectors: alibi, kv_start, kv_len."""
@@ -114,24 +110,25 @@ def _problem(q, k, v, *, causal=True, window=None, scale=None, dropout=0.0, seed
         "heads": heads,
         "kv_heads": k.shape[2],
         "width": width,
-        "q": _unit_last(q),
-        "k": _unit_last(k),
-        "v": _unit_last(v),
+        "q": unit_last(q),
+        "k": unit_last(k),
+        "v": unit_last(v),
         "causal": causal,
         "scale": default_scale(width, scale),
         "window": window or 0,
     }
     for name, vector in vectors.items():
         if vector is not None:
-            problem[name] = vector.to(_OPTIONS[name]).contiguous()
+            problem[name] = vector.to(_OPTIONS[name])
     if cu_seqlens is not None:
-        problem["cu_seqlens"] = cu_seqlens.to(torch.int64).contiguous()
+        problem["cu_seqlens"] = cu_seqlens.to(torch.int64)
         problem["documents"] = cu_seqlens.shape[0] - 1
     if bias is not None:
+        bias = bias.resolve_neg()
         problem |= {"bias": bias, "bias_dtype": DTYPES[bias.dtype], "bias_batch": bias.shape[0]}
         problem["bias_heads"] = bias.shape[1]
         names = ("bias_stride_b", "bias_stride_h", "bias_stride_t", "bias_stride_s")
         problem |= zip(names, bias.stride(), strict=True)
     if dropout:
-        problem |= {"dropout": dropout, "seed": seed.to(torch.int64).contiguous()}
+        problem |= {"dropout": dropout, "seed": seed.to(torch.int64)}
     return problem

@@ -23,6 +23,5 @@ def backward(grads, inputs, outputs, saved, needs, *, p):
 
 
 def drop(x: Tensor, seed: Tensor, out: Tensor, p: float) -> None:
-    """Apply the dropout mask of `seed` to x and write the result to out, contiguous."""
-    x = x.contiguous()
+    """Apply the dropout mask of `seed` to x and write the result to out; both are contiguous."""
     _C.dropout(dtype=DTYPES[x.dtype], count=x.numel(), x=x, seed=seed.long(), p=p, y=out, threads=threads())

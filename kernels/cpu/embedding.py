@@ -13,7 +13,7 @@ def objection(ids: Tensor, wte: Tensor, wpe: Tensor | None, positions: Tensor | 
 
 
 def forward(outputs, saved, ids, wte, wpe, positions, *, start):
-    ids, wte = ids.long().contiguous(), rows(wte)
+    ids, wte = ids.long(), rows(wte)
     batch, tokens = ids.shape
     wpe = None if wpe is None else rows(wpe)[start : start + tokens]
     _C.embedding_forward(
@@ -33,7 +33,7 @@ def forward(outputs, saved, ids, wte, wpe, positions, *, start):
 
 def backward(grads, inputs, outputs, saved, needs, *, start, into=(None,) * 4):
     ids, wte, wpe, _ = inputs
-    ids, dy = ids.long().contiguous(), grads[0].contiguous()
+    ids, dy = ids.long(), grads[0]
     batch, tokens = ids.shape
     dwte, dwpe = (
         buffer if buffer is not None or not need else torch.zeros(t.shape, dtype=t.dtype, device=t.device)

@@ -24,7 +24,7 @@ from peakgpt import _C
 if reason := sources.objection(_C.source_digest):
     raise ImportError(reason)
 
-__all__ = ["DTYPES", "_C", "dtype_objection", "rows", "scratch", "threads", "workspace"]
+__all__ = ["DTYPES", "_C", "dtype_objection", "rows", "scratch", "threads", "unit_last", "workspace"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/base/types.h
 threads = torch.get_num_threads
@@ -41,8 +41,13 @@ def dtype_objection(*tensors: Tensor | None) -> str | None:
 
 def rows(tensor: Tensor) -> Tensor:
     """Return the tensor as (rows, width) with contiguous rows: a view if its strides allow one, else a copy."""
-    flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+    flat = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def unit_last(tensor: Tensor) -> Tensor:
+    """Return the tensor with stride 1 in its last axis: itself, or a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def scratch(dtype: torch.dtype, *shapes: Sequence[int]) -> list[Tensor]:

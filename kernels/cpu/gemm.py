@@ -34,7 +34,7 @@ def gemm(
         out.
     """
     assert out.dtype == a.dtype or epilogue in (STORE, ADD)
-    if out.stride(1) != 1:  # the gradient of Conv1D's transposed weights
+    if out.stride(1) != 1 == out.stride(0):  # the gradient of Conv1D's transposed weights
         gemm(b.t(), a.t(), out.t(), epilogue=epilogue)
         return out
     a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
@@ -90,7 +90,8 @@ def linear_backward(
     dx = gemm(dy, w, torch.empty_like(x)) if need_x else None
     dw_buffer = into[1]
     dw = dw_buffer if dw_buffer is not None or not need_w else torch.empty_like(w)
-    sums = dy.new_empty(dy.shape[1], dtype=torch.float32) if need_b and need_w and dw.stride(1) == 1 else None
+    summed = need_b and need_w and dw.stride(1) == 1 and dw.numel()  # a product without columns reads no dy
+    sums = dy.new_empty(dy.shape[1], dtype=torch.float32) if summed else None
     if need_w:
         gemm(dy.t(), x, dw, a_sums=sums, epilogue=STORE if dw_buffer is None else ADD)
     db = (dy.sum(0) if sums is None else sums.to(dy.dtype)) if need_b else None

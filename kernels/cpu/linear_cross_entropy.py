@@ -31,7 +31,7 @@ def objection(x: Tensor, *_, **__) -> str | None:
 def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, label_smoothing, z_loss, prefer,
             group, first, vocab, into=(None,) * 4):  # fmt: skip
     flat, target, shard = rows(x), target.reshape(-1).long(), shard_of(group, first, vocab)
-    weight = None if weight is None else weight.reshape(-1).float().contiguous()
+    weight = None if weight is None else weight.reshape(-1).float()
     loss = workspace("loss", torch.float32, target.numel()) if reduction != "none" else outputs[0].view(-1)
     dx, dw = None, into[1]
     stats = workspace("stats", torch.float32, target.numel(), 2)  # m and l
@@ -87,7 +87,7 @@ def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, l
         scale = float(grads[0])
         return *(scaled(saved[i], scale) if needs[i] else None for i in (0, 1)), None, None
     flat, target = rows(x), target.reshape(-1).long()
-    stats, dloss = saved[0].view(-1, 2), grads[0].reshape(-1).contiguous()
+    stats, dloss = saved[0].view(-1, 2), grads[0].reshape(-1)
     dloss = dloss if weight is None else dloss * weight.reshape(-1).float()
     dx = torch.empty_like(flat) if needs[0] else None
     dw = into[1] if into[1] is not None or not needs[1] else torch.empty_like(w)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.cpu.ext import dtype_objection
-from peakgpt.kernels.cpu.linear_q8 import multiply, panels_objection
+from peakgpt.kernels.cpu.linear_q8 import multiply, scale_objection
 
 
-def objection(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, **_) -> str | None:
-    return panels_objection(w, scale, b, torch.bfloat16) or dtype_objection(x)
+def objection(x: Tensor, w: Tensor, scale: Tensor, *_, **__) -> str | None:
+    return scale_objection(scale, torch.bfloat16) or dtype_objection(x)
 
 
 def forward(outputs, saved, x, w, scale, b, *, out, group, activation):

@@ -10,21 +10,17 @@ from peakgpt.kernels.cpu.gemm import ACTIVATIONS
 from peakgpt.kernels.ops.quantize import BLOCK
 
 
-def objection(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, **_) -> str | None:
-    return panels_objection(w, scale, b, torch.float32) or dtype_objection(x)
+def objection(x: Tensor, w: Tensor, scale: Tensor, *_, **__) -> str | None:
+    return scale_objection(scale, torch.float32) or dtype_objection(x)
 
 
 def forward(outputs, saved, x, w, scale, b, *, activation):
     multiply(8, outputs[0], x, w, scale, b, BLOCK, activation)
 
 
-def panels_objection(w: Tensor, scale: Tensor, b: Tensor | None, dtype: torch.dtype) -> str | None:
-    """Return the reason why the kernels do not take a packed weight, or None."""
-    if scale.dtype != dtype:
-        return f"takes {dtype} scales, got {scale.dtype}"
-    if not (w.is_contiguous() and scale.is_contiguous() and (b is None or b.is_contiguous())):
-        return "takes contiguous weights, scales and biases"
-    return None
+def scale_objection(scale: Tensor, dtype: torch.dtype) -> str | None:
+    """Return the reason why the kernels do not take the scales of a packed weight, or None."""
+    return None if scale.dtype == dtype else f"takes {dtype} scales, got {scale.dtype}"
 
 
 def multiply(

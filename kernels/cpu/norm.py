@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, rows, threads
+from peakgpt.kernels.ops.norm import default_eps
 
 
 class Norm:
@@ -30,7 +31,7 @@ class Norm:
 
     def forward(self, outputs, saved, x, *tensors, eps):
         w, b = self._parameters(tensors)
-        x, w, residual = rows(x), w.contiguous(), rows(tensors[0]) if self.residual else None
+        x, residual = rows(x), rows(tensors[0]) if self.residual else None
         _C.norm_forward(
             dtype=DTYPES[x.dtype],
             w_dtype=DTYPES[w.dtype],
@@ -41,8 +42,8 @@ class Norm:
             w=w,
             y=outputs[-1],
             r=saved[-1],
-            eps=eps,
-            b=None if b is None else b.contiguous(),
+            eps=default_eps(x.dtype, eps),
+            b=b,
             residual=residual,
             residual_stride=0 if residual is None else residual.stride(0),
             sum=outputs[0] if self.residual else None,
@@ -54,7 +55,7 @@ class Norm:
         w, _ = self._parameters(inputs[1:])
         need_x, need_residual, need_w, need_b = self._needs(needs)
         x = outputs[0] if self.residual else inputs[0]
-        shape, x, w = x.shape, rows(x), w.contiguous()
+        shape, x = x.shape, rows(x)
         dy = torch.zeros_like(x) if grads[-1] is None else rows(grads[-1])
         dsum = rows(grads[0]) if self.residual and grads[0] is not None else None
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x or need_residual else None

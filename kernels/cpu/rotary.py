@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, threads
+from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, threads, unit_last
 
 NO_GRADIENT = ("cos", "sin")
 MAX_PAIRS = 512  # kMaxPairs in csrc/ops/rotary.h
@@ -29,8 +29,8 @@ def backward(grads, inputs, outputs, saved, needs, *, heads, interleaved):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, heads: int, interleaved: bool) -> None:
-    """Rotate the first heads of x (B, T, N, D) to out, contiguous; the other heads are copied."""
-    x = x if x.stride(3) == 1 else x.contiguous()
+    """Rotate the first heads of x (B, T, N, D) to out and copy the other heads. out, cos and sin are contiguous."""
+    x = unit_last(x)
     batch, tokens, all_heads, width = x.shape
     _C.rotary(
         dtype=DTYPES[x.dtype],
@@ -42,8 +42,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, heads: int, interle
         rotated_heads=heads,
         interleaved=interleaved,
         x=x,
-        cos=cos.float().contiguous(),
-        sin=sin.float().contiguous(),
+        cos=cos.float(),
+        sin=sin.float(),
         y=out,
         threads=threads(),
     )

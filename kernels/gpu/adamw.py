@@ -1,7 +1,7 @@
-"""AdamW in Triton: one launch updates the flat parameter buffer.
+"""AdamW in Triton: one launch updates one parameter, or all parameters of a table (kernels/core/foreach.py).
 
 The step count and the gradient norm stay on the device, so the host never waits for them. Every program of the update
-reads the step count. A second launch increments it after the update. Math: kernels/ops/adamw.py.
+reads the step count of its parameter. A second launch increments it after the update. Math: kernels/ops/adamw.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu import block_map, launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
 # Not measured on hardware. 8 elements a thread are two 16-byte loads of float32.
 BLOCK_N, TILE = 1024, Tile(warps=4)
+COLUMNS = 7  # of a table: elements, then the addresses of the tensors from param to step
 
 
 @triton.jit
@@ -52,7 +54,7 @@ def _split(master):
 
 
 @triton.jit
-def adamw_update(
+def _update(
     param_ptr,
     grad_ptr,
     remainder_ptr,
@@ -61,6 +63,7 @@ def adamw_update(
     step_ptr,
     norm_ptr,
     rate_ptr,
+    at,
     N,
     lr,
     weight_decay,
@@ -72,15 +75,19 @@ def adamw_update(
     log_beta2,
     eps,
     max_norm,
-    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Update one block of parameters and moments. A norm that is not finite leaves everything unchanged."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Update the elements `at` of a parameter and its moments. A norm that is not finite leaves all unchanged.
+
+    MASKED is False only if all elements exist and the norm is finite.
+    """
     end, scale = N, 1.0
     if norm_ptr is not None:
         end = tl.where(_finite(norm_ptr), N, 0)
         scale = tl.minimum(max_norm / (tl.load(norm_ptr) + 1e-6), 1.0)
     live = at < end
+    if not MASKED:
+        live = tl.full(at.shape, 1, tl.int1)
     if rate_ptr is not None:
         lr *= tl.load(rate_ptr)
     t = tl.load(step_ptr) + 1.0
@@ -103,12 +110,105 @@ def adamw_update(
 
 
 @triton.jit
-def adamw_step(step_ptr, norm_ptr):
-    """Increment the step count unless the norm is not finite."""
+def adamw_update(
+    param_ptr,
+    grad_ptr,
+    remainder_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    step_ptr,
+    norm_ptr,
+    rate_ptr,
+    N,
+    lr,
+    weight_decay,
+    beta1,
+    beta2,
+    one_minus_beta1,
+    one_minus_beta2,
+    log_beta1,
+    log_beta2,
+    eps,
+    max_norm,
+    BLOCK_N: tl.constexpr,
+):
+    """Update one block of a parameter."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    _update(
+        param_ptr, grad_ptr, remainder_ptr, exp_avg_ptr, exp_avg_sq_ptr, step_ptr, norm_ptr, rate_ptr, at, N, lr,
+        weight_decay, beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, max_norm, MASKED=True,
+    )  # fmt: skip
+
+
+@triton.jit
+def adamw_update_each(
+    table_ptr,
+    row_ptr,
+    first_ptr,
+    norm_ptr,
+    rate_ptr,
+    lr,
+    weight_decay,
+    beta1,
+    beta2,
+    one_minus_beta1,
+    one_minus_beta2,
+    log_beta1,
+    log_beta2,
+    eps,
+    max_norm,
+    DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Update one block of one parameter of a table; BlockMap says which."""
+    row = tl.load(row_ptr + tl.program_id(0))
+    entry = table_ptr + row * COLUMNS
+    start = (tl.program_id(0) - tl.load(first_ptr + row)).to(tl.int64) * BLOCK_N
+    N, at = tl.load(entry), start + tl.arange(0, BLOCK_N)
+    param_ptr, grad_ptr = block_map.address(entry + 1, DTYPE, ALIGN), block_map.address(entry + 2, DTYPE, ALIGN)
+    remainder_ptr = None
+    if tl.bfloat16 == DTYPE:
+        remainder_ptr = block_map.address(entry + 3, tl.int16, ALIGN)
+    exp_avg_ptr = block_map.address(entry + 4, tl.float32, ALIGN)
+    exp_avg_sq_ptr = block_map.address(entry + 5, tl.float32, ALIGN)
+    step_ptr = block_map.address(entry + 6, tl.float32, 4)
+    whole = start + BLOCK_N <= N
+    if norm_ptr is not None:
+        whole = whole & _finite(norm_ptr)
+    if whole:  # without a mask, its loads have 16 bytes; the compiler does not know that N is a multiple of 16
+        _update(
+            param_ptr, grad_ptr, remainder_ptr, exp_avg_ptr, exp_avg_sq_ptr, step_ptr, norm_ptr, rate_ptr, at, N, lr,
+            weight_decay, beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, max_norm,
+            MASKED=False,
+        )  # fmt: skip
+    else:
+        _update(
+            param_ptr, grad_ptr, remainder_ptr, exp_avg_ptr, exp_avg_sq_ptr, step_ptr, norm_ptr, rate_ptr, at, N, lr,
+            weight_decay, beta1, beta2, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, max_norm,
+            MASKED=True,
+        )  # fmt: skip
+
+
+@triton.jit
+def _count_step(step_ptr, norm_ptr):
     live = True
     if norm_ptr is not None:
         live = _finite(norm_ptr)
     tl.store(step_ptr, tl.load(step_ptr) + 1.0, mask=live)
+
+
+@triton.jit
+def adamw_step(step_ptr, norm_ptr):
+    """Increment the step count unless the norm is not finite."""
+    _count_step(step_ptr, norm_ptr)
+
+
+@triton.jit
+def adamw_step_each(table_ptr, norm_ptr, COLUMNS: tl.constexpr):
+    """Increment the step count of one parameter of a table."""
+    _count_step(block_map.address(table_ptr + tl.program_id(0) * COLUMNS + 6, tl.float32, 4), norm_ptr)
 
 
 def objection(param, grad, remainder, exp_avg, exp_avg_sq, step, norm, rate=None, **_) -> str | None:
@@ -124,13 +224,36 @@ def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, n
         adamw_update[(triton.cdiv(param.numel(), BLOCK_N),)](
             param_ptr=param, grad_ptr=grad, remainder_ptr=remainder, exp_avg_ptr=exp_avg,
             exp_avg_sq_ptr=exp_avg_sq, step_ptr=step, norm_ptr=norm, rate_ptr=rate, N=param.numel(),
-            # Computed in double on the host: 1 - float32(0.999) has a relative error of 1e-5.
-            lr=float(lr), weight_decay=float(weight_decay), beta1=beta1, beta2=beta2,
-            one_minus_beta1=1.0 - beta1, one_minus_beta2=1.0 - beta2, log_beta1=_log(beta1), log_beta2=_log(beta2),
-            eps=float(eps), max_norm=None if max_norm is None else float(max_norm),
+            **_numbers(lr, beta1, beta2, eps, weight_decay, max_norm),
             BLOCK_N=BLOCK_N, num_warps=TILE.warps, num_stages=TILE.stages,
         )  # fmt: skip
         adamw_step[(1,)](step_ptr=step, norm_ptr=norm, num_warps=1)
+
+
+def prepare(table: Tensor, device: torch.device) -> block_map.BlockMap:
+    return block_map.BlockMap(table, device, BLOCK_N, scalars=1)
+
+
+def run_each(blocks, calls, norm=None, rate=None, *, lr, beta1, beta2, eps, weight_decay, max_norm=None):
+    param = calls[0][0]
+    with launch.device_of(param):
+        if blocks.count:
+            adamw_update_each[(blocks.count,)](
+                table_ptr=blocks.table, row_ptr=blocks.row, first_ptr=blocks.first, norm_ptr=norm, rate_ptr=rate,
+                **_numbers(lr, beta1, beta2, eps, weight_decay, max_norm),
+                DTYPE=block_map.DTYPES[param.dtype], ALIGN=blocks.align, COLUMNS=COLUMNS, BLOCK_N=BLOCK_N,
+                num_warps=TILE.warps, num_stages=TILE.stages,
+            )  # fmt: skip
+        adamw_step_each[(len(calls),)](table_ptr=blocks.table, norm_ptr=norm, COLUMNS=COLUMNS, num_warps=1)
+
+
+def _numbers(lr, beta1, beta2, eps, weight_decay, max_norm) -> dict[str, float | None]:
+    """Return the numbers of a kernel, computed in double: 1 - float32(0.999) has a relative error of 1e-5."""
+    return {
+        "lr": float(lr), "weight_decay": float(weight_decay), "beta1": beta1, "beta2": beta2,
+        "one_minus_beta1": 1.0 - beta1, "one_minus_beta2": 1.0 - beta2, "log_beta1": _log(beta1),
+        "log_beta2": _log(beta2), "eps": float(eps), "max_norm": None if max_norm is None else float(max_norm),
+    }  # fmt: skip
 
 
 def _log(beta: float) -> float:
@@ -142,4 +265,8 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
     numbers = [n for n in adamw_update.arg_names if not n.endswith("_ptr") and n not in ("N", "BLOCK_N")]
     types = dict.fromkeys(numbers, "fp32") | {"param_ptr": "*bf16", "grad_ptr": "*bf16", "remainder_ptr": "*i16"}
     yield launch.case(adamw_update, "bf16 clipped", TILE, "fp32", {"BLOCK_N": BLOCK_N}, **types)
+    each = {k: v for k, v in types.items() if not k.endswith("_ptr")} | block_map.AOT_TYPES
+    constants = {"DTYPE": tl.bfloat16, "ALIGN": 16, "COLUMNS": COLUMNS, "BLOCK_N": BLOCK_N}
+    yield launch.case(adamw_update_each, "bf16 clipped", TILE, "fp32", constants, **each)
+    yield launch.case(adamw_step_each, "clipped", Tile(warps=1), "fp32", {"COLUMNS": COLUMNS}, table_ptr="*i64")
     yield launch.case(adamw_step, "clipped", Tile(warps=1), "fp32", {})

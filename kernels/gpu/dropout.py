@@ -52,7 +52,7 @@ def backward(grads, inputs, outputs, saved, needs, *, p):
 def _drop(x: Tensor, seed: Tensor, y: Tensor, p: float) -> None:
     with launch.device_of(x):
         dropout_apply[(triton.cdiv(x.numel(), BLOCK_G * LANES * WORDS),)](
-            x_ptr=x.contiguous(), seed_ptr=seed.long(), y_ptr=y, N=x.numel(), threshold=int(p * 2**32),
+            x_ptr=x, seed_ptr=seed.long(), y_ptr=y, N=x.numel(), threshold=int(p * 2**32),
             keep_scale=1.0 / (1.0 - p), LANES=LANES, WORDS=WORDS, BLOCK_G=BLOCK_G,
             num_warps=TILE.warps, num_stages=TILE.stages,
         )  # fmt: skip

@@ -115,17 +115,17 @@ def embedding_bwd_dwpe(dy_ptr, dwpe_ptr, stride_dy_n, B, T, C, start, BLOCK_C: t
 
 
 def objection(ids: Tensor, wte: Tensor, *_, **__) -> str | None:
-    return launch.objection(wte)
+    return launch.objection(wte, wte)
 
 
 def forward(outputs, saved, ids, wte, wpe, positions, *, start):
     (vocab, width), tokens = wte.shape, ids.shape[1]
     with launch.device_of(wte):
         embedding_fwd[(ids.numel(), triton.cdiv(width, BLOCK_C))](
-            ids_ptr=ids.contiguous(), wte_ptr=wte.contiguous(), wpe_ptr=wpe if wpe is None else wpe.contiguous(),
-            positions_ptr=positions if positions is None else positions.contiguous(), y_ptr=outputs[0], T=tokens,
-            V=vocab, P=0 if wpe is None else wpe.shape[0], C=width, start=start, BLOCK_C=BLOCK_C, num_warps=TILE.warps,
-            num_stages=TILE.stages, **overlap.options(wte, ids.numel()),
+            ids_ptr=ids, wte_ptr=wte.contiguous(), wpe_ptr=wpe if wpe is None else wpe.contiguous(),
+            positions_ptr=positions, y_ptr=outputs[0], T=tokens, V=vocab, P=0 if wpe is None else wpe.shape[0],
+            C=width, start=start, BLOCK_C=BLOCK_C, num_warps=TILE.warps, num_stages=TILE.stages,
+            **overlap.options(wte, ids.numel()),
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from peakgpt.kernels.core.dispatch import interpreted
+from peakgpt.kernels.gpu import interpreter
 
 # Keys of the tile tables. sm_86 stands for all chips with 99 KB of shared memory a block (8.6, 8.9, 12.x).
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
@@ -36,6 +37,8 @@ def expect_version(version: str) -> None:
 
 
 expect_version(triton.__version__)
+if interpreted():
+    interpreter.patch()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +111,13 @@ def arch(x: Tensor) -> str | None:
     return "sm_80" if interpreted() else _arch(x.device.index)
 
 
-def objection(x: Tensor) -> str | None:
-    """Return the reason why no Triton kernel of this package supports x, or None."""
+def objection(x: Tensor, *matrices: Tensor) -> str | None:
+    """Return the reason why no Triton kernel of this package supports x, or one of its matrices, or None."""
     if x.dtype not in DTYPES:
         return f"takes float32, bfloat16 or float16, got {x.dtype}"
+    for matrix in matrices:
+        if not matrix.numel():
+            return f"takes matrices with elements, got {tuple(matrix.shape)}"
     if arch(x) is None:
         return f"needs sm_80 or newer, got {torch.cuda.get_device_name(x.device)}"
     return None
@@ -133,7 +139,12 @@ def processors(x: Tensor) -> int:
 def as_rows(x: Tensor) -> Tensor:
     """Return x as (R, C) with unit stride along C. It is a copy only if the strides of x do not allow a view."""
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return unit_last(x)
+
+
+def unit_last(x: Tensor) -> Tensor:
+    """Return x with stride 1 in its last axis: x itself, or a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:

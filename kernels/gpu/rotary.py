@@ -117,16 +117,19 @@ def _blocks(heads: int, width: int) -> dict[str, int]:
 def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, heads: int, interleaved: bool, *, sign: float = 1.0
 ) -> None:
-    """Fill y (B, T, N, D), contiguous, with x after rotation of its first `heads` heads; sign -1 rotates back."""
+    """Fill y (B, T, N, D) with x after rotation of its first `heads` heads; sign -1 rotates back.
+
+    y, cos and sin are contiguous.
+    """
     batch, tokens, count, width = x.shape
     if not x.numel() or not cos.shape[1]:
         y.copy_(x)
         return
-    x = x if x.stride(3) == 1 else x.contiguous()
+    x = launch.unit_last(x)
     blocks = _blocks(count, width)
     with launch.device_of(x):
         rotary_apply[(batch * tokens, triton.cdiv(count, blocks["BLOCK_N"]))](
-            x_ptr=x, cos_ptr=cos.contiguous(), sin_ptr=sin.contiguous(), y_ptr=y,
+            x_ptr=x, cos_ptr=cos, sin_ptr=sin, y_ptr=y,
             stride_b=x.stride(0), stride_t=x.stride(1), stride_h=x.stride(2), T=tokens, N=count, rotated_heads=heads,
             sign=sign, D=width, PAIRS=cos.shape[1], INTERLEAVED=interleaved, **blocks,
             num_warps=TILE.warps, num_stages=TILE.stages,

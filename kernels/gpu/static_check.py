@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import multiprocessing
 import os
 import re
@@ -28,7 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from peakgpt.kernels import gpu
+from peakgpt.kernels.command_line import Parser
 from peakgpt.kernels.core import backends
+from peakgpt.kernels.strict_json import dumps
 
 if TYPE_CHECKING:  # the module imports Triton, which must not happen before `_worker` runs
     from peakgpt.kernels.gpu.launch import AotCase
@@ -244,7 +245,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(line(row), flush=True)
     if args.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(dumps([asdict(row) for row in rows], indent=1))
     failed = sum(row.failure is not None for row in rows)
     print(f"{len(rows)} rows, {failed} failed", file=sys.stderr)
     return int(failed > 0)
@@ -252,7 +253,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m peakgpt.kernels.gpu.static_check`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     return run(parser.parse_args(argv))
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from peakgpt.kernels.gpu import launch
+from peakgpt.kernels.gpu import block_map, launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
 # Not measured on hardware. 1024 programs are about eight for each streaming multiprocessor of the largest chips.
@@ -28,6 +29,27 @@ def sum_of_squares_partial(x_ptr, partial_ptr, N, range_size, BLOCK_N: tl.conste
     for start in range(begin, end, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
         x = tl.load(x_ptr + at, mask=at < end, other=0.0).to(tl.float32)
+        acc += x * x
+    tl.store(partial_ptr + program, tl.sum(acc, 0))
+
+
+@triton.jit
+def sum_of_squares_partial_each(
+    table_ptr, row_ptr, first_ptr, partial_ptr, blocks, range_size, DTYPE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store the sum over blocks program * range_size .. (program + 1) * range_size - 1 of the tensors of a table."""
+    program = tl.program_id(0)
+    begin = program * range_size
+    acc = tl.zeros([BLOCK_N], tl.float32)
+    for block in range(begin, tl.minimum(begin + range_size, blocks)):
+        row = tl.load(row_ptr + block)
+        start, N = (block - tl.load(first_ptr + row)).to(tl.int64) * BLOCK_N, tl.load(table_ptr + 2 * row)
+        at, x_ptr = start + tl.arange(0, BLOCK_N), block_map.address(table_ptr + 2 * row + 1, DTYPE, ALIGN)
+        if start + BLOCK_N <= N:  # without a mask, its loads have 16 bytes
+            x = tl.load(x_ptr + at).to(tl.float32)
+        else:
+            x = tl.load(x_ptr + at, mask=at < N, other=0.0).to(tl.float32)
         acc += x * x
     tl.store(partial_ptr + program, tl.sum(acc, 0))
 
@@ -57,8 +79,27 @@ def forward(outputs, saved, x, total):
         sum_of_squares_total[(1,)](partial_ptr=partial, total_ptr=total, PROGRAMS=PROGRAMS, num_warps=4)
 
 
+def prepare(table: Tensor, device: torch.device) -> block_map.BlockMap:
+    return block_map.BlockMap(table, device, BLOCK_N)
+
+
+def run_each(blocks, calls, total):
+    x, partial = calls[0][0], torch.empty(PROGRAMS, dtype=torch.float32, device=total.device)
+    with launch.device_of(x):
+        sum_of_squares_partial_each[(PROGRAMS,)](
+            table_ptr=blocks.table, row_ptr=blocks.row, first_ptr=blocks.first, partial_ptr=partial,
+            blocks=blocks.count, range_size=triton.cdiv(blocks.count, PROGRAMS),
+            DTYPE=block_map.DTYPES[x.dtype], ALIGN=blocks.align, BLOCK_N=BLOCK_N,
+            num_warps=TILE.warps, num_stages=TILE.stages,
+        )  # fmt: skip
+        sum_of_squares_total[(1,)](partial_ptr=partial, total_ptr=total, PROGRAMS=PROGRAMS, num_warps=4)
+
+
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """Yield the static check's cases."""
     yield launch.case(sum_of_squares_partial, "bf16", TILE, "bf16", {"BLOCK_N": BLOCK_N}, partial_ptr="*fp32", N="i64",
                       range_size="i64")  # fmt: skip
+    constants = {"DTYPE": tl.bfloat16, "ALIGN": 16, "BLOCK_N": BLOCK_N}
+    yield launch.case(sum_of_squares_partial_each, "bf16", TILE, "bf16", constants, partial_ptr="*fp32",
+                      **block_map.AOT_TYPES)  # fmt: skip
     yield launch.case(sum_of_squares_total, "", Tile(warps=4), "fp32", {"PROGRAMS": PROGRAMS})

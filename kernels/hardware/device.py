@@ -62,12 +62,13 @@ def gpu_clocks(device: torch.device | str | None) -> dict[str, str]:
 
 
 def choose_device(name: torch.device | str | None = None) -> torch.device:
-    """Return the named device; by default the CUDA device if there is one, else the CPU.
+    """Return the named device. None and "auto": the CUDA device if there is one, else the CPU.
 
     Raises:
         ValueError: this machine has no such device.
     """
-    device = resolve_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(auto if name in (None, "", "auto") else name)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"expected one of {torch.cuda.device_count()} CUDA devices, got {str(device)!r}")
     return device

@@ -1,4 +1,4 @@
-"""AdamW over one flat buffer: all parameters of a group in one call, with gradient clipping.
+"""AdamW: the update of one parameter in place, with gradient clipping. core/foreach.py runs it on many parameters.
 
     g = grad * min(1, max_norm / (norm + 1e-6))        t = step + 1
     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2
@@ -48,14 +48,12 @@ def join(param: Tensor, remainder: Tensor) -> Tensor:
 def _check(
     param, grad, remainder, exp_avg, exp_avg_sq, step, norm, rate, *, lr, beta1, beta2, eps, weight_decay, max_norm
 ):
-    n = param.numel()
     if param.dtype not in DTYPES:
         raise ValueError(f"adamw: param has dtype {param.dtype}, expected float32, bfloat16 or float64")
     for name, tensor in (("param", param), ("grad", grad), ("remainder", remainder), ("exp_avg", exp_avg),
                          ("exp_avg_sq", exp_avg_sq)):  # fmt: skip
-        check.shape("adamw", name, tensor, n)
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"adamw: {name} has stride {tensor.stride()}, expected (1,)")
+        check.shape("adamw", name, tensor, *param.shape)
+    check.contiguous("adamw", param=param, remainder=remainder, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check.same("adamw", "param", param, grad=grad)
     check.same("adamw", "exp_avg", exp_avg, exp_avg_sq=exp_avg_sq, step=step, norm=norm, rate=rate)
     check.shape("adamw", "rate", rate)
@@ -109,9 +107,11 @@ def adamw(
     """Update param, its remainder and moments in place by one AdamW step.
 
     Args:
-        param, grad: (N,) contiguous, float32 or bfloat16 (float64 with float64 state, eager only).
-        remainder: (N,) int16, the lower half of the float32 master if param is bfloat16, else None.
-        exp_avg, exp_avg_sq: (N,) float32 moments.
+        param, grad: one shape, float32 or bfloat16 (float64 with float64 state, eager only). All tensors that the
+            op changes must be contiguous.
+        remainder: int16, the lower half of the float32 master if param is bfloat16, else None. Shape of param, as are
+            the moments.
+        exp_avg, exp_avg_sq: float32 moments.
         step: () float32, number of updates so far; incremented.
         norm: () float32, global norm of all gradients; required with max_norm, else None.
         rate: () float32, factor on lr, read on the device: a CUDA graph can follow a learning rate schedule.

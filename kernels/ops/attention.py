@@ -9,10 +9,10 @@ With dropout y = (m * p) v, dv = (m * p)^T dy, ds = p * (m * dy v^T - delta). m 
 `dropout_mask`.
 
 Key j is live for query i if all of these hold: j <= i (if causal), j > i - window, kv_start <= j < kv_start + kv_len,
-and both are in the same document. If T != S, i stands for i + S - T: queries align with the last keys. The output and
-the gradients of a query without a live key are zero. Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithms 1 and
-2; ALiBi: Press, Smith, Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et al. 2023, arXiv:2305.13245. More
-than 300 lines: `attention` and `attention_qkv` share the masks and the costs.
+both are in the same document, and the bias is not -inf. If T != S, i stands for i + S - T: queries align with the last
+keys. The output and the gradients of a query without a live key are zero. Dao 2023, "FlashAttention-2",
+arXiv:2307.08691, algorithms 1 and 2; ALiBi: Press, Smith, Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et
+al. 2023, arXiv:2305.13245. More than 300 lines: `attention` and `attention_qkv` share the masks and the costs.
 """
 
 from __future__ import annotations
@@ -137,19 +137,61 @@ def _alloc(q, *_, needs, **__):
     return (out,), (q.new_empty((batch, heads, tokens), dtype=torch.float32),)
 
 
-def _masked_attention(q, k, v, added, scale, factor):
-    """Attention of (B, H, T, D) operands with weights multiplied by `factor`; torch's function has no such argument."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+def _matmul_attention(q, k, v, *, attn_mask, scale, keep=None, dropout_p=0.0, enable_gqa=False):
+    """F.scaled_dot_product_attention by two matrix products, with factors `keep` on the weights as another argument.
+
+    torch can differentiate it twice and in forward mode, which its fused kernels do not support.
+    """
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q @ k.transpose(-2, -1) * scale
-    if added is not None:
-        scores = scores.masked_fill(~added, float("-inf")) if added.dtype == torch.bool else scores + added
-    return (scores.softmax(-1) * factor).to(v.dtype) @ v
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask
+    dead = (scores == float("-inf")).all(-1, keepdim=True)  # by a bias of -inf
+    weights = scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+    weights = F.dropout(weights, dropout_p) if keep is None else weights * keep
+    return weights.to(v.dtype) @ v
+
+
+def _differentiable(q, k, v, *, causal, window, alibi, bias, scale, dropout, kv_start, kv_len, cu_seqlens, seed):
+    """The values of `attention`, by `_matmul_attention`."""
+    optional = {"alibi": alibi, "bias": bias, "kv_start": kv_start, "kv_len": kv_len, "cu_seqlens": cu_seqlens}
+    return _attend(
+        _matmul_attention, q, k, v, causal=causal, window=window, scale=scale, dropout=dropout, seed=seed, **optional
+    )
+
+
+def _attend(function, q, k, v, *, causal, window, scale, dropout, seed, alibi, bias, kv_start, kv_len, cu_seqlens):
+    """Attention by `function`, which takes (B, H, T, D) operands and the options of F.scaled_dot_product_attention."""
+    mask = live_mask(q, k, causal, window, kv_start, kv_len, cu_seqlens)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    options = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
+    added = bias
+    if alibi is not None:
+        i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
+        distance = torch.arange(k.shape[2], device=q.device) - i
+        slopes = (alibi[:, None, None] * distance).to(q.dtype)[None]
+        added = slopes if bias is None else bias + slopes
+    dead = None
+    if mask is not None:
+        dead = ~mask.any(-1, keepdim=True)
+        mask = mask | dead  # a softmax over no keys is NaN, so a dead row attends to all keys and its output is zeroed
+        added = mask if added is None else added.masked_fill(~mask, float("-inf"))
+    if dropout > 0 and seed is not None:
+        keep = dropout_mask(seed, dropout, *q.shape[:3], k.shape[2]) / (1 - dropout)
+        function, options["keep"] = _matmul_attention, keep
+    else:
+        options["dropout_p"] = dropout
+    y = function(q, k, v, attn_mask=added, scale=default_scale(q.shape[-1], scale), **options)
+    y = y if dead is None else y.masked_fill(dead, 0.0)
+    return y.transpose(1, 2).contiguous()
 
 
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower",
     saved_for_backward=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed", "out"),
-    random_param="dropout",
+    strided=("q", "k", "v", "bias", "out"), random_param="dropout", differentiable=_differentiable,
 )  # fmt: skip
 def attention(
     q: Tensor,
@@ -170,12 +212,12 @@ def attention(
     """Attend from each query to its live keys.
 
     Args:
-        q: (B, T, H, D) float32, bfloat16 or float16, any strides with a contiguous last axis.
+        q: (B, T, H, D) float32, bfloat16 or float16, any strides; copied if the last one is not 1.
         k, v: (B, S, K, D), K divides H: grouped or single key heads by shape.
         causal: query i attends to keys 0 .. i + S - T.
         window: query i attends to at most this many keys: i - window + 1 .. i.
         alibi: (H,) slopes; adds slope * (j - i).
-        bias: (B or 1, H or 1, T, S), added to the scores. It gets a gradient.
+        bias: (B or 1, H or 1, T, S), added to the scores; -inf masks a key. It gets a gradient.
         scale: factor on q k^T. Default: 1 / sqrt(D).
         dropout: probability of dropping an attention weight.
         kv_start, kv_len: (B,) integers; sequence b's keys are kv_start[b] .. kv_start[b] + kv_len[b] - 1.
@@ -188,33 +230,18 @@ def attention(
         ValueError: shapes, dtypes, devices or parameters do not fit.
         NotImplementedError: the forced backend does not support the call; the message says why.
     """
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scale = default_scale(q.shape[-1], scale)
-    grouped = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
-    seeded = dropout > 0 and seed is not None
-    plain = window is None and alibi is bias is kv_start is kv_len is cu_seqlens is None and not seeded
-    if plain and (not causal or q.shape[2] == k.shape[2]):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, scale=scale, **grouped)
+    optional = {"alibi": alibi, "bias": bias, "kv_start": kv_start, "kv_len": kv_len, "cu_seqlens": cu_seqlens}
+    masked = window is not None or any(t is not None for t in optional.values()) or (dropout > 0 and seed is not None)
+    if not masked and (not causal or q.shape[1] == k.shape[1]):
+        grouped = {"enable_gqa": True} if k.shape[2] != q.shape[2] else {}
+        operands = (t.transpose(1, 2) for t in (q, k, v))
+        scale = default_scale(q.shape[-1], scale)
+        y = F.scaled_dot_product_attention(*operands, is_causal=causal, dropout_p=dropout, scale=scale, **grouped)
         return y.transpose(1, 2).contiguous()
-    mask = live_mask(q.transpose(1, 2), k.transpose(1, 2), causal, window, kv_start, kv_len, cu_seqlens)
-    added = bias
-    if alibi is not None:
-        i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
-        distance = torch.arange(k.shape[2], device=q.device) - i
-        slopes = (alibi[:, None, None] * distance).to(q.dtype)[None]
-        added = slopes if bias is None else bias + slopes
-    dead = None
-    if mask is not None:
-        dead = ~mask.any(-1, keepdim=True)
-        mask = mask | dead  # a softmax over no keys is NaN, so a dead row attends to all keys and its output is zeroed
-        added = mask if added is None else added.masked_fill(~mask, float("-inf"))
-    if seeded:
-        keep = dropout_mask(seed, dropout, *q.shape[:3], k.shape[2])
-        y = _masked_attention(q, k, v, added, scale, keep / (1 - dropout))
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale, **grouped)
-    y = y if dead is None else y.masked_fill(dead, 0.0)
-    return y.transpose(1, 2).contiguous()
+    return _attend(
+        F.scaled_dot_product_attention, q, k, v, causal=causal, window=window, scale=scale, dropout=dropout, seed=seed,
+        **optional,
+    )  # fmt: skip
 
 
 def _split(qkv, n_head):
@@ -273,9 +300,30 @@ def _saved_for_backward_qkv(qkv, cos, sin):
     return ("qkv", "out") if cos is None else ("cos", "sin", "out")
 
 
+def _rotated(qkv, cos, sin, n_head, interleaved):
+    if cos is not None:
+        qkv = rotary.eager(qkv, cos, sin, heads=rotated_heads(qkv, n_head), interleaved=interleaved)
+    return _split(qkv, n_head)
+
+
+def _differentiable_qkv(qkv, cos, sin, *, n_head, interleaved, causal, window, scale):
+    tensors, params = attention.bind(_rotated(qkv, cos, sin, n_head, interleaved), {})
+    return attention.run_differentiable(tensors, {**params, "causal": causal, "window": window, "scale": scale})
+
+
+def _restore_qkv(inputs, outputs):
+    if inputs[0] is None:
+        raise RuntimeError(
+            "attention_qkv: got create_graph=True with cos and sin, expected a call without them: backward keeps the "
+            "rotated projection, not qkv. For second derivatives call rotary first, then attention_qkv without them"
+        )
+    return inputs
+
+
 @op(
     cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv,
     autocast="lower", autocast_exempt=("cos", "sin"), saved_for_backward=_saved_for_backward_qkv,
+    strided=("qkv", "out"), differentiable=_differentiable_qkv, restore=_restore_qkv,
 )  # fmt: skip
 def attention_qkv(
     qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, n_head: int, interleaved: bool = False,
@@ -287,7 +335,7 @@ def attention_qkv(
     inside the attention kernel, without another pass over memory.
 
     Args:
-        qkv: (B, T, H + 2 K, D): H query heads, then K key heads, then K value heads; contiguous last axis.
+        qkv: (B, T, H + 2 K, D): H query heads, then K key heads, then K value heads; strides as in `attention`.
         cos, sin: (T, R / 2) dtype of qkv, or float32; both or neither. Fused backends give them no gradient.
         n_head: H.
         interleaved: the layout of feature pairs, as in `rotary`.
@@ -298,7 +346,5 @@ def attention_qkv(
         ValueError: shapes or parameters do not fit.
         NotImplementedError: the forced backend does not support the call; the message says why.
     """
-    if cos is not None:
-        qkv = rotary.eager(qkv, cos, sin, heads=rotated_heads(qkv, n_head), interleaved=interleaved)
-    q, k, v = _split(qkv, n_head)
-    return attention.eager(q, k, v, causal=causal, window=window, scale=scale)
+    heads = _rotated(qkv, cos, sin, n_head, interleaved)
+    return attention.eager(*heads, causal=causal, window=window, scale=scale)

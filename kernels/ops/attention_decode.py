@@ -97,6 +97,12 @@ def _cost(q, k_cache, v_cache, block_tables, lengths, cu_queries=None, k_scale=N
     return Cost(4 * width * heads * pairs, 2 * keys * k_cache.shape[2] * head + 2 * y + tables, 0, 0, y, 0)
 
 
+def _matmul_flops(q, k_cache, v_cache, block_tables, lengths, cu_queries=None, *_, **__):
+    """2 products of 2 D FLOPs per pair of a query and a key of its sequence, live or not, as torch counts."""
+    pairs = int((_queries(q, block_tables, cu_queries) * lengths).sum())
+    return 4 * q.shape[1] * q.shape[2] * pairs
+
+
 def _sample(
     batch: int = 4, queries: int = 1, heads: int = 12, head_dim: int = 64, keys: int = 256,
     kv_heads: int | None = None, block: int = 16, bits: int | None = None, **like,
@@ -123,8 +129,8 @@ def _alloc(q, *_, needs, **__):
 
 
 @op(
-    cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower", gradient=False,
-    autocast_exempt=("k_scale", "v_scale"),
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, strided=("q", "k_cache", "v_cache"),
+    autocast="lower", gradient=False, autocast_exempt=("k_scale", "v_scale"), matmul_flops=_matmul_flops,
 )  # fmt: skip
 def attention_decode(
     q: Tensor,
@@ -144,9 +150,10 @@ def attention_decode(
 
     Args:
         q: (N, H, D) float32, bfloat16 or float16, the new tokens of B sequences, concatenated.
-        k_cache, v_cache: (blocks, block, K, D), any strides with a contiguous last axis; K divides H. A contiguous
-            cache (B, S, K, D) is the case block = S with block_tables = arange(B)[:, None]. Values after a sequence's
-            keys have no effect, not even NaN. Dtype of q, or int8 with scales.
+        k_cache, v_cache: (blocks, block, K, D), any strides; K divides H. Only the eager backend takes a cache whose
+            last axis is not contiguous. A contiguous cache (B, S, K, D) is the case block = S with block_tables =
+            arange(B)[:, None]. Values after a sequence's keys have no effect, not even NaN. Dtype of q, or int8 with
+            scales.
         block_tables: (B, M) int32, the blocks of each sequence. Entries after its keys are not read.
         lengths: (B,) int32, number of keys of each sequence, including its new tokens; at most M * block.
         cu_queries: (B + 1,) int32, the start of each sequence's queries in q, then N. None: one query per sequence.

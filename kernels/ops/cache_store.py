@@ -65,6 +65,7 @@ def _check(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
     check.same(OP, "k", k, v=v)
     check.shape(OP, "k_cache", k_cache, None, None, *k.shape[1:])
     check_cache(OP, "k", k, k_cache, v_cache, k_scale, v_scale)
+    check.distinct(OP, k_cache=k_cache, v_cache=v_cache)
     check.shape(OP, "slots", slots, k.shape[0])
     check.integers(OP, "slots", slots, k.device)
     if check.readable(slots) and slots.numel():
@@ -93,7 +94,10 @@ def _sample(tokens: int = 1024, heads: int = 12, head_dim: int = 64, block: int 
     return k, v, *caches, slots, *(torch.zeros(blocks, block, heads, **scale_like) for _ in "kv")
 
 
-@op(cost=_cost, sample=_sample, check=_check, mutates=("k_cache", "v_cache", "k_scale", "v_scale"))
+@op(
+    cost=_cost, sample=_sample, check=_check, mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
+    strided=("k", "v", "k_cache", "v_cache"), matmul_flops=lambda *_, **__: 0,
+)  # fmt: skip
 def cache_store(
     k: Tensor,
     v: Tensor,
@@ -106,8 +110,9 @@ def cache_store(
     """Write the keys and values of new tokens into a KV cache, in place.
 
     Args:
-        k, v: (N, K, D) float32, bfloat16 or float16, any strides with a contiguous last axis.
-        k_cache, v_cache: (blocks, block, K, D), dtype of k, or int8 with scales; strides as k.
+        k, v: (N, K, D) float32, bfloat16 or float16, any strides.
+        k_cache, v_cache: (blocks, block, K, D), dtype of k, or int8 with scales; any strides but 0. Only the
+            eager backend takes a cache whose last axis is not contiguous.
         slots: (N,) int32 or int64, block index * block + position in the block, without duplicates. Negative: the
             token is not stored.
         k_scale, v_scale: (blocks, block, K) float32, contiguous; written for each stored token.

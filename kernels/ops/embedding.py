@@ -58,7 +58,10 @@ def _alloc(ids, wte, wpe, positions, *, needs, start):
     return (wte.new_empty((*ids.shape, wte.shape[1])),), ()
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("ids", "wte", "wpe", "positions"))
+@op(
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("ids", "wte", "wpe", "positions"),
+    strided=("wte", "wpe"),
+)  # fmt: skip
 def embedding(
     ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Tensor | None = None, *, start: int = 0
 ) -> Tensor:

@@ -41,13 +41,16 @@ def _alloc(x, w, b, *, needs):
     return (short_lived(x, *shape) if any(needs) else x.new_empty(shape),), ()
 
 
-@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w"), autocast="lower")
+@op(
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w"), strided=("x", "w", "out"),
+    autocast="lower",
+)  # fmt: skip
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """Multiply the last axis of x by a weight and add a bias.
 
     Args:
         x: (..., C) float32, bfloat16 or float16.
-        w: (F, C), dtype of x, as F.linear takes it; any strides with one unit stride (Conv1D passes `w.t()`).
+        w: (F, C), dtype of x, as F.linear takes it; any strides; copied if none is 1 (Conv1D passes `w.t()`).
         b: (F,) or None.
     Returns:
         (..., F), dtype of x. The weight's gradient has the weight's strides.

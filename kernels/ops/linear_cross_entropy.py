@@ -93,7 +93,8 @@ def _alloc(x, w, target, weight=None, *, needs, reduction, **_):
 
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w", "target", "weight"),
-    autocast="lower", autocast_exempt=("weight",),
+    strided=("x", "w"), autocast="lower", autocast_exempt=("weight",),
+    counted_as={"group": "", "first": 0, "vocab": 0},
     grad_in_forward=lambda *, reduction, **_: () if reduction == "none" else ("w",),
 )  # fmt: skip
 def linear_cross_entropy(
@@ -139,8 +140,8 @@ def linear_cross_entropy(
     if shard := shard_of(group, first, vocab):
         loss = shard.eager_losses(x.reshape(-1, x.shape[-1]), w, z_loss=z_loss, **labels)
     else:
-        logits = F.linear(x, w)
-        logits = logits.flatten(0, -2) if logits.dtype == torch.float64 else logits.flatten(0, -2).float()
+        logits = F.linear(x, w).reshape(target.numel(), w.shape[0])
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         if weight is None and z_loss == 0.0:
             loss = F.cross_entropy(logits, **labels, reduction=reduction)
             return loss.view(target.shape) if reduction == "none" else loss

@@ -89,7 +89,7 @@ def _alloc_8(x, w, scale, b, *, needs, activation):
     return (short_lived(x, *x.shape[:-1], scale.shape[0]),), ()
 
 
-@op(cost=_cost_8, sample=_sample_8, check=_check_8, alloc=_alloc_8, gradient=False)
+@op(cost=_cost_8, sample=_sample_8, check=_check_8, alloc=_alloc_8, strided=("x",), gradient=False)
 def linear_q8(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = None, *, activation: str = "none") -> Tensor:
     """Multiply the last axis of x, quantized to int8 in blocks of 128, by an int8 weight.
 
@@ -134,7 +134,7 @@ def _alloc_4(x, w, scale, b, *, needs, out, group, activation):
     return (short_lived(x, *x.shape[:-1], _outputs(w, b, out)),), ()
 
 
-@op(cost=_cost_4, sample=_sample_4, check=_check_4, alloc=_alloc_4, gradient=False)
+@op(cost=_cost_4, sample=_sample_4, check=_check_4, alloc=_alloc_4, strided=("x",), gradient=False)
 def linear_q4(
     x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = None, *, out: int | None = None, group: int = 64,
     activation: str = "none",

@@ -65,7 +65,7 @@ def _alloc(x, w_up, b_up, w_down, b_down, *, needs, activation, recompute):
 
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, saved_for_backward=("x", "w_up", "b_up", "w_down"),
-    autocast="lower",
+    strided=("x", "w_up", "w_down", "out"), autocast="lower",
 )  # fmt: skip
 def mlp(
     x: Tensor,
@@ -81,7 +81,7 @@ def mlp(
 
     Args:
         x: (..., C) float32, bfloat16 or float16.
-        w_up: (F, C), dtype of x, as F.linear takes it; any strides with one unit stride (Conv1D passes `w.t()`).
+        w_up: (F, C), dtype of x, as F.linear takes it; any strides; copied if none is 1 (Conv1D passes `w.t()`).
         b_up: (F,) or None.
         w_down: (C_out, F).
         b_down: (C_out,) or None.
@@ -136,7 +136,8 @@ def _alloc_gated(x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, needs, activa
 
 @op(
     cost=_cost_gated, sample=_sample_gated, check=_check_gated, alloc=_alloc_gated,
-    saved_for_backward=("x", "w_gate", "b_gate", "w_up", "b_up", "w_down"), autocast="lower",
+    saved_for_backward=("x", "w_gate", "b_gate", "w_up", "b_up", "w_down"),
+    strided=("x", "w_gate", "w_up", "w_down", "out"), autocast="lower",
 )  # fmt: skip
 def gated_mlp(
     x: Tensor,
@@ -156,7 +157,7 @@ def gated_mlp(
 
     Args:
         x: (..., C) float32, bfloat16 or float16.
-        w_gate, w_up: (F, C), dtype of x, as F.linear takes it; any strides with one unit stride.
+        w_gate, w_up: (F, C), dtype of x, as F.linear takes it; any strides; copied if none is 1.
         b_gate, b_up: (F,) or None.
         w_down: (C_out, F).
         b_down: (C_out,) or None.

@@ -67,6 +67,11 @@ def _sample_add(rows: int = 1024, width: int = 768, **like):
     return x, torch.randn(rows, width, **like), w, b
 
 
+def _restore_add(inputs, outputs):
+    """The gradients are those of x = sum and residual = 0."""
+    return outputs[0], torch.zeros_like(outputs[0]), *inputs[2:]
+
+
 def _statistic(x: Tensor) -> Tensor:
     """A float32 number per row."""
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -83,9 +88,14 @@ def _layernorm(x: Tensor, w: Tensor, b: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w, b, eps)
 
 
-def _rmsnorm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+def default_eps(dtype: torch.dtype, eps: float | None) -> float:
+    """eps, or the machine epsilon of the dtype in which RMSNorm computes: float32 for narrower inputs, as in torch."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps if eps is None else eps
+
+
+def _rmsnorm(x: Tensor, w: Tensor, eps: float | None) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), x.shape[-1:], w.to(wide), eps).to(x.dtype)
+    return F.rms_norm(x.to(wide), x.shape[-1:], w.to(wide), default_eps(x.dtype, eps)).to(x.dtype)
 
 
 @op(
@@ -94,6 +104,7 @@ def _rmsnorm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     sample=_sample,
     alloc=lambda x, w, b, *, needs, eps: ((short_lived(x, *x.shape),), (_statistic(x), _statistic(x))),
     saved_for_backward=("x", "w"),
+    strided=("x", "out"),
     autocast="norm",
 )
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -118,15 +129,16 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, *, eps: float = 1e-
     sample=lambda rows=1024, width=768, **like: _sample(rows, width, **like)[:2],
     alloc=lambda x, w, *, needs, eps: ((_empty(x),), (_statistic(x),)),
     saved_for_backward=("x", "w"),
+    strided=("x", "out"),
     autocast="norm",
 )
-def rmsnorm(x: Tensor, w: Tensor, *, eps: float = 1e-5) -> Tensor:
+def rmsnorm(x: Tensor, w: Tensor, *, eps: float | None = None) -> Tensor:
     """Scale the last axis of x to a root mean square of 1, then by w.
 
     Args:
         x: (..., C) float32, bfloat16 or float16, any strides.
         w: (C,) dtype of x, or float32.
-        eps: added to the mean square.
+        eps: added to the mean square. Default: `default_eps`, as in F.rms_norm.
     Returns:
         (..., C), dtype of x. Fused backends compute the statistic in float32 and round once.
     Raises:
@@ -145,6 +157,8 @@ def rmsnorm(x: Tensor, w: Tensor, *, eps: float = 1e-5) -> Tensor:
         (_statistic(x), _statistic(x)),
     ),
     saved_for_backward=("w", "sum"),
+    restore=_restore_add,
+    strided=("x", "residual", "sum", "normed"),
     outputs=("sum", "normed"),
     autocast="norm",
 )
@@ -173,16 +187,18 @@ def add_layernorm(
     sample=lambda rows=1024, width=768, **like: _sample_add(rows, width, **like)[:3],
     alloc=lambda x, residual, w, *, needs, eps: ((_empty(x), _empty(x)), (_statistic(x),)),
     saved_for_backward=("w", "sum"),
+    restore=_restore_add,
+    strided=("x", "residual", "sum", "normed"),
     outputs=("sum", "normed"),
     autocast="norm",
 )
-def add_rmsnorm(x: Tensor, residual: Tensor, w: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def add_rmsnorm(x: Tensor, residual: Tensor, w: Tensor, *, eps: float | None = None) -> tuple[Tensor, Tensor]:
     """Add the residual to x and apply RMSNorm to the sum, in one pass over memory.
 
     Args:
         x, residual: (..., C) float32, bfloat16 or float16, same shape and dtype, any strides.
         w: (C,) dtype of x, or float32.
-        eps: added to the mean square.
+        eps: added to the mean square. Default: `default_eps`, as in F.rms_norm.
     Returns:
         (sum, normed): both (..., C), dtype of x. normed is computed from the sum rounded to that dtype.
     Raises:

@@ -53,12 +53,15 @@ def _alloc(x, cos, sin, *, needs, **_):
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device),), ()
 
 
-@op(cost=_cost, sample=_sample, typical={"heads": 24}, check=_check, alloc=_alloc, saved_for_backward=("cos", "sin"))
+@op(
+    cost=_cost, sample=_sample, typical={"heads": 24}, check=_check, alloc=_alloc, saved_for_backward=("cos", "sin"),
+    strided=("x", "out"),
+)  # fmt: skip
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, interleaved: bool = False) -> Tensor:
     """Rotate the first heads of a packed projection (queries and keys) and copy the others (values).
 
     Args:
-        x: (B, T, N, D) float32, bfloat16 or float16: H query heads, K key heads, K value heads.
+        x: (B, T, N, D) float32, bfloat16 or float16, any strides: H query heads, K key heads, K value heads.
         cos, sin: (T, R / 2) dtype of x, or float32: of the angle at each position. Fused backends give no gradient.
         heads: H + K, the number of heads to rotate.
         interleaved: a pair is two neighboring features, else two features R / 2 apart.

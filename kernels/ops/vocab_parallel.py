@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from peakgpt.kernels.core.autograd import first_order
 
 
 def vocab_shard(w: Tensor, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
@@ -129,7 +130,7 @@ class _Gather(torch.autograd.Function):
         return shard.gather(local)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         return grad[ctx.rank], None
 
@@ -143,7 +144,7 @@ class _Replicated(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         total = grad.clone(memory_format=torch.contiguous_format)
         ctx.shard.all_reduce(total)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +124,15 @@ def test_lm_eval_client_gets_same_scores_from_the_server(scores_by_model):
     ours, reference = (dict(scores_by_model[name]["samples"]["peak_choice"]) for name in ("local-completions", "hf"))
     assert len(ours) == 8 and ours.pop(3) != reference.pop(3)
     assert_same(ours, reference)
+
+
+@pytest.mark.parametrize("flags", [(), ("--device", "auto")], ids=str)
+def test_documented_command_runs(folder, flags):
+    """Without --device the harness passes cuda:0, also on a machine without a GPU."""
+    document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    words = re.search(r"^python (-m peakgpt\.harness .*?)  +#", document, re.MULTILINE)[1]
+    words = words.replace("CHECKPOINT", str(folder / "model")).replace("TASK", "peak_choice").split()
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    command = [sys.executable, *words, "--include_path", str(folder), *flags]
+    done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "|peak_choice|" in done.stdout, done.stderr[-3000:]

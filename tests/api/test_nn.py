@@ -34,7 +34,7 @@ def gpt2_attention(layer, x):
         (lambda: peakgpt.nn.GELUMLP(24), lambda: GPT2MLP(96, CONFIG), lambda layer, x: layer(x)),
         (lambda: peakgpt.nn.CausalSelfAttention(24, 3), lambda: GPT2Attention(CONFIG, layer_idx=0), gpt2_attention),
         (lambda: peakgpt.nn.LayerNorm(24), lambda: torch.nn.LayerNorm(24), lambda layer, x: layer(x)),
-        (lambda: peakgpt.nn.RMSNorm(24), lambda: torch.nn.RMSNorm(24, eps=1e-5), lambda layer, x: layer(x)),
+        (lambda: peakgpt.nn.RMSNorm(24), lambda: torch.nn.RMSNorm(24), lambda layer, x: layer(x)),
     ],
     ids=["GELUMLP", "CausalSelfAttention", "LayerNorm", "RMSNorm"],
 )

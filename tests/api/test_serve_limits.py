@@ -36,8 +36,8 @@ CHAT = {
     "logprobs": (20, lambda n: {"logprobs": True, "top_logprobs": n}),
 }
 TIMES = {"header_s": 10.0, "body_s": 20.0, "write_s": 30.0, "keep_alive_s": 5, "drain_s": 30}
-OTHERS = {"header_bytes": 16 << 10, "headers": 100, "body_bytes": 1 << 20, "json_depth": 8, "queue": 512,
-          "connections": 256}  # fmt: skip
+OTHERS = {"header_bytes": 16 << 10, "headers": 100, "body_bytes": 1 << 20, "json_depth": 8, "json_containers": 1024,
+          "json_keys": 4096, "prompt_logprobs": 1 << 19, "queue": 512, "connections": 256}  # fmt: skip
 
 
 def test_every_limit_has_a_test():
@@ -60,6 +60,34 @@ def test_json_depth_limit():
     assert parse(nested(OTHERS["json_depth"]), LIMITS)
     with pytest.raises(BadRequest, match="more than 8 levels"):
         parse(nested(OTHERS["json_depth"] + 1), LIMITS)
+
+
+def test_json_container_limit():
+    """Brackets in strings do not count."""
+    many = lambda count: b'{"[{\\"[": [' + b",".join([b'"]}[{\\\\"', b"{}"] * (count - 1)) + b"]}"  # noqa: E731
+    assert parse(many(OTHERS["json_containers"]), LIMITS)
+    with pytest.raises(BadRequest, match="more than 1024 objects and lists"):
+        parse(many(OTHERS["json_containers"] + 1), LIMITS)
+
+
+def test_prompt_logprob_limit(running):
+    """prompt tokens x n x (1 + logprobs): 128 prompts of 4096 tokens with the chosen token only, for example."""
+    requests, most = running.server.requests, OTHERS["prompt_logprobs"]
+    ask = lambda tokens: requests._check_prompt_logprobs(  # noqa: E731
+        check_request({"prompt": "x", "echo": True, "logprobs": 3, "n": 2}, chat=False, limits=LIMITS), [range(tokens)]
+    )
+    ask(most // 8)
+    with pytest.raises(BadRequest, match="log-probabilities of prompts") as refusal:
+        ask(most // 8 + 1)
+    assert refusal.value.body["error"]["param"] == "logprobs"
+
+
+def test_json_key_limit():
+    """Colons in strings do not count."""
+    many = lambda count: json.dumps({f"{i}::": ":" for i in range(count)}).encode()  # noqa: E731
+    assert parse(many(OTHERS["json_keys"]), LIMITS)
+    with pytest.raises(BadRequest, match="4097 keys, expected up to 4096"):
+        parse(many(OTHERS["json_keys"] + 1), LIMITS)
 
 
 @pytest.mark.parametrize("declared", [True, False])

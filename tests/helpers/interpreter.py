@@ -1,74 +1,30 @@
-"""Patch Triton's interpreter so that bfloat16, TF32 and masked loads behave as on a GPU.
+"""Make Triton's interpreter as strict as a GPU, on top of the corrections of peakgpt.kernels.gpu.interpreter.
 
-Triton 3.6 and 3.7 store bfloat16 as uint16 bit patterns in numpy and compute on the patterns: `tl.dot` multiplies
-them, arithmetic and comparisons are wrong, a cast from float32 truncates. They ignore `input_precision`, so a missing
-"ieee" has no effect here but costs 13 bits on a GPU. A masked load without `other` returns 0; on a GPU it returns any
-value.
+bfloat16 arithmetic, comparisons and reductions, which the interpreter computes on bit patterns, raise. A masked load
+without `other` gives NaN; on a GPU it gives any value, in the interpreter 0.
 """
 
 import functools
 
 import numpy as np
 
-_BF16_NAN = 0x7FC0
-
-
-def to_bf16_bits(x):
-    """Convert a float32 array to bfloat16 bit patterns, rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    return np.where(np.isnan(x), _BF16_NAN, rounded).astype(np.uint16)
-
-
-def from_bf16_bits(bits):
-    """Convert bfloat16 bit patterns to a float32 array, exactly."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def to_tf32(x):
-    """Round the mantissa of a float32 array to TF32's 10 bits."""
-    return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
-
 
 @functools.cache  # once per process
 def patch() -> None:
     """Patch the interpreter's builder, for kernels decorated before or after the call."""
     import triton.language as tl
-    from triton._C.libtriton import ir
     from triton.runtime import interpreter as it
 
+    from peakgpt.kernels.gpu import interpreter
+
+    interpreter.patch()
     builder = it.InterpreterBuilder
-    plain_cast, plain_load, plain_dot = builder.cast_impl, builder.create_masked_load, builder.create_dot
-    plain_fp_to_fp, plain_check = builder.create_fp_to_fp, it.ReduceScanOpInterface.check_tensor
-    plain_patch_lang = it._patch_lang
-
-    def cast(self, src, dst_type):
-        if src.dtype.scalar == tl.bfloat16:
-            src = it.TensorHandle(from_bf16_bits(src.data), tl.float32)
-        if dst_type.scalar == tl.bfloat16:
-            return it.TensorHandle(to_bf16_bits(src.data.astype(np.float32)), tl.bfloat16)
-        return plain_cast(self, src, dst_type)
-
-    def fp_to_fp(self, src, dst_type, rounding_mode):
-        if dst_type.scalar == tl.bfloat16 and rounding_mode == ir.ROUNDING_MODE.RTNE:
-            return cast(self, src, dst_type)
-        return plain_fp_to_fp(self, src, dst_type, rounding_mode)
-
-    def operand(x, input_precision):
-        if x.dtype.scalar == tl.bfloat16:
-            return it.TensorHandle(from_bf16_bits(x.data), tl.float32)
-        if x.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
-            return it.TensorHandle(to_tf32(x.data), tl.float32)
-        return x
-
-    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        a, b = operand(a, input_precision), operand(b, input_precision)
-        return plain_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+    plain_load, plain_check = builder.create_masked_load, it.ReduceScanOpInterface.check_tensor
 
     def masked_load(self, ptrs, mask, other, *rest, **options):
         element = ptrs.get_element_ty()
         if other is None and element.is_floating() and element.primitive_bitwidth >= 16:
-            nan = _BF16_NAN if element == tl.bfloat16 else np.nan
+            nan = interpreter.BF16_NAN if element == tl.bfloat16 else np.nan
             other = it.TensorHandle(np.full(ptrs.data.shape, nan, dtype=it._get_np_dtype(element)), element)
         return plain_load(self, ptrs, mask, other, *rest, **options)
 
@@ -86,16 +42,7 @@ def patch() -> None:
             raise TypeError("reduction of bfloat16: cast to float32 first, as all kernels of this project do")
         plain_check(self, tensors)
 
-    def patch_lang(fn):
-        # Patching triton.language at each call of a device function took half of the time. Skip it if it is patched.
-        languages = [m for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values())]
-        if any(tl.core.is_builtin(m.load) for m in languages):
-            return plain_patch_lang(fn)
-        return it._LangPatchScope()
-
-    it._patch_lang = patch_lang
-    builder.cast_impl, builder.create_fp_to_fp = cast, fp_to_fp
-    builder.create_dot, builder.create_masked_load = dot, masked_load
+    builder.create_masked_load = masked_load
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_rsqrt", "create_erf"):
         setattr(builder, name, no_bf16(getattr(builder, name)))
     it.ReduceScanOpInterface.check_tensor = check_tensor

@@ -44,9 +44,9 @@ def tiny_model(tokenizer):
 class Running:
     """A server that runs in its own thread."""
 
-    def __init__(self, model, tokenizer, send_bytes=None, limits=LIMITS_HERE, **options):
+    def __init__(self, model, tokenizer, send_bytes=None, limits=LIMITS_HERE, name="tiny", **options):
         self.engine = Engine(model, tokenizer, blocks=40)
-        self.server = serve.Server(self.engine, tokenizer, name="tiny", limits=limits, **options)
+        self.server = serve.Server(self.engine, tokenizer, name=name, limits=limits, **options)
         listening = socket.create_server(("127.0.0.1", 0))
         if send_bytes:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peakgpt.dropin.attention_function import Mask, additive_mask, attention_forward, expand_bias, masked_attention
-from peakgpt.dropin.class_swap import Replacement, linear_layout, linear_weight
+from peakgpt.dropin.attention_function import (
+    Mask,
+    additive_mask,
+    attention_forward,
+    expand_bias,
+    is_known_mask,
+    masked_attention,
+)
+from peakgpt.dropin.class_swap import Replacement
+from peakgpt.dropin.intact import has_replaced_class, is_plain_tensor
 from peakgpt.engine.model.positions import alibi_slopes
-from peakgpt.kernels.ops.attention import attention
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.rotary import rotary
 
@@ -29,7 +36,7 @@ class RotaryAttention(TransformersAttention):
 
     def forward(self, hidden_states, *args, position_embeddings=None, attention_mask=None, **kwargs):
         # More than one row of position_embeddings: each sequence has its own positions.
-        if args or position_embeddings is None or len(position_embeddings[0]) != 1:
+        if args or position_embeddings is None or len(position_embeddings[0]) != 1 or not is_known_mask(attention_mask):
             kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
             return super().forward(hidden_states, *args, **kwargs)
         names = self._peakgpt
@@ -41,8 +48,8 @@ class RotaryAttention(TransformersAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
-        y, _ = attention_forward(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return getattr(self, names["out"])(y.flatten(2)), None
+        y, weights = attention_forward(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return getattr(self, names["out"])(y.flatten(2)), weights
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values, (B, T, H or K, D)."""
@@ -52,38 +59,48 @@ class RotaryAttention(TransformersAttention):
         return tuple(layer(x).unflatten(-1, (-1, self.head_dim)) for layer in layers)
 
 
+class WithWeights(NamedTuple):
+    """A mask for `_attn` of GPT-J and GPT-Neo, which has no other argument to ask for the attention weights."""
+
+    mask: Mask | Tensor | None
+
+
 class GPTJAttention(TransformersAttention):
     """GPT-J and GPT-Neo. They compute attention in the method `_attn`."""
 
-    def forward(self, *args, output_attentions=False, **kwargs):
-        _reject_output_attentions(output_attentions)
-        return super().forward(*args, **kwargs)
+    def forward(self, *args, attention_mask=None, output_attentions=False, **kwargs):
+        mask = WithWeights(attention_mask) if output_attentions else attention_mask
+        return super().forward(*args, attention_mask=mask, output_attentions=output_attentions, **kwargs)
 
     def _attn(self, query, key, value, attention_mask=None):
-        if not isinstance(attention_mask, Mask):
-            mask = None if attention_mask is None else additive_mask(attention_mask, query)
-            return super()._attn(query, key, value, mask)
-        window = self.config.window_size if getattr(self, "attention_type", "") == "local" else None
+        mask, weights = attention_mask, False
+        if isinstance(mask, WithWeights):
+            mask, weights = mask.mask, True
+        local = getattr(self, "attention_type", None)  # GPT-Neo, which is causal without a mask too
+        mask = Mask(causal=local is not None) if mask is None else mask
+        if local is not None and isinstance(mask, Tensor):
+            bias, mask = additive_mask(mask, query), Mask(causal=True)
+        else:
+            bias = None
+        window = self.config.window_size if local == "local" else None
         scale = 1.0 / self.scale_attn if hasattr(self, "scale_attn") else 1.0
-        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        dropout = self.attn_dropout.p if self.training else 0.0
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        y = masked_attention(q, k, v, attention_mask, scale=scale, dropout=dropout, window=window)
-        return y.transpose(1, 2), None
+        q, k, v = (t.transpose(1, 2).to(value.dtype) for t in (query, key, value))
+        y, p = masked_attention(
+            q, k, v, mask, bias, scale=scale, dropout=self.attn_dropout, window=window, weights=weights
+        )
+        return y.transpose(1, 2), p
 
 
 class OpenAIGPTAttention(TransformersAttention):
     """GPT-1, with its own causal mask and an additive padding mask."""
 
     def _attn(self, q, k, v, attention_mask=None, output_attentions=False):
-        if output_attentions:
-            return super()._attn(q, k, v, attention_mask, output_attentions)
         q, k, v = q.transpose(1, 2), k.permute(0, 3, 1, 2), v.transpose(1, 2)
-        y = attention(
-            q, k, v, scale=None if self.scale else 1.0, bias=expand_bias(attention_mask, q, k),
-            dropout=self.attn_dropout.p if self.training else 0.0,
+        y, weights = masked_attention(
+            q, k, v, Mask(causal=True), None if attention_mask is None else additive_mask(attention_mask, q),
+            scale=None if self.scale else 1.0, dropout=self.attn_dropout, weights=output_attentions,
         )  # fmt: skip
-        return [y.transpose(1, 2)]
+        return [y.transpose(1, 2), weights] if output_attentions else [y.transpose(1, 2)]
 
 
 class BloomAttention(TransformersAttention):
@@ -100,7 +117,6 @@ class BloomAttention(TransformersAttention):
         self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, output_attentions=False,
         **kwargs,
     ):  # fmt: skip
-        _reject_output_attentions(output_attentions)
         q, k, v = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, 3, self.head_dim)).unbind(3)
         if layer_past is not None:
             k, v = (t.transpose(1, 2) for t in layer_past.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
@@ -108,19 +124,16 @@ class BloomAttention(TransformersAttention):
         if not isinstance(attention_mask, Mask) or attention_mask.keys is not None:
             # BLOOM counts positions over valid keys only.
             positions = {"bias": expand_bias(alibi.unflatten(0, (len(q), -1)), q, k)}
-        dropout = self.attention_dropout.p if self.training else 0.0
-        y = masked_attention(q, k, v, attention_mask, scale=self.inv_norm_factor, dropout=dropout, **positions)
+        y, weights = masked_attention(
+            q, k, v, attention_mask, scale=self.inv_norm_factor, dropout=self.attention_dropout,
+            weights=output_attentions, **positions,
+        )  # fmt: skip
         y = F.dropout(self.dense(y.flatten(2)), self.hidden_dropout, self.training)
-        return residual + y, None
-
-
-def _reject_output_attentions(output_attentions: Any) -> None:
-    if output_attentions:
-        raise ValueError("attention: got output_attentions=True, expected False: patched models store no weights")
+        return residual + y, weights
 
 
 class MultiheadAttention(Replacement):
-    """nn.MultiheadAttention with need_weights=False, as nn.TransformerEncoderLayer calls it."""
+    """nn.MultiheadAttention. As in torch, it reads the weight of `out_proj` and does not call that module."""
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
@@ -137,10 +150,16 @@ class MultiheadAttention(Replacement):
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
         is_causal=False,
     ):  # fmt: skip
-        if need_weights or query.dim() != 3 or linear_layout(self.out_proj) is None:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        options = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+        if query.dim() == key.dim() == value.dim() == 2:  # no batch
+            batch = 1 - self.batch_first
+            padding = None if key_padding_mask is None else key_padding_mask[None]
+            y, weights = self.forward(
+                *(t.unsqueeze(batch) for t in (query, key, value)), padding, attn_mask=attn_mask, **options
             )
+            return y.squeeze(batch), None if weights is None else weights.squeeze(0)
+        if not self._peakgpt_supports(query, key, value, key_padding_mask, attn_mask, is_causal):
+            return super().forward(query, key, value, key_padding_mask, attn_mask=attn_mask, **options)
         w, b = self.in_proj_weight.chunk(3), [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         if query is key is value:
             heads = linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
@@ -150,11 +169,27 @@ class MultiheadAttention(Replacement):
             heads = [t.transpose(0, 1) for t in heads]
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in heads)
         bias = self._additive_masks(q, attn_mask, key_padding_mask)
-        y = attention(
-            q, k, v, causal=False, bias=expand_bias(bias, q, k), dropout=self.dropout if self.training else 0.0
-        ).flatten(2)  # fmt: skip
-        y = y if self.batch_first else y.transpose(0, 1)
-        return linear(y, linear_weight(self.out_proj), self.out_proj.bias), None
+        dropout = self.dropout if self.training else 0.0
+        y, weights = masked_attention(q, k, v, Mask(False), bias, dropout=dropout, weights=need_weights)
+        y = y.flatten(2) if self.batch_first else y.flatten(2).transpose(0, 1)
+        weights = weights.mean(1) if weights is not None and average_attn_weights else weights
+        return linear(y, self.out_proj.weight, self.out_proj.bias), weights
+
+    def _peakgpt_supports(self, query, key, value, padding, mask, is_causal) -> bool:
+        """Return whether forward supports these inputs. The forward of torch says what is wrong with the others."""
+        if not (has_replaced_class(self) and has_replaced_class(self.out_proj)):
+            return False
+        if not query.dim() == key.dim() == value.dim() == 3 or query.is_nested or key.is_nested or value.is_nested:
+            return False
+        batch, row = (0, 1) if self.batch_first else (1, 0)
+        queries, keys = query.shape[row], key.shape[row]
+        return (
+            all(m is None or m.dtype == torch.bool or m.is_floating_point() for m in (mask, padding))
+            and (mask is None or mask.shape[-2:] == (queries, keys))
+            and (padding is None or padding.shape == (key.shape[batch], keys))
+            and not (is_causal and mask is None)
+            and is_plain_tensor(self.in_proj_weight) and is_plain_tensor(self.out_proj.weight)
+        )  # fmt: skip
 
     def _additive_masks(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """Combine both masks into one additive mask, (B or 1, H or 1, T or 1, S). In torch True means masked."""
@@ -164,7 +199,5 @@ class MultiheadAttention(Replacement):
             masks.append(mask)
         if padding is not None:
             masks.append(padding[:, None, None])
-        masks = [m if m.dtype.is_floating_point else additive_mask(~m, q) for m in masks]
-        total = sum(masks) if masks else None
-        # The sum of two masks may overflow, and masks of torch hold -inf. A fully masked row would then be NaN.
-        return None if total is None else total.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)
+        masks = [additive_mask(~m if m.dtype == torch.bool else m, q) for m in masks]
+        return sum(masks).to(q.dtype) if masks else None

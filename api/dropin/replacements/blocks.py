@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peakgpt.dropin.attention_function import attention_forward
+from peakgpt.dropin.attention_function import attention_forward, is_known_mask
 from peakgpt.dropin.class_swap import Replacement, linear_layout, linear_weight
-from peakgpt.dropin.replacements.layers import BaseMLP, LayerNorm, add_norm, sum_and_norm
+from peakgpt.dropin.replacements.layers import BaseMLP, add_norm, is_intact_norm, sum_and_norm
 from peakgpt.engine.model.plain import has_own_call
 from peakgpt.kernels.ops.linear import linear
-from peakgpt.kernels.ops.norm import add_layernorm, layernorm
+from peakgpt.kernels.ops.norm import layernorm
 
 
 class GPT2Block(Replacement):
@@ -25,15 +25,11 @@ class GPT2Block(Replacement):
         return None
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None, **kwargs):
+        if encoder_hidden_states is not None or not (is_known_mask(attention_mask) and self._peakgpt_intact()):
+            return super().forward(hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs)
         parts = self._modules
         attn, mlp, first, second = parts["attn"], parts["mlp"], parts["ln_1"], parts["ln_2"]
         qkv_proj, out_proj = attn._modules["c_attn"], attn._modules["c_proj"]
-        norms = isinstance(first, LayerNorm) and isinstance(second, LayerNorm)
-        unchanged = type(attn) is self._peakgpt["attn"] and norms
-        hooked = has_own_call(attn) or has_own_call(first) or has_own_call(second)
-        plain = unchanged and not hooked and linear_layout(qkv_proj) and linear_layout(out_proj)
-        if encoder_hidden_states is not None or not plain:
-            return super().forward(hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs)
         kwargs.pop("encoder_attention_mask", None)
         x, shape = hidden_states, (*hidden_states.shape[:-1], 3, attn.num_heads, attn.head_dim)
         h = layernorm(x, first.weight, first.bias, eps=first.eps)
@@ -44,8 +40,18 @@ class GPT2Block(Replacement):
         dropout = attn.attn_dropout.p if attn.training else 0.0
         y, _ = attention_forward(attn, q, k, v, attention_mask, dropout, attn.scaling, **kwargs)
         y = attn.resid_dropout(linear(y.flatten(2), linear_weight(out_proj), out_proj.bias))
-        x, h = add_layernorm(y.to(x.dtype), x, second.weight, second.bias, eps=second.eps)
+        x, h = sum_and_norm(second, y, x)
         return x + mlp(h)
+
+    def _peakgpt_intact(self) -> bool:
+        """Return whether nothing has changed the attention, its projections and the norms."""
+        parts = self._modules
+        attn = parts["attn"]
+        return (
+            type(attn) is self._peakgpt["attn"] and not has_own_call(attn)
+            and is_intact_norm(parts["ln_1"]) and is_intact_norm(parts["ln_2"])
+            and bool(linear_layout(attn._modules["c_attn"]) and linear_layout(attn._modules["c_proj"]))
+        )  # fmt: skip
 
 
 class InlineMLPBlock(BaseMLP):

@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.dropin.class_swap import (
+    CONV1D,
     Replacement,
     class_path,
     has_float_weight,
+    layout_of,
     linear_layout,
     linear_weight,
     sample_rows,
 )
+from peakgpt.dropin.intact import dropout_rate, is_intact, is_plain_tensor
 from peakgpt.engine.model.plain import has_own_call
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
@@ -46,11 +49,18 @@ class Linear(Replacement):
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
         return None if has_float_weight(module) else f"its weight is {module.weight.dtype}"
 
+    @classmethod
+    def _peakgpt_attributes(cls, kind: type) -> dict[str, Any]:
+        return {"_peakgpt_layout": layout_of(kind)}
+
     def _peakgpt_sample(self) -> tuple[Tensor, ...]:
         return sample_rows(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, linear_weight(self), self.bias)
+        w = self.weight  # read once: a parametrization computes it, and spectral_norm changes its state
+        if not is_plain_tensor(w):
+            return super().forward(x)
+        return linear(x, w.t() if self._peakgpt_layout == CONV1D else w, self.bias)
 
 
 class LayerNorm(Replacement):
@@ -66,17 +76,23 @@ class LayerNorm(Replacement):
         return sample_rows(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layernorm(x, self.weight, self.bias, eps=self.eps)
+        w = self.weight
+        if not is_plain_tensor(w):
+            return super().forward(x)
+        return layernorm(x, w, self.bias, eps=self.eps)
 
 
 class RMSNorm(Replacement):
-    """RMSNorm of Llama and T5."""
+    """RMSNorm of Llama and T5. Each has its own dtype of the result if those of input and weight differ."""
 
     def _peakgpt_sample(self) -> tuple[Tensor, ...]:
         return sample_rows(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rmsnorm(x, self.weight, eps=self.variance_epsilon)
+        w = self.weight
+        if not is_plain_tensor(w) or x.dtype != w.dtype:
+            return super().forward(x)
+        return rmsnorm(x, w, eps=self.variance_epsilon)
 
 
 class TorchRMSNorm(RMSNorm):
@@ -87,12 +103,20 @@ class TorchRMSNorm(RMSNorm):
         return LayerNorm.objection(module, options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rmsnorm(x, self.weight, eps=torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+        w = self.weight
+        if not is_plain_tensor(w) or x.dtype != w.dtype:
+            return nn.RMSNorm.forward(self, x)
+        return rmsnorm(x, w, eps=self.eps)
+
+
+def is_intact_norm(norm: nn.Module) -> bool:
+    """Return whether this is a replaced nn.LayerNorm whose forward may be skipped."""
+    return isinstance(norm, LayerNorm) and is_intact(norm) and is_plain_tensor(norm.weight)
 
 
 def sum_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (x + residual, norm of that sum), in one pass if the norm is a replaced LayerNorm without hooks."""
-    if not isinstance(norm, LayerNorm) or has_own_call(norm):
+    """Return (x + residual, norm of that sum), in one pass if the norm is an intact replaced LayerNorm."""
+    if not is_intact_norm(norm) or torch.promote_types(x.dtype, residual.dtype) != residual.dtype:
         x = x + residual
         return x, norm(x)
     return add_layernorm(x.to(residual.dtype), residual, norm.weight, norm.bias, eps=norm.eps)
@@ -118,6 +142,11 @@ def activation_of(module: Any) -> str | None:
     return ACTIVATIONS.get(kind) or (GELU.get(getattr(module, "approximate", None)) if kind in ACTIVATIONS else None)
 
 
+def _identity(act: Any) -> tuple[Any, ...]:
+    """Return what decides the name of an activation, cheaper than `activation_of` in every forward."""
+    return (type(act), getattr(act, "approximate", None)) if isinstance(act, nn.Module) else (act,)
+
+
 class BaseMLP(Replacement):
     """Base of MLP replacements.
 
@@ -130,24 +159,37 @@ class BaseMLP(Replacement):
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
         activation = operator.attrgetter(options["act"])(module)
-        options["activation"] = activation_of(activation)
+        options["activation"], options["act_identity"] = activation_of(activation), _identity(activation)
         if options["activation"] in cls._OPS:
             return None
         name = type(activation).__name__ if isinstance(activation, nn.Module) else str(activation)
         return f"activation {name}, expected {', '.join(cls._OPS)}"
 
     def _fused(self, x: Tensor) -> Tensor | None:
-        """Return the output of `down`, or None if a layer has hooks, an adapter or shards, or dropout is active."""
-        names = self._peakgpt
-        up, down = self.get_submodule(names["up"]), self.get_submodule(names["down"])
-        if None in (linear_layout(up), linear_layout(down)) or self._drops_between() or not same_dtype(up, down):
+        """Return the output of `down`, or None if a part must run its own forward."""
+        layers = self._intact_layers("up", "down")
+        if layers is None:
             return None
-        return mlp(x, linear_weight(up), up.bias, linear_weight(down), down.bias, activation=names["activation"])
+        up, down = layers
+        activation = self._peakgpt["activation"]
+        return mlp(x, linear_weight(up), up.bias, linear_weight(down), down.bias, activation=activation)
 
-    def _drops_between(self) -> bool:
-        between = self._peakgpt["between"]
-        rate = 0.0 if between is None else getattr(self, between)  # a module, or the rate as a number
-        return self.training and getattr(rate, "p", rate) > 0
+    def _intact_layers(self, *roles: str) -> list[nn.Module] | None:
+        """Return the linear layers, or None if a layer, the activation or the dropout between them was changed.
+
+        They are changed if they have hooks, adapters, shards or another class, or if the dropout drops something.
+        """
+        names = self._peakgpt
+        layers = [self.get_submodule(names[role]) for role in roles]
+        if None in map(linear_layout, layers) or not same_dtype(*layers):
+            return None
+        if names["act"] is not None:
+            act = getattr(self, names["act"]) if "." not in names["act"] else operator.attrgetter(names["act"])(self)
+            if _identity(act) != names["act_identity"] or (isinstance(act, nn.Module) and has_own_call(act)):
+                return None
+        between = 0.0 if names["between"] is None else getattr(self, names["between"])
+        rate = dropout_rate(between) if isinstance(between, nn.Module) else between * self.training
+        return layers if rate == 0.0 else None
 
 
 class MLP(BaseMLP):
@@ -170,13 +212,13 @@ class GatedMLP(MLP):
     _OPS = (*BaseMLP._OPS, "silu")
 
     def _fused(self, x: Tensor) -> Tensor | None:
-        names = self._peakgpt
-        gate, up, down = (self.get_submodule(names[name]) for name in ("gate", "up", "down"))
-        if None in map(linear_layout, (gate, up, down)) or self._drops_between() or not same_dtype(gate, up, down):
+        layers = self._intact_layers("gate", "up", "down")
+        if layers is None:
             return None
+        gate, up, down = layers
         return gated_mlp(
             x, linear_weight(gate), gate.bias, linear_weight(up), up.bias, linear_weight(down), down.bias,
-            activation=names["activation"],
+            activation=self._peakgpt["activation"],
         )  # fmt: skip
 
 
@@ -187,9 +229,15 @@ def same_dtype(*layers: nn.Module) -> bool:
 class BertLayer(BaseMLP):
     """The second half of a BERT or RoBERTa layer: an MLP over two modules, dropout, residual, norm."""
 
+    @classmethod
+    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
+        options["kinds"] = type(module.intermediate), type(module.output)
+        return super().objection(module, options)
+
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        out = self.output
-        y = None if has_own_call(self.intermediate) or has_own_call(out) else self._fused(attention_output)
+        up, out = self.intermediate, self.output
+        intact = (type(up), type(out)) == self._peakgpt["kinds"] and not has_own_call(up) and not has_own_call(out)
+        y = self._fused(attention_output) if intact else None
         if y is None:
             return super().feed_forward_chunk(attention_output)
         return add_norm(out.LayerNorm, out.dropout(y), attention_output)
@@ -204,11 +252,25 @@ class ChunkedMLP(BaseMLP):
 
 
 class TorchBlock(BaseMLP):
-    """The MLP inside nn.TransformerEncoderLayer and nn.TransformerDecoderLayer."""
+    """The MLP inside nn.TransformerDecoderLayer and nn.TransformerEncoderLayer."""
 
     def _ff_block(self, x: Tensor) -> Tensor:
         y = self._fused(x)
         return super()._ff_block(x) if y is None else getattr(self, self._peakgpt["dropout"])(y)
+
+
+class EncoderLayer(TorchBlock):
+    """nn.TransformerEncoderLayer. Its fast path in eval() reads the weights of its children and skips their forward."""
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        if src.is_nested:  # nn.TransformerEncoder makes such tensors for the fast path only
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        x, masks = src, (src_mask, src_key_padding_mask)
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), *masks, is_causal=is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = add_norm(self.norm1, self._sa_block(x, *masks, is_causal=is_causal), x)
+        return add_norm(self.norm2, self._ff_block(x), x)
 
 
 class BloomMLP(BaseMLP):

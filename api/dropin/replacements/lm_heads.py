@@ -9,14 +9,18 @@ nothing changes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import threading
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peakgpt.dropin.class_swap import LINEAR, Replacement, linear_layout, original_class, replace
+from peakgpt.dropin.attention_function import NAME
+from peakgpt.dropin.class_swap import LINEAR, Replacement, linear_layout, original_class, replace, with_signature
+from peakgpt.dropin.intact import is_intact
 from peakgpt.dropin.replacements.layers import Linear
 from peakgpt.engine.model.plain import has_own_call
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -29,30 +33,45 @@ class LinearHead(Linear):
     """A head that is nn.Linear; returns its input inside `passing_through`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self._peakgpt["pass_through"] else super().forward(x)
+        return x if _thread() in self._peakgpt["passing_through"] else super().forward(x)
 
 
 class PassThroughHead(Replacement):
     """Any other head module; returns its input inside `passing_through`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self._peakgpt["pass_through"] else super().forward(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return args[0] if _thread() in self._peakgpt["passing_through"] else super().forward(*args, **kwargs)
+
+
+def _thread() -> int:
+    """Return a number of this thread. torch.compile cannot trace get_ident, and traces in one thread at a time."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 @contextlib.contextmanager
 def passing_through(head: nn.Module):
-    """Make the head return its input."""
-    head._peakgpt["pass_through"] = True
+    """Make the head return its input in this thread."""
+    threads = head._peakgpt["passing_through"]
+    threads.add(_thread())
     try:
         yield
     finally:
-        head._peakgpt["pass_through"] = False
+        threads.discard(_thread())
 
 
 class LanguageModel(Replacement):
     """Base of the replacements of language models. Options: head: name of the module that computes logits."""
 
-    _keep_signature = True
+    def __init__(self, config, *args, **kwargs):
+        if config._attn_implementation == NAME:  # the config of a patched model; some classes cannot be built with it
+            config = copy.deepcopy(config)
+            config._attn_implementation_internal = None
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _peakgpt_attributes(cls, kind: type) -> dict[str, Any]:
+        """Keep the signature of the original: transformers inspects the arguments of whole models."""
+        return {"forward": with_signature(cls.forward, kind.forward)}
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
@@ -162,8 +181,12 @@ def _cross_entropy(x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, **
 class MaskedLM(LanguageModel):
     """BERT and RoBERTa: logits of labelled positions only, usually 15 % of all."""
 
+    def _has_custom_loss(self) -> bool:
+        loss = getattr(self, "mlm_loss_fct", None)  # DistilBERT
+        return loss is not None and not _is_default(loss)
+
     def _can_skip_head(self, head: nn.Module) -> bool:
-        return not (torch.compiler.is_compiling() or has_own_call(head))
+        return is_intact(head) and not torch.compiler.is_compiling()
 
     def _fused_loss(self, head: nn.Module, x: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
         labels = labels.reshape(-1).to(x.device)
@@ -171,7 +194,14 @@ class MaskedLM(LanguageModel):
         return F.cross_entropy(head(x.flatten(0, -2)[labelled]), labels[labelled])
 
 
+def _is_default(loss: nn.Module) -> bool:
+    """Return whether the loss is the mean cross-entropy over labels other than -100."""
+    if type(loss) is not nn.CrossEntropyLoss or has_own_call(loss) or loss.weight is not None:
+        return False
+    return (loss.ignore_index, loss.reduction, loss.label_smoothing) == (IGNORED, "mean", 0.0)
+
+
 def replace_head(model: nn.Module, options: dict[str, Any]) -> None:
     """Replace the head of a language model by one that can return its input."""
     head = model.get_submodule(options["head"])
-    replace(head, LinearHead if isinstance(head, nn.Linear) else PassThroughHead, {"pass_through": False})
+    replace(head, LinearHead if isinstance(head, nn.Linear) else PassThroughHead, {"passing_through": set()})

@@ -44,8 +44,8 @@ def objection(
         return reason
     if not 1 <= q.shape[3] <= WIDTHS[-1]:
         return f"takes head widths 1 to {WIDTHS[-1]}, got {q.shape[3]}"
-    if any(t.stride(3) != 1 for t in (q, k, v)) and q.shape[3] > 1:
-        return "needs q, k and v with a contiguous last axis"
+    if not q.shape[2]:
+        return "takes at least 1 head, got 0"
     return None if default_scale(q.shape[3], scale) > 0 else f"needs a scale above 0, got {scale}"
 
 
@@ -82,8 +82,8 @@ def _arguments(
     alibi=None, bias=None, kv_start=None, kv_len=None, cu_seqlens=None, seed=None, dropout: float = 0.0,
 ) -> dict:  # fmt: skip
     """Return the arguments that all kernels share."""
-    alibi, kv_start, kv_len = (None if t is None else t.contiguous() for t in (alibi, kv_start, kv_len))
     tokens, keys, heads, width = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
+    bias = None if bias is None else bias.resolve_neg()
     stride_b, stride_h, *stride_bias = (0, 0, 0, 0) if bias is None else bias.stride()
     if bias is not None:  # a stride of zero where sequences or heads share the bias
         stride_b, stride_h = (s if n > 1 else 0 for s, n in zip((stride_b, stride_h), bias.shape[:2], strict=True))
@@ -108,7 +108,7 @@ def _documents(cu_seqlens: Tensor, tokens: int) -> Tensor:
     document = torch.empty((2, tokens), dtype=torch.int32, device=cu_seqlens.device)
     count = cu_seqlens.shape[0] - 1
     attention_documents[(triton.cdiv(tokens, DOCUMENTS_BLOCK_T),)](
-        cu_seqlens_ptr=cu_seqlens.contiguous(), document_ptr=document, T=tokens, N=count, steps=count.bit_length(),
+        cu_seqlens_ptr=cu_seqlens, document_ptr=document, T=tokens, N=count, steps=count.bit_length(),
         BLOCK_T=DOCUMENTS_BLOCK_T, num_warps=DOCUMENTS_TILE.warps,
     )  # fmt: skip
     return document
@@ -121,14 +121,13 @@ def _launch_options(tile: AttentionTile) -> dict[str, int]:
 def _rotary_arguments(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> dict:
     if cos is None or not cos.shape[1]:
         return {"cos_ptr": None, "sin_ptr": None, "PAIRS": 0, "INTERLEAVED": False}
-    return {
-        "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "PAIRS": cos.shape[1], "INTERLEAVED": interleaved
-    }  # fmt: skip
+    return {"cos_ptr": cos, "sin_ptr": sin, "PAIRS": cos.shape[1], "INTERLEAVED": interleaved}
 
 
 def fill_forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, **options) -> None:
     """Fill out (B, T, H, D), contiguous, and lse (B, H, T); the options are those of `_arguments`."""
     tiles, block_d = _tiles(q, options)
+    q, k, v = map(launch.unit_last, (q, k, v))
     batch, tokens, heads, _ = q.shape
     with launch.device_of(q):
         attention_fwd[(triton.cdiv(tokens, tiles.fwd.BLOCK_Q) * heads * batch,)](
@@ -150,7 +149,7 @@ def fill_backward(
     tiles, block_d = _tiles(q, options, dalibi)
     batch, tokens, heads, _ = q.shape
     group = heads // k.shape[2]
-    dout = dout if dout.stride(3) == 1 else dout.contiguous()
+    q, k, v, dout = map(launch.unit_last, (q, k, v, dout))
     delta = torch.empty_like(lse)
     with launch.device_of(q):
         common = dict(

@@ -205,8 +205,8 @@ def objection(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_, **__) -> str | No
         return reason
     if not 1 <= q.shape[2] <= WIDTHS[-1]:
         return f"takes head widths 1 to {WIDTHS[-1]}, got {q.shape[2]}"
-    if any(t.stride(-1) != 1 for t in (q, k_cache, v_cache)) and q.shape[2] > 1:
-        return "needs q and caches with a contiguous last axis"
+    if any(t.stride(-1) != 1 for t in (k_cache, v_cache)) and q.shape[2] > 1:
+        return "needs caches with a contiguous last axis"
     return None
 
 
@@ -230,9 +230,7 @@ def forward(
     batches = schedule.decode_batches(slots, slot_rows * (width + 2) * 4, WORKSPACE_BYTES)
     workspace = torch.empty(batches[0][1] * slot_rows * (width + 2), dtype=torch.float32, device=q.device)
     acc, m, l = workspace.split([batches[0][1] * slot_rows * n for n in (width, 1, 1)])  # noqa: E741
-    alibi, block_tables, lengths, cu_queries = (
-        None if t is None else t.contiguous() for t in (alibi, block_tables, lengths, cu_queries)
-    )
+    q = launch.unit_last(q)
     tile = _tile(q, None if k_scale is None else 8)
     common = {
         "lengths_ptr": lengths, "cu_queries_ptr": cu_queries, "acc_ptr": acc, "m_ptr": m, "l_ptr": l, "B": batch,

@@ -59,12 +59,13 @@ def cache_store(
 
 
 def objection(k, v, k_cache, v_cache, *_, **__) -> str | None:
-    if any(t.stride(-1) != 1 for t in (k, v, k_cache, v_cache)) and k.shape[2] > 1:
-        return "needs keys, values and caches with a contiguous last axis"
+    if any(t.stride(-1) != 1 for t in (k_cache, v_cache)) and k.shape[2] > 1:
+        return "needs caches with a contiguous last axis"
     return launch.objection(k)
 
 
 def forward(outputs, saved, k, v, k_cache, v_cache, slots, k_scale, v_scale) -> None:
+    k, v = launch.unit_last(k), launch.unit_last(v)
     tokens, heads, width = k.shape
     block_d = triton.next_power_of_2(max(1, width))
     size = max(1, ELEMENTS // block_d)
@@ -72,7 +73,7 @@ def forward(outputs, saved, k, v, k_cache, v_cache, slots, k_scale, v_scale) -> 
         return
     with launch.device_of(k):
         cache_store[(tokens, triton.cdiv(heads, size))](
-            k_ptr=k, v_ptr=v, k_cache_ptr=k_cache, v_cache_ptr=v_cache, slots_ptr=slots.contiguous(),
+            k_ptr=k, v_ptr=v, k_cache_ptr=k_cache, v_cache_ptr=v_cache, slots_ptr=slots,
             k_scale_ptr=k_scale, v_scale_ptr=v_scale, stride_k_n=k.stride(0), stride_k_h=k.stride(1),
             stride_v_n=v.stride(0), stride_v_h=v.stride(1),
             stride_k_cache_n=k_cache.stride(0), stride_k_cache_s=k_cache.stride(1), stride_k_cache_h=k_cache.stride(2),

@@ -9,8 +9,8 @@ from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.gemm import skinny_gemm
 
 
-def objection(x: Tensor, *_) -> str | None:
-    return launch.objection(x)
+def objection(x: Tensor, w: Tensor, *_) -> str | None:
+    return launch.objection(x, w)
 
 
 def linear_out(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:

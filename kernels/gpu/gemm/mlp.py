@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peakgpt.kernels.core.thread_state import ThreadState
 from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.gemm import gemm, skinny_gemm
 from peakgpt.kernels.gpu.gemm.activation import activate
@@ -46,23 +47,17 @@ PROGRAMS_PER_PROCESSOR = 8  # of the kernels that sum columns
 # Every entry needs a committed measurement; `bench device` times both strategies. No measurement exists yet.
 FUSED: dict[tuple[str, str], frozenset[tuple[int, int]]] = {}
 STRATEGIES = ("table", "fused", "library")
-_strategy = "table"
+_strategy = ThreadState("mlp_strategy", "table")
 
 
-@contextlib.contextmanager
-def use_strategy(name: str) -> Iterator[None]:
-    """Force one of STRATEGIES inside the block, for tests and benchmarks. The setting is global to the process."""
-    global _strategy
-    before, _strategy = _strategy, name
-    try:
-        yield
-    finally:
-        _strategy = before
+def use_strategy(name: str) -> contextlib.AbstractContextManager[None]:
+    """Force one of STRATEGIES inside the block, for this thread: for tests and benchmarks."""
+    return _strategy.set_to(name)
 
 
 def _fused(direction: str, x: Tensor, w_up: Tensor) -> bool:
-    if _strategy != "table":
-        return _strategy == "fused"
+    if (forced := _strategy.get()) != "table":
+        return forced == "fused"
     return (w_up.shape[1], w_up.shape[0]) in FUSED.get((launch.arch(x), direction), ())
 
 
@@ -97,8 +92,8 @@ def mlp_act_bwd(
         tl.store(partial_ptr + pid.to(tl.int64) * F + col, tl.sum(db, 0), mask=col < F)
 
 
-def objection(x: Tensor, *_, **__) -> str | None:
-    return launch.objection(x)
+def objection(x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, *_, **__) -> str | None:
+    return launch.objection(x, w_up, w_down)
 
 
 def forward(outputs, saved, x, w_up, b_up, w_down, b_down, *, activation, recompute):
@@ -111,7 +106,7 @@ def forward(outputs, saved, x, w_up, b_up, w_down, b_down, *, activation, recomp
 def _hidden(x: Tensor, w_up: Tensor, b_up: Tensor | None, pre: Tensor | None, activation: str) -> Tensor:
     """Return h = act(pre); pre = x w_up^T + b_up is filled unless it is None."""
     h = x.new_empty(x.shape[0], w_up.shape[0])
-    if _strategy == "table" and skinny_gemm.supports(x, w_up):
+    if _strategy.get() == "table" and skinny_gemm.supports(x, w_up):
         skinny_gemm.skinny_gemm_out(x, w_up, b_up, h, pre=pre, activation=activation)
         return h
     if _fused("forward", x, w_up):

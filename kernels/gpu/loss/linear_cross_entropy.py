@@ -41,8 +41,8 @@ ALIGN_BYTES = 128
 NO_GRADIENT = ("weight",)
 
 
-def objection(x: Tensor, *_, **__) -> str | None:
-    return launch.objection(x)
+def objection(x: Tensor, w: Tensor, *_, **__) -> str | None:
+    return launch.objection(x, w)
 
 
 class RowLosses:
@@ -50,7 +50,7 @@ class RowLosses:
 
     def __init__(self, target, weight, shard: Shard | None, **terms):
         self.target, self.shard, self.terms = target.flatten(), shard, terms
-        self.weight = None if weight is None else weight.flatten().float().contiguous()
+        self.weight = None if weight is None else weight.flatten().float()
 
     def total(self) -> Tensor:
         """Return the divisor of a mean: the number of targets that are not ignored, or the sum of their weights."""

@@ -17,6 +17,7 @@ from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 from peakgpt.kernels.gpu.norm.norm_kernels import norm_bwd, norm_bwd_dwdb, norm_bwd_wide, norm_fwd, norm_fwd_wide
 from peakgpt.kernels.gpu.reduce import empty_partials, sum_partials
+from peakgpt.kernels.ops.norm import default_eps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +125,10 @@ def _forward(x, residual, w, b, total, y, mu, r, eps) -> None:
     x, residual = launch.as_rows(x), residual if residual is None else launch.as_rows(residual)
     (count, width), block = x.shape, triton.next_power_of_2(x.shape[1])
     arguments = {
-        "x_ptr": x, "residual_ptr": residual, "w_ptr": w.contiguous(), "b_ptr": b if b is None else b.contiguous(),
+        "x_ptr": x, "residual_ptr": residual, "w_ptr": w, "b_ptr": b,
         "sum_ptr": total, "y_ptr": y, "mu_ptr": mu, "r_ptr": r, "stride_x_r": x.stride(0),
-        "stride_residual_r": 0 if residual is None else residual.stride(0), "eps": eps, "C": width,
+        "stride_residual_r": 0 if residual is None else residual.stride(0), "eps": default_eps(x.dtype, eps),
+        "C": width,
     }  # fmt: skip
     with launch.device_of(x):
         if block > MAX_BLOCK_C:
@@ -147,7 +149,7 @@ def _backward(dy, dsum, x, w, mu, r, needs) -> tuple[Tensor, Tensor | None, Tens
     sums = [torch.empty_like(w) for _ in range(1 if mu is None else 2)]
     need_sums, partial = any(needs[1:]), None
     arguments = {
-        "dy_ptr": dy, "dsum_ptr": dsum, "x_ptr": x, "w_ptr": w.contiguous(), "mu_ptr": mu, "r_ptr": r,
+        "dy_ptr": dy, "dsum_ptr": dsum, "x_ptr": x, "w_ptr": w, "mu_ptr": mu, "r_ptr": r,
         "dx_ptr": dx, "stride_dy_r": dy.stride(0), "stride_dsum_r": 0 if dsum is None else dsum.stride(0),
         "stride_x_r": x.stride(0), "C": width,
     }  # fmt: skip

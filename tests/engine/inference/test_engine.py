@@ -418,11 +418,51 @@ def test_stop_strings_stop_ids_and_choices_end_the_text(model, tokenizer):
     assert "".join(o.text for o in engine.stream(ids, params)) in ("über", "日本")
 
 
-def test_token_outside_the_tokenizer_becomes_a_replacement_character(tokenizer):
-    """A model's vocabulary may be padded; sampling such a token must not fail the step."""
+def test_token_outside_the_tokenizer_is_empty_text(tokenizer):
+    """The vocabulary of a model may be padded; transformers decodes such ids to nothing."""
     size = tokenizer.vocab_size
     stream = TextStream(tokenizer)
-    assert stream.feed(size) + stream.feed(tokenizer.encode("a")[0]) + stream.finish() == "\ufffda"
+    assert stream.feed(size) + stream.feed(tokenizer.encode("a")[0]) + stream.feed(size) + stream.finish() == "a"
+
+
+@pytest.fixture(scope="module")
+def padded(tokenizer):
+    """A model with as many padded ids as tokens."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 128}
+    model = GPT(GPTConfig(**sizes, vocab_size=2 * tokenizer.vocab_size)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+@pytest.mark.parametrize("speculation", [None, PromptLookup])
+def test_padded_id_is_not_sampled(padded, tokenizer, kind, speculation):
+    """For every kind of sampling; the log-probabilities are those of the model."""
+    prompt, size = tokenizer.encode("der Bär der Bär"), tokenizer.vocab_size
+    params = params_of(kind, n=2)
+    engine = Engine(padded, tokenizer, speculation=speculation and speculation())
+    engine.submit(prompt, params)
+    free = Engine(padded)
+    free.submit(prompt, params)
+    got, without = collect(engine), collect(free)
+    assert all(token < size for tokens, _ in got.values() for token in tokens)
+    assert any(token >= size for tokens, _ in without.values() for token in tokens)  # library users choose themselves
+    for key, (_, logprobs) in got.items():
+        assert logprobs[0][1] == without[key][1][0][1]
+
+
+def test_padded_id_is_sampled_if_a_request_asks_for_it(padded, tokenizer):
+    """By its bias or its choices; other requests of the same step are not changed."""
+    prompt, token = tokenizer.encode("der Bär"), tokenizer.vocab_size + 3
+    engine = Engine(padded, tokenizer)
+    biased = engine.submit(prompt, SamplingParams(max_tokens=4, temperature=0, logit_bias={token: 100.0}))
+    chosen = engine.submit(prompt, SamplingParams(max_tokens=4, choices=((token, token),), seed=0))
+    plain = engine.submit(prompt, SamplingParams(max_tokens=4, seed=0))
+    got = collect(engine)
+    assert got[biased, 0][0] == [token] * 4 and got[chosen, 0][0] == [token] * 2
+    assert max(got[plain, 0][0]) < tokenizer.vocab_size
 
 
 @pytest.mark.parametrize(

@@ -225,3 +225,16 @@ def test_decode_gives_the_bits_of_step(config, dtype):
     padded[:, :2] = tables
     expected = executor.step([Chunk(new[i : i + 1], p, tables[i]) for i, p in enumerate(past)])
     assert torch.equal(executor.decode(new, np.array(past), padded), expected)
+
+
+@pytest.mark.parametrize("name", ("mlp.c_fc.bias", "ln_1.weight", "mlp.c_proj.weight"))
+@torch.no_grad()
+def test_parameters_that_are_not_contiguous_are_left_to_torch(name):
+    """The program reads parameters in place, one element after the other. Between these lies NaN."""
+    model, ids = model_of(GPTConfig(**SIZES), torch.float32), torch.randint(97, (20,))
+    expected = model(ids[None])[0]
+    parameter = model.transformer.h[0].get_parameter(name)
+    parameter.data = torch.stack((parameter, torch.full_like(parameter, torch.nan)), -1)[..., 0]
+    executor = make_executor(model, 5)
+    assert isinstance(executor, TorchExecutor) and f"got strides {parameter.stride()} of" in executor.note
+    torch.testing.assert_close(whole(executor, ids), expected, rtol=1e-5, atol=2e-5)

@@ -1,6 +1,7 @@
 """The training step: configuration, schedule, and losses equal to eager's over the same batches."""
 
 import contextlib
+import copy
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.shared_batches import SharedBatches
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.training.gradient_memory import GradientMemory
 from peakgpt.engine.training.schedule import learning_rate
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
@@ -101,17 +103,17 @@ def test_micro_batches_give_the_update_of_the_whole_batch(micro_batch, config):
 
 @pytest.mark.parametrize("backend", [None, "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_accumulate_into_the_flat_buffer(dtype, backend):
+def test_gradients_accumulate_into_kept_memory(dtype, backend):
     """They equal the gradients that autograd accumulates; the tied embedding receives two gradients."""
 
     def gradients(sinks):
         torch.manual_seed(0)
         model = GPT.from_preset("gpt2", **TINY)
         optimizer = model.configure_optimizer(dtype=dtype)
-        optimizer.zero_grad()
+        sinks = GradientMemory(optimizer).zero() if sinks else {}
         with use_backend(backend) if backend else contextlib.nullcontext():
             for ids, targets in itertools.islice(batches(), 2):
-                with accumulate_into(optimizer.gradients() if sinks else {}):
+                with accumulate_into(sinks):
                     model(ids, targets).backward()
         optimizer.step()
         return optimizer, {name: p.grad for name, p in model.named_parameters()}
@@ -121,3 +123,15 @@ def test_gradients_accumulate_into_the_flat_buffer(dtype, backend):
         tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * float(grad.abs().max())
         torch.testing.assert_close(grads[name], grad, rtol=0.0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
     assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def test_a_scheduler_that_would_have_no_effect_is_refused():
+    model = GPT.from_preset("gpt2", **TINY)
+    trainer = Trainer(model, TrainConfig(batch=2, tokens=16, lr=1e-3), steps=9)
+    other = copy.deepcopy(trainer.optimizer.state_dict())
+    other["param_groups"][0]["lr"] = 5.0
+    trainer.optimizer.load_state_dict(other)  # a state of a run with another lr
+    trainer.step(*next(batches()))
+    torch.optim.lr_scheduler.LinearLR(trainer.optimizer)
+    with pytest.raises(ValueError, match=r"lr of a parameter group is not the config's 0\.001"):
+        trainer.step(*next(batches()))

@@ -1,4 +1,4 @@
-"""The interpreter patched by tests/helpers/interpreter.py versus torch; unpatched Triton 3.7.1 fails every test."""
+"""The interpreter, corrected by the package and made strict by tests/helpers, versus torch; unpatched Triton fails."""
 
 import pytest
 import torch

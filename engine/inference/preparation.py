@@ -1,0 +1,109 @@
+"""Check requests and make their sequences: the work before the first step, none of which needs the engine's thread.
+
+Everything that the continuations of a request have in common is made once: checks, choices, prefix hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, prefix_hashes
+from peakgpt.engine.inference.constrained_decoding import ChoiceConstraint, Choices
+from peakgpt.engine.inference.sampling import Uniforms, draw_seed
+from peakgpt.engine.inference.sampling_params import ContextExceeded, InvalidParam, SamplingParams
+from peakgpt.engine.inference.sequence import Request, RunningSequence
+from peakgpt.engine.inference.text_stream import TextStream
+from peakgpt.engine.model.config import GPTConfig
+
+
+class Preparation:
+    """Makes the sequences of requests. It reads constants of the engine only, so any thread may use it."""
+
+    def __init__(self, config: GPTConfig, tokenizer: Tokenizer | None, cache_tokens: int):
+        """
+        Args:
+            config: of the model.
+            tokenizer: for output text, stop strings and choices given as strings.
+            cache_tokens: tokens that fit into the KV cache.
+        """
+        self.config, self.tokenizer, self.cache_tokens = config, tokenizer, cache_tokens
+        self._ids = count()
+
+    def prepare(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[list[RunningSequence]]:
+        """Return the sequences of each prompt, one for each continuation.
+
+        Args:
+            prompts: token ids, at least one, and how to continue them. Prompts with the same object as `choices` share
+                their tokens.
+        Raises:
+            InvalidParam: tokens or parameters that the model, the tokenizer or the cache does not support.
+        """
+        choices_of: dict[int, Choices | None] = {}
+        return [self._sequences(prompt, params, choices_of) for prompt, params in prompts]
+
+    def _sequences(
+        self, prompt: Sequence[int], params: SamplingParams, choices_of: dict[int, Choices | None]
+    ) -> list[RunningSequence]:
+        request = Request(next(self._ids), tuple(map(int, prompt)), params)
+        max_length = self._max_length(request)
+        if id(params.choices) not in choices_of:
+            choices_of[id(params.choices)] = self._choices(params)
+        choices = choices_of[id(params.choices)]
+        hashes = prefix_hashes(request.prompt_token_ids, BLOCK_TOKENS)
+        seed = draw_seed() if params.seed is None else params.seed
+        return [
+            RunningSequence(
+                request, index, max_length, Uniforms(seed, index),
+                TextStream(self.tokenizer, params.stop, request.prompt_token_ids) if self.tokenizer else None,
+                ChoiceConstraint(choices) if choices else None, block_hashes=list(hashes),
+            )
+            for index in range(params.n)
+        ]  # fmt: skip
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and its output."""
+        return min(self.config.block_size, self.cache_tokens)
+
+    def _max_length(self, request: Request) -> int:
+        """Maximum length of a continuation, prompt included."""
+        p, prompt, limit = request.params, request.prompt_token_ids, self.max_length
+        length = max(limit, len(prompt)) if p.max_tokens is None else len(prompt) + p.max_tokens
+        too_long = "prompt" if len(prompt) > limit else "max_tokens"
+        if length > self.config.block_size:
+            raise ContextExceeded(too_long, f"{len(prompt)} prompt tokens and max_tokens {p.max_tokens}, expected at "
+                                  f"most block_size {self.config.block_size} in all")  # fmt: skip
+        if length > limit:
+            raise ContextExceeded(too_long, f"up to {length} tokens, expected at most {limit}, the cache's size")
+        if not prompt:
+            raise InvalidParam("prompt", "0 prompt tokens, expected at least one")
+        for name, ids in (("prompt", prompt), ("stop_token_ids", p.stop_token_ids), ("logit_bias", p.logit_bias)):
+            self._check_ids(name, ids)
+        if p.stop and not self.tokenizer:
+            raise InvalidParam("stop", f"stop is {list(p.stop)}, expected none without a tokenizer")
+        return length
+
+    def _choices(self, params: SamplingParams) -> Choices | None:
+        if not params.choices:
+            return None
+        # The output never gets longer than block_size, so the tokens after it cannot matter.
+        try:
+            ids = [self._encode_choice(choice)[: self.config.block_size + 1] for choice in params.choices]
+            return Choices(ids, params.stop_token_ids)
+        except ValueError as error:
+            raise InvalidParam("choices", str(error)) from None
+
+    def _encode_choice(self, choice: str | Sequence[int]) -> Sequence[int]:
+        if isinstance(choice, str):
+            if not self.tokenizer:
+                raise InvalidParam("choices", f"choice {choice!r}, expected token ids without a tokenizer")
+            choice = self.tokenizer.encode(choice, add_special_tokens=False)
+        self._check_ids("choices", choice)
+        return choice
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        size = self.config.vocab_size
+        if wrong := [token for token in ids if not 0 <= token < size]:
+            raise InvalidParam(name, f"{name} has id {wrong[0]}, expected 0 to vocab_size {size} - 1")

@@ -1,0 +1,45 @@
+"""Gradients that keep their memory between updates, for `accumulate_into`: no allocation, no second pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class GradientMemory:
+    """A gradient per parameter of an optimizer, zeroed before each update."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self._memory: dict[Tensor, Tensor] = {}
+        self._versions: dict[Tensor, int] = {}
+
+    def zero(self) -> Mapping[Tensor, Tensor]:
+        """Give every parameter that requires one a gradient of zeros; return them by parameter."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    self._memory.pop(parameter, None)
+                    continue
+                grad = self._memory.get(parameter)
+                if grad is None or not _fits(grad, parameter):
+                    self._memory[parameter] = torch.zeros_like(parameter, requires_grad=False)
+        torch._foreach_zero_(list(self._memory.values()))
+        for parameter, grad in self._memory.items():
+            parameter.grad = grad
+            self._versions[parameter] = grad._version
+        return self._memory
+
+    def drop_unwritten(self) -> None:
+        """Set a gradient that nothing was added to since `zero` to None, so that the optimizer skips its parameter."""
+        for parameter, grad in self._memory.items():
+            if parameter.grad is grad and grad._version == self._versions[parameter]:
+                parameter.grad = None
+
+
+def _fits(grad: Tensor, parameter: Tensor) -> bool:
+    same_format = grad.stride() == parameter.stride() or not parameter.is_contiguous()
+    same_place = grad.device == parameter.device and grad.dtype == parameter.dtype
+    return same_format and same_place and grad.shape == parameter.shape

@@ -1,0 +1,106 @@
+"""Generated over the parsers: numbers out of range, abbreviations, and flags that a mode would ignore."""
+
+import argparse
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from peakgpt.bench.command import BENCHES
+from peakgpt.cli import COMMANDS, main
+from peakgpt.commands.train import ACTS_ON_RESUME
+from peakgpt.kernels.command_line import Parser
+
+ROOT = Path(__file__).parents[2]
+ACCEPTED = {"--temperature": "0", "--seed": "0"}  # flags for which 0 is right
+REQUIRED = {"generate": ["MISSING", "--prompt", "x"], "quantize": ["MISSING", "OUT", "--bits", "8"],
+            "score": ["MISSING", "--text", "x"]}  # fmt: skip
+
+
+def parser_of(command):
+    parser = Parser(prog=command)
+    importlib.import_module(f"peakgpt.commands.{command}").add_arguments(parser)
+    return parser
+
+
+def parsers():
+    """Yield (argv that selects it, parser) of each command and benchmark."""
+    for command in COMMANDS:
+        parser = parser_of(command)
+        yield [command], parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from (([command, name], sub) for name, sub in action.choices.items())
+
+
+PARSERS = {" ".join(argv): (argv, parser) for argv, parser in parsers()}
+
+
+def numeric_flags():
+    for name, (_, parser) in PARSERS.items():
+        for action in parser._actions:
+            if name != "serve" and action.option_strings and action.type is not None:
+                try:
+                    action.type("x" * 3)
+                except (ValueError, argparse.ArgumentTypeError):
+                    yield name, action.option_strings[-1]
+
+
+NUMERIC = list(numeric_flags())
+
+
+def test_the_numeric_flags_are_found():
+    assert set(BENCHES) < {name.split()[-1] for name in PARSERS} and len(NUMERIC) >= 30
+
+
+@pytest.mark.parametrize(("name", "flag"), NUMERIC)
+def test_a_number_out_of_range_is_one_sentence_before_loading(name, flag, capsys, tmp_path, monkeypatch):
+    """Regression: `train --lr nan` trained and overwrote a good checkpoint; `bench --seconds nan` never ended."""
+    monkeypatch.chdir(tmp_path)
+    for value in ("-1", "0", "1e30", "1" + "0" * 30, "nan", "inf", "text", ""):
+        if ACCEPTED.get(flag) == value:
+            continue
+        argv, _ = PARSERS[name]
+        assert main([*argv, *REQUIRED.get(name, []), f"{flag}={value}"]) == 2, value
+        error = capsys.readouterr().err
+        assert error.startswith("peakgpt: error: ") and error.count("\n") == 1 and flag in error, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_parser_takes_abbreviations():
+    """Regression: --api-key SECRET was taken for --api-key-file, and the secret printed."""
+    for name, (_, parser) in PARSERS.items():
+        assert not parser.allow_abbrev, name
+    for file in (ROOT / folder for folder in ("api", "bench", "kernels", "engine", "examples")):
+        for source in file.rglob("*.py"):
+            for call in re.findall(r"(?<!Parser\()argparse\.ArgumentParser\(.*", source.read_text()):
+                assert "allow_abbrev=False" in call, f"{source}: {call}"
+
+
+RESUME = parser_of("train")
+
+
+@pytest.mark.parametrize(
+    "action", [a for a in RESUME._actions if a.dest not in ("help", "resume")], ids=lambda a: a.dest
+)
+def test_a_resumed_run_takes_or_refuses_each_flag(action, tmp_path, capsys):
+    value = sorted(action.choices)[0] if action.choices else "1" if action.type else "cpu"
+    assert main(["train", "--resume", str(tmp_path / "no"), action.option_strings[0], value]) == 2
+    error = capsys.readouterr().err
+    refused = f"{action.option_strings[0]}: got it with --resume" in error
+    assert refused != (action.dest in ACTS_ON_RESUME) and (refused or "got no such folder" in error), error
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        *((["generate", "M", "-p", "x", "--temperature", "0", f"--{f}", "1"], f) for f in ("top-k", "top-p", "seed")),
+        (["score", "M", "--text", "x", "--context", "y"], "context"),
+        *((["score", "M", "--continuation", "x", f"--{f}", "9"], f) for f in ("window", "stride")),
+        (["quantize", "M", "OUT", "--bits", "8", "--group", "32"], "group"),
+    ],
+)
+def test_a_flag_that_a_mode_would_ignore_is_refused(argv, flag, capsys):
+    assert main(argv) == 2
+    assert re.search(rf"--{flag}: got it with", capsys.readouterr().err)
