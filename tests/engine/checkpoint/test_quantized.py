@@ -236,7 +236,8 @@ def checkpoint(tmp_path):
 
 def quantized(checkpoint, bits, group=64):
     out = checkpoint / f"out{bits}-{group}"
-    assert main(["quantize", str(checkpoint / "float"), str(out), "--bits", str(bits), "--group", str(group)]) == 0
+    groups = ["--group", str(group)] if bits == 4 else []
+    assert main(["quantize", str(checkpoint / "float"), str(out), "--bits", str(bits), *groups]) == 0
     return out
 
 
