@@ -20,7 +20,10 @@ def read_key_file(path: Path) -> list[str]:
     Raises:
         ValueError: the file cannot be read, has no key, or has a line that is no key.
     """
-    data = read_bytes(path, "API key file", MAX_FILE_BYTES + 1)
+    try:
+        data = read_bytes(path)
+    except ValueError as error:
+        raise ValueError(f"API key file {error}") from None
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"API key file {path}: got more than {MAX_FILE_BYTES} bytes, expected one key a line")
     lines = [line.strip() for line in data.decode("utf-8-sig", errors="replace").splitlines()]

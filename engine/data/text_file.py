@@ -1,4 +1,4 @@
-"""Reading a file that a user names: a file or a pipe, never a device."""
+"""Reading a text that a user names: a file or a pipe, never a device."""
 
 from __future__ import annotations
 
@@ -7,40 +7,37 @@ import stat
 from pathlib import Path
 
 
-def read_text(path: Path | str, kind: str = "text file") -> str:
-    """Read a UTF-8 text, with line ends of Unix.
-
-    Raises:
-        ValueError: as `read_bytes`, or the file is not UTF-8.
-    """
-    try:
-        return read_bytes(path, kind).decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{kind} {path}: got {error}, expected UTF-8") from None
-
-
-def read_bytes(path: Path | str, kind: str = "text file", most: int = -1) -> bytes:
-    """Read a file that a user names.
+def read_text(path: Path | str) -> str:
+    """Read a UTF-8 text.
 
     A pipe, such as `<(zcat text.gz)` of a shell, is read to its end. A named pipe that no process writes to would never
     end, and neither would a device such as /dev/zero.
 
-    Args:
-        kind: what the file is, for messages.
-        most: read at most this many bytes; -1 means all.
+    Raises:
+        ValueError: the file is missing, a folder, a device or a pipe without a writer, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}, expected UTF-8") from None
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """Read the bytes of a text, as `read_text` does.
+
     Raises:
         ValueError: the file is missing, a folder, a device or a pipe without a writer.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe without a writer would block
         with open(handle, "rb") as file:
-            first = _first_byte(handle, f"{kind} {path}")
-            return first + file.read(most)
+            first = _first_byte(handle, path)
+            return first + file.read()
     except OSError as error:
-        raise ValueError(f"{kind} {path}: got {error.strerror or error}, expected a readable file") from None
+        raise ValueError(f"{path}: {error.strerror}, expected a text file") from None
 
 
-def _first_byte(handle: int, name: str) -> bytes:
+def _first_byte(handle: int, path: Path | str) -> bytes:
     """Return the first byte of a pipe, b"" if its writer has not written yet or for a regular file."""
     mode, first = os.fstat(handle).st_mode, b""
     if stat.S_ISFIFO(mode):
@@ -50,8 +47,8 @@ def _first_byte(handle: int, name: str) -> bytes:
             pass
         else:
             if not first:
-                raise ValueError(f"{name}: got a pipe that no process writes to, expected a readable file")
+                raise ValueError(f"{path}: got a pipe that no process writes to, expected a text file")
     elif not stat.S_ISREG(mode):
-        raise ValueError(f"{name}: got a folder or a device, expected a readable file")
+        raise ValueError(f"{path}: got a folder or a device, expected a text file")
     os.set_blocking(handle, True)
     return first

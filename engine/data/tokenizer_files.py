@@ -55,10 +55,11 @@ def read_folder(folder: Path | str) -> TokenizerFolder:
     path = Path(folder, TOKENIZER)
     if not path.exists():
         raise ValueError(f"tokenizer {path}: got {_without_tokenizer(Path(folder))}")
+    text = _read_text(path)
     try:
-        library = call(tokenizers.Tokenizer.from_str, read_text(path, "tokenizer"))
+        library = call(tokenizers.Tokenizer.from_str, text)
     except ValueError as error:
-        reason = str(error).removeprefix(f"tokenizer {path}: got ").removeprefix("tokenizer: got ")[:300]
+        reason = str(error).removeprefix("tokenizer: got ")[:300]
         raise ValueError(f"tokenizer {path}: got {reason}, expected a file saved by tokenizers") from None
     config = read_tokenizer_config(folder)
     name = _class_name(library, config, read_json(Path(folder, "config.json")))
@@ -98,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    text = read_text(path, "tokenizer")
+    text = _read_text(path)
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -106,6 +107,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"tokenizer {path}: got {type(data).__name__}, expected JSON with one object")
     return data
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {error}") from None
 
 
 def _without_tokenizer(folder: Path) -> str:

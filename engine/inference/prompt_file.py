@@ -66,10 +66,13 @@ def read_prompt(path: Path | str) -> tuple[str, tuple[str, ...]]:
         ValueError: the file cannot be read, is not UTF-8, or is JSON of another structure; the message names the file.
     """
     path = Path(path)
-    text = read_text(path, "prompt file")
-    if path.suffix != ".json":
-        return text.removesuffix("\n"), ()
     try:
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"prompt file {error}") from None
+    try:
+        if path.suffix != ".json":
+            return text.removesuffix("\n"), ()
         value = json.loads(text)
         known = {f.name for f in fields(PromptFile)}
         if not isinstance(value, dict) or "input" not in value or not set(value) <= known:

@@ -223,6 +223,6 @@ def test_files_that_never_end_or_are_long_are_one_sentence(name, tmp_path):
         else:
             (tmp_path / name).unlink()
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"^tokenizer .*{name}: got .*expected") as error:
+        with pytest.raises(ValueError, match=rf"^tokenizer .*{name}: .*expected") as error:
             Tokenizer.load(tmp_path)
         assert len(str(error.value)) < 600 and "\n" not in str(error.value)
