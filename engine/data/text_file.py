@@ -8,23 +8,32 @@ from pathlib import Path
 
 
 def read_text(path: Path | str) -> str:
-    """Read a UTF-8 text.
+    """Read a UTF-8 text, with "\\n" at the end of each line.
+
+    Raises:
+        ValueError: as `read_bytes`, or the text is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}, expected UTF-8") from None
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """Read a file or a pipe.
 
     A pipe, such as `<(zcat text.gz)` of a shell, is read to its end. A named pipe that no process writes to would never
     end, and neither would a device such as /dev/zero.
 
     Raises:
-        ValueError: the file is missing, a folder, a device or a pipe without a writer, or is not UTF-8.
+        ValueError: the file is missing, a folder, a device or a pipe without a writer.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe without a writer would block
         with open(handle, "rb") as file:
-            first = _first_byte(handle, path)
-            return (first + file.read()).decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}, expected UTF-8") from None
+            return _first_byte(handle, path) + file.read()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}, expected a text file") from None
+        raise ValueError(f"text file {path}: got {error.strerror}, expected a readable file") from None
 
 
 def _first_byte(handle: int, path: Path | str) -> bytes:
@@ -37,8 +46,8 @@ def _first_byte(handle: int, path: Path | str) -> bytes:
             pass
         else:
             if not first:
-                raise ValueError(f"{path}: got a pipe that no process writes to, expected a text file")
+                raise ValueError(f"{path}: got a pipe that no process writes to, expected a readable file")
     elif not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: got a folder or a device, expected a text file")
+        raise ValueError(f"{path}: got a folder or a device, expected a readable file")
     os.set_blocking(handle, True)
     return first

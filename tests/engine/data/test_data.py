@@ -140,6 +140,14 @@ def test_unreadable_text_files_are_named_in_the_error(tmp_path, name, content, m
         load_corpus([tmp_path / name])
 
 
+def test_a_corpus_of_a_pipe_or_device_that_never_ends_raises(tmp_path):
+    """Regression: `train --text PIPE` waited for ever, and /dev/zero filled the memory."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in {tmp_path / "pipe": "no process writes to", "/dev/zero": "got a folder or a device"}.items():
+        with pytest.raises(ValueError, match=message):
+            load_corpus([path])
+
+
 def test_a_corpus_without_text_files_raises(tmp_path):
     with pytest.raises(ValueError, match="corpus: got no files"):
         load_corpus([])
