@@ -118,7 +118,10 @@ def _walk(root: Path, skipped: set[str]) -> list[Path]:
 
 
 def _read(path: Path) -> str:
-    data = read_bytes(path)
+    try:
+        data = read_bytes(path)
+    except ValueError as error:
+        raise ValueError(f"text file {error}") from None
     if not data:
         raise ValueError(f"text file {path}: got an empty file, expected UTF-8 text")
     if b"\0" in data:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 
 def read_text(path: Path | str) -> str:
-    """Read a UTF-8 text, with "\\n" at the end of each line.
+    """Read a UTF-8 text.
+
+    A pipe, such as `<(zcat text.gz)` of a shell, is read to its end. A named pipe that no process writes to would never
+    end, and neither would a device such as /dev/zero.
 
     Raises:
-        ValueError: as `read_bytes`, or the text is not UTF-8.
+        ValueError: the file is missing, a folder, a device or a pipe without a writer, or is not UTF-8.
     """
     try:
         return read_bytes(path).decode("utf-8").replace("\r\n", "\n")
@@ -20,10 +23,7 @@ def read_text(path: Path | str) -> str:
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """Read a file or a pipe.
-
-    A pipe, such as `<(zcat text.gz)` of a shell, is read to its end. A named pipe that no process writes to would never
-    end, and neither would a device such as /dev/zero.
+    """Read the bytes of a text, as `read_text` does.
 
     Raises:
         ValueError: the file is missing, a folder, a device or a pipe without a writer.
@@ -31,9 +31,10 @@ def read_bytes(path: Path | str) -> bytes:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe without a writer would block
         with open(handle, "rb") as file:
-            return _first_byte(handle, path) + file.read()
+            first = _first_byte(handle, path)
+            return first + file.read()
     except OSError as error:
-        raise ValueError(f"text file {path}: got {error.strerror}, expected a readable file") from None
+        raise ValueError(f"{path}: {error.strerror}, expected a text file") from None
 
 
 def _first_byte(handle: int, path: Path | str) -> bytes:
@@ -46,8 +47,8 @@ def _first_byte(handle: int, path: Path | str) -> bytes:
             pass
         else:
             if not first:
-                raise ValueError(f"{path}: got a pipe that no process writes to, expected a readable file")
+                raise ValueError(f"{path}: got a pipe that no process writes to, expected a text file")
     elif not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: got a folder or a device, expected a readable file")
+        raise ValueError(f"{path}: got a folder or a device, expected a text file")
     os.set_blocking(handle, True)
     return first
