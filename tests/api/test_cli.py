@@ -17,6 +17,7 @@ from peakgpt.bench.contenders.eager_gpt import EagerTrainer
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart
 from peakgpt.commands.quickstart import Session
+from peakgpt.commands.train import DEFAULTS, read_settings
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
@@ -169,6 +170,33 @@ def test_quickstart_that_is_stopped_leaves_a_checkpoint(number, trainer, code, t
     assert main(["quickstart", "--text", str(Path(json.__file__).parent), "--out", str(run)]) == code
     assert GPT.from_pretrained(run / "checkpoint") and Tokenizer.load(run / "checkpoint")
     assert number == 0 or f"checkpoint in {run / 'checkpoint'}" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_run_folder_whose_name_is_not_utf8_is_refused_before_the_text_is_read(tmp_path, capsys):
+    """Regression: the refusal named a lone surrogate in the text, after the tokenizer was trained."""
+    run = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/run")
+    for command in ("train", "quickstart"):
+        assert main([command, "--text", str(Path(json.__file__).parent), "--out", run]) == 2
+        assert "expected UTF-8" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_command_runs_with_a_closed_standard_stream(closed, tmp_path, monkeypatch):
+    """Regression: `peakgpt train >&-` ended in a traceback."""
+    monkeypatch.setattr(sys, closed, None)
+    (tmp_path / "text").write_text("the cat sat on the mat and saw a hat\n" * 90)
+    sizes = ["--steps", "1", "--batch", "1", "--tokens", "8", "--vocab", "280"]
+    assert main(["train", "--text", str(tmp_path / "text"), "--out", str(tmp_path / "run"), *sizes]) == 0
+    assert main(["train", "--steps", "0"]) == 2
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_settings_without_a_step_are_refused(steps, tmp_path):
+    settings = {**DEFAULTS, "dtype": "float32", "steps": steps}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"steps is {steps}, expected at least 1"):
+        read_settings(tmp_path)
 
 
 def test_resumed_run_has_same_losses_as_an_uninterrupted_run(tmp_path, capsys, monkeypatch):
