@@ -9,6 +9,6 @@ parser = Parser(prog="python -m peakgpt.bench", description="Measure peakgpt aga
 add_arguments(parser)
 try:
     sys.exit(run(parser.parse_args()))
-except ValueError as error:
+except (ValueError, OSError) as error:
     print(f"peakgpt bench: error: {error}", file=sys.stderr)
     sys.exit(2)

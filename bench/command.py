@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ BENCHES = {
     "device": "checks and benchmarks for a machine with a GPU, in under 8 minutes",
 }
 
+STOPPED = 130  # exit code after Ctrl-C
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="{" + ",".join(BENCHES) + "}")
@@ -46,19 +49,23 @@ def run(args: argparse.Namespace) -> int:
     env = environment(device, commit=args.commit)  # before measuring, so that a missing device is an error at once
     out = args.out or Path("bench", "results")
     out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):  # a folder that cannot be written to is an error before measuring
+        pass
     file = ResultsFile(out / f"{args.bench}-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json", env)
+    stopped = False
     try:
         importlib.import_module(f"peakgpt.bench.{args.bench}").run(args, device, file.add)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if not file.path.exists():  # nothing is lost, for example after a wrong argument
             raise
+        stopped = isinstance(error, KeyboardInterrupt)
         file.add(Failure.of(error))
     env["clocks"] = environment(device)["clocks"]  # read again, because a GPU under load has other clocks
     file.write()
     results = file.rows.results
     lines = [*tables(results), *comparisons(results), *notes(results), *verdicts(file.rows)]
     print(*lines, f"written: {file.path}", sep="\n")
-    return file.rows.exit_code
+    return STOPPED if stopped else file.rows.exit_code
 
 
 class ResultsFile:

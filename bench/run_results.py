@@ -15,7 +15,8 @@ from peakgpt.bench.check import Check
 from peakgpt.bench.schema import Result
 
 OURS = "peakgpt"  # the names of our contenders begin with it
-ROOT = Path(__file__).parents[1]  # the repository, or the installed package
+# The installed package; in an editable install the folder of links, and the repository that they point to.
+ROOTS = {path.parents[1] for path in (Path(__file__), Path(__file__).resolve())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Failure:
 
 def without_folders(text: str) -> str:
     """Make paths relative to the package or to Python's import folders, because results are published."""
-    folders = {ROOT, *(Path(p) for p in sys.path)}
+    folders = {*ROOTS, *(Path(p) for p in sys.path)}
     longest = sorted((str(f) for f in folders if f.is_absolute() and f != Path(f.root)), key=len, reverse=True)
     return re.sub(rf"(?<![\w/.-])({'|'.join(map(re.escape, longest))})/", "", text)
 

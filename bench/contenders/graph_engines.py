@@ -7,8 +7,6 @@ bfloat16 is a precision hint over float32 weights, and its int8 is weight-only, 
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -133,11 +131,9 @@ def openvino_request(graph, weights: str):
     import openvino
 
     if weights == "int8":
-        # nncf logs to standard output, which a worker process uses for its reports.
-        with contextlib.redirect_stdout(sys.stderr):
-            import nncf
+        import nncf
 
-            graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+        graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
     options = {"INFERENCE_PRECISION_HINT": "f32" if weights == "float32" else "bf16", "PERFORMANCE_HINT": "LATENCY",
                "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
     return openvino.Core().compile_model(graph, "CPU", options).create_infer_request()

@@ -1,8 +1,8 @@
 """Run a contender in its own process, because allocator settings, page faults and peak memory belong to a process.
 
 Protocol: argv[1] is a JSON request. Its "make" names a function, "module:function", that takes the request and returns
-a step. For each line on standard input the process makes one step and prints one JSON line, the fields of `StepReport`.
-It ends when standard input ends.
+a step. For each line on standard input the process makes one step and writes one JSON line, the fields of `StepReport`,
+to a pipe of its own, because packages print to standard output. It ends when standard input ends.
 
 The peak memory of a step is VmHWM after it. VmHWM is reset before the step by writing 5 to /proc/self/clear_refs
 (proc(5)), and memory that the setup freed is returned to the system first, so the peak excludes the setup. Without that
@@ -20,6 +20,7 @@ import json
 import os
 import re
 import resource
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 CLOSE_S = 20.0  # kill a process that does not end within this time
+STEP_S = 1200.0  # a step that takes longer, with building or compiling before the first one, counts as hanging
 WHOLE_LIFE = "memory is the peak since the start of the process"
 
 
@@ -62,23 +64,29 @@ class WorkerProcess:
         """
         self.name: str = name
         self.last: StepReport | None = None
+        reading, writing = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "peakgpt.bench.contenders.worker_process", json.dumps(request)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
+            [sys.executable, "-m", "peakgpt.bench.contenders.worker_process", json.dumps(request), str(writing)],
+            stdin=subprocess.PIPE, stdout=2, text=True, env={**os.environ, **environment}, pass_fds=[writing],
         )  # fmt: skip
+        os.close(writing)  # so that the reader sees the end of the process
+        self.reports = os.fdopen(reading, encoding="utf-8")
         self.pid = self.process.pid
 
     def step(self) -> float:
         """Make one step and return its value.
 
         Raises:
-            RuntimeError: the process has ended; its message is on standard error.
+            RuntimeError: the process has ended; its message is on standard error. Or it hangs.
         """
         line = ""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
+            if not select.select([self.reports], [], [], STEP_S)[0]:
+                self.process.kill()
+                raise RuntimeError(f"benchmark worker {self.name!r} made no step in {STEP_S:g} s")
+            line = self.reports.readline()
         if not line:
             code = self.process.wait()
             raise RuntimeError(f"benchmark worker {self.name!r} ended with exit code {code}; its message is above")
@@ -110,7 +118,7 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.process.stdout.close()
+        self.reports.close()
 
 
 # ---- child side
@@ -165,8 +173,9 @@ def main() -> None:
     base_bytes = peak_bytes()
     report = _reporting(make(request), base_bytes)
     return_freed_memory()
-    for _ in sys.stdin:
-        print(json.dumps(dataclasses.asdict(report())), flush=True)
+    with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8") as reports:
+        for _ in sys.stdin:
+            print(json.dumps(dataclasses.asdict(report())), file=reports, flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ GPT2_SIZES = (
     Field("layer_norm_epsilon", "layer_norm_epsilon", 1e-5),
     Field("tied_head", "tie_word_embeddings", True),
 )
+GPT2_ALIASES = {
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+}
 GPT2_RATES = (
     Field("dropout", "resid_pdrop", 0.1),
     Field("embedding_dropout", "embd_pdrop", 0.1),
@@ -77,12 +83,19 @@ GPT2_NAMES = _names(
 
 
 def _neo_windows(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `windows`, None or window_size per layer, from attention_types, [[["global", "local"], times], ...]."""
-    window_of = {"global": None, "local": content.get("window_size", 256)}
+    """Return `windows`, None or window_size per layer, from attention_types, [[["global", "local"], times], ...].
+
+    attention_layers, ["global", "local", ...], must say the same: transformers follows it where the two differ.
+    """
+    window_of, layers = {"global": None, "local": content.get("window_size", 256)}, content["num_layers"]
     types = content.get("attention_types") or [[["global", "local"], 12]]
-    kinds = [kind for pattern, times in types for kind in list(pattern) * times]
-    if len(kinds) != content["num_layers"] or not set(kinds) <= set(window_of):
-        raise ValueError(f"attention_types is {types}, expected {content['num_layers']} layers of global or local")
+    parts = [(list(pattern), times) for pattern, times in types]
+    fits = sum(len(pattern) * times for pattern, times in parts) == layers  # a damaged count could fill the memory
+    kinds = [kind for pattern, times in parts for kind in pattern * times] if fits else []
+    if len(kinds) != layers or not all(kind in list(window_of) for kind in kinds):
+        raise ValueError(f"attention_types is {types}, expected {layers} layers of global or local")
+    if content.get("attention_layers") not in (None, kinds):
+        raise ValueError(f"attention_layers is {content['attention_layers']!r}, expected {kinds}")
     return {"windows": tuple(window_of[kind] for kind in kinds)}
 
 
@@ -99,14 +112,20 @@ def _neo_types(config: GPTConfig) -> dict[str, Any]:
 
 
 def _neox_rotary(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary dimensions and base; new releases of transformers have them in rope_parameters."""
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    """Return the rotary dimensions and base.
+
+    New releases of transformers have them in rope_parameters, unless there is a rope_scaling. They rotate head_dim
+    features of a narrower or wider head.
+    """
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_type is {kind!r}, expected 'default'")
     share = rope.get("partial_rotary_factor", content.get("rotary_pct", 0.25))
     width = content["hidden_size"] // max(1, content["num_attention_heads"])
     base = rope.get("rope_theta", content.get("rotary_emb_base", 10000))
+    if content.get("head_dim") not in (None, width):
+        raise ValueError(f"head_dim is {content['head_dim']!r}, expected {width}, hidden_size / num_attention_heads")
     return {"rotary_dim": int(width * share), "rotary_base": base}
 
 
@@ -135,6 +154,7 @@ ROWS = (
         names=GPT2_NAMES,
         conv1d=True,
         always_biased=True,
+        aliases=GPT2_ALIASES,
     ),
     Family(
         model_type="openai-gpt",
@@ -151,6 +171,7 @@ ROWS = (
             "transformer.wpe": "transformer.positions_embed",
         },
         conv1d=True,
+        aliases=GPT2_ALIASES,
     ),
     Family(
         model_type="gpt_neo",
@@ -176,6 +197,7 @@ ROWS = (
             "transformer.", "h", wte="wte", wpe="wpe", ln_1="ln_1", qkv=_qkv("attn.attention"),
             out="attn.attention.out_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj",
         ),
+        aliases={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
     ),
     Family(
         model_type="gptj",
@@ -201,6 +223,7 @@ ROWS = (
             "transformer.", "h", wte="wte", ln_1="ln_1", qkv=_qkv("attn"), out="attn.out_proj", up="mlp.fc_in",
             down="mlp.fc_out",
         ),
+        aliases=GPT2_ALIASES,
     ),
     Family(
         model_type="gpt_neox",

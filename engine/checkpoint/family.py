@@ -54,7 +54,7 @@ class Family:
         packed_by_head: whether the packed projection has queries, keys and values head by head.
         always_biased: whether the layout has a bias for every layer and norm, zero if the model has none.
         renamed: tensor prefixes of other releases -> those of `names`.
-        aliases: config.json fields of other releases -> those of `fields`.
+        aliases: other names of config.json fields, which win in transformers -> those of `fields`.
     """
 
     model_type: str

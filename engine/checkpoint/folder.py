@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from peakgpt.engine.data.text_file import read_text
 from peakgpt.kernels.files import flush, make_folders, remove_empty_folders, staging_folder
 
 CONFIG = "config.json"
@@ -32,11 +33,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except RecursionError:
         raise ValueError(f"{path}: got JSON nested too deeply, expected a JSON object") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}, expected a JSON object") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {error}, expected a JSON object") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got a JSON {type(content).__name__}, expected an object")
     return content

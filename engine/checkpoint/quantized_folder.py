@@ -34,15 +34,15 @@ def write_quantized(source: Path | str, folder: Path | str, state: Mapping[str, 
     Args:
         source: the float checkpoint; all its files except the weights are copied. A link is copied as a file if it
             points into the folder or into the blobs of its Hugging Face cache, else left out with a warning.
-        folder: created if missing; must not have weights, which may be the only copy of a model.
+        folder: created if missing; must be empty: a file in it may be the only copy.
         state: the result of `quantize_state`.
         form: format of the blocks' weights.
     Raises:
         OSError: the folder cannot be written; the old files are still there.
-        ValueError: the folder has weights.
+        ValueError: the folder is not empty.
     """
-    if present := sorted(path.name for path in Path(folder).glob("*") if is_weights(path)):
-        raise ValueError(f"quantize: OUT {folder} has {present[0]} already, expected a folder without weights")
+    if present := sorted(path.name for path in Path(folder).glob("*")):
+        raise ValueError(f"quantize: OUT {folder} has {present[0]} already, expected a new or an empty folder")
 
     def fill(stage: Path) -> None:
         for file in Path(source).iterdir():
@@ -62,7 +62,7 @@ def write_quantized(source: Path | str, folder: Path | str, state: Mapping[str, 
 
 def is_weights(path: Path) -> bool:
     """Whether a file has tensors of a model or of a training state, or is their index."""
-    return path.name.endswith(WEIGHT_SUFFIXES)
+    return path.name.lower().endswith(WEIGHT_SUFFIXES)
 
 
 def _belongs_to(file: Path, folder: Path) -> bool:
@@ -102,11 +102,11 @@ def read_quantized(folder: Path | str, model: Transformer, form: Format, dtype: 
     path = older if older.exists() and not path.exists() else path
     tensors, _ = read_safetensors(path)
     expected = quantized_shapes(model.state_dict(), form)
-    got = {name: (t.shape, t.is_floating_point()) for name, t in tensors.items()}
+    got = {name: (t.shape, None if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
     for name in sorted(expected.keys() | got.keys()):
         if got.get(name) != expected.get(name):
             got_text, expected_text = (
-                "nothing" if kind is None else f"{'floating' if kind[1] else 'integers'} of shape {tuple(kind[0])}"
+                "nothing" if kind is None else f"{kind[1] or 'floating point'} of shape {tuple(kind[0])}"
                 for kind in (got.get(name), expected.get(name))
             )
             raise ValueError(f"{path}: {name} is {got_text}, expected {expected_text} as {CONFIG} says")

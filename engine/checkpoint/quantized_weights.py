@@ -40,17 +40,18 @@ def quantize_state(state: Mapping[str, Tensor], form: Format) -> dict[str, Tenso
     return quantized
 
 
-def quantized_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tuple[torch.Size, bool]]:
-    """Return (shape, whether it is floating point) by name, for the tensors that `quantize_state` would return."""
+def quantized_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tuple[torch.Size, torch.dtype | None]]:
+    """Return (shape, dtype) by name for the tensors that `quantize_state` would return; None is any floating point."""
     shapes = {}
     for name, tensor in state.items():
         if module := _quantized_module(name, state):
             module_form, (rows, width) = form.of(module), tensor.shape
             is_8_bit, groups = module_form.bits == 8, -(-width // module_form.group)
-            shapes[f"{module}.q"] = torch.Size((rows, width if is_8_bit else -(-width // 2))), False
-            shapes[f"{module}.scale"] = torch.Size((rows,) if is_8_bit else (rows, groups)), True
+            dtype = torch.int8 if is_8_bit else torch.uint8
+            shapes[f"{module}.q"] = torch.Size((rows, width if is_8_bit else -(-width // 2))), dtype
+            shapes[f"{module}.scale"] = torch.Size((rows,) if is_8_bit else (rows, groups)), None
         else:
-            shapes[name] = tensor.shape, True
+            shapes[name] = tensor.shape, None
     return shapes
 
 

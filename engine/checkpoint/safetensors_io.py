@@ -21,6 +21,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import safe_open
 
+    _expect_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -41,11 +42,17 @@ def read_names(path: Path) -> list[str]:
     """
     from safetensors import SafetensorError, safe_open
 
+    _expect_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: {_truncation(path) or error}, expected a whole safetensors file") from None
+
+
+def _expect_file(path: Path) -> None:
+    if not path.is_file():  # opening a pipe without a writer would block
+        raise ValueError(f"{path}: got no such file, expected a whole safetensors file")
 
 
 def _truncation(path: Path) -> str | None:
@@ -56,7 +63,7 @@ def _truncation(path: Path) -> str | None:
             header = json.loads(file.read(min(length, size)))
         header.pop("__metadata__", None)
         ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
     first = min(((end, name) for name, end in ends.items() if end > size), default=None)
     return None if first is None else f"got {size} bytes, but {first[1]} ends at byte {first[0]}"

@@ -70,8 +70,9 @@ def json_files(
 
 
 def _token_ids(tokenizer: TokenizerFiles | None, source: Mapping[str, Any]) -> dict[str, Any]:
-    ids = {name: source.get(name) for name in TOKEN_IDS if name in source or name != "pad_token_id"}
-    end = ids["eos_token_id"]
+    # A field that the source lacks has transformers' default for the family. A new model has no ids.
+    ids = {name: source[name] for name in TOKEN_IDS if name in source} if source else dict.fromkeys(TOKEN_IDS[:2])
+    end = ids.get("eos_token_id")
     if tokenizer is not None and tokenizer.end_id not in (end if isinstance(end, list) else [end]):
         ids |= {"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id}
     return ids

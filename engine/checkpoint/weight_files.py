@@ -37,14 +37,20 @@ def open_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Path]
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
+        if not path.is_file():  # opening a pipe without a writer would block
+            raise ValueError("got no regular file")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damaged bytes raise any exception; torch's messages advise to trust the file
         raise ValueError(f"{path}: {type(error).__name__}, expected an undamaged file of tensors only") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got a {type(content).__name__}, expected tensors by their names")
     for name, value in content.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: got the name {name!r:.80}, expected a string")
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise ValueError(f"{path}: {name} is {value.layout} on {value.device}, expected a dense tensor with values")
     return content
 
 
@@ -67,7 +73,7 @@ def expect_modules(folder: Path, config: Mapping[str, Any], counts: Mapping[str,
             continue
         path, names = listed
         found = {int(match[1]) for name in names if (match := NUMBERED[what].search(name))}
-        if value > max(found, default=-1) + 1:
+        if value > len(found):
             raise ValueError(f"{path}: got {len(found)} {what}, expected {value} as {field} of {CONFIG} says")
 
 

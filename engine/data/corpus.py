@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from peakgpt.engine.data.text_file import read_bytes
+
 TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")  # in folders; a file that the user names may have any suffix
 # Tests and character tables contain data rather than text; site-packages differs between machines.
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "encodings", "test", "tests", "idle_test"}
@@ -117,9 +119,9 @@ def _walk(root: Path, skipped: set[str]) -> list[Path]:
 
 def _read(path: Path) -> str:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"text file {path}: got {error.strerror or error}, expected a readable file") from None
+        data = read_bytes(path)
+    except ValueError as error:
+        raise ValueError(f"text file {error}") from None
     if not data:
         raise ValueError(f"text file {path}: got an empty file, expected UTF-8 text")
     if b"\0" in data:

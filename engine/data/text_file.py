@@ -17,12 +17,22 @@ def read_text(path: Path | str) -> str:
         ValueError: the file is missing, a folder, a device or a pipe without a writer, or is not UTF-8.
     """
     try:
+        return read_bytes(path).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}, expected UTF-8") from None
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """Read the bytes of a text, as `read_text` does.
+
+    Raises:
+        ValueError: the file is missing, a folder, a device or a pipe without a writer.
+    """
+    try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe without a writer would block
         with open(handle, "rb") as file:
             first = _first_byte(handle, path)
-            return (first + file.read()).decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}, expected UTF-8") from None
+            return first + file.read()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}, expected a text file") from None
 

@@ -18,6 +18,8 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from peakgpt.engine.data.text_file import read_text
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
@@ -65,7 +67,10 @@ def read_prompt(path: Path | str) -> tuple[str, tuple[str, ...]]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"prompt file {error}") from None
+    try:
         if path.suffix != ".json":
             return text.removesuffix("\n"), ()
         value = json.loads(text)
@@ -74,7 +79,7 @@ def read_prompt(path: Path | str) -> tuple[str, tuple[str, ...]]:
             expected = f"an object with input and no keys except {', '.join(sorted(known))}"
             raise ValueError(f"got {str(value)[:80]}, expected {expected}")
         contents = PromptFile(**value)
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"prompt file {path}: {error}") from None
     return contents.prompt, tuple(contents.stop)
 

@@ -114,9 +114,9 @@ class GPTConfig:
         for name in FLAGS:
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         for name in POSITIVE:
-            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a finite number above 0")
+            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "more than 0, and finite")
         for name in PENALTIES:
-            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a finite number from 0")
+            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "at least 0, and finite")
         scale = self.attention_scale
         self._require("attention_scale", scale is None or _is_number(scale), "None or a finite number")
         self._require("head_bias", not (self.head_bias and self.tied_head), "False with tied_head")

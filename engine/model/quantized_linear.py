@@ -28,7 +28,7 @@ class Format:
     group: int = 64
 
     def __post_init__(self):
-        if self.bits not in (8, 4):
+        if self.bits not in (8, 4) or not isinstance(self.bits, int):
             raise ValueError(f"quantize: bits is {self.bits!r}, expected 8 or 4")
         check_group("quantize", self.group)
 

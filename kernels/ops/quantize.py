@@ -155,7 +155,7 @@ def _matrix(w: Tensor) -> Tensor:
 
 def check_group(op: str, group: int) -> None:
     """Raise ValueError if `group` is not one of GROUPS."""
-    if group not in GROUPS:
+    if group not in GROUPS or not isinstance(group, int):
         raise ValueError(f"{op}: group is {group!r}, expected one of {', '.join(map(str, GROUPS))}")
 
 

@@ -1,11 +1,15 @@
 """`peakgpt bench` keeps every finished row, whatever fails after it."""
 
+import inspect
 import json
+import time
 
 import pytest
 
 from peakgpt.bench import decode
+from peakgpt.bench.contenders import worker_process
 from peakgpt.bench.contenders.time_contenders import time_contenders
+from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.run_results import Failure
 from peakgpt.bench.schema import Result
 from peakgpt.cli import main
@@ -75,11 +79,9 @@ def test_finished_rows_are_on_disk_when_the_benchmark_raises(error, code, monkey
     (path,) = tmp_path.iterdir()
     document = json.loads(path.read_text())
     assert [r["contender"] for r in document["results"]] == ["peakgpt", "eager"]
-    assert [f["message"] for f in document["failures"]][:1] == ["not installed"]
+    assert [f["message"] for f in document["failures"]] == ["not installed", f"{type(error).__name__}: {error}"]
     printed = capsys.readouterr()
-    assert "decode: float32, tokens 4, peakgpt: 1e+03 (1e+03 to 1e+03) ms" in printed.err
-    if isinstance(error, Exception):
-        assert document["failures"][1]["message"] == f"{type(error).__name__}: {error}" and str(path) in printed.out
+    assert "decode: float32, tokens 4, peakgpt: 1e+03 (1e+03 to 1e+03) ms" in printed.err and str(path) in printed.out
 
 
 def test_error_before_the_first_row_writes_no_file(monkeypatch, tmp_path):
@@ -87,3 +89,34 @@ def test_error_before_the_first_row_writes_no_file(monkeypatch, tmp_path):
     with pytest.raises(ZeroDivisionError):
         main(["bench", "decode", "--device", "cpu", "--out", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
+
+
+def junk(request):
+    """A worker that prints to standard output as packages do, and hangs at its second step."""
+    steps = iter((1.0,))
+
+    def step():
+        print('{"value": 3}\n[1, 2]')
+        return next(steps, None) or time.sleep(600)
+
+    return step
+
+
+def test_worker_may_print_anything_and_a_hanging_one_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "junk_worker.py").write_text("import time\n" + inspect.getsource(junk))
+    monkeypatch.setattr(worker_process, "STEP_S", 60.0)
+    worker = WorkerProcess("junk", {"make": "junk_worker:junk", "threads": 1}, {"PYTHONPATH": str(tmp_path)})
+    try:
+        assert worker.step() == 1.0
+        monkeypatch.setattr(worker_process, "STEP_S", 0.2)
+        with pytest.raises(RuntimeError, match=r"'junk' made no step in 0\.2 s"):
+            worker.step()
+    finally:
+        worker.close()
+    assert worker.process.returncode == -9
+
+
+def test_folder_that_cannot_be_written_is_an_error_before_measuring(monkeypatch, tmp_path):
+    monkeypatch.setattr(decode, "run", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "file").touch()
+    assert main(["bench", "decode", "--device", "cpu", "--out", str(tmp_path / "file" / "folder")]) == 2

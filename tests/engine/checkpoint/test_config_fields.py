@@ -24,10 +24,8 @@ HARMLESS = {
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
     # how transformers computes the same values
     "reorder_and_upcast_attn", "pretraining_tp", "slow_but_exact", "is_decoder", "is_encoder_decoder",
-    # derived from attention_types
-    "attention_layers",
 }  # fmt: skip
-READ = {"gpt_neo": {"attention_types", "window_size"}, "gpt_neox": {"rope_parameters"}}
+READ = {"gpt_neo": {"attention_types", "attention_layers", "window_size"}, "gpt_neox": {"rope_parameters"}}
 
 
 @pytest.mark.parametrize("model_type", SMALL)
@@ -80,6 +78,64 @@ def test_a_changed_field_gives_transformers_logits_or_an_error_that_names_it(mod
         equal += 1
         assert (got - expected).abs().max() < 1e-3 * expected.abs().max(), f"{name} = {value!r}"
     assert equal >= 8
+
+
+@pytest.mark.parametrize("model_type", SMALL)
+def test_other_names_of_fields_are_those_of_transformers(model_type):
+    assert CONFIG_MAPPING[model_type].attribute_map.items() <= FAMILIES[model_type].aliases.items()
+
+
+# Fields that contradict others of the same file, or that only some releases write.
+ROPE = {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 1.0}
+COMBINATIONS = [
+    *((name, {"num_attention_heads": 4}) for name in ("gpt2", "openai-gpt", "gpt_neo", "gptj", "bloom")),
+    ("gpt_neo", {"attention_layers": ["local", "global"]}),
+    ("gpt_neo", {"attention_layers": ["local", "local"], "window_size": 2}),
+    ("gpt_neox", {"rope_scaling": ROPE}),
+    ("gpt_neox", {"rope_scaling": ROPE | {"rope_type": "linear", "factor": 2.0}}),
+    ("gpt_neox", {"head_dim": 8}),
+    ("gpt_neox", {"head_dim": 16}),
+    ("gpt_neox", {"rotary_pct": 1.0, "rotary_emb_base": 300}),
+    ("gpt_neox", {"rotary_pct": 1.0, "rope_parameters": None}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "change"), COMBINATIONS)
+def test_combined_fields_give_transformers_logits_or_an_error_that_names_one(model_type, change, tmp_path):
+    """Regression: attention_layers, rope_scaling, head_dim and other names of the head count were ignored."""
+    config = CONFIG_MAPPING[model_type](**SMALL[model_type], vocab_size=64)
+    architecture = getattr(transformers, FAMILIES[model_type].architecture)
+    architecture(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    model, ids = architecture.from_pretrained(tmp_path).eval(), torch.randint(64, (2, 9))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        expected = model(ids).logits
+    text = path.read_text()
+    model.save_pretrained(tmp_path)
+    path.write_text(text)
+    try:
+        with torch.no_grad():
+            got = GPT.from_pretrained(tmp_path)(ids)
+    except ValueError as error:
+        assert any(name in str(error) for name in (*change, "rope_type"))
+    else:
+        assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+TYPES = [[[["global", "local"], 2 * 10**9]], [[["global"], 2**70]], [[["global"], -1]], [[["global"], 1.5]], [[]], [1],
+         [[["global"], "2"]], [["global", 2]], [[None, 2]], [[[["global"]], 2]], {"a": 1}, "global"]  # fmt: skip
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_hostile_attention_types_are_one_sentence(types, tmp_path):
+    """Regression: a count of 2e9 took all memory."""
+    path, content = written(tmp_path, "gpt_neo")
+    path.write_text(json.dumps({**content, "attention_types": types, "attention_layers": None}))
+    with pytest.raises(ValueError, match=r"config.json: [^\n]*$"):
+        GPT.from_pretrained(tmp_path)
 
 
 HOSTILE = [None, "x", "", "9" * 50, -1, 0, 1.5, 1e30, 2**31, 2**63, 2**200, 20_000, math.nan, math.inf, True,

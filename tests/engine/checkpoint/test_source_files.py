@@ -69,6 +69,18 @@ def test_a_changed_model_is_not_contradicted_by_old_fields(source, tmp_path):
     assert GPT.from_pretrained(tmp_path / "again").config == model.config
 
 
+@pytest.mark.parametrize("source", SMALL, indirect=True)
+def test_a_missing_token_id_stays_missing(source, tmp_path):
+    """Regression: null was written, which in transformers is not the same as the family's default."""
+    content = json.loads((source / "config.json").read_text())
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        del content[name]
+    (source / "config.json").write_text(json.dumps(content))
+    GPT.from_pretrained(source).save_pretrained(tmp_path / "again")
+    before, after = (transformers.AutoConfig.from_pretrained(folder) for folder in (source, tmp_path / "again"))
+    assert (after.bos_token_id, after.eos_token_id) == (before.bos_token_id, before.eos_token_id)
+
+
 def test_a_new_model_writes_no_generation_config(tmp_path):
     GPT.from_preset("gpt2", n_layer=1, n_head=2, n_embd=8, vocab_size=16).save_pretrained(tmp_path, Tokens(3))
     assert not (tmp_path / "generation_config.json").exists()

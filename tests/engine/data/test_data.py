@@ -130,7 +130,7 @@ def test_only_text_files_of_a_folder_are_read(tmp_path):
         ("binary.txt", b"ab\0c", r"binary.txt: got a binary file \(NUL at byte 2\), expected UTF-8 text"),
         ("latin.txt", "é".encode("latin-1"), "latin.txt: got byte 0xe9 at position 0, which is not UTF-8"),
         ("one.txt", b"x", "one.txt: got 1 character, expected at least 2"),
-        ("missing.txt", None, "missing.txt: got No such file or directory, expected a readable file"),
+        ("missing.txt", None, "missing.txt: No such file or directory, expected a text file"),
     ],
 )
 def test_unreadable_text_files_are_named_in_the_error(tmp_path, name, content, message):

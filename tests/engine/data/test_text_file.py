@@ -2,10 +2,14 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
+from peakgpt.engine.checkpoint.folder import read_json
+from peakgpt.engine.data.corpus import load_corpus
 from peakgpt.engine.data.text_file import read_text
+from peakgpt.engine.inference.prompt_file import read_prompt
 
 
 def test_a_file_and_a_pipe_are_read_to_the_end(tmp_path):
@@ -37,3 +41,13 @@ def test_what_never_ends_or_is_no_text_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=expected):
             read_text(path)
+
+
+@pytest.mark.parametrize("read", [read_text, read_json, read_prompt, lambda path: load_corpus([path])],
+                         ids=["text", "JSON", "prompt", "corpus"])  # fmt: skip
+def test_every_reader_of_a_named_file_refuses_what_never_ends(read, tmp_path):
+    """Regression: only `score` and `quantize` did; `train` and `generate --file` waited or took all memory."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", os.fsdecode(os.fsencode(tmp_path) + b"/\xff")):
+        with pytest.raises(ValueError, match="expected a text file"):
+            read(Path(path))
