@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         input, 128 + N after signal N, such as 130 after Ctrl-C, and 141 if nobody reads the output any more.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell closed it: `peakgpt ... >&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 as long as the process
     with contextlib.suppress(AttributeError, ValueError):  # a replaced standard output
         sys.stdout.reconfigure(line_buffering=True)  # a pipe gets each line at once, as a terminal does
     try:

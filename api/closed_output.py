@@ -6,33 +6,46 @@ import contextlib
 import os
 import sys
 import time
+from typing import Any
 
 PIPE_EXIT_CODE = 141  # 128 + SIGPIPE: what shells show for a command whose output nobody reads any more
 
 
 class Output:
-    """Prints lines. A closed output is no error, so that a command can save before it ends.
+    """Standard output as a text stream. A closed output is no error, so that a command can save before it ends.
 
     Attributes:
-        lost: whether standard output was closed by its reader; later lines are dropped.
+        lost: whether standard output was closed by its reader; later text is dropped.
     """
 
     def __init__(self):
         self.lost, self._said_s = False, time.monotonic()
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
     @property
     def silent_s(self) -> float:
-        """Seconds since the last line."""
+        """Seconds since the last text."""
         return time.monotonic() - self._said_s
 
     def say(self, text: str) -> None:
         """Print a line and flush it."""
+        self.write(f"{text}\n")
+
+    def write(self, text: str) -> int:
+        """Write text and flush it."""
         self._said_s = time.monotonic()
         try:
-            print(text, flush=True)
+            sys.stdout.write(text)
+            sys.stdout.flush()
         except OSError:  # a closed pipe, or a terminal that is gone
             self.lost = True
             discard_output()
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: `write` has flushed."""
 
 
 def discard_output() -> None:

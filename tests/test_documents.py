@@ -1,19 +1,28 @@
 """The documents are true: their code runs as printed, and their commands, links and file names exist."""
 
 import argparse
-import importlib
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from peakgpt.bench import command as bench
 from peakgpt.bench.command import BENCHES
-from peakgpt.cli import COMMANDS
+from peakgpt.cli import COMMANDS, main
+from peakgpt.commands import quickstart, serve
+from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.kernels.command_line import Parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "AGENTS.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted(ROOT.glob("docs/*.md")))]
@@ -172,3 +181,121 @@ def test_file_names_without_a_folder_exist_somewhere(name):
 def test_a_missing_file_is_reported():
     text = "kernels/core/dispatch.py, `engine/nothing.py`, docs/*.md, kernels/ops/<op>.py, runs/.../log.txt, a/b/c.json"
     assert missing_files(text, ROOT) == ["a/b/c.json", "engine/nothing.py"]
+
+
+# What stands for a value in a documented command -> what the test puts there.
+FILLED = {"FILE...": "text", "FILE": "text/a.txt", "CHECKPOINT": "checkpoint", "IN": "checkpoint"}
+# The beginning of a documented command -> flags that are appended to make it small.
+TINY_OP = "--dtype float32 --seconds 0.01 --out results"
+SMALL = {
+    "peakgpt doctor": "",
+    "peakgpt quickstart": "--minutes 0.001",
+    "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
+    "peakgpt train --resume": "",
+    "peakgpt generate": "--max-tokens 2",
+    "peakgpt quantize": "",
+    "peakgpt score": "",
+    "peakgpt serve": "--port 0",
+    "peakgpt bench ops": f"--op rmsnorm --size rows=4 --size width=8 --pass forward {TINY_OP}",
+    "peakgpt bench ops --device cpu --op attention": f"--size tokens=8 {TINY_OP}",
+    "peakgpt bench ops --device cpu --op adamw": f"--size count=9 {TINY_OP}",
+    "peakgpt bench ops --device cpu --op linear_cross_entropy":
+        f"--size rows=4 --size width=8 --size vocab=9 {TINY_OP}",
+    "peakgpt aot": "--op layernorm --target sm_90",
+    "python examples/occupation_bias.py": "",
+}  # fmt: skip
+GPU, LARGE = "needs a GPU; test_bench_device.py runs its parts", "measures models of 124M parameters for minutes"
+# The beginning of a documented command -> why this test only parses it.
+NOT_RUN = {
+    "python -m peakgpt.bench device": GPU,
+    "peakgpt bench device": GPU,
+    "peakgpt bench fp8": GPU,
+    "peakgpt bench train": LARGE,
+    "peakgpt bench patch": LARGE,
+    "peakgpt bench prefill": LARGE,
+    "peakgpt bench gemm": LARGE,
+    "peakgpt bench decode": LARGE,
+    "peakgpt bench serve": LARGE,
+    "peakgpt bench memory_bound": "its streams are larger than any cache; test_bench_ops.py runs its kernels",
+    "python -m peakgpt.harness": "runs in test_harness.py, in a process that is offline",
+}
+SHELL_DOCUMENTS = ["README.md", *(f"docs/{p.name}" for p in sorted(ROOT.glob("docs/*.md")))]
+COMMAND = re.compile(r"((?:[A-Z_]+=\S+ )*)((?:peakgpt (?=[a-z])|python -m peakgpt|python examples/).*?)(?=  |#|$)")
+
+
+def commands(name):
+    """Yield (environment, command) of each line of the shell blocks and the indented code, its comments included.
+
+    Prose comes after two blanks.
+    """
+    indented = re.findall(r"^ {4}(?=[A-Z_]+=|peakgpt |python )(.*)", (ROOT / name).read_text(), re.MULTILINE)
+    for line in (*"".join(blocks(name, "sh")).splitlines(), *indented):
+        for environment, command in COMMAND.findall(line):
+            yield dict(part.split("=") for part in environment.split()), command.strip()
+
+
+def of_prefix(table, command):
+    """Return the value of the longest key that the command begins with; None if there is none."""
+    return table.get(max((key for key in table if f"{command} ".startswith(f"{key} ")), key=len, default=None))
+
+
+def test_every_documented_command_is_run_or_has_a_reason():
+    found = [command for name in SHELL_DOCUMENTS for _, command in commands(name)]
+    assert len(found) >= 40
+    for command in found:
+        assert (of_prefix(SMALL, command) is None) != (of_prefix(NOT_RUN, command) is None), command
+    for key in (*SMALL, *NOT_RUN):
+        assert any(of_prefix({key: key}, command) for command in found), f"{key} is not documented any more"
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A folder with what FILLED names; the model, the text and the time of all commands are small."""
+    (tmp_path / "text").mkdir()
+    text = (ROOT / "docs" / "serving.md").read_text()
+    for name, part in {"a.txt": text[:3000], "b.txt": text[3000:12000]}.items():
+        (tmp_path / "text" / name).write_text(part)
+    (tmp_path / "shots.json").write_text('{"input": "peakgpt"}')
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([text], 300)
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=1024, vocab_size=tokenizer.vocab_size)
+    GPT(config).save_pretrained(tmp_path / "checkpoint", tokenizer)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
+    monkeypatch.setattr(quickstart, "TRAINING_S", 0.1)
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    if importlib.util.find_spec("uvicorn"):
+        import uvicorn
+
+        monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: [s.getsockname() for s in sockets])
+
+
+def run_command(words):
+    """Run the words of a command that begins with "peakgpt" or "python"; return its exit code."""
+    if words[0] == "peakgpt":
+        return main(words[1:])
+    return subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]]).returncode
+
+
+@pytest.mark.parametrize("name", [name for name in SHELL_DOCUMENTS if list(commands(name))])
+def test_documented_commands_run(name, workspace, monkeypatch):
+    """In the order of the document, so that a later command finds the files of an earlier one."""
+    for number, (environment, command) in enumerate(commands(name)):
+        words = [FILLED.get(word, word) for word in shlex.split(command.replace(" OUT", f" out-{number}"))]
+        if (more := of_prefix(SMALL, command)) is None:
+            parse(words)
+            continue
+        if words[1] == "serve":
+            pytest.importorskip("uvicorn", reason="the packages of peakgpt[serve] are not installed")
+        with monkeypatch.context() as patch:
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            assert run_command([*words, *more.split()]) == 0, command
+
+
+def parse(words):
+    """Check the flags and values of a command that is not run."""
+    if words[1] == "bench" or words[2] == "peakgpt.bench":
+        parser = Parser()
+        bench.add_arguments(parser)
+        parser.parse_args(words[2 if words[1] == "bench" else 3 :])

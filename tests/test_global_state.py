@@ -27,6 +27,7 @@ REVIEWED = {
     "kernels/core/dispatch.py OPS": IMPORT,
     "kernels/core/flops.py _formulas": IMPORT,
     "engine/model/plain.py FORWARDS": IMPORT,
+    "engine/model/plain.py PARAMETERS": IMPORT,
     "engine/inference/text_stream.py _shorter_matches": CONSTANT,
     "engine/inference/executor.py _idle_executors": "dict.pop is atomic: one thread gets the executor",
     "api/dropin/class_swap.py _subclass": "a race makes two equal classes, and each model keeps its own",

@@ -26,6 +26,7 @@ from peakgpt.bench.run_results import Failure, RunResults
 from peakgpt.bench.schema import Result, write_results
 from peakgpt.bench.shared_batches import STRETCH, SharedBatches
 from peakgpt.bench.timing import Timing, ratio
+from peakgpt.closed_output import PIPE_EXIT_CODE, Output
 from peakgpt.engine.data.batches import Batches, validation_batches
 from peakgpt.engine.data.corpus import load_corpus
 from peakgpt.engine.data.shards import TokenShards, tokenize_corpus
@@ -34,6 +35,7 @@ from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.flops import parameter_count
 from peakgpt.engine.training.loop import TrainingLoop
 from peakgpt.engine.training.run_folder import RunFolder
+from peakgpt.engine.training.stop_signals import stop_on_signals
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.heartbeat import enter_phase
@@ -68,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     budget = TimeBudget(60 * args.minutes, ENDS)
-    console = Console()
+    output = Output()
+    console = Console(file=output)
     device = choose_device(args.device)
     console.print(str(doctor(device)), highlight=False, soft_wrap=True)
     corpus = load_corpus(args.text)
@@ -88,14 +91,14 @@ def run(args: argparse.Namespace) -> int:
         session = Session.build(device, config, tokenizer, *shards, folder)
     found = RunResults()
     enter_phase("training")
-    try:
-        found.results += session.train(console, budget)
-    except KeyboardInterrupt:
-        session.save()
-        steps = session.loop.trainer.steps_done if session.loop else 0
-        console.print(f"\nstopped after {steps} steps; checkpoint in {folder.checkpoint}")
-        return 130
-    session.save()
+    with stop_on_signals() as stop:
+        try:
+            found.results += session.train(console, budget, lambda: stop() or output.lost)
+        except Stopped:
+            session.loop.save_model(folder.checkpoint, tokenizer)
+            console.print(f"\nstopped after {session.loop.trainer.steps_done} steps; checkpoint in {folder.checkpoint}")
+            return PIPE_EXIT_CODE if output.lost else stop.exit_code
+        session.loop.save_model(folder.checkpoint, tokenizer)
     enter_phase("decoding")
     text = session.sample(console, found, budget)
     enter_phase("timing the ops")
@@ -114,7 +117,11 @@ def run(args: argparse.Namespace) -> int:
         "      peakgpt quickstart --text FILE... --minutes 30\n"
         "      peakgpt bench train"
     )
-    return found.exit_code
+    return PIPE_EXIT_CODE if output.lost else found.exit_code
+
+
+class Stopped(Exception):
+    """The training was asked to stop, and has stopped between two steps."""
 
 
 @dataclass
@@ -146,11 +153,14 @@ class Session:
         model = GPT.from_preset(PRESET, vocab_size=tokenizer.vocab_size).to(device)
         return cls(device, config, tokenizer, train_shards, validation_shards, folder, model)
 
-    def train(self, console: Console, budget: TimeBudget) -> list[Result]:
+    def train(self, console: Console, budget: TimeBudget, should_stop: Callable[[], bool]) -> list[Result]:
         """Train until the phase should end, at first in turns with eager; return the timings of both.
 
         The number of steps is planned from a few trials. It is cut while the training runs if the machine gets slower,
         and the learning rate follows.
+
+        Raises:
+            Stopped: `should_stop` returned True before a step.
         """
         training_s = budget.left_s("training", at_least=TRAINING_S)
         end_s = budget.clock() + training_s
@@ -175,7 +185,7 @@ class Session:
 
             def train_steps() -> None:
                 nonlocal line_s
-                for event in self.loop.run(STRETCH, synchronous=True):  # eager is synchronous too
+                for event in self.loop.run(STRETCH, should_stop=should_stop, synchronous=True):  # as eager is
                     self.folder.log(contender="peakgpt", **event.row())
                     progress.update(task, completed=event.step, total=trainer.steps, loss=event.loss,
                                     rate=event.tokens_per_s, mfu=100 * event.mfu)  # fmt: skip
@@ -183,8 +193,10 @@ class Session:
                         line_s = budget.clock()
                         console.print(f"step {event.step}/{trainer.steps}  loss {event.loss:.3f}  "
                                       f"{event.tokens_per_s:,.0f} tok/s  MFU {100 * event.mfu:.1f} %")  # fmt: skip
+                if should_stop():
+                    raise Stopped
 
-            contenders = {"peakgpt": train_steps, "eager": self._eager_steps(eager, shared)}
+            contenders = {"peakgpt": train_steps, "eager": self._eager_steps(eager, shared, should_stop)}
             comparison_s = COMPARISON_SHARE * (end_s - budget.clock())
             timings = interleave(contenders, rounds=rounds - 1, warmup=0, device=self.device, budget_s=comparison_s)
             shared.remove("eager")
@@ -202,13 +214,6 @@ class Session:
         self._validate(4 * VALIDATION_BATCHES)
         console.print(f"peakgpt trains {ratio(timings['eager'], timings['peakgpt']).median:.2f} x as fast as eager")
         return [self._result(name, timing) for name, timing in timings.items()]
-
-    def save(self) -> None:
-        """Write the checkpoint in the GPT-2 layout of transformers."""
-        if self.loop is None:
-            self.model.save_pretrained(self.folder.checkpoint, self.tokenizer)
-        else:
-            self.loop.save_model(self.folder.checkpoint, self.tokenizer)
 
     def sample(self, console: Console, found: RunResults, budget: TimeBudget) -> str:
         """Print a continuation of PROMPT and return it; time decoding by peakgpt and eager."""
@@ -271,13 +276,17 @@ class Session:
         rounds = max(4, round(COMPARISON_SHARE * budget_s / (both * STRETCH)))
         return rounds * STRETCH + max(0, round((1 - COMPARISON_SHARE) * budget_s / ours)), rounds
 
-    def _eager_steps(self, model: EagerGPT, shared: SharedBatches) -> Callable[[], None]:
-        """Return a function that trains eager for STRETCH steps and logs them."""
+    def _eager_steps(
+        self, model: EagerGPT, shared: SharedBatches, should_stop: Callable[[], bool]
+    ) -> Callable[[], None]:
+        """Return a function that trains eager for STRETCH steps and logs them; it raises Stopped as `train` does."""
         trainer, loop = EagerTrainer(model, self.config, steps=self.loop.trainer.steps), self.loop
 
         def train_steps() -> None:
             last_step_s = time.perf_counter()
             for _ in range(STRETCH):
+                if should_stop():
+                    raise Stopped
                 loss = float(trainer.step(*shared.take("eager")))
                 previous_s, last_step_s = last_step_s, time.perf_counter()
                 event = loop.step_metrics(trainer.done, loss, last_step_s - previous_s)

@@ -161,6 +161,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         kinds = {"lr": (float, int), "micro_batch": (int, NoneType), "dtype": (str,)}
         if type(value) not in kinds.get(name, (type(DEFAULTS[name]),)) or (name == "dtype" and value not in DTYPES):
             raise ValueError(f"{file}: {name} is {value!r}, expected a value that `peakgpt train` writes")
+    if settings["steps"] < 1:  # TrainConfig checks the others
+        raise ValueError(f"{file}: steps is {settings['steps']}, expected at least 1")
     return settings
 
 

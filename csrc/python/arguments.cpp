@@ -38,6 +38,17 @@ bool ToDouble(PyObject* value, double* to) {
   return *to != -1.0 || !PyErr_Occurred();
 }
 
+// Returns whether a tensor without an address is empty, which is right. Otherwise a kernel would read address 0: of
+// torch's zero tensors, or after `untyped_storage().resize_(0)`.
+bool IsEmpty(PyObject* tensor) {
+  static PyObject* const numel = Interned("numel");
+  const auto count = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, numel));
+  int64_t elements = 0;
+  if (!count || !ToInt64(count.ptr(), &elements)) return false;
+  if (elements != 0) PyErr_SetString(PyExc_ValueError, "got a tensor without memory, expected one with data");
+  return elements == 0;
+}
+
 bool ToAddress(PyObject* value, void** to) {
   static PyObject* const data_ptr = Interned("data_ptr");
   if (value == Py_None) {
@@ -52,7 +63,7 @@ bool ToAddress(PyObject* value, void** to) {
   if (address == nullptr) return false;
   *to = PyLong_AsVoidPtr(address);
   Py_DECREF(address);
-  return *to != nullptr || !PyErr_Occurred();
+  return *to != nullptr || (!PyErr_Occurred() && IsEmpty(value));
 }
 
 bool ToStrided(PyObject* value, StridedOutput* to) {

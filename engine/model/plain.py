@@ -2,9 +2,10 @@
 
 A fused op stands for the calls of several modules. That is right only as long as these calls would do nothing else. A
 module runs its own forward if it was wrapped, replaced, subclassed or parametrized (its class differs), has hooks, has
-a `forward` of its own, or has weights of a tensor subclass such as DTensor. `plain_parameters` decides this for one
-call, `change_of` for a whole model before it is made a program or a CUDA graph, `has_own_call` for the drop-in
-replacements. A model compiled by torch.compile sees only the hooks that it had then, as all of torch's modules.
+a `forward` of its own, has weights of a tensor subclass such as DTensor, or has weights that are no parameters, as in a
+replica of nn.DataParallel. `plain_parameters` decides this for one call, `change_of` for a whole model before it is
+made a program or a CUDA graph, `has_own_call` for the drop-in replacements. A model compiled by torch.compile sees only
+the hooks that it had then, as all of torch's modules.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ Kind = TypeVar("Kind", bound=type[nn.Module])
 
 # The forward of each class that a fused op can stand for, as it was before anyone assigned another one to the class.
 FORWARDS: dict[type, Callable[..., Any]] = {kind: kind.forward for kind in (nn.Linear, nn.Embedding)}
+# The parameters that a fused op reads, of these classes and of those that inherit from them.
+PARAMETERS = {nn.Linear: frozenset({"weight", "bias"}), nn.Embedding: frozenset({"weight"}),
+              nn.LayerNorm: frozenset({"weight", "bias"}), nn.RMSNorm: frozenset({"weight"})}  # fmt: skip
 PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))
 CONTAINERS = (nn.ModuleDict, nn.ModuleList)  # never called
 
@@ -33,6 +37,7 @@ _backward_hooks, _backward_pre_hooks = torch_module._global_backward_hooks, torc
 def fusable(kind: Kind) -> Kind:
     """Declare a module class that `is_plain` and `change_of` accept."""
     FORWARDS[kind] = kind.forward
+    PARAMETERS[kind] = next((PARAMETERS[base] for base in kind.__mro__ if base in PARAMETERS), frozenset())
     return kind
 
 
@@ -59,7 +64,8 @@ def plain_parameters(module: nn.Module, kind: type[nn.Module]) -> Mapping[str, T
     if type(module) is not kind or kind.forward is not FORWARDS[kind] or has_own_call(module):
         return None
     parameters = module._parameters
-    return parameters if type(parameters.get("weight")) in PLAIN_TENSORS else None
+    is_plain = type(parameters.get("weight")) in PLAIN_TENSORS and parameters.keys() >= PARAMETERS[kind]
+    return parameters if is_plain else None
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

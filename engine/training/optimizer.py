@@ -114,7 +114,11 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update all parameters that have a gradient; return the closure's loss."""
+        """Update all parameters that have a gradient; return the closure's loss.
+
+        Raises:
+            ValueError: an option that is not supported, or a gradient or parameter that no longer fits.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -122,6 +126,8 @@ class AdamW(torch.optim.Optimizer):
         calls: dict[Key, list[tuple[Tensor | None, ...]]] = {}
         updated: list[tuple[nn.Parameter, Tensor]] = []
         for index, group in enumerate(self.param_groups):
+            if group.get("amsgrad") or group.get("maximize") or group.get("differentiable"):  # set later
+                _check(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     tensors = update_tensors(parameter, self.state[parameter])

@@ -36,8 +36,11 @@ class RunFolder:
         """Make the folder. A folder whose run was killed before it was prepared counts as empty.
 
         Raises:
-            ValueError: it contains files already, belongs to another process, or cannot be written.
+            ValueError: it contains files already, belongs to another process, or cannot be written, or its name is not
+                UTF-8, which safetensors needs.
         """
+        if os.fsencode(path).decode(errors="ignore") != str(path):
+            raise ValueError(f"run folder {str(path)!r}: got a name that is not UTF-8, expected UTF-8")
         self.path, self._stage = Path(path), None
         made: list[Path] = []
         try:

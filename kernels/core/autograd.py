@@ -19,6 +19,7 @@ from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 from peakgpt.kernels.core.thread_state import ThreadState
 
 _buffers: ThreadState[Mapping[Tensor, Tensor]] = ThreadState("gradient_buffers", MappingProxyType({}))
+_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 
 
 def accumulate_into(buffers: Mapping[Tensor, Tensor]) -> contextlib.AbstractContextManager[None]:
@@ -50,7 +51,7 @@ def may_overwrite_saved() -> bool:
 
 def transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp) or forward-mode AD is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def needs_autograd(grads: Sequence[Tensor | None]) -> bool:
@@ -66,17 +67,19 @@ class PeakgptOp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op: OpSpec, backend: ModuleType, params: dict[str, Any], needs: tuple[bool, ...], *tensors):
         ctx.set_materialize_grads(False)
-        buffers = _buffers.get()
-        into = tuple(buffers.get(t) if n else None for t, n in zip(tensors, needs, strict=True))
-        extra, ctx.accumulated = {}, ()
+        buffers = _buffers.get_eagerly()
+        into = (None,) * len(tensors)
+        if buffers:  # rare, and hashing tensors takes 0.1 us each
+            into = tuple([buffers.get(t) if n else None for t, n in zip(tensors, needs, strict=True)])
+        options, ctx.accumulated = params, ()
         if op.grad_in_forward and _takes_into(backend.forward):
             names = op.grad_in_forward(**params)
             named = zip(_contiguous(into), op.tensor_names, strict=True)
             forward_into = tuple(b if n in names else None for b, n in named)
-            extra, ctx.accumulated = {"into": forward_into}, tuple(b for b in forward_into if b is not None)
+            options, ctx.accumulated = {"into": forward_into, **params}, tuple(b for b in forward_into if b is not None)
             needs = tuple(n and b is None for n, b in zip(needs, forward_into, strict=True))
         outputs, saved = op.alloc(*tensors, needs=needs, **params)
-        run_forward(op, backend, outputs, saved, tensors, {**extra, **params})
+        run_forward(op, backend, outputs, saved, tensors, options)
         torch.autograd.graph.increment_version(ctx.accumulated)
         ctx.call, ctx.into = (op, backend, params, needs, len(tensors), len(outputs)), into
         save_inputs, save_outputs = op.saved_flags(tensors)
@@ -195,7 +198,7 @@ def _takes_into(function: Callable[..., Any]) -> bool:
 
 def _contiguous(buffers: Tensors) -> Tensors:
     """Return the buffers that a kernel may write to; the gradients of the others are added here."""
-    return tuple(b if b is not None and b.is_contiguous() else None for b in buffers)
+    return tuple([b if b is not None and b.is_contiguous() else None for b in buffers])
 
 
 def _accumulate(grad: Tensor | None, buffer: Tensor | None) -> Tensor | None:
@@ -209,4 +212,4 @@ def _accumulate(grad: Tensor | None, buffer: Tensor | None) -> Tensor | None:
 
 
 def _select(tensors: Tensors, flags: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(t if flag else None for t, flag in zip(tensors, flags, strict=True))
+    return tuple([t if flag else None for t, flag in zip(tensors, flags, strict=True)])

@@ -53,9 +53,13 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     return _forced.set_to(name)
 
 
-def forced_backend() -> str | None:
-    """Return the backend that `use_backend` has set for this thread, or None."""
-    return _forced.get()
+def forced_backend(*, compiling: bool | None = None) -> str | None:
+    """Return the backend that `use_backend` has set for this thread, or None.
+
+    Args:
+        compiling: torch.compiler.is_compiling(), if the caller knows it.
+    """
+    return _forced.get_eagerly() if compiling is False else _forced.get()
 
 
 def interpreted() -> bool:

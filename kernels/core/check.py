@@ -93,5 +93,7 @@ def offsets(op: str, name: str, tensor: Tensor, total: int, device: torch.device
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the tensor's values can be read without a device sync."""
-    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
+    """Whether the tensor's values can be read without a device sync. Those of a tensor under torch.func.vmap cannot."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cpu":
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

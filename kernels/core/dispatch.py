@@ -49,6 +49,9 @@ R = TypeVar("R")
 
 OPS: dict[str, Op[..., Any]] = {}
 
+_PLAIN = frozenset({Tensor, Parameter, type(None)})
+_profiler_enabled, _dispatch_modes = torch._C._autograd._profiler_enabled, torch._C._len_torch_dispatch_stack
+
 
 class Op(OpSpec, Generic[P, R]):
     """An op: a function with the signature of the eager function, which runs on the backend that supports the call."""
@@ -66,15 +69,15 @@ class Op(OpSpec, Generic[P, R]):
         for name, tensor in zip(self.tensor_names, tensors, strict=True):
             if not isinstance(tensor, Tensor) and (tensor is not None or name in self.required):
                 raise TypeError(f"{self.name}: {name} is {type(tensor).__name__}, expected a Tensor")
-        device_type = tensors[0].device.type
-        autocasting, forced = autocast_enabled(device_type), forced_backend()
+        device_type, compiling = tensors[0].device.type, torch.compiler.is_compiling()
+        autocasting, forced = autocast_enabled(device_type), forced_backend(compiling=compiling)
         cast = cast_inputs(self, tensors, device_type) if autocasting else tensors
         if not (self.gradient or self.mutates) and any(_needs(cast)):
             raise NotImplementedError(
                 f"{self.name}: an input requires grad but the op has no gradient, expected a call under torch.no_grad()"
             )
         self.check(*cast, **params)
-        if torch.compiler.is_compiling():
+        if compiling:
             return self._traced(forced, tensors, cast, params)
         if transformed():
             if forced not in (None, "eager"):
@@ -104,15 +107,15 @@ class Op(OpSpec, Generic[P, R]):
         return {name: backends.objection(self, name, tensors, params, forced, needs) for name in BACKENDS}
 
     def _direct(self, backend: ModuleType, tensors: Tensors, params: Params, needs: tuple[bool, ...]) -> Any:
-        if any(needs):
+        if True in needs:
             return self._result(self.autograd_function.apply(self, backend, params, needs, *tensors))
-        if torch._C._autograd._profiler_enabled():  # record_function costs 10 us without a profiler, too
+        if _profiler_enabled():  # record_function costs 10 us without a profiler, too
             with torch.profiler.record_function(f"peakgpt::{self.name}"):
-                return self._forward(backend, tensors, params)
-        return self._forward(backend, tensors, params)
+                return self._forward(backend, tensors, params, needs)
+        return self._forward(backend, tensors, params, needs)
 
-    def _forward(self, backend: ModuleType, tensors: Tensors, params: Params) -> Any:
-        results, saved = self.alloc(*tensors, needs=(False,) * len(tensors), **params)
+    def _forward(self, backend: ModuleType, tensors: Tensors, params: Params, needs: tuple[bool, ...]) -> Any:
+        results, saved = self.alloc(*tensors, needs=needs, **params)
         backends.run_forward(self, backend, results, saved, tensors, params)
         if self.mutates:
             self.increment_versions(tensors)
@@ -194,14 +197,14 @@ def op(
 
 def is_plain(tensors: Tensors) -> bool:
     """Whether a direct call is safe: no tensor subclass (a DTensor has no data pointer) and no dispatch mode."""
-    return (
-        all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    for tensor in tensors:  # a loop, because all() adds 0.3 us to every op call
+        if type(tensor) not in _PLAIN:
+            return False
+    return _dispatch_modes() == 0
 
 
 def _needs(tensors: Tensors) -> tuple[bool, ...]:
     """Whether each tensor requires a gradient."""
     if not torch.is_grad_enabled():
         return (False,) * len(tensors)
-    return tuple(t is not None and t.requires_grad for t in tensors)
+    return tuple([t is not None and t.requires_grad for t in tensors])  # a list: 0.2 us faster than a generator

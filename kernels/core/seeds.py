@@ -36,7 +36,7 @@ def seeds_from(source: Callable[[torch.device], Tensor]) -> contextlib.AbstractC
 
 def source_is_set() -> bool:
     """Whether `seeds_from` is active."""
-    return _source.get() is not None
+    return _source.get_eagerly() is not None
 
 
 def with_seed(op: OpSpec, tensors: Tensors, params: Mapping[str, Any]) -> Tensors:

@@ -1,18 +1,23 @@
 """The command line: help, one sentence and exit code 2 for bad input, and a whole quickstart."""
 
+import io
 import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from peakgpt.bench.contenders.eager_gpt import EagerTrainer
 from peakgpt.cli import COMMANDS, main
+from peakgpt.commands import quickstart
 from peakgpt.commands.quickstart import Session
+from peakgpt.commands.train import DEFAULTS, read_settings
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
@@ -132,15 +137,66 @@ def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(tmp_path):
     assert "5 tokens" in subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
 
 
-def test_quickstart_interrupted_before_the_first_step_leaves_a_checkpoint(tmp_path, capsys, monkeypatch):
-    def interrupted(session, budget_s):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("number", "trainer", "code"),
+    [(signal.SIGINT, None, 130), (signal.SIGTERM, Trainer, 143), (signal.SIGHUP, EagerTrainer, 129), (0, Trainer, 141)],
+    ids=["ctrl-c while it plans", "kill", "closed terminal, in a step of eager", "closed pipe"],
+)
+def test_quickstart_that_is_stopped_leaves_a_checkpoint(number, trainer, code, tmp_path, capsys, monkeypatch):
+    """Regression: only Ctrl-C saved the model; a kill or `| head` lost it."""
 
-    monkeypatch.setattr(Session, "_plan", interrupted)
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    def stop():
+        if number:
+            os.kill(os.getpid(), number)
+        else:
+            monkeypatch.setattr(sys, "stdout", Closed())
+
+    def plan(session, budget_s):
+        if trainer:
+            step = trainer.step
+            monkeypatch.setattr(trainer, "step", lambda *args: (stop(), step(*args))[1])
+        else:
+            stop()
+        return 40, 4
+
+    monkeypatch.setattr(Session, "_plan", plan)
+    monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
+    monkeypatch.setattr(quickstart, "LINE_S", 0.0)
     run = tmp_path / "run"
-    assert main(["quickstart", "--text", str(Path(json.__file__).parent), "--out", str(run)]) == 130
-    assert "stopped after 0 steps" in capsys.readouterr().out
-    assert GPT.from_pretrained(run / "checkpoint")
+    assert main(["quickstart", "--text", str(Path(json.__file__).parent), "--out", str(run)]) == code
+    assert GPT.from_pretrained(run / "checkpoint") and Tokenizer.load(run / "checkpoint")
+    assert number == 0 or f"checkpoint in {run / 'checkpoint'}" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_run_folder_whose_name_is_not_utf8_is_refused_before_the_text_is_read(tmp_path, capsys):
+    """Regression: the refusal named a lone surrogate in the text, after the tokenizer was trained."""
+    run = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/run")
+    for command in ("train", "quickstart"):
+        assert main([command, "--text", str(Path(json.__file__).parent), "--out", run]) == 2
+        assert "expected UTF-8" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_command_runs_with_a_closed_standard_stream(closed, tmp_path, monkeypatch):
+    """Regression: `peakgpt train >&-` ended in a traceback."""
+    monkeypatch.setattr(sys, closed, None)
+    (tmp_path / "text").write_text("the cat sat on the mat and saw a hat\n" * 90)
+    sizes = ["--steps", "1", "--batch", "1", "--tokens", "8", "--vocab", "280"]
+    assert main(["train", "--text", str(tmp_path / "text"), "--out", str(tmp_path / "run"), *sizes]) == 0
+    assert main(["train", "--steps", "0"]) == 2
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_settings_without_a_step_are_refused(steps, tmp_path):
+    settings = {**DEFAULTS, "dtype": "float32", "steps": steps}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"steps is {steps}, expected at least 1"):
+        read_settings(tmp_path)
 
 
 def test_resumed_run_has_same_losses_as_an_uninterrupted_run(tmp_path, capsys, monkeypatch):

@@ -168,6 +168,23 @@ def pruned(model, name):
     prune.l1_unstructured(model.get_submodule(name), "weight", amount=0.5)
 
 
+def plain_tensor(model, name):
+    """As in a replica of nn.DataParallel, or with weights that another network computes."""
+    module = model.get_submodule(name)
+    names = [n for n, p in module._parameters.items() if p is not None]
+    for n in names:
+        value = bend(module._parameters.pop(n).detach())
+        setattr(module, n, value)
+    return bool(names)
+
+
+def buffer(model, name):
+    module = model.get_submodule(name)
+    if "weight" not in module._parameters:
+        return False
+    module.register_buffer("weight", bend(module._parameters.pop("weight").detach()))
+
+
 def torch_norm(model, name):
     module = model.get_submodule(name)
     if not isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -214,12 +231,12 @@ def bounded_embedding(model, name):
 
 CHANGES = [
     forward_hook, forward_pre_hook, in_place_hook, patched_forward, subclass, wrapper, parametrization, weight_norm,
-    spectral_norm, orthogonal, pruned, torch_norm, identity_norm, identity_branch, linear_with_bias, narrow_mlp,
-    bounded_embedding,
+    spectral_norm, orthogonal, pruned, plain_tensor, buffer, torch_norm, identity_norm, identity_branch,
+    linear_with_bias, narrow_mlp, bounded_embedding,
 ]  # fmt: skip
 CASES = [
     (family, change) for family in FAMILIES for change in CHANGES
-    if family in ("gpt2", "llama") or change not in (subclass, weight_norm, spectral_norm, orthogonal, pruned)
+    if family in ("gpt2", "llama") or change not in (subclass, weight_norm, spectral_norm, orthogonal, pruned, buffer)
 ]  # fmt: skip
 
 

@@ -388,3 +388,17 @@ def test_optimizer_states_that_do_not_fit_are_refused():
     moved.grad = torch.ones(2, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"now torch.float16, expected float32, bfloat16 or float64"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize", "differentiable"])
+def test_an_option_that_is_set_later_is_refused(name):
+    """Regression: `param_groups[0]["maximize"] = True` was ignored, and the loss fell."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = peakgpt.AdamW([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    before = parameter.detach().clone()
+    optimizer.param_groups[0][name] = True
+    with pytest.raises(ValueError, match=f"{name} is True, expected False"):
+        optimizer.step()
+    assert torch.equal(parameter, before)

@@ -269,6 +269,31 @@ def test_transforms_of_torch_func_give_the_values_of_eager_torch(name, transform
     assert_same([got], [truth], 2e-3)
 
 
+def is_integer(tensor):
+    return tensor is not None and not tensor.is_floating_point()
+
+
+# torch cannot vmap the targets of F.cross_entropy with label smoothing.
+WITH_INTEGERS = [
+    case for case in SMALL if any(map(is_integer, inputs_of(*case))) and not case[2].get("label_smoothing")
+]
+
+
+@pytest.mark.parametrize("case", WITH_INTEGERS, ids=lambda case: case[0])
+def test_vmap_runs_over_ids_targets_and_lengths(case):
+    """Their values cannot be read then, so they are not checked."""
+    name, _, params = case
+    tensors, (call, _) = inputs_of(*case), op_call(name, params)
+    tensors = [t if t is None else t.detach() for t in tensors]
+    got = torch.func.vmap(call, tuple(0 if is_integer(t) else None for t in tensors))(
+        *(torch.stack([t, t]) if is_integer(t) else t for t in tensors)
+    )
+    once = call(*tensors)
+    pairs = zip(got, once, strict=True) if isinstance(once, tuple) else [(got, once)]
+    for both, one in pairs:
+        torch.testing.assert_close(both, torch.stack([one, one]), rtol=1e-4, atol=1e-5)
+
+
 def scalar_function(call, tensors, at):
     """The sum of the cubes of all outputs as a function of one input."""
 

@@ -421,3 +421,21 @@ def test_workspaces_work_in_training_after_their_first_use_elsewhere(code):
     """A tensor made in inference mode cannot be written outside of it. A tensor on meta has no memory."""
     done = subprocess.run([sys.executable, "-c", WORKSPACES + code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["layernorm", "linear", "attention"])
+def test_a_tensor_without_memory_is_refused_in_forward_and_backward(name):
+    """torch's zero tensors have no address, nor has storage that was released: a kernel would read address 0."""
+    op = OPS[name]
+    tensors = {
+        "layernorm": [torch.randn(8, 64), torch.ones(64), torch.zeros(64)],
+        "linear": [torch.randn(8, 64), torch.randn(32, 64), None],
+        "attention": [torch.randn(1, 5, 2, 16) for _ in "qkv"],
+    }[name]
+    with use_backend("cpu"):
+        out = op(tensors[0].clone().requires_grad_(), *tensors[1:])
+        with pytest.raises(ValueError, match="without memory"):
+            out.backward(torch._efficientzerotensor(out.shape))
+        tensors[0].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="without memory"):
+            op(*tensors)
