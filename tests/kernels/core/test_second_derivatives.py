@@ -28,7 +28,7 @@ class PassThrough(TorchDispatchMode):
 # For each op one small case of each set of options.
 SMALL = list(
     {
-        (name, *sizes.keys() - {"kv_heads", "keys"}, *sorted(params)): (name, sizes, params)
+        (name, *sorted(sizes.keys() - {"kv_heads", "keys"}), *sorted(params)): (name, sizes, params)
         for name, sizes, params in CASES
         if OPS[name].gradient and all(0 != v < 130 for v in sizes.values())
     }.values()
