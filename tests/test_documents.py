@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peakgpt import quickstart_session
 from peakgpt.bench import command as bench
 from peakgpt.bench.command import BENCHES
 from peakgpt.cli import COMMANDS, main
@@ -262,7 +263,7 @@ def workspace(tmp_path, monkeypatch):
     GPT(config).save_pretrained(tmp_path / "checkpoint", tokenizer)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
-    monkeypatch.setattr(quickstart, "TRAINING_S", 0.1)
+    monkeypatch.setattr(quickstart_session, "TRAINING_S", 0.1)
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     if importlib.util.find_spec("uvicorn"):
         import uvicorn

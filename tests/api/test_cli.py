@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from peakgpt import quickstart_session
 from peakgpt.bench.contenders.eager_gpt import EagerTrainer
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart
-from peakgpt.commands.quickstart import Session
 from peakgpt.commands.train import DEFAULTS, read_settings
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
@@ -24,6 +24,7 @@ from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.engine.training.trainer import Trainer
+from peakgpt.quickstart_session import Session
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -165,7 +166,7 @@ def test_quickstart_that_is_stopped_leaves_a_checkpoint(number, trainer, code, t
 
     monkeypatch.setattr(Session, "_plan", plan)
     monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
-    monkeypatch.setattr(quickstart, "LINE_S", 0.0)
+    monkeypatch.setattr(quickstart_session, "LINE_S", 0.0)
     run = tmp_path / "run"
     assert main(["quickstart", "--text", str(Path(json.__file__).parent), "--out", str(run)]) == code
     assert GPT.from_pretrained(run / "checkpoint") and Tokenizer.load(run / "checkpoint")

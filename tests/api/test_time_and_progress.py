@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from peakgpt.cli import COMMANDS, HEARTBEATS
-from peakgpt.commands.quickstart import ENDS, cut_steps
+from peakgpt.commands.quickstart import ENDS
 from peakgpt.heartbeat import INTERVAL_S, Heartbeat, enter_phase, heartbeat
+from peakgpt.quickstart_session import cut_steps
 from peakgpt.time_budget import TimeBudget
 
 
