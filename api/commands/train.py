@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from types import NoneType
@@ -35,6 +36,7 @@ from peakgpt.kernels.strict_json import dumps
 DEFAULTS = {"model": "gpt2-tiny", "steps": 1000, "batch": 8, "tokens": 256, "lr": 1e-3, "vocab": 4096, "seed": 1337,
             "dtype": None, "recompute": "none", "micro_batch": None}  # fmt: skip
 DTYPES = ("float32", "bfloat16")
+DIGEST = "sha256"  # the key of the digest of all other settings
 SAVE_EVERY = 250
 LINE_S = 5.0  # a step's line is printed at least this often, if the steps are fast enough
 ACTS_ON_RESUME = ("resume", "device", "save_every")  # the flags that a resumed run takes
@@ -99,7 +101,8 @@ def _start(
         tokenize_corpus(corpus, tokenizer, folder.tokens)
         tokenizer.save(folder.tokens)
         enter_phase("building the model and measuring the device's peak")
-        write_atomically(folder.root / SETTINGS, (dumps(settings, indent=1) + "\n").encode())
+        text = dumps({**settings, DIGEST: _digest(settings)}, indent=1)
+        write_atomically(folder.root / SETTINGS, f"{text}\n".encode())
         return folder, *build_loop(folder, settings, device)
 
 
@@ -155,6 +158,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"run folder {path}: got no readable {SETTINGS}, expected one of `peakgpt train`; a run that was killed "
             f"before its first step is started again with --out {path}"
         ) from None
+    digest = settings.pop(DIGEST, None) if isinstance(settings, dict) else None  # older runs have none
     if not isinstance(settings, dict) or sorted(settings) != sorted(DEFAULTS):
         raise ValueError(f"{file}: got {', '.join(settings)}, expected {', '.join(DEFAULTS)}")
     for name, value in settings.items():
@@ -163,7 +167,13 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: {name} is {value!r}, expected a value that `peakgpt train` writes")
     if settings["steps"] < 1:  # TrainConfig checks the others
         raise ValueError(f"{file}: steps is {settings['steps']}, expected at least 1")
+    if digest is not None and digest != _digest(settings):
+        raise ValueError(f"{file}: got other settings than the run began with, expected the same; --out begins another")
     return settings
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _config(settings: dict[str, Any]) -> TrainConfig:

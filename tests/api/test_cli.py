@@ -262,3 +262,18 @@ def test_speculative_decoding_gives_the_same_text(tmp_path, capsys):
         assert main([*argv, "--temperature", "0", "--speculative-model", draft]) == 0
         output = capsys.readouterr().out
         assert output.startswith("sat\ncat\n\non\n") and "text the same]" in output and "40 tokens," in output
+
+
+def test_settings_that_were_changed_after_the_start_are_refused(tmp_path):
+    """Regression: another lr, steps, dtype or micro_batch before --resume trained differently without a word."""
+    (tmp_path / "text").write_text("the cat sat on the mat and saw a hat\n" * 90)
+    sizes = ["--steps", "1", "--batch", "1", "--tokens", "8", "--vocab", "280"]
+    assert main(["train", "--text", str(tmp_path / "text"), "--out", str(tmp_path / "run"), *sizes]) == 0
+    file = tmp_path / "run" / "settings.json"
+    settings = json.loads(file.read_text())
+    for name, value in {"lr": 2e-3, "steps": 2, "batch": 2, "micro_batch": 1, "seed": 1, "recompute": "norm"}.items():
+        file.write_text(json.dumps({**settings, name: value}))
+        with pytest.raises(ValueError, match="other settings than the run began with"):
+            read_settings(tmp_path / "run")
+    file.write_text(json.dumps({name: value for name, value in settings.items() if name != "sha256"}))
+    assert read_settings(tmp_path / "run")["steps"] == 1  # a run of an earlier version
