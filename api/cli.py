@@ -28,7 +28,7 @@ COMMANDS = {
 }
 
 
-# Commands that may be silent for long -> the stream of their heartbeat. Programs read the standard output of some.
+# Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
 HEARTBEATS = {"quickstart": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr", "score": "stderr",
               "aot": "stderr"}  # fmt: skip
 

@@ -295,7 +295,7 @@ def test_documented_commands_run(name, workspace, monkeypatch):
 
 
 def parse(words):
-    """Check the flags and values of a command that is not run."""
+    """Parse a documented command without running it, to check its flags and their values."""
     if words[1] == "bench" or words[2] == "peakgpt.bench":
         parser = Parser()
         bench.add_arguments(parser)

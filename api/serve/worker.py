@@ -72,7 +72,7 @@ class Worker(threading.Thread):
                 self._step()
 
     def _fail(self) -> None:
-        """End every job, also those that were submitted in the meantime."""
+        """End all jobs, including those submitted while this method runs."""
         with self.wake:
             self.failed = True
             jobs = {*self.jobs.values(), *(job for action, job in self.inbox if action == "submit")}

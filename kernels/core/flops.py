@@ -86,7 +86,7 @@ def _cpu_attention() -> dict[Any, Callable[..., int]]:
 def _backward(
     op: OpSpec, inputs: Tensors, params: Params, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> Callable[[], Any]:
-    """Run the eager function, and return a function that computes its gradients."""
+    """Run the eager function; return its backward as a function that computes the gradients."""
     leaves = [t.requires_grad_() for t, need in zip(inputs, needs, strict=True) if need]
     with torch.enable_grad():
         results = op.run_eager(inputs, params)

@@ -102,7 +102,7 @@ def test_torch_ao_quantizes_before_patch_and_raises_after_it():
 
 
 def test_linear_layers_are_replaced_by_quantized_ones_after_patch():
-    """What bitsandbytes does: a new class and another weight in the place of each nn.Linear."""
+    """Replace each nn.Linear by a layer of another class with a quantized weight, as bitsandbytes does."""
 
     class Int8Linear(nn.Module):
         def __init__(self, layer):
