@@ -16,8 +16,9 @@ class DataConfig:
     """
 
     text: tuple[str, ...] | None = setting(
-        None, "UTF-8 files or folders", section="data", metavar="FILE", automatic="Python's library"
-    )
+        None, "UTF-8 files or folders", section="data", metavar="FILE", automatic="Python's library",
+        is_path=True,
+    )  # fmt: skip
     vocab: int = setting(4096, "vocabulary size of the tokenizer that is trained", section="data", at_least=1)
 
     def __post_init__(self) -> None:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,9 @@ class Setting:
         choices: allowed values, in TOML's spelling.
         metavar: stands for a value in the help.
         automatic: how a run chooses the value if none is given; it replaces `default` in the help.
-        resumable: whether it may change when a run is resumed, because it does not change what is computed.
+        resumable: whether it may change when a run is resumed.
+        only_with: name of another setting -> the values with which this one acts; None stands for any but 0 and none.
+        is_path: whether a text is the path of a file or folder, which is made absolute.
         owner: name of the dataclass.
     """
 
@@ -58,6 +61,8 @@ class Setting:
     metavar: str | None = None
     automatic: str | None = None
     resumable: bool = False
+    only_with: Mapping[str, Collection[Any] | None] | None = None
+    is_path: bool = False
     owner: str = ""
 
     @property
@@ -75,7 +80,7 @@ class Setting:
         except ValueError:
             raise ValueError(f"is {_short(value)}, expected {self.expected}") from None
         self.check(result)
-        return result
+        return _absolute(result) if self.is_path else result
 
     def check(self, value: Any) -> None:
         """Raise ValueError, with a message as in `read`, if the field cannot have this value."""
@@ -114,7 +119,7 @@ def setting(default: Any, help: str, *, section: str, **options: Any) -> Any:  #
         default: of the field.
         help: one line for --help, config.toml and docs/training.md; without the default, which is added.
         section: table of the TOML file.
-        options: at_least, above, at_most, below, choices, metavar, automatic, resumable; see `Setting`.
+        options: the other arguments of `Setting`.
     """
     return dataclasses.field(default=default, metadata={METADATA: {"help": help, "section": section, **options}})
 
@@ -148,6 +153,12 @@ def check_settings(config: Any) -> None:
 
 def _has_float(kind: Any) -> bool:
     return kind is float or any(map(_has_float, typing.get_args(kind)))
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    return os.path.abspath(os.path.expanduser(value)) if isinstance(value, str) else value
 
 
 def _short(value: Any) -> str:
