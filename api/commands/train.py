@@ -12,11 +12,9 @@ import torch
 
 from peakgpt.closed_output import PIPE_EXIT_CODE, Output
 from peakgpt.engine.checkpoint.folder import TRAINING_STATE
-from peakgpt.engine.data.batches import Batches
-from peakgpt.engine.data.corpus import load_corpus
+from peakgpt.engine.data.dataset import TrainingData, open_text, prepare_text
 from peakgpt.engine.data.run_layout import SETTINGS, STATE
-from peakgpt.engine.data.shards import TokenShards, tokenize_corpus
-from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
+from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.settings.flags import add_flags, read_flags
 from peakgpt.engine.training.loop import StepMetrics, TrainingLoop, ValidationMetrics
@@ -64,13 +62,11 @@ def _start(
 ) -> tuple[RunFolder, Tokenizer, TrainingLoop]:
     folder = RunFolder.with_default_name("train") if out is None else RunFolder(out)
     with folder.discarded_on_bad_input():
-        corpus = load_corpus(config.data.text)
-        output.say(f"corpus: {corpus}")
-        enter_phase("training the tokenizer and encoding the text")
-        texts = (document.text for document in corpus.train)
-        tokenizer = train_tokenizer(texts, config.data.vocab, report=output.say)
-        tokenize_corpus(corpus, tokenizer, folder.tokens)
-        tokenizer.save(folder.tokens)
+        if config.data.dataset is None:
+            corpus = open_text(config.data)
+            output.say(f"corpus: {corpus}")
+            enter_phase("training the tokenizer and encoding the text")
+            prepare_text(config.data, corpus, None, folder.tokens, report=output.say)
         enter_phase("building the model and measuring the device's peak")
         settings = {name: _plain(config.values()[name]) for name in SETTINGS_OF_FILE}
         text = dumps({**settings, DIGEST: _digest(settings)}, indent=1)
@@ -163,14 +159,12 @@ def _digest(settings: dict[str, Any]) -> str:
 
 def build_loop(folder: RunFolder, run: RunConfig, device: torch.device) -> tuple[Tokenizer, TrainingLoop]:
     """Build the training loop of a run from its settings and the tokens in its folder."""
-    tokenizer = Tokenizer.load(folder.tokens)
-    shards, validation = (TokenShards.open(folder.tokens, name) for name in ("train", "validation"))
-    config = run.train
-    batches = Batches(shards, config.batch, config.tokens, config.seed)
+    config, data = run.train, TrainingData.open(run.data, folder.tokens)
+    batches = data.batches(config.batch, config.tokens, config.seed)
     torch.manual_seed(config.seed)
-    model = GPT.from_preset(run.model.preset, vocab_size=tokenizer.vocab_size).to(device)
+    model = GPT.from_preset(run.model.preset, vocab_size=data.vocab_size).to(device)
     trainer = Trainer(model, config, steps=config.steps)
-    return tokenizer, TrainingLoop(trainer, batches, validation, report_mfu=True)
+    return data.tokenizer, TrainingLoop(trainer, batches, data.datasets[0].validation, report_mfu=True)
 
 
 def _print(event: StepMetrics | ValidationMetrics, steps: int, log_every: int, output: Output) -> None:
