@@ -18,6 +18,7 @@ from peakgpt.kernels.command_line import Parser
 # Each key is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code. It is imported on use.
 COMMANDS = {
     "quickstart": "train a small GPT on text of this machine, compare with PyTorch eager, write a report",
+    "prepare": "turn text, data sets or token files into token shards to train on",
     "train": "train a GPT on text files",
     "generate": "continue a prompt with a checkpoint",
     "quantize": "quantize the weights of a checkpoint to 8 or 4 bits",
@@ -30,8 +31,8 @@ COMMANDS = {
 
 
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
-HEARTBEATS = {"quickstart": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr", "score": "stderr",
-              "aot": "stderr"}  # fmt: skip
+HEARTBEATS = {"quickstart": "stdout", "prepare": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr",
+              "score": "stderr", "aot": "stderr"}  # fmt: skip
 
 
 class BadInput(Exception):

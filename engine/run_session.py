@@ -14,11 +14,9 @@ import torch
 
 from peakgpt.engine.checkpoint.folder import TRAINING_STATE
 from peakgpt.engine.checkpoint.model_folder import read_source_files
-from peakgpt.engine.data.batches import Batches
-from peakgpt.engine.data.corpus import load_corpus
+from peakgpt.engine.data.dataset import TrainingData, open_text, prepare_text
 from peakgpt.engine.data.run_layout import STATE
-from peakgpt.engine.data.shards import TokenShards, tokenize_corpus
-from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
+from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.training.loop import TrainingLoop
 from peakgpt.engine.training.run_config import RunConfig
@@ -48,7 +46,7 @@ class RunSession:
 
     config: RunConfig
     folder: RunFolder
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     loop: TrainingLoop
 
 
@@ -59,10 +57,10 @@ def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: 
         ValueError: bad data, or a model that does not fit the tokenizer.
     """
     with folder.discarded_on_bad_input():
-        tokenizer = prepare_data(config, folder, reporter)
+        data, tokenizer = prepare_data(config, folder, reporter)
         reporter.enter_phase("building the model and measuring the device's peak")
-        model = initial_model(config, tokenizer)
-        loop = build_loop(config, folder, model.to(device))
+        model = initial_model(config, data)
+        loop = build_loop(config, data, model.to(device))
         reporter.say(listing(config, model.config, device))
         write_run_file(folder.root, config, model.config)
         return RunSession(config, folder, tokenizer, loop)
@@ -84,14 +82,14 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
     try:
         values = read_run_file(path)
         saved, config = RunConfig.of(values), RunConfig.of({**values, **changes})
-        tokenizer = Tokenizer.load(folder.tokens)
+        data, tokenizer = open_data(config, folder)
         has_state = (path / STATE / TRAINING_STATE).exists()
         if not has_state and folder.checkpoint.exists():
             raise ValueError(f"run folder {path}: got a checkpoint without {STATE}/{TRAINING_STATE}, expected both")
-        model = empty_model(config, tokenizer) if has_state else initial_model(config, tokenizer)
+        model = empty_model(config, data) if has_state else initial_model(config, data)
         if has_state:
             model.source_files = read_source_files(folder.checkpoint)
-        loop = build_loop(config, folder, model.to(device))
+        loop = build_loop(config, data, model.to(device))
         if has_state:
             loop.load(path)
         check_extension(saved.train, config.train, loop.trainer.steps_done)
@@ -104,25 +102,44 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
     return RunSession(config, folder, tokenizer, loop)
 
 
-def prepare_data(config: RunConfig, folder: RunFolder, reporter: Reporter) -> Tokenizer:
-    """Write the tokenizer and the token shards of both splits into the run folder; return the tokenizer."""
-    corpus = load_corpus(config.data.text)
-    reporter.say(f"corpus: {corpus}")
-    reporter.enter_phase("training the tokenizer and encoding the text")
-    if (source := config.source.init or config.source.tokenizer) is not None:
-        tokenizer = Tokenizer.load(source)
-        config.model_config(tokenizer.vocab_size)  # raises before the text is encoded
-    else:
-        texts = (document.text for document in corpus.train)
-        tokenizer = train_tokenizer(texts, config.data.vocab, report=reporter.say)
-    tokenize_corpus(corpus, tokenizer, folder.tokens)
-    tokenizer.save(folder.tokens)
-    return tokenizer
+def prepare_data(
+    config: RunConfig, folder: RunFolder, reporter: Reporter
+) -> tuple[TrainingData, Tokenizer | None]:
+    """Encode the run's text into its folder, unless it trains on prepared folders; then open the data."""
+    if config.data.dataset is None:
+        corpus = open_text(config.data)
+        reporter.say(f"corpus: {corpus}")
+        reporter.enter_phase("training the tokenizer and encoding the text")
+        tokenizer = source_tokenizer(config)
+        if tokenizer is not None:
+            config.model_config(tokenizer.vocab_size)  # raises before the text is encoded
+        prepare_text(config.data, corpus, tokenizer, folder.tokens, report=reporter.say)
+    return open_data(config, folder)
 
 
-def initial_model(config: RunConfig, tokenizer: Tokenizer) -> GPT:
+def open_data(config: RunConfig, folder: RunFolder) -> tuple[TrainingData, Tokenizer | None]:
+    """Open the run's token shards and their tokenizer; None for token files that came without one.
+
+    Raises:
+        ValueError: missing or damaged shards, or shards of another tokenizer than that of the run.
+    """
+    data = TrainingData.open(config.data, folder.tokens)
+    tokenizer = data.tokenizer
+    if config.data.dataset is not None and (source := source_tokenizer(config)) is not None:
+        data.check_tokenizer(source)
+        tokenizer = source
+    return data, tokenizer
+
+
+def source_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """Return the tokenizer that the run is given; None if it trains one, or has that of its data."""
+    folder = config.source.tokenizer or config.source.init
+    return None if folder is None else Tokenizer.load(folder)
+
+
+def initial_model(config: RunConfig, data: TrainingData) -> GPT:
     """Return the model before the first step: random weights from the seed, or those of the checkpoint `init`."""
-    model = empty_model(config, tokenizer)
+    model = empty_model(config, data)
     if config.source.init is not None:
         source = GPT.from_pretrained(config.source.init)
         model.load_state_dict(source.state_dict(), assign=True)
@@ -130,18 +147,17 @@ def initial_model(config: RunConfig, tokenizer: Tokenizer) -> GPT:
     return model
 
 
-def empty_model(config: RunConfig, tokenizer: Tokenizer) -> GPT:
+def empty_model(config: RunConfig, data: TrainingData) -> GPT:
     """Return the model with random weights; the seed is also that of dropout."""
     torch.manual_seed(config.train.seed)
-    return GPT(config.model_config(tokenizer.vocab_size))
+    return GPT(config.model_config(data.vocab_size))
 
 
-def build_loop(config: RunConfig, folder: RunFolder, model: GPT) -> TrainingLoop:
-    """Return the training loop over the tokens in the run folder."""
+def build_loop(config: RunConfig, data: TrainingData, model: GPT) -> TrainingLoop:
+    """Return the training loop over the run's data."""
     train = config.train
-    shards, validation = (TokenShards.open(folder.tokens, name) for name in ("train", "validation"))
-    batches = Batches(shards, train.batch, train.tokens, train.seed)
-    return TrainingLoop(Trainer(model, train, steps=train.steps), batches, validation, report_mfu=True)
+    batches = data.batches(train.batch, train.tokens, train.seed)
+    return TrainingLoop(Trainer(model, train, steps=train.steps), batches, data.datasets[0].validation, report_mfu=True)
 
 
 def check_extension(saved: TrainConfig, config: TrainConfig, steps_done: int) -> None:

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Setting:
         automatic: how a run chooses the value if none is given; it replaces `default` in the help.
         resumable: whether it may change when a run is resumed.
         only_with: name of another setting -> the values with which this one acts; None stands for any but 0 and none.
-        is_path: whether a text is the path of a file or folder, which is made absolute.
+        is_path: whether a text is the path of a file or folder, which is made absolute; hf:NAME is none.
         owner: name of the dataclass.
     """
 
@@ -91,6 +92,17 @@ class Setting:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool):
                 self._check_range(value, number)
+
+    def obstacle(self, values: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Return which setting makes this one ignored, and what it should be; None if this one acts.
+
+        Args:
+            values: of all settings, by name.
+        """
+        for name, allowed in (self.only_with or {}).items():
+            if not (values[name] if allowed is None else values[name] in allowed):
+                return name, " or ".join(show(v, quoted=False) for v in allowed) if allowed else "set"
+        return None
 
     @property
     def expected(self) -> str:
@@ -158,7 +170,8 @@ def _has_float(kind: Any) -> bool:
 def _absolute(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_absolute, value))
-    return os.path.abspath(os.path.expanduser(value)) if isinstance(value, str) else value
+    is_file = isinstance(value, str) and not re.match(r"\w+:", value)  # hf:NAME is a name
+    return os.path.abspath(os.path.expanduser(value)) if is_file else value
 
 
 def _short(value: Any) -> str:

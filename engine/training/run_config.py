@@ -23,11 +23,11 @@ from peakgpt.engine.data.run_layout import model_folder
 from peakgpt.engine.model.config import RATES, TRAINING_ONLY, GPTConfig
 from peakgpt.engine.model.presets import PRESETS
 from peakgpt.engine.settings.setting import Setting, check_settings, setting, settings_of
+from peakgpt.engine.settings.values import show
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.engine.training.validation_config import MetricsConfig, ValidationConfig
 
 DEFAULT_PRESET = "gpt2-tiny"
-DEFAULT_VOCAB = 4096
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -89,8 +89,6 @@ class RunConfig:
             values.setdefault("dtype", best_dtype(device))
         if values.get("init") is None and values.get("preset") is None:
             values["preset"] = DEFAULT_PRESET
-        if values.get("vocab") is None and values.get("init") is None and values.get("tokenizer") is None:
-            values["vocab"] = DEFAULT_VOCAB
         fields = {name: value for name, value in values.items() if name in MODEL_FIELDS}
         if values.get("init") is not None:
             fields = checkpoint_fields(values["init"], fields)
@@ -139,12 +137,10 @@ class RunConfig:
         for name, value in given.items():
             if value == settings[name].default:
                 continue
-            for other, allowed in (settings[name].only_with or {}).items():
-                if not (resolved[other] in allowed if allowed is not None else resolved[other]):
-                    expected = " or ".join(map(str, allowed)) if allowed is not None else "set"
-                    raise ValueError(
-                        f"{name}: got it with {other} {resolved[other]}, expected none or {other} {expected}"
-                    )
+            if (obstacle := settings[name].obstacle(resolved)) is not None:
+                other, expected = obstacle
+                got = show(resolved[other], quoted=False)
+                raise ValueError(f"{name}: got it with {other} {got}, expected it only with {other} {expected}")
 
 
 def without_preset_fields(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from peakgpt.kernels.files import write_atomically
 
 RECIPES = Path(__file__).with_name("recipes")
 DIGEST = "# sha256 of all settings: "
+SOURCES = ("preset", "init", "tokenizer")
 WIDTH = 110  # of the listing
 
 
@@ -104,6 +105,9 @@ def listing(config: RunConfig, model: GPTConfig, device: torch.device) -> str:
     """Return all resolved settings as text, section by section; the default follows a value that differs from it."""
     values = {**config.values(), **_derived(config, model)}
     defaults = {**values, **_defaults(config, model, device)}
+    for name, setting in run_settings().items():
+        if setting.automatic and setting.obstacle(values) is None and name not in SOURCES:
+            values[name], defaults[name] = (setting.automatic if v is None else v for v in (values[name], defaults[name]))
     sections: dict[str, list[str]] = {}
     for name, setting in run_settings().items():
         value, default = (show(v, quoted=False) for v in (values[name], defaults[name]))
