@@ -107,7 +107,8 @@ def listing(config: RunConfig, model: GPTConfig, device: torch.device) -> str:
     defaults = {**values, **_defaults(config, model, device)}
     for name, setting in run_settings().items():
         if setting.automatic and setting.obstacle(values) is None and name not in SOURCES:
-            values[name], defaults[name] = (setting.automatic if v is None else v for v in (values[name], defaults[name]))
+            for shown in (values, defaults):
+                shown[name] = setting.automatic if shown[name] is None else shown[name]
     sections: dict[str, list[str]] = {}
     for name, setting in run_settings().items():
         value, default = (show(v, quoted=False) for v in (values[name], defaults[name]))

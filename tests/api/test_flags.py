@@ -14,7 +14,7 @@ from peakgpt.engine.training.run_config import run_settings
 from peakgpt.kernels.command_line import Parser
 
 ROOT = Path(__file__).parents[2]
-ACCEPTED = {"--temperature": "0", "--seed": "0"}  # flags for which 0 is right
+ACCEPTED = {"--temperature": "0", "--seed": "0", "--end-id": "0"}  # flags for which 0 is right
 REQUIRED = {"generate": ["MISSING", "--prompt", "x"], "quantize": ["MISSING", "OUT", "--bits", "8"],
             "score": ["MISSING", "--text", "x"]}  # fmt: skip
 
