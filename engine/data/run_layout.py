@@ -8,6 +8,11 @@ CHECKPOINT = "checkpoint"  # the model in its family's Hugging Face layout
 STATE = "state"  # the training state that a resumed run reads
 TOKENS = "tokens"  # token shards and tokenizer
 METRICS = "metrics.jsonl"  # one JSON object a line
+REPORT = "report.html"
+CURVES = "curves.png"
+TENSORBOARD = "tensorboard"  # event files, if the run writes them
+WANDB = "wandb"  # what Weights & Biases writes, if the run does
+TRACES = "profile"  # traces of torch.profiler, if the run makes them
 SETTINGS = "settings.json"  # the flags of `peakgpt train`
 
 
