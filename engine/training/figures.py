@@ -27,6 +27,6 @@ def duration_text(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def gib_text(count: float) -> str:
-    """Return bytes in GiB with three digits, such as "1.25 GiB"."""
-    return f"{count / 2**30:.3g} GiB"
+def bytes_text(count: float) -> str:
+    """Return bytes with three digits, such as "1.25 GiB" and "312 MiB"."""
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"

@@ -28,7 +28,9 @@ class Trainer:
     """Updates a model in place, one batch per step; on CUDA a step is one CUDA graph (engine/graph_capture.py).
 
     Attributes:
+        steps: planned updates; may change between two steps, and the schedule follows.
         steps_done: updates made so far.
+        lr: learning rate of the last step; 0 before a step.
         grad_norm: norm of the last step's gradients before clipping, a tensor () on the device; None before a step.
     """
 
@@ -41,7 +43,7 @@ class Trainer:
             config: how to train.
             steps: planned updates; the length of the learning-rate schedule.
         """
-        self.model, self.config, self.steps, self.steps_done = model, config, steps, 0
+        self.model, self.config, self.steps, self.steps_done, self.lr = model, config, steps, 0, 0.0
         set_recompute(model, config.recompute)
         set_fp8(model, config.fp8)
         self.device = next(model.parameters()).device
@@ -74,7 +76,8 @@ class Trainer:
                 f"Trainer: lr of a parameter group is not the config's {self.config.lr}: the Trainer has a schedule of "
                 "its own; use peakgpt.AdamW in a loop of your own with a scheduler of torch"
             )
-        self.lr_scale.fill_(learning_rate(self.config, self.steps_done, self.steps) / self.config.lr)
+        self.lr = learning_rate(self.config, self.steps_done, self.steps)
+        self.lr_scale.fill_(self.lr / self.config.lr)
         # The replay of a graph calls no hook.
         is_hooked = self.update.obstacle is None and any(map(has_own_call, walk(self.model)))
         loss, self.grad_norm = (self._update if is_hooked else self.update)(ids, targets)

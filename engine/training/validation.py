@@ -8,8 +8,9 @@ i runs over the n targets of a set. Each window of T tokens is scored by itself,
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -22,7 +23,6 @@ from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.training.validation_config import ValidationConfig
 from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
-HELD_OUT = "validation"  # the set that is split from the training data
 COUNTS = ("best_step", "waited")
 STATE = ("best_loss", "reference_loss", *COUNTS)  # attributes of a Validator that a checkpoint contains
 
@@ -64,12 +64,14 @@ class ValidationMetrics:
         sets: results by name. The first set decides which validation is the best.
         is_best: whether the first set's loss is the lowest so far.
         samples: one for each prompt.
+        seconds: that the validation took.
     """
 
     step: int
     sets: Mapping[str, SetMetrics]
     is_best: bool = True
-    samples: Sequence[Sample] = field(default=())
+    samples: Sequence[Sample] = ()
+    seconds: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -92,7 +94,7 @@ class ValidationMetrics:
                 f"{prefix}bits_per_byte": found.bits_per_byte,
                 f"{prefix}validation_tokens": found.tokens,
             }
-        row["is_best"] = self.is_best
+        row |= {"is_best": self.is_best, "validation_s": round(self.seconds, 3)}
         if self.samples:
             row["samples"] = [{"prompt": sample.prompt, "text": sample.text} for sample in self.samples]
         return row
@@ -145,7 +147,7 @@ class Validator:
             FloatingPointError: a loss is not finite.
         """
         count = self.config.validation_batches if batches is None else batches
-        was_training = self.model.training
+        was_training, start_s = self.model.training, time.perf_counter()
         self.model.eval()
         try:
             sets = {
@@ -160,7 +162,8 @@ class Validator:
             samples = [self._sample(*pair) for pair in zip(self.config.prompts, self._prompts, strict=True)]
         finally:
             self.model.train(was_training)
-        return ValidationMetrics(step, sets, self._observe(step, next(iter(sets.values())).loss), samples)
+        is_best = self._observe(step, next(iter(sets.values())).loss)
+        return ValidationMetrics(step, sets, is_best, samples, time.perf_counter() - start_s)
 
     def _observe(self, step: int, loss: float) -> bool:
         """Take the loss of a validation into account; return whether it is the lowest so far."""
