@@ -83,7 +83,7 @@ def _truncation(path: Path) -> str | None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a new file of tensors and their digests.
+    """Write a file of tensors and their digests.
 
     A second thread computes the digests while this one writes, and the header with the digests is written last. The
     library's writer needs them first, which takes 1.6 x the time.
@@ -96,7 +96,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     content = {name: tensor_bytes(tensors[name]) for name in names}
     no_digests = dict.fromkeys(names, "0" * DIGEST_LENGTH)
     start = len(_header(tensors, content, metadata, no_digests))
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         with ThreadPoolExecutor(1) as hasher:
             digests = hasher.map(_digest, content.values())

@@ -6,6 +6,7 @@ autocast.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -86,8 +87,33 @@ class Trainer:
             group["lr"] = self.config.lr  # a loaded optimizer state may contain another lr
 
     def master_weights(self) -> dict[str, Tensor]:
-        """Return the model's state dict in float32; see `AdamW.master_weights`."""
+        """Return the model's state dict in float32; see `AdamW.named_masters`."""
         return self.optimizer.master_weights(self.model)
+
+    # ---- checkpoints: the model folder has the weights, the training state has the rest ----
+
+    def saved_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of the model folder in float32."""
+        return self.optimizer.named_masters(self.model)
+
+    def load_saved_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Load what `saved_weights` yields, bit for bit."""
+        self.optimizer.load_master_weights(self.model, weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes in training and is not in `saved_weights`. Tensors are not copied."""
+        packed = self.optimizer.state_dict()
+        entries = {i: {k: t for k, t in entry.items() if k != "remainder"} for i, entry in packed["state"].items()}
+        return {"steps_done": self.steps_done, "optimizer": {**packed, "state": entries}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returns, after `load_saved_weights`.
+
+        Raises:
+            ValueError: the state belongs to another model or optimizer.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_done = state["steps_done"]
 
     def _update(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, gradient norm). A CUDA graph repeats it, so values that change must be in device memory."""
