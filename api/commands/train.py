@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from peakgpt.closed_output import PIPE_EXIT_CODE, Output
-from peakgpt.engine.checkpoint.folder import TRAINING_STATE
 from peakgpt.engine.data.batches import Batches
 from peakgpt.engine.data.corpus import load_corpus
-from peakgpt.engine.data.run_layout import SETTINGS, STATE
+from peakgpt.engine.data.run_layout import SETTINGS, step_folder
 from peakgpt.engine.data.shards import TokenShards, tokenize_corpus
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.settings.flags import add_flags, read_flags
-from peakgpt.engine.training.loop import StepMetrics, TrainingLoop, ValidationMetrics
+from peakgpt.engine.training.checkpoint_manager import CheckpointManager
+from peakgpt.engine.training.loop import SaveDue, StepMetrics, TrainingLoop, ValidationMetrics
 from peakgpt.engine.training.run_config import RunConfig, run_settings
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.stop_signals import stop_on_signals
@@ -55,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
         folder, tokenizer, loop = _start(config, args.out, device, output)
     else:
         folder, config, tokenizer, loop = _resume(Path(args.resume), given, device)
-    with folder:
-        return _train(folder, tokenizer, loop, config, output)
+    with folder, CheckpointManager(folder, loop, tokenizer, config.checkpoint) as checkpoints:
+        if args.resume is not None:
+            checkpoints.load(report=lambda fault: print(f"peakgpt: {fault}", file=sys.stderr))
+        return _train(folder, checkpoints, loop, config, output)
 
 
 def _start(
@@ -81,23 +84,20 @@ def _start(
 def _resume(
     path: Path, given: dict[str, Any], device: torch.device
 ) -> tuple[RunFolder, RunConfig, Tokenizer, TrainingLoop]:
-    """Open a run at its last save, or at step 0 if it was killed before the first one."""
+    """Open a run and build its loop as at its start."""
     folder = RunFolder.reopen(path)
     try:
         config = RunConfig.of({**read_settings(path), **given})
         tokenizer, loop = build_loop(folder, config, device)
-        if (path / STATE / TRAINING_STATE).exists():
-            loop.load(path)
-        elif folder.checkpoint.exists():
-            raise ValueError(f"run folder {path}: got a checkpoint without {STATE}/{TRAINING_STATE}, expected both")
-        folder.drop_rows_after(loop.trainer.steps_done)
     except BaseException:
         folder.close()
         raise
     return folder, config, tokenizer, loop
 
 
-def _train(folder: RunFolder, tokenizer: Tokenizer, loop: TrainingLoop, config: RunConfig, output: Output) -> int:
+def _train(
+    folder: RunFolder, checkpoints: CheckpointManager, loop: TrainingLoop, config: RunConfig, output: Output
+) -> int:
     """Train until the end, a signal, or a closed standard output; then save. Return the exit code."""
     enter_phase("training")
     try:
@@ -105,18 +105,22 @@ def _train(folder: RunFolder, tokenizer: Tokenizer, loop: TrainingLoop, config: 
             for event in loop.run(
                 validate_every=config.checkpoint.save_every,
                 validation_batches=config.validation.validation_batches,
+                save_every=config.checkpoint.save_every,
                 should_stop=lambda: stop() or output.lost,
             ):
+                checkpoints.check()
+                if isinstance(event, SaveDue):
+                    checkpoints.save()
+                    continue
                 folder.log(contender="peakgpt", **event.row())
                 _print(event, loop.trainer.steps, config.metrics.log_every, output)
-                if isinstance(event, ValidationMetrics) and not loop.finished:
-                    loop.save(folder.path, tokenizer)
-            loop.save(folder.path, tokenizer)
+            checkpoints.wait()
     except FloatingPointError as error:
-        kept = "the last save is kept" if (folder.path / STATE / TRAINING_STATE).exists() else "nothing was saved"
+        checkpoints.wait()
+        kept = "nothing was saved" if checkpoints.saved_step is None else f"step {checkpoints.saved_step} is kept"
         raise FloatingPointError(f"{error}; {kept} in {folder.path}; a lower --lr may help") from None
     if loop.finished:
-        output.say(f"checkpoint: {folder.checkpoint}")
+        output.say(f"checkpoint: {step_folder(folder.path, loop.trainer.steps_done)}")
     else:
         output.say(f"\nstopped after {loop.trainer.steps_done} steps; continue with: "
                   f"peakgpt train --resume {folder.path}")  # fmt: skip

@@ -3,7 +3,6 @@
     step                   () float32, updates so far
     exp_avg, exp_avg_sq    float32 or wider
     remainder              int16, the low half of the float32 master of a bfloat16 parameter (kernels/ops/adamw.py)
-    average                float32 or wider, only of a Trainer that averages weights (weight_average.py)
 
 All tensors have memory of their own, in the parameter's shape and memory format, as in torch.optim.AdamW.
 """
@@ -20,7 +19,6 @@ from peakgpt.kernels.ops.adamw import DTYPES, join, split
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LIKE_PARAMETER = (*MOMENTS, "remainder")
-AVERAGE = "average"
 SPLIT_ELEMENTS = 1 << 18  # elements split into a bfloat16 and a remainder at a time: it takes several times the memory
 WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in DTYPES}  # dtype of the moments
 
@@ -121,16 +119,16 @@ def master_of(parameter: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 def check_entry(i: int, entry: Mapping[str, Any] | None, parameter: Tensor) -> Mapping[str, Any]:
     """Return a copy of entry i of a state dict.
 
-    Without step and moments it is the entry of a parameter that never had a gradient.
+    It is empty, or has only a remainder, if the parameter never had a gradient.
 
     Raises:
         ValueError: the entry is not AdamW's, or does not fit the parameter.
     """
     entry = dict(entry or {})  # a state dict holds the optimizer's own dicts
     missing = [name for name in ("step", *MOMENTS) if name not in entry]
-    if missing and set(entry) - {"remainder", AVERAGE}:
+    if missing and set(entry) - {"remainder"}:
         raise ValueError(f"AdamW: state {i} has {', '.join(entry)}, expected step, exp_avg and exp_avg_sq")
-    for name in (*LIKE_PARAMETER, AVERAGE, "master"):
+    for name in (*LIKE_PARAMETER, "master"):
         if name in entry and entry[name].shape != parameter.shape:
             raise ValueError(
                 f"AdamW: {name} of state {i} has shape {tuple(entry[name].shape)}, expected {tuple(parameter.shape)}"
@@ -153,8 +151,6 @@ def loaded_entry(entry: Mapping[str, Any], remainder: Tensor | None, parameter: 
         state["step"] = torch.full((), float(entry["step"]), dtype=wide, device=parameter.device)
         for name in MOMENTS:
             state[name] = torch.empty_like(parameter, dtype=wide, requires_grad=False).copy_(entry[name])
-    if AVERAGE in entry:
-        state[AVERAGE] = torch.empty_like(parameter, dtype=wide, requires_grad=False).copy_(entry[AVERAGE])
     if parameter.dtype != torch.bfloat16:
         return state
     if "remainder" in entry:

@@ -7,6 +7,7 @@ autocast.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Trainer:
             max_norm=config.max_norm, dtype=config.dtype,
         )  # fmt: skip
         self.average = None if config.ema_decay is None else WeightAverage(self.optimizer, config.ema_decay)
-        self.optimizer.register_load_state_dict_post_hook(self._check_loaded)
+        self.optimizer.register_load_state_dict_post_hook(self._set_lr)
         # A tensor on the device: a CUDA graph reads the new value at every replay.
         self.lr_scale = self.optimizer.lr_scale = torch.ones((), device=self.device)
         self.gradients = GradientMemory(self.optimizer)
@@ -104,21 +105,50 @@ class Trainer:
         self.steps_done += 1
         return loss
 
-    def _check_loaded(self, optimizer: AdamW) -> None:
+    def _set_lr(self, optimizer: AdamW) -> None:
         for group in optimizer.param_groups:
             group["lr"] = self.config.lr  # a loaded optimizer state may contain another lr
-        if self.average is not None:
-            self.average.check()
 
     def master_weights(self) -> dict[str, Tensor]:
-        """Return the state dict of the model to save, in float32: the averages with ema_decay, else the masters."""
-        if self.average is not None:
-            return self.average.weights(self.model)
+        """Return the model's state dict in float32; see `AdamW.named_masters`."""
         return self.optimizer.master_weights(self.model)
 
-    def weights_to_validate(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model has the weights that a checkpoint gets."""
+    def validated_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the model has the weights that `saved_weights` yields, rounded to its dtype."""
         return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+    # ---- checkpoints: the model folder has the weights, the training state has the rest ----
+
+    def saved_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of the model folder in float32: their average with ema_decay, else the masters."""
+        source = self.optimizer.named_masters if self.average is None else self.average.named
+        return source(self.model)
+
+    def load_saved_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Load what `saved_weights` yields, bit for bit."""
+        load = self.optimizer.load_master_weights if self.average is None else self.average.load
+        load(self.model, weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes in training and is not in `saved_weights`. Tensors are not copied."""
+        packed = self.optimizer.state_dict()
+        entries = {i: {k: t for k, t in entry.items() if k != "remainder"} for i, entry in packed["state"].items()}
+        state = {"steps_done": self.steps_done, "optimizer": {**packed, "state": entries}}
+        return state if self.average is None else {**state, "weights": self.master_weights()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returns, after `load_saved_weights`.
+
+        Raises:
+            ValueError: the state belongs to another model or optimizer.
+        """
+        if ("weights" in state) != (self.average is not None):
+            got = "with" if "weights" in state else "without"
+            raise ValueError(f"training state: got one {got} an average of the weights, expected ema_decay as it was")
+        if self.average is not None:
+            self.optimizer.load_master_weights(self.model, state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_done = state["steps_done"]
 
     def _update(self, ids: Tensor, targets: Tensor, *position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, gradient norm). A CUDA graph repeats it, so values that change must be in device memory."""
@@ -153,7 +183,8 @@ class Trainer:
         """Return everything that a captured update depends on; the update is captured again when it changes."""
         states = self.optimizer.state.items()
         tensors = (t for p, state in states for t in (p, p.grad, *state.values()) if t is not None)
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        averages = () if self.average is None else self.average.tensors.values()
+        addresses = [tensor.data_ptr() for tensor in (*tensors, *averages)]
         return self.model.training, self.optimizer.captured_state(), addresses, self._shapes, walk(self.model)
 
 
