@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -66,20 +67,21 @@ class TrainingProgress:
         """Show a validation and its samples."""
         for number, (name, found) in enumerate(event.sets.items()):
             best = "  (best so far)" if event.is_best and not number else ""
-            self.say(
-                f"step {event.step}  {name} loss {found.loss:.4f}, perplexity {found.perplexity:.4g}, "
-                f"{found.bits_per_byte:.4f} bits per byte, {found.tokens:,} tokens{best}"
-            )
+            bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
+            self.say(f"step {event.step}  {name} loss {found.loss:.4f}, perplexity {found.perplexity:.4g}{bits}, "
+                     f"{found.tokens:,} tokens{best}")  # fmt: skip
         for sample in event.samples:
             text = f"{sample.prompt}{sample.text}"
             self.say(f"  sample: {text[:SAMPLE_CHARS]!r}{' ...' if len(text) > SAMPLE_CHARS else ''}")
 
-    def show(self, event: StepMetrics | ValidationMetrics, steps: int) -> None:
-        """Show any event."""
+    def show(self, event: Any, steps: int) -> None:
+        """Show any event of a TrainingLoop; `steps` are planned."""
         if isinstance(event, ValidationMetrics):
             self.validation(event)
-        else:
+        elif isinstance(event, StepMetrics):
             self.step(event, steps)
+        else:  # rare: a skipped step, a loss spike
+            self.say(", ".join(f"{name} {value}" for name, value in event.row().items()))
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""

@@ -8,6 +8,9 @@ their right, and visits the windows in random order:
 so every token is an input at most once, and a target at most once, in an epoch. The order comes from the raw 64-bit
 words of Philox with the key (seed, epoch). numpy guarantees those words for all versions (NEP 19), unlike its shuffles.
 
+A window may contain several documents. A document begins with the token that separates documents: its last token
+predicts the separator, and the separator predicts the first token of the next document, so no target is lost.
+
 Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11 (Philox).
 """
 
@@ -26,18 +29,20 @@ from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 class Batches:
     """An endless iterator over training batches: (ids, targets), int64 tensors (B, T), targets shifted by one.
 
-    The position is `epoch` and `index`, the number of batches taken in this epoch. If the number of windows is not a
-    multiple of B, the last windows of the epoch's order are skipped; each epoch skips other windows.
+    With a document token there are also the position_ids, int32 (B, T): the position of each token in its document.
+    The position in the data is `epoch` and `window`, the number of windows taken in this epoch. If the windows that are
+    left are fewer than a batch, they are skipped; each epoch skips other windows.
 
     Args:
         shards: the token stream.
         batch, tokens: B and T.
         seed: 0 to 2^64 - 1; seed and epoch determine offset and order.
+        document_token: the id with which each document begins. None: no position_ids.
     Raises:
         ValueError: the stream has fewer than B * T + 1 tokens, or a size or the seed is out of range.
     """
 
-    def __init__(self, shards: TokenShards, batch: int, tokens: int, seed: int):
+    def __init__(self, shards: TokenShards, batch: int, tokens: int, seed: int, *, document_token: int | None = None):
         _check_sizes(batch, tokens)
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed: got {seed}, expected 0 to 2^64 - 1")
@@ -47,7 +52,8 @@ class Batches:
                 f"{batch} x {tokens} and its last target"
             )
         self.shards, self.batch, self.tokens, self.seed = shards, batch, tokens, seed
-        self.epoch, self.index = 0, 0
+        self.document_token = document_token
+        self.epoch, self.window = 0, 0
         self._offset, self._order = self._plan(0)
 
     def _plan(self, epoch: int) -> tuple[int, np.ndarray]:
@@ -60,23 +66,45 @@ class Batches:
 
     @property
     def epoch_batches(self) -> int:
-        """The number of batches in this epoch."""
+        """The number of whole batches in this epoch."""
         return len(self._order) // self.batch
 
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        if self.index == self.epoch_batches:
-            self.epoch, self.index = self.epoch + 1, 0
+    def __next__(self) -> tuple[Tensor, ...]:
+        return self.take(self.batch)
+
+    def take(self, rows: int) -> tuple[Tensor, ...]:
+        """Return the next batch with this number of rows, at most B."""
+        ids, targets = _read_windows(self.shards, self._advance(rows), self.tokens)
+        if self.document_token is None:
+            return ids, targets
+        return ids, targets, document_positions(ids, self.document_token)
+
+    def skip(self, rows: int) -> None:
+        """Leave out the next batch of this number of rows."""
+        self._advance(rows)
+
+    def _advance(self, rows: int) -> np.ndarray:
+        """Move behind the next windows, and return the stream positions of their first tokens."""
+        if self.window + rows > len(self._order):
+            self.epoch, self.window = self.epoch + 1, 0
             self._offset, self._order = self._plan(self.epoch)
-        windows = self._order[self.index * self.batch : (self.index + 1) * self.batch]
-        self.index += 1
-        return _read_windows(self.shards, self._offset + windows * self.tokens, self.tokens)
+        windows = self._order[self.window : self.window + rows]
+        self.window += rows
+        return self._offset + windows * self.tokens
+
+    def describe(self, epoch: int, window: int, rows: int) -> str:
+        """Name the tokens of the batch after which the position was (epoch, window), for an error message."""
+        offset, order = self._plan(epoch)
+        starts = (offset + order[window - rows : window] * self.tokens).tolist()
+        shown = ", ".join(map(str, starts[:8])) + (f" and {len(starts) - 8} more" if len(starts) > 8 else "")
+        return f"epoch {epoch}, windows {window - rows} to {window - 1} of its order, which begin at tokens {shown}"
 
     def state_dict(self) -> dict[str, int | str]:
         """Return the position, and the data, sizes and seed that it belongs to."""
-        return {**self._identity(), "epoch": self.epoch, "index": self.index}
+        return {**self._identity(), "epoch": self.epoch, "window": self.window}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Go to a saved position; the next batches are those that would have followed it.
@@ -87,16 +115,27 @@ class Batches:
         for key, expected in self._identity().items():
             if state.get(key) != expected:
                 raise ValueError(f"data position: got {key}={state.get(key)!r}, expected {expected!r}")
-        epoch, index = state.get("epoch"), state.get("index")
-        if type(epoch) is not int or type(index) is not int or not 0 <= epoch < 1 << 64:
-            raise ValueError(f"data position: got epoch={epoch!r}, index={index!r}, expected integers from 0")
+        epoch, window = state.get("epoch"), state.get("window")
+        if type(index := state.get("index")) is int:  # version 0.1.0 counted batches
+            window = index * self.batch
+        if type(epoch) is not int or type(window) is not int or not 0 <= epoch < 1 << 64:
+            raise ValueError(f"data position: got epoch={epoch!r}, window={window!r}, expected integers from 0")
         offset, order = self._plan(epoch)
-        if not 0 <= index <= len(order) // self.batch:
-            raise ValueError(f"data position: got index={index}, expected 0 to {len(order) // self.batch}")
-        self.epoch, self.index, self._offset, self._order = epoch, index, offset, order
+        if not 0 <= window <= len(order):
+            raise ValueError(f"data position: got window={window}, expected 0 to {len(order)}")
+        self.epoch, self.window, self._offset, self._order = epoch, window, offset, order
 
     def _identity(self) -> dict[str, int | str]:
         return {"data": self.shards.digest, "batch": self.batch, "tokens": self.tokens, "seed": self.seed}
+
+
+def document_positions(ids: Tensor, document_token: int) -> Tensor:
+    """Return the position of each token of (B, T) ids in its document, int32 (B, T).
+
+    A document begins at each document_token, and with each row.
+    """
+    index = torch.arange(ids.shape[1], dtype=torch.int32)
+    return index - torch.where(ids == document_token, index, 0).cummax(1).values
 
 
 def validation_batches(shards: TokenShards, batch: int, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -142,5 +181,6 @@ def _read_windows(shards: TokenShards, starts: np.ndarray, tokens: int) -> tuple
     windows = torch.from_numpy(rows)
     ids, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
     if (excess := int(starts.max()) + tokens + 1 - len(shards)) > 0:
+        targets = targets.clone()  # one row is contiguous, and shares its memory with ids
         targets[-1, -excess:] = IGNORE_INDEX
     return ids, targets

@@ -63,6 +63,7 @@ class GPTConfig:
         tied_head: the head shares its weight with the token embedding.
         head_bias: an untied head has a bias.
         logit_scale: factor on the logits.
+        label_smoothing: share of a target's probability that is spread over the vocabulary, in training.
         z_loss: factor on logsumexp(logits)^2, which is added to the loss in training.
         dropout: probability after each branch, in training.
         embedding_dropout, attention_dropout: probability after the embedding, and of an attention weight; None means
@@ -102,6 +103,7 @@ class GPTConfig:
     tied_head: bool = True
     head_bias: bool = False
     logit_scale: float = 1.0
+    label_smoothing: float = 0.0
     z_loss: float = 0.0
     dropout: float = 0.0
     embedding_dropout: float | None = None
@@ -117,6 +119,8 @@ class GPTConfig:
             self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "more than 0, and finite")
         for name in PENALTIES:
             self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "at least 0, and finite")
+        is_share = _is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1
+        self._require("label_smoothing", is_share, "0 <= label_smoothing < 1")
         scale = self.attention_scale
         self._require("attention_scale", scale is None or _is_number(scale), "None or a finite number")
         self._require("head_bias", not (self.head_bias and self.tied_head), "False with tied_head")

@@ -4,33 +4,30 @@
     loop = TrainingLoop(Trainer(model, config, steps=1000), Batches(shards[0], 8, 256, seed=0), validator)
     for event in loop.run(validate_every=250):
         print(event)
-        if isinstance(event, ValidationMetrics):
-            loop.save("runs/mine", tokenizer)
 
-A loop over the same data that starts with `loop.load("runs/mine")` continues bit for bit.
+`CheckpointManager` (checkpoint_manager.py) saves a loop, and continues it bit for bit.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.model_folder import TokenizerFiles, write_model
-from peakgpt.engine.checkpoint.training_state import load_training_state, save_training_state
-from peakgpt.engine.data.run_layout import CHECKPOINT, STATE
 from peakgpt.engine.model.flops import mfu, recomputed_flops, training_flops
 from peakgpt.engine.training.delayed_metrics import DelayedMetrics
 from peakgpt.engine.training.figures import significant
+from peakgpt.engine.training.random_state import RandomState
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.engine.training.validation import ValidationMetrics, Validator
-from peakgpt.kernels.hardware.peaks import peak_for
+from peakgpt.kernels.hardware.peaks import peak_flops_s
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,34 @@ class StepMetrics:
         }
 
 
+@dataclass(frozen=True)
+class SaveDue:
+    """The loop should be saved now: all metrics and validations of earlier steps have been yielded.
+
+    Args:
+        step: updates made so far.
+    """
+
+    step: int
+
+
+class Stateful(Protocol):
+    """A part of the loop whose state changes in training, so that every checkpoint contains it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: dicts, lists and tuples of tensors, numbers and strings."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+
+
 class TrainingLoop:
-    """Trains a model on batches, evaluates it, saves it, and resumes it."""
+    """Trains a model on batches and evaluates it.
+
+    Attributes:
+        parts: everything whose state changes in training, by name; a checkpoint has the state of each. Add parts of
+            your own before the first step, and before a checkpoint is loaded.
+    """
 
     def __init__(
         self,
@@ -84,7 +107,7 @@ class TrainingLoop:
             batches: of (ids, targets), (B, T) int64 each; `peakgpt.engine.data.batches.Batches` can be resumed.
             validator: evaluates the model.
             report_mfu: whether the events include MFU. If the device has no datasheet, its peak is measured first, for
-                some seconds.
+                about a second.
         Raises:
             ValueError: sequences longer than the model's block_size.
         """
@@ -92,9 +115,14 @@ class TrainingLoop:
         if config.tokens > model_config.block_size:
             raise ValueError(f"tokens is {config.tokens}, expected at most the model's {model_config.block_size}")
         self.trainer, self.batches, self.validator = trainer, batches, validator
+        self.parts: dict[str, Stateful] = {
+            "trainer": trainer, "data": batches, "random": RandomState(trainer.device),
+        }  # fmt: skip
+        if validator is not None:
+            self.parts["validation"] = validator
         self.flops_per_token = training_flops(model_config, config.tokens)
         self.recomputed_flops_per_token = recomputed_flops(model_config, config.tokens, config.recompute)
-        self.peak_flops_s = peak_for(trainer.device, config.dtype).flops_s if report_mfu else None
+        self.peak_flops_s = peak_flops_s(trainer.device, config.dtype) if report_mfu else None
 
     @property
     def finished(self) -> bool:
@@ -111,10 +139,11 @@ class TrainingLoop:
         steps: int | None = None,
         *,
         validate_every: int | None = None,
+        save_every: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         synchronous: bool = False,
-    ) -> Iterator[StepMetrics | ValidationMetrics]:
-        """Train, and yield an event per step and per validation.
+    ) -> Iterator[StepMetrics | ValidationMetrics | SaveDue]:
+        """Train, and yield an event per step, per validation and per save.
 
         Between two events the caller may save, validate and print. On CUDA the metrics of a step arrive while the next
         step runs.
@@ -123,6 +152,7 @@ class TrainingLoop:
             steps: at most this many updates. None: all that the trainer has planned.
             validate_every: validate after each multiple of this many updates, and after the last planned one. All
                 metrics of earlier steps have arrived by then. None: never.
+            save_every: yield SaveDue after each multiple of this many updates, and before the run ends. None: never.
             should_stop: called before each step; True ends the run. It may change the number of planned updates,
                 `trainer.steps`.
             synchronous: wait for each step before the next one starts, for benchmarks.
@@ -150,9 +180,15 @@ class TrainingLoop:
                 yield self.validate()
                 validated = step
                 self._last_step_s = time.perf_counter()  # neither validation nor the caller's save counts
+            if save_every and step % save_every == 0 and step < end and not self.finished:
+                yield from self._metrics(losses.take(), norms.take())
+                yield SaveDue(step)
+                self._last_step_s = time.perf_counter()
         yield from self._metrics(losses.take(), norms.take())
         if validate_every and trainer.steps_done > validated and self.finished:
             yield self.validate()
+        if save_every:
+            yield SaveDue(trainer.steps_done)
 
     def _next_batch(self) -> tuple[Tensor, ...]:
         pair, device = next(self.batches), self.trainer.device
@@ -183,7 +219,7 @@ class TrainingLoop:
         )  # fmt: skip
 
     def validate(self, batches: int | None = None) -> ValidationMetrics:
-        """Evaluate the model.
+        """Evaluate the model, with its averaged weights if the trainer has an average.
 
         Args:
             batches: of each held-out set; None means the config's number.
@@ -193,59 +229,49 @@ class TrainingLoop:
         """
         if self.validator is None:
             raise ValueError("TrainingLoop: got no validator, expected one")
-        return self.validator.validate(self.trainer.steps_done, batches=batches)
+        with self.trainer.validated_weights():
+            return self.validator.validate(self.trainer.steps_done, batches=batches)
 
-    def save(self, folder: Path | str, tokenizer: TokenizerFiles | None = None) -> None:
-        """Write the model for inference, and the training state that `load` resumes from.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all parts; with `Trainer.saved_weights`, all that the next steps depend on."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+        """Continue from a state.
 
         Args:
-            folder: gets `checkpoint/`, in the family's Hugging Face layout, and `state/`.
-            tokenizer: written into `checkpoint/`.
+            state: from `state_dict`.
+            weights: from `Trainer.saved_weights`.
         Raises:
-            OSError: the folder cannot be written; an earlier save is still there.
-            FloatingPointError: a weight is not finite; nothing is written.
+            ValueError: the state has other parts, or belongs to another model or other data.
         """
-        trainer = self.trainer
-        weights = self._finite_weights()
-        values = {"done": trainer.steps_done, "data": self.batches.state_dict()}
-        if self.validator is not None:
-            values["validation"] = self.validator.state_dict()
-        # The state comes first: a killed run never has a checkpoint that no state continues.
-        save_training_state(Path(folder, STATE), trainer.model, trainer.optimizer, values)
-        self._write_model(Path(folder, CHECKPOINT), weights, tokenizer)
+        if state.keys() != self.parts.keys():
+            raise ValueError(f"training state: got {', '.join(state)}, expected {', '.join(self.parts)}")
+        self.trainer.load_saved_weights(weights)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
     def save_model(self, folder: Path | str, tokenizer: TokenizerFiles | None = None) -> None:
         """Write the model alone, from the optimizer's float32 master.
 
         Raises:
-            OSError, FloatingPointError: as in `save`.
+            OSError: the folder cannot be written; an earlier model is still there.
+            FloatingPointError: a weight is not finite; nothing is written.
         """
-        self._write_model(folder, self._finite_weights(), tokenizer)
-
-    def _write_model(self, folder: Path | str, weights: dict[str, Tensor], tokenizer: TokenizerFiles | None) -> None:
-        model = self.trainer.model
+        weights, model = dict(self.trainer.saved_weights()), self.trainer.model
+        require_finite_weights(self.trainer.steps_done, weights)
         write_model(folder, model.config, weights, tokenizer, source_files=model.source_files)
 
-    def _finite_weights(self) -> dict[str, Tensor]:
-        weights = self.trainer.master_weights()
-        for name, tensor in weights.items():
-            if not torch.isfinite(tensor).all():
-                raise FloatingPointError(
-                    f"step {self.trainer.steps_done}: {name} has values that are not finite, expected only numbers"
-                )
-        return weights
 
-    def load(self, folder: Path | str) -> None:
-        """Continue from what `save` wrote: weights, optimizer, random state, and position in the data.
+def require_finite_weights(step: int, weights: Mapping[str, Tensor]) -> None:
+    """Check the weights after a step.
 
-        Raises:
-            ValueError: no training state in `folder`, a damaged one, or one of another model or other data.
-        """
-        values = load_training_state(Path(folder, STATE), self.trainer.model, self.trainer.optimizer)
-        self.batches.load_state_dict(values["data"])
-        self.trainer.steps_done = values["done"]
-        if self.validator is not None and "validation" in values:  # runs of version 0.1.0 have none
-            self.validator.load_state_dict(values["validation"])
+    Raises:
+        FloatingPointError: a weight is not finite.
+    """
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise FloatingPointError(f"step {step}: {name} has values that are not finite, expected only numbers")
 
 
 def _require_finite(step: int, name: str, value: float) -> None:

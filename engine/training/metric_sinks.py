@@ -98,7 +98,8 @@ class WandbSink:
         self._state = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._run = wandb.init(
             project=config.wandb_project or os.environ.get("WANDB_PROJECT", "peakgpt"),
-            name=os.environ.get("WANDB_NAME", folder.resolve().name), dir=str(folder), id=run_id, resume="allow", config=dict(values), settings=wandb.Settings(console="off", silent=True),
+            name=os.environ.get("WANDB_NAME", folder.resolve().name), dir=str(folder), id=run_id, resume="allow",
+            config=dict(values), settings=wandb.Settings(console="off", silent=True),
         )  # fmt: skip
 
     def log(self, row: Mapping[str, Any]) -> None:

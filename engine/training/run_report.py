@@ -140,12 +140,13 @@ def key_figures(rows: Sequence[Row]) -> list[tuple[str, str]]:
         found.append((f"lowest validation loss, step {best['step']:,}", f"{best['validation_loss']:.4f}"))
         if best.get("perplexity") is not None:
             found.append(("its perplexity", f"{best['perplexity']:.4g}"))
-        found.append(("its bits per byte", f"{best['bits_per_byte']:.4f}"))
+        if best.get("bits_per_byte") is not None:
+            found.append(("its bits per byte", f"{best['bits_per_byte']:.4f}"))
     for key, label, text in (("tokens_per_s", "median throughput", speed_text), ("mfu", "median MFU", percent_text)):
         if values := [r[key] for r in steps if r.get(key) is not None]:
             found.append((label, text(median(values))))
     if rows and "elapsed_s" in rows[-1]:
-        found.append(("time of the last process", duration_text(rows[-1]["elapsed_s"])))
+        found.append(("time", duration_text(rows[-1]["elapsed_s"])))
     return found
 
 

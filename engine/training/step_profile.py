@@ -1,4 +1,4 @@
-"""A torch.profiler trace of some steps of a run, for chrome://tracing or ui.perfetto.dev. Other steps are not slowed."""
+"""A torch.profiler trace of some steps of a run, as Chrome and Perfetto show it. Other steps are not slowed."""
 
 from __future__ import annotations
 

@@ -34,12 +34,13 @@ class SetMetrics:
     Args:
         loss: mean over the targets, in nats per token.
         tokens: number of targets.
-        bits_per_byte: the loss in bits per UTF-8 byte of text, which does not depend on the tokenizer.
+        bits_per_byte: the loss in bits per UTF-8 byte of text, which does not depend on the tokenizer; None if the
+            bytes of the text are unknown.
     """
 
     loss: float
     tokens: int
-    bits_per_byte: float
+    bits_per_byte: float | None
 
     @property
     def perplexity(self) -> float:
@@ -79,7 +80,7 @@ class ValidationMetrics:
         return next(iter(self.sets.values())).loss
 
     @property
-    def bits_per_byte(self) -> float:
+    def bits_per_byte(self) -> float | None:
         """The bits per byte of the first set."""
         return next(iter(self.sets.values())).bits_per_byte
 
@@ -91,9 +92,10 @@ class ValidationMetrics:
             row |= {
                 f"{prefix}validation_loss": found.loss,
                 f"{prefix}perplexity": found.perplexity,
-                f"{prefix}bits_per_byte": found.bits_per_byte,
                 f"{prefix}validation_tokens": found.tokens,
             }
+            if found.bits_per_byte is not None:
+                row[f"{prefix}bits_per_byte"] = found.bits_per_byte
         row |= {"is_best": self.is_best, "validation_s": round(self.seconds, 3)}
         if self.samples:
             row["samples"] = [{"prompt": sample.prompt, "text": sample.text} for sample in self.samples]
@@ -174,6 +176,12 @@ class Validator:
         if is_best:
             self.best_loss, self.best_step = loss, step
         return is_best
+
+    def count_targets(self) -> int:
+        """Return the number of targets of one validation."""
+        batches = self.config.validation_batches
+        limit = math.inf if batches is None else batches * self.batch * self.tokens
+        return sum(int(min(len(shards) - 1, limit)) for shards in self.sets.values())
 
     @property
     def should_stop(self) -> bool:

@@ -41,6 +41,15 @@ def available_bytes(device: torch.device, root: Path = ROOT) -> int:
     return free
 
 
+def reset_peak(device: torch.device) -> None:
+    """Begin to count `peak_bytes` anew, from the memory that this process has now; on Linux and on GPUs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # not Linux, or a file system that is read-only
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_bytes(device: torch.device) -> int:
     """Return the most memory that this process has had: allocated by torch on a GPU, resident on a CPU."""
     if device.type == "cuda":

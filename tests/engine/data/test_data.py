@@ -383,8 +383,9 @@ def test_resumed_batches_equal_uninterrupted_ones(tmp_path):
         ({"batch": 4}, "data position: got batch=4, expected 3"),
         ({"tokens": 8}, "data position: got tokens=8, expected 16"),
         ({"seed": 8}, "data position: got seed=8, expected 7"),
-        ({"index": 1000}, "data position: got index=1000, expected 0 to 10"),
-        ({"index": -1}, "data position: got index=-1"),
+        ({"window": 1000}, "data position: got window=1000, expected 0 to 3"),
+        ({"window": -1}, "data position: got window=-1"),
+        ({"index": 1000}, "data position: got window=3000, expected 0 to 3"),
         ({"epoch": None}, "data position: got epoch=None"),
     ],
 )
