@@ -21,8 +21,10 @@ from peakgpt.engine.gpt import GPT
 from peakgpt.engine.settings.flags import add_flags, read_flags
 from peakgpt.engine.training.checkpoint_manager import CheckpointManager
 from peakgpt.engine.training.loop import SaveDue, StepMetrics, TrainingLoop, ValidationMetrics
+from peakgpt.engine.training.loss_spikes import LossSpike, RolledBack
 from peakgpt.engine.training.run_config import RunConfig, run_settings
 from peakgpt.engine.training.run_folder import RunFolder
+from peakgpt.engine.training.skipped_steps import SkippedStep
 from peakgpt.engine.training.stop_signals import stop_on_signals
 from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.engine.training.trainer import Trainer
@@ -112,6 +114,8 @@ def _train(
                 if isinstance(event, SaveDue):
                     checkpoints.save()
                     continue
+                if isinstance(event, LossSpike):
+                    event = checkpoints.roll_back(event) or event
                 folder.log(contender="peakgpt", **event.row())
                 _print(event, loop.trainer.steps, config.metrics.log_every, output)
             checkpoints.wait()
@@ -178,7 +182,9 @@ def build_loop(folder: RunFolder, run: RunConfig, device: torch.device) -> tuple
 
 
 def _print(event: StepMetrics | ValidationMetrics, steps: int, log_every: int, output: Output) -> None:
-    if isinstance(event, ValidationMetrics):
+    if isinstance(event, SkippedStep | LossSpike | RolledBack):
+        output.say(str(event))
+    elif isinstance(event, ValidationMetrics):
         output.say(f"step {event.step}  held-out loss {event.loss:.4f}, {event.bits_per_byte:.4f} bits per byte")
     elif event.step % log_every == 0 or event.step == steps or output.silent_s >= LINE_S:
         output.say(f"step {event.step}/{steps}  loss {event.loss:.4f}  {event.tokens_per_s:,.0f} tok/s  "

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ from peakgpt.engine.checkpoint.model_folder import TokenizerFiles, write_model
 from peakgpt.engine.data.batches import validation_batches
 from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.model.flops import mfu, recomputed_flops, training_flops
+from peakgpt.engine.model.positions import refuse_relative_positions
 from peakgpt.engine.training.delayed_metrics import DelayedMetrics
 from peakgpt.engine.training.evaluate import validation_loss
+from peakgpt.engine.training.loss_spikes import LossSpike, SpikeDetector
 from peakgpt.engine.training.random_state import RandomState
+from peakgpt.engine.training.skipped_steps import SkippedStep, SkippedSteps
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.hardware.peaks import peak_for
 
@@ -91,6 +94,14 @@ class SaveDue:
     step: int
 
 
+class Update(NamedTuple):
+    """What identifies an update when its numbers arrive: its number from 1, its sequences, the data position before."""
+
+    step: int
+    batch: int
+    position: dict[str, Any] | None
+
+
 class Stateful(Protocol):
     """A part of the loop whose state changes in training, so that every checkpoint contains it."""
 
@@ -99,6 +110,9 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
+
+
+Event = StepMetrics | SkippedStep | LossSpike | ValidationMetrics | SaveDue
 
 
 class TrainingLoop:
@@ -130,12 +144,27 @@ class TrainingLoop:
         config, model_config = trainer.config, trainer.model.config
         if config.tokens > model_config.block_size:
             raise ValueError(f"tokens is {config.tokens}, expected at most the model's {model_config.block_size}")
+        if len(trainer.schedule.stages) > 1 and not hasattr(batches, "take"):
+            raise ValueError("TrainingLoop: got an iterator for a batch that grows, expected Batches")
+        if config.mask_documents != (getattr(batches, "document_token", None) is not None):
+            raise ValueError(
+                f"TrainingLoop: mask_documents is {config.mask_documents}, expected batches with a document_token for "
+                "True, and without for False"
+            )
+        if config.mask_documents:
+            refuse_relative_positions(model_config)
         if validation is not None:
             validation_batches(validation, config.batch, config.tokens)  # raises now, not after hours of training
         self.trainer, self.batches, self.validation = trainer, batches, validation
         self.parts: dict[str, Stateful] = {
             "trainer": trainer, "data": batches, "random": RandomState(trainer.device),
         }  # fmt: skip
+        self.skipped = SkippedSteps()
+        self.spikes = None if config.spike_sigma is None else SpikeDetector(config)
+        if self.spikes is not None:
+            self.parts["spikes"] = self.spikes
+        self._delayed = DelayedMetrics(trainer.device)
+        self._describe: Callable[[dict[str, Any], int], str] | None = getattr(batches, "describe", None)
         self.flops_per_token = training_flops(model_config, config.tokens)
         self.recomputed_flops_per_token = recomputed_flops(model_config, config.tokens, config.recompute)
         self.peak_flops_s = peak_for(trainer.device, config.dtype).flops_s if report_mfu else None
@@ -154,11 +183,11 @@ class TrainingLoop:
         save_every: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         synchronous: bool = False,
-    ) -> Iterator[StepMetrics | ValidationMetrics | SaveDue]:
+    ) -> Iterator[Event]:
         """Train, and yield an event per step, per validation and per save.
 
-        Between two events the caller may save, validate and print. On CUDA the metrics of a step arrive while the next
-        step runs.
+        Between two events the caller may save, load, validate and print. On CUDA the metrics of a step arrive while the
+        next step runs. After a skipped step there is no validation and no save until a step is finite.
 
         Args:
             steps: at most this many updates. None: all that the trainer has planned.
@@ -169,52 +198,67 @@ class TrainingLoop:
             should_stop: called before each step; True ends the run.
             synchronous: wait for each step before the next one starts, for benchmarks.
         Raises:
-            FloatingPointError: a loss or a gradient norm is not finite. The row of that step comes before. Do not save
-                after it: what was saved before is the last good state.
+            Diverged: ten updates in a row were skipped, because their losses or gradient norms are not finite, or the
+                last one of the run was. What was saved before is the last good state.
+            FloatingPointError: a validation loss is not finite.
         """
-        trainer, device = self.trainer, self.trainer.device
-        losses, norms = DelayedMetrics(device), DelayedMetrics(device)
+        trainer = self.trainer
         end = trainer.steps if steps is None else min(trainer.steps, trainer.steps_done + steps)
         self._last_step_s = time.perf_counter()
         while trainer.steps_done < end and not should_stop():
-            loss = trainer.step(*self._next_batch())
+            yield from self._events(self._step(synchronous=synchronous))
             step = trainer.steps_done
-            if synchronous:
-                yield from self._metrics([(step, float(loss))], [(step, float(trainer.grad_norm))])
-            else:
-                yield from self._metrics(losses.put(step, loss), norms.put(step, trainer.grad_norm))
-            if validate_every and (step % validate_every == 0 or self.finished):
-                yield from self._metrics(losses.take(), norms.take())
+            validates = bool(validate_every) and (step % validate_every == 0 or self.finished)
+            saves = bool(save_every) and step % save_every == 0 and step < end
+            if validates or saves:
+                yield from self._events(self._delayed.take())
+            if trainer.steps_done != step or self.skipped.in_a_row:  # rolled back, or no weights to keep
+                continue
+            if validates:
                 yield self.validate(validation_batches)
-                self._last_step_s = time.perf_counter()  # neither validation nor the caller's save counts
-            if save_every and step % save_every == 0 and trainer.steps_done < end:
-                yield from self._metrics(losses.take(), norms.take())
+            if saves:
                 yield SaveDue(step)
-                self._last_step_s = time.perf_counter()
-        yield from self._metrics(losses.take(), norms.take())
-        if save_every:
+            if validates or saves:
+                self._last_step_s = time.perf_counter()  # neither validation nor the caller's save counts
+        yield from self._events(self._delayed.take())
+        self.skipped.require_end(trainer.steps_done, finished=self.finished)
+        if save_every and not self.skipped.in_a_row:
             yield SaveDue(trainer.steps_done)
 
-    def _next_batch(self) -> tuple[Tensor, ...]:
-        pair, device = next(self.batches), self.trainer.device
+    def _step(self, *, synchronous: bool) -> list[tuple[Update, float, float]]:
+        """Make one update; return the (update, loss, gradient norm) that have reached the host by then."""
+        trainer, batch = self.trainer, self.trainer.batch
+        position = None if self._describe is None else self.batches.state_dict()
+        loss = trainer.step(*self._next_batch(batch))
+        arrived = self._delayed.put(Update(trainer.steps_done, batch, position), loss, trainer.grad_norm)
+        return arrived + self._delayed.take() if synchronous else arrived
+
+    def _next_batch(self, batch: int) -> tuple[Tensor, ...]:
+        tensors = next(self.batches) if batch == self.trainer.config.batch else self.batches.take(batch)
+        device = self.trainer.device
         if device.type == "cuda":  # a copy from unpinned memory would wait for the step that is running
-            pair = tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in pair)
-        return tuple(tensor.to(device, non_blocking=True) for tensor in pair)
+            tensors = tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)
+        return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
-    def _metrics(
-        self, losses: Iterable[tuple[int, float]], norms: Iterable[tuple[int, float]]
-    ) -> Iterator[StepMetrics]:
-        """Yield the metrics of (step, loss) and (step, gradient norm) pairs that have just reached the host."""
-        for (step, loss), (_, norm) in zip(losses, norms, strict=True):
+    def _events(self, arrived: Iterable[tuple[Update, float, float]]) -> Iterator[Event]:
+        """Yield the events of updates whose loss and gradient norm have just reached the host."""
+        for update, loss, norm in arrived:
             previous_s, self._last_step_s = self._last_step_s, time.perf_counter()
-            yield self.step_metrics(step, loss, self._last_step_s - previous_s)
-            _require_finite(step, "the loss", loss)
-            _require_finite(step, "the norm of the gradients", norm)
+            if skipped := self.skipped.check(update.step, loss, norm, lambda update=update: self._batch_of(update)):
+                yield skipped
+                self.skipped.require_end(update.step, finished=False)
+                continue
+            yield self.step_metrics(update.step, loss, self._last_step_s - previous_s, update.batch)
+            if self.spikes is not None and (spike := self.spikes.check(update.step, loss)):
+                yield spike
 
-    def step_metrics(self, step: int, loss: float, step_s: float) -> StepMetrics:
-        """Return the metrics of a step of this loop's size that took step_s seconds, by any contender."""
+    def _batch_of(self, update: Update) -> str:
+        return "unknown" if self._describe is None else self._describe(update.position, update.batch)
+
+    def step_metrics(self, step: int, loss: float, step_s: float, batch: int | None = None) -> StepMetrics:
+        """Return the metrics of a step that took step_s seconds, by any contender; `batch` is its sequences."""
         config, peak, recomputed = self.trainer.config, self.peak_flops_s, self.recomputed_flops_per_token
-        speed = config.batch * config.tokens / step_s
+        speed = (batch or config.batch) * config.tokens / step_s
         return StepMetrics(
             step, loss, speed,
             mfu=mfu(speed, self.flops_per_token, peak) if peak else None,
@@ -231,7 +275,8 @@ class TrainingLoop:
         if self.validation is None:
             raise ValueError("TrainingLoop: got no validation tokens, expected TokenShards")
         config = self.trainer.config
-        loss = validation_loss(self.trainer.model, self.validation, config.batch, config.tokens, batches=batches)
+        with self.trainer.validated_weights():
+            loss = validation_loss(self.trainer.model, self.validation, config.batch, config.tokens, batches=batches)
         _require_finite(self.trainer.steps_done, "the validation loss", loss)
         return ValidationMetrics(self.trainer.steps_done, loss, self.validation.bits_per_byte(loss))
 
@@ -253,6 +298,8 @@ class TrainingLoop:
         self.trainer.load_saved_weights(weights)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        # Steps that are still running belong to the state before.
+        self._delayed, self.skipped = DelayedMetrics(self.trainer.device), SkippedSteps()
 
     def save_model(self, folder: Path | str, tokenizer: TokenizerFiles | None = None) -> None:
         """Write the model alone, from the optimizer's float32 master.
