@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0 for success, 1 for a failed check or a training that gave numbers which are not finite, 2 for bad
-        input, 128 + N after signal N, such as 130 after Ctrl-C, and 141 if nobody reads the output any more.
+        Exit code: 0 for success, 1 for a failed check, 2 for bad input, 3 for a training whose numbers are not finite,
+        128 + N after signal N, such as 130 after Ctrl-C, and 141 if nobody reads the output any more.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_EXIT_CODE
     except FloatingPointError as error:
         print(f"peakgpt: error: {error}", file=sys.stderr)
-        return 1
+        return 3
     except (BadInput, ValueError, NotImplementedError, OSError) as error:
         print(f"peakgpt: error: {error}", file=sys.stderr)
         return 2

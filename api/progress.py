@@ -81,7 +81,7 @@ class TrainingProgress:
         elif isinstance(event, StepMetrics):
             self.step(event, steps)
         else:  # rare: a skipped step, a loss spike
-            self.say(", ".join(f"{name} {value}" for name, value in event.row().items()))
+            self.say(str(event))
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""

@@ -24,6 +24,7 @@ from peakgpt.engine.training.checkpoint_manager import CheckpointManager
 from peakgpt.engine.training.figures import bytes_text
 from peakgpt.engine.training.held_out import open_held_out, prepare_held_out
 from peakgpt.engine.training.loop import SaveDue, TrainingLoop
+from peakgpt.engine.training.loss_spikes import LossSpike
 from peakgpt.engine.training.memory_estimate import refuse_what_cannot_fit
 from peakgpt.engine.training.metric_sinks import require_packages
 from peakgpt.engine.training.run_config import RunConfig, run_settings
@@ -126,6 +127,8 @@ def _train(
                 should_stop=should_stop,
             ):
                 checkpoints.check()
+                if isinstance(event, LossSpike):
+                    event = checkpoints.roll_back(event) or event
                 if not isinstance(event, SaveDue):
                     reporter.take(event)
                 if isinstance(event, SaveDue) or getattr(event, "is_best", False):

@@ -95,12 +95,13 @@ class Batches:
         self.window += rows
         return self._offset + windows * self.tokens
 
-    def describe(self, epoch: int, window: int, rows: int) -> str:
-        """Name the tokens of the batch after which the position was (epoch, window), for an error message."""
-        offset, order = self._plan(epoch)
-        starts = (offset + order[window - rows : window] * self.tokens).tolist()
-        shown = ", ".join(map(str, starts[:8])) + (f" and {len(starts) - 8} more" if len(starts) > 8 else "")
-        return f"epoch {epoch}, windows {window - rows} to {window - 1} of its order, which begin at tokens {shown}"
+    def describe(self, position: dict[str, int | str], rows: int) -> str:
+        """Say which tokens the batch of this number of rows after a position has, in words."""
+        batches = Batches(self.shards, self.batch, self.tokens, self.seed)
+        batches.load_state_dict(position)
+        starts = batches._advance(rows).tolist()
+        shown = ", ".join(map(str, starts[:8])) + (f" and {rows - 8} more" if rows > 8 else "")
+        return f"epoch {batches.epoch}, the {self.tokens} tokens from each of {shown}"
 
     def state_dict(self) -> dict[str, int | str]:
         """Return the position, and the data, sizes and seed that it belongs to."""

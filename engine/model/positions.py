@@ -75,10 +75,9 @@ def packed_positions(config: GPTConfig, position_ids: Tensor) -> Positions:
         The positions of the B * T tokens as one sequence, as `attention` takes packed documents. cu_seqlens has B * T
         entries more than needed for one document; unused ones are B * T.
     Raises:
-        ValueError: a model with relative positions, whose bias covers every pair of tokens.
+        ValueError: a model with relative positions.
     """
-    if config.position in RELATIVE:
-        raise ValueError(f"GPT: got position_ids with position {config.position}, expected learned, rotary or alibi")
+    refuse_relative_positions(config)
     rotary, count, device = None, position_ids.numel(), position_ids.device
     if config.rotary_dim:
         table = rotary_table(config.rotary_dim, config.rotary_base, 0, config.block_size, device)
@@ -89,6 +88,12 @@ def packed_positions(config: GPTConfig, position_ids: Tensor) -> Positions:
     index = torch.arange(count, dtype=torch.int32, device=device)
     starts = torch.where(is_start.flatten(), index, count).to(torch.int32).sort().values
     return Positions(rotary, config.rotary_interleaved, slopes, cu_seqlens=F.pad(starts, (0, 1), value=count))
+
+
+def refuse_relative_positions(config: GPTConfig) -> None:
+    """Raise ValueError for a model that cannot take packed documents: its bias covers every pair of tokens."""
+    if config.position in RELATIVE:
+        raise ValueError(f"GPT: got packed documents with position {config.position}, expected learned, rotary, alibi")
 
 
 def rotary_table(width: int, base: float, past: int, tokens: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

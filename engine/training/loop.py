@@ -15,16 +15,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.model_folder import TokenizerFiles, write_model
 from peakgpt.engine.model.flops import mfu, recomputed_flops, training_flops
+from peakgpt.engine.model.positions import refuse_relative_positions
 from peakgpt.engine.training.delayed_metrics import DelayedMetrics
 from peakgpt.engine.training.figures import significant
+from peakgpt.engine.training.loss_spikes import LossSpike, SpikeDetector
 from peakgpt.engine.training.random_state import RandomState
+from peakgpt.engine.training.skipped_steps import SkippedStep, SkippedSteps
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.engine.training.validation import ValidationMetrics, Validator
 from peakgpt.kernels.hardware.peaks import peak_flops_s
@@ -75,6 +78,22 @@ class SaveDue:
     step: int
 
 
+class Update(NamedTuple):
+    """What is known of an update before its numbers arrive.
+
+    Args:
+        step: its number, from 1.
+        batch: its sequences.
+        lr: its learning rate.
+        position: in the data, before its batch.
+    """
+
+    step: int
+    batch: int
+    lr: float
+    position: dict[str, Any] | None
+
+
 class Stateful(Protocol):
     """A part of the loop whose state changes in training, so that every checkpoint contains it."""
 
@@ -83,6 +102,9 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
+
+
+Event = StepMetrics | SkippedStep | LossSpike | ValidationMetrics | SaveDue
 
 
 class TrainingLoop:
@@ -109,17 +131,32 @@ class TrainingLoop:
             report_mfu: whether the events include MFU. If the device has no datasheet, its peak is measured first, for
                 about a second.
         Raises:
-            ValueError: sequences longer than the model's block_size.
+            ValueError: too few validation tokens, or sequences longer than the model's block_size.
         """
         config, model_config = trainer.config, trainer.model.config
         if config.tokens > model_config.block_size:
             raise ValueError(f"tokens is {config.tokens}, expected at most the model's {model_config.block_size}")
+        if len(trainer.schedule.stages) > 1 and not hasattr(batches, "take"):
+            raise ValueError("TrainingLoop: got an iterator for a batch that grows, expected Batches")
+        if config.mask_documents != (getattr(batches, "document_token", None) is not None):
+            raise ValueError(
+                f"TrainingLoop: mask_documents is {config.mask_documents}, expected batches with a document_token for "
+                "True, and without for False"
+            )
+        if config.mask_documents:
+            refuse_relative_positions(model_config)
         self.trainer, self.batches, self.validator = trainer, batches, validator
         self.parts: dict[str, Stateful] = {
             "trainer": trainer, "data": batches, "random": RandomState(trainer.device),
         }  # fmt: skip
+        self.skipped = SkippedSteps()
+        self.spikes = None if config.spike_sigma is None else SpikeDetector(config)
+        if self.spikes is not None:
+            self.parts["spikes"] = self.spikes
         if validator is not None:
             self.parts["validation"] = validator
+        self._delayed = DelayedMetrics(trainer.device)
+        self._describe: Callable[[dict[str, Any], int], str] | None = getattr(batches, "describe", None)
         self.flops_per_token = training_flops(model_config, config.tokens)
         self.recomputed_flops_per_token = recomputed_flops(model_config, config.tokens, config.recompute)
         self.peak_flops_s = peak_flops_s(trainer.device, config.dtype) if report_mfu else None
@@ -142,11 +179,11 @@ class TrainingLoop:
         save_every: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         synchronous: bool = False,
-    ) -> Iterator[StepMetrics | ValidationMetrics | SaveDue]:
+    ) -> Iterator[Event]:
         """Train, and yield an event per step, per validation and per save.
 
-        Between two events the caller may save, validate and print. On CUDA the metrics of a step arrive while the next
-        step runs.
+        Between two events the caller may save, load, validate and print. On CUDA the metrics of a step arrive while the
+        next step runs. After a skipped step there is no validation and no save until a step is finite.
 
         Args:
             steps: at most this many updates. None: all that the trainer has planned.
@@ -157,80 +194,83 @@ class TrainingLoop:
                 `trainer.steps`.
             synchronous: wait for each step before the next one starts, for benchmarks.
         Raises:
-            FloatingPointError: a loss or a gradient norm is not finite. The row of that step comes before. Do not save
-                after it: what was saved before is the last good state.
+            Diverged: ten updates in a row were skipped, because their losses or gradient norms are not finite, or the
+                last one of the run was. What was saved before is the last good state.
+            FloatingPointError: a validation loss is not finite.
             ValueError: `validate_every` without a validator.
         """
         if validate_every and self.validator is None:
             raise ValueError(f"TrainingLoop: got validate_every={validate_every} without a validator, expected both")
-        trainer, device = self.trainer, self.trainer.device
-        losses, norms = DelayedMetrics(device), DelayedMetrics(device)
+        trainer = self.trainer
         end = math.inf if steps is None else trainer.steps_done + steps
         validated = trainer.steps_done
         self._last_step_s = time.perf_counter()
         while not should_stop() and not self.finished and trainer.steps_done < end:
-            loss = trainer.step(*self._next_batch())
+            yield from self._events(self._step(synchronous=synchronous))
             step = trainer.steps_done
-            if synchronous:
-                yield from self._metrics([((step, trainer.lr), float(loss))], [(step, float(trainer.grad_norm))])
-            else:
-                yield from self._metrics(losses.put((step, trainer.lr), loss), norms.put(step, trainer.grad_norm))
-            if validate_every and step % validate_every == 0:
-                yield from self._metrics(losses.take(), norms.take())
+            validates = bool(validate_every) and step % validate_every == 0
+            saves = bool(save_every) and step % save_every == 0 and step < min(end, trainer.steps)
+            if validates or saves:
+                yield from self._events(self._delayed.take())
+            if trainer.steps_done != step or self.skipped.in_a_row:  # rolled back, or no weights to keep
+                continue
+            if validates:
                 yield self.validate()
                 validated = step
-                self._last_step_s = time.perf_counter()  # neither validation nor the caller's save counts
-            if save_every and step % save_every == 0 and step < end and not self.finished:
-                yield from self._metrics(losses.take(), norms.take())
+            if saves:
                 yield SaveDue(step)
-                self._last_step_s = time.perf_counter()
-        yield from self._metrics(losses.take(), norms.take())
-        if validate_every and trainer.steps_done > validated and self.finished:
+            if validates or saves:
+                self._last_step_s = time.perf_counter()  # neither validation nor the caller's save counts
+        yield from self._events(self._delayed.take())
+        self.skipped.require_end(trainer.steps_done, finished=self.finished)
+        if validate_every and self.finished and trainer.steps_done > validated:
             yield self.validate()
-        if save_every:
+        if save_every and not self.skipped.in_a_row:
             yield SaveDue(trainer.steps_done)
 
-    def _next_batch(self) -> tuple[Tensor, ...]:
-        pair, device = next(self.batches), self.trainer.device
-        if device.type == "cuda":  # a copy from unpinned memory would wait for the step that is running
-            pair = tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in pair)
-        return tuple(tensor.to(device, non_blocking=True) for tensor in pair)
+    def _step(self, *, synchronous: bool) -> list[tuple[Update, float, float]]:
+        """Make one update; return the (update, loss, gradient norm) that have reached the host by then."""
+        trainer, batch = self.trainer, self.trainer.batch
+        position = None if self._describe is None else self.batches.state_dict()
+        loss = trainer.step(*self._next_batch(batch))
+        arrived = self._delayed.put(Update(trainer.steps_done, batch, trainer.lr, position), loss, trainer.grad_norm)
+        return arrived + self._delayed.take() if synchronous else arrived
 
-    def _metrics(
-        self, losses: Iterable[tuple[tuple[int, float], float]], norms: Iterable[tuple[int, float]]
-    ) -> Iterator[StepMetrics]:
-        """Yield the metrics of ((step, lr), loss) and (step, gradient norm) pairs that have just reached the host."""
-        for ((step, lr), loss), (_, norm) in zip(losses, norms, strict=True):
+    def _next_batch(self, batch: int) -> tuple[Tensor, ...]:
+        tensors = next(self.batches) if batch == self.trainer.config.batch else self.batches.take(batch)
+        device = self.trainer.device
+        if device.type == "cuda":  # a copy from unpinned memory would wait for the step that is running
+            tensors = tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)
+        return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+    def _events(self, arrived: Iterable[tuple[Update, float, float]]) -> Iterator[Event]:
+        """Yield the events of updates whose loss and gradient norm have just reached the host."""
+        for update, loss, norm in arrived:
             previous_s, self._last_step_s = self._last_step_s, time.perf_counter()
-            yield self.step_metrics(step, loss, self._last_step_s - previous_s, lr, norm)
-            _require_finite(step, "the loss", loss)
-            _require_finite(step, "the norm of the gradients", norm)
+            if skipped := self.skipped.check(update.step, loss, norm, lambda update=update: self._batch_of(update)):
+                yield skipped
+                self.skipped.require_end(update.step, finished=False)
+                continue
+            step_s = self._last_step_s - previous_s
+            yield self.step_metrics(update.step, loss, step_s, batch=update.batch, lr=update.lr, grad_norm=norm)
+            if self.spikes is not None and (spike := self.spikes.check(update.step, loss)):
+                yield spike
+
+    def _batch_of(self, update: Update) -> str:
+        return "unknown" if self._describe is None else self._describe(update.position, update.batch)
 
     def step_metrics(
-        self, step: int, loss: float, step_s: float, lr: float | None = None, grad_norm: float | None = None
-    ) -> StepMetrics:
-        """Return the metrics of a step of this loop's size that took step_s seconds, by any contender."""
+        self, step: int, loss: float, step_s: float, *, batch: int | None = None, lr: float | None = None,
+        grad_norm: float | None = None,
+    ) -> StepMetrics:  # fmt: skip
+        """Return the metrics of a step that took step_s seconds, by any contender; `batch` is its sequences."""
         config, peak, recomputed = self.trainer.config, self.peak_flops_s, self.recomputed_flops_per_token
-        speed = config.batch * config.tokens / step_s
+        speed = (batch or config.batch) * config.tokens / step_s
         return StepMetrics(
             step, loss, speed, step_s, lr, grad_norm,
             mfu=mfu(speed, self.flops_per_token, peak) if peak else None,
             hfu=mfu(speed, self.flops_per_token + recomputed, peak) if peak and recomputed else None,
         )  # fmt: skip
-
-    def validate(self, batches: int | None = None) -> ValidationMetrics:
-        """Evaluate the model, with its averaged weights if the trainer has an average.
-
-        Args:
-            batches: of each held-out set; None means the config's number.
-        Raises:
-            ValueError: the loop has no validator.
-            FloatingPointError: a loss is not finite.
-        """
-        if self.validator is None:
-            raise ValueError("TrainingLoop: got no validator, expected one")
-        with self.trainer.validated_weights():
-            return self.validator.validate(self.trainer.steps_done, batches=batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all parts; with `Trainer.saved_weights`, all that the next steps depend on."""
@@ -250,6 +290,8 @@ class TrainingLoop:
         self.trainer.load_saved_weights(weights)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        # Steps that are still running belong to the state before.
+        self._delayed, self.skipped = DelayedMetrics(self.trainer.device), SkippedSteps()
 
     def save_model(self, folder: Path | str, tokenizer: TokenizerFiles | None = None) -> None:
         """Write the model alone, from the optimizer's float32 master.
