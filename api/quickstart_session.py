@@ -33,6 +33,7 @@ from peakgpt.engine.training.trainer import Trainer
 from peakgpt.engine.training.validation import Validator
 from peakgpt.engine.training.validation_config import HELD_OUT, ValidationConfig
 from peakgpt.kernels.hardware.peaks import peak_for
+from peakgpt.kernels.hardware.stopwatch import stopwatch
 from peakgpt.progress import TrainingProgress
 from peakgpt.time_budget import TimeBudget
 
@@ -40,7 +41,7 @@ PRESET = "gpt2-tiny"
 COMPARISON_SHARE = 0.2  # share of the training time in which peakgpt and eager train in turns
 ROUNDS = 4  # of the comparison, at least
 VALIDATION = ValidationConfig(validation_batches=8)
-LAST_SHARE = 4  # the last validation has so many times as many batches
+LAST_SHARE = 4  # the last validation has so many times as many batches, if there is time for them
 SAMPLE_TOKENS = 200
 DECODINGS = 20  # a comparison of decoding takes about as long as so many runs of peakgpt
 PROMPT = '"""Read a file and return'
@@ -71,6 +72,7 @@ class Plan:
 
         Turns of STRETCH steps are shorter if the budget has no time for ROUNDS of them.
         """
+        budget_s = max(budget_s, 0.0)
         fitting = int(COMPARISON_SHARE * budget_s / (ours_s + eager_s))  # steps of each contender
         stretch = min(max(fitting // ROUNDS, 1), STRETCH)
         rounds = max(fitting // stretch, ROUNDS)
@@ -158,7 +160,9 @@ class Session:
                 count = int(share * (limit.fitting_steps() + trainer.steps_done)) - trainer.steps_done
                 train_steps(max(count, 0), lambda: limit.plan(trainer))
             train_steps(trainer.steps, lambda: limit.plan(trainer))
-        self._validate(LAST_SHARE * VALIDATION.validation_batches)
+        batches = VALIDATION.validation_batches
+        fitting = int(budget.left_s("training") / seconds * batches)
+        self._validate(min(max(fitting, batches), LAST_SHARE * batches))
         console.print(f"peakgpt trains {ratio(timings['eager'], timings['peakgpt']).median:.2f} x as fast as eager")
         return [self._result(name, timing, plan.stretch) for name, timing in timings.items()]
 
@@ -211,16 +215,16 @@ class Session:
         return Batches(self.train_shards, self.config.batch, self.config.tokens, self.config.seed)
 
     def _plan(self, budget_s: float) -> Plan:
-        """Time copies of both trainers; return the plan that fills the budget."""
-        config = self.model.config
-        trial = {"peakgpt": Trainer(copy.deepcopy(self.model), self.config, steps=100),
-                 "eager": EagerTrainer(EagerGPT(config).to(self.device), self.config, steps=100)}  # fmt: skip
+        """Time one step of copies of both trainers; return the plan that fills the rest of the budget."""
+        config, start_s = self.model.config, time.perf_counter()
+        trial = (Trainer(copy.deepcopy(self.model), self.config, steps=100),
+                 EagerTrainer(EagerGPT(config).to(self.device), self.config, steps=100))  # fmt: skip
         pair = tuple(t.to(self.device) for t in next(self._batches()))
-        timings = interleave(
-            {n: lambda t=t: t.step(*pair) for n, t in trial.items()}, rounds=3, warmup=1, device=self.device,
-            budget_s=0.0, one_call=True,
-        )  # fmt: skip
-        return Plan.of(budget_s, timings["peakgpt"].median_s, timings["eager"].median_s)
+        seconds = []
+        for trainer in trial:
+            trainer.step(*pair)  # warms up
+            seconds.append(stopwatch(self.device)(lambda t=trainer: t.step(*pair)))
+        return Plan.of(budget_s - (time.perf_counter() - start_s), *seconds)
 
     def _eager_steps(
         self, model: EagerGPT, shared: SharedBatches, stretch: int, should_stop: Callable[[], bool]
