@@ -18,24 +18,31 @@ from peakgpt.engine.data.run_layout import SETTINGS, step_folder
 from peakgpt.engine.data.shards import TokenShards, tokenize_corpus
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.presets import preset
 from peakgpt.engine.settings.flags import add_flags, read_flags
 from peakgpt.engine.training.checkpoint_manager import CheckpointManager
-from peakgpt.engine.training.loop import SaveDue, StepMetrics, TrainingLoop, ValidationMetrics
-from peakgpt.engine.training.loss_spikes import LossSpike, RolledBack
+from peakgpt.engine.training.figures import bytes_text
+from peakgpt.engine.training.held_out import open_held_out, prepare_held_out
+from peakgpt.engine.training.loop import SaveDue, TrainingLoop
+from peakgpt.engine.training.loss_spikes import LossSpike
+from peakgpt.engine.training.memory_estimate import refuse_what_cannot_fit
+from peakgpt.engine.training.metric_sinks import require_packages
 from peakgpt.engine.training.run_config import RunConfig, run_settings
 from peakgpt.engine.training.run_folder import RunFolder
-from peakgpt.engine.training.skipped_steps import SkippedStep
+from peakgpt.engine.training.schedule import Schedule
 from peakgpt.engine.training.stop_signals import stop_on_signals
 from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.engine.training.trainer import Trainer
+from peakgpt.engine.training.validation import Validator
+from peakgpt.engine.training.validation_config import HELD_OUT
 from peakgpt.heartbeat import enter_phase
 from peakgpt.kernels.files import write_atomically
 from peakgpt.kernels.hardware.device import choose_device
 from peakgpt.kernels.strict_json import dumps
+from peakgpt.run_reporter import RunReporter
 
 SETTINGS_OF_FILE = ("preset", "steps", "batch", "tokens", "lr", "vocab", "seed", "dtype", "recompute", "micro_batch")
 DIGEST = "sha256"  # the key of the digest of all other settings
-LINE_S = 5.0  # a step's line is printed at least this often, if the steps are fast enough
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
 def _start(
     config: RunConfig, out: str | None, device: torch.device, output: Output
 ) -> tuple[RunFolder, Tokenizer, TrainingLoop]:
+    require_packages(config.metrics)
+    model = preset(config.model.preset, vocab_size=config.data.vocab)
+    predicted, available = refuse_what_cannot_fit(model, config.train, device)
+    output.say(f"memory: about {predicted}; {bytes_text(available)} available")
     folder = RunFolder.with_default_name("train") if out is None else RunFolder(out)
     with folder.discarded_on_bad_input():
         corpus = load_corpus(config.data.text)
@@ -76,6 +87,7 @@ def _start(
         tokenizer = train_tokenizer(texts, config.data.vocab, report=output.say)
         tokenize_corpus(corpus, tokenizer, folder.tokens)
         tokenizer.save(folder.tokens)
+        prepare_held_out(config.validation.named_sets(), tokenizer, folder.tokens)
         enter_phase("building the model and measuring the device's peak")
         settings = {name: _plain(config.values()[name]) for name in SETTINGS_OF_FILE}
         text = dumps({**settings, DIGEST: _digest(settings)}, indent=1)
@@ -101,28 +113,35 @@ def _train(
     folder: RunFolder, checkpoints: CheckpointManager, loop: TrainingLoop, config: RunConfig, output: Output
 ) -> int:
     """Train until the end, a signal, or a closed standard output; then save. Return the exit code."""
-    enter_phase("training")
+    reporter = RunReporter(folder, loop, config, output)
     try:
-        with stop_on_signals() as stop:
+        with reporter, stop_on_signals() as stop:
+
+            def should_stop() -> bool:
+                reporter.before_step()
+                return stop() or output.lost
+
             for event in loop.run(
-                validate_every=config.checkpoint.save_every,
-                validation_batches=config.validation.validation_batches,
+                validate_every=config.validation.validate_every,
                 save_every=config.checkpoint.save_every,
-                should_stop=lambda: stop() or output.lost,
+                should_stop=should_stop,
             ):
                 checkpoints.check()
-                if isinstance(event, SaveDue):
-                    checkpoints.save()
-                    continue
                 if isinstance(event, LossSpike):
                     event = checkpoints.roll_back(event) or event
-                folder.log(contender="peakgpt", **event.row())
-                _print(event, loop.trainer.steps, config.metrics.log_every, output)
+                if not isinstance(event, SaveDue):
+                    reporter.take(event)
+                if isinstance(event, SaveDue) or getattr(event, "is_best", False):
+                    checkpoints.save(best=loop.validator.best_step or None)
             checkpoints.wait()
     except FloatingPointError as error:
         checkpoints.wait()
         kept = "nothing was saved" if checkpoints.saved_step is None else f"step {checkpoints.saved_step} is kept"
         raise FloatingPointError(f"{error}; {kept} in {folder.path}; a lower --lr may help") from None
+    reporter.finish()
+    if loop.stopped_early:
+        output.say(f"stopped early after step {loop.trainer.steps_done}: the best validation was after step "
+                  f"{loop.validator.best_step}; a higher --patience goes on")  # fmt: skip
     if loop.finished:
         output.say(f"checkpoint: {step_folder(folder.path, loop.trainer.steps_done)}")
     else:
@@ -177,15 +196,8 @@ def build_loop(folder: RunFolder, run: RunConfig, device: torch.device) -> tuple
     batches = Batches(shards, config.batch, config.tokens, config.seed)
     torch.manual_seed(config.seed)
     model = GPT.from_preset(run.model.preset, vocab_size=tokenizer.vocab_size).to(device)
-    trainer = Trainer(model, config, steps=config.steps)
-    return tokenizer, TrainingLoop(trainer, batches, validation, report_mfu=True)
-
-
-def _print(event: StepMetrics | ValidationMetrics, steps: int, log_every: int, output: Output) -> None:
-    if isinstance(event, SkippedStep | LossSpike | RolledBack):
-        output.say(str(event))
-    elif isinstance(event, ValidationMetrics):
-        output.say(f"step {event.step}  held-out loss {event.loss:.4f}, {event.bits_per_byte:.4f} bits per byte")
-    elif event.step % log_every == 0 or event.step == steps or output.silent_s >= LINE_S:
-        output.say(f"step {event.step}/{steps}  loss {event.loss:.4f}  {event.tokens_per_s:,.0f} tok/s  "
-                  f"MFU {100 * event.mfu:.1f} %")  # fmt: skip
+    trainer = Trainer(model, config, steps=Schedule(config).steps(len(shards)))
+    sets = {HELD_OUT: validation, **open_held_out(run.validation.named_sets(), tokenizer, folder.tokens)}
+    validator = Validator(model, sets, run.validation, batch=config.micro_batch or config.batch, tokens=config.tokens,
+                          tokenizer=tokenizer, seed=config.seed)  # fmt: skip
+    return tokenizer, TrainingLoop(trainer, batches, validator, report_mfu=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.data.shards import TokenShards
+from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
 
 class Batches:
@@ -141,25 +142,28 @@ def document_positions(ids: Tensor, document_token: int) -> Tensor:
 def validation_batches(shards: TokenShards, batch: int, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over the stream from its start, in the same batches on every call.
 
-    All batches have the same number of windows, so the mean of their losses is the mean over tokens. At most one
-    batch of tokens at the end is left out.
+    Every token of the stream except the first is a target exactly once. The last batch may have fewer rows, and its
+    last row fewer tokens: the rest of that row has targets IGNORE_INDEX.
 
     Args:
         shards: the token stream.
-        batch, tokens: B and T. If the stream has fewer than B windows, B is their number.
+        batch, tokens: B and T.
     Returns:
-        An iterator of (ids, targets), int64 (B, T), targets shifted by one.
+        An iterator of (ids, targets), int64 (B, T), targets shifted by one. If the stream is shorter than a window, T
+        is its length.
     Raises:
-        ValueError: the stream has fewer than T + 1 tokens, or a size is out of range. Raised by the call, not by the
-            first batch.
+        ValueError: the stream has fewer than 2 tokens, or a size is out of range. Raised by the call, not by the first
+            batch.
     """
     _check_sizes(batch, tokens)
-    windows = (len(shards) - 1) // tokens
-    if windows < 1:
-        raise ValueError(f"validation data: got {len(shards)} tokens, expected at least {tokens + 1} for one window")
-    rows = min(batch, windows)
-    starts = np.arange(windows // rows * rows).reshape(-1, rows) * tokens
-    return (_read_windows(shards, row, tokens) for row in starts)
+    count = len(shards) - 1  # of targets
+    if count < 1:
+        raise ValueError(f"validation data: got {len(shards)} tokens, expected at least 2")
+    tokens = min(tokens, count)
+    starts = np.arange(0, count, tokens)
+    return (
+        _read_windows(shards, starts[row : row + batch], tokens) for row in range(0, len(starts), batch)
+    )
 
 
 def _check_sizes(batch: int, tokens: int) -> None:
@@ -168,9 +172,16 @@ def _check_sizes(batch: int, tokens: int) -> None:
 
 
 def _read_windows(shards: TokenShards, starts: np.ndarray, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return (ids, targets), (B, T) each, of the windows that start at these stream positions."""
-    rows = np.empty((len(starts), tokens + 1), np.int64)
+    """Return (ids, targets), (B, T) each, of the windows that start at these stream positions.
+
+    Past the end of the stream ids are 0, and targets IGNORE_INDEX.
+    """
+    rows = np.zeros((len(starts), tokens + 1), np.int64)
     for row, start in zip(rows, starts.tolist(), strict=True):
-        shards.read(start, row)
+        shards.read(start, row[: len(shards) - start])
     windows = torch.from_numpy(rows)
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    ids, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    if (excess := int(starts.max()) + tokens + 1 - len(shards)) > 0:
+        targets = targets.clone()  # one row is contiguous, and shares its memory with ids
+        targets[-1, -excess:] = IGNORE_INDEX
+    return ids, targets

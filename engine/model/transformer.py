@@ -48,7 +48,8 @@ class Transformer(ModuleWithConv1D):
                 self.lm_head = nn.Linear(config.word_dim, config.vocab_size, bias=config.head_bias)
         # Not to_empty: on a meta tensor it imports sympy, which keeps 45 MiB.
         self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
-        self._initialize()
+        if device.type != "meta":  # there normal_ would import torch._dynamo, which takes seconds
+            self._initialize()
 
     @torch.no_grad()
     def _initialize(self) -> None:

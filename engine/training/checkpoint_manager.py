@@ -188,17 +188,18 @@ class CheckpointManager:
             ValueError: all checkpoints are damaged, or they belong to another model or other data.
         """
         self.wait()
-        faults = []
+        faults: list[str] = []
         for step in reversed([s for s in saved_steps(self.run.path) if last_step is None or s <= last_step]):
             try:
                 manifest = read_checkpoint(self.run.path, step)
-                weights = self._read_weights(step_folder(self.run.path, step))
-                state = read_training_state(step_folder(self.run.path, step) / TRAINING_STATE)
+                contents = self._read(step_folder(self.run.path, step))
             except ValueError as error:
                 faults.append(f"checkpoint of step {step}: {error}")
                 report(faults[-1])
                 continue
-            self.loop.load_state_dict(state, weights)
+            if contents is None:
+                raise ValueError(f"checkpoint of step {step} in {self.run.path}: got another model, expected the run's")
+            self.loop.load_state_dict(*contents)
             self.run.metrics.cut(manifest["metrics"]["bytes"])
             link_best(self.run.path, manifest["best"])
             self.saved_step = step
@@ -230,9 +231,12 @@ class CheckpointManager:
             batches.skip(self.loop.trainer.batch)
         return RolledBack(step, spike, config.spike_skip)
 
-    def _read_weights(self, folder: Path) -> dict[str, torch.Tensor]:
+    def _read(self, folder: Path) -> tuple[Any, dict[str, torch.Tensor]] | None:
+        """Return the state and the weights of a checkpoint; None if it is of another model."""
         model = self.loop.trainer.model
         family, config = read_config(folder)
+        if config != model.config:
+            return None
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        return read_weights(folder, family, config, shapes, torch.float32)
-
+        weights = read_weights(folder, family, config, shapes, torch.float32)
+        return read_training_state(folder / TRAINING_STATE), weights

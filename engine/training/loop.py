@@ -1,6 +1,7 @@
 """The training loop: an iterator of events. The caller prints, logs and saves between them.
 
-    loop = TrainingLoop(Trainer(model, config, steps=1000), Batches(shards, 8, 256, seed=0), validation_shards)
+    validator = Validator(model, {"validation": shards[1]}, ValidationConfig(), batch=8, tokens=256)
+    loop = TrainingLoop(Trainer(model, config, steps=1000), Batches(shards[0], 8, 256, seed=0), validator)
     for event in loop.run(validate_every=250):
         print(event)
 
@@ -20,19 +21,16 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.model_folder import TokenizerFiles, write_model
-from peakgpt.engine.data.batches import validation_batches
-from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.model.flops import mfu, recomputed_flops, training_flops
 from peakgpt.engine.model.positions import refuse_relative_positions
 from peakgpt.engine.training.delayed_metrics import DelayedMetrics
-from peakgpt.engine.training.evaluate import validation_loss
+from peakgpt.engine.training.figures import significant
 from peakgpt.engine.training.loss_spikes import LossSpike, SpikeDetector
 from peakgpt.engine.training.random_state import RandomState
 from peakgpt.engine.training.skipped_steps import SkippedStep, SkippedSteps
 from peakgpt.engine.training.trainer import Trainer
-from peakgpt.kernels.hardware.peaks import peak_for
-
-VALIDATION_BATCHES = 32
+from peakgpt.engine.training.validation import ValidationMetrics, Validator
+from peakgpt.kernels.hardware.peaks import peak_flops_s
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,9 @@ class StepMetrics:
         step: its number, from 1.
         loss: mean loss of its batch before the update, in nats per token.
         tokens_per_s: training speed since the step before.
+        seconds: since the step before.
+        lr: learning rate of the update.
+        grad_norm: norm of the gradients before clipping.
         mfu: model FLOPs utilization, 0 to 1; None without `report_mfu`.
         hfu: the same with recomputed FLOPs counted; None if nothing is recomputed.
     """
@@ -50,37 +51,20 @@ class StepMetrics:
     step: int
     loss: float
     tokens_per_s: float
+    seconds: float
+    lr: float | None = None
+    grad_norm: float | None = None
     mfu: float | None = None
     hfu: float | None = None
 
     def row(self) -> dict[str, Any]:
         """Return the event as a line of metrics.jsonl."""
-        utilization = {"mfu": self.mfu, "hfu": self.hfu}
+        rest = {name: getattr(self, name) for name in ("tokens_per_s", "lr", "grad_norm", "mfu", "hfu")}
         return {
             "step": self.step,
             "loss": self.loss,
-            "tokens_per_s": round(self.tokens_per_s, 1),
-            **{name: round(value, 4) for name, value in utilization.items() if value is not None},
+            **{name: significant(value) for name, value in rest.items() if value is not None},
         }
-
-
-@dataclass(frozen=True)
-class ValidationMetrics:
-    """The model was evaluated on the validation tokens.
-
-    Args:
-        step: updates made so far.
-        loss: mean loss in nats per token.
-        bits_per_byte: the loss in bits per UTF-8 byte of text.
-    """
-
-    step: int
-    loss: float
-    bits_per_byte: float
-
-    def row(self) -> dict[str, Any]:
-        """Return the event as a line of metrics.jsonl."""
-        return {"step": self.step, "validation_loss": self.loss, "bits_per_byte": self.bits_per_byte}
 
 
 @dataclass(frozen=True)
@@ -95,10 +79,18 @@ class SaveDue:
 
 
 class Update(NamedTuple):
-    """What identifies an update when its numbers arrive: its number from 1, its sequences, the data position before."""
+    """What is known of an update before its numbers arrive.
+
+    Args:
+        step: its number, from 1.
+        batch: its sequences.
+        lr: its learning rate.
+        position: in the data, before its batch.
+    """
 
     step: int
     batch: int
+    lr: float
     position: dict[str, Any] | None
 
 
@@ -127,7 +119,7 @@ class TrainingLoop:
         self,
         trainer: Trainer,
         batches: Iterator[tuple[Tensor, Tensor]],
-        validation: TokenShards | None = None,
+        validator: Validator | None = None,
         *,
         report_mfu: bool = False,
     ):
@@ -135,9 +127,9 @@ class TrainingLoop:
         Args:
             trainer: makes the updates. Its model needs a `config`, a GPTConfig.
             batches: of (ids, targets), (B, T) int64 each; `peakgpt.engine.data.batches.Batches` can be resumed.
-            validation: tokens to evaluate on.
+            validator: evaluates the model.
             report_mfu: whether the events include MFU. If the device has no datasheet, its peak is measured first, for
-                some seconds.
+                about a second.
         Raises:
             ValueError: too few validation tokens, or sequences longer than the model's block_size.
         """
@@ -153,9 +145,7 @@ class TrainingLoop:
             )
         if config.mask_documents:
             refuse_relative_positions(model_config)
-        if validation is not None:
-            validation_batches(validation, config.batch, config.tokens)  # raises now, not after hours of training
-        self.trainer, self.batches, self.validation = trainer, batches, validation
+        self.trainer, self.batches, self.validator = trainer, batches, validator
         self.parts: dict[str, Stateful] = {
             "trainer": trainer, "data": batches, "random": RandomState(trainer.device),
         }  # fmt: skip
@@ -163,23 +153,29 @@ class TrainingLoop:
         self.spikes = None if config.spike_sigma is None else SpikeDetector(config)
         if self.spikes is not None:
             self.parts["spikes"] = self.spikes
+        if validator is not None:
+            self.parts["validation"] = validator
         self._delayed = DelayedMetrics(trainer.device)
         self._describe: Callable[[dict[str, Any], int], str] | None = getattr(batches, "describe", None)
         self.flops_per_token = training_flops(model_config, config.tokens)
         self.recomputed_flops_per_token = recomputed_flops(model_config, config.tokens, config.recompute)
-        self.peak_flops_s = peak_for(trainer.device, config.dtype).flops_s if report_mfu else None
+        self.peak_flops_s = peak_flops_s(trainer.device, config.dtype) if report_mfu else None
 
     @property
     def finished(self) -> bool:
-        """Whether all planned updates are made."""
-        return self.trainer.steps_done >= self.trainer.steps
+        """Whether all planned updates are made, or the validator has stopped the run early."""
+        return self.trainer.steps_done >= self.trainer.steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the validations have not become better for too long."""
+        return self.validator is not None and self.validator.should_stop
 
     def run(
         self,
         steps: int | None = None,
         *,
         validate_every: int | None = None,
-        validation_batches: int = VALIDATION_BATCHES,
         save_every: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         synchronous: bool = False,
@@ -193,35 +189,42 @@ class TrainingLoop:
             steps: at most this many updates. None: all that the trainer has planned.
             validate_every: validate after each multiple of this many updates, and after the last planned one. All
                 metrics of earlier steps have arrived by then. None: never.
-            validation_batches: of one validation, at most.
             save_every: yield SaveDue after each multiple of this many updates, and before the run ends. None: never.
-            should_stop: called before each step; True ends the run.
+            should_stop: called before each step; True ends the run. It may change the number of planned updates,
+                `trainer.steps`.
             synchronous: wait for each step before the next one starts, for benchmarks.
         Raises:
             Diverged: ten updates in a row were skipped, because their losses or gradient norms are not finite, or the
                 last one of the run was. What was saved before is the last good state.
             FloatingPointError: a validation loss is not finite.
+            ValueError: `validate_every` without a validator.
         """
+        if validate_every and self.validator is None:
+            raise ValueError(f"TrainingLoop: got validate_every={validate_every} without a validator, expected both")
         trainer = self.trainer
-        end = trainer.steps if steps is None else min(trainer.steps, trainer.steps_done + steps)
+        end = math.inf if steps is None else trainer.steps_done + steps
+        validated = trainer.steps_done
         self._last_step_s = time.perf_counter()
-        while trainer.steps_done < end and not should_stop():
+        while not should_stop() and not self.finished and trainer.steps_done < end:
             yield from self._events(self._step(synchronous=synchronous))
             step = trainer.steps_done
-            validates = bool(validate_every) and (step % validate_every == 0 or self.finished)
-            saves = bool(save_every) and step % save_every == 0 and step < end
+            validates = bool(validate_every) and step % validate_every == 0
+            saves = bool(save_every) and step % save_every == 0 and step < min(end, trainer.steps)
             if validates or saves:
                 yield from self._events(self._delayed.take())
             if trainer.steps_done != step or self.skipped.in_a_row:  # rolled back, or no weights to keep
                 continue
             if validates:
-                yield self.validate(validation_batches)
+                yield self.validate()
+                validated = step
             if saves:
                 yield SaveDue(step)
             if validates or saves:
                 self._last_step_s = time.perf_counter()  # neither validation nor the caller's save counts
         yield from self._events(self._delayed.take())
         self.skipped.require_end(trainer.steps_done, finished=self.finished)
+        if validate_every and self.finished and trainer.steps_done > validated:
+            yield self.validate()
         if save_every and not self.skipped.in_a_row:
             yield SaveDue(trainer.steps_done)
 
@@ -230,7 +233,7 @@ class TrainingLoop:
         trainer, batch = self.trainer, self.trainer.batch
         position = None if self._describe is None else self.batches.state_dict()
         loss = trainer.step(*self._next_batch(batch))
-        arrived = self._delayed.put(Update(trainer.steps_done, batch, position), loss, trainer.grad_norm)
+        arrived = self._delayed.put(Update(trainer.steps_done, batch, trainer.lr, position), loss, trainer.grad_norm)
         return arrived + self._delayed.take() if synchronous else arrived
 
     def _next_batch(self, batch: int) -> tuple[Tensor, ...]:
@@ -248,37 +251,26 @@ class TrainingLoop:
                 yield skipped
                 self.skipped.require_end(update.step, finished=False)
                 continue
-            yield self.step_metrics(update.step, loss, self._last_step_s - previous_s, update.batch)
+            step_s = self._last_step_s - previous_s
+            yield self.step_metrics(update.step, loss, step_s, batch=update.batch, lr=update.lr, grad_norm=norm)
             if self.spikes is not None and (spike := self.spikes.check(update.step, loss)):
                 yield spike
 
     def _batch_of(self, update: Update) -> str:
         return "unknown" if self._describe is None else self._describe(update.position, update.batch)
 
-    def step_metrics(self, step: int, loss: float, step_s: float, batch: int | None = None) -> StepMetrics:
+    def step_metrics(
+        self, step: int, loss: float, step_s: float, *, batch: int | None = None, lr: float | None = None,
+        grad_norm: float | None = None,
+    ) -> StepMetrics:  # fmt: skip
         """Return the metrics of a step that took step_s seconds, by any contender; `batch` is its sequences."""
         config, peak, recomputed = self.trainer.config, self.peak_flops_s, self.recomputed_flops_per_token
         speed = (batch or config.batch) * config.tokens / step_s
         return StepMetrics(
-            step, loss, speed,
+            step, loss, speed, step_s, lr, grad_norm,
             mfu=mfu(speed, self.flops_per_token, peak) if peak else None,
             hfu=mfu(speed, self.flops_per_token + recomputed, peak) if peak and recomputed else None,
         )  # fmt: skip
-
-    def validate(self, batches: int = VALIDATION_BATCHES) -> ValidationMetrics:
-        """Evaluate the model on the first batches of the validation tokens.
-
-        Raises:
-            ValueError: the loop has no validation tokens.
-            FloatingPointError: the loss is not finite.
-        """
-        if self.validation is None:
-            raise ValueError("TrainingLoop: got no validation tokens, expected TokenShards")
-        config = self.trainer.config
-        with self.trainer.validated_weights():
-            loss = validation_loss(self.trainer.model, self.validation, config.batch, config.tokens, batches=batches)
-        _require_finite(self.trainer.steps_done, "the validation loss", loss)
-        return ValidationMetrics(self.trainer.steps_done, loss, self.validation.bits_per_byte(loss))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all parts; with `Trainer.saved_weights`, all that the next steps depend on."""

@@ -206,6 +206,10 @@ class AdamW(torch.optim.Optimizer):
                 high, self.state[parameter]["remainder"] = split_pieces(weights[name].to(parameter.device))
                 parameter.copy_(high)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all parameters and the options of all groups; tensors are not copied."""
+        return _state_dict(self)
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state of this class or of torch.optim.AdamW.
@@ -236,6 +240,7 @@ class AdamW(torch.optim.Optimizer):
 
 # __wrapped__: without torch's guard against torch.compile, which imports torch._dynamo and costs 150 MiB.
 _add_param_group = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", torch.optim.Optimizer.add_param_group)
+_state_dict = getattr(torch.optim.Optimizer.state_dict, "__wrapped__", torch.optim.Optimizer.state_dict)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

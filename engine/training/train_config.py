@@ -33,7 +33,8 @@ class TrainConfig:
         None, "sequences per pass; gradients are accumulated; none: the whole batch", section="training", at_least=1
     )
     steps: int | None = setting(
-        None, "updates", section="training", at_least=1, metavar="N", automatic="1000 without max_tokens and epochs"
+        None, "updates", section="training", at_least=1, metavar="N",
+        automatic="1000 without max_tokens, epochs and minutes",
     )
     max_tokens: int | None = setting(
         None, "train for as many updates as fit into this many tokens", section="training", at_least=1,
@@ -42,6 +43,10 @@ class TrainConfig:
     epochs: float | None = setting(
         None, "train for as many updates as fit into this many passes over the tokens", section="training", above=0,
         metavar="N",
+    )  # fmt: skip
+    minutes: float | None = setting(
+        None, "wall time of the run with all its resumes; it plans as many updates as fit, at most steps",
+        section="training", above=0, resumable=True,
     )  # fmt: skip
     ramp_batch: int | None = setting(
         None, "sequences of the first updates; they rise to batch by ramp_tokens", section="training", at_least=1
