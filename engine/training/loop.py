@@ -206,8 +206,8 @@ class TrainingLoop:
         validated = trainer.steps_done
         self._last_step_s = time.perf_counter()
         while not should_stop() and not self.finished and trainer.steps_done < end:
-            yield from self._events(self._step(synchronous=synchronous))
-            step = trainer.steps_done
+            arrived, step = self._step(synchronous=synchronous), trainer.steps_done
+            yield from self._events(arrived)
             validates = bool(validate_every) and step % validate_every == 0
             saves = bool(save_every) and step % save_every == 0 and step < min(end, trainer.steps)
             if validates or saves:
@@ -272,6 +272,20 @@ class TrainingLoop:
             hfu=mfu(speed, self.flops_per_token + recomputed, peak) if peak and recomputed else None,
         )  # fmt: skip
 
+    def validate(self, batches: int | None = None) -> ValidationMetrics:
+        """Evaluate the model, with its averaged weights if the trainer has an average.
+
+        Args:
+            batches: of each held-out set; None means the config's number.
+        Raises:
+            ValueError: the loop has no validator.
+            FloatingPointError: a loss is not finite.
+        """
+        if self.validator is None:
+            raise ValueError("TrainingLoop: got no validator, expected one")
+        with self.trainer.validated_weights():
+            return self.validator.validate(self.trainer.steps_done, batches=batches)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all parts; with `Trainer.saved_weights`, all that the next steps depend on."""
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -314,8 +328,3 @@ def require_finite_weights(step: int, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise FloatingPointError(f"step {step}: {name} has values that are not finite, expected only numbers")
-
-
-def _require_finite(step: int, name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(f"step {step}: {name} is {value}, expected a finite number")
