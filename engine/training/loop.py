@@ -206,8 +206,8 @@ class TrainingLoop:
         validated = trainer.steps_done
         self._last_step_s = time.perf_counter()
         while not should_stop() and not self.finished and trainer.steps_done < end:
-            yield from self._events(self._step(synchronous=synchronous))
-            step = trainer.steps_done
+            arrived, step = self._step(synchronous=synchronous), trainer.steps_done
+            yield from self._events(arrived)
             validates = bool(validate_every) and step % validate_every == 0
             saves = bool(save_every) and step % save_every == 0 and step < min(end, trainer.steps)
             if validates or saves:
