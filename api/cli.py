@@ -21,6 +21,7 @@ COMMANDS = {
     "prepare": "turn text, data sets or token files into token shards to train on",
     "train": "train a GPT on text files",
     "verify": "check every file of a run against its digests",
+    "report": "write the report of a run again, from its metrics",
     "generate": "continue a prompt with a checkpoint",
     "quantize": "quantize the weights of a checkpoint to 8 or 4 bits",
     "score": "log-probabilities of continuations, or the perplexity of a text",

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from peakgpt import quickstart_session
 from peakgpt.bench import command as bench
 from peakgpt.bench.chosen_runs import DIRTY, History
 from peakgpt.bench.command import BENCHES, TOOLS
@@ -203,6 +202,7 @@ TINY_OP = "--dtype float32 --seconds 0.01 --out results"
 SMALL = {
     "peakgpt doctor": "",
     "peakgpt quickstart": "--minutes 0.001",
+    "peakgpt report": "",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt train --resume": "",
     "peakgpt generate": "--max-tokens 2",
@@ -277,7 +277,7 @@ def workspace(tmp_path, monkeypatch):
     GPT(config).save_pretrained(tmp_path / "checkpoint", tokenizer)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
-    monkeypatch.setattr(quickstart_session, "TRAINING_S", 0.1)
+    monkeypatch.setattr(quickstart, "MIN_MINUTES", 0.0)
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     if importlib.util.find_spec("uvicorn"):
         import uvicorn

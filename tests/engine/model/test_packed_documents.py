@@ -23,6 +23,12 @@ VARIANTS: dict[str, dict] = {
 BACKENDS = ("eager", "cpu", "gpu")
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """On a loaded machine, the threads of tiny operations wait longer for each other than they compute."""
+    threads(1)
+
+
 def packed():
     generator = torch.Generator().manual_seed(1)
     ids, targets = torch.randint(67, (2, 2, 32), generator=generator)
@@ -109,7 +115,7 @@ def test_dropout_and_experts_train_on_packed_documents():
     losses = [float(model(ids, targets, position_ids=position_ids).detach()) for _ in range(2)]
     assert losses[0] != losses[1]
     model.eval()
-    plain = [float(model(ids, targets, position_ids=position_ids)) for _ in range(2)]
+    plain = [float(model(ids, targets, position_ids=position_ids).detach()) for _ in range(2)]
     assert plain[0] == plain[1]
 
 
