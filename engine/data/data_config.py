@@ -9,6 +9,7 @@ from peakgpt.engine.data.split import VALIDATION_SHARE
 from peakgpt.engine.settings.setting import check_settings, setting
 
 VOCAB = 4096
+TEXT = {"dataset": (None,)}  # what a setting of text acts with
 OF_TEXT = ("vocab", "field", "errors", "validation_text", "validation_share")  # settings that a data set ignores
 
 
@@ -22,30 +23,36 @@ class DataConfig:
 
     text: tuple[str, ...] | None = setting(
         None, "text to train on: files, folders, or hf:NAME of a Hugging Face data set", section="data",
-        metavar="SOURCE", automatic="Python's library",
+        metavar="SOURCE", automatic="Python's library", is_path=True, only_with=TEXT,
     )  # fmt: skip
     dataset: tuple[str, ...] | None = setting(
-        None, "folders that `peakgpt prepare` wrote, to train on without encoding", section="data", metavar="FOLDER"
-    )
+        None, "folders that `peakgpt prepare` wrote, to train on without encoding", section="data", metavar="FOLDER",
+        is_path=True,
+    )  # fmt: skip
     dataset_weights: tuple[float, ...] | None = setting(
         None, "share of the tokens seen of each --dataset", section="data", above=0, metavar="WEIGHT",
-        automatic="their sizes",
+        automatic="their sizes", only_with={"dataset": None},
     )  # fmt: skip
     vocab: int | None = setting(
-        None, "vocabulary size of the tokenizer that is trained", section="data", at_least=1, automatic=str(VOCAB)
-    )
+        None, "vocabulary size of the tokenizer that is trained", section="data", at_least=1, automatic=str(VOCAB),
+        only_with=TEXT,
+    )  # fmt: skip
     field: str | None = setting(
-        None, "JSON field or Parquet column of the text", section="data", metavar="NAME", automatic="text"
-    )
+        None, "JSON field or Parquet column of the text", section="data", metavar="NAME", automatic="text",
+        only_with=TEXT,
+    )  # fmt: skip
     errors: str | None = setting(
-        None, "invalid UTF-8 is refused, or replaced by U+FFFD", section="data", choices=ERRORS, automatic="strict"
-    )
+        None, "invalid UTF-8 is refused, or replaced by U+FFFD", section="data", choices=ERRORS, automatic="strict",
+        only_with=TEXT,
+    )  # fmt: skip
     validation_text: tuple[str, ...] | None = setting(
-        None, "text for validation", section="data", metavar="SOURCE", automatic="a share of the text"
-    )
+        None, "text for validation", section="data", metavar="SOURCE", automatic="a share of the text",
+        is_path=True, only_with=TEXT,
+    )  # fmt: skip
     validation_share: float | None = setting(
-        None, "share of the text for validation", section="data", above=0, below=1, automatic=f"{VALIDATION_SHARE:g}"
-    )
+        None, "share of the text for validation", section="data", above=0, below=1, automatic=f"{VALIDATION_SHARE:g}",
+        only_with=TEXT,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self)
