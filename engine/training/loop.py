@@ -175,7 +175,7 @@ class TrainingLoop:
         trainer, device = self.trainer, self.trainer.device
         losses, norms = DelayedMetrics(device), DelayedMetrics(device)
         end = trainer.steps if steps is None else min(trainer.steps, trainer.steps_done + steps)
-        self._last_step_s = time.perf_counter()
+        self._last_step_s, saved = time.perf_counter(), None
         while trainer.steps_done < end and not should_stop():
             loss = trainer.step(*self._next_batch())
             step = trainer.steps_done
@@ -189,10 +189,10 @@ class TrainingLoop:
                 self._last_step_s = time.perf_counter()  # neither validation nor the caller's save counts
             if save_every and step % save_every == 0 and trainer.steps_done < end:
                 yield from self._metrics(losses.take(), norms.take())
-                yield SaveDue(step)
+                yield SaveDue(saved := step)
                 self._last_step_s = time.perf_counter()
         yield from self._metrics(losses.take(), norms.take())
-        if save_every:
+        if save_every and saved != trainer.steps_done:
             yield SaveDue(trainer.steps_done)
 
     def _next_batch(self) -> tuple[Tensor, ...]:
