@@ -20,8 +20,7 @@ CHECKPOINT = "checkpoint"  # a model alone: `peakgpt quickstart` writes it, and 
 STATE = "state"  # the training state of a run of version 0.1.0
 TOKENS = "tokens"
 METRICS = "metrics.jsonl"
-CONFIG_FILE = "config.toml"
-SETTINGS = "settings.json"  # the flags of `peakgpt train`
+RUN_CONFIG = "config.toml"
 STEP = re.compile(r"step-(\d{8,})")
 
 

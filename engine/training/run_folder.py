@@ -13,7 +13,7 @@ from typing import Any
 
 from peakgpt.engine.checkpoint.manifest import MANIFEST, expect_files, read_manifest, write_manifest
 from peakgpt.engine.checkpoint.run_checkpoints import is_prepared
-from peakgpt.engine.data.run_layout import CHECKPOINT, CHECKPOINTS, CONFIG_FILE, METRICS, SETTINGS, STATE, TOKENS
+from peakgpt.engine.data.run_layout import CHECKPOINT, CHECKPOINTS, METRICS, RUN_CONFIG, STATE, TOKENS
 from peakgpt.engine.training.metrics_log import MetricsLog
 from peakgpt.kernels.files import (
     STAGE,
@@ -26,7 +26,7 @@ from peakgpt.kernels.files import (
     sweep,
 )
 
-PREPARED = (TOKENS, CONFIG_FILE, SETTINGS)  # what a run moves into its folder when it is prepared
+PREPARED = (TOKENS, RUN_CONFIG)  # what a run moves into its folder when it is prepared
 
 
 class Taken(ValueError):
@@ -174,7 +174,7 @@ class RunFolder:
             with staging_folder(self.path) as stage:
                 self._stage = stage
                 yield
-                write_manifest(stage, {})
+                write_manifest(stage, {}, sealed=[RUN_CONFIG])
                 for entry in stage.rglob("*"):
                     flush(entry)
                 # The manifest comes last: it says that the run is prepared.

@@ -9,7 +9,8 @@ import torch
 from peakgpt.cli import main
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors
 from peakgpt.engine.data.batches import Batches
-from peakgpt.engine.data.shards import TokenShards, write_shards
+from peakgpt.engine.data.shard_writer import write_shards
+from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training import loop as module
