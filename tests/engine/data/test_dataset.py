@@ -122,7 +122,7 @@ def test_a_tokenizer_is_not_trained_on_text_that_can_be_read_once():
 
 def test_the_command_trains_on_a_prepared_folder_without_copying_it(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "peak_for", lambda device, dtype: type("Peak", (), {"flops_s": 1e9}))
+    monkeypatch.setattr(loop, "peak_flops_s", lambda device, dtype: 1e9)
     small = ["--preset", "gpt2-tiny", "--steps", "2", "--batch", "2", "--tokens", "16", "--device", "cpu"]
     argv = ["train", *small, "--dataset", str(prepared / "web"), str(prepared / "books"), "--dataset-weights", "3", "1"]
     assert main([*argv, "--out", "run"]) == 0
