@@ -1,6 +1,7 @@
 """The training loop as a library user runs it, and a run folder that version 0.1.0 wrote."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
