@@ -22,6 +22,7 @@ EXEMPT = {
     r"\.grad_norm\b": "the norm of the last step; every step writes it first",
     r"\.lr_scale\b": "every step writes it first, from the number of steps",
     r"\.optimizer\._launches": "tables of addresses",
+    r"\.model\.source_files": "the checkpoint's JSON files, which the next checkpoint has unchanged",
     r"\.update\.(calls|inputs|graph|state|obstacle)": "a CUDA graph is recorded again",
 }
 ATOMS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, range)
