@@ -1,7 +1,7 @@
 """The progress of a training run: a bar on a terminal, elsewhere plain lines.
 
 A line is printed for the first step, and then every LINE_S seconds, so that fast steps do not flood a log. While a step
-takes longer than that, the heartbeat prints lines with the step's number (heartbeat.py).
+takes longer than that, the heartbeat prints lines with the last step's number (heartbeat.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TrainingProgress:
 
     def step(self, event: StepMetrics, steps: int) -> None:
         """Show a step; `steps` are planned."""
-        enter_phase(f"step {event.step + 1}/{steps}")
+        enter_phase(f"after step {event.step}/{steps}")
         self._step_s = event.seconds if not self._step_s else MEMORY * self._step_s + (1 - MEMORY) * event.seconds
         figures = f"loss {event.loss:.4f}  {speed_text(event.tokens_per_s)}"
         if event.mfu is not None:

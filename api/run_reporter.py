@@ -15,7 +15,7 @@ from peakgpt.engine.training.loop import StepMetrics, TrainingLoop, ValidationMe
 from peakgpt.engine.training.metric_sinks import open_sinks
 from peakgpt.engine.training.run_config import RunConfig
 from peakgpt.engine.training.run_folder import RunFolder
-from peakgpt.engine.training.run_report import Section, text_block, write_report
+from peakgpt.engine.training.run_report import settings_section, write_report
 from peakgpt.engine.training.step_profile import StepProfile
 from peakgpt.engine.training.time_limit import TimeLimit
 from peakgpt.heartbeat import enter_phase
@@ -112,15 +112,9 @@ class RunReporter:
     def finish(self) -> None:
         """Write the report, and say what the run took. Call it after the context is closed and all is saved."""
         enter_phase("writing the report")
-        page = write_run_report(self.folder, self.config)
+        page = write_report(self.folder.path, settings_section(self.folder.path))
         device = self.loop.trainer.device
         self.output.say(
             f"time: {duration_text(self._clock() - self.folder.start)}   peak memory: {bytes_text(peak_bytes(device))}"
             f"   report: {page}"
         )
-
-
-def write_run_report(folder: RunFolder, config: RunConfig) -> Any:
-    """Write report.html and curves.png of a run with its settings; return the path of the page."""
-    settings = "\n".join(f"{name} = {value}" for name, value in config.values().items())
-    return write_report(folder.path, [Section("Settings", text_block(settings))])

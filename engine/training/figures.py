@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 
+def rate_text(rate: float) -> str:
+    """Return a rate with at least four digits, such as "12,345" and "12.35"."""
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"
+
+
 def speed_text(tokens_per_s: float) -> str:
-    """Return tokens per second with at least four digits, such as "12,345 tok/s" and "12.35 tok/s"."""
-    return f"{tokens_per_s:,.0f} tok/s" if tokens_per_s >= 1000 else f"{tokens_per_s:.4g} tok/s"
+    """Return tokens per second, such as "12,345 tok/s"."""
+    return f"{rate_text(tokens_per_s)} tok/s"
 
 
 def percent_text(share: float) -> str:
     """Return a share, 0..1, in percent with three digits, such as "12.3 %" and "0.123 %"."""
     percent = 100 * share
-    return f"{percent:.0f} %" if percent >= 999.5 else f"{percent:.3g} %"
+    return f"{percent:.0f} %" if percent >= 99.95 else f"{percent:#.3g} %"
 
 
 def significant(value: float, digits: int = 6) -> float:

@@ -5,6 +5,8 @@ P parameters, N = tokens of one forward pass, s = bytes of the dtype, 4 or 2. Of
     weights            P s
     gradients          P s
     optimizer          P (8 + r)             two float32 moments; r = 2: the low half of the float32 master of bfloat16
+    average            P 4                   with ema_decay
+    checkpoint copy    P 12                  float32 weights and moments, while a thread writes them; on a CPU
     activations        N s sum_l a_l         what backward reads of layer l, below
     one more layer     N s a_max             what backward computes of one layer at a time
     logits             a block of them       never all of them on a CPU (kernels/cpu/linear_cross_entropy.py)
@@ -12,7 +14,7 @@ P parameters, N = tokens of one forward pass, s = bytes of the dtype, 4 or 2. Of
 
 Layer l keeps, for each token: its two sums and two norms 4 C, q k v (H + 2 K) D, attention's output H D, the
 pre-activations of its MLP F (2 F if gated). recompute leaves out some: "norm" the norms 2 C, "mlp" F, "block" all but
-the two inputs 2 C. Writing a checkpoint needs the float32 weights, 4 P for bfloat16, but no activations.
+the two inputs 2 C.
 
 Compared with the peak of 14 models on a CPU, P from 4 to 28 M: within TOLERANCE, mean error 4 %
 (tests/engine/training/test_memory_estimate.py repeats a part). Unmeasured on a GPU.
@@ -32,6 +34,7 @@ from peakgpt.engine.training.figures import bytes_text
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.hardware.memory import available_bytes
 
+COPIED_BYTES = 12  # of a parameter in a checkpoint: the float32 weight and two moments
 TOLERANCE = 0.15  # of the predicted peak
 RUNTIME_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # measured on a CPU; on a GPU the workspaces of cuBLAS, a guess
 CHECKPOINT_IMPORT_BYTES = 150 << 20  # torch.utils.checkpoint imports torch._dynamo (torch 2.13)
@@ -44,12 +47,11 @@ class MemoryEstimate:
 
     state: dict[str, int]  # as long as the run
     step: dict[str, int]  # in a step
-    saving: dict[str, int]  # while a checkpoint is written
 
     @property
     def total(self) -> int:
         """The peak."""
-        return sum(self.state.values()) + max(sum(self.step.values()), sum(self.saving.values()))
+        return sum(self.state.values()) + sum(self.step.values())
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in {**self.state, **self.step}.items() if size)
@@ -69,6 +71,9 @@ def estimate_memory(model: GPTConfig, config: TrainConfig, device: torch.device 
             "weights": parameters * size,
             "gradients": parameters * size,
             "optimizer": parameters * (8 + (2 if config.dtype == torch.bfloat16 else 0)),
+            "average": parameters * 4 if config.ema_decay is not None else 0,
+            # Weights and optimizer state, from which a thread writes while training goes on. On a GPU in host memory.
+            "checkpoint copy": parameters * COPIED_BYTES if kind == "cpu" else 0,
             "runtime": RUNTIME_BYTES[kind] + imports,
         },
         step={
@@ -77,7 +82,6 @@ def estimate_memory(model: GPTConfig, config: TrainConfig, device: torch.device 
             "one more layer": tokens * size * max(_saved_widths(model, "none")),
             "logits": min(rows * model.vocab_size * size, LOGITS_BYTES[kind]),
         },
-        saving={"float32 weights": parameters * 4 if config.dtype != torch.float32 else 0},
     )
 
 
@@ -103,7 +107,7 @@ def refuse_what_cannot_fit(model: GPTConfig, config: TrainConfig, device: torch.
     Raises:
         ValueError: the prediction is higher than what is available; the message says what to change.
     """
-    found, available = estimate_memory(model, config, device), available_bytes(device)
+    found, available = estimate_memory(model, config, device), available_bytes(device, with_swap=True)
     if found.total <= available:
         return found, available
     raise ValueError(

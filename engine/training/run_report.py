@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peakgpt.engine.data.run_layout import CURVES, METRICS, REPORT
+from peakgpt.engine.data.run_layout import CONFIG_FILE, CURVES, METRICS, REPORT
 from peakgpt.engine.training.figures import duration_text, percent_text, speed_text
 from peakgpt.engine.training.run_charts import Row, png_charts, svg_charts
 from peakgpt.kernels.files import write_atomically
@@ -66,6 +66,12 @@ def text_block(text: str) -> str:
 def note(text: str) -> str:
     """Return a remark as HTML."""
     return f"<p class=note>{html.escape(text)}</p>"
+
+
+def settings_section(folder: Path | str) -> list[Section]:
+    """Return the settings of a run as a section; none if the folder has no file of settings."""
+    path = Path(folder, CONFIG_FILE)
+    return [Section("Settings", text_block(path.read_text(encoding="utf-8")))] if path.is_file() else []
 
 
 def read_rows(folder: Path | str) -> list[Row]:

@@ -40,7 +40,6 @@ class TimeLimit:
         """
         self.end_s, self.max_steps, self.reserve_s, self.clock = clock() + left_s, max_steps, reserve_s, clock
         self._steps: deque[float] = deque(maxlen=RECENT)  # seconds
-        self._start_s: float | None = None
 
     @property
     def left_s(self) -> float:
@@ -48,18 +47,19 @@ class TimeLimit:
         return self.end_s - self.clock()
 
     def plan(self, trainer: Planned) -> None:
-        """Plan the steps that are left; call it before each step, and after work that is no step.
+        """Plan the steps that are left; call it before each step, and after work that is no step."""
+        most = UNMEASURED_STEPS if self.max_steps is None else self.max_steps
+        planned = trainer.steps_done + self.fitting_steps() if self._steps else most
+        trainer.steps = max(trainer.steps_done, min(planned, most))
 
-        The speed is the mean of the last few steps, or of the last one alone if it was slower: a step that is about to
-        be too long is not begun.
+    def fitting_steps(self) -> int:
+        """Return the number of steps that fit into the time that is left; at least one step must have been observed.
+
+        The speed is the mean of the last few steps, or of the last one alone if it was slower: a step that would end
+        too late is not begun.
         """
-        if not self._steps:
-            trainer.steps = UNMEASURED_STEPS if self.max_steps is None else self.max_steps
-            return
         step_s = max(sum(self._steps) / len(self._steps), self._steps[-1])
-        fitting = max(0, int((self.left_s - self.reserve_s()) / step_s))
-        planned = trainer.steps_done + fitting
-        trainer.steps = planned if self.max_steps is None else min(planned, max(self.max_steps, trainer.steps_done))
+        return max(0, int((self.left_s - self.reserve_s()) / step_s))
 
     def observe(self, step_s: float) -> None:
         """Take the seconds of a step into account."""

@@ -1,7 +1,6 @@
 """Memory that a process can still take, and the most that it has taken.
 
-On Linux the limits of control groups count: cgroups(7), version 2 and version 1. Swap counts as memory, as the system
-uses it before it ends a process.
+On Linux the limits of control groups count: cgroups(7), version 2 and version 1.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ VERSION_1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_b
 SWAP_2 = ("memory.swap.max", "memory.swap.current")
 
 
-def available_bytes(device: torch.device, root: Path = ROOT) -> int:
+def available_bytes(device: torch.device, *, with_swap: bool = False, root: Path = ROOT) -> int:
     """Return the bytes that this process can still take on a device.
 
     Args:
-        device: a CUDA device, or the CPU with its swap, within the limits of the control groups.
+        device: a CUDA device, or the CPU within the limits of the control groups.
+        with_swap: count the CPU's free swap too.
         root: of the file system, for tests.
     """
     if device.type == "cuda":
@@ -34,7 +34,7 @@ def available_bytes(device: torch.device, root: Path = ROOT) -> int:
     system = _meminfo(root)
     if not system:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # not Linux: half of all memory
-    swap = system.get("SwapFree", 0)
+    swap = system.get("SwapFree", 0) if with_swap else 0
     free = system["MemAvailable"] + swap
     for memory_left, swap_left in _limits(root):
         free = min(free, memory_left + min(swap, swap_left))
