@@ -185,7 +185,7 @@ def build_loop(
     sets = {HELD_OUT: next(iter(streams.values()))} if len(streams) == 1 else streams
     sets |= open_held_out(config.validation.named_sets(), tokenizer, folder.tokens)
     validator = Validator(model, sets, config.validation, batch=train.micro_batch or train.batch, tokens=train.tokens,
-                          tokenizer=tokenizer, seed=train.seed)  # fmt: skip
+                          tokenizer=tokenizer, seed=train.seed, document_token=batches.document_token)  # fmt: skip
     return TrainingLoop(trainer, batches, validator, report_mfu=True)
 
 
