@@ -48,17 +48,15 @@ def _ms(r: Result) -> str:
 
 
 def _tokens_per_s(r: Result) -> str:
-    if "tokens" not in r.case:
-        return ""
-    tokens = r.case["tokens"] * r.case.get("batch", 1) * r.case.get("steps", 1)
-    return rate_text(tokens / r.median_s)
+    return "" if r.tokens_per_s is None else rate_text(r.tokens_per_s)
 
 
 def _rounds(r: Result) -> str:
     return f"{r.rounds} of {r.rounds + r.dropped}"
 
 
-def _case(r: Result) -> str:
+def case_text(r: Result) -> str:
+    """Return the op, the dtype and the sizes of a case in one line."""
     head = [r.case[k] for k in ("op", "pass") if k in r.case]
     twice = ("n_head",) if "heads" in r.case else ()  # a parameter that repeats a size
     rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass", *twice)]
@@ -67,7 +65,7 @@ def _case(r: Result) -> str:
 
 Read = Callable[[Result, Sequence[Result]], str]
 COLUMNS: dict[str, Read] = {
-    "case": lambda r, rs: _case(r) if r is rs[0] else "",
+    "case": lambda r, rs: case_text(r) if r is rs[0] else "",
     "contender": lambda r, _: r.contender,
     "tokens/s": lambda r, _: _tokens_per_s(r),
     "MFU": lambda r, _: _percent(r.flops_fraction),
@@ -157,7 +155,7 @@ def comparisons(results: Sequence[Result]) -> list[str]:
     for rs in groups(results):
         ours = next((r for r in rs if r.contender == OURS), None)
         pairs = [(ours, r) for r in rs if ours and r is not ours and comparable(ours, r)]
-        rows += [[_case(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
+        rows += [[case_text(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
     headings = ["case", "of peak FLOP/s", "against", "times as fast (95 % interval)", "of its memory", "beyond imports",
                 "rounds"]  # fmt: skip
     return [f"\npeakgpt against each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
@@ -201,7 +199,7 @@ def row_line(row: Row) -> str:
         return f"{verdict}: {row.op} {row.case} {row.dtype} on {row.backend}: {row.message}".rstrip(": ")
     if isinstance(row, Failure):
         return f"failed: {', '.join(filter(None, (row.part, row.job, row.contender)))}: {row.message}"
-    return f"{row.bench}: {_case(row)}, {row.contender}: {_ms(row)} ms"
+    return f"{row.bench}: {case_text(row)}, {row.contender}: {_ms(row)} ms"
 
 
 def verdicts(found: RunResults) -> list[str]:

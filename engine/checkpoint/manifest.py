@@ -37,6 +37,19 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     write_atomically(folder / MANIFEST, _text(content).encode())
 
 
+def replace_file(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file, and its entry in the folder's manifest.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: the manifest is missing or damaged.
+    """
+    content = read_manifest(folder)
+    write_atomically(folder / name, data)
+    content["files"][name] = file_entry(folder / name)
+    write_atomically(folder / MANIFEST, _text(content).encode())
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a manifest.
 
@@ -95,7 +108,7 @@ def file_fault(path: Path, expected: Mapping[str, Any]) -> str | None:
         return f"{path}: got no such file, expected one of {expected['bytes']} bytes"
     for name in ("bytes", "sha256"):
         if got[name] != expected[name]:
-            return f"{path}: {name} is {got[name]}, expected {expected[name]}: the file is damaged"
+            return f"{path}: {name} is {got[name]}, expected {expected[name]}: the file is damaged or edited"
     return None
 
 

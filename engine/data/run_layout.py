@@ -28,7 +28,6 @@ TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 TRACES = "profile"  # of torch.profiler
 CONFIG_FILE = "config.toml"
-SETTINGS = "settings.json"  # the flags of `peakgpt train`
 STEP = re.compile(r"step-(\d{8,})")
 
 

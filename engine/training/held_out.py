@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from peakgpt.engine.data.shards import TokenShards, write_shards
+from peakgpt.engine.data.shard_writer import write_shards
+from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.training.validation_config import HELD_OUT

@@ -13,7 +13,7 @@ from typing import Any
 
 from peakgpt.engine.checkpoint.manifest import MANIFEST, expect_files, read_manifest, write_manifest
 from peakgpt.engine.checkpoint.run_checkpoints import is_prepared
-from peakgpt.engine.data.run_layout import CHECKPOINT, CHECKPOINTS, CONFIG_FILE, METRICS, SETTINGS, STATE, TOKENS
+from peakgpt.engine.data.run_layout import CHECKPOINT, CHECKPOINTS, CONFIG_FILE, METRICS, STATE, TOKENS
 from peakgpt.engine.training.metrics_log import MetricsLog
 from peakgpt.kernels.files import (
     STAGE,
@@ -26,7 +26,7 @@ from peakgpt.kernels.files import (
     sweep,
 )
 
-PREPARED = (TOKENS, CONFIG_FILE, SETTINGS)  # what a run moves into its folder when it is prepared
+PREPARED = (TOKENS, CONFIG_FILE)  # what a run moves into its folder when it is prepared
 
 
 class Taken(ValueError):

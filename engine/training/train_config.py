@@ -14,6 +14,8 @@ from peakgpt.engine.settings.values import show
 from peakgpt.kernels.command_line import MAX_SEED
 from peakgpt.kernels.hardware.device import describe
 
+WSD = {"schedule": ("wsd",)}
+DECAY = {"schedule": ("linear", "cosine", "wsd")}  # the schedules that decay
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 DECAY_SHAPES = ("linear", "cosine", "sqrt")
 MAX_TOKENS = 10**15
@@ -33,9 +35,9 @@ class TrainConfig:
         None, "sequences per pass; gradients are accumulated; none: the whole batch", section="training", at_least=1
     )
     steps: int | None = setting(
-        None, "updates", section="training", at_least=1, metavar="N",
-        automatic="1000 without max_tokens, epochs and minutes",
-    )
+        None, "updates", section="training", at_least=1, metavar="N", resumable=True,
+        automatic="1000", only_with={"max_tokens": (None,), "epochs": (None,)},
+    )  # fmt: skip
     max_tokens: int | None = setting(
         None, "train for as many updates as fit into this many tokens", section="training", at_least=1,
         at_most=MAX_TOKENS, metavar="N",
@@ -106,7 +108,8 @@ class TrainConfig:
     )  # fmt: skip
     warmup: float | None = setting(
         None, "fraction of the training over which the learning rate rises to lr", section="lr_scheduler", at_least=0,
-        below=1, metavar="FRACTION", automatic="0.05 without warmup_steps and warmup_tokens",
+        below=1, metavar="FRACTION", automatic="0.05",
+        only_with={"warmup_steps": (None,), "warmup_tokens": (None,)},
     )  # fmt: skip
     warmup_steps: int | None = setting(
         None, "updates over which the learning rate rises to lr", section="lr_scheduler", at_least=0
@@ -116,19 +119,20 @@ class TrainConfig:
     )
     decay_steps: int | None = setting(
         None, "updates, from the first one, after which the learning rate stays at its floor", section="lr_scheduler",
-        at_least=1, automatic="the end of the training",
+        at_least=1, automatic="the end of the training", only_with=DECAY,
     )  # fmt: skip
     decay_tokens: int | None = setting(
         None, "tokens, from the first one, after which the learning rate stays at its floor", section="lr_scheduler",
-        at_least=1, at_most=MAX_TOKENS, automatic="the end of the training",
+        at_least=1, at_most=MAX_TOKENS, automatic="the end of the training", only_with=DECAY,
     )  # fmt: skip
     decay_fraction: float | None = setting(
         None, "share of the training, up to the end of the decay, in which wsd decays", section="lr_scheduler",
-        above=0, at_most=1, metavar="FRACTION", automatic="0.2 with schedule wsd",
+        above=0, at_most=1, metavar="FRACTION", automatic="0.2", only_with=WSD,
     )  # fmt: skip
     decay_shape: str | None = setting(
-        None, "how wsd decays", section="lr_scheduler", choices=DECAY_SHAPES, automatic="linear with schedule wsd"
-    )
+        None, "how wsd decays", section="lr_scheduler", choices=DECAY_SHAPES, automatic="linear",
+        only_with=WSD,
+    )  # fmt: skip
     min_lr: float | None = setting(None, "floor of the decay", section="lr_scheduler", at_least=0, automatic="0")
     min_lr_fraction: float | None = setting(
         None, "floor of the decay, as a fraction of lr", section="lr_scheduler", at_least=0, at_most=1,

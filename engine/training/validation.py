@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.data.batches import validation_batches
+from peakgpt.engine.data.batches import document_positions, validation_batches
 from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.training.validation_config import ValidationConfig
@@ -114,7 +114,7 @@ class Validator:
 
     def __init__(
         self, model: nn.Module, sets: Mapping[str, TokenShards], config: ValidationConfig, *, batch: int, tokens: int,
-        tokenizer: Tokenizer | None = None, seed: int = 0,
+        tokenizer: Tokenizer | None = None, seed: int = 0, document_token: int | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -124,6 +124,7 @@ class Validator:
             batch, tokens: B and T of a forward pass.
             tokenizer: for samples.
             seed: of samples.
+            document_token: the id with which a document begins, for a model that is trained on masked documents.
         Raises:
             ValueError: no set, a set with fewer than two tokens, or a prompt without tokens or too long for the model.
         """
@@ -133,6 +134,7 @@ class Validator:
             validation_batches(shards, batch, tokens)  # raises now, not after hours of training
         self.model, self.sets, self.config = model, dict(sets), config
         self.batch, self.tokens, self.tokenizer, self.seed = batch, tokens, tokenizer, seed
+        self.document_token = document_token
         self._prompts = [self._encode(prompt) for prompt in config.prompts]
         self.best_loss, self.best_step = math.inf, 0
         self.reference_loss, self.waited = math.inf, 0
@@ -153,7 +155,9 @@ class Validator:
         self.model.eval()
         try:
             sets = {
-                name: evaluate(self.model, shards, self.batch, self.tokens, batches=count)
+                name: evaluate(
+                    self.model, shards, self.batch, self.tokens, batches=count, document_token=self.document_token
+                )
                 for name, shards in self.sets.items()
             }
             for name, found in sets.items():
@@ -231,8 +235,9 @@ class Validator:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, shards: TokenShards, batch: int, tokens: int, *, batches: int | None = None
-) -> SetMetrics:
+    model: nn.Module, shards: TokenShards, batch: int, tokens: int, *, batches: int | None = None,
+    document_token: int | None = None,
+) -> SetMetrics:  # fmt: skip
     """Return a model's metrics on the start of a token stream: the exact mean over its targets.
 
     Args:
@@ -240,12 +245,16 @@ def evaluate(
         shards: tokens that are not trained on.
         batch, tokens: B and T.
         batches: the maximum number of batches; None: all.
+        document_token: the id with which a document begins, which attends to itself alone. None: no masks.
     """
     device = next(model.parameters()).device
     losses: list[Tensor] = []
     counts: list[int] = []
     for ids, targets in islice(validation_batches(shards, batch, tokens), batches):
-        losses.append(model(ids.to(device), targets.to(device)))
+        packed = {}
+        if document_token is not None:
+            packed["position_ids"] = document_positions(ids, document_token).to(device)
+        losses.append(model(ids.to(device), targets.to(device), **packed))
         counts.append(int((targets != IGNORE_INDEX).sum()))
     total = torch.stack(losses).double() @ torch.tensor(counts, dtype=torch.float64, device=device)
     loss = float(total) / sum(counts)

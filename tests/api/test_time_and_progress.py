@@ -1,6 +1,7 @@
 """Time budgets and progress of long commands, on a clock of the test."""
 
 import io
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -123,7 +124,7 @@ def test_the_learning_rate_of_a_run_with_a_time_limit_falls_to_zero_without_a_ju
         limit.observe(seconds)
         trainer.steps_done += 1
     decay = rates[100:]
-    assert all(after <= before * 1.01 for before, after in zip(decay, decay[1:], strict=False))
+    assert all(after <= before * 1.01 for before, after in itertools.pairwise(decay))
     assert rates[-1] < 0.02 * max(rates)
 
 

@@ -70,7 +70,8 @@ def main(folder, kills, steps, seed):
     hidden = [str(p) for p in path.rglob(".*")]
     same = [checkpoint_bytes(step_folder(run.path, steps)) for run in (whole, again)]
     print(json.dumps({
-        "killed": killed, "most_checkpoints": max(counts), "hidden": hidden, "same_losses": losses(whole) == losses(again),
+        "killed": killed, "most_checkpoints": max(counts), "hidden": hidden,
+        "same_losses": losses(whole) == losses(again),
         "same_checkpoint": same[0] == same[1], "rows": len(losses(again)),
     }))  # fmt: skip
 

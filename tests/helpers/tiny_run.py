@@ -3,7 +3,8 @@
 import torch
 
 from peakgpt.engine.data.batches import Batches
-from peakgpt.engine.data.shards import TokenShards, write_shards
+from peakgpt.engine.data.shard_writer import write_shards
+from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.checkpoint_manager import CheckpointManager

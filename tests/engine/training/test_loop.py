@@ -1,19 +1,14 @@
-"""The training loop as a library user runs it, and a run folder that version 0.1.0 wrote."""
+"""The training loop as a library user runs it."""
 
-import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-from peakgpt.cli import main
-from peakgpt.engine.checkpoint.safetensors_io import read_safetensors
 from peakgpt.engine.data.batches import Batches
-from peakgpt.engine.data.shards import TokenShards, write_shards
+from peakgpt.engine.data.shard_writer import write_shards
+from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.presets import PRESETS
 from peakgpt.engine.training import loop as module
 from peakgpt.engine.training.delayed_metrics import DelayedMetrics
 from peakgpt.engine.training.loop import StepMetrics, TrainingLoop, ValidationMetrics
@@ -21,8 +16,6 @@ from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.engine.training.validation import Validator
 from peakgpt.engine.training.validation_config import ValidationConfig
-
-OLD_RUN = Path(__file__).with_name("run_folder_0.1.0")
 
 
 @pytest.fixture
@@ -142,7 +135,7 @@ def test_rows_have_the_fields_of_metrics_jsonl(shards, monkeypatch):
 
 
 def test_bad_input_of_a_loop_is_named_in_the_error(shards):
-    train, validation = shards
+    train, _ = shards
     loop = new_loop(train, None)
     with pytest.raises(ValueError, match="got no validator"):
         loop.validate()
@@ -151,48 +144,3 @@ def test_bad_input_of_a_loop_is_named_in_the_error(shards):
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=67))
     with pytest.raises(ValueError, match="tokens is 16, expected at most the model's 8"):
         TrainingLoop(Trainer(model, TrainConfig(tokens=16), steps=1), iter(()), None)
-
-
-def test_a_run_folder_of_version_0_1_0_resumes(tmp_path, monkeypatch):
-    """Its weights, optimizer state, random state and position in the data are those of a run that was not stopped.
-
-    run_folder_0.1.0.json has the losses of that run. Other machines round differently, so the bits are compared only
-    on a machine like the one that wrote it.
-    """
-    from peakgpt._C import isas
-
-    recorded = json.loads(OLD_RUN.with_name(f"{OLD_RUN.name}.json").read_text())
-    monkeypatch.setitem(PRESETS, "tiny", recorded["preset"])
-    monkeypatch.setattr(module, "peak_flops_s", lambda device, dtype: 1e9)
-    run = tmp_path / "run"
-    shutil.copytree(OLD_RUN, run)
-    assert main(["train", "--resume", str(run), "--save-every", "4", "--device", "cpu"]) == 0
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    machine = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "isas": list(isas)}
-    if machine == recorded["machine"]:
-        assert losses == recorded["losses"]
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(recorded["losses"]), rtol=5e-3, atol=0.0)
-
-
-def test_a_training_state_of_version_0_1_0_is_written_back_bit_for_bit(tmp_path, monkeypatch):
-    from peakgpt.commands.train import build_loop, read_settings
-    from peakgpt.engine.training.run_config import RunConfig
-    from peakgpt.engine.training.run_folder import RunFolder
-
-    recorded = json.loads(OLD_RUN.with_name(f"{OLD_RUN.name}.json").read_text())
-    monkeypatch.setitem(PRESETS, "tiny", recorded["preset"])
-    monkeypatch.setattr(module, "peak_flops_s", lambda device, dtype: 1e9)
-    run = tmp_path / "run"
-    shutil.copytree(OLD_RUN, run)
-    tokenizer, loop = build_loop(RunFolder.reopen(run), RunConfig.of(read_settings(run)), torch.device("cpu"))
-    loop.load(run)
-    loop.save(run, tokenizer)
-    for file in ("state/training_state.safetensors", "checkpoint/model.safetensors"):
-        (old, old_text), (new, new_text) = (read_safetensors(folder / file) for folder in (OLD_RUN, run))
-        new_text.pop("digest", None)  # of the whole training state; 0.1.0 did not write it
-        assert old_text == new_text and old.keys() == new.keys()
-        assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
-    weights = GPT.from_pretrained(OLD_RUN / "checkpoint").state_dict()
-    masters = loop.trainer.master_weights()
-    assert all(torch.equal(tensor, masters[name]) for name, tensor in weights.items())

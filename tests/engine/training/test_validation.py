@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from peakgpt.engine.data.shards import TokenShards, write_shards
+from peakgpt.engine.data.shard_writer import write_shards
+from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.data.tokenizer import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
