@@ -19,8 +19,9 @@ from peakgpt.engine.data.library_call import submit
 
 PIECE_CHARS = 1 << 16  # long enough to hide the cost per call, short enough to encode one file on all cores
 # Per library call. Two calls run at a time: Python converts the ids of one (40 ns each) while the other encodes (600 ns
-# each on 2 cores). Their encodings take about 40 bytes per character.
-BATCH_CHARS = 1 << 20
+# each on 2 cores). Threads need no copy of the tokenizer and of torch for each core, as processes would: 230 MB.
+# The encodings of a call take about 50 bytes per character.
+BATCH_CHARS = 1 << 19
 # No match of GPT-2's expression continues from a visible character to a blank, so a cut there changes no token.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
