@@ -95,6 +95,7 @@ class RunReporter:
             self._step_s = event.seconds
             if self.limit is not None:
                 self.limit.observe(event.seconds)
+                self.limit.plan(self.loop.trainer)
         if isinstance(event, ValidationMetrics):
             self._validated, self._pause_began_s = event, self._clock()
         self.progress.show(event, self.loop.trainer.steps)
