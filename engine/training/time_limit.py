@@ -3,9 +3,9 @@
     steps = done + (time left - reserve) / seconds of a step
 
 The plan is made again before every step. The learning rate follows, because it depends on the share of the planned
-steps that is done: a slower machine gets a shorter schedule, and the schedule is complete. The seconds of a step are the
-mean over the last steps: over many while much time is left, so that one slow step changes little, and over few near the
-end, so that the plan is exact.
+steps that is done: a slower machine gets a shorter schedule, and the schedule is complete. The seconds of a step are
+the mean over the last steps: over many while much time is left, so that one slow step changes little, and over few near
+the end, so that the plan is exact.
 """
 
 from __future__ import annotations
