@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from peakgpt.engine.checkpoint.manifest import replace_file
 from peakgpt.engine.checkpoint.model_folder import read_source_files
 from peakgpt.engine.data.data_config import VOCAB
 from peakgpt.engine.data.dataset import TrainingData, open_text, prepare_text
-from peakgpt.engine.data.run_layout import CONFIG_FILE, saved_steps, step_folder
+from peakgpt.engine.data.run_layout import saved_steps, step_folder
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.training.checkpoint_manager import CheckpointManager
@@ -26,14 +25,13 @@ from peakgpt.engine.training.loop import TrainingLoop
 from peakgpt.engine.training.memory_estimate import refuse_what_cannot_fit
 from peakgpt.engine.training.metric_sinks import require_packages
 from peakgpt.engine.training.run_config import RunConfig
-from peakgpt.engine.training.run_file import listing, read_run_file, run_file
+from peakgpt.engine.training.run_file import listing, read_run_file, write_run_file
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.schedule import Schedule
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.engine.training.validation import Validator
 from peakgpt.engine.training.validation_config import HELD_OUT
-from peakgpt.kernels.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -51,19 +49,12 @@ class Reporter:
 
 @dataclass(frozen=True)
 class RunSession:
-    """A run that is ready to train. A context: at its end the last save is complete, and the folder is free."""
+    """A run that is ready to train. Close `checkpoints`, then `folder`, at the end."""
 
     config: RunConfig
     folder: RunFolder
     loop: TrainingLoop
     checkpoints: CheckpointManager
-
-    def __enter__(self) -> RunSession:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        with self.folder:
-            self.checkpoints.__exit__(*error)
 
 
 def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: Reporter) -> RunSession:
@@ -78,7 +69,7 @@ def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: 
         model = initial_model(config, data)
         loop = build_loop(config, folder, data, tokenizer, model.to(device))
         reporter.say(listing(config, model.config, device))
-        write_atomically(folder.root / CONFIG_FILE, run_file(config, model.config))
+        write_run_file(folder.root, config, model.config)
     return RunSession(config, folder, loop, CheckpointManager(folder, loop, tokenizer, config.checkpoint))
 
 
@@ -96,7 +87,7 @@ def check_resources(config: RunConfig, device: torch.device, reporter: Reporter)
 
 
 def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporter: Reporter) -> RunSession:
-    """Open a run at its last save, or at step 0 if it was killed before the first one.
+    """Open a run at its newest undamaged checkpoint, or at step 0 if it was killed before the first one.
 
     Args:
         path: the run folder.
@@ -118,10 +109,11 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
             model.source_files = read_source_files(step_folder(path, steps[-1]))
         loop = build_loop(config, folder, data, tokenizer, model.to(device))
         checkpoints = CheckpointManager(folder, loop, tokenizer, config.checkpoint)
-        done = checkpoints.load(report=reporter.say)
-        check_extension(saved.train, config.train, done, planned_steps(saved, data), loop.trainer.steps)
-        if config != saved:
-            replace_file(path, CONFIG_FILE, run_file(config, model.config))
+        planned = planned_steps(saved, data), loop.trainer.steps
+        checkpoints.load(
+            report=reporter.say, accept=lambda done: check_extension(saved.train, config.train, done, *planned)
+        )
+        write_run_file(path, config, model.config)
     except BaseException:
         folder.close()
         raise

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from peakgpt.closed_output import PIPE_EXIT_CODE, Output
-from peakgpt.engine.data.run_layout import CONFIG_FILE, step_folder
+from peakgpt.engine.data.run_layout import RUN_CONFIG, step_folder
 from peakgpt.engine.run_session import Reporter, RunSession, check_resources, resume, start
 from peakgpt.engine.settings.flags import add_flags, read_flags
 from peakgpt.engine.training.loop import SaveDue
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         check_resources(config, device, reporter)
         folder = RunFolder.with_default_name("train") if args.out is None else RunFolder(args.out)
         session = start(config, folder, device, reporter)
-    with session:
+    with session.folder, session.checkpoints:
         return _train(session, output)
 
 
@@ -54,7 +54,7 @@ def _refuse_on_resume(args: argparse.Namespace, given: dict[str, object]) -> Non
     fixed = [setting.flag for name, setting in run_settings().items() if name in given and not setting.resumable]
     fixed += [f"--{name}" for name in ("config", "out") if getattr(args, name) is not None]
     for flag in fixed:
-        raise ValueError(f"{flag}: got it with --resume, expected none; {CONFIG_FILE} has the settings of the run")
+        raise ValueError(f"{flag}: got it with --resume, expected none; {RUN_CONFIG} has the settings of the run")
 
 
 def _train(session: RunSession, output: Output) -> int:

@@ -3,14 +3,15 @@
     {"format": ..., "files": {"config.json": {"bytes": 512, "sha256": ...}, ...}, ..., "sha256": ...}
 
 The last digest is of the manifest itself, so that every bit of a folder is covered. The digest of a safetensors file is
-that of its header, which has the digest of each tensor: damage is found tensor by tensor.
+that of its header, which has the digest of each tensor: damage is found tensor by tensor. A text file that may change
+later has its own digest in its last line, and null in the manifest: both could not be replaced in one move.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,38 @@ from peakgpt.kernels.files import write_atomically
 MANIFEST = "manifest.json"
 FORMAT = "peakgpt.manifest.1"
 CHUNK_BYTES = 1 << 22  # of a file that is hashed
+SEAL = "# sha256 of all lines above: "
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+def seal(text: str) -> str:
+    """Return a text, of lines, with the line of its digest."""
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def sealed_fault(path: Path) -> str | None:
+    """Check the digest in the last line of a file. Return a sentence, or None."""
+    text, _, digest = path.read_bytes().rpartition(SEAL.encode())
+    if digest.decode(errors="replace") == f"{hashlib.sha256(text).hexdigest()}\n":
+        return None
+    return (
+        f"{path}: got another digest than it was written with, expected the same: the file is damaged, or was edited; "
+        "a resumed run takes changes by flags"
+    )
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any], sealed: Collection[str] = ()) -> None:
     """Write the manifest of all files in a folder and in its folders.
 
     Args:
         facts: further content, of integers, strings, None, lists and dicts.
+        sealed: names of the files that have their own digest.
     Raises:
         OSError: a file cannot be read or written.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    files = {path.relative_to(folder).as_posix(): file_entry(path) for path in paths}
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    files = {name: None if name in sealed else file_entry(path) for name, path in names.items()}
     content = {"format": FORMAT, **facts, "files": files}
-    write_atomically(folder / MANIFEST, _text(content).encode())
-
-
-def replace_file(folder: Path, name: str, data: bytes) -> None:
-    """Replace a file, and its entry in the folder's manifest.
-
-    Raises:
-        OSError: the folder cannot be written.
-        ValueError: the manifest is missing or damaged.
-    """
-    content = read_manifest(folder)
-    write_atomically(folder / name, data)
-    content["files"][name] = file_entry(folder / name)
     write_atomically(folder / MANIFEST, _text(content).encode())
 
 
@@ -98,17 +105,19 @@ def hash_start(path: Path, size: int) -> hashlib._Hash:
     return digest
 
 
-def file_fault(path: Path, expected: Mapping[str, Any]) -> str | None:
+def file_fault(path: Path, expected: Mapping[str, Any] | None) -> str | None:
     """Compare a file with its entry, a safetensors file without its tensors. Return a sentence, or None."""
+    if not path.is_file():
+        return f"{path}: got no such file, expected the one that was written"
     try:
-        got = file_entry(path) if path.is_file() else None
+        if expected is None:
+            return sealed_fault(path)
+        got = file_entry(path)
     except OSError as error:
         return f"{path}: {error.strerror}, expected a readable file"
-    if got is None:
-        return f"{path}: got no such file, expected one of {expected['bytes']} bytes"
     for name in ("bytes", "sha256"):
         if got[name] != expected[name]:
-            return f"{path}: {name} is {got[name]}, expected {expected[name]}: the file is damaged or edited"
+            return f"{path}: {name} is {got[name]}, expected {expected[name]}: the file is damaged"
     return None
 
 

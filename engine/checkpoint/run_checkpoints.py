@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peakgpt.engine.checkpoint.manifest import MANIFEST, expect_files, faults, hash_start, read_manifest, write_manifest
-from peakgpt.engine.data.run_layout import BEST, CHECKPOINTS, CONFIG_FILE, METRICS, TOKENS, saved_steps, step_folder
+from peakgpt.engine.data.run_layout import BEST, CHECKPOINTS, METRICS, RUN_CONFIG, TOKENS, saved_steps, step_folder
 from peakgpt.kernels.files import flush, publish, staging_folder
 
 
@@ -98,7 +98,7 @@ def run_faults(run: Path) -> Iterator[str]:
 
 def is_prepared(run: Path) -> bool:
     """Whether a command has prepared the run, so that it has a manifest."""
-    return any((run / name).exists() for name in (MANIFEST, CONFIG_FILE, TOKENS))
+    return any((run / name).exists() for name in (MANIFEST, RUN_CONFIG, TOKENS))
 
 
 def checkpoint_faults(run: Path, step: int) -> Iterator[str]:

@@ -27,7 +27,7 @@ CURVES = "curves.png"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 TRACES = "profile"  # of torch.profiler
-CONFIG_FILE = "config.toml"
+RUN_CONFIG = "config.toml"
 STEP = re.compile(r"step-(\d{8,})")
 
 

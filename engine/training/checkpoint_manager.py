@@ -31,6 +31,7 @@ from peakgpt.engine.checkpoint.model_folder import (
     TokenizerFiles,
     check_state,
     read_config,
+    read_source_files,
     read_weights,
     to_layout,
     warn_of_own_layout,
@@ -179,12 +180,16 @@ class CheckpointManager:
 
     # ---- loading ----
 
-    def load(self, last_step: int | None = None, *, report: Callable[[str], None] = warnings.warn) -> int:
+    def load(
+        self, last_step: int | None = None, *, report: Callable[[str], None] = warnings.warn,
+        accept: Callable[[int], None] = lambda step: None,
+    ) -> int:  # fmt: skip
         """Continue from the newest checkpoint that is not damaged, and cut metrics.jsonl back to it.
 
         Args:
             last_step: take a checkpoint of at most this step; None: any.
             report: called with one sentence for each damaged checkpoint.
+            accept: called with the step before anything changes; it may raise.
         Returns:
             Its step; 0 if the run has none, which then starts at its beginning.
         Raises:
@@ -202,13 +207,16 @@ class CheckpointManager:
                 continue
             if contents is None:
                 raise ValueError(f"checkpoint of step {step} in {self.run.path}: got another model, expected the run's")
+            accept(step)
             self.loop.load_state_dict(*contents)
+            self.loop.trainer.model.source_files = read_source_files(step_folder(self.run.path, step))
             self.run.metrics.cut(manifest["metrics"]["bytes"])
             link_best(self.run.path, manifest["best"])
             self.saved_step = step
             return step
         if faults:
             raise ValueError(f"run folder {self.run.path}: got no undamaged checkpoint, expected one; {faults[-1]}")
+        accept(0)
         self.run.metrics.cut(0)
         return 0
 

@@ -203,7 +203,7 @@ class TrainingLoop:
             raise ValueError(f"TrainingLoop: got validate_every={validate_every} without a validator, expected both")
         trainer = self.trainer
         end = math.inf if steps is None else trainer.steps_done + steps
-        validated = trainer.steps_done
+        validated, saved = trainer.steps_done, None
         self._last_step_s = time.perf_counter()
         while not should_stop() and not self.finished and trainer.steps_done < end:
             arrived, step = self._step(synchronous=synchronous), trainer.steps_done
@@ -218,14 +218,14 @@ class TrainingLoop:
                 yield self.validate()
                 validated = step
             if saves:
-                yield SaveDue(step)
+                yield SaveDue(saved := step)
             if validates or saves:
                 self._last_step_s = time.perf_counter()  # neither validation nor the caller's save counts
         yield from self._events(self._delayed.take())
         self.skipped.require_end(trainer.steps_done, finished=self.finished)
         if validate_every and self.finished and trainer.steps_done > validated:
             yield self.validate()
-        if save_every and not self.skipped.in_a_row:
+        if save_every and not self.skipped.in_a_row and saved != trainer.steps_done:
             yield SaveDue(trainer.steps_done)
 
     def _step(self, *, synchronous: bool) -> list[tuple[Update, float, float]]:

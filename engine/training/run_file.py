@@ -1,7 +1,7 @@
 """The TOML file of a run: a user's file or a recipe begins a run; config.toml in the run folder resumes it.
 
 config.toml has every setting with its resolved value, so that `peakgpt train --config RUN/config.toml` begins the same
-run again. The run's manifest has its digest: a resumed run takes changes by flags, and refuses an edited file.
+run again. Its last line is a digest of the others: a resumed run takes changes by flags, and refuses an edited file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from peakgpt.engine.data.run_layout import CONFIG_FILE
+from peakgpt.engine.checkpoint.manifest import seal, sealed_fault
+from peakgpt.engine.data.run_layout import RUN_CONFIG
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.settings.toml_file import read_toml, write_toml
@@ -25,6 +26,7 @@ from peakgpt.engine.training.run_config import (
     without_preset_fields,
 )
 from peakgpt.engine.training.synonyms import our_name
+from peakgpt.kernels.files import write_atomically
 
 RECIPES = Path(__file__).with_name("recipes")
 SOURCES = ("preset", "init", "tokenizer")
@@ -58,32 +60,37 @@ def read_run_file(run: Path) -> dict[str, Any]:
     """Read config.toml of a run folder.
 
     Raises:
-        ValueError: it is missing, or has an unknown key or a bad value.
+        ValueError: it is missing, damaged or edited.
     """
-    path = run / CONFIG_FILE
+    path = run / RUN_CONFIG
     try:
         text = read_text(path)
     except ValueError:
         raise ValueError(
-            f"run folder {run}: got no readable {CONFIG_FILE}, expected one of `peakgpt train`; a run that was killed "
+            f"run folder {run}: got no readable {RUN_CONFIG}, expected one of `peakgpt train`; a run that was killed "
             f"before its first step is started again with --out {run}"
         ) from None
+    if fault := sealed_fault(path):
+        raise ValueError(f"{fault}; --config {path} begins another run")
     return read_toml(path, text, run_settings(), our_name)
 
 
-def run_file(config: RunConfig, model: GPTConfig) -> bytes:
-    """Return config.toml of a run.
+def write_run_file(folder: Path, config: RunConfig, model: GPTConfig) -> None:
+    """Write config.toml into a run folder.
 
     Args:
+        folder: of the run.
         config: of the run.
         model: of the run's model, with all values derived.
+    Raises:
+        OSError: the folder cannot be written.
     """
     values = {**config.values(), **config.model_fields()}
     if "vocab_size" not in config.fields:
         del values["vocab_size"]  # another tokenizer would have another size
     derived = {name: show(value) for name, value in model.to_dict().items() if values.get(name, value) != value}
     text = write_toml(values, run_settings().values(), derived)
-    return f"{HEAD}\n\n{text}".encode()
+    write_atomically(folder / RUN_CONFIG, seal(f"{HEAD}\n\n{text}\n").encode())
 
 
 def listing(config: RunConfig, model: GPTConfig, device: torch.device) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from peakgpt.engine.checkpoint.manifest import MANIFEST, expect_files, read_manifest, write_manifest
 from peakgpt.engine.checkpoint.run_checkpoints import is_prepared
-from peakgpt.engine.data.run_layout import CHECKPOINT, CHECKPOINTS, CONFIG_FILE, METRICS, STATE, TOKENS
+from peakgpt.engine.data.run_layout import CHECKPOINT, CHECKPOINTS, METRICS, RUN_CONFIG, STATE, TOKENS
 from peakgpt.engine.training.metrics_log import MetricsLog
 from peakgpt.kernels.files import (
     STAGE,
@@ -26,7 +26,7 @@ from peakgpt.kernels.files import (
     sweep,
 )
 
-PREPARED = (TOKENS, CONFIG_FILE)  # what a run moves into its folder when it is prepared
+PREPARED = (TOKENS, RUN_CONFIG)  # what a run moves into its folder when it is prepared
 
 
 class Taken(ValueError):
@@ -93,20 +93,16 @@ class RunFolder:
                 "takes its model, but the run cannot go on"
             )
         run._open(new=False)
-        try:
-            run._check_files()
-        except BaseException:
-            run.close()
-            raise
         return run
 
     def _check_files(self) -> None:
+        """Compare the files of a prepared run with its manifest."""
+        if self._is_unprepared() or (is_prepared(self.path) and not (self.path / MANIFEST).exists()):
+            raise ValueError(
+                f"run folder {self.path}: got no {MANIFEST}, expected one; a run that was killed before its first step "
+                f"is started again with --out {self.path}"
+            )
         if is_prepared(self.path):
-            if not (self.path / MANIFEST).exists():
-                raise ValueError(
-                    f"run folder {self.path}: got no {MANIFEST}, expected one; a run that was killed before its first "
-                    f"step is started again with --out {self.path}"
-                )
             expect_files(self.path, read_manifest(self.path))
 
     def _open(self, *, new: bool) -> None:
@@ -125,6 +121,8 @@ class RunFolder:
                 raise BlockingIOError
             if restarted and self._is_unprepared():
                 self._remove_prepared_part()
+            if not new:
+                self._check_files()
             sweep(self.path)
             if restarted and any(entry != path or entry.stat().st_size for entry in self.path.iterdir()):
                 raise has_files
@@ -134,7 +132,7 @@ class RunFolder:
             raise Taken(
                 f"run folder {self.path}: a running process writes it, expected a free one"
             ) from None
-        except Taken:
+        except BaseException:
             metrics.close()
             raise
         self.metrics, self.start = metrics, time.time()
@@ -176,7 +174,7 @@ class RunFolder:
             with staging_folder(self.path) as stage:
                 self._stage = stage
                 yield
-                write_manifest(stage, {})
+                write_manifest(stage, {}, sealed=[RUN_CONFIG])
                 for entry in stage.rglob("*"):
                     flush(entry)
                 # The manifest comes last: it says that the run is prepared.

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peakgpt.engine.data.run_layout import CONFIG_FILE, CURVES, METRICS, REPORT
+from peakgpt.engine.data.run_layout import CURVES, METRICS, REPORT, RUN_CONFIG
 from peakgpt.engine.training.figures import duration_text, percent_text, speed_text
 from peakgpt.engine.training.run_charts import Row, png_charts, svg_charts
 from peakgpt.kernels.files import write_atomically
@@ -70,7 +70,7 @@ def note(text: str) -> str:
 
 def settings_section(folder: Path | str) -> list[Section]:
     """Return the settings of a run as a section; none if the folder has no file of settings."""
-    path = Path(folder, CONFIG_FILE)
+    path = Path(folder, RUN_CONFIG)
     return [Section("Settings", text_block(path.read_text(encoding="utf-8")))] if path.is_file() else []
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from peakgpt.engine.checkpoint.manifest import seal
 from peakgpt.engine.data.batches import Batches
 from peakgpt.engine.data.shard_writer import write_shards
 from peakgpt.engine.data.shards import TokenShards
@@ -40,7 +41,7 @@ def new_run(path):
     run = RunFolder(path)
     with run.discarded_on_bad_input():
         write_tokens(run.tokens)
-        (run.root / "config.toml").write_text("steps = 20\n")
+        (run.root / "config.toml").write_text(seal("steps = 20\n"))
     return run
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from tiny_run import make_loop, new_run, train
 
@@ -14,6 +15,15 @@ from peakgpt.engine.checkpoint.run_checkpoints import run_faults, write_checkpoi
 from peakgpt.engine.data.run_layout import saved_steps, step_folder
 from peakgpt.engine.data.tokenizer import train_tokenizer
 from peakgpt.engine.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Steps of a millisecond, however busy the machine is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
