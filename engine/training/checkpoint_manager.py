@@ -240,8 +240,8 @@ class CheckpointManager:
         self._rollbacks[step] += 1
         if self._rollbacks[step] > MAX_ROLLBACKS:
             raise Diverged(
-                f"step {spike.step}: the training has gone back to step {step} {MAX_ROLLBACKS} times after loss spikes, "
-                "expected other data to help"
+                f"step {spike.step}: the training has gone back to step {step} {MAX_ROLLBACKS} times after loss "
+                "spikes, expected other data to help"
             )
         remove_checkpoints(self.run.path, [saved for saved in saved_steps(self.run.path) if saved <= step])
         batches.load_state_dict(position)
