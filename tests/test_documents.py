@@ -1,7 +1,9 @@
 """The documents are true: their code runs as printed, and their commands, links and file names exist."""
 
 import argparse
+import gzip
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -15,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from peakgpt import quickstart_session
 from peakgpt.bench import command as bench
 from peakgpt.bench.chosen_runs import DIRTY, History
 from peakgpt.bench.command import BENCHES, TOOLS
@@ -203,6 +204,11 @@ TINY_OP = "--dtype float32 --seconds 0.01 --out results"
 SMALL = {
     "peakgpt doctor": "",
     "peakgpt quickstart": "--minutes 0.001",
+    "peakgpt report": "",
+    "peakgpt prepare FILE...": "",
+    "peakgpt prepare web.jsonl.gz": "",
+    "peakgpt prepare shakespeare_char": "",
+    "peakgpt train --dataset prepared/web --steps": "--steps 2 --batch 2 --tokens 16",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt train --resume": "",
     "peakgpt generate": "--max-tokens 2",
@@ -220,6 +226,8 @@ SMALL = {
 GPU, LARGE = "needs a GPU; test_bench_device.py runs its parts", "measures models of 124M parameters for minutes"
 # The beginning of a documented command -> why this test only parses it.
 NOT_RUN = {
+    "peakgpt prepare hf:roneneldan/TinyStories": "downloads a data set; tests/engine/data/test_documents.py reads one",
+    "peakgpt train --dataset prepared/web prepared/books": "tests/engine/data/test_dataset.py trains on two folders",
     "python -m peakgpt.bench device": GPU,
     "peakgpt bench device": GPU,
     "peakgpt bench fp8": GPU,
@@ -270,6 +278,11 @@ def workspace(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "serving.md").read_text()
     for name, part in {"a.txt": text[:3000], "b.txt": text[3000:12000]}.items():
         (tmp_path / "text" / name).write_text(part)
+    lines = "".join(json.dumps({"body": line}) + "\n" for line in text.splitlines() if line)
+    (tmp_path / "web.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "shakespeare_char").mkdir()
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / "shakespeare_char" / name).write_bytes(bytes([7, 0] * 40))
     (tmp_path / "shots.json").write_text('{"input": "peakgpt"}')
     torch.manual_seed(0)
     tokenizer = train_tokenizer([text], 300)
@@ -277,7 +290,7 @@ def workspace(tmp_path, monkeypatch):
     GPT(config).save_pretrained(tmp_path / "checkpoint", tokenizer)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
-    monkeypatch.setattr(quickstart_session, "TRAINING_S", 0.1)
+    monkeypatch.setattr(quickstart, "MIN_MINUTES", 0.0)
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     if importlib.util.find_spec("uvicorn"):
         import uvicorn

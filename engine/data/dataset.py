@@ -11,6 +11,7 @@ from typing import Any
 from peakgpt.engine.data.batches import Batches
 from peakgpt.engine.data.corpus import Corpus, load_corpus
 from peakgpt.engine.data.data_config import VOCAB, DataConfig
+from peakgpt.engine.data.freed_memory import release_freed_memory
 from peakgpt.engine.data.prepare import JOURNAL, Progress, prepare
 from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.data.split import VALIDATION_SHARE
@@ -20,7 +21,7 @@ from peakgpt.kernels.files import write_atomically
 from peakgpt.kernels.strict_json import dumps
 
 RECORD = "data.json"  # in a run's token folder: the digests of what it trains on
-SAMPLE_BYTES = 64 << 20  # of text for the tokenizer; merges of 50,000 tokens need no more, and memory is limited
+SAMPLE_BYTES = 32 << 20  # of text for the tokenizer: it is in memory, and takes half a minute to learn from
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,19 @@ class TrainingData:
         unique = [name if names.index(name) == i else f"{name}-{i + 1}" for i, name in enumerate(names)]
         return dict(zip(unique, (dataset.validation for dataset in self.datasets), strict=True))
 
-    def batches(self, batch: int, tokens: int, seed: int) -> Batches:
-        """Return the run's batches; see `Batches`."""
-        return Batches([dataset.train for dataset in self.datasets], batch, tokens, seed, self.weights)
+    def batches(self, batch: int, tokens: int, seed: int, *, mask_documents: bool = False) -> Batches:
+        """Return the run's batches; see `Batches`.
+
+        Raises:
+            ValueError: mask_documents, and the data have no token that ends a document.
+        """
+        shards = [dataset.train for dataset in self.datasets]
+        end_id = shards[0].end_id
+        if mask_documents and end_id is None:
+            raise ValueError("mask_documents: got data without the id that ends a document, expected one (--end-id of "
+                             "`peakgpt prepare`)")  # fmt: skip
+        document_token = end_id if mask_documents else None
+        return Batches(shards, batch, tokens, seed, self.weights, document_token=document_token)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError if the data were encoded with another tokenizer, such as that of a checkpoint."""
@@ -154,7 +165,9 @@ def tokenizer_for(
     """
     if corpus.train.size_bytes is None:
         raise ValueError("corpus: got text that can be read once only, expected a tokenizer for it (--tokenizer)")
-    return train_tokenizer(corpus.train.sample(SAMPLE_BYTES), VOCAB if vocab is None else vocab, report=report)
+    tokenizer = train_tokenizer(corpus.train.sample(SAMPLE_BYTES), VOCAB if vocab is None else vocab, report=report)
+    release_freed_memory()
+    return tokenizer
 
 
 def prepare_text(

@@ -7,6 +7,8 @@
     checkpoints/
         step-00000250/   a model in its family's Hugging Face layout, the training state, and a manifest of both
         best             a link to the checkpoint with the best validation loss
+    report.html, curves.png   made from metrics.jsonl
+    tensorboard/, wandb/, profile/   if the run writes them
 """
 
 from __future__ import annotations
@@ -20,6 +22,11 @@ CHECKPOINT = "checkpoint"  # a model alone: `peakgpt quickstart` writes it, and 
 STATE = "state"  # the training state of a run of version 0.1.0
 TOKENS = "tokens"
 METRICS = "metrics.jsonl"
+REPORT = "report.html"
+CURVES = "curves.png"
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+TRACES = "profile"  # of torch.profiler
 RUN_CONFIG = "config.toml"
 STEP = re.compile(r"step-(\d{8,})")
 

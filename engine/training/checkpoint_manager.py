@@ -38,6 +38,7 @@ from peakgpt.engine.checkpoint.run_checkpoints import link_best, read_checkpoint
 from peakgpt.engine.checkpoint.training_state import read_training_state, split_tensors, write_training_state
 from peakgpt.engine.data.run_layout import saved_steps, step_folder
 from peakgpt.engine.training.loop import TrainingLoop, require_finite_weights
+from peakgpt.engine.training.loss_spikes import LossSpike, RolledBack
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.snapshot import Snapshot
 
@@ -209,6 +210,28 @@ class CheckpointManager:
         accept(0)
         self.run.metrics.cut(0)
         return 0
+
+    def roll_back(self, spike: LossSpike) -> RolledBack | None:
+        """Go back to the newest checkpoint at least spike_rollback updates before a spike, and leave its data out.
+
+        Returns:
+            What was done; None if there is no such checkpoint, and nothing was done.
+        Raises:
+            ValueError: all such checkpoints are damaged.
+            OSError: a checkpoint cannot be deleted.
+        """
+        config, batches = self.loop.trainer.config, self.loop.batches
+        last_step = spike.step - config.spike_rollback
+        self.wait()
+        if not any(step <= last_step for step in saved_steps(self.run.path)):
+            return None
+        position = batches.state_dict()
+        step = self.load(last_step)
+        remove_checkpoints(self.run.path, [saved for saved in saved_steps(self.run.path) if saved <= step])
+        batches.load_state_dict(position)
+        for _ in range(config.spike_skip):
+            batches.skip(self.loop.trainer.batch)
+        return RolledBack(step, spike, config.spike_skip)
 
     def _read(self, folder: Path) -> tuple[Any, dict[str, torch.Tensor]] | None:
         """Return the state and the weights of a checkpoint; None if it is of another model."""

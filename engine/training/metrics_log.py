@@ -67,6 +67,7 @@ class MetricsLog:
             OSError: the file cannot be written.
         """
         self._file.truncate(size)
+        self._file.seek(size)  # a file that this process has made is not in append mode
         self.read()
 
     def rows(self) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from peakgpt.kernels.files import write_atomically
 
 RECIPES = Path(__file__).with_name("recipes")
 SOURCES = ("preset", "init", "tokenizer")
+HEAD = "# A run of `peakgpt train`. `peakgpt train --config THIS_FILE` begins the same run again."
 WIDTH = 110  # of the listing
 
 
@@ -89,8 +90,7 @@ def write_run_file(folder: Path, config: RunConfig, model: GPTConfig) -> None:
         del values["vocab_size"]  # another tokenizer would have another size
     derived = {name: show(value) for name, value in model.to_dict().items() if values.get(name, value) != value}
     text = write_toml(values, run_settings().values(), derived)
-    head = "# A run of `peakgpt train`. `peakgpt train --config THIS_FILE` begins the same run again.\n\n"
-    write_atomically(folder / RUN_CONFIG, seal(f"{head}{text}\n").encode())
+    write_atomically(folder / RUN_CONFIG, seal(f"{HEAD}\n\n{text}\n").encode())
 
 
 def listing(config: RunConfig, model: GPTConfig, device: torch.device) -> str:
@@ -130,4 +130,3 @@ def _defaults(config: RunConfig, model: GPTConfig, device: torch.device) -> dict
     plain = RunConfig.of({"preset": source.preset, "tokenizer": source.tokenizer}, device)
     defaults = {**plain.values(), **_derived(plain, plain.model_config()), "preset": DEFAULT_PRESET, "tokenizer": None}
     return {**defaults, "vocab_size": defaults["vocab_size"] if "vocab_size" in config.fields else model.vocab_size}
-

@@ -212,6 +212,11 @@ class RunFolder:
         """
         self.metrics.append({"elapsed_s": round(time.time() - self.start, 3), **row})
 
+    def continue_clock(self) -> None:
+        """Count `elapsed_s` of the next lines from the last line on, so that it is the time of all processes."""
+        if rows := self.metrics.rows():
+            self.start -= rows[-1].get("elapsed_s", 0.0)
+
     def rows(self) -> list[dict[str, Any]]:
         """Return all lines of metrics.jsonl."""
         return self.metrics.rows()

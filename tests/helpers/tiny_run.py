@@ -13,6 +13,8 @@ from peakgpt.engine.training.loop import SaveDue, TrainingLoop
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
+from peakgpt.engine.training.validation import Validator
+from peakgpt.engine.training.validation_config import ValidationConfig
 
 VOCAB = 67
 
@@ -30,7 +32,8 @@ def make_loop(tokens, *, steps=20, dtype=torch.float32, **model):
     config = TrainConfig(batch=4, tokens=16, lr=1e-2, dtype=dtype, steps=steps)
     trainer = Trainer(GPT(GPTConfig(**{**sizes, **model})), config, steps=steps)
     shards, validation = (TokenShards.open(tokens, name) for name in ("train", "validation"))
-    return TrainingLoop(trainer, Batches(shards, 4, 16, config.seed), validation)
+    validator = Validator(trainer.model, {"validation": validation}, ValidationConfig(), batch=4, tokens=16)
+    return TrainingLoop(trainer, Batches(shards, 4, 16, config.seed), validator)
 
 
 def new_run(path):

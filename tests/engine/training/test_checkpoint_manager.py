@@ -193,7 +193,7 @@ def test_a_loop_with_other_parts_is_refused(copy):
     loop.parts["early stopping"] = loop.batches
     with RunFolder.reopen(copy) as run:
         checkpoints = CheckpointManager(run, loop)
-        with pytest.raises(ValueError, match="got trainer, data, random, expected trainer, data, random, early"):
+        with pytest.raises(ValueError, match=r"got .*, validation, expected .*, validation, early"):
             checkpoints.load()
 
 
