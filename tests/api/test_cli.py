@@ -130,7 +130,7 @@ def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(tmp_path):
     assert all(abs(a - b) < 5e-3 for a, b in zip(ours[:5], eager[:5], strict=True)), "same weights, same batches"
     page = (run / "report.html").read_text()
     assert page.count("<svg") >= 1 and "bits per byte" in page and "src=" not in page
-    assert "against eager" in completed.stdout and "digest" in completed.stdout
+    assert "against eager" in completed.stdout and "validation texts" in completed.stdout
     model, tokenizer = GPT.from_pretrained(run / "checkpoint"), Tokenizer.load(run / "checkpoint")
     assert model.config.vocab_size == tokenizer.vocab_size
     command = [sys.executable, "-m", "peakgpt", "generate", run / "checkpoint", "--prompt", "def ", "--max-tokens", "5"]
