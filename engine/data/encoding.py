@@ -15,12 +15,15 @@ from typing import Protocol
 import numpy as np
 
 from peakgpt.engine.data.documents import Document
+from peakgpt.engine.data.freed_memory import release_freed_memory
 from peakgpt.engine.data.library_call import submit
 
 PIECE_CHARS = 1 << 16  # long enough to hide the cost per call, short enough to encode one file on all cores
 # Per library call. Two calls run at a time: Python converts the ids of one (40 ns each) while the other encodes (600 ns
-# each on 2 cores). Their encodings take about 40 bytes per character.
-BATCH_CHARS = 1 << 20
+# each on 2 cores). Threads need no copy of the tokenizer and of torch for each core, as processes would: 230 MB.
+# The encodings of a call take about 50 bytes per character.
+BATCH_CHARS = 1 << 19
+RELEASE_BATCHES = 64  # between two returns of freed memory to the system; each thread of the library keeps its own
 # No match of GPT-2's expression continues from a visible character to a blank, so a cut there changes no token.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
@@ -97,7 +100,7 @@ def encode_parts(
 
     pending: tuple[list[_Text], Future[list[list[int]]]] | None = None
     batch: list[_Text] = []
-    chars = 0
+    chars = batches = 0
     for text in texts():
         if left.get(text.stream, 0):
             left[text.stream] -= 1
@@ -109,7 +112,9 @@ def encode_parts(
             following = batch, encode(batch)
             if pending:
                 yield from pieces(pending[0], pending[1].result())
-            pending, batch, chars = following, [], 0
+            pending, batch, chars, batches = following, [], 0, batches + 1
+            if batches % RELEASE_BATCHES == 0:
+                release_freed_memory()
     if pending:
         yield from pieces(pending[0], pending[1].result())
     if batch:

@@ -109,12 +109,12 @@ class _Stream:
     """One stream: its shards, and what they are made of.
 
     Args:
-        shards: writes them.
+        writer: of its shards.
         skip, offset: finished shards have `skip` pieces, and `offset` tokens of the next one.
         expected: digest of the sources of these pieces, the next one included; None for a new stream.
     """
 
-    shards: ShardWriter
+    writer: ShardWriter
     skip: int = 0
     offset: int = 0
     expected: str | None = None
@@ -134,7 +134,7 @@ class _Stream:
         if number == self.skip and self.expected is not None:
             self.check_sources(self.sha256.hexdigest())
             start = self.offset
-        finished = None if piece.ids is None else self.shards.add(piece.ids[start:])
+        finished = None if piece.ids is None else self.writer.add(piece.ids[start:])
         if finished is None:
             return None
         return {"pieces": number, "offset": start + finished, "sha256": self.sha256.hexdigest()}
@@ -199,7 +199,7 @@ class _Preparation:
         state = None
         if (folder / JOURNAL).exists():
             state = _read_journal(folder / JOURNAL)
-            if state.pop("identity") != identity:
+            if state.pop("identity", None) != identity:
                 raise ValueError(f"folder {folder}: got a preparation with other settings or another tokenizer, "
                                  "expected the same; delete the folder to begin again")  # fmt: skip
         preparation = cls(folder, made, identity, state)
@@ -226,7 +226,7 @@ class _Preparation:
             stream = self.streams[piece.stream]
             position = stream.add(piece)
             if position is not None:
-                positions = {**self._positions, piece.stream: {**position, "shards": list(stream.shards.shards)}}
+                positions = {**self._positions, piece.stream: {**position, "shards": list(stream.writer.shards)}}
                 self.write_journal(positions)
             done_bytes += len(piece.source) if piece.text_bytes is None else piece.text_bytes
             tokens += 0 if piece.ids is None else len(piece.ids)
@@ -248,7 +248,7 @@ class _Preparation:
             raise ValueError("corpus: got no training text, expected some")
         corpus = hashlib.sha256("".join(s.sha256.hexdigest() for s in self.streams.values()).encode()).hexdigest()
         for stream in self.streams.values():
-            stream.shards.finish(stream.text_bytes or None, corpus, self._identity["tokenizer"])
+            stream.writer.finish(stream.text_bytes or None, corpus, self._identity["tokenizer"])
         for path in self.folder.rglob("*"):  # the files of the tokenizer
             flush(path)
         (self.folder / JOURNAL).unlink()
@@ -259,7 +259,7 @@ class _Preparation:
         """Delete the shards that the journal does not list."""
         for name, stream in self.streams.items():
             listed = self._positions[name]["shards"] if name in self._positions else ()
-            stream.shards.delete_unlisted(keep={shard["file"] for shard in listed})
+            stream.writer.delete_unlisted(keep={shard["file"] for shard in listed})
 
     def abandon(self) -> None:
         """Delete unfinished shards; without finished ones, empty a folder that was empty before, and remove it."""
@@ -302,9 +302,13 @@ def check_folder(folder: Path | str) -> None:
 def _read_journal(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        rows = [shard["file"] for name in STREAMS for shard in state.get(name, {"shards": ()})["shards"]]
+        assert isinstance(state, dict)
+        positions = [state[name] for name in STREAMS if name in state]
+        assert all(type(position[key]) is int for position in positions for key in ("pieces", "offset"))
+        assert all(type(position["sha256"]) is str for position in positions)
+        rows = [shard["file"] for position in positions for shard in position["shards"]]
         missing = [row for row in rows if not (path.parent / row).is_file()]
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AssertionError) as error:
         raise ValueError(f"{path}: got {error!r}, expected a journal of `peakgpt prepare`; delete the folder to begin "
                          "again") from None  # fmt: skip
     if missing:
