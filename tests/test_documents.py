@@ -216,6 +216,7 @@ SMALL = {
     "peakgpt quantize": "",
     "peakgpt score": "",
     "peakgpt serve": "--port 0",
+    "peakgpt bench packing": "--model gpt2-tiny --batch 1 --tokens 32 --rounds 2",
     "peakgpt bench ops": f"--op rmsnorm --size rows=4 --size width=8 --pass forward {TINY_OP}",
     "peakgpt bench ops --device cpu --op attention": f"--size tokens=8 {TINY_OP}",
     "peakgpt bench ops --device cpu --op adamw": f"--size count=9 {TINY_OP}",
