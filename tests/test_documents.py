@@ -20,7 +20,7 @@ from peakgpt.bench import command as bench
 from peakgpt.bench.command import BENCHES
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart, serve
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.command_line import Parser

@@ -15,7 +15,7 @@ from peakgpt.bench.schema import write_results
 from peakgpt.closed_output import PIPE_EXIT_CODE, Output
 from peakgpt.engine.data.corpus import load_corpus
 from peakgpt.engine.data.shards import tokenize_corpus
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.stop_signals import stop_on_signals
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype

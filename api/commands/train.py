@@ -17,7 +17,8 @@ from peakgpt.engine.data.batches import Batches
 from peakgpt.engine.data.corpus import load_corpus
 from peakgpt.engine.data.run_layout import SETTINGS, STATE
 from peakgpt.engine.data.shards import TokenShards, tokenize_corpus
-from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.presets import PRESETS
 from peakgpt.engine.training.loop import StepMetrics, TrainingLoop, ValidationMetrics

@@ -13,7 +13,8 @@ from peakgpt.engine.data import shards as data
 from peakgpt.engine.data.batches import Batches, validation_batches
 from peakgpt.engine.data.corpus import load_corpus
 from peakgpt.engine.data.shards import TokenShards, tokenize_corpus, write_shards
-from peakgpt.engine.data.tokenizer import END_OF_TEXT, train_tokenizer
+from peakgpt.engine.data.tokenizer import END_OF_TEXT
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 
 
 def stream(folder, count, *, vocab_size=1 << 16, shard_tokens=37, name="train"):
