@@ -117,11 +117,30 @@ class Tokenizer:
         encodings = call(self.library.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
-    def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode documents of training data on all cores.
+    @property
+    def document_marks(self) -> tuple[list[int], list[int]]:
+        """The ids before and after each document of training data.
 
         A document is what the tokenizer puts before a text, the text, and the end of text. A tokenizer that puts the
         end of text itself before a text, such as OPT's, has one of it between two documents, not two.
+
+        Raises:
+            ValueError: the tokenizer has no end of text.
+        """
+        if self.end_id is None:
+            raise ValueError("tokenizer: got none with an end-of-text token, expected one: it ends each document of "
+                             "training data; name it as eos_token in tokenizer_config.json")  # fmt: skip
+        return [] if self.start_ids == [self.end_id] else self.start_ids, [self.end_id]
+
+    @property
+    def can_cut(self) -> bool:
+        """Return whether a cut between a visible character and a blank changes no token."""
+        words, added = self.library.pre_tokenizer, self.library.get_added_tokens_decoder().values()
+        is_plain = isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not words.add_prefix_space
+        return is_plain and not any(token.rstrip or _CUT.search(token.content) for token in added)
+
+    def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Encode documents of training data on all cores, with `document_marks` around each.
 
         Args:
             texts: the documents. Long documents are cut at positions where a cut changes no token.
@@ -130,25 +149,16 @@ class Tokenizer:
         Raises:
             ValueError: the tokenizer has no end of text.
         """
-        if self.end_id is None:
-            raise ValueError("tokenizer: got none with an end-of-text token, expected one: it ends each document of "
-                             "training data; name it as eos_token in tokenizer_config.json")  # fmt: skip
-        start = [] if self.start_ids == [self.end_id] else self.start_ids
-        cut = cut_text if self._can_cut() else (lambda text: [(text, True, True)])
+        before, after = self.document_marks
+        cut = cut_text if self.can_cut else (lambda text: [(text, True, True)])
         pieces = (piece for text in texts for piece in cut(text))
         while batch := list(islice(pieces, BATCH_PIECES)):
             pieces_of_batch = [text for text, _, _ in batch]
             encodings = call_interruptibly(self.library.encode_batch_fast, pieces_of_batch, add_special_tokens=False)
             ids: list[int] = []
             for encoding, (_, is_first, is_last) in zip(encodings, batch, strict=True):
-                ids += [*start * is_first, *encoding.ids, *[self.end_id] * is_last]
+                ids += [*before * is_first, *encoding.ids, *after * is_last]
             yield np.array(ids, dtype=np.int64)
-
-    def _can_cut(self) -> bool:
-        """Return whether a cut between a visible character and a blank changes no token."""
-        words, added = self.library.pre_tokenizer, self.library.get_added_tokens_decoder().values()
-        is_plain = isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not words.add_prefix_space
-        return is_plain and not any(token.rstrip or _CUT.search(token.content) for token in added)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; the end-of-text id becomes its mark, bytes that are not UTF-8 become U+FFFD.
