@@ -17,6 +17,8 @@ from peakgpt.kernels.command_line import Parser
 # Each key is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code. It is imported on use.
 COMMANDS = {
     "quickstart": "train a small GPT on text of this machine, compare with PyTorch eager, write a report",
+    "dedup": "remove exact and near-duplicate documents from a corpus",
+    "contamination": "find examples of an evaluation in a training corpus",
     "train": "train a GPT on text files",
     "generate": "continue a prompt with a checkpoint",
     "quantize": "quantize the weights of a checkpoint to 8 or 4 bits",
@@ -30,7 +32,7 @@ COMMANDS = {
 
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
 HEARTBEATS = {"quickstart": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr", "score": "stderr",
-              "aot": "stderr"}  # fmt: skip
+              "aot": "stderr", "dedup": "stderr", "contamination": "stderr"}  # fmt: skip
 
 
 class BadInput(Exception):
