@@ -191,6 +191,8 @@ TINY_OP = "--dtype float32 --seconds 0.01 --out results"
 SMALL = {
     "peakgpt doctor": "",
     "peakgpt quickstart": "--minutes 0.001",
+    "peakgpt dedup": "",
+    "peakgpt contamination": "",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt train --resume": "",
     "peakgpt generate": "--max-tokens 2",
@@ -257,6 +259,7 @@ def workspace(tmp_path, monkeypatch):
     for name, part in {"a.txt": text[:3000], "b.txt": text[3000:12000]}.items():
         (tmp_path / "text" / name).write_text(part)
     (tmp_path / "shots.json").write_text('{"input": "peakgpt"}')
+    (tmp_path / "questions.jsonl").write_text('{"question": "One two three four five six seven eight nine?"}')
     torch.manual_seed(0)
     tokenizer = train_tokenizer([text], 300)
     config = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=1024, vocab_size=tokenizer.vocab_size)

@@ -5,7 +5,7 @@ that 5 % of the examples do not reach, but at least 8, because shorter runs matc
 example of fewer than N words is not checked. Words have no case and no punctuation. Brown et al. 2020, "Language Models
 are Few-Shot Learners", arXiv:2005.14165, appendix C.
 
-The N-grams of the evaluation are in memory, about 60 bytes a word; the corpus is streamed. N-grams are compared by a
+The N-grams of the evaluation are in memory, below 100 bytes a word; the corpus is streamed. N-grams are compared by a
 polynomial hash first, then word by word:
 
     h(w_1 .. w_N) = sum_i id(w_i) B^(N - i)  mod 2^64

@@ -1,6 +1,7 @@
 """Shared runs of words are found as a search in all texts would find them."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -60,6 +61,20 @@ def test_size_is_the_length_that_five_percent_do_not_reach_from_8_to_13():
     assert ngram_size([10] * 100) == 10
     assert ngram_size([4, *[11] * 99]) == 11
     assert ngram_size([*[9] * 10, *[20] * 90]) == 9
+
+
+def test_memory_is_below_100_bytes_for_each_word_of_the_evaluation():
+    rng = random.Random(5)
+    words = [f"w{i}" for i in range(2000)]
+    examples = [(f"e{i}", " ".join(rng.choices(words, k=100))) for i in range(300)]
+    ContaminationCheck(examples)
+    tracemalloc.start()
+    check = ContaminationCheck(examples)
+    size = tracemalloc.get_traced_memory()[0]
+    check.add(Document("d", lambda: ("w1 " * 1000 for _ in range(50))))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size < 100 * 30_000 and peak < 3 * size  # the corpus adds nothing that stays, and little at a time
 
 
 def test_case_punctuation_and_blanks_do_not_hide_a_match():

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
@@ -117,6 +118,21 @@ print(json.dumps([vars(duplicate) for duplicate in found if duplicate]))
     other = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     here = found_in(texts, NearDuplicates())
     assert json.loads(other) == [vars(duplicate) for duplicate in here] and len(here) > 15
+
+
+@pytest.mark.parametrize(("near", "limit"), [(None, 500), (NearDuplicates(), 3000)])
+def test_memory_for_a_kept_document_does_not_depend_on_its_length(near, limit):
+    pytest.importorskip("datasketch")
+    rng, deduplicator = random.Random(4), Deduplicator(near)
+    documents = [Document(f"web.jsonl:{i}", lambda i=i: [f"start{i} ", *("x" * 20 + " ") * 20]) for i in range(400)]
+    documents += [Document(f"web.jsonl:{i}", lambda i=i: [f"{rng.random()} " for _ in range(6)]) for i in range(400, 800)]
+    deduplicator.check(Document.of("first", "imports and permutations"))
+    tracemalloc.start()
+    for document in documents[400:] if near else documents:
+        deduplicator.check(document)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert size / (len(deduplicator.names) - 1) < limit and len(deduplicator.names) > 300
 
 
 @pytest.mark.parametrize(("values", "message"), [
