@@ -12,8 +12,8 @@ from typing import Any
 
 from peakgpt.bench.check import Check
 from peakgpt.bench.run_results import OURS, Failure, Row, RunResults
-from peakgpt.bench.schema import Result
-from peakgpt.bench.timing import Timing, ratio
+from peakgpt.bench.schema import Result, comparable
+from peakgpt.bench.timing import ratio
 from peakgpt.kernels.files import write_atomically
 
 STYLE = """
@@ -59,17 +59,15 @@ def _ms(r: Result) -> str:
 
 
 def _tokens_per_s(r: Result) -> str:
-    if "tokens" not in r.case:
-        return ""
-    tokens = r.case["tokens"] * r.case.get("batch", 1) * r.case.get("steps", 1)
-    return f"{tokens / r.median_s:,.0f}"
+    return "" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}"
 
 
 def _rounds(r: Result) -> str:
     return f"{r.rounds} of {r.rounds + r.dropped}"
 
 
-def _case(r: Result) -> str:
+def case_text(r: Result) -> str:
+    """Return the op, the dtype and the sizes of a case in one line."""
     head = [r.case[k] for k in ("op", "pass") if k in r.case]
     twice = ("n_head",) if "heads" in r.case else ()  # a parameter that repeats a size
     rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass", *twice)]
@@ -78,7 +76,7 @@ def _case(r: Result) -> str:
 
 Read = Callable[[Result, Sequence[Result]], str]
 COLUMNS: dict[str, Read] = {
-    "case": lambda r, rs: _case(r) if r is rs[0] else "",
+    "case": lambda r, rs: case_text(r) if r is rs[0] else "",
     "contender": lambda r, _: r.contender,
     "tokens/s": lambda r, _: _tokens_per_s(r),
     "MFU": lambda r, _: _percent(r.flops_fraction),
@@ -162,27 +160,26 @@ def tables(results: Sequence[Result]) -> list[str]:
 def comparisons(results: Sequence[Result]) -> list[str]:
     """Return a table of peakgpt's speed and memory relative to each contender of a case; empty without pairs.
 
-    Times are paired by round, so the quartiles are those of the ratio.
+    Times are paired by round. Rows of unlike weight formats are not compared.
     """
     rows = []
     for rs in groups(results):
         ours = next((r for r in rs if r.contender == OURS), None)
-        pairs = [(ours, r) for r in rs if ours and r is not ours and 0 < len(r.samples_s) == len(ours.samples_s)]
-        rows += [[_case(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
-    headings = ["case", "of peak FLOP/s", "against", "times as fast (quartiles)", "of its memory", "beyond imports",
+        pairs = [(ours, r) for r in rs if ours and r is not ours and comparable(ours, r)]
+        rows += [[case_text(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
+    headings = ["case", "of peak FLOP/s", "against", "times as fast (95 % interval)", "of its memory", "beyond imports",
                 "rounds"]  # fmt: skip
     return [f"\npeakgpt against each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
 
 
 def _comparison(ours: Result, other: Result) -> list[str]:
-    by = ratio(*(Timing(tuple(r.samples_s)) for r in (other, ours)))
+    by = ratio(other.timing(), ours.timing())
     memory = built = None
     if ours.memory_bytes and other.memory_bytes:
         memory = ours.memory_bytes / other.memory_bytes
     if memory and ours.base_bytes and other.base_bytes:
         built = (ours.memory_bytes - ours.base_bytes) / (other.memory_bytes - other.base_bytes)
-    speed = f"{by.median:.3f} x ({by.q25:.3f} to {by.q75:.3f})"
-    return [_percent(ours.flops_fraction), other.contender, speed, _times(memory), _times(built), _rounds(ours)]
+    return [_percent(ours.flops_fraction), other.contender, by.text, _times(memory), _times(built), _rounds(ours)]
 
 
 def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -197,7 +194,7 @@ def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def notes(results: Iterable[Result]) -> list[str]:
     """Return notes on the figures: dropped rounds, page faults, sources of the peaks; each kind of note once."""
     results, kinds = list(results), {}
-    said = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped, the machine was busy elsewhere"
+    said = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped"
             for r in results if r.dropped]  # fmt: skip
     said += [note for r in results for note in r.note.split("; ") if note]
     said += [f"peak: {r.peak_source}" for r in results if r.peak_source]
@@ -213,7 +210,7 @@ def row_line(row: Row) -> str:
         return f"{verdict}: {row.op} {row.case} {row.dtype} on {row.backend}: {row.message}".rstrip(": ")
     if isinstance(row, Failure):
         return f"failed: {', '.join(filter(None, (row.part, row.job, row.contender)))}: {row.message}"
-    return f"{row.bench}: {_case(row)}, {row.contender}: {_ms(row)} ms"
+    return f"{row.bench}: {case_text(row)}, {row.contender}: {_ms(row)} ms"
 
 
 def verdicts(found: RunResults) -> list[str]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peakgpt.engine.data.documents import Document, ReadOptions
+from peakgpt.engine.data.encoding import cut_text
 from peakgpt.engine.data.sources import Source, StandardLibrary, open_sources
-from peakgpt.engine.data.split import VALIDATION_SHARE, HashSplit, NamedSplit, Survey, cut_document
+from peakgpt.engine.data.split import VALIDATION_SHARE, HashSplit, NamedSplit, Survey, cut_document, hash_fraction
 
 STREAMS = ("train", "validation")
 
@@ -33,6 +34,23 @@ class Part:
 
     def __iter__(self) -> Iterator[Document]:
         return self.documents()
+
+    def sample(self, size_bytes: int) -> Iterator[str]:
+        """Yield about `size_bytes` of the text, in pieces from all of it; all of a shorter text.
+
+        The first part of the text, if the corpus cannot be read twice.
+        """
+        if self.size_bytes is not None and self.size_bytes <= size_bytes:
+            yield from (document.text for document in self)
+            return
+        share = 1.0 if self.size_bytes is None else size_bytes / self.size_bytes
+        for document in self:
+            for number, (text, _) in enumerate(cut_text(document.blocks())):
+                if hash_fraction(f"{document.name}\0{number}") < share:
+                    yield text
+                    size_bytes -= len(text.encode())
+                if self.size_bytes is None and size_bytes <= 0:
+                    return
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,15 @@ def load_corpus(
     sources: list[Source] = [StandardLibrary()] if names is None else open_sources(names, options)
     if validation is None:
         return split_documents(_Chain(sources), share)
-    return join_splits(_Chain(sources), _Chain(open_sources(validation, options)))
+    held_out = open_sources(validation, options)
+    if both := sorted(_places(sources) & _places(held_out)):
+        raise ValueError(f"corpus: got {both[0]} for training and validation, expected it in one of them")
+    return join_splits(_Chain(sources), _Chain(held_out))
+
+
+def _places(sources: list[Source]) -> set[str]:
+    """Return the files of sources, behind links too, and the names of data sets."""
+    return {place for source in sources for place in source.places}
 
 
 class _Chain:
@@ -104,7 +130,7 @@ def split_documents(documents: Source, share: float = VALIDATION_SHARE) -> Corpu
     """Split documents by their names; see split.py. Documents that can be read once are split by their hashes alone.
 
     Raises:
-        ValueError: the share is not above 0 and below 1, there is no text, or as the documents raise when they are read.
+        ValueError: the share is not above 0 and below 1, there is no text, or the documents cannot be read.
     """
     if not 0 < share < 1:
         raise ValueError(f"validation share: got {share}, expected above 0 and below 1")
@@ -115,6 +141,36 @@ def split_documents(documents: Source, share: float = VALIDATION_SHARE) -> Corpu
         [document] = documents
         return _of_two(*cut_document(document, share))
     return _by_name(documents, *survey.split())
+
+
+def corpus_of(
+    documents: Iterable[Document | str], validation: Iterable[Document | str] | None = None,
+    share: float = VALIDATION_SHARE,
+) -> Corpus:  # fmt: skip
+    """Make a corpus of the documents of a program.
+
+    Args:
+        documents: texts, or documents with names. A list, or another object that can be iterated again, is checked
+            first; an iterator is read once.
+        validation: documents for validation. None: split `documents` by their names; a text has its number as name.
+        share: of the bytes, for validation.
+    Raises:
+        ValueError: as in `split_documents`.
+    """
+    if validation is None:
+        return split_documents(_Texts(documents), share)
+    return join_splits(_Texts(documents), _Texts(validation))
+
+
+class _Texts:
+    """Documents of a program as a source."""
+
+    def __init__(self, documents: Iterable[Document | str]):
+        self._documents, self.rereadable = documents, iter(documents) is not documents
+
+    def __iter__(self) -> Iterator[Document]:
+        for number, document in enumerate(self._documents, 1):
+            yield Document.of(str(number), document) if isinstance(document, str) else document
 
 
 def join_splits(train: Source, validation: Source) -> Corpus:

@@ -14,7 +14,7 @@ SAVED = ("state.json", "dataset_dict.json")  # a folder that `Dataset.save_to_di
 
 
 class HuggingFaceDataset:
-    """One split of a data set: hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT; NAME is a name of the hub or a folder."""
+    """One split of a data set: hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT; NAME is one of the hub or a folder."""
 
     def __init__(self, name: str, options: ReadOptions):
         """
@@ -26,7 +26,7 @@ class HuggingFaceDataset:
             raise ValueError(f"data set: got {name!r}, expected {PREFIX}NAME, {PREFIX}NAME:CONFIG or "
                              f"{PREFIX}NAME:CONFIG:SPLIT")  # fmt: skip
         path, config, split = (*parts, "", "")[:3]
-        self.name, self.options = name, options
+        self.name, self.options, self.places = name, options, (name,)
         self.rereadable = Path(path).is_dir()  # each reading of a data set of the hub downloads it
         with _readable(name):
             self._rows = _open(path, config or None, split or "train")

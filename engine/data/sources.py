@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +33,7 @@ class Source(Protocol):
     """Documents in a fixed order."""
 
     rereadable: bool  # whether reading twice is cheap and gives the same documents
+    places: Collection[str]  # files, behind links too, or other places that the documents come from
 
     def __iter__(self) -> Iterator[Document]: ...
 
@@ -49,6 +50,10 @@ class FileSource:
     files: Sequence[tuple[Path, str]]
     options: ReadOptions
     rereadable = True
+
+    @property
+    def places(self) -> list[str]:
+        return [os.path.realpath(path) for path, _ in self.files]
 
     def __iter__(self) -> Iterator[Document]:
         for path, name in self.files:
@@ -113,6 +118,7 @@ class StandardLibrary:
     """The source of the running Python's standard library, about 11 MB of code and prose."""
 
     rereadable = True
+    places = ("the standard library",)
 
     def __iter__(self) -> Iterator[Document]:
         """
@@ -130,6 +136,6 @@ class StandardLibrary:
             found = True
             yield Document.of(name, text)
         if not found:
-            raise ValueError(f"standard library {root}: got no source files, expected some; pass text files of your own")
+            raise ValueError(f"standard library {root}: got no source files, expected some; pass files of your own")
 
 

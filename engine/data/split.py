@@ -26,7 +26,7 @@ class HashSplit:
     share: float
 
     def is_validation(self, name: str) -> bool:
-        return int.from_bytes(_hash(name)[:8], "big") < self.share * 2**64
+        return hash_fraction(name) < self.share
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,11 @@ def _small_documents(sizes: dict[str, int], share: float) -> frozenset[str]:
 
 def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
+
+
+def hash_fraction(name: str) -> float:
+    """Return the hash of a name as a number from 0 to 1."""
+    return int.from_bytes(_hash(name)[:8], "big") / 2**64
 
 
 # ---- one document

@@ -7,11 +7,11 @@ documents of training data. What ends a document is the end-of-text token.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,14 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from peakgpt.engine.data.clean_up import CleanUp
-from peakgpt.engine.data.library_call import call, call_interruptibly
+from peakgpt.engine.data.documents import Document
+from peakgpt.engine.data.encoding import CUT, encode_parts
+from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.run_layout import model_folder
 from peakgpt.engine.data.token_pieces import EMPTY, TokenPieces
 from peakgpt.engine.data.tokenizer_files import CONFIG, TOKENIZER, read_folder
 
 END_OF_TEXT = "<|endoftext|>"
-PIECE_CHARS = 1 << 16  # long enough to hide the cost per call, short enough to encode one file on all cores
-BATCH_PIECES = 64  # per library call; limits the memory of their encodings
-# No match of GPT-2's expression continues from a visible character to a blank, so a cut there changes no token.
-_CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 class Tokenizer:
@@ -137,28 +135,23 @@ class Tokenizer:
         """Return whether a cut between a visible character and a blank changes no token."""
         words, added = self.library.pre_tokenizer, self.library.get_added_tokens_decoder().values()
         is_plain = isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not words.add_prefix_space
-        return is_plain and not any(token.rstrip or _CUT.search(token.content) for token in added)
+        return is_plain and not any(token.rstrip or CUT.search(token.content) for token in added)
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode documents of training data on all cores, with `document_marks` around each.
+        """Encode documents of training data on all cores, with `document_marks` around each; see `encode_parts`.
 
-        Args:
-            texts: the documents. Long documents are cut at positions where a cut changes no token.
         Returns:
             An iterator of int64 arrays; their concatenation is the token stream.
         Raises:
             ValueError: the tokenizer has no end of text.
         """
-        before, after = self.document_marks
-        cut = cut_text if self.can_cut else (lambda text: [(text, True, True)])
-        pieces = (piece for text in texts for piece in cut(text))
-        while batch := list(islice(pieces, BATCH_PIECES)):
-            pieces_of_batch = [text for text, _, _ in batch]
-            encodings = call_interruptibly(self.library.encode_batch_fast, pieces_of_batch, add_special_tokens=False)
-            ids: list[int] = []
-            for encoding, (_, is_first, is_last) in zip(encodings, batch, strict=True):
-                ids += [*before * is_first, *encoding.ids, *after * is_last]
-            yield np.array(ids, dtype=np.int64)
+        parts = (("documents", Document.of("", text)) for text in texts)
+        return (piece.ids for piece in encode_parts(parts, self) if piece.ids is not None)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that decides the ids of a text."""
+        return hashlib.sha256(call(self.library.to_str).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; the end-of-text id becomes its mark, bytes that are not UTF-8 become U+FFFD.
@@ -267,15 +260,6 @@ def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     """Return for each token the position in `tokenizer.decode(ids)` where it begins, in characters."""
     offsets = TokenOffsets(tokenizer)
     return [offsets.locate(token) for token in ids]
-
-def cut_text(text: str) -> Iterator[tuple[str, bool, bool]]:
-    """Cut a text; yield (piece, whether it is the first, whether it is the last). An empty text is one empty piece."""
-    start = 0
-    while cut := _CUT.search(text, start + PIECE_CHARS):
-        yield text[start : cut.start()], start == 0, False
-        start = cut.start()
-    yield text[start:], start == 0, True
-
 
 def _gpt2_config(end_of_text: str) -> bytes:
     """Return a tokenizer_config.json for GPT-2's class."""

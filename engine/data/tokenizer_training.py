@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from peakgpt.engine.data.encoding import cut_text
 from peakgpt.engine.data.library_call import call_interruptibly
 from peakgpt.engine.data.token_pieces import BYTE_ALPHABET
-from peakgpt.engine.data.tokenizer import END_OF_TEXT, Tokenizer, cut_text
+from peakgpt.engine.data.tokenizer import END_OF_TEXT, Tokenizer
 
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 MAX_VOCAB_SIZE = 1 << 20  # the largest of published models are 2**18; the library allocates for all of it at once
@@ -64,7 +65,7 @@ def _learn_merges(
     def pieces() -> Iterator[str]:
         nonlocal read_chars
         for text in texts:
-            for piece, _, _ in cut_text(text):
+            for piece, _ in cut_text([text]):
                 if stop.is_set():
                     return
                 read_chars += len(piece)

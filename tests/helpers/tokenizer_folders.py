@@ -3,8 +3,10 @@
 import base64
 import json
 
-from tiny_tokenizers import BUILDERS, SPECIAL, TEXT
-from tokenizers import AddedToken, processors
+import tokenizers
+from hostile_texts import PIECES
+from tiny_tokenizers import ALPHABET, BUILDERS, SPECIAL, TEXT
+from tokenizers import AddedToken, models, pre_tokenizers, processors, trainers
 
 from peakgpt.engine.data.token_pieces import BYTE_ALPHABET
 
@@ -112,9 +114,17 @@ def bpe_sentencepiece(folder):
 
 
 def write_tiktoken(path):
-    """Write the words of a byte-level tokenizer as tiktoken does; return word -> rank."""
-    words = json.loads(BUILDERS["byte_level"]().to_str())["model"]["vocab"]
-    names = sorted((name for name in words if name not in SPECIAL), key=words.get)
+    """Write a byte-level vocabulary as tiktoken does; return word -> rank.
+
+    Its words cross the pieces that any expression cuts, so another expression gives other ids. The last word is not
+    reached by merges.
+    """
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=ALPHABET, show_progress=False)
+    library.train_from_iterator([*TEXT, *(text + text for text in PIECES if len(text) < 60)], trainer)
+    words = library.get_vocab()
+    names = [*sorted(words, key=words.get), "zqx"]
     ranks = {bytes(map(BYTE_ALPHABET.__getitem__, name)): rank for rank, name in enumerate(names)}
     path.write_bytes(b"".join(base64.b64encode(word) + b" %d\n" % rank for word, rank in ranks.items()))
     return ranks

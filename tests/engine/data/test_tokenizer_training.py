@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 
@@ -17,7 +18,7 @@ from peakgpt.engine.data.tokenizer_training import train_tokenizer
 
 @pytest.fixture(scope="module")
 def texts():
-    return [document.text for document in load_corpus().train[:60]]
+    return [document.text for document in islice(load_corpus().train, 60)]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,7 @@ def test_long_text_without_blanks_round_trips():
 
 INTERRUPTED = """
 import sys
+from itertools import islice
 from peakgpt.engine.data import library_call
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
 library_call.REPORT_S = 0.05
