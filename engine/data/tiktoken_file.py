@@ -73,6 +73,8 @@ def build_tiktoken(name: str, data: bytes, config: Mapping[str, Any]) -> tokeniz
     ranks = _read_ranks(data)
     words = {"".join(map(CHAR_OF_BYTE.__getitem__, word)): rank for word, rank in ranks.items()}
     special = _special_tokens(encoding, config, len(ranks))
+    if taken := sorted(set(special.values()) & set(ranks.values())):
+        raise ValueError(f"got a word and a special token of id {taken[0]}, expected each with an id of its own")
     try:
         model = call(models.BPE, vocab={**words, **special}, merges=_merges(ranks), ignore_merges=True)
         library = tokenizers.Tokenizer(model)

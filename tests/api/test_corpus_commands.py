@@ -7,9 +7,7 @@ import pytest
 from tokenizers import processors
 
 from peakgpt.cli import main
-from peakgpt.engine.data.corpus import join_splits
-from peakgpt.engine.data.documents import Document
-from peakgpt.engine.data.prepare import prepare
+from peakgpt.engine.data.shard_writer import write_shards
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
 
 WORDS = [f"word{i}" for i in range(500)]
@@ -99,14 +97,15 @@ def test_prepared_shards_are_a_corpus(as_run, tmp_path, capsys, monkeypatch):
     """Documents are found by the end of text; a window of 7 tokens cuts everywhere."""
     monkeypatch.setattr("peakgpt.engine.data.token_documents.WINDOW", 7)
     folder = tmp_path / "data"
-    folder.mkdir()
+    (folder / "tokens").mkdir(parents=True)
     documents = [*texts(), "naïve Straße 日本語 🎉 " * 4]
     tokenizer, shards = train_tokenizer(documents[:2], 300), folder / "tokens"
     tokenizer.library.add_special_tokens(["<s>"])
     start = [("<s>", tokenizer.library.token_to_id("<s>"))]
     tokenizer.library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
-    validation = [Document.of("other", "a text that is not compared")]
-    prepare(join_splits([Document.of(str(i), text) for i, text in enumerate(documents)], validation), tokenizer, shards)
+    tokenizer.save(shards)
+    write_shards(shards, "train", tokenizer.encode_documents(documents), tokenizer.vocab_size, text_bytes=1,
+                 corpus_digest="x", end_id=tokenizer.end_id)  # fmt: skip
     example = write_lines(tmp_path / "eval.jsonl", [{"q": documents[7]}, {"q": documents[-1]}])
     report = tmp_path / "report.jsonl"
     path = folder if as_run else shards

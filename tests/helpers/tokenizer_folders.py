@@ -122,7 +122,7 @@ def write_tiktoken(path):
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=ALPHABET, show_progress=False)
-    library.train_from_iterator([*TEXT, *(text + text for text in PIECES if len(text) < 60)], trainer)
+    library.train_from_iterator([*TEXT, *(text + text for text in PIECES if len(text) < 60 and text != "zqx")], trainer)
     words = library.get_vocab()
     names = [*sorted(words, key=words.get), "zqx"]
     ranks = {bytes(map(BYTE_ALPHABET.__getitem__, name)): rank for rank, name in enumerate(names)}

@@ -214,7 +214,7 @@ def test_document_is_what_a_prompt_begins_with_the_text_and_the_end_of_text():
     start, end = tokenizer.library.token_to_id("<s>"), tokenizer.end_id
     texts = ["the canary", "", "sings"]
     bare = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    [ids] = tokenizer.encode_documents(texts)
+    ids = np.concatenate(list(tokenizer.encode_documents(texts)))
     assert ids.tolist() == [token for text in bare for token in [start, *text, end]]
     assert tokenizer.encode("sings") == [start, *bare[2]]
 
@@ -224,7 +224,7 @@ def test_documents_are_separated_by_one_end_of_text(single):
     """OPT puts the end of text before a text, others after it: never two between documents."""
     tokenizer = with_template(single)
     bare = [tokenizer.encode(text, add_special_tokens=False) for text in ("the canary", "sings")]
-    [ids] = tokenizer.encode_documents(["the canary", "sings"])
+    ids = np.concatenate(list(tokenizer.encode_documents(["the canary", "sings"])))
     assert ids.tolist() == [*bare[0], tokenizer.end_id, *bare[1], tokenizer.end_id]
 
 

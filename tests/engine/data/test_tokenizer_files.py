@@ -204,6 +204,11 @@ DAMAGED = {  # name: files, part of the message
     "no base64": ({"tokenizer.model": LETTERS + b"?? 256\n"}, r"got line 257 b'\?\? 256', expected a word in base64"),
     "no rank": ({"tiktoken.model": LETTERS + b"YWI=\n"}, r"got line 257 b'YWI=', expected a word in base64 and a rank"),
     "a rank twice": ({"tiktoken.model": LETTERS + b"YWI= 7\n"}, r"got a rank twice or below 0"),
+    "an id of two": (
+        {"tiktoken.model": LETTERS + b"YWI= 257\n",
+         "tokenizer_config.json": '{"added_tokens_decoder": {"257": {"content": "</s>"}}}'},
+        r"got a word and a special token of id 257",
+    ),
     "no byte": ({"tiktoken.model": LETTERS[:-9]}, r"got no word for byte 0xff, expected every byte"),
     "no expression": ({"mine.tiktoken": LETTERS}, r"mine\.tiktoken: got words without the expression .* pat_str"),
     "bad expression": ({"mine.tiktoken": LETTERS, "tokenizer_config.json": '{"pat_str": "("}'}, r"tiktoken: got .*"),
