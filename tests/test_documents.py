@@ -208,7 +208,7 @@ SMALL = {
     "peakgpt prepare FILE...": "",
     "peakgpt prepare web.jsonl.gz": "",
     "peakgpt prepare shakespeare_char": "",
-    "peakgpt train --dataset": "--steps 2 --batch 2 --tokens 16",
+    "peakgpt train --dataset prepared/web --steps": "--steps 2 --batch 2 --tokens 16",
     "peakgpt dedup": "",
     "peakgpt contamination": "",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
@@ -229,6 +229,7 @@ GPU, LARGE = "needs a GPU; test_bench_device.py runs its parts", "measures model
 # The beginning of a documented command -> why this test only parses it.
 NOT_RUN = {
     "peakgpt prepare hf:roneneldan/TinyStories": "downloads a data set; tests/engine/data/test_documents.py reads one",
+    "peakgpt train --dataset prepared/web prepared/books": "tests/engine/data/test_dataset.py trains on two folders",
     "python -m peakgpt.bench device": GPU,
     "peakgpt bench device": GPU,
     "peakgpt bench fp8": GPU,
