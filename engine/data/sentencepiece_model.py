@@ -28,7 +28,7 @@ def build_sentencepiece(data: bytes) -> tuple[tokenizers.Tokenizer, dict[str, st
     Returns:
         The tokenizer, and names and texts of its special tokens.
     Raises:
-        ValueError: the file is damaged or has another algorithm; ImportError: a package is missing.
+        ValueError: the file is damaged or has another algorithm, or a package is missing.
     """
     model = _parse(data)
     trainer = model.trainer_spec
@@ -47,8 +47,8 @@ def _parse(data: bytes) -> Any:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
-        raise ImportError(f"SentencePiece: got {error}, expected it installed: pip install 'peakgpt[sentencepiece]'"
-                          ) from None  # fmt: skip
+        raise ValueError(f"got {error}, expected SentencePiece installed: pip install 'peakgpt[sentencepiece]'"
+                         ) from None  # fmt: skip
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(data)

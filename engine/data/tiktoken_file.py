@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.token_pieces import BYTE_ALPHABET
 
+MAX_ID = 1 << 20  # unnamed ids below it get a token each
 CHAR_OF_BYTE = {byte: char for char, byte in BYTE_ALPHABET.items()}
 
 
@@ -128,7 +129,12 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
 def _special_tokens(encoding: Encoding, config: Mapping[str, Any], words: int) -> dict[str, int]:
     """Return the special tokens and their ids. As in transformers, unnamed ids between two of them get a name."""
     listed = config.get("added_tokens_decoder") or {}
-    texts = {int(token): value["content"] for token, value in listed.items() if int(token) >= words}
+    try:
+        texts = {int(token): value["content"] for token, value in listed.items() if int(token) >= words}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"got {error!r} in added_tokens_decoder, expected ids and tokens") from None
+    if max(texts, default=0) > MAX_ID:
+        raise ValueError(f"got id {max(texts)} in added_tokens_decoder, expected up to {MAX_ID}")
     reserved = {f"<|reserved_token_{token}|>": token for token in range(words, max(texts, default=words))
                 if token not in texts}  # fmt: skip
     named = {str(text): token for token, text in texts.items()}

@@ -53,7 +53,7 @@ def read_folder(folder: Path | str) -> TokenizerFolder:
     """Read the tokenizer of a checkpoint.
 
     Raises:
-        ValueError: a file is missing or damaged; ImportError: a file of SentencePiece, which is not installed.
+        ValueError: a file is missing or damaged, or of SentencePiece, which is not installed.
     """
     folder = Path(folder)
     config = read_tokenizer_config(folder)

@@ -53,7 +53,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
     Args:
         config: content of tokenizer_config.json.
     Raises:
-        ValueError: there is no file, or it is damaged; ImportError: SentencePiece is not installed.
+        ValueError: there is no file, it is damaged, or SentencePiece is not installed.
     """
     tiktoken = sorted(path.name for path in folder.glob("*.tiktoken"))
     readers: dict[str, Callable[[Path, Mapping[str, Any]], Vocabulary]] = {

@@ -209,6 +209,14 @@ DAMAGED = {  # name: files, part of the message
          "tokenizer_config.json": '{"added_tokens_decoder": {"257": {"content": "</s>"}}}'},
         r"got a word and a special token of id 257",
     ),
+    "a huge id": (
+        {"tiktoken.model": LETTERS, "tokenizer_config.json": '{"added_tokens_decoder": {"9999999": {"content": "a"}}}'},
+        r"got id 9999999 in added_tokens_decoder, expected up to 1048576",
+    ),
+    "no token": (
+        {"tiktoken.model": LETTERS, "tokenizer_config.json": '{"added_tokens_decoder": {"300": 3}}'},
+        r"in added_tokens_decoder, expected ids and tokens",
+    ),
     "no byte": ({"tiktoken.model": LETTERS[:-9]}, r"got no word for byte 0xff, expected every byte"),
     "no expression": ({"mine.tiktoken": LETTERS}, r"mine\.tiktoken: got words without the expression .* pat_str"),
     "bad expression": ({"mine.tiktoken": LETTERS, "tokenizer_config.json": '{"pat_str": "("}'}, r"tiktoken: got .*"),
@@ -228,7 +236,7 @@ def test_damaged_vocabulary_is_one_sentence(name, tmp_path):
 def test_missing_package_for_sentencepiece_is_named(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\n")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ImportError, match=r"SentencePiece: .*pip install 'peakgpt\[sentencepiece\]'"):
+    with pytest.raises(ValueError, match=r"^tokenizer .*tokenizer\.model: got .*pip install 'peakgpt\[sentencepiece\]'"):
         Tokenizer.load(tmp_path)
 
 
