@@ -22,6 +22,7 @@ BENCHES = {
     "ops": "every op, forward and backward, versus PyTorch",
     "memory_bound": "memory-bound CPU kernels without dispatch, versus streams of the same reads and writes",
     "train": "a training step of GPT-2 versus PyTorch",
+    "packing": "a training step on packed documents with masked attention versus whole rows",
     "fp8": "training with fp8 GEMMs versus bfloat16: loss and time",
     "patch": "patched versus unpatched transformers models",
     "prefill": "prefill of GPT-2 on a CPU versus PyTorch and other engines",

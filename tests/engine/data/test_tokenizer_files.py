@@ -236,7 +236,7 @@ def test_damaged_vocabulary_is_one_sentence(name, tmp_path):
 def test_missing_package_for_sentencepiece_is_named(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\n")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ValueError, match=r"^tokenizer .*tokenizer\.model: got .*pip install 'peakgpt\[sentencepiece\]'"):
+    with pytest.raises(ValueError, match=r"^tokenizer .*\.model: got .*pip install 'peakgpt\[sentencepiece\]'"):
         Tokenizer.load(tmp_path)
 
 
