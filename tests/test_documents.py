@@ -211,6 +211,7 @@ SMALL = {
     "peakgpt train --dataset prepared/web --steps": "--steps 2 --batch 2 --tokens 16",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt train --resume": "",
+    "peakgpt verify": "",
     "peakgpt generate": "--max-tokens 2",
     "peakgpt quantize": "",
     "peakgpt score": "",

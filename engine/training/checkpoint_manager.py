@@ -14,8 +14,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import warnings
 from collections import Counter
@@ -45,8 +43,6 @@ from peakgpt.engine.training.loss_spikes import MAX_ROLLBACKS, LossSpike, Rolled
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.skipped_steps import Diverged
 from peakgpt.engine.training.snapshot import Snapshot
-
-NICENESS = 10  # of the writing thread: the threads that train get the cores first
 
 
 class CheckpointManager:
@@ -163,8 +159,6 @@ class CheckpointManager:
 
     def _run(self, write: Callable[[], None], step: int) -> None:
         """Write in the background; keep an error for the next call of the training thread."""
-        if sys.platform == "linux":  # elsewhere the niceness is that of the process
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             write()
             self.saved_step = step
