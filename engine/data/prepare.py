@@ -54,7 +54,8 @@ def prepare(
         ValueError: the folder cannot be used, the corpus is wrong, or a stream has no text. Finished shards stay for a
             next call; if there is none, the folder is as before.
     """
-    identity = {"tokenizer": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.end_id}
+    _, [end_id] = tokenizer.document_marks
+    identity = {"tokenizer": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "end_id": end_id}
     with _Preparation.open(Path(folder), {**identity, "shard_tokens": shard_tokens}) as preparation:
         tokenizer.save(preparation.folder)
         preparation.write(encode_parts(corpus.parts(), tokenizer, preparation.done), progress)

@@ -17,7 +17,8 @@ from peakgpt.engine.data.corpus import corpus_of, load_corpus
 from peakgpt.engine.data.documents import Document
 from peakgpt.engine.data.prepare import JOURNAL, prepare
 from peakgpt.engine.data.shards import TokenShards
-from peakgpt.engine.data.tokenizer import END_OF_TEXT, Tokenizer, train_tokenizer
+from peakgpt.engine.data.tokenizer import END_OF_TEXT, Tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.kernels.files import lock
 
 TEXTS = [f"document {number} of many, naïve 日本 " * (1 + number % 7) for number in range(60)]
