@@ -33,10 +33,13 @@ def groups(results: Iterable[Result]) -> list[list[Result]]:
     return list(found.values())
 
 
-def speedup(result: Result, others: Sequence[Result]) -> float | None:
-    """Return the median time of eager (or torch's fused optimizer) over this result's; None without a reference."""
-    eager = next((o for o in others if o.contender in ("eager", "torch fused")), None)
-    return None if eager is None or eager is result else eager.median_s / result.median_s
+EAGER = ("eager", "torch fused", "transformers")  # the plain PyTorch of each kind
+
+
+def speedup(result: Result, others: Sequence[Result], baselines: Sequence[str] = EAGER) -> float | None:
+    """Return the median time of the first of the baselines over this result's; None without a baseline."""
+    baseline = next((o for name in baselines for o in others if o.contender == name), None)
+    return None if baseline is None or baseline is result else baseline.median_s / result.median_s
 
 
 # ---- formatting; a missing figure is an empty cell
@@ -69,7 +72,8 @@ def _rounds(r: Result) -> str:
     return f"{r.rounds} of {r.rounds + r.dropped}"
 
 
-def _case(r: Result) -> str:
+def case_text(r: Result) -> str:
+    """Return the op, the dtype and the sizes of a case in one line."""
     head = [r.case[k] for k in ("op", "pass") if k in r.case]
     twice = ("n_head",) if "heads" in r.case else ()  # a parameter that repeats a size
     rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass", *twice)]
@@ -78,7 +82,7 @@ def _case(r: Result) -> str:
 
 Read = Callable[[Result, Sequence[Result]], str]
 COLUMNS: dict[str, Read] = {
-    "case": lambda r, rs: _case(r) if r is rs[0] else "",
+    "case": lambda r, rs: case_text(r) if r is rs[0] else "",
     "contender": lambda r, _: r.contender,
     "tokens/s": lambda r, _: _tokens_per_s(r),
     "MFU": lambda r, _: _percent(r.flops_fraction),
@@ -93,6 +97,7 @@ COLUMNS: dict[str, Read] = {
     "GiB": lambda r, _: _gib(r.memory_bytes),
     "rounds": lambda r, _: _rounds(r),
     "against eager": lambda r, rs: _times(speedup(r, rs)),
+    "against compile": lambda r, rs: _times(speedup(r, rs, ("compile",))),
 }
 
 
@@ -104,11 +109,13 @@ def _columns(*headings: str) -> dict[str, Read]:
 TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "train": (
         "Training, model FLOPs (6N + 12 L H Q T a token)",
-        _columns("case", "contender", "tokens/s", "MFU", "ms (quartiles)", "GiB", "rounds", "against eager"),
+        _columns("case", "contender", "tokens/s", "MFU", "ms (quartiles)", "GiB", "rounds", "against eager",
+                 "against compile"),
     ),
     "prefill": (
         "Prefill, work FLOPs (causal attention is half, the head at one position)",
-        _columns("case", "contender", "tokens/s", "of peak FLOP/s", "ms (quartiles)", "GiB", "rounds", "against eager"),
+        _columns("case", "contender", "tokens/s", "of peak FLOP/s", "ms (quartiles)", "GiB", "rounds", "against eager",
+                 "against compile"),
     ),
     "products": (
         "The linear layers of one pass, work FLOPs; bytes are those of the weights",
@@ -116,7 +123,12 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     ),
     "decode": (
         "Greedy decoding with a KV cache",
-        _columns("case", "contender", "tokens/s", "MBU", "rounds", "against eager"),
+        _columns("case", "contender", "tokens/s", "MBU", "ms (quartiles)", "GiB", "rounds", "against eager",
+                 "against compile"),
+    ),
+    "patch": (
+        "Models of transformers, patched versus unpatched",
+        _columns("case", "contender", "tokens/s", "ms (quartiles)", "GiB", "rounds", "against eager"),
     ),
     "serve": (
         "Server with many streams versus the engine alone",
@@ -125,7 +137,8 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "op": (
         "Ops, work FLOPs (what must be computed; causal is half); bytes versus streams of the same reads and writes",
         _columns("case", "contender", "ms (quartiles)", "GFLOP/s", "GB/s", "of peak FLOP/s", "of streams", "GiB",
-                 "rounds", "against eager") | {"contender": lambda r, _: f"{r.contender} ({r.backend})"},
+                 "rounds", "against eager", "against compile")
+        | {"contender": lambda r, _: f"{r.contender} ({r.backend})"},
     ),
     "pass": (
         "Memory-bound kernels versus streams of the same reads and writes",
@@ -148,6 +161,12 @@ def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[s
     return found
 
 
+def filled_table(rows: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return (headings, cells) of the results of one case, without the case and without empty columns."""
+    columns = {name: read for name, read in TABLES[rows[0].bench][1].items() if name != "case"}
+    return _used(list(columns), [[read(r, rows) for read in columns.values()] for r in rows])
+
+
 def _used(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows without empty columns."""
     used = [i for i in range(len(headings)) if any(row[i] for row in rows)]
@@ -168,7 +187,7 @@ def comparisons(results: Sequence[Result]) -> list[str]:
     for rs in groups(results):
         ours = next((r for r in rs if r.contender == OURS), None)
         pairs = [(ours, r) for r in rs if ours and r is not ours and 0 < len(r.samples_s) == len(ours.samples_s)]
-        rows += [[_case(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
+        rows += [[case_text(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
     headings = ["case", "of peak FLOP/s", "against", "times as fast (quartiles)", "of its memory", "beyond imports",
                 "rounds"]  # fmt: skip
     return [f"\npeakgpt against each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
@@ -213,7 +232,7 @@ def row_line(row: Row) -> str:
         return f"{verdict}: {row.op} {row.case} {row.dtype} on {row.backend}: {row.message}".rstrip(": ")
     if isinstance(row, Failure):
         return f"failed: {', '.join(filter(None, (row.part, row.job, row.contender)))}: {row.message}"
-    return f"{row.bench}: {_case(row)}, {row.contender}: {_ms(row)} ms"
+    return f"{row.bench}: {case_text(row)}, {row.contender}: {_ms(row)} ms"
 
 
 def verdicts(found: RunResults) -> list[str]:

@@ -1,0 +1,36 @@
+"""A plugin of pytest that puts tiny cases in place of those of the suite: `pytest bench/ -p tiny_suite`."""
+
+import dataclasses
+
+from peakgpt.bench import cases
+from peakgpt.bench.contenders import op_peers
+from peakgpt.bench.ops import OpCase
+from peakgpt.bench.run_results import Unsupported
+
+SIZES = {"rows": 8, "width": 16}
+
+
+def broken(x, w, b):
+    raise RuntimeError("no such kernel")
+
+
+def declines(x, w, b):
+    raise Unsupported("another day")
+
+
+def absent(x, w, b):
+    raise ModuleNotFoundError("not measured, rocket is not installed: pip install rocket")
+
+
+PEERS = {"broken": broken, "declines": declines, "absent": absent}
+README_CASE = "ops/layernorm/rows=8,width=16/forward/float32"
+
+
+def suite_cases(device):
+    plain = OpCase("layernorm", "forward", "float32", SIZES, rounds=4, only=("peakgpt", "eager", *PEERS))
+    return [plain, dataclasses.replace(plain, dtype="bfloat16", only=("peakgpt", "eager"))]
+
+
+cases.suite_cases = suite_cases
+cases.README = {README_CASE: (60, ())}
+op_peers.OTHERS["layernorm"] = lambda device: PEERS
