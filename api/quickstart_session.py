@@ -126,7 +126,8 @@ class Session:
 
             contenders = {"peakgpt": train_steps, "eager": self._eager_steps(eager, shared, should_stop)}
             comparison_s = COMPARISON_SHARE * (end_s - budget.clock())
-            timings = interleave(contenders, rounds=rounds - 1, warmup=0, device=self.device, budget_s=comparison_s)
+            timings = interleave(contenders, rounds=rounds - 1, warmup=0, device=self.device, budget_s=comparison_s,
+                                 one_call=True)  # fmt: skip
             shared.remove("eager")
             del contenders, eager  # frees eager's memory
             self._validate()

@@ -12,8 +12,8 @@ from typing import Any
 
 from peakgpt.bench.check import Check
 from peakgpt.bench.run_results import OURS, Failure, Row, RunResults
-from peakgpt.bench.schema import Result
-from peakgpt.bench.timing import Timing, ratio
+from peakgpt.bench.schema import Result, comparable
+from peakgpt.bench.timing import ratio
 from peakgpt.kernels.files import write_atomically
 
 STYLE = """
@@ -181,27 +181,26 @@ def tables(results: Sequence[Result]) -> list[str]:
 def comparisons(results: Sequence[Result]) -> list[str]:
     """Return a table of peakgpt's speed and memory relative to each contender of a case; empty without pairs.
 
-    Times are paired by round, so the quartiles are those of the ratio.
+    Times are paired by round. Rows of unlike weight formats are not compared.
     """
     rows = []
     for rs in groups(results):
         ours = next((r for r in rs if r.contender == OURS), None)
-        pairs = [(ours, r) for r in rs if ours and r is not ours and 0 < len(r.samples_s) == len(ours.samples_s)]
+        pairs = [(ours, r) for r in rs if ours and r is not ours and comparable(ours, r)]
         rows += [[case_text(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
-    headings = ["case", "of peak FLOP/s", "against", "times as fast (quartiles)", "of its memory", "beyond imports",
+    headings = ["case", "of peak FLOP/s", "against", "times as fast (95 % interval)", "of its memory", "beyond imports",
                 "rounds"]  # fmt: skip
     return [f"\npeakgpt against each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
 
 
 def _comparison(ours: Result, other: Result) -> list[str]:
-    by = ratio(*(Timing(tuple(r.samples_s)) for r in (other, ours)))
+    by = ratio(other.timing(), ours.timing())
     memory = built = None
     if ours.memory_bytes and other.memory_bytes:
         memory = ours.memory_bytes / other.memory_bytes
     if memory and ours.base_bytes and other.base_bytes:
         built = (ours.memory_bytes - ours.base_bytes) / (other.memory_bytes - other.base_bytes)
-    speed = f"{by.median:.3f} x ({by.q25:.3f} to {by.q75:.3f})"
-    return [_percent(ours.flops_fraction), other.contender, speed, _times(memory), _times(built), _rounds(ours)]
+    return [_percent(ours.flops_fraction), other.contender, by.text, _times(memory), _times(built), _rounds(ours)]
 
 
 def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -216,7 +215,7 @@ def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def notes(results: Iterable[Result]) -> list[str]:
     """Return notes on the figures: dropped rounds, page faults, sources of the peaks; each kind of note once."""
     results, kinds = list(results), {}
-    said = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped, the machine was busy elsewhere"
+    said = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped"
             for r in results if r.dropped]  # fmt: skip
     said += [note for r in results for note in r.note.split("; ") if note]
     said += [f"peak: {r.peak_source}" for r in results if r.peak_source]

@@ -124,7 +124,7 @@ def compare_serving(
         rounds = math.ceil(seconds / (time.perf_counter() - begin))
         contenders = {OURS: served, "engine": engine.step}
         timings = interleave({name: contenders[name] for name in names}, rounds=min(most_rounds, -(-rounds // 2)),
-                             warmup=0, workers=[engine.pid, server.process.pid])  # fmt: skip
+                             warmup=0, workers={OURS: server.process.pid, "engine": engine.pid})  # fmt: skip
         client.reset()
         with server.awake():
             begin = time.perf_counter()

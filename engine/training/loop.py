@@ -124,6 +124,7 @@ class TrainingLoop:
         steps: int | None = None,
         *,
         validate_every: int | None = None,
+        validation_batches: int = VALIDATION_BATCHES,
         should_stop: Callable[[], bool] = lambda: False,
         synchronous: bool = False,
     ) -> Iterator[StepMetrics | ValidationMetrics]:
@@ -136,6 +137,7 @@ class TrainingLoop:
             steps: at most this many updates. None: all that the trainer has planned.
             validate_every: validate after each multiple of this many updates, and after the last planned one. All
                 metrics of earlier steps have arrived by then. None: never.
+            validation_batches: of one validation, at most.
             should_stop: called before each step; True ends the run.
             synchronous: wait for each step before the next one starts, for benchmarks.
         Raises:
@@ -155,7 +157,7 @@ class TrainingLoop:
                 yield from self._metrics(losses.put(step, loss), norms.put(step, trainer.grad_norm))
             if validate_every and (step % validate_every == 0 or self.finished):
                 yield from self._metrics(losses.take(), norms.take())
-                yield self.validate()
+                yield self.validate(validation_batches)
                 self._last_step_s = time.perf_counter()  # neither validation nor the caller's save counts
         yield from self._metrics(losses.take(), norms.take())
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from peakgpt.engine.model.recompute import parse
+from peakgpt.engine.settings.setting import check_settings, setting
+from peakgpt.kernels.command_line import MAX_SEED
 from peakgpt.kernels.hardware.device import describe
 
 
@@ -15,53 +16,49 @@ from peakgpt.kernels.hardware.device import describe
 class TrainConfig:
     """The settings of a training run that do not depend on its model or its data.
 
-    Args:
-        batch: sequences per update.
-        tokens: tokens per sequence.
-        micro_batch: sequences per forward and backward pass; their gradients are accumulated. None: the whole batch.
-        lr: peak learning rate.
-        warmup: fraction of all updates over which the learning rate rises to its peak.
-        weight_decay: decoupled decay of matrices; vectors (biases, norms) do not decay.
-        betas, eps: as in torch.optim.AdamW.
-        max_norm: the global gradient norm is clipped to this.
-        dtype: of parameters, activations and gradients: torch.float32, or torch.bfloat16 with a float32 master.
-        recompute: which layers recompute their activations in backward; see engine/model/recompute.py.
-        fp8: whether matrix products take 8-bit operands; see engine/model/fp8.py.
-        seed: of the initial weights and of the data order.
     Raises:
         ValueError: a value is out of range.
     """
 
-    batch: int = 8
-    tokens: int = 256
-    micro_batch: int | None = None
-    lr: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    max_norm: float = 1.0
-    dtype: torch.dtype = torch.float32
-    recompute: str = "none"
-    fp8: bool = False
-    seed: int = 1337
+    batch: int = setting(8, "sequences per update", section="training", at_least=1)
+    tokens: int = setting(256, "tokens per sequence", section="training", at_least=1)
+    micro_batch: int | None = setting(
+        None, "sequences per pass; gradients are accumulated; none: the whole batch", section="training", at_least=1
+    )
+    steps: int = setting(1000, "updates", section="training", at_least=1, metavar="N")
+    dtype: torch.dtype = setting(
+        torch.float32, "of parameters, activations and gradients; bfloat16 has a float32 master", section="training",
+        choices=("float32", "bfloat16"), automatic="bfloat16 if the device multiplies it in hardware",
+    )  # fmt: skip
+    recompute: str = setting(
+        "none", "activations that backward recomputes: none, norm, mlp, block or block/N", section="training",
+        metavar="PLAN",
+    )  # fmt: skip
+    fp8: bool = setting(False, "matrix products take 8-bit operands", section="training")
+    seed: int = setting(
+        1337, "of the initial weights and of the data order", section="training", at_least=0, at_most=MAX_SEED
+    )
+    lr: float = setting(1e-3, "peak learning rate", section="optimizer", above=0)
+    weight_decay: float = setting(
+        0.1, "decoupled decay of matrices; vectors (biases, norms) do not decay", section="optimizer", at_least=0,
+        metavar="FACTOR",
+    )  # fmt: skip
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95), "of the moments, as in torch.optim.AdamW", section="optimizer", at_least=0, below=1, metavar="BETA"
+    )
+    eps: float = setting(1e-8, "as in torch.optim.AdamW", section="optimizer", above=0)
+    max_norm: float = setting(1.0, "the norm of all gradients is clipped to this", section="optimizer", above=0)
+    warmup: float = setting(
+        0.05, "fraction of the updates over which the learning rate rises to its peak", section="lr_scheduler",
+        at_least=0, below=1, metavar="FRACTION",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("batch", "tokens", "lr", "eps", "max_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, expected a finite number above 0")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"TrainConfig: weight_decay is {self.weight_decay}, expected a finite number from 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"TrainConfig: betas are {self.betas}, expected numbers from 0 to below 1")
-        if self.micro_batch is not None and not 0 < self.micro_batch <= self.batch:
+        check_settings(self)
+        if self.micro_batch is not None and self.micro_batch > self.batch:
             raise ValueError(
-                f"TrainConfig: micro_batch is {self.micro_batch}, expected 1 to batch {self.batch}, or None"
+                f"TrainConfig: micro_batch is {self.micro_batch}, expected 1 to batch {self.batch}, or none"
             )
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"TrainConfig: warmup is {self.warmup}, expected a fraction from 0 to below 1")
-        if self.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"TrainConfig: dtype is {self.dtype}, expected torch.float32 or torch.bfloat16")
         parse(self.recompute)
 
 

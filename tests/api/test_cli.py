@@ -17,11 +17,12 @@ from peakgpt import quickstart_session
 from peakgpt.bench.contenders.eager_gpt import EagerTrainer
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart
-from peakgpt.commands.train import DEFAULTS, read_settings
+from peakgpt.commands.train import SETTINGS_OF_FILE, read_settings
 from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training.run_config import RunConfig
 from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.quickstart_session import Session
@@ -56,7 +57,7 @@ def test_every_command_has_help(command, capsys):
         (["train", "--resume", "FULL"], "metrics.jsonl"),
         (["train", "--resume", "MISSING"], "run folder MISSING: got no such folder"),
         (["bench", "memory_bound", "--rounds", "0"], "--rounds is 0, expected at least 1"),
-        (["train", "--model", "gpt5"], "invalid choice: 'gpt5'"),
+        (["train", "--preset", "gpt5"], "--preset is 'gpt5', expected one of"),
         (["train", "--steps", "0"], "--steps is 0"),
         (["train", "--text", "GOOD", "--tokens", "900", "--vocab", "300"], "training data: got"),
         (["train", "--text", "GOOD", "--out", "new/run", "--vocab", "20"], "vocab_size: got 20, expected at least 257"),
@@ -194,7 +195,8 @@ def test_a_command_runs_with_a_closed_standard_stream(closed, tmp_path, monkeypa
 
 @pytest.mark.parametrize("steps", [0, -3])
 def test_settings_without_a_step_are_refused(steps, tmp_path):
-    settings = {**DEFAULTS, "dtype": "float32", "steps": steps}
+    settings = {name: RunConfig().values()[name] for name in SETTINGS_OF_FILE}
+    settings |= {"dtype": "float32", "steps": steps}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"steps is {steps}, expected at least 1"):
         read_settings(tmp_path)

@@ -9,11 +9,13 @@ import pytest
 
 from peakgpt.bench.command import BENCHES
 from peakgpt.cli import COMMANDS, main
-from peakgpt.commands.train import ACTS_ON_RESUME
+from peakgpt.engine.settings.values import show
+from peakgpt.engine.training.run_config import run_settings
 from peakgpt.kernels.command_line import Parser
 
 ROOT = Path(__file__).parents[2]
-ACCEPTED = {"--temperature": "0", "--seed": "0"}  # flags for which 0 is right
+# Flags for which 0 is right.
+ACCEPTED = {"--temperature": "0", **{s.flag: "0" for s in run_settings().values() if s.at_least == 0}}
 REQUIRED = {"generate": ["MISSING", "--prompt", "x"], "quantize": ["MISSING", "OUT", "--bits", "8"],
             "score": ["MISSING", "--text", "x"]}  # fmt: skip
 
@@ -85,11 +87,13 @@ RESUME = parser_of("train")
     "action", [a for a in RESUME._actions if a.dest not in ("help", "resume")], ids=lambda a: a.dest
 )
 def test_a_resumed_run_takes_or_refuses_each_flag(action, tmp_path, capsys):
-    value = sorted(action.choices)[0] if action.choices else "1" if action.type else "cpu"
-    assert main(["train", "--resume", str(tmp_path / "no"), action.option_strings[0], value]) == 2
+    declared = run_settings().get(action.dest)
+    value = show(declared.default, quoted=False).strip("[]").split(", ") if declared else ["cpu"]
+    assert main(["train", "--resume", str(tmp_path / "no"), action.option_strings[0], *value]) == 2
     error = capsys.readouterr().err
     refused = f"{action.option_strings[0]}: got it with --resume" in error
-    assert refused != (action.dest in ACTS_ON_RESUME) and (refused or "got no such folder" in error), error
+    assert refused != (declared.resumable if declared else action.dest == "device"), error
+    assert refused or "got no such folder" in error, error
 
 
 @pytest.mark.parametrize(
