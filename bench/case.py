@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from peakgpt.bench.above_peak import drop_rounds_above_peak
 from peakgpt.bench.interleave import OnFailure
 from peakgpt.bench.run_results import Emit, Failure
 from peakgpt.bench.schema import Result
@@ -46,8 +47,11 @@ class Case(ABC):
         """Return the names of all contenders that can run on the device; peers may be not installed."""
 
     @abstractmethod
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        """Check and time the contenders: `measure` without its last step."""
+
     def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
-        """Check the contenders, then time them in turns.
+        """Check the contenders, then time them in turns. Rounds above 100 % of a peak are dropped for all of them.
 
         Args:
             device: where they run.
@@ -56,6 +60,7 @@ class Case(ABC):
         Returns:
             A result for each remaining contender, then further results of them, such as latencies.
         """
+        return drop_rounds_above_peak(self._measure(device, on_failure))
 
     def contenders(self, device: torch.device) -> list[str]:
         """Return the names of the contenders to time."""

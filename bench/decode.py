@@ -28,12 +28,12 @@ from peakgpt.bench.contenders.eager_gpt import EagerGPT
 from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess, saving_first
 from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import preset
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.hardware.peaks import peak_for
 
 MIN_EQUAL_TOKENS = 4  # first tokens, in float32; later, rounding may decide between two almost equally likely tokens
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5}  # per weight; int4: a 16-bit scale for each 32 weights
@@ -67,7 +67,7 @@ class DecodeCase(Case):
     def all_contenders(self, device: torch.device) -> list[str]:
         return [name for name, contender in DECODING_CONTENDERS.items() if self.dtype in contender.formats]
 
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         config, workload = self.config, self.workload
         state, ids = decoding_inputs(config, workload)
         expected, agreement = eager_decoder(state, config, ids, workload, "float32")(), {}
@@ -79,16 +79,15 @@ class DecodeCase(Case):
             measured = time_contenders(
                 ((name, partial(self._start, name, folder)) for name in self.contenders(device)),
                 lambda name, worker: (worker.step(), torch.load(Path(folder, f"{name}.pt")))[1],
-                expect_correct, rounds=self.rounds, budget_s=self.seconds, on_failure=on_failure,
+                expect_correct, rounds=self.rounds, warmup=0, budget_s=self.seconds,
+                peaks=PeakMeter(device, memory=True), on_failure=on_failure,
             )  # fmt: skip
-        peak = peak_for(device, torch.float32)
         return [
             Result.of(
                 m.timing.noted(agreement[name], m.note, contender.version), bench="decode", contender=name,
                 backend=contender.backend, device="cpu", dtype=self.dtype, case=_sizes(config, workload),
                 memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
-                bytes=read_bytes(config, workload, self.dtype), peak_bytes_s=peak.bandwidth_bytes_s,
-                peak_source=peak.source,
+                bytes=read_bytes(config, workload, self.dtype), weight_bits=contender.bits.get(self.dtype),
             )
             for name, m in measured.items() for contender in [DECODING_CONTENDERS[name]]
         ]  # fmt: skip
@@ -124,7 +123,7 @@ class GenerateCase(Case):
     def all_contenders(self, device: torch.device) -> list[str]:
         return ["peakgpt", "eager"]
 
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         model = GPT.from_preset(self.model).to(device, getattr(torch, self.dtype)).eval()
         ids = torch.randint(model.config.vocab_size, (self.workload.streams, self.workload.prompt), device=device)
         names = self.contenders(device)
@@ -134,8 +133,8 @@ class GenerateCase(Case):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
-    parser.add_argument("--prompt", type=integer(), default=32, help="prompt tokens (default 32)")
-    parser.add_argument("--tokens", type=integer(), default=64, help="tokens to add (default 64)")
+    parser.add_argument("--prompt", type=integer(), default=16, help="prompt tokens (default 16)")
+    parser.add_argument("--tokens", type=integer(), default=32, help="tokens to add (default 32)")
     parser.add_argument("--streams", type=integer(), action="append", help="repeatable; default 1 and 8")
     parser.add_argument(
         "--dtype",
@@ -198,9 +197,9 @@ def compare_decoding(
         "eager": lambda: eager.generate(ids, count),
     }
     timings = interleave({name: contenders[name] for name in names}, rounds=rounds, warmup=1, device=weight.device,
-                         budget_s=budget_s)  # fmt: skip
+                         budget_s=budget_s, peaks=PeakMeter(weight.device, memory=True))  # fmt: skip
     model.train(was_training)
-    c, peak = model.config, peak_for(weight.device, weight.dtype)
+    c = model.config
     weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
     cached = 2 * c.n_layer * c.n_kv_head * c.head_dim * (ids.shape[1] + count / 2) * ids.shape[0]
     return [
@@ -208,8 +207,7 @@ def compare_decoding(
             timing, bench="decode", contender=name, backend="auto" if name == "peakgpt" else "torch",
             device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."),
             case=_sizes(c, Workload(len(ids), ids.shape[1], count)),
-            bytes=count * (weights + cached) * weight.element_size(), peak_bytes_s=peak.bandwidth_bytes_s,
-            peak_source=peak.source,
+            bytes=count * (weights + cached) * weight.element_size(),
         )
         for name, timing in timings.items()
     ]  # fmt: skip

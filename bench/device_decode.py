@@ -144,7 +144,7 @@ class StepsCase(Case):
         return list(DEVICE_DECODING_CONTENDERS)
 
     @torch.no_grad()
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         start, config, workload = time.perf_counter(), self.config, self.workload
         model = _random_model(config, device)
         ids = torch.randint(config.vocab_size, (workload.streams, workload.prompt), device=device)
@@ -224,7 +224,7 @@ class FirstTokenCase(Case):
         return ["peakgpt", "eager"]
 
     @torch.no_grad()
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         """
         Raises:
             ValueError: the logits of peakgpt differ from those of eager.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peakgpt.bench.case import Case, joined
 from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
@@ -23,7 +24,6 @@ from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.hardware.peaks import peak_for
 
 VOCAB = 50304  # GPT-2's, padded to a multiple of 128
 SYMBOLS = 512  # number of token ids in the synthetic sequences
@@ -52,7 +52,7 @@ class Fp8Case(Case):
     def all_contenders(self, device: torch.device) -> list[str]:
         return ["peakgpt", "peakgpt, fp8"]
 
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         start, config, recipe, steps = time.perf_counter(), self.config, self.recipe, self.steps
         trainers, losses = _trained(config, recipe, steps, device)
         for step in sorted({0, steps // 4, steps // 2, steps - 1}):
@@ -60,15 +60,14 @@ class Fp8Case(Case):
         batch = next(_batches(config, recipe, device))
         contenders = {name: partial(trainers[name].step, *batch) for name in self.contenders(device)}
         timings = interleave(contenders, rounds=self.rounds, device=device, budget_s=self.left_s(start),
-                             on_failure=on_failure)  # fmt: skip
-        peak, case = peak_for(device, recipe.dtype), {"batch": recipe.batch, "tokens": recipe.tokens}
+                             peaks=PeakMeter(device, [recipe.dtype]), on_failure=on_failure)  # fmt: skip
+        case = {"batch": recipe.batch, "tokens": recipe.tokens}
         flops = training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens
         return [
             Result.of(
-                timing.noted(f"loss {losses[name][-1]:.4f} after {steps} steps"),
+                timing.noted(f"loss {losses[name][-1]:.4f} after {steps} steps", "the peak is bfloat16's for both"),
                 bench="train", case=case | {"n_layer": config.n_layer, "n_embd": config.n_embd},
                 contender=name, backend="auto", device=str(device), dtype="bfloat16", flops=flops, flops_kind="model",
-                peak_flops_s=peak.flops_s, peak_source=f"{peak.source}, bfloat16's for both",
             )
             for name, timing in timings.items()
         ]  # fmt: skip

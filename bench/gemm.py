@@ -23,9 +23,9 @@ from peakgpt.bench.case import Case, expect_cpu, joined
 from peakgpt.bench.contenders.contender import Contender
 from peakgpt.bench.environment import keep_pages_note
 from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.hardware.peaks import peak_for
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.quantize import BLOCK
 
@@ -56,7 +56,7 @@ class GemmCase(Case):
         return list(GEMM_CONTENDERS)
 
     @torch.no_grad()
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         start, note, dtype = time.perf_counter(), keep_pages_note(device), getattr(torch, self.dtype)
         shapes = [*LAYERS, HEAD] if self.rows <= MAX_ROWS_WITH_HEAD else LAYERS
         names = self.contenders(device)
@@ -70,8 +70,8 @@ class GemmCase(Case):
 
         contenders = {name: partial(run_pass, layers) for name, layers in layers_of.items()}
         timings = interleave(contenders, rounds=self.rounds, warmup=2, budget_s=self.left_s(start),
-                             on_failure=on_failure)  # fmt: skip
-        peaks = {name: peak_for("cpu", torch.int8 if name.startswith("peakgpt, ") else dtype) for name in timings}
+                             on_failure=on_failure,
+                             peaks=PeakMeter(device, [dtype, torch.int8], memory=True))  # fmt: skip
         return [
             Result.of(
                 timing.noted(note), bench="products", contender=name,
@@ -79,8 +79,7 @@ class GemmCase(Case):
                 device="cpu", dtype=self.dtype, case={"rows": self.rows},
                 flops=2 * self.rows * sum(n * k for n, k in shapes), flops_kind="work",
                 bytes=sum(size for _, size in layers_of[name]),
-                peak_flops_s=peaks[name].flops_s, peak_bytes_s=peaks[name].bandwidth_bytes_s,
-                peak_source=peaks[name].source,
+                peak_dtype="int8" if name.startswith("peakgpt, ") else None,
             )
             for name, timing in timings.items()
         ]  # fmt: skip

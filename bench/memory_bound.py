@@ -18,9 +18,10 @@ from torch import Tensor
 
 from peakgpt.bench.case import Case, expect_cpu, joined, sizes_text
 from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.run_results import OURS
 from peakgpt.bench.schema import Result
-from peakgpt.kernels.hardware.peaks import stream_peak
+from peakgpt.kernels.hardware.peaks import Streams
 from peakgpt.kernels.ops.adamw import adamw as adamw_op
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/base/types.h
@@ -144,7 +145,7 @@ class KernelCase(Case):
     def all_contenders(self, device: torch.device) -> list[str]:
         return [OURS]
 
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         """
         Raises:
             ImportError: the C++ extension is missing.
@@ -154,13 +155,12 @@ class KernelCase(Case):
         read, written = _distinct(call.read), _distinct(call.written)
         updated = _bytes(t for address, t in read.items() if address in written)
         read_bytes, written_bytes = _bytes(read.values()), _bytes(written.values())
-        ceiling, streams = stream_peak(device, read_bytes, written_bytes, read_bytes + written_bytes - updated,
-                                       updated_bytes=updated)  # fmt: skip
-        timing = interleave({OURS: call.bind()}, rounds=self.rounds, warmup=2, budget_s=self.left_s(start))[OURS]
+        streams = Streams.of(read_bytes, written_bytes, read_bytes + written_bytes - updated, updated_bytes=updated)
+        timing = interleave({OURS: call.bind()}, rounds=self.rounds, warmup=2, budget_s=self.left_s(start),
+                            peaks=PeakMeter(device, streams=streams))[OURS]  # fmt: skip
         return [Result.of(
             timing, bench="pass", contender=OURS, backend="cpu", device="cpu", dtype=self.dtype,
             case={"op": self.kernel, **self.sizes}, bytes=read_bytes + written_bytes,
-            peak_bytes_s=ceiling, peak_source=f"bytes: {streams}",
         )]  # fmt: skip
 
 

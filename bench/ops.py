@@ -21,13 +21,14 @@ from peakgpt.bench.environment import keep_pages_note
 from peakgpt.bench.gpu_memory import peak_allocated_bytes
 from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.op_passes import PASSES, Inputs, as_tuple, make_inputs, replayed, sample
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.run_results import OURS
 from peakgpt.bench.schema import Result
 from peakgpt.kernels.core.dispatch import BACKENDS, OPS, Op, use_backend
-from peakgpt.kernels.hardware.peaks import peak_for, stream_peak
+from peakgpt.kernels.hardware.peaks import Streams, rated_peaks
 from peakgpt.kernels.ops import catalogue
 
-PRODUCTS = {"linear_q8": torch.int8, "linear_q4": torch.int8}  # ops whose peak is not that of their input dtype
+PRODUCTS = {"linear_q8": "int8", "linear_q4": "int8"}  # ops whose peak is not that of their input dtype
 SECONDS = 20.0  # of a case; the check and compilations come first, up to 15 s with torch.compile on 2 cores
 
 Call = Callable[..., Any]
@@ -72,7 +73,7 @@ class OpCase(Case):
             tensors = sample(self.op, self.sizes, device, self._torch_dtype)
             return list(self._calls(tensors, device))
 
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         start = time.perf_counter()
         note = keep_pages_note(device)
         op, params, make = OPS[self.op], self.arguments, PASSES[self.direction][0]
@@ -83,17 +84,18 @@ class OpCase(Case):
         contenders = {name: make(call, sets, params) for name, call in right.items()}
         if not contenders:
             return []
+        work, peaks = self._work(sets, device)
         timings = interleave(contenders, rounds=self.rounds, warmup=2, device=device, budget_s=self.left_s(start),
-                             on_failure=on_failure)  # fmt: skip
+                             peaks=peaks, on_failure=on_failure)  # fmt: skip
         if make is replayed and device.type == "cuda":
             timings = {name: timing.each(len(sets)) for name, timing in timings.items()}
-        costs = self._costs(sets, device)
         notes = {OURS: (note, *self._objections(sets[0][0], device))}
         return [
             Result.of(
                 timing.noted(*notes.get(name, (note,))), bench="op", contender=name, backend=calls[name][1],
                 device=str(device), case={"op": op.name, "pass": self.direction, **self.sizes, **params},
-                dtype=self.dtype, memory_bytes=peak_allocated_bytes(contenders[name], device), **costs,
+                dtype=self.dtype, peak_dtype=PRODUCTS.get(op.name), **work,
+                memory_bytes=peak_allocated_bytes(contenders[name], device),
             )
             for name, timing in timings.items()
         ]  # fmt: skip
@@ -128,22 +130,19 @@ class OpCase(Case):
             return sets[0]
         return make_inputs(self.op, self.checked, self.arguments, device, self._torch_dtype)[0]
 
-    def _costs(self, sets: Sequence[Inputs], device: torch.device) -> dict[str, Any]:
-        """Return work FLOPs, bytes and peaks of a call, as fields of Result."""
+    def _work(self, sets: Sequence[Inputs], device: torch.device) -> tuple[dict[str, Any], PeakMeter]:
+        """Return work FLOPs and bytes of a call as fields of Result, and the meter of what they are divided by."""
         op, (_, forward, backward) = OPS[self.op], PASSES[self.direction]
         cost = op.cost(*sets[0][0], **self.arguments)
-        peak = peak_for(device, PRODUCTS.get(op.name, self._torch_dtype))
         written = forward * cost.written + backward * cost.backward_written
         read = forward * cost.bytes + backward * cost.backward_bytes - written
         # Every call reads another input set, but the allocator reuses the memory of the outputs.
         touched = len(sets) * read + (0 if op.mutates else written)
-        updated = min(read, written) if op.mutates else 0
-        ceiling, streams = stream_peak(device, read, written, touched, updated_bytes=updated)
-        return {
-            "flops": forward * cost.flops + backward * cost.backward_flops, "flops_kind": "work",
-            "bytes": read + written, "peak_flops_s": peak.flops_s, "peak_bytes_s": ceiling,
-            "peak_source": f"{peak.source}; bytes: {streams}",
-        }  # fmt: skip
+        streams = Streams.of(read, written, touched, updated_bytes=min(read, written) if op.mutates else 0)
+        rated = rated_peaks(device) is not None  # measuring would add nothing, and `bench device` has little time
+        peaks = PeakMeter(device) if rated else PeakMeter(device, [PRODUCTS.get(op.name, self.dtype)], streams=streams)
+        flops = forward * cost.flops + backward * cost.backward_flops
+        return {"flops": flops, "flops_kind": "work", "bytes": read + written}, peaks
 
 
 # ---- the cases

@@ -105,7 +105,7 @@ class PatchCase(Case):
     def all_contenders(self, device: torch.device) -> list[str]:
         return contenders_on(PATCH_CONTENDERS, device)
 
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         case = {"model": self.model, "work": self.work, "batch": self.batch, "tokens": self.tokens}
         request = {"make": f"{__name__}:work", "threads": torch.get_num_threads(), "dtype": self.dtype,
                    "device": str(device), **case}  # fmt: skip
@@ -114,7 +114,7 @@ class PatchCase(Case):
             ((n, partial(WorkerProcess, n, {**request, "contender": n}, PATCH_CONTENDERS[n].environment))
              for n in names),
             lambda name, worker: worker.step(), lambda name, losses: _expect_same_loss(name, losses, self.dtype),
-            rounds=self.rounds, budget_s=self.seconds, on_failure=on_failure,
+            rounds=self.rounds, warmup=1, budget_s=self.seconds, on_failure=on_failure,
         )  # fmt: skip
         note = f"transformers {metadata.version('transformers')}"
         return [

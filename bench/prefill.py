@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from peakgpt.bench.agreement import expect_close
 from peakgpt.bench.case import Case, expect_cpu, joined
-from peakgpt.bench.contenders.contender import SEED, TUNED_ENVIRONMENT, Contender
+from peakgpt.bench.contenders.contender import OUR_BITS, SEED, TUNED_ENVIRONMENT, Contender
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
 from peakgpt.bench.contenders.graph_engines import openvino_request
 from peakgpt.bench.contenders.models import ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
 from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess, saving_first
 from peakgpt.bench.interleave import OnFailure
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.block_pool import blocks_for
@@ -41,7 +42,6 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import forward_flops
 from peakgpt.engine.model.presets import preset
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.hardware.peaks import peak_for
 
 StoreKeysValues = Callable[[int, Tensor, Tensor], None]  # layer, keys and values (B, H, T, D)
 Prefill = Callable[[], Tensor]  # -> (1, V) logits at the last position
@@ -72,7 +72,7 @@ class PrefillCase(Case):
     def all_contenders(self, device: torch.device) -> list[str]:
         return [name for name, c in PREFILL_CONTENDERS.items() if self.dtype in c.formats]
 
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         config, tokens = self.config, self.tokens
         reference = reference_logits(config, tokens)
         dtype = getattr(torch, self.dtype)
@@ -82,16 +82,15 @@ class PrefillCase(Case):
                 ((name, partial(self._start, name, folder)) for name in self.contenders(device)),
                 lambda name, worker: (worker.step(), torch.load(_logits_file(folder, name)))[1],
                 lambda name, logits: expect_close(f"prefill: {name}", [logits[name]], [reference], limit),
-                rounds=self.rounds, budget_s=self.seconds, on_failure=on_failure,
+                rounds=self.rounds, warmup=0, budget_s=self.seconds, peaks=PeakMeter(device, [dtype]),
+                on_failure=on_failure,
             )  # fmt: skip
-        peak = peak_for(device, dtype)
         return [
             Result.of(
                 m.timing.noted(m.note, contender.version), bench="prefill", contender=name, backend=contender.backend,
                 case={"tokens": tokens, "n_layer": config.n_layer, "n_embd": config.n_embd},
                 device="cpu", dtype=self.dtype, flops=work_flops(config, tokens), flops_kind="work",
-                memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
-                peak_flops_s=peak.flops_s, peak_source=peak.source,
+                memory_bytes=m.memory_bytes, base_bytes=m.base_bytes, weight_bits=contender.bits.get(self.dtype),
             )
             for name, m in measured.items() for contender in [PREFILL_CONTENDERS[name]]
         ]  # fmt: skip
@@ -251,7 +250,7 @@ def _loaded(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -
 
 
 PREFILL_CONTENDERS = {
-    "peakgpt": Contender(_ours, package="peakgpt", formats=("float32", "bfloat16", "int8")),
+    "peakgpt": Contender(_ours, package="peakgpt", formats=("float32", "bfloat16", "int8"), bits=OUR_BITS),
     "peakgpt, tuned malloc": Contender(_ours, TUNED_ENVIRONMENT, package="peakgpt"),
     "eager": Contender(_eager),
     "eager, tuned malloc": Contender(_eager, TUNED_ENVIRONMENT),

@@ -72,7 +72,7 @@ class ServeCase(Case):
     def all_contenders(self, device: torch.device) -> list[str]:
         return [OURS, "engine"]
 
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         """
         Raises:
             ValueError: a request got an error, or a number of tokens that differs from its `usage`.

@@ -19,6 +19,7 @@ from peakgpt.bench.contenders.training import TRAINING_CONTENDERS, training_inpu
 from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.gpu_memory import peak_allocated_bytes
 from peakgpt.bench.interleave import OnFailure
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.engine.graph_capture import WARMUP
 from peakgpt.engine.model.config import GPTConfig
@@ -26,7 +27,6 @@ from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.hardware.peaks import peak_for
 
 # A contender is timed only if its loss after a few updates at the full learning rate equals that of eager. Eager
 # computes bf16 from float32 parameters under autocast and so rounds differently: 0.05 % at 124M.
@@ -63,16 +63,16 @@ class TrainCase(Case):
     def all_contenders(self, device: torch.device) -> list[str]:
         return contenders_on(TRAINING_CONTENDERS, device)
 
-    def measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         config, recipe = self.config, self.recipe
         updates = CHECKED_UPDATES if device.type == "cpu" else CHECKED_UPDATES_GPU
         names = self.contenders(device)
         measured = time_contenders(
             _starts(config, recipe, device, names), lambda name, s: [float(s.step()) for _ in range(updates)][-1],
             lambda name, losses: _expect_same_loss(name, losses, updates, recipe.dtype),
-            rounds=self.rounds, warmup=0, device=device, budget_s=self.seconds, on_failure=on_failure,
+            rounds=self.rounds, warmup=0, device=device, budget_s=self.seconds,
+            peaks=PeakMeter(device, [recipe.dtype]), on_failure=on_failure,
         )  # fmt: skip
-        peak = peak_for(device, recipe.dtype)
         sizes = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
         if recipe.recompute != "none":
             sizes["recompute"] = recipe.recompute  # only peakgpt recomputes
@@ -82,7 +82,6 @@ class TrainCase(Case):
                 backend=TRAINING_CONTENDERS[name].backend, device=str(device), dtype=_name(recipe.dtype),
                 memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
                 flops=training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens, flops_kind="model",
-                peak_flops_s=peak.flops_s, peak_source=peak.source,
             )
             for name, m in measured.items()
         ]  # fmt: skip

@@ -4,8 +4,8 @@ import dataclasses
 import gc
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
+import fixed_peaks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,8 +170,7 @@ def test_other_tokens_raise():
 
 
 def test_decoding_is_checked_and_timed_in_each_format(monkeypatch):
-    peak = SimpleNamespace(bandwidth_bytes_s=1e9, source="none")
-    monkeypatch.setattr(decode, "peak_for", lambda *args: peak)
+    fixed_peaks.use(monkeypatch)
     here = lambda name, request, environment: FakeContender(decode.decode_step(request))  # noqa: E731
     monkeypatch.setattr(decode, "WorkerProcess", here)  # processes are tested with the training step and the prompt
     workload, told, found = Workload(2, 4, 6), [], {}

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from types import SimpleNamespace
 
+import fixed_peaks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,16 @@ from peakgpt.bench.run_results import Unsupported
 from peakgpt.bench.schema import read_results
 from peakgpt.cli import main
 from peakgpt.kernels.core.dispatch import OPS
+from peakgpt.kernels.hardware.peaks import Streams
 
 CPU = torch.device("cpu")
 SMALL = {"rows": 8, "width": 16}
 
 
 @pytest.fixture(autouse=True)
-def without_compilation(monkeypatch):
-    """Compiling an op takes longer than all tests of this file."""
+def quick(monkeypatch):
+    """Compiling an op and measuring peaks take longer than all tests of this file."""
+    fixed_peaks.use(monkeypatch)
     monkeypatch.setattr(bench_ops, "peers", lambda op, device: without_compile(peers(op, device)))
 
 
@@ -193,20 +196,18 @@ def test_every_kernel_has_a_case():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_bytes_are_those_of_its_tensors(name, dtype, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "peakgpt.bench.memory_bound.stream_peak", lambda *a, **k: asked.append((a, k)) or (1e9, "streams")
-    )
+    asked, streams_of = [], Streams.of
+    monkeypatch.setattr(Streams, "of", lambda *a, **k: asked.append((a, k)) or streams_of(*a, **k))
     case = KernelCase(name, tiny(name), str(dtype).removeprefix("torch."), rounds=1)
     (result,) = case.measure(CPU, raise_failure)
     read, written = (4 * n for n in MOVED[name])
     if dtype == torch.bfloat16:  # the remainder and the moments of the optimizer keep their size
         read, written = (70, 60) if name == "adamw" else (read // 2, written // 2)
-    ((_, *moved, touched), more) = asked[0]
+    ((*moved, touched), more) = asked[0]
     assert moved == [read, written] and result.bytes == read + written
     updated = {"cross_entropy": read, "adamw": 60}.get(name, 0)
     assert more == {"updated_bytes": updated} and touched == read + written - updated
-    assert result.bytes_fraction == result.bytes / result.median_s / 1e9
+    assert result.bytes_fraction == pytest.approx(result.bytes / result.median_s / fixed_peaks.RATES["bytes"])
     assert name in tables([result])[0]
 
 
