@@ -63,7 +63,8 @@ class Group:
         """Return FIGURES and the conditions of a contender as JSON values."""
         result, rows = self.results[contender], list(self.results.values())
         values = {name: figure.read(result, rows) for name, figure in FIGURES.items()}
-        return {"backend": result.backend, "dtype": result.dtype, "dropped_rounds": result.dropped, "note": result.note,
+        return {"backend": result.backend, "dtype": result.dtype, "median_s": result.median_s,
+                "samples_s": result.samples_s, "dropped_rounds": result.dropped, "note": result.note,
                 "peak_source": result.peak_source, **values}  # fmt: skip
 
 
