@@ -57,8 +57,13 @@ def _gib(value: float | None) -> str:
     return "" if value is None else f"{value / 2**30:.2f}"
 
 
+def ms_text(seconds: float) -> str:
+    """Return milliseconds with three digits, and all digits before the point."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def _ms(r: Result) -> str:
-    return f"{1e3 * r.median_s:.3g} ({1e3 * r.q25_s:.3g} to {1e3 * r.q75_s:.3g})"
+    return f"{ms_text(r.median_s)} ({ms_text(r.q25_s)} to {ms_text(r.q75_s)})"
 
 
 def _tokens_per_s(r: Result) -> str:
@@ -178,8 +183,17 @@ def tables(results: Sequence[Result]) -> list[str]:
     return [f"\n{title}\n{_text_table(headings, rows)}" for title, headings, rows in _filled(results)]
 
 
+COMPARISONS = "peakgpt against each contender"
+
+
 def comparisons(results: Sequence[Result]) -> list[str]:
-    """Return a table of peakgpt's speed and memory relative to each contender of a case; empty without pairs.
+    """Return the comparison table as plain text; empty without pairs."""
+    headings, rows = comparison_table(results)
+    return [f"\n{COMPARISONS}\n{_text_table(headings, rows)}"] if rows else []
+
+
+def comparison_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return (headings, rows) of peakgpt's speed and memory relative to each contender of a case.
 
     Times are paired by round. Rows of unlike weight formats are not compared.
     """
@@ -190,7 +204,7 @@ def comparisons(results: Sequence[Result]) -> list[str]:
         rows += [[case_text(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
     headings = ["case", "of peak FLOP/s", "against", "times as fast (95 % interval)", "of its memory", "beyond imports",
                 "rounds"]  # fmt: skip
-    return [f"\npeakgpt against each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
+    return _used(headings, rows)
 
 
 def _comparison(ours: Result, other: Result) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from peakgpt.bench.report import TABLES, case_text, filled_table, groups, notes, verdicts
+from peakgpt.bench.report import COMPARISONS, TABLES, case_text, comparison_table, filled_table, groups, ms_text, notes, verdicts
 from peakgpt.bench.results_file import ResultsFile
 from peakgpt.bench.run_results import OURS
 from peakgpt.bench.schema import Result
@@ -28,12 +28,16 @@ def write_suite_report(file: ResultsFile) -> Path:
 def _parts(file: ResultsFile) -> Iterator[str]:
     env, results = file.env, file.rows.results
     yield key_figures(_figures(file))
+    yield note("A bar is the median time of a call, its line reaches from quartile to quartile. Shorter is faster.")
     for bench, (title, _) in TABLES.items():
         cases = groups(r for r in results if r.bench == bench)
         if cases:
             yield heading(title)
         for rows in cases:
             yield heading(case_text(rows[0]), 3) + _chart(rows) + table(*filled_table(rows))
+    headings, pairs = comparison_table(results)
+    if pairs:
+        yield heading(COMPARISONS) + table(headings, pairs)
     if said := notes(results):
         yield heading("Notes") + "".join(map(note, said))
     if failed := verdicts(file.rows):
@@ -55,4 +59,4 @@ def _chart(rows: Sequence[Result]) -> str:
     """Return bars of the median times with their quartiles, ours first, then from fast to slow."""
     ours = [r for r in rows if r.contender == OURS]
     others = sorted((r for r in rows if r.contender != OURS), key=lambda r: r.median_s)
-    return bars([(r.contender, r.median_s, r.q25_s, r.q75_s, f"{1e3 * r.median_s:.3g} ms") for r in (*ours, *others)])
+    return bars([(r.contender, r.median_s, r.q25_s, r.q75_s, f"{ms_text(r.median_s)} ms") for r in (*ours, *others)])

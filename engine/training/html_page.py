@@ -26,16 +26,16 @@ th,td{padding:.25rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px
 th{border-bottom:2px solid var(--soft)}td:first-child,th:first-child{text-align:left}
 pre{background:var(--box);padding:1rem;border-radius:.4rem;overflow-x:auto;white-space:pre-wrap;
 overflow-wrap:anywhere}
-.bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:.15rem .8rem;align-items:center;
-margin:.3rem 0 .8rem}
-.bars i{display:block;position:relative;height:.9rem;background:var(--box);border-radius:.2rem;overflow:hidden}
+.bars{display:grid;grid-template-columns:max-content 1fr max-content;grid-auto-flow:dense;gap:.15rem .8rem;
+align-items:center;margin:.3rem 0 .8rem}
+.bars span{grid-column:1}.bars i{grid-column:2}.bars em{grid-column:3;text-align:right}
+.bars i{position:relative;height:.9rem;background:var(--box);border-radius:.2rem;overflow:hidden}
 .bars i>*{position:absolute;top:0;bottom:0;left:0}
 .bars b{background:var(--soft);opacity:.55;border-radius:.2rem}.bars .first b{background:var(--curve-0);opacity:1}
-.bars u{top:.36rem!important;bottom:.36rem!important;background:var(--text)}
+.bars i>u{top:calc(50% - 1px);height:2px;background:var(--text)}
 .bars em{font-style:normal;font-variant-numeric:tabular-nums;font-size:.9rem}
-@media(max-width:38rem){.bars{grid-template-columns:1fr max-content;gap:0 .8rem}
-.bars i{grid-column:1/-1;grid-row:auto;margin-bottom:.45rem;height:.6rem}.bars u{top:.24rem!important;
-bottom:.24rem!important}.bars .label{order:0}}
+@media(max-width:38rem){.bars{grid-template-columns:1fr max-content;gap:0 .8rem}.bars em{grid-column:2}
+.bars i{grid-column:1/-1;margin-bottom:.4rem;height:.6rem}}
 """
 
 
@@ -94,5 +94,5 @@ def bars(rows: Sequence[tuple[str, float, float, float, str]]) -> str:
     for number, (label, value, low, high, text) in enumerate(rows):
         whisker = f"<u style='left:{scale * low:.2f}%;width:{max(scale * (high - low), 0.3):.2f}%'></u>"
         bar = f"<i{' class=first' if number == 0 else ''}><b style='width:{scale * value:.2f}%'></b>{whisker}</i>"
-        parts.append(f"<span>{html.escape(label)}</span>{bar}<em>{html.escape(text)}</em>")
+        parts.append(f"<span>{html.escape(label)}</span><em>{html.escape(text)}</em>{bar}")
     return f"<div class=bars>{''.join(parts)}</div>"

@@ -81,7 +81,7 @@ def test_finished_rows_are_on_disk_when_the_benchmark_raises(error, code, monkey
     assert [r["contender"] for r in document["results"]] == ["peakgpt", "eager"]
     assert [f["message"] for f in document["failures"]] == ["not installed", f"{type(error).__name__}: {error}"]
     printed = capsys.readouterr()
-    assert "decode: float32, tokens 4, peakgpt: 1e+03 (1e+03 to 1e+03) ms" in printed.err and str(path) in printed.out
+    assert "decode: float32, tokens 4, peakgpt: 1,000 (1,000 to 1,000) ms" in printed.err and str(path) in printed.out
 
 
 def test_error_before_the_first_row_writes_no_file(monkeypatch, tmp_path):
