@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from peakgpt.bench.report import COMPARISONS, TABLES, case_text, comparison_table, filled_table, groups, ms_text, notes, verdicts
+from peakgpt.bench.report import (
+    COMPARISONS,
+    TABLES,
+    case_text,
+    comparison_table,
+    filled_table,
+    groups,
+    ms_text,
+    notes,
+    verdicts,
+)
 from peakgpt.bench.results_file import ResultsFile
 from peakgpt.bench.run_results import OURS
 from peakgpt.bench.schema import Result
