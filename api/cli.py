@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
 import re
@@ -17,6 +18,7 @@ from peakgpt.kernels.command_line import Parser
 # Each key is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code. It is imported on use.
 COMMANDS = {
     "quickstart": "train a small GPT on text of this machine, compare with PyTorch eager, write a report",
+    "prepare": "turn text, data sets or token files into token shards to train on",
     "train": "train a GPT on text files",
     "generate": "continue a prompt with a checkpoint",
     "quantize": "quantize the weights of a checkpoint to 8 or 4 bits",
@@ -29,8 +31,8 @@ COMMANDS = {
 
 
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
-HEARTBEATS = {"quickstart": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr", "score": "stderr",
-              "aot": "stderr"}  # fmt: skip
+HEARTBEATS = {"quickstart": "stdout", "prepare": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr",
+              "score": "stderr", "aot": "stderr"}  # fmt: skip
 
 
 class BadInput(Exception):
@@ -41,8 +43,15 @@ class _Parser(Parser):
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if flags := [text.partition("=")[0] for text in unknown if text.startswith("-")] or unknown:
-            self.error(f"unrecognized arguments: {' '.join(flags)}")  # without values, which may be secret
+            self.error(f"unrecognized arguments: {' '.join(flags)}{self._instead(flags[0])}")  # values may be secret
         return parsed
+
+    def _instead(self, flag: str) -> str:
+        """Return the known flag that an unknown one may mean."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        other = self.other_name(flag.lstrip("-")) if self.other_name else None
+        nearest = difflib.get_close_matches(flag, known, n=1)
+        return f", {other}" if other else f", expected {nearest[0]}" if nearest else ""
 
     def error(self, message: str):
         # "argument --steps: is 0, expected at least 1" is how argparse gives the messages of `integer` and `number`.

@@ -19,9 +19,15 @@ RUNS = {
 }
 BENCHES = {**KINDS, **RUNS}
 
+# Each key is a module of peakgpt.bench with add_arguments(parser) and run(args) -> exit code. They measure nothing.
+TOOLS = {
+    "compare": "test for each row whether one of two commits or runs is slower",
+    "readme": "write the tables of README.md and docs/ from the committed results",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="{" + ",".join(BENCHES) + "}")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="{" + ",".join((*BENCHES, *TOOLS)) + "}")
     for name, text in BENCHES.items():
         bench = benches.add_parser(name, help=text, description=text)
         bench.add_argument("--device", help='"cpu" or "cuda"; default: the CUDA device if there is one')
@@ -30,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name in KINDS:
             _add_limits(bench)
         importlib.import_module(f"peakgpt.bench.{name}").add_arguments(bench)
+    for name, text in TOOLS.items():
+        tool = benches.add_parser(name, help=text, description=text)
+        importlib.import_module(f"peakgpt.bench.{name}").add_arguments(tool)
 
 
 def _add_limits(bench: argparse.ArgumentParser) -> None:
@@ -39,6 +48,8 @@ def _add_limits(bench: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.bench in TOOLS:
+        return importlib.import_module(f"peakgpt.bench.{args.bench}").run(args)
     device = choose_device(args.device)
     if args.bench in RUNS:
         return importlib.import_module(f"peakgpt.bench.{args.bench}").run(args, device)

@@ -67,10 +67,7 @@ def _ms(r: Result) -> str:
 
 
 def _tokens_per_s(r: Result) -> str:
-    if "tokens" not in r.case:
-        return ""
-    tokens = r.case["tokens"] * r.case.get("batch", 1) * r.case.get("steps", 1)
-    return f"{tokens / r.median_s:,.0f}"
+    return "" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}"
 
 
 def _rounds(r: Result) -> str:

@@ -115,6 +115,13 @@ class Result:
         return None if self.bytes is None else self.bytes / self.median_s / 1e9
 
     @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second of all streams at the median; None if the case has no tokens."""
+        if "tokens" not in self.case:
+            return None
+        return self.case["tokens"] * self.case.get("batch", 1) * self.case.get("steps", 1) / self.median_s
+
+    @property
     def flops_fraction(self) -> float | None:
         """Achieved over peak FLOP/s, 0..1: MFU when flops_kind is "model"."""
         if self.flops is None or not self.peak_flops_s:

@@ -17,7 +17,10 @@ import torch
 
 from peakgpt import quickstart_session
 from peakgpt.bench import command as bench
-from peakgpt.bench.command import BENCHES
+from peakgpt.bench.chosen_runs import DIRTY, History
+from peakgpt.bench.command import BENCHES, TOOLS
+from peakgpt.bench.readme import written_documents
+from peakgpt.bench.schema import read_results
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart, serve
 from peakgpt.engine.data.tokenizer import train_tokenizer
@@ -126,7 +129,7 @@ def test_command_line_options_exist(name):
         importlib.import_module(f"peakgpt.commands.{command}").add_arguments(parser)
         assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= options(parser), rest
         if command == "bench" and (bench := re.match(r" ([a-z]\w*)", rest)):
-            assert bench[1] in BENCHES, rest
+            assert bench[1] in {*BENCHES, *TOOLS}, rest
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -146,15 +149,24 @@ def test_results_in_documents_exist_and_were_measured_at_known_commits():
     for name in (*DOCUMENTS, "CHANGELOG.md"):
         for file in re.findall(r"[a-z-]+-(?:cpu|cuda)-\d{8}-\d{6}\.json", (ROOT / name).read_text()):
             assert (folder / file).is_file(), f"{name} cites {file}"
-    if not (ROOT / ".git").exists() or git("rev-parse", "--is-shallow-repository") == "true":
-        pytest.skip("no complete git history")
+    history = complete_history()
     for path in folder.glob("*.json"):
-        commit = re.search(r'"commit": "(\w+)', path.read_text())[1]
-        assert git("cat-file", "-t", commit) == "commit", f"{path.name}: {commit}"
+        commit = read_results(path)[1]["commit"].removesuffix(DIRTY)
+        assert history.find(commit), f"{path.name}: commit {commit} is not in the history"
 
 
-def git(*arguments):
-    return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
+def test_tables_of_results_are_what_bench_readme_writes():
+    """Fails if a row is edited by hand, or if results were added and the tables are not written anew."""
+    complete_history()
+    for path, text in written_documents(ROOT).items():
+        assert path.read_text() == text, f"{path.name}: run `peakgpt bench readme`"
+
+
+def complete_history():
+    try:
+        return History.of(ROOT)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def missing_files(text, folder):
@@ -218,6 +230,8 @@ NOT_RUN = {
     "peakgpt bench decode": LARGE,
     "peakgpt bench serve": LARGE,
     "peakgpt bench memory_bound": "its streams are larger than any cache; test_bench_ops.py runs its kernels",
+    "peakgpt bench compare": "needs two committed runs; test_compare.py runs it",
+    "peakgpt bench readme": "writes into a checkout; a test above compares what it writes",
     "python -m peakgpt.harness": "runs in test_harness.py, in a process that is offline",
 }
 SHELL_DOCUMENTS = ["README.md", *(f"docs/{p.name}" for p in sorted(ROOT.glob("docs/*.md")))]

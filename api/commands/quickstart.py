@@ -14,7 +14,7 @@ from peakgpt.bench.run_results import RunResults
 from peakgpt.bench.schema import write_results
 from peakgpt.closed_output import PIPE_EXIT_CODE, Output
 from peakgpt.engine.data.corpus import load_corpus
-from peakgpt.engine.data.shards import tokenize_corpus
+from peakgpt.engine.data.prepare import prepare
 from peakgpt.engine.data.tokenizer import train_tokenizer
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.stop_signals import stop_on_signals
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         texts = budget.take("tokenizer", (d.text for d in corpus.train), at_least=TOKENIZER_S)
         tokenizer = train_tokenizer(texts, VOCAB)
         enter_phase("encoding the text")
-        shards = tokenize_corpus(corpus, tokenizer, folder.tokens)
+        shards = prepare(corpus, tokenizer, folder.tokens)
         console.print(
             f"tokens: {len(shards[0]):,} to train on, {len(shards[1]):,} to validate, "
             f"vocabulary {tokenizer.vocab_size}, {shards[0].bytes_per_token:.2f} bytes per token"

@@ -8,7 +8,7 @@ CHECKPOINT = "checkpoint"  # the model in its family's Hugging Face layout
 STATE = "state"  # the training state that a resumed run reads
 TOKENS = "tokens"  # token shards and tokenizer
 METRICS = "metrics.jsonl"  # one JSON object a line
-SETTINGS = "settings.json"  # the flags of `peakgpt train`
+RUN_CONFIG = "config.toml"  # all settings of `peakgpt train`
 
 
 def model_folder(path: Path | str) -> Path:

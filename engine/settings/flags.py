@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from peakgpt.engine.settings.setting import Setting
-from peakgpt.engine.settings.values import members, show, tuple_kind
+from peakgpt.engine.settings.values import NONE, members, show, tuple_kind
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
@@ -40,7 +41,8 @@ def _options(setting: Setting) -> dict[str, Any]:
     if tuple_kind(setting.kind) is not None:
         return {**options, "nargs": "+"}
     if setting.choices:
-        options["choices"] = setting.choices  # shells complete them
+        is_optional = types.NoneType in members(setting.kind)
+        options["choices"] = (*setting.choices, *([NONE] if is_optional else []))  # shells complete them
     if bool in members(setting.kind):
         options |= {"nargs": "?", "const": "true", "choices": ("true", "false")}
     return {**options, "type": _checked(setting)}

@@ -16,8 +16,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
+import re
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +43,9 @@ class Setting:
         choices: allowed values, in TOML's spelling.
         metavar: stands for a value in the help.
         automatic: how a run chooses the value if none is given; it replaces `default` in the help.
-        resumable: whether it may change when a run is resumed, because it does not change what is computed.
+        resumable: whether it may change when a run is resumed.
+        only_with: name of another setting -> the values with which this one acts; None stands for any but 0 and none.
+        is_path: whether a text is the path of a file or folder, which is made absolute; hf:NAME is none.
         owner: name of the dataclass.
     """
 
@@ -58,6 +62,8 @@ class Setting:
     metavar: str | None = None
     automatic: str | None = None
     resumable: bool = False
+    only_with: Mapping[str, Collection[Any] | None] | None = None
+    is_path: bool = False
     owner: str = ""
 
     @property
@@ -75,7 +81,7 @@ class Setting:
         except ValueError:
             raise ValueError(f"is {_short(value)}, expected {self.expected}") from None
         self.check(result)
-        return result
+        return _absolute(result) if self.is_path else result
 
     def check(self, value: Any) -> None:
         """Raise ValueError, with a message as in `read`, if the field cannot have this value."""
@@ -86,6 +92,17 @@ class Setting:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool):
                 self._check_range(value, number)
+
+    def obstacle(self, values: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Return which setting makes this one ignored, and what it should be; None if this one acts.
+
+        Args:
+            values: of all settings, by name.
+        """
+        for name, allowed in (self.only_with or {}).items():
+            if not (values[name] if allowed is None else values[name] in allowed):
+                return name, " or ".join(show(v, quoted=False) for v in allowed) if allowed else "set"
+        return None
 
     @property
     def expected(self) -> str:
@@ -114,7 +131,7 @@ def setting(default: Any, help: str, *, section: str, **options: Any) -> Any:  #
         default: of the field.
         help: one line for --help, config.toml and docs/training.md; without the default, which is added.
         section: table of the TOML file.
-        options: at_least, above, at_most, below, choices, metavar, automatic, resumable; see `Setting`.
+        options: the other arguments of `Setting`.
     """
     return dataclasses.field(default=default, metadata={METADATA: {"help": help, "section": section, **options}})
 
@@ -148,6 +165,13 @@ def check_settings(config: Any) -> None:
 
 def _has_float(kind: Any) -> bool:
     return kind is float or any(map(_has_float, typing.get_args(kind)))
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    is_file = isinstance(value, str) and not re.match(r"\w+:", value)  # hf:NAME is a name
+    return os.path.abspath(os.path.expanduser(value)) if is_file else value
 
 
 def _short(value: Any) -> str:

@@ -136,7 +136,7 @@ class RunFolder:
             with staging_folder(self.path) as stage:
                 self._stage = stage
                 yield
-                # Files come after folders: settings.json says that the run is prepared.
+                # Files come after folders: config.toml says that the run is prepared.
                 for entry in sorted(stage.iterdir(), key=lambda entry: entry.is_file()):
                     if entry.is_file():
                         flush(entry)

@@ -25,7 +25,9 @@ class TrainConfig:
     micro_batch: int | None = setting(
         None, "sequences per pass; gradients are accumulated; none: the whole batch", section="training", at_least=1
     )
-    steps: int = setting(1000, "updates", section="training", at_least=1, metavar="N")
+    steps: int = setting(
+        1000, "updates", section="training", at_least=1, metavar="N", resumable=True
+    )
     dtype: torch.dtype = setting(
         torch.float32, "of parameters, activations and gradients; bfloat16 has a float32 master", section="training",
         choices=("float32", "bfloat16"), automatic="bfloat16 if the device multiplies it in hardware",

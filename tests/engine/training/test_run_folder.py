@@ -84,8 +84,8 @@ def test_a_run_that_was_killed_while_it_was_prepared_is_started_again(tmp_path):
     assert subprocess.run([sys.executable, "-c", DIE_WHILE_PREPARING, path]).returncode == 9
     assert len(entries(path)) == 2
     with RunFolder(path) as run, run.discarded_on_bad_input():
-        (run.root / "settings.json").write_text("{}")
-    assert entries(path) == ["metrics.jsonl", "settings.json"]
+        (run.root / "config.toml").write_text("{}")
+    assert entries(path) == ["config.toml", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 7, "lo', '{"step": 6, "loss": 1}\n{"step": 5'])
