@@ -215,6 +215,7 @@ SMALL = {
     "peakgpt bench ops --device cpu --op linear_cross_entropy":
         f"--size rows=4 --size width=8 --size vocab=9 {TINY_OP}",
     "peakgpt aot": "--op layernorm --target sm_90",
+    "peakgpt bench suite --list": "",
     "python examples/occupation_bias.py": "",
 }  # fmt: skip
 GPU, LARGE = "needs a GPU; test_bench_device.py runs its parts", "measures models of 124M parameters for minutes"
@@ -224,6 +225,7 @@ NOT_RUN = {
     "peakgpt bench device": GPU,
     "peakgpt bench fp8": GPU,
     "peakgpt bench train": LARGE,
+    "peakgpt bench suite": LARGE,
     "peakgpt bench patch": LARGE,
     "peakgpt bench prefill": LARGE,
     "peakgpt bench gemm": LARGE,
