@@ -44,6 +44,11 @@ class Group:
         same = (result.bench, result.dtype) == (self.bench, self.dtype) and result.case.keys() == self.case.keys()
         return same and all(value in (ANY, result.case[key]) for key, value in self.case.items())
 
+    def is_in(self, rows: Mapping[str, Result]) -> bool:
+        """Return whether all contenders are among the rows; several need the times of their rounds for ratios."""
+        shown = [rows.get(name) for name in self.contenders]
+        return all(row is not None and (len(shown) == 1 or row.samples_s) for row in shown)
+
 
 @dataclass(frozen=True)
 class History:
@@ -116,7 +121,7 @@ def choose(group: Group, runs: Sequence[Run], history: History) -> Shown:
     for run in runs:
         rows = {row.contender: row for row in run.results if group.holds(row)}
         commit = history.find(run.environment["commit"])
-        if commit is None or not run.complete or not set(group.contenders) <= rows.keys():
+        if commit is None or not run.complete or not group.is_in(rows):
             continue
         release = history.releases.index(commit) if commit in history.releases else len(history.releases)
         age = (release, history.commits.index(commit))

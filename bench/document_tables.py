@@ -52,6 +52,10 @@ def share_of_peak(group: Group, contender: str = OURS) -> Cell:
     return text
 
 
+def note(group: Group, contender: str = OURS) -> Cell:
+    return lambda find: find(group).rows[contender].note
+
+
 def memory_ratio(group: Group, other: str, ours: str = OURS) -> Cell:
     """Peak memory of our process over that of another contender."""
 
@@ -151,20 +155,20 @@ GEMM = {  # contender -> its name in a table
 PRODUCTS = {
     rows: Group(bench="products", dtype="bfloat16", case={"rows": rows}, contenders=tuple(GEMM)) for rows in (1, 8, 512)
 }
-OPS = {
-    (op, dtype, direction): Group(
-        bench="op", dtype=dtype, case={"op": op, "pass": direction}, contenders=(OURS, "eager")
-    )
-    for op in ("rmsnorm", "add_rmsnorm", "gated_mlp")
-    for dtype in ("float32", "bfloat16") for direction in ("forward", "forward+backward")
-}  # fmt: skip
 CACHE = {
     streams: Group(bench="step", dtype="bfloat16", case={"model": "gpt2", "streams": streams, "past": 900},
                    contenders=(OURS, "peakgpt, int8 cache"))
     for streams in (8, 1)
 }  # fmt: skip
-SERVE = Group(bench="serve", dtype="bfloat16", case={**GPT2, "prompt": 32, "tokens": 128, "batch": 64},
-              contenders=(OURS, "engine"))  # fmt: skip
+STREAMS = {**GPT2, "prompt": 32, "batch": 64}
+SERVE = Group(bench="serve", dtype="bfloat16", case={**STREAMS, "tokens": 128}, contenders=(OURS, "engine"))
+SERVE_ALONE = [
+    Group(bench="serve", dtype="bfloat16", case=case, contenders=(OURS,))
+    for case in ({**STREAMS, "tokens": 128, "time": "without a pause"}, {**STREAMS, "time": "first token"},
+                 {**STREAMS, "time": "between tokens"})
+]  # fmt: skip
+RECOMPUTE = Group(bench="train", dtype="bfloat16", contenders=tuple(TRAINING),
+                  case={"batch": 4, "tokens": 256, **GPT2, "recompute": "norm"})  # fmt: skip
 
 
 # ---- tables
@@ -200,6 +204,14 @@ def _engines_row(dtype: str, streams: int, ours: str, label: str) -> tuple[Cell,
     return label, str(streams), tokens_per_s(group, ours), *others
 
 
+def _op_row(op: str) -> tuple[Cell, ...]:
+    groups = [
+        Group(bench="op", dtype=dtype, case={"op": op, "pass": direction}, contenders=(OURS, "eager"))
+        for dtype in ("float32", "bfloat16") for direction in ("forward", "forward+backward")
+    ]  # fmt: skip
+    return op, *(against(group, "eager") for group in groups)
+
+
 def _prefill_rows() -> list[tuple[Cell, ...]]:
     return [
         (FORMATS[dtype], milliseconds(group), name, milliseconds(group, name), against(group, name))
@@ -231,8 +243,10 @@ TABLES = (
     ),
     Table(
         name="training on a CPU", document="docs/cpu.md",
-        headings=("versus", "bfloat16, times as fast", "memory", "float32, times as fast", "memory"),
-        rows=[(label, *(cell for group in TRAIN.values() for cell in (against(group, name), memory_ratio(group, name))))
+        headings=("versus", "bfloat16, times as fast", "memory", "float32, times as fast", "memory",
+                  "bfloat16, `--recompute norm`, times as fast", "memory"),
+        rows=[(label, *(cell for group in (*TRAIN.values(), RECOMPUTE)
+                        for cell in (against(group, name), memory_ratio(group, name))))
               for name, label in TRAINING.items() if name != OURS],
     ),
     Table(
@@ -266,8 +280,11 @@ TABLES = (
     Table(
         name="ops of other families", document="docs/families.md",
         headings=("op", "float32 forward", "forward and backward", "bfloat16 forward", "forward and backward"),
-        rows=[(op, *(against(group, "eager") for (name, *_), group in OPS.items() if name == op))
-              for op in ("rmsnorm", "add_rmsnorm", "gated_mlp")],
+        rows=[_op_row(op) for op in ("rmsnorm", "add_rmsnorm", "gated_mlp")],
+    ),
+    Table(
+        name="serving without pauses", document="docs/serving.md", headings=("median, ms", "all"),
+        rows=[(milliseconds(group) if "tokens" not in group.case else "", note(group)) for group in SERVE_ALONE],
     ),
     Table(
         name="serving", document="docs/serving.md",

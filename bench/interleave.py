@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from peakgpt.bench.cpu_load import MIN_KEPT, disturbance, keep_undisturbed, read_ticks
+from peakgpt.bench.cpu_load import MAX_DISTURBANCE, MIN_KEPT, disturbance, keep_undisturbed, read_ticks
 from peakgpt.bench.peak_meter import GroupPeaks, PeakMeter
 from peakgpt.bench.timing import Timing
 from peakgpt.bench.turns import (
@@ -98,7 +98,7 @@ def interleave(
         return bool(session.names) and done < rounds and not _budget_is_spent(start, budget_s, done)
 
     while goes_on():
-        ticks, block_start = read_load(), time.perf_counter()
+        ticks, block_start, block_first = read_load(), time.perf_counter(), len(session.taken)
         while goes_on():
             session.take(on_failure, last=len(session.taken) == rounds - 1)
             report(len(session.taken))
@@ -106,6 +106,8 @@ def interleave(
                 break
         share = disturbance(ticks, read_load())
         disturbances += [share] * (len(session.taken) - len(disturbances))
+        if share <= MAX_DISTURBANCE:
+            session.look(block_first)
     if not session.names:
         return {}
     group = peaks.group(before, peaks.measure()) if peaks else None
@@ -135,14 +137,14 @@ class _Rounds:
         self.workers, self.split, self.probe = workers, split, probe
         self.names = list(calls)
         self.taken: list[dict[str, Turn]] = []  # name -> turn, in the order of the turns
-        self.suspected = False  # the first call of a turn was slow in the last look
+        self.suspected = False  # the first call of a turn was slow when we looked last
         self.cold = False
 
     def take(self, on_failure: OnFailure, *, last: bool) -> None:
         """Give every contender a turn."""
         index = len(self.taken)
-        look = self.probe and (index % PROBE_EVERY == 0 or last or self.suspected)
-        least = 1 + BLOCK_CALLS if self.cold else 2 if look else 1
+        second_call = self.probe and (index % PROBE_EVERY == 0 or last or self.suspected)
+        least = 1 + BLOCK_CALLS if self.cold else 2 if second_call else 1
         offset = index % len(self.names)
 
         def turn(name: str) -> Turn:
@@ -152,10 +154,14 @@ class _Rounds:
 
         self.taken.append(_of_each(self.names[offset:] + self.names[:offset], turn, on_failure))
         self.names = [name for name in self.names if name in self.taken[-1]]
-        if look:
-            suspected = seems_cold(self.taken[-1])
-            self.cold = self.cold or (suspected and self.suspected)
-            self.suspected = suspected
+
+    def look(self, first: int) -> None:
+        """Look in the rounds from `first` on whether memory went cold. Other processes must not have disturbed them."""
+        for turns in self.taken[first:]:
+            if self.probe and any(turn.cold is not None for turn in turns.values()):
+                suspected = seems_cold(turns)
+                self.cold = self.cold or (suspected and self.suspected)
+                self.suspected = suspected
 
     def timings(self, disturbances: Sequence[float], group: GroupPeaks | None) -> dict[str, Timing]:
         """Choose the rounds to keep and return the timings of the contenders that took part in all of them."""

@@ -86,10 +86,10 @@ def _source_line(groups: Sequence[tuple[Group, Shown]]) -> str:
     where = [f"commit {first.commit[:12]}", environment["date"][:10], environment["device"]["name"],
              f"{environment['threads']} threads"]  # fmt: skip
     rows = [(group, shown.rows[group.contenders[0]]) for group, shown in groups]
-    said = [f"{row.rounds} of {row.rounds + row.dropped} rounds" for _, row in rows]
+    said = [f"{row.rounds} of {row.rounds + row.dropped} rounds" for _, row in rows if row.samples_s]
     said += [f"{key} {row.case[key]}" for group, row in rows for key, value in group.case.items() if value == ANY]
     said += [f"peak {row.peak_flops_s / 1e12:.3f} TFLOP/s in {row.dtype}" for _, row in rows if row.peak_flops_s]
-    return f"- {first.run.path.name} ({', '.join(where)}): {', '.join(dict.fromkeys(said))}"
+    return f"- {first.run.path.name} ({', '.join(where)})" + (f": {', '.join(dict.fromkeys(said))}" if said else "")
 
 
 def _with_table(text: str, table: Table, body: str) -> str:

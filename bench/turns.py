@@ -6,10 +6,10 @@
 A hypervisor that reclaims the pages of idle guests makes the first call of a turn slow (5 times was seen with GPT-2
 124M trainers), and no counter in the guest shows it. Other reasons for a slow first call are the caches, which the
 other contenders filled, and page faults, which are recorded. So the first call is compared with the others of its turn:
-in every turn of fast calls, and in every PROBE_EVERY-th round of slow calls, one of which fills a turn. If a contender
-is over COLD in two looks, one after the other, memory goes cold. From then on every turn has calls after the first one,
-and only these are timed, for every contender. To keep idle contenders warm instead, something would have to touch their
-memory, which takes time and cache from the one that is timed.
+in every turn of fast calls, and in every PROBE_EVERY-th round of slow calls, one of which fills a turn. Rounds that
+other processes disturbed do not count. If a contender is over COLD in two looks, one after the other, memory goes cold.
+From then on every turn has calls after the first one, and only these are timed, for every contender. To keep idle
+contenders warm instead, something would have to touch their memory, which takes time and cache from the others.
 """
 
 from __future__ import annotations
@@ -115,6 +115,6 @@ def cold_note(rounds: Sequence[Mapping[str, Turn]], unusable: int) -> str:
     name, factor = max(((n, statistics.median(factors)) for n, factors in worst.items()), key=lambda pair: pair[1])
     lost = f", {unusable} rounds before without such calls dropped" if unusable else ""
     return (
-        f"memory went cold between turns: the first call took up to {factor:.1f} x as long as the next ones ({name}); "
-        f"turns have {1 + BLOCK_CALLS} calls and more, the first one is not timed{lost}"
+        f"memory went cold between turns: the first call took up to {factor:.1f} x as long as the next ones ({name}), "
+        f"so turns have {1 + BLOCK_CALLS} calls and more, and the first one is not timed{lost}"
     )

@@ -1,12 +1,13 @@
 """The rule that chooses the run of a document: no figure takes part in it."""
 
+import dataclasses
 import subprocess
 
 import pytest
 
 from peakgpt.bench.chosen_runs import ANY, Group, History, Run, choose
 from peakgpt.bench.schema import Result, write_results
-from peakgpt.bench.timing import Timing
+from peakgpt.bench.timing import Timing, Turns
 
 COMMITS = ["c" * 40, "b" * 40, "a" * 40]  # the newest first
 GROUP = Group(bench="train", dtype="float32", case={"batch": 4, "tokens": ANY}, contenders=("peakgpt", "eager"))
@@ -66,6 +67,13 @@ def test_run_with_changes_unknown_commit_or_without_a_row_is_not_eligible(tmp_pa
     assert chosen([bad, good]) == "good"
     with pytest.raises(ValueError, match="no complete run at a known commit"):
         chosen([bad])
+
+
+def test_run_without_the_times_of_its_rounds_has_no_ratios(tmp_path):
+    old = run(tmp_path, "old", "c" * 40)
+    old.results[:] = [dataclasses.replace(row, samples_s=[], turns=Turns()) for row in old.results]
+    assert chosen([old, run(tmp_path, "good", "a" * 40)]) == "good"
+    assert chosen([old], group=dataclasses.replace(GROUP, contenders=("peakgpt",))) == "old"
 
 
 def test_history_lists_commits_and_releases_newest_first(tmp_path):

@@ -157,6 +157,19 @@ def test_warm_memory_and_a_single_slow_call_change_nothing(machine):
     assert timing.turns.calls == [2, 2, 1, 1, 2, 1, 2]  # a second look after the slow call
 
 
+def test_disturbed_rounds_do_not_look_like_cold_memory(machine):
+    """Other processes take our CPUs in every first call. Fails if such rounds are looked at."""
+
+    def slow_first_call(call):
+        if call in (3, 5, 7, 9):
+            machine.now_s += 3
+            machine.foreign += 300
+
+    a, b = machine.contender("a", 1.0, slow_first_call), machine.contender("b", 1.0)
+    timing = interleave.interleave({"a": a, "b": b}, rounds=8)["a"]
+    assert timing.first_call == "timed" and "cold" not in timing.note and timing.turns.calls[0] <= 2
+
+
 def test_call_with_counted_effects_is_never_repeated(machine):
     contenders = {name: Idle(machine, name, 1.0, 5.0) for name in "abc"}
     timing = interleave.interleave(contenders, rounds=5, warmup=0, one_call=True)["a"]
