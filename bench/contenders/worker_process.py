@@ -81,14 +81,13 @@ class WorkerProcess:
             RuntimeError: the contender raised, or its process has ended or hangs. A traceback is on standard error.
             ModuleNotFoundError: the contender needs a package that is missing.
         """
-        line = ""
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its last line says why
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-            if not select.select([self.reports], [], [], STEP_S)[0]:
-                self.process.kill()
-                raise RuntimeError(f"benchmark worker {self.name!r} made no step in {STEP_S:g} s")
-            line = self.reports.readline()
+        if not select.select([self.reports], [], [], STEP_S)[0]:
+            self.process.kill()
+            raise RuntimeError(f"benchmark worker {self.name!r} made no step in {STEP_S:g} s")
+        line = self.reports.readline()
         if not line:
             code = self.process.wait()
             raise RuntimeError(f"benchmark worker {self.name!r} ended with exit code {code}; its message is above")

@@ -53,6 +53,7 @@ def test_missing_dependency_of_a_contender_is_reported_as_missing(tmp_path):
     """Regression: the row said "ended with exit code 1", and only standard error had the name of the package."""
     (tmp_path / "needy.py").write_text("def make(request):\n    import no_such_engine\n")
     worker = WorkerProcess("needy", {"make": "needy:make", "threads": 1}, {"PYTHONPATH": str(tmp_path)})
+    worker.process.wait()  # it may end before its first step
     try:
         with pytest.raises(ModuleNotFoundError, match="'needy': ModuleNotFoundError: No module named 'no_such_engine'"):
             worker.step()
