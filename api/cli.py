@@ -20,6 +20,8 @@ COMMANDS = {
     "quickstart": "train a small GPT on text of this machine, compare with PyTorch eager, write a report",
     "prepare": "turn text, data sets or token files into token shards to train on",
     "train": "train a GPT on text files",
+    "verify": "check every file of a run against its digests",
+    "report": "write the report of a run again, from its metrics",
     "generate": "continue a prompt with a checkpoint",
     "quantize": "quantize the weights of a checkpoint to 8 or 4 bits",
     "score": "log-probabilities of continuations, or the perplexity of a text",
@@ -63,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0 for success, 1 for a failed check or a training that gave numbers which are not finite, 2 for bad
-        input, 128 + N after signal N, such as 130 after Ctrl-C, and 141 if nobody reads the output any more.
+        Exit code: 0 for success, 1 for a failed check, 2 for bad input, 3 for a training whose numbers are not finite,
+        128 + N after signal N, such as 130 after Ctrl-C, and 141 if nobody reads the output any more.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_EXIT_CODE
     except FloatingPointError as error:
         print(f"peakgpt: error: {error}", file=sys.stderr)
-        return 1
+        return 3
     except (BadInput, ValueError, NotImplementedError, OSError) as error:
         print(f"peakgpt: error: {error}", file=sys.stderr)
         return 2

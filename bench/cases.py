@@ -23,6 +23,7 @@ KINDS = {
     "gemm": "GPT-2 124M's linear layers with 16-, 8- and 4-bit weights on a CPU",
     "memory_bound": "memory-bound CPU kernels without dispatch, versus streams of the same reads and writes",
     "ops": "every op, forward and backward, versus PyTorch",
+    "packing": "a training step on packed documents with masked attention versus whole rows",
     "fp8": "training with fp8 GEMMs versus bfloat16: loss and time",
 }
 CPU_KINDS = ("prefill", "serve", "gemm", "memory_bound")

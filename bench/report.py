@@ -1,28 +1,17 @@
-"""Report of a run: plain-text tables for the terminal and one self-contained HTML page."""
+"""Results as plain-text tables for the terminal, and as sections for the page of a run."""
 
 from __future__ import annotations
 
-import html
-import io
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 from peakgpt.bench.check import Check
 from peakgpt.bench.run_results import OURS, Failure, Row, RunResults
 from peakgpt.bench.schema import Result, comparable
 from peakgpt.bench.timing import ratio
-from peakgpt.kernels.files import write_atomically
-
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2128;background:#fff}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}th,td{padding:.25rem .7rem;text-align:right;white-space:nowrap}
-th{border-bottom:2px solid #57606a}td{border-bottom:1px solid #d8dee4}td:first-child,th:first-child{text-align:left}
-pre{background:#f6f8fa;padding:1rem;overflow-x:auto}svg{max-width:100%;height:auto}.note{color:#57606a}
-"""
-CONTENDER_COLORS = {"eager": "#f0883e", "peakgpt": "#0969da"}
+from peakgpt.engine.training.figures import percent_text, rate_text
+from peakgpt.engine.training.html_page import Section, table
+from peakgpt.engine.training.html_page import note as remark
 
 
 def groups(results: Iterable[Result]) -> list[list[Result]]:
@@ -46,7 +35,7 @@ def speedup(result: Result, others: Sequence[Result], baselines: Sequence[str] =
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+    return "" if value is None else percent_text(value)
 
 
 def _times(value: float | None) -> str:
@@ -67,7 +56,7 @@ def _ms(r: Result) -> str:
 
 
 def _tokens_per_s(r: Result) -> str:
-    return "" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}"
+    return "" if r.tokens_per_s is None else rate_text(r.tokens_per_s)
 
 
 def _rounds(r: Result) -> str:
@@ -255,73 +244,11 @@ def verdicts(found: RunResults) -> list[str]:
     return lines + [f"  {row_line(row)}" for row in (*wrong, *found.failures)]
 
 
-# ---- the page
+# ---- parts of the page of a run
 
 
-def write_report(
-    path: Path | str, *, rows: Sequence[dict[str, Any]], results: Sequence[Result], environment: dict[str, Any],
-    corpus: str, sample: str,
-) -> None:  # fmt: skip
-    """Write the page of a run with curves, tables and environment. It loads no other file.
-
-    Args:
-        path: of the page.
-        rows: of metrics.jsonl.
-        results: measured cases.
-        environment: of peakgpt.bench.environment.
-        corpus: one line that describes the text.
-        sample: generated text.
-    """
-    e = html.escape
-    parts = [f"<p>{e(corpus)}</p>", _curves(rows)]
-    for title, headings, cells in _filled(results):
-        parts += [f"<h2>{e(title)}</h2>", _html_table(headings, cells)]
-    parts += [f"<p class=note>{e(note)}</p>" for note in notes(results)]
-    parts += ["<h2>Sample</h2>", f"<pre>{e(sample)}</pre>", "<h2>Environment</h2>",
-              _html_table(["", ""], [[str(k), str(v)] for k, v in environment.items()])]  # fmt: skip
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>peakgpt run</title><style>{STYLE}</style><h1>peakgpt run</h1>{''.join(parts)}</html>\n"
-    )
-    write_atomically(Path(path), page.encode())
-
-
-def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _curves(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the loss of each contender and the bits per byte of the held-out text by step, as inline SVG."""
-    losses = {
-        name: [(r["step"], r["loss"]) for r in rows if r["contender"] == name and "loss" in r]
-        for name in CONTENDER_COLORS
-    }
-    held_out = {"peakgpt": [(r["step"], r["bits_per_byte"]) for r in rows if "bits_per_byte" in r]}
-    return _chart(losses, "training loss, nats per token") + _chart(held_out, "held-out text, bits per byte")
-
-
-def _chart(series: dict[str, list[tuple[float, float]]], title: str) -> str:
-    """Return a line chart over steps; empty without finite values."""
-    import matplotlib  # takes 0.3 s, and most runs draw nothing
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
-    import matplotlib.pyplot as plt
-
-    finite = {name: [p for p in points if math.isfinite(p[1])] for name, points in series.items()}
-    if not any(finite.values()):
-        return ""
-    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for name, points in finite.items():
-        if points:
-            thin = {"linewidth": 1.2 if name == "peakgpt" else 3}
-            axes.plot(*zip(*points, strict=True), color=CONTENDER_COLORS[name], label=name, gid=f"curve-{name}", **thin)
-    axes.set(title=title, xlabel="step")
-    axes.legend()
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = picture.getvalue()
-    return text[text.index("<svg") :]
+def result_sections(results: Sequence[Result]) -> list[Section]:
+    """Return the tables of all kinds of benchmarks, and the notes, for the page of a run."""
+    sections = [Section(title, table(headings, cells)) for title, headings, cells in _filled(results)]
+    said = "".join(map(remark, notes(results)))
+    return [*sections, Section("Notes", said)] if said else sections

@@ -19,7 +19,7 @@ from peakgpt.bench.report import (
 from peakgpt.bench.results_file import ResultsFile
 from peakgpt.bench.run_results import OURS
 from peakgpt.bench.schema import Result
-from peakgpt.engine.training.html_page import bars, heading, key_figures, note, page, table, text_block
+from peakgpt.engine.training.html_page import bars, figure_boxes, heading, note, page, table, text_block
 from peakgpt.kernels.files import write_atomically
 
 
@@ -37,7 +37,7 @@ def write_suite_report(file: ResultsFile) -> Path:
 
 def _parts(file: ResultsFile) -> Iterator[str]:
     env, results = file.env, file.rows.results
-    yield key_figures(_figures(file))
+    yield figure_boxes(_figures(file))
     yield note("A bar is the median time of a call, its line reaches from quartile to quartile. Shorter is faster.")
     for bench, (title, _) in TABLES.items():
         cases = groups(r for r in results if r.bench == bench)

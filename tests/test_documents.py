@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from peakgpt import quickstart_session
 from peakgpt.bench import command as bench
 from peakgpt.bench.chosen_runs import DIRTY, History
 from peakgpt.bench.command import BENCHES, TOOLS
@@ -205,6 +204,7 @@ TINY_OP = "--dtype float32 --seconds 0.01 --contenders peakgpt --out results"
 SMALL = {
     "peakgpt doctor": "",
     "peakgpt quickstart": "--minutes 0.001",
+    "peakgpt report": "",
     "peakgpt prepare FILE...": "",
     "peakgpt prepare web.jsonl.gz": "",
     "peakgpt prepare shakespeare_char": "",
@@ -233,6 +233,7 @@ NOT_RUN = {
     "peakgpt bench fp8": GPU,
     "peakgpt bench train": LARGE,
     "peakgpt bench suite": LARGE,
+    "peakgpt bench packing": LARGE,
     "peakgpt bench patch": LARGE,
     "peakgpt bench prefill": LARGE,
     "peakgpt bench gemm": LARGE,
@@ -291,7 +292,7 @@ def workspace(tmp_path, monkeypatch):
     GPT(config).save_pretrained(tmp_path / "checkpoint", tokenizer)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
-    monkeypatch.setattr(quickstart_session, "TRAINING_S", 0.1)
+    monkeypatch.setattr(quickstart, "MIN_MINUTES", 0.0)
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     if importlib.util.find_spec("uvicorn"):
         import uvicorn

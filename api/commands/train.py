@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from peakgpt.closed_output import PIPE_EXIT_CODE, Output
-from peakgpt.engine.checkpoint.folder import TRAINING_STATE
-from peakgpt.engine.data.run_layout import RUN_CONFIG, STATE
-from peakgpt.engine.run_session import Reporter, RunSession, resume, start
+from peakgpt.engine.data.run_layout import RUN_CONFIG, step_folder
+from peakgpt.engine.run_session import Reporter, RunSession, check_resources, resume, start
 from peakgpt.engine.settings.flags import add_flags, read_flags
-from peakgpt.engine.training.loop import StepMetrics, ValidationMetrics
+from peakgpt.engine.training.loop import SaveDue
+from peakgpt.engine.training.loss_spikes import LossSpike
 from peakgpt.engine.training.run_config import RunConfig, run_settings
 from peakgpt.engine.training.run_file import read_config_file, recipe_names
 from peakgpt.engine.training.run_folder import RunFolder
@@ -18,8 +18,7 @@ from peakgpt.engine.training.stop_signals import stop_on_signals
 from peakgpt.engine.training.synonyms import our_name
 from peakgpt.heartbeat import enter_phase
 from peakgpt.kernels.hardware.device import choose_device
-
-LINE_S = 5.0  # a step's line is printed at least this often, if the steps are fast enough
+from peakgpt.run_reporter import RunReporter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +43,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         file = {} if args.config is None else read_config_file(args.config)
         config = RunConfig.of({**file, **given}, device)  # raises before the text is read
+        check_resources(config, device, reporter)
         folder = RunFolder.with_default_name("train") if args.out is None else RunFolder(args.out)
         session = start(config, folder, device, reporter)
-    with session.folder:
+    with session.folder, session.checkpoints:
         return _train(session, output)
 
 
@@ -59,34 +59,39 @@ def _refuse_on_resume(args: argparse.Namespace, given: dict[str, object]) -> Non
 
 def _train(session: RunSession, output: Output) -> int:
     """Train until the end, a signal, or a closed standard output; then save. Return the exit code."""
-    enter_phase("training")
-    config, folder, tokenizer, loop = session.config, session.folder, session.tokenizer, session.loop
+    config, folder, loop, checkpoints = session.config, session.folder, session.loop, session.checkpoints
+    reporter = RunReporter(folder, loop, config, output)
     try:
-        with stop_on_signals() as stop:
+        with reporter, stop_on_signals() as stop:
+
+            def should_stop() -> bool:
+                reporter.before_step()
+                return stop() or output.lost
+
             for event in loop.run(
-                validate_every=config.checkpoint.save_every,
-                validation_batches=config.validation.validation_batches,
-                should_stop=lambda: stop() or output.lost,
+                validate_every=config.validation.validate_every,
+                save_every=config.checkpoint.save_every,
+                should_stop=should_stop,
             ):
-                folder.log(contender="peakgpt", **event.row())
-                _print(event, loop.trainer.steps, config.metrics.log_every, output)
-                if isinstance(event, ValidationMetrics) and not loop.finished:
-                    loop.save(folder.path, tokenizer)
-            loop.save(folder.path, tokenizer)
+                checkpoints.check()
+                if isinstance(event, LossSpike):
+                    event = checkpoints.roll_back(event) or event
+                if not isinstance(event, SaveDue):
+                    reporter.take(event)
+                if isinstance(event, SaveDue) or getattr(event, "is_best", False):
+                    checkpoints.save(best=loop.validator.best_step or None)
+            checkpoints.wait()
     except FloatingPointError as error:
-        kept = "the last save is kept" if (folder.path / STATE / TRAINING_STATE).exists() else "nothing was saved"
+        checkpoints.wait()
+        kept = "nothing was saved" if checkpoints.saved_step is None else f"step {checkpoints.saved_step} is kept"
         raise FloatingPointError(f"{error}; {kept} in {folder.path}; a lower --lr may help") from None
+    reporter.finish()
+    if loop.stopped_early:
+        output.say(f"stopped early after step {loop.trainer.steps_done}: the best validation was after step "
+                  f"{loop.validator.best_step}; a higher --patience goes on")  # fmt: skip
     if loop.finished:
-        output.say(f"checkpoint: {folder.checkpoint}")
+        output.say(f"checkpoint: {step_folder(folder.path, loop.trainer.steps_done)}")
     else:
         output.say(f"\nstopped after {loop.trainer.steps_done} steps; continue with: "
                   f"peakgpt train --resume {folder.path}")  # fmt: skip
     return PIPE_EXIT_CODE if output.lost else 0 if loop.finished else stop.exit_code
-
-
-def _print(event: StepMetrics | ValidationMetrics, steps: int, log_every: int, output: Output) -> None:
-    if isinstance(event, ValidationMetrics):
-        output.say(f"step {event.step}  held-out loss {event.loss:.4f}, {event.bits_per_byte:.4f} bits per byte")
-    elif event.step % log_every == 0 or event.step == steps or output.silent_s >= LINE_S:
-        output.say(f"step {event.step}/{steps}  loss {event.loss:.4f}  {event.tokens_per_s:,.0f} tok/s  "
-                  f"MFU {100 * event.mfu:.1f} %")  # fmt: skip

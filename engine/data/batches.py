@@ -9,6 +9,9 @@ so every token is an input at most once, and a target at most once, in an epoch.
 words of Philox with the key (seed, epoch) and the source's number in the counter. numpy guarantees those words for all
 versions (NEP 19), unlike its shuffles. Of several sources, each has its own epochs; mixture.py chooses the next one.
 
+A window may contain several documents. A document begins with the token that separates documents: its last token
+predicts the separator, and the separator predicts the first token of the next document, so no target is lost.
+
 Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11 (Philox).
 """
 
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from peakgpt.engine.data.mixture import Mixture
 from peakgpt.engine.data.shards import TokenShards
+from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
 
 class Batches:
@@ -33,7 +37,7 @@ class Batches:
 
     def __init__(
         self, shards: TokenShards | Sequence[TokenShards], batch: int, tokens: int, seed: int,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | None = None, *, document_token: int | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -42,6 +46,7 @@ class Batches:
             seed: 0 to 2^64 - 1; seed, source and epoch determine offset and order.
             weights: of several sources; their shares of the tokens seen. A source may be seen for several epochs while
                 another one is not finished. None: their lengths.
+            document_token: the id with which each document begins. None: batches have no position_ids.
         Raises:
             ValueError: a stream has fewer than T + 1 tokens, the vocabularies differ, or a size, a weight or the seed
                 is out of range.
@@ -59,13 +64,14 @@ class Batches:
             raise ValueError("training data: got sources of different tokenizers, expected one tokenizer for all")
         self.batch, self.tokens, self.seed = batch, tokens, seed
         self.end_id = sources[0].end_id  # ends a document; None if it is unknown
+        self.document_token = document_token
         self._weights, self._mixture = weights, Mixture(weights)
         self._sources = [_Windows(source, tokens, seed, number) for number, source in enumerate(sources)]
 
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> tuple[Tensor, ...]:
         return self.take(self.batch)
 
     @property
@@ -78,7 +84,7 @@ class Batches:
         """How often each source was seen, such as 1.5."""
         return [source.epoch + source.index / len(source.order) for source in self._sources]
 
-    def take(self, rows: int) -> tuple[Tensor, Tensor]:
+    def take(self, rows: int) -> tuple[Tensor, ...]:
         """Return a batch of the next windows: (ids, targets), int64 (rows, T) each.
 
         Raises:
@@ -87,8 +93,34 @@ class Batches:
         _check_sizes(rows, self.tokens)
         windows = np.empty((rows, self.tokens + 1), np.int64)
         for row in windows:
-            self._sources[next(self._mixture)].read(row)
-        return _ids_and_targets(windows)
+            source, start = self._next_window()
+            source.shards.read(start, row)
+        ids, targets = _ids_and_targets(windows)
+        if self.document_token is None:
+            return ids, targets
+        return ids, targets, document_positions(ids, self.document_token)
+
+    def skip(self, rows: int) -> None:
+        """Leave out the next batch of this number of rows."""
+        for _ in range(rows):
+            self._next_window()
+
+    def _next_window(self) -> tuple[_Windows, int]:
+        """Return the source of the next window, and the stream position of its first token; move behind it."""
+        source = self._sources[next(self._mixture)]
+        return source, source.next_start()
+
+    def describe(self, position: dict[str, Any], rows: int) -> str:
+        """Say which tokens the batch of this number of rows after a position has, in words."""
+        shards = [source.shards for source in self._sources]
+        batches = Batches(shards, self.batch, self.tokens, self.seed, self._weights)
+        batches.load_state_dict(position)
+        windows = [batches._next_window() for _ in range(rows)]
+        several = len(shards) > 1
+        texts = [f"{start} of source {batches._sources.index(source) + 1}" if several else str(start)
+                 for source, start in windows]  # fmt: skip
+        shown = ", ".join(texts[:8]) + (f" and {rows - 8} more" if rows > 8 else "")
+        return f"epoch {windows[-1][0].epoch}, the {self.tokens} tokens from each of {shown}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and the data, window size, weights and seed that it belongs to."""
@@ -132,12 +164,12 @@ class _Windows:
         self.shards, self._tokens, self._seed, self._number = shards, tokens, seed, number
         self.epoch, self.index, self.offset, self.order = self.plan(0, 0)
 
-    def read(self, row: np.ndarray) -> None:
-        """Fill `row`, (T + 1,), with the next window."""
+    def next_start(self) -> int:
+        """Return the stream position of the next window, and move behind it."""
         if self.index == len(self.order):
             self.epoch, self.index, self.offset, self.order = self.plan(self.epoch + 1, 0)
-        self.shards.read(self.offset + int(self.order[self.index]) * self._tokens, row)
         self.index += 1
+        return self.offset + int(self.order[self.index - 1]) * self._tokens
 
     def plan(self, epoch: Any, index: Any) -> tuple[int, int, int, np.ndarray]:
         """Return a position, the offset of its epoch's first window, and the order of its windows.
@@ -174,28 +206,40 @@ def _of_version_0_1_0(state: dict[str, Any], sources: int, weight: float) -> dic
     return {"tokens": state.get("tokens"), "seed": state.get("seed"), "sources": [position]}
 
 
+def document_positions(ids: Tensor, document_token: int) -> Tensor:
+    """Return the position of each token of (B, T) ids in its document, int32 (B, T).
+
+    A document begins at each document_token, and with each row.
+    """
+    index = torch.arange(ids.shape[1], dtype=torch.int32)
+    return index - torch.where(ids == document_token, index, 0).cummax(1).values
+
+
 def validation_batches(shards: TokenShards, batch: int, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over the stream from its start, in the same batches on every call.
 
-    All batches have the same number of windows, so the mean of their losses is the mean over tokens. At most one
-    batch of tokens at the end is left out.
+    Every token of the stream except the first is a target exactly once. The last batch may have fewer rows, and its
+    last row fewer tokens: the rest of that row has targets IGNORE_INDEX.
 
     Args:
         shards: the token stream.
-        batch, tokens: B and T. If the stream has fewer than B windows, B is their number.
+        batch, tokens: B and T.
     Returns:
-        An iterator of (ids, targets), int64 (B, T), targets shifted by one.
+        An iterator of (ids, targets), int64 (B, T), targets shifted by one. If the stream is shorter than a window, T
+        is its length.
     Raises:
-        ValueError: the stream has fewer than T + 1 tokens, or a size is out of range. Raised by the call, not by the
-            first batch.
+        ValueError: the stream has fewer than 2 tokens, or a size is out of range. Raised by the call, not by the first
+            batch.
     """
     _check_sizes(batch, tokens)
-    windows = (len(shards) - 1) // tokens
-    if windows < 1:
-        raise ValueError(f"validation data: got {len(shards)} tokens, expected at least {tokens + 1} for one window")
-    rows = min(batch, windows)
-    starts = np.arange(windows // rows * rows).reshape(-1, rows) * tokens
-    return (_read_windows(shards, row, tokens) for row in starts)
+    count = len(shards) - 1  # of targets
+    if count < 1:
+        raise ValueError(f"validation data: got {len(shards)} tokens, expected at least 2")
+    tokens = min(tokens, count)
+    starts = np.arange(0, count, tokens)
+    return (
+        _read_windows(shards, starts[row : row + batch], tokens) for row in range(0, len(starts), batch)
+    )
 
 
 def _check_sizes(batch: int, tokens: int) -> None:
@@ -204,11 +248,18 @@ def _check_sizes(batch: int, tokens: int) -> None:
 
 
 def _read_windows(shards: TokenShards, starts: np.ndarray, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return (ids, targets), (B, T) each, of the windows that start at these stream positions."""
-    windows = np.empty((len(starts), tokens + 1), np.int64)
+    """Return (ids, targets), (B, T) each, of the windows that start at these stream positions.
+
+    Past the end of the stream ids are 0, and targets IGNORE_INDEX.
+    """
+    windows = np.zeros((len(starts), tokens + 1), np.int64)
     for row, start in zip(windows, starts.tolist(), strict=True):
-        shards.read(start, row)
-    return _ids_and_targets(windows)
+        shards.read(start, row[: len(shards) - start])
+    ids, targets = _ids_and_targets(windows)
+    if (excess := int(starts.max()) + tokens + 1 - len(shards)) > 0:
+        targets = targets.clone()  # one row is contiguous, and shares its memory with ids
+        targets[-1, -excess:] = IGNORE_INDEX
+    return ids, targets
 
 
 def _ids_and_targets(windows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -129,9 +129,19 @@ class TrainingData:
         unique = [name if names.index(name) == i else f"{name}-{i + 1}" for i, name in enumerate(names)]
         return dict(zip(unique, (dataset.validation for dataset in self.datasets), strict=True))
 
-    def batches(self, batch: int, tokens: int, seed: int) -> Batches:
-        """Return the run's batches; see `Batches`."""
-        return Batches([dataset.train for dataset in self.datasets], batch, tokens, seed, self.weights)
+    def batches(self, batch: int, tokens: int, seed: int, *, mask_documents: bool = False) -> Batches:
+        """Return the run's batches; see `Batches`.
+
+        Raises:
+            ValueError: mask_documents, and the data have no token that ends a document.
+        """
+        shards = [dataset.train for dataset in self.datasets]
+        end_id = shards[0].end_id
+        if mask_documents and end_id is None:
+            raise ValueError("mask_documents: got data without the id that ends a document, expected one (--end-id of "
+                             "`peakgpt prepare`)")  # fmt: skip
+        document_token = end_id if mask_documents else None
+        return Batches(shards, batch, tokens, seed, self.weights, document_token=document_token)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError if the data were encoded with another tokenizer, such as that of a checkpoint."""

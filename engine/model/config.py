@@ -9,7 +9,7 @@ from typing import Any
 from peakgpt.engine.settings.setting import check_settings, setting
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES
 
-PENALTIES = ("z_loss", "balance_loss")
+PENALTIES = ("label_smoothing", "z_loss", "balance_loss")
 RATES = ("dropout", "embedding_dropout", "attention_dropout")
 TRAINING_ONLY = (*RATES, *PENALTIES)  # fields that change neither weights nor what the model computes in inference
 BIASED = ("qkv", "out", "mlp", "norm")  # parts that can have a bias; "norm" includes the norms outside of the blocks
@@ -92,6 +92,9 @@ class GPTConfig:
     tied_head: bool = _field(True, "the head shares its weight with the token embedding")
     head_bias: bool = _field(False, "an untied head has a bias")
     logit_scale: float = _field(1.0, "factor on the logits", above=0, metavar="FACTOR")
+    label_smoothing: float = _rate(
+        0.0, "share of a target's probability that is spread over the vocabulary, in training", metavar="SHARE"
+    )
     z_loss: float = _factor(0.0, "factor on logsumexp(logits)^2, which is added to the loss in training")
     dropout: float = _rate(0.0, "probability after each branch, in training")
     embedding_dropout: float | None = _rate(None, "probability after the embedding; none: dropout")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 STYLE = """
 :root{color-scheme:light dark;--text:#1c2128;--page:#fff;--soft:#57606a;--line:#d8dee4;--box:#f6f8fa;
@@ -39,17 +40,32 @@ align-items:center;margin:.3rem 0 .8rem}
 """
 
 
-def page(title: str, parts: Iterable[str]) -> str:
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Args:
+        title: as plain text.
+        body: as HTML, see `table`, `text_block` and `note`.
+    """
+
+    title: str
+    body: str
+
+
+def page(title: str, parts: Iterable[str], *, window_title: str | None = None) -> str:
     """Return the page.
 
     Args:
-        title: as plain text, also the first heading.
+        title: as plain text, the first heading.
         parts: HTML in the order of the page.
+        window_title: as plain text; the default is the title.
     """
+    e = html.escape
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
+        f"<title>{e(window_title or title)}</title><style>{STYLE}</style><h1>{e(title)}</h1>"
         f"{''.join(parts)}</html>\n"
     )
 
@@ -76,11 +92,17 @@ def note(text: str) -> str:
     return f"<p class=note>{html.escape(text)}</p>"
 
 
-def key_figures(figures: Iterable[tuple[str, str]]) -> str:
+def figure_boxes(figures: Iterable[tuple[str, str]]) -> str:
     """Return boxes with (label, value)."""
     e = html.escape
     boxes = "".join(f"<div><b>{e(value)}</b><span>{e(label)}</span></div>" for label, value in figures)
     return f"<div class=figures>{boxes}</div>"
+
+
+def charts_grid(charts: Iterable[tuple[str, str]]) -> str:
+    """Return (caption, inline SVG) side by side where the screen is wide enough; empty without charts."""
+    figures = "".join(f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>" for title, svg in charts)
+    return f"<div class=charts>{figures}</div>" if figures else ""
 
 
 def bars(rows: Sequence[tuple[str, float, float, float, str]]) -> str:

@@ -1,20 +1,18 @@
 """The TOML file of a run: a user's file or a recipe begins a run; config.toml in the run folder resumes it.
 
 config.toml has every setting with its resolved value, so that `peakgpt train --config RUN/config.toml` begins the same
-run again. Its last line is a digest of the settings: a resumed run takes changes by flags, and refuses an edited file.
+run again. Its last line is a digest of the others: a resumed run takes changes by flags, and refuses an edited file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from peakgpt.engine.checkpoint.manifest import seal, sealed_fault
 from peakgpt.engine.data.run_layout import RUN_CONFIG
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.model.config import GPTConfig
@@ -31,8 +29,8 @@ from peakgpt.engine.training.synonyms import our_name
 from peakgpt.kernels.files import write_atomically
 
 RECIPES = Path(__file__).with_name("recipes")
-DIGEST = "# sha256 of all settings: "
 SOURCES = ("preset", "init", "tokenizer")
+HEAD = "# A run of `peakgpt train`. `peakgpt train --config THIS_FILE` begins the same run again."
 WIDTH = 110  # of the listing
 
 
@@ -72,14 +70,9 @@ def read_run_file(run: Path) -> dict[str, Any]:
             f"run folder {run}: got no readable {RUN_CONFIG}, expected one of `peakgpt train`; a run that was killed "
             f"before its first step is started again with --out {run}"
         ) from None
-    values = read_toml(path, text, run_settings(), our_name)
-    found = re.search(rf"^{DIGEST}(\w+)$", text, re.MULTILINE)
-    if found is None or found[1] != _digest(values):
-        raise ValueError(
-            f"{path}: got other settings than the run began with, expected the same: a resumed run takes changes by "
-            f"flags; --config {path} begins another run"
-        )
-    return values
+    if fault := sealed_fault(path):
+        raise ValueError(f"{fault}; --config {path} begins another run")
+    return read_toml(path, text, run_settings(), our_name)
 
 
 def write_run_file(folder: Path, config: RunConfig, model: GPTConfig) -> None:
@@ -97,8 +90,7 @@ def write_run_file(folder: Path, config: RunConfig, model: GPTConfig) -> None:
         del values["vocab_size"]  # another tokenizer would have another size
     derived = {name: show(value) for name, value in model.to_dict().items() if values.get(name, value) != value}
     text = write_toml(values, run_settings().values(), derived)
-    head = "# A run of `peakgpt train`. `peakgpt train --config THIS_FILE` begins the same run again.\n\n"
-    write_atomically(folder / RUN_CONFIG, f"{head}{text}\n{DIGEST}{_digest(values)}\n".encode())
+    write_atomically(folder / RUN_CONFIG, seal(f"{HEAD}\n\n{text}\n").encode())
 
 
 def listing(config: RunConfig, model: GPTConfig, device: torch.device) -> str:
@@ -138,8 +130,3 @@ def _defaults(config: RunConfig, model: GPTConfig, device: torch.device) -> dict
     plain = RunConfig.of({"preset": source.preset, "tokenizer": source.tokenizer}, device)
     defaults = {**plain.values(), **_derived(plain, plain.model_config()), "preset": DEFAULT_PRESET, "tokenizer": None}
     return {**defaults, "vocab_size": defaults["vocab_size"] if "vocab_size" in config.fields else model.vocab_size}
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    lines = (f"{name} = {show(values[name])}" for name in sorted(values))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -51,7 +51,17 @@ def measure(device: torch.device | str | None = None) -> Peaks:
 @functools.cache
 def _measure(device: torch.device, threads: int) -> Peaks:
     read, copy = bandwidth_now(device)
-    return Peaks(flops_now(device), read, measurement_source(device), copy)
+    return Peaks(_flops(device, threads), read, measurement_source(device), copy)
+
+
+def measure_flops(device: torch.device) -> dict[str, float]:
+    """Return the FLOP/s by dtype of `measure`, without measuring the bandwidth."""
+    return _flops(device, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+@functools.cache
+def _flops(device: torch.device, threads: int) -> dict[str, float]:
+    return flops_now(device)
 
 
 def measurement_source(device: torch.device) -> str:

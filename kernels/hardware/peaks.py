@@ -7,6 +7,7 @@ MFU: Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 4.1 and appendix B
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 
 from peakgpt.kernels.hardware.datasheet import Peaks, datasheet
 from peakgpt.kernels.hardware.device import describe, last_level_cache_bytes, resolve_device
-from peakgpt.kernels.hardware.measured_peaks import has_extension, measure, stream_rate
+from peakgpt.kernels.hardware.measured_peaks import has_extension, measure, measure_flops, stream_rate
 
 MAX_STREAMS = 4  # of reads or of writes, when a mix is rounded to whole streams
 
@@ -59,6 +60,20 @@ def peak_for(device: torch.device | str | None, dtype: torch.dtype | str, measur
         measured_flops_s=measured.flops.get(name),
         measured_bandwidth_bytes_s=measured.bandwidth_bytes_s,
     )
+
+
+def peak_flops_s(device: torch.device, dtype: torch.dtype) -> float:
+    """Return `flops_s` of `peak_for`, without measuring the bandwidth.
+
+    That takes 8 times the last-level cache of memory: 4 GB on a server, which a process that keeps its pages never
+    gives back.
+
+    Raises:
+        ValueError: as in `peak_for`.
+    """
+    device = resolve_device(device)
+    peaks = rated_peaks(device) or Peaks(measure_flops(device), math.nan, "")
+    return peak_for(device, dtype, peaks).flops_s
 
 
 def rated_peaks(device: torch.device) -> Peaks | None:

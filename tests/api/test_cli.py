@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peakgpt import quickstart_session
+from peakgpt import progress
 from peakgpt.bench.contenders.eager_gpt import EagerTrainer
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart
@@ -23,7 +23,7 @@ from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.engine.training.trainer import Trainer
-from peakgpt.quickstart_session import Session
+from peakgpt.quickstart_session import Plan, Session
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -39,7 +39,7 @@ def test_every_command_has_help(command, capsys):
         (["fly"], "unknown command: got 'fly', expected one of quickstart"),
         (["doctor", "--loud"], "unrecognized arguments: --loud"),
         (["doctor", "--device", "cuda"], "got 'cuda', and torch sees no CUDA device"),
-        (["quickstart", "--minutes", "0"], "--minutes is 0.0, expected more than 0"),
+        (["quickstart", "--minutes", "0"], "--minutes is 0.0, expected at least 0.5"),
         (["quickstart", "--text", "EMPTY"], "EMPTY"),
         (["quickstart", "--text", "BINARY"], "BINARY"),
         (["quickstart", "--text", "MISSING"], "MISSING"),
@@ -117,7 +117,7 @@ def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(tmp_path):
     (text / "argparse.py").write_text((library.parent / "argparse.py").read_text())
     run = tmp_path / "run"
     completed = subprocess.run(
-        [sys.executable, "-m", "peakgpt", "quickstart", "--minutes", "0.05", "--text", text, "--out", run],
+        [sys.executable, "-m", "peakgpt", "quickstart", "--minutes", "0.5", "--text", text, "--out", run],
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert completed.returncode == 0, completed.stdout + completed.stderr
@@ -161,11 +161,11 @@ def test_quickstart_that_is_stopped_leaves_a_checkpoint(number, trainer, code, t
             monkeypatch.setattr(trainer, "step", lambda *args: (stop(), step(*args))[1])
         else:
             stop()
-        return 40, 4
+        return Plan(40, 4, 10)
 
     monkeypatch.setattr(Session, "_plan", plan)
     monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
-    monkeypatch.setattr(quickstart_session, "LINE_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
     run = tmp_path / "run"
     assert main(["quickstart", "--text", str(Path(json.__file__).parent), "--out", str(run)]) == code
     assert GPT.from_pretrained(run / "checkpoint") and Tokenizer.load(run / "checkpoint")

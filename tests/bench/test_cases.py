@@ -2,6 +2,7 @@
 
 import argparse
 
+import fixed_peaks
 import pytest
 import torch
 
@@ -9,7 +10,11 @@ from peakgpt.bench import cases
 from peakgpt.bench.case import limit
 from peakgpt.bench.cases import KINDS, README, module_of, readme_cases, select, suite_cases, tags
 from peakgpt.bench.command import BENCHES
+from peakgpt.bench.interleave import raise_failure
 from peakgpt.bench.ops import OpCase
+from peakgpt.bench.packing import PackingCase
+from peakgpt.engine.model.presets import preset
+from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.core.dispatch import OPS
 from peakgpt.kernels.ops import catalogue
 
@@ -83,3 +88,15 @@ def test_cases_of_a_gpu_have_contenders_without_their_own_environment(kind, monk
     for case in module_of(kind).cases(parser.parse_args([]), torch.device("cuda")):
         if kind != "ops":  # explaining a call needs the device
             assert not [name for name in case.contenders(torch.device("cuda")) if "malloc" in name]
+
+
+def test_packed_documents_are_timed_by_one_trainer(monkeypatch):
+    fixed_peaks.use(monkeypatch)
+    config, recipe = preset("gpt2-tiny", n_layer=1, vocab_size=64, n_embd=48), TrainConfig(batch=1, tokens=16)
+    case = PackingCase("tiny", config, recipe, (1, 4), rounds=3)
+    results = case.measure(CPU, raise_failure)
+    assert [r.contender for r in results] == case.contenders(CPU) == [
+        "peakgpt", "peakgpt, 1 masked documents a row", "peakgpt, 4 masked documents a row"
+    ]  # fmt: skip
+    assert "100.0 % of the pairs" in results[1].note and "29.4 % of the pairs" in results[2].note
+    assert all(r.peak_flops_s == fixed_peaks.RATES[r.dtype] and r.flops_kind == "model" for r in results)

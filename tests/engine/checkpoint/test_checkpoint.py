@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import peakgpt
 from peakgpt.engine.checkpoint import model_folder
-from peakgpt.engine.checkpoint.training_state import load_training_state, save_training_state
 from peakgpt.engine.model.state_dicts import CONV1D
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 37}
@@ -406,40 +405,3 @@ def train(model, optimizer, steps):
         optimizer.step()
         losses.append(loss.item())
     return losses
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_bit_exact(tmp_path, dtype):
-    """Fails if masters, step counts, dropout's generator or the options of a group are not restored."""
-
-    def build(lr):
-        model = make_model(dropout=0.1).train()
-        return model, model.configure_optimizer(lr=lr, dtype=dtype)
-
-    model, optimizer = build(1e-2)
-    train(model, optimizer, 3)
-    save_training_state(tmp_path, model, optimizer, {"step": 3, "cursor": [1, 2]})
-    expected = train(model, optimizer, 3)
-
-    torch.manual_seed(99)
-    again, resumed = build(1.0)
-    train(again, resumed, 1)
-    assert load_training_state(tmp_path, again, resumed) == {"step": 3, "cursor": [1, 2]}
-    assert train(again, resumed, 3) == expected
-    resumed_masters, masters = resumed.master_weights(again), optimizer.master_weights(model)
-    assert all(torch.equal(resumed_masters[name], masters[name]) for name in masters)
-    assert resumed.param_groups[0]["lr"] == 1e-2
-
-
-def test_a_training_state_of_another_model_is_refused(tmp_path):
-    model = make_model()
-    optimizer = model.configure_optimizer()
-    with pytest.raises(ValueError, match=r"training_state.safetensors: .*expected a whole safetensors file"):
-        load_training_state(tmp_path, model, optimizer)
-    save_training_state(tmp_path, model, optimizer, {})
-    other = make_model(n_embd=32)
-    with pytest.raises(ValueError, match=r"transformer.wte.weight is .*\(37, 16\), expected .*\(37, 32\)"):
-        load_training_state(tmp_path, other, other.configure_optimizer())
-    save_file({"x": torch.ones(1)}, tmp_path / "training_state.safetensors")
-    with pytest.raises(ValueError, match="got no training state in it"):
-        load_training_state(tmp_path, model, optimizer)
