@@ -12,7 +12,7 @@ import fixed_peaks
 import pytest
 import tiny_suite
 
-from peakgpt.bench import cases, environment, suite
+from peakgpt.bench import cases, environment, results_file, suite
 from peakgpt.bench.case import Case
 from peakgpt.cli import main
 
@@ -21,7 +21,8 @@ FIRST, SECOND = "ops/layernorm/rows=8,width=16/forward/float32", "ops/layernorm/
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The suite has two tiny cases, and the commit is known and clean."""
+    """The suite has two tiny cases, the commit is known and clean, and all runs begin in the same second."""
+    monkeypatch.setattr(results_file.time, "strftime", lambda form: "20260101-000000")
     fixed_peaks.use(monkeypatch)
     monkeypatch.setattr(suite, "suite_cases", lambda device: tiny_suite.plain_cases())
     monkeypatch.setattr(environment, "_commit", lambda: "a" * 40)
