@@ -15,7 +15,7 @@ from peakgpt.bench.schema import write_results
 from peakgpt.closed_output import PIPE_EXIT_CODE, Output
 from peakgpt.engine.data.corpus import Corpus, load_corpus
 from peakgpt.engine.data.prepare import prepare
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.training.html_page import Section, table, text_block
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.run_report import write_report

@@ -17,7 +17,8 @@ from peakgpt import progress
 from peakgpt.bench.contenders.eager_gpt import EagerTrainer
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart
-from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig

@@ -8,7 +8,7 @@ import torch
 
 from peakgpt.engine.data.shard_writer import write_shards
 from peakgpt.engine.data.shards import TokenShards
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.held_out import open_held_out, prepare_held_out
