@@ -16,6 +16,7 @@ import ctypes
 import dataclasses
 import gc
 import importlib
+import itertools
 import json
 import os
 import re
@@ -144,6 +145,21 @@ def return_freed_memory() -> None:
     gc.collect()
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def saving_first(run: Callable[[], Any], path: str, value_of: Callable[[Any], float]) -> Callable[[], float]:
+    """Return a step that returns value_of(run()); the first one also saves the tensor of `run`, to be checked."""
+    import torch
+
+    calls = itertools.count()
+
+    def step() -> float:
+        output = run()
+        if next(calls) == 0:
+            torch.save(output.clone(), path)
+        return value_of(output)
+
+    return step
 
 
 def _reporting(step: Callable[[], float], base_bytes: int) -> Callable[[], StepReport]:

@@ -4,8 +4,8 @@ import dataclasses
 import gc
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
+import fixed_peaks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from peakgpt.bench.contenders import decoding, training
 from peakgpt.bench.contenders.contender import TUNED_MALLOC, WEIGHT_FORMATS, Workload
 from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess, _reporting
-from peakgpt.bench.decode import compare_decoding
+from peakgpt.bench.decode import DecodeCase, compare_decoding
 from peakgpt.bench.report import comparisons
 from peakgpt.bench.schema import read_results
 from peakgpt.bench.train import _expect_same_loss
@@ -169,17 +169,19 @@ def test_other_tokens_raise():
         decode._expect_equal_start("x", expected[:, 1:], expected, "int8")
 
 
-def test_weight_formats_share_one_interleaved_run(monkeypatch):
-    peak = SimpleNamespace(bandwidth_bytes_s=1e9, source="none")
-    monkeypatch.setattr(decode, "peak_for", lambda *args: peak)
+def test_decoding_is_checked_and_timed_in_each_format(monkeypatch):
+    fixed_peaks.use(monkeypatch)
     here = lambda name, request, environment: FakeContender(decode.decode_step(request))  # noqa: E731
     monkeypatch.setattr(decode, "WorkerProcess", here)  # processes are tested with the training step and the prompt
-    case, told = Workload(2, 4, 6), []
-    results = decode.compare_streams(tiny_config(), case, ("float32", "int8"), ["peakgpt", "eager"], rounds=3,
-                                      on_failure=lambda name, error: told.append(name))  # fmt: skip
-    assert [(r.contender, r.dtype) for r in results] == [("peakgpt", "float32"), ("eager", "float32"),
-                                                         ("peakgpt", "int8")]  # fmt: skip
-    assert not told and len({r.rounds for r in results}) == 1
+    workload, told, found = Workload(2, 4, 6), [], {}
+    for weights in ("float32", "int8"):
+        case = DecodeCase("tiny", tiny_config(), workload, weights, only=("peakgpt", "eager"), rounds=3)
+        results = case.measure(torch.device("cpu"), lambda name, error: told.append(name))
+        found[case.name] = [(r.contender, r.dtype, r.memory_bytes) for r in results]
+        assert len({r.rounds for r in results}) == 1
+    assert found == {"decode/tiny/2x4+6/float32": [("peakgpt", "float32", 7), ("eager", "float32", 7)],
+                     "decode/tiny/2x4+6/int8": [("peakgpt", "int8", 7)]}  # fmt: skip
+    assert not told
     weights = [decode.read_bytes(preset("gpt2"), Workload(1, 0, 1), form) for form in WEIGHT_FORMATS]
     assert weights[0] == pytest.approx(4 * 123.65e6, rel=2e-3) and weights == sorted(weights, reverse=True)
     assert weights[3] == pytest.approx(38.6e6 + 85.1e6 * 4.5 / 8, rel=2e-3)
