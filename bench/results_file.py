@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
@@ -50,7 +51,9 @@ class ResultsFile:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):  # an error before measuring, not after
             pass
-        return cls(out / f"{args.bench}-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}.json", env)
+        name = f"{args.bench}-{device.type}-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))  # runs of one second
+        return cls(next(path for path in (out / f"{name}.json" for name in names) if not path.exists()), env)
 
     @classmethod
     def load(cls, path: Path) -> ResultsFile:

@@ -187,7 +187,8 @@ def test_decoding_is_checked_and_timed_in_each_format(monkeypatch):
     assert weights[3] == pytest.approx(38.6e6 + 85.1e6 * 4.5 / 8, rel=2e-3)
 
 
-def test_compare_decoding_raises_for_wrong_logits():
+def test_compare_decoding_raises_for_wrong_logits(monkeypatch):
+    fixed_peaks.use(monkeypatch)
     model = GPT(tiny_config())
     ids = torch.randint(64, (2, 4))
     results = compare_decoding(model, ids, count=3, rounds=3)
@@ -202,7 +203,9 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("train")
     argv = ["bench", "train", "--device", "cpu", "--model", "gpt2-tiny", "--batch", "1", "--tokens", "16", "--rounds",
             "3", "--dtype", "bfloat16", "--contenders", "peakgpt", "eager", "eager, tuned malloc"]  # fmt: skip
-    assert main([*argv, "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        fixed_peaks.use(patch)
+        assert main([*argv, "--out", str(out)]) == 0
     return read_results(next(out.iterdir()))[0]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import fixed_peaks
 import pytest
 import torch
 
@@ -50,6 +51,7 @@ def test_prompt_gpt_stores_keys_and_values():
 
 
 def test_missing_package_is_reported_and_others_are_timed(monkeypatch):
+    fixed_peaks.use(monkeypatch)
     absent = dataclasses.replace(prefill.PREFILL_CONTENDERS["eager"], package="no_such_engine")
     monkeypatch.setitem(prefill.PREFILL_CONTENDERS, "absent", absent)
     told = []
