@@ -1,7 +1,9 @@
 """The documents are true: their code runs as printed, and their commands, links and file names exist."""
 
 import argparse
+import gzip
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -203,6 +205,10 @@ TINY_OP = "--dtype float32 --seconds 0.01 --contenders peakgpt --out results"
 SMALL = {
     "peakgpt doctor": "",
     "peakgpt quickstart": "--minutes 0.001",
+    "peakgpt prepare FILE...": "",
+    "peakgpt prepare web.jsonl.gz": "",
+    "peakgpt prepare shakespeare_char": "",
+    "peakgpt train --dataset prepared/web --steps": "--steps 2 --batch 2 --tokens 16",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt train --resume": "",
     "peakgpt generate": "--max-tokens 2",
@@ -220,6 +226,8 @@ SMALL = {
 GPU, LARGE = "needs a GPU; test_bench_device.py runs its parts", "measures models of 124M parameters for minutes"
 # The beginning of a documented command -> why this test only parses it.
 NOT_RUN = {
+    "peakgpt prepare hf:roneneldan/TinyStories": "downloads a data set; tests/engine/data/test_documents.py reads one",
+    "peakgpt train --dataset prepared/web prepared/books": "tests/engine/data/test_dataset.py trains on two folders",
     "python -m peakgpt.bench device": GPU,
     "peakgpt bench device": GPU,
     "peakgpt bench fp8": GPU,
@@ -271,6 +279,11 @@ def workspace(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "serving.md").read_text()
     for name, part in {"a.txt": text[:3000], "b.txt": text[3000:12000]}.items():
         (tmp_path / "text" / name).write_text(part)
+    lines = "".join(json.dumps({"body": line}) + "\n" for line in text.splitlines() if line)
+    (tmp_path / "web.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "shakespeare_char").mkdir()
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / "shakespeare_char" / name).write_bytes(bytes([7, 0] * 40))
     (tmp_path / "shots.json").write_text('{"input": "peakgpt"}')
     torch.manual_seed(0)
     tokenizer = train_tokenizer([text], 300)

@@ -10,7 +10,6 @@ from peakgpt.engine.settings.setting import check_settings, setting
 
 VOCAB = 4096
 TEXT = {"dataset": (None,)}  # what a setting of text acts with
-OF_TEXT = ("vocab", "field", "errors", "validation_text", "validation_share")  # settings that a data set ignores
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -18,7 +17,7 @@ class DataConfig:
     """The settings of a run's data. What a setting of text is if it is None, `automatic` says.
 
     Raises:
-        ValueError: a value is out of range, or would be ignored.
+        ValueError: a value is out of range.
     """
 
     text: tuple[str, ...] | None = setting(
@@ -51,21 +50,14 @@ class DataConfig:
     )  # fmt: skip
     validation_share: float | None = setting(
         None, "share of the text for validation", section="data", above=0, below=1, automatic=f"{VALIDATION_SHARE:g}",
-        only_with=TEXT,
+        only_with={**TEXT, "validation_text": (None,)},
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self)
-        ignored = ("text", *OF_TEXT) if self.dataset is not None else ("dataset_weights",)
-        for name in ignored:
-            if getattr(self, name) is not None:
-                other = "with" if self.dataset is not None else "without"
-                raise ValueError(f"DataConfig: got {name} {other} dataset, expected one that has an effect")
         if self.dataset_weights is not None and len(self.dataset_weights) != len(self.dataset or ()):
             raise ValueError(f"DataConfig: got {len(self.dataset_weights)} dataset_weights, expected one for each of "
                              f"{len(self.dataset or ())} folders")  # fmt: skip
-        if self.validation_text is not None and self.validation_share is not None:
-            raise ValueError("DataConfig: got validation_share with validation_text, expected one of them")
 
     @property
     def options(self) -> ReadOptions:

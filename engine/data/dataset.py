@@ -11,6 +11,7 @@ from typing import Any
 from peakgpt.engine.data.batches import Batches
 from peakgpt.engine.data.corpus import Corpus, load_corpus
 from peakgpt.engine.data.data_config import VOCAB, DataConfig
+from peakgpt.engine.data.freed_memory import release_freed_memory
 from peakgpt.engine.data.prepare import JOURNAL, Progress, prepare
 from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.data.split import VALIDATION_SHARE
@@ -20,7 +21,7 @@ from peakgpt.kernels.files import write_atomically
 from peakgpt.kernels.strict_json import dumps
 
 RECORD = "data.json"  # in a run's token folder: the digests of what it trains on
-SAMPLE_BYTES = 64 << 20  # of text for the tokenizer; merges of 50,000 tokens need no more, and memory is limited
+SAMPLE_BYTES = 32 << 20  # of text for the tokenizer: it is in memory, and takes half a minute to learn from
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ def tokenizer_for(
     """
     if corpus.train.size_bytes is None:
         raise ValueError("corpus: got text that can be read once only, expected a tokenizer for it (--tokenizer)")
-    return train_tokenizer(corpus.train.sample(SAMPLE_BYTES), VOCAB if vocab is None else vocab, report=report)
+    tokenizer = train_tokenizer(corpus.train.sample(SAMPLE_BYTES), VOCAB if vocab is None else vocab, report=report)
+    release_freed_memory()
+    return tokenizer
 
 
 def prepare_text(

@@ -192,7 +192,7 @@ def _read_parquet(path: Path, name: str, options: ReadOptions) -> Iterator[Docum
     number = 0
     with open_text_file(path) as file:
         try:
-            table = parquet.ParquetFile(file)
+            table = parquet.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False)
             if options.field not in (columns := table.schema_arrow.names):
                 raise ValueError(f"text file {path}: got columns {', '.join(columns)}, expected {options.field!r} "
                                  "(--field)")  # fmt: skip
@@ -200,6 +200,7 @@ def _read_parquet(path: Path, name: str, options: ReadOptions) -> Iterator[Docum
                 for text in batch.column(0).to_pylist():
                     number += 1
                     yield from record_documents(f"{path}:{number}", f"{name}:{number}", {options.field: text}, options)
+                arrow.default_memory_pool().release_unused()  # else the pool keeps several row groups
         except (arrow.ArrowException, OSError) as error:
             reason = str(error).partition("\n")[0][:200]
             raise ValueError(f"text file {path}: got {reason}, expected a complete Parquet file") from None

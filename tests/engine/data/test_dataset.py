@@ -14,6 +14,7 @@ from peakgpt.engine.data.dataset import RECORD, Dataset, TrainingData, tokenizer
 from peakgpt.engine.data.prepare import prepare
 from peakgpt.engine.data.tokenizer import train_tokenizer
 from peakgpt.engine.training import loop
+from peakgpt.engine.training.run_config import RunConfig
 
 TEXTS = [f"document {number} of many, naïve 日本 " * 20 for number in range(40)]
 
@@ -99,20 +100,20 @@ def test_tokens_without_a_tokenizer_are_trained_on(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dataset": ("a",), "text": ("b",)}, "got text with dataset"),
-        ({"dataset": ("a",), "vocab": 300}, "got vocab with dataset"),
-        ({"dataset": ("a",), "field": "body"}, "got field with dataset"),
-        ({"dataset_weights": (1.0,)}, "got dataset_weights without dataset"),
+        ({"dataset": ("a",), "text": ("b",)}, r"text: got it with dataset \[a\]"),
+        ({"dataset": ("a",), "vocab": 300}, "vocab: got it with dataset"),
+        ({"dataset": ("a",), "field": "body"}, "field: got it with dataset"),
+        ({"dataset_weights": (1.0,)}, "got 1 dataset_weights, expected one for each of 0"),
         ({"dataset": ("a", "b"), "dataset_weights": (1.0,)}, "got 1 dataset_weights, expected one for each of 2"),
         ({"dataset": ("a",), "dataset_weights": (0.0,)}, "dataset_weights is .*, expected more than 0"),
-        ({"validation_text": ("a",), "validation_share": 0.1}, "got validation_share with validation_text"),
+        ({"validation_text": ("a",), "validation_share": 0.1}, "validation_share: got it with validation_text"),
         ({"validation_share": 1.0}, "validation_share is 1.0, expected below 1"),
         ({"errors": "ignore"}, "errors is 'ignore', expected one of strict, replace"),
     ],
 )
 def test_contradictory_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=f"DataConfig: {message}"):
-        DataConfig(**settings)
+    with pytest.raises(ValueError, match=message):
+        RunConfig.of(settings)
 
 
 def test_a_tokenizer_is_not_trained_on_text_that_can_be_read_once():
@@ -123,8 +124,8 @@ def test_a_tokenizer_is_not_trained_on_text_that_can_be_read_once():
 def test_the_command_trains_on_a_prepared_folder_without_copying_it(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "peak_for", lambda device, dtype: type("Peak", (), {"flops_s": 1e9}))
-    small = ["--preset", "gpt2-tiny", "--steps", "2", "--batch", "2", "--tokens", "16", "--device", "cpu"]
+    small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "32", "--steps", "2", "--batch", "2", "--tokens", "16"]
     argv = ["train", *small, "--dataset", str(prepared / "web"), str(prepared / "books"), "--dataset-weights", "3", "1"]
-    assert main([*argv, "--out", "run"]) == 0
+    assert main([*argv, "--device", "cpu", "--out", "run"]) == 0
     assert [path.name for path in (tmp_path / "run" / "tokens").iterdir()] == [RECORD]
     assert len(json.loads((tmp_path / "run" / "tokens" / RECORD).read_text())) == 2
