@@ -35,10 +35,11 @@ def training_request(contender, **changes):
 
 
 def test_worker_process_steps_and_reports_its_death():
-    worker, dead = (WorkerProcess(name, training_request(name), {}) for name in ("peakgpt", "nobody"))
+    worker, dead = (WorkerProcess(name, training_request(name), {"SET": "1"}) for name in ("peakgpt", "nobody"))
+    assert worker.note == "peakgpt: SET=1", "the environment of a contender is stated"
     losses = [worker.step() for _ in range(3)]
-    assert losses[2] < losses[0] and worker.note == ""
-    with pytest.raises(RuntimeError, match="worker 'nobody' ended with exit code 1"):
+    assert losses[2] < losses[0] and worker.note == "peakgpt: SET=1"
+    with pytest.raises(RuntimeError, match="worker 'nobody': KeyError: 'nobody'"):
         dead.step()
     worker.process.kill()
     worker.process.wait()
@@ -46,6 +47,17 @@ def test_worker_process_steps_and_reports_its_death():
         worker.step()
     for w in (worker, dead):
         w.close()
+
+
+def test_missing_dependency_of_a_contender_is_reported_as_missing(tmp_path):
+    """Regression: the row said "ended with exit code 1", and only standard error had the name of the package."""
+    (tmp_path / "needy.py").write_text("def make(request):\n    import no_such_engine\n")
+    worker = WorkerProcess("needy", {"make": "needy:make", "threads": 1}, {"PYTHONPATH": str(tmp_path)})
+    try:
+        with pytest.raises(ModuleNotFoundError, match="'needy': ModuleNotFoundError: No module named 'no_such_engine'"):
+            worker.step()
+    finally:
+        worker.close()
 
 
 GREEDY = """
@@ -82,7 +94,7 @@ def test_note_says_when_step_peaks_are_unavailable(monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", read_only)
     worker = WorkerProcess.__new__(WorkerProcess)
-    worker.name, worker.last = "x", _reporting(lambda: 1.0, 1)()
+    worker.name, worker.environment, worker.last = "x", {}, _reporting(lambda: 1.0, 1)()
     assert worker.last.whole_life and worker.note.endswith("x: memory is the peak since the start of the process")
 
 
