@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from peakgpt.bench.check import Check
 from peakgpt.bench.run_results import OURS, Failure, Row, RunResults
 from peakgpt.bench.schema import Result, comparable
-from peakgpt.bench.timing import ratio
+from peakgpt.bench.timing import Ratio, ratio
 from peakgpt.engine.training.figures import percent_text, rate_text
 from peakgpt.engine.training.html_page import Section, table
 from peakgpt.engine.training.html_page import note as remark
@@ -22,13 +22,16 @@ def groups(results: Iterable[Result]) -> list[list[Result]]:
     return list(found.values())
 
 
+AGAINST_EAGER, AGAINST_COMPILE = "against eager (95 % interval)", "against compile (95 % interval)"
 EAGER = ("eager", "torch fused", "transformers")  # the plain PyTorch of each kind
 
 
-def speedup(result: Result, others: Sequence[Result], baselines: Sequence[str] = EAGER) -> float | None:
-    """Return the median time of the first of the baselines over this result's; None without a baseline."""
+def speedup(result: Result, others: Sequence[Result], baselines: Sequence[str] = EAGER) -> Ratio | None:
+    """Return the time of the first of the baselines over this result's, by round; None without a baseline."""
     baseline = next((o for name in baselines for o in others if o.contender == name), None)
-    return None if baseline is None or baseline is result else baseline.median_s / result.median_s
+    if baseline is None or baseline is result or not comparable(baseline, result):
+        return None
+    return ratio(baseline.timing(), result.timing())
 
 
 # ---- formatting; a missing figure is an empty cell
@@ -40,6 +43,10 @@ def _percent(value: float | None) -> str:
 
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f} x"
+
+
+def _ratio(value: Ratio | None) -> str:
+    return "" if value is None else value.text
 
 
 def _gib(value: float | None) -> str:
@@ -87,8 +94,8 @@ COLUMNS: dict[str, Read] = {
     "of streams": lambda r, _: _percent(r.bytes_fraction),
     "GiB": lambda r, _: _gib(r.memory_bytes),
     "rounds": lambda r, _: _rounds(r),
-    "against eager": lambda r, rs: _times(speedup(r, rs)),
-    "against compile": lambda r, rs: _times(speedup(r, rs, ("compile",))),
+    AGAINST_EAGER: lambda r, rs: _ratio(speedup(r, rs)),
+    AGAINST_COMPILE: lambda r, rs: _ratio(speedup(r, rs, ("compile",))),
 }
 
 
@@ -100,13 +107,13 @@ def _columns(*headings: str) -> dict[str, Read]:
 TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "train": (
         "Training, model FLOPs (6N + 12 L H Q T a token)",
-        _columns("case", "contender", "tokens/s", "MFU", "ms (quartiles)", "GiB", "rounds", "against eager",
-                 "against compile"),
+        _columns("case", "contender", "tokens/s", "MFU", "ms (quartiles)", "GiB", "rounds", AGAINST_EAGER,
+                 AGAINST_COMPILE),
     ),
     "prefill": (
         "Prefill, work FLOPs (causal attention is half, the head at one position)",
-        _columns("case", "contender", "tokens/s", "of peak FLOP/s", "ms (quartiles)", "GiB", "rounds", "against eager",
-                 "against compile"),
+        _columns("case", "contender", "tokens/s", "of peak FLOP/s", "ms (quartiles)", "GiB", "rounds", AGAINST_EAGER,
+                 AGAINST_COMPILE),
     ),
     "products": (
         "The linear layers of one pass, work FLOPs; bytes are those of the weights",
@@ -114,12 +121,12 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     ),
     "decode": (
         "Greedy decoding with a KV cache",
-        _columns("case", "contender", "tokens/s", "MBU", "ms (quartiles)", "GiB", "rounds", "against eager",
-                 "against compile"),
+        _columns("case", "contender", "tokens/s", "MBU", "ms (quartiles)", "GiB", "rounds", AGAINST_EAGER,
+                 AGAINST_COMPILE),
     ),
     "patch": (
         "Models of transformers, patched versus unpatched",
-        _columns("case", "contender", "tokens/s", "ms (quartiles)", "GiB", "rounds", "against eager"),
+        _columns("case", "contender", "tokens/s", "ms (quartiles)", "GiB", "rounds", AGAINST_EAGER),
     ),
     "serve": (
         "Server with many streams versus the engine alone",
@@ -128,7 +135,7 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "op": (
         "Ops, work FLOPs (what must be computed; causal is half); bytes versus streams of the same reads and writes",
         _columns("case", "contender", "ms (quartiles)", "GFLOP/s", "GB/s", "of peak FLOP/s", "of streams", "GiB",
-                 "rounds", "against eager", "against compile")
+                 "rounds", AGAINST_EAGER, AGAINST_COMPILE)
         | {"contender": lambda r, _: f"{r.contender} ({r.backend})"},
     ),
     "pass": (
