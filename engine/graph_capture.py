@@ -148,6 +148,17 @@ def graph_factory(device: torch.device, *, share_memory: bool = False) -> Callab
     return lambda: CudaGraph(stream, pool)
 
 
+def step_graphs(device: torch.device) -> Callable[[], Graph] | None:
+    """Return a function that makes graphs of training steps; on a CPU they are recordings of kernel calls."""
+    if device.type != "cpu":
+        return graph_factory(device)
+    try:
+        from peakgpt.kernels.cpu.recording import Recording
+    except ImportError:  # no extension
+        return None
+    return Recording
+
+
 def has_graphs(device: torch.device) -> bool:
     """Return whether functions can be captured on this device."""
     return device.type == "cuda" and not torch.version.hip

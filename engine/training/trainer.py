@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
+from peakgpt.engine.graph_capture import GraphedFunction, step_graphs
 from peakgpt.engine.model.fp8 import set_fp8
 from peakgpt.engine.model.plain import has_own_call, walk
 from peakgpt.engine.model.recompute import set_recompute
@@ -57,7 +57,7 @@ class Trainer:
         self.lr_scale = self.optimizer.lr_scale = torch.ones((), device=self.device)
         self.gradients = GradientMemory(self.optimizer)
         self.grad_norm: Tensor | None = None
-        self.update = GraphedFunction(self._update, graph_factory(self.device), self._captured_state)
+        self.update = GraphedFunction(self._update, step_graphs(self.device), self._captured_state)
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Make one update.
