@@ -5,6 +5,7 @@
 // python/arguments.h describes.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <memory>
@@ -89,11 +90,13 @@ void DefineMemory(py::module_& m) {
 }
 
 void DefineTape(py::module_& m) {
-  py::class_<python::Tape>(m, "Tape")
+  py::class_<python::Tape, std::shared_ptr<python::Tape>>(m, "Tape")
       .def(py::init<uintptr_t, uintptr_t>(), py::kw_only(), py::arg("begin"), py::arg("end"))
       .def("start", &python::Tape::Start, "Record the kernel calls of this thread instead of running them.")
       .def_static("stop", &python::Tape::Stop, "Run the kernel calls of this thread again.")
       .def("append", &python::Tape::AppendCall, py::arg("call"), "Append a call of a Python function.")
+      .def("append_parallel", &python::Tape::AppendParallel, py::kw_only(), py::arg("tapes"), py::arg("threads"),
+           "Append the replay of several tapes, each on one thread.")
       .def("replay", &python::Tape::Replay, "Make all recorded calls.");
 }
 

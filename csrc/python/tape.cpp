@@ -1,5 +1,6 @@
 #include "python/tape.h"
 
+#include <exception>
 #include <utility>
 
 namespace peak::python {
@@ -12,6 +13,23 @@ void Tape::Append(std::function<void()> kernel, PyObject* const* arguments, Py_s
     if (address < begin_ || address >= end_) kept_.push_back(py::reinterpret_borrow<py::object>(argument));
   }
   steps_.push_back({std::move(kernel), py::object()});
+}
+
+void Tape::AppendParallel(std::vector<std::shared_ptr<Tape>> tapes, int threads) {
+  const auto replay_all = [tapes = std::move(tapes), threads] {
+    std::exception_ptr error;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (size_t i = 0; i < tapes.size(); ++i) {
+      const py::gil_scoped_acquire acquired;
+      try {
+        tapes[i]->Replay();
+      } catch (...) {
+        error = std::current_exception();  // the GIL guards it
+      }
+    }
+    if (error) std::rethrow_exception(error);
+  };
+  steps_.push_back({replay_all, py::object()});
 }
 
 void Tape::Replay() const {

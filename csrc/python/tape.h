@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <utility>
 #include <vector>
 
 namespace peak::python {
@@ -31,12 +33,15 @@ class Tape {
   // Appends a call of a Python function without arguments.
   void AppendCall(py::object call) { steps_.push_back({nullptr, std::move(call)}); }
 
-  // Makes all calls in their order. An exception ends the replay.
+  // Appends the replay of tapes on threads of their own, which share no memory that they write.
+  void AppendParallel(std::vector<std::shared_ptr<Tape>> tapes, int threads);
+
+  // Makes all calls in their order, with the GIL held. An exception ends the replay.
   void Replay() const;
 
  private:
   struct Step {
-    std::function<void()> kernel;  // null: `call`
+    std::function<void()> kernel;  // runs without the GIL; null: `call`
     py::object call;
   };
 

@@ -6,6 +6,8 @@ autocast.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +22,13 @@ from peakgpt.engine.training.optimizer import AdamW, decay_groups
 from peakgpt.engine.training.schedule import learning_rate
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.core.autograd import accumulate_into
+from peakgpt.kernels.core.recording import recorder
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
+
+# Micro-batches of a model with at most so many bytes of parameters get gradients of their own, so that a CPU runs them
+# at the same time. A larger model keeps all cores busy with one product.
+SEPARATE_BYTES = 32 << 20
 
 
 class Trainer:
@@ -56,6 +63,8 @@ class Trainer:
         # A tensor on the device: a CUDA graph reads the new value at every replay.
         self.lr_scale = self.optimizer.lr_scale = torch.ones((), device=self.device)
         self.gradients = GradientMemory(self.optimizer)
+        size = sum(p.nbytes for group in self.optimizer.param_groups for p in group["params"])
+        self.separate_gradients = self.device.type == "cpu" and size <= SEPARATE_BYTES
         self.grad_norm: Tensor | None = None
         self.update = GraphedFunction(self._update, step_graphs(self.device), self._captured_state)
 
@@ -108,14 +117,37 @@ class Trainer:
             loss.backward()
             return loss.detach()
         weight = (1.0 / (targets != IGNORE_INDEX).sum()).expand(targets.shape)  # computed on the device, without a sync
+        batches = zip(ids.split(size), targets.split(size), weight.split(size), strict=True)
+        parts = [partial(self._run_part, *batch) for batch in batches]
         total = torch.zeros((), device=ids.device)
-        for part_ids, part_targets, part_weight in zip(
-            ids.split(size), targets.split(size), weight.split(size), strict=True
-        ):
-            loss = self.model(part_ids, part_targets, loss_weight=part_weight)
-            loss.backward()
-            total += loss.detach()
+        losses = self._run_separately(parts) if self.separate_gradients else [part() for part in parts]
+        for loss in losses:
+            total += loss
         return total
+
+    def _run_part(self, ids: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        loss = self.model(ids, targets, loss_weight=weight)
+        loss.backward()
+        return loss.detach()
+
+    def _run_separately(self, parts: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """Run micro-batches with gradients of their own, which are then added in the order of the parts.
+
+        A recording replays them at the same time, each on one core, unless they draw random numbers. Then, and outside
+        of a recording, they run one after the other, and the sums have the same bits.
+        """
+        memories = [GradientMemory(self.optimizer) for _ in parts[1:]]
+
+        def run(memory: GradientMemory, part: Callable[[], Tensor]) -> Tensor:
+            with accumulate_into(memory.zero()):
+                return part()
+
+        parts = [parts[0], *(partial(run, *pair) for pair in zip(memories, parts[1:], strict=True))]
+        recording = recorder()
+        losses = recording.capture_parallel(parts) if recording else []
+        losses = losses or [part() for part in parts]
+        self.gradients.add(memories)
+        return losses
 
     def _captured_state(self) -> tuple[Any, ...]:
         """Return everything that a captured update depends on; the update is captured again when it changes."""

@@ -1,4 +1,4 @@
-"""Whether this thread records its kernel calls to replay them later, and checks that a replay must repeat.
+"""Whether this thread records its kernel calls to replay them later, and checks that each replay repeats.
 
 kernels/cpu/recording.py records. A recorded step runs no Python, so a check of values must be a part of the recording.
 """
@@ -6,26 +6,38 @@ kernels/cpu/recording.py records. A recorded step runs no Python, so a check of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from peakgpt.kernels.core.thread_state import ThreadState
 
-Append = Callable[[Callable[[], Any]], None]
 
-_append: ThreadState[Append | None] = ThreadState("recording", None)
-record_to = _append.set_to  # a context manager; takes the function that appends a call to the recording
+class Recorder(Protocol):
+    """What records the calls of a thread."""
+
+    def append(self, call: Callable[[], Any]) -> None:
+        """Call a function at this place of each replay."""
+
+    def capture_parallel(self, functions: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """Record functions that run at the same time; [] if their order counts."""
+
+
+_recorder: ThreadState[Recorder | None] = ThreadState("recorder", None)
+record_with = _recorder.set_to  # a context manager
+recorder = _recorder.get_eagerly  # the recorder of this thread, or None
 
 
 def is_recording() -> bool:
     """Return whether this thread records."""
-    return _append.get_eagerly() is not None
+    return recorder() is not None
 
 
 def run_or_record(check: Callable[..., Any], *args: Any, **options: Any) -> None:
     """Call a function that reads values of tensors now, or in each replay if this thread records."""
-    append = _append.get_eagerly()
-    if append is None:
+    running = recorder()
+    if running is None:
         check(*args, **options)
     else:
-        append(functools.partial(check, *args, **options))
+        running.append(functools.partial(check, *args, **options))

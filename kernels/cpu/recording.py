@@ -1,9 +1,9 @@
 """Recorded calls: the kernels and torch operators of a function, replayed without Python between the kernels.
 
-A step of a small model spends a third of its time in Python: 54 op calls of 100 us each for 4 layers. A recording does
-what a CUDA graph does on a GPU: the function runs once without its kernels, while its allocations come from an arena.
-A replay makes the same calls on the same addresses. Operators of torch are called again; one that creates a tensor
-copies its result into the tensor of the recording.
+A step of a small model spends much of its time in Python: 54 calls of 100 us for 4 layers. A recording does what a CUDA
+graph does on a GPU. The function runs once without its kernels, while its allocations come from an arena. A replay
+makes the same calls on the same addresses. Operators of torch are called again; one that creates a tensor copies its
+result into the tensor of the recording.
 
 What a CUDA graph cannot capture, a recording cannot: reading a value on the host, or tensors whose shapes depend on
 values.
@@ -18,18 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from peakgpt.kernels.core.recording import record_to
-from peakgpt.kernels.cpu.ext import _C
+from peakgpt.kernels.core.recording import record_with
+from peakgpt.kernels.cpu.ext import _C, own_workspaces
 from peakgpt.kernels.cpu.memory import streamed
 
-ARENA_BYTES = 1 << 28  # steps with more temporaries spend below 2 % in Python
+ARENA_BYTES = 1 << 28  # a step with more temporaries spends below 2 % of its time in Python
 ALIGNMENT = 64
 _aten = torch.ops.aten
 ALLOCATIONS = frozenset({_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default,
                          _aten.new_empty.default, _aten.new_empty_strided.default})  # fmt: skip
-
 # They change the sizes of a tensor and write no element.
 RESHAPING = frozenset({_aten.resize_.default, _aten.detach_.default})
 
@@ -38,7 +37,7 @@ class Recording:
     """One recorded call of a function. It has the interface of a graph in engine/graph_capture.py."""
 
     def __init__(self) -> None:
-        self.arena, self.tape, self.outputs = _Arena(), None, ()
+        self.arena, self.tape, self.outputs, self.parts, self.draws_random_numbers = None, None, (), [], False
 
     def warm_up(self, function: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
         """Run the function."""
@@ -50,13 +49,44 @@ class Recording:
         Raises:
             RuntimeError: the function reads a value, or its temporaries do not fit into the arena.
         """
-        self.arena, random_state = _Arena(), torch.get_rng_state()
+        self.arena, self.parts, random_state = _Arena(), [], torch.get_rng_state()
         self.tape = _C.Tape(begin=self.arena.begin, end=self.arena.begin + ARENA_BYTES)
         try:
-            with record_to(self.tape.append), _Operators(self.tape, self.arena):
+            with record_with(self), _Operators(self):
                 self.outputs = function()
         finally:
+            self.tape.stop()
             torch.set_rng_state(random_state)
+
+    def append(self, call: Callable[[], Any]) -> None:
+        """Call a function at this place of each replay, without autograd."""
+        self.tape.append(torch.no_grad()(call))
+
+    def capture_parallel(self, functions: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """Record functions that a replay runs at the same time, each on one thread, during the capture of this one.
+
+        Args:
+            functions: they write to no common memory. Each returns a tensor.
+        Returns:
+            The tensors; [] if a function draws random numbers, whose order counts. Nothing is recorded then.
+        """
+        threads, parts = torch.get_num_threads(), []
+        self.tape.stop()
+        torch.set_num_threads(1)
+        try:
+            with _disable_current_modes():
+                for function in functions:
+                    parts.append(Recording())
+                    with own_workspaces():
+                        parts[-1].capture(lambda function=function: (function(),))
+                    if parts[-1].draws_random_numbers:
+                        return []
+        finally:
+            torch.set_num_threads(threads)
+            self.tape.start()
+        self.tape.append_parallel(tapes=[part.tape for part in parts], threads=min(threads, len(parts)))
+        self.parts += parts
+        return [part.outputs[0] for part in parts]
 
     def replay(self) -> Sequence[Tensor]:
         """Run the recorded function. The next replay overwrites the outputs."""
@@ -107,23 +137,18 @@ class _Arena:
 class _Operators(TorchDispatchMode):
     """Records the operators of torch that are called; the extension records its kernels."""
 
-    def __init__(self, tape: Any, arena: _Arena):
+    def __init__(self, recording: Recording):
         super().__init__()
-        self.tape, self.arena = tape, arena
+        self.recording, self.tape, self.arena = recording, recording.tape, recording.arena
 
     def __enter__(self):
         self.tape.start()
         return super().__enter__()
 
-    def __exit__(self, *error: Any):
-        self.tape.stop()
-        return super().__exit__(*error)
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        call = partial(function, *args, **(kwargs or {}))
         self.tape.stop()  # for kernels of ops that run inside this operator
         try:
-            return self._record(function, call)
+            return self._record(function, partial(function, *args, **(kwargs or {})))
         finally:
             self.tape.start()
 
@@ -131,8 +156,9 @@ class _Operators(TorchDispatchMode):
         schema = function._schema
         if function in RESHAPING or not _has_tensors(schema):
             return call()
+        self.recording.draws_random_numbers |= torch.Tag.nondeterministic_seeded in function.tags
         if schema.is_mutable:
-            self.tape.append(call)
+            self.recording.append(call)
             return _mutated(schema, call)
         result = call()
         if any(value.alias_info is not None for value in schema.returns):
@@ -149,7 +175,7 @@ class _Operators(TorchDispatchMode):
         if function not in ALLOCATIONS:
             for copy, result in zip(copies, results, strict=True):
                 copy.copy_(result)  # the capture itself may use it, such as the gradient of the loss
-            self.tape.append(partial(_copy_results, call, copies))
+            self.recording.append(partial(_copy_results, call, copies))
         return copies
 
 
