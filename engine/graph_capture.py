@@ -5,8 +5,9 @@
     later calls            copy their inputs to the static tensors, replay, and copy the outputs
 
 Values that change between calls must be in device memory: batches, the learning rate, step counts, random seeds. If the
-function cannot be captured, `GraphedFunction.obstacle` says why, and all calls run normally. A CPU has no graphs;
-`engine/graph_dry_run.py` tests on a CPU whether a function could be captured.
+function cannot be captured, `GraphedFunction.obstacle` says why, and all calls run normally. On a CPU a training step
+is recorded in the same way (kernels/cpu/recording.py). `engine/graph_dry_run.py` tests on a CPU whether a function
+could be captured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from peakgpt.kernels.core.recording import CannotRecord
 
 WARMUP = 2  # not 1: the first training step creates the optimizer's state, the second one runs like all later ones
 
@@ -80,6 +83,9 @@ class GraphedFunction:
         static = [value.clone() for value in inputs]
         try:
             self.graph.capture(lambda: self.function(*static))
+        except CannotRecord as error:
+            self.obstacle = str(error)
+            return
         except (RuntimeError, NotImplementedError) as error:  # errors of CUDA are RuntimeErrors
             self.obstacle = f"capture failed: {_messages(error)}"
             warnings.warn(f"the function runs uncaptured, {self.obstacle}", stacklevel=3)

@@ -22,6 +22,7 @@ from peakgpt.engine.training.optimizer import AdamW, decay_groups
 from peakgpt.engine.training.schedule import learning_rate
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.core.autograd import accumulate_into
+from peakgpt.kernels.core.backends import forced_backend
 from peakgpt.kernels.core.recording import recorder
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
@@ -154,4 +155,6 @@ class Trainer:
         states = self.optimizer.state.items()
         tensors = (t for p, state in states for t in (p, p.grad, *state.values()) if t is not None)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        return self.model.training, self.optimizer.captured_state(), addresses, walk(self.model)
+        options = [[value for key, value in group.items() if key != "params"] for group in self.optimizer.param_groups]
+        settings = self.model.training, forced_backend(), torch.get_num_threads(), options
+        return settings, self.optimizer.captured_state(), addresses, walk(self.model)

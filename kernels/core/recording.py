@@ -14,6 +14,10 @@ from torch import Tensor
 from peakgpt.kernels.core.thread_state import ThreadState
 
 
+class CannotRecord(RuntimeError):
+    """A function cannot be recorded, or runs as fast without; the message says why."""
+
+
 class Recorder(Protocol):
     """What records the calls of a thread."""
 

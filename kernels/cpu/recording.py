@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from peakgpt.kernels.core.recording import record_with
+from peakgpt.kernels.core.recording import CannotRecord, record_with
 from peakgpt.kernels.cpu.ext import _C, own_workspaces
 from peakgpt.kernels.cpu.memory import streamed
 
@@ -47,7 +47,7 @@ class Recording:
         """Record the function. Its kernels do not run, and torch's random state stays.
 
         Raises:
-            RuntimeError: the function reads a value, or its temporaries do not fit into the arena.
+            CannotRecord: the function reads a value, or its temporaries do not fit into the arena.
         """
         self.arena, self.parts, random_state = _Arena(), [], torch.get_rng_state()
         self.tape = _C.Tape(begin=self.arena.begin, end=self.arena.begin + ARENA_BYTES)
@@ -108,10 +108,10 @@ class _Arena:
         """Return an uninitialized tensor with the shape, strides and dtype of another one.
 
         Raises:
-            RuntimeError: the arena is full, or the tensor is not on the CPU.
+            CannotRecord: the arena is full, or the tensor is not on the CPU.
         """
         if tensor.device.type != "cpu":
-            raise RuntimeError(f"a recording has a tensor on {tensor.device}, expected the CPU")
+            raise CannotRecord(f"a recording has a tensor on {tensor.device}, expected the CPU")
         if tensor.numel() == 0:
             return tensor
         elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -127,7 +127,7 @@ class _Arena:
         else:
             offset, self.used = self.used, self.used + size
             if self.used > ARENA_BYTES:
-                raise RuntimeError(f"the temporaries take more than {ARENA_BYTES >> 20} MiB")
+                raise CannotRecord(f"the temporaries take more than {ARENA_BYTES >> 20} MiB")
         block = self.bytes[offset : offset + size]
         # The storage of the tensor keeps `block` alive, so this callback says that no tensor uses the memory.
         self.leases[offset] = weakref.ref(block, lambda _: self.free.setdefault(size, []).append(offset))
@@ -166,7 +166,7 @@ class _Operators(TorchDispatchMode):
         if isinstance(result, Tensor):
             return self._record_results(function, call, [result])[0]
         if not isinstance(result, tuple | list) or not all(isinstance(value, Tensor) for value in result):
-            raise RuntimeError(f"{function} returns {type(result).__name__} to the host, expected tensors")
+            raise CannotRecord(f"{function} returns {type(result).__name__} to the host, expected tensors")
         return type(result)(self._record_results(function, call, result))
 
     def _record_results(self, function: Any, call: partial, results: Sequence[Tensor]) -> list[Tensor]:
@@ -197,5 +197,5 @@ def _mutated(schema: Any, call: partial) -> Any:
     named = dict(zip((argument.name for argument in schema.arguments), call.args, strict=False)) | call.keywords
     written = [named[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if len(written) != len(schema.returns):
-        raise RuntimeError(f"{call.func} writes {len(written)} arguments and returns {len(schema.returns)} tensors")
+        raise CannotRecord(f"{call.func} writes {len(written)} arguments and returns {len(schema.returns)} tensors")
     return written[0] if len(written) == 1 else tuple(written)
