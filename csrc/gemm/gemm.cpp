@@ -65,20 +65,23 @@ void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>, row = begin * kPanelRows;
   const int64_t rows = std::min(end * kPanelRows, block.rows) - row;
   const T* a = static_cast<const T*>(args.a) + (block.row + row) * args.a_row + block.k * args.a_k;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (ReadsRows<T>(args)) {
-      if (args.a_sums == nullptr || block.column > 0) return;
-      for (int64_t i = 0; i < rows; i += kLanes) {
-        AddSlots<T>(a + i, block.depth, args.a_k, rows - i, block.first, args.a_sums + block.row + row + i);
-      }
-      return;
-    }
-  }
   Pack<T>(a, args.a_row, args.a_k, rows, block.depth, kRowVecs, out + row * slots);
   if (args.a_sums == nullptr || block.column > 0) return;
   for (int64_t i = 0; i < rows; i += kLanes) {
     const float* panel = out + (row + i) / kPanelRows * kPanelRows * slots + i % kPanelRows;
     AddSlots<T>(panel, slots, kPanelRows, rows - i, block.first, args.a_sums + block.row + row + i);
+  }
+}
+
+// Prepares the same rows for MultiplyPanels.
+template <class T>
+void PrepareRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
+  if (!ReadsRows<T>(args)) return PackRows<T>(args, block, begin, end, out);
+  if (args.a_sums == nullptr || block.column > 0) return;
+  const int64_t last = block.row + std::min(end * kPanelRows, block.rows);
+  const float* a = static_cast<const float*>(args.a) + block.k * args.a_k;
+  for (int64_t row = block.row + begin * kPanelRows; row < last; row += kLanes) {
+    AddSlots<float>(a + row, block.depth, args.a_k, last - row, block.first, args.a_sums + row);
   }
 }
 
@@ -204,7 +207,7 @@ struct GemmPlan {
 
 // Computes one thread's part of a product. All `workers` call it with the same scratch.
 void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
-  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
+  const auto prepare = PEAK_PICK_DTYPE(args.dtype, PrepareRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
   const int64_t rows = plan.rows, columns = plan.columns, depth = plan.depth;
   const auto [row_groups, column_groups] = Grid(rows / plan.tile.rows, columns / plan.tile.columns, workers);
@@ -216,7 +219,7 @@ void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, 
         const GemmBlock block{row, std::min(rows, args.m - row), column, std::min(columns, args.n - column),
                               k, std::min(depth, args.k - k), k == 0, k + depth >= args.k};
         const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
-        pack(args, block, r * id / workers, r * (id + 1) / workers, a);
+        prepare(args, block, r * id / workers, r * (id + 1) / workers, a);
         Barrier();
         const int64_t i = id / column_groups, j = id % column_groups;
         const GemmPart part{r * i / row_groups, r * (i + 1) / row_groups, c * j / column_groups,
