@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
 import re
@@ -17,7 +18,10 @@ from peakgpt.kernels.command_line import Parser
 # Each key is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code. It is imported on use.
 COMMANDS = {
     "quickstart": "train a small GPT on text of this machine, compare with PyTorch eager, write a report",
+    "prepare": "turn text, data sets or token files into token shards to train on",
     "train": "train a GPT on text files",
+    "verify": "check every file of a run against its digests",
+    "report": "write the report of a run again, from its metrics",
     "generate": "continue a prompt with a checkpoint",
     "quantize": "quantize the weights of a checkpoint to 8 or 4 bits",
     "score": "log-probabilities of continuations, or the perplexity of a text",
@@ -29,8 +33,8 @@ COMMANDS = {
 
 
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
-HEARTBEATS = {"quickstart": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr", "score": "stderr",
-              "aot": "stderr"}  # fmt: skip
+HEARTBEATS = {"quickstart": "stdout", "prepare": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr",
+              "score": "stderr", "aot": "stderr"}  # fmt: skip
 
 
 class BadInput(Exception):
@@ -41,8 +45,15 @@ class _Parser(Parser):
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if flags := [text.partition("=")[0] for text in unknown if text.startswith("-")] or unknown:
-            self.error(f"unrecognized arguments: {' '.join(flags)}")  # without values, which may be secret
+            self.error(f"unrecognized arguments: {' '.join(flags)}{self._instead(flags[0])}")  # values may be secret
         return parsed
+
+    def _instead(self, flag: str) -> str:
+        """Return the known flag that an unknown one may mean."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        other = self.other_name(flag.lstrip("-")) if self.other_name else None
+        nearest = difflib.get_close_matches(flag, known, n=1)
+        return f", {other}" if other else f", expected {nearest[0]}" if nearest else ""
 
     def error(self, message: str):
         # "argument --steps: is 0, expected at least 1" is how argparse gives the messages of `integer` and `number`.
@@ -54,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0 for success, 1 for a failed check or a training that gave numbers which are not finite, 2 for bad
-        input, 128 + N after signal N, such as 130 after Ctrl-C, and 141 if nobody reads the output any more.
+        Exit code: 0 for success, 1 for a failed check, 2 for bad input, 3 for a training whose numbers are not finite,
+        128 + N after signal N, such as 130 after Ctrl-C, and 141 if nobody reads the output any more.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
@@ -72,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_EXIT_CODE
     except FloatingPointError as error:
         print(f"peakgpt: error: {error}", file=sys.stderr)
-        return 1
+        return 3
     except (BadInput, ValueError, NotImplementedError, OSError) as error:
         print(f"peakgpt: error: {error}", file=sys.stderr)
         return 2

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
@@ -22,23 +20,28 @@ from peakgpt.bench.run_results import Failure, RunResults
 from peakgpt.bench.schema import Result
 from peakgpt.bench.shared_batches import STRETCH, SharedBatches
 from peakgpt.bench.timing import Timing, ratio
-from peakgpt.engine.data.batches import Batches, validation_batches
+from peakgpt.engine.data.batches import Batches
 from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.flops import parameter_count
 from peakgpt.engine.training.loop import TrainingLoop
 from peakgpt.engine.training.run_folder import RunFolder
+from peakgpt.engine.training.time_limit import TimeLimit
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
+from peakgpt.engine.training.validation import Validator
+from peakgpt.engine.training.validation_config import HELD_OUT, ValidationConfig
 from peakgpt.kernels.hardware.peaks import peak_for
+from peakgpt.kernels.hardware.stopwatch import stopwatch
+from peakgpt.progress import TrainingProgress
 from peakgpt.time_budget import TimeBudget
 
 PRESET = "gpt2-tiny"
 COMPARISON_SHARE = 0.2  # share of the training time in which peakgpt and eager train in turns
-TRAINING_S = 5.0  # at least, however short --minutes is: less gives no useful model
-LINE_S = 5.0  # between two lines of training where the output is no terminal
-VALIDATION_BATCHES = 16
+ROUNDS = 4  # of the comparison, at least
+VALIDATION = ValidationConfig(validation_batches=8)
+LAST_SHARE = 4  # the last validation has so many times as many batches, if there is time for them
 SAMPLE_TOKENS = 200
 DECODINGS = 20  # a comparison of decoding takes about as long as so many runs of peakgpt
 PROMPT = '"""Read a file and return'
@@ -49,6 +52,33 @@ class Stopped(Exception):
     """The training was asked to stop, and has stopped between two steps."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The training of a quickstart.
+
+    Args:
+        steps: about, in all; the number follows the speed.
+        rounds: of the comparison, in which each contender takes a turn.
+        stretch: steps of a turn.
+    """
+
+    steps: int
+    rounds: int
+    stretch: int
+
+    @classmethod
+    def of(cls, budget_s: float, ours_s: float, eager_s: float) -> Plan:
+        """Return the plan that fills a budget, for contenders whose steps take so many seconds.
+
+        Turns of STRETCH steps are shorter if the budget has no time for ROUNDS of them.
+        """
+        budget_s = max(budget_s, 0.0)
+        fitting = int(COMPARISON_SHARE * budget_s / (ours_s + eager_s))  # steps of each contender
+        stretch = min(max(fitting // ROUNDS, 1), STRETCH)
+        rounds = max(fitting // stretch, ROUNDS)
+        return cls(rounds * stretch + int((1 - COMPARISON_SHARE) * budget_s / ours_s), rounds, stretch)
+
+
 @dataclass
 class Session:
     """One quickstart: peakgpt and eager train from the same weights on the same batches, in turns."""
@@ -57,9 +87,9 @@ class Session:
     config: TrainConfig
     tokenizer: Tokenizer
     train_shards: TokenShards
-    validation_shards: TokenShards
     folder: RunFolder
     model: GPT
+    validator: Validator
     loop: TrainingLoop | None = None  # None until training starts
 
     @classmethod
@@ -73,72 +103,68 @@ class Session:
             ValueError: the text has too few tokens for a batch.
         """
         Batches(train_shards, config.batch, config.tokens, config.seed)
-        validation_batches(validation_shards, config.batch, config.tokens)
         torch.manual_seed(config.seed)
         model = GPT.from_preset(PRESET, vocab_size=tokenizer.vocab_size).to(device)
-        return cls(device, config, tokenizer, train_shards, validation_shards, folder, model)
+        validator = Validator(model, {HELD_OUT: validation_shards}, VALIDATION, batch=config.batch,
+                              tokens=config.tokens)  # fmt: skip
+        return cls(device, config, tokenizer, train_shards, folder, model, validator)
 
     def train(self, console: Console, budget: TimeBudget, should_stop: Callable[[], bool]) -> list[Result]:
         """Train until the phase should end, at first in turns with eager; return the timings of both.
 
-        The number of steps is planned from a few trials. It is cut while the training runs if the machine gets slower,
-        and the learning rate follows.
+        The comparison is planned from a few trials. The steps after it are planned anew before each of them, and the
+        learning rate follows.
 
         Raises:
             Stopped: `should_stop` returned True before a step.
         """
-        training_s = budget.left_s("training", at_least=TRAINING_S)
-        end_s = budget.clock() + training_s
-        steps, rounds = self._plan(training_s)
+        plan = self._plan(budget.left_s("training"))
         shared = SharedBatches(self._batches(), self.device, CONTENDERS)
         eager = EagerGPT(self.model.config).to(self.device)
         eager.load_state_dict(self.model.state_dict())  # before the trainer casts the model
-        trainer = Trainer(self.model, self.config, steps=steps)
-        batches = _batches_of("peakgpt", shared)
-        self.loop = TrainingLoop(trainer, batches, self.validation_shards, report_mfu=True)
+        trainer = Trainer(self.model, self.config, steps=plan.steps)
+        self.loop = TrainingLoop(trainer, _batches_of("peakgpt", shared), self.validator, report_mfu=True)
         console.print(
             f"model: {PRESET}, {parameter_count(self.model.config) / 1e6:.2f} M parameters, "
-            f"{str(self.config.dtype).removeprefix('torch.')}; {steps} steps of "
-            f"{self.config.batch} x {self.config.tokens} tokens, in turns with eager for the first {rounds * STRETCH}\n"
+            f"{str(self.config.dtype).removeprefix('torch.')}; about {plan.steps} steps of {self.config.batch} x "
+            f"{self.config.tokens} tokens, in turns with eager for the first {plan.rounds * plan.stretch}\n"
         )
-        start_s = budget.clock()
-        self._validate()
-        end_s -= 4 * (budget.clock() - start_s)  # the last validation has four times as many batches
-        with _progress(console) as progress:
-            task = progress.add_task("", total=steps, loss=0.0, rate=0.0, mfu=0.0)
-            line_s = -math.inf
+        seconds = self._validate()
+        with TrainingProgress(console, clock=budget.clock) as progress:
 
-            def train_steps() -> None:
-                nonlocal line_s
-                for event in self.loop.run(STRETCH, should_stop=should_stop, synchronous=True):  # as eager is
+            def train_steps(steps: int, before_step: Callable[[], None] = lambda: None) -> None:
+                def stop() -> bool:
+                    before_step()
+                    return should_stop()
+
+                for event in self.loop.run(steps, should_stop=stop, synchronous=True):  # as eager is
                     self.folder.log(contender="peakgpt", **event.row())
-                    progress.update(task, completed=event.step, total=trainer.steps, loss=event.loss,
-                                    rate=event.tokens_per_s, mfu=100 * event.mfu)  # fmt: skip
-                    if not console.is_terminal and budget.clock() - line_s >= LINE_S:
-                        line_s = budget.clock()
-                        console.print(f"step {event.step}/{trainer.steps}  loss {event.loss:.3f}  "
-                                      f"{event.tokens_per_s:,.0f} tok/s  MFU {100 * event.mfu:.1f} %")  # fmt: skip
+                    limit.observe(event.seconds)
+                    progress.step(event, trainer.steps)
                 if should_stop():
                     raise Stopped
 
-            contenders = {"peakgpt": train_steps, "eager": self._eager_steps(eager, shared, should_stop)}
-            comparison_s = COMPARISON_SHARE * (end_s - budget.clock())
-            timings = interleave(contenders, rounds=rounds - 1, warmup=0, device=self.device, budget_s=comparison_s)
+            # The last validation has LAST_SHARE times as many batches; between them there are three.
+            limit = TimeLimit(budget.left_s("training"), reserve_s=lambda: LAST_SHARE * seconds, clock=budget.clock)
+            contenders = {
+                "peakgpt": lambda: train_steps(plan.stretch),
+                "eager": self._eager_steps(eager, shared, plan.stretch, should_stop),
+            }
+            comparison_s = COMPARISON_SHARE * (limit.left_s - LAST_SHARE * seconds)
+            timings = interleave(contenders, rounds=plan.rounds, warmup=0, device=self.device, budget_s=comparison_s,
+                                 one_call=True)  # fmt: skip
             shared.remove("eager")
             del contenders, eager  # frees eager's memory
-            self._validate()
-            halves = [0.5, 0.75]  # of the steps, after which the model is validated
-            while not self.loop.finished:
-                start_s = budget.clock()
-                train_steps()
-                now_s = budget.clock()
-                cut_steps(trainer, (now_s - start_s) / STRETCH, end_s - now_s)
-                if halves and not self.loop.finished and trainer.steps_done >= halves[0] * trainer.steps:
-                    halves.pop(0)
-                    self._validate()
-        self._validate(4 * VALIDATION_BATCHES)
+            for share in (0.25, 0.5, 0.75):  # of the steps, after which the model is validated
+                seconds = self._validate()
+                count = int(share * (limit.fitting_steps() + trainer.steps_done)) - trainer.steps_done
+                train_steps(max(count, 0), lambda: limit.plan(trainer))
+            train_steps(trainer.steps, lambda: limit.plan(trainer))
+        batches = VALIDATION.validation_batches
+        fitting = int(budget.left_s("training") / seconds * batches)
+        self._validate(min(max(fitting, batches), LAST_SHARE * batches))
         console.print(f"peakgpt trains {ratio(timings['eager'], timings['peakgpt']).median:.2f} x as fast as eager")
-        return [self._result(name, timing) for name, timing in timings.items()]
+        return [self._result(name, timing, plan.stretch) for name, timing in timings.items()]
 
     def sample(self, console: Console, found: RunResults, budget: TimeBudget) -> str:
         """Print a continuation of PROMPT and return it; time decoding by peakgpt and eager."""
@@ -188,28 +214,27 @@ class Session:
     def _batches(self) -> Batches:
         return Batches(self.train_shards, self.config.batch, self.config.tokens, self.config.seed)
 
-    def _plan(self, budget_s: float) -> tuple[int, int]:
-        """Time copies of both trainers; return the steps and the rounds with eager that fill the budget."""
-        config = self.model.config
-        trial = {"peakgpt": Trainer(copy.deepcopy(self.model), self.config, steps=100),
-                 "eager": EagerTrainer(EagerGPT(config).to(self.device), self.config, steps=100)}  # fmt: skip
+    def _plan(self, budget_s: float) -> Plan:
+        """Time one step of copies of both trainers; return the plan that fills the rest of the budget."""
+        config, start_s = self.model.config, time.perf_counter()
+        trial = (Trainer(copy.deepcopy(self.model), self.config, steps=100),
+                 EagerTrainer(EagerGPT(config).to(self.device), self.config, steps=100))  # fmt: skip
         pair = tuple(t.to(self.device) for t in next(self._batches()))
-        timings = interleave(
-            {n: lambda t=t: t.step(*pair) for n, t in trial.items()}, rounds=3, warmup=2, device=self.device
-        )
-        ours, both = timings["peakgpt"].median_s, sum(t.median_s for t in timings.values())
-        rounds = max(4, round(COMPARISON_SHARE * budget_s / (both * STRETCH)))
-        return rounds * STRETCH + max(0, round((1 - COMPARISON_SHARE) * budget_s / ours)), rounds
+        seconds = []
+        for trainer in trial:
+            trainer.step(*pair)  # warms up
+            seconds.append(stopwatch(self.device)(lambda t=trainer: t.step(*pair)))
+        return Plan.of(budget_s - (time.perf_counter() - start_s), *seconds)
 
     def _eager_steps(
-        self, model: EagerGPT, shared: SharedBatches, should_stop: Callable[[], bool]
+        self, model: EagerGPT, shared: SharedBatches, stretch: int, should_stop: Callable[[], bool]
     ) -> Callable[[], None]:
-        """Return a function that trains eager for STRETCH steps and logs them; it raises Stopped as `train` does."""
+        """Return a function that trains eager for some steps and logs them; it raises Stopped as `train` does."""
         trainer, loop = EagerTrainer(model, self.config, steps=self.loop.trainer.steps), self.loop
 
         def train_steps() -> None:
             last_step_s = time.perf_counter()
-            for _ in range(STRETCH):
+            for _ in range(stretch):
                 if should_stop():
                     raise Stopped
                 loss = float(trainer.step(*shared.take("eager")))
@@ -219,35 +244,24 @@ class Session:
 
         return train_steps
 
-    def _validate(self, batches: int = VALIDATION_BATCHES) -> None:
-        self.folder.log(contender="peakgpt", **self.loop.validate(batches).row(), batches=batches)
+    def _validate(self, batches: int | None = None) -> float:
+        """Validate and log; return the seconds that it took."""
+        event = self.loop.validate(batches)
+        self.folder.log(contender="peakgpt", **event.row())
+        return event.seconds
 
-    def _result(self, name: str, timing: Timing) -> Result:
-        tokens, peak = STRETCH * self.config.batch * self.config.tokens, peak_for(self.device, self.config.dtype)
+    def _result(self, name: str, timing: Timing, stretch: int) -> Result:
+        tokens, peak = stretch * self.config.batch * self.config.tokens, peak_for(self.device, self.config.dtype)
         return Result.of(
             timing, bench="train", contender=name, backend="auto" if name == "peakgpt" else "torch",
             device=str(self.device),
-            case={"model": PRESET, "batch": self.config.batch, "tokens": self.config.tokens, "steps": STRETCH},
+            case={"model": PRESET, "batch": self.config.batch, "tokens": self.config.tokens, "steps": stretch},
             dtype=str(self.config.dtype).removeprefix("torch."), flops=self.loop.flops_per_token * tokens,
             flops_kind="model",
             peak_flops_s=peak.flops_s, peak_source=peak.source,
         )  # fmt: skip
 
 
-def cut_steps(trainer: Trainer, step_s: float, left_s: float) -> None:
-    """Plan fewer updates if the planned ones do not fit into the time that is left."""
-    fitting = max(0, int(left_s / step_s))
-    trainer.steps = max(trainer.steps_done, min(trainer.steps, trainer.steps_done + fitting))
-
-
 def _batches_of(contender: str, shared: SharedBatches) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         yield shared.take(contender)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("{task.fields[rate]:,.0f} tok/s"), TextColumn("MFU {task.fields[mfu]:.1f} %"), TimeRemainingColumn(),
-        console=console,
-    )  # fmt: skip

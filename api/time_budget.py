@@ -22,14 +22,13 @@ class TimeBudget:
         self.total_s, self.ends, self.clock = total_s, ends, clock
         self._start_s = clock()
 
-    def left_s(self, phase: str, *, at_least: float = 0.0) -> float:
-        """Return the seconds until a phase should end, `at_least` or more."""
-        return max(at_least, self.ends[phase] * self.total_s - (self.clock() - self._start_s))
+    def left_s(self, phase: str) -> float:
+        """Return the seconds until a phase should end; 0 after it."""
+        return max(0.0, self.ends[phase] * self.total_s - (self.clock() - self._start_s))
 
-    def take(self, phase: str, items: Iterable[T], *, at_least: float = 0.0) -> Iterator[T]:
-        """Yield items until the phase should end, the first one always, and for `at_least` seconds."""
-        stop_s = self.clock() + self.left_s(phase, at_least=at_least)
+    def take(self, phase: str, items: Iterable[T]) -> Iterator[T]:
+        """Yield items until the phase should end, and the first one always."""
         for item in items:
             yield item
-            if self.clock() >= stop_s:
+            if self.left_s(phase) == 0.0:
                 return

@@ -127,6 +127,12 @@ CASES = [
         {"batch": 2, "tokens": 9, "heads": 1, "head_dim": 96, "pairs": 7},
         {"n_head": 1, "interleaved": True},
     ),
+    ("attention_qkv", {"batch": 1, "tokens": 131, "heads": 2, "head_dim": 16, "documents": 3}, {"n_head": 2}),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 67, "heads": 2, "head_dim": 24, "kv_heads": 1, "pairs": 5, "documents": 4},
+        {"n_head": 2, "window": 9},
+    ),
 ]
 
 # Sizes of real models, for hardware that is fast enough in float64.

@@ -22,6 +22,7 @@ BENCHES = {
     "ops": "every op, forward and backward, versus PyTorch",
     "memory_bound": "memory-bound CPU kernels without dispatch, versus streams of the same reads and writes",
     "train": "a training step of GPT-2 versus PyTorch",
+    "packing": "a training step on packed documents with masked attention versus whole rows",
     "fp8": "training with fp8 GEMMs versus bfloat16: loss and time",
     "patch": "patched versus unpatched transformers models",
     "prefill": "prefill of GPT-2 on a CPU versus PyTorch and other engines",
@@ -31,20 +32,31 @@ BENCHES = {
     "device": "checks and benchmarks for a machine with a GPU, in under 8 minutes",
 }
 
+# Each key is a module of peakgpt.bench with add_arguments(parser) and run(args) -> exit code. They measure nothing.
+TOOLS = {
+    "compare": "test for each row whether one of two commits or runs is slower",
+    "readme": "write the tables of README.md and docs/ from the committed results",
+}
+
 STOPPED = 130  # exit code after Ctrl-C
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="{" + ",".join(BENCHES) + "}")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="{" + ",".join((*BENCHES, *TOOLS)) + "}")
     for name, text in BENCHES.items():
         bench = benches.add_parser(name, help=text, description=text)
         bench.add_argument("--device", help='"cpu" or "cuda"; default: the CUDA device if there is one')
         bench.add_argument("--out", type=Path, help="folder for the JSON (default: ./bench/results)")
         bench.add_argument("--commit", help="commit of the source, if it has no git history")
         importlib.import_module(f"peakgpt.bench.{name}").add_arguments(bench)
+    for name, text in TOOLS.items():
+        tool = benches.add_parser(name, help=text, description=text)
+        importlib.import_module(f"peakgpt.bench.{name}").add_arguments(tool)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.bench in TOOLS:
+        return importlib.import_module(f"peakgpt.bench.{args.bench}").run(args)
     device = choose_device(args.device)
     env = environment(device, commit=args.commit)  # before measuring, so that a missing device is an error at once
     out = args.out or Path("bench", "results")

@@ -1,6 +1,6 @@
 """Time contenders round-robin, so that a slow second of the machine affects all of them.
 
-per round r and contender c:    t[c, r] = seconds of n_c calls / n_c, with n_c so that one timing lasts >= 2 ms
+per round r and contender c:    t[c, r] = seconds of n_c calls / n_c, with n_c so that one turn lasts >= 2 ms
 ratio(a, b)                   = median over r of t[a, r] / t[b, r]
 """
 
@@ -9,13 +9,26 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from peakgpt.bench.cpu_load import MIN_KEPT, disturbance, keep_undisturbed, read_ticks
+from peakgpt.bench.cpu_load import MAX_DISTURBANCE, MIN_KEPT, disturbance, keep_undisturbed, read_ticks
+from peakgpt.bench.peak_meter import GroupPeaks, PeakMeter
 from peakgpt.bench.timing import Timing
+from peakgpt.bench.turns import (
+    BLOCK_CALLS,
+    PROBE_EVERY,
+    Seconds,
+    Turn,
+    cold_note,
+    log_of,
+    samples,
+    seems_cold,
+    take_turn,
+    usable_rounds,
+)
 from peakgpt.kernels.hardware.stopwatch import stopwatch
 
 MIN_TIMING_S = 2e-3  # perf_counter and the wake-up of a thread pool take about 10 us, less than 1 % of this
@@ -38,7 +51,9 @@ def interleave(
     warmup: int = 1,
     device: torch.device | str | None = None,
     budget_s: float | None = None,
-    workers: Sequence[int] = (),
+    workers: Mapping[str, int] | None = None,
+    peaks: PeakMeter | None = None,
+    one_call: bool = False,
     on_failure: OnFailure = raise_failure,
 ) -> dict[str, Timing]:
     """Time contenders round-robin; the order rotates by one each round.
@@ -49,13 +64,17 @@ def interleave(
         warmup: untimed calls of each contender first.
         device: "cpu" (default) or a CUDA device.
         budget_s: start no new round after this many seconds including the warm-up, but run at least three rounds.
-        workers: process ids of running children that do the contenders' work. A rest then precedes each timing,
+        workers: contender -> process id of the running child that does its work. A rest then precedes each turn,
             because spinning threads of one process would take a core from the next.
+        peaks: measured before the first and after the last round.
+        one_call: whether a call that fills a turn is never repeated to see if memory went cold, because a call has
+            effects that are counted.
         on_failure: called with a contender whose call raises. It is left out; the others are timed.
     Returns:
         name -> Timing. On Linux CPUs, rounds with more than 10 % foreign CPU or steal time are dropped for all
         contenders, see `keep_undisturbed`. The counters are too coarse for one short round, so consecutive rounds of
-        at least 0.2 s are judged together.
+        at least 0.2 s are judged together. If memory went cold while others took their turns, no sample includes the
+        first call of a turn; see `turns`.
     Raises:
         ValueError: no contender, rounds < 1, or warmup < 0.
     """
@@ -64,34 +83,102 @@ def interleave(
             f"expected contenders, rounds >= 1 and warmup >= 0, got {len(contenders)} contenders, "
             f"rounds={rounds}, warmup={warmup}"
         )
-    seconds = _rest_before(stopwatch(device)) if workers else stopwatch(device)
-    read_load = (lambda: read_ticks(workers)) if torch.device(device or "cpu").type == "cpu" else lambda: None
-    start = time.perf_counter()
-    calls = _of_each(contenders, lambda name: _warm_up(contenders[name], warmup, seconds), on_failure)
+    workers, start = workers or {}, time.perf_counter()
+    seconds, rest = stopwatch(device), _rest if workers else lambda: None
+    calls = _of_each(contenders, lambda name: _warm_up(contenders[name], warmup, seconds, rest), on_failure)
+    before = peaks.measure() if peaks and calls else {}
 
-    names, timed, disturbances = list(calls), [], []
-    report = _reporter(rounds)
-    while names and len(timed) < rounds and not _budget_is_spent(start, budget_s, len(timed)):
-        before, block, first = read_load(), time.perf_counter(), len(timed)
-        while names and len(timed) < rounds and not _budget_is_spent(start, budget_s, len(timed)):
-            offset = len(timed) % len(names)
-            order = names[offset:] + names[:offset]
-            timed.append(_of_each(order, lambda name: seconds(contenders[name], calls[name]), on_failure))
-            names = [name for name in names if name in timed[-1]]
-            report(len(timed))
-            if time.perf_counter() - block >= MIN_BLOCK_S:
+    on_cpu = torch.device(device or "cpu").type == "cpu"
+    read_load = (lambda: read_ticks(tuple(workers.values()))) if on_cpu else lambda: None
+    session = _Rounds(contenders, calls, seconds, rest, workers, split=on_cpu, probe=on_cpu and not one_call)
+    report, disturbances = _reporter(rounds), []
+
+    def goes_on() -> bool:
+        done = len(session.taken)
+        return bool(session.names) and done < rounds and not _budget_is_spent(start, budget_s, done)
+
+    while goes_on():
+        ticks, block_start, block_first = read_load(), time.perf_counter(), len(session.taken)
+        while goes_on():
+            session.take(on_failure, last=len(session.taken) == rounds - 1)
+            report(len(session.taken))
+            if time.perf_counter() - block_start >= MIN_BLOCK_S:
                 break
-        disturbances += [disturbance(before, read_load())] * (len(timed) - first)
-
-    if not names:
+        share = disturbance(ticks, read_load())
+        disturbances += [share] * (len(session.taken) - len(disturbances))
+        if share <= MAX_DISTURBANCE:
+            session.look(block_first)
+    if not session.names:
         return {}
-    kept, note = keep_undisturbed(disturbances)
-    if len(timed) < rounds:
-        note = "; ".join(filter(None, [f"{len(timed)} of {rounds} rounds fitted into {budget_s:g} s", note]))
-    return {
-        n: Timing(tuple(timed[i][n] for i in kept), dropped=len(timed) - len(kept), note=note, calls=calls[n])
-        for n in names
-    }
+    group = peaks.group(before, peaks.measure()) if peaks else None
+    taken = len(session.taken)
+    short = f"{taken} of {rounds} rounds fitted into {budget_s:g} s" if taken < rounds else ""
+    return {name: timing.noted(short) for name, timing in session.timings(disturbances, group).items()}
+
+
+class _Rounds:
+    """The rounds of one group, and whether memory went cold in them."""
+
+    def __init__(
+        self, contenders: Mapping[str, Callable[[], Any]], calls: Mapping[str, int], seconds: Seconds,
+        rest: Callable[[], None], workers: Mapping[str, int], *, split: bool, probe: bool,
+    ):  # fmt: skip
+        """
+        Args:
+            contenders: name -> function.
+            calls: name -> calls that fill a turn; contenders without an entry do not take part.
+            seconds: see `stopwatch`.
+            rest: called before each turn.
+            workers: see `interleave`.
+            split: whether to time the first call of a turn apart.
+            probe: whether to look if memory went cold.
+        """
+        self.contenders, self.calls, self.seconds, self.rest = contenders, calls, seconds, rest
+        self.workers, self.split, self.probe = workers, split, probe
+        self.names = list(calls)
+        self.taken: list[dict[str, Turn]] = []  # name -> turn, in the order of the turns
+        self.suspected = False  # the first call of a turn was slow when we looked last
+        self.cold = False
+
+    def take(self, on_failure: OnFailure, *, last: bool) -> None:
+        """Give every contender a turn."""
+        index = len(self.taken)
+        second_call = self.probe and (index % PROBE_EVERY == 0 or last or self.suspected)
+        least = 1 + BLOCK_CALLS if self.cold else 2 if second_call else 1
+        offset = index % len(self.names)
+
+        def turn(name: str) -> Turn:
+            self.rest()
+            return take_turn(self.contenders[name], self.calls[name], self.seconds, least=least, split=self.split,
+                             pid=self.workers.get(name))  # fmt: skip
+
+        self.taken.append(_of_each(self.names[offset:] + self.names[:offset], turn, on_failure))
+        self.names = [name for name in self.names if name in self.taken[-1]]
+
+    def look(self, first: int) -> None:
+        """Look in the rounds from `first` on whether memory went cold. Other processes must not have disturbed them."""
+        for turns in self.taken[first:]:
+            if self.probe and any(turn.cold is not None for turn in turns.values()):
+                suspected = seems_cold(turns)
+                self.cold = self.cold or (suspected and self.suspected)
+                self.suspected = suspected
+
+    def timings(self, disturbances: Sequence[float], group: GroupPeaks | None) -> dict[str, Timing]:
+        """Choose the rounds to keep and return the timings of the contenders that took part in all of them."""
+        turns = [{name: turn for name, turn in taken.items() if name in self.names} for taken in self.taken]
+        usable = usable_rounds(turns, cold=self.cold)
+        undisturbed, note = keep_undisturbed([disturbances[i] for i in usable])
+        kept = [usable[i] for i in undisturbed]
+        lost = cold_note(turns, len(turns) - len(usable)) if self.cold else ""
+        return {
+            name: Timing(
+                samples([turns[i][name] for i in kept], cold=self.cold), dropped=len(turns) - len(kept),
+                note="; ".join(filter(None, [note, lost])), calls=self.calls[name],
+                turns=log_of(name, turns, disturbances, kept), first_call="apart" if self.cold else "timed",
+                peaks=group,
+            )
+            for name in self.names
+        }  # fmt: skip
 
 
 def _of_each(names: Iterable[str], value_of: Callable[[str], Any], on_failure: OnFailure) -> dict[str, Any]:
@@ -118,16 +205,13 @@ def _reporter(rounds: int) -> Callable[[int], None]:
     return report
 
 
-def _rest_before(seconds: Callable[..., float]) -> Callable[..., float]:
-    def rest_and_time(fn: Callable[[], Any], calls: int = 1) -> float:
-        time.sleep(REST_S)
-        return seconds(fn, calls)
-
-    return rest_and_time
+def _rest() -> None:
+    time.sleep(REST_S)
 
 
-def _warm_up(fn: Callable[[], Any], warmup: int, seconds: Callable[..., float]) -> int:
+def _warm_up(fn: Callable[[], Any], warmup: int, seconds: Seconds, rest: Callable[[], None]) -> int:
     """Warm fn up; return how many calls together last at least MIN_TIMING_S."""
+    rest()
     for _ in range(warmup):
         fn()
     calls = 1

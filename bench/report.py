@@ -1,28 +1,17 @@
-"""Report of a run: plain-text tables for the terminal and one self-contained HTML page."""
+"""Results as plain-text tables for the terminal, and as sections for the page of a run."""
 
 from __future__ import annotations
 
-import html
-import io
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 from peakgpt.bench.check import Check
 from peakgpt.bench.run_results import OURS, Failure, Row, RunResults
-from peakgpt.bench.schema import Result
-from peakgpt.bench.timing import Timing, ratio
-from peakgpt.kernels.files import write_atomically
-
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2128;background:#fff}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}th,td{padding:.25rem .7rem;text-align:right;white-space:nowrap}
-th{border-bottom:2px solid #57606a}td{border-bottom:1px solid #d8dee4}td:first-child,th:first-child{text-align:left}
-pre{background:#f6f8fa;padding:1rem;overflow-x:auto}svg{max-width:100%;height:auto}.note{color:#57606a}
-"""
-CONTENDER_COLORS = {"eager": "#f0883e", "peakgpt": "#0969da"}
+from peakgpt.bench.schema import Result, comparable
+from peakgpt.bench.timing import ratio
+from peakgpt.engine.training.figures import percent_text, rate_text
+from peakgpt.engine.training.run_report import Section, table
+from peakgpt.engine.training.run_report import note as remark
 
 
 def groups(results: Iterable[Result]) -> list[list[Result]]:
@@ -43,7 +32,7 @@ def speedup(result: Result, others: Sequence[Result]) -> float | None:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+    return "" if value is None else percent_text(value)
 
 
 def _times(value: float | None) -> str:
@@ -59,17 +48,15 @@ def _ms(r: Result) -> str:
 
 
 def _tokens_per_s(r: Result) -> str:
-    if "tokens" not in r.case:
-        return ""
-    tokens = r.case["tokens"] * r.case.get("batch", 1) * r.case.get("steps", 1)
-    return f"{tokens / r.median_s:,.0f}"
+    return "" if r.tokens_per_s is None else rate_text(r.tokens_per_s)
 
 
 def _rounds(r: Result) -> str:
     return f"{r.rounds} of {r.rounds + r.dropped}"
 
 
-def _case(r: Result) -> str:
+def case_text(r: Result) -> str:
+    """Return the op, the dtype and the sizes of a case in one line."""
     head = [r.case[k] for k in ("op", "pass") if k in r.case]
     twice = ("n_head",) if "heads" in r.case else ()  # a parameter that repeats a size
     rest = [f"{k} {v}" for k, v in r.case.items() if k not in ("op", "pass", *twice)]
@@ -78,7 +65,7 @@ def _case(r: Result) -> str:
 
 Read = Callable[[Result, Sequence[Result]], str]
 COLUMNS: dict[str, Read] = {
-    "case": lambda r, rs: _case(r) if r is rs[0] else "",
+    "case": lambda r, rs: case_text(r) if r is rs[0] else "",
     "contender": lambda r, _: r.contender,
     "tokens/s": lambda r, _: _tokens_per_s(r),
     "MFU": lambda r, _: _percent(r.flops_fraction),
@@ -162,27 +149,26 @@ def tables(results: Sequence[Result]) -> list[str]:
 def comparisons(results: Sequence[Result]) -> list[str]:
     """Return a table of peakgpt's speed and memory relative to each contender of a case; empty without pairs.
 
-    Times are paired by round, so the quartiles are those of the ratio.
+    Times are paired by round. Rows of unlike weight formats are not compared.
     """
     rows = []
     for rs in groups(results):
         ours = next((r for r in rs if r.contender == OURS), None)
-        pairs = [(ours, r) for r in rs if ours and r is not ours and 0 < len(r.samples_s) == len(ours.samples_s)]
-        rows += [[_case(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
-    headings = ["case", "of peak FLOP/s", "against", "times as fast (quartiles)", "of its memory", "beyond imports",
+        pairs = [(ours, r) for r in rs if ours and r is not ours and comparable(ours, r)]
+        rows += [[case_text(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
+    headings = ["case", "of peak FLOP/s", "against", "times as fast (95 % interval)", "of its memory", "beyond imports",
                 "rounds"]  # fmt: skip
     return [f"\npeakgpt against each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
 
 
 def _comparison(ours: Result, other: Result) -> list[str]:
-    by = ratio(*(Timing(tuple(r.samples_s)) for r in (other, ours)))
+    by = ratio(other.timing(), ours.timing())
     memory = built = None
     if ours.memory_bytes and other.memory_bytes:
         memory = ours.memory_bytes / other.memory_bytes
     if memory and ours.base_bytes and other.base_bytes:
         built = (ours.memory_bytes - ours.base_bytes) / (other.memory_bytes - other.base_bytes)
-    speed = f"{by.median:.3f} x ({by.q25:.3f} to {by.q75:.3f})"
-    return [_percent(ours.flops_fraction), other.contender, speed, _times(memory), _times(built), _rounds(ours)]
+    return [_percent(ours.flops_fraction), other.contender, by.text, _times(memory), _times(built), _rounds(ours)]
 
 
 def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -197,7 +183,7 @@ def _text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def notes(results: Iterable[Result]) -> list[str]:
     """Return notes on the figures: dropped rounds, page faults, sources of the peaks; each kind of note once."""
     results, kinds = list(results), {}
-    said = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped, the machine was busy elsewhere"
+    said = [f"{r.bench}: {r.dropped} of {r.rounds + r.dropped} rounds dropped"
             for r in results if r.dropped]  # fmt: skip
     said += [note for r in results for note in r.note.split("; ") if note]
     said += [f"peak: {r.peak_source}" for r in results if r.peak_source]
@@ -213,7 +199,7 @@ def row_line(row: Row) -> str:
         return f"{verdict}: {row.op} {row.case} {row.dtype} on {row.backend}: {row.message}".rstrip(": ")
     if isinstance(row, Failure):
         return f"failed: {', '.join(filter(None, (row.part, row.job, row.contender)))}: {row.message}"
-    return f"{row.bench}: {_case(row)}, {row.contender}: {_ms(row)} ms"
+    return f"{row.bench}: {case_text(row)}, {row.contender}: {_ms(row)} ms"
 
 
 def verdicts(found: RunResults) -> list[str]:
@@ -226,73 +212,11 @@ def verdicts(found: RunResults) -> list[str]:
     return lines + [f"  {row_line(row)}" for row in (*wrong, *found.failures)]
 
 
-# ---- the page
+# ---- parts of the page of a run
 
 
-def write_report(
-    path: Path | str, *, rows: Sequence[dict[str, Any]], results: Sequence[Result], environment: dict[str, Any],
-    corpus: str, sample: str,
-) -> None:  # fmt: skip
-    """Write the page of a run with curves, tables and environment. It loads no other file.
-
-    Args:
-        path: of the page.
-        rows: of metrics.jsonl.
-        results: measured cases.
-        environment: of peakgpt.bench.environment.
-        corpus: one line that describes the text.
-        sample: generated text.
-    """
-    e = html.escape
-    parts = [f"<p>{e(corpus)}</p>", _curves(rows)]
-    for title, headings, cells in _filled(results):
-        parts += [f"<h2>{e(title)}</h2>", _html_table(headings, cells)]
-    parts += [f"<p class=note>{e(note)}</p>" for note in notes(results)]
-    parts += ["<h2>Sample</h2>", f"<pre>{e(sample)}</pre>", "<h2>Environment</h2>",
-              _html_table(["", ""], [[str(k), str(v)] for k, v in environment.items()])]  # fmt: skip
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>peakgpt run</title><style>{STYLE}</style><h1>peakgpt run</h1>{''.join(parts)}</html>\n"
-    )
-    write_atomically(Path(path), page.encode())
-
-
-def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _curves(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the loss of each contender and the bits per byte of the held-out text by step, as inline SVG."""
-    losses = {
-        name: [(r["step"], r["loss"]) for r in rows if r["contender"] == name and "loss" in r]
-        for name in CONTENDER_COLORS
-    }
-    held_out = {"peakgpt": [(r["step"], r["bits_per_byte"]) for r in rows if "bits_per_byte" in r]}
-    return _chart(losses, "training loss, nats per token") + _chart(held_out, "held-out text, bits per byte")
-
-
-def _chart(series: dict[str, list[tuple[float, float]]], title: str) -> str:
-    """Return a line chart over steps; empty without finite values."""
-    import matplotlib  # takes 0.3 s, and most runs draw nothing
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
-    import matplotlib.pyplot as plt
-
-    finite = {name: [p for p in points if math.isfinite(p[1])] for name, points in series.items()}
-    if not any(finite.values()):
-        return ""
-    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for name, points in finite.items():
-        if points:
-            thin = {"linewidth": 1.2 if name == "peakgpt" else 3}
-            axes.plot(*zip(*points, strict=True), color=CONTENDER_COLORS[name], label=name, gid=f"curve-{name}", **thin)
-    axes.set(title=title, xlabel="step")
-    axes.legend()
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = picture.getvalue()
-    return text[text.index("<svg") :]
+def result_sections(results: Sequence[Result]) -> list[Section]:
+    """Return the tables of all kinds of benchmarks, and the notes, for the page of a run."""
+    sections = [Section(title, table(headings, cells)) for title, headings, cells in _filled(results)]
+    said = "".join(map(remark, notes(results)))
+    return [*sections, Section("Notes", said)] if said else sections

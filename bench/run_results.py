@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peakgpt.bench.check import Check
-from peakgpt.bench.schema import Result
+from peakgpt.bench.schema import Result, result_of_json
 
 OURS = "peakgpt"  # the names of our contenders begin with it
 # The installed package; in an editable install the folder of links, and the repository that they point to.
@@ -54,7 +54,7 @@ def without_folders(text: str) -> str:
 
 Row = Result | Check | Failure
 Emit = Callable[[Row], None]  # takes a finished row
-KINDS = {"result": Result, "check": Check, "failure": Failure}
+KINDS = {"result": result_of_json, "check": lambda row: Check(**row), "failure": lambda row: Failure(**row)}
 
 
 @dataclass
@@ -88,7 +88,7 @@ def encode(row: Row) -> dict[str, Any]:
 
 def decode(value: dict[str, Any]) -> Row:
     """Return the row of an `encode` result."""
-    return KINDS[value["kind"]](**value["row"])
+    return KINDS[value["kind"]](value["row"])
 
 
 class Unsupported(Exception):

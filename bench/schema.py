@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peakgpt.bench.timing import Timing
+from peakgpt.bench.timing import Spread, Timing, Turns
 from peakgpt.engine.model.flops import mfu
 from peakgpt.kernels.files import write_atomically
 from peakgpt.kernels.strict_json import dumps
@@ -38,6 +38,11 @@ class Result:
     dropped: int  # dropped rounds
     # Times of the kept rounds. Sample i of every contender of a case comes from the same round.
     samples_s: list[float] = field(default_factory=list)
+    calls: int | None = None  # calls that fill a turn
+    first_call: str = "timed"  # "timed", or "apart": memory went cold between turns, samples are of the calls after it
+    turns: Turns = field(default_factory=Turns)  # what was recorded in the kept rounds
+    above_peak: int = 0  # of the dropped rounds: those with a figure above 100 % of its peak
+    weight_bits: float | None = None  # per quantized weight, with its scales
     flops: float | None = None  # per call
     flops_kind: str | None = None  # "model" or "work"
     bytes: float | None = None  # per call: the minimum of bytes read and written
@@ -46,6 +51,9 @@ class Result:
     peak_flops_s: float | None = None
     peak_bytes_s: float | None = None
     peak_source: str = ""
+    peak_before: dict[str, float] = field(default_factory=dict)  # measured before the rounds: dtype, "bytes" -> per s
+    peak_after: dict[str, float] = field(default_factory=dict)
+    fresh_page_s: float | None = None  # cost of the first write to a page, measured after the rounds
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -57,13 +65,39 @@ class Result:
             raise ValueError(
                 f"expected flops with flops_kind 'model' or 'work', or neither, got {self.flops}, {self.flops_kind!r}"
             )
+        for name, values in self.turns.items().items():
+            if values and len(values) != len(self.samples_s):
+                raise ValueError(f"expected turns.{name} of {len(self.samples_s)} samples, got {len(values)}")
 
     @classmethod
-    def of(cls, timing: Timing, **fields: Any) -> Result:
-        """Make a result from a timing and the remaining fields."""
+    def of(cls, timing: Timing, *, peak_dtype: str | None = None, **fields: Any) -> Result:
+        """Make a result from a timing and the remaining fields.
+
+        Args:
+            timing: its peaks, if they were measured, become those of the row.
+            peak_dtype: dtype whose FLOP/s are the peak, if it is not the dtype of the row.
+            fields: the other fields.
+        """
+        if timing.peaks:
+            flops, moved = fields.get("flops") is not None, fields.get("bytes") is not None
+            fields |= timing.peaks.fields(peak_dtype or fields["dtype"], flops=flops, moved=moved)
         return cls(
             median_s=timing.median_s, q25_s=timing.q25_s, q75_s=timing.q75_s, samples_s=list(timing.samples_s),
-            rounds=timing.kept, dropped=timing.dropped, note=timing.note, **fields,
+            rounds=timing.kept, dropped=timing.dropped, note=timing.note, calls=timing.calls, turns=timing.turns,
+            first_call=timing.first_call, **fields,
+        )  # fmt: skip
+
+    def timing(self) -> Timing:
+        """Return the timing of this row, for `ratio`."""
+        return Timing(tuple(self.samples_s), dropped=self.dropped, turns=self.turns)
+
+    def without_rounds_above_peak(self, kept: Sequence[int]) -> Result:
+        """Return this result with the samples at some indices; the others were above the peak."""
+        above, samples_s = len(self.samples_s) - len(kept), [self.samples_s[i] for i in kept]
+        spread = Spread.of(samples_s)
+        return dataclasses.replace(
+            self, samples_s=samples_s, turns=self.turns.keep(kept), median_s=spread.median, q25_s=spread.q25,
+            q75_s=spread.q75, rounds=len(kept), dropped=self.dropped + above, above_peak=self.above_peak + above,
         )  # fmt: skip
 
     def noted(self, note: str) -> Result:
@@ -79,6 +113,13 @@ class Result:
     def gbs(self) -> float | None:
         """GB/s at the median, 1 GB = 1e9 bytes."""
         return None if self.bytes is None else self.bytes / self.median_s / 1e9
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second of all streams at the median; None if the case has no tokens."""
+        if "tokens" not in self.case:
+            return None
+        return self.case["tokens"] * self.case.get("batch", 1) * self.case.get("steps", 1) / self.median_s
 
     @property
     def flops_fraction(self) -> float | None:
@@ -97,7 +138,15 @@ class Result:
         return dataclasses.asdict(self)
 
 
-SCHEMA = 2
+SCHEMA = 3
+# Schema 2 lacks these keys. Its files stay as they were written, and are read with the defaults.
+NEW_IN_3 = {"calls", "first_call", "turns", "above_peak", "weight_bits", "peak_before", "peak_after", "fresh_page_s"}
+# dtype -> contender -> bits per weight that files of schema 2 were measured with.
+OLD_WEIGHT_BITS = {
+    "int8": {"peakgpt": 8.125, "llama.cpp": 8.5, "openvino": 8.0, "onnxruntime": 8.0, "ctranslate2": 8.0},
+    "int4": {"peakgpt": 4.25, "peakgpt by 32": 4.5, "llama.cpp": 4.5},
+}
+LIKE_BITS = 1.05  # weight formats whose bits per weight differ by more are not compared
 
 
 def write_results(
@@ -141,12 +190,27 @@ def read_results(path: str | os.PathLike[str]) -> tuple[list[Result], dict[str, 
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"expected a JSON file of results, got {os.fspath(path)}: {error}") from error
     _expect_keys(f"{os.fspath(path)}", document, {"schema", "environment", "results", "checks", "failures"})
-    if document["schema"] != SCHEMA:
-        raise ValueError(f"{os.fspath(path)}: expected schema {SCHEMA}, got {document['schema']!r}")
-    fields = {f.name for f in dataclasses.fields(Result)}
+    if document["schema"] not in (2, SCHEMA):
+        raise ValueError(f"{os.fspath(path)}: expected schema 2 or {SCHEMA}, got {document['schema']!r}")
+    keys = {f.name for f in dataclasses.fields(Result)} - (NEW_IN_3 if document["schema"] == 2 else set())
     for i, row in enumerate(document["results"]):
-        _expect_keys(f"{os.fspath(path)}, result {i}", row, fields)
-    return [Result(**row) for row in document["results"]], document["environment"]
+        _expect_keys(f"{os.fspath(path)}, result {i}", row, keys)
+    return [result_of_json(row) for row in document["results"]], document["environment"]
+
+
+def result_of_json(row: dict[str, Any]) -> Result:
+    """Return the result whose `to_json` is `row`; keys that schema 2 lacks may be missing."""
+    if "turns" in row:
+        return Result(**{**row, "turns": Turns(**row["turns"])})
+    return Result(**row, weight_bits=OLD_WEIGHT_BITS.get(row["dtype"], {}).get(row["contender"]))
+
+
+def comparable(a: Result, b: Result) -> bool:
+    """Return whether the ratio of two rows of a case means something: the same rounds, and like weight formats."""
+    if not 0 < len(a.samples_s) == len(b.samples_s):
+        return False
+    bits = sorted(row.weight_bits or 0.0 for row in (a, b))
+    return bits[1] <= LIKE_BITS * bits[0]
 
 
 def _expect_keys(source: str, got: Any, expected: set[str]) -> None:

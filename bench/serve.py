@@ -100,7 +100,7 @@ def compare_serving(config: GPTConfig, workload: Workload, dtype: str, *, second
         served()
         rounds = math.ceil(seconds / (time.perf_counter() - begin))
         timings = interleave({OURS: served, "engine": engine.step}, rounds=-(-rounds // 2), warmup=0,
-                             workers=[engine.pid, server.process.pid])  # fmt: skip
+                             workers={OURS: server.process.pid, "engine": engine.pid})  # fmt: skip
         client.reset()
         with server.awake():
             begin = time.perf_counter()

@@ -13,7 +13,13 @@ MAX_NUMBER = 1e9
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that accepts no abbreviated flag. Its subparsers are of the same class."""
+    """An ArgumentParser that accepts no abbreviated flag. Its subparsers are of the same class.
+
+    Attributes:
+        other_name: returns what is said about an unknown flag (its name without dashes) that is known elsewhere.
+    """
+
+    other_name: Callable[[str], str | None] | None = None
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **options: Any):
         super().__init__(*args, allow_abbrev=allow_abbrev, **options)

@@ -45,6 +45,19 @@ def write_atomically(path: Path, data: Buffer) -> None:
         flush(path.parent)
 
 
+def write_all(handle: int, data: Buffer) -> None:
+    """Write all of the data to an open file; one system call may write less.
+
+    Args:
+        data: bytes, or an array of uint8.
+    Raises:
+        OSError: the file cannot be written.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
 def flush(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -116,6 +129,23 @@ def remove_empty_folders(folders: Sequence[Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in reversed(folders):
             folder.rmdir()
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Move a complete folder to its final name, atomically and durably: after a crash `target` is whole or not there.
+
+    Args:
+        folder: in a staging folder. All files and folders in it are flushed before the move.
+        target: beside the staging folder. A folder of that name is moved into the staging folder first.
+    Raises:
+        OSError: a file cannot be flushed or moved.
+    """
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+    if target.exists():
+        os.rename(target, folder.with_name(f"replaced-{target.name}"))
+    os.rename(folder, target)
+    flush(target.parent)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """The documents are true: their code runs as printed, and their commands, links and file names exist."""
 
 import argparse
+import gzip
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -15,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from peakgpt import quickstart_session
 from peakgpt.bench import command as bench
-from peakgpt.bench.command import BENCHES
+from peakgpt.bench.chosen_runs import DIRTY, History
+from peakgpt.bench.command import BENCHES, TOOLS
+from peakgpt.bench.readme import written_documents
+from peakgpt.bench.schema import read_results
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart, serve
 from peakgpt.engine.data.tokenizer import train_tokenizer
@@ -126,7 +130,7 @@ def test_command_line_options_exist(name):
         importlib.import_module(f"peakgpt.commands.{command}").add_arguments(parser)
         assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= options(parser), rest
         if command == "bench" and (bench := re.match(r" ([a-z]\w*)", rest)):
-            assert bench[1] in BENCHES, rest
+            assert bench[1] in {*BENCHES, *TOOLS}, rest
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -146,15 +150,24 @@ def test_results_in_documents_exist_and_were_measured_at_known_commits():
     for name in (*DOCUMENTS, "CHANGELOG.md"):
         for file in re.findall(r"[a-z-]+-(?:cpu|cuda)-\d{8}-\d{6}\.json", (ROOT / name).read_text()):
             assert (folder / file).is_file(), f"{name} cites {file}"
-    if not (ROOT / ".git").exists() or git("rev-parse", "--is-shallow-repository") == "true":
-        pytest.skip("no complete git history")
+    history = complete_history()
     for path in folder.glob("*.json"):
-        commit = re.search(r'"commit": "(\w+)', path.read_text())[1]
-        assert git("cat-file", "-t", commit) == "commit", f"{path.name}: {commit}"
+        commit = read_results(path)[1]["commit"].removesuffix(DIRTY)
+        assert history.find(commit), f"{path.name}: commit {commit} is not in the history"
 
 
-def git(*arguments):
-    return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
+def test_tables_of_results_are_what_bench_readme_writes():
+    """Fails if a row is edited by hand, or if results were added and the tables are not written anew."""
+    complete_history()
+    for path, text in written_documents(ROOT).items():
+        assert path.read_text() == text, f"{path.name}: run `peakgpt bench readme`"
+
+
+def complete_history():
+    try:
+        return History.of(ROOT)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def missing_files(text, folder):
@@ -191,6 +204,11 @@ TINY_OP = "--dtype float32 --seconds 0.01 --out results"
 SMALL = {
     "peakgpt doctor": "",
     "peakgpt quickstart": "--minutes 0.001",
+    "peakgpt report": "",
+    "peakgpt prepare FILE...": "",
+    "peakgpt prepare web.jsonl.gz": "",
+    "peakgpt prepare shakespeare_char": "",
+    "peakgpt train --dataset prepared/web --steps": "--steps 2 --batch 2 --tokens 16",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt train --resume": "",
     "peakgpt generate": "--max-tokens 2",
@@ -208,6 +226,8 @@ SMALL = {
 GPU, LARGE = "needs a GPU; test_bench_device.py runs its parts", "measures models of 124M parameters for minutes"
 # The beginning of a documented command -> why this test only parses it.
 NOT_RUN = {
+    "peakgpt prepare hf:roneneldan/TinyStories": "downloads a data set; tests/engine/data/test_documents.py reads one",
+    "peakgpt train --dataset prepared/web prepared/books": "tests/engine/data/test_dataset.py trains on two folders",
     "python -m peakgpt.bench device": GPU,
     "peakgpt bench device": GPU,
     "peakgpt bench fp8": GPU,
@@ -218,6 +238,8 @@ NOT_RUN = {
     "peakgpt bench decode": LARGE,
     "peakgpt bench serve": LARGE,
     "peakgpt bench memory_bound": "its streams are larger than any cache; test_bench_ops.py runs its kernels",
+    "peakgpt bench compare": "needs two committed runs; test_compare.py runs it",
+    "peakgpt bench readme": "writes into a checkout; a test above compares what it writes",
     "python -m peakgpt.harness": "runs in test_harness.py, in a process that is offline",
 }
 SHELL_DOCUMENTS = ["README.md", *(f"docs/{p.name}" for p in sorted(ROOT.glob("docs/*.md")))]
@@ -256,6 +278,11 @@ def workspace(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "serving.md").read_text()
     for name, part in {"a.txt": text[:3000], "b.txt": text[3000:12000]}.items():
         (tmp_path / "text" / name).write_text(part)
+    lines = "".join(json.dumps({"body": line}) + "\n" for line in text.splitlines() if line)
+    (tmp_path / "web.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "shakespeare_char").mkdir()
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / "shakespeare_char" / name).write_bytes(bytes([7, 0] * 40))
     (tmp_path / "shots.json").write_text('{"input": "peakgpt"}')
     torch.manual_seed(0)
     tokenizer = train_tokenizer([text], 300)
@@ -263,7 +290,7 @@ def workspace(tmp_path, monkeypatch):
     GPT(config).save_pretrained(tmp_path / "checkpoint", tokenizer)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
-    monkeypatch.setattr(quickstart_session, "TRAINING_S", 0.1)
+    monkeypatch.setattr(quickstart, "MIN_MINUTES", 0.0)
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     if importlib.util.find_spec("uvicorn"):
         import uvicorn

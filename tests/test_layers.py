@@ -22,6 +22,7 @@ LAYERS = (
     ("peakgpt.kernels.ops",),
     ("peakgpt.kernels.cpu", "peakgpt.kernels.gpu"),
     ("peakgpt.kernels",),
+    ("peakgpt.engine.settings",),
     ("peakgpt.engine.data", "peakgpt.engine.graph_capture", "peakgpt.engine.graph_dry_run"),
     ("peakgpt.engine.model",),
     ("peakgpt.engine.checkpoint",),

@@ -9,14 +9,15 @@ from dataclasses import replace
 from rich.console import Console
 
 from peakgpt.bench.environment import environment
-from peakgpt.bench.report import notes, tables, verdicts, write_report
+from peakgpt.bench.report import notes, result_sections, tables, verdicts
 from peakgpt.bench.run_results import RunResults
 from peakgpt.bench.schema import write_results
 from peakgpt.closed_output import PIPE_EXIT_CODE, Output
-from peakgpt.engine.data.corpus import load_corpus
-from peakgpt.engine.data.shards import tokenize_corpus
+from peakgpt.engine.data.corpus import Corpus, load_corpus
+from peakgpt.engine.data.prepare import prepare
 from peakgpt.engine.data.tokenizer import train_tokenizer
 from peakgpt.engine.training.run_folder import RunFolder
+from peakgpt.engine.training.run_report import Section, table, text_block, write_report
 from peakgpt.engine.training.stop_signals import stop_on_signals
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.heartbeat import enter_phase
@@ -30,11 +31,14 @@ VOCAB = 4096
 CONFIG = TrainConfig(batch=8, tokens=256, lr=2e-3)
 # Share of the wall time at which each phase should end; the machine's other load decides how much fits into it.
 ENDS = {"tokenizer": 0.1, "training": 0.82, "decoding": 0.91, "ops": 0.98}
-TOKENIZER_S = 20.0  # at least, however short --minutes is
+REPORT_S = 5.0  # left for results and report, which take 3 to 4 s on 2 busy cores of a Zen 4
+MIN_MINUTES = 0.5  # measuring the machine and the report take about 10 s of it, and no part can be left out
+TEXT_BYTES_S = 50_000  # of text for each second of the budget: 5 minutes take all of Python's library, 11 MB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=number(), default=5.0, help="wall time of the command (default 5)")
+    parser.add_argument("--minutes", type=number(MIN_MINUTES, or_equal=True), default=5.0,
+                        help=f"wall time of the command, at least {MIN_MINUTES:g} (default 5)")  # fmt: skip
     parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 files or folders (default: Python's library)")
     parser.add_argument("--device", help='"cpu" or "cuda" (default: the CUDA device if there is one)')
     parser.add_argument("--out", help="folder of the run (default runs/quickstart-DATE-TIME)")
@@ -43,20 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    budget = TimeBudget(60 * args.minutes, ENDS)
+    budget = TimeBudget(max(0.0, 60 * args.minutes - REPORT_S), ENDS)
     output = Output()
     console = Console(file=output)
     device = choose_device(args.device)
     console.print(str(doctor(device)), highlight=False, soft_wrap=True)
-    corpus = load_corpus(args.text)
+    corpus = share_of(load_corpus(args.text), int(60 * args.minutes * TEXT_BYTES_S))
     console.print(f"\ncorpus: {corpus}")
     folder = RunFolder.with_default_name("quickstart") if args.out is None else RunFolder(args.out)
     with folder.discarded_on_bad_input():
         enter_phase("training the tokenizer")
-        texts = budget.take("tokenizer", (d.text for d in corpus.train), at_least=TOKENIZER_S)
+        texts = budget.take("tokenizer", (d.text for d in corpus.train))
         tokenizer = train_tokenizer(texts, VOCAB)
         enter_phase("encoding the text")
-        shards = tokenize_corpus(corpus, tokenizer, folder.tokens)
+        shards = prepare(corpus, tokenizer, folder.tokens)
         console.print(
             f"tokens: {len(shards[0]):,} to train on, {len(shards[1]):,} to validate, "
             f"vocabulary {tokenizer.vocab_size}, {shards[0].bytes_per_token:.2f} bytes per token"
@@ -82,13 +86,20 @@ def run(args: argparse.Namespace) -> int:
     write_results(
         folder.path / "results.json", found.results, env, failures=[dataclasses.asdict(f) for f in found.failures]
     )
-    write_report(folder.path / "report.html", rows=folder.rows(), results=found.results, environment=env,
-                 corpus=str(corpus), sample=text)  # fmt: skip
+    sections = [*result_sections(found.results), Section("Sample", text_block(text)),
+                Section("Environment", table(["", ""], [[k, str(v)] for k, v in env.items()]))]  # fmt: skip
+    page = write_report(folder.path, sections, summary=str(corpus))
     print(*tables(found.results), *notes(found.results), *verdicts(found), sep="\n")
     console.print(
-        f"\ncheckpoint: {folder.checkpoint}   report: {folder.path / 'report.html'}\n"
+        f"\ncheckpoint: {folder.checkpoint}   report: {page}\n"
         f"next: peakgpt generate {folder.checkpoint} --prompt 'def '\n"
         "      peakgpt quickstart --text FILE... --minutes 30\n"
         "      peakgpt bench train"
     )
     return PIPE_EXIT_CODE if output.lost else found.exit_code
+
+
+def share_of(corpus: Corpus, size_bytes: int) -> Corpus:
+    """Return every n-th text of a corpus, so that about `size_bytes` are left to train on; at least one text."""
+    every = -(-corpus.train_bytes // max(size_bytes, 1))
+    return corpus if every == 1 else replace(corpus, train=corpus.train[::every], validation=corpus.validation[::every])

@@ -16,6 +16,10 @@ SEED = 0
 TUNED_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=40000000000:glibc.malloc.hugetlb=1"
 TUNED_ENVIRONMENT = {"GLIBC_TUNABLES": TUNED_MALLOC}
 WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
+# Bits per weight with the scales. int8: a 16-bit scale for 128 weights; llama.cpp's Q8_0 and Q4_0 have one for 32.
+OUR_BITS = {"int8": 8.125, "int4": 4.25}
+OUR_BITS_BY_32 = {"int4": 4.5}
+LLAMA_CPP_BITS = {"int8": 8.5, "int4": 4.5}
 
 State = Mapping[str, Tensor]
 Decode = Callable[[], Tensor]  # -> new tokens (streams, tokens) int64
@@ -31,6 +35,7 @@ class Contender:
         package: import name of the package that it needs.
         distribution: name to install the package by, if it differs from `package`.
         formats: weight formats to time, from WEIGHT_FORMATS.
+        bits: bits per weight of the quantized formats, with the scales.
     """
 
     build: Callable[..., Any]
@@ -38,6 +43,7 @@ class Contender:
     package: str = "torch"
     distribution: str = ""
     formats: tuple[str, ...] = ("float32", "bfloat16")
+    bits: Mapping[str, float] = field(default_factory=lambda: {"int8": 8.0})
 
     @property
     def backend(self) -> str:

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peakgpt.bench.contenders.contender import WEIGHT_FORMATS, Contender, Decode, Workload
+from peakgpt.bench.contenders.contender import (
+    LLAMA_CPP_BITS,
+    OUR_BITS,
+    OUR_BITS_BY_32,
+    WEIGHT_FORMATS,
+    Contender,
+    Decode,
+    Workload,
+)
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
 from peakgpt.bench.contenders.graph_engines import onnxruntime_decoder, openvino_decoder
 from peakgpt.bench.contenders.llama_cpp_gpt import llama_cpp_decoder
@@ -114,13 +122,17 @@ def _ctranslate2(state, config: GPTConfig, ids: Tensor, workload: Workload, weig
 
 
 DECODING_CONTENDERS = {
-    "peakgpt": Contender(partial(_ours, 64), package="peakgpt", formats=WEIGHT_FORMATS),
-    "peakgpt by 32": Contender(partial(_ours, 32), package="peakgpt", formats=("int4",)),
+    "peakgpt": Contender(partial(_ours, 64), package="peakgpt", formats=WEIGHT_FORMATS, bits=OUR_BITS),
+    "peakgpt by 32": Contender(partial(_ours, 32), package="peakgpt", formats=("int4",), bits=OUR_BITS_BY_32),
     "peakgpt by ops": Contender(_torch_ops, package="peakgpt"),
     "eager": Contender(eager_decoder),
     "transformers": Contender(_transformers, package="transformers"),
     "llama.cpp": Contender(
-        llama_cpp_decoder, package="llama_cpp", distribution="llama-cpp-python", formats=WEIGHT_FORMATS
+        llama_cpp_decoder,
+        package="llama_cpp",
+        distribution="llama-cpp-python",
+        formats=WEIGHT_FORMATS,
+        bits=LLAMA_CPP_BITS,
     ),
     "ctranslate2": Contender(_ctranslate2, package="ctranslate2", formats=("float32", "int8")),
     "onnxruntime": Contender(onnxruntime_decoder, package="onnxruntime", formats=("float32", "int8")),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.optimizer import decay_groups
-from peakgpt.engine.training.schedule import learning_rate
+from peakgpt.engine.training.schedule import Schedule
 from peakgpt.engine.training.train_config import TrainConfig
 
 
@@ -99,6 +99,7 @@ class EagerTrainer:
 
     def __init__(self, model: nn.Module, train_config: TrainConfig, *, steps: int):
         self.model, self.train_config, self.steps, self.done = model, train_config, steps, 0
+        self.schedule = Schedule(train_config)
         groups = decay_groups(model, train_config.weight_decay)
         self.optimizer = torch.optim.AdamW(
             groups, lr=train_config.lr, betas=train_config.betas, eps=train_config.eps, fused=True
@@ -113,7 +114,7 @@ class EagerTrainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.train_config.max_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.train_config, self.done, self.steps)
+            group["lr"] = self.schedule.lr(self.done, self.steps)
         self.optimizer.step()
         self.done += 1
         return loss.detach()

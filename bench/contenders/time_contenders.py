@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.timing import Timing
 
 
@@ -46,6 +47,7 @@ def time_contenders(
     warmup: int = 1,
     device: torch.device | None = None,
     budget_s: float | None = None,
+    peaks: PeakMeter | None = None,
     on_failure: OnFailure,
 ) -> dict[str, MeasuredContender]:
     """Start, check and time contenders.
@@ -54,7 +56,7 @@ def time_contenders(
         starts: (name, function that starts the contender), started one after the other.
         first_output: (name, contender) -> output of the first steps, which is checked.
         expect_correct: (name, outputs by name) raises if that contender's output is wrong.
-        rounds, warmup, device: see `interleave`.
+        rounds, warmup, device, peaks: see `interleave`.
         budget_s: seconds, including start and check.
         on_failure: called with a contender that raises or is wrong. It is closed; the others are timed.
     Returns:
@@ -70,8 +72,8 @@ def time_contenders(
             return {}
         left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - begin))
         timings = interleave({n: c.step for n, c in running.items()}, rounds=rounds, warmup=warmup, device=device,
-                             budget_s=left_s, workers=[c.pid for c in running.values() if c.pid],
-                             on_failure=on_failure)  # fmt: skip
+                             budget_s=left_s, workers={n: c.pid for n, c in running.items() if c.pid},
+                             peaks=peaks, on_failure=on_failure)  # fmt: skip
         return {
             n: MeasuredContender(timing, running[n].memory_bytes(), running[n].base_bytes, running[n].note)
             for n, timing in timings.items()

@@ -39,14 +39,12 @@ class StepReport:
 
     Args:
         value: return value of the step.
-        faults: minor page faults.
         peak_bytes: peak resident memory during the step.
         base_bytes: resident memory after the imports, before anything is built.
         whole_life: peak_bytes is the peak of the whole process.
     """
 
     value: float
-    faults: int
     peak_bytes: int
     base_bytes: int
     whole_life: bool
@@ -106,8 +104,7 @@ class WorkerProcess:
     def note(self) -> str:
         if not self.last:
             return ""
-        whole_life = f"; {self.name}: {WHOLE_LIFE}" if self.last.whole_life else ""
-        return f"{self.name}: {self.last.faults} page faults in the last step{whole_life}"
+        return f"{self.name}: {WHOLE_LIFE}" if self.last.whole_life else ""
 
     def close(self) -> None:
         """End the process; kill it if it does not end within CLOSE_S."""
@@ -150,13 +147,10 @@ def return_freed_memory() -> None:
 
 
 def _reporting(step: Callable[[], float], base_bytes: int) -> Callable[[], StepReport]:
-    def faults() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
     def report() -> StepReport:
-        whole_life, before = not reset_peak(), faults()
+        whole_life = not reset_peak()
         value = step()
-        return StepReport(value, faults() - before, peak_bytes(), base_bytes, whole_life)
+        return StepReport(value, peak_bytes(), base_bytes, whole_life)
 
     return report
 

@@ -147,6 +147,8 @@ struct LiveKeys {
     begin = Most(0, start);
     end = args.kv_len == nullptr ? args.keys : Least(args.keys, start + args.kv_len[b]);
     window = args.window > 0 ? args.window : args.queries + args.keys;
+    // Empty documents at the end, which pad the list to a fixed length, would lengthen every search.
+    if (starts != nullptr) documents = Document(args.keys - 1) + 1;
   }
   // The last document that starts at or before token i.
   PEAK_INLINE int64_t Document(int64_t i) const {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,12 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.strict_json import dumps
 
-__all__ = ["TokenizerFiles", "read_config", "read_source_files", "read_weights", "write_model"]
+__all__ = [
+    "TokenizerFiles", "check_state", "read_config", "read_source_files", "read_weights", "to_layout",
+    "warn_of_own_layout", "write_model", "write_model_files",
+]  # fmt: skip
 
+NORM_OR_LAYER = re.compile(r"\.(ln_\w+|c_\w+)\.weight$")
 # Suffixes of buffers that old releases of transformers wrote, and that no model needs.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
@@ -121,31 +125,72 @@ def write_model(
         OSError: the folder cannot be written; the old checkpoint is still there.
         ValueError: max_shard_size is not a size, or the state has other tensors than a model of this config.
     """
-    _check_state(config, state)
+    check_state(config, state)
     max_bytes = None if max_shard_size is None else _parse_size(max_shard_size)
+    warn_of_own_layout(folder, config)
+    tensors = dict(to_layout(config, state.keys(), state.items()))
+    replace_files(
+        Path(folder), lambda stage: write_model_files(stage, config, tensors, tokenizer, source_files, max_bytes)
+    )
+
+
+def to_layout(
+    config: GPTConfig, names: Collection[str], state: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Convert a model's state dict to the layout of its family, one tensor after the other.
+
+    Args:
+        names: all names of the state dict.
+        state: names and tensors; matrices are [out, in].
+    Returns:
+        An iterator of names and tensors of the layout. A tensor may be a view.
+    """
     family = family_of(config)
-    if family.model_type == OWN:
+    for name, tensor in state:
+        tensors = {name: tensor}
+        if family.always_biased and NORM_OR_LAYER.search(name) and (bias := f"{name[:-6]}bias") not in names:
+            tensors[bias] = tensor.new_zeros(tensor.shape[0])
+        yield from family.to_layout(config, tensors).items()
+
+
+def write_model_files(
+    folder: Path, config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: TokenizerFiles | None,
+    source_files: Mapping[str, Mapping[str, Any]], max_bytes: int | None = None,
+) -> None:  # fmt: skip
+    """Write the files of a model into an empty folder.
+
+    Args:
+        folder: not flushed to the disk.
+        tensors: of `to_layout`.
+        config, tokenizer, source_files, max_bytes: as in `write_model`.
+    Raises:
+        OSError: a file cannot be written.
+    """
+    dtype = next(iter(tensors.values())).dtype
+    for name, content in json_files(family_of(config), config, dtype, tokenizer, source_files).items():
+        (folder / name).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    _write_shards(folder, _split_into_shards(tensors, max_bytes))
+
+
+def warn_of_own_layout(folder: Path | str, config: GPTConfig) -> None:
+    """Warn if transformers will not be able to read the model."""
+    if family_of(config).model_type == OWN:
         name, missing = nearest_family(config)
         warnings.warn(
             f"checkpoint {folder}: no layout of transformers can express this model: the nearest, {name}, lacks "
             f"{', '.join(missing)}. It is written in peakgpt's own layout, which transformers cannot read.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    tensors = family.to_layout(config, _with_zero_biases(state) if family.always_biased else state)
-    dtype = next(iter(tensors.values())).dtype
-
-    def fill(stage: Path) -> None:
-        for name, content in json_files(family, config, dtype, tokenizer, source_files).items():
-            (stage / name).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save(stage)
-        _write_shards(stage, _split_into_shards(tensors, max_bytes))
-
-    replace_files(Path(folder), fill)
 
 
-def _check_state(config: GPTConfig, state: Mapping[str, Tensor]) -> None:
-    """Check that a state dict has the tensors of a plain model: adapters, pruning and parametrizations rename them."""
+def check_state(config: GPTConfig, state: Mapping[str, Tensor]) -> None:
+    """Check that a state dict has the tensors of a plain model: adapters, pruning and parametrizations rename them.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape.
+    """
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in Transformer(config).state_dict().items()}
     got = {name: tuple(t.shape) for name, t in state.items()}
@@ -194,9 +239,3 @@ def _write_shards(stage: Path, parts: list[dict[str, Tensor]]) -> None:
     text = dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
     (stage / INDEX).write_text(text, encoding="utf-8")
 
-
-def _with_zero_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state with a zero bias for each layer and norm that has none."""
-    weights = {name: t for name, t in state.items() if re.search(r"\.(ln_\w+|c_\w+)\.weight$", name)}
-    zeros = {name.removesuffix("weight") + "bias": t.new_zeros(t.shape[0]) for name, t in weights.items()}
-    return {**zeros, **state}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.folder import CONFIG, QUANTIZED, WEIGHTS, read_json, replace_files
+from peakgpt.engine.checkpoint.manifest import MANIFEST
 from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantized_shapes
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
 from peakgpt.engine.model.quantized_linear import Format
@@ -46,7 +47,7 @@ def write_quantized(source: Path | str, folder: Path | str, state: Mapping[str, 
 
     def fill(stage: Path) -> None:
         for file in Path(source).iterdir():
-            if not file.is_file() or is_weights(file):
+            if not file.is_file() or is_weights(file) or file.name == MANIFEST:
                 continue
             if _belongs_to(file, Path(source).resolve()):
                 shutil.copy(file, stage / file.name)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from peakgpt.kernels.files import write_all
+
 DIGEST = "sha256"  # the metadata key of a tensor's digest is "sha256.<name>"; files of other libraries have none
+DIGEST_LENGTH = 16  # hex digits
+LENGTH_BYTES = 8  # of the header's length, at the start of the file
+ALIGNMENT = 8  # of the first tensor
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+}  # fmt: skip
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -28,9 +42,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # damaged bytes raise any exception
         raise ValueError(f"{path}: {_truncation(path) or error}, expected a whole safetensors file") from None
     for name, tensor in tensors.items():
-        expected = metadata.get(f"{DIGEST}.{name}")
-        if expected is not None and (digest := _digest(tensor)) != expected:
-            raise ValueError(f"{path}: {name} has digest {digest}, expected {expected}: the file is damaged")
+        if fault := _digest_fault(name, tensor, metadata):
+            raise ValueError(f"{path}: {fault}")
     return tensors, metadata
 
 
@@ -69,37 +82,89 @@ def _truncation(path: Path) -> str | None:
     return None if first is None else f"got {size} bytes, but {first[1]} ends at byte {first[0]}"
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], digests: Mapping[str, str] | None = None
-) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a file of tensors and their digests.
 
-    Args:
-        digests: `tensor_digests` of the tensors, where they are known already.
+    A second thread computes the digests while this one writes, and the header with the digests is written last. The
+    library's writer needs them first, which takes 1.6 x the time.
+
     Raises:
         OSError: the file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    # The widest dtype first, as the library does: every tensor is aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    content = {name: tensor_bytes(tensors[name]) for name in names}
+    no_digests = dict.fromkeys(names, "0" * DIGEST_LENGTH)
+    start = len(_header(tensors, content, metadata, no_digests))
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        with ThreadPoolExecutor(1) as hasher:
+            digests = hasher.map(_digest, content.values())
+            os.lseek(handle, start, os.SEEK_SET)
+            for data in content.values():
+                write_all(handle, data)
+            os.fsync(handle)
+            header = _header(tensors, content, metadata, dict(zip(names, digests, strict=True)))
+        os.lseek(handle, 0, os.SEEK_SET)
+        write_all(handle, header)
+    finally:
+        os.close(handle)
+
+
+def _header(
+    tensors: Mapping[str, Tensor], content: Mapping[str, np.ndarray], metadata: Mapping[str, str],
+    digests: Mapping[str, str],
+) -> bytes:  # fmt: skip
+    """Return the length and the JSON that a safetensors file begins with; `content` has the order of the tensors."""
+    ends = list(accumulate(len(data) for data in content.values()))
+    rows = {
+        name: {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        for name, start, end in zip(content, [0, *ends], ends, strict=False)
+    }
+    own = {**metadata, **{f"{DIGEST}.{name}": digest for name, digest in digests.items()}}
+    text = json.dumps({"__metadata__": own, **rows}, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def header_of(path: Path) -> bytes:
+    """Return the header of a file, which has the digests of all tensors.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        length = file.read(LENGTH_BYTES)
+        return length + file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
+
+
+def damaged_tensors(path: Path) -> Iterator[str]:
+    """Read a file tensor by tensor, and yield one sentence per fault."""
+    from safetensors import safe_open
 
     try:
-        path.touch()
-        # The mode that the umask gives; safetensors makes the file readable by its owner only.
-        mode = path.stat().st_mode
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        rows = {f"{DIGEST}.{name}": digest for name, digest in (digests or tensor_digests(contiguous)).items()}
-        save_file(contiguous, path, {**metadata, **rows})
-        path.chmod(mode)
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118
+                if fault := _digest_fault(name, file.get_tensor(name), metadata):
+                    yield f"{path}: {fault}"
+    except Exception as error:  # damaged bytes raise any exception
+        yield f"{path}: {_truncation(path) or error}, expected a whole safetensors file"
 
 
-def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the digest of each tensor that `write_safetensors` writes."""
-    return {name: _digest(tensor.detach().contiguous()) for name, tensor in tensors.items()}
+def _digest_fault(name: str, tensor: Tensor, metadata: Mapping[str, str]) -> str | None:
+    """Describe a tensor that does not have its digest; None if it has, or if the file has none for it."""
+    expected = metadata.get(f"{DIGEST}.{name}")
+    if expected is None or (digest := _digest(tensor_bytes(tensor))) == expected:
+        return None
+    return f"{name} has digest {digest}, expected {expected}: the file is damaged"
 
 
-def _digest(tensor: Tensor) -> str:
+def tensor_bytes(tensor: Tensor) -> np.ndarray:
+    """Return the bytes of a tensor in the order of its elements: its memory, or a copy if that has another order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _digest(data: np.ndarray) -> str:
     """Return 64 bits of the SHA-256 of a tensor's bytes, in hex: enough against damage, not against an attacker."""
-    content = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(content).hexdigest()[:16]
+    return hashlib.sha256(data).hexdigest()[:DIGEST_LENGTH]

@@ -1,104 +1,87 @@
-"""The state that a training run resumes from, bit for bit.
+"""The state of a training run beside its weights: nested dicts, lists and tuples of tensors, numbers and strings.
 
-The file's metadata have the JSON of the caller's values and the optimizer's options under "training", a digest of each
-tensor (safetensors_io.py), and under "digest" the SHA-256 of all of it: of the JSON, and of the names, dtypes, shapes
-and digests of the tensors. Files of version 0.1.0 have no "digest".
+The tensors become those of a safetensors file, each named by its path, such as trainer.optimizer.state.0.exp_avg. The
+structure becomes JSON in the file's metadata, in which a container is {kind: items}:
+
+    {"step": 3, "betas": (0.9, t)}  ->  {"dict": [["step", 3], ["betas", {"tuple": [0.9, {"tensor": "betas.1"}]}]]}
+
+Reading gives back the same types and the same bits, so keys may be integers, and numbers may be infinite.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peakgpt.engine.checkpoint.folder import TRAINING_STATE, replace_files
-from peakgpt.engine.checkpoint.safetensors_io import DIGEST, read_safetensors, tensor_digests, write_safetensors
-from peakgpt.engine.checkpoint.tensor_check import check_tensors
+from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
 
-TEXT, SEAL = "training", "digest"  # keys of the metadata
+STRUCTURE = "training"  # key of the metadata
 
 
-def save_training_state(
-    folder: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer, values: Mapping[str, Any]
-) -> None:
-    """Write training_state.safetensors: weights, optimizer state, random state and the caller's values.
+def split_tensors(state: Any) -> tuple[dict[str, Tensor], Any]:
+    """Split a nested state into its tensors, by path, and its structure as JSON.
 
-    Args:
-        folder: created if missing.
-        model: its state dict is written in the dtype that it is trained in.
-        optimizer: its state and the options of its groups.
-        values: other state of the run as JSON, such as the number of steps and the position in the data.
     Raises:
-        OSError: the folder cannot be written; the old state is still there.
-        ValueError: `values` or an option of the optimizer is not JSON, such as NaN.
+        ValueError: the state has a value of another type, or two tensors with the same path.
     """
-    packed = optimizer.state_dict()
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"optimizer.{i}.{k}": t for i, entry in packed["state"].items() for k, t in entry.items()}
-    tensors |= {f"random.{i}": state for i, state in enumerate(_random_states())}
-    text = json.dumps({"values": dict(values), "param_groups": packed["param_groups"]}, allow_nan=False)
-    digests = tensor_digests(tensors)
-    metadata = {TEXT: text, SEAL: _seal(text, tensors, digests)}
-    replace_files(Path(folder), lambda stage: write_safetensors(stage / TRAINING_STATE, tensors, metadata, digests))
+    tensors: dict[str, Tensor] = {}
+
+    def encode(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            if path in tensors:
+                raise ValueError(f"training state: got two tensors {path}, expected different keys")
+            tensors[path] = value
+            return {"tensor": path}
+        if isinstance(value, Mapping):
+            return {"dict": [[key, encode(item, f"{path}.{key}".lstrip("."))] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [encode(item, f"{path}.{i}") for i, item in enumerate(value)]}
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"float": str(value)}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise ValueError(f"training state: {path} is a {type(value).__name__}, expected a tensor, number or string")
+
+    return tensors, encode(state, "")
 
 
-def load_training_state(folder: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load a saved state into a model, its optimizer and torch's random generators.
+def join_tensors(tensors: Mapping[str, Tensor], structure: Any) -> Any:
+    """Return the state that `split_tensors` has split."""
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "float":
+        return float(content)
+    if kind == "dict":
+        return {key: join_tensors(tensors, item) for key, item in content}
+    return {"list": list, "tuple": tuple}[kind](join_tensors(tensors, item) for item in content)
 
-    Returns:
-        The `values` given to `save_training_state`.
+
+def write_training_state(path: Path, tensors: Mapping[str, Tensor], structure: Any) -> None:
+    """Write a state that `split_tensors` has split.
+
     Raises:
-        ValueError: the file is missing or damaged, or belongs to another model or optimizer.
+        OSError: the file cannot be written.
     """
-    path = Path(folder, TRAINING_STATE)
+    write_safetensors(path, tensors, {STRUCTURE: json.dumps(structure)})
+
+
+def read_training_state(path: Path) -> Any:
+    """Read what `write_training_state` wrote.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
     tensors, metadata = read_safetensors(path)
-    if TEXT not in metadata:
-        raise ValueError(f"{path}: got no training state in it, expected one written by save_training_state")
-    digests = {name: metadata.get(f"{DIGEST}.{name}", "") for name in tensors}
-    known = {TEXT, *(f"{DIGEST}.{name}" for name in tensors)}
-    whole = SEAL not in metadata or metadata[SEAL] == _seal(metadata[TEXT], tensors, digests)
-    if metadata.keys() - {SEAL} != known or not whole:
-        raise ValueError(f"{path}: got another digest than it was written with: the file is damaged")
-    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    check_tensors(path, weights, {name: tensor.shape for name, tensor in model.state_dict().items()})
     try:
-        saved = json.loads(metadata[TEXT])
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, *rest = name.split(".")
-            if kind == "optimizer":
-                parameter, key = rest
-                states.setdefault(int(parameter), {})[key] = tensor
-        # JSON has no tuples.
-        groups = [{**group, "betas": tuple(group["betas"])} for group in saved["param_groups"]]
-        count = sum(name.startswith("random.") for name in tensors)
-        random = [tensors[f"random.{i}"] for i in range(count)]
-        values = dict(saved["values"])
-        model.load_state_dict(weights)
-        optimizer.load_state_dict({"state": states, "param_groups": groups})
-        _set_random_states(random)
-    except Exception as error:  # a file without a digest over everything may be damaged in any way
-        raise ValueError(f"{path}: {error!r}, expected a state of this model and optimizer") from None
-    return values
-
-
-def _seal(text: str, tensors: Mapping[str, Tensor], digests: Mapping[str, str]) -> str:
-    """Return the SHA-256 (hex) of the JSON and of each tensor's name, dtype, shape and digest."""
-    rows = sorted((name, str(t.dtype), list(t.shape), digests[name]) for name, t in tensors.items())
-    return hashlib.sha256(json.dumps([text, rows]).encode()).hexdigest()
-
-
-def _random_states() -> list[Tensor]:
-    """Return the state of the CPU's generator, then of each CUDA device's."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
-
-
-def _set_random_states(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if torch.cuda.is_available() and len(states) == torch.cuda.device_count() + 1:
-        torch.cuda.set_rng_state_all(states[1:])
+        return join_tensors(tensors, json.loads(metadata[STRUCTURE]))
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path}: got no training state in it, expected one of a checkpoint") from None

@@ -1,167 +1,224 @@
-"""Text to train on: the running Python's standard library, or the user's files, split into train and validation.
+"""Text to train on, split into train and validation: the running Python's standard library, or the user's documents.
 
-A file belongs to one of the two splits, so that no line of validation text has neighboring lines in the training text.
-Files are chosen by a hash of their names: the same files give the same split on every machine.
+A corpus is read once when it is opened, which finds every fault of its files and the sizes for the split, and once more
+when it is encoded. It is never held in memory.
 """
 
-import hashlib
-import os
-import sysconfig
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-from peakgpt.engine.data.text_file import read_bytes
+from peakgpt.engine.data.documents import Document, ReadOptions
+from peakgpt.engine.data.encoding import cut_text
+from peakgpt.engine.data.sources import Source, StandardLibrary, open_sources
+from peakgpt.engine.data.split import VALIDATION_SHARE, HashSplit, NamedSplit, Survey, cut_document, hash_fraction
 
-TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")  # in folders; a file that the user names may have any suffix
-# Tests and character tables contain data rather than text; site-packages differs between machines.
-SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "encodings", "test", "tests", "idle_test"}
-SKIPPED_PREFIXES = (".", "_sysconfigdata")  # _sysconfigdata contains build paths of this machine
-VALIDATION_SHARE = 0.07  # maximum share of all bytes
-MAX_VALIDATION_FILE = 0.01  # of all bytes, so that validation has many files instead of a long one
+STREAMS = ("train", "validation")
 
 
 @dataclass(frozen=True)
-class Document:
-    """One file, or one split of a single file: its name relative to the corpus, and its text."""
+class Part:
+    """The documents of one split; iterating again reads them again. Sizes are None if the corpus cannot be read twice.
 
-    name: str
-    text: str
+    Args:
+        documents: returns the documents in their order.
+        count: of them.
+        size_bytes: of their text in UTF-8.
+    """
 
-    @cached_property
-    def size_bytes(self) -> int:
-        return len(self.text.encode())
+    documents: Callable[[], Iterator[Document]]
+    count: int | None
+    size_bytes: int | None
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.documents()
+
+    def sample(self, size_bytes: int) -> Iterator[str]:
+        """Yield about `size_bytes` of the text, in pieces from all of it; all of a shorter text.
+
+        The first part of the text, if the corpus cannot be read twice.
+        """
+        if self.size_bytes is not None and self.size_bytes <= size_bytes:
+            yield from (document.text for document in self)
+            return
+        share = 1.0 if self.size_bytes is None else size_bytes / self.size_bytes
+        for document in self:
+            for number, (text, _) in enumerate(cut_text(document.blocks())):
+                if hash_fraction(f"{document.name}\0{number}") < share:
+                    yield text
+                    size_bytes -= len(text.encode())
+                if self.size_bytes is None and size_bytes <= 0:
+                    return
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of both splits, sorted by name; `digest` is the SHA-256 (hex) of all names and contents."""
+    """The documents of both splits.
 
-    train: Sequence[Document]
-    validation: Sequence[Document]
-    digest: str
+    Args:
+        train, validation: each split alone.
+        parts: yields (split, document) of all documents, in one reading.
+    """
 
-    @cached_property
-    def train_bytes(self) -> int:
-        return sum(document.size_bytes for document in self.train)
+    train: Part
+    validation: Part
+    parts: Callable[[], Iterator[tuple[str, Document]]]
 
-    @cached_property
-    def validation_bytes(self) -> int:
-        return sum(document.size_bytes for document in self.validation)
+    @property
+    def size_bytes(self) -> int | None:
+        """Bytes of all text; None if the corpus cannot be read twice."""
+        sizes = self.train.size_bytes, self.validation.size_bytes
+        return None if None in sizes else sum(sizes)
 
     def __str__(self) -> str:
-        total = self.train_bytes + self.validation_bytes
+        total = self.size_bytes
+        if total is None:
+            return "texts of unknown number and size"
         return (
-            f"{len(self.train)} training and {len(self.validation)} validation texts, {total / 1e6:.2f} MB, "
-            f"{self.validation_bytes / total:.1%} for validation, digest {self.digest[:12]}"
+            f"{self.train.count} training and {self.validation.count} validation texts, {total / 1e6:.2f} MB, "
+            f"{self.validation.size_bytes / total:.1%} for validation"
         )
 
 
-def load_corpus(files: Iterable[Path | str] | None = None) -> Corpus:
-    """Read text and split it.
+def load_corpus(
+    names: Iterable[Path | str] | None = None,
+    *,
+    validation: Iterable[Path | str] | None = None,
+    share: float = VALIDATION_SHARE,
+    options: ReadOptions = ReadOptions(),  # noqa: B008 frozen
+) -> Corpus:
+    """Open text that a user names, check all of it, and split it.
 
     Args:
-        files: UTF-8 files, and folders, which are searched for non-empty files with one of TEXT_SUFFIXES. None: the
-            standard library of the running Python, about 11 MB.
+        names: files, folders and data sets, see sources.py. None: the standard library of the running Python.
+        validation: sources of validation text; `names` are all for training then. None: split `names`.
+        share: of the bytes, for validation.
+        options: how documents are read.
     Returns:
-        The corpus. A single file is split by position, at the end of a line if there is one.
+        The corpus. A single document is split by position, at the end of a line if there is one.
     Raises:
-        ValueError: there is no file, or a file is empty, unreadable, binary or not UTF-8.
+        ValueError: there is no text, or some of it is empty, unreadable, binary or not UTF-8.
     """
-    documents = _standard_library() if files is None else _user_documents([Path(file) for file in files])
-    digest = hashlib.sha256()
+    sources: list[Source] = [StandardLibrary()] if names is None else open_sources(names, options)
+    if validation is None:
+        return split_documents(_Chain(sources), share)
+    held_out = open_sources(validation, options)
+    if both := sorted(_places(sources) & _places(held_out)):
+        raise ValueError(f"corpus: got {both[0]} for training and validation, expected it in one of them")
+    return join_splits(_Chain(sources), _Chain(held_out))
+
+
+def _places(sources: list[Source]) -> set[str]:
+    """Return the files of sources, behind links too, and the names of data sets."""
+    return {place for source in sources for place in source.places}
+
+
+class _Chain:
+    """Several sources as one."""
+
+    def __init__(self, sources: list[Source]):
+        self._sources, self.rereadable = sources, all(source.rereadable for source in sources)
+
+    def __iter__(self) -> Iterator[Document]:
+        for source in self._sources:
+            yield from source
+
+
+def split_documents(documents: Source, share: float = VALIDATION_SHARE) -> Corpus:
+    """Split documents by their names; see split.py. Documents that can be read once are split by their hashes alone.
+
+    Raises:
+        ValueError: the share is not above 0 and below 1, there is no text, or the documents cannot be read.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"validation share: got {share}, expected above 0 and below 1")
+    if not documents.rereadable:
+        return _by_name(documents, HashSplit(share), (None, None), (None, None))
+    survey = _survey(documents, share)
+    if survey.documents == 1:
+        [document] = documents
+        return _of_two(*cut_document(document, share))
+    return _by_name(documents, *survey.split())
+
+
+def corpus_of(
+    documents: Iterable[Document | str], validation: Iterable[Document | str] | None = None,
+    share: float = VALIDATION_SHARE,
+) -> Corpus:  # fmt: skip
+    """Make a corpus of the documents of a program.
+
+    Args:
+        documents: texts, or documents with names. A list, or another object that can be iterated again, is checked
+            first; an iterator is read once.
+        validation: documents for validation. None: split `documents` by their names; a text has its number as name.
+        share: of the bytes, for validation.
+    Raises:
+        ValueError: as in `split_documents`.
+    """
+    if validation is None:
+        return split_documents(_Texts(documents), share)
+    return join_splits(_Texts(documents), _Texts(validation))
+
+
+class _Texts:
+    """Documents of a program as a source."""
+
+    def __init__(self, documents: Iterable[Document | str]):
+        self._documents, self.rereadable = documents, iter(documents) is not documents
+
+    def __iter__(self) -> Iterator[Document]:
+        for number, document in enumerate(self._documents, 1):
+            yield Document.of(str(number), document) if isinstance(document, str) else document
+
+
+def join_splits(train: Source, validation: Source) -> Corpus:
+    """Make a corpus of training and validation documents that the user has split.
+
+    Raises:
+        ValueError: there is no text, or as the documents raise when they are read.
+    """
+
+    def parts() -> Iterator[tuple[str, Document]]:
+        yield from (("train", document) for document in train)
+        yield from (("validation", document) for document in validation)
+
+    return Corpus(*(_surveyed(source) for source in (train, validation)), parts)
+
+
+def _surveyed(source: Source) -> Part:
+    if not source.rereadable:
+        return Part(lambda: iter(source), None, None)
+    survey = _survey(source, 0.0)
+    return Part(lambda: iter(source), survey.documents, survey.size_bytes)
+
+
+def _survey(documents: Iterable[Document], share: float) -> Survey:
+    survey = Survey(share)
     for document in documents:
-        for part in (document.name.encode(), document.text.encode()):
-            digest.update(len(part).to_bytes(8, "little") + part)  # the length separates ("ab", "c") from ("a", "bc")
-    train, validation = _split_text(documents[0]) if len(documents) == 1 else _split_files(documents)
-    return Corpus(train, validation, digest.hexdigest())
+        survey.add(document.name, sum(len(block.encode()) for block in document.blocks()))
+    if not survey.documents:
+        raise ValueError("corpus: got no text, expected at least one document that is not empty")
+    return survey
 
 
-def _standard_library() -> list[Document]:
-    root = Path(sysconfig.get_path("stdlib"))
-    documents = []
-    for path in _walk(root, SKIPPED_FOLDERS):
-        try:
-            documents.append(Document(path.relative_to(root).as_posix(), _read(path)))
-        except ValueError:
-            continue  # an empty __init__.py, or a file that a distributor added: not the user's mistake
-    if not documents:
-        raise ValueError(f"standard library {root}: got no source files, expected some; pass text files of your own")
-    return sorted(documents, key=lambda document: document.name)
+def _by_name(
+    documents: Iterable[Document], split: HashSplit | NamedSplit,
+    train: tuple[int | None, int | None], validation: tuple[int | None, int | None],
+) -> Corpus:  # fmt: skip
+    def parts() -> Iterator[tuple[str, Document]]:
+        return ((STREAMS[split.is_validation(document.name)], document) for document in documents)
+
+    def part(stream: str) -> Callable[[], Iterator[Document]]:
+        return lambda: (document for name, document in parts() if name == stream)
+
+    return Corpus(Part(part("train"), *train), Part(part("validation"), *validation), parts)
 
 
-def _user_documents(files_and_folders: list[Path]) -> list[Document]:
-    paths = set()
-    for path in files_and_folders:
-        files = [p for p in _walk(path, {"__pycache__"}) if p.stat().st_size] if path.is_dir() else [path]
-        if not files:
-            raise ValueError(f"folder {path}: got no text in it, expected files ending in {', '.join(TEXT_SUFFIXES)}")
-        paths.update(Path(os.path.abspath(p)) for p in files)
-    if not paths:
-        raise ValueError("corpus: got no files, expected at least one text file or folder")
-    root = os.path.commonpath([path.parent for path in paths])
-    return [Document(path.relative_to(root).as_posix(), _read(path)) for path in sorted(paths)]
-
-
-def _walk(root: Path, skipped: set[str]) -> list[Path]:
-    """Return the text files below a folder, except in hidden and skipped folders."""
-    paths = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        paths += [
-            Path(folder, name)
-            for name in names
-            if name.endswith(TEXT_SUFFIXES) and not name.startswith(SKIPPED_PREFIXES)
-        ]
-    return paths
-
-
-def _read(path: Path) -> str:
-    try:
-        data = read_bytes(path)
-    except ValueError as error:
-        raise ValueError(f"text file {error}") from None
-    if not data:
-        raise ValueError(f"text file {path}: got an empty file, expected UTF-8 text")
-    if b"\0" in data:
-        raise ValueError(f"text file {path}: got a binary file (NUL at byte {data.index(0)}), expected UTF-8 text")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        got = f"byte 0x{data[error.start]:02x} at position {error.start}"
-        raise ValueError(f"text file {path}: got {got}, which is not UTF-8, expected UTF-8 text") from None
-
-
-def _split_files(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Visit the files in the order of their names' hashes; small ones become validation text up to its share."""
-    total = sum(document.size_bytes for document in documents)
-    validation, validation_bytes = set(), 0
-    for document in sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest()):
-        size = document.size_bytes
-        if size <= MAX_VALIDATION_FILE * total and validation_bytes + size <= VALIDATION_SHARE * total:
-            validation.add(document.name)
-            validation_bytes += size
-    if not validation:  # few files, each a large part of the corpus
-        validation.add(min(documents, key=lambda d: (d.size_bytes, d.name)).name)
-    return [d for d in documents if d.name not in validation], [d for d in documents if d.name in validation]
-
-
-def _split_text(document: Document) -> tuple[list[Document], list[Document]]:
-    """Cut one text near the start of its validation share.
-
-    The cut is after the last line end before that position, else after the first line end after it. Without line ends
-    the same rule applies to spaces, else the cut is at the position itself. Line ends in the first half of the text do
-    not count: if the text were a title and one endless line, almost nothing would be left to train on.
-    """
-    text = document.text
-    if len(text) < 2:
-        raise ValueError(f"text file {document.name}: got {len(text)} character, expected at least 2 to split")
-    cut = max(1, int(len(text) * (1 - VALIDATION_SHARE)))
-    for mark in ("\n", " "):
-        position = text.rfind(mark, len(text) // 2, cut)
-        position = position if position >= 0 else text.find(mark, cut, len(text) - 1)
-        if position >= 0:
-            cut = position + 1
-            break
-    return [Document(document.name, text[:cut])], [Document(document.name, text[cut:])]
+def _of_two(head: Document, tail: Document) -> Corpus:
+    sizes = [sum(len(block.encode()) for block in document.blocks()) for document in (head, tail)]
+    return Corpus(
+        Part(lambda: iter([head]), 1, sizes[0]), Part(lambda: iter([tail]), 1, sizes[1]),
+        lambda: iter(zip(STREAMS, (head, tail), strict=True)),
+    )  # fmt: skip

@@ -28,6 +28,20 @@ def call(function: Callable[..., T], *args, **options) -> T:
         raise ValueError(f"tokenizer: {reason}") from None
 
 
+def submit(function: Callable[..., T], *args, **options) -> Future[T]:
+    """Begin `call` in another thread, which does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(function, *args, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="tokenizers", daemon=True).start()
+    return future
+
+
 def call_interruptibly(
     function: Callable[..., T], *args, report: Callable[[float], None] = lambda seconds: None,
     stop: threading.Event | None = None, **options,
@@ -38,17 +52,7 @@ def call_interruptibly(
         report: called every 10 s with the seconds since the start.
         stop: set when the wait is interrupted, so that an iterator that the library reads can end.
     """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call(function, *args, **options))
-        except BaseException as error:
-            future.set_exception(error)
-
-    thread = threading.Thread(target=run, name="tokenizers", daemon=True)  # daemon: the process can end without it
-    thread.start()
-    seconds = 0.0
+    future, seconds = submit(function, *args, **options), 0.0
     try:
         while not wait([future], timeout=REPORT_S).done:
             seconds += REPORT_S
@@ -56,7 +60,7 @@ def call_interruptibly(
     except BaseException:
         if stop is not None:
             stop.set()
-        thread.join(_END_S)
+        wait([future], timeout=_END_S)
         raise
     return future.result()
 

@@ -1,6 +1,7 @@
-"""Token shards on disk, memory-mapped: writing a stream of token ids, and reading it at any position.
+"""Token shards on disk, memory-mapped: a stream of token ids that is read at any position.
 
 A stream is a few files of ids, named by their content, and an index `<name>.json` that lists them with their SHA-256.
+shard_writer.py writes it.
 """
 
 from __future__ import annotations
@@ -8,128 +9,49 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from peakgpt.engine.data.corpus import Corpus
-from peakgpt.engine.data.tokenizer import Tokenizer
-from peakgpt.kernels.files import write_atomically
-from peakgpt.kernels.strict_json import dumps
-
 FORMAT = "peakgpt.tokens.1"
-SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: few files, and a buffer that fits in any machine's memory
 SHARD_SUFFIX = r"-\d{5,}-[0-9a-f]{12}\.bin"  # after the stream's name: number and digest
+OPTIONAL = ("text_bytes", "end_id", "documents", "tokenizer")  # None, or absent in older indexes, if unknown
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # little-endian on every machine
-
-
-def write_shards(
-    folder: Path | str,
-    name: str,
-    token_iter: Iterable[Sequence[int] | np.ndarray],
-    vocab_size: int,
-    shard_tokens: int = SHARD_TOKENS,
-    *,
-    text_bytes: int,
-    corpus_digest: str,
-) -> None:
-    """Write a token stream as shards, then the index `<name>.json`, which makes them valid.
-
-    A failure leaves the folder unchanged. An older stream of that name stays valid until the new index replaces it.
-    Only one process at a time may write a name in a folder.
-
-    Args:
-        name: of the stream, such as "train"; letters, digits and underscores.
-        token_iter: arrays or lists of ids; their concatenation is the stream.
-        vocab_size: all ids are below it. An id takes 2 bytes up to a vocabulary of 65536, else 4.
-        shard_tokens: tokens per shard; the last one may be shorter.
-        text_bytes: UTF-8 bytes of the encoded text, to compute bits per byte.
-        corpus_digest: `Corpus.digest` of the whole corpus.
-    Raises:
-        ValueError: an id is outside the vocabulary, there are no tokens, or a name or size is out of range.
-        OSError: the folder cannot be written.
-    """
-    if not name.isidentifier():
-        raise ValueError(f"shard name: got {name!r}, expected letters, digits and underscores")
-    if shard_tokens < 1 or text_bytes < 1:
-        raise ValueError(f"shards: got shard_tokens={shard_tokens}, text_bytes={text_bytes}, expected at least 1")
-    if not 1 <= vocab_size <= 1 << 32:
-        raise ValueError(f"vocab_size: got {vocab_size}, expected 1 to {1 << 32}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    shards = []
-    try:
-        for block in _regroup(token_iter, vocab_size, DTYPES[dtype], shard_tokens):
-            sha256 = hashlib.sha256(block).hexdigest()
-            file = f"{name}-{len(shards):05d}-{sha256[:12]}.bin"
-            write_atomically(folder / file, block)
-            shards.append({"file": file, "tokens": len(block), "sha256": sha256})
-        if not shards:
-            raise ValueError(f"shards {folder / name}: got no tokens, expected at least 1")
-        index = {
-            "format": FORMAT,
-            "dtype": dtype,
-            "vocab_size": vocab_size,
-            "tokens": sum(shard["tokens"] for shard in shards),
-            "text_bytes": text_bytes,
-            "corpus": corpus_digest,
-            "shards": shards,
-        }
-        write_atomically(folder / f"{name}.json", dumps(index, indent=2).encode())
-    finally:
-        _delete_unlisted(folder, name)
-
-
-def _delete_unlisted(folder: Path, name: str) -> None:
-    """Delete the shards that the index does not list: old ones after a success, new ones after a failure."""
-    try:
-        listed = {shard["file"] for shard in _read_index(folder / f"{name}.json")["shards"]}
-    except ValueError:
-        listed = set()
-    for path in folder.iterdir():
-        is_shard = re.fullmatch(rf"\.?{name}{SHARD_SUFFIX}(\.tmp)?", path.name)
-        if is_shard and path.name not in listed:
-            path.unlink()
-
-
-def _regroup(
-    token_iter: Iterable[Sequence[int] | np.ndarray], vocab_size: int, dtype: np.dtype, size: int
-) -> Iterator[np.ndarray]:
-    """Yield the stream in blocks of `size` tokens; the last one may be shorter. Blocks share memory."""
-    block, filled = np.empty(size, dtype), 0
-    for part in token_iter:
-        ids = np.asarray(part)
-        if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1):
-            raise ValueError(f"tokens: got {ids.dtype} of shape {ids.shape}, expected one-dimensional integers")
-        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-            raise ValueError(f"tokens: got ids from {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}")
-        while len(ids):
-            taken = ids[: size - filled]
-            block[filled : filled + len(taken)] = taken
-            filled, ids = filled + len(taken), ids[len(taken) :]
-            if filled == size:
-                yield block
-                filled = 0
-    if filled:
-        yield block[:filled]
 
 
 @dataclass(frozen=True)
 class TokenShards:
-    """A token stream on disk, read through memory maps."""
+    """A token stream on disk, read through memory maps. A document begins after each `end_id`, and at the start.
+
+    Args:
+        vocab_size: all ids are below it.
+        text_bytes: UTF-8 bytes of the text; None if it is unknown.
+        corpus: digest of what the stream was made of.
+        digest: SHA-256 (hex) of the stream: the same tokens in the same shards have the same digest.
+        maps: one per shard, uint16 or uint32.
+        starts: stream position of each shard's first token, then the stream's length.
+        end_id: the end-of-text id, which ends a document; None if it is unknown.
+        documents: their number, if `end_id` is known.
+        tokenizer: digest of the tokenizer that encoded the text; None if it is unknown.
+    """
 
     vocab_size: int
-    text_bytes: int  # UTF-8 bytes of the text
-    corpus: str  # digest of the corpus
-    digest: str  # SHA-256 (hex) of the stream: the same tokens in the same shards have the same digest
-    maps: Sequence[np.ndarray]  # one per shard, uint16 or uint32
-    starts: Sequence[int]  # stream position of each shard's first token, then the stream's length
+    text_bytes: int | None
+    corpus: str
+    digest: str
+    maps: Sequence[np.ndarray]
+    starts: Sequence[int]
+    end_id: int | None = None
+    documents: int | None = None
+    tokenizer: str | None = None
 
     @classmethod
     def open(cls, folder: Path | str, name: str, *, check: bool = True) -> TokenShards:
@@ -137,17 +59,19 @@ class TokenShards:
 
         Args:
             folder, name: as given to `write_shards`.
-            check: compare the SHA-256 of every shard, which reads all of it, about 1 s per GB. Sizes are always
-                compared.
+            check: compare the SHA-256 of every shard, which reads all of it, about 1 s per GB and core. Sizes are
+                always compared.
         Raises:
             ValueError: a file is missing, damaged or truncated, or is not an index of `write_shards`.
         """
-        index = _read_index(Path(folder, f"{name}.json"))
+        index = read_index(Path(folder, f"{name}.json"))
         shards, dtype = index["shards"], DTYPES[index["dtype"]]
-        maps = [_map_shard(Path(folder, shard["file"]), shard, dtype, check) for shard in shards]
+        with ThreadPoolExecutor(min(len(shards), os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+            maps = list(pool.map(lambda shard: _map_shard(Path(folder, shard["file"]), shard, dtype, check), shards))
         starts = [0, *accumulate(shard["tokens"] for shard in shards)]
         digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
-        return cls(index["vocab_size"], index["text_bytes"], index["corpus"], digest, maps, starts)
+        known = {key: index.get(key) for key in OPTIONAL}
+        return cls(index["vocab_size"], corpus=index["corpus"], digest=digest, maps=maps, starts=starts, **known)
 
     def __len__(self) -> int:
         """Return the number of tokens in the stream."""
@@ -155,10 +79,14 @@ class TokenShards:
 
     @property
     def bytes_per_token(self) -> float:
-        return self.text_bytes / len(self)
+        """UTF-8 bytes of text per token; NaN if the text is unknown."""
+        return math.nan if self.text_bytes is None else self.text_bytes / len(self)
 
     def bits_per_byte(self, loss: float) -> float:
-        """Convert a mean loss in nats per token to bits per byte of text, which does not depend on the tokenizer."""
+        """Convert a mean loss in nats per token to bits per byte of text, which does not depend on the tokenizer.
+
+        NaN if the text is unknown.
+        """
         return loss / math.log(2) / self.bytes_per_token
 
     def read(self, start: int, out: np.ndarray) -> None:
@@ -173,7 +101,12 @@ class TokenShards:
             filled, shard = filled + len(part), shard + 1
 
 
-def _read_index(path: Path) -> dict:
+def read_index(path: Path) -> dict[str, Any]:
+    """Read the index of a stream.
+
+    Raises:
+        ValueError: it is missing, or is not an index.
+    """
     expected = f"an index of format {FORMAT} as write_shards writes it"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -188,11 +121,14 @@ def _read_index(path: Path) -> dict:
     return index
 
 
-def _index_fault(index: dict) -> str | None:
+def _index_fault(index: dict[str, Any]) -> str | None:
     """Describe the first wrong value of an index; None if all are right."""
     for key in ("vocab_size", "tokens", "text_bytes"):
-        if type(index.get(key)) is not int or index[key] < 1:
+        if (type(index.get(key)) is not int or index[key] < 1) and not (key == "text_bytes" and index.get(key) is None):
             return f"{key}={index.get(key)!r}"
+    for key, kind in {"end_id": int, "documents": int, "tokenizer": str}.items():
+        if type(index.get(key)) not in (kind, type(None)):
+            return f"{key}={index[key]!r}"
     if index.get("dtype") not in DTYPES or not isinstance(index.get("corpus"), str):
         return f"dtype={index.get('dtype')!r} and corpus={index.get('corpus')!r}"
     shards = index.get("shards")
@@ -209,7 +145,7 @@ def _index_fault(index: dict) -> str | None:
     return None if total == index["tokens"] else f"{index['tokens']} tokens with {total} in the shards"
 
 
-def _map_shard(path: Path, shard: dict, dtype: np.dtype, check: bool) -> np.ndarray:
+def _map_shard(path: Path, shard: dict[str, Any], dtype: np.dtype, check: bool) -> np.ndarray:
     try:
         size = path.stat().st_size
         if size != shard["tokens"] * dtype.itemsize:
@@ -223,17 +159,3 @@ def _map_shard(path: Path, shard: dict, dtype: np.dtype, check: bool) -> np.ndar
         if sha256 != shard["sha256"]:
             raise ValueError(f"token shard {path}: got sha256 {sha256[:12]}, expected {shard['sha256'][:12]}")
     return tokens
-
-
-def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, folder: Path | str) -> tuple[TokenShards, TokenShards]:
-    """Write a corpus as the token streams `train` and `validation`, and open both."""
-    for name in ("train", "validation"):
-        write_shards(
-            folder,
-            name,
-            tokenizer.encode_documents(document.text for document in getattr(corpus, name)),
-            tokenizer.vocab_size,
-            text_bytes=getattr(corpus, f"{name}_bytes"),
-            corpus_digest=corpus.digest,
-        )
-    return TokenShards.open(folder, "train"), TokenShards.open(folder, "validation")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 
 def read_text(path: Path | str) -> str:
@@ -35,6 +36,24 @@ def read_bytes(path: Path | str) -> bytes:
             return first + file.read()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}, expected a text file") from None
+
+
+def open_file(path: Path | str) -> BinaryIO:
+    """Open a regular file, which can be read more than once.
+
+    Raises:
+        ValueError: the file is missing or cannot be read, or is a folder, a device or a pipe.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe without a writer would block
+    except OSError as error:
+        raise ValueError(f"{path}: got {error.strerror}, expected a file") from None
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
+        raise ValueError(f"{path}: got {kind}, expected a file")
+    return open(handle, "rb")
 
 
 def _first_byte(handle: int, path: Path | str) -> bytes:

@@ -10,18 +10,20 @@ Birch 2015, "Neural Machine Translation of Rare Words with Subword Units", arXiv
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from peakgpt.engine.data.documents import Document
+from peakgpt.engine.data.encoding import cut_text, encode_parts
 from peakgpt.engine.data.library_call import call, call_interruptibly
 from peakgpt.engine.data.run_layout import model_folder
 from peakgpt.engine.data.token_pieces import BYTE_ALPHABET, EMPTY, TokenPieces
@@ -31,10 +33,6 @@ END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of text
 MAX_VOCAB_SIZE = 1 << 20  # the largest of published models are 2**18; the library allocates for all of it at once
 MAX_WORD_BYTES = 2048  # the time of learning merges is quadratic in the longest word
-PIECE_CHARS = 1 << 16  # long enough to hide the cost per call, short enough to encode one file on all cores
-BATCH_PIECES = 64  # per library call; limits the memory of their encodings
-# No match of GPT-2's expression continues from a visible character to a blank, so a cut there changes no token.
-_CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 class Tokenizer:
@@ -60,7 +58,7 @@ class Tokenizer:
         library.no_truncation()
         library.no_padding()
         cutter = library.pre_tokenizer
-        self._can_cut = isinstance(cutter, pre_tokenizers.ByteLevel) and not cutter.add_prefix_space
+        self.can_cut = isinstance(cutter, pre_tokenizers.ByteLevel) and not cutter.add_prefix_space
 
     @property
     def vocab_size(self) -> int:
@@ -86,23 +84,24 @@ class Tokenizer:
         # A batch of one: `encode` takes twice as long, because it counts offsets, and holds the GIL all the time.
         return call(self.library.encode_batch_fast, [text], add_special_tokens=add_special_tokens)[0].ids
 
-    def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode documents on all cores, and append the end-of-text id to each.
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Encode texts on all cores; see `encode`."""
+        encodings = call(self.library.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
 
-        Args:
-            texts: the documents. Long documents are cut at positions where a cut changes no token.
+    def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Encode documents of training data on all cores; see `encode_parts`.
+
         Returns:
             An iterator of int64 arrays; their concatenation is the token stream.
         """
-        cut = _pieces if self._can_cut else (lambda text: [(text, True)])
-        pieces = (piece for text in texts for piece in cut(text))
-        while batch := list(islice(pieces, BATCH_PIECES)):
-            pieces_of_batch = [text for text, _ in batch]
-            encodings = call_interruptibly(self.library.encode_batch_fast, pieces_of_batch, add_special_tokens=False)
-            ids: list[int] = []
-            for encoding, (_, last) in zip(encodings, batch, strict=True):
-                ids += [*encoding.ids, self.end_id] if last else encoding.ids
-            yield np.array(ids, dtype=np.int64)
+        parts = (("documents", Document.of("", text)) for text in texts)
+        return (piece.ids for piece in encode_parts(parts, self) if piece.ids is not None)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that decides the ids of a text."""
+        return hashlib.sha256(call(self.library.to_str).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; the end-of-text id becomes its mark, bytes that are not UTF-8 become U+FFFD.
@@ -243,7 +242,7 @@ def _learn_merges(
     def pieces() -> Iterator[str]:
         nonlocal read_chars
         for text in texts:
-            for piece, _ in _pieces(text):
+            for piece, _ in cut_text([text]):
                 if stop.is_set():
                     return
                 read_chars += len(piece)
@@ -275,15 +274,6 @@ def _cutting_long_words(words: pre_tokenizers.PreTokenizer) -> pre_tokenizers.Pr
     """Cut words, whose bytes are characters here, at MAX_WORD_BYTES; shorter ones stay as they are."""
     chunks = Regex(rf"[\s\S]{{1,{MAX_WORD_BYTES}}}")
     return pre_tokenizers.Sequence([words, pre_tokenizers.Split(chunks, "isolated")])
-
-
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Cut a text; yield (piece, whether it is the last one). An empty text is one empty piece."""
-    start = 0
-    while cut := _CUT.search(text, start + PIECE_CHARS):
-        yield text[start : cut.start()], False
-        start = cut.start()
-    yield text[start:], True
 
 
 def _gpt2_config(end_of_text: str) -> bytes:

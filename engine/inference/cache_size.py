@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
-from pathlib import Path
-
 import torch
 
 from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, blocks_for
 from peakgpt.engine.inference.kv_cache import head_bytes
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.kernels.hardware.memory import available_bytes
 
 TYPICAL_TOKENS = 512  # of a prompt and its output; if all sequences are longer, some are preempted
 MEMORY_SHARE = 0.5  # of the free memory: the packed weights and the steps need the rest
@@ -31,24 +28,10 @@ def default_blocks(
         cache_dtype: None or one of CACHE_DTYPES.
     """
     needed = streams * blocks_for(min(config.block_size, TYPICAL_TOKENS))
-    fitting = int(MEMORY_SHARE * free_bytes(device)) // block_bytes(config, dtype, cache_dtype)
+    fitting = int(MEMORY_SHARE * available_bytes(device)) // block_bytes(config, dtype, cache_dtype)
     return max(blocks_for(config.block_size), min(needed, fitting))
 
 
 def block_bytes(config: GPTConfig, dtype: torch.dtype, cache_dtype: str | None = None) -> int:
     """Bytes of one block's keys and values in all layers."""
     return 2 * config.n_layer * BLOCK_TOKENS * config.n_kv_head * head_bytes(config, dtype, cache_dtype)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a device; on a CPU of the system, or of the control group (cgroups(7)) if that is less."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-        with suppress(OSError, ValueError):  # ValueError: "max", no limit
-            limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-            free = min(free, max(limit - used, 0))
-        return free
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # not Linux: half of all memory

@@ -82,8 +82,8 @@ class CausalSelfAttention(ModuleWithConv1D):
     def _packed(self, qkv: Tensor, positions: Positions) -> Tensor:
         """Run rotary embedding and attention as one op on packed queries, keys and values."""
         return attention_qkv(
-            qkv, *(positions.rotary or (None, None)), n_head=self.n_head, interleaved=positions.interleaved,
-            window=self.window, scale=self.scale,
+            qkv, *(positions.rotary or (None, None)), positions.cu_seqlens, n_head=self.n_head,
+            interleaved=positions.interleaved, window=self.window, scale=self.scale,
         )  # fmt: skip
 
     def _unpacked(
@@ -100,7 +100,7 @@ class CausalSelfAttention(ModuleWithConv1D):
         options = {"window": self.window, "scale": self.scale, "alibi": positions.alibi, "bias": bias,
                    "kv_start": positions.start}  # fmt: skip
         if cache is None:
-            return attention(q, k, v, dropout=dropout, **options)
+            return attention(q, k, v, dropout=dropout, cu_seqlens=positions.cu_seqlens, **options)
         return cache.attend(layer, q, k, v, **options)
 
     def _linear(self, layer: nn.Module, x: Tensor) -> Tensor:

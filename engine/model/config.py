@@ -2,124 +2,111 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from peakgpt.engine.settings.setting import check_settings, setting
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES
 
-SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "block_size", "vocab_size", "n_inner", "word_dim")
-OPTIONAL_SIZES = ("n_kv_head", "head_dim", "n_inner", "word_dim")  # None means a size derived from the others
-FLAGS = ("embedding_norm", "rotary_interleaved", "scale_by_layer", "gated_mlp", "tied_head", "head_bias")
-POSITIVE = ("layer_norm_epsilon", "rotary_base", "logit_scale")
-PENALTIES = ("z_loss", "balance_loss")
+PENALTIES = ("label_smoothing", "z_loss", "balance_loss")
 RATES = ("dropout", "embedding_dropout", "attention_dropout")
-CHOICES = {
-    "norm": ("layer", "rms"),
-    "position": ("learned", "rotary", "alibi", "transformer_xl", "relative_bias"),
-    "residual": ("pre_norm", "post_norm", "parallel", "parallel_two_norms"),
-}
+TRAINING_ONLY = (*RATES, *PENALTIES)  # fields that change neither weights nor what the model computes in inference
 BIASED = ("qkv", "out", "mlp", "norm")  # parts that can have a bias; "norm" includes the norms outside of the blocks
+
+_field = functools.partial(setting, section="model")
+_size = functools.partial(_field, at_least=1, metavar="N")
+_rate = functools.partial(_field, at_least=0, below=1, metavar="RATE")
+_factor = functools.partial(_field, at_least=0, metavar="FACTOR")
+WITH_ROTARY = {"position": ("rotary",)}
 
 
 @dataclass(kw_only=True, frozen=True)
 class GPTConfig:
     """Sizes and variants of one GPT. The defaults are GPT-2's smallest model.
 
-    Args:
-        n_layer, n_head, n_embd: L blocks, H query heads, model width C.
-        n_kv_head: K key and value heads, a divisor of n_head; None means n_head.
-        head_dim: width D of a head; None means n_embd / n_head.
-        n_inner: width F of the MLP; None means 4 n_embd.
-        block_size: maximum sequence length, in tokens.
-        vocab_size: V.
-        word_dim: width of the token embedding. If it differs from n_embd, linear layers project to n_embd and back.
-            None means n_embd.
-        norm: "layer" (LayerNorm) or "rms" (RMSNorm, without bias).
-        embedding_norm: normalize the token embedding before the first block.
-        position: "learned": a table of embeddings. "rotary": rotated queries and keys. "alibi": slopes on the scores.
-            "transformer_xl": relative keys, with parameters in each layer. "relative_bias": T5's bias on the scores by
-            distance, with parameters in each layer.
-        position_offset: row of the learned table for the first token.
-        rotary_dim: number of rotated features of a head, even; None means head_dim.
-        rotary_interleaved: rotate features 2 i and 2 i + 1 as a pair (GPT-J) instead of i and i + rotary_dim / 2.
-        rotary_base: pair i of n rotates by base^(-i/n) radians a token.
-        windows: for each layer the number of keys that a query attends to, including its own; None means all. A shorter
-            tuple is repeated to n_layer entries.
-        attention_scale: factor on q k^T; None means 1 / sqrt(head_dim).
-        scale_by_layer: divide that factor by i + 1 in layer i.
-        residual: how the branches of a block are connected:
-            "pre_norm": x += attn(norm(x)), x += mlp(norm(x)); a norm before the head.
-            "post_norm": x = norm(x + attn(x)), x = norm(x + mlp(x)); no norm before the head.
-            "parallel": x += attn(norm(x)) + mlp(norm(x)) with one norm; "parallel_two_norms": with two.
-        activation: "gelu_tanh", "gelu_erf" or "relu"; with gated_mlp also "silu".
-        gated_mlp: the activation is applied to a third projection of the MLP, the gate.
-        experts: number E of experts in every `experts_every`-th layer, which replace its MLP and are not gated; 0 for
-            none.
-        experts_per_token: number of experts that compute each token.
-        balance_loss: factor on the experts' balance loss, which is added to the loss in training.
-        layer_norm_epsilon: added to the variance (LayerNorm) or the mean square (RMSNorm).
-        bias: True, False, or the parts that have a bias: "qkv", "out", "mlp", "norm".
-        tied_head: the head shares its weight with the token embedding.
-        head_bias: an untied head has a bias.
-        logit_scale: factor on the logits.
-        z_loss: factor on logsumexp(logits)^2, which is added to the loss in training.
-        dropout: probability after each branch, in training.
-        embedding_dropout, attention_dropout: probability after the embedding, and of an attention weight; None means
-            dropout.
+    The declarations say what each field means. How the branches of a block are connected (`residual`):
+        "pre_norm": x += attn(norm(x)), x += mlp(norm(x)); a norm before the head.
+        "post_norm": x = norm(x + attn(x)), x = norm(x + mlp(x)); no norm before the head.
+        "parallel": x += attn(norm(x)) + mlp(norm(x)) with one norm; "parallel_two_norms": with two.
+
     Raises:
         ValueError: a value out of range, or values that do not fit each other.
     """
 
-    n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: int | None = None
-    n_embd: int = 768
-    head_dim: int | None = None
-    n_inner: int | None = None
-    block_size: int = 1024
-    vocab_size: int = 50257
-    word_dim: int | None = None
-    norm: str = "layer"
-    embedding_norm: bool = False
-    position: str = "learned"
-    position_offset: int = 0
-    rotary_dim: int | None = None
-    rotary_interleaved: bool = False
-    rotary_base: float = 10000.0
-    windows: tuple[int | None, ...] = (None,)
-    attention_scale: float | None = None
-    scale_by_layer: bool = False
-    residual: str = "pre_norm"
-    activation: str = "gelu_tanh"
-    gated_mlp: bool = False
-    experts: int = 0
-    experts_every: int = 2
-    experts_per_token: int = 2
-    balance_loss: float = 0.01
-    layer_norm_epsilon: float = 1e-5
-    bias: bool | tuple[str, ...] = True
-    tied_head: bool = True
-    head_bias: bool = False
-    logit_scale: float = 1.0
-    z_loss: float = 0.0
-    dropout: float = 0.0
-    embedding_dropout: float | None = None
-    attention_dropout: float | None = None
+    n_layer: int = _size(12, "number L of blocks")
+    n_head: int = _size(12, "number H of query heads")
+    n_kv_head: int | None = _size(None, "number K of key and value heads, a divisor of n_head; none: n_head")
+    n_embd: int = _size(768, "model width C")
+    head_dim: int | None = _size(None, "width D of a head; none: n_embd / n_head")
+    n_inner: int | None = _size(None, "width F of the MLP; none: 4 n_embd")
+    block_size: int = _size(1024, "maximum sequence length, in tokens")
+    vocab_size: int = _size(50257, "vocabulary size V, at least the tokenizer's", automatic="the tokenizer's")
+    word_dim: int | None = _size(
+        None, "width of the token embedding, which linear layers project to n_embd and back; none: n_embd"
+    )
+    norm: str = _field("layer", "layer (LayerNorm) or rms (RMSNorm, without bias)", choices=("layer", "rms"))
+    embedding_norm: bool = _field(False, "normalize the token embedding before the first block")
+    position: str = _field(
+        "learned", "learned: a table of embeddings; rotary: rotated queries and keys; alibi: slopes on the scores; "
+        "transformer_xl: relative keys with parameters in each layer; relative_bias: T5's bias on the scores by "
+        "distance, with parameters in each layer",
+        choices=("learned", "rotary", "alibi", "transformer_xl", "relative_bias"), metavar="KIND",
+    )  # fmt: skip
+    position_offset: int = _field(
+        0, "row of the learned table for the first token", at_least=0, only_with={"position": ("learned",)}
+    )
+    rotary_dim: int | None = _field(
+        None, "number of rotated features of a head, even; none: head_dim", at_least=2, metavar="N",
+        only_with=WITH_ROTARY,
+    )  # fmt: skip
+    rotary_interleaved: bool = _field(
+        False, "rotate features 2 i and 2 i + 1 as a pair (GPT-J) instead of i and i + rotary_dim / 2",
+        only_with=WITH_ROTARY,
+    )  # fmt: skip
+    rotary_base: float = _field(
+        10000.0, "pair i of n rotates by base^(-i/n) radians a token", above=0, at_most=1e12, only_with=WITH_ROTARY
+    )
+    windows: tuple[int | None, ...] = _size(
+        (None,), "for each layer the number of keys that a query attends to, including its own; none: all; a shorter "
+        "list is repeated to n_layer entries",
+    )  # fmt: skip
+    attention_scale: float | None = _field(None, "factor on q k^T; none: 1 / sqrt(head_dim)", metavar="FACTOR")
+    scale_by_layer: bool = _field(False, "divide that factor by i + 1 in layer i")
+    residual: str = _field(
+        "pre_norm", "how the branches of a block are connected: pre_norm, post_norm, or parallel with one or two norms",
+        choices=("pre_norm", "post_norm", "parallel", "parallel_two_norms"), metavar="KIND",
+    )  # fmt: skip
+    activation: str = _field("gelu_tanh", "gelu_tanh, gelu_erf or relu; with gated_mlp also silu")
+    gated_mlp: bool = _field(False, "the activation is applied to a third projection of the MLP, the gate")
+    experts: int = _field(
+        0, "number E of experts in every experts_every-th layer, which replace its MLP and are not gated", at_least=0
+    )
+    experts_every: int = _size(2, "distance between layers with experts", only_with={"experts": None})
+    experts_per_token: int = _size(2, "number of experts that compute each token", only_with={"experts": None})
+    balance_loss: float = _factor(
+        0.01, "factor on the experts' balance loss, which is added to the loss in training", only_with={"experts": None}
+    )
+    layer_norm_epsilon: float = _field(1e-5, "added to the variance (LayerNorm) or the mean square (RMSNorm)", above=0)
+    bias: bool | tuple[str, ...] = _field(True, "true, false, or the parts that have a bias: qkv, out, mlp, norm")
+    tied_head: bool = _field(True, "the head shares its weight with the token embedding")
+    head_bias: bool = _field(False, "an untied head has a bias")
+    logit_scale: float = _field(1.0, "factor on the logits", above=0, metavar="FACTOR")
+    label_smoothing: float = _rate(
+        0.0, "share of a target's probability that is spread over the vocabulary, in training", metavar="SHARE"
+    )
+    z_loss: float = _factor(0.0, "factor on logsumexp(logits)^2, which is added to the loss in training")
+    dropout: float = _rate(0.0, "probability after each branch, in training")
+    embedding_dropout: float | None = _rate(None, "probability after the embedding; none: dropout")
+    attention_dropout: float | None = _rate(None, "probability of an attention weight; none: dropout")
 
     def __post_init__(self):
+        for name in ("windows", "bias"):
+            if isinstance(getattr(self, name), list):  # of a JSON file
+                self._set(**{name: tuple(getattr(self, name))})
+        check_settings(self)
         self._check_sizes()
-        for name, allowed in CHOICES.items():
-            self._require(name, getattr(self, name) in list(allowed), f"one of {', '.join(allowed)}")
-        for name in FLAGS:
-            self._require(name, isinstance(getattr(self, name), bool), "True or False")
-        for name in POSITIVE:
-            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "more than 0, and finite")
-        for name in PENALTIES:
-            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "at least 0, and finite")
-        scale = self.attention_scale
-        self._require("attention_scale", scale is None or _is_number(scale), "None or a finite number")
-        self._require("head_bias", not (self.head_bias and self.tied_head), "False with tied_head")
+        self._require("head_bias", not (self.head_bias and self.tied_head), "false with tied_head")
         self._check_mlp()
         self._check_position()
         self._check_bias()
@@ -127,14 +114,8 @@ class GPTConfig:
         for name in RATES:
             if getattr(self, name) is None:
                 self._set(**{name: self.dropout})
-            is_rate = _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1
-            self._require(name, is_rate, f"0 <= {name} < 1")
 
     def _check_sizes(self) -> None:
-        for name in SIZES:
-            value = getattr(self, name)
-            is_derived = value is None and name in OPTIONAL_SIZES
-            self._require(name, is_derived or _is_count(value), "a positive integer")
         self._require(
             "n_embd", self.head_dim is not None or self.n_embd % self.n_head == 0, f"a multiple of n_head {self.n_head}"
         )
@@ -149,10 +130,8 @@ class GPTConfig:
     def _check_mlp(self) -> None:
         allowed = GATES if self.gated_mlp and not self.experts else ACTIVATIONS
         self._require("activation", self.activation in allowed, f"one of {', '.join(allowed)}")
-        if self.experts == 0 and not isinstance(self.experts, bool):
+        if not self.experts:
             return
-        for name in ("experts", "experts_every", "experts_per_token"):
-            self._require(name, _is_count(getattr(self, name)), "a positive integer")
         self._require("experts_per_token", self.experts_per_token <= self.experts, f"at most experts {self.experts}")
         self._require("experts_every", self.experts_every <= self.n_layer, f"at most n_layer {self.n_layer}")
 
@@ -160,29 +139,24 @@ class GPTConfig:
         if self.position == "rotary":
             if self.rotary_dim is None:
                 self._set(rotary_dim=self.head_dim)
-            is_even = _is_count(self.rotary_dim) and self.rotary_dim % 2 == 0
-            is_valid = is_even and self.rotary_dim <= self.head_dim
+            is_valid = self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim
             self._require("rotary_dim", is_valid, f"an even number up to head_dim {self.head_dim}")
         else:
             self._require("rotary_dim", self.rotary_dim is None, f"None as position is {self.position}")
-        offset = self.position_offset
-        is_valid = offset == 0 or (_is_count(offset) and self.position == "learned")
+        is_valid = self.position_offset == 0 or self.position == "learned"
         self._require("position_offset", is_valid, "0, or more with learned positions")
 
     def _check_bias(self) -> None:
         if not isinstance(self.bias, bool):
-            is_known = isinstance(self.bias, tuple | list) and set(self.bias) <= set(BIASED)
-            self._require("bias", is_known, f"True or False, or some of {', '.join(BIASED)}")
+            is_known = set(self.bias) <= set(BIASED)
+            self._require("bias", is_known, f"true or false, or some of {', '.join(BIASED)}")
             parts = tuple(part for part in BIASED if part in self.bias)
             self._set(bias={BIASED: True, (): False}.get(parts, parts))
         self._require("bias", self.norm != "rms" or not self.has_bias("norm"), "no bias of norms, as norm is rms")
 
     def _check_windows(self) -> None:
-        windows = self.windows
-        is_sequence = isinstance(windows, tuple | list) and len(windows) > 0
-        is_valid = is_sequence and all(window is None or _is_count(window) for window in windows)
-        self._require("windows", is_valid, "positive integers or None, at least one")
-        self._set(windows=tuple(windows[layer % len(windows)] for layer in range(self.n_layer)))
+        self._require("windows", len(self.windows) > 0, "at least one")
+        self._set(windows=tuple(self.windows[layer % len(self.windows)] for layer in range(self.n_layer)))
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
@@ -216,10 +190,3 @@ class GPTConfig:
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return scale / (layer + 1)
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -6,8 +6,9 @@
     transformer_xl, relative_bias: engine/model/relative_positions.py
 
 p counts from the first token of the sequence: p = t - start in a left-padded row. Only the learned table needs p; the
-others depend on differences of positions, so they count from the first column. Su et al. 2021, "RoFormer",
-arXiv:2104.09864, eq. 15; Press, Smith, Lewis 2022, arXiv:2108.12409, section 3 and their code.
+others depend on differences of positions, so they count from the first column. In a row of packed documents p counts
+from the first token of each document (`packed_positions`). Su et al. 2021, "RoFormer", arXiv:2104.09864, eq. 15; Press,
+Smith, Lewis 2022, arXiv:2108.12409, section 3 and their code.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peakgpt.engine.model.config import GPTConfig
@@ -31,6 +33,7 @@ class Positions(NamedTuple):
     alibi: Tensor | None = None  # slopes, (H,) float32
     relative: Tensor | None = None  # one entry a distance, see relative_positions.distances
     start: Tensor | None = None  # (B,) first token of each left-padded sequence
+    cu_seqlens: Tensor | None = None  # (N + 1,) int32 starts of packed documents, see kernels/ops/attention.py
 
     @property
     def need_unpacked_qkv(self) -> bool:
@@ -57,6 +60,40 @@ def make_positions(
     slopes = alibi_slopes(config.n_head, device) if config.position == "alibi" else None
     relative = distances(config, past + tokens, device) if config.position in RELATIVE else None
     return Positions(rotary, config.rotary_interleaved, slopes, relative, start)
+
+
+def packed_positions(config: GPTConfig, position_ids: Tensor) -> Positions:
+    """Compute what attention needs for rows of packed documents that do not attend to each other.
+
+    Shapes do not depend on the number of documents, and no value is read, so that a CUDA graph can repeat it.
+
+    Args:
+        config: of the model.
+        position_ids: (B, T) integers, position of each token in its document. A document starts at each 0, and with
+            each row.
+    Returns:
+        The positions of the B * T tokens as one sequence, as `attention` takes packed documents. cu_seqlens has B * T
+        entries more than needed for one document; unused ones are B * T.
+    Raises:
+        ValueError: a model with relative positions.
+    """
+    refuse_relative_positions(config)
+    rotary, count, device = None, position_ids.numel(), position_ids.device
+    if config.rotary_dim:
+        table = rotary_table(config.rotary_dim, config.rotary_base, 0, config.block_size, device)
+        rotary = tuple(column[position_ids.flatten()] for column in table)  # (B * T, R / 2)
+    slopes = alibi_slopes(config.n_head, device) if config.position == "alibi" else None
+    is_start = position_ids == 0
+    is_start[:, 0] = True
+    index = torch.arange(count, dtype=torch.int32, device=device)
+    starts = torch.where(is_start.flatten(), index, count).to(torch.int32).sort().values
+    return Positions(rotary, config.rotary_interleaved, slopes, cu_seqlens=F.pad(starts, (0, 1), value=count))
+
+
+def refuse_relative_positions(config: GPTConfig) -> None:
+    """Raise ValueError for a model that cannot take packed documents: its bias covers every pair of tokens."""
+    if config.position in RELATIVE:
+        raise ValueError(f"GPT: got packed documents with position {config.position}, expected learned, rotary, alibi")
 
 
 def rotary_table(width: int, base: float, past: int, tokens: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

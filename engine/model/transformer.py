@@ -22,7 +22,7 @@ from peakgpt.engine.model.fp8 import fp8_linear
 from peakgpt.engine.model.kv_cache import AttentionCache, SequenceCache
 from peakgpt.engine.model.norms import make_norm
 from peakgpt.engine.model.plain import FORWARDS, fusable, has_own_call, is_plain, is_plain_embedding, run_linear
-from peakgpt.engine.model.positions import Positions, left_padding_start, make_positions
+from peakgpt.engine.model.positions import Positions, left_padding_start, make_positions, packed_positions
 from peakgpt.engine.model.state_dicts import ModuleWithConv1D
 from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.embedding import embedding
@@ -48,7 +48,8 @@ class Transformer(ModuleWithConv1D):
                 self.lm_head = nn.Linear(config.word_dim, config.vocab_size, bias=config.head_bias)
         # Not to_empty: on a meta tensor it imports sympy, which keeps 45 MiB.
         self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
-        self._initialize()
+        if device.type != "meta":  # there normal_ would import torch._dynamo, which takes seconds
+            self._initialize()
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -68,11 +69,11 @@ class Transformer(ModuleWithConv1D):
     def forward(
         self, input_ids: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,
         loss_weight: Tensor | None = None, *, return_logits: bool = False, cache: SequenceCache | None = None,
-        start: Tensor | None = None,
+        start: Tensor | None = None, position_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Compute the logits, or the loss if there are targets.
 
-        In training mode the loss includes the terms that the config adds: z_loss and balance_loss.
+        In training mode the loss includes what the config adds: label_smoothing, z_loss and balance_loss.
 
         Args:
             input_ids: (B, T) int64 or int32.
@@ -83,19 +84,22 @@ class Transformer(ModuleWithConv1D):
                 mean over the targets that are not ignored.
             return_logits: also return the logits when there are targets. This computes the product with the head once
                 more, and stores the logits, which the loss alone does not.
-            cache, start: as in `hidden_states`; with `start`, attention_mask is None.
+            cache, start, position_ids: as in `hidden_states`; with `start`, attention_mask is None.
         Returns:
             Without targets the logits, (B, T, V). With targets the loss, a float32 scalar, or (loss, logits).
         Raises:
             ValueError: a tensor of a wrong shape or dtype, ids or targets out of range, more tokens than block_size, or
-                an attention_mask that is not left padding or together with `start`.
+                an attention_mask that is not left padding or together with `start`, or position_ids together with
+                one of them.
         """
         if attention_mask is not None:
+            if position_ids is not None:
+                raise ValueError("GPT: got attention_mask with position_ids, expected one of the two")
             if start is not None or cache is not None:
                 raise ValueError("GPT: got attention_mask with start or cache, expected start alone")
             start = left_padding_start(attention_mask, input_ids)
         balance_losses: list[Tensor] | None = [] if self.config.experts and self.training else None
-        h = self.hidden_states(input_ids, cache, start, balance_losses)
+        h = self.hidden_states(input_ids, cache, start, balance_losses, position_ids)
         if targets is None:
             return self.compute_logits(h)
         logits = None if self._has_fusable_head else self.compute_logits(h)
@@ -109,23 +113,27 @@ class Transformer(ModuleWithConv1D):
         return loss, self.compute_logits(h) if logits is None else logits
 
     def _fused_loss(self, h: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-        """Compute the cross entropy of hidden states (B, T, C), and the z-loss in training mode."""
+        """Compute the cross entropy of hidden states (B, T, C), in training mode with label smoothing and z-loss."""
         return linear_cross_entropy(
             h, self._head_weight, targets, weight, reduction="mean" if weight is None else "sum",
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
             z_loss=self.config.z_loss if self.training else 0.0,
         )  # fmt: skip
 
     def _loss(self, logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
         """Compute the same of logits, (B, T, V), for a head that the fused loss does not support."""
         z_loss = self.config.z_loss if self.training else 0.0
+        label_smoothing = self.config.label_smoothing if self.training else 0.0
         logits = logits.flatten(0, 1).float()
-        loss = F.cross_entropy(logits, targets.flatten(), reduction="mean" if weight is None else "none")
+        loss = F.cross_entropy(
+            logits, targets.flatten(), reduction="mean" if weight is None else "none", label_smoothing=label_smoothing
+        )
         loss = loss if weight is None else (loss * weight.flatten()).sum()
         return loss if z_loss == 0.0 else loss + z_loss * _mean_square_lse(logits, targets, weight)
 
     def hidden_states(
         self, input_ids: Tensor, cache: SequenceCache | None = None, start: Tensor | None = None,
-        balance_losses: list[Tensor] | None = None,
+        balance_losses: list[Tensor] | None = None, position_ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Compute the hidden states of a batch of sequences after the last norm: the input of `compute_logits`.
 
@@ -134,10 +142,13 @@ class Transformer(ModuleWithConv1D):
             cache: KV cache of the tokens before input_ids, which is extended by them; turns dropout off.
             start: (B,) integers, first token of each left-padded sequence, counted from the first token of the cache.
             balance_losses: the balance loss of each layer with experts is appended, float32 scalars.
+            position_ids: (B, T) integers, position of each token in its document. A document starts at each 0, and with
+                each row; its tokens attend to it alone. None: each row is one document.
         Returns:
             (B, T, C)
         Raises:
-            ValueError: ids of a wrong shape or dtype, out of range, or more tokens than block_size.
+            ValueError: ids of a wrong shape or dtype, out of range, or more tokens than block_size, or position_ids
+                of another shape, with `cache` or `start`, or for a model with relative positions.
         """
         past = 0 if cache is None else cache.length
         if input_ids.dim() != 2 or past + input_ids.shape[1] > self.config.block_size:
@@ -145,13 +156,30 @@ class Transformer(ModuleWithConv1D):
                 f"GPT: ids have shape {tuple(input_ids.shape)} after {past} tokens, "
                 f"expected (B, T) with at most block_size {self.config.block_size} tokens in all"
             )
+        tokens = input_ids.shape[1]
+        if position_ids is None:
+            positions = make_positions(self.config, past, tokens, start, input_ids.device)
+            return self._run(input_ids, past, start, positions, cache, balance_losses)
+        if position_ids.shape != input_ids.shape or start is not None or cache is not None:
+            raise ValueError(
+                f"GPT: position_ids have shape {tuple(position_ids.shape)} for ids {tuple(input_ids.shape)}, expected "
+                "the same shape, and no cache or start"
+            )
+        positions = packed_positions(self.config, position_ids)
+        h = self._run(input_ids.flatten()[None], position_ids.flatten(), None, positions, None, balance_losses)
+        return h.view(*input_ids.shape, -1)
+
+    def _run(
+        self, input_ids: Tensor, past: int | Tensor, start: Tensor | None, positions: Positions,
+        cache: SequenceCache | None, balance_losses: list[Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        """Run the network on (B, T) ids; `past` is the first position, or all positions, (T,)."""
         x = self._embed(input_ids, past, start)  # (B, T, C)
         if self.training and self.config.embedding_dropout and cache is None:
             x = dropout(x, p=self.config.embedding_dropout)
-        tokens = input_ids.shape[1]
-        h = self._run_blocks(x, make_positions(self.config, past, tokens, start, x.device), cache, balance_losses)
+        h = self._run_blocks(x, positions, cache, balance_losses)
         if cache is not None:
-            cache.length += tokens
+            cache.length += input_ids.shape[1]
         return h
 
     def packed_hidden_states(

@@ -9,34 +9,35 @@ from torch import Tensor
 
 
 class DelayedMetrics:
-    """Copies one number per step from the device to the host, without waiting for the step that computes it."""
+    """Copies numbers of each step from the device to the host, without waiting for the step that computes them."""
 
     def __init__(self, device: torch.device):
         self.device, self.pending = device, None
 
-    def put(self, label: Any, value: Tensor) -> list[tuple[Any, float]]:
-        """Start the copy of a number.
+    def put(self, label: Any, *values: Tensor) -> list[tuple[Any, ...]]:
+        """Start the copy of the numbers of a step.
 
         Args:
-            label: returned with the number, such as the step.
-            value: a scalar on the device.
+            label: returned with the numbers, such as the step.
+            values: scalars on the device.
         Returns:
-            [(label, number)] of the previous call on a GPU, of this call on other devices; or [].
+            [(label, *numbers)] of the previous call on a GPU, of this call on other devices; or [].
         """
         if self.device.type != "cuda":
-            return [(label, float(value))]
+            return [(label, *map(float, values))]
         arrived = self.take()
-        host = torch.empty((), dtype=value.dtype, pin_memory=True)
-        host.copy_(value, non_blocking=True)
+        hosts = [torch.empty((), dtype=value.dtype, pin_memory=True) for value in values]
+        for host, value in zip(hosts, values, strict=True):
+            host.copy_(value, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
-        self.pending = (label, host, event)
+        self.pending = (label, hosts, event)
         return arrived
 
-    def take(self) -> list[tuple[Any, float]]:
-        """Wait for the number of the last `put` and return [(label, number)]; [] if there is none."""
+    def take(self) -> list[tuple[Any, ...]]:
+        """Wait for the numbers of the last `put` and return [(label, *numbers)]; [] if there are none."""
         if self.pending is None:
             return []
-        (label, host, event), self.pending = self.pending, None
+        (label, hosts, event), self.pending = self.pending, None
         event.synchronize()
-        return [(label, float(host))]
+        return [(label, *map(float, hosts))]

@@ -10,7 +10,7 @@ parameter changes the master too.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -180,13 +180,35 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"AdamW: got a tensor of shape {tuple(parameter.shape)}, expected one of its parameters")
         return master_of(parameter, self.state.get(parameter, {}))
 
+    def named_masters(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yield the model's state dict with float32 masters instead of bfloat16 parameters, each made on request."""
+        owned = {p for group in self.param_groups for p in group["params"]}
+        parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p in owned}
+        for name, tensor in model.state_dict().items():
+            parameter = parameters.get(name)
+            yield name, tensor if parameter is None else master_of(parameter, self.state.get(parameter, {}))
+
     def master_weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the model's state dict with float32 masters instead of bfloat16 parameters, for a checkpoint."""
-        state, owned = dict(model.state_dict()), {p for group in self.param_groups for p in group["params"]}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter in owned and name in state:
-                state[name] = master_of(parameter, self.state.get(parameter, {}))
-        return state
+        """Return all of `named_masters`, for a checkpoint."""
+        return dict(self.named_masters(model))
+
+    @torch.no_grad()
+    def load_master_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Load what `named_masters` yields: parameters get their values back, and bfloat16 ones their masters.
+
+        Raises:
+            RuntimeError: a tensor is missing, unexpected or of another shape.
+        """
+        model.load_state_dict(weights)
+        owned = {p for group in self.param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            if parameter in owned and parameter.dtype == torch.bfloat16:
+                high, self.state[parameter]["remainder"] = split_pieces(weights[name].to(parameter.device))
+                parameter.copy_(high)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all parameters and the options of all groups; tensors are not copied."""
+        return _state_dict(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -218,6 +240,7 @@ class AdamW(torch.optim.Optimizer):
 
 # __wrapped__: without torch's guard against torch.compile, which imports torch._dynamo and costs 150 MiB.
 _add_param_group = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", torch.optim.Optimizer.add_param_group)
+_state_dict = getattr(torch.optim.Optimizer.state_dict, "__wrapped__", torch.optim.Optimizer.state_dict)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from peakgpt.engine.data.run_layout import CHECKPOINT, METRICS, TOKENS
+from peakgpt.engine.checkpoint.manifest import MANIFEST, expect_files, read_manifest, write_manifest
+from peakgpt.engine.checkpoint.run_checkpoints import is_prepared
+from peakgpt.engine.data.run_layout import CHECKPOINT, CHECKPOINTS, METRICS, RUN_CONFIG, STATE, TOKENS
+from peakgpt.engine.training.metrics_log import MetricsLog
 from peakgpt.kernels.files import (
     STAGE,
     flush,
@@ -22,7 +25,8 @@ from peakgpt.kernels.files import (
     staging_folder,
     sweep,
 )
-from peakgpt.kernels.strict_json import dumps
+
+PREPARED = (TOKENS, RUN_CONFIG)  # what a run moves into its folder when it is prepared
 
 
 class Taken(ValueError):
@@ -30,7 +34,12 @@ class Taken(ValueError):
 
 
 class RunFolder:
-    """One run's metrics, checkpoint, training state, tokens, results and report."""
+    """One run's settings, tokens, metrics, checkpoints, results and report.
+
+    Attributes:
+        path: of the folder.
+        metrics: its metrics.jsonl, which is locked while the folder is open.
+    """
 
     def __init__(self, path: Path | str):
         """Make the folder. A folder whose run was killed before it was prepared counts as empty.
@@ -70,15 +79,31 @@ class RunFolder:
         """Open the folder of an earlier run, to resume it.
 
         Raises:
-            ValueError: there is no such folder, no run in it, or its run has not ended.
+            ValueError: there is no such folder, no run in it, a running process writes it, a file of it is damaged, or
+                a version wrote it that had other checkpoints.
         """
         run = cls.__new__(cls)
         run.path, run._stage, run._made = Path(path), None, []
         if not (run.path / METRICS).is_file():
             missing = f"{METRICS} in it" if run.path.is_dir() else "such folder"
             raise ValueError(f"run folder {path}: got no {missing}, expected the folder of a run")
+        if (run.path / STATE).is_dir() and not (run.path / CHECKPOINTS).is_dir():
+            raise ValueError(
+                f"run folder {path}: got {STATE}/ of an older version, expected {CHECKPOINTS}/; `peakgpt generate` "
+                "takes its model, but the run cannot go on"
+            )
         run._open(new=False)
         return run
+
+    def _check_files(self) -> None:
+        """Compare the files of a prepared run with its manifest."""
+        if self._is_unprepared() or (is_prepared(self.path) and not (self.path / MANIFEST).exists()):
+            raise ValueError(
+                f"run folder {self.path}: got no {MANIFEST}, expected one; a run that was killed before its first step "
+                f"is started again with --out {self.path}"
+            )
+        if is_prepared(self.path):
+            expect_files(self.path, read_manifest(self.path))
 
     def _open(self, *, new: bool) -> None:
         """Open metrics.jsonl and lock it. Of several processes that try, one succeeds."""
@@ -87,32 +112,45 @@ class RunFolder:
         if new and not restarted and any(self.path.iterdir()):
             raise has_files
         try:
-            # Open for the whole run. Mode "x" fails if another process has made the file.
-            metrics: TextIO = open(path, "x" if new and not restarted else "a", encoding="utf-8")  # noqa: SIM115
+            metrics = MetricsLog(path, new=new and not restarted)
         except FileExistsError:
             raise has_files from None
         try:
             lock(metrics.fileno())
             if not is_open_at(metrics.fileno(), path):
                 raise BlockingIOError
+            if restarted and self._is_unprepared():
+                self._remove_prepared_part()
+            if not new:
+                self._check_files()
             sweep(self.path)
             if restarted and any(entry != path or entry.stat().st_size for entry in self.path.iterdir()):
                 raise has_files
+            metrics.read()
         except BlockingIOError:
             metrics.close()
             raise Taken(
                 f"run folder {self.path}: a running process writes it, expected a free one"
             ) from None
-        except Taken:
+        except BaseException:
             metrics.close()
             raise
         self.metrics, self.start = metrics, time.time()
 
     def _is_unprepared(self) -> bool:
-        """Return whether the folder has only what a run writes before its first line of metrics."""
+        """Return whether the folder has only what a run writes before it is prepared."""
         entries = {entry.name for entry in self.path.iterdir()}
         stages = {name for name in entries if STAGE.fullmatch(name)}
-        return bool(stages) and entries - stages == {METRICS} and not (self.path / METRICS).stat().st_size
+        own = entries - stages - set(PREPARED)
+        return bool(stages) and own == {METRICS} and not (self.path / METRICS).stat().st_size
+
+    def _remove_prepared_part(self) -> None:
+        """Delete what a run moved into the folder before it was killed; the manifest would have come last."""
+        for name in PREPARED:
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
+            else:
+                (self.path / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close metrics.jsonl, which frees the lock."""
@@ -136,10 +174,11 @@ class RunFolder:
             with staging_folder(self.path) as stage:
                 self._stage = stage
                 yield
-                # Files come after folders: settings.json says that the run is prepared.
-                for entry in sorted(stage.iterdir(), key=lambda entry: entry.is_file()):
-                    if entry.is_file():
-                        flush(entry)
+                write_manifest(stage, {}, sealed=[RUN_CONFIG])
+                for entry in stage.rglob("*"):
+                    flush(entry)
+                # The manifest comes last: it says that the run is prepared.
+                for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == MANIFEST):
                     os.rename(entry, self.path / entry.name)
                 flush(self.path)
         except BaseException:
@@ -157,7 +196,7 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """The folder of the model."""
+        """The folder of a model alone, which a run without checkpoints writes."""
         return self.path / CHECKPOINT
 
     @property
@@ -166,34 +205,24 @@ class RunFolder:
         return self.root / TOKENS
 
     def log(self, **row: Any) -> None:
-        """Append one line to metrics.jsonl and hand it to the operating system, so that Ctrl-C loses nothing."""
-        self.metrics.write(dumps({"elapsed_s": round(time.time() - self.start, 3), **row}) + "\n")
-        self.metrics.flush()
+        """Append one line to metrics.jsonl.
 
-    def drop_rows_after(self, step: int) -> None:
-        """Cut metrics.jsonl back to the rows up to `step`, which a resumed run continues; drop an unfinished line."""
-        kept_bytes = 0
-        with open(self.path / METRICS, "rb") as file:
-            for line in file:
-                if not line.endswith(b"\n") or _step(line) > step:
-                    break
-                kept_bytes += len(line)
-        self.metrics.truncate(kept_bytes)
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.metrics.append({"elapsed_s": round(time.time() - self.start, 3), **row})
+
+    def continue_clock(self) -> None:
+        """Count `elapsed_s` of the next lines from the last line on, so that it is the time of all processes."""
+        if rows := self.metrics.rows():
+            self.start -= rows[-1].get("elapsed_s", 0.0)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines()]
+        return self.metrics.rows()
 
 
 def default_run_folder(command: str) -> Path:
     """Return runs/<command>-<date>-<time>, relative to the current folder."""
     return Path("runs", f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
 
-
-def _step(line: bytes) -> int:
-    """Return the step of a line of metrics.jsonl; 0 if it has none."""
-    try:
-        step = json.loads(line).get("step")
-    except (ValueError, AttributeError, RecursionError):
-        return 0
-    return step if isinstance(step, int) else 0

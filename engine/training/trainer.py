@@ -1,4 +1,4 @@
-"""One update of a model: forward, backward, gradient clipping, AdamW.
+"""One update of a model: forward, backward, gradient clipping, AdamW, and the average of the weights.
 
 Parameters are bfloat16 if the hardware multiplies bfloat16, with the float32 master inside the optimizer; there is no
 autocast.
@@ -6,7 +6,8 @@ autocast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,9 @@ from peakgpt.engine.model.plain import has_own_call, walk
 from peakgpt.engine.model.recompute import set_recompute
 from peakgpt.engine.training.gradient_memory import GradientMemory
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
-from peakgpt.engine.training.schedule import learning_rate
+from peakgpt.engine.training.schedule import Schedule
 from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.weight_average import WeightAverage
 from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.core.backends import forced_backend
 from peakgpt.kernels.core.recording import recorder
@@ -33,23 +35,34 @@ SEPARATE_BYTES = 32 << 20
 
 
 class Trainer:
-    """Updates a model in place, one batch per step; on CUDA a step is one CUDA graph (engine/graph_capture.py).
+    """Updates a model in place, one batch per step.
+
+    On CUDA a step is one CUDA graph. On a CPU the step of a small model is recorded and replayed in the same way
+    (engine/graph_capture.py).
 
     Attributes:
+        steps: planned updates; may change between two steps, and the schedule follows.
         steps_done: updates made so far.
+        schedule: batch size and learning rate of each update.
+        lr: learning rate of the last step; 0 before a step.
         grad_norm: norm of the last step's gradients before clipping, a tensor () on the device; None before a step.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, *, steps: int):
+    def __init__(self, model: nn.Module, config: TrainConfig, *, steps: int | None = None):
         """Cast the model to config.dtype and build its optimizer.
 
         Args:
             model: called as model(ids, targets) -> mean loss; with micro-batches as model(ids, targets,
-                loss_weight=...) -> sum of the weighted losses.
+                loss_weight=...) -> sum of the weighted losses; with packed documents also with position_ids.
             config: how to train.
-            steps: planned updates; the length of the learning-rate schedule.
+            steps: planned updates; the length of the learning-rate schedule. None: from the config.
+        Raises:
+            ValueError: `steps` contradicts the config, or the config has epochs, whose data only the caller knows.
         """
-        self.model, self.config, self.steps, self.steps_done = model, config, steps, 0
+        if steps is not None and config.steps not in (None, steps):
+            raise ValueError(f"Trainer: steps is {steps} and the config's is {config.steps}, expected one of the two")
+        self.model, self.config, self.schedule, self.steps_done, self.lr = model, config, Schedule(config), 0, 0.0
+        self.steps = self.schedule.steps() if steps is None else steps
         set_recompute(model, config.recompute)
         set_fp8(model, config.fp8)
         self.device = next(model.parameters()).device
@@ -60,20 +73,28 @@ class Trainer:
             decay_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps,
             max_norm=config.max_norm, dtype=config.dtype,
         )  # fmt: skip
+        self.average = None if config.ema_decay is None else WeightAverage(self.optimizer, config.ema_decay)
         self.optimizer.register_load_state_dict_post_hook(self._set_lr)
         # A tensor on the device: a CUDA graph reads the new value at every replay.
         self.lr_scale = self.optimizer.lr_scale = torch.ones((), device=self.device)
         self.gradients = GradientMemory(self.optimizer)
-        size = sum(p.nbytes for group in self.optimizer.param_groups for p in group["params"])
+        size = sum(parameter.nbytes for parameter in model.parameters())
         self.separate_gradients = self.device.type == "cpu" and size <= SEPARATE_BYTES
         self.grad_norm: Tensor | None = None
         self.update = GraphedFunction(self._update, step_graphs(self.device), self._captured_state)
 
-    def step(self, ids: Tensor, targets: Tensor) -> Tensor:
+    @property
+    def batch(self) -> int:
+        """The sequences of the next update."""
+        return self.schedule.batch(self.steps_done)
+
+    def step(self, ids: Tensor, targets: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Make one update.
 
         Args:
             ids, targets: (B, T) int64 on the model's device; targets are already shifted by one.
+            position_ids: (B, T) integers, position of each token in its document, which attends to itself alone. None:
+                each row is one document.
         Returns:
             The mean loss before the update, detached, a tensor () on the device: reading it waits for the step.
         Raises:
@@ -84,10 +105,15 @@ class Trainer:
                 f"Trainer: lr of a parameter group is not the config's {self.config.lr}: the Trainer has a schedule of "
                 "its own; use peakgpt.AdamW in a loop of your own with a scheduler of torch"
             )
-        self.lr_scale.fill_(learning_rate(self.config, self.steps_done, self.steps) / self.config.lr)
+        self.lr = self.schedule.lr(self.steps_done, self.steps)
+        self.lr_scale.fill_(self.lr / self.config.lr)
+        if self.average is not None:
+            self.average.set_step(self.steps_done)
+        inputs = (ids, targets) if position_ids is None else (ids, targets, position_ids)
+        self._shapes = [tensor.shape for tensor in inputs]
         # The replay of a graph calls no hook.
         is_hooked = self.update.obstacle is None and any(map(has_own_call, walk(self.model)))
-        loss, self.grad_norm = (self._update if is_hooked else self.update)(ids, targets)
+        loss, self.grad_norm = (self._update if is_hooked else self.update)(*inputs)
         self.steps_done += 1
         return loss
 
@@ -96,38 +122,76 @@ class Trainer:
             group["lr"] = self.config.lr  # a loaded optimizer state may contain another lr
 
     def master_weights(self) -> dict[str, Tensor]:
-        """Return the model's state dict in float32; see `AdamW.master_weights`."""
+        """Return the model's state dict in float32; see `AdamW.named_masters`."""
         return self.optimizer.master_weights(self.model)
 
-    def _update(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def validated_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the model has the weights that `saved_weights` yields, rounded to its dtype."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+    # ---- checkpoints: the model folder has the weights, the training state has the rest ----
+
+    def saved_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of the model folder in float32: their average with ema_decay, else the masters."""
+        source = self.optimizer.named_masters if self.average is None else self.average.named
+        return source(self.model)
+
+    def load_saved_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Load what `saved_weights` yields, bit for bit."""
+        load = self.optimizer.load_master_weights if self.average is None else self.average.load
+        load(self.model, weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes in training and is not in `saved_weights`. Tensors are not copied."""
+        packed = self.optimizer.state_dict()
+        entries = {i: {k: t for k, t in entry.items() if k != "remainder"} for i, entry in packed["state"].items()}
+        state = {"steps_done": self.steps_done, "optimizer": {**packed, "state": entries}}
+        return state if self.average is None else {**state, "weights": self.master_weights()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returns, after `load_saved_weights`.
+
+        Raises:
+            ValueError: the state belongs to another model or optimizer.
+        """
+        if ("weights" in state) != (self.average is not None):
+            got = "with" if "weights" in state else "without"
+            raise ValueError(f"training state: got one {got} an average of the weights, expected ema_decay as it was")
+        if self.average is not None:
+            self.optimizer.load_master_weights(self.model, state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_done = state["steps_done"]
+
+    def _update(self, ids: Tensor, targets: Tensor, *position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, gradient norm). A CUDA graph repeats it, so values that change must be in device memory."""
         with accumulate_into(self.gradients.zero()):
-            loss = self._backward(ids, targets)
+            loss = self._backward(ids, targets, *position_ids)
         self.gradients.drop_unwritten()
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
         return loss, self.optimizer.grad_norm
 
-    def _backward(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def _backward(self, ids: Tensor, targets: Tensor, *position_ids: Tensor) -> Tensor:
         """Accumulate the gradients of the mean loss over all targets that count; return that loss.
 
         Each token has the same weight, whatever micro-batch it is in.
         """
         size = self.config.micro_batch or len(ids)
         if len(ids) <= size:
-            loss = self.model(ids, targets)
+            loss = self.model(ids, targets, **_packed(*position_ids))
             loss.backward()
             return loss.detach()
         weight = (1.0 / (targets != IGNORE_INDEX).sum()).expand(targets.shape)  # computed on the device, without a sync
-        batches = zip(ids.split(size), targets.split(size), weight.split(size), strict=True)
-        parts = [partial(self._run_part, *batch) for batch in batches]
         total = torch.zeros((), device=ids.device)
-        losses = self._run_separately(parts) if self.separate_gradients else [part() for part in parts]
-        for loss in losses:
+        batches = zip(*(tensor.split(size) for tensor in (ids, targets, weight, *position_ids)), strict=True)
+        parts = [partial(self._run_part, *batch) for batch in batches]
+        for loss in self._run_separately(parts) if self.separate_gradients else (part() for part in parts):
             total += loss
         return total
 
-    def _run_part(self, ids: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        loss = self.model(ids, targets, loss_weight=weight)
+    def _run_part(self, ids: Tensor, targets: Tensor, weight: Tensor, *position_ids: Tensor) -> Tensor:
+        loss = self.model(ids, targets, loss_weight=weight, **_packed(*position_ids))
         loss.backward()
         return loss.detach()
 
@@ -154,7 +218,13 @@ class Trainer:
         """Return everything that a captured update depends on; the update is captured again when it changes."""
         states = self.optimizer.state.items()
         tensors = (t for p, state in states for t in (p, p.grad, *state.values()) if t is not None)
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        averages = () if self.average is None else self.average.tensors.values()
+        addresses = [tensor.data_ptr() for tensor in (*tensors, *averages)]
         options = [[value for key, value in group.items() if key != "params"] for group in self.optimizer.param_groups]
-        settings = self.model.training, forced_backend(), torch.get_num_threads(), options
+        settings = self.model.training, self._shapes, forced_backend(), torch.get_num_threads(), options
         return settings, self.optimizer.captured_state(), addresses, walk(self.model)
+
+
+def _packed(position_ids: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the arguments for a model's packed documents; other models need not know of them."""
+    return {} if position_ids is None else {"position_ids": position_ids}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -50,20 +50,68 @@ def measure(device: torch.device | str | None = None) -> Peaks:
 
 @functools.cache
 def _measure(device: torch.device, threads: int) -> Peaks:
+    read, copy = bandwidth_now(device)
+    return Peaks(_flops(device, threads), read, measurement_source(device), copy)
+
+
+def measure_flops(device: torch.device) -> dict[str, float]:
+    """Return the FLOP/s by dtype of `measure`, without measuring the bandwidth."""
+    return _flops(device, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+@functools.cache
+def _flops(device: torch.device, threads: int) -> dict[str, float]:
+    return flops_now(device)
+
+
+def measurement_source(device: torch.device) -> str:
+    """Describe how the peaks of a device are measured."""
     if device.type == "cuda":
-        rates = _best_rates(device, {**_mm_works(device), **_torch_memory_works(device, _gpu_buffer_bytes(device))})
-        return _peaks(rates, "measured: torch.mm, copy")
-    mm = _mm_works(device)
-    memory_bytes = max(8 * last_level_cache_bytes(), 64 << 20)
+        return "measured: torch.mm, copy"
     if peak_loop is None:
-        rates = _best_rates(device, {**mm, **_torch_memory_works(device, memory_bytes)})
-        return _peaks(rates, f"measured: torch.mm, copy (no C++ extension), {threads} threads")
-    works = {**mm, **_loop_works(threads), **_memory_works(memory_bytes, threads)}
-    return _peaks(_best_rates(device, works), f"measured: multiply-add loop ({isa()}) or torch.mm, {threads} threads")
+        return f"measured: torch.mm, copy (no C++ extension), {torch.get_num_threads()} threads"
+    return f"measured: multiply-add loop ({isa()}) or torch.mm, {torch.get_num_threads()} threads"
+
+
+def flops_now(device: torch.device, dtypes: Collection[str] | None = None) -> dict[str, float]:
+    """Measure FLOP/s by dtype anew: the better method of each dtype, in about 0.1 s per method.
+
+    Args:
+        device: "cpu" or a CUDA device.
+        dtypes: names such as "bfloat16"; None means all. A dtype that the device cannot measure is left out.
+    """
+    works = _mm_works(device)
+    if device.type == "cpu" and peak_loop is not None:
+        works |= _loop_works(torch.get_num_threads())
+    chosen = {key: work for key, work in works.items() if dtypes is None or key[0] in dtypes}
+    flops: dict[str, float] = {}
+    for (name, _method), rate in _best_rates(device, chosen).items():
+        flops[name] = max(rate, flops.get(name, 0.0))
+    return flops
+
+
+def bandwidth_now(device: torch.device) -> tuple[float, float]:
+    """Measure the bytes/s of main memory anew: (reading, read and written by a copy).
+
+    The rate of reading is measured by the C++ loop only; without it the rate of the copy stands for both.
+    """
+    if device.type == "cuda":
+        works = _torch_memory_works(device, _gpu_buffer_bytes(device))
+    else:
+        memory_bytes, threads = max(8 * last_level_cache_bytes(), 64 << 20), torch.get_num_threads()
+        works = _torch_memory_works(device, memory_bytes) if peak_loop is None else _memory_works(memory_bytes, threads)
+    rates = _best_rates(device, works)
+    copy = rates["copy", "memory"]
+    return rates.get(("read", "memory"), copy), copy
 
 
 @functools.cache
 def stream_rate(mix: tuple[int, int, int], size_bytes: int, threads: int) -> float:
+    """Return what `stream_rate_now` measured first in this process."""
+    return stream_rate_now(mix, size_bytes, threads)
+
+
+def stream_rate_now(mix: tuple[int, int, int], size_bytes: int, threads: int) -> float:
     """Measure bytes/s of streams with the faster kind of store.
 
     Args:
@@ -88,16 +136,6 @@ def _repeated(fn: Callable[[], Any], amount: float) -> Work:
             fn()
 
     return run, calls * amount
-
-
-def _peaks(rates: dict[tuple[str, str], float], source: str) -> Peaks:
-    """Take the better method for each dtype. Without a measured read rate, use the copy rate."""
-    flops: dict[str, float] = {}
-    for (name, method), rate in rates.items():
-        if method != "memory":
-            flops[name] = max(rate, flops.get(name, 0.0))
-    copy = rates["copy", "memory"]
-    return Peaks(flops, rates.get(("read", "memory"), copy), source, copy)
 
 
 def _best_rates(device: torch.device, works: dict[tuple[str, str], Work]) -> dict[tuple[str, str], float]:

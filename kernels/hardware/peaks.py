@@ -7,14 +7,15 @@ MFU: Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 4.1 and appendix B
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 import torch
 
-from peakgpt.kernels.hardware.datasheet import datasheet
+from peakgpt.kernels.hardware.datasheet import Peaks, datasheet
 from peakgpt.kernels.hardware.device import describe, last_level_cache_bytes, resolve_device
-from peakgpt.kernels.hardware.measured_peaks import has_extension, measure, stream_rate
+from peakgpt.kernels.hardware.measured_peaks import has_extension, measure, measure_flops, stream_rate
 
 MAX_STREAMS = 4  # of reads or of writes, when a mix is rounded to whole streams
 
@@ -30,7 +31,7 @@ class Peak:
     measured_bandwidth_bytes_s: float
 
 
-def peak_for(device: torch.device | str | None, dtype: torch.dtype | str) -> Peak:
+def peak_for(device: torch.device | str | None, dtype: torch.dtype | str, measured: Peaks | None = None) -> Peak:
     """Return the denominators of MFU and MBU with their source.
 
     A known GPU has the peaks of its datasheet. A CPU and any other GPU are measured. A CPU without 16-bit arithmetic
@@ -39,14 +40,14 @@ def peak_for(device: torch.device | str | None, dtype: torch.dtype | str) -> Pea
     Args:
         device: "cpu" (default for None) or a CUDA device.
         dtype: torch.float32, torch.bfloat16, ...; or a key of Peaks.flops ("tf32" where matmul precision allows it).
+        measured: measured peaks to use; the default are those that were measured first in this process.
     Raises:
         ValueError: the device has no peak for this dtype.
     """
     device = resolve_device(device)
-    measured = measure(device)
-    peaks = (datasheet(describe(device).name) if device.type == "cuda" else None) or measured
-    name = re.sub("^float8.*", "float8", str(dtype).removeprefix("torch."))
-    source = peaks.source
+    measured = measured or measure(device)
+    peaks = rated_peaks(device) or measured
+    name, source = dtype_name(dtype), peaks.source
     if device.type == "cpu" and name in ("bfloat16", "float16") and name not in peaks.flops:
         source = f"{source}; that of float32, in which {name} is computed here"
         name = "float32"
@@ -59,6 +60,64 @@ def peak_for(device: torch.device | str | None, dtype: torch.dtype | str) -> Pea
         measured_flops_s=measured.flops.get(name),
         measured_bandwidth_bytes_s=measured.bandwidth_bytes_s,
     )
+
+
+def peak_flops_s(device: torch.device, dtype: torch.dtype) -> float:
+    """Return `flops_s` of `peak_for`, without measuring the bandwidth.
+
+    That takes 8 times the last-level cache of memory: 4 GB on a server, which a process that keeps its pages never
+    gives back.
+
+    Raises:
+        ValueError: as in `peak_for`.
+    """
+    device = resolve_device(device)
+    peaks = rated_peaks(device) or Peaks(measure_flops(device), math.nan, "")
+    return peak_for(device, dtype, peaks).flops_s
+
+
+def rated_peaks(device: torch.device) -> Peaks | None:
+    """Return the peaks of a GPU's datasheet; None for a CPU and for a GPU without one."""
+    return datasheet(describe(device).name) if device.type == "cuda" else None
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Return the key of Peaks.flops for a dtype; it may be missing there."""
+    return re.sub("^float8.*", "float8", str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Streams of equal size that are read, written, or both (updated in place)."""
+
+    reads: int
+    writes: int
+    updates: int  # streams that count as read and as written
+    size_bytes: int  # of all streams together
+
+    @classmethod
+    def of(
+        cls, read_bytes: float, written_bytes: float, touched_bytes: float, *, updated_bytes: float = 0
+    ) -> Streams:
+        """Return the streams that are nearest to the bytes of an op; see `stream_peak`."""
+        if min(read_bytes, written_bytes) < 0 or read_bytes + written_bytes <= 0:
+            raise ValueError(f"expected bytes to read or write, got {read_bytes} and {written_bytes}")
+        if not 0 <= updated_bytes <= min(read_bytes, written_bytes):
+            raise ValueError(
+                f"expected updates among {read_bytes} read and {written_bytes} written, got {updated_bytes}"
+            )
+        step = max(last_level_cache_bytes(), 8 << 20) // 16
+        size = min(-(-int(touched_bytes) // step), 8 * 16) * step  # past 8 caches nothing changes
+        return cls(*_mix(read_bytes, written_bytes, updated_bytes), size)
+
+    @property
+    def mix(self) -> tuple[int, int, int]:
+        return self.reads, self.writes, self.updates
+
+    @property
+    def description(self) -> str:
+        in_place = f", {self.updates} in place" if self.updates else ""
+        return f"{self.reads} streams read and {self.writes} written{in_place}, {self.size_bytes >> 20} MiB"
 
 
 def stream_peak(
@@ -82,21 +141,12 @@ def stream_peak(
     Raises:
         ValueError: no bytes, or more updated than read or written.
     """
-    if min(read_bytes, written_bytes) < 0 or read_bytes + written_bytes <= 0:
-        raise ValueError(f"expected bytes to read or write, got {read_bytes} and {written_bytes}")
-    if not 0 <= updated_bytes <= min(read_bytes, written_bytes):
-        raise ValueError(f"expected updates among {read_bytes} read and {written_bytes} written, got {updated_bytes}")
+    streams = Streams.of(read_bytes, written_bytes, touched_bytes, updated_bytes=updated_bytes)
     device = resolve_device(device)
     if device.type == "cuda" or not has_extension():
         peak = peak_for(device, torch.float32)
         return peak.bandwidth_bytes_s, peak.source
-    step = max(last_level_cache_bytes(), 8 << 20) // 16
-    size = min(-(-int(touched_bytes) // step), 8 * 16) * step  # past 8 caches nothing changes
-    mix = _mix(read_bytes, written_bytes, updated_bytes)
-    reads, writes, updates = mix
-    in_place = f", {updates} in place" if updates else ""
-    description = f"{reads} streams read and {writes} written{in_place}, {size >> 20} MiB"
-    return stream_rate(mix, size, torch.get_num_threads()), description
+    return stream_rate(streams.mix, streams.size_bytes, torch.get_num_threads()), streams.description
 
 
 def _mix(read: float, written: float, updated: float) -> tuple[int, int, int]:

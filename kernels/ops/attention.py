@@ -249,7 +249,7 @@ def _split(qkv, n_head):
     return qkv.split((n_head, kv_heads, kv_heads), dim=2)
 
 
-def _check_qkv(qkv, cos, sin, *, n_head, interleaved, causal, window, scale):
+def _check_qkv(qkv, cos, sin, cu_seqlens, *, n_head, interleaved, causal, window, scale):
     check.shape("attention_qkv", "qkv", qkv, None, None, None, None)
     rest = qkv.shape[2] - n_head
     if n_head < 1 or rest < 2 or rest % 2 or n_head % (rest // 2):
@@ -260,6 +260,10 @@ def _check_qkv(qkv, cos, sin, *, n_head, interleaved, causal, window, scale):
         raise ValueError(f"attention_qkv: got only {'cos' if sin is None else 'sin'}, expected cos and sin, or neither")
     if cos is not None:
         check_tables("attention_qkv", "qkv", qkv, cos, sin)
+    if cu_seqlens is not None:
+        check.offsets("attention_qkv", "cu_seqlens", cu_seqlens, qkv.shape[1], qkv.device)
+        if qkv.shape[0] != 1:
+            raise ValueError(f"attention_qkv: packed documents with qkv {tuple(qkv.shape)}, expected B = 1")
 
 
 def rotated_heads(qkv: Tensor, n_head: int) -> int:
@@ -267,7 +271,7 @@ def rotated_heads(qkv: Tensor, n_head: int) -> int:
     return (n_head + qkv.shape[2]) // 2
 
 
-def _cost_qkv(qkv, cos=None, sin=None, *, n_head, interleaved=False, **params):
+def _cost_qkv(qkv, cos=None, sin=None, cu_seqlens=None, *, n_head, interleaved=False, **params):
     """Attention's cost. With rotary, forward also writes the rotated projection, and backward rotates the gradients."""
     plain = attention.cost(*_split(qkv, n_head), **params)
     if cos is None:
@@ -282,22 +286,29 @@ def _cost_qkv(qkv, cos=None, sin=None, *, n_head, interleaved=False, **params):
 
 def _sample_qkv(
     batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, kv_heads: int | None = None,
-    pairs: int | None = None, **like,
+    pairs: int | None = None, documents: int | None = None, **like,
 ):  # fmt: skip
-    """Return random inputs: qkv, and also the rotary tables if `pairs` (rotated feature pairs per head) is given."""
+    """Return random inputs.
+
+    `pairs`, the rotated feature pairs per head, adds the rotary tables; `documents` adds their starts, with batch 1.
+    """
     qkv = torch.randn(batch, tokens, heads + 2 * (kv_heads or heads), head_dim, **like)
-    return qkv, *(() if pairs is None else sample_tables(tokens, pairs, **like))
+    tables = () if pairs is None else sample_tables(tokens, pairs, **like)
+    if documents is None:
+        return qkv, *tables
+    starts = torch.arange(documents + 1, device=qkv.device) * tokens // documents
+    return qkv, *(tables or (None, None)), starts
 
 
-def _alloc_qkv(qkv, cos, sin, *, needs, n_head, **_):
+def _alloc_qkv(qkv, cos, sin, cu_seqlens, *, needs, n_head, **_):
     """Saves attention's lse and, with rotary, the rotated projection instead of qkv."""
     outputs, saved = _alloc(qkv[:, :, :n_head], needs=needs)
     rotated = () if cos is None else (torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),)
     return outputs, (*saved, *rotated)
 
 
-def _saved_for_backward_qkv(qkv, cos, sin):
-    return ("qkv", "out") if cos is None else ("cos", "sin", "out")
+def _saved_for_backward_qkv(qkv, cos, sin, cu_seqlens):
+    return ("qkv", "cu_seqlens", "out") if cos is None else ("cos", "sin", "cu_seqlens", "out")
 
 
 def _rotated(qkv, cos, sin, n_head, interleaved):
@@ -306,8 +317,8 @@ def _rotated(qkv, cos, sin, n_head, interleaved):
     return _split(qkv, n_head)
 
 
-def _differentiable_qkv(qkv, cos, sin, *, n_head, interleaved, causal, window, scale):
-    tensors, params = attention.bind(_rotated(qkv, cos, sin, n_head, interleaved), {})
+def _differentiable_qkv(qkv, cos, sin, cu_seqlens, *, n_head, interleaved, causal, window, scale):
+    tensors, params = attention.bind(_rotated(qkv, cos, sin, n_head, interleaved), {"cu_seqlens": cu_seqlens})
     return attention.run_differentiable(tensors, {**params, "causal": causal, "window": window, "scale": scale})
 
 
@@ -326,8 +337,8 @@ def _restore_qkv(inputs, outputs):
     strided=("qkv", "out"), differentiable=_differentiable_qkv, restore=_restore_qkv,
 )  # fmt: skip
 def attention_qkv(
-    qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, n_head: int, interleaved: bool = False,
-    causal: bool = True, window: int | None = None, scale: float | None = None,
+    qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
+    n_head: int, interleaved: bool = False, causal: bool = True, window: int | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention over one packed projection. Its gradient is one tensor too, without a concatenation.
 
@@ -337,6 +348,7 @@ def attention_qkv(
     Args:
         qkv: (B, T, H + 2 K, D): H query heads, then K key heads, then K value heads; strides as in `attention`.
         cos, sin: (T, R / 2) dtype of qkv, or float32; both or neither. Fused backends give them no gradient.
+        cu_seqlens: (N + 1,) integers, the starts of packed documents, as in `attention`; B = 1.
         n_head: H.
         interleaved: the layout of feature pairs, as in `rotary`.
         causal, window, scale: as in `attention`.
@@ -347,4 +359,4 @@ def attention_qkv(
         NotImplementedError: the forced backend does not support the call; the message says why.
     """
     heads = _rotated(qkv, cos, sin, n_head, interleaved)
-    return attention.eager(*heads, causal=causal, window=window, scale=scale)
+    return attention.eager(*heads, causal=causal, window=window, scale=scale, cu_seqlens=cu_seqlens)

@@ -2,12 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from peakgpt.bench import schema
-from peakgpt.bench.schema import Result
-from peakgpt.bench.timing import Timing
+from peakgpt.bench.schema import Result, comparable
+from peakgpt.bench.timing import Timing, Turns
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
 def result(**changes):
@@ -51,6 +54,45 @@ def test_results_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
+def test_turns_round_trip_and_have_an_item_per_sample(tmp_path):
+    turns = Turns(rounds=[0, 2, 3], first_s=[1.5, 2.5, 3.5], major_faults=[0, 1, 0], foreign_cpu=[0.0, 0.1, 0.0])
+    row = Result.of(Timing((1.0, 2.0, 3.0), turns=turns, calls=4), bench="op", case={}, contender="cpu", backend="",
+                    device="cpu", dtype="float32", peak_before={"float32": 1e11}, fresh_page_s=2e-7)  # fmt: skip
+    schema.write_results(tmp_path / "results.json", [row], {})
+    assert schema.read_results(tmp_path / "results.json")[0] == [row]
+    with pytest.raises(ValueError, match=r"expected turns\.rounds of 3 samples, got 2"):
+        Result.of(Timing((1.0, 2.0, 3.0), turns=Turns(rounds=[0, 1])), bench="op", case={}, contender="cpu",
+                  backend="", device="cpu", dtype="float32")  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_readable(path):
+    results, environment = schema.read_results(path)
+    assert environment["commit"] and all(row.rounds == len(row.samples_s) for row in results if row.samples_s)
+
+
+def test_files_of_schema_2_are_read_with_defaults_and_their_weight_formats(tmp_path):
+    path, row = tmp_path / "results.json", result(bench="decode", dtype="int4", contender="llama.cpp")
+    schema.write_results(path, [row], {})
+    document = json.loads(path.read_text())
+    for key in schema.NEW_IN_3:
+        del document["results"][0][key]
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="missing"):
+        schema.read_results(path)  # schema 3 needs them
+    path.write_text(json.dumps({**document, "schema": 2}))
+    (read,) = schema.read_results(path)[0]
+    assert read.weight_bits == 4.5 and read.turns == Turns() and read.samples_s == row.samples_s
+
+
+def test_unlike_weight_formats_are_not_comparable():
+    by_64, by_32, q4_0, q8, q8_0 = (result(weight_bits=bits) for bits in (4.25, 4.5, 4.5, 8.125, 8.5))
+    assert not comparable(by_64, q4_0) and comparable(by_32, q4_0) and comparable(q8, q8_0)
+    assert comparable(result(), result()) and not comparable(result(), q8)
+    assert not comparable(result(), Result.of(Timing((1.0,)), bench="op", case={}, contender="x", backend="",
+                                              device="cpu", dtype="float32"))  # fmt: skip
+
+
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     schema.write_results(path, [result(bytes=math.inf)], {})
@@ -86,7 +128,7 @@ def _schema(document):
 @pytest.mark.parametrize(
     "damage, message",
     [(_unknown, "unknown \\['speed'\\]"), (_missing, "missing \\['dtype'\\]"), (_top_level, "unknown \\['author'\\]"),
-     (_schema, "expected schema 2, got 99")],
+     (_schema, "expected schema 2 or 3, got 99")],
 )  # fmt: skip
 def test_read_results_invalid_document_raises(tmp_path, damage, message):
     path = tmp_path / "results.json"

@@ -25,26 +25,27 @@ def objection(qkv: Tensor, *_, n_head: int, interleaved: bool = False, **params)
     return attention.objection(*_split(qkv, n_head), **params)
 
 
-def declines(qkv: Tensor, *_, n_head: int, interleaved: bool = False, **params) -> str | None:
-    return attention.declines(*_split(qkv, n_head), **params)
+def declines(qkv: Tensor, cos=None, sin=None, cu_seqlens=None, *, n_head: int, interleaved=False, **params):
+    return attention.declines(*_split(qkv, n_head), cu_seqlens, **params)
 
 
-def forward(outputs, saved, qkv: Tensor, cos, sin, *, n_head: int, interleaved: bool, **params) -> None:
+def forward(outputs, saved, qkv: Tensor, cos, sin, cu_seqlens, *, n_head: int, interleaved: bool, **params) -> None:
     lse, *rotated = saved
     if rotated:
         rotary.rotate(qkv, cos, sin, rotated[0], rotated_heads(qkv, n_head), interleaved)
         (qkv,) = rotated
-    attention.fill_forward(outputs[0], lse, *_split(qkv, n_head), **params)
+    attention.fill_forward(outputs[0], lse, *_split(qkv, n_head), cu_seqlens=cu_seqlens, **params)
 
 
 def backward(grads, inputs, outputs, saved, needs, *, n_head: int, **params) -> Sequence[Tensor | None]:
-    qkv, cos, sin = inputs
+    qkv, cos, sin, cu_seqlens = inputs
     lse, *rotated = saved
     if rotated:
         (qkv,) = rotated
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dq, *dkv = _split(dqkv, n_head)
     attention.fill_backward(
-        dq, tuple(dkv), grads[0], outputs[0], lse, *_split(qkv, n_head), cos=cos, sin=sin, **params
-    )
-    return dqkv, None, None
+        dq, tuple(dkv), grads[0], outputs[0], lse, *_split(qkv, n_head), cos=cos, sin=sin, cu_seqlens=cu_seqlens,
+        **params,
+    )  # fmt: skip
+    return dqkv, None, None, None

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import peakgpt
 from peakgpt.engine.checkpoint import model_folder
-from peakgpt.engine.checkpoint.training_state import load_training_state, save_training_state
 from peakgpt.engine.model.state_dicts import CONV1D
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 37}
@@ -255,9 +254,9 @@ DAMAGE = {
     "foreign": (edit_config(model_type="llama"), "config.json: model_type is 'llama', expected one of gpt2"),
     "activation": (edit_config(activation_function="silu"), "activation_function is 'silu', expected one of"),
     "untied": (edit_config(tie_word_embeddings=False), r"got no tensor lm_head.weight, expected .* \(37, 16\)"),
-    "tied by halves": (edit_config(tie_word_embeddings=0.5), "tied_head is 0.5, expected True or False"),
+    "tied by halves": (edit_config(tie_word_embeddings=0.5), "tied_head is 0.5, expected true or false"),
     "cross attention": (edit_config(add_cross_attention=True), "add_cross_attention is True, expected False"),
-    "size a string": (edit_config(n_layer="2"), "config.json: GPTConfig: n_layer is '2', expected a positive"),
+    "size a string": (edit_config(n_layer="2"), "config.json: GPTConfig: n_layer is '2', expected an integer"),
     "epsilon a string": (edit_config(layer_norm_epsilon="x"), "config.json: "),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "got no weights, expected model.safetensors"),
     "truncated": (
@@ -331,8 +330,8 @@ def test_damaged_checkpoints_are_named_in_the_error(tmp_path, kind):
         ({"activation": "swish"}, "activation is 'swish', expected one of gelu_tanh, gelu_erf, relu"),
         ({"n_head": 3, "head_dim": None}, "n_embd is 16, expected a multiple of n_head 3"),
         ({"n_kv_head": 3}, "n_kv_head is 3, expected a divisor of n_head 2"),
-        ({"experts": "8"}, "experts is '8', expected a positive integer"),
-        ({"windows": "all"}, "windows is 'all', expected positive integers or None"),
+        ({"experts": "8"}, "experts is '8', expected an integer"),
+        ({"windows": "all"}, "windows is 'all', expected a list"),
     ],
     ids=str,
 )
@@ -406,40 +405,3 @@ def train(model, optimizer, steps):
         optimizer.step()
         losses.append(loss.item())
     return losses
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_bit_exact(tmp_path, dtype):
-    """Fails if masters, step counts, dropout's generator or the options of a group are not restored."""
-
-    def build(lr):
-        model = make_model(dropout=0.1).train()
-        return model, model.configure_optimizer(lr=lr, dtype=dtype)
-
-    model, optimizer = build(1e-2)
-    train(model, optimizer, 3)
-    save_training_state(tmp_path, model, optimizer, {"step": 3, "cursor": [1, 2]})
-    expected = train(model, optimizer, 3)
-
-    torch.manual_seed(99)
-    again, resumed = build(1.0)
-    train(again, resumed, 1)
-    assert load_training_state(tmp_path, again, resumed) == {"step": 3, "cursor": [1, 2]}
-    assert train(again, resumed, 3) == expected
-    resumed_masters, masters = resumed.master_weights(again), optimizer.master_weights(model)
-    assert all(torch.equal(resumed_masters[name], masters[name]) for name in masters)
-    assert resumed.param_groups[0]["lr"] == 1e-2
-
-
-def test_a_training_state_of_another_model_is_refused(tmp_path):
-    model = make_model()
-    optimizer = model.configure_optimizer()
-    with pytest.raises(ValueError, match=r"training_state.safetensors: .*expected a whole safetensors file"):
-        load_training_state(tmp_path, model, optimizer)
-    save_training_state(tmp_path, model, optimizer, {})
-    other = make_model(n_embd=32)
-    with pytest.raises(ValueError, match=r"transformer.wte.weight is .*\(37, 16\), expected .*\(37, 32\)"):
-        load_training_state(tmp_path, other, other.configure_optimizer())
-    save_file({"x": torch.ones(1)}, tmp_path / "training_state.safetensors")
-    with pytest.raises(ValueError, match="got no training state in it"):
-        load_training_state(tmp_path, model, optimizer)

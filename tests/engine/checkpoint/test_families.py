@@ -253,7 +253,7 @@ BAD_CONFIGS = [
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
         "rope_type is 'linear', expected 'default'",
     ),
-    ("gpt_neox", {"num_attention_heads": 0}, "n_head is 0, expected a positive integer"),
+    ("gpt_neox", {"num_attention_heads": 0}, "n_head is 0, expected at least 1"),
     ("gpt_neox", {"hidden_act": "silu"}, "hidden_act is 'silu', expected one of gelu_fast, gelu_new, "),
     ("gptj", {"rotary_dim": 17}, "rotary_dim is 17, expected an even number up to head_dim 24"),
     ("gptj", {"n_head": 5}, "n_embd is 48, expected a multiple of n_head 5"),

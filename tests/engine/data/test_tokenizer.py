@@ -6,10 +6,12 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import islice
 
 import numpy as np
 import pytest
 
+from peakgpt.engine.data import encoding
 from peakgpt.engine.data import tokenizer as module
 from peakgpt.engine.data.corpus import load_corpus
 from peakgpt.engine.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, train_tokenizer
@@ -28,7 +30,7 @@ EDGES = [*"aZ0.é日🎉_ \n\t\0\x1c\x85\u3000", "  ", "\r\n", "'s", END_OF_TEXT
 
 @pytest.fixture(scope="module")
 def texts():
-    return [document.text for document in load_corpus().train[:60]]
+    return [document.text for document in islice(load_corpus().train, 60)]
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +99,15 @@ def test_documents_encoded_in_pieces_equal_whole_documents(tokenizer, texts, mon
     rng = random.Random(3)
     many = [random_text(rng, rng.randrange(300)) for _ in range(200)] + ["", "".join(texts)[:200_000], ""]
     expected = [token for text in many for token in [*tokenizer.encode(text), tokenizer.end_id]]
-    for size in (3, module.PIECE_CHARS):
-        monkeypatch.setattr(module, "PIECE_CHARS", size)
+    for size in (3, encoding.PIECE_CHARS):
+        monkeypatch.setattr(encoding, "PIECE_CHARS", size)
         assert np.concatenate(list(tokenizer.encode_documents(many))).tolist() == expected
     assert list(tokenizer.encode_documents([])) == []
 
 
 def test_prefix_space_is_added_once_per_document(tokenizer, monkeypatch):
     """A tokenizer that adds a space before every text gets whole documents instead of pieces."""
-    monkeypatch.setattr(module, "PIECE_CHARS", 3)
+    monkeypatch.setattr(encoding, "PIECE_CHARS", 3)
     library = type(tokenizer.library).from_str(tokenizer.library.to_str())
     library.pre_tokenizer = module.pre_tokenizers.ByteLevel(add_prefix_space=True)
     foreign = Tokenizer(library)

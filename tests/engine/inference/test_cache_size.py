@@ -22,14 +22,14 @@ GPT2 = preset("gpt2")
     (64, 1024, GIB, GIB // 2 // (2 * 12 * 64 * 768 * 2)), (64, 1024, 0, 16),
 ], ids=["all streams", "short sequences", "one stream", "half of free memory", "one whole sequence"])  # fmt: skip
 def test_default_blocks_hold_all_streams_within_half_of_free_memory(monkeypatch, streams, block_size, free, expected):
-    monkeypatch.setattr(cache_size, "free_bytes", lambda device: free)
+    monkeypatch.setattr(cache_size, "available_bytes", lambda device: free)
     config = dataclasses.replace(GPT2, block_size=block_size)
     assert default_blocks(config, streams, torch.bfloat16, CPU) == expected
 
 
 def test_default_cache_holds_64_streams_of_160_tokens():
     """With 4 GiB of free memory; a cache of 8 sequences of block_size tokens is too small for them."""
-    assert default_blocks(GPT2, STREAMS, torch.bfloat16, CPU) >= 64 * 3 or cache_size.free_bytes(CPU) < 4 * GIB
+    assert default_blocks(GPT2, STREAMS, torch.bfloat16, CPU) >= 64 * 3 or cache_size.available_bytes(CPU) < 4 * GIB
 
 
 @pytest.mark.parametrize(
@@ -48,4 +48,4 @@ def test_engine_uses_and_reports_the_default_cache_size(changes, cache):
 
 
 def test_free_memory_is_positive_and_at_most_physical_memory():
-    assert 0 < cache_size.free_bytes(CPU) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < cache_size.available_bytes(CPU) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

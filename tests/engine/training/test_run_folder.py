@@ -21,6 +21,23 @@ with RunFolder(sys.argv[1]).discarded_on_bad_input(): os._exit(9)
 """
 
 
+DIE_WHILE_MOVING = """
+import os, sys
+from peakgpt.engine.training.run_folder import RunFolder
+left, rename = int(sys.argv[2]), os.rename
+def dying_rename(source, target):
+    global left
+    if left == 0: os._exit(9)
+    left -= 1
+    rename(source, target)
+with RunFolder(sys.argv[1]) as run, run.discarded_on_bad_input():
+    (run.root / "config.toml").write_text("x")
+    (run.root / "tokens").mkdir()
+    (run.root / "tokens" / "train.json").write_text("x")
+    os.rename = dying_rename
+"""
+
+
 def entries(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
@@ -84,21 +101,38 @@ def test_a_run_that_was_killed_while_it_was_prepared_is_started_again(tmp_path):
     assert subprocess.run([sys.executable, "-c", DIE_WHILE_PREPARING, path]).returncode == 9
     assert len(entries(path)) == 2
     with RunFolder(path) as run, run.discarded_on_bad_input():
-        (run.root / "settings.json").write_text("{}")
-    assert entries(path) == ["metrics.jsonl", "settings.json"]
+        (run.root / "config.toml").write_text("{}")
+    assert entries(path) == ["config.toml", "manifest.json", "metrics.jsonl"]
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 7, "lo', '{"step": 6, "loss": 1}\n{"step": 5'])
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_run_that_was_killed_while_its_files_were_moved_is_started_again(moved, tmp_path):
+    """Regression: the moved files counted as those of another run."""
+    path = tmp_path / "run"
+    assert subprocess.run([sys.executable, "-c", DIE_WHILE_MOVING, path, str(moved)]).returncode == 9
+    assert len([entry for entry in path.iterdir() if not entry.name.startswith(".incoming")]) == 1 + moved
+    with pytest.raises(ValueError, match=r"got no manifest\.json, expected one; .* started again with --out"):
+        RunFolder.reopen(path)
+    with RunFolder(path) as run, run.discarded_on_bad_input():
+        (run.root / "config.toml").write_text("again")
+    assert entries(path) == ["config.toml", "manifest.json", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 7, "lo', b'{"step": 6, "loss": 1}\n{"step": 5'])
 @pytest.mark.parametrize("saved", [0, 3, 5])
-def test_metrics_are_cut_back_to_the_saved_step(tmp_path, saved, tail):
+def test_metrics_are_cut_back_to_the_mark_of_a_checkpoint(tmp_path, saved, tail):
     run = RunFolder(tmp_path / "run")
+    marks = [run.metrics.mark()]
     for step in range(1, 6):
         run.log(step=step, loss=float("nan"))
         run.log(step=step, validation_loss=1.0)
-    run.metrics.write(tail)
+        marks.append(run.metrics.mark())
     run.close()
+    with open(run.path / "metrics.jsonl", "ab") as file:
+        file.write(tail)
     with RunFolder.reopen(run.path) as again:
-        again.drop_rows_after(saved)
+        again.metrics.cut(marks[saved]["bytes"])
+        assert again.metrics.mark() == marks[saved]
         again.log(step=saved + 1)
         assert [row["step"] for row in again.rows()] == [s for s in range(1, saved + 1) for _ in (0, 1)] + [saved + 1]
 

@@ -11,7 +11,6 @@ from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.shared_batches import SharedBatches
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.training.gradient_memory import GradientMemory
-from peakgpt.engine.training.schedule import learning_rate
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.autograd import accumulate_into
@@ -60,13 +59,6 @@ def test_shared_batches_are_equal_for_all_contenders_and_freed():
     shared.remove("b")
     shared.take("a")
     assert len(shared.pending) == 0
-
-
-def test_learning_rate_warms_up_and_decays_to_zero():
-    config = TrainConfig(lr=1.0, warmup=0.1)
-    rates = [learning_rate(config, step, 100) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[100] == 0.0
-    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 @pytest.mark.parametrize(

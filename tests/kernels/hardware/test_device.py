@@ -150,12 +150,26 @@ def test_best_rates_interleaves_works_and_takes_the_best_window_of_each(monkeypa
     assert "".join(order) == "ababab"
 
 
-def test_measured_peak_is_that_of_the_faster_method():
-    rates = {("float32", "mm"): 3.0, ("float32", "loop"): 4.0, ("bfloat16", "mm"): 9.0, ("bfloat16", "loop"): 8.0,
-             ("copy", "memory"): 5.0}  # fmt: skip
-    peaks = measured_peaks._peaks(rates, "s")
-    assert peaks == Peaks({"float32": 4.0, "bfloat16": 9.0}, 5.0, "s", 5.0)
-    assert measured_peaks._peaks({**rates, ("read", "memory"): 2.0}, "s").bandwidth_bytes_s == 2.0
+def test_measured_peak_is_that_of_the_faster_method(monkeypatch):
+    rates = {("float32", "mm"): 3.0, ("float32", "loop"): 4.0, ("bfloat16", "mm"): 9.0, ("bfloat16", "loop"): 8.0}
+    works = dict.fromkeys(rates, (None, 1.0))
+    monkeypatch.setattr(measured_peaks, "_mm_works", lambda device: {k: w for k, w in works.items() if "mm" in k})
+    monkeypatch.setattr(measured_peaks, "_loop_works", lambda threads: {k: w for k, w in works.items() if "loop" in k})
+    monkeypatch.setattr(measured_peaks, "_best_rates", lambda device, works: {key: rates[key] for key in works})
+    monkeypatch.setattr(measured_peaks, "peak_loop", print)
+    cpu = torch.device("cpu")
+    assert measured_peaks.flops_now(cpu) == {"float32": 4.0, "bfloat16": 9.0}
+    assert measured_peaks.flops_now(cpu, ["bfloat16"]) == {"bfloat16": 9.0}
+
+
+def test_rate_of_a_copy_stands_for_reading_without_the_extension(monkeypatch):
+    rates = {("copy", "memory"): 5.0}
+    monkeypatch.setattr(measured_peaks, "_torch_memory_works", lambda device, size: {})
+    monkeypatch.setattr(measured_peaks, "_memory_works", lambda size, threads: {})
+    monkeypatch.setattr(measured_peaks, "_best_rates", lambda device, works: rates)
+    assert measured_peaks.bandwidth_now(torch.device("cpu")) == (5.0, 5.0)
+    rates["read", "memory"] = 2.0
+    assert measured_peaks.bandwidth_now(torch.device("cpu")) == (2.0, 5.0)
 
 
 @functools.cache

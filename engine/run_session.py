@@ -1,0 +1,219 @@
+"""One training run: its config becomes a tokenizer, token shards, a model and a training loop in a run folder.
+
+`start` builds a new run, `resume` one that was saved. Each step is a function of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peakgpt.engine.checkpoint.model_folder import read_source_files
+from peakgpt.engine.data.data_config import VOCAB
+from peakgpt.engine.data.dataset import TrainingData, open_text, prepare_text
+from peakgpt.engine.data.run_layout import saved_steps, step_folder
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.training.checkpoint_manager import CheckpointManager
+from peakgpt.engine.training.figures import bytes_text
+from peakgpt.engine.training.held_out import open_held_out, prepare_held_out
+from peakgpt.engine.training.loop import TrainingLoop
+from peakgpt.engine.training.memory_estimate import refuse_what_cannot_fit
+from peakgpt.engine.training.metric_sinks import require_packages
+from peakgpt.engine.training.run_config import RunConfig
+from peakgpt.engine.training.run_file import listing, read_run_file, write_run_file
+from peakgpt.engine.training.run_folder import RunFolder
+from peakgpt.engine.training.schedule import Schedule
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
+from peakgpt.engine.training.validation import Validator
+from peakgpt.engine.training.validation_config import HELD_OUT
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """What a run tells while it is built.
+
+    Args:
+        say: prints a line.
+        enter_phase: names the work that begins now.
+    """
+
+    say: Callable[[str], None] = print
+    enter_phase: Callable[[str], None] = lambda phase: None
+
+
+@dataclass(frozen=True)
+class RunSession:
+    """A run that is ready to train. Close `checkpoints`, then `folder`, at the end."""
+
+    config: RunConfig
+    folder: RunFolder
+    loop: TrainingLoop
+    checkpoints: CheckpointManager
+
+
+def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: Reporter) -> RunSession:
+    """Build a new run. If that fails, nothing is left in the folder.
+
+    Raises:
+        ValueError: bad data, or a model that does not fit the tokenizer.
+    """
+    with folder.discarded_on_bad_input():
+        data, tokenizer = prepare_data(config, folder, reporter)
+        reporter.enter_phase("building the model and measuring the device's peak")
+        model = initial_model(config, data)
+        loop = build_loop(config, folder, data, tokenizer, model.to(device))
+        reporter.say(listing(config, model.config, device))
+        write_run_file(folder.root, config, model.config)
+    return RunSession(config, folder, loop, CheckpointManager(folder, loop, tokenizer, config.checkpoint))
+
+
+def check_resources(config: RunConfig, device: torch.device, reporter: Reporter) -> None:
+    """Check what a run needs, before its folder is made and its text is read.
+
+    Raises:
+        ValueError: a package is missing, or the run does not fit into the memory.
+    """
+    require_packages(config.metrics)
+    has_tokenizer = config.source.init or config.source.tokenizer or config.data.dataset
+    vocab = None if has_tokenizer else config.data.vocab or VOCAB  # None: the preset's is about right
+    predicted, available = refuse_what_cannot_fit(config.model_config(vocab), config.train, device)
+    reporter.say(f"memory: about {predicted}; {bytes_text(available)} available")
+
+
+def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporter: Reporter) -> RunSession:
+    """Open a run at its newest undamaged checkpoint, or at step 0 if it was killed before the first one.
+
+    Args:
+        path: the run folder.
+        changes: values of resumable settings, by name.
+        device: to train on.
+        reporter: gets the resolved settings.
+    Raises:
+        ValueError: no run, a damaged one, or a change that is not possible.
+    """
+    folder = RunFolder.reopen(path)
+    reporter.enter_phase("loading the run and measuring the device's peak")
+    try:
+        values = read_run_file(path)
+        saved, config = RunConfig.of(values), RunConfig.of({**values, **changes})
+        data, tokenizer = open_data(config, folder)
+        steps = saved_steps(path)
+        model = empty_model(config, data) if steps else initial_model(config, data)
+        if steps:
+            model.source_files = read_source_files(step_folder(path, steps[-1]))
+        loop = build_loop(config, folder, data, tokenizer, model.to(device))
+        checkpoints = CheckpointManager(folder, loop, tokenizer, config.checkpoint)
+        planned = planned_steps(saved, data), loop.trainer.steps
+        checkpoints.load(
+            report=reporter.say, accept=lambda done: check_extension(saved.train, config.train, done, *planned)
+        )
+        write_run_file(path, config, model.config)
+    except BaseException:
+        folder.close()
+        raise
+    reporter.say(listing(config, model.config, device))
+    return RunSession(config, folder, loop, checkpoints)
+
+
+def prepare_data(
+    config: RunConfig, folder: RunFolder, reporter: Reporter
+) -> tuple[TrainingData, Tokenizer | None]:
+    """Encode the run's text into its folder, unless it trains on prepared folders; then open the data."""
+    if config.data.dataset is None:
+        corpus = open_text(config.data)
+        reporter.say(f"corpus: {corpus}")
+        reporter.enter_phase("training the tokenizer and encoding the text")
+        tokenizer = source_tokenizer(config)
+        if tokenizer is not None:
+            config.model_config(tokenizer.vocab_size)  # raises before the text is encoded
+        prepare_text(config.data, corpus, tokenizer, folder.tokens, report=reporter.say)
+    data, tokenizer = open_data(config, folder)
+    prepare_held_out(config.validation.named_sets(), tokenizer, folder.tokens)
+    return data, tokenizer
+
+
+def open_data(config: RunConfig, folder: RunFolder) -> tuple[TrainingData, Tokenizer | None]:
+    """Open the run's token shards and their tokenizer; None for token files that came without one.
+
+    Raises:
+        ValueError: missing or damaged shards, or shards of another tokenizer than that of the run.
+    """
+    data = TrainingData.open(config.data, folder.tokens)
+    tokenizer = data.tokenizer
+    if config.data.dataset is not None and (source := source_tokenizer(config)) is not None:
+        data.check_tokenizer(source)
+        tokenizer = source
+    return data, tokenizer
+
+
+def source_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """Return the tokenizer that the run is given; None if it trains one, or has that of its data."""
+    folder = config.source.tokenizer or config.source.init
+    return None if folder is None else Tokenizer.load(folder)
+
+
+def initial_model(config: RunConfig, data: TrainingData) -> GPT:
+    """Return the model before the first step: random weights from the seed, or those of the checkpoint `init`."""
+    model = empty_model(config, data)
+    if config.source.init is not None:
+        source = GPT.from_pretrained(config.source.init)
+        model.load_state_dict(source.state_dict(), assign=True)
+        model.source_files = source.source_files
+    return model
+
+
+def empty_model(config: RunConfig, data: TrainingData) -> GPT:
+    """Return the model with random weights; the seed is also that of dropout."""
+    torch.manual_seed(config.train.seed)
+    return GPT(config.model_config(data.vocab_size))
+
+
+def build_loop(
+    config: RunConfig, folder: RunFolder, data: TrainingData, tokenizer: Tokenizer | None, model: GPT
+) -> TrainingLoop:
+    """Return the training loop over the run's data, with its held-out sets."""
+    train = config.train
+    batches = data.batches(train.batch, train.tokens, train.seed, mask_documents=train.mask_documents)
+    trainer = Trainer(model, train, steps=planned_steps(config, data))
+    streams = data.validation
+    sets = {HELD_OUT: next(iter(streams.values()))} if len(streams) == 1 else streams
+    sets |= open_held_out(config.validation.named_sets(), tokenizer, folder.tokens)
+    validator = Validator(model, sets, config.validation, batch=train.micro_batch or train.batch, tokens=train.tokens,
+                          tokenizer=tokenizer, seed=train.seed, document_token=batches.document_token)  # fmt: skip
+    return TrainingLoop(trainer, batches, validator, report_mfu=True)
+
+
+def planned_steps(config: RunConfig, data: TrainingData) -> int:
+    """Return the number of updates of a run over its data."""
+    return Schedule(config.train).steps(sum(len(dataset.train) for dataset in data.datasets))
+
+
+def check_extension(saved: TrainConfig, config: TrainConfig, done: int, saved_steps: int, steps: int) -> None:
+    """Check that a run with another number of steps is the one that would have begun with it.
+
+    So the batches and the learning rates of the steps done must be those of the new schedule too.
+
+    Args:
+        saved, config: before and after the change.
+        done: updates made.
+        saved_steps, steps: planned updates, before and after.
+    Raises:
+        ValueError: they are not, or more updates are made than planned.
+    """
+    if steps < done:
+        raise ValueError(f"steps is {steps}, expected at least {done}: so many steps are done")
+    before, after = Schedule(saved), Schedule(config)
+    for step in range(done):
+        old, new = before.lr(step, saved_steps), after.lr(step, steps)
+        if old != new:
+            raise ValueError(
+                f"steps is {steps}, expected {saved_steps}: the schedule {config.schedule} depends on it; with {steps} "
+                f"steps the learning rate of step {step + 1} would have been {new:.6g} instead of {old:.6g}; begin "
+                "another run with --init"
+            )
