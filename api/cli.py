@@ -18,6 +18,8 @@ from peakgpt.kernels.command_line import Parser
 # Each key is a module of peakgpt.commands with add_arguments(parser) and run(args) -> exit code. It is imported on use.
 COMMANDS = {
     "quickstart": "train a small GPT on text of this machine, compare with PyTorch eager, write a report",
+    "dedup": "remove exact and near-duplicate documents from a corpus",
+    "contamination": "find examples of an evaluation in a training corpus",
     "prepare": "turn text, data sets or token files into token shards to train on",
     "train": "train a GPT on text files",
     "verify": "check every file of a run against its digests",
@@ -34,7 +36,7 @@ COMMANDS = {
 
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
 HEARTBEATS = {"quickstart": "stdout", "prepare": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr",
-              "score": "stderr", "aot": "stderr"}  # fmt: skip
+              "score": "stderr", "aot": "stderr", "dedup": "stderr", "contamination": "stderr"}  # fmt: skip
 
 
 class BadInput(Exception):

@@ -52,16 +52,16 @@ class PeakGPT(TemplateLM):
         self.scorer, self._engine = Scorer(self.model), None
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         return self.tokens.end_id
 
     @property
     def prefix_token_id(self) -> int:
-        return (self.tokens.start_ids or [self.eot_token_id])[0]
+        return self.tokens.context_ids[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         if add_special_tokens is None:  # as in the hf model, a text that begins with BOS gets no second one
-            start = self.tokens.decode(self.tokens.start_ids)
+            start = self.tokens.decode(self.tokens.start_ids and [self.prefix_token_id])
             add_special_tokens = not start or not string.startswith(start)
         return self.tokens.encode(string, add_special_tokens=add_special_tokens)
 
@@ -103,7 +103,7 @@ class PeakGPT(TemplateLM):
 
     def _generation(self, context: str, options: dict) -> tuple[list[int], SamplingParams, list[str]]:
         remaining = normalize_gen_kwargs(options, MAX_GEN_TOKS)
-        until = handle_stop_sequences(remaining.pop("until", None), eos=self.tokens.decode([self.eot_token_id]))
+        until = handle_stop_sequences(remaining.pop("until", None), eos=self.tokens.end_of_text)
         count, sampled = remaining.pop("max_gen_toks"), remaining.pop("do_sample", False)
         temperature = remaining.pop("temperature", 1.0) if sampled else 0.0
         remaining.pop("temperature", None)
@@ -113,8 +113,8 @@ class PeakGPT(TemplateLM):
             raise ValueError(f"peakgpt: got generation options {sorted(remaining)}, expected only known ones")
         if count >= self.max_length:
             raise ValueError(f"peakgpt: max_gen_toks is {count}, expected less than max_length {self.max_length}")
-        ids = (self.tok_encode(context) or [self.eot_token_id])[-(self.max_length - count) :]
-        params = SamplingParams(max_tokens=count, temperature=temperature, stop_token_ids=(self.eot_token_id,),
+        ids = (self.tok_encode(context) or self.tokens.context_ids)[-(self.max_length - count) :]
+        params = SamplingParams(max_tokens=count, temperature=temperature, stop_token_ids=self.tokens.stop_token_ids,
                                 stop=tuple(u for u in until if u), **sampling)  # fmt: skip
         return ids, params, until
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -30,26 +29,22 @@ UNMEASURED_SHARE = 0.5  # of a step's time a token of validation takes, before o
 class RunReporter:
     """Takes the events of a run. A context: closes sinks, the bar and a running trace."""
 
-    def __init__(
-        self, folder: RunFolder, loop: TrainingLoop, config: RunConfig, output: Output,
-        clock: Callable[[], float] = time.time,
-    ):  # fmt: skip
+    def __init__(self, folder: RunFolder, loop: TrainingLoop, config: RunConfig, output: Output):
         """
         Args:
             folder: of the run; `elapsed_s` of its metrics counts the time of all its processes.
             loop: that yields the events, with a resumed state loaded.
             config: of the run.
             output: gets the lines.
-            clock: seconds since the epoch.
         """
-        self.folder, self.loop, self.config, self.output, self._clock = folder, loop, config, output, clock
+        self.folder, self.loop, self.config, self.output = folder, loop, config, output
         self._stack, trainer = contextlib.ExitStack(), loop.trainer
         folder.continue_clock()
         self.limit: TimeLimit | None = None
         if config.train.minutes is not None:
-            left_s = 60 * config.train.minutes - (clock() - folder.start)
+            left_s = 60 * config.train.minutes - (time.time() - folder.start)
             max_steps = None if config.train.steps is None else trainer.steps
-            self.limit = TimeLimit(left_s, max_steps=max_steps, reserve_s=self._reserve_s, clock=clock)
+            self.limit = TimeLimit(left_s, max_steps=max_steps, reserve_s=self._reserve_s, clock=time.time)
         self._validated: ValidationMetrics | None = None
         self._pause_began_s, self._pause_s, self._step_s = 0.0, 0.0, 0.0
 
@@ -78,7 +73,7 @@ class RunReporter:
     def before_step(self) -> None:
         """Plan the steps that are left, and start or end a trace; call it before each step."""
         if self._validated is not None:  # a validation, and the save that may have followed it, are over
-            self._pause_s = max(self._pause_s, self._clock() - self._pause_began_s + self._validated.seconds)
+            self._pause_s = max(self._pause_s, time.time() - self._pause_began_s + self._validated.seconds)
             self._validated = None
         if self.limit is not None:
             self.limit.plan(self.loop.trainer)
@@ -95,8 +90,9 @@ class RunReporter:
             self._step_s = event.seconds
             if self.limit is not None:
                 self.limit.observe(event.seconds)
+                self.limit.plan(self.loop.trainer)
         if isinstance(event, ValidationMetrics):
-            self._validated, self._pause_began_s = event, self._clock()
+            self._validated, self._pause_began_s = event, time.time()
         self.progress.show(event, self.loop.trainer.steps)
 
     def _reserve_s(self) -> float:
@@ -115,6 +111,6 @@ class RunReporter:
         page = write_report(self.folder.path, settings_section(self.folder.path))
         device = self.loop.trainer.device
         self.output.say(
-            f"time: {duration_text(self._clock() - self.folder.start)}   peak memory: {bytes_text(peak_bytes(device))}"
+            f"time: {duration_text(time.time() - self.folder.start)}   peak memory: {bytes_text(peak_bytes(device))}"
             f"   report: {page}"
         )

@@ -20,7 +20,7 @@ from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.training.checkpoint_manager import CheckpointManager
 from peakgpt.engine.training.figures import bytes_text
-from peakgpt.engine.training.held_out import open_held_out, prepare_held_out
+from peakgpt.engine.training.held_out import held_out_sets, prepare_held_out
 from peakgpt.engine.training.loop import TrainingLoop
 from peakgpt.engine.training.memory_estimate import refuse_what_cannot_fit
 from peakgpt.engine.training.metric_sinks import require_packages
@@ -31,7 +31,6 @@ from peakgpt.engine.training.schedule import Schedule
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.engine.training.validation import Validator
-from peakgpt.engine.training.validation_config import HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,7 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
     try:
         values = read_run_file(path)
         saved, config = RunConfig.of(values), RunConfig.of({**values, **changes})
+        require_packages(config.metrics)
         data, tokenizer = open_data(config, folder)
         steps = saved_steps(path)
         model = empty_model(config, data) if steps else initial_model(config, data)
@@ -181,9 +181,7 @@ def build_loop(
     train = config.train
     batches = data.batches(train.batch, train.tokens, train.seed, mask_documents=train.mask_documents)
     trainer = Trainer(model, train, steps=planned_steps(config, data))
-    streams = data.validation
-    sets = {HELD_OUT: next(iter(streams.values()))} if len(streams) == 1 else streams
-    sets |= open_held_out(config.validation.named_sets(), tokenizer, folder.tokens)
+    sets = held_out_sets(data, config.validation.named_sets(), folder.tokens)
     validator = Validator(model, sets, config.validation, batch=train.micro_batch or train.batch, tokens=train.tokens,
                           tokenizer=tokenizer, seed=train.seed, document_token=batches.document_token)  # fmt: skip
     return TrainingLoop(trainer, batches, validator, report_mfu=True)

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 try:
     import fcntl
@@ -23,10 +23,11 @@ STAGE = re.compile(r"\.incoming-[a-z0-9_]{8}")  # names of staging folders
 ATTEMPTS = 100  # a folder that was just made may be removed by another process; more often than this is no accident
 
 
-def write_atomically(path: Path, data: Buffer) -> None:
-    """Replace a file's content atomically and flush it to the disk. A crash leaves the old content or the new one.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that replaces `path` at the end of the block, atomically and flushed to the disk.
 
-    Only one process at a time may write a path.
+    A crash or an exception in the block leaves the old content. Only one process at a time may write a path.
 
     Raises:
         OSError: the file cannot be written; the old file is unchanged.
@@ -34,7 +35,7 @@ def write_atomically(path: Path, data: Buffer) -> None:
     temporary = path.with_name(f".{path.name}.tmp")  # not mkstemp, whose file only its owner can read
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -43,6 +44,16 @@ def write_atomically(path: Path, data: Buffer) -> None:
         raise
     if os.name == "posix":  # makes the rename durable; Windows cannot open a folder
         flush(path.parent)
+
+
+def write_atomically(path: Path, data: Buffer) -> None:
+    """Replace a file's content as `atomic_file` does.
+
+    Raises:
+        OSError: the file cannot be written; the old file is unchanged.
+    """
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def write_all(handle: int, data: Buffer) -> None:

@@ -24,7 +24,7 @@ from peakgpt.bench.readme import written_documents
 from peakgpt.bench.schema import read_results
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart, serve
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.command_line import Parser
@@ -209,12 +209,16 @@ SMALL = {
     "peakgpt prepare web.jsonl.gz": "",
     "peakgpt prepare shakespeare_char": "",
     "peakgpt train --dataset prepared/web --steps": "--steps 2 --batch 2 --tokens 16",
+    "peakgpt dedup": "",
+    "peakgpt contamination": "",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt train --resume": "",
+    "peakgpt verify": "",
     "peakgpt generate": "--max-tokens 2",
     "peakgpt quantize": "",
     "peakgpt score": "",
     "peakgpt serve": "--port 0",
+    "peakgpt bench packing": "--model gpt2-tiny --batch 1 --tokens 32 --rounds 2",
     "peakgpt bench ops": f"--op rmsnorm --size rows=4 --size width=8 --pass forward {TINY_OP}",
     "peakgpt bench ops --device cpu --op attention": f"--size tokens=8 {TINY_OP}",
     "peakgpt bench ops --device cpu --op adamw": f"--size count=9 {TINY_OP}",
@@ -284,6 +288,7 @@ def workspace(tmp_path, monkeypatch):
     for name in ("train.bin", "val.bin"):
         (tmp_path / "shakespeare_char" / name).write_bytes(bytes([7, 0] * 40))
     (tmp_path / "shots.json").write_text('{"input": "peakgpt"}')
+    (tmp_path / "questions.jsonl").write_text('{"question": "One two three four five six seven eight nine?"}')
     torch.manual_seed(0)
     tokenizer = train_tokenizer([text], 300)
     config = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=1024, vocab_size=tokenizer.vocab_size)

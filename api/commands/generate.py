@@ -69,7 +69,7 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: in
     free = model.config.block_size - len(ids)
     if free < 1:
         raise ValueError(f"prompt: got {len(ids)} tokens, expected fewer than the model's {model.config.block_size}")
-    params = SamplingParams(max_tokens=min(max_tokens, free), stop_token_ids=(tokenizer.end_id,), **sampling)
+    params = SamplingParams(max_tokens=min(max_tokens, free), stop_token_ids=tokenizer.stop_token_ids, **sampling)
     engine = Engine(model, tokenizer, streams=1, speculation=speculation, cache=cache)
     sys.stdout.write(prompt)
     pieces, tokens, rate = _run_request(engine, ids, params, sys.stdout)

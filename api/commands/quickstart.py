@@ -13,9 +13,10 @@ from peakgpt.bench.report import notes, result_sections, tables, verdicts
 from peakgpt.bench.run_results import RunResults
 from peakgpt.bench.schema import write_results
 from peakgpt.closed_output import PIPE_EXIT_CODE, Output
-from peakgpt.engine.data.corpus import Corpus, load_corpus
+from peakgpt.engine.data.corpus import Corpus, corpus_of, load_corpus
 from peakgpt.engine.data.prepare import prepare
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.split import hash_fraction
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.run_report import Section, table, text_block, write_report
 from peakgpt.engine.training.stop_signals import stop_on_signals
@@ -100,6 +101,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def share_of(corpus: Corpus, size_bytes: int) -> Corpus:
-    """Return every n-th text of a corpus, so that about `size_bytes` are left to train on; at least one text."""
-    every = -(-corpus.train_bytes // max(size_bytes, 1))
-    return corpus if every == 1 else replace(corpus, train=corpus.train[::every], validation=corpus.validation[::every])
+    """Return about `size_bytes` of a corpus, chosen by the names of its documents; all of a corpus of few documents."""
+    total = corpus.size_bytes
+    if total is None or total <= size_bytes:
+        return corpus
+    share = size_bytes / total
+    kept = [document for _, document in corpus.parts() if hash_fraction(f"{document.name}\0share") < share]
+    return corpus_of(kept) if len(kept) > 1 else corpus

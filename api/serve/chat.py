@@ -122,7 +122,7 @@ def _stop(process: subprocess.Popen, connection: socket.socket) -> None:
     process.wait()
 
 
-def read_chat_template(folder: Path | str, end_of_text: str) -> ChatTemplate | None:
+def read_chat_template(folder: Path | str, end_of_text: str | None) -> ChatTemplate | None:
     """Read the chat template of a checkpoint, and its special tokens.
 
     Args:
@@ -140,6 +140,6 @@ def read_chat_template(folder: Path | str, end_of_text: str) -> ChatTemplate | N
     if "default" not in templates:
         raise ValueError(f"chat template: got templates named {', '.join(templates)}, expected one named default")
     tokens = read_folder(folder).special_tokens
-    if not Path(folder, CONFIG).exists():
+    if end_of_text is not None and not Path(folder, CONFIG).exists():
         tokens = {"bos_token": end_of_text, "eos_token": end_of_text, **tokens}
     return ChatTemplate(templates["default"], tokens)

@@ -89,7 +89,7 @@ class RequestPreparation:
             for prompt in prompts:
                 rest = max(0, self.engine.max_length - len(prompt))
                 if rest not in params_of:
-                    params_of[rest] = completion.params(self.tokenizer.end_id, rest)
+                    params_of[rest] = completion.params(self.tokenizer.stop_token_ids, rest)
                 requests.append((prompt, params_of[rest]))
             sequences = self.engine.prepare(requests)
         except InvalidParam as error:
@@ -131,13 +131,19 @@ class RequestPreparation:
             raise BadRequest(f"{param}: {error}", param=param) from None
 
     def _known(self, ids: list[int], param: str) -> list[int]:
-        ids = ids or [self.tokenizer.end_id]
+        ids = ids or self._context(param)
         if not 0 <= min(ids) <= max(ids) < self.num_ids:
             raise BadRequest(f"{param}: got ids from {min(ids)} to {max(ids)}, expected 0 to {self.num_ids - 1}",
                              param=param)  # fmt: skip
         if len(ids) > self.limits.prompt_tokens:
             raise _too_long(f"got {len(ids)} tokens, expected up to {self.limits.prompt_tokens}", self.engine, param)
         return ids
+
+    def _context(self, param: str) -> list[int]:
+        try:
+            return self.tokenizer.context_ids
+        except ValueError as error:
+            raise BadRequest(f"{param}: got no tokens, expected at least 1; {error}", param=param) from None
 
     def _check_prompt_logprobs(self, completion: CompletionRequest, prompts: list[list[int]]) -> None:
         count, most = completion.fields.get("logprobs"), self.limits.prompt_logprobs

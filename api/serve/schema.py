@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,7 +251,7 @@ class CompletionRequest:
     def continuations(self) -> int:
         return self.n * len(self.fields.get("prompt", [0]))
 
-    def params(self, end_id: int, max_new_tokens: int) -> SamplingParams:
+    def params(self, stop_token_ids: Sequence[int], max_new_tokens: int) -> SamplingParams:
         """Return the sampling parameters of a prompt. At most max_new_tokens fit after it.
 
         Raises:
@@ -266,7 +266,7 @@ class CompletionRequest:
         default = max_new_tokens if self.chat else min(16, max_new_tokens)
         count = f.get("max_tokens", f.get("max_completion_tokens", default))
         return SamplingParams(
-            max_tokens=count, temperature=f.get("temperature", 1.0), stop_token_ids=(end_id,),
+            max_tokens=count, temperature=f.get("temperature", 1.0), stop_token_ids=tuple(stop_token_ids),
             stop=f.get("stop", ()), logprobs=logprobs,
             prompt_logprobs=logprobs if self.echo else None,
             **{name: f[name] for name in same if name in f},

@@ -26,8 +26,12 @@ class TokenizerFiles(Protocol):
     """A tokenizer that can be saved with a model, such as `peakgpt.engine.data.tokenizer.Tokenizer`."""
 
     @property
-    def end_id(self) -> int:
-        """The end-of-text id."""
+    def begin_id(self) -> int | None:
+        """The id of the token that begins a text; None if there is none."""
+
+    @property
+    def end_id(self) -> int | None:
+        """The end-of-text id; None if there is none."""
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files."""
@@ -73,8 +77,9 @@ def _token_ids(tokenizer: TokenizerFiles | None, source: Mapping[str, Any]) -> d
     # A field that the source lacks has transformers' default for the family. A new model has no ids.
     ids = {name: source[name] for name in TOKEN_IDS if name in source} if source else dict.fromkeys(TOKEN_IDS[:2])
     end = ids.get("eos_token_id")
-    if tokenizer is not None and tokenizer.end_id not in (end if isinstance(end, list) else [end]):
-        ids |= {"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id}
+    if tokenizer is not None and tokenizer.end_id not in (None, *(end if isinstance(end, list) else [end])):
+        begin = tokenizer.end_id if tokenizer.begin_id is None else tokenizer.begin_id
+        ids |= {"bos_token_id": begin, "eos_token_id": tokenizer.end_id}
     return ids
 
 

@@ -15,25 +15,26 @@ from typing import Protocol
 import numpy as np
 
 from peakgpt.engine.data.documents import Document
+from peakgpt.engine.data.freed_memory import release_freed_memory
 from peakgpt.engine.data.library_call import submit
 
 PIECE_CHARS = 1 << 16  # long enough to hide the cost per call, short enough to encode one file on all cores
 # Per library call. Two calls run at a time: Python converts the ids of one (40 ns each) while the other encodes (600 ns
-# each on 2 cores). Their encodings take about 40 bytes per character.
-BATCH_CHARS = 1 << 20
+# each on 2 cores). Threads need no copy of the tokenizer and of torch for each core, as processes would: 230 MB.
+# The encodings of a call take about 50 bytes per character.
+BATCH_CHARS = 1 << 19
+RELEASE_BATCHES = 64  # between two returns of freed memory to the system; each thread of the library keeps its own
 # No match of GPT-2's expression continues from a visible character to a blank, so a cut there changes no token.
-_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 class Encoder(Protocol):
     """What `encode_parts` needs of a tokenizer."""
 
-    can_cut: bool  # whether texts may be cut as `cut_text` does
-
-    end_id: int
-
     @property
-    def start_ids(self) -> list[int]: ...
+    def can_cut(self) -> bool: ...  # whether texts may be cut as `cut_text` does
+    @property
+    def document_marks(self) -> tuple[list[int], list[int]]: ...  # before and after each document
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]: ...
 
 
@@ -67,16 +68,17 @@ class _Text:
 def encode_parts(
     parts: Iterable[tuple[str, Document]], tokenizer: Encoder, skip: Mapping[str, int] | None = None
 ) -> Iterator[Piece]:
-    """Encode documents on all cores, with the end-of-text id after each.
+    """Encode documents on all cores, with `document_marks` of the tokenizer around each.
 
     Args:
         parts: (stream, document) pairs.
-        tokenizer: what it puts before a text, such as BOS, begins each document.
+        tokenizer: encodes the texts.
         skip: the number of first pieces of each stream that are not encoded, only read.
     Returns:
         The pieces of each stream in order.
     """
     left = dict(skip or {})
+    before, after = tokenizer.document_marks
 
     def texts() -> Iterator[_Text]:
         for stream, document in parts:
@@ -86,10 +88,8 @@ def encode_parts(
                 is_first = False
 
     def pieces(batch: list[_Text], encoded: list[list[int]]) -> Iterator[Piece]:
-        end = [tokenizer.end_id]
-        start = [] if tokenizer.start_ids == end else tokenizer.start_ids  # OPT: one between two documents, not two
         for text, ids in zip(batch, encoded, strict=True):
-            around = [*(start if text.is_first else []), *ids, *(end if text.name is not None else [])]
+            around = [*(before if text.is_first else []), *ids, *(after if text.name is not None else [])]
             yield _piece(text, np.array(around, np.int64))
 
     def encode(batch: list[_Text]) -> Future[list[list[int]]]:
@@ -97,7 +97,7 @@ def encode_parts(
 
     pending: tuple[list[_Text], Future[list[list[int]]]] | None = None
     batch: list[_Text] = []
-    chars = 0
+    chars = batches = 0
     for text in texts():
         if left.get(text.stream, 0):
             left[text.stream] -= 1
@@ -109,7 +109,9 @@ def encode_parts(
             following = batch, encode(batch)
             if pending:
                 yield from pieces(pending[0], pending[1].result())
-            pending, batch, chars = following, [], 0
+            pending, batch, chars, batches = following, [], 0, batches + 1
+            if batches % RELEASE_BATCHES == 0:
+                release_freed_memory()
     if pending:
         yield from pieces(pending[0], pending[1].result())
     if batch:
@@ -134,7 +136,7 @@ def cut_text(blocks: Iterable[str], *, can_cut: bool = True) -> Iterator[tuple[s
     for block in blocks:
         text += block
         start = 0
-        while can_cut and (cut := _CUT.search(text, searched)):
+        while can_cut and (cut := CUT.search(text, searched)):
             yield text[start : cut.start()], False
             start, searched = cut.start(), cut.start() + PIECE_CHARS
         searched = max(searched, len(text)) - start  # the end may be a cut once the next character is known

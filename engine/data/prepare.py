@@ -54,7 +54,8 @@ def prepare(
         ValueError: the folder cannot be used, the corpus is wrong, or a stream has no text. Finished shards stay for a
             next call; if there is none, the folder is as before.
     """
-    identity = {"tokenizer": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.end_id}
+    _, [end_id] = tokenizer.document_marks
+    identity = {"tokenizer": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "end_id": end_id}
     with _Preparation.open(Path(folder), {**identity, "shard_tokens": shard_tokens}) as preparation:
         tokenizer.save(preparation.folder)
         preparation.write(encode_parts(corpus.parts(), tokenizer, preparation.done), progress)
@@ -109,12 +110,12 @@ class _Stream:
     """One stream: its shards, and what they are made of.
 
     Args:
-        shards: writes them.
+        writer: of its shards.
         skip, offset: finished shards have `skip` pieces, and `offset` tokens of the next one.
         expected: digest of the sources of these pieces, the next one included; None for a new stream.
     """
 
-    shards: ShardWriter
+    writer: ShardWriter
     skip: int = 0
     offset: int = 0
     expected: str | None = None
@@ -134,7 +135,7 @@ class _Stream:
         if number == self.skip and self.expected is not None:
             self.check_sources(self.sha256.hexdigest())
             start = self.offset
-        finished = None if piece.ids is None else self.shards.add(piece.ids[start:])
+        finished = None if piece.ids is None else self.writer.add(piece.ids[start:])
         if finished is None:
             return None
         return {"pieces": number, "offset": start + finished, "sha256": self.sha256.hexdigest()}
@@ -199,7 +200,7 @@ class _Preparation:
         state = None
         if (folder / JOURNAL).exists():
             state = _read_journal(folder / JOURNAL)
-            if state.pop("identity") != identity:
+            if state.pop("identity", None) != identity:
                 raise ValueError(f"folder {folder}: got a preparation with other settings or another tokenizer, "
                                  "expected the same; delete the folder to begin again")  # fmt: skip
         preparation = cls(folder, made, identity, state)
@@ -226,7 +227,7 @@ class _Preparation:
             stream = self.streams[piece.stream]
             position = stream.add(piece)
             if position is not None:
-                positions = {**self._positions, piece.stream: {**position, "shards": list(stream.shards.shards)}}
+                positions = {**self._positions, piece.stream: {**position, "shards": list(stream.writer.shards)}}
                 self.write_journal(positions)
             done_bytes += len(piece.source) if piece.text_bytes is None else piece.text_bytes
             tokens += 0 if piece.ids is None else len(piece.ids)
@@ -248,7 +249,7 @@ class _Preparation:
             raise ValueError("corpus: got no training text, expected some")
         corpus = hashlib.sha256("".join(s.sha256.hexdigest() for s in self.streams.values()).encode()).hexdigest()
         for stream in self.streams.values():
-            stream.shards.finish(stream.text_bytes or None, corpus, self._identity["tokenizer"])
+            stream.writer.finish(stream.text_bytes or None, corpus, self._identity["tokenizer"])
         for path in self.folder.rglob("*"):  # the files of the tokenizer
             flush(path)
         (self.folder / JOURNAL).unlink()
@@ -259,7 +260,7 @@ class _Preparation:
         """Delete the shards that the journal does not list."""
         for name, stream in self.streams.items():
             listed = self._positions[name]["shards"] if name in self._positions else ()
-            stream.shards.delete_unlisted(keep={shard["file"] for shard in listed})
+            stream.writer.delete_unlisted(keep={shard["file"] for shard in listed})
 
     def abandon(self) -> None:
         """Delete unfinished shards; without finished ones, empty a folder that was empty before, and remove it."""
@@ -302,9 +303,13 @@ def check_folder(folder: Path | str) -> None:
 def _read_journal(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        rows = [shard["file"] for name in STREAMS for shard in state.get(name, {"shards": ()})["shards"]]
+        assert isinstance(state, dict)
+        positions = [state[name] for name in STREAMS if name in state]
+        assert all(type(position[key]) is int for position in positions for key in ("pieces", "offset"))
+        assert all(type(position["sha256"]) is str for position in positions)
+        rows = [shard["file"] for position in positions for shard in position["shards"]]
         missing = [row for row in rows if not (path.parent / row).is_file()]
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AssertionError) as error:
         raise ValueError(f"{path}: got {error!r}, expected a journal of `peakgpt prepare`; delete the folder to begin "
                          "again") from None  # fmt: skip
     if missing:

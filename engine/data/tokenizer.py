@@ -1,10 +1,7 @@
-"""Byte-level byte-pair encoding, GPT-2 style, with the `tokenizers` library.
+"""A tokenizer: text to token ids and back, with the `tokenizers` library.
 
-Every byte is written as a printable character. GPT-2's regular expression cuts the text into pieces, and the most
-frequent neighboring pairs inside the pieces are merged. Any text can be encoded, and decodes to itself.
-
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2; Sennrich, Haddow,
-Birch 2015, "Neural Machine Translation of Rare Words with Subword Units", arXiv:1508.07909.
+A text starts with what the tokenizer puts before it, such as BOS, everywhere: in prompts, in scored texts and in the
+documents of training data. What ends a document is the end-of-text token.
 """
 
 from __future__ import annotations
@@ -12,57 +9,68 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
+from peakgpt.engine.data.clean_up import CleanUp
 from peakgpt.engine.data.documents import Document
-from peakgpt.engine.data.encoding import cut_text, encode_parts
-from peakgpt.engine.data.library_call import call, call_interruptibly
+from peakgpt.engine.data.encoding import CUT, encode_parts
+from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.run_layout import model_folder
-from peakgpt.engine.data.token_pieces import BYTE_ALPHABET, EMPTY, TokenPieces
+from peakgpt.engine.data.token_pieces import EMPTY, TokenPieces
 from peakgpt.engine.data.tokenizer_files import CONFIG, TOKENIZER, read_folder
 
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB_SIZE = 257  # every byte, and the end of text
-MAX_VOCAB_SIZE = 1 << 20  # the largest of published models are 2**18; the library allocates for all of it at once
-MAX_WORD_BYTES = 2048  # the time of learning merges is quadratic in the longest word
 
 
 class Tokenizer:
-    """Converts text to token ids and back; `end_id` is the end-of-text id, included in `vocab_size`."""
+    """Converts text to token ids and back.
+
+    Attributes:
+        end_id: the end-of-text id, included in `vocab_size`; None if the tokenizer has none.
+        begin_id: the id of the token that the tokenizer names as the beginning of a text; None if it names none.
+            `start_ids` says whether a text gets it.
+    """
 
     def __init__(
-        self, library: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT,
-        side_files: Mapping[str, bytes] | None = None,
+        self, library: tokenizers.Tokenizer, end_of_text: str | None = END_OF_TEXT,
+        side_files: Mapping[str, bytes] | None = None, *, begin_of_text: str | None = None,
+        clean_up_tokenization_spaces: bool = False,
     ):  # fmt: skip
         """
         Args:
             library: its truncation and padding are turned off.
-            end_of_text: the token that ends a text; a word of the library.
+            end_of_text: the token that ends a text, a word of the library. None: there is none, as in GPT-1's.
             side_files: relative path -> content of the files that `save` writes besides tokenizer.json. None: a
                 tokenizer_config.json for GPT-2's class.
+            begin_of_text: the token that begins a text, if there is one.
+            clean_up_tokenization_spaces: decoded texts have no space before punctuation, as in transformers.
         """
-        end_id = library.token_to_id(end_of_text)
-        if end_id is None:
+        end_id = None if end_of_text is None else library.token_to_id(end_of_text)
+        if end_of_text is not None and end_id is None:
             raise ValueError(f"tokenizer: got a vocabulary without {end_of_text!r}, expected it as the end of text")
         self.library, self.end_of_text, self.end_id = library, end_of_text, end_id
+        self.begin_id = None if begin_of_text is None else library.token_to_id(begin_of_text)
+        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.pieces = TokenPieces(library)
+        self._highest = (-1, -1)  # number of tokens, highest id
         self._side_files = {CONFIG: _gpt2_config(end_of_text)} if side_files is None else dict(side_files)
         library.no_truncation()
         library.no_padding()
-        cutter = library.pre_tokenizer
-        self.can_cut = isinstance(cutter, pre_tokenizers.ByteLevel) and not cutter.add_prefix_space
 
     @property
     def vocab_size(self) -> int:
-        return self.library.get_vocab_size()
+        """The smallest size of a model's vocabulary that holds all ids, which may have gaps."""
+        count = self.library.get_vocab_size()
+        if self._highest[0] != count:  # the user added tokens
+            self._highest = (count, max(self.library.get_vocab().values(), default=-1))
+        return max(count, self._highest[1] + 1)
 
     @cached_property
     def start_ids(self) -> list[int]:
@@ -70,6 +78,24 @@ class Tokenizer:
         parts = call(self.library.encode, "a")
         count = len(list(takewhile(lambda sequence: sequence is None, parts.sequence_ids)))
         return parts.ids[:count]
+
+    @property
+    def context_ids(self) -> list[int]:
+        """The ids that give the first token of a text a context: `start_ids`, else BOS, else the end of text.
+
+        Raises:
+            ValueError: the tokenizer has none of them.
+        """
+        found = self.start_ids or [token for token in (self.begin_id, self.end_id) if token is not None][:1]
+        if not found:
+            raise ValueError("tokenizer: got none with a token that begins or ends a text, expected one: the first "
+                             "token of a text has no context without it")  # fmt: skip
+        return found
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a generated text: the end of text, if there is one."""
+        return () if self.end_id is None else (self.end_id,)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Encode text. A special token in the text, such as the end-of-text mark, becomes its id.
@@ -82,18 +108,42 @@ class Tokenizer:
             ValueError: a lone surrogate, or the library fails, such as a regular expression that takes too long.
         """
         # A batch of one: `encode` takes twice as long, because it counts offsets, and holds the GIL all the time.
-        return call(self.library.encode_batch_fast, [text], add_special_tokens=add_special_tokens)[0].ids
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Encode texts on all cores; see `encode`."""
         encodings = call(self.library.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    @property
+    def document_marks(self) -> tuple[list[int], list[int]]:
+        """The ids before and after each document of training data.
+
+        A document is what the tokenizer puts before a text, the text, and the end of text. A tokenizer that puts the
+        end of text itself before a text, such as OPT's, has one of it between two documents, not two.
+
+        Raises:
+            ValueError: the tokenizer has no end of text.
+        """
+        if self.end_id is None:
+            raise ValueError("tokenizer: got none with an end-of-text token, expected one: it ends each document of "
+                             "training data; name it as eos_token in tokenizer_config.json")  # fmt: skip
+        return [] if self.start_ids == [self.end_id] else self.start_ids, [self.end_id]
+
+    @property
+    def can_cut(self) -> bool:
+        """Return whether a cut between a visible character and a blank changes no token."""
+        words, added = self.library.pre_tokenizer, self.library.get_added_tokens_decoder().values()
+        is_plain = isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not words.add_prefix_space
+        return is_plain and not any(token.rstrip or CUT.search(token.content) for token in added)
+
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode documents of training data on all cores; see `encode_parts`.
+        """Encode documents of training data on all cores, with `document_marks` around each; see `encode_parts`.
 
         Returns:
             An iterator of int64 arrays; their concatenation is the token stream.
+        Raises:
+            ValueError: the tokenizer has no end of text.
         """
         parts = (("documents", Document.of("", text)) for text in texts)
         return (piece.ids for piece in encode_parts(parts, self) if piece.ids is not None)
@@ -112,7 +162,8 @@ class Tokenizer:
             ValueError: an id below 0 or above 2**32 - 1.
         """
         stream = StreamDecoder(self)
-        return b"".join(map(stream.next_bytes, map(int, ids))).decode(errors="replace")
+        text = b"".join(map(stream.next_bytes, map(int, ids))).decode(errors="replace")
+        return CleanUp.apply(text) if self.clean_up_tokenization_spaces else text
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that one token adds to a text; none for an id beyond the vocabulary."""
@@ -130,13 +181,18 @@ class Tokenizer:
         """Read the tokenizer of a checkpoint folder, as transformers' AutoTokenizer does.
 
         Raises:
-            ValueError: tokenizer.json is missing, a file is damaged, or the decoder is not supported.
+            ValueError: there is no tokenizer, a file is damaged, or the decoder is not supported.
         """
         files = read_folder(model_folder(folder))
+        named = files.special_tokens
+        known = END_OF_TEXT if files.library.token_to_id(END_OF_TEXT) is not None else None
         try:
-            return cls(files.library, files.special_tokens.get("eos_token") or END_OF_TEXT, files.side_files)
+            return cls(
+                files.library, named.get("eos_token") or known, files.side_files,
+                begin_of_text=named.get("bos_token"), clean_up_tokenization_spaces=files.clean_up_tokenization_spaces,
+            )  # fmt: skip
         except ValueError as error:
-            raise ValueError(f"tokenizer {Path(folder, TOKENIZER)}: {error}") from None
+            raise ValueError(f"tokenizer {Path(folder, files.source)}: {error}") from None
 
 
 class StreamDecoder:
@@ -148,14 +204,17 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._pieces, self._is_first, self._tail = tokenizer.pieces, True, b""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._clean_up = CleanUp() if tokenizer.clean_up_tokenization_spaces else None
 
     def feed(self, token: int) -> str:
         """Add one id; return the text that it completes, which may be empty."""
-        return self._utf8.decode(self.next_bytes(token))
+        text = self._utf8.decode(self.next_bytes(token))
+        return self._clean_up.feed(text) if self._clean_up else text
 
     def finish(self) -> str:
         """Return the rest of the text: U+FFFD if the last character is incomplete."""
-        return self._utf8.decode(b"", final=True)
+        text = self._utf8.decode(b"", final=True)
+        return self._clean_up.feed(text) + self._clean_up.finish() if self._clean_up else text
 
     def next_bytes(self, token: int) -> bytes:
         """Add one id; return the bytes that it adds to the text."""
@@ -170,8 +229,9 @@ class StreamDecoder:
 class TokenOffsets(StreamDecoder):
     """Finds where each token begins in the decoded text, in characters (`text_offset` of OpenAI).
 
-    A token that continues a character begins where that character begins. Example, with a token of two bytes and one
-    of one byte for the euro sign, and then " cat":
+    Positions are those before `clean_up_tokenization_spaces`, if the tokenizer has that: whether a space stays depends
+    on later tokens. A token that continues a character begins where that character begins. Example, with a token of
+    two bytes and one of one byte for the euro sign, and then " cat":
 
         >>> offsets = TokenOffsets(tokenizer)
         >>> [offsets.locate(token) for token in tokenizer.encode("\u20ac cat")]
@@ -200,81 +260,6 @@ def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     """Return for each token the position in `tokenizer.decode(ids)` where it begins, in characters."""
     offsets = TokenOffsets(tokenizer)
     return [offsets.locate(token) for token in ids]
-
-
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 4096, *, report: Callable[[str], None] | None = None
-) -> Tokenizer:
-    """Learn a vocabulary of merges from text.
-
-    Args:
-        texts: the documents of the training split.
-        vocab_size: bytes, end of text and merges together; a short text may give a smaller vocabulary.
-        report: called with a line about the progress every 10 s.
-    Raises:
-        ValueError: vocab_size is not from 257 to 2**20.
-    """
-    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"vocab_size: got {vocab_size}, expected at least {MIN_VOCAB_SIZE} (256 bytes, end of text) "
-                         f"and at most {MAX_VOCAB_SIZE}")  # fmt: skip
-    texts = list(texts)
-    library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    if any(map(_may_have_long_word, texts)):
-        library.pre_tokenizer = _cutting_long_words(library.pre_tokenizer)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(BYTE_ALPHABET),
-        show_progress=False,
-    )
-    _learn_merges(library, trainer, texts, report)
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return Tokenizer(library)
-
-
-def _learn_merges(
-    library: tokenizers.Tokenizer, trainer: trainers.Trainer, texts: list[str], report: Callable[[str], None] | None
-) -> None:
-    stop, read_chars, total = threading.Event(), 0, sum(map(len, texts))
-
-    def pieces() -> Iterator[str]:
-        nonlocal read_chars
-        for text in texts:
-            for piece, _ in cut_text([text]):
-                if stop.is_set():
-                    return
-                read_chars += len(piece)
-                yield piece
-
-    def progress(seconds: float) -> None:
-        doing = "learns merges" if read_chars == total else "reads text"
-        if report:
-            report(f"tokenizer: {doing}, {read_chars / 1e6:.1f} of {total / 1e6:.1f} million characters read, "
-                   f"{seconds:.0f} s")  # fmt: skip
-
-    call_interruptibly(library.train_from_iterator, pieces(), trainer, report=progress, stop=stop)
-
-
-def _may_have_long_word(text: str) -> bool:
-    """Return False if no word of the text has more than MAX_WORD_BYTES bytes; quick, and sometimes True without need.
-
-    A word is visible characters or blanks alone. A long one has at least a quarter of MAX_WORD_BYTES characters, so it
-    fills one of the blocks of half that size. Python takes U+001C to U+001F for blanks, GPT-2's expression does not.
-    """
-    if any(char in text for char in "\x1c\x1d\x1e\x1f"):
-        return True
-    size = MAX_WORD_BYTES // 8
-    blocks = (text[start : start + size] for start in range(0, len(text), size))
-    return any(len(block) == size and block.split() in ([], [block]) for block in blocks)
-
-
-def _cutting_long_words(words: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
-    """Cut words, whose bytes are characters here, at MAX_WORD_BYTES; shorter ones stay as they are."""
-    chunks = Regex(rf"[\s\S]{{1,{MAX_WORD_BYTES}}}")
-    return pre_tokenizers.Sequence([words, pre_tokenizers.Split(chunks, "isolated")])
-
 
 def _gpt2_config(end_of_text: str) -> bytes:
     """Return a tokenizer_config.json for GPT-2's class."""

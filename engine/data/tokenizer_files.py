@@ -1,34 +1,33 @@
 """Read the tokenizer files of a checkpoint folder as transformers' AutoTokenizer does.
 
-    tokenizer.json              the tokenizer: words, added tokens, and the special tokens put around a text
+    tokenizer.json              the tokenizer: words, added tokens, and the special tokens put around a text; or an
+                                older format, see vocabulary_files.py
     tokenizer_config.json       names of the special tokens, more added tokens, the class
     special_tokens_map.json     names of the special tokens, in older checkpoints
     added_tokens.json           more added tokens, in older checkpoints
     config.json                 the class, if tokenizer_config.json does not name it
-
-transformers builds some classes anew from the words of tokenizer.json; `_CLASSES` has those of our families and Llama.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, models, processors
 
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.text_file import read_text
+from peakgpt.engine.data.tokenizer_classes import CLASSES, class_name
+from peakgpt.engine.data.vocabulary_files import TOKENIZER, Vocabulary, read_vocabulary
 
-TOKENIZER, CONFIG, SPECIAL_MAP, ADDED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-)  # fmt: skip
+CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-GPT2_TOKENS = {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"), "pad_token": None}
+GENERIC_CLASS = "PreTrainedTokenizerFast"  # of which transformers builds nothing anew
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,17 @@ class TokenizerFolder:
     """The contents of a checkpoint's tokenizer files.
 
     Args:
+        source: name of the file with the words.
         library: the tokenizer, with all added tokens.
         special_tokens: names and texts, such as {"eos_token": "</s>"}; a chat template sees them.
+        clean_up_tokenization_spaces: whether decoded texts have no space before punctuation.
         side_files: relative path -> content of the files besides tokenizer.json, for saving.
     """
 
+    source: str
     library: tokenizers.Tokenizer
     special_tokens: dict[str, str]
+    clean_up_tokenization_spaces: bool = False
     side_files: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -50,32 +53,70 @@ def read_folder(folder: Path | str) -> TokenizerFolder:
     """Read the tokenizer of a checkpoint.
 
     Raises:
-        ValueError: a file is missing or damaged.
+        ValueError: a file is missing or damaged, or of SentencePiece, which is not installed.
     """
-    path = Path(folder, TOKENIZER)
-    if not path.exists():
-        raise ValueError(f"tokenizer {path}: got {_without_tokenizer(Path(folder))}")
-    text = _read_text(path)
-    try:
-        library = call(tokenizers.Tokenizer.from_str, text)
-    except ValueError as error:
-        reason = str(error).removeprefix("tokenizer: got ")[:300]
-        raise ValueError(f"tokenizer {path}: got {reason}, expected a file saved by tokenizers") from None
+    folder = Path(folder)
     config = read_tokenizer_config(folder)
-    name = _class_name(library, config, read_json(Path(folder, "config.json")))
-    build, defaults = _CLASSES.get(name, (None, {}))
-    if build is not None:
-        build(library, config)
-    padding = {"pad_token": library.padding["pad_token"]} if library.padding else {}
-    named = {**padding, **defaults, **_named_tokens(config)}
-    named = {key: named[key] for key in (*NAMED, *named) if key in named}  # the order in which they get ids
+    vocabulary = read_vocabulary(folder, config)
+    library, model = vocabulary.library, read_json(folder / "config.json")
+    name = class_name(library, config, model)
+    named = _build(vocabulary, name, config)
     try:
         _add_tokens(library, config, named)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ValueError(f"tokenizer {Path(folder, CONFIG)}: got {error!r}, expected tokens to add") from None
+        raise ValueError(f"tokenizer {folder / CONFIG}: got {error!r}, expected tokens to add") from None
     library.encode_special_tokens = config.get("split_special_tokens") is True
     texts = {key: text for key, value in named.items() if (text := token_text(value)) is not None}
-    return TokenizerFolder(library, texts, _side_files(Path(folder)))
+    if vocabulary.source != TOKENIZER:
+        _add_template(library, config, texts)
+    files = _side_files(folder)
+    if vocabulary.source != TOKENIZER:
+        files[CONFIG] = _config_file(config, GENERIC_CLASS, texts)
+    elif CONFIG not in files or name != class_name(library, config, {}):
+        files[CONFIG] = _config_file(config, name or GENERIC_CLASS, texts)
+    return TokenizerFolder(vocabulary.source, library, texts, _cleans_up(library, config), files)
+
+
+def _build(vocabulary: Vocabulary, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the parts of a class anew; return the special tokens by name, in the order in which they get ids.
+
+    Where no file names a class that fits the words, a special token of the default class may be absent.
+    """
+    library, defaults = vocabulary.library, dict[str, str | None](vocabulary.special_tokens)
+    if built := CLASSES.get(name if name in vocabulary.classes else vocabulary.default_class):
+        build, defaults = built
+        build(library, config)
+    if name not in vocabulary.classes:
+        defaults = {key: text for key, text in defaults.items() if text and library.token_to_id(text) is not None}
+    padding = {"pad_token": library.padding["pad_token"]} if library.padding else {}
+    named = {**padding, **defaults, **_named_tokens(config)}
+    return {key: named[key] for key in (*NAMED, *named) if key in named}
+
+
+def _add_template(library: tokenizers.Tokenizer, config: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+    """Put tokens around a text as add_bos_token and add_eos_token say.
+
+    transformers reads both only without tokenizer.json, which says itself what is put around a text.
+    """
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    around = [texts.get(f"{name}_token", "") if config.get(f"add_{name}_token") else "" for name in ("bos", "eos")]
+    tokens = [(text, token) for text in around if (token := library.token_to_id(text)) is not None]
+    parts = [around[0], "$A", around[1]]
+    library.post_processor = processors.TemplateProcessing(
+        single=[part for part in parts if part], special_tokens=list(dict.fromkeys(tokens))
+    )
+
+
+def _cleans_up(library: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:
+    forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    return bool(config.get("clean_up_tokenization_spaces") and (forced or not isinstance(library.model, models.BPE)))
+
+
+def _config_file(config: Mapping[str, Any], name: str, texts: Mapping[str, str]) -> bytes:
+    """Return a tokenizer_config.json that names the class, so that the folder of another model means the same."""
+    content = {key: value for key, value in config.items() if key != "added_tokens"}
+    return f"{json.dumps({**texts, **content, 'tokenizer_class': name}, indent=2)}\n".encode()
 
 
 def read_tokenizer_config(folder: Path | str) -> dict[str, Any]:
@@ -114,18 +155,6 @@ def _read_text(path: Path) -> str:
         return read_text(path)
     except ValueError as error:
         raise ValueError(f"tokenizer {error}") from None
-
-
-def _without_tokenizer(folder: Path) -> str:
-    """Describe a folder without tokenizer.json, and the way out."""
-    others = ("vocab.json", "merges.txt", "tokenizer.model", "vocab.txt", "tekken.json", "tiktoken.model")
-    found = [name for name in others if Path(folder, name).exists()]
-    if not found:
-        return "No such file, expected one saved by tokenizers"
-    return (
-        f"No such file but {', '.join(found)}, an older format; expected tokenizer.json, which transformers writes: "
-        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-    )
 
 
 def _side_files(folder: Path) -> dict[str, bytes]:
@@ -204,51 +233,3 @@ def _added_token(value: Any, **flags) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, **flags)
     return AddedToken(**{key: flag for key, flag in value.items() if key not in ("__type", "id")} | flags)
-
-
-# ---- classes that transformers builds anew
-
-
-def _gpt2(library: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    library.normalizer = None
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space") is True)
-    library.decoder = decoders.ByteLevel()
-
-
-def _gpt_neox(library: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    _gpt2(library, config)
-    library.normalizer, library.post_processor = normalizers.NFC(), None
-
-
-def _llama(library: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    prefix = config.get("add_prefix_space") is not False
-    scheme = "never" if not prefix else "always" if config.get("legacy") else "first"
-    library.normalizer = None
-    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    library.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
-
-
-Build = Callable[[tokenizers.Tokenizer, Mapping[str, Any]], None]
-_CLASSES: dict[str, tuple[Build, dict[str, str | None]]] = {
-    "GPT2Tokenizer": (_gpt2, GPT2_TOKENS),
-    "GPTNeoXTokenizer": (_gpt_neox, {**GPT2_TOKENS, "pad_token": "<|padding|>"}),
-    "LlamaTokenizer": (_llama, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
-}
-_CLASS_OF_FAMILY = {
-    **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "opt"), "GPT2Tokenizer"),
-    "gpt_neox": "GPTNeoXTokenizer",
-    "llama": "LlamaTokenizer",
-    **dict.fromkeys(("", "peakgpt")),  # the class that tokenizer_config.json names
-}
-
-
-def _class_name(library: tokenizers.Tokenizer, config: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    """Return the class that AutoTokenizer would take, without "Fast"; only names in `_CLASSES` matter."""
-    family = str(model.get("model_type") or "")
-    if family not in _CLASS_OF_FAMILY:  # such as mistral, which names Llama's class: tokenizer.json as it is
-        return ""
-    named = config.get("tokenizer_class") or model.get("tokenizer_class") or _CLASS_OF_FAMILY[family]
-    name = str(named).removesuffix("Fast")
-    is_bytes = isinstance(library.decoder, decoders.ByteLevel)  # Llama 3 names Llama 2's class
-    return "" if name == "LlamaTokenizer" and is_bytes else name

@@ -216,16 +216,15 @@ def _gather(logits: Tensor, rows: list[int], targets: list[int]) -> tuple[list[f
 def text_perplexity(
     scorer: Scorer, tokenizer: Tokenizer, text: str, *, window: int | None = None, stride: int | None = None
 ) -> Perplexity:
-    """Return the perplexity of a text, after BOS, or the end of text, which gives its first token a context.
+    """Return the perplexity of a text, after `Tokenizer.context_ids`, which give its first token a context.
 
     Args:
         text: at least one character.
         window, stride: see `Scorer.perplexity`.
     Raises:
-        ValueError: the text is empty, or see `Scorer.perplexity`.
+        ValueError: the text is empty, the tokenizer has no context for it, or see `Scorer.perplexity`.
     """
     if not text:
         raise ValueError("perplexity: got an empty text, expected at least one character")
-    start = tokenizer.start_ids or [tokenizer.end_id]
-    ids = [*start, *tokenizer.encode(text, add_special_tokens=False)]
+    ids = [*tokenizer.context_ids, *tokenizer.encode(text, add_special_tokens=False)]
     return scorer.perplexity(ids, window=window, stride=stride)

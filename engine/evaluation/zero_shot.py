@@ -71,12 +71,12 @@ class ZeroShot:
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encode both as one text and split its tokens. Trailing spaces of the context belong to the continuation.
 
-        The context starts with the tokens that the tokenizer puts before a text, such as BOS. An empty context is the
-        end of text if there are none.
+        The context starts with the tokens that the tokenizer puts before a text, such as BOS. An empty context is
+        `Tokenizer.context_ids`.
         """
         start, encode = self.tokenizer.start_ids, partial(self.tokenizer.encode, add_special_tokens=False)
         if not context:
-            return start or [self.tokenizer.end_id], encode(continuation)
+            return self.tokenizer.context_ids, encode(continuation)
         stripped = context.rstrip() or context
         whole, first = encode(context + continuation), len(encode(stripped))
         return start + whole[:first], whole[first:]

@@ -65,23 +65,35 @@ def read_prompt(path: Path | str) -> tuple[str, tuple[str, ...]]:
     Raises:
         ValueError: the file cannot be read, is not UTF-8, or is JSON of another structure; the message names the file.
     """
-    path = Path(path)
+    if Path(path).suffix != ".json":
+        return _read(path).removesuffix("\n"), ()
+    contents = read_prompt_file(path)
+    return contents.prompt, tuple(contents.stop)
+
+
+def read_prompt_file(path: Path | str) -> PromptFile:
+    """Read a prompt file of JSON.
+
+    Raises:
+        ValueError: as `read_prompt`.
+    """
+    text = _read(path)
     try:
-        text = read_text(path)
-    except ValueError as error:
-        raise ValueError(f"prompt file {error}") from None
-    try:
-        if path.suffix != ".json":
-            return text.removesuffix("\n"), ()
         value = json.loads(text)
         known = {f.name for f in fields(PromptFile)}
         if not isinstance(value, dict) or "input" not in value or not set(value) <= known:
             expected = f"an object with input and no keys except {', '.join(sorted(known))}"
             raise ValueError(f"got {str(value)[:80]}, expected {expected}")
-        contents = PromptFile(**value)
+        return PromptFile(**value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"prompt file {path}: {error}") from None
-    return contents.prompt, tuple(contents.stop)
+
+
+def _read(path: Path | str) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise ValueError(f"prompt file {error}") from None
 
 
 def _is_strings(value: object) -> bool:

@@ -86,7 +86,7 @@ def packed_positions(config: GPTConfig, position_ids: Tensor) -> Positions:
     is_start = position_ids == 0
     is_start[:, 0] = True
     index = torch.arange(count, dtype=torch.int32, device=device)
-    starts = torch.where(is_start.flatten(), index, count).to(torch.int32).sort().values
+    starts = index.masked_fill(~is_start.flatten(), count).sort().values
     return Positions(rotary, config.rotary_interleaved, slopes, cu_seqlens=F.pad(starts, (0, 1), value=count))
 
 

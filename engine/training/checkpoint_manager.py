@@ -14,10 +14,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,10 @@ from peakgpt.engine.checkpoint.run_checkpoints import link_best, read_checkpoint
 from peakgpt.engine.checkpoint.training_state import read_training_state, split_tensors, write_training_state
 from peakgpt.engine.data.run_layout import saved_steps, step_folder
 from peakgpt.engine.training.loop import TrainingLoop, require_finite_weights
-from peakgpt.engine.training.loss_spikes import LossSpike, RolledBack
+from peakgpt.engine.training.loss_spikes import MAX_ROLLBACKS, LossSpike, RolledBack
 from peakgpt.engine.training.run_folder import RunFolder
+from peakgpt.engine.training.skipped_steps import Diverged
 from peakgpt.engine.training.snapshot import Snapshot
-
-NICENESS = 10  # of the writing thread: the threads that train get the cores first
 
 
 class CheckpointManager:
@@ -78,6 +76,7 @@ class CheckpointManager:
         self._memory = Snapshot(loop.trainer.device)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._rollbacks: Counter[int] = Counter()  # to the checkpoint of a step
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -160,8 +159,6 @@ class CheckpointManager:
 
     def _run(self, write: Callable[[], None], step: int) -> None:
         """Write in the background; keep an error for the next call of the training thread."""
-        if sys.platform == "linux":  # elsewhere the niceness is that of the process
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             write()
             self.saved_step = step
@@ -223,6 +220,7 @@ class CheckpointManager:
         Returns:
             What was done; None if there is no such checkpoint, and nothing was done.
         Raises:
+            Diverged: the training has gone back to this checkpoint MAX_ROLLBACKS times.
             ValueError: all such checkpoints are damaged.
             OSError: a checkpoint cannot be deleted.
         """
@@ -233,6 +231,12 @@ class CheckpointManager:
             return None
         position = batches.state_dict()
         step = self.load(last_step)
+        self._rollbacks[step] += 1
+        if self._rollbacks[step] > MAX_ROLLBACKS:
+            raise Diverged(
+                f"step {spike.step}: the training has gone back to step {step} {MAX_ROLLBACKS} times after loss "
+                "spikes, expected other data to help"
+            )
         remove_checkpoints(self.run.path, [saved for saved in saved_steps(self.run.path) if saved <= step])
         batches.load_state_dict(position)
         for _ in range(config.spike_skip):

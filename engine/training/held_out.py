@@ -1,4 +1,4 @@
-"""The held-out sets of a run: the part that is split from its data, and sets that the user names."""
+"""The held-out sets of a run: those of its data, and sets that the user names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from peakgpt.engine.data.dataset import TrainingData
 from peakgpt.engine.data.shard_writer import write_shards
 from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.data.text_file import read_text
@@ -15,20 +16,22 @@ from peakgpt.engine.training.validation_config import HELD_OUT
 PREFIX = "held_out_"  # of the streams in the run's token folder
 
 
-def prepare_held_out(paths: Mapping[str, str], tokenizer: Tokenizer, folder: Path) -> None:
+def prepare_held_out(paths: Mapping[str, str], tokenizer: Tokenizer | None, folder: Path) -> None:
     """Encode the text files among the named sets into the token folder of a new run.
 
     Args:
         paths: of text files, or of folders with a prepared stream `validation`, by name.
-        tokenizer: of the run.
+        tokenizer: of the run; None for data that came without one.
         folder: gets the streams.
     Raises:
-        ValueError: a file that is no text, or a folder without a stream of this tokenizer.
+        ValueError: a file that is no text, or text without a tokenizer.
     """
     for name, path in paths.items():
         if Path(path).is_dir():
-            _open_folder(name, path, tokenizer)  # raises now, not after the model is built
             continue
+        if tokenizer is None:
+            raise ValueError(f"validation_sets: {name}={path} is text, expected a folder of tokens: the run's data "
+                             "have no tokenizer")  # fmt: skip
         if not (text := read_text(path)):
             raise ValueError(f"validation_sets: {name}={path} is empty, expected text")
         write_shards(
@@ -37,25 +40,25 @@ def prepare_held_out(paths: Mapping[str, str], tokenizer: Tokenizer, folder: Pat
         )  # fmt: skip
 
 
-def open_held_out(paths: Mapping[str, str], tokenizer: Tokenizer, folder: Path) -> dict[str, TokenShards]:
-    """Return the named sets of a run, in their order.
+def held_out_sets(data: TrainingData, paths: Mapping[str, str], folder: Path) -> dict[str, TokenShards]:
+    """Return all held-out sets of a run by name: first those of its data, then the named ones.
 
     Args:
-        paths, tokenizer, folder: as for `prepare_held_out`.
+        data: of the run.
+        paths, folder: as for `prepare_held_out`.
     Raises:
-        ValueError: a set is missing, damaged, or has the tokens of another tokenizer.
+        ValueError: a set is missing, damaged, has the tokens of another tokenizer, or a name that the data have.
     """
-    return {
-        name: _open_folder(name, path, tokenizer) if Path(path).is_dir() else TokenShards.open(folder, PREFIX + name)
-        for name, path in paths.items()
-    }
-
-
-def _open_folder(name: str, folder: str, tokenizer: Tokenizer) -> TokenShards:
-    shards = TokenShards.open(folder, HELD_OUT)
-    if shards.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"validation_sets: {name}={folder} has tokens of a vocabulary of {shards.vocab_size}, expected "
-            f"{tokenizer.vocab_size}, the tokenizer's"
-        )
-    return shards
+    own = data.validation
+    sets = own if len(own) > 1 else dict(zip([HELD_OUT], own.values(), strict=True))
+    for name, path in paths.items():
+        if name in sets:
+            raise ValueError(f"validation_sets: got {name}, expected a name that no data set of the run has")
+        is_folder = Path(path).is_dir()
+        shards = TokenShards.open(path, HELD_OUT) if is_folder else TokenShards.open(folder, PREFIX + name)
+        train = data.datasets[0].train
+        if shards.vocab_size != train.vocab_size or (is_folder and shards.tokenizer != train.tokenizer):
+            raise ValueError(f"validation_sets: {name}={path} has tokens of another tokenizer than the run's data, "
+                             "expected the same")  # fmt: skip
+        sets[name] = shards
+    return sets

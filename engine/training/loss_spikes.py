@@ -19,6 +19,8 @@ from typing import Any
 
 from peakgpt.engine.training.train_config import TrainConfig
 
+MAX_ROLLBACKS = 10  # to one checkpoint; more of them are a training that other data do not help
+
 
 @dataclass(frozen=True)
 class LossSpike:

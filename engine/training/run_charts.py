@@ -128,7 +128,9 @@ def _draw(axes: Axes, chart: Chart, series: dict[str, Points]) -> None:
         if len(points) > len(x):
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         marker = {"marker": "o", "markersize": 3} if len(x) < 30 else {}
-        axes.plot(x, mean, color=color, label=name, gid=f"curve-{name}", linewidth=1.3, **marker)
+        # The first curve is thin and on top, so that both show where contenders have the same losses.
+        shape = {"linewidth": 1.3, "zorder": 3} if number == 0 else {"linewidth": 2.6}
+        axes.plot(x, mean, color=color, label=name, gid=f"curve-{name}", **shape, **marker)
     if chart.log and all(y > 0 for points in series.values() for _, y in points):
         axes.set_yscale("log")
         for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

@@ -3,7 +3,9 @@
     steps = done + (time left - reserve) / seconds of a step
 
 The plan is made again before every step. The learning rate follows, because it depends on the share of the planned
-steps that is done: a slower machine gets a shorter schedule, and the schedule is complete.
+steps that is done: a slower machine gets a shorter schedule, and the schedule is complete. The seconds of a step are
+the mean over the last steps: over many while much time is left, so that one slow step changes little, and over few near
+the end, so that the plan is exact.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-RECENT = 8  # steps whose speed is the present speed of the machine
+SHARE = 0.1  # of the time left: so long a part of the past counts
+MIN_STEPS, MAX_STEPS = 4, 256  # of this part
 UNMEASURED_STEPS = 1 << 20  # planned before the first step is measured
 
 
@@ -39,7 +42,7 @@ class TimeLimit:
             clock: seconds.
         """
         self.end_s, self.max_steps, self.reserve_s, self.clock = clock() + left_s, max_steps, reserve_s, clock
-        self._steps: deque[float] = deque(maxlen=RECENT)  # seconds
+        self._steps: deque[float] = deque(maxlen=MAX_STEPS)  # seconds
 
     @property
     def left_s(self) -> float:
@@ -55,11 +58,17 @@ class TimeLimit:
     def fitting_steps(self) -> int:
         """Return the number of steps that fit into the time that is left; at least one step must have been observed.
 
-        The speed is the mean of the last few steps, or of the last one alone if it was slower: a step that would end
-        too late is not begun.
+        None fits if there is less time than the last step took.
         """
-        step_s = max(sum(self._steps) / len(self._steps), self._steps[-1])
-        return max(0, int((self.left_s - self.reserve_s()) / step_s))
+        left_s = self.left_s - self.reserve_s()
+        if left_s < self._steps[-1]:
+            return 0
+        count, total_s = 0, 0.0
+        for step_s in reversed(self._steps):
+            if count >= MIN_STEPS and total_s >= SHARE * left_s:
+                break
+            count, total_s = count + 1, total_s + step_s
+        return int(left_s * count / total_s)
 
     def observe(self, step_s: float) -> None:
         """Take the seconds of a step into account."""

@@ -258,4 +258,4 @@ def evaluate(
         counts.append(int((targets != IGNORE_INDEX).sum()))
     total = torch.stack(losses).double() @ torch.tensor(counts, dtype=torch.float64, device=device)
     loss = float(total) / sum(counts)
-    return SetMetrics(loss, sum(counts), shards.bits_per_byte(loss))
+    return SetMetrics(loss, sum(counts), None if shards.text_bytes is None else shards.bits_per_byte(loss))

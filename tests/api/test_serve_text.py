@@ -6,7 +6,7 @@ import pytest
 import torch
 from serving import Running  # skips all where the packages of peakgpt[serve] are missing
 
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig

@@ -128,6 +128,20 @@ def test_the_learning_rate_of_a_run_with_a_time_limit_falls_to_zero_without_a_ju
     assert rates[-1] < 0.02 * max(rates)
 
 
+def test_one_slow_step_changes_the_plan_little_while_much_time_is_left():
+    """Fails if the last few steps alone are the speed: the learning rate would jump down and up."""
+    clock, trainer = Clock(), SimpleNamespace(steps=1, steps_done=0)
+    limit, plans = TimeLimit(1000.0, clock=clock), []
+    for step in range(1, 600):
+        seconds = 1.0 if step == 400 else 0.1
+        clock.now_s += seconds
+        limit.observe(seconds)
+        trainer.steps_done = step
+        limit.plan(trainer)
+        plans.append(trainer.steps)
+    assert max(plans[300:]) - min(plans[300:]) < 0.05 * min(plans[300:])
+
+
 def test_a_time_limit_makes_one_step_and_never_more_than_the_maximum():
     clock, trainer = Clock(), SimpleNamespace(steps=1, steps_done=0)
     limit = TimeLimit(-5.0, clock=clock)

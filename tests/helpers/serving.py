@@ -13,7 +13,7 @@ import urllib.request
 import pytest
 import torch
 
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine
 from peakgpt.engine.model.config import GPTConfig

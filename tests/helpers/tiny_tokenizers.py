@@ -3,7 +3,8 @@
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-TEXT = ["the canary sings a song, é and 日本 more", "Hello world! naïve Straße", "def f(x):\n    return x + 1\n"] * 4
+TEXT = ["the canary sings a song, é and 日本 more", "Hello world! naïve Straße", "def f(x):\n    return x + 1\n",
+        "x ' y , it 's . don n't ? I 'm ! we 've you 're"] * 4
 SPECIAL = ["<unk>", "<s>", "</s>"]
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

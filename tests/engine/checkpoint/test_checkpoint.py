@@ -149,7 +149,7 @@ def test_three_dropout_rates_are_read(tmp_path):
 
 def test_float32_masters_and_tokenizer_are_saved(tmp_path):
     class Tokenizer:
-        end_id = 5
+        begin_id, end_id = None, 5
 
         def save(self, folder):
             (folder / "tokenizer.json").write_text("{}")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from peakgpt.cli import main
 from peakgpt.engine.checkpoint.quantized_weights import quantize_state
-from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.quantized_linear import Format, QuantizedLinear

@@ -13,7 +13,7 @@ from tiny_run import make_loop, new_run, train
 from peakgpt.cli import main
 from peakgpt.engine.checkpoint.run_checkpoints import run_faults, write_checkpoint
 from peakgpt.engine.data.run_layout import saved_steps, step_folder
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.training.run_folder import RunFolder
 
 

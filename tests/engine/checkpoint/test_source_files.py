@@ -17,7 +17,7 @@ class Tokens:
     """A tokenizer without files."""
 
     def __init__(self, end_id):
-        self.end_id = end_id
+        self.begin_id, self.end_id = None, end_id
 
     def save(self, folder):
         pass

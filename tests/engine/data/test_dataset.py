@@ -12,7 +12,7 @@ from peakgpt.engine.data.corpus import corpus_of
 from peakgpt.engine.data.data_config import DataConfig
 from peakgpt.engine.data.dataset import RECORD, Dataset, TrainingData, tokenizer_for
 from peakgpt.engine.data.prepare import prepare
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.training import loop
 from peakgpt.engine.training.run_config import RunConfig
 

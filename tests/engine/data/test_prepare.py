@@ -17,7 +17,8 @@ from peakgpt.engine.data.corpus import corpus_of, load_corpus
 from peakgpt.engine.data.documents import Document
 from peakgpt.engine.data.prepare import JOURNAL, prepare
 from peakgpt.engine.data.shards import TokenShards
-from peakgpt.engine.data.tokenizer import END_OF_TEXT, Tokenizer, train_tokenizer
+from peakgpt.engine.data.tokenizer import END_OF_TEXT, Tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.kernels.files import lock
 
 TEXTS = [f"document {number} of many, naïve 日本 " * (1 + number % 7) for number in range(60)]
@@ -76,6 +77,17 @@ def test_sizes_of_pieces_batches_and_blocks_change_no_byte(tokenizer, tmp_path, 
         blocks = [whole.text[i : i + block] for i in range(0, len(whole.text), block)]
         cut = Document("long", lambda blocks=blocks: blocks)
         assert ids_of(prepare(corpus_of([cut], ["v"]), tokenizer, tmp_path / str(number))[0]) == expected
+
+
+def test_pieces_do_not_depend_on_the_blocks_of_a_text(monkeypatch):
+    """The position of a preparation counts pieces."""
+    monkeypatch.setattr(encoding, "PIECE_CHARS", 10)
+    text = "".join(TEXTS)
+    pieces = list(encoding.cut_text([text]))
+    assert "".join(piece for piece, _ in pieces) == text and len(pieces) > 100
+    for size in (1, 9, 10, 11, 100):
+        assert list(encoding.cut_text([text[i : i + size] for i in range(0, len(text), size)])) == pieces
+    assert list(encoding.cut_text([])) == [("", True)]
 
 
 def small_pieces(monkeypatch):
@@ -195,7 +207,7 @@ def test_what_does_not_continue_a_preparation_is_refused(tokenizer, tmp_path, mo
     next(out.glob("train-00000*")).unlink()
     with pytest.raises(ValueError, match=r"got no train-00000-.*.bin, expected the finished shards"):
         prepare(corpus_of(TEXTS), tokenizer, out, shard_tokens=300)
-    for damaged in ("{", "[]", '{"train": {}}'):
+    for damaged in ("{", "7", '{"train": {}}', '{"train": {"pieces": "1", "offset": 0, "sha256": "", "shards": []}}'):
         (out / JOURNAL).write_text(damaged)
         with pytest.raises(ValueError, match=r"preparation.json: got .*, expected a journal"):
             prepare(corpus_of(TEXTS), tokenizer, out, shard_tokens=300)
@@ -250,6 +262,26 @@ def test_texts_of_a_program_without_a_validation_document_are_refused(tokenizer,
     assert not list(tmp_path.iterdir())
     train, validation = prepare(corpus_of(iter(["one", "two"]), iter(["three"])), tokenizer, tmp_path / "out")
     assert (train.documents, validation.documents) == (2, 1)
+
+
+PEAK = """
+import resource, sys
+from peakgpt.cli import main
+assert main(["prepare", sys.argv[1], "--vocab", "4096", "--out", f"{sys.argv[1]}-out"]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """From the size of the tokenizer's sample on; 600 MB are for any corpus, most of them torch and the sample."""
+    library = b"".join(document.text.encode() for document in load_corpus().train)
+    peaks_kb = []
+    for copies in (4, 20):
+        (tmp_path / f"{copies}.txt").write_bytes(library * copies)
+        program = [sys.executable, "-c", PEAK, str(tmp_path / f"{copies}.txt")]
+        peaks_kb.append(int(subprocess.run(program, capture_output=True, text=True).stdout.split()[-1]))
+    assert peaks_kb[1] < 1.1 * peaks_kb[0] and peaks_kb[1] < 600_000
 
 
 # The command

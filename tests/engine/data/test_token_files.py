@@ -8,7 +8,7 @@ from peakgpt.engine.data import token_files as module
 from peakgpt.engine.data.prepare import prepare_tokens
 from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.data.token_files import find_token_files, is_token_source
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 
 RNG = np.random.default_rng(0)
 

@@ -3,18 +3,21 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from itertools import islice
 
 import numpy as np
 import pytest
+import tokenizers
+from tiny_tokenizers import BUILDERS
+from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from peakgpt.engine.data import encoding
-from peakgpt.engine.data import tokenizer as module
+from peakgpt.engine.data.clean_up import CleanUp
 from peakgpt.engine.data.corpus import load_corpus
-from peakgpt.engine.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, train_tokenizer
+from peakgpt.engine.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 
 TRICKY = [
     "",
@@ -109,22 +112,10 @@ def test_prefix_space_is_added_once_per_document(tokenizer, monkeypatch):
     """A tokenizer that adds a space before every text gets whole documents instead of pieces."""
     monkeypatch.setattr(encoding, "PIECE_CHARS", 3)
     library = type(tokenizer.library).from_str(tokenizer.library.to_str())
-    library.pre_tokenizer = module.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     foreign = Tokenizer(library)
     [ids] = foreign.encode_documents(["ab\ncd\nef"])
     assert ids.tolist() == [*foreign.encode("ab\ncd\nef"), foreign.end_id]
-
-
-def test_tokenizer_training_is_deterministic(tokenizer, texts, tmp_path):
-    """Another process with another number of threads learns the same merges."""
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
-    code = (
-        "import json, sys; from peakgpt.engine.data.tokenizer import train_tokenizer; "
-        "train_tokenizer(json.load(open(sys.argv[1])), 1024).save(sys.argv[2])"
-    )
-    environment = {**os.environ, "RAYON_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code, tmp_path / "texts.json", tmp_path], check=True, env=environment)
-    assert Tokenizer.load(tmp_path).library.to_str() == tokenizer.library.to_str()
 
 
 def test_saved_tokenizer_loads(tokenizer, tmp_path):
@@ -208,82 +199,90 @@ def test_ids_beyond_the_vocabulary_are_empty_text(tokenizer):
     assert tokenizer.token_bytes(1024) == b""
 
 
-@pytest.mark.parametrize("size", [-1, 256, (1 << 20) + 1, 10**9, 1 << 70])
-def test_vocabulary_of_absurd_size_is_refused(size):
-    """The library allocates for all of it, and aborts the process when that fails."""
-    with pytest.raises(ValueError, match=f"vocab_size: got {size}, expected at least 257 .* at most 1048576"):
-        train_tokenizer(["text"], size)
+# ---- what is put around texts and documents
 
 
-def test_vocabulary_is_limited_by_the_text():
-    assert train_tokenizer(["aaaa"], 1 << 20).vocab_size == 259
+def with_template(single, kind="llama"):
+    library = BUILDERS[kind]()
+    ids = [(text, library.token_to_id(text)) for text in ("<s>", "</s>")]
+    library.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return Tokenizer(library, "</s>", begin_of_text="<s>")
 
 
-# ---- texts without blanks: the time of learning merges is quadratic in the longest word
-
-ALPHABETS = {
-    "dna": "ACGT", "base64": "ABCabc0123456789+/", "cjk": "日本語中文字", "one letter": "a", "digits": "0123456789",
-    "blanks": " \t", "lines": "\n", "no-break": "\u00a0\u2003", "punctuation": "-=#", "control": "\x1c!",
-    "emoji": "🎉👩",
-}  # fmt: skip
-
-
-def learned_from(text, monkeypatch):
-    """Train on a text; return the longest word that the library gets, in bytes."""
-    longest = []
-
-    def measure(library, trainer, texts, report):
-        words = [word for part in texts for word, _ in library.pre_tokenizer.pre_tokenize_str(part)]
-        longest.append(max(map(len, words)))
-        library.add_special_tokens([END_OF_TEXT])
-
-    monkeypatch.setattr(module, "_learn_merges", measure)
-    train_tokenizer(["short words", text], 300)
-    return longest[0]
+def test_document_is_what_a_prompt_begins_with_the_text_and_the_end_of_text():
+    tokenizer = with_template("<s> $A")
+    start, end = tokenizer.library.token_to_id("<s>"), tokenizer.end_id
+    texts = ["the canary", "", "sings"]
+    bare = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    ids = np.concatenate(list(tokenizer.encode_documents(texts)))
+    assert ids.tolist() == [token for text in bare for token in [start, *text, end]]
+    assert tokenizer.encode("sings") == [start, *bare[2]]
 
 
-@pytest.mark.parametrize("name", ALPHABETS)
-def test_words_are_cut_for_learning(name, monkeypatch):
-    """No word is longer than the limit, wherever it stands in the text; it is cut only if it is longer."""
-    rng = random.Random(name)
-    for length in (100, module.MAX_WORD_BYTES, 5 * module.MAX_WORD_BYTES):
-        word = "".join(rng.choice(ALPHABETS[name]) for _ in range(length))
-        for text in (word, f"some words {word} and more", "x " * rng.randrange(99) + word + "\n\nx"):
-            assert learned_from(text, monkeypatch) <= module.MAX_WORD_BYTES
-    limit = module.MAX_WORD_BYTES
-    assert learned_from("a" * limit, monkeypatch) == limit
+@pytest.mark.parametrize("single", ["</s> $A", "</s> $A </s>", "$A </s>", "$A"])
+def test_documents_are_separated_by_one_end_of_text(single):
+    """OPT puts the end of text before a text, others after it: never two between documents."""
+    tokenizer = with_template(single)
+    bare = [tokenizer.encode(text, add_special_tokens=False) for text in ("the canary", "sings")]
+    ids = np.concatenate(list(tokenizer.encode_documents(["the canary", "sings"])))
+    assert ids.tolist() == [*bare[0], tokenizer.end_id, *bare[1], tokenizer.end_id]
 
 
-def test_cutting_long_words_changes_no_vocabulary(texts, monkeypatch):
-    """Merges of a text with short words are the same with the cutter, which a long word elsewhere turns on."""
-    plain = train_tokenizer(texts[:20], 512).library.to_str()
-    monkeypatch.setattr(module, "_may_have_long_word", lambda text: True)
-    assert train_tokenizer(texts[:20], 512).library.to_str() == plain
+def test_long_document_gets_its_start_and_end_once(monkeypatch):
+    monkeypatch.setattr(encoding, "PIECE_CHARS", 3)
+    tokenizer = with_template("<s> $A", "byte_level")
+    text = "one two three four\nfive six"
+    ids = np.concatenate(list(tokenizer.encode_documents([text]))).tolist()
+    assert ids == [*tokenizer.encode(text), tokenizer.end_id]
 
 
-def test_long_text_without_blanks_round_trips():
-    text = "".join(random.Random(0).choices("ACGT", k=100_000))
-    tokenizer = train_tokenizer([text], 300)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+@pytest.mark.parametrize("added", [AddedToken("b cd"), AddedToken("<x>", rstrip=True), AddedToken("ef", lstrip=True)])
+def test_documents_are_not_cut_inside_added_tokens(added, monkeypatch):
+    monkeypatch.setattr(encoding, "PIECE_CHARS", 1)
+    library = BUILDERS["byte_level"]()
+    library.add_tokens([added])
+    tokenizer = Tokenizer(library, "</s>")
+    text = "a b cd ef <x> \n g b cd"
+    ids = np.concatenate(list(tokenizer.encode_documents([text]))).tolist()
+    assert ids == [*tokenizer.encode(text), tokenizer.end_id]
 
 
-INTERRUPTED = """
-import sys
-from peakgpt.engine.data import library_call
-from peakgpt.engine.data.tokenizer import train_tokenizer
-library_call.REPORT_S = 0.05
-texts = ["the cat %d sat " % i * 20 for i in range(200_000)]
-try:
-    train_tokenizer(texts, 50_000, report=lambda line: print(line, flush=True))
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
+def test_context_of_a_text_is_its_start_else_bos_else_the_end_of_text():
+    begin, end = with_template("<s> $A").library.token_to_id("<s>"), with_template("$A").end_id
+    assert with_template("<s> $A").context_ids == [begin]
+    assert with_template("$A").context_ids == [begin]
+    assert Tokenizer(BUILDERS["llama"](), "</s>").context_ids == [end]
 
 
-def test_interrupt_ends_the_training_which_reports_its_progress():
-    """Ctrl-C reaches Python while the library works, and lines tell how far it is."""
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True)
-    line = process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert line.startswith("tokenizer: reads text, ") and process.returncode == 130
+def test_tokenizer_without_an_end_of_text_is_usable_where_none_is_needed(tmp_path):
+    BUILDERS["gpt1"]().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"unk_token": "<unk>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.end_id, tokenizer.stop_token_ids, tokenizer.end_of_text) == (None, (), None)
+    assert tokenizer.decode(tokenizer.encode("The canary sings")) == "the canary sings"
+    with pytest.raises(ValueError, match="tokenizer: got none with an end-of-text token, expected one: it ends each"):
+        next(tokenizer.encode_documents(["the canary"]))
+    with pytest.raises(ValueError, match="tokenizer: got none with a token that begins or ends a text, expected one"):
+        _ = tokenizer.context_ids
+
+
+def test_vocabulary_with_gaps_holds_every_id():
+    words = {"a": 0, "b": 7, "<|endoftext|>": 3}
+    tokenizer = Tokenizer(tokenizers.Tokenizer(models.BPE(words, [])))
+    assert tokenizer.vocab_size == 8
+    tokenizer.library.add_tokens(["c"])
+    assert tokenizer.vocab_size == max(tokenizer.library.get_vocab().values()) + 1
+
+
+def test_clean_up_in_parts_equals_clean_up_of_the_whole():
+    rng = random.Random(4)
+    letters = [*" .?!,'nmstvre", "  ", " ' ", " n't", " 's", "ab"]
+    for _ in range(3000):
+        parts = ["".join(rng.choices(letters, k=rng.randrange(4))) for _ in range(rng.randrange(8))]
+        stream, whole = CleanUp(), CleanUp.apply("".join(parts))
+        shown = ""
+        for part in parts:
+            shown += stream.feed(part)
+            assert whole.startswith(shown)
+        assert shown + stream.finish() == whole
+    assert CleanUp().feed("hello") == "hello"  # at once

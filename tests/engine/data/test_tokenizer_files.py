@@ -1,9 +1,11 @@
 """Tokenizer.load equals transformers' AutoTokenizer: ids and special tokens, for generated folders and texts."""
 
+import base64
 import itertools
 import json
 import os
 import random
+import sys
 
 import pytest
 import tokenizers
@@ -180,10 +182,61 @@ def test_saved_folder_equals_the_loaded_one(tmp_path):
         assert ours.encode(text) == Tokenizer.load(source).encode(text) == theirs(text)["input_ids"]
 
 
-@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model", "tekken.json"])
-def test_folder_of_an_older_format_names_the_way_out(name, tmp_path):
+@pytest.mark.parametrize("name", ["vocab.txt", "tekken.json"])
+def test_folder_of_a_format_that_is_not_read_names_the_way_out(name, tmp_path):
     (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match=rf"tokenizer\.json: got No such file but {name}.*save_pretrained"):
+        Tokenizer.load(tmp_path)
+
+
+WORDS = json.dumps({"a": 0, "b": 1, "ab": 2})
+LETTERS = b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+DAMAGED = {  # name: files, part of the message
+    "no merges": ({"vocab.json": WORDS}, r"merges\.txt: got No such file, expected it beside vocab\.json"),
+    "no JSON": ({"vocab.json": "{", "merges.txt": ""}, r"vocab\.json: got .*, expected JSON with one object"),
+    "a list": ({"vocab.json": "[1]", "merges.txt": ""}, r"vocab\.json: got list '\[1\]', expected JSON"),
+    "an id of text": ({"vocab.json": '{"a": "b"}', "merges.txt": ""}, r"vocab\.json: got dict .*, expected JSON"),
+    "an id twice": ({"vocab.json": '{"a": 1, "b": 1}', "merges.txt": ""}, r"got words that share an id"),
+    "a part": ({"vocab.json": WORDS, "merges.txt": "#version: 1\na b c"}, r"got line 'a b c', expected two parts"),
+    "no word": ({"vocab.json": WORDS, "merges.txt": "a c"}, r"merges\.txt: got .*, expected merges of the words"),
+    "empty model": ({"tokenizer.model": ""}, r"tokenizer\.model: got no pieces, expected a model of SentencePiece"),
+    "no model": ({"tokenizer.model": "\xff\xfe"}, r"tokenizer\.model: got .*, expected a model of SentencePiece"),
+    "no base64": ({"tokenizer.model": LETTERS + b"?? 256\n"}, r"got line 257 b'\?\? 256', expected a word in base64"),
+    "no rank": ({"tiktoken.model": LETTERS + b"YWI=\n"}, r"got line 257 b'YWI=', expected a word in base64 and a rank"),
+    "a rank twice": ({"tiktoken.model": LETTERS + b"YWI= 7\n"}, r"got a rank twice or below 0"),
+    "an id of two": (
+        {"tiktoken.model": LETTERS + b"YWI= 257\n",
+         "tokenizer_config.json": '{"added_tokens_decoder": {"257": {"content": "</s>"}}}'},
+        r"got a word and a special token of id 257",
+    ),
+    "a huge id": (
+        {"tiktoken.model": LETTERS, "tokenizer_config.json": '{"added_tokens_decoder": {"9999999": {"content": "a"}}}'},
+        r"got id 9999999 in added_tokens_decoder, expected up to 1048576",
+    ),
+    "no token": (
+        {"tiktoken.model": LETTERS, "tokenizer_config.json": '{"added_tokens_decoder": {"300": 3}}'},
+        r"in added_tokens_decoder, expected ids and tokens",
+    ),
+    "no byte": ({"tiktoken.model": LETTERS[:-9]}, r"got no word for byte 0xff, expected every byte"),
+    "no expression": ({"mine.tiktoken": LETTERS}, r"mine\.tiktoken: got words without the expression .* pat_str"),
+    "bad expression": ({"mine.tiktoken": LETTERS, "tokenizer_config.json": '{"pat_str": "("}'}, r"tiktoken: got .*"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_vocabulary_is_one_sentence(name, tmp_path):
+    files, message = DAMAGED[name]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"^tokenizer .*{message}") as error:
+        Tokenizer.load(tmp_path)
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
+def test_missing_package_for_sentencepiece_is_named(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match=r"^tokenizer .*\.model: got .*pip install 'peakgpt\[sentencepiece\]'"):
         Tokenizer.load(tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peakgpt.cli import main
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.evaluation.zero_shot import ZeroShot, best_threshold
 from peakgpt.engine.gpt import GPT

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
-from peakgpt.engine.data.tokenizer import Tokenizer, train_tokenizer
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.inference.program_executor import ProgramExecutor

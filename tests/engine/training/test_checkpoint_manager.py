@@ -15,7 +15,7 @@ from peakgpt.engine.checkpoint import run_checkpoints
 from peakgpt.engine.checkpoint.checkpoint_config import CheckpointConfig
 from peakgpt.engine.checkpoint.families import FAMILIES, OWN
 from peakgpt.engine.data.run_layout import model_folder, saved_steps, step_folder
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.training import checkpoint_manager
 from peakgpt.engine.training.checkpoint_manager import CheckpointManager

@@ -20,6 +20,8 @@ EXEMPT = {
     r"\.gradients\._(memory|versions)": "every step sets the gradients to zero first",
     r"\.grad\b": "the gradient memory above",
     r"\.grad_norm\b": "the norm of the last step; every step writes it first",
+    r"\.trainer\.lr$": "that of the last step, for its metrics; every step writes it first",
+    r"\._shapes\b": "the inputs that a CUDA graph is recorded for",
     r"\.lr_scale\b": "every step writes it first, from the number of steps",
     r"\.optimizer\._launches": "tables of addresses",
     r"\.model\.source_files": "the checkpoint's JSON files, which the next checkpoint has unchanged",

@@ -12,6 +12,7 @@ from peakgpt.engine.training.checkpoint_manager import CheckpointManager
 from peakgpt.engine.training.loop import SaveDue
 from peakgpt.engine.training.loss_spikes import LossSpike, SpikeDetector
 from peakgpt.engine.training.run_folder import RunFolder
+from peakgpt.engine.training.skipped_steps import Diverged
 from peakgpt.engine.training.train_config import TrainConfig
 
 SPIKES = {"spike_sigma": 50.0, "spike_window": 4, "spike_rollback": 3, "spike_skip": 2}
@@ -92,6 +93,12 @@ def test_a_run_that_is_killed_around_a_spike_has_the_rows_of_one_that_was_not(tm
             train(killed, wrong, kill_after=kill_after)
         train(RunFolder.reopen(killed.path), wrong)
         assert rows(killed) == rows(whole)
+
+
+def test_a_training_that_spikes_for_ever_ends(tmp_path):
+    run = new_run(tmp_path / "run")
+    with pytest.raises(Diverged, match="gone back to step 10 10 times after loss spikes"):
+        train(run, dict.fromkeys(range(12, 60, 3), 1000.0), spike_skip=0)
 
 
 def test_checkpoints_that_lead_to_the_spike_are_deleted(tmp_path):

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
+from peakgpt.engine.data.dataset import Dataset, TrainingData
 from peakgpt.engine.data.shard_writer import write_shards
 from peakgpt.engine.data.shards import TokenShards
-from peakgpt.engine.data.tokenizer import train_tokenizer
+from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training.held_out import open_held_out, prepare_held_out
+from peakgpt.engine.training.held_out import held_out_sets, prepare_held_out
 from peakgpt.engine.training.validation import Validator, evaluate
 from peakgpt.engine.training.validation_config import ValidationConfig
 
@@ -141,15 +142,23 @@ def test_bad_input_is_refused_before_the_training(tmp_path):
 
 
 def test_held_out_sets_are_text_files_or_prepared_folders(tmp_path):
-    tokenizer = train_tokenizer([TEXT], 300)
+    tokenizer, tokens = train_tokenizer([TEXT], 300), tmp_path / "tokens"
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "empty.txt").write_text("")
-    stream(tmp_path / "good", 40, vocab_size=tokenizer.vocab_size)
+    size = tokenizer.vocab_size
+    own = Dataset("run", stream(tokens, 90, "train", size), stream(tokens, 50, vocab_size=size), tokenizer)
+    stream(tmp_path / "good", 40, vocab_size=size)
     stream(tmp_path / "other", 40)
     paths = {"a": str(tmp_path / "a.txt"), "b": str(tmp_path / "good")}
-    prepare_held_out(paths, tokenizer, tmp_path / "tokens")
-    sets = open_held_out(paths, tokenizer, tmp_path / "tokens")
-    assert list(sets) == ["a", "b"] and len(sets["a"]) == len(tokenizer.encode(TEXT)) + 1 and len(sets["b"]) == 40
-    for path, text in (("none.txt", "No such file"), ("empty.txt", "is empty"), ("other", "vocabulary of 67")):
+    prepare_held_out(paths, tokenizer, tokens)
+    sets = held_out_sets(TrainingData([own]), paths, tokens)
+    assert {name: len(shards) for name, shards in sets.items()} == {
+        "validation": 50, "a": len(tokenizer.encode(TEXT)) + 1, "b": 40,
+    }  # fmt: skip
+    for path, text in (("none.txt", "No such file"), ("empty.txt", "is empty")):
         with pytest.raises(ValueError, match=text):
-            prepare_held_out({"c": str(tmp_path / path)}, tokenizer, tmp_path / "tokens")
+            prepare_held_out({"c": str(tmp_path / path)}, tokenizer, tokens)
+    with pytest.raises(ValueError, match="expected a folder of tokens"):
+        prepare_held_out(paths, None, tokens)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        held_out_sets(TrainingData([own]), {"c": str(tmp_path / "other")}, tokens)
