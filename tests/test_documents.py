@@ -213,6 +213,7 @@ SMALL = {
     "peakgpt contamination": "",
     "peakgpt train --text": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt train --resume": "",
+    "peakgpt train --config tiny": "--steps 2 --batch 2 --tokens 16 --vocab 300",
     "peakgpt verify": "",
     "peakgpt generate": "--max-tokens 2",
     "peakgpt quantize": "",

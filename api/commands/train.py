@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from peakgpt.closed_output import PIPE_EXIT_CODE, Output
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     resumable = ", ".join(s.flag for s in run_settings().values() if s.resumable)
     parser.add_argument("--resume", metavar="FOLDER", help=f"continue this run; takes {resumable}")
     add_flags(parser, run_settings().values())
-    parser.other_name = our_name
+    parser.other_name = functools.partial(our_name, as_flag=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -89,6 +89,7 @@ class RunConfig:
             values.setdefault("dtype", best_dtype(device))
         if values.get("init") is None and values.get("preset") is None:
             values["preset"] = DEFAULT_PRESET
+        _build(ModelSource, values)  # raises before the checkpoint is read
         fields = {name: value for name, value in values.items() if name in MODEL_FIELDS}
         if values.get("init") is not None:
             fields = checkpoint_fields(values["init"], fields)

@@ -1,21 +1,88 @@
 """Names of settings in other training programs, for the error of an unknown key and the table in docs/training.md.
 
-litgpt: `litgpt pretrain` (litgpt/pretrain.py, args.py). torchtitan: torchtitan/config/configs.py and the Config classes
-in components/. nanoGPT: train.py. transformers: TrainingArguments, and GPT2Config for [model].
+litgpt: `litgpt pretrain` (litgpt/pretrain.py, args.py, config.py). torchtitan: torchtitan/config/configs.py and the
+Config classes in components/. nanoGPT: train.py. transformers: TrainingArguments; GPT2Config, LlamaConfig for [model].
 """
 
 from __future__ import annotations
 
 PROGRAMS = ("litgpt", "torchtitan", "nanoGPT", "transformers")
 
-# Our key or flag -> what a reader of each program looks for; several names are separated by blanks.
-SYNONYMS: dict[str, tuple[str, str, str, str]] = {}
+# Our key or flag -> what each program calls it; several names are separated by blanks, "" if it has none.
+SYNONYMS: dict[str, tuple[str, str, str, str]] = {
+    "preset": ("model_name", "model.flavor", "init_from", "model_name"),
+    "init": ("initial_checkpoint_dir", "checkpoint.initial_load_path", "", "model_name_or_path"),
+    "tokenizer": ("tokenizer_dir", "hf_assets_path", "", "tokenizer_name"),
+    "n_kv_head": ("n_query_groups", "n_kv_heads", "", "num_key_value_heads"),
+    "n_layer": ("", "n_layers", "", "num_hidden_layers"),
+    "n_head": ("", "n_heads", "", "num_attention_heads"),
+    "n_embd": ("", "dim", "", "hidden_size"),
+    "head_dim": ("head_size", "", "", ""),
+    "n_inner": ("intermediate_size", "hidden_dim", "", "intermediate_size"),
+    "block_size": ("max_seq_length", "max_seq_len", "", "n_positions n_ctx max_position_embeddings"),
+    "vocab_size": ("padded_vocab_size", "", "", ""),
+    "layer_norm_epsilon": ("norm_eps", "norm_eps", "", "rms_norm_eps"),
+    "tied_head": ("tie_embeddings", "enable_weight_tying", "", "tie_word_embeddings"),
+    "dropout": ("", "", "", "resid_pdrop hidden_dropout"),
+    "embedding_dropout": ("", "", "", "embd_pdrop"),
+    "attention_dropout": ("", "", "", "attn_pdrop"),
+    "label_smoothing": ("", "", "", "label_smoothing_factor"),
+    "text": ("data.train_data_path", "", "", "train_file"),
+    "dataset": ("data", "dataset_path", "", "dataset_name"),
+    "batch": ("global_batch_size", "global_batch_size num_tokens_per_train_step", "", ""),
+    "micro_batch": ("micro_batch_size", "local_batch_size num_tokens_per_microbatch_per_dp_rank",
+                    "batch_size gradient_accumulation_steps", "per_device_train_batch_size"),
+    "tokens": ("", "seq_len max_context_length", "", "max_length"),
+    "steps": ("max_steps", "training.steps", "max_iters", "max_steps"),
+    "epochs": ("train.epochs", "", "", "num_train_epochs"),
+    "minutes": ("max_time", "", "", ""),
+    "dtype": ("precision", "mixed_precision_param", "", "bf16 fp16"),
+    "recompute": ("activation_checkpointing", "activation_checkpoint", "", "gradient_checkpointing"),
+    "lr": ("optimizer.lr", "optimizer.lr", "learning_rate", "learning_rate"),
+    "betas": ("optimizer.betas", "", "beta1 beta2", "adam_beta1 adam_beta2"),
+    "eps": ("optimizer.eps", "optimizer.eps", "", "adam_epsilon"),
+    "max_norm": ("train.max_norm", "training.max_norm", "grad_clip", "max_grad_norm"),
+    "schedule": ("", "decay_type", "decay_lr", "lr_scheduler_type"),
+    "warmup": ("lr_warmup_fraction", "", "", "warmup_ratio"),
+    "warmup_steps": ("lr_warmup_steps", "lr_scheduler.warmup_steps", "warmup_iters", "warmup_steps"),
+    "decay_steps": ("", "", "lr_decay_iters", ""),
+    "decay_fraction": ("", "decay_ratio", "", ""),
+    "min_lr_fraction": ("", "min_lr_factor", "", ""),
+    "validate_every": ("interval eval.interval", "validator.freq", "eval_interval", "eval_steps"),
+    "validation_batches": ("max_iters eval.max_iters", "validator.steps", "eval_iters", "eval_max_batches"),
+    "patience": ("", "", "", "early_stopping_patience"),
+    "save_every": ("save_interval", "checkpoint.interval", "", "save_steps"),
+    "keep_last": ("", "keep_latest_k", "", "save_total_limit"),
+    "enable_wandb": ("logger_name", "", "wandb_log", "report_to"),
+    "--config": ("", "job.config_file", "", ""),
+    "--out": ("out_dir", "dump_folder", "out_dir", "output_dir"),
+    "--resume": ("resume", "checkpoint.load_step", "", "resume_from_checkpoint"),
+    "--device": ("devices", "", "device", ""),
+}  # fmt: skip
 
 
-def our_name(name: str) -> str | None:
+FORMER = {"model": "preset"}  # names of earlier versions
+
+
+def our_name(name: str, *, as_flag: bool = False) -> str | None:
     """Return what to use instead of a name of another program; None if no program has it.
 
     Args:
         name: a key or a flag without its dashes; sections may stand before it, as in train.global_batch_size.
+        as_flag: name the flag instead of the key.
     """
+    wanted = name.replace("-", "_")
+    if wanted in FORMER:
+        return f"expected {_flag(FORMER[wanted]) if as_flag else FORMER[wanted]}"
+    for exact in (True, False):  # "max_iters" alone is nanoGPT's; behind "eval." it is litgpt's
+        for ours, theirs in SYNONYMS.items():
+            for program, names in zip(PROGRAMS, theirs, strict=True):
+                for other in names.split():
+                    last = wanted.rpartition(".")[2]
+                    if wanted == other or (not exact and last == other.rpartition(".")[2]):
+                        return f"expected {_flag(ours) if as_flag else ours} ({program}: {other})"
     return None
+
+
+def _flag(name: str) -> str:
+    return name if name.startswith("--") else f"--{name.replace('_', '-')}"
