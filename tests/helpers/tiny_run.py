@@ -45,8 +45,13 @@ def new_run(path):
     return run
 
 
-def train(run, loop, *, save_every=5, validate_every=None, config=None, until=None, tokenizer=None):
-    """Train with checkpoints, from the newest one on, and close the run. Return the losses of all rows."""
+def train(run, loop, *, save_every=5, validate_every=None, config=None, until=None, killed=False, tokenizer=None):
+    """Train with checkpoints, from the newest one on, and close the run. Return the losses of all rows.
+
+    Args:
+        until: stop after this step.
+        killed: whether the last save is left out, so that the rows after the save before it have no checkpoint.
+    """
     with run, CheckpointManager(run, loop, tokenizer, config) as checkpoints:
         checkpoints.load()
         for event in loop.run(
@@ -54,7 +59,8 @@ def train(run, loop, *, save_every=5, validate_every=None, config=None, until=No
         ):
             checkpoints.check()
             if isinstance(event, SaveDue):
-                checkpoints.save()
+                if not (killed and event.step == until):
+                    checkpoints.save()
             else:
                 run.log(**event.row())
     return losses(run)
