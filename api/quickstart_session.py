@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from peakgpt.bench.case import run_case
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.decode import compare_decoding
 from peakgpt.bench.interleave import interleave
-from peakgpt.bench.op_cases import OpCase
-from peakgpt.bench.ops import compare_ops
+from peakgpt.bench.ops import op_cases
 from peakgpt.bench.run_results import Failure, RunResults
 from peakgpt.bench.schema import Result
 from peakgpt.bench.shared_batches import STRETCH, SharedBatches
@@ -46,6 +47,8 @@ SAMPLE_TOKENS = 200
 DECODINGS = 20  # a comparison of decoding takes about as long as so many runs of peakgpt
 PROMPT = '"""Read a file and return'
 CONTENDERS = ("peakgpt", "eager")
+OP_CONTENDERS = (*CONTENDERS, "torch fused")  # compiling an op takes longer than timing all of them
+OP_S = 0.75  # for one pass of one op
 
 
 class Stopped(Exception):
@@ -186,16 +189,15 @@ class Session:
 
     def time_ops(self, found: RunResults, budget: TimeBudget) -> None:
         """Time the ops of this model's training step, as many as fit into the time."""
-        sizes = self.op_sizes()
-        for done, (op, size) in enumerate(sizes.items()):
+        dtype = str(self.config.dtype).removeprefix("torch.")
+        cases = op_cases(self.op_sizes(), [dtype], only=OP_CONTENDERS)
+        for done, case in enumerate(cases):
             left_s = budget.left_s("ops")
             if left_s == 0:
-                print(f"no time left to time {', '.join(list(sizes)[done:])}")
+                print(f"no time left to time {', '.join(case.name for case in cases[done:])}")
                 return
-            found.results += compare_ops(
-                [OpCase(op, size)], self.device, self.config.dtype, budget_s=min(1.5, left_s / (len(sizes) - done)),
-                on_failure=lambda name, error, op=op: found.add(Failure.of(error, f"peakgpt {op}: {name}")),
-            )  # fmt: skip
+            seconds = min(OP_S, left_s / (len(cases) - done))
+            run_case(dataclasses.replace(case, seconds=seconds), self.device, found.add)
 
     def op_sizes(self) -> dict[str, dict[str, int]]:
         """Return the sizes of the ops in the training step of this model."""

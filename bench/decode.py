@@ -1,6 +1,6 @@
 """Greedy decoding with a KV cache versus plain PyTorch and other engines: `peakgpt bench decode`.
 
-On a CPU each contender has a process of its own, and weights of several formats are compared in one interleaved run.
+On a CPU each contender has a process of its own.
 One step decodes all streams from the prompt to the end, prefill included. `bytes`, for MBU, count the weights and
 the KV cache, read once for each new token of all streams together.
 """
@@ -12,40 +12,130 @@ import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from peakgpt.bench.agreement import expect_close
+from peakgpt.bench.case import Case, joined
 from peakgpt.bench.contenders.contender import SEED, WEIGHT_FORMATS, Workload
 from peakgpt.bench.contenders.decoding import DECODING_CONTENDERS, eager_decoder
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
 from peakgpt.bench.contenders.time_contenders import time_contenders
-from peakgpt.bench.contenders.worker_process import WorkerProcess
-from peakgpt.bench.interleave import OnFailure, interleave, raise_failure
-from peakgpt.bench.run_results import Emit, record_failures
+from peakgpt.bench.contenders.worker_process import WorkerProcess, saving_first
+from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import preset
-from peakgpt.kernels.command_line import integer, refuse_ignored
-from peakgpt.kernels.hardware.peaks import peak_for
+from peakgpt.kernels.command_line import integer
 
 MIN_EQUAL_TOKENS = 4  # first tokens, in float32; later, rounding may decide between two almost equally likely tokens
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5}  # per weight; int4: a 16-bit scale for each 32 weights
+GPU_FORMATS = ("float32", "bfloat16")
 HEAD_BITS = {**BITS, "int4": 8}
+
+
+@dataclass(frozen=True)
+class DecodeCase(Case):
+    """Decoding on the CPU with weights of one format; each contender has its own process.
+
+    The first tokens of each contender are checked against those of eager in float32.
+
+    Args:
+        model: name of the model, for the name of the case.
+        config: the model.
+        workload: streams, prompt and new tokens.
+        dtype: weight format.
+    """
+
+    kind: ClassVar[str] = "decode"
+    model: str
+    config: GPTConfig
+    workload: Workload
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return joined(self.kind, self.model, str(self.workload), self.dtype)
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return [name for name, contender in DECODING_CONTENDERS.items() if self.dtype in contender.formats]
+
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        config, workload = self.config, self.workload
+        state, ids = decoding_inputs(config, workload)
+        expected, agreement = eager_decoder(state, config, ids, workload, "float32")(), {}
+
+        def expect_correct(name: str, outputs: Mapping[str, Tensor]) -> None:
+            agreement[name] = _expect_equal_start(name, outputs[name], expected, self.dtype)
+
+        with tempfile.TemporaryDirectory() as folder:
+            measured = time_contenders(
+                ((name, partial(self._start, name, folder)) for name in self.contenders(device)),
+                lambda name, worker: (worker.step(), torch.load(Path(folder, f"{name}.pt")))[1],
+                expect_correct, rounds=self.rounds, warmup=0, budget_s=self.seconds,
+                peaks=PeakMeter(device, memory=True), on_failure=on_failure,
+            )  # fmt: skip
+        return [
+            Result.of(
+                m.timing.noted(agreement[name], m.note, contender.version), bench="decode", contender=name,
+                backend=contender.backend, device="cpu", dtype=self.dtype, case=_sizes(config, workload),
+                memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
+                bytes=read_bytes(config, workload, self.dtype), weight_bits=contender.bits.get(self.dtype),
+            )
+            for name, m in measured.items() for contender in [DECODING_CONTENDERS[name]]
+        ]  # fmt: skip
+
+    def _start(self, name: str, folder: str) -> WorkerProcess:
+        contender = DECODING_CONTENDERS[name]
+        contender.expect_installed()
+        request = {"make": f"{__name__}:decode_step", "threads": torch.get_num_threads(),
+                   "config": dataclasses.asdict(self.config), "workload": dataclasses.asdict(self.workload),
+                   "contender": name, "weights": self.dtype, "output": str(Path(folder, f"{name}.pt"))}  # fmt: skip
+        return WorkerProcess(name, request, contender.environment)
+
+
+@dataclass(frozen=True)
+class GenerateCase(Case):
+    """`generate` of peakgpt and eager in this process, on any device. The logits of the prompt are checked.
+
+    Args:
+        model: a preset.
+        workload: streams, prompt and new tokens.
+        dtype: of the weights.
+    """
+
+    kind: ClassVar[str] = "decode"
+    model: str
+    workload: Workload
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return joined(self.kind, self.model, "generate", str(self.workload), self.dtype)
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return ["peakgpt", "eager"]
+
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        model = GPT.from_preset(self.model).to(device, getattr(torch, self.dtype)).eval()
+        ids = torch.randint(model.config.vocab_size, (self.workload.streams, self.workload.prompt), device=device)
+        names = self.contenders(device)
+        return compare_decoding(model, ids, names, count=self.workload.tokens, rounds=self.rounds,
+                                budget_s=self.seconds)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
-    parser.add_argument("--prompt", type=integer(), default=32, help="prompt tokens (default 32)")
-    parser.add_argument("--tokens", type=integer(), default=64, help="tokens to add (default 64)")
-    parser.add_argument("--streams", type=integer(), action="append", help="on the CPU; repeatable; default 1 and 8")
-    parser.add_argument("--contenders", nargs="+", choices=tuple(DECODING_CONTENDERS), help="on the CPU; default: all")
-    parser.add_argument("--rounds", type=integer(), help="timings of each contender, on the CPU (default 7)")
+    parser.add_argument("--prompt", type=integer(), default=16, help="prompt tokens (default 16)")
+    parser.add_argument("--tokens", type=integer(), default=32, help="tokens to add (default 32)")
+    parser.add_argument("--streams", type=integer(), action="append", help="repeatable; default 1 and 8")
     parser.add_argument(
         "--dtype",
         action="append",
@@ -54,35 +144,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
+def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     """
     Raises:
-        ValueError: int8 or int4 weights, or a flag of the CPU's benchmark, on a GPU.
+        ValueError: int8 or int4 weights on a GPU.
     """
+    workloads = [Workload(streams, args.prompt, args.tokens) for streams in args.streams or (1, 8)]
     if device.type == "cpu":
-        for streams in args.streams or (1, 8):
-            for row in compare_streams(
-                preset(args.model), Workload(streams, args.prompt, args.tokens), args.dtype or WEIGHT_FORMATS,
-                args.contenders, rounds=args.rounds or 7, on_failure=record_failures(emit),
-            ):  # fmt: skip
-                emit(row)
-        return
-    refuse_ignored(args, ("streams", "contenders", "rounds"), f"on {device}, expected it on the CPU only")
-    for dtype_name in args.dtype or ("float32", "bfloat16"):
-        if (dtype := getattr(torch, dtype_name, None)) not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"bench decode: got --dtype {dtype_name} on {device}, expected float32 or bfloat16")
-        model = GPT.from_preset(args.model).to(device, dtype).eval()
-        ids = torch.randint(model.config.vocab_size, (1, args.prompt), device=device)
-        for row in compare_decoding(model, ids, count=args.tokens):
-            emit(row)
+        config = preset(args.model)
+        return [
+            DecodeCase(args.model, config, workload, dtype, rounds=7)
+            for workload in workloads
+            for dtype in args.dtype or WEIGHT_FORMATS
+        ]
+    for dtype in args.dtype or ():
+        if dtype not in GPU_FORMATS:
+            raise ValueError(f"bench decode: got --dtype {dtype} on {device}, expected {' or '.join(GPU_FORMATS)}")
+    return [
+        GenerateCase(args.model, workload, dtype, rounds=5, seconds=20.0)
+        for workload in workloads
+        for dtype in args.dtype or GPU_FORMATS
+    ]
 
 
-def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, budget_s: float = 20.0) -> list[Result]:
+def compare_decoding(
+    model: GPT, ids: Tensor, names: Sequence[str] = ("peakgpt", "eager"), *, count: int, rounds: int = 5,
+    budget_s: float | None = 20.0,
+) -> list[Result]:  # fmt: skip
     """Time greedy decoding of `count` tokens by peakgpt and eager, after checking the logits of the prompt.
 
     Args:
         model: in the dtype to decode in.
         ids: (B, T) prompt.
+        names: of the contenders to time.
         count: tokens to add.
         rounds, budget_s: see `interleave`.
     Returns:
@@ -102,86 +196,26 @@ def compare_decoding(model: GPT, ids: Tensor, *, count: int, rounds: int = 5, bu
         "peakgpt": lambda: model.generate(ids, max_new_tokens=count),
         "eager": lambda: eager.generate(ids, count),
     }
-    timings = interleave(contenders, rounds=rounds, warmup=1, device=weight.device, budget_s=budget_s)
+    timings = interleave({name: contenders[name] for name in names}, rounds=rounds, warmup=1, device=weight.device,
+                         budget_s=budget_s, peaks=PeakMeter(weight.device, memory=True))  # fmt: skip
     model.train(was_training)
-    c, peak = model.config, peak_for(weight.device, weight.dtype)
+    c = model.config
     weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
     cached = 2 * c.n_layer * c.n_kv_head * c.head_dim * (ids.shape[1] + count / 2) * ids.shape[0]
     return [
         Result.of(
             timing, bench="decode", contender=name, backend="auto" if name == "peakgpt" else "torch",
             device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."),
-            case={"n_layer": c.n_layer, "n_embd": c.n_embd, "prompt": ids.shape[1], "tokens": count,
-                  "batch": ids.shape[0]},
-            bytes=count * (weights + cached) * weight.element_size(), peak_bytes_s=peak.bandwidth_bytes_s,
-            peak_source=peak.source,
+            case=_sizes(c, Workload(len(ids), ids.shape[1], count)),
+            bytes=count * (weights + cached) * weight.element_size(),
         )
         for name, timing in timings.items()
     ]  # fmt: skip
 
 
-# ---- on a CPU
-
-
-def compare_streams(
-    config: GPTConfig,
-    workload: Workload,
-    formats: Sequence[str] = WEIGHT_FORMATS,
-    names: Sequence[str] | None = None,
-    *,
-    rounds: int = 7,
-    on_failure: OnFailure = raise_failure,
-) -> list[Result]:
-    """Time decoding on the CPU, after checking that each contender's first tokens are those of eager in float32.
-
-    Args:
-        config: the model.
-        workload: streams, prompt and new tokens.
-        formats: weight formats; a contender is timed once in each format that it supports.
-        names: keys of DECODING_CONTENDERS; None means all.
-        rounds: see `interleave`.
-        on_failure: called with a contender that is not installed, ends, or decodes different tokens.
-    Returns:
-        A result for each contender and format; its dtype is the format.
-    """
-    state, ids = decoding_inputs(config, workload)
-    expected, agreement = eager_decoder(state, config, ids, workload, "float32")(), {}
-    request = {"make": f"{__name__}:decode_step", "threads": torch.get_num_threads(),
-               "config": dataclasses.asdict(config), "workload": dataclasses.asdict(workload)}  # fmt: skip
-    chosen = {
-        f"{name} {weights}": (name, weights)
-        for weights in formats
-        for name in names or DECODING_CONTENDERS
-        if weights in DECODING_CONTENDERS[name].formats
-    }
-
-    def start(key: str, output: Path) -> WorkerProcess:
-        name, weights = chosen[key]
-        DECODING_CONTENDERS[name].expect_installed()
-        return WorkerProcess(key, {**request, "contender": name, "weights": weights, "output": str(output)}, {})
-
-    def expect_correct(key: str, outputs: Mapping[str, Tensor]) -> None:
-        name, weights = chosen[key]
-        agreement[key] = _expect_equal_start(name, outputs[key], expected, weights)
-
-    with tempfile.TemporaryDirectory() as folder:
-        measured = time_contenders(
-            ((key, partial(start, key, Path(folder, f"{key}.pt"))) for key in chosen),
-            lambda key, worker: (worker.step(), torch.load(Path(folder, f"{key}.pt")))[1],
-            expect_correct, rounds=rounds, on_failure=on_failure,
-        )  # fmt: skip
-    peak = peak_for("cpu", torch.float32)
-    return [
-        Result.of(
-            m.timing.noted(agreement[key], contender.version), bench="decode", contender=name,
-            backend=contender.backend,
-            device="cpu", dtype=weights,
-            case={"n_layer": config.n_layer, "n_embd": config.n_embd, "prompt": workload.prompt,
-                  "tokens": workload.tokens, "batch": workload.streams},
-            bytes=read_bytes(config, workload, weights), peak_bytes_s=peak.bandwidth_bytes_s, peak_source=peak.source,
-        )
-        for key, m in measured.items() for name, weights in [chosen[key]] for contender in [DECODING_CONTENDERS[name]]
-    ]  # fmt: skip
+def _sizes(config: GPTConfig, workload: Workload) -> dict[str, int]:
+    return {"n_layer": config.n_layer, "n_embd": config.n_embd, "prompt": workload.prompt, "tokens": workload.tokens,
+            "batch": workload.streams}  # fmt: skip
 
 
 def read_bytes(config: GPTConfig, workload: Workload, weights: str) -> float:
@@ -242,5 +276,4 @@ def decode_step(request: Mapping[str, Any]) -> Callable[[], float]:
     config, workload = GPTConfig(**request["config"]), Workload(**request["workload"])
     state, ids = decoding_inputs(config, workload)
     decode = DECODING_CONTENDERS[request["contender"]].build(state, config, ids, workload, request["weights"])
-    torch.save(decode(), request["output"])
-    return lambda: float(decode()[0, -1])
+    return saving_first(decode, request["output"], lambda tokens: float(tokens[0, -1]))

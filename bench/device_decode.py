@@ -10,17 +10,21 @@ compiled step, replayed as a CUDA graph.
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peakgpt.bench.agreement import expect_close
+from peakgpt.bench.case import Case, joined
 from peakgpt.bench.contenders.contender import Contender, Workload
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
-from peakgpt.bench.interleave import OnFailure, interleave, raise_failure
+from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.prefill import work_flops
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
@@ -33,7 +37,6 @@ from peakgpt.kernels.hardware.peaks import Peak, peak_for
 
 Step = Callable[[Tensor], Tensor]  # tokens (B,) -> logits (B, V)
 Begin = Callable[[], Step]  # restores the state after the prompt
-ROUNDS = 20
 
 
 # ---- contenders: building one computes its prompt
@@ -118,50 +121,66 @@ DEVICE_DECODING_CONTENDERS = {
 # ---- timing
 
 
-@torch.no_grad()
-def compare_steps(
-    config: GPTConfig, workload: Workload, device: torch.device, names: Sequence[str], *, budget_s: float,
-    on_failure: OnFailure = raise_failure,
-) -> list[Result]:  # fmt: skip
-    """Time workload.tokens steps after a prompt in bfloat16, after checking each contender's first logits.
+@dataclass(frozen=True)
+class StepsCase(Case):
+    """workload.tokens steps after a prompt in bfloat16. The first logits of each contender are checked.
 
     Args:
+        model: name of the model, for the name of the case.
         config: a GPT-2 architecture.
         workload: streams, prompt and new tokens.
-        names: keys of DEVICE_DECODING_CONTENDERS.
-        budget_s: see `interleave`.
-        on_failure: called with a contender that cannot be built or has wrong logits; the others are timed.
     """
-    model, ids = (
-        _random_model(config, device),
-        torch.randint(config.vocab_size, (workload.streams, workload.prompt), device=device),
-    )
-    expected, contenders = _eager(model, ids, workload)()(ids[:, 0]), {}
-    for name in names:
-        try:
-            begin = DEVICE_DECODING_CONTENDERS[name].build(model, ids, workload)
-            expect_close(f"decode: {name}", [begin()(ids[:, 0])], [expected], torch.bfloat16)
-            contenders[name] = lambda begin=begin: _greedy(begin(), ids[:, 0], workload.tokens)
-        except Exception as error:  # a failing compiler must not prevent the timing of the others
-            on_failure(name, error)
-    with _report_missing_graph(on_failure):
-        timings = (
-            interleave(contenders, rounds=ROUNDS, warmup=1, device=device, budget_s=budget_s) if contenders else {}
-        )
-    c, peak = config, peak_for(device, torch.bfloat16)
+
+    kind: ClassVar[str] = "decode"
+    model: str
+    config: GPTConfig
+    workload: Workload
+
+    @property
+    def name(self) -> str:
+        return joined(self.kind, "steps", self.model, str(self.workload))
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return list(DEVICE_DECODING_CONTENDERS)
+
+    @torch.no_grad()
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        start, config, workload = time.perf_counter(), self.config, self.workload
+        model = _random_model(config, device)
+        ids = torch.randint(config.vocab_size, (workload.streams, workload.prompt), device=device)
+        expected, contenders = _eager(model, ids, workload)()(ids[:, 0]), {}
+        for name in self.contenders(device):
+            try:
+                begin = DEVICE_DECODING_CONTENDERS[name].build(model, ids, workload)
+                expect_close(f"decode: {name}", [begin()(ids[:, 0])], [expected], torch.bfloat16)
+                contenders[name] = lambda begin=begin: _greedy(begin(), ids[:, 0], workload.tokens)
+            except Exception as error:  # a failing compiler must not prevent the timing of the others
+                on_failure(name, error)
+        if not contenders:
+            return []
+        with _report_missing_graph(on_failure):
+            timings = interleave(contenders, rounds=self.rounds, warmup=1, device=device, budget_s=self.left_s(start),
+                                 on_failure=on_failure)  # fmt: skip
+        peak = peak_for(device, torch.bfloat16)
+        return [
+            Result.of(
+                timing, bench="decode", contender=name, backend="auto" if name == "peakgpt" else "torch",
+                device=str(device), dtype="bfloat16",
+                case={"n_layer": config.n_layer, "n_embd": config.n_embd, "prompt": workload.prompt,
+                      "tokens": workload.tokens, "batch": workload.streams, "timed": "steps"},
+                bytes=_steps_bytes(model, workload), peak_bytes_s=peak.measured_bandwidth_bytes_s,
+                peak_source=_peak_source(peak),
+            )
+            for name, timing in timings.items()
+        ]  # fmt: skip
+
+
+def _steps_bytes(model: GPT, workload: Workload) -> float:
+    """Return the bytes of the weights and of the past keys and values, each read once a step."""
+    c = model.config
     weights = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
     cached = 2 * c.n_layer * c.n_kv_head * c.head_dim * (workload.prompt + (workload.tokens + 1) / 2) * workload.streams
-    return [
-        Result.of(
-            timing, bench="decode", contender=name, backend="auto" if name == "peakgpt" else "torch",
-            device=str(device), dtype="bfloat16",
-            case={"n_layer": c.n_layer, "n_embd": c.n_embd, "prompt": workload.prompt, "tokens": workload.tokens,
-                  "batch": workload.streams, "timed": "steps"},
-            bytes=workload.tokens * (weights + cached) * 2, peak_bytes_s=peak.measured_bandwidth_bytes_s,
-            peak_source=_peak_source(peak),
-        )
-        for name, timing in timings.items()
-    ]  # fmt: skip
+    return workload.tokens * (weights + cached) * 2
 
 
 @contextlib.contextmanager
@@ -182,31 +201,56 @@ def _greedy(step: Step, token: Tensor, count: int) -> Tensor:
     return token
 
 
-@torch.no_grad()
-def compare_first_token(config: GPTConfig, tokens: int, device: torch.device, *, budget_s: float) -> list[Result]:
-    """Time prefill by peakgpt and eager in bfloat16, until the first token is on the host.
+@dataclass(frozen=True)
+class FirstTokenCase(Case):
+    """Prefill by peakgpt and eager in bfloat16, until the first token is on the host. Their logits are compared.
 
-    Raises:
-        ValueError: the logits of peakgpt differ from those of eager.
+    Args:
+        model: name of the model, for the name of the case.
+        config: a GPT-2 architecture.
+        tokens: of the prompt.
     """
-    model, ids = _random_model(config, device), torch.randint(config.vocab_size, (1, tokens), device=device)
-    blocks, eager = range(blocks_for(tokens)), _plain(EagerGPT, model)
-    executor, host = make_executor(model, len(blocks)), ids[0].tolist()
-    our_logits = lambda: executor.step([Chunk(host, 0, blocks)])  # noqa: E731
-    eager_logits = lambda: eager(ids, past=[[] for _ in range(config.n_layer)])[:, -1]  # noqa: E731
-    expect_close("first token: peakgpt", [our_logits()], [eager_logits()], torch.bfloat16)
-    contenders = {"peakgpt": lambda: int(our_logits().argmax()), "eager": lambda: int(eager_logits().argmax())}
-    timings = interleave(contenders, rounds=ROUNDS, warmup=1, device=device, budget_s=budget_s)
-    peak = peak_for(device, torch.bfloat16)
-    return [
-        Result.of(
-            timing, bench="prefill", contender=name, backend="auto" if name == "peakgpt" else "torch",
-            device=str(device), dtype="bfloat16",
-            case={"n_layer": config.n_layer, "n_embd": config.n_embd, "tokens": tokens, "batch": 1},
-            flops=work_flops(config, tokens), flops_kind="work", peak_flops_s=peak.flops_s, peak_source=peak.source,
-        )
-        for name, timing in timings.items()
-    ]  # fmt: skip
+
+    kind: ClassVar[str] = "prefill"
+    model: str
+    config: GPTConfig
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return joined(self.kind, "first-token", self.model, str(self.tokens))
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return ["peakgpt", "eager"]
+
+    @torch.no_grad()
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        """
+        Raises:
+            ValueError: the logits of peakgpt differ from those of eager.
+        """
+        start, config, tokens = time.perf_counter(), self.config, self.tokens
+        model, ids = _random_model(config, device), torch.randint(config.vocab_size, (1, tokens), device=device)
+        blocks, eager = range(blocks_for(tokens)), _plain(EagerGPT, model)
+        executor, host = make_executor(model, len(blocks)), ids[0].tolist()
+        logits = {
+            "peakgpt": lambda: executor.step([Chunk(host, 0, blocks)]),
+            "eager": lambda: eager(ids, past=[[] for _ in range(config.n_layer)])[:, -1],
+        }
+        expect_close("first token: peakgpt", [logits["peakgpt"]()], [logits["eager"]()], torch.bfloat16)
+        contenders = {name: lambda run=logits[name]: int(run().argmax()) for name in self.contenders(device)}
+        timings = interleave(contenders, rounds=self.rounds, warmup=1, device=device, budget_s=self.left_s(start),
+                             on_failure=on_failure)  # fmt: skip
+        peak = peak_for(device, torch.bfloat16)
+        return [
+            Result.of(
+                timing, bench="prefill", contender=name, backend="auto" if name == "peakgpt" else "torch",
+                device=str(device), dtype="bfloat16",
+                case={"n_layer": config.n_layer, "n_embd": config.n_embd, "tokens": tokens, "batch": 1},
+                flops=work_flops(config, tokens), flops_kind="work", peak_flops_s=peak.flops_s, peak_source=peak.source,
+            )
+            for name, timing in timings.items()
+        ]  # fmt: skip
 
 
 def _random_model(config: GPTConfig, device: torch.device) -> GPT:

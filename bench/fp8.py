@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from peakgpt.bench.interleave import interleave
-from peakgpt.bench.run_results import Emit
+from peakgpt.bench.case import Case, joined
+from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
@@ -19,10 +24,53 @@ from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.hardware.peaks import peak_for
 
 VOCAB = 50304  # GPT-2's, padded to a multiple of 128
 SYMBOLS = 512  # number of token ids in the synthetic sequences
+
+
+@dataclass(frozen=True)
+class Fp8Case(Case):
+    """Training with both dtypes, then the time of a step of each; the notes contain the losses.
+
+    Args:
+        model: name of the model, for the name of the case.
+        config, recipe: model and training; each contender sets recipe.fp8.
+        steps: of the run that gives the loss.
+    """
+
+    kind: ClassVar[str] = "fp8"
+    model: str
+    config: GPTConfig
+    recipe: TrainConfig
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return joined(self.kind, self.model, f"{self.recipe.batch}x{self.recipe.tokens}")
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return ["peakgpt", "peakgpt, fp8"]
+
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        start, config, recipe, steps = time.perf_counter(), self.config, self.recipe, self.steps
+        trainers, losses = _trained(config, recipe, steps, device)
+        for step in sorted({0, steps // 4, steps // 2, steps - 1}):
+            print(f"step {step + 1}: loss " + ", ".join(f"{name} {row[step]:.4f}" for name, row in losses.items()))
+        batch = next(_batches(config, recipe, device))
+        contenders = {name: partial(trainers[name].step, *batch) for name in self.contenders(device)}
+        timings = interleave(contenders, rounds=self.rounds, device=device, budget_s=self.left_s(start),
+                             peaks=PeakMeter(device, [recipe.dtype]), on_failure=on_failure)  # fmt: skip
+        case = {"batch": recipe.batch, "tokens": recipe.tokens}
+        flops = training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens
+        return [
+            Result.of(
+                timing.noted(f"loss {losses[name][-1]:.4f} after {steps} steps", "the peak is bfloat16's for both"),
+                bench="train", case=case | {"n_layer": config.n_layer, "n_embd": config.n_embd},
+                contender=name, backend="auto", device=str(device), dtype="bfloat16", flops=flops, flops_kind="model",
+            )
+            for name, timing in timings.items()
+        ]  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,40 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=integer(), default=100, help="of the run whose loss is printed (default 100)")
 
 
-def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
+def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     recipe = TrainConfig(batch=args.batch, tokens=args.tokens, dtype=torch.bfloat16, lr=6e-4)
-    for row in compare(preset(args.model, vocab_size=VOCAB), recipe, args.steps, device):
-        emit(row)
-
-
-def compare(
-    config: GPTConfig, recipe: TrainConfig, steps: int, device: torch.device, *, budget_s: float | None = None
-) -> list[Result]:
-    """Train with both dtypes, then time a step of each; the notes contain the losses.
-
-    Args:
-        config, recipe: model and training; each contender sets recipe.fp8.
-        steps: of the run that gives the loss.
-        budget_s: seconds of the timing.
-    """
-    trainers, losses = _trained(config, recipe, steps, device)
-    for step in sorted({0, steps // 4, steps // 2, steps - 1}):
-        print(f"step {step + 1}: loss " + ", ".join(f"{name} {row[step]:.4f}" for name, row in losses.items()))
-    batch = next(_batches(config, recipe, device))
-    timings = interleave({name: lambda t=t: t.step(*batch) for name, t in trainers.items()}, rounds=20, device=device,
-                         budget_s=budget_s)  # fmt: skip
-    peak, case = peak_for(device, recipe.dtype), {"batch": recipe.batch, "tokens": recipe.tokens}
-    flops = training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens
-    return [
-        Result.of(
-            timing.noted(f"loss {losses[name][-1]:.4f} after {steps} steps"),
-            bench="train", case=case | {"n_layer": config.n_layer, "n_embd": config.n_embd},
-            contender="peakgpt" if name == "bfloat16" else f"peakgpt, {name}", backend="auto", device=str(device),
-            dtype="bfloat16", flops=flops, flops_kind="model", peak_flops_s=peak.flops_s,
-            peak_source=f"{peak.source}, bfloat16's for both",
-        )
-        for name, timing in timings.items()
-    ]  # fmt: skip
+    return [Fp8Case(args.model, preset(args.model, vocab_size=VOCAB), recipe, args.steps, rounds=20)]
 
 
 def compare_losses(config: GPTConfig, recipe: TrainConfig, steps: int, device: torch.device) -> dict[str, list[float]]:
@@ -75,7 +92,7 @@ def compare_losses(config: GPTConfig, recipe: TrainConfig, steps: int, device: t
 
 def _trained(config, recipe, steps, device) -> tuple[dict[str, Trainer], dict[str, list[float]]]:
     trainers, losses = {}, {}
-    for name, fp8 in (("bfloat16", False), ("fp8", True)):
+    for name, fp8 in (("peakgpt", False), ("peakgpt, fp8", True)):
         torch.manual_seed(recipe.seed)
         model = GPT(config).to(device)
         trainers[name] = Trainer(model, dataclasses.replace(recipe, fp8=fp8), steps=2 * steps)

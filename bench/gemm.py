@@ -10,18 +10,22 @@ logits. The FLOP/s peak for 8- and 4-bit weights is that of int8 (vpdpbusd). Val
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from peakgpt.bench.case import Case, expect_cpu, joined
 from peakgpt.bench.contenders.contender import Contender
 from peakgpt.bench.environment import keep_pages_note
-from peakgpt.bench.interleave import OnFailure, interleave, raise_failure
-from peakgpt.bench.run_results import Emit, record_failures
+from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
-from peakgpt.kernels.command_line import integer, number
-from peakgpt.kernels.hardware.peaks import peak_for
+from peakgpt.kernels.command_line import integer
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.quantize import BLOCK
 
@@ -31,58 +35,65 @@ MAX_ROWS_WITH_HEAD = 16
 Layer = tuple[Callable[[Tensor, Tensor], object], int]  # (function of x and output y, bytes of the weight)
 
 
+@dataclass(frozen=True)
+class GemmCase(Case):
+    """One pass of every contender over its layers.
+
+    Args:
+        rows: rows of the inputs.
+        dtype: of the inputs.
+    """
+
+    kind: ClassVar[str] = "gemm"
+    rows: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return joined(self.kind, f"rows={self.rows}", self.dtype)
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return list(GEMM_CONTENDERS)
+
+    @torch.no_grad()
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        start, note, dtype = time.perf_counter(), keep_pages_note(device), getattr(torch, self.dtype)
+        shapes = [*LAYERS, HEAD] if self.rows <= MAX_ROWS_WITH_HEAD else LAYERS
+        names = self.contenders(device)
+        layers_of = {name: [GEMM_CONTENDERS[name].build(n, k, dtype) for n, k in shapes] for name in names}
+        inputs = {k: torch.randn(self.rows, k, dtype=dtype) for _, k in shapes}
+        outputs = {n: torch.empty(self.rows, n, dtype=dtype) for n, _ in shapes}
+
+        def run_pass(layers: list[Layer]) -> None:
+            for (product, _), (n, k) in zip(layers, shapes, strict=True):
+                product(inputs[k], outputs[n])
+
+        contenders = {name: partial(run_pass, layers) for name, layers in layers_of.items()}
+        timings = interleave(contenders, rounds=self.rounds, warmup=2, budget_s=self.left_s(start),
+                             on_failure=on_failure,
+                             peaks=PeakMeter(device, [dtype, torch.int8], memory=True))  # fmt: skip
+        return [
+            Result.of(
+                timing.noted(note), bench="products", contender=name,
+                backend="torch" if name.startswith("torch") else "cpu",
+                device="cpu", dtype=self.dtype, case={"rows": self.rows},
+                flops=2 * self.rows * sum(n * k for n, k in shapes), flops_kind="work",
+                bytes=sum(size for _, size in layers_of[name]),
+                peak_dtype="int8" if name.startswith("peakgpt, ") else None,
+            )
+            for name, timing in timings.items()
+        ]  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=integer(), action="append",
                         help="rows of the input; repeatable; default 1, 8 and 512")  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="dtype of the inputs")
-    parser.add_argument("--seconds", type=number(), default=25.0, help="for each number of rows (default 25)")
 
 
-def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
-    if device.type != "cpu":
-        raise ValueError(f"bench gemm: got device {device}, expected cpu")
-    note, dtype = keep_pages_note(device), getattr(torch, args.dtype)
-    layers_of = {name: [c.build(n, k, dtype) for n, k in [*LAYERS, HEAD]] for name, c in GEMM_CONTENDERS.items()}
-    for rows in args.rows or (1, 8, 512):
-        for row in compare(layers_of, rows, dtype, budget_s=args.seconds, on_failure=record_failures(emit)):
-            emit(row.noted(note))
-
-
-@torch.no_grad()
-def compare(
-    layers_of: dict[str, list[Layer]], rows: int, dtype: torch.dtype, *, budget_s: float,
-    on_failure: OnFailure = raise_failure,
-) -> list[Result]:  # fmt: skip
-    """Time one pass of every contender over its layers.
-
-    Args:
-        layers_of: name of a contender -> its LAYERS, then its HEAD.
-        rows: rows of the inputs.
-        dtype: dtype of the inputs.
-        budget_s, on_failure: see `interleave`.
-    """
-    shapes = [*LAYERS, HEAD] if rows <= MAX_ROWS_WITH_HEAD else LAYERS
-    inputs = {k: torch.randn(rows, k, dtype=dtype) for _, k in shapes}
-    outputs = {n: torch.empty(rows, n, dtype=dtype) for n, _ in shapes}
-
-    def run_pass(layers: list[Layer]) -> None:
-        for (product, _), (n, k) in zip(layers, shapes, strict=False):
-            product(inputs[k], outputs[n])
-
-    contenders = {name: (lambda layers=layers: run_pass(layers)) for name, layers in layers_of.items()}
-    timings = interleave(contenders, rounds=50, warmup=2, budget_s=budget_s, on_failure=on_failure)
-    peaks = {name: peak_for("cpu", torch.int8 if name.startswith("peakgpt, ") else dtype) for name in timings}
-    return [
-        Result.of(
-            timing, bench="products", contender=name, backend="torch" if name.startswith("torch") else "cpu",
-            device="cpu", dtype=str(dtype).removeprefix("torch."), case={"rows": rows},
-            flops=2 * rows * sum(n * k for n, k in shapes), flops_kind="work",
-            bytes=sum(size for (_, size), _ in zip(layers_of[name], shapes, strict=False)),
-            peak_flops_s=peaks[name].flops_s, peak_bytes_s=peaks[name].bandwidth_bytes_s,
-            peak_source=peaks[name].source,
-        )
-        for name, timing in timings.items()
-    ]  # fmt: skip
+def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    expect_cpu("gemm", device)
+    return [GemmCase(rows, args.dtype, rounds=50, seconds=25.0) for rows in args.rows or (1, 8, 512)]
 
 
 def _plain(n: int, k: int, dtype: torch.dtype) -> Layer:

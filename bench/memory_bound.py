@@ -8,18 +8,20 @@ compared here; the tests and `bench ops` do that.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from peakgpt.bench.interleave import interleave
-from peakgpt.bench.run_results import Emit
+from peakgpt.bench.case import Case, expect_cpu, joined, sizes_text
+from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.peak_meter import PeakMeter
+from peakgpt.bench.run_results import OURS
 from peakgpt.bench.schema import Result
-from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.hardware.peaks import stream_peak
+from peakgpt.kernels.hardware.peaks import Streams
 from peakgpt.kernels.ops.adamw import adamw as adamw_op
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/base/types.h
@@ -121,46 +123,60 @@ GPT2_CALLS: list[tuple[str, dict[str, int]]] = [
 ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class KernelCase(Case):
+    """One kernel, compared with the bandwidth of streams of the same bytes. There is one contender and no check.
+
+    Args:
+        kernel: key of KERNELS.
+        sizes: arguments of KERNELS[kernel].
+        dtype: "float32" or "bfloat16".
+    """
+
+    kind: ClassVar[str] = "memory_bound"
+    kernel: str
+    sizes: Mapping[str, int]
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return joined(self.kind, self.kernel, sizes_text(self.sizes), self.dtype)
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return [OURS]
+
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        """
+        Raises:
+            ImportError: the C++ extension is missing.
+        """
+        start = time.perf_counter()
+        call = KERNELS[self.kernel](getattr(torch, self.dtype), **self.sizes)
+        read, written = _distinct(call.read), _distinct(call.written)
+        updated = _bytes(t for address, t in read.items() if address in written)
+        read_bytes, written_bytes = _bytes(read.values()), _bytes(written.values())
+        streams = Streams.of(read_bytes, written_bytes, read_bytes + written_bytes - updated, updated_bytes=updated)
+        timing = interleave({OURS: call.bind()}, rounds=self.rounds, warmup=2, budget_s=self.left_s(start),
+                            peaks=PeakMeter(device, streams=streams))[OURS]  # fmt: skip
+        return [Result.of(
+            timing, bench="pass", contender=OURS, backend="cpu", device="cpu", dtype=self.dtype,
+            case={"op": self.kernel, **self.sizes}, bytes=read_bytes + written_bytes,
+        )]  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", choices=sorted(KERNELS), help="repeatable; default all")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="repeatable; default both")
-    parser.add_argument("--rounds", type=integer(), default=15, help="timings of each kernel (default 15)")
 
 
-def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
-    if device.type != "cpu":
-        raise ValueError(f"bench memory_bound times the C++ kernels, expected --device cpu, got {device}")
-    cases = [case for case in GPT2_CALLS if case[0] in (args.only or KERNELS)]
-    for dtype in args.dtype or ("float32", "bfloat16"):
-        for name, sizes in cases:
-            emit(measure(name, sizes, getattr(torch, dtype), rounds=args.rounds))
-
-
-def measure(name: str, sizes: dict[str, int], dtype: torch.dtype, *, rounds: int = 15) -> Result:
-    """Time one kernel.
-
-    Args:
-        name: key of KERNELS.
-        sizes: arguments of KERNELS[name].
-        dtype: float32 or bfloat16.
-        rounds: maximum number of timings.
-    Returns:
-        A result with the bytes that the kernel must move and the bandwidth of streams of the same bytes. No FLOPs.
-    Raises:
-        ImportError: the C++ extension is missing.
-    """
-    call = KERNELS[name](dtype, **sizes)
-    read, written = _distinct(call.read), _distinct(call.written)
-    updated = _bytes(t for address, t in read.items() if address in written)
-    read_bytes, written_bytes = _bytes(read.values()), _bytes(written.values())
-    ceiling, streams = stream_peak("cpu", read_bytes, written_bytes, read_bytes + written_bytes - updated,
-                                   updated_bytes=updated)  # fmt: skip
-    timing = interleave({name: call.bind()}, rounds=rounds, warmup=2)[name]
-    return Result.of(
-        timing, bench="pass", contender="peakgpt", backend="cpu", device="cpu",
-        dtype=str(dtype).removeprefix("torch."), case={"op": name, **sizes}, bytes=read_bytes + written_bytes,
-        peak_bytes_s=ceiling, peak_source=f"bytes: {streams}",
-    )  # fmt: skip
+def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    expect_cpu("memory_bound", device)
+    return [
+        KernelCase(kernel, sizes, dtype, rounds=15)
+        for dtype in args.dtype or ("float32", "bfloat16")
+        for kernel, sizes in GPT2_CALLS
+        if kernel in (args.only or KERNELS)
+    ]
 
 
 def _distinct(tensors: Iterable[Tensor | None]) -> dict[int, Tensor]:

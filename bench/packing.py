@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from peakgpt.bench.interleave import interleave
-from peakgpt.bench.run_results import Emit
+from peakgpt.bench.case import Case, joined
+from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
@@ -17,8 +22,60 @@ from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.hardware.peaks import peak_for
 from peakgpt.kernels.ops.attention import live_pairs
+
+WHOLE_ROWS = "peakgpt"
+SECONDS = 180.0  # of the case; a step takes 18 s on 2 cores
+
+
+@dataclass(frozen=True)
+class PackingCase(Case):
+    """A step on whole rows, and on rows of several masked documents of equal length, by one trainer.
+
+    Args:
+        model: name of the model, for the name of the case.
+        config, recipe: model and training.
+        documents: numbers of documents in a row, one contender for each.
+    """
+
+    kind: ClassVar[str] = "packing"
+    model: str
+    config: GPTConfig
+    recipe: TrainConfig
+    documents: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        shape, dtype = f"{self.recipe.batch}x{self.recipe.tokens}", str(self.recipe.dtype).removeprefix("torch.")
+        return joined(self.kind, self.model, shape, dtype)
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return [WHOLE_ROWS, *map(_masked, self.documents)]
+
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        start, config, recipe = time.perf_counter(), self.config, self.recipe
+        torch.manual_seed(recipe.seed)
+        trainer = Trainer(GPT(config).to(device), recipe, steps=10_000)
+        ids, targets = torch.randint(config.vocab_size, (2, recipe.batch, recipe.tokens), device=device)
+        inputs: dict[str, tuple[Tensor, ...]] = {WHOLE_ROWS: (ids, targets)}
+        notes = {WHOLE_ROWS: ""}
+        for count in self.documents:
+            position_ids = _positions(recipe.tokens, count).expand(recipe.batch, -1).contiguous().to(device)
+            inputs[_masked(count)] = (ids, targets, position_ids)
+            share = _live_share(position_ids[0])
+            notes[_masked(count)] = f"{100 * share:.1f} % of the pairs of tokens that a whole row attends to"
+        contenders = {name: partial(trainer.step, *inputs[name]) for name in self.contenders(device)}
+        timings = interleave(contenders, rounds=self.rounds, device=device, budget_s=self.left_s(start),
+                             peaks=PeakMeter(device, [recipe.dtype]), on_failure=on_failure)  # fmt: skip
+        sizes = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
+        return [
+            Result.of(
+                timing.noted(notes[name]), bench="train", contender=name, backend="auto", case=sizes,
+                device=str(device), dtype=str(recipe.dtype).removeprefix("torch."),
+                flops=training_flops(config, recipe.tokens) * ids.numel(), flops_kind="model",
+            )
+            for name, timing in timings.items()
+        ]  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,48 +84,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=integer(), default=1024)
     parser.add_argument("--documents", type=integer(), nargs="+", default=[1, 4, 16],
                         help="of equal length in a row; one contender for each number (default 1 4 16)")  # fmt: skip
-    parser.add_argument("--rounds", type=integer(), default=20)
 
 
-def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
+def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     recipe = TrainConfig(batch=args.batch, tokens=args.tokens, dtype=best_dtype(device))
     config = preset(args.model, block_size=max(args.tokens, preset(args.model).block_size))
-    for row in compare(config, recipe, args.documents, device, rounds=args.rounds):
-        emit(row)
+    return [PackingCase(args.model, config, recipe, tuple(args.documents), rounds=20, seconds=SECONDS)]
 
 
-def compare(
-    config: GPTConfig, recipe: TrainConfig, documents: list[int], device: torch.device, *, rounds: int
-) -> list[Result]:
-    """Time a step on whole rows, and on rows of so many masked documents.
-
-    Args:
-        config, recipe: model and training.
-        documents: numbers of documents in a row.
-        rounds: of each contender.
-    """
-    torch.manual_seed(recipe.seed)
-    trainer = Trainer(GPT(config).to(device), recipe, steps=10_000)
-    ids, targets = torch.randint(config.vocab_size, (2, recipe.batch, recipe.tokens), device=device)
-    inputs: dict[str, tuple[Tensor, ...]] = {"peakgpt": (ids, targets)}
-    notes = {"peakgpt": ""}
-    for count in documents:
-        name = f"peakgpt, {count} masked documents a row"
-        position_ids = _positions(recipe.tokens, count).expand(recipe.batch, -1).contiguous().to(device)
-        inputs[name] = (ids, targets, position_ids)
-        notes[name] = f"{100 * _live_share(position_ids[0]):.1f} % of the pairs of tokens that a whole row attends to"
-    timings = interleave({name: lambda t=t: trainer.step(*t) for name, t in inputs.items()}, rounds=rounds,
-                         device=device)  # fmt: skip
-    peak, flops = peak_for(device, recipe.dtype), training_flops(config, recipe.tokens) * ids.numel()
-    return [
-        Result.of(
-            timing.noted(notes[name]) if notes[name] else timing, bench="train", contender=name, backend="auto",
-            case={"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd},
-            device=str(device), dtype=str(recipe.dtype).removeprefix("torch."), flops=flops, flops_kind="model",
-            peak_flops_s=peak.flops_s, peak_source=peak.source,
-        )
-        for name, timing in timings.items()
-    ]  # fmt: skip
+def _masked(documents: int) -> str:
+    return f"peakgpt, {documents} masked documents a row"
 
 
 def _positions(tokens: int, documents: int) -> Tensor:

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from peakgpt.bench.case import Case, joined
 from peakgpt.bench.contenders.contender import SEED, TUNED_ENVIRONMENT, Contender, contenders_on
 from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess
-from peakgpt.bench.interleave import OnFailure, raise_failure
-from peakgpt.bench.run_results import Emit, record_failures
+from peakgpt.bench.interleave import OnFailure
 from peakgpt.bench.schema import Result
 from peakgpt.kernels.command_line import integer
 
 PROMPT, NEW = 32, 64  # prompt tokens and new tokens of greedy generation
 # LABELED is the share of labeled positions in a masked language model (Devlin et al. 2018, arXiv:1810.04805)
 LABELED, IGNORED = 0.15, -100
+DTYPES = ("bfloat16", "float32")
 EVAL_LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}  # relative, of the loss in eval()
 
 
@@ -78,65 +79,71 @@ PATCH_CONTENDERS = {
 }
 
 
+@dataclass(frozen=True)
+class PatchCase(Case):
+    """One kind of work on one model.
+
+    Args:
+        model: key of MODELS.
+        work: key of WORK.
+        batch, tokens: sequences and their tokens; in generation prompt and new tokens together.
+        dtype: "float32" or "bfloat16". bfloat16 means autocast of float32 weights in training, and bfloat16 weights in
+            generation.
+    """
+
+    kind: ClassVar[str] = "patch"
+    model: str
+    work: str
+    batch: int
+    tokens: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return joined(self.kind, self.model, self.work, f"{self.batch}x{self.tokens}", self.dtype)
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return contenders_on(PATCH_CONTENDERS, device)
+
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        case = {"model": self.model, "work": self.work, "batch": self.batch, "tokens": self.tokens}
+        request = {"make": f"{__name__}:work", "threads": torch.get_num_threads(), "dtype": self.dtype,
+                   "device": str(device), **case}  # fmt: skip
+        names = self.contenders(device)
+        measured = time_contenders(
+            ((n, partial(WorkerProcess, n, {**request, "contender": n}, PATCH_CONTENDERS[n].environment))
+             for n in names),
+            lambda name, worker: worker.step(), lambda name, losses: _expect_same_loss(name, losses, self.dtype),
+            rounds=self.rounds, warmup=1, budget_s=self.seconds, on_failure=on_failure,
+        )  # fmt: skip
+        note = f"transformers {metadata.version('transformers')}"
+        return [
+            Result.of(
+                m.timing.noted(m.note, note), bench="patch", case=case, contender=n,
+                backend=PATCH_CONTENDERS[n].backend, device=str(device), dtype=self.dtype,
+                memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
+            )
+            for n, m in measured.items()
+        ]  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="repeatable; default all")
     parser.add_argument("--work", choices=tuple(WORK), action="append", help="repeatable; default all")
     parser.add_argument("--batch", type=integer(), default=4)
     parser.add_argument("--tokens", type=integer(), default=256, help="context length (default 256)")
-    parser.add_argument("--dtype", choices=tuple(EVAL_LOSS_TOLERANCE), action="append", help="repeatable; default both")
-    parser.add_argument(
-        "--contenders", nargs="+", choices=tuple(PATCH_CONTENDERS), help="default: all that can run on the device"
-    )
-    parser.add_argument("--rounds", type=integer(), default=9)
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default both")
 
 
-def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
-    names = args.contenders or contenders_on(PATCH_CONTENDERS, device)
-    for model in args.model or MODELS:
-        for work in args.work or WORK:
-            if work == "generate" and model != "gpt2":
-                continue
-            for dtype in args.dtype or EVAL_LOSS_TOLERANCE:
-                case = {"model": model, "work": work, "batch": args.batch, "tokens": args.tokens}
-                if work == "generate":
-                    case |= {"batch": 1, "tokens": PROMPT + NEW}
-                for row in compare(case, dtype, device, names, rounds=args.rounds, on_failure=record_failures(emit)):
-                    emit(row)
-
-
-def compare(
-    case: dict[str, Any], dtype: str, device: torch.device, names: Sequence[str], *, rounds: int = 9,
-    on_failure: OnFailure = raise_failure,
-) -> list[Result]:  # fmt: skip
-    """Time one kind of work on one model.
-
-    Args:
-        case: model, work, batch, tokens.
-        dtype: "float32" or "bfloat16". bfloat16 means autocast of float32 weights in training, and bfloat16 weights in
-            generation.
-        device: device of the model.
-        names: keys of PATCH_CONTENDERS.
-        rounds: see `interleave`.
-        on_failure: called with a contender that raises or whose loss differs from transformers'; the others are timed.
-    Returns:
-        A result for each contender.
-    """
-    request = {"make": f"{__name__}:work", "threads": torch.get_num_threads(), "dtype": dtype, "device": str(device)}
-    measured = time_contenders(
-        ((n, partial(WorkerProcess, n, {**request, **case, "contender": n}, PATCH_CONTENDERS[n].environment))
-         for n in names),
-        lambda name, worker: worker.step(), lambda name, losses: _expect_same_loss(name, losses, dtype),
-        rounds=rounds, warmup=2, on_failure=on_failure,
-    )  # fmt: skip
-    note = f"transformers {metadata.version('transformers')}"
+def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    shapes = {"train": (args.batch, args.tokens), "generate": (1, PROMPT + NEW)}
     return [
-        Result.of(
-            m.timing.noted(m.note, note), bench="patch", case=case, contender=n,
-            backend=PATCH_CONTENDERS[n].backend, device=str(device), dtype=dtype,
-            memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
-        )
-        for n, m in measured.items()
-    ]  # fmt: skip
+        PatchCase(model, work, *shapes[work], dtype)
+        for model in args.model or MODELS
+        for work in args.work or WORK
+        if work != "generate" or model == "gpt2"
+        for dtype in args.dtype or DTYPES
+    ]
 
 
 def _expect_same_loss(name: str, losses: Mapping[str, float], dtype: str) -> None:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,14 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.bench.agreement import expect_close
-from peakgpt.bench.contenders.contender import SEED, TUNED_ENVIRONMENT, Contender
+from peakgpt.bench.case import Case, expect_cpu, joined
+from peakgpt.bench.contenders.contender import OUR_BITS, SEED, TUNED_ENVIRONMENT, Contender
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
 from peakgpt.bench.contenders.graph_engines import openvino_request
 from peakgpt.bench.contenders.models import ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
 from peakgpt.bench.contenders.time_contenders import time_contenders
-from peakgpt.bench.contenders.worker_process import WorkerProcess
-from peakgpt.bench.interleave import OnFailure, raise_failure
-from peakgpt.bench.run_results import Emit, record_failures
+from peakgpt.bench.contenders.worker_process import WorkerProcess, saving_first
+from peakgpt.bench.interleave import OnFailure
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.block_pool import blocks_for
@@ -40,86 +42,81 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import forward_flops
 from peakgpt.engine.model.presets import preset
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.hardware.peaks import peak_for
 
 StoreKeysValues = Callable[[int, Tensor, Tensor], None]  # layer, keys and values (B, H, T, D)
 Prefill = Callable[[], Tensor]  # -> (1, V) logits at the last position
-DTYPES = ("float32", "bfloat16", "int8")
+DTYPES = ("bfloat16", "float32", "int8")
+
+
+@dataclass(frozen=True)
+class PrefillCase(Case):
+    """The prefill of one sequence. Each contender's logits are checked against those of eager in float32.
+
+    Args:
+        model: name of the model, for the name of the case.
+        config: the model.
+        tokens: prompt tokens.
+        dtype: of the computation; "int8" means int8 weights, quantized by each engine's own method.
+    """
+
+    kind: ClassVar[str] = "prefill"
+    model: str
+    config: GPTConfig
+    tokens: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return joined(self.kind, self.model, str(self.tokens), self.dtype)
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return [name for name, c in PREFILL_CONTENDERS.items() if self.dtype in c.formats]
+
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        config, tokens = self.config, self.tokens
+        reference = reference_logits(config, tokens)
+        dtype = getattr(torch, self.dtype)
+        limit = dtype if dtype.is_floating_point else torch.bfloat16  # int8 must meet bfloat16's tolerance
+        with tempfile.TemporaryDirectory() as folder:
+            measured = time_contenders(
+                ((name, partial(self._start, name, folder)) for name in self.contenders(device)),
+                lambda name, worker: (worker.step(), torch.load(_logits_file(folder, name)))[1],
+                lambda name, logits: expect_close(f"prefill: {name}", [logits[name]], [reference], limit),
+                rounds=self.rounds, warmup=0, budget_s=self.seconds, peaks=PeakMeter(device, [dtype]),
+                on_failure=on_failure,
+            )  # fmt: skip
+        return [
+            Result.of(
+                m.timing.noted(m.note, contender.version), bench="prefill", contender=name, backend=contender.backend,
+                case={"tokens": tokens, "n_layer": config.n_layer, "n_embd": config.n_embd},
+                device="cpu", dtype=self.dtype, flops=work_flops(config, tokens), flops_kind="work",
+                memory_bytes=m.memory_bytes, base_bytes=m.base_bytes, weight_bits=contender.bits.get(self.dtype),
+            )
+            for name, m in measured.items() for contender in [PREFILL_CONTENDERS[name]]
+        ]  # fmt: skip
+
+    def _start(self, name: str, folder: str) -> WorkerProcess:
+        PREFILL_CONTENDERS[name].expect_installed()
+        request = {"make": f"{__name__}:prefill_step", "threads": torch.get_num_threads(),
+                   "config": dataclasses.asdict(self.config), "tokens": self.tokens, "dtype": self.dtype,
+                   "contender": name, "logits": str(_logits_file(folder, name))}  # fmt: skip
+        return WorkerProcess(name, request, PREFILL_CONTENDERS[name].environment)
+
+
+def _logits_file(folder: str, name: str) -> Path:
+    return Path(folder, f"{name}.pt")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
     parser.add_argument("--tokens", type=integer(), default=512, help="prompt tokens (default 512)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="weight format; repeatable; default: all")
-    parser.add_argument("--contenders", nargs="+", choices=tuple(PREFILL_CONTENDERS), help="default: all")
-    parser.add_argument("--rounds", type=integer(), default=15)
 
 
-def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
-    """
-    Raises:
-        ValueError: the device is not a CPU.
-    """
-    if device.type != "cpu":
-        raise ValueError(f"bench prefill: got device {device}, expected --device cpu")
-    for dtype in args.dtype or DTYPES:
-        for row in compare_prefill(preset(args.model), args.tokens, getattr(torch, dtype), args.contenders,
-                                   rounds=args.rounds, on_failure=record_failures(emit)):  # fmt: skip
-            emit(row)
-
-
-def compare_prefill(
-    config: GPTConfig,
-    tokens: int,
-    dtype: torch.dtype,
-    names: Sequence[str] | None = None,
-    *,
-    rounds: int = 15,
-    on_failure: OnFailure = raise_failure,
-) -> list[Result]:
-    """Time the prefill of one sequence, after checking each contender's logits against eager in float32.
-
-    Args:
-        config: the model.
-        tokens: prompt tokens.
-        dtype: dtype of the computation; torch.int8 means int8 weights, quantized by each engine's own method.
-        names: keys of PREFILL_CONTENDERS; None means all.
-        rounds: see `interleave`.
-        on_failure: called with a contender that is not installed, ends, or has wrong logits; the others are timed.
-    Returns:
-        A result for each contender, with work FLOPs.
-    """
-    reference = reference_logits(config, tokens)
-    request = {"make": f"{__name__}:prefill_step", "threads": torch.get_num_threads(),
-               "config": dataclasses.asdict(config), "tokens": tokens, "dtype": _name(dtype)}  # fmt: skip
-    limit = dtype if dtype.is_floating_point else torch.bfloat16  # int8 must meet bfloat16's tolerance
-    chosen = [n for n in names or PREFILL_CONTENDERS if _name(dtype) in PREFILL_CONTENDERS[n].formats]
-
-    def start(name: str, logits: Path) -> WorkerProcess:
-        PREFILL_CONTENDERS[name].expect_installed()
-        return WorkerProcess(
-            name, {**request, "contender": name, "logits": str(logits)}, PREFILL_CONTENDERS[name].environment
-        )
-
-    with tempfile.TemporaryDirectory() as folder:
-        measured = time_contenders(
-            ((name, partial(start, name, Path(folder, f"{name}.pt"))) for name in chosen),
-            lambda name, worker: (worker.step(), torch.load(Path(folder, f"{name}.pt")))[1],
-            lambda name, logits: expect_close(f"prefill: {name}", [logits[name]], [reference], limit),
-            rounds=rounds, warmup=2, on_failure=on_failure,
-        )  # fmt: skip
-    peak = peak_for("cpu", dtype)
-    case = {"tokens": tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
-    return [
-        Result.of(
-            m.timing.noted(m.note, contender.version), bench="prefill", case=case, contender=n,
-            backend=contender.backend,
-            device="cpu", dtype=_name(dtype), flops=work_flops(config, tokens), flops_kind="work",
-            memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
-            peak_flops_s=peak.flops_s, peak_source=peak.source,
-        )
-        for n, m in measured.items() for contender in [PREFILL_CONTENDERS[n]]
-    ]  # fmt: skip
+def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    expect_cpu("prefill", device)
+    config = preset(args.model)
+    return [PrefillCase(args.model, config, args.tokens, dtype, rounds=15) for dtype in args.dtype or DTYPES]
 
 
 def work_flops(config: GPTConfig, tokens: int) -> float:
@@ -155,8 +152,7 @@ def prefill_step(request: Mapping[str, Any]) -> Callable[[], float]:
     config = GPTConfig(**request["config"])
     state, ids = prefill_inputs(config, request["tokens"])
     prefill = PREFILL_CONTENDERS[request["contender"]].build(state, config, ids, getattr(torch, request["dtype"]))
-    torch.save(prefill().clone(), request["logits"])
-    return lambda: float(prefill()[0, 0])
+    return saving_first(prefill, request["logits"], lambda logits: float(logits[0, 0]))
 
 
 # ---- builders: (state, config, ids (1, T), dtype) -> Prefill. They may reuse the tensors of `state`.
@@ -254,7 +250,7 @@ def _loaded(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -
 
 
 PREFILL_CONTENDERS = {
-    "peakgpt": Contender(_ours, package="peakgpt", formats=("float32", "bfloat16", "int8")),
+    "peakgpt": Contender(_ours, package="peakgpt", formats=("float32", "bfloat16", "int8"), bits=OUR_BITS),
     "peakgpt, tuned malloc": Contender(_ours, TUNED_ENVIRONMENT, package="peakgpt"),
     "eager": Contender(_eager),
     "eager, tuned malloc": Contender(_eager, TUNED_ENVIRONMENT),

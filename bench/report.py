@@ -10,8 +10,8 @@ from peakgpt.bench.run_results import OURS, Failure, Row, RunResults
 from peakgpt.bench.schema import Result, comparable
 from peakgpt.bench.timing import ratio
 from peakgpt.engine.training.figures import percent_text, rate_text
-from peakgpt.engine.training.run_report import Section, table
-from peakgpt.engine.training.run_report import note as remark
+from peakgpt.engine.training.html_page import Section, table
+from peakgpt.engine.training.html_page import note as remark
 
 
 def groups(results: Iterable[Result]) -> list[list[Result]]:
@@ -22,10 +22,13 @@ def groups(results: Iterable[Result]) -> list[list[Result]]:
     return list(found.values())
 
 
-def speedup(result: Result, others: Sequence[Result]) -> float | None:
-    """Return the median time of eager (or torch's fused optimizer) over this result's; None without a reference."""
-    eager = next((o for o in others if o.contender in ("eager", "torch fused")), None)
-    return None if eager is None or eager is result else eager.median_s / result.median_s
+EAGER = ("eager", "torch fused", "transformers")  # the plain PyTorch of each kind
+
+
+def speedup(result: Result, others: Sequence[Result], baselines: Sequence[str] = EAGER) -> float | None:
+    """Return the median time of the first of the baselines over this result's; None without a baseline."""
+    baseline = next((o for name in baselines for o in others if o.contender == name), None)
+    return None if baseline is None or baseline is result else baseline.median_s / result.median_s
 
 
 # ---- formatting; a missing figure is an empty cell
@@ -43,8 +46,13 @@ def _gib(value: float | None) -> str:
     return "" if value is None else f"{value / 2**30:.2f}"
 
 
+def ms_text(seconds: float) -> str:
+    """Return milliseconds with three digits, and all digits before the point."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def _ms(r: Result) -> str:
-    return f"{1e3 * r.median_s:.3g} ({1e3 * r.q25_s:.3g} to {1e3 * r.q75_s:.3g})"
+    return f"{ms_text(r.median_s)} ({ms_text(r.q25_s)} to {ms_text(r.q75_s)})"
 
 
 def _tokens_per_s(r: Result) -> str:
@@ -80,6 +88,7 @@ COLUMNS: dict[str, Read] = {
     "GiB": lambda r, _: _gib(r.memory_bytes),
     "rounds": lambda r, _: _rounds(r),
     "against eager": lambda r, rs: _times(speedup(r, rs)),
+    "against compile": lambda r, rs: _times(speedup(r, rs, ("compile",))),
 }
 
 
@@ -91,11 +100,13 @@ def _columns(*headings: str) -> dict[str, Read]:
 TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "train": (
         "Training, model FLOPs (6N + 12 L H Q T a token)",
-        _columns("case", "contender", "tokens/s", "MFU", "ms (quartiles)", "GiB", "rounds", "against eager"),
+        _columns("case", "contender", "tokens/s", "MFU", "ms (quartiles)", "GiB", "rounds", "against eager",
+                 "against compile"),
     ),
     "prefill": (
         "Prefill, work FLOPs (causal attention is half, the head at one position)",
-        _columns("case", "contender", "tokens/s", "of peak FLOP/s", "ms (quartiles)", "GiB", "rounds", "against eager"),
+        _columns("case", "contender", "tokens/s", "of peak FLOP/s", "ms (quartiles)", "GiB", "rounds", "against eager",
+                 "against compile"),
     ),
     "products": (
         "The linear layers of one pass, work FLOPs; bytes are those of the weights",
@@ -103,7 +114,12 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     ),
     "decode": (
         "Greedy decoding with a KV cache",
-        _columns("case", "contender", "tokens/s", "MBU", "rounds", "against eager"),
+        _columns("case", "contender", "tokens/s", "MBU", "ms (quartiles)", "GiB", "rounds", "against eager",
+                 "against compile"),
+    ),
+    "patch": (
+        "Models of transformers, patched versus unpatched",
+        _columns("case", "contender", "tokens/s", "ms (quartiles)", "GiB", "rounds", "against eager"),
     ),
     "serve": (
         "Server with many streams versus the engine alone",
@@ -112,7 +128,8 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
     "op": (
         "Ops, work FLOPs (what must be computed; causal is half); bytes versus streams of the same reads and writes",
         _columns("case", "contender", "ms (quartiles)", "GFLOP/s", "GB/s", "of peak FLOP/s", "of streams", "GiB",
-                 "rounds", "against eager") | {"contender": lambda r, _: f"{r.contender} ({r.backend})"},
+                 "rounds", "against eager", "against compile")
+        | {"contender": lambda r, _: f"{r.contender} ({r.backend})"},
     ),
     "pass": (
         "Memory-bound kernels versus streams of the same reads and writes",
@@ -135,6 +152,12 @@ def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[s
     return found
 
 
+def filled_table(rows: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return (headings, cells) of the results of one case, without the case and without empty columns."""
+    columns = {name: read for name, read in TABLES[rows[0].bench][1].items() if name != "case"}
+    return _used(list(columns), [[read(r, rows) for read in columns.values()] for r in rows])
+
+
 def _used(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows without empty columns."""
     used = [i for i in range(len(headings)) if any(row[i] for row in rows)]
@@ -146,8 +169,17 @@ def tables(results: Sequence[Result]) -> list[str]:
     return [f"\n{title}\n{_text_table(headings, rows)}" for title, headings, rows in _filled(results)]
 
 
+COMPARISONS = "peakgpt against each contender"
+
+
 def comparisons(results: Sequence[Result]) -> list[str]:
-    """Return a table of peakgpt's speed and memory relative to each contender of a case; empty without pairs.
+    """Return the comparison table as plain text; empty without pairs."""
+    headings, rows = comparison_table(results)
+    return [f"\n{COMPARISONS}\n{_text_table(headings, rows)}"] if rows else []
+
+
+def comparison_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return (headings, rows) of peakgpt's speed and memory relative to each contender of a case.
 
     Times are paired by round. Rows of unlike weight formats are not compared.
     """
@@ -158,7 +190,7 @@ def comparisons(results: Sequence[Result]) -> list[str]:
         rows += [[case_text(ours) if i == 0 else "", *_comparison(*pair)] for i, pair in enumerate(pairs)]
     headings = ["case", "of peak FLOP/s", "against", "times as fast (95 % interval)", "of its memory", "beyond imports",
                 "rounds"]  # fmt: skip
-    return [f"\npeakgpt against each contender\n{_text_table(*_used(headings, rows))}"] if rows else []
+    return _used(headings, rows)
 
 
 def _comparison(ours: Result, other: Result) -> list[str]:

@@ -19,26 +19,67 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from peakgpt.bench.case import Case, expect_cpu, joined
 from peakgpt.bench.contenders.contender import Workload
 from peakgpt.bench.contenders.models import our_model
 from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.decode import decoding_inputs
-from peakgpt.bench.interleave import interleave
-from peakgpt.bench.run_results import OURS, Emit
+from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.run_results import OURS
 from peakgpt.bench.schema import Result
 from peakgpt.bench.streaming_client import WAIT_S, StreamingClient, first_request_tokens
 from peakgpt.bench.timing import Spread
 from peakgpt.engine.inference.block_pool import BLOCK_TOKENS
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import preset
-from peakgpt.kernels.command_line import integer, number
+from peakgpt.kernels.command_line import integer
 from peakgpt.kernels.cpu.memory import keep_pages
+
+SERVING_S = 120.0  # duration of serving without pauses; the rounds versus the engine take half of it before
+
+
+@dataclass(frozen=True)
+class ServeCase(Case):
+    """The server and the engine alone, in turns, then the server without pauses.
+
+    Serving without pauses gives three further results: one for all tokens, one for the times to the first token, one
+    for the times between tokens. `seconds` is the duration of serving without pauses; the rounds versus the engine
+    take half of that time before.
+
+    Args:
+        model: name of the model, for the name of the case.
+        config: the model.
+        workload: streams, prompt and new tokens; decoding is greedy.
+        dtype: dtype of the weights.
+    """
+
+    kind: ClassVar[str] = "serve"
+    model: str
+    config: GPTConfig
+    workload: Workload
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return joined(self.kind, self.model, str(self.workload), self.dtype)
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return [OURS, "engine"]
+
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        """
+        Raises:
+            ValueError: a request got an error, or a number of tokens that differs from its `usage`.
+        """
+        names = self.contenders(device)
+        return compare_serving(self.config, self.workload, self.dtype, names, seconds=self.seconds or SERVING_S,
+                               most_rounds=self.rounds)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,37 +87,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=integer(), default=64, help="requests open at once (default 64)")
     parser.add_argument("--prompt", type=integer(), default=32, help="prompt tokens (default 32)")
     parser.add_argument("--tokens", type=integer(), default=128, help="new tokens of a request (default 128)")
-    parser.add_argument(
-        "--seconds",
-        type=number(),
-        default=120.0,
-        help="duration of serving without pauses; the rounds versus the engine take half of it before (default 120)",
-    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
 
 
-def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
-    if device.type != "cpu":
-        raise ValueError(f"serve: device is {device}, expected cpu")
+def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    expect_cpu("serve", device)
     workload = Workload(args.streams, args.prompt, args.tokens)
-    for row in compare_serving(preset(args.model), workload, args.dtype, seconds=args.seconds):
-        emit(row)
+    return [ServeCase(args.model, preset(args.model), workload, args.dtype, rounds=100, seconds=SERVING_S)]
 
 
-def compare_serving(config: GPTConfig, workload: Workload, dtype: str, *, seconds: float) -> list[Result]:
-    """Time the server and the engine alone.
-
-    Args:
-        config: the model.
-        workload: streams, prompt and new tokens; decoding is greedy.
-        dtype: dtype of the weights.
-        seconds: duration of serving without pauses. The rounds versus the engine take half of it before.
-    Returns:
-        Results of server and engine in rounds, then of the server without pauses: one for all tokens, one for the times
-        to the first token, one for the times between tokens.
-    Raises:
-        ValueError: a request got an error, or a number of tokens that differs from its `usage`.
-    """
+def compare_serving(
+    config: GPTConfig, workload: Workload, dtype: str, names: Sequence[str], *, seconds: float, most_rounds: int
+) -> list[Result]:
+    """Time the server and the engine alone; see ServeCase."""
     request = {"make": f"{__name__}:engine_step", "threads": torch.get_num_threads(), "dtype": dtype,
                "config": dataclasses.asdict(config), "workload": dataclasses.asdict(workload)}  # fmt: skip
     with contextlib.ExitStack() as stack:
@@ -99,8 +122,9 @@ def compare_serving(config: GPTConfig, workload: Workload, dtype: str, *, second
         begin = time.perf_counter()
         served()
         rounds = math.ceil(seconds / (time.perf_counter() - begin))
-        timings = interleave({OURS: served, "engine": engine.step}, rounds=-(-rounds // 2), warmup=0,
-                             workers={OURS: server.process.pid, "engine": engine.pid})  # fmt: skip
+        contenders = {OURS: served, "engine": engine.step}
+        timings = interleave({name: contenders[name] for name in names}, rounds=min(most_rounds, -(-rounds // 2)),
+                             warmup=0, workers={OURS: server.process.pid, "engine": engine.pid})  # fmt: skip
         client.reset()
         with server.awake():
             begin = time.perf_counter()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from peakgpt.bench.case import Case, joined
 from peakgpt.bench.contenders.contender import contenders_on
 from peakgpt.bench.contenders.time_contenders import RunningContender, time_contenders
 from peakgpt.bench.contenders.training import TRAINING_CONTENDERS, training_inputs
 from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.gpu_memory import peak_allocated_bytes
-from peakgpt.bench.interleave import OnFailure, raise_failure
-from peakgpt.bench.run_results import Emit, record_failures
+from peakgpt.bench.interleave import OnFailure
+from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.engine.graph_capture import WARMUP
 from peakgpt.engine.model.config import GPTConfig
@@ -25,80 +27,85 @@ from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.hardware.peaks import peak_for
 
 # A contender is timed only if its loss after a few updates at the full learning rate equals that of eager. Eager
 # computes bf16 from float32 parameters under autocast and so rounds differently: 0.05 % at 124M.
 CHECKED_UPDATES = 3
 CHECKED_UPDATES_GPU = WARMUP + 3  # the last updates replay the CUDA graph
+DTYPES = ("bfloat16", "float32")
+SHAPES = ((4, 256), (1, 1024))  # (batch, tokens) of the suite
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-3}  # relative
+
+
+@dataclass(frozen=True)
+class TrainCase(Case):
+    """One update of the same model by several contenders, with the same weights and batch.
+
+    On a CPU each contender has its own process, because allocators differ; on a GPU all share this process.
+
+    Args:
+        model: name of the model, for the name of the case.
+        config: the model.
+        recipe: batch size, tokens and dtype.
+    """
+
+    kind: ClassVar[str] = "train"
+    model: str
+    config: GPTConfig
+    recipe: TrainConfig
+
+    @property
+    def name(self) -> str:
+        recompute = "" if self.recipe.recompute == "none" else f"recompute={self.recipe.recompute}"
+        shape = f"{self.recipe.batch}x{self.recipe.tokens}"
+        return joined(self.kind, self.model, shape, recompute, _name(self.recipe.dtype))
+
+    def all_contenders(self, device: torch.device) -> list[str]:
+        return contenders_on(TRAINING_CONTENDERS, device)
+
+    def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
+        config, recipe = self.config, self.recipe
+        updates = CHECKED_UPDATES if device.type == "cpu" else CHECKED_UPDATES_GPU
+        names = self.contenders(device)
+        measured = time_contenders(
+            _starts(config, recipe, device, names), lambda name, s: [float(s.step()) for _ in range(updates)][-1],
+            lambda name, losses: _expect_same_loss(name, losses, updates, recipe.dtype),
+            rounds=self.rounds, warmup=0, device=device, budget_s=self.seconds,
+            peaks=PeakMeter(device, [recipe.dtype]), on_failure=on_failure,
+        )  # fmt: skip
+        sizes = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
+        if recipe.recompute != "none":
+            sizes["recompute"] = recipe.recompute  # only peakgpt recomputes
+        return [
+            Result.of(
+                m.timing.noted(m.note), bench="train", case=sizes, contender=name,
+                backend=TRAINING_CONTENDERS[name].backend, device=str(device), dtype=_name(recipe.dtype),
+                memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
+                flops=training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens, flops_kind="model",
+            )
+            for name, m in measured.items()
+        ]  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
-    parser.add_argument("--batch", type=integer(), default=4)
-    parser.add_argument("--tokens", type=integer(), default=256, help="context length (default 256)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="repeatable; default both")
-    parser.add_argument(
-        "--contenders", nargs="+", choices=tuple(TRAINING_CONTENDERS), help="default: all that can run on the device"
-    )
+    parser.add_argument("--batch", type=integer(), help="sequences (default 4; also 1 of 1024 tokens)")
+    parser.add_argument("--tokens", type=integer(), help="context length (default 256; also 1 x 1024)")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default both")
     parser.add_argument(
         "--recompute", default="none", metavar="PLAN", help="activation checkpointing of peakgpt, as in `peakgpt train`"
     )
-    parser.add_argument("--rounds", type=integer(), default=9)
 
 
-def run(args: argparse.Namespace, device: torch.device, emit: Emit) -> None:
-    for dtype in args.dtype or ("float32", "bfloat16"):
-        recipe = TrainConfig(batch=args.batch, tokens=args.tokens, dtype=getattr(torch, dtype), warmup=0.0,
-                        recompute=args.recompute)  # fmt: skip
-        for row in compare_training(preset(args.model), recipe, device, args.contenders, rounds=args.rounds,
-                                    on_failure=record_failures(emit)):  # fmt: skip
-            emit(row)
-
-
-def compare_training(
-    config: GPTConfig,
-    recipe: TrainConfig,
-    device: torch.device,
-    names: Sequence[str] | None = None,
-    *,
-    rounds: int = 9,
-    budget_s: float | None = None,
-    on_failure: OnFailure = raise_failure,
-) -> list[Result]:
-    """Time one update of the same model by several contenders, with the same weights and batch.
-
-    Args:
-        config: the model.
-        recipe: batch size, tokens and dtype.
-        device: on a CPU each contender has its own process, because allocators differ; on a GPU all share this process.
-        names: keys of TRAINING_CONTENDERS; None means all that can run on the device.
-        rounds, budget_s: see `interleave`.
-        on_failure: called with a contender that raises or whose loss differs from eager's; the others are timed.
-    Returns:
-        A result for each contender, with model FLOPs.
-    """
-    names = names or contenders_on(TRAINING_CONTENDERS, device)
-    updates = CHECKED_UPDATES if device.type == "cpu" else CHECKED_UPDATES_GPU
-    measured = time_contenders(
-        _starts(config, recipe, device, names), lambda name, s: [float(s.step()) for _ in range(updates)][-1],
-        lambda name, losses: _expect_same_loss(name, losses, updates, recipe.dtype),
-        rounds=rounds, device=device, budget_s=budget_s, on_failure=on_failure,
-    )  # fmt: skip
-    peak = peak_for(device, recipe.dtype)
-    case = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
-    if recipe.recompute != "none":
-        case["recompute"] = recipe.recompute  # only peakgpt recomputes
+def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    shapes = [(args.batch or 4, args.tokens or 256)] if args.batch or args.tokens else SHAPES
     return [
-        Result.of(
-            m.timing.noted(m.note), bench="train", case=case, contender=name,
-            backend=TRAINING_CONTENDERS[name].backend, device=str(device), dtype=_name(recipe.dtype),
-            memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
-            flops=training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens, flops_kind="model",
-            peak_flops_s=peak.flops_s, peak_source=peak.source,
+        TrainCase(
+            args.model, preset(args.model),
+            TrainConfig(batch=batch, tokens=tokens, dtype=getattr(torch, dtype), warmup=0.0, recompute=args.recompute),
         )
-        for name, m in measured.items()
+        for batch, tokens in shapes
+        for dtype in args.dtype or DTYPES
     ]  # fmt: skip
 
 

@@ -200,7 +200,7 @@ def test_a_missing_file_is_reported():
 # What stands for a value in a documented command -> what the test puts there.
 FILLED = {"FILE...": "text", "FILE": "text/a.txt", "CHECKPOINT": "checkpoint", "IN": "checkpoint"}
 # The beginning of a documented command -> flags that are appended to make it small.
-TINY_OP = "--dtype float32 --seconds 0.01 --out results"
+TINY_OP = "--dtype float32 --seconds 0.01 --contenders peakgpt --out results"
 SMALL = {
     "peakgpt doctor": "",
     "peakgpt quickstart": "--minutes 0.001",
@@ -237,6 +237,8 @@ NOT_RUN = {
     "peakgpt bench device": GPU,
     "peakgpt bench fp8": GPU,
     "peakgpt bench train": LARGE,
+    "peakgpt bench suite": LARGE,
+    "peakgpt bench packing": LARGE,
     "peakgpt bench patch": LARGE,
     "peakgpt bench prefill": LARGE,
     "peakgpt bench gemm": LARGE,

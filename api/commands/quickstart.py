@@ -17,8 +17,9 @@ from peakgpt.engine.data.corpus import Corpus, corpus_of, load_corpus
 from peakgpt.engine.data.prepare import prepare
 from peakgpt.engine.data.split import hash_fraction
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
+from peakgpt.engine.training.html_page import Section, table, text_block
 from peakgpt.engine.training.run_folder import RunFolder
-from peakgpt.engine.training.run_report import Section, table, text_block, write_report
+from peakgpt.engine.training.run_report import write_report
 from peakgpt.engine.training.stop_signals import stop_on_signals
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.heartbeat import enter_phase

@@ -87,3 +87,7 @@ class Workload:
     streams: int
     prompt: int
     tokens: int
+
+    def __str__(self) -> str:
+        """The part of a case's name: "8x32+64" is 8 streams with 32 prompt and 64 new tokens each."""
+        return f"{self.streams}x{self.prompt}+{self.tokens}"

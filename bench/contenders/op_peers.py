@@ -20,7 +20,8 @@ Call = Callable[..., Any]
 
 SDPA = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION,
         "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
-COMPILED = ("layernorm", "add_layernorm", "mlp", "linear_cross_entropy")
+# Compiling all ops would take longer than the time of `bench device`.
+COMPILED_ON_GPU = ("layernorm", "add_layernorm", "mlp", "linear_cross_entropy")
 CHUNK = 1 << 22  # elements; torch's fused AdamW takes a list of parameters, and a model has hundreds
 
 
@@ -31,16 +32,20 @@ def peers(op: Op, device: torch.device) -> dict[str, Call]:
         name -> function with the arguments of the op. It raises if it does not support a call (cuDNN on old GPUs).
     """
     found = OTHERS.get(op.name, lambda device: {})(device)
-    if device.type == "cuda" and op.name in COMPILED:
+    if not op.mutates and (device.type == "cpu" or op.name in COMPILED_ON_GPU):
         found["compile"] = _compiled(op)
     return found
 
 
 def _compiled(op: Op) -> Call:
-    # A backward timed alone runs many times on one graph, which donated buffers do not allow.
-    functorch.donated_buffer = False
-    torch._dynamo.reset()  # otherwise torch.compile stops at the eighth size of an op
-    return torch.compile(op.eager, dynamic=False)
+    @functools.cache
+    def compiled() -> Call:
+        # A backward timed alone runs many times on one graph, which donated buffers do not allow.
+        functorch.donated_buffer = False
+        torch._dynamo.reset()  # otherwise torch.compile stops at the eighth size of an op
+        return torch.compile(op.eager, dynamic=False)
+
+    return lambda *tensors, **params: compiled()(*tensors, **params)  # the names of peers are read without compiling
 
 
 def _attention(device: torch.device) -> dict[str, Call]:

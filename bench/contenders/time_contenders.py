@@ -53,7 +53,7 @@ def time_contenders(
     """Start, check and time contenders.
 
     Args:
-        starts: (name, function that starts the contender), started one after the other.
+        starts: (name, function that starts the contender).
         first_output: (name, contender) -> output of the first steps, which is checked.
         expect_correct: (name, outputs by name) raises if that contender's output is wrong.
         rounds, warmup, device, peaks: see `interleave`.
@@ -86,13 +86,15 @@ def time_contenders(
 def _start_all(starts, first_output, running: dict[str, RunningContender], on_failure: OnFailure) -> dict[str, Any]:
     """Start the contenders and return their outputs.
 
-    `running` is filled in place, so that the caller can close its contenders after an error. Tensors that only `starts`
-    refers to are freed on return.
+    Processes build their models side by side: most of that uses one core. `running` is filled in place, so that the
+    caller can close its contenders after an error. Tensors that only `starts` refers to are freed on return.
     """
     outputs: dict[str, Any] = {}
     for name, start in starts:
         with _closed_on_failure(name, running, on_failure):
             running[name] = start()
+    for name in list(running):
+        with _closed_on_failure(name, running, on_failure):
             outputs[name] = first_output(name, running[name])
             print(f"ready: {name}", file=sys.stderr, flush=True)
     return outputs

@@ -2,7 +2,8 @@
 
 Protocol: argv[1] is a JSON request. Its "make" names a function, "module:function", that takes the request and returns
 a step. For each line on standard input the process makes one step and writes one JSON line, the fields of `StepReport`,
-to a pipe of its own, because packages print to standard output. It ends when standard input ends.
+to a pipe of its own, because packages print to standard output. If it raises, the line has "type" and "error", and the
+process ends. It also ends when standard input ends.
 
 The peak memory of a step is VmHWM after it. VmHWM is reset before the step by writing 5 to /proc/self/clear_refs
 (proc(5)), and memory that the setup freed is returned to the system first, so the peak excludes the setup. Without that
@@ -16,6 +17,7 @@ import ctypes
 import dataclasses
 import gc
 import importlib
+import itertools
 import json
 import os
 import re
@@ -61,6 +63,7 @@ class WorkerProcess:
             environment: variables added to those of this process.
         """
         self.name: str = name
+        self.environment = environment
         self.last: StepReport | None = None
         reading, writing = os.pipe()
         self.process = subprocess.Popen(
@@ -75,20 +78,24 @@ class WorkerProcess:
         """Make one step and return its value.
 
         Raises:
-            RuntimeError: the process has ended; its message is on standard error. Or it hangs.
+            RuntimeError: the contender raised, or its process has ended or hangs. A traceback is on standard error.
+            ModuleNotFoundError: the contender needs a package that is missing.
         """
-        line = ""
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its last line says why
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-            if not select.select([self.reports], [], [], STEP_S)[0]:
-                self.process.kill()
-                raise RuntimeError(f"benchmark worker {self.name!r} made no step in {STEP_S:g} s")
-            line = self.reports.readline()
+        if not select.select([self.reports], [], [], STEP_S)[0]:
+            self.process.kill()
+            raise RuntimeError(f"benchmark worker {self.name!r} made no step in {STEP_S:g} s")
+        line = self.reports.readline()
         if not line:
             code = self.process.wait()
             raise RuntimeError(f"benchmark worker {self.name!r} ended with exit code {code}; its message is above")
-        self.last = StepReport(**json.loads(line))
+        report = json.loads(line)
+        if (error := report.get("error")) is not None:
+            missing = report["type"] == ModuleNotFoundError.__name__  # a package that the contender's package needs
+            raise (ModuleNotFoundError if missing else RuntimeError)(f"benchmark worker {self.name!r}: {error}")
+        self.last = StepReport(**report)
         return self.last.value
 
     def memory_bytes(self) -> int | None:
@@ -102,9 +109,10 @@ class WorkerProcess:
 
     @property
     def note(self) -> str:
-        if not self.last:
-            return ""
-        return f"{self.name}: {WHOLE_LIFE}" if self.last.whole_life else ""
+        parts = [f"{name}={value}" for name, value in self.environment.items()]
+        if self.last and self.last.whole_life:
+            parts.append(WHOLE_LIFE)
+        return f"{self.name}: {', '.join(parts)}" if parts else ""
 
     def close(self) -> None:
         """End the process; kill it if it does not end within CLOSE_S."""
@@ -146,6 +154,21 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def saving_first(run: Callable[[], Any], path: str, value_of: Callable[[Any], float]) -> Callable[[], float]:
+    """Return a step that returns value_of(run()); the first one also saves the tensor of `run`, to be checked."""
+    import torch
+
+    calls = itertools.count()
+
+    def step() -> float:
+        output = run()
+        if next(calls) == 0:
+            torch.save(output.clone(), path)
+        return value_of(output)
+
+    return step
+
+
 def _reporting(step: Callable[[], float], base_bytes: int) -> Callable[[], StepReport]:
     def report() -> StepReport:
         whole_life = not reset_peak()
@@ -165,11 +188,16 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     reset_peak()
     base_bytes = peak_bytes()
-    report = _reporting(make(request), base_bytes)
-    return_freed_memory()
     with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8") as reports:
-        for _ in sys.stdin:
-            print(json.dumps(dataclasses.asdict(report())), file=reports, flush=True)
+        try:
+            report = _reporting(make(request), base_bytes)
+            return_freed_memory()
+            for _ in sys.stdin:
+                print(json.dumps(dataclasses.asdict(report())), file=reports, flush=True)
+        except Exception as error:
+            reason = {"type": type(error).__name__, "error": f"{type(error).__name__}: {error}"}
+            print(json.dumps(reason), file=reports, flush=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -2,70 +2,25 @@
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from peakgpt.engine.data.run_layout import CURVES, METRICS, REPORT, RUN_CONFIG
 from peakgpt.engine.training.figures import duration_text, percent_text, speed_text
+from peakgpt.engine.training.html_page import (
+    Section,
+    charts_grid,
+    figure_boxes,
+    heading,
+    note,
+    page,
+    text_block,
+)
 from peakgpt.engine.training.run_charts import Row, png_charts, svg_charts
 from peakgpt.kernels.files import write_atomically
-
-STYLE = """
-:root{color-scheme:light dark;--text:#1c2128;--page:#fff;--soft:#57606a;--line:#d8dee4;--box:#f6f8fa;
---curve-0:#0969da;--curve-1:#d1570c;--curve-2:#1a7f37;--curve-3:#8250df;--curve-4:#bf3989;--curve-5:#7d6a00}
-@media(prefers-color-scheme:dark){:root{--text:#e6edf3;--page:#0d1117;--soft:#9da7b3;--line:#30363d;--box:#161b22;
---curve-0:#58a6ff;--curve-1:#f0883e;--curve-2:#3fb950;--curve-3:#bc8cff;--curve-4:#f778ba;--curve-5:#d4b72c}}
-*{box-sizing:border-box}
-body{font:15px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:var(--text);
-background:var(--page)}
-h1{margin-bottom:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}.note{color:var(--soft)}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.6rem;margin:1.2rem 0}
-.figures div{background:var(--box);border-radius:.4rem;padding:.5rem .8rem}
-.figures b{display:block;font-size:1.15rem;font-variant-numeric:tabular-nums}.figures span{color:var(--soft);
-font-size:.85rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem 1.5rem}
-figure{margin:0}figcaption{font-weight:600;font-size:.9rem}svg{width:100%;height:auto;display:block}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-th{border-bottom:2px solid var(--soft)}td:first-child,th:first-child{text-align:left}
-pre{background:var(--box);padding:1rem;border-radius:.4rem;overflow-x:auto;white-space:pre-wrap;
-overflow-wrap:anywhere}
-"""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page after the curves.
-
-    Args:
-        title: as plain text.
-        body: as HTML, see `table`, `text_block` and `note`.
-    """
-
-    title: str
-    body: str
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table as HTML; without headings if all of them are empty."""
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings) if any(headings) else ""
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table>{f'<tr>{head}</tr>' if head else ''}{body}</table></div>"
-
-
-def text_block(text: str) -> str:
-    """Return text with its line ends as HTML."""
-    return f"<pre>{html.escape(text)}</pre>"
-
-
-def note(text: str) -> str:
-    """Return a remark as HTML."""
-    return f"<p class=note>{html.escape(text)}</p>"
 
 
 def settings_section(folder: Path | str) -> list[Section]:
@@ -111,25 +66,17 @@ def write_report(folder: Path | str, sections: Sequence[Section] = (), *, summar
     """
     folder, rows = Path(folder), read_rows(folder)
     write_atomically(folder / CURVES, png_charts(rows))
-    page = folder / REPORT
-    write_atomically(page, _page(folder.resolve().name, rows, sections, summary).encode())
-    return page
+    path = folder / REPORT
+    write_atomically(path, _page(folder.resolve().name, rows, sections, summary).encode())
+    return path
 
 
 def _page(name: str, rows: Sequence[Row], sections: Sequence[Section], summary: str) -> str:
-    e = html.escape
-    charts = "".join(
-        f"<figure><figcaption>{e(title)}</figcaption>{svg}</figure>" for title, svg in svg_charts(rows)
-    )
-    figures = "".join(f"<div><b>{e(value)}</b><span>{e(label)}</span></div>" for label, value in key_figures(rows))
-    parts = [f"<h1>{e(name)}</h1>", note(summary or "a peakgpt run"), f"<div class=figures>{figures}</div>",
-             f"<div class=charts>{charts}</div>" if charts else note("no step was made yet")]  # fmt: skip
-    parts += [f"<h2>{e(section.title)}</h2>{section.body}" for section in (*_samples(rows), *sections)]
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>{e(name)}: peakgpt run</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
-    )
+    charts = charts_grid(svg_charts(rows))
+    parts = [note(summary or "a peakgpt run"), figure_boxes(key_figures(rows)),
+             charts or note("no step was made yet")]  # fmt: skip
+    parts += [heading(section.title) + section.body for section in (*_samples(rows), *sections)]
+    return page(name, parts, window_title=f"{name}: peakgpt run")
 
 
 def key_figures(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from peakgpt.bench import ops as bench_ops
 from peakgpt.bench.agreement import OUTPUT_TOLERANCE, expect_close
-from peakgpt.bench.op_cases import OpCase
-from peakgpt.bench.ops import compare_ops
-from peakgpt.bench.run_results import Failure, RunResults
+from peakgpt.bench.case import run_case
+from peakgpt.bench.ops import OpCase, op_cases
+from peakgpt.bench.run_results import RunResults
 from peakgpt.bench.schema import Result
 from peakgpt.bench.timing import Timing
 from peakgpt.engine.model.flops import mfu
@@ -39,21 +38,26 @@ def test_not_finite_values_are_wrong():
         expect_close("case", [truth * torch.nan], [truth], torch.float32, lambda: [truth])
 
 
-def test_a_failing_row_does_not_cost_the_others(monkeypatch):
-    found = RunResults()
+def test_a_failing_case_does_not_cost_the_others(monkeypatch):
+    found, sizes = RunResults(), {"rows": 8, "width": 16}
 
-    def flaky(case, direction, *args, **kwargs):
+    def flaky(case, device, on_failure):
         if case.op == "rmsnorm":
             raise RuntimeError("broken")
-        return [case.op]
+        return [result(case.op)]
 
-    monkeypatch.setattr(bench_ops, "compare", flaky)
-    cases = [OpCase(op, {"rows": 8, "width": 16}, passes=("forward",)) for op in ("rmsnorm", "layernorm")]
-    found.results += compare_ops(
-        cases, "cpu", torch.float32, budget_s=0.1, on_failure=lambda name, error: found.add(Failure.of(error, name))
-    )
-    assert found.results == ["layernorm"]
-    assert [f.message for f in found.failures] == ["RuntimeError: broken"] and found.exit_code == 1
+    monkeypatch.setattr(OpCase, "measure", flaky)
+    for case in op_cases({"rmsnorm": sizes, "layernorm": sizes}, ["float32"], ["forward"]):
+        run_case(case, None, found.add)
+    assert found.results == [result("layernorm")]
+    ((message, part, job),) = [(f.message, f.part, f.job) for f in found.failures]
+    assert (message, part) == ("RuntimeError: broken", "ops") and job.startswith("ops/rmsnorm/rows=8,width=16/forward/")
+    assert found.exit_code == 1
+
+
+def result(op):
+    return Result.of(Timing((0.5,)), bench="op", case={"op": op}, contender="peakgpt", backend="", device="cpu",
+                     dtype="float32")  # fmt: skip
 
 
 def test_a_results_fraction_is_the_mfu_function():

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from peakgpt.bench import decode
+from peakgpt.bench import command
 from peakgpt.bench.contenders import worker_process
 from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess
@@ -66,7 +66,7 @@ def row(contender):
     "error, code", [(RuntimeError("lost"), 1), (ValueError("wrong"), 1), (KeyboardInterrupt(), 130)]
 )
 def test_finished_rows_are_on_disk_when_the_benchmark_raises(error, code, monkeypatch, tmp_path, capsys):
-    def run(args, device, emit):
+    def measure(case, device, emit):
         emit(row("peakgpt"))
         emit(Failure(message="not installed", contender="peer"))
         (path,) = tmp_path.iterdir()
@@ -74,18 +74,18 @@ def test_finished_rows_are_on_disk_when_the_benchmark_raises(error, code, monkey
         emit(row("eager"))
         raise error
 
-    monkeypatch.setattr(decode, "run", run)
+    monkeypatch.setattr(command, "run_case", measure)
     assert main(["bench", "decode", "--device", "cpu", "--out", str(tmp_path)]) == code
     (path,) = tmp_path.iterdir()
     document = json.loads(path.read_text())
     assert [r["contender"] for r in document["results"]] == ["peakgpt", "eager"]
     assert [f["message"] for f in document["failures"]] == ["not installed", f"{type(error).__name__}: {error}"]
     printed = capsys.readouterr()
-    assert "decode: float32, tokens 4, peakgpt: 1e+03 (1e+03 to 1e+03) ms" in printed.err and str(path) in printed.out
+    assert "decode: float32, tokens 4, peakgpt: 1,000 (1,000 to 1,000) ms" in printed.err and str(path) in printed.out
 
 
 def test_error_before_the_first_row_writes_no_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(decode, "run", lambda args, device, emit: 1 / 0)
+    monkeypatch.setattr(command, "run_case", lambda case, device, emit: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["bench", "decode", "--device", "cpu", "--out", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
@@ -117,6 +117,16 @@ def test_worker_may_print_anything_and_a_hanging_one_is_ended(tmp_path, monkeypa
 
 
 def test_folder_that_cannot_be_written_is_an_error_before_measuring(monkeypatch, tmp_path):
-    monkeypatch.setattr(decode, "run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(command, "run_case", lambda *_: pytest.fail("it ran"))
     (tmp_path / "file").touch()
     assert main(["bench", "decode", "--device", "cpu", "--out", str(tmp_path / "file" / "folder")]) == 2
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["train", "--contenders", "nobody"], "--contenders: got 'nobody', expected some of 'peakgpt', 'eager', "),
+    (["decode", "--dtype", "int4", "--contenders", "eager"], "--contenders: got 'eager', expected some of 'peakgpt'"),
+    (["suite", "--case", "ops/nothing/*"], "--case: got 'ops/nothing/*', which matches no case"),
+])  # fmt: skip
+def test_contender_or_case_that_does_not_exist_is_an_error(flags, message, tmp_path, capsys):
+    assert main(["bench", *flags, "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -4,8 +4,8 @@ import dataclasses
 import gc
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
+import fixed_peaks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from peakgpt.bench.contenders import decoding, training
 from peakgpt.bench.contenders.contender import TUNED_MALLOC, WEIGHT_FORMATS, Workload
 from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess, _reporting
-from peakgpt.bench.decode import compare_decoding
+from peakgpt.bench.decode import DecodeCase, compare_decoding
 from peakgpt.bench.report import comparisons
 from peakgpt.bench.schema import read_results
 from peakgpt.bench.train import _expect_same_loss
@@ -35,10 +35,11 @@ def training_request(contender, **changes):
 
 
 def test_worker_process_steps_and_reports_its_death():
-    worker, dead = (WorkerProcess(name, training_request(name), {}) for name in ("peakgpt", "nobody"))
+    worker, dead = (WorkerProcess(name, training_request(name), {"SET": "1"}) for name in ("peakgpt", "nobody"))
+    assert worker.note == "peakgpt: SET=1", "the environment of a contender is stated"
     losses = [worker.step() for _ in range(3)]
-    assert losses[2] < losses[0] and worker.note == ""
-    with pytest.raises(RuntimeError, match="worker 'nobody' ended with exit code 1"):
+    assert losses[2] < losses[0] and worker.note == "peakgpt: SET=1"
+    with pytest.raises(RuntimeError, match="worker 'nobody': KeyError: 'nobody'"):
         dead.step()
     worker.process.kill()
     worker.process.wait()
@@ -46,6 +47,18 @@ def test_worker_process_steps_and_reports_its_death():
         worker.step()
     for w in (worker, dead):
         w.close()
+
+
+def test_missing_dependency_of_a_contender_is_reported_as_missing(tmp_path):
+    """Regression: the row said "ended with exit code 1", and only standard error had the name of the package."""
+    (tmp_path / "needy.py").write_text("def make(request):\n    import no_such_engine\n")
+    worker = WorkerProcess("needy", {"make": "needy:make", "threads": 1}, {"PYTHONPATH": str(tmp_path)})
+    worker.process.wait()  # it may end before its first step
+    try:
+        with pytest.raises(ModuleNotFoundError, match="'needy': ModuleNotFoundError: No module named 'no_such_engine'"):
+            worker.step()
+    finally:
+        worker.close()
 
 
 GREEDY = """
@@ -82,7 +95,7 @@ def test_note_says_when_step_peaks_are_unavailable(monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", read_only)
     worker = WorkerProcess.__new__(WorkerProcess)
-    worker.name, worker.last = "x", _reporting(lambda: 1.0, 1)()
+    worker.name, worker.environment, worker.last = "x", {}, _reporting(lambda: 1.0, 1)()
     assert worker.last.whole_life and worker.note.endswith("x: memory is the peak since the start of the process")
 
 
@@ -169,23 +182,26 @@ def test_other_tokens_raise():
         decode._expect_equal_start("x", expected[:, 1:], expected, "int8")
 
 
-def test_weight_formats_share_one_interleaved_run(monkeypatch):
-    peak = SimpleNamespace(bandwidth_bytes_s=1e9, source="none")
-    monkeypatch.setattr(decode, "peak_for", lambda *args: peak)
+def test_decoding_is_checked_and_timed_in_each_format(monkeypatch):
+    fixed_peaks.use(monkeypatch)
     here = lambda name, request, environment: FakeContender(decode.decode_step(request))  # noqa: E731
     monkeypatch.setattr(decode, "WorkerProcess", here)  # processes are tested with the training step and the prompt
-    case, told = Workload(2, 4, 6), []
-    results = decode.compare_streams(tiny_config(), case, ("float32", "int8"), ["peakgpt", "eager"], rounds=3,
-                                      on_failure=lambda name, error: told.append(name))  # fmt: skip
-    assert [(r.contender, r.dtype) for r in results] == [("peakgpt", "float32"), ("eager", "float32"),
-                                                         ("peakgpt", "int8")]  # fmt: skip
-    assert not told and len({r.rounds for r in results}) == 1
+    workload, told, found = Workload(2, 4, 6), [], {}
+    for weights in ("float32", "int8"):
+        case = DecodeCase("tiny", tiny_config(), workload, weights, only=("peakgpt", "eager"), rounds=3)
+        results = case.measure(torch.device("cpu"), lambda name, error: told.append(name))
+        found[case.name] = [(r.contender, r.dtype, r.memory_bytes) for r in results]
+        assert len({r.rounds for r in results}) == 1
+    assert found == {"decode/tiny/2x4+6/float32": [("peakgpt", "float32", 7), ("eager", "float32", 7)],
+                     "decode/tiny/2x4+6/int8": [("peakgpt", "int8", 7)]}  # fmt: skip
+    assert not told
     weights = [decode.read_bytes(preset("gpt2"), Workload(1, 0, 1), form) for form in WEIGHT_FORMATS]
     assert weights[0] == pytest.approx(4 * 123.65e6, rel=2e-3) and weights == sorted(weights, reverse=True)
     assert weights[3] == pytest.approx(38.6e6 + 85.1e6 * 4.5 / 8, rel=2e-3)
 
 
-def test_compare_decoding_raises_for_wrong_logits():
+def test_compare_decoding_raises_for_wrong_logits(monkeypatch):
+    fixed_peaks.use(monkeypatch)
     model = GPT(tiny_config())
     ids = torch.randint(64, (2, 4))
     results = compare_decoding(model, ids, count=3, rounds=3)
@@ -200,7 +216,9 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("train")
     argv = ["bench", "train", "--device", "cpu", "--model", "gpt2-tiny", "--batch", "1", "--tokens", "16", "--rounds",
             "3", "--dtype", "bfloat16", "--contenders", "peakgpt", "eager", "eager, tuned malloc"]  # fmt: skip
-    assert main([*argv, "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        fixed_peaks.use(patch)
+        assert main([*argv, "--out", str(out)]) == 0
     return read_results(next(out.iterdir()))[0]
 
 

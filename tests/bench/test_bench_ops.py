@@ -4,31 +4,55 @@ import contextlib
 import inspect
 from types import SimpleNamespace
 
+import fixed_peaks
 import pytest
 import torch
 import torch.nn.functional as F
 
-from peakgpt.bench import op_cases
+from peakgpt.bench import op_passes
+from peakgpt.bench import ops as bench_ops
 from peakgpt.bench.check import check, judge
 from peakgpt.bench.contenders.op_peers import _epilogue_mlp, peers
-from peakgpt.bench.memory_bound import GPT2_CALLS, KERNELS, measure
-from peakgpt.bench.op_cases import OpCase, choose_cases
-from peakgpt.bench.ops import compare, compare_ops
+from peakgpt.bench.interleave import raise_failure
+from peakgpt.bench.memory_bound import GPT2_CALLS, KERNELS, KernelCase
+from peakgpt.bench.ops import OpCase, _parse_sizes, op_cases
 from peakgpt.bench.report import notes, tables
 from peakgpt.bench.run_results import Unsupported
 from peakgpt.bench.schema import read_results
 from peakgpt.cli import main
 from peakgpt.kernels.core.dispatch import OPS
+from peakgpt.kernels.hardware.peaks import Streams
 
 CPU = torch.device("cpu")
-SMALL = OpCase("layernorm", {"rows": 8, "width": 16})
+SMALL = {"rows": 8, "width": 16}
 
 
-def timed(direction, found=None, **contenders):
-    told = {} if found is None else {"on_failure": lambda name, error: found.append((name, str(error)))}
-    results = compare(SMALL, direction, CPU, torch.float32, budget_s=0.0, rounds=3,
-                      peers=lambda op, device: contenders, **told)  # fmt: skip
-    return {r.contender: r for r in results}
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Compiling an op and measuring peaks take longer than all tests of this file."""
+    fixed_peaks.use(monkeypatch)
+    monkeypatch.setattr(bench_ops, "peers", lambda op, device: without_compile(peers(op, device)))
+
+
+def without_compile(found):
+    return {name: call for name, call in found.items() if name != "compile"}
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Return timed(direction, found=None, **contenders) -> result of each contender of a small layernorm."""
+
+    def measure(direction, found=None, **contenders):
+        monkeypatch.setattr(bench_ops, "peers", lambda op, device: contenders)
+        tell = raise_failure if found is None else lambda name, error: found.append((name, str(error)))
+        case = OpCase("layernorm", direction, "float32", SMALL, seconds=0.0, rounds=3)
+        return {r.contender: r for r in case.measure(CPU, tell)}
+
+    return measure
+
+
+def all_results(cases):
+    return [result for case in cases for result in case.measure(CPU, raise_failure)]
 
 
 def right(x, w, b):
@@ -44,11 +68,10 @@ def wrong_gradient(x, w, b):
     return y + 0.01 * (y - y.detach())
 
 
-def test_compare_ops_times_every_op_and_pass_versus_eager():
+def test_op_cases_time_every_op_and_pass_versus_eager():
     sizes = {"layernorm": {"rows": 8, "width": 16}, "adamw": {"count": 64},
              "attention_qkv": {"batch": 1, "tokens": 8, "heads": 2, "head_dim": 8}}  # fmt: skip
-    cases = [OpCase(op, size) for op, size in sizes.items()]
-    results = list(compare_ops(cases, CPU, torch.float32, budget_s=0.0, rounds=3))
+    results = all_results(op_cases(sizes, ["float32"], seconds=0.0, rounds=3))
     seen = {(r.case["op"], r.case["pass"], r.contender) for r in results}
     passes = {"layernorm": 2, "adamw": 1, "attention_qkv": 2}
     torchs = {"layernorm": "eager", "adamw": "torch fused", "attention_qkv": "eager"}
@@ -77,37 +100,38 @@ def test_bench_ops_times_the_given_sizes_and_passes(tmp_path, capsys):
 )  # fmt: skip
 def test_unknown_or_invalid_size_raises(size, message):
     with pytest.raises(ValueError, match=message):
-        choose_cases(["attention"], [size])
+        _parse_sizes(["attention"], [size])
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
-def test_contender_with_wrong_values_raises(direction):
+def test_contender_with_wrong_values_raises(direction, timed):
     assert set(timed(direction, other=right)) == {"peakgpt", "eager", "other"}
     with pytest.raises(ValueError, match=r"layernorm: other: result \d is off eager by 0.01, expected at most 0.001"):
         timed(direction, other=wrong)
 
 
-def test_wrong_gradients_raise_if_backward_is_timed():
+def test_wrong_gradients_raise_if_backward_is_timed(timed):
     assert "other" in timed("forward", other=wrong_gradient)
     for direction in ("backward", "forward+backward"):
         with pytest.raises(ValueError, match="off eager"):
             timed(direction, other=wrong_gradient)
 
 
-def test_failing_contender_does_not_stop_the_others():
+def test_failing_contender_does_not_stop_the_others(timed):
     def broken(x, w, b):
         raise RuntimeError("no such kernel")
 
     def declines(x, w, b):
-        raise Unsupported
+        raise Unsupported("not today")
 
     found = []
     results = timed("forward", found, broken=broken, wrong=wrong, declines=declines)
     assert set(results) == {"peakgpt", "eager"}
-    assert [name for name, _ in found] == ["broken", "wrong"] and found[0][1] == "no such kernel"
+    assert [name for name, _ in found] == ["broken", "wrong", "declines"]
+    assert (found[0][1], found[2][1]) == ("no such kernel", "not today")
 
 
-def test_result_of_fallback_to_eager_notes_the_objection(monkeypatch):
+def test_result_of_fallback_to_eager_notes_the_objection(monkeypatch, timed):
     from peakgpt.kernels.cpu import layernorm
 
     assert "eager ran" not in timed("forward")["peakgpt"].note
@@ -117,7 +141,7 @@ def test_result_of_fallback_to_eager_notes_the_objection(monkeypatch):
     assert "layernorm: eager ran as peakgpt, cpu objects: it is Sunday" in notes(results.values())
 
 
-def test_flops_and_bytes_are_those_of_the_pass():
+def test_flops_and_bytes_are_those_of_the_pass(timed):
     op = OPS["layernorm"]
     cost = op.cost(*op.sample(rows=8, width=16))
     by = {d: timed(d)["eager"] for d in ("forward", "backward", "forward+backward")}
@@ -126,20 +150,20 @@ def test_flops_and_bytes_are_those_of_the_pass():
     assert by["forward+backward"].bytes == cost.bytes + cost.backward_bytes
 
 
-def test_values_are_compared_at_checked_sizes():
-    case = OpCase("adamw", {"count": 64}, checked={"count": 8})
-    run = lambda **peer: compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3,  # noqa: E731
-                                 peers=lambda op, device: peer)  # fmt: skip
-    assert [r.contender for r in run()] == ["peakgpt", "torch fused"]
+def test_values_are_compared_at_checked_sizes(monkeypatch):
+    cases = [OpCase("adamw", sizes={"count": 64}, checked={"count": 8}, seconds=0.0, rounds=3)]
+    assert [r.contender for r in all_results(cases)] == ["peakgpt", "torch fused"]
+    monkeypatch.setattr(bench_ops, "peers", lambda op, device: {"idle": lambda *tensors, lr: None})
     with pytest.raises(ValueError, match="adamw: idle"):
-        run(idle=lambda *tensors, lr: None)
+        all_results(cases)
 
 
 def test_peers_take_the_arguments_of_the_op():
-    adamw, attention, mlp = OPS["adamw"], OPS["attention"], OPS["mlp"]
-    names = {r.contender for case, op in ((OpCase("adamw", {"count": 64}), adamw),
-                                          (OpCase("attention", {"batch": 1, "tokens": 8, "heads": 1}), attention))
-             for r in compare(case, "forward", CPU, torch.float32, budget_s=0.0, rounds=3, peers=peers)}  # fmt: skip
+    attention, mlp = OPS["attention"], OPS["mlp"]
+    cases = op_cases({"adamw": {"count": 64}, "attention": {"batch": 1, "tokens": 8, "heads": 1}}, ["float32"],
+                     ["forward"], seconds=0.0, rounds=3)  # fmt: skip
+    names = {r.contender for r in all_results(cases)}
+    assert names == {name for case in cases for name in case.contenders(CPU)}
     assert names == {"peakgpt", "eager", "torch fused", "sdpa flash"}  # adamw is an op in place, so eager is not timed
     assert set(peers(attention, torch.device("cuda"))) == {"sdpa cudnn", "sdpa flash", "sdpa efficient"}
     tensors = mlp.sample(rows=4, width=16, hidden=64)
@@ -172,19 +196,18 @@ def test_every_kernel_has_a_case():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_bytes_are_those_of_its_tensors(name, dtype, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "peakgpt.bench.memory_bound.stream_peak", lambda *a, **k: asked.append((a, k)) or (1e9, "streams")
-    )
-    result = measure(name, tiny(name), dtype, rounds=1)
+    asked, streams_of = [], Streams.of
+    monkeypatch.setattr(Streams, "of", lambda *a, **k: asked.append((a, k)) or streams_of(*a, **k))
+    case = KernelCase(name, tiny(name), str(dtype).removeprefix("torch."), rounds=1)
+    (result,) = case.measure(CPU, raise_failure)
     read, written = (4 * n for n in MOVED[name])
     if dtype == torch.bfloat16:  # the remainder and the moments of the optimizer keep their size
         read, written = (70, 60) if name == "adamw" else (read // 2, written // 2)
-    ((_, *moved, touched), more) = asked[0]
+    ((*moved, touched), more) = asked[0]
     assert moved == [read, written] and result.bytes == read + written
     updated = {"cross_entropy": read, "adamw": 60}.get(name, 0)
     assert more == {"updated_bytes": updated} and touched == read + written - updated
-    assert result.bytes_fraction == result.bytes / result.median_s / 1e9
+    assert result.bytes_fraction == pytest.approx(result.bytes / result.median_s / fixed_peaks.RATES["bytes"])
     assert name in tables([result])[0]
 
 
@@ -241,6 +264,6 @@ def test_replayed_captures_every_input_set_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(1)))
     monkeypatch.setattr(torch.cuda, "graph", recording)
     sets = [((SimpleNamespace(device=torch.device("cuda"), name=i),), []) for i in range(3)]
-    run = op_cases.replayed(lambda x: called.append((x.name, bool(inside))) or x.name, sets, {})
+    run = op_passes.replayed(lambda x: called.append((x.name, bool(inside))) or x.name, sets, {})
     assert called == [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)]
     assert run() == 2 and replays == [1] and len(called) == 6

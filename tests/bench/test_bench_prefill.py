@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import fixed_peaks
 import pytest
 import torch
 
 from peakgpt.bench import prefill
 from peakgpt.bench.agreement import expect_close
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
+from peakgpt.bench.prefill import PrefillCase
 from peakgpt.bench.report import tables
 from peakgpt.engine.model.flops import forward_flops
 from peakgpt.engine.model.presets import preset
@@ -49,13 +51,12 @@ def test_prompt_gpt_stores_keys_and_values():
 
 
 def test_missing_package_is_reported_and_others_are_timed(monkeypatch):
+    fixed_peaks.use(monkeypatch)
     absent = dataclasses.replace(prefill.PREFILL_CONTENDERS["eager"], package="no_such_engine")
     monkeypatch.setitem(prefill.PREFILL_CONTENDERS, "absent", absent)
     told = []
-    results = prefill.compare_prefill(
-        tiny_config(), 16, torch.float32, ["peakgpt", "absent", "eager"], rounds=3,
-        on_failure=lambda name, error: told.append(f"{name}: {error}"),
-    )  # fmt: skip
+    case = PrefillCase("tiny", tiny_config(), 16, "float32", only=("peakgpt", "absent", "eager"), rounds=3)
+    results = case.measure(torch.device("cpu"), lambda name, error: told.append(f"{name}: {error}"))
     assert [r.contender for r in results] == ["peakgpt", "eager"]
     assert told == ["absent: not measured, no_such_engine is not installed: pip install no_such_engine"]
     assert all(r.flops == prefill.work_flops(tiny_config(), 16) and r.memory_bytes > r.base_bytes for r in results)
@@ -66,9 +67,8 @@ def test_wrong_prefill_logits_are_reported(monkeypatch):
     right = prefill.reference_logits
     monkeypatch.setattr(prefill, "reference_logits", lambda *a: right(*a).roll(1, -1))
     told = []
-    results = prefill.compare_prefill(
-        tiny_config(), 16, torch.float32, ["eager"], rounds=3, on_failure=lambda name, error: told.append(str(error))
-    )
+    case = PrefillCase("tiny", tiny_config(), 16, "float32", only=("eager",), rounds=3)
+    results = case.measure(torch.device("cpu"), lambda name, error: told.append(str(error)))
     assert results == [] and "prefill: eager: result 0 is off eager" in told[0]
 
 
@@ -80,4 +80,4 @@ def test_prefill_work_flops():
 
 def test_prefill_on_cuda_raises(monkeypatch):
     with pytest.raises(ValueError, match="expected --device cpu"):
-        prefill.run(None, torch.device("cuda"), print)
+        prefill.cases(None, torch.device("cuda"))

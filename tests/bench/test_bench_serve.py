@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import serving  # skips all where the packages of peakgpt[serve] are missing
+import torch
 
 from peakgpt.bench import serve as bench
 from peakgpt.bench import streaming_client
 from peakgpt.bench.contenders.contender import Workload
+from peakgpt.bench.interleave import raise_failure
 
 CASE = Workload(streams=2, prompt=4, tokens=8)
 
@@ -40,7 +42,8 @@ def test_server_and_engine_give_paired_rounds_and_latencies(running, monkeypatch
     monkeypatch.setattr(bench, "WorkerProcess", made)
     monkeypatch.setattr(bench, "keep_pages", lambda: None)  # it changes the allocator of this process for good
     config = running.engine.config
-    ours, engine, whole, first, between = bench.compare_serving(config, CASE, "float32", seconds=0.2)
+    case = bench.ServeCase("tiny", config, CASE, "float32", rounds=100, seconds=0.2)
+    ours, engine, whole, first, between = case.measure(torch.device("cpu"), raise_failure)
     assert (ours.contender, engine.contender, whole.contender) == ("peakgpt", "engine", "peakgpt")
     assert ours.rounds == engine.rounds and whole.case["time"] == "without a pause"
     ended = int(whole.note.split(" requests ended")[0].split()[-1])

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from peakgpt.engine.training.html_page import Section, note, table, text_block
 from peakgpt.engine.training.run_charts import CHARTS, MAX_POINTS, binned, curves
-from peakgpt.engine.training.run_report import Section, key_figures, note, read_rows, table, text_block, write_report
+from peakgpt.engine.training.run_report import key_figures, read_rows, write_report
 
 
 def rows_of(steps):

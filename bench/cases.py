@@ -1,0 +1,93 @@
+"""The cases of the suite, by kind. Plain tables: a new op of the catalogue is a case of "ops" without an entry here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from types import ModuleType
+
+import torch
+
+from peakgpt.bench.case import Case
+
+# Each key is a module of peakgpt.bench with a subclass of Case, add_arguments(parser) and cases(args, device).
+KINDS = {
+    "train": "a training step of GPT-2 versus PyTorch",
+    "decode": "greedy decoding with a KV cache versus PyTorch and other engines",
+    "prefill": "prefill of GPT-2 on a CPU versus PyTorch and other engines",
+    "patch": "patched versus unpatched transformers models",
+    "serve": "the server under many streams versus the engine alone",
+    "gemm": "GPT-2 124M's linear layers with 16-, 8- and 4-bit weights on a CPU",
+    "memory_bound": "memory-bound CPU kernels without dispatch, versus streams of the same reads and writes",
+    "ops": "every op, forward and backward, versus PyTorch",
+    "packing": "a training step on packed documents with masked attention versus whole rows",
+    "fp8": "training with fp8 GEMMs versus bfloat16: loss and time",
+}
+CPU_KINDS = ("prefill", "serve", "gemm", "memory_bound")
+GPU_KINDS = ("fp8",)
+
+# The README's rows in the order of `make bench`: seconds on 2 cores, and the contenders that it leaves out. Together 15
+# minutes at most. A case ends after the round in which its seconds are over, and has at least three rounds.
+README: dict[str, tuple[float, tuple[str, ...]]] = {
+    "train/gpt2/4x256/bfloat16": (250, ()),
+    "train/gpt2/4x256/float32": (290, ()),
+    "decode/gpt2/1x16+32/bfloat16": (45, ("peakgpt by ops",)),
+    "decode/gpt2/1x16+32/int8": (30, ("ctranslate2",)),
+    "decode/gpt2/1x16+32/int4": (15, ()),
+    "decode/gpt2/8x16+32/bfloat16": (60, ("peakgpt by ops",)),
+    "decode/gpt2/8x16+32/int8": (35, ("ctranslate2",)),
+    "decode/gpt2/8x16+32/int4": (20, ()),
+    "prefill/gpt2/512/bfloat16": (55, ("peakgpt, tuned malloc", "eager, tuned malloc", "compile, tuned malloc")),
+    "prefill/gpt2/512/int8": (15, ()),
+    "patch/gpt2/train/4x256/bfloat16": (80, ()),
+}
+
+
+def module_of(kind: str) -> ModuleType:
+    """Return the module of a kind of case."""
+    return importlib.import_module(f"peakgpt.bench.{kind}")
+
+
+def suite_cases(device: torch.device) -> list[Case]:
+    """Return all cases of the suite on a device."""
+    others = CPU_KINDS if device.type != "cpu" else GPU_KINDS
+    return [case for kind in KINDS if kind not in others for case in _default_cases(kind, device)]
+
+
+def readme_cases(device: torch.device) -> list[Case]:
+    """Return the cases of README with its seconds and contenders, in its order."""
+    by_name = {case.name: case for case in suite_cases(device)}
+    return [_shortened(by_name[name], device) for name in README if name in by_name]
+
+
+def _shortened(case: Case, device: torch.device) -> Case:
+    seconds, left_out = README[case.name]
+    only = tuple(name for name in case.all_contenders(device) if name not in left_out)
+    return dataclasses.replace(case, seconds=seconds, only=only)
+
+
+def tags(case: Case) -> tuple[str, ...]:
+    """Return the words by which pytest selects a case: its kind, and "readme" if the README shows it."""
+    return (case.kind, "readme") if case.name in README else (case.kind,)
+
+
+def select(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
+    """Return the cases whose names match one of the patterns, such as "ops/*/float32".
+
+    Raises:
+        ValueError: a pattern matches no case.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(case.name, pattern) for case in cases):
+            raise ValueError(f"--case: got {pattern!r}, which matches no case; --list prints their names")
+    return [case for case in cases if any(fnmatchcase(case.name, pattern) for pattern in patterns)]
+
+
+def _default_cases(kind: str, device: torch.device) -> list[Case]:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    module = module_of(kind)
+    module.add_arguments(parser)
+    return module.cases(parser.parse_args([]), device)
