@@ -87,7 +87,7 @@ def cross_entropy(dtype, rows: int, vocab: int, gradient: bool = True) -> Kernel
     logits, target = torch.randn(rows, vocab).to(dtype), torch.randint(vocab, (rows,))
     loss, stats = torch.empty(rows), torch.empty(rows, 2)
     arguments = {"dtype": DTYPES[dtype], "rows": rows, "vocab": vocab, "logits": logits, "target": target,
-                 "ignore_index": -100, "loss": loss, "stats": stats, "with_gradient": gradient, "scale": 1.0,
+                 "ignore_index": -100, "loss": loss, "stats": stats, "with_gradient": gradient,
                  "smoothing": 0.0, "z_loss": 0.0}  # fmt: skip
     return KernelCall("cross_entropy_forward", arguments, (logits,), (logits,) if gradient else ())
 

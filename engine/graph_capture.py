@@ -5,8 +5,9 @@
     later calls            copy their inputs to the static tensors, replay, and copy the outputs
 
 Values that change between calls must be in device memory: batches, the learning rate, step counts, random seeds. If the
-function cannot be captured, `GraphedFunction.obstacle` says why, and all calls run normally. A CPU has no graphs;
-`engine/graph_dry_run.py` tests on a CPU whether a function could be captured.
+function cannot be captured, `GraphedFunction.obstacle` says why, and all calls run normally. On a CPU a training step
+is recorded in the same way (kernels/cpu/recording.py). `engine/graph_dry_run.py` tests on a CPU whether a function
+could be captured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from peakgpt.kernels.core.recording import CannotRecord
 
 WARMUP = 2  # not 1: the first training step creates the optimizer's state, the second one runs like all later ones
 
@@ -80,6 +83,9 @@ class GraphedFunction:
         static = [value.clone() for value in inputs]
         try:
             self.graph.capture(lambda: self.function(*static))
+        except CannotRecord as error:
+            self.obstacle = str(error)
+            return
         except (RuntimeError, NotImplementedError) as error:  # errors of CUDA are RuntimeErrors
             self.obstacle = f"capture failed: {_messages(error)}"
             warnings.warn(f"the function runs uncaptured, {self.obstacle}", stacklevel=3)
@@ -146,6 +152,17 @@ def graph_factory(device: torch.device, *, share_memory: bool = False) -> Callab
         return lambda: CudaGraph(torch.cuda.Stream(device))
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
     return lambda: CudaGraph(stream, pool)
+
+
+def step_graphs(device: torch.device) -> Callable[[], Graph] | None:
+    """Return a function that makes graphs of training steps; on a CPU they are recordings of kernel calls."""
+    if device.type != "cpu":
+        return graph_factory(device)
+    try:
+        from peakgpt.kernels.cpu.recording import Recording
+    except ImportError:  # no extension
+        return None
+    return Recording
 
 
 def has_graphs(device: torch.device) -> bool:

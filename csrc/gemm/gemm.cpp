@@ -24,6 +24,7 @@ struct GemmPart {
 };
 
 constexpr int64_t kSkinnyRows = 4;  // up to this number of rows b is not packed
+constexpr int64_t kDirectColumns = 512, kSharedSetFloats = 256;
 constexpr int64_t kGroupFloats = 120 << 10;  // packed b in a group of columns: it stays in the second-level cache
 
 }  // namespace
@@ -41,8 +42,21 @@ constexpr int64_t kGroupFloats = 120 << 10;  // packed b in a group of columns: 
 #include "gemm/skinny_gemm.h"
 
 template <class T>
-GemmTile TileOf() {
+GemmTile TileSizes() {
   return {kPanelRows, kColumns, kSlot<T>};
+}
+
+// Whether the tiles read a where it is instead of packed: it pays for few panels of b. It does not pay if the slots are
+// a multiple of 1 KiB apart: they share four sets of the first-level cache. Sums are formed of packed rows or of rows
+// that are contiguous.
+template <class T>
+bool ReadsRows(const GemmArgs& args) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (args.n > kDirectColumns) return false;
+    return args.a_k == 1 ? args.a_sums == nullptr || args.a_row == 1 : args.a_k % kSharedSetFloats != 0;
+  } else {
+    return false;
+  }
 }
 
 // Packs row panels [begin, end) of a block of a.
@@ -56,6 +70,18 @@ void PackRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64
   for (int64_t i = 0; i < rows; i += kLanes) {
     const float* panel = out + (row + i) / kPanelRows * kPanelRows * slots + i % kPanelRows;
     AddSlots<T>(panel, slots, kPanelRows, rows - i, block.first, args.a_sums + block.row + row + i);
+  }
+}
+
+// Prepares the same rows for MultiplyPanels.
+template <class T>
+void PrepareRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, int64_t end, float* out) {
+  if (!ReadsRows<T>(args)) return PackRows<T>(args, block, begin, end, out);
+  if (args.a_sums == nullptr || block.column > 0) return;
+  const int64_t last = block.row + std::min(end * kPanelRows, block.rows);
+  const float* a = static_cast<const float*>(args.a) + block.k * args.a_k;
+  for (int64_t row = block.row + begin * kPanelRows; row < last; row += kLanes) {
+    AddSlots<float>(a + row, block.depth, args.a_k, last - row, block.first, args.a_sums + row);
   }
 }
 
@@ -101,10 +127,16 @@ void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart
       PackColumns<T>(args, block.column + column, columns, block.k, block.depth, b);
     }
     for (int64_t i = part.row_begin * kPanelRows; i < std::min(part.row_end * kPanelRows, block.rows); i += kRows) {
-      const float* left = a + i / kPanelRows * kPanelRows * slots + i % kPanelRows;
-      const TileFunction multiply = TileOfRows<T>(block.rows - i);
+      TileRows left{a + i / kPanelRows * kPanelRows * slots + i % kPanelRows, 1, kPanelRows};
+      if (ReadsRows<T>(args)) {
+        const float* rows = static_cast<const float*>(args.a) + (block.row + i) * args.a_row + block.k * args.a_k;
+        left = {rows, args.a_row, args.a_k};
+      }
       for (int64_t j = group; j < group_end; ++j) {
         float* at = sums == nullptr ? tile : sums + (i / kRows * panels + j) * kRows * kColumns;
+        const int64_t width = block.columns - j * kColumns;
+        const TileFunction multiply = left.slot_step == 1 ? TileOf<T, true>(block.rows - i, width)
+                                                          : TileOf<T, false>(block.rows - i, width);
         multiply(slots, left, right + (j - group) * kColumns * slots, block.first, at);
         if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
       }
@@ -161,7 +193,7 @@ struct GemmPlan {
   int64_t rows, columns, depth;  // of a block
   int64_t a_size, b_size, sums_size;  // in floats; b_size is for each thread
 
-  explicit GemmPlan(const GemmArgs& args) : tile(PEAK_PICK_DTYPE(args.dtype, TileOf)()) {
+  explicit GemmPlan(const GemmArgs& args) : tile(PEAK_PICK_DTYPE(args.dtype, TileSizes)()) {
     rows = Up(Pieces(args.m, Pieces(args.m, kBlockRows)), tile.rows);
     columns = Up(Pieces(args.n, Pieces(args.n, kBlockColumns)), tile.columns);
     depth = DepthOf(args.k, tile);
@@ -175,7 +207,7 @@ struct GemmPlan {
 
 // Computes one thread's part of a product. All `workers` call it with the same scratch.
 void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
-  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
+  const auto prepare = PEAK_PICK_DTYPE(args.dtype, PrepareRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
   const int64_t rows = plan.rows, columns = plan.columns, depth = plan.depth;
   const auto [row_groups, column_groups] = Grid(rows / plan.tile.rows, columns / plan.tile.columns, workers);
@@ -187,7 +219,7 @@ void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, 
         const GemmBlock block{row, std::min(rows, args.m - row), column, std::min(columns, args.n - column),
                               k, std::min(depth, args.k - k), k == 0, k + depth >= args.k};
         const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
-        pack(args, block, r * id / workers, r * (id + 1) / workers, a);
+        prepare(args, block, r * id / workers, r * (id + 1) / workers, a);
         Barrier();
         const int64_t i = id / column_groups, j = id % column_groups;
         const GemmPart part{r * i / row_groups, r * (i + 1) / row_groups, c * j / column_groups,
@@ -202,12 +234,12 @@ void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, 
 }  // namespace
 
 int64_t PackedFloats(DType dtype, int64_t n, int64_t k) {
-  const GemmTile tile = PEAK_PICK_DTYPE(dtype, TileOf)();
+  const GemmTile tile = PEAK_PICK_DTYPE(dtype, TileSizes)();
   return Up(n, tile.columns) * (Up(k, tile.slot) / tile.slot);
 }
 
 void PackB(const PackArgs& args, int threads) {
-  const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileOf)();
+  const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileSizes)();
   const auto pack = PEAK_PICK_DTYPE(args.dtype, PackBlock);
   const int64_t depth = DepthOf(args.k, tile), panels = Pieces(args.n, tile.columns);
   for (int64_t k = 0; k < args.k; k += depth) {

@@ -57,7 +57,7 @@ void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t 
   }
 }
 
-// Adds the elements of a packed panel of one Vec of rows to sums[lanes], in the order of k.
+// Adds one Vec of rows to sums[lanes], in the order of k. Slots are `width` elements apart; panels are read whole.
 template <class T>
 void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t lanes, bool first, float* sums) {
   Vec sum = first ? Set(0.0f) : Load(sums, lanes);
@@ -66,7 +66,7 @@ void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t lanes, b
     if constexpr (kSlot<T> == 2) {
       sum = DotPairs(sum, AsPairs(Load(panel)), SetPair(ones));
     } else {
-      sum = sum + Load(panel);
+      sum = sum + Load(panel, lanes);
     }
   }
   Store(sums, sum, lanes);

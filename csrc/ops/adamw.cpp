@@ -64,13 +64,13 @@ namespace {
 
 AdamwStep StepOf(const AdamwArgs& args) {
   const double scale = args.norm == nullptr ? 1.0 : std::min(1.0, args.max_norm / (*args.norm + 1e-6));
-  const double t = *args.step + 1.0;
+  const double t = *args.step + 1.0, lr = args.rate == nullptr ? args.lr : args.lr * *args.rate;
   // Powers in double: 1 - 0.999^1 in float has three digits.
   return {static_cast<float>(scale),
-          static_cast<float>(1.0 - args.lr * args.weight_decay),
+          static_cast<float>(1.0 - lr * args.weight_decay),
           static_cast<float>(args.beta1),
           static_cast<float>(args.beta2),
-          static_cast<float>(args.lr / (1.0 - std::pow(args.beta1, t))),
+          static_cast<float>(lr / (1.0 - std::pow(args.beta1, t))),
           static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(args.beta2, t))),
           static_cast<float>(args.eps)};
 }
@@ -110,7 +110,8 @@ void AdamwEach(const AdamwEachArgs& args, int threads) {
                    .grad = Address<const void>(row[2]), .exp_avg = Address<float>(row[4]),
                    .exp_avg_sq = Address<float>(row[5]), .step = Address<float>(row[6]), .lr = args.lr,
                    .beta1 = args.beta1, .beta2 = args.beta2, .eps = args.eps, .weight_decay = args.weight_decay,
-                   .remainder = Address<int16_t>(row[3]), .norm = args.norm, .max_norm = args.max_norm});
+                   .remainder = Address<int16_t>(row[3]), .norm = args.norm, .max_norm = args.max_norm,
+                   .rate = args.rate});
   }
   UpdateAll(all, threads);
 }

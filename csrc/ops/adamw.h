@@ -21,9 +21,10 @@ struct AdamwArgs {
   int16_t* remainder = nullptr;  // lower half of a bf16 parameter's float32 master; null: a float32 parameter
   const float* norm = nullptr;   // of all gradients; the update is skipped if it is not finite
   double max_norm = 0.0;         // read if norm is given: gradients are clipped to it
+  const float* rate = nullptr;   // multiplies lr; null: 1
 };
 PEAK_FIELDS(AdamwArgs, dtype, count, param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay)
-PEAK_OPTIONAL_FIELDS(AdamwArgs, remainder, norm, max_norm)
+PEAK_OPTIONAL_FIELDS(AdamwArgs, remainder, norm, max_norm, rate)
 
 void Adamw(const AdamwArgs& args, int threads);
 
@@ -36,9 +37,10 @@ struct AdamwEachArgs {
   double lr, beta1, beta2, eps, weight_decay;
   const float* norm = nullptr;
   double max_norm = 0.0;
+  const float* rate = nullptr;
 };
 PEAK_FIELDS(AdamwEachArgs, dtype, count, table, lr, beta1, beta2, eps, weight_decay)
-PEAK_OPTIONAL_FIELDS(AdamwEachArgs, norm, max_norm)
+PEAK_OPTIONAL_FIELDS(AdamwEachArgs, norm, max_norm, rate)
 
 void AdamwEach(const AdamwEachArgs& args, int threads);
 

@@ -152,6 +152,7 @@ PEAK_INLINE void ZeroRow(T* z, int64_t vocab) {
 
 template <class T>
 void ForwardRows(const CrossEntropyForwardArgs& args, const Scratch& scratch, int64_t begin, int64_t end) {
+  const float factor = args.scale == nullptr ? 1.0f : *args.scale;
   for (int64_t row = begin; row < end; ++row) {
     T* z = static_cast<T*>(args.logits) + row * args.vocab;
     const int64_t target = args.target[row];
@@ -163,7 +164,7 @@ void ForwardRows(const CrossEntropyForwardArgs& args, const Scratch& scratch, in
     }
     const float at_target = At(z + target), e = args.smoothing;
     const float mean = e == 0.0f ? 0.0f : SumRow(z, args.vocab) / args.vocab;
-    const float scale = args.weight == nullptr ? args.scale : args.scale * args.weight[row];
+    const float scale = factor * (args.weight == nullptr ? 1.0f : args.weight[row]);
     const Stats stats = args.with_gradient ? Row<T, true>(z, args.vocab, target, scale, e, args.z_loss, scratch)
                                            : Row<T, false>(z, args.vocab, target, 0.0f, e, args.z_loss, scratch);
     stats.Save(args.stats + 2 * row);

@@ -19,12 +19,13 @@ struct CrossEntropyForwardArgs {
   float* loss;         // (rows), not multiplied by weight; 0 for an ignored row
   float* stats;        // (rows, 2): m and l; 0 for an ignored row
   bool with_gradient;  // overwrite the logits with the gradient of scale * sum(weight * loss)
-  float scale, smoothing, z_loss;
+  float smoothing, z_loss;
+  const float* scale = nullptr;   // one number; null: 1
   const float* weight = nullptr;  // (rows); null: 1
 };
 PEAK_FIELDS(CrossEntropyForwardArgs, dtype, rows, vocab, logits, target, ignore_index, loss, stats, with_gradient,
-            scale, smoothing, z_loss)
-PEAK_OPTIONAL_FIELDS(CrossEntropyForwardArgs, weight)
+            smoothing, z_loss)
+PEAK_OPTIONAL_FIELDS(CrossEntropyForwardArgs, scale, weight)
 
 // One shard of the vocabulary: its logits are those of the classes [first, first + vocab). Targets are global classes.
 struct CrossEntropyShardArgs {

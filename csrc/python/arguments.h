@@ -17,6 +17,7 @@
 
 #include "base/fields.h"
 #include "base/types.h"
+#include "python/tape.h"
 
 namespace peak::python {
 
@@ -159,12 +160,17 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-// `self` is the function's name.
+// Runs a kernel, or records its call. `self` is the function's name.
 template <class Args, void (*kKernel)(const Args&, int)>
 PyObject* CallKernel(PyObject* self, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
   WithThreads<Args> call;
   if (!TableWithThreads<Args>().Read(PyUnicode_AsUTF8(self), &call, values, positional, names)) return nullptr;
   try {
+    if (Tape* tape = Tape::Recording()) {
+      const Py_ssize_t count = positional + (names == nullptr ? 0 : PyTuple_GET_SIZE(names));
+      tape->Append([call] { kKernel(call.args, call.threads); }, values, count);
+      Py_RETURN_NONE;
+    }
     const WithoutGil released;
     kKernel(call.args, call.threads);
   } catch (...) {

@@ -5,6 +5,7 @@
 // python/arguments.h describes.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <memory>
@@ -26,6 +27,7 @@
 #include "ops/sum_of_squares.h"
 #include "program/program.h"
 #include "python/arguments.h"
+#include "python/tape.h"
 
 namespace py = pybind11;
 
@@ -87,6 +89,17 @@ void DefineMemory(py::module_& m) {
   m.def("keep_pages", &KeepPages, py::kw_only(), py::arg("bytes"), "Keep freed memory in the process.");
 }
 
+void DefineTape(py::module_& m) {
+  py::class_<python::Tape, std::shared_ptr<python::Tape>>(m, "Tape")
+      .def(py::init<uintptr_t, uintptr_t>(), py::kw_only(), py::arg("begin"), py::arg("end"))
+      .def("start", &python::Tape::Start, "Record the kernel calls of this thread instead of running them.")
+      .def_static("stop", &python::Tape::Stop, "Run the kernel calls of this thread again.")
+      .def("append", &python::Tape::AppendCall, py::arg("call"), "Append a call of a Python function.")
+      .def("append_parallel", &python::Tape::AppendParallel, py::kw_only(), py::arg("tapes"), py::arg("threads"),
+           "Append the replay of several tapes, each on one thread.")
+      .def("replay", &python::Tape::Replay, "Make all recorded calls.");
+}
+
 void DefineProgram(py::module_& m) {
   m.attr("cache_block") = kCacheBlock;
   py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight");
@@ -126,4 +139,5 @@ PYBIND11_MODULE(_C, m) {
   peak::DefineKernels(m);
   peak::DefineMemory(m);
   peak::DefineProgram(m);
+  peak::DefineTape(m);
 }

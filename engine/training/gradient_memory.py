@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class GradientMemory:
@@ -25,17 +26,31 @@ class GradientMemory:
                     continue
                 grad = self._memory.get(parameter)
                 if grad is None or not _fits(grad, parameter):
-                    self._memory[parameter] = torch.zeros_like(parameter, requires_grad=False)
+                    with _disable_current_modes():  # a recording writes zeros to it, and does not make it anew
+                        self._memory[parameter] = torch.zeros_like(parameter, requires_grad=False)
         torch._foreach_zero_(list(self._memory.values()))
         for parameter, grad in self._memory.items():
             parameter.grad = grad
             self._versions[parameter] = grad._version
         return self._memory
 
+    def add(self, others: Sequence[GradientMemory]) -> None:
+        """Add the gradients of others, in their order, and give the parameters these gradients again."""
+        for other in others:
+            written = [parameter for parameter, grad in other._memory.items() if other._is_written(parameter, grad)]
+            if written:
+                torch._foreach_add_([self._memory[p] for p in written], [other._memory[p] for p in written])
+            torch.autograd.graph.increment_version([self._memory[p] for p in written])
+        for parameter, grad in self._memory.items():
+            parameter.grad = grad
+
+    def _is_written(self, parameter: Tensor, grad: Tensor) -> bool:
+        return grad._version != self._versions[parameter]
+
     def drop_unwritten(self) -> None:
         """Set a gradient that nothing was added to since `zero` to None, so that the optimizer skips its parameter."""
         for parameter, grad in self._memory.items():
-            if parameter.grad is grad and grad._version == self._versions[parameter]:
+            if parameter.grad is grad and not self._is_written(parameter, grad):
                 parameter.grad = None
 
 

@@ -7,13 +7,14 @@ autocast.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.graph_capture import GraphedFunction, graph_factory
+from peakgpt.engine.graph_capture import GraphedFunction, step_graphs
 from peakgpt.engine.model.fp8 import set_fp8
 from peakgpt.engine.model.plain import has_own_call, walk
 from peakgpt.engine.model.recompute import set_recompute
@@ -23,12 +24,21 @@ from peakgpt.engine.training.schedule import Schedule
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.weight_average import WeightAverage
 from peakgpt.kernels.core.autograd import accumulate_into
+from peakgpt.kernels.core.backends import forced_backend
+from peakgpt.kernels.core.recording import recorder
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
+# Micro-batches of a model with at most so many bytes of parameters get gradients of their own, so that a CPU runs them
+# at the same time. A larger model keeps all cores busy with one product.
+SEPARATE_BYTES = 32 << 20
+
 
 class Trainer:
-    """Updates a model in place, one batch per step; on CUDA a step is one CUDA graph (engine/graph_capture.py).
+    """Updates a model in place, one batch per step.
+
+    On CUDA a step is one CUDA graph. On a CPU the step of a small model is recorded and replayed in the same way
+    (engine/graph_capture.py).
 
     Attributes:
         steps: planned updates; may change between two steps, and the schedule follows.
@@ -68,8 +78,10 @@ class Trainer:
         # A tensor on the device: a CUDA graph reads the new value at every replay.
         self.lr_scale = self.optimizer.lr_scale = torch.ones((), device=self.device)
         self.gradients = GradientMemory(self.optimizer)
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        self.separate_gradients = self.device.type == "cpu" and size <= SEPARATE_BYTES
         self.grad_norm: Tensor | None = None
-        self.update = GraphedFunction(self._update, graph_factory(self.device), self._captured_state)
+        self.update = GraphedFunction(self._update, step_graphs(self.device), self._captured_state)
 
     @property
     def batch(self) -> int:
@@ -172,12 +184,35 @@ class Trainer:
             return loss.detach()
         weight = (1.0 / (targets != IGNORE_INDEX).sum()).expand(targets.shape)  # computed on the device, without a sync
         total = torch.zeros((), device=ids.device)
-        parts = zip(*(tensor.split(size) for tensor in (ids, targets, weight, *position_ids)), strict=True)
-        for part_ids, part_targets, part_weight, *part_positions in parts:
-            loss = self.model(part_ids, part_targets, loss_weight=part_weight, **_packed(*part_positions))
-            loss.backward()
-            total += loss.detach()
+        batches = zip(*(tensor.split(size) for tensor in (ids, targets, weight, *position_ids)), strict=True)
+        parts = [partial(self._run_part, *batch) for batch in batches]
+        for loss in self._run_separately(parts) if self.separate_gradients else (part() for part in parts):
+            total += loss
         return total
+
+    def _run_part(self, ids: Tensor, targets: Tensor, weight: Tensor, *position_ids: Tensor) -> Tensor:
+        loss = self.model(ids, targets, loss_weight=weight, **_packed(*position_ids))
+        loss.backward()
+        return loss.detach()
+
+    def _run_separately(self, parts: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """Run micro-batches with gradients of their own, which are then added in the order of the parts.
+
+        A recording replays them at the same time, each on one core, unless they draw random numbers. Then, and outside
+        of a recording, they run one after the other, and the sums have the same bits.
+        """
+        memories = [GradientMemory(self.optimizer) for _ in parts[1:]]
+
+        def run(memory: GradientMemory, part: Callable[[], Tensor]) -> Tensor:
+            with accumulate_into(memory.zero()):
+                return part()
+
+        parts = [parts[0], *(partial(run, *pair) for pair in zip(memories, parts[1:], strict=True))]
+        recording = recorder()
+        losses = recording.capture_parallel(parts) if recording else []
+        losses = losses or [part() for part in parts]
+        self.gradients.add(memories)
+        return losses
 
     def _captured_state(self) -> tuple[Any, ...]:
         """Return everything that a captured update depends on; the update is captured again when it changes."""
@@ -185,7 +220,9 @@ class Trainer:
         tensors = (t for p, state in states for t in (p, p.grad, *state.values()) if t is not None)
         averages = () if self.average is None else self.average.tensors.values()
         addresses = [tensor.data_ptr() for tensor in (*tensors, *averages)]
-        return self.model.training, self.optimizer.captured_state(), addresses, self._shapes, walk(self.model)
+        options = [[value for key, value in group.items() if key != "params"] for group in self.optimizer.param_groups]
+        settings = self.model.training, self._shapes, forced_backend(), torch.get_num_threads(), options
+        return settings, self.optimizer.captured_state(), addresses, walk(self.model)
 
 
 def _packed(position_ids: Tensor | None = None) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from peakgpt.kernels.core.autocast import autocast_disabled
 from peakgpt.kernels.core.backends import run_backward, run_forward
+from peakgpt.kernels.core.recording import run_or_record
 from peakgpt.kernels.core.spec import OpSpec, Params, Tensors
 from peakgpt.kernels.core.thread_state import ThreadState
 
@@ -89,11 +90,8 @@ class PeakgptOp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         op, backend, params, needs, n_in, n_out = ctx.call
-        if ctx.accumulated and (grads[0] is None or grads[0].item() != 1.0):
-            raise RuntimeError(
-                f"{op.name}: the loss has gradient {grads[0]}, expected 1: "
-                "inside accumulate_into its forward has already added the gradients"
-            )
+        if ctx.accumulated:
+            run_or_record(_expect_one, op.name, grads[0])
         if all(g is None for g in grads):  # a later autograd.Function returned None
             return (None,) * (4 + n_in)
         tensors = ctx.saved_tensors
@@ -189,6 +187,14 @@ def _zeros(node: torch.autograd.graph.Node, output: int) -> Tensor:
 def _leaf(tensor: Tensor) -> Tensor:
     view = tensor.view_as(tensor)
     return view if view.requires_grad else view.requires_grad_()
+
+
+def _expect_one(name: str, grad: Tensor | None) -> None:
+    if grad is None or grad.item() != 1.0:
+        raise RuntimeError(
+            f"{name}: the loss has gradient {grad}, expected 1: "
+            "inside accumulate_into its forward has already added the gradients"
+        )
 
 
 @functools.cache

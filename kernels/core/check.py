@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peakgpt.kernels.core.recording import run_or_record
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -70,8 +72,11 @@ def indices(op: str, name: str, tensor: Tensor, limit: int, device: torch.device
     The values are checked only if that needs no device sync.
     """
     integers(op, name, tensor, device)
-    if not readable(tensor) or tensor.numel() == 0:
-        return
+    if readable(tensor) and tensor.numel():
+        run_or_record(_within, op, name, tensor, limit, ignore)
+
+
+def _within(op: str, name: str, tensor: Tensor, limit: int, ignore: int | None) -> None:
     live = tensor if ignore is None else tensor[tensor != ignore]
     if live.numel():
         low, high = (int(v) for v in torch.aminmax(live))
@@ -88,7 +93,12 @@ def offsets(op: str, name: str, tensor: Tensor, total: int, device: torch.device
     integers(op, name, tensor, device)
     if tensor.shape[0] < 2:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected at least 2 entries")
-    if readable(tensor) and not (tensor[0] == 0 and tensor[-1] == total and (tensor[1:] >= tensor[:-1]).all()):
+    if readable(tensor):
+        run_or_record(_ascending, op, name, tensor, total)
+
+
+def _ascending(op: str, name: str, tensor: Tensor, total: int) -> None:
+    if not (tensor[0] == 0 and tensor[-1] == total and (tensor[1:] >= tensor[:-1]).all()):
         raise ValueError(f"{op}: {name} is {tensor.tolist()}, expected to ascend from 0 to {total}")
 
 

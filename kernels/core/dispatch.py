@@ -26,6 +26,7 @@ from peakgpt.kernels.core import backends, flops, library_op
 from peakgpt.kernels.core.autocast import autocast_disabled, autocast_enabled, cast_inputs
 from peakgpt.kernels.core.autograd import autograd_function, transformed
 from peakgpt.kernels.core.backends import BACKENDS, forced_backend, interpreted, load, use_backend
+from peakgpt.kernels.core.recording import is_recording
 from peakgpt.kernels.core.seeds import draw_seed, seeds_from, source_is_set, with_seed
 from peakgpt.kernels.core.spec import Cost, OpSpec, Params, Tensors, short_lived
 
@@ -196,11 +197,14 @@ def op(
 
 
 def is_plain(tensors: Tensors) -> bool:
-    """Whether a direct call is safe: no tensor subclass (a DTensor has no data pointer) and no dispatch mode."""
+    """Whether a direct call is safe: no tensor subclass (a DTensor has no data pointer) and no dispatch mode.
+
+    The mode of a recording is no obstacle, because the kernels of a direct call are recorded.
+    """
     for tensor in tensors:  # a loop, because all() adds 0.3 us to every op call
         if type(tensor) not in _PLAIN:
             return False
-    return _dispatch_modes() == 0
+    return _dispatch_modes() == 0 or (is_recording() and _dispatch_modes() == 1)
 
 
 def _needs(tensors: Tensors) -> tuple[bool, ...]:

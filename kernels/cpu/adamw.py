@@ -24,7 +24,7 @@ def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, n
         exp_avg=exp_avg,
         exp_avg_sq=exp_avg_sq,
         step=step,
-        lr=lr if rate is None else lr * float(rate),
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         eps=eps,
@@ -32,6 +32,7 @@ def forward(outputs, saved, param, grad, remainder, exp_avg, exp_avg_sq, step, n
         remainder=remainder,
         norm=norm,
         max_norm=max_norm or 0.0,
+        rate=rate,
         threads=threads(),
     )
 
@@ -45,12 +46,13 @@ def run_each(table, calls, norm=None, rate=None, *, lr, beta1, beta2, eps, weigh
         dtype=DTYPES[calls[0][0].dtype],
         count=len(table),
         table=table,
-        lr=lr if rate is None else lr * float(rate),
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         eps=eps,
         weight_decay=weight_decay,
         norm=norm,
         max_norm=max_norm or 0.0,
+        rate=rate,
         threads=threads(),
     )

@@ -6,9 +6,10 @@ tensor argument is a tensor or None. A missing or unknown argument is a TypeErro
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from peakgpt import _C
 if reason := sources.objection(_C.source_digest):
     raise ImportError(reason)
 
-__all__ = ["DTYPES", "_C", "dtype_objection", "rows", "scratch", "threads", "unit_last", "workspace"]
+__all__ = ["DTYPES", "_C", "dtype_objection", "own_workspaces", "rows", "scratch", "threads", "unit_last", "workspace"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/base/types.h
 threads = torch.get_num_threads
@@ -58,6 +59,18 @@ def scratch(dtype: torch.dtype, *shapes: Sequence[int]) -> list[Tensor]:
     sizes = [math.prod(shape) for shape in shapes]
     parts = workspace("scratch", dtype, sum(sizes)).split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@contextlib.contextmanager
+def own_workspaces() -> Iterator[None]:
+    """Give the calls inside the block workspaces that no other call of this thread uses."""
+    outer = dict(_workspaces.__dict__)
+    _workspaces.__dict__.clear()
+    try:
+        yield
+    finally:
+        _workspaces.__dict__.clear()
+        _workspaces.__dict__.update(outer)
 
 
 def workspace(slot: str, dtype: torch.dtype, *shape: int) -> Tensor:

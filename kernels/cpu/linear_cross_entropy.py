@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.core.autograd import may_overwrite_saved
+from peakgpt.kernels.core.recording import is_recording
 from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, rows, scratch, threads, workspace
 from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
 from peakgpt.kernels.ops.vocab_parallel import Shard, shard_of
@@ -35,11 +36,7 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
     loss = workspace("loss", torch.float32, target.numel()) if reduction != "none" else outputs[0].view(-1)
     dx, dw = None, into[1]
     stats = workspace("stats", torch.float32, target.numel(), 2)  # m and l
-    scale = 1.0
-    if reduction == "mean":
-        live = target != ignore_index
-        count = float(live.sum() if weight is None else weight[live].sum())
-        scale = 1.0 / count if count else 0.0
+    count, scale = _mean_of(target != ignore_index, weight) if reduction == "mean" else (None, None)
     if saved and reduction == "none":
         stats = saved[0].view(-1, 2)
     elif saved:
@@ -59,17 +56,17 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
                 loss=loss[block],
                 stats=stats[block],
                 with_gradient=products.needed,
-                scale=scale,
                 smoothing=label_smoothing,
                 z_loss=z_loss,
+                scale=scale,
                 weight=None if weight is None else weight[block],
                 threads=threads(),
             )
         else:
             loss[block], stats[block] = _losses_over_shards(shard, logits, target[block], **terms)
             if products.needed:
-                dloss = torch.full_like(loss[block], scale)
-                dloss = dloss if weight is None else dloss.mul_(weight[block])
+                dloss = torch.ones_like(loss[block]) if weight is None else weight[block]
+                dloss = dloss if scale is None else dloss * scale
                 _gradients(shard, logits, target[block], stats[block], dloss, **terms)
         products.add(block, logits)
     products.finish()
@@ -77,15 +74,14 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
         loss.mul_(weight)
     if reduction != "none":
         total = loss.sum()
-        outputs[0].copy_(total / count if reduction == "mean" else total)
+        outputs[0].copy_(total if count is None else total / count)
 
 
 def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, label_smoothing, z_loss, prefer,
              group, first, vocab, into=(None,) * 4):  # fmt: skip
     x, w, target, weight = inputs
     if reduction != "none":
-        scale = float(grads[0])
-        return *(scaled(saved[i], scale) if needs[i] else None for i in (0, 1)), None, None
+        return *(scaled(saved[i], grads[0]) if needs[i] else None for i in (0, 1)), None, None
     flat, target = rows(x), target.reshape(-1).long()
     stats, dloss = saved[0].view(-1, 2), grads[0].reshape(-1)
     dloss = dloss if weight is None else dloss * weight.reshape(-1).float()
@@ -142,11 +138,18 @@ def _gradients(
     )
 
 
-def scaled(gradient: Tensor, scale: float) -> Tensor:
+def _mean_of(live: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the sum of the weights of the live rows and its reciprocal, 0 if there are none: float32 tensors ()."""
+    count = (live.sum() if weight is None else torch.where(live, weight, 0.0).sum()).double()
+    return count.float(), torch.where(count == 0.0, 0.0, 1.0 / count).float()
+
+
+def scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """Return scale * gradient, in place if the saved tensor may be overwritten."""
     if not may_overwrite_saved():
         return gradient * scale
-    return gradient if scale == 1.0 else gradient.mul_(scale)
+    is_one = not is_recording() and float(scale) == 1.0
+    return gradient if is_one else gradient.mul_(scale)
 
 
 class Products:

@@ -31,7 +31,7 @@ def batches():
 
 def trained(monkeypatch, backend, dtype, make_graph, recompute="none", micro_batch=None, **config):
     """Train for a few steps; returns losses, gradient norms and master weights, and the trainer."""
-    monkeypatch.setattr(trainer_module, "graph_factory", lambda device: make_graph)
+    monkeypatch.setattr(trainer_module, "step_graphs", lambda device: make_graph)
     torch.manual_seed(3)
     model = GPT(GPTConfig(**SIZES, **config))
     recipe = TrainConfig(batch=2, tokens=8, dtype=dtype, lr=1e-2, max_norm=0.5, recompute=recompute,

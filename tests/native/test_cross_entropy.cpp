@@ -59,7 +59,7 @@ PEAK_TEST(cross_entropy_equals_double_precision) {
       const std::vector<double> z = logits.Values();
       CrossEntropyForward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
                            .target = target.data(), .ignore_index = kIgnored, .loss = loss.data(),
-                           .stats = stats.data(), .with_gradient = with_gradient, .scale = scale},
+                           .stats = stats.data(), .with_gradient = with_gradient, .scale = &scale},
                           1 + placement % 2);
       if (!with_gradient) {
         logits.Expect("logits", [&](int64_t i) { return Want{z[i], 0.0}; });  // unchanged
@@ -102,8 +102,8 @@ PEAK_TEST(cross_entropy_with_smoothing_and_z_loss_equals_double_precision) {
     const std::vector<double> z = logits.Values();
     CrossEntropyForward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
                          .target = target.data(), .ignore_index = kIgnored, .loss = loss.data(),
-                         .stats = stats.data(), .with_gradient = with_gradient, .scale = scale, .smoothing = smoothing,
-                         .z_loss = z_loss, .weight = weight.data()},
+                         .stats = stats.data(), .with_gradient = with_gradient, .smoothing = smoothing,
+                         .z_loss = z_loss, .scale = &scale, .weight = weight.data()},
                         1 + placement % 2);
     if (!with_gradient) {
       CrossEntropyBackward({.dtype = kDtype<T>, .rows = kRows, .vocab = vocab, .logits = logits.data(),
@@ -198,7 +198,7 @@ std::vector<char> Call(int threads) {
   for (int64_t row = 0; row < kManyRows; ++row) target[row] = random.Below(kVocab);
   CrossEntropyForward({.dtype = kDtype<T>, .rows = kManyRows, .vocab = kVocab, .logits = logits.data(),
                        .target = target.data(), .ignore_index = kIgnored, .loss = loss.data(), .stats = stats.data(),
-                       .with_gradient = true, .scale = 1.0f},
+                       .with_gradient = true},
                       threads);
   std::vector<char> bytes;
   logits.Append(bytes);

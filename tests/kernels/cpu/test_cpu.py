@@ -140,7 +140,7 @@ def test_cross_entropy_of_every_vocabulary_size(isa, dtype, offset):
         loss, stats = torch.empty(2), torch.empty(2, 2)
         _C.cross_entropy_forward(
             dtype=ext.DTYPES[dtype], rows=2, vocab=vocab, logits=logits, target=target, ignore_index=-100, loss=loss,
-            stats=stats, with_gradient=True, scale=0.5, smoothing=0.0, z_loss=0.0, threads=2,
+            stats=stats, with_gradient=True, scale=torch.tensor(0.5), smoothing=0.0, z_loss=0.0, threads=2,
         )  # fmt: skip
         assert_untouched(buffer, offset, values.numel())
         wide = values.double().requires_grad_()
@@ -236,7 +236,7 @@ def test_subnormal_infinite_and_nan_rows_equal_torchs(isa):
     loss, stats, target = torch.empty(5), torch.empty(5, 2), torch.full((5,), 3)
     _C.cross_entropy_forward(
         dtype=0, rows=5, vocab=36, logits=rows, target=target, ignore_index=-100, loss=loss, stats=stats,
-        with_gradient=False, scale=1.0, smoothing=0.0, z_loss=0.0, threads=1,
+        with_gradient=False, smoothing=0.0, z_loss=0.0, threads=1,
     )  # fmt: skip
     torch.testing.assert_close(
         loss, torch.nn.functional.cross_entropy(rows, target, reduction="none"), equal_nan=True, rtol=1e-6, atol=1e-6
