@@ -162,7 +162,8 @@ def synthetic_tokenizer(vocab_size: int):
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    from peakgpt.engine.data.tokenizer import BYTE_ALPHABET, END_OF_TEXT, Tokenizer
+    from peakgpt.engine.data.token_pieces import BYTE_ALPHABET
+    from peakgpt.engine.data.tokenizer import END_OF_TEXT, Tokenizer
 
     names = [*BYTE_ALPHABET, END_OF_TEXT]
     names += [f"\u0120word{i}" for i in range(vocab_size - len(names))]

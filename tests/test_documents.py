@@ -238,7 +238,6 @@ NOT_RUN = {
     "peakgpt bench fp8": GPU,
     "peakgpt bench train": LARGE,
     "peakgpt bench suite": LARGE,
-    "peakgpt bench packing": LARGE,
     "peakgpt bench patch": LARGE,
     "peakgpt bench prefill": LARGE,
     "peakgpt bench gemm": LARGE,

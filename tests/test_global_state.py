@@ -21,6 +21,7 @@ THREAD = "one value for each thread"
 REVIEWED = {
     "kernels/core/autograd.py _buffers": THREAD,
     "kernels/core/backends.py _forced": THREAD,
+    "kernels/core/recording.py _recorder": THREAD,
     "kernels/core/seeds.py _source": THREAD,
     "kernels/gpu/gemm/mlp.py _strategy": THREAD,
     "kernels/cpu/ext.py _workspaces": THREAD,
@@ -49,10 +50,10 @@ REVIEWED = {
     "kernels/hardware/device.py _describe": CONSTANT,
     "kernels/hardware/measured_peaks.py _flops": "a measurement; a race measures twice",
     "kernels/hardware/measured_peaks.py _measure": "a measurement; a race measures twice",
-    "kernels/hardware/measured_peaks.py stream_rate": "a measurement; a race measures twice",
     "csrc/base/isa.h slot": "atomic; a limit for tests, and all instruction sets are correct",
     "csrc/base/memory.cpp memory": THREAD,
     "csrc/base/parallel.h team": THREAD,
+    "csrc/python/tape.h tape": THREAD,
 }
 
 
