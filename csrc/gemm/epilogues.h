@@ -34,6 +34,20 @@ PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, 
   }
 }
 
+// Requests the memory that FinishTile reads and writes. A tile of few slots is computed in less time than its rows need
+// to arrive from the last-level cache.
+template <class T>
+PEAK_INLINE void PrefetchTile(const GemmArgs& args, int64_t row, int64_t column) {
+  const int64_t rows = std::min<int64_t>(kRows, args.m - row), size = SizeOf(args.out_dtype);
+  char* c = static_cast<char*>(args.c) + (row * args.c_row + column) * size;
+  const char* pre = reinterpret_cast<const char*>(static_cast<const T*>(args.pre) + row * args.n + column);
+  for (int64_t i = 0; i < rows; ++i, c += args.c_row * size, pre += args.n * static_cast<int64_t>(sizeof(T))) {
+    for (int64_t at = 0; at < kColumns * size; at += kCacheLine) __builtin_prefetch(c + at, 1);
+    if (args.pre == nullptr) continue;
+    for (int64_t at = 0; at < kColumns * static_cast<int64_t>(sizeof(T)); at += kCacheLine) __builtin_prefetch(pre + at, 1);
+  }
+}
+
 template <class T, class Out, Epilogue kEpilogue, class Act>
 void Finish(const GemmArgs& args, const float* sums, int64_t row, int64_t column) {
   const int64_t rows = std::min<int64_t>(kRows, args.m - row), columns = std::min<int64_t>(kColumns, args.n - column);

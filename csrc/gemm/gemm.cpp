@@ -137,6 +137,7 @@ void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart
         const int64_t width = block.columns - j * kColumns;
         const TileFunction multiply = left.slot_step == 1 ? TileOf<T, true>(block.rows - i, width)
                                                           : TileOf<T, false>(block.rows - i, width);
+        if (block.last) PrefetchTile<T>(args, block.row + i, block.column + j * kColumns);
         multiply(slots, left, right + (j - group) * kColumns * slots, block.first, at);
         if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
       }

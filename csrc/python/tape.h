@@ -21,7 +21,7 @@ class Tape {
 
   // The tape that records the kernel calls of this thread, or null. A recording thread runs no kernel.
   static Tape*& Recording() {
-    thread_local Tape* tape = nullptr;
+    static thread_local Tape* tape = nullptr;
     return tape;
   }
 
