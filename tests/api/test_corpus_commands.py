@@ -121,7 +121,8 @@ def test_prepared_shards_are_a_corpus(as_run, tmp_path, capsys, monkeypatch):
 
 def test_a_report_that_cannot_be_written_is_named(corpus, tmp_path, capsys):
     resource = pytest.importorskip("resource")
-    limits, kept, report = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "kept.jsonl", tmp_path / "removed.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept, report = tmp_path / "kept.jsonl", tmp_path / "removed.jsonl"
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         assert main(["dedup", str(corpus), "--exact", "--output", str(kept), "--report", str(report)]) == 2
