@@ -10,6 +10,7 @@ import torch
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.shared_batches import SharedBatches
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.gradient_memory import GradientMemory
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
