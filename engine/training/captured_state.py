@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,13 +53,12 @@ def settings_of(device: torch.device) -> tuple[Any, ...]:
 def model_state(model: nn.Module) -> tuple[Any, ...]:
     """Return the modules of a model, with all that their forward reads besides values of tensors."""
     modules = walk(model)
-    tensors = [tensor for module in modules for tensor in _tensors_of(module)]
-    addresses = [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
-    attributes = (value for module in modules if type(module) in FORWARDS for value in vars(module).values())
+    tensors, attributes = Identities(), Identities()
+    for module in modules:  # list.extend, because this runs before each step
+        tensors.extend(module._parameters.values())
+        tensors.extend(module._buffers.values())
+        if type(module) in FORWARDS:
+            attributes.extend(module.__dict__.values())
+    addresses = [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors if tensor is not None]
     training = [module.training for module in modules]  # of modules of others, too, in a CUDA graph
-    return training, addresses, Identities(modules), Identities(tensors), Identities(attributes)
-
-
-def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    for tensors in (module._parameters, module._buffers):
-        yield from (tensor for tensor in tensors.values() if tensor is not None)
+    return training, addresses, Identities(modules), tensors, attributes
