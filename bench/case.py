@@ -66,7 +66,6 @@ class Case(ABC):
         """Return the names of the contenders to time."""
         return [name for name in self.all_contenders(device) if self.only is None or name in self.only]
 
-
     def left_s(self, start: float) -> float | None:
         """Return the rest of the budget in seconds; `start` is time.perf_counter() at the start of `measure`."""
         return None if self.seconds is None else max(0.0, self.seconds - (time.perf_counter() - start))

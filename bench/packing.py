@@ -93,7 +93,7 @@ def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
 
 
 def _masked(documents: int) -> str:
-    return f"peakgpt, {documents} masked documents a row"
+    return f"peakgpt, {documents} masked document{'s' if documents > 1 else ''} a row"
 
 
 def _positions(tokens: int, documents: int) -> Tensor:

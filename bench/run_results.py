@@ -76,11 +76,6 @@ class RunResults:
         return int(any(not c.passed for c in self.checks) or any(f.ours for f in self.failures))
 
 
-def record_failures(emit: Emit) -> Callable[[str, Exception], None]:
-    """Return an `on_failure` that emits a Failure: (contender, exception)."""
-    return lambda contender, error: emit(Failure.of(error, contender))
-
-
 def encode(row: Row) -> dict[str, Any]:
     """Return a row and its kind as a JSON value."""
     return {"kind": type(row).__name__.lower(), "row": dataclasses.asdict(row)}

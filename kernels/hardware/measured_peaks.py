@@ -105,14 +105,8 @@ def bandwidth_now(device: torch.device) -> tuple[float, float]:
     return rates.get(("read", "memory"), copy), copy
 
 
-@functools.cache
-def stream_rate(mix: tuple[int, int, int], size_bytes: int, threads: int) -> float:
-    """Return what `stream_rate_now` measured first in this process."""
-    return stream_rate_now(mix, size_bytes, threads)
-
-
 def stream_rate_now(mix: tuple[int, int, int], size_bytes: int, threads: int) -> float:
-    """Measure bytes/s of streams with the faster kind of store.
+    """Measure bytes/s of streams anew, with the faster kind of store.
 
     Args:
         mix: number of streams (read, written, updated in place).

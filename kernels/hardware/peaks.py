@@ -15,7 +15,7 @@ import torch
 
 from peakgpt.kernels.hardware.datasheet import Peaks, datasheet
 from peakgpt.kernels.hardware.device import describe, last_level_cache_bytes, resolve_device
-from peakgpt.kernels.hardware.measured_peaks import has_extension, measure, measure_flops, stream_rate
+from peakgpt.kernels.hardware.measured_peaks import measure, measure_flops
 
 MAX_STREAMS = 4  # of reads or of writes, when a mix is rounded to whole streams
 
@@ -88,7 +88,12 @@ def dtype_name(dtype: torch.dtype | str) -> str:
 
 @dataclass(frozen=True)
 class Streams:
-    """Streams of equal size that are read, written, or both (updated in place)."""
+    """Streams of equal size that are read, written, or both (updated in place), with the proportions of an op.
+
+    The bytes/s of a loop over them without arithmetic are the ceiling of a memory-bound op on a CPU. Reads and writes
+    have different costs, and a cache is several times faster than memory. So neither the read peak nor the copy peak
+    bounds an op.
+    """
 
     reads: int
     writes: int
@@ -99,7 +104,15 @@ class Streams:
     def of(
         cls, read_bytes: float, written_bytes: float, touched_bytes: float, *, updated_bytes: float = 0
     ) -> Streams:
-        """Return the streams that are nearest to the bytes of an op; see `stream_peak`."""
+        """Return the streams that are nearest to the bytes of an op: at most 4 that are read and 4 that are written.
+
+        Args:
+            read_bytes, written_bytes: of one call of the op; only their ratio counts.
+            touched_bytes: working set of repeated calls; it decides in which cache the streams fit.
+            updated_bytes: bytes that are read and written in place.
+        Raises:
+            ValueError: no bytes, or more updated than read or written.
+        """
         if min(read_bytes, written_bytes) < 0 or read_bytes + written_bytes <= 0:
             raise ValueError(f"expected bytes to read or write, got {read_bytes} and {written_bytes}")
         if not 0 <= updated_bytes <= min(read_bytes, written_bytes):
@@ -118,35 +131,6 @@ class Streams:
     def description(self) -> str:
         in_place = f", {self.updates} in place" if self.updates else ""
         return f"{self.reads} streams read and {self.writes} written{in_place}, {self.size_bytes >> 20} MiB"
-
-
-def stream_peak(
-    device: torch.device | str | None, read_bytes: float, written_bytes: float, touched_bytes: float, *,
-    updated_bytes: float = 0,
-) -> tuple[float, str]:  # fmt: skip
-    """Return the streaming ceiling of an op: bytes/s of a loop with the same reads and writes and no arithmetic.
-
-    Reads and writes have different costs, and a cache is several times faster than memory. So neither the read peak
-    nor the copy peak bounds an op. On a CPU the loop is measured with ordinary and with non-temporal stores, and the
-    faster one counts; once per process, mix and size. The mix is rounded to at most 4 equal streams of reads and of
-    writes. On a GPU the ceiling is the bandwidth of `peak_for` for any mix.
-
-    Args:
-        device: "cpu" (default for None) or a CUDA device.
-        read_bytes, written_bytes: of one call of the op; only their ratio counts.
-        touched_bytes: working set of repeated calls; it decides in which cache the streams fit.
-        updated_bytes: bytes that are read and written in place.
-    Returns:
-        (bytes/s of reads plus writes, description of the streams).
-    Raises:
-        ValueError: no bytes, or more updated than read or written.
-    """
-    streams = Streams.of(read_bytes, written_bytes, touched_bytes, updated_bytes=updated_bytes)
-    device = resolve_device(device)
-    if device.type == "cuda" or not has_extension():
-        peak = peak_for(device, torch.float32)
-        return peak.bandwidth_bytes_s, peak.source
-    return stream_rate(streams.mix, streams.size_bytes, torch.get_num_threads()), streams.description
 
 
 def _mix(read: float, written: float, updated: float) -> tuple[int, int, int]:

@@ -10,10 +10,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fixed_peaks
 import pytest
 import torch
 
-from peakgpt import progress
+from peakgpt import progress, quickstart_session
 from peakgpt.bench.contenders.eager_gpt import EagerTrainer
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart
@@ -22,6 +23,7 @@ from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training.time_limit import TimeLimit
 from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.quickstart_session import Plan, Session
@@ -108,20 +110,18 @@ def test_missing_packages_give_one_sentence(run, name, missing, argument, text, 
     assert text in f"{output.out}{output.err}{stop.value.code}"
 
 
-def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(tmp_path):
-    """A short but complete run: tokenizer, training in turns with eager, checkpoint, sample, report."""
-    text = tmp_path / "text"
-    text.mkdir()
-    library = Path(json.__file__).parent
-    for source in library.glob("*.py"):
-        (text / source.name).write_text(source.read_text())
-    (text / "argparse.py").write_text((library.parent / "argparse.py").read_text())
-    run = tmp_path / "run"
-    completed = subprocess.run(
-        [sys.executable, "-m", "peakgpt", "quickstart", "--minutes", "0.5", "--text", text, "--out", run],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert completed.returncode == 0, completed.stdout + completed.stderr
+@pytest.fixture
+def library(tmp_path):
+    """A folder with a few files of Python's library."""
+    folder, source = tmp_path / "text", Path(json.__file__).parent
+    folder.mkdir()
+    for file in (*source.glob("*.py"), source.parent / "argparse.py"):
+        (folder / file.name).write_text(file.read_text())
+    return folder
+
+
+def assert_quickstart_is_complete(run, printed):
+    """Check metrics, report, checkpoint and output of a finished `peakgpt quickstart`."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {c: [r["loss"] for r in rows if r["contender"] == c and "loss" in r] for c in ("peakgpt", "eager")}
     steps = min(map(len, losses.values()))
@@ -131,9 +131,42 @@ def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(tmp_path):
     assert all(abs(a - b) < 5e-3 for a, b in zip(ours[:5], eager[:5], strict=True)), "same weights, same batches"
     page = (run / "report.html").read_text()
     assert page.count("<svg") >= 1 and "bits per byte" in page and "src=" not in page
-    assert "against eager" in completed.stdout and "validation texts" in completed.stdout
+    assert "against eager" in printed and "validation texts" in printed
     model, tokenizer = GPT.from_pretrained(run / "checkpoint"), Tokenizer.load(run / "checkpoint")
     assert model.config.vocab_size == tokenizer.vocab_size
+
+
+def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(library, tmp_path, capsys, monkeypatch):
+    """A complete run with small batches: tokenizer, training in turns with eager, checkpoint, sample, report.
+
+    It has 60 steps, whatever the speed of the machine. test_time_and_progress.py tests how time becomes steps.
+    """
+
+    def plan(limit, trainer):
+        trainer.steps = 60
+
+    monkeypatch.setattr(Session, "_plan", lambda session, budget_s: Plan(60, 5, 2))
+    monkeypatch.setattr(TimeLimit, "plan", plan)
+    monkeypatch.setattr(TimeLimit, "fitting_steps", lambda limit: 60)
+    fixed_peaks.use(monkeypatch)
+    monkeypatch.setattr(quickstart_session, "DECODINGS", 1e9)  # of the fewest tokens
+    monkeypatch.setattr(quickstart_session, "OP_S", 0.01)
+    monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
+    monkeypatch.setattr(quickstart, "VOCAB", 400)
+    run = tmp_path / "run"
+    assert main(["quickstart", "--text", str(library), "--out", str(run)]) == 0
+    assert_quickstart_is_complete(run, capsys.readouterr().out)
+    assert main(["generate", str(run / "checkpoint"), "--prompt", "def ", "--max-tokens", "5"]) == 0
+    assert "5 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_quickstart_of_half_a_minute_as_a_process(library, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "peakgpt", "quickstart", "--minutes", "0.5", "--text", library, "--out", run]
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert_quickstart_is_complete(run, completed.stdout)
     command = [sys.executable, "-m", "peakgpt", "generate", run / "checkpoint", "--prompt", "def ", "--max-tokens", "5"]
     assert "5 tokens" in subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
 
@@ -192,8 +225,7 @@ def test_a_command_runs_with_a_closed_standard_stream(closed, tmp_path, monkeypa
     assert main(["train", "--steps", "0"]) == 2
 
 
-def test_resumed_run_has_same_losses_as_an_uninterrupted_run(tmp_path, capsys, monkeypatch):
-    library = Path(json.__file__).parent
+def test_resumed_run_has_same_losses_as_an_uninterrupted_run(library, tmp_path, capsys, monkeypatch):
     sizes = ["--steps", "6", "--batch", "2", "--tokens", "32", "--vocab", "300"]
     losses, step = {}, Trainer.step
     for name in ("uninterrupted", "resumed"):

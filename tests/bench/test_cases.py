@@ -96,7 +96,7 @@ def test_packed_documents_are_timed_by_one_trainer(monkeypatch):
     case = PackingCase("tiny", config, recipe, (1, 4), rounds=3)
     results = case.measure(CPU, raise_failure)
     assert [r.contender for r in results] == case.contenders(CPU) == [
-        "peakgpt", "peakgpt, 1 masked documents a row", "peakgpt, 4 masked documents a row"
+        "peakgpt", "peakgpt, 1 masked document a row", "peakgpt, 4 masked documents a row"
     ]  # fmt: skip
     assert "100.0 % of the pairs" in results[1].note and "29.4 % of the pairs" in results[2].note
     assert all(r.peak_flops_s == fixed_peaks.RATES[r.dtype] and r.flops_kind == "model" for r in results)

@@ -1,6 +1,7 @@
 """A checkpoint has all state of a training loop: every attribute that differs between two steps is found by a walk."""
 
 import enum
+import hashlib
 import os
 import re
 import types
@@ -31,8 +32,19 @@ ATOMS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, en
 WITHOUT_STATE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type, Thread)
 
 
+def is_exempt(path):
+    return any(re.search(expression, path) for expression in EXEMPT)
+
+
+def content(array):
+    """Return what identifies the bits of an array; a list of Python numbers would take seconds."""
+    return str(array.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array)).digest()
+
+
 def leaves(value, path, seen):
-    """Yield (path, comparable value) of everything that can be reached from an object."""
+    """Yield (path, comparable value) of everything that can be reached from an object, without exempt attributes."""
+    if is_exempt(path):  # here, so that the memory of a graph is not walked
+        return
     if isinstance(value, ATOMS):
         yield path, value
         return
@@ -41,10 +53,11 @@ def leaves(value, path, seen):
     if not isinstance(value, tuple):  # the config and the optimizer may share one
         seen[id(value)] = value
     if isinstance(value, torch.Tensor):
-        yield path, (str(value.dtype), tuple(value.shape), value.detach().flatten().tolist())
+        bits = value.detach().flatten().view(torch.uint8).numpy()
+        yield path, (str(value.dtype), tuple(value.shape), content(bits))
         yield from leaves(value.grad, f"{path}.grad", seen)
     elif isinstance(value, (np.ndarray, np.generic)):
-        yield path, value.tolist()
+        yield path, content(np.asarray(value))
     elif isinstance(value, Mapping):
         for number, (key, item) in enumerate(value.items()):  # parameters as keys have no name
             yield from leaves(item, f"{path}[{key if isinstance(key, ATOMS) else number}]", seen)
@@ -60,8 +73,8 @@ def leaves(value, path, seen):
 
 def state(loop):
     found = dict(leaves(loop, "loop", {}))
-    found["random"] = torch.get_rng_state().tolist()
-    return {path: value for path, value in found.items() if not any(re.search(e, path) for e in EXEMPT)}
+    found["random"] = content(torch.get_rng_state().numpy())
+    return found
 
 
 def differences(a, b):

@@ -9,6 +9,7 @@ import torch
 
 from peakgpt.kernels.hardware import datasheet, device, measured_peaks, peaks
 from peakgpt.kernels.hardware.datasheet import PEAKS, Peaks
+from peakgpt.kernels.hardware.peaks import Streams
 
 DENSE_BF16_TFLOPS = {
     "NVIDIA A100-SXM4-80GB": 312,
@@ -172,6 +173,18 @@ def test_rate_of_a_copy_stands_for_reading_without_the_extension(monkeypatch):
     assert measured_peaks.bandwidth_now(torch.device("cpu")) == (2.0, 5.0)
 
 
+@pytest.mark.parametrize("extension", [None, print])
+def test_bandwidth_is_measured_on_8_times_the_last_level_cache(extension, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(measured_peaks, "peak_loop", extension)
+    monkeypatch.setattr(measured_peaks, "last_level_cache_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(measured_peaks, "_torch_memory_works", lambda device, size: sizes.append(size))
+    monkeypatch.setattr(measured_peaks, "_memory_works", lambda size, threads: sizes.append(size))
+    monkeypatch.setattr(measured_peaks, "_best_rates", lambda device, works: {("copy", "memory"): 5.0})
+    measured_peaks.bandwidth_now(torch.device("cpu"))
+    assert sizes == [800 << 20]
+
+
 @functools.cache
 def measured():
     return measured_peaks.measure("cpu")
@@ -242,9 +255,10 @@ def test_mix_rounds_to_the_nearest_whole_streams(read, written, updated, mix):
     assert peaks._mix(read, written, updated) == mix
 
 
-@pytest.mark.parametrize("updated", [0, 32])
-def test_stream_peak_measures_the_mix_once_with_both_kinds_of_store(monkeypatch, updated):
-    """Bytes are reads plus writes. The faster kind of store counts. Calls of one size class share a measurement."""
+@needs_extension
+@pytest.mark.parametrize("in_place", [False, True])
+def test_streams_are_measured_with_both_kinds_of_store(in_place, monkeypatch):
+    """Bytes are reads plus writes. The faster kind of store counts; streams in place have ordinary stores only."""
     stream_calls = []
 
     def stream(**arguments):
@@ -255,51 +269,48 @@ def test_stream_peak_measures_the_mix_once_with_both_kinds_of_store(monkeypatch,
         fn()
         return 0.005 if stream_calls[-1][-1] else 0.01
 
-    monkeypatch.setattr(measured_peaks, "peak_loop", stream)
-    monkeypatch.setattr(measured_peaks, "peak_stream", stream, raising=False)
+    monkeypatch.setattr(measured_peaks, "peak_stream", stream)
     monkeypatch.setattr(measured_peaks, "stopwatch", lambda d: seconds)
-    monkeypatch.setattr(peaks, "last_level_cache_bytes", lambda: 8 << 20)
-    monkeypatch.setattr(peaks, "stream_rate", functools.cache(measured_peaks.stream_rate.__wrapped__))
-    in_place = bool(updated)
-    rate, description = peaks.stream_peak("cpu", 64, 32, 3 << 20, updated_bytes=updated)
-    size = (3 << 20) // (2 if in_place else 3)
-    assert {call[:2] for call in stream_calls} == {(size, (2, 1, int(in_place)))}
+    mix, size = (2, 1, int(in_place)), (3 << 20) // (2 if in_place else 3)
+    rate = measured_peaks.stream_rate_now(mix, 3 << 20, threads=2)
+    assert {call[:2] for call in stream_calls} == {(size, mix)}
     assert {past_caches for *_, past_caches in stream_calls} == {False, not in_place}
     # A window is 10 ms. The slower kind of store runs once in it; the faster one runs twice and takes 5 ms here.
     assert rate == (3 * size / 0.01 if in_place else 2 * 3 * size / 0.005)
-    assert description == f"2 streams read and 1 written{', 1 in place' if in_place else ''}, 3 MiB"
-    count = len(stream_calls)
-    again = peaks.stream_peak(None, 640, 320, (3 << 20) - 5, updated_bytes=10 * updated)
-    assert again == (rate, description) and len(stream_calls) == count
-    assert peaks.stream_peak("cpu", 64, 32, 1 << 40)[1].endswith(" 64 MiB")
-
-
-def test_stream_peak_invalid_bytes_raise():
-    for read, written in ((0, 0), (-1, 5)):
-        with pytest.raises(ValueError, match=f"expected bytes to read or write, got {read} and {written}"):
-            peaks.stream_peak("cpu", read, written, 1)
-    with pytest.raises(ValueError, match="expected updates among 1 read and 2 written, got 2"):
-        peaks.stream_peak("cpu", 1, 2, 1, updated_bytes=2)
-
-
-def test_stream_peak_of_a_gpu_is_its_bandwidth(set_measured_peaks):
-    set_measured_peaks({"float32": 5e13, "bfloat16": 7e14}, "cuda", "NVIDIA H100 80GB HBM3")
-    rate, description = peaks.stream_peak("cuda", 2, 1, 1 << 20)
-    assert rate == 3352e9 and "H100" in description
 
 
 @needs_extension
-def test_stream_size_follows_the_working_set(monkeypatch):
-    """Streams have the size of the working set, in steps of 1/16 of the last-level cache, up to 8 times the cache.
+def test_measured_rate_of_streams_is_plausible():
+    """That a cache is faster than memory is not tested: on a shared machine it is not true for seconds at a time."""
+    assert all(1e8 < measured_peaks.stream_rate_now((1, 1, 0), size, 2) < 1e13 for size in (2 << 20, 128 << 20))
 
-    That a cache is faster than memory is not tested: on a shared machine it is not true for seconds at a time.
-    """
-    cache, sizes = device.last_level_cache_bytes(), []
-    assert all(1e8 < peaks.stream_peak("cpu", 1, 1, size)[0] < 1e13 for size in (2 << 20, 1 << 40))
-    monkeypatch.setattr(peaks, "stream_rate", lambda mix, size, threads: sizes.append(size) or 1.5)
+
+@pytest.mark.parametrize("updated", [0, 32])
+def test_streams_describe_their_mix_and_size(updated, monkeypatch):
+    monkeypatch.setattr(peaks, "last_level_cache_bytes", lambda: 8 << 20)
+    streams = Streams.of(64, 32, 3 << 20, updated_bytes=updated)
+    in_place = ", 1 in place" if updated else ""
+    assert streams.mix == (2, 1, int(bool(updated)))
+    assert streams.description == f"2 streams read and 1 written{in_place}, 3 MiB"
+    assert Streams.of(640, 320, (3 << 20) - 5, updated_bytes=10 * updated) == streams, "one size class"
+    assert Streams.of(64, 32, 1 << 40).description.endswith(" 64 MiB")
+
+
+@pytest.mark.parametrize("cache", [0, 32 << 20, 260 << 20])
+def test_stream_size_follows_the_working_set(cache, monkeypatch):
+    """Streams have the size of the working set, in steps of 1/16 of the last-level cache, up to 8 times the cache."""
+    monkeypatch.setattr(peaks, "last_level_cache_bytes", lambda: cache)
     step = max(cache, 8 << 20) // 16
-    assert [peaks.stream_peak("cpu", 1, 1, size)[0] for size in (1, 3 * step, 3 * step + 1, 1 << 40)] == [1.5] * 4
+    sizes = [Streams.of(1, 1, size).size_bytes for size in (1, 3 * step, 3 * step + 1, 1 << 40)]
     assert sizes == [step, 3 * step, 4 * step, 128 * step]
+
+
+def test_streams_of_invalid_bytes_raise():
+    for read, written in ((0, 0), (-1, 5)):
+        with pytest.raises(ValueError, match=f"expected bytes to read or write, got {read} and {written}"):
+            Streams.of(read, written, 1)
+    with pytest.raises(ValueError, match="expected updates among 1 read and 2 written, got 2"):
+        Streams.of(1, 2, 1, updated_bytes=2)
 
 
 def test_float32_matmul_precision_is_restored_after_error():
