@@ -43,7 +43,8 @@ class RunReporter:
         self.limit: TimeLimit | None = None
         if config.train.minutes is not None:
             left_s = 60 * config.train.minutes - (time.time() - folder.start)
-            max_steps = None if config.train.steps is None else trainer.steps
+            lengths = config.train.steps, config.train.max_tokens, config.train.epochs
+            max_steps = None if lengths == (None, None, None) else trainer.steps
             self.limit = TimeLimit(left_s, max_steps=max_steps, reserve_s=self._reserve_s, clock=time.time)
         self._validated: ValidationMetrics | None = None
         self._pause_began_s, self._pause_s, self._step_s = 0.0, 0.0, 0.0

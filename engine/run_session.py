@@ -28,6 +28,7 @@ from peakgpt.engine.training.run_config import RunConfig
 from peakgpt.engine.training.run_file import listing, read_run_file, write_run_file
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.schedule import Schedule
+from peakgpt.engine.training.step_profile import check_window
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.engine.training.validation import Validator
@@ -67,6 +68,7 @@ def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: 
         reporter.enter_phase("building the model and measuring the device's peak")
         model = initial_model(config, data)
         loop = build_loop(config, folder, data, tokenizer, model.to(device))
+        check_window(config.metrics.profile, 0, None if config.train.minutes else loop.trainer.steps)
         reporter.say(listing(config, model.config, device))
         write_run_file(folder.root, config, model.config)
     return RunSession(config, folder, loop, CheckpointManager(folder, loop, tokenizer, config.checkpoint))
@@ -110,9 +112,13 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
         loop = build_loop(config, folder, data, tokenizer, model.to(device))
         checkpoints = CheckpointManager(folder, loop, tokenizer, config.checkpoint)
         planned = planned_steps(saved, data), loop.trainer.steps
-        checkpoints.load(
-            report=reporter.say, accept=lambda done: check_extension(saved.train, config.train, done, *planned)
-        )
+
+        def accept(done: int) -> None:
+            check_extension(saved.train, config.train, done, *planned)
+            if "profile" in changes:
+                check_window(config.metrics.profile, done, None if config.train.minutes else loop.trainer.steps)
+
+        checkpoints.load(report=reporter.say, accept=accept)
         write_run_file(path, config, model.config)
     except BaseException:
         folder.close()

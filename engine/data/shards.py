@@ -110,7 +110,9 @@ def read_index(path: Path) -> dict[str, Any]:
     expected = f"an index of format {FORMAT} as write_shards writes it"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"token index {path}: got {error.strerror}, expected {expected}") from None
+    except ValueError as error:
         raise ValueError(f"token index {path}: got {error}, expected {expected}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         got = index.get("format") if isinstance(index, dict) else type(index).__name__

@@ -26,6 +26,24 @@ def parse_window(text: str) -> tuple[int, int]:
     return start, end
 
 
+def check_window(window: str | None, done: int, steps: int | None) -> None:
+    """Check that a run makes a step of the window.
+
+    Args:
+        window: see `parse_window`; None: nothing is profiled.
+        done: updates that are made already.
+        steps: planned updates of the run; None if a time budget decides.
+    Raises:
+        ValueError: nothing would be profiled.
+    """
+    if window is None:
+        return
+    start, end = parse_window(window)
+    if end <= done or (steps is not None and start > steps):
+        last = "" if steps is None else f" to {steps}"
+        raise ValueError(f"profile is {window}, expected steps that the run makes: {done + 1}{last}")
+
+
 class StepProfile:
     """Profiles the steps of a window. A context: a run that ends inside the window writes what it has."""
 

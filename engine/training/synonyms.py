@@ -6,6 +6,10 @@ Config classes in components/. nanoGPT: train.py. transformers: TrainingArgument
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from peakgpt.engine.training.run_config import run_settings
+
 PROGRAMS = ("litgpt", "torchtitan", "nanoGPT", "transformers")
 
 # Our key or flag -> what each program calls it; several names are separated by blanks, "" if it has none.
@@ -21,6 +25,19 @@ SYNONYMS: dict[str, tuple[str, str, str, str]] = {
     "n_inner": ("intermediate_size", "hidden_dim", "", "intermediate_size"),
     "block_size": ("max_seq_length", "max_seq_len", "", "n_positions n_ctx max_position_embeddings"),
     "vocab_size": ("padded_vocab_size", "", "", ""),
+    "norm": ("norm_class_name", "", "", ""),
+    "rotary_dim": ("rotary_percentage", "", "", ""),
+    "rotary_base": ("rope_base", "", "", "rope_theta"),
+    "rotary_interleaved": ("rope_interleave", "", "", ""),
+    "windows": ("sliding_window_size", "", "", "sliding_window"),
+    "attention_scale": ("attention_scores_scalar", "", "", ""),
+    "residual": ("parallel_residual", "", "", ""),
+    "activation": ("gelu_approximate", "", "", "activation_function hidden_act"),
+    "gated_mlp": ("mlp_class_name", "", "", ""),
+    "experts": ("n_expert", "", "", "num_local_experts"),
+    "experts_per_token": ("n_expert_per_token", "", "", "num_experts_per_tok"),
+    "bias": ("attn_bias", "", "", "attention_bias mlp_bias"),
+    "head_bias": ("lm_head_bias", "", "", ""),
     "layer_norm_epsilon": ("norm_eps", "norm_eps", "", "rms_norm_eps"),
     "tied_head": ("tie_embeddings", "enable_weight_tying", "", "tie_word_embeddings"),
     "dropout": ("", "", "", "resid_pdrop hidden_dropout"),
@@ -45,7 +62,7 @@ SYNONYMS: dict[str, tuple[str, str, str, str]] = {
     "schedule": ("", "decay_type", "decay_lr", "lr_scheduler_type"),
     "warmup": ("lr_warmup_fraction", "", "", "warmup_ratio"),
     "warmup_steps": ("lr_warmup_steps", "lr_scheduler.warmup_steps", "warmup_iters", "warmup_steps"),
-    "decay_steps": ("", "", "lr_decay_iters", ""),
+    "decay_steps": ("", "total_steps", "lr_decay_iters", ""),
     "decay_fraction": ("", "decay_ratio", "", ""),
     "min_lr_fraction": ("", "min_lr_factor", "", ""),
     "validate_every": ("interval eval.interval", "validator.freq", "eval_interval", "eval_steps"),
@@ -53,6 +70,8 @@ SYNONYMS: dict[str, tuple[str, str, str, str]] = {
     "patience": ("", "", "", "early_stopping_patience"),
     "save_every": ("save_interval", "checkpoint.interval", "", "save_steps"),
     "keep_last": ("", "keep_latest_k", "", "save_total_limit"),
+    "profile": ("", "enable_profiling profile_freq", "", ""),
+    "wandb_project": ("log.project", "", "", ""),
     "enable_wandb": ("logger_name", "", "wandb_log", "report_to"),
     "--config": ("", "job.config_file", "", ""),
     "--out": ("out_dir", "dump_folder", "out_dir", "output_dir"),
@@ -63,6 +82,14 @@ SYNONYMS: dict[str, tuple[str, str, str, str]] = {
 
 FORMER = {"model": "preset"}  # names of earlier versions
 
+# Names of other programs for what needs no setting here, and why.
+NEEDLESS = {
+    **dict.fromkeys(("log_interval", "log_freq", "logging_steps"), "metrics.jsonl has every step"),
+    "compile": "own kernels take its place",
+    "eval_only": "`peakgpt score` evaluates a checkpoint",
+    "always_save_checkpoint": "every save is kept as keep_last says, and the best one too",
+}
+
 
 def our_name(name: str, *, as_flag: bool = False) -> str | None:
     """Return what to use instead of a name of another program; None if no program has it.
@@ -72,15 +99,27 @@ def our_name(name: str, *, as_flag: bool = False) -> str | None:
         as_flag: name the flag instead of the key.
     """
     wanted = name.replace("-", "_")
-    if wanted in FORMER:
-        return f"expected {_flag(FORMER[wanted]) if as_flag else FORMER[wanted]}"
-    for exact in (True, False):  # "max_iters" alone is nanoGPT's; behind "eval." it is litgpt's
-        for ours, theirs in SYNONYMS.items():
-            for program, names in zip(PROGRAMS, theirs, strict=True):
-                for other in names.split():
-                    last = wanted.rpartition(".")[2]
-                    if wanted == other or (not exact and last == other.rpartition(".")[2]):
-                        return f"expected {_flag(ours) if as_flag else ours} ({program}: {other})"
+    last = wanted.rpartition(".")[2]
+    if last in NEEDLESS:
+        return f"expected none: {NEEDLESS[last]}"
+    found = _synonym(lambda other: wanted == other)  # "max_iters" alone is nanoGPT's; behind "eval." it is litgpt's
+    same = FORMER.get(wanted) or (last if last != wanted and last in run_settings() else None)
+    if found is None and same is not None:
+        return f"expected {_flag(same) if as_flag else same}"
+    found = found or _synonym(lambda other: last == other.rpartition(".")[2])
+    if found is None:
+        return None
+    ours, source = found
+    return f"expected {_flag(ours) if as_flag else ours} ({source})"
+
+
+def _synonym(matches: Callable[[str], bool]) -> tuple[str, str] | None:
+    """Return the first setting of which a name matches, and "program: name"."""
+    for ours, theirs in SYNONYMS.items():
+        for program, names in zip(PROGRAMS, theirs, strict=True):
+            for other in names.split():
+                if matches(other):
+                    return ours, f"{program}: {other}"
     return None
 
 

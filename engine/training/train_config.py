@@ -47,7 +47,7 @@ class TrainConfig:
         metavar="N",
     )  # fmt: skip
     minutes: float | None = setting(
-        None, "wall time of the run with all its resumes; it plans as many updates as fit, at most steps",
+        None, "wall time of the run with all its resumes; it plans as many updates as fit, at most the run's length",
         section="training", above=0, resumable=True,
     )  # fmt: skip
     ramp_batch: int | None = setting(

@@ -30,8 +30,12 @@ class ValidationConfig:
     prompts: tuple[str, ...] = setting(
         (), "texts that the model continues at each validation", section="validation", metavar="TEXT"
     )
-    sample_tokens: int = setting(100, "tokens of each continuation, at most", section="validation", at_least=1)
-    sample_temperature: float = setting(0.8, "of the continuations; 0 is greedy", section="validation", at_least=0)
+    sample_tokens: int = setting(
+        100, "tokens of each continuation, at most", section="validation", at_least=1, only_with={"prompts": None}
+    )
+    sample_temperature: float = setting(
+        0.8, "of the continuations; 0 is greedy", section="validation", at_least=0, only_with={"prompts": None}
+    )
     patience: int | None = setting(
         None, "stop after this many validations without a better loss; none: never", section="validation", at_least=1,
         metavar="VALIDATIONS", resumable=True,

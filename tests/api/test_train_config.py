@@ -79,6 +79,31 @@ def checkpoint(tmp_path):
     return model, tokenizer
 
 
+def test_a_trace_of_steps_that_are_not_made_is_refused(capsys):
+    flags = [*SIZES, "--text", "text", "--vocab", "280", "--steps", "2"]
+    assert train(*flags, "--out", "run", "--profile", "3:4") == 2 and not Path("run").exists()
+    assert "profile is 3:4, expected steps that the run makes: 1 to 2" in capsys.readouterr().err
+    assert train(*flags, "--out", "run") == 0
+    before = Path("run/config.toml").read_bytes()
+    assert train("--resume", "run", "--profile", "1:2") == 2
+    assert Path("run/config.toml").read_bytes() == before
+
+
+def test_verify_reads_the_prepared_folders_that_a_run_trains_on(capsys):
+    for name, options in (("data", ["--vocab", "280"]), ("other", ["--tokenizer", "data"])):
+        assert main(["prepare", "text", "--out", name, *options]) == 0
+    flags = ["--dataset", "data", "--validation-sets", "other=other", "--steps", "1"]
+    assert train(*SIZES, *flags, "--out", "run") == 0
+    assert main(["verify", "run"]) == 0
+    for path in (*Path("data").glob("train-*.bin"), *Path("other").glob("validation-*.bin")):
+        good = path.read_bytes()
+        path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+        capsys.readouterr()
+        assert main(["verify", "run"]) == 1
+        assert path.name in capsys.readouterr().out
+        path.write_bytes(good)
+
+
 def test_init_goes_on_from_the_weights_and_the_tokenizer_of_a_checkpoint(checkpoint):
     """The learning rate is so small that the weights stay: the first loss is the checkpoint's."""
     model, tokenizer = checkpoint

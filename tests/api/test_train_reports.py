@@ -92,6 +92,16 @@ def test_a_resumed_run_has_the_rest_of_its_minutes(train, tmp_path, monkeypatch)
     assert code == 0 and max(row["step"] for row in found) == last + 6 and 120.0 < found[-1]["elapsed_s"] <= 150.0
 
 
+@pytest.mark.parametrize("length", ["--steps 3", "--max-tokens 96", "--epochs 0.02"])
+def test_a_time_budget_makes_no_run_longer(train, tmp_path, monkeypatch, length):
+    """Regression: with minutes, max_tokens and epochs were ignored."""
+    monkeypatch.setattr(run_reporter, "write_report", lambda *_: "no report")
+    for run, budget in (("plain", ""), ("timed", "--minutes 60")):
+        assert train(f"{length} {budget} --validation-batches 1 --out {run}")[0] == 0
+    plain, timed = ([row["step"] for row in rows(tmp_path / run)] for run in ("plain", "timed"))
+    assert plain == timed and len(plain) < 40
+
+
 @pytest.mark.parametrize("case", ["memory", "package", "profile"])
 def test_what_cannot_work_is_refused_before_anything_is_made(train, tmp_path, monkeypatch, case):
     flags, text = {

@@ -105,6 +105,8 @@ def test_bad_files_are_one_sentence_with_the_right_name(text, message, tmp_path)
         ({"rotary_base": 5.0}, "rotary_base: got it with position learned, expected it only with position rotary"),
         ({"balance_loss": 0.5}, "balance_loss: got it with experts 0, expected it only with experts set"),
         ({"head_bias": True}, "head_bias is True, expected false with tied_head"),
+        ({"sample_tokens": 5}, r"sample_tokens: got it with prompts \[\], expected it only with prompts set"),
+        ({"sample_temperature": 0.0}, "sample_temperature: got it with prompts"),
         ({"n_head": 5}, "n_embd is 192, expected a multiple of n_head 5"),
     ],
     ids=str,
@@ -163,6 +165,9 @@ def test_names_of_other_programs_lead_to_settings_that_exist():
     assert our_name("train.global-batch-size").startswith("expected batch (")
     assert our_name("eval.max_iters").startswith("expected validation_batches (")
     assert our_name("nothing") is None
+    for name in ("training.seed", "train.min_lr", "optimizer.init_args.weight_decay"):
+        assert our_name(name) == f"expected {name.rpartition('.')[2]}", "our own name behind a section"
+    assert our_name("train.log_interval") == "expected none: metrics.jsonl has every step"
 
 
 def test_every_setting_has_one_line_of_help():

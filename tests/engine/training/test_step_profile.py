@@ -3,11 +3,12 @@
 import gzip
 import json
 
+import pytest
 import torch
 
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.training.step_profile import StepProfile
+from peakgpt.engine.training.step_profile import StepProfile, check_window
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 
@@ -46,3 +47,11 @@ def test_a_run_that_is_resumed_after_the_window_writes_nothing(tmp_path):
     with StepProfile("2:3", tmp_path, torch.device("cpu")) as profile:
         profile.before_step(4)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("done", "steps"), [(0, 9), (13, 20), (12, None)])
+def test_a_window_without_a_step_of_the_run_is_refused(done, steps):
+    with pytest.raises(ValueError, match=f"profile is 10:12, expected steps that the run makes: {done + 1}"):
+        check_window("10:12", done, steps)
+    for done, steps in ((0, 10), (11, 20), (0, None)):
+        check_window("10:12", done, steps)
