@@ -92,3 +92,12 @@ class MetricsConfig:
             )
         if self.profile is not None:
             parse_window(self.profile)
+
+    def check_steps(self, steps: int) -> None:
+        """Check that a run of `steps` updates makes the steps to profile.
+
+        Raises:
+            ValueError: the last of them is after the end of the run.
+        """
+        if self.profile is not None and parse_window(self.profile)[1] > steps:
+            raise ValueError(f"profile is {self.profile!r}, expected steps of the run, 1 to {steps}")
