@@ -1,6 +1,7 @@
 """Documents packed into one row: each one gives what it gives alone, on every backend."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_bad_calls_with_packed_documents_are_refused(variant, arguments, message
         model(ids, targets, **{"position_ids": position_ids, **arguments})
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
-def test_label_smoothing_out_of_range_is_refused(value):
-    with pytest.raises(ValueError, match=f"label_smoothing is {value}, expected 0 <= label_smoothing < 1"):
+@pytest.mark.parametrize(("value", "expected"), [(-0.1, "at least 0"), (1.0, "below 1"), (math.nan, "a finite number")])
+def test_label_smoothing_out_of_range_is_refused(value, expected):
+    with pytest.raises(ValueError, match=f"label_smoothing is {value}, expected {expected}"):
         GPTConfig(label_smoothing=value)

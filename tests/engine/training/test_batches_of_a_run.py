@@ -87,7 +87,7 @@ def test_a_graphed_step_has_the_bits_of_the_plain_step(tmp_path, monkeypatch, se
 
     with use_backend("eager"):
         plain = [event.loss for event in build(run.tokens, position=position, **settings).run()]
-        monkeypatch.setattr(trainer_module, "graph_factory", lambda device: make_graph)
+        monkeypatch.setattr(trainer_module, "step_graphs", lambda device: make_graph)
         loop = build(run.tokens, position=position, **settings)
         assert [event.loss for event in loop.run()] == plain
     captured = [graph for graph in graphs if graph.outputs is not None]

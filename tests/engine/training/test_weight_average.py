@@ -93,7 +93,7 @@ def test_a_graphed_step_averages_with_the_bits_of_the_plain_step(monkeypatch):
     plain, losses = make_trainer(), []
     with use_backend("eager"):  # the CPU's kernels read values on the host
         losses.append(train(plain, 5))
-        monkeypatch.setattr(trainer_module, "graph_factory", lambda device: DryRun)
+        monkeypatch.setattr(trainer_module, "step_graphs", lambda device: DryRun)
         graphed = make_trainer()
         losses.append(train(graphed, 5))
     assert losses[0] == losses[1] and graphed.update.inputs is not None

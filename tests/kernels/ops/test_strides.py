@@ -66,6 +66,8 @@ CASES = [
     ("attention_qkv", {"batch": 2, "tokens": 5, "heads": 2, "head_dim": 16, **FIRST}, {}, {"n_head": 2}),
     ("attention_qkv", {"batch": 1, "tokens": 3, "heads": 4, "head_dim": 16, "kv_heads": 2, "pairs": 6, **FIRST}, {},
      {"n_head": 4}),
+    ("attention_qkv", {"batch": 1, "tokens": 6, "heads": 1, "head_dim": 8, **FIRST},
+     lambda: {"cu_seqlens": torch.tensor([0, 2, 6])}, {"n_head": 1}),
     ("attention_decode", {"batch": 3, "heads": 4, "head_dim": 16, "keys": 33, "kv_heads": 2, **FIRST},
      lambda: {"alibi": some(4)}, {}),
     ("attention_decode", {"batch": 2, "queries": 3, "heads": 2, "head_dim": 16, "keys": 20, "bits": 8, **FIRST},
