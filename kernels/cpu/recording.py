@@ -183,11 +183,6 @@ class _Operators(TorchDispatchMode):
         return copies
 
 
-# Without torch's guard against torch.compile, which imports torch._dynamo at the first operator: seconds and 150 MiB.
-# The body of a recording is never traced.
-_Operators.__torch_dispatch__ = getattr(_Operators.__torch_dispatch__, "__wrapped__", _Operators.__torch_dispatch__)
-
-
 def _has_tensors(schema: Any) -> bool:
     """Return whether an operator takes or returns tensors; profilers and promotion of dtypes do not."""
     return any("Tensor" in str(value.type) for value in (*schema.arguments, *schema.returns))
