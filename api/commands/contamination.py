@@ -11,9 +11,11 @@ from pathlib import Path
 from peakgpt.engine.data.contamination import MAX_N, MIN_N, ContaminationCheck, Example
 from peakgpt.engine.data.documents import ERRORS, Document, ReadOptions
 from peakgpt.engine.data.json_lines import new_json_lines
+from peakgpt.engine.data.run_layout import RUN_CONFIG
 from peakgpt.engine.data.sources import open_sources
 from peakgpt.engine.data.token_documents import shard_folder, token_documents
 from peakgpt.engine.evaluation.example_file import read_examples
+from peakgpt.engine.training.run_file import read_run_file
 from peakgpt.heartbeat import enter_phase
 from peakgpt.kernels.command_line import integer
 from peakgpt.kernels.strict_json import dumps
@@ -63,17 +65,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _documents(names: list[str], options: ReadOptions) -> Iterator[Document]:
-    shards = {name: folder for name in names if (folder := shard_folder(name))}
+    shards = {name: folders for name in names if (folders := _shard_folders(Path(name)))}
     texts = [name for name in names if name not in shards]
     sources = open_sources(texts, options) if texts else []
 
     def documents() -> Iterator[Document]:
         for source in sources:
             yield from source
-        for folder in shards.values():
-            yield from token_documents(folder)
+        for folders in shards.values():
+            for folder in folders:
+                yield from token_documents(folder)
 
     return documents()
+
+
+def _shard_folders(path: Path) -> list[Path]:
+    """Return the folders of token shards that a path means; none if it is text.
+
+    The tokens of a run are in its own folder, or in the prepared folders that its config.toml names.
+    """
+    if folder := shard_folder(path):
+        return [folder]
+    is_run = (path / RUN_CONFIG).is_file()
+    return [Path(name) for name in read_run_file(path)["dataset"] or ()] if is_run else []
 
 
 def _row(example: Example) -> dict[str, str | int | None]:

@@ -82,7 +82,7 @@ def read_documents(path: Path, name: str, options: ReadOptions) -> Iterator[Docu
 
 def content_suffix(path: Path) -> str:
     """Return the suffix that says what the file contains, without the compression's."""
-    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix.lower()
+    return (path if compression(path) is None else path.with_suffix("")).suffix.lower()
 
 
 def require(module: str) -> ModuleType:
@@ -172,7 +172,7 @@ def record_documents(place: str, name: str, row: dict[str, Any], options: ReadOp
     """
     text = row.get(options.field)
     if not isinstance(text, str):
-        got = f"fields {', '.join(row)}" if options.field not in row else f"{options.field}={text!r:.40}"
+        got = f"fields {', '.join(row):.200}" if options.field not in row else f"{options.field}={text!r:.40}"
         raise ValueError(f"text file {place}: got {got}, expected text in the field {options.field!r} (--field)")
     try:
         text.encode()
@@ -186,7 +186,7 @@ def record_documents(place: str, name: str, row: dict[str, Any], options: ReadOp
 
 
 def _read_parquet(path: Path, name: str, options: ReadOptions) -> Iterator[Document]:
-    if path.suffix in COMPRESSIONS:
+    if compression(path) is not None:
         raise ValueError(f"text file {path}: got a compressed Parquet file, expected .parquet, which compresses inside")
     parquet, arrow = require("pyarrow.parquet"), require("pyarrow")
     number = 0
@@ -201,6 +201,9 @@ def _read_parquet(path: Path, name: str, options: ReadOptions) -> Iterator[Docum
                     number += 1
                     yield from record_documents(f"{path}:{number}", f"{name}:{number}", {options.field: text}, options)
                 arrow.default_memory_pool().release_unused()  # else the pool keeps several row groups
+        except UnicodeDecodeError as error:
+            got = f"byte 0x{error.object[error.start]:02x} in a text after row {number}, which is not UTF-8"
+            raise ValueError(f"text file {path}: got {got}, expected UTF-8 text") from None
         except (arrow.ArrowException, OSError) as error:
             reason = str(error).partition("\n")[0][:200]
             raise ValueError(f"text file {path}: got {reason}, expected a complete Parquet file") from None
@@ -216,6 +219,11 @@ COMPRESSIONS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     ".gz": lambda file: cast("BinaryIO", gzip.GzipFile(fileobj=file)),
     ".zst": lambda file: ZstdFile.buffered(file, require("zstandard")),
 }
+
+
+def compression(path: Path) -> Callable[[BinaryIO], BinaryIO] | None:
+    """Return what decompresses a file; None if its suffix is of no compression."""
+    return COMPRESSIONS.get(path.suffix.lower())
 
 
 def open_text_file(path: Path) -> BinaryIO:
@@ -234,7 +242,7 @@ def open_text_file(path: Path) -> BinaryIO:
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a file through its decompression; a failure while it is read is a ValueError."""
     with open_text_file(path) as raw:
-        decompress = COMPRESSIONS.get(path.suffix)
+        decompress = compression(path)
         try:
             yield raw if decompress is None else decompress(raw)
         except (OSError, EOFError, zlib.error) as error:

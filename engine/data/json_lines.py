@@ -15,19 +15,25 @@ from peakgpt.kernels.files import atomic_file
 class JsonLines:
     """A file that is being written."""
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
+    def __init__(self, file: BinaryIO, path: Path):
+        self._file, self._path = file, path
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write an object."""
-        self._file.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
+        self._put(f"{json.dumps(row, ensure_ascii=False)}\n")
 
     def write_document(self, document: Document) -> None:
         """Write {"name": ..., "text": ...}, whose text may be longer than fits into memory."""
-        self._file.write(f'{{"name": {json.dumps(document.name, ensure_ascii=False)}, "text": "'.encode())
+        self._put(f'{{"name": {json.dumps(document.name, ensure_ascii=False)}, "text": "')
         for block in document.blocks():
-            self._file.write(json.dumps(block, ensure_ascii=False)[1:-1].encode())
-        self._file.write(b'"}\n')
+            self._put(json.dumps(block, ensure_ascii=False)[1:-1])
+        self._put('"}\n')
+
+    def _put(self, text: str) -> None:
+        try:
+            self._file.write(text.encode())
+        except OSError as error:
+            raise _not_written(self._path, error) from None
 
 
 @contextmanager
@@ -35,11 +41,18 @@ def new_json_lines(path: Path) -> Iterator[JsonLines]:
     """Open a new file, which appears at the end of the block.
 
     Raises:
-        ValueError: there is a file of that name, or its folder is missing.
+        ValueError: there is a file of that name, its folder is missing, or it cannot be written.
     """
     if path.exists():
         raise ValueError(f"{path}: got an existing file, expected a new one")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: got no folder {path.parent}, expected one to write into")
-    with atomic_file(path) as file:
-        yield JsonLines(file)
+    try:
+        with atomic_file(path) as file:
+            yield JsonLines(file, path)
+    except OSError as error:
+        raise _not_written(path, error) from None
+
+
+def _not_written(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"{path}: got {error.strerror or error}, expected a file that can be written")

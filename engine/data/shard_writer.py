@@ -6,6 +6,7 @@ leaves whole shards only. The index comes last and makes the stream valid.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -139,7 +140,8 @@ class ShardWriter:
     def delete_unlisted(self, keep: Iterable[str] = ()) -> None:
         """Delete the files of this stream that neither its index nor `keep` lists, and a shard that is not finished."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a full disk: the rest of the buffer cannot be written
+                self._file.close()
         try:
             listed = {shard["file"] for shard in read_index(self._folder / f"{self._name}.json")["shards"]}
         except ValueError:

@@ -82,11 +82,11 @@ def find_files(files_and_folders: Sequence[Path]) -> list[tuple[Path, str]]:
     """Return (path, name) of the files of a corpus; a name is relative to the folder that all files share.
 
     Raises:
-        ValueError: a folder has no text, or a file is named twice.
+        ValueError: a folder has no text or cannot be read, or a file is named twice.
     """
     paths: set[Path] = set()
     for path in files_and_folders:
-        found = [p for p in walk(path, {"__pycache__"}) if p.stat().st_size] if path.is_dir() else [path]
+        found = [p for p in walk(path, {"__pycache__"}) if _size(p)] if path.is_dir() else [path]
         if not found:
             raise ValueError(f"folder {path}: got no text in it, expected files ending in {', '.join(PROSE_SUFFIXES)}, "
                              f"of program code, or in {', '.join(READERS)}")  # fmt: skip
@@ -97,13 +97,30 @@ def find_files(files_and_folders: Sequence[Path]) -> list[tuple[Path, str]]:
     if not paths:
         return []
     root = os.path.commonpath([path.parent for path in paths])
-    return [(path, path.relative_to(root).as_posix()) for path in sorted(paths)]
+    # A name that is not UTF-8, such as b"caf\xe9.txt", is written with escapes, because names are hashed and saved.
+    names = {path: os.fsencode(path.relative_to(root)).decode("utf-8", "backslashreplace") for path in paths}
+    return [(path, names[path]) for path in sorted(paths)]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:  # such as a link to a file that was deleted
+        raise ValueError(f"text file {path}: got {error.strerror}, expected a file") from None
 
 
 def walk(root: Path, skipped: set[str], suffixes: Sequence[str] = FOLDER_SUFFIXES) -> list[Path]:
-    """Return the text files below a folder, except in hidden and skipped folders. Links to folders are not followed."""
+    """Return the text files below a folder, except in hidden and skipped folders. Links to folders are not followed.
+
+    Raises:
+        ValueError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"folder {error.filename}: got {error.strerror}, expected a folder to read") from None
+
     paths = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
         paths += [
             Path(folder, name)

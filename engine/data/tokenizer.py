@@ -151,7 +151,9 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of all that decides the ids of a text."""
-        return hashlib.sha256(call(self.library.to_str).encode()).hexdigest()
+        # tokenizer.json does not hold this option, which tokenizer_config.json names split_special_tokens.
+        option = "\0split_special_tokens" if self.library.encode_special_tokens else ""
+        return hashlib.sha256(f"{call(self.library.to_str)}{option}".encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; the end-of-text id becomes its mark, bytes that are not UTF-8 become U+FFFD.

@@ -1,7 +1,7 @@
 """Words of a text without case and punctuation, for comparing texts.
 
-A word is lower case, between blanks, and has no punctuation or symbols: "Don't, e-mail!" is "dont", "email". Brown et
-al. 2020, "Language Models are Few-Shot Learners", arXiv:2005.14165, appendix C.
+A word is lower case, in NFC, between blanks, and has no punctuation or symbols: "Don't, e-mail!" is "dont", "email".
+Brown et al. 2020, "Language Models are Few-Shot Learners", arXiv:2005.14165, appendix C.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WITHOUT_MARKS = _WithoutMarks()
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text."""
-    return text.lower().translate(_WITHOUT_MARKS).split()
+    return unicodedata.normalize("NFC", text.lower()).translate(_WITHOUT_MARKS).split()
 
 
 def whole_words(blocks: Iterable[str]) -> Iterator[str]:

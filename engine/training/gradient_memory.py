@@ -22,7 +22,8 @@ class GradientMemory:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not parameter.requires_grad:
-                    self._memory.pop(parameter, None)
+                    if parameter.grad is self._memory.pop(parameter, ()):
+                        parameter.grad = None  # the optimizer would use the last gradient once more
                     continue
                 grad = self._memory.get(parameter)
                 if grad is None or not _fits(grad, parameter):

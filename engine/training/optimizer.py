@@ -167,8 +167,8 @@ class AdamW(torch.optim.Optimizer):
         return self._launches[key]
 
     def captured_state(self) -> list[Any]:
-        """Return the tables of addresses that a CUDA graph of a step reads, as objects: a new table is not equal."""
-        return [launch.prepared for pair in self._launches.values() for launch in pair]
+        """Return what a captured step depends on: max_norm, and tables of addresses. A new table is not equal."""
+        return [self.max_norm, *(launch.prepared for pair in self._launches.values() for launch in pair)]
 
     def master(self, parameter: Tensor) -> Tensor:
         """Return a parameter's float32 master; the parameter itself if it has none.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from peakgpt.engine.graph_capture import GraphedFunction, step_graphs
 from peakgpt.engine.model.fp8 import set_fp8
-from peakgpt.engine.model.plain import has_own_call, walk
 from peakgpt.engine.model.recompute import set_recompute
+from peakgpt.engine.training.captured_state import model_state, runs_other_code, settings_of
 from peakgpt.engine.training.gradient_memory import GradientMemory
 from peakgpt.engine.training.optimizer import AdamW, decay_groups
 from peakgpt.engine.training.schedule import Schedule
@@ -37,8 +37,8 @@ SEPARATE_BYTES = 32 << 20
 class Trainer:
     """Updates a model in place, one batch per step.
 
-    On CUDA a step is one CUDA graph. On a CPU the step of a small model is recorded and replayed in the same way
-    (engine/graph_capture.py).
+    On CUDA a step is one CUDA graph. On a CPU the step of a small model that has no modules of others is recorded and
+    replayed in the same way (engine/graph_capture.py).
 
     Attributes:
         steps: planned updates; may change between two steps, and the schedule follows.
@@ -111,9 +111,8 @@ class Trainer:
             self.average.set_step(self.steps_done)
         inputs = (ids, targets) if position_ids is None else (ids, targets, position_ids)
         self._shapes = [tensor.shape for tensor in inputs]
-        # The replay of a graph calls no hook.
-        is_hooked = self.update.obstacle is None and any(map(has_own_call, walk(self.model)))
-        loss, self.grad_norm = (self._update if is_hooked else self.update)(*inputs)
+        has_graph = self.update.obstacle is None and not runs_other_code(self.model, self.optimizer, self.device)
+        loss, self.grad_norm = (self.update if has_graph else self._update)(*inputs)
         self.steps_done += 1
         return loss
 
@@ -217,12 +216,12 @@ class Trainer:
     def _captured_state(self) -> tuple[Any, ...]:
         """Return everything that a captured update depends on; the update is captured again when it changes."""
         states = self.optimizer.state.items()
-        tensors = (t for p, state in states for t in (p, p.grad, *state.values()) if t is not None)
+        tensors = (t for p, state in states for t in (p.grad, *state.values()) if t is not None)
         averages = () if self.average is None else self.average.tensors.values()
         addresses = [tensor.data_ptr() for tensor in (*tensors, *averages)]
         options = [[value for key, value in group.items() if key != "params"] for group in self.optimizer.param_groups]
-        settings = self.model.training, self._shapes, forced_backend(), torch.get_num_threads(), options
-        return settings, self.optimizer.captured_state(), addresses, walk(self.model)
+        settings = settings_of(self.device), self._shapes, forced_backend(), options
+        return settings, self.optimizer.captured_state(), addresses, model_state(self.model)
 
 
 def _packed(position_ids: Tensor | None = None) -> dict[str, Tensor]:

@@ -160,6 +160,12 @@ class _Operators(TorchDispatchMode):
         schema = function._schema
         if function in RESHAPING or not _has_tensors(schema):
             return call()
+        if torch.Tag.inplace_view in function.tags:
+            raise CannotRecord(f"{function} changes the shape of a tensor in place")
+        if torch.Tag.dynamic_output_shape in function.tags and not _has_integer_indices(call):
+            raise CannotRecord(f"{function} returns a tensor whose shape depends on values")
+        if call.keywords.get("generator") is not None:
+            raise CannotRecord(f"{function} draws from a generator of its own")  # the capture would draw, too
         self.recording.draws_random_numbers |= torch.Tag.nondeterministic_seeded in function.tags
         if schema.is_mutable:
             self.recording.append(call)
@@ -186,6 +192,13 @@ class _Operators(TorchDispatchMode):
 def _has_tensors(schema: Any) -> bool:
     """Return whether an operator takes or returns tensors; profilers and promotion of dtypes do not."""
     return any("Tensor" in str(value.type) for value in (*schema.arguments, *schema.returns))
+
+
+def _has_integer_indices(call: partial) -> bool:
+    """Return whether a call is x[indices] without a mask."""
+    if call.func is not _aten.index.Tensor:
+        return False
+    return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in call.args[1])
 
 
 def _copy_results(call: partial, copies: Sequence[Tensor]) -> None:

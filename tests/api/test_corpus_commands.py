@@ -4,11 +4,15 @@ import json
 import random
 
 import pytest
+import torch
 from tokenizers import processors
 
 from peakgpt.cli import main
 from peakgpt.engine.data.shard_writer import write_shards
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training.run_config import RunConfig
+from peakgpt.engine.training.run_file import write_run_file
 
 WORDS = [f"word{i}" for i in range(500)]
 
@@ -113,3 +117,31 @@ def test_prepared_shards_are_a_corpus(as_run, tmp_path, capsys, monkeypatch):
     assert [row["document"] for row in read_lines(report)] == [f"{shards}:8", f"{shards}:21"]
     assert '"documents": 21' in capsys.readouterr().out
     assert all(row["found"] == row["ngrams"] for row in read_lines(report))
+
+
+def test_a_report_that_cannot_be_written_is_named(corpus, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept, report = tmp_path / "kept.jsonl", tmp_path / "removed.jsonl"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        assert main(["dedup", str(corpus), "--exact", "--output", str(kept), "--report", str(report)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "kept.jsonl: got File too large, expected a file that can be written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [corpus]
+
+
+def test_a_run_on_prepared_folders_means_their_tokens(tmp_path, capsys):
+    tokenizer, documents = train_tokenizer(texts(), 300), texts()
+    for name, part in {"one": documents[:10], "two": documents[10:]}.items():
+        (tmp_path / name).mkdir()
+        ids = list(tokenizer.encode_documents(part))
+        write_shards(tmp_path / name, "train", ids, 300, text_bytes=1, corpus_digest="", end_id=tokenizer.end_id)
+        tokenizer.save(tmp_path / name)
+    config = RunConfig.of({"dataset": (str(tmp_path / "one"), str(tmp_path / "two"))}, torch.device("cpu"))
+    (tmp_path / "run" / "tokens").mkdir(parents=True)
+    write_run_file(tmp_path / "run", config, GPTConfig())
+    evaluation = write_lines(tmp_path / "eval.jsonl", [{"text": documents[3]}, {"text": documents[13]}])
+    assert main(["contamination", str(tmp_path / "run"), "--eval", str(evaluation)]) == 1
+    assert "2 examples: 2 dirty" in capsys.readouterr().out

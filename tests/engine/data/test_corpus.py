@@ -1,6 +1,7 @@
 """The corpus: a reproducible split of files and records, which is never held in memory; errors name the file."""
 
 import gzip
+import os
 
 import pytest
 
@@ -199,3 +200,21 @@ def test_a_sample_is_all_of_a_small_text_and_a_share_of_a_large_one():
     assert int(sample[0].split()[0]) < 30 and int(sample[-1].split()[0]) > 270, "from all of the text"
     once = corpus_of(iter(texts), ["other"]).train
     assert sum(map(len, once.sample(100_000))) < 120_000
+
+
+def test_what_a_folder_has_is_never_left_out_in_silence(tmp_path, monkeypatch):
+    (tmp_path / "link.txt").symlink_to(tmp_path / "deleted.txt")
+    with pytest.raises(ValueError, match=r"text file .*link.txt: got No such file or directory, expected a file"):
+        load_corpus([tmp_path])
+    (tmp_path / "link.txt").unlink()
+    (tmp_path / "B.TXT.GZ").write_bytes(gzip.compress(b"compressed text\n" * 9))
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("a name that is not UTF-8\n" * 9)
+    corpus = load_corpus([tmp_path])
+    assert sorted(d.name for part in (corpus.train, corpus.validation) for d in part) == ["B.TXT.GZ", r"caf\xe9.txt"]
+
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"folder .*: got Permission denied, expected a folder to read"):
+        load_corpus([tmp_path])

@@ -167,3 +167,12 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     for name, message in expected.items():
         with pytest.raises(ValueError, match=f"text file .*{message}"):
             load_corpus([tmp_path / name])
+
+
+def test_invalid_utf_8_in_parquet_is_named(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.array([b"good", b"bad \xff"])
+    unchecked = pyarrow.StringArray.from_buffers(2, *texts.buffers()[1:])
+    parquet.write_table(pyarrow.table({"text": unchecked}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: got byte 0xff in a text after row 0, which is not UTF-8"):
+        read(tmp_path / "a.parquet")

@@ -256,6 +256,18 @@ def test_a_full_disk_is_one_sentence_and_keeps_finished_shards_only(tokenizer, t
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_a_disk_that_is_full_in_the_middle_of_a_shard_leaves_nothing(tokenizer, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"folder .*: got File too large, expected a folder to write into"):
+            prepare(corpus_of([text * 40 for text in TEXTS]), tokenizer, tmp_path / "new" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 def test_texts_of_a_program_without_a_validation_document_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="corpus: got no validation text, expected some; name it with --validation"):
         prepare(corpus_of(iter(["one", "two"])), tokenizer, tmp_path / "out")

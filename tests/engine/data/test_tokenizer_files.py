@@ -279,3 +279,12 @@ def test_files_that_never_end_or_are_long_are_one_sentence(name, tmp_path):
         with pytest.raises(ValueError, match=rf"^tokenizer .*{name}: .*expected") as error:
             Tokenizer.load(tmp_path)
         assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+def test_digest_differs_if_special_tokens_in_a_text_are_text(tmp_path):
+    digests = set()
+    for split in (False, True):
+        BUILDERS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"split_special_tokens": split}))
+        digests.add(Tokenizer.load(tmp_path).digest)
+    assert len(digests) == 2

@@ -10,6 +10,7 @@ import torch
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
 from peakgpt.bench.shared_batches import SharedBatches
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.gradient_memory import GradientMemory
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
@@ -127,3 +128,15 @@ def test_a_scheduler_that_would_have_no_effect_is_refused():
     torch.optim.lr_scheduler.LinearLR(trainer.optimizer)
     with pytest.raises(ValueError, match=r"lr of a parameter group is not the config's 0\.001"):
         trainer.step(*next(batches()))
+
+
+def test_a_parameter_that_is_frozen_after_a_step_keeps_its_value():
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=20))
+    trainer, ids = Trainer(model, TrainConfig(batch=2, tokens=8, warmup=0.0), steps=20), torch.arange(16).view(2, 8)
+    for _ in range(4):
+        trainer.step(ids, ids)
+    frozen = model.transformer.h[0].requires_grad_(False)
+    before = [parameter.clone() for parameter in frozen.parameters()]
+    for _ in range(2):
+        trainer.step(ids, ids)
+    assert all(map(torch.equal, before, frozen.parameters()))

@@ -7,13 +7,16 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.graph_capture import WARMUP
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.recompute import set_recompute
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.dispatch import use_backend
+from peakgpt.kernels.core.recording import CannotRecord
 
 recording = pytest.importorskip("peakgpt.kernels.cpu.recording", reason="no C++ extension")
 
@@ -82,6 +85,11 @@ print(trainer.update.graph is not None, trainer.update.obstacle, "torch._dynamo"
     assert done.stdout.split() == ["True", "None", "False"], done.stderr
 
 
+def _is_recorded(trainer: Trainer) -> bool:
+    """Return whether the last step was a replay or was recorded."""
+    return isinstance(trainer.update.graph, recording.Recording) and trainer.update.inputs is not None
+
+
 @pytest.mark.parametrize("micro_batch", (None, 1, 3))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
@@ -91,7 +99,7 @@ def test_recorded_steps_have_the_bits_of_normal_steps(name, dtype, micro_batch):
     _assert_same_bits(recorded, normal)
     is_recorded = name != "experts"  # the number of tokens of each expert is read on the host
     assert (recorded.update.obstacle is None) == is_recorded
-    assert isinstance(recorded.update.graph, recording.Recording)
+    assert _is_recorded(recorded) == is_recorded
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.3))
@@ -153,31 +161,47 @@ def test_ignored_targets_change_the_mean_in_a_replay():
         assert ours == theirs or (ours != ours and theirs != theirs)
 
 
-class _ReadsValue(nn.Module):
-    """A model that decides by a value on the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(50, 50)
-
-    def forward(self, ids, targets):
-        logits = self.embed(ids)
-        if logits.sum().item() > 1e9:
-            logits = -logits
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-class _TorchOnly(nn.Module):
+class _OfTorch(nn.Module):
     """A model of torch's operators."""
 
     def __init__(self):
         super().__init__()
-        self.embed, self.body = nn.Embedding(50, 24), nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Dropout(0.1))
-        self.head = nn.Linear(24, 50)
+        self.embed, self.head, self.drop = nn.Embedding(50, 24), nn.Linear(24, 50), nn.Dropout(0.1)
+        self.register_buffer("mean", torch.zeros(24))
+
+    def body(self, x):
+        return self.drop(x)
 
     def forward(self, ids, targets):
         logits = self.head(self.body(self.embed(ids)))
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class _ReadsValue(_OfTorch):
+    def body(self, x):
+        return x * x.detach().abs().mean().tolist()
+
+
+class _ReplacesBuffer(_OfTorch):
+    def body(self, x):
+        self.mean = 0.9 * self.mean + x.detach().mean((0, 1))
+        return x - self.mean
+
+
+class _DropsAgainInBackward(_OfTorch):
+    def body(self, x):
+        return torch.utils.checkpoint.checkpoint(self.drop, x, use_reentrant=False)
+
+
+class _OverridesForward(GPT):
+    calls = 0
+
+    def __init__(self):
+        super().__init__(GPTConfig(**SIZES))
+
+    def forward(self, ids, targets):
+        self.calls += 1
+        return super().forward(ids, targets) + self.calls
 
 
 def test_a_changed_option_is_recorded_again():
@@ -198,13 +222,144 @@ def test_a_forced_backend_is_used_after_the_recording():
     _assert_same_bits(recorded, normal)
 
 
-@pytest.mark.parametrize(("kind", "is_recorded"), ((_ReadsValue, False), (_TorchOnly, True)))
-def test_models_of_torchs_operators_train_with_the_same_bits(kind, is_recorded):
+@pytest.mark.parametrize("kind", (_OfTorch, _ReadsValue, _ReplacesBuffer, _DropsAgainInBackward, _OverridesForward))
+def test_models_with_modules_of_others_run_normally(kind):
     torch.manual_seed(0)
-    model, config = kind(), TrainConfig(batch=4, tokens=16, lr=1e-2)
-    recorded, normal = _recorded_and_normal(model, config)
+    recorded, normal = _recorded_and_normal(kind(), TrainConfig(batch=4, tokens=16, lr=1e-2))
     _assert_same_bits(recorded, normal)
-    assert (recorded.update.obstacle is None) == is_recorded
+    assert not _is_recorded(recorded)
+
+
+def _freeze(trainer: Trainer) -> None:
+    trainer.model.transformer.h[0].requires_grad_(False)
+
+
+def _replace_parameter(trainer: Trainer) -> None:
+    trainer.model.transformer.h[0].attn.c_proj.weight = nn.Parameter(torch.ones(32, 32))
+
+
+def _share_parameter(trainer: Trainer) -> None:
+    module = trainer.model.transformer.h[0].attn.c_proj
+    module.weight = nn.Parameter(module.weight.detach())  # the optimizer has the old one
+
+
+def _eval_block(trainer: Trainer) -> None:
+    trainer.model.transformer.h[0].eval()
+
+
+def _recompute(trainer: Trainer) -> None:
+    set_recompute(trainer.model, "block")
+
+
+def _change_attribute(trainer: Trainer) -> None:
+    trainer.model.transformer.h[1].attn.dropout = 0.7
+
+
+def _change_max_norm(trainer: Trainer) -> None:
+    trainer.optimizer.max_norm = 1e-3
+
+
+def _hook_optimizer(trainer: Trainer) -> None:
+    def zero(optimizer, args, kwargs):
+        for parameter in optimizer.param_groups[1]["params"]:
+            parameter.grad.zero_()
+
+    trainer.optimizer.register_step_pre_hook(zero)
+
+
+CHANGES = (_freeze, _replace_parameter, _share_parameter, _eval_block, _recompute, _change_attribute, _change_max_norm,
+           _hook_optimizer)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_or_optimizer_has_the_bits_of_normal_steps(change):
+    recorded, normal = _trainers(TrainConfig(batch=4, tokens=16, lr=1e-2), dropout=0.2)
+    before, after = list(_batches(WARMUP + 6))[: WARMUP + 2], list(_batches(WARMUP + 6))[WARMUP + 2 :]
+    assert _losses(recorded, before) == _losses(normal, before)
+    assert _is_recorded(recorded)
+    for trainer in (recorded, normal):
+        change(trainer)
+    assert _losses(recorded, after) == _losses(normal, after)
+    for ours, theirs in zip(recorded.model.parameters(), normal.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert recorded.update.obstacle is None
+
+
+def test_a_step_under_autocast_is_not_the_replay_of_one_without():
+    recorded, normal = _trainers(TrainConfig(batch=4, tokens=16, lr=1e-2))
+    _assert_same_bits(recorded, normal)
+    batches = list(_batches(WARMUP + 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _losses(recorded, batches) == _losses(normal, batches)
+    _assert_same_bits(recorded, normal)
+
+
+class _CountOperators(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_all_operators_of_a_recorded_step():
+    recorded, normal = _trainers(TrainConfig(batch=4, tokens=16))
+    _assert_same_bits(recorded, normal)
+    counts = []
+    for trainer in (recorded, normal):
+        with _CountOperators() as mode:
+            trainer.step(*next(_batches(1)))
+        counts.append(mode.count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_new_memory_of_a_frozen_parameter_is_read():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SIZES))
+    model.transformer.h[0].requires_grad_(False)
+    recorded, normal = _recorded_and_normal(model, TrainConfig(batch=4, tokens=16))
+    _assert_same_bits(recorded, normal)
+    for trainer in (recorded, normal):
+        trainer.model.transformer.h[0].attn.c_proj.weight.data = torch.ones(32, 32)
+    _assert_same_bits(recorded, normal)
+
+
+def _replayed(function, *inputs: torch.Tensor) -> torch.Tensor:
+    """Record a function of tensors with other values, and return what its replay makes of these."""
+    static, recorded = [torch.zeros_like(value) for value in inputs], recording.Recording()
+    recorded.capture(lambda: (function(*static),))
+    for tensor, value in zip(static, inputs, strict=True):
+        tensor.copy_(value)
+    return recorded.replay()[0]
+
+
+TORCH_FUNCTIONS = {
+    "in place": lambda x: x.clone().mul_(3).add_(x),
+    "view": lambda x: (y := x + 1)[:, 1:].add_(x[:, :-1]) * y[:, 1:],
+    "item": lambda x: (y := x * 2, y.__setitem__((slice(None), 0), 0.0))[0],
+    "lists": lambda x: torch._foreach_add(list(x.chunk(2)), 1.0)[1] + torch._foreach_mul([x, x], 2.0)[0][:2],
+    "several results": lambda x: x.sort(-1)[0] + x.topk(1)[0],
+    "indices": lambda x: x[:, torch.tensor([2, 0])],
+    "out": lambda x: torch.mul(x, 2, out=torch.empty_like(x)),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_FUNCTIONS)
+def test_operators_of_torch_are_replayed(name):
+    function, x = TORCH_FUNCTIONS[name], torch.arange(12.0).view(4, 3)
+    assert torch.equal(_replayed(function, x), function(x))
+
+
+@pytest.mark.parametrize(("function", "message"), (
+    (lambda x: x[x > 0], "shape depends on values"),
+    (lambda x: x.nonzero(), "shape depends on values"),
+    (lambda x: x + x.sum(-1).unsqueeze_(1), "shape of a tensor in place"),
+    (lambda x: x + torch.rand(3, generator=torch.Generator()), "generator of its own"),
+    (lambda x: x * x.sum().item(), "to the host"),
+))  # fmt: skip
+def test_what_a_replay_would_not_repeat_is_not_recorded(function, message):
+    with pytest.raises(CannotRecord, match=message):
+        _replayed(function, torch.arange(12.0).view(4, 3))
 
 
 def test_large_steps_run_normally_without_a_warning(monkeypatch, recwarn):
