@@ -18,7 +18,7 @@ from peakgpt.engine.training.run_report import settings_section, write_report
 from peakgpt.engine.training.step_profile import StepProfile
 from peakgpt.engine.training.time_limit import TimeLimit
 from peakgpt.heartbeat import enter_phase
-from peakgpt.kernels.hardware.memory import peak_bytes, reset_peak
+from peakgpt.kernels.hardware.memory import peak_bytes, reset_peak, used_bytes
 from peakgpt.progress import TrainingProgress
 
 REPORT_S = 5.0  # the report takes 3 to 4 s on 2 busy cores of a Zen 4
@@ -47,7 +47,7 @@ class RunReporter:
             max_steps = None if lengths == (None, None, None) else trainer.steps
             self.limit = TimeLimit(left_s, max_steps=max_steps, reserve_s=self._reserve_s, clock=time.time)
         self._validated: ValidationMetrics | None = None
-        self._pause_began_s, self._pause_s, self._step_s = 0.0, 0.0, 0.0
+        self._pause_began_s, self._pause_s = 0.0, 0.0
 
     def __enter__(self) -> RunReporter:
         loop, metrics = self.loop, self.config.metrics
@@ -63,6 +63,7 @@ class RunReporter:
                     StepProfile(metrics.profile, self.folder.path, loop.trainer.device)
                 )
             self.progress = stack.enter_context(TrainingProgress(Console(file=self.output), done))
+            self._memory_before = used_bytes(loop.trainer.device)
             reset_peak(loop.trainer.device)  # measuring the device took memory that training does not need
             enter_phase("training")
             self._stack = stack.pop_all()
@@ -87,11 +88,9 @@ class RunReporter:
         self.folder.log(**row)
         for sink in self.sinks:
             sink.log(row)
-        if isinstance(event, StepMetrics):
-            self._step_s = event.seconds
-            if self.limit is not None:
-                self.limit.observe(event.seconds)
-                self.limit.plan(self.loop.trainer)
+        if isinstance(event, StepMetrics) and self.limit is not None:
+            self.limit.observe(event.seconds)
+            self.limit.plan(self.loop.trainer)
         if isinstance(event, ValidationMetrics):
             self._validated, self._pause_began_s = event, time.time()
         self.progress.show(event, self.loop.trainer.steps)
@@ -102,16 +101,16 @@ class RunReporter:
         state_bytes = 12 * sum(parameter.numel() for parameter in trainer.model.parameters())
         pause_s = self._pause_s
         if not pause_s and validator is not None:
-            token_s = self._step_s / (trainer.config.batch * trainer.config.tokens)
+            token_s = self.limit.typical_step_s / (trainer.config.batch * trainer.config.tokens)
             pause_s = UNMEASURED_SHARE * token_s * validator.count_targets()
         return pause_s + state_bytes / WRITE_BYTES_S + REPORT_S
 
     def finish(self) -> None:
         """Write the report, and say what the run took. Call it after the context is closed and all is saved."""
         enter_phase("writing the report")
+        peak = peak_bytes(self.loop.trainer.device)  # before the report, whose drawing is not training
         page = write_report(self.folder.path, settings_section(self.folder.path))
-        device = self.loop.trainer.device
         self.output.say(
-            f"time: {duration_text(time.time() - self.folder.start)}   peak memory: {bytes_text(peak_bytes(device))}"
-            f"   report: {page}"
+            f"time: {duration_text(time.time() - self.folder.start)}   peak memory: {bytes_text(peak)}, "
+            f"{bytes_text(self._memory_before)} of them before the first step   report: {page}"
         )

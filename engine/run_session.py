@@ -70,6 +70,7 @@ def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: 
         loop = build_loop(config, folder, data, tokenizer, model.to(device))
         check_window(config.metrics.profile, 0, None if config.train.minutes else loop.trainer.steps)
         reporter.say(listing(config, model.config, device))
+        reporter.say(sizes(loop, data))
         write_run_file(folder.root, config, model.config)
     return RunSession(config, folder, loop, CheckpointManager(folder, loop, tokenizer, config.checkpoint))
 
@@ -124,6 +125,8 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
         folder.close()
         raise
     reporter.say(listing(config, model.config, device))
+    reporter.say(sizes(loop, data))
+    reporter.say(f"resumed after step {loop.trainer.steps_done}")
     return RunSession(config, folder, loop, checkpoints)
 
 
@@ -183,7 +186,11 @@ def empty_model(config: RunConfig, data: TrainingData) -> GPT:
 def build_loop(
     config: RunConfig, folder: RunFolder, data: TrainingData, tokenizer: Tokenizer | None, model: GPT
 ) -> TrainingLoop:
-    """Return the training loop over the run's data, with its held-out sets."""
+    """Return the training loop over the run's data, with its held-out sets.
+
+    Raises:
+        ValueError: a profile of steps that the run does not make.
+    """
     train = config.train
     batches = data.batches(train.batch, train.tokens, train.seed, mask_documents=train.mask_documents)
     trainer = Trainer(model, train, steps=planned_steps(config, data))
@@ -191,6 +198,16 @@ def build_loop(
     validator = Validator(model, sets, config.validation, batch=train.micro_batch or train.batch, tokens=train.tokens,
                           tokenizer=tokenizer, seed=train.seed, document_token=batches.document_token)  # fmt: skip
     return TrainingLoop(trainer, batches, validator, report_mfu=True)
+
+
+def sizes(loop: TrainingLoop, data: TrainingData) -> str:
+    """Return the size of the model and of the data, and the peak rate: MFU = tokens/s x FLOPs per token / peak."""
+    parameters = sum(parameter.numel() for parameter in loop.trainer.model.parameters())
+    peak = "" if loop.peak_flops_s is None else f"; peak {loop.peak_flops_s / 1e12:.3g} TFLOP/s"
+    return (
+        f"model: {parameters:,} parameters, {loop.flops_per_token / 1e6:,.4g} MFLOPs per token{peak}; "
+        f"data: {sum(len(dataset.train) for dataset in data.datasets):,} training tokens"
+    )
 
 
 def planned_steps(config: RunConfig, data: TrainingData) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HELD_OUT = "held out"  # the curve of the first held-out set, whose keys have no prefix
+HELD_OUT = "validation"  # the curve of the first held-out set, whose keys have no prefix
 Row = dict[str, Any]  # a line of metrics.jsonl
 Points = list[tuple[float, float]]
 
@@ -44,7 +44,7 @@ class Chart:
 CHARTS = (
     Chart("training loss, nats per token", "loss"),
     Chart("validation loss, nats per token", "validation_loss", of_sets=True),
-    Chart("held-out text, bits per byte", "bits_per_byte", of_sets=True),
+    Chart("validation, bits per byte", "bits_per_byte", of_sets=True),
     Chart("learning rate", "lr"),
     Chart("throughput, tokens/s", "tokens_per_s"),
     Chart("MFU, %", "mfu", scale=100.0),

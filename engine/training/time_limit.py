@@ -10,6 +10,7 @@ the end, so that the plan is exact.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable
@@ -60,7 +61,10 @@ class TimeLimit:
 
         None fits if there is less time than the last step took.
         """
-        left_s = self.left_s - self.reserve_s()
+        left_s, reserve_s = self.left_s, self.reserve_s()
+        if len(self._steps) == 1:  # it compiles and allocates, so a reserve computed from it may be too high
+            reserve_s = min(reserve_s, left_s / 2)
+        left_s -= reserve_s
         if left_s < self._steps[-1]:
             return 0
         count, total_s = 0, 0.0
@@ -69,6 +73,11 @@ class TimeLimit:
                 break
             count, total_s = count + 1, total_s + step_s
         return int(left_s * count / total_s)
+
+    @property
+    def typical_step_s(self) -> float:
+        """Median seconds of the last steps, which a few slow ones do not change; 0 before the first step."""
+        return statistics.median_low(self._steps) if self._steps else 0.0
 
     def observe(self, step_s: float) -> None:
         """Take the seconds of a step into account."""

@@ -65,8 +65,9 @@ class TrainConfig:
         False, "tokens attend to their own document alone, and positions start anew in each", section="training"
     )
     dtype: torch.dtype = setting(
-        torch.float32, "of parameters, activations and gradients; bfloat16 has a float32 master", section="training",
-        choices=("float32", "bfloat16"), automatic="bfloat16 if the device multiplies it in hardware",
+        torch.float32, "of parameters, activations and gradients; with bfloat16 there is a float32 copy of the weights",
+        section="training", choices=("float32", "bfloat16"),
+        automatic="bfloat16 if the device multiplies it in hardware",
     )  # fmt: skip
     recompute: str = setting(
         "none", "activations that backward recomputes: none, norm, mlp, block or block/N", section="training",
@@ -74,7 +75,7 @@ class TrainConfig:
     )  # fmt: skip
     fp8: bool = setting(False, "matrix products take 8-bit operands", section="training")
     seed: int = setting(
-        1337, "of the initial weights and of the data order", section="training", at_least=0, at_most=MAX_SEED
+        1337, "seed of the initial weights and of the data order", section="training", at_least=0, at_most=MAX_SEED
     )
     lr: float = setting(1e-3, "peak learning rate", section="optimizer", above=0)
     weight_decay: float = setting(
@@ -82,19 +83,23 @@ class TrainConfig:
         metavar="FACTOR",
     )  # fmt: skip
     betas: tuple[float, float] = setting(
-        (0.9, 0.95), "of the moments, as in torch.optim.AdamW", section="optimizer", at_least=0, below=1, metavar="BETA"
-    )
-    eps: float = setting(1e-8, "as in torch.optim.AdamW", section="optimizer", above=0)
+        (0.9, 0.95), "decay rates of the moments, as in torch.optim.AdamW", section="optimizer", at_least=0, below=1,
+        metavar="BETA",
+    )  # fmt: skip
+    eps: float = setting(1e-8, "added to the denominator, as in torch.optim.AdamW", section="optimizer", above=0)
     max_norm: float = setting(1.0, "the norm of all gradients is clipped to this", section="optimizer", above=0)
     ema_decay: float | None = setting(
-        None, "train, but validate and save an exponential moving average of the weights, with this decay",
+        None, "validate and save an exponential moving average of the weights, with this decay",
         section="optimizer", above=0, below=1, metavar="DECAY",
     )  # fmt: skip
     spike_sigma: float | None = setting(
         None, "a loss more than this many standard deviations above the mean of the last spike_window losses is a "
         "spike, which is rolled back", section="optimizer", above=0, metavar="N",
     )  # fmt: skip
-    spike_window: int = setting(128, "losses that define a spike", section="optimizer", at_least=2, metavar="STEPS")
+    spike_window: int = setting(
+        128, "number of losses whose mean and deviation define a spike", section="optimizer", at_least=2,
+        metavar="STEPS",
+    )  # fmt: skip
     spike_rollback: int = setting(
         100, "a spike continues from the last checkpoint at least this many updates before it", section="optimizer",
         at_least=1, metavar="STEPS",

@@ -34,7 +34,7 @@ class ValidationConfig:
         100, "tokens of each continuation, at most", section="validation", at_least=1, only_with={"prompts": None}
     )
     sample_temperature: float = setting(
-        0.8, "of the continuations; 0 is greedy", section="validation", at_least=0, only_with={"prompts": None}
+        0.8, "temperature of the continuations; 0 is greedy", section="validation", at_least=0, only_with={"prompts": None}
     )
     patience: int | None = setting(
         None, "stop after this many validations without a better loss; none: never", section="validation", at_least=1,
@@ -78,7 +78,7 @@ class MetricsConfig:
 
     enable_tensorboard: bool = setting(False, "write TensorBoard's event files", section="metrics", resumable=True)
     enable_wandb: bool = setting(
-        False, "log to Weights & Biases; its environment variables act as usual", section="metrics", resumable=True
+        False, "log to Weights & Biases; WANDB_MODE and its other variables apply", section="metrics", resumable=True
     )
     wandb_project: str | None = setting(
         None, "project in Weights & Biases", section="metrics", automatic="peakgpt", resumable=True

@@ -142,6 +142,19 @@ def test_one_slow_step_changes_the_plan_little_while_much_time_is_left():
     assert max(plans[300:]) - min(plans[300:]) < 0.05 * min(plans[300:])
 
 
+def test_a_slow_first_step_or_one_slow_step_does_not_end_a_run():
+    """The reserve is 400 steps long. Fails if it is computed from the last step alone, and without the cap."""
+    clock, trainer = Clock(), SimpleNamespace(steps=1, steps_done=0)
+    limit = TimeLimit(30.0, reserve_s=lambda: 400 * limit.typical_step_s, clock=clock)
+    while trainer.steps_done < trainer.steps:
+        seconds = 1.0 if trainer.steps_done in (0, 5) else 0.01
+        clock.now_s += seconds
+        trainer.steps_done += 1
+        limit.observe(seconds)
+        limit.plan(trainer)
+    assert limit.left_s == pytest.approx(4.0, abs=0.5)
+
+
 def test_a_time_limit_makes_one_step_and_never_more_than_the_maximum():
     clock, trainer = Clock(), SimpleNamespace(steps=1, steps_done=0)
     limit = TimeLimit(-5.0, clock=clock)

@@ -49,11 +49,22 @@ def test_config_toml_begins_the_same_run_again_to_the_bit(capsys):
     assert losses("three") != losses("one")
 
 
+def test_a_profile_of_steps_that_the_run_does_not_make_is_refused(capsys):
+    """Fails without the check: the run ended well and wrote no trace."""
+    flags = ["--text", "text", "--out", "run", *SIZES, "--vocab", "280", "--steps", "3"]
+    assert train(*flags, "--profile", "4:6") == 2
+    assert "profile is 4:6, expected steps that the run makes: 1 to 3" in capsys.readouterr().err
+    assert not Path("run").exists() or not list(Path("run").iterdir())
+    assert train(*flags, "--profile", "3:3") == 0
+
+
 def test_a_run_is_extended_if_its_schedule_does_not_depend_on_its_length(capsys):
     constant = [*SIZES, "--vocab", "280", "--schedule", "constant", "--warmup-steps", "1"]
     assert train("--text", "text", "--out", "long", *constant, "--steps", "5") == 0
     assert train("--text", "text", "--out", "short", *constant, "--steps", "3") == 0
+    capsys.readouterr()
     assert train("--resume", "short", "--steps", "5") == 0
+    assert "resumed after step 3" in capsys.readouterr().out
     steps = [row for row in losses("short") if row[1] is not None]
     assert steps == [row for row in losses("long") if row[1] is not None]
     assert train("--resume", "short", "--steps", "4") == 2

@@ -1,6 +1,7 @@
 """`peakgpt train` as a whole: what a run leaves behind, early stopping, a time budget, refusals before it begins."""
 
 import json
+import re
 import time
 
 import pytest
@@ -39,7 +40,10 @@ def test_a_run_leaves_its_report_its_best_checkpoint_and_its_traces(train, tmp_p
              "more=text/a.txt --profile 2:2 --out run")  # fmt: skip
     code, printed = train(flags)
     run = tmp_path / "run"
-    assert code == 0 and "memory: about" in printed.out and "peak memory:" in printed.out
+    assert code == 0 and "memory: about" in printed.out and "of them before the first step" in printed.out
+    speed, mfu = (float(rows(run)[-2][key]) for key in ("tokens_per_s", "mfu"))
+    mflops, peak = map(float, re.search(r"([\d.]+) MFLOPs.*peak ([\d.e+-]+) TFLOP/s", printed.out).groups())
+    assert mfu == pytest.approx(speed * mflops * 1e6 / (peak * 1e12), rel=0.01)
     for text in ("step 9/9  loss", "step 9  validation loss", "step 9  more loss", "sample: 'the"):
         assert text in printed.out
     page = (run / "report.html").read_text()

@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -64,6 +66,24 @@ def _assert_same_bits(recorded: Trainer, normal: Trainer, steps: int = WARMUP + 
     for (name, ours), theirs in zip(recorded.model.named_parameters(), normal.model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     assert torch.equal(recorded.grad_norm, normal.grad_norm)
+
+
+def test_a_recording_does_not_import_dynamo():
+    """Regression: the third step of each run imported it, which took seconds and 150 MiB."""
+    code = f"""
+import sys, torch
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
+trainer = Trainer(GPT(GPTConfig(**{SIZES})), TrainConfig(batch=4, tokens=16, dtype=torch.float32), steps=20)
+ids = torch.zeros(4, 16, dtype=torch.long)
+for _ in range({WARMUP + 2}):
+    trainer.step(ids, ids)
+print(trainer.update.graph is not None, trainer.update.obstacle, "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "None", "False"], done.stderr
 
 
 def _is_recorded(trainer: Trainer) -> bool:
