@@ -186,11 +186,7 @@ def empty_model(config: RunConfig, data: TrainingData) -> GPT:
 def build_loop(
     config: RunConfig, folder: RunFolder, data: TrainingData, tokenizer: Tokenizer | None, model: GPT
 ) -> TrainingLoop:
-    """Return the training loop over the run's data, with its held-out sets.
-
-    Raises:
-        ValueError: a profile of steps that the run does not make.
-    """
+    """Return the training loop over the run's data, with its held-out sets."""
     train = config.train
     batches = data.batches(train.batch, train.tokens, train.seed, mask_documents=train.mask_documents)
     trainer = Trainer(model, train, steps=planned_steps(config, data))

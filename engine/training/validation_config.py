@@ -34,7 +34,8 @@ class ValidationConfig:
         100, "tokens of each continuation, at most", section="validation", at_least=1, only_with={"prompts": None}
     )
     sample_temperature: float = setting(
-        0.8, "temperature of the continuations; 0 is greedy", section="validation", at_least=0, only_with={"prompts": None}
+        0.8, "temperature of the continuations; 0 is greedy", section="validation", at_least=0,
+        only_with={"prompts": None},
     )
     patience: int | None = setting(
         None, "stop after this many validations without a better loss; none: never", section="validation", at_least=1,
