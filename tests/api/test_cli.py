@@ -176,8 +176,11 @@ def test_quickstart_of_half_a_minute_as_a_process(library, tmp_path):
     [(signal.SIGINT, None, 130), (signal.SIGTERM, Trainer, 143), (signal.SIGHUP, EagerTrainer, 129), (0, Trainer, 141)],
     ids=["ctrl-c while it plans", "kill", "closed terminal, in a step of eager", "closed pipe"],
 )
-def test_quickstart_that_is_stopped_leaves_a_checkpoint(number, trainer, code, tmp_path, capsys, monkeypatch):
+def test_quickstart_that_is_stopped_leaves_a_checkpoint(number, trainer, code, tmp_path, capsys, monkeypatch, request):
     """Regression: only Ctrl-C saved the model; a kill or `| head` lost it."""
+    if number and signal.getsignal(number) is signal.SIG_IGN:  # the tests run under nohup
+        signal.signal(number, signal.SIG_DFL)
+        request.addfinalizer(lambda: signal.signal(number, signal.SIG_IGN))
 
     class Closed(io.StringIO):
         def write(self, text):
