@@ -16,6 +16,7 @@ expected = {
     str(Path(home, path.relative_to(tree / folder)))
     for folder, home in folders.items()
     for path in (tree / folder).rglob("*.py")
+    if "test_speed" not in path.parts  # runs from a checkout only
 }
 found = {str(path.relative_to(installed)) for path in installed.rglob("*.py")}
 assert found == expected, f"wheel and tree differ: {sorted(found ^ expected)}"
