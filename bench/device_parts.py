@@ -185,8 +185,8 @@ def _op_jobs(part: str, cases: Sequence[Case]) -> Callable[[torch.device], dict[
     return _jobs_of(lambda device: cases if device.type == "cuda" else tiny)
 
 
-# Budgets sum to 465 s. Compiling takes most of check (Triton, two dtypes of every case), of train and of decode
-# (torch.compile).
+# The budgets sum to 465 s. `check` spends most of its time compiling Triton kernels, two dtypes of every case. `train`
+# and `decode` spend most of theirs in torch.compile.
 PARTS = {
     "check": Part(_check_jobs, budget_s=95, patience_s=40),
     "attention": Part(_op_jobs("attention", ATTENTION), budget_s=60, patience_s=40),

@@ -143,7 +143,7 @@ def remove_empty_folders(folders: Sequence[Path]) -> None:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Move a complete folder to its final name, atomically and durably: after a crash `target` is whole or not there.
+    """Move a complete folder to its final name, atomically and durably. After a crash, `target` is complete or missing.
 
     Args:
         folder: in a staging folder. All files and folders in it are flushed before the move.

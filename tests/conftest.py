@@ -1,5 +1,7 @@
 """Fixtures of several test files. Importing process_setup configures the test process."""
 
+import os
+
 import process_setup  # noqa: F401  must come before the first import of Triton
 import pytest
 import torch
@@ -40,3 +42,18 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Run torch on one thread: on a busy machine, threads of tiny operations wait longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_flush(monkeypatch):
+    """Write files without fsync. test_run_checkpoints.py tests what is flushed, and in which order."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

@@ -80,7 +80,7 @@ class SaveDue:
 
 
 class Update(NamedTuple):
-    """What is known of an update before its numbers arrive.
+    """An update that has been started. Its loss and gradient norm reach the host later.
 
     Args:
         step: its number, from 1.
@@ -274,7 +274,7 @@ class TrainingLoop:
         )  # fmt: skip
 
     def validate(self, batches: int | None = None) -> ValidationMetrics:
-        """Evaluate the model, with its averaged weights if the trainer has an average.
+        """Evaluate the model. With ema_decay, evaluate the average of its weights.
 
         Args:
             batches: of each held-out set; None means the config's number.

@@ -1,8 +1,8 @@
-"""Updates whose loss or gradient norm is not finite.
+"""Report updates whose loss or gradient norm is not finite, and end the run after MAX_IN_A_ROW of them.
 
-The device leaves the weights as they are (kernels/ops/adamw.py), and the training goes on with the next batch. One such
-update may be a bad batch or an overflow. MAX_IN_A_ROW of them are a model that is broken, and end the run: what was
-saved before the first of them is the last good state, because nothing is saved after it until an update is finite.
+AdamW does not change the weights in such an update (kernels/ops/adamw.py), and training continues with the next batch.
+One such update may be a bad batch or an overflow. Many in a row mean that the model is broken. Nothing is saved until
+an update is finite again, so the last checkpoint is the last good state.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from tiny_run import make_loop, new_run, train
 
@@ -16,14 +15,7 @@ from peakgpt.engine.data.run_layout import saved_steps, step_folder
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.training.run_folder import RunFolder
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps of a millisecond, however busy the machine is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -221,7 +221,7 @@ def test_document_is_what_a_prompt_begins_with_the_text_and_the_end_of_text():
 
 @pytest.mark.parametrize("single", ["</s> $A", "</s> $A </s>", "$A </s>", "$A"])
 def test_documents_are_separated_by_one_end_of_text(single):
-    """OPT puts the end of text before a text, others after it: never two between documents."""
+    """OPT begins a text with the end-of-text token, other tokenizers end it with one. Two documents share one."""
     tokenizer = with_template(single)
     bare = [tokenizer.encode(text, add_special_tokens=False) for text in ("the canary", "sings")]
     ids = np.concatenate(list(tokenizer.encode_documents(["the canary", "sings"])))

@@ -11,6 +11,8 @@ from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.core.dispatch import use_backend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 67}
 CUTS = [(0, 5, 6, 32), (0, 17, 32)]  # the documents of two rows
 VARIANTS: dict[str, dict] = {
@@ -22,12 +24,6 @@ VARIANTS: dict[str, dict] = {
     "parallel": {"residual": "parallel", "position": "rotary", "rotary_interleaved": True},
 }
 BACKENDS = ("eager", "cpu", "gpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """On a loaded machine, the threads of tiny operations wait longer for each other than they compute."""
-    threads(1)
 
 
 def packed():

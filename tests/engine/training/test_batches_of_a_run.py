@@ -21,14 +21,10 @@ from peakgpt.engine.training.validation import Validator
 from peakgpt.engine.training.validation_config import ValidationConfig
 from peakgpt.kernels.core.dispatch import use_backend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RAMP = {"batch": 7, "micro_batch": 2, "ramp_batch": 2, "ramp_tokens": 16 * 40}
 SEPARATOR = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """On a loaded machine, the threads of tiny operations wait longer for each other than they compute."""
-    threads(1)
 
 
 def build(tokens, *, document_token=None, position="learned", **settings):

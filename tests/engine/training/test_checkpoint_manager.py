@@ -1,6 +1,5 @@
 """Checkpoints of a training loop: exact for every family and dtype, kept as configured, written in the background."""
 
-import os
 import shutil
 import threading
 from dataclasses import asdict
@@ -21,6 +20,8 @@ from peakgpt.engine.training import checkpoint_manager
 from peakgpt.engine.training.checkpoint_manager import CheckpointManager
 from peakgpt.engine.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_flush")
+
 DTYPES = (torch.float32, torch.bfloat16)
 OTHER = {"position": "rotary", "norm": "rms", "bias": False}  # no family of transformers has it
 
@@ -31,20 +32,6 @@ def family_config(name):
         return OTHER
     content = {**SMALL[name], "vocab_size": 67, "seq_length": 32}
     return asdict(FAMILIES[name].config(content, dropout=0.1))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps of a millisecond, however busy the machine is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_flush(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # test_run_checkpoints.py tests what is flushed
 
 
 @pytest.fixture(scope="module")

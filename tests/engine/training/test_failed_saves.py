@@ -20,25 +20,13 @@ from peakgpt.engine.training.checkpoint_manager import CheckpointManager
 from peakgpt.engine.training.loop import SaveDue
 from peakgpt.engine.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_flush")
+
 # Every call by which a save changes the disk. `open` counts if it writes.
 CALLS = [(os, name) for name in ("open", "write", "fsync", "rename", "replace", "mkdir", "symlink")]
 CALLS += [(builtins, "open"), (Path, "write_text")]
 STEPS = 8
 FULL = r"checkpoint of step 8 in \S+: No space left on device, expected to save it; the checkpoint of step 6 is kept"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps of a millisecond, however busy the machine is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_flush(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # test_run_checkpoints.py tests what is flushed
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from wrong_losses import OneStepLate
 
 from peakgpt.cli import main
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors
@@ -15,7 +16,6 @@ from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training import loop as module
 from peakgpt.engine.training.checkpoint_manager import CheckpointManager
-from peakgpt.engine.training.delayed_metrics import DelayedMetrics
 from peakgpt.engine.training.loop import SaveDue, StepMetrics, TrainingLoop, ValidationMetrics
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.train_config import TrainConfig
@@ -88,17 +88,6 @@ def test_a_loop_in_several_runs_makes_the_steps_of_one(shards):
 
 
 def test_metrics_that_arrive_a_step_late_come_in_order_and_before_validation(shards, monkeypatch):
-    """On CUDA a loss is read while the next step runs; here a class on the CPU simulates that."""
-
-    class OneStepLate(DelayedMetrics):
-        def put(self, label, *values):
-            arrived, self.pending = self.take(), (label, *map(float, values))
-            return arrived
-
-        def take(self):
-            arrived, self.pending = [self.pending] if self.pending else [], None
-            return arrived
-
     monkeypatch.setattr(module, "DelayedMetrics", OneStepLate)
     events = list(new_loop(*shards).run(validate_every=8))
     expected = [*range(1, 9), 8, *range(9, 17), 16, *range(17, 21), 20]

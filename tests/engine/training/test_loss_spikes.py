@@ -15,14 +15,10 @@ from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.skipped_steps import Diverged
 from peakgpt.engine.training.train_config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPIKES = {"spike_sigma": 50.0, "spike_window": 4, "spike_rollback": 3, "spike_skip": 2}
 ONE, TWO = {12: 1000.0}, {12: 1000.0, 17: 1000.0}  # batches with a spike
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """On a loaded machine, the threads of tiny operations wait longer for each other than they compute."""
-    threads(1)
 
 
 class Killed(Exception):

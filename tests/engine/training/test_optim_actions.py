@@ -15,17 +15,10 @@ from torch import nn
 
 import peakgpt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIMIZERS = (torch.optim.AdamW, peakgpt.AdamW)
 OPTIONS = {"lr": 0.05, "weight_decay": 0.1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other take longer than these models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Net(nn.Module):

@@ -19,13 +19,9 @@ from peakgpt.engine.training.checkpoint_manager import CheckpointManager
 from peakgpt.engine.training.loop import SaveDue, StepMetrics
 from peakgpt.engine.training.skipped_steps import MAX_IN_A_ROW, Diverged, SkippedStep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """On a loaded machine, the threads of tiny operations wait longer for each other than they compute."""
-    threads(1)
 
 
 @pytest.fixture(params=["at once", "one step late"])

@@ -11,13 +11,9 @@ from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.dispatch import use_backend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """On a loaded machine, the threads of tiny operations wait longer for each other than they compute."""
-    threads(1)
 
 
 def make_trainer(dtype=torch.float32, decay=0.9):
