@@ -2,8 +2,8 @@
 
 A step of a small model spends much of its time in Python: 54 calls of about 100 us for 4 layers (one core of an Intel
 Xeon with AVX-512, 2026-11). A recording does what a CUDA graph does on a GPU. The function runs once without its
-kernels, while its allocations come from an arena. A replay makes the same calls on the same addresses. Operators of torch
-are called again; one that creates a tensor copies its result into the tensor of the recording.
+kernels, while its allocations come from an arena. A replay makes the same calls on the same addresses. Operators of
+torch are called again; one that creates a tensor copies its result into the tensor of the recording.
 
 What a CUDA graph cannot capture, a recording cannot: reading a value on the host, or tensors whose shapes depend on
 values.

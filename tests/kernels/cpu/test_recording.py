@@ -18,6 +18,7 @@ from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.core.recording import CannotRecord
+from peakgpt.kernels.ops.norm import layernorm
 
 recording = pytest.importorskip("peakgpt.kernels.cpu.recording", reason="no C++ extension")
 
@@ -142,6 +143,16 @@ def test_replays_leave_the_memory_of_others_alone():
         others += [torch.full((size,), 3.0) for size in (16, 64, 512, 1600, 2048, 8192, 65536)]
     assert all(bool((other == 3.0).all()) for other in others)
     assert losses == _losses(normal, batches)
+
+
+def test_a_recording_keeps_the_tensors_of_its_kernels_alive():
+    """Fails if the tape does not: the memory of the input belongs to one of the later tensors then."""
+    inputs, w, b = [torch.randn(64, 64)], torch.ones(64), torch.zeros(64)
+    expected, graph = layernorm(inputs[0], w, b), recording.Recording()
+    graph.capture(lambda: (layernorm(inputs.pop(), w, b),))
+    others = [torch.full((64, 64), 3.0) for _ in range(50)]
+    assert torch.equal(graph.replay()[0], expected)
+    assert all(bool((other == 3.0).all()) for other in others)
 
 
 def test_arena_gives_freed_memory_to_later_tensors():
