@@ -19,10 +19,12 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models, processors
 
+from peakgpt.engine.data.gguf_header import is_gguf
+from peakgpt.engine.data.gguf_tokenizer import has_gguf_tokenizer, read_gguf_chat_templates, read_gguf_tokenizer
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer_classes import CLASSES, class_name
-from peakgpt.engine.data.vocabulary_files import TOKENIZER, Vocabulary, read_vocabulary
+from peakgpt.engine.data.vocabulary_files import MODEL, TIKTOKEN, TOKENIZER, VOCAB, Vocabulary, read_vocabulary
 
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -50,12 +52,15 @@ class TokenizerFolder:
 
 
 def read_folder(folder: Path | str) -> TokenizerFolder:
-    """Read the tokenizer of a checkpoint.
+    """Read the tokenizer of a checkpoint: a folder, or a .gguf file.
 
     Raises:
         ValueError: a file is missing or damaged, or of SentencePiece, which is not installed.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        gguf = read_gguf_tokenizer(folder)
+        return TokenizerFolder(folder.name, gguf.library, gguf.special_tokens, False, {CONFIG: gguf.config_file})
     config = read_tokenizer_config(folder)
     vocabulary = read_vocabulary(folder, config)
     library, model = vocabulary.library, read_json(folder / "config.json")
@@ -75,6 +80,13 @@ def read_folder(folder: Path | str) -> TokenizerFolder:
     elif CONFIG not in files or name != class_name(library, config, {}):
         files[CONFIG] = _config_file(config, name or GENERIC_CLASS, texts)
     return TokenizerFolder(vocabulary.source, library, texts, _cleans_up(library, config), files)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a checkpoint has a tokenizer: a file with words, or metadata of a .gguf file."""
+    if is_gguf(folder):
+        return has_gguf_tokenizer(folder)
+    return any((folder / name).exists() for name in (TOKENIZER, MODEL, TIKTOKEN, VOCAB)) or any(folder.glob("*.tiktoken"))
 
 
 def _build(vocabulary: Vocabulary, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,6 +187,8 @@ def read_chat_templates(folder: Path | str) -> dict[str, str]:
         ValueError: a file is damaged, or the entry has another form.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        return read_gguf_chat_templates(folder)
     files = {"default": folder / CHAT_TEMPLATE, **{path.stem: path for path in _templates(folder)}}
     try:
         found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
