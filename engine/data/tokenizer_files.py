@@ -86,7 +86,8 @@ def has_tokenizer(folder: Path) -> bool:
     """Return whether a checkpoint has a tokenizer: a file with words, or metadata of a .gguf file."""
     if is_gguf(folder):
         return has_gguf_tokenizer(folder)
-    return any((folder / name).exists() for name in (TOKENIZER, MODEL, TIKTOKEN, VOCAB)) or any(folder.glob("*.tiktoken"))
+    names = (TOKENIZER, MODEL, TIKTOKEN, VOCAB)
+    return any((folder / name).exists() for name in names) or any(folder.glob("*.tiktoken"))
 
 
 def _build(vocabulary: Vocabulary, name: str, config: Mapping[str, Any]) -> dict[str, Any]:

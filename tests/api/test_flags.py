@@ -16,6 +16,7 @@ from peakgpt.kernels.command_line import Parser
 ROOT = Path(__file__).parents[2]
 ACCEPTED = {"--temperature": "0", "--seed": "0", "--end-id": "0"}  # flags for which 0 is right
 REQUIRED = {"generate": ["MISSING", "--prompt", "x"], "quantize": ["MISSING", "OUT", "--bits", "8"],
+            "export": ["MISSING", "OUT", "--format", "gguf"],
             "score": ["MISSING", "--text", "x"]}  # fmt: skip
 
 
