@@ -9,7 +9,7 @@ from peakgpt.engine.checkpoint.gguf_export import DTYPES, import_gguf, write_ggu
 from peakgpt.engine.data.gguf_vocabulary import tokenizer_metadata
 from peakgpt.engine.data.run_layout import model_folder
 from peakgpt.engine.data.tokenizer import END_OF_TEXT
-from peakgpt.engine.data.tokenizer_files import has_tokenizer, read_chat_templates, read_folder
+from peakgpt.engine.data.tokenizer_files import has_tokenizer, read_folder
 from peakgpt.engine.gpt import GPT
 
 FORMATS = ("gguf",)
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if has_tokenizer(folder):
         files = read_folder(folder)
         special = {"eos_token": END_OF_TEXT, **files.special_tokens}
-        tokenizer = tokenizer_metadata(files.library, special, read_chat_templates(folder), model.config.vocab_size)
+        tokenizer = tokenizer_metadata(files.library, special, files.chat_templates, model.config.vocab_size)
     name = write_gguf(args.file, model.config, model.state_dict(), tokenizer, args.dtype)
     size = Path(args.file).stat().st_size
     words = "with its tokenizer" if tokenizer else "without a tokenizer, as MODEL has none"

@@ -70,11 +70,6 @@ def read_gguf_tokenizer(path: Path | str) -> GGUFTokenizer:
         raise ValueError(f"tokenizer {path}: {message}") from None
 
 
-def read_gguf_chat_templates(path: Path | str) -> dict[str, str]:
-    """Return the chat templates of a .gguf file by name; the usual one is "default"."""
-    return _chat_templates(read_header(path))
-
-
 def has_gguf_tokenizer(path: Path | str) -> bool:
     """Return whether a .gguf file has a tokenizer of any kind."""
     return read_header(path).get(f"{PREFIX}model", str) not in NO_TOKENIZER
