@@ -16,7 +16,7 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 def transpose_conv1d(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Transpose the weights that GPT-2 stores as Conv1D, from [in, out] to [out, in] or back; keep the others."""
-    return {name: tensor.t() if name.endswith(CONV1D) else tensor for name, tensor in state.items()}
+    return {name: tensor.mT if name.endswith(CONV1D) else tensor for name, tensor in state.items()}
 
 
 class ModuleWithAliases(nn.Module):
