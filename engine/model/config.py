@@ -20,7 +20,7 @@ _rate = functools.partial(_field, at_least=0, below=1, metavar="RATE")
 _factor = functools.partial(_field, at_least=0, metavar="FACTOR")
 WITH_ROTARY = {"position": ("rotary",)}
 WITH_EXPERTS = {"experts": None}
-MAX_EXPERTS = 1 << 16  # a damaged file could ask for more than the names of its tensors fit into memory
+MAX_EXPERTS = 1 << 13  # a damaged file could ask for more than the names of its tensors fit into memory
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -9,7 +9,6 @@ capacity. Two balance losses keep the experts equally busy, see `balance_loss`.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.plain import PARAMETERS, fusable, is_plain, plain_parameters
 from peakgpt.engine.model.recompute import checkpoint_block
+from peakgpt.engine.model.state_dicts import stack_experts
 from peakgpt.kernels.ops.embedding import embedding
 from peakgpt.kernels.ops.experts import experts
 from peakgpt.kernels.ops.linear import linear
@@ -40,7 +40,7 @@ class ExpertLinear(nn.Module):
         """
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(count, outputs)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(count, outputs)) if bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,11 +89,10 @@ class ExpertMLPs(nn.Module):
         self.count, self.activation, self.recompute = count, activation, False
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Load also the parameters of E separate MLPs, such as 0.c_fc.weight, as older models of peakgpt had them."""
-        for name, kind in itertools.product(("c_gate", "c_fc", "c_proj"), ("weight", "bias")):
-            keys = [f"{prefix}{expert}.{name}.{kind}" for expert in range(self.count)]
-            if all(key in state_dict for key in keys):
-                state_dict[f"{prefix}{name}.{kind}"] = torch.stack([state_dict.pop(key) for key in keys])
+        """Load also the parameters of E separate MLPs."""
+        stacked = stack_experts(state_dict)
+        state_dict.clear()
+        state_dict.update(stacked)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
