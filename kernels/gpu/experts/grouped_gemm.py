@@ -96,7 +96,7 @@ def experts_up_fwd(
     columns = tl.cdiv(N, BLOCK_N)
     expert, first, end = _rows_of(offsets_ptr, tl.program_id(0) // columns, E, BLOCK_E, BLOCK_M)
     if expert < E:
-        expert = expert.to(tl.int64)
+        index = expert.to(tl.int64)
         n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
         row = first + tl.arange(0, BLOCK_M)
         token = tl.load(order_ptr + row, mask=row < end, other=0) // CHOICES
@@ -106,18 +106,18 @@ def experts_up_fwd(
         for step in range(0, K, BLOCK_K):
             k = step + tl.arange(0, BLOCK_K)
             x = _load_a(x_ptr, token, row < end, k, K)
-            acc = tl.dot(x, _load_w(w_ptr + expert * N * K, n, k, N, K, True), acc, input_precision="ieee")
+            acc = tl.dot(x, _load_w(w_ptr + index * N * K, n, k, N, K, True), acc, input_precision="ieee")
             if gate_w_ptr is not None:
-                w = _load_w(gate_w_ptr + expert * N * K, n, k, N, K, True)
+                w = _load_w(gate_w_ptr + index * N * K, n, k, N, K, True)
                 gate_acc = tl.dot(x, w, gate_acc, input_precision="ieee")
         dtype = h_ptr.dtype.element_ty
         at = row.to(tl.int64)[:, None] * N + n[None, :]
         live = (row < end)[:, None] & (n < N)[None, :]
-        pre = _add_bias(acc, b_ptr, expert, n, N).to(dtype)
+        pre = _add_bias(acc, b_ptr, index, n, N).to(dtype)
         if pre_ptr is not None:
             tl.store(pre_ptr + at, pre, mask=live)
         if gate_w_ptr is not None:
-            gate = _add_bias(gate_acc, gate_b_ptr, expert, n, N).to(dtype)
+            gate = _add_bias(gate_acc, gate_b_ptr, index, n, N).to(dtype)
             if gate_ptr is not None:
                 tl.store(gate_ptr + at, gate, mask=live)
             h, _ = activate(gate.to(tl.float32), ACT)
@@ -136,20 +136,20 @@ def experts_product(
     columns = tl.cdiv(N, BLOCK_N)
     expert, first, end = _rows_of(offsets_ptr, tl.program_id(0) // columns, E, BLOCK_E, BLOCK_M)
     if expert < E:
-        expert = expert.to(tl.int64)
+        index = expert.to(tl.int64)
         n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for step in range(0, K, BLOCK_K):
             k = step + tl.arange(0, BLOCK_K)
             a = _load_a(a_ptr, row, row < end, k, K)
-            acc = tl.dot(a, _load_w(w_ptr + expert * N * K, n, k, N, K, BY_N), acc, input_precision="ieee")
+            acc = tl.dot(a, _load_w(w_ptr + index * N * K, n, k, N, K, BY_N), acc, input_precision="ieee")
         if a2_ptr is not None:
             for step in range(0, K, BLOCK_K):
                 k = step + tl.arange(0, BLOCK_K)
                 a = _load_a(a2_ptr, row, row < end, k, K)
-                acc = tl.dot(a, _load_w(w2_ptr + expert * N * K, n, k, N, K, BY_N), acc, input_precision="ieee")
-        acc = _add_bias(acc, bias_ptr, expert, n, N)
+                acc = tl.dot(a, _load_w(w2_ptr + index * N * K, n, k, N, K, BY_N), acc, input_precision="ieee")
+        acc = _add_bias(acc, bias_ptr, index, n, N)
         live = (row < end)[:, None] & (n < N)[None, :]
         tl.store(c_ptr + row[:, None] * N + n[None, :], acc.to(c_ptr.dtype.element_ty), mask=live)
 
@@ -164,7 +164,7 @@ def experts_hidden_bwd(
     columns = tl.cdiv(N, BLOCK_N)
     expert, first, end = _rows_of(offsets_ptr, tl.program_id(0) // columns, E, BLOCK_E, BLOCK_M)
     if expert < E:
-        expert, column = expert.to(tl.int64), tl.program_id(0) % columns
+        index, column = expert.to(tl.int64), tl.program_id(0) % columns
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         row = first + tl.arange(0, BLOCK_M)
         choice = tl.load(order_ptr + row, mask=row < end, other=0)
@@ -172,7 +172,7 @@ def experts_hidden_bwd(
         for step in range(0, K, BLOCK_K):
             k = step + tl.arange(0, BLOCK_K)
             dy = _load_a(dy_ptr, choice // CHOICES, row < end, k, K)
-            acc = tl.dot(dy, _load_w(w_ptr + expert * N * K, n, k, N, K, False), acc, input_precision="ieee")
+            acc = tl.dot(dy, _load_w(w_ptr + index * N * K, n, k, N, K, False), acc, input_precision="ieee")
         dtype = dpre_ptr.dtype.element_ty
         at = row.to(tl.int64)[:, None] * N + n[None, :]
         live = (row < end)[:, None] & (n < N)[None, :]
