@@ -56,7 +56,7 @@ namespace {
 #if defined(__x86_64__)
 
 #define PEAK_ISA PEAK_AVX2
-PEAK_PUSH_TARGET("avx2,fma")
+PEAK_PUSH_TARGET("avx2,fma,f16c")
 namespace peak::avx2 {
 namespace {
 #include "simd/simd.h"
@@ -67,7 +67,7 @@ PEAK_POP_TARGET
 #undef PEAK_ISA
 
 #define PEAK_ISA PEAK_AVX512
-PEAK_PUSH_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+PEAK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 namespace peak::avx512 {
 namespace {
 #include "simd/simd.h"
@@ -78,7 +78,7 @@ PEAK_POP_TARGET
 #undef PEAK_ISA
 
 #define PEAK_ISA PEAK_AVX512BF16
-PEAK_PUSH_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
+PEAK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
 namespace peak::avx512bf16 {
 namespace {
 #include "simd/simd.h"

@@ -30,6 +30,7 @@ PEAK_INLINE __m512 FromBf16(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_
 
 PEAK_INLINE Vec Set(float f) { return {_mm512_set1_ps(f)}; }
 PEAK_INLINE Vec Load(const float* p) { return {_mm512_loadu_ps(p)}; }
+PEAK_INLINE Vec Load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 PEAK_INLINE Vec Load(const bf16* p) { return {FromBf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 PEAK_INLINE Vec LoadPart(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(PartMask(n), p)}; }
 PEAK_INLINE Vec LoadPart(const bf16* p, int64_t n) { return {FromBf16(_mm256_maskz_loadu_epi16(PartMask(n), p))}; }

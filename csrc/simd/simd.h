@@ -3,6 +3,7 @@
 // than 300 lines: it is the complete vocabulary of the kernels.
 //
 //   kLanes                     floats in a Vec
+//   Load(p)                    from f16
 //   Load(p) Load(p, n)         from float or bf16; n < kLanes reads n elements and sets the other lanes to 0
 //   Store(p, v) Store(p, v, n) to float or bf16 (rounded to nearest even); NaN stays NaN
 //   LoadSplit(p, r)  StoreSplit(p, r, v)  also with n   float bits = (bf16 bits << 16) + int16; kernels/ops/adamw.py

@@ -26,7 +26,6 @@ from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 from peakgpt.kernels.cpu.memory import streamed
 from peakgpt.kernels.ops.attention import default_scale
 from peakgpt.kernels.ops.norm import default_eps
-from peakgpt.kernels.ops.quantize import BLOCK
 
 NONE, LOGITS = -1, -1  # instead of a buffer's number
 
@@ -214,12 +213,9 @@ class ModelProgram:
         return self._hold(memory)
 
     def _quantized(self, layer: QuantizedLinear) -> object:
-        form = layer.form
-        return _C.QuantizedWeight(
-            dtype=DTYPES[self.dtype], bits=form.bits, n=layer.out_features, k=layer.in_features,
-            block=BLOCK if form.bits == 8 else form.group, weight=self._hold(layer.weight),
-            scale=self._hold(layer.scale),
-        )  # fmt: skip
+        tensors = {name: self._hold(tensor) for name, tensor in layer.named_buffers() if name != "bias"}
+        return _C.QuantizedWeight(dtype=DTYPES[self.dtype], n=layer.out_features, k=layer.in_features, **tensors,
+                                  **layer.product_fields)  # fmt: skip
 
     def _expert_weights(self, layer: nn.Module | None) -> object | None:
         """Return the weights of one layer of all experts, packed or quantized."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.model.plain import fusable
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
-from peakgpt.kernels.ops.quantize import check_group, pack_4, pack_8
+from peakgpt.kernels.ops.quantize import BLOCK, check_group, pack_4, pack_8
 
 HEAD, EMBEDDING = "lm_head", "transformer.wte"
 
@@ -60,6 +61,11 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         """Map x, (..., C), to (..., F); `activation` as in linear_q8."""
         return _product(self.form, self.out_features, x, self.weight, self.scale, self.bias, activation)
+
+    @property
+    def product_fields(self) -> dict[str, Any]:
+        """The fields of QuantizedMatrix (csrc/gemm/quantized.h) that the format decides, besides the tensors."""
+        return {"bits": self.form.bits, "block": BLOCK if self.form.bits == 8 else self.form.group}
 
     def _apply(self, fn, recurse=True):
         """Move as torch does, but keep the dtype of the scales when the model is cast."""
