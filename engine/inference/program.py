@@ -222,12 +222,10 @@ class ModelProgram:
         if layer is None:
             return None
         if isinstance(layer, QuantizedExpertLinear):
-            form, count = layer.form, len(layer.weight)
             weight, scale = self._hold(layer.weight), self._hold(layer.scale)
             return _C.QuantizedExperts(
-                dtype=DTYPES[self.dtype], bits=form.bits, n=layer.out_features, k=layer.in_features,
-                block=BLOCK if form.bits == 8 else form.group, weight=weight, scale=scale, experts=count,
-                weight_group=weight[0].nbytes, scale_group=scale[0].nbytes,
+                dtype=DTYPES[self.dtype], n=layer.out_features, k=layer.in_features, weight=weight, scale=scale,
+                experts=len(weight), weight_group=weight[0].nbytes, scale_group=scale[0].nbytes, **layer.product_fields,
             )  # fmt: skip
         packed = [self._pack(w) for w in layer.weight.detach()]
         first = layer.weight[0]

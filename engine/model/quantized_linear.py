@@ -39,8 +39,24 @@ class Format:
         return Format(8) if module in (HEAD, EMBEDDING) else self
 
 
+class _Quantized(nn.Module):
+    """A module with a quantized weight: the buffers weight, scale and bias, and its format, form."""
+
+    @property
+    def product_fields(self) -> dict[str, Any]:
+        """The fields of QuantizedMatrix (csrc/gemm/quantized.h) that the format decides, besides the tensors."""
+        return {"bits": self.form.bits, "block": BLOCK if self.form.bits == 8 else self.form.group}
+
+    def _apply(self, fn, recurse=True):
+        """Move as torch does, but keep the dtype of the scales when the model is cast."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
+
+
 @fusable
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(_Quantized):
     """A linear layer for inference whose weight has 8 or 4 bits."""
 
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, inputs: int, form: Format):
@@ -62,21 +78,9 @@ class QuantizedLinear(nn.Module):
         """Map x, (..., C), to (..., F); `activation` as in linear_q8."""
         return _product(self.form, self.out_features, x, self.weight, self.scale, self.bias, activation)
 
-    @property
-    def product_fields(self) -> dict[str, Any]:
-        """The fields of QuantizedMatrix (csrc/gemm/quantized.h) that the format decides, besides the tensors."""
-        return {"bits": self.form.bits, "block": BLOCK if self.form.bits == 8 else self.form.group}
-
-    def _apply(self, fn, recurse=True):
-        """Move as torch does, but keep the dtype of the scales when the model is cast."""
-        scale = self.scale
-        super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)
-        return self
-
 
 @fusable
-class QuantizedExpertLinear(nn.Module):
+class QuantizedExpertLinear(_Quantized):
     """One quantized linear layer for each of E experts, with stacked weights."""
 
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, inputs: int, form: Format):
@@ -100,8 +104,6 @@ class QuantizedExpertLinear(nn.Module):
         biases = (None,) * len(parts) if self.bias is None else self.bias
         each = zip(parts, self.weight, self.scale, biases, strict=True)
         return torch.cat([_product(self.form, self.out_features, *arguments) for arguments in each])
-
-    _apply = QuantizedLinear._apply
 
 
 def _product(
