@@ -117,7 +117,7 @@ struct ColumnGroup {
 
 // Computes the tiles of one part of a block in a group of columns; b is the group, packed.
 template <class T, class E>
-void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const GemmPart& part, const ColumnGroup& group,
+void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const PanelRange& part, const ColumnGroup& group,
                    const float* a, const E* b, float* sums) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
   const int64_t panels = (block.columns + kColumns - 1) / kColumns;
