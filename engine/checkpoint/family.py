@@ -105,7 +105,8 @@ class Family:
             ValueError: the content describes a model that we do not support.
         """
         for name, value in self.fixed.items():
-            if content.get(name, value) != value:
+            got = content.get(name, value)
+            if got != value and not (got is None and value is False):
                 raise ValueError(f"{name} is {content[name]!r}, expected {value}")
         content = self._with_defaults(content)
         if dropout is not None:

@@ -18,4 +18,11 @@ SMALL = {
     "qwen2": {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "smollm3": {**LLAMA, "no_rope_layer_interval": 2, "pad_token_id": 0},
     "olmo": LLAMA,
+    "olmo2": LLAMA,
+    "olmo3": {**LLAMA, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3": {**LLAMA, "head_dim": 8},
+    "gemma": {**LLAMA, "head_dim": 8},
+    "gemma2": {**LLAMA, "head_dim": 8, "query_pre_attn_scalar": 16, "sliding_window": 5},
+    "gemma3_text": {**LLAMA, "head_dim": 8, "sliding_window": 5,
+                    "layer_types": ["sliding_attention", "full_attention"]},
 }  # fmt: skip

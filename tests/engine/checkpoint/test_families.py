@@ -32,6 +32,7 @@ LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "n
          "intermediate_size": 40, "max_position_embeddings": T}  # fmt: skip
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 12}  # fmt: skip
+TYPES = ["sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 12,
         "beta_fast": 2.0}  # fmt: skip
 # Every variant that engine/checkpoint/families_*.py read: transformers' config class without "Config", and its fields.
@@ -61,6 +62,16 @@ VARIANTS = {
     "qwen2 windows": ("Qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "smollm3": ("SmolLM3", {**LLAMA, "no_rope_layer_interval": 2}),
     "olmo": ("Olmo", LLAMA),
+    "olmo2": ("Olmo2", LLAMA),
+    "olmo3": ("Olmo3", {**LLAMA, "sliding_window": 5, "layer_types": TYPES, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}, "full_attention": YARN}}),
+    "qwen3": ("Qwen3", {**LLAMA, "head_dim": 16}),
+    "gemma": ("Gemma", {**LLAMA, "head_dim": 16}),
+    "gemma2": ("Gemma2", {**LLAMA, "head_dim": 8, "query_pre_attn_scalar": 18, "sliding_window": 5,
+                          "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3Text", {**LLAMA, "head_dim": 16, "sliding_window": 5, "layer_types": TYPES, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0}}}),
 }  # fmt: skip
 BACKENDS = ("eager", "cpu")
 
@@ -222,7 +233,7 @@ def test_parameter_count_equals_the_models(pair):
 
 
 @pytest.mark.parametrize(
-    "variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo"]
+    "variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "gemma3"]
 )
 def test_each_family_compiles_as_one_graph(variant):
     kind, sizes = VARIANTS[variant]

@@ -55,6 +55,20 @@ EXACT = {
     "qwen2.5-7b": 7_615_616_512,
     "olmo-1b": 1_176_764_416,
     "olmo-7b": 6_888_095_744,
+    "olmo2-1b": 1_484_916_736,
+    "olmo2-7b": 7_298_617_344,
+    "olmo3-7b": 7_298_011_136,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
 }
 # Counts printed in the papers, with the unit of the last digit: GPT-3 table D.1, OPT table 1, MT-NLG section 3.2, PaLM
 # table 1, Gopher table 1. Gopher 280B, Chinchilla and GLaM are printed as 280B, 70B and 1.2T; more digits are by hand.
@@ -114,10 +128,11 @@ def test_presets_have_the_checkpoint_layout_of_their_family(name):
                 "bloom": "bloom", "mt": "gpt2"}  # fmt: skip
     families |= dict.fromkeys(("palm", "gopher", "chinchilla", "glam"), "peakgpt")
     families |= {"llama": "llama", "smollm2": "llama", "smollm3": "smollm3", "mistral": "mistral", "qwen2.5": "qwen2"}
-    families |= {"olmo": "olmo"}
+    families |= {"olmo": "olmo", "olmo2": "olmo2", "olmo3": "olmo3", "qwen3": "qwen3"}
+    families |= {"gemma-2b": "gemma", "gemma-7b": "gemma", "gemma-2": "gemma2", "gemma-3": "gemma3_text"}
     families |= {"gpt-neo": "gpt_neo", "gpt-j": "gptj", "gpt-neox": "gpt_neox"}
     first, *rest = name.split("-")
-    expected = families[f"gpt-{rest[0]}" if first == "gpt" else first]
+    expected = families[f"{first}-{rest[0]}" if first in ("gpt", "gemma") else first]
     expected = "llama" if name == "mistral-7b-v0.3" else expected  # without windows it is a llama
     assert family_of(preset(name)).model_type == expected
 
