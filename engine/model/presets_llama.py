@@ -3,8 +3,8 @@
 Llama 2: Touvron et al. 2023, arXiv:2307.09288. Llama 3: Grattafiori et al. 2024, arXiv:2407.21783, table 3. SmolLM2:
 Ben Allal et al. 2025, arXiv:2502.02737. SmolLM3: its model card. Mistral 7B: Jiang et al. 2023, arXiv:2310.06825, table
 1. Qwen2.5: Yang et al. 2024, arXiv:2412.15115, table 1. OLMo: Groeneveld et al. 2024, arXiv:2402.00838, table 1. OLMo
-2: OLMo team 2024, arXiv:2501.00656, table 1. OLMo 3: its model card. Qwen3: Yang et al. 2025, arXiv:2505.09388, table 1.
-Gemma: Gemma team 2024, arXiv:2403.08295, table 1. Gemma 2: 2024, arXiv:2408.00118, table 1. Gemma 3: 2025,
+2: OLMo team 2024, arXiv:2501.00656, table 1. OLMo 3: its model card. Qwen3: Yang et al. 2025, arXiv:2505.09388, table
+1. Gemma: Gemma team 2024, arXiv:2403.08295, table 1. Gemma 2: 2024, arXiv:2408.00118, table 1. Gemma 3: 2025,
 arXiv:2503.19786, table 1, and the model cards.
 """
 

@@ -74,6 +74,7 @@ VARIANTS = {
         "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0}}}),
 }  # fmt: skip
 BACKENDS = ("eager", "cpu")
+INTERPRETED = ("llama 3", "mistral", "qwen2", "smollm3", "olmo", "olmo3", "qwen3", "gemma", "gemma2", "gemma3")
 
 
 def reference(variant):
@@ -113,10 +114,7 @@ def file_names(state):
             for name, t in state.items()}  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_logits_loss_and_gradients_equal_transformers(pair, backend):
-    hf_model, _, ours = pair
-    ids, targets = batch()
+def check_logits_loss_and_gradients(hf_model, ours, backend, ids, targets):
     for model in (hf_model, ours):
         model.zero_grad()
     logits = hf_model(ids).logits
@@ -133,6 +131,20 @@ def test_logits_loss_and_gradients_equal_transformers(pair, backend):
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_loss_and_gradients_equal_transformers(pair, backend):
+    check_logits_loss_and_gradients(pair[0], pair[2], backend, *batch())
+
+
+@pytest.mark.parametrize("variant", INTERPRETED)
+def test_interpreted_triton_kernels_equal_transformers(variant, tmp_path):
+    pytest.importorskip("triton")
+    hf_model = reference(variant)
+    hf_model.save_pretrained(tmp_path)
+    ours, (ids, targets) = peakgpt.GPT.from_pretrained(tmp_path, dropout=0.0), batch(1, 9)
+    check_logits_loss_and_gradients(hf_model, ours, "gpu", ids, targets)  # small: the interpreter is slow
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
