@@ -237,6 +237,7 @@ def test_saved_files_load_in_transformers_and_the_reverse(pair, tmp_path):
     ids, _ = batch()
     assert torch.equal(again.eval()(ids).logits, hf_model(ids).logits)
     assert peakgpt.GPT.from_pretrained(tmp_path).config == ours.config
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == hf_model.config.model_type
 
 
 def test_parameter_count_equals_the_models(pair):
