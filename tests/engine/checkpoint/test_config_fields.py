@@ -24,6 +24,7 @@ HARMLESS = {
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
     # how transformers computes the same values
     "reorder_and_upcast_attn", "pretraining_tp", "slow_but_exact", "is_decoder", "is_encoder_decoder",
+    "_sliding_window_pattern",  # layer_types, which is written too, wins
 }  # fmt: skip
 
 
