@@ -34,6 +34,10 @@ MODULES: Mapping[str, str | tuple[str, ...]] = {  # our modules -> those of llam
     "transformer.h.{}.mlp.c_gate": "blk.{}.ffn_gate",
     "transformer.h.{}.mlp.c_fc": "blk.{}.ffn_up",
     "transformer.h.{}.mlp.c_proj": "blk.{}.ffn_down",
+    "transformer.h.{}.ln_1_out": "blk.{}.post_attention_norm",
+    "transformer.h.{}.ln_2_out": "blk.{}.post_ffw_norm",
+    "transformer.h.{}.attn.q_norm": "blk.{}.attn_q_norm",
+    "transformer.h.{}.attn.k_norm": "blk.{}.attn_k_norm",
 }
 _BIAS_OF = {"qkv": ("blk.0.attn_qkv", "blk.0.attn_q"), "out": ("blk.0.attn_output",), "mlp": ("blk.0.ffn_down",),
             "norm": ("output_norm",)}  # fmt: skip
