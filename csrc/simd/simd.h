@@ -224,7 +224,7 @@ PEAK_INLINE Vec DotPairs(Vec acc, Pairs a, Pairs b) {
 
 // a * 2^n for integral n; the product may be subnormal or infinite.
 PEAK_INLINE Vec Scale(Vec a, Vec n) {
-#if PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
+#if PEAK_ISA >= PEAK_AVX512 && PEAK_ISA <= PEAK_AVX512BF16
   return {_mm512_scalef_ps(a.v, n.v)};
 #else
   // Multiplies in two steps, because 2^-150 and 2^128 are not floats.
@@ -250,7 +250,7 @@ PEAK_INLINE Vec Exp(Vec a) {
   return Scale(Fma(p, r * r, r) + Set(1.0f), n);
 }
 
-#if PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
+#if PEAK_ISA >= PEAK_AVX512 && PEAK_ISA <= PEAK_AVX512BF16
 // Fraction is a - floor(a). ScaleByFloor is p * 2^floor(a) for p in [1, 2]. a may have any size; NaN stays NaN.
 PEAK_INLINE Vec Fraction(Vec a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF)}; }
 PEAK_INLINE Vec ScaleByFloor(Vec p, Vec a) { return {_mm512_scalef_ps(p.v, a.v)}; }
