@@ -90,6 +90,7 @@ class Architecture:
         norm_shift: number that the file adds to the weights of norms.
         always_biased: parts that have biases in every file; zeros are written for a model without them.
         extra_tensors: (GPTConfig) -> tensors of the file that are computed from the config.
+        extra_names: names of such tensors, which `read` uses.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Architecture:
     norm_shift: float = 0.0
     always_biased: tuple[str, ...] = ()
     extra_tensors: Callable[[GPTConfig], dict[str, Tensor]] = lambda config: {}
+    extra_names: Collection[str] = ()
 
     # ---- metadata ----
 

@@ -1,8 +1,8 @@
 """Scaled rotary frequencies in .gguf files.
 
     linear, yarn     rope.scaling.type and its parameters
-    llama3           the tensor rope_freqs.weight: what each frequency is divided by. The parameters are not in the file;
-                     they are found by comparing the tensor with that of the published ones
+    llama3           the tensor rope_freqs.weight: what each frequency is divided by. The parameters are not in the
+                     file; they are found by comparing the tensor with that of the published ones
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ KEYS = {  # of llama.cpp -> parameter of rope_scaling
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
 TYPE = "rope.scaling.type"
+ROPE_KEYS = (TYPE, *KEYS)
 PARAMETERS = {"linear": ("factor",), "yarn": tuple(KEYS.values())}
 
 
