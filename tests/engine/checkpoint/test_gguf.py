@@ -87,15 +87,19 @@ DTYPES += [(name, dtype) for name in ("gpt2", "llama") for dtype in ("f16", "bf1
 
 @pytest.mark.parametrize(("name", "dtype"), DTYPES)
 def test_llama_cpp_gives_the_same_greedy_tokens(name, dtype, tmp_path):
-    """As our reading of the same file; llama.cpp rounds inputs of its products, and GELU to 16 bits."""
+    """As our reading of the same file; llama.cpp rounds inputs of its products, and GELU to 16 bits.
+
+    With quantized weights both round inputs to 8 bits, and the error of one is about that of the other.
+    """
     path = tmp_path / "model.gguf"
     export(build(name), path, dtype)
     model = GPT.from_pretrained(path, dequantize=True)
     logits, tokens = greedy(path, 12)
     with torch.no_grad():
         expected = model(torch.tensor([PROMPT]))[0]
-    error = (logits - expected).norm() / expected.norm()
-    assert error < {"f32": 2e-3, "f16": 2e-3, "bf16": 2e-2}.get(dtype, 3e-2)
+        ours = GPT.from_pretrained(path)(torch.tensor([PROMPT]))[0]
+    error, own = ((one - expected).norm() / expected.norm() for one in (logits, ours))
+    assert error < {"f32": 2e-3, "f16": 2e-3, "bf16": 2e-2}.get(dtype, 2 * own)
     if dtype in ("f32", "f16"):
         ours = model.generate(torch.tensor([PROMPT]), max_new_tokens=12)
         assert tokens == ours[0, len(PROMPT) :].tolist()
