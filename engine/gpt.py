@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.folder import CONFIG
+from peakgpt.engine.checkpoint.gguf_file import read_gguf
+from peakgpt.engine.checkpoint.gguf_weights import load_gguf
 from peakgpt.engine.checkpoint.model_folder import (
     TokenizerFiles,
     read_config,
@@ -21,10 +23,12 @@ from peakgpt.engine.checkpoint.model_folder import (
     write_model,
 )
 from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
+from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.run_layout import model_folder
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream, with_arguments
 from peakgpt.engine.inference.generation_config import GenerationConfig, generation_config
+from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.positions import left_padding_start
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
@@ -49,32 +53,47 @@ class GPT(Transformer):
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None
-    ) -> GPT:
+        cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None,
+        dequantize: bool = False,
+    ) -> GPT:  # fmt: skip
         """Load a checkpoint in the Hugging Face layout of its family; the model is in evaluation mode.
 
         Args:
-            folder: has config.json and model.safetensors (or its shards, or pytorch_model.bin), or is the folder of a
-                run, which has them in checkpoint/.
+            folder: has config.json and model.safetensors (or its shards, or pytorch_model.bin); or is the folder of a
+                run, which has them in checkpoint/; or is a .gguf file, the format of llama.cpp.
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
+            dequantize: decode the quantized weights of a .gguf file to this dtype, to train or to export the model.
+                Otherwise its linear layers multiply by the integers of the file.
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
         """
         folder = model_folder(folder)
+        if is_gguf(folder):
+            gguf = read_gguf(folder, dropout=dropout)
+            model = cls._without_weights(gguf.config, folder)
+            model.source_files = gguf.source_files
+            return load_gguf(model, gguf, dtype, dequantize=dequantize)
         family, config = read_config(folder, dropout=dropout)
-        try:
-            with torch.device("meta"):
-                model = cls(config)
-        except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # a size does not fit into 64 bits
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{Path(folder) / CONFIG}: {reason}, expected sizes of a model") from None
+        model = cls._without_weights(config, Path(folder) / CONFIG)
         model.source_files = read_source_files(folder)
         if form := read_format(folder):
+            if dequantize:
+                raise ValueError(f"{folder}: got weights of {form.bits} bits, expected floats with dequantize=True")
             return read_quantized(folder, model, form, dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         model.load_state_dict(read_weights(folder, family, config, shapes, dtype), assign=True)
         return model.eval()
+
+    @classmethod
+    def _without_weights(cls, config: GPTConfig, source: Path) -> GPT:
+        """Build a model on the meta device; errors name the file that the config is from."""
+        try:
+            with torch.device("meta"):
+                return cls(config)
+        except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # a size does not fit into 64 bits
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{source}: {reason}, expected sizes of a model") from None
 
     def save_pretrained(
         self, folder: Path | str, tokenizer: TokenizerFiles | None = None, *,

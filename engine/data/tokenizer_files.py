@@ -21,10 +21,12 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models, processors
 
+from peakgpt.engine.data.gguf_header import is_gguf
+from peakgpt.engine.data.gguf_tokenizer import has_gguf_tokenizer, read_gguf_tokenizer
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer_classes import CLASSES, class_name
-from peakgpt.engine.data.vocabulary_files import TOKENIZER, Vocabulary, read_vocabulary
+from peakgpt.engine.data.vocabulary_files import MODEL, TIKTOKEN, TOKENIZER, VOCAB, Vocabulary, read_vocabulary
 
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 CHAT_TEMPLATE, CHAT_TEMPLATES, OLD_CHAT_TEMPLATE = (
@@ -56,12 +58,17 @@ class TokenizerFolder:
 
 
 def read_folder(folder: Path | str) -> TokenizerFolder:
-    """Read the tokenizer of a checkpoint.
+    """Read the tokenizer of a checkpoint: a folder, or a .gguf file.
 
     Raises:
         ValueError: a file is missing or damaged, or of SentencePiece, which is not installed.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        gguf = read_gguf_tokenizer(folder)
+        return TokenizerFolder(
+            folder.name, gguf.library, gguf.special_tokens, gguf.chat_templates, side_files={CONFIG: gguf.config_file}
+        )
     config = read_tokenizer_config(folder)
     vocabulary = read_vocabulary(folder, config)
     library, model = vocabulary.library, read_json(folder / "config.json")
@@ -82,6 +89,14 @@ def read_folder(folder: Path | str) -> TokenizerFolder:
         files[CONFIG] = _config_file(config, name or GENERIC_CLASS, texts)
     templates = _chat_templates(folder, config)
     return TokenizerFolder(vocabulary.source, library, texts, templates, _cleans_up(library, config), files)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a checkpoint has a tokenizer: a file with words, or metadata of a .gguf file."""
+    if is_gguf(folder):
+        return has_gguf_tokenizer(folder)
+    names = (TOKENIZER, MODEL, TIKTOKEN, VOCAB)
+    return any((folder / name).exists() for name in names) or any(folder.glob("*.tiktoken"))
 
 
 def _build(vocabulary: Vocabulary, name: str, config: Mapping[str, Any]) -> dict[str, Any]:

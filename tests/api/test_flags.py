@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Flags for which 0 is right.
 ACCEPTED = dict.fromkeys(("--temperature", "--seed", "--end-id", "--top-k", "--min-p"), "0")
 REQUIRED = {"generate": ["MISSING", "--prompt", "x"], "quantize": ["MISSING", "OUT", "--bits", "8"],
+            "export": ["MISSING", "OUT", "--format", "gguf"],
             "score": ["MISSING", "--text", "x"]}  # fmt: skip
 
 
