@@ -229,7 +229,8 @@ def test_parameter_count_equals_the_models(pair):
 
 
 @pytest.mark.parametrize(
-    "variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo"]
+    "variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo",
+                "mixtral"]
 )
 def test_each_family_compiles_as_one_graph(variant):
     kind, sizes = VARIANTS[variant]
