@@ -49,7 +49,8 @@ FLOAT32 = GroupedTile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, warps=4, stages=2)
 AMD_STAGES = 2
 FEW_ROWS = 16  # rows an expert on average, up to which tiles have 16 rows
 BLOCK_SUM, SUM = 128, Tile(warps=4)  # of experts_column_sums
-HOT = {(False, "saved"), (True, "inference"), (False, "down"), (False, "gated"), (False, "dw_up")}  # for the static check
+# Cases of the fast static check.
+HOT = {(False, "saved"), (True, "inference"), (False, "down"), (False, "gated"), (False, "dw_up")}
 
 
 @triton.jit
