@@ -102,11 +102,12 @@ struct NormStep {
   DType w_dtype;
   float eps;
   bool rms;
+  float offset = 0.0f;  // added to w
   int residual = -1;
   const void* b = nullptr;
 };
 PEAK_FIELDS(NormStep, x, out, w, w_dtype, eps, rms)
-PEAK_OPTIONAL_FIELDS(NormStep, residual, b)
+PEAK_OPTIONAL_FIELDS(NormStep, offset, residual, b)
 
 // out = epilogue(x weight^T + bias).
 struct LinearStep {
@@ -132,6 +133,23 @@ struct RotaryStep {
 };
 PEAK_FIELDS(RotaryStep, x, width, rotated_heads, cos, sin, pairs, interleaved)
 
+// Normalizes the queries and keys of x in place, and rotates them if there are tables. Fields as in ops/qk_norm.h.
+struct QKNormStep {
+  int x;
+  int64_t width, q_heads, k_heads;
+  bool joint;
+  const void* q_norm;
+  const void* k_norm;
+  DType w_dtype;
+  float eps, offset;
+  const float* cos = nullptr;  // (positions, pairs)
+  const float* sin = nullptr;
+  int64_t pairs = 0;
+  bool interleaved = false;
+};
+PEAK_FIELDS(QKNormStep, x, width, q_heads, k_heads, joint, q_norm, k_norm, w_dtype, eps, offset)
+PEAK_OPTIONAL_FIELDS(QKNormStep, cos, sin, pairs, interleaved)
+
 // out = attention over the cache of `layer`. A row of x holds heads + 2 kv_heads heads: queries, keys, values.
 struct AttentionStep {
   int x, out;
@@ -156,6 +174,13 @@ struct SelectStep {
 };
 PEAK_FIELDS(SelectStep, x, out)
 
+// The logits of the pass become scale * logits, then softcap tanh(logits / softcap) unless softcap is 0.
+struct LogitsStep {
+  int64_t vocabulary;
+  float scale, softcap;
+};
+PEAK_FIELDS(LogitsStep, vocabulary, scale, softcap)
+
 class Program {
  public:
   explicit Program(DType dtype) : dtype_(dtype) {}
@@ -167,9 +192,11 @@ class Program {
   void Norm(const NormStep& step);
   void Linear(const LinearStep& step, std::shared_ptr<Weight> weight);
   void Rotary(const RotaryStep& step);
+  void QKNorm(const QKNormStep& step);
   void Attention(const AttentionStep& step);
   void Combine(const CombineStep& step);
   void SelectRows(const SelectStep& step);
+  void FinishLogits(const LogitsStep& step);
 
   // Runs all steps. Two threads must not call it at once.
   void Run(const PassArgs& pass, int threads);

@@ -11,6 +11,7 @@ from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
 from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
+from peakgpt.kernels.ops.qk_norm import qk_norm
 from peakgpt.kernels.ops.rotary import rotary
 from peakgpt.kernels.ops.sum_of_squares import sum_of_squares
 
@@ -31,6 +32,7 @@ __all__ = [
     "linear_q4",
     "linear_q8",
     "mlp",
+    "qk_norm",
     "rmsnorm",
     "rotary",
     "sum_of_squares",
