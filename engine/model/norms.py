@@ -31,12 +31,27 @@ class RMSNorm(nn.RMSNorm):
 
     recompute = False  # set by engine/model/recompute.py
 
-    def __init__(self, n_embd: int, eps: float | None = None, *, device=None, dtype=None):
+    offset = 0.0
+
+    def __init__(self, n_embd: int, eps: float | None = None, *, offset: float = 0.0, device=None, dtype=None):
+        """
+        Args:
+            n_embd: C.
+            eps: added to the mean square; None as in torch.
+            offset: added to the weight, which starts at 1 - offset.
+        """
         super().__init__(n_embd, eps=eps, device=device, dtype=dtype)
+        if offset:
+            self.offset = offset
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight so that its sum with the offset is 1."""
+        nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (..., C)."""
-        y = rmsnorm(x, self.weight, eps=self.eps)
+        y = rmsnorm(x, self.weight, eps=self.eps, offset=self.offset)
         return recomputable(y, self.forward, x) if self.recompute and is_plain(self, RMSNorm) else y
 
 
@@ -55,7 +70,7 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tens
     if (p := plain_parameters(norm, LayerNorm)) is not None:
         total, y = add_layernorm(x, residual, p["weight"], p["bias"], eps=norm.eps)
     elif (p := plain_parameters(norm, RMSNorm)) is not None:
-        total, y = add_rmsnorm(x, residual, p["weight"], eps=norm.eps)
+        total, y = add_rmsnorm(x, residual, p["weight"], eps=norm.eps, offset=norm.offset)
     else:
         total = x + residual
         return total, norm(total)
@@ -65,5 +80,5 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tens
 def make_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     """Build the norm of a model: `config.norm` chooses the class."""
     if config.norm == "rms":
-        return RMSNorm(config.n_embd, config.layer_norm_epsilon)
+        return RMSNorm(config.n_embd, config.layer_norm_epsilon, offset=config.norm_offset)
     return LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.has_bias("norm"))

@@ -38,6 +38,9 @@ MODELS = {
     "bloom": {"position": "alibi", "embedding_norm": True},
     "palm": {"residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
              "activation": "silu", "bias": False, "logit_scale": 0.125},
+    "norms of heads": {"position": "rotary", "n_kv_head": 2, "norm": "rms", "norm_offset": 1.0, "qk_norm": "head",
+                       "bias": False, "logit_softcap": 2.0},
+    "norms of all heads": {"position": "rotary", "rotary_interleaved": True, "qk_norm": "full"},
     "glam": {"experts": 4, "experts_per_token": 2, "experts_every": 1},
     "transformer-xl": {"position": "transformer_xl"},  # runs one sequence at a time
 }  # fmt: skip
