@@ -31,7 +31,7 @@ class CausalSelfAttention(ModuleWithConv1D):
         self, n_embd: int, n_head: int, *, n_kv_head: int | None = None, head_dim: int | None = None,
         bias: bool = True, out_bias: bool | None = None, window: int | None = None, scale: float | None = None,
         dropout: float = 0.0, qk_norm: str = "none", norm_eps: float | None = None, norm_offset: float = 0.0,
-        relative: nn.Module | None = None, device=None, dtype=None,
+        relative: nn.Module | None = None, rotary_table: int | None = 0, device=None, dtype=None,
     ):  # fmt: skip
         """
         Args:
@@ -48,6 +48,7 @@ class CausalSelfAttention(ModuleWithConv1D):
                 "full", of all query heads together with a weight (H D,), and of all key heads.
             norm_eps, norm_offset: of these norms, as in RMSNorm.
             relative: RelativeKeys or RelativeBias of engine/model/relative_positions.py; None without them.
+            rotary_table: number of the pair (cos, sin) in Positions.rotary; None if this layer does not rotate.
         Raises:
             ValueError: sizes that do not fit each other.
         """
@@ -59,7 +60,7 @@ class CausalSelfAttention(ModuleWithConv1D):
                 "expected n_head to divide n_embd and n_kv_head to divide n_head"
             )
         self.head_dim, self.dropout, self.fp8 = head_dim or n_embd // n_head, dropout, False
-        self.window, self.scale, self.qk_norm = window, scale, qk_norm
+        self.window, self.scale, self.rotary_table, self.qk_norm = window, scale, rotary_table, qk_norm
         if relative is not None:
             self.relative = relative
         packed = (n_head + 2 * self.n_kv_head) * self.head_dim
@@ -112,7 +113,7 @@ class CausalSelfAttention(ModuleWithConv1D):
         """Run norms, rotary embedding and attention as one op on packed queries, keys and values."""
         options = {} if weights is None else {"norm_eps": self.q_norm.eps, "norm_offset": self.q_norm.offset}
         return attention_qkv(
-            qkv, *(positions.rotary or (None, None)), positions.cu_seqlens, *(weights or (None, None)),
+            qkv, *(self._angles(positions) or (None, None)), positions.cu_seqlens, *(weights or (None, None)),
             n_head=self.n_head, interleaved=positions.interleaved, window=self.window, scale=self.scale, **options,
         )  # fmt: skip
 
@@ -121,7 +122,7 @@ class CausalSelfAttention(ModuleWithConv1D):
         positions: Positions, dropout: float,
     ) -> Tensor:  # fmt: skip
         """Run attention with a KV cache, dropout, a bias or left padding."""
-        tables, heads = positions.rotary, self.n_head + self.n_kv_head
+        tables, heads = self._angles(positions), self.n_head + self.n_kv_head
         if weights is not None:
             qk, v = qkv.split((heads, self.n_kv_head), 2)
             q, k = qk_norm(
@@ -143,6 +144,11 @@ class CausalSelfAttention(ModuleWithConv1D):
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+
+    def _angles(self, positions: Positions) -> tuple[Tensor, Tensor] | None:
+        """Return cos and sin of this layer's angles, (T, R / 2) each; None if it does not rotate."""
+        is_rotary = positions.rotary and self.rotary_table is not None
+        return positions.rotary[self.rotary_table] if is_rotary else None
 
     def _linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         return run_linear(layer, x, fp8_linear if self.fp8 and self.training else linear)
