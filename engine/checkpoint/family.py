@@ -1,6 +1,6 @@
 """A model family: how its config.json and its tensors in transformers' layout correspond to ours.
 
-The families themselves are data: one row each in families.py.
+The families themselves are data: one row each in families_*.py.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ class Field(NamedTuple):
 
     Args:
         name: its name in GPTConfig.
-        hf_name: its name in transformers' config.
+        hf_name: its name in transformers' config; "section.name" if it is in a section, an object of its own.
         default: transformers' value if config.json has no such field.
         values: value in config.json -> value in GPTConfig; None if both are the same.
     """
@@ -34,6 +35,25 @@ class Field(NamedTuple):
     hf_name: str
     default: Any
     values: Mapping[Any, Any] | None = None
+
+
+class FieldGroup(NamedTuple):
+    """Fields of a config.json that give fields of GPTConfig together.
+
+    Args:
+        names: of the fields in config.json.
+        read: (config.json with defaults) -> GPTConfig fields.
+        write: (GPTConfig) -> fields of config.json.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    write: Callable[[GPTConfig], dict[str, Any]]
+
+
+def with_defaults(fields: tuple[Field, ...], **defaults: Any) -> tuple[Field, ...]:
+    """Return the fields with other defaults, which are given by transformers' names."""
+    return tuple(f._replace(default=defaults.get(f.hf_name, f.default)) for f in fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +65,13 @@ class Family:
         fields: the fields of config.json with one corresponding field of GPTConfig.
         constants: GPTConfig fields with the same value in every model of the family.
         fixed: fields of config.json that we support with one value only -> that value.
-        read: (config.json with defaults) -> further GPTConfig fields.
-        write: (GPTConfig) -> further fields of config.json.
+        groups: further fields of config.json, and of GPTConfig; they win over `fields` and `constants`.
         base: prefix of all tensors except the head's; files of the bare model omit it.
         names: transformers' name of each of our modules, or three names for queries, keys and values. `{}` stands for
-            the layer's number.
+            the layer's number. Modules of equal sizes with the same name are stacked in one tensor, in this order.
+        names_of: (GPTConfig) -> names that depend on the config, in addition to `names`.
+        row_orders: transformers' module -> its order of rows, a function of row_orders.py; others have our order.
         conv1d: whether c_attn, c_proj and c_fc are stored [in, out].
-        packed_by_head: whether the packed projection has queries, keys and values head by head.
         always_biased: whether the layout has a bias for every layer and norm, zero if the model has none.
         renamed: tensor prefixes of other releases -> those of `names`.
         aliases: other names of config.json fields, which win in transformers -> those of `fields`.
@@ -62,12 +82,12 @@ class Family:
     fields: tuple[Field, ...]
     constants: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda content: {}
-    write: Callable[[GPTConfig], dict[str, Any]] = lambda config: {}
+    groups: tuple[FieldGroup, ...] = ()
     base: str = "transformer."
     names: Mapping[str, str | tuple[str, ...]]
+    names_of: Callable[[GPTConfig], Mapping[str, str]] = lambda config: {}
+    row_orders: Mapping[str, Callable[[GPTConfig], Tensor]] = field(default_factory=dict)
     conv1d: bool = False
-    packed_by_head: bool = False
     always_biased: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -83,6 +103,7 @@ class Family:
         Raises:
             ValueError: the content describes a model that we do not support.
         """
+        content = self._without_sections(content)
         for name, value in self.fixed.items():
             if content.get(name, value) != value:
                 raise ValueError(f"{name} is {content[name]!r}, expected {value}")
@@ -96,11 +117,23 @@ class Family:
                 raise ValueError(f"{hf_name} is {value!r}, expected one of {', '.join(map(str, values))}")
             converted[name] = value if values is None else values[value]
         try:
-            return GPTConfig(**{**converted, **self.constants, **self.read(content)})
+            grouped = [group.read(content).items() for group in self.groups]
+            return GPTConfig(**{**converted, **self.constants, **dict(chain.from_iterable(grouped))})
         except ValueError as error:
             raise ValueError(self._with_their_names(str(error))) from None
         except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # a value of another type
             raise ValueError(f"{type(error).__name__}: {error}, expected values as transformers writes them") from None
+
+    def _without_sections(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Add the fields of the sections that this family has, as "section.name"."""
+        content = dict(content)
+        names = (*self.fixed, *(f.hf_name for f in self.fields))
+        for section in {name.partition(".")[0] for name in names if "." in name}:
+            values = {} if content.get(section) is None else content[section]
+            if not isinstance(values, Mapping):
+                raise ValueError(f"{section} is {values!r:.60}, expected an object")
+            content |= {f"{section}.{name}": value for name, value in values.items()}
+        return content
 
     def _with_defaults(self, content: Mapping[str, Any]) -> dict[str, Any]:
         content = {**{f.hf_name: f.default for f in self.fields}, **content}
@@ -110,6 +143,13 @@ class Family:
         """Add the names in config.json of the GPTConfig fields that a message names."""
         named = [f for f in self.fields if f.name != f.hf_name and re.search(rf"\b{f.name}\b", message)]
         return message + "".join(f"; {f.name} is {f.hf_name} in {CONFIG}" for f in named)
+
+    @property
+    def config_names(self) -> set[str]:
+        """The names of all fields and sections of config.json that the family reads."""
+        grouped = chain.from_iterable(group.names for group in self.groups)
+        names = {f.hf_name for f in self.fields}.union(self.fixed, self.aliases, grouped)
+        return {name.partition(".")[0] for name in names}
 
     def module_counts(self, content: Mapping[str, Any]) -> dict[str, str]:
         """Return "layers" and "experts" -> the field of a config.json that has their number."""
@@ -126,7 +166,8 @@ class Family:
             if values is not None:
                 value = next((hf_value for hf_value, our_value in values.items() if our_value == value), default)
             content[hf_name] = value
-        return {**content, **self.write(config)}
+        grouped = chain.from_iterable(group.write(config).items() for group in self.groups)
+        return _with_sections(content | dict(grouped))
 
     def differences(self, config: GPTConfig) -> list[str]:
         """Return the GPTConfig fields that this layout cannot express: reading them back gives another value."""
@@ -139,14 +180,27 @@ class Family:
 
     # ---- tensors ----
 
-    def layout_names(self, name: str) -> tuple[str, ...]:
+    def layout_names(self, config: GPTConfig, name: str) -> tuple[str, ...]:
         """Return the layout's name for one of our tensors; three names if it separates queries, keys and values."""
-        module, _, kind = name.rpartition(".")
-        layer = re.search(r"\.h\.(\d+)\.", module)
-        template = module if layer is None else module.replace(layer[0], ".h.{}.", 1)
-        modules = self.names[template]
-        number = "" if layer is None else layer[1]
-        return tuple(f"{m.format(number)}.{kind}" for m in ((modules,) if isinstance(modules, str) else modules))
+        modules, number, kind = self._modules(config, name)
+        return tuple(f"{module.format(number)}.{kind}" for module in modules)
+
+    def stacked(self, name: str) -> tuple[str, ...]:
+        """Return the names of our tensors that the layout stacks in the same tensor as `name`, in its order."""
+        template, number, kind = _template(name)
+        theirs = self.names.get(template)
+        modules = [module for module, other in self.names.items() if other == theirs] if theirs else [template]
+        return tuple(f"{module.format(number)}.{kind}" for module in modules)
+
+    def _modules(self, config: GPTConfig, name: str) -> tuple[tuple[str, ...], str, str]:
+        """Return the layout's modules for one of our tensors, with `{}` for the layer, the layer, weight or bias."""
+        template, number, kind = _template(name)
+        modules = self.names_of(config).get(template) or self.names[template]
+        return (modules,) if isinstance(modules, str) else modules, number, kind
+
+    def _row_order(self, config: GPTConfig, name: str) -> Tensor | None:
+        order = self.row_orders.get(self._modules(config, name)[0][0])
+        return None if order is None else order(config)
 
     def standard_names(self, items: Mapping[str, T]) -> dict[str, T]:
         """Rename the keys, tensor names of any release or class of transformers, to those of `names`."""
@@ -159,11 +213,13 @@ class Family:
 
     def shapes(self, config: GPTConfig, our_shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
         """Return the layout's tensor names and shapes, matrices as [out, in], from those of our state dict."""
-        expected = {}
+        expected: dict[str, torch.Size] = {}
         for name, shape in our_shapes.items():
-            names = self.layout_names(name)
-            rows = shape[:1] if len(names) == 1 else qkv_rows(config)
-            expected |= {n: torch.Size((r, *shape[1:])) for n, r in zip(names, rows, strict=True)}
+            names = self.layout_names(config, name)
+            parts = shape[:1] if len(names) == 1 else qkv_rows(config)
+            for layout_name, rows in zip(names, parts, strict=True):
+                above = expected[layout_name][0] if layout_name in expected else 0
+                expected[layout_name] = torch.Size((above + rows, *shape[1:]))
         return expected
 
     def transpose_conv1d(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,22 +228,43 @@ class Family:
 
     def from_layout(self, config: GPTConfig, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one of our tensors, by its name, from the layout's tensors with matrices as [out, in]."""
-        parts = [tensors[layout_name] for layout_name in self.layout_names(name)]
+        parts = [tensors[layout_name] for layout_name in self.layout_names(config, name)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self.packed_by_head and ".c_attn." in name:
-            return whole.unflatten(0, (config.n_head, 3, config.head_dim)).transpose(0, 1).flatten(0, 2)
-        return whole
+        if (order := self._row_order(config, name)) is not None:
+            whole = whole[order.argsort()]
+        stacked = self.stacked(name)
+        return whole if len(stacked) == 1 else whole.chunk(len(stacked))[stacked.index(name)]
 
     def to_layout(self, config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert our state dict to the layout's tensors."""
+        """Convert our state dict, or a part of it that is `stacked` together, to the layout's tensors."""
         tensors = {}
         for name, tensor in state.items():
-            names = self.layout_names(name)
-            if self.packed_by_head and ".c_attn." in name:
-                tensor = tensor.unflatten(0, (3, config.n_head, config.head_dim)).transpose(0, 1).flatten(0, 2)
-            parts = (tensor,) if len(names) == 1 else tensor.split(qkv_rows(config))
+            stacked = self.stacked(name)
+            if name != stacked[0]:
+                continue
+            names = self.layout_names(config, name)
+            whole = tensor if len(stacked) == 1 else torch.cat([state[other] for other in stacked])
+            if (order := self._row_order(config, name)) is not None:
+                whole = whole[order.to(whole.device)]
+            parts = (whole,) if len(names) == 1 else whole.split(qkv_rows(config))
             tensors |= dict(zip(names, parts, strict=True))
         return self.transpose_conv1d(tensors)
+
+
+def _template(name: str) -> tuple[str, str, str]:
+    """Split the name of a tensor into its module, with `{}` for the layer, the layer's number, and weight or bias."""
+    module, _, kind = name.rpartition(".")
+    layer = re.search(r"\.h\.(\d+)\.", module)
+    return (module, "", kind) if layer is None else (module.replace(layer[0], ".h.{}.", 1), layer[1], kind)
+
+
+def _with_sections(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a config.json with the fields named "section.name" in their sections."""
+    result: dict[str, Any] = {}
+    for name, value in content.items():
+        section, _, inner = name.rpartition(".")
+        (result.setdefault(section, {}) if section else result)[inner] = value
+    return result
 
 
 def qkv_rows(config: GPTConfig) -> tuple[int, int, int]:

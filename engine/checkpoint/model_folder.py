@@ -34,7 +34,10 @@ __all__ = [
 
 NORM_OR_LAYER = re.compile(r"\.(ln_\w+|c_\w+)\.weight$")
 # Suffixes of buffers that old releases of transformers wrote, and that no model needs.
-OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+OLD_BUFFERS = (
+    ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".attn.causal_mask",
+    ".rotary_emb.inv_freq",
+)  # fmt: skip
 
 
 def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Family, GPTConfig]:
@@ -80,14 +83,14 @@ def read_weights(
     path, tensors, shards = open_weights(Path(folder))
     tensors, shards = family.standard_names(tensors), family.standard_names(shards)
     shapes = family.shapes(config, expected)
-    (head_name,) = family.layout_names("lm_head.weight")
+    (head_name,) = family.layout_names(config, "lm_head.weight")
     head = tensors.pop(head_name, None) if config.tied_head else None
     tensors = {name: t for name, t in tensors.items() if name in shapes or not name.endswith(OLD_BUFFERS)}
     if family.always_biased and config.bias is not True:
         tensors = {name: t for name, t in tensors.items() if name in shapes or not _is_zero_bias(name, t)}
     tensors = family.transpose_conv1d(tensors)
     check_tensors(path, tensors, shapes, shards)
-    (embedding_name,) = family.layout_names("transformer.wte.weight")
+    (embedding_name,) = family.layout_names(config, "transformer.wte.weight")
     if head is not None and not torch.equal(head, tensors[embedding_name]):
         raise ValueError(f"{path}: {head_name} differs from {embedding_name}, expected a tied head")
     # Copied: safetensors may return a map of the file, and the file can be overwritten.
@@ -109,7 +112,7 @@ def write_model(
     max_shard_size: int | str | None = None,
     source_files: Mapping[str, Mapping[str, Any]] = NO_FILES,
 ) -> None:
-    """Write a model folder in the layout of the model's family, which transformers loads.
+    """Write a model folder in the layout of a family that transformers loads; see `families.family_of`.
 
     A model that no family of transformers can express is written in peakgpt's own layout, with a warning.
 
@@ -128,29 +131,41 @@ def write_model(
     check_state(config, state)
     max_bytes = None if max_shard_size is None else _parse_size(max_shard_size)
     warn_of_own_layout(folder, config)
-    tensors = dict(to_layout(config, state.keys(), state.items()))
+    tensors = dict(to_layout(config, state.keys(), state.items(), source_files))
     replace_files(
         Path(folder), lambda stage: write_model_files(stage, config, tensors, tokenizer, source_files, max_bytes)
     )
 
 
 def to_layout(
-    config: GPTConfig, names: Collection[str], state: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
+    config: GPTConfig, names: Collection[str], state: Iterable[tuple[str, Tensor]],
+    source_files: Mapping[str, Mapping[str, Any]] = NO_FILES,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Convert a model's state dict to the layout of its family, one tensor after the other.
 
     Args:
         names: all names of the state dict.
         state: names and tensors; matrices are [out, in].
+        source_files: as in `write_model`.
     Returns:
         An iterator of names and tensors of the layout. A tensor may be a view.
     """
-    family = family_of(config)
+    family = _family(config, source_files)
+    waiting: dict[str, Tensor] = {}  # tensors whose others in the same tensor of the layout have not come yet
     for name, tensor in state:
-        tensors = {name: tensor}
+        waiting[name] = tensor
+        stacked = family.stacked(name)
+        if not all(other in waiting for other in stacked):
+            continue
+        tensors = {other: waiting.pop(other) for other in stacked}
         if family.always_biased and NORM_OR_LAYER.search(name) and (bias := f"{name[:-6]}bias") not in names:
             tensors[bias] = tensor.new_zeros(tensor.shape[0])
         yield from family.to_layout(config, tensors).items()
+
+
+def _family(config: GPTConfig, source_files: Mapping[str, Mapping[str, Any]]) -> Family:
+    """Return the family in whose layout a model is written: that of the folder it was loaded from, if possible."""
+    return family_of(config, source_files.get(CONFIG, {}).get("model_type"))
 
 
 def write_model_files(
@@ -167,7 +182,7 @@ def write_model_files(
         OSError: a file cannot be written.
     """
     dtype = next(iter(tensors.values())).dtype
-    for name, content in json_files(family_of(config), config, dtype, tokenizer, source_files).items():
+    for name, content in json_files(_family(config, source_files), config, dtype, tokenizer, source_files).items():
         (folder / name).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder)

@@ -15,7 +15,7 @@ from peakgpt.engine.model.block import Block
 from peakgpt.engine.model.mlp import GatedMLP
 from peakgpt.engine.model.norms import LayerNorm, RMSNorm
 from peakgpt.engine.model.plain import change_of, walk
-from peakgpt.engine.model.positions import alibi_slopes, rotary_table
+from peakgpt.engine.model.positions import model_slopes, rotary_table
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
@@ -96,7 +96,7 @@ class ModelProgram:
                            wpe_stride=0 if wpe is None else wpe.stride(0))  # fmt: skip
         if c.rotary_dim:
             self.angles = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, "cpu")
-        self.slopes = alibi_slopes(c.n_head, "cpu") if c.position == "alibi" else None
+        self.slopes = model_slopes(c, "cpu")
         if c.embedding_norm:
             self._norm(t.ln_emb, "x", out="x")
         is_post_norm = c.residual == "post_norm"

@@ -67,6 +67,9 @@ class GPTConfig:
     rotary_base: float = _field(
         10000.0, "pair i of n rotates by base^(-i/n) radians a token", above=0, at_most=1e12, only_with=WITH_ROTARY
     )
+    alibi_scale: float = _field(
+        1.0, "factor on the slopes of ALiBi", above=0, metavar="FACTOR", only_with={"position": ("alibi",)}
+    )
     windows: tuple[int | None, ...] = _size(
         (None,), "for each layer the number of keys that a query attends to, including its own; none: all; a shorter "
         "list is repeated to n_layer entries",
@@ -145,6 +148,8 @@ class GPTConfig:
             self._require("rotary_dim", self.rotary_dim is None, f"None as position is {self.position}")
         is_valid = self.position_offset == 0 or self.position == "learned"
         self._require("position_offset", is_valid, "0, or more with learned positions")
+        is_valid = self.alibi_scale == 1.0 or self.position == "alibi"
+        self._require("alibi_scale", is_valid, f"1.0 as position is {self.position}")
 
     def _check_bias(self) -> None:
         if not isinstance(self.bias, bool):

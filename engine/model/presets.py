@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.presets_other import OTHER
 
 
 def _sized(rows: dict[str, tuple[int, int, int]], **family: Any) -> dict[str, dict[str, Any]]:
@@ -174,6 +175,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "experts": 64,
         "bias": False,
     },
+    **OTHER,
 }
 
 
