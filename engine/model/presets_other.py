@@ -137,6 +137,6 @@ OTHER: dict[str, dict[str, Any]] = {
     ),
     **_rows(
         {"phi-4": (40, 5120, 40)},
-        {**PHI_3, "n_kv_head": 10, "n_inner": 17920, "block_size": 16384, "vocab_size": 100352, "rotary_base": 250000.0},
+        {**PHI_3, "n_kv_head": 10, "n_inner": 17920, "block_size": 16384, "vocab_size": 100352, "rotary_base": 250e3},
     ),
 }

@@ -32,7 +32,6 @@ HARMLESS = {
 
 @pytest.mark.parametrize("model_type", SMALL)
 def test_every_field_of_transformers_config_is_read_or_harmless(model_type):
-    family = FAMILIES[model_type]
     known = FAMILIES[model_type].config_names
     assert set(CONFIG_MAPPING[model_type]().to_dict()) - known - HARMLESS == set()
 
