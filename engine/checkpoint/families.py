@@ -1,15 +1,18 @@
 """All model families of transformers, by model_type. The rows are in families_*.py; `Family` explains their fields.
 
-A config is written in the layout of the family that it was read from, or else of the first one that reads it back
-unchanged. The last family is our own layout,
-which expresses every config.
+A config is written in the layout of the family it was read from, if that still reads it back unchanged, else of the
+first family that does. The last family is our own layout, which expresses every config.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from peakgpt.engine.checkpoint.families_classic import CLASSIC
+from peakgpt.engine.checkpoint.families_llama import LLAMA_LINE
 from peakgpt.engine.checkpoint.families_other import OTHER
 from peakgpt.engine.checkpoint.family import Family, Field
 from peakgpt.engine.checkpoint.module_names import SameNames
@@ -23,21 +26,47 @@ OWN_LAYOUT = Family(
     fields=tuple(Field(f.name, f.name, f.default) for f in fields(GPTConfig)),
     names=SameNames(),
 )
-FAMILIES = {family.model_type: family for family in (*CLASSIC, *OTHER, OWN_LAYOUT)}
+FAMILIES = {family.model_type: family for family in (*CLASSIC, *LLAMA_LINE, *OTHER, OWN_LAYOUT)}
+
+# Fields of a config.json that say nothing about the architecture: names, token ids, initialization, generation.
+UNSPECIFIC = {
+    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "auto_map", "_name_or_path",
+    "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "output_attentions",
+    "output_hidden_states", "return_dict",
+}  # fmt: skip
 
 
-def family_of(config: GPTConfig, model_type: str | None = None) -> Family:
-    """Return the family in whose layout a model is written: the first that can express its config.
+def family_of(config: GPTConfig, source: Mapping[str, Any] | None = None) -> Family:
+    """Return the family whose layout a config is written in.
 
     Args:
         config: of the model.
-        model_type: the family to try first, that of the folder which the model was loaded from.
+        source: the config.json that the model was loaded from; None for a new model.
     """
-    preferred = [FAMILIES[model_type]] if model_type in FAMILIES and model_type != OWN else []
-    return next(family for family in (*preferred, *FAMILIES.values()) if not family.differences(config))
+    kept = FAMILIES.get(str((source or {}).get("model_type")), OWN_LAYOUT)
+    families = [*([] if kept is OWN_LAYOUT else [kept]), *FAMILIES.values()]
+    return next(family for family in families if not family.differences(config))
 
 
 def nearest_family(config: GPTConfig) -> tuple[str, list[str]]:
     """Return the model type whose layout expresses most of a config, and the fields that it cannot express."""
     missing = {name: family.differences(config) for name, family in FAMILIES.items() if name != OWN}
     return min(missing.items(), key=lambda pair: len(pair[1]))
+
+
+def known_family(content: Mapping[str, Any]) -> Family:
+    """Return the family of a config.json.
+
+    Raises:
+        ValueError: there is none; the message names the nearest families, and the fields that the nearest lacks.
+    """
+    model_type = content.get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    known = f"model_type is {model_type!r:.60}, expected one of {', '.join(FAMILIES)}"
+    given, names = content.keys() - UNSPECIFIC, [name for name in FAMILIES if name != OWN]
+    by_fields = sorted(names, key=lambda name: len(given - FAMILIES[name].config_names))
+    nearest = difflib.get_close_matches(str(model_type), names, n=3) or by_fields[:1]
+    unread = sorted(given - FAMILIES[nearest[0]].config_names)
+    lacks = f"{nearest[0]} has no {', '.join(unread[:8])}" if unread else f"{nearest[0]} has all its fields"
+    raise ValueError(f"{known}; nearest: {', '.join(nearest)}; {lacks}")

@@ -7,8 +7,10 @@ from typing import Any
 
 from peakgpt.engine.checkpoint.family import Family, Field, FieldGroup, with_defaults
 from peakgpt.engine.checkpoint.module_names import module_names, qkv_names
+from peakgpt.engine.checkpoint.rope_fields import given_parameters, head_width, require_head_width, scaling_of
 from peakgpt.engine.checkpoint.row_orders import grouped_heads
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.rope_scaling import DEFAULT
 
 GELU_NEW = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf", "relu": "relu"}
 # NeoX-20B's config says gelu_fast, which differs from gelu_new in some bits.
@@ -80,33 +82,32 @@ NEO_WINDOWS = FieldGroup(("attention_types", "attention_layers", "window_size"),
 
 
 def _neox_rotary(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary dimensions and base.
+    """Return the rotary dimensions, base and scaling.
 
     New releases of transformers have them in rope_parameters, unless there is a rope_scaling. They rotate head_dim
     features of a narrower or wider head.
     """
-    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope_type is {kind!r}, expected 'default'")
+    rope = given_parameters(content)
     share = rope.get("partial_rotary_factor", content.get("rotary_pct", 0.25))
-    width = content["hidden_size"] // max(1, content["num_attention_heads"])
     base = rope.get("rope_theta", content.get("rotary_emb_base", 10000))
-    if content.get("head_dim") not in (None, width):
-        raise ValueError(f"head_dim is {content['head_dim']!r}, expected {width}, hidden_size / num_attention_heads")
-    return {"rotary_dim": int(width * share), "rotary_base": base}
+    require_head_width(content)
+    width = int(head_width(content) * share)
+    return {"rotary_dim": width, "rotary_base": base, "rope_scaling": scaling_of(rope, content)}
 
 
 def _neox_rope(config: GPTConfig) -> dict[str, Any]:
     share, base = (config.rotary_dim or 0) / config.head_dim, config.rotary_base
-    rope = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": share}
-    return {"rope_parameters": rope, "rotary_pct": share, "rotary_emb_base": base}
+    scaling = config.rope_scaling or {"rope_type": DEFAULT}
+    rope = {**scaling, "rope_theta": base, "partial_rotary_factor": share}
+    older = {"rotary_pct": share, "rotary_emb_base": base, "rope_scaling": rope if config.rope_scaling else None}
+    return {"rope_parameters": rope, **older}
 
 
-# fmt: off
 NEOX_ROPE = FieldGroup(
     ("rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base", "head_dim"), _neox_rotary, _neox_rope
 )
+
+# fmt: off
 CLASSIC = (
     Family(
         model_type="gpt2",

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from peakgpt.engine.checkpoint.families_classic import GELU_NEW, GPT2_ALIASES, GPT2_NAMES, GPT2_RATES, GPT2_SIZES
+from peakgpt.engine.checkpoint.families_llama import GATES
 from peakgpt.engine.checkpoint.family import Family, Field, FieldGroup, with_defaults
+from peakgpt.engine.checkpoint.layer_fields import uniform_window_fields
 from peakgpt.engine.checkpoint.module_names import module_names, qkv_names
+from peakgpt.engine.checkpoint.rope_fields import given_parameters, head_width, kind_of, require_head_width, rope_fields
 from peakgpt.engine.checkpoint.row_orders import CODEGEN_PARTS, codegen_heads, grouped_heads
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.rope_scaling import ORIGINAL
 
 SIZES = (
     Field("n_layer", "num_hidden_layers", 32),
@@ -26,38 +30,11 @@ RATES = (
     Field("embedding_dropout", "embd_pdrop", 0.0),
     Field("attention_dropout", "attention_dropout", 0.0),
 )
-GATES = {"silu": "silu", **GELU_NEW}
-
-
-def _rope(share: float | None = None) -> FieldGroup:
-    def read(content):
-        rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"rope_type is {kind!r}, expected 'default'")
-        part = rope.get("partial_rotary_factor", content.get("partial_rotary_factor", share))
-        width = content.get("head_dim") or content["hidden_size"] // max(1, content["num_attention_heads"])
-        base = rope.get("rope_theta", content.get("rope_theta", 10000))
-        return {"rotary_dim": width if share is None else int(width * part), "rotary_base": base}
-
-    def write(config):
-        rope = {"rope_type": "default", "rope_theta": config.rotary_base}
-        if share is not None:
-            rope["partial_rotary_factor"] = (config.rotary_dim or 0) / config.head_dim
-        return {"rope_parameters": rope}
-
-    return FieldGroup(("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"), read, write)
-
-
-ROPE, STABLELM_ROPE, PHI_ROPE, PHI3_ROPE = _rope(), _rope(0.25), _rope(0.5), _rope(1.0)
-
+ROPE = rope_fields()
+PHI_ROPE = rope_fields(share=0.5)
+PHI_3_ROPE = rope_fields(share=1.0)
+STABLELM_ROPE = rope_fields(share=0.25)
 LAYERNORMS = {"low_precision_layernorm": "layer", "layernorm": "layer"}
-# One window for all layers.
-WINDOW = FieldGroup(
-    ("sliding_window",),
-    lambda content: {"windows": (content.get("sliding_window"),)},
-    lambda config: {"sliding_window": config.windows[0]},
-)
 
 
 def _codegen_width(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,9 +79,10 @@ def _falcon_residual(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _falcon_position(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the position; ALiBi is added to the scores before they are scaled, so the scale applies to it too."""
+    require_head_width(content)
     if not content.get("alibi"):
-        return {"position": "rotary", **ROPE.read(content)}
-    return {"position": "alibi", "alibi_scale": (content["hidden_size"] // content["num_attention_heads"]) ** -0.5}
+        return ROPE.read(content)
+    return {"position": "alibi", "alibi_scale": head_width(content) ** -0.5}
 
 
 def _read_falcon(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +106,7 @@ def _write_falcon(config: GPTConfig) -> dict[str, Any]:
 FALCON = FieldGroup(
     (
         "new_decoder_architecture", "multi_query", "num_kv_heads", "parallel_attn", "num_ln_in_parallel_attn", "alibi",
-        *ROPE.names,
+        "head_dim", *ROPE.names,
     ),
     _read_falcon,
     _write_falcon,
@@ -140,6 +118,24 @@ def _falcon_norms(config: GPTConfig) -> dict[str, str]:
     two_norms = config.residual == "parallel_two_norms"
     names = ("ln_attn", "ln_mlp") if two_norms else ("input_layernorm", "post_attention_layernorm")
     return {f"transformer.h.{{}}.ln_{i}": f"transformer.h.{{}}.{name}" for i, name in enumerate(names, 1)}
+
+
+def _read_stablelm(content: Mapping[str, Any]) -> dict[str, Any]:
+    require_head_width(content)
+    return STABLELM_ROPE.read(content)
+
+
+def _read_phi_3(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary fields; older files call longrope "su" or "yarn"."""
+    given = given_parameters(content)
+    renamed = {"rope_scaling": {**given, "rope_type": "longrope"}} if kind_of(given) in ("su", "yarn") else {}
+    return PHI_3_ROPE.read({ORIGINAL: 4096, **content, **renamed})
+
+
+def _write_phi_3(config: GPTConfig) -> dict[str, Any]:
+    """Return the rotary fields; transformers reads the length of the pretraining's texts beside the parameters."""
+    original = (config.rope_scaling or {}).get(ORIGINAL)
+    return {**PHI_3_ROPE.write(config), **({} if original is None else {ORIGINAL: original})}
 
 
 # fmt: off
@@ -267,8 +263,7 @@ OTHER = (
             Field("embedding_dropout", "embedding_dropout", 0.0),
             Field("attention_dropout", "attention_dropout", 0.0),
         ),
-        constants={"position": "rotary"},
-        groups=(ROPE, WINDOW),
+        groups=(ROPE, uniform_window_fields(None)),
         base="model.",
         names=module_names(
             "model.", "layers", wte="embed_tokens", ln_1="input_layernorm", qkv=qkv_names("self_attn"),
@@ -289,9 +284,9 @@ OTHER = (
             Field("dropout", "hidden_dropout", 0.0),
             Field("attention_dropout", "attention_dropout", 0.0),
         ),
-        constants={"position": "rotary", "gated_mlp": True, "embedding_dropout": 0.0},
+        constants={"gated_mlp": True, "embedding_dropout": 0.0},
         fixed={"qk_layernorm": False},
-        groups=(STABLELM_ROPE,),
+        groups=(FieldGroup((*STABLELM_ROPE.names, "head_dim"), _read_stablelm, STABLELM_ROPE.write),),
         base="model.",
         names=module_names(
             "model.", "layers", wte="embed_tokens", ln_1="input_layernorm", qkv=qkv_names("self_attn"),
@@ -309,7 +304,7 @@ OTHER = (
             Field("activation", "hidden_act", "gelu_new", GELU_NEW),
             *RATES,
         ),
-        constants={"position": "rotary", "residual": "parallel", "head_bias": True},
+        constants={"residual": "parallel", "head_bias": True},
         fixed={"qk_layernorm": False},
         groups=(PHI_ROPE,),
         base="model.",
@@ -330,8 +325,8 @@ OTHER = (
             Field("activation", "hidden_act", "silu", GATES),
             *RATES,
         ),
-        constants={"position": "rotary", "norm": "rms", "gated_mlp": True, "bias": False},
-        groups=(PHI3_ROPE, WINDOW),
+        constants={"norm": "rms", "gated_mlp": True, "bias": False},
+        groups=(FieldGroup(PHI_3_ROPE.names, _read_phi_3, _write_phi_3), uniform_window_fields(None)),
         base="model.",
         names=module_names(
             "model.", "layers", wte="embed_tokens", ln_1="input_layernorm", qkv="self_attn.qkv_proj",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.families import FAMILIES, OWN, family_of, nearest_family
+from peakgpt.engine.checkpoint.families import OWN, family_of, known_family, nearest_family
 from peakgpt.engine.checkpoint.family import Family
 from peakgpt.engine.checkpoint.folder import CONFIG, INDEX, WEIGHTS, read_json, replace_files
 from peakgpt.engine.checkpoint.safetensors_io import write_safetensors
@@ -54,9 +54,10 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Fa
         raise ValueError(f"checkpoint {folder}: got no such folder, expected one with {CONFIG} and {WEIGHTS}")
     path = folder / CONFIG
     content = read_json(path)
-    family = FAMILIES.get(str(content.get("model_type")))
-    if family is None:
-        raise ValueError(f"{path}: model_type is {content.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
+    try:
+        family = known_family(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     expect_modules(folder, content, family.module_counts(content))
     try:
         return family, family.config(content, dropout=dropout)
@@ -112,7 +113,7 @@ def write_model(
     max_shard_size: int | str | None = None,
     source_files: Mapping[str, Mapping[str, Any]] = NO_FILES,
 ) -> None:
-    """Write a model folder in the layout of a family that transformers loads; see `families.family_of`.
+    """Write a model folder in the layout of the model's family, which transformers loads.
 
     A model that no family of transformers can express is written in peakgpt's own layout, with a warning.
 
@@ -150,7 +151,7 @@ def to_layout(
     Returns:
         An iterator of names and tensors of the layout. A tensor may be a view.
     """
-    family = _family(config, source_files)
+    family = family_of(config, source_files.get(CONFIG))
     waiting: dict[str, Tensor] = {}  # tensors whose others in the same tensor of the layout have not come yet
     for name, tensor in state:
         waiting[name] = tensor
@@ -161,11 +162,6 @@ def to_layout(
         if family.always_biased and NORM_OR_LAYER.search(name) and (bias := f"{name[:-6]}bias") not in names:
             tensors[bias] = tensor.new_zeros(tensor.shape[0])
         yield from family.to_layout(config, tensors).items()
-
-
-def _family(config: GPTConfig, source_files: Mapping[str, Mapping[str, Any]]) -> Family:
-    """Return the family in whose layout a model is written: that of the folder it was loaded from, if possible."""
-    return family_of(config, source_files.get(CONFIG, {}).get("model_type"))
 
 
 def write_model_files(
@@ -182,7 +178,8 @@ def write_model_files(
         OSError: a file cannot be written.
     """
     dtype = next(iter(tensors.values())).dtype
-    for name, content in json_files(_family(config, source_files), config, dtype, tokenizer, source_files).items():
+    family = family_of(config, source_files.get(CONFIG))
+    for name, content in json_files(family, config, dtype, tokenizer, source_files).items():
         (folder / name).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 INSIDE = {  # short name -> our module in a block
     "ln_1": "ln_1",
+    "ln_1_out": "ln_1_out",
     "qkv": "attn.c_attn",
     "out": "attn.c_proj",
     "ln_2": "ln_2",
+    "ln_2_out": "ln_2_out",
     "gate": "mlp.c_gate",
     "up": "mlp.c_fc",
     "down": "mlp.c_proj",

@@ -16,7 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.presets_other import OTHER
+from peakgpt.engine.model.presets_llama import LLAMA_PRESETS
+from peakgpt.engine.model.presets_other import OTHER_PRESETS
 
 
 def _sized(rows: dict[str, tuple[int, int, int]], **family: Any) -> dict[str, dict[str, Any]]:
@@ -163,6 +164,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         **GOPHER,
     ),
+    **LLAMA_PRESETS,
+    **OTHER_PRESETS,
     "glam-64b-64e": {
         "n_layer": 64,
         "n_embd": 8192,
@@ -175,7 +178,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "experts": 64,
         "bias": False,
     },
-    **OTHER,
 }
 
 

@@ -64,7 +64,7 @@ def _rows(rows: dict[str, tuple[int, int, int]], family: dict[str, Any]) -> dict
     }
 
 
-OTHER: dict[str, dict[str, Any]] = {
+OTHER_PRESETS: dict[str, dict[str, Any]] = {
     "codegen-350m": {
         "n_layer": 20,
         "n_embd": 1024,

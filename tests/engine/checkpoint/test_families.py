@@ -30,6 +30,12 @@ GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": T}
 BLOOM = {"n_layer": 2, "seq_length": T}
 MPT = {"d_model": 32, "n_layers": 2, "max_seq_len": T}
 FALCON = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": T}
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 40, "max_position_embeddings": T}  # fmt: skip
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 12}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 12,
+        "beta_fast": 2.0}  # fmt: skip
 # Every variant that engine/checkpoint/families_*.py read: transformers' config class without "Config", and its fields.
 VARIANTS = {
     "gpt2": ("GPT2", GPT),
@@ -70,6 +76,16 @@ VARIANTS = {
     "phi3": ("Phi3", {**NEOX, "num_key_value_heads": 1, "sliding_window": 5}),
     "phi3 partial": ("Phi3", {**NEOX, "num_key_value_heads": 3, "partial_rotary_factor": 0.75, "rope_theta": 500.0,
                               "tie_word_embeddings": True}),
+    "llama": ("Llama", LLAMA),
+    "llama 3": ("Llama", {**LLAMA, "head_dim": 16, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "llama biases, yarn": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu",
+                                     "rope_parameters": YARN}),
+    "mistral": ("Mistral", {**LLAMA, "sliding_window": 5}),
+    "mistral without windows": ("Mistral", {**LLAMA, "sliding_window": None}),
+    "qwen2": ("Qwen2", {**LLAMA, "tie_word_embeddings": True}),
+    "qwen2 windows": ("Qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "smollm3": ("SmolLM3", {**LLAMA, "no_rope_layer_interval": 2}),
+    "olmo": ("Olmo", LLAMA),
 }  # fmt: skip
 BACKENDS = ("eager", "cpu")
 # Falcon's eager attention in transformers 5.23 adds ALiBi twice: to the scores and in the mask.
@@ -145,7 +161,7 @@ def check_gradients(hf_model, ours, backend, ids, targets):
         ours_loss = ours(ids, targets)
         ours_loss.backward()
     torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
-    family = families.family_of(ours.config, hf_model.config.model_type)
+    family = families.FAMILIES[hf_model.config.model_type]
     expected = file_names({name: p.grad for name, p in hf_model.named_parameters()})
     grads = family.to_layout(ours.config, {name: p.grad for name, p in ours.named_parameters()})
     assert grads.keys() == expected.keys()
@@ -251,7 +267,8 @@ def test_parameter_count_equals_the_models(pair):
     assert flops.parameter_count(ours.config) == sum(p.numel() for p in ours.parameters())
 
 
-ONE_GRAPH = ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "falcon rw", "phi3"]
+ONE_GRAPH = ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo",
+             "falcon rw", "phi3"]  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ONE_GRAPH)
@@ -299,8 +316,8 @@ BAD_CONFIGS = [
     ("gpt_neo", {"attention_types": [[["global", "sparse"], 2]]}, NEO_TYPES),
     (
         "gpt_neox",
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-        "rope_type is 'linear', expected 'default'",
+        {"rope_parameters": {"rope_type": "axial"}},
+        "rope_type is 'axial', expected one of default, linear, dynamic, llama3, yarn, longrope",
     ),
     ("gpt_neox", {"num_attention_heads": 0}, "n_head is 0, expected at least 1"),
     ("gpt_neox", {"hidden_act": "silu"}, "hidden_act is 'silu', expected one of gelu_fast, gelu_new, "),
@@ -323,6 +340,23 @@ BAD_CONFIGS = [
     ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True, expected False"),
     ("phi", {"qk_layernorm": True}, "qk_layernorm is True, expected False"),
     ("phi", {"tie_word_embeddings": True}, "head_bias is True, expected false with tied_head"),
+    ("llama", {"hidden_act": "mish"}, "hidden_act is 'mish', expected one of silu, swish, gelu"),
+    ("llama", {"rope_scaling": {"type": "proportional", "factor": 2.0}}, "rope_type is 'proportional', expected one"),
+    ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is None, expected the parameters of 'linear': factor"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": -2.0}}, "factor is -2.0, expected a number above 0"),
+    ("llama", {"rope_scaling": {"type": "linear", "mrope_section": [1]}}, "rope_parameters has mrope_section"),
+    ("llama", {"rope_parameters": [1]}, r"rope_parameters is \[1\], expected a JSON object"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1"),
+    ("olmo", {"clip_qkv": 8.0}, "clip_qkv is 8.0, expected None"),
+    ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types is .*, expected none: sliding_window decides"),
+    ("mistral", {"sliding_window": 0}, "sliding_window is 0, expected an integer of at least 1, or null"),
+    ("qwen2 windows", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types is .*, expected 2 times"),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types is .* with a sliding_window"),
+    ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers is \[1\], expected 1 \(rotary\) or 0 for each of 2 layers"),
+    ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "ZeroDivisionError"),
+    ("llama", {"model_type": "llama4", "kv_bits": 3}, "nearest: llama; llama has no kv_bits"),
+    ("llama", {"model_type": "olmoe"}, "model_type is 'olmoe', expected one of .*; nearest: olmo.*; olmo has "),
+    ("qwen2", {"model_type": "zzz"}, "nearest: .*; .* has "),
 ]
 
 
