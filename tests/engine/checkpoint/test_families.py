@@ -36,6 +36,9 @@ LLAMA_3 = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_
            "original_max_position_embeddings": 12}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 12,
         "beta_fast": 2.0}  # fmt: skip
+# transformers has the short factors for texts up to 32 tokens, which is more than T.
+LONGROPE = {"rope_type": "longrope", "partial_rotary_factor": 0.75, "factor": 4.0, "long_factor": [4.0] * 6,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]}  # fmt: skip
 # Every variant that engine/checkpoint/families_*.py read: transformers' config class without "Config", and its fields.
 VARIANTS = {
     "gpt2": ("GPT2", GPT),
@@ -76,6 +79,8 @@ VARIANTS = {
     "phi3": ("Phi3", {**NEOX, "num_key_value_heads": 1, "sliding_window": 5}),
     "phi3 partial": ("Phi3", {**NEOX, "num_key_value_heads": 3, "partial_rotary_factor": 0.75, "rope_theta": 500.0,
                               "tie_word_embeddings": True}),
+    "phi3 longrope": ("Phi3", {**NEOX, "num_key_value_heads": 1, "rope_parameters": LONGROPE,
+                               "original_max_position_embeddings": 32}),
     "llama": ("Llama", LLAMA),
     "llama 3": ("Llama", {**LLAMA, "head_dim": 16, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
     "llama biases, yarn": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu",
