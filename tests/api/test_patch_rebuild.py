@@ -8,13 +8,11 @@ import sys
 import pytest
 import torch
 import transformers
-from tiny_transformers import MODELS, TOKENS, VOCAB, batch, build, close, outputs_of, train_step
+from tiny_transformers import FAMILIES, TOKENS, VOCAB, batch, build, close, outputs_of, train_step
 from torch import nn
 
 import peakgpt
 from peakgpt.dropin.attention_function import attention_forward
-
-FAMILIES = [name for name in MODELS if "," not in name]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
