@@ -68,9 +68,12 @@ class Family:
         groups: further fields of config.json, and of GPTConfig; they win over `fields` and `constants`.
         base: prefix of all tensors except the head's; files of the bare model omit it.
         names: transformers' name of each of our modules, or three names for queries, keys and values. `{}` stands for
-            the layer's number. Modules of equal sizes with the same name are stacked in one tensor, in this order.
+            the layer's number. A second `{}` is the number of an expert, whose layers we stack. Modules of equal sizes
+            with the same name are rows of one tensor, in this order.
         names_of: (GPTConfig) -> names that depend on the config, in addition to `names`.
         row_orders: transformers' module -> its order of rows, a function of row_orders.py; others have our order.
+        stacked: tensor with the weights of all experts of a layer in another release, without the layer's name -> the
+            tensors of one expert, `{}`, whose rows it has one after the other; or a name alone, which replaces its own.
         conv1d: whether c_attn, c_proj and c_fc are stored [in, out].
         always_biased: whether the layout has a bias for every layer and norm, zero if the model has none.
         renamed: tensor prefixes of other releases -> those of `names`.
@@ -91,6 +94,7 @@ class Family:
     always_biased: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, tuple[str, ...] | str] = field(default_factory=dict)
 
     # ---- configs ----
 
@@ -181,22 +185,26 @@ class Family:
     # ---- tensors ----
 
     def layout_names(self, config: GPTConfig, name: str) -> tuple[str, ...]:
-        """Return the layout's name for one of our tensors; three names if it separates queries, keys and values."""
-        modules, number, kind = self._modules(config, name)
-        return tuple(f"{module.format(number)}.{kind}" for module in modules)
+        """Return the layout's names for one of our tensors.
 
-    def stacked(self, name: str) -> tuple[str, ...]:
-        """Return the names of our tensors that the layout stacks in the same tensor as `name`, in its order."""
-        template, number, kind = _template(name)
+        There is one name, or three if the layout separates queries, keys and values, or one for each expert.
+        """
+        modules, layer, kind = self._modules(config, name)
+        experts = range(config.experts) if _is_stacked(name) else (0,)
+        return tuple(f"{module.format(layer, expert)}.{kind}" for module in modules for expert in experts)
+
+    def merged(self, name: str) -> tuple[str, ...]:
+        """Return the names of our tensors that are rows of the same tensor of the layout as `name`, in its order."""
+        template, layer, kind = _template(name)
         theirs = self.names.get(template)
         modules = [module for module, other in self.names.items() if other == theirs] if theirs else [template]
-        return tuple(f"{module.format(number)}.{kind}" for module in modules)
+        return tuple(f"{module.format(layer)}.{kind}" for module in modules)
 
     def _modules(self, config: GPTConfig, name: str) -> tuple[tuple[str, ...], str, str]:
         """Return the layout's modules for one of our tensors, with `{}` for the layer, the layer, weight or bias."""
-        template, number, kind = _template(name)
+        template, layer, kind = _template(name)
         modules = self.names_of(config).get(template) or self.names[template]
-        return (modules,) if isinstance(modules, str) else modules, number, kind
+        return (modules,) if isinstance(modules, str) else modules, layer, kind
 
     def _row_order(self, config: GPTConfig, name: str) -> Tensor | None:
         order = self.row_orders.get(self._modules(config, name)[0][0])
@@ -211,11 +219,38 @@ class Family:
             items = {name if name.startswith(head) else self.base + name: item for name, item in items.items()}
         return {name.replace(self.base + head, head): item for name, item in items.items()}
 
+    def separate_experts(self, tensors: Mapping[str, Tensor], files: Mapping[str, T]) -> tuple[dict, dict]:
+        """Replace the tensors of `stacked` by views of those of `names`; the same for the file of each tensor."""
+        separate, file_of = {}, {}
+        for name, tensor in tensors.items():
+            parts = self._parts_of(name, tensor)
+            separate |= parts
+            file_of |= dict.fromkeys(parts, files[name]) if name in files else {}
+        return separate, file_of
+
+    def _parts_of(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        for suffix, theirs in self.stacked.items():
+            if not name.endswith(f".{suffix}"):
+                continue
+            layer = name.removesuffix(suffix)
+            if isinstance(theirs, str):
+                return {layer + theirs: tensor}
+            parts = tensor.chunk(len(theirs), 1) if tensor.dim() == 3 else ()
+            return {
+                layer + part_name.format(expert): matrix
+                for part_name, part in zip(theirs, parts, strict=False)
+                for expert, matrix in enumerate(part)
+            }
+        return {name: tensor}
+
     def shapes(self, config: GPTConfig, our_shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
         """Return the layout's tensor names and shapes, matrices as [out, in], from those of our state dict."""
         expected: dict[str, torch.Size] = {}
         for name, shape in our_shapes.items():
             names = self.layout_names(config, name)
+            if _is_stacked(name):
+                expected |= dict.fromkeys(names, shape[1:])
+                continue
             parts = shape[:1] if len(names) == 1 else qkv_rows(config)
             for layout_name, rows in zip(names, parts, strict=True):
                 above = expected[layout_name][0] if layout_name in expected else 0
@@ -229,21 +264,25 @@ class Family:
     def from_layout(self, config: GPTConfig, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one of our tensors, by its name, from the layout's tensors with matrices as [out, in]."""
         parts = [tensors[layout_name] for layout_name in self.layout_names(config, name)]
+        if _is_stacked(name):
+            return torch.stack(parts)
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         if (order := self._row_order(config, name)) is not None:
             whole = whole[order.argsort()]
-        stacked = self.stacked(name)
-        return whole if len(stacked) == 1 else whole.chunk(len(stacked))[stacked.index(name)]
+        merged = self.merged(name)
+        return whole if len(merged) == 1 else whole.chunk(len(merged))[merged.index(name)]
 
     def to_layout(self, config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert our state dict, or a part of it that is `stacked` together, to the layout's tensors."""
+        """Convert our state dict, or a part of it that has all tensors that are `merged`, to the layout's tensors."""
         tensors = {}
         for name, tensor in state.items():
-            stacked = self.stacked(name)
-            if name != stacked[0]:
+            names, merged = self.layout_names(config, name), self.merged(name)
+            if _is_stacked(name):
+                tensors |= dict(zip(names, tensor.unbind(), strict=True))
                 continue
-            names = self.layout_names(config, name)
-            whole = tensor if len(stacked) == 1 else torch.cat([state[other] for other in stacked])
+            if name != merged[0]:
+                continue
+            whole = tensor if len(merged) == 1 else torch.cat([state[other] for other in merged])
             if (order := self._row_order(config, name)) is not None:
                 whole = whole[order.to(whole.device)]
             parts = (whole,) if len(names) == 1 else whole.split(qkv_rows(config))
@@ -265,6 +304,11 @@ def _with_sections(content: Mapping[str, Any]) -> dict[str, Any]:
         section, _, inner = name.rpartition(".")
         (result.setdefault(section, {}) if section else result)[inner] = value
     return result
+
+
+def _is_stacked(name: str) -> bool:
+    """Return whether a tensor of ours, by its name, has the parameters of all experts of a layer."""
+    return ".mlp.experts." in name
 
 
 def qkv_rows(config: GPTConfig) -> tuple[int, int, int]:

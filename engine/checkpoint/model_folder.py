@@ -83,6 +83,7 @@ def read_weights(
     """
     path, tensors, shards = open_weights(Path(folder))
     tensors, shards = family.standard_names(tensors), family.standard_names(shards)
+    tensors, shards = family.separate_experts(tensors, shards)
     shapes = family.shapes(config, expected)
     (head_name,) = family.layout_names(config, "lm_head.weight")
     head = tensors.pop(head_name, None) if config.tied_head else None
@@ -155,10 +156,10 @@ def to_layout(
     waiting: dict[str, Tensor] = {}  # tensors whose others in the same tensor of the layout have not come yet
     for name, tensor in state:
         waiting[name] = tensor
-        stacked = family.stacked(name)
-        if not all(other in waiting for other in stacked):
+        merged = family.merged(name)
+        if not all(other in waiting for other in merged):
             continue
-        tensors = {other: waiting.pop(other) for other in stacked}
+        tensors = {other: waiting.pop(other) for other in merged}
         if family.always_biased and NORM_OR_LAYER.search(name) and (bias := f"{name[:-6]}bias") not in names:
             tensors[bias] = tensor.new_zeros(tensor.shape[0])
         yield from family.to_layout(config, tensors).items()

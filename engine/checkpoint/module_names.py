@@ -42,7 +42,7 @@ def qkv_names(module: str) -> tuple[str, ...]:
 
 
 class SameNames(dict[str, str]):
-    """Maps every module name to itself: our own layout has our names."""
+    """Maps every module name to itself: our own layout has our names, but a tensor for each expert."""
 
     def __missing__(self, name: str) -> str:
-        return name
+        return name.replace(".mlp.experts.", ".mlp.experts.{}.")
