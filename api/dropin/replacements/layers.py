@@ -85,7 +85,7 @@ class LayerNorm(Replacement):
 class RMSNorm(Replacement):
     """RMSNorm of transformers. Each has its own dtype of the result if those of input and weight differ.
 
-    Options: eps: attribute with the epsilon. offset: added to the weight; Gemma's is 1.
+    Options: eps: attribute with the epsilon.
     """
 
     def _peakgpt_sample(self) -> tuple[Tensor, ...]:
