@@ -17,6 +17,7 @@ SMALL = {
     "mistral": {**LLAMA, "sliding_window": 5},
     "qwen2": {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "smollm3": {**LLAMA, "no_rope_layer_interval": 2, "pad_token_id": 0},
+    "mixtral": {**LLAMA, "num_local_experts": 3},
     "olmo": LLAMA,
     "gpt_bigcode": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32},
     "codegen": {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 32, "rotary_dim": 4},
