@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conversations import CONVERSATIONS, READ, STYLES, TOKENS, WEATHER, said
+from hostile_texts import hostile_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import BUILDERS
@@ -118,6 +119,17 @@ def test_conversations_equal_transformers(styles, style):
         assert result(ours, messages, **options, **masked) == result(theirs, messages, **options, **masked)
     assert "refused" in texts or style == "im"
     assert len(texts) > 40
+
+
+@pytest.mark.parametrize("style", ["headers", "roles"])
+def test_a_thousand_hostile_texts_equal_transformers(styles, style):
+    """As messages of users, between the special tokens of a template, which some of the texts contain."""
+    ours, theirs = styles[style]
+    chats = [said(f"{text}{TOKENS[i % len(TOKENS)]}" if i % 3 == 0 else text) for i, text in enumerate(hostile_texts())]
+    assert len(chats) == 1000
+    for options in ({"tokenize": False}, {"add_generation_prompt": True, "return_dict": False}):
+        got, expected = (t.apply_chat_template(chats, **options) for t in (ours, theirs))
+        assert [pair for pair in zip(got, expected, strict=True) if pair[0] != pair[1]][:3] == []
 
 
 def test_ids_have_the_beginning_of_the_template_only(tmp_path):
