@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from tiny_tokenizers import BUILDERS
 from tokenizers import processors
 
+from peakgpt.cli import main
 from peakgpt.engine.data.chat_template import ChatTemplates
 from peakgpt.engine.data.template_sandbox import TemplateFailure
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
+from peakgpt.engine.gpt import GPT
 
 transformers = pytest.importorskip("transformers")
 
@@ -175,6 +177,20 @@ def test_saved_tokenizer_has_its_templates(tmp_path):
     source.save(tmp_path / "again")
     assert Tokenizer.load(tmp_path / "again").chat.sources == source.chat.sources == {"default": "F", "rag": "R"}
     assert all((tmp_path / "again" / name).exists() for name in files)
+
+
+def test_models_are_saved_with_templates_again_and_quantized(tmp_path, capsys):
+    """Regression: the folder of the named templates could not be replaced, and quantize left it out."""
+    files = {"chat_template.jinja": "F", "additional_chat_templates/rag.jinja": "R"}
+    tokenizer = Tokenizer.load(write(tmp_path, None, files=files))
+    model, saved = GPT.from_preset("gpt2", n_layer=1, n_head=2, n_embd=8, vocab_size=400, block_size=8), tmp_path / "m"
+    model.save_pretrained(saved, tokenizer)
+    (saved / "additional_chat_templates/rag.jinja").write_text("old")
+    model.save_pretrained(saved, tokenizer)
+    assert main(["quantize", str(saved), str(tmp_path / "small"), "--bits", "8"]) == 0
+    capsys.readouterr()
+    for folder in (saved, tmp_path / "small"):
+        assert Tokenizer.load(folder).chat.sources == {"default": "F", "rag": "R"}
 
 
 def test_the_template_of_a_processor_is_read_last(tmp_path):
