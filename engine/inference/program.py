@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from peakgpt.engine.model.attention import CausalSelfAttention
 from peakgpt.engine.model.block import Block
 from peakgpt.engine.model.mlp import GatedMLP
 from peakgpt.engine.model.norms import LayerNorm, RMSNorm
@@ -22,7 +23,7 @@ from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 from peakgpt.kernels.cpu.memory import streamed
-from peakgpt.kernels.ops.attention import default_scale
+from peakgpt.kernels.ops.attention_math import default_scale
 from peakgpt.kernels.ops.norm import default_eps
 from peakgpt.kernels.ops.quantize import BLOCK
 
@@ -120,8 +121,16 @@ class ModelProgram:
                                 sin=sin, pairs=cos.shape[1], interleaved=c.rotary_interleaved)  # fmt: skip
         self.program.attention(
             x=number["qkv"], out=number["y"], layer=layer, heads=c.n_head, kv_heads=c.n_kv_head, width=c.head_dim,
-            scale=default_scale(c.head_dim, attn.scale), window=attn.window or 0, alibi=self.slopes,
+            scale=default_scale(c.head_dim, attn.scale), window=attn.window or 0, softcap=attn.softcap or 0.0,
+            alibi=self.slopes, sinks=self._sinks(attn),
         )  # fmt: skip
+
+    def _sinks(self, attn: CausalSelfAttention) -> Tensor | None:
+        """Return the sinks of a layer, (H,) float32, or None."""
+        if attn.sinks is None:
+            return None
+        _require("attn.sinks", tuple(attn.sinks.shape), (self.config.n_head,))
+        return self._hold(attn.sinks.detach().float())
 
     def _select_rows(self) -> None:
         """Continue with the rows whose logits are needed."""

@@ -56,7 +56,8 @@ class Block(nn.Module):
         self.ln_1 = make_norm(c)
         self.attn = CausalSelfAttention(
             c.n_embd, c.n_head, n_kv_head=c.n_kv_head, head_dim=c.head_dim, bias=c.has_bias("qkv"),
-            out_bias=c.has_bias("out"), window=c.windows[layer], scale=c.scale(layer), dropout=c.attention_dropout,
+            out_bias=c.has_bias("out"), window=c.windows[layer], scale=c.scale(layer), softcap=c.attention_softcap,
+            sinks=c.attention_sinks, dropout=c.attention_dropout,
             relative=RELATIVE[c.position](c) if c.position in RELATIVE else None,
         )  # fmt: skip
         if c.residual != "parallel":

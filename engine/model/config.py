@@ -73,6 +73,12 @@ class GPTConfig:
     )  # fmt: skip
     attention_scale: float | None = _field(None, "factor on q k^T; none: 1 / sqrt(head_dim)", metavar="FACTOR")
     scale_by_layer: bool = _field(False, "divide that factor by i + 1 in layer i")
+    attention_softcap: float | None = _field(
+        None, "limit of the scaled scores of attention, softcap * tanh(score / softcap); none: no limit", above=0
+    )
+    attention_sinks: bool = _field(
+        False, "each head has a learned logit that takes part in its softmax and has no value"
+    )
     residual: str = _field(
         "pre_norm", "how the branches of a block are connected: pre_norm, post_norm, or parallel with one or two norms",
         choices=("pre_norm", "post_norm", "parallel", "parallel_two_norms"), metavar="KIND",

@@ -38,7 +38,8 @@ def _attention(config: GPTConfig) -> int:
     c, heads, d = config.n_embd, config.n_head, config.head_dim
     qkv = (c + config.has_bias("qkv")) * (heads + 2 * config.n_kv_head) * d
     relative = {"transformer_xl": (c + 2) * heads * d, "relative_bias": BUCKETS * heads}.get(config.position, 0)
-    return qkv + (heads * d + config.has_bias("out")) * c + relative
+    sinks = heads * config.attention_sinks
+    return qkv + (heads * d + config.has_bias("out")) * c + relative + sinks
 
 
 def _mlp(config: GPTConfig, layer: int, active: bool) -> int:

@@ -64,7 +64,7 @@ class Transformer(ModuleWithConv1D):
             elif parameter.dim() >= 2:
                 parameter.normal_(0.0, INIT_STD / (self.config.logit_scale if name == head else 1.0))
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # vectors are biases and weights of norms
+                parameter.fill_(0.0 if name.endswith(("bias", "sinks")) else 1.0)  # biases, sinks, or weights of norms
 
     def forward(
         self, input_ids: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,

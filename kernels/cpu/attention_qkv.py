@@ -14,29 +14,30 @@ from peakgpt.kernels.ops.attention import rotated_heads
 NO_GRADIENT = rotary.NO_GRADIENT
 
 
-def objection(qkv, cos=None, sin=None, cu_seqlens=None, *, n_head, interleaved=False, **params) -> str | None:
+def objection(qkv, cos=None, sin=None, *_, n_head, interleaved=False, **params) -> str | None:
     reason = None if cos is None else rotary.objection(qkv, cos)
     return reason or attention.objection(*_split(qkv, n_head), **params)
 
 
-def forward(outputs, saved, qkv, cos, sin, cu_seqlens, *, n_head, interleaved, **params):
+def forward(outputs, saved, qkv, cos, sin, cu_seqlens, sinks, *, n_head, interleaved, **params):
     lse, *rotated = saved
     if rotated:
         rotary.rotate(qkv, cos, sin, rotated[0], rotated_heads(qkv, n_head), interleaved)
         (qkv,) = rotated
-    attention.attend(outputs[0], lse, *_split(qkv, n_head), cu_seqlens=cu_seqlens, **params)
+    attention.attend(outputs[0], lse, *_split(qkv, n_head), cu_seqlens=cu_seqlens, sinks=sinks, **params)
 
 
 def backward(grads, inputs, outputs, saved, needs, *, n_head, **params):
-    qkv, cos, sin, cu_seqlens = inputs
+    qkv, cos, sin, cu_seqlens, sinks = inputs
     lse, *rotated = saved
     if rotated:
         (qkv,) = rotated
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     into = dict(zip(("dq", "dk", "dv"), _split(dqkv, n_head), strict=True))
-    options = {"cos": cos, "sin": sin, "cu_seqlens": cu_seqlens, **params}
+    into["dsinks"] = sinks.new_empty(sinks.shape, dtype=torch.float32) if needs[4] else None
+    options = {"cos": cos, "sin": sin, "cu_seqlens": cu_seqlens, "sinks": sinks, **params}
     attention.gradients(into, grads[0], outputs[0], lse, *_split(qkv, n_head), **options)
-    return dqkv, None, None, None
+    return dqkv, None, None, None, into["dsinks"].to(sinks.dtype) if needs[4] else None
 
 
 def _split(qkv, n_head):

@@ -6,7 +6,7 @@
 namespace peak::test {
 namespace {
 
-enum class Unary { kExp, kErf, kExp2, kExp2Of8Bits, kReciprocal, kReciprocalOf8Bits, kRound, kSqrt, kAbs };
+enum class Unary { kExp, kErf, kTanh, kExp2, kExp2Of8Bits, kReciprocal, kReciprocalOf8Bits, kRound, kSqrt, kAbs };
 enum class Binary { kAdd, kSubtract, kMultiply, kDivide, kMax, kMin, kCopySign, kScale };
 
 constexpr int kMost = kLanesOfWidestSet;
@@ -20,6 +20,8 @@ constexpr int kMost = kLanesOfWidestSet;
 
 #ifdef PEAK_ISA
 
+#include "simd/activations.h"
+
 using test::Binary;
 using test::Unary;
 
@@ -30,6 +32,7 @@ inline void RunUnary(Unary f, const float* a, float* out) {
   switch (f) {
     case Unary::kExp: return Store(out, Exp(x));
     case Unary::kErf: return Store(out, Erf(x));
+    case Unary::kTanh: return Store(out, Tanh::Value(x));
     case Unary::kExp2: return Store(out, Exp2<float>(x));
     case Unary::kExp2Of8Bits: return Store(out, Exp2<bf16>(x));
     case Unary::kReciprocal: return Store(out, Reciprocal<float>(x));
@@ -94,6 +97,13 @@ PEAK_TEST(simd_exp_and_erf_have_the_stated_errors) {
   ExpectWithin("exp", Unary::kExp, std::exp, Samples(-105.0, -87.0, 50000), 2.0);
   ExpectWithin("erf", Unary::kErf, std::erf, Samples(-7.0, 7.0, 200000), 1.5);
   ExpectWithin("erf", Unary::kErf, std::erf, Samples(-1e-3, 1e-3, 50000), 1.5);
+}
+
+PEAK_TEST(simd_tanh_has_the_stated_error) {
+  for (const double range : {12.0, 1.0, 1e-3}) {
+    ExpectWithin("tanh", Unary::kTanh, std::tanh, Samples(-range, range, 200000), 3e-7 * 0x1p24);
+  }
+  ExpectWithin("tanh", Unary::kTanh, std::tanh, std::vector<float>(kMost, static_cast<float>(-kInf)), 0.0);
 }
 
 PEAK_TEST(simd_exp2_and_reciprocal_have_the_stated_errors) {

@@ -38,6 +38,9 @@ MODELS = {
     "bloom": {"position": "alibi", "embedding_norm": True},
     "palm": {"residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
              "activation": "silu", "bias": False, "logit_scale": 0.125},
+    "gemma2": {"attention_softcap": 1.5, "attention_scale": 0.4, "position": "rotary", "windows": (70, None),
+               "n_kv_head": 2},
+    "gpt-oss": {"attention_sinks": True, "position": "rotary", "windows": (70, None), "n_kv_head": 2},
     "glam": {"experts": 4, "experts_per_token": 2, "experts_every": 1},
     "transformer-xl": {"position": "transformer_xl"},  # runs one sequence at a time
 }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch.library import opcheck
 
 from peakgpt import _C
-from peakgpt.bench.check import CASES, LARGE_CASES, double, judge, leaf, run, run_mutating, sample, whole
+from peakgpt.bench.check import CASES, LARGE_CASES, double, judge, leaf, named, run, run_mutating, sample, whole
 from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.core.dispatch import OPS, load, use_backend
 from peakgpt.kernels.ops import catalogue
@@ -23,8 +23,8 @@ IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, 
 DTYPES = (torch.float32, torch.bfloat16)
 # (backend, op) pairs without a kernel.
 PENDING = {("cpu", "attention_decode"), ("cpu", "cache_store"), ("gpu", "linear_q8"), ("gpu", "linear_q4")}
-ROTARY = "attention_qkv with pairs"
-DIFFERENTIABLE = [*(name for name in sorted(catalogue.__all__) if OPS[name].gradient), ROTARY]
+ROTARY, SINKS = "attention_qkv with pairs", "attention_qkv with sinks"
+DIFFERENTIABLE = [*(name for name in sorted(catalogue.__all__) if OPS[name].gradient), ROTARY, SINKS]
 
 
 def first_case(selector):
@@ -47,7 +47,7 @@ def backends_of(names, backends):
 def skip_if_unsupported(backend, op, tensors, params):
     """Skip with the backend's objection. The test of typical calls limits what a backend may object to."""
     with use_backend(backend):
-        reason = op.explain(*tensors, **params)[backend]
+        reason = op.explain(**named(op, tensors), **params)[backend]
     if reason:
         pytest.skip(f"{backend}: {reason}")
 
@@ -189,7 +189,7 @@ def test_saved_tensors_of_one_backend_feed_the_backward_of_another(name):
 
 
 @pytest.mark.parametrize("backend", ("", "cpu"))
-@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY])
+@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY, SINKS])
 def test_library_op_passes_opcheck(name, backend):
     op, sizes, params = first_case(name)
     tensors = sample(op.name, sizes, torch.float32, grad=op.gradient)
@@ -386,7 +386,7 @@ def test_loss_allocates_no_gradient_under_no_grad():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY])
+@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY, SINKS])
 def test_cost_counts_the_bytes_written(name, dtype):
     """Forward: the outputs or the mutated tensors. Backward: the gradients and the saved tensors."""
     op, sizes, params = first_case(name)
