@@ -104,7 +104,7 @@ CASES = [
         {"batch": 1, "tokens": 67, "heads": 2, "head_dim": 24, "kv_heads": 1, "slopes": 1, "sinks": 1},
         {"softcap": 3.0, "window": 9},
     ),
-    ("attention", {"batch": 3, "tokens": 40, "heads": 2, "head_dim": 16, "padded": 11, "sinks": 1}, {"softcap": 50.0}),
+    ("attention", {"batch": 3, "tokens": 41, "heads": 2, "head_dim": 16, "padded": 11, "sinks": 1}, {"softcap": 50.0}),
     (
         "attention",
         {"batch": 1, "tokens": 69, "heads": 2, "head_dim": 16, "documents": 3, "sinks": 1},

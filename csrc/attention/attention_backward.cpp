@@ -220,8 +220,12 @@ void BackwardHead(const AttentionBackwardArgs& args, const BackwardUnit& unit, c
   PackStacked(q, unit.query, count, space.q_stacked);
   PackStacked(dy, unit.query, count, space.dy_stacked);
   RowStatistics(dy, y, args.lse + (unit.b * args.heads + h) * args.queries, unit.query, count, space.lse, space.delta);
-  if (dterms.sink_rows != nullptr) {
-    SinkGradients(terms.sink, space.lse, space.delta, unit.query_end - unit.query, dterms.sink_rows + unit.query);
+  // The gradients of a query's scores and of its sink sum to 0; see SumSlopeGradients.
+  const bool has_totals = args.sinks != nullptr && dterms.slope_rows != nullptr;
+  float* const totals = has_totals ? dterms.slope_rows + dterms.plane : nullptr;
+  for (float* rows : {dterms.sink_rows, totals}) {
+    if (rows == nullptr) continue;
+    SinkGradients(terms.sink, space.lse, space.delta, unit.query_end - unit.query, rows + unit.query);
   }
   std::memset(space.dq, 0, count * width * sizeof(float));
 
@@ -313,8 +317,8 @@ struct QueryUnits {
   }
 };
 
-// A row of ds should sum to 0, but delta comes from the rounded output, so the row sums to an error that the distances
-// magnify. Subtracting p times this sum reduces an error of 1e-2 of the gradient in bf16 to 1e-6.
+// A row of ds, with its sink, should sum to 0, but delta comes from the rounded output, so it sums to an error that
+// the distances magnify. Subtracting p times this sum reduces an error of 1e-2 of the gradient in bf16 to 1e-6.
 void SumSlopeGradients(const AttentionBackwardArgs& args) {
   const int64_t plane = args.batch * args.heads * args.queries;
   for (int64_t h = 0; h < args.heads; ++h) {

@@ -140,7 +140,8 @@ inline void CapRow(const ScoreTerms& terms, float* s, int64_t n, int64_t distanc
   for (int64_t j = 0; j < n; ++j) s[j] += terms.slope * static_cast<float>(j + distance);
 }
 
-// Turns n scores into weights e^(s - m), where m is the maximum of them and the sink. Returns l, the sum of all weights.
+// Turns n scores into weights e^(s - m), where m is the maximum of them and the sink. Returns l, the sum of the weights
+// and of that of the sink.
 inline float WeightsOfRow(float* s, int64_t n, float sink, float* m) {
   Vec high = Set(-kInfinity), sum = Set(0.0f);
   for (int64_t j = 0; j < n; j += kLanes) high = Max(Load(s + j), high);

@@ -154,9 +154,6 @@ def attention(
     kv_start: Tensor | None = None,
     kv_len: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    sinks: Tensor | None = None, *, n_head: int, interleaved: bool = False, causal: bool = True,
-    window: int | None = None, scale: float | None = None, softcap: float | None = None,
-)| None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
     """Attend from each query to its live keys.

@@ -265,7 +265,7 @@ def forward(
             attention_decode_merge[(count, kv_heads, merged_rows)](
                 sinks_ptr=sinks, out_ptr=outputs[0], first_slot=first_slot, CHUNK=CHUNK, num_warps=MERGE_TILE.warps,
                 **common,
-            )
+            )  # fmt: skip
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:

@@ -55,9 +55,6 @@ def attention_bwd_dq(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + (b * H + h) * T + i, delta, mask=i < T)
     lse = _load_lse(lse_ptr + (b * H + h) * T + i, i < T)
-    if dsinks_ptr is not None:
-        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
-        tl.store(dsinks_ptr + (b * blocks + turn) * H + h, -tl.sum(tl.exp2(sink - lse) * delta, 0))
     k_ptr += b * stride_k_b + h // GROUP * stride_k_h
     v_ptr += b * stride_v_b + h // GROUP * stride_v_h
     if bias_ptr is not None:
@@ -71,6 +68,11 @@ def attention_bwd_dq(
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     dslope = tl.zeros((BLOCK_Q,), tl.float32)
     ds_sum, mean_distance = dslope, dslope
+    if sinks_ptr is not None:  # the sum of a row of ds starts with the gradient of the sink
+        natural_lse = tl.load(lse_ptr + (b * H + h) * T + i, mask=i < T, other=float("inf"))
+        ds_sum = -tl.exp2((tl.load(sinks_ptr + h).to(tl.float32) - natural_lse) * LOG2_E) * delta
+        if dsinks_ptr is not None:
+            tl.store(dsinks_ptr + (b * blocks + turn) * H + h, tl.sum(ds_sum, 0))
     first, full_first, full_end, end = key_tiles(i0, T, S, window, lo, hi, document_ptr, CAUSAL, BLOCK_Q, BLOCK_K)
     left = full_first - first
     for MASKED in tl.static_range(2):
@@ -115,8 +117,8 @@ def attention_bwd_dq(
         dq = rotate_back(dq, rows, i < T, cos_ptr + at * PAIRS, sin_ptr + at * PAIRS, PAIRS, INTERLEAVED, BLOCK_D)
     store(dq_ptr, rows, stride_dq_t, i < T, dq, D, BLOCK_D)
     if dslope_ptr is not None:
-        # Each row of ds would sum to 0 if delta were exact, but out is rounded. Distances of thousands would magnify
-        # this error, so the mean distance is subtracted.
+        # Each row of ds, with its sink, would sum to 0 if delta were exact, but out is rounded. Distances of thousands
+        # would magnify this error, so the mean distance is subtracted.
         tl.store(dslope_ptr + (b * blocks + turn) * H + h, tl.sum(dslope - ds_sum * mean_distance, 0))
 
 

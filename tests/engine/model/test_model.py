@@ -161,7 +161,7 @@ def test_a_forward_pass_of_gpt2_calls_exactly_these_ops(monkeypatch):
     assert seen == ["embedding", "layernorm", *layer * SIZES["n_layer"], "linear_cross_entropy"]
 
 
-def attention_after_rotary(qkv, cos, sin, cu_seqlens, *, n_head, interleaved, **params):
+def attention_after_rotary(qkv, cos, sin, cu_seqlens, sinks, *, n_head, interleaved, **params):
     """Run rotary as a separate op before attention."""
     heads = (n_head + qkv.shape[2]) // 2
     return attention_qkv(rotary(qkv, cos, sin, heads=heads, interleaved=interleaved), n_head=n_head, **params)
