@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "base/memory.h"
@@ -14,6 +15,7 @@ namespace {
 struct GemmTile {
   int64_t rows, columns;  // of a panel of a, of a panel of b
   int64_t slot;           // elements of k in a slot
+  int64_t packed_bytes;   // of a slot of a packed b
 };
 struct GemmBlock {
   int64_t row, rows, column, columns, k, depth;
@@ -43,7 +45,7 @@ constexpr int64_t kGroupFloats = 120 << 10;  // packed b in a group of columns: 
 
 template <class T>
 GemmTile TileSizes() {
-  return {kPanelRows, kColumns, kSlot<T>};
+  return {kPanelRows, kColumns, kSlot<T>, sizeof(Packed<T>)};
 }
 
 // Whether the tiles read a where it is instead of packed: it pays for few panels of b. It does not pay if the slots are
@@ -86,8 +88,8 @@ void PrepareRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, in
 }
 
 // Packs elements k to k + depth of some columns of b.
-template <class T, class Args>
-void PackColumns(const Args& args, int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) {
+template <class T, class Args, class Out>
+void PackColumns(const Args& args, int64_t column, int64_t columns, int64_t k, int64_t depth, Out* out) {
   const T* from = static_cast<const T*>(args.b) + column * args.b_col + k * args.b_k;
   Pack<T>(from, args.b_col, args.b_k, columns, depth, kColumnVecs, out);
 }
@@ -105,42 +107,55 @@ template <class T>
 void PackBlock(const PackArgs& args, int64_t k, int64_t depth, int64_t begin, int64_t end) {
   const int64_t column = begin * kColumns, slots = (depth + kSlot<T> - 1) / kSlot<T>;
   PackColumns<T>(args, column, std::min(end * kColumns, args.n) - column, k, depth,
-                 args.out + PackedAt<T>(args.n, k, column, slots));
+                 static_cast<Packed<T>*>(args.out) + PackedAt<T>(args.n, k, column, slots));
 }
 
-// Computes the tiles of one part of a block. Columns are taken in groups that stay in the second-level cache; the
-// thread that uses a group packs it.
+// Columns of a block whose packed panels stay in the second-level cache.
+struct ColumnGroup {
+  int64_t begin, end;  // panels of a block
+};
+
+// Computes the tiles of one part of a block in a group of columns; b is the group, packed.
+template <class T, class E>
+void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const GemmPart& part, const ColumnGroup& group,
+                   const float* a, const E* b, float* sums) {
+  const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
+  const int64_t panels = (block.columns + kColumns - 1) / kColumns;
+  alignas(64) float tile[kRows * kColumns];
+  for (int64_t i = part.row_begin * kPanelRows; i < std::min(part.row_end * kPanelRows, block.rows); i += kRows) {
+    TileRows left{a + i / kPanelRows * kPanelRows * slots + i % kPanelRows, 1, kPanelRows};
+    if (ReadsRows<T>(args)) {
+      const float* rows = static_cast<const float*>(args.a) + (block.row + i) * args.a_row + block.k * args.a_k;
+      left = {rows, args.a_row, args.a_k};
+    }
+    for (int64_t j = group.begin; j < group.end; ++j) {
+      float* at = sums == nullptr ? tile : sums + (i / kRows * panels + j) * kRows * kColumns;
+      const int64_t width = block.columns - j * kColumns;
+      const TileFunction<E> multiply = left.slot_step == 1 ? TileOf<T, E, true>(block.rows - i, width)
+                                                           : TileOf<T, E, false>(block.rows - i, width);
+      if (block.last) PrefetchTile<T>(args, block.row + i, block.column + j * kColumns);
+      multiply(slots, left, b + (j - group.begin) * kColumns * slots, block.first, at);
+      if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
+    }
+  }
+}
+
+// Computes the tiles of one part of a block, one group of columns after the other. The thread that uses a group packs
+// it, unless b is packed.
 template <class T>
 void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart& part, const float* a, float* b,
                     float* sums) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
-  const int64_t panels = (block.columns + kColumns - 1) / kColumns;
-  alignas(64) float tile[kRows * kColumns];
   const int64_t most = std::max<int64_t>(1, kGroupFloats / (kColumns * std::max<int64_t>(1, slots)));
-  for (int64_t group = part.column_begin; group < part.column_end; group += most) {
-    const int64_t group_end = std::min(group + most, part.column_end);
-    const int64_t column = group * kColumns, columns = std::min(group_end * kColumns, block.columns) - column;
-    const float* right = b;
+  for (int64_t begin = part.column_begin; begin < part.column_end; begin += most) {
+    const ColumnGroup group{begin, std::min(begin + most, part.column_end)};
+    const int64_t column = begin * kColumns, columns = std::min(group.end * kColumns, block.columns) - column;
     if (args.packed_b != nullptr) {
-      right = args.packed_b + PackedAt<T>(args.n, block.k, block.column + column, slots);
+      const int64_t at = PackedAt<T>(args.n, block.k, block.column + column, slots);
+      MultiplyGroup<T>(args, block, part, group, a, static_cast<const Packed<T>*>(args.packed_b) + at, sums);
     } else {
       PackColumns<T>(args, block.column + column, columns, block.k, block.depth, b);
-    }
-    for (int64_t i = part.row_begin * kPanelRows; i < std::min(part.row_end * kPanelRows, block.rows); i += kRows) {
-      TileRows left{a + i / kPanelRows * kPanelRows * slots + i % kPanelRows, 1, kPanelRows};
-      if (ReadsRows<T>(args)) {
-        const float* rows = static_cast<const float*>(args.a) + (block.row + i) * args.a_row + block.k * args.a_k;
-        left = {rows, args.a_row, args.a_k};
-      }
-      for (int64_t j = group; j < group_end; ++j) {
-        float* at = sums == nullptr ? tile : sums + (i / kRows * panels + j) * kRows * kColumns;
-        const int64_t width = block.columns - j * kColumns;
-        const TileFunction multiply = left.slot_step == 1 ? TileOf<T, true>(block.rows - i, width)
-                                                          : TileOf<T, false>(block.rows - i, width);
-        if (block.last) PrefetchTile<T>(args, block.row + i, block.column + j * kColumns);
-        multiply(slots, left, right + (j - group) * kColumns * slots, block.first, at);
-        if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
-      }
+      MultiplyGroup<T>(args, block, part, group, a, b, sums);
     }
   }
 }
@@ -236,7 +251,8 @@ void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, 
 
 int64_t PackedFloats(DType dtype, int64_t n, int64_t k) {
   const GemmTile tile = PEAK_PICK_DTYPE(dtype, TileSizes)();
-  return Up(n, tile.columns) * (Up(k, tile.slot) / tile.slot);
+  const int64_t bytes = Up(n, tile.columns) * (Up(k, tile.slot) / tile.slot) * tile.packed_bytes;
+  return Pieces(bytes, sizeof(float));
 }
 
 void PackB(const PackArgs& args, int threads) {

@@ -54,7 +54,7 @@ class Weight {
 struct DenseMatrix {
   DType dtype;
   int64_t n, k;
-  const float* packed;  // the result of PackB
+  const void* packed;  // the result of PackB
 };
 PEAK_FIELDS(DenseMatrix, dtype, n, k, packed)
 

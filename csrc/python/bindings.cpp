@@ -41,7 +41,7 @@ using python::DefineKernel, python::DefineMethod, python::DefineMethodWithThread
 
 // The instruction sets that this machine runs, narrowest first.
 py::tuple Isas() {
-  py::tuple names(BestIsa() + 1);
+  py::tuple names(WidestIsa() + 1);
   for (size_t i = 0; i < names.size(); ++i) names[i] = kIsaNames[i];
   return names;
 }
@@ -51,7 +51,7 @@ void DefineIsa(py::module_& m) {
   m.attr("isas") = Isas();
   m.def("isa", &ActiveIsa, "Return the active instruction set.");
   m.def("set_isa_cap", &SetIsaCap, py::arg("name").none(true),
-        "Set the widest instruction set to use and return the active one; None removes the limit.");
+        "Set the widest instruction set to use and return the active one; None chooses the fastest.");
 }
 
 void DefineKernels(py::module_& m) {

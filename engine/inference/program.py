@@ -25,7 +25,6 @@ from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 from peakgpt.kernels.cpu.memory import streamed
 from peakgpt.kernels.ops.attention_math import default_scale
 from peakgpt.kernels.ops.norm import default_eps
-from peakgpt.kernels.ops.quantize import BLOCK
 
 NONE, LOGITS = -1, -1  # instead of a buffer's number
 
@@ -196,12 +195,9 @@ class ModelProgram:
         return _C.DenseWeight(**sizes, packed=self._hold(memory))
 
     def _quantized(self, layer: QuantizedLinear) -> object:
-        form = layer.form
-        return _C.QuantizedWeight(
-            dtype=DTYPES[self.dtype], bits=form.bits, n=layer.out_features, k=layer.in_features,
-            block=BLOCK if form.bits == 8 else form.group, weight=self._hold(layer.weight),
-            scale=self._hold(layer.scale),
-        )  # fmt: skip
+        tensors = {name: self._hold(tensor) for name, tensor in layer.named_buffers() if name != "bias"}
+        return _C.QuantizedWeight(dtype=DTYPES[self.dtype], n=layer.out_features, k=layer.in_features, **tensors,
+                                  **layer.product_fields)  # fmt: skip
 
     def _hold(self, tensor: Tensor | nn.Parameter | None) -> Tensor | None:
         """Keep a tensor alive as long as the program, and return it."""

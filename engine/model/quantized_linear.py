@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from peakgpt.engine.model.plain import fusable
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
-from peakgpt.kernels.ops.quantize import check_group, pack_4, pack_8
+from peakgpt.kernels.ops.quantize import BLOCK, check_group, pack_4, pack_8
 
 HEAD, EMBEDDING = "lm_head", "transformer.wte"
 
@@ -63,6 +64,11 @@ class QuantizedLinear(nn.Module):
         return linear_q4(
             x, self.weight, self.scale, self.bias, out=self.out_features, group=self.form.group, activation=activation
         )
+
+    @property
+    def product_fields(self) -> dict[str, Any]:
+        """The fields of QuantizedMatrix (csrc/gemm/quantized.h) that the format decides, besides the tensors."""
+        return {"bits": self.form.bits, "block": BLOCK if self.form.bits == 8 else self.form.group}
 
     def _apply(self, fn, recurse=True):
         """Move as torch does, but keep the dtype of the scales when the model is cast."""

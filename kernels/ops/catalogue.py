@@ -8,6 +8,7 @@ from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.embedding import embedding
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from peakgpt.kernels.ops.linear_grouped import linear_grouped
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
 from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
@@ -28,6 +29,7 @@ __all__ = [
     "layernorm",
     "linear",
     "linear_cross_entropy",
+    "linear_grouped",
     "linear_q4",
     "linear_q8",
     "mlp",

@@ -22,7 +22,8 @@ IDS = [f"{name}-{'x'.join(map(str, sizes.values()))}{''.join(f'-{k}={v}' for k, 
        for name, sizes, params in CASES]  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 # (backend, op) pairs without a kernel.
-PENDING = {("cpu", "attention_decode"), ("cpu", "cache_store"), ("gpu", "linear_q8"), ("gpu", "linear_q4")}
+PENDING = {("cpu", "attention_decode"), ("cpu", "cache_store"), ("gpu", "linear_q8"), ("gpu", "linear_q4"),
+           ("gpu", "linear_grouped")}  # fmt: skip
 ROTARY, SINKS = "attention_qkv with pairs", "attention_qkv with sinks"
 DIFFERENTIABLE = [*(name for name in sorted(catalogue.__all__) if OPS[name].gradient), ROTARY, SINKS]
 

@@ -42,6 +42,7 @@ CASES = [
     ("mlp", {"rows": 5, "width": 32, "hidden": 16, **HALF}, {}, {"recompute": True}),
     ("gated_mlp", {"rows": 5, "width": 16, "hidden": 24, **FIRST}, {}, {"recompute": True}),
     ("gated_mlp", {"rows": 5, "width": 32, "hidden": 16, **HALF}, {}, {}),
+    ("linear_grouped", {"rows": 5, "width": 40, "out": 33, **FIRST}, {}, {"levels": "unsigned"}),
     ("linear_q8", {"rows": 5, "width": 40, "out": 33, **FIRST}, {}, {"activation": "silu"}),
     ("linear_q4", {"rows": 5, "width": 40, "out": 33, "group": 32, **FIRST}, {}, {"group": 32}),
     ("layernorm", {"rows": 5, "width": 33, **FIRST}, {}, {}),
