@@ -21,7 +21,7 @@ struct GemmBlock {
   int64_t row, rows, column, columns, k, depth;
   bool first, last;  // along k
 };
-struct GemmPart {
+struct PanelRange {
   int64_t row_begin, row_end, column_begin, column_end;  // panels of a block
 };
 
@@ -117,7 +117,7 @@ struct ColumnGroup {
 
 // Computes the tiles of one part of a block in a group of columns; b is the group, packed.
 template <class T, class E>
-void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const GemmPart& part, const ColumnGroup& group,
+void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const PanelRange& part, const ColumnGroup& group,
                    const float* a, const E* b, float* sums) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
   const int64_t panels = (block.columns + kColumns - 1) / kColumns;
@@ -143,7 +143,7 @@ void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const GemmPart&
 // Computes the tiles of one part of a block, one group of columns after the other. The thread that uses a group packs
 // it, unless b is packed.
 template <class T>
-void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart& part, const float* a, float* b,
+void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const PanelRange& part, const float* a, float* b,
                     float* sums) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
   const int64_t most = std::max<int64_t>(1, kGroupFloats / (kColumns * std::max<int64_t>(1, slots)));
@@ -221,30 +221,35 @@ struct GemmPlan {
   int64_t Scratch(int threads) const { return a_size + sums_size + threads * b_size; }
 };
 
+// Calls f(block) for the blocks of columns [begin, end) of a product, in order.
+template <class F>
+void ForEachBlock(const GemmArgs& args, const GemmPlan& plan, int64_t begin, int64_t end, const F& f) {
+  for (int64_t column = begin; column < end; column += plan.columns) {
+    for (int64_t row = 0; row < args.m; row += plan.rows) {
+      for (int64_t k = 0; k == 0 || k < args.k; k += plan.depth) {
+        f(GemmBlock{row, std::min(plan.rows, args.m - row), column, std::min(plan.columns, end - column), k,
+                    std::min(plan.depth, args.k - k), k == 0, k + plan.depth >= args.k});
+      }
+    }
+  }
+}
+
 // Computes one thread's part of a product. All `workers` call it with the same scratch.
 void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
   const auto prepare = PEAK_PICK_DTYPE(args.dtype, PrepareRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
-  const int64_t rows = plan.rows, columns = plan.columns, depth = plan.depth;
-  const auto [row_groups, column_groups] = Grid(rows / plan.tile.rows, columns / plan.tile.columns, workers);
+  const auto [row_groups, column_groups] = Grid(plan.rows / plan.tile.rows, plan.columns / plan.tile.columns, workers);
+  const int64_t i = id / column_groups, j = id % column_groups, groups = row_groups, others = column_groups;
   float* const sums = plan.sums_size > 0 ? a + plan.a_size : nullptr;
   float* const b = a + plan.a_size + plan.sums_size + id * plan.b_size;
-  for (int64_t column = 0; column < args.n; column += columns) {
-    for (int64_t row = 0; row < args.m; row += rows) {
-      for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
-        const GemmBlock block{row, std::min(rows, args.m - row), column, std::min(columns, args.n - column),
-                              k, std::min(depth, args.k - k), k == 0, k + depth >= args.k};
-        const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
-        prepare(args, block, r * id / workers, r * (id + 1) / workers, a);
-        Barrier();
-        const int64_t i = id / column_groups, j = id % column_groups;
-        const GemmPart part{r * i / row_groups, r * (i + 1) / row_groups, c * j / column_groups,
-                            c * (j + 1) / column_groups};
-        if (i < row_groups) multiply(args, block, part, a, b, sums);
-        Barrier();
-      }
-    }
-  }
+  ForEachBlock(args, plan, 0, args.n, [&](const GemmBlock& block) {
+    const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
+    prepare(args, block, r * id / workers, r * (id + 1) / workers, a);
+    Barrier();
+    const PanelRange part{r * i / groups, r * (i + 1) / groups, c * j / others, c * (j + 1) / others};
+    if (i < groups) multiply(args, block, part, a, b, sums);
+    Barrier();
+  });
 }
 
 }  // namespace
@@ -272,6 +277,38 @@ void TeamGemm(const GemmArgs& args, float* scratch) {
   if (args.m == 0 || args.n == 0) return;
   const Team* team = Team::Current();
   MultiplyPart(args, GemmPlan(args), scratch, team->id, team->size);
+}
+
+int64_t GemmPanels(const GemmArgs& args) { return Pieces(args.n, PEAK_PICK_DTYPE(args.dtype, TileSizes)().columns); }
+
+int64_t GemmPartScratch(const GemmArgs& args) {
+  const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileSizes)();
+  const int64_t rows = std::min(Up(args.m, tile.rows), kBlockRows), all_slots = Up(args.k, tile.slot) / tile.slot;
+  const int64_t columns = std::min(Up(args.n, tile.columns), kBlockColumns), slots = std::min(all_slots, kBlockSlots) + 1;
+  const int64_t b = args.packed_b != nullptr ? 0 : std::max(kGroupFloats, tile.columns * slots);
+  return std::max(rows * slots, tile.rows * all_slots) + (all_slots > kBlockSlots ? rows * columns : 0) + b;
+}
+
+void GemmPart(const GemmArgs& args, int64_t part, int64_t parts, float* scratch) {
+  if (args.m == 0) return;
+  const GemmPlan plan(args);
+  const int64_t panels = Pieces(args.n, plan.tile.columns);
+  const int64_t begin = panels * part / parts, end = panels * (part + 1) / parts;
+  if (args.m <= kSkinnyRows && args.packed_b == nullptr) {
+    const GemmBlock block{0, args.m, begin, args.n, 0, args.k, true, true};
+    PEAK_PICK_DTYPE(args.dtype, PackRows)(args, block, 0, 1, scratch);
+    return PEAK_PICK_DTYPE(args.dtype, MultiplySkinny)(args, plan.depth, scratch, begin, end);
+  }
+  const auto prepare = PEAK_PICK_DTYPE(args.dtype, PrepareRows);
+  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
+  float* const sums = plan.sums_size > 0 ? scratch + plan.a_size : nullptr;
+  float* const b = scratch + plan.a_size + plan.sums_size;
+  const int64_t last = std::min(end * plan.tile.columns, args.n);
+  ForEachBlock(args, plan, begin * plan.tile.columns, last, [&](const GemmBlock& block) {
+    const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
+    prepare(args, block, 0, r, scratch);
+    multiply(args, block, {0, r, 0, c}, scratch, b, sums);
+  });
 }
 
 void Gemm(const GemmArgs& args, int threads) {

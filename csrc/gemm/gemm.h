@@ -69,6 +69,12 @@ void PackB(const PackArgs& args, int threads);
 int64_t GemmScratch(const GemmArgs& args, int threads);
 void TeamGemm(const GemmArgs& args, float* scratch);
 
+// A part of the columns of a product, on the calling thread alone: part `part` of `parts`, which are at most GemmPanels
+// parts. The scratch of GemmPartScratch floats suffices for every product that is not larger in m, n or k.
+int64_t GemmPanels(const GemmArgs& args);
+int64_t GemmPartScratch(const GemmArgs& args);
+void GemmPart(const GemmArgs& args, int64_t part, int64_t parts, float* scratch);
+
 }  // namespace peak
 
 #endif  // PEAK_GEMM_H_

@@ -6,6 +6,7 @@ attention are computed only for the rows whose logits are needed: a prompt of T 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from peakgpt.engine.model.attention import CausalSelfAttention
 from peakgpt.engine.model.block import Block
+from peakgpt.engine.model.experts import ExpertLinear, Experts
 from peakgpt.engine.model.mlp import GatedMLP
-from peakgpt.engine.model.norms import LayerNorm, RMSNorm
+from peakgpt.engine.model.norms import BLOCK_NORMS, LayerNorm, RMSNorm
 from peakgpt.engine.model.plain import change_of, walk
-from peakgpt.engine.model.positions import alibi_slopes, rotary_table
-from peakgpt.engine.model.quantized_linear import QuantizedLinear
+from peakgpt.engine.model.positions import alibi_slopes, rotary_tables
+from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
@@ -36,9 +38,8 @@ def objection(model: Transformer) -> str | None:
     config, weight = model.config, model.transformer.wte.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return f"supports float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"
-    if config.experts or config.position in RELATIVE:
-        got = f"experts {config.experts} and position {config.position!r}"
-        return f"supports no experts and no relative positions, got {got}"
+    if config.position in RELATIVE:
+        return f"supports no relative positions, got position {config.position!r}"
     if config.word_dim != config.n_embd:
         return f"supports word embeddings as wide as the model, got word_dim {config.word_dim}"
     for name, parameter in model.named_parameters():
@@ -72,9 +73,11 @@ class ModelProgram:
         widths |= {"selected x": c.n_embd, "selected h": c.n_embd, "selected y": widths["y"]}
         self.widths = widths
         self.buffers = {name: self.program.buffer(width=width) for name, width in widths.items()}
-        layers = [module for module in walk(model) if isinstance(module, nn.Linear)]
+        layers = [module for module in walk(model) if isinstance(module, nn.Linear | ExpertLinear)]
         layers += [] if "lm_head" in model._modules else [model.transformer.wte]
-        self.unused = streamed(sum(_packed_floats(layer.weight) for layer in layers), torch.float32)
+        routers = [module.router for module in walk(model) if isinstance(module, Experts)]
+        floats = [_packed_floats(layer.weight, torch.float32 if layer in routers else None) for layer in layers]
+        self.unused = streamed(sum(floats), torch.float32)
         self._build(model)
 
     def run(self, **pass_args: Tensor | int) -> None:
@@ -93,15 +96,15 @@ class ModelProgram:
         table = t.wpe.weight.detach()[c.position_offset :] if learned else None
         wte, wpe = self._hold(t.wte.weight), self._hold(table)
         self.program.embed(out=self.buffers["x"], wte=wte, wte_stride=wte.stride(0), wpe=wpe,
-                           wpe_stride=0 if wpe is None else wpe.stride(0))  # fmt: skip
-        if c.rotary_dim:
-            self.angles = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, "cpu")
+                           wpe_stride=0 if wpe is None else wpe.stride(0),
+                           scale=float(torch.tensor(c.embedding_scale, dtype=self.dtype)))  # fmt: skip
+        self.angles = rotary_tables(c, range(c.block_size), "cpu") if c.rotary_dim else ()
         self.slopes = alibi_slopes(c.n_head, "cpu") if c.position == "alibi" else None
         if c.embedding_norm:
             self._norm(t.ln_emb, "x", out="x")
-        is_post_norm = c.residual == "post_norm"
-        self._norm(t.h[0].ln_1, "x", out="h") if not is_post_norm else self._rename("h", "x")
-        norms = [*(block.ln_1 for block in t.h[1:]), None if is_post_norm else t.ln_f]
+        is_normalized = c.residual != "post_norm" and "ln_1" in BLOCK_NORMS[c.residual]  # the input of attention
+        self._norm(t.h[0].ln_1, "x", out="h") if is_normalized else self._rename("h", "x")
+        norms = [*(block._modules.get("ln_1") for block in t.h[1:]), t._modules.get("ln_f")]
         for layer, (block, norm) in enumerate(zip(t.h, norms, strict=True)):
             self._attend(block, layer)
             if layer == c.n_layer - 1:
@@ -114,8 +117,8 @@ class ModelProgram:
         heads = attn.n_head, attn.n_kv_head, attn.head_dim
         _require(f"transformer.h.{layer}.attn", heads, (c.n_head, c.n_kv_head, c.head_dim))
         self._linear("h", "qkv", attn.c_attn)
-        if c.rotary_dim:
-            cos, sin = self.angles
+        if attn.rotary_table is not None and self.angles:
+            cos, sin = self.angles[attn.rotary_table]
             self.program.rotary(x=number["qkv"], width=c.head_dim, rotated_heads=c.n_head + c.n_kv_head, cos=cos,
                                 sin=sin, pairs=cos.shape[1], interleaved=c.rotary_interleaved)  # fmt: skip
         self.program.attention(
@@ -146,6 +149,9 @@ class ModelProgram:
 
     def mlp(self, block: Block, source: str, out: str = "branch") -> None:
         """out = mlp(source)."""
+        if isinstance(block.mlp, Experts):
+            self._experts(block.mlp, source, out)
+            return
         layer, activation = block.mlp, ACTIVATIONS[block.mlp.activation]
         if not isinstance(layer, GatedMLP):
             self._linear(source, "up", layer.c_fc, ACTIVATE, activation)
@@ -158,6 +164,25 @@ class ModelProgram:
             self._linear(source, "up", layer.c_fc, GATE, activation, "gate")
         self._linear("up", out, layer.c_proj)
 
+    def _experts(self, layer: Experts, source: str, out: str) -> None:
+        """out = the weighted sum of each row's experts."""
+        c, mlps, router = self.config, layer.experts, layer.router
+        _require("a router", tuple(router.weight.shape), (c.experts, c.n_embd))
+        gate = mlps._modules.get("c_gate")
+        for name, (n, k) in {"c_gate": (c.expert_inner, c.n_embd), "c_fc": (c.expert_inner, c.n_embd),
+                             "c_proj": (c.n_embd, c.expert_inner)}.items():  # fmt: skip
+            if name in mlps._modules:
+                _require(f"experts.{name}", _stacked_sizes(mlps._modules[name]), (c.experts, n, k))
+        biases = {f"{name}_bias": self._hold(None if part is None else part.bias)
+                  for name, part in (("gate", gate), ("up", mlps.c_fc), ("down", mlps.c_proj))}  # fmt: skip
+        router_bias = None if router.bias is None else self._hold(router.bias.detach().float())
+        self.program.experts(
+            router=self._packed(router.weight.detach().float()), gate=self._expert_weights(gate),
+            up=self._expert_weights(mlps.c_fc), down=self._expert_weights(mlps.c_proj), x=self.buffers[source],
+            out=self.buffers[out], experts=c.experts, choices=layer.per_token, normalize=layer.normalize,
+            activation=ACTIVATIONS[mlps.activation], router_bias=router_bias, **biases,
+        )  # fmt: skip
+
     def combine(self, x: str, y: str, out: str, *, product: bool = False) -> None:
         """out = x + y, or x y."""
         number = self.buffers
@@ -167,9 +192,14 @@ class ModelProgram:
         """residual += branch, h = norm(residual)."""
         self._norm(norm, "branch", residual=residual, out="h")
 
+    def norm_branch(self, norm: LayerNorm | RMSNorm) -> None:
+        """branch = norm(branch)."""
+        self._norm(norm, "branch", out="branch")
+
     def _norm(self, norm: LayerNorm | RMSNorm, source: str, *, out: str, residual: str | None = None) -> None:
-        _require("a norm", tuple(norm.weight.shape), (self.config.n_embd,))
-        number, weight, bias = self.buffers, self._hold(norm.weight), self._hold(getattr(norm, "bias", None))
+        own = torch.ones(self.config.n_embd, dtype=self.dtype) if norm.weight is None else norm.weight
+        _require("a norm", tuple(own.shape), (self.config.n_embd,))
+        number, weight, bias = self.buffers, self._hold(own), self._hold(getattr(norm, "bias", None))
         self.program.norm(x=number[source], out=number[out], w=weight, w_dtype=DTYPES[weight.dtype],
                           eps=default_eps(self.dtype, norm.eps), rms=isinstance(norm, RMSNorm),
                           residual=NONE if residual is None else number[residual], b=bias)  # fmt: skip
@@ -188,16 +218,34 @@ class ModelProgram:
                             gate=NONE if gate is None else self.buffers[gate])  # fmt: skip
 
     def _packed(self, w: Tensor) -> object:
-        """Pack a weight behind the previous one: the program reads them in this order."""
+        return _C.DenseWeight(**_matrix(w), packed=self._pack(w))
+
+    def _pack(self, w: Tensor) -> Tensor:
+        """Pack a weight behind the previous one, since the program reads them in this order; return the packed form."""
         memory, self.unused = self.unused.split([_packed_floats(w), self.unused.numel() - _packed_floats(w)])
-        sizes = {"dtype": DTYPES[w.dtype], "n": w.shape[0], "k": w.shape[1]}
-        _C.pack_b(**sizes, b=w, b_col=w.stride(0), b_k=w.stride(1), out=memory, threads=threads())
-        return _C.DenseWeight(**sizes, packed=self._hold(memory))
+        _C.pack_b(**_matrix(w), b=w, b_col=w.stride(0), b_k=w.stride(1), out=memory, threads=threads())
+        return self._hold(memory)
 
     def _quantized(self, layer: QuantizedLinear) -> object:
         tensors = {name: self._hold(tensor) for name, tensor in layer.named_buffers() if name != "bias"}
         return _C.QuantizedWeight(dtype=DTYPES[self.dtype], n=layer.out_features, k=layer.in_features, **tensors,
                                   **layer.product_fields)  # fmt: skip
+
+    def _expert_weights(self, layer: nn.Module | None) -> object | None:
+        """Return the weights of one layer of all experts, packed or quantized."""
+        if layer is None:
+            return None
+        if isinstance(layer, QuantizedExpertLinear):
+            weight, scale = self._hold(layer.weight), self._hold(layer.scale)
+            return _C.QuantizedExperts(
+                dtype=DTYPES[self.dtype], n=layer.out_features, k=layer.in_features, weight=weight, scale=scale,
+                experts=len(weight), weight_group=weight[0].nbytes, scale_group=scale[0].nbytes, **layer.product_fields,
+            )  # fmt: skip
+        packed = [self._pack(w) for w in layer.weight.detach()]
+        first = layer.weight[0]
+        return _C.DenseExperts(
+            **_matrix(first), packed=packed[0], experts=len(packed), packed_group=_packed_floats(first)
+        )  # fmt: skip
 
     def _hold(self, tensor: Tensor | nn.Parameter | None) -> Tensor | None:
         """Keep a tensor alive as long as the program, and return it."""
@@ -216,9 +264,21 @@ def _require(part: str, got: object, expected: object) -> None:
         raise NotImplementedError(f"C++ program: supports the sizes of the config, {part} has {got}, not {expected}")
 
 
-def _packed_floats(weight: Tensor) -> int:
-    rows, width = weight.shape
-    return _C.packed_floats(dtype=DTYPES[weight.dtype], n=rows, k=width)
+def _matrix(w: Tensor) -> dict[str, int]:
+    return {"dtype": DTYPES[w.dtype], "n": w.shape[0], "k": w.shape[1]}
+
+
+def _packed_floats(weight: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Return the packed size of a matrix (N, K), or of the matrices of all experts, (E, N, K)."""
+    *experts, rows, width = weight.shape
+    return math.prod(experts) * _C.packed_floats(dtype=DTYPES[dtype or weight.dtype], n=rows, k=width)
+
+
+def _stacked_sizes(layer: ExpertLinear | QuantizedExpertLinear) -> tuple[int, int, int]:
+    """Return (E, outputs, inputs) of one layer of all experts, quantized or not."""
+    if isinstance(layer, QuantizedExpertLinear):
+        return len(layer.weight), layer.out_features, layer.in_features
+    return tuple(layer.weight.shape)
 
 
 def _pre_norm(program: ModelProgram, block: Block, norm: LayerNorm) -> None:
@@ -247,9 +307,29 @@ def _parallel_two_norms(program: ModelProgram, block: Block, norm: LayerNorm) ->
     _parallel(program, block, norm)
 
 
+def _sandwich_norm(program: ModelProgram, block: Block, norm: LayerNorm) -> None:
+    program.project_attention(block)
+    program.norm_branch(block.ln_1_out)
+    program.add_norm(block.ln_2, "x")
+    program.mlp(block, "h")
+    program.norm_branch(block.ln_2_out)
+    program.add_norm(norm, "x")
+
+
+def _output_norm(program: ModelProgram, block: Block, norm: LayerNorm | None) -> None:
+    program.project_attention(block)
+    program.norm_branch(block.ln_1_out)
+    program.combine("branch", "x", "x")
+    program.mlp(block, "x")
+    program.norm_branch(block.ln_2_out)
+    program.combine("branch", "x", "x") if norm is None else program.add_norm(norm, "x")
+
+
 RESIDUALS: dict[str, Callable[[ModelProgram, Block, LayerNorm | None], None]] = {
     "pre_norm": _pre_norm,
     "post_norm": _post_norm,
     "parallel": _parallel,
     "parallel_two_norms": _parallel_two_norms,
+    "sandwich_norm": _sandwich_norm,
+    "output_norm": _output_norm,
 }

@@ -6,6 +6,7 @@ import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from peakgpt.engine.model.rope_scaling import complete
 from peakgpt.engine.settings.setting import check_settings, setting
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES
 
@@ -19,6 +20,8 @@ _size = functools.partial(_field, at_least=1, metavar="N")
 _rate = functools.partial(_field, at_least=0, below=1, metavar="RATE")
 _factor = functools.partial(_field, at_least=0, metavar="FACTOR")
 WITH_ROTARY = {"position": ("rotary",)}
+WITH_EXPERTS = {"experts": None}
+MAX_EXPERTS = 1 << 13  # a damaged file could ask for more than the names of its tensors fit into memory
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -29,6 +32,8 @@ class GPTConfig:
         "pre_norm": x += attn(norm(x)), x += mlp(norm(x)); a norm before the head.
         "post_norm": x = norm(x + attn(x)), x = norm(x + mlp(x)); no norm before the head.
         "parallel": x += attn(norm(x)) + mlp(norm(x)) with one norm; "parallel_two_norms": with two.
+        "sandwich_norm": x += norm(attn(norm(x))), x += norm(mlp(norm(x))); a norm before the head.
+        "output_norm": x += norm(attn(x)), x += norm(mlp(x)); a norm before the head.
 
     Raises:
         ValueError: a value out of range, or values that do not fit each other.
@@ -46,7 +51,14 @@ class GPTConfig:
         None, "width of the token embedding, which linear layers project to n_embd and back; none: n_embd"
     )
     norm: str = _field("layer", "layer (LayerNorm) or rms (RMSNorm, without bias)", choices=("layer", "rms"))
+    norm_weight: bool = _field(
+        True, "norms have a weight; false: LayerNorm without parameters", only_with={"norm": ("layer",)}
+    )
     embedding_norm: bool = _field(False, "normalize the token embedding before the first block")
+    embedding_scale: float = _field(
+        1.0, "factor on the token embedding, rounded to its dtype; not with learned positions", above=0,
+        metavar="FACTOR",
+    )  # fmt: skip
     position: str = _field(
         "learned", "learned: a table of embeddings; rotary: rotated queries and keys; alibi: slopes on the scores; "
         "transformer_xl: relative keys with parameters in each layer; relative_bias: T5's bias on the scores by "
@@ -67,6 +79,18 @@ class GPTConfig:
     rotary_base: float = _field(
         10000.0, "pair i of n rotates by base^(-i/n) radians a token", above=0, at_most=1e12, only_with=WITH_ROTARY
     )
+    rope_scaling: dict[str, Any] | None = _field(  # noqa: RUF009
+        None, "how the frequencies are scaled for long texts: rope_type (linear, dynamic, llama3, yarn, longrope) and "
+        "its parameters, under transformers' names; none: not at all", metavar="JSON", only_with=WITH_ROTARY,
+    )  # fmt: skip
+    local_rotary_base: float | None = _field(
+        None, "base of the layers with a window, whose frequencies are not scaled; none: as the others", above=0,
+        at_most=1e12, metavar="BASE", only_with=WITH_ROTARY,
+    )  # fmt: skip
+    rotary_layers: tuple[bool, ...] = _field(
+        (True,), "for each layer whether it rotates; false: it has no positions; a shorter list is repeated to n_layer "
+        "entries", only_with=WITH_ROTARY,
+    )  # fmt: skip
     windows: tuple[int | None, ...] = _size(
         (None,), "for each layer the number of keys that a query attends to, including its own; none: all; a shorter "
         "list is repeated to n_layer entries",
@@ -80,19 +104,34 @@ class GPTConfig:
         False, "each head has a learned logit that takes part in its softmax and has no value"
     )
     residual: str = _field(
-        "pre_norm", "how the branches of a block are connected: pre_norm, post_norm, or parallel with one or two norms",
-        choices=("pre_norm", "post_norm", "parallel", "parallel_two_norms"), metavar="KIND",
+        "pre_norm", "how the branches of a block are connected: pre_norm, post_norm, parallel with one or two norms, "
+        "sandwich_norm (norms before and after each branch), or output_norm (after each branch, before it is added)",
+        choices=("pre_norm", "post_norm", "parallel", "parallel_two_norms", "sandwich_norm", "output_norm"),
+        metavar="KIND",
     )  # fmt: skip
     activation: str = _field("gelu_tanh", "gelu_tanh, gelu_erf or relu; with gated_mlp also silu")
     gated_mlp: bool = _field(False, "the activation is applied to a third projection of the MLP, the gate")
     experts: int = _field(
-        0, "number E of experts in every experts_every-th layer, which replace its MLP and are not gated", at_least=0
+        0, "number E of experts in every experts_every-th layer, which replace its MLP", at_least=0, at_most=MAX_EXPERTS
     )
-    experts_every: int = _size(2, "distance between layers with experts", only_with={"experts": None})
-    experts_per_token: int = _size(2, "number of experts that compute each token", only_with={"experts": None})
+    experts_every: int = _size(2, "distance between layers with experts", only_with=WITH_EXPERTS)
+    mlp_only_layers: tuple[int, ...] = _field(
+        (), "layers, counted from 0, that have an MLP where experts_every would give them experts", at_least=0,
+        metavar="LAYER", only_with=WITH_EXPERTS,
+    )  # fmt: skip
+    experts_per_token: int = _size(2, "number of experts that compute each token", only_with=WITH_EXPERTS)
+    expert_inner: int | None = _size(None, "width F of an expert; none: n_inner", only_with=WITH_EXPERTS)
+    gated_experts: bool = _field(False, "as gated_mlp, for the experts", only_with=WITH_EXPERTS)
+    normalize_experts: bool = _field(
+        True, "divide the weights of a token's experts by their sum (norm_topk_prob)", only_with=WITH_EXPERTS
+    )
     balance_loss: float = _factor(
-        0.01, "factor on the experts' balance loss, which is added to the loss in training", only_with={"experts": None}
+        0.01, "factor on the experts' balance loss, which is added to the loss in training", only_with=WITH_EXPERTS
     )
+    balance_over: str = _field(
+        "layer", "layer: the first choices of each layer are balanced; model: all choices of all layers together, as "
+        "transformers' Mixtral does", choices=("layer", "model"), only_with=WITH_EXPERTS,
+    )  # fmt: skip
     layer_norm_epsilon: float = _field(1e-5, "added to the variance (LayerNorm) or the mean square (RMSNorm)", above=0)
     bias: bool | tuple[str, ...] = _field(True, "true, false, or the parts that have a bias: qkv, out, mlp, norm")
     tied_head: bool = _field(True, "the head shares its weight with the token embedding")
@@ -107,7 +146,7 @@ class GPTConfig:
     attention_dropout: float | None = _rate(None, "probability of an attention weight; none: dropout")
 
     def __post_init__(self):
-        for name in ("windows", "bias"):
+        for name in ("windows", "rotary_layers", "mlp_only_layers", "bias"):
             if isinstance(getattr(self, name), list):  # of a JSON file
                 self._set(**{name: tuple(getattr(self, name))})
         check_settings(self)
@@ -116,7 +155,8 @@ class GPTConfig:
         self._check_mlp()
         self._check_position()
         self._check_bias()
-        self._check_windows()
+        self._check_layers()
+        self._check_rotary()
         for name in RATES:
             if getattr(self, name) is None:
                 self._set(**{name: self.dropout})
@@ -134,12 +174,17 @@ class GPTConfig:
         self._require("n_kv_head", self.n_head % self.n_kv_head == 0, f"a divisor of n_head {self.n_head}")
 
     def _check_mlp(self) -> None:
-        allowed = GATES if self.gated_mlp and not self.experts else ACTIVATIONS
+        allowed = GATES if self.gated_mlp and (self.gated_experts or not self.experts) else ACTIVATIONS
         self._require("activation", self.activation in allowed, f"one of {', '.join(allowed)}")
         if not self.experts:
+            self._require("gated_experts", not self.gated_experts, "false without experts")
             return
+        self._set(expert_inner=self.expert_inner or self.n_inner)
         self._require("experts_per_token", self.experts_per_token <= self.experts, f"at most experts {self.experts}")
         self._require("experts_every", self.experts_every <= self.n_layer, f"at most n_layer {self.n_layer}")
+        self._set(mlp_only_layers=tuple(sorted(set(self.mlp_only_layers))))
+        is_valid = all(layer < self.n_layer for layer in self.mlp_only_layers)
+        self._require("mlp_only_layers", is_valid, f"layers below n_layer {self.n_layer}")
 
     def _check_position(self) -> None:
         if self.position == "rotary":
@@ -149,6 +194,8 @@ class GPTConfig:
             self._require("rotary_dim", is_valid, f"an even number up to head_dim {self.head_dim}")
         else:
             self._require("rotary_dim", self.rotary_dim is None, f"None as position is {self.position}")
+        is_valid = self.embedding_scale == 1.0 or self.position != "learned"
+        self._require("embedding_scale", is_valid, "1 with learned positions")
         is_valid = self.position_offset == 0 or self.position == "learned"
         self._require("position_offset", is_valid, "0, or more with learned positions")
 
@@ -159,10 +206,29 @@ class GPTConfig:
             parts = tuple(part for part in BIASED if part in self.bias)
             self._set(bias={BIASED: True, (): False}.get(parts, parts))
         self._require("bias", self.norm != "rms" or not self.has_bias("norm"), "no bias of norms, as norm is rms")
+        self._require("norm_weight", self.norm_weight or self.norm == "layer", "true, as norm is rms")
+        needs_weight = self.has_bias("norm") and not self.norm_weight
+        self._require("bias", not needs_weight, "no bias of norms, as norm_weight is false")
 
-    def _check_windows(self) -> None:
-        self._require("windows", len(self.windows) > 0, "at least one")
-        self._set(windows=tuple(self.windows[layer % len(self.windows)] for layer in range(self.n_layer)))
+    def _check_layers(self) -> None:
+        for name in ("windows", "rotary_layers"):
+            values = getattr(self, name)
+            self._require(name, len(values) > 0, "at least one")
+            self._set(**{name: tuple(values[layer % len(values)] for layer in range(self.n_layer))})
+
+    def _check_rotary(self) -> None:
+        is_rotary = self.position == "rotary"
+        has_windows = any(window is not None for window in self.windows)
+        self._require("rope_scaling", is_rotary or self.rope_scaling is None, "none without rotary positions")
+        self._require("rotary_layers", is_rotary or all(self.rotary_layers), "true without rotary positions")
+        is_valid = self.local_rotary_base is None or (is_rotary and has_windows)
+        self._require("local_rotary_base", is_valid, "none without rotary positions and windows")
+        if self.rope_scaling is not None:
+            sizes = {"pairs": self.rotary_dim // 2, "base": self.rotary_base, "block_size": self.block_size}
+            try:
+                self._set(rope_scaling=complete(self.rope_scaling, **sizes))
+            except ValueError as error:
+                raise ValueError(f"GPTConfig: rope_scaling: {error}") from None
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
@@ -186,8 +252,11 @@ class GPTConfig:
         return self.bias is True or (self.bias is not False and part in self.bias)
 
     def has_experts(self, layer: int) -> bool:
-        """Return whether a layer, 0 .. L - 1, has experts: the last one of every `experts_every` layers does."""
-        return bool(self.experts) and (layer + 1) % self.experts_every == 0
+        """Return whether a layer, 0 .. L - 1, has experts: the last one of every `experts_every` layers does, unless
+        it is one of `mlp_only_layers`.
+        """  # fmt: skip
+        is_expert_layer = (layer + 1) % self.experts_every == 0 and layer not in self.mlp_only_layers
+        return bool(self.experts) and is_expert_layer
 
     def scale(self, layer: int) -> float | None:
         """Return the factor on q k^T of a layer; None means 1 / sqrt(head_dim)."""
@@ -196,3 +265,8 @@ class GPTConfig:
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return scale / (layer + 1)
 
+    def rotary_table(self, layer: int) -> int | None:
+        """Return which angles a layer rotates by: 0 those of rotary_base, 1 those of local_rotary_base, None none."""
+        if self.position != "rotary" or not self.rotary_layers[layer]:
+            return None
+        return int(self.local_rotary_base is not None and self.windows[layer] is not None)

@@ -6,6 +6,7 @@ from peakgpt.kernels.ops.attention_decode import attention_decode
 from peakgpt.kernels.ops.cache_store import cache_store
 from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.embedding import embedding
+from peakgpt.kernels.ops.experts import experts
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.ops.linear_grouped import linear_grouped
@@ -25,6 +26,7 @@ __all__ = [
     "cache_store",
     "dropout",
     "embedding",
+    "experts",
     "gated_mlp",
     "layernorm",
     "linear",

@@ -32,6 +32,15 @@ MODELS = {
     "two norms, rotary": {"residual": "parallel_two_norms", "position": "rotary", "rotary_dim": 16},
     "alibi, embedding norm": {"position": "alibi", "embedding_norm": True, "activation": "gelu_erf"},
     "windows, one key head": {"windows": (None, 70), "n_kv_head": 1, "position_offset": 2, "bias": ("mlp", "norm")},
+    "sandwich norms, two bases, scaled embedding": {
+        "residual": "sandwich_norm", "position": "rotary", "n_kv_head": 2, "norm": "rms", "gated_mlp": True,
+        "bias": False, "windows": (70, None), "local_rotary_base": 100.0, "embedding_scale": 8.1,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "output norms without weights": {
+        "residual": "output_norm", "position": "rotary", "norm_weight": False, "bias": ("qkv",),
+        "rotary_layers": (True, False),
+    },
     "palm": {
         "residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
         "activation": "silu", "bias": False, "logit_scale": 0.125,
@@ -41,6 +50,10 @@ MODELS = {
         "attention_scale": 0.4,
     },
     "soft cap, sinks, alibi": {"attention_softcap": 1.5, "attention_sinks": True, "position": "alibi"},
+    "experts": {
+        "experts": 5, "experts_every": 1, "experts_per_token": 3, "gated_experts": True, "gated_mlp": True,
+        "expert_inner": 40, "activation": "silu", "mlp_only_layers": (0,), "normalize_experts": False,
+    },
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -197,7 +210,7 @@ def test_bad_chunks_are_rejected(chunk, message):
 
 
 def test_unsupported_models_are_rejected_with_a_reason():
-    with pytest.raises(NotImplementedError, match="no relative positions, got experts 0 and position 'transformer_xl'"):
+    with pytest.raises(NotImplementedError, match="no relative positions, got position 'transformer_xl'"):
         ProgramExecutor(GPT(GPTConfig(**SIZES, position="transformer_xl")), 1)
     with pytest.raises(NotImplementedError, match=r"got torch\.float64"):
         ProgramExecutor(GPT(GPTConfig(**SIZES)).double(), 1)
