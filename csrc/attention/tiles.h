@@ -246,12 +246,12 @@ struct ScoreTerms {
 
 // s = softcap tanh(scale s / softcap). Stores 1 - tanh^2, the slope of the cap, in `slopes` unless it is null.
 inline void CapScores(const ScoreTerms& terms, float* s, int64_t rows, Lanes lanes, float* slopes) {
-  const Vec inner = Set(terms.scale / terms.softcap), limit = Set(terms.softcap), one = Set(1.0f);
+  const Vec inner = Set(terms.scale / terms.softcap), limit = Set(terms.softcap);
   for (int64_t v = lanes.begin * kLanes; v < lanes.end * kLanes; v += kLanes) {
     for (int64_t at = v; at < rows * kTile; at += kTile) {
-      const Vec t = Tanh::Value(Load(s + at) * inner);
-      Store(s + at, t * limit);
-      if (slopes != nullptr) Store(slopes + at, Fnma(t, t, one));
+      Vec slope;
+      Store(s + at, Tanh::ValueAndSlope(Load(s + at) * inner, &slope) * limit);
+      if (slopes != nullptr) Store(slopes + at, slope);
     }
   }
 }

@@ -39,8 +39,9 @@ def _attention(config: GPTConfig) -> int:
     c, heads, d = config.n_embd, config.n_head, config.head_dim
     qkv = (c + config.has_bias("qkv")) * (heads + 2 * config.n_kv_head) * d
     relative = {"transformer_xl": (c + 2) * heads * d, "relative_bias": BUCKETS * heads}.get(config.position, 0)
+    norms = {"none": 0, "head": 2 * d, "full": (heads + config.n_kv_head) * d}[config.qk_norm]
     sinks = heads * config.attention_sinks
-    return qkv + (heads * d + config.has_bias("out")) * c + relative + sinks
+    return qkv + (heads * d + config.has_bias("out")) * c + relative + norms + sinks
 
 
 def _mlp(config: GPTConfig, layer: int, active: bool) -> int:

@@ -17,5 +17,6 @@ SMALL = {
     "mistral": {**LLAMA, "sliding_window": 5},
     "qwen2": {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "smollm3": {**LLAMA, "no_rope_layer_interval": 2, "pad_token_id": 0},
+    "mixtral": {**LLAMA, "num_local_experts": 3},
     "olmo": LLAMA,
 }  # fmt: skip

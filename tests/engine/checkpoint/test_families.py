@@ -61,6 +61,9 @@ VARIANTS = {
     "qwen2 windows": ("Qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "smollm3": ("SmolLM3", {**LLAMA, "no_rope_layer_interval": 2}),
     "olmo": ("Olmo", LLAMA),
+    "mixtral": ("Mixtral", {**LLAMA, "num_local_experts": 5}),
+    "mixtral all experts": ("Mixtral", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 3,
+                                        "sliding_window": 5}),
 }  # fmt: skip
 BACKENDS = ("eager", "cpu")
 
@@ -72,7 +75,7 @@ def reference(variant):
     config = getattr(transformers, f"{kind}Config")(
         **sizes, vocab_size=V, bos_token_id=None, eos_token_id=None, pad_token_id=None
     )
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -96,10 +99,11 @@ def batch(rows=2, tokens=17):
     return ids[:, :-1].contiguous(), targets
 
 
-def file_names(state):
-    """Rename the tensors of transformers' model to the names in its files."""
-    return {name.replace("lm_head", "embed_out") if "gpt_neox.embed_in.weight" in state else name: t
-            for name, t in state.items()}  # fmt: skip
+def file_names(family, state):
+    """Rename the tensors of transformers' model to the names in its files, where experts are separate."""
+    renamed = {name.replace("lm_head", "embed_out") if "gpt_neox.embed_in.weight" in state else name: t
+               for name, t in state.items()}  # fmt: skip
+    return family.separate_experts(renamed, {})[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -117,7 +121,7 @@ def test_logits_loss_and_gradients_equal_transformers(pair, backend):
         ours_loss.backward()
     torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
     family = families.family_of(ours.config)
-    expected = file_names({name: p.grad for name, p in hf_model.named_parameters()})
+    expected = file_names(family, {name: p.grad for name, p in hf_model.named_parameters()})
     grads = family.to_layout(ours.config, {name: p.grad for name, p in ours.named_parameters()})
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
@@ -165,6 +169,8 @@ def test_the_engines_greedy_output_equals_transformers(pair):
 def test_bfloat16_greedy_output_differs_only_where_two_tokens_are_equally_likely(pair):
     """Our error is at most twice torch's (the rule of every op), so tokens within 4 such errors may be swapped."""
     hf_model, _, ours = pair
+    if ours.config.experts > ours.config.experts_per_token:
+        pytest.skip("rounding sends tokens to other experts, which no error bound holds for; see the variants with all")
     rounded, exact = (copy.deepcopy(hf_model).to(d) for d in (torch.bfloat16, torch.bfloat16))
     exact = exact.double()  # the same rounded weights
     prompts = [row[:PROMPT] for row in batch(3)[0]]
@@ -209,7 +215,8 @@ def test_saved_files_load_in_transformers_and_the_reverse(pair, tmp_path):
     ours.save_pretrained(tmp_path)
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    again, info = type(hf_model).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    same = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    again, info = type(hf_model).from_pretrained(tmp_path, output_loading_info=True, **same)
     assert not any(info.values()), info
     ids, _ = batch()
     assert torch.equal(again.eval()(ids).logits, hf_model(ids).logits)
@@ -222,7 +229,8 @@ def test_parameter_count_equals_the_models(pair):
 
 
 @pytest.mark.parametrize(
-    "variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo"]
+    "variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo",
+                "mixtral"]
 )
 def test_each_family_compiles_as_one_graph(variant):
     kind, sizes = VARIANTS[variant]

@@ -50,6 +50,11 @@ MODELS = {
         "attention_scale": 0.4,
     },
     "soft cap, sinks, alibi": {"attention_softcap": 1.5, "attention_sinks": True, "position": "alibi"},
+    "norms of heads, offset, rotary": {
+        "position": "rotary", "rotary_dim": 8, "n_kv_head": 2, "norm": "rms", "norm_offset": 1.0, "qk_norm": "head",
+        "bias": False, "logit_scale": 0.5, "logit_softcap": 2.0,
+    },
+    "norms of all heads": {"qk_norm": "full", "n_kv_head": 2, "logit_softcap": 3.0},
     "experts": {
         "experts": 5, "experts_every": 1, "experts_per_token": 3, "gated_experts": True, "gated_mlp": True,
         "expert_inner": 40, "activation": "silu", "mlp_only_layers": (0,), "normalize_experts": False,

@@ -161,7 +161,7 @@ def test_a_forward_pass_of_gpt2_calls_exactly_these_ops(monkeypatch):
     assert seen == ["embedding", "layernorm", *layer * SIZES["n_layer"], "linear_cross_entropy"]
 
 
-def attention_after_rotary(qkv, cos, sin, cu_seqlens, sinks, *, n_head, interleaved, **params):
+def attention_after_rotary(qkv, cos, sin, *_, n_head, interleaved, **params):
     """Run rotary as a separate op before attention."""
     heads = (n_head + qkv.shape[2]) // 2
     return attention_qkv(rotary(qkv, cos, sin, heads=heads, interleaved=interleaved), n_head=n_head, **params)
@@ -351,6 +351,9 @@ def test_bad_inputs_raise_with_got_and_expected():
         ({"norm": "rms"}, "bias is True, expected no bias of norms, as norm is rms"),
         ({"norm": "batch"}, "norm is 'batch', expected one of layer, rms"),
         ({"logit_scale": 0}, "logit_scale is 0, expected more than 0"),
+        ({"logit_softcap": 0}, "logit_softcap is 0, expected more than 0"),
+        ({"qk_norm": "layer"}, "qk_norm is 'layer', expected one of none, head, full"),
+        ({"norm_offset": 1.0}, "norm_offset is 1.0, expected 0, as norm is layer"),
         ({"experts": -1}, "experts is -1, expected at least 0"),
         ({"experts": 1}, "experts_per_token is 2, expected at most experts 1"),
         ({"experts": 4, "experts_every": 3}, "experts_every is 3, expected at most n_layer 2"),
