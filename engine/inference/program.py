@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from peakgpt.engine.model.attention import CausalSelfAttention
 from peakgpt.engine.model.block import Block
 from peakgpt.engine.model.experts import ExpertLinear, Experts
 from peakgpt.engine.model.mlp import GatedMLP
@@ -110,19 +111,40 @@ class ModelProgram:
                 self._select_rows()
             RESIDUALS[c.residual](self, block, norm)
         self._linear("h", LOGITS, model.lm_head if "lm_head" in model._modules else t.wte)
+        if c.logit_scale != 1.0 or c.logit_softcap is not None:
+            self.program.finish_logits(vocabulary=c.vocab_size, scale=c.logit_scale, softcap=c.logit_softcap or 0.0)
 
     def _attend(self, block: Block, layer: int) -> None:
         c, attn, number = self.config, block.attn, self.buffers
         heads = attn.n_head, attn.n_kv_head, attn.head_dim
         _require(f"transformer.h.{layer}.attn", heads, (c.n_head, c.n_kv_head, c.head_dim))
         self._linear("h", "qkv", attn.c_attn)
+        tables = {}
         if attn.rotary_table is not None and self.angles:
             cos, sin = self.angles[attn.rotary_table]
-            self.program.rotary(x=number["qkv"], width=c.head_dim, rotated_heads=c.n_head + c.n_kv_head, cos=cos,
-                                sin=sin, pairs=cos.shape[1], interleaved=c.rotary_interleaved)  # fmt: skip
+            tables = {"cos": cos, "sin": sin, "pairs": cos.shape[1], "interleaved": c.rotary_interleaved}
+        if c.qk_norm != "none":
+            self._qk_norm(attn, tables)
+        elif tables:
+            rotated_heads = c.n_head + c.n_kv_head
+            self.program.rotary(x=number["qkv"], width=c.head_dim, rotated_heads=rotated_heads, **tables)
         self.program.attention(
             x=number["qkv"], out=number["y"], layer=layer, heads=c.n_head, kv_heads=c.n_kv_head, width=c.head_dim,
             scale=default_scale(c.head_dim, attn.scale), window=attn.window or 0, alibi=self.slopes,
+        )  # fmt: skip
+
+    def _qk_norm(self, attn: CausalSelfAttention, tables: dict[str, object]) -> None:
+        """Normalize the queries and keys of qkv in place, and rotate them by the tables, if there are any."""
+        c, norm, joint = self.config, attn.q_norm, self.config.qk_norm == "full"
+        weights = [self._hold(part.weight) for part in (norm, attn.k_norm)]
+        expected = [(c.head_dim * (heads if joint else 1),) for heads in (c.n_head, c.n_kv_head)]
+        _require("the norms of queries and keys", [tuple(w.shape) for w in weights], expected)
+        options = [(part.eps, part.offset, part.weight.dtype) for part in (norm, attn.k_norm)]
+        _require("k_norm", options[1], options[0])
+        self.program.qk_norm(
+            x=self.buffers["qkv"], width=c.head_dim, q_heads=c.n_head, k_heads=c.n_kv_head, joint=joint,
+            q_norm=weights[0], k_norm=weights[1], w_dtype=DTYPES[weights[0].dtype],
+            eps=default_eps(self.dtype, norm.eps), offset=norm.offset, **tables,
         )  # fmt: skip
 
     def _select_rows(self) -> None:
@@ -193,6 +215,7 @@ class ModelProgram:
         number, weight, bias = self.buffers, self._hold(own), self._hold(getattr(norm, "bias", None))
         self.program.norm(x=number[source], out=number[out], w=weight, w_dtype=DTYPES[weight.dtype],
                           eps=default_eps(self.dtype, norm.eps), rms=isinstance(norm, RMSNorm),
+                          offset=getattr(norm, "offset", 0.0),
                           residual=NONE if residual is None else number[residual], b=bias)  # fmt: skip
 
     def _linear(

@@ -69,4 +69,4 @@ class ProgramExecutor:
             tables=tables, table_row=tables.shape[1], int8_cache=cache.is_int8, keys=cache.keys, values=cache.values,
             layer_bytes=cache.layer_bytes, logit_rows=len(logit_rows), selected=selected, logits=logits,
         )  # fmt: skip
-        return logits if self.config.logit_scale == 1.0 else logits.mul_(self.config.logit_scale)
+        return logits
