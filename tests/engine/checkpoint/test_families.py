@@ -64,6 +64,12 @@ VARIANTS = {
     "mixtral": ("Mixtral", {**LLAMA, "num_local_experts": 5}),
     "mixtral all experts": ("Mixtral", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 3,
                                         "sliding_window": 5}),
+    "qwen3_moe": ("Qwen3Moe", {**LLAMA, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                               "head_dim": 16, "norm_topk_prob": True, "num_hidden_layers": 4,
+                               "decoder_sparse_step": 2}),
+    "qwen3_moe all experts": ("Qwen3Moe", {**LLAMA, "num_experts": 3, "num_experts_per_tok": 3,
+                                           "moe_intermediate_size": 24, "mlp_only_layers": [0], "attention_bias": True,
+                                           "use_sliding_window": True, "sliding_window": 5}),
 }  # fmt: skip
 BACKENDS = ("eager", "cpu")
 
@@ -230,7 +236,7 @@ def test_parameter_count_equals_the_models(pair):
 
 @pytest.mark.parametrize(
     "variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo",
-                "mixtral"]
+                "mixtral", "qwen3_moe all experts"]
 )
 def test_each_family_compiles_as_one_graph(variant):
     kind, sizes = VARIANTS[variant]
