@@ -18,7 +18,7 @@ from peakgpt.engine.model.experts import ExpertLinear, Experts
 from peakgpt.engine.model.mlp import GatedMLP
 from peakgpt.engine.model.norms import BLOCK_NORMS, LayerNorm, RMSNorm
 from peakgpt.engine.model.plain import change_of, walk
-from peakgpt.engine.model.positions import alibi_slopes, rotary_tables
+from peakgpt.engine.model.positions import model_slopes, rotary_tables
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
@@ -99,7 +99,7 @@ class ModelProgram:
                            wpe_stride=0 if wpe is None else wpe.stride(0),
                            scale=float(torch.tensor(c.embedding_scale, dtype=self.dtype)))  # fmt: skip
         self.angles = rotary_tables(c, range(c.block_size), "cpu") if c.rotary_dim else ()
-        self.slopes = alibi_slopes(c.n_head, "cpu") if c.position == "alibi" else None
+        self.slopes = model_slopes(c, "cpu")
         if c.embedding_norm:
             self._norm(t.ln_emb, "x", out="x")
         is_normalized = c.residual != "post_norm" and "ln_1" in BLOCK_NORMS[c.residual]  # the input of attention

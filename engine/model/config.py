@@ -95,6 +95,9 @@ class GPTConfig:
         (True,), "for each layer whether it rotates; false: it has no positions; a shorter list is repeated to n_layer "
         "entries", only_with=WITH_ROTARY,
     )  # fmt: skip
+    alibi_scale: float = _field(
+        1.0, "factor on the slopes of ALiBi", above=0, metavar="FACTOR", only_with={"position": ("alibi",)}
+    )
     windows: tuple[int | None, ...] = _size(
         (None,), "for each layer the number of keys that a query attends to, including its own; none: all; a shorter "
         "list is repeated to n_layer entries",
@@ -204,6 +207,8 @@ class GPTConfig:
         self._require("embedding_scale", is_valid, "1 with learned positions")
         is_valid = self.position_offset == 0 or self.position == "learned"
         self._require("position_offset", is_valid, "0, or more with learned positions")
+        is_valid = self.alibi_scale == 1.0 or self.position == "alibi"
+        self._require("alibi_scale", is_valid, f"1.0 as position is {self.position}")
 
     def _check_bias(self) -> None:
         if not isinstance(self.bias, bool):
