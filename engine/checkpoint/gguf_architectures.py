@@ -39,9 +39,9 @@ def _embedding_scale(header: GGUFHeader) -> dict[str, Any]:
 
 
 def _read_windows(header: GGUFHeader, period: int) -> dict[str, Any]:
-    """Return `windows`: all layers but the last one of every `period` have the window of the metadata."""
-    window = header.get(f"{header.get('general.architecture', str)}.{WINDOW}", int)
-    return {"windows": (*[window] * (period - 1), None)}
+    """Return `windows`: all layers, or all but the last one of every `period`, have the window of the metadata."""
+    window = header.get(f"{header.get('general.architecture', str)}.{WINDOW}", int, 0) or None  # 0: none
+    return {"windows": (window,) if period == 1 else (*[window] * (period - 1), None)}
 
 
 def _write_window(config: GPTConfig) -> dict[str, Any]:
@@ -127,6 +127,16 @@ ROWS = (
     ),
     QWEN2,
     LLAMA,
+    Architecture(  # also expressed as llama, which comes first
+        name="phi3",
+        keys=(*SIZES, KV_HEADS, RMS_NORM, *ROPE),
+        constants={**GATED, "bias": False},
+        read=lambda header: _read_windows(header, 1),
+        write=_write_window,
+        extra_keys=(WINDOW, "rope.scaling.original_context_length"),  # the latter acts with longrope only
+        modules=PACKED,
+        packed_gate=True,
+    ),
     replace(LLAMA, name="smollm3", constants={**GATED, "rotary_layers": (True, True, True, False)}),
     replace(
         LLAMA,
