@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peakgpt.engine.checkpoint.folder import CONFIG
 from peakgpt.engine.checkpoint.model_folder import (
+    MODEL_FILES,
     TokenizerFiles,
     read_config,
     read_source_files,
@@ -21,7 +22,7 @@ from peakgpt.engine.checkpoint.model_folder import (
     write_model,
 )
 from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
-from peakgpt.engine.data.run_layout import model_folder
+from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream
 from peakgpt.engine.model.positions import left_padding_start
@@ -48,19 +49,26 @@ class GPT(Transformer):
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None
-    ) -> GPT:
+        cls, source: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None,
+        revision: str | None = None,
+    ) -> GPT:  # fmt: skip
         """Load a checkpoint in the Hugging Face layout of its family; the model is in evaluation mode.
 
+        Weights of a safetensors file that have this dtype and our layout are mapped, not copied: see
+        engine/checkpoint/safetensors_io.py for what that means if the file changes.
+
         Args:
-            folder: has config.json and model.safetensors (or its shards, or pytorch_model.bin), or is the folder of a
-                run, which has them in checkpoint/.
+            source: a name of the Hugging Face hub ("gpt2", "org/name", "org/name@revision"), whose files are
+                downloaded into its cache; a folder with config.json and model.safetensors (or its shards, or
+                pytorch_model.bin); the folder of a run, for its newest checkpoint.
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
+            revision: of a model of the hub: a branch, a tag or a commit.
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
+            OSError: a downloaded file cannot be written.
         """
-        folder = model_folder(folder)
+        folder = locate(source, MODEL_FILES, revision)
         family, config = read_config(folder, dropout=dropout)
         try:
             with torch.device("meta"):

@@ -236,6 +236,7 @@ NOT_RUN = {
     "python -m peakgpt.bench device": GPU,
     "peakgpt bench device": GPU,
     "peakgpt bench fp8": GPU,
+    "peakgpt generate openai-community/gpt2": "downloads a model; test_hub.py runs it with a server of this machine",
     "peakgpt bench train": LARGE,
     "peakgpt bench suite": LARGE,
     "peakgpt bench patch": LARGE,

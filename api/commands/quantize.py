@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from peakgpt.engine.checkpoint.folder import TRAINING_STATE
+from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
 from peakgpt.engine.checkpoint.quantized_folder import is_weights, read_format, write_quantized
 from peakgpt.engine.checkpoint.quantized_weights import quantize_state
-from peakgpt.engine.data.run_layout import model_folder
+from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.score import Scorer, text_perplexity
@@ -21,7 +22,7 @@ GROUP = 64  # default of --group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="checkpoint folder, or folder of a run")
+    parser.add_argument("source", metavar="IN", help=f"model: {NAMES}")
     parser.add_argument("folder", metavar="OUT", help="folder to write; the other commands read it like any checkpoint")
     parser.add_argument("--bits", type=int, required=True, choices=(8, 4), help="bits per weight")
     parser.add_argument("--group", type=int, choices=GROUPS,
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.bits == 8:
         refuse_ignored(args, ("group",), "with --bits 8, which has one scale for each row; expected it with --bits 4")
-    args.source = model_folder(args.source)
+    args.source = locate(args.source, MODEL_FILES)
     if args.source.resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
     if present := read_format(args.source):

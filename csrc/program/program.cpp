@@ -138,6 +138,7 @@ void Program::Linear(const LinearStep& step, std::shared_ptr<Weight> weight) {
   });
   const int64_t width = widths_[step.x];
   steps_.push_back([=, dtype = dtype_, selected = selected_](const State& s) {
+    if (step.out < 0 && s.pass.logits == nullptr) return;
     GemmArgs args{};
     args.m = selected ? s.pass.logit_rows : s.pass.rows;
     args.a = s.buffers[step.x];
@@ -226,6 +227,18 @@ void Program::SelectRows(const SelectStep& step) {
     });
   });
   selected_ = true;
+}
+
+void Program::Hidden(const HiddenStep& step) {
+  const int64_t bytes = widths_[step.x] * SizeOf(dtype_);
+  steps_.push_back([=, selected = selected_](const State& s) {
+    if (s.pass.hidden == nullptr) return;
+    ParallelParts(selected ? s.pass.logit_rows : s.pass.rows, s.threads, s.threads,
+                  [&](int64_t, int64_t begin, int64_t end) {
+      std::memcpy(static_cast<char*>(s.pass.hidden) + begin * bytes, s.buffers[step.x] + begin * bytes,
+                  (end - begin) * bytes);
+    });
+  });
 }
 
 // ------------------------------------------------------------------------------------------------------------- pass

@@ -126,6 +126,7 @@ void DefineProgram(py::module_& m) {
   DefineMethod<Program, AttentionStep, &Program::Attention>(program, "attention");
   DefineMethod<Program, CombineStep, &Program::Combine>(program, "combine");
   DefineMethod<Program, SelectStep, &Program::SelectRows>(program, "select_rows");
+  DefineMethod<Program, HiddenStep, &Program::Hidden>(program, "hidden");
   DefineMethodWithThreads<Program, PassArgs, &Program::Run>(program, "run");
 }
 

@@ -107,6 +107,7 @@ class ModelProgram:
             if layer == c.n_layer - 1:
                 self._select_rows()
             RESIDUALS[c.residual](self, block, norm)
+        self.program.hidden(x=self.buffers["h"])
         self._linear("h", LOGITS, model.lm_head if "lm_head" in model._modules else t.wte)
 
     def _attend(self, block: Block, layer: int) -> None:
