@@ -31,6 +31,8 @@ GROUPS = (32, 64, 128)
 BLOCK = 128  # inputs that share a scale with 8-bit weights; with 4-bit weights the weights' group is used
 PANEL = 16  # kPanelOutputs in csrc/gemm/quantized.h
 _LINE = 8  # inputs are padded to a multiple of this
+_SEARCHED = 1 << 12  # groups searched at once: their temporaries stay in the cache
+_MOST_HALVES = 256  # beyond it every x has the first or the last level
 _SHRINK = tuple(0.75 + 0.025 * i for i in range(15))  # times the scale that maps the largest weight to the last level
 
 
@@ -73,7 +75,8 @@ def quantize_4(w: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
     groups = F.pad(w, (0, -width % group)).view(-1, group)  # (F G, group)
     index = torch.empty(groups.shape, dtype=torch.uint8, device=w.device)
     scale = torch.empty(groups.shape[0], dtype=torch.bfloat16, device=w.device)
-    for part in torch.arange(groups.shape[0], device=w.device).split(1 << 16):  # the search needs 40 bytes per weight
+    for begin in range(0, groups.shape[0], _SEARCHED):
+        part = slice(begin, begin + _SEARCHED)
         index[part], scale[part] = _best_levels(groups[part])
     index = F.pad(index.view(rows, -1)[:, :width], (0, width % 2))
     return index[:, 0::2] | index[:, 1::2] << 4, scale.view(rows, -1)
@@ -162,17 +165,25 @@ def check_group(op: str, group: int) -> None:
 def _best_levels(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Search scales of both signs for the least square error: indices (N, group) and scales (N,)."""
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=groups.device)
-    midpoints = (levels[1:] + levels[:-1]) / 2
+    # The midpoints of LEVELS are multiples of 1 / 2, so ceil(2 x) decides the level nearest to x.
+    halves = torch.arange(-_MOST_HALVES, _MOST_HALVES + 1, device=groups.device) / 2
+    index_of = torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2)
+    level_of = levels[index_of]
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
-    least = groups.new_full((groups.shape[0], 1), float("inf"))
-    index = torch.zeros(groups.shape, dtype=torch.int64, device=groups.device)
-    scale = torch.zeros_like(least, dtype=torch.bfloat16)
+    least = groups.new_full(largest.shape, float("inf"))
+    scale = torch.zeros_like(largest)
     for shrink in _SHRINK:
         for end in (LEVELS[0], -LEVELS[0]):
-            candidate = (largest * (shrink / end)).bfloat16()
-            q = torch.bucketize(groups / torch.where(candidate == 0, 1.0, candidate.float()), midpoints)
-            error = (levels[q] * candidate.float() - groups).square_().sum(1, keepdim=True)
+            candidate = (largest * (shrink / end)).bfloat16().float()
+            rounded = level_of.index_select(0, _rows_of_table(groups, candidate)).view_as(groups)
+            error = rounded.mul_(candidate).sub_(groups).square_().sum(1, keepdim=True)
             better = error < least
-            pairs = ((error, least), (q, index), (candidate, scale))
-            least, index, scale = (torch.where(better, *pair) for pair in pairs)
-    return index.to(torch.uint8), scale[:, 0]
+            least, scale = torch.where(better, error, least), torch.where(better, candidate, scale)
+    index = index_of.index_select(0, _rows_of_table(groups, scale)).view_as(groups)
+    return index.to(torch.uint8), scale[:, 0].bfloat16()
+
+
+def _rows_of_table(groups: Tensor, scale: Tensor) -> Tensor:
+    """Return ceil(2 x) + _MOST_HALVES of x = groups / scale, flat; a scale of 0 counts as 1."""
+    halves = (groups / torch.where(scale == 0, 1.0, scale)).mul_(2).ceil_()
+    return halves.clamp_(-_MOST_HALVES, _MOST_HALVES).add_(_MOST_HALVES).int().flatten()
