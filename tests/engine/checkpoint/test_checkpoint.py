@@ -345,7 +345,7 @@ def test_bad_fields_of_our_own_layout_are_named_in_the_error(tmp_path, changes, 
 
 
 def test_a_missing_folder_is_named_in_the_error(tmp_path):
-    with pytest.raises(ValueError, match="nowhere: got no such folder or .gguf file, expected the path of a model"):
+    with pytest.raises(ValueError, match=r"nowhere: got no such folder or .gguf file, expected the path of a model"):
         peakgpt.GPT.from_pretrained(tmp_path / "nowhere")
 
 
