@@ -26,6 +26,7 @@ COMMANDS = {
     "report": "write the report of a run again, from its metrics",
     "generate": "continue a prompt with a checkpoint",
     "quantize": "quantize the weights of a checkpoint to 8 or 4 bits",
+    "export": "write a model as a .gguf file for llama.cpp",
     "score": "log-probabilities of continuations, or the perplexity of a text",
     "serve": "OpenAI-compatible completions over HTTP",
     "bench": "measure ops, training and decoding against PyTorch",
@@ -35,8 +36,8 @@ COMMANDS = {
 
 
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
-HEARTBEATS = {"quickstart": "stdout", "prepare": "stdout", "train": "stdout", "bench": "stdout", "quantize": "stderr",
-              "score": "stderr", "aot": "stderr", "dedup": "stderr", "contamination": "stderr"}  # fmt: skip
+HEARTBEATS = {**dict.fromkeys(("quickstart", "prepare", "train", "bench"), "stdout"),
+              **dict.fromkeys(("quantize", "export", "score", "aot", "dedup", "contamination"), "stderr")}  # fmt: skip
 
 
 class BadInput(Exception):

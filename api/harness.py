@@ -117,8 +117,8 @@ class PeakGPT(TemplateLM):
         if count >= self.max_length:
             raise ValueError(f"peakgpt: max_gen_toks is {count}, expected less than max_length {self.max_length}")
         ids = (self.tok_encode(context) or self.tokens.context_ids)[-(self.max_length - count) :]
-        params = SamplingParams(max_tokens=count, temperature=temperature, stop_token_ids=self.tokens.stop_token_ids,
-                                stop=tuple(u for u in until if u), **sampling)  # fmt: skip
+        stop = tuple(text for text in until if text)
+        params = SamplingParams(max_tokens=count, temperature=temperature, stop=stop, **sampling)
         return ids, params, until
 
 

@@ -28,7 +28,7 @@ from peakgpt.kernels.core.dispatch import BACKENDS, OPS, Op, use_backend
 from peakgpt.kernels.hardware.peaks import Streams, rated_peaks
 from peakgpt.kernels.ops import catalogue
 
-PRODUCTS = {"linear_q8": "int8", "linear_q4": "int8"}  # ops whose peak is not that of their input dtype
+PRODUCTS = dict.fromkeys(("linear_grouped", "linear_q8", "linear_q4"), "int8")  # not the peak of their inputs' dtype
 SECONDS = 20.0  # of a case; the check and compilations come first, up to 15 s with torch.compile on 2 cores
 
 Call = Callable[..., Any]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.folder import CONFIG
+from peakgpt.engine.checkpoint.gguf_file import read_gguf
+from peakgpt.engine.checkpoint.gguf_weights import load_gguf
 from peakgpt.engine.checkpoint.model_folder import (
     MODEL_FILES,
     TokenizerFiles,
@@ -22,9 +24,12 @@ from peakgpt.engine.checkpoint.model_folder import (
     write_model,
 )
 from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
+from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.inference.beam_search import beam_search
-from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream
+from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream, with_arguments
+from peakgpt.engine.inference.generation_config import GenerationConfig, generation_config
+from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.positions import left_padding_start
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
@@ -50,7 +55,7 @@ class GPT(Transformer):
     @classmethod
     def from_pretrained(
         cls, source: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None,
-        revision: str | None = None,
+        revision: str | None = None, dequantize: bool = False,
     ) -> GPT:  # fmt: skip
         """Load a checkpoint in the Hugging Face layout of its family; the model is in evaluation mode.
 
@@ -60,28 +65,43 @@ class GPT(Transformer):
         Args:
             source: a name of the Hugging Face hub ("gpt2", "org/name", "org/name@revision"), whose files are
                 downloaded into its cache; a folder with config.json and model.safetensors (or its shards, or
-                pytorch_model.bin); the folder of a run, for its newest checkpoint.
+                pytorch_model.bin); the folder of a run, for its newest checkpoint; or a .gguf file, the format of
+                llama.cpp, here or of the hub ("org/name/model.gguf").
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
             revision: of a model of the hub: a branch, a tag or a commit.
+            dequantize: decode the quantized weights of a .gguf file to this dtype, to train or to export the model.
+                Otherwise its linear layers multiply by the integers of the file.
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
             OSError: a downloaded file cannot be written.
         """
         folder = locate(source, MODEL_FILES, revision)
+        if is_gguf(folder):
+            gguf = read_gguf(folder, dropout=dropout)
+            model = cls._without_weights(gguf.config, folder)
+            model.source_files = gguf.source_files
+            return load_gguf(model, gguf, dtype, dequantize=dequantize)
         family, config = read_config(folder, dropout=dropout)
-        try:
-            with torch.device("meta"):
-                model = cls(config)
-        except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # a size does not fit into 64 bits
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{Path(folder) / CONFIG}: {reason}, expected sizes of a model") from None
+        model = cls._without_weights(config, Path(folder) / CONFIG)
         model.source_files = read_source_files(folder)
         if form := read_format(folder):
+            if dequantize:
+                raise ValueError(f"{folder}: got weights of {form.bits} bits, expected floats with dequantize=True")
             return read_quantized(folder, model, form, dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         model.load_state_dict(read_weights(folder, family, config, shapes, dtype), assign=True)
         return model.eval()
+
+    @classmethod
+    def _without_weights(cls, config: GPTConfig, source: Path) -> GPT:
+        """Build a model on the meta device; errors name the file that the config is from."""
+        try:
+            with torch.device("meta"):
+                return cls(config)
+        except (RuntimeError, OverflowError, TypeError, ValueError) as error:  # a size does not fit into 64 bits
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{source}: {reason}, expected sizes of a model") from None
 
     def save_pretrained(
         self, folder: Path | str, tokenizer: TokenizerFiles | None = None, *,
@@ -121,77 +141,91 @@ class GPT(Transformer):
             "get_peft_model without task_type, with adapters of modules such as LoRA, DoRA or IA3"
         )
 
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """How the authors of the checkpoint generate text; empty for a model that was not loaded.
+
+        Raises:
+            ValueError: a field of generation_config.json has a wrong value.
+        """
+        return generation_config(self)
+
     def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
         max_new_tokens: int | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        num_beams: int = 1,
-        length_penalty: float = 1.0,
-        early_stopping: bool | str = False,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        num_beams: int | None = None,
+        length_penalty: float | None = None,
+        early_stopping: bool | str | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
         """Continue a batch of prompts with a KV cache. The arguments have the names and the meaning of transformers.
 
+        An argument that is None has the value of `generation_config`, or else the one named below.
+
         Args:
             input_ids: (B, T) int64 or int32; prompts of different lengths are padded on the left.
             attention_mask: (B, T), 0 for padding and then 1; None without padding.
-            max_new_tokens: None means up to the model's block_size.
-            do_sample: sample instead of taking the most likely token.
-            temperature, top_k, top_p: of sampling, see SamplingParams.
-            num_beams: more than 1 is beam search, which returns the best sequence of each prompt.
-            length_penalty: beam search divides a sequence's log-probability by its length to this power.
+            max_new_tokens: up to the model's block_size.
+            do_sample: sample instead of taking the most likely token (False).
+            temperature, top_k, top_p, min_p: of sampling, see SamplingParams (1, all tokens). top_k 0 is all tokens.
+            repetition_penalty: see SamplingParams (1, none).
+            num_beams: more than 1 is beam search, which returns the best sequence of each prompt (1).
+            length_penalty: beam search divides a sequence's log-probability by its length to this power (1).
             early_stopping: beam search ends once `num_beams` sequences have ended (True), once a better one is unlikely
-                (False), or once a better one is impossible ("never").
-            eos_token_id: one or more tokens that end a sequence; the sequence keeps the token.
-            pad_token_id: fills a sequence after its end; None means the first of `eos_token_id`.
+                (False, the default), or once a better one is impossible ("never").
+            eos_token_id: one or more tokens that end a sequence; the sequence keeps the token. () means that none does.
+            pad_token_id: fills a sequence after its end (the first of `eos_token_id`).
             seed: of sampling, 64 bits; None draws one from torch's generator. Each prompt has its own random numbers.
         Returns:
             (B, T + new), dtype of input_ids; new is the number of new tokens of the longest sequence.
         Raises:
             ValueError: an argument out of range, an argument that would be ignored, or more tokens than block_size.
         """
-        params = sampling_params(
-            "generate", max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k,
-            top_p=top_p, eos_token_id=eos_token_id, seed=seed,
+        self.generation_config.warn("GPT.generate", "stop_strings")
+        config = with_arguments(
+            "generate", self.generation_config, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, repetition_penalty=repetition_penalty, num_beams=num_beams, length_penalty=length_penalty,
+            early_stopping=early_stopping, eos_token_id=eos_token_id, pad_token_id=pad_token_id, seed=seed,
         )  # fmt: skip
-        count = check_prompt(self, input_ids, max_new_tokens)
+        count = check_prompt(self, input_ids, max_new_tokens, config)
+        params = sampling_params(config, count, seed)
         start = None if attention_mask is None else left_padding_start(attention_mask, input_ids)
-        if num_beams == 1:
-            if length_penalty != 1.0 or early_stopping is not False:
-                raise ValueError("generate: got length_penalty or early_stopping with num_beams 1, expected at least 2")
-            return generate(self, input_ids, params, start, pad_token_id)
-        if do_sample:
-            raise ValueError(f"generate: got do_sample=True with num_beams {num_beams}, expected one of the two")
-        return beam_search(self, input_ids, num_beams, max_new_tokens=count, eos_token_ids=params.stop_token_ids,
-                           pad_token_id=pad_token_id, length_penalty=length_penalty, early_stopping=early_stopping,
-                           start=start)  # fmt: skip
+        search = generate if config.num_beams == 1 else beam_search
+        return search(self, input_ids, params, config, start)
 
     def stream(
         self,
         input_ids: Tensor,
         *,
         max_new_tokens: int | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         seed: int | None = None,
     ) -> Iterator[int]:
         """Yield the new tokens of one sequence, (1, T), one by one, without the eos token. Arguments as `generate`."""
-        params = sampling_params(
-            "stream", max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k,
-            top_p=top_p, eos_token_id=eos_token_id, seed=seed,
+        self.generation_config.warn("GPT.stream", "stop_strings", "num_beams")
+        config = with_arguments(
+            "stream", self.generation_config, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, repetition_penalty=repetition_penalty, num_beams=1, eos_token_id=eos_token_id, seed=seed,
         )  # fmt: skip
-        return stream(self, input_ids, params)
+        count = check_prompt(self, input_ids, max_new_tokens, config, "stream")
+        return stream(self, input_ids, sampling_params(config, count, seed))
 
     def configure_optimizer(
         self,

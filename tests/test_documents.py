@@ -218,6 +218,7 @@ SMALL = {
     "peakgpt generate runs/mine": "--max-tokens 2",
     "peakgpt generate CHECKPOINT": "--max-tokens 2",
     "peakgpt quantize": "",
+    "peakgpt export": "",
     "peakgpt score": "",
     "peakgpt serve": "--port 0",
     "peakgpt bench packing": "--model gpt2-tiny --batch 1 --tokens 32 --rounds 2",
@@ -324,6 +325,8 @@ def test_documented_commands_run(name, workspace, monkeypatch):
             continue
         if words[1] == "serve":
             pytest.importorskip("uvicorn", reason="the packages of peakgpt[serve] are not installed")
+        if words[1] == "export":
+            pytest.importorskip("gguf", reason="the package of peakgpt[gguf] is not installed")
         with monkeypatch.context() as patch:
             for key, value in environment.items():
                 patch.setenv(key, value)

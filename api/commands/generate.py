@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import Any
 
 from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
 from peakgpt.engine.data.model_source import NAMES, locate
@@ -19,7 +20,9 @@ from peakgpt.kernels.command_line import MAX_SEED, integer, number, refuse_ignor
 from peakgpt.kernels.hardware.device import choose_device
 
 LOOKUP = "lookup"
-TOP_K, SEED = 50, 0  # defaults of --top-k and --seed
+# Where neither a flag nor the checkpoint's generation_config.json says it.
+MAX_TOKENS, SAMPLING, SEED = 200, {"temperature": 0.8, "top_k": 50}, 0
+CHOOSING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")  # flags of how tokens are chosen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", help="text to continue")
     prompt.add_argument("-f", "--file", help="file with the prompt: text, or JSON with examples (docs/inference.md)")
-    parser.add_argument("-n", "--max-tokens", type=integer(), default=200,
-                        help="maximum number of new tokens (default 200)")  # fmt: skip
-    parser.add_argument("--temperature", type=number(or_equal=True), default=0.8, help="0 is greedy (default 0.8)")
-    parser.add_argument("--top-k", type=integer(), help=f"sample from this many most likely tokens (default {TOP_K})")
-    parser.add_argument("--top-p", type=number(high=1),
-                        help="sample from the fewest tokens that reach this probability")  # fmt: skip
-    parser.add_argument("--stop", action="append", default=[], help="text that ends the continuation; may be repeated")
-    parser.add_argument("--seed", type=integer(0, MAX_SEED), help=f"seed of sampling (default {SEED})")
+    options = parser.add_argument_group(
+        "how tokens are chosen", "A flag wins over the checkpoint's generation_config.json. If that file says nothing "
+        f"about sampling, the temperature is {SAMPLING['temperature']} and top-k is {SAMPLING['top_k']}."
+    )  # fmt: skip
+    options.add_argument("-n", "--max-tokens", type=integer(),
+                         help=f"most new tokens (default: the file's, else {MAX_TOKENS})")  # fmt: skip
+    options.add_argument("--temperature", type=number(or_equal=True), help="0 is greedy")
+    options.add_argument("--top-k", type=integer(0), help="sample from this many most likely tokens; 0: from all")
+    options.add_argument("--top-p", type=number(high=1),
+                         help="sample from the fewest tokens that reach this probability")  # fmt: skip
+    options.add_argument("--min-p", type=number(high=1, or_equal=True),
+                         help="sample from tokens with at least this share of the largest probability")  # fmt: skip
+    options.add_argument("--repetition-penalty", type=number(high=10), help="more than 1 avoids repeated tokens")
+    options.add_argument("--stop", action="append", default=[], help="text that ends the continuation; may be repeated")
+    options.add_argument("--seed", type=integer(0, MAX_SEED), help=f"seed of sampling (default {SEED})")
     parser.add_argument("--speculative-model", metavar="DRAFT",
                         help=f'speculative decoding, which gives the same text: "{LOOKUP}" proposes repeated words, a '
                         "checkpoint is a draft model with the same tokenizer; prints the speed-up")  # fmt: skip
@@ -44,12 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    given = {name: value for name in CHOOSING if (value := getattr(args, name)) is not None}
     if args.temperature == 0:
-        refuse_ignored(args, ("top_k", "top_p", "seed"),
-                       "with --temperature 0, which is greedy; expected a higher temperature")  # fmt: skip
-    sampling = {"temperature": args.temperature, "top_k": TOP_K if args.top_k is None else args.top_k,
-                "top_p": args.top_p, "seed": SEED if args.seed is None else args.seed}  # fmt: skip
-    SamplingParams(**sampling, stop=args.stop)  # raises before the model is loaded
+        _refuse_sampling(args, "--temperature 0")
+    SamplingParams(**{**given, "top_k": args.top_k or None}, stop=args.stop)  # raises before the model is loaded
     device = choose_device(args.device)
     load = lambda source: GPT.from_pretrained(source, dtype=best_dtype(device)).to(device)  # noqa: E731
     prompt, stops = read_prompt(args.file) if args.file is not None else (args.prompt, ())
@@ -58,21 +66,42 @@ def run(args: argparse.Namespace) -> int:
     speculation: Speculation | None = None
     if args.speculative_model:
         speculation = PromptLookup() if args.speculative_model == LOOKUP else DraftModel(load(args.speculative_model))
-    stream_text(model, tokenizer, prompt, max_tokens=args.max_tokens, stop=(*stops, *args.stop),
-                speculation=speculation, cache=args.kv_cache_dtype, **sampling)  # fmt: skip
+    sampling = _sampling(model, given)
+    if sampling["temperature"] == 0:
+        _refuse_sampling(args, "do_sample false in generation_config.json")
+    stops = (*stops, *args.stop) or model.generation_config.stop_strings
+    stream_text(model, tokenizer, prompt, max_tokens=args.max_tokens, stop=stops, speculation=speculation,
+                cache=args.kv_cache_dtype, **sampling)  # fmt: skip
     return 0
 
 
-def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: int,
+def _refuse_sampling(args: argparse.Namespace, reason: str) -> None:
+    refuse_ignored(args, ("top_k", "top_p", "min_p", "seed"),
+                   f"with {reason}, which is greedy; expected a higher temperature")  # fmt: skip
+
+
+def _sampling(model: GPT, given: dict[str, Any]) -> dict[str, Any]:
+    """Return how tokens are chosen: by the flags, by the checkpoint, or by this command's defaults."""
+    defaults = model.generation_config
+    others = {"temperature": 1.0} if defaults.states_sampling else SAMPLING
+    sampling = {"seed": SEED, **others, **defaults.sampling(), **given}
+    return {**sampling, "top_k": sampling.get("top_k") or None}  # 0: all tokens
+
+
+def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: int | None = None,
                 speculation: Speculation | None = None, cache: str | None = None, **sampling) -> str:  # fmt: skip
-    """Print the prompt and each new token as it is decoded, then tokens per second. Returns prompt and continuation."""
+    """Print the prompt and each new token as it is decoded, then tokens per second. Returns prompt and continuation.
+
+    Without max_tokens the checkpoint says how long the text is.
+    """
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("prompt: got no token, expected text")
     free = model.config.block_size - len(ids)
     if free < 1:
         raise ValueError(f"prompt: got {len(ids)} tokens, expected fewer than the model's {model.config.block_size}")
-    params = SamplingParams(max_tokens=min(max_tokens, free), stop_token_ids=tokenizer.stop_token_ids, **sampling)
+    count = max_tokens or model.generation_config.max_tokens(len(ids)) or MAX_TOKENS
+    params = SamplingParams(max_tokens=min(count, free), **sampling)
     engine = Engine(model, tokenizer, streams=1, speculation=speculation, cache=cache)
     sys.stdout.write(prompt)
     pieces, tokens, rate = _run_request(engine, ids, params, sys.stdout)

@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     if args.bits == 8:
         refuse_ignored(args, ("group",), "with --bits 8, which has one scale for each row; expected it with --bits 4")
     args.source = locate(args.source, MODEL_FILES)
+    if args.source.is_file():
+        raise ValueError(f"quantize: IN is {args.source}, expected a model folder or a run, not a .gguf file")
     if args.source.resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
     if present := read_format(args.source):

@@ -54,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn
 
         from peakgpt.serve.app import Server
-        from peakgpt.serve.chat import read_chat_template
         from peakgpt.serve.guard import LOOPBACK, config
         from peakgpt.serve.limits import LIMITS
     except ImportError as error:
@@ -73,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = Tokenizer.load(args.checkpoint)
         model = GPT.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype)).to(device)
         engine = Engine(model, tokenizer, blocks=args.blocks, cache=args.kv_cache_dtype)
-        print("\n".join(filter(None, (engine.cache_note, engine.executor_note))), file=sys.stderr, flush=True)
+        notes = engine.cache_note, engine.executor_note, engine.preparation.defaults.note
+        print("\n".join(filter(None, notes)), file=sys.stderr, flush=True)
         server = Server(
             engine, tokenizer, name=name,
             key=keys, hosts=(*LOOPBACK, address[0]) if is_loopback else None,
-            chat=read_chat_template(args.checkpoint, tokenizer.end_of_text),
         )  # fmt: skip
         http = uvicorn.Server(config(server.app, LIMITS))
         server.worker.on_failure = lambda: setattr(http, "should_exit", True)  # a supervisor starts the server again

@@ -20,7 +20,7 @@ from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.engine import Engine
 from peakgpt.engine.inference.sequence import Output
 from peakgpt.serve.answers import Answer, WholeChoice, as_message, encode
-from peakgpt.serve.chat import ChatTemplate
+from peakgpt.serve.chat import Chat
 from peakgpt.serve.errors import BadRequest, code_of
 from peakgpt.serve.guard import Guard, read_body
 from peakgpt.serve.keys import check_keys
@@ -55,23 +55,25 @@ class Server:
     """Serve one model over HTTP. `app` is the ASGI application; its lifespan starts and stops the engine's thread."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, name: str, key: str | Sequence[str] | None = None,
-                 hosts: tuple[str, ...] | None = None, chat: ChatTemplate | None = None,
-                 limits: Limits = LIMITS):  # fmt: skip
+                 hosts: tuple[str, ...] | None = None, limits: Limits = LIMITS):  # fmt: skip
         """
         Args:
             engine: made with the same tokenizer. Only the server may use it from now on.
+            tokenizer: without chat templates, /v1/chat/completions answers 400.
             name: model name in requests and responses.
             key, hosts: see Guard.
-            chat: the chat template. None: /v1/chat/completions answers 400.
+        Raises:
+            ValueError: a chat template is not Jinja, or none of them is the default.
         """
         if key is not None:
             key = check_keys([key] if isinstance(key, str) else key, "key")
-        self.name, self.chat, self.limits = name, chat, limits
+        self.name, self.limits = name, limits
+        self.chat = Chat(tokenizer.chat) if tokenizer.chat.sources else None
         self.worker, self.metrics, self.made = Worker(engine), Metrics(), int(time.time())
         self.metrics.load.set_function(lambda: self.worker.load)
         self.metrics.free.set_function(lambda: engine.pool.free_blocks)
         self.block_size = engine.config.block_size
-        self.requests = RequestPreparation(engine.preparation, tokenizer, name, chat, limits)
+        self.requests = RequestPreparation(engine.preparation, tokenizer, name, self.chat, limits)
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=self._lifespan)
         for path, method, answer in (
             ("/", "GET", self._page), ("/health", "GET", self._health), ("/metrics", "GET", self._metrics),
@@ -156,7 +158,7 @@ class Server:
         outputs = Outputs(self.worker, request, completion.continuations, self.limits.queue)
         try:
             fields = completion.fields
-            texts = [await self.chat.render_async(fields["messages"])] if chat else fields["prompt"]
+            texts = [await self.chat.render_async(fields)] if chat else fields["prompt"]
             sequences, answer = await self.requests.run(self.requests.sequences, completion, texts)
             self.metrics.tokens.labels("prompt").inc(sum(map(len, answer.prompts)))
             self.metrics.first.observe(await outputs.submit(sequences))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from peakgpt.engine.inference.embedding import POOLINGS
 from peakgpt.serve.answers import encode
+from peakgpt.serve.checks import Check, boolean, prompts, text, unsupported
 from peakgpt.serve.limits import Limits
-from peakgpt.serve.schema import Check, boolean, prompts, text, unsupported
 
 
 def inputs(value: Any, limits: Limits) -> list[str | list[int]]:

@@ -12,9 +12,9 @@ class Limits:
     header_bytes: int = 16 << 10
     headers: int = 100  # lines
     body_bytes: int = 1 << 20
-    json_depth: int = 8  # a request needs 4
-    json_containers: int = 1024  # objects, and as many lists; a request with all messages has 258
-    json_keys: int = 4096  # in all objects; a request with all biases and messages has about 1600
+    json_depth: int = 32  # the schema of a tool has 6, and 3 for each level of its arguments
+    json_containers: int = 4096  # objects, and as many lists; a tool with 10 arguments has 14
+    json_keys: int = 16384  # in all objects; a request with all biases and messages has about 1600
     prompts: int = 64  # in one request
     inputs: int = 256  # texts to embed in one request
     prompt_tokens: int = 1 << 17
@@ -29,6 +29,7 @@ class Limits:
     allowed_texts: int = 256  # choices of constrained decoding
     allowed_chars: int = 1024
     messages: int = 256
+    tools: int = 128  # and calls in one message
     queue: int = 512  # running and waiting sequences
     connections: int = 256
     header_s: float = 10.0  # time for the header of a request

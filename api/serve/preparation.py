@@ -18,10 +18,11 @@ from peakgpt.engine.inference.preparation import Preparation
 from peakgpt.engine.inference.sampling_params import ContextExceeded, InvalidParam, SamplingParams
 from peakgpt.engine.inference.sequence import RunningSequence
 from peakgpt.serve.answers import Answer, Echo, TokenTexts
-from peakgpt.serve.chat import ChatTemplate
+from peakgpt.serve.chat import Chat
 from peakgpt.serve.embeddings import EMBEDDING, EmbeddingAnswer
 from peakgpt.serve.errors import BadRequest
 from peakgpt.serve.guard import internal_error
+from peakgpt.serve.json_body import parse
 from peakgpt.serve.limits import Limits
 from peakgpt.serve.schema import (
     DETOKENIZE,
@@ -30,7 +31,6 @@ from peakgpt.serve.schema import (
     check,
     check_request,
     missing,
-    parse,
 )
 
 T = TypeVar("T")
@@ -40,14 +40,14 @@ THREADS = 2
 class RequestPreparation:
     """Checks requests and encodes their prompts."""
 
-    def __init__(self, preparation: Preparation, tokenizer: Tokenizer, name: str, chat: ChatTemplate | None,
+    def __init__(self, preparation: Preparation, tokenizer: Tokenizer, name: str, chat: Chat | None,
                  limits: Limits):  # fmt: skip
         """
         Args:
             preparation: of the engine.
             tokenizer: of the engine.
             name: the only model that requests may name.
-            chat: the chat template, if the model has one.
+            chat: the chat templates, if the model has one.
             limits: of requests.
         """
         self.engine, self.tokenizer, self.name, self.chat, self.limits = preparation, tokenizer, name, chat, limits
@@ -91,7 +91,7 @@ class RequestPreparation:
             for prompt in prompts:
                 rest = max(0, self.engine.max_length - len(prompt))
                 if rest not in params_of:
-                    params_of[rest] = completion.params(self.tokenizer.stop_token_ids, rest)
+                    params_of[rest] = completion.params(self.engine.defaults, len(prompt), rest)
                 requests.append((prompt, params_of[rest]))
             sequences = self.engine.prepare(requests)
         except InvalidParam as error:

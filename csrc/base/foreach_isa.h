@@ -32,8 +32,9 @@
 #define PEAK_SCALAR 0
 #define PEAK_AVX2 1
 #define PEAK_AVX512 2
-#define PEAK_AVX512BF16 3
-#define PEAK_NEON 4
+#define PEAK_AVX512VNNI 3
+#define PEAK_AVX512BF16 4
+#define PEAK_NEON 5
 
 #define PEAK_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
@@ -56,7 +57,7 @@ namespace {
 #if defined(__x86_64__)
 
 #define PEAK_ISA PEAK_AVX2
-PEAK_PUSH_TARGET("avx2,fma")
+PEAK_PUSH_TARGET("avx2,fma,f16c")
 namespace peak::avx2 {
 namespace {
 #include "simd/simd.h"
@@ -67,7 +68,7 @@ PEAK_POP_TARGET
 #undef PEAK_ISA
 
 #define PEAK_ISA PEAK_AVX512
-PEAK_PUSH_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+PEAK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 namespace peak::avx512 {
 namespace {
 #include "simd/simd.h"
@@ -77,8 +78,19 @@ namespace {
 PEAK_POP_TARGET
 #undef PEAK_ISA
 
+#define PEAK_ISA PEAK_AVX512VNNI
+PEAK_PUSH_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+namespace peak::avx512vnni {
+namespace {
+#include "simd/simd.h"
+#include PEAK_THIS_FILE
+}  // namespace
+}  // namespace peak::avx512vnni
+PEAK_POP_TARGET
+#undef PEAK_ISA
+
 #define PEAK_ISA PEAK_AVX512BF16
-PEAK_PUSH_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
+PEAK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
 namespace peak::avx512bf16 {
 namespace {
 #include "simd/simd.h"

@@ -11,6 +11,11 @@ struct bf16 {
   uint16_t bits;
 };
 
+// A half-precision float of IEEE 754: the scales of weights in .gguf files.
+struct f16 {
+  uint16_t bits;
+};
+
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
 constexpr int64_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

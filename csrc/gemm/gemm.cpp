@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "base/memory.h"
@@ -14,12 +15,13 @@ namespace {
 struct GemmTile {
   int64_t rows, columns;  // of a panel of a, of a panel of b
   int64_t slot;           // elements of k in a slot
+  int64_t packed_bytes;   // of a slot of a packed b
 };
 struct GemmBlock {
   int64_t row, rows, column, columns, k, depth;
   bool first, last;  // along k
 };
-struct GemmPart {
+struct PanelRange {
   int64_t row_begin, row_end, column_begin, column_end;  // panels of a block
 };
 
@@ -43,7 +45,7 @@ constexpr int64_t kGroupFloats = 120 << 10;  // packed b in a group of columns: 
 
 template <class T>
 GemmTile TileSizes() {
-  return {kPanelRows, kColumns, kSlot<T>};
+  return {kPanelRows, kColumns, kSlot<T>, sizeof(Packed<T>)};
 }
 
 // Whether the tiles read a where it is instead of packed: it pays for few panels of b. It does not pay if the slots are
@@ -86,8 +88,8 @@ void PrepareRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, in
 }
 
 // Packs elements k to k + depth of some columns of b.
-template <class T, class Args>
-void PackColumns(const Args& args, int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) {
+template <class T, class Args, class Out>
+void PackColumns(const Args& args, int64_t column, int64_t columns, int64_t k, int64_t depth, Out* out) {
   const T* from = static_cast<const T*>(args.b) + column * args.b_col + k * args.b_k;
   Pack<T>(from, args.b_col, args.b_k, columns, depth, kColumnVecs, out);
 }
@@ -105,42 +107,55 @@ template <class T>
 void PackBlock(const PackArgs& args, int64_t k, int64_t depth, int64_t begin, int64_t end) {
   const int64_t column = begin * kColumns, slots = (depth + kSlot<T> - 1) / kSlot<T>;
   PackColumns<T>(args, column, std::min(end * kColumns, args.n) - column, k, depth,
-                 args.out + PackedAt<T>(args.n, k, column, slots));
+                 static_cast<Packed<T>*>(args.out) + PackedAt<T>(args.n, k, column, slots));
 }
 
-// Computes the tiles of one part of a block. Columns are taken in groups that stay in the second-level cache; the
-// thread that uses a group packs it.
-template <class T>
-void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const GemmPart& part, const float* a, float* b,
-                    float* sums) {
+// Columns of a block whose packed panels stay in the second-level cache.
+struct ColumnGroup {
+  int64_t begin, end;  // panels of a block
+};
+
+// Computes the tiles of one part of a block in a group of columns; b is the group, packed.
+template <class T, class E>
+void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const PanelRange& part, const ColumnGroup& group,
+                   const float* a, const E* b, float* sums) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
   const int64_t panels = (block.columns + kColumns - 1) / kColumns;
   alignas(64) float tile[kRows * kColumns];
+  for (int64_t i = part.row_begin * kPanelRows; i < std::min(part.row_end * kPanelRows, block.rows); i += kRows) {
+    TileRows left{a + i / kPanelRows * kPanelRows * slots + i % kPanelRows, 1, kPanelRows};
+    if (ReadsRows<T>(args)) {
+      const float* rows = static_cast<const float*>(args.a) + (block.row + i) * args.a_row + block.k * args.a_k;
+      left = {rows, args.a_row, args.a_k};
+    }
+    for (int64_t j = group.begin; j < group.end; ++j) {
+      float* at = sums == nullptr ? tile : sums + (i / kRows * panels + j) * kRows * kColumns;
+      const int64_t width = block.columns - j * kColumns;
+      const TileFunction<E> multiply = left.slot_step == 1 ? TileOf<T, E, true>(block.rows - i, width)
+                                                           : TileOf<T, E, false>(block.rows - i, width);
+      if (block.last) PrefetchTile<T>(args, block.row + i, block.column + j * kColumns);
+      multiply(slots, left, b + (j - group.begin) * kColumns * slots, block.first, at);
+      if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
+    }
+  }
+}
+
+// Computes the tiles of one part of a block, one group of columns after the other. The thread that uses a group packs
+// it, unless b is packed.
+template <class T>
+void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const PanelRange& part, const float* a, float* b,
+                    float* sums) {
+  const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
   const int64_t most = std::max<int64_t>(1, kGroupFloats / (kColumns * std::max<int64_t>(1, slots)));
-  for (int64_t group = part.column_begin; group < part.column_end; group += most) {
-    const int64_t group_end = std::min(group + most, part.column_end);
-    const int64_t column = group * kColumns, columns = std::min(group_end * kColumns, block.columns) - column;
-    const float* right = b;
+  for (int64_t begin = part.column_begin; begin < part.column_end; begin += most) {
+    const ColumnGroup group{begin, std::min(begin + most, part.column_end)};
+    const int64_t column = begin * kColumns, columns = std::min(group.end * kColumns, block.columns) - column;
     if (args.packed_b != nullptr) {
-      right = args.packed_b + PackedAt<T>(args.n, block.k, block.column + column, slots);
+      const int64_t at = PackedAt<T>(args.n, block.k, block.column + column, slots);
+      MultiplyGroup<T>(args, block, part, group, a, static_cast<const Packed<T>*>(args.packed_b) + at, sums);
     } else {
       PackColumns<T>(args, block.column + column, columns, block.k, block.depth, b);
-    }
-    for (int64_t i = part.row_begin * kPanelRows; i < std::min(part.row_end * kPanelRows, block.rows); i += kRows) {
-      TileRows left{a + i / kPanelRows * kPanelRows * slots + i % kPanelRows, 1, kPanelRows};
-      if (ReadsRows<T>(args)) {
-        const float* rows = static_cast<const float*>(args.a) + (block.row + i) * args.a_row + block.k * args.a_k;
-        left = {rows, args.a_row, args.a_k};
-      }
-      for (int64_t j = group; j < group_end; ++j) {
-        float* at = sums == nullptr ? tile : sums + (i / kRows * panels + j) * kRows * kColumns;
-        const int64_t width = block.columns - j * kColumns;
-        const TileFunction multiply = left.slot_step == 1 ? TileOf<T, true>(block.rows - i, width)
-                                                          : TileOf<T, false>(block.rows - i, width);
-        if (block.last) PrefetchTile<T>(args, block.row + i, block.column + j * kColumns);
-        multiply(slots, left, right + (j - group) * kColumns * slots, block.first, at);
-        if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
-      }
+      MultiplyGroup<T>(args, block, part, group, a, b, sums);
     }
   }
 }
@@ -206,37 +221,43 @@ struct GemmPlan {
   int64_t Scratch(int threads) const { return a_size + sums_size + threads * b_size; }
 };
 
+// Calls f(block) for the blocks of columns [begin, end) of a product, in order.
+template <class F>
+void ForEachBlock(const GemmArgs& args, const GemmPlan& plan, int64_t begin, int64_t end, const F& f) {
+  for (int64_t column = begin; column < end; column += plan.columns) {
+    for (int64_t row = 0; row < args.m; row += plan.rows) {
+      for (int64_t k = 0; k == 0 || k < args.k; k += plan.depth) {
+        f(GemmBlock{row, std::min(plan.rows, args.m - row), column, std::min(plan.columns, end - column), k,
+                    std::min(plan.depth, args.k - k), k == 0, k + plan.depth >= args.k});
+      }
+    }
+  }
+}
+
 // Computes one thread's part of a product. All `workers` call it with the same scratch.
 void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
   const auto prepare = PEAK_PICK_DTYPE(args.dtype, PrepareRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
-  const int64_t rows = plan.rows, columns = plan.columns, depth = plan.depth;
-  const auto [row_groups, column_groups] = Grid(rows / plan.tile.rows, columns / plan.tile.columns, workers);
+  const auto [row_groups, column_groups] = Grid(plan.rows / plan.tile.rows, plan.columns / plan.tile.columns, workers);
+  const int64_t i = id / column_groups, j = id % column_groups, groups = row_groups, others = column_groups;
   float* const sums = plan.sums_size > 0 ? a + plan.a_size : nullptr;
   float* const b = a + plan.a_size + plan.sums_size + id * plan.b_size;
-  for (int64_t column = 0; column < args.n; column += columns) {
-    for (int64_t row = 0; row < args.m; row += rows) {
-      for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
-        const GemmBlock block{row, std::min(rows, args.m - row), column, std::min(columns, args.n - column),
-                              k, std::min(depth, args.k - k), k == 0, k + depth >= args.k};
-        const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
-        prepare(args, block, r * id / workers, r * (id + 1) / workers, a);
-        Barrier();
-        const int64_t i = id / column_groups, j = id % column_groups;
-        const GemmPart part{r * i / row_groups, r * (i + 1) / row_groups, c * j / column_groups,
-                            c * (j + 1) / column_groups};
-        if (i < row_groups) multiply(args, block, part, a, b, sums);
-        Barrier();
-      }
-    }
-  }
+  ForEachBlock(args, plan, 0, args.n, [&](const GemmBlock& block) {
+    const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
+    prepare(args, block, r * id / workers, r * (id + 1) / workers, a);
+    Barrier();
+    const PanelRange part{r * i / groups, r * (i + 1) / groups, c * j / others, c * (j + 1) / others};
+    if (i < groups) multiply(args, block, part, a, b, sums);
+    Barrier();
+  });
 }
 
 }  // namespace
 
 int64_t PackedFloats(DType dtype, int64_t n, int64_t k) {
   const GemmTile tile = PEAK_PICK_DTYPE(dtype, TileSizes)();
-  return Up(n, tile.columns) * (Up(k, tile.slot) / tile.slot);
+  const int64_t bytes = Up(n, tile.columns) * (Up(k, tile.slot) / tile.slot) * tile.packed_bytes;
+  return Pieces(bytes, sizeof(float));
 }
 
 void PackB(const PackArgs& args, int threads) {
@@ -256,6 +277,38 @@ void TeamGemm(const GemmArgs& args, float* scratch) {
   if (args.m == 0 || args.n == 0) return;
   const Team* team = Team::Current();
   MultiplyPart(args, GemmPlan(args), scratch, team->id, team->size);
+}
+
+int64_t GemmPanels(const GemmArgs& args) { return Pieces(args.n, PEAK_PICK_DTYPE(args.dtype, TileSizes)().columns); }
+
+int64_t GemmPartScratch(const GemmArgs& args) {
+  const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileSizes)();
+  const int64_t rows = std::min(Up(args.m, tile.rows), kBlockRows), all_slots = Up(args.k, tile.slot) / tile.slot;
+  const int64_t columns = std::min(Up(args.n, tile.columns), kBlockColumns), slots = std::min(all_slots, kBlockSlots) + 1;
+  const int64_t b = args.packed_b != nullptr ? 0 : std::max(kGroupFloats, tile.columns * slots);
+  return std::max(rows * slots, tile.rows * all_slots) + (all_slots > kBlockSlots ? rows * columns : 0) + b;
+}
+
+void GemmPart(const GemmArgs& args, int64_t part, int64_t parts, float* scratch) {
+  if (args.m == 0) return;
+  const GemmPlan plan(args);
+  const int64_t panels = Pieces(args.n, plan.tile.columns);
+  const int64_t begin = panels * part / parts, end = panels * (part + 1) / parts;
+  if (args.m <= kSkinnyRows && args.packed_b == nullptr) {
+    const GemmBlock block{0, args.m, begin, args.n, 0, args.k, true, true};
+    PEAK_PICK_DTYPE(args.dtype, PackRows)(args, block, 0, 1, scratch);
+    return PEAK_PICK_DTYPE(args.dtype, MultiplySkinny)(args, plan.depth, scratch, begin, end);
+  }
+  const auto prepare = PEAK_PICK_DTYPE(args.dtype, PrepareRows);
+  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
+  float* const sums = plan.sums_size > 0 ? scratch + plan.a_size : nullptr;
+  float* const b = scratch + plan.a_size + plan.sums_size;
+  const int64_t last = std::min(end * plan.tile.columns, args.n);
+  ForEachBlock(args, plan, begin * plan.tile.columns, last, [&](const GemmBlock& block) {
+    const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
+    prepare(args, block, 0, r, scratch);
+    multiply(args, block, {0, r, 0, c}, scratch, b, sums);
+  });
 }
 
 void Gemm(const GemmArgs& args, int threads) {

@@ -36,7 +36,7 @@ struct GemmArgs {
   int64_t c_row;
   const void* b = nullptr;  // element (p, j) is b[j b_col + p b_k]; one of the strides is 1
   int64_t b_col = 0, b_k = 0;
-  const float* packed_b = nullptr;  // b packed by PackB; it is read instead of b
+  const void* packed_b = nullptr;  // b packed by PackB; it is read instead of b
   Epilogue epilogue = Epilogue::kStore;
   const void* bias = nullptr;  // (n)
   Activation activation = Activation::kRelu;
@@ -57,7 +57,7 @@ struct PackArgs {
   int64_t n, k;
   const void* b;  // as in GemmArgs
   int64_t b_col, b_k;
-  float* out;  // PackedFloats floats
+  void* out;  // PackedFloats floats
 };
 PEAK_FIELDS(PackArgs, dtype, n, k, b, b_col, b_k, out)
 
@@ -68,6 +68,12 @@ void PackB(const PackArgs& args, int threads);
 // GemmScratch floats.
 int64_t GemmScratch(const GemmArgs& args, int threads);
 void TeamGemm(const GemmArgs& args, float* scratch);
+
+// A part of the columns of a product, on the calling thread alone: part `part` of `parts`, which are at most GemmPanels
+// parts. The scratch of GemmPartScratch floats suffices for every product that is not larger in m, n or k.
+int64_t GemmPanels(const GemmArgs& args);
+int64_t GemmPartScratch(const GemmArgs& args);
+void GemmPart(const GemmArgs& args, int64_t part, int64_t parts, float* scratch);
 
 }  // namespace peak
 

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "gemm/gemm.h"
 #include "base/memory.h"
@@ -12,8 +13,13 @@ namespace peak {
 
 namespace {
 
-// kvalues_iq4nl of llama.cpp (ggml-common.h, MIT), plus 128; kernels/ops/quantize.py gives their gain.
-constexpr uint8_t kQuantizedLevels[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+// LEVEL_TABLES of kernels/ops/quantize.py in their order, plus 128.
+constexpr uint8_t kQuantizedLevels[4][16] = {
+    {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241},
+    {120, 121, 122, 123, 124, 125, 126, 127, 128, 129, 130, 131, 132, 133, 134, 135},
+    {128, 129, 130, 131, 132, 133, 134, 135, 136, 137, 138, 139, 140, 141, 142, 143},
+    {128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116},
+};
 
 constexpr int64_t kUnitPanels = 3;    // panels in a unit of work; a tile has at most this number
 constexpr int64_t kTileRows = 8;      // rows of x that are stored together
@@ -29,12 +35,16 @@ constexpr int64_t kPackedRows = 32;
 
 int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// Whether each block of inputs of an output has a scale; else an output has one.
+bool HasBlockScales(const QuantizedMatrix& matrix) { return matrix.f16_scales || matrix.bits == 4; }
+
 // The arrays of the scratch. With scratch == nullptr only `size` is valid.
 struct QuantizedLayout {
   int64_t rows, quads, blocks;  // rows are padded so that the last tile has 1, 2, 4 or 8
   int8_t* bytes;    // x as (tile, quad, row, 4)
   float* scales;    // of x: (tile, block, row)
   int32_t* starts;  // (tile, block, row): what the sums start from, a correction for weights stored without a sign
+  float* totals;    // (tile, block, row): the sum of a block of Q(x), which an offset of W is multiplied by
   uint8_t* panels;  // for each thread, unpacked 4-bit weights
   int64_t size;     // in bytes
 
@@ -47,6 +57,7 @@ struct QuantizedLayout {
     bytes = arena.Take<int8_t>(rows * quads * 4);
     scales = arena.Take<float>(rows * blocks);
     starts = arena.Take<int32_t>(rows * blocks);
+    totals = arena.Take<float>(args.offset == nullptr ? 0 : rows * blocks);
     panels = arena.Take<uint8_t>(args.bits == 4 && args.rows > kPackedRows ? parts * PanelBytes() : 0);
     size = arena.used();
   }
@@ -73,8 +84,8 @@ constexpr int kMostRows = kLanes == 16 ? kTileRows : kTileRows / 2;
 // -------------------------------------------------------------------------------------------------- quantizing of x
 // Quantizes one block of a row: `count` elements. The quads of bytes are `stride` quads apart.
 template <class T>
-void QuantizeBlock(const T* x, int64_t count, int64_t quads, int64_t stride, int8_t* out, float* scale,
-                   int32_t* start) {
+void QuantizeBlock(const T* x, int64_t count, int64_t quads, int64_t stride, int8_t* out, float* scale, int32_t* start,
+                   float* scaled_total) {
   Vec most = Set(0.0f), sum = Set(0.0f);
 #pragma GCC unroll 4
   for (int64_t i = 0; i < count; i += kLanes) most = Max(most, Abs(Load(x + i, count - i)));
@@ -89,6 +100,7 @@ void QuantizeBlock(const T* x, int64_t count, int64_t quads, int64_t stride, int
   const float total = Sum(sum), poison = total - total;  // NaN if an element is not finite (inf * 0 is NaN too)
   *scale = largest / 127.0f + poison;
   *start = poison == 0.0f ? (kQuadZero - 128) * static_cast<int32_t>(total) : 0;
+  if (scaled_total != nullptr) *scaled_total = *scale * total;
 #pragma GCC unroll 8
   for (int64_t q = 0; q < quads; ++q, out += stride * 4) std::memcpy(out, bytes + q * 4, 4);
 }
@@ -106,24 +118,25 @@ void QuantizeBlocks(const QuantizedArgs& args, const QuantizedLayout& layout, in
         const int64_t entry = first * layout.blocks + block * rows + i;
         QuantizeBlock(x + at, count, std::min(args.block, layout.quads * 4 - at) / 4, rows,
                       layout.bytes + first * layout.quads * 4 + (at / 4 * rows + i) * 4, layout.scales + entry,
-                      layout.starts + entry);
+                      layout.starts + entry, args.offset == nullptr ? nullptr : layout.totals + entry);
       }
     }
   }
 }
 
 // ------------------------------------------------------------------------------------------------------- products
-// Formats of a panel's weights: the number of quads of inputs in a line, and whether each block has scales.
+// Formats of a panel's weights: the number of quads of inputs in a line, and the type of the scales of blocks, if any.
+template <class S>
 struct Bytes {
+  using Scale = S;
   static constexpr int kLineQuads = 1;
-  static constexpr bool kGrouped = false;
+  static constexpr bool kGrouped = !std::is_void_v<Scale>;
   Table table;
   PEAK_INLINE Quads Get(Quads line, int) const { return line; }
 };
-struct UnpackedNibbles : Bytes {
-  static constexpr bool kGrouped = true;
-};
+template <class S>
 struct Nibbles {
+  using Scale = S;
   static constexpr int kLineQuads = 2;
   static constexpr bool kGrouped = true;
   Table table;
@@ -137,26 +150,32 @@ struct TileArgs {
   const int8_t* bytes;
   const float* scales;
   const int32_t* starts;
+  const float* totals;
   int64_t rows;
   const uint8_t* weight;
   int64_t panel_bytes;
-  const bf16* weight_scales;  // 4 bits: (panels, blocks, kPanelOutputs)
-  int64_t scales_stride;      // between panels
+  const uint8_t* levels;          // the table of 4-bit weights
+  const uint16_t* weight_scales;  // of blocks: (panels, blocks, kPanelOutputs)
+  const f16* offsets;             // as weight_scales, or null
+  int64_t scales_stride;          // between panels
 };
 
-// sums[kRows][kPanels * kPanelOutputs] = Q(x) W^T, without the scales of 8-bit weights.
+// sums[kRows][kPanels * kPanelOutputs] = Q(x) W^T, without the scales of outputs.
 template <class Weight, int kRows, int kPanels>
 void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t quads, float* sums) {
   constexpr int kVecs = kPanels * kPanelVecs;
   constexpr int64_t kAhead = 1024;  // prefetch distance in each panel, in bytes
   Weight weights;
-  weights.table = LoadTable(kQuantizedLevels);
+  weights.table = LoadTable(tile.levels);
   const int64_t rows = tile.rows, panel_bytes = tile.panel_bytes;
   const int8_t* x = tile.bytes;
   const float* scales = tile.scales;
   const int32_t* starts = tile.starts;
   const uint8_t* w = tile.weight;
-  const bf16* weight_scales = tile.weight_scales;
+  using Scale = std::conditional_t<Weight::kGrouped, typename Weight::Scale, bf16>;
+  const Scale* weight_scales = reinterpret_cast<const Scale*>(tile.weight_scales);
+  [[maybe_unused]] const f16* offsets = tile.offsets;
+  [[maybe_unused]] const float* totals = tile.totals;
   const uint8_t* const last = w + panel_bytes - kAhead;  // from here on the next panels are prefetched
   // All loops over both arrays of sums are unrolled: otherwise GCC 12 keeps the inner sums in memory.
   Vec total[kRows][kVecs];
@@ -210,6 +229,20 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
         total[i][v] = Fma(ToFloats(acc[i][v]), factor, total[i][v]);
       }
     }
+    if constexpr (std::is_same_v<Scale, f16>) {
+      if (offsets != nullptr) {
+        for (int v = 0; v < kVecs; ++v) {
+          groups[v] = Load(offsets + v / kPanelVecs * tile.scales_stride + v % kPanelVecs * kLanes);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          const Vec sum = Set(totals[i]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVecs; ++v) total[i][v] = Fma(sum, groups[v], total[i][v]);
+        }
+        offsets += kPanelOutputs, totals += rows;
+      }
+    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
@@ -237,7 +270,7 @@ void Finish(const QuantizedArgs& args, const float* sums, int64_t width, int64_t
     Out* y = static_cast<Out*>(args.y) + (row + i) * args.y_row + column;
     for (int64_t j = 0; j < columns; j += kLanes) {
       Vec v = Load(sums + j);
-      if (args.bits == 8) v = v * Load(static_cast<const float*>(args.scale) + column + j, columns - j);
+      if (!HasBlockScales(args)) v = v * Load(static_cast<const float*>(args.scale) + column + j, columns - j);
       if (args.bias != nullptr) v = v + Load(static_cast<const T*>(args.bias) + column + j, columns - j);
       Store(y + j, Activated<T>(args.activation, v), columns - j);
     }
@@ -261,6 +294,7 @@ void MultiplyRows(const QuantizedArgs& args, const QuantizedLayout& layout, Tile
   tile.bytes = layout.bytes + row * layout.quads * 4;
   tile.scales = layout.scales + row * layout.blocks;
   tile.starts = layout.starts + row * layout.blocks;
+  tile.totals = layout.totals + row * layout.blocks;
   switch (tile.rows) {
     case 1: return MultiplyTile<T, Weight, 1, kPanels>(args, layout, tile, row, column);
     case 2: return MultiplyTile<T, Weight, 2, kPanels>(args, layout, tile, row, column);
@@ -268,7 +302,7 @@ void MultiplyRows(const QuantizedArgs& args, const QuantizedLayout& layout, Tile
     default:
       for (int64_t i = 0; i < kTileRows; i += kMostRows) {
         MultiplyTile<T, Weight, kMostRows, kPanels>(args, layout, tile, row + i, column);
-        tile.bytes += kMostRows * 4, tile.scales += kMostRows, tile.starts += kMostRows;
+        tile.bytes += kMostRows * 4, tile.scales += kMostRows, tile.starts += kMostRows, tile.totals += kMostRows;
       }
   }
 }
@@ -285,13 +319,14 @@ void MultiplyUnit(const QuantizedArgs& args, const QuantizedLayout& layout, Tile
     }
     tile.weight += step * tile.panel_bytes;
     if (Weight::kGrouped) tile.weight_scales += step * tile.scales_stride;
+    if (tile.offsets != nullptr) tile.offsets += step * tile.scales_stride;
     panels -= step, column += step * kPanelOutputs;
   }
 }
 
 // Unpacks lines of 8 inputs of 4 bits to lines of 4 inputs of 8 bits.
-inline void Unpack(const uint8_t* from, int64_t bytes, uint8_t* out) {
-  const Nibbles weights{LoadTable(kQuantizedLevels)};
+inline void Unpack(const uint8_t* levels, const uint8_t* from, int64_t bytes, uint8_t* out) {
+  const Nibbles<bf16> weights{LoadTable(levels)};
   for (int64_t at = 0; at < bytes; at += kLine, out += 2 * kLine) {
     for (int v = 0; v < kPanelVecs; ++v) {
       const Quads line = LoadQuads(from + at + v * kLanes * 4);
@@ -299,6 +334,15 @@ inline void Unpack(const uint8_t* from, int64_t bytes, uint8_t* out) {
       StoreQuads(out + kLine + v * kLanes * 4, weights.Get(line, 1));
     }
   }
+}
+
+// Multiplies rows [begin, end) of x by the panels of a unit, with scales of the type S.
+template <class T, class S>
+void MultiplyScaled(const QuantizedArgs& args, const QuantizedLayout& layout, const TileArgs& tile, int64_t panels,
+                    int64_t column, int64_t begin, int64_t end) {
+  const bool nibbles = args.bits == 4 && args.rows <= kPackedRows;
+  nibbles ? MultiplyUnit<T, Nibbles<S>>(args, layout, tile, panels, column, begin, end)
+          : MultiplyUnit<T, Bytes<S>>(args, layout, tile, panels, column, begin, end);
 }
 
 // Multiplies all rows by panels [begin, end).
@@ -315,16 +359,18 @@ void MultiplyPanels(const QuantizedArgs& args, const QuantizedLayout& layout, in
       tile.weight = args.weight + panel * packed_bytes;
       tile.panel_bytes = packed_bytes;
       tile.scales_stride = layout.blocks * kPanelOutputs;
-      if (nibbles) tile.weight_scales = static_cast<const bf16*>(args.scale) + panel * tile.scales_stride;
+      tile.levels = kQuantizedLevels[args.levels];
+      if (HasBlockScales(args)) tile.weight_scales = static_cast<const uint16_t*>(args.scale) + panel * tile.scales_stride;
+      if (args.offset != nullptr) tile.offsets = args.offset + panel * tile.scales_stride;
       if (unpack) {
-        Unpack(tile.weight, panels * packed_bytes, unpacked);
+        Unpack(tile.levels, tile.weight, panels * packed_bytes, unpacked);
         tile.weight = unpacked;
         tile.panel_bytes = layout.quads * kLine;
       }
       const int64_t column = panel * kPanelOutputs;
-      !nibbles ? MultiplyUnit<T, Bytes>(args, layout, tile, panels, column, row, row_end)
-      : unpack ? MultiplyUnit<T, UnpackedNibbles>(args, layout, tile, panels, column, row, row_end)
-               : MultiplyUnit<T, Nibbles>(args, layout, tile, panels, column, row, row_end);
+      args.f16_scales         ? MultiplyScaled<T, f16>(args, layout, tile, panels, column, row, row_end)
+      : !HasBlockScales(args) ? MultiplyUnit<T, Bytes<void>>(args, layout, tile, panels, column, row, row_end)
+                              : MultiplyScaled<T, bf16>(args, layout, tile, panels, column, row, row_end);
     }
   }
 }

@@ -15,8 +15,11 @@
 namespace peak {
 
 // Weights lie in panels of kPanelOutputs outputs. A cache line holds 4 inputs of each output, output by output; a byte
-// is level + 128. With 4 bits a byte holds two indices into kQuantizedLevels, the upper one for the input 4 further on,
-// so a line holds 8 inputs. The padding of the last panel and of the last 8 inputs may hold anything.
+// is level + 128. With 4 bits a byte holds two indices into a row of kQuantizedLevels, the upper one for the input 4
+// further on, so a line holds 8 inputs. The padding of the last panel and of the last 8 inputs may hold anything.
+//
+// A weight is scale * level + offset. The scale belongs to an output, or to a block of inputs of an output, as an
+// offset does.
 constexpr int64_t kPanelOutputs = 16;
 constexpr int64_t kMaxBlock = 128;
 
@@ -24,11 +27,15 @@ struct QuantizedMatrix {
   DType dtype;  // of x, bias and y
   int bits;     // of a weight: 8 or 4
   int64_t n, k;
-  int64_t block;  // inputs that share a scale of x, and with 4 bits a scale of W: a multiple of 8 up to kMaxBlock
+  int64_t block;  // inputs that share a scale of x, and one of W if it has several: a multiple of 8 up to kMaxBlock
   const uint8_t* weight;  // (panels, k rounded up to 8 / (4 or 8), kPanelOutputs, 4)
   const void* scale;      // 8 bits: float (n); 4 bits: bf16 (panels, blocks, kPanelOutputs)
+  bool f16_scales = false;      // scale is f16 (panels, blocks, kPanelOutputs), for 8 bits too
+  const f16* offset = nullptr;  // as such scales
+  int levels = 0;               // 4 bits: the row of kQuantizedLevels
 };
 PEAK_FIELDS(QuantizedMatrix, dtype, bits, n, k, block, weight, scale)
+PEAK_OPTIONAL_FIELDS(QuantizedMatrix, f16_scales, offset, levels)
 
 struct QuantizedArgs : QuantizedMatrix {
   using Base = QuantizedMatrix;

@@ -33,6 +33,7 @@ double RunLoop(int loop, const void* in, int64_t iterations, void* out) {
       RunChains(Set(0.0f), Load(f), Load(f), iterations, out);
       return 2.0 * kLanes * kChains;
     case kLoopBFloat16:
+      if (!kNativePairs) return RunLoop(kLoopFloat32, in, iterations, out);  // products convert their operands
       RunChains(Set(0.0f), LoadPairs(h), LoadPairs(h), iterations, out);
       return 4.0 * kLanes * kChains;
     case kLoopInt8:

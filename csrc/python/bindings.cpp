@@ -16,11 +16,13 @@
 #include "base/isa.h"
 #include "base/memory.h"
 #include "gemm/gemm.h"
+#include "gemm/grouped_gemm.h"
 #include "gemm/quantized.h"
 #include "ops/adamw.h"
 #include "ops/cross_entropy.h"
 #include "ops/dropout.h"
 #include "ops/embedding.h"
+#include "ops/experts.h"
 #include "ops/norm.h"
 #include "ops/peaks.h"
 #include "ops/rotary.h"
@@ -41,7 +43,7 @@ using python::DefineKernel, python::DefineMethod, python::DefineMethodWithThread
 
 // The instruction sets that this machine runs, narrowest first.
 py::tuple Isas() {
-  py::tuple names(BestIsa() + 1);
+  py::tuple names(WidestIsa() + 1);
   for (size_t i = 0; i < names.size(); ++i) names[i] = kIsaNames[i];
   return names;
 }
@@ -51,7 +53,7 @@ void DefineIsa(py::module_& m) {
   m.attr("isas") = Isas();
   m.def("isa", &ActiveIsa, "Return the active instruction set.");
   m.def("set_isa_cap", &SetIsaCap, py::arg("name").none(true),
-        "Set the widest instruction set to use and return the active one; None removes the limit.");
+        "Set the widest instruction set to use and return the active one; None chooses the fastest.");
 }
 
 void DefineKernels(py::module_& m) {
@@ -65,7 +67,12 @@ void DefineKernels(py::module_& m) {
   DefineKernel<DropoutArgs, Dropout>(m, "dropout");
   DefineKernel<EmbeddingForwardArgs, EmbeddingForward>(m, "embedding_forward");
   DefineKernel<EmbeddingBackwardArgs, EmbeddingBackward>(m, "embedding_backward");
+  DefineKernel<SortChoicesArgs, SortChoices>(m, "sort_choices");
+  DefineKernel<GatherChoicesArgs, GatherChoices>(m, "gather_choices");
+  DefineKernel<CombineChoicesArgs, CombineChoices>(m, "combine_choices");
+  DefineKernel<HiddenBackwardArgs, HiddenBackward>(m, "hidden_backward");
   DefineKernel<GemmArgs, Gemm>(m, "gemm");
+  DefineKernel<GroupedGemmArgs, GroupedGemm>(m, "grouped_gemm");
   DefineKernel<PackArgs, PackB>(m, "pack_b");
   DefineKernel<QuantizedArgs, LinearQuantized>(m, "linear_quantized");
   DefineKernel<NormForwardArgs, NormForward>(m, "norm_forward");
@@ -111,6 +118,15 @@ void DefineProgram(py::module_& m) {
       .def(py::init([](const py::kwargs& matrix) {
         return std::make_shared<QuantizedWeight>(FromKeywords<QuantizedMatrix>("QuantizedWeight", matrix));
       }));
+  py::class_<ExpertWeights, std::shared_ptr<ExpertWeights>>(m, "ExpertWeights");
+  py::class_<DenseExperts, ExpertWeights, std::shared_ptr<DenseExperts>>(m, "DenseExperts")
+      .def(py::init([](const py::kwargs& matrix) {
+        return std::make_shared<DenseExperts>(FromKeywords<DenseExpertsMatrix>("DenseExperts", matrix));
+      }));
+  py::class_<QuantizedExperts, ExpertWeights, std::shared_ptr<QuantizedExperts>>(m, "QuantizedExperts")
+      .def(py::init([](const py::kwargs& matrix) {
+        return std::make_shared<QuantizedExperts>(FromKeywords<QuantizedExpertsMatrix>("QuantizedExperts", matrix));
+      }));
   py::class_<Program> program(m, "Program");
   program.def(py::init([](int dtype) { return Program(static_cast<DType>(dtype)); }), py::kw_only(), py::arg("dtype"))
       .def("buffer", &Program::Buffer, py::kw_only(), py::arg("width"))
@@ -119,7 +135,15 @@ void DefineProgram(py::module_& m) {
           [](Program& p, std::shared_ptr<Weight> weight, const py::kwargs& step) {
             p.Linear(FromKeywords<LinearStep>("linear", step), std::move(weight));
           },
-          py::arg("weight"));
+          py::arg("weight"))
+      .def(
+          "experts",
+          [](Program& p, std::shared_ptr<Weight> router, std::shared_ptr<ExpertWeights> gate,
+             std::shared_ptr<ExpertWeights> up, std::shared_ptr<ExpertWeights> down, const py::kwargs& step) {
+            p.Experts(FromKeywords<ExpertsStep>("experts", step), std::move(router), std::move(gate), std::move(up),
+                      std::move(down));
+          },
+          py::arg("router"), py::arg("gate").none(true), py::arg("up"), py::arg("down"));
   DefineMethod<Program, EmbedStep, &Program::Embed>(program, "embed");
   DefineMethod<Program, NormStep, &Program::Norm>(program, "norm");
   DefineMethod<Program, RotaryStep, &Program::Rotary>(program, "rotary");

@@ -27,6 +27,7 @@ PEAK_INLINE __m256 FromBf16(__m128i a) { return _mm256_castsi256_ps(_mm256_slli_
 
 PEAK_INLINE Vec Set(float f) { return {_mm256_set1_ps(f)}; }
 PEAK_INLINE Vec Load(const float* p) { return {_mm256_loadu_ps(p)}; }
+PEAK_INLINE Vec Load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 PEAK_INLINE Vec Load(const bf16* p) { return {FromBf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 PEAK_INLINE Vec LoadPart(const float* p, int64_t n) { return {_mm256_maskload_ps(p, PartMask(n))}; }
 PEAK_INLINE Vec LoadPart(const bf16* p, int64_t n) {

@@ -1,4 +1,4 @@
-// Vec on AVX-512 (F, BW, DQ, VL), with BF16 and VNNI on avx512bf16. simd.h describes the functions and includes this
+// Vec on AVX-512 (F, BW, DQ, VL), with VNNI on avx512vnni, with VNNI and BF16 on avx512bf16. simd.h describes the functions and includes this
 // file.
 
 constexpr int kLanes = 16;
@@ -30,6 +30,7 @@ PEAK_INLINE __m512 FromBf16(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_
 
 PEAK_INLINE Vec Set(float f) { return {_mm512_set1_ps(f)}; }
 PEAK_INLINE Vec Load(const float* p) { return {_mm512_loadu_ps(p)}; }
+PEAK_INLINE Vec Load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 PEAK_INLINE Vec Load(const bf16* p) { return {FromBf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 PEAK_INLINE Vec LoadPart(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(PartMask(n), p)}; }
 PEAK_INLINE Vec LoadPart(const bf16* p, int64_t n) { return {FromBf16(_mm256_maskz_loadu_epi16(PartMask(n), p))}; }
@@ -138,7 +139,7 @@ PEAK_INLINE Words MultiplyWide(Words a, uint32_t m, Words* high) {
 }
 PEAK_INLINE Mask NotBelow(Words a, uint32_t limit) { return {_mm512_cmpge_epu32_mask(a.v, SetWords(limit).v)}; }
 
-constexpr int kQuadZero = PEAK_ISA == PEAK_AVX512BF16 ? 0 : 128;
+constexpr int kQuadZero = PEAK_ISA == PEAK_AVX512 ? 128 : 0;
 struct Quads { __m512i v; };
 using IntLanes = int __attribute__((vector_size(64)));  // with __m512i GCC keeps a second copy in the loops
 struct Ints { IntLanes v; };
@@ -152,7 +153,7 @@ PEAK_INLINE Quads SetQuad(const void* p) {
   return {_mm512_set1_epi32(quad)};
 }
 PEAK_INLINE void StoreQuads(void* p, Quads a) { _mm512_storeu_si512(p, a.v); }
-#if PEAK_ISA == PEAK_AVX512BF16
+#if PEAK_ISA != PEAK_AVX512
 PEAK_INLINE Ints DotQuads(Ints acc, Quads a, Quads b) {
   return {reinterpret_cast<IntLanes>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc.v), a.v, b.v))};
 }

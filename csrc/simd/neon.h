@@ -16,6 +16,7 @@ PEAK_INLINE uint32x4_t RoundToUpper(float32x4_t a) {
 
 PEAK_INLINE Vec Set(float f) { return {vdupq_n_f32(f)}; }
 PEAK_INLINE Vec Load(const float* p) { return {vld1q_f32(p)}; }
+PEAK_INLINE Vec Load(const f16* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))}; }
 PEAK_INLINE Vec Load(const bf16* p) {
   return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
 }

@@ -17,6 +17,11 @@ PEAK_INLINE uint32_t RoundToBf16(float f) {
 
 PEAK_INLINE Vec Set(float f) { return {f}; }
 PEAK_INLINE Vec Load(const float* p) { return {*p}; }
+PEAK_INLINE Vec Load(const f16* p) {
+  const uint32_t sign = (p->bits & 0x8000u) << 16, rest = (p->bits & 0x7FFFu) << 13;
+  if (rest >= 0x0F800000u) return {FromBits(sign | 0x70000000u | rest)};  // infinity and NaN
+  return {FromBits(sign | Bits(FromBits(rest) * 0x1p112f))};  // moves the exponent, also that of subnormals
+}
 PEAK_INLINE Vec Load(const bf16* p) { return {FromBits(static_cast<uint32_t>(p->bits) << 16)}; }
 PEAK_INLINE Vec LoadPart(const float*, int64_t) { return {0.0f}; }
 PEAK_INLINE Vec LoadPart(const bf16*, int64_t) { return {0.0f}; }

@@ -3,6 +3,7 @@
 // than 300 lines: it is the complete vocabulary of the kernels.
 //
 //   kLanes                     floats in a Vec
+//   Load(p)                    from f16
 //   Load(p) Load(p, n)         from float or bf16; n < kLanes reads n elements and sets the other lanes to 0
 //   Store(p, v) Store(p, v, n) to float or bf16 (rounded to nearest even); NaN stays NaN
 //   LoadSplit(p, r)  StoreSplit(p, r, v)  also with n   float bits = (bf16 bits << 16) + int16; kernels/ops/adamw.py
@@ -223,7 +224,7 @@ PEAK_INLINE Vec DotPairs(Vec acc, Pairs a, Pairs b) {
 
 // a * 2^n for integral n; the product may be subnormal or infinite.
 PEAK_INLINE Vec Scale(Vec a, Vec n) {
-#if PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
+#if PEAK_ISA >= PEAK_AVX512 && PEAK_ISA <= PEAK_AVX512BF16
   return {_mm512_scalef_ps(a.v, n.v)};
 #else
   // Multiplies in two steps, because 2^-150 and 2^128 are not floats.
@@ -249,7 +250,7 @@ PEAK_INLINE Vec Exp(Vec a) {
   return Scale(Fma(p, r * r, r) + Set(1.0f), n);
 }
 
-#if PEAK_ISA == PEAK_AVX512 || PEAK_ISA == PEAK_AVX512BF16
+#if PEAK_ISA >= PEAK_AVX512 && PEAK_ISA <= PEAK_AVX512BF16
 // Fraction is a - floor(a). ScaleByFloor is p * 2^floor(a) for p in [1, 2]. a may have any size; NaN stays NaN.
 PEAK_INLINE Vec Fraction(Vec a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF)}; }
 PEAK_INLINE Vec ScaleByFloor(Vec p, Vec a) { return {_mm512_scalef_ps(p.v, a.v)}; }

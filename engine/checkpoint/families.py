@@ -66,10 +66,10 @@ def _names(
 
 
 class _SameNames(dict[str, str]):
-    """Maps every module name to itself: our own layout has our names."""
+    """Maps every module name to itself: our own layout has our names, but a tensor for each expert."""
 
     def __missing__(self, name: str) -> str:
-        return name
+        return name.replace(".mlp.experts.", ".mlp.experts.{}.")
 
 
 def _qkv(module: str) -> tuple[str, ...]:

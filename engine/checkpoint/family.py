@@ -49,7 +49,9 @@ class Family:
         write: (GPTConfig) -> further fields of config.json.
         base: prefix of all tensors except the head's; files of the bare model omit it.
         names: transformers' name of each of our modules, or three names for queries, keys and values. `{}` stands for
-            the layer's number.
+            the layer's number. A second `{}` is the number of an expert, whose layers we stack.
+        stacked: tensor with the weights of all experts of a layer in another release, without the layer's name -> the
+            tensors of one expert, `{}`, whose rows it has one after the other; or a name alone, which replaces its own.
         conv1d: whether c_attn, c_proj and c_fc are stored [in, out].
         packed_by_head: whether the packed projection has queries, keys and values head by head.
         always_biased: whether the layout has a bias for every layer and norm, zero if the model has none.
@@ -71,6 +73,7 @@ class Family:
     always_biased: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, tuple[str, ...] | str] = field(default_factory=dict)
 
     # ---- configs ----
 
@@ -139,13 +142,20 @@ class Family:
 
     # ---- tensors ----
 
-    def layout_names(self, name: str) -> tuple[str, ...]:
-        """Return the layout's name for one of our tensors; three names if it separates queries, keys and values."""
+    def layout_names(self, name: str, experts: int = 0) -> tuple[str, ...]:
+        """Return the layout's name for one of our tensors; three names if it separates queries, keys and values.
+
+        Args:
+            name: of our tensor.
+            experts: number of experts, for the names of the parts of a stacked tensor.
+        """
         module, _, kind = name.rpartition(".")
         layer = re.search(r"\.h\.(\d+)\.", module)
         template = module if layer is None else module.replace(layer[0], ".h.{}.", 1)
         modules = self.names[template]
         number = "" if layer is None else layer[1]
+        if _is_stacked(name):
+            return tuple(f"{modules.format(number, expert)}.{kind}" for expert in range(experts))
         return tuple(f"{m.format(number)}.{kind}" for m in ((modules,) if isinstance(modules, str) else modules))
 
     def standard_names(self, items: Mapping[str, T]) -> dict[str, T]:
@@ -157,11 +167,38 @@ class Family:
             items = {name if name.startswith(head) else self.base + name: item for name, item in items.items()}
         return {name.replace(self.base + head, head): item for name, item in items.items()}
 
+    def separate_experts(self, tensors: Mapping[str, Tensor], files: Mapping[str, T]) -> tuple[dict, dict]:
+        """Replace the tensors of `stacked` by views of those of `names`; the same for the file of each tensor."""
+        separate, file_of = {}, {}
+        for name, tensor in tensors.items():
+            parts = self._parts_of(name, tensor)
+            separate |= parts
+            file_of |= dict.fromkeys(parts, files[name]) if name in files else {}
+        return separate, file_of
+
+    def _parts_of(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        for suffix, theirs in self.stacked.items():
+            if not name.endswith(f".{suffix}"):
+                continue
+            layer = name.removesuffix(suffix)
+            if isinstance(theirs, str):
+                return {layer + theirs: tensor}
+            parts = tensor.chunk(len(theirs), 1) if tensor.dim() == 3 else ()
+            return {
+                layer + part_name.format(expert): matrix
+                for part_name, part in zip(theirs, parts, strict=False)
+                for expert, matrix in enumerate(part)
+            }
+        return {name: tensor}
+
     def shapes(self, config: GPTConfig, our_shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
         """Return the layout's tensor names and shapes, matrices as [out, in], from those of our state dict."""
         expected = {}
         for name, shape in our_shapes.items():
-            names = self.layout_names(name)
+            names = self.layout_names(name, config.experts)
+            if _is_stacked(name):
+                expected |= dict.fromkeys(names, shape[1:])
+                continue
             rows = shape[:1] if len(names) == 1 else qkv_rows(config)
             expected |= {n: torch.Size((r, *shape[1:])) for n, r in zip(names, rows, strict=True)}
         return expected
@@ -172,7 +209,9 @@ class Family:
 
     def from_layout(self, config: GPTConfig, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one of our tensors, by its name, from the layout's tensors with matrices as [out, in]."""
-        parts = [tensors[layout_name] for layout_name in self.layout_names(name)]
+        parts = [tensors[layout_name] for layout_name in self.layout_names(name, config.experts)]
+        if _is_stacked(name):
+            return torch.stack(parts)
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.packed_by_head and ".c_attn." in name:
             return whole.unflatten(0, (config.n_head, 3, config.head_dim)).transpose(0, 1).flatten(0, 2)
@@ -182,12 +221,20 @@ class Family:
         """Convert our state dict to the layout's tensors."""
         tensors = {}
         for name, tensor in state.items():
-            names = self.layout_names(name)
+            names = self.layout_names(name, config.experts)
+            if _is_stacked(name):
+                tensors |= dict(zip(names, tensor.unbind(), strict=True))
+                continue
             if self.packed_by_head and ".c_attn." in name:
                 tensor = tensor.unflatten(0, (3, config.n_head, config.head_dim)).transpose(0, 1).flatten(0, 2)
             parts = (tensor,) if len(names) == 1 else tensor.split(qkv_rows(config))
             tensors |= dict(zip(names, parts, strict=True))
         return self.transpose_conv1d(tensors)
+
+
+def _is_stacked(name: str) -> bool:
+    """Return whether a tensor of ours, by its name, has the parameters of all experts of a layer."""
+    return ".mlp.experts." in name
 
 
 def qkv_rows(config: GPTConfig) -> tuple[int, int, int]:

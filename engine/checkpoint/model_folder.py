@@ -102,6 +102,7 @@ def read_weights(
     """
     path, tensors, shards = open_weights(Path(folder))
     tensors, shards = family.standard_names(tensors), family.standard_names(shards)
+    tensors, shards = family.separate_experts(tensors, shards)
     shapes = family.shapes(config, expected)
     (head_name,) = family.layout_names("lm_head.weight")
     head = tensors.pop(head_name, None) if config.tied_head else None

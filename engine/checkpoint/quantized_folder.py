@@ -21,6 +21,7 @@ from peakgpt.engine.checkpoint.manifest import MANIFEST
 from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantized_shapes
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
 from peakgpt.engine.model.quantized_linear import Format
+from peakgpt.engine.model.state_dicts import stack_experts
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.strict_json import dumps
 
@@ -101,7 +102,7 @@ def read_quantized(folder: Path | str, model: Transformer, form: Format, dtype: 
     """
     path, older = (Path(folder) / name for name in (QUANTIZED, WEIGHTS))
     path = older if older.exists() and not path.exists() else path
-    tensors, _ = read_safetensors(path)
+    tensors = stack_experts(read_safetensors(path)[0])
     expected = quantized_shapes(model.state_dict(), form)
     got = {name: (t.shape, None if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
     for name in sorted(expected.keys() | got.keys()):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD, Format, QuantizedLinear
+from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD, Format, QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.ops.quantize import dequantize_8, quantize_4, quantize_8
 
@@ -32,12 +32,17 @@ def quantize_state(state: Mapping[str, Tensor], form: Format) -> dict[str, Tenso
     quantized = {}
     for name, tensor in state.items():
         if module := _quantized_module(name, state):
-            module_form = form.of(module)
-            parts = quantize_8(tensor) if module_form.bits == 8 else quantize_4(tensor, module_form.group)
-            quantized |= dict(zip((f"{module}.q", f"{module}.scale"), parts, strict=True))
+            quantized |= dict(zip((f"{module}.q", f"{module}.scale"), _quantize(tensor, form.of(module)), strict=True))
         else:
             quantized[name] = tensor.detach()
     return quantized
+
+
+def _quantize(tensor: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    if tensor.dim() == 3:  # the weights of experts
+        q, scale = zip(*(_quantize(matrix, form) for matrix in tensor), strict=True)
+        return torch.stack(q), torch.stack(scale)
+    return quantize_8(tensor) if form.bits == 8 else quantize_4(tensor, form.group)
 
 
 def quantized_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tuple[torch.Size, torch.dtype | None]]:
@@ -45,11 +50,11 @@ def quantized_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tup
     shapes = {}
     for name, tensor in state.items():
         if module := _quantized_module(name, state):
-            module_form, (rows, width) = form.of(module), tensor.shape
+            module_form, (*rows, width) = form.of(module), tensor.shape
             is_8_bit, groups = module_form.bits == 8, -(-width // module_form.group)
             dtype = torch.int8 if is_8_bit else torch.uint8
-            shapes[f"{module}.q"] = torch.Size((rows, width if is_8_bit else -(-width // 2))), dtype
-            shapes[f"{module}.scale"] = torch.Size((rows,) if is_8_bit else (rows, groups)), None
+            shapes[f"{module}.q"] = torch.Size((*rows, width if is_8_bit else -(-width // 2))), dtype
+            shapes[f"{module}.scale"] = torch.Size(rows if is_8_bit else (*rows, groups)), None
         else:
             shapes[name] = tensor.shape, None
     return shapes
@@ -81,8 +86,9 @@ def load_quantized(model: Transformer, tensors: Mapping[str, Tensor], form: Form
             layer = QuantizedLinear(q, scale.clone(), None, q.shape[1], module_form)
             model.add_module(HEAD, layer)
             continue
-        inputs = model.get_submodule(module).in_features
-        layer = QuantizedLinear(q, scale.clone(), rest.pop(f"{module}.bias", None), inputs, module_form)
+        inputs = model.get_submodule(module).weight.shape[-1]
+        make = QuantizedExpertLinear if q.dim() == 3 else QuantizedLinear
+        layer = make(q, scale.clone(), rest.pop(f"{module}.bias", None), inputs, module_form)
         parent, _, name = module.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     for name, tensor in rest.items():

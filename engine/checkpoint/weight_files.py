@@ -89,7 +89,7 @@ def expect_modules(folder: Path, config: Mapping[str, Any], counts: Mapping[str,
             continue
         path, names = listed
         found = {int(match[1]) for name in names if (match := NUMBERED[what].search(name))}
-        if value > len(found):
+        if value > len(found) and (found or what != "experts"):  # experts may be stacked, which builds no modules
             raise ValueError(f"{path}: got {len(found)} {what}, expected {value} as {field} of {CONFIG} says")
 
 

@@ -13,10 +13,10 @@ import os
 import re
 from pathlib import Path
 
+from peakgpt.engine.data.gguf_header import SUFFIX as GGUF
 from peakgpt.engine.data.hub import HubFiles, HubModel, download
 from peakgpt.engine.data.run_layout import model_folder
 
-GGUF = ".gguf"
 NAMES = f"a name of the hub (gpt2, org/name, org/name@revision), a folder of a model or a run, or a {GGUF} file"
 _PART = r"[A-Za-z0-9][\w.-]*"
 HUB_NAME = re.compile(rf"(?P<name>{_PART}(?:/{_PART})?)(?:/(?P<file>[^@]+\{GGUF}))?(?:@(?P<revision>\S+))?")

@@ -10,6 +10,7 @@ Text Processing", arXiv:1808.06226.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
@@ -65,15 +66,24 @@ def _unigram(model: Any) -> models.Unigram:
 
 
 def _bpe(model: Any) -> models.BPE:
-    """Return the model with every pair of pieces that makes a piece as a merge, the highest score first."""
     ids = {piece.piece: token for token, piece in enumerate(model.pieces)}
-    merges: list[tuple[str, str]] = []
-    for piece in sorted(model.pieces, key=lambda piece: -piece.score):  # pieces of one score in the order of their ids
-        text = piece.piece
-        pairs = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in ids and text[i:] in ids]
-        merges += sorted(pairs, key=lambda pair: (len(pair[0]), len(pair[1])))
+    merges = merges_by_score([(piece.piece, piece.score) for piece in model.pieces])
     return models.BPE(vocab=ids, merges=merges, unk_token=model.trainer_spec.unk_piece, fuse_unk=True,
                       byte_fallback=model.trainer_spec.byte_fallback)  # fmt: skip
+
+
+def merges_by_score(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
+    """Return every pair of pieces that makes a piece, for the piece of the highest score first.
+
+    Args:
+        pieces: texts and scores, in the order of their ids, which decides between equal scores.
+    """
+    texts = {text for text, _ in pieces}
+    merges: list[tuple[str, str]] = []
+    for text, _ in sorted(pieces, key=lambda piece: -piece[1]):
+        pairs = [(text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in texts and text[i:] in texts]
+        merges += sorted(pairs, key=lambda pair: (len(pair[0]), len(pair[1])))
+    return merges
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:

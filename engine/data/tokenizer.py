@@ -13,11 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from peakgpt.engine.data.chat_template import ChatTemplates
+from peakgpt.engine.data.chat_tokens import check_options, model_inputs
 from peakgpt.engine.data.clean_up import CleanUp
 from peakgpt.engine.data.documents import Document
 from peakgpt.engine.data.encoding import CUT, encode_parts
@@ -37,12 +40,13 @@ class Tokenizer:
         end_id: the end-of-text id, included in `vocab_size`; None if the tokenizer has none.
         begin_id: the id of the token that the tokenizer names as the beginning of a text; None if it names none.
             `start_ids` says whether a text gets it.
+        chat: the chat templates.
     """
 
     def __init__(
         self, library: tokenizers.Tokenizer, end_of_text: str | None = END_OF_TEXT,
         side_files: Mapping[str, bytes] | None = None, *, begin_of_text: str | None = None,
-        clean_up_tokenization_spaces: bool = False,
+        clean_up_tokenization_spaces: bool = False, chat: ChatTemplates | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -52,6 +56,7 @@ class Tokenizer:
                 tokenizer_config.json for GPT-2's class.
             begin_of_text: the token that begins a text, if there is one.
             clean_up_tokenization_spaces: decoded texts have no space before punctuation, as in transformers.
+            chat: the chat templates. None: there are none.
         """
         end_id = None if end_of_text is None else library.token_to_id(end_of_text)
         if end_of_text is not None and end_id is None:
@@ -59,6 +64,8 @@ class Tokenizer:
         self.library, self.end_of_text, self.end_id = library, end_of_text, end_id
         self.begin_id = None if begin_of_text is None else library.token_to_id(begin_of_text)
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
+        names = {"bos_token": begin_of_text or end_of_text, "eos_token": end_of_text}
+        self.chat = chat or ChatTemplates({}, {name: text for name, text in names.items() if text is not None})
         self.pieces = TokenPieces(library)
         self._highest = (-1, -1)  # number of tokens, highest id
         self._side_files = {CONFIG: _gpt2_config(end_of_text)} if side_files is None else dict(side_files)
@@ -115,6 +122,54 @@ class Tokenizer:
         """Encode texts on all cores; see `encode`."""
         encodings = call(self.library.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None, add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False, tokenize: bool = True, *, return_tensors: str | None = None,
+        return_dict: bool = True, return_assistant_tokens_mask: bool = False, **variables: Any,
+    ) -> Any:  # fmt: skip
+        """Write a conversation as the model was trained on it. Arguments and results are those of transformers.
+
+        Args:
+            conversation: messages, objects such as {"role": "user", "content": "Hello"}; or a list of conversations.
+            tools: JSON schemas of functions that the model may call, as in the chat API of OpenAI.
+            documents: objects such as {"title": ..., "text": ...} for the model to read.
+            chat_template: the name of a template, or Jinja. None: "tool_use" if there are tools and the tokenizer has
+                it, else "default".
+            add_generation_prompt: end with the beginning of an answer, if the template has one.
+            continue_final_message: end inside the final message, for the model to continue it; or the name of the
+                field to continue, such as "reasoning_content".
+            tokenize: return ids, not text.
+            return_tensors: "pt" or "np", (B, T) int64; the chats must have the same number of tokens. None: lists.
+            return_dict: return a dict of input_ids and attention_mask, not ids alone.
+            return_assistant_tokens_mask: also assistant_masks, 1 for each token of a `{% generation %}` block.
+            variables: of the template, such as enable_thinking.
+        Returns:
+            The text, the ids or the dict of one conversation; of several conversations lists of them.
+        Raises:
+            ValueError: the template fails on the conversation, an argument has a wrong value, is not supported or is
+                not read by the template, or there is no template.
+        """
+        check_options(variables, return_tensors, return_assistant_tokens_mask, tokenize and return_dict)
+        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        rendered = [
+            self.chat.render(
+                messages, tools=tools, documents=documents, chat_template=chat_template, variables=variables,
+                add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+            )
+            for messages in (conversation if is_batch else [conversation])
+        ]  # fmt: skip
+        texts = [text for text, _ in rendered]
+        if not tokenize:
+            return texts if is_batch else texts[0]
+        encodings = call(self.library.encode_batch, texts, add_special_tokens=False)  # with offsets
+        inputs = model_inputs(
+            list(zip(rendered, encodings, strict=True)), is_batch=is_batch, return_tensors=return_tensors,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+        )  # fmt: skip
+        return inputs if return_dict else inputs["input_ids"]
 
     @property
     def document_marks(self) -> tuple[list[int], list[int]]:
@@ -198,6 +253,7 @@ class Tokenizer:
             return cls(
                 files.library, named.get("eos_token") or known, files.side_files,
                 begin_of_text=named.get("bos_token"), clean_up_tokenization_spaces=files.clean_up_tokenization_spaces,
+                chat=ChatTemplates(files.chat_templates, named),
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"tokenizer {Path(folder, files.source)}: {error}") from None

@@ -6,6 +6,8 @@
     special_tokens_map.json     names of the special tokens, in older checkpoints
     added_tokens.json           more added tokens, in older checkpoints
     config.json                 the class, if tokenizer_config.json does not name it
+    chat_template.jinja         the chat template; more, by name, in additional_chat_templates/. Older checkpoints have
+                                them in tokenizer_config.json or chat_template.json
 """
 
 from __future__ import annotations
@@ -19,18 +21,22 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models, processors
 
+from peakgpt.engine.data.gguf_header import is_gguf
+from peakgpt.engine.data.gguf_tokenizer import has_gguf_tokenizer, read_gguf_tokenizer
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer_classes import CLASSES, class_name
 from peakgpt.engine.data.vocabulary_files import MERGES, MODEL, TIKTOKEN, TOKENIZER, VOCAB, Vocabulary, read_vocabulary
 
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+CHAT_TEMPLATE, CHAT_TEMPLATES, OLD_CHAT_TEMPLATE = (
+    "chat_template.jinja", "additional_chat_templates", "chat_template.json"
+)  # fmt: skip
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Files of a model of the hub that a tokenizer may need.
 TOKENIZER_FILES = (
-    "config.json", CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE, f"{CHAT_TEMPLATES}/*.jinja", TOKENIZER, MODEL, TIKTOKEN,
-    "*.tiktoken", VOCAB, MERGES,
+    "config.json", CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE, OLD_CHAT_TEMPLATE,
+    f"{CHAT_TEMPLATES}/*.jinja", TOKENIZER, MODEL, TIKTOKEN, "*.tiktoken", VOCAB, MERGES,
 )  # fmt: skip
 GENERIC_CLASS = "PreTrainedTokenizerFast"  # of which transformers builds nothing anew
 
@@ -43,6 +49,7 @@ class TokenizerFolder:
         source: name of the file with the words.
         library: the tokenizer, with all added tokens.
         special_tokens: names and texts, such as {"eos_token": "</s>"}; a chat template sees them.
+        chat_templates: names and Jinja; the usual name is "default".
         clean_up_tokenization_spaces: whether decoded texts have no space before punctuation.
         side_files: relative path -> content of the files besides tokenizer.json, for saving.
     """
@@ -50,17 +57,23 @@ class TokenizerFolder:
     source: str
     library: tokenizers.Tokenizer
     special_tokens: dict[str, str]
+    chat_templates: dict[str, str]
     clean_up_tokenization_spaces: bool = False
     side_files: dict[str, bytes] = field(default_factory=dict)
 
 
 def read_folder(folder: Path | str) -> TokenizerFolder:
-    """Read the tokenizer of a checkpoint.
+    """Read the tokenizer of a checkpoint: a folder, or a .gguf file.
 
     Raises:
         ValueError: a file is missing or damaged, or of SentencePiece, which is not installed.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        gguf = read_gguf_tokenizer(folder)
+        return TokenizerFolder(
+            folder.name, gguf.library, gguf.special_tokens, gguf.chat_templates, side_files={CONFIG: gguf.config_file}
+        )
     config = read_tokenizer_config(folder)
     vocabulary = read_vocabulary(folder, config)
     library, model = vocabulary.library, read_json(folder / "config.json")
@@ -79,7 +92,16 @@ def read_folder(folder: Path | str) -> TokenizerFolder:
         files[CONFIG] = _config_file(config, GENERIC_CLASS, texts)
     elif CONFIG not in files or name != class_name(library, config, {}):
         files[CONFIG] = _config_file(config, name or GENERIC_CLASS, texts)
-    return TokenizerFolder(vocabulary.source, library, texts, _cleans_up(library, config), files)
+    templates = _chat_templates(folder, config)
+    return TokenizerFolder(vocabulary.source, library, texts, templates, _cleans_up(library, config), files)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a checkpoint has a tokenizer: a file with words, or metadata of a .gguf file."""
+    if is_gguf(folder):
+        return has_gguf_tokenizer(folder)
+    names = (TOKENIZER, MODEL, TIKTOKEN, VOCAB)
+    return any((folder / name).exists() for name in names) or any(folder.glob("*.tiktoken"))
 
 
 def _build(vocabulary: Vocabulary, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +185,8 @@ def _read_text(path: Path) -> str:
 
 
 def _side_files(folder: Path) -> dict[str, bytes]:
-    names = [CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE, *(f"{CHAT_TEMPLATES}/{p.name}" for p in _templates(folder))]
+    named = (f"{CHAT_TEMPLATES}/{path.name}" for path in _templates(folder))
+    names = [CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE, OLD_CHAT_TEMPLATE, *named]
     return {name: Path(folder, name).read_bytes() for name in names if Path(folder, name).is_file()}
 
 
@@ -171,30 +194,33 @@ def _templates(folder: Path) -> list[Path]:
     return sorted(Path(folder, CHAT_TEMPLATES).glob("*.jinja"))
 
 
-def read_chat_templates(folder: Path | str) -> dict[str, str]:
-    """Return the chat templates of a checkpoint by name; the usual one is "default".
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chat templates of a checkpoint by name.
 
-    Files come before the entry of tokenizer_config.json, which is one template or a list of named ones.
+    Files come before the entry of a JSON file, which is one template or a list of named ones.
 
     Raises:
         ValueError: a file is damaged, or the entry has another form.
     """
-    folder = Path(folder)
     files = {"default": folder / CHAT_TEMPLATE, **{path.stem: path for path in _templates(folder)}}
     try:
         found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"chat template in {folder}: got {error}, expected UTF-8 text") from None
-    entry = None if found else read_json(folder / CONFIG).get("chat_template")
+    if found:
+        return found
+    source, entry = CONFIG, config.get("chat_template")
+    if entry is None:
+        source, entry = OLD_CHAT_TEMPLATE, read_json(folder / OLD_CHAT_TEMPLATE).get("chat_template")
     if isinstance(entry, str):
         return {"default": entry}
     try:
         named = {str(one["name"]): one["template"] for one in entry or []}
         assert all(isinstance(template, str) for template in named.values())
     except (TypeError, KeyError, AssertionError):
-        raise ValueError(f"tokenizer {folder / CONFIG}: got chat_template {entry!r:.80}, expected text, or a list of "
+        raise ValueError(f"tokenizer {folder / source}: got chat_template {entry!r:.80}, expected text, or a list of "
                          "objects of name and template") from None  # fmt: skip
-    return found or named
+    return named
 
 
 # ---- special and added tokens

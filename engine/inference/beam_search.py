@@ -9,13 +9,15 @@ is among the best `num_beams`; the best of the others continue.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peakgpt.engine.inference.decoder import make_decoder
+from peakgpt.engine.inference.generation_config import GenerationConfig
+from peakgpt.engine.inference.logit_changes import LogitChanges
+from peakgpt.engine.inference.sampling_params import SamplingParams
 from peakgpt.engine.model.transformer import Transformer
 
 EXCLUDED = -1e9  # added to the score of a candidate that must not be chosen
@@ -42,17 +44,22 @@ class _Ended:
 
 @torch.no_grad()
 def beam_search(
-    model: Transformer, input_ids: Tensor, num_beams: int, *, max_new_tokens: int, eos_token_ids: Sequence[int],
-    pad_token_id: int | None, length_penalty: float, early_stopping: bool | str, start: Tensor | None,
-) -> Tensor:  # fmt: skip
+    model: Transformer, input_ids: Tensor, params: SamplingParams, config: GenerationConfig, start: Tensor | None
+) -> Tensor:
     """Continue a batch of prompts; see GPT.generate.
 
+    Args:
+        params: greedy; max_tokens is a number.
+        config: num_beams, length_penalty, early_stopping and pad_token_id.
     Raises:
         ValueError: num_beams or early_stopping out of range.
     """
+    num_beams, early_stopping, pad_token_id = config.num_beams, config.early_stopping or False, config.pad_token_id
+    length_penalty = 1.0 if config.length_penalty is None else config.length_penalty
     if num_beams < 1 or early_stopping not in (True, False, "never"):
         raise ValueError(f"generate: num_beams is {num_beams} and early_stopping {early_stopping!r}, "
                          'expected at least 1, and True, False or "never"')  # fmt: skip
+    max_new_tokens, eos_token_ids = params.max_tokens, params.stop_token_ids
     if not max_new_tokens:
         return input_ids
     (batch, prompt), device = input_ids.shape, input_ids.device
@@ -72,8 +79,13 @@ def beam_search(
     decoder = make_decoder(model, batch, prompt + max_new_tokens, max_new_tokens, start, num_beams=num_beams)
     logits = decoder.step(input_ids).repeat_interleave(num_beams, 0)
     decoder.reorder(prompts.expand(-1, num_beams).flatten())
+    starts = None if start is None else start.repeat_interleave(num_beams)
+    change = LogitChanges(params, device, starts) if params.changes_logits else None
     for length in range(1, max_new_tokens + 1):
-        log_p = logits.float().log_softmax(-1).view(batch, num_beams, vocab) + scores[:, :, None]
+        log_p = logits.float().log_softmax(-1)
+        if change:
+            log_p = change(log_p, running[:, :, : prompt + length - 1].flatten(0, 1))
+        log_p = log_p.view(batch, num_beams, vocab) + scores[:, :, None]
         best = log_p.flatten(1).topk(num_candidates)
         parents, tokens = best.indices // vocab, best.indices % vocab
         candidates = _select(running, parents)

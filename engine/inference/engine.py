@@ -25,6 +25,7 @@ from peakgpt.engine.inference.cache_size import default_blocks
 from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.embedding import LAST, EmbeddingSequence
 from peakgpt.engine.inference.executor import make_executor
+from peakgpt.engine.inference.generation_config import generation_config
 from peakgpt.engine.inference.interrupts import INTERRUPTS
 from peakgpt.engine.inference.padded_vocabulary import PaddedVocabulary
 from peakgpt.engine.inference.preparation import Preparation
@@ -62,15 +63,16 @@ class Engine:
             model: if the C++ program supports it, its weights are copied, and later changes of their values have no
                 effect; else it runs on torch ops with its own weights. A hook, an adapter or another module that
                 arrives later takes effect with the next request of an idle engine.
-            tokenizer: for output text, stop strings and choices given as strings. Ids of the model that it does not
-                have are not sampled unless a request names them in its bias or choices.
+            tokenizer: for output text, stop strings and choices given as strings; its end of text ends an output. Ids
+                of the model that it does not have are not sampled unless a request names them in its bias or choices.
             blocks: blocks of the KV cache; None means enough for all streams, see engine/inference/cache_size.py.
             streams: maximum number of sequences that run at once.
             budget: maximum number of tokens of a step; None means the device's default.
             speculation: proposes tokens, which do not change the output; `proposed` and `accepted` count them.
             cache: "int8" stores keys and values as bytes, in half of bfloat16's memory; None in the model's dtype.
         Raises:
-            ValueError: a draft model with another vocabulary, or an unknown cache.
+            ValueError: a draft model with another vocabulary, an unknown cache, or a wrong value in the checkpoint's
+                generation_config.json.
         """
         if speculation and speculation.vocab_size not in (None, model.config.vocab_size):
             raise ValueError(f"speculation: the draft has vocab_size {speculation.vocab_size}, expected the model's "
@@ -82,7 +84,9 @@ class Engine:
         self._memory = blocks, cache
         self._prepare(model)
         self.speculation, self.proposed, self.accepted = speculation, 0, 0
-        self.preparation = Preparation(model.config, tokenizer, self._cache_tokens)
+        defaults = generation_config(model)
+        defaults.warn("Engine", "num_beams", *(() if tokenizer else ("stop_strings",)))
+        self.preparation = Preparation(model.config, tokenizer, self._cache_tokens, defaults)
         self._vocabulary = PaddedVocabulary(model.config.vocab_size, tokenizer, model.device)
 
     def _prepare(self, model: Transformer) -> None:
@@ -117,12 +121,13 @@ class Engine:
 
     # ---- requests
 
-    def submit(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
+    def submit(self, prompt_token_ids: Sequence[int], params: SamplingParams | None = None) -> int:
         """Queue a prompt.
 
         Args:
             prompt_token_ids: at least one token.
-            params: how to continue it.
+            params: how to continue it. None: as the generation_config.json of the checkpoint says; without one, sample
+                from the model's own distribution to its end of text.
         Returns:
             The request's id.
         Raises:
@@ -152,7 +157,7 @@ class Engine:
         while self.has_work:
             yield from self.step()
 
-    def stream(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Iterator[Output]:
+    def stream(self, prompt_token_ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[Output]:
         """Continue one prompt alone, step by step. Closing the iterator cancels the request; an error is raised.
 
         Raises:

@@ -6,12 +6,14 @@ Everything that the continuations of a request have in common is made once: chec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, prefix_hashes
 from peakgpt.engine.inference.constrained_decoding import ChoiceConstraint, Choices
 from peakgpt.engine.inference.embedding import NO_TOKENS, POOLINGS, EmbeddingSequence
+from peakgpt.engine.inference.generation_config import GenerationConfig
 from peakgpt.engine.inference.sampling import Uniforms, draw_seed
 from peakgpt.engine.inference.sampling_params import ContextExceeded, InvalidParam, SamplingParams
 from peakgpt.engine.inference.sequence import Request, RunningSequence
@@ -22,22 +24,29 @@ from peakgpt.engine.model.config import GPTConfig
 class Preparation:
     """Makes the sequences of requests. It reads constants of the engine only, so any thread may use it."""
 
-    def __init__(self, config: GPTConfig, tokenizer: Tokenizer | None, cache_tokens: int):
+    def __init__(
+        self, config: GPTConfig, tokenizer: Tokenizer | None, cache_tokens: int, defaults: GenerationConfig
+    ):  # fmt: skip
         """
         Args:
             config: of the model.
             tokenizer: for output text, stop strings and choices given as strings.
             cache_tokens: tokens that fit into the KV cache.
+            defaults: of the checkpoint.
         """
-        self.config, self.tokenizer, self.cache_tokens = config, tokenizer, cache_tokens
+        self.config, self.tokenizer, self.cache_tokens, self.defaults = config, tokenizer, cache_tokens, defaults
+        ends = (*defaults.eos_token_id, *(tokenizer.stop_token_ids if tokenizer else ()))
+        self.eos_token_ids = frozenset(token for token in ends if token < config.vocab_size)
         self._ids = count()
 
-    def prepare(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[list[RunningSequence]]:
+    def prepare(
+        self, prompts: Sequence[tuple[Sequence[int], SamplingParams | None]]
+    ) -> list[list[RunningSequence]]:
         """Return the sequences of each prompt, one for each continuation.
 
         Args:
-            prompts: token ids, at least one, and how to continue them. Prompts with the same object as `choices` share
-                their tokens.
+            prompts: token ids, at least one, and how to continue them; None: as the checkpoint says. Prompts with the
+                same object as `choices` share their tokens.
         Raises:
             InvalidParam: tokens or parameters that the model, the tokenizer or the cache does not support.
         """
@@ -67,23 +76,40 @@ class Preparation:
         ]  # fmt: skip
 
     def _sequences(
-        self, prompt: Sequence[int], params: SamplingParams, choices_of: dict[int, Choices | None]
+        self, prompt: Sequence[int], params: SamplingParams | None, choices_of: dict[int, Choices | None]
     ) -> list[RunningSequence]:
+        params = self.default_params(len(prompt)) if params is None else params
         request = Request(next(self._ids), tuple(map(int, prompt)), params)
         max_length = self._max_length(request)
         if id(params.choices) not in choices_of:
             choices_of[id(params.choices)] = self._choices(params)
-        choices = choices_of[id(params.choices)]
+        choices, stops = choices_of[id(params.choices)], self.stop_token_ids(params)
         hashes = prefix_hashes(request.prompt_token_ids, BLOCK_TOKENS)
         seed = draw_seed() if params.seed is None else params.seed
         return [
             RunningSequence(
                 request, index, max_length, Uniforms(seed, index),
                 TextStream(self.tokenizer, params.stop, request.prompt_token_ids) if self.tokenizer else None,
-                ChoiceConstraint(choices) if choices else None, block_hashes=list(hashes),
+                ChoiceConstraint(choices) if choices else None, stops, block_hashes=list(hashes),
             )
             for index in range(params.n)
         ]  # fmt: skip
+
+    def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Return all ids that end an output."""
+        return frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)))
+
+    def default_params(self, num_prompt: int) -> SamplingParams:
+        """Return the parameters of a request that names none: those of the checkpoint, as far as there is room.
+
+        Raises:
+            InvalidParam: the prompt is not shorter than the checkpoint's max_length.
+        """
+        params = self.defaults.sampling_params(num_prompt)
+        room, count = max(self.max_length - num_prompt, 0), params.max_tokens
+        return replace(
+            params, max_tokens=None if count is None else min(count, room), stop=params.stop if self.tokenizer else ()
+        )
 
     @property
     def max_length(self) -> int:
@@ -114,7 +140,7 @@ class Preparation:
         # The output never gets longer than block_size, so the tokens after it cannot matter.
         try:
             ids = [self._encode_choice(choice)[: self.config.block_size + 1] for choice in params.choices]
-            return Choices(ids, params.stop_token_ids)
+            return Choices(ids, sorted(self.stop_token_ids(params)))
         except ValueError as error:
             raise InvalidParam("choices", str(error)) from None
 

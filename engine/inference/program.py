@@ -6,17 +6,19 @@ attention are computed only for the rows whose logits are needed: a prompt of T 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.model.block import Block
+from peakgpt.engine.model.experts import ExpertLinear, Experts
 from peakgpt.engine.model.mlp import GatedMLP
 from peakgpt.engine.model.norms import LayerNorm, RMSNorm
 from peakgpt.engine.model.plain import change_of, walk
 from peakgpt.engine.model.positions import alibi_slopes, rotary_table
-from peakgpt.engine.model.quantized_linear import QuantizedLinear
+from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
@@ -24,7 +26,6 @@ from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 from peakgpt.kernels.cpu.memory import streamed
 from peakgpt.kernels.ops.attention import default_scale
 from peakgpt.kernels.ops.norm import default_eps
-from peakgpt.kernels.ops.quantize import BLOCK
 
 NONE, LOGITS = -1, -1  # instead of a buffer's number
 
@@ -36,9 +37,8 @@ def objection(model: Transformer) -> str | None:
     config, weight = model.config, model.transformer.wte.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return f"supports float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"
-    if config.experts or config.position in RELATIVE:
-        got = f"experts {config.experts} and position {config.position!r}"
-        return f"supports no experts and no relative positions, got {got}"
+    if config.position in RELATIVE:
+        return f"supports no relative positions, got position {config.position!r}"
     if config.word_dim != config.n_embd:
         return f"supports word embeddings as wide as the model, got word_dim {config.word_dim}"
     for name, parameter in model.named_parameters():
@@ -72,9 +72,11 @@ class ModelProgram:
         widths |= {"selected x": c.n_embd, "selected h": c.n_embd, "selected y": widths["y"]}
         self.widths = widths
         self.buffers = {name: self.program.buffer(width=width) for name, width in widths.items()}
-        layers = [module for module in walk(model) if isinstance(module, nn.Linear)]
+        layers = [module for module in walk(model) if isinstance(module, nn.Linear | ExpertLinear)]
         layers += [] if "lm_head" in model._modules else [model.transformer.wte]
-        self.unused = streamed(sum(_packed_floats(layer.weight) for layer in layers), torch.float32)
+        routers = [module.router for module in walk(model) if isinstance(module, Experts)]
+        floats = [_packed_floats(layer.weight, torch.float32 if layer in routers else None) for layer in layers]
+        self.unused = streamed(sum(floats), torch.float32)
         self._build(model)
 
     def run(self, **pass_args: Tensor | int) -> None:
@@ -139,6 +141,9 @@ class ModelProgram:
 
     def mlp(self, block: Block, source: str, out: str = "branch") -> None:
         """out = mlp(source)."""
+        if isinstance(block.mlp, Experts):
+            self._experts(block.mlp, source, out)
+            return
         layer, activation = block.mlp, ACTIVATIONS[block.mlp.activation]
         if not isinstance(layer, GatedMLP):
             self._linear(source, "up", layer.c_fc, ACTIVATE, activation)
@@ -150,6 +155,25 @@ class ModelProgram:
             self._linear(source, "gate", layer.c_gate)
             self._linear(source, "up", layer.c_fc, GATE, activation, "gate")
         self._linear("up", out, layer.c_proj)
+
+    def _experts(self, layer: Experts, source: str, out: str) -> None:
+        """out = the weighted sum of each row's experts."""
+        c, mlps, router = self.config, layer.experts, layer.router
+        _require("a router", tuple(router.weight.shape), (c.experts, c.n_embd))
+        gate = mlps._modules.get("c_gate")
+        for name, (n, k) in {"c_gate": (c.expert_inner, c.n_embd), "c_fc": (c.expert_inner, c.n_embd),
+                             "c_proj": (c.n_embd, c.expert_inner)}.items():  # fmt: skip
+            if name in mlps._modules:
+                _require(f"experts.{name}", _stacked_sizes(mlps._modules[name]), (c.experts, n, k))
+        biases = {f"{name}_bias": self._hold(None if part is None else part.bias)
+                  for name, part in (("gate", gate), ("up", mlps.c_fc), ("down", mlps.c_proj))}  # fmt: skip
+        router_bias = None if router.bias is None else self._hold(router.bias.detach().float())
+        self.program.experts(
+            router=self._packed(router.weight.detach().float()), gate=self._expert_weights(gate),
+            up=self._expert_weights(mlps.c_fc), down=self._expert_weights(mlps.c_proj), x=self.buffers[source],
+            out=self.buffers[out], experts=c.experts, choices=layer.per_token, normalize=layer.normalize,
+            activation=ACTIVATIONS[mlps.activation], router_bias=router_bias, **biases,
+        )  # fmt: skip
 
     def combine(self, x: str, y: str, out: str, *, product: bool = False) -> None:
         """out = x + y, or x y."""
@@ -181,18 +205,33 @@ class ModelProgram:
                             gate=NONE if gate is None else self.buffers[gate])  # fmt: skip
 
     def _packed(self, w: Tensor) -> object:
-        """Pack a weight behind the previous one: the program reads them in this order."""
+        return _C.DenseWeight(**_matrix(w), packed=self._pack(w))
+
+    def _pack(self, w: Tensor) -> Tensor:
+        """Pack a weight behind the previous one, since the program reads them in this order; return the packed form."""
         memory, self.unused = self.unused.split([_packed_floats(w), self.unused.numel() - _packed_floats(w)])
-        sizes = {"dtype": DTYPES[w.dtype], "n": w.shape[0], "k": w.shape[1]}
-        _C.pack_b(**sizes, b=w, b_col=w.stride(0), b_k=w.stride(1), out=memory, threads=threads())
-        return _C.DenseWeight(**sizes, packed=self._hold(memory))
+        _C.pack_b(**_matrix(w), b=w, b_col=w.stride(0), b_k=w.stride(1), out=memory, threads=threads())
+        return self._hold(memory)
 
     def _quantized(self, layer: QuantizedLinear) -> object:
-        form = layer.form
-        return _C.QuantizedWeight(
-            dtype=DTYPES[self.dtype], bits=form.bits, n=layer.out_features, k=layer.in_features,
-            block=BLOCK if form.bits == 8 else form.group, weight=self._hold(layer.weight),
-            scale=self._hold(layer.scale),
+        tensors = {name: self._hold(tensor) for name, tensor in layer.named_buffers() if name != "bias"}
+        return _C.QuantizedWeight(dtype=DTYPES[self.dtype], n=layer.out_features, k=layer.in_features, **tensors,
+                                  **layer.product_fields)  # fmt: skip
+
+    def _expert_weights(self, layer: nn.Module | None) -> object | None:
+        """Return the weights of one layer of all experts, packed or quantized."""
+        if layer is None:
+            return None
+        if isinstance(layer, QuantizedExpertLinear):
+            weight, scale = self._hold(layer.weight), self._hold(layer.scale)
+            return _C.QuantizedExperts(
+                dtype=DTYPES[self.dtype], n=layer.out_features, k=layer.in_features, weight=weight, scale=scale,
+                experts=len(weight), weight_group=weight[0].nbytes, scale_group=scale[0].nbytes, **layer.product_fields,
+            )  # fmt: skip
+        packed = [self._pack(w) for w in layer.weight.detach()]
+        first = layer.weight[0]
+        return _C.DenseExperts(
+            **_matrix(first), packed=packed[0], experts=len(packed), packed_group=_packed_floats(first)
         )  # fmt: skip
 
     def _hold(self, tensor: Tensor | nn.Parameter | None) -> Tensor | None:
@@ -212,9 +251,21 @@ def _require(part: str, got: object, expected: object) -> None:
         raise NotImplementedError(f"C++ program: supports the sizes of the config, {part} has {got}, not {expected}")
 
 
-def _packed_floats(weight: Tensor) -> int:
-    rows, width = weight.shape
-    return _C.packed_floats(dtype=DTYPES[weight.dtype], n=rows, k=width)
+def _matrix(w: Tensor) -> dict[str, int]:
+    return {"dtype": DTYPES[w.dtype], "n": w.shape[0], "k": w.shape[1]}
+
+
+def _packed_floats(weight: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Return the packed size of a matrix (N, K), or of the matrices of all experts, (E, N, K)."""
+    *experts, rows, width = weight.shape
+    return math.prod(experts) * _C.packed_floats(dtype=DTYPES[dtype or weight.dtype], n=rows, k=width)
+
+
+def _stacked_sizes(layer: ExpertLinear | QuantizedExpertLinear) -> tuple[int, int, int]:
+    """Return (E, outputs, inputs) of one layer of all experts, quantized or not."""
+    if isinstance(layer, QuantizedExpertLinear):
+        return len(layer.weight), layer.out_features, layer.in_features
+    return tuple(layer.weight.shape)
 
 
 def _pre_norm(program: ModelProgram, block: Block, norm: LayerNorm) -> None:

@@ -41,7 +41,9 @@ class SamplingParams:
         frequency_penalty: subtracted from the logits of a token once per occurrence in the output.
         stop: strings that end the output. The output text ends before the string. A stop string may begin and end
             inside a token. Needs a tokenizer.
-        stop_token_ids: token ids that end the output. The id is part of the output tokens, not of the output text.
+        stop_token_ids: token ids that end the output, besides those that end a text of the checkpoint (its
+            generation_config.json and tokenizer). The id is part of the output tokens, not of the output text.
+        ignore_eos: only stop_token_ids end the output.
         logit_bias: token id -> number added to its logit.
         seed: of the random numbers, 64 bits; None draws a seed from torch's generator.
         n: number of continuations.
@@ -67,6 +69,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     n: int = 1

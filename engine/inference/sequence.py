@@ -64,6 +64,7 @@ class RunningSequence:
     uniforms: Uniforms
     text_stream: TextStream | None
     choices: ChoiceConstraint | None
+    stop_token_ids: frozenset[int] = frozenset()  # all ids that end the output
     num_computed: int = 0  # tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # prefix hashes of the full blocks
@@ -156,7 +157,7 @@ class RunningSequence:
                 raise ArithmeticError(f"generate: the logits after {len(self.token_ids)} tokens are not finite")
             self.token_ids.append(token)
             count += 1
-            if token in self.params.stop_token_ids:
+            if token in self.stop_token_ids:
                 finish_reason, stop_reason = "stop", token
             else:
                 text += self.text_stream.feed(token) if self.text_stream else ""

@@ -24,8 +24,10 @@ from peakgpt.engine.inference.kv_cache import PagedKVCache
 from peakgpt.engine.inference.paged_attention import GatheredAttention, PagedAttention, TokenBatch
 from peakgpt.engine.model.plain import Snapshot
 from peakgpt.engine.model.positions import Positions, alibi_slopes, rotary_table
+from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
+from peakgpt.kernels.core.dispatch import BACKENDS, load
 
 
 class TorchExecutor:
@@ -55,7 +57,7 @@ class TorchExecutor:
         self.slopes = alibi_slopes(c.n_head, self.device) if c.position == "alibi" else None
         # Graphs read these addresses: the tensors must outlive a change of the model's parameters.
         self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
-        obstacle = "the host reads how many rows each expert has" if c.experts else None
+        obstacle = "the host reads how many rows each expert has" if _reads_counts(model) else None
         # A weak reference: a reference cycle would keep the cache and the graphs until the garbage collector runs,
         # which may be while another graph is captured.
         weak = weakref.proxy(self)
@@ -163,3 +165,12 @@ class TorchExecutor:
         positions = Positions(angles, self.config.rotary_interleaved, self.slopes)
         h = self.model.packed_hidden_states(batch.ids, batch.positions, positions, PagedAttention(self.kv_cache, batch))
         return h if batch.logit_rows is None else h.index_select(0, batch.logit_rows)
+
+
+def _reads_counts(model: Transformer) -> bool:
+    """Return whether the host reads how many rows each expert has: quantized experts and the eager function do."""
+    if not model.config.experts:
+        return False
+    fused = (name for name, home in BACKENDS.items() if home == model.device.type)
+    is_eager = all(isinstance(load(name, "experts"), str) for name in fused)
+    return is_eager or any(isinstance(module, QuantizedExpertLinear) for module in model.modules())

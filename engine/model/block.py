@@ -35,12 +35,12 @@ class Pass:
     Args:
         cache: KV cache; None in training.
         positions: positions of the tokens.
-        balance_losses: the balance loss of each layer's experts is appended.
+        balance: how each layer uses its experts is appended, see engine/model/experts.py.
     """
 
     cache: AttentionCache | None = None
     positions: Positions = NO_POSITIONS
-    balance_losses: list[Tensor] | None = None
+    balance: list[Tensor] | None = None
 
 
 ALONE = Pass()
@@ -62,11 +62,8 @@ class Block(nn.Module):
         if c.residual != "parallel":
             self.ln_2 = make_norm(c)
         options = {"bias": c.has_bias("mlp"), "activation": c.activation}
-        if c.has_experts(layer):
-            make_expert = lambda: GELUMLP(c.n_embd, c.n_inner, **options)  # noqa: E731
-            self.mlp = Experts(c.n_embd, c.experts, c.experts_per_token, make_expert)
-        else:
-            self.mlp = (GatedMLP if c.gated_mlp else GELUMLP)(c.n_embd, c.n_inner, **options)
+        make_mlp = GatedMLP if c.gated_mlp else GELUMLP
+        self.mlp = Experts(c) if c.has_experts(layer) else make_mlp(c.n_embd, c.n_inner, **options)
         self.dropout, self.residual = c.dropout, c.residual
         self.recompute = self.recompute_norms = False  # set by engine/model/recompute.py
 
@@ -102,7 +99,7 @@ class Block(nn.Module):
             return _dropout(self.attn(h, cache, layer, positions), p)
 
         def mlp(h: Tensor) -> Tensor:
-            y = self.mlp(h, shared.balance_losses, positions.start) if _has_experts(self.mlp) else self.mlp(h)
+            y = self.mlp(h, shared.balance, positions.start) if _has_experts(self.mlp) else self.mlp(h)
             return _dropout(y, p)
 
         run = RESIDUALS[self.residual]
@@ -176,7 +173,7 @@ RESIDUALS = {
 
 
 def _has_experts(mlp: nn.Module) -> bool:
-    """Return whether an MLP is, or wraps, Experts: these also take the balance losses."""
+    """Return whether an MLP is, or wraps, Experts: these also take `balance`."""
     if isinstance(mlp, Experts | GELUMLP | GatedMLP):
         return isinstance(mlp, Experts)
     return any(isinstance(part, Experts) for part in mlp.modules())

@@ -19,6 +19,8 @@ _size = functools.partial(_field, at_least=1, metavar="N")
 _rate = functools.partial(_field, at_least=0, below=1, metavar="RATE")
 _factor = functools.partial(_field, at_least=0, metavar="FACTOR")
 WITH_ROTARY = {"position": ("rotary",)}
+WITH_EXPERTS = {"experts": None}
+MAX_EXPERTS = 1 << 13  # a damaged file could ask for more than the names of its tensors fit into memory
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -80,13 +82,26 @@ class GPTConfig:
     activation: str = _field("gelu_tanh", "gelu_tanh, gelu_erf or relu; with gated_mlp also silu")
     gated_mlp: bool = _field(False, "the activation is applied to a third projection of the MLP, the gate")
     experts: int = _field(
-        0, "number E of experts in every experts_every-th layer, which replace its MLP and are not gated", at_least=0
+        0, "number E of experts in every experts_every-th layer, which replace its MLP", at_least=0, at_most=MAX_EXPERTS
     )
-    experts_every: int = _size(2, "distance between layers with experts", only_with={"experts": None})
-    experts_per_token: int = _size(2, "number of experts that compute each token", only_with={"experts": None})
+    experts_every: int = _size(2, "distance between layers with experts", only_with=WITH_EXPERTS)
+    mlp_only_layers: tuple[int, ...] = _field(
+        (), "layers, counted from 0, that have an MLP where experts_every would give them experts", at_least=0,
+        metavar="LAYER", only_with=WITH_EXPERTS,
+    )  # fmt: skip
+    experts_per_token: int = _size(2, "number of experts that compute each token", only_with=WITH_EXPERTS)
+    expert_inner: int | None = _size(None, "width F of an expert; none: n_inner", only_with=WITH_EXPERTS)
+    gated_experts: bool = _field(False, "as gated_mlp, for the experts", only_with=WITH_EXPERTS)
+    normalize_experts: bool = _field(
+        True, "divide the weights of a token's experts by their sum (norm_topk_prob)", only_with=WITH_EXPERTS
+    )
     balance_loss: float = _factor(
-        0.01, "factor on the experts' balance loss, which is added to the loss in training", only_with={"experts": None}
+        0.01, "factor on the experts' balance loss, which is added to the loss in training", only_with=WITH_EXPERTS
     )
+    balance_over: str = _field(
+        "layer", "layer: the first choices of each layer are balanced; model: all choices of all layers together, as "
+        "transformers' Mixtral does", choices=("layer", "model"), only_with=WITH_EXPERTS,
+    )  # fmt: skip
     layer_norm_epsilon: float = _field(1e-5, "added to the variance (LayerNorm) or the mean square (RMSNorm)", above=0)
     bias: bool | tuple[str, ...] = _field(True, "true, false, or the parts that have a bias: qkv, out, mlp, norm")
     tied_head: bool = _field(True, "the head shares its weight with the token embedding")
@@ -101,7 +116,7 @@ class GPTConfig:
     attention_dropout: float | None = _rate(None, "probability of an attention weight; none: dropout")
 
     def __post_init__(self):
-        for name in ("windows", "bias"):
+        for name in ("windows", "mlp_only_layers", "bias"):
             if isinstance(getattr(self, name), list):  # of a JSON file
                 self._set(**{name: tuple(getattr(self, name))})
         check_settings(self)
@@ -128,12 +143,17 @@ class GPTConfig:
         self._require("n_kv_head", self.n_head % self.n_kv_head == 0, f"a divisor of n_head {self.n_head}")
 
     def _check_mlp(self) -> None:
-        allowed = GATES if self.gated_mlp and not self.experts else ACTIVATIONS
+        allowed = GATES if self.gated_mlp and (self.gated_experts or not self.experts) else ACTIVATIONS
         self._require("activation", self.activation in allowed, f"one of {', '.join(allowed)}")
         if not self.experts:
+            self._require("gated_experts", not self.gated_experts, "false without experts")
             return
+        self._set(expert_inner=self.expert_inner or self.n_inner)
         self._require("experts_per_token", self.experts_per_token <= self.experts, f"at most experts {self.experts}")
         self._require("experts_every", self.experts_every <= self.n_layer, f"at most n_layer {self.n_layer}")
+        self._set(mlp_only_layers=tuple(sorted(set(self.mlp_only_layers))))
+        is_valid = all(layer < self.n_layer for layer in self.mlp_only_layers)
+        self._require("mlp_only_layers", is_valid, f"layers below n_layer {self.n_layer}")
 
     def _check_position(self) -> None:
         if self.position == "rotary":
@@ -180,8 +200,11 @@ class GPTConfig:
         return self.bias is True or (self.bias is not False and part in self.bias)
 
     def has_experts(self, layer: int) -> bool:
-        """Return whether a layer, 0 .. L - 1, has experts: the last one of every `experts_every` layers does."""
-        return bool(self.experts) and (layer + 1) % self.experts_every == 0
+        """Return whether a layer, 0 .. L - 1, has experts: the last one of every `experts_every` layers does, unless
+        it is one of `mlp_only_layers`.
+        """  # fmt: skip
+        is_expert_layer = (layer + 1) % self.experts_every == 0 and layer not in self.mlp_only_layers
+        return bool(self.experts) and is_expert_layer
 
     def scale(self, layer: int) -> float | None:
         """Return the factor on q k^T of a layer; None means 1 / sqrt(head_dim)."""

@@ -42,11 +42,16 @@ def _attention(config: GPTConfig) -> int:
 
 
 def _mlp(config: GPTConfig, layer: int, active: bool) -> int:
-    c, inner, biased = config.n_embd, config.n_inner, config.has_bias("mlp")
-    up, down = (c + biased) * inner, (inner + biased) * c
-    if not config.has_experts(layer):
-        return (1 + config.gated_mlp) * up + down
-    return (config.experts_per_token if active else config.experts) * (up + down) + c * config.experts
+    c, biased, has_experts = config.n_embd, config.has_bias("mlp"), config.has_experts(layer)
+    inner, ups = _inner(config, layer), 1 + (config.gated_experts if has_experts else config.gated_mlp)
+    one = ups * (c + biased) * inner + (inner + biased) * c
+    if not has_experts:
+        return one
+    return (config.experts_per_token if active else config.experts) * one + c * config.experts
+
+
+def _inner(config: GPTConfig, layer: int) -> int:
+    return config.expert_inner if config.has_experts(layer) else config.n_inner
 
 
 def _token_embedding(config: GPTConfig) -> int:
@@ -85,16 +90,17 @@ def recomputed_flops(config: GPTConfig, tokens: int, plan: str, *, causal: bool 
     "mlp": the first product of every MLP. "block": the forward pass of the recomputed blocks.
     """
     kind, every = parse(plan)
-    c, inner, layers = config.n_embd, config.n_inner, range(config.n_layer)
-    mlps = [config.experts_per_token if config.has_experts(i) else 1 for i in layers]  # MLPs that compute a token
-    ups = [1 + (config.gated_mlp and not config.has_experts(i)) for i in layers]
-    up = [n * k * c * inner for n, k in zip(mlps, ups, strict=True)]
+    c, layers = config.n_embd, range(config.n_layer)
+    # The widths of the MLPs that compute a token, added up.
+    inner = [_inner(config, i) * (config.experts_per_token if config.has_experts(i) else 1) for i in layers]
+    gated = [config.gated_experts if config.has_experts(i) else config.gated_mlp for i in layers]
+    up = [(1 + is_gated) * c * width for is_gated, width in zip(gated, inner, strict=True)]
     if kind == "mlp":
         return 2 * sum(up)
     recomputed = layers[::every] if kind == "block" else ()
     attention = (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim * c
     router = [c * config.experts * config.has_experts(i) for i in layers]
-    weights = sum(attention + up[i] + mlps[i] * inner * c + router[i] for i in recomputed)
+    weights = sum(attention + up[i] + inner[i] * c + router[i] for i in recomputed)
     keys = sum(_keys(tokens, min(config.windows[i] or tokens, tokens), causal) for i in recomputed)
     return 2 * weights + 4 * config.n_head * config.head_dim * keys
 

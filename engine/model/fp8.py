@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from peakgpt.engine.model.experts import ExpertMLPs
 from peakgpt.engine.model.plain import is_plain
 from peakgpt.kernels.core.autograd import first_order
 from peakgpt.kernels.ops.linear import linear
@@ -87,8 +88,8 @@ def set_fp8(model: nn.Module, on: bool) -> None:
     A layer that is hooked or replaced later runs its own forward, without 8-bit products.
 
     Raises:
-        ValueError: the device has no 8-bit products, a size of the model is not a multiple of 16, or a layer runs its
-            own forward.
+        ValueError: the device has no 8-bit products, a size of the model is not a multiple of 16, the model has
+            experts, or a layer runs its own forward.
     """
     parts = [module for module in model.modules() if hasattr(module, "fp8")]
     device = next(model.parameters()).device
@@ -97,6 +98,8 @@ def set_fp8(model: nn.Module, on: bool) -> None:
         raise ValueError(f"fp8: got {name}, expected a GPU of sm_89 or newer")
     if on and not parts:
         raise ValueError(f"fp8: got {type(model).__name__}, expected a GPT of peakgpt")
+    if on and any(isinstance(module, ExpertMLPs) for module in model.modules()):
+        raise ValueError("fp8: got a model with experts, expected one without: their products have no 8-bit form")
     for part in parts if on else ():
         for name, layer in part.named_children():
             if name in LAYERS and not is_plain(layer, nn.Linear):

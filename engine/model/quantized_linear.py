@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.model.plain import fusable
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
-from peakgpt.kernels.ops.quantize import check_group, pack_4, pack_8
+from peakgpt.kernels.ops.quantize import BLOCK, check_group, pack_4, pack_8
 
 HEAD, EMBEDDING = "lm_head", "transformer.wte"
 
@@ -37,8 +39,24 @@ class Format:
         return Format(8) if module in (HEAD, EMBEDDING) else self
 
 
+class _Quantized(nn.Module):
+    """A module with a quantized weight: the buffers weight, scale and bias, and its format, form."""
+
+    @property
+    def product_fields(self) -> dict[str, Any]:
+        """The fields of QuantizedMatrix (csrc/gemm/quantized.h) that the format decides, besides the tensors."""
+        return {"bits": self.form.bits, "block": BLOCK if self.form.bits == 8 else self.form.group}
+
+    def _apply(self, fn, recurse=True):
+        """Move as torch does, but keep the dtype of the scales when the model is cast."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
+
+
 @fusable
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(_Quantized):
     """A linear layer for inference whose weight has 8 or 4 bits."""
 
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, inputs: int, form: Format):
@@ -58,15 +76,39 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         """Map x, (..., C), to (..., F); `activation` as in linear_q8."""
-        if self.form.bits == 8:
-            return linear_q8(x, self.weight, self.scale, self.bias, activation=activation)
-        return linear_q4(
-            x, self.weight, self.scale, self.bias, out=self.out_features, group=self.form.group, activation=activation
-        )
+        return _product(self.form, self.out_features, x, self.weight, self.scale, self.bias, activation)
 
-    def _apply(self, fn, recurse=True):
-        """Move as torch does, but keep the dtype of the scales when the model is cast."""
-        scale = self.scale
-        super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)
-        return self
+
+@fusable
+class QuantizedExpertLinear(_Quantized):
+    """One quantized linear layer for each of E experts, with stacked weights."""
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, inputs: int, form: Format):
+        """
+        Args:
+            q, scale: those of a QuantizedLinear of each expert, stacked.
+            bias: (E, F) or None.
+            inputs: C.
+            form: format of q.
+        """
+        super().__init__()
+        self.in_features, self.out_features, self.form = inputs, q.shape[1], form
+        layers = [QuantizedLinear(*parts, None, inputs, form) for parts in zip(q, scale, strict=True)]
+        self.register_buffer("weight", torch.stack([layer.weight for layer in layers]))
+        self.register_buffer("scale", torch.stack([layer.scale for layer in layers]))
+        self.register_buffer("bias", bias)
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Map rows (S, C) to (S, F), as ExpertLinear does."""
+        parts = rows.split(offsets.diff().tolist())
+        biases = (None,) * len(parts) if self.bias is None else self.bias
+        each = zip(parts, self.weight, self.scale, biases, strict=True)
+        return torch.cat([_product(self.form, self.out_features, *arguments) for arguments in each])
+
+
+def _product(
+    form: Format, out: int, x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, activation: str = "none"
+) -> Tensor:  # fmt: skip
+    if form.bits == 8:
+        return linear_q8(x, w, scale, b, activation=activation)
+    return linear_q4(x, w, scale, b, out=out, group=form.group, activation=activation)

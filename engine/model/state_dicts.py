@@ -6,17 +6,34 @@ Our weights are in Linear layout, [out, in]. transformers' GPT-2 stores some of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+SEPARATE = re.compile(r"(|.*\.experts\.)(\d+)\.(c_(?:gate|fc|proj)\.\w+)")
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def transpose_conv1d(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Transpose the weights that GPT-2 stores as Conv1D, from [in, out] to [out, in] or back; keep the others."""
-    return {name: tensor.t() if name.endswith(CONV1D) else tensor for name, tensor in state.items()}
+    return {name: tensor.mT if name.endswith(CONV1D) else tensor for name, tensor in state.items()}
+
+
+def stack_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stack the parameters of separate experts, 3.c_fc.weight, as older models of peakgpt had them; keep the others."""
+    stacked: dict[str, Tensor | dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        match = SEPARATE.fullmatch(name)
+        if match is None:
+            stacked[name] = tensor
+        else:
+            stacked.setdefault(match[1] + match[3], {})[int(match[2])] = tensor
+    return {
+        name: torch.stack([value[expert] for expert in sorted(value)]) if isinstance(value, dict) else value
+        for name, value in stacked.items()
+    }
 
 
 class ModuleWithAliases(nn.Module):

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from peakgpt.engine.model.block import Block, Pass, run_blocks
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.experts import balance_loss
 from peakgpt.engine.model.fp8 import fp8_linear
 from peakgpt.engine.model.kv_cache import AttentionCache, SequenceCache
 from peakgpt.engine.model.norms import make_norm
@@ -61,10 +62,10 @@ class Transformer(ModuleWithConv1D):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 parameter.normal_(0.0, INIT_STD * (2 * self.config.n_layer) ** -0.5)
-            elif parameter.dim() >= 2:
+            elif parameter.dim() >= 2 and not name.endswith("bias"):
                 parameter.normal_(0.0, INIT_STD / (self.config.logit_scale if name == head else 1.0))
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # vectors are biases and weights of norms
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # biases, and weights of norms
 
     def forward(
         self, input_ids: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -98,16 +99,16 @@ class Transformer(ModuleWithConv1D):
             if start is not None or cache is not None:
                 raise ValueError("GPT: got attention_mask with start or cache, expected start alone")
             start = left_padding_start(attention_mask, input_ids)
-        balance_losses: list[Tensor] | None = [] if self.config.experts and self.training else None
-        h = self.hidden_states(input_ids, cache, start, balance_losses, position_ids)
+        balance: list[Tensor] | None = [] if self.config.experts and self.training else None
+        h = self.hidden_states(input_ids, cache, start, balance, position_ids)
         if targets is None:
             return self.compute_logits(h)
         logits = None if self._has_fusable_head else self.compute_logits(h)
         loss = self._fused_loss(h, targets, loss_weight) if logits is None else self._loss(logits, targets, loss_weight)
-        if balance_losses:
+        if balance:
             # With loss_weight the batch is a part of a larger one; scale the balance by the part's share of the loss.
             share = 1.0 if loss_weight is None else (loss_weight * (targets != IGNORE_INDEX)).sum()
-            loss = loss + self.config.balance_loss * share * sum(balance_losses)
+            loss = loss + self.config.balance_loss * share * balance_loss(balance, self.config.balance_over)
         if not return_logits:
             return loss
         return loss, self.compute_logits(h) if logits is None else logits
@@ -133,7 +134,7 @@ class Transformer(ModuleWithConv1D):
 
     def hidden_states(
         self, input_ids: Tensor, cache: SequenceCache | None = None, start: Tensor | None = None,
-        balance_losses: list[Tensor] | None = None, position_ids: Tensor | None = None,
+        balance: list[Tensor] | None = None, position_ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Compute the hidden states of a batch of sequences after the last norm: the input of `compute_logits`.
 
@@ -141,7 +142,7 @@ class Transformer(ModuleWithConv1D):
             input_ids: (B, T) int64 or int32.
             cache: KV cache of the tokens before input_ids, which is extended by them; turns dropout off.
             start: (B,) integers, first token of each left-padded sequence, counted from the first token of the cache.
-            balance_losses: the balance loss of each layer with experts is appended, float32 scalars.
+            balance: how each layer uses its experts is appended, (2, E) float32: see `balance_loss` of experts.py.
             position_ids: (B, T) integers, position of each token in its document. A document starts at each 0, and with
                 each row; its tokens attend to it alone. None: each row is one document.
         Returns:
@@ -159,25 +160,25 @@ class Transformer(ModuleWithConv1D):
         tokens = input_ids.shape[1]
         if position_ids is None:
             positions = make_positions(self.config, past, tokens, start, input_ids.device)
-            return self._run(input_ids, past, start, positions, cache, balance_losses)
+            return self._run(input_ids, past, start, positions, cache, balance)
         if position_ids.shape != input_ids.shape or start is not None or cache is not None:
             raise ValueError(
                 f"GPT: position_ids have shape {tuple(position_ids.shape)} for ids {tuple(input_ids.shape)}, expected "
                 "the same shape, and no cache or start"
             )
         positions = packed_positions(self.config, position_ids)
-        h = self._run(input_ids.flatten()[None], position_ids.flatten(), None, positions, None, balance_losses)
+        h = self._run(input_ids.flatten()[None], position_ids.flatten(), None, positions, None, balance)
         return h.view(*input_ids.shape, -1)
 
     def _run(
         self, input_ids: Tensor, past: int | Tensor, start: Tensor | None, positions: Positions,
-        cache: SequenceCache | None, balance_losses: list[Tensor] | None,
+        cache: SequenceCache | None, balance: list[Tensor] | None,
     ) -> Tensor:  # fmt: skip
         """Run the network on (B, T) ids; `past` is the first position, or all positions, (T,)."""
         x = self._embed(input_ids, past, start)  # (B, T, C)
         if self.training and self.config.embedding_dropout and cache is None:
             x = dropout(x, p=self.config.embedding_dropout)
-        h = self._run_blocks(x, positions, cache, balance_losses)
+        h = self._run_blocks(x, positions, cache, balance)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return h
@@ -226,13 +227,13 @@ class Transformer(ModuleWithConv1D):
         return product(h, self._head_weight) if head is None else run_linear(head, h, product)
 
     def _run_blocks(
-        self, x: Tensor, positions: Positions, cache: AttentionCache | None, balance_losses: list[Tensor] | None = None
+        self, x: Tensor, positions: Positions, cache: AttentionCache | None, balance: list[Tensor] | None = None
     ) -> Tensor:
         """Run all blocks and the last norm on the embedding, (B, T, C)."""
         t = self.transformer
         if cache is not None and len(t.h) > self.config.n_layer:
             raise ValueError(f"GPT: got {len(t.h)} blocks, expected at most n_layer {self.config.n_layer} with a cache")
-        h = run_blocks(t.h, x, t._modules.get("ln_f"), Pass(cache, positions, balance_losses))
+        h = run_blocks(t.h, x, t._modules.get("ln_f"), Pass(cache, positions, balance))
         h = run_linear(t.project_out, h) if "project_out" in t else h
         return h if self.config.logit_scale == 1.0 else h * self.config.logit_scale
 

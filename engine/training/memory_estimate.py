@@ -91,9 +91,9 @@ def _saved_widths(model: GPTConfig, plan: str) -> Iterator[int]:
     c, heads = model.n_embd, model.n_head * model.head_dim
     for layer in range(model.n_layer):
         has_experts = model.has_experts(layer)
-        hidden = model.n_inner * (1 + (model.gated_mlp and not has_experts))
-        if has_experts:  # each expert reads and writes copies of its tokens
-            hidden = model.experts_per_token * (model.n_inner + 2 * c)
+        hidden = model.n_inner * (1 + model.gated_mlp)
+        if has_experts:
+            hidden = model.experts_per_token * model.expert_inner * (1 + model.gated_experts)
         if kind == "block" and layer % every == 0:
             yield 2 * c
             continue

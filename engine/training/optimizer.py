@@ -244,11 +244,11 @@ _state_dict = getattr(torch.optim.Optimizer.state_dict, "__wrapped__", torch.opt
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: matrices and embeddings decay, vectors (biases, norms) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """Return two parameter groups: matrices and embeddings decay, biases and norms do not."""
+    decays = {p: p.dim() >= 2 and not n.endswith("bias") for n, p in model.named_parameters() if p.requires_grad}
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in decays if decays[p]], "weight_decay": weight_decay},
+        {"params": [p for p in decays if not decays[p]], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -156,6 +156,7 @@ def op(
     restore: Callable[[Tensors, Sequence[Tensor | None]], Tensors] = lambda inputs, outputs: inputs,
     matmul_flops: Callable[..., int] | None = None,
     counted_as: Params = MappingProxyType({}),
+    counted: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare an op. Arguments annotated `Tensor` or `Tensor | None` are tensors, all others are parameters.
 
@@ -186,13 +187,14 @@ def op(
         matmul_flops: (*tensors, **params) -> FLOPs of a forward pass's matrix products, for torch's FlopCounterMode.
             Default: those of the eager function on fake tensors, for an op whose eager function reads no values.
         counted_as: parameters of a call with the same FLOPs, for parameters with which fake tensors cannot run.
+        counted: a function with the same signature and matrix products, for an eager function that reads values.
     """
     return lambda eager: Op(
         eager, cost=cost, sample=sample, check=check, alloc=alloc, typical=typical,
         saved_for_backward=saved_for_backward, strided=strided, outputs=outputs, autocast=autocast,
         autocast_exempt=autocast_exempt, mutates=mutates, grad_in_forward=grad_in_forward,
         random_param=random_param, gradient=gradient, differentiable=differentiable, restore=restore,
-        matmul_flops=matmul_flops, counted_as=counted_as,
+        matmul_flops=matmul_flops, counted_as=counted_as, counted=counted,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def add_forward(op: OpSpec, call: Callable[..., tuple[Tensors, Params]]) -> None
         params = {**params, **op.counted_as}
         if op.matmul_flops:
             return op.matmul_flops(*tensors, **params)
-        return _count(lambda inputs: lambda: op.run_eager(inputs, params), tensors)
+        return _count(lambda inputs: lambda: op.run_counted(inputs, params), tensors)
 
     _formulas[getattr(torch.ops.peakgpt, op.name)] = formula
     give_to_counters()
@@ -86,10 +86,10 @@ def _cpu_attention() -> dict[Any, Callable[..., int]]:
 def _backward(
     op: OpSpec, inputs: Tensors, params: Params, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> Callable[[], Any]:
-    """Run the eager function; return its backward as a function that computes the gradients."""
+    """Run the function that is counted; return its backward as a function that computes the gradients."""
     leaves = [t.requires_grad_() for t, need in zip(inputs, needs, strict=True) if need]
     with torch.enable_grad():
-        results = op.run_eager(inputs, params)
+        results = op.run_counted(inputs, params)
     results = results if len(op.outputs) > 1 else (results,)
     used = [r for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
     return lambda: torch.autograd.grad(used, leaves, [torch.empty_like(r) for r in used], allow_unused=True)

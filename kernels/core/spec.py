@@ -59,6 +59,7 @@ class OpSpec:
         restore: Callable[[Tensors, Sequence[Tensor | None]], Tensors],
         matmul_flops: Callable[..., int] | None,
         counted_as: Params,
+        counted: Callable[..., Any] | None,
     ):
         functools.update_wrapper(self, eager)
         self.name, self.eager = eager.__name__, eager
@@ -67,7 +68,7 @@ class OpSpec:
         self.autocast, self.autocast_exempt = autocast, frozenset(autocast_exempt)
         self.grad_in_forward, self.random_param, self.gradient = grad_in_forward, random_param, gradient and not mutates
         self.differentiable, self.restore = differentiable or eager, restore
-        self.matmul_flops, self.counted_as = matmul_flops, dict(counted_as)
+        self.matmul_flops, self.counted_as, self.counted = matmul_flops, dict(counted_as), counted or eager
         self.signature = inspect.signature(eager, eval_str=True)
         arguments = self.signature.parameters
         self.tensor_names = tuple(n for n, a in arguments.items() if a.annotation in (Tensor, Tensor | None))
@@ -109,6 +110,10 @@ class OpSpec:
     def run_eager(self, tensors: Tensors, params: Params) -> Any:
         """Call the eager function with bound arguments."""
         return self.eager(**dict(zip(self.tensor_names, tensors, strict=True)), **params)
+
+    def run_counted(self, tensors: Tensors, params: Params) -> Any:
+        """Call the function whose matrix products are counted: the eager function, or one that reads no values."""
+        return self.counted(**dict(zip(self.tensor_names, tensors, strict=True)), **params)
 
     def run_differentiable(self, tensors: Tensors, params: Params) -> Any:
         """Call the eager function in operations that torch can differentiate any number of times."""

@@ -1,6 +1,8 @@
-"""Linear layer with weights of 8 bits on the CPU: csrc/gemm/quantized.cpp. linear_q4 uses `multiply` too."""
+"""Linear layer with weights of 8 bits on the CPU: csrc/gemm/quantized.cpp. All quantized layers use `multiply`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +26,10 @@ def scale_objection(scale: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def multiply(
-    bits: int, out: Tensor, x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, block: int, activation: str
-) -> None:
-    """Compute out = act(Q(x) W^T + b); csrc/gemm/quantized.h has the formulas."""
+    bits: int, out: Tensor, x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, block: int, activation: str,
+    **groups: Any,
+) -> None:  # fmt: skip
+    """Compute out = act(Q(x) W^T + b); csrc/gemm/quantized.h has the formulas, and the fields of `groups`."""
     x = rows(x)
     width = out.shape[-1]
     _C.linear_quantized(
@@ -45,4 +48,5 @@ def multiply(
         bias=b,
         activation=ACTIVATIONS.get(activation, -1),
         threads=threads(),
+        **groups,
     )

@@ -6,8 +6,10 @@ from peakgpt.kernels.ops.attention_decode import attention_decode
 from peakgpt.kernels.ops.cache_store import cache_store
 from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.embedding import embedding
+from peakgpt.kernels.ops.experts import experts
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
+from peakgpt.kernels.ops.linear_grouped import linear_grouped
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
 from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
@@ -24,10 +26,12 @@ __all__ = [
     "cache_store",
     "dropout",
     "embedding",
+    "experts",
     "gated_mlp",
     "layernorm",
     "linear",
     "linear_cross_entropy",
+    "linear_grouped",
     "linear_q4",
     "linear_q8",
     "mlp",

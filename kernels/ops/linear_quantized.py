@@ -54,7 +54,8 @@ def _activated(y: Tensor, activation: str) -> Tensor:
     return y if activation == "none" else GATES[activation](y)
 
 
-def _outputs(w: Tensor, b: Tensor | None, out: int | None) -> int:
+def outputs(w: Tensor, b: Tensor | None, out: int | None) -> int:
+    """Return F: `out`, else the size of the bias, else all outputs of the panels."""
     return out if out is not None else b.shape[0] if b is not None else w.shape[0] * PANEL
 
 
@@ -114,13 +115,13 @@ def linear_q8(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = None, *, a
 
 def _check_4(x, w, scale, b, *, out, group, activation):
     check_group("linear_q4", group)
-    _check_panels("linear_q4", x, w, b, _outputs(w, b, out), 1, activation)
+    _check_panels("linear_q4", x, w, b, outputs(w, b, out), 1, activation)
     check.shape("linear_q4", "scale", scale, w.shape[0], -(-x.shape[-1] // group), PANEL)
     _check_scale("linear_q4", x, scale)
 
 
 def _cost_4(x, w, scale, b=None, *, out=None, **_):
-    return _cost(x, w, scale, b, _outputs(w, b, out))
+    return _cost(x, w, scale, b, outputs(w, b, out))
 
 
 def _sample_4(rows: int = 1024, width: int = 768, out: int = 2304, group: int = 64, **like):
@@ -131,7 +132,7 @@ def _sample_4(rows: int = 1024, width: int = 768, out: int = 2304, group: int = 
 
 
 def _alloc_4(x, w, scale, b, *, needs, out, group, activation):
-    return (short_lived(x, *x.shape[:-1], _outputs(w, b, out)),), ()
+    return (short_lived(x, *x.shape[:-1], outputs(w, b, out)),), ()
 
 
 @op(cost=_cost_4, sample=_sample_4, check=_check_4, alloc=_alloc_4, strided=("x",), gradient=False)
@@ -156,5 +157,5 @@ def linear_q4(
         NotImplementedError: an input requires grad, or the forced backend does not support the call.
     """
     width = x.shape[-1]
-    weight = dequantize_4(*unpack_4(w, scale, _outputs(w, b, out), width), width, group)
+    weight = dequantize_4(*unpack_4(w, scale, outputs(w, b, out), width), width, group)
     return _activated(F.linear(round_inputs(x, group), weight.to(x.dtype), b), activation)

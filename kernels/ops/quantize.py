@@ -3,6 +3,7 @@
     8 bits   w = s q            q = round(w / s), s = max|w| / 127 per row (output)        8 bits per weight
     4 bits   w = s LEVELS[q]    s per group of a row's inputs, with the least square error   4 + 16 / group bits
     inputs   x = s q            q = round(x / s), s = max|x| / 127 per block of a row
+    groups   w = s q + m, or w = s TABLE[q] + m   s, m per group of a row's inputs: the formats of .gguf files
 
 LEVELS follow the distribution of normal weights: denser around 0. Root mean square error relative to the root mean
 square of the weights, for normal weights and for Student's t with 5 degrees of freedom:
@@ -27,6 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+LEVEL_TABLES = {  # of 4-bit weights, in the order of kQuantizedLevels of csrc/gemm/quantized.cpp
+    "normal": LEVELS,
+    "signed": tuple(range(-8, 8)),
+    "unsigned": tuple(range(16)),
+    "fp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),  # in halves: OCP Microscaling Formats 1.0, 5.3.3
+}
 GROUPS = (32, 64, 128)
 BLOCK = 128  # inputs that share a scale with 8-bit weights; with 4-bit weights the weights' group is used
 PANEL = 16  # kPanelOutputs in csrc/gemm/quantized.h
@@ -89,6 +96,23 @@ def dequantize_4(q: Tensor, scale: Tensor, width: int, group: int = 64) -> Tenso
     return levels[_indices(q)[:, :width].int()] * scale.repeat_interleave(group, 1)[:, :width]
 
 
+def dequantize_grouped(
+    q: Tensor, scale: Tensor, offset: Tensor | None, width: int, group: int, levels: str = "signed"
+) -> Tensor:
+    """Return a weight (F, width) with scales and offsets of groups, in float32, or float64 if the scales are float64.
+
+    Args:
+        q: (F, width) int8 levels, or (F, ceil(width / 2)) uint8 as from `quantize_4`, indices into a table of levels.
+        scale, offset: (F, ceil(width / group)) floating; offset may be None.
+        levels: a key of LEVEL_TABLES.
+    """
+    wide = torch.float64 if scale.dtype == torch.float64 else torch.float32
+    table = torch.tensor(LEVEL_TABLES[levels], dtype=wide, device=q.device)
+    values = q.to(wide) if q.dtype == torch.int8 else table[_indices(q)[:, :width].int()]
+    spread = [part.to(wide).repeat_interleave(group, 1)[:, :width] for part in (scale, offset) if part is not None]
+    return values * spread[0] if offset is None else values * spread[0] + spread[1]
+
+
 def round_inputs(x: Tensor, block: int) -> Tensor:
     """Quantize each block of the last axis to int8 and dequantize it, in x's dtype.
 
@@ -119,9 +143,7 @@ def pack_4(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Scales (F, G) become (ceil(F / 16), G, 16).
     """
-    quads = _panels(_indices(q), 0).unflatten(1, (-1, 2))
-    scale = F.pad(scale, (0, 0, 0, -scale.shape[0] % PANEL))
-    return quads[:, :, 0] | quads[:, :, 1] << 4, scale.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+    return _pack_nibbles(q), _pack_scales(scale)
 
 
 def unpack_4(panels: Tensor, scale: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
@@ -129,6 +151,36 @@ def unpack_4(panels: Tensor, scale: Tensor, rows: int, width: int) -> tuple[Tens
     quads = torch.stack((panels & 15, panels >> 4), 2).flatten(1, 2)
     index = _rows(quads)[:rows, : width + width % 2]
     return index[:, 0::2] | index[:, 1::2] << 4, scale.transpose(1, 2).flatten(0, 1)[:rows]
+
+
+def pack_grouped(q: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pack a weight with scales of groups: q as in `pack_8` or `pack_4`, scales and offsets as in `pack_4`, float16.
+
+    Args:
+        q: (F, C) int8, or (F, ceil(C / 2)) uint8.
+        scale, offset: (F, G) floating; offset may be None.
+    """
+    w = pack_8(q) if q.dtype == torch.int8 else _pack_nibbles(q)
+    return w, _pack_scales(scale.half()), None if offset is None else _pack_scales(offset.half())
+
+
+def unpack_grouped(
+    panels: Tensor, scale: Tensor, offset: Tensor | None, rows: int, width: int, bits: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Invert `pack_grouped`."""
+    q = unpack_8(panels, rows, width) if bits == 8 else unpack_4(panels, scale, rows, width)[0]
+    scale, offset = (None if part is None else part.transpose(1, 2).flatten(0, 1)[:rows] for part in (scale, offset))
+    return q, scale, offset
+
+
+def _pack_nibbles(q: Tensor) -> Tensor:
+    quads = _panels(_indices(q), 0).unflatten(1, (-1, 2))
+    return quads[:, :, 0] | quads[:, :, 1] << 4
+
+
+def _pack_scales(scale: Tensor) -> Tensor:
+    scale = F.pad(scale, (0, 0, 0, -scale.shape[0] % PANEL))
+    return scale.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
 def _panels(q: Tensor, fill: int) -> Tensor:

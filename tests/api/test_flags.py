@@ -14,8 +14,10 @@ from peakgpt.engine.training.run_config import run_settings
 from peakgpt.kernels.command_line import Parser
 
 ROOT = Path(__file__).parents[2]
-ACCEPTED = {"--temperature": "0", "--seed": "0", "--end-id": "0"}  # flags for which 0 is right
+# Flags for which 0 is right.
+ACCEPTED = dict.fromkeys(("--temperature", "--seed", "--end-id", "--top-k", "--min-p"), "0")
 REQUIRED = {"generate": ["MISSING", "--prompt", "x"], "quantize": ["MISSING", "OUT", "--bits", "8"],
+            "export": ["MISSING", "OUT", "--format", "gguf"],
             "score": ["MISSING", "--text", "x"]}  # fmt: skip
 
 
@@ -102,7 +104,8 @@ def test_a_resumed_run_takes_or_refuses_each_flag(action, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "flag"),
     [
-        *((["generate", "M", "-p", "x", "--temperature", "0", f"--{f}", "1"], f) for f in ("top-k", "top-p", "seed")),
+        *((["generate", "M", "-p", "x", "--temperature", "0", f"--{f}", "1"], f)
+          for f in ("top-k", "top-p", "min-p", "seed")),
         (["score", "M", "--text", "x", "--context", "y"], "context"),
         *((["score", "M", "--continuation", "x", f"--{f}", "9"], f) for f in ("window", "stride")),
         (["quantize", "M", "OUT", "--bits", "8", "--group", "32"], "group"),

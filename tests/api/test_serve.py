@@ -12,12 +12,11 @@ import time
 
 import pytest
 import serving  # skips all where the packages of peakgpt[serve] are missing
-from serving import Running, guard, posted
+from serving import Running, guard, posted, with_chat
 
 from peakgpt.cli import main
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
-from peakgpt.serve.chat import ChatTemplate
 
 KEY = "right key"
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -36,7 +35,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def running(model, tokenizer):
-    running = Running(model, tokenizer, chat=ChatTemplate(CHAT, {}), hosts=guard.LOOPBACK)
+    running = Running(model, with_chat(tokenizer, CHAT), hosts=guard.LOOPBACK)
     yield running
     running.close()
 
@@ -137,12 +136,12 @@ def test_bad_fields_return_errors_in_openai_format(running, changes, param):
 
 # Fields of OpenAI and of other servers that change the text: beam search, response formats, tools.
 UNKNOWN = (
-    "use_beam_search", "num_beams", "beams", "length_penalty", "early_stopping", "response_format", "tools",
-    "tool_choice", "parallel_tool_calls", "functions", "function_call", "guided_json", "guided_regex", "guided_choice",
-    "grammar", "min_tokens", "ignore_eos", "stop_token_ids", "prompt_logprobs", "do_sample", "modalities", "prediction",
-    "reasoning_effort", "service_tier", "store", "metadata", "web_search_options",
+    "use_beam_search", "num_beams", "beams", "length_penalty", "early_stopping", "response_format", "functions",
+    "function_call", "guided_json", "guided_regex", "guided_choice", "grammar", "min_tokens", "ignore_eos",
+    "stop_token_ids", "prompt_logprobs", "do_sample", "modalities", "prediction", "service_tier", "store", "metadata",
+    "web_search_options", "chat_template",
 )  # fmt: skip
-ONLY = {"/v1/completions": ("messages", "top_logprobs", "max_completion_tokens"),
+ONLY = {"/v1/completions": ("messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice"),
         "/v1/chat/completions": ("prompt", "echo", "best_of", "suffix")}  # fmt: skip
 
 

@@ -13,7 +13,6 @@ import serving  # skips all where the packages of peakgpt[serve] are missing
 from serving import LIMITS_HERE, Running, guard, posted
 
 from peakgpt.serve import preparation
-from peakgpt.serve.chat import ChatTemplate
 from peakgpt.serve.errors import ERRORS
 from peakgpt.serve.schema import CHAT, COMPLETION
 
@@ -25,8 +24,8 @@ AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 @pytest.fixture(scope="module")
 def running():
     tokenizer = serving.tiny_tokenizer()
-    chat = ChatTemplate("{{ messages[0].content }}", {})
-    running = Running(serving.tiny_model(tokenizer), tokenizer, key=[KEY, "other"], hosts=guard.LOOPBACK, chat=chat)
+    chatting = serving.with_chat(tokenizer, "{{ messages[0].content }}")
+    running = Running(serving.tiny_model(tokenizer), chatting, key=[KEY, "other"], hosts=guard.LOOPBACK)
     yield running
     running.close()
 

@@ -13,11 +13,11 @@ import serving  # skips all where the packages of peakgpt[serve] are missing
 from serving import LIMITS, Running
 
 from peakgpt.engine.data import tokenizer as tokenizer_module
+from peakgpt.engine.data.chat_template import ChatTemplates
 from peakgpt.engine.inference import constrained_decoding, preparation, text_stream
 from peakgpt.engine.inference.sampling_params import SamplingParams
+from peakgpt.serve import json_body, schema
 from peakgpt.serve import preparation as requests
-from peakgpt.serve import schema
-from peakgpt.serve.chat import ChatTemplate
 from peakgpt.serve.errors import ERRORS
 from peakgpt.serve.schema import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 
@@ -47,7 +47,7 @@ VALUES = {
 @pytest.fixture(scope="module")
 def running():
     tokenizer = serving.tiny_tokenizer()
-    running = Running(serving.tiny_model(tokenizer), tokenizer, limits=LIMITS, chat=ChatTemplate(TEMPLATE, {}))
+    running = Running(serving.tiny_model(tokenizer), serving.with_chat(tokenizer, TEMPLATE), limits=LIMITS)
     yield running
     running.close()
 
@@ -200,12 +200,12 @@ def test_nothing_of_a_request_is_prepared_in_the_event_loop_or_the_engine_thread
     """Parsing, checks, templates, encoding, choices and large answers run in threads of their own."""
     seen = {}
     for owner, name in (
-        (schema, "parse"), (tokenizer_module.Tokenizer, "encode"), (tokenizer_module.Tokenizer, "decode"),
-        (preparation.Preparation, "prepare"), (ChatTemplate, "render"), (constrained_decoding.Choices, "__init__"),
+        (json_body, "parse"), (tokenizer_module.Tokenizer, "encode"), (tokenizer_module.Tokenizer, "decode"),
+        (preparation.Preparation, "prepare"), (ChatTemplates, "render"), (constrained_decoding.Choices, "__init__"),
     ):  # fmt: skip
         names = seen.setdefault(name, set())
         watch(monkeypatch, owner, name, lambda *_, names=names, **__: names.add(threading.current_thread().name))
-    monkeypatch.setattr(requests, "parse", schema.parse)
+    monkeypatch.setattr(requests, "parse", json_body.parse)
     large = {"prompt": "the canary", "echo": True, "logprobs": 2, "choices": ["x", "y"], "max_tokens": 2}
     for path, data in (("/v1/completions", large), *((path, data) for path, (_, data) in ROUTES.items())):
         assert running.ask(path, data)[0] == 200

@@ -13,7 +13,9 @@ import pytest
 import serving  # skips all where the packages of peakgpt[serve] are missing
 from serving import LIMITS, Running, guard
 
-from peakgpt.serve.schema import BadRequest, check_request, parse
+from peakgpt.serve.errors import BadRequest
+from peakgpt.serve.json_body import parse
+from peakgpt.serve.schema import check_request
 
 # limit: (its value, function that makes the fields of a request with n of it)
 FIELDS = {
@@ -31,13 +33,14 @@ FIELDS = {
 }
 CHAT = {
     "messages": (256, lambda n: {"messages": [{"role": "user", "content": "x"}] * n}),
+    "tools": (128, lambda n: {"tools": [{"type": "function", "function": {"name": "f"}}] * n}),
     "max_tokens": (1 << 17, lambda n: {"max_completion_tokens": n}),
     "n": (16, lambda n: {"n": n}),
     "logprobs": (20, lambda n: {"logprobs": True, "top_logprobs": n}),
 }
 TIMES = {"header_s": 10.0, "body_s": 20.0, "write_s": 30.0, "keep_alive_s": 5, "drain_s": 30}
-OTHERS = {"header_bytes": 16 << 10, "headers": 100, "body_bytes": 1 << 20, "json_depth": 8, "json_containers": 1024,
-          "json_keys": 4096, "prompt_logprobs": 1 << 19, "queue": 512, "connections": 256}  # fmt: skip
+OTHERS = {"header_bytes": 16 << 10, "headers": 100, "body_bytes": 1 << 20, "json_depth": 32, "json_containers": 4096,
+          "json_keys": 16384, "prompt_logprobs": 1 << 19, "queue": 512, "connections": 256}  # fmt: skip
 
 
 def test_every_limit_has_a_test():
@@ -58,7 +61,7 @@ def test_field_limits_accept_the_maximum_and_reject_more(chat, name):
 def test_json_depth_limit():
     nested = lambda depth: b'{"x":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"  # noqa: E731
     assert parse(nested(OTHERS["json_depth"]), LIMITS)
-    with pytest.raises(BadRequest, match="more than 8 levels"):
+    with pytest.raises(BadRequest, match="more than 32 levels"):
         parse(nested(OTHERS["json_depth"] + 1), LIMITS)
 
 
@@ -66,7 +69,7 @@ def test_json_container_limit():
     """Brackets in strings do not count."""
     many = lambda count: b'{"[{\\"[": [' + b",".join([b'"]}[{\\\\"', b"{}"] * (count - 1)) + b"]}"  # noqa: E731
     assert parse(many(OTHERS["json_containers"]), LIMITS)
-    with pytest.raises(BadRequest, match="more than 1024 objects and lists"):
+    with pytest.raises(BadRequest, match="more than 4096 objects and lists"):
         parse(many(OTHERS["json_containers"] + 1), LIMITS)
 
 
@@ -86,7 +89,7 @@ def test_json_key_limit():
     """Colons in strings do not count."""
     many = lambda count: json.dumps({f"{i}::": ":" for i in range(count)}).encode()  # noqa: E731
     assert parse(many(OTHERS["json_keys"]), LIMITS)
-    with pytest.raises(BadRequest, match="4097 keys, expected up to 4096"):
+    with pytest.raises(BadRequest, match="16385 keys, expected up to 16384"):
         parse(many(OTHERS["json_keys"] + 1), LIMITS)
 
 

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from serving import Running  # skips all where the packages of peakgpt[serve] are missing
+from serving import Running, with_chat  # skips all where the packages of peakgpt[serve] are missing
 
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.serve.chat import ChatTemplate
 
 PADDING = 40
 TEXTS = ["the € cat", "日本語 text", "é", "👩‍👩‍👧 family", "a\u0301b", "\x00 \ufffd x", "<|endoftext|>x", "\n\n  two",
@@ -36,7 +35,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def running(model, tokenizer):
-    running = Running(model, tokenizer, chat=ChatTemplate("{{ messages[0].content }}", {}))
+    running = Running(model, with_chat(tokenizer, "{{ messages[0].content }}"))
     yield running
     running.close()
 

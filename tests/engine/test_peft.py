@@ -28,6 +28,13 @@ ADAPTERS = {
     "oft": peft.OFTConfig(target_modules=["c_attn"], oft_block_size=4, r=0),
     "vera": peft.VeraConfig(target_modules=["c_attn"], r=4),
 }
+# The stacked weights of experts are parameters to PEFT, whose layers cannot replace ExpertLinear.
+NO_EXPERTS = r".*(attn\.c_attn|attn\.c_proj|router|h\.0\.mlp\.c_fc)"
+OF_EXPERTS = {
+    "lora": peft.LoraConfig(r=2, target_modules=NO_EXPERTS, target_parameters=["experts.c_fc.weight"]),
+    "dora": peft.LoraConfig(r=2, target_modules=NO_EXPERTS, use_dora=True),
+    "ia3": peft.IA3Config(target_modules=NO_EXPERTS, feedforward_modules=r".*attn\.c_proj"),
+}
 UNTIED = {  # adapters of embedding and head
     "head": peft.LoraConfig(r=2, target_modules=["lm_head", "wte"]),
     "saved head": peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head"]),
@@ -51,7 +58,8 @@ def make_model(family):
 def test_adapters_learn_change_the_output_save_load_and_merge(family, name, tmp_path):
     model = make_model(family)
     before = model(IDS)
-    adapted = peft.get_peft_model(model, {**ADAPTERS, **UNTIED}[name])
+    adapters = {**ADAPTERS, **UNTIED, **(OF_EXPERTS if family == "experts" else {})}
+    adapted = peft.get_peft_model(model, adapters[name])
     adapted(IDS, IDS).backward()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None for p in trained)
@@ -74,7 +82,7 @@ def test_adapters_learn_change_the_output_save_load_and_merge(family, name, tmp_
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(IDS), expected, rtol=1e-3, atol=1e-4)
     assert torch.equal(merged.generate(IDS, max_new_tokens=9), text)
-    assert family == "experts" or type(make_executor(merged, 4)) is ProgramExecutor
+    assert type(make_executor(merged, 4)) is ProgramExecutor
     merged.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(peakgpt.GPT.from_pretrained(tmp_path / "merged")(IDS), merged(IDS))
 

@@ -120,6 +120,11 @@ def bucket(distance):
     return distance if distance < 16 else min(far, 31)
 
 
+def expert(w, prefix, e):
+    """The weights of one expert, by the names of an MLP."""
+    return {name.replace(prefix, "mlp."): tensor[e] for name, tensor in w.items() if name.startswith(prefix)}
+
+
 def glam(c, ids, w):
     """arXiv:2112.06905, section 4: the top two experts in every second layer, a GELU-gated MLP in the others."""
     x, balance = w["transformer.wte.weight"][ids], 0.0
@@ -139,7 +144,7 @@ def glam(c, ids, w):
         outputs, first_choices = [], torch.zeros(c.experts, dtype=x.dtype)
         for token, probabilities in zip(h, p, strict=True):
             a, b = sorted(range(c.experts), key=lambda e, probabilities=probabilities: -probabilities[e].item())[:2]
-            pair = [mlp(token, w, f"{prefix}.mlp.experts.{e}", gelu) * probabilities[e] for e in (a, b)]
+            pair = [mlp(token, expert(w, f"{prefix}.mlp.experts.", e), "mlp", gelu) * probabilities[e] for e in (a, b)]
             outputs.append(sum(pair) / (probabilities[a] + probabilities[b]))
             first_choices[a] += 1
         balance = balance + c.experts * (first_choices / len(h) * p.mean(0)).sum()

@@ -1,6 +1,7 @@
 """A server with a tiny model in this process, for tests of the server and of its clients."""
 
 import asyncio
+import copy
 import dataclasses
 import importlib
 import json
@@ -13,6 +14,7 @@ import urllib.request
 import pytest
 import torch
 
+from peakgpt.engine.data.chat_template import ChatTemplates
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine
@@ -31,6 +33,13 @@ LIMITS_HERE = dataclasses.replace(
 
 def tiny_tokenizer():
     return train_tokenizer(["the canary sings a song, é and more"], 270)
+
+
+def with_chat(tokenizer, source, **others):
+    """The same tokenizer with chat templates."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat = ChatTemplates({"default": source, **others}, {"eos_token": "<end>"})
+    return tokenizer
 
 
 def tiny_model(tokenizer):

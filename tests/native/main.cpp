@@ -8,7 +8,8 @@
 
 int main(int argc, char** argv) {
   using namespace peak::test;
-  const int widest = peak::CapIsa(std::getenv("PEAKGPT_ISA"));
+  const char* const cap = std::getenv("PEAKGPT_ISA");
+  const int widest = cap == nullptr ? peak::WidestIsa() : peak::CapIsa(cap);
   int64_t run = 0;
   for (int isa = 0; isa <= widest; ++isa) {
     peak::SetIsaCap(peak::kIsaNames[isa]);

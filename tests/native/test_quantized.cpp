@@ -9,7 +9,18 @@
 namespace peak::test {
 namespace {
 
-constexpr int kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int kLevels[4][16] = {
+    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113},
+    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
+};
+
+double Half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const double value = std::ldexp(exponent == 0 ? fraction : 1024 + fraction, std::max(exponent, 1) - 25);
+  return bits >> 15 ? -value : value;
+}
 
 struct Sizes {
   int64_t rows, k, n;
@@ -21,27 +32,41 @@ int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 struct Weight {
   int bits;
   int64_t n, k, block;
-  std::vector<double> values;  // (n, k)
+  int levels;  // with f16 scales and offsets, the row of kLevels; else -1
+  std::vector<double> values, sizes;  // (n, k): values, and sums of the absolute values of their two terms
   Buffer<bf16> panels;  // pairs of bytes, since a Buffer has an even address
   Buffer<float> scale_8;
-  Buffer<bf16> scale_4;
+  Buffer<bf16> scale_4, offset;  // with levels, the bits of f16
 
-  Weight(int bits, int64_t n, int64_t k, int64_t block, Placer& place, Random& random)
-      : bits(bits), n(n), k(k), block(block), values(n * k),
+  Weight(int bits, int64_t n, int64_t k, int64_t block, Placer& place, Random& random, int levels = -1)
+      : bits(bits), n(n), k(k), block(block), levels(levels), values(n * k), sizes(n * k),
         panels(place.In<bf16>(Pieces(n, 16) * Pieces(k, 8) * (bits == 8 ? 64 : 32))),
         scale_8(place.In<float>(bits == 8 ? n : 0)),
-        scale_4(place.In<bf16>(bits == 4 ? Pieces(n, 16) * Pieces(k, block) * 16 : 0)) {
+        scale_4(place.In<bf16>(bits == 4 || levels >= 0 ? Pieces(n, 16) * Pieces(k, block) * 16 : 0)),
+        offset(place.In<bf16>(levels >= 0 ? scale_4.count() : 0)) {
     for (int64_t i = 0; i < panels.count(); ++i) panels[i] = {static_cast<uint16_t>(random.Bits())};
     scale_8.FillNormal(random);
     scale_4.FillNormal(random);
+    for (int64_t i = 0; i < offset.count(); ++i) {  // from 2^-3 to 2, of both signs, and some subnormal scales
+      for (Buffer<bf16>* part : {&scale_4, &offset}) {
+        const uint32_t bits = random.Bits(), exponent = i % 7 == 3 ? 0 : 12 + (bits >> 16 & 3);
+        (*part)[i] = {static_cast<uint16_t>((bits & 0x83FF) | exponent << 10)};
+      }
+    }
     for (int64_t j = 0; j < n; ++j) {
-      for (int64_t p = 0; p < k; ++p) values[j * k + p] = Level(j, p) * Scale(j, p / block);
+      for (int64_t p = 0; p < k; ++p) {
+        const double scaled = Level(j, p) * Scale(j, p / block), shift = Offset(j, p / block);
+        values[j * k + p] = scaled + shift, sizes[j * k + p] = std::fabs(scaled) + std::fabs(shift);
+      }
     }
   }
   uint8_t* Bytes() const { return reinterpret_cast<uint8_t*>(panels.data()); }
+  int64_t Group(int64_t j, int64_t b) const { return (j / 16 * Pieces(k, block) + b) * 16 + j % 16; }
   double Scale(int64_t j, int64_t b) const {
-    return bits == 8 ? scale_8.At(j) : scale_4.At((j / 16 * Pieces(k, block) + b) * 16 + j % 16);
+    if (levels >= 0) return Half(scale_4.data()[Group(j, b)].bits);
+    return bits == 8 ? scale_8.At(j) : scale_4.At(Group(j, b));
   }
+  double Offset(int64_t j, int64_t b) const { return levels < 0 ? 0.0 : Half(offset.data()[Group(j, b)].bits); }
   // Returns the level of a weight. Replaces a byte of -128, which is not a level of 8 bits.
   int Level(int64_t j, int64_t p) const {
     const int64_t quads = Pieces(k, 8) * 2, quad = p / 4, lane = j % 16 * 4 + p % 4;
@@ -51,14 +76,16 @@ struct Weight {
       return byte - 128;
     }
     const uint8_t byte = Bytes()[(j / 16 * quads / 2 + quad / 2) * 64 + lane];
-    return kLevels[quad % 2 == 0 ? byte & 15 : byte >> 4];
+    return kLevels[std::max(levels, 0)][quad % 2 == 0 ? byte & 15 : byte >> 4];
   }
   template <class T>
   QuantizedArgs Times(const T* x, int64_t rows, T* y) const {
     QuantizedArgs args{};
     static_cast<QuantizedMatrix&>(args) = {
         .dtype = kDtype<T>, .bits = bits, .n = n, .k = k, .block = block, .weight = Bytes(),
-        .scale = bits == 8 ? static_cast<const void*>(scale_8.data()) : scale_4.data()};
+        .scale = bits == 8 && levels < 0 ? static_cast<const void*>(scale_8.data()) : scale_4.data(),
+        .f16_scales = levels >= 0, .offset = levels < 0 ? nullptr : reinterpret_cast<const f16*>(offset.data()),
+        .levels = std::max(levels, 0)};
     args.rows = rows, args.x = x, args.x_row = k, args.y = y, args.y_row = n;
     return args;
   }
@@ -88,17 +115,19 @@ std::vector<double> Rounded(const Buffer<T>& x, int64_t rows, int64_t row, int64
 PEAK_TEST(quantized_product_equals_double_precision) {
   ForEachDtype([&](auto element) {
     using T = decltype(element);
-    for (const int bits : {8, 4}) {
+    for (const int kind : {8, 4, 80, 40, 41, 42, 43}) {  // with f16 scales ten times the bits, plus the table of levels
+      const int bits = kind > 8 ? kind / 10 : kind, levels = kind > 8 ? kind % 10 : -1;
       for (const Sizes s : {Sizes{1, 1, 1}, Sizes{2, 7, 15}, Sizes{3, 8, 16}, Sizes{4, 33, 17}, Sizes{5, 64, 47},
                             Sizes{8, 65, 48}, Sizes{9, 130, 49}, Sizes{16, 32, 97}, Sizes{33, 72, 33},
                             Sizes{43, 200, 70}}) {
         for (int placement = 0; placement < kPlacements; ++placement) {
-          const int64_t block = bits == 8 ? 128 : 32 << placement % 3, gap = placement;
-          SetCase("%d bits %s rows %lld k %lld n %lld placement %d", bits, kName<T>, static_cast<long long>(s.rows),
+          const int64_t block = levels >= 0 ? 16 << placement % 4 : bits == 8 ? 128 : 32 << placement % 3;
+          const int64_t gap = placement;
+          SetCase("kind %d %s rows %lld k %lld n %lld placement %d", kind, kName<T>, static_cast<long long>(s.rows),
                   static_cast<long long>(s.k), static_cast<long long>(s.n), placement);
           Random random(s.n + placement);
           Placer place(placement);
-          const Weight weight(bits, s.n, s.k, block, place, random);
+          const Weight weight(bits, s.n, s.k, block, place, random, levels);
           const int64_t x_row = s.k + gap, y_row = s.n + gap;
           auto x = place.In<T>(s.rows * x_row), bias = place.In<T>(s.n), y = place.Out<T>(s.rows * y_row);
           x.Fill([&](int64_t i) { return i % x_row < s.k ? random.Normal() : kNan; });
@@ -116,7 +145,7 @@ PEAK_TEST(quantized_product_equals_double_precision) {
             Want want{args.bias == nullptr ? 0.0 : bias.At(j), args.bias == nullptr ? 0.0 : std::fabs(bias.At(j))};
             for (int64_t p = 0; p < s.k; ++p) {
               const double product = left[i * s.k + p] * weight.values[j * s.k + p];
-              want.value += product, want.slack += 4.0 * std::fabs(product);
+              want.value += product, want.slack += 4.0 * std::fabs(left[i * s.k + p]) * weight.sizes[j * s.k + p];
             }
             if (!Near("y", at, y[at], want)) return;
           }
@@ -129,15 +158,16 @@ PEAK_TEST(quantized_product_equals_double_precision) {
 // A row has the same bits in a product of any number of rows: tiles of 1, 2, 4 and 8 rows, 4 bits unpacked or not.
 PEAK_TEST(quantized_row_does_not_depend_on_other_rows) {
   constexpr int64_t kRows = 45, kK = 200, kN = 70;
-  for (const int bits : {8, 4}) {
+  for (const int kind : {8, 4, 80, 42}) {
+    const int bits = kind > 8 ? kind / 10 : kind;
     Random random(bits);
     Placer place(0);
-    const Weight weight(bits, kN, kK, bits == 8 ? 128 : 64, place, random);
+    const Weight weight(bits, kN, kK, kind == 8 ? 128 : 64, place, random, kind > 8 ? kind % 10 : -1);
     auto x = place.In<float>(kRows * kK), all = place.Out<float>(kRows * kN), part = place.Out<float>(kRows * kN);
     x.FillNormal(random);
     LinearQuantized(weight.Times(x.data(), kRows, all.data()), 2);
     for (int64_t rows = 1; rows < kRows; ++rows) {
-      SetCase("%d bits, %lld rows", bits, static_cast<long long>(rows));
+      SetCase("kind %d, %lld rows", kind, static_cast<long long>(rows));
       LinearQuantized(weight.Times(x.data() + kK, rows, part.data()), 1);
       Check(std::memcmp(part.data(), all.data() + kN, rows * kN * sizeof(float)) == 0,
             "the rows differ from those of the whole product");

@@ -99,17 +99,17 @@ def test_int32_ids_and_bad_arguments():
         ({"do_sample": True, "temperature": -1.0}, r"temperature is -1.0, expected 0 \(greedy\) or at least 0.001"),
         ({"do_sample": True, "temperature": float("nan")}, "temperature is nan"),
         ({"do_sample": True, "temperature": 0.0}, "got temperature 0 with do_sample=True, expected do_sample=False"),
-        ({"do_sample": True, "top_k": 0}, "top_k is 0, expected at least 1"),
+        ({"do_sample": True, "top_k": -1}, "top_k is -1, expected at least 1"),
         ({"do_sample": True, "top_p": 0.0}, "top_p is 0.0, expected 1e-06 <= top_p <= 1"),
         *(({name: value}, f"got {name} {value} without do_sample=True, expected both or neither")
-          for name, value in (("temperature", 0.7), ("top_k", 5), ("top_p", 0.9), ("seed", 1))),
+          for name, value in (("temperature", 0.7), ("top_k", 5), ("top_p", 0.9), ("min_p", 0.1), ("seed", 0))),
     ]  # fmt: skip
     for options, message in bad:
         with pytest.raises(ValueError, match=message):
             model.generate(PROMPT, **options)
         with pytest.raises(ValueError, match=message):
             model.stream(PROMPT[:1], **options)  # at the call, not at the first token
-    for name in ("max_tokens", "min_p", "beams"):  # unknown options; one that only the Engine has
+    for name in ("max_tokens", "presence_penalty", "beams"):  # unknown options; one that only the Engine has
         for method in (model.generate, model.stream):
             with pytest.raises(TypeError, match=rf"{method.__name__}\(\) got an unexpected keyword argument '{name}'"):
                 method(PROMPT[:1], **{name: 1})

@@ -36,6 +36,10 @@ MODELS = {
         "residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
         "activation": "silu", "bias": False, "logit_scale": 0.125,
     },
+    "experts": {
+        "experts": 5, "experts_every": 1, "experts_per_token": 3, "gated_experts": True, "gated_mlp": True,
+        "expert_inner": 40, "activation": "silu", "mlp_only_layers": (0,), "normalize_experts": False,
+    },
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -192,7 +196,7 @@ def test_bad_chunks_are_rejected(chunk, message):
 
 
 def test_unsupported_models_are_rejected_with_a_reason():
-    with pytest.raises(NotImplementedError, match="no relative positions, got experts 0 and position 'transformer_xl'"):
+    with pytest.raises(NotImplementedError, match="no relative positions, got position 'transformer_xl'"):
         ProgramExecutor(GPT(GPTConfig(**SIZES, position="transformer_xl")), 1)
     with pytest.raises(NotImplementedError, match=r"got torch\.float64"):
         ProgramExecutor(GPT(GPTConfig(**SIZES)).double(), 1)

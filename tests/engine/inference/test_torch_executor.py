@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.graph_capture import WARMUP
 from peakgpt.engine.graph_dry_run import DryRun
@@ -24,6 +25,7 @@ from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.inference.paged_attention import PagedAttention
 from peakgpt.engine.inference.torch_executor import TorchExecutor
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.kernels.core.dispatch import use_backend
 
@@ -118,7 +120,9 @@ def small(name, **changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "changes"), [("gpt2", {}), ("gptj", {"windows": (60,)}), ("bloom", {})], ids=str)
+@pytest.mark.parametrize(("name", "changes"), [
+    ("gpt2", {}), ("gptj", {"windows": (60,)}), ("bloom", {}), ("glam", {}),
+], ids=str)  # fmt: skip
 def test_decode_graphs_follow_growing_sequences_and_changing_batches(name, changes, dry_run):
     """With interpreted kernels: every replay must make the calls of the capture, with the same numbers."""
     model_executor = decoding(small(name, **changes), [(0, 1, 2), (0, 1, 2), (0, 1, 2), (2, 1, 0), (1,)])
@@ -239,11 +243,15 @@ def test_int8_cache_is_near_the_float_cache():
         assert Engine(model, blocks=4, cache="int8").executor.kv_cache.keys.dtype == torch.int8
 
 
-def test_models_with_experts_are_not_captured(dry_run):
-    model_executor = TorchExecutor(model_of("glam"), 4)
+def test_quantized_experts_are_not_captured(dry_run):
+    """The host reads how many rows each of them has; float experts are captured, see the decode graphs above."""
+    model, form = model_of("glam"), Format(8)
+    quantized = load_quantized(GPT(model.config), quantize_state(model.state_dict(), form), form, torch.float32)
+    model_executor = TorchExecutor(quantized, 4)
     for past in range(WARMUP + 2):
         model_executor.step([Chunk([past], past, [0])])
     assert "each expert" in model_executor.graphs.steps[1].obstacle and model_executor.graphs.steps[1].inputs is None
+    assert TorchExecutor(model, 4).graphs.obstacle is None
 
 
 # ---- generate and Engine on a TorchExecutor

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from peakgpt.kernels.cpu.ext import _C
+from peakgpt.kernels.cpu.ext import DTYPES as DTYPE_CODES
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ADD, SLOPE, gemm, pack
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -137,3 +139,9 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
     for rows in (slice(0, 1), slice(1, 4), slice(5, 12), slice(1023, 1100)):
         assert torch.equal(gemm(a[rows], b, torch.empty(len(a[rows]), 200)), whole[rows])
         assert torch.equal(gemm(a[rows], b, torch.empty(len(a[rows]), 200), packed=pack(b)), whole[rows])
+
+
+def test_packed_bf16_takes_two_bytes_a_weight(isa):
+    """A decode step reads every weight once, so its time is the bytes of the packed weights."""
+    bytes_of = {dtype: 4 * _C.packed_floats(dtype=code, n=768, k=768) for dtype, code in DTYPE_CODES.items()}
+    assert bytes_of == {torch.float32: 768 * 768 * 4, torch.bfloat16: 768 * 768 * 2}

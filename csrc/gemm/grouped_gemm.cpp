@@ -1,0 +1,87 @@
+#include "gemm/grouped_gemm.h"
+
+#include <algorithm>
+
+#include "base/memory.h"
+#include "base/parallel.h"
+
+namespace peak {
+namespace {
+
+// Parts for each thread, so that the work is even although experts have different numbers of rows.
+constexpr int64_t kPartsPerThread = 8;
+// Reading b costs as much as this number of rows: experts with fewer rows are about equal work.
+constexpr int64_t kRowsOfB = 16;
+
+template <class T>
+void Advance(const T*& pointer, int64_t bytes) {
+  if (pointer != nullptr) pointer = reinterpret_cast<const T*>(reinterpret_cast<const char*>(pointer) + bytes);
+}
+void Advance(void*& pointer, int64_t bytes) {
+  if (pointer != nullptr) pointer = static_cast<char*>(pointer) + bytes;
+}
+
+bool HasWork(const GroupedGemmArgs& args, int64_t group) {
+  const bool writes = args.grouping == Grouping::kDepth && args.epilogue != Epilogue::kAdd;
+  return writes || args.offsets[group + 1] > args.offsets[group];
+}
+
+int64_t Cost(const GroupedGemmArgs& args, int64_t group) {
+  return HasWork(args, group) ? args.offsets[group + 1] - args.offsets[group] + kRowsOfB : 0;
+}
+
+}  // namespace
+
+GemmArgs GroupOf(const GroupedGemmArgs& args, int64_t group) {
+  GemmArgs g = args;
+  const int64_t first = args.offsets[group], rows = args.offsets[group + 1] - first;
+  const int64_t size = SizeOf(args.dtype), c_size = SizeOf(args.out_dtype), hidden = first * args.n * size;
+  if (args.grouping == Grouping::kDepth) {
+    g.k = rows;
+    Advance(g.a, first * args.a_k * size);
+    Advance(g.b, first * args.b_k * size);
+    Advance(g.c, group * args.c_group * c_size);
+    if (g.a_sums != nullptr) g.a_sums += group * args.m;
+    return g;
+  }
+  g.m = rows;
+  Advance(g.a, first * args.a_row * size);
+  Advance(g.c, first * args.c_row * c_size);
+  Advance(g.b, group * args.b_group * size);
+  Advance(g.packed_b, group * args.packed_group * static_cast<int64_t>(sizeof(float)));
+  Advance(g.bias, group * args.n * size);
+  Advance(g.pre, hidden);
+  Advance(g.act, hidden);
+  Advance(g.gate, hidden);
+  Advance(g.dgate, hidden);
+  return g;
+}
+
+int64_t GroupedGemmScratch(const GroupedGemmArgs& args, int threads) { return GemmPartScratch(args) * threads; }
+
+void TeamGroupedGemm(const GroupedGemmArgs& args, float* scratch) {
+  const Team& team = *Team::Current();
+  float* const own = scratch + team.id * GemmPartScratch(args);
+  const int64_t panels = GemmPanels(args);
+  int64_t total = 0, number = 0;
+  for (int64_t group = 0; group < args.groups; ++group) total += Cost(args, group);
+  for (int64_t group = 0; group < args.groups; ++group) {
+    const int64_t cost = Cost(args, group);
+    if (cost == 0) continue;
+    const int64_t share = (kPartsPerThread * team.size * cost + total - 1) / total;
+    const int64_t parts = std::min(panels, team.size == 1 ? 1 : share);
+    const GemmArgs product = GroupOf(args, group);
+    for (int64_t part = 0; part < parts; ++part, ++number) {
+      if (number % team.size == team.id) GemmPart(product, part, parts, own);
+    }
+  }
+  Barrier();
+}
+
+void GroupedGemm(const GroupedGemmArgs& args, int threads) {
+  float* const scratch = reinterpret_cast<float*>(
+      Workspace(GroupedGemmScratch(args, threads) * static_cast<int64_t>(sizeof(float))));
+  RunTeam(threads, [&] { TeamGroupedGemm(args, scratch); });
+}
+
+}  // namespace peak

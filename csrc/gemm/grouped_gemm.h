@@ -1,0 +1,46 @@
+// Products of one shape whose rows belong to groups, as in a mixture of experts. Either the rows of a and c are divided
+// among the groups, and each group has its own b; or the sum over k is divided, and each group has its own c:
+//
+//   kRows    c[i] = epilogue(a[i] b[g])             for the rows i of group g, offsets[g] to offsets[g + 1]
+//   kDepth   c[g] = epilogue(sum_p a[:, p] b[p])    for the p of group g
+//
+// The parts of all groups are computed by all threads together. Only groups with rows read their b. The bits of a row
+// are those of Gemm, whatever the other rows are.
+#ifndef PEAK_GROUPED_GEMM_H_
+#define PEAK_GROUPED_GEMM_H_
+
+#include <cstdint>
+
+#include "base/fields.h"
+#include "gemm/gemm.h"
+
+namespace peak {
+
+enum class Grouping : int { kRows = 0, kDepth = 1 };
+
+// GemmArgs of all groups together: m or k counts the rows of all of them, and pointers point to the first group.
+struct GroupedGemmArgs : GemmArgs {
+  using Base = GemmArgs;
+  Grouping grouping;
+  int64_t groups;
+  const int64_t* offsets;    // (groups + 1)
+  int64_t b_group = 0;       // kRows: elements between the b of two groups
+  int64_t packed_group = 0;  // kRows: floats between their packed_b
+  int64_t c_group = 0;       // kDepth: elements between the c of two groups
+};
+PEAK_FIELDS(GroupedGemmArgs, grouping, groups, offsets)
+PEAK_OPTIONAL_FIELDS(GroupedGemmArgs, b_group, packed_group, c_group)
+
+// The product of one group.
+GemmArgs GroupOf(const GroupedGemmArgs& args, int64_t group);
+
+// bias is (groups, n) and a_sums is (groups, m). With kDepth and kAdd a group without rows is left alone.
+void GroupedGemm(const GroupedGemmArgs& args, int threads);
+
+// The same inside a team: every thread calls TeamGroupedGemm with one common scratch of GroupedGemmScratch floats.
+int64_t GroupedGemmScratch(const GroupedGemmArgs& args, int threads);
+void TeamGroupedGemm(const GroupedGemmArgs& args, float* scratch);
+
+}  // namespace peak
+
+#endif  // PEAK_GROUPED_GEMM_H_

@@ -1,0 +1,97 @@
+"""The architectures of llama.cpp, one row each; see `Architecture` for the fields of a row.
+
+A model is exported as the first architecture that reads it back unchanged. A file does not name its activation. So each
+row names that of the published models; llama.cpp computes the tanh form of GELU for all of them.
+"""
+
+from __future__ import annotations
+
+from peakgpt.engine.checkpoint.gguf_architecture import Architecture, Key
+from peakgpt.engine.model.config import BIASED
+
+SIZES = (
+    Key("n_layer", "block_count", int),
+    Key("block_size", "context_length", int),
+    Key("n_embd", "embedding_length", int),
+    Key("n_inner", "feed_forward_length", int),
+    Key("n_head", "attention.head_count", int),
+)
+KV_HEADS = Key("n_kv_head", "attention.head_count_kv", int, None)
+HEAD_DIM = Key("head_dim", "attention.key_length", int, None)
+LAYER_NORM = Key("layer_norm_epsilon", "attention.layer_norm_epsilon", float)
+RMS_NORM = Key("layer_norm_epsilon", "attention.layer_norm_rms_epsilon", float)
+ROPE = (Key("rotary_dim", "rope.dimension_count", int, None), Key("rotary_base", "rope.freq_base", float, 10000.0))
+PACKED = {"transformer.h.{}.attn.c_attn": "blk.{}.attn_qkv"}
+GATED = {"position": "rotary", "norm": "rms", "gated_mlp": True, "activation": "silu"}
+
+# fmt: off
+ROWS = (
+    Architecture(
+        name="gpt2",
+        keys=(*SIZES, LAYER_NORM),
+        modules=PACKED,
+        always_biased=BIASED,
+    ),
+    Architecture(
+        name="starcoder",
+        keys=(*SIZES, KV_HEADS, LAYER_NORM),
+        modules=PACKED,
+        always_biased=BIASED,
+    ),
+    Architecture(
+        name="gptneox",
+        keys=(
+            *SIZES, LAYER_NORM, *ROPE,
+            Key("residual", "use_parallel_residual", bool, "parallel_two_norms",
+                {True: "parallel_two_norms", False: "pre_norm"}),
+        ),
+        constants={"position": "rotary", "activation": "gelu_erf"},
+        modules=PACKED,
+        always_biased=BIASED,
+    ),
+    Architecture(
+        name="bloom",
+        keys=(*SIZES, KV_HEADS, LAYER_NORM),
+        constants={"position": "alibi", "embedding_norm": True},
+        modules=PACKED,
+        always_biased=BIASED,
+    ),
+    Architecture(
+        name="mpt",
+        keys=(*SIZES, KV_HEADS, LAYER_NORM),
+        constants={"position": "alibi", "activation": "gelu_erf"},
+        fixed={"attention.max_alibi_bias": 8.0},
+        modules=PACKED,
+    ),
+    Architecture(
+        name="falcon",
+        keys=(*SIZES, KV_HEADS, LAYER_NORM, *ROPE),
+        constants={"position": "rotary", "residual": "parallel", "activation": "gelu_erf", "bias": ("norm",)},
+        modules=PACKED,
+    ),
+    Architecture(
+        name="phi2",
+        keys=(*SIZES, KV_HEADS, LAYER_NORM, *ROPE),
+        constants={"position": "rotary", "residual": "parallel"},
+        modules=PACKED,
+        always_biased=BIASED,
+    ),
+    Architecture(
+        name="starcoder2",
+        keys=(*SIZES, KV_HEADS, LAYER_NORM, *ROPE),
+        constants={"position": "rotary"},
+    ),
+    Architecture(
+        name="qwen2",
+        keys=(*SIZES, KV_HEADS, HEAD_DIM, RMS_NORM, *ROPE),
+        constants={**GATED, "bias": ("qkv",)},
+    ),
+    Architecture(
+        name="llama",
+        keys=(*SIZES, KV_HEADS, HEAD_DIM, RMS_NORM, *ROPE),
+        constants=GATED,
+        interleaved=True,
+    ),
+)
+# fmt: on
+ARCHITECTURES = {row.name: row for row in ROWS}

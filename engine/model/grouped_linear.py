@@ -1,0 +1,68 @@
+"""Linear layers whose weights have a scale and an offset for each group of inputs, as in .gguf files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from peakgpt.engine.model.plain import fusable
+from peakgpt.engine.model.quantized_linear import QuantizedLinear
+from peakgpt.kernels.ops.linear_grouped import linear_grouped
+from peakgpt.kernels.ops.quantize import LEVEL_TABLES, pack_grouped
+
+
+@dataclass(frozen=True)
+class GroupedFormat:
+    """The format of one weight.
+
+    Args:
+        bits: 8 or 4.
+        group: number of neighboring inputs that share a scale.
+        levels: of 4 bits, a key of LEVEL_TABLES.
+    """
+
+    bits: int
+    group: int
+    levels: str = "signed"
+
+
+@fusable
+class GroupedLinear(QuantizedLinear):
+    """A linear layer for inference whose weight has scales and offsets of groups."""
+
+    def __init__(
+        self, q: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None, inputs: int, form: GroupedFormat
+    ):  # fmt: skip
+        """
+        Args:
+            q, scale, offset: the weight, as `quantize.pack_grouped` takes it.
+            bias: (F,) or None.
+            inputs: C.
+            form: format of q.
+        """
+        super(QuantizedLinear, self).__init__()
+        self.in_features, self.out_features, self.form = inputs, q.shape[0], form
+        w, scale, offset = pack_grouped(q, scale, offset)
+        for name, tensor in (("weight", w), ("scale", scale), ("offset", offset), ("bias", bias)):
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        """Map x, (..., C), to (..., F); `activation` as in linear_grouped."""
+        return linear_grouped(
+            x, self.weight, self.scale, self.offset, self.bias, out=self.out_features, bits=self.form.bits,
+            group=self.form.group, levels=self.form.levels, activation=activation,
+        )  # fmt: skip
+
+    @property
+    def product_fields(self) -> dict[str, Any]:
+        levels = list(LEVEL_TABLES).index(self.form.levels)
+        return {"bits": self.form.bits, "block": self.form.group, "f16_scales": True, "levels": levels}
+
+    def _apply(self, fn, recurse=True):
+        """Move as torch does, but keep the dtype of scales and offsets when the model is cast."""
+        offset = self.offset
+        super()._apply(fn, recurse)
+        self.offset = None if offset is None else offset.to(self.offset.device)
+        return self

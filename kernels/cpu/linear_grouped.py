@@ -1,0 +1,20 @@
+"""Linear layer with scales and offsets of groups on the CPU: csrc/gemm/quantized.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peakgpt.kernels.cpu.ext import dtype_objection
+from peakgpt.kernels.cpu.linear_q8 import multiply, scale_objection
+from peakgpt.kernels.ops.quantize import LEVEL_TABLES
+
+
+def objection(x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None, *_, **__) -> str | None:
+    wrong = [part for part in (scale, offset) if part is not None and part.dtype != torch.float16]
+    return scale_objection(wrong[0], torch.float16) if wrong else dtype_objection(x)
+
+
+def forward(outputs, saved, x, w, scale, offset, b, *, out, bits, group, levels, activation):
+    multiply(bits, outputs[0], x, w, scale, b, group, activation,
+             f16_scales=True, offset=offset, levels=list(LEVEL_TABLES).index(levels))  # fmt: skip

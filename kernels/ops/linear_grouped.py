@@ -1,0 +1,91 @@
+"""Linear layers whose weights have a scale and an offset for each group of inputs, as those of .gguf files.
+
+    y = act(Q(x) W^T + b)      W = scale * level + offset      Q: round_inputs of kernels/ops/quantize.py
+
+A level is an integer of 8 bits, or 4 bits are an index into one of LEVEL_TABLES. Fused backends multiply integers: the
+sum of a group is exact, the offset is multiplied by the sum of the group's inputs, and the groups are added in float32
+in their order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peakgpt.kernels.core import check
+from peakgpt.kernels.core.dispatch import Cost, op, short_lived
+from peakgpt.kernels.ops.linear_quantized import ACTIVATIONS, outputs
+from peakgpt.kernels.ops.mlp import GATES
+from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, PANEL, dequantize_grouped, round_inputs, unpack_grouped
+
+
+def _check(x, w, scale, offset, b, *, out, bits, group, levels, activation):
+    name = "linear_grouped"
+    width = check.width(name, "x", x)
+    if bits not in (8, 4) or levels not in LEVEL_TABLES or activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: bits, levels, activation are {bits!r}, {levels!r}, {activation!r}, expected 8 or 4, "
+                         f"one of {', '.join(LEVEL_TABLES)}, one of {', '.join(ACTIVATIONS)}")  # fmt: skip
+    if group not in range(8, BLOCK + 1, 8):
+        raise ValueError(f"{name}: group is {group!r}, expected a multiple of 8 up to {BLOCK}")
+    out = outputs(w, b, out)
+    check.shape(name, "w", w, -(-out // PANEL), -(-width // 8) * (bits // 4), PANEL, 4)
+    check.shape(name, "b", b, out)
+    check.same(name, "x", x, b=b)
+    if w.dtype != torch.uint8 or w.device != x.device:
+        raise ValueError(f"{name}: w is {w.dtype} on {w.device}, expected uint8 panels on x's device {x.device}")
+    for part, tensor in (("scale", scale), ("offset", offset)):
+        check.shape(name, part, tensor, w.shape[0], -(-width // group), PANEL)
+        if tensor is not None and (not tensor.is_floating_point() or tensor.device != x.device):
+            raise ValueError(f"{name}: {part} is {tensor.dtype} on {tensor.device}, expected floating on {x.device}")
+
+
+def _cost(x, w, scale, offset=None, b=None, *, out=None, **_) -> Cost:
+    """2 FLOPs per weight and token. Moves every operand once."""
+    out = outputs(w, b, out)
+    tokens, size = x.numel() // x.shape[-1], x.element_size()
+    groups = scale.numel() * (1 if offset is None else 2) * 2
+    read = w.numel() + groups + (x.numel() + (0 if b is None else out)) * size
+    return Cost(2 * tokens * x.shape[-1] * out, read + tokens * out * size, 0, 0, tokens * out * size, 0)
+
+
+def _sample(rows: int = 1024, width: int = 768, out: int = 2304, bits: int = 4, group: int = 32, offset: bool = True,
+            **like):  # fmt: skip
+    x, b, device = torch.randn(rows, width, **like), torch.randn(out, **like), like.get("device")
+    panels = -(-out // PANEL)
+    w = torch.randint(1, 256, (panels, -(-width // 8) * (bits // 4), PANEL, 4), dtype=torch.uint8, device=device)
+    scale = torch.rand(panels, -(-width // group), PANEL, device=device).add(0.5)
+    scale *= width**-0.5 / (73 if bits == 8 else 6)
+    return x, w, scale.half(), (-6 * scale).half() if offset else None, b
+
+
+def _alloc(x, w, scale, offset, b, *, needs, out, bits, group, levels, activation):
+    return (short_lived(x, *x.shape[:-1], outputs(w, b, out)),), ()
+
+
+@op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, strided=("x",), gradient=False)
+def linear_grouped(
+    x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None = None, b: Tensor | None = None, *,
+    out: int | None = None, bits: int = 4, group: int = 32, levels: str = "signed", activation: str = "none",
+) -> Tensor:  # fmt: skip
+    """Multiply the last axis of x, quantized to int8 in blocks of `group`, by a weight of 8 or 4 bits.
+
+    Args:
+        x: (..., C) float32, bfloat16 or float16.
+        w: (ceil(F / 16), ceil(C / 8) * bits / 4, 16, 4) uint8 panels; scale, offset: (ceil(F / 16), ceil(C / group),
+            16) float16: as `quantize.pack_grouped` makes them. offset may be None.
+        b: (F,) in x's dtype, or None.
+        out: F. Default: the size of b, else all outputs of the panels.
+        bits: 8 or 4, of a weight.
+        group: number of neighboring inputs that share a scale, a multiple of 8 up to 128.
+        levels: of 4 bits, a key of LEVEL_TABLES.
+        activation: "none", "gelu_tanh", "gelu_erf", "relu" or "silu".
+    Returns:
+        (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
+    Raises:
+        ValueError: shapes, dtypes, devices, the group, the levels or the activation do not fit.
+        NotImplementedError: an input requires grad, or the forced backend does not support the call.
+    """
+    parts = unpack_grouped(w, scale, offset, outputs(w, b, out), x.shape[-1], bits)
+    y = F.linear(round_inputs(x, group), dequantize_grouped(*parts, x.shape[-1], group, levels).to(x.dtype), b)
+    return y if activation == "none" else GATES[activation](y)

@@ -1,0 +1,254 @@
+"""Models in .gguf files: values as gguf decodes them, and models that transformers and llama.cpp compute equally."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from gguf_files import CONFIGS, build, export
+
+from peakgpt.engine.checkpoint.gguf_blocks import FORMATS, read_tensor
+from peakgpt.engine.checkpoint.quantized_folder import write_quantized
+from peakgpt.engine.checkpoint.quantized_weights import quantize_state
+from peakgpt.engine.data.gguf_header import TYPES, GGUFHeader, TensorEntry, read_header
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.inference.engine import Engine, SamplingParams
+from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.grouped_linear import GroupedLinear
+from peakgpt.engine.model.quantized_linear import Format
+from peakgpt.kernels.core.dispatch import use_backend
+from peakgpt.kernels.ops.quantize import dequantize_grouped, unpack_grouped
+
+gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+PROMPT = [5, 300, 17, 42, 9, 260, 33]
+TRANSFORMERS = ("gpt2", "bloom", "falcon", "starcoder2", "llama", "qwen2")  # architectures that it can read
+
+
+@pytest.mark.parametrize("number", TYPES)
+def test_every_type_decodes_to_the_values_of_gguf(number):
+    """On random bytes, so with every scale, also infinities and NaN."""
+    kind, rows, blocks = TYPES[number], 3, 5
+    rng = np.random.default_rng(number)
+    data = rng.integers(0, 256, (rows, blocks * kind.size * (8 if kind.elements == 1 else 1)), np.uint8)
+    shape = (rows, data.shape[1] // kind.size * kind.elements)
+    header = GGUFHeader(None, {}, {}, memoryview(bytearray(data.tobytes())))
+    got = read_tensor(header, TensorEntry(shape, kind, 0, data.nbytes), torch.float32).numpy()
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(number))
+    assert kind.name == gguf.GGMLQuantizationType(number).name
+    assert np.array_equal(got, expected.reshape(shape), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_exported_model_reads_back_unchanged(name, tmp_path):
+    model, path = build(name), tmp_path / "model.gguf"
+    assert export(model, path) == name.partition(",")[0]
+    copy = GPT.from_pretrained(path)
+    assert copy.config == model.config
+    expected = model.state_dict()
+    assert copy.state_dict().keys() == expected.keys()
+    for key, tensor in copy.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+    assert GPT.from_pretrained(path, dtype=torch.bfloat16).transformer.wte.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_logits_of_transformers_for_an_exported_model(name, tmp_path):
+    """Its reader knows names and layouts of llama.cpp by itself."""
+    transformers = pytest.importorskip("transformers")
+    model = build(name, block_size=1024)  # its GPT-2 has this context, whatever the file says
+    export(model, tmp_path / "model.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        assert torch.allclose(model(ids), theirs(ids).logits, atol=2e-4)
+
+
+def greedy(path, count):
+    """Return logits of a prompt and greedy tokens of llama.cpp, computed with a float32 cache."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    llama = llama_cpp.Llama(str(path), n_ctx=64, type_k=0, type_v=0, n_threads=1, logits_all=True, verbose=False)
+    llama.eval(PROMPT)
+    logits = torch.tensor(llama.scores[: len(PROMPT)].copy())
+    tokens = []
+    for _ in range(count):
+        tokens.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+        llama.eval(tokens[-1:])
+    llama.close()
+    return logits, tokens
+
+
+DTYPES = [(name, "f32") for name in CONFIGS] + [(name, "q8_0") for name in CONFIGS]
+DTYPES += [(name, dtype) for name in ("gpt2", "llama") for dtype in ("f16", "bf16", "q4_0")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
+def test_llama_cpp_gives_the_same_greedy_tokens(name, dtype, tmp_path):
+    """As our reading of the same file; llama.cpp rounds inputs of its products, and GELU to 16 bits."""
+    path = tmp_path / "model.gguf"
+    export(build(name), path, dtype)
+    model = GPT.from_pretrained(path, dequantize=True)
+    logits, tokens = greedy(path, 12)
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT]))[0]
+    error = (logits - expected).norm() / expected.norm()
+    assert error < {"f32": 2e-3, "f16": 2e-3, "bf16": 2e-2}.get(dtype, 3e-2)
+    if dtype in ("f32", "f16"):
+        ours = model.generate(torch.tensor([PROMPT]), max_new_tokens=12)
+        assert tokens == ours[0, len(PROMPT) :].tolist()
+
+
+def test_quantized_matrices_are_rounded_and_the_rest_is_not(tmp_path):
+    model, path = build("gpt2"), tmp_path / "model.gguf"
+    export(model, path, "q8_0")
+    kinds = {name: entry.type.name for name, entry in read_header(path).tensors.items()}
+    assert {kinds["token_embd.weight"], kinds["blk.1.ffn_down.weight"]} == {"Q8_0"}
+    assert {kinds["position_embd.weight"], kinds["blk.0.attn_qkv.bias"], kinds["output_norm.weight"]} == {"F32"}
+    copy = GPT.from_pretrained(path)
+    got, expected = copy.transformer.wte.weight, model.transformer.wte.weight
+    assert 0 < (got - expected).norm() / expected.norm() < 0.01
+    assert sum(isinstance(module, GroupedLinear) for module in copy.modules()) == 4 * 2 + 1
+
+
+def test_rows_that_are_no_whole_blocks_are_float16(tmp_path):
+    model, path = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=24, block_size=8, vocab_size=16)), tmp_path / "m.gguf"
+    export(model, path, "q4_0", kind=None)
+    kinds = {name: entry.type.name for name, entry in read_header(path).tensors.items()}
+    assert kinds["token_embd.weight"] == "F16" and kinds["blk.0.ffn_down.weight"] == "Q4_0"
+
+
+def test_a_model_without_biases_gets_zeros_where_llama_cpp_needs_them(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=384, bias=False)).eval()
+    assert export(model, tmp_path / "m.gguf", kind=None) == "gpt2"
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        assert torch.equal(GPT.from_pretrained(tmp_path / "m.gguf").eval()(ids), model(ids))
+
+
+def test_another_gelu_is_no_difference_and_another_activation_is(tmp_path):
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=384, activation="gelu_erf")
+    assert export(GPT(config), tmp_path / "m.gguf", kind=None) == "gpt2"
+    with pytest.raises(ValueError, match="the nearest, gpt2, lacks this activation"):
+        export(GPT(dataclasses.replace(config, activation="relu")), tmp_path / "n.gguf", kind=None)
+
+
+def test_a_model_that_llama_cpp_lacks_is_refused(tmp_path):
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=384, windows=(None, 4))
+    with pytest.raises(ValueError, match=r"no architecture of llama\.cpp expresses.*lacks this windows"):
+        export(GPT(config), tmp_path / "m.gguf", kind=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_is_not_overwritten(tmp_path):
+    (tmp_path / "m.gguf").write_text("mine")
+    with pytest.raises(ValueError, match=r"m\.gguf exists, expected a new file"):
+        export(build("gpt2"), tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_text() == "mine"
+
+
+def test_numbers_above_float16_are_refused(tmp_path):
+    model = build("gpt2")
+    with torch.no_grad():
+        model.transformer.wte.weight[3, 4] = 1e6
+    with pytest.raises(ValueError, match=r"got numbers in token_embd\.weight that are not finite as F16"):
+        export(model, tmp_path / "m.gguf", "f16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_copy_is_a_folder_of_the_family(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = build("gpt2")
+    export(model, tmp_path / "m.gguf")
+    GPT.from_pretrained(tmp_path / "m.gguf").save_pretrained(tmp_path / "folder")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    assert (theirs.config.model_type, theirs.config.eos_token_id) == ("gpt2", 2)
+    with torch.no_grad():
+        assert torch.allclose(theirs(torch.tensor([PROMPT])).logits, model(torch.tensor([PROMPT])), atol=1e-4)
+
+
+# ---- products with the integers of a file
+
+
+def write_random(path, kinds, config):
+    """Write a model whose matrices are random blocks of these types, in turn, with scales of one size."""
+    source = build("llama", **config)
+    export(source, path.with_suffix(".f32.gguf"), kind=None)
+    header = read_header(path.with_suffix(".f32.gguf"))
+    writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    for key, value in header.metadata.items():
+        kind = {bool: "bool", int: "uint32", float: "float32", str: "string"}[type(value)]
+        if key != "general.architecture":
+            getattr(writer, f"add_{kind}")(key, value)
+    matrices = 0
+    for name, entry in header.tensors.items():
+        values = read_tensor(header, entry, torch.float32).numpy()
+        kind = kinds[matrices % len(kinds)] if values.ndim == 2 else "F32"
+        matrices += values.ndim == 2
+        number = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, random_blocks(rng, kind, values) if kind != "F32" else values, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def random_blocks(rng, kind, values):
+    """Quantize by gguf where it can; else random integers with float16 scales like those of the values."""
+    number = gguf.GGMLQuantizationType[kind]
+    elements, size = gguf.GGML_QUANT_SIZES[number]
+    try:
+        return gguf.quants.quantize(values, number)
+    except NotImplementedError:
+        blocks = rng.integers(0, 256, (values.shape[0], values.shape[1] // elements, size), np.uint8)
+        scales = rng.uniform(1e-4, 3e-4, (*blocks.shape[:2], 2)).astype(np.float16).view(np.uint8)
+        blocks[..., slice(208, 210) if kind == "Q6_K" else slice(0, 4)] = scales[..., : 2 if kind == "Q6_K" else 4]
+        return blocks.reshape(values.shape[0], -1)
+
+
+WIDE = {"n_embd": 256, "head_dim": 64, "n_inner": 256}
+KINDS = [[kind] for kind in FORMATS] + [["Q4_K", "Q6_K"], ["Q5_0", "Q4_1", "Q8_0"], ["Q8_0", "F32"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*scales are rounded to float16")
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+def test_products_with_the_integers_equal_those_with_decoded_weights(kinds, tmp_path):
+    """Weights are equal up to float16 scales; logits differ by the rounding of the layers' inputs to 8 bits."""
+    path = tmp_path / "m.gguf"
+    write_random(path, kinds, WIDE)
+    exact, ours, ids = GPT.from_pretrained(path, dequantize=True), GPT.from_pretrained(path), torch.tensor([PROMPT])
+    layers = {name: module for name, module in ours.named_modules() if isinstance(module, GroupedLinear)}
+    assert len(layers) == 11 if kinds != ["Q8_0", "F32"] else 0 < len(layers) < 11
+    for name, layer in layers.items():
+        expected = exact.get_submodule(name).weight
+        stored = unpack_grouped(layer.weight, layer.scale, layer.offset, *expected.shape, layer.form.bits)
+        error = dequantize_grouped(*stored, expected.shape[1], layer.form.group, layer.form.levels) - expected
+        assert error.norm() <= (1e-3 if kinds[0].endswith("_K") else 0) * expected.norm()
+    with torch.no_grad(), use_backend("eager"):
+        expected, close = ours(ids), exact(ids)
+        assert (expected - close).norm() < 0.1 * close.norm()
+    with torch.no_grad(), use_backend("cpu"):  # other last bits of an input may round to another integer
+        assert (ours(ids) - expected).norm() < 0.03 * expected.norm()
+    engine = Engine(ours)
+    assert not engine.executor_note  # it runs in the C++ program
+    first = next(engine.stream(PROMPT, SamplingParams(max_tokens=1, temperature=0.0)))
+    assert list(first.token_ids) == ours(ids)[0, -1:].argmax(-1).tolist()
+
+
+def test_exact_scales_are_silent_and_rounded_ones_are_shown(tmp_path):
+    write_random(tmp_path / "exact.gguf", ["Q8_0", "Q4_0", "Q5_1", "MXFP4"], WIDE)
+    write_random(tmp_path / "rounded.gguf", ["Q4_K"], WIDE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GPT.from_pretrained(tmp_path / "exact.gguf")
+    with pytest.warns(UserWarning, match=r"to float16, relative error of the weights 0\.000\d+, 5\.00 bits"):
+        GPT.from_pretrained(tmp_path / "rounded.gguf")
+
+
+def test_a_quantized_folder_is_not_dequantized(tmp_path):
+    build("gpt2").save_pretrained(tmp_path / "float")
+    state = quantize_state(build("gpt2").state_dict(), Format(8))
+    write_quantized(tmp_path / "float", tmp_path / "q8", state, Format(8))
+    with pytest.raises(ValueError, match="got weights of 8 bits, expected floats with dequantize=True"):
+        GPT.from_pretrained(tmp_path / "q8", dequantize=True)

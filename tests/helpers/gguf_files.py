@@ -1,0 +1,50 @@
+"""Tiny models and .gguf files for the tests: one config of each architecture of llama.cpp that we have a row for."""
+
+import torch
+from tiny_tokenizers import BUILDERS
+
+from peakgpt.engine.checkpoint.gguf_export import write_gguf
+from peakgpt.engine.data.gguf_vocabulary import tokenizer_metadata
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.config import GPTConfig
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+TEMPLATES = {"default": "{{ messages[0].content }}", "rag": "{{ documents }}"}
+SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 384}
+GATED = {"position": "rotary", "norm": "rms", "gated_mlp": True, "activation": "silu", "n_inner": 96, "n_kv_head": 2}
+CONFIGS = {
+    "gpt2": {},
+    "gpt2, own head": {"tied_head": False},
+    "starcoder": {"n_kv_head": 1},
+    "gptneox": {"position": "rotary", "rotary_dim": 4, "residual": "parallel_two_norms", "activation": "gelu_erf",
+                "tied_head": False},
+    "gptneox, serial": {"position": "rotary", "rotary_dim": 8, "activation": "gelu_erf", "tied_head": False},
+    "bloom": {"position": "alibi", "embedding_norm": True},
+    "mpt": {"position": "alibi", "activation": "gelu_erf", "bias": False},
+    "falcon": {"position": "rotary", "residual": "parallel", "activation": "gelu_erf", "bias": ("norm",),
+               "n_kv_head": 1},
+    "phi2": {"position": "rotary", "rotary_dim": 8, "residual": "parallel", "tied_head": False, "head_bias": True},
+    "starcoder2": {"position": "rotary", "n_kv_head": 2},
+    "llama": {**GATED, "bias": False, "tied_head": False, "rotary_base": 500000.0},
+    "llama, wide heads": {**GATED, "bias": False, "head_dim": 32, "layer_norm_epsilon": 1e-6},
+    "qwen2": {**GATED, "bias": ("qkv",), "rotary_base": 1e6},
+}  # fmt: skip
+
+
+def build(name, **changes):
+    """Return a random model whose logits differ clearly, so that greedy tokens have no ties."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **CONFIGS[name], **changes})).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            is_norm = parameter.dim() == 1 and key.endswith("weight")
+            parameter.normal_(1.0 if is_norm else 0.0, 0.15)
+    return model
+
+
+def export(model, path, dtype="f32", kind="byte_level", templates=TEMPLATES):
+    """Write a model with a tiny tokenizer, or none."""
+    metadata = None
+    if kind is not None:
+        metadata = tokenizer_metadata(BUILDERS[kind](), SPECIAL, templates, model.config.vocab_size)
+    return write_gguf(path, model.config, model.state_dict(), metadata, dtype)
