@@ -9,6 +9,7 @@ from peakgpt.engine.checkpoint.folder import TRAINING_STATE
 from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
 from peakgpt.engine.checkpoint.quantized_folder import is_weights, read_format, write_quantized
 from peakgpt.engine.checkpoint.quantized_weights import quantize_state
+from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer import Tokenizer
@@ -34,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
     if args.bits == 8:
         refuse_ignored(args, ("group",), "with --bits 8, which has one scale for each row; expected it with --bits 4")
     args.source = locate(args.source, MODEL_FILES)
-    if args.source.is_file():
-        raise ValueError(f"quantize: IN is {args.source}, expected a model folder or a run, not a .gguf file")
+    if is_gguf(args.source):
+        raise ValueError(f"quantize: IN is {args.source}, expected a folder: read the file with dequantize=True, and "
+                         "save the model and its tokenizer in one")  # fmt: skip
     if args.source.resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
     if present := read_format(args.source):

@@ -23,6 +23,14 @@ void CombineRange(const void* x, const void* y, void* out, bool product, int64_t
   }
 }
 
+template <class T>
+void ScaleRange(void* x, float scale, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    T* const at = static_cast<T*>(x) + i;
+    Store(at, Load(at, end - i) * Set(scale), end - i);
+  }
+}
+
 #else
 
 namespace peak {
@@ -146,6 +154,11 @@ void Program::Embed(const EmbedStep& step) {
     args.positions = s.pass.positions;
     args.out = s.buffers[step.out];
     EmbeddingForward(args, s.threads);
+    if (step.scale == 1.0f) return;
+    const auto scale = PEAK_PICK_DTYPE(dtype, ScaleRange);
+    ParallelParts(s.pass.rows * width, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+      scale(args.out, step.scale, begin, end);
+    });
   });
 }
 

@@ -138,16 +138,17 @@ class QuantizedExperts : public ExpertWeights {
 
 // The steps. A field of type int is the number of a buffer; -1 means no buffer.
 
-// out = wte[id] + wpe[position].
+// out = scale * wte[id], or wte[id] + wpe[position] with scale 1.
 struct EmbedStep {
   int out;
   const void* wte;
   int64_t wte_stride;
   const void* wpe = nullptr;
   int64_t wpe_stride = 0;
+  float scale = 1.0f;  // a number of the program's dtype
 };
 PEAK_FIELDS(EmbedStep, out, wte, wte_stride)
-PEAK_OPTIONAL_FIELDS(EmbedStep, wpe, wpe_stride)
+PEAK_OPTIONAL_FIELDS(EmbedStep, wpe, wpe_stride, scale)
 
 // out = norm(x). With a residual: residual += x, out = norm(residual).
 struct NormStep {

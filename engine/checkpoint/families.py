@@ -1,329 +1,72 @@
-"""The model families of transformers, one row each; see `Family` for the fields of a row.
+"""All model families of transformers, by model_type. The rows are in families_*.py; `Family` explains their fields.
 
-A config is written in the layout of the first family that reads it back unchanged. The last family is our own layout,
-which expresses every config. More than 300 lines: it is one table.
+A config is written in the layout of the family it was read from, if that still reads it back unchanged, else of the
+first family that does. The last family is our own layout, which expresses every config.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from peakgpt.engine.checkpoint.families_classic import CLASSIC
+from peakgpt.engine.checkpoint.families_experts import EXPERT_FAMILIES
+from peakgpt.engine.checkpoint.families_llama import LLAMA_LINE
 from peakgpt.engine.checkpoint.family import Family, Field
+from peakgpt.engine.checkpoint.module_names import SameNames
 from peakgpt.engine.model.config import GPTConfig
 
 OWN = "peakgpt"  # model_type of our own layout
-GELU_NEW = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf", "relu": "relu"}
-# NeoX-20B's config says gelu_fast, which differs from gelu_new in some bits.
-GELU_FAST = {"gelu_fast": "gelu_tanh", **GELU_NEW}
 
-GPT2_SIZES = (
-    Field("n_layer", "n_layer", 12),
-    Field("n_head", "n_head", 12),
-    Field("n_embd", "n_embd", 768),
-    Field("block_size", "n_positions", 1024),
-    Field("vocab_size", "vocab_size", 50257),
-    Field("layer_norm_epsilon", "layer_norm_epsilon", 1e-5),
-    Field("tied_head", "tie_word_embeddings", True),
+OWN_LAYOUT = Family(
+    model_type=OWN,
+    architecture="GPT",
+    fields=tuple(Field(f.name, f.name, f.default) for f in fields(GPTConfig)),
+    names=SameNames(),
 )
-GPT2_ALIASES = {
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-}
-GPT2_RATES = (
-    Field("dropout", "resid_pdrop", 0.1),
-    Field("embedding_dropout", "embd_pdrop", 0.1),
-    Field("attention_dropout", "attn_pdrop", 0.1),
-)
+FAMILIES = {family.model_type: family for family in (*CLASSIC, *LLAMA_LINE, *EXPERT_FAMILIES, OWN_LAYOUT)}
+
+# Fields of a config.json that say nothing about the architecture: names, token ids, initialization, generation.
+UNSPECIFIC = {
+    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "auto_map", "_name_or_path",
+    "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "output_attentions",
+    "output_hidden_states", "return_dict",
+}  # fmt: skip
 
 
-def _with_defaults(fields: tuple[Field, ...], **defaults: Any) -> tuple[Field, ...]:
-    """Return the fields with other defaults, which are given by transformers' names."""
-    return tuple(f._replace(default=defaults.get(f.hf_name, f.default)) for f in fields)
+def family_of(config: GPTConfig, source: Mapping[str, Any] | None = None) -> Family:
+    """Return the family whose layout a config is written in.
 
-
-def _names(
-    base: str, layer: str, *, wte: str, ln_1: str, qkv: str | tuple[str, ...], out: str, up: str, down: str,
-    ln_f: str = "ln_f", head: str = "lm_head", ln_2: str = "", **more: str,
-) -> dict[str, str | tuple[str, ...]]:  # fmt: skip
-    """Return `Family.names` for a family whose blocks are named base + layer; `more` names modules outside of them."""
-    outside = {"wte": wte, "ln_f": ln_f, **more}
-    inside = {"ln_1": ln_1, "ln_2": ln_2, "attn.c_attn": qkv, "attn.c_proj": out, "mlp.c_fc": up, "mlp.c_proj": down}
-    prefix = f"{base}{layer}.{{}}."
-    return {
-        "lm_head": head,
-        **{f"transformer.{name}": base + hf_name for name, hf_name in outside.items()},
-        **{
-            f"transformer.h.{{}}.{name}": prefix + hf_names
-            if isinstance(hf_names, str)
-            else tuple(prefix + hf_name for hf_name in hf_names)
-            for name, hf_names in inside.items()
-        },
-    }
-
-
-class _SameNames(dict[str, str]):
-    """Maps every module name to itself: our own layout has our names, but a tensor for each expert."""
-
-    def __missing__(self, name: str) -> str:
-        return name.replace(".mlp.experts.", ".mlp.experts.{}.")
-
-
-def _qkv(module: str) -> tuple[str, ...]:
-    return tuple(f"{module}.{part}_proj" for part in "qkv")
-
-
-GPT2_NAMES = _names(
-    "transformer.", "h", wte="wte", wpe="wpe", ln_1="ln_1", qkv="attn.c_attn", out="attn.c_proj", ln_2="ln_2",
-    up="mlp.c_fc", down="mlp.c_proj",
-)  # fmt: skip
-
-
-def _neo_windows(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `windows`, None or window_size per layer, from attention_types, [[["global", "local"], times], ...].
-
-    attention_layers, ["global", "local", ...], must say the same: transformers follows it where the two differ.
+    Args:
+        config: of the model.
+        source: the config.json that the model was loaded from; None for a new model.
     """
-    window_of, layers = {"global": None, "local": content.get("window_size", 256)}, content["num_layers"]
-    types = content.get("attention_types") or [[["global", "local"], 12]]
-    parts = [(list(pattern), times) for pattern, times in types]
-    fits = sum(len(pattern) * times for pattern, times in parts) == layers  # a damaged count could fill the memory
-    kinds = [kind for pattern, times in parts for kind in pattern * times] if fits else []
-    if len(kinds) != layers or not all(kind in list(window_of) for kind in kinds):
-        raise ValueError(f"attention_types is {types}, expected {layers} layers of global or local")
-    if content.get("attention_layers") not in (None, kinds):
-        raise ValueError(f"attention_layers is {content['attention_layers']!r}, expected {kinds}")
-    return {"windows": tuple(window_of[kind] for kind in kinds)}
-
-
-def _neo_types(config: GPTConfig) -> dict[str, Any]:
-    """Return attention_types, with the shortest pattern that repeats over the layers."""
-    kinds = ["global" if window is None else "local" for window in config.windows]
-    count = len(kinds)
-    period = next(n for n in range(1, count + 1) if count % n == 0 and kinds == kinds[:n] * (count // n))
-    return {
-        "attention_types": [[kinds[:period], count // period]],
-        "attention_layers": kinds,
-        "window_size": max((window for window in config.windows if window), default=256),
-    }
-
-
-def _neox_rotary(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary dimensions and base.
-
-    New releases of transformers have them in rope_parameters, unless there is a rope_scaling. They rotate head_dim
-    features of a narrower or wider head.
-    """
-    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope_type is {kind!r}, expected 'default'")
-    share = rope.get("partial_rotary_factor", content.get("rotary_pct", 0.25))
-    width = content["hidden_size"] // max(1, content["num_attention_heads"])
-    base = rope.get("rope_theta", content.get("rotary_emb_base", 10000))
-    if content.get("head_dim") not in (None, width):
-        raise ValueError(f"head_dim is {content['head_dim']!r}, expected {width}, hidden_size / num_attention_heads")
-    return {"rotary_dim": int(width * share), "rotary_base": base}
-
-
-def _neox_rope(config: GPTConfig) -> dict[str, Any]:
-    share, base = (config.rotary_dim or 0) / config.head_dim, config.rotary_base
-    rope = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": share}
-    return {"rope_parameters": rope, "rotary_pct": share, "rotary_emb_base": base}
-
-
-# fmt: off
-ROWS = (
-    Family(
-        model_type="gpt2",
-        architecture="GPT2LMHeadModel",
-        fields=(
-            *GPT2_SIZES,
-            Field("n_inner", "n_inner", None),
-            Field("activation", "activation_function", "gelu_new", GELU_NEW),
-            Field("attention_scale", "scale_attn_weights", True, {True: None, False: 1.0}),
-            Field("scale_by_layer", "scale_attn_by_inverse_layer_idx", False),
-            *GPT2_RATES,
-        ),
-        fixed={"add_cross_attention": False},
-        read=lambda content: {"bias": content.get("bias", True)},
-        write=lambda config: {} if config.bias else {"bias": False},
-        names=GPT2_NAMES,
-        conv1d=True,
-        always_biased=True,
-        aliases=GPT2_ALIASES,
-    ),
-    Family(
-        model_type="openai-gpt",
-        architecture="OpenAIGPTLMHeadModel",
-        fields=(
-            *_with_defaults(GPT2_SIZES, n_positions=512, vocab_size=40478),
-            Field("activation", "afn", "gelu", {"gelu": "gelu_tanh", "relu": "relu"}),
-            *GPT2_RATES,
-        ),
-        constants={"residual": "post_norm"},
-        names={
-            **GPT2_NAMES,
-            "transformer.wte": "transformer.tokens_embed",
-            "transformer.wpe": "transformer.positions_embed",
-        },
-        conv1d=True,
-        aliases=GPT2_ALIASES,
-    ),
-    Family(
-        model_type="gpt_neo",
-        architecture="GPTNeoForCausalLM",
-        fields=(
-            Field("n_layer", "num_layers", 24),
-            Field("n_head", "num_heads", 16),
-            Field("n_embd", "hidden_size", 2048),
-            Field("n_inner", "intermediate_size", None),
-            Field("block_size", "max_position_embeddings", 2048),
-            Field("vocab_size", "vocab_size", 50257),
-            Field("layer_norm_epsilon", "layer_norm_epsilon", 1e-5),
-            Field("activation", "activation_function", "gelu_new", GELU_NEW),
-            Field("tied_head", "tie_word_embeddings", True),
-            Field("dropout", "resid_dropout", 0.0),
-            Field("embedding_dropout", "embed_dropout", 0.0),
-            Field("attention_dropout", "attention_dropout", 0.0),
-        ),
-        constants={"attention_scale": 1.0, "bias": ("out", "mlp", "norm")},
-        read=_neo_windows,
-        write=_neo_types,
-        names=_names(
-            "transformer.", "h", wte="wte", wpe="wpe", ln_1="ln_1", qkv=_qkv("attn.attention"),
-            out="attn.attention.out_proj", ln_2="ln_2", up="mlp.c_fc", down="mlp.c_proj",
-        ),
-        aliases={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
-    ),
-    Family(
-        model_type="gptj",
-        architecture="GPTJForCausalLM",
-        fields=(
-            *_with_defaults(
-                GPT2_SIZES, n_layer=28, n_head=16, n_embd=4096, n_positions=2048, vocab_size=50400,
-                tie_word_embeddings=False,
-            ),
-            Field("n_inner", "n_inner", None),
-            Field("rotary_dim", "rotary_dim", 64),
-            Field("activation", "activation_function", "gelu_new", GELU_NEW),
-            *_with_defaults(GPT2_RATES, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-        ),
-        constants={
-            "position": "rotary",
-            "rotary_interleaved": True,
-            "residual": "parallel",
-            "bias": ("mlp", "norm"),
-            "head_bias": True,
-        },
-        names=_names(
-            "transformer.", "h", wte="wte", ln_1="ln_1", qkv=_qkv("attn"), out="attn.out_proj", up="mlp.fc_in",
-            down="mlp.fc_out",
-        ),
-        aliases=GPT2_ALIASES,
-    ),
-    Family(
-        model_type="gpt_neox",
-        architecture="GPTNeoXForCausalLM",
-        fields=(
-            Field("n_layer", "num_hidden_layers", 44),
-            Field("n_head", "num_attention_heads", 64),
-            Field("n_embd", "hidden_size", 6144),
-            Field("n_inner", "intermediate_size", 24576),
-            Field("block_size", "max_position_embeddings", 2048),
-            Field("vocab_size", "vocab_size", 50432),
-            Field("layer_norm_epsilon", "layer_norm_eps", 1e-5),
-            Field("activation", "hidden_act", "gelu", GELU_FAST),
-            Field("residual", "use_parallel_residual", True, {True: "parallel_two_norms", False: "pre_norm"}),
-            Field("bias", "attention_bias", True, {True: True, False: ("mlp", "norm")}),
-            Field("tied_head", "tie_word_embeddings", False),
-            Field("dropout", "hidden_dropout", 0.0),
-            Field("embedding_dropout", "hidden_dropout", 0.0),
-            Field("attention_dropout", "attention_dropout", 0.0),
-        ),
-        constants={"position": "rotary"},
-        read=_neox_rotary,
-        write=_neox_rope,
-        base="gpt_neox.",
-        names=_names(
-            "gpt_neox.", "layers", wte="embed_in", ln_1="input_layernorm", qkv="attention.query_key_value",
-            out="attention.dense", ln_2="post_attention_layernorm", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
-            ln_f="final_layer_norm", head="embed_out",
-        ),
-        packed_by_head=True,
-        renamed={"lm_head.": "embed_out."},
-    ),
-    Family(
-        model_type="opt",
-        architecture="OPTForCausalLM",
-        fields=(
-            Field("n_layer", "num_hidden_layers", 12),
-            Field("n_head", "num_attention_heads", 12),
-            Field("n_embd", "hidden_size", 768),
-            Field("n_inner", "ffn_dim", 3072),
-            Field("block_size", "max_position_embeddings", 2048),
-            Field("vocab_size", "vocab_size", 50272),
-            Field("word_dim", "word_embed_proj_dim", None),
-            Field("activation", "activation_function", "relu", GELU_NEW),
-            Field("residual", "do_layer_norm_before", True, {True: "pre_norm", False: "post_norm"}),
-            Field("bias", "enable_bias", True, {True: True, False: ("norm",)}),
-            Field("tied_head", "tie_word_embeddings", True),
-            Field("dropout", "dropout", 0.1),
-            Field("attention_dropout", "attention_dropout", 0.0),
-        ),
-        constants={"position_offset": 2, "embedding_dropout": 0.0},
-        fixed={"_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True, "layerdrop": 0.0},
-        base="model.",
-        names=_names(
-            "model.decoder.", "layers", wte="embed_tokens", wpe="embed_positions", ln_1="self_attn_layer_norm",
-            qkv=_qkv("self_attn"), out="self_attn.out_proj", ln_2="final_layer_norm", up="fc1", down="fc2",
-            ln_f="final_layer_norm", project_in="project_in", project_out="project_out",
-        ),
-    ),
-    Family(
-        model_type="bloom",
-        architecture="BloomForCausalLM",
-        fields=(
-            Field("n_layer", "n_layer", 2),
-            Field("n_head", "n_head", 8),
-            Field("n_embd", "hidden_size", 64),
-            Field("block_size", "seq_length", 2048),
-            Field("vocab_size", "vocab_size", 250880),
-            Field("layer_norm_epsilon", "layer_norm_epsilon", 1e-5),
-            Field("tied_head", "tie_word_embeddings", True),
-            Field("dropout", "hidden_dropout", 0.0),
-            Field("attention_dropout", "attention_dropout", 0.0),
-        ),
-        constants={"position": "alibi", "embedding_norm": True, "embedding_dropout": 0.0},
-        fixed={"apply_residual_connection_post_layernorm": False},
-        names=_names(
-            "transformer.", "h", wte="word_embeddings", ln_emb="word_embeddings_layernorm", ln_1="input_layernorm",
-            qkv="self_attention.query_key_value", out="self_attention.dense", ln_2="post_attention_layernorm",
-            up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
-        ),
-        packed_by_head=True,
-        aliases={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
-    ),
-    Family(
-        model_type=OWN,
-        architecture="GPT",
-        fields=tuple(Field(f.name, f.name, f.default) for f in fields(GPTConfig)),
-        names=_SameNames(),
-    ),
-)
-# fmt: on
-FAMILIES = {family.model_type: family for family in ROWS}
-
-
-def family_of(config: GPTConfig) -> Family:
-    """Return the first family whose layout can express a config."""
-    return next(family for family in FAMILIES.values() if not family.differences(config))
+    kept = FAMILIES.get(str((source or {}).get("model_type")), OWN_LAYOUT)
+    families = [*([] if kept is OWN_LAYOUT else [kept]), *FAMILIES.values()]
+    return next(family for family in families if not family.differences(config))
 
 
 def nearest_family(config: GPTConfig) -> tuple[str, list[str]]:
     """Return the model type whose layout expresses most of a config, and the fields that it cannot express."""
     missing = {name: family.differences(config) for name, family in FAMILIES.items() if name != OWN}
     return min(missing.items(), key=lambda pair: len(pair[1]))
+
+
+def known_family(content: Mapping[str, Any]) -> Family:
+    """Return the family of a config.json.
+
+    Raises:
+        ValueError: there is none; the message names the nearest families, and the fields that the nearest lacks.
+    """
+    model_type = content.get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    known = f"model_type is {model_type!r:.60}, expected one of {', '.join(FAMILIES)}"
+    given, names = content.keys() - UNSPECIFIC, [name for name in FAMILIES if name != OWN]
+    by_fields = sorted(names, key=lambda name: len(given - FAMILIES[name].config_names))
+    nearest = difflib.get_close_matches(str(model_type), names, n=3) or by_fields[:1]
+    unread = sorted(given - FAMILIES[nearest[0]].config_names)
+    lacks = f"{nearest[0]} has no {', '.join(unread[:8])}" if unread else f"{nearest[0]} has all its fields"
+    raise ValueError(f"{known}; nearest: {', '.join(nearest)}; {lacks}")

@@ -1,6 +1,6 @@
 """A model family: how its config.json and its tensors in transformers' layout correspond to ours.
 
-The families themselves are data: one row each in families.py.
+The families themselves are data: one row each in families_*.py.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -36,6 +37,25 @@ class Field(NamedTuple):
     values: Mapping[Any, Any] | None = None
 
 
+class FieldGroup(NamedTuple):
+    """Fields of a config.json that give fields of GPTConfig together.
+
+    Args:
+        names: of the fields in config.json.
+        read: (config.json with defaults) -> GPTConfig fields.
+        write: (GPTConfig) -> fields of config.json.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    write: Callable[[GPTConfig], dict[str, Any]]
+
+
+def with_defaults(fields: tuple[Field, ...], **defaults: Any) -> tuple[Field, ...]:
+    """Return the fields with other defaults, which are given by transformers' names."""
+    return tuple(f._replace(default=defaults.get(f.hf_name, f.default)) for f in fields)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One model family of transformers.
@@ -45,8 +65,7 @@ class Family:
         fields: the fields of config.json with one corresponding field of GPTConfig.
         constants: GPTConfig fields with the same value in every model of the family.
         fixed: fields of config.json that we support with one value only -> that value.
-        read: (config.json with defaults) -> further GPTConfig fields.
-        write: (GPTConfig) -> further fields of config.json.
+        groups: further fields of config.json, and of GPTConfig; they win over `fields` and `constants`.
         base: prefix of all tensors except the head's; files of the bare model omit it.
         names: transformers' name of each of our modules, or three names for queries, keys and values. `{}` stands for
             the layer's number. A second `{}` is the number of an expert, whose layers we stack.
@@ -64,8 +83,7 @@ class Family:
     fields: tuple[Field, ...]
     constants: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda content: {}
-    write: Callable[[GPTConfig], dict[str, Any]] = lambda config: {}
+    groups: tuple[FieldGroup, ...] = ()
     base: str = "transformer."
     names: Mapping[str, str | tuple[str, ...]]
     conv1d: bool = False
@@ -99,7 +117,8 @@ class Family:
                 raise ValueError(f"{hf_name} is {value!r}, expected one of {', '.join(map(str, values))}")
             converted[name] = value if values is None else values[value]
         try:
-            return GPTConfig(**{**converted, **self.constants, **self.read(content)})
+            grouped = [group.read(content).items() for group in self.groups]
+            return GPTConfig(**{**converted, **self.constants, **dict(chain.from_iterable(grouped))})
         except ValueError as error:
             raise ValueError(self._with_their_names(str(error))) from None
         except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # a value of another type
@@ -113,6 +132,12 @@ class Family:
         """Add the names in config.json of the GPTConfig fields that a message names."""
         named = [f for f in self.fields if f.name != f.hf_name and re.search(rf"\b{f.name}\b", message)]
         return message + "".join(f"; {f.name} is {f.hf_name} in {CONFIG}" for f in named)
+
+    @property
+    def config_names(self) -> set[str]:
+        """The names of all fields of config.json that the family reads."""
+        grouped = chain.from_iterable(group.names for group in self.groups)
+        return {f.hf_name for f in self.fields}.union(self.fixed, self.aliases, grouped)
 
     def module_counts(self, content: Mapping[str, Any]) -> dict[str, str]:
         """Return "layers" and "experts" -> the field of a config.json that has their number."""
@@ -129,7 +154,7 @@ class Family:
             if values is not None:
                 value = next((hf_value for hf_value, our_value in values.items() if our_value == value), default)
             content[hf_name] = value
-        return {**content, **self.write(config)}
+        return content | dict(chain.from_iterable(group.write(config).items() for group in self.groups))
 
     def differences(self, config: GPTConfig) -> list[str]:
         """Return the GPTConfig fields that this layout cannot express: reading them back gives another value."""

@@ -34,6 +34,10 @@ MODULES: Mapping[str, str | tuple[str, ...]] = {  # our modules -> those of llam
     "transformer.h.{}.mlp.c_gate": "blk.{}.ffn_gate",
     "transformer.h.{}.mlp.c_fc": "blk.{}.ffn_up",
     "transformer.h.{}.mlp.c_proj": "blk.{}.ffn_down",
+    "transformer.h.{}.ln_1_out": "blk.{}.post_attention_norm",
+    "transformer.h.{}.ln_2_out": "blk.{}.post_ffw_norm",
+    "transformer.h.{}.attn.q_norm": "blk.{}.attn_q_norm",
+    "transformer.h.{}.attn.k_norm": "blk.{}.attn_k_norm",
 }
 _BIAS_OF = {"qkv": ("blk.0.attn_qkv", "blk.0.attn_q"), "out": ("blk.0.attn_output",), "mlp": ("blk.0.ffn_down",),
             "norm": ("output_norm",)}  # fmt: skip
@@ -86,6 +90,7 @@ class Architecture:
         norm_shift: number that the file adds to the weights of norms.
         always_biased: parts that have biases in every file; zeros are written for a model without them.
         extra_tensors: (GPTConfig) -> tensors of the file that are computed from the config.
+        extra_names: names of such tensors, which `read` uses.
     """
 
     name: str
@@ -101,6 +106,7 @@ class Architecture:
     norm_shift: float = 0.0
     always_biased: tuple[str, ...] = ()
     extra_tensors: Callable[[GPTConfig], dict[str, Tensor]] = lambda config: {}
+    extra_names: Collection[str] = ()
 
     # ---- metadata ----
 

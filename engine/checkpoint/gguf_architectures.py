@@ -6,7 +6,10 @@ row names that of the published models; llama.cpp computes the tanh form of GELU
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from peakgpt.engine.checkpoint.gguf_architecture import Architecture, Key
+from peakgpt.engine.checkpoint.gguf_rope import FREQUENCIES, ROPE_KEYS, read_rope, rope_tensors, write_rope
 from peakgpt.engine.model.config import BIASED
 
 SIZES = (
@@ -23,6 +26,17 @@ RMS_NORM = Key("layer_norm_epsilon", "attention.layer_norm_rms_epsilon", float)
 ROPE = (Key("rotary_dim", "rope.dimension_count", int, None), Key("rotary_base", "rope.freq_base", float, 10000.0))
 PACKED = {"transformer.h.{}.attn.c_attn": "blk.{}.attn_qkv"}
 GATED = {"position": "rotary", "norm": "rms", "gated_mlp": True, "activation": "silu"}
+QWEN2 = Architecture(
+    name="qwen2",
+    keys=(*SIZES, KV_HEADS, HEAD_DIM, RMS_NORM, *ROPE),
+    constants={**GATED, "bias": ("qkv",)},
+    read=read_rope,
+    write=write_rope,
+    extra_keys=ROPE_KEYS,
+    extra_tensors=rope_tensors,
+    extra_names=(FREQUENCIES,),
+)
+LLAMA = replace(QWEN2, name="llama", constants=GATED, interleaved=True)
 
 # fmt: off
 ROWS = (
@@ -81,16 +95,14 @@ ROWS = (
         keys=(*SIZES, KV_HEADS, LAYER_NORM, *ROPE),
         constants={"position": "rotary"},
     ),
-    Architecture(
-        name="qwen2",
-        keys=(*SIZES, KV_HEADS, HEAD_DIM, RMS_NORM, *ROPE),
-        constants={**GATED, "bias": ("qkv",)},
-    ),
-    Architecture(
-        name="llama",
-        keys=(*SIZES, KV_HEADS, HEAD_DIM, RMS_NORM, *ROPE),
-        constants=GATED,
-        interleaved=True,
+    QWEN2,
+    LLAMA,
+    replace(LLAMA, name="smollm3", constants={**GATED, "rotary_layers": (True, True, True, False)}),
+    replace(
+        LLAMA,
+        name="olmo",
+        keys=(*SIZES, KV_HEADS, LAYER_NORM, *ROPE),
+        constants={**GATED, "norm": "layer", "norm_weight": False, "bias": False},
     ),
 )
 # fmt: on

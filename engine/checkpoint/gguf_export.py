@@ -58,15 +58,14 @@ def write_gguf(
     gguf = import_gguf()
     architecture, stored, header = choose_architecture(config)
     sources = _sources(architecture, stored, header)
-    tensors = {**header.tensors, **_computed(architecture, stored)}
-    types = {name: _type_of(name, entry.shape, dtype) for name, entry in tensors.items()}
+    types = {name: _type_of(name, entry.shape, dtype) for name, entry in header.tensors.items()}
     model = {"general.file_type": DTYPES[dtype][1], **architecture.metadata(stored)}
     model |= tokenizer or {"tokenizer.ggml.model": "none", f"{architecture.name}.vocab_size": config.vocab_size}
     make_folders(path.parent)
     with staging_folder(path.parent) as stage:
         writer = gguf.GGUFWriter(stage / path.name, architecture.name)
         _add_metadata(gguf, writer, model)
-        for name, entry in tensors.items():
+        for name, entry in header.tensors.items():
             kind = TYPES[NUMBERS[types[name]]]
             size = np.prod(entry.shape, dtype=np.int64).item() // kind.elements * kind.size
             writer.add_tensor_info(name, entry.shape, np.dtype("float32"), size, NUMBERS[kind.name])
@@ -123,14 +122,18 @@ def _header(architecture: Architecture, config: GPTConfig) -> GGUFHeader:
         ours = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
     shapes = architecture.shapes(config, ours)
     entries = {name: TensorEntry(shape, TYPES[0], 0, 0) for name, shape in shapes.items()}
-    return GGUFHeader(Path(), architecture.metadata(config), entries, memoryview(b""))
+    data = b""
+    for name, tensor in architecture.extra_tensors(config).items():  # whose values say something about the config
+        entries[name] = TensorEntry(tuple(tensor.shape), TYPES[0], len(data), len(data) + tensor.nbytes)
+        data += tensor.numpy().tobytes()
+    return GGUFHeader(Path(), architecture.metadata(config), entries, memoryview(bytearray(data)))
 
 
 def _sources(architecture: Architecture, config: GPTConfig, header: GGUFHeader) -> dict[str, list[_Rows]]:
     """Return, for each tensor of the file, the rows of ours that it consists of."""
     with torch.device("meta"):
         ours = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
-    found: dict[str, list[tuple[int, _Rows]]] = {name: [] for name in header.tensors}
+    found: dict[str, list[tuple[int, _Rows]]] = {name: [] for name in header.tensors}  # none for computed tensors
     for name, shape in ours.items():
         row = 0
         for part in architecture.parts(config, name, shape[0]):
@@ -140,23 +143,18 @@ def _sources(architecture: Architecture, config: GPTConfig, header: GGUFHeader) 
     return {name: [rows for _, rows in sorted(parts)] for name, parts in found.items()}
 
 
-def _computed(architecture: Architecture, config: GPTConfig) -> dict[str, TensorEntry]:
-    extra = architecture.extra_tensors(config)
-    return {name: TensorEntry(tuple(tensor.shape), TYPES[0], 0, 0) for name, tensor in extra.items()}
-
-
 def _tensors(
     architecture: Architecture, config: GPTConfig, sources: Mapping[str, list[_Rows]], state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield names and values of the file's tensors, one after the other; a bias that the model lacks is zero."""
+    computed = architecture.extra_tensors(config)
     for name, parts in sources.items():
-        rows = []
+        rows = [computed[name]] if name in computed else []
         for ours, start, stop in parts:
             tensor = state.get(ours)
             tensor = torch.zeros(stop) if tensor is None else tensor.detach()
             rows.append(architecture.to_file(config, ours, tensor)[start:stop])
         yield name, rows[0] if len(rows) == 1 else torch.cat(rows)
-    yield from architecture.extra_tensors(config).items()
 
 
 def _type_of(name: str, shape: tuple[int, ...], dtype: str) -> str:

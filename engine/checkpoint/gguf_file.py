@@ -48,6 +48,8 @@ def read_gguf(path: Path | str, *, dropout: float | None = None) -> GGUFModel:
     """
     header = read_header(path)
     try:
+        if (count := header.get("split.count", int, 1)) > 1:
+            raise ValueError(f"got one of {count} files, expected a whole model: `llama-gguf-split --merge` joins them")
         name = header.get("general.architecture", str)
         if name not in ARCHITECTURES:
             raise ValueError(f"general.architecture is {name!r}, expected one of {', '.join(ARCHITECTURES)}")

@@ -144,11 +144,10 @@ class _Error:
 def _check_tensors(gguf: GGUFModel, expected: Mapping[str, torch.Size]) -> None:
     path, tensors = gguf.header.path, gguf.header.tensors
     shapes = gguf.architecture.shapes(gguf.config, expected, tensors)
-    extra = gguf.architecture.extra_tensors(gguf.config)
     for name, shape in shapes.items():
         if name not in tensors or tensors[name].shape != shape:
             got = f"shape {tensors[name].shape}" if name in tensors else "none"
             raise ValueError(f"{path}: got {got} for tensor {name}, expected shape {shape} as the metadata says")
-    if unexpected := sorted(tensors.keys() - shapes.keys() - extra.keys()):
+    if unexpected := sorted(tensors.keys() - shapes.keys() - set(gguf.architecture.extra_names)):
         more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
         raise ValueError(f"{path}: got tensor {unexpected[0]}{more}, expected only the {len(shapes)} of such a model")

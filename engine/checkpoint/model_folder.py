@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.families import FAMILIES, OWN, family_of, nearest_family
+from peakgpt.engine.checkpoint.families import OWN, family_of, known_family, nearest_family
 from peakgpt.engine.checkpoint.family import Family
 from peakgpt.engine.checkpoint.folder import (
     CONFIG,
@@ -73,9 +73,10 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Fa
         raise ValueError(f"checkpoint {folder}: got no such folder, expected one with {CONFIG} and {WEIGHTS}")
     path = folder / CONFIG
     content = read_json(path)
-    family = FAMILIES.get(str(content.get("model_type")))
-    if family is None:
-        raise ValueError(f"{path}: model_type is {content.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
+    try:
+        family = known_family(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     expect_modules(folder, content, family.module_counts(content))
     try:
         return family, family.config(content, dropout=dropout)
@@ -155,24 +156,26 @@ def write_model(
     check_state(config, state)
     max_bytes = None if max_shard_size is None else _parse_size(max_shard_size)
     warn_of_own_layout(folder, config)
-    tensors = dict(to_layout(config, state.keys(), state.items()))
+    tensors = dict(to_layout(config, state.keys(), state.items(), source_files))
     replace_files(
         Path(folder), lambda stage: write_model_files(stage, config, tensors, tokenizer, source_files, max_bytes)
     )
 
 
 def to_layout(
-    config: GPTConfig, names: Collection[str], state: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
+    config: GPTConfig, names: Collection[str], state: Iterable[tuple[str, Tensor]],
+    source_files: Mapping[str, Mapping[str, Any]] = NO_FILES,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Convert a model's state dict to the layout of its family, one tensor after the other.
 
     Args:
         names: all names of the state dict.
         state: names and tensors; matrices are [out, in].
+        source_files: as in `write_model`.
     Returns:
         An iterator of names and tensors of the layout. A tensor may be a view.
     """
-    family = family_of(config)
+    family = family_of(config, source_files.get(CONFIG))
     for name, tensor in state:
         tensors = {name: tensor}
         if family.always_biased and NORM_OR_LAYER.search(name) and (bias := f"{name[:-6]}bias") not in names:
@@ -194,7 +197,8 @@ def write_model_files(
         OSError: a file cannot be written.
     """
     dtype = next(iter(tensors.values())).dtype
-    for name, content in json_files(family_of(config), config, dtype, tokenizer, source_files).items():
+    family = family_of(config, source_files.get(CONFIG))
+    for name, content in json_files(family, config, dtype, tokenizer, source_files).items():
         (folder / name).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder)

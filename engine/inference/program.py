@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from peakgpt.engine.model.block import Block
 from peakgpt.engine.model.experts import ExpertLinear, Experts
 from peakgpt.engine.model.mlp import GatedMLP
-from peakgpt.engine.model.norms import LayerNorm, RMSNorm
+from peakgpt.engine.model.norms import BLOCK_NORMS, LayerNorm, RMSNorm
 from peakgpt.engine.model.plain import change_of, walk
-from peakgpt.engine.model.positions import alibi_slopes, rotary_table
+from peakgpt.engine.model.positions import alibi_slopes, rotary_tables
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
@@ -95,15 +95,15 @@ class ModelProgram:
         table = t.wpe.weight.detach()[c.position_offset :] if learned else None
         wte, wpe = self._hold(t.wte.weight), self._hold(table)
         self.program.embed(out=self.buffers["x"], wte=wte, wte_stride=wte.stride(0), wpe=wpe,
-                           wpe_stride=0 if wpe is None else wpe.stride(0))  # fmt: skip
-        if c.rotary_dim:
-            self.angles = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, "cpu")
+                           wpe_stride=0 if wpe is None else wpe.stride(0),
+                           scale=float(torch.tensor(c.embedding_scale, dtype=self.dtype)))  # fmt: skip
+        self.angles = rotary_tables(c, range(c.block_size), "cpu") if c.rotary_dim else ()
         self.slopes = alibi_slopes(c.n_head, "cpu") if c.position == "alibi" else None
         if c.embedding_norm:
             self._norm(t.ln_emb, "x", out="x")
-        is_post_norm = c.residual == "post_norm"
-        self._norm(t.h[0].ln_1, "x", out="h") if not is_post_norm else self._rename("h", "x")
-        norms = [*(block.ln_1 for block in t.h[1:]), None if is_post_norm else t.ln_f]
+        is_normalized = c.residual != "post_norm" and "ln_1" in BLOCK_NORMS[c.residual]  # the input of attention
+        self._norm(t.h[0].ln_1, "x", out="h") if is_normalized else self._rename("h", "x")
+        norms = [*(block._modules.get("ln_1") for block in t.h[1:]), t._modules.get("ln_f")]
         for layer, (block, norm) in enumerate(zip(t.h, norms, strict=True)):
             self._attend(block, layer)
             if layer == c.n_layer - 1:
@@ -117,8 +117,8 @@ class ModelProgram:
         heads = attn.n_head, attn.n_kv_head, attn.head_dim
         _require(f"transformer.h.{layer}.attn", heads, (c.n_head, c.n_kv_head, c.head_dim))
         self._linear("h", "qkv", attn.c_attn)
-        if c.rotary_dim:
-            cos, sin = self.angles
+        if attn.rotary_table is not None and self.angles:
+            cos, sin = self.angles[attn.rotary_table]
             self.program.rotary(x=number["qkv"], width=c.head_dim, rotated_heads=c.n_head + c.n_kv_head, cos=cos,
                                 sin=sin, pairs=cos.shape[1], interleaved=c.rotary_interleaved)  # fmt: skip
         self.program.attention(
@@ -184,9 +184,14 @@ class ModelProgram:
         """residual += branch, h = norm(residual)."""
         self._norm(norm, "branch", residual=residual, out="h")
 
+    def norm_branch(self, norm: LayerNorm | RMSNorm) -> None:
+        """branch = norm(branch)."""
+        self._norm(norm, "branch", out="branch")
+
     def _norm(self, norm: LayerNorm | RMSNorm, source: str, *, out: str, residual: str | None = None) -> None:
-        _require("a norm", tuple(norm.weight.shape), (self.config.n_embd,))
-        number, weight, bias = self.buffers, self._hold(norm.weight), self._hold(getattr(norm, "bias", None))
+        own = torch.ones(self.config.n_embd, dtype=self.dtype) if norm.weight is None else norm.weight
+        _require("a norm", tuple(own.shape), (self.config.n_embd,))
+        number, weight, bias = self.buffers, self._hold(own), self._hold(getattr(norm, "bias", None))
         self.program.norm(x=number[source], out=number[out], w=weight, w_dtype=DTYPES[weight.dtype],
                           eps=default_eps(self.dtype, norm.eps), rms=isinstance(norm, RMSNorm),
                           residual=NONE if residual is None else number[residual], b=bias)  # fmt: skip
@@ -294,9 +299,29 @@ def _parallel_two_norms(program: ModelProgram, block: Block, norm: LayerNorm) ->
     _parallel(program, block, norm)
 
 
+def _sandwich_norm(program: ModelProgram, block: Block, norm: LayerNorm) -> None:
+    program.project_attention(block)
+    program.norm_branch(block.ln_1_out)
+    program.add_norm(block.ln_2, "x")
+    program.mlp(block, "h")
+    program.norm_branch(block.ln_2_out)
+    program.add_norm(norm, "x")
+
+
+def _output_norm(program: ModelProgram, block: Block, norm: LayerNorm | None) -> None:
+    program.project_attention(block)
+    program.norm_branch(block.ln_1_out)
+    program.combine("branch", "x", "x")
+    program.mlp(block, "x")
+    program.norm_branch(block.ln_2_out)
+    program.combine("branch", "x", "x") if norm is None else program.add_norm(norm, "x")
+
+
 RESIDUALS: dict[str, Callable[[ModelProgram, Block, LayerNorm | None], None]] = {
     "pre_norm": _pre_norm,
     "post_norm": _post_norm,
     "parallel": _parallel,
     "parallel_two_norms": _parallel_two_norms,
+    "sandwich_norm": _sandwich_norm,
+    "output_norm": _output_norm,
 }

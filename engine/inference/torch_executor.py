@@ -23,7 +23,7 @@ from peakgpt.engine.inference.decode_graphs import MAX_BATCH, DecodeGraphs, alig
 from peakgpt.engine.inference.kv_cache import PagedKVCache
 from peakgpt.engine.inference.paged_attention import GatheredAttention, PagedAttention, TokenBatch
 from peakgpt.engine.model.plain import Snapshot
-from peakgpt.engine.model.positions import Positions, alibi_slopes, rotary_table
+from peakgpt.engine.model.positions import Positions, alibi_slopes, rotary_tables
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
@@ -53,7 +53,7 @@ class TorchExecutor:
         self.kv_cache = PagedKVCache(c, num_blocks, dtype=dtype, device=self.device, cache_dtype=cache_dtype)
         self.snapshot = Snapshot(model)
         self.is_one_by_one = c.position in RELATIVE or self.snapshot.change is not None
-        self.angles = rotary_table(c.rotary_dim, c.rotary_base, 0, c.block_size, self.device) if c.rotary_dim else None
+        self.angles = rotary_tables(c, range(c.block_size), self.device) if c.rotary_dim else ()
         self.slopes = alibi_slopes(c.n_head, self.device) if c.position == "alibi" else None
         # Graphs read these addresses: the tensors must outlive a change of the model's parameters.
         self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
@@ -159,9 +159,7 @@ class TorchExecutor:
 
     def _hidden(self, batch: TokenBatch) -> Tensor:
         """Hidden states of the batch's logit rows, (R, C) in the model's dtype."""
-        angles = None
-        if self.angles is not None:
-            angles = tuple(table.index_select(0, batch.positions) for table in self.angles)
+        angles = tuple(tuple(column.index_select(0, batch.positions) for column in table) for table in self.angles)
         positions = Positions(angles, self.config.rotary_interleaved, self.slopes)
         h = self.model.packed_hidden_states(batch.ids, batch.positions, positions, PagedAttention(self.kv_cache, batch))
         return h if batch.logit_rows is None else h.index_select(0, batch.logit_rows)

@@ -27,7 +27,7 @@ class CausalSelfAttention(ModuleWithConv1D):
     def __init__(
         self, n_embd: int, n_head: int, *, n_kv_head: int | None = None, head_dim: int | None = None,
         bias: bool = True, out_bias: bool | None = None, window: int | None = None, scale: float | None = None,
-        dropout: float = 0.0, relative: nn.Module | None = None, device=None, dtype=None,
+        dropout: float = 0.0, relative: nn.Module | None = None, rotary_table: int | None = 0, device=None, dtype=None,
     ):  # fmt: skip
         """
         Args:
@@ -41,6 +41,7 @@ class CausalSelfAttention(ModuleWithConv1D):
             scale: factor on q k^T; None means 1 / sqrt(D).
             dropout: probability of dropping an attention weight in training.
             relative: RelativeKeys or RelativeBias of engine/model/relative_positions.py; None without them.
+            rotary_table: number of the pair (cos, sin) in Positions.rotary; None if this layer does not rotate.
         Raises:
             ValueError: sizes that do not fit each other.
         """
@@ -52,7 +53,7 @@ class CausalSelfAttention(ModuleWithConv1D):
                 "expected n_head to divide n_embd and n_kv_head to divide n_head"
             )
         self.head_dim, self.dropout, self.fp8 = head_dim or n_embd // n_head, dropout, False
-        self.window, self.scale = window, scale
+        self.window, self.scale, self.rotary_table = window, scale, rotary_table
         if relative is not None:
             self.relative = relative
         packed = (n_head + 2 * self.n_kv_head) * self.head_dim
@@ -82,7 +83,7 @@ class CausalSelfAttention(ModuleWithConv1D):
     def _packed(self, qkv: Tensor, positions: Positions) -> Tensor:
         """Run rotary embedding and attention as one op on packed queries, keys and values."""
         return attention_qkv(
-            qkv, *(positions.rotary or (None, None)), positions.cu_seqlens, n_head=self.n_head,
+            qkv, *(self._angles(positions) or (None, None)), positions.cu_seqlens, n_head=self.n_head,
             interleaved=positions.interleaved, window=self.window, scale=self.scale,
         )  # fmt: skip
 
@@ -90,9 +91,9 @@ class CausalSelfAttention(ModuleWithConv1D):
         self, qkv: Tensor, cache: AttentionCache | None, layer: int, positions: Positions, dropout: float
     ) -> Tensor:
         """Run attention with a KV cache, dropout, a bias or left padding."""
-        if positions.rotary is not None:
+        if angles := self._angles(positions):
             rotated_heads = self.n_head + self.n_kv_head
-            qkv = rotary(qkv, *positions.rotary, heads=rotated_heads, interleaved=positions.interleaved)
+            qkv = rotary(qkv, *angles, heads=rotated_heads, interleaved=positions.interleaved)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         bias = None
         if positions.relative is not None:
@@ -102,6 +103,11 @@ class CausalSelfAttention(ModuleWithConv1D):
         if cache is None:
             return attention(q, k, v, dropout=dropout, cu_seqlens=positions.cu_seqlens, **options)
         return cache.attend(layer, q, k, v, **options)
+
+    def _angles(self, positions: Positions) -> tuple[Tensor, Tensor] | None:
+        """Return cos and sin of this layer's angles, (T, R / 2) each; None if it does not rotate."""
+        is_rotary = positions.rotary and self.rotary_table is not None
+        return positions.rotary[self.rotary_table] if is_rotary else None
 
     def _linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         return run_linear(layer, x, fp8_linear if self.fp8 and self.training else linear)

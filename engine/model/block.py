@@ -18,7 +18,7 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.experts import Experts
 from peakgpt.engine.model.kv_cache import AttentionCache
 from peakgpt.engine.model.mlp import GELUMLP, GatedMLP
-from peakgpt.engine.model.norms import add_norm, make_norm
+from peakgpt.engine.model.norms import BLOCK_NORMS, add_norm, make_norm
 from peakgpt.engine.model.plain import fusable, is_plain
 from peakgpt.engine.model.positions import NO_POSITIONS, Positions
 from peakgpt.engine.model.recompute import checkpoint_block, recompute_marked
@@ -53,19 +53,23 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         c = config
-        self.ln_1 = make_norm(c)
+        self._add_norms(c, "ln_1")
         self.attn = CausalSelfAttention(
             c.n_embd, c.n_head, n_kv_head=c.n_kv_head, head_dim=c.head_dim, bias=c.has_bias("qkv"),
             out_bias=c.has_bias("out"), window=c.windows[layer], scale=c.scale(layer), dropout=c.attention_dropout,
-            relative=RELATIVE[c.position](c) if c.position in RELATIVE else None,
+            relative=RELATIVE[c.position](c) if c.position in RELATIVE else None, rotary_table=c.rotary_table(layer),
         )  # fmt: skip
-        if c.residual != "parallel":
-            self.ln_2 = make_norm(c)
+        self._add_norms(c, "ln_2")
         options = {"bias": c.has_bias("mlp"), "activation": c.activation}
         make_mlp = GatedMLP if c.gated_mlp else GELUMLP
         self.mlp = Experts(c) if c.has_experts(layer) else make_mlp(c.n_embd, c.n_inner, **options)
         self.dropout, self.residual = c.dropout, c.residual
         self.recompute = self.recompute_norms = False  # set by engine/model/recompute.py
+
+    def _add_norms(self, config: GPTConfig, branch: str) -> None:
+        for name in BLOCK_NORMS[config.residual]:
+            if name.startswith(branch):
+                self.add_module(name, make_norm(config))
 
     def forward(self, x: Tensor, layer: int = 0, shared: Pass = ALONE) -> Tensor:
         """Run one layer.
@@ -146,6 +150,16 @@ def _post_norm(block: Block, x: Tensor, h: None, next_norm: nn.Module | None, at
     return add_norm(block.ln_2, mlp(x), x)[1], None
 
 
+def _sandwich_norm(block: Block, x: Tensor, h: Tensor | None, next_norm: nn.Module | None, attn: Branch, mlp: Branch):
+    x, h = add_norm(block.ln_2, block.ln_1_out(attn(block.ln_1(x) if h is None else h)), x)
+    return _add(block.ln_2_out(mlp(h)), x, next_norm)
+
+
+def _output_norm(block: Block, x: Tensor, h: Tensor | None, next_norm: nn.Module | None, attn: Branch, mlp: Branch):
+    x = x + block.ln_1_out(attn(x)).to(x.dtype)
+    return _add(block.ln_2_out(mlp(x)), x, next_norm)
+
+
 def _parallel(block: Block, x: Tensor, h: Tensor | None, next_norm: nn.Module | None, attn: Branch, mlp: Branch):
     h = block.ln_1(x) if h is None else h
     return _add(attn(h) + mlp(h), x, next_norm)
@@ -169,6 +183,8 @@ RESIDUALS = {
     "post_norm": _post_norm,
     "parallel": _parallel,
     "parallel_two_norms": _parallel_two_norms,
+    "sandwich_norm": _sandwich_norm,
+    "output_norm": _output_norm,
 }
 
 

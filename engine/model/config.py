@@ -6,6 +6,7 @@ import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from peakgpt.engine.model.rope_scaling import complete
 from peakgpt.engine.settings.setting import check_settings, setting
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES
 
@@ -31,6 +32,8 @@ class GPTConfig:
         "pre_norm": x += attn(norm(x)), x += mlp(norm(x)); a norm before the head.
         "post_norm": x = norm(x + attn(x)), x = norm(x + mlp(x)); no norm before the head.
         "parallel": x += attn(norm(x)) + mlp(norm(x)) with one norm; "parallel_two_norms": with two.
+        "sandwich_norm": x += norm(attn(norm(x))), x += norm(mlp(norm(x))); a norm before the head.
+        "output_norm": x += norm(attn(x)), x += norm(mlp(x)); a norm before the head.
 
     Raises:
         ValueError: a value out of range, or values that do not fit each other.
@@ -48,7 +51,14 @@ class GPTConfig:
         None, "width of the token embedding, which linear layers project to n_embd and back; none: n_embd"
     )
     norm: str = _field("layer", "layer (LayerNorm) or rms (RMSNorm, without bias)", choices=("layer", "rms"))
+    norm_weight: bool = _field(
+        True, "norms have a weight; false: LayerNorm without parameters", only_with={"norm": ("layer",)}
+    )
     embedding_norm: bool = _field(False, "normalize the token embedding before the first block")
+    embedding_scale: float = _field(
+        1.0, "factor on the token embedding, rounded to its dtype; not with learned positions", above=0,
+        metavar="FACTOR",
+    )  # fmt: skip
     position: str = _field(
         "learned", "learned: a table of embeddings; rotary: rotated queries and keys; alibi: slopes on the scores; "
         "transformer_xl: relative keys with parameters in each layer; relative_bias: T5's bias on the scores by "
@@ -69,6 +79,18 @@ class GPTConfig:
     rotary_base: float = _field(
         10000.0, "pair i of n rotates by base^(-i/n) radians a token", above=0, at_most=1e12, only_with=WITH_ROTARY
     )
+    rope_scaling: dict[str, Any] | None = _field(  # noqa: RUF009
+        None, "how the frequencies are scaled for long texts: rope_type (linear, dynamic, llama3, yarn, longrope) and "
+        "its parameters, under transformers' names; none: not at all", metavar="JSON", only_with=WITH_ROTARY,
+    )  # fmt: skip
+    local_rotary_base: float | None = _field(
+        None, "base of the layers with a window, whose frequencies are not scaled; none: as the others", above=0,
+        at_most=1e12, metavar="BASE", only_with=WITH_ROTARY,
+    )  # fmt: skip
+    rotary_layers: tuple[bool, ...] = _field(
+        (True,), "for each layer whether it rotates; false: it has no positions; a shorter list is repeated to n_layer "
+        "entries", only_with=WITH_ROTARY,
+    )  # fmt: skip
     windows: tuple[int | None, ...] = _size(
         (None,), "for each layer the number of keys that a query attends to, including its own; none: all; a shorter "
         "list is repeated to n_layer entries",
@@ -76,8 +98,10 @@ class GPTConfig:
     attention_scale: float | None = _field(None, "factor on q k^T; none: 1 / sqrt(head_dim)", metavar="FACTOR")
     scale_by_layer: bool = _field(False, "divide that factor by i + 1 in layer i")
     residual: str = _field(
-        "pre_norm", "how the branches of a block are connected: pre_norm, post_norm, or parallel with one or two norms",
-        choices=("pre_norm", "post_norm", "parallel", "parallel_two_norms"), metavar="KIND",
+        "pre_norm", "how the branches of a block are connected: pre_norm, post_norm, parallel with one or two norms, "
+        "sandwich_norm (norms before and after each branch), or output_norm (after each branch, before it is added)",
+        choices=("pre_norm", "post_norm", "parallel", "parallel_two_norms", "sandwich_norm", "output_norm"),
+        metavar="KIND",
     )  # fmt: skip
     activation: str = _field("gelu_tanh", "gelu_tanh, gelu_erf or relu; with gated_mlp also silu")
     gated_mlp: bool = _field(False, "the activation is applied to a third projection of the MLP, the gate")
@@ -116,7 +140,7 @@ class GPTConfig:
     attention_dropout: float | None = _rate(None, "probability of an attention weight; none: dropout")
 
     def __post_init__(self):
-        for name in ("windows", "mlp_only_layers", "bias"):
+        for name in ("windows", "rotary_layers", "mlp_only_layers", "bias"):
             if isinstance(getattr(self, name), list):  # of a JSON file
                 self._set(**{name: tuple(getattr(self, name))})
         check_settings(self)
@@ -125,7 +149,8 @@ class GPTConfig:
         self._check_mlp()
         self._check_position()
         self._check_bias()
-        self._check_windows()
+        self._check_layers()
+        self._check_rotary()
         for name in RATES:
             if getattr(self, name) is None:
                 self._set(**{name: self.dropout})
@@ -163,6 +188,8 @@ class GPTConfig:
             self._require("rotary_dim", is_valid, f"an even number up to head_dim {self.head_dim}")
         else:
             self._require("rotary_dim", self.rotary_dim is None, f"None as position is {self.position}")
+        is_valid = self.embedding_scale == 1.0 or self.position != "learned"
+        self._require("embedding_scale", is_valid, "1 with learned positions")
         is_valid = self.position_offset == 0 or self.position == "learned"
         self._require("position_offset", is_valid, "0, or more with learned positions")
 
@@ -173,10 +200,29 @@ class GPTConfig:
             parts = tuple(part for part in BIASED if part in self.bias)
             self._set(bias={BIASED: True, (): False}.get(parts, parts))
         self._require("bias", self.norm != "rms" or not self.has_bias("norm"), "no bias of norms, as norm is rms")
+        self._require("norm_weight", self.norm_weight or self.norm == "layer", "true, as norm is rms")
+        needs_weight = self.has_bias("norm") and not self.norm_weight
+        self._require("bias", not needs_weight, "no bias of norms, as norm_weight is false")
 
-    def _check_windows(self) -> None:
-        self._require("windows", len(self.windows) > 0, "at least one")
-        self._set(windows=tuple(self.windows[layer % len(self.windows)] for layer in range(self.n_layer)))
+    def _check_layers(self) -> None:
+        for name in ("windows", "rotary_layers"):
+            values = getattr(self, name)
+            self._require(name, len(values) > 0, "at least one")
+            self._set(**{name: tuple(values[layer % len(values)] for layer in range(self.n_layer))})
+
+    def _check_rotary(self) -> None:
+        is_rotary = self.position == "rotary"
+        has_windows = any(window is not None for window in self.windows)
+        self._require("rope_scaling", is_rotary or self.rope_scaling is None, "none without rotary positions")
+        self._require("rotary_layers", is_rotary or all(self.rotary_layers), "true without rotary positions")
+        is_valid = self.local_rotary_base is None or (is_rotary and has_windows)
+        self._require("local_rotary_base", is_valid, "none without rotary positions and windows")
+        if self.rope_scaling is not None:
+            sizes = {"pairs": self.rotary_dim // 2, "base": self.rotary_base, "block_size": self.block_size}
+            try:
+                self._set(rope_scaling=complete(self.rope_scaling, **sizes))
+            except ValueError as error:
+                raise ValueError(f"GPTConfig: rope_scaling: {error}") from None
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
@@ -213,3 +259,8 @@ class GPTConfig:
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return scale / (layer + 1)
 
+    def rotary_table(self, layer: int) -> int | None:
+        """Return which angles a layer rotates by: 0 those of rotary_base, 1 those of local_rotary_base, None none."""
+        if self.position != "rotary" or not self.rotary_layers[layer]:
+            return None
+        return int(self.local_rotary_base is not None and self.windows[layer] is not None)

@@ -13,6 +13,7 @@ used for MFU.
 from __future__ import annotations
 
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.norms import BLOCK_NORMS
 from peakgpt.engine.model.recompute import parse
 from peakgpt.engine.model.relative_positions import BUCKETS
 
@@ -25,13 +26,13 @@ def parameter_count(config: GPTConfig, *, active: bool = False) -> int:
         active: count only experts_per_token experts of a layer, those that compute one token.
     """
     c = config.n_embd
-    norms = config.n_layer * (1 if config.residual == "parallel" else 2)
+    norms = config.n_layer * len(BLOCK_NORMS[config.residual])
     norms += int(config.residual != "post_norm") + int(config.embedding_norm)
     projections = 0 if config.word_dim == c else 2 * config.word_dim * c
     head = 0 if config.tied_head else config.vocab_size * (config.word_dim + int(config.head_bias))
     embeddings = _token_embedding(config) + _position_embedding(config)
     layers = sum(_attention(config) + _mlp(config, layer, active) for layer in range(config.n_layer))
-    return embeddings + projections + layers + norms * (1 + config.has_bias("norm")) * c + head
+    return embeddings + projections + layers + norms * (config.norm_weight + config.has_bias("norm")) * c + head
 
 
 def _attention(config: GPTConfig) -> int:

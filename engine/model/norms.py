@@ -9,6 +9,17 @@ from peakgpt.engine.model.plain import fusable, is_plain, plain_parameters
 from peakgpt.engine.model.recompute import recomputable
 from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 
+# config.residual -> the norms of a block: ln_1 and ln_2 before its two branches, the others after them. Those of
+# "post_norm" normalize the sums.
+BLOCK_NORMS = {
+    "pre_norm": ("ln_1", "ln_2"),
+    "post_norm": ("ln_1", "ln_2"),
+    "parallel": ("ln_1",),
+    "parallel_two_norms": ("ln_1", "ln_2"),
+    "sandwich_norm": ("ln_1", "ln_1_out", "ln_2", "ln_2_out"),
+    "output_norm": ("ln_1_out", "ln_2_out"),
+}
+
 
 @fusable
 class LayerNorm(nn.LayerNorm):
@@ -16,12 +27,15 @@ class LayerNorm(nn.LayerNorm):
 
     recompute = False  # set by engine/model/recompute.py
 
-    def __init__(self, n_embd: int, eps: float = 1e-5, *, bias: bool = True, device=None, dtype=None):
-        super().__init__(n_embd, eps=eps, bias=bias, device=device, dtype=dtype)
+    def __init__(
+        self, n_embd: int, eps: float = 1e-5, *, elementwise_affine: bool = True, bias: bool = True, device=None,
+        dtype=None,
+    ):  # fmt: skip
+        super().__init__(n_embd, eps, elementwise_affine, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (..., C)."""
-        y = layernorm(x, self.weight, self.bias, eps=self.eps)
+        y = layernorm(x, _weight(self.weight, x), self.bias, eps=self.eps)
         return recomputable(y, self.forward, x) if self.recompute and is_plain(self, LayerNorm) else y
 
 
@@ -53,7 +67,7 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tens
     """
     x = x.to(residual.dtype)
     if (p := plain_parameters(norm, LayerNorm)) is not None:
-        total, y = add_layernorm(x, residual, p["weight"], p["bias"], eps=norm.eps)
+        total, y = add_layernorm(x, residual, _weight(p["weight"], x), p["bias"], eps=norm.eps)
     elif (p := plain_parameters(norm, RMSNorm)) is not None:
         total, y = add_rmsnorm(x, residual, p["weight"], eps=norm.eps)
     else:
@@ -62,8 +76,14 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tens
     return total, recomputable(y, norm.forward, total) if norm.recompute else y
 
 
+def _weight(weight: Tensor | None, x: Tensor) -> Tensor:
+    """Return the weight of a norm of x, (..., C); the ops expect one, so a norm without a weight has ones."""
+    return x.new_ones(x.shape[-1]) if weight is None else weight
+
+
 def make_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     """Build the norm of a model: `config.norm` chooses the class."""
     if config.norm == "rms":
         return RMSNorm(config.n_embd, config.layer_norm_epsilon)
-    return LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.has_bias("norm"))
+    options = {"elementwise_affine": config.norm_weight, "bias": config.has_bias("norm")}
+    return LayerNorm(config.n_embd, config.layer_norm_epsilon, **options)

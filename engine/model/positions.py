@@ -1,6 +1,6 @@
 """Positions of the tokens of one forward pass: computed once, used by the attention of every layer.
 
-    learned: row position_offset + p of the table      rotary: angle of pair i is p * base^(-2 i / R), R = rotary_dim
+    learned: row position_offset + p of the table      rotary: pair i turns by p f_i, see rope_scaling.py
     alibi:   the slope of head h of n, n a power of two, is 2^(-8 (h + 1) / n); another n uses the slopes of the power
              of two below it, then every second slope of the power of two above it
     transformer_xl, relative_bias: engine/model/relative_positions.py
@@ -14,7 +14,7 @@ Smith, Lewis 2022, arXiv:2108.12409, section 3 and their code.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,14 @@ from torch import Tensor
 
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.relative_positions import RELATIVE, distances
+from peakgpt.engine.model.rope_scaling import frequencies
 from peakgpt.kernels.core.check import readable
 
 
 class Positions(NamedTuple):
     """Inputs of attention that depend on positions; each is None if the model does not use it."""
 
-    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin: (T, R / 2) float32
+    rotary: tuple[tuple[Tensor, Tensor], ...] = ()  # the tables of GPTConfig.rotary_table: cos, sin, (T, R / 2) float32
     interleaved: bool = False  # which features are a rotary pair: GPTConfig.rotary_interleaved
     alibi: Tensor | None = None  # slopes, (H,) float32
     relative: Tensor | None = None  # one entry a distance, see relative_positions.distances
@@ -56,7 +57,7 @@ def make_positions(
         start: (B,) integers, first token of each left-padded sequence; None without padding.
         device: of the model.
     """
-    rotary = rotary_table(config.rotary_dim, config.rotary_base, past, tokens, device) if config.rotary_dim else None
+    rotary = rotary_tables(config, range(past, past + tokens), device) if config.rotary_dim else ()
     slopes = alibi_slopes(config.n_head, device) if config.position == "alibi" else None
     relative = distances(config, past + tokens, device) if config.position in RELATIVE else None
     return Positions(rotary, config.rotary_interleaved, slopes, relative, start)
@@ -78,15 +79,13 @@ def packed_positions(config: GPTConfig, position_ids: Tensor) -> Positions:
         ValueError: a model with relative positions.
     """
     refuse_relative_positions(config)
-    rotary, count, device = None, position_ids.numel(), position_ids.device
-    if config.rotary_dim:
-        table = rotary_table(config.rotary_dim, config.rotary_base, 0, config.block_size, device)
-        rotary = tuple(column[position_ids.flatten()] for column in table)  # (B * T, R / 2)
+    count, device = position_ids.numel(), position_ids.device
     slopes = alibi_slopes(config.n_head, device) if config.position == "alibi" else None
     is_start = position_ids == 0
     is_start[:, 0] = True
     index = torch.arange(count, dtype=torch.int32, device=device)
     starts = index.masked_fill(~is_start.flatten(), count).sort().values
+    rotary = rotary_tables(config, position_ids.flatten(), device) if config.rotary_dim else ()
     return Positions(rotary, config.rotary_interleaved, slopes, cu_seqlens=F.pad(starts, (0, 1), value=count))
 
 
@@ -96,12 +95,30 @@ def refuse_relative_positions(config: GPTConfig) -> None:
         raise ValueError(f"GPT: got packed documents with position {config.position}, expected learned, rotary, alibi")
 
 
-def rotary_table(width: int, base: float, past: int, tokens: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles, each (tokens, width / 2) float32, from position `past` on."""
-    pair = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-    position = torch.arange(past, past + tokens, dtype=torch.float32, device=device)
-    angle = position[:, None] * (1.0 / base**pair)
-    return angle.cos(), angle.sin()
+def rotary_tables(
+    config: GPTConfig, positions: range | Tensor, device: torch.device | str
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return cos and sin of the angles at some positions, for a model with rotary positions.
+
+    Args:
+        config: of the model.
+        positions: T consecutive ones, or any, (T,) integers.
+        device: of the result.
+    Returns:
+        One pair for each table of GPTConfig.rotary_table, each (T, R / 2) float32.
+    """
+    if isinstance(positions, range):
+        positions = torch.arange(positions.start, positions.stop, dtype=torch.float32, device=device)
+    bases: list[tuple[float, dict[str, Any] | None]] = [(config.rotary_base, config.rope_scaling)]
+    if config.local_rotary_base is not None:
+        bases.append((config.local_rotary_base, None))
+    tables = []
+    for base, scaling in bases:
+        turn, factor = frequencies(scaling, config.rotary_dim, base, config.block_size, device)
+        angle = positions.float()[:, None] * turn
+        table = angle.cos(), angle.sin()
+        tables.append(table if factor == 1.0 else tuple(column * factor for column in table))
+    return tuple(tables)
 
 
 def alibi_slopes(heads: int, device: torch.device | str) -> Tensor:

@@ -16,6 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.presets_experts import EXPERT_PRESETS
+from peakgpt.engine.model.presets_llama import LLAMA_PRESETS
 
 
 def _sized(rows: dict[str, tuple[int, int, int]], **family: Any) -> dict[str, dict[str, Any]]:
@@ -162,6 +164,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         **GOPHER,
     ),
+    **LLAMA_PRESETS,
+    **EXPERT_PRESETS,
     "glam-64b-64e": {
         "n_layer": 64,
         "n_embd": 8192,

@@ -60,9 +60,8 @@ def set_recompute(model: nn.Module, plan: str) -> None:
         if hasattr(block, "recompute"):
             block.recompute = kind == "block" and layer % every == 0
             block.recompute_norms = kind == "norm"
-            for norm in (getattr(block, name, None) for name in ("ln_1", "ln_2")):
-                if norm is not None:
-                    norm.recompute = kind == "norm"
+            for norm in [module for name, module in block.named_children() if name.startswith("ln_")]:
+                norm.recompute = kind == "norm"
             for part in block.mlp.modules():
                 if hasattr(part, "recompute"):
                     part.recompute = kind == "mlp"

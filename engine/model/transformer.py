@@ -248,9 +248,9 @@ class Transformer(ModuleWithConv1D):
             table = None if wpe is None else wpe.weight
             position_ids = past[None] if wpe is not None and isinstance(past, Tensor) else None
             first = past if isinstance(past, int) else 0
-            x = embedding(input_ids, t.wte.weight, table, position_ids, start=first)
+            x = _scaled(embedding(input_ids, t.wte.weight, table, position_ids, start=first), self.config)
         else:
-            x = _look_up(t.wte, input_ids)
+            x = _scaled(_look_up(t.wte, input_ids), self.config)
             x = run_linear(t.project_in, x) if "project_in" in t else x
             x = x if wpe is None else x + _position_embedding(wpe, past, input_ids, start)
         return t.ln_emb(x) if "ln_emb" in t else x
@@ -303,6 +303,13 @@ def _make_embedding(rows: int, width: int) -> nn.Embedding:
 def _look_up(table: nn.Module, ids: Tensor) -> Tensor:
     """Look up rows of an embedding, (..., C): by the fused op, or by the module's own forward if it is not plain."""
     return embedding(ids, table.weight) if is_plain_embedding(table) else table(ids)
+
+
+def _scaled(x: Tensor, config: GPTConfig) -> Tensor:
+    """Multiply a token embedding by embedding_scale, rounded to the dtype of x as Gemma's was in training."""
+    if config.embedding_scale == 1.0:
+        return x
+    return x * torch.tensor(config.embedding_scale, dtype=x.dtype, device="cpu")  # a scalar: no copy to the device
 
 
 def _position_embedding(table: nn.Module, past: int | Tensor, input_ids: Tensor, start: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Values of settings: from TOML, from the text of a flag, and back to TOML.
 
-A type ("kind") is int, float, str, bool, torch.dtype, None, `tuple[X, ...]`, `tuple[X, Y]`, or a union of these. TOML
-has neither None nor dtypes: they are the strings "none" and "float32". A flag of a tuple takes several words.
+A type ("kind") is int, float, str, bool, torch.dtype, None, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, Any]`, or a
+union of these. TOML has neither None nor dtypes: they are the strings "none" and "float32". A flag of a tuple takes
+several words; a flag of a dict takes a JSON object, in which null stands for an entry that is left out.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ def _convert(kind: Any, value: Any, *, is_text: bool) -> Any:
             _first(item_kind, item, is_text=is_text)
             for item_kind, item in zip(_item_kinds(kind, len(items)), items, strict=True)
         )
+    if typing.get_origin(kind) is dict:
+        table = json.loads(value) if is_text else value
+        return {k: v for k, v in table.items() if v is not None} if isinstance(table, dict) else _refuse()
     if isinstance(value, list):
         (value,) = value  # a flag that takes several words got one
     if kind is types.NoneType:
@@ -96,6 +100,8 @@ def has_kind(kind: Any, value: Any) -> bool:
             return False
         kinds = _item_kinds(kind, len(value))
         return len(kinds) == len(value) and all(map(has_kind, kinds, value))
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict)
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
@@ -118,6 +124,8 @@ def _words(kind: Any) -> str:
         kinds = typing.get_args(kind)
         item = expected_kind(kinds[0])
         return f"a list ({item} each)" if kinds[-1] is Ellipsis else f"a list of {len(kinds)} ({item} each)"
+    if typing.get_origin(kind) is dict:
+        return "a table of values"
     return WORDS[kind]
 
 
@@ -131,6 +139,10 @@ def show(value: Any, *, quoted: bool = True) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False) if quoted else value
-    if isinstance(value, tuple):
+    if isinstance(value, dict) and quoted:
+        return "{" + ", ".join(f"{name} = {show(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, tuple | list):
         return "[" + ", ".join(show(item, quoted=quoted) for item in value) + "]"
     return repr(value)

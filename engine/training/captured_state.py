@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from peakgpt.engine.model.plain import FORWARDS, change_of, has_own_call, walk
+from peakgpt.engine.training.gradient_memory import has_hooks
 
 # torch adds to these and never replaces them.
 _pre_hooks, _post_hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
@@ -37,7 +38,7 @@ def runs_other_code(model: nn.Module, optimizer: torch.optim.Optimizer, device: 
     """
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or _pre_hooks or _post_hooks:
         return True
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() or any(has_hooks(p) for g in optimizer.param_groups for p in g["params"]):
         return True
     return change_of(model) is not None if device.type == "cpu" else any(map(has_own_call, walk(model)))
 

@@ -135,7 +135,8 @@ class CheckpointManager:
         model, best = self.loop.trainer.model, facts["best"]
         state, structure = split_tensors(self.loop.state_dict())
         try:
-            layout = to_layout(model.config, model.state_dict().keys(), self.loop.trainer.saved_weights())
+            saved = self.loop.trainer.saved_weights()
+            layout = to_layout(model.config, model.state_dict().keys(), saved, model.source_files)
             weights = self._memory.take((f"{WEIGHTS}:{name}", tensor) for name, tensor in layout)
             state = self._memory.take(state.items())
         except OSError as error:

@@ -18,7 +18,12 @@ class GradientMemory:
         self._versions: dict[Tensor, int] = {}
 
     def zero(self) -> Mapping[Tensor, Tensor]:
-        """Give every parameter that requires one a gradient of zeros; return them by parameter."""
+        """Give every parameter that requires one a gradient of zeros.
+
+        Returns:
+            The gradients by parameter, for `accumulate_into`. Those of parameters with hooks are left out: autograd
+            runs the hooks and adds to the gradient.
+        """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not parameter.requires_grad:
@@ -33,7 +38,7 @@ class GradientMemory:
         for parameter, grad in self._memory.items():
             parameter.grad = grad
             self._versions[parameter] = grad._version
-        return self._memory
+        return {parameter: grad for parameter, grad in self._memory.items() if not has_hooks(parameter)}
 
     def add(self, others: Sequence[GradientMemory]) -> None:
         """Add the gradients of others, in their order, and give the parameters these gradients again."""
@@ -53,6 +58,11 @@ class GradientMemory:
         for parameter, grad in self._memory.items():
             if parameter.grad is grad and not self._is_written(parameter, grad):
                 parameter.grad = None
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Return whether someone has hooked the gradient of a parameter."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _fits(grad: Tensor, parameter: Tensor) -> bool:

@@ -29,6 +29,7 @@ import torch
 
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.flops import parameter_count
+from peakgpt.engine.model.norms import BLOCK_NORMS
 from peakgpt.engine.model.recompute import parse
 from peakgpt.engine.training.figures import bytes_text
 from peakgpt.engine.training.train_config import TrainConfig
@@ -97,8 +98,11 @@ def _saved_widths(model: GPTConfig, plan: str) -> Iterator[int]:
         if kind == "block" and layer % every == 0:
             yield 2 * c
             continue
-        norms = 0 if kind == "norm" else 2 * c
-        yield 2 * c + norms + heads + (model.n_head + 2 * model.n_kv_head) * model.head_dim + hidden * (kind != "mlp")
+        norms = BLOCK_NORMS[model.residual]
+        normed = 2 * c * ("ln_1" in norms and kind != "norm")  # outputs of the norms before the branches
+        branches = 2 * c * ("ln_1_out" in norms)  # inputs of the norms after them
+        qkv = (model.n_head + 2 * model.n_kv_head) * model.head_dim
+        yield 2 * c + normed + branches + heads + qkv + hidden * (kind != "mlp")
 
 
 def refuse_what_cannot_fit(model: GPTConfig, config: TrainConfig, device: torch.device) -> tuple[MemoryEstimate, int]:

@@ -44,6 +44,7 @@ class TimeLimit:
         """
         self.end_s, self.max_steps, self.reserve_s, self.clock = clock() + left_s, max_steps, reserve_s, clock
         self._steps: deque[float] = deque(maxlen=MAX_STEPS)  # seconds
+        self._observed = 0
 
     @property
     def left_s(self) -> float:
@@ -59,11 +60,15 @@ class TimeLimit:
     def fitting_steps(self) -> int:
         """Return the number of steps that fit into the time that is left; at least one step must have been observed.
 
-        None fits if there is less time than the last step took.
+        None fits if there is less time than the last step took. The first step compiles and allocates, so the second
+        one fits into half of its time; the first does not count once there is a second.
         """
         left_s, reserve_s = self.left_s, self.reserve_s()
-        if len(self._steps) == 1:  # it compiles and allocates, so a reserve computed from it may be too high
+        if self._observed == 1:  # a reserve computed from the first step may be too high
+            if left_s < self._steps[0]:
+                return int(left_s >= self._steps[0] / 2)
             reserve_s = min(reserve_s, left_s / 2)
+            return max(1, int((left_s - reserve_s) / self._steps[0]))
         left_s -= reserve_s
         if left_s < self._steps[-1]:
             return 0
@@ -81,4 +86,7 @@ class TimeLimit:
 
     def observe(self, step_s: float) -> None:
         """Take the seconds of a step into account."""
+        if self._observed == 1:
+            self._steps.clear()
+        self._observed += 1
         self._steps.append(step_s)

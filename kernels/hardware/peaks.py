@@ -15,7 +15,7 @@ import torch
 
 from peakgpt.kernels.hardware.datasheet import Peaks, datasheet
 from peakgpt.kernels.hardware.device import describe, last_level_cache_bytes, resolve_device
-from peakgpt.kernels.hardware.measured_peaks import measure, measure_flops
+from peakgpt.kernels.hardware.measured_peaks import measure, measure_flops, measure_flops_again
 
 MAX_STREAMS = 4  # of reads or of writes, when a mix is rounded to whole streams
 
@@ -62,17 +62,20 @@ def peak_for(device: torch.device | str | None, dtype: torch.dtype | str, measur
     )
 
 
-def peak_flops_s(device: torch.device, dtype: torch.dtype) -> float:
+def peak_flops_s(device: torch.device, dtype: torch.dtype, *, again: bool = False) -> float:
     """Return `flops_s` of `peak_for`, without measuring the bandwidth.
 
     That takes 8 times the last-level cache of memory: 4 GB on a server, which a process that keeps its pages never
     gives back.
 
+    Args:
+        again: measure once more, and return the better of both. It has no effect on a peak of a datasheet.
     Raises:
         ValueError: as in `peak_for`.
     """
     device = resolve_device(device)
-    peaks = rated_peaks(device) or Peaks(measure_flops(device), math.nan, "")
+    measured = measure_flops_again if again else measure_flops
+    peaks = rated_peaks(device) or Peaks(measured(device), math.nan, "")
     return peak_for(device, dtype, peaks).flops_s
 
 

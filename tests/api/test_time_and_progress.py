@@ -155,6 +155,34 @@ def test_a_slow_first_step_or_one_slow_step_does_not_end_a_run():
     assert limit.left_s == pytest.approx(4.0, abs=0.5)
 
 
+@pytest.mark.parametrize("first_s", [1.0, 25.0, 39.0])
+def test_a_first_step_that_compiles_does_not_end_a_run(first_s):
+    """Also if it takes most of the time; the steps after it are quick. Fails if the first step is the speed."""
+    clock, trainer = Clock(), SimpleNamespace(steps=1, steps_done=0)
+    limit, plans = TimeLimit(60.0, reserve_s=lambda: 20 * limit.typical_step_s, clock=clock), []
+    while trainer.steps_done < trainer.steps:
+        seconds = 0.1 if trainer.steps_done else first_s
+        clock.now_s += seconds
+        trainer.steps_done += 1
+        limit.observe(seconds)
+        limit.plan(trainer)
+        plans.append(trainer.steps)
+    assert limit.left_s == pytest.approx(2.0, abs=0.2)
+    assert max(plans[2:]) - min(plans[2:]) <= 2, "the plan holds from the second step on"
+
+
+def test_steps_that_are_all_slow_exceed_the_time_by_half_a_step_at_most():
+    for first_s in (39.0, 45.0, 59.0):
+        clock, trainer = Clock(), SimpleNamespace(steps=1, steps_done=0)
+        limit = TimeLimit(60.0, clock=clock)
+        while trainer.steps_done < trainer.steps:
+            clock.now_s += first_s
+            trainer.steps_done += 1
+            limit.observe(first_s)
+            limit.plan(trainer)
+        assert limit.left_s >= -first_s / 2 and trainer.steps_done <= 2
+
+
 def test_a_time_limit_makes_one_step_and_never_more_than_the_maximum():
     clock, trainer = Clock(), SimpleNamespace(steps=1, steps_done=0)
     limit = TimeLimit(-5.0, clock=clock)

@@ -23,7 +23,7 @@ SIZES = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--block-size", "3
 
 @pytest.fixture(autouse=True)
 def workspace(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "peak_flops_s", lambda device, dtype: 1e9)
+    monkeypatch.setattr(loop, "peak_flops_s", lambda device, dtype, again=False: 1e9)
     monkeypatch.setattr(run_reporter.RunReporter, "finish", lambda self: None)  # the report takes seconds
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("".join(f"the cat {i} sat on the mat and saw {i * i} hats\n" for i in range(300)))

@@ -22,7 +22,7 @@ def train(tmp_path, monkeypatch, capsys):
     for name in "abcdef":
         (tmp_path / "text" / f"{name}.txt").write_text(f"the {name} sat on the mat and saw the hat of a dog\n" * 40)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "peak_flops_s", lambda device, dtype: 1e9)
+    monkeypatch.setattr(loop, "peak_flops_s", lambda device, dtype, again=False: 1e9)
 
     def run(flags, *, new=True):
         code = main(["train", *(f"--text text {SIZES}".split() if new else ()), *flags.split()])

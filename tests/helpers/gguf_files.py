@@ -27,6 +27,14 @@ CONFIGS = {
     "starcoder2": {"position": "rotary", "n_kv_head": 2},
     "llama": {**GATED, "bias": False, "tied_head": False, "rotary_base": 500000.0},
     "llama, wide heads": {**GATED, "bias": False, "head_dim": 32, "layer_norm_epsilon": 1e-6},
+    "llama, linear": {**GATED, "bias": False, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama, yarn": {**GATED, "bias": False, "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                    "original_max_position_embeddings": 16}},
+    "llama, llama3": {**GATED, "bias": False, "rotary_base": 500000.0, "rope_scaling": {
+                      "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                      "original_max_position_embeddings": 8192}},
+    "smollm3": {**GATED, "bias": False, "n_layer": 4, "rotary_layers": (True, True, True, False)},
+    "olmo": {**GATED, "bias": False, "norm": "layer", "norm_weight": False},
     "qwen2": {**GATED, "bias": ("qkv",), "rotary_base": 1e6},
 }  # fmt: skip
 

@@ -49,6 +49,8 @@ FLOAT32 = GroupedTile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, warps=4, stages=2)
 AMD_STAGES = 2
 FEW_ROWS = 16  # rows an expert on average, up to which tiles have 16 rows
 BLOCK_SUM, SUM = 128, Tile(warps=4)  # of experts_column_sums
+# Cases of the fast static check.
+HOT = {(False, "saved"), (True, "inference"), (False, "down"), (False, "gated"), (False, "dw_up")}
 
 
 @triton.jit
@@ -325,9 +327,9 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
         sizes, label = {"BLOCK_E": 128, **_sizes(tile)}, f"bf16 {'few' if few else 'many'}"
         for variant, function, given in _variants(kernel):
             given = {**given, **{n: v for n, v in sizes.items() if n in function.arg_names}}
-            options = {"matmul": True, "narrow": tile.BLOCK_M < 64, **integers, **floats}
+            options = {"matmul": True, "narrow": tile.BLOCK_M < 64, "hot": (few, variant) in HOT, **integers, **floats}
             yield launch.case(function, f"{label} {variant}", tile, "bf16", given, **options)
-    yield launch.case(experts_column_sums, "bf16", SUM, "bf16", {"BLOCK_N": BLOCK_SUM}, **integers)
+    yield launch.case(experts_column_sums, "bf16", SUM, "bf16", {"BLOCK_N": BLOCK_SUM}, hot=False, **integers)
 
 
 def _variants(kernel: str):

@@ -28,7 +28,13 @@ NEOX = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "in
 OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 72, "max_position_embeddings": T}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": T}
 BLOOM = {"n_layer": 2, "seq_length": T}
-# Every variant that engine/checkpoint/families.py reads: transformers' config class without "Config", and its fields.
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 40, "max_position_embeddings": T}  # fmt: skip
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 12}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 12,
+        "beta_fast": 2.0}  # fmt: skip
+# Every variant that engine/checkpoint/families_*.py read: transformers' config class without "Config", and its fields.
 VARIANTS = {
     "gpt2": ("GPT2", GPT),
     "gpt2 scaled by layer": ("GPT2", {**GPT, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}),
@@ -45,6 +51,19 @@ VARIANTS = {
     "opt without biases": ("OPT", {**OPT, "enable_bias": False, "activation_function": "gelu"}),
     "bloom": ("Bloom", {**BLOOM, "hidden_size": 32, "n_head": 4}),
     "bloom of 6 heads": ("Bloom", {**BLOOM, "hidden_size": 48, "n_head": 6}),
+    "llama": ("Llama", LLAMA),
+    "llama 3": ("Llama", {**LLAMA, "head_dim": 16, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "llama biases, yarn": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu",
+                                     "rope_parameters": YARN}),
+    "mistral": ("Mistral", {**LLAMA, "sliding_window": 5}),
+    "mistral without windows": ("Mistral", {**LLAMA, "sliding_window": None}),
+    "qwen2": ("Qwen2", {**LLAMA, "tie_word_embeddings": True}),
+    "qwen2 windows": ("Qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "smollm3": ("SmolLM3", {**LLAMA, "no_rope_layer_interval": 2}),
+    "olmo": ("Olmo", LLAMA),
+    "mixtral": ("Mixtral", {**LLAMA, "num_local_experts": 5}),
+    "mixtral all experts": ("Mixtral", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 3,
+                                        "sliding_window": 5}),
 }  # fmt: skip
 BACKENDS = ("eager", "cpu")
 
@@ -56,7 +75,7 @@ def reference(variant):
     config = getattr(transformers, f"{kind}Config")(
         **sizes, vocab_size=V, bos_token_id=None, eos_token_id=None, pad_token_id=None
     )
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -80,10 +99,11 @@ def batch(rows=2, tokens=17):
     return ids[:, :-1].contiguous(), targets
 
 
-def file_names(state):
-    """Rename the tensors of transformers' model to the names in its files."""
-    return {name.replace("lm_head", "embed_out") if "gpt_neox.embed_in.weight" in state else name: t
-            for name, t in state.items()}  # fmt: skip
+def file_names(family, state):
+    """Rename the tensors of transformers' model to the names in its files, where experts are separate."""
+    renamed = {name.replace("lm_head", "embed_out") if "gpt_neox.embed_in.weight" in state else name: t
+               for name, t in state.items()}  # fmt: skip
+    return family.separate_experts(renamed, {})[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,7 +121,7 @@ def test_logits_loss_and_gradients_equal_transformers(pair, backend):
         ours_loss.backward()
     torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
     family = families.family_of(ours.config)
-    expected = file_names({name: p.grad for name, p in hf_model.named_parameters()})
+    expected = file_names(family, {name: p.grad for name, p in hf_model.named_parameters()})
     grads = family.to_layout(ours.config, {name: p.grad for name, p in ours.named_parameters()})
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
@@ -149,6 +169,8 @@ def test_the_engines_greedy_output_equals_transformers(pair):
 def test_bfloat16_greedy_output_differs_only_where_two_tokens_are_equally_likely(pair):
     """Our error is at most twice torch's (the rule of every op), so tokens within 4 such errors may be swapped."""
     hf_model, _, ours = pair
+    if ours.config.experts > ours.config.experts_per_token:
+        pytest.skip("rounding sends tokens to other experts, which no error bound holds for; see the variants with all")
     rounded, exact = (copy.deepcopy(hf_model).to(d) for d in (torch.bfloat16, torch.bfloat16))
     exact = exact.double()  # the same rounded weights
     prompts = [row[:PROMPT] for row in batch(3)[0]]
@@ -193,7 +215,8 @@ def test_saved_files_load_in_transformers_and_the_reverse(pair, tmp_path):
     ours.save_pretrained(tmp_path)
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    again, info = type(hf_model).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    same = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    again, info = type(hf_model).from_pretrained(tmp_path, output_loading_info=True, **same)
     assert not any(info.values()), info
     ids, _ = batch()
     assert torch.equal(again.eval()(ids).logits, hf_model(ids).logits)
@@ -205,7 +228,10 @@ def test_parameter_count_equals_the_models(pair):
     assert flops.parameter_count(ours.config) == sum(p.numel() for p in ours.parameters())
 
 
-@pytest.mark.parametrize("variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom"])
+@pytest.mark.parametrize(
+    "variant", ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo",
+                "mixtral"]
+)
 def test_each_family_compiles_as_one_graph(variant):
     kind, sizes = VARIANTS[variant]
     content = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=V).to_dict()
@@ -250,8 +276,8 @@ BAD_CONFIGS = [
     ("gpt_neo", {"attention_types": [[["global", "sparse"], 2]]}, NEO_TYPES),
     (
         "gpt_neox",
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-        "rope_type is 'linear', expected 'default'",
+        {"rope_parameters": {"rope_type": "axial"}},
+        "rope_type is 'axial', expected one of default, linear, dynamic, llama3, yarn, longrope",
     ),
     ("gpt_neox", {"num_attention_heads": 0}, "n_head is 0, expected at least 1"),
     ("gpt_neox", {"hidden_act": "silu"}, "hidden_act is 'silu', expected one of gelu_fast, gelu_new, "),
@@ -261,6 +287,23 @@ BAD_CONFIGS = [
     ("opt", {"do_layer_norm_before": "no"}, "do_layer_norm_before is 'no', expected one of True, False"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm is True, expected False"),
     ("openai-gpt", {"afn": "swish"}, "afn is 'swish', expected one of gelu, relu"),
+    ("llama", {"hidden_act": "mish"}, "hidden_act is 'mish', expected one of silu, swish, gelu"),
+    ("llama", {"rope_scaling": {"type": "proportional", "factor": 2.0}}, "rope_type is 'proportional', expected one"),
+    ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is None, expected the parameters of 'linear': factor"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": -2.0}}, "factor is -2.0, expected a number above 0"),
+    ("llama", {"rope_scaling": {"type": "linear", "mrope_section": [1]}}, "rope_parameters has mrope_section"),
+    ("llama", {"rope_parameters": [1]}, r"rope_parameters is \[1\], expected a JSON object"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1"),
+    ("olmo", {"clip_qkv": 8.0}, "clip_qkv is 8.0, expected None"),
+    ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types is .*, expected none: sliding_window decides"),
+    ("mistral", {"sliding_window": 0}, "sliding_window is 0, expected an integer of at least 1, or null"),
+    ("qwen2 windows", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types is .*, expected 2 times"),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types is .* with a sliding_window"),
+    ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers is \[1\], expected 1 \(rotary\) or 0 for each of 2 layers"),
+    ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "ZeroDivisionError"),
+    ("llama", {"model_type": "llama4", "kv_bits": 3}, "nearest: llama; llama has no kv_bits"),
+    ("llama", {"model_type": "olmoe"}, "model_type is 'olmoe', expected one of .*; nearest: olmo.*; olmo has "),
+    ("qwen2", {"model_type": "zzz"}, "nearest: .*; .* has "),
 ]
 
 
@@ -336,7 +379,7 @@ def test_a_new_family_is_one_row(tmp_path):
     """For a family that does not exist, one new row is enough to read, write and run its models."""
     row = dataclasses.replace(
         families.FAMILIES["gpt2"], model_type="new", architecture="NewLM", constants={"norm": "rms", "bias": False},
-        read=lambda content: {}, write=lambda config: {}, always_biased=False, conv1d=False,
+        groups=(), always_biased=False, conv1d=False,
     )  # fmt: skip
     config = row.config({"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": T, "vocab_size": V}, dropout=0.0)
     assert row.differences(config) == [] and config.norm == "rms"

@@ -5,6 +5,7 @@ nibbles; the first block's scale used for all blocks; tiles of fewer rows read w
 depends on the batch or the threads; scales cast to the model's dtype; a loss without the head.
 """
 
+import dataclasses
 import json
 import math
 
@@ -13,10 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from peakgpt.cli import main
+from peakgpt.engine.checkpoint.quantized_folder import write_quantized
 from peakgpt.engine.checkpoint.quantized_weights import quantize_state
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.inference.chunk import Chunk
+from peakgpt.engine.inference.program_executor import ProgramExecutor
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.quantized_linear import Format, QuantizedLinear
 from peakgpt.kernels.core.dispatch import use_backend
@@ -296,6 +300,34 @@ def test_untied_heads_and_gated_mlps_are_quantized(tmp_path):
     ids = torch.randint(300, (2, 9))
     with torch.no_grad():
         assert (restored(ids) - model.eval()(ids)).norm() < 0.03 * model(ids).norm()
+
+
+@pytest.mark.parametrize("form", FORMATS[:2], ids=str)
+def test_experts_are_quantized_one_by_one(form, tmp_path):
+    """The program and the modules compute the same; folders of older releases have tensors of single experts."""
+    config = dataclasses.replace(CONFIG, experts=3, experts_every=1, expert_inner=33, gated_experts=True, bias=("mlp",))
+    model, ids = GPT(config).eval(), torch.randint(300, (1, 9))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with pytest.warns(UserWarning, match="own layout"):
+        model.save_pretrained(tmp_path / "float")
+    state = quantize_state(model.state_dict(), form)
+    name = "transformer.h.1.mlp.experts.c_gate"
+    alone = quantize_state({"transformer.h.1.mlp.c_gate.weight": model.state_dict()[f"{name}.weight"][2]}, form)
+    assert torch.equal(state[f"{name}.q"][2], alone["transformer.h.1.mlp.c_gate.q"])
+    older = {n: t for n, t in state.items() if ".experts." not in n}
+    for stacked in state.keys() - older.keys():
+        older |= {stacked.replace(".experts.", f".experts.{e}."): t for e, t in enumerate(state[stacked])}
+    outputs = []
+    for folder, tensors in (("new", state), ("old", older)):
+        write_quantized(tmp_path / "float", tmp_path / folder, tensors, form)
+        again = GPT.from_pretrained(tmp_path / folder)
+        with torch.no_grad():
+            outputs.append(again(ids)[0])
+        program = ProgramExecutor(again, 1).step([Chunk(ids[0], 0, [0], num_logits=9)])
+        torch.testing.assert_close(program, outputs[-1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(*outputs)
 
 
 def test_quantize_prints_the_perplexity_before_and_after(checkpoint, capsys):

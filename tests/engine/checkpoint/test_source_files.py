@@ -28,7 +28,8 @@ def source(request, tmp_path):
     """A folder with token ids, fields of other libraries, and a generation_config.json."""
     model_type = getattr(request, "param", "gpt2")
     ids = {"bos_token_id": 5, "eos_token_id": [7, 9], "pad_token_id": 0}
-    config = CONFIG_MAPPING[model_type](**SMALL[model_type], vocab_size=64, **ids, task="chat", n_ctx=32)
+    fields = {**SMALL[model_type], **ids, "vocab_size": 64, "task": "chat", "n_ctx": 32}
+    config = CONFIG_MAPPING[model_type](**fields)
     model = getattr(transformers, FAMILIES[model_type].architecture)(config)
     model.generation_config = transformers.GenerationConfig(**ids, temperature=0.6, do_sample=True, top_k=11)
     model.save_pretrained(tmp_path / "source")

@@ -40,6 +40,7 @@ TEMPLATES = [
     "{{ messages[0].content[:3] ~ messages[-1]['role'] | upper }}{{ messages | length }}{{ messages[5] is defined }}",
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}{{ messages | map(attribute='content') | join('|') }}",
     "{% set a, b = messages[0].role, 2 %}{{ a }}{{ b }}{% for k, v in messages[0].items() %}{{ k }}{{ v }}{% endfor %}",
+    "a\n    {% if tools is none %}\n    b\n    {% endif %}\nc{# #}\n\t{%+ if messages %}d{% endif %}\n",
     "{{ dict.fromkeys('ab', 1) }}{{ namespace(self=1, n=2).n }}{{ dict([('x', 1)], y=2) }}{{ cycler is defined }}",
 ]
 TEXTS = st.text(st.one_of(st.sampled_from("<s>é&'\"\n "), st.characters(exclude_categories=["Cs"])), max_size=20)

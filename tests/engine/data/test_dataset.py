@@ -123,7 +123,7 @@ def test_a_tokenizer_is_not_trained_on_text_that_can_be_read_once():
 
 def test_the_command_trains_on_a_prepared_folder_without_copying_it(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "peak_flops_s", lambda device, dtype: 1e9)
+    monkeypatch.setattr(loop, "peak_flops_s", lambda device, dtype, again=False: 1e9)
     small = ["--n-layer", "1", "--n-head", "1", "--n-embd", "32", "--steps", "2", "--batch", "2", "--tokens", "16"]
     argv = ["train", *small, "--dataset", str(prepared / "web"), str(prepared / "books"), "--dataset-weights", "3", "1"]
     assert main([*argv, "--device", "cpu", "--out", "run"]) == 0

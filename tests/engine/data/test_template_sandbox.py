@@ -98,9 +98,10 @@ def test_interrupted_rendering_leaves_no_answer_for_the_next(monkeypatch):
     """Ctrl-C while a template runs: its late answer must not be taken for that to the next rendering."""
     sandbox = TemplateSandbox()
     assert sandbox.render("first", {}).text == "first"
-    monkeypatch.setattr(sandbox._process, "program", Interrupting(sandbox._process.program))
-    with pytest.raises(KeyboardInterrupt):
-        sandbox.render("second", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox._process, "program", Interrupting(sandbox._process.program))
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.render("second", {})
     assert sandbox.render("third", {}).text == "third"
 
 

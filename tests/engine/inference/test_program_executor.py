@@ -32,6 +32,15 @@ MODELS = {
     "two norms, rotary": {"residual": "parallel_two_norms", "position": "rotary", "rotary_dim": 16},
     "alibi, embedding norm": {"position": "alibi", "embedding_norm": True, "activation": "gelu_erf"},
     "windows, one key head": {"windows": (None, 70), "n_kv_head": 1, "position_offset": 2, "bias": ("mlp", "norm")},
+    "sandwich norms, two bases, scaled embedding": {
+        "residual": "sandwich_norm", "position": "rotary", "n_kv_head": 2, "norm": "rms", "gated_mlp": True,
+        "bias": False, "windows": (70, None), "local_rotary_base": 100.0, "embedding_scale": 8.1,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "output norms without weights": {
+        "residual": "output_norm", "position": "rotary", "norm_weight": False, "bias": ("qkv",),
+        "rotary_layers": (True, False),
+    },
     "palm": {
         "residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
         "activation": "silu", "bias": False, "logit_scale": 0.125,

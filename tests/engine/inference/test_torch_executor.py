@@ -40,6 +40,9 @@ MODELS = {
     "bloom": {"position": "alibi", "embedding_norm": True},
     "palm": {"residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
              "activation": "silu", "bias": False, "logit_scale": 0.125},
+    "two bases": {"residual": "sandwich_norm", "position": "rotary", "windows": (70, None), "local_rotary_base": 100.0,
+                  "embedding_scale": 5.5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "output norm": {"residual": "output_norm", "position": "rotary", "rotary_layers": (True, False)},
     "glam": {"experts": 4, "experts_per_token": 2, "experts_every": 1},
     "transformer-xl": {"position": "transformer_xl"},  # runs one sequence at a time
 }  # fmt: skip

@@ -37,6 +37,25 @@ EXACT = {
     "bloom-7b1": 7_069_016_064,
     "bloom": 176_247_271_424,
     "opt-350m": 331_196_416,  # the paper says 350M, its checkpoint has fewer
+    "mixtral-8x7b": 46_702_792_704,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
+    "mistral-7b": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "olmo-1b": 1_176_764_416,
+    "olmo-7b": 6_888_095_744,
 }
 # Counts printed in the papers, with the unit of the last digit: GPT-3 table D.1, OPT table 1, MT-NLG section 3.2, PaLM
 # table 1, Gopher table 1. Gopher 280B, Chinchilla and GLaM are printed as 280B, 70B and 1.2T; more digits are by hand.
@@ -95,14 +114,23 @@ def test_presets_have_the_checkpoint_layout_of_their_family(name):
     families = {"gpt2": "gpt2", "openai": "openai-gpt", "gpt3": "peakgpt", "pythia": "gpt_neox", "opt": "opt",
                 "bloom": "bloom", "mt": "gpt2"}  # fmt: skip
     families |= dict.fromkeys(("palm", "gopher", "chinchilla", "glam"), "peakgpt")
+    families |= {"llama": "llama", "smollm2": "llama", "smollm3": "smollm3", "mistral": "mistral", "qwen2.5": "qwen2"}
+    families |= {"olmo": "olmo", "mixtral": "mixtral"}
     families |= {"gpt-neo": "gpt_neo", "gpt-j": "gptj", "gpt-neox": "gpt_neox"}
     first, *rest = name.split("-")
-    assert family_of(preset(name)).model_type == families[f"gpt-{rest[0]}" if first == "gpt" else first]
+    expected = families[f"gpt-{rest[0]}" if first == "gpt" else first]
+    expected = "llama" if name == "mistral-7b-v0.3" else expected  # without windows it is a llama
+    assert family_of(preset(name)).model_type == expected
 
 
 def test_gpt3_alternates_full_and_banded_layers():
     config = preset("gpt3-small")
     assert config.windows == (None, 256) * 6 and preset("gpt3-xl").n_head * preset("gpt3-xl").head_dim == 3072
+
+
+@pytest.mark.parametrize(("name", "active"), [("mixtral-8x7b", 12_879_925_248)])
+def test_parameters_that_compute_one_token(name, active):
+    assert flops.parameter_count(preset(name), active=True) == active
 
 
 def test_glam_counts_two_experts_as_active():

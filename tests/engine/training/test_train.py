@@ -140,3 +140,39 @@ def test_a_parameter_that_is_frozen_after_a_step_keeps_its_value():
     for _ in range(2):
         trainer.step(ids, ids)
     assert all(map(torch.equal, before, frozen.parameters()))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.bias"])
+def test_hooks_of_parameters_run_and_change_the_gradient(name, micro_batch):
+    """Regression: gradients are added to their memory without autograd, so hooks had no effect. Also after removal."""
+    config = TrainConfig(batch=4, tokens=16, dtype=torch.float32, micro_batch=micro_batch, weight_decay=0.0, lr=1e-3)
+    trainers = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        trainers.append(Trainer(GPT.from_preset("gpt2", **TINY), config, steps=20))
+    plain, hooked = trainers
+    shared = SharedBatches(batches(), torch.device("cpu"), ("plain", "hooked"))
+    parameter, calls = hooked.model.get_parameter(name), []
+
+    def step():
+        losses = [t.step(*shared.take(n)) for t, n in ((plain, "plain"), (hooked, "hooked"))]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+    step()
+    step()
+    handle = parameter.register_hook(lambda grad: calls.append(grad.shape))
+    step()
+    assert calls == [parameter.shape] * (1 if micro_batch is None else 2)
+    handle.remove()
+    step()
+    zero = parameter.register_hook(torch.zeros_like), parameter.register_post_accumulate_grad_hook(calls.append)
+    for state in hooked.optimizer.state.values():
+        state["exp_avg"].zero_()
+    before = parameter.detach().clone()
+    hooked.step(*next(batches()))
+    assert torch.equal(parameter, before) and calls[-1] is parameter
+    zero[0].remove()
+    zero[1].remove()
+    hooked.step(*next(batches()))
+    assert not torch.equal(parameter, before)

@@ -34,6 +34,8 @@ VARIANTS = {
     "windows": {"windows": (4, None), "residual": "parallel"},
     "experts": {"experts": 4, "experts_every": 2},
     "untied": {"tied_head": False, "residual": "post_norm"},
+    "sandwich": {"residual": "sandwich_norm", "position": "rotary", "embedding_scale": 5.5},
+    "output": {"residual": "output_norm", "position": "rotary", "norm_weight": False, "bias": ("mlp",)},
 }
 
 

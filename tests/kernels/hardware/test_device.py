@@ -346,3 +346,12 @@ def test_nvidia_smi_uses_uuid_and_may_fail(monkeypatch):
     monkeypatch.setattr(device.subprocess, "run", missing)
     assert device._nvidia_smi(gpu, "clocks.sm") == {}
     assert device.gpu_clocks("cpu") == {}
+
+
+def test_measuring_again_keeps_the_better_of_both(monkeypatch):
+    cpu, rates = torch.device("cpu"), {"float32": 2.0, "bfloat16": 5.0}
+    monkeypatch.setattr(measured_peaks, "_flops", lambda device, threads: rates)
+    monkeypatch.setattr(measured_peaks, "flops_now", lambda device: {"float32": 3.0, "bfloat16": 4.0})
+    assert peaks.peak_flops_s(cpu, torch.float32) == 2.0
+    assert peaks.peak_flops_s(cpu, torch.float32, again=True) == 3.0
+    assert measured_peaks.measure_flops(cpu) == {"float32": 3.0, "bfloat16": 5.0}

@@ -1,0 +1,29 @@
+"""Known models with a mixture of experts, one row each: the sizes of the published checkpoints' config.json.
+
+Mixtral 8x7B: Jiang et al. 2024, arXiv:2401.04088, table 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peakgpt.engine.model.presets_llama import LLAMA
+
+EXPERTS = {**LLAMA, "experts_every": 1, "gated_experts": True, "balance_over": "model"}
+
+EXPERT_PRESETS: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {
+        **EXPERTS,
+        "n_layer": 32,
+        "n_embd": 4096,
+        "n_head": 32,
+        "n_kv_head": 8,
+        "n_inner": 14336,
+        "block_size": 32768,
+        "vocab_size": 32000,
+        "rotary_base": 1000000.0,
+        "experts": 8,
+        "experts_per_token": 2,
+        "balance_loss": 0.02,
+    },
+}
