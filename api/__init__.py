@@ -19,6 +19,7 @@ from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
 from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
+from peakgpt.kernels.ops.qk_norm import qk_norm
 from peakgpt.kernels.ops.rotary import rotary
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ __all__ = [
     "mlp",
     "nn",
     "patch",
+    "qk_norm",
     "register_attention",
     "rmsnorm",
     "rotary",

@@ -22,7 +22,7 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def __init__(
         self, vocab_size: int, n_embd: int, *, ignore_index: int = -100, reduction: str = "mean",
-        label_smoothing: float = 0.0, z_loss: float = 0.0, device=None, dtype=None,
+        label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, device=None, dtype=None,
     ):  # fmt: skip
         """
         Args:
@@ -32,6 +32,7 @@ class LinearCrossEntropyLoss(nn.Module):
             reduction: "mean" over targets that are not ignored, "sum", or "none".
             label_smoothing: share of the target probability that is spread over the whole vocabulary, 0 to 1.
             z_loss: factor of the term logsumexp(logits)^2 of the loss.
+            softcap: limit of the logits: softcap * tanh(logits / softcap); None: no limit.
             device, dtype: of the weight (V, C). It is initialized from N(0, 0.02^2), as in GPT-2.
         Raises:
             ValueError: an unknown reduction.
@@ -41,7 +42,7 @@ class LinearCrossEntropyLoss(nn.Module):
             raise ValueError(f"LinearCrossEntropyLoss: reduction is {reduction!r}, expected mean, sum or none")
         self.weight = nn.Parameter(torch.empty(vocab_size, n_embd, device=device, dtype=dtype).normal_(0.0, 0.02))
         self.ignore_index, self.reduction = ignore_index, reduction
-        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.label_smoothing, self.z_loss, self.softcap = label_smoothing, z_loss, softcap
 
     def forward(self, hidden: Tensor, targets: Tensor, loss_weight: Tensor | None = None) -> Tensor:
         """Compute the loss.
@@ -57,7 +58,7 @@ class LinearCrossEntropyLoss(nn.Module):
         """
         return linear_cross_entropy(
             hidden, self.weight, targets, loss_weight, ignore_index=self.ignore_index, reduction=self.reduction,
-            label_smoothing=self.label_smoothing, z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing, z_loss=self.z_loss, softcap=self.softcap,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -34,8 +34,10 @@ CASES = [
     ("rmsnorm", {"rows": 5, "width": 129}, {}),
     ("rmsnorm", {"rows": 1, "width": 1025}, {"eps": 1e-3}),
     ("rmsnorm", {"rows": 0, "width": 16}, {}),
+    ("rmsnorm", {"rows": 5, "width": 129}, {"offset": 1.0}),
     ("add_rmsnorm", {"rows": 5, "width": 129}, {}),
     ("add_rmsnorm", {"rows": 66, "width": 64}, {}),
+    ("add_rmsnorm", {"rows": 5, "width": 65}, {"offset": 1.0}),
     ("mlp", {"rows": 33, "width": 48, "hidden": 129}, {}),
     ("mlp", {"rows": 5, "width": 16, "hidden": 64}, {"activation": "gelu_erf"}),
     ("mlp", {"rows": 5, "width": 16, "hidden": 64}, {"activation": "relu"}),
@@ -91,6 +93,15 @@ CASES = [
         for reduction, prefer in (("mean", "memory"), ("sum", "time"), ("none", "auto"))
     ),
     ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 129}, {"z_loss": 1e-2}),
+    ("linear_cross_entropy", {"rows": 17, "width": 48, "vocab": 129}, {"softcap": 2.0}),
+    *(
+        (
+            "linear_cross_entropy",
+            {"rows": 9, "width": 48, "vocab": 129, "weighted": 1, "spread": spread},
+            {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 30.0},
+        )
+        for spread, reduction in ((1, "mean"), (1, "sum"), (1, "none"), (100, "none"))
+    ),
     *(
         (
             "linear_cross_entropy",
@@ -110,6 +121,21 @@ CASES = [
     ("rotary", {"batch": 1, "tokens": 9, "heads": 3, "head_dim": 16, "pairs": 8}, {"heads": 3}),
     ("rotary", {"batch": 2, "tokens": 5, "heads": 3, "head_dim": 48, "pairs": 17}, {"heads": 2, "interleaved": True}),
     ("rotary", {"batch": 0, "tokens": 5, "heads": 3, "head_dim": 16, "pairs": 8}, {"heads": 2}),
+    # Norms of each head (1) or of all heads together (2), without rotary, with pairs of halves and of neighbours.
+    ("qk_norm", {"batch": 2, "tokens": 5, "heads": 3, "head_dim": 33, "kv_heads": 1}, {"n_head": 3, "offset": 1.0}),
+    ("qk_norm", {"batch": 1, "tokens": 7, "heads": 2, "head_dim": 48, "pairs": 17}, {"n_head": 2, "eps": 1e-3}),
+    (
+        "qk_norm",
+        {"batch": 2, "tokens": 5, "heads": 5, "head_dim": 16, "kv_heads": 2, "pairs": 8, "norms": 2},
+        {"n_head": 5, "offset": 1.0},
+    ),
+    (
+        "qk_norm",
+        {"batch": 1, "tokens": 9, "heads": 2, "head_dim": 24, "kv_heads": 1, "pairs": 5, "norms": 2},
+        {"n_head": 2, "interleaved": True},
+    ),
+    ("qk_norm", {"batch": 1, "tokens": 3, "heads": 1, "head_dim": 3}, {"n_head": 1}),
+    ("qk_norm", {"batch": 0, "tokens": 3, "heads": 2, "head_dim": 16, "pairs": 4}, {"n_head": 2}),
     ("attention", {"batch": 2, "tokens": 65, "heads": 2, "head_dim": 16}, {}),
     ("attention", {"batch": 1, "tokens": 129, "heads": 1, "head_dim": 64}, {}),
     ("attention", {"batch": 1, "tokens": 33, "heads": 2, "head_dim": 80}, {"causal": False}),
@@ -153,6 +179,22 @@ CASES = [
         {"batch": 1, "tokens": 67, "heads": 2, "head_dim": 24, "kv_heads": 1, "pairs": 5, "documents": 4},
         {"n_head": 2, "window": 9},
     ),
+    ("attention_qkv", {"batch": 2, "tokens": 33, "heads": 4, "head_dim": 16, "kv_heads": 2, "norms": 1}, {"n_head": 4}),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 67, "heads": 2, "head_dim": 24, "kv_heads": 1, "pairs": 5, "norms": 1},
+        {"n_head": 2, "norm_offset": 1.0, "norm_eps": 1e-3},
+    ),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 33, "heads": 4, "head_dim": 24, "kv_heads": 2, "pairs": 12, "norms": 2},
+        {"n_head": 4, "interleaved": True, "window": 9},
+    ),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 41, "heads": 2, "head_dim": 32, "pairs": 16, "norms": 2, "documents": 3},
+        {"n_head": 2},
+    ),
 ]
 
 # Sizes of real models, for hardware that is fast enough in float64.
@@ -172,6 +214,7 @@ LARGE_CASES = [
     ("embedding", {"batch": 4, "tokens": 256, "vocab": 50257, "width": 768}, {}),
     ("dropout", {"rows": 1024, "width": 768}, {"p": 0.1}),
     ("rotary", {"batch": 4, "tokens": 256, "heads": 48, "head_dim": 256, "pairs": 32}, {"heads": 32}),
+    ("qk_norm", {"batch": 4, "tokens": 256, "heads": 16, "head_dim": 128, "kv_heads": 8, "pairs": 64}, {"n_head": 16}),
     ("attention", {"batch": 2, "tokens": 1025, "heads": 4, "head_dim": 64}, {}),
     ("attention", {"batch": 1, "tokens": 1000, "heads": 2, "head_dim": 128}, {}),
     ("attention_decode", {"batch": 8, "heads": 32, "head_dim": 128, "keys": 2049, "kv_heads": 8}, {}),
@@ -188,12 +231,18 @@ LARGE_CASES = [
         {"batch": 1, "tokens": 1000, "heads": 4, "head_dim": 256, "kv_heads": 2, "pairs": 32},
         {"n_head": 4, "interleaved": True},
     ),
+    (
+        "attention_qkv",
+        {"batch": 2, "tokens": 1000, "heads": 8, "head_dim": 128, "kv_heads": 4, "pairs": 64, "norms": 1},
+        {"n_head": 8},
+    ),
     ("adamw", {"count": (1 << 20) + 1}, {"lr": 1e-2, "weight_decay": 0.1}),
     ("sum_of_squares", {"count": (1 << 20) + 1}, {}),
 ]
 
 # Floating-point inputs without a gradient, by op.
-CONSTANT = {"rotary": ("cos", "sin"), "attention_qkv": ("cos", "sin"), "linear_cross_entropy": ("weight",)}
+TABLES = ("cos", "sin")
+CONSTANT = {"rotary": TABLES, "qk_norm": TABLES, "attention_qkv": TABLES, "linear_cross_entropy": ("weight",)}
 
 
 def sample(

@@ -64,7 +64,7 @@ class OpCase(Case):
     @property
     def arguments(self) -> dict[str, Any]:
         """Parameters that differ from the defaults of the op."""
-        packed = {"n_head": self.sizes["heads"]} if self.op == "attention_qkv" and "heads" in self.sizes else {}
+        packed = {"n_head": self.sizes["heads"]} if "n_head" in OPS[self.op].typical and "heads" in self.sizes else {}
         return {**OPS[self.op].typical, **packed, **self.params}
 
     def all_contenders(self, device: torch.device) -> list[str]:

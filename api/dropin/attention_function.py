@@ -18,7 +18,7 @@ NAME = "peakgpt"  # attn_implementation
 # Keyword arguments that models pass to every attention function and that do not change attention.
 IGNORED_KEYWORDS = frozenset({
     "position_ids", "cache_position", "use_cache", "num_items_in_batch", "ignore_index", "shift_labels",
-    "output_hidden_states", "return_dict", "max_length_q", "max_length_k", "cu_seq_lens_k",
+    "output_hidden_states", "output_router_logits", "return_dict", "max_length_q", "max_length_k", "cu_seq_lens_k",
 })  # fmt: skip
 NO_MASK_ARITHMETIC = (
     'this model applies its mask itself, so that attn_implementation="peakgpt" would never run: '
@@ -46,6 +46,12 @@ class Mask(NamedTuple):
     keys: Tensor | None = None
     documents: Tensor | None = None
     unpacked: Tensor | None = None
+
+    ndim = 0  # Falcon adds ALiBi to masks of 4 dimensions
+
+    def to(self, *_):
+        """Return the mask itself: MPT converts its mask to bool."""
+        return self
 
     def __radd__(self, other):
         raise TypeError(NO_MASK_ARITHMETIC)

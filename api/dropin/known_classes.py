@@ -7,6 +7,14 @@ from typing import Any
 
 from peakgpt.dropin.class_swap import CONV1D, LINEAR, OUT_PROJ, Replacement
 from peakgpt.dropin.replacements import attention, blocks, layers, lm_heads
+from peakgpt.dropin.replacements.rotary_attention import (
+    ByHeadAttention,
+    FalconAttention,
+    NormedAttention,
+    NormedHeadsAttention,
+    PackedAttention,
+    RotaryAttention,
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,10 @@ INTERFACE = Row(None, "attention")
 
 def _mlp(
     up: str, act: str, down: str, dropout: str | None = None, *, replacement: type[layers.BaseMLP] = layers.MLP,
-    between: str | None = None,
+    between: str | None = None, ops: str = "mlp",
 ) -> Row:  # fmt: skip
     options = {"up": up, "act": act, "down": down, "dropout": dropout, "between": between}
-    return Row(replacement, "mlp", options, (up, act, down))
+    return Row(replacement, ops, options, (up, act, down))
 
 
 def _gated(gate: str, up: str, act: str, down: str, between: str | None = None) -> Row:
@@ -53,8 +61,17 @@ def _torch(replacement: type[layers.TorchBlock], dropout: str) -> Row:
     return Row(replacement, "mlp", options, ("linear1", "linear2"))
 
 
-def _rotary(project: tuple[str, ...], out: str, cache: str) -> Row:
-    return Row(attention.RotaryAttention, "rotary, attention", {"project": project, "out": out, "cache": cache})
+def _rms(eps: str = "variance_epsilon", replacement: type[layers.RMSNorm] = layers.RMSNorm) -> Row:
+    return Row(replacement, "rmsnorm", {"eps": eps})
+
+
+def _rotary(
+    replacement: type[RotaryAttention] = RotaryAttention, project: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
+    *, out: str = "o_proj", cache: str = "past_key_values", dropout: str | None = None,
+    unsupported: tuple[str, ...] = (),
+) -> Row:  # fmt: skip
+    options = {"project": project, "out": out, "cache": cache, "dropout": dropout, "unsupported": unsupported}
+    return Row(replacement, "rotary, attention", options)
 
 
 def _head(replacement: type[lm_heads.LanguageModel], ops: str, head: str) -> Row:
@@ -63,8 +80,6 @@ def _head(replacement: type[lm_heads.LanguageModel], ops: str, head: str) -> Row
 
 CAUSAL = _head(lm_heads.CausalLM, "linear_cross_entropy", "lm_head")
 MASKED_OPS = "cross-entropy of the labelled positions"
-RMSNORM = Row(layers.RMSNorm, "rmsnorm")
-SEPARATE = _rotary(("q_proj", "k_proj", "v_proj"), "o_proj", "past_key_values")
 BERT_LAYER = _mlp(
     "intermediate.dense",
     "intermediate.intermediate_act_fn",
@@ -74,15 +89,65 @@ BERT_LAYER = _mlp(
 )
 DROP_ADD_NORM = Row(layers.DropAddNorm, "add_layernorm")
 
+LLAMA = {
+    "RMSNorm": _rms(),
+    "Attention": _rotary(),
+    "MLP": _gated("gate_proj", "up_proj", "act_fn", "down_proj"),
+    "ForCausalLM": CAUSAL,
+}
+NORMED_HEADS = {"Attention": _rotary(NormedHeadsAttention)}
+NORMED = {"Attention": _rotary(NormedAttention)}
+# Modules of transformers: the prefix of their classes, and the suffixes whose rows differ from Llama's; None: no row.
+LLAMA_LIKE: dict[str, tuple[str, dict[str, Row | None]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {}),
+    "mixtral": ("Mixtral", {"MLP": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", NORMED_HEADS),
+    "qwen3_moe": ("Qwen3Moe", NORMED_HEADS),
+    "smollm3": ("SmolLM3", {}),
+    "olmo": (
+        "Olmo",
+        {
+            "RMSNorm": None,
+            "LayerNorm": Row(layers.BareLayerNorm, "layernorm"),
+            "Attention": _rotary(unsupported=("config.clip_qkv",)),
+        },
+    ),
+    "olmo2": ("Olmo2", NORMED),
+    "olmo3": ("Olmo3", NORMED),
+    "stablelm": ("StableLm", {"RMSNorm": None, "Attention": _rotary(unsupported=("qk_layernorm",))}),
+    "starcoder2": (
+        "Starcoder2",
+        {
+            "RMSNorm": None,
+            "Attention": _rotary(dropout="residual_dropout"),
+            "MLP": _mlp("c_fc", "act", "c_proj", "residual_dropout"),
+        },
+    ),
+    "phi": (
+        "Phi",
+        {
+            "RMSNorm": None,
+            "Attention": _rotary(out="dense", unsupported=("qk_layernorm",)),
+            "MLP": _mlp("fc1", "activation_fn", "fc2"),
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {
+            "Attention": _rotary(PackedAttention, ("qkv_proj",)),
+            "MLP": _mlp(
+                "gate_up_proj", "activation_fn", "down_proj", replacement=layers.PackedGatedMLP, ops="gated_mlp"
+            ),
+        },
+    ),
+}
 _LLAMA_LIKE = {
     f"transformers.models.{module}.modeling_{module}.{name}{suffix}": row
-    for module, name in {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}.items()
-    for suffix, row in {
-        "RMSNorm": RMSNORM,
-        "Attention": SEPARATE,
-        "MLP": _gated("gate_proj", "up_proj", "act_fn", "down_proj"),
-        "ForCausalLM": CAUSAL,
-    }.items()
+    for module, (name, others) in LLAMA_LIKE.items()
+    for suffix, row in (LLAMA | others).items()
+    if row is not None
 }
 _BERT_LIKE = {
     f"transformers.models.{module}.modeling_{module}.{name}{suffix}": row
@@ -103,7 +168,7 @@ KNOWN_CLASSES: dict[str, Row] = {
     CONV1D: Row(layers.Linear, "linear"),
     OUT_PROJ: Row(layers.Linear, "linear"),
     "torch.nn.modules.normalization.LayerNorm": Row(layers.LayerNorm, "layernorm"),
-    "torch.nn.modules.normalization.RMSNorm": Row(layers.TorchRMSNorm, "rmsnorm"),
+    "torch.nn.modules.normalization.RMSNorm": _rms("eps", replacement=layers.TorchRMSNorm),
     "torch.nn.modules.transformer.TransformerEncoderLayer": _torch(layers.EncoderLayer, "dropout2"),
     "torch.nn.modules.transformer.TransformerDecoderLayer": _torch(layers.TorchBlock, "dropout3"),
     "torch.nn.modules.activation.MultiheadAttention": Row(attention.MultiheadAttention, "attention, linear"),
@@ -120,15 +185,31 @@ KNOWN_CLASSES: dict[str, Row] = {
     _in("gptj", "GPTJAttention"): Row(attention.GPTJAttention, "attention"),
     _in("gptj", "GPTJMLP"): _mlp("fc_in", "act", "fc_out", "dropout"),
     _in("gptj", "GPTJForCausalLM"): CAUSAL,
-    _in("gpt_neox", "GPTNeoXAttention"): _rotary(("query_key_value",), "dense", "layer_past"),
+    _in("gpt_neox", "GPTNeoXAttention"): _rotary(
+        ByHeadAttention, ("query_key_value",), out="dense", cache="layer_past"
+    ),
     _in("gpt_neox", "GPTNeoXMLP"): _mlp("dense_h_to_4h", "act", "dense_4h_to_h"),
     _in("gpt_neox", "GPTNeoXForCausalLM"): CAUSAL,
     _in("opt", "OPTAttention"): INTERFACE,
     _in("opt", "OPTDecoderLayer"): _layer(blocks.OPTLayer),
     _in("opt", "OPTForCausalLM"): CAUSAL,
     _in("bloom", "BloomAttention"): Row(attention.BloomAttention, "attention"),
-    _in("bloom", "BloomMLP"): _mlp("dense_h_to_4h", "gelu_impl", "dense_4h_to_h", replacement=layers.BloomMLP),
+    _in("bloom", "BloomMLP"): _mlp("dense_h_to_4h", "gelu_impl", "dense_4h_to_h", replacement=layers.ResidualMLP),
     _in("bloom", "BloomForCausalLM"): CAUSAL,
+    _in("codegen", "CodeGenAttention"): Row(attention.GPTJAttention, "attention"),
+    _in("codegen", "CodeGenMLP"): _mlp("fc_in", "act", "fc_out", "dropout"),
+    _in("codegen", "CodeGenForCausalLM"): CAUSAL,
+    _in("gpt_bigcode", "GPTBigCodeAttention"): INTERFACE,
+    _in("gpt_bigcode", "GPTBigCodeMLP"): _mlp("c_fc", "act", "c_proj", "dropout"),
+    _in("gpt_bigcode", "GPTBigCodeForCausalLM"): CAUSAL,
+    _in("falcon", "FalconLinear"): Row(layers.Linear, "linear"),
+    _in("falcon", "FalconAttention"): Row(FalconAttention, "rotary, attention"),
+    _in("falcon", "FalconMLP"): _mlp("dense_h_to_4h", "act", "dense_4h_to_h"),
+    _in("falcon", "FalconForCausalLM"): CAUSAL,
+    _in("mpt", "MptBlock"): Row(blocks.MptBlock, "add_layernorm"),
+    _in("mpt", "MptAttention"): Row(attention.MptAttention, "attention"),
+    _in("mpt", "MptMLP"): _mlp("up_proj", "act", "down_proj", replacement=layers.ResidualMLP),
+    _in("mpt", "MptForCausalLM"): CAUSAL,
     _in("distilbert", "DistilBertSelfAttention"): INTERFACE,
     _in("distilbert", "FFN"): _mlp("lin1", "activation", "lin2", "dropout", replacement=layers.ChunkedMLP),
     _in("distilbert", "DistilBertForMaskedLM"): _head(lm_heads.MaskedLM, MASKED_OPS, "vocab_projector"),
@@ -138,7 +219,7 @@ KNOWN_CLASSES: dict[str, Row] = {
     _in("bart", "BartForCausalLM"): _head(lm_heads.AlignedLM, "linear_cross_entropy", "lm_head"),
     _in("bart", "BartForConditionalGeneration"): _head(lm_heads.BartLM, "linear_cross_entropy", "lm_head"),
     _in("t5", "T5Attention"): INTERFACE,
-    _in("t5", "T5LayerNorm"): RMSNORM,
+    _in("t5", "T5LayerNorm"): _rms(),
     _in("t5", "T5DenseActDense"): _mlp("wi", "act", "wo", between="dropout"),
     _in("t5", "T5DenseGatedActDense"): _gated("wi_0", "wi_1", "act", "wo", between="dropout"),
     _in("t5", "T5ForConditionalGeneration"): _head(lm_heads.Seq2SeqLM, "linear_cross_entropy", "lm_head"),

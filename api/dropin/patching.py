@@ -12,8 +12,9 @@ from peakgpt.dropin.attention_function import NAME
 from peakgpt.dropin.class_swap import class_path, original_class, replace, restore, wrapped_since
 from peakgpt.dropin.known_classes import KNOWN_CLASSES, Row
 from peakgpt.dropin.replacements import lm_heads
-from peakgpt.dropin.replacements.attention import RotaryAttention, TransformersAttention
+from peakgpt.dropin.replacements.attention import TransformersAttention
 from peakgpt.dropin.replacements.layers import MLP
+from peakgpt.dropin.replacements.rotary_attention import RotaryAttention
 from peakgpt.dropin.report import KEPT, LEFT, PART, REPLACED, Entry, Report
 from peakgpt.dropin.verification import compare_outputs, reference_outputs
 from peakgpt.kernels.cpu.memory import keep_pages
@@ -136,7 +137,7 @@ def _needs_dense_mask(module: nn.Module) -> bool:
     row = next(filter(None, rows), None)
     if row is None or row.replacement is None or not issubclass(row.replacement, TransformersAttention):
         return False
-    replaced = row_of(module) is row and _objection(row, module, {}) is None
+    replaced = row_of(module) is row and _objection(row, module, dict(row.options)) is None
     return not (replaced or issubclass(row.replacement, RotaryAttention))
 
 

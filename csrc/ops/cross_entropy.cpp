@@ -14,6 +14,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 struct Scratch {
   float* powers;  // (vocab): e^(z - m) for the m of their chunk; unused for float32, whose powers overwrite the logits
   float* maxima;  // m after each chunk
+  float* capped;  // (vocab): the logits after the softcap; unused without one
 };
 
 }  // namespace
@@ -24,6 +25,8 @@ struct Scratch {
 #include "base/foreach_isa.h"
 
 #ifdef PEAK_ISA
+
+#include "simd/activations.h"
 
 template <class T>
 PEAK_INLINE float At(const T* z) {
@@ -150,43 +153,87 @@ PEAK_INLINE void ZeroRow(T* z, int64_t vocab) {
   for (int64_t i = 0; i < vocab; i += kLanes) Store(z + i, Set(0.0f), vocab - i);
 }
 
+// capped = softcap tanh(z / softcap).
+template <class T>
+PEAK_NOINLINE void CapRow(const T* z, int64_t vocab, float softcap, float* capped) {
+  const Vec limit = Set(softcap), inverse = Set(1.0f / softcap);
+  for (int64_t i = 0; i < vocab; i += kLanes) {
+    const int64_t n = vocab - i;
+    Store(capped + i, Tanh::Value(Load(z + i, n) * inverse) * limit, n);
+  }
+}
+
+// Overwrites a row of logits with their gradient: that of the capped logits times the slope of the cap.
+template <class T>
+PEAK_NOINLINE void UncapGradient(const float* gradient, int64_t vocab, float softcap, T* z) {
+  const Vec inverse = Set(1.0f / softcap);
+  for (int64_t i = 0; i < vocab; i += kLanes) {
+    const int64_t n = vocab - i;
+    Vec slope;
+    Tanh::ValueAndSlope(Load(z + i, n) * inverse, &slope);
+    Store(z + i, Load(gradient + i, n) * slope, n);
+  }
+}
+
+// The loss of a row, and its gradient over z. z are logits after any softcap.
+template <class T>
+PEAK_INLINE void ForwardRow(const CrossEntropyForwardArgs& args, T* z, float factor, const Scratch& scratch,
+                            int64_t row) {
+  const int64_t target = args.target[row];
+  const float at_target = At(z + target), e = args.smoothing;
+  const float mean = e == 0.0f ? 0.0f : SumRow(z, args.vocab) / args.vocab;
+  const float scale = factor * (args.weight == nullptr ? 1.0f : args.weight[row]);
+  const Stats stats = args.with_gradient ? Row<T, true>(z, args.vocab, target, scale, e, args.z_loss, scratch)
+                                         : Row<T, false>(z, args.vocab, target, 0.0f, e, args.z_loss, scratch);
+  stats.Save(args.stats + 2 * row);
+  double loss = -stats.LogProbability(at_target);
+  if (e != 0.0f) loss += e * (static_cast<double>(at_target) - mean);
+  if (args.z_loss != 0.0f) loss += args.z_loss * stats.Lse() * stats.Lse();
+  args.loss[row] = static_cast<float>(loss);
+}
+
 template <class T>
 void ForwardRows(const CrossEntropyForwardArgs& args, const Scratch& scratch, int64_t begin, int64_t end) {
   const float factor = args.scale == nullptr ? 1.0f : *args.scale;
   for (int64_t row = begin; row < end; ++row) {
     T* z = static_cast<T*>(args.logits) + row * args.vocab;
-    const int64_t target = args.target[row];
     args.loss[row] = 0.0f;
     Stats{0.0f, 0.0f}.Save(args.stats + 2 * row);
-    if (target == args.ignore_index) {
+    if (args.target[row] == args.ignore_index) {
       if (args.with_gradient) ZeroRow(z, args.vocab);
-      continue;
+    } else if (args.softcap == 0.0f) {
+      ForwardRow(args, z, factor, scratch, row);
+    } else {
+      CapRow(z, args.vocab, args.softcap, scratch.capped);
+      ForwardRow(args, scratch.capped, factor, scratch, row);
+      if (args.with_gradient) UncapGradient(scratch.capped, args.vocab, args.softcap, z);
     }
-    const float at_target = At(z + target), e = args.smoothing;
-    const float mean = e == 0.0f ? 0.0f : SumRow(z, args.vocab) / args.vocab;
-    const float scale = factor * (args.weight == nullptr ? 1.0f : args.weight[row]);
-    const Stats stats = args.with_gradient ? Row<T, true>(z, args.vocab, target, scale, e, args.z_loss, scratch)
-                                           : Row<T, false>(z, args.vocab, target, 0.0f, e, args.z_loss, scratch);
-    stats.Save(args.stats + 2 * row);
-    double loss = -stats.LogProbability(at_target);
-    if (e != 0.0f) loss += e * (static_cast<double>(at_target) - mean);
-    if (args.z_loss != 0.0f) loss += args.z_loss * stats.Lse() * stats.Lse();
-    args.loss[row] = static_cast<float>(loss);
   }
 }
 
 PEAK_INLINE bool Within(int64_t i, int64_t n) { return i >= 0 && i < n; }
 
+// The parts of a row; z are logits after any softcap.
+template <class T>
+PEAK_INLINE void ShardRow(const CrossEntropyShardArgs& args, T* z, const Scratch& scratch, int64_t row) {
+  const bool live = args.target[row] != args.ignore_index;
+  const int64_t target = args.target[row] - args.first;
+  float* parts = args.parts + row * args.width;
+  (live ? Row<T, false>(z, args.vocab, target, 0.0f, 0.0f, 0.0f, scratch) : Stats{0.0f, 0.0f}).Save(parts);
+  parts[2] = live && Within(target, args.vocab) ? At(z + target) : 0.0f;
+  if (args.width == 4) parts[3] = live ? SumRow(z, args.vocab) : 0.0f;
+}
+
 template <class T>
 void ShardRows(const CrossEntropyShardArgs& args, const Scratch& scratch, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     T* z = static_cast<T*>(const_cast<void*>(args.logits)) + row * args.vocab;  // Row<T, false> only reads
-    const bool live = args.target[row] != args.ignore_index;
-    const int64_t target = args.target[row] - args.first;
-    float* parts = args.parts + row * args.width;
-    (live ? Row<T, false>(z, args.vocab, target, 0.0f, 0.0f, 0.0f, scratch) : Stats{0.0f, 0.0f}).Save(parts);
-    parts[2] = live && Within(target, args.vocab) ? At(z + target) : 0.0f;
-    if (args.width == 4) parts[3] = live ? SumRow(z, args.vocab) : 0.0f;
+    if (args.softcap == 0.0f || args.target[row] == args.ignore_index) {
+      ShardRow(args, z, scratch, row);
+    } else {
+      CapRow(z, args.vocab, args.softcap, scratch.capped);
+      ShardRow(args, scratch.capped, scratch, row);
+    }
   }
 }
 
@@ -210,7 +257,7 @@ PEAK_INLINE void GradientRow(T* z, int64_t vocab, int64_t target, const Stats& s
 }
 
 template <class T>
-void BackwardRows(const CrossEntropyBackwardArgs& args, int64_t begin, int64_t end) {
+void BackwardRows(const CrossEntropyBackwardArgs& args, const Scratch& scratch, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     T* z = static_cast<T*>(args.logits) + row * args.vocab;
     const int64_t target = args.target[row];
@@ -218,8 +265,14 @@ void BackwardRows(const CrossEntropyBackwardArgs& args, int64_t begin, int64_t e
       ZeroRow(z, args.vocab);
     } else {
       const Stats stats = {args.stats[2 * row], args.stats[2 * row + 1]};
-      GradientRow(z, args.vocab, target - args.first, stats,
-                  RowGradient(args.dloss[row], stats, args.smoothing, args.z_loss, args.total));
+      const RowGradient gradient(args.dloss[row], stats, args.smoothing, args.z_loss, args.total);
+      if (args.softcap == 0.0f) {
+        GradientRow(z, args.vocab, target - args.first, stats, gradient);
+      } else {
+        CapRow(z, args.vocab, args.softcap, scratch.capped);
+        GradientRow(scratch.capped, args.vocab, target - args.first, stats, gradient);
+        UncapGradient(scratch.capped, args.vocab, args.softcap, z);
+      }
     }
   }
 }
@@ -227,27 +280,32 @@ void BackwardRows(const CrossEntropyBackwardArgs& args, int64_t begin, int64_t e
 #else
 
 namespace peak {
+namespace {
+
+// Calls rows(args, scratch, begin, end) for parts of the rows, each with a workspace of its own.
+template <class Args, class Rows>
+void ForRows(const Args& args, bool with_powers, int threads, const Rows& rows) {
+  const int64_t powers = with_powers ? args.vocab : 0, capped = args.softcap == 0.0f ? 0 : args.vocab;
+  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<float> workspace(powers + capped + args.vocab / kChunk + 1);
+    float* const rest = workspace.data() + powers;
+    rows(args, {workspace.data(), rest + capped, rest}, begin, end);
+  });
+}
+
+}  // namespace
 
 void CrossEntropyForward(const CrossEntropyForwardArgs& args, int threads) {
-  const auto rows = PEAK_PICK_DTYPE(args.dtype, ForwardRows);
-  const int64_t powers = args.dtype == DType::kBFloat16 && args.with_gradient ? args.vocab : 0;
-  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> workspace(powers + args.vocab / kChunk + 1);
-    rows(args, {workspace.data(), workspace.data() + powers}, begin, end);
-  });
+  const bool with_powers = args.dtype == DType::kBFloat16 && args.with_gradient && args.softcap == 0.0f;
+  ForRows(args, with_powers, threads, PEAK_PICK_DTYPE(args.dtype, ForwardRows));
 }
 
 void CrossEntropyShard(const CrossEntropyShardArgs& args, int threads) {
-  const auto rows = PEAK_PICK_DTYPE(args.dtype, ShardRows);
-  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> maxima(args.vocab / kChunk + 1);
-    rows(args, {nullptr, maxima.data()}, begin, end);
-  });
+  ForRows(args, false, threads, PEAK_PICK_DTYPE(args.dtype, ShardRows));
 }
 
 void CrossEntropyBackward(const CrossEntropyBackwardArgs& args, int threads) {
-  const auto rows = PEAK_PICK_DTYPE(args.dtype, BackwardRows);
-  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) { rows(args, begin, end); });
+  ForRows(args, false, threads, PEAK_PICK_DTYPE(args.dtype, BackwardRows));
 }
 
 }  // namespace peak

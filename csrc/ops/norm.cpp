@@ -289,12 +289,16 @@ void Widen(const void* in, int64_t width, float* out) {
 namespace peak {
 namespace {
 
-std::vector<float> ToFloats(const void* in, DType dtype, DType w_dtype, int64_t width) {
+// A parameter plus `offset`, in the order of a row of `dtype`; zeros if there is no parameter.
+std::vector<float> ToFloats(const void* in, float offset, DType dtype, DType w_dtype, int64_t width) {
   std::vector<float> out(width);
   if (in == nullptr) return out;
   const auto widen = w_dtype == DType::kFloat32 ? PEAK_PICK_DTYPE(dtype, Widen, float)
                                                 : PEAK_PICK_DTYPE(dtype, Widen, bf16);
   widen(in, width, out.data());
+  if (offset != 0.0f) {  // 0 would change the sign of a weight of -0
+    for (float& w : out) w += offset;
+  }
   return out;
 }
 
@@ -304,8 +308,8 @@ constexpr int64_t kMaxStepRows = 4;
 
 void NormForward(const NormForwardArgs& args, int threads) {
   const int64_t width = args.width, row_bytes = width * SizeOf(args.dtype), bytes = args.rows * row_bytes;
-  const auto w = ToFloats(args.w, args.dtype, args.w_dtype, width);
-  const auto b = ToFloats(args.b, args.dtype, args.w_dtype, width);
+  const auto w = ToFloats(args.w, args.offset, args.dtype, args.w_dtype, width);
+  const auto b = ToFloats(args.b, 0.0f, args.dtype, args.w_dtype, width);
   const bool bypass = BypassCaches(args.y, args.residual == nullptr ? bytes : 2 * bytes, row_bytes) &&
                       (args.residual == nullptr || BypassCaches(args.sum, 2 * bytes, row_bytes));
   const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, ForwardRows, true)
@@ -318,7 +322,7 @@ void NormForward(const NormForwardArgs& args, int threads) {
 
 void NormBackward(const NormBackwardArgs& args, int threads) {
   const int64_t width = args.width, row_bytes = width * SizeOf(args.dtype);
-  const auto w = ToFloats(args.w, args.dtype, args.w_dtype, width);
+  const auto w = ToFloats(args.w, args.offset, args.dtype, args.w_dtype, width);
   const bool bypass = BypassCaches(args.dx, args.rows * row_bytes, row_bytes);
   const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, BackwardRows, true)
                            : PEAK_PICK_DTYPE(args.dtype, BackwardRows, false);

@@ -21,6 +21,7 @@ struct NormForwardArgs {
   void* y;           // (rows, width)
   float* r;          // (rows): 1 / sqrt(variance + eps)
   float eps;
+  float offset = 0.0f;             // added to w
   const void* b = nullptr;         // (width)
   const void* residual = nullptr;  // (rows, width): x + residual is normalized instead of x
   int64_t residual_stride = 0;
@@ -28,7 +29,7 @@ struct NormForwardArgs {
   float* mu = nullptr;  // (rows): the means; null: RMSNorm
 };
 PEAK_FIELDS(NormForwardArgs, dtype, w_dtype, rows, width, x, x_stride, w, y, r, eps)
-PEAK_OPTIONAL_FIELDS(NormForwardArgs, b, residual, residual_stride, sum, mu)
+PEAK_OPTIONAL_FIELDS(NormForwardArgs, offset, b, residual, residual_stride, sum, mu)
 
 struct NormBackwardArgs {
   DType dtype, w_dtype;
@@ -39,6 +40,7 @@ struct NormBackwardArgs {
   int64_t x_stride;
   const void* w;
   const float* r;
+  float offset = 0.0f;         // added to w
   const void* dsum = nullptr;  // gradient of the sum output
   int64_t dsum_stride = 0;
   const float* mu = nullptr;  // null: RMSNorm
@@ -47,7 +49,7 @@ struct NormBackwardArgs {
   void* db = nullptr;         // (width), w_dtype
 };
 PEAK_FIELDS(NormBackwardArgs, dtype, w_dtype, rows, width, dy, dy_stride, x, x_stride, w, r)
-PEAK_OPTIONAL_FIELDS(NormBackwardArgs, dsum, dsum_stride, mu, dx, dw, db)
+PEAK_OPTIONAL_FIELDS(NormBackwardArgs, offset, dsum, dsum_stride, mu, dx, dw, db)
 
 void NormForward(const NormForwardArgs& args, int threads);
 void NormBackward(const NormBackwardArgs& args, int threads);

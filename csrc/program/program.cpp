@@ -7,12 +7,23 @@
 #include "ops/embedding.h"
 #include "ops/experts.h"
 #include "ops/norm.h"
+#include "ops/qk_norm.h"
 #include "ops/rotary.h"
 
 #define PEAK_THIS_FILE "program/program.cpp"
 #include "base/foreach_isa.h"
 
 #ifdef PEAK_ISA
+
+#include "simd/activations.h"
+
+void FinishRange(float* logits, float scale, float softcap, int64_t begin, int64_t end) {
+  const float inverse = softcap == 0.0f ? 1.0f : 1.0f / softcap;
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const Vec z = Load(logits + i, end - i) * Set(scale);
+    Store(logits + i, softcap == 0.0f ? z : Tanh::Value(z * Set(inverse)) * Set(softcap), end - i);
+  }
+}
 
 template <class T>
 void CombineRange(const void* x, const void* y, void* out, bool product, int64_t begin, int64_t end) {
@@ -179,6 +190,7 @@ void Program::Norm(const NormStep& step) {
     args.mu = step.rms ? nullptr : statistics;
     args.r = statistics + rows;
     args.eps = step.eps;
+    args.offset = step.offset;
     if (step.residual >= 0) {
       args.residual = args.sum = s.buffers[step.residual];
       args.residual_stride = width;
@@ -230,6 +242,32 @@ void Program::Rotary(const RotaryStep& step) {
     args.positions = s.pass.positions;
     args.y = s.buffers[step.x];
     peak::Rotary(args, s.threads);
+  });
+}
+
+void Program::QKNorm(const QKNormStep& step) {
+  steps_.push_back([=, dtype = dtype_, row = widths_[step.x]](const State& s) {
+    QKNormForwardArgs args{};
+    args.dtype = dtype;
+    args.w_dtype = step.w_dtype;
+    args.batch = 1;
+    args.tokens = s.pass.rows;
+    args.q_heads = step.q_heads;
+    args.k_heads = step.k_heads;
+    args.width = step.width;
+    args.joint = step.joint;
+    args.x = {s.buffers[step.x], 0, row, step.width};
+    args.q_norm = step.q_norm;
+    args.k_norm = step.k_norm;
+    args.offset = step.offset;
+    args.cos = step.cos;
+    args.sin = step.sin;
+    args.pairs = step.pairs;
+    args.interleaved = step.interleaved;
+    args.eps = step.eps;
+    args.y = {s.buffers[step.x], 0, row, step.width};
+    args.positions = s.pass.positions;
+    QKNormForward(args, s.threads);
   });
 }
 
@@ -295,6 +333,16 @@ void Program::Hidden(const HiddenStep& step) {
     if (out == nullptr) return;
     ParallelParts(rows, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
       std::memcpy(out + begin * bytes, s.buffers[step.x] + begin * bytes, (end - begin) * bytes);
+    });
+  });
+}
+
+void Program::FinishLogits(const LogitsStep& step) {
+  steps_.push_back([=](const State& s) {
+    if (s.pass.logits == nullptr) return;
+    const auto finish = PEAK_PICK(FinishRange);
+    ParallelParts(s.pass.logit_rows * step.vocabulary, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+      finish(s.pass.logits, step.scale, step.softcap, begin, end);
     });
   });
 }

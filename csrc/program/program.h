@@ -157,11 +157,12 @@ struct NormStep {
   DType w_dtype;
   float eps;
   bool rms;
+  float offset = 0.0f;  // added to w
   int residual = -1;
   const void* b = nullptr;
 };
 PEAK_FIELDS(NormStep, x, out, w, w_dtype, eps, rms)
-PEAK_OPTIONAL_FIELDS(NormStep, residual, b)
+PEAK_OPTIONAL_FIELDS(NormStep, offset, residual, b)
 
 // out = epilogue(x weight^T + bias).
 struct LinearStep {
@@ -186,6 +187,23 @@ struct RotaryStep {
   bool interleaved;
 };
 PEAK_FIELDS(RotaryStep, x, width, rotated_heads, cos, sin, pairs, interleaved)
+
+// Normalizes the queries and keys of x in place, and rotates them if there are tables. Fields as in ops/qk_norm.h.
+struct QKNormStep {
+  int x;
+  int64_t width, q_heads, k_heads;
+  bool joint;
+  const void* q_norm;
+  const void* k_norm;
+  DType w_dtype;
+  float eps, offset;
+  const float* cos = nullptr;  // (positions, pairs)
+  const float* sin = nullptr;
+  int64_t pairs = 0;
+  bool interleaved = false;
+};
+PEAK_FIELDS(QKNormStep, x, width, q_heads, k_heads, joint, q_norm, k_norm, w_dtype, eps, offset)
+PEAK_OPTIONAL_FIELDS(QKNormStep, cos, sin, pairs, interleaved)
 
 // out = attention over the cache of `layer`. A row of x holds heads + 2 kv_heads heads: queries, keys, values.
 struct AttentionStep {
@@ -231,6 +249,13 @@ struct ExpertsStep {
 PEAK_FIELDS(ExpertsStep, x, out, experts, choices, normalize, activation)
 PEAK_OPTIONAL_FIELDS(ExpertsStep, router_bias, gate_bias, up_bias, down_bias)
 
+// The logits of the pass become scale * logits, then softcap tanh(logits / softcap) unless softcap is 0.
+struct LogitsStep {
+  int64_t vocabulary;
+  float scale, softcap;
+};
+PEAK_FIELDS(LogitsStep, vocabulary, scale, softcap)
+
 class Program {
  public:
   explicit Program(DType dtype) : dtype_(dtype) {}
@@ -242,10 +267,12 @@ class Program {
   void Norm(const NormStep& step);
   void Linear(const LinearStep& step, std::shared_ptr<Weight> weight);
   void Rotary(const RotaryStep& step);
+  void QKNorm(const QKNormStep& step);
   void Attention(const AttentionStep& step);
   void Combine(const CombineStep& step);
   void SelectRows(const SelectStep& step);
   void Hidden(const HiddenStep& step);
+  void FinishLogits(const LogitsStep& step);
   // `gate` is null if the experts are not gated.
   void Experts(const ExpertsStep& step, std::shared_ptr<Weight> router, std::shared_ptr<ExpertWeights> gate,
                std::shared_ptr<ExpertWeights> up, std::shared_ptr<ExpertWeights> down);

@@ -25,6 +25,7 @@
 #include "ops/experts.h"
 #include "ops/norm.h"
 #include "ops/peaks.h"
+#include "ops/qk_norm.h"
 #include "ops/rotary.h"
 #include "ops/sum_of_squares.h"
 #include "program/program.h"
@@ -77,6 +78,8 @@ void DefineKernels(py::module_& m) {
   DefineKernel<QuantizedArgs, LinearQuantized>(m, "linear_quantized");
   DefineKernel<NormForwardArgs, NormForward>(m, "norm_forward");
   DefineKernel<NormBackwardArgs, NormBackward>(m, "norm_backward");
+  DefineKernel<QKNormForwardArgs, QKNormForward>(m, "qk_norm_forward");
+  DefineKernel<QKNormBackwardArgs, QKNormBackward>(m, "qk_norm_backward");
   DefineKernel<RotaryArgs, Rotary>(m, "rotary");
   DefineKernel<SumOfSquaresArgs, SumOfSquares>(m, "sum_of_squares");
   DefineKernel<SumOfSquaresEachArgs, SumOfSquaresEach>(m, "sum_of_squares_each");
@@ -147,10 +150,12 @@ void DefineProgram(py::module_& m) {
   DefineMethod<Program, EmbedStep, &Program::Embed>(program, "embed");
   DefineMethod<Program, NormStep, &Program::Norm>(program, "norm");
   DefineMethod<Program, RotaryStep, &Program::Rotary>(program, "rotary");
+  DefineMethod<Program, QKNormStep, &Program::QKNorm>(program, "qk_norm");
   DefineMethod<Program, AttentionStep, &Program::Attention>(program, "attention");
   DefineMethod<Program, CombineStep, &Program::Combine>(program, "combine");
   DefineMethod<Program, SelectStep, &Program::SelectRows>(program, "select_rows");
   DefineMethod<Program, HiddenStep, &Program::Hidden>(program, "hidden");
+  DefineMethod<Program, LogitsStep, &Program::FinishLogits>(program, "finish_logits");
   DefineMethodWithThreads<Program, PassArgs, &Program::Run>(program, "run");
 }
 

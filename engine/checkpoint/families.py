@@ -14,6 +14,7 @@ from typing import Any
 from peakgpt.engine.checkpoint.families_classic import CLASSIC
 from peakgpt.engine.checkpoint.families_experts import EXPERT_FAMILIES
 from peakgpt.engine.checkpoint.families_llama import LLAMA_LINE
+from peakgpt.engine.checkpoint.families_other import OTHER
 from peakgpt.engine.checkpoint.family import Family, Field
 from peakgpt.engine.checkpoint.module_names import SameNames
 from peakgpt.engine.model.config import GPTConfig
@@ -26,7 +27,7 @@ OWN_LAYOUT = Family(
     fields=tuple(Field(f.name, f.name, f.default) for f in fields(GPTConfig)),
     names=SameNames(),
 )
-FAMILIES = {family.model_type: family for family in (*CLASSIC, *LLAMA_LINE, *EXPERT_FAMILIES, OWN_LAYOUT)}
+FAMILIES = {family.model_type: family for family in (*CLASSIC, *LLAMA_LINE, *OTHER, *EXPERT_FAMILIES, OWN_LAYOUT)}
 
 # Fields of a config.json that say nothing about the architecture: names, token ids, initialization, generation.
 UNSPECIFIC = {

@@ -7,7 +7,8 @@ from typing import Any
 
 from peakgpt.engine.checkpoint.family import Family, Field, FieldGroup, with_defaults
 from peakgpt.engine.checkpoint.module_names import module_names, qkv_names
-from peakgpt.engine.checkpoint.rope_fields import given_parameters, scaling_of
+from peakgpt.engine.checkpoint.rope_fields import given_parameters, head_width, require_head_width, scaling_of
+from peakgpt.engine.checkpoint.row_orders import grouped_heads
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.rope_scaling import DEFAULT
 
@@ -88,11 +89,10 @@ def _neox_rotary(content: Mapping[str, Any]) -> dict[str, Any]:
     """
     rope = given_parameters(content)
     share = rope.get("partial_rotary_factor", content.get("rotary_pct", 0.25))
-    width = content["hidden_size"] // max(1, content["num_attention_heads"])
     base = rope.get("rope_theta", content.get("rotary_emb_base", 10000))
-    if content.get("head_dim") not in (None, width):
-        raise ValueError(f"head_dim is {content['head_dim']!r}, expected {width}, hidden_size / num_attention_heads")
-    return {"rotary_dim": int(width * share), "rotary_base": base, "rope_scaling": scaling_of(rope, content)}
+    require_head_width(content)
+    width = int(head_width(content) * share)
+    return {"rotary_dim": width, "rotary_base": base, "rope_scaling": scaling_of(rope, content)}
 
 
 def _neox_rope(config: GPTConfig) -> dict[str, Any]:
@@ -222,7 +222,7 @@ CLASSIC = (
             out="attention.dense", ln_2="post_attention_layernorm", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
             ln_f="final_layer_norm", head="embed_out",
         ),
-        packed_by_head=True,
+        row_orders={"gpt_neox.layers.{}.attention.query_key_value": grouped_heads},
         renamed={"lm_head.": "embed_out."},
     ),
     Family(
@@ -273,7 +273,7 @@ CLASSIC = (
             qkv="self_attention.query_key_value", out="self_attention.dense", ln_2="post_attention_layernorm",
             up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
         ),
-        packed_by_head=True,
+        row_orders={"transformer.h.{}.self_attention.query_key_value": grouped_heads},
         aliases={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
     ),
 )

@@ -26,7 +26,7 @@ class Field(NamedTuple):
 
     Args:
         name: its name in GPTConfig.
-        hf_name: its name in transformers' config.
+        hf_name: its name in transformers' config; "section.name" if it is in a section, an object of its own.
         default: transformers' value if config.json has no such field.
         values: value in config.json -> value in GPTConfig; None if both are the same.
     """
@@ -68,11 +68,13 @@ class Family:
         groups: further fields of config.json, and of GPTConfig; they win over `fields` and `constants`.
         base: prefix of all tensors except the head's; files of the bare model omit it.
         names: transformers' name of each of our modules, or three names for queries, keys and values. `{}` stands for
-            the layer's number. A second `{}` is the number of an expert, whose layers we stack.
+            the layer's number. A second `{}` is the number of an expert, whose layers we stack. Modules of equal sizes
+            with the same name are rows of one tensor, in this order.
+        names_of: (GPTConfig) -> names that depend on the config, in addition to `names`.
+        row_orders: transformers' module -> its order of rows, a function of row_orders.py; others have our order.
         stacked: tensor with the weights of all experts of a layer in another release, without the layer's name -> the
             tensors of one expert, `{}`, whose rows it has one after the other; or a name alone, which replaces its own.
         conv1d: whether c_attn, c_proj and c_fc are stored [in, out].
-        packed_by_head: whether the packed projection has queries, keys and values head by head.
         always_biased: whether the layout has a bias for every layer and norm, zero if the model has none.
         renamed: tensor prefixes of other releases -> those of `names`.
         aliases: other names of config.json fields, which win in transformers -> those of `fields`.
@@ -86,8 +88,9 @@ class Family:
     groups: tuple[FieldGroup, ...] = ()
     base: str = "transformer."
     names: Mapping[str, str | tuple[str, ...]]
+    names_of: Callable[[GPTConfig], Mapping[str, str]] = lambda config: {}
+    row_orders: Mapping[str, Callable[[GPTConfig], Tensor]] = field(default_factory=dict)
     conv1d: bool = False
-    packed_by_head: bool = False
     always_biased: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -104,6 +107,7 @@ class Family:
         Raises:
             ValueError: the content describes a model that we do not support.
         """
+        content = self._without_sections(content)
         for name, value in self.fixed.items():
             if content.get(name, value) != value:
                 raise ValueError(f"{name} is {content[name]!r}, expected {value}")
@@ -124,6 +128,17 @@ class Family:
         except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # a value of another type
             raise ValueError(f"{type(error).__name__}: {error}, expected values as transformers writes them") from None
 
+    def _without_sections(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Add the fields of the sections that this family has, as "section.name"."""
+        content = dict(content)
+        names = (*self.fixed, *(f.hf_name for f in self.fields))
+        for section in {name.partition(".")[0] for name in names if "." in name}:
+            values = {} if content.get(section) is None else content[section]
+            if not isinstance(values, Mapping):
+                raise ValueError(f"{section} is {values!r:.60}, expected an object")
+            content |= {f"{section}.{name}": value for name, value in values.items()}
+        return content
+
     def _with_defaults(self, content: Mapping[str, Any]) -> dict[str, Any]:
         content = {**{f.hf_name: f.default for f in self.fields}, **content}
         return content | {name: content[alias] for alias, name in self.aliases.items() if alias in content}
@@ -135,9 +150,10 @@ class Family:
 
     @property
     def config_names(self) -> set[str]:
-        """The names of all fields of config.json that the family reads."""
+        """The names of all fields and sections of config.json that the family reads."""
         grouped = chain.from_iterable(group.names for group in self.groups)
-        return {f.hf_name for f in self.fields}.union(self.fixed, self.aliases, grouped)
+        names = {f.hf_name for f in self.fields}.union(self.fixed, self.aliases, grouped)
+        return {name.partition(".")[0] for name in names}
 
     def module_counts(self, content: Mapping[str, Any]) -> dict[str, str]:
         """Return "layers" and "experts" -> the field of a config.json that has their number."""
@@ -154,7 +170,8 @@ class Family:
             if values is not None:
                 value = next((hf_value for hf_value, our_value in values.items() if our_value == value), default)
             content[hf_name] = value
-        return content | dict(chain.from_iterable(group.write(config).items() for group in self.groups))
+        grouped = chain.from_iterable(group.write(config).items() for group in self.groups)
+        return _with_sections(content | dict(grouped))
 
     def differences(self, config: GPTConfig) -> list[str]:
         """Return the GPTConfig fields that this layout cannot express: reading them back gives another value."""
@@ -167,21 +184,31 @@ class Family:
 
     # ---- tensors ----
 
-    def layout_names(self, name: str, experts: int = 0) -> tuple[str, ...]:
-        """Return the layout's name for one of our tensors; three names if it separates queries, keys and values.
+    def layout_names(self, config: GPTConfig, name: str) -> tuple[str, ...]:
+        """Return the layout's names for one of our tensors.
 
-        Args:
-            name: of our tensor.
-            experts: number of experts, for the names of the parts of a stacked tensor.
+        There is one name, or three if the layout separates queries, keys and values, or one for each expert.
         """
-        module, _, kind = name.rpartition(".")
-        layer = re.search(r"\.h\.(\d+)\.", module)
-        template = module if layer is None else module.replace(layer[0], ".h.{}.", 1)
-        modules = self.names[template]
-        number = "" if layer is None else layer[1]
-        if _is_stacked(name):
-            return tuple(f"{modules.format(number, expert)}.{kind}" for expert in range(experts))
-        return tuple(f"{m.format(number)}.{kind}" for m in ((modules,) if isinstance(modules, str) else modules))
+        modules, layer, kind = self._modules(config, name)
+        experts = range(config.experts) if _is_stacked(name) else (0,)
+        return tuple(f"{module.format(layer, expert)}.{kind}" for module in modules for expert in experts)
+
+    def merged(self, name: str) -> tuple[str, ...]:
+        """Return the names of our tensors that are rows of the same tensor of the layout as `name`, in its order."""
+        template, layer, kind = _template(name)
+        theirs = self.names.get(template)
+        modules = [module for module, other in self.names.items() if other == theirs] if theirs else [template]
+        return tuple(f"{module.format(layer)}.{kind}" for module in modules)
+
+    def _modules(self, config: GPTConfig, name: str) -> tuple[tuple[str, ...], str, str]:
+        """Return the layout's modules for one of our tensors, with `{}` for the layer, the layer, weight or bias."""
+        template, layer, kind = _template(name)
+        modules = self.names_of(config).get(template) or self.names[template]
+        return (modules,) if isinstance(modules, str) else modules, layer, kind
+
+    def _row_order(self, config: GPTConfig, name: str) -> Tensor | None:
+        order = self.row_orders.get(self._modules(config, name)[0][0])
+        return None if order is None else order(config)
 
     def standard_names(self, items: Mapping[str, T]) -> dict[str, T]:
         """Rename the keys, tensor names of any release or class of transformers, to those of `names`."""
@@ -218,14 +245,16 @@ class Family:
 
     def shapes(self, config: GPTConfig, our_shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
         """Return the layout's tensor names and shapes, matrices as [out, in], from those of our state dict."""
-        expected = {}
+        expected: dict[str, torch.Size] = {}
         for name, shape in our_shapes.items():
-            names = self.layout_names(name, config.experts)
+            names = self.layout_names(config, name)
             if _is_stacked(name):
                 expected |= dict.fromkeys(names, shape[1:])
                 continue
-            rows = shape[:1] if len(names) == 1 else qkv_rows(config)
-            expected |= {n: torch.Size((r, *shape[1:])) for n, r in zip(names, rows, strict=True)}
+            parts = shape[:1] if len(names) == 1 else qkv_rows(config)
+            for layout_name, rows in zip(names, parts, strict=True):
+                above = expected[layout_name][0] if layout_name in expected else 0
+                expected[layout_name] = torch.Size((above + rows, *shape[1:]))
         return expected
 
     def transpose_conv1d(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -234,27 +263,47 @@ class Family:
 
     def from_layout(self, config: GPTConfig, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one of our tensors, by its name, from the layout's tensors with matrices as [out, in]."""
-        parts = [tensors[layout_name] for layout_name in self.layout_names(name, config.experts)]
+        parts = [tensors[layout_name] for layout_name in self.layout_names(config, name)]
         if _is_stacked(name):
             return torch.stack(parts)
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self.packed_by_head and ".c_attn." in name:
-            return whole.unflatten(0, (config.n_head, 3, config.head_dim)).transpose(0, 1).flatten(0, 2)
-        return whole
+        if (order := self._row_order(config, name)) is not None:
+            whole = whole[order.argsort()]
+        merged = self.merged(name)
+        return whole if len(merged) == 1 else whole.chunk(len(merged))[merged.index(name)]
 
     def to_layout(self, config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert our state dict to the layout's tensors."""
+        """Convert our state dict, or a part of it that has all tensors that are `merged`, to the layout's tensors."""
         tensors = {}
         for name, tensor in state.items():
-            names = self.layout_names(name, config.experts)
+            names, merged = self.layout_names(config, name), self.merged(name)
             if _is_stacked(name):
                 tensors |= dict(zip(names, tensor.unbind(), strict=True))
                 continue
-            if self.packed_by_head and ".c_attn." in name:
-                tensor = tensor.unflatten(0, (3, config.n_head, config.head_dim)).transpose(0, 1).flatten(0, 2)
-            parts = (tensor,) if len(names) == 1 else tensor.split(qkv_rows(config))
+            if name != merged[0]:
+                continue
+            whole = tensor if len(merged) == 1 else torch.cat([state[other] for other in merged])
+            if (order := self._row_order(config, name)) is not None:
+                whole = whole[order.to(whole.device)]
+            parts = (whole,) if len(names) == 1 else whole.split(qkv_rows(config))
             tensors |= dict(zip(names, parts, strict=True))
         return self.transpose_conv1d(tensors)
+
+
+def _template(name: str) -> tuple[str, str, str]:
+    """Split the name of a tensor into its module, with `{}` for the layer, the layer's number, and weight or bias."""
+    module, _, kind = name.rpartition(".")
+    layer = re.search(r"\.h\.(\d+)\.", module)
+    return (module, "", kind) if layer is None else (module.replace(layer[0], ".h.{}.", 1), layer[1], kind)
+
+
+def _with_sections(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a config.json with the fields named "section.name" in their sections."""
+    result: dict[str, Any] = {}
+    for name, value in content.items():
+        section, _, inner = name.rpartition(".")
+        (result.setdefault(section, {}) if section else result)[inner] = value
+    return result
 
 
 def _is_stacked(name: str) -> bool:

@@ -69,14 +69,19 @@ def replace_files(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def _fill_and_move(folder: Path, stage: Path, fill: Callable[[Path], None]) -> None:
     fill(stage)
-    files = sorted(stage.iterdir(), key=lambda file: file.name in ENTRIES)
+    files = sorted(filter(Path.is_file, stage.rglob("*")), key=lambda file: file.name in ENTRIES)
     names = {file.name for file in files}
     for file in files:
         flush(file)
     if INDEX in names:
         _remove(folder / name for name in ENTRIES)
     for file in files:
-        os.replace(file, folder / file.name)
+        target = folder / file.relative_to(stage)
+        if target.parent != folder:  # such as the folder of more chat templates
+            target.parent.mkdir(exist_ok=True)
+        os.replace(file, target)
+        if target.parent != folder:
+            flush(target.parent)
     if names.intersection(ENTRIES):
         _remove(path for path in folder.iterdir() if _is_weights(path.name) and path.name not in names)
     flush(folder)

@@ -56,7 +56,10 @@ MODEL_FILES = HubFiles(
 )
 NORM_OR_LAYER = re.compile(r"\.(ln_\w+|c_\w+)\.weight$")
 # Suffixes of buffers that old releases of transformers wrote, and that no model needs.
-OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+OLD_BUFFERS = (
+    ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".attn.causal_mask",
+    ".rotary_emb.inv_freq",
+)  # fmt: skip
 
 
 def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Family, GPTConfig]:
@@ -105,14 +108,14 @@ def read_weights(
     tensors, shards = family.standard_names(tensors), family.standard_names(shards)
     tensors, shards = family.separate_experts(tensors, shards)
     shapes = family.shapes(config, expected)
-    (head_name,) = family.layout_names("lm_head.weight")
+    (head_name,) = family.layout_names(config, "lm_head.weight")
     head = tensors.pop(head_name, None) if config.tied_head else None
     tensors = {name: t for name, t in tensors.items() if name in shapes or not name.endswith(OLD_BUFFERS)}
     if family.always_biased and config.bias is not True:
         tensors = {name: t for name, t in tensors.items() if name in shapes or not _is_zero_bias(name, t)}
     tensors = family.transpose_conv1d(tensors)
     check_tensors(path, tensors, shapes, shards)
-    (embedding_name,) = family.layout_names("transformer.wte.weight")
+    (embedding_name,) = family.layout_names(config, "transformer.wte.weight")
     if head is not None and not torch.equal(head, tensors[embedding_name]):
         raise ValueError(f"{path}: {head_name} differs from {embedding_name}, expected a tied head")
     may_overlap = path.name in (PICKLE, PICKLE_INDEX)
@@ -176,8 +179,13 @@ def to_layout(
         An iterator of names and tensors of the layout. A tensor may be a view.
     """
     family = family_of(config, source_files.get(CONFIG))
+    waiting: dict[str, Tensor] = {}  # tensors whose others in the same tensor of the layout have not come yet
     for name, tensor in state:
-        tensors = {name: tensor}
+        waiting[name] = tensor
+        merged = family.merged(name)
+        if not all(other in waiting for other in merged):
+            continue
+        tensors = {other: waiting.pop(other) for other in merged}
         if family.always_biased and NORM_OR_LAYER.search(name) and (bias := f"{name[:-6]}bias") not in names:
             tensors[bias] = tensor.new_zeros(tensor.shape[0])
         yield from family.to_layout(config, tensors).items()

@@ -20,6 +20,7 @@ from peakgpt.engine.checkpoint.folder import CONFIG, QUANTIZED, WEIGHTS, read_js
 from peakgpt.engine.checkpoint.manifest import MANIFEST
 from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantized_shapes
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
+from peakgpt.engine.data.tokenizer_files import CHAT_TEMPLATES
 from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.engine.model.state_dicts import stack_experts
 from peakgpt.engine.model.transformer import Transformer
@@ -47,11 +48,13 @@ def write_quantized(source: Path | str, folder: Path | str, state: Mapping[str, 
         raise ValueError(f"quantize: OUT {folder} has {present[0]} already, expected a new or an empty folder")
 
     def fill(stage: Path) -> None:
-        for file in Path(source).iterdir():
+        for file in (*Path(source).iterdir(), *Path(source, CHAT_TEMPLATES).glob("*.jinja")):
             if not file.is_file() or is_weights(file) or file.name == MANIFEST:
                 continue
             if _belongs_to(file, Path(source).resolve()):
-                shutil.copy(file, stage / file.name)
+                target = stage / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(file, target)
             else:
                 warnings.warn(f"quantize: {file} is a link out of its folder and is not copied", stacklevel=2)
         config = read_json(Path(source) / CONFIG)

@@ -23,23 +23,29 @@ EVERY_PARAMETER = set().union(*(kind.names for kind in KINDS.values()))
 OUTSIDE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # parameters that are no part of rope_scaling
 
 
-def rope_fields(theta: float = 10000.0) -> FieldGroup:
-    """Return the rotary fields of a family whose layers all rotate by the same angles, the whole head.
+def rope_fields(theta: float = 10000.0, share: float | None = None) -> FieldGroup:
+    """Return the rotary fields of a family whose layers all rotate by the same angles.
 
     Args:
         theta: transformers' rope_theta if config.json has none.
+        share: transformers' partial_rotary_factor if config.json has none; None: the family rotates whole heads.
     """
 
     def read(content: Mapping[str, Any]) -> dict[str, Any]:
         parameters = given_parameters(content)
-        require_whole_heads(parameters.get("partial_rotary_factor", content.get("partial_rotary_factor")))
+        part = parameters.get("partial_rotary_factor", content.get("partial_rotary_factor", share))
+        if share is None:
+            require_whole_heads(part)
         base = parameters.get("rope_theta", content.get("rope_theta", theta))
-        return {"position": "rotary", "rotary_base": base, "rope_scaling": scaling_of(parameters, content)}
+        scaling = scaling_of(parameters, content)
+        rotated = {} if share is None else {"rotary_dim": int((content.get("head_dim") or head_width(content)) * part)}
+        return {"position": "rotary", "rotary_base": base, "rope_scaling": scaling, **rotated}
 
     def write(config: GPTConfig) -> dict[str, Any]:
         scaling, base = config.rope_scaling, config.rotary_base
-        both = {"rope_scaling": scaling, "rope_theta": base}
-        return {**both, "rope_parameters": {**(scaling or {"rope_type": DEFAULT}), "rope_theta": base}}
+        part = {} if share is None else {"partial_rotary_factor": (config.rotary_dim or 0) / config.head_dim}
+        parameters = {**(scaling or {"rope_type": DEFAULT}), "rope_theta": base, **part}
+        return {"rope_scaling": scaling, "rope_theta": base, "rope_parameters": parameters, **part}
 
     return FieldGroup(NAMES, read, write)
 
@@ -116,6 +122,18 @@ def scaling_of(parameters: Mapping[str, Any], content: Mapping[str, Any]) -> dic
     if ORIGINAL in names and content.get(ORIGINAL) is not None:  # beside the parameters, in files of Phi-3
         scaling[ORIGINAL] = content[ORIGINAL]
     return {"rope_type": rope_type, **scaling}
+
+
+def head_width(content: Mapping[str, Any]) -> int:
+    """Return hidden_size / num_attention_heads."""
+    return content["hidden_size"] // max(1, content["num_attention_heads"])
+
+
+def require_head_width(content: Mapping[str, Any]) -> None:
+    """Raise ValueError if head_dim is another width: transformers would rotate as for that one."""
+    width = head_width(content)
+    if content.get("head_dim") not in (None, width):
+        raise ValueError(f"head_dim is {content['head_dim']!r}, expected {width}, hidden_size / num_attention_heads")
 
 
 def require_whole_heads(share: Any) -> None:

@@ -12,12 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from peakgpt.engine.model.attention import CausalSelfAttention
 from peakgpt.engine.model.block import Block
 from peakgpt.engine.model.experts import ExpertLinear, Experts
 from peakgpt.engine.model.mlp import GatedMLP
 from peakgpt.engine.model.norms import BLOCK_NORMS, LayerNorm, RMSNorm
 from peakgpt.engine.model.plain import change_of, walk
-from peakgpt.engine.model.positions import alibi_slopes, rotary_tables
+from peakgpt.engine.model.positions import model_slopes, rotary_tables
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
@@ -98,7 +99,7 @@ class ModelProgram:
                            wpe_stride=0 if wpe is None else wpe.stride(0),
                            scale=float(torch.tensor(c.embedding_scale, dtype=self.dtype)))  # fmt: skip
         self.angles = rotary_tables(c, range(c.block_size), "cpu") if c.rotary_dim else ()
-        self.slopes = alibi_slopes(c.n_head, "cpu") if c.position == "alibi" else None
+        self.slopes = model_slopes(c, "cpu")
         if c.embedding_norm:
             self._norm(t.ln_emb, "x", out="x")
         is_normalized = c.residual != "post_norm" and "ln_1" in BLOCK_NORMS[c.residual]  # the input of attention
@@ -111,19 +112,40 @@ class ModelProgram:
             RESIDUALS[c.residual](self, block, norm)
         self.program.hidden(x=self.buffers["h"])
         self._linear("h", LOGITS, model.lm_head if "lm_head" in model._modules else t.wte)
+        if c.logit_scale != 1.0 or c.logit_softcap is not None:
+            self.program.finish_logits(vocabulary=c.vocab_size, scale=c.logit_scale, softcap=c.logit_softcap or 0.0)
 
     def _attend(self, block: Block, layer: int) -> None:
         c, attn, number = self.config, block.attn, self.buffers
         heads = attn.n_head, attn.n_kv_head, attn.head_dim
         _require(f"transformer.h.{layer}.attn", heads, (c.n_head, c.n_kv_head, c.head_dim))
         self._linear("h", "qkv", attn.c_attn)
+        tables = {}
         if attn.rotary_table is not None and self.angles:
             cos, sin = self.angles[attn.rotary_table]
-            self.program.rotary(x=number["qkv"], width=c.head_dim, rotated_heads=c.n_head + c.n_kv_head, cos=cos,
-                                sin=sin, pairs=cos.shape[1], interleaved=c.rotary_interleaved)  # fmt: skip
+            tables = {"cos": cos, "sin": sin, "pairs": cos.shape[1], "interleaved": c.rotary_interleaved}
+        if c.qk_norm != "none":
+            self._qk_norm(attn, tables)
+        elif tables:
+            rotated_heads = c.n_head + c.n_kv_head
+            self.program.rotary(x=number["qkv"], width=c.head_dim, rotated_heads=rotated_heads, **tables)
         self.program.attention(
             x=number["qkv"], out=number["y"], layer=layer, heads=c.n_head, kv_heads=c.n_kv_head, width=c.head_dim,
             scale=default_scale(c.head_dim, attn.scale), window=attn.window or 0, alibi=self.slopes,
+        )  # fmt: skip
+
+    def _qk_norm(self, attn: CausalSelfAttention, tables: dict[str, object]) -> None:
+        """Normalize the queries and keys of qkv in place, and rotate them by the tables, if there are any."""
+        c, norm, joint = self.config, attn.q_norm, self.config.qk_norm == "full"
+        weights = [self._hold(part.weight) for part in (norm, attn.k_norm)]
+        expected = [(c.head_dim * (heads if joint else 1),) for heads in (c.n_head, c.n_kv_head)]
+        _require("the norms of queries and keys", [tuple(w.shape) for w in weights], expected)
+        options = [(part.eps, part.offset, part.weight.dtype) for part in (norm, attn.k_norm)]
+        _require("k_norm", options[1], options[0])
+        self.program.qk_norm(
+            x=self.buffers["qkv"], width=c.head_dim, q_heads=c.n_head, k_heads=c.n_kv_head, joint=joint,
+            q_norm=weights[0], k_norm=weights[1], w_dtype=DTYPES[weights[0].dtype],
+            eps=default_eps(self.dtype, norm.eps), offset=norm.offset, **tables,
         )  # fmt: skip
 
     def _select_rows(self) -> None:
@@ -194,6 +216,7 @@ class ModelProgram:
         number, weight, bias = self.buffers, self._hold(own), self._hold(getattr(norm, "bias", None))
         self.program.norm(x=number[source], out=number[out], w=weight, w_dtype=DTYPES[weight.dtype],
                           eps=default_eps(self.dtype, norm.eps), rms=isinstance(norm, RMSNorm),
+                          offset=getattr(norm, "offset", 0.0),
                           residual=NONE if residual is None else number[residual], b=bias)  # fmt: skip
 
     def _linear(

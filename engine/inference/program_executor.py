@@ -81,4 +81,4 @@ class ProgramExecutor:
             layer_bytes=cache.layer_bytes, logit_rows=len(logit_rows), selected=selected,
             logits=None if hidden else out, hidden=out if hidden else None,
         )  # fmt: skip
-        return out if c.logit_scale == 1.0 else out.mul_(c.logit_scale)
+        return out.mul_(c.logit_scale) if hidden and c.logit_scale != 1.0 else out  # the head scales logits itself

@@ -23,7 +23,7 @@ from peakgpt.engine.inference.decode_graphs import MAX_BATCH, DecodeGraphs, alig
 from peakgpt.engine.inference.kv_cache import PagedKVCache
 from peakgpt.engine.inference.paged_attention import GatheredAttention, PagedAttention, TokenBatch
 from peakgpt.engine.model.plain import Snapshot
-from peakgpt.engine.model.positions import Positions, alibi_slopes, rotary_tables
+from peakgpt.engine.model.positions import Positions, model_slopes, rotary_tables
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
@@ -54,7 +54,7 @@ class TorchExecutor:
         self.snapshot = Snapshot(model)
         self.is_one_by_one = c.position in RELATIVE or self.snapshot.change is not None
         self.angles = rotary_tables(c, range(c.block_size), self.device) if c.rotary_dim else ()
-        self.slopes = alibi_slopes(c.n_head, self.device) if c.position == "alibi" else None
+        self.slopes = model_slopes(c, self.device)
         # Graphs read these addresses: the tensors must outlive a change of the model's parameters.
         self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
         obstacle = "the host reads how many rows each expert has" if _reads_counts(model) else None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.model.fp8 import fp8_linear
 from peakgpt.engine.model.kv_cache import AttentionCache
-from peakgpt.engine.model.plain import fusable, run_linear
+from peakgpt.engine.model.norms import RMSNorm
+from peakgpt.engine.model.plain import fusable, plain_parameters, run_linear
 from peakgpt.engine.model.positions import NO_POSITIONS, Positions
 from peakgpt.engine.model.state_dicts import ModuleWithConv1D
 from peakgpt.kernels.ops.attention import attention, attention_qkv, default_scale
 from peakgpt.kernels.ops.linear import linear
+from peakgpt.kernels.ops.qk_norm import qk_norm
 from peakgpt.kernels.ops.rotary import rotary
 
 
@@ -27,7 +30,8 @@ class CausalSelfAttention(ModuleWithConv1D):
     def __init__(
         self, n_embd: int, n_head: int, *, n_kv_head: int | None = None, head_dim: int | None = None,
         bias: bool = True, out_bias: bool | None = None, window: int | None = None, scale: float | None = None,
-        dropout: float = 0.0, relative: nn.Module | None = None, rotary_table: int | None = 0, device=None, dtype=None,
+        dropout: float = 0.0, qk_norm: str = "none", norm_eps: float | None = None, norm_offset: float = 0.0,
+        relative: nn.Module | None = None, rotary_table: int | None = 0, device=None, dtype=None,
     ):  # fmt: skip
         """
         Args:
@@ -40,6 +44,9 @@ class CausalSelfAttention(ModuleWithConv1D):
             window: number of keys that a query attends to, including its own; None means all.
             scale: factor on q k^T; None means 1 / sqrt(D).
             dropout: probability of dropping an attention weight in training.
+            qk_norm: RMSNorm of queries and keys before their rotation: "none"; "head", of each head with weights (D,);
+                "full", of all query heads together with a weight (H D,), and of all key heads.
+            norm_eps, norm_offset: of these norms, as in RMSNorm.
             relative: RelativeKeys or RelativeBias of engine/model/relative_positions.py; None without them.
             rotary_table: number of the pair (cos, sin) in Positions.rotary; None if this layer does not rotate.
         Raises:
@@ -53,13 +60,20 @@ class CausalSelfAttention(ModuleWithConv1D):
                 "expected n_head to divide n_embd and n_kv_head to divide n_head"
             )
         self.head_dim, self.dropout, self.fp8 = head_dim or n_embd // n_head, dropout, False
-        self.window, self.scale, self.rotary_table = window, scale, rotary_table
+        self.window, self.scale, self.rotary_table, self.qk_norm = window, scale, rotary_table, qk_norm
         if relative is not None:
             self.relative = relative
         packed = (n_head + 2 * self.n_kv_head) * self.head_dim
         out_bias = bias if out_bias is None else out_bias
         self.c_attn = nn.Linear(n_embd, packed, bias=bias, device=device, dtype=dtype)
         self.c_proj = nn.Linear(n_head * self.head_dim, n_embd, bias=out_bias, device=device, dtype=dtype)
+        if qk_norm not in ("none", "head", "full"):
+            raise ValueError(f"CausalSelfAttention: qk_norm is {qk_norm!r}, expected none, head or full")
+        if qk_norm != "none":
+            q_heads, k_heads = (n_head, self.n_kv_head) if qk_norm == "full" else (1, 1)
+            options = {"offset": norm_offset, "device": device, "dtype": dtype}
+            self.q_norm = RMSNorm(q_heads * self.head_dim, norm_eps, **options)
+            self.k_norm = RMSNorm(k_heads * self.head_dim, norm_eps, **options)
 
     def forward(
         self, x: Tensor, cache: AttentionCache | None = None, layer: int = 0, positions: Positions = NO_POSITIONS
@@ -75,26 +89,50 @@ class CausalSelfAttention(ModuleWithConv1D):
             (B, T, C)
         """
         qkv = self._linear(self.c_attn, x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
+        weights = None
+        if self.qk_norm != "none":
+            qkv, weights = self._norms(qkv)
         dropout = self.dropout if self.training and cache is None else 0.0
-        needs_unpacked = cache is not None or dropout or positions.need_unpacked_qkv
-        y = self._unpacked(qkv, cache, layer, positions, dropout) if needs_unpacked else self._packed(qkv, positions)
+        if cache is not None or dropout or positions.need_unpacked_qkv:
+            y = self._unpacked(qkv, weights, cache, layer, positions, dropout)
+        else:
+            y = self._packed(qkv, weights, positions)
         return self._linear(self.c_proj, y.flatten(2))  # (B, T, H D) -> (B, T, C)
 
-    def _packed(self, qkv: Tensor, positions: Positions) -> Tensor:
-        """Run rotary embedding and attention as one op on packed queries, keys and values."""
+    def _norms(self, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return qkv and the weights of q_norm and k_norm; if one is not plain, the normalized qkv and None."""
+        parameters = [plain_parameters(norm, RMSNorm) for norm in (self.q_norm, self.k_norm)]
+        if None not in parameters and self.q_norm.eps == self.k_norm.eps and self.q_norm.offset == self.k_norm.offset:
+            return qkv, tuple(p["weight"] for p in parameters)
+        q, k, v = self._split(qkv)
+        joint = self.qk_norm == "full"
+        q, k = (n(t.flatten(2) if joint else t).reshape(t.shape) for n, t in ((self.q_norm, q), (self.k_norm, k)))
+        return torch.cat((q, k, v), 2), None
+
+    def _packed(self, qkv: Tensor, weights: tuple[Tensor, Tensor] | None, positions: Positions) -> Tensor:
+        """Run norms, rotary embedding and attention as one op on packed queries, keys and values."""
+        options = {} if weights is None else {"norm_eps": self.q_norm.eps, "norm_offset": self.q_norm.offset}
         return attention_qkv(
-            qkv, *(self._angles(positions) or (None, None)), positions.cu_seqlens, n_head=self.n_head,
-            interleaved=positions.interleaved, window=self.window, scale=self.scale,
+            qkv, *(self._angles(positions) or (None, None)), positions.cu_seqlens, *(weights or (None, None)),
+            n_head=self.n_head, interleaved=positions.interleaved, window=self.window, scale=self.scale, **options,
         )  # fmt: skip
 
     def _unpacked(
-        self, qkv: Tensor, cache: AttentionCache | None, layer: int, positions: Positions, dropout: float
-    ) -> Tensor:
+        self, qkv: Tensor, weights: tuple[Tensor, Tensor] | None, cache: AttentionCache | None, layer: int,
+        positions: Positions, dropout: float,
+    ) -> Tensor:  # fmt: skip
         """Run attention with a KV cache, dropout, a bias or left padding."""
-        if angles := self._angles(positions):
-            rotated_heads = self.n_head + self.n_kv_head
-            qkv = rotary(qkv, *angles, heads=rotated_heads, interleaved=positions.interleaved)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        tables, heads = self._angles(positions), self.n_head + self.n_kv_head
+        if weights is not None:
+            qk, v = qkv.split((heads, self.n_kv_head), 2)
+            q, k = qk_norm(
+                qk, *weights, *(tables or (None, None)), n_head=self.n_head, interleaved=positions.interleaved,
+                eps=self.q_norm.eps, offset=self.q_norm.offset,
+            ).split((self.n_head, self.n_kv_head), 2)  # fmt: skip
+        else:
+            if tables is not None:
+                qkv = rotary(qkv, *tables, heads=heads, interleaved=positions.interleaved)
+            q, k, v = self._split(qkv)
         bias = None
         if positions.relative is not None:
             q, bias = self.relative(q, positions.relative, default_scale(self.head_dim, self.scale))
@@ -103,6 +141,9 @@ class CausalSelfAttention(ModuleWithConv1D):
         if cache is None:
             return attention(q, k, v, dropout=dropout, cu_seqlens=positions.cu_seqlens, **options)
         return cache.attend(layer, q, k, v, **options)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
 
     def _angles(self, positions: Positions) -> tuple[Tensor, Tensor] | None:
         """Return cos and sin of this layer's angles, (T, R / 2) each; None if it does not rotate."""

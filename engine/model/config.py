@@ -51,6 +51,10 @@ class GPTConfig:
         None, "width of the token embedding, which linear layers project to n_embd and back; none: n_embd"
     )
     norm: str = _field("layer", "layer (LayerNorm) or rms (RMSNorm, without bias)", choices=("layer", "rms"))
+    norm_offset: float = _field(
+        0.0, "constant that rms norms add to their weights, which start at 1 - norm_offset", metavar="OFFSET",
+        only_with={"norm": ("rms",)},
+    )
     norm_weight: bool = _field(
         True, "norms have a weight; false: LayerNorm without parameters", only_with={"norm": ("layer",)}
     )
@@ -91,12 +95,20 @@ class GPTConfig:
         (True,), "for each layer whether it rotates; false: it has no positions; a shorter list is repeated to n_layer "
         "entries", only_with=WITH_ROTARY,
     )  # fmt: skip
+    alibi_scale: float = _field(
+        1.0, "factor on the slopes of ALiBi", above=0, metavar="FACTOR", only_with={"position": ("alibi",)}
+    )
     windows: tuple[int | None, ...] = _size(
         (None,), "for each layer the number of keys that a query attends to, including its own; none: all; a shorter "
         "list is repeated to n_layer entries",
     )  # fmt: skip
     attention_scale: float | None = _field(None, "factor on q k^T; none: 1 / sqrt(head_dim)", metavar="FACTOR")
     scale_by_layer: bool = _field(False, "divide that factor by i + 1 in layer i")
+    qk_norm: str = _field(
+        "none", "rms norm of queries and keys before their rotation: none; head: of each head, with one weight for all "
+        "query heads and one for all key heads; full: of all query heads together and of all key heads together",
+        choices=("none", "head", "full"), metavar="KIND",
+    )  # fmt: skip
     residual: str = _field(
         "pre_norm", "how the branches of a block are connected: pre_norm, post_norm, parallel with one or two norms, "
         "sandwich_norm (norms before and after each branch), or output_norm (after each branch, before it is added)",
@@ -131,6 +143,9 @@ class GPTConfig:
     tied_head: bool = _field(True, "the head shares its weight with the token embedding")
     head_bias: bool = _field(False, "an untied head has a bias")
     logit_scale: float = _field(1.0, "factor on the logits", above=0, metavar="FACTOR")
+    logit_softcap: float | None = _field(
+        None, "limit of the scaled logits: limit * tanh(logits / limit); none: no limit", above=0, metavar="LIMIT"
+    )
     label_smoothing: float = _rate(
         0.0, "share of a target's probability that is spread over the vocabulary, in training", metavar="SHARE"
     )
@@ -192,6 +207,8 @@ class GPTConfig:
         self._require("embedding_scale", is_valid, "1 with learned positions")
         is_valid = self.position_offset == 0 or self.position == "learned"
         self._require("position_offset", is_valid, "0, or more with learned positions")
+        is_valid = self.alibi_scale == 1.0 or self.position == "alibi"
+        self._require("alibi_scale", is_valid, f"1.0 as position is {self.position}")
 
     def _check_bias(self) -> None:
         if not isinstance(self.bias, bool):
@@ -200,6 +217,7 @@ class GPTConfig:
             parts = tuple(part for part in BIASED if part in self.bias)
             self._set(bias={BIASED: True, (): False}.get(parts, parts))
         self._require("bias", self.norm != "rms" or not self.has_bias("norm"), "no bias of norms, as norm is rms")
+        self._require("norm_offset", self.norm == "rms" or self.norm_offset == 0.0, "0, as norm is layer")
         self._require("norm_weight", self.norm_weight or self.norm == "layer", "true, as norm is rms")
         needs_weight = self.has_bias("norm") and not self.norm_weight
         self._require("bias", not needs_weight, "no bias of norms, as norm_weight is false")

@@ -39,7 +39,8 @@ def _attention(config: GPTConfig) -> int:
     c, heads, d = config.n_embd, config.n_head, config.head_dim
     qkv = (c + config.has_bias("qkv")) * (heads + 2 * config.n_kv_head) * d
     relative = {"transformer_xl": (c + 2) * heads * d, "relative_bias": BUCKETS * heads}.get(config.position, 0)
-    return qkv + (heads * d + config.has_bias("out")) * c + relative
+    norms = {"none": 0, "head": 2 * d, "full": (heads + config.n_kv_head) * d}[config.qk_norm]
+    return qkv + (heads * d + config.has_bias("out")) * c + relative + norms
 
 
 def _mlp(config: GPTConfig, layer: int, active: bool) -> int:

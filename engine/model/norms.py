@@ -44,13 +44,27 @@ class RMSNorm(nn.RMSNorm):
     """RMSNorm over the last axis."""
 
     recompute = False  # set by engine/model/recompute.py
+    offset = 0.0
 
-    def __init__(self, n_embd: int, eps: float | None = None, *, device=None, dtype=None):
+    def __init__(self, n_embd: int, eps: float | None = None, *, offset: float = 0.0, device=None, dtype=None):
+        """
+        Args:
+            n_embd: C.
+            eps: added to the mean square; None as in torch.
+            offset: added to the weight, which starts at 1 - offset.
+        """
         super().__init__(n_embd, eps=eps, device=device, dtype=dtype)
+        if offset:
+            self.offset = offset
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight so that its sum with the offset is 1."""
+        nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x, (..., C)."""
-        y = rmsnorm(x, self.weight, eps=self.eps)
+        y = rmsnorm(x, self.weight, eps=self.eps, offset=self.offset)
         return recomputable(y, self.forward, x) if self.recompute and is_plain(self, RMSNorm) else y
 
 
@@ -69,7 +83,7 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tens
     if (p := plain_parameters(norm, LayerNorm)) is not None:
         total, y = add_layernorm(x, residual, _weight(p["weight"], x), p["bias"], eps=norm.eps)
     elif (p := plain_parameters(norm, RMSNorm)) is not None:
-        total, y = add_rmsnorm(x, residual, p["weight"], eps=norm.eps)
+        total, y = add_rmsnorm(x, residual, p["weight"], eps=norm.eps, offset=norm.offset)
     else:
         total = x + residual
         return total, norm(total)
@@ -84,6 +98,6 @@ def _weight(weight: Tensor | None, x: Tensor) -> Tensor:
 def make_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     """Build the norm of a model: `config.norm` chooses the class."""
     if config.norm == "rms":
-        return RMSNorm(config.n_embd, config.layer_norm_epsilon)
+        return RMSNorm(config.n_embd, config.layer_norm_epsilon, offset=config.norm_offset)
     options = {"elementwise_affine": config.norm_weight, "bias": config.has_bias("norm")}
     return LayerNorm(config.n_embd, config.layer_norm_epsilon, **options)

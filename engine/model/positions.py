@@ -2,7 +2,7 @@
 
     learned: row position_offset + p of the table      rotary: pair i turns by p f_i, see rope_scaling.py
     alibi:   the slope of head h of n, n a power of two, is 2^(-8 (h + 1) / n); another n uses the slopes of the power
-             of two below it, then every second slope of the power of two above it
+             of two below it, then every second slope of the power of two above it; each times alibi_scale
     transformer_xl, relative_bias: engine/model/relative_positions.py
 
 p counts from the first token of the sequence: p = t - start in a left-padded row. Only the learned table needs p; the
@@ -58,7 +58,7 @@ def make_positions(
         device: of the model.
     """
     rotary = rotary_tables(config, range(past, past + tokens), device) if config.rotary_dim else ()
-    slopes = alibi_slopes(config.n_head, device) if config.position == "alibi" else None
+    slopes = model_slopes(config, device)
     relative = distances(config, past + tokens, device) if config.position in RELATIVE else None
     return Positions(rotary, config.rotary_interleaved, slopes, relative, start)
 
@@ -80,7 +80,7 @@ def packed_positions(config: GPTConfig, position_ids: Tensor) -> Positions:
     """
     refuse_relative_positions(config)
     count, device = position_ids.numel(), position_ids.device
-    slopes = alibi_slopes(config.n_head, device) if config.position == "alibi" else None
+    slopes = model_slopes(config, device)
     is_start = position_ids == 0
     is_start[:, 0] = True
     index = torch.arange(count, dtype=torch.int32, device=device)
@@ -119,6 +119,11 @@ def rotary_tables(
         table = angle.cos(), angle.sin()
         tables.append(table if factor == 1.0 else tuple(column * factor for column in table))
     return tuple(tables)
+
+
+def model_slopes(config: GPTConfig, device: torch.device | str) -> Tensor | None:
+    """Return the ALiBi slope of each head of a model, (H,) float32; None for a model with other positions."""
+    return alibi_slopes(config.n_head, device) * config.alibi_scale if config.position == "alibi" else None
 
 
 def alibi_slopes(heads: int, device: torch.device | str) -> Tensor:

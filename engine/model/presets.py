@@ -18,6 +18,7 @@ from typing import Any
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets_experts import EXPERT_PRESETS
 from peakgpt.engine.model.presets_llama import LLAMA_PRESETS
+from peakgpt.engine.model.presets_other import OTHER_PRESETS
 
 
 def _sized(rows: dict[str, tuple[int, int, int]], **family: Any) -> dict[str, dict[str, Any]]:
@@ -165,6 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **GOPHER,
     ),
     **LLAMA_PRESETS,
+    **OTHER_PRESETS,
     **EXPERT_PRESETS,
     "glam-64b-64e": {
         "n_layer": 64,

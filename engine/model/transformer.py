@@ -29,6 +29,7 @@ from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.embedding import embedding
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from peakgpt.kernels.ops.soft_cap import soft_cap
 
 INIT_STD = 0.02  # GPT-2's initializer_range
 
@@ -65,7 +66,8 @@ class Transformer(ModuleWithConv1D):
             elif parameter.dim() >= 2 and not name.endswith("bias"):
                 parameter.normal_(0.0, INIT_STD / (self.config.logit_scale if name == head else 1.0))
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # biases, and weights of norms
+                # Vectors are biases and weights of norms.
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0 - self.config.norm_offset)
 
     def forward(
         self, input_ids: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -118,7 +120,7 @@ class Transformer(ModuleWithConv1D):
         return linear_cross_entropy(
             h, self._head_weight, targets, weight, reduction="mean" if weight is None else "sum",
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
-            z_loss=self.config.z_loss if self.training else 0.0,
+            z_loss=self.config.z_loss if self.training else 0.0, softcap=self.config.logit_softcap,
         )  # fmt: skip
 
     def _loss(self, logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
@@ -224,7 +226,8 @@ class Transformer(ModuleWithConv1D):
     def compute_logits(self, h: Tensor) -> Tensor:
         """Compute the logits, (..., V), of hidden states, (..., C)."""
         product, head = fp8_linear if self._has_fp8_head else linear, self._modules.get("lm_head")
-        return product(h, self._head_weight) if head is None else run_linear(head, h, product)
+        logits = product(h, self._head_weight) if head is None else run_linear(head, h, product)
+        return soft_cap(logits, self.config.logit_softcap)
 
     def _run_blocks(
         self, x: Tensor, positions: Positions, cache: AttentionCache | None, balance: list[Tensor] | None = None

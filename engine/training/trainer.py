@@ -38,7 +38,7 @@ class Trainer:
     """Updates a model in place, one batch per step.
 
     On CUDA a step is one CUDA graph. On a CPU the step of a small model that has no modules of others is recorded and
-    replayed in the same way (engine/graph_capture.py).
+    replayed in the same way (engine/graph_capture.py). A model whose parameters have hooks runs without a replay.
 
     Attributes:
         steps: planned updates; may change between two steps, and the schedule follows.

@@ -42,6 +42,12 @@ def same(op: str, first: str, x: Tensor, *, mixed: bool = False, **others: Tenso
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected {first}'s dtype {x.dtype}")
 
 
+def both(op: str, first: str, a: Tensor | None, second: str, b: Tensor | None) -> None:
+    """Check that two tensors are given together, or neither of them."""
+    if (a is None) != (b is None):
+        raise ValueError(f"{op}: got only {second if a is None else first}, expected {first} and {second}, or neither")
+
+
 def integers(op: str, name: str, tensor: Tensor | None, device: torch.device) -> None:
     """Check that a tensor is int64 or int32 and on the device. None passes."""
     if tensor is None:

@@ -1,45 +1,79 @@
 """Attention over one packed projection on the CPU: the kernels of cpu/attention.py on views of qkv and of dqkv.
 
 With rotary embedding the forward pass saves the rotated projection, and the backward pass of attention applies the
-inverse rotation to dq and dk tile by tile.
+inverse rotation to dq and dk tile by tile. With norms the forward pass saves the normalized queries and keys, and the
+kernel of cpu/qk_norm.py finishes dq and dk in place.
 """
 
 from __future__ import annotations
 
 import torch
 
-from peakgpt.kernels.cpu import attention, rotary
+from peakgpt.kernels.cpu import attention, qk_norm, rotary
 from peakgpt.kernels.ops.attention import rotated_heads
 
 NO_GRADIENT = rotary.NO_GRADIENT
 
 
-def objection(qkv, cos=None, sin=None, cu_seqlens=None, *, n_head, interleaved=False, **params) -> str | None:
+def objection(
+    qkv, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, *, n_head, interleaved=False, norm_eps=None,
+    norm_offset=0.0, **params,
+) -> str | None:  # fmt: skip
     reason = None if cos is None else rotary.objection(qkv, cos)
+    if q_norm is not None:
+        reason = reason or qk_norm.objection(qkv, q_norm, k_norm)
     return reason or attention.objection(*_split(qkv, n_head), **params)
 
 
-def forward(outputs, saved, qkv, cos, sin, cu_seqlens, *, n_head, interleaved, **params):
-    lse, *rotated = saved
-    if rotated:
-        rotary.rotate(qkv, cos, sin, rotated[0], rotated_heads(qkv, n_head), interleaved)
-        (qkv,) = rotated
-    attention.attend(outputs[0], lse, *_split(qkv, n_head), cu_seqlens=cu_seqlens, **params)
+def forward(
+    outputs, saved, qkv, cos, sin, cu_seqlens, q_norm, k_norm, *, n_head, interleaved, norm_eps, norm_offset, **params
+):
+    lse, *prepared = saved
+    if q_norm is not None:
+        qk, r = prepared
+        qk_norm.normalize(
+            qk, r, qkv[:, :, : qk.shape[2]], q_norm, k_norm, cos, sin, n_head=n_head, interleaved=interleaved,
+            eps=norm_eps, offset=norm_offset,
+        )  # fmt: skip
+    elif prepared:
+        rotary.rotate(qkv, cos, sin, prepared[0], rotated_heads(qkv, n_head), interleaved)
+    heads = _prepared(qkv, prepared, n_head)
+    attention.attend(outputs[0], lse, *heads, cu_seqlens=cu_seqlens, **params)
 
 
-def backward(grads, inputs, outputs, saved, needs, *, n_head, **params):
-    qkv, cos, sin, cu_seqlens = inputs
-    lse, *rotated = saved
-    if rotated:
-        (qkv,) = rotated
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+def backward(
+    grads, inputs, outputs, saved, needs, *, n_head, interleaved, norm_eps, norm_offset, **params
+):
+    qkv, cos, sin, cu_seqlens, q_norm, k_norm = inputs
+    lse, *prepared = saved
+    whole = prepared[0] if qkv is None else qkv
+    dqkv = torch.empty_like(whole, memory_format=torch.contiguous_format)
     into = dict(zip(("dq", "dk", "dv"), _split(dqkv, n_head), strict=True))
-    options = {"cos": cos, "sin": sin, "cu_seqlens": cu_seqlens, **params}
-    attention.gradients(into, grads[0], outputs[0], lse, *_split(qkv, n_head), **options)
-    return dqkv, None, None, None
+    rotation = {"cos": cos, "sin": sin, "interleaved": interleaved} if q_norm is None else {}
+    heads = _prepared(whole, prepared, n_head)
+    attention.gradients(into, grads[0], outputs[0], lse, *heads, cu_seqlens=cu_seqlens, **rotation, **params)
+    if q_norm is None:
+        return dqkv, *[None] * 5
+    qk, r = prepared
+    dqk = dqkv[:, :, : qk.shape[2]]
+    dw = qk_norm.gradients(
+        dqk, dqk, r, qkv[:, :, : qk.shape[2]], q_norm, k_norm, cos, sin, needs=needs[4:6], n_head=n_head,
+        interleaved=interleaved, offset=norm_offset,
+    )  # fmt: skip
+    return dqkv, None, None, None, *dw
 
 
 def _split(qkv, n_head):
     """Return the views (q, k, v)."""
     kv_heads = (qkv.shape[2] - n_head) // 2
     return qkv[:, :, :n_head], qkv[:, :, n_head : n_head + kv_heads], qkv[:, :, n_head + kv_heads :]
+
+
+def _prepared(qkv, prepared, n_head):
+    """Return (q, k, v) as attention reads them: prepared[0] is a rotated projection, or normalized queries and keys."""
+    if not prepared:
+        return _split(qkv, n_head)
+    heads = prepared[0].shape[2]
+    if heads == qkv.shape[2]:
+        return _split(prepared[0], n_head)
+    return prepared[0][:, :, :n_head], prepared[0][:, :, n_head:], qkv[:, :, heads:]

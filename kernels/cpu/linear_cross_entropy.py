@@ -29,7 +29,7 @@ def objection(x: Tensor, *_, **__) -> str | None:
     return dtype_objection(x)
 
 
-def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, label_smoothing, z_loss, prefer,
+def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, label_smoothing, z_loss, softcap, prefer,
             group, first, vocab, into=(None,) * 4):  # fmt: skip
     flat, target, shard = rows(x), target.reshape(-1).long(), shard_of(group, first, vocab)
     weight = None if weight is None else weight.reshape(-1).float()
@@ -42,7 +42,7 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
     elif saved:
         dx, saved_dw = (t if t.numel() else None for t in saved)
         dw = saved_dw if dw is None else dw
-    terms = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    terms = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
     products = Products(flat, w, None if dx is None else dx.view(flat.shape), dw, into[1] is None, shard)
     for block, logits in products.blocks():
         if shard is None:
@@ -58,6 +58,7 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
                 with_gradient=products.needed,
                 smoothing=label_smoothing,
                 z_loss=z_loss,
+                softcap=softcap or 0.0,
                 scale=scale,
                 weight=None if weight is None else weight[block],
                 threads=threads(),
@@ -77,7 +78,7 @@ def forward(outputs, saved, x, w, target, weight, *, ignore_index, reduction, la
         outputs[0].copy_(total if count is None else total / count)
 
 
-def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, label_smoothing, z_loss, prefer,
+def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, label_smoothing, z_loss, softcap, prefer,
              group, first, vocab, into=(None,) * 4):  # fmt: skip
     x, w, target, weight = inputs
     if reduction != "none":
@@ -87,7 +88,7 @@ def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, l
     dloss = dloss if weight is None else dloss * weight.reshape(-1).float()
     dx = torch.empty_like(flat) if needs[0] else None
     dw = into[1] if into[1] is not None or not needs[1] else torch.empty_like(w)
-    terms = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    terms = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
     shard = shard_of(group, first, vocab)
     products = Products(flat, w, dx, dw, into[1] is None, shard)
     for block, logits in products.blocks():
@@ -97,7 +98,9 @@ def backward(grads, inputs, outputs, saved, needs, *, ignore_index, reduction, l
     return None if dx is None else dx.view(x.shape), dw, None, None
 
 
-def _losses_over_shards(shard: Shard, logits: Tensor, target: Tensor, **terms) -> tuple[Tensor, Tensor]:
+def _losses_over_shards(
+    shard: Shard, logits: Tensor, target: Tensor, *, softcap: float | None, **terms
+) -> tuple[Tensor, Tensor]:
     """Return the losses of a block and its (m, l), over all shards."""
     parts = logits.new_empty(target.numel(), 4 if terms["label_smoothing"] else 3, dtype=torch.float32)
     _C.cross_entropy_shard(
@@ -109,6 +112,7 @@ def _losses_over_shards(shard: Shard, logits: Tensor, target: Tensor, **terms) -
         ignore_index=terms["ignore_index"],
         first=shard.first,
         width=parts.shape[1],
+        softcap=softcap or 0.0,
         parts=parts,
         threads=threads(),
     )
@@ -117,7 +121,7 @@ def _losses_over_shards(shard: Shard, logits: Tensor, target: Tensor, **terms) -
 
 def _gradients(
     shard: Shard | None, logits: Tensor, target: Tensor, stats: Tensor, dloss: Tensor, *,
-    ignore_index: int, label_smoothing: float, z_loss: float,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
 ) -> None:  # fmt: skip
     """Overwrite the logits with their gradient; dloss is the gradient of each row's loss."""
     first, total = (0, logits.shape[1]) if shard is None else (shard.first, shard.vocab)
@@ -132,6 +136,7 @@ def _gradients(
         dloss=dloss,
         smoothing=label_smoothing,
         z_loss=z_loss,
+        softcap=softcap or 0.0,
         first=first,
         total=total,
         threads=threads(),

@@ -29,7 +29,7 @@ class Norm:
             return f"takes w and b of one dtype, got {w.dtype} and {b.dtype}"
         return dtype_objection(x, w)
 
-    def forward(self, outputs, saved, x, *tensors, eps):
+    def forward(self, outputs, saved, x, *tensors, eps, offset=0.0):
         w, b = self._parameters(tensors)
         x, residual = rows(x), rows(tensors[0]) if self.residual else None
         _C.norm_forward(
@@ -43,6 +43,7 @@ class Norm:
             y=outputs[-1],
             r=saved[-1],
             eps=default_eps(x.dtype, eps),
+            offset=offset,
             b=b,
             residual=residual,
             residual_stride=0 if residual is None else residual.stride(0),
@@ -51,7 +52,7 @@ class Norm:
             threads=threads(),
         )
 
-    def backward(self, grads, inputs, outputs, saved, needs, *, eps):
+    def backward(self, grads, inputs, outputs, saved, needs, *, eps, offset=0.0):
         w, _ = self._parameters(inputs[1:])
         need_x, need_residual, need_w, need_b = self._needs(needs)
         x = outputs[0] if self.residual else inputs[0]
@@ -71,6 +72,7 @@ class Norm:
             x_stride=x.stride(0),
             w=w,
             r=saved[-1],
+            offset=offset,
             dsum=dsum,
             dsum_stride=0 if dsum is None else dsum.stride(0),
             mu=saved[0] if self.mean else None,

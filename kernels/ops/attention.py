@@ -24,6 +24,7 @@ from torch import Tensor
 from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op
 from peakgpt.kernels.ops.philox import philox
+from peakgpt.kernels.ops.qk_norm import check_norms, qk_norm, sample_norms, statistics
 from peakgpt.kernels.ops.rotary import check_tables, rotary, sample_tables
 
 
@@ -249,17 +250,19 @@ def _split(qkv, n_head):
     return qkv.split((n_head, kv_heads, kv_heads), dim=2)
 
 
-def _check_qkv(qkv, cos, sin, cu_seqlens, *, n_head, interleaved, causal, window, scale):
+def _check_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, *, n_head, **_):
     check.shape("attention_qkv", "qkv", qkv, None, None, None, None)
     rest = qkv.shape[2] - n_head
     if n_head < 1 or rest < 2 or rest % 2 or n_head % (rest // 2):
         raise ValueError(
             f"attention_qkv: {qkv.shape[2]} heads in total and {n_head} query heads, expected H + 2 K with K dividing H"
         )
-    if (cos is None) != (sin is None):
-        raise ValueError(f"attention_qkv: got only {'cos' if sin is None else 'sin'}, expected cos and sin, or neither")
+    check.both("attention_qkv", "cos", cos, "sin", sin)
     if cos is not None:
         check_tables("attention_qkv", "qkv", qkv, cos, sin)
+    check.both("attention_qkv", "q_norm", q_norm, "k_norm", k_norm)
+    if q_norm is not None:
+        check_norms("attention_qkv", "qkv", qkv, q_norm, k_norm, n_head, rest // 2)
     if cu_seqlens is not None:
         check.offsets("attention_qkv", "cu_seqlens", cu_seqlens, qkv.shape[1], qkv.device)
         if qkv.shape[0] != 1:
@@ -271,54 +274,81 @@ def rotated_heads(qkv: Tensor, n_head: int) -> int:
     return (n_head + qkv.shape[2]) // 2
 
 
-def _cost_qkv(qkv, cos=None, sin=None, cu_seqlens=None, *, n_head, interleaved=False, **params):
-    """Attention's cost. With rotary, forward also writes the rotated projection, and backward rotates the gradients."""
-    plain = attention.cost(*_split(qkv, n_head), **params)
-    if cos is None:
+def _cost_qkv(
+    qkv, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, *, n_head, interleaved=False, norm_eps=None,
+    norm_offset=0.0, **params,
+):  # fmt: skip
+    """Attention's cost. With rotary or norms, forward also writes the heads as attention takes them.
+
+    Backward also reads queries and keys before the norms.
+    """
+    plain, heads = attention.cost(*_split(qkv, n_head), **params), rotated_heads(qkv, n_head)
+    if q_norm is not None:
+        more = qk_norm.cost(qkv[:, :, :heads], q_norm, k_norm, cos, sin, n_head=n_head)
+    elif cos is not None:
+        more = rotary.cost(qkv, cos, sin, heads=heads)
+    else:
         return plain
-    rotation = rotary.cost(qkv, cos, sin, heads=rotated_heads(qkv, n_head))
-    tables = rotation.bytes - 2 * rotation.written
     return Cost(
-        plain.flops + rotation.flops, plain.bytes + tables, plain.backward_flops + rotation.backward_flops,
-        plain.backward_bytes + tables + rotation.written, plain.written, plain.backward_written + rotation.written,
+        plain.flops + more.flops, plain.bytes + more.bytes - 2 * more.written,
+        plain.backward_flops + more.backward_flops, plain.backward_bytes + more.backward_bytes - more.written,
+        plain.written, plain.backward_written + more.backward_written,
     )  # fmt: skip
 
 
 def _sample_qkv(
     batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, kv_heads: int | None = None,
-    pairs: int | None = None, documents: int | None = None, **like,
+    pairs: int | None = None, documents: int | None = None, norms: int | None = None, **like,
 ):  # fmt: skip
     """Return random inputs.
 
-    `pairs`, the rotated feature pairs per head, adds the rotary tables; `documents` adds their starts, with batch 1.
+    `pairs`, the rotated feature pairs per head, adds the rotary tables; `documents` adds their starts, with batch 1;
+    `norms` adds norms of queries and keys, of the kinds of `sample_norms`.
     """
-    qkv = torch.randn(batch, tokens, heads + 2 * (kv_heads or heads), head_dim, **like)
-    tables = () if pairs is None else sample_tables(tokens, pairs, **like)
-    if documents is None:
-        return qkv, *tables
-    starts = torch.arange(documents + 1, device=qkv.device) * tokens // documents
-    return qkv, *(tables or (None, None)), starts
+    kv_heads = kv_heads or heads
+    qkv = torch.randn(batch, tokens, heads + 2 * kv_heads, head_dim, **like)
+    tables = (None, None) if pairs is None else sample_tables(tokens, pairs, **like)
+    starts = None if documents is None else torch.arange(documents + 1, device=qkv.device) * tokens // documents
+    weights = (None, None) if norms is None else sample_norms(norms, heads, kv_heads, head_dim, **like)
+    return qkv, *tables, starts, *weights
 
 
-def _alloc_qkv(qkv, cos, sin, cu_seqlens, *, needs, n_head, **_):
-    """Saves attention's lse and, with rotary, the rotated projection instead of qkv."""
+def _alloc_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, *, needs, n_head, **_):
+    """Saves attention's lse and, with rotary, the rotated projection instead of qkv.
+
+    With norms it saves the normalized and rotated queries and keys besides qkv, and r of `qk_norm`.
+    """
     outputs, saved = _alloc(qkv[:, :, :n_head], needs=needs)
+    if q_norm is not None:
+        qk = qkv[:, :, : rotated_heads(qkv, n_head)]
+        prepared = torch.empty(qk.shape, dtype=qkv.dtype, device=qkv.device)
+        return outputs, (*saved, prepared, statistics(qk, q_norm, k_norm))
     rotated = () if cos is None else (torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),)
     return outputs, (*saved, *rotated)
 
 
-def _saved_for_backward_qkv(qkv, cos, sin, cu_seqlens):
-    return ("qkv", "cu_seqlens", "out") if cos is None else ("cos", "sin", "cu_seqlens", "out")
+def _saved_for_backward_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm):
+    rotated_only = cos is not None and q_norm is None
+    return (*(() if rotated_only else ("qkv",)), "cos", "sin", "cu_seqlens", "q_norm", "k_norm", "out")
 
 
-def _rotated(qkv, cos, sin, n_head, interleaved):
-    if cos is not None:
-        qkv = rotary.eager(qkv, cos, sin, heads=rotated_heads(qkv, n_head), interleaved=interleaved)
-    return _split(qkv, n_head)
+def _prepare(qkv, cos, sin, q_norm, k_norm, *, n_head, interleaved, norm_eps, norm_offset):
+    """Return q, k and v as attention takes them: normalized and rotated."""
+    q, k, v = _split(qkv, n_head)
+    if q_norm is None and cos is None:
+        return q, k, v
+    if q_norm is None:
+        return _split(rotary.eager(qkv, cos, sin, heads=rotated_heads(qkv, n_head), interleaved=interleaved), n_head)
+    qk = qk_norm.eager(
+        qkv[:, :, : rotated_heads(qkv, n_head)], q_norm, k_norm, cos, sin, n_head=n_head, interleaved=interleaved,
+        eps=norm_eps, offset=norm_offset,
+    )  # fmt: skip
+    return *qk.split((n_head, k.shape[2]), 2), v
 
 
-def _differentiable_qkv(qkv, cos, sin, cu_seqlens, *, n_head, interleaved, causal, window, scale):
-    tensors, params = attention.bind(_rotated(qkv, cos, sin, n_head, interleaved), {"cu_seqlens": cu_seqlens})
+def _differentiable_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, *, causal, window, scale, **preparation):
+    heads = _prepare(qkv, cos, sin, q_norm, k_norm, **preparation)
+    tensors, params = attention.bind(heads, {"cu_seqlens": cu_seqlens})
     return attention.run_differentiable(tensors, {**params, "causal": causal, "window": window, "scale": scale})
 
 
@@ -333,30 +363,38 @@ def _restore_qkv(inputs, outputs):
 
 @op(
     cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv,
-    autocast="lower", autocast_exempt=("cos", "sin"), saved_for_backward=_saved_for_backward_qkv,
+    autocast="lower", autocast_exempt=("cos", "sin", "q_norm", "k_norm"), saved_for_backward=_saved_for_backward_qkv,
     strided=("qkv", "out"), differentiable=_differentiable_qkv, restore=_restore_qkv,
 )  # fmt: skip
 def attention_qkv(
-    qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
-    n_head: int, interleaved: bool = False, causal: bool = True, window: int | None = None, scale: float | None = None,
+    qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, *, n_head: int, interleaved: bool = False,
+    causal: bool = True, window: int | None = None, scale: float | None = None, norm_eps: float | None = None,
+    norm_offset: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Attention over one packed projection. Its gradient is one tensor too, without a concatenation.
 
     With cos and sin, queries and keys are first rotated as by `rotary`. Backward rotates their gradients in float32
-    inside the attention kernel, without another pass over memory.
+    inside the attention kernel, without another pass over memory. With q_norm and k_norm, queries and keys are first
+    normalized, then rotated, as by `qk_norm`.
 
     Args:
         qkv: (B, T, H + 2 K, D): H query heads, then K key heads, then K value heads; strides as in `attention`.
         cos, sin: (T, R / 2) dtype of qkv, or float32; both or neither. Fused backends give them no gradient.
         cu_seqlens: (N + 1,) integers, the starts of packed documents, as in `attention`; B = 1.
+        q_norm, k_norm: weights, as in `qk_norm`; both or neither.
         n_head: H.
         interleaved: the layout of feature pairs, as in `rotary`.
         causal, window, scale: as in `attention`.
+        norm_eps, norm_offset: `eps` and `offset` of `qk_norm`.
     Returns:
         (B, T, H, D), dtype of qkv, contiguous.
     Raises:
         ValueError: shapes or parameters do not fit.
         NotImplementedError: the forced backend does not support the call; the message says why.
     """
-    heads = _rotated(qkv, cos, sin, n_head, interleaved)
+    heads = _prepare(
+        qkv, cos, sin, q_norm, k_norm, n_head=n_head, interleaved=interleaved, norm_eps=norm_eps,
+        norm_offset=norm_offset,
+    )  # fmt: skip
     return attention.eager(*heads, causal=causal, window=window, scale=scale, cu_seqlens=cu_seqlens)

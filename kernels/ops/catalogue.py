@@ -13,6 +13,7 @@ from peakgpt.kernels.ops.linear_grouped import linear_grouped
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
 from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
+from peakgpt.kernels.ops.qk_norm import qk_norm
 from peakgpt.kernels.ops.rotary import rotary
 from peakgpt.kernels.ops.sum_of_squares import sum_of_squares
 
@@ -35,6 +36,7 @@ __all__ = [
     "linear_q4",
     "linear_q8",
     "mlp",
+    "qk_norm",
     "rmsnorm",
     "rotary",
     "sum_of_squares",

@@ -1,8 +1,10 @@
 """Linear cross-entropy: the head's matrix product and the loss over the vocabulary, without the full logits.
 
-    z = x w^T      m = max_v z_v      t = sum_v exp(z_v - m)      lse = m + log t      e = label_smoothing
+    z = x w^T, or softcap tanh(x w^T / softcap)
+    m = max_v z_v      t = sum_v exp(z_v - m)      lse = m + log t      e = label_smoothing
     loss = log t - (z_target - m) + e (z_target - mean_v z_v) + z_loss lse^2
-    dz   = dloss (exp(z - m) / t (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V)      dx = dz w      dw = dz^T x
+    dz   = dloss (exp(z - m) / t (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V)
+    dx   = dz w      dw = dz^T x      with a softcap dz is first multiplied by 1 - (z / softcap)^2
 
 m and t are saved separately: a float32 lse has an error of half an ulp, 4e-6 for logits of 100, and so has every
 exp(z - lse).
@@ -25,13 +27,14 @@ from torch import Tensor
 
 from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op
+from peakgpt.kernels.ops.soft_cap import soft_cap
 from peakgpt.kernels.ops.vocab_parallel import shard_of
 
 IGNORE_INDEX = -100  # a target that does not count, as in F.cross_entropy
 ALLOWED = {"reduction": ("mean", "sum", "none"), "prefer": ("auto", "memory", "time")}
 
 
-def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, group, first, vocab, **strings):
+def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, softcap, group, first, vocab, **strings):
     for name, allowed in ALLOWED.items():
         if strings[name] not in allowed:
             raise ValueError(f"linear_cross_entropy: {name} is {strings[name]!r}, expected one of {', '.join(allowed)}")
@@ -39,6 +42,8 @@ def _check(x, w, target, weight, *, ignore_index, label_smoothing, z_loss, group
         raise ValueError(f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected 0 to 1")
     if not z_loss >= 0.0:
         raise ValueError(f"linear_cross_entropy: z_loss is {z_loss}, expected at least 0")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"linear_cross_entropy: softcap is {softcap}, expected more than 0, or None")
     check.shape("linear_cross_entropy", "weight", weight, *target.shape)
     check.same("linear_cross_entropy", "x", x, mixed=True, weight=weight)
     check.shape("linear_cross_entropy", "w", w, None, check.width("linear_cross_entropy", "x", x))
@@ -107,6 +112,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     prefer: str = "auto",
     group: str = "",
     first: int = 0,
@@ -124,6 +130,7 @@ def linear_cross_entropy(
         reduction: "mean" over the targets that are not ignored (weighted if `weight` is given), "sum", or "none".
         label_smoothing: probability that is spread evenly over the whole vocabulary, 0 to 1.
         z_loss: factor on the square of the log of the softmax's denominator.
+        softcap: limit of the logits: the loss, with its smoothing and z-loss, is that of softcap tanh(z / softcap).
         prefer: memory use of the GPU backend: "memory" computes the logits in blocks, "time" all at once in the dtype
             of x, "auto" decides by their size.
         group, first, vocab: for a head that is split by rows over the ranks of a torch.distributed group: the values
@@ -138,10 +145,10 @@ def linear_cross_entropy(
     """
     labels = {"target": target.flatten().long(), "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if shard := shard_of(group, first, vocab):
-        loss = shard.eager_losses(x.reshape(-1, x.shape[-1]), w, z_loss=z_loss, **labels)
+        loss = shard.eager_losses(x.reshape(-1, x.shape[-1]), w, z_loss=z_loss, softcap=softcap, **labels)
     else:
         logits = F.linear(x, w).reshape(target.numel(), w.shape[0])
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = soft_cap(logits if logits.dtype == torch.float64 else logits.float(), softcap)
         if weight is None and z_loss == 0.0:
             loss = F.cross_entropy(logits, **labels, reduction=reduction)
             return loss.view(target.shape) if reduction == "none" else loss

@@ -7,10 +7,10 @@ LayerNorm: normalize each row, then scale and shift.
     dx = r * (g - mean(g) - z * mean(g * z))    where g = dy * w
     dw = sum_rows(dy * z)      db = sum_rows(dy)
 
-RMSNorm: scale each row to a root mean square of 1, then by a weight.
+RMSNorm: scale each row to a root mean square of 1, then by a weight, to which a constant may be added.
 
-    r  = 1 / sqrt(mean(x^2) + eps)      z = x * r      y = z * w
-    dx = r * (g - z * mean(g * z))      dw = sum_rows(dy * z)
+    r  = 1 / sqrt(mean(x^2) + eps)      z = x * r      y = z * (offset + w)
+    dx = r * (g - z * mean(g * z))      dw = sum_rows(dy * z)      where g = dy * (offset + w)
 
 Ba, Kiros, Hinton 2016, "Layer Normalization", arXiv:1607.06450, eq. 3-4. Zhang, Sennrich 2019, "Root Mean Square Layer
 Normalization", arXiv:1910.07467, eq. 4, with eps inside the root as in LayerNorm.
@@ -93,9 +93,11 @@ def default_eps(dtype: torch.dtype, eps: float | None) -> float:
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps if eps is None else eps
 
 
-def _rmsnorm(x: Tensor, w: Tensor, eps: float | None) -> Tensor:
+def rms_normalize(x: Tensor, w: Tensor, eps: float | None, offset: float) -> Tensor:
+    """RMSNorm in at least float32, rounded once to the dtype of x."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), x.shape[-1:], w.to(wide), default_eps(x.dtype, eps)).to(x.dtype)
+    w = w.to(wide) + offset if offset else w.to(wide)
+    return F.rms_norm(x.to(wide), x.shape[-1:], w, default_eps(x.dtype, eps)).to(x.dtype)
 
 
 @op(
@@ -124,28 +126,30 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, *, eps: float = 1e-
 
 
 @op(
-    check=lambda x, w, *, eps: _check("rmsnorm", x, None, w, None),
+    check=lambda x, w, **_: _check("rmsnorm", x, None, w, None),
     cost=lambda x, w, **_: _cost(x, w, None, statistics=1, flops=4, backward_flops=9, added=False),
     sample=lambda rows=1024, width=768, **like: _sample(rows, width, **like)[:2],
-    alloc=lambda x, w, *, needs, eps: ((_empty(x),), (_statistic(x),)),
+    alloc=lambda x, *_, **__: ((_empty(x),), (_statistic(x),)),
     saved_for_backward=("x", "w"),
     strided=("x", "out"),
     autocast="norm",
 )
-def rmsnorm(x: Tensor, w: Tensor, *, eps: float | None = None) -> Tensor:
-    """Scale the last axis of x to a root mean square of 1, then by w.
+def rmsnorm(x: Tensor, w: Tensor, *, eps: float | None = None, offset: float = 0.0) -> Tensor:
+    """Scale the last axis of x to a root mean square of 1, then by offset + w.
 
     Args:
         x: (..., C) float32, bfloat16 or float16, any strides.
         w: (C,) dtype of x, or float32.
         eps: added to the mean square. Default: `default_eps`, as in F.rms_norm.
+        offset: added to w, in float32.
     Returns:
-        (..., C), dtype of x. Fused backends compute the statistic in float32 and round once.
+        (..., C), dtype of x. Computed in float32, rounded once: code that also rounds before the product with w differs
+        in the last bit.
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
         NotImplementedError: the forced backend does not support the call; the message says why.
     """
-    return _rmsnorm(x, w, eps)
+    return rms_normalize(x, w, eps, offset)
 
 
 @op(
@@ -182,23 +186,26 @@ def add_layernorm(
 
 
 @op(
-    check=lambda x, residual, w, *, eps: _check("add_rmsnorm", x, residual, w, None),
+    check=lambda x, residual, w, **_: _check("add_rmsnorm", x, residual, w, None),
     cost=lambda x, residual, w, **_: _cost(x, w, None, statistics=1, flops=5, backward_flops=10, added=True),
     sample=lambda rows=1024, width=768, **like: _sample_add(rows, width, **like)[:3],
-    alloc=lambda x, residual, w, *, needs, eps: ((_empty(x), _empty(x)), (_statistic(x),)),
+    alloc=lambda x, *_, **__: ((_empty(x), _empty(x)), (_statistic(x),)),
     saved_for_backward=("w", "sum"),
     restore=_restore_add,
     strided=("x", "residual", "sum", "normed"),
     outputs=("sum", "normed"),
     autocast="norm",
 )
-def add_rmsnorm(x: Tensor, residual: Tensor, w: Tensor, *, eps: float | None = None) -> tuple[Tensor, Tensor]:
+def add_rmsnorm(
+    x: Tensor, residual: Tensor, w: Tensor, *, eps: float | None = None, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Add the residual to x and apply RMSNorm to the sum, in one pass over memory.
 
     Args:
         x, residual: (..., C) float32, bfloat16 or float16, same shape and dtype, any strides.
         w: (C,) dtype of x, or float32.
         eps: added to the mean square. Default: `default_eps`, as in F.rms_norm.
+        offset: added to w, in float32.
     Returns:
         (sum, normed): both (..., C), dtype of x. normed is computed from the sum rounded to that dtype.
     Raises:
@@ -206,4 +213,4 @@ def add_rmsnorm(x: Tensor, residual: Tensor, w: Tensor, *, eps: float | None = N
         NotImplementedError: the forced backend does not support the call; the message says why.
     """
     total = x + residual
-    return total, _rmsnorm(total, w, eps)
+    return total, rms_normalize(total, w, eps, offset)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peakgpt.kernels.core.autograd import first_order
+from peakgpt.kernels.ops.soft_cap import soft_cap
 
 
 def vocab_shard(w: Tensor, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
@@ -82,7 +83,8 @@ class Shard:
         """Combine the partial results of all ranks to losses, with the m and t that backward needs.
 
         Args:
-            parts: (N, 3 or 4) m_r, t_r, z_r and, with label smoothing, s_r. m_r gets no gradient.
+            parts: (N, 3 or 4) m_r, t_r, z_r and, with label smoothing, s_r, of the logits after any softcap. m_r gets
+                no gradient.
             target: (N) ids of the whole vocabulary.
         Returns:
             (N) losses, 0 for ignored targets and NaN for targets out of range, and (N, 2) m and t.
@@ -99,14 +101,16 @@ class Shard:
         loss = torch.where((target >= 0) & (target < self.vocab), loss, torch.nan)
         return torch.where(target == ignore_index, 0.0, loss), torch.stack((m, total), -1)
 
-    def eager_losses(self, x: Tensor, w: Tensor, target: Tensor, **options: Any) -> Tensor:
+    def eager_losses(
+        self, x: Tensor, w: Tensor, target: Tensor, *, softcap: float | None, **options: Any
+    ) -> Tensor:
         """Compute the losses of all tokens in plain torch.
 
         Args:
             x: (N, C). w: (V_r, C). target: (N).
         """
         logits = _Replicated.apply(x, self) @ w.t()
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = soft_cap(logits if logits.dtype == torch.float64 else logits.float(), softcap)
         row = target - self.first
         local = (row >= 0) & (row < w.shape[0])
         z_target = logits.gather(1, torch.where(local, row, 0)[:, None])[:, 0]

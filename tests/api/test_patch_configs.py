@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from tiny_transformers import MODELS, TOKENS, batch, build, close, outputs_of, train_step
+from tiny_transformers import FAMILIES, TOKENS, batch, build, close, outputs_of, train_step
 
 import peakgpt
 
-FAMILIES = [name for name in MODELS if "," not in name]
 # Fields that no forward of a language model reads, or that only set sizes or ids which the batch depends on.
 HARMLESS = {
     "transformers_version", "architectures", "dtype", "is_encoder_decoder", "id2label", "label2id", "problem_type",

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_transformers import MODELS, TOKENS, VOCAB, build
+from tiny_transformers import FAMILIES, TOKENS, VOCAB, build
 from torch import nn
 
 import peakgpt
@@ -130,7 +130,7 @@ def first_row(model, ids, mask, **options):
     return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if "," not in n])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_row_does_not_depend_on_the_masks_of_other_rows(name):
     """A hole in another row makes the mask of the batch dense. The first row has padding on its left."""
     model = build(name)

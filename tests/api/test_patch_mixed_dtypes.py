@@ -5,12 +5,11 @@ import itertools
 
 import pytest
 import torch
-from tiny_transformers import MODELS, batch, build, outputs_of, train_step
+from tiny_transformers import FAMILIES, batch, build, outputs_of, train_step
 from torch import nn
 
 import peakgpt
 
-FAMILIES = [name for name in MODELS if "," not in name]
 KINDS = ("embedding", "norm", "attention", "mlp", "head")
 COMBINATIONS = list(itertools.product((torch.float32, torch.bfloat16), repeat=len(KINDS)))[1:-1]
 MLP_NAMES = ("mlp", "fc", "intermediate", "ffn", "dense", "output.dense")

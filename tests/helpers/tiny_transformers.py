@@ -19,6 +19,7 @@ BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attent
         "decoder_start_token_id": 2, "forced_eos_token_id": None}  # fmt: skip
 NEO = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
        "window_size": 5, "max_position_embeddings": 64}  # fmt: skip
+FALCON = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 # name: config class, model class, fields of the config
 MODELS = {
     "gpt1": ("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", GPT2),
@@ -50,7 +51,32 @@ MODELS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", LLAMA),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 5}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", LLAMA),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {**LLAMA, "no_rope_layer_interval": 2}),
+    "olmo": ("OlmoConfig", "OlmoForCausalLM", LLAMA),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", LLAMA),
+    "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", {**LLAMA, "sliding_window": 5}),
+    "phi": ("PhiConfig", "PhiForCausalLM", LLAMA),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**LLAMA, "sliding_window": 5}),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", LLAMA),
+    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", {**LLAMA, "sliding_window": 5}),
+    "falcon": ("FalconConfig", "FalconForCausalLM", FALCON),
+    "falcon, 40b": (
+        "FalconConfig", "FalconForCausalLM", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon, rw": (
+        "FalconConfig", "FalconForCausalLM",
+        {**FALCON, "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False},
+    ),
+    "mpt": ("MptConfig", "MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
+    "gpt_bigcode": ("GPTBigCodeConfig", "GPTBigCodeForCausalLM", {**GPT2, "attn_pdrop": 0.0}),
+    "codegen": ("CodeGenConfig", "CodeGenForCausalLM", {**GPT2, "rotary_dim": 4}),
 }  # fmt: skip
+
+
+# Their replacements are those of other families: the tests that try many changes leave them out.
+ALIKE = {"qwen3", "smollm3", "olmo", "olmo3", "phi", "stablelm", "gpt_bigcode", "codegen"}
+FAMILIES = [name for name in MODELS if "," not in name and name not in ALIKE]
 
 
 def build(name="gpt2", rate=0.0, **more):

@@ -8,6 +8,7 @@
 #include "gemm/gemm.h"
 #include "ops/norm.h"
 #include "gemm/quantized.h"
+#include "ops/qk_norm.h"
 #include "ops/rotary.h"
 #include "ops/sum_of_squares.h"
 
@@ -32,6 +33,12 @@ PEAK_TEST(kernels_accept_empty_tensors) {
       Gemm({.dtype = dtype, .m = 3, .k = 5}, threads);
       NormForward({.dtype = dtype}, threads);
       NormBackward({.dtype = dtype}, threads);
+      QKNormForwardArgs no_heads{};
+      no_heads.dtype = dtype;
+      QKNormForward(no_heads, threads);
+      QKNormBackwardArgs no_gradients{};
+      no_gradients.dtype = dtype;
+      QKNormBackward(no_gradients, threads);
       QuantizedArgs no_rows{}, no_outputs{};
       static_cast<QuantizedMatrix&>(no_rows) = {.dtype = dtype, .bits = 8, .n = 3, .k = 5, .block = 128};
       LinearQuantized(no_rows, threads);

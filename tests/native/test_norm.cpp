@@ -9,7 +9,7 @@ namespace peak::test {
 namespace {
 
 constexpr int64_t kRows = 3, kGap = 5;  // kGap elements of NaN follow each row of x
-constexpr float kEps = 1e-5f;
+constexpr float kEps = 1e-5f, kOffset = 0.25f;
 
 struct Row {
   double mu, r, mean_slack, spread;  // spread: the largest |x| + |mu|, to which the rounding of x - mu is relative
@@ -58,7 +58,7 @@ PEAK_TEST(norm_forward_equals_double_precision) {
       b.FillNormal(random);
       for (int64_t row = 0; row < kRows; ++row) x[row * stride + width / 2] = Narrow<T>(special);
       NormForward({.dtype = kDtype<T>, .w_dtype = DType::kFloat32, .rows = kRows, .width = width, .x = x.data(),
-                   .x_stride = stride, .w = w.data(), .y = y.data(), .r = r.data(), .eps = kEps,
+                   .x_stride = stride, .w = w.data(), .y = y.data(), .r = r.data(), .eps = kEps, .offset = kOffset,
                    .b = with_b ? b.data() : nullptr, .residual = with_residual ? residual.data() : nullptr,
                    .residual_stride = stride, .sum = sum.data(), .mu = centered ? mu.data() : nullptr},
                   1 + placement % 2);
@@ -78,8 +78,8 @@ PEAK_TEST(norm_forward_equals_double_precision) {
         for (int64_t i = 0; i < width; ++i) {
           const double z = (in[i] - want.mu) * want.r, bias = with_b ? b.At(i) : 0.0;
           const double z_slack = want.r * 2.0 * shift + 16.0 * std::fabs(z) * (1.0 + shift * want.r);
-          const double slack = std::fabs(w.At(i)) * z_slack;
-          if (!Near("y", i, y[row * width + i], {z * w.At(i) + bias, slack + std::fabs(bias)})) return;
+          const double weight = w.At(i) + kOffset, slack = std::fabs(weight) * z_slack;
+          if (!Near("y", i, y[row * width + i], {z * weight + bias, slack + std::fabs(bias)})) return;
         }
       }
     });
@@ -110,7 +110,7 @@ PEAK_TEST(norm_backward_equals_double_precision) {
     }
     NormBackward({.dtype = kDtype<T>, .w_dtype = kDtype<T>, .rows = kRows, .width = width, .dy = dy.data(),
                   .dy_stride = stride, .x = x.data(), .x_stride = stride, .w = w.data(), .r = r.data(),
-                  .dsum = with_dsum ? dsum.data() : nullptr, .dsum_stride = stride,
+                  .offset = kOffset, .dsum = with_dsum ? dsum.data() : nullptr, .dsum_stride = stride,
                   .mu = centered ? mu.data() : nullptr, .dx = with_dx ? dx.data() : nullptr,
                   .dw = with_dwb ? dw.data() : nullptr, .db = with_dwb ? db.data() : nullptr},
                  1 + placement % 2);
@@ -122,14 +122,14 @@ PEAK_TEST(norm_backward_equals_double_precision) {
     for (int64_t row = 0; with_dx && row < kRows; ++row) {
       double mean_g = 0.0, mean_gz = 0.0, slack_g = 0.0, slack_gz = 0.0;
       for (int64_t i = 0; i < width; ++i) {
-        const double g = dy.At(row * stride + i) * w.At(i);
+        const double g = dy.At(row * stride + i) * (w.At(i) + kOffset);
         mean_g += centered ? g / width : 0.0;
         mean_gz += g * z(row, i) / width;
         slack_g += 8.0 * std::fabs(g) / width;
         slack_gz += 8.0 * std::fabs(g) * (std::fabs(z(row, i)) + z_slack(row, i)) / width;
       }
       for (int64_t i = 0; i < width; ++i) {
-        const double g = dy.At(row * stride + i) * w.At(i), extra = with_dsum ? dsum.At(row * stride + i) : 0.0;
+        const double g = dy.At(row * stride + i) * (w.At(i) + kOffset), extra = with_dsum ? dsum.At(row * stride + i) : 0.0;
         const double value = r.At(row) * (g - mean_g - z(row, i) * mean_gz) + extra;
         const double slack = r.At(row) * (4.0 * std::fabs(g) + slack_g + std::fabs(z(row, i)) * slack_gz +
                                           std::fabs(mean_gz) * (4.0 * std::fabs(z(row, i)) + z_slack(row, i)));

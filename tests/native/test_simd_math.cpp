@@ -6,7 +6,7 @@
 namespace peak::test {
 namespace {
 
-enum class Unary { kExp, kErf, kExp2, kExp2Of8Bits, kReciprocal, kReciprocalOf8Bits, kRound, kSqrt, kAbs };
+enum class Unary { kExp, kErf, kExp2, kExp2Of8Bits, kReciprocal, kReciprocalOf8Bits, kRound, kSqrt, kAbs, kTanh, kTanhSlope };
 enum class Binary { kAdd, kSubtract, kMultiply, kDivide, kMax, kMin, kCopySign, kScale };
 
 constexpr int kMost = kLanesOfWidestSet;
@@ -19,6 +19,8 @@ constexpr int kMost = kLanesOfWidestSet;
 #include "base/foreach_isa.h"
 
 #ifdef PEAK_ISA
+
+#include "simd/activations.h"
 
 using test::Binary;
 using test::Unary;
@@ -37,6 +39,12 @@ inline void RunUnary(Unary f, const float* a, float* out) {
     case Unary::kRound: return Store(out, Round(x));
     case Unary::kSqrt: return Store(out, Sqrt(x));
     case Unary::kAbs: return Store(out, Abs(x));
+    case Unary::kTanh: return Store(out, Tanh::Value(x));
+    case Unary::kTanhSlope: {
+      Vec slope;
+      Tanh::ValueAndSlope(x, &slope);
+      return Store(out, slope);
+    }
   }
 }
 
@@ -69,6 +77,7 @@ int64_t Lanes() { return PEAK_PICK(LaneCount)(); }
 bool HasFma() { return std::strcmp(ActiveIsa(), "scalar") != 0; }
 
 double Inverse(double x) { return 1.0 / x; }
+double TanhSlope(double x) { return 1.0 / (std::cosh(x) * std::cosh(x)); }
 
 // The distance between neighboring floats at x.
 double Ulp(double x) { return std::ldexp(1.0, std::max(std::ilogb(std::fabs(x)), -126) - 23); }
@@ -106,6 +115,14 @@ PEAK_TEST(simd_exp2_and_reciprocal_have_the_stated_errors) {
   for (const float x : Samples(0.0, 120.0, 50000)) large.push_back(x > 0.0f && x < 120.0f ? std::exp2(x) : 1.0f);
   ExpectWithin("1 /", Unary::kReciprocal, Inverse, large, 1e-7 * kUlps);
   ExpectWithin("1 /", Unary::kReciprocalOf8Bits, Inverse, large, 6.2e-5 * kUlps);
+}
+
+PEAK_TEST(simd_tanh_and_its_slope_have_the_stated_errors) {
+  // activations.h states the relative errors; an ulp is at least 2^-24 of the result.
+  constexpr double kUlps = 0x1p24;
+  ExpectWithin("tanh", Unary::kTanh, std::tanh, Samples(-12.0, 12.0, 200000), 2e-7 * kUlps);
+  ExpectWithin("tanh", Unary::kTanh, std::tanh, Samples(-1e-3, 1e-3, 50000), 2e-7 * kUlps);
+  ExpectWithin("slope of tanh", Unary::kTanhSlope, TanhSlope, Samples(-12.0, 12.0, 200000), 3e-6 * kUlps);
 }
 
 PEAK_TEST(simd_round_sqrt_and_abs_are_correctly_rounded) {

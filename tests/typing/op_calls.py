@@ -23,6 +23,7 @@ y = peakgpt.linear(x, matrix, b)
 y = peakgpt.mlp(x, matrix, b, matrix, None, activation="relu", recompute=True)
 y = peakgpt.gated_mlp(x, matrix, None, matrix, None, matrix, None)
 y = peakgpt.linear_cross_entropy(x, tall, torch.tensor([0, 1, 2, -100]), reduction="sum", z_loss=1e-4)
+y = peakgpt.qk_norm(torch.cat([q, k], 2), w[:16], w[:16], n_head=2, eps=1e-6, offset=1.0)
 y = peakgpt.rotary(q, torch.ones(8, 8), torch.zeros(8, 8), heads=2, interleaved=True)
 
 k_cache, v_cache = torch.zeros(2, 1, 16, 2, 16)

@@ -11,52 +11,17 @@ from torch import Tensor, nn
 from peakgpt.dropin.attention_function import (
     Mask,
     additive_mask,
-    attention_forward,
     expand_bias,
-    is_known_mask,
     masked_attention,
 )
 from peakgpt.dropin.class_swap import Replacement
 from peakgpt.dropin.intact import has_replaced_class, is_plain_tensor
 from peakgpt.engine.model.positions import alibi_slopes
 from peakgpt.kernels.ops.linear import linear
-from peakgpt.kernels.ops.rotary import rotary
 
 
 class TransformersAttention(Replacement):
     """Attention in a model of transformers; its config then selects our mask function."""
-
-
-class RotaryAttention(TransformersAttention):
-    """Llama, GPT-NeoX and others with rotary positions.
-
-    Options: project: names of the q, k, v projections, or of one packed projection; out: name of the output projection;
-    cache: keyword argument with the KV cache.
-    """
-
-    def forward(self, hidden_states, *args, position_embeddings=None, attention_mask=None, **kwargs):
-        # More than one row of position_embeddings: each sequence has its own positions.
-        if args or position_embeddings is None or len(position_embeddings[0]) != 1 or not is_known_mask(attention_mask):
-            kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
-            return super().forward(hidden_states, *args, **kwargs)
-        names = self._peakgpt
-        q, k, v = self._project(hidden_states)
-        tables = [t[0, :, : t.shape[2] // 2] for t in position_embeddings]  # both halves are equal in transformers
-        q, k = (rotary(t, *tables, heads=t.shape[2]) for t in (q, k))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        cache = kwargs.pop(names["cache"], None)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
-        dropout = self.attention_dropout if self.training else 0.0
-        y, weights = attention_forward(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return getattr(self, names["out"])(y.flatten(2)), weights
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return queries, keys and values, (B, T, H or K, D)."""
-        layers = [getattr(self, name) for name in self._peakgpt["project"]]
-        if len(layers) == 1:
-            return layers[0](x).unflatten(-1, (-1, 3 * self.head_size)).chunk(3, -1)
-        return tuple(layer(x).unflatten(-1, (-1, self.head_dim)) for layer in layers)
 
 
 class WithWeights(NamedTuple):
@@ -66,7 +31,7 @@ class WithWeights(NamedTuple):
 
 
 class GPTJAttention(TransformersAttention):
-    """GPT-J and GPT-Neo. They compute attention in the method `_attn`."""
+    """GPT-J, CodeGen and GPT-Neo. They compute attention in the method `_attn`."""
 
     def forward(self, *args, attention_mask=None, output_attentions=False, **kwargs):
         mask = WithWeights(attention_mask) if output_attentions else attention_mask
@@ -130,6 +95,31 @@ class BloomAttention(TransformersAttention):
         )  # fmt: skip
         y = F.dropout(self.dense(y.flatten(2)), self.hidden_dropout, self.training)
         return residual + y, weights
+
+
+class MptAttention(TransformersAttention):
+    """MPT, with ALiBi. More arguments: output_attentions, which the block passes on (blocks.MptBlock)."""
+
+    @classmethod
+    def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
+        options["slopes"] = alibi_slopes(module.n_heads, "cpu")
+        return None
+
+    def forward(
+        self, hidden_states, position_bias, past_key_values=None, attention_mask=None, output_attentions=False, **kwargs
+    ):
+        qkv = self.Wqkv(hidden_states)
+        qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv) if self.clip_qkv else qkv
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
+        if past_key_values is not None:
+            new = k.transpose(1, 2), v.transpose(1, 2)
+            k, v = (t.transpose(1, 2) for t in past_key_values.update(*new, self.layer_idx))
+        y, weights = masked_attention(
+            q, k, v, Mask(True) if attention_mask is None else attention_mask, scale=self.softmax_scale,
+            dropout=self.attn_dropout_p if self.training else 0.0, weights=output_attentions,
+            alibi=None if position_bias is None else self._peakgpt["slopes"].to(q.device),
+        )  # fmt: skip
+        return self.out_proj(y.flatten(2)), weights
 
 
 class MultiheadAttention(Replacement):

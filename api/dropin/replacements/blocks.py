@@ -54,6 +54,21 @@ class GPT2Block(Replacement):
         )  # fmt: skip
 
 
+class MptBlock(Replacement):
+    """The block of MPT, which passes output_attentions on."""
+
+    def forward(
+        self, hidden_states, position_bias, attention_mask, layer_past=None, use_cache=False, output_attentions=False,
+        **kwargs,
+    ):  # fmt: skip
+        y, weights = self.attn(
+            self.norm_1(hidden_states), position_bias=position_bias, attention_mask=attention_mask,
+            past_key_values=layer_past, output_attentions=output_attentions,
+        )  # fmt: skip
+        x, h = sum_and_norm(self.norm_2, self.resid_attn_dropout(y), hidden_states)
+        return self.ffn(h, x), weights
+
+
 class InlineMLPBlock(BaseMLP):
     """A block that holds the two layers of its MLP directly and its dropout rates as numbers."""
 

@@ -83,7 +83,10 @@ class LayerNorm(Replacement):
 
 
 class RMSNorm(Replacement):
-    """RMSNorm of Llama and T5. Each has its own dtype of the result if those of input and weight differ."""
+    """RMSNorm of transformers. Each has its own dtype of the result if those of input and weight differ.
+
+    Options: eps: attribute with the epsilon.
+    """
 
     def _peakgpt_sample(self) -> tuple[Tensor, ...]:
         return sample_rows(self)
@@ -92,7 +95,7 @@ class RMSNorm(Replacement):
         w = self.weight
         if not is_plain_tensor(w) or x.dtype != w.dtype:
             return super().forward(x)
-        return rmsnorm(x, w, eps=self.variance_epsilon)
+        return rmsnorm(x, w, eps=getattr(self, self._peakgpt["eps"]))
 
 
 class TorchRMSNorm(RMSNorm):
@@ -102,11 +105,12 @@ class TorchRMSNorm(RMSNorm):
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
         return LayerNorm.objection(module, options)
 
+
+class BareLayerNorm(Replacement):
+    """LayerNorm of OLMo, without a weight."""
+
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        if not is_plain_tensor(w) or x.dtype != w.dtype:
-            return nn.RMSNorm.forward(self, x)
-        return rmsnorm(x, w, eps=self.eps)
+        return layernorm(x, x.new_ones(x.shape[-1]), eps=1e-5)
 
 
 def is_intact_norm(norm: nn.Module) -> bool:
@@ -150,8 +154,8 @@ def _identity(act: Any) -> tuple[Any, ...]:
 class BaseMLP(Replacement):
     """Base of MLP replacements.
 
-    Options: up, act, down: names of the layers. dropout: name of the dropout after `down`, or None. between: name of
-    the dropout before `down`, or None.
+    Options: up, act, down: names of the layers. dropout: name of the dropout, or of its rate, after `down`, or None.
+    between: name of the dropout before `down`, or None.
     """
 
     _OPS = ("gelu_tanh", "gelu_erf", "relu")
@@ -203,7 +207,10 @@ class MLP(BaseMLP):
         y = self._fused(x)
         if y is None:
             return super().forward(x)
-        return getattr(self, self._peakgpt["dropout"])(y) if self._peakgpt["dropout"] else y
+        if not self._peakgpt["dropout"]:
+            return y
+        dropout = getattr(self, self._peakgpt["dropout"])
+        return dropout(y) if isinstance(dropout, nn.Module) else F.dropout(y, dropout, self.training)
 
 
 class GatedMLP(MLP):
@@ -220,6 +227,21 @@ class GatedMLP(MLP):
             x, linear_weight(gate), gate.bias, linear_weight(up), up.bias, linear_weight(down), down.bias,
             activation=self._peakgpt["activation"],
         )  # fmt: skip
+
+
+class PackedGatedMLP(GatedMLP):
+    """The gated MLP of Phi-3: `up` computes the gate, then the rest."""
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        layers = self._intact_layers("up", "down")
+        if layers is None:
+            return None
+        packed, down = layers
+        gate, up = linear_weight(packed).chunk(2)
+        biases = (None, None) if packed.bias is None else packed.bias.chunk(2)
+        return gated_mlp(
+            x, gate, biases[0], up, biases[1], linear_weight(down), down.bias, activation=self._peakgpt["activation"]
+        )
 
 
 def same_dtype(*layers: nn.Module) -> bool:
@@ -273,12 +295,12 @@ class EncoderLayer(TorchBlock):
         return add_norm(self.norm2, self._ff_block(x), x)
 
 
-class BloomMLP(BaseMLP):
-    """The MLP of BLOOM, with dropout and residual."""
+class ResidualMLP(BaseMLP):
+    """The MLP of BLOOM and MPT, with dropout and residual."""
 
     @classmethod
     def objection(cls, module: nn.Module, options: dict[str, Any]) -> str | None:
-        if module.pretraining_tp > 1 and module.slow_but_exact:
+        if getattr(module, "pretraining_tp", 1) > 1 and module.slow_but_exact:
             return "sums partial products in slices (pretraining_tp, slow_but_exact)"
         return super().objection(module, options)
 

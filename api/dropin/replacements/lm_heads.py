@@ -90,6 +90,8 @@ class LanguageModel(Replacement):
         inputs |= self._decoder_inputs(inputs, labels)
         out = self._forward_without_head(head, inputs, super().forward)
         loss = self._fused_loss(head, out.logits, labels, inputs)
+        if (balance := out.get("aux_loss")) is not None:  # of experts
+            loss = loss + self.router_aux_loss_coef * balance.to(loss.device)
         out = type(out)(**{**out, "loss": loss, "logits": None})
         return out if return_dict else out.to_tuple()
 

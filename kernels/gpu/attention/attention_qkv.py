@@ -1,7 +1,8 @@
 """Attention over one packed projection: the kernels of `attention` on slices; the gradients fill one tensor.
 
 With cos and sin, the rotary kernel writes the rotated projection, which is saved for backward. The backward kernels
-rotate dq and dk back in registers, in float32.
+rotate dq and dk back in registers, in float32. With norms, the kernel of `qk_norm` writes the normalized and rotated
+queries and keys, which are saved besides qkv, and its backward kernel finishes dq and dk in place.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from peakgpt.kernels.gpu import rotary
 from peakgpt.kernels.gpu.attention import attention
+from peakgpt.kernels.gpu.norm import qk_norm
 from peakgpt.kernels.ops.attention import rotated_heads
 
 NO_GRADIENT = rotary.NO_GRADIENT
@@ -21,31 +23,65 @@ def _split(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.split((n_head, kv_heads, kv_heads), dim=2)
 
 
-def objection(qkv: Tensor, *_, n_head: int, interleaved: bool = False, **params) -> str | None:
-    return attention.objection(*_split(qkv, n_head), **params)
+def _prepared(qkv: Tensor, prepared: Sequence[Tensor], n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v as attention takes them. prepared[0]: a rotated projection, or normalized queries and keys."""
+    if not prepared:
+        return _split(qkv, n_head)
+    heads = prepared[0].shape[2]
+    if heads == qkv.shape[2]:
+        return _split(prepared[0], n_head)
+    return *prepared[0].split((n_head, heads - n_head), dim=2), qkv[:, :, heads:]
 
 
-def declines(qkv: Tensor, cos=None, sin=None, cu_seqlens=None, *, n_head: int, interleaved=False, **params):
+def objection(
+    qkv: Tensor, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, *, n_head: int,
+    interleaved: bool = False, norm_eps=None, norm_offset=0.0, **params,
+) -> str | None:  # fmt: skip
+    reason = None
+    if q_norm is not None:
+        reason = qk_norm.objection(qkv[:, :, : rotated_heads(qkv, n_head)], q_norm, k_norm, n_head=n_head)
+    return reason or attention.objection(*_split(qkv, n_head), **params)
+
+
+def declines(
+    qkv: Tensor, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, *, n_head: int, interleaved=False,
+    norm_eps=None, norm_offset=0.0, **params,
+) -> str | None:  # fmt: skip
     return attention.declines(*_split(qkv, n_head), cu_seqlens, **params)
 
 
-def forward(outputs, saved, qkv: Tensor, cos, sin, cu_seqlens, *, n_head: int, interleaved: bool, **params) -> None:
-    lse, *rotated = saved
-    if rotated:
-        rotary.rotate(qkv, cos, sin, rotated[0], rotated_heads(qkv, n_head), interleaved)
-        (qkv,) = rotated
-    attention.fill_forward(outputs[0], lse, *_split(qkv, n_head), cu_seqlens=cu_seqlens, **params)
+def forward(
+    outputs, saved, qkv: Tensor, cos, sin, cu_seqlens, q_norm, k_norm, *, n_head: int, interleaved: bool, norm_eps,
+    norm_offset, **params,
+) -> None:  # fmt: skip
+    lse, *prepared = saved
+    if q_norm is not None:
+        qk, r = prepared
+        qk_norm.normalize(
+            qk, r, qkv[:, :, : qk.shape[2]], q_norm, k_norm, cos, sin, n_head=n_head, interleaved=interleaved,
+            eps=norm_eps, offset=norm_offset,
+        )  # fmt: skip
+    elif prepared:
+        rotary.rotate(qkv, cos, sin, prepared[0], rotated_heads(qkv, n_head), interleaved)
+    attention.fill_forward(outputs[0], lse, *_prepared(qkv, prepared, n_head), cu_seqlens=cu_seqlens, **params)
 
 
-def backward(grads, inputs, outputs, saved, needs, *, n_head: int, **params) -> Sequence[Tensor | None]:
-    qkv, cos, sin, cu_seqlens = inputs
-    lse, *rotated = saved
-    if rotated:
-        (qkv,) = rotated
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+def backward(
+    grads, inputs, outputs, saved, needs, *, n_head: int, interleaved: bool, norm_eps, norm_offset, **params
+) -> Sequence[Tensor | None]:
+    qkv, cos, sin, cu_seqlens, q_norm, k_norm = inputs
+    lse, *prepared = saved
+    whole = prepared[0] if qkv is None else qkv
+    dqkv = torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
     dq, *dkv = _split(dqkv, n_head)
+    rotation = {"cos": cos, "sin": sin, "interleaved": interleaved} if q_norm is None else {}
     attention.fill_backward(
-        dq, tuple(dkv), grads[0], outputs[0], lse, *_split(qkv, n_head), cos=cos, sin=sin, cu_seqlens=cu_seqlens,
-        **params,
+        dq, tuple(dkv), grads[0], outputs[0], lse, *_prepared(whole, prepared, n_head), cu_seqlens=cu_seqlens,
+        **rotation, **params,
     )  # fmt: skip
-    return dqkv, None, None, None
+    if q_norm is None:
+        return dqkv, *[None] * 5
+    qk, r = prepared
+    dqk, x = dqkv[:, :, : qk.shape[2]], qkv[:, :, : qk.shape[2]]
+    options = {"n_head": n_head, "interleaved": interleaved, "offset": norm_offset}
+    return dqkv, None, None, None, *qk_norm.gradients(dqk, dqk, r, x, q_norm, k_norm, cos, sin, **options)

@@ -2,7 +2,7 @@
 
     m = max_v z_v      l = sum_v exp(z_v - m)      both by an online softmax over blocks of BLOCK_V logits
 
-A row is read twice and written once.
+A row is read twice and written once. With a softcap z are the capped logits, computed at each reading.
 """
 # ruff: noqa: E741  l is the usual name in the online softmax
 
@@ -11,7 +11,31 @@ import triton.language as tl
 
 
 @triton.jit
-def _row_sums(z_ptr, V, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr):
+def _capped(z, softcap):
+    """Return softcap tanh(z / softcap); z if softcap is None."""
+    if softcap is not None:
+        x = tl.abs(z) / softcap
+        # Near 0 the polynomial of S. Moshier's Cephes, tanhf: 1 - 2 / (1 + e^2x) would lose digits.
+        small = tl.minimum(x, 1.0)
+        square = small * small
+        p = 1.33314422036e-1 + square * (-5.37397155531e-2 + square * (2.06390887954e-2 - square * 5.70498872745e-3))
+        near = small + small * square * (-3.33332819422e-1 + square * p)
+        t = tl.where(x < 0.625, near, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x)))
+        z = tl.where(z < 0.0, -t, t) * softcap
+    return z
+
+
+@triton.jit
+def _times_slope(dz, z, softcap):
+    """Multiply the gradient of capped logits by the slope of the cap at the logits z: 1 - tanh^2."""
+    if softcap is not None:
+        g = 1.0 / (1.0 + tl.exp(2.0 * tl.abs(z) / softcap))
+        dz *= 4.0 * g * (1.0 - g)
+    return dz
+
+
+@triton.jit
+def _row_sums(z_ptr, V, softcap, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr):
     """Return m and l of the online softmax over a row of logits and, with SMOOTH, the sum of the logits."""
     m = float("-inf")
     l = 0.0
@@ -19,6 +43,8 @@ def _row_sums(z_ptr, V, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr):
     for first in range(0, V, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
         z = tl.load(z_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        if softcap is not None:
+            z = tl.where(v < V, _capped(z, softcap), float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 0))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # 0 until a logit is finite
         l = l * tl.exp(m - base) + tl.sum(tl.exp(z - base), 0)
@@ -29,7 +55,7 @@ def _row_sums(z_ptr, V, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _row_gradient(z_ptr, target, m, l, g, smoothing, z_loss, V, TOTAL_V, BLOCK_V: tl.constexpr):
+def _row_gradient(z_ptr, target, m, l, g, smoothing, z_loss, softcap, V, TOTAL_V, BLOCK_V: tl.constexpr):
     """Overwrite a row of logits with (softmax (1 + 2 z_loss lse) - (1 - smoothing) onehot - smoothing / TOTAL_V) g."""
     softmax_scale = (1.0 + 2.0 * z_loss * (m + tl.log(l))) * g / l
     uniform = smoothing / TOTAL_V * g
@@ -37,8 +63,8 @@ def _row_gradient(z_ptr, target, m, l, g, smoothing, z_loss, V, TOTAL_V, BLOCK_V
     for first in range(0, V, BLOCK_V):
         v = first + tl.arange(0, BLOCK_V)
         z = tl.load(z_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        dz = tl.exp(z - m) * softmax_scale - tl.where(v == target, onehot + uniform, uniform)
-        tl.store(z_ptr + v, dz.to(z_ptr.dtype.element_ty), mask=v < V)
+        dz = tl.exp(_capped(z, softcap) - m) * softmax_scale - tl.where(v == target, onehot + uniform, uniform)
+        tl.store(z_ptr + v, _times_slope(dz, z, softcap).to(z_ptr.dtype.element_ty), mask=v < V)
 
 
 @triton.jit
@@ -58,7 +84,7 @@ def _store_stats(stats_ptr, row, m, l):
 @triton.jit
 def linear_cross_entropy_fwd(
     z_ptr, target_ptr, weight_ptr, loss_ptr, stats_ptr, scale_ptr, stride_z_r, V, ignore_index, smoothing, z_loss,
-    GRAD: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr,
+    softcap, GRAD: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Store the weighted loss of one row. With GRAD, overwrite its logits with their gradient.
 
@@ -77,8 +103,8 @@ def linear_cross_entropy_fwd(
         in_range = (target >= 0) & (target < V)  # a target out of range gives a loss of NaN
         # Loaded before the reductions of _row_sums, which synchronize the warps: a later load could read a logit that
         # another warp has already overwritten with its gradient.
-        z_target = tl.load(z_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
-        m, l, logit_sum = _row_sums(z_ptr, V, SMOOTH, BLOCK_V)
+        z_target = _capped(tl.load(z_ptr + target, mask=in_range, other=float("nan")).to(tl.float32), softcap)
+        m, l, logit_sum = _row_sums(z_ptr, V, softcap, SMOOTH, BLOCK_V)
         lse = m + tl.log(l)
         loss = tl.log(l) - (z_target - m) + z_loss * lse * lse
         if SMOOTH:
@@ -92,13 +118,14 @@ def linear_cross_entropy_fwd(
         if GRAD:
             if scale_ptr is not None:
                 g *= tl.load(scale_ptr)
-            _row_gradient(z_ptr, target, m, l, g, smoothing, z_loss, V, V, BLOCK_V)
+            _row_gradient(z_ptr, target, m, l, g, smoothing, z_loss, softcap, V, V, BLOCK_V)
 
 
 @triton.jit
 def linear_cross_entropy_shard(
-    z_ptr, target_ptr, parts_ptr, stride_z_r, V, ignore_index, FIRST, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr
-):
+    z_ptr, target_ptr, parts_ptr, stride_z_r, V, ignore_index, FIRST, softcap,
+    SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """Store a shard's part of one row: m, l, the target's logit or 0, and with SMOOTH the sum of the logits.
 
     The shard holds the V logits from token id FIRST on.
@@ -114,8 +141,8 @@ def linear_cross_entropy_shard(
         at = target - FIRST
         in_shard = (at >= 0) & (at < V)
         # tl.where instead of other=0: Triton's interpreter ignores a scalar `other` of 0.
-        z_target = tl.where(in_shard, tl.load(z_ptr + at, mask=in_shard), 0.0).to(tl.float32)
-        m, l, logit_sum = _row_sums(z_ptr, V, SMOOTH, BLOCK_V)
+        z_target = _capped(tl.where(in_shard, tl.load(z_ptr + at, mask=in_shard), 0.0).to(tl.float32), softcap)
+        m, l, logit_sum = _row_sums(z_ptr, V, softcap, SMOOTH, BLOCK_V)
     parts_ptr += row * (4 if SMOOTH else 3)
     tl.store(parts_ptr, m)
     tl.store(parts_ptr + 1, l)
@@ -127,7 +154,7 @@ def linear_cross_entropy_shard(
 @triton.jit
 def linear_cross_entropy_bwd(
     z_ptr, target_ptr, weight_ptr, stats_ptr, dloss_ptr, stride_z_r, stride_dloss, V, ignore_index, FIRST, TOTAL_V,
-    smoothing, z_loss, BLOCK_V: tl.constexpr,
+    smoothing, z_loss, softcap, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Overwrite a row of logits with their gradient, from the saved m and l and the row's upstream gradient.
 
@@ -143,7 +170,7 @@ def linear_cross_entropy_bwd(
         if weight_ptr is not None:
             g *= tl.load(weight_ptr + row)
         m, l = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
-        _row_gradient(z_ptr, target - FIRST, m, l, g, smoothing, z_loss, V, TOTAL_V, BLOCK_V)
+        _row_gradient(z_ptr, target - FIRST, m, l, g, smoothing, z_loss, softcap, V, TOTAL_V, BLOCK_V)
 
 
 @triton.jit

@@ -48,8 +48,9 @@ def objection(x: Tensor, w: Tensor, *_, **__) -> str | None:
 class RowLosses:
     """Launch the kernels on one block of rows at a time, with the targets, weights and terms of the call."""
 
-    def __init__(self, target, weight, shard: Shard | None, **terms):
+    def __init__(self, target, weight, shard: Shard | None, *, softcap: float | None, **terms):
         self.target, self.shard, self.terms = target.flatten(), shard, terms
+        self.softcap = None if softcap is None else float(softcap)
         self.weight = None if weight is None else weight.flatten().float()
 
     def total(self) -> Tensor:
@@ -97,7 +98,7 @@ class RowLosses:
         """Return the arguments that all kernels share."""
         return {
             "z_ptr": z, "target_ptr": self.target[block], "stride_z_r": z.stride(0), "V": z.shape[1],
-            "ignore_index": self.terms["ignore_index"],
+            "ignore_index": self.terms["ignore_index"], "softcap": self.softcap,
             "BLOCK_V": BLOCK_V, "num_warps": TILE.warps, "num_stages": TILE.stages,
         }  # fmt: skip
 
@@ -215,12 +216,17 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """Yield the static check's cases."""
     wide = ("weight_ptr", "loss_ptr", "stats_ptr", "scale_ptr", "dloss_ptr", "parts_ptr")
-    types = {"target_ptr": "*i64", "smoothing": "fp32", "z_loss": "fp32", **dict.fromkeys(wide, "*fp32")}
-    block = {"BLOCK_V": BLOCK_V}
-    with_gradient = {"stats_ptr": None, "GRAD": True, "SMOOTH": True, **block}
-    loss_only = {"scale_ptr": None, "weight_ptr": None, "GRAD": False, "SMOOTH": False, **block}
-    yield launch.case(linear_cross_entropy_fwd, "bf16 loss and gradient", TILE, "bf16", with_gradient, **types)
-    yield launch.case(linear_cross_entropy_fwd, "bf16 loss", TILE, "bf16", loss_only, **types)
-    yield launch.case(linear_cross_entropy_shard, "bf16", TILE, "bf16", {"SMOOTH": True, **block}, **types)
-    yield launch.case(linear_cross_entropy_bwd, "bf16", TILE, "bf16", {"stride_dloss": 1, **block}, **types)
+    floats = dict.fromkeys(("smoothing", "z_loss", "softcap"), "fp32")
+    types = {"target_ptr": "*i64", **floats, **dict.fromkeys(wide, "*fp32")}
+    for softcap, label in (({"softcap": None}, ""), ({}, ", softcap")):
+        block, hot = {"BLOCK_V": BLOCK_V, **softcap}, bool(softcap)
+        with_gradient = {"stats_ptr": None, "GRAD": True, "SMOOTH": True, **block}
+        loss_only = {"scale_ptr": None, "weight_ptr": None, "GRAD": False, "SMOOTH": False, **block}
+        for kernel, name, sizes in (
+            (linear_cross_entropy_fwd, "loss and gradient", with_gradient),
+            (linear_cross_entropy_fwd, "loss", loss_only),
+            (linear_cross_entropy_shard, "shard", {"SMOOTH": True, **block}),
+            (linear_cross_entropy_bwd, "gradient", {"stride_dloss": 1, **block}),
+        ):  # fmt: skip
+            yield launch.case(kernel, f"bf16 {name}{label}", TILE, "bf16", sizes, hot=hot, **types)
     yield launch.case(linear_cross_entropy_scale, "bf16", SCALE_TILE, "bf16", {"BLOCK_N": SCALE_BLOCK_N}, **types)

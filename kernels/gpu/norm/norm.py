@@ -68,11 +68,11 @@ class Norm:
             return f"takes w and b of one dtype, got {w.dtype} and {b.dtype}"
         return launch.objection(x)
 
-    def forward(self, outputs, saved, *tensors, eps) -> None:
+    def forward(self, outputs, saved, *tensors, eps, offset=0.0) -> None:
         total = outputs[0] if self.residual else None
-        _forward(*self._unpack(tensors), total, outputs[-1], *self._statistics(saved), eps)
+        _forward(*self._unpack(tensors), total, outputs[-1], *self._statistics(saved), eps, offset)
 
-    def backward(self, grads, inputs, outputs, saved, needs, *, eps) -> Sequence[Tensor | None]:
+    def backward(self, grads, inputs, outputs, saved, needs, *, eps, offset=0.0) -> Sequence[Tensor | None]:
         need_x, need_residual, need_w, need_b = self._unpack(needs, False)
         _, _, w, _ = self._unpack(inputs)
         x, dy, dsum = inputs[0], grads[-1], None
@@ -80,7 +80,7 @@ class Norm:
             x, dsum = outputs[0], grads[0]
             dy = torch.zeros_like(x) if dy is None else dy
         needed = need_x or need_residual, need_w, need_b
-        dx, dw, db = _backward(dy, dsum, x, w, *self._statistics(saved), needed)
+        dx, dw, db = _backward(dy, dsum, x, w, *self._statistics(saved), needed, offset)
         # Autograd copies dx before it accumulates into a gradient that x and residual share.
         return dx, *((dx,) if self.residual else ()), dw, *((db,) if self.centered else ())
 
@@ -88,6 +88,7 @@ class Norm:
         """Yield the static check's cases: both directions at the widest C of each row, the last with a masked tail."""
         types = {"mu_ptr": "*fp32", "r_ptr": "*fp32", "partial_ptr": "*fp32", "eps": "fp32"}
         hot = self.centered and not self.residual  # the other ops run almost the same kernels
+        offset = 1.0 if self.residual and not self.centered else 0.0  # add_rmsnorm stands for both with an offset
         for kernel, wide_kernel, table, residual_names in (
             (norm_fwd, norm_fwd_wide, FORWARD, ("residual_ptr", "sum_ptr", "stride_residual_r")),
             (norm_bwd, norm_bwd_wide, BACKWARD, ("dsum_ptr", "stride_dsum_r")),
@@ -97,13 +98,13 @@ class Norm:
                 absent |= {"mu_ptr": None} | ({"b_ptr": None} if kernel is norm_fwd else {})
             for block, tile in table.items():
                 width = block if block < max(table) else block - 128
-                sizes = {"C": width, "BLOCK_R": tile.BLOCK_R, "BLOCK_C": block}
+                sizes = {"C": width, "OFFSET": offset, "BLOCK_R": tile.BLOCK_R, "BLOCK_C": block}
                 if kernel is norm_fwd:
                     sizes["OVERLAP"] = arch in overlap.ARCHS
                 if kernel is norm_bwd and width > MAX_SUMMED_WIDTH:
                     sizes["partial_ptr"] = None
                 yield launch.case(kernel, f"bf16 C={width}", tile, "bf16", {**absent, **sizes}, hot=hot, **types)
-            sizes = {**absent, "BLOCK_C": WIDE_BLOCK_C}
+            sizes = {**absent, "OFFSET": offset, "BLOCK_C": WIDE_BLOCK_C}
             yield launch.case(wide_kernel, "bf16 wide", WIDE_TILE, "bf16", sizes, hot=hot, **types)
         if hot:
             sizes = {"C": 8192, "BLOCK_R": DWDB_TILE.BLOCK_R, "BLOCK_C": DWDB_BLOCK_C}
@@ -120,7 +121,7 @@ class Norm:
         return (saved[0], saved[1]) if self.centered else (None, saved[0])
 
 
-def _forward(x, residual, w, b, total, y, mu, r, eps) -> None:
+def _forward(x, residual, w, b, total, y, mu, r, eps, offset) -> None:
     """Fill y and r, mu unless it is None, and total = x + residual if there is a residual."""
     x, residual = launch.as_rows(x), residual if residual is None else launch.as_rows(residual)
     (count, width), block = x.shape, triton.next_power_of_2(x.shape[1])
@@ -128,7 +129,7 @@ def _forward(x, residual, w, b, total, y, mu, r, eps) -> None:
         "x_ptr": x, "residual_ptr": residual, "w_ptr": w, "b_ptr": b,
         "sum_ptr": total, "y_ptr": y, "mu_ptr": mu, "r_ptr": r, "stride_x_r": x.stride(0),
         "stride_residual_r": 0 if residual is None else residual.stride(0), "eps": default_eps(x.dtype, eps),
-        "C": width,
+        "C": width, "OFFSET": float(offset),
     }  # fmt: skip
     with launch.device_of(x):
         if block > MAX_BLOCK_C:
@@ -141,7 +142,7 @@ def _forward(x, residual, w, b, total, y, mu, r, eps) -> None:
         )  # fmt: skip
 
 
-def _backward(dy, dsum, x, w, mu, r, needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _backward(dy, dsum, x, w, mu, r, needs, offset) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (dx, dw, db). dw and db are None if not needed; dsum is the gradient of x + residual, or None."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, dy, dsum = launch.as_rows(x), launch.as_rows(dy), dsum if dsum is None else launch.as_rows(dsum)
@@ -151,7 +152,7 @@ def _backward(dy, dsum, x, w, mu, r, needs) -> tuple[Tensor, Tensor | None, Tens
     arguments = {
         "dy_ptr": dy, "dsum_ptr": dsum, "x_ptr": x, "w_ptr": w, "mu_ptr": mu, "r_ptr": r,
         "dx_ptr": dx, "stride_dy_r": dy.stride(0), "stride_dsum_r": 0 if dsum is None else dsum.stride(0),
-        "stride_x_r": x.stride(0), "C": width,
+        "stride_x_r": x.stride(0), "C": width, "OFFSET": float(offset),
     }  # fmt: skip
     with launch.device_of(x):
         if block > MAX_BLOCK_C:

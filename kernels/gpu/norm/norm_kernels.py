@@ -1,6 +1,6 @@
 """Kernels of LayerNorm and RMSNorm, with and without a residual; the math is in kernels/ops.
 
-Optional pointers select the variant when a kernel is compiled:
+Optional pointers and OFFSET, which is added to w, select the variant when a kernel is compiled:
 
     mu_ptr is None          RMSNorm: no mean is subtracted
     residual_ptr is None    x is normalized; otherwise the sum x + residual is, and the sum is stored too
@@ -24,6 +24,15 @@ import triton.language as tl
 from peakgpt.kernels.gpu import overlap
 
 
+@triton.jit
+def _wide(w, OFFSET: tl.constexpr):
+    """Convert a weight to float32 and add OFFSET."""
+    w = w.to(tl.float32)
+    if OFFSET != 0.0:
+        w += OFFSET
+    return w
+
+
 @triton.jit(do_not_specialize=("R",))
 def norm_fwd(
     x_ptr,
@@ -39,6 +48,7 @@ def norm_fwd(
     R,
     eps,
     C: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -63,7 +73,7 @@ def norm_fwd(
         centered = x if C == BLOCK_C else tl.where(live_c[None, :], x, 0.0)
         tl.store(mu_ptr + row, mu, mask=row < R)
     r = tl.rsqrt(tl.sum(centered * centered, 1) / C + eps)
-    y = x * r[:, None] * tl.load(w_ptr + col, mask=live_c, other=0.0).to(tl.float32)[None, :]
+    y = x * r[:, None] * _wide(tl.load(w_ptr + col, mask=live_c, other=0.0), OFFSET)[None, :]
     if b_ptr is not None:
         y += tl.load(b_ptr + col, mask=live_c, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + row[:, None] * C + col[None, :], y.to(y_ptr.dtype.element_ty), mask=live)
@@ -85,6 +95,7 @@ def norm_bwd(
     stride_x_r,
     R,
     C: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -107,7 +118,7 @@ def norm_bwd(
         if mu_ptr is not None:
             x -= tl.load(mu_ptr + row, mask=row < R, other=0.0)[:, None]
         z = x * r[:, None]
-        g = dy * w.to(tl.float32)[None, :]  # zero past the end of the row, so z there adds nothing to the sums
+        g = dy * _wide(w, OFFSET)[None, :]  # zero past the end of the row, so z there adds nothing to the sums
         if mu_ptr is not None:
             dx = r[:, None] * (g - (tl.sum(g, 1) / C)[:, None] - z * (tl.sum(g * z, 1) / C)[:, None])
         else:
@@ -140,6 +151,7 @@ def norm_fwd_wide(
     stride_residual_r,
     eps,
     C,
+    OFFSET: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Normalize one row in two passes over blocks of columns."""
@@ -175,7 +187,7 @@ def norm_fwd_wide(
     for first in range(0, C, BLOCK_C):
         col = first + tl.arange(0, BLOCK_C)
         z = (tl.load(x_ptr + col, mask=col < C, other=0.0).to(tl.float32) - mu) * r
-        y = z * tl.load(w_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+        y = z * _wide(tl.load(w_ptr + col, mask=col < C, other=0.0), OFFSET)
         if b_ptr is not None:
             y += tl.load(b_ptr + col, mask=col < C, other=0.0).to(tl.float32)
         tl.store(y_ptr + col, y.to(y_ptr.dtype.element_ty), mask=col < C)
@@ -194,6 +206,7 @@ def norm_bwd_wide(
     stride_dsum_r,
     stride_x_r,
     C,
+    OFFSET: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Store dx of one row in two passes over blocks of columns."""
@@ -210,7 +223,7 @@ def norm_bwd_wide(
         col = first + tl.arange(0, BLOCK_C)
         z = (tl.load(x_ptr + col, mask=col < C, other=0.0).to(tl.float32) - mu) * r
         g = tl.load(dy_ptr + col, mask=col < C, other=0.0).to(tl.float32)
-        g *= tl.load(w_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+        g *= _wide(tl.load(w_ptr + col, mask=col < C, other=0.0), OFFSET)
         sum_g += g
         sum_gz += g * z
     mean_gz = tl.sum(sum_gz, 0) / C
@@ -221,7 +234,7 @@ def norm_bwd_wide(
         col = first + tl.arange(0, BLOCK_C)
         z = (tl.load(x_ptr + col, mask=col < C, other=0.0).to(tl.float32) - mu) * r
         g = tl.load(dy_ptr + col, mask=col < C, other=0.0).to(tl.float32)
-        g *= tl.load(w_ptr + col, mask=col < C, other=0.0).to(tl.float32)
+        g *= _wide(tl.load(w_ptr + col, mask=col < C, other=0.0), OFFSET)
         dx = r * (g - mean_g - z * mean_gz)
         if dsum_ptr is not None:
             dx += tl.load(dsum_ptr + row * stride_dsum_r + col, mask=col < C, other=0.0).to(tl.float32)

@@ -23,7 +23,10 @@ HARMLESS = {
     "initializer_range", "init_std", "bos_token_id", "eos_token_id", "pad_token_id", "classifier_dropout",
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
     # how transformers computes the same values
-    "reorder_and_upcast_attn", "pretraining_tp", "slow_but_exact", "is_decoder", "is_encoder_decoder",
+    "reorder_and_upcast_attn", "pretraining_tp", "slow_but_exact", "is_decoder", "is_encoder_decoder", "init_device",
+    "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
+    # fields without an effect: CodeGen's, those of MPT with ALiBi, and in training
+    "n_ctx", "learned_pos_emb", "embedding_fraction",
 }  # fmt: skip
 
 
@@ -95,6 +98,14 @@ COMBINATIONS = [
     ("gpt_neox", {"head_dim": 16}),
     ("gpt_neox", {"rotary_pct": 1.0, "rotary_emb_base": 300}),
     ("gpt_neox", {"rotary_pct": 1.0, "rope_parameters": None}),
+    ("mpt", {"attn_config": {"softmax_scale": 0.7}}),
+    ("mpt", {"attn_config": {"qk_ln": True}}),
+    ("falcon", {"alibi": True, "bias": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 1}),
+    ("falcon", {"rope_parameters": None, "rope_theta": 300.0}),
+    ("phi", {"rope_parameters": None, "partial_rotary_factor": 0.25}),
+    ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.5, "rope_theta": 300.0}),
+    ("stablelm", {"rope_parameters": None, "partial_rotary_factor": 0.5}),
 ]
 
 

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from conversations import CONVERSATIONS, READ, STYLES, TOKENS, WEATHER, said
+from hostile_texts import hostile_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import BUILDERS
 from tokenizers import processors
 
+from peakgpt.cli import main
 from peakgpt.engine.data.chat_template import ChatTemplates
 from peakgpt.engine.data.template_sandbox import TemplateFailure
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
+from peakgpt.engine.gpt import GPT
 
 transformers = pytest.importorskip("transformers")
 
@@ -120,6 +123,17 @@ def test_conversations_equal_transformers(styles, style):
     assert len(texts) > 40
 
 
+@pytest.mark.parametrize("style", ["headers", "roles"])
+def test_a_thousand_hostile_texts_equal_transformers(styles, style):
+    """As messages of users, between the special tokens of a template, which some of the texts contain."""
+    ours, theirs = styles[style]
+    chats = [said(f"{text}{TOKENS[i % len(TOKENS)]}" if i % 3 == 0 else text) for i, text in enumerate(hostile_texts())]
+    assert len(chats) == 1000
+    for options in ({"tokenize": False}, {"add_generation_prompt": True, "return_dict": False}):
+        got, expected = (t.apply_chat_template(chats, **options) for t in (ours, theirs))
+        assert [pair for pair in zip(got, expected, strict=True) if pair[0] != pair[1]][:3] == []
+
+
 def test_ids_have_the_beginning_of_the_template_only(tmp_path):
     """The tokenizer puts <s> before a text, and the template writes it: a chat has it once."""
     ours, theirs = both(write(tmp_path, "{{ bos_token }}{{ messages[0].content }}"))
@@ -163,6 +177,20 @@ def test_saved_tokenizer_has_its_templates(tmp_path):
     source.save(tmp_path / "again")
     assert Tokenizer.load(tmp_path / "again").chat.sources == source.chat.sources == {"default": "F", "rag": "R"}
     assert all((tmp_path / "again" / name).exists() for name in files)
+
+
+def test_models_are_saved_with_templates_again_and_quantized(tmp_path, capsys):
+    """Regression: the folder of the named templates could not be replaced, and quantize left it out."""
+    files = {"chat_template.jinja": "F", "additional_chat_templates/rag.jinja": "R"}
+    tokenizer = Tokenizer.load(write(tmp_path, None, files=files))
+    model, saved = GPT.from_preset("gpt2", n_layer=1, n_head=2, n_embd=8, vocab_size=400, block_size=8), tmp_path / "m"
+    model.save_pretrained(saved, tokenizer)
+    (saved / "additional_chat_templates/rag.jinja").write_text("old")
+    model.save_pretrained(saved, tokenizer)
+    assert main(["quantize", str(saved), str(tmp_path / "small"), "--bits", "8"]) == 0
+    capsys.readouterr()
+    for folder in (saved, tmp_path / "small"):
+        assert Tokenizer.load(folder).chat.sources == {"default": "F", "rag": "R"}
 
 
 def test_the_template_of_a_processor_is_read_last(tmp_path):

@@ -45,6 +45,11 @@ MODELS = {
         "residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
         "activation": "silu", "bias": False, "logit_scale": 0.125,
     },
+    "norms of heads, offset, rotary": {
+        "position": "rotary", "rotary_dim": 8, "n_kv_head": 2, "norm": "rms", "norm_offset": 1.0, "qk_norm": "head",
+        "bias": False, "logit_scale": 0.5, "logit_softcap": 2.0,
+    },
+    "norms of all heads": {"qk_norm": "full", "n_kv_head": 2, "logit_softcap": 3.0},
     "experts": {
         "experts": 5, "experts_every": 1, "experts_per_token": 3, "gated_experts": True, "gated_mlp": True,
         "expert_inner": 40, "activation": "silu", "mlp_only_layers": (0,), "normalize_experts": False,

@@ -29,6 +29,7 @@ LLAMA = {"norm": "rms", "position": "rotary", "gated_mlp": True, "activation": "
 FAMILIES = {
     "gpt2": {},
     "llama": {**LLAMA, "n_kv_head": 1},
+    "qk_norm": {**LLAMA, "n_kv_head": 1, "qk_norm": "head", "norm_offset": 1.0, "logit_softcap": 2.0},
     "parallel": {"residual": "parallel", "position": "rotary", "tied_head": False, "head_bias": True},
     "two_norms": {"residual": "parallel_two_norms", "position": "alibi", "embedding_norm": True},
     "sandwich_norm": {**LLAMA, "residual": "sandwich_norm", "embedding_scale": 5.5, "rotary_layers": (True, False)},

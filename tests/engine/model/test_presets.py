@@ -56,6 +56,25 @@ EXACT = {
     "qwen2.5-7b": 7_615_616_512,
     "olmo-1b": 1_176_764_416,
     "olmo-7b": 6_888_095_744,
+    "codegen-350m": 356_712_448,
+    "santacoder": 1_124_886_528,
+    "starcoderbase-1b": 1_137_207_296,
+    "starcoder": 15_517_456_384,
+    "starcoder2-3b": 3_030_371_328,
+    "starcoder2-7b": 7_173_923_840,
+    "mpt-7b": 6_649_286_656,
+    "mpt-30b": 29_957_200_896,
+    "falcon-7b": 6_921_720_704,
+    "falcon-40b": 41_303_293_952,
+    "falcon-rw-1b": 1_311_625_216,
+    "stablelm-3b": 2_795_443_200,
+    "stablelm-2-1.6b": 1_644_515_328,
+    "phi-1": 1_418_270_720,
+    "phi-1.5": 1_418_270_720,
+    "phi-2": 2_779_683_840,
+    "phi-3-mini": 3_821_079_552,
+    "phi-3-medium": 13_960_238_080,
+    "phi-4": 14_659_507_200,
 }
 # Counts printed in the papers, with the unit of the last digit: GPT-3 table D.1, OPT table 1, MT-NLG section 3.2, PaLM
 # table 1, Gopher table 1. Gopher 280B, Chinchilla and GLaM are printed as 280B, 70B and 1.2T; more digits are by hand.
@@ -86,6 +105,14 @@ ROUNDED = {
     "gopher-280b": (279.7e9, 0.1e9),
     "chinchilla-70b": (70.06e9, 0.01e9),
     "glam-64b-64e": (1.162e12, 0.001e12),
+    "cerebras-gpt-111m": (111e6, 1e6),
+    "cerebras-gpt-256m": (256e6, 1e6),
+    "cerebras-gpt-590m": (590e6, 1e6),
+    "cerebras-gpt-1.3b": (1.3e9, 0.1e9),
+    "cerebras-gpt-2.7b": (2.7e9, 0.1e9),
+    "cerebras-gpt-6.7b": (6.7e9, 0.1e9),
+    "cerebras-gpt-13b": (13e9, 1e9),
+    "falcon-rw-7b": (7.5e9, 0.1e9),
 }
 # For two sizes, the widths in GPT-3's table 2.1 do not give its counts (1.3B, 13.0B). XL has 24 heads of 128 and
 # a width of 2048; 1.3B needs 16 heads. 13B has 40 heads of 128 and a width of 5140; 12850M, as in table D.1, needs
@@ -112,13 +139,18 @@ def test_parameter_count_is_the_published_one(name):
 def test_presets_have_the_checkpoint_layout_of_their_family(name):
     """transformers has no layout for GPT-3, whose attention is banded, PaLM, Gopher, Chinchilla and GLaM."""
     families = {"gpt2": "gpt2", "openai": "openai-gpt", "gpt3": "peakgpt", "pythia": "gpt_neox", "opt": "opt",
-                "bloom": "bloom", "mt": "gpt2"}  # fmt: skip
+                "bloom": "bloom", "mt": "gpt2", "cerebras": "gpt2", "santacoder": "gpt_bigcode",
+                "starcoderbase": "gpt_bigcode", "starcoder": "gpt_bigcode", "starcoder2": "starcoder2", "mpt": "mpt",
+                "falcon": "falcon", "stablelm": "stablelm", "phi": "phi"}  # fmt: skip
+    # Models that differ from these in the names and the packing of their tensors only.
+    families |= {"codegen": "gptj", "phi-3": "mistral", "phi-4": "llama"}
     families |= dict.fromkeys(("palm", "gopher", "chinchilla", "glam"), "peakgpt")
     families |= {"llama": "llama", "smollm2": "llama", "smollm3": "smollm3", "mistral": "mistral", "qwen2.5": "qwen2"}
     families |= {"olmo": "olmo", "mixtral": "mixtral"}
     families |= {"gpt-neo": "gpt_neo", "gpt-j": "gptj", "gpt-neox": "gpt_neox"}
     first, *rest = name.split("-")
-    expected = families[f"gpt-{rest[0]}" if first == "gpt" else first]
+    first_two = "-".join((first, *rest[:1]))
+    expected = families[first_two if first_two in families else first]
     expected = "llama" if name == "mistral-7b-v0.3" else expected  # without windows it is a llama
     assert family_of(preset(name)).model_type == expected
 

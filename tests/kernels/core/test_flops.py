@@ -17,8 +17,8 @@ from peakgpt.kernels.ops import catalogue
 FLAT = [("adamw", {"count": 37}, {"lr": 0.5}), ("sum_of_squares", {"count": 37}, {})]
 OF_EACH_OP = {name: (sizes, params) for name, sizes, params in reversed([*CASES, *FLAT])}
 MATMUL = set(catalogue.__all__) - {
-    "adamw", "add_layernorm", "add_rmsnorm", "cache_store", "dropout", "embedding", "layernorm", "rmsnorm", "rotary",
-    "sum_of_squares",
+    "adamw", "add_layernorm", "add_rmsnorm", "cache_store", "dropout", "embedding", "layernorm", "qk_norm", "rmsnorm",
+    "rotary", "sum_of_squares",
 }  # fmt: skip
 
 

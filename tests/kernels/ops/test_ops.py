@@ -24,8 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 # (backend, op) pairs without a kernel.
 PENDING = {("cpu", "attention_decode"), ("cpu", "cache_store"), ("gpu", "linear_q8"), ("gpu", "linear_q4"),
            ("gpu", "linear_grouped")}  # fmt: skip
-ROTARY = "attention_qkv with pairs"
-DIFFERENTIABLE = [*(name for name in sorted(catalogue.__all__) if OPS[name].gradient), ROTARY]
+OPTIONAL = ["attention_qkv with pairs", "attention_qkv with norms", "qk_norm with pairs", "qk_norm with norms"]
+DIFFERENTIABLE = [*(name for name in sorted(catalogue.__all__) if OPS[name].gradient), *OPTIONAL]
 
 
 def first_case(selector):
@@ -190,7 +190,7 @@ def test_saved_tensors_of_one_backend_feed_the_backward_of_another(name):
 
 
 @pytest.mark.parametrize("backend", ("", "cpu"))
-@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY])
+@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), *OPTIONAL])
 def test_library_op_passes_opcheck(name, backend):
     op, sizes, params = first_case(name)
     tensors = sample(op.name, sizes, torch.float32, grad=op.gradient)
@@ -369,7 +369,7 @@ def test_invalid_rotary_tables_raise_got_and_expected(tables, message):
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
 def test_attention_qkv_with_rotary_saves_one_projection(backend):
     """Saves the rotated projection. Fails if qkv is saved too: no other op of a model saves it."""
-    op, sizes, params = first_case(ROTARY)
+    op, sizes, params = first_case(OPTIONAL[0])
     qkv, *tables = sample(op.name, sizes, torch.float32)
     saved = []
     with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
@@ -387,7 +387,7 @@ def test_loss_allocates_no_gradient_under_no_grad():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), ROTARY])
+@pytest.mark.parametrize("name", [*sorted(catalogue.__all__), *OPTIONAL])
 def test_cost_counts_the_bytes_written(name, dtype):
     """Forward: the outputs or the mutated tensors. Backward: the gradients and the saved tensors."""
     op, sizes, params = first_case(name)
