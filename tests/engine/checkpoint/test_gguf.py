@@ -51,7 +51,8 @@ def test_an_exported_model_reads_back_unchanged(name, tmp_path):
     expected = model.state_dict()
     assert copy.state_dict().keys() == expected.keys()
     for key, tensor in copy.state_dict().items():
-        assert torch.equal(tensor, expected[key]), key
+        is_shifted = model.config.norm_offset and tensor.dim() == 1  # the file has 1 + w, rounded to float32
+        assert (tensor - expected[key]).abs().max() <= (1.2e-7 if is_shifted else 0), key
     assert GPT.from_pretrained(path, dtype=torch.bfloat16).transformer.wte.weight.dtype == torch.bfloat16
 
 
