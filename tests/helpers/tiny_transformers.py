@@ -52,6 +52,13 @@ MODELS = {
     "mistral": ("MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 5}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", LLAMA),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", {**LLAMA, "head_dim": 16}),
+    "gemma2": (
+        "Gemma2Config", "Gemma2ForCausalLM",
+        {**LLAMA, "head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**LLAMA, "head_dim": 16, "sliding_window": 5,
+                                                         "layer_types": ["sliding_attention", "full_attention"]}),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {**LLAMA, "no_rope_layer_interval": 2}),
     "olmo": ("OlmoConfig", "OlmoForCausalLM", LLAMA),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", LLAMA),
@@ -75,7 +82,7 @@ MODELS = {
 
 
 # Their replacements are those of other families: the tests that try many changes leave them out.
-ALIKE = {"qwen3", "smollm3", "olmo", "olmo3", "phi", "stablelm", "gpt_bigcode", "codegen"}
+ALIKE = {"qwen3", "gemma", "smollm3", "olmo", "olmo3", "phi", "stablelm", "gpt_bigcode", "codegen"}
 FAMILIES = [name for name in MODELS if "," not in name and name not in ALIKE]
 
 
