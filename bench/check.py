@@ -143,6 +143,24 @@ CASES = [
     ("attention", {"batch": 1, "tokens": 6, "heads": 2, "head_dim": 16, "keys": 5}, {}),
     ("attention", {"batch": 2, "tokens": 1, "heads": 2, "head_dim": 32, "keys": 67, "kv_heads": 1}, {"scale": 0.3}),
     ("attention", {"batch": 1, "tokens": 80, "heads": 2, "head_dim": 16}, {"window": 17}),
+    ("attention", {"batch": 1, "tokens": 66, "heads": 2, "head_dim": 32}, {"softcap": 2.0}),
+    ("attention", {"batch": 2, "tokens": 70, "heads": 4, "head_dim": 16, "kv_heads": 2, "sinks": 1}, {}),
+    (
+        "attention",
+        {"batch": 1, "tokens": 67, "heads": 2, "head_dim": 24, "kv_heads": 1, "slopes": 1, "sinks": 1},
+        {"softcap": 3.0, "window": 9},
+    ),
+    ("attention", {"batch": 3, "tokens": 41, "heads": 2, "head_dim": 16, "padded": 11, "sinks": 1}, {"softcap": 50.0}),
+    (
+        "attention",
+        {"batch": 1, "tokens": 69, "heads": 2, "head_dim": 16, "documents": 3, "sinks": 1},
+        {"softcap": 2.0, "causal": False},
+    ),
+    (
+        "attention",
+        {"batch": 2, "tokens": 3, "heads": 4, "head_dim": 32, "keys": 67, "kv_heads": 2, "slopes": 1, "sinks": 1},
+        {"softcap": 2.0},
+    ),
     ("attention_decode", {"batch": 3, "heads": 4, "head_dim": 16, "keys": 70, "kv_heads": 2}, {}),
     (
         "attention_decode",
@@ -150,6 +168,16 @@ CASES = [
         {"window": 9},
     ),
     ("attention_decode", {"batch": 3, "heads": 4, "head_dim": 16, "keys": 270, "kv_heads": 2, "bits": 8}, {}),
+    (
+        "attention_decode",
+        {"batch": 3, "heads": 4, "head_dim": 16, "keys": 70, "kv_heads": 2, "slopes": 1, "sinks": 1},
+        {"softcap": 2.0, "window": 40},
+    ),
+    (
+        "attention_decode",
+        {"batch": 2, "queries": 5, "heads": 2, "head_dim": 24, "keys": 300, "bits": 8, "sinks": 1},
+        {"softcap": 3.0},
+    ),
     ("cache_store", {"tokens": 32, "heads": 3, "head_dim": 17}, {}),
     ("cache_store", {"tokens": 9, "heads": 2, "head_dim": 64, "bits": 8}, {}),
     ("attention_qkv", {"batch": 2, "tokens": 65, "heads": 2, "head_dim": 32}, {"n_head": 2}),
@@ -178,6 +206,16 @@ CASES = [
         "attention_qkv",
         {"batch": 1, "tokens": 67, "heads": 2, "head_dim": 24, "kv_heads": 1, "pairs": 5, "documents": 4},
         {"n_head": 2, "window": 9},
+    ),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 70, "heads": 2, "head_dim": 16, "documents": 3, "sinks": 1},
+        {"n_head": 2},
+    ),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 33, "heads": 4, "head_dim": 24, "kv_heads": 2, "pairs": 12, "sinks": 1},
+        {"n_head": 4, "window": 9, "softcap": 2.0},
     ),
     ("attention_qkv", {"batch": 2, "tokens": 33, "heads": 4, "head_dim": 16, "kv_heads": 2, "norms": 1}, {"n_head": 4}),
     (
@@ -217,6 +255,7 @@ LARGE_CASES = [
     ("qk_norm", {"batch": 4, "tokens": 256, "heads": 16, "head_dim": 128, "kv_heads": 8, "pairs": 64}, {"n_head": 16}),
     ("attention", {"batch": 2, "tokens": 1025, "heads": 4, "head_dim": 64}, {}),
     ("attention", {"batch": 1, "tokens": 1000, "heads": 2, "head_dim": 128}, {}),
+    ("attention", {"batch": 1, "tokens": 1000, "heads": 2, "head_dim": 256, "kv_heads": 1}, {"softcap": 50.0}),
     ("attention_decode", {"batch": 8, "heads": 32, "head_dim": 128, "keys": 2049, "kv_heads": 8}, {}),
     (
         "attention_decode",
@@ -230,6 +269,11 @@ LARGE_CASES = [
         "attention_qkv",
         {"batch": 1, "tokens": 1000, "heads": 4, "head_dim": 256, "kv_heads": 2, "pairs": 32},
         {"n_head": 4, "interleaved": True},
+    ),
+    (
+        "attention_qkv",
+        {"batch": 1, "tokens": 1000, "heads": 8, "head_dim": 64, "kv_heads": 1, "pairs": 32, "sinks": 1},
+        {"n_head": 8, "window": 128},
     ),
     (
         "attention_qkv",
@@ -273,10 +317,15 @@ def double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     ]
 
 
+def named(op: Op, tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    """Return the tensors of a call by their names: some of them are keyword-only."""
+    return dict(zip(op.tensor_names, tensors, strict=False))
+
+
 def run(backend: str, op: Callable[..., Any], tensors: Sequence[Tensor | None], params: Mapping[str, Any]):
     """Return outputs and input gradients; random upstream gradients are the same for every backend."""
     with use_backend(backend):
-        results = op(*tensors, **params)
+        results = op(**named(op, tensors), **params) if isinstance(op, Op) else op(*tensors, **params)
     results = results if isinstance(results, tuple) else (results,)
     generator = torch.Generator().manual_seed(7)
     ups = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
@@ -360,7 +409,7 @@ def backends(op: Op, tensors: Sequence[Tensor | None], params: Mapping[str, Any]
     found = []
     for name, home in BACKENDS.items():
         with use_backend(name):
-            if home == tensors[0].device.type and op.explain(*tensors, **params)[name] is None:
+            if home == tensors[0].device.type and op.explain(**named(op, tensors), **params)[name] is None:
                 found.append(name)
     return found
 

@@ -22,7 +22,7 @@ from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.ops.attention import live_pairs
+from peakgpt.kernels.ops.attention_math import live_pairs
 
 WHOLE_ROWS = "peakgpt"
 SECONDS = 180.0  # of the case; a step takes 18 s on 2 cores

@@ -97,6 +97,8 @@ def attention_forward(
     position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     output_attentions: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -113,6 +115,7 @@ def attention_forward(
         cu_seq_lens_q: (N + 1,) offsets of packed documents, for B = 1. Overrides documents derived from position_ids.
         seq_idx: (B, T) integers, the number of the packed document of each token. Used if neither cu_seq_lens_q nor
             position_ids give the documents.
+        softcap, s_aux: `softcap` and `sinks` of `peakgpt.attention`.
         output_attentions: return the attention weights too. Eager torch computes them, in (T, S) memory.
         others: arguments in IGNORED_KEYWORDS are ignored; any other that is not None or False raises.
     Returns:
@@ -132,8 +135,8 @@ def attention_forward(
     if seq_idx is not None and cu_seq_lens_q is None and isinstance(attention_mask, Mask):
         attention_mask = with_documents(attention_mask, seq_idx)
     return masked_attention(
-        q, k, v, attention_mask, position_bias, cu_seq_lens_q, scale=scaling, dropout=dropout,
-        weights=bool(output_attentions) or RECORDER.wants_weights(),
+        q, k, v, attention_mask, position_bias, cu_seq_lens_q, scale=scaling, softcap=softcap, dropout=dropout,
+        sinks=s_aux, weights=bool(output_attentions) or RECORDER.wants_weights(),
     )  # fmt: skip
 
 
@@ -146,9 +149,11 @@ def masked_attention(
     documents: Tensor | None = None,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float | nn.Module = 0.0,
     window: int | None = None,
     alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
     weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Call `peakgpt.attention` on (B, T, H, D) tensors with a compact or dense mask.
@@ -165,8 +170,9 @@ def masked_attention(
         bias, mask = _sum(bias, additive_mask(mask, q)), Mask(False)
     windows = [w for w in (window, mask.window) if w is not None]
     documents = mask.documents if documents is None else documents
-    options = {"causal": mask.causal, "window": min(windows) if windows else None, "scale": scale, "alibi": alibi,
-               "kv_start": mask.start, "kv_len": mask.length, "cu_seqlens": documents}  # fmt: skip
+    options = {"causal": mask.causal, "window": min(windows) if windows else None, "scale": scale, "softcap": softcap,
+               "alibi": alibi, "sinks": sinks, "kv_start": mask.start, "kv_len": mask.length,
+               "cu_seqlens": documents}  # fmt: skip
     if mask.unpacked is not None and documents is None:
         torch._assert_async(mask.unpacked, "packed position_ids while compiling: expected cu_seq_lens_q with them")
     if documents is not None and not (bias is mask.start is mask.keys is None):

@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peakgpt.kernels.ops.attention import default_scale, live_mask
+from peakgpt.kernels.ops.attention_math import cap_scores, default_scale, live_mask, softmax_weights
 
 
 def attention_and_weights(
     q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, alibi: Tensor | None = None,
-    scale: float | None = None, dropout: float | nn.Module = 0.0, cu_seqlens: Tensor | None = None, **masks: Any,
+    sinks: Tensor | None = None, scale: float | None = None, softcap: float | None = None,
+    dropout: float | nn.Module = 0.0, cu_seqlens: Tensor | None = None, **masks: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute `peakgpt.attention` and the weights after dropout.
 
     Args:
-        q, k, v, bias, alibi, scale: as in `peakgpt.attention`.
+        q, k, v, bias, alibi, sinks, scale, softcap: as in `peakgpt.attention`.
         dropout: a rate, or the module to call on the weights.
         cu_seqlens: (N + 1,) offsets of documents in the B * T tokens of the batch. They end with every sequence.
         masks: causal, window, kv_start, kv_len of `peakgpt.attention`.
@@ -31,7 +32,7 @@ def attention_and_weights(
     live = _both(live_mask(q, k, **masks), None if cu_seqlens is None else _same_document(cu_seqlens, *q.shape[:2]))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    scores = (q @ k.transpose(-2, -1)).float() * default_scale(q.shape[-1], scale)
+    scores = cap_scores((q @ k.transpose(-2, -1)).float() * default_scale(q.shape[-1], scale), softcap)
     if alibi is not None:
         i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
         scores = scores + alibi[:, None, None] * (torch.arange(k.shape[2], device=q.device) - i)
@@ -39,8 +40,7 @@ def attention_and_weights(
         scores = scores + bias
     if live is not None:
         scores = scores.masked_fill(~live, float("-inf"))
-    dead = (scores == float("-inf")).all(-1, keepdim=True)  # a softmax over no keys is NaN, and so is its gradient
-    weights = scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0).to(v.dtype)
+    weights = softmax_weights(scores, sinks).to(v.dtype)
     weights = dropout(weights) if isinstance(dropout, nn.Module) else F.dropout(weights, dropout)
     return (weights @ v).transpose(1, 2), weights
 

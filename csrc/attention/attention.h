@@ -18,7 +18,9 @@ struct AttentionProblem {
   bool causal;
   float scale;
   int64_t window = 0;                   // number of keys that a query sees at most; 0: no limit
+  float softcap = 0.0f;                 // limit of the scaled products, before the other terms; 0: none
   const float* alibi = nullptr;         // (heads): slopes
+  const float* sinks = nullptr;         // (heads): a logit without a value, which joins the softmax of each query
   const int64_t* kv_start = nullptr;    // (batch): the first key of each sequence; null: 0
   const int64_t* kv_len = nullptr;      // (batch): the number of keys of each sequence; null: all
   const int64_t* cu_seqlens = nullptr;  // (documents + 1): ascending from 0 to keys; then queries equal keys
@@ -31,13 +33,14 @@ struct AttentionProblem {
   const int64_t* seed = nullptr;  // one element, read if dropout > 0
 };
 PEAK_FIELDS(AttentionProblem, dtype, batch, queries, keys, heads, kv_heads, width, q, k, v, causal, scale)
-PEAK_OPTIONAL_FIELDS(AttentionProblem, window, alibi, kv_start, kv_len, cu_seqlens, documents, bias, bias_dtype,
-                     bias_batch, bias_heads, bias_stride_b, bias_stride_h, bias_stride_t, bias_stride_s, dropout, seed)
+PEAK_OPTIONAL_FIELDS(AttentionProblem, window, softcap, alibi, sinks, kv_start, kv_len, cu_seqlens, documents, bias,
+                     bias_dtype, bias_batch, bias_heads, bias_stride_b, bias_stride_h, bias_stride_t, bias_stride_s,
+                     dropout, seed)
 
 struct AttentionForwardArgs : AttentionProblem {
   using Base = AttentionProblem;
   void* out;   // (batch, queries, heads, width)
-  float* lse;  // (batch, heads, queries): log of the sum of e^score
+  float* lse;  // (batch, heads, queries): log of the sum of e^score, with the sink
 };
 PEAK_FIELDS(AttentionForwardArgs, out, lse)
 
@@ -56,9 +59,12 @@ struct AttentionBackwardArgs : AttentionProblem {
   float* dbias = nullptr;        // (bias_batch, bias_heads, queries, keys) contiguous, zeros on entry
   float* dalibi = nullptr;       // (heads)
   float* dalibi_rows = nullptr;  // (3, batch, heads, queries), zeros on entry: workspace for dalibi
+  float* dsinks = nullptr;       // (heads)
+  float* dsinks_rows = nullptr;  // (batch, heads, queries): workspace for dsinks
 };
 PEAK_FIELDS(AttentionBackwardArgs, out, lse, dout)
-PEAK_OPTIONAL_FIELDS(AttentionBackwardArgs, dq, dk, dv, cos, minus_sin, pairs, interleaved, dbias, dalibi, dalibi_rows)
+PEAK_OPTIONAL_FIELDS(AttentionBackwardArgs, dq, dk, dv, cos, minus_sin, pairs, interleaved, dbias, dalibi, dalibi_rows,
+                     dsinks, dsinks_rows)
 
 void AttentionForward(const AttentionForwardArgs& args, int threads);
 void AttentionBackward(const AttentionBackwardArgs& args, int threads);

@@ -35,11 +35,11 @@ struct BackwardSpace {
   using E = typename OperandOf<T>::type;
   static constexpr bool kPairs = kDepth<E> == 2;
   E *k, *k_stacked, *v, *q, *q_stacked, *dy, *dy_stacked, *p, *ds, *ds_stacked;
-  float *dk, *dv, *dq, *s, *dp, *lse, *delta, *mask, *rotated;
+  float *dk, *dv, *dq, *s, *dp, *lse, *delta, *mask, *cap_slopes, *rotated;
 
   BackwardSpace(Arena& arena, const AttentionBackwardArgs& args, int64_t queries, int64_t keys) {
     const int64_t width = args.width;
-    const bool drops = args.dropout > 0.0;
+    const bool drops = args.dropout > 0.0, capped = args.softcap > 0.0f;
     const Widths<E> widths(width);
     k = arena.Take<E>(keys * widths.natural);
     k_stacked = kPairs ? arena.Take<E>(keys / 2 * widths.stacked) : k;
@@ -56,9 +56,10 @@ struct BackwardSpace {
     s = arena.Take<float>(kTile * kTile);
     dp = arena.Take<float>(kTile * kTile);
     p = kPairs || drops ? arena.Take<E>(kTile * kTile / kDepth<E>) : reinterpret_cast<E*>(s);
-    ds = kPairs ? arena.Take<E>(kTile * kTile / 2) : reinterpret_cast<E*>(dp);
+    ds = kPairs || capped ? arena.Take<E>(kTile * kTile / kDepth<E>) : reinterpret_cast<E*>(dp);
     ds_stacked = kPairs ? arena.Take<E>(kTile * kTile / 2) : ds;
     mask = drops ? arena.Take<float>(kTile * kTile) : nullptr;
+    cap_slopes = capped ? arena.Take<float>(kTile * kTile) : nullptr;
     rotated = args.cos != nullptr ? arena.Take<float>(kTile * UpTo(width, kLanes)) : nullptr;
   }
 };
@@ -74,9 +75,9 @@ PEAK_INLINE void StoreTwoRows(Pair* rows, Pair* stacked, int64_t row, int64_t at
   if (stacked != nullptr) StorePairs(&stacked[row / 2 * kTile + at].even, PackPairs(even, odd));
 }
 
-// p = e^(c s - lse), ds = p (dp - delta). kDrop: p times the mask, ds = p (mask dp - delta). kFloats: also writes p
-// without the mask and ds as floats, over s and dp.
-template <bool kFloats, bool kDrop, class T>
+// p = e^(c s - lse), ds = p (dp - delta). kDrop: p times the mask, ds = p (mask dp - delta). kCap: ds times the slope
+// of the cap. kFloats: also writes p without the mask and ds without the slope as floats, over s and dp.
+template <bool kFloats, bool kDrop, bool kCap, class T>
 PEAK_NOINLINE void Gradients(const BackwardSpace<T>& space, const float* lse, const float* delta, int64_t rows,
                              Lanes lanes, float c) {
   const Vec scale = Set(c);
@@ -91,13 +92,25 @@ PEAK_NOINLINE void Gradients(const BackwardSpace<T>& space, const float* lse, co
       const Vec even_ds = even * (even_dp - mean), odd_ds = odd * (odd_dp - mean);
       const Vec even_p = kDrop ? even * Load(mask) : even, odd_p = kDrop ? odd * Load(mask + kTile) : odd;
       StoreTwoRows(space.p, static_cast<decltype(space.p)>(nullptr), r, at, even_p, odd_p);
-      StoreTwoRows(space.ds, space.ds_stacked, r, at, even_ds, odd_ds);
+      const float* slope = kCap ? space.cap_slopes + r * kTile + at : nullptr;
+      const Vec even_du = kCap ? even_ds * Load(slope) : even_ds, odd_du = kCap ? odd_ds * Load(slope + kTile) : odd_ds;
+      StoreTwoRows(space.ds, space.ds_stacked, r, at, even_du, odd_du);
       if (kFloats) {
         StoreTwoRows(space.s, static_cast<float*>(nullptr), r, at, even, odd);
         StoreTwoRows(space.dp, static_cast<float*>(nullptr), r, at, even_ds, odd_ds);
       }
     }
   }
+}
+
+// The variant of Gradients for the options of a call.
+template <class T, bool... kOptions>
+auto GradientsFor() {
+  return Gradients<kOptions..., T>;
+}
+template <class T, bool... kOptions, class... Rest>
+auto GradientsFor(bool option, Rest... rest) {
+  return option ? GradientsFor<T, kOptions..., true>(rest...) : GradientsFor<T, kOptions..., false>(rest...);
 }
 
 // lse_out = lse, or +inf for a masked or padded query, which makes its weights 0. delta = rowsum(dy * y).
@@ -132,10 +145,9 @@ void BackwardTile(const BackwardUnit& unit, const BackwardSpace<T>& space, const
            width / kDepth<E>, space.s + lane, kTile, rows, vecs, false);
   Multiply(space.v + j * widths.natural, widths.natural, 1, space.dy + i * width / kDepth<E> + lane, kTile,
            width / kDepth<E>, space.dp + lane, kTile, rows, vecs, false);
-  const float c = Scores(terms, tile, space.s, key, rows, lanes);
+  const float c = Scores(terms, tile, space.s, key, rows, lanes, space.cap_slopes);
   if (dropout.On()) dropout.Draw(tile, key, rows, lanes, space.mask);
-  const auto gradients = dterms.Any() ? (dropout.On() ? Gradients<true, true, T> : Gradients<true, false, T>)
-                                    : (dropout.On() ? Gradients<false, true, T> : Gradients<false, false, T>);
+  const auto gradients = GradientsFor<T>(dterms.Any(), dropout.On(), terms.softcap > 0.0f);
   gradients(space, space.lse + i, space.delta + i, rows, lanes, c);
   if (dterms.bias != nullptr) AddBiasGradient(tile, space.dp, key, keys, lanes, dterms.bias, terms.keys);
   if (dterms.slope_rows != nullptr) {
@@ -208,6 +220,13 @@ void BackwardHead(const AttentionBackwardArgs& args, const BackwardUnit& unit, c
   PackStacked(q, unit.query, count, space.q_stacked);
   PackStacked(dy, unit.query, count, space.dy_stacked);
   RowStatistics(dy, y, args.lse + (unit.b * args.heads + h) * args.queries, unit.query, count, space.lse, space.delta);
+  // The gradients of a query's scores and of its sink sum to 0; see SumSlopeGradients.
+  const bool has_totals = args.sinks != nullptr && dterms.slope_rows != nullptr;
+  float* const totals = has_totals ? dterms.slope_rows + dterms.plane : nullptr;
+  for (float* rows : {dterms.sink_rows, totals}) {
+    if (rows == nullptr) continue;
+    SinkGradients(terms.sink, space.lse, space.delta, unit.query_end - unit.query, rows + unit.query);
+  }
   std::memset(space.dq, 0, count * width * sizeof(float));
 
   QueryTile tile;
@@ -298,8 +317,8 @@ struct QueryUnits {
   }
 };
 
-// A row of ds should sum to 0, but delta comes from the rounded output, so the row sums to an error that the distances
-// magnify. Subtracting p times this sum reduces an error of 1e-2 of the gradient in bf16 to 1e-6.
+// A row of ds, with its sink, should sum to 0, but delta comes from the rounded output, so it sums to an error that
+// the distances magnify. Subtracting p times this sum reduces an error of 1e-2 of the gradient in bf16 to 1e-6.
 void SumSlopeGradients(const AttentionBackwardArgs& args) {
   const int64_t plane = args.batch * args.heads * args.queries;
   for (int64_t h = 0; h < args.heads; ++h) {
@@ -315,10 +334,22 @@ void SumSlopeGradients(const AttentionBackwardArgs& args) {
   }
 }
 
+void SumSinkGradients(const AttentionBackwardArgs& args) {
+  for (int64_t h = 0; h < args.heads; ++h) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < args.batch; ++b) {
+      const float* rows = args.dsinks_rows + (b * args.heads + h) * args.queries;
+      for (int64_t i = 0; i < args.queries; ++i) sum += rows[i];
+    }
+    args.dsinks[h] = static_cast<float>(sum);
+  }
+}
+
 }  // namespace
 
 void AttentionBackward(const AttentionBackwardArgs& args, int threads) {
-  const bool by_query = args.dq.data != nullptr || args.dbias != nullptr || args.dalibi != nullptr;
+  const bool by_query = args.dq.data != nullptr || args.dbias != nullptr || args.dalibi != nullptr ||
+                        args.dsinks != nullptr;
   const bool by_key = args.dk.data != nullptr;
   const int64_t group = args.heads / args.kv_heads, kv_heads = args.batch * args.kv_heads;
   const auto run = PEAK_PICK_DTYPE(args.dtype, RunBackwardUnit);
@@ -346,6 +377,7 @@ void AttentionBackward(const AttentionBackwardArgs& args, int threads) {
     });
   }
   if (args.dalibi != nullptr) SumSlopeGradients(args);
+  if (args.dsinks != nullptr) SumSinkGradients(args);
 }
 
 }  // namespace peak

@@ -61,7 +61,7 @@ PEAK_INLINE void ForwardTile(const ForwardSpace<T>& space, const QueryTile& tile
   const int64_t lane = lanes.begin * kLanes, vecs = lanes.end - lanes.begin;
   Multiply(space.k + (key - base) * widths.natural, widths.natural, 1, space.q + lane, kTile, width / kDepth<E>,
            space.s + lane, kTile, rows, vecs, false);
-  const float c = Scores(terms, tile, space.s, key, rows, lanes);
+  const float c = Scores(terms, tile, space.s, key, rows, lanes, nullptr);
   if (dropout.On()) {
     dropout.Draw(tile, key, rows, lanes, space.mask);
     Softmax<true>(space, rows, lanes, c);
@@ -99,7 +99,7 @@ void ForwardHead(const AttentionForwardArgs& args, int64_t b, int64_t h, int64_t
     tile.Place(live, query, args.queries);
     PackTransposed(q, query, space.q);
     std::memset(space.acc, 0, width * kTile * sizeof(float));
-    space.softmax.Reset();
+    for (int64_t i = 0; i < kTile; ++i) space.softmax.Reset(i, terms.sink);
     int64_t keys;
     for (int64_t key = tile.begin / kEdgeTile * kEdgeTile; key < tile.end; key += keys) {
       keys = tile.KeysAt(key, tile.end);
@@ -133,18 +133,26 @@ void AddBiasRow(const ScoreTerms& terms, float* s, int64_t query, int64_t first,
   }
 }
 
-// Turns n scores into weights e^(s - m), where m is their maximum. Returns l, the sum of the weights.
-inline float WeightsOfRow(float* s, int64_t n, float* m) {
+// s = softcap tanh(s / softcap) + slope (j + distance), for n scaled products s[j].
+inline void CapRow(const ScoreTerms& terms, float* s, int64_t n, int64_t distance) {
+  const Softcap cap(terms.softcap);
+  for (int64_t j = 0; j < n; j += kLanes) Store(s + j, cap(Load(s + j, n - j)), n - j);
+  for (int64_t j = 0; j < n; ++j) s[j] += terms.slope * static_cast<float>(j + distance);
+}
+
+// Turns n scores into weights e^(s - m), where m is the maximum of them and the sink. Returns l, the sum of the weights
+// and of that of the sink.
+inline float WeightsOfRow(float* s, int64_t n, float sink, float* m) {
   Vec high = Set(-kInfinity), sum = Set(0.0f);
   for (int64_t j = 0; j < n; j += kLanes) high = Max(Load(s + j), high);
-  *m = MaxOf(high);
-  const Vec base = Set(*m == -kInfinity ? 0.0f : *m);  // if every bias is -inf: -inf - -inf is NaN
+  *m = std::max(MaxOf(high), sink);
+  const float base = *m == -kInfinity ? 0.0f : *m;  // if every bias is -inf: -inf - -inf is NaN
   for (int64_t j = 0; j < n; j += kLanes) {
-    const Vec p = Exp(Load(s + j) - base);
+    const Vec p = Exp(Load(s + j) - Set(base));
     Store(s + j, p);
     sum = sum + p;
   }
-  return Sum(sum);
+  return Sum(sum) + (sink == -kInfinity ? 0.0f : std::exp(sink - base));
 }
 
 // out = factor * sum_j p[j] v[j].
@@ -174,22 +182,25 @@ void ForwardRows(const AttentionForwardArgs& args, int64_t b, int64_t h) {
   Arena arena(Workspace((UpTo(width, kLanes) + UpTo(args.keys, kLanes)) * sizeof(float) + 2 * kCacheLine));
   float* q = arena.Take<float>(UpTo(width, kLanes));
   float* s = arena.Take<float>(UpTo(args.keys, kLanes));
+  const float slope = terms.softcap > 0.0f ? 0.0f : terms.slope;  // CapRow adds it after the cap
   for (int64_t i = 0; i < args.queries; ++i) {
     const int64_t first = live.First(i), n = Most(0, live.End(i) - first);
     const T* q_row = HeadOf<T>(args.q, b, h) + i * args.q.stride_t;
     const T* k = HeadOf<T>(args.k, b, kv_head) + first * args.k.stride_t;
     const T* v = HeadOf<T>(args.v, b, kv_head) + first * args.v.stride_t;
     for (int64_t d = 0; d < width; d += kLanes) Store(q + d, Load(q_row + d, width - d) * Set(terms.scale));
+    const int64_t distance = first - i - live.offset;  // of the first key
     for (int64_t j = 0; j < n; ++j) {
-      s[j] = Dot(q, k + j * args.k.stride_t, width) + terms.slope * static_cast<float>(first + j - i - live.offset);
+      s[j] = Dot(q, k + j * args.k.stride_t, width) + slope * static_cast<float>(distance + j);
     }
+    if (terms.softcap > 0.0f) CapRow(terms, s, n, distance);
     if (terms.bias != nullptr) {
       terms.bias_dtype == DType::kFloat32 ? AddBiasRow<float>(terms, s, i, first, n)
                                           : AddBiasRow<bf16>(terms, s, i, first, n);
     }
     for (int64_t j = n; j < UpTo(n, kLanes); ++j) s[j] = -kInfinity;
     float m = -kInfinity;
-    const float l = WeightsOfRow(s, n, &m);
+    const float l = WeightsOfRow(s, n, terms.sink, &m);
     T* out = static_cast<T*>(args.out) + ((b * args.queries + i) * args.heads + h) * width;
     WeightedRow(s, n, v, args.v.stride_t, width, l == 0.0f ? 0.0f : 1.0f / l, out);
     args.lse[(b * args.heads + h) * args.queries + i] = l == 0.0f ? -kInfinity : m + std::log(l);

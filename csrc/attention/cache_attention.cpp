@@ -17,7 +17,7 @@ constexpr int64_t kFewLanes = 4;
 struct Queries {
   int64_t sequence, head, count;  // count: lanes in use
   int64_t begin, end;             // keys that any lane sees
-  float first[kTile], last[kTile], position[kTile], slope[kTile];
+  float first[kTile], last[kTile], position[kTile], slope[kTile], sink[kTile];
   int64_t row[kTile];  // in units of width: (row, head) of q and of out
 
   Queries(const CacheAttentionArgs& args, int64_t sequence_, int64_t head_, int64_t lane)
@@ -33,6 +33,7 @@ struct Queries {
       first[l] = static_cast<float>(from);
       last[l] = position[l] = static_cast<float>(at);
       slope[l] = args.alibi == nullptr ? 0.0f : args.alibi[h];
+      sink[l] = args.sinks == nullptr ? -kInfinity : args.sinks[h];
       row[l] = (args.begins[sequence] + i) * args.heads + h;
     }
   }
@@ -48,8 +49,10 @@ PEAK_INLINE const T* QueryOf(const CacheAttentionArgs& args, const Queries& quer
   return static_cast<const T*>(args.q) + row * args.q_row + h * args.width;
 }
 
-PEAK_INLINE Vec ScoreOf(Vec product, Vec scale, Vec slope, Vec distance) {
-  return Fma(slope, distance, product * scale);
+template <bool kCap>
+PEAK_INLINE Vec ScoreOf(Vec product, Vec scale, const Softcap& cap, Vec slope, Vec distance) {
+  const Vec scaled = product * scale;
+  return Fma(slope, distance, kCap ? cap(scaled) : scaled);
 }
 PEAK_INLINE Vec Masked(Vec score, Vec key, Vec first, Vec last) {
   const Vec masked = Set(-kInfinity);
@@ -57,8 +60,8 @@ PEAK_INLINE Vec Masked(Vec score, Vec key, Vec first, Vec last) {
 }
 
 // Turns products s[key][lane] into weights p and updates m, l and alpha.
-template <bool kInt8, class E>
-void SoftmaxOfKeys(const Queries& queries, const BlockScales& scales, int64_t key, float* s, E* p,
+template <bool kInt8, bool kCap, class E>
+void SoftmaxOfKeys(const Queries& queries, const BlockScales& scales, const Softcap& cap, int64_t key, float* s, E* p,
                    const OnlineSoftmax& state) {
   const bool whole = queries.Whole(key);
   for (int64_t at = 0; at < queries.count; at += kLanes) {
@@ -67,7 +70,7 @@ void SoftmaxOfKeys(const Queries& queries, const BlockScales& scales, int64_t ke
     Vec m = Load(state.m + at);
     for (int64_t r = 0; r < kCacheBlock; ++r) {
       const Vec j = Set(static_cast<float>(key + r));
-      Vec x = ScoreOf(Load(s + r * kTile + at), Set(scales.scores[r]), slope, j - position);
+      Vec x = ScoreOf<kCap>(Load(s + r * kTile + at), Set(scales.scores[r]), cap, slope, j - position);
       if (!whole) x = Masked(x, j, first, last);
       Store(s + r * kTile + at, x);
       m = Max(x, m);
@@ -87,16 +90,16 @@ inline void PackWeights(const float* x, Pair* p) {
 
 // The same for one query whose keys lie along the lanes. Sums are taken one by one, in the order of the keys, so they
 // have the bits of SoftmaxOfKeys.
-template <bool kInt8, class E>
-void SoftmaxOfLane(const Queries& queries, int64_t lane, const BlockScales& scales, int64_t key, float* s, E* p,
-                   const OnlineSoftmax& state) {
+template <bool kInt8, bool kCap, class E>
+void SoftmaxOfLane(const Queries& queries, int64_t lane, const BlockScales& scales, const Softcap& cap, int64_t key,
+                   float* s, E* p, const OnlineSoftmax& state) {
   alignas(64) float counts[kLanes];
   for (int i = 0; i < kLanes; ++i) counts[i] = static_cast<float>(i);
   const Vec slope = Set(queries.slope[lane]), position = Set(queries.position[lane]);
   Vec high = Set(-kInfinity);
   for (int64_t r = 0; r < kCacheBlock; r += kLanes) {
     const Vec j = Set(static_cast<float>(key + r)) + Load(counts);
-    Vec x = ScoreOf(Load(s + r), Load(scales.scores + r), slope, j - position);
+    Vec x = ScoreOf<kCap>(Load(s + r), Load(scales.scores + r), cap, slope, j - position);
     x = Masked(x, j, Set(queries.first[lane]), Set(queries.last[lane]));
     Store(s + r, x);
     high = Max(x, high);
@@ -164,13 +167,15 @@ void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head
   const CacheSpace<T, C> space(arena, width);
   float *const s = space.s, *const acc = space.acc;
   BlockScales scales(args.scale);
+  const Softcap cap(args.softcap);
+  const bool capped = args.softcap > 0.0f;
   for (int64_t l = 0; l < kTile; ++l) {
     const T* from = QueryOf<T>(args, queries, Least(l, queries.count - 1));
     for (int64_t d = 0; d < depth; ++d) {
       SetOperand(from + d * kDepth<E>, space.q + (few ? l * depth + d : d * kTile + l));
     }
   }
-  space.softmax.Reset();
+  for (int64_t l = 0; l < kTile; ++l) space.softmax.Reset(l, queries.sink[l]);
   std::memset(acc, 0, acc_row * kTile * sizeof(float));
 
   for (int64_t block = queries.begin / kCacheBlock; block * kCacheBlock < queries.end; ++block) {
@@ -187,8 +192,10 @@ void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head
       Multiply(space.q, depth, 1, read, kCacheBlock, depth, s, kCacheBlock, queries.count, kCacheBlock / kLanes, false);
       read = ReadBlock(values, steps * kDepth<E> * row_bytes, next_values, space.copy);
       for (int64_t l = 0; l < queries.count; ++l) {
-        SoftmaxOfLane<kInt8>(queries, l, scales, key, s + l * kCacheBlock, space.p + l * (kCacheBlock / kDepth<E>),
-                             space.softmax);
+        float* const row = s + l * kCacheBlock;
+        E* const weights = space.p + l * (kCacheBlock / kDepth<E>);
+        capped ? SoftmaxOfLane<kInt8, true>(queries, l, scales, cap, key, row, weights, space.softmax)
+               : SoftmaxOfLane<kInt8, false>(queries, l, scales, cap, key, row, weights, space.softmax);
         const Vec alpha = Set(space.softmax.alpha[l]);
         for (int64_t d = 0; d < acc_row; d += kLanes) Store(acc + l * acc_row + d, Load(acc + l * acc_row + d) * alpha);
       }
@@ -196,7 +203,8 @@ void AttendTileOf(const CacheAttentionArgs& args, int64_t sequence, int64_t head
                true);
     } else {
       Multiply(read, 1, kCacheBlock, space.q, kTile, depth, s, kTile, kCacheBlock, vecs, false);
-      SoftmaxOfKeys<kInt8>(queries, scales, key, s, space.p, space.softmax);
+      capped ? SoftmaxOfKeys<kInt8, true>(queries, scales, cap, key, s, space.p, space.softmax)
+             : SoftmaxOfKeys<kInt8, false>(queries, scales, cap, key, s, space.p, space.softmax);
       read = ReadBlock(values, steps * kDepth<E> * row_bytes, next_values, space.copy);
       Rescale(acc, width, 0, vecs * kLanes, space.softmax.alpha);
       Multiply(read, 1, width, space.p, kTile, steps, acc, kTile, width, vecs, true);

@@ -42,6 +42,8 @@ struct CacheAttentionArgs {
   float scale;
   const float* alibi;  // (heads), or null
   void* out;           // (rows, heads, width)
+  float softcap = 0.0f;          // limit of the scaled products; 0: none
+  const float* sinks = nullptr;  // (heads): a logit without a value, which joins the softmax of each query
 };
 
 // Bytes of the keys, or of the values, of one head in one block.

@@ -7,6 +7,7 @@
 // 2022, "FlashAttention", arXiv:2205.14135, algorithm 1.
 
 #include "gemm/small_products.h"
+#include "simd/activations.h"
 
 // Number of queries and number of keys in a tile: four operands of 64 x 64 floats fill L1 and part of L2.
 constexpr int64_t kTile = 64;
@@ -18,11 +19,10 @@ struct OnlineSoftmax {
 
   explicit OnlineSoftmax(Arena& arena)
       : m(arena.Take<float>(kTile)), l(arena.Take<float>(kTile)), alpha(arena.Take<float>(kTile)) {}
-  void Reset() const {
-    for (int64_t i = 0; i < kTile; ++i) {
-      m[i] = -kInfinity;
-      l[i] = 0.0f;
-    }
+  // Starts query i with its sink, a logit without a value; -inf: no sink.
+  void Reset(int64_t i, float sink) const {
+    m[i] = sink;
+    l[i] = sink == -kInfinity ? 0.0f : 1.0f;
   }
 };
 
@@ -31,6 +31,13 @@ PEAK_INLINE Vec MinusMax(Vec m) {
   const Vec zero = Set(0.0f);
   return zero - Select(Greater(m, Set(-kInfinity)), m, zero);
 }
+
+// Limits scores: limit tanh(x / limit). Not used with limit 0.
+struct Softcap {
+  float limit, inverse;
+  explicit Softcap(float limit_) : limit(limit_), inverse(limit_ == 0.0f ? 0.0f : 1.0f / limit_) {}
+  PEAK_INLINE Vec operator()(Vec x) const { return Tanh::Value(x * Set(inverse)) * Set(limit); }
+};
 
 // Weights of two keys. Rows of p have kTile lanes; a row of pairs holds both keys.
 PEAK_INLINE void StoreWeights(float* p, int64_t row, Vec even, Vec odd) {

@@ -1,4 +1,5 @@
-// Gradients of the bias and of the ALiBi slopes. Included once per instruction set by attention_backward.cpp.
+// Gradients of the bias, of the ALiBi slopes and of the sinks. Included once per instruction set by
+// attention_backward.cpp.
 
 PEAK_INLINE void AddTo(float* p, Vec x, int64_t n) { Store(p, Load(p, n) + x, n); }
 
@@ -37,18 +38,30 @@ PEAK_NOINLINE void AddSlopeGradient(const QueryTile& tile, const float* p, const
   }
 }
 
-// Addresses of one head's gradients of the score terms, or null.
+// rows[i] = -e^(sink - lse) delta, the part of query i in the gradient of the sink.
+inline void SinkGradients(float sink, const float* lse, const float* delta, int64_t queries, float* rows) {
+  for (int64_t i = 0; i < queries; i += kLanes) {
+    const int64_t n = Least(kLanes, queries - i);
+    const Vec weight = Exp(Set(sink) - Load(lse + i, n));
+    Store(rows + i, Set(0.0f) - weight * Load(delta + i, n), n);
+  }
+}
+
+// Addresses of one head's gradients of the score terms and the sink, or null.
 struct TermGradients {
-  float *bias, *slope_rows;
+  float *bias, *slope_rows, *sink_rows;
   int64_t plane;
 
   TermGradients(const AttentionBackwardArgs& args, const BackwardUnit& unit, int64_t h)
-      : bias(nullptr), slope_rows(nullptr), plane(args.batch * args.heads * args.queries) {
+      : bias(nullptr), slope_rows(nullptr), sink_rows(nullptr), plane(args.batch * args.heads * args.queries) {
     if (!unit.by_query) return;
-    if (args.dalibi != nullptr) slope_rows = args.dalibi_rows + (unit.b * args.heads + h) * args.queries;
+    const int64_t row = (unit.b * args.heads + h) * args.queries;
+    if (args.dalibi != nullptr) slope_rows = args.dalibi_rows + row;
+    if (args.dsinks != nullptr) sink_rows = args.dsinks_rows + row;
     if (args.dbias == nullptr) return;
     const int64_t slice = (args.bias_batch > 1 ? unit.b * args.bias_heads : 0) + (args.bias_heads > 1 ? h : 0);
     bias = args.dbias + slice * args.queries * args.keys;
   }
+  // Whether a gradient needs p and ds as floats.
   bool Any() const { return bias != nullptr || slope_rows != nullptr; }
 };

@@ -215,15 +215,17 @@ struct QueryTile {
 };
 
 // ---------------------------------------------------------------------------------------------------------- scores
-// The terms that are added to q k^T in the scores of a query head.
+// How the scores of a query head follow from q k^T.
 struct ScoreTerms {
-  float scale, slope;
+  float scale, softcap, slope;  // softcap: 0 if there is none
+  float sink;                   // -inf if there is none
   const char* bias;  // of query 0 and key 0, or null
   DType bias_dtype;
   int64_t bias_stride_t, bias_stride_s, keys;
 
   ScoreTerms(const AttentionProblem& args, int64_t b, int64_t h)
-      : scale(args.scale), slope(args.alibi == nullptr ? 0.0f : args.alibi[h]), bias(nullptr),
+      : scale(args.scale), softcap(args.softcap), slope(args.alibi == nullptr ? 0.0f : args.alibi[h]),
+        sink(args.sinks == nullptr ? -kInfinity : args.sinks[h]), bias(nullptr),
         bias_dtype(args.bias_dtype), bias_stride_t(args.bias_stride_t), bias_stride_s(args.bias_stride_s),
         keys(args.keys) {
     if (args.bias == nullptr) return;
@@ -242,10 +244,22 @@ struct ScoreTerms {
   }
 };
 
-// s = scale s + bias.
+// s = softcap tanh(scale s / softcap). Stores 1 - tanh^2, the slope of the cap, in `slopes` unless it is null.
+inline void CapScores(const ScoreTerms& terms, float* s, int64_t rows, Lanes lanes, float* slopes) {
+  const Vec inner = Set(terms.scale / terms.softcap), limit = Set(terms.softcap);
+  for (int64_t v = lanes.begin * kLanes; v < lanes.end * kLanes; v += kLanes) {
+    for (int64_t at = v; at < rows * kTile; at += kTile) {
+      Vec slope;
+      Store(s + at, Tanh::ValueAndSlope(Load(s + at) * inner, &slope) * limit);
+      if (slopes != nullptr) Store(slopes + at, slope);
+    }
+  }
+}
+
+// s = c s + bias.
 template <class B>
 PEAK_NOINLINE void AddBias(const ScoreTerms& terms, const QueryTile& tile, float* s, int64_t key, int64_t rows,
-                           Lanes lanes) {
+                           Lanes lanes, float c) {
   for (int64_t at = lanes.begin * kLanes; at < lanes.end * kLanes; at += kLanes) {
     for (int64_t r = 0; r < rows; r += kLanes) {
       const int64_t n = Least(kLanes, terms.keys - key - r);
@@ -257,7 +271,7 @@ PEAK_NOINLINE void AddBias(const ScoreTerms& terms, const QueryTile& tile, float
       Transpose(square);
       for (int64_t i = 0; i < Least(kLanes, rows - r); ++i) {
         float* score = s + (r + i) * kTile + at;
-        Store(score, Fma(Load(score), Set(terms.scale), square[i]));
+        Store(score, Fma(Load(score), Set(c), square[i]));
       }
     }
   }
@@ -279,12 +293,17 @@ inline void MaskScores(const QueryTile& tile, float* s, int64_t key, int64_t row
 }
 
 // Turns the products in s into scores. Returns the factor that the scores still lack: the scale if there is no other
-// term.
-inline float Scores(const ScoreTerms& terms, const QueryTile& tile, float* s, int64_t key, int64_t rows, Lanes lanes) {
+// term. `cap_slopes` is that of CapScores.
+inline float Scores(const ScoreTerms& terms, const QueryTile& tile, float* s, int64_t key, int64_t rows, Lanes lanes,
+                    float* cap_slopes) {
   float c = terms.scale;
+  if (terms.softcap > 0.0f) {
+    CapScores(terms, s, rows, lanes, cap_slopes);
+    c = 1.0f;
+  }
   if (terms.bias != nullptr) {
-    terms.bias_dtype == DType::kFloat32 ? AddBias<float>(terms, tile, s, key, rows, lanes)
-                                        : AddBias<bf16>(terms, tile, s, key, rows, lanes);
+    terms.bias_dtype == DType::kFloat32 ? AddBias<float>(terms, tile, s, key, rows, lanes, c)
+                                        : AddBias<bf16>(terms, tile, s, key, rows, lanes, c);
     c = 1.0f;
   }
   if (terms.slope == 0.0f && tile.Whole(key, rows)) return c;

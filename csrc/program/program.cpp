@@ -294,6 +294,8 @@ void Program::Attention(const AttentionStep& step) {
     args.window = step.window;
     args.scale = step.scale;
     args.alibi = step.alibi;
+    args.softcap = step.softcap;
+    args.sinks = step.sinks;
     args.out = s.buffers[step.out];
     TeamCacheAttention(args, s.scratch);
   });

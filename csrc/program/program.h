@@ -209,10 +209,12 @@ struct AttentionStep {
   int64_t layer, heads, kv_heads, width;
   float scale;
   int64_t window = 0;
+  float softcap = 0.0f;
   const float* alibi = nullptr;  // (heads)
+  const float* sinks = nullptr;  // (heads)
 };
 PEAK_FIELDS(AttentionStep, x, out, layer, heads, kv_heads, width, scale)
-PEAK_OPTIONAL_FIELDS(AttentionStep, window, alibi)
+PEAK_OPTIONAL_FIELDS(AttentionStep, window, softcap, alibi, sinks)
 
 // out = x + y, or x * y if `product`.
 struct CombineStep {

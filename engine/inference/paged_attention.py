@@ -51,13 +51,14 @@ class PagedAttention:
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float | None,
-        alibi: Tensor | None, bias: Tensor | None, kv_start: Tensor | None,
+        softcap: float | None, alibi: Tensor | None, bias: Tensor | None, sinks: Tensor | None,
+        kv_start: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """q is (1, N, H, D), the rows of all sequences; k and v are (1, N, K, D)."""
         assert bias is None and kv_start is None, "concatenated sequences have no bias per token pair and no padding"
         batch, (keys, values, *scales) = self.batch, self.kv_cache.layer(layer)
         cache_store(k[0], v[0], keys, values, batch.slots, *scales)
-        options = {"window": window, "scale": scale, "alibi": alibi}
+        options = {"window": window, "scale": scale, "softcap": softcap, "alibi": alibi, "sinks": sinks}
         if batch.is_prefill:  # tiles of 128 queries instead of 16
             return attention(q, k, v, cu_seqlens=batch.begins if len(batch.lengths) > 1 else None, **options)
         return attention_decode(

@@ -25,7 +25,7 @@ from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 from peakgpt.kernels.cpu.memory import streamed
-from peakgpt.kernels.ops.attention import default_scale
+from peakgpt.kernels.ops.attention_math import default_scale
 from peakgpt.kernels.ops.norm import default_eps
 
 NONE, LOGITS = -1, -1  # instead of a buffer's number
@@ -130,8 +130,16 @@ class ModelProgram:
             self.program.rotary(x=number["qkv"], width=c.head_dim, rotated_heads=rotated_heads, **tables)
         self.program.attention(
             x=number["qkv"], out=number["y"], layer=layer, heads=c.n_head, kv_heads=c.n_kv_head, width=c.head_dim,
-            scale=default_scale(c.head_dim, attn.scale), window=attn.window or 0, alibi=self.slopes,
+            scale=default_scale(c.head_dim, attn.scale), window=attn.window or 0, softcap=attn.softcap or 0.0,
+            alibi=self.slopes, sinks=self._sinks(attn),
         )  # fmt: skip
+
+    def _sinks(self, attn: CausalSelfAttention) -> Tensor | None:
+        """Return the sinks of a layer, (H,) float32, or None."""
+        if attn.sinks is None:
+            return None
+        _require("attn.sinks", tuple(attn.sinks.shape), (self.config.n_head,))
+        return self._hold(attn.sinks.detach().float())
 
     def _qk_norm(self, attn: CausalSelfAttention, tables: dict[str, object]) -> None:
         """Normalize the queries and keys of qkv in place, and rotate them by the tables, if there are any."""

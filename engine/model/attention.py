@@ -11,7 +11,8 @@ from peakgpt.engine.model.norms import RMSNorm
 from peakgpt.engine.model.plain import fusable, plain_parameters, run_linear
 from peakgpt.engine.model.positions import NO_POSITIONS, Positions
 from peakgpt.engine.model.state_dicts import ModuleWithConv1D
-from peakgpt.kernels.ops.attention import attention, attention_qkv, default_scale
+from peakgpt.kernels.ops.attention import attention, attention_qkv
+from peakgpt.kernels.ops.attention_math import default_scale
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.qk_norm import qk_norm
 from peakgpt.kernels.ops.rotary import rotary
@@ -30,8 +31,9 @@ class CausalSelfAttention(ModuleWithConv1D):
     def __init__(
         self, n_embd: int, n_head: int, *, n_kv_head: int | None = None, head_dim: int | None = None,
         bias: bool = True, out_bias: bool | None = None, window: int | None = None, scale: float | None = None,
-        dropout: float = 0.0, qk_norm: str = "none", norm_eps: float | None = None, norm_offset: float = 0.0,
-        relative: nn.Module | None = None, rotary_table: int | None = 0, device=None, dtype=None,
+        softcap: float | None = None, sinks: bool = False, dropout: float = 0.0, qk_norm: str = "none",
+        norm_eps: float | None = None, norm_offset: float = 0.0, relative: nn.Module | None = None,
+        rotary_table: int | None = 0, device=None, dtype=None,
     ):  # fmt: skip
         """
         Args:
@@ -43,6 +45,9 @@ class CausalSelfAttention(ModuleWithConv1D):
             out_bias: whether c_proj has a bias; None means the same as c_attn.
             window: number of keys that a query attends to, including its own; None means all.
             scale: factor on q k^T; None means 1 / sqrt(D).
+            softcap: limit of the scaled scores: softcap * tanh(score / softcap); None means no limit.
+            sinks: whether each query head has a learned logit, the parameter `sinks` (H,), that takes part in its
+                softmax and has no value. It starts at zero.
             dropout: probability of dropping an attention weight in training.
             qk_norm: RMSNorm of queries and keys before their rotation: "none"; "head", of each head with weights (D,);
                 "full", of all query heads together with a weight (H D,), and of all key heads.
@@ -60,7 +65,10 @@ class CausalSelfAttention(ModuleWithConv1D):
                 "expected n_head to divide n_embd and n_kv_head to divide n_head"
             )
         self.head_dim, self.dropout, self.fp8 = head_dim or n_embd // n_head, dropout, False
-        self.window, self.scale, self.rotary_table, self.qk_norm = window, scale, rotary_table, qk_norm
+        self.window, self.scale, self.softcap = window, scale, softcap
+        self.rotary_table, self.qk_norm = rotary_table, qk_norm
+        logits = nn.Parameter(torch.zeros(n_head, device=device, dtype=dtype)) if sinks else None
+        self.register_parameter("sinks", logits)
         if relative is not None:
             self.relative = relative
         packed = (n_head + 2 * self.n_kv_head) * self.head_dim
@@ -114,7 +122,8 @@ class CausalSelfAttention(ModuleWithConv1D):
         options = {} if weights is None else {"norm_eps": self.q_norm.eps, "norm_offset": self.q_norm.offset}
         return attention_qkv(
             qkv, *(self._angles(positions) or (None, None)), positions.cu_seqlens, *(weights or (None, None)),
-            n_head=self.n_head, interleaved=positions.interleaved, window=self.window, scale=self.scale, **options,
+            self.sinks, n_head=self.n_head, interleaved=positions.interleaved, window=self.window, scale=self.scale,
+            softcap=self.softcap, **options,
         )  # fmt: skip
 
     def _unpacked(
@@ -136,8 +145,8 @@ class CausalSelfAttention(ModuleWithConv1D):
         bias = None
         if positions.relative is not None:
             q, bias = self.relative(q, positions.relative, default_scale(self.head_dim, self.scale))
-        options = {"window": self.window, "scale": self.scale, "alibi": positions.alibi, "bias": bias,
-                   "kv_start": positions.start}  # fmt: skip
+        options = {"window": self.window, "scale": self.scale, "softcap": self.softcap, "alibi": positions.alibi,
+                   "bias": bias, "sinks": self.sinks, "kv_start": positions.start}  # fmt: skip
         if cache is None:
             return attention(q, k, v, dropout=dropout, cu_seqlens=positions.cu_seqlens, **options)
         return cache.attend(layer, q, k, v, **options)

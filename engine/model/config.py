@@ -104,6 +104,12 @@ class GPTConfig:
     )  # fmt: skip
     attention_scale: float | None = _field(None, "factor on q k^T; none: 1 / sqrt(head_dim)", metavar="FACTOR")
     scale_by_layer: bool = _field(False, "divide that factor by i + 1 in layer i")
+    attention_softcap: float | None = _field(
+        None, "limit of the scaled scores of attention, softcap * tanh(score / softcap); none: no limit", above=0
+    )
+    attention_sinks: bool = _field(
+        False, "each head has a learned logit that takes part in its softmax and has no value"
+    )
     qk_norm: str = _field(
         "none", "rms norm of queries and keys before their rotation: none; head: of each head, with one weight for all "
         "query heads and one for all key heads; full: of all query heads together and of all key heads together",

@@ -40,7 +40,8 @@ def _attention(config: GPTConfig) -> int:
     qkv = (c + config.has_bias("qkv")) * (heads + 2 * config.n_kv_head) * d
     relative = {"transformer_xl": (c + 2) * heads * d, "relative_bias": BUCKETS * heads}.get(config.position, 0)
     norms = {"none": 0, "head": 2 * d, "full": (heads + config.n_kv_head) * d}[config.qk_norm]
-    return qkv + (heads * d + config.has_bias("out")) * c + relative + norms
+    sinks = heads * config.attention_sinks
+    return qkv + (heads * d + config.has_bias("out")) * c + relative + norms + sinks
 
 
 def _mlp(config: GPTConfig, layer: int, active: bool) -> int:

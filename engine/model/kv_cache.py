@@ -12,7 +12,8 @@ class AttentionCache(Protocol):
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float | None,
-        alibi: Tensor | None, bias: Tensor | None, kv_start: Tensor | None,
+        softcap: float | None, alibi: Tensor | None, bias: Tensor | None, sinks: Tensor | None,
+        kv_start: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Store the keys and values of new tokens, (B, T, K, D), and attend to all cached tokens of the layer.
 

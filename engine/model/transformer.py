@@ -66,8 +66,8 @@ class Transformer(ModuleWithConv1D):
             elif parameter.dim() >= 2 and not name.endswith("bias"):
                 parameter.normal_(0.0, INIT_STD / (self.config.logit_scale if name == head else 1.0))
             else:
-                # Vectors are biases and weights of norms.
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0 - self.config.norm_offset)
+                # Vectors are biases, sinks, and weights of norms.
+                parameter.fill_(0.0 if name.endswith(("bias", "sinks")) else 1.0 - self.config.norm_offset)
 
     def forward(
         self, input_ids: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None,

@@ -1,7 +1,8 @@
 """Names of settings in other training programs, for the error of an unknown key and the table in docs/training.md.
 
 litgpt: `litgpt pretrain` (litgpt/pretrain.py, args.py, config.py). torchtitan: torchtitan/config/configs.py and the
-Config classes in components/. nanoGPT: train.py. transformers: TrainingArguments; GPT2Config, LlamaConfig for [model].
+Config classes in components/. nanoGPT: train.py. transformers: TrainingArguments; GPT2Config, LlamaConfig and
+Gemma2Config for [model].
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SYNONYMS: dict[str, tuple[str, str, str, str]] = {
     "embedding_scale": ("scale_embeddings", "", "", ""),
     "windows": ("sliding_window_size", "", "", "sliding_window"),
     "attention_scale": ("attention_scores_scalar", "", "", ""),
+    "attention_softcap": ("attention_logit_softcapping", "", "", "attn_logit_softcapping"),
     "residual": ("parallel_residual", "", "", ""),
     "activation": ("gelu_approximate", "", "", "activation_function hidden_act"),
     "gated_mlp": ("mlp_class_name", "", "", ""),

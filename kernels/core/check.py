@@ -42,6 +42,16 @@ def same(op: str, first: str, x: Tensor, *, mixed: bool = False, **others: Tenso
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected {first}'s dtype {x.dtype}")
 
 
+def floats(op: str, name: str, tensor: Tensor | None, device: torch.device) -> None:
+    """Check that a tensor has a floating dtype, any of them, and is on the device. None passes."""
+    if tensor is None:
+        return
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating dtype")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device}")
+
+
 def both(op: str, first: str, a: Tensor | None, second: str, b: Tensor | None) -> None:
     """Check that two tensors are given together, or neither of them."""
     if (a is None) != (b is None):

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, threads, unit_last
-from peakgpt.kernels.ops.attention import default_scale
+from peakgpt.kernels.ops.attention_math import default_scale
 
 MAX_WIDTH = 256  # the widest head that the tests cover
 # The tensors of the contract after q, k and v, with the dtype that the kernels read; None: several dtypes.
 _OPTIONS = {
     "alibi": torch.float32,
     "bias": None,
+    "sinks": torch.float32,
     "kv_start": torch.int64,
     "kv_len": torch.int64,
     "cu_seqlens": torch.int64,
@@ -33,18 +34,20 @@ def forward(outputs, saved, q, k, v, *options, **params):
 
 
 def backward(grads, inputs, outputs, saved, needs, **params):
-    q, k, v, alibi, bias, *_ = inputs
-    need_q, need_k, need_v, need_alibi, need_bias, *_ = needs
+    q, k, v, alibi, bias, sinks, *_ = inputs
+    need_q, need_k, need_v, need_alibi, need_bias, need_sinks, *_ = needs
     dq, dk, dv = _empty_if(need_q, q), _empty_if(need_k or need_v, k), _empty_if(need_k or need_v, v)
     # Summed in float32, so that the gradient of a shared bias in bfloat16 is rounded once.
     dalibi = alibi.new_empty(alibi.shape, dtype=torch.float32) if need_alibi else None
     dbias = bias.new_zeros(bias.shape, dtype=torch.float32) if need_bias else None
-    into = {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "dalibi": dalibi}
+    dsinks = sinks.new_empty(sinks.shape, dtype=torch.float32) if need_sinks else None
+    into = {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "dalibi": dalibi, "dsinks": dsinks}
     options = dict(zip(_OPTIONS, inputs[3:], strict=True))
     gradients(into, grads[0], outputs[0], saved[0], q, k, v, **options, **params)
     dalibi = dalibi.to(alibi.dtype) if need_alibi else None
     dbias = dbias.to(bias.dtype) if need_bias else None
-    return dq, dk if need_k else None, dv if need_v else None, dalibi, dbias, *[None] * 4
+    dsinks = dsinks.to(sinks.dtype) if need_sinks else None
+    return dq, dk if need_k else None, dv if need_v else None, dalibi, dbias, dsinks, *[None] * 4
 
 
 def attend(out, lse, q, k, v, **options) -> None:
@@ -62,13 +65,13 @@ def gradients(into, dout, out, lse, q, k, v, *, cos=None, sin=None, interleaved=
     """Compute the gradients of attention.
 
     Args:
-        into: the gradients to write, by name: dq, dk, dv with contiguous last axis, dbias float32 zeros, dalibi
-            float32.
+        into: the gradients to write, by name: dq, dk, dv with contiguous last axis, dbias float32 zeros, dalibi and
+            dsinks float32.
         dout, out, lse: gradient and results of the forward pass.
         q, k, v: as in `attend`. With cos and sin they are results of `rotary`, and dq and dk become the gradients of
             its inputs.
     """
-    dalibi = into.get("dalibi")
+    dalibi, dsinks = into.get("dalibi"), into.get("dsinks")
     rotation = {}
     if cos is not None:
         rotation = {
@@ -89,6 +92,8 @@ def gradients(into, dout, out, lse, q, k, v, *, cos=None, sin=None, interleaved=
         dbias=into.get("dbias"),
         dalibi=dalibi,
         dalibi_rows=None if dalibi is None else lse.new_zeros(3, *lse.shape),
+        dsinks=dsinks,
+        dsinks_rows=None if dsinks is None else torch.empty_like(lse),
         threads=threads(),
     )
 
@@ -97,9 +102,9 @@ def _empty_if(needed: bool, like: Tensor) -> Tensor | None:
     return torch.empty_like(like, memory_format=torch.contiguous_format) if needed else None
 
 
-def _problem(q, k, v, *, causal=True, window=None, scale=None, dropout=0.0, seed=None, bias=None, cu_seqlens=None,
-             **vectors) -> dict[str, object]:  # fmt: skip
-    """Return the fields of AttentionProblem in csrc/attention/attention.h; vectors: alibi, kv_start, kv_len."""
+def _problem(q, k, v, *, causal=True, window=None, scale=None, softcap=None, dropout=0.0, seed=None, bias=None,
+             cu_seqlens=None, **vectors) -> dict[str, object]:  # fmt: skip
+    """Return the fields of AttentionProblem in csrc/attention/attention.h; vectors: alibi, sinks, kv_start, kv_len."""
     assert dropout == 0.0 or seed is not None
     batch, queries, heads, width = q.shape
     problem = {
@@ -116,6 +121,7 @@ def _problem(q, k, v, *, causal=True, window=None, scale=None, dropout=0.0, seed
         "causal": causal,
         "scale": default_scale(width, scale),
         "window": window or 0,
+        "softcap": softcap or 0.0,
     }
     for name, vector in vectors.items():
         if vector is not None:

@@ -16,8 +16,8 @@ NO_GRADIENT = rotary.NO_GRADIENT
 
 
 def objection(
-    qkv, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, *, n_head, interleaved=False, norm_eps=None,
-    norm_offset=0.0, **params,
+    qkv, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, sinks=None, *, n_head, interleaved=False,
+    norm_eps=None, norm_offset=0.0, **params,
 ) -> str | None:  # fmt: skip
     reason = None if cos is None else rotary.objection(qkv, cos)
     if q_norm is not None:
@@ -26,8 +26,9 @@ def objection(
 
 
 def forward(
-    outputs, saved, qkv, cos, sin, cu_seqlens, q_norm, k_norm, *, n_head, interleaved, norm_eps, norm_offset, **params
-):
+    outputs, saved, qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks, *, n_head, interleaved, norm_eps, norm_offset,
+    **params,
+):  # fmt: skip
     lse, *prepared = saved
     if q_norm is not None:
         qk, r = prepared
@@ -38,29 +39,32 @@ def forward(
     elif prepared:
         rotary.rotate(qkv, cos, sin, prepared[0], rotated_heads(qkv, n_head), interleaved)
     heads = _prepared(qkv, prepared, n_head)
-    attention.attend(outputs[0], lse, *heads, cu_seqlens=cu_seqlens, **params)
+    attention.attend(outputs[0], lse, *heads, cu_seqlens=cu_seqlens, sinks=sinks, **params)
 
 
 def backward(
     grads, inputs, outputs, saved, needs, *, n_head, interleaved, norm_eps, norm_offset, **params
 ):
-    qkv, cos, sin, cu_seqlens, q_norm, k_norm = inputs
+    qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks = inputs
     lse, *prepared = saved
     whole = prepared[0] if qkv is None else qkv
     dqkv = torch.empty_like(whole, memory_format=torch.contiguous_format)
     into = dict(zip(("dq", "dk", "dv"), _split(dqkv, n_head), strict=True))
+    dsinks = into["dsinks"] = sinks.new_empty(sinks.shape, dtype=torch.float32) if needs[6] else None
     rotation = {"cos": cos, "sin": sin, "interleaved": interleaved} if q_norm is None else {}
     heads = _prepared(whole, prepared, n_head)
-    attention.gradients(into, grads[0], outputs[0], lse, *heads, cu_seqlens=cu_seqlens, **rotation, **params)
+    options = {"cu_seqlens": cu_seqlens, "sinks": sinks, **rotation, **params}
+    attention.gradients(into, grads[0], outputs[0], lse, *heads, **options)
+    dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
     if q_norm is None:
-        return dqkv, *[None] * 5
+        return dqkv, *[None] * 5, dsinks
     qk, r = prepared
     dqk = dqkv[:, :, : qk.shape[2]]
     dw = qk_norm.gradients(
         dqk, dqk, r, qkv[:, :, : qk.shape[2]], q_norm, k_norm, cos, sin, needs=needs[4:6], n_head=n_head,
         interleaved=interleaved, offset=norm_offset,
     )  # fmt: skip
-    return dqkv, None, None, None, *dw
+    return dqkv, None, None, None, *dw, dsinks
 
 
 def _split(qkv, n_head):

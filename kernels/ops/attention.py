@@ -1,9 +1,10 @@
 """Causal attention with online softmax.
 
-    s = scale q k^T + alibi_h (j - i) + bias      p = softmax over the live keys      y = p v
-    lse = log sum_j exp s_j      delta = rowsum(dy * y)
-    dv = p^T dy      ds = p * (dy v^T - delta)      dq = scale ds k      dk = scale ds^T q      dbias = ds
-    dalibi_h = sum of ds (j - i)
+    u = scale q k^T      c = softcap tanh(u / softcap), or u without a softcap      s = c + alibi_h (j - i) + bias
+    lse = log(e^sink_h + sum of e^s over the live keys)      p = e^(s - lse)      y = p v      delta = rowsum(dy * y)
+    dv = p^T dy      ds = p * (dy v^T - delta)      du = ds, times 1 - (c / softcap)^2 with a softcap
+    dq = scale du k      dk = scale du^T q      dbias = ds      dalibi_h = sum of ds (j - i)
+    dsinks_h = -sum of e^(sink_h - lse) delta
 
 With dropout y = (m * p) v, dv = (m * p)^T dy, ds = p * (m * dy v^T - delta). m is 0 or 1 / (1 - dropout), from
 `dropout_mask`.
@@ -12,10 +13,14 @@ Key j is live for query i if all of these hold: j <= i (if causal), j > i - wind
 both are in the same document, and the bias is not -inf. If T != S, i stands for i + S - T: queries align with the last
 keys. The output and the gradients of a query without a live key are zero. Dao 2023, "FlashAttention-2",
 arXiv:2307.08691, algorithms 1 and 2; ALiBi: Press, Smith, Lewis 2022, arXiv:2108.12409; grouped queries: Ainslie et
-al. 2023, arXiv:2305.13245. More than 300 lines: `attention` and `attention_qkv` share the masks and the costs.
+al. 2023, arXiv:2305.13245; soft cap: Gemma Team 2024, "Gemma 2", arXiv:2408.00118; sinks: OpenAI 2025,
+"gpt-oss-120b & gpt-oss-20b Model Card", arXiv:2508.10925. More than 300 lines: `attention` and `attention_qkv` share
+the checks and the costs.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,61 +28,26 @@ from torch import Tensor
 
 from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op
-from peakgpt.kernels.ops.philox import philox
+from peakgpt.kernels.ops.attention_math import attend, default_scale, live_pairs, matmul_attention
 from peakgpt.kernels.ops.qk_norm import check_norms, qk_norm, sample_norms, statistics
 from peakgpt.kernels.ops.rotary import check_tables, rotary, sample_tables
 
 
-def default_scale(head_dim: int, scale: float | None) -> float:
-    """The factor on q k^T: `scale`, or 1 / sqrt(D) if it is None."""
-    return head_dim**-0.5 if scale is None else scale
+def check_scores(
+    op: str, heads: int, device: torch.device, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> None:
+    """Check the options of the scores that all ops of attention share."""
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window is {window}, expected at least 1")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}, expected a finite number above 0")
+    check.shape(op, "sinks", sinks, heads)
+    check.floats(op, "sinks", sinks, device)
 
 
-def live_pairs(queries: int, keys: int, causal: bool, window: int | None) -> int:
-    """The number of live (query, key) pairs of one head."""
-    reach = [min(keys, max(0, i + 1 + keys - queries)) if causal else keys for i in range(queries)]
-    return sum(reach) if window is None else sum(min(r, window) for r in reach)
-
-
-def live_mask(q, k, causal, window, kv_start=None, kv_len=None, cu_seqlens=None) -> Tensor | None:
-    """Boolean (B or 1, 1, T, S) mask of the live pairs, None if all pairs are live."""
-    tokens, keys = q.shape[1], k.shape[1]
-    i = torch.arange(tokens, device=q.device)[:, None] + keys - tokens
-    j = torch.arange(keys, device=q.device)[None, :]
-    terms = []
-    if causal:
-        terms.append(j <= i)
-    if window is not None:
-        terms.append(j > i - window)
-    if cu_seqlens is not None:
-        document = torch.searchsorted(
-            cu_seqlens, torch.arange(tokens, device=q.device, dtype=cu_seqlens.dtype), right=True
-        )
-        terms.append(document[:, None] == document[None, :])
-    if kv_start is not None:
-        terms.append(j[None, None] >= kv_start[:, None, None, None])
-    if kv_len is not None:
-        end = kv_len if kv_start is None else kv_start + kv_len
-        terms.append(j[None, None] < end[:, None, None, None])
-    mask = None
-    for term in terms:
-        mask = term if mask is None else mask & term
-    return mask if mask is None or mask.dim() == 4 else mask[None, None]
-
-
-def dropout_mask(seed: Tensor, dropout: float, batch: int, heads: int, tokens: int, keys: int) -> Tensor:
-    """Mask of the attention weights that dropout keeps: boolean (B, H, T, S), the same for every backend.
-
-    Weight (b, h, i, j) is kept if word j % 4 of Philox with counter (i, j / 4, b, h) is at least dropout * 2^32.
-    """
-    b, h, i, group = torch.meshgrid(
-        *(torch.arange(n, device=seed.device) for n in (batch, heads, tokens, (keys + 3) // 4)), indexing="ij"
-    )
-    words = torch.stack(philox((i, group, b, h), seed.long()), -1)  # (B, H, T, S / 4, 4)
-    return words.flatten(3)[..., :keys] >= int(dropout * 2**32)
-
-
-def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, seed, *, causal, window, scale, dropout):
+def _check(
+    q, k, v, alibi, bias, sinks, kv_start, kv_len, cu_seqlens, seed, *, causal, window, scale, softcap, dropout
+):  # fmt: skip
     check.shape("attention", "q", q, None, None, None, None)
     check.shape("attention", "k", k, q.shape[0], None, None, q.shape[3])
     check.shape("attention", "v", v, *k.shape)
@@ -90,8 +60,7 @@ def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, seed, *, causal, 
     batch, tokens, heads, _ = q.shape
     if k.shape[2] == 0 or heads % k.shape[2]:
         raise ValueError(f"attention: {heads} query heads over {k.shape[2]} key heads, expected a whole multiple")
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window is {window}, expected at least 1")
+    check_scores("attention", heads, q.device, window, softcap, sinks)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"attention: dropout is {dropout}, expected 0 <= dropout < 1")
     check.shape("attention", "alibi", alibi, heads)
@@ -112,86 +81,62 @@ def _check(q, k, v, alibi, bias, kv_start, kv_len, cu_seqlens, seed, *, causal, 
             )
 
 
-def _cost(q, k, v, alibi=None, bias=None, *_, causal=True, window=None, **__):
-    """2 products of 2 D FLOPs per live pair forward, 5 backward. Moves q, k, v, y and their gradients once."""
+def _cost(q, k, v, alibi=None, bias=None, sinks=None, *_, causal=True, window=None, **__):
+    """2 products of 2 D FLOPs per live pair forward, 5 backward. Moves q, k, v, y, sinks and their gradients once."""
     batch, tokens, heads, width = q.shape
     pairs = batch * heads * live_pairs(tokens, k.shape[1], causal, window)
     size, lse = q.element_size(), 4 * batch * tokens * heads
     y, inputs = q.numel() * size, (q.numel() + k.numel() + v.numel()) * size
+    inputs += 0 if sinks is None else sinks.numel() * sinks.element_size()
     written = inputs + lse  # backward
     return Cost(4 * width * pairs, inputs + y, 10 * width * pairs, inputs + 2 * y + lse + written, y, written)
 
 
 def _sample(
     batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, keys: int | None = None,
-    kv_heads: int | None = None, **like,
+    kv_heads: int | None = None, slopes: int | None = None, sinks: int | None = None, padded: int | None = None,
+    documents: int | None = None, **like,
 ):  # fmt: skip
+    """Return random inputs: q, k and v, then the options that are asked for.
+
+    `slopes` and `sinks` add ALiBi slopes and sinks; `padded` is the number of keys that each sequence has less than the
+    one before, as left padding; `documents` adds their starts, with batch 1.
+    """
     keys, kv_heads = keys or tokens, kv_heads or heads
     q = torch.randn(batch, tokens, heads, head_dim, **like)
-    return q, *(torch.randn(batch, keys, kv_heads, head_dim, **like) for _ in range(2))
+    tensors = q, *(torch.randn(batch, keys, kv_heads, head_dim, **like) for _ in range(2))
+    if slopes is sinks is padded is documents is None:
+        return tensors
+    alibi = None if slopes is None else torch.arange(1, heads + 1, device=q.device).to(q.dtype) / 8
+    sink = None if sinks is None else sample_sinks(heads, **like)
+    start = None if padded is None else torch.arange(batch, device=q.device) * padded
+    return *tensors, alibi, None, sink, start, None, None if documents is None else _starts(q, tokens, documents)
+
+
+def sample_sinks(heads: int, **like) -> Tensor:
+    """Sinks (H,) whose weight is large enough to be seen in a test."""
+    return 2.0 + torch.randn(heads, **like)
+
+
+def _starts(like: Tensor, tokens: int, documents: int) -> Tensor:
+    return torch.arange(documents + 1, device=like.device) * tokens // documents
 
 
 def _alloc(q, *_, needs, **__):
-    """Saves lse (B, H, T) float32, natural logarithm, -inf for a query without a live key."""
+    """Saves lse (B, H, T) float32, natural logarithm, with the sink; -inf for a query without live key and sink."""
     batch, tokens, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return (out,), (q.new_empty((batch, heads, tokens), dtype=torch.float32),)
 
 
-def _matmul_attention(q, k, v, *, attn_mask, scale, keep=None, dropout_p=0.0, enable_gqa=False):
-    """F.scaled_dot_product_attention by two matrix products, with factors `keep` on the weights as another argument.
-
-    torch can differentiate it twice and in forward mode, which its fused kernels do not support.
-    """
-    if enable_gqa:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    scores = q @ k.transpose(-2, -1) * scale
-    if attn_mask is not None:
-        is_bool = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask
-    dead = (scores == float("-inf")).all(-1, keepdim=True)  # by a bias of -inf
-    weights = scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
-    weights = F.dropout(weights, dropout_p) if keep is None else weights * keep
-    return weights.to(v.dtype) @ v
-
-
-def _differentiable(q, k, v, *, causal, window, alibi, bias, scale, dropout, kv_start, kv_len, cu_seqlens, seed):
-    """The values of `attention`, by `_matmul_attention`."""
-    optional = {"alibi": alibi, "bias": bias, "kv_start": kv_start, "kv_len": kv_len, "cu_seqlens": cu_seqlens}
-    return _attend(
-        _matmul_attention, q, k, v, causal=causal, window=window, scale=scale, dropout=dropout, seed=seed, **optional
-    )
-
-
-def _attend(function, q, k, v, *, causal, window, scale, dropout, seed, alibi, bias, kv_start, kv_len, cu_seqlens):
-    """Attention by `function`, which takes (B, H, T, D) operands and the options of F.scaled_dot_product_attention."""
-    mask = live_mask(q, k, causal, window, kv_start, kv_len, cu_seqlens)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    options = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
-    added = bias
-    if alibi is not None:
-        i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
-        distance = torch.arange(k.shape[2], device=q.device) - i
-        slopes = (alibi[:, None, None] * distance).to(q.dtype)[None]
-        added = slopes if bias is None else bias + slopes
-    dead = None
-    if mask is not None:
-        dead = ~mask.any(-1, keepdim=True)
-        mask = mask | dead  # a softmax over no keys is NaN, so a dead row attends to all keys and its output is zeroed
-        added = mask if added is None else added.masked_fill(~mask, float("-inf"))
-    if dropout > 0 and seed is not None:
-        keep = dropout_mask(seed, dropout, *q.shape[:3], k.shape[2]) / (1 - dropout)
-        function, options["keep"] = _matmul_attention, keep
-    else:
-        options["dropout_p"] = dropout
-    y = function(q, k, v, attn_mask=added, scale=default_scale(q.shape[-1], scale), **options)
-    y = y if dead is None else y.masked_fill(dead, 0.0)
-    return y.transpose(1, 2).contiguous()
+def _differentiable(q, k, v, **options):
+    """The values of `attention`, by `matmul_attention`."""
+    return attend(matmul_attention, q, k, v, **options)
 
 
 @op(
-    cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower",
-    saved_for_backward=("q", "k", "v", "alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed", "out"),
+    cost=_cost, sample=_sample, check=_check, alloc=_alloc, autocast="lower", autocast_exempt=("sinks",),
+    saved_for_backward=("q", "k", "v", "alibi", "bias", "sinks", "kv_start", "kv_len", "cu_seqlens", "seed", "out"),
     strided=("q", "k", "v", "bias", "out"), random_param="dropout", differentiable=_differentiable,
 )  # fmt: skip
 def attention(
@@ -203,7 +148,9 @@ def attention(
     window: int | None = None,
     alibi: Tensor | None = None,
     bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
     kv_start: Tensor | None = None,
     kv_len: Tensor | None = None,
@@ -219,7 +166,10 @@ def attention(
         window: query i attends to at most this many keys: i - window + 1 .. i.
         alibi: (H,) slopes; adds slope * (j - i).
         bias: (B or 1, H or 1, T, S), added to the scores; -inf masks a key. It gets a gradient.
+        sinks: (H,) of any floating dtype, a logit of each query head that takes part in the softmax and has no value.
+            The window and the other masks do not cover it. Not cast by autocast. It gets a gradient.
         scale: factor on q k^T. Default: 1 / sqrt(D).
+        softcap: limit of the scaled scores: softcap * tanh(score / softcap), before alibi, bias and masks.
         dropout: probability of dropping an attention weight.
         kv_start, kv_len: (B,) integers; sequence b's keys are kv_start[b] .. kv_start[b] + kv_len[b] - 1.
         cu_seqlens: (N + 1,) integers, the starts of N documents packed into one sequence (B = 1), then its length.
@@ -231,17 +181,18 @@ def attention(
         ValueError: shapes, dtypes, devices or parameters do not fit.
         NotImplementedError: the forced backend does not support the call; the message says why.
     """
-    optional = {"alibi": alibi, "bias": bias, "kv_start": kv_start, "kv_len": kv_len, "cu_seqlens": cu_seqlens}
+    optional = {"alibi": alibi, "bias": bias, "sinks": sinks, "kv_start": kv_start, "kv_len": kv_len,
+                "cu_seqlens": cu_seqlens}  # fmt: skip
     masked = window is not None or any(t is not None for t in optional.values()) or (dropout > 0 and seed is not None)
-    if not masked and (not causal or q.shape[1] == k.shape[1]):
+    if not masked and softcap is None and (not causal or q.shape[1] == k.shape[1]):
         grouped = {"enable_gqa": True} if k.shape[2] != q.shape[2] else {}
         operands = (t.transpose(1, 2) for t in (q, k, v))
         scale = default_scale(q.shape[-1], scale)
         y = F.scaled_dot_product_attention(*operands, is_causal=causal, dropout_p=dropout, scale=scale, **grouped)
         return y.transpose(1, 2).contiguous()
-    return _attend(
-        F.scaled_dot_product_attention, q, k, v, causal=causal, window=window, scale=scale, dropout=dropout, seed=seed,
-        **optional,
+    return attend(
+        F.scaled_dot_product_attention, q, k, v, causal=causal, window=window, scale=scale, softcap=softcap,
+        dropout=dropout, seed=seed, **optional,
     )  # fmt: skip
 
 
@@ -250,13 +201,14 @@ def _split(qkv, n_head):
     return qkv.split((n_head, kv_heads, kv_heads), dim=2)
 
 
-def _check_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, *, n_head, **_):
+def _check_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks, *, n_head, window, softcap, **_):
     check.shape("attention_qkv", "qkv", qkv, None, None, None, None)
     rest = qkv.shape[2] - n_head
     if n_head < 1 or rest < 2 or rest % 2 or n_head % (rest // 2):
         raise ValueError(
             f"attention_qkv: {qkv.shape[2]} heads in total and {n_head} query heads, expected H + 2 K with K dividing H"
         )
+    check_scores("attention_qkv", n_head, qkv.device, window, softcap, sinks)
     check.both("attention_qkv", "cos", cos, "sin", sin)
     if cos is not None:
         check_tables("attention_qkv", "qkv", qkv, cos, sin)
@@ -275,14 +227,14 @@ def rotated_heads(qkv: Tensor, n_head: int) -> int:
 
 
 def _cost_qkv(
-    qkv, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, *, n_head, interleaved=False, norm_eps=None,
-    norm_offset=0.0, **params,
+    qkv, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, sinks=None, *, n_head, interleaved=False,
+    norm_eps=None, norm_offset=0.0, **params,
 ):  # fmt: skip
     """Attention's cost. With rotary or norms, forward also writes the heads as attention takes them.
 
     Backward also reads queries and keys before the norms.
     """
-    plain, heads = attention.cost(*_split(qkv, n_head), **params), rotated_heads(qkv, n_head)
+    plain, heads = attention.cost(*_split(qkv, n_head), sinks=sinks, **params), rotated_heads(qkv, n_head)
     if q_norm is not None:
         more = qk_norm.cost(qkv[:, :, :heads], q_norm, k_norm, cos, sin, n_head=n_head)
     elif cos is not None:
@@ -298,22 +250,23 @@ def _cost_qkv(
 
 def _sample_qkv(
     batch: int = 4, tokens: int = 256, heads: int = 12, head_dim: int = 64, kv_heads: int | None = None,
-    pairs: int | None = None, documents: int | None = None, norms: int | None = None, **like,
+    pairs: int | None = None, documents: int | None = None, norms: int | None = None, sinks: int | None = None,
+    **like,
 ):  # fmt: skip
     """Return random inputs.
 
     `pairs`, the rotated feature pairs per head, adds the rotary tables; `documents` adds their starts, with batch 1;
-    `norms` adds norms of queries and keys, of the kinds of `sample_norms`.
+    `norms` adds norms of queries and keys, of the kinds of `sample_norms`; `sinks` adds sinks.
     """
     kv_heads = kv_heads or heads
     qkv = torch.randn(batch, tokens, heads + 2 * kv_heads, head_dim, **like)
     tables = (None, None) if pairs is None else sample_tables(tokens, pairs, **like)
-    starts = None if documents is None else torch.arange(documents + 1, device=qkv.device) * tokens // documents
+    starts = None if documents is None else _starts(qkv, tokens, documents)
     weights = (None, None) if norms is None else sample_norms(norms, heads, kv_heads, head_dim, **like)
-    return qkv, *tables, starts, *weights
+    return qkv, *tables, starts, *weights, None if sinks is None else sample_sinks(heads, **like)
 
 
-def _alloc_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, *, needs, n_head, **_):
+def _alloc_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks, *, needs, n_head, **_):
     """Saves attention's lse and, with rotary, the rotated projection instead of qkv.
 
     With norms it saves the normalized and rotated queries and keys besides qkv, and r of `qk_norm`.
@@ -327,9 +280,9 @@ def _alloc_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, *, needs, n_head, **_)
     return outputs, (*saved, *rotated)
 
 
-def _saved_for_backward_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm):
+def _saved_for_backward_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks):
     rotated_only = cos is not None and q_norm is None
-    return (*(() if rotated_only else ("qkv",)), "cos", "sin", "cu_seqlens", "q_norm", "k_norm", "out")
+    return (*(() if rotated_only else ("qkv",)), "cos", "sin", "cu_seqlens", "q_norm", "k_norm", "sinks", "out")
 
 
 def _prepare(qkv, cos, sin, q_norm, k_norm, *, n_head, interleaved, norm_eps, norm_offset):
@@ -346,10 +299,15 @@ def _prepare(qkv, cos, sin, q_norm, k_norm, *, n_head, interleaved, norm_eps, no
     return *qk.split((n_head, k.shape[2]), 2), v
 
 
-def _differentiable_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, *, causal, window, scale, **preparation):
-    heads = _prepare(qkv, cos, sin, q_norm, k_norm, **preparation)
-    tensors, params = attention.bind(heads, {"cu_seqlens": cu_seqlens})
-    return attention.run_differentiable(tensors, {**params, "causal": causal, "window": window, "scale": scale})
+def _differentiable_qkv(
+    qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks, *, n_head, interleaved, norm_eps, norm_offset, **params
+):  # fmt: skip
+    heads = _prepare(
+        qkv, cos, sin, q_norm, k_norm, n_head=n_head, interleaved=interleaved, norm_eps=norm_eps,
+        norm_offset=norm_offset,
+    )  # fmt: skip
+    tensors, params = attention.bind(heads, {"cu_seqlens": cu_seqlens, "sinks": sinks, **params})
+    return attention.run_differentiable(tensors, params)
 
 
 def _restore_qkv(inputs, outputs):
@@ -363,14 +321,15 @@ def _restore_qkv(inputs, outputs):
 
 @op(
     cost=_cost_qkv, sample=_sample_qkv, typical={"n_head": 12}, check=_check_qkv, alloc=_alloc_qkv,
-    autocast="lower", autocast_exempt=("cos", "sin", "q_norm", "k_norm"), saved_for_backward=_saved_for_backward_qkv,
-    strided=("qkv", "out"), differentiable=_differentiable_qkv, restore=_restore_qkv,
+    autocast="lower", autocast_exempt=("cos", "sin", "q_norm", "k_norm", "sinks"),
+    saved_for_backward=_saved_for_backward_qkv, strided=("qkv", "out"), differentiable=_differentiable_qkv,
+    restore=_restore_qkv,
 )  # fmt: skip
 def attention_qkv(
     qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, *, n_head: int, interleaved: bool = False,
-    causal: bool = True, window: int | None = None, scale: float | None = None, norm_eps: float | None = None,
-    norm_offset: float = 0.0,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, sinks: Tensor | None = None, *, n_head: int,
+    interleaved: bool = False, causal: bool = True, window: int | None = None, scale: float | None = None,
+    softcap: float | None = None, norm_eps: float | None = None, norm_offset: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Attention over one packed projection. Its gradient is one tensor too, without a concatenation.
 
@@ -383,9 +342,10 @@ def attention_qkv(
         cos, sin: (T, R / 2) dtype of qkv, or float32; both or neither. Fused backends give them no gradient.
         cu_seqlens: (N + 1,) integers, the starts of packed documents, as in `attention`; B = 1.
         q_norm, k_norm: weights, as in `qk_norm`; both or neither.
+        sinks: (H,), as in `attention`.
         n_head: H.
         interleaved: the layout of feature pairs, as in `rotary`.
-        causal, window, scale: as in `attention`.
+        causal, window, scale, softcap: as in `attention`.
         norm_eps, norm_offset: `eps` and `offset` of `qk_norm`.
     Returns:
         (B, T, H, D), dtype of qkv, contiguous.
@@ -397,4 +357,6 @@ def attention_qkv(
         qkv, cos, sin, q_norm, k_norm, n_head=n_head, interleaved=interleaved, norm_eps=norm_eps,
         norm_offset=norm_offset,
     )  # fmt: skip
-    return attention.eager(*heads, causal=causal, window=window, scale=scale, cu_seqlens=cu_seqlens)
+    return attention.eager(
+        *heads, causal=causal, window=window, scale=scale, softcap=softcap, cu_seqlens=cu_seqlens, sinks=sinks
+    )

@@ -3,14 +3,15 @@
     sequence b has n new queries and L = lengths[b] keys, including the new ones; key j lies in the cache at
     [block_tables[b, j // block], j % block]
     query i has position p = L - n + i and attends to keys max(0, p - window + 1) .. p
-    s = scale q k^T + alibi_h (j - p)      y = softmax(s) v      zero if a query has no key
+    s = scale q k^T, with a softcap softcap tanh(s / softcap), + alibi_h (j - p)      zero if a query has no key
+    y = softmax(s) v, with the sink of head h as one more logit without a value
     int8 cache: key j's scale multiplies s, value j's scale multiplies its weight; products of integers are exact
 
 Fused backends split the keys at multiples of a constant, counted from the sequence's first key, and add the parts in
-order: m = max(m, m'), l = l e^(m_old - m) + l' e^(m' - m), y likewise. Therefore a query's result has the same bits in
-any batch, with any number of other queries, and for any location of its blocks. Splitting the keys over processors:
-Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference". Blocks: Kwon et al. 2023, "Efficient Memory
-Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180.
+order: m = max(m, m'), l = l e^(m_old - m) + l' e^(m' - m), y likewise; a sink is one more part. Therefore a query's
+result has the same bits in any batch, with any number of other queries, and for any location of its blocks. Splitting
+the keys over processors: Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference". Blocks: Kwon et
+al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op
-from peakgpt.kernels.ops.attention import attention
+from peakgpt.kernels.ops.attention import attention, check_scores, sample_sinks
 from peakgpt.kernels.ops.cache_store import check_cache, quantize_heads
 
 OP = "attention_decode"
@@ -32,7 +33,9 @@ def _int32(name: str, tensor: Tensor | None, device: torch.device) -> None:
         raise ValueError(f"{OP}: {name} has dtype {tensor.dtype}, expected int32")
 
 
-def _check(q, k_cache, v_cache, block_tables, lengths, cu_queries, k_scale, v_scale, alibi, *, window, scale):
+def _check(
+    q, k_cache, v_cache, block_tables, lengths, cu_queries, k_scale, v_scale, alibi, sinks, *, window, scale, softcap
+):  # fmt: skip
     check.shape(OP, "q", q, None, None, None)
     check.shape(OP, "k_cache", k_cache, None, None, None, q.shape[2])
     check_cache(OP, "q", q, k_cache, v_cache, k_scale, v_scale)
@@ -44,8 +47,7 @@ def _check(q, k_cache, v_cache, block_tables, lengths, cu_queries, k_scale, v_sc
         _int32(name, tensor, q.device)
     if k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
         raise ValueError(f"{OP}: {q.shape[1]} query heads over {k_cache.shape[2]} key heads, expected a whole multiple")
-    if window is not None and window < 1:
-        raise ValueError(f"{OP}: window is {window}, expected at least 1")
+    check_scores(OP, q.shape[1], q.device, window, softcap, sinks)
     check.shape(OP, "alibi", alibi, q.shape[1])
     if cu_queries is None:
         check.shape(OP, "q", q, batch, None, None)
@@ -105,19 +107,27 @@ def _matmul_flops(q, k_cache, v_cache, block_tables, lengths, cu_queries=None, *
 
 def _sample(
     batch: int = 4, queries: int = 1, heads: int = 12, head_dim: int = 64, keys: int = 256,
-    kv_heads: int | None = None, block: int = 16, bits: int | None = None, **like,
+    kv_heads: int | None = None, block: int = 16, bits: int | None = None, slopes: int | None = None,
+    sinks: int | None = None, **like,
 ):  # fmt: skip
-    """A cache with blocks in random order. block = keys gives one block per sequence, bits = 8 an int8 cache."""
+    """A cache with blocks in random order. block = keys gives one block per sequence, bits = 8 an int8 cache.
+
+    `slopes` and `sinks` add ALiBi slopes and sinks.
+    """
     blocks, device = -(-keys // block), like.get("device")
     q = torch.randn(batch * queries, heads, head_dim, **like)
     caches = [torch.randn(batch * blocks, block, kv_heads or heads, head_dim, **like) for _ in "kv"]
     tables = torch.randperm(batch * blocks, device=device).view(batch, blocks).int()
     lengths = torch.full((batch,), keys, dtype=torch.int32, device=device)
     starts = None if queries == 1 else torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
-    if bits is None:
-        return q, *caches, tables, lengths, starts
-    caches, scales = zip(*map(quantize_heads, caches), strict=True)
-    return q, *caches, tables, lengths, starts, *scales
+    scales = ()
+    if bits is not None:
+        caches, scales = zip(*map(quantize_heads, caches), strict=True)
+    if slopes is sinks is None:
+        return q, *caches, tables, lengths, starts, *scales
+    alibi = None if slopes is None else torch.arange(1, heads + 1, device=device).to(q.dtype) / 8
+    sink = None if sinks is None else sample_sinks(heads, **like)
+    return q, *caches, tables, lengths, starts, *(scales or (None, None)), alibi, sink
 
 
 def _dequantized(blocks: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -130,7 +140,7 @@ def _alloc(q, *_, needs, **__):
 
 @op(
     cost=_cost, sample=_sample, check=_check, alloc=_alloc, strided=("q", "k_cache", "v_cache"),
-    autocast="lower", gradient=False, autocast_exempt=("k_scale", "v_scale"), matmul_flops=_matmul_flops,
+    autocast="lower", gradient=False, autocast_exempt=("k_scale", "v_scale", "sinks"), matmul_flops=_matmul_flops,
 )  # fmt: skip
 def attention_decode(
     q: Tensor,
@@ -144,7 +154,9 @@ def attention_decode(
     *,
     window: int | None = None,
     alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention from the last tokens of each sequence to its cached keys.
 
@@ -161,7 +173,9 @@ def attention_decode(
             cache, as `cache_store` writes them.
         window: a query attends to at most this many keys, including its own.
         alibi: (H,) slopes; adds slope * (j - p) for a query at position p.
+        sinks: (H,) of any floating dtype, as in `attention`.
         scale: factor on q k^T. Default: 1 / sqrt(D).
+        softcap: limit of the scaled scores, as in `attention`.
     Returns:
         (N, H, D), dtype of q, contiguous; zero for a query without a live key (more queries than keys, length 0).
     Raises:
@@ -177,6 +191,6 @@ def attention_decode(
             for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
         )
         empty = queries.new_zeros(1, *queries.shape)
-        params = {"window": window, "alibi": alibi, "scale": scale}
+        params = {"window": window, "alibi": alibi, "sinks": sinks, "scale": scale, "softcap": softcap}
         results.append(attention.eager(queries[None], k, v, **params) if length else empty)
     return torch.cat([result[0] for result in results]) if results else torch.empty_like(q)

@@ -15,7 +15,10 @@ from peakgpt.kernels.cpu.gemm import ADD, STORE, gemm
 
 SIZES = {"vocab_size": 300, "block_size": 80, "n_layer": 2, "n_embd": 48, "n_head": 3}
 CONFIG = GPTConfig(**SIZES)
-MIXED = GPTConfig(**SIZES, norm="rms", gated_mlp=True, experts=3, n_kv_head=1, position="relative_bias", bias=False)
+MIXED = GPTConfig(
+    **SIZES, norm="rms", gated_mlp=True, experts=3, n_kv_head=1, position="relative_bias", bias=False,
+    attention_softcap=2.0, attention_sinks=True,
+)  # fmt: skip
 configs = pytest.mark.parametrize("config", (CONFIG, MIXED), ids=("gpt2", "mixed"))
 DTYPES = (torch.float32, torch.bfloat16)
 

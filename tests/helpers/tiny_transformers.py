@@ -19,6 +19,7 @@ BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attent
         "decoder_start_token_id": 2, "forced_eos_token_id": None}  # fmt: skip
 NEO = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
        "window_size": 5, "max_position_embeddings": 64}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FALCON = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 # name: config class, model class, fields of the config
 MODELS = {
@@ -78,6 +79,15 @@ MODELS = {
     "mpt": ("MptConfig", "MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
     "gpt_bigcode": ("GPTBigCodeConfig", "GPTBigCodeForCausalLM", {**GPT2, "attn_pdrop": 0.0}),
     "codegen": ("CodeGenConfig", "CodeGenForCausalLM", {**GPT2, "rotary_dim": 4}),
+    "mixtral, experts": ("MixtralConfig", "MixtralForCausalLM", {**LLAMA, **EXPERTS, "sliding_window": 5}),
+    "qwen3_moe, balance loss": (
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
+        {**LLAMA, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "output_router_logits": True},
+    ),
+    "gpt_oss, experts": (
+        "GptOssConfig", "GptOssForCausalLM", {**LLAMA, **EXPERTS, "head_dim": 8, "sliding_window": 5},
+    ),
 }  # fmt: skip
 
 

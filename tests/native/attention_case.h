@@ -26,6 +26,8 @@ struct Problem {
   double dropout = 0.0;
   int64_t pairs = 0;  // of rotary embedding: dq and dk are rotated back
   bool interleaved = false;
+  float softcap = 0.0f;  // 0: none
+  bool sinks = false;
 
   int64_t BiasBatch() const { return bias == Bias::kFull ? batch : 1; }
   int64_t BiasHeads() const { return bias == Bias::kFull || bias == Bias::kByHead ? heads : 1; }
@@ -65,11 +67,11 @@ struct Attention {
   Placer place;
   Tensor4<T> q, k, v, dout, dq, dk, dv;
   Buffer<T> out;
-  Buffer<float> lse, alibi, cos, minus_sin;
+  Buffer<float> lse, alibi, sinks, cos, minus_sin;
   Buffer<int64_t> start, length, documents, dropout_seed;
   int64_t bias_s, bias_t, bias_h, bias_b;
   Buffer<T> bias;
-  Buffer<float> dbias, dalibi, dalibi_rows;
+  Buffer<float> dbias, dalibi, dalibi_rows, dsinks, dsinks_rows;
   AttentionForwardArgs forward{};
   AttentionBackwardArgs backward{};
 
@@ -86,6 +88,7 @@ struct Attention {
         out(place.Out<T>(p.batch * p.queries * p.heads * p.width)),
         lse(place.Out<float>(p.batch * p.heads * p.queries)),
         alibi(place.In<float>(p.heads)),
+        sinks(place.In<float>(p.heads)),
         cos(place.In<float>(p.queries * p.pairs)),
         minus_sin(place.In<float>(p.queries * p.pairs)),
         start(place.In<int64_t>(p.batch)),
@@ -99,12 +102,15 @@ struct Attention {
         bias(place.In<T>(p.BiasBatch() * bias_b)),
         dbias(place.Out<float>(p.BiasBatch() * p.BiasHeads() * p.queries * p.keys)),
         dalibi(place.Out<float>(p.heads)),
-        dalibi_rows(place.Out<float>(3 * p.batch * p.heads * p.queries)) {
+        dalibi_rows(place.Out<float>(3 * p.batch * p.heads * p.queries)),
+        dsinks(place.Out<float>(p.heads)),
+        dsinks_rows(place.Out<float>(p.batch * p.heads * p.queries)) {
     Random random(seed);
     for (const auto* tensor : {&q, &k, &v, &dout}) tensor->FillNormal(random);
     cos.FillNormal(random);
     minus_sin.FillNormal(random);
     for (int64_t h = 0; h < p.heads; ++h) alibi[h] = 0.125f * static_cast<float>(h + 1);
+    for (int64_t h = 0; h < p.heads; ++h) sinks[h] = 2.0f - 1.5f * static_cast<float>(h);
     for (int64_t slice = 0; slice < p.BiasBatch() * p.BiasHeads(); ++slice) {
       for (int64_t i = 0; i < p.queries; ++i) {
         for (int64_t j = 0; j < p.keys; ++j) {
@@ -135,7 +141,8 @@ struct Attention {
     const AttentionProblem problem_args = {
         .dtype = kDtype<T>, .batch = p.batch, .queries = p.queries, .keys = p.keys, .heads = p.heads,
         .kv_heads = p.kv_heads, .width = p.width, .q = q.Input(), .k = k.Input(), .v = v.Input(), .causal = p.causal,
-        .scale = kScale, .window = p.window, .alibi = p.alibi ? alibi.data() : nullptr,
+        .scale = kScale, .window = p.window, .softcap = p.softcap, .alibi = p.alibi ? alibi.data() : nullptr,
+        .sinks = p.sinks ? sinks.data() : nullptr,
         .kv_start = padded ? start.data() : nullptr, .kv_len = padded ? length.data() : nullptr,
         .cu_seqlens = packed ? documents.data() : nullptr, .documents = packed ? 3 : 0,
         .bias = p.bias == Bias::kNone ? nullptr : bias.data(), .bias_dtype = kDtype<T>, .bias_batch = p.BiasBatch(),
@@ -158,6 +165,8 @@ struct Attention {
     backward.dbias = p.bias == Bias::kNone ? nullptr : dbias.data();
     backward.dalibi = p.alibi ? dalibi.data() : nullptr;
     backward.dalibi_rows = p.alibi ? dalibi_rows.data() : nullptr;
+    backward.dsinks = p.sinks ? dsinks.data() : nullptr;
+    backward.dsinks_rows = p.sinks ? dsinks_rows.data() : nullptr;
   }
 
   // The dropout factor of a weight, by Philox4x32-7.

@@ -29,11 +29,15 @@ constexpr Problem kProblems[] = {
     {2, 3, 37, 2, 2, 8, false, 0, false, Range::kAll, Bias::kShared, 0.5},
     {2, 67, 67, 4, 2, 24, true, 0, false, Range::kAll, Bias::kNone, 0.0, 5},
     {1, 130, 130, 1, 1, 16, true, 9, false, Range::kAll, Bias::kNone, 0.0, 8},
-    {1, 70, 70, 2, 1, 72, true, 0, false, Range::kAll, Bias::kNone, 0.0, 17, true}};
+    {1, 70, 70, 2, 1, 72, true, 0, false, Range::kAll, Bias::kNone, 0.0, 17, true},
+    {2, 70, 70, 2, 1, 16, true, 0, false, Range::kPadded, Bias::kNone, 0.0, 0, false, 2.0f, true},
+    {1, 130, 130, 2, 2, 24, true, 33, true, Range::kDocuments, Bias::kByHead, 0.25, 0, false, 2.0f, true},
+    {2, 3, 37, 4, 2, 16, true, 0, true, Range::kPadded, Bias::kShared, 0.0, 0, false, 3.0f, true},
+    {1, 67, 67, 2, 1, 8, false, 0, false, Range::kAll, Bias::kNone, 0.0, 3, false, 3.0f, false}};
 
 // The softmax weights of a query, and the error of its scores.
 struct Weights {
-  std::vector<double> p;
+  std::vector<double> p, cap_slopes;  // cap_slopes: 1 - tanh^2 of the soft cap
   double lse = -kInf, score_slack = 0.0;  // score_slack: the largest error of a score, in units of 2^-24
 };
 
@@ -42,6 +46,7 @@ Weights WeightsOf(const Attention<T>& a, int64_t b, int64_t h, int64_t i) {
   const int64_t kv_head = h / (a.p.heads / a.p.kv_heads);
   Weights weights;
   weights.p.assign(a.p.keys, 0.0);
+  weights.cap_slopes.assign(a.p.keys, 1.0);
   double m = -kInf, l = 0.0;
   std::vector<double> scores(a.p.keys, -kInf);
   for (int64_t j = 0; j < a.p.keys; ++j) {
@@ -52,13 +57,22 @@ Weights WeightsOf(const Attention<T>& a, int64_t b, int64_t h, int64_t i) {
       dot += term;
       magnitude += std::fabs(term);
     }
+    if (a.p.softcap > 0.0f) {
+      const double t = std::tanh(dot / a.p.softcap);
+      dot = a.p.softcap * t;
+      weights.cap_slopes[j] = 1.0 - t * t;
+      magnitude += 4.0 * std::fabs(dot);
+    }
     const double slope = a.p.alibi ? a.alibi.At(h) * a.Distance(i, j) : 0.0, bias = a.BiasAt(b, h, i, j);
     scores[j] = dot + slope + bias;
     magnitude = 4.0 * magnitude + 2.0 * std::fabs(slope) + 2.0 * std::fabs(bias);
     if (std::isfinite(magnitude)) weights.score_slack = std::max(weights.score_slack, magnitude);
     m = std::isnan(scores[j]) ? kNan : std::max(m, scores[j]);
   }
+  const double sink = a.p.sinks ? a.sinks.At(h) : -kInf;
+  m = std::isnan(m) ? m : std::max(m, sink);
   if (m == -kInf) return weights;
+  l += std::exp(sink - m);
   for (int64_t j = 0; j < a.p.keys; ++j) {
     if (a.Sees(b, i, j)) l += weights.p[j] = std::exp(scores[j] - m);
   }
@@ -124,7 +138,7 @@ void RotateBack(const Attention<T>& a, int64_t token, Want* head) {
 template <class T>
 void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
   const Problem& p = a.p;
-  std::vector<Want> dbias(a.dbias.count(), {0.0, 0.0}), dalibi(p.heads, {0.0, 0.0});
+  std::vector<Want> dbias(a.dbias.count(), {0.0, 0.0}), dalibi(p.heads, {0.0, 0.0}), dsinks = dalibi;
   for (int64_t b = 0; b < p.batch; ++b) {
     std::vector<Want> dk(p.keys * p.kv_heads * p.width, {0.0, 0.0}), dv = dk;
     for (int64_t h = 0; h < p.heads; ++h) {
@@ -137,6 +151,11 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
           const double term = a.dout.At(b, i, h, d) * a.out.At(((b * p.queries + i) * p.heads + h) * p.width + d);
           delta += term;
           delta_magnitude += std::fabs(term);
+        }
+        if (p.sinks) {
+          const double weight = std::exp(a.sinks.At(h) - weights.lse);
+          const double slack = 8.0 * delta_magnitude + 2.0 * std::fabs(delta) * weights.score_slack;
+          Add(dsinks[h], -weight * delta, weight * slack);
         }
         for (int64_t j = 0; j < p.keys; ++j) {
           if (!a.Sees(b, i, j)) continue;
@@ -157,8 +176,8 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
           for (int64_t d = 0; d < p.width; ++d) {
             const int64_t at = (j * p.kv_heads + kv_head) * p.width + d;
             const double q = a.q.At(b, i, h, d), k = a.k.At(b, j, kv_head, d), dy = a.dout.At(b, i, h, d);
-            Add(dq[d], ds * k, ds_slack * std::fabs(k));
-            Add(dk[at], ds * q, ds_slack * std::fabs(q));
+            Add(dq[d], ds * weights.cap_slopes[j] * k, ds_slack * std::fabs(k));
+            Add(dk[at], ds * weights.cap_slopes[j] * q, ds_slack * std::fabs(q));
             Add(dv[at], weights.p[j] * factor * dy, weights.p[j] * factor * std::fabs(dy) * rounding);
           }
         }
@@ -179,6 +198,7 @@ void ExpectBackward(const Attention<T>& a, bool with_dq, bool with_dkv) {
   }
   if (p.bias != Bias::kNone) a.dbias.Expect("dbias", [&](int64_t i) { return dbias[i]; });
   if (p.alibi) a.dalibi.Expect("dalibi", [&](int64_t h) { return dalibi[h]; });
+  if (p.sinks) a.dsinks.Expect("dsinks", [&](int64_t h) { return dsinks[h]; });
 }
 
 template <class T>
@@ -243,6 +263,7 @@ std::vector<char> Call(const Problem& problem, int threads) {
   a.lse.Append(bytes);
   a.dbias.Append(bytes);
   a.dalibi.Append(bytes);
+  a.dsinks.Append(bytes);
   return bytes;
 }
 constexpr Problem kMany = {1, 200, 200, 2, 1, 16, true, 0, true, Range::kAll};
@@ -253,6 +274,9 @@ PEAK_KERNEL(attention_bfloat16) { return Call<bf16>(kMany, threads); }
 PEAK_KERNEL(attention_biased) { return Call<bf16>(kBiased, threads); }
 constexpr Problem kDropped = {1, 150, 150, 2, 1, 16, true, 0, true, Range::kAll, Bias::kNone, 0.1};
 PEAK_KERNEL(attention_dropped) { return Call<float>(kDropped, threads); }
+constexpr Problem kCapped = {2, 130, 130, 2, 1,          16,  true, 0, true,
+                             Range::kAll, Bias::kByHead, 0.1, 0, false, 2.0f, true};
+PEAK_KERNEL(attention_capped) { return Call<float>(kCapped, threads); }
 PEAK_KERNEL(attention_few_queries) { return Call<bf16>(kFew, threads); }
 
 }  // namespace

@@ -13,7 +13,7 @@ x, residual, w, b = torch.randn(4, 64), torch.randn(4, 64), torch.ones(64), torc
 matrix, tall = torch.randn(64, 64), torch.randn(10, 64)
 q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
 
-y: Tensor = peakgpt.attention(q, k, v, causal=True, window=4, dropout=0.0)
+y: Tensor = peakgpt.attention(q, k, v, causal=True, window=4, softcap=50.0, sinks=torch.zeros(2), dropout=0.0)
 y = peakgpt.layernorm(x, w, b, eps=1e-6)
 y = peakgpt.rmsnorm(x, w)
 total, normed = peakgpt.add_layernorm(x, residual, w, b)

@@ -9,6 +9,9 @@
                   dv += p^T dout    dk += ds^T q
     dbias     for each tile of the bias, over the sequences and heads that share it: dbias += ds
 
+A soft cap replaces s by softcap log2(e) tanh(scale q k^T / softcap), and ds by ds (1 - tanh^2) in dq and dk. With a
+sink the online softmax starts with m = sink log2(e) and l = 1.
+
 Each range of tiles is split in two loops: full tiles, which need no mask, and tiles on the diagonal and at the edges.
 Kernels: forward.py, backward.py, with device functions in tile_ops.py. Order of the tiles: schedule.py. Launch
 parameters: tiles.py.
@@ -31,15 +34,12 @@ from peakgpt.kernels.gpu.attention.forward import attention_documents, attention
 from peakgpt.kernels.gpu.attention.tiles import PRECISIONS, SLOWER, TILES, WIDTHS, AttentionTile, Tiles, key
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 from peakgpt.kernels.gpu.reduce import empty_partials, sum_partials
-from peakgpt.kernels.ops.attention import default_scale
+from peakgpt.kernels.ops.attention_math import default_scale
 
 DOCUMENTS_BLOCK_T, DOCUMENTS_TILE = 256, Tile(warps=4)  # of attention_documents
 
 
-def objection(
-    q: Tensor, k: Tensor, v: Tensor, alibi=None, bias=None, kv_start=None, kv_len=None, cu_seqlens=None,
-    seed=None, *, causal=True, window=None, scale=None, dropout=0.0,
-) -> str | None:  # fmt: skip
+def objection(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None, scale=None, **__) -> str | None:
     if reason := launch.objection(q):
         return reason
     if not 1 <= q.shape[3] <= WIDTHS[-1]:
@@ -49,13 +49,15 @@ def objection(
     return None if default_scale(q.shape[3], scale) > 0 else f"needs a scale above 0, got {scale}"
 
 
-def declines(q: Tensor, k: Tensor, v: Tensor, *optional: Tensor | None, window=None, dropout=0.0, **_) -> str | None:
+def declines(
+    q: Tensor, k: Tensor, v: Tensor, *optional: Tensor | None, window=None, softcap=None, dropout=0.0, **_
+) -> str | None:
     """Return the row of SLOWER that shows torch faster for this plain call, or None.
 
     Torch has no tiled kernel for calls with other options.
     """
     measured = SLOWER.get(key(q, rich=False))
-    plain = window is None and not dropout and all(tensor is None for tensor in optional)
+    plain = window is softcap is None and not dropout and all(tensor is None for tensor in optional)
     return str(measured) if measured and plain and k.shape[1] >= measured.min_keys else None
 
 
@@ -79,7 +81,8 @@ def _tiles(q: Tensor, options, dalibi: Tensor | None = None) -> tuple[Tiles, int
 
 def _arguments(
     q: Tensor, k: Tensor, v: Tensor, BLOCK_D: int, *, causal: bool, window: int | None, scale: float | None,
-    alibi=None, bias=None, kv_start=None, kv_len=None, cu_seqlens=None, seed=None, dropout: float = 0.0,
+    softcap: float | None = None, alibi=None, bias=None, kv_start=None, kv_len=None, cu_seqlens=None, seed=None,
+    dropout: float = 0.0,
 ) -> dict:  # fmt: skip
     """Return the arguments that all kernels share."""
     tokens, keys, heads, width = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
@@ -92,6 +95,7 @@ def _arguments(
         document_ptr=None if cu_seqlens is None else _documents(cu_seqlens, tokens), seed_ptr=seed if dropout else None,
         stride_bias_b=stride_b, stride_bias_h=stride_h, stride_bias_t=stride_bias[0], stride_bias_s=stride_bias[1],
         T=tokens, S=keys, H=heads, scale=default_scale(width, scale),
+        softcap=None if softcap is None else float(softcap),
         window=None if window is None or window >= keys else window,
         threshold=int(dropout * 2**32) - 2**31, keep_scale=1.0 / (1.0 - dropout),
         GROUP=heads // k.shape[2], CAUSAL=causal, D=width, BLOCK_D=BLOCK_D, **_strides("bth", q=q),
@@ -124,14 +128,16 @@ def _rotary_arguments(cos: Tensor | None, sin: Tensor | None, interleaved: bool)
     return {"cos_ptr": cos, "sin_ptr": sin, "PAIRS": cos.shape[1], "INTERLEAVED": interleaved}
 
 
-def fill_forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, **options) -> None:
+def fill_forward(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None, **options
+) -> None:
     """Fill out (B, T, H, D), contiguous, and lse (B, H, T); the options are those of `_arguments`."""
     tiles, block_d = _tiles(q, options)
     q, k, v = map(launch.unit_last, (q, k, v))
     batch, tokens, heads, _ = q.shape
     with launch.device_of(q):
         attention_fwd[(triton.cdiv(tokens, tiles.fwd.BLOCK_Q) * heads * batch,)](
-            out_ptr=out, lse_ptr=lse, heads=batch * heads, section=_section(q, k, heads // k.shape[2]),
+            sinks_ptr=sinks, out_ptr=out, lse_ptr=lse, heads=batch * heads, section=_section(q, k, heads // k.shape[2]),
             **_launch_options(tiles.fwd), **_arguments(q, k, v, block_d, **options),
         )  # fmt: skip
 
@@ -139,9 +145,10 @@ def fill_forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, **op
 def fill_backward(
     dq: Tensor, dkv: tuple[Tensor, Tensor] | None, dout: Tensor, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, dalibi: Tensor | None = None, dbias: Tensor | None = None,
-    cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = False, **options,
+    dsinks: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None, interleaved: bool = False,
+    sinks: Tensor | None = None, **options,
 ) -> None:  # fmt: skip
-    """Fill dq, and each of (dk, dv), dalibi (H,) and dbias unless it is None. dalibi and dbias are contiguous.
+    """Fill dq, and each of (dk, dv), dalibi (H,), dbias and dsinks (H,) unless it is None; the last three contiguous.
 
     dk and dv have equal strides; the last axes of dq, dk and dv are contiguous. With cos and sin, q and k are rotated
     (see the op `rotary`), and dq and dk are the gradients with respect to q and k before rotation.
@@ -158,13 +165,16 @@ def fill_backward(
         )  # fmt: skip
         tables = _rotary_arguments(cos, sin, interleaved)
         blocks = triton.cdiv(tokens, tiles.dq.BLOCK_Q)
-        dslope = None if dalibi is None else empty_partials(q, 1, batch * blocks, heads)
+        dslope, dsink = (None if total is None else empty_partials(q, 1, batch * blocks, heads)
+                         for total in (dalibi, dsinks))  # fmt: skip
         attention_bwd_dq[(blocks * heads * batch,)](
-            out_ptr=out, dq_ptr=dq, dslope_ptr=dslope, heads=batch * heads, section=_section(q, k, group),
+            sinks_ptr=sinks, out_ptr=out, dq_ptr=dq, dslope_ptr=dslope, dsinks_ptr=dsink, heads=batch * heads,
+            section=_section(q, k, group),
             **_strides("bth", dq=dq), **_launch_options(tiles.dq), **tables, **common,
         )  # fmt: skip
-        if dalibi is not None:
-            sum_partials(dslope, dalibi)
+        for partial, total in ((dslope, dalibi), (dsink, dsinks)):
+            if total is not None:
+                sum_partials(partial, total)
         if dkv is not None:
             attention_bwd_dkv[(triton.cdiv(k.shape[1], tiles.dkv.BLOCK_K) * k.shape[2] * batch,)](
                 dk_ptr=dkv[0], dv_ptr=dkv[1], heads=batch * k.shape[2], section=_section(q, q, 1),
@@ -179,7 +189,7 @@ def fill_backward(
             )  # fmt: skip
 
 
-_OPTIONAL = ("alibi", "bias", "kv_start", "kv_len", "cu_seqlens", "seed")
+_OPTIONAL = ("alibi", "bias", "sinks", "kv_start", "kv_len", "cu_seqlens", "seed")
 
 
 def forward(outputs, saved, q, k, v, *optional, **params) -> None:
@@ -190,13 +200,13 @@ def backward(grads, inputs, outputs, saved, needs, **params) -> Sequence[Tensor 
     q, k, v, *optional = inputs
     dq, *dkv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dkv = tuple(dkv) if needs[1] or needs[2] else None
-    dalibi, dbias = (torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None
-                     for t, need in zip(optional[:2], needs[3:5], strict=True))  # fmt: skip
+    terms = [torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None
+             for t, need in zip(optional[:3], needs[3:6], strict=True)]  # fmt: skip
     fill_backward(
-        dq, dkv, grads[0], outputs[0], saved[0], q, k, v, dalibi, dbias, **dict(zip(_OPTIONAL, optional, strict=True)),
+        dq, dkv, grads[0], outputs[0], saved[0], q, k, v, *terms, **dict(zip(_OPTIONAL, optional, strict=True)),
         **params,
     )  # fmt: skip
-    return dq, *(dkv or (None, None)), dalibi, dbias, *[None] * 4
+    return dq, *(dkv or (None, None)), *terms, *[None] * 4
 
 
 # ---- the static check ----
@@ -226,7 +236,9 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
 
 _ROTARY_TABLES = ("cos_ptr", "sin_ptr")
 _RICH = ("bias_ptr", "seed_ptr", "dslope_ptr", *_ROTARY_TABLES)  # absent in every call that a row of "half" serves
-_PLAIN = (*_RICH, "alibi_ptr", "kv_start_ptr", "kv_len_ptr", "document_ptr", "window")
+_PLAIN = (
+    *_RICH, "alibi_ptr", "sinks_ptr", "dsinks_ptr", "softcap", "kv_start_ptr", "kv_len_ptr", "document_ptr", "window"
+)  # fmt: skip
 _WITH_ROTARY = tuple(name for name in _PLAIN if name not in _ROTARY_TABLES)
 # (head width, rotary pairs, interleaved): Pythia, the whole head, GPT-NeoX-20B, the whole head, GPT-J.
 _ROTARY = {64: ((64, 8, False), (64, 32, False)), 128: ((96, 12, False), (128, 64, False)), 256: ((256, 32, True),)}
@@ -242,13 +254,14 @@ def _case(
     rotary = {"PAIRS": pairs, "INTERLEAVED": interleaved} if kernel in (attention_bwd_dq, attention_bwd_dkv) else {}
     given = {"GROUP": 4 if absent in (_RICH, _ROTARY_TABLES) else 1, "CAUSAL": True, **sizes, **shared, **rotary}
     missing = {name: None for name in absent if name in kernel.arg_names}
-    labels = {_PLAIN: "", _RICH: " alibi, lengths, documents", _ROTARY_TABLES: " every option"}
+    labels = {_PLAIN: "", _RICH: " alibi, soft cap, sinks, lengths, documents", _ROTARY_TABLES: " every option"}
     label = labels.get(absent, f" {pairs} pairs")
     hot = absent is _PLAIN or (kernel is attention_bwd_dbias and (precision, width) == ("half_rich", 64))
-    floats = ("lse_ptr", "delta_ptr", "alibi_ptr", "dslope_ptr", *_ROTARY_TABLES)
+    floats = ("lse_ptr", "delta_ptr", "alibi_ptr", "sinks_ptr", "dslope_ptr", "dsinks_ptr", *_ROTARY_TABLES)
     integers = ("kv_start_ptr", "kv_len_ptr", "document_ptr")
     return launch.case(
         kernel, f"{dtype} D={width}{label}", tile, dtype, {**given, **missing},
-        matmul=dtype != "fp32" and tile.warpgroup_mma, hot=hot, scale="fp32", keep_scale="fp32", seed_ptr="*i64",
+        matmul=dtype != "fp32" and tile.warpgroup_mma, hot=hot, scale="fp32", softcap="fp32", keep_scale="fp32",
+        seed_ptr="*i64",
         **dict.fromkeys(floats, "*fp32"), **dict.fromkeys(integers, "*i32"),
     )  # fmt: skip

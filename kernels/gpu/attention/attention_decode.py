@@ -3,6 +3,7 @@
     parts    for a tile of DECODE_ROWS rows (queries of one sequence x heads of one group) and each split of SPLIT keys:
                  m, l, acc of an online softmax over this split
     merge    for each row: m = max_s m_s    w_s = exp2(m_s - m)    out = sum_s w_s acc_s / sum_s w_s l_s
+             a sink is one more split, with m = sink log2(e), l = 1 and acc = 0
 
 An int8 cache is converted to q's dtype, which is exact. The scales of the keys multiply the scores in float32. The
 scales of the values multiply the softmax weights before these are rounded to q's dtype.
@@ -22,9 +23,9 @@ from torch import Tensor
 from peakgpt.kernels.gpu import launch, overlap
 from peakgpt.kernels.gpu.attention import schedule
 from peakgpt.kernels.gpu.attention.schedule import DECODE_ROWS, SPLIT
-from peakgpt.kernels.gpu.attention.tile_ops import LOG2_E, live_pairs
+from peakgpt.kernels.gpu.attention.tile_ops import LOG2_E, cap_scores, live_pairs
 from peakgpt.kernels.gpu.launch import AotCase, Tile
-from peakgpt.kernels.ops.attention import default_scale
+from peakgpt.kernels.ops.attention_math import default_scale
 
 _slot_start = triton.jit(schedule.slot_start)
 
@@ -90,7 +91,7 @@ def attention_decode_parts(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr, lengths_ptr, cu_queries_ptr, alibi_ptr,
     acc_ptr, m_ptr, l_ptr,
     stride_q_n, stride_q_h, stride_k_n, stride_k_s, stride_k_h, stride_v_n, stride_v_s, stride_v_h, stride_tables_b,
-    B, parts, splits, first_slot, steps, block, scale, window,
+    B, parts, splits, first_slot, steps, block, scale, softcap, window,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +107,6 @@ def attention_decode_parts(
     d = tl.arange(0, BLOCK_D)
     q_at = q_ptr + (first + i).to(tl.int64)[:, None] * stride_q_n + h[:, None] * stride_q_h + d[None, :]
     q = tl.load(q_at, mask=live_rows[:, None] & (d < D)[None, :], other=0.0)
-    qk_scale = scale * LOG2_E
     if alibi_ptr is not None:
         slope = tl.load(alibi_ptr + h, mask=live_rows, other=0.0).to(tl.float32) * LOG2_E
     lo, hi = tl.cast(0, tl.int32), tl.minimum(length, length - count + (r0 + ROWS - 1) // GROUP + 1)
@@ -129,10 +129,14 @@ def attention_decode_parts(
             v_at = v_ptr + at * stride_v_n + (j % block).to(tl.int64) * stride_v_s + kv_head.to(tl.int64) * stride_v_h
             k = tl.load(k_at[:, None] + d[None, :], mask=mask, other=0.0)
             v = tl.load(v_at[:, None] + d[None, :], mask=mask, other=0.0)
-            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * qk_scale
+            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+            if softcap is None:
+                s *= scale * LOG2_E
             if k_scale_ptr is not None:
                 scales_at = (at * block + j % block) * tl.num_programs(1) + kv_head
                 s *= tl.load(k_scale_ptr + scales_at, mask=inside, other=0.0)[None, :]
+            if softcap is not None:
+                s, _ = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)
             if alibi_ptr is not None:
                 s += slope[:, None] * (j[None, :] - position[:, None])
             live = live_pairs(position[:, None], j[None, :], window, True) & inside[None, :]
@@ -158,7 +162,7 @@ def attention_decode_parts(
 
 @triton.jit(do_not_specialize=("B", "splits", "first_slot", "steps", "window"))
 def attention_decode_merge(
-    lengths_ptr, cu_queries_ptr, acc_ptr, m_ptr, l_ptr, out_ptr, B, splits, first_slot, steps, window,
+    lengths_ptr, cu_queries_ptr, sinks_ptr, acc_ptr, m_ptr, l_ptr, out_ptr, B, splits, first_slot, steps, window,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -180,6 +184,9 @@ def attention_decode_merge(
             visible = (split >= lo) & (split < hi)
             split_m = tl.maximum(split_m, tl.load(m_ptr + at + split, mask=visible, other=float("-inf")))
         m = tl.max(split_m, 0)
+        if sinks_ptr is not None:
+            sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
+            m = tl.maximum(m, sink)
         m = tl.where(m == float("-inf"), 0.0, m)
         split_l = tl.zeros((CHUNK,), tl.float32)
         acc = tl.zeros((CHUNK, BLOCK_D), tl.float32)
@@ -191,6 +198,8 @@ def attention_decode_merge(
             mask = visible[:, None] & (d < D)[None, :]
             acc += weight[:, None] * tl.load(acc_ptr + (at + split)[:, None] * D + d[None, :], mask=mask, other=0.0)
         l = tl.sum(split_l, 0)  # noqa: E741
+        if sinks_ptr is not None:
+            l += tl.exp2(sink - m)  # noqa: E741
         out = tl.sum(acc, 0) / tl.where(l == 0.0, 1.0, l)
         heads = tl.num_programs(1) * GROUP
         at_out = out_ptr + ((first + i).to(tl.int64) * heads + h) * D + d
@@ -216,7 +225,8 @@ def _tile(q: Tensor, bits: int | None) -> DecodeTile:
 
 
 def forward(
-    outputs, saved, q, k_cache, v_cache, block_tables, lengths, cu_queries, k_scale, v_scale, alibi, *, window, scale
+    outputs, saved, q, k_cache, v_cache, block_tables, lengths, cu_queries, k_scale, v_scale, alibi, sinks,
+    *, window, scale, softcap,
 ) -> None:  # fmt: skip
     (queries, heads, width), (_, block, kv_heads, _) = q.shape, k_cache.shape
     batch, group = lengths.shape[0], heads // kv_heads
@@ -248,12 +258,14 @@ def forward(
                 stride_k_n=k_cache.stride(0), stride_k_s=k_cache.stride(1), stride_k_h=k_cache.stride(2),
                 stride_v_n=v_cache.stride(0), stride_v_s=v_cache.stride(1), stride_v_h=v_cache.stride(2),
                 stride_tables_b=block_tables.stride(0), first_slot=first_slot, parts=parts, block=block,
-                scale=default_scale(width, scale), BLOCK_K=tile.BLOCK_K, num_warps=tile.warps,
+                scale=default_scale(width, scale), softcap=None if softcap is None else float(softcap),
+                BLOCK_K=tile.BLOCK_K, num_warps=tile.warps,
                 num_stages=tile.stages, **common,
             )  # fmt: skip
             attention_decode_merge[(count, kv_heads, merged_rows)](
-                out_ptr=outputs[0], first_slot=first_slot, CHUNK=CHUNK, num_warps=MERGE_TILE.warps, **common
-            )
+                sinks_ptr=sinks, out_ptr=outputs[0], first_slot=first_slot, CHUNK=CHUNK, num_warps=MERGE_TILE.warps,
+                **common,
+            )  # fmt: skip
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
@@ -276,7 +288,7 @@ def _case(
     kernel, precision: str, width: int, tile: Tile, every_option: bool, sizes: dict[str, int], bits: int | None = None
 ) -> AotCase:
     dtype = "fp32" if precision == "fp32" else "bf16"
-    missing = set() if every_option else {"cu_queries_ptr", "alibi_ptr", "window"}
+    missing = set() if every_option else {"cu_queries_ptr", "alibi_ptr", "sinks_ptr", "softcap", "window"}
     missing |= {"k_scale_ptr", "v_scale_ptr"} if bits is None else set()
     absent = dict.fromkeys(missing & set(kernel.arg_names))
     given = {"GROUP": 4 if every_option else 1, "ROWS": DECODE_ROWS, "SPLIT": SPLIT, "D": width, "BLOCK_D": width}
@@ -284,7 +296,7 @@ def _case(
     label = f"{dtype} D={width}" + (" every option" if every_option else "") + ("" if bits is None else " int8")
     return launch.case(
         kernel, label, tile, dtype, {**given, **sizes, **absent},
-        hot=not every_option and (bits is None or width == WIDTHS[0]), scale="fp32", **types,
-        **dict.fromkeys(("acc_ptr", "m_ptr", "l_ptr", "alibi_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32"),
+        hot=not every_option and (bits is None or width == WIDTHS[0]), scale="fp32", softcap="fp32", **types,
+        **dict.fromkeys(("acc_ptr", "m_ptr", "l_ptr", "alibi_ptr", "sinks_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32"),
         **dict.fromkeys(("tables_ptr", "lengths_ptr", "cu_queries_ptr"), "*i32"),
     )  # fmt: skip

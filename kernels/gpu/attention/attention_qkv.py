@@ -34,7 +34,7 @@ def _prepared(qkv: Tensor, prepared: Sequence[Tensor], n_head: int) -> tuple[Ten
 
 
 def objection(
-    qkv: Tensor, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, *, n_head: int,
+    qkv: Tensor, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, sinks=None, *, n_head: int,
     interleaved: bool = False, norm_eps=None, norm_offset=0.0, **params,
 ) -> str | None:  # fmt: skip
     reason = None
@@ -44,15 +44,15 @@ def objection(
 
 
 def declines(
-    qkv: Tensor, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, *, n_head: int, interleaved=False,
-    norm_eps=None, norm_offset=0.0, **params,
+    qkv: Tensor, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, sinks=None, *, n_head: int,
+    interleaved=False, norm_eps=None, norm_offset=0.0, **params,
 ) -> str | None:  # fmt: skip
-    return attention.declines(*_split(qkv, n_head), cu_seqlens, **params)
+    return attention.declines(*_split(qkv, n_head), cu_seqlens, sinks, **params)
 
 
 def forward(
-    outputs, saved, qkv: Tensor, cos, sin, cu_seqlens, q_norm, k_norm, *, n_head: int, interleaved: bool, norm_eps,
-    norm_offset, **params,
+    outputs, saved, qkv: Tensor, cos, sin, cu_seqlens, q_norm, k_norm, sinks, *, n_head: int, interleaved: bool,
+    norm_eps, norm_offset, **params,
 ) -> None:  # fmt: skip
     lse, *prepared = saved
     if q_norm is not None:
@@ -63,25 +63,27 @@ def forward(
         )  # fmt: skip
     elif prepared:
         rotary.rotate(qkv, cos, sin, prepared[0], rotated_heads(qkv, n_head), interleaved)
-    attention.fill_forward(outputs[0], lse, *_prepared(qkv, prepared, n_head), cu_seqlens=cu_seqlens, **params)
+    heads = _prepared(qkv, prepared, n_head)
+    attention.fill_forward(outputs[0], lse, *heads, cu_seqlens=cu_seqlens, sinks=sinks, **params)
 
 
 def backward(
     grads, inputs, outputs, saved, needs, *, n_head: int, interleaved: bool, norm_eps, norm_offset, **params
 ) -> Sequence[Tensor | None]:
-    qkv, cos, sin, cu_seqlens, q_norm, k_norm = inputs
+    qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks = inputs
     lse, *prepared = saved
     whole = prepared[0] if qkv is None else qkv
     dqkv = torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
     dq, *dkv = _split(dqkv, n_head)
+    dsinks = torch.empty(sinks.shape, dtype=sinks.dtype, device=sinks.device) if needs[6] else None
     rotation = {"cos": cos, "sin": sin, "interleaved": interleaved} if q_norm is None else {}
     attention.fill_backward(
-        dq, tuple(dkv), grads[0], outputs[0], lse, *_prepared(whole, prepared, n_head), cu_seqlens=cu_seqlens,
-        **rotation, **params,
+        dq, tuple(dkv), grads[0], outputs[0], lse, *_prepared(whole, prepared, n_head), dsinks=dsinks,
+        cu_seqlens=cu_seqlens, sinks=sinks, **rotation, **params,
     )  # fmt: skip
     if q_norm is None:
-        return dqkv, *[None] * 5
+        return dqkv, *[None] * 5, dsinks
     qk, r = prepared
     dqk, x = dqkv[:, :, : qk.shape[2]], qkv[:, :, : qk.shape[2]]
     options = {"n_head": n_head, "interleaved": interleaved, "offset": norm_offset}
-    return dqkv, None, None, None, *qk_norm.gradients(dqk, dqk, r, x, q_norm, k_norm, cos, sin, **options)
+    return dqkv, None, None, None, *qk_norm.gradients(dqk, dqk, r, x, q_norm, k_norm, cos, sin, **options), dsinks

@@ -1,4 +1,4 @@
-"""Attention's backward kernels, without atomics: dq with delta and the slopes' gradient, then dk and dv, then dbias."""
+"""Attention's backward kernels, without atomics: dq with delta, dslope and dsinks, then dk and dv, then dbias."""
 
 import triton
 import triton.language as tl
@@ -8,6 +8,7 @@ from peakgpt.kernels.gpu.attention.tile_ops import (
     SIZES,
     add_alibi_and_bias,
     assignment,
+    cap_scores,
     dropout_mask,
     key_range,
     key_tiles,
@@ -29,15 +30,15 @@ def _load_lse(ptr, live):
 @triton.jit(do_not_specialize=SIZES)
 def attention_bwd_dq(
     q_ptr, k_ptr, v_ptr, alibi_ptr, bias_ptr, kv_start_ptr, kv_len_ptr, document_ptr, seed_ptr,
-    out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr, dslope_ptr, cos_ptr, sin_ptr,
+    sinks_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr, dslope_ptr, dsinks_ptr, cos_ptr, sin_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
     stride_dout_b, stride_dout_t, stride_dout_h, stride_dq_b, stride_dq_t, stride_dq_h,
-    T, S, H, heads, section, scale, window, threshold, keep_scale,
+    T, S, H, heads, section, scale, softcap, window, threshold, keep_scale,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq and delta of one tile of queries of one head, and its part of the slope's gradient."""
+    """Compute dq and delta of one tile of queries of one head, and its part of dslope and dsinks."""
     blocks = (T + BLOCK_Q - 1) // BLOCK_Q
     head, turn = assignment(tl.program_id(0), blocks, heads, section)
     i0 = (blocks - 1 - turn) * BLOCK_Q
@@ -67,6 +68,11 @@ def attention_bwd_dq(
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     dslope = tl.zeros((BLOCK_Q,), tl.float32)
     ds_sum, mean_distance = dslope, dslope
+    if sinks_ptr is not None:  # the sum of a row of ds starts with the gradient of the sink
+        natural_lse = tl.load(lse_ptr + (b * H + h) * T + i, mask=i < T, other=float("inf"))
+        ds_sum = -tl.exp2((tl.load(sinks_ptr + h).to(tl.float32) - natural_lse) * LOG2_E) * delta
+        if dsinks_ptr is not None:
+            tl.store(dsinks_ptr + (b * blocks + turn) * H + h, tl.sum(ds_sum, 0))
     first, full_first, full_end, end = key_tiles(i0, T, S, window, lo, hi, document_ptr, CAUSAL, BLOCK_Q, BLOCK_K)
     left = full_first - first
     for MASKED in tl.static_range(2):
@@ -78,7 +84,11 @@ def attention_bwd_dq(
             inside = (j >= lo) & (j < hi) if MASKED else None
             k = load(k_ptr + tl.cast(j0, tl.int64) * stride_k_s, keys, stride_k_s, inside, D, BLOCK_D)
             v = load(v_ptr + tl.cast(j0, tl.int64) * stride_v_s, keys, stride_v_s, inside, D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if softcap is None:
+                s *= scale * LOG2_E
+            else:
+                s, cap_slope = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)
             s = add_alibi_and_bias(
                 s, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s
             )
@@ -97,6 +107,8 @@ def attention_bwd_dq(
                 dslope += tl.sum(ds * distance, 1)
                 ds_sum += tl.sum(ds, 1)
                 mean_distance += tl.sum(p * distance, 1)
+            if softcap is not None:
+                ds *= cap_slope
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     dq_ptr += b * stride_dq_b + h * stride_dq_h + at * stride_dq_t
@@ -105,8 +117,8 @@ def attention_bwd_dq(
         dq = rotate_back(dq, rows, i < T, cos_ptr + at * PAIRS, sin_ptr + at * PAIRS, PAIRS, INTERLEAVED, BLOCK_D)
     store(dq_ptr, rows, stride_dq_t, i < T, dq, D, BLOCK_D)
     if dslope_ptr is not None:
-        # Each row of ds would sum to 0 if delta were exact, but out is rounded. Distances of thousands would magnify
-        # this error, so the mean distance is subtracted.
+        # Each row of ds, with its sink, would sum to 0 if delta were exact, but out is rounded. Distances of thousands
+        # would magnify this error, so the mean distance is subtracted.
         tl.store(dslope_ptr + (b * blocks + turn) * H + h, tl.sum(dslope - ds_sum * mean_distance, 0))
 
 
@@ -117,7 +129,7 @@ def attention_bwd_dkv(
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
     stride_dout_b, stride_dout_t, stride_dout_h, stride_dkv_b, stride_dkv_s, stride_dkv_h,
-    T, S, H, heads, section, scale, window, threshold, keep_scale,
+    T, S, H, heads, section, scale, softcap, window, threshold, keep_scale,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +177,11 @@ def attention_bwd_dkv(
                     delta = tl.load(delta_ptr + row_ptr + i, mask=live_rows, other=0.0)
                 else:
                     delta = tl.load(delta_ptr + row_ptr + i)
-                s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2_E)
+                s = tl.dot(k, tl.trans(q), input_precision="ieee")
+                if softcap is None:
+                    s *= scale * LOG2_E
+                else:
+                    s, cap_slope = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)
                 s = add_alibi_and_bias(
                     s, i[None, :], j[:, None], T, S, alibi_ptr, h, bias_head, stride_bias_t, stride_bias_s
                 )
@@ -183,6 +199,8 @@ def attention_bwd_dkv(
                     dp = tl.where(keep, dp * keep_scale, 0.0)
                 dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision="ieee")
                 ds = p * (dp - delta[None, :])
+                if softcap is not None:
+                    ds *= cap_slope
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
     dk_ptr += b * stride_dkv_b + kv_head * stride_dkv_h + at * stride_dkv_s
@@ -204,7 +222,7 @@ def attention_bwd_dbias(
     lse_ptr, dout_ptr, delta_ptr, dbias_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s, stride_dout_b, stride_dout_t, stride_dout_h,
-    B, T, S, H, scale, window, threshold, keep_scale,
+    B, T, S, H, scale, softcap, window, threshold, keep_scale,
     SHARED_B: tl.constexpr, SHARED_H: tl.constexpr,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -239,7 +257,11 @@ def attention_bwd_dbias(
         q = load(q_at, rows, stride_q_t, i < T, D, BLOCK_D)
         k_at = k_ptr + b * stride_k_b + h // GROUP * stride_k_h + tl.cast(j0, tl.int64) * stride_k_s
         k = load(k_at, keys, stride_k_s, inside, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if softcap is None:
+            s *= scale * LOG2_E
+        else:
+            s, _ = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)
         bias_at = bias_ptr + b * stride_bias_b + h * stride_bias_h
         s = add_alibi_and_bias(s, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_at, stride_bias_t, stride_bias_s)
         p = tl.exp2(s - _load_lse(lse_ptr + (b * H + h) * T + i, i < T)[:, None])

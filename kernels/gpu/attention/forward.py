@@ -9,6 +9,7 @@ from peakgpt.kernels.gpu.attention.tile_ops import (
     SIZES,
     add_alibi_and_bias,
     assignment,
+    cap_scores,
     dropout_mask,
     key_range,
     key_tiles,
@@ -33,10 +34,11 @@ def attention_documents(cu_seqlens_ptr, document_ptr, T, N, steps, BLOCK_T: tl.c
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_fwd(
-    q_ptr, k_ptr, v_ptr, alibi_ptr, bias_ptr, kv_start_ptr, kv_len_ptr, document_ptr, seed_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, alibi_ptr, bias_ptr, kv_start_ptr, kv_len_ptr, document_ptr, seed_ptr,
+    sinks_ptr, out_ptr, lse_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
-    T, S, H, heads, section, scale, window, threshold, keep_scale,
+    T, S, H, heads, section, scale, softcap, window, threshold, keep_scale,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -53,9 +55,8 @@ def attention_fwd(
     q = load(q_ptr + b * stride_q_b + h * stride_q_h + at * stride_q_t, rows, stride_q_t, i < T, D, BLOCK_D)
     k_ptr += b * stride_k_b + h // GROUP * stride_k_h
     v_ptr += b * stride_v_b + h // GROUP * stride_v_h
-    scale *= LOG2_E
-    exponent_scale = scale  # applied in the exponent, except if ALiBi or a bias is added to scaled scores
-    if alibi_ptr is not None or bias_ptr is not None:
+    exponent_scale = scale * LOG2_E  # applied in the exponent, except if another term follows the scale
+    if softcap is not None or alibi_ptr is not None or bias_ptr is not None:
         exponent_scale = 1.0
     if bias_ptr is not None:
         bias_ptr += b * stride_bias_b + h * stride_bias_h
@@ -67,6 +68,9 @@ def attention_fwd(
 
     m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_Q,), tl.float32)  # noqa: E741
+    if sinks_ptr is not None:  # the first weight of each row, without a value
+        m = tl.zeros((BLOCK_Q,), tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
+        l = tl.where(m == float("-inf"), 0.0, 1.0)  # noqa: E741
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     first, full_first, full_end, end = key_tiles(i0, T, S, window, lo, hi, document_ptr, CAUSAL, BLOCK_Q, BLOCK_K)
     left = full_first - first
@@ -79,9 +83,13 @@ def attention_fwd(
             inside = (j >= lo) & (j < hi) if MASKED else None
             k = load(k_ptr + tl.cast(j0, tl.int64) * stride_k_s, keys, stride_k_s, inside, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if softcap is not None:
+                s, _ = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)
+            elif alibi_ptr is not None or bias_ptr is not None:
+                s *= scale * LOG2_E
             if alibi_ptr is not None or bias_ptr is not None:
                 s = add_alibi_and_bias(
-                    s * scale, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s
+                    s, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s
                 )
             if MASKED:
                 live = live_pairs(position[:, None], j[None, :], window, CAUSAL) & inside[None, :]

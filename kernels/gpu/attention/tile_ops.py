@@ -103,6 +103,25 @@ def live_pairs(i, j, window, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def cap_scores(s, scale, softcap, PRECISE: tl.constexpr):
+    """Return the capped scores of products s, in units of log2, and the derivative of the cap.
+
+    PRECISE computes a small tanh without the cancellation of 1 - 2 / (e^2x + 1). Half precision does not need it: the
+    error of 1e-7 softcap in a score is far below that of a rounded weight.
+    """
+    x = s * (scale / softcap)
+    t = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    if PRECISE:  # the polynomial of S. Moshier's Cephes, tanhf
+        z = x * x
+        p = -5.70498872745e-3 * z + 2.06390887954e-2
+        p = p * z - 5.37397155531e-2
+        p = p * z + 1.33314422036e-1
+        p = p * z - 3.33332819422e-1
+        t = tl.where(tl.abs(x) < 0.625, p * z * x + x, t)
+    return t * (softcap * LOG2_E), 1.0 - t * t
+
+
+@triton.jit
 def add_alibi_and_bias(s, i, j, T, S, alibi_ptr, h, bias_ptr, stride_bias_t, stride_bias_s):
     """Add head h's ALiBi term and the bias to the scores s, in units of log2; i and j broadcast to the shape of s."""
     if alibi_ptr is not None:
@@ -117,7 +136,7 @@ def add_alibi_and_bias(s, i, j, T, S, alibi_ptr, h, bias_ptr, stride_bias_t, str
 def dropout_mask(seed, threshold, b, h, i, j0, BLOCK_K: tl.constexpr):
     """Return which weights dropout keeps, boolean (len(i), BLOCK_K), for queries i and keys j0..j0+BLOCK_K-1.
 
-    The mask is that of `dropout_mask` in kernels/ops/attention.py. threshold is dropout * 2^32 - 2^31, an int32.
+    The mask is that of `dropout_mask` in kernels/ops/attention_math.py. threshold is dropout * 2^32 - 2^31, an int32.
     """
     group = j0 // 4 + tl.arange(0, BLOCK_K // 4)
     w0, w1, w2, w3 = tl.philox(seed, i[:, None], group[None, :], b.to(tl.int32), h.to(tl.int32), n_rounds=_ROUNDS)

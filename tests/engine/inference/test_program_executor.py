@@ -45,6 +45,11 @@ MODELS = {
         "residual": "parallel", "position": "rotary", "n_kv_head": 1, "norm": "rms", "gated_mlp": True,
         "activation": "silu", "bias": False, "logit_scale": 0.125,
     },
+    "soft cap, sinks": {
+        "attention_softcap": 1.5, "attention_sinks": True, "position": "rotary", "windows": (70, None), "n_kv_head": 2,
+        "attention_scale": 0.4,
+    },
+    "soft cap, sinks, alibi": {"attention_softcap": 1.5, "attention_sinks": True, "position": "alibi"},
     "norms of heads, offset, rotary": {
         "position": "rotary", "rotary_dim": 8, "n_kv_head": 2, "norm": "rms", "norm_offset": 1.0, "qk_norm": "head",
         "bias": False, "logit_scale": 0.5, "logit_softcap": 2.0,

@@ -161,7 +161,7 @@ def test_a_forward_pass_of_gpt2_calls_exactly_these_ops(monkeypatch):
     assert seen == ["embedding", "layernorm", *layer * SIZES["n_layer"], "linear_cross_entropy"]
 
 
-def attention_after_rotary(qkv, cos, sin, cu_seqlens, *, n_head, interleaved, **params):
+def attention_after_rotary(qkv, cos, sin, *_, n_head, interleaved, **params):
     """Run rotary as a separate op before attention."""
     heads = (n_head + qkv.shape[2]) // 2
     return attention_qkv(rotary(qkv, cos, sin, heads=heads, interleaved=interleaved), n_head=n_head, **params)
@@ -229,7 +229,16 @@ def test_dropout_is_active_in_training_mode_only():
     assert torch.equal(model(ids), model(ids)) and torch.equal(model(ids), plain(ids))
 
 
-@pytest.mark.parametrize("changes", [{"n_kv_head": 1}, {"head_dim": 8, "n_inner": 20}, {"bias": False}, {"n_layer": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_kv_head": 1},
+        {"head_dim": 8, "n_inner": 20},
+        {"bias": False},
+        {"n_layer": 1},
+        {"attention_softcap": 2.0, "attention_sinks": True},
+    ],
+)
 def test_other_shapes_have_finite_gradients_of_all_parameters(changes):
     config = peakgpt.GPTConfig(**{**SIZES, **changes})
     model = peakgpt.GPT(config)
@@ -331,6 +340,8 @@ def test_bad_inputs_raise_with_got_and_expected():
         ({"windows": ()}, r"windows is \(\), expected at least one"),
         ({"windows": (None, 0)}, r"windows is \[none, 0\], expected at least 1"),
         ({"windows": 4}, "windows is 4, expected a list"),
+        ({"attention_softcap": 0.0}, "attention_softcap is 0.0, expected more than 0"),
+        ({"attention_sinks": 1}, "attention_sinks is 1, expected true or false"),
         ({"tied_head": 0}, "tied_head is 0, expected true or false"),
         ({"head_bias": True}, "head_bias is True, expected false with tied_head"),
         ({"attention_dropout": 1.5}, "attention_dropout is 1.5, expected below 1"),

@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict] = {
     "rotary_window": {"position": "rotary", "rotary_dim": 8, "windows": (7, None)},
     "alibi": {"position": "alibi"},
     "parallel": {"residual": "parallel", "position": "rotary", "rotary_interleaved": True},
+    "softcap_sinks": {"attention_softcap": 1.5, "attention_sinks": True, "position": "rotary", "windows": (7, None)},
 }
 BACKENDS = ("eager", "cpu", "gpu")
 
@@ -68,8 +69,9 @@ def test_packed_documents_equal_documents_alone_in_float64(variant):
 
 @pytest.mark.parametrize(
     ("variant", "backend"),
-    [*((variant, backend) for variant in ("learned", "rotary_window", "alibi") for backend in ("eager", "cpu")),
-     ("rotary_window", "gpu")],
+    [*((variant, backend) for variant in ("learned", "rotary_window", "alibi", "softcap_sinks")
+       for backend in ("eager", "cpu")),
+     ("rotary_window", "gpu"), ("softcap_sinks", "gpu")],
 )  # fmt: skip
 def test_packed_documents_equal_documents_alone_on_each_backend(variant, backend):
     """The error is at most twice that of the documents alone, both against float64.

@@ -1,5 +1,7 @@
 """The choice of a backend, forced backends, and the errors of invalid calls."""
 
+import math
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -7,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peakgpt.kernels.core.dispatch import BACKENDS, forced_backend, use_backend
 from peakgpt.kernels.ops import catalogue
-from peakgpt.kernels.ops.attention import attention, live_pairs
+from peakgpt.kernels.ops.attention import attention
+from peakgpt.kernels.ops.attention_math import live_pairs
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.ops.norm import layernorm
 
@@ -77,6 +80,11 @@ def test_gpu_objects_to_cpu_tensors_unless_forced():
         (lambda: attention(heads(2), heads(2), heads(2), window=0), ValueError, r"window is 0, expected"),
         (lambda: attend(alibi=torch.ones(2, device="meta")), ValueError, r"alibi is on meta, expected q's device cpu"),
         (lambda: attend(alibi=torch.ones(2).long()), ValueError, r"alibi has dtype torch.int64, expected q's dtype"),
+        (lambda: attend(sinks=torch.ones(2).long()), ValueError, r"sinks has dtype torch.int64, expected a floating"),
+        (lambda: attend(sinks=torch.ones(2, device="meta")), ValueError, r"sinks is on meta, expected cpu"),
+        (lambda: attend(sinks=torch.ones(3)), ValueError, r"sinks has shape \(3,\), expected \(2\)"),
+        (lambda: attend(softcap=-1.0), ValueError, r"softcap is -1.0, expected a finite number above 0"),
+        (lambda: attend(softcap=math.inf), ValueError, r"softcap is inf, expected a finite number above 0"),
         (lambda: attend(bias=torch.ones(1, 1, 4, 4).bool()), ValueError, r"bias has dtype torch.bool, expected q's"),
         (lambda: attend(bias=torch.ones(1, 2, 4, 5)), ValueError, r"bias has shape \(1, 2, 4, 5\), expected"),
         (lambda: attend(kv_start=torch.ones(1)), ValueError, r"kv_start has dtype torch.float32, expected int64 or"),
@@ -191,7 +199,7 @@ def test_packed_documents_do_not_attend_to_each_other():
     [(4, 4, True, None), (3, 5, True, 2), (5, 3, True, None), (2, 7, False, None)],
 )
 def test_live_pairs_equals_the_sum_of_the_mask(queries, keys, causal, window):
-    from peakgpt.kernels.ops.attention import live_mask
+    from peakgpt.kernels.ops.attention_math import live_mask
 
     mask = live_mask(torch.empty(1, queries, 1, 1), torch.empty(1, keys, 1, 1), causal, window)
     assert live_pairs(queries, keys, causal, window) == (queries * keys if mask is None else int(mask.sum()))

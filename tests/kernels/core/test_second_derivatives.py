@@ -47,7 +47,7 @@ PATHS = {
 def inputs_of(name, sizes, params):
     tensors = sample(name, sizes, torch.float32)
     if params.get("dropout"):
-        tensors += [None] * 5 + [torch.tensor([5])]
+        tensors += [None] * 6 + [torch.tensor([5])]
     return tensors
 
 

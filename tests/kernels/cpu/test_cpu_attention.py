@@ -1,7 +1,8 @@
 """The C++ attention on every instruction set: values and gradients against float64, and properties that hold bitwise.
 
 Mutations that these tests catch: a missing mask, dv scaled by 1.01, the padding rows of an odd number of keys counted
-in the softmax, a window one key too wide, dead keys read.
+in the softmax, a window one key too wide, dead keys read, the cap missing in the backward pass, ds without its slope, a
+sink of another head.
 """
 
 import pytest
@@ -13,6 +14,7 @@ from peakgpt.kernels.ops.attention import attention, attention_qkv
 _C = pytest.importorskip("peakgpt._C")
 
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2e-3}  # relative to the largest value; a few ulp, half an ulp
+TERMS = ("alibi", "bias", "sinks")  # arguments with a gradient besides q, k and v
 
 # B, T, S, H, K, D, parameters. A list becomes a tensor; bias is given by its first two sizes.
 CASES = [
@@ -57,6 +59,15 @@ CASES = [
     (2, 3, 70, 2, 2, 16, {"dropout": 0.5, "seed": [2**40]}),
     (2, 90, 90, 2, 1, 16, {"dropout": 0.1, "seed": [3], "bias": (1, 1), "alibi": [0.5, 0.25], "window": 40}),
     (1, 90, 90, 2, 2, 16, {"dropout": 0.1, "seed": [4], "cu_seqlens": [0, 20, 90], "alibi": [0.5, 0.25]}),
+    (1, 130, 130, 2, 2, 64, {"softcap": 1.5}),
+    (2, 3, 70, 2, 1, 24, {"softcap": 1.5, "alibi": [0.5, 0.0625]}),
+    (2, 100, 100, 2, 1, 64, {"sinks": [2.0, -0.5]}),
+    (2, 4, 71, 2, 2, 32, {"sinks": [2.0, 0.5], "bias": (1, 2)}),
+    (1, 67, 67, 2, 2, 8, {"sinks": [300.0, -torch.inf]}),
+    (1, 150, 150, 2, 2, 16, {"softcap": 50.0, "sinks": [2.0, 3.0], "window": 70, "alibi": [0.5, 0.0625]}),
+    (2, 66, 66, 2, 2, 16, {"softcap": 2.0, "sinks": [2.0, 3.0], "kv_start": [65, 10], "window": 33}),
+    (1, 100, 100, 2, 1, 16, {"softcap": 2.0, "sinks": [2.0, 3.0], "bias": (1, 2), "cu_seqlens": [0, 30, 100]}),
+    (2, 90, 90, 2, 1, 16, {"softcap": 2.0, "sinks": [2.0, 3.0], "dropout": 0.3, "seed": [3], "bias": (1, 1)}),
 ]
 IDS = ["x".join(map(str, case[:6])) + "".join(f"-{name}" for name in case[6]) for case in CASES]
 
@@ -82,10 +93,10 @@ def draw(case, dtype, seed=0):
 
 
 def run(backend, tensors, params):
-    """Return out, then the gradients of q, k and v, and of alibi and bias if given."""
+    """Return out, then the gradients of q, k and v, and of alibi, bias and sinks if given."""
     *inputs, upstream = tensors
     leaves = [t.detach().requires_grad_() for t in inputs]
-    terms = {n: params[n].detach().requires_grad_() for n in ("alibi", "bias") if n in params}
+    terms = {n: params[n].detach().requires_grad_() for n in TERMS if n in params}
     with use_backend(backend):
         out = attention(*leaves, **params | terms)
     return [out.detach(), *torch.autograd.grad(out, [*leaves, *terms.values()], upstream)]
@@ -106,7 +117,7 @@ def test_values_and_gradients_are_within_twice_torchs_error(isa, case, dtype):
     tensors, params = draw(case, dtype)
     truth = run("eager", [t.double() for t in tensors], widened(params))
     torchs, ours = run("eager", tensors, params), run("cpu", tensors, params)
-    names = ["out", "dq", "dk", "dv", *(f"d{n}" for n in ("alibi", "bias") if n in params)]
+    names = ["out", "dq", "dk", "dv", *(f"d{n}" for n in TERMS if n in params)]
     for name, a, b, t in zip(names, ours, torchs, truth, strict=True):
         assert a.dtype == b.dtype
         error, allowed = ((x.double() - t).abs().max().item() for x in (a, b))
@@ -285,6 +296,7 @@ THREAD_CASES = [
     (1, 70, 200, 6, 3, 16, {"window": 100}),
     (1, 200, 200, 2, 1, 16, {"alibi": [0.5, 0.0625], "cu_seqlens": [0, 90, 200]}),
     (1, 150, 150, 2, 1, 16, {"dropout": 0.2, "seed": [5]}),
+    (3, 150, 150, 4, 2, 16, {"softcap": 2.0, "sinks": [1.0, 2.0, 3.0, 4.0]}),
     *(
         (3, 150, 150, 4, 2, 16, {"bias": shape, "alibi": [0.5, 0.25, 0.125, 0.0625]})
         for shape in ((1, 1), (3, 1), (1, 4), (3, 4))

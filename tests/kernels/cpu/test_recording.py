@@ -32,6 +32,7 @@ VARIANTS = {
     "alibi": {"position": "alibi", "embedding_norm": True},
     "relative bias": {"position": "relative_bias"},
     "windows": {"windows": (4, None), "residual": "parallel"},
+    "soft cap, sinks": {"attention_softcap": 2.0, "attention_sinks": True, "attention_dropout": 0.2},
     "experts": {"experts": 4, "experts_every": 2},
     "untied": {"tied_head": False, "residual": "post_norm"},
     "sandwich": {"residual": "sandwich_norm", "position": "rotary", "embedding_scale": 5.5},

@@ -1,7 +1,8 @@
 """Properties of Triton attention, in the interpreter if there is no GPU; test_ops.py holds the plain cases.
 
 Mutations that these tests caught: the causal or window mask missing in one kernel, dk scaled by 1.01, a range of full
-tiles one too long, rows without keys left at NaN, the slope's sign, a group's heads summed into the wrong key head.
+tiles one too long, rows without keys left at NaN, the slope's sign, a group's heads summed into the wrong key head, the
+slope of the cap missing in one kernel, a sink of another head.
 """
 
 import pytest
@@ -12,7 +13,8 @@ from peakgpt.bench.check import double, judge, leaf
 from peakgpt.kernels.core import backends
 from peakgpt.kernels.core.dispatch import interpreted, use_backend
 from peakgpt.kernels.doctor import Choice, Diagnosis
-from peakgpt.kernels.ops.attention import attention, attention_qkv, dropout_mask, live_mask
+from peakgpt.kernels.ops.attention import attention, attention_qkv
+from peakgpt.kernels.ops.attention_math import dropout_mask, live_mask
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -24,6 +26,7 @@ from peakgpt.kernels.gpu.attention.tiles import Slower  # noqa: E402
 
 DEVICE = "cpu" if interpreted() else "cuda"
 SLOPES = torch.tensor([0.5, -0.25, 0.125, 1.0], device=DEVICE)
+SINKS = torch.tensor([2.0, -1.0, 0.5, 300.0], device=DEVICE)
 
 
 def ints(*values):
@@ -37,8 +40,8 @@ def make(batch, tokens, heads, head_dim, keys=None, kv_heads=None, dtype=torch.f
 
 
 def run(backend, tensors, **params):
-    """Return out, dq, dk, dv, then the gradients of slopes and bias if they require one."""
-    terms = [t for t in (params.get("alibi"), params.get("bias")) if t is not None and t.requires_grad]
+    """Return out, dq, dk, dv, then the gradients of slopes, bias and sinks if they require one."""
+    terms = [t for t in map(params.get, ("alibi", "bias", "sinks")) if t is not None and t.requires_grad]
     with use_backend(backend):
         out = attention(*tensors, **params)
     torch.manual_seed(7)
@@ -51,7 +54,7 @@ def assert_right(tensors, **params):
     wide = dict(zip(params, double([v if torch.is_tensor(v) else None for v in params.values()]), strict=True))
     truth = run("eager", double(tensors), **{n: v if wide[n] is None else wide[n] for n, v in params.items()})
     for i, verdict in enumerate(judge(ours, torchs, truth, tensors[0].dtype)):
-        assert verdict.passed, f"result {i} of out, dq, dk, dv, dalibi, dbias: {verdict}"
+        assert verdict.passed, f"result {i} of out, dq, dk, dv, dalibi, dbias, dsinks: {verdict}"
     return ours
 
 
@@ -65,7 +68,7 @@ def test_all_options_together_are_right(dtype):
     bias = leaf(torch.randn(2, 1, 65, 129, device=DEVICE).to(dtype))
     assert_right(
         tensors, alibi=leaf(SLOPES[:heads]), window=40, scale=0.3, kv_start=ints(0, 70), kv_len=ints(100, 129).int(),
-        bias=bias, dropout=0.2, seed=ints(11),
+        bias=bias, dropout=0.2, seed=ints(11), softcap=2.0, sinks=leaf(SINKS[:heads]),
     )  # fmt: skip
 
 
@@ -84,6 +87,10 @@ def test_all_options_together_are_right(dtype):
         {"bias": leaf(torch.randn(1, 1, 65, 65, device=DEVICE).mT), "kv_start": ints(3, 40)},
         {"dropout": 0.3, "seed": ints(2**40 + 7)},
         {"dropout": 0.9, "seed": ints(-5), "causal": False},
+        {"softcap": 2.0},
+        {"softcap": 50.0, "window": 20, "alibi": leaf(SLOPES)},
+        {"sinks": leaf(SINKS), "kv_start": ints(3, 40)},
+        {"sinks": SINKS, "softcap": 2.0, "causal": False},
     ],
     ids=lambda p: "-".join(p),
 )
@@ -128,7 +135,7 @@ def test_lse_is_natural_log_of_the_sum():
     q, k, v = (t.detach() for t in make(1, 40, 2, 16))
     (out,), (lse,) = attention.alloc(q, k, v, needs=(True,) * 3)
     out.fill_(float("nan")), lse.fill_(float("nan"))
-    gpu.forward((out,), (lse,), q, k, v, *[None] * 6, causal=True, window=None, scale=0.5, dropout=0.0)
+    gpu.forward((out,), (lse,), q, k, v, *[None] * 7, causal=True, window=None, scale=0.5, dropout=0.0)
     s = 0.5 * torch.einsum("bthd,bshd->bhts", q, k).masked_fill(~live_mask(q, k, True, None), float("-inf"))
     torch.testing.assert_close(lse, s.logsumexp(-1))
 
@@ -143,6 +150,7 @@ def test_lse_is_natural_log_of_the_sum():
         ((2, 20, 1, 16, 20), {"kv_len": ints(20, 0)}, (1, slice(None))),
         ((1, 20, 1, 16, 20), {"kv_start": ints(12)}, (0, slice(0, 12))),
         ((1, 40, 1, 16, 20), {"causal": False, "window": 4, "kv_len": ints(2)}, (0, slice(26, 40))),
+        ((1, 20, 1, 16, 20), {"kv_start": ints(12), "sinks": leaf(SINKS[:1]), "softcap": 2.0}, (0, slice(0, 12))),
     ],
 )
 def test_a_query_without_keys_gives_zero(sizes, params, dead):
@@ -303,9 +311,9 @@ def test_two_graph_replays_use_different_dropout_masks():
     assert not torch.equal(first, out)
 
 
-def test_gradients_of_shared_bias_and_slopes_are_repeatable():
+def test_gradients_of_shared_bias_slopes_and_sinks_are_repeatable():
     bias = leaf(torch.randn(1, 1, 17, 17, device=DEVICE))
-    assert_repeats(3, make(3, 17, 2, 16), bias=bias, alibi=leaf(SLOPES[:2]))
+    assert_repeats(3, make(3, 17, 2, 16), bias=bias, alibi=leaf(SLOPES[:2]), sinks=leaf(SINKS[:2]))
 
 
 def test_measured_slower_calls_are_declined_unless_forced(monkeypatch):

@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 
-from peakgpt.kernels.ops.attention import live_mask
+from peakgpt.kernels.ops.attention_math import live_mask
 
 pytest.importorskip("triton")
 from peakgpt.kernels.gpu.attention import schedule

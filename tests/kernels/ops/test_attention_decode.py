@@ -28,6 +28,9 @@ CASES = [
     ([600, 529], [1, 18], 2, 2, 16, 16, {"window": 520}),
     ([130, 3, 0, 65], [2, 3, 0, 1], 4, 2, 24, 32, {"bits": 8}),
     ([60, 31], [18, 1], 2, 1, 16, 1, {"bits": 8, "window": 40, "alibi": [0.25, -0.125]}),
+    ([40, 1, 17], None, 4, 2, 16, 16, {"softcap": 2.0, "sinks": [2.0, 0.5, -1.0, 300.0]}),
+    ([600, 31], [3, 18], 2, 1, 16, 1, {"bits": 8, "window": 520, "alibi": [0.25, 0.125], "softcap": 2.0}),
+    ([5, 130], [7, 2], 2, 2, 24, 16, {"sinks": [2.0, 3.0], "window": 20}),
     ([1100], None, 16, 1, 16, 64, {}),
 ]
 IDS = ["-".join(map(str, (*case[:6], *case[6]))).replace(" ", "") for case in CASES]
@@ -77,9 +80,13 @@ def reference(tensors, params):
             entries = [(tables[b, j // k_cache.shape[1]].item(), j % k_cache.shape[1], h // group) for j in keys]
             k, v = (torch.stack([cache[i].double() for i in entries]) for cache in (k_cache, v_cache))
             s = k @ q[n, h].double() * scale
+            if cap := params.get("softcap"):
+                s = cap * (s / cap).tanh()
             if params.get("alibi") is not None:
                 s += params["alibi"][h].double() * (torch.tensor(list(keys)) - p)
-            out[n, h] = s.softmax(0) @ v
+            if params.get("sinks") is not None:
+                s = torch.cat((s, params["sinks"][h : h + 1].double()))
+            out[n, h] = s.softmax(0)[: len(v)] @ v
     return out
 
 
@@ -230,6 +237,8 @@ def test_invalid_tensors_raise_got_and_expected(name, change, message):
     [
         ({"window": 0}, r"window is 0, expected at least 1"),
         ({"alibi": torch.ones(3)}, r"alibi has shape \(3,\), expected \(2\)"),
+        ({"softcap": 0.0}, r"softcap is 0.0, expected a finite number above 0"),
+        ({"sinks": torch.ones(3)}, r"sinks has shape \(3,\), expected \(2\)"),
         ({"cu_queries": torch.tensor([0, 1, 3], dtype=torch.int32)}, r"cu_queries has shape \(3,\), expected \(4\)"),
         ({"cu_queries": torch.tensor([0, 2, 1, 3], dtype=torch.int32)}, r"expected to ascend from 0 to 3"),
         ({"k_scale": torch.ones(8, 16, 2)}, r"got k_scale without v_scale, expected both or neither"),

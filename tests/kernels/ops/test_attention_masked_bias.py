@@ -17,6 +17,9 @@ CASES = [
     (9, 9, 2, (2, 2), {"kv_start": torch.tensor([0, 3]), "kv_len": torch.tensor([7, 4])}),
     (9, 9, 2, (2, 2), {"dropout": 0.3, "seed": torch.tensor([3])}),
     (9, 9, 2, (2, 1), {"dropout": 0.3, "seed": torch.tensor([5]), "causal": False, "window": 3}),
+    (9, 9, 2, (2, 2), {"softcap": 2.0}),
+    (9, 9, 2, (2, 1), {"softcap": 2.0, "sinks": torch.tensor([1.0, 2.0]), "causal": False}),
+    (3, 17, 2, (2, 2), {"sinks": torch.tensor([1.0, -torch.inf])}),
 ]
 
 
@@ -40,7 +43,7 @@ def run(backend, dtype, case, bias):
 
 
 # The interpreter of Triton is slow, and each parameter has a test of its own.
-GPU = [("gpu", torch.float32, CASES[i]) for i in (1, 2, 6, 7)]
+GPU = [("gpu", torch.float32, CASES[i]) for i in (1, 2, 6, 7, 10)]
 OTHERS = [(b, d, case) for b in BACKENDS if b != "gpu" for d in (torch.float32, torch.bfloat16) for case in CASES]
 
 

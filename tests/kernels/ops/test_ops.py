@@ -11,7 +11,7 @@ import torch
 from torch.library import opcheck
 
 from peakgpt import _C
-from peakgpt.bench.check import CASES, LARGE_CASES, double, judge, leaf, run, run_mutating, sample, whole
+from peakgpt.bench.check import CASES, LARGE_CASES, double, judge, leaf, named, run, run_mutating, sample, whole
 from peakgpt.kernels.core.autograd import accumulate_into
 from peakgpt.kernels.core.dispatch import OPS, load, use_backend
 from peakgpt.kernels.ops import catalogue
@@ -24,7 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 # (backend, op) pairs without a kernel.
 PENDING = {("cpu", "attention_decode"), ("cpu", "cache_store"), ("gpu", "linear_q8"), ("gpu", "linear_q4"),
            ("gpu", "linear_grouped")}  # fmt: skip
-OPTIONAL = ["attention_qkv with pairs", "attention_qkv with norms", "qk_norm with pairs", "qk_norm with norms"]
+OPTIONAL = [
+    "attention_qkv with pairs", "attention_qkv with norms", "attention_qkv with sinks", "qk_norm with pairs",
+    "qk_norm with norms",
+]  # fmt: skip
 DIFFERENTIABLE = [*(name for name in sorted(catalogue.__all__) if OPS[name].gradient), *OPTIONAL]
 
 
@@ -48,7 +51,7 @@ def backends_of(names, backends):
 def skip_if_unsupported(backend, op, tensors, params):
     """Skip with the backend's objection. The test of typical calls limits what a backend may object to."""
     with use_backend(backend):
-        reason = op.explain(*tensors, **params)[backend]
+        reason = op.explain(**named(op, tensors), **params)[backend]
     if reason:
         pytest.skip(f"{backend}: {reason}")
 

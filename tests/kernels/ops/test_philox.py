@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from peakgpt.kernels.ops.attention import dropout_mask
+from peakgpt.kernels.ops.attention_math import dropout_mask
 from peakgpt.kernels.ops.dropout import keep_mask
 from peakgpt.kernels.ops.philox import philox
 

@@ -28,7 +28,7 @@ def some(*shape):
 
 
 def attention_options():
-    return {"alibi": some(2), "bias": some(2, 2, 5, 7), "kv_start": torch.tensor([0, 1]),
+    return {"alibi": some(2), "bias": some(2, 2, 5, 7), "sinks": some(2), "kv_start": torch.tensor([0, 1]),
             "kv_len": torch.tensor([7, 5], dtype=torch.int32), "seed": torch.tensor([3])}  # fmt: skip
 
 
@@ -64,12 +64,12 @@ CASES = [
     ("rotary", {"batch": 1, "tokens": 1, "heads": 2, "head_dim": 2, "pairs": 1, **FIRST}, {},
      {"heads": 1, "interleaved": True}),
     ("attention", {"batch": 2, "tokens": 5, "heads": 2, "head_dim": 16, "keys": 7, "kv_heads": 1, **FIRST},
-     attention_options, {"dropout": 0.3}),
+     attention_options, {"dropout": 0.3, "softcap": 2.0}),
     ("attention", {"batch": 1, "tokens": 6, "heads": 1, "head_dim": 8, **FIRST},
      lambda: {"cu_seqlens": torch.tensor([0, 2, 6])}, {}),
     ("attention_qkv", {"batch": 2, "tokens": 5, "heads": 2, "head_dim": 16, **FIRST}, {}, {"n_head": 2}),
-    ("attention_qkv", {"batch": 1, "tokens": 3, "heads": 4, "head_dim": 16, "kv_heads": 2, "pairs": 6, **FIRST}, {},
-     {"n_head": 4}),
+    ("attention_qkv", {"batch": 1, "tokens": 3, "heads": 4, "head_dim": 16, "kv_heads": 2, "pairs": 6, **FIRST},
+     lambda: {"sinks": some(4)}, {"n_head": 4, "softcap": 2.0}),
     ("attention_qkv", {"batch": 1, "tokens": 6, "heads": 1, "head_dim": 8, **FIRST},
      lambda: {"cu_seqlens": torch.tensor([0, 2, 6])}, {"n_head": 1}),
     ("attention_qkv", {"batch": 2, "tokens": 3, "heads": 2, "head_dim": 16, "pairs": 6, "norms": 1, **FIRST}, {},
@@ -78,7 +78,7 @@ CASES = [
      {"n_head": 2, "offset": 1.0}),
     ("qk_norm", {"batch": 1, "tokens": 1, "heads": 2, "head_dim": 3, "norms": 2, **FIRST}, {}, {"n_head": 2}),
     ("attention_decode", {"batch": 3, "heads": 4, "head_dim": 16, "keys": 33, "kv_heads": 2, **FIRST},
-     lambda: {"alibi": some(4)}, {}),
+     lambda: {"alibi": some(4), "sinks": some(4)}, {"softcap": 2.0}),
     ("attention_decode", {"batch": 2, "queries": 3, "heads": 2, "head_dim": 16, "keys": 20, "bits": 8, **FIRST},
      {}, {}),
     ("cache_store", {"tokens": 5, "heads": 3, "head_dim": 8, **FIRST}, {}, {}),
