@@ -15,6 +15,7 @@ from peakgpt.engine.training.optimizer import AdamW
 from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.ops.attention import attention
 from peakgpt.kernels.ops.attention_decode import attention_decode
+from peakgpt.kernels.ops.experts import experts
 from peakgpt.kernels.ops.linear import linear
 from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
@@ -45,6 +46,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "doctor",
+    "experts",
     "gated_mlp",
     "layernorm",
     "linear",

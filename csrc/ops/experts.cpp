@@ -68,6 +68,15 @@ void HiddenRowsOf(const HiddenBackwardArgs& args, int64_t begin, int64_t end) {
 }
 
 template <class T>
+void MultiplyRange(const void* x, int64_t begin, int64_t end, void* y) {
+  T* out = static_cast<T*>(y);
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const int64_t n = end - i;
+    Store(out + i, Load(static_cast<const T*>(x) + i, n) * Load(out + i, n), n);
+  }
+}
+
+template <class T>
 void WidenRange(const void* x, int64_t begin, int64_t end, float* out) {
   for (int64_t i = begin; i < end; i += kLanes) Store(out + i, Load(static_cast<const T*>(x) + i, end - i), end - i);
 }
@@ -147,6 +156,11 @@ void CombineChoices(const CombineChoicesArgs& args, int threads) {
 void HiddenBackward(const HiddenBackwardArgs& args, int threads) {
   const auto backward = PEAK_PICK_DTYPE(args.dtype, HiddenRowsOf);
   ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) { backward(args, begin, end); });
+}
+
+void MultiplyElements(DType dtype, const void* x, int64_t count, void* y, int threads) {
+  const auto multiply = PEAK_PICK_DTYPE(dtype, MultiplyRange);
+  ParallelParts(count, threads, threads, [&](int64_t, int64_t begin, int64_t end) { multiply(x, begin, end, y); });
 }
 
 void Widen(DType dtype, const void* x, int64_t count, float* out, int threads) {

@@ -15,10 +15,12 @@
 #include "base/memory.h"
 #include "base/types.h"
 #include "gemm/gemm.h"
-#include "gemm/grouped_gemm.h"
 #include "gemm/quantized.h"
 
 namespace peak {
+
+class ExpertWeights;  // program/experts.h
+struct ExpertsStep;
 
 // One pass: the new tokens, their positions, and the memory of the results.
 struct PassArgs {
@@ -81,57 +83,6 @@ class QuantizedWeight : public Weight {
  private:
   QuantizedArgs Completed(int64_t rows) const;
   QuantizedMatrix matrix_;
-};
-
-// The weights (n, k) of one linear layer of every expert. They multiply rows that are sorted by expert.
-class ExpertWeights {
- public:
-  ExpertWeights(int64_t n_, int64_t k_) : n(n_), k(k_) {}
-  virtual ~ExpertWeights() = default;
-  virtual int64_t ScratchBytes(int64_t rows, int threads) const = 0;
-  // c = epilogue(a w[e]^T) for the rows offsets[e] to offsets[e + 1] of each expert e. args holds m, a, c and the
-  // epilogue with a bias (experts, n). Every thread of a team calls it.
-  virtual void Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch) const = 0;
-  // Whether Multiply has Epilogue::kGate.
-  virtual bool HasGate() const = 0;
-  const int64_t n, k;
-};
-
-struct DenseExpertsMatrix : DenseMatrix {
-  using Base = DenseMatrix;  // of the first expert
-  int64_t experts, packed_group;  // packed_group: floats between two experts
-};
-PEAK_FIELDS(DenseExpertsMatrix, experts, packed_group)
-
-class DenseExperts : public ExpertWeights {
- public:
-  explicit DenseExperts(const DenseExpertsMatrix& matrix) : ExpertWeights(matrix.n, matrix.k), matrix_(matrix) {}
-  int64_t ScratchBytes(int64_t rows, int threads) const override;
-  void Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch) const override;
-  bool HasGate() const override { return true; }
-
- private:
-  GroupedGemmArgs Completed(const GemmArgs& args) const;
-  DenseExpertsMatrix matrix_;
-};
-
-struct QuantizedExpertsMatrix : QuantizedMatrix {
-  using Base = QuantizedMatrix;  // of the first expert
-  int64_t experts, weight_group, scale_group;  // bytes between two experts
-};
-PEAK_FIELDS(QuantizedExpertsMatrix, experts, weight_group, scale_group)
-
-// The team computes the experts one after the other.
-class QuantizedExperts : public ExpertWeights {
- public:
-  explicit QuantizedExperts(const QuantizedExpertsMatrix& matrix)
-      : ExpertWeights(matrix.n, matrix.k), matrix_(matrix) {}
-  int64_t ScratchBytes(int64_t rows, int threads) const override;
-  void Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch) const override;
-  bool HasGate() const override { return false; }
-
- private:
-  QuantizedExpertsMatrix matrix_;
 };
 
 // The steps. A field of type int is the number of a buffer; -1 means no buffer.
@@ -229,20 +180,6 @@ struct SelectStep {
 };
 PEAK_FIELDS(SelectStep, x, out)
 
-// out = the weighted sum of the chosen experts of each row of x (ops/experts.h). The router is a float32 weight.
-struct ExpertsStep {
-  int x, out;
-  int64_t experts, choices;
-  bool normalize;
-  Activation activation;
-  const float* router_bias = nullptr;  // (experts)
-  const void* gate_bias = nullptr;     // (experts, n of the weight), as the others
-  const void* up_bias = nullptr;
-  const void* down_bias = nullptr;
-};
-PEAK_FIELDS(ExpertsStep, x, out, experts, choices, normalize, activation)
-PEAK_OPTIONAL_FIELDS(ExpertsStep, router_bias, gate_bias, up_bias, down_bias)
-
 // The logits of the pass become scale * logits, then softcap tanh(logits / softcap) unless softcap is 0.
 struct LogitsStep {
   int64_t vocabulary;
@@ -276,7 +213,6 @@ class Program {
  private:
   struct State;
   using Step = std::function<void(const State&)>;
-  class ExpertsRun;
 
   DType dtype_;
   std::vector<int64_t> widths_;

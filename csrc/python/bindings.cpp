@@ -28,6 +28,7 @@
 #include "ops/qk_norm.h"
 #include "ops/rotary.h"
 #include "ops/sum_of_squares.h"
+#include "program/experts.h"
 #include "program/program.h"
 #include "python/arguments.h"
 #include "python/tape.h"

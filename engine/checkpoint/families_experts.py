@@ -8,7 +8,7 @@ from typing import Any
 
 from peakgpt.engine.checkpoint.families_llama import LLAMA
 from peakgpt.engine.checkpoint.family import Field, FieldGroup, with_defaults
-from peakgpt.engine.checkpoint.layer_fields import uniform_window_fields
+from peakgpt.engine.checkpoint.layer_fields import bias_fields, uniform_window_fields
 from peakgpt.engine.checkpoint.rope_fields import rope_fields
 from peakgpt.engine.model.config import GPTConfig
 
@@ -31,6 +31,27 @@ def balance_fields(factor: float) -> FieldGroup:
         return {"output_router_logits": is_added, **({"router_aux_loss_coef": config.balance_loss} if is_added else {})}
 
     return FieldGroup(("router_aux_loss_coef", "output_router_logits"), read, write)
+
+
+def _layers_without_experts() -> FieldGroup:
+    return FieldGroup(
+        ("mlp_only_layers",),
+        lambda content: {"mlp_only_layers": tuple(content.get("mlp_only_layers") or ())},
+        lambda config: {"mlp_only_layers": list(config.mlp_only_layers)},
+    )
+
+
+def _optional_window() -> FieldGroup:
+    """Return the fields of a window of all layers, which needs use_sliding_window."""
+    group = uniform_window_fields(4096)
+
+    def read(content: Mapping[str, Any]) -> dict[str, Any]:
+        return group.read(content) if content.get("use_sliding_window", False) else {"windows": (None,)}
+
+    def write(config: GPTConfig) -> dict[str, Any]:
+        return {**group.write(config), "use_sliding_window": config.windows[0] is not None}
+
+    return FieldGroup((*group.names, "use_sliding_window", "max_window_layers"), read, write)
 
 
 def expert_names(module: str, *, gate: str, up: str, down: str) -> dict[str, str]:
@@ -70,6 +91,43 @@ EXPERT_FAMILIES = (
             ),
             "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
             "mlp.gate.weight": "block_sparse_moe.gate.weight",
+        },
+    ),
+    replace(
+        LLAMA,
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        fields=(
+            *with_defaults(
+                LLAMA.fields, num_hidden_layers=24, num_key_value_heads=4, hidden_size=2048, intermediate_size=6144,
+                max_position_embeddings=32768, vocab_size=151936,
+            ),
+            Field("experts", "num_local_experts", 128),
+            Field("experts_per_token", "num_experts_per_tok", 8),
+            Field("expert_inner", "moe_intermediate_size", 768),
+            Field("experts_every", "decoder_sparse_step", 1),
+            Field("normalize_experts", "norm_topk_prob", False),
+        ),
+        constants={**LLAMA.constants, **EXPERTS, "qk_norm": "head"},
+        groups=(
+            rope_fields(),
+            _optional_window(),
+            bias_fields(attention_bias=("qkv", "out")),
+            _layers_without_experts(),
+            FieldGroup(("num_experts",), lambda content: {}, lambda config: {"num_experts": config.experts}),
+            balance_fields(0.001),
+        ),
+        names={
+            **LLAMA.names,
+            "transformer.h.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
+            "transformer.h.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
+            "transformer.h.{}.mlp.router": "model.layers.{}.mlp.gate",
+            **expert_names("model.layers.{}.mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
+        },
+        aliases={"num_experts": "num_local_experts"},
+        stacked={
+            "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+            "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
         },
     ),
 )  # fmt: skip

@@ -7,10 +7,12 @@ row names that of the published models; llama.cpp computes the tanh form of GELU
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from peakgpt.engine.checkpoint.gguf_architecture import Architecture, Key
 from peakgpt.engine.checkpoint.gguf_rope import FREQUENCIES, ROPE_KEYS, read_rope, rope_tensors, write_rope
-from peakgpt.engine.model.config import BIASED
+from peakgpt.engine.data.gguf_header import GGUFHeader
+from peakgpt.engine.model.config import BIASED, GPTConfig
 
 SIZES = (
     Key("n_layer", "block_count", int),
@@ -25,7 +27,28 @@ LAYER_NORM = Key("layer_norm_epsilon", "attention.layer_norm_epsilon", float)
 RMS_NORM = Key("layer_norm_epsilon", "attention.layer_norm_rms_epsilon", float)
 ROPE = (Key("rotary_dim", "rope.dimension_count", int, None), Key("rotary_base", "rope.freq_base", float, 10000.0))
 PACKED = {"transformer.h.{}.attn.c_attn": "blk.{}.attn_qkv"}
+OWN_HEAD = {"tied_head": False}  # llama.cpp does not take the embedding in its place
 GATED = {"position": "rotary", "norm": "rms", "gated_mlp": True, "activation": "silu"}
+WINDOW = "attention.sliding_window"
+LOCAL_BASE = Key("local_rotary_base", "rope.freq_base_swa", float, 10000.0)
+
+
+def _embedding_scale(header: GGUFHeader) -> dict[str, Any]:
+    """Return Gemma's factor on the token embedding, the root of its width."""
+    return {"embedding_scale": header.tensors["token_embd.weight"].shape[-1] ** 0.5}
+
+
+def _read_windows(header: GGUFHeader, period: int) -> dict[str, Any]:
+    """Return `windows`: all layers, or all but the last one of every `period`, have the window of the metadata."""
+    window = header.get(f"{header.get('general.architecture', str)}.{WINDOW}", int, 0) or None  # 0: none
+    return {"windows": (window,) if period == 1 else (*[window] * (period - 1), None)}
+
+
+def _write_window(config: GPTConfig) -> dict[str, Any]:
+    window = next((window for window in config.windows if window is not None), None)
+    return {} if window is None else {WINDOW: window}
+
+
 QWEN2 = Architecture(
     name="qwen2",
     keys=(*SIZES, KV_HEADS, HEAD_DIM, RMS_NORM, *ROPE),
@@ -37,6 +60,13 @@ QWEN2 = Architecture(
     extra_names=(FREQUENCIES,),
 )
 LLAMA = replace(QWEN2, name="llama", constants=GATED, interleaved=True)
+GEMMA = replace(
+    QWEN2,
+    name="gemma",
+    constants={**GATED, "bias": False, "activation": "gelu_tanh", "norm_offset": 1.0},
+    read=lambda header: {**read_rope(header), **_embedding_scale(header)},
+    norm_shift=1.0,
+)
 
 # fmt: off
 ROWS = (
@@ -59,7 +89,7 @@ ROWS = (
             Key("residual", "use_parallel_residual", bool, "parallel_two_norms",
                 {True: "parallel_two_norms", False: "pre_norm"}),
         ),
-        constants={"position": "rotary", "activation": "gelu_erf"},
+        constants={"position": "rotary", "activation": "gelu_erf", **OWN_HEAD},
         modules=PACKED,
         always_biased=BIASED,
     ),
@@ -86,7 +116,7 @@ ROWS = (
     Architecture(
         name="phi2",
         keys=(*SIZES, KV_HEADS, LAYER_NORM, *ROPE),
-        constants={"position": "rotary", "residual": "parallel"},
+        constants={"position": "rotary", "residual": "parallel", **OWN_HEAD},
         modules=PACKED,
         always_biased=BIASED,
     ),
@@ -97,12 +127,35 @@ ROWS = (
     ),
     QWEN2,
     LLAMA,
+    Architecture(  # also expressed as llama, which comes first
+        name="phi3",
+        keys=(*SIZES, KV_HEADS, RMS_NORM, *ROPE),
+        constants={**GATED, "bias": False},
+        read=lambda header: _read_windows(header, 1),
+        write=_write_window,
+        extra_keys=(WINDOW, "rope.scaling.original_context_length"),  # the latter acts with longrope only
+        modules=PACKED,
+        packed_gate=True,
+    ),
     replace(LLAMA, name="smollm3", constants={**GATED, "rotary_layers": (True, True, True, False)}),
     replace(
         LLAMA,
         name="olmo",
         keys=(*SIZES, KV_HEADS, LAYER_NORM, *ROPE),
         constants={**GATED, "norm": "layer", "norm_weight": False, "bias": False},
+    ),
+    replace(QWEN2, name="qwen3", constants={**GATED, "bias": False, "qk_norm": "head"}),
+    replace(QWEN2, name="olmo2", constants={**GATED, **OWN_HEAD, "bias": False, "qk_norm": "full",
+                                            "residual": "output_norm"}),
+    GEMMA,
+    replace(
+        GEMMA,
+        name="gemma3",
+        keys=(*GEMMA.keys, Key("logit_softcap", "final_logit_softcapping", float, None), LOCAL_BASE),
+        constants={**GEMMA.constants, "qk_norm": "head", "residual": "sandwich_norm"},
+        read=lambda header: {**read_rope(header), **_embedding_scale(header), **_read_windows(header, 6)},
+        write=lambda config: {**write_rope(config), **_write_window(config)},
+        extra_keys=(*ROPE_KEYS, WINDOW),
     ),
 )
 # fmt: on

@@ -19,10 +19,12 @@ from torch import Tensor
 from peakgpt.engine.checkpoint.families import OWN, family_of, known_family, nearest_family
 from peakgpt.engine.checkpoint.family import Family
 from peakgpt.engine.checkpoint.folder import CONFIG, INDEX, WEIGHTS, read_json, replace_files
+from peakgpt.engine.checkpoint.gguf_file import read_gguf
 from peakgpt.engine.checkpoint.safetensors_io import write_safetensors
 from peakgpt.engine.checkpoint.source_files import NO_FILES, TokenizerFiles, json_files, read_source_files
 from peakgpt.engine.checkpoint.tensor_check import check_tensors
 from peakgpt.engine.checkpoint.weight_files import expect_modules, open_weights
+from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.strict_json import dumps
@@ -41,15 +43,18 @@ OLD_BUFFERS = (
 
 
 def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Family, GPTConfig]:
-    """Read config.json.
+    """Read config.json, or the metadata of a .gguf file.
 
     Args:
-        folder: a model folder.
+        folder: a model folder, or a .gguf file.
         dropout: replaces the dropout rates of the file.
     Raises:
         ValueError: the folder or file is missing or damaged, or describes a model that peakgpt does not support.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        config = read_gguf(folder, dropout=dropout).config
+        return family_of(config), config
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder}: got no such folder, expected one with {CONFIG} and {WEIGHTS}")
     path = folder / CONFIG

@@ -1,6 +1,6 @@
 """Known models with a mixture of experts, one row each: the sizes of the published checkpoints' config.json.
 
-Mixtral 8x7B: Jiang et al. 2024, arXiv:2401.04088, table 1.
+Mixtral 8x7B: Jiang et al. 2024, arXiv:2401.04088, table 1. Qwen3-30B-A3B: Yang et al. 2025, arXiv:2505.09388, table 2.
 """
 
 from __future__ import annotations
@@ -25,5 +25,23 @@ EXPERT_PRESETS: dict[str, dict[str, Any]] = {
         "experts": 8,
         "experts_per_token": 2,
         "balance_loss": 0.02,
+    },
+    "qwen3-30b-a3b": {
+        **EXPERTS,
+        "n_layer": 48,
+        "n_embd": 2048,
+        "n_head": 32,
+        "n_kv_head": 4,
+        "head_dim": 128,
+        "n_inner": 6144,
+        "block_size": 40960,
+        "vocab_size": 151936,
+        "rotary_base": 1000000.0,
+        "layer_norm_epsilon": 1e-6,
+        "qk_norm": "head",
+        "experts": 128,
+        "experts_per_token": 8,
+        "expert_inner": 768,
+        "balance_loss": 0.001,
     },
 }

@@ -228,7 +228,7 @@ class Validator:
         new = min(config.sample_tokens, self.model.config.block_size - len(ids))
         out = self.model.generate(
             torch.tensor([ids], device=next(self.model.parameters()).device), max_new_tokens=new, eos_token_id=end,
-            **(sampling if config.sample_temperature else {}),
+            num_beams=1, **(sampling if config.sample_temperature else {"do_sample": False}),
         )  # fmt: skip
         return Sample(prompt, self.tokenizer.decode([i for i in out[0, len(ids) :].tolist() if i != end]))
 

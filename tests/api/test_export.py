@@ -57,6 +57,19 @@ def test_a_file_is_exported_again_with_another_dtype(folder, tmp_path, capsys):
     assert Tokenizer.load(first).digest == Tokenizer.load(second).digest
 
 
+def test_a_run_begins_with_the_weights_of_a_file(folder, tmp_path, capsys):
+    out, text = tmp_path / "m.gguf", tmp_path / "text"
+    text.write_text("the canary sings a song\n" * 60)
+    assert main(["export", "--format", "gguf", str(folder), str(out), "--dtype", "q8_0"]) == 0
+    flags = ["--steps", "1", "--batch", "2", "--tokens", "16", "--lr", "1e-9", "--out", str(tmp_path / "run")]
+    assert main(["train", "--init", str(out), "--text", str(text), *flags]) == 0
+    trained, source = GPT.from_pretrained(tmp_path / "run"), GPT.from_pretrained(out, dequantize=True)
+    assert trained.config.to_dict() == source.config.to_dict()
+    for name, tensor in source.state_dict().items():
+        assert torch.allclose(trained.state_dict()[name], tensor, atol=1e-6), name
+    assert Tokenizer.load(tmp_path / "run").digest == Tokenizer.load(out).digest
+
+
 def test_a_folder_without_a_tokenizer_gives_a_file_without_one(folder, tmp_path, capsys):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()

@@ -12,6 +12,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 TEMPLATES = {"default": "{{ messages[0].content }}", "rag": "{{ documents }}"}
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 384}
 GATED = {"position": "rotary", "norm": "rms", "gated_mlp": True, "activation": "silu", "n_inner": 96, "n_kv_head": 2}
+GEMMA = {**GATED, "bias": False, "activation": "gelu_tanh", "norm_offset": 1.0, "embedding_scale": 8.0}
 CONFIGS = {
     "gpt2": {},
     "gpt2, own head": {"tied_head": False},
@@ -35,6 +36,12 @@ CONFIGS = {
                       "original_max_position_embeddings": 8192}},
     "smollm3": {**GATED, "bias": False, "n_layer": 4, "rotary_layers": (True, True, True, False)},
     "olmo": {**GATED, "bias": False, "norm": "layer", "norm_weight": False},
+    "qwen3": {**GATED, "bias": False, "qk_norm": "head", "head_dim": 32},
+    "olmo2": {**GATED, "bias": False, "qk_norm": "full", "residual": "output_norm", "tied_head": False},
+    "gemma": {**GEMMA, "n_kv_head": 1, "head_dim": 32},
+    "gemma3": {**GEMMA, "qk_norm": "head", "residual": "sandwich_norm", "n_layer": 7, "rotary_base": 1e6,
+               "windows": (4, 4, 4, 4, 4, None), "local_rotary_base": 10000.0,
+               "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "qwen2": {**GATED, "bias": ("qkv",), "rotary_base": 1e6},
 }  # fmt: skip
 
@@ -46,7 +53,7 @@ def build(name, **changes):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             is_norm = parameter.dim() == 1 and key.endswith("weight")
-            parameter.normal_(1.0 if is_norm else 0.0, 0.15)
+            parameter.normal_(1.0 - model.config.norm_offset if is_norm else 0.0, 0.15)
     return model
 
 

@@ -18,6 +18,7 @@ SMALL = {
     "qwen2": {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "smollm3": {**LLAMA, "no_rope_layer_interval": 2, "pad_token_id": 0},
     "mixtral": {**LLAMA, "num_local_experts": 3},
+    "qwen3_moe": {**LLAMA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "olmo": LLAMA,
     "gpt_bigcode": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32},
     "codegen": {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 32, "rotary_dim": 4},

@@ -20,7 +20,8 @@ from peakgpt.kernels.ops.vocab_parallel import vocab_shard
 
 OP = OPS["linear_cross_entropy"]
 WORLD = 3
-EVERY_TERM = {"label_smoothing": 0.1, "z_loss": 1e-2, "ignore_index": 7}  # ignore_index is a row of the first shard
+# ignore_index is a row of the first shard.
+EVERY_TERM = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 3.0, "ignore_index": 7}
 # Rows of each rank's shard, rows of x, options. 20 rows of x are several blocks.
 CASES = {
     "mean": ((17, 65), 9, {}),

@@ -16,6 +16,8 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "n
          "vocab_size": 41, "max_position_embeddings": T, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
 FAMILY = {
     "mixtral": ("Mixtral", {**SIZES, "intermediate_size": 40, "num_local_experts": 5}),
+    "qwen3_moe": ("Qwen3Moe", {**SIZES, "intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 5,
+                               "num_experts_per_tok": 2, "mlp_only_layers": [1]}),
 }
 
 
@@ -96,6 +98,8 @@ def test_both_layouts_of_the_weights_are_read(name, tmp_path):
 BAD = [
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1, expected 0.0"),
     ("mixtral", {"num_local_experts": 9}, "got 5 experts, expected 9 as num_local_experts"),
+    ("qwen3_moe", {"mlp_only_layers": [3]}, r"mlp_only_layers is \(3,\), expected layers below n_layer 3"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "experts_every is 0, expected at least 1"),
     ("mixtral", {"num_experts_per_tok": 6}, "experts_per_token is 6, expected at most experts 5"),
 ]
 

@@ -94,6 +94,12 @@ VARIANTS = {
     "mixtral": ("Mixtral", {**LLAMA, "num_local_experts": 5}),
     "mixtral all experts": ("Mixtral", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 3,
                                         "sliding_window": 5}),
+    "qwen3_moe": ("Qwen3Moe", {**LLAMA, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                               "head_dim": 16, "norm_topk_prob": True, "num_hidden_layers": 4,
+                               "decoder_sparse_step": 2}),
+    "qwen3_moe all experts": ("Qwen3Moe", {**LLAMA, "num_experts": 3, "num_experts_per_tok": 3,
+                                           "moe_intermediate_size": 24, "mlp_only_layers": [0], "attention_bias": True,
+                                           "use_sliding_window": True, "sliding_window": 5}),
 }  # fmt: skip
 BACKENDS = ("eager", "cpu")
 # Falcon's eager attention in transformers 5.23 adds ALiBi twice: to the scores and in the mask.
@@ -279,7 +285,7 @@ def test_parameter_count_equals_the_models(pair):
 
 
 ONE_GRAPH = ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo",
-             "mixtral", "falcon rw", "phi3"]  # fmt: skip
+             "mixtral", "falcon rw", "phi3", "qwen3_moe all experts"]  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ONE_GRAPH)

@@ -38,6 +38,7 @@ EXACT = {
     "bloom": 176_247_271_424,
     "opt-350m": 331_196_416,  # the paper says 350M, its checkpoint has fewer
     "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
@@ -146,7 +147,7 @@ def test_presets_have_the_checkpoint_layout_of_their_family(name):
     families |= {"codegen": "gptj", "phi-3": "mistral", "phi-4": "llama"}
     families |= dict.fromkeys(("palm", "gopher", "chinchilla", "glam"), "peakgpt")
     families |= {"llama": "llama", "smollm2": "llama", "smollm3": "smollm3", "mistral": "mistral", "qwen2.5": "qwen2"}
-    families |= {"olmo": "olmo", "mixtral": "mixtral"}
+    families |= {"olmo": "olmo", "mixtral": "mixtral", "qwen3": "qwen3_moe"}
     families |= {"gpt-neo": "gpt_neo", "gpt-j": "gptj", "gpt-neox": "gpt_neox"}
     first, *rest = name.split("-")
     first_two = "-".join((first, *rest[:1]))
@@ -160,7 +161,7 @@ def test_gpt3_alternates_full_and_banded_layers():
     assert config.windows == (None, 256) * 6 and preset("gpt3-xl").n_head * preset("gpt3-xl").head_dim == 3072
 
 
-@pytest.mark.parametrize(("name", "active"), [("mixtral-8x7b", 12_879_925_248)])
+@pytest.mark.parametrize(("name", "active"), [("mixtral-8x7b", 12_879_925_248), ("qwen3-30b-a3b", 3_353_032_704)])
 def test_parameters_that_compute_one_token(name, active):
     assert flops.parameter_count(preset(name), active=True) == active
 
