@@ -186,7 +186,7 @@ class Architecture:
             back = self.config(header)
         except ValueError:
             return names
-        return [name for name in names if not _same(getattr(config, name), getattr(back, name))]
+        return [name for name in names if not _same(*(_stated(one, name) for one in (config, back)))]
 
     # ---- tensors ----
 
@@ -252,6 +252,12 @@ class Architecture:
 
 def _is_norm(name: str) -> bool:
     return re.search(r"(^|[._])(ln_\w+|q_norm|k_norm|norm_\w+)\.weight$", name) is not None
+
+
+def _stated(config: GPTConfig, name: str) -> Any:
+    """Return a field; the default of attention_scale as a number."""
+    value = getattr(config, name)
+    return config.head_dim**-0.5 if name == "attention_scale" and value is None else value
 
 
 def _same(first: Any, second: Any) -> bool:

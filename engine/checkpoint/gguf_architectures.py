@@ -30,12 +30,22 @@ PACKED = {"transformer.h.{}.attn.c_attn": "blk.{}.attn_qkv"}
 OWN_HEAD = {"tied_head": False}  # llama.cpp does not take the embedding in its place
 GATED = {"position": "rotary", "norm": "rms", "gated_mlp": True, "activation": "silu"}
 WINDOW = "attention.sliding_window"
+LOGIT_SOFTCAP = Key("logit_softcap", "final_logit_softcapping", float, None)
 LOCAL_BASE = Key("local_rotary_base", "rope.freq_base_swa", float, 10000.0)
 
 
 def _embedding_scale(header: GGUFHeader) -> dict[str, Any]:
     """Return Gemma's factor on the token embedding, the root of its width."""
     return {"embedding_scale": header.tensors["token_embd.weight"].shape[-1] ** 0.5}
+
+
+def _gemma_scales(header: GGUFHeader, layers_of_27b: int) -> dict[str, Any]:
+    """Return Gemma's factors; those of attention in the 27B models, which llama.cpp knows by their number of layers."""
+    name = header.get("general.architecture", str)
+    width, heads, layers = (header.get(f"{name}.{key}", int, 1) for key in
+                            ("embedding_length", "attention.head_count", "block_count"))  # fmt: skip
+    scale = {"attention_scale": (width / heads) ** -0.5} if layers == layers_of_27b and heads else {}
+    return {**_embedding_scale(header), **scale}
 
 
 def _read_windows(header: GGUFHeader, period: int) -> dict[str, Any]:
@@ -150,10 +160,19 @@ ROWS = (
     GEMMA,
     replace(
         GEMMA,
+        name="gemma2",
+        keys=(*GEMMA.keys, Key("attention_softcap", "attn_logit_softcapping", float, None), LOGIT_SOFTCAP),
+        constants={**GEMMA.constants, "residual": "sandwich_norm"},
+        read=lambda header: {**read_rope(header), **_gemma_scales(header, 46), **_read_windows(header, 2)},
+        write=lambda config: {**write_rope(config), **_write_window(config)},
+        extra_keys=(*ROPE_KEYS, WINDOW),
+    ),
+    replace(
+        GEMMA,
         name="gemma3",
-        keys=(*GEMMA.keys, Key("logit_softcap", "final_logit_softcapping", float, None), LOCAL_BASE),
+        keys=(*GEMMA.keys, LOGIT_SOFTCAP, LOCAL_BASE),
         constants={**GEMMA.constants, "qk_norm": "head", "residual": "sandwich_norm"},
-        read=lambda header: {**read_rope(header), **_embedding_scale(header), **_read_windows(header, 6)},
+        read=lambda header: {**read_rope(header), **_gemma_scales(header, 62), **_read_windows(header, 6)},
         write=lambda config: {**write_rope(config), **_write_window(config)},
         extra_keys=(*ROPE_KEYS, WINDOW),
     ),

@@ -39,6 +39,8 @@ CONFIGS = {
     "qwen3": {**GATED, "bias": False, "qk_norm": "head", "head_dim": 32},
     "olmo2": {**GATED, "bias": False, "qk_norm": "full", "residual": "output_norm", "tied_head": False},
     "gemma": {**GEMMA, "n_kv_head": 1, "head_dim": 32},
+    "gemma2": {**GEMMA, "residual": "sandwich_norm", "windows": (4, None), "attention_softcap": 5.0,
+               "logit_softcap": 3.0},
     "gemma3": {**GEMMA, "qk_norm": "head", "residual": "sandwich_norm", "n_layer": 7, "rotary_base": 1e6,
                "windows": (4, 4, 4, 4, 4, None), "local_rotary_base": 10000.0,
                "rope_scaling": {"rope_type": "linear", "factor": 8.0}},

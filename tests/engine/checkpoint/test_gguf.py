@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from gguf_files import CONFIGS, build, export
+from gguf_files import CONFIGS, SMALL, build, export
 
 from peakgpt.cli import main
 from peakgpt.engine.checkpoint import gguf_export
@@ -334,6 +334,17 @@ def changed(tmp_path, name="llama", **metadata):
 def test_metadata_that_is_not_supported_is_named(metadata, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         ARCHITECTURES["llama"].config(changed(tmp_path, **metadata))
+
+
+@pytest.mark.parametrize("name, layers", [("gemma2", 46), ("gemma3", 62)])
+def test_gemma_27b_has_a_scale_of_its_own(name, layers):
+    """Of query_pre_attn_scalar, hidden_size / num_attention_heads: 144 and 168; the others have that of their heads."""
+    base = {**SMALL, **CONFIGS[name], "head_dim": 32}
+    large = GPTConfig(**{**base, "n_layer": layers, "attention_scale": 16**-0.5})
+    assert gguf_export.choose_architecture(large)[0].name == name
+    assert gguf_export.choose_architecture(GPTConfig(**base, attention_scale=32**-0.5))[0].name == name
+    with pytest.raises(ValueError, match="lacks this attention_scale"):
+        gguf_export.choose_architecture(GPTConfig(**base, attention_scale=16**-0.5))
 
 
 def test_an_unknown_architecture_is_named(tmp_path):

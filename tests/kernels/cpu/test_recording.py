@@ -29,6 +29,8 @@ VARIANTS = {
     "dropout": {"dropout": 0.2},
     "penalties": {"z_loss": 1e-2},
     "rotary": {"position": "rotary", "norm": "rms", "bias": False, "gated_mlp": True, "activation": "silu"},
+    "norms of heads": {"position": "rotary", "norm": "rms", "bias": False, "norm_offset": 1.0, "qk_norm": "head",
+                       "logit_softcap": 3.0},
     "alibi": {"position": "alibi", "embedding_norm": True},
     "relative bias": {"position": "relative_bias"},
     "windows": {"windows": (4, None), "residual": "parallel"},
@@ -37,7 +39,7 @@ VARIANTS = {
     "untied": {"tied_head": False, "residual": "post_norm"},
     "sandwich": {"residual": "sandwich_norm", "position": "rotary", "embedding_scale": 5.5},
     "output": {"residual": "output_norm", "position": "rotary", "norm_weight": False, "bias": ("mlp",)},
-}
+}  # fmt: skip
 
 
 def _batches(count: int, batch: int = 4, tokens: int = 16):
