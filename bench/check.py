@@ -49,9 +49,9 @@ CASES = [
     ("gated_mlp", {"rows": 5, "width": 16, "hidden": 64}, {"activation": "relu"}),
     ("gated_mlp", {"rows": 5, "width": 16, "hidden": 64}, {"recompute": True}),
     ("gated_mlp", {"rows": 0, "width": 16, "hidden": 64}, {}),
-    ("experts", {"rows": 33, "width": 48, "hidden": 129, "experts": 5, "choices": 2}, {}),
-    ("experts", {"rows": 9, "width": 65, "hidden": 17, "experts": 40, "choices": 3, "biased": 1}, {}),
-    ("experts", {"rows": 70, "width": 24, "hidden": 33, "experts": 3, "choices": 1}, {"activation": "gelu_erf"}),
+    ("experts", {"rows": 19, "width": 48, "hidden": 129, "experts": 5, "choices": 2}, {}),
+    ("experts", {"rows": 9, "width": 65, "hidden": 17, "experts": 17, "choices": 3, "biased": 1}, {}),
+    ("experts", {"rows": 40, "width": 24, "hidden": 33, "experts": 3, "choices": 1}, {"activation": "gelu_erf"}),
     (
         "experts",
         {"rows": 21, "width": 16, "hidden": 40, "experts": 4, "choices": 4, "gated": 0, "biased": 1},

@@ -109,7 +109,8 @@ class Family:
         """
         content = self._without_sections(content)
         for name, value in self.fixed.items():
-            if content.get(name, value) != value:
+            got = content.get(name, value)
+            if got != value and not (got is None and value is False):
                 raise ValueError(f"{name} is {content[name]!r}, expected {value}")
         content = self._with_defaults(content)
         if dropout is not None:

@@ -50,10 +50,13 @@ def rope_fields(theta: float = 10000.0, share: float | None = None) -> FieldGrou
     return FieldGroup(NAMES, read, write)
 
 
-def rope_fields_by_layer_type(theta: float, local_theta: float | None, local_name: str | None = None) -> FieldGroup:
+def rope_fields_by_layer_type(
+    windows: FieldGroup, theta: float, local_theta: float | None = None, local_name: str | None = None
+) -> FieldGroup:
     """Return the rotary fields of a family whose layers with a window rotate by other angles, which are not scaled.
 
     Args:
+        windows: the fields that say which layers have a window.
         theta: transformers' base of the layers without a window, if config.json has none.
         local_theta: of the layers with a window; None: theta.
         local_name: the field that has it in files of transformers 4; None: rope_theta.
@@ -72,7 +75,10 @@ def rope_fields_by_layer_type(theta: float, local_theta: float | None, local_nam
         base = full.get("rope_theta", content.get("rope_theta", theta))
         beside = content.get(local_name or "rope_theta", theta if local_theta is None else local_theta)
         scaling, local = scaling_of(full, content), sliding.get("rope_theta", beside)
-        return {"position": "rotary", "rotary_base": base, "rope_scaling": scaling, "local_rotary_base": local}
+        is_same = local == base and scaling is None
+        is_local = any(windows.read(content)["windows"]) and not is_same
+        fields = {"position": "rotary", "rotary_base": base, "rope_scaling": scaling}
+        return {**fields, "local_rotary_base": local if is_local else None}
 
     def write(config: GPTConfig) -> dict[str, Any]:
         scaling, base, local = config.rope_scaling, config.rotary_base, config.local_rotary_base
@@ -80,7 +86,7 @@ def rope_fields_by_layer_type(theta: float, local_theta: float | None, local_nam
             FULL: {**(scaling or {"rope_type": DEFAULT}), "rope_theta": base},
             SLIDING: {"rope_type": DEFAULT, "rope_theta": base if local is None else local},
         }
-        beside = {"rope_theta": base} if local_name is None else {"rope_theta": base, local_name: local}
+        beside = {"rope_theta": base, **({} if local_name is None else {local_name: parameters[SLIDING]["rope_theta"]})}
         return {**beside, "rope_scaling": scaling, "rope_parameters": parameters}
 
     return FieldGroup((*NAMES, *filter(None, [local_name])), read, write)

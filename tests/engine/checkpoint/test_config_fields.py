@@ -27,6 +27,7 @@ HARMLESS = {
     "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
     # fields without an effect: CodeGen's, those of MPT with ALiBi, and in training
     "n_ctx", "learned_pos_emb", "embedding_fraction",
+    "_sliding_window_pattern",  # layer_types, which is written too, wins
 }  # fmt: skip
 
 

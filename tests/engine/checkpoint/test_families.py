@@ -34,6 +34,7 @@ LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "n
          "intermediate_size": 40, "max_position_embeddings": T}  # fmt: skip
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 12}  # fmt: skip
+TYPES = ["sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 12,
         "beta_fast": 2.0}  # fmt: skip
 # transformers has the short factors for texts up to 32 tokens, which is more than T.
@@ -91,6 +92,16 @@ VARIANTS = {
     "qwen2 windows": ("Qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "smollm3": ("SmolLM3", {**LLAMA, "no_rope_layer_interval": 2}),
     "olmo": ("Olmo", LLAMA),
+    "olmo2": ("Olmo2", LLAMA),
+    "olmo3": ("Olmo3", {**LLAMA, "sliding_window": 5, "layer_types": TYPES, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}, "full_attention": YARN}}),
+    "qwen3": ("Qwen3", {**LLAMA, "head_dim": 16}),
+    "gemma": ("Gemma", {**LLAMA, "head_dim": 16}),
+    "gemma2": ("Gemma2", {**LLAMA, "head_dim": 8, "query_pre_attn_scalar": 18, "sliding_window": 5,
+                          "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3Text", {**LLAMA, "head_dim": 16, "sliding_window": 5, "layer_types": TYPES, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0}}}),
     "mixtral": ("Mixtral", {**LLAMA, "num_local_experts": 5}),
     "mixtral all experts": ("Mixtral", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 3,
                                         "sliding_window": 5}),
@@ -151,8 +162,9 @@ def test_logits_loss_and_gradients_equal_transformers(pair, backend):
 
 
 # Triton's interpreter is slow, so that not every variant of a family runs in it.
-INTERPRETED = ["phi3", "falcon rw"]
-INTERPRETED_SLOWLY = ["gpt_bigcode", "codegen", "mpt", "falcon", "falcon 40b", "starcoder2", "stablelm parallel", "phi"]
+INTERPRETED = ["phi3", "falcon rw", "llama 3", "gemma2"]
+INTERPRETED_SLOWLY = ["gpt_bigcode", "codegen", "mpt", "falcon", "falcon 40b", "starcoder2", "stablelm parallel", "phi",
+                      "mistral", "qwen2", "smollm3", "olmo", "olmo3", "qwen3", "gemma", "gemma3"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -277,6 +289,7 @@ def test_saved_files_load_in_transformers_and_the_reverse(pair, tmp_path):
     ids, _ = batch()
     assert torch.equal(again.eval()(ids).logits, hf_model(ids).logits)
     assert peakgpt.GPT.from_pretrained(tmp_path).config == ours.config
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == hf_model.config.model_type
 
 
 def test_parameter_count_equals_the_models(pair):
@@ -285,7 +298,7 @@ def test_parameter_count_equals_the_models(pair):
 
 
 ONE_GRAPH = ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo",
-             "mixtral", "falcon rw", "phi3", "qwen3_moe all experts"]  # fmt: skip
+             "mixtral", "falcon rw", "phi3", "gemma3", "qwen3_moe all experts"]  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ONE_GRAPH)
@@ -293,7 +306,7 @@ def test_each_family_compiles_as_one_graph(variant):
     kind, sizes = VARIANTS[variant]
     content = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=V).to_dict()
     config = families.FAMILIES[content["model_type"]].config(content, dropout=0.0)
-    model = peakgpt.GPT(dataclasses.replace(config, n_layer=1, windows=config.windows[-1:]))
+    model = peakgpt.GPT(dataclasses.replace(config, n_layer=1, windows=(max(config.windows, key=bool),)))
     ids, targets = batch()
     torch._dynamo.reset()
     loss = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, targets)

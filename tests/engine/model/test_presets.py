@@ -57,6 +57,20 @@ EXACT = {
     "qwen2.5-7b": 7_615_616_512,
     "olmo-1b": 1_176_764_416,
     "olmo-7b": 6_888_095_744,
+    "olmo2-1b": 1_484_916_736,
+    "olmo2-7b": 7_298_617_344,
+    "olmo3-7b": 7_298_011_136,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
     "codegen-350m": 356_712_448,
     "santacoder": 1_124_886_528,
     "starcoderbase-1b": 1_137_207_296,
@@ -147,7 +161,9 @@ def test_presets_have_the_checkpoint_layout_of_their_family(name):
     families |= {"codegen": "gptj", "phi-3": "mistral", "phi-4": "llama"}
     families |= dict.fromkeys(("palm", "gopher", "chinchilla", "glam"), "peakgpt")
     families |= {"llama": "llama", "smollm2": "llama", "smollm3": "smollm3", "mistral": "mistral", "qwen2.5": "qwen2"}
-    families |= {"olmo": "olmo", "mixtral": "mixtral", "qwen3": "qwen3_moe"}
+    families |= {"olmo": "olmo", "olmo2": "olmo2", "olmo3": "olmo3", "qwen3": "qwen3", "mixtral": "mixtral"}
+    families["qwen3-30b"] = "qwen3_moe"
+    families |= {"gemma-2b": "gemma", "gemma-7b": "gemma", "gemma-2": "gemma2", "gemma-3": "gemma3_text"}
     families |= {"gpt-neo": "gpt_neo", "gpt-j": "gptj", "gpt-neox": "gpt_neox"}
     first, *rest = name.split("-")
     first_two = "-".join((first, *rest[:1]))

@@ -147,6 +147,18 @@ def test_config_toml_gives_the_same_config_and_flags_win_over_it(tmp_path):
         read_run_file(tmp_path)
 
 
+def test_a_table_of_values_is_an_inline_table_of_toml_and_json_of_a_flag(tmp_path):
+    config = RunConfig.of({"preset": "llama-3.2-1b"})
+    write_run_file(tmp_path, config, config.model_config(300))
+    assert 'rope_scaling = {rope_type = "llama3", ' in (tmp_path / "config.toml").read_text()
+    assert RunConfig.of(read_run_file(tmp_path)).model_config(300) == config.model_config(300)
+    setting, given = run_settings()["rope_scaling"], {"rope_type": "linear", "factor": 2.0}
+    assert setting.read('{"rope_type": "linear", "factor": 2.0, "beta_fast": null}', is_text=True) == given
+    for text in ("[1]", "linear", "{"):
+        with pytest.raises(ValueError, match="expected a table of values or none"):
+            setting.read(text, is_text=True)
+
+
 def test_the_listing_has_every_setting_and_marks_changes():
     config = RunConfig.of({"steps": 7, "n_layer": 2})
     text = listing(config, config.model_config(300), CPU)
