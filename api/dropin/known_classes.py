@@ -14,6 +14,7 @@ from peakgpt.dropin.replacements.rotary_attention import (
     NormedHeadsAttention,
     PackedAttention,
     RotaryAttention,
+    TransposedNormsAttention,
 )
 
 
@@ -61,16 +62,17 @@ def _torch(replacement: type[layers.TorchBlock], dropout: str) -> Row:
     return Row(replacement, "mlp", options, ("linear1", "linear2"))
 
 
-def _rms(eps: str = "variance_epsilon", replacement: type[layers.RMSNorm] = layers.RMSNorm) -> Row:
-    return Row(replacement, "rmsnorm", {"eps": eps})
+def _rms(eps: str = "variance_epsilon", offset: float = 0.0, replacement: type[layers.RMSNorm] = layers.RMSNorm) -> Row:
+    return Row(replacement, "rmsnorm", {"eps": eps, "offset": offset})
 
 
 def _rotary(
     replacement: type[RotaryAttention] = RotaryAttention, project: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
-    *, out: str = "o_proj", cache: str = "past_key_values", dropout: str | None = None,
-    unsupported: tuple[str, ...] = (),
+    *, out: str = "o_proj", cache: str = "past_key_values", half_tables: bool = False, dropout: str | None = None,
+    unsupported: tuple[str, ...] = (), **keywords: str,
 ) -> Row:  # fmt: skip
-    options = {"project": project, "out": out, "cache": cache, "dropout": dropout, "unsupported": unsupported}
+    options = {"project": project, "out": out, "cache": cache, "half_tables": half_tables, "dropout": dropout,
+               "unsupported": unsupported, "keywords": keywords}  # fmt: skip
     return Row(replacement, "rotary, attention", options)
 
 
@@ -80,6 +82,7 @@ def _head(replacement: type[lm_heads.LanguageModel], ops: str, head: str) -> Row
 
 CAUSAL = _head(lm_heads.CausalLM, "linear_cross_entropy", "lm_head")
 MASKED_OPS = "cross-entropy of the labelled positions"
+CAPPED = _head(lm_heads.CappedLM, "linear_cross_entropy", "lm_head")
 BERT_LAYER = _mlp(
     "intermediate.dense",
     "intermediate.intermediate_act_fn",
@@ -97,6 +100,7 @@ LLAMA = {
 }
 NORMED_HEADS = {"Attention": _rotary(NormedHeadsAttention)}
 NORMED = {"Attention": _rotary(NormedAttention)}
+GEMMA = {"RMSNorm": _rms("eps", offset=1.0)}
 # Modules of transformers: the prefix of their classes, and the suffixes whose rows differ from Llama's; None: no row.
 LLAMA_LIKE: dict[str, tuple[str, dict[str, Row | None]]] = {
     "llama": ("Llama", {}),
@@ -105,6 +109,9 @@ LLAMA_LIKE: dict[str, tuple[str, dict[str, Row | None]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", NORMED_HEADS),
     "qwen3_moe": ("Qwen3Moe", NORMED_HEADS),
+    "gemma": ("Gemma", GEMMA),
+    "gemma2": ("Gemma2", {**GEMMA, "Attention": _rotary(softcap="attn_logit_softcapping"), "ForCausalLM": CAPPED}),
+    "gemma3": ("Gemma3", {**GEMMA, "Attention": _rotary(TransposedNormsAttention), "ForCausalLM": CAPPED}),
     "smollm3": ("SmolLM3", {}),
     "olmo": (
         "Olmo",
@@ -142,6 +149,7 @@ LLAMA_LIKE: dict[str, tuple[str, dict[str, Row | None]]] = {
             ),
         },
     ),
+    "gpt_oss": ("GptOss", {"MLP": None, "Attention": _rotary(half_tables=True, s_aux="sinks")}),
 }
 _LLAMA_LIKE = {
     f"transformers.models.{module}.modeling_{module}.{name}{suffix}": row

@@ -24,7 +24,9 @@ def test_patched_model_gives_same_outputs_and_gradients_and_unpatch_restores_bit
     inputs, labels = batch(model)
     state = model.state_dict()
     before = outputs_of(model, inputs), train_step(model, labels, inputs)
-    assert peakgpt.patch(model, strict=True).replaced
+    has_experts = hasattr(model.config, "num_experts_per_tok")
+    report = peakgpt.patch(model, strict=not has_experts)
+    assert report.replaced and all(e.kind.endswith(("Experts", "Router")) for e in report.left)
     close(outputs_of(model, inputs), before[0])
     loss, grads = train_step(model, labels, inputs)
     close(loss, before[1][0])

@@ -19,6 +19,7 @@ BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attent
         "decoder_start_token_id": 2, "forced_eos_token_id": None}  # fmt: skip
 NEO = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
        "window_size": 5, "max_position_embeddings": 64}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FALCON = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 # name: config class, model class, fields of the config
 MODELS = {
@@ -52,6 +53,13 @@ MODELS = {
     "mistral": ("MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 5}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", LLAMA),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", {**LLAMA, "head_dim": 16}),
+    "gemma2": (
+        "Gemma2Config", "Gemma2ForCausalLM",
+        {**LLAMA, "head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**LLAMA, "head_dim": 16, "sliding_window": 5,
+                                                         "layer_types": ["sliding_attention", "full_attention"]}),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {**LLAMA, "no_rope_layer_interval": 2}),
     "olmo": ("OlmoConfig", "OlmoForCausalLM", LLAMA),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", LLAMA),
@@ -71,11 +79,20 @@ MODELS = {
     "mpt": ("MptConfig", "MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
     "gpt_bigcode": ("GPTBigCodeConfig", "GPTBigCodeForCausalLM", {**GPT2, "attn_pdrop": 0.0}),
     "codegen": ("CodeGenConfig", "CodeGenForCausalLM", {**GPT2, "rotary_dim": 4}),
+    "mixtral, experts": ("MixtralConfig", "MixtralForCausalLM", {**LLAMA, **EXPERTS, "sliding_window": 5}),
+    "qwen3_moe, balance loss": (
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
+        {**LLAMA, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "output_router_logits": True},
+    ),
+    "gpt_oss, experts": (
+        "GptOssConfig", "GptOssForCausalLM", {**LLAMA, **EXPERTS, "head_dim": 8, "sliding_window": 5},
+    ),
 }  # fmt: skip
 
 
 # Their replacements are those of other families: the tests that try many changes leave them out.
-ALIKE = {"qwen3", "smollm3", "olmo", "olmo3", "phi", "stablelm", "gpt_bigcode", "codegen"}
+ALIKE = {"qwen3", "gemma", "smollm3", "olmo", "olmo3", "phi", "stablelm", "gpt_bigcode", "codegen"}
 FAMILIES = [name for name in MODELS if "," not in name and name not in ALIKE]
 
 

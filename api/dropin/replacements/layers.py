@@ -85,7 +85,7 @@ class LayerNorm(Replacement):
 class RMSNorm(Replacement):
     """RMSNorm of transformers. Each has its own dtype of the result if those of input and weight differ.
 
-    Options: eps: attribute with the epsilon.
+    Options: eps: attribute with the epsilon. offset: added to the weight; Gemma's is 1.
     """
 
     def _peakgpt_sample(self) -> tuple[Tensor, ...]:
@@ -95,7 +95,7 @@ class RMSNorm(Replacement):
         w = self.weight
         if not is_plain_tensor(w) or x.dtype != w.dtype:
             return super().forward(x)
-        return rmsnorm(x, w, eps=getattr(self, self._peakgpt["eps"]))
+        return rmsnorm(x, w, eps=getattr(self, self._peakgpt["eps"]), offset=self._peakgpt["offset"])
 
 
 class TorchRMSNorm(RMSNorm):

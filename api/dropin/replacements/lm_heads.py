@@ -134,8 +134,31 @@ class CausalLM(LanguageModel):
             )
         items = inputs.get("num_items_in_batch")
         reduction = "mean" if items is None else "sum"
-        loss = _cross_entropy(x, head.weight, head.bias, target, ignore_index=ignored, reduction=reduction)
+        loss = _cross_entropy(
+            x, head.weight, head.bias, target, ignore_index=ignored, reduction=reduction, **self._loss_options()
+        )
         return loss if items is None else loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+
+
+    def _loss_options(self) -> dict[str, Any]:
+        """Return further options of `linear_cross_entropy`."""
+        return {}
+
+
+class CappedLM(CausalLM):
+    """Gemma 2 and 3, whose logits may be capped: c tanh(logits / c)."""
+
+    def _forward_without_head(self, head: nn.Module, inputs: dict[str, Any], forward):
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        kept = inputs.pop("logits_to_keep", None) or 0
+        out = self.model(**inputs, return_dict=True)
+        x = out.last_hidden_state[:, slice(-kept, None) if isinstance(kept, int) else kept]
+        others = {name: out.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+        return CausalLMOutputWithPast(logits=x, **others)
+
+    def _loss_options(self) -> dict[str, Any]:
+        return {"softcap": self.config.final_logit_softcapping}
 
 
 class AlignedLM(LanguageModel):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.dropin.attention_function import Mask, attention_forward, expand_bias, is_known_mask, masked_attention
+from peakgpt.dropin.intact import is_intact
 from peakgpt.dropin.replacements.attention import TransformersAttention
 from peakgpt.kernels.ops.rotary import rotary
 
@@ -23,6 +24,8 @@ class RotaryAttention(TransformersAttention):
         project: names of the projections.
         out: name of the output projection.
         cache: keyword argument with the KV cache.
+        half_tables: whether position_embeddings have one column a pair; else all columns twice, as both halves.
+        keywords: keyword arguments of the attention function -> attributes of the module.
         dropout: attribute with the dropout rate after the output projection; None without.
         unsupported: attributes of the module that must be None or False.
     """
@@ -40,11 +43,12 @@ class RotaryAttention(TransformersAttention):
         names = self._peakgpt
         q, k, v = self._project(hidden_states)
         if getattr(self, "use_rope", True):  # False in some layers of SmolLM3
-            q, k = rotate(position_embeddings, q, k)
+            q, k = rotate(position_embeddings, q, k, half_tables=names["half_tables"])
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         cache = kwargs.pop(names["cache"], None)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
+        kwargs |= {keyword: getattr(self, attribute) for keyword, attribute in names["keywords"].items()}
         dropout = self.attention_dropout if self.training else 0.0
         y, weights = attention_forward(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         y = getattr(self, names["out"])(y.flatten(2))
@@ -75,11 +79,21 @@ class PackedAttention(RotaryAttention):
 
 
 class NormedHeadsAttention(RotaryAttention):
-    """Qwen3: q_norm and k_norm normalize each head."""
+    """Qwen3 and Gemma 3: q_norm and k_norm normalize each head."""
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         q, k, v = super()._project(x)
-        return self.q_norm(q), self.k_norm(k), v
+        return self._norm(self.q_norm, q), self._norm(self.k_norm, k), v
+
+    def _norm(self, norm: nn.Module, heads: Tensor) -> Tensor:
+        return norm(heads)
+
+
+class TransposedNormsAttention(NormedHeadsAttention):
+    """Gemma 3: q_norm and k_norm get (B, H, T, D); a fused norm gives the same for (B, T, H, D)."""
+
+    def _norm(self, norm: nn.Module, heads: Tensor) -> Tensor:
+        return norm(heads) if is_intact(norm) else norm(heads.transpose(1, 2)).transpose(1, 2)
 
 
 class NormedAttention(RotaryAttention):
@@ -114,10 +128,14 @@ class FalconAttention(TransformersAttention):
         return self.dense(y.flatten(2)), weights
 
 
-def rotate(tables: Tables, *heads: Tensor) -> tuple[Tensor, ...]:
-    """Rotate queries and keys, (B, T, H, D), by cos and sin, (1 or B, T, R): in eager torch if B rows differ."""
+def rotate(tables: Tables, *heads: Tensor, half_tables: bool = False) -> tuple[Tensor, ...]:
+    """Rotate queries and keys, (B, T, H, D), by cos and sin, (1 or B, T, R): in eager torch if B rows differ.
+
+    Args:
+        half_tables: whether the tables have R / 2 columns; else both halves of their columns are equal.
+    """
     if len(tables[0]) == 1:
-        cos, sin = (t[0, :, : t.shape[2] // 2] for t in tables)  # both halves are equal in transformers
+        cos, sin = (t[0] if half_tables else t[0, :, : t.shape[2] // 2] for t in tables)
         return tuple(rotary(t, cos, sin, heads=t.shape[2]) for t in heads)
     cos, sin = (t[:, :, None] for t in tables)
     return tuple(_rotate_rows(t, cos, sin) for t in heads)
