@@ -136,7 +136,7 @@ def wrapper(model, name):
 
 
 def parametrization(model, name):
-    if "weight" not in model.get_submodule(name)._parameters:
+    if model.get_submodule(name)._parameters.get("weight") is None:
         return False
     parametrize.register_parametrization(model.get_submodule(name), "weight", Bend())
 
@@ -166,7 +166,7 @@ def orthogonal(model, name):
 
 
 def pruned(model, name):
-    if "weight" not in model.get_submodule(name)._parameters:
+    if model.get_submodule(name)._parameters.get("weight") is None:
         return False
     prune.l1_unstructured(model.get_submodule(name), "weight", amount=0.5)
 
