@@ -19,6 +19,8 @@ except ImportError as error:
     reason = f"peakgpt.harness: got {error}, expected lm-evaluation-harness: pip install 'lm-eval[api]'"
     raise (SystemExit if __name__ == "__main__" else ImportError)(reason) from None
 
+from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
+from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
@@ -33,7 +35,7 @@ class PeakGPT(TemplateLM):
     """A checkpoint with its tokenizer.
 
     Args:
-        pretrained: checkpoint folder.
+        pretrained: a name of the Hugging Face hub, or a folder, as in GPT.from_pretrained.
         dtype: dtype of the weights.
         max_length: maximum number of tokens. Longer inputs lose their beginning, as in the hf model.
         batch_size, max_batch_size: ignored, because the engine makes its own batches. The harness passes them.
@@ -46,8 +48,9 @@ class PeakGPT(TemplateLM):
         super().__init__()
         if device == DEFAULT_DEVICE and not torch.cuda.is_available():
             device = "cpu"
-        self.model = GPT.from_pretrained(pretrained, dtype=getattr(torch, dtype)).to(choose_device(device))
-        self.tokens = Tokenizer.load(pretrained)
+        source = locate(pretrained, MODEL_FILES)
+        self.model = GPT.from_pretrained(source, dtype=getattr(torch, dtype)).to(choose_device(device))
+        self.tokens = Tokenizer.load(source)
         self.max_length = min(max_length or self.model.config.block_size, self.model.config.block_size)
         self.scorer, self._engine = Scorer(self.model), None
 

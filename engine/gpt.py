@@ -16,6 +16,7 @@ from peakgpt.engine.checkpoint.folder import CONFIG
 from peakgpt.engine.checkpoint.gguf_file import read_gguf
 from peakgpt.engine.checkpoint.gguf_weights import load_gguf
 from peakgpt.engine.checkpoint.model_folder import (
+    MODEL_FILES,
     TokenizerFiles,
     read_config,
     read_source_files,
@@ -24,7 +25,7 @@ from peakgpt.engine.checkpoint.model_folder import (
 )
 from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
 from peakgpt.engine.data.gguf_header import is_gguf
-from peakgpt.engine.data.run_layout import model_folder
+from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream, with_arguments
 from peakgpt.engine.inference.generation_config import GenerationConfig, generation_config
@@ -53,22 +54,29 @@ class GPT(Transformer):
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None,
-        dequantize: bool = False,
+        cls, source: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None,
+        revision: str | None = None, dequantize: bool = False,
     ) -> GPT:  # fmt: skip
         """Load a checkpoint in the Hugging Face layout of its family; the model is in evaluation mode.
 
+        Weights of a safetensors file that have this dtype and our layout are mapped, not copied: see
+        engine/checkpoint/safetensors_io.py for what that means if the file changes.
+
         Args:
-            folder: has config.json and model.safetensors (or its shards, or pytorch_model.bin); or is the folder of a
-                run, which has them in checkpoint/; or is a .gguf file, the format of llama.cpp.
+            source: a name of the Hugging Face hub ("gpt2", "org/name", "org/name@revision"), whose files are
+                downloaded into its cache; a folder with config.json and model.safetensors (or its shards, or
+                pytorch_model.bin); the folder of a run, for its newest checkpoint; or a .gguf file, the format of
+                llama.cpp, here or of the hub ("org/name/model.gguf").
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
+            revision: of a model of the hub: a branch, a tag or a commit.
             dequantize: decode the quantized weights of a .gguf file to this dtype, to train or to export the model.
                 Otherwise its linear layers multiply by the integers of the file.
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
+            OSError: a downloaded file cannot be written.
         """
-        folder = model_folder(folder)
+        folder = locate(source, MODEL_FILES, revision)
         if is_gguf(folder):
             gguf = read_gguf(folder, dropout=dropout)
             model = cls._without_weights(gguf.config, folder)

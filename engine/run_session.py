@@ -163,8 +163,8 @@ def open_data(config: RunConfig, folder: RunFolder) -> tuple[TrainingData, Token
 
 def source_tokenizer(config: RunConfig) -> Tokenizer | None:
     """Return the tokenizer that the run is given; None if it trains one, or has that of its data."""
-    folder = config.source.tokenizer or config.source.init
-    return None if folder is None else Tokenizer.load(folder)
+    source = config.source.tokenizer or config.source.init
+    return None if source is None else Tokenizer.load(source)
 
 
 def initial_model(config: RunConfig, data: TrainingData) -> GPT:
@@ -172,7 +172,7 @@ def initial_model(config: RunConfig, data: TrainingData) -> GPT:
     model = empty_model(config, data)
     if config.source.init is not None:
         source = GPT.from_pretrained(config.source.init, dequantize=True)
-        model.load_state_dict(source.state_dict(), assign=True)
+        model.load_state_dict(source.state_dict())  # copied: a run does not depend on the file, and has huge pages
         model.source_files = source.source_files
     return model
 

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from peakgpt.engine.checkpoint.gguf_export import DTYPES, import_gguf, write_gguf
+from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
 from peakgpt.engine.data.gguf_vocabulary import tokenizer_metadata
-from peakgpt.engine.data.run_layout import model_folder
+from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.tokenizer import END_OF_TEXT
 from peakgpt.engine.data.tokenizer_files import has_tokenizer, read_folder
 from peakgpt.engine.gpt import GPT
@@ -17,7 +18,7 @@ DTYPE = "f16"  # default of --dtype, as of llama.cpp's converter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="MODEL", help="checkpoint folder, folder of a run, or .gguf file")
+    parser.add_argument("source", metavar="MODEL", help=f"model: {NAMES}")
     parser.add_argument("file", metavar="OUT", help="new file to write, such as model.gguf")
     parser.add_argument("--format", required=True, choices=FORMATS, help="gguf: llama.cpp's; needs peakgpt[gguf]")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help=f"of the matrices (default {DTYPE})")
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import_gguf()  # raises before the model is loaded
-    folder = model_folder(args.source)
+    folder = locate(args.source, MODEL_FILES)
     model = GPT.from_pretrained(folder, dequantize=True)
     tokenizer = None
     if has_tokenizer(folder):

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
+from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
@@ -24,7 +26,7 @@ CHOOSING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer, or of a run")
+    parser.add_argument("checkpoint", help=f"model with a tokenizer: {NAMES}")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", help="text to continue")
     prompt.add_argument("-f", "--file", help="file with the prompt: text, or JSON with examples (docs/inference.md)")
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--seed", type=integer(0, MAX_SEED), help=f"seed of sampling (default {SEED})")
     parser.add_argument("--speculative-model", metavar="DRAFT",
                         help=f'speculative decoding, which gives the same text: "{LOOKUP}" proposes repeated words, a '
-                        "checkpoint folder is a draft model with the same tokenizer; prints the speed-up")  # fmt: skip
+                        "checkpoint is a draft model with the same tokenizer; prints the speed-up")  # fmt: skip
     parser.add_argument("--kv-cache-dtype", choices=CACHE_DTYPES,
                         help="quantize the KV cache: half the memory of bfloat16")  # fmt: skip
     parser.add_argument("--device", help='"cpu" or "cuda" (default: "cuda" if available)')
@@ -57,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
         _refuse_sampling(args, "--temperature 0")
     SamplingParams(**{**given, "top_k": args.top_k or None}, stop=args.stop)  # raises before the model is loaded
     device = choose_device(args.device)
-    load = lambda folder: GPT.from_pretrained(folder).to(device, best_dtype(device)).eval()  # noqa: E731
+    load = lambda source: GPT.from_pretrained(source, dtype=best_dtype(device)).to(device)  # noqa: E731
     prompt, stops = read_prompt(args.file) if args.file is not None else (args.prompt, ())
-    model, tokenizer = load(args.checkpoint), Tokenizer.load(args.checkpoint)
+    source = locate(args.checkpoint, MODEL_FILES)
+    model, tokenizer = load(source), Tokenizer.load(source)
     speculation: Speculation | None = None
     if args.speculative_model:
         speculation = PromptLookup() if args.speculative_model == LOOKUP else DraftModel(load(args.speculative_model))

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 
 from peakgpt.engine.checkpoint.folder import TRAINING_STATE
+from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
 from peakgpt.engine.checkpoint.quantized_folder import is_weights, read_format, write_quantized
 from peakgpt.engine.checkpoint.quantized_weights import quantize_state
 from peakgpt.engine.data.gguf_header import is_gguf
-from peakgpt.engine.data.run_layout import model_folder
+from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.score import Scorer, text_perplexity
@@ -22,7 +23,7 @@ GROUP = 64  # default of --group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="checkpoint folder, or folder of a run")
+    parser.add_argument("source", metavar="IN", help=f"model: {NAMES}")
     parser.add_argument("folder", metavar="OUT", help="folder to write; the other commands read it like any checkpoint")
     parser.add_argument("--bits", type=int, required=True, choices=(8, 4), help="bits per weight")
     parser.add_argument("--group", type=int, choices=GROUPS,
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.bits == 8:
         refuse_ignored(args, ("group",), "with --bits 8, which has one scale for each row; expected it with --bits 4")
-    args.source = model_folder(args.source)
+    args.source = locate(args.source, MODEL_FILES)
     if is_gguf(args.source):
         raise ValueError(f"quantize: IN is {args.source}, expected a folder: read the file with dequantize=True, and "
                          "save the model and its tokenizer in one")  # fmt: skip

@@ -7,6 +7,10 @@ import dataclasses
 import math
 from pathlib import Path
 
+import torch
+
+from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
+from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.score import Scorer, text_perplexity
@@ -20,7 +24,7 @@ from peakgpt.kernels.strict_json import dumps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer, or of a run")
+    parser.add_argument("checkpoint", help=f"model with a tokenizer: {NAMES}")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--text", type=Path, help="file to compute the perplexity of")
     mode.add_argument("--continuation", action="append", help="text to score after --context; may be repeated")
@@ -41,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     if args.text is None:
         refuse_ignored(args, ("window", "stride"), "without --text, expected both")
     device = choose_device(args.device)
-    model = GPT.from_pretrained(args.checkpoint).to(device)
-    model = model.to(best_dtype(device)) if args.dtype == "best" else model
-    scorer, tokenizer = Scorer(model, cache=args.kv_cache_dtype), Tokenizer.load(args.checkpoint)
+    source, dtype = locate(args.checkpoint, MODEL_FILES), best_dtype(device) if args.dtype == "best" else torch.float32
+    model = GPT.from_pretrained(source, dtype=dtype).to(device)
+    scorer, tokenizer = Scorer(model, cache=args.kv_cache_dtype), Tokenizer.load(source)
     if args.text is not None:
         _perplexity(scorer, tokenizer, args)
     else:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from peakgpt.engine.checkpoint.model_folder import read_config
+from peakgpt.engine.checkpoint.model_folder import MODEL_FILES, read_config
+from peakgpt.engine.data.hub import HubModel
+from peakgpt.engine.data.model_source import NAMES, locate, parse_source
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.block_pool import BLOCK_TOKENS
@@ -28,12 +30,12 @@ KEY = "PEAKGPT_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder in the Hugging Face layout, with a tokenizer")
+    parser.add_argument("checkpoint", help=f"model with a tokenizer: {NAMES}")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument(
         "--port", type=integer(0, 65535), default=8000, help="port (default 8000; 0 chooses a free port)"
     )
-    parser.add_argument("--served-model-name", help="model name in requests (default: name of the folder)")
+    parser.add_argument("--served-model-name", help="name in requests (default: its name on the hub, or the folder's)")
     parser.add_argument("--api-key-file", type=Path,
                         help=f"file with the keys of which clients must send one, one a line (or ${KEY})")  # fmt: skip
     parser.add_argument("--api-key", action="append", metavar="KEY",
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     is_loopback = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
     if not is_loopback and not keys:
         raise ValueError(f"serve: host is {args.host} without an API key, expected --api-key-file or ${KEY}")
+    args.checkpoint = locate(args.checkpoint, MODEL_FILES)
     _check_cache_size(args, device)
     with _bound_socket(family, address) as listening:
         # uvicorn finishes running requests and then raises the signal again. SIGTERM must give exit code 0.
@@ -91,7 +94,9 @@ def _name(args: argparse.Namespace) -> str:
         ValueError: it is empty, or has characters that no request can write or no terminal can show.
     """
     given = args.served_model_name
-    name = Path(args.checkpoint).resolve().name if given is None else given
+    source = parse_source(args.checkpoint)
+    named = source.name if isinstance(source, HubModel) else source.resolve().name
+    name = named if given is None else given
     if not name or not name.isprintable():
         raise ValueError(f"--served-model-name: got {name[:80]!r}, expected printable characters")
     return name

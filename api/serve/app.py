@@ -79,6 +79,7 @@ class Server:
             ("/", "GET", self._page), ("/health", "GET", self._health), ("/metrics", "GET", self._metrics),
             ("/v1/models", "GET", self._models), ("/v1/models/{name:path}", "GET", self._model),
             ("/v1/completions", "POST", self._completions), ("/v1/chat/completions", "POST", self._chat),
+            ("/v1/embeddings", "POST", self._embeddings),
             ("/tokenize", "POST", self._tokenize), ("/detokenize", "POST", self._detokenize),
         ):  # fmt: skip
             methods = [method, "HEAD"] if method == "GET" else [method]
@@ -131,6 +132,23 @@ class Server:
 
     async def _chat(self, request: Request) -> Response:
         return await self._answer(request, chat=True)
+
+    # ---- embeddings
+
+    async def _embeddings(self, request: Request) -> Response:
+        fields = await self.requests.run(self.requests.embedding, await read_body(request, self.limits))
+        outputs = Outputs(self.worker, request, len(fields["input"]), self.limits.queue)
+        try:
+            sequences, answer = await self.requests.run(self.requests.embedded_texts, fields)
+            self.metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
+            self.metrics.first.observe(await outputs.submit(sequences))
+            async for number, output in outputs:
+                answer.vectors[number] = output.embedding
+        finally:
+            outputs.end()
+        content = await self.requests.run(answer.whole)
+        self.metrics.answers.labels(200).inc()
+        return WholeResponse(content)
 
     # ---- completions
 

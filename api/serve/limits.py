@@ -16,6 +16,7 @@ class Limits:
     json_containers: int = 4096  # objects, and as many lists; a tool with 10 arguments has 14
     json_keys: int = 16384  # in all objects; a request with all biases and messages has about 1600
     prompts: int = 64  # in one request
+    inputs: int = 256  # texts to embed in one request
     prompt_tokens: int = 1 << 17
     max_tokens: int = 1 << 17
     n: int = 16

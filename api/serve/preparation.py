@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from peakgpt.engine.data.tokenizer import StreamDecoder, Tokenizer
+from peakgpt.engine.inference.embedding import LAST, EmbeddingSequence
 from peakgpt.engine.inference.preparation import Preparation
 from peakgpt.engine.inference.sampling_params import ContextExceeded, InvalidParam, SamplingParams
 from peakgpt.engine.inference.sequence import RunningSequence
 from peakgpt.serve.answers import Answer, Echo, TokenTexts
 from peakgpt.serve.chat import Chat
+from peakgpt.serve.embeddings import EMBEDDING, EmbeddingAnswer
 from peakgpt.serve.errors import BadRequest
 from peakgpt.serve.guard import internal_error
 from peakgpt.serve.json_body import parse
@@ -97,6 +99,28 @@ class RequestPreparation:
         ends = all(params.max_tokens == 0 for params in params_of.values())
         echoes = [self._echo(*pair, ends) for pair in zip(texts, prompts, strict=True)] if completion.echo else []
         return sequences, Answer(completion, self.name, self.texts, prompts, echoes)
+
+    def embedding(self, body: bytes) -> dict[str, Any]:
+        """Check an embedding request; return its fields."""
+        fields = check(parse(body, self.limits), EMBEDDING, self.limits)
+        self._check_model(fields)
+        _required(fields, "input")
+        return fields
+
+    def embedded_texts(self, fields: dict[str, Any]) -> tuple[list[list[EmbeddingSequence]], EmbeddingAnswer]:
+        """Encode the texts of an embedding request and make their sequences."""
+        prompts = []
+        for text in fields["input"]:
+            if not (ids := text if isinstance(text, list) else self._encode(text, "input")):
+                raise BadRequest("input: got a text without tokens, expected at least one", param="input")
+            prompts.append(self._known(ids, "input"))
+        try:
+            sequences = self.engine.prepare_embeddings(
+                prompts, fields.get("pooling", LAST), fields.get("normalize", True)
+            )
+        except ContextExceeded as error:
+            raise _too_long(str(error), self.engine, "input") from None
+        return sequences, EmbeddingAnswer(self.name, prompts, fields.get("encoding_format", "float"))
 
     def tokenize(self, body: bytes) -> dict[str, Any]:
         """Answer a request to /tokenize."""

@@ -164,6 +164,7 @@ void Program::Linear(const LinearStep& step, std::shared_ptr<Weight> weight) {
   });
   const int64_t width = widths_[step.x];
   steps_.push_back([=, dtype = dtype_, selected = selected_](const State& s) {
+    if (step.out < 0 && s.pass.logits == nullptr) return;
     GemmArgs args{};
     args.m = selected ? s.pass.logit_rows : s.pass.rows;
     args.a = s.buffers[step.x];
@@ -282,8 +283,21 @@ void Program::SelectRows(const SelectStep& step) {
   selected_ = true;
 }
 
+void Program::Hidden(const HiddenStep& step) {
+  const int64_t bytes = widths_[step.x] * SizeOf(dtype_);
+  steps_.push_back([=, selected = selected_](const State& s) {
+    const int64_t rows = selected ? s.pass.logit_rows : s.pass.rows;
+    char* const out = static_cast<char*>(s.pass.hidden);
+    if (out == nullptr) return;
+    ParallelParts(rows, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+      std::memcpy(out + begin * bytes, s.buffers[step.x] + begin * bytes, (end - begin) * bytes);
+    });
+  });
+}
+
 void Program::FinishLogits(const LogitsStep& step) {
   steps_.push_back([=](const State& s) {
+    if (s.pass.logits == nullptr) return;
     const auto finish = PEAK_PICK(FinishRange);
     ParallelParts(s.pass.logit_rows * step.vocabulary, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
       finish(s.pass.logits, step.scale, step.softcap, begin, end);

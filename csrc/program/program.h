@@ -38,10 +38,12 @@ struct PassArgs {
   int64_t layer_bytes;
   int64_t logit_rows;       // number of rows whose logits are computed
   const int64_t* selected;  // (logit_rows): their row numbers
-  float* logits;            // (logit_rows, vocabulary)
+  float* logits;            // (logit_rows, vocabulary), or null: then the head does not run
+  void* hidden = nullptr;   // (logit_rows, width): what the head reads, or null
 };
 PEAK_FIELDS(PassArgs, rows, ids, positions, sequences, begins, past, tables, table_row, int8_cache, keys, values,
             layer_bytes, logit_rows, selected, logits)
+PEAK_OPTIONAL_FIELDS(PassArgs, hidden)
 
 // A weight (n, k) that multiplies x (rows, k) by its transpose.
 class Weight {
@@ -180,6 +182,12 @@ struct SelectStep {
 };
 PEAK_FIELDS(SelectStep, x, out)
 
+// Copies x to the hidden states of the pass, if it wants them.
+struct HiddenStep {
+  int x;
+};
+PEAK_FIELDS(HiddenStep, x)
+
 // The logits of the pass become scale * logits, then softcap tanh(logits / softcap) unless softcap is 0.
 struct LogitsStep {
   int64_t vocabulary;
@@ -202,6 +210,7 @@ class Program {
   void Attention(const AttentionStep& step);
   void Combine(const CombineStep& step);
   void SelectRows(const SelectStep& step);
+  void Hidden(const HiddenStep& step);
   void FinishLogits(const LogitsStep& step);
   // `gate` is null if the experts are not gated.
   void Experts(const ExpertsStep& step, std::shared_ptr<Weight> router, std::shared_ptr<ExpertWeights> gate,

@@ -155,6 +155,7 @@ void DefineProgram(py::module_& m) {
   DefineMethod<Program, AttentionStep, &Program::Attention>(program, "attention");
   DefineMethod<Program, CombineStep, &Program::Combine>(program, "combine");
   DefineMethod<Program, SelectStep, &Program::SelectRows>(program, "select_rows");
+  DefineMethod<Program, HiddenStep, &Program::Hidden>(program, "hidden");
   DefineMethod<Program, LogitsStep, &Program::FinishLogits>(program, "finish_logits");
   DefineMethodWithThreads<Program, PassArgs, &Program::Run>(program, "run");
 }

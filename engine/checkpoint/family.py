@@ -222,7 +222,7 @@ class Family:
 
     def separate_experts(self, tensors: Mapping[str, Tensor], files: Mapping[str, T]) -> tuple[dict, dict]:
         """Replace the tensors of `stacked` by views of those of `names`; the same for the file of each tensor."""
-        separate, file_of = {}, {}
+        separate, file_of = {}, dict(files)
         for name, tensor in tensors.items():
             parts = self._parts_of(name, tensor)
             separate |= parts

@@ -18,22 +18,44 @@ from torch import Tensor
 
 from peakgpt.engine.checkpoint.families import OWN, family_of, known_family, nearest_family
 from peakgpt.engine.checkpoint.family import Family
-from peakgpt.engine.checkpoint.folder import CONFIG, INDEX, WEIGHTS, read_json, replace_files
+from peakgpt.engine.checkpoint.folder import (
+    CONFIG,
+    INDEX,
+    PICKLE,
+    PICKLE_INDEX,
+    QUANTIZED,
+    WEIGHTS,
+    read_json,
+    replace_files,
+)
 from peakgpt.engine.checkpoint.gguf_file import read_gguf
 from peakgpt.engine.checkpoint.safetensors_io import write_safetensors
-from peakgpt.engine.checkpoint.source_files import NO_FILES, TokenizerFiles, json_files, read_source_files
+from peakgpt.engine.checkpoint.source_files import (
+    GENERATION_CONFIG,
+    NO_FILES,
+    TokenizerFiles,
+    json_files,
+    read_source_files,
+)
 from peakgpt.engine.checkpoint.tensor_check import check_tensors
 from peakgpt.engine.checkpoint.weight_files import expect_modules, open_weights
 from peakgpt.engine.data.gguf_header import is_gguf
+from peakgpt.engine.data.hub import HubFiles
+from peakgpt.engine.data.tokenizer_files import TOKENIZER_FILES
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.strict_json import dumps
 
 __all__ = [
-    "TokenizerFiles", "check_state", "read_config", "read_source_files", "read_weights", "to_layout",
+    "MODEL_FILES", "TokenizerFiles", "check_state", "read_config", "read_source_files", "read_weights", "to_layout",
     "warn_of_own_layout", "write_model", "write_model_files",
 ]  # fmt: skip
 
+# Files of a model of the hub. Weights in other formats are copies of the same values.
+MODEL_FILES = HubFiles(
+    (*TOKENIZER_FILES, GENERATION_CONFIG),
+    ((WEIGHTS, INDEX, "model-*-of-*.safetensors", QUANTIZED), (PICKLE, PICKLE_INDEX, "pytorch_model-*-of-*.bin")),
+)
 NORM_OR_LAYER = re.compile(r"\.(ln_\w+|c_\w+)\.weight$")
 # Suffixes of buffers that old releases of transformers wrote, and that no model needs.
 OLD_BUFFERS = (
@@ -81,7 +103,8 @@ def read_weights(
         expected: names and shapes of the model's state dict; matrices are [out, in].
         dtype: to cast to.
     Returns:
-        The model's state dict. It does not share memory with the file.
+        The model's state dict, contiguous. A tensor of a safetensors file that has the dtype and the order of the
+        model already is mapped (safetensors_io.py); all others are copies.
     Raises:
         ValueError: there are no weights, a file is damaged, or a tensor is missing, unexpected, of another shape or not
             floating point.
@@ -100,11 +123,14 @@ def read_weights(
     (embedding_name,) = family.layout_names(config, "transformer.wte.weight")
     if head is not None and not torch.equal(head, tensors[embedding_name]):
         raise ValueError(f"{path}: {head_name} differs from {embedding_name}, expected a tied head")
-    # Copied: safetensors may return a map of the file, and the file can be overwritten.
-    return {
-        name: torch.empty(shape, dtype=dtype).copy_(family.from_layout(config, name, tensors))
-        for name, shape in expected.items()
-    }
+    may_overlap = path.name in (PICKLE, PICKLE_INDEX)
+    state = {}
+    for name, shape in expected.items():
+        tensor = family.from_layout(config, name, tensors)
+        if may_overlap or tensor.dtype != dtype or not tensor.is_contiguous():
+            tensor = torch.empty(shape, dtype=dtype).copy_(tensor)
+        state[name] = tensor
+    return state
 
 
 def _is_zero_bias(name: str, tensor: Tensor) -> bool:

@@ -1,14 +1,22 @@
-"""Reading and writing safetensors files, with a digest per tensor that shows damage."""
+"""Reading and writing safetensors files, with a digest per tensor that shows damage.
+
+Reading maps a file into memory (mmap, private): a tensor is a view of the file's pages, which the system reads when
+they are used. A page that the process writes to becomes its own copy; the file never changes. Replacing a file by a
+rename, as `save_pretrained` and the hub's client do, leaves the mapped tensors as they are. Overwriting it in place
+changes them, and cutting it off ends the process by SIGBUS at the next access, as with every library that maps files.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -23,12 +31,14 @@ ALIGNMENT = 8  # of the first tensor
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a file.
+    """Map a file; return its tensors and its metadata. Tensors with a digest are read and compared, on all cores.
 
     Raises:
         ValueError: the file is missing, cut off, or a tensor does not have its digest.
@@ -37,14 +47,35 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     _expect_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with safe_open(path, framework="pt") as checked, path.open("rb") as file:
+            tensors, metadata = _map_tensors(file), checked.metadata() or {}
     except Exception as error:  # damaged bytes raise any exception
         raise ValueError(f"{path}: {_truncation(path) or error}, expected a whole safetensors file") from None
-    for name, tensor in tensors.items():
-        if fault := _digest_fault(name, tensor, metadata):
-            raise ValueError(f"{path}: {fault}")
+    with ThreadPoolExecutor(torch.get_num_threads()) as hashers:
+        for fault in hashers.map(lambda item: _digest_fault(*item, metadata), tensors.items()):
+            if fault:
+                raise ValueError(f"{path}: {fault}")
     return tensors, metadata
+
+
+def _map_tensors(file: BinaryIO) -> dict[str, Tensor]:
+    """Return the tensors of a file whose header the library has checked."""
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # lives as long as one of its tensors
+    return {name: _map_tensor(memory, LENGTH_BYTES + length, name, entry) for name, entry in header.items()}
+
+
+def _map_tensor(memory: mmap.mmap, start: int, name: str, entry: Mapping[str, Any]) -> Tensor:
+    if (dtype := DTYPE_OF.get(entry["dtype"])) is None:
+        raise ValueError(f"{name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPE_OF)}")
+    begin, end = (start + offset for offset in entry["data_offsets"])
+    if begin == end:
+        return torch.empty(entry["shape"], dtype=dtype)
+    data = torch.frombuffer(memory, dtype=torch.uint8, count=end - begin, offset=begin)
+    is_aligned = begin % dtype.itemsize == 0  # files of other libraries may have a header of any length
+    return (data if is_aligned else data.clone()).view(dtype).view(entry["shape"])
 
 
 def read_names(path: Path) -> list[str]:

@@ -1,38 +1,44 @@
-"""The weight files of a model folder: safetensors, its shards, or pytorch_model.bin."""
+"""The weight files of a model folder: safetensors or pytorch_model.bin, in one file or in shards with an index."""
 
 from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.folder import CONFIG, INDEX, PICKLE, QUANTIZED, WEIGHTS, read_json
+from peakgpt.engine.checkpoint.folder import CONFIG, INDEX, PICKLE, PICKLE_INDEX, QUANTIZED, WEIGHTS, read_json
 from peakgpt.engine.checkpoint.safetensors_io import read_names, read_safetensors
 
 NUMBERED = {"layers": re.compile(r"^(?:[^.\d]+\.)*(\d+)\."), "experts": re.compile(r"\.experts\.(\d+)\.")}
 
 
 def open_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Path]]:
-    """Return the weights file or index, the tensors, and the shard of each tensor by name."""
-    if (path := folder / WEIGHTS).exists():
-        return path, read_safetensors(path)[0], {}
-    if (path := folder / INDEX).exists():
-        files = _weight_map(path)
-        tensors: dict[str, Tensor] = {}
-        for name in sorted(set(files.values())):
-            shard, _ = read_safetensors(folder / name)
-            if repeated := sorted(tensors.keys() & shard.keys()):
-                raise ValueError(f"{folder / name}: got tensor {repeated[0]} again, expected it in one shard")
-            tensors |= shard
-        return path, tensors, {name: folder / file for name, file in files.items()}
-    if (path := folder / PICKLE).exists():
-        return path, _read_pickle(path), {}
-    raise ValueError(f"checkpoint {folder}: got no weights, expected {WEIGHTS}, {INDEX} or {PICKLE}")
+    """Return the weights file or index, the tensors, and the shard of each tensor by name.
+
+    Tensors of safetensors are maps of the file, which do not overlap. Tensors of a pickle may share memory.
+    """
+    for name, index, read in _FORMATS:
+        if (path := folder / name).exists():
+            return path, read(path), {}
+        if (path := folder / index).exists():
+            files = _weight_map(path)
+            return path, _read_shards(folder, files, read), {name: folder / file for name, file in files.items()}
+    raise ValueError(f"checkpoint {folder}: got no weights, expected {WEIGHTS}, {INDEX}, {PICKLE} or {PICKLE_INDEX}")
+
+
+def _read_shards(folder: Path, files: Mapping[str, str], read: Read) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(files.values())):
+        shard = read(folder / name)
+        if repeated := sorted(tensors.keys() & shard.keys()):
+            raise ValueError(f"{folder / name}: got tensor {repeated[0]} again, expected it in one shard")
+        tensors |= shard
+    return tensors
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -52,6 +58,16 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         if value.layout != torch.strided or value.device.type != "cpu":
             raise ValueError(f"{path}: {name} is {value.layout} on {value.device}, expected a dense tensor with values")
     return content
+
+
+def _read_mapped(path: Path) -> dict[str, Tensor]:
+    return read_safetensors(path)[0]
+
+
+Read = Callable[[Path], dict[str, Tensor]]
+_FORMATS: tuple[tuple[str, str, Read], ...] = (
+    (WEIGHTS, INDEX, _read_mapped), (PICKLE, PICKLE_INDEX, _read_pickle)
+)  # fmt: skip
 
 
 def expect_modules(folder: Path, config: Mapping[str, Any], counts: Mapping[str, str]) -> None:
@@ -86,6 +102,8 @@ def _weight_names(folder: Path) -> tuple[Path, list[str]] | None:
         return path, [name for shard in sorted(set(_weight_map(path).values())) for name in read_names(folder / shard)]
     if (path := folder / PICKLE).exists():
         return path, list(_read_pickle(path))
+    if (path := folder / PICKLE_INDEX).exists():
+        return path, list(_weight_map(path))
     return None
 
 

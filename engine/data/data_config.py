@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from peakgpt.engine.data.documents import ERRORS, ReadOptions
 from peakgpt.engine.data.split import VALIDATION_SHARE
-from peakgpt.engine.settings.setting import check_settings, setting
+from peakgpt.engine.settings.setting import check_settings, is_data_path, setting
 
 VOCAB = 4096
 TEXT = {"dataset": (None,)}  # what a setting of text acts with
@@ -22,11 +22,11 @@ class DataConfig:
 
     text: tuple[str, ...] | None = setting(
         None, "text to train on: files, folders, or hf:NAME of a Hugging Face data set", section="data",
-        metavar="SOURCE", automatic="Python's library", is_path=True, only_with=TEXT,
+        metavar="SOURCE", automatic="Python's library", is_path=is_data_path, only_with=TEXT,
     )  # fmt: skip
     dataset: tuple[str, ...] | None = setting(
         None, "folders that `peakgpt prepare` wrote, to train on without encoding", section="data", metavar="FOLDER",
-        is_path=True,
+        is_path=is_data_path,
     )  # fmt: skip
     dataset_weights: tuple[float, ...] | None = setting(
         None, "share of the tokens seen of each --dataset", section="data", above=0, metavar="WEIGHT",
@@ -46,7 +46,7 @@ class DataConfig:
     )  # fmt: skip
     validation_text: tuple[str, ...] | None = setting(
         None, "text for validation", section="data", metavar="SOURCE", automatic="a share of the text",
-        is_path=True, only_with=TEXT,
+        is_path=is_data_path, only_with=TEXT,
     )  # fmt: skip
     validation_share: float | None = setting(
         None, "share of the text for validation", section="data", above=0, below=1, automatic=f"{VALIDATION_SHARE:g}",

@@ -24,10 +24,11 @@ from peakgpt.engine.data.chat_tokens import check_options, model_inputs
 from peakgpt.engine.data.clean_up import CleanUp
 from peakgpt.engine.data.documents import Document
 from peakgpt.engine.data.encoding import CUT, encode_parts
+from peakgpt.engine.data.hub import HubFiles
 from peakgpt.engine.data.library_call import call
-from peakgpt.engine.data.run_layout import model_folder
+from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.data.token_pieces import EMPTY, TokenPieces
-from peakgpt.engine.data.tokenizer_files import CONFIG, TOKENIZER, read_folder
+from peakgpt.engine.data.tokenizer_files import CONFIG, TOKENIZER, TOKENIZER_FILES, read_folder
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -234,13 +235,18 @@ class Tokenizer:
             Path(folder, name).write_bytes(content)
 
     @classmethod
-    def load(cls, folder: Path | str) -> Tokenizer:
-        """Read the tokenizer of a checkpoint folder, as transformers' AutoTokenizer does.
+    def load(cls, source: Path | str, *, revision: str | None = None) -> Tokenizer:
+        """Read the tokenizer of a model, as transformers' AutoTokenizer does.
 
+        Args:
+            source: a name of the Hugging Face hub ("gpt2", "org/name"), of which the tokenizer's files are downloaded;
+                or a folder of a model, of a run or of a tokenizer alone.
+            revision: of a model of the hub: a branch, a tag or a commit.
         Raises:
             ValueError: there is no tokenizer, a file is damaged, or the decoder is not supported.
         """
-        files = read_folder(model_folder(folder))
+        folder = locate(source, HubFiles(TOKENIZER_FILES), revision)
+        files = read_folder(folder)
         named = files.special_tokens
         known = END_OF_TEXT if files.library.token_to_id(END_OF_TEXT) is not None else None
         try:

@@ -1,7 +1,7 @@
 """Continuous batching: requests come and go between steps, and each step runs the next tokens of all of them.
 
     schedule   tokens of each sequence, blocks (scheduler.py), drafts (speculative.py)
-    execute    logits (executor.py)
+    execute    logits, or the hidden states of texts that are embedded (executor.py, embedding.py)
     sample     tokens (sampling.py)
     outputs    tokens and text of each sequence (sequence.py)
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.block_pool import BlockPool
 from peakgpt.engine.inference.cache_size import default_blocks
+from peakgpt.engine.inference.chunk import Chunk
+from peakgpt.engine.inference.embedding import LAST, EmbeddingSequence
 from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.inference.generation_config import generation_config
 from peakgpt.engine.inference.interrupts import INTERRUPTS
@@ -165,6 +167,38 @@ class Engine:
             raise ValueError("stream: got an engine with other requests, expected an idle one")
         return self._stream(self.submit(prompt_token_ids, params))
 
+    def embed(
+        self, inputs: Sequence[str | Sequence[int]], *, pooling: str = LAST, normalize: bool = True
+    ) -> Tensor:
+        """Compute one vector for each text, from its hidden states after the model's last norm.
+
+        Args:
+            inputs: N texts, with the tokenizer's special tokens around them, or lists of token ids.
+            pooling: "last" takes the hidden state of the last token, "mean" the mean over all tokens.
+            normalize: divide each vector by its length, so that a product of two is their cosine.
+        Returns:
+            (N, C) float32 on the CPU.
+        Raises:
+            ValueError: an empty or too long text, tokens outside the vocabulary, an unknown pooling, texts without a
+                tokenizer; or the engine has other requests, whose outputs would be lost.
+        """
+        if isinstance(inputs, str):
+            raise ValueError(f"embed: got the text {inputs[:60]!r}, expected a list of texts or of token ids")
+        if self.has_work:
+            raise ValueError("embed: got an engine with other requests, expected an idle one")
+        sequences = self.preparation.prepare_embeddings(inputs, pooling, normalize)
+        vectors = torch.empty(len(sequences), self.config.word_dim)
+        rows = {self.add(sequence): row for row, sequence in enumerate(sequences)}
+        try:
+            for output in self.outputs():
+                if output.error:
+                    raise output.error
+                vectors[rows[output.request_id]] = output.embedding
+        finally:
+            for request_id in rows:
+                self.cancel(request_id)
+        return vectors
+
     def _stream(self, request_id: int) -> Iterator[Output]:
         try:
             for output in self.outputs():
@@ -196,9 +230,13 @@ class Engine:
         outputs = [sequence.output(finish_reason="length") for sequence in batch.complete]
         for sequence in batch.preempted:
             self._drop_draft(sequence)
+        embedded = [item for item in batch.scheduled if isinstance(item.sequence, EmbeddingSequence)]
+        if embedded:
+            batch.scheduled = [item for item in batch.scheduled if item not in embedded]
+            outputs += self._embed(batch, *self._execute(batch, embedded, self.executor.hidden_states))
         if self.speculation:
             self._propose_drafts(batch)
-        logits = self._execute(batch)
+        batch.scheduled, logits = self._execute(batch, batch.scheduled, self.executor.step)
         if logits is not None:
             for sample in self._sample(batch, logits, self._record_computed(batch, logits)):
                 if output := self._isolate(batch, sample[0], self._append, *sample):
@@ -224,24 +262,45 @@ class Engine:
             self.scheduler.allocate_draft(sequence, draft)
             self.proposed += len(sequence.draft)
 
-    def _execute(self, batch: Batch) -> Tensor | None:
-        """Run the batch and return its logits. If it fails, retry the chunks one by one and end those that raise."""
-        for item in batch.scheduled:
+    def _execute(
+        self, batch: Batch, items: list[Scheduled], run: Callable[[Sequence[Chunk]], Tensor]
+    ) -> tuple[list[Scheduled], Tensor | None]:
+        """Run the chunks of some sequences. If that fails, retry them one by one and end those that raise.
+
+        Returns:
+            The sequences that ran, and the rows of their chunks; None if none ran.
+        """
+        for item in items:
             item.chunk = item.sequence.next_chunk(item.num_tokens)
-        if not batch.scheduled:
-            return None
+        if not items:
+            return items, None
         try:
-            return self.executor.step([item.chunk for item in batch.scheduled])
+            return items, run([item.chunk for item in items])
         except INTERRUPTS:
             raise
         except BaseException:  # of one sequence or of the whole batch: running each sequence alone shows which
-            results = [
-                (item, self._isolate(batch, item.sequence, self.executor.step, [item.chunk]))
-                for item in batch.scheduled
-            ]
-            results = [(item, logits) for item, logits in results if logits is not None]
-            batch.scheduled = [item for item, _ in results]
-            return torch.cat([logits for _, logits in results]) if results else None
+            results = [(item, self._isolate(batch, item.sequence, run, [item.chunk])) for item in items]
+            results = [(item, rows) for item, rows in results if rows is not None]
+            return [item for item, _ in results], torch.cat([rows for _, rows in results]) if results else None
+
+    def _embed(self, batch: Batch, items: list[Scheduled], hidden: Tensor | None) -> list[Output]:
+        """Pool the hidden states of a step; return the vectors of the texts that it has ended."""
+        parts = () if hidden is None else hidden.split([item.chunk.num_logits for item in items])
+        outputs = [self._isolate(batch, item.sequence, self._record_hidden, item, rows)
+                   for item, rows in zip(items, parts, strict=True)]  # fmt: skip
+        return [output for output in outputs if output]
+
+    def _record_hidden(self, item: Scheduled, rows: Tensor) -> Output | None:
+        """Record that a chunk of a text is computed; return the text's vector after its last chunk."""
+        sequence = item.sequence
+        sequence.add_hidden_states(rows)
+        sequence.num_computed += item.num_tokens
+        self.scheduler.publish(sequence)
+        if not sequence.is_complete:
+            return None
+        output = sequence.embedded()
+        self._end(sequence)
+        return output
 
     def _record_computed(self, batch: Batch, logits: Tensor) -> list[tuple[RunningSequence, range]]:
         """Record that the chunks are computed; return the sequences to sample for, with their rows of logits."""

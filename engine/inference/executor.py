@@ -50,6 +50,13 @@ class Executor(Protocol):
             ValueError: a token outside the vocabulary, more tokens than block_size, or too few blocks.
         """
 
+    def hidden_states(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Run new tokens as `step` does, without the head.
+
+        Returns:
+            (sum of num_logits, C) float32: what the head would read for these rows.
+        """
+
     def decode(self, input_ids: Tensor, positions: np.ndarray, block_tables: np.ndarray) -> Tensor:
         """Run one new token of each of B sequences.
 

@@ -12,6 +12,7 @@ from itertools import count
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, prefix_hashes
 from peakgpt.engine.inference.constrained_decoding import ChoiceConstraint, Choices
+from peakgpt.engine.inference.embedding import NO_TOKENS, POOLINGS, EmbeddingSequence
 from peakgpt.engine.inference.generation_config import GenerationConfig
 from peakgpt.engine.inference.sampling import Uniforms, draw_seed
 from peakgpt.engine.inference.sampling_params import ContextExceeded, InvalidParam, SamplingParams
@@ -51,6 +52,28 @@ class Preparation:
         """
         choices_of: dict[int, Choices | None] = {}
         return [self._sequences(prompt, params, choices_of) for prompt, params in prompts]
+
+    def prepare_embeddings(
+        self, inputs: Sequence[str | Sequence[int]], pooling: str, normalize: bool
+    ) -> list[list[EmbeddingSequence]]:
+        """Return the sequence of each text whose vector is wanted, in a list of its own.
+
+        Args:
+            inputs, pooling, normalize: see `Engine.embed`.
+        Raises:
+            InvalidParam: tokens that the model or the cache does not support, or an unknown pooling.
+        """
+        if pooling not in POOLINGS:
+            raise InvalidParam("pooling", f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}")
+        prompts = [self._encode(text) if isinstance(text, str) else text for text in inputs]
+        requests = [Request(next(self._ids), tuple(map(int, prompt)), NO_TOKENS) for prompt in prompts]
+        return [
+            [EmbeddingSequence(
+                request, 0, self._max_length(request), Uniforms(0, 0), None, None, pooling=pooling,
+                normalize=normalize, block_hashes=prefix_hashes(request.prompt_token_ids, BLOCK_TOKENS),
+            )]
+            for request in requests
+        ]  # fmt: skip
 
     def _sequences(
         self, prompt: Sequence[int], params: SamplingParams | None, choices_of: dict[int, Choices | None]
@@ -128,6 +151,11 @@ class Preparation:
             choice = self.tokenizer.encode(choice, add_special_tokens=False)
         self._check_ids("choices", choice)
         return choice
+
+    def _encode(self, text: str) -> Sequence[int]:
+        if not self.tokenizer:
+            raise InvalidParam("prompt", f"got the text {text[:60]!r}, expected token ids without a tokenizer")
+        return self.tokenizer.encode(text)
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         size = self.config.vocab_size

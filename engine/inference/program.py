@@ -110,6 +110,7 @@ class ModelProgram:
             if layer == c.n_layer - 1:
                 self._select_rows()
             RESIDUALS[c.residual](self, block, norm)
+        self.program.hidden(x=self.buffers["h"])
         self._linear("h", LOGITS, model.lm_head if "lm_head" in model._modules else t.wte)
         if c.logit_scale != 1.0 or c.logit_softcap is not None:
             self.program.finish_logits(vocabulary=c.vocab_size, scale=c.logit_scale, softcap=c.logit_softcap or 0.0)

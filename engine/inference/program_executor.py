@@ -38,6 +38,13 @@ class ProgramExecutor:
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run all chunks; see Executor.step."""
+        return self._run_chunks(chunks, hidden=False)
+
+    def hidden_states(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Run all chunks without the head; see Executor.hidden_states."""
+        return self._run_chunks(chunks, hidden=True).float()
+
+    def _run_chunks(self, chunks: Sequence[Chunk], *, hidden: bool) -> Tensor:
         ids, positions, begins, logit_rows = [], [], [0], []
         for chunk in chunks:
             chunk.check(self.config, self.kv_cache.num_blocks)
@@ -49,24 +56,29 @@ class ProgramExecutor:
         width = max(len(chunk.block_table) for chunk in chunks)
         tables = [[*chunk.block_table, *[0] * (width - len(chunk.block_table))] for chunk in chunks]
         past = [chunk.past for chunk in chunks]
-        return self._run(ids, positions, begins, past, logit_rows, torch.tensor(tables, dtype=torch.int32))
+        tables = torch.tensor(tables, dtype=torch.int32)
+        return self._run(ids, positions, begins, past, logit_rows, tables, hidden=hidden)
 
     def decode(self, input_ids: Tensor, positions: np.ndarray, block_tables: np.ndarray) -> Tensor:
         """Run one new token of each sequence; see Executor.decode."""
         rows, past = range(len(positions)), positions.tolist()
         return self._run(input_ids.tolist(), past, [*rows, len(rows)], past, rows, torch.from_numpy(block_tables))
 
-    def _run(self, ids, positions, begins, past, logit_rows, tables: Tensor) -> Tensor:
+    def _run(self, ids, positions, begins, past, logit_rows, tables: Tensor, *, hidden: bool = False) -> Tensor:
+        """Return the logits of some rows, (R, V) float32, or with `hidden` what the head reads, (R, C)."""
         if ids:
             check_token_ids(min(ids), max(ids), self.config.vocab_size)
         # One tensor for all integers: five small ones would cost more than the rest of this function.
         numbers = torch.tensor([*ids, *positions, *begins, *past, *logit_rows])
         counts = len(ids), len(positions), len(begins), len(past), len(logit_rows)
         ids_, positions_, begins_, past_, selected = numbers.split(counts)
-        logits, cache = torch.empty(len(logit_rows), self.config.vocab_size), self.kv_cache
+        c, cache = self.config, self.kv_cache
+        width, dtype = (c.n_embd, self.program.dtype) if hidden else (c.vocab_size, torch.float32)
+        out = torch.empty(len(logit_rows), width, dtype=dtype)
         self.program.run(
             rows=len(ids), ids=ids_, positions=positions_, sequences=len(past), begins=begins_, past=past_,
             tables=tables, table_row=tables.shape[1], int8_cache=cache.is_int8, keys=cache.keys, values=cache.values,
-            layer_bytes=cache.layer_bytes, logit_rows=len(logit_rows), selected=selected, logits=logits,
+            layer_bytes=cache.layer_bytes, logit_rows=len(logit_rows), selected=selected,
+            logits=None if hidden else out, hidden=out if hidden else None,
         )  # fmt: skip
-        return logits
+        return out.mul_(c.logit_scale) if hidden and c.logit_scale != 1.0 else out  # the head scales logits itself

@@ -39,6 +39,7 @@ class Output:
         stop_reason: the stop token or stop string that ended the sequence.
         prompt_logprobs: if requested, with the first output of index 0.
         error: the exception that ended this sequence; other sequences continue.
+        embedding: (C,) float32 on the CPU, of a text of `Engine.embed`.
     """
 
     request_id: int
@@ -50,6 +51,7 @@ class Output:
     stop_reason: int | str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     error: BaseException | None = None
+    embedding: Tensor | None = None
 
 
 @dataclass(eq=False)

@@ -75,16 +75,30 @@ class TorchExecutor:
     @torch.no_grad()
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run all chunks; see Executor.step. The logits are on the model's device."""
-        for chunk in chunks:
-            chunk.check(self.config, self.kv_cache.num_blocks)
-        ids = np.array([*chain.from_iterable(chunk.tokens() for chunk in chunks)])
-        check_token_ids(ids.min(), ids.max(), self.config.vocab_size)
+        ids = self._checked_ids(chunks)
         if self.is_one_by_one:
             return torch.cat([self._run_alone(chunk) for chunk in chunks])
         ends, tables = np.array([chunk.end for chunk in chunks]), self._block_tables(chunks)
         if len(chunks) <= MAX_BATCH and all(len(chunk.token_ids) == chunk.num_logits == 1 for chunk in chunks):
             return self.graphs(ids, ends - 1, tables).to(torch.float32, copy=True)
         return self._forward(self._token_batch(chunks, ids, ends, tables)).float()
+
+    @torch.no_grad()
+    def hidden_states(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Run all chunks without the head; see Executor.hidden_states. The result is on the model's device."""
+        ids = self._checked_ids(chunks)
+        if self.is_one_by_one:
+            return torch.cat([self._hidden_alone(chunk) for chunk in chunks])
+        ends, tables = np.array([chunk.end for chunk in chunks]), self._block_tables(chunks)
+        return self._hidden(self._token_batch(chunks, ids, ends, tables)).float()
+
+    def _checked_ids(self, chunks: Sequence[Chunk]) -> np.ndarray:
+        """The new tokens of all chunks, (N,)."""
+        for chunk in chunks:
+            chunk.check(self.config, self.kv_cache.num_blocks)
+        ids = np.array([*chain.from_iterable(chunk.tokens() for chunk in chunks)])
+        check_token_ids(ids.min(), ids.max(), self.config.vocab_size)
+        return ids
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, positions: np.ndarray, block_tables: np.ndarray) -> Tensor:
@@ -99,6 +113,12 @@ class TorchExecutor:
         ids = torch.as_tensor(chunk.token_ids, dtype=torch.int64, device=self.device)
         cache = GatheredAttention(self.kv_cache, chunk)
         return self.model.last_logits(ids[None], cache, count=chunk.num_logits)[0].float()
+
+    def _hidden_alone(self, chunk: Chunk) -> Tensor:
+        """Hidden states of one chunk, (num_logits, C)."""
+        ids = torch.as_tensor(chunk.token_ids, dtype=torch.int64, device=self.device)
+        h = self.model.hidden_states(ids[None], GatheredAttention(self.kv_cache, chunk))[0]
+        return h[len(ids) - chunk.num_logits :].float()
 
     def _block_tables(self, chunks: Sequence[Chunk]) -> np.ndarray:
         """(B, width) int32, padded with 0."""
@@ -134,11 +154,15 @@ class TorchExecutor:
 
     def _forward(self, batch: TokenBatch) -> Tensor:
         """Logits of the batch's logit rows, (R, V) in the model's dtype."""
+        h = self._hidden(batch)
+        return self.model.compute_logits(h) if len(h) else h.new_empty(0, self.config.vocab_size)
+
+    def _hidden(self, batch: TokenBatch) -> Tensor:
+        """Hidden states of the batch's logit rows, (R, C) in the model's dtype."""
         angles = tuple(tuple(column.index_select(0, batch.positions) for column in table) for table in self.angles)
         positions = Positions(angles, self.config.rotary_interleaved, self.slopes)
         h = self.model.packed_hidden_states(batch.ids, batch.positions, positions, PagedAttention(self.kv_cache, batch))
-        h = h if batch.logit_rows is None else h.index_select(0, batch.logit_rows)
-        return self.model.compute_logits(h) if len(h) else h.new_empty(0, self.config.vocab_size)
+        return h if batch.logit_rows is None else h.index_select(0, batch.logit_rows)
 
 
 def _reads_counts(model: Transformer) -> bool:

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class Setting:
         automatic: how a run chooses the value if none is given; it replaces `default` in the help.
         resumable: whether it may change when a run is resumed.
         only_with: name of another setting -> the values with which this one acts; None stands for any but 0 and none.
-        is_path: whether a text is the path of a file or folder, which is made absolute; hf:NAME is none.
+        is_path: whether a text is the path of a file or folder, which is made absolute.
         owner: name of the dataclass.
     """
 
@@ -63,7 +63,7 @@ class Setting:
     automatic: str | None = None
     resumable: bool = False
     only_with: Mapping[str, Collection[Any] | None] | None = None
-    is_path: bool = False
+    is_path: Callable[[str], bool] = lambda text: False
     owner: str = ""
 
     @property
@@ -81,7 +81,7 @@ class Setting:
         except ValueError:
             raise ValueError(f"is {_short(value)}, expected {self.expected}") from None
         self.check(result)
-        return _absolute(result) if self.is_path else result
+        return self._absolute(result)
 
     def check(self, value: Any) -> None:
         """Raise ValueError, with a message as in `read`, if the field cannot have this value."""
@@ -109,6 +109,12 @@ class Setting:
         """What the field can be, in words."""
         return f"one of {', '.join(self.choices)}" if self.choices else expected_kind(self.kind)
 
+    def _absolute(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self._absolute, value))
+        is_path = isinstance(value, str) and self.is_path(value)
+        return os.path.abspath(os.path.expanduser(value)) if is_path else value
+
     def _check_range(self, value: Any, number: float) -> None:
         if not math.isfinite(number):
             raise ValueError(f"is {number}, expected a finite number")
@@ -134,6 +140,11 @@ def setting(default: Any, help: str, *, section: str, **options: Any) -> Any:  #
         options: the other arguments of `Setting`.
     """
     return dataclasses.field(default=default, metadata={METADATA: {"help": help, "section": section, **options}})
+
+
+def is_data_path(text: str) -> bool:
+    """Return whether the name of data is a path; hf:NAME is a data set of Hugging Face."""
+    return not re.match(r"\w+:", text)
 
 
 @functools.cache
@@ -165,13 +176,6 @@ def check_settings(config: Any) -> None:
 
 def _has_float(kind: Any) -> bool:
     return kind is float or any(map(_has_float, typing.get_args(kind)))
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_absolute, value))
-    is_file = isinstance(value, str) and not re.match(r"\w+:", value)  # hf:NAME is a name
-    return os.path.abspath(os.path.expanduser(value)) if is_file else value
 
 
 def _short(value: Any) -> str:

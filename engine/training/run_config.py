@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from peakgpt.engine.checkpoint.checkpoint_config import CheckpointConfig
-from peakgpt.engine.checkpoint.model_folder import read_config
+from peakgpt.engine.checkpoint.model_folder import MODEL_FILES, read_config
 from peakgpt.engine.data.data_config import DataConfig
-from peakgpt.engine.data.run_layout import model_folder
+from peakgpt.engine.data.model_source import NAMES, is_path, locate
 from peakgpt.engine.model.config import RATES, TRAINING_ONLY, GPTConfig
 from peakgpt.engine.model.presets import PRESETS
 from peakgpt.engine.settings.setting import Setting, check_settings, setting, settings_of
@@ -43,12 +43,13 @@ class ModelSource:
         choices=PRESETS, automatic=f"{DEFAULT_PRESET}, none with init",
     )  # fmt: skip
     init: str | None = setting(
-        None, "start from the weights and the tokenizer of this checkpoint or run folder", section="model",
-        metavar="FOLDER", is_path=True,
+        None, f"start from the weights and the tokenizer of this model: {NAMES}", section="model",
+        metavar="MODEL", is_path=is_path,
     )  # fmt: skip
     tokenizer: str | None = setting(
-        None, "folder of a tokenizer, instead of training one", section="model", metavar="FOLDER", is_path=True
-    )
+        None, "tokenizer of this model or folder, instead of training one", section="model", metavar="MODEL",
+        is_path=is_path,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -155,7 +156,7 @@ def without_preset_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in base or value != base[name]}
 
 
-def checkpoint_fields(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_fields(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of GPTConfig of a checkpoint, in which the given ones may change only what weights ignore.
 
     If all fields are given, as in the file of a resumed run, the checkpoint is not needed and not read.
@@ -165,12 +166,12 @@ def checkpoint_fields(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if given.keys() == MODEL_FIELDS:
         return dict(given)
-    _, config = read_config(model_folder(folder))
+    _, config = read_config(locate(source, MODEL_FILES))
     fields = {**config.to_dict(), **(dict.fromkeys(RATES) if "dropout" in given else {}), **given}
     changed = GPTConfig(**fields)
     for name in sorted(MODEL_FIELDS.difference(TRAINING_ONLY), key=lambda name: name not in given):
         if getattr(changed, name) != getattr(config, name):
-            raise ValueError(f"{name} is {given[name]}, expected {getattr(config, name)}, that of init {folder}")
+            raise ValueError(f"{name} is {given[name]}, expected {getattr(config, name)}, that of init {source}")
     return fields
 
 

@@ -96,7 +96,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "occupation_bias.py"
         (runpy.run_module, "peakgpt.harness", "lm_eval", "--help", "pip install 'lm-eval[api]'"),
         (runpy.run_path, str(EXAMPLE), "peakgpt", "--help", "usage: "),
         (runpy.run_path, str(EXAMPLE), "peakgpt", "FOLDER", "error: "),
-        (runpy.run_path, str(EXAMPLE), None, "FOLDER", "checkpoint FOLDER: got no such folder"),
+        (runpy.run_path, str(EXAMPLE), None, "FOLDER", "FOLDER: got no such folder, and HF_HUB_OFFLINE is set"),
     ],
 )
 def test_missing_packages_give_one_sentence(run, name, missing, argument, text, monkeypatch, capsys):

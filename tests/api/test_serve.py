@@ -194,7 +194,7 @@ def test_every_route_except_health_needs_the_api_key(model, tokenizer):
     keyed = Running(model, tokenizer, key=KEY)
     try:
         paths = [route.path for route in keyed.server.app.routes]
-        assert len(paths) == 9
+        assert len(paths) == 10
         for path in [*paths, "/nowhere"]:
             assert keyed.ask(path)[0] == 401 or path == "/health"
             assert keyed.ask(path, headers={"authorization": "Bearer wrong"})[0] == 401 or path == "/health"

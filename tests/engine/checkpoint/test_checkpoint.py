@@ -251,7 +251,7 @@ DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config.json: No such file"),
     "config not JSON": (write("config.json", "{"), "config.json: .* expected a JSON object"),
     "config a list": (write("config.json", "[]"), "config.json: got a JSON list, expected an object"),
-    "foreign": (edit_config(model_type="llama"), "config.json: model_type is 'llama', expected one of gpt2"),
+    "foreign": (edit_config(model_type="bert"), "config.json: model_type is 'bert', expected one of gpt2"),
     "activation": (edit_config(activation_function="silu"), "activation_function is 'silu', expected one of"),
     "untied": (edit_config(tie_word_embeddings=False), r"got no tensor lm_head.weight, expected .* \(37, 16\)"),
     "tied by halves": (edit_config(tie_word_embeddings=0.5), "tied_head is 0.5, expected true or false"),
@@ -345,7 +345,7 @@ def test_bad_fields_of_our_own_layout_are_named_in_the_error(tmp_path, changes, 
 
 
 def test_a_missing_folder_is_named_in_the_error(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere: got no such folder, expected one with config.json"):
+    with pytest.raises(ValueError, match=r"nowhere: got no such folder or .gguf file, expected the path of a model"):
         peakgpt.GPT.from_pretrained(tmp_path / "nowhere")
 
 
