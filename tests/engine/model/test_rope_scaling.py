@@ -134,7 +134,7 @@ def loss_and_gradients(model, ids, targets, **options):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("backend", ["eager", "cpu", "gpu"])
+@pytest.mark.parametrize("backend", ["eager", "cpu", pytest.param("gpu", marks=pytest.mark.slow)])
 def test_every_backend_has_the_loss_and_gradients_of_float64(variant, backend):
     if backend == "gpu":
         pytest.importorskip("triton")
