@@ -217,6 +217,7 @@ SMALL = {
     "peakgpt verify": "",
     "peakgpt generate runs/mine": "--max-tokens 2",
     "peakgpt generate CHECKPOINT": "--max-tokens 2",
+    "peakgpt generate model.gguf": "--max-tokens 2",
     "peakgpt quantize": "",
     "peakgpt export": "",
     "peakgpt score": "",

@@ -79,7 +79,7 @@ PEAK_POP_TARGET
 #undef PEAK_ISA
 
 #define PEAK_ISA PEAK_AVX512VNNI
-PEAK_PUSH_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+PEAK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace peak::avx512vnni {
 namespace {
 #include "simd/simd.h"

@@ -414,7 +414,7 @@ class SelfAttention(torch.nn.Module):
         (lambda: torch.nn.LayerNorm(16, elementwise_affine=False), r"0 \(LayerNorm\): has no weight"),
         (lambda: torch.nn.TransformerEncoderLayer(16, 2, 16, activation=F.silu), r"\(TransformerEncoderLayer\): act"),
         (lambda: transformers.BertLMHeadModel(transformers.BertConfig(**BERT)), r"\(BertLMHeadModel\): computes all"),
-        (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA)), r"\(Qwen3RMSNorm\): unknown class"),
+        (lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(**LLAMA)), r"\(GraniteRMSNorm\): unknown"),
     ],
 )  # fmt: skip
 def test_strict_raises_on_every_unknown_module(module, reason):
