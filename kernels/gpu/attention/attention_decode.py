@@ -136,7 +136,7 @@ def attention_decode_parts(
                 scales_at = (at * block + j % block) * tl.num_programs(1) + kv_head
                 s *= tl.load(k_scale_ptr + scales_at, mask=inside, other=0.0)[None, :]
             if softcap is not None:
-                s, _ = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)
+                s = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)[0]
             if alibi_ptr is not None:
                 s += slope[:, None] * (j[None, :] - position[:, None])
             live = live_pairs(position[:, None], j[None, :], window, True) & inside[None, :]

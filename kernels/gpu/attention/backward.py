@@ -261,7 +261,7 @@ def attention_bwd_dbias(
         if softcap is None:
             s *= scale * LOG2_E
         else:
-            s, _ = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)
+            s = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)[0]
         bias_at = bias_ptr + b * stride_bias_b + h * stride_bias_h
         s = add_alibi_and_bias(s, i[:, None], j[None, :], T, S, alibi_ptr, h, bias_at, stride_bias_t, stride_bias_s)
         p = tl.exp2(s - _load_lse(lse_ptr + (b * H + h) * T + i, i < T)[:, None])

@@ -84,7 +84,7 @@ def attention_fwd(
             k = load(k_ptr + tl.cast(j0, tl.int64) * stride_k_s, keys, stride_k_s, inside, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             if softcap is not None:
-                s, _ = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)
+                s = cap_scores(s, scale, softcap, PRECISE=q.dtype == tl.float32)[0]
             elif alibi_ptr is not None or bias_ptr is not None:
                 s *= scale * LOG2_E
             if alibi_ptr is not None or bias_ptr is not None:

@@ -54,7 +54,7 @@ def _hmma(*sizes: int) -> AttentionTile:
 
 
 WIDTHS = (64, 128, 256)  # a row serves head widths up to its own
-# "half_rich": half precision with a bias, dropout or the gradient of slopes, which need more registers.
+# "half_rich": half precision with a bias, a soft cap, dropout or the gradient of slopes, which need more registers.
 PRECISIONS = ("half", "half_rich", "fp32")
 
 # Not measured on hardware; compiled without spills by Triton 3.7.1. Larger tiles spill (sm_90, D 64: forward 128 x 128
@@ -126,7 +126,7 @@ SLOWER: dict[tuple[str, str, int], Slower] = {}
 
 
 def key(q: Tensor, rich: bool) -> tuple[str, str, int]:
-    """Return the key of TILES for q's device, dtype and width; a rich call has a bias, dropout or dalibi."""
+    """Return the key of TILES for q's device, dtype and width; rich: has a bias, a soft cap, dropout or dalibi."""
     width = next(w for w in WIDTHS if q.shape[3] <= w)
     precision = "fp32" if q.dtype == torch.float32 else "half_rich" if rich else "half"
     return launch.arch(q), precision, width
