@@ -33,7 +33,7 @@ FAMILIES = {
     "parallel": {"residual": "parallel", "position": "rotary", "tied_head": False, "head_bias": True},
     "two_norms": {"residual": "parallel_two_norms", "position": "alibi", "embedding_norm": True},
     "sandwich_norm": {**LLAMA, "residual": "sandwich_norm", "embedding_scale": 5.5, "rotary_layers": (True, False)},
-    "output_norm": {"residual": "output_norm", "position": "rotary", "norm_weight": False, "bias": ("mlp",)},
+    "output_norm": {"residual": "output_norm", "position": "rotary", "norm": "rms", "bias": ("mlp",)},
     "post_norm": {"residual": "post_norm", "word_dim": 16, "position_offset": 2, "activation": "relu"},
     "experts": {"experts": 2, "z_loss": 1e-3, "tied_head": False},
     "relative_keys": {"position": "transformer_xl"},
@@ -136,7 +136,7 @@ def wrapper(model, name):
 
 
 def parametrization(model, name):
-    if "weight" not in model.get_submodule(name)._parameters:
+    if model.get_submodule(name)._parameters.get("weight") is None:
         return False
     parametrize.register_parametrization(model.get_submodule(name), "weight", Bend())
 
@@ -166,7 +166,7 @@ def orthogonal(model, name):
 
 
 def pruned(model, name):
-    if "weight" not in model.get_submodule(name)._parameters:
+    if model.get_submodule(name)._parameters.get("weight") is None:
         return False
     prune.l1_unstructured(model.get_submodule(name), "weight", amount=0.5)
 
