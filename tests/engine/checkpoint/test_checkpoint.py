@@ -337,7 +337,7 @@ def test_damaged_checkpoints_are_named_in_the_error(tmp_path, kind):
 )
 @pytest.mark.filterwarnings("ignore:checkpoint")
 def test_bad_fields_of_our_own_layout_are_named_in_the_error(tmp_path, changes, message):
-    make_model(n_kv_head=1).save_pretrained(tmp_path)
+    make_model(n_kv_head=1, position="relative_bias").save_pretrained(tmp_path)
     edit_config(**changes)(tmp_path)
     with pytest.raises(ValueError, match=f"config.json: GPTConfig: {message}") as error:
         peakgpt.GPT.from_pretrained(tmp_path)
@@ -384,7 +384,7 @@ def test_an_unwritable_folder_is_named_in_the_error(tmp_path):
 def test_models_without_a_layout_in_transformers_are_saved_in_our_own(tmp_path):
     every = {"n_kv_head": 1, "head_dim": 16, "word_dim": 8, "embedding_norm": True, "windows": (None, 3),
              "bias": ("mlp",), "tied_head": False, "head_bias": True, "attention_dropout": 0.5}  # fmt: skip
-    for changes, lacking in (({"n_kv_head": 1}, r"gpt2, lacks n_kv_head\."), (every, "lacks n_kv_head, ")):
+    for changes, lacking in (({"position": "relative_bias"}, r"gpt2, lacks position\."), (every, "lacks .*word_dim")):
         model = make_model(**changes)
         with pytest.warns(UserWarning, match=lacking):
             model.save_pretrained(tmp_path)
