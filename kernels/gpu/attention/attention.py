@@ -227,26 +227,32 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
             if precision == "half":
                 yield from (_case(kernel, precision, width, tile, _PLAIN) for kernel, tile in kernels)
                 yield from (_case(kernel, precision, width, tile, _RICH) for kernel, tile in kernels)
+                yield from (_case(kernel, precision, width, tile, _SINKS) for kernel, tile in kernels[:2])
             else:
                 kernels = *kernels, (attention_bwd_dbias, tiles.dbias)
                 yield from (_case(kernel, precision, width, tile, _UNCAPPED) for kernel, tile in kernels)
+            if precision == "half_rich":
                 yield from (_case(kernel, precision, width, tile, _CAPPED) for kernel, tile in kernels[:3])
-            for rotary in _ROTARY[width]:
+            for rotary in (_CAPPED_PAIRS if precision == "half_rich" else _ROTARY)[width]:
                 absent = _CAPPED_ROTARY if precision == "half_rich" else _WITH_ROTARY
                 yield _case(attention_bwd_dq, precision, width, tiles.dq, absent, *rotary)
                 yield _case(attention_bwd_dkv, precision, width, tiles.dkv, absent, *rotary)
 
 
 _ROTARY_TABLES = ("cos_ptr", "sin_ptr")
+_SINK, _LENGTHS = ("sinks_ptr", "dsinks_ptr"), ("kv_start_ptr", "kv_len_ptr")
 # Absent in every call that a row of "half" serves.
-_RICH = ("bias_ptr", "softcap", "seed_ptr", "dslope_ptr", *_ROTARY_TABLES)
-_PLAIN = (*_RICH, "alibi_ptr", "sinks_ptr", "dsinks_ptr", "kv_start_ptr", "kv_len_ptr", "document_ptr", "window")
+_HALF = ("bias_ptr", "softcap", "seed_ptr", "dslope_ptr", *_ROTARY_TABLES)
+_RICH, _SINKS = (*_HALF, *_SINK), (*_HALF, "alibi_ptr", *_LENGTHS, "document_ptr")
+_PLAIN = (*_RICH, "alibi_ptr", *_LENGTHS, "document_ptr", "window")
 _WITH_ROTARY = tuple(name for name in _PLAIN if name not in _ROTARY_TABLES)
-# A soft cap with a bias spills six instructions in float32 (sm_90, D 64, forward, with all other options too).
-_UNCAPPED, _CAPPED = ("softcap", *_ROTARY_TABLES), ("bias_ptr", *_ROTARY_TABLES)
+_UNCAPPED = ("softcap", *_SINK, *_ROTARY_TABLES)
+# Gemma 2's calls. With float32, or with other options too, a soft cap spills up to ten instructions on some chips.
+_CAPPED = (*(name for name in _HALF if name != "softcap"), "alibi_ptr", *_LENGTHS, *_SINK)
 _CAPPED_ROTARY = tuple(name for name in _WITH_ROTARY if name != "softcap")
 # (head width, rotary pairs, interleaved): Pythia, the whole head, GPT-NeoX-20B, the whole head, GPT-J.
 _ROTARY = {64: ((64, 8, False), (64, 32, False)), 128: ((96, 12, False), (128, 64, False)), 256: ((256, 32, True),)}
+_CAPPED_PAIRS = {width: ((width, width // 2, False),) for width in WIDTHS}  # Gemma 2: the whole head
 
 
 def _case(
@@ -257,10 +263,12 @@ def _case(
     sizes = {"D": width, "BLOCK_D": block, "BLOCK_Q": tile.BLOCK_Q, "BLOCK_K": tile.BLOCK_K}
     shared = {"SHARED_B": True, "SHARED_H": True} if kernel is attention_bwd_dbias else {}
     rotary = {"PAIRS": pairs, "INTERLEAVED": interleaved} if kernel in (attention_bwd_dq, attention_bwd_dkv) else {}
-    given = {"GROUP": 4 if absent in (_RICH, _UNCAPPED, _CAPPED) else 1, "CAUSAL": True, **sizes, **shared, **rotary}
+    group = 4 if absent in (_RICH, _SINKS, _UNCAPPED, _CAPPED) else 1
+    given = {"GROUP": group, "CAUSAL": True, **sizes, **shared, **rotary}
     missing = {name: None for name in absent if name in kernel.arg_names}
-    labels = {_PLAIN: "", _RICH: " alibi, sinks, lengths, documents", _UNCAPPED: " every option",
-              _CAPPED: " soft cap", _CAPPED_ROTARY: f" soft cap, {pairs} pairs"}  # fmt: skip
+    labels = {_PLAIN: "", _RICH: " alibi, lengths, documents", _SINKS: " sinks, window",
+              _UNCAPPED: " every option", _CAPPED: " soft cap, documents",
+              _CAPPED_ROTARY: f" soft cap, {pairs} pairs"}  # fmt: skip
     label = labels.get(absent, f" {pairs} pairs")
     hot = absent is _PLAIN or (kernel is attention_bwd_dbias and (precision, width) == ("half_rich", 64))
     floats = ("lse_ptr", "delta_ptr", "alibi_ptr", "sinks_ptr", "dslope_ptr", "dsinks_ptr", *_ROTARY_TABLES)

@@ -62,6 +62,8 @@ TILES = {
     ("sm_86", 8, "fp32", 256): DecodeTile(BLOCK_K=16, warps=8, stages=1),
     ("sm_100", 8, "half", 64): DecodeTile(BLOCK_K=64, warps=4, stages=4),
 }
+# Rows of TILES that spill with a soft cap.
+CAPPED_TILES = {("sm_86", bits, "half", 64): DecodeTile(BLOCK_K=64, warps=8, stages=3) for bits in (None, 8)}
 
 
 @triton.jit
@@ -219,9 +221,10 @@ def objection(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_, **__) -> str | No
     return None
 
 
-def _tile(q: Tensor, bits: int | None) -> DecodeTile:
+def _tile(q: Tensor, bits: int | None, softcap: float | None) -> DecodeTile:
     precision = "fp32" if q.dtype == torch.float32 else "half"
-    return TILES[launch.arch(q), bits, precision, next(w for w in WIDTHS if q.shape[2] <= w)]
+    row = launch.arch(q), bits, precision, next(w for w in WIDTHS if q.shape[2] <= w)
+    return TILES[row] if softcap is None else CAPPED_TILES.get(row, TILES[row])
 
 
 def forward(
@@ -241,7 +244,7 @@ def forward(
     workspace = torch.empty(batches[0][1] * slot_rows * (width + 2), dtype=torch.float32, device=q.device)
     acc, m, l = workspace.split([batches[0][1] * slot_rows * n for n in (width, 1, 1)])  # noqa: E741
     q = launch.unit_last(q)
-    tile = _tile(q, None if k_scale is None else 8)
+    tile = _tile(q, None if k_scale is None else 8, softcap)
     common = {
         "lengths_ptr": lengths, "cu_queries_ptr": cu_queries, "acc_ptr": acc, "m_ptr": m, "l_ptr": l, "B": batch,
         "splits": splits, "steps": batch.bit_length(), "window": window, "GROUP": group, "ROWS": DECODE_ROWS,
@@ -271,32 +274,40 @@ def forward(
 def aot_cases(arch: str) -> Iterator[AotCase]:
     """Yield the static check's cases: every row, for a cache of q's dtype and of int8.
 
-    Half precision compiles both the plain call (one query a sequence) and the call with every option.
+    Half precision also compiles the plain call (one query a sequence).
     """
     options = {"OVERLAP": arch in overlap.ARCHS}
-    for (row_arch, bits, precision, width), tile in TILES.items():
+    for (row_arch, bits, precision, width), row in TILES.items():
         if row_arch == arch:
-            sizes = {"BLOCK_K": tile.BLOCK_K, **options}
-            for every in (False, True) if precision == "half" else (True,):
-                yield _case(attention_decode_parts, precision, width, tile, every, sizes, bits)
-                if precision == "half" and bits is None:
+            for call in _ABSENT if precision == "half" else (_EVERY,):
+                tile = CAPPED_TILES.get((arch, bits, precision, width), row) if call == _CAPPED else row
+                sizes = {"BLOCK_K": tile.BLOCK_K, **options}
+                yield _case(attention_decode_parts, precision, width, tile, call, sizes, bits)
+                if precision == "half" and bits is None and call != _CAPPED:
                     merge_sizes = {"CHUNK": CHUNK, **options}
-                    yield _case(attention_decode_merge, precision, width, MERGE_TILE, every, merge_sizes)
+                    yield _case(attention_decode_merge, precision, width, MERGE_TILE, call, merge_sizes)
+
+
+# The arguments that a call of the static check lacks. A soft cap with float32 spills up to ten instructions (sm_80).
+_PLAIN, _EVERY, _CAPPED = "", " every option", " soft cap"
+_ABSENT = {
+    _PLAIN: {"cu_queries_ptr", "alibi_ptr", "sinks_ptr", "softcap", "window"}, _EVERY: {"softcap"},
+    _CAPPED: {"alibi_ptr"},
+}  # fmt: skip
 
 
 def _case(
-    kernel, precision: str, width: int, tile: Tile, every_option: bool, sizes: dict[str, int], bits: int | None = None
+    kernel, precision: str, width: int, tile: Tile, call: str, sizes: dict[str, int], bits: int | None = None
 ) -> AotCase:
     dtype = "fp32" if precision == "fp32" else "bf16"
-    missing = set() if every_option else {"cu_queries_ptr", "alibi_ptr", "sinks_ptr", "softcap", "window"}
-    missing |= {"k_scale_ptr", "v_scale_ptr"} if bits is None else set()
+    missing = _ABSENT[call] | ({"k_scale_ptr", "v_scale_ptr"} if bits is None else set())
     absent = dict.fromkeys(missing & set(kernel.arg_names))
-    given = {"GROUP": 4 if every_option else 1, "ROWS": DECODE_ROWS, "SPLIT": SPLIT, "D": width, "BLOCK_D": width}
+    given = {"GROUP": 1 if call == _PLAIN else 4, "ROWS": DECODE_ROWS, "SPLIT": SPLIT, "D": width, "BLOCK_D": width}
     types = {} if bits is None else dict.fromkeys(("k_ptr", "v_ptr"), "*i8")
-    label = f"{dtype} D={width}" + (" every option" if every_option else "") + ("" if bits is None else " int8")
+    label = f"{dtype} D={width}{call}" + ("" if bits is None else " int8")
     return launch.case(
         kernel, label, tile, dtype, {**given, **sizes, **absent},
-        hot=not every_option and (bits is None or width == WIDTHS[0]), scale="fp32", softcap="fp32", **types,
+        hot=call == _PLAIN and (bits is None or width == WIDTHS[0]), scale="fp32", softcap="fp32", **types,
         **dict.fromkeys(("acc_ptr", "m_ptr", "l_ptr", "alibi_ptr", "sinks_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32"),
         **dict.fromkeys(("tables_ptr", "lengths_ptr", "cu_queries_ptr"), "*i32"),
     )  # fmt: skip

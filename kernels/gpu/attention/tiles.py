@@ -102,13 +102,20 @@ _HOPPER_RICH = {
     128: Tiles(fwd=tile(64, 32, 8, 2), dq=tile(64, 32, 8, 2), dkv=_hmma(32, 32, 8, 2), dbias=_hmma(32, 32, 8, 1)),
     256: Tiles(fwd=_hmma(32, 32, 8, 2), dq=_hmma(32, 16, 8, 2), dkv=_hmma(32, 32, 8, 1), dbias=_hmma(16, 32, 8, 1)),
 }
+# More keys or stages spill with a soft cap.
+_ADA_RICH = {
+    **_AMPERE_RICH, 128: _AMPERE_RICH[128]._replace(dkv=tile(32, 32, 8, 1)),
+    256: _AMPERE_RICH[256]._replace(fwd=tile(32, 16, 8, 2)),
+}  # fmt: skip
+_BLACKWELL_RICH = {**_HOPPER_RICH, 256: _HOPPER_RICH[256]._replace(fwd=_hmma(32, 32, 8, 1))}
 _GFX942_RICH = {
     64: Tiles(fwd=tile(64, 32, 4, 1), dq=tile(32, 32, 4, 1), dkv=tile(32, 32, 4, 1), dbias=tile(64, 32, 4, 1)),
     128: Tiles(fwd=tile(32, 32, 4, 1), dq=tile(32, 32, 4, 1), dkv=tile(32, 32, 4, 1), dbias=tile(32, 32, 4, 1)),
     256: Tiles(fwd=tile(32, 32, 4, 1), dq=tile(16, 32, 4, 1), dkv=tile(16, 32, 4, 1), dbias=tile(16, 32, 4, 1)),
 }
 _HALF_RICH = {
-    "sm_80": _AMPERE_RICH, "sm_86": _AMPERE_RICH, "sm_90": _HOPPER_RICH, "sm_100": _HOPPER_RICH, "gfx942": _GFX942_RICH
+    "sm_80": _AMPERE_RICH, "sm_86": _ADA_RICH, "sm_90": _HOPPER_RICH, "sm_100": _BLACKWELL_RICH,
+    "gfx942": _GFX942_RICH,
 }  # fmt: skip
 TILES = {
     **{(arch, "half", width): tiles for (arch, width), tiles in _HALF.items()},
