@@ -11,8 +11,7 @@ from peakgpt.engine.checkpoint.folder import CONFIG
 from peakgpt.engine.checkpoint.gguf_architecture import Architecture
 from peakgpt.engine.checkpoint.gguf_architectures import ARCHITECTURES
 from peakgpt.engine.checkpoint.source_files import GENERATION_CONFIG
-from peakgpt.engine.data.gguf_header import GGUFHeader, read_header
-from peakgpt.engine.data.gguf_tokenizer import PREFIX
+from peakgpt.engine.data.gguf_header import TOKENIZER, GGUFHeader, read_header
 from peakgpt.engine.model.config import GPTConfig
 
 TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
@@ -30,8 +29,8 @@ class GGUFModel:
     @property
     def source_files(self) -> dict[str, dict[str, Any]]:
         """The JSON files of a model folder with this model, as `read_source_files` returns them."""
-        ids = {name: self.header.get(f"{PREFIX}{key}", int) for name, key in TOKEN_IDS.items()}
-        ends = [self.header.get(f"{PREFIX}{key}", int) for key in ENDS]
+        ids = {name: self.header.get(f"{TOKENIZER}{key}", int) for name, key in TOKEN_IDS.items()}
+        ends = [self.header.get(f"{TOKENIZER}{key}", int) for key in ENDS]
         stops = list(dict.fromkeys(token for token in ends if token is not None))
         generation = {GENERATION_CONFIG: {"eos_token_id": stops}} if len(stops) > 1 else {}
         known = {name: token for name, token in ids.items() if token is not None}

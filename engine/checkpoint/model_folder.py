@@ -41,7 +41,7 @@ from peakgpt.engine.checkpoint.tensor_check import check_tensors
 from peakgpt.engine.checkpoint.weight_files import expect_modules, open_weights
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.hub import HubFiles
-from peakgpt.engine.data.tokenizer_files import TOKENIZER_FILES
+from peakgpt.engine.data.tokenizer_names import TOKENIZER_FILES
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.strict_json import dumps

@@ -20,7 +20,7 @@ from peakgpt.engine.checkpoint.folder import CONFIG, QUANTIZED, WEIGHTS, read_js
 from peakgpt.engine.checkpoint.manifest import MANIFEST
 from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantized_shapes
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
-from peakgpt.engine.data.tokenizer_files import CHAT_TEMPLATES
+from peakgpt.engine.data.tokenizer_names import CHAT_TEMPLATES
 from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.engine.model.state_dicts import stack_experts
 from peakgpt.engine.model.transformer import Transformer

@@ -16,7 +16,7 @@ from peakgpt.engine.data.prepare import JOURNAL, Progress, prepare
 from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.data.split import VALIDATION_SHARE
 from peakgpt.engine.data.tokenizer import Tokenizer
-from peakgpt.engine.data.tokenizer_files import TOKENIZER
+from peakgpt.engine.data.tokenizer_names import TOKENIZER
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.kernels.files import write_atomically
 from peakgpt.kernels.strict_json import dumps

@@ -26,6 +26,7 @@ import numpy as np
 from peakgpt.engine.data.text_file import open_file
 
 SUFFIX = ".gguf"
+TOKENIZER = "tokenizer.ggml."  # begins the keys of the tokenizer's metadata
 VERSIONS = (2, 3)  # they differ for big-endian machines only; version 1 had counts of 32 bits
 MAX_DIMENSIONS = 4
 MAX_STRING_BYTES = 1 << 24  # the longest are chat templates

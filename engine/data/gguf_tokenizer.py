@@ -17,12 +17,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from peakgpt.engine.data.gguf_header import GGUFHeader, read_header
+from peakgpt.engine.data.gguf_header import TOKENIZER, GGUFHeader, read_header
 from peakgpt.engine.data.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, build_normalizer, build_pre_tokenizer
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.sentencepiece_model import SPACE, merges_by_score
 
-PREFIX = "tokenizer.ggml."
 CHAT_TEMPLATE = "tokenizer.chat_template"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # TokenType of ggml
 SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
@@ -72,7 +71,7 @@ def read_gguf_tokenizer(path: Path | str) -> GGUFTokenizer:
 
 def has_gguf_tokenizer(path: Path | str) -> bool:
     """Return whether a .gguf file has a tokenizer of any kind."""
-    return read_header(path).get(f"{PREFIX}model", str) not in NO_TOKENIZER
+    return read_header(path).get(f"{TOKENIZER}model", str) not in NO_TOKENIZER
 
 
 def _chat_templates(header: GGUFHeader) -> dict[str, str]:
@@ -92,12 +91,12 @@ def build_library(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 def _build(header: GGUFHeader) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """Return the tokenizer, and names and texts of its special tokens."""
-    kind = header.get(f"{PREFIX}model", str)
+    kind = header.get(f"{TOKENIZER}model", str)
     if kind in NO_TOKENIZER:
         raise ValueError("got no tokenizer, expected one")
     builders: dict[str, Callable[[GGUFHeader, _Words], _Parts]] = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
-        raise ValueError(f"{PREFIX}model is {kind!r}, expected {' or '.join(builders)}")
+        raise ValueError(f"{TOKENIZER}model is {kind!r}, expected {' or '.join(builders)}")
     words = _read_words(header)
     parts = builders[kind](header, words)
     library = parts.library
@@ -105,7 +104,7 @@ def _build(header: GGUFHeader) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
              for i in range(len(words.texts)) if words.types[i] in (CONTROL, USER_DEFINED)]  # fmt: skip
     call(library.add_tokens, added)
     special = _special_tokens(header, words, parts.default_ids)
-    around = [special.get(f"{name}_token") if header.get(f"{PREFIX}add_{name}_token", bool, default) else None
+    around = [special.get(f"{name}_token") if header.get(f"{TOKENIZER}add_{name}_token", bool, default) else None
               for name, default in (("bos", parts.add_bos), ("eos", False))]  # fmt: skip
     _add_template(library, around)
     return library, special
@@ -134,10 +133,10 @@ class _Parts:
 def _read_words(header: GGUFHeader) -> _Words:
     texts = _array(header, "tokens", str)
     if not texts:
-        raise ValueError(f"got no {PREFIX}tokens, expected an array of strings")
+        raise ValueError(f"got no {TOKENIZER}tokens, expected an array of strings")
     types = _array(header, "token_type", int) or [NORMAL] * len(texts)
     if len(types) != len(texts):
-        raise ValueError(f"got {len(types)} items in {PREFIX}token_type, expected {len(texts)}, the number of tokens")
+        raise ValueError(f"got {len(types)} items in {TOKENIZER}token_type, expected {len(texts)}, one a token")
     ids: dict[str, int] = {}
     for token, text in enumerate(texts):
         if ids.setdefault(text, token) != token and UNUSED not in (types[token], types[ids[text]]):
@@ -147,17 +146,17 @@ def _read_words(header: GGUFHeader) -> _Words:
 
 def _array(header: GGUFHeader, name: str, kind: type) -> list[Any]:
     """Return an array of strings or numbers as a list; empty if the file has none."""
-    values = header.metadata.get(f"{PREFIX}{name}", [])
+    values = header.metadata.get(f"{TOKENIZER}{name}", [])
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values[:1]):
-        raise ValueError(f"{PREFIX}{name} is {str(values)!r:.80}, expected an array of {kind.__name__}")
+        raise ValueError(f"{TOKENIZER}{name} is {str(values)!r:.80}, expected an array of {kind.__name__}")
     return list(values)
 
 
 def _byte_level(header: GGUFHeader, words: _Words) -> _Parts:
-    name = header.get(f"{PREFIX}pre", str, "default")
+    name = header.get(f"{TOKENIZER}pre", str, "default")
     if name not in PRE_TOKENIZERS:
-        raise ValueError(f"{PREFIX}pre is {name!r}, expected one of {', '.join(PRE_TOKENIZERS)}")
+        raise ValueError(f"{TOKENIZER}pre is {name!r}, expected one of {', '.join(PRE_TOKENIZERS)}")
     pre: PreTokenizer = PRE_TOKENIZERS[name]
     merges = []
     for number, line in enumerate(_array(header, "merges", str)):
@@ -178,7 +177,7 @@ def _sentencepiece(header: GGUFHeader, words: _Words) -> _Parts:
     is_gemma = architecture.startswith("gemma")
     texts, scores = words.texts, _array(header, "scores", float)
     if len(scores) != len(texts):
-        raise ValueError(f"got {len(scores)} items in {PREFIX}scores, expected {len(texts)}, the number of tokens")
+        raise ValueError(f"got {len(scores)} items in {TOKENIZER}scores, expected {len(texts)}, the number of tokens")
     if is_gemma:
         # Its blanks are written as blanks, and its scores are not in the order of its merges, its ids are.
         texts[:] = [SPACE * len(text) if text.strip(" ") == "" else text for text in texts]
@@ -188,7 +187,7 @@ def _sentencepiece(header: GGUFHeader, words: _Words) -> _Parts:
     unknown = next((text for text, kind in zip(texts, words.types, strict=True) if kind == UNKNOWN), None)
     model = call(models.BPE, vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     library = tokenizers.Tokenizer(model)
-    prefix = header.get(f"{PREFIX}add_space_prefix", bool, not is_gemma)
+    prefix = header.get(f"{TOKENIZER}add_space_prefix", bool, not is_gemma)
     # As sentencepiece and llama.cpp, a blank comes before a text that begins with a blank too.
     before = [normalizers.Prepend(SPACE)] if prefix else []
     library.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
@@ -202,11 +201,11 @@ def _special_tokens(header: GGUFHeader, words: _Words, default_ids: Mapping[str,
     """Return names and texts of the special tokens."""
     special = {}
     for name, key in SPECIAL.items():
-        token = header.get(f"{PREFIX}{key}", int, default_ids.get(name))
-        if token is None or (token >= len(words.texts) and f"{PREFIX}{key}" not in header.metadata):
+        token = header.get(f"{TOKENIZER}{key}", int, default_ids.get(name))
+        if token is None or (token >= len(words.texts) and f"{TOKENIZER}{key}" not in header.metadata):
             continue
         if not 0 <= token < len(words.texts):
-            raise ValueError(f"{PREFIX}{key} is {token}, expected an id below {len(words.texts)}")
+            raise ValueError(f"{TOKENIZER}{key} is {token}, expected an id below {len(words.texts)}")
         special[name] = words.texts[token]
     return special
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import tokenizers
 
+from peakgpt.engine.data.gguf_header import TOKENIZER
 from peakgpt.engine.data.gguf_pre_tokenizers import pre_tokenizer_name
 from peakgpt.engine.data.gguf_tokenizer import (
     BYTE,
     CHAT_TEMPLATE,
     CONTROL,
     NORMAL,
-    PREFIX,
     SPECIAL,
     UNKNOWN,
     UNUSED,
@@ -54,7 +54,7 @@ def tokenizer_metadata(
     texts = dict(zip(ids.values(), ids, strict=True))
     metadata = _words(content, [texts.get(i) for i in range(rows)])
     named = {key: ids[special_tokens[name]] for name, key in SPECIAL.items() if special_tokens.get(name) in ids}
-    metadata |= {f"{PREFIX}{key}": token for key, token in named.items()}
+    metadata |= {f"{TOKENIZER}{key}": token for key, token in named.items()}
     metadata |= _around(library, named)
     _expect_same(library, metadata)
     return metadata | _templates(chat_templates)
@@ -88,7 +88,7 @@ def _words(content: Mapping[str, Any], texts: Sequence[str | None]) -> dict[str,
         for i, text in enumerate(texts):
             if kinds[i] == NORMAL and text is not None:
                 kinds[i] = UNKNOWN if text == model.get("unk_token") else BYTE if _BYTE.fullmatch(text) else NORMAL
-    return {f"{PREFIX}{name}": value for name, value in {**own, **words}.items()}
+    return {f"{TOKENIZER}{name}": value for name, value in {**own, **words}.items()}
 
 
 def _prefix(content: Mapping[str, Any]) -> Any:
@@ -116,8 +116,8 @@ def _around(library: tokenizers.Tokenizer, named: Mapping[str, int]) -> dict[str
         if len(ids) > 1 or (ids and named.get(f"{name}_token_id", ids[0]) != ids[0]):
             raise ValueError(f"tokenizer: got ids {ids} around a text, expected {name.upper()} alone: llama.cpp has no "
                              "other")  # fmt: skip
-        metadata[f"{PREFIX}add_{name}_token"] = bool(ids)
-        metadata |= {f"{PREFIX}{name}_token_id": token for token in ids}
+        metadata[f"{TOKENIZER}add_{name}_token"] = bool(ids)
+        metadata |= {f"{TOKENIZER}{name}_token_id": token for token in ids}
     return metadata
 
 

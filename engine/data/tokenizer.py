@@ -28,7 +28,8 @@ from peakgpt.engine.data.hub import HubFiles
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.data.token_pieces import EMPTY, TokenPieces
-from peakgpt.engine.data.tokenizer_files import CONFIG, TOKENIZER, TOKENIZER_FILES, read_folder
+from peakgpt.engine.data.tokenizer_files import read_folder
+from peakgpt.engine.data.tokenizer_names import CONFIG, TOKENIZER, TOKENIZER_FILES
 
 END_OF_TEXT = "<|endoftext|>"
 

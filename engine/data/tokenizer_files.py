@@ -26,18 +26,21 @@ from peakgpt.engine.data.gguf_tokenizer import has_gguf_tokenizer, read_gguf_tok
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.data.tokenizer_classes import CLASSES, class_name
-from peakgpt.engine.data.vocabulary_files import MERGES, MODEL, TIKTOKEN, TOKENIZER, VOCAB, Vocabulary, read_vocabulary
+from peakgpt.engine.data.tokenizer_names import (
+    ADDED,
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATES,
+    CONFIG,
+    MODEL,
+    OLD_CHAT_TEMPLATE,
+    SPECIAL_MAP,
+    TIKTOKEN,
+    TOKENIZER,
+    VOCAB,
+)
+from peakgpt.engine.data.vocabulary_files import Vocabulary, read_vocabulary
 
-CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-CHAT_TEMPLATE, CHAT_TEMPLATES, OLD_CHAT_TEMPLATE = (
-    "chat_template.jinja", "additional_chat_templates", "chat_template.json"
-)  # fmt: skip
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# Files of a model of the hub that a tokenizer may need.
-TOKENIZER_FILES = (
-    "config.json", CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE, OLD_CHAT_TEMPLATE,
-    f"{CHAT_TEMPLATES}/*.jinja", TOKENIZER, MODEL, TIKTOKEN, "*.tiktoken", VOCAB, MERGES,
-)  # fmt: skip
 GENERIC_CLASS = "PreTrainedTokenizerFast"  # of which transformers builds nothing anew
 
 

@@ -22,10 +22,7 @@ from peakgpt.engine.data.sentencepiece_model import build_sentencepiece
 from peakgpt.engine.data.text_file import read_bytes, read_text
 from peakgpt.engine.data.tiktoken_file import build_tiktoken, is_tiktoken
 from peakgpt.engine.data.tokenizer_classes import CLASSES, WORD_END, class_of_merges
-
-TOKENIZER, MODEL, TIKTOKEN, VOCAB, MERGES = (
-    "tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "merges.txt"
-)  # fmt: skip
+from peakgpt.engine.data.tokenizer_names import MERGES, MODEL, TIKTOKEN, TOKENIZER, VOCAB
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def test_patched_model_gives_same_outputs_and_gradients_and_unpatch_restores_bit
 @pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith(("bert", "roberta", "distilbert"))])
 def test_patched_model_generates_same_greedy_tokens(name):
     model = build(name).eval()
+    model.config.output_router_logits = False  # transformers' balance loss fails in a step with a cache and padding
     inputs, _ = batch(model)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     expected = model.generate(**inputs, **options)

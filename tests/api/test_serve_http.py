@@ -47,7 +47,7 @@ def request(method, path, *lines, host="localhost", connection="close"):
 
 
 GET = ["/", "/health", "/metrics", "/v1/models", "/v1/models/tiny"]
-POST = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+POST = ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize"]
 
 
 def test_every_route_is_in_this_test(running):

@@ -40,7 +40,7 @@ CHAT = {
 }
 TIMES = {"header_s": 10.0, "body_s": 20.0, "write_s": 30.0, "keep_alive_s": 5, "drain_s": 30}
 OTHERS = {"header_bytes": 16 << 10, "headers": 100, "body_bytes": 1 << 20, "json_depth": 32, "json_containers": 4096,
-          "json_keys": 16384, "prompt_logprobs": 1 << 19, "queue": 512, "connections": 256}  # fmt: skip
+          "json_keys": 16384, "prompt_logprobs": 1 << 19, "queue": 512, "connections": 256, "inputs": 256}  # fmt: skip
 
 
 def test_every_limit_has_a_test():

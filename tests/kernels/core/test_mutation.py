@@ -96,7 +96,7 @@ def test_backward_over_an_input_that_adamw_has_changed_raises(name):
     """The op reads the input in backward, so a changed value would give a wrong gradient."""
     sizes, params = CASE[name]
     tensors = sample(name, sizes, torch.float32)
-    results = OPS[name](*tensors, **params)
+    results = OPS[name](**dict(zip(OPS[name].tensor_names, tensors, strict=False)), **params)
     first = results[-1] if isinstance(results, tuple) else results
     saved = {t.data_ptr() for t in getattr(first.grad_fn, "saved_tensors", ()) if t is not None}
     changed = [t for t in tensors if t is not None and t.requires_grad and t.data_ptr() in saved]
