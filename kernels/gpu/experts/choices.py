@@ -95,4 +95,4 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
     for weighted in (True, False):
         given = {"CHOICES": 8, "BLOCK_C": BLOCK_C, **({} if weighted else {"weights_ptr": None})}
         yield launch.case(experts_combine, f"bf16 {'weighted' if weighted else 'plain'}", COMBINE, "bf16", given,
-                          hot=False, position_ptr="*i64", weights_ptr="*fp32")  # fmt: skip
+                          position_ptr="*i64", weights_ptr="*fp32")  # fmt: skip

@@ -80,7 +80,9 @@ def test_wandb_offline_has_one_run_with_each_step_once(tmp_path, monkeypatch):
     log(config, tmp_path, range(1, KILLED_AT + 1))
     time.sleep(1.1)  # the folder of a process is named after the second in which it starts
     log(config, tmp_path, range(CHECKPOINT + 1, END + 1), steps_done=CHECKPOINT)
-    found = list(history(tmp_path))
+    deadline = time.monotonic() + 30  # wandb's service may still write when `finish` has returned
+    while len(found := list(history(tmp_path))) < END and time.monotonic() < deadline:
+        time.sleep(0.2)
     assert sorted((step, loss) for _, step, loss in found) == [(step, 5.0 - step) for step in range(1, END + 1)]
     assert len({run for run, _, _ in found}) == 1
 
