@@ -85,7 +85,7 @@ def test_a_damaged_header_is_one_sentence(name, tmp_path):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    for path, reason in ((tmp_path / "none.gguf", "No such file"), (tmp_path / "folder.gguf", "a folder")):
+    for path, reason in ((tmp_path / "none.gguf", "(?i)no such f"), (tmp_path / "folder.gguf", "a folder")):
         if reason == "a folder":
             path.mkdir()
         for read in (read_header, GPT.from_pretrained, Tokenizer.load):
