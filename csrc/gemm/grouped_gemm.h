@@ -1,5 +1,6 @@
-// Products of one shape whose rows belong to groups, as in a mixture of experts. Either the rows of a and c are divided
-// among the groups, and each group has its own b; or the sum over k is divided, and each group has its own c:
+// One matrix product for each of several groups, such as the experts of a mixture. There are two kinds. In kRows each
+// row of a and c belongs to a group, and each group has a b of its own. In kDepth each step of k belongs to a group, and
+// each group has a c of its own:
 //
 //   kRows    c[i] = epilogue(a[i] b[g])             for the rows i of group g, offsets[g] to offsets[g + 1]
 //   kDepth   c[g] = epilogue(sum_p a[:, p] b[p])    for the p of group g

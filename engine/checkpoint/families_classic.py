@@ -107,6 +107,24 @@ NEOX_ROPE = FieldGroup(
     ("rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base", "head_dim"), _neox_rotary, _neox_rope
 )
 
+# Of GPT-J, and of CodeGen, which differs from it in the order of the projection's rows.
+GPTJ_FIELDS = (
+    *with_defaults(
+        GPT2_SIZES, n_layer=28, n_head=16, n_embd=4096, n_positions=2048, vocab_size=50400, tie_word_embeddings=False
+    ),
+    Field("n_inner", "n_inner", None),
+    Field("rotary_dim", "rotary_dim", 64),
+    Field("activation", "activation_function", "gelu_new", GELU_NEW),
+    *with_defaults(GPT2_RATES, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+)
+GPTJ_CONSTANTS = {
+    "position": "rotary",
+    "rotary_interleaved": True,
+    "residual": "parallel",
+    "bias": ("mlp", "norm"),
+    "head_bias": True,
+}
+
 # fmt: off
 CLASSIC = (
     Family(
@@ -172,23 +190,8 @@ CLASSIC = (
     Family(
         model_type="gptj",
         architecture="GPTJForCausalLM",
-        fields=(
-            *with_defaults(
-                GPT2_SIZES, n_layer=28, n_head=16, n_embd=4096, n_positions=2048, vocab_size=50400,
-                tie_word_embeddings=False,
-            ),
-            Field("n_inner", "n_inner", None),
-            Field("rotary_dim", "rotary_dim", 64),
-            Field("activation", "activation_function", "gelu_new", GELU_NEW),
-            *with_defaults(GPT2_RATES, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-        ),
-        constants={
-            "position": "rotary",
-            "rotary_interleaved": True,
-            "residual": "parallel",
-            "bias": ("mlp", "norm"),
-            "head_bias": True,
-        },
+        fields=GPTJ_FIELDS,
+        constants=GPTJ_CONSTANTS,
         names=module_names(
             "transformer.", "h", wte="wte", ln_1="ln_1", qkv=qkv_names("attn"), out="attn.out_proj", up="mlp.fc_in",
             down="mlp.fc_out",

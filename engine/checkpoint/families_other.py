@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peakgpt.engine.checkpoint.families_classic import GELU_NEW, GPT2_ALIASES, GPT2_NAMES, GPT2_RATES, GPT2_SIZES
+from peakgpt.engine.checkpoint.families_classic import (
+    GELU_NEW,
+    GPT2_ALIASES,
+    GPT2_NAMES,
+    GPT2_RATES,
+    GPT2_SIZES,
+    GPTJ_CONSTANTS,
+    GPTJ_FIELDS,
+)
 from peakgpt.engine.checkpoint.families_llama import GATES
 from peakgpt.engine.checkpoint.family import Family, Field, FieldGroup, with_defaults
 from peakgpt.engine.checkpoint.layer_fields import uniform_window_fields
@@ -159,23 +167,8 @@ OTHER = (
     Family(
         model_type="codegen",
         architecture="CodeGenForCausalLM",
-        fields=(
-            *with_defaults(
-                GPT2_SIZES, n_layer=28, n_head=16, n_embd=4096, n_positions=2048, vocab_size=50400,
-                tie_word_embeddings=False,
-            ),
-            Field("n_inner", "n_inner", None),
-            Field("rotary_dim", "rotary_dim", 64),
-            Field("activation", "activation_function", "gelu_new", GELU_NEW),
-            *with_defaults(GPT2_RATES, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-        ),
-        constants={
-            "position": "rotary",
-            "rotary_interleaved": True,
-            "residual": "parallel",
-            "bias": ("mlp", "norm"),
-            "head_bias": True,
-        },
+        fields=GPTJ_FIELDS,
+        constants=GPTJ_CONSTANTS,
         groups=(FieldGroup((), _codegen_width, lambda config: {}),),
         names=module_names(
             "transformer.", "h", wte="wte", ln_1="ln_1", qkv="attn.qkv_proj", out="attn.out_proj", up="mlp.fc_in",

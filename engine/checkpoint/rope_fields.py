@@ -136,7 +136,7 @@ def head_width(content: Mapping[str, Any]) -> int:
 
 
 def require_head_width(content: Mapping[str, Any]) -> None:
-    """Raise ValueError if head_dim is another width: transformers would rotate as for that one."""
+    """Raise ValueError if config.json gives another head_dim: transformers computes its frequencies with that."""
     width = head_width(content)
     if content.get("head_dim") not in (None, width):
         raise ValueError(f"head_dim is {content['head_dim']!r}, expected {width}, hidden_size / num_attention_heads")

@@ -22,7 +22,7 @@ END_MARK = "PEAKGPT_END_OF_FINAL_MESSAGE "
 
 
 class ChatTemplates:
-    """The chat templates of a tokenizer by name, and the special tokens that they see."""
+    """The chat templates of a tokenizer by name, and the special tokens that a template may use."""
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]):
         """

@@ -119,7 +119,7 @@ class _Words:
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """The ids of the texts; without unused ids, which only fill the rows of a larger embedding."""
+        """The id of each text. Tokens of the type UNUSED are left out: they only fill up the embedding."""
         return {text: token for token, text in enumerate(self.texts) if self.types[token] != UNUSED}
 
 

@@ -23,10 +23,11 @@ STOP_CHECK = 16  # steps between two checks on a GPU whether all sequences stopp
 
 
 def with_arguments(method: str, config: GenerationConfig, **arguments: Any) -> GenerationConfig:
-    """Return the defaults of a checkpoint with the arguments of GPT.generate or GPT.stream in their place.
+    """Return how to generate: the arguments of a call, and for those not given the defaults of the checkpoint.
 
     Args:
-        method: for messages.
+        method: "GPT.generate" or "GPT.stream", for messages.
+        config: the defaults of the checkpoint.
         arguments: by transformers' names, and seed; one that is None is not given.
     Raises:
         ValueError: an argument that would be ignored.

@@ -17,7 +17,7 @@ def default_scale(head_dim: int, scale: float | None) -> float:
 
 
 def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:
-    """Scores limited to -softcap .. softcap; unchanged if it is None."""
+    """Return softcap tanh(scores / softcap); the scores unchanged if softcap is None."""
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
