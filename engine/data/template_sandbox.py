@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 START_S = 30.0  # for starting Python; it takes 0.1 s on an idle machine
-RENDER_S = 3.0  # for compiling and rendering a template; both take about 1 ms
+RENDER_S = 3.0  # for compiling and rendering a template
 
 
 class TemplateFailure(ValueError):
