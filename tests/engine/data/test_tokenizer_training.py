@@ -98,8 +98,8 @@ def test_long_text_without_blanks_round_trips():
 
 
 INTERRUPTED = """
-import sys
-from itertools import islice
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 from peakgpt.engine.data import library_call
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
 library_call.REPORT_S = 0.05
