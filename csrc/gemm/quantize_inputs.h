@@ -1,5 +1,12 @@
 // Quantizing the inputs of a product to bytes. Included once per instruction set by quantized.cpp, after simd/simd.h.
 
+// Copies `count` elements of a row in the order of the weight's inputs. Returns the copy.
+template <class T>
+const T* Reordered(const T* x, const int32_t* order, int64_t count, T* copy) {
+  for (int64_t i = 0; i < count; ++i) copy[i] = x[order[i]];
+  return copy;
+}
+
 // Quantizes one block of a row: `count` elements. The quads of bytes are `stride` quads apart.
 template <class T>
 void QuantizeBlock(const T* x, int64_t count, int64_t quads, int64_t stride, int8_t* out, float* scale, int32_t* start,
@@ -31,10 +38,12 @@ void QuantizeBlocks(const QuantizedArgs& args, const QuantizedLayout& layout, in
     for (int64_t i = 0; i < rows; ++i) {
       const bool exists = first + i < args.rows;
       const T* x = static_cast<const T*>(args.x) + (exists ? (first + i) * args.x_row : 0);
+      [[maybe_unused]] alignas(64) T copy[kMaxBlock];
       for (int64_t block = begin; block < end; ++block) {
         const int64_t at = block * args.block, count = exists ? std::min(args.block, args.k - at) : 0;
         const int64_t entry = first * layout.blocks + block * rows + i;
-        QuantizeBlock(x + at, count, std::min(args.block, layout.quads * 4 - at) / 4, rows,
+        const T* source = args.order == nullptr ? x + at : Reordered(x, args.order + at, count, copy);
+        QuantizeBlock(source, count, std::min(args.block, layout.quads * 4 - at) / 4, rows,
                       layout.bytes + first * layout.quads * 4 + (at / 4 * rows + i) * 4, layout.scales + entry,
                       layout.starts + entry, args.offset == nullptr ? nullptr : layout.totals + entry);
       }

@@ -143,6 +143,7 @@ void MultiplyPanels(const QuantizedArgs& args, const QuantizedLayout& layout, in
       tile.panel_bytes = packed_bytes;
       tile.scales_stride = layout.blocks * kPanelOutputs;
       tile.levels = kQuantizedLevels[args.levels];
+      tile.zero_points = args.zero_points;
       if (HasBlockScales(args)) tile.weight_scales = static_cast<const uint16_t*>(args.scale) + panel * tile.scales_stride;
       if (args.offset != nullptr) tile.offsets = args.offset + panel * tile.scales_stride;
       if (unpack) {

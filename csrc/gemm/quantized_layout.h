@@ -33,7 +33,7 @@ struct QuantizedLayout {
   int8_t* bytes;    // x as (tile, quad, row, 4)
   float* scales;    // of x: (tile, block, row)
   int32_t* starts;  // (tile, block, row): what the sums start from, a correction for weights stored without a sign
-  float* totals;    // (tile, block, row): the sum of a block of Q(x), which an offset of W is multiplied by
+  float* totals;    // (tile, block, row): the sum of a block of Q(x), which an offset or a zero point of W is multiplied by
   uint8_t* panels;  // for each thread, unpacked 4-bit weights
   int64_t size;     // in bytes
 

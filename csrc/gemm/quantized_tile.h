@@ -38,6 +38,7 @@ struct TileArgs {
   const uint8_t* levels;          // the table of 4-bit weights
   const uint16_t* weight_scales;  // of blocks: (panels, blocks, kPanelOutputs)
   const f16* offsets;             // as weight_scales, or null
+  bool zero_points;               // of `offsets`
   int64_t scales_stride;          // between panels
 };
 
@@ -113,7 +114,8 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
     if constexpr (std::is_same_v<Scale, f16>) {
       if (offsets != nullptr) {
         for (int v = 0; v < kVecs; ++v) {
-          groups[v] = Load(offsets + v / kPanelVecs * tile.scales_stride + v % kPanelVecs * kLanes);
+          const Vec offset = Load(offsets + v / kPanelVecs * tile.scales_stride + v % kPanelVecs * kLanes);
+          groups[v] = tile.zero_points ? Set(0.0f) - offset * groups[v] : offset;  // exact: 11 bits times 9 bits
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
