@@ -1,9 +1,10 @@
 """Tiny GPTQ and AWQ checkpoints of random integers, and the float model of transformers with the same weights.
 
-The packer is written from the layouts of AutoGPTQ and AutoAWQ, one integer after the other, and shares no code with ours.
+The packer is written from the layouts of AutoGPTQ and AutoAWQ, one integer after the other, without any of our code.
 """
 
 import json
+import re
 
 import numpy as np
 import torch
@@ -59,14 +60,6 @@ def pack_layer(rng, name, outputs, inputs, *, method="gptq", bits=4, group=32, s
     return tensors, torch.from_numpy(weight.T.copy())
 
 
-def quantized_names(model):
-    """Return the linear layers of the blocks of a model of transformers, by name."""
-    kinds = (torch.nn.Linear, type(model.get_submodule("transformer.h.0.mlp.c_fc"))) if hasattr(
-        model, "transformer") else (torch.nn.Linear,)  # fmt: skip
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, kinds) and any(part.isdigit() for part in name.split("."))}  # fmt: skip
-
-
 def write_checkpoint(folder, family="llama", *, act_order=False, skip=(), changes=None, shared_order=True, **packing):
     """Write a checkpoint, and return the float model of transformers with its weights.
 
@@ -87,26 +80,30 @@ def write_checkpoint(folder, family="llama", *, act_order=False, skip=(), change
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    rng, orders = np.random.default_rng(0), {}
-    tensors = load_file(folder / "model.safetensors")
-    for layer, module in quantized_names(model).items():
-        if layer.endswith(tuple(skip)) or "router" in layer or layer.endswith(".gate"):
+    file, rng, orders = folder / "model.safetensors", np.random.default_rng(0), {}
+    floats = load_file(file)
+    tensors = dict(floats)
+    for name, tensor in floats.items():
+        layer = name.removesuffix(".weight")
+        is_conv1d = family == "gpt2"
+        if tensor.dim() != 2 or layer.endswith((*skip, ".gate")) or not re.search(r"\.\d+\.", name):
             continue
-        is_conv1d = not isinstance(module, torch.nn.Linear)
-        outputs, inputs = module.weight.mT.shape if is_conv1d else module.weight.shape
+        outputs, inputs = tensor.mT.shape if is_conv1d else tensor.shape
         size = packing.get("group", 32)
         parent = layer.rpartition(".")[0] if shared_order else layer
         if act_order and (parent, inputs) not in orders:
             orders[parent, inputs] = rng.permutation(np.arange(inputs) // (inputs if size == -1 else size))
         made, weight = pack_layer(rng, layer, outputs, inputs, groups_of=orders.get((parent, inputs)), **packing)
-        with torch.no_grad():
-            module.weight.copy_(weight.mT if is_conv1d else weight)
-        del tensors[f"{layer}.weight"]
+        floats[name] = (weight.mT if is_conv1d else weight).float().contiguous()
+        del tensors[name]
         tensors |= made
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(floats, file, {"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    file.unlink()  # the model may map it
+    save_file(tensors, file, {"format": "pt"})
     content = json.loads((folder / "config.json").read_text())
     fields = {"quant_method": packing.get("method", "gptq"), "bits": packing.get("bits", 4),
-              "group_size": packing.get("group", 32), "desc_act": act_order, "sym": packing.get("sym", False)}  # fmt: skip
+              "group_size": packing.get("group", 32), "sym": packing.get("sym", False), "desc_act": act_order}
     fields |= {"version": "gemm", "zero_point": True} if fields["quant_method"] == "awq" else {}
     fields |= {"checkpoint_format": packing["layout"]} if packing.get("layout") else {}
     content["quantization_config"] = {**fields, **(changes or {})}

@@ -148,7 +148,7 @@ def test_biases_of_zeros_that_old_releases_wrote_are_ignored_and_others_are_not(
 
 def test_parts_of_one_matrix_with_another_order_are_refused(tmp_path):
     theirs = write_checkpoint(tmp_path, act_order=True, shared_order=False)
-    with pytest.raises(ValueError, match=r"another act-order \(g_idx\) for model\.layers\.0\.self_attn\.k_proj than for"):
+    with pytest.raises(ValueError, match=r"another act-order \(g_idx\) for model\.layers\.0\.self_attn\.k_proj than"):
         GPT.from_pretrained(tmp_path)
     with torch.no_grad():
         got = GPT.from_pretrained(tmp_path, dequantize=True)(IDS)
@@ -168,9 +168,11 @@ BAD_CONFIGS = [
     ({"quant_method": "awq", "version": "exllama"}, "awq weights in the 'exllama' layout, expected gemm"),
     ({"quant_method": "awq", "bits": 8}, "got awq weights of 8 bits, expected 4"),
     ({"quant_method": "awq", "zero_point": False}, "got awq weights without zero points"),
-    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes', expected 'peakgpt' of `peakgpt quantize`, 'gptq' or"),
+    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes', expected 'peakgpt' of `peakgpt quantize`, 'gptq"),
     ({"quant_method": "fp8"}, "quant_method 'fp8', expected 'peakgpt'"),
-    ({"quant_method": "peakgpt", "layers": {"transformer.wpe": {"bits": 4, "group": 50}}}, "expected 8 or 4 bits, a group"),
+    ({"quant_method": "peakgpt", "layers": {"lm_head": {"bits": 4, "group": 50}}}, "expected 8 or 4 bits, a group"),
+    ({"quant_method": "peakgpt", "layers": {"lm_head": {"size": 4}}}, "unexpected keyword argument 'size'"),
+    ({"quant_method": "peakgpt", "layers": {"a.wpe": {"bits": 4, "group": 48}}}, "got the quantized layer a.wpe"),
 ]  # fmt: skip
 
 
