@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.family import Family
-from peakgpt.engine.checkpoint.model_folder import from_layout, open_layout
+from peakgpt.engine.checkpoint.model_folder import open_layout, read_weights
 from peakgpt.engine.checkpoint.packed_layers import KINDS, PackedFormat, PackedLayer, grouped_form, unpack
 from peakgpt.engine.checkpoint.quantized_weights import LAYERS, with_layers
 from peakgpt.engine.model.config import GPTConfig
@@ -39,10 +39,11 @@ def load_packed(
     Raises:
         ValueError: a tensor is missing, unexpected, or of another shape or dtype.
     """
-    path, tensors, shards = open_layout(folder, family)
+    opened = open_layout(folder, family)
+    path = opened.path
     config, expected = model.config, {name: tensor.shape for name, tensor in model.state_dict().items()}
     shapes = family.shapes(config, expected)
-    packed, floats = _split(tensors, shapes)
+    packed, floats = _split(opened.tensors, shapes)
 
     def read(layer: str) -> PackedLayer:
         if f"{layer}.weight" not in shapes:
@@ -51,7 +52,7 @@ def load_packed(
         try:
             return unpack(packed[layer], form, inputs, outputs)
         except ValueError as error:
-            raise ValueError(f"{shards.get(f'{layer}.qweight', path)}: {layer}: {error}") from None
+            raise ValueError(f"{opened.shards.get(f'{layer}.qweight', path)}: {layer}: {error}") from None
 
     grouped = {} if dequantize else _grouped_modules(family, config, expected, packed)
     decoded = {f"{layer}.weight": read(layer).weight(form).to(dtype)
@@ -59,9 +60,9 @@ def load_packed(
     if decoded and not dequantize:
         warnings.warn(f"{path}: {len(decoded)} quantized matrices, such as {min(decoded)}, are decoded to {dtype}: we "
                       "have no product with their integers", stacklevel=3)  # fmt: skip
-    floats |= family.transpose_conv1d(decoded)
+    floats |= family.transposed(decoded)
     rest = {name: shape for name, shape in expected.items() if name.removesuffix(".weight") not in grouped}
-    state = from_layout(path, floats, shards, family, config, rest, dtype)
+    state = read_weights(opened._replace(tensors=floats), family, config, rest, dtype)
     if not grouped:
         model.load_state_dict(state, assign=True)
         return model.eval()

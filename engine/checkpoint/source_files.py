@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from peakgpt.engine.checkpoint.family import Family
-from peakgpt.engine.checkpoint.folder import CONFIG, QUANTIZATION, read_json
+from peakgpt.engine.checkpoint.folder import CONFIG, read_json
 from peakgpt.engine.model.config import GPTConfig
 
 GENERATION_CONFIG = "generation_config.json"
@@ -66,7 +66,6 @@ def json_files(
     ids = _token_ids(tokenizer, source)
     content = _with_source(family, config, source, family.config_json(config))
     content.pop("dtype", None)  # the name of torch_dtype in newer releases
-    content.pop(QUANTIZATION, None)  # of the source's weights
     files = {CONFIG: {**content, **ids, "torch_dtype": str(dtype).removeprefix("torch.")}}
     if generation := source_files.get(GENERATION_CONFIG):
         replaced = {name: value for name, value in ids.items() if value != source.get(name)}

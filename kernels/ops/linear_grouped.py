@@ -19,7 +19,7 @@ from torch import Tensor
 from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op, short_lived
 from peakgpt.kernels.ops.linear_quantized import ACTIVATIONS, outputs
-from peakgpt.kernels.ops.mlp import GATES
+from peakgpt.kernels.ops.mlp import OUTPUT_ACTIVATIONS
 from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, PANEL, dequantize_grouped, round_inputs, unpack_grouped
 
 
@@ -85,7 +85,8 @@ def linear_grouped(
     Args:
         x: (..., C) float32, bfloat16 or float16.
         w: (ceil(F / 16), ceil(C / 8) * bits / 4, 16, 4) uint8 panels; scale, offset: (ceil(F / 16), ceil(C / group),
-            16) float16: as `quantize.pack_grouped` makes them. offset may be None.
+            16) float16: as `quantize.pack_grouped` makes them. offset may be None; the scale of 4 bits without an
+            offset may be bfloat16.
         b: (F,) in x's dtype, or None.
         order: (C,) int32, a permutation: column i of the weight multiplies x[..., order[i]]. None: column i, x[..., i].
         out: F. Default: the size of b, else all outputs of the panels.
@@ -93,7 +94,7 @@ def linear_grouped(
         group: number of neighboring inputs that share a scale, a multiple of 8 up to 128.
         levels: of 4 bits, a key of LEVEL_TABLES.
         zero_points: offset has zero points: a weight is scale * (level - offset).
-        activation: "none", "gelu_tanh", "gelu_erf", "relu" or "silu".
+        activation: as in linear_q8.
     Returns:
         (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
     Raises:
@@ -104,4 +105,4 @@ def linear_grouped(
     parts = unpack_grouped(w, scale, offset, outputs(w, b, out), x.shape[-1], bits)
     weight = dequantize_grouped(*parts, x.shape[-1], group, levels, zero_points)
     y = F.linear(round_inputs(x, group), weight.to(x.dtype), b)
-    return y if activation == "none" else GATES[activation](y)
+    return y if activation == "none" else OUTPUT_ACTIVATIONS[activation](y)
