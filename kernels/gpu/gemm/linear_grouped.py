@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peakgpt.kernels.gpu import launch
-from peakgpt.kernels.gpu.gemm.activation import activate
+from peakgpt.kernels.gpu.gemm.activation import activate, up_factor
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 from peakgpt.kernels.ops.quantize import LEVEL_TABLES, PANEL
 
@@ -156,7 +156,9 @@ def linear_grouped_fwd(
     y = tl.sum(acc, 0)
     if b_ptr is not None:
         y += tl.load(b_ptr + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
-    if ACT is not None:
+    if ACT == "clamped_up":
+        y, _ = up_factor(y, "clamped_swiglu")
+    elif ACT is not None:
         y, _ = activate(y, ACT)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & live_n[None, :])
