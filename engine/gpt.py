@@ -18,11 +18,14 @@ from peakgpt.engine.checkpoint.gguf_weights import load_gguf
 from peakgpt.engine.checkpoint.model_folder import (
     MODEL_FILES,
     TokenizerFiles,
+    open_layout,
     read_config,
     read_source_files,
     read_weights,
     write_model,
 )
+from peakgpt.engine.checkpoint.mxfp4 import is_mxfp4, mxfp4_weights, without_method
+from peakgpt.engine.checkpoint.mxfp4_folder import load_mxfp4
 from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.model_source import locate
@@ -70,8 +73,8 @@ class GPT(Transformer):
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
             revision: of a model of the hub: a branch, a tag or a commit.
-            dequantize: decode the quantized weights of a .gguf file to this dtype, to train or to export the model.
-                Otherwise its linear layers multiply by the integers of the file.
+            dequantize: decode the quantized weights of a .gguf file or of an MXFP4 checkpoint to this dtype, to train
+                or to export the model. Otherwise its linear layers multiply by the integers of the file.
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
             OSError: a downloaded file cannot be written.
@@ -85,12 +88,17 @@ class GPT(Transformer):
         family, config = read_config(folder, dropout=dropout)
         model = cls._without_weights(config, Path(folder) / CONFIG)
         model.source_files = read_source_files(folder)
+        if is_mxfp4(model.source_files[CONFIG]):
+            if dequantize:
+                model.source_files[CONFIG] = without_method(model.source_files[CONFIG])
+            return load_mxfp4(folder, family, model, dtype, dequantize=dequantize)
         if form := read_format(folder):
             if dequantize:
                 raise ValueError(f"{folder}: got weights of {form.bits} bits, expected floats with dequantize=True")
             return read_quantized(folder, model, form, dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(read_weights(folder, family, config, shapes, dtype), assign=True)
+        weights = read_weights(open_layout(folder, family), family, config, shapes, dtype)
+        model.load_state_dict(weights, assign=True)
         return model.eval()
 
     @classmethod
@@ -113,6 +121,8 @@ class GPT(Transformer):
         Fields of config.json that peakgpt does not use, and generation_config.json, are those of the folder that the
         model was loaded from. An interrupted write keeps the old files.
 
+        MXFP4 weights are written as they were read, byte by byte.
+
         Args:
             folder: created if it does not exist.
             tokenizer: saved in the same folder, such as peakgpt's Tokenizer.
@@ -126,8 +136,10 @@ class GPT(Transformer):
         """
         if any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise ValueError("save_pretrained: got a quantized model, expected float weights; copy its folder instead")
-        state = {name: t.to(dtype or t.dtype) for name, t in {**self.state_dict(), **(weights or {})}.items()}
-        write_model(folder, self.config, state, tokenizer, max_shard_size, source_files=self.source_files)
+        mxfp4, state = mxfp4_weights(self), {**self.state_dict(), **(weights or {})}
+        not_floats = {*mxfp4, *(f"{name.removesuffix('weight')}scale" for name in mxfp4)}
+        state = {name: t.to(dtype or t.dtype) for name, t in state.items() if name not in not_floats}
+        write_model(folder, self.config, state, tokenizer, max_shard_size, self.source_files, mxfp4)
 
     @property
     def prepare_inputs_for_generation(self) -> Any:

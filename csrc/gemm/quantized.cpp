@@ -258,6 +258,8 @@ PEAK_INLINE Vec Activated(int activation, Vec v) {
     case static_cast<int>(Activation::kGeluErf): return GeluErf::Value(v);
     case static_cast<int>(Activation::kRelu): return Relu::Value(v);
     case static_cast<int>(Activation::kSilu): return Silu<T>::Value(v);
+    case static_cast<int>(Activation::kClampedSwiglu): return ClampedSwiglu<T>::Value(v);
+    case static_cast<int>(Activation::kClampedUp): return ClampedSwiglu<T>::Up(v);
     default: return v;
   }
 }

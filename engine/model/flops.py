@@ -50,7 +50,7 @@ def _mlp(config: GPTConfig, layer: int, active: bool) -> int:
     one = ups * (c + biased) * inner + (inner + biased) * c
     if not has_experts:
         return one
-    return (config.experts_per_token if active else config.experts) * one + c * config.experts
+    return (config.experts_per_token if active else config.experts) * one + (c + config.router_bias) * config.experts
 
 
 def matrix_count(config: GPTConfig) -> int:

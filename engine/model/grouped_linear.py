@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peakgpt.engine.model.plain import fusable
-from peakgpt.engine.model.quantized_linear import QuantizedLinear
+from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.kernels.ops.linear_grouped import linear_grouped
 from peakgpt.kernels.ops.quantize import LEVEL_TABLES, pack_grouped
 
@@ -66,3 +67,35 @@ class GroupedLinear(QuantizedLinear):
         super()._apply(fn, recurse)
         self.offset = None if offset is None else offset.to(self.offset.device)
         return self
+
+
+@fusable
+class GroupedExpertLinear(QuantizedExpertLinear):
+    """One linear layer with 4 bits and scales of groups for each of E experts, with stacked weights."""
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, inputs: int, form: GroupedFormat):
+        """
+        Args:
+            q, scale: (E, ...), those of a GroupedLinear of each expert, stacked.
+            bias: (E, F) or None.
+            inputs: C.
+            form: format of q.
+        """
+        super(QuantizedExpertLinear, self).__init__()
+        self.in_features, self.out_features, self.form = inputs, q.shape[1], form
+        packed = [pack_grouped(*parts, None)[:2] for parts in zip(q, scale, strict=True)]
+        for name, tensors in zip(("weight", "scale"), zip(*packed, strict=True), strict=True):
+            self.register_buffer(name, torch.stack(tensors))
+        self.register_buffer("bias", bias)
+
+    def _multiply(self, expert: int, rows: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias[expert]
+        return linear_grouped(
+            rows, self.weight[expert], self.scale[expert], None, bias, out=self.out_features, bits=self.form.bits,
+            group=self.form.group, levels=self.form.levels,
+        )  # fmt: skip
+
+    @property
+    def product_fields(self) -> dict[str, Any]:
+        levels, is_half = list(LEVEL_TABLES).index(self.form.levels), self.scale.dtype == torch.float16
+        return {"bits": self.form.bits, "block": self.form.group, "f16_scales": is_half, "levels": levels}

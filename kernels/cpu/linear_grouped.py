@@ -10,11 +10,14 @@ from peakgpt.kernels.cpu.linear_q8 import multiply, scale_objection
 from peakgpt.kernels.ops.quantize import LEVEL_TABLES
 
 
-def objection(x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None, *_, **__) -> str | None:
+def objection(x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None, *_, bits: int = 4, **__) -> str | None:
+    if scale.dtype == torch.bfloat16 and bits == 4 and offset is None:
+        return dtype_objection(x)
     wrong = [part for part in (scale, offset) if part is not None and part.dtype != torch.float16]
     return scale_objection(wrong[0], torch.float16) if wrong else dtype_objection(x)
 
 
 def forward(outputs, saved, x, w, scale, offset, b, *, out, bits, group, levels, activation):
     multiply(bits, outputs[0], x, w, scale, b, group, activation,
-             f16_scales=True, offset=offset, levels=list(LEVEL_TABLES).index(levels))  # fmt: skip
+             f16_scales=scale.dtype == torch.float16, offset=offset,
+             levels=list(LEVEL_TABLES).index(levels))  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op, short_lived
 from peakgpt.kernels.ops.linear_quantized import ACTIVATIONS, outputs
-from peakgpt.kernels.ops.mlp import GATES
+from peakgpt.kernels.ops.mlp import OUTPUT_ACTIVATIONS
 from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, PANEL, dequantize_grouped, round_inputs, unpack_grouped
 
 
@@ -73,13 +73,14 @@ def linear_grouped(
     Args:
         x: (..., C) float32, bfloat16 or float16.
         w: (ceil(F / 16), ceil(C / 8) * bits / 4, 16, 4) uint8 panels; scale, offset: (ceil(F / 16), ceil(C / group),
-            16) float16: as `quantize.pack_grouped` makes them. offset may be None.
+            16) float16: as `quantize.pack_grouped` makes them. offset may be None; the scale of 4 bits without an
+            offset may be bfloat16.
         b: (F,) in x's dtype, or None.
         out: F. Default: the size of b, else all outputs of the panels.
         bits: 8 or 4, of a weight.
         group: number of neighboring inputs that share a scale, a multiple of 8 up to 128.
         levels: of 4 bits, a key of LEVEL_TABLES.
-        activation: "none", "gelu_tanh", "gelu_erf", "relu" or "silu".
+        activation: as in linear_q8.
     Returns:
         (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
     Raises:
@@ -88,4 +89,4 @@ def linear_grouped(
     """
     parts = unpack_grouped(w, scale, offset, outputs(w, b, out), x.shape[-1], bits)
     y = F.linear(round_inputs(x, group), dequantize_grouped(*parts, x.shape[-1], group, levels).to(x.dtype), b)
-    return y if activation == "none" else GATES[activation](y)
+    return y if activation == "none" else OUTPUT_ACTIVATIONS[activation](y)

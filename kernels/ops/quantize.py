@@ -32,7 +32,8 @@ LEVEL_TABLES = {  # of 4-bit weights, in the order of kQuantizedLevels of csrc/g
     "normal": LEVELS,
     "signed": tuple(range(-8, 8)),
     "unsigned": tuple(range(16)),
-    "fp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),  # in halves: OCP Microscaling Formats 1.0, 5.3.3
+    # In halves: OCP Microscaling Formats 1.0, 5.3.3.
+    "fp4": (0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12),
 }
 GROUPS = (32, 64, 128)
 BLOCK = 128  # inputs that share a scale with 8-bit weights; with 4-bit weights the weights' group is used
@@ -154,14 +155,16 @@ def unpack_4(panels: Tensor, scale: Tensor, rows: int, width: int) -> tuple[Tens
 
 
 def pack_grouped(q: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pack a weight with scales of groups: q as in `pack_8` or `pack_4`, scales and offsets as in `pack_4`, float16.
+    """Pack a weight with scales of groups: q as in `pack_8` or `pack_4`, scales and offsets as in `pack_4`.
 
     Args:
         q: (F, C) int8, or (F, ceil(C / 2)) uint8.
-        scale, offset: (F, G) floating; offset may be None.
+        scale, offset: (F, G) floating; offset may be None. bfloat16 scales stay as they are: powers of two fit into it
+            that do not fit into float16. Others, and offsets, become float16.
     """
     w = pack_8(q) if q.dtype == torch.int8 else _pack_nibbles(q)
-    return w, _pack_scales(scale.half()), None if offset is None else _pack_scales(offset.half())
+    scale = scale if scale.dtype == torch.bfloat16 else scale.half()
+    return w, _pack_scales(scale), None if offset is None else _pack_scales(offset.half())
 
 
 def unpack_grouped(

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peakgpt.kernels.gpu import launch
-from peakgpt.kernels.gpu.gemm.activation import activate
+from peakgpt.kernels.gpu.gemm.activation import activate, up_factor
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
 
@@ -123,7 +123,8 @@ def experts_up_fwd(
             if gate_ptr is not None:
                 tl.store(gate_ptr + at, gate, mask=live)
             h, _ = activate(gate.to(tl.float32), ACT)
-            h *= pre.to(tl.float32)
+            up, _ = up_factor(pre.to(tl.float32), ACT)
+            h *= up
         else:
             h, _ = activate(pre.to(tl.float32), ACT)
         tl.store(h_ptr + at, h.to(dtype), mask=live)
@@ -182,9 +183,10 @@ def experts_hidden_bwd(
         pre = tl.load(pre_ptr + at, mask=live, other=0.0).to(tl.float32)
         if gate_ptr is not None:
             act, slope = activate(tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32), ACT)
-            h = act * pre
-            tl.store(dgate_ptr + at, (acc * weight * pre * slope).to(dtype), mask=live)
-            dpre = acc * weight * act
+            up, up_slope = up_factor(pre, ACT)
+            h = act * up
+            tl.store(dgate_ptr + at, (acc * weight * up * slope).to(dtype), mask=live)
+            dpre = acc * weight * act * up_slope
         else:
             h, slope = activate(pre, ACT)
             dpre = acc * weight * slope
@@ -337,11 +339,13 @@ def _variants(kernel: str):
         absent = dict.fromkeys(("gate_b_ptr", "b_ptr"))
         yield "saved", experts_up_fwd, {"ACT": "silu", **absent}
         yield "inference", experts_up_fwd, {"ACT": "silu", **absent, "gate_ptr": None, "pre_ptr": None}
+        yield "clamped, biases", experts_up_fwd, {"ACT": "clamped_swiglu"}
     elif kernel == "product":
         yield "down", experts_product, {"BY_N": True, **dict.fromkeys(("a2_ptr", "w2_ptr", "bias_ptr"))}
         yield "dx", experts_product, {"BY_N": False, "bias_ptr": None}
     elif kernel == "hidden":
         yield "gated", experts_hidden_bwd, {"ACT": "silu"}
+        yield "clamped", experts_hidden_bwd, {"ACT": "clamped_swiglu"}
     else:
         yield "dw_up", experts_dw, {"GATHER_A": False, "GATHER_B": True}
         yield "dw_down", experts_dw, {"GATHER_A": True, "GATHER_B": False}
