@@ -123,6 +123,11 @@ CASES = [
     ("embedding", {"batch": 3, "tokens": 9, "vocab": 33, "width": 65}, {}),
     ("embedding", {"batch": 2, "tokens": 70, "vocab": 3, "width": 64}, {}),
     ("embedding", {"batch": 2, "tokens": 9, "vocab": 33, "width": 65, "positions": 5}, {}),
+    ("muon", {"rows": 65, "columns": 129}, {"lr": 1.0}),
+    ("muon", {"rows": 129, "columns": 33}, {"lr": 1.0, "adjust_lr_fn": "original", "nesterov": False}),
+    ("muon", {"rows": 1, "columns": 17}, {"lr": 1.0, "momentum": 0.5, "ns_steps": 3}),
+    ("muon", {"rows": 300, "columns": 257}, {"lr": 1.0, "ns_coefficients": (2.0, -1.5, 0.5)}),
+    ("muon", {"rows": 0, "columns": 16}, {"lr": 1.0}),
     ("dropout", {"rows": 5, "width": 129}, {"p": 0.25}),
     ("dropout", {"rows": 0, "width": 16}, {"p": 0.5}),
     ("rotary", {"batch": 2, "tokens": 5, "heads": 3, "head_dim": 48, "pairs": 17}, {"heads": 2}),
@@ -289,6 +294,7 @@ LARGE_CASES = [
         {"n_head": 8},
     ),
     ("adamw", {"count": (1 << 20) + 1}, {"lr": 1e-2, "weight_decay": 0.1}),
+    ("muon", {"rows": 768, "columns": 3072}, {"lr": 1.0}),
     ("sum_of_squares", {"count": (1 << 20) + 1}, {}),
 ]
 

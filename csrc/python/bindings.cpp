@@ -23,6 +23,7 @@
 #include "ops/dropout.h"
 #include "ops/embedding.h"
 #include "ops/experts.h"
+#include "ops/muon.h"
 #include "ops/norm.h"
 #include "ops/peaks.h"
 #include "ops/qk_norm.h"
@@ -77,6 +78,8 @@ void DefineKernels(py::module_& m) {
   DefineKernel<GroupedGemmArgs, GroupedGemm>(m, "grouped_gemm");
   DefineKernel<PackArgs, PackB>(m, "pack_b");
   DefineKernel<QuantizedArgs, LinearQuantized>(m, "linear_quantized");
+  DefineKernel<MuonArgs, Muon>(m, "muon");
+  DefineKernel<MuonEachArgs, MuonEach>(m, "muon_each");
   DefineKernel<NormForwardArgs, NormForward>(m, "norm_forward");
   DefineKernel<NormBackwardArgs, NormBackward>(m, "norm_backward");
   DefineKernel<QKNormForwardArgs, QKNormForward>(m, "qk_norm_forward");
@@ -90,6 +93,11 @@ void DefineKernels(py::module_& m) {
   m.def(
       "packed_floats", [](int dtype, int64_t n, int64_t k) { return PackedFloats(static_cast<DType>(dtype), n, k); },
       py::kw_only(), py::arg("dtype"), py::arg("n"), py::arg("k"), "Return the number of floats that pack_b writes.");
+  m.def(
+      "muon_scratch",
+      [](int dtype, int64_t rows, int64_t columns) { return MuonScratch(static_cast<DType>(dtype), rows, columns); },
+      py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("columns"),
+      "Return the bytes of scratch that one worker of muon needs.");
 }
 
 void DefineMemory(py::module_& m) {
