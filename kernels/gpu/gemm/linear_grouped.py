@@ -157,7 +157,7 @@ def linear_grouped_fwd(
     if b_ptr is not None:
         y += tl.load(b_ptr + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
     if ACT == "clamped_up":
-        y, _ = up_factor(y, "clamped_swiglu")
+        y = up_factor(y, "clamped_swiglu")
     elif ACT is not None:
         y, _ = activate(y, ACT)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
