@@ -8,12 +8,14 @@ a whole row cut at the wrong place; g_idx not checked; the bias of another layer
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from packed_checkpoints import IDS, write_checkpoint
+from packed_checkpoints import IDS, pack_layer, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from peakgpt.cli import main
+from peakgpt.engine.checkpoint.packed_layers import packed_format, unpack
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine
@@ -75,6 +77,20 @@ def test_weights_are_read_without_loss_and_logits_are_those_of_transformers(fami
             rounded = ours(IDS)
         assert (rounded - expected).norm() < 0.1 * expected.norm()  # inputs are rounded to 8 bits
         assert (ours(IDS) - rounded).norm() < 0.03 * rounded.norm()  # other last bits may round to another integer
+
+
+@pytest.mark.parametrize("group", (-1, 256, 136))
+@pytest.mark.parametrize("method", ("gptq", "awq"))
+def test_groups_of_more_than_128_inputs_are_cut_without_loss(method, group):
+    inputs = np.arange(400) // (400 if group == -1 else group)
+    orders = (None,) if method == "awq" else (None, np.random.default_rng(1).permutation(inputs))
+    for order in orders:
+        tensors, expected = pack_layer(np.random.default_rng(0), "a", 16, 400, method=method, group=group,
+                                       groups_of=order)  # fmt: skip
+        form = packed_format({"quant_method": method, "bits": 4, "group_size": group})
+        layer = unpack({name.removeprefix("a."): tensor for name, tensor in tensors.items()}, form, 400, 16)
+        assert torch.equal(layer.weight(form).double(), expected)
+        assert layer.scale.shape == (16, -(-400 // form.block())) and form.block() == (8 if group == 136 else 128)
 
 
 @pytest.mark.parametrize(("family", "packing"), [("llama", "gptq, act-order"), ("gpt2", "gptq"), ("qwen2", "awq")])
