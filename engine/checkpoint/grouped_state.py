@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peakgpt.engine.checkpoint.quantized_weights import with_layers
 from peakgpt.engine.model.grouped_linear import GroupedFormat, GroupedLinear
-from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD
+from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD, QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.ops.quantize import unpack_grouped
 
@@ -23,7 +23,11 @@ OPTIONAL = ("offset", "order")
 
 
 def grouped_state(model: Transformer) -> tuple[dict[str, Tensor], Forms]:
-    """Return the tensors of a model, and the formats of its GroupedLinear layers."""
+    """Return the tensors of a model, and the formats of its GroupedLinear layers.
+
+    Raises:
+        ValueError: the model has quantized layers of other kinds.
+    """
     tensors, forms = dict(model.state_dict()), {}
     for name, layer in model.named_modules():
         if isinstance(layer, GroupedLinear):
@@ -35,6 +39,9 @@ def grouped_state(model: Transformer) -> tuple[dict[str, Tensor], Forms]:
                 tensors.pop(f"{name}.{kind}", None)
             parts = {"q": q, "scale": scale, "offset": offset, "order": layer.order}
             tensors |= {f"{name}.{kind}": part.contiguous() for kind, part in parts.items() if part is not None}
+        elif isinstance(layer, QuantizedLinear | QuantizedExpertLinear):
+            raise ValueError(f"save_pretrained: {name} is a {type(layer).__name__}, expected floats or integers of a "
+                             ".gguf file, GPTQ or AWQ in all layers; copy the folder instead")  # fmt: skip
     return tensors, forms
 
 
