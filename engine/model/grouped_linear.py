@@ -58,8 +58,7 @@ class GroupedLinear(QuantizedLinear):
 
     @property
     def product_fields(self) -> dict[str, Any]:
-        levels = list(LEVEL_TABLES).index(self.form.levels)
-        return {"bits": self.form.bits, "block": self.form.group, "f16_scales": True, "levels": levels}
+        return _product_fields(self.form, self.scale)
 
     def _apply(self, fn, recurse=True):
         """Move as torch does, but keep the dtype of scales and offsets when the model is cast."""
@@ -71,7 +70,7 @@ class GroupedLinear(QuantizedLinear):
 
 @fusable
 class GroupedExpertLinear(QuantizedExpertLinear):
-    """One linear layer with 4 bits and scales of groups for each of E experts, with stacked weights."""
+    """One linear layer with scales of groups for each of E experts, with stacked weights and without offsets."""
 
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, inputs: int, form: GroupedFormat):
         """
@@ -97,5 +96,9 @@ class GroupedExpertLinear(QuantizedExpertLinear):
 
     @property
     def product_fields(self) -> dict[str, Any]:
-        levels, is_half = list(LEVEL_TABLES).index(self.form.levels), self.scale.dtype == torch.float16
-        return {"bits": self.form.bits, "block": self.form.group, "f16_scales": is_half, "levels": levels}
+        return _product_fields(self.form, self.scale)
+
+
+def _product_fields(form: GroupedFormat, scale: Tensor) -> dict[str, Any]:
+    levels, is_half = list(LEVEL_TABLES).index(form.levels), scale.dtype == torch.float16
+    return {"bits": form.bits, "block": form.group, "f16_scales": is_half, "levels": levels}
