@@ -11,7 +11,7 @@ from torch import Tensor
 from peakgpt.engine.model.plain import fusable
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.kernels.ops.linear_grouped import linear_grouped
-from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, pack_grouped
+from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, pack_grouped, unpack_grouped
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,13 @@ class GroupedLinear(QuantizedLinear):
             group=self.form.group, levels=self.form.levels, zero_points=self.form.zero_points, activation=activation,
         )  # fmt: skip
 
+    def unpacked(self) -> dict[str, Tensor | None]:
+        """Return q, scale, offset and order, as __init__ takes them."""
+        sizes = self.out_features, self.in_features, self.form.bits
+        q, scale, offset = unpack_grouped(self.weight, self.scale, self.offset, *sizes)
+        offset = None if offset is None else offset.contiguous()
+        return {"q": q.contiguous(), "scale": scale.contiguous(), "offset": offset, "order": self.order}
+
     @property
     def product_fields(self) -> dict[str, Any]:
         return _product_fields(self.form, self.scale)
@@ -100,6 +107,12 @@ class GroupedExpertLinear(QuantizedExpertLinear):
         for name, tensors in zip(("weight", "scale"), zip(*packed, strict=True), strict=True):
             self.register_buffer(name, torch.stack(tensors))
         self.register_buffer("bias", bias)
+
+    def unpacked(self) -> dict[str, Tensor]:
+        """Return q and scale, as __init__ takes them."""
+        sizes = self.out_features, self.in_features, self.form.bits
+        each = [unpack_grouped(w, scale, None, *sizes)[:2] for w, scale in zip(self.weight, self.scale, strict=True)]
+        return {name: torch.stack(parts) for name, parts in zip(("q", "scale"), zip(*each, strict=True), strict=True)}
 
     def _multiply(self, expert: int, rows: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias[expert]

@@ -311,6 +311,11 @@ def test_products_with_experts_read_their_integers(kind, count, tmp_path):
         assert own < 0.03 * expected.norm() if count else own == 0
     assert not count or (greedy(path, 1)[0] - expected).norm() < 2 * own
     assert not Engine(ours).executor_note
+    ours.save_pretrained(tmp_path / "saved")
+    again = GPT.from_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/quantised.safetensors").exists() == (kind == "Q8_0")  # others are folders of transformers
+    assert again.config == ours.config
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in ours.state_dict().items())
 
 
 def test_exact_scales_are_silent_and_rounded_ones_are_shown(tmp_path):
