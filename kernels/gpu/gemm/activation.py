@@ -46,11 +46,15 @@ def activate(x, ACT: tl.constexpr):
 
 @triton.jit
 def up_factor(x, ACT: tl.constexpr):
-    """Return (u, du/dx) of a float32 tile of a gated layer, h = act(gate) u: u is x itself for most activations."""
+    """Return u of a gated layer, h = act(gate) u, from a float32 tile of its other product: x itself for most."""
     if ACT == "clamped_swiglu":
-        y = tl.where(x > _LIMIT, _LIMIT, tl.where(x < -_LIMIT, -_LIMIT, x)) + 1.0
-        dy = tl.where((x > _LIMIT) | (x < -_LIMIT), 0.0, 1.0)
-    else:
-        y = x
-        dy = 1.0
-    return y, dy
+        x = tl.where(x > _LIMIT, _LIMIT, tl.where(x < -_LIMIT, -_LIMIT, x)) + 1.0
+    return x
+
+
+@triton.jit
+def up_gradient(du, x, ACT: tl.constexpr):
+    """Return the gradient of x from that of u = up_factor(x)."""
+    if ACT == "clamped_swiglu":
+        du = tl.where((x > _LIMIT) | (x < -_LIMIT), 0.0, du)
+    return du

@@ -128,8 +128,7 @@ def skinny_gemm_fwd(
     if gate_w_ptr is not None:
         gate = _bias_and_store(gate_acc, gate_b_ptr, gate_pre_ptr, n, at, live, N)
         gate, _ = activate(gate.to(dtype).to(tl.float32), ACT)
-        up, _ = up_factor(_bias_and_store(acc, b_ptr, pre_ptr, n, at, live, N).to(dtype).to(tl.float32), ACT)
-        y = gate * up
+        y = gate * up_factor(_bias_and_store(acc, b_ptr, pre_ptr, n, at, live, N).to(dtype).to(tl.float32), ACT)
     else:
         y = _bias_and_store(acc, b_ptr, pre_ptr, n, at, live, N)
         if ACT is not None:
