@@ -180,6 +180,9 @@ class Session:
                            seed=self.config.seed)  # fmt: skip
         ids = torch.tensor([self.tokenizer.encode(PROMPT)], device=self.device)
         left_s, token_s = budget.left_s("decoding"), (budget.clock() - start_s) / SAMPLE_TOKENS
+        if left_s == 0:  # a comparison has three rounds, however long they take
+            console.print("no time left to compare decoding")
+            return text
         count = int(min(128, max(8, left_s / (DECODINGS * token_s))))
         try:
             found.results += compare_decoding(self.model, ids, count=count, budget_s=left_s)
