@@ -14,7 +14,10 @@ void SkinnySums(const float* a, const T* b, int64_t stride, int64_t lanes, int64
   for (Vec& sum : sums) sum = Set(0.0f);
   for (int64_t at = 0; at < depth; at += kStep) {
     Vec right[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) right[j] = j < lanes ? LoadSlots(b + j * stride + at, depth - at) : Set(0.0f);
+    for (int64_t j = 0; j < kLanes; ++j) {
+      right[j] = j < lanes ? LoadSlots(b + j * stride + at, depth - at) : Set(0.0f);
+      __builtin_prefetch(b + (j + kLanes) * stride + at, 0, 2);  // the next columns, to the second-level cache
+    }
     Transpose(right);
     const int64_t slots = std::min<int64_t>(kLanes, (depth - at + kSlot<T> - 1) / kSlot<T>);
     for (int64_t s = 0; s < slots; ++s, a += kPanelRows) {
@@ -37,7 +40,7 @@ void SkinnyAlong(const GemmArgs& args, int64_t depth, const float* a, int64_t be
                            tile + j);
       }
     }
-    FinishTile<T>(args, tile, 0, column);
+    for (int64_t i = 0; i < kM; i += kRows) FinishTile<T>(args, tile + i * kColumns, i, column);
   }
 }
 
