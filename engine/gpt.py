@@ -18,18 +18,24 @@ from peakgpt.engine.checkpoint.gguf_weights import load_gguf
 from peakgpt.engine.checkpoint.model_folder import (
     MODEL_FILES,
     TokenizerFiles,
+    open_layout,
     read_config,
     read_source_files,
     read_weights,
     write_model,
 )
-from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
+from peakgpt.engine.checkpoint.mxfp4 import is_mxfp4, mxfp4_weights, without_method
+from peakgpt.engine.checkpoint.mxfp4_folder import load_mxfp4
+from peakgpt.engine.checkpoint.packed_layers import PackedFormat
+from peakgpt.engine.checkpoint.packed_weights import load_packed
+from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized, write_grouped
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream, with_arguments
 from peakgpt.engine.inference.generation_config import GenerationConfig, generation_config
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.grouped_linear import GroupedLinear
 from peakgpt.engine.model.positions import left_padding_start
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
@@ -70,8 +76,8 @@ class GPT(Transformer):
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
             revision: of a model of the hub: a branch, a tag or a commit.
-            dequantize: decode the quantized weights of a .gguf file to this dtype, to train or to export the model.
-                Otherwise its linear layers multiply by the integers of the file.
+            dequantize: decode the quantized weights of a .gguf file, or of an MXFP4, GPTQ or AWQ checkpoint, to this
+                dtype: to train or to export the model. Otherwise its linear layers multiply by their integers.
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
             OSError: a downloaded file cannot be written.
@@ -85,12 +91,22 @@ class GPT(Transformer):
         family, config = read_config(folder, dropout=dropout)
         model = cls._without_weights(config, Path(folder) / CONFIG)
         model.source_files = read_source_files(folder)
-        if form := read_format(folder):
+        if is_mxfp4(model.source_files[CONFIG]):
             if dequantize:
-                raise ValueError(f"{folder}: got weights of {form.bits} bits, expected floats with dequantize=True")
+                model.source_files[CONFIG] = without_method(model.source_files[CONFIG])
+            return load_mxfp4(folder, family, model, dtype, dequantize=dequantize)
+        form = read_format(folder)
+        if isinstance(form, PackedFormat):
+            model.source_files[CONFIG] = without_method(model.source_files[CONFIG])
+            return load_packed(folder, model, family, form, dtype, dequantize=dequantize)
+        if form is not None:
+            if dequantize:
+                raise ValueError(f"{folder}: got quantized weights of peakgpt, expected others with dequantize=True: "
+                                 "floats, GPTQ, AWQ or a .gguf file")  # fmt: skip
             return read_quantized(folder, model, form, dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        model.load_state_dict(read_weights(folder, family, config, shapes, dtype), assign=True)
+        weights = read_weights(open_layout(folder, family), family, config, shapes, dtype)
+        model.load_state_dict(weights, assign=True)
         return model.eval()
 
     @classmethod
@@ -111,7 +127,10 @@ class GPT(Transformer):
         """Save in the Hugging Face layout of its family, or in our own layout, with a warning, if it has no family.
 
         Fields of config.json that peakgpt does not use, and generation_config.json, are those of the folder that the
-        model was loaded from. An interrupted write keeps the old files.
+        model was loaded from. An interrupted write keeps the old files. A model that multiplies by the integers of a
+        .gguf file, GPTQ or AWQ is saved with these integers, in a folder that only peakgpt reads.
+
+        MXFP4 weights are written as they were read, byte by byte.
 
         Args:
             folder: created if it does not exist.
@@ -122,12 +141,20 @@ class GPT(Transformer):
                 None writes one file.
         Raises:
             OSError: the folder cannot be written.
-            ValueError: the model is quantized, has adapters that are not merged, or max_shard_size is not a size.
+            ValueError: the model was quantized by peakgpt, has adapters that are not merged, or max_shard_size is not a
+                size; or a quantized model and weights or max_shard_size, which it would ignore.
         """
+        if any(isinstance(module, GroupedLinear) for module in self.modules()):
+            if weights is not None or max_shard_size is not None:
+                raise ValueError("save_pretrained: got weights or max_shard_size, expected none for a quantized model")
+            write_grouped(folder, self, tokenizer, self.source_files, dtype)
+            return
         if any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise ValueError("save_pretrained: got a quantized model, expected float weights; copy its folder instead")
-        state = {name: t.to(dtype or t.dtype) for name, t in {**self.state_dict(), **(weights or {})}.items()}
-        write_model(folder, self.config, state, tokenizer, max_shard_size, source_files=self.source_files)
+        mxfp4, state = mxfp4_weights(self), {**self.state_dict(), **(weights or {})}
+        not_floats = {*mxfp4, *(f"{name.removesuffix('weight')}scale" for name in mxfp4)}
+        state = {name: t.to(dtype or t.dtype) for name, t in state.items() if name not in not_floats}
+        write_model(folder, self.config, state, tokenizer, max_shard_size, self.source_files, mxfp4)
 
     @property
     def prepare_inputs_for_generation(self) -> Any:

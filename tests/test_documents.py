@@ -94,6 +94,7 @@ def insert(file, diff):
     file.write_text("\n".join(lines))
 
 
+@pytest.mark.slow
 def test_guide_to_add_an_op_passes_the_op_tests_and_the_static_check(tmp_path):
     """Values, gradients, autocast, opcheck, compilation and cost, with the C++ backend and the Triton backend."""
     follow_guide(tmp_path)

@@ -17,9 +17,10 @@ PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, 
   } else if constexpr (kEpilogue == Epilogue::kGateSlope) {
     Vec slope;
     const int64_t at = i * args.n + j;
-    const Vec gate = Act::ValueAndSlope(Load(static_cast<const T*>(args.gate) + at, n), &slope), up = Load(pre, n);
+    const Vec gate = Act::ValueAndSlope(Load(static_cast<const T*>(args.gate) + at, n), &slope);
+    const Vec value = Load(pre, n), up = Act::Up(value);
     Store(static_cast<T*>(args.dgate) + at, sum * up * slope, n);
-    Store(c, sum * gate, n);
+    Store(c, Act::UpSlope(value, sum * gate), n);
     if (args.act != nullptr) Store(static_cast<T*>(args.act) + at, gate * up, n);
   } else {
     if (args.bias != nullptr) sum = sum + Load(static_cast<const T*>(args.bias) + j, n);
@@ -28,7 +29,7 @@ PEAK_INLINE void FinishVec(const GemmArgs& args, Vec sum, int64_t i, int64_t j, 
       sum = Act::Value(sum);
     } else if constexpr (kEpilogue == Epilogue::kGate) {
       if (pre != nullptr) Store(pre, sum, n);
-      sum = Act::Value(Load(static_cast<const T*>(args.gate) + i * args.n + j, n)) * sum;
+      sum = Act::Value(Load(static_cast<const T*>(args.gate) + i * args.n + j, n)) * Act::Up(sum);
     }
     Store(c, sum, n);
   }
@@ -66,6 +67,8 @@ void FinishWith(const GemmArgs& args, const float* sums, int64_t row, int64_t co
     case Activation::kGeluErf: return Finish<T, T, kEpilogue, GeluErf>(args, sums, row, column);
     case Activation::kRelu: return Finish<T, T, kEpilogue, Relu>(args, sums, row, column);
     case Activation::kSilu: return Finish<T, T, kEpilogue, Silu<T>>(args, sums, row, column);
+    case Activation::kClampedSwiglu: return Finish<T, T, kEpilogue, ClampedSwiglu<T>>(args, sums, row, column);
+    case Activation::kClampedUp: return;
   }
 }
 

@@ -14,16 +14,25 @@
 
 namespace peak {
 
-enum class Activation : int { kGeluTanh = 0, kGeluErf = 1, kRelu = 2, kSilu = 3 };
+// kClampedUp is the other factor of a layer that kClampedSwiglu gates; only quantized products have it.
+enum class Activation : int {
+  kGeluTanh = 0,
+  kGeluErf = 1,
+  kRelu = 2,
+  kSilu = 3,
+  kClampedSwiglu = 4,
+  kClampedUp = 5,
+};
 
-// How a tile of sums s = a b is written. act is the activation, act' its derivative.
+// How a tile of sums s = a b is written. act is the activation, act' its derivative; up is as in simd/activations.h, the
+// identity for most activations.
 enum class Epilogue : int {
   kStore = 0,      // c = s + bias
   kAdd = 1,        // c += s
   kActivate = 2,   // pre = s + bias, c = act(pre)
   kSlope = 3,      // c = s act'(pre), act = act(pre)
-  kGate = 4,       // pre = s + bias, c = act(gate) pre
-  kGateSlope = 5,  // c = s act(gate), dgate = s pre act'(gate), act = act(gate) pre
+  kGate = 4,       // pre = s + bias, c = act(gate) up(pre)
+  kGateSlope = 5,  // c = s act(gate) up'(pre), dgate = s up(pre) act'(gate), act = act(gate) up(pre)
 };
 
 struct GemmArgs {

@@ -46,9 +46,10 @@ void HiddenRows(const HiddenBackwardArgs& args, int64_t begin, int64_t end) {
         Store(g + i, dh * slope * weight, n);
       } else {
         const Vec act = Act::ValueAndSlope(Load(gate + i, n), &slope);
-        hidden = act * value;
-        Store(static_cast<T*>(args.dgate) + first + i, dh * value * slope * weight, n);
-        Store(g + i, dh * act * weight, n);
+        const Vec other = Act::Up(value);
+        hidden = act * other;
+        Store(static_cast<T*>(args.dgate) + first + i, dh * other * slope * weight, n);
+        Store(g + i, Act::UpSlope(value, dh * act * weight), n);
       }
       if (args.hidden != nullptr) Store(static_cast<T*>(args.hidden) + first + i, hidden * weight, n);
       sum = Fma(dh, hidden, sum);
@@ -64,6 +65,8 @@ void HiddenRowsOf(const HiddenBackwardArgs& args, int64_t begin, int64_t end) {
     case Activation::kGeluErf: return HiddenRows<T, GeluErf>(args, begin, end);
     case Activation::kRelu: return HiddenRows<T, Relu>(args, begin, end);
     case Activation::kSilu: return HiddenRows<T, Silu<T>>(args, begin, end);
+    case Activation::kClampedSwiglu: return HiddenRows<T, ClampedSwiglu<T>>(args, begin, end);
+    case Activation::kClampedUp: return;
   }
 }
 

@@ -60,7 +60,8 @@ PEAK_OPTIONAL_FIELDS(CombineChoicesArgs, weights)
 
 void CombineChoices(const CombineChoicesArgs& args, int threads);
 
-// Backward of w h with h = act(up), or act(gate) up, for the weight w of each row; g is the gradient of w h / w:
+// Backward of w h with h = act(up), or act(gate) Up(up) (simd/activations.h), for the weight w of each row; g is the
+// gradient of w h / w:
 // dweight = g . h, dup and dgate are overwritten or written, scaled by w.
 struct HiddenBackwardArgs {
   DType dtype;

@@ -68,6 +68,11 @@ GemmArgs Product(int64_t rows, const void* a, int64_t k, void* c, int64_t n, DTy
   return args;
 }
 
+void Activate(GemmArgs& args, Epilogue epilogue, Activation activation) {
+  args.epilogue = epilogue;
+  args.activation = activation;
+}
+
 }  // namespace
 
 ExpertsRun::ExpertsRun(const ExpertsStep& step, DType dtype, int64_t rows, const Weight& router,
@@ -107,12 +112,16 @@ void ExpertsRun::Hidden(const ExpertWeights* gate, const ExpertWeights& up) cons
   const bool fused = gate == nullptr || up.HasGate();
   if (gate != nullptr) {
     GemmArgs args = Product(choices_, sorted_, gate->k, gate_, gate->n, dtype_, step_.gate_bias);
-    if (!fused) Activate(args, Epilogue::kActivate);
+    if (!fused) Activate(args, Epilogue::kActivate, step_.activation);
     gate->Multiply(args, offsets_, scratch_);
   }
   GemmArgs args = Product(choices_, sorted_, up.k, hidden_, up.n, dtype_, step_.up_bias);
   args.gate = gate_;
-  if (fused) Activate(args, gate == nullptr ? Epilogue::kActivate : Epilogue::kGate);
+  if (fused) {
+    Activate(args, gate == nullptr ? Epilogue::kActivate : Epilogue::kGate, step_.activation);
+  } else if (step_.activation == Activation::kClampedSwiglu) {
+    Activate(args, Epilogue::kActivate, Activation::kClampedUp);
+  }
   up.Multiply(args, offsets_, scratch_);
   if (fused) return;
   MultiplyElements(dtype_, gate_, choices_ * up.n, hidden_, threads_);
@@ -122,11 +131,6 @@ void ExpertsRun::Combine(const ExpertWeights& down, char* out) const {
   const GemmArgs args = Product(choices_, hidden_, down.k, results_, down.n, dtype_, step_.down_bias);
   down.Multiply(args, offsets_, scratch_);
   CombineChoices({dtype_, rows_, step_.choices, down.n, results_, position_, out, weights_}, threads_);
-}
-
-void ExpertsRun::Activate(GemmArgs& args, Epilogue epilogue) const {
-  args.epilogue = epilogue;
-  args.activation = step_.activation;
 }
 
 }  // namespace peak

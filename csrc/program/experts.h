@@ -91,8 +91,6 @@ class ExpertsRun {
   void Combine(const ExpertWeights& down, char* out) const;
 
  private:
-  void Activate(GemmArgs& args, Epilogue epilogue) const;
-
   const ExpertsStep& step_;
   DType dtype_;
   int64_t rows_, choices_;

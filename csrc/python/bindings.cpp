@@ -23,6 +23,7 @@
 #include "ops/dropout.h"
 #include "ops/embedding.h"
 #include "ops/experts.h"
+#include "ops/muon.h"
 #include "ops/norm.h"
 #include "ops/peaks.h"
 #include "ops/qk_norm.h"
@@ -76,6 +77,8 @@ void DefineKernels(py::module_& m) {
   DefineKernel<GemmArgs, Gemm>(m, "gemm");
   DefineKernel<GroupedGemmArgs, GroupedGemm>(m, "grouped_gemm");
   DefineKernel<QuantizedArgs, LinearQuantized>(m, "linear_quantized");
+  DefineKernel<MuonArgs, Muon>(m, "muon");
+  DefineKernel<MuonEachArgs, MuonEach>(m, "muon_each");
   DefineKernel<NormForwardArgs, NormForward>(m, "norm_forward");
   DefineKernel<NormBackwardArgs, NormBackward>(m, "norm_backward");
   DefineKernel<QKNormForwardArgs, QKNormForward>(m, "qk_norm_forward");
@@ -86,6 +89,11 @@ void DefineKernels(py::module_& m) {
   DefineKernel<PeakStreamArgs, PeakStream>(m, "peak_stream");
   m.def("peak_loop", &PeakLoop, py::kw_only(), py::arg("loop"), py::arg("iterations"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "Run a loop of multiply-adds and return its number of operations.");
+  m.def(
+      "muon_scratch",
+      [](int dtype, int64_t rows, int64_t columns) { return MuonScratch(static_cast<DType>(dtype), rows, columns); },
+      py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("columns"),
+      "Return the bytes of scratch that one worker of muon needs.");
 }
 
 void DefineMemory(py::module_& m) {

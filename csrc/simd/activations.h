@@ -1,9 +1,15 @@
 // Activations and their derivatives (slopes) of Vecs. Included once per instruction set, after simd.h.
 
+// A gated layer computes h = Act::Value(gate) Act::Up(up). UpSlope is d Up'(up). This is Up of most activations.
+struct PlainUp {
+  static PEAK_INLINE Vec Up(Vec up) { return up; }
+  static PEAK_INLINE Vec UpSlope(Vec, Vec d) { return d; }
+};
+
 // x/2 (1 + tanh u) = x s with s = 1 / (1 + 2^t), t = -2 u log2 e: no cancellation in the left tail.
 // u = k (x + 0.044715 x^3), k = sqrt(2 / pi). The precision is that of T, the type of the operands. V is Vec or Many.
 template <class T>
-struct GeluTanh {
+struct GeluTanh : PlainUp {
   template <class V>
   static PEAK_INLINE V Gate(const V& x, const V& square) {
     const V t = x * Fma(square, Set(-0.1029432396f), Set(-2.3022081981f));
@@ -23,7 +29,7 @@ struct GeluTanh {
   }
 };
 
-struct GeluErf {
+struct GeluErf : PlainUp {
   static PEAK_INLINE Vec Cdf(Vec x) { return Fma(Erf(x * Set(0.70710678118f)), Set(0.5f), Set(0.5f)); }
   static PEAK_INLINE Vec Value(Vec x) { return x * Cdf(x); }
   // slope = Phi(x) + x phi(x).
@@ -34,7 +40,7 @@ struct GeluErf {
   }
 };
 
-struct Relu {
+struct Relu : PlainUp {
   static PEAK_INLINE Vec Value(Vec x) { return Max(Set(0.0f), x); }
   static PEAK_INLINE Vec ValueAndSlope(Vec x, Vec* slope) {
     *slope = Select(Greater(x, Set(0.0f)), Set(1.0f), Set(0.0f));
@@ -44,7 +50,7 @@ struct Relu {
 
 // x s with s = 1 / (1 + e^-x); slope = s + x s (1 - s).
 template <class T>
-struct Silu {
+struct Silu : PlainUp {
   static PEAK_INLINE Vec Gate(Vec x) { return Reciprocal<T>(Exp2<T>(x * Set(-1.4426950409f)) + Set(1.0f)); }
   static PEAK_INLINE Vec Value(Vec x) { return x * Gate(x); }
   static PEAK_INLINE Vec ValueAndSlope(Vec x, Vec* slope) {
@@ -52,6 +58,25 @@ struct Silu {
     *slope = Fnma(value, s, s + value);
     return value;
   }
+};
+
+// The clamped SwiGLU (kernels/ops/mlp.py). Act is of a = min(gate, limit): a s with s = 1 / (1 + e^(-alpha a)), slope =
+// s + alpha a s (1 - s) up to the limit. Up is 1 + up, with up clamped to +-limit. NaN stays NaN.
+template <class T>
+struct ClampedSwiglu {
+  static constexpr float kLimit = 7.0f, kAlpha = 1.702f;
+  static PEAK_INLINE Vec Gate(Vec a) { return Reciprocal<T>(Exp2<T>(a * Set(-1.4426950409f * kAlpha)) + Set(1.0f)); }
+  static PEAK_INLINE Vec Value(Vec x) {
+    const Vec a = Min(Set(kLimit), x);
+    return a * Gate(a);
+  }
+  static PEAK_INLINE Vec ValueAndSlope(Vec x, Vec* slope) {
+    const Vec a = Min(Set(kLimit), x), s = Gate(a), value = a * s;
+    *slope = Select(Greater(x, Set(kLimit)), Set(0.0f), Fma(Fnma(value, s, value), Set(kAlpha), s));
+    return value;
+  }
+  static PEAK_INLINE Vec Up(Vec up) { return Max(Set(-kLimit), Min(Set(kLimit), up)) + Set(1.0f); }
+  static PEAK_INLINE Vec UpSlope(Vec up, Vec d) { return Select(Greater(Abs(up), Set(kLimit)), Set(0.0f), d); }
 };
 
 // tanh(x) with a relative error of 2e-7: x + x^3 P(x^2) near 0, 1 - 2 g outside, with g = 1 / (1 + e^(2 |x|)); P is that

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from peakgpt.engine.checkpoint.families_llama import LLAMA
+from peakgpt.engine.checkpoint.families_llama import LLAMA, types_by_period
 from peakgpt.engine.checkpoint.family import Field, FieldGroup, with_defaults
-from peakgpt.engine.checkpoint.layer_fields import bias_fields, uniform_window_fields
+from peakgpt.engine.checkpoint.layer_fields import bias_fields, uniform_window_fields, window_fields
 from peakgpt.engine.checkpoint.rope_fields import rope_fields
+from peakgpt.engine.checkpoint.row_orders import alternating_gate_and_up
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.kernels.ops.mlp import SWIGLU_ALPHA, SWIGLU_LIMIT
 
 EXPERTS = {"gated_experts": True, "balance_over": "model"}
 
@@ -54,13 +56,27 @@ def _optional_window() -> FieldGroup:
     return FieldGroup((*group.names, "use_sliding_window", "max_window_layers"), read, write)
 
 
+def _attention_bias() -> FieldGroup:
+    """Return the field that says whether attention has biases, in a family whose experts always have some."""
+
+    def read(content: Mapping[str, Any]) -> dict[str, Any]:
+        return {"bias": (*(("qkv", "out") if content.get("attention_bias", True) else ()), "mlp")}
+
+    def write(config: GPTConfig) -> dict[str, Any]:
+        return {"attention_bias": config.has_bias("qkv")}
+
+    return FieldGroup(("attention_bias",), read, write)
+
+
 def expert_names(module: str, *, gate: str, up: str, down: str) -> dict[str, str]:
     """Return the rows of `Family.names` for the experts of a layer, one module each: MODULE.{}.GATE."""
     names = {"c_gate": gate, "c_fc": up, "c_proj": down}
     return {f"transformer.h.{{}}.mlp.experts.{ours}": f"{module}.{{}}.{theirs}" for ours, theirs in names.items()}
 
 
-MIXTRAL = "model.layers.{}.block_sparse_moe"
+MIXTRAL, GPT_OSS = "model.layers.{}.block_sparse_moe", "model.layers.{}.mlp"
+GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                "original_max_position_embeddings": 4096}  # fmt: skip
 
 EXPERT_FAMILIES = (
     replace(
@@ -129,5 +145,41 @@ EXPERT_FAMILIES = (
             "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
             "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
         },
+    ),
+    replace(
+        LLAMA,
+        model_type="gpt_oss",
+        architecture="GptOssForCausalLM",
+        fields=(
+            *with_defaults(
+                tuple(field for field in LLAMA.fields if field.name != "activation"), num_hidden_layers=36,
+                num_attention_heads=64, num_key_value_heads=8, hidden_size=2880, head_dim=64, intermediate_size=2880,
+                max_position_embeddings=131072, vocab_size=201088, rms_norm_eps=1e-5,
+            ),
+            Field("experts", "num_local_experts", 128),
+            Field("experts_per_token", "num_experts_per_tok", 4),
+        ),
+        constants={
+            **LLAMA.constants, **EXPERTS, "experts_every": 1, "activation": "clamped_swiglu", "router_bias": True,
+            "attention_sinks": True,
+        },
+        fixed={"hidden_act": "silu", "swiglu_limit": SWIGLU_LIMIT, "swiglu_alpha": SWIGLU_ALPHA},
+        groups=(
+            rope_fields(theta=150000.0, default=GPT_OSS_ROPE),
+            window_fields(128, types_by_period(2)),
+            _attention_bias(),
+            balance_fields(0.001),
+        ),
+        names={
+            **LLAMA.names,
+            "transformer.h.{}.attn": "model.layers.{}.self_attn",  # of its sinks
+            "transformer.h.{}.mlp.router": f"{GPT_OSS}.router",
+            "transformer.h.{}.mlp.experts.c_gate": f"{GPT_OSS}.experts.gate_up_proj",
+            "transformer.h.{}.mlp.experts.c_fc": f"{GPT_OSS}.experts.gate_up_proj",
+            "transformer.h.{}.mlp.experts.c_proj": f"{GPT_OSS}.experts.down_proj",
+        },
+        row_orders={f"{GPT_OSS}.experts.gate_up_proj": alternating_gate_and_up},
+        packed_experts=True,
+        aliases={"num_experts": "num_local_experts"},
     ),
 )  # fmt: skip

@@ -35,7 +35,7 @@ def _types_by_rotary(content: Mapping[str, Any]) -> list[str]:
     return [FULL if is_rotary else SLIDING for is_rotary in rotary_layers]
 
 
-def _types_by_period(period: int, *names: str) -> Types:
+def types_by_period(period: int, *names: str) -> Types:
     """Return the layer_types of a model whose last layer of every `period` attends to all keys.
 
     Args:
@@ -63,8 +63,8 @@ def _write_scales(config: GPTConfig) -> dict[str, Any]:
 
 NO_ROPE = rotary_layer_fields(interval=4)
 GEMMA_EMBEDDING = FieldGroup((), lambda content: {"embedding_scale": content["hidden_size"] ** 0.5}, lambda config: {})
-OLMO_WINDOWS = window_fields(4096, _types_by_period(4))
-GEMMA_WINDOWS = window_fields(4096, _types_by_period(6, "sliding_window_pattern"), "sliding_window_pattern")
+OLMO_WINDOWS = window_fields(4096, types_by_period(4))
+GEMMA_WINDOWS = window_fields(4096, types_by_period(6, "sliding_window_pattern"), "sliding_window_pattern")
 GEMMA_SCALES = FieldGroup(("query_pre_attn_scalar",), _read_scales, _write_scales)
 # In their first files Gemma's gelu is the exact one, which transformers corrects.
 GEMMA_GATES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh", "gelu_new": "gelu_tanh", "silu": "silu",
@@ -155,7 +155,7 @@ GEMMA_2 = replace(
         Field("logit_softcap", "final_logit_softcapping", 30.0),
     ),
     constants={**GEMMA.constants, "residual": "sandwich_norm"},
-    groups=(rope_fields(), GEMMA_SCALES, window_fields(4096, _types_by_period(2)), ATTENTION_BIAS),
+    groups=(rope_fields(), GEMMA_SCALES, window_fields(4096, types_by_period(2)), ATTENTION_BIAS),
     names=_norm_names(
         ln_1="input_layernorm",
         ln_1_out="post_attention_layernorm",

@@ -70,6 +70,8 @@ class Family:
         names: transformers' name of each of our modules, or three names for queries, keys and values. `{}` stands for
             the layer's number. A second `{}` is the number of an expert, whose layers we stack. Modules of equal sizes
             with the same name are rows of one tensor, in this order.
+        packed_experts: whether one tensor has the weights of all experts of a layer, [E, in, out], under the name of
+            the module, and another one their biases, NAME_bias.
         names_of: (GPTConfig) -> names that depend on the config, in addition to `names`.
         row_orders: transformers' module -> its order of rows, a function of row_orders.py; others have our order.
         stacked: tensor with the weights of all experts of a layer in another release, without the layer's name -> the
@@ -90,6 +92,7 @@ class Family:
     names: Mapping[str, str | tuple[str, ...]]
     names_of: Callable[[GPTConfig], Mapping[str, str]] = lambda config: {}
     row_orders: Mapping[str, Callable[[GPTConfig], Tensor]] = field(default_factory=dict)
+    packed_experts: bool = False
     conv1d: bool = False
     always_biased: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -191,6 +194,8 @@ class Family:
         There is one name, or three if the layout separates queries, keys and values, or one for each expert.
         """
         modules, layer, kind = self._modules(config, name)
+        if self.packed_experts and _is_stacked(name):
+            return (modules[0].format(layer) + {"weight": "", "bias": "_bias"}[kind],)
         experts = range(config.experts) if _is_stacked(name) else (0,)
         return tuple(f"{module.format(layer, expert)}.{kind}" for module in modules for expert in experts)
 
@@ -210,6 +215,10 @@ class Family:
     def _row_order(self, config: GPTConfig, name: str) -> Tensor | None:
         order = self.row_orders.get(self._modules(config, name)[0][0])
         return None if order is None else order(config)
+
+    def _rows_axis(self, name: str) -> int | None:
+        """Return the axis of our tensor that the layout's rows are along; None: it has one tensor for each expert."""
+        return 0 if not _is_stacked(name) else 1 if self.packed_experts else None
 
     def standard_names(self, items: Mapping[str, T]) -> dict[str, T]:
         """Rename the keys, tensor names of any release or class of transformers, to those of `names`."""
@@ -248,47 +257,54 @@ class Family:
         """Return the layout's tensor names and shapes, matrices as [out, in], from those of our state dict."""
         expected: dict[str, torch.Size] = {}
         for name, shape in our_shapes.items():
-            names = self.layout_names(config, name)
-            if _is_stacked(name):
+            names, axis = self.layout_names(config, name), self._rows_axis(name)
+            if axis is None:
                 expected |= dict.fromkeys(names, shape[1:])
                 continue
-            parts = shape[:1] if len(names) == 1 else qkv_rows(config)
+            parts = (shape[axis],) if len(names) == 1 else qkv_rows(config)
             for layout_name, rows in zip(names, parts, strict=True):
-                above = expected[layout_name][0] if layout_name in expected else 0
-                expected[layout_name] = torch.Size((above + rows, *shape[1:]))
+                above = expected[layout_name][axis] if layout_name in expected else 0
+                expected[layout_name] = torch.Size((*shape[:axis], above + rows, *shape[axis + 1 :]))
         return expected
 
-    def transpose_conv1d(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert the layout's matrices from [in, out] to [out, in] or back, if the family stores them as [in, out]."""
+    def transposed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Convert the matrices that the family stores as [in, out] to [out, in], or back."""
+        if self.packed_experts:
+            return {name: tensor.mT if tensor.dim() == 3 else tensor for name, tensor in tensors.items()}
         return transpose_conv1d(tensors) if self.conv1d else dict(tensors)
 
     def from_layout(self, config: GPTConfig, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return one of our tensors, by its name, from the layout's tensors with matrices as [out, in]."""
         parts = [tensors[layout_name] for layout_name in self.layout_names(config, name)]
-        if _is_stacked(name):
+        axis = self._rows_axis(name)
+        if axis is None:
             return torch.stack(parts)
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         if (order := self._row_order(config, name)) is not None:
-            whole = whole[order.argsort()]
+            whole = whole.index_select(axis, order.argsort())
         merged = self.merged(name)
-        return whole if len(merged) == 1 else whole.chunk(len(merged))[merged.index(name)]
+        return whole if len(merged) == 1 else whole.chunk(len(merged), axis)[merged.index(name)]
 
     def to_layout(self, config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert our state dict, or a part of it that has all tensors that are `merged`, to the layout's tensors."""
+        return self.transposed(self.join(config, state))
+
+    def join(self, config: GPTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Do the same, but leave all matrices as [out, in]. Tensors may have any axes after those of the rows."""
         tensors = {}
         for name, tensor in state.items():
-            names, merged = self.layout_names(config, name), self.merged(name)
-            if _is_stacked(name):
+            names, merged, axis = self.layout_names(config, name), self.merged(name), self._rows_axis(name)
+            if axis is None:
                 tensors |= dict(zip(names, tensor.unbind(), strict=True))
                 continue
             if name != merged[0]:
                 continue
-            whole = tensor if len(merged) == 1 else torch.cat([state[other] for other in merged])
+            whole = tensor if len(merged) == 1 else torch.cat([state[other] for other in merged], axis)
             if (order := self._row_order(config, name)) is not None:
-                whole = whole[order.to(whole.device)]
+                whole = whole.index_select(axis, order.to(whole.device))
             parts = (whole,) if len(names) == 1 else whole.split(qkv_rows(config))
             tensors |= dict(zip(names, parts, strict=True))
-        return self.transpose_conv1d(tensors)
+        return tensors
 
 
 def _template(name: str) -> tuple[str, str, str]:

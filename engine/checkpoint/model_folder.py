@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ from peakgpt.engine.checkpoint.folder import (
     INDEX,
     PICKLE,
     PICKLE_INDEX,
+    QUANTIZATION,
     QUANTIZED,
     WEIGHTS,
     read_json,
     replace_files,
 )
 from peakgpt.engine.checkpoint.gguf_file import read_gguf
+from peakgpt.engine.checkpoint.mxfp4 import NO_MXFP4, Mxfp4, mxfp4_tensors
 from peakgpt.engine.checkpoint.safetensors_io import write_safetensors
 from peakgpt.engine.checkpoint.source_files import (
     GENERATION_CONFIG,
@@ -47,8 +49,8 @@ from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.strict_json import dumps
 
 __all__ = [
-    "MODEL_FILES", "TokenizerFiles", "check_state", "read_config", "read_source_files", "read_weights", "to_layout",
-    "warn_of_own_layout", "write_model", "write_model_files",
+    "MODEL_FILES", "OpenWeights", "TokenizerFiles", "check_state", "open_layout", "read_config", "read_source_files",
+    "read_weights", "to_layout", "warn_of_own_layout", "write_description", "write_model", "write_model_files",
 ]  # fmt: skip
 
 # Files of a model of the hub. Weights in other formats are copies of the same values.
@@ -92,13 +94,38 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Fa
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_weights(
-    folder: Path | str, family: Family, config: GPTConfig, expected: Mapping[str, torch.Size], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Read a folder's weights into the model's names and layout.
+class OpenWeights(NamedTuple):
+    """The weight files of a model folder, whose tensors are mapped.
 
     Args:
-        folder: a model folder.
+        path: the file, or the index of the shards.
+        tensors: by the names of the family's layout.
+        shards: shard of each tensor; {} if there is one file.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    shards: dict[str, Path]
+
+
+def open_layout(folder: Path | str, family: Family) -> OpenWeights:
+    """Open the weight files of a model folder.
+
+    Raises:
+        ValueError: there are none, or one is damaged.
+    """
+    path, tensors, shards = open_weights(Path(folder))
+    tensors, shards = family.standard_names(tensors), family.standard_names(shards)
+    return OpenWeights(path, *family.separate_experts(tensors, shards))
+
+
+def read_weights(
+    opened: OpenWeights, family: Family, config: GPTConfig, expected: Mapping[str, torch.Size], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Read weights into the model's names and layout.
+
+    Args:
+        opened: from `open_layout`.
         family, config: from `read_config`.
         expected: names and shapes of the model's state dict; matrices are [out, in].
         dtype: to cast to.
@@ -106,19 +133,15 @@ def read_weights(
         The model's state dict, contiguous. A tensor of a safetensors file that has the dtype and the order of the
         model already is mapped (safetensors_io.py); all others are copies.
     Raises:
-        ValueError: there are no weights, a file is damaged, or a tensor is missing, unexpected, of another shape or not
-            floating point.
+        ValueError: a tensor is missing, unexpected, of another shape or not floating point.
     """
-    path, tensors, shards = open_weights(Path(folder))
-    tensors, shards = family.standard_names(tensors), family.standard_names(shards)
-    tensors, shards = family.separate_experts(tensors, shards)
-    shapes = family.shapes(config, expected)
+    path, shards, shapes = opened.path, opened.shards, family.shapes(config, expected)
+    tensors = {name: t for name, t in opened.tensors.items() if name in shapes or not name.endswith(OLD_BUFFERS)}
     (head_name,) = family.layout_names(config, "lm_head.weight")
     head = tensors.pop(head_name, None) if config.tied_head else None
-    tensors = {name: t for name, t in tensors.items() if name in shapes or not name.endswith(OLD_BUFFERS)}
     if family.always_biased and config.bias is not True:
         tensors = {name: t for name, t in tensors.items() if name in shapes or not _is_zero_bias(name, t)}
-    tensors = family.transpose_conv1d(tensors)
+    tensors = family.transposed(tensors)
     check_tensors(path, tensors, shapes, shards)
     (embedding_name,) = family.layout_names(config, "transformer.wte.weight")
     if head is not None and not torch.equal(head, tensors[embedding_name]):
@@ -144,6 +167,7 @@ def write_model(
     tokenizer: TokenizerFiles | None = None,
     max_shard_size: int | str | None = None,
     source_files: Mapping[str, Mapping[str, Any]] = NO_FILES,
+    mxfp4: Mapping[str, Mxfp4] = NO_MXFP4,
 ) -> None:
     """Write a model folder in the layout of the model's family, which transformers loads.
 
@@ -157,14 +181,16 @@ def write_model(
         max_shard_size: in bytes, or a string such as "5GB". Larger weights are written as several files, none larger
             than this unless it contains a single tensor. None: one file.
         source_files: from `read_source_files` of the folder that the model was loaded from.
+        mxfp4: weights that are not in the state, by their names in it.
     Raises:
         OSError: the folder cannot be written; the old checkpoint is still there.
         ValueError: max_shard_size is not a size, or the state has other tensors than a model of this config.
     """
-    check_state(config, state)
+    check_state(config, {**state, **mxfp4})
     max_bytes = None if max_shard_size is None else _parse_size(max_shard_size)
     warn_of_own_layout(folder, config)
     tensors = dict(to_layout(config, state.keys(), state.items(), source_files))
+    tensors |= mxfp4_tensors(family_of(config, source_files.get(CONFIG)), config, mxfp4)
     replace_files(
         Path(folder), lambda stage: write_model_files(stage, config, tensors, tokenizer, source_files, max_bytes)
     )
@@ -209,13 +235,21 @@ def write_model_files(
     Raises:
         OSError: a file cannot be written.
     """
-    dtype = next(iter(tensors.values())).dtype
+    write_description(folder, config, next(iter(tensors.values())).dtype, tokenizer, source_files)
+    _write_shards(folder, _split_into_shards(tensors, max_bytes))
+
+
+def write_description(
+    folder: Path, config: GPTConfig, dtype: torch.dtype, tokenizer: TokenizerFiles | None,
+    source_files: Mapping[str, Mapping[str, Any]], quantization: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write config.json, with the quantization_config if it is not None, and the other files that are no weights."""
     family = family_of(config, source_files.get(CONFIG))
     for name, content in json_files(family, config, dtype, tokenizer, source_files).items():
+        content = {**content, QUANTIZATION: quantization} if name == CONFIG and quantization else content
         (folder / name).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder)
-    _write_shards(folder, _split_into_shards(tensors, max_bytes))
 
 
 def warn_of_own_layout(folder: Path | str, config: GPTConfig) -> None:
@@ -229,7 +263,7 @@ def warn_of_own_layout(folder: Path | str, config: GPTConfig) -> None:
         )
 
 
-def check_state(config: GPTConfig, state: Mapping[str, Tensor]) -> None:
+def check_state(config: GPTConfig, state: Mapping[str, Tensor | Mxfp4]) -> None:
     """Check that a state dict has the tensors of a plain model: adapters, pruning and parametrizations rename them.
 
     Raises:
@@ -282,4 +316,3 @@ def _write_shards(stage: Path, parts: list[dict[str, Tensor]]) -> None:
     total = sum(tensor.nbytes for part in parts for tensor in part.values())
     text = dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
     (stage / INDEX).write_text(text, encoding="utf-8")
-

@@ -11,6 +11,7 @@ A rope_scaling wins over rope_parameters, and rope_theta in either of them over 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from peakgpt.engine.checkpoint.family import FieldGroup
@@ -23,16 +24,19 @@ EVERY_PARAMETER = set().union(*(kind.names for kind in KINDS.values()))
 OUTSIDE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # parameters that are no part of rope_scaling
 
 
-def rope_fields(theta: float = 10000.0, share: float | None = None) -> FieldGroup:
+def rope_fields(
+    theta: float = 10000.0, share: float | None = None, default: Mapping[str, Any] = MappingProxyType({})
+) -> FieldGroup:
     """Return the rotary fields of a family whose layers all rotate by the same angles.
 
     Args:
         theta: transformers' rope_theta if config.json has none.
         share: transformers' partial_rotary_factor if config.json has none; None: the family rotates whole heads.
+        default: transformers' rope_parameters if config.json has none.
     """
 
     def read(content: Mapping[str, Any]) -> dict[str, Any]:
-        parameters = given_parameters(content)
+        parameters = given_parameters(content) or default
         part = parameters.get("partial_rotary_factor", content.get("partial_rotary_factor", share))
         if share is None:
             require_whole_heads(part)

@@ -1,6 +1,7 @@
 """Orders of the rows of packed projections: for each row of the layout's tensor, the row of ours.
 
-Ours has the queries of all heads, then the keys, then the values. Each head has head_dim rows.
+Ours has the queries of all heads, then the keys, then the values, with head_dim rows each. Of experts it has the gate,
+then c_fc.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ def codegen_heads(config: GPTConfig) -> Tensor:
             for head in range(part * width, (part + 1) * width)
         ),
     )
+
+
+def alternating_gate_and_up(config: GPTConfig) -> Tensor:
+    """Return the order in which row 2 i is row i of the experts' gate, and row 2 i + 1 is row i of c_fc."""
+    return torch.arange(2 * config.expert_inner).view(2, -1).t().flatten()
 
 
 def _rows(config: GPTConfig, heads: Iterable[int]) -> Tensor:

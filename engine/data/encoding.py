@@ -35,7 +35,9 @@ class Encoder(Protocol):
     def can_cut(self) -> bool: ...  # whether texts may be cut as `cut_text` does
     @property
     def document_marks(self) -> tuple[list[int], list[int]]: ...  # before and after each document
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]: ...
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class _Text:
 def encode_parts(
     parts: Iterable[tuple[str, Document]], tokenizer: Encoder, skip: Mapping[str, int] | None = None
 ) -> Iterator[Piece]:
-    """Encode documents on all cores, with `document_marks` of the tokenizer around each.
+    """Encode documents on all cores, with `document_marks` of the tokenizer around each and special tokens as text.
 
     Args:
         parts: (stream, document) pairs.
@@ -93,7 +95,9 @@ def encode_parts(
             yield _piece(text, np.array(around, np.int64))
 
     def encode(batch: list[_Text]) -> Future[list[list[int]]]:
-        return submit(tokenizer.encode_batch, [text.text for text in batch], add_special_tokens=False)
+        # Text stays text: a document that contains the end-of-text mark must not end there.
+        texts = [text.text for text in batch]
+        return submit(tokenizer.encode_batch, texts, add_special_tokens=False, split_special_tokens=True)
 
     pending: tuple[list[_Text], Future[list[list[int]]]] | None = None
     batch: list[_Text] = []

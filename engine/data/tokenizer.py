@@ -2,6 +2,9 @@
 
 A text starts with what the tokenizer puts before it, such as BOS, everywhere: in prompts, in scored texts and in the
 documents of training data. What ends a document is the end-of-text token.
+
+A special token that is written in a prompt becomes its id. In a document of training data it stays text: a document
+must not be able to end itself.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from peakgpt.engine.data.encoding import CUT, encode_parts
 from peakgpt.engine.data.hub import HubFiles
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.model_source import locate
+from peakgpt.engine.data.split_tokens import splitting_copy
 from peakgpt.engine.data.token_pieces import EMPTY, TokenPieces
 from peakgpt.engine.data.tokenizer_files import read_folder
 from peakgpt.engine.data.tokenizer_names import CONFIG, TOKENIZER, TOKENIZER_FILES
@@ -69,6 +73,7 @@ class Tokenizer:
         self.chat = chat or ChatTemplates({}, {name: text for name, text in names.items() if text is not None})
         self.pieces = TokenPieces(library)
         self._highest = (-1, -1)  # number of tokens, highest id
+        self._splitting: tuple[int, tokenizers.Tokenizer | None] = (-1, None)  # number of tokens, `_splitting_library`
         self._side_files = {CONFIG: _gpt2_config(end_of_text)} if side_files is None else dict(side_files)
         library.no_truncation()
         library.no_padding()
@@ -106,23 +111,41 @@ class Tokenizer:
         """The ids that end a generated text: the end of text, if there is one."""
         return () if self.end_id is None else (self.end_id,)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Encode text. A special token in the text, such as the end-of-text mark, becomes its id.
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]:  # fmt: skip
+        """Encode text.
 
         Args:
             text: anything that UTF-8 can hold.
             add_special_tokens: add what the tokenizer puts around a text, such as BOS. GPT-2's adds nothing. A
                 rendered chat template brings its own, so it is encoded without.
+            split_special_tokens: a special token in the text, such as the end-of-text mark, is text like any other,
+                as in transformers and in tiktoken's encode_ordinary. False: it becomes its id.
         Raises:
             ValueError: a lone surrogate, or the library fails, such as a regular expression that takes too long.
         """
         # A batch of one: `encode` takes twice as long, because it counts offsets, and holds the GIL all the time.
-        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+        options = {"add_special_tokens": add_special_tokens, "split_special_tokens": split_special_tokens}
+        return self.encode_batch([text], **options)[0]
 
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[list[int]]:
         """Encode texts on all cores; see `encode`."""
-        encodings = call(self.library.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
+        library = self._splitting_library if split_special_tokens else self.library
+        encodings = call(library.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    @property
+    def _splitting_library(self) -> tokenizers.Tokenizer:
+        """The library with split_special_tokens: a copy, because threads that encode prompts share the library."""
+        if self.library.encode_special_tokens:
+            return self.library
+        count = self.library.get_vocab_size()
+        if self._splitting[0] != count:  # the user added tokens
+            self._splitting = (count, splitting_copy(self.library))
+        return self._splitting[1]
 
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],

@@ -24,6 +24,7 @@ from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
 from peakgpt.kernels.ops.attention_math import default_scale
+from peakgpt.kernels.ops.mlp import UPS
 from peakgpt.kernels.ops.norm import default_eps
 
 NONE, LOGITS = -1, -1  # instead of a buffer's number
@@ -168,8 +169,9 @@ class ModelProgram:
         if not isinstance(layer, GatedMLP):
             self._linear(source, "up", layer.c_fc, ACTIVATE, activation)
         elif isinstance(layer.c_fc, QuantizedLinear):  # its product has no gate epilogue
+            other = UPS.get(layer.activation)
             self._linear(source, "gate", layer.c_gate, ACTIVATE, activation)
-            self._linear(source, "up", layer.c_fc)
+            self._linear(source, "up", layer.c_fc, *(() if other is None else (ACTIVATE, ACTIVATIONS[other])))
             self.combine("gate", "up", "up", product=True)
         else:
             self._linear(source, "gate", layer.c_gate)

@@ -121,7 +121,7 @@ class GPTConfig:
         choices=("pre_norm", "post_norm", "parallel", "parallel_two_norms", "sandwich_norm", "output_norm"),
         metavar="KIND",
     )  # fmt: skip
-    activation: str = _field("gelu_tanh", "gelu_tanh, gelu_erf or relu; with gated_mlp also silu")
+    activation: str = _field("gelu_tanh", "gelu_tanh, gelu_erf or relu; with gated_mlp also silu or clamped_swiglu")
     gated_mlp: bool = _field(False, "the activation is applied to a third projection of the MLP, the gate")
     experts: int = _field(
         0, "number E of experts in every experts_every-th layer, which replace its MLP", at_least=0, at_most=MAX_EXPERTS
@@ -137,6 +137,7 @@ class GPTConfig:
     normalize_experts: bool = _field(
         True, "divide the weights of a token's experts by their sum (norm_topk_prob)", only_with=WITH_EXPERTS
     )
+    router_bias: bool = _field(False, "the router has a bias", only_with=WITH_EXPERTS)
     balance_loss: float = _factor(
         0.01, "factor on the experts' balance loss, which is added to the loss in training", only_with=WITH_EXPERTS
     )

@@ -21,7 +21,7 @@ from peakgpt.engine.model.state_dicts import stack_experts
 from peakgpt.kernels.ops.embedding import embedding
 from peakgpt.kernels.ops.experts import experts
 from peakgpt.kernels.ops.linear import linear
-from peakgpt.kernels.ops.mlp import GATES
+from peakgpt.kernels.ops.mlp import ACTIVATIONS, gated
 
 NO_LAYER = {"weight": None, "bias": None}
 
@@ -79,7 +79,7 @@ class ExpertMLPs(nn.Module):
             count: E.
             gated: whether the activation is applied to a third projection, the gate.
             bias: whether all linear layers have a bias.
-            activation: "gelu_tanh", "gelu_erf" or "relu"; gated also "silu".
+            activation: "gelu_tanh", "gelu_erf" or "relu"; gated also "silu" or "clamped_swiglu".
         """
         super().__init__()
         if gated:
@@ -130,9 +130,9 @@ class ExpertMLPs(nn.Module):
         offsets = torch.searchsorted(expert, torch.arange(self.count + 1, device=x.device))
         rows = _gather_rows(x, order // k)
         if "c_gate" in self._modules:
-            hidden = GATES[self.activation](self.c_gate(rows, offsets)) * self.c_fc(rows, offsets)
+            hidden = gated(self.activation, self.c_gate(rows, offsets), self.c_fc(rows, offsets))
         else:
-            hidden = GATES[self.activation](self.c_fc(rows, offsets))
+            hidden = ACTIVATIONS[self.activation](self.c_fc(rows, offsets))
         y = _gather_rows(self.c_proj(hidden, offsets), order.argsort()).unflatten(0, (-1, k))  # (N, k, C)
         return (y * topk_weights[..., None]).sum(1).to(x.dtype)
 
@@ -144,7 +144,7 @@ class Experts(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         c = config
-        self.router = nn.Linear(c.n_embd, c.experts, bias=False)
+        self.router = nn.Linear(c.n_embd, c.experts, bias=c.router_bias)
         self.experts = ExpertMLPs(
             c.n_embd, c.expert_inner, c.experts, gated=c.gated_experts, bias=c.has_bias("mlp"), activation=c.activation
         )
@@ -172,7 +172,7 @@ class Experts(nn.Module):
     def _route(self, x: Tensor) -> Tensor:
         """Return the router's logits, (N, E) float32, of x, (N, C)."""
         if is_plain(self.router, nn.Linear):
-            bias = self.router.bias  # of another router than __init__ makes
+            bias = self.router.bias
             return linear(x.float(), self.router.weight.float(), None if bias is None else bias.float())
         return self.router(x).float()
 

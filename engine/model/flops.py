@@ -50,7 +50,19 @@ def _mlp(config: GPTConfig, layer: int, active: bool) -> int:
     one = ups * (c + biased) * inner + (inner + biased) * c
     if not has_experts:
         return one
-    return (config.experts_per_token if active else config.experts) * one + c * config.experts
+    return (config.experts_per_token if active else config.experts) * one + (c + config.router_bias) * config.experts
+
+
+def matrix_count(config: GPTConfig) -> int:
+    """Count the weights of the linear layers in the blocks: those that Muon updates."""
+    c, heads, d = config.n_embd, config.n_head, config.head_dim
+    attention = (2 * heads + 2 * config.n_kv_head + heads * (config.position == "transformer_xl")) * d * c
+    total = config.n_layer * attention
+    for layer in range(config.n_layer):
+        has_experts = config.has_experts(layer)
+        one = (2 + (config.gated_experts if has_experts else config.gated_mlp)) * c * _inner(config, layer)
+        total += config.experts * (one + c) if has_experts else one
+    return total
 
 
 def _inner(config: GPTConfig, layer: int) -> int:

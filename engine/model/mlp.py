@@ -13,7 +13,7 @@ from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.recompute import checkpoint_block
 from peakgpt.engine.model.state_dicts import ModuleWithAliases, ModuleWithConv1D
 from peakgpt.kernels.ops.linear import linear
-from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES, gated_mlp, mlp
+from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES, UPS, gated, gated_mlp, mlp
 
 Product = Callable[..., Tensor]  # (x, weight, bias) -> x weight^T + bias
 
@@ -84,7 +84,7 @@ class GatedMLP(ModuleWithAliases):
             n_embd: C.
             n_inner: F; None means 4 C.
             bias: whether the three linear layers have a bias.
-            activation: "silu", "gelu_tanh", "gelu_erf" or "relu".
+            activation: "silu", "clamped_swiglu", "gelu_tanh", "gelu_erf" or "relu".
         Raises:
             ValueError: an unknown activation.
         """
@@ -102,13 +102,15 @@ class GatedMLP(ModuleWithAliases):
         if parameters := _plain(self.c_gate, self.c_fc, self.c_proj):
             return gated_mlp(x, *parameters, activation=self.activation, recompute=self.recompute)
         if is_plain(self.c_gate, QuantizedLinear):
-            return run_linear(self.c_proj, self.c_gate(x, self.activation) * run_linear(self.c_fc, x))
+            other = UPS.get(self.activation)
+            up = run_linear(self.c_fc, x) if other is None else self.c_fc(x, other)
+            return run_linear(self.c_proj, self.c_gate(x, self.activation) * up)
         return _unfused(self, x, linear)
 
     def by_layers(self, x: Tensor, product: Product) -> Tensor:
         """Map x, (..., C), layer by layer; a layer that is not plain runs its own forward."""
-        gate = GATES[self.activation](run_linear(self.c_gate, x, product))
-        return run_linear(self.c_proj, gate * run_linear(self.c_fc, x, product), product)
+        hidden = gated(self.activation, run_linear(self.c_gate, x, product), run_linear(self.c_fc, x, product))
+        return run_linear(self.c_proj, hidden, product)
 
 
 def _plain(*layers: nn.Module) -> list[Tensor | None] | None:

@@ -100,10 +100,13 @@ class QuantizedExpertLinear(_Quantized):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Map rows (S, C) to (S, F), as ExpertLinear does."""
-        parts = rows.split(offsets.diff().tolist())
-        biases = (None,) * len(parts) if self.bias is None else self.bias
-        each = zip(parts, self.weight, self.scale, biases, strict=True)
-        return torch.cat([_product(self.form, self.out_features, *arguments) for arguments in each])
+        parts = enumerate(rows.split(offsets.diff().tolist()))
+        products = [self._multiply(expert, part) for expert, part in parts if len(part)]
+        return torch.cat(products) if products else rows.new_empty(0, self.out_features)
+
+    def _multiply(self, expert: int, rows: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias[expert]
+        return _product(self.form, self.out_features, rows, self.weight[expert], self.scale[expert], bias)
 
 
 def _product(

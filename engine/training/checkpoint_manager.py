@@ -28,6 +28,7 @@ from peakgpt.engine.checkpoint.folder import TRAINING_STATE, WEIGHTS
 from peakgpt.engine.checkpoint.model_folder import (
     TokenizerFiles,
     check_state,
+    open_layout,
     read_config,
     read_source_files,
     read_weights,
@@ -251,5 +252,5 @@ class CheckpointManager:
         if config != model.config:
             return None
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        weights = read_weights(folder, family, config, shapes, torch.float32)
+        weights = read_weights(open_layout(folder, family), family, config, shapes, torch.float32)
         return read_training_state(folder / TRAINING_STATE), weights

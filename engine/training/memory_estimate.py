@@ -4,9 +4,12 @@ P parameters, N = tokens of one forward pass, s = bytes of the dtype, 4 or 2. Of
 
     weights            P s
     gradients          P s
-    optimizer          P (8 + r)             two float32 moments; r = 2: the low half of the float32 master of bfloat16
+    optimizer          P (8 + r)             two float32 moments; r = 2: the low half of the float32 master of bfloat16;
+                       4 less with Muon for each weight of its matrices, which have one moment
     average            P 4                   with ema_decay
     checkpoint copy    P 12                  float32 weights and moments, while a thread writes them; on a CPU
+    orthogonal update  M (4 + 2 s)           of Muon's largest matrix, M values, on a CPU; on a GPU of all matrices of
+                                             its shape, and no more than 2^26 values at a time in products
     activations        N s sum_l a_l         what backward reads of layer l, below
     one more layer     N s a_max             what backward computes of one layer at a time
     logits             a block of them       never all of them on a CPU (kernels/cpu/linear_cross_entropy.py)
@@ -28,17 +31,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.flops import parameter_count
+from peakgpt.engine.model.flops import matrix_count, parameter_count
 from peakgpt.engine.model.norms import BLOCK_NORMS
 from peakgpt.engine.model.recompute import parse
 from peakgpt.engine.training.figures import bytes_text
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.hardware.memory import available_bytes
 
-COPIED_BYTES = 12  # of a parameter in a checkpoint: the float32 weight and two moments
 TOLERANCE = 0.15  # of the predicted peak
 RUNTIME_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # measured on a CPU; on a GPU the workspaces of cuBLAS, a guess
 CHECKPOINT_IMPORT_BYTES = 150 << 20  # torch.utils.checkpoint imports torch._dynamo (torch 2.13)
+BATCH_ELEMENTS = 1 << 26  # of one batch of Muon's products (kernels/gpu/muon.py)
 LOGITS_ROWS, LOGITS_BYTES = 512, {"cpu": 128 << 20, "cuda": 4 << 30}  # of one block of logits, at most
 
 
@@ -64,6 +67,7 @@ def estimate_memory(model: GPTConfig, config: TrainConfig, device: torch.device 
     kind, size = torch.device(device).type, config.dtype.itemsize
     parameters = parameter_count(model)
     tokens = (config.micro_batch or config.batch) * config.tokens
+    moments = parameters * 8 - (matrix_count(model) * 4 if config.optimizer == "muon" else 0)
     layers = list(_saved_widths(model, config.recompute))
     rows = min(tokens, LOGITS_ROWS) if kind == "cpu" else tokens
     imports = CHECKPOINT_IMPORT_BYTES if kind == "cpu" and parse(config.recompute)[0] == "block" else 0
@@ -71,19 +75,30 @@ def estimate_memory(model: GPTConfig, config: TrainConfig, device: torch.device 
         state={
             "weights": parameters * size,
             "gradients": parameters * size,
-            "optimizer": parameters * (8 + (2 if config.dtype == torch.bfloat16 else 0)),
+            "optimizer": moments + parameters * (2 if config.dtype == torch.bfloat16 else 0),
             "average": parameters * 4 if config.ema_decay is not None else 0,
             # Weights and optimizer state, from which a thread writes while training goes on. On a GPU in host memory.
-            "checkpoint copy": parameters * COPIED_BYTES if kind == "cpu" else 0,
+            "checkpoint copy": parameters * 4 + moments if kind == "cpu" else 0,
             "runtime": RUNTIME_BYTES[kind] + imports,
         },
         step={
             # 3 C: the embedding, the input of the head and its gradient.
             "activations": tokens * size * (sum(layers) + 3 * model.n_embd),
             "one more layer": tokens * size * max(_saved_widths(model, "none")),
+            "orthogonal update": _orthogonal_bytes(model, config, kind) if config.optimizer == "muon" else 0,
             "logits": min(rows * model.vocab_size * size, LOGITS_BYTES[kind]),
         },
     )
+
+
+def _orthogonal_bytes(model: GPTConfig, config: TrainConfig, kind: str) -> int:
+    """Return the bytes in which Muon orthogonalizes its largest matrix, or on a GPU all matrices of its shape."""
+    inner = max(model.expert_inner if model.has_experts(i) else model.n_inner for i in range(model.n_layer))
+    largest = model.n_embd * max(inner, model.n_head * model.head_dim)
+    if kind == "cpu":
+        return largest * (4 + 2 * config.dtype.itemsize)
+    together = largest * 2 * sum(model.experts if model.has_experts(i) else 1 for i in range(model.n_layer))
+    return (together + 3 * min(together, BATCH_ELEMENTS)) * config.dtype.itemsize
 
 
 def _saved_widths(model: GPTConfig, plan: str) -> Iterator[int]:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from peakgpt.engine.training.optimizer_state import check_entry, loaded_entry, master_of, split_pieces, update_tensors
+from peakgpt.engine.training.optimizer_state import (
+    ADAMW,
+    Moments,
+    check_entry,
+    loaded_entry,
+    master_of,
+    split_pieces,
+    update_tensors,
+)
+from peakgpt.kernels.core.dispatch import Op
 from peakgpt.kernels.core.foreach import Foreach
 from peakgpt.kernels.ops.adamw import DTYPES, adamw
 from peakgpt.kernels.ops.sum_of_squares import sum_of_squares
@@ -25,7 +34,9 @@ from peakgpt.kernels.ops.sum_of_squares import sum_of_squares
 UNSUPPORTED = ("amsgrad", "maximize", "differentiable")
 COPIED = ("max_norm", "grad_norm", "lr_scale", "_dtype")  # attributes that torch's __getstate__ leaves out
 
-Key = tuple[int, torch.dtype, torch.device]  # of parameters that one launch updates: index of the group, dtype, device
+# Of tensors that one launch updates: index of the group, dtype, device, and what else they must have in common.
+Key = tuple[int, torch.dtype, torch.device, Any]
+Calls = dict[Key, list[tuple["Tensor | None", ...]]]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -123,38 +134,55 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        calls: dict[Key, list[tuple[Tensor | None, ...]]] = {}
+        calls: Calls = {}
         updated: list[tuple[nn.Parameter, Tensor]] = []
         for index, group in enumerate(self.param_groups):
             if group.get("amsgrad") or group.get("maximize") or group.get("differentiable"):  # set later
                 _check(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    tensors = update_tensors(parameter, self.state[parameter])
-                    calls.setdefault((index, parameter.dtype, parameter.device), []).append(tensors)
-                    updated.append((parameter, tensors[0]))
+                    updated.append((parameter, self._add_calls(calls, index, parameter)))
         if not calls:
             return loss
         self.grad_norm = None if self.max_norm is None else self._norm(calls)
         for key, tensors in calls.items():
-            group, step = self.param_groups[key[0]], tensors[0][-1]
-            shared = (t if t is None else t.to(step.device, step.dtype) for t in (self.grad_norm, self.lr_scale))
-            self._launch(key)[1](
-                tensors, *shared, lr=float(group["lr"]), beta1=float(group["betas"][0]),
-                beta2=float(group["betas"][1]), eps=float(group["eps"]), weight_decay=float(group["weight_decay"]),
-                max_norm=self.max_norm,
-            )  # fmt: skip
+            group, state = self.param_groups[key[0]], tensors[0][-1]
+            shared = (t if t is None else t.to(state.device, state.dtype) for t in (self.grad_norm, self.lr_scale))
+            self._launch(key)[1](tensors, *shared, **self._options(group), max_norm=self.max_norm)
         for parameter, tensor in updated:
             if tensor is not parameter and tensor.data_ptr() != parameter.data_ptr():
                 parameter.copy_(tensor.view(parameter.shape))  # its elements have gaps, so the op got a copy
         torch.autograd.graph.increment_version([parameter for parameter, _ in updated])  # tells autograd
         return loss
 
-    def _norm(self, calls: Mapping[Key, list[tuple[Tensor | None, ...]]]) -> Tensor:
+    # ---- what an optimizer with other groups overrides ----
+
+    def _add_calls(self, calls: Calls, index: int, parameter: nn.Parameter) -> Tensor:
+        """Add the tensors of the op's calls that update a parameter.
+
+        Returns:
+            The tensor that they write: the parameter's memory, or a copy.
+        """
+        tensors = update_tensors(parameter, self.state[parameter])
+        calls.setdefault((index, parameter.dtype, parameter.device, None), []).append(tensors)
+        return tensors[0]
+
+    def _op(self, group: Mapping[str, Any]) -> Op[..., Any]:
+        return adamw
+
+    def _moments(self, group: Mapping[str, Any]) -> Moments:
+        return ADAMW
+
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters of the op for a group."""
+        return {"lr": float(group["lr"]), "beta1": float(group["betas"][0]), "beta2": float(group["betas"][1]),
+                "eps": float(group["eps"]), "weight_decay": float(group["weight_decay"])}  # fmt: skip
+
+    def _norm(self, calls: Calls) -> Tensor:
         """Return the global norm of all gradients, () in float32 or wider, without a device sync."""
         totals: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         for key, tensors in calls.items():
-            _, dtype, device = key
+            _, dtype, device, _ = key
             wide = torch.promote_types(dtype, torch.float32)
             total = totals.setdefault((device, wide), torch.zeros((), dtype=wide, device=device))
             self._launch(key)[0]([(grad,) for _, grad, *_ in tensors], total)
@@ -163,7 +191,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _launch(self, key: Key) -> tuple[Foreach, Foreach]:
         if key not in self._launches:
-            self._launches[key] = Foreach(sum_of_squares), Foreach(adamw)
+            self._launches[key] = Foreach(sum_of_squares), Foreach(self._op(self.param_groups[key[0]]))
         return self._launches[key]
 
     def captured_state(self) -> list[Any]:
@@ -227,13 +255,15 @@ class AdamW(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, groups, strict=True):
             _check({**group, **saved, "params": group["params"]})
             for i, parameter in zip(saved["params"], group["params"], strict=True):
-                entries[parameter] = check_entry(i, states.get(i), parameter)
+                entries[parameter] = check_entry(i, states.get(i), parameter, self._moments(group))
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({k: copy.deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")})
-        for parameter, entry in entries.items():
-            state = loaded_entry(entry, self.state.pop(parameter, {}).get("remainder"), parameter)
-            if state:
-                self.state[parameter] = state
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                remainder = self.state.pop(parameter, {}).get("remainder")
+                state = loaded_entry(entries[parameter], remainder, parameter, self._moments(group))
+                if state:
+                    self.state[parameter] = state
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -1,15 +1,18 @@
-"""The state of one parameter in AdamW: made on its first step, moved along when the parameter changes, loaded.
+"""The state of one parameter in an optimizer: made on its first step, moved along when the parameter changes, loaded.
 
-    step                   () float32, updates so far
-    exp_avg, exp_avg_sq    float32 or wider
+    step                   () float32, updates so far; AdamW only
+    exp_avg, exp_avg_sq    float32 or wider; AdamW only
+    momentum_buffer        float32 or wider; Muon only
     remainder              int16, the low half of the float32 master of a bfloat16 parameter (kernels/ops/adamw.py)
 
-All tensors have memory of their own, in the parameter's shape and memory format, as in torch.optim.AdamW.
+All tensors have memory of their own, in the parameter's shape and, for AdamW, its memory format; the names are those of
+torch.optim.AdamW and torch.optim.Muon.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +20,27 @@ from torch import Tensor, nn
 
 from peakgpt.kernels.ops.adamw import DTYPES, join, split
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-LIKE_PARAMETER = (*MOMENTS, "remainder")
+
+@dataclass(frozen=True)
+class Moments:
+    """The running means that an optimizer keeps for each parameter.
+
+    Args:
+        names: of tensors in the parameter's shape.
+        counts_steps: whether the state has a step too.
+    """
+
+    names: tuple[str, ...]
+    counts_steps: bool = False
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The names of all entries but the remainder."""
+        return ("step", *self.names) if self.counts_steps else self.names
+
+
+ADAMW = Moments(("exp_avg", "exp_avg_sq"), counts_steps=True)
+MUON = Moments(("momentum_buffer",))
 SPLIT_ELEMENTS = 1 << 18  # elements split into a bfloat16 and a remainder at a time: it takes several times the memory
 WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in DTYPES}  # dtype of the moments
 
@@ -37,10 +59,8 @@ def update_tensors(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[T
         moment is None or moment.dtype != WIDE.get(parameter.dtype) or moment.device != parameter.device
         or moment.shape != parameter.shape or ("remainder" in state) != (parameter.dtype == torch.bfloat16)
     ):  # fmt: skip
-        _fit(state, parameter)
-    if grad.layout != torch.strided or grad.dtype != parameter.dtype:
-        raise ValueError(f"AdamW: got a gradient of layout {grad.layout} in {grad.dtype}, expected a dense one in "
-                         f"{parameter.dtype}")  # fmt: skip
+        _fit(state, parameter, ADAMW)
+    _check_grad(parameter)
     moment, square, remainder = state["exp_avg"], state["exp_avg_sq"], state.get("remainder")
     if (
         type(parameter) is nn.Parameter and parameter.is_contiguous() and grad.is_contiguous()
@@ -50,15 +70,40 @@ def update_tensors(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[T
     return _in_memory_order(parameter, state)
 
 
+def matrix_tensors(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """Return the arguments of the op `muon` for a parameter of matrices with a gradient, and make its state fit.
+
+    Returns:
+        (param, grad, remainder, momentum_buffer), contiguous, so in the order of their rows. `param` is the parameter's
+        memory, or a copy if it is not contiguous.
+    Raises:
+        ValueError: as `update_tensors`.
+    """
+    _fit(state, parameter, MUON)
+    _check_grad(parameter)
+    for name in ("remainder", *MUON.names):
+        if name in state:
+            state[name] = state[name].contiguous()
+    tensors = parameter, parameter.grad, state.get("remainder"), state["momentum_buffer"]
+    return tuple(None if t is None else t.detach().as_subclass(Tensor).contiguous() for t in tensors)
+
+
+def _check_grad(parameter: nn.Parameter) -> None:
+    grad = parameter.grad
+    if grad.layout != torch.strided or grad.dtype != parameter.dtype:
+        raise ValueError(f"AdamW: got a gradient of layout {grad.layout} in {grad.dtype}, expected a dense one in "
+                         f"{parameter.dtype}")  # fmt: skip
+
+
 def _in_memory_order(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
     """Return the tensors as one axis, in the order of the parameter's memory; a tensor in another order is copied."""
     order = torch.empty_like(parameter, device="meta").stride()
     if order != parameter.stride():  # it has gaps
         order = torch.empty(parameter.shape, device="meta").stride()
-    for name in LIKE_PARAMETER:
+    for name in (*ADAMW.names, "remainder"):
         if name in state and state[name].stride() != order:
             state[name] = _reordered(state[name], order)
-    like_parameter = (parameter, parameter.grad, *(state.get(name) for name in ("remainder", *MOMENTS)))
+    like_parameter = (parameter, parameter.grad, *(state.get(name) for name in ("remainder", *ADAMW.names)))
     return *(None if t is None else _flat(_reordered(t, order)) for t in like_parameter), state["step"]
 
 
@@ -72,22 +117,23 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_subclass(Tensor).as_strided((tensor.numel(),), (1,))
 
 
-def _fit(state: dict[str, Tensor], parameter: nn.Parameter) -> None:
+def _fit(state: dict[str, Tensor], parameter: nn.Parameter, moments: Moments) -> None:
     """Make the state if the parameter is new; else move it to the parameter's new device or dtype."""
     wide = WIDE.get(parameter.dtype)
     if wide is None:
         raise ValueError(f"AdamW: a parameter is now {parameter.dtype}, expected float32, bfloat16 or float64")
-    if "exp_avg" not in state:
-        state["step"] = torch.zeros((), dtype=wide, device=parameter.device)
-        for name in MOMENTS:
+    if moments.names[0] not in state:
+        if moments.counts_steps:
+            state["step"] = torch.zeros((), dtype=wide, device=parameter.device)
+        for name in moments.names:
             state[name] = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
-    for name in MOMENTS:
+    for name in moments.names:
         if state[name].shape != parameter.shape:
             raise ValueError(
                 f"AdamW: a parameter has shape {tuple(parameter.shape)} and {name} has {tuple(state[name].shape)}, "
                 "expected the same: build a new optimizer after a change of shape"
             )
-    for name in ("step", *MOMENTS):
+    for name in moments.all_names:
         state[name] = state[name].to(parameter.device, wide)
     if parameter.dtype != torch.bfloat16:
         state.pop("remainder", None)
@@ -116,19 +162,21 @@ def master_of(parameter: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return value.float() if remainder is None else join(value, remainder.to(value.device))
 
 
-def check_entry(i: int, entry: Mapping[str, Any] | None, parameter: Tensor) -> Mapping[str, Any]:
+def check_entry(
+    i: int, entry: Mapping[str, Any] | None, parameter: Tensor, moments: Moments
+) -> Mapping[str, Any]:  # fmt: skip
     """Return a copy of entry i of a state dict.
 
     It is empty, or has only a remainder, if the parameter never had a gradient.
 
     Raises:
-        ValueError: the entry is not AdamW's, or does not fit the parameter.
+        ValueError: the entry is another optimizer's, or does not fit the parameter.
     """
     entry = dict(entry or {})  # a state dict holds the optimizer's own dicts
-    missing = [name for name in ("step", *MOMENTS) if name not in entry]
+    missing = [name for name in moments.all_names if name not in entry]
     if missing and set(entry) - {"remainder"}:
-        raise ValueError(f"AdamW: state {i} has {', '.join(entry)}, expected step, exp_avg and exp_avg_sq")
-    for name in (*LIKE_PARAMETER, "master"):
+        raise ValueError(f"AdamW: state {i} has {', '.join(entry)}, expected {', '.join(moments.all_names)}")
+    for name in (*moments.names, "remainder", "master"):
         if name in entry and entry[name].shape != parameter.shape:
             raise ValueError(
                 f"AdamW: {name} of state {i} has shape {tuple(entry[name].shape)}, expected {tuple(parameter.shape)}"
@@ -138,7 +186,9 @@ def check_entry(i: int, entry: Mapping[str, Any] | None, parameter: Tensor) -> M
     return entry
 
 
-def loaded_entry(entry: Mapping[str, Any], remainder: Tensor | None, parameter: nn.Parameter) -> dict[str, Tensor]:
+def loaded_entry(
+    entry: Mapping[str, Any], remainder: Tensor | None, parameter: nn.Parameter, moments: Moments
+) -> dict[str, Tensor]:
     """Return a parameter's state as a copy of an entry that `check_entry` has passed.
 
     Args:
@@ -147,9 +197,10 @@ def loaded_entry(entry: Mapping[str, Any], remainder: Tensor | None, parameter: 
         parameter: gets the high half of a master that was saved unsplit.
     """
     state, wide = {}, WIDE[parameter.dtype]
-    if "step" in entry:
-        state["step"] = torch.full((), float(entry["step"]), dtype=wide, device=parameter.device)
-        for name in MOMENTS:
+    if moments.names[0] in entry:
+        if moments.counts_steps:
+            state["step"] = torch.full((), float(entry["step"]), dtype=wide, device=parameter.device)
+        for name in moments.names:
             state[name] = torch.empty_like(parameter, dtype=wide, requires_grad=False).copy_(entry[name])
     if parameter.dtype != torch.bfloat16:
         return state

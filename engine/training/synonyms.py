@@ -65,6 +65,7 @@ SYNONYMS: dict[str, tuple[str, str, str, str]] = {
     "minutes": ("max_time", "", "", ""),
     "dtype": ("precision", "mixed_precision_param", "", "bf16 fp16"),
     "recompute": ("activation_checkpointing", "activation_checkpoint", "", "gradient_checkpointing"),
+    "optimizer": ("", "optimizer.name", "", "optim"),
     "lr": ("optimizer.lr", "optimizer.lr", "learning_rate", "learning_rate"),
     "betas": ("optimizer.betas", "", "beta1 beta2", "adam_beta1 adam_beta2"),
     "eps": ("optimizer.eps", "optimizer.eps", "", "adam_epsilon"),

@@ -13,9 +13,12 @@ from peakgpt.engine.settings.setting import check_settings, setting, settings_of
 from peakgpt.engine.settings.values import show
 from peakgpt.kernels.command_line import MAX_SEED
 from peakgpt.kernels.hardware.device import describe
+from peakgpt.kernels.ops.muon import ADJUST_LR, NS_COEFFICIENTS, NS_STEPS
 
 WSD = {"schedule": ("wsd",)}
 DECAY = {"schedule": ("linear", "cosine", "wsd")}  # the schedules that decay
+OPTIMIZERS = ("adamw", "muon")
+MUON = {"optimizer": ("muon",)}
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 DECAY_SHAPES = ("linear", "cosine", "sqrt")
 MAX_TOKENS = 10**15
@@ -77,7 +80,15 @@ class TrainConfig:
     seed: int = setting(
         1337, "seed of the initial weights and of the data order", section="training", at_least=0, at_most=MAX_SEED
     )
+    optimizer: str = setting(
+        "adamw", "muon: Muon for the weights of the linear layers in the blocks, AdamW for all other parameters",
+        section="optimizer", choices=OPTIMIZERS,
+    )  # fmt: skip
     lr: float = setting(1e-3, "peak learning rate", section="optimizer", above=0)
+    matrix_lr: float | None = setting(
+        None, "peak learning rate of Muon's matrices; lr keeps the schedule", section="optimizer", above=0,
+        automatic="lr", only_with=MUON,
+    )  # fmt: skip
     weight_decay: float = setting(
         0.1, "decoupled decay of matrices; vectors (biases, norms) do not decay", section="optimizer", at_least=0,
         metavar="FACTOR",
@@ -87,6 +98,23 @@ class TrainConfig:
         metavar="BETA",
     )  # fmt: skip
     eps: float = setting(1e-8, "added to the denominator, as in torch.optim.AdamW", section="optimizer", above=0)
+    momentum: float = setting(
+        0.95, "decay rate of Muon's mean of gradients, as in torch.optim.Muon", section="optimizer", at_least=0,
+        below=1, only_with=MUON,
+    )  # fmt: skip
+    nesterov: bool = setting(True, "Muon looks one step of its momentum ahead", section="optimizer", only_with=MUON)
+    ns_steps: int = setting(
+        NS_STEPS, "Newton-Schulz steps that make Muon's update orthogonal", section="optimizer", at_least=1,
+        at_most=99, only_with=MUON,
+    )  # fmt: skip
+    ns_coefficients: tuple[float, float, float] = setting(
+        NS_COEFFICIENTS, "coefficients of a Newton-Schulz step", section="optimizer", metavar="NUMBER", only_with=MUON
+    )
+    adjust_lr_fn: str = setting(
+        "match_rms_adamw", "how the size of Muon's update depends on the shape of a matrix, as in torch.optim.Muon; "
+        "match_rms_adamw: lr and weight_decay are AdamW's", section="optimizer", choices=tuple(ADJUST_LR),
+        only_with=MUON,
+    )  # fmt: skip
     max_norm: float = setting(1.0, "the norm of all gradients is clipped to this", section="optimizer", above=0)
     ema_decay: float | None = setting(
         None, "validate and save an exponential moving average of the weights, with this decay",
@@ -181,6 +209,8 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], Callable[[TrainConfig], bool], str], 
     (("min_lr",), lambda c: c.min_lr <= c.lr, "at most lr {lr}"),
     (("decay_steps",), lambda c: c.decay_steps > (c.warmup_steps or 0), "more than warmup_steps {warmup_steps}"),
     (("decay_tokens",), lambda c: c.decay_tokens > (c.warmup_tokens or 0), "more than warmup_tokens {warmup_tokens}"),
+    (("matrix_lr", "momentum", "nesterov", "ns_steps", "ns_coefficients", "adjust_lr_fn"),
+     lambda c: c.optimizer == "muon", "optimizer muon"),
     (("spike_window", "spike_rollback", "spike_skip"), lambda c: c.spike_sigma is not None, "spike_sigma too"),
 )  # fmt: skip
 

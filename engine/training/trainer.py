@@ -1,4 +1,4 @@
-"""One update of a model: forward, backward, gradient clipping, AdamW, and the average of the weights.
+"""One update of a model: forward, backward, gradient clipping, optimizer, and the average of the weights.
 
 Parameters are bfloat16 if the hardware multiplies bfloat16, with the float32 master inside the optimizer; there is no
 autocast.
@@ -19,7 +19,8 @@ from peakgpt.engine.model.fp8 import set_fp8
 from peakgpt.engine.model.recompute import set_recompute
 from peakgpt.engine.training.captured_state import model_state, runs_other_code, settings_of
 from peakgpt.engine.training.gradient_memory import GradientMemory
-from peakgpt.engine.training.optimizer import AdamW, decay_groups
+from peakgpt.engine.training.muon import make_optimizer
+from peakgpt.engine.training.optimizer import AdamW
 from peakgpt.engine.training.schedule import Schedule
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.weight_average import WeightAverage
@@ -69,10 +70,8 @@ class Trainer:
         if self.device.type == "cpu":
             keep_pages()
         # The optimizer takes its float32 master before the parameters are rounded to config.dtype.
-        self.optimizer = AdamW(
-            decay_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps,
-            max_norm=config.max_norm, dtype=config.dtype,
-        )  # fmt: skip
+        self.optimizer = make_optimizer(model, config)
+        self._lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.average = None if config.ema_decay is None else WeightAverage(self.optimizer, config.ema_decay)
         self.optimizer.register_load_state_dict_post_hook(self._set_lr)
         # A tensor on the device: a CUDA graph reads the new value at every replay.
@@ -100,7 +99,7 @@ class Trainer:
         Raises:
             ValueError: someone else has changed the learning rate, which would have no effect.
         """
-        if any(group["lr"] != self.config.lr for group in self.optimizer.param_groups):
+        if [group["lr"] for group in self.optimizer.param_groups] != self._lrs:
             raise ValueError(
                 f"Trainer: lr of a parameter group is not the config's {self.config.lr}: the Trainer has a schedule of "
                 "its own; use peakgpt.AdamW in a loop of your own with a scheduler of torch"
@@ -117,8 +116,8 @@ class Trainer:
         return loss
 
     def _set_lr(self, optimizer: AdamW) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = self.config.lr  # a loaded optimizer state may contain another lr
+        for group, lr in zip(optimizer.param_groups, self._lrs, strict=True):
+            group["lr"] = lr  # a loaded optimizer state may contain another lr
 
     def master_weights(self) -> dict[str, Tensor]:
         """Return the model's state dict in float32; see `AdamW.named_masters`."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 
 STORE, ADD, ACTIVATE, SLOPE, GATE, GATE_SLOPE = range(6)  # Epilogue in csrc/gemm/gemm.h
-ACTIVATIONS = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2, "silu": 3}  # Activation in csrc/gemm/gemm.h
+# Activation in csrc/gemm/gemm.h
+ACTIVATIONS = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2, "silu": 3, "clamped_swiglu": 4, "clamped_up": 5}
 
 
 def gemm(

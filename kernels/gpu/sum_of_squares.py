@@ -15,7 +15,7 @@ from torch import Tensor
 from peakgpt.kernels.gpu import block_map, launch
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
-# Not measured on hardware. 1024 programs are about eight for each streaming multiprocessor of the largest chips.
+# Not measured on hardware. At most 1024 programs: about eight for each streaming multiprocessor of the largest chips.
 PROGRAMS, BLOCK_N, TILE = 1024, 2048, Tile(warps=8)
 
 
@@ -55,9 +55,10 @@ def sum_of_squares_partial_each(
 
 
 @triton.jit
-def sum_of_squares_total(partial_ptr, total_ptr, PROGRAMS: tl.constexpr):
-    """Add all partial sums to total."""
-    sums = tl.load(partial_ptr + tl.arange(0, PROGRAMS))
+def sum_of_squares_total(partial_ptr, total_ptr, programs, PROGRAMS: tl.constexpr):
+    """Add the partial sums of all programs, at most PROGRAMS, to total."""
+    at = tl.arange(0, PROGRAMS)
+    sums = tl.load(partial_ptr + at, mask=at < programs, other=0.0)
     tl.store(total_ptr, tl.load(total_ptr) + tl.sum(sums, 0))
 
 
@@ -67,16 +68,27 @@ def objection(x, total) -> str | None:
     return launch.objection(x)
 
 
+def _shares(blocks: int) -> tuple[int, int]:
+    """Return the number of programs and the number of blocks of each; the last program may have fewer."""
+    size = max(1, triton.cdiv(blocks, PROGRAMS))
+    return max(1, triton.cdiv(blocks, size)), size
+
+
+def _add_to(total: Tensor, partial: Tensor) -> None:
+    sum_of_squares_total[(1,)](
+        partial_ptr=partial, total_ptr=total, programs=len(partial), PROGRAMS=PROGRAMS, num_warps=4
+    )
+
+
 def forward(outputs, saved, x, total):
-    # A multiple of BLOCK_N. Programs whose range lies past the end store zero.
-    range_size = triton.cdiv(triton.cdiv(x.numel(), PROGRAMS), BLOCK_N) * BLOCK_N
-    partial = torch.empty(PROGRAMS, dtype=torch.float32, device=x.device)
+    programs, size = _shares(triton.cdiv(x.numel(), BLOCK_N))
+    partial = torch.empty(programs, dtype=torch.float32, device=x.device)
     with launch.device_of(x):
-        sum_of_squares_partial[(PROGRAMS,)](
-            x_ptr=x, partial_ptr=partial, N=x.numel(), range_size=range_size, BLOCK_N=BLOCK_N,
+        sum_of_squares_partial[(programs,)](
+            x_ptr=x, partial_ptr=partial, N=x.numel(), range_size=size * BLOCK_N, BLOCK_N=BLOCK_N,
             num_warps=TILE.warps, num_stages=TILE.stages,
         )  # fmt: skip
-        sum_of_squares_total[(1,)](partial_ptr=partial, total_ptr=total, PROGRAMS=PROGRAMS, num_warps=4)
+        _add_to(total, partial)
 
 
 def prepare(table: Tensor, device: torch.device) -> block_map.BlockMap:
@@ -84,15 +96,15 @@ def prepare(table: Tensor, device: torch.device) -> block_map.BlockMap:
 
 
 def run_each(blocks, calls, total):
-    x, partial = calls[0][0], torch.empty(PROGRAMS, dtype=torch.float32, device=total.device)
+    x, (programs, size) = calls[0][0], _shares(blocks.count)
+    partial = torch.empty(programs, dtype=torch.float32, device=total.device)
     with launch.device_of(x):
-        sum_of_squares_partial_each[(PROGRAMS,)](
+        sum_of_squares_partial_each[(programs,)](
             table_ptr=blocks.table, row_ptr=blocks.row, first_ptr=blocks.first, partial_ptr=partial,
-            blocks=blocks.count, range_size=triton.cdiv(blocks.count, PROGRAMS),
-            DTYPE=block_map.DTYPES[x.dtype], ALIGN=blocks.align, BLOCK_N=BLOCK_N,
+            blocks=blocks.count, range_size=size, DTYPE=block_map.DTYPES[x.dtype], ALIGN=blocks.align, BLOCK_N=BLOCK_N,
             num_warps=TILE.warps, num_stages=TILE.stages,
         )  # fmt: skip
-        sum_of_squares_total[(1,)](partial_ptr=partial, total_ptr=total, PROGRAMS=PROGRAMS, num_warps=4)
+        _add_to(total, partial)
 
 
 def aot_cases(arch: str) -> Iterator[AotCase]:
@@ -102,4 +114,4 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
     constants = {"DTYPE": tl.bfloat16, "ALIGN": 16, "BLOCK_N": BLOCK_N}
     yield launch.case(sum_of_squares_partial_each, "bf16", TILE, "bf16", constants, partial_ptr="*fp32",
                       **block_map.AOT_TYPES)  # fmt: skip
-    yield launch.case(sum_of_squares_total, "", Tile(warps=4), "fp32", {"PROGRAMS": PROGRAMS})
+    yield launch.case(sum_of_squares_total, "", Tile(warps=4), "fp32", {"PROGRAMS": PROGRAMS}, programs="i32")

@@ -12,6 +12,7 @@ from peakgpt.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from peakgpt.kernels.ops.linear_grouped import linear_grouped
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
 from peakgpt.kernels.ops.mlp import gated_mlp, mlp
+from peakgpt.kernels.ops.muon import muon
 from peakgpt.kernels.ops.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from peakgpt.kernels.ops.qk_norm import qk_norm
 from peakgpt.kernels.ops.rotary import rotary
@@ -36,6 +37,7 @@ __all__ = [
     "linear_q4",
     "linear_q8",
     "mlp",
+    "muon",
     "qk_norm",
     "rmsnorm",
     "rotary",

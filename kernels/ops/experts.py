@@ -27,7 +27,7 @@ from torch import Tensor
 from peakgpt.kernels.core import check
 from peakgpt.kernels.core.autograd import transformed
 from peakgpt.kernels.core.dispatch import Cost, op, short_lived
-from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES
+from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES, gated
 
 
 def _check(
@@ -73,7 +73,7 @@ def _cost(x, topk_ids, topk_weights, *parameters, **_):
 
 def _sample(
     rows: int = 1024, width: int = 768, hidden: int = 1024, experts: int = 8, choices: int = 2, gated: int = 1,
-    biased: int = 0, **like,
+    biased: int = 0, spread: float = 1, **like,
 ):  # fmt: skip
     device, dtype = like.get("device"), like.get("dtype") or torch.get_default_dtype()
     ids = torch.rand(rows, experts, device=device).argsort(1)[:, :choices].contiguous()
@@ -85,7 +85,7 @@ def _sample(
 
     gate = make(experts, hidden, width) if gated else (None, None)
     up, down = make(experts, hidden, width), make(experts, width, hidden)
-    return torch.randn(rows, width, **like), ids, weights, *gate, *up, *down
+    return torch.randn(rows, width, **like) * spread, ids, weights, *gate, *up, *down
 
 
 def _alloc(
@@ -137,7 +137,8 @@ def experts(
         b_gate, b_up: (E, F) or None.
         w_down: (E, C_out, F).
         b_down: (E, C_out) or None.
-        activation: of the gate: "silu", "gelu_tanh", "gelu_erf" or "relu"; without a gate not "silu".
+        activation: of the gate: "silu", "clamped_swiglu", "gelu_tanh", "gelu_erf" or "relu"; without a gate one of the
+            last three.
         recompute: save no tensor of the hidden layer's size; backward computes the first products again. The eager
             backend ignores it.
     Returns:
@@ -178,7 +179,7 @@ def _choices(x: Tensor, topk_ids: Tensor) -> Tensor:
 
 def _mlp(x, w_gate, b_gate, w_up, b_up, w_down, b_down, activation):
     up = F.linear(x, w_up, b_up)
-    hidden = GATES[activation](up) if w_gate is None else GATES[activation](F.linear(x, w_gate, b_gate)) * up
+    hidden = GATES[activation](up) if w_gate is None else gated(activation, F.linear(x, w_gate, b_gate), up)
     return F.linear(hidden, w_down, b_down)
 
 

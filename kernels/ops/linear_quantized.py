@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op, short_lived
-from peakgpt.kernels.ops.mlp import GATES
+from peakgpt.kernels.ops.mlp import OUTPUT_ACTIVATIONS
 from peakgpt.kernels.ops.quantize import (
     BLOCK,
     PANEL,
@@ -27,7 +27,7 @@ from peakgpt.kernels.ops.quantize import (
     unpack_8,
 )  # fmt: skip
 
-ACTIVATIONS = ("none", *GATES)
+ACTIVATIONS = ("none", *OUTPUT_ACTIVATIONS)
 
 
 def _check_panels(
@@ -51,7 +51,7 @@ def _check_scale(name: str, x: Tensor, scale: Tensor) -> None:
 
 
 def _activated(y: Tensor, activation: str) -> Tensor:
-    return y if activation == "none" else GATES[activation](y)
+    return y if activation == "none" else OUTPUT_ACTIVATIONS[activation](y)
 
 
 def outputs(w: Tensor, b: Tensor | None, out: int | None) -> int:
@@ -99,7 +99,7 @@ def linear_q8(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = None, *, a
         w: (ceil(F / 16), ceil(C / 8) * 2, 16, 4) uint8 panels, as `quantize.pack_8` makes them.
         scale: (F,) float32.
         b: (F,) in x's dtype, or None.
-        activation: "none", "gelu_tanh", "gelu_erf", "relu" or "silu".
+        activation: "none", "gelu_tanh", "gelu_erf", "relu", "silu", "clamped_swiglu" or "clamped_up".
     Returns:
         (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
     Raises:
@@ -149,7 +149,7 @@ def linear_q4(
         b: (F,) in x's dtype, or None.
         out: F. Default: the size of b, else all outputs of the panels.
         group: number of neighboring inputs that share a scale: 32, 64 or 128.
-        activation: "none", "gelu_tanh", "gelu_erf", "relu" or "silu".
+        activation: "none", "gelu_tanh", "gelu_erf", "relu", "silu", "clamped_swiglu" or "clamped_up".
     Returns:
         (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
     Raises:

@@ -12,6 +12,8 @@ Forward saves only `pre`, or `gate` and `up`. Backward recomputes the activation
 saves none of them and backward recomputes them too. Hendrycks, Gimpel 2016, "Gaussian Error Linear Units",
 arXiv:1606.08415: gelu_erf = x Phi(x); gelu_tanh = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))); silu = x sigmoid(x).
 Gates: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202, eq. 6 (GEGLU with gelu, SwiGLU with silu).
+clamped_swiglu bounds both factors: h = a sigmoid(1.702 a) (1 + clamp(up, -7, 7)) with a = min(gate, 7); OpenAI 2025,
+"gpt-oss-120b & gpt-oss-20b Model Card", arXiv:2508.10925, section 2.2, and the published code.
 """
 
 from __future__ import annotations
@@ -26,7 +28,27 @@ from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op, short_lived
 
 ACTIVATIONS = {"gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu_erf": F.gelu, "relu": F.relu}
-GATES = {**ACTIVATIONS, "silu": F.silu}
+SWIGLU_LIMIT, SWIGLU_ALPHA = 7.0, 1.702
+
+
+def _clamped_swiglu(gate: Tensor) -> Tensor:
+    gate = gate.clamp(max=SWIGLU_LIMIT)
+    return gate * torch.sigmoid(SWIGLU_ALPHA * gate)
+
+
+def _clamped_up(up: Tensor) -> Tensor:
+    return up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1
+
+
+GATES = {**ACTIVATIONS, "silu": F.silu, "clamped_swiglu": _clamped_swiglu}
+UPS = {"clamped_swiglu": "clamped_up"}  # activation of a gate -> that of the other factor, if it has one
+OUTPUT_ACTIVATIONS = {**GATES, "clamped_up": _clamped_up}  # of one product
+
+
+def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """Return the hidden layer of a gated MLP, act(gate) * up, from the products of its two weights."""
+    other = UPS.get(activation)
+    return GATES[activation](gate) * (up if other is None else OUTPUT_ACTIVATIONS[other](up))
 
 
 def _check(x, w_up, b_up, w_down, b_down, *, activation, recompute):
@@ -123,9 +145,10 @@ def _cost_gated(x, *parameters, **_):
     )  # fmt: skip
 
 
-def _sample_gated(rows: int = 1024, width: int = 768, hidden: int = 3072, **like):
+def _sample_gated(rows: int = 1024, width: int = 768, hidden: int = 3072, spread: float = 1, **like):
     x, w_up, b_up, w_down, b_down = _sample(rows, width, hidden, **like)
-    return x, torch.randn(hidden, width, **like) * width**-0.5, torch.randn(hidden, **like), w_up, b_up, w_down, b_down
+    w_gate, b_gate = torch.randn(hidden, width, **like) * width**-0.5, torch.randn(hidden, **like)
+    return x * spread, w_gate, b_gate, w_up, b_up, w_down, b_down
 
 
 def _alloc_gated(x, w_gate, b_gate, w_up, b_up, w_down, b_down, *, needs, activation, recompute):
@@ -161,7 +184,7 @@ def gated_mlp(
         b_gate, b_up: (F,) or None.
         w_down: (C_out, F).
         b_down: (C_out,) or None.
-        activation: of the gate: "silu", "gelu_tanh", "gelu_erf" or "relu".
+        activation: of the gate: "silu", "clamped_swiglu", "gelu_tanh", "gelu_erf" or "relu".
         recompute: as in `mlp`. Backward recomputes the products of gate and up.
     Returns:
         (..., C_out), dtype of x. Gradients of the weights have the weights' strides.
@@ -169,5 +192,5 @@ def gated_mlp(
         ValueError: shapes, dtypes, devices or the activation do not fit.
         NotImplementedError: the forced backend does not support the call; the message says why.
     """
-    hidden = GATES[activation](F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)
+    hidden = gated(activation, F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up))
     return F.linear(hidden, w_down, b_down)

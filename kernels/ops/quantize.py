@@ -4,6 +4,7 @@
     4 bits   w = s LEVELS[q]    s per group of a row's inputs, with the least square error   4 + 16 / group bits
     inputs   x = s q            q = round(x / s), s = max|x| / 127 per block of a row
     groups   w = s q + m, or w = s TABLE[q] + m   s, m per group of a row's inputs: the formats of .gguf files
+             w = s (q - z)      with a zero point z: those of GPTQ and AWQ
 
 LEVELS follow the distribution of normal weights: denser around 0. Root mean square error relative to the root mean
 square of the weights, for normal weights and for Student's t with 5 degrees of freedom:
@@ -32,7 +33,8 @@ LEVEL_TABLES = {  # of 4-bit weights, in the order of kQuantizedLevels of csrc/g
     "normal": LEVELS,
     "signed": tuple(range(-8, 8)),
     "unsigned": tuple(range(16)),
-    "fp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),  # in halves: OCP Microscaling Formats 1.0, 5.3.3
+    # In halves: OCP Microscaling Formats 1.0, 5.3.3.
+    "fp4": (0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12),
 }
 GROUPS = (32, 64, 128)
 BLOCK = 128  # inputs that share a scale with 8-bit weights; with 4-bit weights the weights' group is used
@@ -97,20 +99,24 @@ def dequantize_4(q: Tensor, scale: Tensor, width: int, group: int = 64) -> Tenso
 
 
 def dequantize_grouped(
-    q: Tensor, scale: Tensor, offset: Tensor | None, width: int, group: int, levels: str = "signed"
-) -> Tensor:
+    q: Tensor, scale: Tensor, offset: Tensor | None, width: int, group: int, levels: str = "signed",
+    zero_points: bool = False,
+) -> Tensor:  # fmt: skip
     """Return a weight (F, width) with scales and offsets of groups, in float32, or float64 if the scales are float64.
 
     Args:
         q: (F, width) int8 levels, or (F, ceil(width / 2)) uint8 as from `quantize_4`, indices into a table of levels.
         scale, offset: (F, ceil(width / group)) floating; offset may be None.
         levels: a key of LEVEL_TABLES.
+        zero_points: offset has zero points, so a weight is scale * (level - offset), which float32 holds exactly.
     """
     wide = torch.float64 if scale.dtype == torch.float64 else torch.float32
     table = torch.tensor(LEVEL_TABLES[levels], dtype=wide, device=q.device)
     values = q.to(wide) if q.dtype == torch.int8 else table[_indices(q)[:, :width].int()]
     spread = [part.to(wide).repeat_interleave(group, 1)[:, :width] for part in (scale, offset) if part is not None]
-    return values * spread[0] if offset is None else values * spread[0] + spread[1]
+    if offset is None:
+        return values * spread[0]
+    return (values - spread[1]) * spread[0] if zero_points else values * spread[0] + spread[1]
 
 
 def round_inputs(x: Tensor, block: int) -> Tensor:
@@ -154,14 +160,16 @@ def unpack_4(panels: Tensor, scale: Tensor, rows: int, width: int) -> tuple[Tens
 
 
 def pack_grouped(q: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pack a weight with scales of groups: q as in `pack_8` or `pack_4`, scales and offsets as in `pack_4`, float16.
+    """Pack a weight with scales of groups: q as in `pack_8` or `pack_4`, scales and offsets as in `pack_4`.
 
     Args:
         q: (F, C) int8, or (F, ceil(C / 2)) uint8.
-        scale, offset: (F, G) floating; offset may be None.
+        scale, offset: (F, G) floating; offset may be None. bfloat16 scales stay as they are: powers of two fit into it
+            that do not fit into float16. Others, and offsets, become float16.
     """
     w = pack_8(q) if q.dtype == torch.int8 else _pack_nibbles(q)
-    return w, _pack_scales(scale.half()), None if offset is None else _pack_scales(offset.half())
+    scale = scale if scale.dtype == torch.bfloat16 else scale.half()
+    return w, _pack_scales(scale), None if offset is None else _pack_scales(offset.half())
 
 
 def unpack_grouped(

@@ -138,6 +138,7 @@ cli_evaluate()
 """
 
 
+@pytest.mark.slow
 def test_documented_command_runs(folder):
     """Without --device the harness passes cuda:0, also on a machine without a GPU."""
     document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()

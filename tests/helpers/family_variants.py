@@ -23,6 +23,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_p
 # transformers has the short factors for texts up to 32 tokens, which is more than T.
 LONGROPE = {"rope_type": "longrope", "partial_rotary_factor": 0.75, "factor": 4.0, "long_factor": [4.0] * 6,
             "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]}  # fmt: skip
+GPT_OSS = {**LLAMA, "head_dim": 16, "sliding_window": 5, "rope_parameters": YARN, "num_hidden_layers": 2}
 # Every variant that engine/checkpoint/families_*.py read: transformers' config class without "Config", and its fields.
 VARIANTS = {
     "gpt2": ("GPT2", GPT),
@@ -94,6 +95,9 @@ VARIANTS = {
     "qwen3_moe all experts": ("Qwen3Moe", {**LLAMA, "num_experts": 3, "num_experts_per_tok": 3,
                                            "moe_intermediate_size": 24, "mlp_only_layers": [0], "attention_bias": True,
                                            "use_sliding_window": True, "sliding_window": 5}),
+    "gpt_oss": ("GptOss", {**GPT_OSS, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "gpt_oss all experts": ("GptOss", {**GPT_OSS, "num_local_experts": 3, "num_experts_per_tok": 3,
+                                       "attention_bias": False}),
 }  # fmt: skip
 # Falcon's eager attention in transformers 5.23 adds ALiBi twice: to the scores and in the mask.
 ATTENTION = {"falcon rw": "sdpa"}

@@ -19,6 +19,7 @@ SMALL = {
     "smollm3": {**LLAMA, "no_rope_layer_interval": 2, "pad_token_id": 0},
     "mixtral": {**LLAMA, "num_local_experts": 3},
     "qwen3_moe": {**LLAMA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "gpt_oss": {**LLAMA, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 5},
     "olmo": LLAMA,
     "olmo2": LLAMA,
     "olmo3": {**LLAMA, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peakgpt.kernels.gpu import launch
-from peakgpt.kernels.gpu.gemm.activation import activate
+from peakgpt.kernels.gpu.gemm.activation import activate, up_factor, up_gradient
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
 
@@ -43,6 +43,8 @@ TILES = {
     ("product", False): GroupedTile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, warps=8, stages=3),
     ("product", True): GroupedTile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, warps=4, stages=3),
     ("hidden", False): GroupedTile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, warps=8, stages=3),
+    # The clamped gate has more values alive: with the tile above it would spill on sm_80.
+    ("clamped hidden", False): GroupedTile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, warps=8, stages=3),
     ("dw", False): GroupedTile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, warps=8, stages=3),
 }
 FLOAT32 = GroupedTile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, warps=4, stages=2)
@@ -123,7 +125,7 @@ def experts_up_fwd(
             if gate_ptr is not None:
                 tl.store(gate_ptr + at, gate, mask=live)
             h, _ = activate(gate.to(tl.float32), ACT)
-            h *= pre.to(tl.float32)
+            h *= up_factor(pre.to(tl.float32), ACT)
         else:
             h, _ = activate(pre.to(tl.float32), ACT)
         tl.store(h_ptr + at, h.to(dtype), mask=live)
@@ -182,9 +184,10 @@ def experts_hidden_bwd(
         pre = tl.load(pre_ptr + at, mask=live, other=0.0).to(tl.float32)
         if gate_ptr is not None:
             act, slope = activate(tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32), ACT)
-            h = act * pre
-            tl.store(dgate_ptr + at, (acc * weight * pre * slope).to(dtype), mask=live)
-            dpre = acc * weight * act
+            up = up_factor(pre, ACT)
+            h = act * up
+            tl.store(dgate_ptr + at, (acc * weight * up * slope).to(dtype), mask=live)
+            dpre = up_gradient(acc * weight * act, pre, ACT)
         else:
             h, slope = activate(pre, ACT)
             dpre = acc * weight * slope
@@ -264,7 +267,8 @@ def hidden_backward(
 ) -> Tensor:  # fmt: skip
     """Fill dgate (if there is a gate), dpre and h (unless None), (S, F); return g . h of each row, (S,) float32."""
     experts, width, hidden = w_down.shape
-    grid, options = _launch("hidden", pre, experts, hidden)
+    kernel = "clamped hidden" if activation == "clamped_swiglu" else "hidden"
+    grid, options = _launch(kernel, pre, experts, hidden)
     columns = triton.cdiv(hidden, options["BLOCK_N"])
     partial = torch.empty(columns, pre.shape[0], dtype=torch.float32, device=pre.device)
     experts_hidden_bwd[grid](
@@ -337,11 +341,14 @@ def _variants(kernel: str):
         absent = dict.fromkeys(("gate_b_ptr", "b_ptr"))
         yield "saved", experts_up_fwd, {"ACT": "silu", **absent}
         yield "inference", experts_up_fwd, {"ACT": "silu", **absent, "gate_ptr": None, "pre_ptr": None}
+        yield "clamped, biases", experts_up_fwd, {"ACT": "clamped_swiglu"}
     elif kernel == "product":
         yield "down", experts_product, {"BY_N": True, **dict.fromkeys(("a2_ptr", "w2_ptr", "bias_ptr"))}
         yield "dx", experts_product, {"BY_N": False, "bias_ptr": None}
     elif kernel == "hidden":
         yield "gated", experts_hidden_bwd, {"ACT": "silu"}
+    elif kernel == "clamped hidden":
+        yield "clamped", experts_hidden_bwd, {"ACT": "clamped_swiglu"}
     else:
         yield "dw_up", experts_dw, {"GATHER_A": False, "GATHER_B": True}
         yield "dw_down", experts_dw, {"GATHER_A": True, "GATHER_B": False}

@@ -7,9 +7,13 @@ import math
 import triton
 import triton.language as tl
 
+from peakgpt.kernels.ops.mlp import SWIGLU_ALPHA, SWIGLU_LIMIT
+
 _TWICE_SQRT_2_PI = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
 _RSQRT_2_PI = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+_LIMIT = tl.constexpr(SWIGLU_LIMIT)
+_ALPHA = tl.constexpr(SWIGLU_ALPHA)
 
 
 @triton.jit
@@ -22,6 +26,11 @@ def activate(x, ACT: tl.constexpr):
         gate = 1.0 / (1.0 + tl.exp(-x))
         y = x * gate
         dy = gate + y * (1.0 - gate)
+    elif ACT == "clamped_swiglu":
+        clamped = tl.where(x > _LIMIT, _LIMIT, x)  # NaN stays NaN
+        gate = 1.0 / (1.0 + tl.exp(clamped * -_ALPHA))
+        y = clamped * gate
+        dy = tl.where(x > _LIMIT, 0.0, gate + y * _ALPHA * (1.0 - gate))
     elif ACT == "gelu_erf":
         gate = 0.5 * (1.0 + tl.erf(x * _SQRT_HALF))
         y = x * gate
@@ -33,3 +42,19 @@ def activate(x, ACT: tl.constexpr):
         y = x * gate
         dy = gate + y * (1.0 - gate) * (1.0 + 3.0 * square) * _TWICE_SQRT_2_PI
     return y, dy
+
+
+@triton.jit
+def up_factor(x, ACT: tl.constexpr):
+    """Return u of a gated layer, h = act(gate) u, from a float32 tile of its other product: x itself for most."""
+    if ACT == "clamped_swiglu":
+        x = tl.where(x > _LIMIT, _LIMIT, tl.where(x < -_LIMIT, -_LIMIT, x)) + 1.0
+    return x
+
+
+@triton.jit
+def up_gradient(du, x, ACT: tl.constexpr):
+    """Return the gradient of x from that of u = up_factor(x)."""
+    if ACT == "clamped_swiglu":
+        du = tl.where((x > _LIMIT) | (x < -_LIMIT), 0.0, du)
+    return du

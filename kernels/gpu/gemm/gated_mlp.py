@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peakgpt.kernels.gpu import launch
 from peakgpt.kernels.gpu.gemm import skinny_gemm
-from peakgpt.kernels.gpu.gemm.activation import activate
+from peakgpt.kernels.gpu.gemm.activation import activate, up_factor, up_gradient
 from peakgpt.kernels.gpu.gemm.linear import linear_out
 from peakgpt.kernels.gpu.gemm.mlp import ACT_BACKWARD, ACT_BLOCK_N, ACT_FORWARD, column_sum_grid
 from peakgpt.kernels.gpu.launch import AotCase
@@ -30,7 +30,7 @@ def gated_mlp_gate_fwd(gate_ptr, up_ptr, h_ptr, N, ACT: tl.constexpr, BLOCK_N: t
     """Store h = act(gate) up."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     gate, _ = activate(tl.load(gate_ptr + at, mask=at < N, other=0.0).to(tl.float32), ACT)
-    h = gate * tl.load(up_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+    h = gate * up_factor(tl.load(up_ptr + at, mask=at < N, other=0.0).to(tl.float32), ACT)
     tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=at < N)
 
 
@@ -49,9 +49,10 @@ def gated_mlp_gate_bwd(
         at = row[:, None] * F + col[None, :]
         live = (row < R)[:, None] & (col < F)[None, :]
         dh = tl.load(dh_ptr + at, mask=live, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + at, mask=live, other=0.0).to(tl.float32)
+        pre = tl.load(up_ptr + at, mask=live, other=0.0).to(tl.float32)
+        up = up_factor(pre, ACT)
         act, slope = activate(tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32), ACT)
-        dgate, dup = dh * up * slope, dh * act
+        dgate, dup = dh * up * slope, up_gradient(dh * act, pre, ACT)
         tl.store(dh_ptr + at, dgate.to(dh_ptr.dtype.element_ty), mask=live)
         tl.store(dup_ptr + at, dup.to(dup_ptr.dtype.element_ty), mask=live)
         if h_ptr is not None:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peakgpt.kernels.gpu import launch, overlap
-from peakgpt.kernels.gpu.gemm.activation import activate
+from peakgpt.kernels.gpu.gemm.activation import activate, up_factor
 from peakgpt.kernels.gpu.launch import AotCase, Tile
 
 
@@ -128,7 +128,7 @@ def skinny_gemm_fwd(
     if gate_w_ptr is not None:
         gate = _bias_and_store(gate_acc, gate_b_ptr, gate_pre_ptr, n, at, live, N)
         gate, _ = activate(gate.to(dtype).to(tl.float32), ACT)
-        y = gate * _bias_and_store(acc, b_ptr, pre_ptr, n, at, live, N).to(dtype).to(tl.float32)
+        y = gate * up_factor(_bias_and_store(acc, b_ptr, pre_ptr, n, at, live, N).to(dtype).to(tl.float32), ACT)
     else:
         y = _bias_and_store(acc, b_ptr, pre_ptr, n, at, live, N)
         if ACT is not None:

@@ -45,7 +45,7 @@ def test_logits_loss_and_gradients_equal_transformers(pair, backend):
 
 
 # Triton's interpreter is slow, so that not every variant of a family runs in it.
-INTERPRETED = ["phi3", "falcon rw", "llama 3", "gemma2"]
+INTERPRETED = ["phi3", "falcon rw", "llama 3", "gemma2", "gpt_oss"]
 INTERPRETED_SLOWLY = ["gpt_bigcode", "codegen", "mpt", "falcon", "falcon 40b", "starcoder2", "stablelm parallel", "phi",
                       "mistral", "qwen2", "smollm3", "olmo", "olmo3", "qwen3", "gemma", "gemma3"]  # fmt: skip
 
@@ -181,7 +181,7 @@ def test_parameter_count_equals_the_models(pair):
 
 
 ONE_GRAPH = ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloom", "llama 3", "smollm3", "olmo",
-             "mixtral", "falcon rw", "phi3", "gemma3", "qwen3_moe all experts"]  # fmt: skip
+             "mixtral", "falcon rw", "phi3", "gemma3", "qwen3_moe all experts", "gpt_oss all experts"]  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ONE_GRAPH)

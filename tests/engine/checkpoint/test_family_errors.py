@@ -51,6 +51,8 @@ BAD_CONFIGS = [
     ("llama", {"rope_scaling": {"type": "linear", "mrope_section": [1]}}, "rope_parameters has mrope_section"),
     ("llama", {"rope_parameters": [1]}, r"rope_parameters is \[1\], expected a JSON object"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1"),
+    ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0, expected 7.0"),
+    ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act is 'gelu', expected silu"),
     ("olmo", {"clip_qkv": 8.0}, "clip_qkv is 8.0, expected None"),
     ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types is .*, expected none: sliding_window decides"),
     ("mistral", {"sliding_window": 0}, "sliding_window is 0, expected an integer of at least 1, or null"),

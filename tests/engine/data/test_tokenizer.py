@@ -101,7 +101,8 @@ def test_documents_encoded_in_pieces_equal_whole_documents(tokenizer, texts, mon
     """Cutting long documents for the cores changes no token; pieces of 3 characters have every kind of boundary."""
     rng = random.Random(3)
     many = [random_text(rng, rng.randrange(300)) for _ in range(200)] + ["", "".join(texts)[:200_000], ""]
-    expected = [token for text in many for token in [*tokenizer.encode(text), tokenizer.end_id]]
+    alone = tokenizer.encode_batch(many, split_special_tokens=True)
+    expected = [token for ids in alone for token in [*ids, tokenizer.end_id]]
     for size in (3, encoding.PIECE_CHARS):
         monkeypatch.setattr(encoding, "PIECE_CHARS", size)
         assert np.concatenate(list(tokenizer.encode_documents(many))).tolist() == expected
@@ -286,3 +287,21 @@ def test_clean_up_in_parts_equals_clean_up_of_the_whole():
             assert whole.startswith(shown)
         assert shown + stream.finish() == whole
     assert CleanUp().feed("hello") == "hello"  # at once
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_special_tokens_written_in_a_document_are_text_and_in_a_prompt_their_ids(kind, monkeypatch):
+    """Else a document could end itself. Mutation that makes it fail: encode_parts without split_special_tokens."""
+    monkeypatch.setattr(encoding, "PIECE_CHARS", 4)
+    library = BUILDERS[kind]()
+    library.add_special_tokens(["</s>", "<|im_start|>"])
+    tokenizer = Tokenizer(library, "</s>")
+    texts, mark = ["the</s>canary </s> <|im_start|>sings", "</s>", "song"], library.token_to_id("<|im_start|>")
+    ids = np.concatenate(list(tokenizer.encode_documents(texts))).tolist()
+    assert ids.count(tokenizer.end_id) == 3 and mark not in ids
+    assert ids[-1] == tokenizer.end_id
+    prompt = tokenizer.encode(texts[0])
+    assert prompt.count(tokenizer.end_id) == 2 and mark in prompt
+    library.add_special_tokens(["<tool>"])  # the copy of the library is made anew
+    (ids,) = tokenizer.encode_documents(["<tool>"])
+    assert library.token_to_id("<tool>") not in ids and library.token_to_id("<tool>") in tokenizer.encode("<tool>")

@@ -59,6 +59,10 @@ MODELS = {
         "experts": 5, "experts_every": 1, "experts_per_token": 3, "gated_experts": True, "gated_mlp": True,
         "expert_inner": 40, "activation": "silu", "mlp_only_layers": (0,), "normalize_experts": False,
     },
+    "experts, biases, clamped gates": {
+        "experts": 5, "experts_every": 2, "experts_per_token": 2, "gated_experts": True, "gated_mlp": True,
+        "expert_inner": 40, "activation": "clamped_swiglu", "router_bias": True, "attention_sinks": True,
+    },
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 

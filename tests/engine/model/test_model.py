@@ -347,7 +347,7 @@ def test_bad_inputs_raise_with_got_and_expected():
         ({"attention_dropout": 1.5}, "attention_dropout is 1.5, expected below 1"),
         ({"word_dim": 0}, "word_dim is 0, expected at least 1"),
         ({"activation": "silu"}, "activation is 'silu', expected one of gelu_tanh, gelu_erf, relu$"),
-        ({"activation": "swiglu", "gated_mlp": True}, "activation is 'swiglu', expected one of gelu_.*, relu, silu$"),
+        ({"activation": "swiglu", "gated_mlp": True}, "is 'swiglu', expected one of gelu_.*, silu, clamped_swiglu$"),
         ({"norm": "rms"}, "bias is True, expected no bias of norms, as norm is rms"),
         ({"norm": "batch"}, "norm is 'batch', expected one of layer, rms"),
         ({"logit_scale": 0}, "logit_scale is 0, expected more than 0"),

@@ -39,6 +39,8 @@ EXACT = {
     "opt-350m": 331_196_416,  # the paper says 350M, its checkpoint has fewer
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
@@ -164,7 +166,7 @@ def test_presets_have_the_checkpoint_layout_of_their_family(name):
     families |= {"olmo": "olmo", "olmo2": "olmo2", "olmo3": "olmo3", "qwen3": "qwen3", "mixtral": "mixtral"}
     families["qwen3-30b"] = "qwen3_moe"
     families |= {"gemma-2b": "gemma", "gemma-7b": "gemma", "gemma-2": "gemma2", "gemma-3": "gemma3_text"}
-    families |= {"gpt-neo": "gpt_neo", "gpt-j": "gptj", "gpt-neox": "gpt_neox"}
+    families |= {"gpt-neo": "gpt_neo", "gpt-j": "gptj", "gpt-neox": "gpt_neox", "gpt-oss": "gpt_oss"}
     first, *rest = name.split("-")
     first_two = "-".join((first, *rest[:1]))
     expected = families[first_two if first_two in families else first]

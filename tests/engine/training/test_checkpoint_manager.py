@@ -22,7 +22,6 @@ from peakgpt.engine.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_flush")
 
-DTYPES = (torch.float32, torch.bfloat16)
 OTHER = {"position": "rotary", "norm": "rms", "bias": False}  # no family of transformers has it
 
 
@@ -48,8 +47,11 @@ def copy(whole, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint .*no layout of transformers")
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", [*SMALL, OWN])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(OWN, torch.float32), *((family, torch.bfloat16) for family in (*SMALL, OWN)),
+     *(pytest.param(family, torch.float32, marks=pytest.mark.slow) for family in SMALL)],
+)  # fmt: skip
 def test_a_resumed_run_has_the_same_bits(family, dtype, tmp_path):
     """No tensor is in a checkpoint twice: the weights come from the model folder, in the family's layout.
 

@@ -371,7 +371,7 @@ def test_optimizer_states_that_do_not_fit_are_refused():
     accumulate(params, gradients(0))
     momentum = torch.optim.SGD(params, lr=0.1, momentum=0.9)
     momentum.step()
-    with pytest.raises(ValueError, match="expected step, exp_avg and exp_avg_sq"):
+    with pytest.raises(ValueError, match="expected step, exp_avg, exp_avg_sq"):
         optimizer.load_state_dict(momentum.state_dict())
     optimizer.step()
     state = copy.deepcopy(optimizer.state_dict())

@@ -58,6 +58,7 @@ from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.program_executor import ProgramExecutor
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedFormat
 from peakgpt.kernels.core.dispatch import OPS, use_backend
 
 PAGE, libc = mmap.PAGESIZE, ctypes.CDLL(None)
@@ -88,6 +89,19 @@ expected = executor.step([Chunk([1, 2], 0, [0])])
 packed = [t for t in executor.program.tensors if t.dim() == 1 and t.numel() >= width * width // 2]
 of_experts = packed[-2 * count - 1:-1]  # up of all experts, then down; the head is the last one
 protected += sum(protect(t) for i, t in enumerate(of_experts) if i % count >= 2)
+assert torch.equal(executor.step([Chunk([1, 2], 0, [1])]), expected)
+
+packed = {name: torch.randint(256, (count, width, width // 2), dtype=torch.uint8) for name in ("c_fc", "c_proj")}
+for name, q in packed.items():
+    scale = torch.full((count, width, width // 32), 2.0**-6).bfloat16()
+    layer = GroupedExpertLinear(q, scale, None, width, GroupedFormat(4, 32, "fp4"))
+    setattr(model.transformer.h[0].mlp.experts, name, layer)
+executor = ProgramExecutor(model, 4)
+assert not torch.equal(executor.step([Chunk([1, 2], 0, [0])]), expected)
+expected = executor.step([Chunk([1, 2], 0, [0])])
+for name in packed:
+    layer = model.transformer.h[0].mlp.experts._modules[name]
+    protected += sum(protect(layer.weight[e]) for e in range(2, count))
 assert torch.equal(executor.step([Chunk([1, 2], 0, [1])]), expected)
 print(protected > 1 << 19)
 import os

@@ -85,12 +85,14 @@ CASES = [
     ("cache_store", {"tokens": 5, "heads": 1, "head_dim": 8, "block": 2, "bits": 8, **FIRST}, {}, {}),
     ("adamw", {"count": 37, **HALF},
      lambda: {"norm": torch.tensor(2.0), "rate": torch.tensor(0.5)}, {"lr": 0.1, "max_norm": 1.0}),
+    ("muon", {"rows": 5, "columns": 7, **HALF},
+     lambda: {"norm": torch.tensor(2.0), "rate": torch.tensor(0.5)}, {"lr": 0.1, "max_norm": 1.0}),
     ("sum_of_squares", {"count": 37, **FIRST}, {}, {}),
 ]  # fmt: skip
 IDS = [f"{name}-{n}" for n, (name, *_) in enumerate(CASES)]
 # Their values must ascend or differ.
 NOT_EXPANDED = {"cu_seqlens", "cu_queries", "slots"}
-REFUSED = {"adamw", "cache_store", "attention_decode"}
+REFUSED = {"adamw", "muon", "cache_store", "attention_decode"}
 
 
 class Call:
