@@ -187,7 +187,7 @@ class ModelProgram:
                              "c_proj": (c.n_embd, c.expert_inner)}.items():  # fmt: skip
             if name in mlps._modules:
                 _require(f"experts.{name}", _stacked_sizes(mlps._modules[name]), (c.experts, n, k))
-        biases = {f"{name}_bias": self._hold(None if part is None else part.bias)
+        biases = {f"{name}_bias": self._hold(None if part is None or part.bias is None else part.bias.contiguous())
                   for name, part in (("gate", gate), ("up", mlps.c_fc), ("down", mlps.c_proj))}  # fmt: skip
         router_bias = None if router.bias is None else self._hold(router.bias.detach().float())
         self.program.experts(
