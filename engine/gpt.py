@@ -26,13 +26,16 @@ from peakgpt.engine.checkpoint.model_folder import (
 )
 from peakgpt.engine.checkpoint.mxfp4 import is_mxfp4, mxfp4_weights, without_method
 from peakgpt.engine.checkpoint.mxfp4_folder import load_mxfp4
-from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized
+from peakgpt.engine.checkpoint.packed_layers import PackedFormat
+from peakgpt.engine.checkpoint.packed_weights import load_packed
+from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized, write_grouped
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream, with_arguments
 from peakgpt.engine.inference.generation_config import GenerationConfig, generation_config
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.model.grouped_linear import GroupedLinear
 from peakgpt.engine.model.positions import left_padding_start
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
@@ -73,8 +76,8 @@ class GPT(Transformer):
             dtype: of the parameters.
             dropout: replaces the checkpoint's rates.
             revision: of a model of the hub: a branch, a tag or a commit.
-            dequantize: decode the quantized weights of a .gguf file or of an MXFP4 checkpoint to this dtype, to train
-                or to export the model. Otherwise its linear layers multiply by the integers of the file.
+            dequantize: decode the quantized weights of a .gguf file, or of an MXFP4, GPTQ or AWQ checkpoint, to this
+                dtype: to train or to export the model. Otherwise its linear layers multiply by their integers.
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
             OSError: a downloaded file cannot be written.
@@ -92,9 +95,14 @@ class GPT(Transformer):
             if dequantize:
                 model.source_files[CONFIG] = without_method(model.source_files[CONFIG])
             return load_mxfp4(folder, family, model, dtype, dequantize=dequantize)
-        if form := read_format(folder):
+        form = read_format(folder)
+        if isinstance(form, PackedFormat):
+            model.source_files[CONFIG] = without_method(model.source_files[CONFIG])
+            return load_packed(folder, model, family, form, dtype, dequantize=dequantize)
+        if form is not None:
             if dequantize:
-                raise ValueError(f"{folder}: got weights of {form.bits} bits, expected floats with dequantize=True")
+                raise ValueError(f"{folder}: got quantized weights of peakgpt, expected others with dequantize=True: "
+                                 "floats, GPTQ, AWQ or a .gguf file")  # fmt: skip
             return read_quantized(folder, model, form, dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         weights = read_weights(open_layout(folder, family), family, config, shapes, dtype)
@@ -119,7 +127,8 @@ class GPT(Transformer):
         """Save in the Hugging Face layout of its family, or in our own layout, with a warning, if it has no family.
 
         Fields of config.json that peakgpt does not use, and generation_config.json, are those of the folder that the
-        model was loaded from. An interrupted write keeps the old files.
+        model was loaded from. An interrupted write keeps the old files. A model that multiplies by the integers of a
+        .gguf file, GPTQ or AWQ is saved with these integers, in a folder that only peakgpt reads.
 
         MXFP4 weights are written as they were read, byte by byte.
 
@@ -132,8 +141,14 @@ class GPT(Transformer):
                 None writes one file.
         Raises:
             OSError: the folder cannot be written.
-            ValueError: the model is quantized, has adapters that are not merged, or max_shard_size is not a size.
+            ValueError: the model was quantized by peakgpt, has adapters that are not merged, or max_shard_size is not a
+                size; or a quantized model and weights or max_shard_size, which it would ignore.
         """
+        if any(isinstance(module, GroupedLinear) for module in self.modules()):
+            if weights is not None or max_shard_size is not None:
+                raise ValueError("save_pretrained: got weights or max_shard_size, expected none for a quantized model")
+            write_grouped(folder, self, tokenizer, self.source_files, dtype)
+            return
         if any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise ValueError("save_pretrained: got a quantized model, expected float weights; copy its folder instead")
         mxfp4, state = mxfp4_weights(self), {**self.state_dict(), **(weights or {})}

@@ -1,4 +1,4 @@
-"""peakgpt quantize: round a checkpoint's weights to 8 or 4 bits, with the perplexity before and after on a text."""
+"""peakgpt quantize: round a checkpoint's weights to 8 or 4 bits. Prints their error, and the perplexity of a text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from peakgpt.engine.checkpoint.folder import TRAINING_STATE
 from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
+from peakgpt.engine.checkpoint.packed_layers import PackedFormat
 from peakgpt.engine.checkpoint.quantized_folder import is_weights, read_format, write_quantized
-from peakgpt.engine.checkpoint.quantized_weights import quantize_state
+from peakgpt.engine.checkpoint.quantized_weights import quantize_state, rounding_error
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.text_file import read_text
@@ -40,12 +41,15 @@ def run(args: argparse.Namespace) -> int:
                          "save the model and its tokenizer in one")  # fmt: skip
     if args.source.resolve() == Path(args.folder).resolve():
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
-    if present := read_format(args.source):
-        raise ValueError(f"quantize: IN has weights of {present.bits} bits already, expected float weights")
+    if not isinstance(read_format(args.source), PackedFormat | None):
+        raise ValueError("quantize: IN has quantized weights of peakgpt already, expected floats, GPTQ or AWQ")
     quantization = Format(args.bits, args.group or GROUP)
     text = None if args.text is None else (Tokenizer.load(args.source), read_text(args.text))
-    model = GPT.from_pretrained(args.source)
-    write_quantized(args.source, args.folder, quantize_state(model.state_dict(), quantization), quantization)
+    model = GPT.from_pretrained(args.source, dequantize=True)
+    state = model.state_dict()
+    rounded = quantize_state(state, quantization)
+    write_quantized(args.source, args.folder, rounded, quantization)
+    print(f"weights: relative error {rounding_error(state, rounded, quantization):.2%}, compared with those of IN")
     print(f"{args.folder}: {_size(args.folder) / 2**20:.1f} MiB, {_size(args.source) / 2**20:.1f} MiB before")
     if text:
         before, after = (text_perplexity(Scorer(m), *text) for m in (model, GPT.from_pretrained(args.folder)))

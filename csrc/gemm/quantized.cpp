@@ -1,4 +1,3 @@
-// More than 300 lines: the layout, its products and its epilogue are read together.
 #include "gemm/quantized.h"
 
 #include <omp.h>
@@ -8,6 +7,7 @@
 
 #include "gemm/gemm.h"
 #include "base/memory.h"
+#include "gemm/quantized_layout.h"
 
 namespace peak {
 
@@ -21,50 +21,6 @@ constexpr uint8_t kQuantizedLevels[4][16] = {
     {128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116},
 };
 
-constexpr int64_t kUnitPanels = 3;    // panels in a unit of work; a tile has at most this number
-constexpr int64_t kTileRows = 8;      // rows of x that are stored together
-constexpr int64_t kBlockRows = 1024;  // rows of x in a block: they stay in the last-level cache
-constexpr int64_t kLine = kPanelOutputs * 4;
-// Up to this number of rows of x, each thread quantizes all of x: sharing the result costs more.
-constexpr int64_t kOwnRows = 8;
-// Up to this number of rows, panels are read one by one: the processor prefetches a single stream best.
-constexpr int64_t kStreamRows = 8;
-// Up to this number of rows, each tile unpacks 4-bit weights in registers. With more rows a unit is unpacked once for
-// each block of rows.
-constexpr int64_t kPackedRows = 32;
-
-int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-// Whether each block of inputs of an output has a scale; else an output has one.
-bool HasBlockScales(const QuantizedMatrix& matrix) { return matrix.f16_scales || matrix.bits == 4; }
-
-// The arrays of the scratch. With scratch == nullptr only `size` is valid.
-struct QuantizedLayout {
-  int64_t rows, quads, blocks;  // rows are padded so that the last tile has 1, 2, 4 or 8
-  int8_t* bytes;    // x as (tile, quad, row, 4)
-  float* scales;    // of x: (tile, block, row)
-  int32_t* starts;  // (tile, block, row): what the sums start from, a correction for weights stored without a sign
-  float* totals;    // (tile, block, row): the sum of a block of Q(x), which an offset of W is multiplied by
-  uint8_t* panels;  // for each thread, unpacked 4-bit weights
-  int64_t size;     // in bytes
-
-  QuantizedLayout(const QuantizedArgs& args, int parts, void* scratch) {
-    const int64_t rest = args.rows % kTileRows;
-    rows = args.rows - rest + (rest <= 2 ? rest : rest <= 4 ? 4 : kTileRows);
-    quads = Pieces(args.k, 8) * 2;
-    blocks = Pieces(args.k, args.block);
-    Arena arena(scratch);
-    bytes = arena.Take<int8_t>(rows * quads * 4);
-    scales = arena.Take<float>(rows * blocks);
-    starts = arena.Take<int32_t>(rows * blocks);
-    totals = arena.Take<float>(args.offset == nullptr ? 0 : rows * blocks);
-    panels = arena.Take<uint8_t>(args.bits == 4 && args.rows > kPackedRows ? parts * PanelBytes() : 0);
-    size = arena.used();
-  }
-  int64_t PanelBytes() const { return kUnitPanels * quads * kLine; }
-  int64_t TileRows(int64_t row) const { return std::min(kTileRows, rows - row); }
-};
-
 }  // namespace
 
 }  // namespace peak
@@ -75,181 +31,8 @@ struct QuantizedLayout {
 #ifdef PEAK_ISA
 
 #include "simd/activations.h"
-
-constexpr int kPanelVecs = kPanelOutputs / kLanes;
-// The sums of a tile take most of the registers. With 16 registers a tile has one panel and half the rows.
-constexpr int kTilePanels = kLanes == 16 ? kUnitPanels : 1;
-constexpr int kMostRows = kLanes == 16 ? kTileRows : kTileRows / 2;
-
-// -------------------------------------------------------------------------------------------------- quantizing of x
-// Quantizes one block of a row: `count` elements. The quads of bytes are `stride` quads apart.
-template <class T>
-void QuantizeBlock(const T* x, int64_t count, int64_t quads, int64_t stride, int8_t* out, float* scale, int32_t* start,
-                   float* scaled_total) {
-  Vec most = Set(0.0f), sum = Set(0.0f);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < count; i += kLanes) most = Max(most, Abs(Load(x + i, count - i)));
-  const float largest = MaxOf(most), inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
-  alignas(64) int8_t bytes[kMaxBlock + kLanes] = {};
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec v = Round(Load(x + i, count - i) * Set(inverse));
-    sum = sum + v;
-    StoreBytes(bytes + i, Max(v, Set(-127.0f)));  // -127 for a NaN
-  }
-  const float total = Sum(sum), poison = total - total;  // NaN if an element is not finite (inf * 0 is NaN too)
-  *scale = largest / 127.0f + poison;
-  *start = poison == 0.0f ? (kQuadZero - 128) * static_cast<int32_t>(total) : 0;
-  if (scaled_total != nullptr) *scaled_total = *scale * total;
-#pragma GCC unroll 8
-  for (int64_t q = 0; q < quads; ++q, out += stride * 4) std::memcpy(out, bytes + q * 4, 4);
-}
-
-// Quantizes blocks [begin, end) of all rows. The padding rows of the last tile become 0.
-template <class T>
-void QuantizeBlocks(const QuantizedArgs& args, const QuantizedLayout& layout, int64_t begin, int64_t end) {
-  for (int64_t first = 0; first < layout.rows; first += kTileRows) {
-    const int64_t rows = layout.TileRows(first);
-    for (int64_t i = 0; i < rows; ++i) {
-      const bool exists = first + i < args.rows;
-      const T* x = static_cast<const T*>(args.x) + (exists ? (first + i) * args.x_row : 0);
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t at = block * args.block, count = exists ? std::min(args.block, args.k - at) : 0;
-        const int64_t entry = first * layout.blocks + block * rows + i;
-        QuantizeBlock(x + at, count, std::min(args.block, layout.quads * 4 - at) / 4, rows,
-                      layout.bytes + first * layout.quads * 4 + (at / 4 * rows + i) * 4, layout.scales + entry,
-                      layout.starts + entry, args.offset == nullptr ? nullptr : layout.totals + entry);
-      }
-    }
-  }
-}
-
-// ------------------------------------------------------------------------------------------------------- products
-// Formats of a panel's weights: the number of quads of inputs in a line, and the type of the scales of blocks, if any.
-template <class S>
-struct Bytes {
-  using Scale = S;
-  static constexpr int kLineQuads = 1;
-  static constexpr bool kGrouped = !std::is_void_v<Scale>;
-  Table table;
-  PEAK_INLINE Quads Get(Quads line, int) const { return line; }
-};
-template <class S>
-struct Nibbles {
-  using Scale = S;
-  static constexpr int kLineQuads = 2;
-  static constexpr bool kGrouped = true;
-  Table table;
-  PEAK_INLINE Quads Get(Quads line, int half) const {
-    return LookUp(table, half == 0 ? LowerNibbles(line) : UpperNibbles(line));
-  }
-};
-
-// The inputs of a tile: rows of x and panels of weights.
-struct TileArgs {
-  const int8_t* bytes;
-  const float* scales;
-  const int32_t* starts;
-  const float* totals;
-  int64_t rows;
-  const uint8_t* weight;
-  int64_t panel_bytes;
-  const uint8_t* levels;          // the table of 4-bit weights
-  const uint16_t* weight_scales;  // of blocks: (panels, blocks, kPanelOutputs)
-  const f16* offsets;             // as weight_scales, or null
-  int64_t scales_stride;          // between panels
-};
-
-// sums[kRows][kPanels * kPanelOutputs] = Q(x) W^T, without the scales of outputs.
-template <class Weight, int kRows, int kPanels>
-void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t quads, float* sums) {
-  constexpr int kVecs = kPanels * kPanelVecs;
-  constexpr int64_t kAhead = 1024;  // prefetch distance in each panel, in bytes
-  Weight weights;
-  weights.table = LoadTable(tile.levels);
-  const int64_t rows = tile.rows, panel_bytes = tile.panel_bytes;
-  const int8_t* x = tile.bytes;
-  const float* scales = tile.scales;
-  const int32_t* starts = tile.starts;
-  const uint8_t* w = tile.weight;
-  using Scale = std::conditional_t<Weight::kGrouped, typename Weight::Scale, bf16>;
-  const Scale* weight_scales = reinterpret_cast<const Scale*>(tile.weight_scales);
-  [[maybe_unused]] const f16* offsets = tile.offsets;
-  [[maybe_unused]] const float* totals = tile.totals;
-  const uint8_t* const last = w + panel_bytes - kAhead;  // from here on the next panels are prefetched
-  // All loops over both arrays of sums are unrolled: otherwise GCC 12 keeps the inner sums in memory.
-  Vec total[kRows][kVecs];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) total[i][v] = Set(0.0f);
-  }
-  constexpr int64_t kNextScales = Weight::kGrouped ? kPanelOutputs : 0;
-  for (; blocks > 0; --blocks, quads -= block_quads, scales += rows, starts += rows, weight_scales += kNextScales) {
-    Ints acc[kRows][kVecs];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[i][v] = SetInts(starts[i]);
-    }
-    for (int64_t line = std::min(block_quads, quads) / Weight::kLineQuads; line > 0; --line, w += kLine) {
-      Quads lines[kVecs];
-      const uint8_t* const next = w + kAhead + (w < last ? 0 : (kPanels - 1) * panel_bytes);
-      for (int p = 0; p < kPanels; ++p) {
-        __builtin_prefetch(next + p * panel_bytes);
-        for (int v = 0; v < kPanelVecs; ++v) {
-          lines[p * kPanelVecs + v] = LoadQuads(w + p * panel_bytes + v * kLanes * 4);
-        }
-      }
-      for (int half = 0; half < Weight::kLineQuads; ++half, x += rows * 4) {
-        Quads right[kVecs];
-        for (int v = 0; v < kVecs; ++v) right[v] = weights.Get(lines[v], half);
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-          const Quads left = SetQuad(x + i * 4);
-#pragma GCC unroll 4
-          for (int v = 0; v < kVecs; ++v) acc[i][v] = DotQuads(acc[i][v], right[v], left);
-        }
-      }
-    }
-    [[maybe_unused]] Vec groups[kVecs];
-    if constexpr (Weight::kGrouped) {
-      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(weight_scales + (p + kPanels) * tile.scales_stride);
-      for (int v = 0; v < kVecs; ++v) {
-        groups[v] = Load(weight_scales + v / kPanelVecs * tile.scales_stride + v % kPanelVecs * kLanes);
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const Vec scale = Set(scales[i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        Vec factor = scale;
-        if constexpr (Weight::kGrouped) factor = scale * groups[v];
-        total[i][v] = Fma(ToFloats(acc[i][v]), factor, total[i][v]);
-      }
-    }
-    if constexpr (std::is_same_v<Scale, f16>) {
-      if (offsets != nullptr) {
-        for (int v = 0; v < kVecs; ++v) {
-          groups[v] = Load(offsets + v / kPanelVecs * tile.scales_stride + v % kPanelVecs * kLanes);
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-          const Vec sum = Set(totals[i]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kVecs; ++v) total[i][v] = Fma(sum, groups[v], total[i][v]);
-        }
-        offsets += kPanelOutputs, totals += rows;
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) Store(sums + (i * kVecs + v) * kLanes, total[i][v]);
-  }
-}
+#include "gemm/quantize_inputs.h"
+#include "gemm/quantized_tile.h"
 
 template <class T>
 PEAK_INLINE Vec Activated(int activation, Vec v) {
@@ -362,6 +145,7 @@ void MultiplyPanels(const QuantizedArgs& args, const QuantizedLayout& layout, in
       tile.panel_bytes = packed_bytes;
       tile.scales_stride = layout.blocks * kPanelOutputs;
       tile.levels = kQuantizedLevels[args.levels];
+      tile.zero_points = args.zero_points;
       if (HasBlockScales(args)) tile.weight_scales = static_cast<const uint16_t*>(args.scale) + panel * tile.scales_stride;
       if (args.offset != nullptr) tile.offsets = args.offset + panel * tile.scales_stride;
       if (unpack) {

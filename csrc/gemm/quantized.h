@@ -18,8 +18,8 @@ namespace peak {
 // is level + 128. With 4 bits a byte holds two indices into a row of kQuantizedLevels, the upper one for the input 4
 // further on, so a line holds 8 inputs. The padding of the last panel and of the last 8 inputs may hold anything.
 //
-// A weight is scale * level + offset. The scale belongs to an output, or to a block of inputs of an output, as an
-// offset does.
+// A weight is scale * level + offset, or scale * (level - zero point). The scale belongs to an output, or to a block of
+// inputs of an output, as an offset or a zero point does.
 constexpr int64_t kPanelOutputs = 16;
 constexpr int64_t kMaxBlock = 128;
 
@@ -31,11 +31,14 @@ struct QuantizedMatrix {
   const uint8_t* weight;  // (panels, k rounded up to 8 / (4 or 8), kPanelOutputs, 4)
   const void* scale;      // 8 bits: float (n); 4 bits: bf16 (panels, blocks, kPanelOutputs)
   bool f16_scales = false;      // scale is f16 (panels, blocks, kPanelOutputs), for 8 bits too
-  const f16* offset = nullptr;  // as such scales
+  const f16* offset = nullptr;  // as such scales: offsets or zero points
+  bool zero_points = false;     // offset has zero points
   int levels = 0;               // 4 bits: the row of kQuantizedLevels
+  // (k): input i of the weight multiplies input order[i] of x, a permutation; null: each the same.
+  const int32_t* order = nullptr;
 };
 PEAK_FIELDS(QuantizedMatrix, dtype, bits, n, k, block, weight, scale)
-PEAK_OPTIONAL_FIELDS(QuantizedMatrix, f16_scales, offset, levels)
+PEAK_OPTIONAL_FIELDS(QuantizedMatrix, f16_scales, offset, zero_points, levels, order)
 
 struct QuantizedArgs : QuantizedMatrix {
   using Base = QuantizedMatrix;

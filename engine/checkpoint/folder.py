@@ -23,6 +23,7 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 QUANTIZED = "quantised.safetensors"  # British: a file format, so the name stays
+QUANTIZATION = "quantization_config"  # field of config.json that says how the weights are quantized
 TRAINING_STATE = "training_state.safetensors"
 ENTRIES = (WEIGHTS, INDEX, QUANTIZED)  # a reader opens the weights of a folder by one of these files
 

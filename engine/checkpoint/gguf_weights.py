@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peakgpt.engine.checkpoint.gguf_blocks import FORMATS, Quants, decode, read_quants, read_tensor
 from peakgpt.engine.checkpoint.gguf_file import GGUFModel
-from peakgpt.engine.checkpoint.quantized_weights import LAYERS
+from peakgpt.engine.checkpoint.quantized_weights import LAYERS, with_layers
 from peakgpt.engine.model.grouped_linear import GroupedFormat, GroupedLinear
 from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD
 from peakgpt.engine.model.transformer import Transformer
@@ -48,7 +48,7 @@ def load_gguf(model: Transformer, gguf: GGUFModel, dtype: torch.dtype, *, dequan
     if not quantized:
         model.load_state_dict(floats, assign=True)
         return model.eval()
-    error = _Error()
+    error, layers = _Error(), {}
     for module, forms in quantized.items():
         shape = expected[f"{module}.weight"]
         quants, form = _read_module(gguf, module, shape, forms)
@@ -56,13 +56,9 @@ def load_gguf(model: Transformer, gguf: GGUFModel, dtype: torch.dtype, *, dequan
         bias = floats.pop(f"{module}.bias", None)
         q = quants.q if form.bits == 8 else quants.q[:, 0::2] | quants.q[:, 1::2] << 4
         layer = GroupedLinear(q, quants.scale, quants.offset, bias, shape[1], form)
-        parent, _, name = (HEAD if module == EMBEDDING else module).rpartition(".")
-        model.get_submodule(parent).add_module(name, layer)
-    for name, tensor in floats.items():
-        module, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(module), kind, nn.Parameter(tensor, requires_grad=False))
+        layers[HEAD if module == EMBEDDING else module] = layer
     error.show(gguf)
-    return model.eval()
+    return with_layers(model, layers, floats)
 
 
 def _quantized_modules(gguf: GGUFModel, expected: Mapping[str, torch.Size]) -> dict[str, list[str]]:
@@ -103,8 +99,6 @@ def _read_module(
         read = [_as_8_bits(*pair, form.group) for pair in zip(read, forms, strict=True)]
     whole = Quants(*(None if rows[0] is None else torch.cat(rows) for rows in zip(*read, strict=True)))
     whole = whole.map(lambda t: gguf.architecture.from_file(gguf.config, name, t))
-    if form.bits == 8:
-        whole = whole._replace(q=whole.q.clamp(min=-127))  # the products take -127 to 127; -128 is rare
     return whole, form
 
 

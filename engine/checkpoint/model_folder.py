@@ -23,6 +23,7 @@ from peakgpt.engine.checkpoint.folder import (
     INDEX,
     PICKLE,
     PICKLE_INDEX,
+    QUANTIZATION,
     QUANTIZED,
     WEIGHTS,
     read_json,
@@ -49,7 +50,7 @@ from peakgpt.kernels.strict_json import dumps
 
 __all__ = [
     "MODEL_FILES", "OpenWeights", "TokenizerFiles", "check_state", "open_layout", "read_config", "read_source_files",
-    "read_weights", "to_layout", "warn_of_own_layout", "write_model", "write_model_files",
+    "read_weights", "to_layout", "warn_of_own_layout", "write_description", "write_model", "write_model_files",
 ]  # fmt: skip
 
 # Files of a model of the hub. Weights in other formats are copies of the same values.
@@ -234,13 +235,21 @@ def write_model_files(
     Raises:
         OSError: a file cannot be written.
     """
-    dtype = next(iter(tensors.values())).dtype
+    write_description(folder, config, next(iter(tensors.values())).dtype, tokenizer, source_files)
+    _write_shards(folder, _split_into_shards(tensors, max_bytes))
+
+
+def write_description(
+    folder: Path, config: GPTConfig, dtype: torch.dtype, tokenizer: TokenizerFiles | None,
+    source_files: Mapping[str, Mapping[str, Any]], quantization: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write config.json, with the quantization_config if it is not None, and the other files that are no weights."""
     family = family_of(config, source_files.get(CONFIG))
     for name, content in json_files(family, config, dtype, tokenizer, source_files).items():
+        content = {**content, QUANTIZATION: quantization} if name == CONFIG and quantization else content
         (folder / name).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder)
-    _write_shards(folder, _split_into_shards(tensors, max_bytes))
 
 
 def warn_of_own_layout(folder: Path | str, config: GPTConfig) -> None:
@@ -307,4 +316,3 @@ def _write_shards(stage: Path, parts: list[dict[str, Tensor]]) -> None:
     total = sum(tensor.nbytes for part in parts for tensor in part.values())
     text = dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
     (stage / INDEX).write_text(text, encoding="utf-8")
-

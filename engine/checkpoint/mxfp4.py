@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.checkpoint.family import Family
+from peakgpt.engine.checkpoint.folder import QUANTIZATION
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedFormat
 from peakgpt.kernels.ops.quantize import dequantize_grouped, unpack_grouped
 
-KEY, METHOD = "quantization_config", "mxfp4"
+METHOD = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"
 FORM = GroupedFormat(4, 32, "fp4")
 HALF_BIAS = 128  # of the exponents: the levels are in halves
@@ -52,13 +53,13 @@ NO_MXFP4: Mapping[str, Mxfp4] = MappingProxyType({})
 
 def is_mxfp4(content: Mapping[str, Any]) -> bool:
     """Return whether the config.json of a folder says that it has MXFP4 weights."""
-    quantization = content.get(KEY)
+    quantization = content.get(QUANTIZATION)
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD
 
 
 def without_method(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config.json for the decoded weights."""
-    return {name: value for name, value in content.items() if name != KEY}
+    return {name: value for name, value in content.items() if name != QUANTIZATION}
 
 
 def expert_layer(weights: Mxfp4, bias: Tensor | None) -> GroupedExpertLinear:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD, Format, QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer
-from peakgpt.kernels.ops.quantize import dequantize_8, quantize_4, quantize_8
+from peakgpt.kernels.ops.quantize import dequantize_4, dequantize_8, quantize_4, quantize_8
 
 # Layers that become QuantizedLinear; routers, relative positions and projections of embeddings do not.
 LAYERS = re.compile(r"^transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.(.*\.)?(c_fc|c_gate|c_proj))$")
@@ -43,6 +43,29 @@ def _quantize(tensor: Tensor, form: Format) -> tuple[Tensor, Tensor]:
         q, scale = zip(*(_quantize(matrix, form) for matrix in tensor), strict=True)
         return torch.stack(q), torch.stack(scale)
     return quantize_8(tensor) if form.bits == 8 else quantize_4(tensor, form.group)
+
+
+def rounding_error(state: Mapping[str, Tensor], quantized: Mapping[str, Tensor], form: Format) -> float:
+    """Return the root mean square error of the quantized weights, relative to that of the weights.
+
+    Args:
+        state: of the float model.
+        quantized: the result of `quantize_state`.
+        form: format of the blocks' weights.
+    """
+    error = total = 0.0
+    for name, tensor in state.items():
+        if module := _quantized_module(name, state):
+            q, scale = quantized[f"{module}.q"], quantized[f"{module}.scale"]
+            for parts in zip(tensor, q, scale, strict=True) if tensor.dim() == 3 else [(tensor, q, scale)]:
+                exact = parts[0].float()
+                error += (_dequantize(*parts[1:], exact.shape[1], form.of(module)) - exact).square().sum().item()
+                total += exact.square().sum().item()
+    return (error / total) ** 0.5 if total else 0.0
+
+
+def _dequantize(q: Tensor, scale: Tensor, width: int, form: Format) -> Tensor:
+    return dequantize_8(q, scale) if form.bits == 8 else dequantize_4(q, scale, width, form.group)
 
 
 def quantized_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tuple[torch.Size, torch.dtype | None]]:
@@ -79,19 +102,29 @@ def load_quantized(model: Transformer, tensors: Mapping[str, Tensor], form: Form
         The model, in evaluation mode, without gradients.
     """
     rest = {name: t.to(dtype, copy=True) for name, t in tensors.items() if not name.endswith((".q", ".scale"))}
+    layers: dict[str, nn.Module] = {}
     for module in [name.removesuffix(".q") for name in tensors if name.endswith(".q")]:
         q, scale, module_form = tensors[f"{module}.q"], tensors[f"{module}.scale"], form.of(module)
         if module == EMBEDDING:
             rest[f"{module}.weight"] = dequantize_8(q, scale).to(dtype)
-            layer = QuantizedLinear(q, scale.clone(), None, q.shape[1], module_form)
-            model.add_module(HEAD, layer)
+            layers[HEAD] = QuantizedLinear(q, scale.clone(), None, q.shape[1], module_form)
             continue
         inputs = model.get_submodule(module).weight.shape[-1]
         make = QuantizedExpertLinear if q.dim() == 3 else QuantizedLinear
-        layer = make(q, scale.clone(), rest.pop(f"{module}.bias", None), inputs, module_form)
-        parent, _, name = module.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
-    for name, tensor in rest.items():
+        layers[module] = make(q, scale.clone(), rest.pop(f"{module}.bias", None), inputs, module_form)
+    return with_layers(model, layers, rest)
+
+
+def with_layers(model: Transformer, layers: Mapping[str, nn.Module], floats: Mapping[str, Tensor]) -> Transformer:
+    """Replace linear layers of a model, or add a head, and set its other parameters, which get no gradients.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    for name, layer in layers.items():
+        parent, _, own = name.rpartition(".")
+        model.get_submodule(parent).add_module(own, layer)
+    for name, tensor in floats.items():
         module, _, kind = name.rpartition(".")
         setattr(model.get_submodule(module), kind, nn.Parameter(tensor, requires_grad=False))
     return model.eval()

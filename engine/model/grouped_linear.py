@@ -1,4 +1,4 @@
-"""Linear layers whose weights have a scale and an offset for each group of inputs, as in .gguf files."""
+"""Linear layers whose weights have a scale and an offset for each group of inputs: those of .gguf files, GPTQ, AWQ."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ from torch import Tensor
 from peakgpt.engine.model.plain import fusable
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.kernels.ops.linear_grouped import linear_grouped
-from peakgpt.kernels.ops.quantize import LEVEL_TABLES, pack_grouped
+from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, pack_grouped
 
 
 @dataclass(frozen=True)
 class GroupedFormat:
-    """The format of one weight.
+    """The format of one weight, of which kernels/ops/linear_grouped.py has the formulas.
 
     Args:
         bits: 8 or 4.
         group: number of neighboring inputs that share a scale.
         levels: of 4 bits, a key of LEVEL_TABLES.
+        zero_points: the offsets are zero points: a weight is scale * (level - offset).
+    Raises:
+        ValueError: a value that the kernels do not support.
     """
 
     bits: int
     group: int
     levels: str = "signed"
+    zero_points: bool = False
+
+    def __post_init__(self):
+        fits = self.bits in (8, 4) and self.group in range(8, BLOCK + 1, 8) and self.levels in LEVEL_TABLES
+        if not fits or type(self.zero_points) is not bool:
+            raise ValueError(f"got {self}, expected 8 or 4 bits, a group that is a multiple of 8 up to {BLOCK}, levels "
+                             f"of {', '.join(LEVEL_TABLES)}, and zero_points true or false")  # fmt: skip
 
 
 @fusable
@@ -34,7 +44,8 @@ class GroupedLinear(QuantizedLinear):
     """A linear layer for inference whose weight has scales and offsets of groups."""
 
     def __init__(
-        self, q: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None, inputs: int, form: GroupedFormat
+        self, q: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None, inputs: int, form: GroupedFormat,
+        order: Tensor | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -42,24 +53,28 @@ class GroupedLinear(QuantizedLinear):
             bias: (F,) or None.
             inputs: C.
             form: format of q.
+            order: (C,) int32 or None, as in linear_grouped.
         """
         super(QuantizedLinear, self).__init__()
         self.in_features, self.out_features, self.form = inputs, q.shape[0], form
         w, scale, offset = pack_grouped(q, scale, offset)
-        for name, tensor in (("weight", w), ("scale", scale), ("offset", offset), ("bias", bias)):
+        for name, tensor in (
+            ("weight", w), ("scale", scale), ("offset", offset), ("bias", bias), ("order", order)
+        ):  # fmt: skip
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         """Map x, (..., C), to (..., F); `activation` as in linear_grouped."""
         return linear_grouped(
-            x, self.weight, self.scale, self.offset, self.bias, out=self.out_features, bits=self.form.bits,
-            group=self.form.group, levels=self.form.levels, activation=activation,
+            x, self.weight, self.scale, self.offset, self.bias, self.order, out=self.out_features, bits=self.form.bits,
+            group=self.form.group, levels=self.form.levels, zero_points=self.form.zero_points, activation=activation,
         )  # fmt: skip
 
     @property
     def product_fields(self) -> dict[str, Any]:
         levels = list(LEVEL_TABLES).index(self.form.levels)
-        return {"bits": self.form.bits, "block": self.form.group, "f16_scales": True, "levels": levels}
+        return {"bits": self.form.bits, "block": self.form.group, "f16_scales": True, "levels": levels,
+                "zero_points": self.form.zero_points}  # fmt: skip
 
     def _apply(self, fn, recurse=True):
         """Move as torch does, but keep the dtype of scales and offsets when the model is cast."""

@@ -17,7 +17,9 @@ def objection(x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None, *_, bi
     return scale_objection(wrong[0], torch.float16) if wrong else dtype_objection(x)
 
 
-def forward(outputs, saved, x, w, scale, offset, b, *, out, bits, group, levels, activation):
+def forward(outputs, saved, x, w, scale, offset, b, order, *, out, bits, group, levels, zero_points, activation):
+    if order is not None and order.numel() and not 0 <= order.min() <= order.max() < order.numel():
+        raise ValueError(f"linear_grouped: order has {order.min()} to {order.max()}, expected 0 to {order.numel() - 1}")
     multiply(bits, outputs[0], x, w, scale, b, group, activation,
-             f16_scales=scale.dtype == torch.float16, offset=offset,
-             levels=list(LEVEL_TABLES).index(levels))  # fmt: skip
+             f16_scales=scale.dtype == torch.float16, offset=offset, zero_points=zero_points,
+             levels=list(LEVEL_TABLES).index(levels), order=order)  # fmt: skip

@@ -1,10 +1,13 @@
-"""Linear layers whose weights have a scale and an offset for each group of inputs, as those of .gguf files.
+"""Linear layers whose weights have a scale, and an offset or a zero point, for each group of inputs.
 
-    y = act(Q(x) W^T + b)      W = scale * level + offset      Q: round_inputs of kernels/ops/quantize.py
+    y = act(Q(x[order]) W^T + b)      Q: round_inputs of kernels/ops/quantize.py
+    W = scale * level + offset        as in .gguf files
+    W = scale * (level - zero point)  as in checkpoints of GPTQ and AWQ
 
 A level is an integer of 8 bits, or 4 bits are an index into one of LEVEL_TABLES. Fused backends multiply integers: the
 sum of a group is exact, the offset is multiplied by the sum of the group's inputs, and the groups are added in float32
-in their order.
+in their order. GPTQ's act-order gives each group inputs from all over the row; sorted by group, they are adjacent, and
+x is brought into that order once.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from peakgpt.kernels.ops.mlp import OUTPUT_ACTIVATIONS
 from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, PANEL, dequantize_grouped, round_inputs, unpack_grouped
 
 
-def _check(x, w, scale, offset, b, *, out, bits, group, levels, activation):
+def _check(x, w, scale, offset, b, order, *, out, bits, group, levels, zero_points, activation):
     name = "linear_grouped"
     width = check.width(name, "x", x)
     if bits not in (8, 4) or levels not in LEVEL_TABLES or activation not in ACTIVATIONS:
@@ -38,35 +41,44 @@ def _check(x, w, scale, offset, b, *, out, bits, group, levels, activation):
         check.shape(name, part, tensor, w.shape[0], -(-width // group), PANEL)
         if tensor is not None and (not tensor.is_floating_point() or tensor.device != x.device):
             raise ValueError(f"{name}: {part} is {tensor.dtype} on {tensor.device}, expected floating on {x.device}")
+    check.shape(name, "order", order, width)
+    if order is not None and (order.dtype != torch.int32 or order.device != x.device):
+        raise ValueError(f"{name}: order is {order.dtype} on {order.device}, expected int32 on {x.device}")
+    if zero_points and offset is None:
+        raise ValueError(f"{name}: zero_points is True without an offset, expected the zero points as offset")
 
 
-def _cost(x, w, scale, offset=None, b=None, *, out=None, **_) -> Cost:
+def _cost(x, w, scale, offset=None, b=None, order=None, *, out=None, **_) -> Cost:
     """2 FLOPs per weight and token. Moves every operand once."""
     out = outputs(w, b, out)
     tokens, size = x.numel() // x.shape[-1], x.element_size()
     groups = scale.numel() * (1 if offset is None else 2) * 2
     read = w.numel() + groups + (x.numel() + (0 if b is None else out)) * size
+    read += 0 if order is None else order.nbytes
     return Cost(2 * tokens * x.shape[-1] * out, read + tokens * out * size, 0, 0, tokens * out * size, 0)
 
 
 def _sample(rows: int = 1024, width: int = 768, out: int = 2304, bits: int = 4, group: int = 32, offset: bool = True,
-            **like):  # fmt: skip
+            zeros: bool = False, order: bool = False, **like):  # fmt: skip
     x, b, device = torch.randn(rows, width, **like), torch.randn(out, **like), like.get("device")
     panels = -(-out // PANEL)
     w = torch.randint(1, 256, (panels, -(-width // 8) * (bits // 4), PANEL, 4), dtype=torch.uint8, device=device)
     scale = torch.rand(panels, -(-width // group), PANEL, device=device).add(0.5)
     scale *= width**-0.5 / (73 if bits == 8 else 6)
-    return x, w, scale.half(), (-6 * scale).half() if offset else None, b
+    offsets = torch.randint(-8, 9, scale.shape, device=device) if zeros else -6 * scale
+    order = torch.randperm(width, device=device, dtype=torch.int32) if order else None
+    return x, w, scale.half(), offsets.half() if offset else None, b, order
 
 
-def _alloc(x, w, scale, offset, b, *, needs, out, bits, group, levels, activation):
+def _alloc(x, w, scale, offset, b, order, *, needs, out, bits, group, levels, zero_points, activation):
     return (short_lived(x, *x.shape[:-1], outputs(w, b, out)),), ()
 
 
 @op(cost=_cost, sample=_sample, check=_check, alloc=_alloc, strided=("x",), gradient=False)
 def linear_grouped(
-    x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None = None, b: Tensor | None = None, *,
-    out: int | None = None, bits: int = 4, group: int = 32, levels: str = "signed", activation: str = "none",
+    x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None = None, b: Tensor | None = None,
+    order: Tensor | None = None, *, out: int | None = None, bits: int = 4, group: int = 32, levels: str = "signed",
+    zero_points: bool = False, activation: str = "none",
 ) -> Tensor:  # fmt: skip
     """Multiply the last axis of x, quantized to int8 in blocks of `group`, by a weight of 8 or 4 bits.
 
@@ -76,10 +88,12 @@ def linear_grouped(
             16) float16: as `quantize.pack_grouped` makes them. offset may be None; the scale of 4 bits without an
             offset may be bfloat16.
         b: (F,) in x's dtype, or None.
+        order: (C,) int32, a permutation: column i of the weight multiplies x[..., order[i]]. None: column i, x[..., i].
         out: F. Default: the size of b, else all outputs of the panels.
         bits: 8 or 4, of a weight.
         group: number of neighboring inputs that share a scale, a multiple of 8 up to 128.
         levels: of 4 bits, a key of LEVEL_TABLES.
+        zero_points: offset has zero points: a weight is scale * (level - offset).
         activation: as in linear_q8.
     Returns:
         (..., F), dtype of x. A row of x with an infinity or NaN gives NaN.
@@ -87,6 +101,8 @@ def linear_grouped(
         ValueError: shapes, dtypes, devices, the group, the levels or the activation do not fit.
         NotImplementedError: an input requires grad, or the forced backend does not support the call.
     """
+    x = x if order is None else x.index_select(-1, order)
     parts = unpack_grouped(w, scale, offset, outputs(w, b, out), x.shape[-1], bits)
-    y = F.linear(round_inputs(x, group), dequantize_grouped(*parts, x.shape[-1], group, levels).to(x.dtype), b)
+    weight = dequantize_grouped(*parts, x.shape[-1], group, levels, zero_points)
+    y = F.linear(round_inputs(x, group), weight.to(x.dtype), b)
     return y if activation == "none" else OUTPUT_ACTIVATIONS[activation](y)

@@ -4,6 +4,7 @@
     4 bits   w = s LEVELS[q]    s per group of a row's inputs, with the least square error   4 + 16 / group bits
     inputs   x = s q            q = round(x / s), s = max|x| / 127 per block of a row
     groups   w = s q + m, or w = s TABLE[q] + m   s, m per group of a row's inputs: the formats of .gguf files
+             w = s (q - z)      with a zero point z: those of GPTQ and AWQ
 
 LEVELS follow the distribution of normal weights: denser around 0. Root mean square error relative to the root mean
 square of the weights, for normal weights and for Student's t with 5 degrees of freedom:
@@ -98,20 +99,24 @@ def dequantize_4(q: Tensor, scale: Tensor, width: int, group: int = 64) -> Tenso
 
 
 def dequantize_grouped(
-    q: Tensor, scale: Tensor, offset: Tensor | None, width: int, group: int, levels: str = "signed"
-) -> Tensor:
+    q: Tensor, scale: Tensor, offset: Tensor | None, width: int, group: int, levels: str = "signed",
+    zero_points: bool = False,
+) -> Tensor:  # fmt: skip
     """Return a weight (F, width) with scales and offsets of groups, in float32, or float64 if the scales are float64.
 
     Args:
         q: (F, width) int8 levels, or (F, ceil(width / 2)) uint8 as from `quantize_4`, indices into a table of levels.
         scale, offset: (F, ceil(width / group)) floating; offset may be None.
         levels: a key of LEVEL_TABLES.
+        zero_points: offset has zero points, so a weight is scale * (level - offset), which float32 holds exactly.
     """
     wide = torch.float64 if scale.dtype == torch.float64 else torch.float32
     table = torch.tensor(LEVEL_TABLES[levels], dtype=wide, device=q.device)
     values = q.to(wide) if q.dtype == torch.int8 else table[_indices(q)[:, :width].int()]
     spread = [part.to(wide).repeat_interleave(group, 1)[:, :width] for part in (scale, offset) if part is not None]
-    return values * spread[0] if offset is None else values * spread[0] + spread[1]
+    if offset is None:
+        return values * spread[0]
+    return (values - spread[1]) * spread[0] if zero_points else values * spread[0] + spread[1]
 
 
 def round_inputs(x: Tensor, block: int) -> Tensor:

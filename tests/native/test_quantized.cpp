@@ -33,13 +33,16 @@ struct Weight {
   int bits;
   int64_t n, k, block;
   int levels;  // with f16 scales and offsets, the row of kLevels; else -1
+  bool zero_points;  // the offsets are zero points, and the weight's inputs have an order of their own
+  std::vector<int32_t> order;
   std::vector<double> values, sizes;  // (n, k): values, and sums of the absolute values of their two terms
   Buffer<bf16> panels;  // pairs of bytes, since a Buffer has an even address
   Buffer<float> scale_8;
   Buffer<bf16> scale_4, offset;  // with levels, the bits of f16
 
-  Weight(int bits, int64_t n, int64_t k, int64_t block, Placer& place, Random& random, int levels = -1)
-      : bits(bits), n(n), k(k), block(block), levels(levels), values(n * k), sizes(n * k),
+  Weight(int bits, int64_t n, int64_t k, int64_t block, Placer& place, Random& random, int levels = -1,
+         bool zero_points = false)
+      : bits(bits), n(n), k(k), block(block), levels(levels), zero_points(zero_points), values(n * k), sizes(n * k),
         panels(place.In<bf16>(Pieces(n, 16) * Pieces(k, 8) * (bits == 8 ? 64 : 32))),
         scale_8(place.In<float>(bits == 8 ? n : 0)),
         scale_4(place.In<bf16>(bits == 4 || levels >= 0 ? Pieces(n, 16) * Pieces(k, block) * 16 : 0)),
@@ -53,9 +56,18 @@ struct Weight {
         (*part)[i] = {static_cast<uint16_t>((bits & 0x83FF) | exponent << 10)};
       }
     }
+    for (int64_t i = 0; zero_points && i < offset.count(); ++i) {
+      constexpr uint16_t kHalves[] = {0x0000, 0x3C00, 0xBC00, 0x4700, 0xC800, 0x5800, 0xD7F0};  // 0 1 -1 7 -8 128 -127
+      offset[i] = {kHalves[random.Bits() % 7]};
+    }
+    for (int64_t p = 0; p < k; ++p) {  // Fisher-Yates
+      order.push_back(static_cast<int32_t>(p));
+      std::swap(order[p], order[random.Bits() % (p + 1)]);
+    }
     for (int64_t j = 0; j < n; ++j) {
       for (int64_t p = 0; p < k; ++p) {
-        const double scaled = Level(j, p) * Scale(j, p / block), shift = Offset(j, p / block);
+        const double scale = Scale(j, p / block), scaled = Level(j, p) * scale;
+        const double shift = zero_points ? -Offset(j, p / block) * scale : Offset(j, p / block);
         values[j * k + p] = scaled + shift, sizes[j * k + p] = std::fabs(scaled) + std::fabs(shift);
       }
     }
@@ -67,14 +79,10 @@ struct Weight {
     return bits == 8 ? scale_8.At(j) : scale_4.At(Group(j, b));
   }
   double Offset(int64_t j, int64_t b) const { return levels < 0 ? 0.0 : Half(offset.data()[Group(j, b)].bits); }
-  // Returns the level of a weight. Replaces a byte of -128, which is not a level of 8 bits.
+  // Returns the level of a weight.
   int Level(int64_t j, int64_t p) const {
     const int64_t quads = Pieces(k, 8) * 2, quad = p / 4, lane = j % 16 * 4 + p % 4;
-    if (bits == 8) {
-      uint8_t& byte = Bytes()[(j / 16 * quads + quad) * 64 + lane];
-      byte = std::max<uint8_t>(byte, 1);
-      return byte - 128;
-    }
+    if (bits == 8) return Bytes()[(j / 16 * quads + quad) * 64 + lane] - 128;
     const uint8_t byte = Bytes()[(j / 16 * quads / 2 + quad / 2) * 64 + lane];
     return kLevels[std::max(levels, 0)][quad % 2 == 0 ? byte & 15 : byte >> 4];
   }
@@ -85,7 +93,7 @@ struct Weight {
         .dtype = kDtype<T>, .bits = bits, .n = n, .k = k, .block = block, .weight = Bytes(),
         .scale = bits == 8 && levels < 0 ? static_cast<const void*>(scale_8.data()) : scale_4.data(),
         .f16_scales = levels >= 0, .offset = levels < 0 ? nullptr : reinterpret_cast<const f16*>(offset.data()),
-        .levels = std::max(levels, 0)};
+        .zero_points = zero_points, .levels = std::max(levels, 0), .order = zero_points ? order.data() : nullptr};
     args.rows = rows, args.x = x, args.x_row = k, args.y = y, args.y_row = n;
     return args;
   }
@@ -93,18 +101,22 @@ struct Weight {
 
 // Returns x after quantization. Computes in float like the kernel, so that every element rounds to the same byte.
 template <class T>
-std::vector<double> Rounded(const Buffer<T>& x, int64_t rows, int64_t row, int64_t k, int64_t block) {
+std::vector<double> Rounded(const Buffer<T>& x, int64_t rows, int64_t row, const Weight& weight) {
+  const int64_t k = weight.k, block = weight.block;
+  const auto input = [&](int64_t i, int64_t p) {
+    return static_cast<float>(x.At(i * row + (weight.zero_points ? weight.order[p] : p)));
+  };
   std::vector<double> rounded(rows * k);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t begin = 0; begin < k; begin += block) {
       const int64_t end = std::min(begin + block, k);
       float largest = 0.0f;
       for (int64_t p = begin; p < end; ++p) {
-        largest = std::max(largest, static_cast<float>(std::fabs(x.At(i * row + p))));
+        largest = std::max(largest, std::fabs(input(i, p)));
       }
       const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f, scale = largest / 127.0f;
       for (int64_t p = begin; p < end; ++p) {
-        const double byte = std::nearbyint(static_cast<float>(x.At(i * row + p)) * inverse);
+        const double byte = std::nearbyint(input(i, p) * inverse);
         rounded[i * k + p] = byte * scale;
       }
     }
@@ -115,8 +127,10 @@ std::vector<double> Rounded(const Buffer<T>& x, int64_t rows, int64_t row, int64
 PEAK_TEST(quantized_product_equals_double_precision) {
   ForEachDtype([&](auto element) {
     using T = decltype(element);
-    for (const int kind : {8, 4, 80, 40, 41, 42, 43}) {  // with f16 scales ten times the bits, plus the table of levels
-      const int bits = kind > 8 ? kind / 10 : kind, levels = kind > 8 ? kind % 10 : -1;
+    // With f16 scales ten times the bits, plus the table of levels, plus 100 with zero points and an order.
+    for (const int kind : {8, 4, 80, 40, 41, 42, 43, 141, 180}) {
+      const bool zero_points = kind > 100;
+      const int form = kind % 100, bits = form > 8 ? form / 10 : form, levels = form > 8 ? form % 10 : -1;
       for (const Sizes s : {Sizes{1, 1, 1}, Sizes{2, 7, 15}, Sizes{3, 8, 16}, Sizes{4, 33, 17}, Sizes{5, 64, 47},
                             Sizes{8, 65, 48}, Sizes{9, 130, 49}, Sizes{16, 32, 97}, Sizes{33, 72, 33},
                             Sizes{43, 200, 70}}) {
@@ -127,7 +141,7 @@ PEAK_TEST(quantized_product_equals_double_precision) {
                   static_cast<long long>(s.k), static_cast<long long>(s.n), placement);
           Random random(s.n + placement);
           Placer place(placement);
-          const Weight weight(bits, s.n, s.k, block, place, random, levels);
+          const Weight weight(bits, s.n, s.k, block, place, random, levels, zero_points);
           const int64_t x_row = s.k + gap, y_row = s.n + gap;
           auto x = place.In<T>(s.rows * x_row), bias = place.In<T>(s.n), y = place.Out<T>(s.rows * y_row);
           x.Fill([&](int64_t i) { return i % x_row < s.k ? random.Normal() : kNan; });
@@ -135,7 +149,7 @@ PEAK_TEST(quantized_product_equals_double_precision) {
           QuantizedArgs args = weight.Times(x.data(), s.rows, y.data());
           args.x_row = x_row, args.y_row = y_row, args.bias = placement % 2 ? bias.data() : nullptr;
           LinearQuantized(args, 1 + placement % 3);
-          const std::vector<double> left = Rounded(x, s.rows, x_row, s.k, block);
+          const std::vector<double> left = Rounded(x, s.rows, x_row, weight);
           for (int64_t at = 0; at < s.rows * y_row; ++at) {
             const int64_t i = at / y_row, j = at % y_row;
             if (j >= s.n) {

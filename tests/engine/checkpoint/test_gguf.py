@@ -305,7 +305,7 @@ def test_a_quantized_folder_is_not_dequantized(tmp_path):
     build("gpt2").save_pretrained(tmp_path / "float")
     state = quantize_state(build("gpt2").state_dict(), Format(8))
     write_quantized(tmp_path / "float", tmp_path / "q8", state, Format(8))
-    with pytest.raises(ValueError, match="got weights of 8 bits, expected floats with dequantize=True"):
+    with pytest.raises(ValueError, match="got quantized weights of peakgpt, expected others with dequantize=True"):
         GPT.from_pretrained(tmp_path / "q8", dequantize=True)
 
 

@@ -408,8 +408,8 @@ def test_bad_quantized_folders_are_named_in_the_error(checkpoint, capsys):
     (out / "config.json").write_text(json.dumps({**config, "n_layer": 1}))
     with pytest.raises(ValueError, match=r"h.1.attn.c_attn.bias is floating point of shape .*, expected nothing"):
         GPT.from_pretrained(out)
-    (out / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ValueError, match="expected quant_method 'peakgpt'"):
+    (out / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(ValueError, match="quant_method 'hqq', expected 'peakgpt' of"):
         GPT.from_pretrained(out)
     with pytest.raises(ValueError, match="save_pretrained: got a quantized model"):
         GPT.from_pretrained(quantized(checkpoint, 4)).save_pretrained(checkpoint / "again")
