@@ -24,7 +24,7 @@ from peakgpt.engine.checkpoint.model_folder import (
     read_weights,
     write_model,
 )
-from peakgpt.engine.checkpoint.mxfp4 import is_mxfp4, mxfp4_weights, without_method
+from peakgpt.engine.checkpoint.mxfp4 import is_mxfp4, mxfp4_weights, with_method, without_method
 from peakgpt.engine.checkpoint.mxfp4_folder import load_mxfp4
 from peakgpt.engine.checkpoint.packed_layers import PackedFormat
 from peakgpt.engine.checkpoint.packed_weights import load_packed
@@ -35,7 +35,7 @@ from peakgpt.engine.inference.beam_search import beam_search
 from peakgpt.engine.inference.generate import check_prompt, generate, sampling_params, stream, with_arguments
 from peakgpt.engine.inference.generation_config import GenerationConfig, generation_config
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.grouped_linear import GroupedLinear
+from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedLinear
 from peakgpt.engine.model.positions import left_padding_start
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
@@ -128,9 +128,8 @@ class GPT(Transformer):
 
         Fields of config.json that peakgpt does not use, and generation_config.json, are those of the folder that the
         model was loaded from. An interrupted write keeps the old files. A model that multiplies by the integers of a
-        .gguf file, GPTQ or AWQ is saved with these integers, in a folder that only peakgpt reads.
-
-        MXFP4 weights are written as they were read, byte by byte.
+        .gguf file, GPTQ or AWQ is saved with these integers, in a folder that only peakgpt reads. Experts in MXFP4 are
+        written as transformers has them, byte by byte as they were read, if all other weights are floats.
 
         Args:
             folder: created if it does not exist.
@@ -144,17 +143,19 @@ class GPT(Transformer):
             ValueError: the model was quantized by peakgpt, has adapters that are not merged, or max_shard_size is not a
                 size; or a quantized model and weights or max_shard_size, which it would ignore.
         """
-        if any(isinstance(module, GroupedLinear) for module in self.modules()):
+        mxfp4 = mxfp4_weights(self)
+        if not mxfp4 and any(isinstance(module, GroupedLinear | GroupedExpertLinear) for module in self.modules()):
             if weights is not None or max_shard_size is not None:
                 raise ValueError("save_pretrained: got weights or max_shard_size, expected none for a quantized model")
             write_grouped(folder, self, tokenizer, self.source_files, dtype)
             return
         if any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise ValueError("save_pretrained: got a quantized model, expected float weights; copy its folder instead")
-        mxfp4, state = mxfp4_weights(self), {**self.state_dict(), **(weights or {})}
         not_floats = {*mxfp4, *(f"{name.removesuffix('weight')}scale" for name in mxfp4)}
-        state = {name: t.to(dtype or t.dtype) for name, t in state.items() if name not in not_floats}
-        write_model(folder, self.config, state, tokenizer, max_shard_size, self.source_files, mxfp4)
+        state = {name: t for name, t in {**self.state_dict(), **(weights or {})}.items() if name not in not_floats}
+        state = {name: t.to(dtype or t.dtype) for name, t in state.items()}
+        source_files = with_method(self.source_files) if mxfp4 else self.source_files
+        write_model(folder, self.config, state, tokenizer, max_shard_size, source_files, mxfp4)
 
     @property
     def prepare_inputs_for_generation(self) -> Any:

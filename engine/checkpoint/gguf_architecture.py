@@ -38,6 +38,11 @@ MODULES: Mapping[str, str | tuple[str, ...]] = {  # our modules -> those of llam
     "transformer.h.{}.ln_2_out": "blk.{}.post_ffw_norm",
     "transformer.h.{}.attn.q_norm": "blk.{}.attn_q_norm",
     "transformer.h.{}.attn.k_norm": "blk.{}.attn_k_norm",
+    "transformer.h.{}.attn": "blk.{}.attn_sinks",
+    "transformer.h.{}.mlp.router": "blk.{}.ffn_gate_inp",
+    "transformer.h.{}.mlp.experts.c_gate": "blk.{}.ffn_gate_exps",
+    "transformer.h.{}.mlp.experts.c_fc": "blk.{}.ffn_up_exps",
+    "transformer.h.{}.mlp.experts.c_proj": "blk.{}.ffn_down_exps",
 }
 _BIAS_OF = {"qkv": ("blk.0.attn_qkv", "blk.0.attn_q"), "out": ("blk.0.attn_output",), "mlp": ("blk.0.ffn_down",),
             "norm": ("output_norm",)}  # fmt: skip
@@ -198,6 +203,7 @@ class Architecture:
             present: names of the file's tensors; a packed projection among them wins.
         """
         module, _, kind = name.rpartition(".")
+        kind = "weight" if kind == "sinks" else kind
         layer = re.search(r"\.h\.(\d+)\.", module)
         number = "" if layer is None else layer[1]
         template = module if layer is None else module.replace(layer[0], ".h.{}.", 1)

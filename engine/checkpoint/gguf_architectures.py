@@ -59,6 +59,13 @@ def _write_window(config: GPTConfig) -> dict[str, Any]:
     return {} if window is None else {WINDOW: window}
 
 
+def _exact_yarn(header: GGUFHeader) -> dict[str, Any]:
+    """Return `rope_scaling`, with bounds of yarn that are not rounded, as in the published models of gpt-oss."""
+    scaling = read_rope(header)["rope_scaling"]
+    is_yarn = scaling is not None and scaling["rope_type"] == "yarn"
+    return {"rope_scaling": {**scaling, "truncate": False} if is_yarn else scaling}
+
+
 QWEN2 = Architecture(
     name="qwen2",
     keys=(*SIZES, KV_HEADS, HEAD_DIM, RMS_NORM, *ROPE),
@@ -155,6 +162,24 @@ ROWS = (
         constants={**GATED, "norm": "layer", "norm_weight": False, "bias": False},
     ),
     replace(QWEN2, name="qwen3", constants={**GATED, "bias": False, "qk_norm": "head"}),
+    replace(
+        QWEN2,
+        name="gpt-oss",
+        keys=(
+            *QWEN2.keys,
+            Key("experts", "expert_count", int),
+            Key("experts_per_token", "expert_used_count", int),
+            Key("expert_inner", "expert_feed_forward_length", int),
+        ),
+        constants={
+            **GATED, **OWN_HEAD, "bias": ("qkv", "out", "mlp"), "gated_experts": True, "experts_every": 1,
+            "activation": "clamped_swiglu", "attention_sinks": True, "router_bias": True, "balance_over": "model",
+        },
+        read=lambda header: {**_exact_yarn(header), **_read_windows(header, 2)},
+        write=lambda config: {**write_rope(config), **_write_window(config)},
+        extra_keys=(*ROPE_KEYS, WINDOW),
+        modules={"transformer.h.{}.ln_2": "blk.{}.post_attention_norm"},
+    ),
     replace(QWEN2, name="olmo2", constants={**GATED, **OWN_HEAD, "bias": False, "qk_norm": "full",
                                             "residual": "output_norm"}),
     GEMMA,

@@ -28,7 +28,7 @@ class Quants(NamedTuple):
 
     Args:
         q: (N, E), int8 levels of 8 bits, or uint8 indices into a table of levels.
-        scale, offset: (N, E / group) float32.
+        scale, offset: (N, E / group) float32; the powers of two of MXFP4 are bfloat16.
     """
 
     q: Tensor
@@ -117,7 +117,7 @@ def _q8_0(blocks: Tensor) -> Quants:
 
 
 def _mxfp4(blocks: Tensor) -> Quants:
-    powers = torch.tensor([2.0 ** (exponent - 128) for exponent in range(256)])
+    powers = torch.tensor([2.0 ** (exponent - 128) for exponent in range(256)]).bfloat16()
     return Quants(_nibbles(blocks[:, 1:]), powers[blocks[:, :1].int()])
 
 
@@ -147,6 +147,7 @@ def _q6_k(blocks: Tensor) -> Quants:
     return Quants(q, _half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float())
 
 
+WITHOUT_OFFSET = {"Q8_0", "Q5_0", "Q6_K", "Q4_0", "MXFP4"}
 FORMATS: dict[str, tuple[GroupedFormat, Callable[[Tensor], Quants]]] = {
     "Q8_0": (GroupedFormat(8, 32), _q8_0),
     "Q5_0": (GroupedFormat(8, 32), _q5_0),

@@ -159,7 +159,7 @@ def _tensors(
 
 def _type_of(name: str, shape: tuple[int, ...], dtype: str) -> str:
     kind = TYPES[NUMBERS[DTYPES[dtype][0]]]
-    if len(shape) < 2 or name == "position_embd.weight":
+    if len(shape) < 2 or name == "position_embd.weight" or name.endswith((".bias", "ffn_gate_inp.weight")):
         return "F32"
     return kind.name if shape[-1] % kind.elements == 0 else "F16"
 

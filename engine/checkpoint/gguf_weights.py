@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.gguf_blocks import FORMATS, Quants, decode, read_quants, read_tensor
+from peakgpt.engine.checkpoint.gguf_blocks import FORMATS, WITHOUT_OFFSET, Quants, decode, read_quants, read_tensor
 from peakgpt.engine.checkpoint.gguf_file import GGUFModel
 from peakgpt.engine.checkpoint.quantized_weights import LAYERS, with_layers
-from peakgpt.engine.model.grouped_linear import GroupedFormat, GroupedLinear
+from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedFormat, GroupedLinear
 from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.ops.quantize import LEVEL_TABLES
@@ -55,7 +55,11 @@ def load_gguf(model: Transformer, gguf: GGUFModel, dtype: torch.dtype, *, dequan
         error.add(quants, form)
         bias = floats.pop(f"{module}.bias", None)
         q = quants.q if form.bits == 8 else quants.q[:, 0::2] | quants.q[:, 1::2] << 4
-        layer = GroupedLinear(q, quants.scale, quants.offset, bias, shape[1], form)
+        if len(shape) == 3:
+            q, scale = (tensor.unflatten(0, shape[:2]) for tensor in (q, quants.scale))
+            layer = GroupedExpertLinear(q, scale, bias, shape[2], form)
+        else:
+            layer = GroupedLinear(q, quants.scale, quants.offset, bias, shape[1], form)
         layers[HEAD if module == EMBEDDING else module] = layer
     error.show(gguf)
     return with_layers(model, layers, floats)
@@ -67,10 +71,10 @@ def _quantized_modules(gguf: GGUFModel, expected: Mapping[str, torch.Size]) -> d
     found = {}
     for name, shape in expected.items():
         module = name.removesuffix(".weight")
-        if len(shape) == 2 and (LAYERS.match(module) or module == head):
+        if len(shape) > 1 and (LAYERS.match(module) or module == head):
             parts = gguf.architecture.parts(gguf.config, name, shape[0], gguf.header.tensors)
             kinds = [gguf.header.tensors[part.name].type.name for part in parts]
-            if all(kind in FORMATS for kind in kinds):
+            if all(kind in (FORMATS if len(shape) == 2 else WITHOUT_OFFSET) for kind in kinds):
                 found[module] = kinds
     return found
 
@@ -87,7 +91,7 @@ def _read_floats(gguf: GGUFModel, name: str, shape: torch.Size, dtype: torch.dty
 def _read_module(
     gguf: GGUFModel, module: str, shape: torch.Size, kinds: Sequence[str]
 ) -> tuple[Quants, GroupedFormat]:  # fmt: skip
-    """Return the rows of a linear layer in our order, and their format."""
+    """Return the rows of a linear layer in our order, those of all experts one after the other, and their format."""
     name = f"{module}.weight"
     parts = gguf.architecture.parts(gguf.config, name, shape[0], gguf.header.tensors)
     read = [read_quants(gguf.header, gguf.header.tensors[part.name]) for part in parts]
@@ -99,6 +103,8 @@ def _read_module(
         read = [_as_8_bits(*pair, form.group) for pair in zip(read, forms, strict=True)]
     whole = Quants(*(None if rows[0] is None else torch.cat(rows) for rows in zip(*read, strict=True)))
     whole = whole.map(lambda t: gguf.architecture.from_file(gguf.config, name, t))
+    if len(shape) == 3:
+        whole = whole.map(lambda t: t.reshape(shape[0] * shape[1], -1))
     return whole, form
 
 
@@ -119,8 +125,7 @@ class _Error:
 
     def add(self, quants: Quants, form: GroupedFormat) -> None:
         parts = quants.map(lambda t: t[:_MEASURED_ROWS])
-        rounded = parts._replace(scale=parts.scale.half().float(),
-                                 offset=None if parts.offset is None else parts.offset.half().float())  # fmt: skip
+        rounded = parts.map(lambda t: t.half().float() if t.dtype == torch.float32 else t)
         exact = decode(parts, form)
         share = quants.q.shape[0] / parts.q.shape[0]
         self.squares += share * (decode(rounded, form) - exact).double().square().sum().item()

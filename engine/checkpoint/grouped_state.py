@@ -1,6 +1,6 @@
-"""The tensors of a model with GroupedLinear layers, as a quantized folder stores them.
+"""The tensors of a model with GroupedLinear and GroupedExpertLinear layers, as a quantized folder stores them.
 
-    M.q, M.scale             of each such layer M, as kernels/ops/quantize.py describes them
+    M.q, M.scale             of each such layer M, as kernels/ops/quantize.py describes them; of experts, stacked
     M.offset, M.order        only if the layer has them
 """
 
@@ -12,29 +12,24 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.quantized_weights import with_layers
-from peakgpt.engine.model.grouped_linear import GroupedFormat, GroupedLinear
+from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedFormat, GroupedLinear
 from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD
 from peakgpt.engine.model.transformer import Transformer
-from peakgpt.kernels.ops.quantize import unpack_grouped
 
 Forms = dict[str, GroupedFormat]  # by the name of the layer
-PACKED = ("weight", "scale", "offset", "order")  # buffers of GroupedLinear besides the bias
+PACKED = ("weight", "scale", "offset", "order")  # buffers of such layers besides the bias
 OPTIONAL = ("offset", "order")
 
 
 def grouped_state(model: Transformer) -> tuple[dict[str, Tensor], Forms]:
-    """Return the tensors of a model, and the formats of its GroupedLinear layers."""
+    """Return the tensors of a model, and the formats of its layers with integers."""
     tensors, forms = dict(model.state_dict()), {}
     for name, layer in model.named_modules():
-        if isinstance(layer, GroupedLinear):
+        if isinstance(layer, GroupedLinear | GroupedExpertLinear):
             forms[name] = layer.form
-            q, scale, offset = unpack_grouped(
-                layer.weight, layer.scale, layer.offset, layer.out_features, layer.in_features, layer.form.bits
-            )
             for kind in PACKED:
                 tensors.pop(f"{name}.{kind}", None)
-            parts = {"q": q, "scale": scale, "offset": offset, "order": layer.order}
-            tensors |= {f"{name}.{kind}": part.contiguous() for kind, part in parts.items() if part is not None}
+            tensors |= {f"{name}.{kind}": part for kind, part in layer.unpacked().items() if part is not None}
     return tensors, forms
 
 
@@ -52,13 +47,14 @@ def grouped_shapes(
     """
     shapes = {name: (size, None) for name, size in sizes.items() if name.removesuffix(".weight") not in forms}
     for name, form in forms.items():
-        rows, width = _size(sizes, name)
-        groups = torch.Size((rows, -(-width // form.group)))
-        q = ((rows, width), torch.int8) if form.bits == 8 else ((rows, -(-width // 2)), torch.uint8)
+        *rows, width = _size(sizes, name)
+        groups = torch.Size((*rows, -(-width // form.group)))
+        q = ((*rows, width), torch.int8) if form.bits == 8 else ((*rows, -(-width // 2)), torch.uint8)
         parts = {"q": (torch.Size(q[0]), q[1]), "scale": (groups, None), "offset": (groups, None),
                  "order": (torch.Size((width,)), torch.int32)}  # fmt: skip
+        present = names if len(rows) == 1 else ()  # experts have no optional tensors
         shapes |= {f"{name}.{kind}": part for kind, part in parts.items()
-                   if kind not in OPTIONAL or f"{name}.{kind}" in names}  # fmt: skip
+                   if kind not in OPTIONAL or f"{name}.{kind}" in present}  # fmt: skip
     return shapes
 
 
@@ -78,19 +74,22 @@ def load_grouped(model: Transformer, tensors: Mapping[str, Tensor], forms: Forms
     sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, form in forms.items():
         q, scale, offset, order = (rest.pop(f"{name}.{kind}", None) for kind in ("q", "scale", "offset", "order"))
-        inputs = _size(sizes, name)[1]
+        inputs = _size(sizes, name)[-1]
         if order is not None and not torch.equal(order.sort().values.long(), torch.arange(inputs)):
             raise ValueError(f"{name}.order is not a permutation, expected one of 0 to {inputs - 1}")
         bias = rest.pop(f"{name}.bias", None)
         bias = None if bias is None else bias.to(dtype, copy=True)
         order = None if order is None else order.clone()
-        layers[name] = GroupedLinear(q, scale, offset, bias, inputs, form, order)
+        layers[name] = (
+            GroupedLinear(q, scale, offset, bias, inputs, form, order) if q.dim() == 2
+            else GroupedExpertLinear(q, scale, bias, inputs, form)
+        )  # fmt: skip
     return with_layers(model, layers, {name: tensor.to(dtype, copy=True) for name, tensor in rest.items()})
 
 
 def _size(sizes: Mapping[str, torch.Size], name: str) -> torch.Size:
-    """Return (outputs, inputs) of a layer; those of a tied head are the embedding's."""
+    """Return (outputs, inputs) of a layer, or (E, outputs, inputs); those of a tied head are the embedding's."""
     for module in (name, EMBEDDING) if name == HEAD else (name,):
-        if len(size := sizes.get(f"{module}.weight", ())) == 2:
+        if len(size := sizes.get(f"{module}.weight", ())) > 1:
             return size
     raise ValueError(f"got the quantized layer {name}, expected linear layers of the model")

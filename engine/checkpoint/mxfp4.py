@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.checkpoint.family import Family
-from peakgpt.engine.checkpoint.folder import QUANTIZATION
+from peakgpt.engine.checkpoint.folder import CONFIG, QUANTIZATION
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedFormat
-from peakgpt.kernels.ops.quantize import dequantize_grouped, unpack_grouped
+from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
+from peakgpt.kernels.ops.quantize import dequantize_grouped
 
 METHOD = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -57,6 +58,11 @@ def is_mxfp4(content: Mapping[str, Any]) -> bool:
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD
 
 
+def with_method(source_files: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the JSON files of a folder whose config.json says that it has MXFP4 weights."""
+    return {**source_files, CONFIG: {QUANTIZATION: {"quant_method": METHOD}, **source_files.get(CONFIG, {})}}
+
+
 def without_method(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config.json for the decoded weights."""
     return {name: value for name, value in content.items() if name != QUANTIZATION}
@@ -76,17 +82,18 @@ def decode(weights: Mxfp4, dtype: torch.dtype) -> Tensor:
 
 
 def mxfp4_weights(model: nn.Module) -> dict[str, Mxfp4]:
-    """Return the MXFP4 weights of a model by their names in the state dict."""
-    layers = {name: part for name, part in model.named_modules() if isinstance(part, GroupedExpertLinear)}
-    return {f"{name}.weight": _weights_of(layer) for name, layer in layers.items() if layer.form == FORM}
+    """Return the MXFP4 weights of a model by their names in the state dict; {} if it has other quantized weights."""
+    kinds = QuantizedLinear | QuantizedExpertLinear
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    if not all(isinstance(layer, GroupedExpertLinear) and layer.form == FORM for layer in layers.values()):
+        return {}
+    return {f"{name}.weight": _weights_of(layer) for name, layer in layers.items()}
 
 
 def _weights_of(layer: GroupedExpertLinear) -> Mxfp4:
-    sizes = layer.out_features, layer.in_features, FORM.bits
-    each = [unpack_grouped(w, scale, None, *sizes) for w, scale in zip(layer.weight, layer.scale, strict=True)]
-    scale = torch.stack([part[1] for part in each])
-    exponent = torch.frexp(scale.float()).exponent - 1  # frexp: a power of two is half of the next one
-    return Mxfp4(torch.stack([part[0] for part in each]), (exponent + HALF_BIAS).to(torch.uint8))
+    parts = layer.unpacked()
+    exponent = torch.frexp(parts["scale"].float()).exponent - 1  # frexp: a power of two is half of the next one
+    return Mxfp4(parts["q"], (exponent + HALF_BIAS).to(torch.uint8))
 
 
 def mxfp4_tensors(family: Family, config: GPTConfig, weights: Mapping[str, Mxfp4]) -> dict[str, Tensor]:

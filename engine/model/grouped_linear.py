@@ -11,7 +11,7 @@ from torch import Tensor
 from peakgpt.engine.model.plain import fusable
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.kernels.ops.linear_grouped import linear_grouped
-from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, pack_grouped
+from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, pack_grouped, unpack_grouped
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,16 @@ class GroupedLinear(QuantizedLinear):
             group=self.form.group, levels=self.form.levels, zero_points=self.form.zero_points, activation=activation,
         )  # fmt: skip
 
+    def unpacked(self) -> dict[str, Tensor | None]:
+        """Return q, scale, offset and order, as __init__ takes them."""
+        sizes = self.out_features, self.in_features, self.form.bits
+        q, scale, offset = unpack_grouped(self.weight, self.scale, self.offset, *sizes)
+        offset = None if offset is None else offset.contiguous()
+        return {"q": q.contiguous(), "scale": scale.contiguous(), "offset": offset, "order": self.order}
+
     @property
     def product_fields(self) -> dict[str, Any]:
-        levels = list(LEVEL_TABLES).index(self.form.levels)
-        return {"bits": self.form.bits, "block": self.form.group, "f16_scales": True, "levels": levels,
-                "zero_points": self.form.zero_points}  # fmt: skip
+        return _product_fields(self.form, self.scale)
 
     def _apply(self, fn, recurse=True):
         """Move as torch does, but keep the dtype of scales and offsets when the model is cast."""
@@ -86,7 +91,7 @@ class GroupedLinear(QuantizedLinear):
 
 @fusable
 class GroupedExpertLinear(QuantizedExpertLinear):
-    """One linear layer with 4 bits and scales of groups for each of E experts, with stacked weights."""
+    """One linear layer with scales of groups for each of E experts, with stacked weights and without offsets."""
 
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, inputs: int, form: GroupedFormat):
         """
@@ -103,14 +108,25 @@ class GroupedExpertLinear(QuantizedExpertLinear):
             self.register_buffer(name, torch.stack(tensors))
         self.register_buffer("bias", bias)
 
+    def unpacked(self) -> dict[str, Tensor]:
+        """Return q and scale, as __init__ takes them."""
+        sizes = self.out_features, self.in_features, self.form.bits
+        each = [unpack_grouped(w, scale, None, *sizes)[:2] for w, scale in zip(self.weight, self.scale, strict=True)]
+        return {name: torch.stack(parts) for name, parts in zip(("q", "scale"), zip(*each, strict=True), strict=True)}
+
     def _multiply(self, expert: int, rows: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias[expert]
         return linear_grouped(
-            rows, self.weight[expert], self.scale[expert], None, bias, out=self.out_features, bits=self.form.bits,
+            rows, self.weight[expert], self.scale[expert], b=bias, out=self.out_features, bits=self.form.bits,
             group=self.form.group, levels=self.form.levels,
         )  # fmt: skip
 
     @property
     def product_fields(self) -> dict[str, Any]:
-        levels, is_half = list(LEVEL_TABLES).index(self.form.levels), self.scale.dtype == torch.float16
-        return {"bits": self.form.bits, "block": self.form.group, "f16_scales": is_half, "levels": levels}
+        return _product_fields(self.form, self.scale)
+
+
+def _product_fields(form: GroupedFormat, scale: Tensor) -> dict[str, Any]:
+    levels, is_half = list(LEVEL_TABLES).index(form.levels), scale.dtype == torch.float16
+    return {"bits": form.bits, "block": form.group, "f16_scales": is_half, "levels": levels,
+            "zero_points": form.zero_points}  # fmt: skip

@@ -19,7 +19,7 @@ from peakgpt.engine.data.gguf_header import TYPES, GGUFHeader, TensorEntry, read
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.grouped_linear import GroupedLinear
+from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedLinear
 from peakgpt.engine.model.quantized_linear import Format
 from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.ops.quantize import dequantize_grouped, unpack_grouped
@@ -143,6 +143,7 @@ FAMILIES_OF_GGUF = [
     ("Qwen2Config", SIZES, "qwen2"),
     ("SmolLM3Config", {**SIZES, "pad_token_id": None}, "smollm3"),
     ("OlmoConfig", SIZES, "olmo"),
+    ("GptOssConfig", {**SIZES, "head_dim": 16}, "gpt-oss"),
 ]  # fmt: skip
 
 
@@ -226,12 +227,12 @@ def test_a_saved_copy_is_a_folder_of_the_family(tmp_path):
 # ---- products with the integers of a file
 
 
-def write_random(path, kinds, config):
-    """Write a model whose matrices are random blocks of these types, in turn, with scales of one size."""
-    source = build("llama", **config)
+def write_random(path, kinds, config, name="llama", of_experts=False):
+    """Write a model whose matrices, or those of experts, are random blocks of these types, with scales of one size."""
+    source = build(name, **config)
     export(source, path.with_suffix(".f32.gguf"), kind=None)
     header = read_header(path.with_suffix(".f32.gguf"))
-    writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    writer, rng, axes = gguf.GGUFWriter(path, name), np.random.default_rng(0), 3 if of_experts else 2
     for key, value in header.metadata.items():
         kind = {bool: "bool", int: "uint32", float: "float32", str: "string"}[type(value)]
         if key != "general.architecture":
@@ -239,8 +240,8 @@ def write_random(path, kinds, config):
     matrices = 0
     for name, entry in header.tensors.items():
         values = read_tensor(header, entry, torch.float32).numpy()
-        kind = kinds[matrices % len(kinds)] if values.ndim == 2 else "F32"
-        matrices += values.ndim == 2
+        kind = kinds[matrices % len(kinds)] if values.ndim == axes else "F32"
+        matrices += values.ndim == axes
         number = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(name, random_blocks(rng, kind, values) if kind != "F32" else values, raw_dtype=number)
     writer.write_header_to_file()
@@ -289,6 +290,32 @@ def test_products_with_the_integers_equal_those_with_decoded_weights(kinds, tmp_
     assert not engine.executor_note  # it runs in the C++ program
     first = next(engine.stream(PROMPT, SamplingParams(max_tokens=1, temperature=0.0)))
     assert list(first.token_ids) == ours(ids)[0, -1:].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(("kind", "count"), [("MXFP4", 6), ("Q8_0", 6), ("Q4_1", 0)])
+def test_products_with_experts_read_their_integers(kind, count, tmp_path):
+    """Types with offsets are decoded. llama.cpp multiplies by the same weights, and rounds inputs too."""
+    path = tmp_path / "m.gguf"
+    write_random(path, [kind], {}, "gpt-oss", of_experts=True)
+    exact, ours, ids = GPT.from_pretrained(path, dequantize=True), GPT.from_pretrained(path), torch.tensor([PROMPT])
+    layers = {name: module for name, module in ours.named_modules() if isinstance(module, GroupedExpertLinear)}
+    assert len(layers) == count
+    for name, layer in layers.items():
+        form, expected = layer.form, exact.get_submodule(name).weight
+        for w, scale, weight in zip(layer.weight, layer.scale, expected, strict=True):
+            stored = unpack_grouped(w, scale, None, *weight.shape, form.bits)
+            assert torch.equal(dequantize_grouped(*stored, weight.shape[1], form.group, form.levels), weight)
+    with torch.no_grad():
+        expected = exact(ids)[0]
+        own = (ours(ids)[0] - expected).norm()
+        assert own < 0.03 * expected.norm() if count else own == 0
+    assert not count or (greedy(path, 1)[0] - expected).norm() < 2 * own
+    assert not Engine(ours).executor_note
+    ours.save_pretrained(tmp_path / "saved")
+    again = GPT.from_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/quantised.safetensors").exists() == (kind == "Q8_0")  # others are folders of transformers
+    assert again.config == ours.config
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in ours.state_dict().items())
 
 
 def test_exact_scales_are_silent_and_rounded_ones_are_shown(tmp_path):
