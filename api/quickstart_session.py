@@ -155,7 +155,7 @@ class Session:
             }
             comparison_s = COMPARISON_SHARE * (limit.left_s - LAST_SHARE * seconds)
             timings = interleave(contenders, rounds=plan.rounds, warmup=0, device=self.device, budget_s=comparison_s,
-                                 one_call=True)  # fmt: skip
+                                 least=3, one_call=True)  # fmt: skip
             shared.remove("eager")
             del contenders, eager  # frees eager's memory
             for share in (0.25, 0.5, 0.75):  # of the steps, after which the model is validated
