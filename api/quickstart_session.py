@@ -155,7 +155,7 @@ class Session:
             }
             comparison_s = COMPARISON_SHARE * (limit.left_s - LAST_SHARE * seconds)
             timings = interleave(contenders, rounds=plan.rounds, warmup=0, device=self.device, budget_s=comparison_s,
-                                 one_call=True)  # fmt: skip
+                                 least=3, one_call=True)  # fmt: skip
             shared.remove("eager")
             del contenders, eager  # frees eager's memory
             for share in (0.25, 0.5, 0.75):  # of the steps, after which the model is validated
@@ -180,6 +180,9 @@ class Session:
                            seed=self.config.seed)  # fmt: skip
         ids = torch.tensor([self.tokenizer.encode(PROMPT)], device=self.device)
         left_s, token_s = budget.left_s("decoding"), (budget.clock() - start_s) / SAMPLE_TOKENS
+        if left_s == 0:  # a comparison has three rounds, however long they take
+            console.print("no time left to compare decoding")
+            return text
         count = int(min(128, max(8, left_s / (DECODINGS * token_s))))
         try:
             found.results += compare_decoding(self.model, ids, count=count, budget_s=left_s)

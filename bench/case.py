@@ -28,7 +28,7 @@ class Case(ABC):
 
     Args:
         rounds: maximum number of timings of each contender.
-        seconds: budget with the start and the check of the contenders; at least three rounds run. None: no budget.
+        seconds: budget with the start and the check of the contenders; at least MIN_ROUNDS rounds run. None: no budget.
         only: contenders to time; None means all that can run on the device.
     """
 

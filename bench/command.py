@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_limits(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--contenders", nargs="+", metavar="NAME", help="default: all that can run on the device")
     bench.add_argument("--rounds", type=integer(), help="maximum number of timings of each contender in a case")
-    bench.add_argument("--seconds", type=number(), help="of each case, with start and check; at least 3 rounds run")
+    bench.add_argument("--seconds", type=number(), help="of each case, with start and check; at least 6 rounds run")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.block_pool import blocks_for
 from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.decoder import make_decoder
-from peakgpt.engine.inference.executor import MIN_PACKED_TOKENS, make_executor
+from peakgpt.engine.inference.executor import MIN_GRAPH_TOKENS, make_executor
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.hardware.peaks import Peak, peak_for
 
@@ -44,7 +44,7 @@ Begin = Callable[[], Step]  # restores the state after the prompt
 
 def _ours(model: GPT, ids: Tensor, workload: Workload) -> Begin:
     max_tokens = workload.prompt + workload.tokens
-    decoder = make_decoder(model, len(ids), max_tokens, max(workload.tokens, MIN_PACKED_TOKENS))
+    decoder = make_decoder(model, len(ids), max_tokens, max(workload.tokens, MIN_GRAPH_TOKENS))
     decoder.step(ids)
 
     def begin() -> Step:

@@ -103,7 +103,6 @@ TRAINING = {  # contender -> its name in a table
     "peakgpt": "**peakgpt**",
     "compile, tuned malloc": "torch.compile, allocator tuned by hand",
     "eager, tuned malloc": "PyTorch eager, allocator tuned by hand",
-    "compile": "torch.compile",
     "eager": "PyTorch eager",
 }
 TRAIN = {

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from peakgpt.bench.cpu_load import MAX_DISTURBANCE, MIN_KEPT, disturbance, keep_undisturbed, read_ticks
+from peakgpt.bench.cpu_load import MAX_DISTURBANCE, disturbance, keep_undisturbed, read_ticks
+from peakgpt.bench.intervals import MIN_ROUNDS
 from peakgpt.bench.peak_meter import GroupPeaks, PeakMeter
 from peakgpt.bench.timing import Timing
 from peakgpt.bench.turns import (
     BLOCK_CALLS,
     PROBE_EVERY,
+    PROBE_FIRST,
     Seconds,
     Turn,
     cold_note,
@@ -51,6 +53,7 @@ def interleave(
     warmup: int = 1,
     device: torch.device | str | None = None,
     budget_s: float | None = None,
+    least: int = MIN_ROUNDS,
     workers: Mapping[str, int] | None = None,
     peaks: PeakMeter | None = None,
     one_call: bool = False,
@@ -63,7 +66,8 @@ def interleave(
         rounds: timings of each contender, before rounds are dropped.
         warmup: untimed calls of each contender first.
         device: "cpu" (default) or a CUDA device.
-        budget_s: start no new round after this many seconds including the warm-up, but run at least three rounds.
+        budget_s: start no new round after this many seconds including the warm-up.
+        least: rounds that run whatever the budget is, not counting those that cold memory spoils.
         workers: contender -> process id of the running child that does its work. A rest then precedes each turn,
             because spinning threads of one process would take a core from the next.
         peaks: measured before the first and after the last round.
@@ -95,7 +99,8 @@ def interleave(
 
     def goes_on() -> bool:
         done = len(session.taken)
-        return bool(session.names) and done < rounds and not _budget_is_spent(start, budget_s, done)
+        spent = budget_s is not None and len(session.usable()) >= least and time.perf_counter() - start > budget_s
+        return bool(session.names) and done < rounds and not spent
 
     while goes_on():
         ticks, block_start, block_first = read_load(), time.perf_counter(), len(session.taken)
@@ -143,7 +148,7 @@ class _Rounds:
     def take(self, on_failure: OnFailure, *, last: bool) -> None:
         """Give every contender a turn."""
         index = len(self.taken)
-        second_call = self.probe and (index % PROBE_EVERY == 0 or last or self.suspected)
+        second_call = self.probe and (index % PROBE_EVERY == PROBE_FIRST or last or self.suspected)
         least = 1 + BLOCK_CALLS if self.cold else 2 if second_call else 1
         offset = index % len(self.names)
 
@@ -163,10 +168,14 @@ class _Rounds:
                 self.cold = self.cold or (suspected and self.suspected)
                 self.suspected = suspected
 
+    def usable(self) -> list[int]:
+        """Return the rounds whose samples mean the same."""
+        return usable_rounds(self.taken, cold=self.cold)
+
     def timings(self, disturbances: Sequence[float], group: GroupPeaks | None) -> dict[str, Timing]:
         """Choose the rounds to keep and return the timings of the contenders that took part in all of them."""
         turns = [{name: turn for name, turn in taken.items() if name in self.names} for taken in self.taken]
-        usable = usable_rounds(turns, cold=self.cold)
+        usable = self.usable()
         undisturbed, note = keep_undisturbed([disturbances[i] for i in usable])
         kept = [usable[i] for i in undisturbed]
         lost = cold_note(turns, len(turns) - len(usable)) if self.cold else ""
@@ -222,7 +231,3 @@ def _warm_up(fn: Callable[[], Any], warmup: int, seconds: Seconds, rest: Callabl
             break
         calls = max(calls + 1, min(10 * calls, math.ceil(calls * MIN_TIMING_S / max(elapsed_s, 1e-9))))
     return calls
-
-
-def _budget_is_spent(start: float, budget_s: float | None, done: int) -> bool:
-    return budget_s is not None and done >= MIN_KEPT and time.perf_counter() - start > budget_s

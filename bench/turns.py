@@ -6,10 +6,11 @@
 A hypervisor that reclaims the pages of idle guests makes the first call of a turn slow (5 times was seen with GPT-2
 124M trainers), and no counter in the guest shows it. Other reasons for a slow first call are the caches, which the
 other contenders filled, and page faults, which are recorded. So the first call is compared with the others of its turn:
-in every turn of fast calls, and in every PROBE_EVERY-th round of slow calls, one of which fills a turn. Rounds that
-other processes disturbed do not count. If a contender is over COLD in two looks, one after the other, memory goes cold.
-From then on every turn has calls after the first one, and only these are timed, for every contender. To keep idle
-contenders warm instead, something would have to touch their memory, which takes time and cache from the others.
+in every turn of fast calls, and in every PROBE_EVERY-th round of slow calls, one of which fills a turn, from the third
+round on. Rounds that other processes disturbed do not count. If a contender is over COLD in two looks, one after the
+other, memory goes cold. From then on every turn has calls after the first one, and only these are timed, for every
+contender. To keep idle contenders warm instead, something would have to touch their memory, which takes time and cache
+from the others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from peakgpt.bench.page_faults import read_faults
 from peakgpt.bench.timing import Turns
 
 COLD = 1.2
-PROBE_EVERY = 4
+PROBE_EVERY, PROBE_FIRST = 4, 2  # one look in six rounds, the least that have an interval
 BLOCK_CALLS = 2  # timed calls of a turn after the first one, if memory goes cold
 Seconds = Callable[..., float]  # (fn, calls=1) -> seconds per call
 

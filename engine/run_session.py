@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,8 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
         values = read_run_file(path)
         saved, config = RunConfig.of(values), RunConfig.of({**values, **changes})
         require_packages(config.metrics)
-        data, tokenizer = open_data(config, folder)
         steps = saved_steps(path)
+        data, tokenizer = open_data(config, folder, saved_tokenizer(config, path, steps))
         model = empty_model(config, data) if steps else initial_model(config, data)
         if steps:
             model.source_files = read_source_files(step_folder(path, steps[-1]))
@@ -142,20 +143,24 @@ def prepare_data(
         if tokenizer is not None:
             config.model_config(tokenizer.vocab_size)  # raises before the text is encoded
         prepare_text(config.data, corpus, tokenizer, folder.tokens, report=reporter.say)
-    data, tokenizer = open_data(config, folder)
+    data, tokenizer = open_data(config, folder, source_tokenizer(config))
     prepare_held_out(config.validation.named_sets(), tokenizer, folder.tokens)
     return data, tokenizer
 
 
-def open_data(config: RunConfig, folder: RunFolder) -> tuple[TrainingData, Tokenizer | None]:
+def open_data(
+    config: RunConfig, folder: RunFolder, source: Tokenizer | None
+) -> tuple[TrainingData, Tokenizer | None]:  # fmt: skip
     """Open the run's token shards and their tokenizer; None for token files that came without one.
 
+    Args:
+        source: the tokenizer that the run is given; None if it has that of its data.
     Raises:
         ValueError: missing or damaged shards, or shards of another tokenizer than that of the run.
     """
     data = TrainingData.open(config.data, folder.tokens)
     tokenizer = data.tokenizer
-    if config.data.dataset is not None and (source := source_tokenizer(config)) is not None:
+    if config.data.dataset is not None and source is not None:
         data.check_tokenizer(source)
         tokenizer = source
     return data, tokenizer
@@ -165,6 +170,21 @@ def source_tokenizer(config: RunConfig) -> Tokenizer | None:
     """Return the tokenizer that the run is given; None if it trains one, or has that of its data."""
     source = config.source.tokenizer or config.source.init
     return None if source is None else Tokenizer.load(source)
+
+
+def saved_tokenizer(config: RunConfig, path: Path, steps: Sequence[int]) -> Tokenizer | None:
+    """Return the tokenizer that a run was given, from its checkpoints: the model that it came from may be gone.
+
+    Args:
+        path: of the run.
+        steps: of its checkpoints.
+    """
+    if config.data.dataset is None or (config.source.tokenizer or config.source.init) is None:
+        return None
+    for step in reversed(steps):
+        with contextlib.suppress(ValueError):  # a damaged checkpoint, which is reported when it is loaded
+            return Tokenizer.load(step_folder(path, step))
+    return source_tokenizer(config)
 
 
 def initial_model(config: RunConfig, data: TrainingData) -> GPT:

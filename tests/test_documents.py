@@ -246,6 +246,7 @@ NOT_RUN = {
     "peakgpt bench patch": LARGE,
     "peakgpt bench prefill": LARGE,
     "peakgpt bench gemm": LARGE,
+    "peakgpt bench load": LARGE,
     "peakgpt bench decode": LARGE,
     "peakgpt bench serve": LARGE,
     "peakgpt bench memory_bound": "its streams are larger than any cache; test_bench_ops.py runs its kernels",

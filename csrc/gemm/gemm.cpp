@@ -3,7 +3,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <utility>
 
 #include "base/memory.h"
@@ -15,7 +14,6 @@ namespace {
 struct GemmTile {
   int64_t rows, columns;  // of a panel of a, of a panel of b
   int64_t slot;           // elements of k in a slot
-  int64_t packed_bytes;   // of a slot of a packed b
 };
 struct GemmBlock {
   int64_t row, rows, column, columns, k, depth;
@@ -25,7 +23,7 @@ struct PanelRange {
   int64_t row_begin, row_end, column_begin, column_end;  // panels of a block
 };
 
-constexpr int64_t kSkinnyRows = 4;  // up to this number of rows b is not packed
+constexpr int64_t kSkinnyAcross = 4;  // up to this number of rows, a b with contiguous rows is not packed
 constexpr int64_t kDirectColumns = 512, kSharedSetFloats = 256;
 constexpr int64_t kGroupFloats = 120 << 10;  // packed b in a group of columns: it stays in the second-level cache
 
@@ -45,7 +43,7 @@ constexpr int64_t kGroupFloats = 120 << 10;  // packed b in a group of columns: 
 
 template <class T>
 GemmTile TileSizes() {
-  return {kPanelRows, kColumns, kSlot<T>, sizeof(Packed<T>)};
+  return {kPanelRows, kColumns, kSlot<T>};
 }
 
 // Whether the tiles read a where it is instead of packed: it pays for few panels of b. It does not pay if the slots are
@@ -88,26 +86,10 @@ void PrepareRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, in
 }
 
 // Packs elements k to k + depth of some columns of b.
-template <class T, class Args, class Out>
-void PackColumns(const Args& args, int64_t column, int64_t columns, int64_t k, int64_t depth, Out* out) {
+template <class T>
+void PackColumns(const GemmArgs& args, int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) {
   const T* from = static_cast<const T*>(args.b) + column * args.b_col + k * args.b_k;
   Pack<T>(from, args.b_col, args.b_k, columns, depth, kColumnVecs, out);
-}
-
-// Offset of the panel of `column` in the result of PackB, [block of k][panel][slot], for the block of `slots` slots at
-// k.
-template <class T>
-int64_t PackedAt(int64_t n, int64_t k, int64_t column, int64_t slots) {
-  const int64_t width = (n + kColumns - 1) / kColumns * kColumns;
-  return k / kSlot<T> * width + column * slots;
-}
-
-// Packs column panels [begin, end) of one block of k into the result of PackB.
-template <class T>
-void PackBlock(const PackArgs& args, int64_t k, int64_t depth, int64_t begin, int64_t end) {
-  const int64_t column = begin * kColumns, slots = (depth + kSlot<T> - 1) / kSlot<T>;
-  PackColumns<T>(args, column, std::min(end * kColumns, args.n) - column, k, depth,
-                 static_cast<Packed<T>*>(args.out) + PackedAt<T>(args.n, k, column, slots));
 }
 
 // Columns of a block whose packed panels stay in the second-level cache.
@@ -116,9 +98,9 @@ struct ColumnGroup {
 };
 
 // Computes the tiles of one part of a block in a group of columns; b is the group, packed.
-template <class T, class E>
+template <class T>
 void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const PanelRange& part, const ColumnGroup& group,
-                   const float* a, const E* b, float* sums) {
+                   const float* a, const float* b, float* sums) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
   const int64_t panels = (block.columns + kColumns - 1) / kColumns;
   alignas(64) float tile[kRows * kColumns];
@@ -131,8 +113,8 @@ void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const PanelRang
     for (int64_t j = group.begin; j < group.end; ++j) {
       float* at = sums == nullptr ? tile : sums + (i / kRows * panels + j) * kRows * kColumns;
       const int64_t width = block.columns - j * kColumns;
-      const TileFunction<E> multiply = left.slot_step == 1 ? TileOf<T, E, true>(block.rows - i, width)
-                                                           : TileOf<T, E, false>(block.rows - i, width);
+      const TileFunction multiply =
+          left.slot_step == 1 ? TileOf<T, true>(block.rows - i, width) : TileOf<T, false>(block.rows - i, width);
       if (block.last) PrefetchTile<T>(args, block.row + i, block.column + j * kColumns);
       multiply(slots, left, b + (j - group.begin) * kColumns * slots, block.first, at);
       if (block.last) FinishTile<T>(args, at, block.row + i, block.column + j * kColumns);
@@ -141,7 +123,7 @@ void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const PanelRang
 }
 
 // Computes the tiles of one part of a block, one group of columns after the other. The thread that uses a group packs
-// it, unless b is packed.
+// it.
 template <class T>
 void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const PanelRange& part, const float* a, float* b,
                     float* sums) {
@@ -150,13 +132,8 @@ void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const PanelRan
   for (int64_t begin = part.column_begin; begin < part.column_end; begin += most) {
     const ColumnGroup group{begin, std::min(begin + most, part.column_end)};
     const int64_t column = begin * kColumns, columns = std::min(group.end * kColumns, block.columns) - column;
-    if (args.packed_b != nullptr) {
-      const int64_t at = PackedAt<T>(args.n, block.k, block.column + column, slots);
-      MultiplyGroup<T>(args, block, part, group, a, static_cast<const Packed<T>*>(args.packed_b) + at, sums);
-    } else {
-      PackColumns<T>(args, block.column + column, columns, block.k, block.depth, b);
-      MultiplyGroup<T>(args, block, part, group, a, b, sums);
-    }
+    PackColumns<T>(args, block.column + column, columns, block.k, block.depth, b);
+    MultiplyGroup<T>(args, block, part, group, a, b, sums);
   }
 }
 
@@ -190,14 +167,6 @@ std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads)
   return best;
 }
 
-void SkinnyGemm(const GemmArgs& args, const GemmTile& tile, int64_t depth, int threads) {
-  float* const a = FloatWorkspace(Up(args.k, tile.slot) / tile.slot * tile.rows);
-  PEAK_PICK_DTYPE(args.dtype, PackRows)(args, {0, args.m, 0, args.n, 0, args.k, true, true}, 0, 1, a);
-  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplySkinny);
-  ParallelParts(Pieces(args.n, tile.columns), threads, threads,
-                [&](int64_t, int64_t begin, int64_t end) { multiply(args, depth, a, begin, end); });
-}
-
 int64_t DepthOf(int64_t k, const GemmTile& tile) {
   const int64_t blocks = Pieces(k, kBlockSlots * tile.slot);
   return Up(Pieces(k, blocks), tile.slot);  // at least one slot: an empty sum is 0
@@ -215,11 +184,32 @@ struct GemmPlan {
     depth = DepthOf(args.k, tile);
     const int64_t slots = depth / tile.slot;
     a_size = rows * slots;
-    b_size = args.packed_b != nullptr ? 0 : std::max(kGroupFloats, tile.columns * slots);
+    b_size = std::max(kGroupFloats, tile.columns * slots);
     sums_size = depth < args.k ? rows * columns : 0;
   }
   int64_t Scratch(int threads) const { return a_size + sums_size + threads * b_size; }
 };
+
+// Whether b is not packed. A b that is contiguous along k is transposed in registers, for one panel of a.
+bool IsSkinny(const GemmArgs& args, const GemmTile& tile) {
+  return args.m <= (args.b_k == 1 ? tile.rows : kSkinnyAcross);
+}
+
+// The size of the packed rows of a skinny product, in floats.
+int64_t SkinnyScratch(const GemmArgs& args, const GemmTile& tile) {
+  return Up(args.k, tile.slot) / tile.slot * tile.rows;
+}
+
+void PackSkinnyRows(const GemmArgs& args, float* a) {
+  PEAK_PICK_DTYPE(args.dtype, PackRows)(args, {0, args.m, 0, args.n, 0, args.k, true, true}, 0, 1, a);
+}
+
+// Divides the columns among the threads of the current team, or among `threads`.
+void MultiplySkinnyRows(const GemmArgs& args, const GemmPlan& plan, const float* a, int threads) {
+  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplySkinny);
+  ParallelParts(Pieces(args.n, plan.tile.columns), threads, threads,
+                [&](int64_t, int64_t begin, int64_t end) { multiply(args, plan.depth, a, begin, end); });
+}
 
 // Calls f(block) for the blocks of columns [begin, end) of a product, in order.
 template <class F>
@@ -254,29 +244,19 @@ void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, 
 
 }  // namespace
 
-int64_t PackedFloats(DType dtype, int64_t n, int64_t k) {
-  const GemmTile tile = PEAK_PICK_DTYPE(dtype, TileSizes)();
-  const int64_t bytes = Up(n, tile.columns) * (Up(k, tile.slot) / tile.slot) * tile.packed_bytes;
-  return Pieces(bytes, sizeof(float));
+int64_t GemmScratch(const GemmArgs& args, int threads) {
+  const GemmPlan plan(args);
+  return IsSkinny(args, plan.tile) ? SkinnyScratch(args, plan.tile) : plan.Scratch(threads);
 }
-
-void PackB(const PackArgs& args, int threads) {
-  const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileSizes)();
-  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackBlock);
-  const int64_t depth = DepthOf(args.k, tile), panels = Pieces(args.n, tile.columns);
-  for (int64_t k = 0; k < args.k; k += depth) {
-    ParallelParts(panels, panels, threads, [&](int64_t, int64_t begin, int64_t end) {
-      pack(args, k, std::min(depth, args.k - k), begin, end);
-    });
-  }
-}
-
-int64_t GemmScratch(const GemmArgs& args, int threads) { return GemmPlan(args).Scratch(threads); }
 
 void TeamGemm(const GemmArgs& args, float* scratch) {
   if (args.m == 0 || args.n == 0) return;
   const Team* team = Team::Current();
-  MultiplyPart(args, GemmPlan(args), scratch, team->id, team->size);
+  const GemmPlan plan(args);
+  if (!IsSkinny(args, plan.tile)) return MultiplyPart(args, plan, scratch, team->id, team->size);
+  if (team->id == 0) PackSkinnyRows(args, scratch);
+  Barrier();
+  MultiplySkinnyRows(args, plan, scratch, team->size);
 }
 
 int64_t GemmPanels(const GemmArgs& args) { return Pieces(args.n, PEAK_PICK_DTYPE(args.dtype, TileSizes)().columns); }
@@ -285,7 +265,7 @@ int64_t GemmPartScratch(const GemmArgs& args) {
   const GemmTile tile = PEAK_PICK_DTYPE(args.dtype, TileSizes)();
   const int64_t rows = std::min(Up(args.m, tile.rows), kBlockRows), all_slots = Up(args.k, tile.slot) / tile.slot;
   const int64_t columns = std::min(Up(args.n, tile.columns), kBlockColumns), slots = std::min(all_slots, kBlockSlots) + 1;
-  const int64_t b = args.packed_b != nullptr ? 0 : std::max(kGroupFloats, tile.columns * slots);
+  const int64_t b = std::max(kGroupFloats, tile.columns * slots);
   return std::max(rows * slots, tile.rows * all_slots) + (all_slots > kBlockSlots ? rows * columns : 0) + b;
 }
 
@@ -294,7 +274,7 @@ void GemmPart(const GemmArgs& args, int64_t part, int64_t parts, float* scratch)
   const GemmPlan plan(args);
   const int64_t panels = Pieces(args.n, plan.tile.columns);
   const int64_t begin = panels * part / parts, end = panels * (part + 1) / parts;
-  if (args.m <= kSkinnyRows && args.packed_b == nullptr) {
+  if (IsSkinny(args, plan.tile)) {
     const GemmBlock block{0, args.m, begin, args.n, 0, args.k, true, true};
     PEAK_PICK_DTYPE(args.dtype, PackRows)(args, block, 0, 1, scratch);
     return PEAK_PICK_DTYPE(args.dtype, MultiplySkinny)(args, plan.depth, scratch, begin, end);
@@ -314,7 +294,11 @@ void GemmPart(const GemmArgs& args, int64_t part, int64_t parts, float* scratch)
 void Gemm(const GemmArgs& args, int threads) {
   if (args.m == 0 || args.n == 0) return;
   const GemmPlan plan(args);
-  if (args.m <= kSkinnyRows && args.packed_b == nullptr) return SkinnyGemm(args, plan.tile, plan.depth, threads);
+  if (IsSkinny(args, plan.tile)) {
+    float* const a = FloatWorkspace(SkinnyScratch(args, plan.tile));
+    PackSkinnyRows(args, a);
+    return MultiplySkinnyRows(args, plan, a, threads);
+  }
   const auto grid = Grid(plan.rows / plan.tile.rows, plan.columns / plan.tile.columns, threads);
   const int workers = grid.first * grid.second;
   float* const scratch = FloatWorkspace(plan.Scratch(workers));

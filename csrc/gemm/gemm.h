@@ -45,7 +45,6 @@ struct GemmArgs {
   int64_t c_row;
   const void* b = nullptr;  // element (p, j) is b[j b_col + p b_k]; one of the strides is 1
   int64_t b_col = 0, b_k = 0;
-  const void* packed_b = nullptr;  // b packed by PackB; it is read instead of b
   Epilogue epilogue = Epilogue::kStore;
   const void* bias = nullptr;  // (n)
   Activation activation = Activation::kRelu;
@@ -56,22 +55,9 @@ struct GemmArgs {
   float* a_sums = nullptr;     // (m): sums over k of a
 };
 PEAK_FIELDS(GemmArgs, dtype, out_dtype, m, n, k, a, a_row, a_k, c, c_row)
-PEAK_OPTIONAL_FIELDS(GemmArgs, b, b_col, b_k, packed_b, epilogue, bias, activation, pre, act, gate, dgate, a_sums)
+PEAK_OPTIONAL_FIELDS(GemmArgs, b, b_col, b_k, epilogue, bias, activation, pre, act, gate, dgate, a_sums)
 
 void Gemm(const GemmArgs& args, int threads);
-
-// Packs b once, for a weight that many products use.
-struct PackArgs {
-  DType dtype;
-  int64_t n, k;
-  const void* b;  // as in GemmArgs
-  int64_t b_col, b_k;
-  void* out;  // PackedFloats floats
-};
-PEAK_FIELDS(PackArgs, dtype, n, k, b, b_col, b_k, out)
-
-int64_t PackedFloats(DType dtype, int64_t n, int64_t k);
-void PackB(const PackArgs& args, int threads);
 
 // The product inside a team (base/parallel.h): every thread of the team calls TeamGemm with one common scratch of
 // GemmScratch floats.

@@ -48,7 +48,6 @@ GemmArgs GroupOf(const GroupedGemmArgs& args, int64_t group) {
   Advance(g.a, first * args.a_row * size);
   Advance(g.c, first * args.c_row * c_size);
   Advance(g.b, group * args.b_group * size);
-  Advance(g.packed_b, group * args.packed_group * static_cast<int64_t>(sizeof(float)));
   Advance(g.bias, group * args.n * size);
   Advance(g.pre, hidden);
   Advance(g.act, hidden);

@@ -26,11 +26,10 @@ struct GroupedGemmArgs : GemmArgs {
   int64_t groups;
   const int64_t* offsets;    // (groups + 1)
   int64_t b_group = 0;       // kRows: elements between the b of two groups
-  int64_t packed_group = 0;  // kRows: floats between their packed_b
   int64_t c_group = 0;       // kDepth: elements between the c of two groups
 };
 PEAK_FIELDS(GroupedGemmArgs, grouping, groups, offsets)
-PEAK_OPTIONAL_FIELDS(GroupedGemmArgs, b_group, packed_group, c_group)
+PEAK_OPTIONAL_FIELDS(GroupedGemmArgs, b_group, c_group)
 
 // The product of one group.
 GemmArgs GroupOf(const GroupedGemmArgs& args, int64_t group);

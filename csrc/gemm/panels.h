@@ -8,11 +8,6 @@ constexpr int kSlot = 1;
 template <>
 constexpr int kSlot<bf16> = kNativePairs ? 2 : 1;
 
-// One element of a panel that is packed for many products. It takes as much memory as the weight: products of few rows
-// are limited by reading it. Panels for one product are floats.
-template <class T>
-using Packed = std::conditional_t<kSlot<T> == 1, T, float>;
-
 // The register tile: kRows x (kColumnVecs x kLanes) sums. The other registers hold the loads of b and one broadcast of
 // a.
 constexpr int kColumnVecs = 3;
@@ -42,8 +37,8 @@ PEAK_INLINE Vec GatherSlots(const T* p, int64_t k_stride, int64_t n, int64_t lef
 }
 
 // Packs `lanes` <= kLanes rows of an operand, contiguous along k, into out[slot * width + lane].
-template <class T, class Out>
-void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t width, Out* out) {
+template <class T>
+void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t width, float* out) {
   constexpr int64_t kStep = kLanes * kSlot<T>;
   for (int64_t at = 0; at < k; at += kStep) {
     Vec rows[kLanes];
@@ -55,8 +50,8 @@ void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t wid
 }
 
 // The same for an operand in which the elements of one k are contiguous.
-template <class T, class Out>
-void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t width, Out* out) {
+template <class T>
+void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t width, float* out) {
   for (int64_t at = 0; at < k; at += kSlot<T>, out += width) {
     Store(out, GatherSlots(p + at * k_stride, k_stride, lanes, k - at));
   }
@@ -78,8 +73,8 @@ void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t lanes, b
 }
 
 // Packs rows [0, rows) of an operand as panels of `vecs` Vecs: [panel][slot][lane]. Missing rows are 0.
-template <class T, class Out>
-void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int64_t vecs, Out* out) {
+template <class T>
+void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int64_t vecs, float* out) {
   const int64_t width = vecs * kLanes, slots = (k + kSlot<T> - 1) / kSlot<T>;
   for (int64_t row = 0; row < rows; row += width, out += slots * width) {
     for (int64_t v = 0; v < vecs; ++v) {

@@ -19,8 +19,8 @@ struct TileRows {
 
 // sums[kTileRows][kColumns] = the product of rows and a panel over `slots`; += unless `first`. Only the first kVecs
 // Vecs of the panel are computed. kAlong: the slots of a row are contiguous.
-template <class T, int kTileRows, int kVecs, bool kAlong, class E>
-void Tile(int64_t slots, const TileRows& rows, const E* b, bool first, float* sums) {
+template <class T, int kTileRows, int kVecs, bool kAlong>
+void Tile(int64_t slots, const TileRows& rows, const float* b, bool first, float* sums) {
   Vec acc[kTileRows][kVecs];
   for (auto& row : acc) {
     for (Vec& v : row) v = Set(0.0f);
@@ -43,19 +43,18 @@ void Tile(int64_t slots, const TileRows& rows, const E* b, bool first, float* su
   }
 }
 
-template <class E>
-using TileFunction = void (*)(int64_t, const TileRows&, const E*, bool, float*);
+using TileFunction = void (*)(int64_t, const TileRows&, const float*, bool, float*);
 
-template <class T, class E, bool kAlong, int kVecs, size_t... I>
-TileFunction<E> TileOfRows(int64_t rows, std::index_sequence<I...>) {
-  constexpr TileFunction<E> kTiles[] = {Tile<T, static_cast<int>(I) + 1, kVecs, kAlong, E>...};
+template <class T, bool kAlong, int kVecs, size_t... I>
+TileFunction TileOfRows(int64_t rows, std::index_sequence<I...>) {
+  constexpr TileFunction kTiles[] = {Tile<T, static_cast<int>(I) + 1, kVecs, kAlong>...};
   return kTiles[(rows < kRows ? rows : kRows) - 1];
 }
 
 // The tile function for `rows` rows and `columns` columns: the last tiles of a product compute their own part only.
-template <class T, class E, bool kAlong>
-TileFunction<E> TileOf(int64_t rows, int64_t columns) {
+template <class T, bool kAlong>
+TileFunction TileOf(int64_t rows, int64_t columns) {
   constexpr std::make_index_sequence<kRows> every{};
-  if (columns > 2 * kLanes) return TileOfRows<T, E, kAlong, 3>(rows, every);
-  return columns > kLanes ? TileOfRows<T, E, kAlong, 2>(rows, every) : TileOfRows<T, E, kAlong, 1>(rows, every);
+  if (columns > 2 * kLanes) return TileOfRows<T, kAlong, 3>(rows, every);
+  return columns > kLanes ? TileOfRows<T, kAlong, 2>(rows, every) : TileOfRows<T, kAlong, 1>(rows, every);
 }

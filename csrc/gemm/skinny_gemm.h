@@ -1,5 +1,5 @@
-// Skinny GEMM: a product with so few rows that no element of b is used twice, so b is not packed. Included once per
-// instruction set by gemm.cpp.
+// Skinny GEMM: a product with so few rows that b is not packed, because reading it takes longer than multiplying.
+// Included once per instruction set by gemm.cpp.
 
 constexpr int64_t kSkinnyPanels = 16;  // column panels in a block of SkinnyAcross: their sums stay in L1
 constexpr int64_t kSkinnySlots = 4;    // slots for each load and store of these sums
@@ -40,7 +40,7 @@ void SkinnyAlong(const GemmArgs& args, int64_t depth, const float* a, int64_t be
                            tile + j);
       }
     }
-    FinishTile<T>(args, tile, 0, column);
+    for (int64_t i = 0; i < kM; i += kRows) FinishTile<T>(args, tile + i * kColumns, i, column);
   }
 }
 
@@ -89,17 +89,23 @@ void SkinnyAcross(const GemmArgs& args, int64_t depth, const float* a, int64_t b
   }
 }
 
-template <class T, int64_t kM>
-void SkinnyPanels(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
-  args.b_k == 1 ? SkinnyAlong<T, kM>(args, depth, a, begin, end) : SkinnyAcross<T, kM>(args, depth, a, begin, end);
+using SkinnyFunction = void (*)(const GemmArgs&, int64_t depth, const float* a, int64_t begin, int64_t end);
+
+template <class T, size_t... I>
+SkinnyFunction SkinnyAlongOf(int64_t rows, std::index_sequence<I...>) {
+  constexpr SkinnyFunction kFunctions[] = {SkinnyAlong<T, static_cast<int64_t>(I) + 1>...};
+  return kFunctions[rows - 1];
+}
+template <class T, size_t... I>
+SkinnyFunction SkinnyAcrossOf(int64_t rows, std::index_sequence<I...>) {
+  constexpr SkinnyFunction kFunctions[] = {SkinnyAcross<T, static_cast<int64_t>(I) + 1>...};
+  return kFunctions[rows - 1];
 }
 
 template <class T>
 void MultiplySkinny(const GemmArgs& args, int64_t depth, const float* a, int64_t begin, int64_t end) {
-  switch (args.m) {
-    case 1: return SkinnyPanels<T, 1>(args, depth, a, begin, end);
-    case 2: return SkinnyPanels<T, 2>(args, depth, a, begin, end);
-    case 3: return SkinnyPanels<T, 3>(args, depth, a, begin, end);
-    case kSkinnyRows: return SkinnyPanels<T, kSkinnyRows>(args, depth, a, begin, end);
-  }
+  const SkinnyFunction multiply = args.b_k == 1
+                                      ? SkinnyAlongOf<T>(args.m, std::make_index_sequence<kPanelRows>{})
+                                      : SkinnyAcrossOf<T>(args.m, std::make_index_sequence<kSkinnyAcross>{});
+  multiply(args, depth, a, begin, end);
 }

@@ -13,8 +13,10 @@ GroupedGemmArgs DenseExperts::Completed(const GemmArgs& args) const {
   product.dtype = matrix_.dtype;
   product.n = matrix_.n;
   product.k = matrix_.k;
-  product.packed_b = matrix_.packed;
-  product.packed_group = matrix_.packed_group;
+  product.b = matrix_.w;
+  product.b_col = matrix_.w_row;
+  product.b_k = 1;
+  product.b_group = matrix_.w_group;
   product.grouping = Grouping::kRows;
   product.groups = matrix_.experts;
   return product;

@@ -28,9 +28,9 @@ class ExpertWeights {
 
 struct DenseExpertsMatrix : DenseMatrix {
   using Base = DenseMatrix;  // of the first expert
-  int64_t experts, packed_group;  // packed_group: floats between two experts
+  int64_t experts, w_group;  // w_group: elements between two experts
 };
-PEAK_FIELDS(DenseExpertsMatrix, experts, packed_group)
+PEAK_FIELDS(DenseExpertsMatrix, experts, w_group)
 
 class DenseExperts : public ExpertWeights {
  public:

@@ -51,7 +51,9 @@ GemmArgs DenseWeight::Completed(GemmArgs args) const {
   args.dtype = matrix_.dtype;
   args.n = matrix_.n;
   args.k = matrix_.k;
-  args.packed_b = matrix_.packed;
+  args.b = matrix_.w;
+  args.b_col = matrix_.w_row;
+  args.b_k = 1;
   return args;
 }
 

@@ -59,11 +59,13 @@ class Weight {
 struct DenseMatrix {
   DType dtype;
   int64_t n, k;
-  const void* packed;  // the result of PackB
+  const void* w;  // element (i, p) is w[i w_row + p]
+  int64_t w_row;
 };
-PEAK_FIELDS(DenseMatrix, dtype, n, k, packed)
+PEAK_FIELDS(DenseMatrix, dtype, n, k, w, w_row)
 
-// A packed float32 or bf16 matrix. The caller keeps its memory.
+// A float32 or bf16 matrix in the memory of its tensor, which may be a mapped file. It is not packed: reading its rows
+// takes as long, and a copy costs fresh memory, which takes as long as tens of steps. The caller keeps the memory.
 class DenseWeight : public Weight {
  public:
   explicit DenseWeight(const DenseMatrix& matrix) : Weight(matrix.n, matrix.k), matrix_(matrix) {}

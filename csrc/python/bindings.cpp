@@ -76,7 +76,6 @@ void DefineKernels(py::module_& m) {
   DefineKernel<HiddenBackwardArgs, HiddenBackward>(m, "hidden_backward");
   DefineKernel<GemmArgs, Gemm>(m, "gemm");
   DefineKernel<GroupedGemmArgs, GroupedGemm>(m, "grouped_gemm");
-  DefineKernel<PackArgs, PackB>(m, "pack_b");
   DefineKernel<QuantizedArgs, LinearQuantized>(m, "linear_quantized");
   DefineKernel<MuonArgs, Muon>(m, "muon");
   DefineKernel<MuonEachArgs, MuonEach>(m, "muon_each");
@@ -90,9 +89,6 @@ void DefineKernels(py::module_& m) {
   DefineKernel<PeakStreamArgs, PeakStream>(m, "peak_stream");
   m.def("peak_loop", &PeakLoop, py::kw_only(), py::arg("loop"), py::arg("iterations"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "Run a loop of multiply-adds and return its number of operations.");
-  m.def(
-      "packed_floats", [](int dtype, int64_t n, int64_t k) { return PackedFloats(static_cast<DType>(dtype), n, k); },
-      py::kw_only(), py::arg("dtype"), py::arg("n"), py::arg("k"), "Return the number of floats that pack_b writes.");
   m.def(
       "muon_scratch",
       [](int dtype, int64_t rows, int64_t columns) { return MuonScratch(static_cast<DType>(dtype), rows, columns); },

@@ -1,7 +1,8 @@
 """All model families of transformers, by model_type. The rows are in families_*.py; `Family` explains their fields.
 
 A config is written in the layout of the family it was read from, if that still reads it back unchanged, else of the
-first family that does. The last family is our own layout, which expresses every config.
+first family that does. Fields that only training reads may be in a section of ours, if no family has them. The last
+family is our own layout, which expresses every config.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from peakgpt.engine.checkpoint.families_classic import CLASSIC
 from peakgpt.engine.checkpoint.families_experts import EXPERT_FAMILIES
 from peakgpt.engine.checkpoint.families_llama import LLAMA_LINE
 from peakgpt.engine.checkpoint.families_other import OTHER
-from peakgpt.engine.checkpoint.family import Family, Field
+from peakgpt.engine.checkpoint.family import SECTION, Family, Field
 from peakgpt.engine.checkpoint.module_names import SameNames
 from peakgpt.engine.model.config import GPTConfig
 
@@ -46,7 +47,9 @@ def family_of(config: GPTConfig, source: Mapping[str, Any] | None = None) -> Fam
     """
     kept = FAMILIES.get(str((source or {}).get("model_type")), OWN_LAYOUT)
     families = [*([] if kept is OWN_LAYOUT else [kept]), *FAMILIES.values()]
-    return next(family for family in families if not family.differences(config))
+    *theirs, own = (family for family in families if not family.differences(config))
+    exact = next((family for family in theirs if SECTION not in family.config_json(config)), None)
+    return exact or next(iter(theirs), own)
 
 
 def nearest_family(config: GPTConfig) -> tuple[str, list[str]]:

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.folder import CONFIG
-from peakgpt.engine.model.config import RATES, GPTConfig
+from peakgpt.engine.model.config import RATES, TRAINING_ONLY, GPTConfig
 from peakgpt.engine.model.state_dicts import transpose_conv1d
 
 T = TypeVar("T")
+# Section of config.json with the fields of GPTConfig that only training reads and that a family has no place for, such
+# as z_loss. transformers keeps it and does not read it.
+SECTION = "peakgpt_training"
 
 
 class Field(NamedTuple):
@@ -126,7 +129,8 @@ class Family:
             converted[name] = value if values is None else values[value]
         try:
             grouped = [group.read(content).items() for group in self.groups]
-            return GPTConfig(**{**converted, **self.constants, **dict(chain.from_iterable(grouped))})
+            trained = _training_fields(content, dropout)
+            return GPTConfig(**{**converted, **self.constants, **dict(chain.from_iterable(grouped)), **trained})
         except ValueError as error:
             raise ValueError(self._with_their_names(str(error))) from None
         except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # a value of another type
@@ -175,13 +179,18 @@ class Family:
                 value = next((hf_value for hf_value, our_value in values.items() if our_value == value), default)
             content[hf_name] = value
         grouped = chain.from_iterable(group.write(config).items() for group in self.groups)
-        return _with_sections(content | dict(grouped))
+        content = _with_sections(content | dict(grouped))
+        lacking = [name for name in self._lost(config, content) if name in TRAINING_ONLY]
+        return content | ({SECTION: {name: getattr(config, name) for name in lacking}} if lacking else {})
 
     def differences(self, config: GPTConfig) -> list[str]:
         """Return the GPTConfig fields that this layout cannot express: reading them back gives another value."""
+        return self._lost(config, self.config_json(config))
+
+    def _lost(self, config: GPTConfig, content: Mapping[str, Any]) -> list[str]:
         names = [f.name for f in fields(config)]
         try:
-            back = self.config(self.config_json(config))
+            back = self.config(content)
         except ValueError:  # the config is so different that it cannot be read back
             return names
         return [name for name in names if getattr(config, name) != getattr(back, name)]
@@ -312,6 +321,14 @@ def _template(name: str) -> tuple[str, str, str]:
     module, _, kind = name.rpartition(".")
     layer = re.search(r"\.h\.(\d+)\.", module)
     return (module, "", kind) if layer is None else (module.replace(layer[0], ".h.{}.", 1), layer[1], kind)
+
+
+def _training_fields(content: Mapping[str, Any], dropout: float | None) -> dict[str, Any]:
+    """Return the training fields of our section of a config.json, with `dropout` instead of its rates."""
+    section = content.get(SECTION) or {}
+    if not isinstance(section, Mapping) or not section.keys() <= set(TRAINING_ONLY):
+        raise ValueError(f"{SECTION} is {section!r:.60}, expected an object with {', '.join(TRAINING_ONLY)}")
+    return {name: dropout if dropout is not None and name in RATES else value for name, value in section.items()}
 
 
 def _with_sections(content: Mapping[str, Any]) -> dict[str, Any]:

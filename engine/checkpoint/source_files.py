@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from peakgpt.engine.checkpoint.family import Family
+from peakgpt.engine.checkpoint.family import SECTION, Family
 from peakgpt.engine.checkpoint.folder import CONFIG, read_json
 from peakgpt.engine.model.config import GPTConfig
 
@@ -88,7 +88,7 @@ def _with_source(
 ) -> dict[str, Any]:
     """Return the written fields with as many of the source's as describe the same model."""
     if source.get("model_type") == family.model_type:
-        unaliased = {name: value for name, value in source.items() if name not in family.aliases}
+        unaliased = {name: value for name, value in source.items() if name not in (*family.aliases, SECTION)}
         for content in ({**written, **source}, {**unaliased, **written}):  # an unchanged model, a changed one
             if family.config(content) == config:
                 return content

@@ -9,12 +9,14 @@ The N-grams of the evaluation are in memory, below 100 bytes a word; the corpus 
 polynomial hash first, then word by word:
 
     h(w_1 .. w_N) = sum_i id(w_i) B^(N - i)  mod 2^64
+
+Equal N-grams are one group: thousands of examples may begin with the same instruction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -50,7 +52,6 @@ class Example:
     ngram: str | None = None
     document: str | None = None
     documents: int = 0
-    _last: int = field(default=-1, repr=False)  # number of the last document with one of its N-grams
 
     @property
     def status(self) -> str:
@@ -81,13 +82,15 @@ class ContaminationCheck:
         self._stream = np.concatenate([ids for _, ids in texts])
         starts = np.cumsum([0, *(len(ids) for _, ids in texts[:-1])])
         counts = [example.ngrams for example in self.examples]
-        # For each N-gram, sorted by its hash: where it begins, and its example.
         begins = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
-        hashes = _hashes(self._stream, self.n)[begins]
-        order = np.argsort(hashes, kind="stable")
-        self._sorted, self._begins = hashes[order], begins[order]
-        self._owners = np.repeat(np.arange(len(counts)), counts)[order]
-        self._seen = np.zeros(len(order), bool)
+        order, is_new = self._grouped(begins, _hashes(self._stream, self.n)[begins])
+        self._owners = np.repeat(np.arange(len(counts)), counts)[order]  # the example of each N-gram, by group
+        self._bounds = np.append(np.flatnonzero(is_new), len(order))  # of the groups
+        self._begins = begins[order[self._bounds[:-1]]]  # where the N-gram of a group begins
+        self._hashes = _hashes(self._stream, self.n)[self._begins]  # ascending
+        self._seen = np.zeros(len(self._begins), bool)
+        # Of each example: number of the last document with one of its N-grams, and of all of them.
+        self._last, self._documents = np.full(len(counts), -1), np.zeros(len(counts), np.int64)
         self.documents = 0
 
     def add(self, document: Document) -> None:
@@ -102,34 +105,64 @@ class ContaminationCheck:
 
     def finish(self) -> list[Example]:
         """Return the examples, with the number of N-grams that were found."""
-        for example, found in zip(self.examples, np.bincount(self._owners[self._seen], minlength=len(self.examples)),
-                                  strict=True):  # fmt: skip
-            example.found = int(found)
+        owners = self._owners[np.repeat(self._seen, np.diff(self._bounds))]
+        found = np.bincount(owners, minlength=len(self.examples)).tolist()
+        for example, count, documents in zip(self.examples, found, self._documents.tolist(), strict=True):
+            example.found, example.documents = count, documents
         return self.examples
+
+    def _grouped(self, begins: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return an order by hash in which equal N-grams are neighbors, and whether each one begins a group."""
+        order = np.argsort(hashes, kind="stable")
+        for last_try in (False, True):
+            sorted_hashes, sorted_begins = hashes[order], begins[order]
+            same_hash = sorted_hashes[1:] == sorted_hashes[:-1]
+            same = same_hash & self._are_equal(self._stream, sorted_begins[1:], sorted_begins[:-1])
+            if last_try or np.array_equal(same, same_hash):
+                return order, np.append(True, ~same)
+            # Different N-grams with one hash: by hash, then by their words.
+            order = np.lexsort([self._stream[begins + i] for i in range(self.n)] + [hashes])
+
+    def _are_equal(self, ids: np.ndarray, places: np.ndarray, begins: np.ndarray) -> np.ndarray:
+        """Return whether the N-grams at places of a text are those that begin at `begins` of the evaluation."""
+        equal = np.ones(len(places), bool)
+        for i in range(self.n):
+            equal &= ids[places + i] == self._stream[begins + i]
+        return equal
 
     def _match(self, ids: np.ndarray, document: str) -> None:
         known = np.concatenate([[0], np.cumsum(ids != 0)])
         places = np.flatnonzero(known[self.n :] - known[: -self.n] == self.n)  # N words of the evaluation in a row
         if not len(places):
             return
-        hashes = _hashes(ids, self.n)[places]
-        first = np.searchsorted(self._sorted, hashes)
-        is_hit = self._sorted[np.minimum(first, len(self._sorted) - 1)] == hashes
-        for place, begin, value in zip(places[is_hit], first[is_hit], hashes[is_hit], strict=True):
-            words = ids[place : place + self.n]
-            while begin < len(self._sorted) and self._sorted[begin] == value:  # all examples that have it
-                start = self._begins[begin]
-                if np.array_equal(self._stream[start : start + self.n], words):
-                    self._record(int(begin), words, document)
-                begin += 1
+        groups = self._groups_of(ids, places, _hashes(ids, self.n)[places])
+        found, first = np.unique(groups[groups >= 0], return_index=True)
+        for group in found[np.argsort(first)].tolist():  # in the order of the text
+            self._record(group, document)
 
-    def _record(self, index: int, words: np.ndarray, document: str) -> None:
-        self._seen[index] = True
-        example = self.examples[self._owners[index]]
-        if example.document is None:
+    def _groups_of(self, ids: np.ndarray, places: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+        """Return the group of the N-gram at each place of a text, -1 if it is in no example."""
+        groups = np.full(len(places), -1)
+        candidates, left = np.searchsorted(self._hashes, hashes), np.arange(len(places))
+        while True:  # one round, unless N-grams of different words have one hash
+            left = left[candidates[left] < len(self._hashes)]
+            left = left[self._hashes[candidates[left]] == hashes[left]]
+            if not len(left):
+                return groups
+            equal = self._are_equal(ids, places[left], self._begins[candidates[left]])
+            groups[left[equal]] = candidates[left[equal]]
+            left = left[~equal]
+            candidates[left] += 1
+
+    def _record(self, group: int, document: str) -> None:
+        self._seen[group] = True
+        owners = self._owners[self._bounds[group] : self._bounds[group + 1]]
+        for index in np.unique(owners[self._last[owners] < 0]).tolist():
+            begin = self._begins[group]
+            example, words = self.examples[index], self._stream[begin : begin + self.n]
             example.document, example.ngram = document, " ".join(self._words[i - 1] for i in words)
-        if example._last != self.documents:
-            example._last, example.documents = self.documents, example.documents + 1
+        self._documents[owners[self._last[owners] != self.documents]] += 1  # repeated indices count once
+        self._last[owners] = self.documents
 
     def _numbered(self, words: list[str]) -> np.ndarray:
         ids = self._ids

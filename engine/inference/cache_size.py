@@ -10,7 +10,7 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.hardware.memory import available_bytes
 
 TYPICAL_TOKENS = 512  # of a prompt and its output; if all sequences are longer, some are preempted
-MEMORY_SHARE = 0.5  # of the free memory: the packed weights and the steps need the rest
+MEMORY_SHARE = 0.5  # of the free memory: the weights, if no file has them, and the steps need the rest
 
 
 def default_blocks(

@@ -60,9 +60,9 @@ class Engine:
     ):  # fmt: skip
         """
         Args:
-            model: if the C++ program supports it, its weights are copied, and later changes of their values have no
-                effect; else it runs on torch ops with its own weights. A hook, an adapter or another module that
-                arrives later takes effect with the next request of an idle engine.
+            model: its weights are read in place. A change of their values takes effect with the next step, but keys
+                and values that are in the cache stay; a hook, an adapter or another module that arrives later takes
+                effect with the next request of an idle engine.
             tokenizer: for output text, stop strings and choices given as strings; its end of text ends an output. Ids
                 of the model that it does not have are not sampled unless a request names them in its bias or choices.
             blocks: blocks of the KV cache; None means enough for all streams, see engine/inference/cache_size.py.

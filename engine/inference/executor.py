@@ -1,6 +1,6 @@
 """Executors run a model over new tokens of many sequences, against a KV cache in blocks.
 
-    ProgramExecutor   one call of a C++ program a step, on the CPU; weights packed, bits independent of the batch
+    ProgramExecutor   one call of a C++ program a step, on the CPU; bits independent of the batch
     TorchExecutor     the model's torch ops, on any device; CUDA graphs for decoding on a GPU
 
 This file is the only place that chooses between them.
@@ -26,8 +26,7 @@ from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.core.dispatch import forced_backend
 
-# With at least so many new tokens, packing a model's weights (0.1 s for GPT-2 124M) costs less than it saves.
-MIN_PACKED_TOKENS = 8
+MIN_GRAPH_TOKENS = 8  # new tokens from which on CUDA graphs are made: the third step of one size is captured
 MAX_IDLE_SHARE = 1 / 8  # of a GPU's memory, for the KV cache of an executor that waits for the model's next call
 
 # Executors with CUDA graphs, kept for the model's next `generate`: a capture takes as long as a few tokens without one.
@@ -73,7 +72,7 @@ def make_executor(model: Transformer, num_blocks: int, *, cache_dtype: str | Non
     """Make the fastest executor that supports a model.
 
     Args:
-        model: its weights are packed, which copies them, or read in place.
+        model: its weights are read in place.
         num_blocks: blocks of the KV cache.
         cache_dtype: None for the model's dtype, or "int8".
     Raises:
@@ -88,19 +87,16 @@ def make_executor(model: Transformer, num_blocks: int, *, cache_dtype: str | Non
 def make_decode_executor(model: Transformer, num_blocks: int, new_tokens: int) -> Executor | None:
     """Make the executor for one call of `generate`; None if the torch ops on a contiguous cache are faster.
 
-    The program's weights are packed in this call and live as long as the executor: they are never stale. Graphs read
-    the model's weights in place.
+    Both executors read the model's weights in place.
 
     Args:
         num_blocks: blocks of the KV cache.
         new_tokens: number of decoding steps.
     """
-    if new_tokens < MIN_PACKED_TOKENS:
-        return None
     if change_of(model) is not None:
         return None
     if has_graphs(model.device) and model.config.position not in RELATIVE:
-        return _reuse_graphs(model, num_blocks)
+        return None if new_tokens < MIN_GRAPH_TOKENS else _reuse_graphs(model, num_blocks)
     executor = _program_executor(model, num_blocks, None)
     return None if isinstance(executor, str) else executor
 

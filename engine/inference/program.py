@@ -1,4 +1,4 @@
-"""A model's forward pass as one C++ program on the CPU (csrc/program/program.cpp): one call a step, packed weights.
+"""A model's forward pass as one C++ program on the CPU (csrc/program/program.cpp): one call a step.
 
 The instructions are the layers of engine/model/block.py, for the same config. In the last block, all layers after
 attention are computed only for the rows whose logits are needed: a prompt of T tokens saves most of one layer in L.
@@ -6,7 +6,6 @@ attention are computed only for the rows whose logits are needed: a prompt of T 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,14 +16,13 @@ from peakgpt.engine.model.block import Block
 from peakgpt.engine.model.experts import ExpertLinear, Experts
 from peakgpt.engine.model.mlp import GatedMLP
 from peakgpt.engine.model.norms import BLOCK_NORMS, LayerNorm, RMSNorm
-from peakgpt.engine.model.plain import change_of, walk
+from peakgpt.engine.model.plain import change_of
 from peakgpt.engine.model.positions import model_slopes, rotary_tables
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
-from peakgpt.kernels.cpu.memory import streamed
 from peakgpt.kernels.ops.attention_math import default_scale
 from peakgpt.kernels.ops.mlp import UPS
 from peakgpt.kernels.ops.norm import default_eps
@@ -52,10 +50,7 @@ def objection(model: Transformer) -> str | None:
 
 
 class ModelProgram:
-    """The program of one model, and the tensors that it reads.
-
-    The float weights of matrix products are packed, which copies them; all other tensors are read in place.
-    """
+    """The program of one model, and the tensors that it reads in place."""
 
     def __init__(self, model: Transformer):
         """
@@ -74,11 +69,6 @@ class ModelProgram:
         widths |= {"selected x": c.n_embd, "selected h": c.n_embd, "selected y": widths["y"]}
         self.widths = widths
         self.buffers = {name: self.program.buffer(width=width) for name, width in widths.items()}
-        layers = [module for module in walk(model) if isinstance(module, nn.Linear | ExpertLinear)]
-        layers += [] if "lm_head" in model._modules else [model.transformer.wte]
-        routers = [module.router for module in walk(model) if isinstance(module, Experts)]
-        floats = [_packed_floats(layer.weight, torch.float32 if layer in routers else None) for layer in layers]
-        self.unused = streamed(sum(floats), torch.float32)
         self._build(model)
 
     def run(self, **pass_args: Tensor | int) -> None:
@@ -197,11 +187,11 @@ class ModelProgram:
                              "c_proj": (c.n_embd, c.expert_inner)}.items():  # fmt: skip
             if name in mlps._modules:
                 _require(f"experts.{name}", _stacked_sizes(mlps._modules[name]), (c.experts, n, k))
-        biases = {f"{name}_bias": self._hold(None if part is None else part.bias)
+        biases = {f"{name}_bias": self._hold(None if part is None or part.bias is None else part.bias.contiguous())
                   for name, part in (("gate", gate), ("up", mlps.c_fc), ("down", mlps.c_proj))}  # fmt: skip
         router_bias = None if router.bias is None else self._hold(router.bias.detach().float())
         self.program.experts(
-            router=self._packed(router.weight.detach().float()), gate=self._expert_weights(gate),
+            router=self._dense(router.weight.detach().float()), gate=self._expert_weights(gate),
             up=self._expert_weights(mlps.c_fc), down=self._expert_weights(mlps.c_proj), x=self.buffers[source],
             out=self.buffers[out], experts=c.experts, choices=layer.per_token, normalize=layer.normalize,
             activation=ACTIVATIONS[mlps.activation], router_bias=router_bias, **biases,
@@ -236,20 +226,14 @@ class ModelProgram:
         """out = epilogue(source W^T + b) of a linear layer, quantized or not, or of the tied embedding."""
         expected = self.config.vocab_size if out == LOGITS else self.widths[out], self.widths[source]
         _require(f"the {type(layer).__name__} of {out!r}", _sizes(layer), expected)
-        weight = self._quantized(layer) if isinstance(layer, QuantizedLinear) else self._packed(layer.weight.detach())
+        weight = self._quantized(layer) if isinstance(layer, QuantizedLinear) else self._dense(layer.weight.detach())
         bias = self._hold(getattr(layer, "bias", None))
         self.program.linear(weight=weight, x=self.buffers[source], out=out if out == LOGITS else self.buffers[out],
                             bias=bias, epilogue=epilogue, activation=activation,
                             gate=NONE if gate is None else self.buffers[gate])  # fmt: skip
 
-    def _packed(self, w: Tensor) -> object:
-        return _C.DenseWeight(**_matrix(w), packed=self._pack(w))
-
-    def _pack(self, w: Tensor) -> Tensor:
-        """Pack a weight behind the previous one, since the program reads them in this order; return the packed form."""
-        memory, self.unused = self.unused.split([_packed_floats(w), self.unused.numel() - _packed_floats(w)])
-        _C.pack_b(**_matrix(w), b=w, b_col=w.stride(0), b_k=w.stride(1), out=memory, threads=threads())
-        return self._hold(memory)
+    def _dense(self, w: Tensor) -> object:
+        return _C.DenseWeight(**_matrix(w), w=self._hold(w), w_row=w.stride(0))
 
     def _quantized(self, layer: QuantizedLinear) -> object:
         tensors = {name: self._hold(tensor) for name, tensor in layer.named_buffers() if name != "bias"}
@@ -257,7 +241,7 @@ class ModelProgram:
                                   **layer.product_fields)  # fmt: skip
 
     def _expert_weights(self, layer: nn.Module | None) -> object | None:
-        """Return the weights of one layer of all experts, packed or quantized."""
+        """Return the weights of one layer of all experts, dense or quantized."""
         if layer is None:
             return None
         if isinstance(layer, QuantizedExpertLinear):
@@ -266,11 +250,8 @@ class ModelProgram:
                 dtype=DTYPES[self.dtype], n=layer.out_features, k=layer.in_features, weight=weight, scale=scale,
                 experts=len(weight), weight_group=weight[0].nbytes, scale_group=scale[0].nbytes, **layer.product_fields,
             )  # fmt: skip
-        packed = [self._pack(w) for w in layer.weight.detach()]
-        first = layer.weight[0]
-        return _C.DenseExperts(
-            **_matrix(first), packed=packed[0], experts=len(packed), packed_group=_packed_floats(first)
-        )  # fmt: skip
+        w = self._hold(layer.weight.detach())
+        return _C.DenseExperts(**_matrix(w[0]), w=w, w_row=w.stride(1), experts=len(w), w_group=w.stride(0))
 
     def _hold(self, tensor: Tensor | nn.Parameter | None) -> Tensor | None:
         """Keep a tensor alive as long as the program, and return it."""
@@ -291,12 +272,6 @@ def _require(part: str, got: object, expected: object) -> None:
 
 def _matrix(w: Tensor) -> dict[str, int]:
     return {"dtype": DTYPES[w.dtype], "n": w.shape[0], "k": w.shape[1]}
-
-
-def _packed_floats(weight: Tensor, dtype: torch.dtype | None = None) -> int:
-    """Return the packed size of a matrix (N, K), or of the matrices of all experts, (E, N, K)."""
-    *experts, rows, width = weight.shape
-    return math.prod(experts) * _C.packed_floats(dtype=DTYPES[dtype or weight.dtype], n=rows, k=width)
 
 
 def _stacked_sizes(layer: ExpertLinear | QuantizedExpertLinear) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ class ProgramExecutor:
     def __init__(self, model: Transformer, num_blocks: int, *, cache_dtype: str | None = None):
         """
         Args:
-            model: float32 or bfloat16 on the CPU; its weights are packed, which copies them.
+            model: float32 or bfloat16 on the CPU; its weights are read in place.
             num_blocks: blocks of the KV cache.
             cache_dtype: None or "int8", see ProgramKVCache.
         Raises:

@@ -20,7 +20,7 @@ ACTIVATIONS = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2, "silu": 3, "clamped_swi
 def gemm(
     a: Tensor, b: Tensor, out: Tensor, *, epilogue: int = STORE, bias: Tensor | None = None,
     activation: str = "relu", pre: Tensor | None = None, act: Tensor | None = None, gate: Tensor | None = None,
-    dgate: Tensor | None = None, a_sums: Tensor | None = None, packed: Tensor | None = None,
+    dgate: Tensor | None = None, a_sums: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute out = a b and apply the epilogue.
 
@@ -30,7 +30,6 @@ def gemm(
         bias: (N,), added by STORE, ACTIVATE and GATE.
         pre, act, gate, dgate: (M, N) contiguous; csrc/gemm/gemm.h describes them.
         a_sums: (M,) float32, written: the sums of a over K.
-        packed: the result of `pack` for b, read instead of b.
     Returns:
         out.
     """
@@ -53,7 +52,6 @@ def gemm(
         b=b,
         b_col=b.stride(1),
         b_k=b.stride(0),
-        packed_b=packed,
         epilogue=epilogue,
         bias=bias,
         activation=ACTIVATIONS[activation],
@@ -64,15 +62,6 @@ def gemm(
         a_sums=a_sums,
         threads=threads(),
     )
-    return out
-
-
-def pack(b: Tensor) -> Tensor:
-    """Return b (K, N) in the order in which a product reads it, for a b that many products use."""
-    b = b if 1 in b.stride() else b.contiguous()
-    sizes = {"dtype": DTYPES[b.dtype], "n": b.shape[1], "k": b.shape[0]}
-    out = torch.empty(_C.packed_floats(**sizes), dtype=torch.float32)
-    _C.pack_b(**sizes, b=b, b_col=b.stride(1), b_k=b.stride(0), out=out, threads=threads())
     return out
 
 

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fixed_peaks
 import pytest
 import torch
+from rich.console import Console
 
 from peakgpt import progress, quickstart_session
 from peakgpt.bench.contenders.eager_gpt import EagerTrainer
+from peakgpt.bench.run_results import RunResults
 from peakgpt.cli import COMMANDS, main
 from peakgpt.commands import quickstart
 from peakgpt.engine.data.tokenizer import Tokenizer
@@ -118,6 +121,20 @@ def library(tmp_path):
     for file in (*source.glob("*.py"), source.parent / "argparse.py"):
         (folder / file.name).write_text(file.read_text())
     return folder
+
+
+@pytest.mark.parametrize("left_s", [0.0, 5.0])
+def test_quickstart_compares_decoding_only_if_there_is_time(left_s, monkeypatch, capsys):
+    """Mutation that makes it fail: three rounds after the end of the budget."""
+    compared = []
+    monkeypatch.setattr(quickstart_session, "compare_decoding", lambda *args, **kw: compared.append(kw) or [])
+    monkeypatch.setattr("peakgpt.commands.generate.stream_text", lambda *args, **kw: "text")
+    session = SimpleNamespace(model=SimpleNamespace(eval=lambda: None), tokenizer=SimpleNamespace(encode=lambda t: [1]),
+                              device="cpu", config=SimpleNamespace(seed=1))  # fmt: skip
+    budget = SimpleNamespace(left_s=lambda phase: left_s, clock=iter([0.0, 1.0]).__next__)
+    assert Session.sample(session, Console(), RunResults(), budget) == "text"
+    assert [options["budget_s"] for options in compared] == ([left_s] if left_s else [])
+    assert ("no time left to compare decoding" in capsys.readouterr().out) == (not left_s)
 
 
 def assert_quickstart_is_complete(run, printed):

@@ -136,6 +136,27 @@ def test_a_run_from_init_is_resumed_without_the_checkpoint(checkpoint, tmp_path)
     assert [row[0] for row in losses("run") if row[1] is not None] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("source", ["--init", "--tokenizer"])
+def test_a_run_on_a_prepared_folder_is_resumed_without_the_model_of_its_tokenizer(source, checkpoint, tmp_path):
+    """Mutation that makes it fail: resume loads the tokenizer of the run's source."""
+    sizes = SIZES if source == "--tokenizer" else ["--batch", "2", "--tokens", "16", "--dtype", "float32"]
+    flags = [*sizes, "--dataset", "data", source, "checkpoint", "--schedule", "constant", "--warmup-steps", "1"]
+    assert main(["prepare", "text", "--out", "data", "--tokenizer", "checkpoint"]) == 0
+    assert train(*flags, "--out", "run", "--steps", "2") == 0
+    (tmp_path / "checkpoint").rename(tmp_path / "gone")
+    assert train("--resume", "run", "--steps", "3") == 0
+    assert [row[0] for row in losses("run") if row[1] is not None] == [1, 2, 3]
+    assert Tokenizer.load("run").digest == Tokenizer.load("gone").digest
+
+
+@pytest.mark.parametrize("flag", [["--optimizer", "adamw"], ["--momentum", "0.5"]])
+def test_a_resumed_run_keeps_its_optimizer(flag, capsys):
+    assert train(*SIZES, "--text", "text", "--out", "run", "--steps", "1", "--optimizer", "muon") == 0
+    capsys.readouterr()
+    assert train("--resume", "run", *flag) == 2
+    assert flag[0] in capsys.readouterr().err
+
+
 def test_a_tokenizer_folder_is_used_and_its_vocabulary_checked(checkpoint, capsys):
     _, tokenizer = checkpoint
     flags = [*SIZES, "--steps", "1", "--text", "text", "--tokenizer", "checkpoint"]

@@ -68,9 +68,9 @@ def test_the_readme_cases_exist_in_order_and_take_15_minutes(suite):
         assert set(left_out) < set(by_name[case.name].contenders(CPU)), "a name that is no contender leaves nothing out"
         assert set(case.contenders(CPU)) == set(by_name[case.name].contenders(CPU)) - set(left_out)
         assert tags(case) == (case.kind, "readme")
-    for dtype in ("bfloat16", "float32"):  # both allocators are in one run
+    for dtype in ("bfloat16", "float32"):  # both allocators are in one run; compile needs the tuned one to be fast
         train = next(case for case in found if case.name == f"train/gpt2/4x256/{dtype}")
-        assert {"eager", "eager, tuned malloc", "compile", "compile, tuned malloc"} < set(train.contenders(CPU))
+        assert {"eager", "eager, tuned malloc", "compile, tuned malloc"} < set(train.contenders(CPU))
 
 
 def test_flags_that_all_kinds_have_change_every_case(suite):

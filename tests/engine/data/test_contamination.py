@@ -90,3 +90,17 @@ def test_evaluation_without_anything_to_compare_is_refused():
         ContaminationCheck([])
     with pytest.raises(ValueError, match="got examples of up to 2 words, expected one with at least 8, the length"):
         ContaminationCheck([("a", "two words"), ("b", "one")])
+
+
+def test_a_beginning_that_many_examples_share_is_looked_up_once(monkeypatch):
+    """Mutation that makes it fail: a record for each example that has an N-gram."""
+    records, real = [], ContaminationCheck._record
+    monkeypatch.setattr(ContaminationCheck, "_record", lambda self, *args: (records.append(args), real(self, *args)))
+    shared = " ".join(f"w{i}" for i in range(20))
+    check = ContaminationCheck([(f"e{i}", f"{shared} own{i}") for i in range(50)], 8)
+    for number in range(2):
+        check.add(Document.of(f"d{number}", f"x {shared} y {shared}"))
+    assert len(records) <= 2 * (13 + 2)  # a piece of a text overlaps the one before it
+    assert {(e.found, e.documents, e.document, e.ngram) for e in check.finish()} == {
+        (13, 2, "d0", " ".join(f"w{i}" for i in range(8)))
+    }

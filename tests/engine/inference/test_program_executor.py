@@ -59,6 +59,7 @@ MODELS = {
         "experts": 5, "experts_every": 1, "experts_per_token": 3, "gated_experts": True, "gated_mlp": True,
         "expert_inner": 40, "activation": "silu", "mlp_only_layers": (0,), "normalize_experts": False,
     },
+    "clamped gates": {"gated_mlp": True, "activation": "clamped_swiglu"},
     "experts, biases, clamped gates": {
         "experts": 5, "experts_every": 2, "experts_per_token": 2, "gated_experts": True, "gated_mlp": True,
         "expert_inner": 40, "activation": "clamped_swiglu", "router_bias": True, "attention_sinks": True,
@@ -123,7 +124,7 @@ def test_same_bits_for_any_chunks_and_batch(config, dtype, isa):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", (Format(8), Format(4, 32)), ids=("8 bits", "4 bits"))
-@pytest.mark.parametrize("name", ("gpt2", "palm"))
+@pytest.mark.parametrize("name", ("gpt2", "palm", "clamped gates"))
 def test_quantized_model_is_near_torch_and_bitwise_chunk_independent(name, form, dtype, isa):
     config = GPTConfig(**SIZES, **MODELS[name])
     state = quantize_state(model_of(config, torch.float32).state_dict(), form)

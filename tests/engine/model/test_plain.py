@@ -22,7 +22,7 @@ from peakgpt.engine.inference.torch_executor import TorchExecutor
 from peakgpt.engine.model.plain import change_of
 from peakgpt.engine.model.recompute import set_recompute
 
-V, T, NEW = 61, 7, 9  # NEW: enough tokens for the C++ program, see MIN_PACKED_TOKENS
+V, T, NEW = 61, 7, 9
 SIZES = {"vocab_size": V, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}
 LLAMA = {"norm": "rms", "position": "rotary", "gated_mlp": True, "activation": "silu", "bias": False,
          "tied_head": False}  # fmt: skip

@@ -11,9 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peakgpt.kernels.cpu.ext import _C
-from peakgpt.kernels.cpu.ext import DTYPES as DTYPE_CODES
-from peakgpt.kernels.cpu.gemm import ACTIVATE, ADD, SLOPE, gemm, pack
+from peakgpt.kernels.cpu.gemm import ACTIVATE, ADD, SLOPE, gemm
 
 DTYPES = (torch.float32, torch.bfloat16)
 POISON = 1234.0
@@ -58,7 +56,6 @@ def test_product_of_integers_is_exact(isa, sizes, dtype, layouts):
         assert torch.equal(sums[:m].double(), a.double().sum(1)) and sums[m] == POISON, (m, k, n)
         gemm(a, b, out, epilogue=ADD)
         assert torch.equal(out.double(), 2 * truth), (m, k, n)
-        assert torch.equal(gemm(a, torch.empty_like(b), out, packed=pack(b)).double(), truth), (m, k, n)
         assert_untouched()
 
 
@@ -136,12 +133,5 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
     torch.manual_seed(0)
     a, b = torch.randn(1100, 2500).to(dtype), torch.randn(200, 2500).to(dtype).t()
     whole = gemm(a, b, torch.empty(1100, 200))
-    for rows in (slice(0, 1), slice(1, 4), slice(5, 12), slice(1023, 1100)):
+    for rows in (slice(0, 1), slice(1, 4), slice(5, 12), slice(30, 46), slice(60, 77), slice(1023, 1100)):
         assert torch.equal(gemm(a[rows], b, torch.empty(len(a[rows]), 200)), whole[rows])
-        assert torch.equal(gemm(a[rows], b, torch.empty(len(a[rows]), 200), packed=pack(b)), whole[rows])
-
-
-def test_packed_bf16_takes_two_bytes_a_weight(isa):
-    """A decode step reads every weight once, so its time is the bytes of the packed weights."""
-    bytes_of = {dtype: 4 * _C.packed_floats(dtype=code, n=768, k=768) for dtype, code in DTYPE_CODES.items()}
-    assert bytes_of == {torch.float32: 768 * 768 * 4, torch.bfloat16: 768 * 768 * 2}

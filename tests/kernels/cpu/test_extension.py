@@ -70,8 +70,8 @@ def test_invalid_argument_of_a_program_raises_an_error_with_its_name():
     with pytest.raises(TypeError, match="norm: missing arguments: w, w_dtype, eps, rms"):
         program.norm(x=x, out=out)
     with pytest.raises(TypeError, match="linear: got an unknown argument 'gates', expected x, out, bias, epilogue"):
-        program.linear(weight=_C.DenseWeight(dtype=0, n=8, k=8, packed=None), x=x, gates=out)
-    with pytest.raises(TypeError, match="DenseWeight: missing arguments: packed"):
+        program.linear(weight=_C.DenseWeight(dtype=0, n=8, k=8, w=None, w_row=8), x=x, gates=out)
+    with pytest.raises(TypeError, match="DenseWeight: missing arguments: w, w_row"):
         _C.DenseWeight(dtype=0, n=8, k=8)
     with pytest.raises(TypeError, match=r"run: missing arguments: rows, ids, .*logits, threads"):
         program.run()
