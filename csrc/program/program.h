@@ -64,8 +64,9 @@ struct DenseMatrix {
 };
 PEAK_FIELDS(DenseMatrix, dtype, n, k, w, w_row)
 
-// A float32 or bf16 matrix in the memory of its tensor, which may be a mapped file. It is not packed: reading its rows
-// takes as long, and a copy costs fresh memory, which takes as long as tens of steps. The caller keeps the memory.
+// A float32 or bf16 matrix in the memory of its tensor, which may be a mapped file. It is not packed: a
+// copy costs fresh memory, which takes as long as tens of steps, and gains only for one row in float32. The caller keeps
+// the memory.
 class DenseWeight : public Weight {
  public:
   explicit DenseWeight(const DenseMatrix& matrix) : Weight(matrix.n, matrix.k), matrix_(matrix) {}
