@@ -24,6 +24,9 @@ and `pack_4`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,9 +87,10 @@ def quantize_4(w: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
     groups = F.pad(w, (0, -width % group)).view(-1, group)  # (F G, group)
     index = torch.empty(groups.shape, dtype=torch.uint8, device=w.device)
     scale = torch.empty(groups.shape[0], dtype=torch.bfloat16, device=w.device)
-    for begin in range(0, groups.shape[0], _SEARCHED):
-        part = slice(begin, begin + _SEARCHED)
-        index[part], scale[part] = _best_levels(groups[part])
+    with _one_thread():
+        for begin in range(0, groups.shape[0], _SEARCHED):
+            part = slice(begin, begin + _SEARCHED)
+            index[part], scale[part] = _best_levels(groups[part])
     index = F.pad(index.view(rows, -1)[:, :width], (0, width % 2))
     return index[:, 0::2] | index[:, 1::2] << 4, scale.view(rows, -1)
 
@@ -220,6 +224,21 @@ def check_group(op: str, group: int) -> None:
     """Raise ValueError if `group` is not one of GROUPS."""
     if group not in GROUPS or not isinstance(group, int):
         raise ValueError(f"{op}: group is {group!r}, expected one of {', '.join(map(str, GROUPS))}")
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run torch's operators of this thread on one core.
+
+    The search has hundreds of short operators. More threads gain little, and if another process has their cores, each
+    operator waits for it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _best_levels(groups: Tensor) -> tuple[Tensor, Tensor]:
