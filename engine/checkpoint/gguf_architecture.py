@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.family import qkv_rows
+from peakgpt.engine.checkpoint.families.family import qkv_rows
 from peakgpt.engine.data.gguf_header import GGUFHeader
 from peakgpt.engine.model.config import BIASED, TRAINING_ONLY, GPTConfig
 

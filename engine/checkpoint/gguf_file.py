@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peakgpt.engine.checkpoint.families import family_of
+from peakgpt.engine.checkpoint.families.catalogue import family_of
 from peakgpt.engine.checkpoint.folder import CONFIG
 from peakgpt.engine.checkpoint.gguf_architecture import Architecture
 from peakgpt.engine.checkpoint.gguf_architectures import ARCHITECTURES

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.families import OWN, family_of, known_family, nearest_family
-from peakgpt.engine.checkpoint.family import Family
+from peakgpt.engine.checkpoint.families.catalogue import OWN, family_of, known_family, nearest_family
+from peakgpt.engine.checkpoint.families.family import Family
 from peakgpt.engine.checkpoint.folder import (
     CONFIG,
     INDEX,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.family import Family
+from peakgpt.engine.checkpoint.families.family import Family
 from peakgpt.engine.checkpoint.model_folder import open_layout, read_weights
 from peakgpt.engine.checkpoint.packed_layers import KINDS, PackedFormat, PackedLayer, grouped_form, unpack
 from peakgpt.engine.checkpoint.quantized_weights import LAYERS, with_layers

@@ -10,7 +10,7 @@ from gguf_files import CONFIGS, SMALL, build, export
 
 from peakgpt.cli import main
 from peakgpt.engine.checkpoint import gguf_export
-from peakgpt.engine.checkpoint.families import FAMILIES
+from peakgpt.engine.checkpoint.families.catalogue import FAMILIES
 from peakgpt.engine.checkpoint.gguf_architectures import ARCHITECTURES
 from peakgpt.engine.checkpoint.gguf_blocks import FORMATS, read_tensor
 from peakgpt.engine.checkpoint.quantized_folder import write_quantized
