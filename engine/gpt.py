@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.folder import CONFIG
-from peakgpt.engine.checkpoint.gguf_file import read_gguf
-from peakgpt.engine.checkpoint.gguf_weights import load_gguf
+from peakgpt.engine.checkpoint.gguf.file import read_gguf
+from peakgpt.engine.checkpoint.gguf.weights import load_gguf
 from peakgpt.engine.checkpoint.model_folder import (
     MODEL_FILES,
     TokenizerFiles,

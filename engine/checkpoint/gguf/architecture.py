@@ -1,6 +1,6 @@
 """An architecture of llama.cpp: how metadata and tensors of a .gguf file correspond to GPTConfig and our state dict.
 
-The architectures themselves are data: one row each in gguf_architectures.py. Matrices are [out, in] on both sides, and
+The architectures themselves are data: one row each in architectures.py. Matrices are [out, in] on both sides, and
 packed projections have queries, keys and values one after the other on both sides.
 """
 
