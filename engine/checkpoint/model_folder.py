@@ -30,7 +30,7 @@ from peakgpt.engine.checkpoint.folder import (
     replace_files,
 )
 from peakgpt.engine.checkpoint.gguf.file import read_gguf
-from peakgpt.engine.checkpoint.mxfp4 import NO_MXFP4, Mxfp4, mxfp4_tensors
+from peakgpt.engine.checkpoint.quantized.mxfp4 import NO_MXFP4, Mxfp4, mxfp4_tensors
 from peakgpt.engine.checkpoint.safetensors_io import write_safetensors
 from peakgpt.engine.checkpoint.source_files import (
     GENERATION_CONFIG,
