@@ -14,10 +14,10 @@ from typing import Any
 
 from peakgpt.engine.checkpoint.families.classic import CLASSIC
 from peakgpt.engine.checkpoint.families.experts import EXPERT_FAMILIES
-from peakgpt.engine.checkpoint.families.llama import LLAMA_LINE
-from peakgpt.engine.checkpoint.families.other import OTHER
 from peakgpt.engine.checkpoint.families.family import SECTION, Family, Field
+from peakgpt.engine.checkpoint.families.llama import LLAMA_LINE
 from peakgpt.engine.checkpoint.families.module_names import SameNames
+from peakgpt.engine.checkpoint.families.other import OTHER
 from peakgpt.engine.model.config import GPTConfig
 
 OWN = "peakgpt"  # model_type of our own layout

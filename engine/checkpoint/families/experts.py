@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from peakgpt.engine.checkpoint.families.llama import LLAMA, types_by_period
 from peakgpt.engine.checkpoint.families.family import Field, FieldGroup, with_defaults
 from peakgpt.engine.checkpoint.families.layer_fields import bias_fields, uniform_window_fields, window_fields
+from peakgpt.engine.checkpoint.families.llama import LLAMA, types_by_period
 from peakgpt.engine.checkpoint.families.rope_fields import rope_fields
 from peakgpt.engine.checkpoint.families.row_orders import alternating_gate_and_up
 from peakgpt.engine.model.config import GPTConfig

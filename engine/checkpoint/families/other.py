@@ -14,9 +14,9 @@ from peakgpt.engine.checkpoint.families.classic import (
     GPTJ_CONSTANTS,
     GPTJ_FIELDS,
 )
-from peakgpt.engine.checkpoint.families.llama import GATES
 from peakgpt.engine.checkpoint.families.family import Family, Field, FieldGroup, with_defaults
 from peakgpt.engine.checkpoint.families.layer_fields import uniform_window_fields
+from peakgpt.engine.checkpoint.families.llama import GATES
 from peakgpt.engine.checkpoint.families.module_names import module_names, qkv_names
 from peakgpt.engine.checkpoint.families.rope_fields import (
     given_parameters,

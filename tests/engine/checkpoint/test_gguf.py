@@ -9,8 +9,8 @@ import torch
 from gguf_files import CONFIGS, SMALL, build, export
 
 from peakgpt.cli import main
-from peakgpt.engine.checkpoint.gguf import export as gguf_export
 from peakgpt.engine.checkpoint.families.catalogue import FAMILIES
+from peakgpt.engine.checkpoint.gguf import export as gguf_export
 from peakgpt.engine.checkpoint.gguf.architectures import ARCHITECTURES
 from peakgpt.engine.checkpoint.gguf.blocks import FORMATS, read_tensor
 from peakgpt.engine.checkpoint.quantized.folder import write_quantized
