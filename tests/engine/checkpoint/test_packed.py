@@ -15,7 +15,7 @@ from packed_checkpoints import IDS, pack_layer, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from peakgpt.cli import main
-from peakgpt.engine.checkpoint.packed_layers import packed_format, unpack
+from peakgpt.engine.checkpoint.quantized.packed_layers import packed_format, unpack
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.family import Family
+from peakgpt.engine.checkpoint.families.family import Family
 from peakgpt.engine.checkpoint.model_folder import open_layout, read_weights
-from peakgpt.engine.checkpoint.packed_layers import KINDS, PackedFormat, PackedLayer, grouped_form, unpack
-from peakgpt.engine.checkpoint.quantized_weights import LAYERS, with_layers
+from peakgpt.engine.checkpoint.quantized.packed_layers import KINDS, PackedFormat, PackedLayer, grouped_form, unpack
+from peakgpt.engine.checkpoint.quantized.weights import LAYERS, with_layers
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.grouped_linear import GroupedLinear
 from peakgpt.engine.model.quantized_linear import HEAD
