@@ -151,7 +151,8 @@ class Transformer(ModuleWithConv1D):
             (B, T, C)
         Raises:
             ValueError: ids of a wrong shape or dtype, out of range, or more tokens than block_size, or position_ids
-                of another shape, with `cache` or `start`, or for a model with relative positions.
+                of another shape, with `cache` or `start`, or for a model with relative positions; or a text with
+                cached keys becomes longer than GPTConfig.switch_length.
         """
         past = 0 if cache is None else cache.length
         if input_ids.dim() != 2 or past + input_ids.shape[1] > self.config.block_size:
@@ -161,7 +162,8 @@ class Transformer(ModuleWithConv1D):
             )
         tokens = input_ids.shape[1]
         if position_ids is None:
-            positions = make_positions(self.config, past, tokens, start, input_ids.device)
+            text_tokens = 0 if cache is None else cache.text_tokens
+            positions = make_positions(self.config, past, tokens, start, input_ids.device, text_tokens)
             return self._run(input_ids, past, start, positions, cache, balance)
         if position_ids.shape != input_ids.shape or start is not None or cache is not None:
             raise ValueError(
