@@ -30,7 +30,8 @@ KINDS = {
 CPU_KINDS = ("prefill", "load", "serve", "gemm", "memory_bound")
 GPU_KINDS = ("fp8",)
 
-# The README's rows in the order of `make bench`: seconds on 2 cores, and the contenders that it leaves out. A case ends after the round in which its seconds are over, and has at least MIN_ROUNDS rounds.
+# The README's rows in the order of `make bench`: seconds on 2 cores, and the contenders that it leaves out. A case ends
+# after the round in which its seconds are over, and has at least MIN_ROUNDS rounds.
 README: dict[str, tuple[float, tuple[str, ...]]] = {
     "train/gpt2/4x256/bfloat16": (190, ("compile",)),
     "train/gpt2/4x256/float32": (150, ("compile",)),
