@@ -34,7 +34,7 @@ sanitize:
 	$(MAKE) -C tests/native check FLAVOUR=asan
 	$(MAKE) -C tests/native check FLAVOUR=tsan
 
-# The README's cases, in 15 minutes on 2 cores. Writes to bench/results; a second call continues a run that was stopped.
+# The README's cases, in about 16 minutes on 2 cores. Writes to bench/results; a second call continues a run that was stopped.
 bench: .venv/.run
 	.venv/bin/peakgpt bench suite --readme
 

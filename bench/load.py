@@ -24,7 +24,7 @@ from peakgpt.bench.contenders.contender import SEED, Contender
 from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.schema import Result
 from peakgpt.bench.timing import Spread
-from peakgpt.engine.checkpoint.families import family_of
+from peakgpt.engine.checkpoint.families.catalogue import family_of
 from peakgpt.engine.checkpoint.folder import CONFIG, WEIGHTS
 from peakgpt.engine.checkpoint.model_folder import to_layout
 from peakgpt.engine.gpt import GPT

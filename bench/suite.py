@@ -26,7 +26,7 @@ SAME = ("commit", "device", "threads", "isa", "malloc")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--readme", action="store_true", help="only the cases of the README, in 15 minutes on 2 cores")
+    parser.add_argument("--readme", action="store_true", help="only the README's cases, about 16 minutes on 2 cores")
     parser.add_argument("--case", action="append", metavar="PATTERN",
                         help='only cases whose names match, such as "ops/*/float32"; repeatable')  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the names of the cases and measure nothing")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.folder import CONFIG
-from peakgpt.engine.checkpoint.gguf_file import read_gguf
-from peakgpt.engine.checkpoint.gguf_weights import load_gguf
+from peakgpt.engine.checkpoint.gguf.file import read_gguf
+from peakgpt.engine.checkpoint.gguf.weights import load_gguf
 from peakgpt.engine.checkpoint.model_folder import (
     MODEL_FILES,
     TokenizerFiles,
@@ -24,11 +24,11 @@ from peakgpt.engine.checkpoint.model_folder import (
     read_weights,
     write_model,
 )
-from peakgpt.engine.checkpoint.mxfp4 import is_mxfp4, mxfp4_weights, with_method, without_method
-from peakgpt.engine.checkpoint.mxfp4_folder import load_mxfp4
-from peakgpt.engine.checkpoint.packed_layers import PackedFormat
-from peakgpt.engine.checkpoint.packed_weights import load_packed
-from peakgpt.engine.checkpoint.quantized_folder import read_format, read_quantized, write_grouped
+from peakgpt.engine.checkpoint.quantized.folder import read_format, read_quantized, write_grouped
+from peakgpt.engine.checkpoint.quantized.mxfp4 import is_mxfp4, mxfp4_weights, with_method, without_method
+from peakgpt.engine.checkpoint.quantized.mxfp4_folder import load_mxfp4
+from peakgpt.engine.checkpoint.quantized.packed_layers import PackedFormat
+from peakgpt.engine.checkpoint.quantized.packed_weights import load_packed
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.inference.beam_search import beam_search

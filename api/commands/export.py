@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peakgpt.engine.checkpoint.gguf_export import DTYPES, import_gguf, write_gguf
+from peakgpt.engine.checkpoint.gguf.export import DTYPES, import_gguf, write_gguf
 from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
 from peakgpt.engine.data.gguf_vocabulary import tokenizer_metadata
 from peakgpt.engine.data.model_source import NAMES, locate

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from peakgpt.engine.checkpoint.folder import TRAINING_STATE
 from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
-from peakgpt.engine.checkpoint.packed_layers import PackedFormat
-from peakgpt.engine.checkpoint.quantized_folder import is_weights, read_format, write_quantized
-from peakgpt.engine.checkpoint.quantized_weights import quantize_state, rounding_error
+from peakgpt.engine.checkpoint.quantized.folder import is_weights, read_format, write_quantized
+from peakgpt.engine.checkpoint.quantized.packed_layers import PackedFormat
+from peakgpt.engine.checkpoint.quantized.weights import quantize_state, rounding_error
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.text_file import read_text

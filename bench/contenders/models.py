@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
+from peakgpt.engine.checkpoint.quantized.weights import load_quantized, quantize_state
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.quantized_linear import Format

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.families import OWN, family_of, known_family, nearest_family
-from peakgpt.engine.checkpoint.family import Family
+from peakgpt.engine.checkpoint.families.catalogue import OWN, family_of, known_family, nearest_family
+from peakgpt.engine.checkpoint.families.family import Family
 from peakgpt.engine.checkpoint.folder import (
     CONFIG,
     INDEX,
@@ -29,8 +29,8 @@ from peakgpt.engine.checkpoint.folder import (
     read_json,
     replace_files,
 )
-from peakgpt.engine.checkpoint.gguf_file import read_gguf
-from peakgpt.engine.checkpoint.mxfp4 import NO_MXFP4, Mxfp4, mxfp4_tensors
+from peakgpt.engine.checkpoint.gguf.file import read_gguf
+from peakgpt.engine.checkpoint.quantized.mxfp4 import NO_MXFP4, Mxfp4, mxfp4_tensors
 from peakgpt.engine.checkpoint.safetensors_io import write_safetensors
 from peakgpt.engine.checkpoint.source_files import (
     GENERATION_CONFIG,

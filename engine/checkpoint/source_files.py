@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from peakgpt.engine.checkpoint.family import SECTION, Family
+from peakgpt.engine.checkpoint.families.family import SECTION, Family
 from peakgpt.engine.checkpoint.folder import CONFIG, read_json
 from peakgpt.engine.model.config import GPTConfig
 

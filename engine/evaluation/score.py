@@ -23,6 +23,7 @@ from peakgpt.engine.inference.block_pool import BLOCK_TOKENS, blocks_for
 from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.model.plain import Snapshot
+from peakgpt.engine.model.rotary_tables import first_row
 from peakgpt.engine.model.transformer import Transformer
 
 STEP_TOKENS = 512  # maximum tokens of a step; bounds the memory of its logits, 100 MB for GPT-2's vocabulary
@@ -108,10 +109,14 @@ class Scorer:
             self._prepare(self.snapshot.model)
         sequences = [ScoredSequence(self._checked(*pair), len(pair[0])) for pair in pairs]
         to_score = (sequence for sequence in sequences if sequence.first_scored < len(sequence.token_ids))
-        ordered = sorted(to_score, key=lambda sequence: sequence.token_ids)
+        groups: dict[int, list[ScoredSequence]] = {}  # texts with different angles have no common keys
+        for sequence in sorted(to_score, key=lambda sequence: sequence.token_ids):
+            row = first_row(self.config.switch_length, len(sequence.token_ids) - 1)
+            groups.setdefault(row, []).append(sequence)
         with torch.inference_mode():
-            for roots in build_trees(ordered, self.executor.kv_cache.num_blocks):
-                self._run(roots)
+            for ordered in groups.values():
+                for roots in build_trees(ordered, self.executor.kv_cache.num_blocks):
+                    self._run(roots)
         return [Score(tuple(sequence.logprobs), tuple(sequence.is_greedy)) for sequence in sequences]
 
     def perplexity(self, ids: Sequence[int], *, window: int | None = None, stride: int | None = None) -> Perplexity:
@@ -170,8 +175,13 @@ class Scorer:
                 if end < node.end:
                     ready.appendleft((node, end))
                     break
-            chunks = [Chunk(node.token_ids[begin:end], begin, node.block_table, end - _first_row(node, begin, end))
-                      for node, begin, end in step]  # fmt: skip
+            chunks = [
+                Chunk(
+                    node.token_ids[begin:end], begin, node.block_table, end - _first_row(node, begin, end),
+                    len(node.token_ids) - 1,
+                )
+                for node, begin, end in step
+            ]  # fmt: skip
             self._record(self.executor.step(chunks), step)
             ready.extend((child, child.begin) for node, _, end in step if end == node.end for child in node.children)
 

@@ -91,18 +91,21 @@ class BlockPool:
         return matched
 
 
-def prefix_hashes(token_ids: Sequence[int], block_tokens: int, known: Sequence[bytes] = ()) -> list[bytes]:
+def prefix_hashes(
+    token_ids: Sequence[int], block_tokens: int, known: Sequence[bytes] = (), *, seed: bytes = b""
+) -> list[bytes]:
     """Hash each full block of a sequence together with all tokens before it.
 
     Args:
         token_ids: the whole sequence.
         block_tokens: tokens of one block.
         known: hashes of the first blocks, if they were computed before.
+        seed: whatever else the keys and values of the blocks depend on.
     """
     hashes = list(known)
     for begin in range(len(hashes) * block_tokens, len(token_ids) - block_tokens + 1, block_tokens):
         # A cryptographic hash: a client must not be able to construct two prefixes with one hash.
-        chain = hashlib.blake2b(hashes[-1] if hashes else b"", digest_size=16)
+        chain = hashlib.blake2b(hashes[-1] if hashes else seed, digest_size=16)
         chain.update(array("q", token_ids[begin : begin + block_tokens]))
         hashes.append(chain.digest())
     return hashes

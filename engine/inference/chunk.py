@@ -20,17 +20,24 @@ class Chunk:
         past: number of tokens before them; their keys and values are in the cache.
         block_table: the sequence's blocks, enough for past + len(token_ids) tokens.
         num_logits: number of trailing tokens to compute logits for.
+        text_tokens: tokens of the whole text, if it goes on after these.
     """
 
     token_ids: Sequence[int] | Tensor
     past: int
     block_table: Sequence[int]
     num_logits: int = 1
+    text_tokens: int = 0
 
     @property
     def end(self) -> int:
         """Length of the sequence after this chunk, in tokens."""
         return self.past + len(self.token_ids)
+
+    @property
+    def length(self) -> int:
+        """Length of the whole text, in tokens."""
+        return max(self.end, self.text_tokens)
 
     def tokens(self) -> Sequence[int]:
         """The new tokens as Python integers."""

@@ -9,6 +9,7 @@ import weakref
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from peakgpt.engine.inference.block_pool import BlockPool, blocks_for
@@ -28,7 +29,7 @@ class Decoder(Protocol):
         """Replace sequence i by a copy of sequence parents[i]; the batch may grow."""
 
     def rewind(self, num_tokens: int) -> None:
-        """Go back to the first `num_tokens` tokens of every sequence; not after `reorder`."""
+        """Go back to the first `num_tokens` tokens of every sequence; after `reorder` only to 0, to run them again."""
 
 
 def make_decoder(
@@ -46,11 +47,13 @@ def make_decoder(
     """
     executor = make_decode_executor(model, batch * num_beams * blocks_for(max_tokens), new_tokens)
     if executor is None:
-        return ContiguousDecoder(model, batch, max_tokens, start)
-    decoder = PagedDecoder(executor, batch, start)
-    if may_be_kept(executor):
-        weakref.finalize(decoder, keep_for_reuse, model, executor).atexit = False
-    return decoder
+        decoder = ContiguousDecoder(model, batch, max_tokens, start)
+    else:
+        decoder = PagedDecoder(executor, batch, start)
+        if may_be_kept(executor):
+            weakref.finalize(decoder, keep_for_reuse, model, executor).atexit = False
+    switch = model.config.switch_length
+    return decoder if switch is None else RestartingDecoder(decoder, switch, start)
 
 
 class ContiguousDecoder:
@@ -94,10 +97,11 @@ class PagedDecoder:
         return self.executor.step(chunks)
 
     def rewind(self, num_tokens: int) -> None:
-        self.past = [num_tokens - first for first in self.start]
+        self.past = [max(num_tokens - first, 0) for first in self.start]
 
     def reorder(self, parents: Tensor) -> None:
         order, old_tables, past = parents.tolist(), self.block_tables, self.past
+        self.start = [self.start[parent] for parent in order]
         self.block_tables, self.past, self.padded_tables = [], [past[parent] for parent in order], None
         continued, copies = set(), []
         for child, parent in enumerate(order):
@@ -135,3 +139,38 @@ class PagedDecoder:
             table.append(self.pool.allocate())
             self.padded_tables = None
         return past
+
+
+class RestartingDecoder:
+    """Runs all tokens again when a text becomes longer than `switch_length` of GPTConfig, since its cached keys have
+    the angles of shorter texts; see Decoder.
+    """  # fmt: skip
+
+    def __init__(self, decoder: Decoder, switch_length: int, start: Tensor | None = None):
+        self.decoder, self.switch_length = decoder, switch_length
+        self.firsts = None if start is None else start.cpu()  # (B,)
+        self.input_ids: Tensor | None = None  # (B, T) tokens of the cache
+        self.cached = 0  # tokens of the cache that are valid
+
+    def step(self, input_ids: Tensor) -> Tensor:
+        known = self.input_ids
+        self.input_ids = input_ids if known is None else torch.cat((known, input_ids.to(known.dtype)), 1)
+        past, self.cached = self.cached, self.input_ids.shape[1]
+        if past and self._long(past) != self._long(self.cached):
+            self.decoder.rewind(0)
+            past = 0
+        return self.decoder.step(self.input_ids[:, past:])
+
+    def reorder(self, parents: Tensor) -> None:
+        self.input_ids = self.input_ids[parents]
+        self.firsts = None if self.firsts is None else self.firsts[parents.cpu()]
+        self.decoder.reorder(parents)
+
+    def rewind(self, num_tokens: int) -> None:
+        is_valid = self._long(num_tokens) == self._long(self.cached)
+        self.input_ids, self.cached = self.input_ids[:, :num_tokens], num_tokens if is_valid else 0
+        self.decoder.rewind(self.cached)
+
+    def _long(self, length: int) -> list[bool]:
+        """Whether each text of the batch is longer than switch_length, if its columns end at `length`."""
+        return [length - first > self.switch_length for first in ([0] if self.firsts is None else self.firsts.tolist())]

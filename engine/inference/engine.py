@@ -249,7 +249,7 @@ class Engine:
         decoding = [item.sequence for item in batch.scheduled if item.sequence.is_decoding]
         decoding = [sequence for sequence in decoding if not sequence.choices]
         count = MAX_CHECKED // max(len(decoding), 1) - 1
-        counts = [min(count, s.max_length - len(s.token_ids) - 1) for s in decoding]
+        counts = [min(count, s.max_draft) for s in decoding]
         requests = [(s, DraftRequest(id(s), s.token_ids, n)) for s, n in zip(decoding, counts, strict=True) if n > 0]
         try:
             drafts = self.speculation.propose([request for _, request in requests])

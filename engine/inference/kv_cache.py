@@ -55,6 +55,8 @@ class ContiguousKVCache:
     Layers write with `attend`; the model advances `length` after the last layer.
     """
 
+    text_tokens = 0
+
     def __init__(self, config: GPTConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str):
         """Allocate (L, B, capacity, K, D) for keys and for values."""
         shape = config.n_layer, batch, capacity, config.n_kv_head, config.head_dim

@@ -31,6 +31,7 @@ class TokenBatch(NamedTuple):
         begins: (B + 1,) first row of each sequence, and N; None if each has one row.
         logit_rows: (R,) rows to compute logits for; None for all.
         is_prefill: whether no sequence has past tokens, so that attention does not read the cache.
+        table_rows: (N,) rows of the positions in `lookup_tables`; None if each row is the end of its text.
     """
 
     ids: Tensor
@@ -41,6 +42,7 @@ class TokenBatch(NamedTuple):
     begins: Tensor | None = None
     logit_rows: Tensor | None = None
     is_prefill: bool = False
+    table_rows: Tensor | None = None
 
 
 class PagedAttention:
@@ -70,7 +72,7 @@ class GatheredAttention:
     """The cache of one step for one sequence; see SequenceCache."""
 
     def __init__(self, kv_cache: PagedKVCache, chunk: Chunk):
-        self.kv_cache, self.length = kv_cache, chunk.past
+        self.kv_cache, self.length, self.text_tokens = kv_cache, chunk.past, chunk.length
         device = kv_cache.keys.device
         self.blocks = torch.tensor(list(chunk.block_table), device=device)
         new = torch.arange(chunk.past, chunk.end, device=device)

@@ -16,7 +16,7 @@ from peakgpt.engine.inference.embedding import NO_TOKENS, POOLINGS, EmbeddingSeq
 from peakgpt.engine.inference.generation_config import GenerationConfig
 from peakgpt.engine.inference.sampling import Uniforms, draw_seed
 from peakgpt.engine.inference.sampling_params import ContextExceeded, InvalidParam, SamplingParams
-from peakgpt.engine.inference.sequence import Request, RunningSequence
+from peakgpt.engine.inference.sequence import Request, RunningSequence, hash_seed
 from peakgpt.engine.inference.text_stream import TextStream
 from peakgpt.engine.model.config import GPTConfig
 
@@ -70,7 +70,8 @@ class Preparation:
         return [
             [EmbeddingSequence(
                 request, 0, self._max_length(request), Uniforms(0, 0), None, None, pooling=pooling,
-                normalize=normalize, block_hashes=prefix_hashes(request.prompt_token_ids, BLOCK_TOKENS),
+                normalize=normalize, switch_length=self.config.switch_length,
+                block_hashes=self._hashes(request.prompt_token_ids),
             )]
             for request in requests
         ]  # fmt: skip
@@ -84,16 +85,20 @@ class Preparation:
         if id(params.choices) not in choices_of:
             choices_of[id(params.choices)] = self._choices(params)
         choices, stops = choices_of[id(params.choices)], self.stop_token_ids(params)
-        hashes = prefix_hashes(request.prompt_token_ids, BLOCK_TOKENS)
+        hashes = self._hashes(request.prompt_token_ids)
         seed = draw_seed() if params.seed is None else params.seed
         return [
             RunningSequence(
                 request, index, max_length, Uniforms(seed, index),
                 TextStream(self.tokenizer, params.stop, request.prompt_token_ids) if self.tokenizer else None,
-                ChoiceConstraint(choices) if choices else None, stops, block_hashes=list(hashes),
+                ChoiceConstraint(choices) if choices else None, stops, switch_length=self.config.switch_length,
+                block_hashes=list(hashes),
             )
             for index in range(params.n)
         ]  # fmt: skip
+
+    def _hashes(self, prompt: Sequence[int]) -> list[bytes]:
+        return prefix_hashes(prompt, BLOCK_TOKENS, seed=hash_seed(self.config.switch_length, len(prompt)))
 
     def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         """Return all ids that end an output."""

@@ -17,9 +17,10 @@ from peakgpt.engine.model.experts import ExpertLinear, Experts
 from peakgpt.engine.model.mlp import GatedMLP
 from peakgpt.engine.model.norms import BLOCK_NORMS, LayerNorm, RMSNorm
 from peakgpt.engine.model.plain import change_of
-from peakgpt.engine.model.positions import model_slopes, rotary_tables
+from peakgpt.engine.model.positions import model_slopes
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
+from peakgpt.engine.model.rotary_tables import lookup_tables
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.cpu.ext import _C, DTYPES, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATE, ACTIVATIONS, GATE, STORE
@@ -89,7 +90,7 @@ class ModelProgram:
         self.program.embed(out=self.buffers["x"], wte=wte, wte_stride=wte.stride(0), wpe=wpe,
                            wpe_stride=0 if wpe is None else wpe.stride(0),
                            scale=float(torch.tensor(c.embedding_scale, dtype=self.dtype)))  # fmt: skip
-        self.angles = rotary_tables(c, range(c.block_size), "cpu") if c.rotary_dim else ()
+        self.angles = lookup_tables(c, "cpu") if c.rotary_dim else ()
         self.slopes = model_slopes(c, "cpu")
         if c.embedding_norm:
             self._norm(t.ln_emb, "x", out="x")

@@ -15,6 +15,7 @@ from torch import Tensor
 from peakgpt.engine.inference.chunk import Chunk, check_token_ids
 from peakgpt.engine.inference.kv_cache import ProgramKVCache
 from peakgpt.engine.inference.program import ModelProgram
+from peakgpt.engine.model.rotary_tables import first_row
 from peakgpt.engine.model.transformer import Transformer
 
 
@@ -34,6 +35,7 @@ class ProgramExecutor:
             NotImplementedError: the program does not support the model; the message says why.
         """
         self.config, self.program = model.config, ModelProgram(model)
+        self.switch_length = model.config.switch_length
         self.kv_cache = ProgramKVCache(model.config, num_blocks, dtype=self.program.dtype, cache_dtype=cache_dtype)
 
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -49,7 +51,8 @@ class ProgramExecutor:
         for chunk in chunks:
             chunk.check(self.config, self.kv_cache.num_blocks)
             ids += chunk.tokens()
-            positions += range(chunk.past, chunk.end)
+            first = first_row(self.switch_length, chunk.length)
+            positions += range(first + chunk.past, first + chunk.end)
             end = begins[-1] + len(chunk.token_ids)
             logit_rows += range(end - chunk.num_logits, end)
             begins.append(end)
@@ -62,10 +65,15 @@ class ProgramExecutor:
     def decode(self, input_ids: Tensor, positions: np.ndarray, block_tables: np.ndarray) -> Tensor:
         """Run one new token of each sequence; see Executor.decode."""
         rows, past = range(len(positions)), positions.tolist()
-        return self._run(input_ids.tolist(), past, [*rows, len(rows)], past, rows, torch.from_numpy(block_tables))
+        switch, tables = self.switch_length, torch.from_numpy(block_tables)
+        positions = past if switch is None else [first_row(switch, p + 1) + p for p in past]
+        return self._run(input_ids.tolist(), positions, [*rows, len(rows)], past, rows, tables)
 
     def _run(self, ids, positions, begins, past, logit_rows, tables: Tensor, *, hidden: bool = False) -> Tensor:
-        """Return the logits of some rows, (R, V) float32, or with `hidden` what the head reads, (R, C)."""
+        """Return the logits of some rows, (R, V) float32, or with `hidden` what the head reads, (R, C).
+
+        `positions` are rows of the learned table, or of `lookup_tables`.
+        """
         if ids:
             check_token_ids(min(ids), max(ids), self.config.vocab_size)
         # One tensor for all integers: five small ones would cost more than the rest of this function.

@@ -3,6 +3,7 @@
 A step runs one token of each decoding sequence and fills the rest of the token budget with prompt tokens, first come
 first served. A long prompt takes several steps, so that it does not delay the other sequences. If the cache is full,
 the sequence that came last is preempted: it frees its blocks, and its tokens are recomputed later.
+So is a sequence that became so long that its tokens have other angles (engine/model/rotary_tables.py).
 
 Kwon et al. 2023, arXiv:2309.06180 (blocks, preemption by recomputation); Agrawal et al. 2023, "SARATHI",
 arXiv:2308.16369 (chunked prefill together with decoding).
@@ -73,6 +74,7 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Plan the next step: how many tokens of each sequence run. Their blocks are allocated."""
+        self._restart_outdated()
         tokens_left, num_tokens, batch = self.budget, {}, Batch()
         for sequence in list(self.running):
             new = min(sequence.num_new, max(tokens_left, 1 if sequence.is_decoding else 0))
@@ -128,6 +130,13 @@ class Scheduler:
         for block in sequence.block_table:
             self.pool.release(block)
         sequence.block_table, sequence.num_published, sequence.num_computed = [], 0, 0
+
+    def _restart_outdated(self) -> None:
+        """Let the sequences whose keys have the angles of shorter texts wait, so that all their tokens run again."""
+        for sequence in [s for s in reversed(self.running) if s.is_outdated]:
+            self.remove(sequence)
+            self.waiting.appendleft(sequence)
+            sequence.block_hashes, sequence.is_outdated = [], False
 
     def _allocate(self, sequence: RunningSequence, num_tokens: int, batch: Batch) -> bool:
         """Allocate blocks for a running sequence, if necessary by preemption; False if it is preempted itself."""

@@ -54,6 +54,11 @@ class Output:
     embedding: Tensor | None = None
 
 
+def hash_seed(switch_length: int | None, length: int) -> bytes:
+    """Return the seed of the prefix hashes of a text: blocks of a longer one have keys with other angles."""
+    return b"long" if switch_length is not None and length > switch_length else b""
+
+
 @dataclass(eq=False)
 class RunningSequence:
     """One continuation of a request, from `submit` to its last token."""
@@ -65,12 +70,14 @@ class RunningSequence:
     text_stream: TextStream | None
     choices: ChoiceConstraint | None
     stop_token_ids: frozenset[int] = frozenset()  # all ids that end the output
+    switch_length: int | None = None  # of the model: longer texts have other angles, see rotary_tables.py
     num_computed: int = 0  # tokens whose keys and values are in the cache
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # prefix hashes of the full blocks
     num_published: int = 0  # full blocks that the pool knows
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)  # tokens proposed for this step
+    is_outdated: bool = False  # whether its keys in the cache have the angles of shorter texts
 
     def __post_init__(self):
         self.params, prompt = self.request.params, self.request.prompt_token_ids
@@ -102,15 +109,24 @@ class RunningSequence:
         """Tokens that are not computed."""
         return len(self.token_ids) - self.num_computed
 
+    @property
+    def max_draft(self) -> int:
+        """Most tokens of a draft: one more token has room after it, and no token has other angles than without it."""
+        known, limit, switch = len(self.token_ids), self.max_length - 1, self.switch_length
+        return (limit if switch is None or known > switch else min(limit, switch)) - known
+
     def next_chunk(self, num_tokens: int) -> Chunk:
         """The next `num_tokens` tokens, and the draft."""
         ids = [*self.token_ids[self.num_computed : self.num_computed + num_tokens], *self.draft]
         num_logits = num_tokens - max(self.first_logit_position - self.num_computed, 0)
-        return Chunk(ids, self.num_computed, self.block_table, max(num_logits, 0) + len(self.draft))
+        return Chunk(
+            ids, self.num_computed, self.block_table, max(num_logits, 0) + len(self.draft), len(self.token_ids)
+        )
 
     def update_hashes(self, num_tokens: int, block_tokens: int) -> None:
         """Hash the full blocks of the first `num_tokens` tokens."""
-        self.block_hashes = prefix_hashes(self.token_ids[:num_tokens], block_tokens, self.block_hashes)
+        seed = hash_seed(self.switch_length, len(self.token_ids))
+        self.block_hashes = prefix_hashes(self.token_ids[:num_tokens], block_tokens, self.block_hashes, seed=seed)
 
     # ---- after a step
 
@@ -152,6 +168,7 @@ class RunningSequence:
             ArithmeticError: the logits have a NaN or an infinity, which `choose` reports as the token vocab_size.
         """
         count, text, finish_reason, stop_reason = 0, "", None if tokens else "length", None
+        switch, known = self.switch_length, len(self.token_ids)
         for token, drafted in zip(tokens, [*self.draft, None], strict=False):
             if token >= vocab_size:
                 raise ArithmeticError(f"generate: the logits after {len(self.token_ids)} tokens are not finite")
@@ -168,6 +185,7 @@ class RunningSequence:
                     finish_reason = "length"
             if finish_reason or token != drafted:
                 break
+        self.is_outdated = switch is not None and known <= switch < len(self.token_ids)
         if self.draft:
             self.num_computed, self.draft = len(self.token_ids) - 1, []
         if finish_reason and count and self.text_stream and not self.text_stream.stopped_by:

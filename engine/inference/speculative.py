@@ -16,6 +16,7 @@ from typing import Protocol
 from peakgpt.engine.inference.block_pool import BlockPool, blocks_for
 from peakgpt.engine.inference.chunk import Chunk
 from peakgpt.engine.inference.executor import make_executor
+from peakgpt.engine.model.rotary_tables import first_row
 from peakgpt.engine.model.transformer import Transformer
 
 NGRAM = 3  # longest run of tokens to look up: a longer match is rare, and then the last three tokens match too
@@ -100,7 +101,7 @@ class DraftModel:
             chunks = []
             for i in live:
                 key, ids = requests[i].key, [*requests[i].token_ids, *drafts[i]]
-                cached = self.cached_ids[key]
+                cached = self._current_ids(key, len(ids))
                 chunks.append(Chunk(ids[len(cached) :], len(cached), self.block_tables[key]))
                 cached += ids[len(cached) :]
             for i, token in zip(live, self.executor.step(chunks).argmax(-1).tolist(), strict=True):
@@ -112,9 +113,17 @@ class DraftModel:
         for block in self.block_tables.pop(key, ()):
             self.pool.release(block)
 
+    def _current_ids(self, key: int, length: int) -> list[int]:
+        """The cached tokens of a sequence of `length` tokens; none if it has other angles than they have."""
+        cached, switch = self.cached_ids.setdefault(key, []), self.config.switch_length
+        if first_row(switch, len(cached)) != first_row(switch, length):
+            cached.clear()
+        return cached
+
     def _prepare(self, request: DraftRequest) -> bool:
         """Drop rejected tokens and allocate blocks; False if the sequence is too long or the cache is full."""
-        cached, table = self.cached_ids.setdefault(request.key, []), self.block_tables.setdefault(request.key, [])
+        table = self.block_tables.setdefault(request.key, [])
+        cached = self._current_ids(request.key, len(request.token_ids))
         pairs = enumerate(zip(cached, request.token_ids, strict=False))
         num_equal = next((i for i, (old, new) in pairs if old != new), len(cached))
         del cached[min(num_equal, len(request.token_ids) - 1) :]

@@ -23,9 +23,10 @@ from peakgpt.engine.inference.decode_graphs import MAX_BATCH, DecodeGraphs, alig
 from peakgpt.engine.inference.kv_cache import PagedKVCache
 from peakgpt.engine.inference.paged_attention import GatheredAttention, PagedAttention, TokenBatch
 from peakgpt.engine.model.plain import Snapshot
-from peakgpt.engine.model.positions import Positions, model_slopes, rotary_tables
+from peakgpt.engine.model.positions import Positions, model_slopes
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear
 from peakgpt.engine.model.relative_positions import RELATIVE
+from peakgpt.engine.model.rotary_tables import first_row, lookup_tables
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.core.dispatch import BACKENDS, load
 
@@ -53,7 +54,7 @@ class TorchExecutor:
         self.kv_cache = PagedKVCache(c, num_blocks, dtype=dtype, device=self.device, cache_dtype=cache_dtype)
         self.snapshot = Snapshot(model)
         self.is_one_by_one = c.position in RELATIVE or self.snapshot.change is not None
-        self.angles = rotary_tables(c, range(c.block_size), self.device) if c.rotary_dim else ()
+        self.angles, self.switch_length = lookup_tables(c, self.device) if c.rotary_dim else (), c.switch_length
         self.slopes = model_slopes(c, self.device)
         # Graphs read these addresses: the tensors must outlive a change of the model's parameters.
         self.weights = [t.detach() for t in (*model.parameters(), *model.buffers())]
@@ -72,7 +73,7 @@ class TorchExecutor:
         if self.is_one_by_one:
             return torch.cat([self._run_alone(chunk) for chunk in chunks])
         ends, tables = np.array([chunk.end for chunk in chunks]), self._block_tables(chunks)
-        if len(chunks) <= MAX_BATCH and all(len(chunk.token_ids) == chunk.num_logits == 1 for chunk in chunks):
+        if len(chunks) <= MAX_BATCH and all(map(self._is_decoding, chunks)):
             return self.graphs(ids, ends - 1, tables).to(torch.float32, copy=True)
         return self._forward(self._token_batch(chunks, ids, ends, tables)).float()
 
@@ -100,6 +101,14 @@ class TorchExecutor:
             rows = zip(input_ids[:, None], positions.tolist(), block_tables.tolist(), strict=True)
             return self.step([Chunk(*row) for row in rows])
         return self.graphs(input_ids, positions, block_tables)
+
+    def _is_decoding(self, chunk: Chunk) -> bool:
+        """Whether `decode` can run a chunk: one token, whose angles are those of a text that ends with it."""
+        is_one_token = len(chunk.token_ids) == chunk.num_logits == 1
+        return is_one_token and self._first_row(chunk.length) == self._first_row(chunk.end)
+
+    def _first_row(self, length: int) -> int:
+        return first_row(self.switch_length, length)
 
     def _run_alone(self, chunk: Chunk) -> Tensor:
         """Logits of one chunk, (num_logits, V)."""
@@ -132,17 +141,20 @@ class TorchExecutor:
         logit_rows = np.concatenate([np.arange(end - chunk.num_logits, end) for chunk, end in row_ends])
         tables = tables[:, : blocks_for(ends.max())]
         # One copy to the device for all integers.
-        parts = (ids, positions, slots, ends, tables.ravel(), begins, logit_rows)
+        parts = [ids, positions, slots, ends, tables.ravel(), begins, logit_rows]
+        if self.switch_length is not None:
+            first = np.array([self._first_row(chunk.length) for chunk in chunks])
+            parts.append(first.repeat(counts) + positions)
         offsets = [0, *np.cumsum([align_int32(len(part)) for part in parts]).tolist()]
         numbers = torch.empty(offsets[-1], dtype=torch.int32, pin_memory=self.graphs.pin_memory)
         for part, offset in zip(parts, offsets, strict=False):
             numbers.numpy()[offset : offset + len(part)] = part
         numbers = numbers.to(self.device, non_blocking=True)
         views = (numbers[offset : offset + len(part)] for part, offset in zip(parts, offsets, strict=False))
-        ids, positions, slots, lengths, blocks, begins, logit_rows = views
+        ids, positions, slots, lengths, blocks, begins, logit_rows, *table_rows = views
         is_prefill = not any(chunk.past for chunk in chunks)
         return TokenBatch(
-            ids, positions, slots, lengths, blocks.view(tables.shape), begins, logit_rows, is_prefill
+            ids, positions, slots, lengths, blocks.view(tables.shape), begins, logit_rows, is_prefill, *table_rows
         )  # fmt: skip
 
     def _forward(self, batch: TokenBatch) -> Tensor:
@@ -152,7 +164,10 @@ class TorchExecutor:
 
     def _hidden(self, batch: TokenBatch) -> Tensor:
         """Hidden states of the batch's logit rows, (R, C) in the model's dtype."""
-        angles = tuple(tuple(column.index_select(0, batch.positions) for column in table) for table in self.angles)
+        rows, switch = batch.table_rows, self.switch_length
+        if rows is None:
+            rows = batch.positions if switch is None else batch.positions + switch * (batch.positions >= switch)
+        angles = tuple(tuple(column.index_select(0, rows) for column in table) for table in self.angles)
         positions = Positions(angles, self.config.rotary_interleaved, self.slopes)
         h = self.model.packed_hidden_states(batch.ids, batch.positions, positions, PagedAttention(self.kv_cache, batch))
         return h if batch.logit_rows is None else h.index_select(0, batch.logit_rows)

@@ -131,7 +131,9 @@ class CausalSelfAttention(ModuleWithConv1D):
         positions: Positions, dropout: float,
     ) -> Tensor:  # fmt: skip
         """Run attention with a KV cache, dropout, a bias or left padding."""
-        tables, heads = self._angles(positions), self.n_head + self.n_kv_head
+        tables, heads, shape = self._angles(positions), self.n_head + self.n_kv_head, qkv.shape[:2]
+        if tables is not None and len(tables[0]) > shape[1]:  # one row for each token of the batch
+            qkv = qkv.flatten(0, 1)[None]
         if weights is not None:
             qk, v = qkv.split((heads, self.n_kv_head), 2)
             q, k = qk_norm(
@@ -142,6 +144,8 @@ class CausalSelfAttention(ModuleWithConv1D):
             if tables is not None:
                 qkv = rotary(qkv, *tables, heads=heads, interleaved=positions.interleaved)
             q, k, v = self._split(qkv)
+        if qkv.shape[:2] != shape:
+            q, k, v = (t[0].unflatten(0, shape) for t in (q, k, v))
         bias = None
         if positions.relative is not None:
             q, bias = self.relative(q, positions.relative, default_scale(self.head_dim, self.scale))
@@ -155,7 +159,7 @@ class CausalSelfAttention(ModuleWithConv1D):
         return qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
 
     def _angles(self, positions: Positions) -> tuple[Tensor, Tensor] | None:
-        """Return cos and sin of this layer's angles, (T, R / 2) each; None if it does not rotate."""
+        """Return cos and sin of this layer's angles, (T, R / 2) or (B T, R / 2); None if it does not rotate."""
         is_rotary = positions.rotary and self.rotary_table is not None
         return positions.rotary[self.rotary_table] if is_rotary else None
 

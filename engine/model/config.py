@@ -6,7 +6,7 @@ import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peakgpt.engine.model.rope_scaling import complete
+from peakgpt.engine.model.rope_scaling import complete, switch_length
 from peakgpt.engine.settings.setting import check_settings, setting
 from peakgpt.kernels.ops.mlp import ACTIVATIONS, GATES
 
@@ -283,6 +283,11 @@ class GPTConfig:
             return self.attention_scale
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return scale / (layer + 1)
+
+    @property
+    def switch_length(self) -> int | None:
+        """The most tokens of a text with the short factors of longrope; None if all texts have the same factors."""
+        return switch_length(self.rope_scaling, self.block_size)
 
     def rotary_table(self, layer: int) -> int | None:
         """Return which angles a layer rotates by: 0 those of rotary_base, 1 those of local_rotary_base, None none."""

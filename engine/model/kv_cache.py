@@ -29,3 +29,4 @@ class SequenceCache(AttentionCache, Protocol):
     """The KV cache of one batch of sequences of equal length, which the model extends."""
 
     length: int  # tokens in the cache
+    text_tokens: int  # of the whole text, if its tokens come in parts; 0: not known

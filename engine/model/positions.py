@@ -1,6 +1,6 @@
 """Positions of the tokens of one forward pass: computed once, used by the attention of every layer.
 
-    learned: row position_offset + p of the table      rotary: pair i turns by p f_i, see rope_scaling.py
+    learned: row position_offset + p of the table      rotary: pair i turns by p f_i, see rotary_tables.py
     alibi:   the slope of head h of n, n a power of two, is 2^(-8 (h + 1) / n); another n uses the slopes of the power
              of two below it, then every second slope of the power of two above it; each times alibi_scale
     transformer_xl, relative_bias: engine/model/relative_positions.py
@@ -14,7 +14,7 @@ Smith, Lewis 2022, arXiv:2108.12409, section 3 and their code.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.relative_positions import RELATIVE, distances
-from peakgpt.engine.model.rope_scaling import frequencies
+from peakgpt.engine.model.rotary_tables import Tables, batch_tables, document_tables
 from peakgpt.kernels.core.check import readable
 
 
 class Positions(NamedTuple):
     """Inputs of attention that depend on positions; each is None if the model does not use it."""
 
-    rotary: tuple[tuple[Tensor, Tensor], ...] = ()  # the tables of GPTConfig.rotary_table: cos, sin, (T, R / 2) float32
+    rotary: Tables = ()  # the tables of GPTConfig.rotary_table: cos, sin, (T, R / 2) or (B T, R / 2) float32
     interleaved: bool = False  # which features are a rotary pair: GPTConfig.rotary_interleaved
     alibi: Tensor | None = None  # slopes, (H,) float32
     relative: Tensor | None = None  # one entry a distance, see relative_positions.distances
@@ -46,7 +46,7 @@ NO_POSITIONS = Positions()
 
 
 def make_positions(
-    config: GPTConfig, past: int, tokens: int, start: Tensor | None, device: torch.device | str
+    config: GPTConfig, past: int, tokens: int, start: Tensor | None, device: torch.device | str, text_tokens: int = 0
 ) -> Positions:
     """Compute what attention needs for the tokens past .. past + tokens - 1.
 
@@ -56,8 +56,11 @@ def make_positions(
         tokens: T.
         start: (B,) integers, first token of each left-padded sequence; None without padding.
         device: of the model.
+        text_tokens: of the whole text, if more follow after these; 0: none do.
+    Raises:
+        ValueError: a text with cached keys becomes longer than GPTConfig.switch_length.
     """
-    rotary = rotary_tables(config, range(past, past + tokens), device) if config.rotary_dim else ()
+    rotary = batch_tables(config, past, tokens, start, device, text_tokens) if config.rotary_dim else ()
     slopes = model_slopes(config, device)
     relative = distances(config, past + tokens, device) if config.position in RELATIVE else None
     return Positions(rotary, config.rotary_interleaved, slopes, relative, start)
@@ -85,7 +88,7 @@ def packed_positions(config: GPTConfig, position_ids: Tensor) -> Positions:
     is_start[:, 0] = True
     index = torch.arange(count, dtype=torch.int32, device=device)
     starts = index.masked_fill(~is_start.flatten(), count).sort().values
-    rotary = rotary_tables(config, position_ids.flatten(), device) if config.rotary_dim else ()
+    rotary = document_tables(config, position_ids.flatten(), is_start.flatten()) if config.rotary_dim else ()
     return Positions(rotary, config.rotary_interleaved, slopes, cu_seqlens=F.pad(starts, (0, 1), value=count))
 
 
@@ -93,32 +96,6 @@ def refuse_relative_positions(config: GPTConfig) -> None:
     """Raise ValueError for a model that cannot take packed documents: its bias covers every pair of tokens."""
     if config.position in RELATIVE:
         raise ValueError(f"GPT: got packed documents with position {config.position}, expected learned, rotary, alibi")
-
-
-def rotary_tables(
-    config: GPTConfig, positions: range | Tensor, device: torch.device | str
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Return cos and sin of the angles at some positions, for a model with rotary positions.
-
-    Args:
-        config: of the model.
-        positions: T consecutive ones, or any, (T,) integers.
-        device: of the result.
-    Returns:
-        One pair for each table of GPTConfig.rotary_table, each (T, R / 2) float32.
-    """
-    if isinstance(positions, range):
-        positions = torch.arange(positions.start, positions.stop, dtype=torch.float32, device=device)
-    bases: list[tuple[float, dict[str, Any] | None]] = [(config.rotary_base, config.rope_scaling)]
-    if config.local_rotary_base is not None:
-        bases.append((config.local_rotary_base, None))
-    tables = []
-    for base, scaling in bases:
-        turn, factor = frequencies(scaling, config.rotary_dim, base, config.block_size, device)
-        angle = positions.float()[:, None] * turn
-        table = angle.cos(), angle.sin()
-        tables.append(table if factor == 1.0 else tuple(column * factor for column in table))
-    return tuple(tables)
 
 
 def model_slopes(config: GPTConfig, device: torch.device | str) -> Tensor | None:

@@ -39,6 +39,39 @@ class Format:
         return Format(8) if module in (HEAD, EMBEDDING) else self
 
 
+class _WithoutGradients(torch.autograd.Function):
+    """A loss whose backward raises the reason why it has no gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, anchor: Tensor, reason: str) -> Tensor:
+        ctx.reason = reason
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise ValueError(ctx.reason)
+
+
+def explain_backward(model: nn.Module, loss: Tensor) -> Tensor:
+    """Return a loss without gradients so that its backward says why, if quantized weights are the reason."""
+    reason = None if torch.compiler.is_compiling() else _obstacle(model, "backward")
+    return loss if reason is None else _WithoutGradients.apply(loss, torch.ones((), requires_grad=True), reason)
+
+
+def refuse_quantized(model: nn.Module, who: str) -> None:
+    """Raise ValueError if a model that is to be trained has quantized weights."""
+    if (reason := _obstacle(model, who)) is not None:
+        raise ValueError(reason)
+
+
+def _obstacle(model: nn.Module, who: str) -> str | None:
+    name = next((name for name, module in model.named_modules() if isinstance(module, _Quantized)), None)
+    return name and (
+        f"{who}: got quantized weights, such as {name}, which have no gradients, expected floats: load the model with "
+        "dequantize=True, or the checkpoint that `peakgpt quantize` read"
+    )
+
+
 class _Quantized(nn.Module):
     """A module with a quantized weight: the buffers weight, scale and bias, and its format, form."""
 

@@ -7,12 +7,12 @@
               L / high_freq_factor, a blend between
     yarn      f for pairs that turn at least beta_fast times in L tokens, f / factor for those that turn at most
               beta_slow times, a blend between      a = 0.1 ln(factor) + 1
-    longrope  f / long_factor_i, or f / short_factor_i if block_size <= L
+    longrope  f / short_factor_i in a text of at most L tokens, f / long_factor_i in a longer one
               a = sqrt(1 + ln(s) / ln(L)), s = factor, or block_size / L
 
-L is original_max_position_embeddings, the length of the texts in pretraining; all names are those of transformers. The
-frequencies of a model do not depend on the length of a text, because keys in a cache are rotated already. So longrope
-chooses its factors by block_size, as vLLM does by its maximum length; transformers chooses anew for each text.
+L is original_max_position_embeddings, the length of the texts in pretraining; all names are those of transformers. Only
+longrope has two sets of frequencies. Keys in a cache are rotated already, so a text that becomes longer than L tokens
+is computed again from its first token, as transformers does for Phi-3.
 
 Linear: Chen et al. 2023, arXiv:2306.15595. YaRN: Peng et al. 2023, arXiv:2309.00071, eq. 17 to 22. LongRoPE: Ding et
 al. 2024, arXiv:2402.13753. Llama 3: Grattafiori et al. 2024, arXiv:2407.21783, and its published code. Operations and
@@ -40,24 +40,24 @@ def base_powers(width: int, base: float, device: torch.device | str) -> Tensor:
     return base ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
 
 
-def _linear(powers: Tensor, base: float, p: Parameters, block_size: int) -> Tensor:
+def _linear(powers: Tensor, base: float, p: Parameters, length: int) -> Tensor:
     return 1.0 / powers / p["factor"]
 
 
-def _dynamic(powers: Tensor, base: float, p: Parameters, block_size: int) -> Tensor:
+def _dynamic(powers: Tensor, base: float, p: Parameters, length: int) -> Tensor:
     return 1.0 / powers
 
 
-def _llama3(powers: Tensor, base: float, p: Parameters, block_size: int) -> Tensor:
-    f, factor, low, high, length = 1.0 / powers, p["factor"], p["low_freq_factor"], p["high_freq_factor"], p[ORIGINAL]
+def _llama3(powers: Tensor, base: float, p: Parameters, length: int) -> Tensor:
+    f, factor, low, high, original = 1.0 / powers, p["factor"], p["low_freq_factor"], p["high_freq_factor"], p[ORIGINAL]
     wavelength = 2 * math.pi / f
-    scaled = torch.where(wavelength > length / low, f / factor, f)
-    share = (length / wavelength - low) / (high - low)
+    scaled = torch.where(wavelength > original / low, f / factor, f)
+    share = (original / wavelength - low) / (high - low)
     blend = (1 - share) * scaled / factor + share * scaled
-    return torch.where((wavelength < length / high) | (wavelength > length / low), scaled, blend)
+    return torch.where((wavelength < original / high) | (wavelength > original / low), scaled, blend)
 
 
-def _yarn(powers: Tensor, base: float, p: Parameters, block_size: int) -> Tensor:
+def _yarn(powers: Tensor, base: float, p: Parameters, length: int) -> Tensor:
     width = 2 * len(powers)
 
     def pair_of(turns: float) -> float:
@@ -83,8 +83,8 @@ def _yarn_attention(p: Parameters, block_size: int) -> float:
     return scale(1.0)
 
 
-def _longrope(powers: Tensor, base: float, p: Parameters, block_size: int) -> Tensor:
-    factors = p["long_factor" if block_size > p[ORIGINAL] else "short_factor"]
+def _longrope(powers: Tensor, base: float, p: Parameters, length: int) -> Tensor:
+    factors = p["long_factor" if length > p[ORIGINAL] else "short_factor"]
     # One by one: a copy of a list from the host would wait for the GPU, and cannot be part of a CUDA graph.
     ones = [torch.full((1,), factor, dtype=torch.float32, device=powers.device) for factor in factors]
     return 1.0 / (torch.cat(ones) * powers)
@@ -99,15 +99,17 @@ class RopeKind(NamedTuple):
     """One rope_type.
 
     Args:
-        frequencies: (base_powers, base, parameters, block_size) -> the scaled frequencies, (n,) float32.
+        frequencies: (base_powers, base, parameters, tokens of the text) -> the scaled frequencies, (n,) float32.
         required, optional: names of its parameters; defaults of the optional ones.
         attention_factor: (parameters, block_size) -> a, if the parameters do not give it; None: a is 1.
+        has_two_sets: whether texts of more than L tokens have other frequencies.
     """
 
     frequencies: Callable[[Tensor, float, Parameters, int], Tensor]
     required: tuple[str, ...]
     optional: Parameters = MappingProxyType({})
     attention_factor: Callable[[Parameters, int], float] | None = None
+    has_two_sets: bool = False
 
     @property
     def names(self) -> set[str]:
@@ -123,7 +125,7 @@ KINDS = {
     "dynamic": RopeKind(_dynamic, ("factor",)),
     "llama3": RopeKind(_llama3, ("factor", "low_freq_factor", "high_freq_factor"), {ORIGINAL: None}),
     "yarn": RopeKind(_yarn, ("factor",), YARN, _yarn_attention),
-    "longrope": RopeKind(_longrope, ("short_factor", "long_factor"), LONGROPE, _longrope_attention),
+    "longrope": RopeKind(_longrope, ("short_factor", "long_factor"), LONGROPE, _longrope_attention, True),
 }
 
 
@@ -196,7 +198,7 @@ def _floats(values: list[Any]) -> list[float]:
 
 
 def frequencies(
-    scaling: Parameters | None, width: int, base: float, block_size: int, device: torch.device | str
+    scaling: Parameters | None, width: int, base: float, length: int, device: torch.device | str
 ) -> tuple[Tensor, float]:
     """Return the angle of each pair a token, (width / 2,) float32 radians, and the factor a on cos and sin.
 
@@ -204,11 +206,23 @@ def frequencies(
         scaling: from `complete`; None without scaling.
         width: number R of rotated features.
         base: rotary_base.
-        block_size: of the model.
+        length: tokens of the text, which only longrope depends on.
         device: of the result.
     """
     powers = base_powers(width, base, device)
     if scaling is None:
         return 1.0 / powers, 1.0
-    angles = KINDS[scaling["rope_type"]].frequencies(powers, base, scaling, block_size)
+    angles = KINDS[scaling["rope_type"]].frequencies(powers, base, scaling, length)
     return angles, scaling.get("attention_factor", 1.0)
+
+
+def switch_length(scaling: Parameters | None, block_size: int) -> int | None:
+    """Return the largest number of tokens of a text with the first set of frequencies; None if there is one set only.
+
+    Args:
+        scaling: from `complete`; None without scaling.
+        block_size: of the model.
+    """
+    if scaling is None or not KINDS[scaling["rope_type"]].has_two_sets or block_size <= scaling[ORIGINAL]:
+        return None
+    return scaling[ORIGINAL]

@@ -24,6 +24,7 @@ from peakgpt.engine.model.kv_cache import AttentionCache, SequenceCache
 from peakgpt.engine.model.norms import make_norm
 from peakgpt.engine.model.plain import FORWARDS, fusable, has_own_call, is_plain, is_plain_embedding, run_linear
 from peakgpt.engine.model.positions import Positions, left_padding_start, make_positions, packed_positions
+from peakgpt.engine.model.quantized_linear import explain_backward
 from peakgpt.engine.model.state_dicts import ModuleWithConv1D
 from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.embedding import embedding
@@ -107,6 +108,8 @@ class Transformer(ModuleWithConv1D):
             return self.compute_logits(h)
         logits = None if self._has_fusable_head else self.compute_logits(h)
         loss = self._fused_loss(h, targets, loss_weight) if logits is None else self._loss(logits, targets, loss_weight)
+        if not loss.requires_grad and torch.is_grad_enabled():
+            loss = explain_backward(self, loss)
         if balance:
             # With loss_weight the batch is a part of a larger one; scale the balance by the part's share of the loss.
             share = 1.0 if loss_weight is None else (loss_weight * (targets != IGNORE_INDEX)).sum()
@@ -151,7 +154,8 @@ class Transformer(ModuleWithConv1D):
             (B, T, C)
         Raises:
             ValueError: ids of a wrong shape or dtype, out of range, or more tokens than block_size, or position_ids
-                of another shape, with `cache` or `start`, or for a model with relative positions.
+                of another shape, with `cache` or `start`, or for a model with relative positions; or a text with
+                cached keys becomes longer than GPTConfig.switch_length.
         """
         past = 0 if cache is None else cache.length
         if input_ids.dim() != 2 or past + input_ids.shape[1] > self.config.block_size:
@@ -161,7 +165,8 @@ class Transformer(ModuleWithConv1D):
             )
         tokens = input_ids.shape[1]
         if position_ids is None:
-            positions = make_positions(self.config, past, tokens, start, input_ids.device)
+            text_tokens = 0 if cache is None else cache.text_tokens
+            positions = make_positions(self.config, past, tokens, start, input_ids.device, text_tokens)
             return self._run(input_ids, past, start, positions, cache, balance)
         if position_ids.shape != input_ids.shape or start is not None or cache is not None:
             raise ValueError(

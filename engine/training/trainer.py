@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peakgpt.engine.graph_capture import GraphedFunction, step_graphs
 from peakgpt.engine.model.fp8 import set_fp8
+from peakgpt.engine.model.quantized_linear import refuse_quantized
 from peakgpt.engine.model.recompute import set_recompute
 from peakgpt.engine.training.captured_state import model_state, runs_other_code, settings_of
 from peakgpt.engine.training.gradient_memory import GradientMemory
@@ -58,10 +59,12 @@ class Trainer:
             config: how to train.
             steps: planned updates; the length of the learning-rate schedule. None: from the config.
         Raises:
-            ValueError: `steps` contradicts the config, or the config has epochs, whose data only the caller knows.
+            ValueError: `steps` contradicts the config, or the config has epochs, whose data only the caller knows; or
+                the model has quantized weights.
         """
         if steps is not None and config.steps not in (None, steps):
             raise ValueError(f"Trainer: steps is {steps} and the config's is {config.steps}, expected one of the two")
+        refuse_quantized(model, "Trainer")
         self.model, self.config, self.schedule, self.steps_done, self.lr = model, config, Schedule(config), 0, 0.0
         self.steps = self.schedule.steps() if steps is None else steps
         set_recompute(model, config.recompute)

@@ -6,7 +6,7 @@ import torch
 from peakgpt.bench import load
 from peakgpt.bench.interleave import raise_failure
 from peakgpt.bench.load import LoadCase, write_random_model
-from peakgpt.engine.checkpoint.families import family_of
+from peakgpt.engine.checkpoint.families.catalogue import family_of
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.presets import preset
 

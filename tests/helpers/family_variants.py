@@ -24,7 +24,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_p
 LONGROPE = {"rope_type": "longrope", "partial_rotary_factor": 0.75, "factor": 4.0, "long_factor": [4.0] * 6,
             "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]}  # fmt: skip
 GPT_OSS = {**LLAMA, "head_dim": 16, "sliding_window": 5, "rope_parameters": YARN, "num_hidden_layers": 2}
-# Every variant that engine/checkpoint/families_*.py read: transformers' config class without "Config", and its fields.
+# Every variant that engine/checkpoint/families/ reads: transformers' config class without "Config", and its fields.
 VARIANTS = {
     "gpt2": ("GPT2", GPT),
     "gpt2 scaled by layer": ("GPT2", {**GPT, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}),

@@ -3,7 +3,7 @@
 import torch
 from tiny_tokenizers import BUILDERS
 
-from peakgpt.engine.checkpoint.gguf_export import write_gguf
+from peakgpt.engine.checkpoint.gguf.export import write_gguf
 from peakgpt.engine.data.gguf_vocabulary import tokenizer_metadata
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig

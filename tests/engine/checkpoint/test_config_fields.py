@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_configs import SMALL
 
-from peakgpt.engine.checkpoint.families import FAMILIES, OWN
+from peakgpt.engine.checkpoint.families.catalogue import FAMILIES, OWN
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peakgpt.engine.checkpoint.quantized_folder import write_quantized
-from peakgpt.engine.checkpoint.quantized_weights import quantize_state
+from peakgpt.engine.checkpoint.quantized.folder import write_quantized
+from peakgpt.engine.checkpoint.quantized.weights import quantize_state
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.quantized_linear import Format

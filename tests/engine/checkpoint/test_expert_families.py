@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import peakgpt
-from peakgpt.engine.checkpoint.families import FAMILIES
+from peakgpt.engine.checkpoint.families.catalogue import FAMILIES
 from peakgpt.engine.model.experts import balance_loss
 
 T = 12

@@ -13,7 +13,7 @@ from left_padding import check_left_padding
 from safetensors.torch import load_file, save_file
 
 import peakgpt
-from peakgpt.engine.checkpoint import families
+from peakgpt.engine.checkpoint.families.catalogue import FAMILIES
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.inference.kv_cache import ContiguousKVCache
 from peakgpt.engine.model import flops
@@ -71,7 +71,7 @@ def check_gradients(hf_model, ours, backend, ids, targets):
         ours_loss = ours(ids, targets)
         ours_loss.backward()
     torch.testing.assert_close(ours_loss, loss, rtol=1e-5, atol=1e-5)
-    family = families.FAMILIES[hf_model.config.model_type]
+    family = FAMILIES[hf_model.config.model_type]
     expected = file_names(family, {name: p.grad for name, p in hf_model.named_parameters()})
     grads = family.to_layout(ours.config, {name: p.grad for name, p in ours.named_parameters()})
     assert grads.keys() == expected.keys()
@@ -188,7 +188,7 @@ ONE_GRAPH = ["openai-gpt", "gpt_neo", "gptj", "gpt_neox", "opt post-norm", "bloo
 def test_each_family_compiles_as_one_graph(variant):
     kind, sizes = VARIANTS[variant]
     content = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=V).to_dict()
-    config = families.FAMILIES[content["model_type"]].config(content, dropout=0.0)
+    config = FAMILIES[content["model_type"]].config(content, dropout=0.0)
     model = peakgpt.GPT(dataclasses.replace(config, n_layer=1, windows=(max(config.windows, key=bool),)))
     ids, targets = batch()
     torch._dynamo.reset()
@@ -202,7 +202,7 @@ def test_tensor_names_of_other_releases_are_read(pair, tmp_path):
     """Names of the bare model (without prefix), a separate tied head or the head's other name, and old buffers."""
     hf_model, folder, ours = pair
     tensors = load_file(folder / "model.safetensors")
-    base = families.FAMILIES[hf_model.config.model_type].base
+    base = FAMILIES[hf_model.config.model_type].base
     old = {name.removeprefix(base).replace("embed_out", "lm_head"): tensor for name, tensor in tensors.items()}
     embedding = hf_model.get_input_embeddings().weight.detach().clone()
     old = {"lm_head.weight": embedding} | old

@@ -12,7 +12,7 @@ from family_variants import T, V, batch, reference
 from safetensors.torch import load_file, save_file
 
 import peakgpt
-from peakgpt.engine.checkpoint import families
+from peakgpt.engine.checkpoint.families.catalogue import FAMILIES
 
 NEO_TYPES = r"attention_types is .*, expected 4 layers of global or local"
 BAD_CONFIGS = [
@@ -129,7 +129,7 @@ def test_nothing_in_kernels_names_a_family():
 def test_a_new_family_is_one_row(tmp_path):
     """For a family that does not exist, one new row is enough to read, write and run its models."""
     row = dataclasses.replace(
-        families.FAMILIES["gpt2"], model_type="new", architecture="NewLM", constants={"norm": "rms", "bias": False},
+        FAMILIES["gpt2"], model_type="new", architecture="NewLM", constants={"norm": "rms", "bias": False},
         groups=(), always_biased=False, conv1d=False,
     )  # fmt: skip
     config = row.config({"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": T, "vocab_size": V}, dropout=0.0)

@@ -9,12 +9,12 @@ import torch
 from gguf_files import CONFIGS, SMALL, build, export
 
 from peakgpt.cli import main
-from peakgpt.engine.checkpoint import gguf_export
-from peakgpt.engine.checkpoint.families import FAMILIES
-from peakgpt.engine.checkpoint.gguf_architectures import ARCHITECTURES
-from peakgpt.engine.checkpoint.gguf_blocks import FORMATS, read_tensor
-from peakgpt.engine.checkpoint.quantized_folder import write_quantized
-from peakgpt.engine.checkpoint.quantized_weights import quantize_state
+from peakgpt.engine.checkpoint.families.catalogue import FAMILIES
+from peakgpt.engine.checkpoint.gguf import export as gguf_export
+from peakgpt.engine.checkpoint.gguf.architectures import ARCHITECTURES
+from peakgpt.engine.checkpoint.gguf.blocks import FORMATS, read_tensor
+from peakgpt.engine.checkpoint.quantized.folder import write_quantized
+from peakgpt.engine.checkpoint.quantized.weights import quantize_state
 from peakgpt.engine.data.gguf_header import TYPES, GGUFHeader, TensorEntry, read_header
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams

@@ -9,7 +9,7 @@ from family_variants import YARN
 from safetensors.torch import load_file, save_file
 
 from peakgpt.cli import main
-from peakgpt.engine.checkpoint.mxfp4 import mxfp4_weights
+from peakgpt.engine.checkpoint.quantized.mxfp4 import mxfp4_weights
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.chunk import Chunk

@@ -15,12 +15,12 @@ from packed_checkpoints import IDS, pack_layer, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from peakgpt.cli import main
-from peakgpt.engine.checkpoint.packed_layers import packed_format, unpack
+from peakgpt.engine.checkpoint.quantized.packed_layers import packed_format, unpack
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine
 from peakgpt.engine.inference.sampling_params import SamplingParams
-from peakgpt.engine.model.grouped_linear import GroupedLinear
+from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedLinear
 from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.ops.quantize import dequantize_grouped, unpack_grouped
 
@@ -32,6 +32,7 @@ PACKINGS = {
     "gptq, symmetric": {"sym": True},
     "gptq, act-order": {"act_order": True},
     "gptq, 8 bits": {"bits": 8},
+    "gptq, 8 bits, symmetric": {"bits": 8, "sym": True},
     "gptq, 8 bits, symmetric, act-order": {"bits": 8, "sym": True, "act_order": True},
     "gptq, rows": {"group": -1},
     "gptq, groups of 24": {"group": 24},
@@ -40,12 +41,17 @@ PACKINGS = {
     "awq, rows": {"method": "awq", "group": -1},
 }
 FAMILIES = [("mistral", "gptq"), ("qwen2", "awq"), ("qwen3", "gptq, act-order"), ("phi3", "awq"), ("gpt2", "gptq"),
-            ("gpt2", "gptq, act-order"), ("gpt_neox", "gptq"), ("mixtral", "awq")]  # fmt: skip
+            ("gpt2", "gptq, act-order"), ("gpt_neox", "gptq"), ("mixtral", "awq"), ("mixtral", "gptq, symmetric"),
+            ("mixtral", "gptq, 8 bits, symmetric"), ("mixtral", "gptq, 8 bits, symmetric, act-order")]  # fmt: skip
+SYMMETRIC = ("gptq, symmetric", "gptq, 8 bits, symmetric")
 CASES = [("llama", packing) for packing in PACKINGS] + FAMILIES
 
 
 def stored_weight(layer):
-    """The weight (F, C) that a GroupedLinear multiplies by, with columns in the order of the inputs."""
+    """The weight (F, C) that a GroupedLinear multiplies by, with columns in the order of the inputs; or (E, F, C)."""
+    if isinstance(layer, GroupedExpertLinear):
+        parts = [(q, scale, None) for q, scale in zip(*layer.unpacked().values(), strict=True)]
+        return torch.stack([dequantize_grouped(*p, layer.in_features, layer.form.group) for p in parts])
     parts = unpack_grouped(layer.weight, layer.scale, layer.offset, layer.out_features, layer.in_features,
                            layer.form.bits)  # fmt: skip
     weight = dequantize_grouped(*parts, layer.in_features, layer.form.group, layer.form.levels, layer.form.zero_points)
@@ -57,7 +63,8 @@ def stored_weight(layer):
 
 
 def grouped(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear)}
+    kinds = GroupedLinear | GroupedExpertLinear
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized matrices, such as .*experts")
@@ -66,10 +73,11 @@ def test_weights_are_read_without_loss_and_logits_are_those_of_transformers(fami
     theirs = write_checkpoint(tmp_path, family, **PACKINGS[packing])
     exact, ours = GPT.from_pretrained(tmp_path, dequantize=True), GPT.from_pretrained(tmp_path)
     layers = grouped(ours)
-    assert len(layers) == 2 * (2 if family == "mixtral" else 5 if exact.config.gated_mlp else 4)
+    multiplied = 5 if packing in SYMMETRIC else 2  # experts with zero points or act-order are decoded
+    assert len(layers) == 2 * (multiplied if family == "mixtral" else 5 if exact.config.gated_mlp else 4)
     for name, layer in layers.items():
         assert torch.equal(stored_weight(layer), exact.get_submodule(name).weight), name
-        assert (layer.offset is None) == PACKINGS[packing].get("sym", False)
+        assert (getattr(layer, "offset", None) is None) == PACKINGS[packing].get("sym", False)
     with torch.no_grad():
         expected = theirs(IDS).logits
         torch.testing.assert_close(exact(IDS), expected, rtol=1e-5, atol=1e-5)
@@ -93,7 +101,8 @@ def test_groups_of_more_than_128_inputs_are_cut_without_loss(method, group):
         assert layer.scale.shape == (16, -(-400 // form.block())) and form.block() == (8 if group == 136 else 128)
 
 
-@pytest.mark.parametrize(("family", "packing"), [("llama", "gptq, act-order"), ("gpt2", "gptq"), ("qwen2", "awq")])
+@pytest.mark.parametrize(("family", "packing"), [("llama", "gptq, act-order"), ("gpt2", "gptq"), ("qwen2", "awq"),
+                                                   ("mixtral", "gptq, symmetric")])  # fmt: skip
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_engine_score_and_generate_compute_the_same(family, packing, dtype, tmp_path):
     write_checkpoint(tmp_path, family, **PACKINGS[packing])
@@ -111,9 +120,11 @@ def test_engine_score_and_generate_compute_the_same(family, packing, dtype, tmp_
     assert model.generate(IDS, max_new_tokens=4).shape == (1, IDS.shape[1] + 4)
 
 
-@pytest.mark.parametrize("packing", ["gptq, act-order", "gptq, symmetric", "awq"])
-def test_a_saved_model_reads_back_with_the_same_bits(packing, tmp_path):
-    write_checkpoint(tmp_path / "source", **PACKINGS[packing])
+@pytest.mark.parametrize("case", ["llama: gptq, act-order", "llama: gptq, symmetric", "llama: awq",
+                                  "mixtral: gptq, 8 bits, symmetric"])  # fmt: skip
+def test_a_saved_model_reads_back_with_the_same_bits(case, tmp_path):
+    family, packing = case.split(": ")
+    write_checkpoint(tmp_path / "source", family, **PACKINGS[packing])
     model = GPT.from_pretrained(tmp_path / "source")
     model.save_pretrained(tmp_path / "copy")
     again = GPT.from_pretrained(tmp_path / "copy")

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from peakgpt.cli import main
-from peakgpt.engine.checkpoint.quantized_folder import write_quantized
-from peakgpt.engine.checkpoint.quantized_weights import quantize_state
+from peakgpt.engine.checkpoint.quantized.folder import write_quantized
+from peakgpt.engine.checkpoint.quantized.weights import quantize_state
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_configs import SMALL
 
-from peakgpt.engine.checkpoint.families import FAMILIES
+from peakgpt.engine.checkpoint.families.catalogue import FAMILIES
 from peakgpt.engine.gpt import GPT
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

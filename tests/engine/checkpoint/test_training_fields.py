@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from peakgpt.engine.checkpoint.families import FAMILIES, family_of
-from peakgpt.engine.checkpoint.family import SECTION
+from peakgpt.engine.checkpoint.families.catalogue import FAMILIES, family_of
+from peakgpt.engine.checkpoint.families.family import SECTION
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import PRESETS

@@ -11,7 +11,7 @@ from hostile_texts import hostile_texts
 from tiny_tokenizers import BUILDERS
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
-from peakgpt.engine.checkpoint.gguf_export import write_gguf
+from peakgpt.engine.checkpoint.gguf.export import write_gguf
 from peakgpt.engine.data.gguf_pre_tokenizers import PRE_TOKENIZERS, build_pre_tokenizer
 from peakgpt.engine.data.gguf_tokenizer import build_library, read_gguf_tokenizer
 from peakgpt.engine.data.gguf_vocabulary import tokenizer_metadata

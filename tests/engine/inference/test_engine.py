@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_runs import collect, expect_the_same, params_of, prompts
 
-from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
+from peakgpt.engine.checkpoint.quantized.weights import load_quantized, quantize_state
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.engine import Engine, SamplingParams
 from peakgpt.engine.inference.program_executor import ProgramExecutor

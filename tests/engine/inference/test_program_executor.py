@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
+from peakgpt.engine.checkpoint.quantized.weights import load_quantized, quantize_state
 from peakgpt.engine.evaluation.score import Scorer
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.chunk import Chunk

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantize_state
+from peakgpt.engine.checkpoint.quantized.weights import load_quantized, quantize_state
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.graph_capture import WARMUP
 from peakgpt.engine.graph_dry_run import DryRun

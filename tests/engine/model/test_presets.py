@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import peakgpt
-from peakgpt.engine.checkpoint.families import family_of
+from peakgpt.engine.checkpoint.families.catalogue import family_of
 from peakgpt.engine.model import flops
 from peakgpt.engine.model.presets import PRESETS, preset
 

@@ -48,9 +48,9 @@ def test_every_kind_is_compared():
     assert {case["rope_type"] for case in CASES} == set(KINDS)
 
 
-@pytest.mark.parametrize("length", [12, 40])
-def test_longrope_beyond_its_original_length_equals_transformers(length, tmp_path):
-    """transformers takes the long factors for texts over the original length; we take them for the whole model."""
+@pytest.mark.parametrize("length", [8, 10, 11, 40])
+def test_longrope_equals_transformers_below_and_above_its_original_length(length, tmp_path):
+    """More is in test_longrope.py."""
     torch.manual_seed(0)
     factors = {name: values[:4] for name, values in FACTORS.items()}
     rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 10, **factors}

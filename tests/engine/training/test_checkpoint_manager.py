@@ -12,7 +12,7 @@ from tiny_run import checkpoint_bytes, make_loop, new_run, train
 
 from peakgpt.engine.checkpoint import run_checkpoints
 from peakgpt.engine.checkpoint.checkpoint_config import CheckpointConfig
-from peakgpt.engine.checkpoint.families import FAMILIES, OWN
+from peakgpt.engine.checkpoint.families.catalogue import FAMILIES, OWN
 from peakgpt.engine.data.run_layout import model_folder, saved_steps, step_folder
 from peakgpt.engine.data.tokenizer_training import train_tokenizer
 from peakgpt.engine.gpt import GPT

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.quantized_weights import with_layers
+from peakgpt.engine.checkpoint.quantized.weights import with_layers
 from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedFormat, GroupedLinear
 from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD, QuantizedExpertLinear, QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from peakgpt.engine.checkpoint.families_llama import LLAMA, types_by_period
-from peakgpt.engine.checkpoint.family import Field, FieldGroup, with_defaults
-from peakgpt.engine.checkpoint.layer_fields import bias_fields, uniform_window_fields, window_fields
-from peakgpt.engine.checkpoint.rope_fields import rope_fields
-from peakgpt.engine.checkpoint.row_orders import alternating_gate_and_up
+from peakgpt.engine.checkpoint.families.family import Field, FieldGroup, with_defaults
+from peakgpt.engine.checkpoint.families.layer_fields import bias_fields, uniform_window_fields, window_fields
+from peakgpt.engine.checkpoint.families.llama import LLAMA, types_by_period
+from peakgpt.engine.checkpoint.families.rope_fields import rope_fields
+from peakgpt.engine.checkpoint.families.row_orders import alternating_gate_and_up
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.kernels.ops.mlp import SWIGLU_ALPHA, SWIGLU_LIMIT
 

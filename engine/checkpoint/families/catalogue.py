@@ -1,4 +1,4 @@
-"""All model families of transformers, by model_type. The rows are in families_*.py; `Family` explains their fields.
+"""All model families of transformers, by model_type. `Family` explains the fields of a row.
 
 A config is written in the layout of the family it was read from, if that still reads it back unchanged, else of the
 first family that does. Fields that only training reads may be in a section of ours, if no family has them. The last
@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from peakgpt.engine.checkpoint.families_classic import CLASSIC
-from peakgpt.engine.checkpoint.families_experts import EXPERT_FAMILIES
-from peakgpt.engine.checkpoint.families_llama import LLAMA_LINE
-from peakgpt.engine.checkpoint.families_other import OTHER
-from peakgpt.engine.checkpoint.family import SECTION, Family, Field
-from peakgpt.engine.checkpoint.module_names import SameNames
+from peakgpt.engine.checkpoint.families.classic import CLASSIC
+from peakgpt.engine.checkpoint.families.experts import EXPERT_FAMILIES
+from peakgpt.engine.checkpoint.families.family import SECTION, Family, Field
+from peakgpt.engine.checkpoint.families.llama import LLAMA_LINE
+from peakgpt.engine.checkpoint.families.module_names import SameNames
+from peakgpt.engine.checkpoint.families.other import OTHER
 from peakgpt.engine.model.config import GPTConfig
 
 OWN = "peakgpt"  # model_type of our own layout

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from peakgpt.engine.checkpoint.gguf_architecture import Architecture, Key
-from peakgpt.engine.checkpoint.gguf_rope import FREQUENCIES, ROPE_KEYS, read_rope, rope_tensors, write_rope
+from peakgpt.engine.checkpoint.gguf.architecture import Architecture, Key
+from peakgpt.engine.checkpoint.gguf.rope import FREQUENCIES, ROPE_KEYS, read_rope, rope_tensors, write_rope
 from peakgpt.engine.data.gguf_header import GGUFHeader
 from peakgpt.engine.model.config import BIASED, GPTConfig
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.checkpoint.family import Family
+from peakgpt.engine.checkpoint.families.family import Family
 from peakgpt.engine.checkpoint.folder import CONFIG, QUANTIZATION
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedFormat

@@ -1,6 +1,6 @@
 """A model family: how its config.json and its tensors in transformers' layout correspond to ours.
 
-The families themselves are data: one row each in families_*.py.
+The families themselves are data: one row each in classic.py, llama.py, experts.py and other.py.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.gguf_architecture import Architecture
-from peakgpt.engine.checkpoint.gguf_architectures import ROWS
+from peakgpt.engine.checkpoint.gguf.architecture import Architecture
+from peakgpt.engine.checkpoint.gguf.architectures import ROWS
 from peakgpt.engine.data.gguf_header import TYPES, GGUFHeader, TensorEntry
 from peakgpt.engine.model.config import BIASED, GPTConfig
 from peakgpt.engine.model.transformer import Transformer

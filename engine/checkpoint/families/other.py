@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peakgpt.engine.checkpoint.families_classic import (
+from peakgpt.engine.checkpoint.families.classic import (
     GELU_NEW,
     GPT2_ALIASES,
     GPT2_NAMES,
@@ -14,12 +14,18 @@ from peakgpt.engine.checkpoint.families_classic import (
     GPTJ_CONSTANTS,
     GPTJ_FIELDS,
 )
-from peakgpt.engine.checkpoint.families_llama import GATES
-from peakgpt.engine.checkpoint.family import Family, Field, FieldGroup, with_defaults
-from peakgpt.engine.checkpoint.layer_fields import uniform_window_fields
-from peakgpt.engine.checkpoint.module_names import module_names, qkv_names
-from peakgpt.engine.checkpoint.rope_fields import given_parameters, head_width, kind_of, require_head_width, rope_fields
-from peakgpt.engine.checkpoint.row_orders import CODEGEN_PARTS, codegen_heads, grouped_heads
+from peakgpt.engine.checkpoint.families.family import Family, Field, FieldGroup, with_defaults
+from peakgpt.engine.checkpoint.families.layer_fields import uniform_window_fields
+from peakgpt.engine.checkpoint.families.llama import GATES
+from peakgpt.engine.checkpoint.families.module_names import module_names, qkv_names
+from peakgpt.engine.checkpoint.families.rope_fields import (
+    given_parameters,
+    head_width,
+    kind_of,
+    require_head_width,
+    rope_fields,
+)
+from peakgpt.engine.checkpoint.families.row_orders import CODEGEN_PARTS, codegen_heads, grouped_heads
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.rope_scaling import ORIGINAL
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.checkpoint.family import Family
+from peakgpt.engine.checkpoint.families.family import Family
 from peakgpt.engine.checkpoint.folder import CONFIG
 from peakgpt.engine.checkpoint.model_folder import OpenWeights, open_layout, read_weights
-from peakgpt.engine.checkpoint.mxfp4 import BLOCKS, FORM, NOT_A_NUMBER, SCALES, Mxfp4, decode, expert_layer
+from peakgpt.engine.checkpoint.quantized.mxfp4 import BLOCKS, FORM, NOT_A_NUMBER, SCALES, Mxfp4, decode, expert_layer
 from peakgpt.engine.model.transformer import Transformer
 
 

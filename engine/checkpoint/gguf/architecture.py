@@ -1,6 +1,6 @@
 """An architecture of llama.cpp: how metadata and tensors of a .gguf file correspond to GPTConfig and our state dict.
 
-The architectures themselves are data: one row each in gguf_architectures.py. Matrices are [out, in] on both sides, and
+The architectures themselves are data: one row each in architectures.py. Matrices are [out, in] on both sides, and
 packed projections have queries, keys and values one after the other on both sides.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.family import qkv_rows
+from peakgpt.engine.checkpoint.families.family import qkv_rows
 from peakgpt.engine.data.gguf_header import GGUFHeader
 from peakgpt.engine.model.config import BIASED, TRAINING_ONLY, GPTConfig
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from peakgpt.engine.checkpoint.folder import CONFIG, QUANTIZATION, QUANTIZED, WEIGHTS, read_json, replace_files
-from peakgpt.engine.checkpoint.grouped_state import Forms, grouped_shapes, grouped_state, load_grouped
 from peakgpt.engine.checkpoint.manifest import MANIFEST
 from peakgpt.engine.checkpoint.model_folder import warn_of_own_layout, write_description
-from peakgpt.engine.checkpoint.packed_layers import AWQ, GPTQ, PackedFormat, packed_format
-from peakgpt.engine.checkpoint.quantized_weights import load_quantized, quantized_shapes
+from peakgpt.engine.checkpoint.quantized.grouped_state import Forms, grouped_shapes, grouped_state, load_grouped
+from peakgpt.engine.checkpoint.quantized.packed_layers import AWQ, GPTQ, PackedFormat, packed_format
+from peakgpt.engine.checkpoint.quantized.weights import load_quantized, quantized_shapes
 from peakgpt.engine.checkpoint.safetensors_io import read_safetensors, write_safetensors
 from peakgpt.engine.checkpoint.source_files import TokenizerFiles
 from peakgpt.engine.data.tokenizer_names import CHAT_TEMPLATES

@@ -1,24 +1,25 @@
 """The weights of a GPTQ or AWQ checkpoint in a model: floats, or linear layers that multiply by its integers.
 
-Layers whose rows are one matrix in our model, such as queries, keys and values, become one GroupedLinear. The weights
-of experts, and a matrix of which the checkpoint has a part as floats, are decoded.
+Layers whose rows are one matrix in our model, such as queries, keys and values, become one GroupedLinear, and those of
+experts one GroupedExpertLinear. Experts with zero points or act-order, and a matrix of which the checkpoint has a part
+as floats, are decoded.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.family import Family
+from peakgpt.engine.checkpoint.families.family import Family
 from peakgpt.engine.checkpoint.model_folder import open_layout, read_weights
-from peakgpt.engine.checkpoint.packed_layers import KINDS, PackedFormat, PackedLayer, grouped_form, unpack
-from peakgpt.engine.checkpoint.quantized_weights import LAYERS, with_layers
+from peakgpt.engine.checkpoint.quantized.packed_layers import KINDS, PackedFormat, PackedLayer, grouped_form, unpack
+from peakgpt.engine.checkpoint.quantized.weights import LAYERS, with_layers
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.grouped_linear import GroupedLinear
+from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedLinear
 from peakgpt.engine.model.quantized_linear import HEAD
 from peakgpt.engine.model.transformer import Transformer
 
@@ -55,27 +56,24 @@ def load_packed(
             raise ValueError(f"{opened.shards.get(f'{layer}.qweight', path)}: {layer}: {error}") from None
 
     grouped = {} if dequantize else _grouped_modules(family, config, expected, packed)
-    decoded = {f"{layer}.weight": read(layer).weight(form).to(dtype)
-               for layer in packed.keys() - {part for parts in grouped.values() for part in parts}}  # fmt: skip
+    layers: dict[str, GroupedLinear | GroupedExpertLinear] = {}
+    for module, names in grouped.items():
+        if (parts := _read_parts(names, read, is_stacked=len(expected[f"{module}.weight"]) == 3)) is not None:
+            layers[module] = _layer(path, family, config, module, parts, form, expected[f"{module}.weight"][-1])
+    multiplied = {name for module in layers for name in grouped[module]}
+    decoded = {f"{name}.weight": read(name).weight(form).to(dtype) for name in packed.keys() - multiplied}
     if decoded and not dequantize:
         warnings.warn(f"{path}: {len(decoded)} quantized matrices, such as {min(decoded)}, are decoded to {dtype}: we "
                       "have no product with their integers", stacklevel=3)  # fmt: skip
     floats |= family.transposed(decoded)
-    rest = {name: shape for name, shape in expected.items() if name.removesuffix(".weight") not in grouped}
+    rest = {name: shape for name, shape in expected.items() if name.removesuffix(".weight") not in layers}
     state = read_weights(opened._replace(tensors=floats), family, config, rest, dtype)
-    if not grouped:
-        model.load_state_dict(state, assign=True)
-        return model.eval()
-    layers = {}
-    for module, parts in grouped.items():
-        read_parts = {part: read(part) for part in parts}
-        order = _common_order(path, read_parts)
-        merged = PackedLayer(*(_merge(family, config, module, read_parts, i) for i in range(3)), order)
-        layer_form, zero = grouped_form(form, merged.zero)
-        bias = state.pop(f"{module}.bias", None)
-        inputs = expected[f"{module}.weight"][1]
-        layers[module] = GroupedLinear(merged.q, merged.scale, zero, bias, inputs, layer_form, order)
-    return with_layers(model, layers, state)
+    for module, layer in layers.items():
+        layer.bias = state.pop(f"{module}.bias", None)
+    if layers:
+        return with_layers(model, layers, state)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def _split(
@@ -98,15 +96,40 @@ def _split(
 def _grouped_modules(
     family: Family, config: GPTConfig, expected: Mapping[str, torch.Size], packed: Mapping[str, object]
 ) -> dict[str, list[str]]:
-    """Return our linear layers that consist of quantized ones only, and the names of these."""
+    """Return our linear layers that consist of quantized ones only, and the names of these; experts are stacked."""
     found = {}
     for name, shape in expected.items():
         module = name.removesuffix(".weight")
-        if len(shape) == 2 and (LAYERS.match(module) or module == HEAD):
+        if len(shape) > 1 and (LAYERS.match(module) or module == HEAD):
             parts = [part.removesuffix(".weight") for part in family.layout_names(config, name)]
             if all(part in packed for part in parts):
                 found[module] = parts
     return found
+
+
+def _read_parts(
+    names: Sequence[str], read: Callable[[str], PackedLayer], *, is_stacked: bool
+) -> dict[str, PackedLayer] | None:  # fmt: skip
+    """Read the parts of one of our layers; None if it is one of experts and has zero points or an order."""
+    parts = {}
+    for name in names:
+        parts[name] = part = read(name)
+        if is_stacked and (part.order is not None or part.zero.any()):
+            return None
+    return parts
+
+
+def _layer(
+    path: Path, family: Family, config: GPTConfig, module: str, parts: Mapping[str, PackedLayer], form: PackedFormat,
+    inputs: int,
+) -> GroupedLinear | GroupedExpertLinear:  # fmt: skip
+    """Return a layer with the integers of its parts, without a bias."""
+    order = _common_order(path, parts)
+    q, scale, zero = (_merge(family, config, module, parts, i) for i in range(3))
+    layer_form, zero = grouped_form(form, zero)
+    if q.dim() == 3:
+        return GroupedExpertLinear(q, scale, None, inputs, layer_form)
+    return GroupedLinear(q, scale, zero, None, inputs, layer_form, order)
 
 
 def _merge(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peakgpt.engine.checkpoint.families import family_of
+from peakgpt.engine.checkpoint.families.catalogue import family_of
 from peakgpt.engine.checkpoint.folder import CONFIG
-from peakgpt.engine.checkpoint.gguf_architecture import Architecture
-from peakgpt.engine.checkpoint.gguf_architectures import ARCHITECTURES
+from peakgpt.engine.checkpoint.gguf.architecture import Architecture
+from peakgpt.engine.checkpoint.gguf.architectures import ARCHITECTURES
 from peakgpt.engine.checkpoint.source_files import GENERATION_CONFIG
 from peakgpt.engine.data.gguf_header import TOKENIZER, GGUFHeader, read_header
 from peakgpt.engine.model.config import GPTConfig

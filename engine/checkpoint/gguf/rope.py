@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.gguf_blocks import read_tensor
+from peakgpt.engine.checkpoint.gguf.blocks import read_tensor
 from peakgpt.engine.data.gguf_header import GGUFHeader
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.rope_scaling import ORIGINAL, frequencies

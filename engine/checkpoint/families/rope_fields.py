@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from peakgpt.engine.checkpoint.family import FieldGroup
+from peakgpt.engine.checkpoint.families.family import FieldGroup
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.rope_scaling import DEFAULT, KINDS, ORIGINAL
 

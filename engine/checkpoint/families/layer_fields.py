@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peakgpt.engine.checkpoint.family import FieldGroup
-from peakgpt.engine.checkpoint.rope_fields import FULL, SLIDING
+from peakgpt.engine.checkpoint.families.family import FieldGroup
+from peakgpt.engine.checkpoint.families.rope_fields import FULL, SLIDING
 from peakgpt.engine.model.config import GPTConfig
 
 Types = Callable[[Mapping[str, Any]], list[str]]

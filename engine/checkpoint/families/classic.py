@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peakgpt.engine.checkpoint.family import Family, Field, FieldGroup, with_defaults
-from peakgpt.engine.checkpoint.module_names import module_names, qkv_names
-from peakgpt.engine.checkpoint.rope_fields import given_parameters, head_width, require_head_width, scaling_of
-from peakgpt.engine.checkpoint.row_orders import grouped_heads
+from peakgpt.engine.checkpoint.families.family import Family, Field, FieldGroup, with_defaults
+from peakgpt.engine.checkpoint.families.module_names import module_names, qkv_names
+from peakgpt.engine.checkpoint.families.rope_fields import given_parameters, head_width, require_head_width, scaling_of
+from peakgpt.engine.checkpoint.families.row_orders import grouped_heads
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.rope_scaling import DEFAULT
 

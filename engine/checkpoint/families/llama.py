@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from peakgpt.engine.checkpoint.family import Family, Field, FieldGroup, with_defaults
-from peakgpt.engine.checkpoint.layer_fields import (
+from peakgpt.engine.checkpoint.families.family import Family, Field, FieldGroup, with_defaults
+from peakgpt.engine.checkpoint.families.layer_fields import (
     Types,
     bias_fields,
     rotary_layer_fields,
     uniform_window_fields,
     window_fields,
 )
-from peakgpt.engine.checkpoint.module_names import module_names, qkv_names
-from peakgpt.engine.checkpoint.rope_fields import FULL, SLIDING, rope_fields, rope_fields_by_layer_type
+from peakgpt.engine.checkpoint.families.module_names import module_names, qkv_names
+from peakgpt.engine.checkpoint.families.rope_fields import FULL, SLIDING, rope_fields, rope_fields_by_layer_type
 from peakgpt.engine.model.config import GPTConfig
 
 GATES = {"silu": "silu", "swish": "silu", "gelu": "gelu_erf", "gelu_new": "gelu_tanh",

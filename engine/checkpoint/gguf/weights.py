@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peakgpt.engine.checkpoint.gguf_blocks import FORMATS, WITHOUT_OFFSET, Quants, decode, read_quants, read_tensor
-from peakgpt.engine.checkpoint.gguf_file import GGUFModel
-from peakgpt.engine.checkpoint.quantized_weights import LAYERS, with_layers
+from peakgpt.engine.checkpoint.gguf.blocks import FORMATS, WITHOUT_OFFSET, Quants, decode, read_quants, read_tensor
+from peakgpt.engine.checkpoint.gguf.file import GGUFModel
+from peakgpt.engine.checkpoint.quantized.weights import LAYERS, with_layers
 from peakgpt.engine.model.grouped_linear import GroupedExpertLinear, GroupedFormat, GroupedLinear
 from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD
 from peakgpt.engine.model.transformer import Transformer

@@ -1,0 +1,1 @@
+"""The layouts of model families: how the config.json and the tensors of each correspond to ours."""

@@ -1,0 +1,1 @@
+"""Models in .gguf files, the format of llama.cpp: reading, writing, and the architectures of llama.cpp."""
