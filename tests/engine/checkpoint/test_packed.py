@@ -224,7 +224,7 @@ BAD_TENSORS = [
     ("scales", lambda t: t.int(), "got scales of torch.int32"),
     ("scales", lambda t: t.float() * 1e-9, "got scales of torch.float32 that float16 does not hold"),
     ("scales", lambda t: t * float("nan"), "got scales with infinities or NaN"),
-    ("scales", lambda t: t.bfloat16() * 2.0**20, "got scales of torch.bfloat16 that float16 does not hold"),
+    ("scales", lambda t: t.bfloat16() * 2.0**30, "got scales of torch.bfloat16 that float16 does not hold"),
     ("g_idx", lambda t: t.clamp(max=1), "got 0 inputs of group 2 in g_idx, expected 32"),
     ("g_idx", lambda t: t + 1, "got groups 1 to 3 in g_idx, expected 0 to 2"),
     ("g_idx", lambda t: t - 1, "got groups -1 to 1 in g_idx, expected 0 to 2"),

@@ -164,6 +164,16 @@ def test_a_gradient_below_max_norm_stays_as_it_is(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_lower_half_of_the_master_counts(backend):
+    """Mutation that makes it fail: the update begins from the bfloat16 parameter alone."""
+    param, grad, remainder, momentum = OPS["muon"].sample(rows=33, columns=20, dtype=torch.bfloat16)
+    before = param.clone(), remainder.clone()
+    with use_backend(backend):
+        OPS["muon"](param, grad, remainder, momentum, lr=0.0)
+    assert torch.equal(param, before[0]) and torch.equal(remainder, before[1]) and remainder.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_newton_schulz_steps_the_update_has_norm_1(backend, dtype):
     param, grad, remainder, momentum = OPS["muon"].sample(rows=33, columns=20, dtype=dtype)
