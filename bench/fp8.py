@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.case import Case, joined
-from peakgpt.bench.interleave import OnFailure, interleave
-from peakgpt.bench.peak_meter import PeakMeter
+from peakgpt.bench.interleave import OnFailure
 from peakgpt.bench.schema import Result
+from peakgpt.bench.training_case import TrainingCase
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
@@ -30,24 +29,20 @@ SYMBOLS = 512  # number of token ids in the synthetic sequences
 
 
 @dataclass(frozen=True)
-class Fp8Case(Case):
+class Fp8Case(TrainingCase):
     """Training with both dtypes, then the time of a step of each; the notes contain the losses.
 
     Args:
-        model: name of the model, for the name of the case.
-        config, recipe: model and training; each contender sets recipe.fp8.
+        model, config, recipe: as in TrainingCase; each contender sets recipe.fp8.
         steps: of the run that gives the loss.
     """
 
     kind: ClassVar[str] = "fp8"
-    model: str
-    config: GPTConfig
-    recipe: TrainConfig
     steps: int
 
     @property
     def name(self) -> str:
-        return joined(self.kind, self.model, f"{self.recipe.batch}x{self.recipe.tokens}")
+        return joined(self.kind, self.model, self.shape)
 
     def all_contenders(self, device: torch.device) -> list[str]:
         return ["peakgpt", "peakgpt, fp8"]
@@ -58,19 +53,10 @@ class Fp8Case(Case):
         for step in sorted({0, steps // 4, steps // 2, steps - 1}):
             print(f"step {step + 1}: loss " + ", ".join(f"{name} {row[step]:.4f}" for name, row in losses.items()))
         batch = next(_batches(config, recipe, device))
-        contenders = {name: partial(trainers[name].step, *batch) for name in self.contenders(device)}
-        timings = interleave(contenders, rounds=self.rounds, device=device, budget_s=self.left_s(start),
-                             peaks=PeakMeter(device, [recipe.dtype]), on_failure=on_failure)  # fmt: skip
-        case = {"batch": recipe.batch, "tokens": recipe.tokens}
-        flops = training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens
-        return [
-            Result.of(
-                timing.noted(f"loss {losses[name][-1]:.4f} after {steps} steps", "the peak is bfloat16's for both"),
-                bench="train", case=case | {"n_layer": config.n_layer, "n_embd": config.n_embd},
-                contender=name, backend="auto", device=str(device), dtype="bfloat16", flops=flops, flops_kind="model",
-            )
-            for name, timing in timings.items()
-        ]  # fmt: skip
+        calls = {name: partial(trainer.step, *batch) for name, trainer in trainers.items()}
+        note = "loss {:.4f} after {} steps; the peak is bfloat16's for both"
+        notes = {name: note.format(row[-1], steps) for name, row in losses.items()}
+        return self._time_steps(calls, notes, start, device, on_failure)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from peakgpt.bench.case import Case, joined
-from peakgpt.bench.interleave import OnFailure, interleave
-from peakgpt.bench.peak_meter import PeakMeter
+from peakgpt.bench.interleave import OnFailure
 from peakgpt.bench.schema import Result
+from peakgpt.bench.training_case import TrainingCase
 from peakgpt.engine.gpt import GPT
-from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.engine.training.trainer import Trainer
@@ -29,25 +27,20 @@ SECONDS = 180.0  # of the case; a step takes 18 s on 2 cores
 
 
 @dataclass(frozen=True)
-class PackingCase(Case):
+class PackingCase(TrainingCase):
     """A step on whole rows, and on rows of several masked documents of equal length, by one trainer.
 
     Args:
-        model: name of the model, for the name of the case.
-        config, recipe: model and training.
+        model, config, recipe: as in TrainingCase.
         documents: numbers of documents in a row, one contender for each.
     """
 
     kind: ClassVar[str] = "packing"
-    model: str
-    config: GPTConfig
-    recipe: TrainConfig
     documents: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        shape, dtype = f"{self.recipe.batch}x{self.recipe.tokens}", str(self.recipe.dtype).removeprefix("torch.")
-        return joined(self.kind, self.model, shape, dtype)
+        return joined(self.kind, self.model, self.shape, self.dtype)
 
     def all_contenders(self, device: torch.device) -> list[str]:
         return [WHOLE_ROWS, *map(_masked, self.documents)]
@@ -64,18 +57,8 @@ class PackingCase(Case):
             inputs[_masked(count)] = (ids, targets, position_ids)
             share = _live_share(position_ids[0])
             notes[_masked(count)] = f"{100 * share:.1f} % of the pairs of tokens that a whole row attends to"
-        contenders = {name: partial(trainer.step, *inputs[name]) for name in self.contenders(device)}
-        timings = interleave(contenders, rounds=self.rounds, device=device, budget_s=self.left_s(start),
-                             peaks=PeakMeter(device, [recipe.dtype]), on_failure=on_failure)  # fmt: skip
-        sizes = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
-        return [
-            Result.of(
-                timing.noted(notes[name]), bench="train", contender=name, backend="auto", case=sizes,
-                device=str(device), dtype=str(recipe.dtype).removeprefix("torch."),
-                flops=training_flops(config, recipe.tokens) * ids.numel(), flops_kind="model",
-            )
-            for name, timing in timings.items()
-        ]  # fmt: skip
+        calls = {name: partial(trainer.step, *given) for name, given in inputs.items()}
+        return self._time_steps(calls, notes, start, device, on_failure)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,9 +21,9 @@ from peakgpt.bench.gpu_memory import peak_allocated_bytes
 from peakgpt.bench.interleave import OnFailure
 from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
+from peakgpt.bench.training_case import TrainingCase
 from peakgpt.engine.graph_capture import WARMUP
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.flops import training_flops
 from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.command_line import integer
@@ -38,27 +38,18 @@ LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-3}  # relative
 
 
 @dataclass(frozen=True)
-class TrainCase(Case):
+class TrainCase(TrainingCase):
     """One update of the same model by several contenders, with the same weights and batch.
 
     On a CPU each contender has its own process, because allocators differ; on a GPU all share this process.
-
-    Args:
-        model: name of the model, for the name of the case.
-        config: the model.
-        recipe: batch size, tokens and dtype.
     """
 
     kind: ClassVar[str] = "train"
-    model: str
-    config: GPTConfig
-    recipe: TrainConfig
 
     @property
     def name(self) -> str:
         recompute = "" if self.recipe.recompute == "none" else f"recompute={self.recipe.recompute}"
-        shape = f"{self.recipe.batch}x{self.recipe.tokens}"
-        return joined(self.kind, self.model, shape, recompute, _name(self.recipe.dtype))
+        return joined(self.kind, self.model, self.shape, recompute, self.dtype)
 
     def all_contenders(self, device: torch.device) -> list[str]:
         return contenders_on(TRAINING_CONTENDERS, device)
@@ -73,15 +64,13 @@ class TrainCase(Case):
             rounds=self.rounds, warmup=0, device=device, budget_s=self.seconds,
             peaks=PeakMeter(device, [recipe.dtype]), on_failure=on_failure,
         )  # fmt: skip
-        sizes = {"batch": recipe.batch, "tokens": recipe.tokens, "n_layer": config.n_layer, "n_embd": config.n_embd}
-        if recipe.recompute != "none":
-            sizes["recompute"] = recipe.recompute  # only peakgpt recomputes
+        recompute = {} if recipe.recompute == "none" else {"recompute": recipe.recompute}  # only peakgpt recomputes
         return [
             Result.of(
-                m.timing.noted(m.note), bench="train", case=sizes, contender=name,
-                backend=TRAINING_CONTENDERS[name].backend, device=str(device), dtype=_name(recipe.dtype),
+                m.timing.noted(m.note), bench="train", case=self.sizes | recompute, contender=name,
+                backend=TRAINING_CONTENDERS[name].backend, device=str(device), dtype=self.dtype,
                 memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
-                flops=training_flops(config, recipe.tokens) * recipe.batch * recipe.tokens, flops_kind="model",
+                flops=self.flops, flops_kind="model",
             )
             for name, m in measured.items()
         ]  # fmt: skip

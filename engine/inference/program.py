@@ -40,6 +40,8 @@ def objection(model: Transformer) -> str | None:
         return f"supports float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"
     if config.position in RELATIVE:
         return f"supports no relative positions, got position {config.position!r}"
+    if config.qkv_clip is not None:
+        return f"supports no limit of queries, keys and values, got qkv_clip {config.qkv_clip}"
     if config.word_dim != config.n_embd:
         return f"supports word embeddings as wide as the model, got word_dim {config.word_dim}"
     for name, parameter in model.named_parameters():

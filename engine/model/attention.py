@@ -31,9 +31,9 @@ class CausalSelfAttention(ModuleWithConv1D):
     def __init__(
         self, n_embd: int, n_head: int, *, n_kv_head: int | None = None, head_dim: int | None = None,
         bias: bool = True, out_bias: bool | None = None, window: int | None = None, scale: float | None = None,
-        softcap: float | None = None, sinks: bool = False, dropout: float = 0.0, qk_norm: str = "none",
-        norm_eps: float | None = None, norm_offset: float = 0.0, relative: nn.Module | None = None,
-        rotary_table: int | None = 0, device=None, dtype=None,
+        softcap: float | None = None, qkv_clip: float | None = None, sinks: bool = False, dropout: float = 0.0,
+        qk_norm: str = "none", norm_eps: float | None = None, norm_offset: float = 0.0,
+        relative: nn.Module | None = None, rotary_table: int | None = 0, device=None, dtype=None,
     ):  # fmt: skip
         """
         Args:
@@ -46,6 +46,7 @@ class CausalSelfAttention(ModuleWithConv1D):
             window: number of keys that a query attends to, including its own; None means all.
             scale: factor on q k^T; None means 1 / sqrt(D).
             softcap: limit of the scaled scores: softcap * tanh(score / softcap); None means no limit.
+            qkv_clip: limit of queries, keys and values after their projection, -limit to limit; None means no limit.
             sinks: whether each query head has a learned logit, the parameter `sinks` (H,), that takes part in its
                 softmax and has no value. It starts at zero.
             dropout: probability of dropping an attention weight in training.
@@ -65,7 +66,7 @@ class CausalSelfAttention(ModuleWithConv1D):
                 "expected n_head to divide n_embd and n_kv_head to divide n_head"
             )
         self.head_dim, self.dropout, self.fp8 = head_dim or n_embd // n_head, dropout, False
-        self.window, self.scale, self.softcap = window, scale, softcap
+        self.window, self.scale, self.softcap, self.qkv_clip = window, scale, softcap, qkv_clip
         self.rotary_table, self.qk_norm = rotary_table, qk_norm
         logits = nn.Parameter(torch.zeros(n_head, device=device, dtype=dtype)) if sinks else None
         self.register_parameter("sinks", logits)
@@ -97,6 +98,8 @@ class CausalSelfAttention(ModuleWithConv1D):
             (B, T, C)
         """
         qkv = self._linear(self.c_attn, x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
+        if self.qkv_clip is not None:
+            qkv = qkv.clamp(-self.qkv_clip, self.qkv_clip)
         weights = None
         if self.qk_norm != "none":
             qkv, weights = self._norms(qkv)

@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(
             c.n_embd, c.n_head, n_kv_head=c.n_kv_head, head_dim=c.head_dim, bias=c.has_bias("qkv"),
             out_bias=c.has_bias("out"), window=c.windows[layer], scale=c.scale(layer), softcap=c.attention_softcap,
-            sinks=c.attention_sinks, dropout=c.attention_dropout,
+            qkv_clip=c.qkv_clip, sinks=c.attention_sinks, dropout=c.attention_dropout,
             qk_norm=c.qk_norm, norm_eps=c.layer_norm_epsilon, norm_offset=c.norm_offset,
             relative=RELATIVE[c.position](c) if c.position in RELATIVE else None, rotary_table=c.rotary_table(layer),
         )  # fmt: skip

@@ -102,6 +102,10 @@ class GPTConfig:
         (None,), "for each layer the number of keys that a query attends to, including its own; none: all; a shorter "
         "list is repeated to n_layer entries",
     )  # fmt: skip
+    qkv_clip: float | None = _field(
+        None, "limit of the queries, keys and values after their projection, -limit to limit; none: no limit", above=0,
+        metavar="LIMIT",
+    )  # fmt: skip
     attention_scale: float | None = _field(None, "factor on q k^T; none: 1 / sqrt(head_dim)", metavar="FACTOR")
     scale_by_layer: bool = _field(False, "divide that factor by i + 1 in layer i")
     attention_softcap: float | None = _field(

@@ -36,6 +36,7 @@ SYNONYMS: dict[str, tuple[str, str, str, str]] = {
     "embedding_scale": ("scale_embeddings", "", "", ""),
     "windows": ("sliding_window_size", "", "", "sliding_window"),
     "attention_scale": ("attention_scores_scalar", "", "", ""),
+    "qkv_clip": ("", "", "", "clip_qkv"),
     "attention_softcap": ("attention_logit_softcapping", "", "", "attn_logit_softcapping"),
     "residual": ("parallel_residual", "", "", ""),
     "activation": ("gelu_approximate", "", "", "activation_function hidden_act"),

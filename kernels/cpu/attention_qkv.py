@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from peakgpt.kernels.cpu import attention, qk_norm, rotary
-from peakgpt.kernels.ops.attention import rotated_heads
+from peakgpt.kernels.ops.qkv_heads import prepare_heads, prepared_heads, split_heads
 
 NO_GRADIENT = rotary.NO_GRADIENT
 
@@ -22,7 +22,7 @@ def objection(
     reason = None if cos is None else rotary.objection(qkv, cos)
     if q_norm is not None:
         reason = reason or qk_norm.objection(qkv, q_norm, k_norm)
-    return reason or attention.objection(*_split(qkv, n_head), **params)
+    return reason or attention.objection(*split_heads(qkv, n_head), **params)
 
 
 def forward(
@@ -30,15 +30,10 @@ def forward(
     **params,
 ):  # fmt: skip
     lse, *prepared = saved
-    if q_norm is not None:
-        qk, r = prepared
-        qk_norm.normalize(
-            qk, r, qkv[:, :, : qk.shape[2]], q_norm, k_norm, cos, sin, n_head=n_head, interleaved=interleaved,
-            eps=norm_eps, offset=norm_offset,
-        )  # fmt: skip
-    elif prepared:
-        rotary.rotate(qkv, cos, sin, prepared[0], rotated_heads(qkv, n_head), interleaved)
-    heads = _prepared(qkv, prepared, n_head)
+    heads = prepare_heads(
+        prepared, qkv, cos, sin, q_norm, k_norm, rotate=rotary.rotate, normalize=qk_norm.normalize, n_head=n_head,
+        interleaved=interleaved, norm_eps=norm_eps, norm_offset=norm_offset,
+    )  # fmt: skip
     attention.attend(outputs[0], lse, *heads, cu_seqlens=cu_seqlens, sinks=sinks, **params)
 
 
@@ -49,10 +44,10 @@ def backward(
     lse, *prepared = saved
     whole = prepared[0] if qkv is None else qkv
     dqkv = torch.empty_like(whole, memory_format=torch.contiguous_format)
-    into = dict(zip(("dq", "dk", "dv"), _split(dqkv, n_head), strict=True))
+    into = dict(zip(("dq", "dk", "dv"), split_heads(dqkv, n_head), strict=True))
     dsinks = into["dsinks"] = sinks.new_empty(sinks.shape, dtype=torch.float32) if needs[6] else None
     rotation = {"cos": cos, "sin": sin, "interleaved": interleaved} if q_norm is None else {}
-    heads = _prepared(whole, prepared, n_head)
+    heads = prepared_heads(whole, prepared, n_head)
     options = {"cu_seqlens": cu_seqlens, "sinks": sinks, **rotation, **params}
     attention.gradients(into, grads[0], outputs[0], lse, *heads, **options)
     dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
@@ -65,19 +60,3 @@ def backward(
         interleaved=interleaved, offset=norm_offset,
     )  # fmt: skip
     return dqkv, None, None, None, *dw, dsinks
-
-
-def _split(qkv, n_head):
-    """Return the views (q, k, v)."""
-    kv_heads = (qkv.shape[2] - n_head) // 2
-    return qkv[:, :, :n_head], qkv[:, :, n_head : n_head + kv_heads], qkv[:, :, n_head + kv_heads :]
-
-
-def _prepared(qkv, prepared, n_head):
-    """Return (q, k, v) as attention reads them: prepared[0] is a rotated projection, or normalized queries and keys."""
-    if not prepared:
-        return _split(qkv, n_head)
-    heads = prepared[0].shape[2]
-    if heads == qkv.shape[2]:
-        return _split(prepared[0], n_head)
-    return prepared[0][:, :, :n_head], prepared[0][:, :, n_head:], qkv[:, :, heads:]

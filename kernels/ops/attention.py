@@ -30,6 +30,7 @@ from peakgpt.kernels.core import check
 from peakgpt.kernels.core.dispatch import Cost, op
 from peakgpt.kernels.ops.attention_math import attend, default_scale, live_pairs, matmul_attention
 from peakgpt.kernels.ops.qk_norm import check_norms, qk_norm, sample_norms, statistics
+from peakgpt.kernels.ops.qkv_heads import rotated_heads, split_heads
 from peakgpt.kernels.ops.rotary import check_tables, rotary, sample_tables
 
 
@@ -196,11 +197,6 @@ def attention(
     )  # fmt: skip
 
 
-def _split(qkv, n_head):
-    kv_heads = (qkv.shape[2] - n_head) // 2
-    return qkv.split((n_head, kv_heads, kv_heads), dim=2)
-
-
 def _check_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks, *, n_head, window, softcap, **_):
     check.shape("attention_qkv", "qkv", qkv, None, None, None, None)
     rest = qkv.shape[2] - n_head
@@ -221,11 +217,6 @@ def _check_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks, *, n_head, wind
             raise ValueError(f"attention_qkv: packed documents with qkv {tuple(qkv.shape)}, expected B = 1")
 
 
-def rotated_heads(qkv: Tensor, n_head: int) -> int:
-    """H + K, the number of heads of a packed projection (B, T, H + 2 K, D) that rotary embedding rotates."""
-    return (n_head + qkv.shape[2]) // 2
-
-
 def _cost_qkv(
     qkv, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, sinks=None, *, n_head, interleaved=False,
     norm_eps=None, norm_offset=0.0, **params,
@@ -234,7 +225,7 @@ def _cost_qkv(
 
     Backward also reads queries and keys before the norms.
     """
-    plain, heads = attention.cost(*_split(qkv, n_head), sinks=sinks, **params), rotated_heads(qkv, n_head)
+    plain, heads = attention.cost(*split_heads(qkv, n_head), sinks=sinks, **params), rotated_heads(qkv, n_head)
     if q_norm is not None:
         more = qk_norm.cost(qkv[:, :, :heads], q_norm, k_norm, cos, sin, n_head=n_head)
     elif cos is not None:
@@ -267,10 +258,7 @@ def _sample_qkv(
 
 
 def _alloc_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks, *, needs, n_head, **_):
-    """Saves attention's lse and, with rotary, the rotated projection instead of qkv.
-
-    With norms it saves the normalized and rotated queries and keys besides qkv, and r of `qk_norm`.
-    """
+    """Saves attention's lse and the prepared heads (kernels/ops/qkv_heads.py)."""
     outputs, saved = _alloc(qkv[:, :, :n_head], needs=needs)
     if q_norm is not None:
         qk = qkv[:, :, : rotated_heads(qkv, n_head)]
@@ -287,11 +275,12 @@ def _saved_for_backward_qkv(qkv, cos, sin, cu_seqlens, q_norm, k_norm, sinks):
 
 def _prepare(qkv, cos, sin, q_norm, k_norm, *, n_head, interleaved, norm_eps, norm_offset):
     """Return q, k and v as attention takes them: normalized and rotated."""
-    q, k, v = _split(qkv, n_head)
+    q, k, v = split_heads(qkv, n_head)
     if q_norm is None and cos is None:
         return q, k, v
     if q_norm is None:
-        return _split(rotary.eager(qkv, cos, sin, heads=rotated_heads(qkv, n_head), interleaved=interleaved), n_head)
+        rotated = rotary.eager(qkv, cos, sin, heads=rotated_heads(qkv, n_head), interleaved=interleaved)
+        return split_heads(rotated, n_head)
     qk = qk_norm.eager(
         qkv[:, :, : rotated_heads(qkv, n_head)], q_norm, k_norm, cos, sin, n_head=n_head, interleaved=interleaved,
         eps=norm_eps, offset=norm_offset,

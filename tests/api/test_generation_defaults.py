@@ -71,14 +71,11 @@ def test_server_ends_at_every_end_of_the_checkpoint(folder):
     free = [token for output in outputs for token in output.token_ids]
     ends = []
     for content in ({}, {"eos_token_id": [tokenizer.vocab_size - 1, free[9]]}, {"max_length": 4}):
-        running = Running(state(folder, **content), tokenizer)
-        try:
+        with Running(state(folder, **content), tokenizer) as running:
             status, answer = running.ask("/v1/completions", ask)
             assert status == 200
             ends.append(answer["choices"][0])
             bare = running.ask("/v1/completions", {"prompt": "the canary"})
-        finally:
-            running.close()
     assert bare[0] == 400 and bare[1]["error"]["param"] == "max_tokens"
     assert "generation_config.json: max_length is 4" in bare[1]["error"]["message"]
     free, stopped, _ = ends

@@ -35,15 +35,13 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def running(model, tokenizer):
-    running = Running(model, with_chat(tokenizer, CHAT), hosts=guard.LOOPBACK)
-    yield running
-    running.close()
+    with Running(model, with_chat(tokenizer, CHAT), hosts=guard.LOOPBACK) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def client(running):
-    openai = pytest.importorskip("openai", reason="openai is not installed")
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="any", max_retries=0)
+    return running.openai_client()
 
 
 def test_echo_returns_log_probabilities_of_prompt_and_completion(client, model, tokenizer):
@@ -191,8 +189,7 @@ def test_wrong_model_content_type_host_and_header_are_rejected(running):
 
 
 def test_every_route_except_health_needs_the_api_key(model, tokenizer):
-    keyed = Running(model, tokenizer, key=KEY)
-    try:
+    with Running(model, tokenizer, key=KEY) as keyed:
         paths = [route.path for route in keyed.server.app.routes]
         assert len(paths) == 10
         for path in [*paths, "/nowhere"]:
@@ -203,8 +200,6 @@ def test_every_route_except_health_needs_the_api_key(model, tokenizer):
         assert keyed.ask("/", headers={"authorization": "Basic OnJpZ2h0IGtleQ=="})[0] == 200
         refused = keyed.ask("/v1/chat/completions", {"messages": []}, {"authorization": f"Bearer {KEY}"})
         assert refused[0] == 400 and "got a model without chat template, expected" in refused[1]["error"]["message"]
-    finally:
-        keyed.close()
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"])
@@ -237,21 +232,17 @@ def test_bodies_that_no_route_reads_are_cut_off(running):
 
 
 def test_client_that_does_not_read_is_cut_off(model, tokenizer):
-    small = Running(model, tokenizer, send_bytes=4096)
-    try:
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.connect(("127.0.0.1", small.port))
-            client.sendall(posted({"prompt": ["x"] * 8, "max_tokens": 120, "seed": 1, "stream": True}))
-            until = time.monotonic() + 10
-            while not (connections := small.uvicorn.server_state.connections):
-                assert time.monotonic() < until
-            while connections:
-                assert time.monotonic() < until, "the connection is still open"
-                time.sleep(0.01)
-            assert small.idle() == 40
-    finally:
-        small.close()
+    with Running(model, tokenizer, send_bytes=4096) as small, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", small.port))
+        client.sendall(posted({"prompt": ["x"] * 8, "max_tokens": 120, "seed": 1, "stream": True}))
+        until = time.monotonic() + 10
+        while not (connections := small.uvicorn.server_state.connections):
+            assert time.monotonic() < until
+        while connections:
+            assert time.monotonic() < until, "the connection is still open"
+            time.sleep(0.01)
+        assert small.idle() == 40
 
 
 @pytest.mark.parametrize(("sent", "status"), [

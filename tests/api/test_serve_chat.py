@@ -161,8 +161,7 @@ def test_server_answers_400_and_goes_on(monkeypatch):
     source = "{% if messages[0].content == 'slow' %}" + SLOW + "{% elif messages[0].content == 'zero' %}"
     monkeypatch.setattr(template_sandbox, "RENDER_S", 1.0)
     source += "{{ 1 // 0 }}{% endif %}{{ messages[0].content }}"
-    running = Running(serving.tiny_model(tokenizer), with_chat(tokenizer, source))
-    try:
+    with Running(serving.tiny_model(tokenizer), with_chat(tokenizer, source)) as running:
         answers = {}
 
         def ask(content):
@@ -180,8 +179,6 @@ def test_server_answers_400_and_goes_on(monkeypatch):
         for content in ("slow", "zero"):
             error = answers[content][1]["error"]
             assert error["type"] == "invalid_request_error" and error["param"] == "messages"
-    finally:
-        running.close()
 
 
 def test_rendered_prompt_has_one_beginning():
@@ -191,11 +188,8 @@ def test_rendered_prompt_has_one_beginning():
     bos = library.token_to_id("<s>")
     library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     tokenizer = with_chat(Tokenizer(library), "<s>{{ messages[0].content }}")
-    running = Running(serving.tiny_model(tokenizer), tokenizer)
-    try:
+    with Running(serving.tiny_model(tokenizer), tokenizer) as running:
         plain = running.ask("/v1/completions", {"prompt": "canary", "max_tokens": 1})
         chatted = running.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "canary"}]})
         expected = len(tokenizer.encode("canary", add_special_tokens=False)) + 1
         assert plain[1]["usage"]["prompt_tokens"] == chatted[1]["usage"]["prompt_tokens"] == expected
-    finally:
-        running.close()

@@ -27,9 +27,8 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def running(model, tokenizer):
-    running = Running(model, tokenizer, limits=dataclasses.replace(serving.LIMITS_HERE, inputs=8))
-    yield running
-    running.close()
+    with Running(model, tokenizer, limits=dataclasses.replace(serving.LIMITS_HERE, inputs=8)) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +42,7 @@ def ask(running, **data):
 
 @pytest.mark.parametrize("options", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}])
 def test_the_client_of_openai_gets_the_vectors(options, running, tokenizer, expected):
-    openai = pytest.importorskip("openai", reason="openai is not installed")
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="any", max_retries=0)
+    client = running.openai_client()
     ids = [tokenizer.encode(text) for text in TEXTS]
     for given, rows in ((TEXTS, expected), (ids, expected), (TEXTS[0], expected[:1]), (ids[0], expected[:1])):
         answer = client.embeddings.create(model="tiny", input=given, **options)
@@ -116,10 +114,7 @@ def test_bad_input_names_the_field(fields, param, code, text, running):
 
 
 def test_a_full_queue_is_refused(model, tokenizer):
-    running = Running(model, tokenizer, limits=dataclasses.replace(serving.LIMITS_HERE, queue=2))
-    try:
+    with Running(model, tokenizer, limits=dataclasses.replace(serving.LIMITS_HERE, queue=2)) as running:
         status, answer = ask(running, input=TEXTS)
         assert status == 429 and answer["error"]["code"] == "rate_limit_exceeded"
         assert ask(running, input=TEXTS[:2])[0] == 200
-    finally:
-        running.close()

@@ -25,9 +25,8 @@ AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 def running():
     tokenizer = serving.tiny_tokenizer()
     chatting = serving.with_chat(tokenizer, "{{ messages[0].content }}")
-    running = Running(serving.tiny_model(tokenizer), chatting, key=[KEY, "other"], hosts=guard.LOOPBACK)
-    yield running
-    running.close()
+    with Running(serving.tiny_model(tokenizer), chatting, key=[KEY, "other"], hosts=guard.LOOPBACK) as running:
+        yield running
 
 
 def raw(running, sent):
@@ -197,10 +196,8 @@ def test_no_route_answers_a_plain_500(route):
         patch.setattr(serving.serve.Server, route, fail)
         broken = Running(serving.tiny_model(tokenizer), tokenizer)
     path = {"_models": "/v1/models", "_page": "/", "_metrics": "/metrics", "_health": "/health"}[route]
-    try:
+    with broken:
         status, answer = broken.ask(path)
-    finally:
-        broken.close()
     assert status == 500 and answer["error"]["code"] == "internal_error"
 
 
@@ -217,7 +214,7 @@ def test_ended_engine_thread_answers_503_at_once_and_ends_the_server():
         raise SystemExit
 
     dying.engine.step = step
-    try:
+    with dying:
         request = threading.Thread(target=lambda: answers.append(dying.ask("/v1/completions", TEXT)))
         request.start()
         assert begun.wait(20) and ended.wait(20)
@@ -227,8 +224,6 @@ def test_ended_engine_thread_answers_503_at_once_and_ends_the_server():
             status, answer = dying.ask(path, data)
             assert (status, answer["error"]["code"]) == (503, "engine_stopped")
         assert dying.ask("/health") == (503, {"status": "the engine thread has stopped"})
-    finally:
-        dying.close()
 
 
 def test_error_in_a_stream_has_the_same_format(running):

@@ -47,9 +47,8 @@ VALUES = {
 @pytest.fixture(scope="module")
 def running():
     tokenizer = serving.tiny_tokenizer()
-    running = Running(serving.tiny_model(tokenizer), serving.with_chat(tokenizer, TEMPLATE), limits=LIMITS)
-    yield running
-    running.close()
+    with Running(serving.tiny_model(tokenizer), serving.with_chat(tokenizer, TEMPLATE), limits=LIMITS) as running:
+        yield running
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,9 +16,8 @@ KEYS = ["first key", "second"]
 @pytest.fixture(scope="module")
 def running():
     tokenizer = serving.tiny_tokenizer()
-    running = Running(serving.tiny_model(tokenizer), tokenizer, hosts=guard.LOOPBACK)
-    yield running
-    running.close()
+    with Running(serving.tiny_model(tokenizer), tokenizer, hosts=guard.LOOPBACK) as running:
+        yield running
 
 
 def send(running, sent):
@@ -132,16 +131,13 @@ def test_chunked_bodies_work(running):
 def test_model_is_retrieved_by_name(name):
     openai = pytest.importorskip("openai", reason="openai is not installed")
     tokenizer = serving.tiny_tokenizer()
-    named = Running(serving.tiny_model(tokenizer), tokenizer, name=name)
-    try:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{named.port}/v1", api_key="any", max_retries=0)
+    with Running(serving.tiny_model(tokenizer), tokenizer, name=name) as named:
+        client = named.openai_client()
         if name != "..":  # a path that clients shorten
             assert client.models.retrieve(name).id == name == client.models.list().data[0].id
         with pytest.raises(openai.NotFoundError) as refusal:
             client.models.retrieve("other")
         assert refusal.value.code == "model_not_found" and refusal.value.param == "model"
-    finally:
-        named.close()
 
 
 def test_page_can_not_be_framed_and_does_not_start_by_itself(running):
@@ -173,9 +169,8 @@ def basic(value):
 @pytest.fixture(scope="module")
 def keyed():
     tokenizer = serving.tiny_tokenizer()
-    keyed = Running(serving.tiny_model(tokenizer), tokenizer, key=KEYS)
-    yield keyed
-    keyed.close()
+    with Running(serving.tiny_model(tokenizer), tokenizer, key=KEYS) as keyed:
+        yield keyed
 
 
 @pytest.mark.parametrize("key", KEYS)

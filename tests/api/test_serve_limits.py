@@ -130,9 +130,8 @@ def test_header_count_and_size_limits():
 @pytest.fixture(scope="module")
 def running():
     tokenizer = serving.tiny_tokenizer()
-    running = Running(serving.tiny_model(tokenizer), tokenizer, limits=LIMITS)
-    yield running
-    running.close()
+    with Running(serving.tiny_model(tokenizer), tokenizer, limits=LIMITS) as running:
+        yield running
 
 
 def test_header_count_limit_over_http(running):

@@ -35,9 +35,8 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def running(model, tokenizer):
-    running = Running(model, with_chat(tokenizer, "{{ messages[0].content }}"))
-    yield running
-    running.close()
+    with Running(model, with_chat(tokenizer, "{{ messages[0].content }}")) as running:
+        yield running
 
 
 def parts(running, data, path="/v1/completions"):

@@ -23,9 +23,8 @@ CASE = Workload(streams=2, prompt=4, tokens=8)
 @pytest.fixture
 def running():
     tokenizer = bench.synthetic_tokenizer(300)
-    running = serving.Running(serving.tiny_model(tokenizer), tokenizer)
-    yield running
-    running.close()
+    with serving.Running(serving.tiny_model(tokenizer), tokenizer) as running:
+        yield running
 
 
 def test_server_and_engine_give_paired_rounds_and_latencies(running, monkeypatch):

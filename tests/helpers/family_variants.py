@@ -47,6 +47,7 @@ VARIANTS = {
     "codegen": ("CodeGen", {**GPT, "n_embd": 64, "n_head": 8, "rotary_dim": 6}),
     "mpt": ("Mpt", {**MPT, "n_heads": 4}),
     "mpt of 6 heads": ("Mpt", {**MPT, "d_model": 48, "n_heads": 6, "attn_config": {"softmax_scale": 0.5}}),
+    "mpt clipped": ("Mpt", {**MPT, "n_heads": 4, "attn_config": {"clip_qkv": 0.5}}),
     "falcon": ("Falcon", FALCON),
     "falcon 40b": ("Falcon", {**FALCON, "num_attention_heads": 6, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon 11b": ("Falcon", {**FALCON, "num_attention_heads": 6, "new_decoder_architecture": True, "num_kv_heads": 3,
@@ -76,6 +77,7 @@ VARIANTS = {
     "qwen2 windows": ("Qwen2", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "smollm3": ("SmolLM3", {**LLAMA, "no_rope_layer_interval": 2}),
     "olmo": ("Olmo", LLAMA),
+    "olmo clipped": ("Olmo", {**LLAMA, "clip_qkv": 0.5}),
     "olmo2": ("Olmo2", LLAMA),
     "olmo3": ("Olmo3", {**LLAMA, "sliding_window": 5, "layer_types": TYPES, "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}, "full_attention": YARN}}),

@@ -51,7 +51,7 @@ def tiny_model(tokenizer):
 
 
 class Running:
-    """A server that runs in its own thread."""
+    """A server that runs in its own thread until the end of a `with` block."""
 
     def __init__(self, model, tokenizer, send_bytes=None, limits=LIMITS_HERE, name="tiny", **options):
         self.engine = Engine(model, tokenizer, blocks=40)
@@ -63,6 +63,13 @@ class Running:
         self.uvicorn = uvicorn.Server(guard.config(self.server.app, limits))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve([listening])))
         self.thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.uvicorn.should_exit = True
+        self.thread.join()
 
     def ask(self, path, data=None, headers=(), raw=None):
         """Send a request. Return (status, JSON or text)."""
@@ -76,9 +83,10 @@ class Running:
             status, text = error.code, error.read().decode()
         return status, json.loads(text) if text.startswith("{") else text
 
-    def close(self):
-        self.uvicorn.should_exit = True
-        self.thread.join()
+    def openai_client(self):
+        """The client of OpenAI for this server; skips the test where openai is not installed."""
+        openai = pytest.importorskip("openai", reason="openai is not installed")
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="any", max_retries=0)
 
     def idle(self):
         """Wait until no request is left. Return the number of free cache blocks."""

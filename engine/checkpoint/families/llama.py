@@ -205,11 +205,13 @@ LLAMA_LINE = (
         LLAMA,
         model_type="olmo",
         architecture="OlmoForCausalLM",
-        fields=with_defaults(
-            tuple(field for field in LLAMA.fields if field.name != "layer_norm_epsilon"), vocab_size=50304
+        fields=(
+            *with_defaults(
+                tuple(field for field in LLAMA.fields if field.name != "layer_norm_epsilon"), vocab_size=50304
+            ),
+            Field("qkv_clip", "clip_qkv", None),
         ),
         constants={**LLAMA.constants, "norm": "layer", "norm_weight": False, "layer_norm_epsilon": 1e-5},
-        fixed={"clip_qkv": None},
         groups=(rope_fields(), ATTENTION_BIAS),
     ),
     OLMO_2,

@@ -199,6 +199,7 @@ OTHER = (
             Field("dropout", "resid_pdrop", 0.0),
             Field("embedding_dropout", "emb_pdrop", 0.0),
             Field("attention_dropout", "attn_config.attn_pdrop", 0),
+            Field("qkv_clip", "attn_config.clip_qkv", None),
         ),
         constants={"position": "alibi", "activation": "gelu_erf", "bias": False},
         fixed={
@@ -209,7 +210,6 @@ OTHER = (
             "attn_config.alibi_bias_max": 8,
             "attn_config.attn_type": "multihead_attention",
             "attn_config.attn_uses_sequence_id": False,
-            "attn_config.clip_qkv": None,
             "attn_config.prefix_lm": False,
             "attn_config.qk_ln": False,
         },

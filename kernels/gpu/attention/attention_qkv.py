@@ -13,24 +13,9 @@ from torch import Tensor
 from peakgpt.kernels.gpu import rotary
 from peakgpt.kernels.gpu.attention import attention
 from peakgpt.kernels.gpu.norm import qk_norm
-from peakgpt.kernels.ops.attention import rotated_heads
+from peakgpt.kernels.ops.qkv_heads import prepare_heads, prepared_heads, rotated_heads, split_heads
 
 NO_GRADIENT = rotary.NO_GRADIENT
-
-
-def _split(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    kv_heads = (qkv.shape[2] - n_head) // 2
-    return qkv.split((n_head, kv_heads, kv_heads), dim=2)
-
-
-def _prepared(qkv: Tensor, prepared: Sequence[Tensor], n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k, v as attention takes them. prepared[0]: a rotated projection, or normalized queries and keys."""
-    if not prepared:
-        return _split(qkv, n_head)
-    heads = prepared[0].shape[2]
-    if heads == qkv.shape[2]:
-        return _split(prepared[0], n_head)
-    return *prepared[0].split((n_head, heads - n_head), dim=2), qkv[:, :, heads:]
 
 
 def objection(
@@ -40,14 +25,14 @@ def objection(
     reason = None
     if q_norm is not None:
         reason = qk_norm.objection(qkv[:, :, : rotated_heads(qkv, n_head)], q_norm, k_norm, n_head=n_head)
-    return reason or attention.objection(*_split(qkv, n_head), **params)
+    return reason or attention.objection(*split_heads(qkv, n_head), **params)
 
 
 def declines(
     qkv: Tensor, cos=None, sin=None, cu_seqlens=None, q_norm=None, k_norm=None, sinks=None, *, n_head: int,
     interleaved=False, norm_eps=None, norm_offset=0.0, **params,
 ) -> str | None:  # fmt: skip
-    return attention.declines(*_split(qkv, n_head), cu_seqlens, sinks, **params)
+    return attention.declines(*split_heads(qkv, n_head), cu_seqlens, sinks, **params)
 
 
 def forward(
@@ -55,15 +40,10 @@ def forward(
     norm_eps, norm_offset, **params,
 ) -> None:  # fmt: skip
     lse, *prepared = saved
-    if q_norm is not None:
-        qk, r = prepared
-        qk_norm.normalize(
-            qk, r, qkv[:, :, : qk.shape[2]], q_norm, k_norm, cos, sin, n_head=n_head, interleaved=interleaved,
-            eps=norm_eps, offset=norm_offset,
-        )  # fmt: skip
-    elif prepared:
-        rotary.rotate(qkv, cos, sin, prepared[0], rotated_heads(qkv, n_head), interleaved)
-    heads = _prepared(qkv, prepared, n_head)
+    heads = prepare_heads(
+        prepared, qkv, cos, sin, q_norm, k_norm, rotate=rotary.rotate, normalize=qk_norm.normalize, n_head=n_head,
+        interleaved=interleaved, norm_eps=norm_eps, norm_offset=norm_offset,
+    )  # fmt: skip
     attention.fill_forward(outputs[0], lse, *heads, cu_seqlens=cu_seqlens, sinks=sinks, **params)
 
 
@@ -74,11 +54,11 @@ def backward(
     lse, *prepared = saved
     whole = prepared[0] if qkv is None else qkv
     dqkv = torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
-    dq, *dkv = _split(dqkv, n_head)
+    dq, *dkv = split_heads(dqkv, n_head)
     dsinks = torch.empty(sinks.shape, dtype=sinks.dtype, device=sinks.device) if needs[6] else None
     rotation = {"cos": cos, "sin": sin, "interleaved": interleaved} if q_norm is None else {}
     attention.fill_backward(
-        dq, tuple(dkv), grads[0], outputs[0], lse, *_prepared(whole, prepared, n_head), dsinks=dsinks,
+        dq, tuple(dkv), grads[0], outputs[0], lse, *prepared_heads(whole, prepared, n_head), dsinks=dsinks,
         cu_seqlens=cu_seqlens, sinks=sinks, **rotation, **params,
     )  # fmt: skip
     if q_norm is None:

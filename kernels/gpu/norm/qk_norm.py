@@ -34,18 +34,20 @@ PROGRAMS_PER_PROCESSOR = 4  # of qk_norm_bwd
 
 @triton.jit
 def _features(H, N, D: tl.constexpr, JOINT: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the units of this program, (BLOCK_U,), and of each feature, (BLOCK_U, BLOCK_C): its head, its index in
-    the head and in the weight, and whether it exists.
+    """Return the units of this program, (BLOCK_U,), the number of their features, and of each feature,
+    (BLOCK_U, BLOCK_C): its head, its index in the head and in the weight, and whether it exists.
     """  # fmt: skip
     block = tl.program_id(1)
     c = tl.arange(0, BLOCK_C)[None, :] + tl.zeros([BLOCK_U, BLOCK_C], tl.int32)
     if JOINT:  # unit 0 has the query heads, unit 1 the key heads
         unit = block + tl.arange(0, BLOCK_U)
-        head, d, live = tl.where(block == 0, 0, H) + c // D, c % D, c < tl.where(block == 0, H, N - H) * D
+        count = tl.where(block == 0, H, N - H) * D
+        head, d, live = tl.where(block == 0, 0, H) + c // D, c % D, c < count
     else:
         unit = block * BLOCK_U + tl.arange(0, BLOCK_U)
+        count = D
         head, d, live = unit[:, None] + tl.zeros_like(c), c, (unit[:, None] < N) & (c < D)
-    return unit, head, d, c, live
+    return unit, count, head, d, c, live
 
 
 @triton.jit
@@ -86,8 +88,7 @@ def qk_norm_fwd(
     overlap.wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     t = row % T
-    unit, head, d, at_w, live = _features(H, N, D, JOINT, BLOCK_U, BLOCK_C)
-    count = D * (tl.where(tl.program_id(1) == 0, H, N - H) if JOINT else 1)  # features of a unit
+    unit, count, head, d, at_w, live = _features(H, N, D, JOINT, BLOCK_U, BLOCK_C)
     x_ptr += row // T * stride_x_b + t * stride_x_t
     at = head.to(tl.int64) * stride_x_h
     x = tl.load(x_ptr + at + d, mask=live, other=0.0).to(tl.float32)
@@ -141,8 +142,7 @@ def qk_norm_bwd(
 ):
     """Store dx of BLOCK_U units of tokens pid, pid + programs, ..., and the program's sums of dn z for each head."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
-    unit, head, d, at_w, live = _features(H, N, D, JOINT, BLOCK_U, BLOCK_C)
-    count = D * (tl.where(tl.program_id(1) == 0, H, N - H) if JOINT else 1)  # features of a unit
+    unit, count, head, d, at_w, live = _features(H, N, D, JOINT, BLOCK_U, BLOCK_C)
     pair, first, partner = partners(d, PAIRS, INTERLEAVED)
     rotated = live & (d < 2 * PAIRS)
     wide_head = head.to(tl.int64)

@@ -104,7 +104,8 @@ def engine_outputs(model, prompts):
         outputs[engine.submit(prompt.tolist(), SamplingParams(temperature=0))] = prompt.tolist()
     for output in engine.outputs():
         outputs[output.request_id] += output.token_ids
-    assert bool(engine.executor_note) == (model.config.word_dim != model.config.n_embd), engine.executor_note
+    c = model.config
+    assert bool(engine.executor_note) == (c.word_dim != c.n_embd or c.qkv_clip is not None), engine.executor_note
     return list(outputs.values())
 
 
