@@ -104,8 +104,9 @@ class TorchExecutor:
 
     def _is_decoding(self, chunk: Chunk) -> bool:
         """Whether `decode` can run a chunk: one token, whose angles are those of a text that ends with it."""
-        is_one_token = len(chunk.token_ids) == chunk.num_logits == 1
-        return is_one_token and self._first_row(chunk.length) == self._first_row(chunk.end)
+        if not len(chunk.token_ids) == chunk.num_logits == 1:
+            return False
+        return self.switch_length is None or self._first_row(chunk.length) == self._first_row(chunk.end)
 
     def _first_row(self, length: int) -> int:
         return first_row(self.switch_length, length)

@@ -182,10 +182,12 @@ def test_beams_equal_transformers(pair, backend):
         assert torch.equal(ours.generate(ids, num_beams=3), expected)
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("backend", ["eager", "cpu", pytest.param("gpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("qk_norm", ["none", "head"])
 def test_each_padded_text_of_a_batch_has_its_own_factors(backend, qk_norm):
     """Lengths 9, 20, 21 and 30 with a change after 20: loss, gradients and text. Seen to fail: those of the longest."""
+    if backend == "gpu":
+        pytest.importorskip("triton")
     model, ids = long_model(switch=20, qk_norm=qk_norm), tokens(4, 31)
     firsts = [21, 10, 9, 0]
     mask = torch.stack([(torch.arange(30) >= first).long() for first in firsts])
@@ -228,6 +230,25 @@ def test_chunks_have_the_factors_of_the_whole_text(backend, hooked):
         parts = [executor.step([Chunk(ids[0, p : p + n].tolist(), p, [0], n, 30)])
                  for p, n in ((0, 11), (11, 1), (12, 18))]  # fmt: skip
     torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-5, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_embeddings_and_scores_of_prompts_cut_into_chunks_are_those_of_one_pass(backend):
+    """Texts of 20 and 21 tokens, with a change after 20, in chunks of 8."""
+    model, ids = long_model(switch=20), tokens(2, 21)
+    with use_backend(backend) if backend else torch.no_grad():
+        engine = Engine(model, budget=8)
+        for count in (20, 21):
+            text = ids[:1, :count]
+            hidden = model.hidden_states(text)[0]
+            got = engine.embed([text[0].tolist()], pooling="mean", normalize=False)[0]
+            torch.testing.assert_close(got, hidden.mean(0), rtol=1e-4, atol=1e-5)
+            params = SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=0)
+            (output,) = engine.stream(text[0].tolist(), params)
+            log_p = model(text)[0, :-1].log_softmax(-1).gather(1, text[0, 1:, None])[:, 0]
+            scored = torch.tensor([entry.logprob for entry in output.prompt_logprobs])
+            torch.testing.assert_close(scored, log_p, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
