@@ -169,13 +169,16 @@ class _Rounds:
                 self.suspected = suspected
 
     def usable(self) -> list[int]:
-        """Return the rounds whose samples mean the same."""
-        return usable_rounds(self.taken, cold=self.cold)
+        """Return the rounds whose samples mean the same, for the contenders that are left."""
+        return usable_rounds(self._turns(), cold=self.cold)
+
+    def _turns(self) -> list[dict[str, Turn]]:
+        """Return the turns of each round, without those of contenders that have failed."""
+        return [{name: turn for name, turn in taken.items() if name in self.names} for taken in self.taken]
 
     def timings(self, disturbances: Sequence[float], group: GroupPeaks | None) -> dict[str, Timing]:
         """Choose the rounds to keep and return the timings of the contenders that took part in all of them."""
-        turns = [{name: turn for name, turn in taken.items() if name in self.names} for taken in self.taken]
-        usable = self.usable()
+        turns, usable = self._turns(), self.usable()
         undisturbed, note = keep_undisturbed([disturbances[i] for i in usable])
         kept = [usable[i] for i in undisturbed]
         lost = cold_note(turns, len(turns) - len(usable)) if self.cold else ""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from peakgpt.engine.checkpoint.model_folder import read_source_files
 from peakgpt.engine.data.data_config import VOCAB
 from peakgpt.engine.data.dataset import TrainingData, open_text, prepare_text
 from peakgpt.engine.data.run_layout import saved_steps, step_folder
@@ -109,8 +108,6 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
         steps = saved_steps(path)
         data, tokenizer = open_data(config, folder, saved_tokenizer(config, path, steps))
         model = empty_model(config, data) if steps else initial_model(config, data)
-        if steps:
-            model.source_files = read_source_files(step_folder(path, steps[-1]))
         loop = build_loop(config, folder, data, tokenizer, model.to(device))
         checkpoints = CheckpointManager(folder, loop, tokenizer, config.checkpoint)
         planned = planned_steps(saved, data), loop.trainer.steps

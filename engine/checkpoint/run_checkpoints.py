@@ -55,8 +55,11 @@ def link_best(run: Path, step: int | None) -> None:
 
     Raises:
         OSError: the link cannot be written.
+        ValueError: a folder is in its place that is no copy of a checkpoint of the run.
     """
     link, target = run / CHECKPOINTS / BEST, None if step is None else step_folder(run, step)
+    if link.is_dir() and not link.is_symlink():
+        _remove_copy(run, link)
     if target is None or not target.is_dir():
         link.unlink(missing_ok=True)
         return
@@ -66,6 +69,21 @@ def link_best(run: Path, step: int | None) -> None:
         os.symlink(target.name, stage / BEST)
         os.replace(stage / BEST, link)
         flush(link.parent)
+
+
+def _remove_copy(run: Path, best: Path) -> None:
+    """Delete the folder `best` of a run that was copied without links: a second copy of a checkpoint.
+
+    Raises:
+        ValueError: the run does not have that checkpoint.
+    """
+    manifests = [folder / MANIFEST for folder in (best, *(step_folder(run, step) for step in saved_steps(run)))]
+    own, *others = (path.read_bytes() if path.is_file() else None for path in manifests)
+    if own is None or own not in others:
+        raise ValueError(f"{best}: got a folder, expected a link to a checkpoint or a copy of one: move it away")
+    with staging_folder(best.parent) as stage:
+        os.rename(best, stage / BEST)
+        flush(best.parent)
 
 
 def read_checkpoint(run: Path, step: int) -> dict[str, Any]:

@@ -24,6 +24,8 @@ def splitting_copy(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     fields = json.loads(content)
     renamed = {text: f"\0{text}" for _, text in special if text != fields["model"].get("unk_token")}
     fields["model"]["vocab"] = _renamed(fields["model"]["vocab"], renamed)
+    if "merges" in fields["model"]:  # a merge that makes a special token would find it too
+        fields["model"]["merges"] = [merge for merge in fields["model"]["merges"] if _merged(merge) not in renamed]
     return _without_special_tokens(json.dumps(fields))
 
 
@@ -37,3 +39,8 @@ def _renamed(vocabulary: Any, names: dict[str, str]) -> Any:
     if isinstance(vocabulary, dict):
         return {names.get(word, word): index for word, index in vocabulary.items()}
     return [[names.get(word, word), score] for word, score in vocabulary]
+
+
+def _merged(merge: str | list[str]) -> str:
+    """Return the token that a merge of byte-pair encoding makes; older files have the pair as one string."""
+    return "".join(merge.split(" ") if isinstance(merge, str) else merge)

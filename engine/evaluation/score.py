@@ -105,7 +105,7 @@ class Scorer:
         Raises:
             ValueError: an empty context, too many tokens, or tokens outside the vocabulary.
         """
-        if not self.snapshot.is_current:  # its modules were hooked or replaced
+        if not self.snapshot.is_current:  # its modules or weights were hooked or replaced
             self._prepare(self.snapshot.model)
         sequences = [ScoredSequence(self._checked(*pair), len(pair[0])) for pair in pairs]
         to_score = (sequence for sequence in sequences if sequence.first_scored < len(sequence.token_ids))

@@ -60,9 +60,10 @@ class Engine:
     ):  # fmt: skip
         """
         Args:
-            model: its weights are read in place. A change of their values takes effect with the next step, but keys
-                and values that are in the cache stay; a hook, an adapter or another module that arrives later takes
-                effect with the next request of an idle engine.
+            model: its weights are read in place, except routers and attention sinks in bfloat16. A change of their
+                values takes effect with the next step, but keys and values that are in the cache stay. A hook, an
+                adapter, another module or a weight in other memory, as after `model.to(dtype)`, takes effect with the
+                next request of an idle engine.
             tokenizer: for output text, stop strings and choices given as strings; its end of text ends an output. Ids
                 of the model that it does not have are not sampled unless a request names them in its bias or choices.
             blocks: blocks of the KV cache; None means enough for all streams, see engine/inference/cache_size.py.
@@ -139,7 +140,7 @@ class Engine:
         """Queue the sequences of a prompt that `preparation` made, in any thread; return the request's id.
 
         Raises:
-            ValueError: modules of the model were hooked or replaced while requests run.
+            ValueError: modules or weights of the model were hooked or replaced while requests run.
         """
         self._follow_model()
         self.scheduler.add(sequences)
@@ -209,12 +210,12 @@ class Engine:
             self.cancel(request_id)
 
     def _follow_model(self) -> None:
-        """Make a new executor if modules of the model were hooked or replaced since the last request."""
+        """Make a new executor if modules or weights were hooked or replaced since the last request."""
         if self.snapshot.is_current:
             return
         if self.has_work:
-            raise ValueError("generate: the model's modules were hooked or replaced while requests run, expected an "
-                             "idle engine: finish or cancel its requests first")  # fmt: skip
+            raise ValueError("generate: the model's modules or weights were hooked or replaced while requests run, "
+                             "expected an idle engine: finish or cancel its requests first")  # fmt: skip
         self._prepare(self.snapshot.model)
 
     # ---- a step

@@ -128,7 +128,7 @@ def _program_executor(model: Transformer, num_blocks: int, cache_dtype: str | No
 def _reuse_graphs(model: Transformer, num_blocks: int) -> TorchExecutor:
     """Return the idle executor if its cache is large enough and its graphs stand for the model; else a new one."""
     executor = _idle_executors.pop(model, None)
-    if executor is None or executor.kv_cache.num_blocks < num_blocks or not executor.stands_for(model):
+    if executor is None or executor.kv_cache.num_blocks < num_blocks or not executor.snapshot.is_current:
         with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside of it
             executor = TorchExecutor(model, num_blocks, keeps_model=False)
     return executor

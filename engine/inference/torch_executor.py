@@ -66,13 +66,6 @@ class TorchExecutor:
             lambda batch: weak._forward(batch), width=blocks_for(c.block_size), device=self.device, obstacle=obstacle
         )
 
-    def stands_for(self, model: Transformer) -> bool:
-        """Whether the graphs still do what the model does: the same modules, with weights at the same addresses."""
-        if not self.snapshot.is_current:
-            return False
-        current = (*model.parameters(), *model.buffers())
-        return [t.data_ptr() for t in current] == [t.data_ptr() for t in self.weights]
-
     @torch.no_grad()
     def step(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run all chunks; see Executor.step. The logits are on the model's device."""

@@ -34,7 +34,8 @@ class GroupedFormat:
 
     def __post_init__(self):
         fits = self.bits in (8, 4) and self.group in range(8, BLOCK + 1, 8) and self.levels in LEVEL_TABLES
-        if not fits or type(self.zero_points) is not bool:
+        types = type(self.bits), type(self.group), type(self.zero_points)
+        if not fits or types != (int, int, bool):
             raise ValueError(f"got {self}, expected 8 or 4 bits, a group that is a multiple of 8 up to {BLOCK}, levels "
                              f"of {', '.join(LEVEL_TABLES)}, and zero_points true or false")  # fmt: skip
 

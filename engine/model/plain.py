@@ -11,7 +11,8 @@ the hooks that it had then, as all of torch's modules.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -139,13 +140,20 @@ def _overrides(model: nn.Module) -> bool:
     )
 
 
+def _addresses(modules: Sequence[nn.Module]) -> list[int]:
+    """Return where the parameters and buffers of modules are in memory."""
+    tensors = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in modules)
+    return [t.data_ptr() for t in tensors if t is not None]
+
+
 class Snapshot:
-    """The modules of a model at one time: whether what was built from the model then still stands for it."""
+    """The modules and weights of a model at one time: whether what was built from it then still stands for it."""
 
     def __init__(self, model: nn.Module):
         """The model is not kept alive."""
-        self.change, self._model = change_of(model), weakref.ref(model)
-        self._modules = [weakref.ref(module) for module in walk(model)]
+        self.change, self._model, modules = change_of(model), weakref.ref(model), walk(model)
+        self._modules = [weakref.ref(module) for module in modules]
+        self._addresses = [] if self.change else _addresses(modules)
 
     @property
     def model(self) -> nn.Module | None:
@@ -154,8 +162,14 @@ class Snapshot:
 
     @property
     def is_current(self) -> bool:
-        """Whether the model has the same modules and they run as before. True once the model is gone."""
+        """Whether the model has the same modules, which run as before, and if all are plain, weights in the same place.
+
+        True once the model is gone.
+        """
         model = self.model
         if model is None:
             return True
-        return [ref() for ref in self._modules] == walk(model) and (self.change is None) == (change_of(model) is None)
+        modules = walk(model)
+        if [ref() for ref in self._modules] != modules or (self.change is None) != (change_of(model) is None):
+            return False
+        return self.change is not None or self._addresses == _addresses(modules)

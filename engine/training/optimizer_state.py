@@ -85,7 +85,7 @@ def matrix_tensors(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[T
         if name in state:
             state[name] = state[name].contiguous()
     tensors = parameter, parameter.grad, state.get("remainder"), state["momentum_buffer"]
-    return tuple(None if t is None else t.detach().as_subclass(Tensor).contiguous() for t in tensors)
+    return tuple(None if t is None else _plain(t).contiguous() for t in tensors)
 
 
 def _check_grad(parameter: nn.Parameter) -> None:
@@ -114,7 +114,13 @@ def _reordered(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().as_subclass(Tensor).as_strided((tensor.numel(),), (1,))
+    return _plain(tensor).as_strided((tensor.numel(),), (1,))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a tensor without its class. torch.compile does not trace as_subclass, and continues wrongly after it."""
+    plain = tensor.detach()
+    return plain if type(plain) is Tensor else plain.as_subclass(Tensor)
 
 
 def _fit(state: dict[str, Tensor], parameter: nn.Parameter, moments: Moments) -> None:

@@ -149,6 +149,18 @@ def test_a_run_on_a_prepared_folder_is_resumed_without_the_model_of_its_tokenize
     assert Tokenizer.load("run").digest == Tokenizer.load("gone").digest
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(capsys):
+    """Mutation that makes it fail: config.json of the newest one is read before the damage is looked for."""
+    assert train(*SIZES, "--text", "text", "--out", "run", "--steps", "2", "--save-every", "1") == 0
+    newest = Path("run/checkpoints/step-00000002")
+    (newest / "config.json").write_text("{")
+    capsys.readouterr()
+    assert train("--resume", "run") == 0
+    printed = capsys.readouterr().out
+    assert f"checkpoint of step 2: {newest / 'config.json'}" in printed and "resumed after step 1" in printed
+    assert main(["verify", "run"]) == 0
+
+
 @pytest.mark.parametrize("flag", [["--optimizer", "adamw"], ["--momentum", "0.5"]])
 def test_a_resumed_run_keeps_its_optimizer(flag, capsys):
     assert train(*SIZES, "--text", "text", "--out", "run", "--steps", "1", "--optimizer", "muon") == 0

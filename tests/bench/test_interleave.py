@@ -155,6 +155,18 @@ def test_memory_that_goes_cold_later_costs_the_rounds_without_a_second_call(mach
     assert "5 rounds before without such calls dropped" in timing.note
 
 
+def test_the_turns_of_a_contender_that_fails_later_cost_no_rounds(machine):
+    """Only its turns lack a second call. Fails if the rounds that it took part in are dropped."""
+
+    def fail(call):
+        if call == 2 + 8:
+            raise RuntimeError
+
+    failing, fast = machine.contender("f", 1.0, fail), Idle(machine, "a", 1e-3, 0.02)
+    timing = interleave.interleave({"a": fast, "f": failing}, rounds=9, on_failure=lambda *_: None)["a"]
+    assert timing.first_call == "apart" and timing.dropped == 0
+
+
 def test_warm_memory_and_a_single_slow_call_change_nothing(machine):
     slow_once = machine.contender("a", 1.0, lambda call: setattr(machine, "now_s", machine.now_s + 3 * (call == 5)))
     timing = interleave.interleave({"a": slow_once, "b": machine.contender("b", 1.0)}, rounds=7)["a"]

@@ -119,11 +119,12 @@ def read_format(folder: Path | str) -> Format | Forms | PackedFormat | None:
     quantization = read_json(path).get(QUANTIZATION)
     if quantization is None:
         return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    is_object = isinstance(quantization, dict)
+    method = quantization.get("quant_method") if is_object else quantization
     try:
-        if method in (GPTQ, AWQ):
+        if is_object and method in (GPTQ, AWQ):
             return packed_format(quantization)
-        if method != METHOD:
+        if not is_object or method != METHOD:
             raise ValueError(f"{QUANTIZATION} has quant_method {method!r}, expected {METHOD!r} of `peakgpt quantize`, "
                              f"{GPTQ!r} or {AWQ!r}")  # fmt: skip
         fields = {name: value for name, value in quantization.items() if name != "quant_method"}

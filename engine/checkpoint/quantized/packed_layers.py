@@ -71,13 +71,16 @@ def packed_format(quantization: Mapping[str, Any]) -> PackedFormat:
         known = " or ".join(name for other, name in LAYOUTS if other == method)
         raise ValueError(f"got {method} weights in the {layout!r} layout, expected {known}")
     bits, group = quantization.get("bits"), quantization.get("group_size")
-    if bits not in BITS[method]:
+    if type(bits) is not int or bits not in BITS[method]:
         raise ValueError(f"got {method} weights of {bits!r} bits, expected {' or '.join(map(str, BITS[method]))}")
     if type(group) is not int or (group != -1 and (group < 8 or group % 8)):
         raise ValueError(f"got {method} weights with group_size {group!r}, expected -1 or a multiple of 8")
     if quantization.get("zero_point") is False:
         raise ValueError(f"got {method} weights without zero points (zero_point false), expected zero_point true")
-    if changed := [name for name in quantization.get("dynamic") or () if not name.startswith("-:")]:
+    dynamic = quantization.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise ValueError(f"got dynamic {dynamic!r:.60}, expected an object by the names of layers")
+    if changed := [name for name in dynamic if not name.startswith("-:")]:
         raise ValueError(f"got other bits or groups for the layers {changed[0]!r} (dynamic), expected the same for all")
     return PackedFormat(method, bits, None if group == -1 else group, LAYOUTS[method, layout])
 
@@ -163,6 +166,8 @@ def _integers(packed: Tensor, bits: int) -> Tensor:
 
 def _scales(scales: Tensor) -> Tensor:
     """Return the scales as (F, G) float16."""
+    if not scales.isfinite().all():
+        raise ValueError("got scales with infinities or NaN, expected finite ones")
     halves = scales.half()
     if not torch.equal(halves.to(scales.dtype), scales):
         raise ValueError(f"got scales of {scales.dtype} that float16 does not hold, expected float16")

@@ -305,3 +305,13 @@ def test_special_tokens_written_in_a_document_are_text_and_in_a_prompt_their_ids
     library.add_special_tokens(["<tool>"])  # the copy of the library is made anew
     (ids,) = tokenizer.encode_documents(["<tool>"])
     assert library.token_to_id("<tool>") not in ids and library.token_to_id("<tool>") in tokenizer.encode("<tool>")
+
+
+def test_a_special_token_that_merges_make_is_text_too():
+    """Mutation that makes it fail: the merge stays, and the library refuses it without its token."""
+    vocabulary = {token: index for index, token in enumerate(["</s>", "<", "/", "s", ">", "</", "s>", "a"])}
+    library = tokenizers.Tokenizer(models.BPE(vocabulary, [("<", "/"), ("s", ">"), ("</", "s>")]))
+    library.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer(library, "</s>")
+    assert tokenizer.encode("a</s>a") == [7, 0, 7]
+    assert tokenizer.encode("a</s>a", split_special_tokens=True) == [7, 5, 6, 7]

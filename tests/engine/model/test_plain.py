@@ -371,6 +371,30 @@ def test_engine_and_scorer_follow_hooks_that_come_and_go(family):
     assert check() != before
 
 
+MOVES = {
+    "dtype": lambda model: model.bfloat16(),
+    "assign": lambda model: model.load_state_dict({n: 1.5 * t for n, t in model.state_dict().items()}, assign=True),
+    "data": lambda model: setattr(model.transformer.h[1].mlp.c_proj.weight, "data", torch.randn(32, 128)),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_engine_and_scorer_follow_weights_that_move(move):
+    """Mutation that makes it fail: weights at other addresses go unnoticed."""
+    model = copy.deepcopy(base("gpt2")).eval()
+    engine, scorer, prompt = Engine(model, blocks=8, streams=2), Scorer(model), IDS[0].tolist()
+
+    def outputs(engine, scorer):
+        (output,) = engine.stream(prompt, SamplingParams(max_tokens=1, temperature=0, logprobs=1))
+        return output.logprobs, scorer.score([(prompt[:4], prompt[4:])])
+
+    before = outputs(engine, scorer)
+    assert before == outputs(engine, scorer)
+    move(model)
+    after = outputs(engine, scorer)
+    assert after != before and after == outputs(Engine(model), Scorer(model))
+
+
 def test_engine_refuses_a_change_while_requests_run():
     model = copy.deepcopy(base("gpt2")).eval()
     engine, params = Engine(model, blocks=8, streams=2), SamplingParams(max_tokens=NEW, temperature=0)

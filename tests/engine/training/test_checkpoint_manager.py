@@ -127,6 +127,25 @@ def test_the_best_checkpoint_is_kept_and_linked(tmp_path):
     assert best.resolve() == step_folder(run.path, 10).resolve()
 
 
+
+def test_a_run_that_was_copied_without_links_goes_on(copy):
+    """A copy has a folder instead of the link."""
+    best = copy / "checkpoints" / "best"
+    shutil.copytree(step_folder(copy, 10), best)
+    run_checkpoints.link_best(copy, 10)
+    assert best.is_symlink() and best.resolve() == step_folder(copy, 10).resolve()
+    best.unlink()
+    shutil.copytree(step_folder(copy, 10), best)
+    with RunFolder.reopen(copy) as run, CheckpointManager(run, make_loop(run.tokens)) as checkpoints:
+        assert checkpoints.load() == 20
+    assert not best.exists() and not list(best.parent.glob(".*"))  # its checkpoints name no best one
+    best.mkdir()
+    (best / "notes").touch()
+    with pytest.raises(ValueError, match=r"best: got a folder, expected a link to a checkpoint or a copy of one: move"):
+        run_checkpoints.link_best(copy, 10)
+    assert (best / "notes").exists()
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "training_state.safetensors", "config.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_the_newest_undamaged_checkpoint_is_loaded_and_the_damaged_one_named(file, damage, copy, whole):

@@ -78,16 +78,18 @@ def test_a_second_spike_after_the_same_checkpoint_meets_other_data(tmp_path):
     assert [row["step"] for row in rows(run)] == [*range(1, 11), 10, *range(11, 21)], "the second one is in the log"
 
 
-@pytest.mark.parametrize("wrong", [ONE, TWO], ids=["one spike", "two spikes"])
-def test_a_run_that_is_killed_around_a_spike_has_the_rows_of_one_that_was_not(tmp_path, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "optimizer"), [(ONE, "adamw"), (TWO, "adamw"), (ONE, "muon")], ids=["one spike", "two spikes", "muon"]
+)
+def test_a_run_that_is_killed_around_a_spike_has_the_rows_of_one_that_was_not(tmp_path, wrong, optimizer):
     """Mutation that makes it fail: keep the checkpoints after the one that was loaded."""
     whole = new_run(tmp_path / "whole")
-    updates = len(train(whole, wrong))
+    updates = len(train(whole, wrong, optimizer=optimizer))
     for kill_after in (12, 13, 14, 16, 18, updates - 3):
         killed = new_run(tmp_path / f"killed{kill_after}")
         with pytest.raises(Killed):
-            train(killed, wrong, kill_after=kill_after)
-        train(RunFolder.reopen(killed.path), wrong)
+            train(killed, wrong, kill_after=kill_after, optimizer=optimizer)
+        train(RunFolder.reopen(killed.path), wrong, optimizer=optimizer)
         assert rows(killed) == rows(whole)
 
 

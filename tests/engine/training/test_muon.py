@@ -14,6 +14,7 @@ from peakgpt.engine.training.muon import OPTIONS, Muon, block_matrices
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.dispatch import OPS, use_backend
+from peakgpt.kernels.ops.adamw import join
 from peakgpt.kernels.ops.muon import NS_COEFFICIENTS, NS_STEPS
 
 BACKENDS = ("eager", "cpu", "gpu")
@@ -140,6 +141,52 @@ def test_matrices_are_the_weights_of_linear_layers_in_blocks(name):
     assert all(sum(rows) == model.get_parameter(n).shape[0] for n, rows in fused.items())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_update_does_not_depend_on_the_size_of_the_gradient(backend):
+    """Mutation that makes it fail: the least norm is 1e-3 instead of 1e-7."""
+    param, grad, _, momentum = OPS["muon"].sample(rows=33, columns=20)
+    params = [param.clone() for _ in range(2)]
+    with use_backend(backend):
+        for p, factor in zip(params, (1.0, 2.0**-16), strict=True):
+            OPS["muon"](p, grad * factor, None, torch.zeros_like(momentum), lr=0.1)
+    torch.testing.assert_close(*params, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_below_max_norm_stays_as_it_is(backend):
+    """Mutation that makes it fail: the gradient is scaled up to max_norm."""
+    param, grad, _, momentum = OPS["muon"].sample(rows=33, columns=20)
+    clipped, plain = ([t.clone() for t in (param, momentum)] for _ in range(2))
+    with use_backend(backend):
+        OPS["muon"](clipped[0], grad, None, clipped[1], torch.tensor(0.5), lr=0.1, max_norm=1.0)
+        OPS["muon"](plain[0], grad, None, plain[1], lr=0.1)
+    assert all(torch.equal(*pair) for pair in zip(clipped, plain, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_lower_half_of_the_master_counts(backend):
+    """Mutation that makes it fail: the update begins from the bfloat16 parameter alone."""
+    param, grad, remainder, momentum = OPS["muon"].sample(rows=33, columns=20, dtype=torch.bfloat16)
+    before = param.clone(), remainder.clone()
+    with use_backend(backend):
+        OPS["muon"](param, grad, remainder, momentum, lr=0.0)
+    assert torch.equal(param, before[0]) and torch.equal(remainder, before[1]) and remainder.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_newton_schulz_steps_the_update_has_norm_1(backend, dtype):
+    param, grad, remainder, momentum = OPS["muon"].sample(rows=33, columns=20, dtype=dtype)
+    before = param.float() if remainder is None else join(param, remainder)
+    before = before.clone()
+    with use_backend(backend):
+        OPS["muon"](param, grad, remainder, momentum, lr=1.0, weight_decay=0.0, adjust_lr_fn="original", ns_steps=0)
+    after = param if remainder is None else join(param, remainder)
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-3
+    assert (before - after).norm() / (33 / 20) ** 0.5 == pytest.approx(1.0, rel=tolerance)
+
+
+
 # ---- a training
 
 
@@ -243,3 +290,30 @@ def test_options_of_muon_are_refused_for_adamw(name, value):
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="optimizer is muon: got a model without linear layers in blocks"):
         Trainer(nn.Linear(3, 3), TrainConfig(optimizer="muon"), steps=3)
+
+
+def test_a_compiled_step_updates_every_parameter():
+    """Mutation that makes it fail: `as_subclass`, which torch.compile does not trace, in matrix_tensors."""
+    plain, compiled = parameters(SHAPES[:2]), parameters(SHAPES[:2])
+    a, b = (Muon([group_of(params)], lr=0.02) for params in (plain, compiled))
+    step = torch.compile(b.step, backend="eager")
+    for index in range(3):
+        for params in (plain, compiled):
+            set_gradients(params, index)
+        a.step()
+        step()
+        assert all(torch.equal(x, y) for x, y in zip(plain, compiled, strict=True))
+
+
+def test_frozen_blocks_and_parameters_without_a_gradient_stay_as_they_are():
+    model = GPT(GPTConfig(**SIZES))
+    model.transformer.h[0].requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = Trainer(model, TrainConfig(batch=4, tokens=8, lr=1e-2, optimizer="muon"), steps=20)
+    train(trainer, 2)
+    assert {n for n, p in model.named_parameters() if torch.equal(p, before[n])} == {n for n in before if ".h.0." in n}
+    params = parameters(SHAPES[:2])
+    optimizer, value = Muon([group_of(params)], lr=0.02), params[0].clone()
+    set_gradients(params[1:], 0)
+    optimizer.step()
+    assert torch.equal(params[0], value) and not optimizer.state.get(params[0])

@@ -86,9 +86,8 @@ model = GPT(config).eval()
 model.transformer.h[0].mlp.router.weight.data.zero_()  # equal shares: the program takes the first two experts
 executor = ProgramExecutor(model, 4)
 expected = executor.step([Chunk([1, 2], 0, [0])])
-packed = [t for t in executor.program.tensors if t.dim() == 1 and t.numel() >= width * width // 2]
-of_experts = packed[-2 * count - 1:-1]  # up of all experts, then down; the head is the last one
-protected += sum(protect(t) for i, t in enumerate(of_experts) if i % count >= 2)
+dense = [model.transformer.h[0].mlp.experts.get_submodule(name) for name in ("c_fc", "c_proj")]
+protected += sum(protect(layer.weight[e]) for layer in dense for e in range(2, count))
 assert torch.equal(executor.step([Chunk([1, 2], 0, [1])]), expected)
 
 packed = {name: torch.randint(256, (count, width, width // 2), dtype=torch.uint8) for name in ("c_fc", "c_proj")}

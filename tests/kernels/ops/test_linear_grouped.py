@@ -66,3 +66,18 @@ def test_bad_orders_and_missing_zero_points_are_named_in_the_error():
             linear_grouped(x, w, scale, zero, out=OUT, group=GROUP, **options)
     with pytest.raises(ValueError, match="zero_points is True without an offset"):
         linear_grouped(x, w, scale, out=OUT, group=GROUP, zero_points=True)
+
+
+@pytest.mark.parametrize("bits", (8, 4))
+def test_all_rows_have_the_values_of_the_formula_on_every_instruction_set(isa, bits):
+    """A set with 16 registers multiplies 8 rows in two tiles. Mutation that makes it fail: the sums of x of the first
+    tile are taken for the second one.
+    """  # fmt: skip
+    q, scale, zero = weight(bits)
+    packed, exact = pack_grouped(q, scale, zero), dequantize_grouped(q, scale, zero, WIDTH, GROUP, zero_points=True)
+    for rows in (1, 3, 8, 21, 40):
+        x = torch.randn(rows, WIDTH)
+        expected = round_inputs(x, GROUP).double() @ exact.double().T
+        with use_backend("cpu"):
+            got = linear_grouped(x, *packed, out=OUT, bits=bits, group=GROUP, zero_points=True)
+        assert (got - expected).norm() < 1e-6 * expected.norm(), rows
