@@ -19,6 +19,8 @@ from peakgpt.engine.inference.executor import make_executor
 from peakgpt.engine.inference.kv_cache import ContiguousKVCache
 from peakgpt.engine.inference.speculative import DraftModel, PromptLookup
 from peakgpt.engine.model.config import GPTConfig
+from peakgpt.engine.training.train_config import TrainConfig
+from peakgpt.engine.training.trainer import Trainer
 from peakgpt.kernels.core.dispatch import use_backend
 
 SWITCH = 12
@@ -215,6 +217,20 @@ def test_packed_documents_have_the_factors_of_their_own_length():
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
     expected = torch.cat([model.hidden_states(part) for part in ids.split(lengths, 1)], 1)
     torch.testing.assert_close(model.hidden_states(ids, position_ids=position_ids), expected, rtol=0, atol=1e-12)
+
+
+def test_recorded_training_steps_follow_the_lengths_of_their_documents():
+    """A step is recorded once and replayed: the lengths are read in it, not when it is recorded."""
+    model = long_model(switch=20)
+    trainer = Trainer(model.train(), TrainConfig(batch=1, tokens=40, dtype=torch.float32), steps=6)
+    for seed, lengths in enumerate([(40,), (10, 30), (20, 20), (21, 19), (5, 5, 30), (39, 1)]):
+        ids, targets = tokens(1, 40, seed), tokens(1, 40, seed + 10)
+        with torch.no_grad():
+            parts = zip(ids.split(lengths, 1), targets.split(lengths, 1), strict=True)
+            expected = sum(model(part.contiguous(), target.contiguous()) * part.numel() for part, target in parts) / 40
+        loss = trainer.step(ids, targets, torch.cat([torch.arange(n) for n in lengths])[None])
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert trainer.update.obstacle is None
 
 
 @torch.no_grad()
