@@ -128,6 +128,20 @@ def test_threads_and_skipped_blocks_change_no_bit(shape, dtype):
     assert torch.equal(*results)
 
 
+def test_matrices_that_are_updated_side_by_side_share_no_memory(threads):
+    """Mutation that makes it fail: one scratch for all threads."""
+    results = []
+    for count in (1, 2, 4):
+        threads(count)
+        params = parameters([(200, 240)] * 9)
+        optimizer = Muon([group_of(params)], lr=0.02)
+        set_gradients(params, 0)
+        with use_backend("cpu"):
+            optimizer.step()
+        results.append(torch.stack([p.detach() for p in params]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_matrices_are_the_weights_of_linear_layers_in_blocks(name):
     model = GPT(GPTConfig(**{**SIZES, **VARIANTS[name]}))

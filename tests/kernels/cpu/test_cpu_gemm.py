@@ -6,6 +6,8 @@ a K tail not zeroed, sums of a restarted at each block of k, the derivative eval
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,3 +137,34 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
     whole = gemm(a, b, torch.empty(1100, 200))
     for rows in (slice(0, 1), slice(1, 4), slice(5, 12), slice(30, 46), slice(60, 77), slice(1023, 1100)):
         assert torch.equal(gemm(a[rows], b, torch.empty(len(a[rows]), 200)), whole[rows])
+
+
+GUARDED = """
+import ctypes, mmap, os, torch
+from peakgpt import _C
+from peakgpt.kernels.cpu.gemm import gemm
+
+page, libc, kept = mmap.PAGESIZE, ctypes.CDLL(None), []
+for isa in _C.isas:
+    _C.set_isa_cap(isa)
+    for dtype in (torch.float32, torch.bfloat16):
+        for m, k, n in ((1, 33, 5), (3, 1, 1), (9, 7, 19), (16, 41, 50), (30, 33, 5)):
+            memory = mmap.mmap(-1, 8 * page)
+            end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 7 * page
+            assert libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0) == 0
+            w = torch.frombuffer(memory, dtype=dtype, count=n * k, offset=7 * page - n * k * dtype.itemsize)
+            w.copy_(torch.randint(-4, 5, (n * k,)))
+            a = torch.randint(-4, 5, (m, k)).to(dtype)
+            for b in (w.view(n, k).t(), w.view(k, n)):
+                assert torch.equal(gemm(a, b, torch.empty(m, n)).double(), a.double() @ b.double()), (isa, m, k, n)
+            kept.append(memory)
+print("read", len(kept), flush=True)
+os._exit(0)  # freeing would touch the pages
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect as in Linux")
+def test_no_byte_after_a_weight_is_read():
+    """A weight that is mapped may end at the last page of its file. Mutation that makes it fail: whole panels read."""
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("read "), (done.returncode, done.stderr[-2000:])

@@ -5,6 +5,7 @@ import torch
 
 from peakgpt.kernels.core.dispatch import use_backend
 from peakgpt.kernels.ops.linear_grouped import linear_grouped
+from peakgpt.kernels.ops.linear_quantized import ACTIVATIONS
 from peakgpt.kernels.ops.quantize import dequantize_grouped, pack_grouped, round_inputs
 
 BACKENDS = ("eager", "cpu", "gpu")
@@ -81,3 +82,14 @@ def test_all_rows_have_the_values_of_the_formula_on_every_instruction_set(isa, b
         with use_backend("cpu"):
             got = linear_grouped(x, *packed, out=OUT, bits=bits, group=GROUP, zero_points=True)
         assert (got - expected).norm() < 1e-6 * expected.norm(), rows
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_nan_after_every_activation(isa, activation):
+    """Mutation that makes it fail: min(x, limit) instead of min(limit, x), which is the limit for NaN."""
+    x = torch.randn(3, WIDTH)
+    x[1, 7] = float("nan")
+    with use_backend("cpu"):
+        got = linear_grouped(x, *pack_grouped(*weight(4)), out=OUT, group=GROUP, zero_points=True,
+                             activation=activation)  # fmt: skip
+    assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
