@@ -26,7 +26,7 @@ struct ExpertsStep;
 struct PassArgs {
   int64_t rows;
   const int64_t* ids;        // (rows)
-  const int64_t* positions;  // (rows): position of each token in its sequence
+  const int64_t* positions;  // (rows): the row of each token in the tables of positions and angles
   int64_t sequences;
   const int64_t* begins;  // (sequences + 1): first row of each sequence
   const int64_t* past;    // (sequences): tokens in the cache

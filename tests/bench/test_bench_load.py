@@ -18,6 +18,7 @@ def tiny():
     return LoadCase("tiny", config, 8, rounds=1)
 
 
+@pytest.mark.slow
 def test_a_result_of_each_contender_for_the_process_and_for_the_load():
     pytest.importorskip("transformers")
     results = tiny().measure(CPU, raise_failure)
