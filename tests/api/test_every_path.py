@@ -2,7 +2,6 @@
 4 bits, and for some of them the server and the commands. One table; what is compared is transformers.
 """
 
-import contextlib
 import json
 
 import pytest
@@ -92,7 +91,7 @@ def test_quantized_weights_are_near_the_floats_on_every_path(name, bits, folder_
 def test_the_server_answers_completions_and_chats(name, folder_of, tokenizer):
     model = GPT.from_pretrained(folder_of(name)[1], dropout=0.0)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with contextlib.closing(Running(model, with_chat(tokenizer, template))) as server:
+    with Running(model, with_chat(tokenizer, template)) as server:
         fields = {"max_tokens": 6, "temperature": 0}
         status, completion = server.ask("/v1/completions", {"prompt": TEXT, **fields})
         assert status == 200, completion
