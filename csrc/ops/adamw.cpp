@@ -20,14 +20,7 @@ struct AdamwStep {
 
 #ifdef PEAK_ISA
 
-PEAK_INLINE Vec LoadMaster(const float* param, const int16_t*, int64_t i, int64_t n) { return Load(param + i, n); }
-PEAK_INLINE Vec LoadMaster(const bf16* param, const int16_t* remainder, int64_t i, int64_t n) {
-  return LoadSplit(param + i, remainder + i, n);
-}
-PEAK_INLINE void StoreMaster(float* param, int16_t*, Vec p, int64_t i, int64_t n) { Store(param + i, p, n); }
-PEAK_INLINE void StoreMaster(bf16* param, int16_t* remainder, Vec p, int64_t i, int64_t n) {
-  StoreSplit(param + i, remainder + i, p, n);
-}
+#include "ops/master_weights.h"
 
 struct Constants {
   Vec scale, decay, size, beta1, beta2, fresh1, fresh2, correction, eps;

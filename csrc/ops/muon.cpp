@@ -32,6 +32,8 @@ struct MuonStep {
 
 #ifdef PEAK_ISA
 
+#include "ops/master_weights.h"
+
 // Updates the momentum of elements [begin, end), writes the update and returns the sum of its squares. Short chains in
 // float32 are summed in double.
 template <class T>
@@ -76,15 +78,6 @@ void Polynomial(const float* gram, const float* square, const MuonStep& step, in
   for (int64_t i = begin * (size + 1); i < end * (size + 1) && i < size * size; i += size + 1) {
     Store(to + i, Fma(c, Load(square + i, 1), Fma(b, Load(gram + i, 1), Set(step.a))), 1);
   }
-}
-
-PEAK_INLINE Vec LoadMaster(const float* param, const int16_t*, int64_t i, int64_t n) { return Load(param + i, n); }
-PEAK_INLINE Vec LoadMaster(const bf16* param, const int16_t* remainder, int64_t i, int64_t n) {
-  return LoadSplit(param + i, remainder + i, n);
-}
-PEAK_INLINE void StoreMaster(float* param, int16_t*, Vec p, int64_t i, int64_t n) { Store(param + i, p, n); }
-PEAK_INLINE void StoreMaster(bf16* param, int16_t* remainder, Vec p, int64_t i, int64_t n) {
-  StoreSplit(param + i, remainder + i, p, n);
 }
 
 // param = decay * param - size * update, elements [begin, end).

@@ -1,6 +1,6 @@
 """Muon for the matrices of a model's blocks, AdamW for everything else, in one optimizer.
 
-Muon is for weights that multiply: their update is made orthogonal, so that no direction of the input dominates it.
+Muon is for matrices that multiply activations. It makes their update orthogonal, so no direction dominates the update.
 Embeddings, the head, norms and biases stay with AdamW, as in Jordan et al. 2024, kellerjordan.github.io/posts/muon, and
 in Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv:2502.16982. Math: kernels/ops/muon.py.
 

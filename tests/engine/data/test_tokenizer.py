@@ -291,7 +291,10 @@ def test_clean_up_in_parts_equals_clean_up_of_the_whole():
 
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_special_tokens_written_in_a_document_are_text_and_in_a_prompt_their_ids(kind, monkeypatch):
-    """Else a document could end itself. Mutation that makes it fail: encode_parts without split_special_tokens."""
+    """Otherwise text could end its own document.
+
+    Mutation that makes it fail: encode_parts without split_special_tokens.
+    """
     monkeypatch.setattr(encoding, "PIECE_CHARS", 4)
     library = BUILDERS[kind]()
     library.add_special_tokens(["</s>", "<|im_start|>"])
