@@ -274,8 +274,12 @@ _state_dict = getattr(torch.optim.Optimizer.state_dict, "__wrapped__", torch.opt
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: matrices and embeddings decay, biases and norms do not."""
-    decays = {p: p.dim() >= 2 and not n.endswith("bias") for n, p in model.named_parameters() if p.requires_grad}
+    """Return two parameter groups: matrices and embeddings decay, biases and norms do not.
+
+    Frozen parameters are in them too: the optimizer casts them and keeps their masters, and they have no gradient.
+    """
+    owned = ((n, p) for n, p in model.named_parameters() if p.requires_grad or p.dtype in DTYPES)
+    decays = {p: p.dim() >= 2 and not n.endswith("bias") for n, p in owned}
     groups = [
         {"params": [p for p in decays if decays[p]], "weight_decay": weight_decay},
         {"params": [p for p in decays if not decays[p]], "weight_decay": 0.0},
