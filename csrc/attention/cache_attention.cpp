@@ -232,29 +232,28 @@ int64_t CacheAttentionScratch(int64_t width, int threads) {
   return threads * (3 * kLaneBytes * (width + 16) + 2 * kLaneBytes * kCacheBlock + 4 * kLaneBytes);
 }
 
-void TeamCacheAttention(const CacheAttentionArgs& args, char* scratch) {
-  const Team& team = *Team::Current();
+void CacheAttention(const CacheAttentionArgs& args, char* scratch, int threads) {
   const auto append = PEAK_PICK_DTYPE(args.dtype, Append);
   const auto attend = PEAK_PICK_DTYPE(args.dtype, AttendTile);
-  const int64_t lanes = PEAK_PICK(TileLanes)(), group = args.heads / args.kv_heads;
-  scratch += CacheAttentionScratch(args.width, 1) * team.id;
-  for (int64_t i = 0; i < args.sequences; ++i) {
-    const int64_t rows = args.begins[i + 1] - args.begins[i];
-    for (int64_t head = 0; head < args.kv_heads; ++head) {
-      if ((i + head) % team.size == team.id) append(args, i, head, rows);
+  const int64_t heads = args.kv_heads, rows = args.begins[args.sequences] - args.begins[0];
+  const int64_t grain = GrainRows(rows * args.width * SizeOf(args.dtype) / std::max<int64_t>(1, args.sequences));
+  ParallelRanges(args.sequences * heads, grain, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sequence = i / heads;
+      append(args, sequence, i % heads, args.begins[sequence + 1] - args.begins[sequence]);
     }
-  }
-  Barrier();
-  for (int64_t i = 0; i < args.sequences; ++i) {
-    const int64_t all = (args.begins[i + 1] - args.begins[i]) * group;
-    for (int64_t head = 0; head < args.kv_heads; ++head) {
-      // The work grows from tile to tile, so the tiles of the next head begin with another thread.
-      for (int64_t tile = 0; tile * lanes < all; ++tile) {
-        if ((i + head + tile) % team.size == team.id) attend(args, i, head, tile * lanes, scratch);
-      }
-    }
-  }
-  Barrier();
+  });
+  const int64_t lanes = PEAK_PICK(TileLanes)(), group = args.heads / heads;
+  const auto tiles = [&](int64_t sequence) {
+    return ((args.begins[sequence + 1] - args.begins[sequence]) * group + lanes - 1) / lanes;
+  };
+  int64_t units = 0;
+  for (int64_t i = 0; i < args.sequences; ++i) units += tiles(i) * heads;
+  ParallelUnits(units, threads, [&](int64_t unit, int worker) {
+    int64_t sequence = 0;
+    for (; unit >= tiles(sequence) * heads; ++sequence) unit -= tiles(sequence) * heads;
+    attend(args, sequence, unit % heads, unit / heads * lanes, scratch + worker * CacheAttentionScratch(args.width, 1));
+  });
 }
 
 }  // namespace peak

@@ -52,9 +52,9 @@ inline int64_t CacheHeadBytes(const CacheAttentionArgs& args) {
   return kCacheBlock * (args.int8_cache ? args.width + scale : args.width * SizeOf(args.dtype));
 }
 
-// Stores k and v in the cache and computes out. Every thread of a team calls it with one common scratch of
+// Stores k and v in the cache and computes out, for a team (base/parallel.h) with a common scratch of
 // CacheAttentionScratch bytes.
-void TeamCacheAttention(const CacheAttentionArgs& args, char* scratch);
+void CacheAttention(const CacheAttentionArgs& args, char* scratch, int threads);
 int64_t CacheAttentionScratch(int64_t width, int threads);
 
 }  // namespace peak

@@ -1,11 +1,10 @@
 #include "gemm/gemm.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <utility>
 
 #include "base/memory.h"
+#include "base/parallel.h"
 
 namespace peak {
 
@@ -20,7 +19,7 @@ struct GemmBlock {
   bool first, last;  // along k
 };
 struct PanelRange {
-  int64_t row_begin, row_end, column_begin, column_end;  // panels of a block
+  int64_t begin, end;  // panels of a block
 };
 
 constexpr int64_t kSkinnyAcross = 4;  // up to this number of rows, a b with contiguous rows is not packed
@@ -85,26 +84,22 @@ void PrepareRows(const GemmArgs& args, const GemmBlock& block, int64_t begin, in
   }
 }
 
-// Packs elements k to k + depth of some columns of b.
+// Packs a group of columns of a block.
 template <class T>
-void PackColumns(const GemmArgs& args, int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) {
-  const T* from = static_cast<const T*>(args.b) + column * args.b_col + k * args.b_k;
-  Pack<T>(from, args.b_col, args.b_k, columns, depth, kColumnVecs, out);
+void PackColumns(const GemmArgs& args, const GemmBlock& block, const PanelRange& group, float* out) {
+  const int64_t begin = group.begin * kColumns, end = std::min(group.end * kColumns, block.columns);
+  const T* from = static_cast<const T*>(args.b) + (block.column + begin) * args.b_col + block.k * args.b_k;
+  Pack<T>(from, args.b_col, args.b_k, end - begin, block.depth, kColumnVecs, out);
 }
 
-// Columns of a block whose packed panels stay in the second-level cache.
-struct ColumnGroup {
-  int64_t begin, end;  // panels of a block
-};
-
-// Computes the tiles of one part of a block in a group of columns; b is the group, packed.
+// Computes the tiles of a part of the rows of a block in a group of columns; b is the group, packed.
 template <class T>
-void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const PanelRange& part, const ColumnGroup& group,
-                   const float* a, const float* b, float* sums) {
+void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const PanelRange& part, const PanelRange& group,
+                    const float* a, const float* b, float* sums) {
   const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
   const int64_t panels = (block.columns + kColumns - 1) / kColumns;
   alignas(64) float tile[kRows * kColumns];
-  for (int64_t i = part.row_begin * kPanelRows; i < std::min(part.row_end * kPanelRows, block.rows); i += kRows) {
+  for (int64_t i = part.begin * kPanelRows; i < std::min(part.end * kPanelRows, block.rows); i += kRows) {
     TileRows left{a + i / kPanelRows * kPanelRows * slots + i % kPanelRows, 1, kPanelRows};
     if (ReadsRows<T>(args)) {
       const float* rows = static_cast<const float*>(args.a) + (block.row + i) * args.a_row + block.k * args.a_k;
@@ -122,21 +117,6 @@ void MultiplyGroup(const GemmArgs& args, const GemmBlock& block, const PanelRang
   }
 }
 
-// Computes the tiles of one part of a block, one group of columns after the other. The thread that uses a group packs
-// it.
-template <class T>
-void MultiplyPanels(const GemmArgs& args, const GemmBlock& block, const PanelRange& part, const float* a, float* b,
-                    float* sums) {
-  const int64_t slots = (block.depth + kSlot<T> - 1) / kSlot<T>;
-  const int64_t most = std::max<int64_t>(1, kGroupFloats / (kColumns * std::max<int64_t>(1, slots)));
-  for (int64_t begin = part.column_begin; begin < part.column_end; begin += most) {
-    const ColumnGroup group{begin, std::min(begin + most, part.column_end)};
-    const int64_t column = begin * kColumns, columns = std::min(group.end * kColumns, block.columns) - column;
-    PackColumns<T>(args, block.column + column, columns, block.k, block.depth, b);
-    MultiplyGroup<T>(args, block, part, group, a, b, sums);
-  }
-}
-
 #else
 
 namespace peak {
@@ -145,6 +125,7 @@ namespace {
 
 // Sizes of a block of C and of k: the packed block of a and the sums of C stay in the last-level cache.
 constexpr int64_t kBlockRows = 1024, kBlockColumns = 3072, kBlockSlots = 1024;
+constexpr int64_t kUnitFlops = 4'000'000;  // of the smallest unit: some ten microseconds
 
 int64_t Pieces(int64_t n, int64_t most) { return std::max<int64_t>(1, (n + most - 1) / most); }
 int64_t Up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -152,20 +133,33 @@ float* FloatWorkspace(int64_t count) {
   return reinterpret_cast<float*>(Workspace(count * static_cast<int64_t>(sizeof(float))));
 }
 
-// Divides a block among `threads`: the grid of row groups and column groups with the least work for the slowest thread.
-std::pair<int, int> Grid(int64_t row_panels, int64_t column_panels, int threads) {
-  std::pair<int, int> best{1, 1};
-  int64_t least = row_panels * column_panels + 1;
-  for (int r = 1; r <= threads; ++r) {
-    const int c = threads / r;
-    const int64_t work = ((row_panels + r - 1) / r) * ((column_panels + c - 1) / c);
-    if (work < least) {
-      least = work;
-      best = {r, c};
-    }
+// How a block is divided into units: groups of columns, whose packed panels stay in the second-level cache, times parts
+// of the rows.
+struct GemmUnits {
+  int64_t row_panels, column_panels, groups, parts;
+
+  GemmUnits(const GemmBlock& block, const GemmTile& tile, int threads)
+      : row_panels(Pieces(block.rows, tile.rows)), column_panels(Pieces(block.columns, tile.columns)) {
+    const int64_t slots = std::max<int64_t>(1, Pieces(block.depth, tile.slot));
+    groups = Pieces(column_panels, std::max<int64_t>(1, kGroupFloats / (tile.columns * slots)));
+    // Shares of whole groups are equal if the number of groups is a multiple of the threads. Few panels cannot be
+    // divided equally, but parts of the rows can.
+    if (column_panels >= kUnitsPerThread * threads) groups = std::min(Up(groups, threads), column_panels);
+    const int64_t work = 2 * block.rows * block.columns * block.depth;
+    const int64_t units = std::clamp<int64_t>(work / kUnitFlops, 1, kUnitsPerThread * threads);
+    parts = std::min(row_panels, threads == 1 ? 1 : Up(Pieces(units, groups), groups % threads == 0 ? 1 : threads));
   }
-  return best;
-}
+  int64_t Count() const { return groups * parts; }
+  // The parts of a group follow one another: a thread packs a group once for all of its parts.
+  int64_t Group(int64_t unit) const { return unit / parts; }
+  PanelRange Columns(int64_t unit) const {
+    return {column_panels * Group(unit) / groups, column_panels * (Group(unit) + 1) / groups};
+  }
+  PanelRange Rows(int64_t unit) const {
+    const int64_t part = unit % parts;
+    return {row_panels * part / parts, row_panels * (part + 1) / parts};
+  }
+};
 
 int64_t DepthOf(int64_t k, const GemmTile& tile) {
   const int64_t blocks = Pieces(k, kBlockSlots * tile.slot);
@@ -200,15 +194,17 @@ int64_t SkinnyScratch(const GemmArgs& args, const GemmTile& tile) {
   return Up(args.k, tile.slot) / tile.slot * tile.rows;
 }
 
-void PackSkinnyRows(const GemmArgs& args, float* a) {
-  PEAK_PICK_DTYPE(args.dtype, PackRows)(args, {0, args.m, 0, args.n, 0, args.k, true, true}, 0, 1, a);
-}
-
-// Divides the columns among the threads of the current team, or among `threads`.
-void MultiplySkinnyRows(const GemmArgs& args, const GemmPlan& plan, const float* a, int threads) {
+// Multiplies column panels [begin, end).
+void MultiplySkinnyRows(const GemmArgs& args, const GemmPlan& plan, int64_t begin, int64_t end, float* a, int threads) {
+  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplySkinny);
-  ParallelParts(Pieces(args.n, plan.tile.columns), threads, threads,
-                [&](int64_t, int64_t begin, int64_t end) { multiply(args, plan.depth, a, begin, end); });
+  ParallelUnits(1, threads, [&](int64_t) {
+    pack(args, {0, args.m, begin, args.n, 0, args.k, true, true}, 0, 1, a);
+  });
+  const int64_t grain = GrainRows(plan.tile.columns * args.k * SizeOf(args.dtype));
+  ParallelRanges(end - begin, grain, threads, [&](int64_t first, int64_t last) {
+    multiply(args, plan.depth, a, begin + first, begin + last);
+  });
 }
 
 // Calls f(block) for the blocks of columns [begin, end) of a product, in order.
@@ -224,21 +220,27 @@ void ForEachBlock(const GemmArgs& args, const GemmPlan& plan, int64_t begin, int
   }
 }
 
-// Computes one thread's part of a product. All `workers` call it with the same scratch.
-void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, int workers) {
+// Multiplies columns [begin, end).
+void MultiplyBlocks(const GemmArgs& args, const GemmPlan& plan, int64_t begin, int64_t end, float* a, int threads) {
   const auto prepare = PEAK_PICK_DTYPE(args.dtype, PrepareRows);
+  const auto pack = PEAK_PICK_DTYPE(args.dtype, PackColumns);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
-  const auto [row_groups, column_groups] = Grid(plan.rows / plan.tile.rows, plan.columns / plan.tile.columns, workers);
-  const int64_t i = id / column_groups, j = id % column_groups, groups = row_groups, others = column_groups;
   float* const sums = plan.sums_size > 0 ? a + plan.a_size : nullptr;
-  float* const b = a + plan.a_size + plan.sums_size + id * plan.b_size;
-  ForEachBlock(args, plan, 0, args.n, [&](const GemmBlock& block) {
-    const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
-    prepare(args, block, r * id / workers, r * (id + 1) / workers, a);
-    Barrier();
-    const PanelRange part{r * i / groups, r * (i + 1) / groups, c * j / others, c * (j + 1) / others};
-    if (i < groups) multiply(args, block, part, a, b, sums);
-    Barrier();
+  float* const all_b = a + plan.a_size + plan.sums_size;
+  ForEachBlock(args, plan, begin, end, [&](const GemmBlock& block) {
+    const GemmUnits units(block, plan.tile, threads);
+    const int64_t grain = GrainRows(plan.tile.rows * block.depth * SizeOf(args.dtype));
+    ParallelRanges(units.row_panels, grain, threads, [&](int64_t first, int64_t last) {
+      prepare(args, block, first, last, a);
+    });
+    int64_t packed = -1;  // the group in the memory of this thread
+    ParallelUnits(units.Count(), threads, [&](int64_t unit, int worker) {
+      const PanelRange columns = units.Columns(unit);
+      float* const b = all_b + worker * plan.b_size;
+      if (packed != units.Group(unit)) pack(args, block, columns, b);
+      packed = units.Group(unit);
+      multiply(args, block, units.Rows(unit), columns, a, b, sums);
+    });
   });
 }
 
@@ -247,16 +249,6 @@ void MultiplyPart(const GemmArgs& args, const GemmPlan& plan, float* a, int id, 
 int64_t GemmScratch(const GemmArgs& args, int threads) {
   const GemmPlan plan(args);
   return IsSkinny(args, plan.tile) ? SkinnyScratch(args, plan.tile) : plan.Scratch(threads);
-}
-
-void TeamGemm(const GemmArgs& args, float* scratch) {
-  if (args.m == 0 || args.n == 0) return;
-  const Team* team = Team::Current();
-  const GemmPlan plan(args);
-  if (!IsSkinny(args, plan.tile)) return MultiplyPart(args, plan, scratch, team->id, team->size);
-  if (team->id == 0) PackSkinnyRows(args, scratch);
-  Barrier();
-  MultiplySkinnyRows(args, plan, scratch, team->size);
 }
 
 int64_t GemmPanels(const GemmArgs& args) { return Pieces(args.n, PEAK_PICK_DTYPE(args.dtype, TileSizes)().columns); }
@@ -269,42 +261,19 @@ int64_t GemmPartScratch(const GemmArgs& args) {
   return std::max(rows * slots, tile.rows * all_slots) + (all_slots > kBlockSlots ? rows * columns : 0) + b;
 }
 
-void GemmPart(const GemmArgs& args, int64_t part, int64_t parts, float* scratch) {
-  if (args.m == 0) return;
-  const GemmPlan plan(args);
-  const int64_t panels = Pieces(args.n, plan.tile.columns);
-  const int64_t begin = panels * part / parts, end = panels * (part + 1) / parts;
-  if (IsSkinny(args, plan.tile)) {
-    const GemmBlock block{0, args.m, begin, args.n, 0, args.k, true, true};
-    PEAK_PICK_DTYPE(args.dtype, PackRows)(args, block, 0, 1, scratch);
-    return PEAK_PICK_DTYPE(args.dtype, MultiplySkinny)(args, plan.depth, scratch, begin, end);
-  }
-  const auto prepare = PEAK_PICK_DTYPE(args.dtype, PrepareRows);
-  const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
-  float* const sums = plan.sums_size > 0 ? scratch + plan.a_size : nullptr;
-  float* const b = scratch + plan.a_size + plan.sums_size;
-  const int64_t last = std::min(end * plan.tile.columns, args.n);
-  ForEachBlock(args, plan, begin * plan.tile.columns, last, [&](const GemmBlock& block) {
-    const int64_t r = Pieces(block.rows, plan.tile.rows), c = Pieces(block.columns, plan.tile.columns);
-    prepare(args, block, 0, r, scratch);
-    multiply(args, block, {0, r, 0, c}, scratch, b, sums);
-  });
-}
-
-void Gemm(const GemmArgs& args, int threads) {
+void GemmPart(const GemmArgs& args, int64_t begin, int64_t end, float* scratch, int threads) {
   if (args.m == 0 || args.n == 0) return;
   const GemmPlan plan(args);
-  if (IsSkinny(args, plan.tile)) {
-    float* const a = FloatWorkspace(SkinnyScratch(args, plan.tile));
-    PackSkinnyRows(args, a);
-    return MultiplySkinnyRows(args, plan, a, threads);
-  }
-  const auto grid = Grid(plan.rows / plan.tile.rows, plan.columns / plan.tile.columns, threads);
-  const int workers = grid.first * grid.second;
-  float* const scratch = FloatWorkspace(plan.Scratch(workers));
-  // The team is smaller than `workers` inside another parallel region, or if OMP_THREAD_LIMIT or OMP_DYNAMIC limits it.
-#pragma omp parallel num_threads(workers) if (workers > 1)
-  MultiplyPart(args, plan, scratch, omp_get_thread_num(), omp_get_num_threads());
+  if (IsSkinny(args, plan.tile)) return MultiplySkinnyRows(args, plan, begin, end, scratch, threads);
+  const int64_t columns = plan.tile.columns;
+  MultiplyBlocks(args, plan, begin * columns, std::min(end * columns, args.n), scratch, threads);
+}
+
+void Gemm(const GemmArgs& args, float* scratch, int threads) { GemmPart(args, 0, GemmPanels(args), scratch, threads); }
+
+void Gemm(const GemmArgs& args, int threads) {
+  float* const scratch = FloatWorkspace(GemmScratch(args, threads));
+  Team::Open(threads, [&] { Gemm(args, scratch, threads); });
 }
 
 }  // namespace peak

@@ -59,16 +59,15 @@ PEAK_OPTIONAL_FIELDS(GemmArgs, b, b_col, b_k, epilogue, bias, activation, pre, a
 
 void Gemm(const GemmArgs& args, int threads);
 
-// The product inside a team (base/parallel.h): every thread of the team calls TeamGemm with one common scratch of
-// GemmScratch floats.
+// The same for a team (base/parallel.h) with a common scratch of GemmScratch floats.
 int64_t GemmScratch(const GemmArgs& args, int threads);
-void TeamGemm(const GemmArgs& args, float* scratch);
+void Gemm(const GemmArgs& args, float* scratch, int threads);
 
-// A part of the columns of a product, on the calling thread alone: part `part` of `parts`, which are at most GemmPanels
-// parts. The scratch of GemmPartScratch floats suffices for every product that is not larger in m, n or k.
+// Column panels [begin, end) of the GemmPanels panels of a product. On one thread the scratch of GemmPartScratch floats
+// suffices for every product that is not larger in m, n or k.
 int64_t GemmPanels(const GemmArgs& args);
 int64_t GemmPartScratch(const GemmArgs& args);
-void GemmPart(const GemmArgs& args, int64_t part, int64_t parts, float* scratch);
+void GemmPart(const GemmArgs& args, int64_t begin, int64_t end, float* scratch, int threads);
 
 }  // namespace peak
 

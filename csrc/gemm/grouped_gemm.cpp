@@ -8,8 +8,6 @@
 namespace peak {
 namespace {
 
-// Parts for each thread, so that the work is even although experts have different numbers of rows.
-constexpr int64_t kPartsPerThread = 8;
 // Reading b costs as much as this number of rows: experts with fewer rows are about equal work.
 constexpr int64_t kRowsOfB = 16;
 
@@ -58,29 +56,20 @@ GemmArgs GroupOf(const GroupedGemmArgs& args, int64_t group) {
 
 int64_t GroupedGemmScratch(const GroupedGemmArgs& args, int threads) { return GemmPartScratch(args) * threads; }
 
-void TeamGroupedGemm(const GroupedGemmArgs& args, float* scratch) {
-  const Team& team = *Team::Current();
-  float* const own = scratch + team.id * GemmPartScratch(args);
-  const int64_t panels = GemmPanels(args);
-  int64_t total = 0, number = 0;
-  for (int64_t group = 0; group < args.groups; ++group) total += Cost(args, group);
-  for (int64_t group = 0; group < args.groups; ++group) {
-    const int64_t cost = Cost(args, group);
-    if (cost == 0) continue;
-    const int64_t share = (kPartsPerThread * team.size * cost + total - 1) / total;
-    const int64_t parts = std::min(panels, team.size == 1 ? 1 : share);
-    const GemmArgs product = GroupOf(args, group);
-    for (int64_t part = 0; part < parts; ++part, ++number) {
-      if (number % team.size == team.id) GemmPart(product, part, parts, own);
-    }
-  }
-  Barrier();
+void GroupedGemm(const GroupedGemmArgs& args, float* scratch, int threads) {
+  const int64_t units = kUnitsPerThread * threads, panels = GemmPanels(args), size = GemmPartScratch(args);
+  ParallelUnits(units, threads, [&](int64_t unit, int worker) {
+    const auto cost = [&](int64_t group) { return Cost(args, group); };
+    ForShare(unit, units, args.groups, panels, cost, [&](int64_t group, int64_t begin, int64_t end) {
+      GemmPart(GroupOf(args, group), begin, end, scratch + worker * size, 1);
+    });
+  });
 }
 
 void GroupedGemm(const GroupedGemmArgs& args, int threads) {
   float* const scratch = reinterpret_cast<float*>(
       Workspace(GroupedGemmScratch(args, threads) * static_cast<int64_t>(sizeof(float))));
-  RunTeam(threads, [&] { TeamGroupedGemm(args, scratch); });
+  Team::Open(threads, [&] { GroupedGemm(args, scratch, threads); });
 }
 
 }  // namespace peak

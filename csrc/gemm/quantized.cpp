@@ -1,12 +1,11 @@
 #include "gemm/quantized.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <type_traits>
 
 #include "gemm/gemm.h"
 #include "base/memory.h"
+#include "base/parallel.h"
 #include "gemm/quantized_layout.h"
 
 namespace peak {
@@ -165,40 +164,40 @@ void MultiplyPanels(const QuantizedArgs& args, const QuantizedLayout& layout, in
 
 namespace peak {
 
-int64_t QuantizedScratch(const QuantizedArgs& args, int parts) { return QuantizedLayout(args, parts, nullptr).size; }
+int64_t QuantizedInputBytes(const QuantizedArgs& args) { return QuantizedLayout(args, nullptr).size; }
 
-void QuantizeInputs(const QuantizedArgs& args, int part, int parts, void* scratch) {
-  const QuantizedLayout layout(args, parts, scratch);
-  const auto quantize = PEAK_PICK_DTYPE(args.dtype, QuantizeBlocks);
-  quantize(args, layout, layout.blocks * part / parts, layout.blocks * (part + 1) / parts);
+int64_t UnpackedBytes(const QuantizedArgs& args) {
+  return args.bits == 4 && args.rows > kPackedRows ? kUnitPanels * Pieces(args.k, 8) * 2 * kLine : 0;
 }
 
-void MultiplyQuantized(const QuantizedArgs& args, int part, int parts, void* scratch) {
-  const QuantizedLayout layout(args, parts, scratch);
+int64_t QuantizedScratch(const QuantizedArgs& args, int threads) {
+  return QuantizedInputBytes(args) + threads * UnpackedBytes(args);
+}
+
+void QuantizeInputs(const QuantizedArgs& args, int64_t begin, int64_t end, void* inputs) {
+  PEAK_PICK_DTYPE(args.dtype, QuantizeBlocks)(args, QuantizedLayout(args, inputs), begin, end);
+}
+
+void MultiplyQuantized(const QuantizedArgs& args, int64_t begin, int64_t end, void* inputs, void* unpacked) {
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplyPanels);
-  const int64_t panels = Pieces(args.n, kPanelOutputs), units = Pieces(panels, kUnitPanels);
-  multiply(args, layout, units * part / parts * kUnitPanels,
-           std::min(panels, units * (part + 1) / parts * kUnitPanels), layout.panels + part * layout.PanelBytes());
+  multiply(args, QuantizedLayout(args, inputs), begin, end, static_cast<uint8_t*>(unpacked));
+}
+
+void LinearQuantized(const QuantizedArgs& args, char* scratch, int threads) {
+  char* const unpacked = scratch + QuantizedInputBytes(args);
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / (args.block * args.rows));
+  ParallelRanges(QuantizedBlocks(args), grain, threads, [&](int64_t begin, int64_t end) {
+    QuantizeInputs(args, begin, end, scratch);
+  });
+  ParallelRanges(QuantizedPanels(args), kUnitPanels, threads, [&](int64_t begin, int64_t end, int worker) {
+    MultiplyQuantized(args, begin, end, scratch, unpacked + worker * UnpackedBytes(args));
+  });
 }
 
 void LinearQuantized(const QuantizedArgs& args, int threads) {
   if (args.rows == 0 || args.n == 0) return;
-  const int64_t units = Pieces(args.n, kPanelOutputs * kUnitPanels);
-  const int team = static_cast<int>(std::min<int64_t>(threads, units));
-  const int64_t size = Pieces(QuantizedScratch(args, team), 64) * 64;
-  const bool alone = args.rows <= kOwnRows;
-  char* const scratch = Workspace(alone ? team * size : size);
-#pragma omp parallel num_threads(team) if (team > 1)
-  {
-    // The team may be smaller inside another parallel region, or if OMP_THREAD_LIMIT or OMP_DYNAMIC limits it.
-    const int parts = omp_get_num_threads(), part = omp_get_thread_num();
-    char* const own = alone ? scratch + part * size : scratch;
-    alone ? QuantizeInputs(args, 0, 1, own) : QuantizeInputs(args, part, parts, own);
-    if (!alone) {
-#pragma omp barrier
-    }
-    MultiplyQuantized(args, part, parts, own);
-  }
+  char* const scratch = Workspace(QuantizedScratch(args, threads));
+  Team::Open(threads, [&] { LinearQuantized(args, scratch, threads); });
 }
 
 }  // namespace peak

@@ -56,11 +56,19 @@ PEAK_OPTIONAL_FIELDS(QuantizedArgs, bias, activation, float32_out)
 
 void LinearQuantized(const QuantizedArgs& args, int threads);
 
-// The same in two steps inside a team: every thread calls QuantizeInputs, waits for the others, and calls
-// MultiplyQuantized. `scratch` belongs to the team: QuantizedScratch bytes, 64-byte aligned.
-int64_t QuantizedScratch(const QuantizedArgs& args, int parts);
-void QuantizeInputs(const QuantizedArgs& args, int part, int parts, void* scratch);
-void MultiplyQuantized(const QuantizedArgs& args, int part, int parts, void* scratch);
+// The same for a team (base/parallel.h) with a common scratch of QuantizedScratch bytes, 64-byte aligned.
+int64_t QuantizedScratch(const QuantizedArgs& args, int threads);
+void LinearQuantized(const QuantizedArgs& args, char* scratch, int threads);
+
+// Its parts: quantizes blocks [begin, end) of the inputs of all rows, then computes the outputs of panels [begin, end).
+// `inputs` has QuantizedInputBytes bytes, 64-byte aligned, and `unpacked`, which a thread needs for itself,
+// UnpackedBytes.
+inline int64_t QuantizedBlocks(const QuantizedMatrix& matrix) { return (matrix.k + matrix.block - 1) / matrix.block; }
+inline int64_t QuantizedPanels(const QuantizedMatrix& matrix) { return (matrix.n + kPanelOutputs - 1) / kPanelOutputs; }
+int64_t QuantizedInputBytes(const QuantizedArgs& args);
+int64_t UnpackedBytes(const QuantizedArgs& args);
+void QuantizeInputs(const QuantizedArgs& args, int64_t begin, int64_t end, void* inputs);
+void MultiplyQuantized(const QuantizedArgs& args, int64_t begin, int64_t end, void* inputs, void* unpacked);
 
 }  // namespace peak
 

@@ -14,8 +14,6 @@ constexpr int64_t kUnitPanels = 3;    // panels in a unit of work; a tile has at
 constexpr int64_t kTileRows = 8;      // rows of x that are stored together
 constexpr int64_t kBlockRows = 1024;  // rows of x in a block: they stay in the last-level cache
 constexpr int64_t kLine = kPanelOutputs * 4;
-// Up to this number of rows of x, each thread quantizes all of x: sharing the result costs more.
-constexpr int64_t kOwnRows = 8;
 // Up to this number of rows, panels are read one by one: the processor prefetches a single stream best.
 constexpr int64_t kStreamRows = 8;
 // Up to this number of rows, each tile unpacks 4-bit weights in registers. With more rows a unit is unpacked once for
@@ -34,10 +32,9 @@ struct QuantizedLayout {
   float* scales;    // of x: (tile, block, row)
   int32_t* starts;  // (tile, block, row): what the sums start from, a correction for weights stored without a sign
   float* totals;    // (tile, block, row): the sum of a block of Q(x), which an offset or a zero point of W is multiplied by
-  uint8_t* panels;  // for each thread, unpacked 4-bit weights
   int64_t size;     // in bytes
 
-  QuantizedLayout(const QuantizedArgs& args, int parts, void* scratch) {
+  QuantizedLayout(const QuantizedArgs& args, void* scratch) {
     const int64_t rest = args.rows % kTileRows;
     rows = args.rows - rest + (rest <= 2 ? rest : rest <= 4 ? 4 : kTileRows);
     quads = Pieces(args.k, 8) * 2;
@@ -47,10 +44,8 @@ struct QuantizedLayout {
     scales = arena.Take<float>(rows * blocks);
     starts = arena.Take<int32_t>(rows * blocks);
     totals = arena.Take<float>(args.offset == nullptr ? 0 : rows * blocks);
-    panels = arena.Take<uint8_t>(args.bits == 4 && args.rows > kPackedRows ? parts * PanelBytes() : 0);
     size = arena.used();
   }
-  int64_t PanelBytes() const { return kUnitPanels * quads * kLine; }
   int64_t TileRows(int64_t row) const { return std::min(kTileRows, rows - row); }
 };
 

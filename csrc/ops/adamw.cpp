@@ -78,7 +78,7 @@ void UpdateAll(const std::vector<AdamwArgs>& all, int threads) {
     starts.push_back(starts.back() + args.count);
   }
   const auto update = PEAK_PICK_DTYPE(all[0].dtype, Update);
-  ParallelParts(starts.back(), threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+  ParallelRanges(starts.back(), kGrainBytes / 16, threads, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
     for (; i < all.size() && starts[i] < end; ++i) {
       update(all[i], steps[i], std::max(begin - starts[i], int64_t{0}), std::min(end - starts[i], all[i].count));

@@ -286,7 +286,7 @@ namespace {
 template <class Args, class Rows>
 void ForRows(const Args& args, bool with_powers, int threads, const Rows& rows) {
   const int64_t powers = with_powers ? args.vocab : 0, capped = args.softcap == 0.0f ? 0 : args.vocab;
-  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+  ParallelRanges(args.rows, GrainRows(args.vocab * SizeOf(args.dtype)), threads, [&](int64_t begin, int64_t end) {
     std::vector<float> workspace(powers + capped + args.vocab / kChunk + 1);
     float* const rest = workspace.data() + powers;
     rows(args, {workspace.data(), rest + capped, rest}, begin, end);

@@ -39,8 +39,8 @@ namespace peak {
 
 void Dropout(const DropoutArgs& args, int threads) {
   const auto drop = PEAK_PICK_DTYPE(args.dtype, DropGroups);
-  ParallelParts((args.count + 63) / 64, threads, threads,
-                [&](int64_t, int64_t begin, int64_t end) { drop(args, begin, end); });
+  ParallelRanges((args.count + 63) / 64, kGrainBytes / 256, threads,
+                 [&](int64_t begin, int64_t end) { drop(args, begin, end); });
 }
 
 }  // namespace peak

@@ -70,7 +70,7 @@ void ScatterTokens(const EmbeddingBackwardArgs& args, int threads) {
   starts.push_back(rows.size());
   const auto sum = PEAK_PICK_DTYPE(args.dtype, SumRows);
   const int64_t row_bytes = args.width * SizeOf(args.dtype);
-  ParallelParts(starts.size() - 1, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+  ParallelRanges(starts.size() - 1, GrainRows(row_bytes), threads, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t first = starts[k];
       sum(args.dy, &rows[first], starts[k + 1] - first, args.width,
@@ -82,7 +82,7 @@ void ScatterTokens(const EmbeddingBackwardArgs& args, int threads) {
 void SumPositions(const EmbeddingBackwardArgs& args, int threads) {
   const auto sum = PEAK_PICK_DTYPE(args.dtype, SumRows);
   const int64_t row_bytes = args.width * SizeOf(args.dtype);
-  ParallelParts(args.tokens, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+  ParallelRanges(args.tokens, GrainRows(args.batch * row_bytes), threads, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> rows(args.batch);
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t b = 0; b < args.batch; ++b) rows[b] = b * args.tokens + t;
@@ -98,8 +98,8 @@ void EmbeddingForward(const EmbeddingForwardArgs& args, int threads) {
   const bool bypass = BypassCaches(args.out, args.batch * args.tokens * row_bytes, row_bytes);
   const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, GatherRows, true)
                            : PEAK_PICK_DTYPE(args.dtype, GatherRows, false);
-  ParallelParts(args.batch * args.tokens, threads, threads,
-                [&](int64_t, int64_t begin, int64_t end) { rows(args, begin, end); });
+  ParallelRanges(args.batch * args.tokens, GrainRows(row_bytes), threads,
+                 [&](int64_t begin, int64_t end) { rows(args, begin, end); });
 }
 
 void EmbeddingBackward(const EmbeddingBackwardArgs& args, int threads) {

@@ -118,7 +118,7 @@ void RouteToken(const RouteArgs& args, int64_t token) {
 }  // namespace
 
 void Route(const RouteArgs& args, int threads) {
-  ParallelParts(args.tokens, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+  ParallelRanges(args.tokens, 16, threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) RouteToken(args, token);
   });
 }
@@ -142,7 +142,7 @@ void SortChoices(const SortChoicesArgs& args, int threads) {
 
 void GatherChoices(const GatherChoicesArgs& args, int threads) {
   const int64_t bytes = args.width * SizeOf(args.dtype);
-  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+  ParallelRanges(args.rows, GrainRows(bytes), threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       std::memcpy(static_cast<char*>(args.out) + row * bytes,
                   static_cast<const char*>(args.x) + args.order[row] / args.choices * bytes, bytes);
@@ -152,23 +152,23 @@ void GatherChoices(const GatherChoicesArgs& args, int threads) {
 
 void CombineChoices(const CombineChoicesArgs& args, int threads) {
   const auto combine = PEAK_PICK_DTYPE(args.dtype, CombineTokens);
-  ParallelParts(args.tokens, threads, threads,
-                [&](int64_t, int64_t begin, int64_t end) { combine(args, begin, end); });
+  ParallelRanges(args.tokens, GrainRows(args.choices * args.width * SizeOf(args.dtype)), threads,
+                 [&](int64_t begin, int64_t end) { combine(args, begin, end); });
 }
 
 void HiddenBackward(const HiddenBackwardArgs& args, int threads) {
   const auto backward = PEAK_PICK_DTYPE(args.dtype, HiddenRowsOf);
-  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) { backward(args, begin, end); });
+  ParallelRanges(args.rows, GrainRows(args.width * SizeOf(args.dtype)), threads, [&](int64_t begin, int64_t end) { backward(args, begin, end); });
 }
 
 void MultiplyElements(DType dtype, const void* x, int64_t count, void* y, int threads) {
   const auto multiply = PEAK_PICK_DTYPE(dtype, MultiplyRange);
-  ParallelParts(count, threads, threads, [&](int64_t, int64_t begin, int64_t end) { multiply(x, begin, end, y); });
+  ParallelRanges(count, kGrainBytes / 4, threads, [&](int64_t begin, int64_t end) { multiply(x, begin, end, y); });
 }
 
 void Widen(DType dtype, const void* x, int64_t count, float* out, int threads) {
   const auto widen = PEAK_PICK_DTYPE(dtype, WidenRange);
-  ParallelParts(count, threads, threads, [&](int64_t, int64_t begin, int64_t end) { widen(x, begin, end, out); });
+  ParallelRanges(count, kGrainBytes / 4, threads, [&](int64_t begin, int64_t end) { widen(x, begin, end, out); });
 }
 
 }  // namespace peak

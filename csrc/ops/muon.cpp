@@ -154,7 +154,7 @@ void SymmetricProduct(DType dtype, int64_t side, int64_t depth, const char* x, i
 void Update(const MuonMatrix& matrix, const MuonOptions& o, const MuonStep& step, void* scratch, int threads) {
   const Buffers at(o.dtype, o.rows, o.columns, scratch);
   const int64_t count = o.rows * o.columns, side = std::min(o.rows, o.columns), depth = std::max(o.rows, o.columns);
-  const auto for_parts = [&](int64_t n, const auto& f) { ParallelParts(n, kParts, threads, f); };
+  const auto for_parts = [&](int64_t n, const auto& f) { ParallelParts(n, threads, f); };
   const auto add_momentum = PEAK_PICK_DTYPE(o.dtype, AddMomentum);
   const auto scale = PEAK_PICK_DTYPE(o.dtype, Scale);
   const auto polynomial = PEAK_PICK_DTYPE(o.dtype, Polynomial);
@@ -196,11 +196,9 @@ void UpdateAll(const std::vector<MuonMatrix>& all, const MuonOptions& o, int thr
     for (const MuonMatrix& matrix : all) Update(matrix, o, step, o.scratch, threads);
     return;
   }
-  ParallelParts(static_cast<int64_t>(all.size()), o.workers, static_cast<int>(o.workers),
-                [&](int64_t part, int64_t begin, int64_t end) {
-                  char* scratch = static_cast<char*>(o.scratch) + part * bytes;
-                  for (int64_t i = begin; i < end; ++i) Update(all[static_cast<size_t>(i)], o, step, scratch, 1);
-                });
+  ParallelUnits(static_cast<int64_t>(all.size()), static_cast<int>(o.workers), [&](int64_t i, int worker) {
+    Update(all[static_cast<size_t>(i)], o, step, static_cast<char*>(o.scratch) + worker * bytes, 1);
+  });
 }
 
 template <class T>

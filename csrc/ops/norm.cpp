@@ -314,7 +314,7 @@ void NormForward(const NormForwardArgs& args, int threads) {
                       (args.residual == nullptr || BypassCaches(args.sum, 2 * bytes, row_bytes));
   const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, ForwardRows, true)
                            : PEAK_PICK_DTYPE(args.dtype, ForwardRows, false);
-  ParallelParts(args.rows, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+  ParallelRanges(args.rows, GrainRows(row_bytes), threads, [&](int64_t begin, int64_t end) {
     std::vector<float> workspace(bypass && args.residual != nullptr ? kMaxStepRows * width : 0);
     rows(args, w.data(), b.data(), workspace.data(), begin, end);
   });
@@ -327,7 +327,7 @@ void NormBackward(const NormBackwardArgs& args, int threads) {
   const auto rows = bypass ? PEAK_PICK_DTYPE(args.dtype, BackwardRows, true)
                            : PEAK_PICK_DTYPE(args.dtype, BackwardRows, false);
   std::vector<float> partial(2 * kParts * width);
-  ParallelParts(args.rows, kParts, threads, [&](int64_t part, int64_t begin, int64_t end) {
+  ParallelParts(args.rows, threads, [&](int64_t part, int64_t begin, int64_t end) {
     float* dw = partial.data() + 2 * part * width;
     rows(args, w.data(), dw, dw + width, begin, end);
   });

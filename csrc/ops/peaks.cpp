@@ -89,7 +89,7 @@ double PeakLoop(int loop, int64_t iterations, int threads) {
   std::vector<Sums> out(threads);
   std::vector<double> ops(threads);
   const auto run = PEAK_PICK(RunLoop);
-  ParallelParts(threads, threads, threads, [&](int64_t part, int64_t, int64_t) {
+  ParallelUnits(threads, threads, [&](int64_t part) {
     ops[part] = run(loop, in.data(), iterations, out[part].bytes) * static_cast<double>(iterations);
   });
   double total = 0.0;
@@ -100,8 +100,8 @@ double PeakLoop(int loop, int64_t iterations, int threads) {
 void PeakStream(const PeakStreamArgs& args, int threads) {
   std::vector<Sums> out(threads);
   const auto stream = args.past_caches ? PEAK_PICK(StreamPart<true>) : PEAK_PICK(StreamPart<false>);
-  ParallelParts(args.bytes / 4 / kUnit, threads, threads, [&](int64_t part, int64_t begin, int64_t end) {
-    stream(args, begin * kUnit, end * kUnit, reinterpret_cast<float*>(out[part].bytes));
+  ParallelRanges(args.bytes / 4 / kUnit, 1, threads, [&](int64_t begin, int64_t end, int worker) {
+    stream(args, begin * kUnit, end * kUnit, reinterpret_cast<float*>(out[worker].bytes));
   });
 }
 

@@ -149,7 +149,7 @@ std::vector<float> Weights(const QKNormProblem& args) {
 void QKNormForward(const QKNormForwardArgs& args, int threads) {
   const auto weights = Weights(args);
   const auto normalize = PEAK_PICK_DTYPE(args.dtype, ForwardTokens);
-  ParallelParts(args.batch * args.tokens, threads, threads, [&](int64_t, int64_t begin, int64_t end) {
+  ParallelRanges(args.batch * args.tokens, 8, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> row(args.width);
     normalize(args, weights.data(), row.data(), begin, end);
   });
@@ -161,7 +161,7 @@ void QKNormBackward(const QKNormBackwardArgs& args, int threads) {
   const int64_t shared = std::max(args.SharedHeads(0), args.SharedHeads(args.q_heads));
   const auto differentiate = PEAK_PICK_DTYPE(args.dtype, BackwardTokens);
   std::vector<float> partial(kParts * count);
-  ParallelParts(args.batch * args.tokens, kParts, threads, [&](int64_t part, int64_t begin, int64_t end) {
+  ParallelParts(args.batch * args.tokens, threads, [&](int64_t part, int64_t begin, int64_t end) {
     std::vector<float> rows(shared * args.width);
     differentiate(args, weights.data(), rows.data(), partial.data() + part * count, begin, end);
   });

@@ -41,8 +41,8 @@ namespace peak {
 
 void Rotary(const RotaryArgs& args, int threads) {
   const auto rotate = PEAK_PICK_DTYPE(args.dtype, RotateTokens);
-  ParallelParts(args.batch * args.tokens, threads, threads,
-                [&](int64_t, int64_t begin, int64_t end) { rotate(args, begin, end); });
+  ParallelRanges(args.batch * args.tokens, GrainRows(args.heads * args.width * SizeOf(args.dtype)), threads,
+                [&](int64_t begin, int64_t end) { rotate(args, begin, end); });
 }
 
 }  // namespace peak

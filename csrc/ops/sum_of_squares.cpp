@@ -88,7 +88,7 @@ void SumPiecesOf(const std::vector<SumPiece>& all, DType dtype, float* result, i
   const auto sum = PEAK_PICK_DTYPE(dtype, SumRange);
   const SumPieces pieces{all.data(), static_cast<int64_t>(all.size())};
   double partial[kParts] = {};
-  ParallelParts(all.back().stop(), kParts, threads,
+  ParallelParts(all.back().stop(), threads,
                 [&](int64_t part, int64_t begin, int64_t end) { partial[part] = sum(pieces, begin, end); });
   double total = 0.0;
   for (const double p : partial) total += p;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/memory.h"
+#include "base/parallel.h"
 #include "ops/experts.h"
 
 namespace peak {
@@ -28,29 +29,68 @@ int64_t DenseExperts::ScratchBytes(int64_t rows, int threads) const {
   return GroupedGemmScratch(Completed(args), threads) * static_cast<int64_t>(sizeof(float));
 }
 
-void DenseExperts::Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch) const {
+void DenseExperts::Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch, int threads) const {
   GroupedGemmArgs product = Completed(args);
   product.offsets = offsets;
-  TeamGroupedGemm(product, reinterpret_cast<float*>(scratch));
+  GroupedGemm(product, reinterpret_cast<float*>(scratch), threads);
+}
+
+namespace {
+
+// Reading an expert's weights costs as much as this number of rows.
+constexpr int64_t kRowsOfWeights = 16;
+
+// Where the quantized inputs of expert e lie in the scratch, if `first` is its first row: behind those of the experts
+// before it, of which at most min(e, first) have rows. The inputs of an expert have up to kPadding rows more, and end
+// with up to kEnds bytes for the alignment of their arrays.
+int64_t InputsOf(const QuantizedMatrix& matrix, int64_t e, int64_t first) {
+  constexpr int64_t kPadding = 3, kEnds = 4 * kCacheLine;
+  const int64_t row = (matrix.k + 7) / 8 * 8 + QuantizedBlocks(matrix) * 3 * static_cast<int64_t>(sizeof(float));
+  const int64_t line = (row + kCacheLine - 1) / kCacheLine * kCacheLine, before = std::min(e, first);
+  return (first + kPadding * before) * line + kEnds * before;
+}
+
+}  // namespace
+
+QuantizedArgs QuantizedExperts::Completed(const GemmArgs& args, const int64_t* offsets, int64_t expert) const {
+  GroupedGemmArgs all{};
+  static_cast<GemmArgs&>(all) = args;
+  all.dtype = matrix_.dtype;
+  all.n = matrix_.n;
+  all.offsets = offsets;
+  QuantizedMatrix matrix = matrix_;
+  matrix.weight += expert * matrix_.weight_group;
+  matrix.scale = static_cast<const char*>(matrix.scale) + expert * matrix_.scale_group;
+  return QuantizedProduct(matrix, GroupOf(all, expert));
 }
 
 int64_t QuantizedExperts::ScratchBytes(int64_t rows, int threads) const {
-  return QuantizedWeight(matrix_).ScratchBytes(rows, threads);
+  GemmArgs args{};
+  args.m = rows;
+  return InputsOf(matrix_, matrix_.experts, rows) + threads * UnpackedBytes(QuantizedProduct(matrix_, args));
 }
 
-void QuantizedExperts::Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch) const {
-  GroupedGemmArgs product{};
-  static_cast<GemmArgs&>(product) = args;
-  product.dtype = matrix_.dtype;
-  product.n = matrix_.n;
-  product.offsets = offsets;
-  for (int64_t expert = 0; expert < matrix_.experts; ++expert) {
-    if (offsets[expert] == offsets[expert + 1]) continue;
-    QuantizedMatrix matrix = matrix_;
-    matrix.weight += expert * matrix_.weight_group;
-    matrix.scale = static_cast<const char*>(matrix.scale) + expert * matrix_.scale_group;
-    QuantizedWeight(matrix).Multiply(GroupOf(product, expert), scratch);
-  }
+void QuantizedExperts::Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch, int threads) const {
+  const int64_t experts = matrix_.experts, units = kUnitsPerThread * threads;
+  ParallelRanges(experts, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) {
+      if (offsets[e] == offsets[e + 1]) continue;
+      const QuantizedArgs product = Completed(args, offsets, e);
+      QuantizeInputs(product, 0, QuantizedBlocks(matrix_), scratch + InputsOf(matrix_, e, offsets[e]));
+    }
+  });
+  char* const all_unpacked = scratch + InputsOf(matrix_, experts, args.m);
+  const auto cost = [&](int64_t e) {
+    const int64_t rows = offsets[e + 1] - offsets[e];
+    return rows == 0 ? 0 : rows + kRowsOfWeights;
+  };
+  ParallelUnits(units, threads, [&](int64_t unit, int worker) {
+    ForShare(unit, units, experts, QuantizedPanels(matrix_), cost, [&](int64_t e, int64_t begin, int64_t end) {
+      const QuantizedArgs product = Completed(args, offsets, e);
+      char* const unpacked = all_unpacked + worker * UnpackedBytes(product);
+      MultiplyQuantized(product, begin, end, scratch + InputsOf(matrix_, e, offsets[e]), unpacked);
+    });
+  });
 }
 
 namespace {
@@ -102,7 +142,7 @@ ExpertsRun::ExpertsRun(const ExpertsStep& step, DType dtype, int64_t rows, const
 void ExpertsRun::Route(const Weight& router, const char* x) const {
   Widen(dtype_, x, rows_ * router.k, wide_, threads_);
   GemmArgs args = Product(rows_, wide_, router.k, logits_, router.n, DType::kFloat32, step_.router_bias);
-  router.Multiply(args, scratch_);
+  router.Multiply(args, scratch_, threads_);
   peak::Route({rows_, step_.experts, step_.choices, logits_, step_.normalize, ids_, weights_}, threads_);
   SortChoices({choices_, step_.experts, ids_, order_, position_, offsets_}, threads_);
   GatherChoices({dtype_, choices_, step_.choices, router.k, x, order_, sorted_}, threads_);
@@ -113,7 +153,7 @@ void ExpertsRun::Hidden(const ExpertWeights* gate, const ExpertWeights& up) cons
   if (gate != nullptr) {
     GemmArgs args = Product(choices_, sorted_, gate->k, gate_, gate->n, dtype_, step_.gate_bias);
     if (!fused) Activate(args, Epilogue::kActivate, step_.activation);
-    gate->Multiply(args, offsets_, scratch_);
+    gate->Multiply(args, offsets_, scratch_, threads_);
   }
   GemmArgs args = Product(choices_, sorted_, up.k, hidden_, up.n, dtype_, step_.up_bias);
   args.gate = gate_;
@@ -122,14 +162,14 @@ void ExpertsRun::Hidden(const ExpertWeights* gate, const ExpertWeights& up) cons
   } else if (step_.activation == Activation::kClampedSwiglu) {
     Activate(args, Epilogue::kActivate, Activation::kClampedUp);
   }
-  up.Multiply(args, offsets_, scratch_);
+  up.Multiply(args, offsets_, scratch_, threads_);
   if (fused) return;
   MultiplyElements(dtype_, gate_, choices_ * up.n, hidden_, threads_);
 }
 
 void ExpertsRun::Combine(const ExpertWeights& down, char* out) const {
   const GemmArgs args = Product(choices_, hidden_, down.k, results_, down.n, dtype_, step_.down_bias);
-  down.Multiply(args, offsets_, scratch_);
+  down.Multiply(args, offsets_, scratch_, threads_);
   CombineChoices({dtype_, rows_, step_.choices, down.n, results_, position_, out, weights_}, threads_);
 }
 

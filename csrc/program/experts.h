@@ -19,8 +19,8 @@ class ExpertWeights {
   virtual ~ExpertWeights() = default;
   virtual int64_t ScratchBytes(int64_t rows, int threads) const = 0;
   // c = epilogue(a w[e]^T) for the rows offsets[e] to offsets[e + 1] of each expert e. args holds m, a, c and the
-  // epilogue with a bias (experts, n). Every thread of a team calls it.
-  virtual void Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch) const = 0;
+  // epilogue with a bias (experts, n). For a team (base/parallel.h).
+  virtual void Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch, int threads) const = 0;
   // Whether Multiply has Epilogue::kGate.
   virtual bool HasGate() const = 0;
   const int64_t n, k;
@@ -36,7 +36,7 @@ class DenseExperts : public ExpertWeights {
  public:
   explicit DenseExperts(const DenseExpertsMatrix& matrix) : ExpertWeights(matrix.n, matrix.k), matrix_(matrix) {}
   int64_t ScratchBytes(int64_t rows, int threads) const override;
-  void Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch) const override;
+  void Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch, int threads) const override;
   bool HasGate() const override { return true; }
 
  private:
@@ -50,16 +50,16 @@ struct QuantizedExpertsMatrix : QuantizedMatrix {
 };
 PEAK_FIELDS(QuantizedExpertsMatrix, experts, weight_group, scale_group)
 
-// The team computes the experts one after the other.
 class QuantizedExperts : public ExpertWeights {
  public:
   explicit QuantizedExperts(const QuantizedExpertsMatrix& matrix)
       : ExpertWeights(matrix.n, matrix.k), matrix_(matrix) {}
   int64_t ScratchBytes(int64_t rows, int threads) const override;
-  void Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch) const override;
+  void Multiply(const GemmArgs& args, const int64_t* offsets, char* scratch, int threads) const override;
   bool HasGate() const override { return false; }
 
  private:
+  QuantizedArgs Completed(const GemmArgs& args, const int64_t* offsets, int64_t expert) const;
   QuantizedExpertsMatrix matrix_;
 };
 
@@ -85,7 +85,7 @@ class ExpertsRun {
              const ExpertWeights& up, const ExpertWeights& down, int threads, void* memory);
   int64_t bytes() const { return bytes_; }
 
-  // The calls, in this order, by every thread of a team.
+  // The calls, in this order, for a team.
   void Route(const Weight& router, const char* x) const;
   void Hidden(const ExpertWeights* gate, const ExpertWeights& up) const;
   void Combine(const ExpertWeights& down, char* out) const;

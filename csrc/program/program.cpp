@@ -63,24 +63,14 @@ int64_t DenseWeight::ScratchBytes(int64_t rows, int threads) const {
   return GemmScratch(Completed(args), threads) * static_cast<int64_t>(sizeof(float));
 }
 
-void DenseWeight::Multiply(const GemmArgs& args, char* scratch) const {
-  TeamGemm(Completed(args), reinterpret_cast<float*>(scratch));
+void DenseWeight::Multiply(const GemmArgs& args, char* scratch, int threads) const {
+  Gemm(Completed(args), reinterpret_cast<float*>(scratch), threads);
 }
 
-QuantizedArgs QuantizedWeight::Completed(int64_t rows) const {
-  QuantizedArgs args{};
-  static_cast<QuantizedMatrix&>(args) = matrix_;
-  args.rows = rows;
-  return args;
-}
-
-int64_t QuantizedWeight::ScratchBytes(int64_t rows, int threads) const {
-  return QuantizedScratch(Completed(rows), threads);
-}
-
-void QuantizedWeight::Multiply(const GemmArgs& args, char* scratch) const {
-  const Team& team = *Team::Current();
-  QuantizedArgs product = Completed(args.m);
+QuantizedArgs QuantizedProduct(const QuantizedMatrix& matrix, const GemmArgs& args) {
+  QuantizedArgs product{};
+  static_cast<QuantizedMatrix&>(product) = matrix;
+  product.rows = args.m;
   product.x = args.a;
   product.x_row = args.a_row;
   product.bias = args.bias;
@@ -88,10 +78,17 @@ void QuantizedWeight::Multiply(const GemmArgs& args, char* scratch) const {
   product.y = args.c;
   product.y_row = args.c_row;
   product.float32_out = args.out_dtype == DType::kFloat32;
-  QuantizeInputs(product, team.id, team.size, scratch);
-  Barrier();
-  MultiplyQuantized(product, team.id, team.size, scratch);
-  Barrier();
+  return product;
+}
+
+int64_t QuantizedWeight::ScratchBytes(int64_t rows, int threads) const {
+  GemmArgs args{};
+  args.m = rows;
+  return QuantizedScratch(QuantizedProduct(matrix_, args), threads);
+}
+
+void QuantizedWeight::Multiply(const GemmArgs& args, char* scratch, int threads) const {
+  LinearQuantized(QuantizedProduct(matrix_, args), scratch, threads);
 }
 
 // ------------------------------------------------------------------------------------------------------------ steps
@@ -125,7 +122,7 @@ void Program::Embed(const EmbedStep& step) {
     EmbeddingForward(args, s.threads);
     if (step.scale == 1.0f) return;
     const auto scale = PEAK_PICK_DTYPE(dtype, ScaleRange);
-    ParallelParts(s.pass.rows * width, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    ParallelRanges(s.pass.rows * width, kGrainBytes / SizeOf(dtype), s.threads, [&](int64_t begin, int64_t end) {
       scale(args.out, step.scale, begin, end);
     });
   });
@@ -179,7 +176,7 @@ void Program::Linear(const LinearStep& step, std::shared_ptr<Weight> weight) {
     args.bias = step.bias;
     args.activation = step.activation;
     args.gate = step.gate < 0 ? nullptr : s.buffers[step.gate];
-    weight->Multiply(args, s.scratch);
+    weight->Multiply(args, s.scratch, s.threads);
   });
 }
 
@@ -256,7 +253,7 @@ void Program::Attention(const AttentionStep& step) {
     args.softcap = step.softcap;
     args.sinks = step.sinks;
     args.out = s.buffers[step.out];
-    TeamCacheAttention(args, s.scratch);
+    CacheAttention(args, s.scratch, s.threads);
   });
   scratch_bytes_.push_back([width = step.width](const PassArgs&, int threads) {
     return CacheAttentionScratch(width, threads);
@@ -267,7 +264,7 @@ void Program::Combine(const CombineStep& step) {
   steps_.push_back([=, dtype = dtype_, width = widths_[step.x], selected = selected_](const State& s) {
     const int64_t rows = selected ? s.pass.logit_rows : s.pass.rows;
     const auto combine = PEAK_PICK_DTYPE(dtype, CombineRange);
-    ParallelParts(rows * width, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    ParallelRanges(rows * width, kGrainBytes / SizeOf(dtype), s.threads, [&](int64_t begin, int64_t end) {
       combine(s.buffers[step.x], s.buffers[step.y], s.buffers[step.out], step.product, begin, end);
     });
   });
@@ -276,7 +273,7 @@ void Program::Combine(const CombineStep& step) {
 void Program::SelectRows(const SelectStep& step) {
   const int64_t bytes = widths_[step.x] * SizeOf(dtype_);
   steps_.push_back([=](const State& s) {
-    ParallelParts(s.pass.logit_rows, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    ParallelRanges(s.pass.logit_rows, GrainRows(bytes), s.threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         std::memcpy(s.buffers[step.out] + i * bytes, s.buffers[step.x] + s.pass.selected[i] * bytes, bytes);
       }
@@ -291,7 +288,7 @@ void Program::Hidden(const HiddenStep& step) {
     const int64_t rows = selected ? s.pass.logit_rows : s.pass.rows;
     char* const out = static_cast<char*>(s.pass.hidden);
     if (out == nullptr) return;
-    ParallelParts(rows, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    ParallelRanges(rows, GrainRows(bytes), s.threads, [&](int64_t begin, int64_t end) {
       std::memcpy(out + begin * bytes, s.buffers[step.x] + begin * bytes, (end - begin) * bytes);
     });
   });
@@ -301,7 +298,8 @@ void Program::FinishLogits(const LogitsStep& step) {
   steps_.push_back([=](const State& s) {
     if (s.pass.logits == nullptr) return;
     const auto finish = PEAK_PICK(FinishRange);
-    ParallelParts(s.pass.logit_rows * step.vocabulary, s.threads, s.threads, [&](int64_t, int64_t begin, int64_t end) {
+    const int64_t count = s.pass.logit_rows * step.vocabulary;
+    ParallelRanges(count, kGrainBytes / 4, s.threads, [&](int64_t begin, int64_t end) {
       finish(s.pass.logits, step.scale, step.softcap, begin, end);
     });
   });
@@ -335,7 +333,7 @@ void Program::Run(const PassArgs& pass, int threads) {
   place(counted);
   Arena arena(memory_.Reserve(counted.used()));
   const State state = place(arena);
-  RunTeam(threads, [&] {
+  Team::Open(threads, [&] {
     for (const Step& step : steps_) step(state);
   });
 }

@@ -51,8 +51,8 @@ class Weight {
   Weight(int64_t n_, int64_t k_) : n(n_), k(k_) {}
   virtual ~Weight() = default;
   virtual int64_t ScratchBytes(int64_t rows, int threads) const = 0;
-  // c = epilogue(a w^T). args holds m, a, c and the epilogue. Every thread of a team calls it.
-  virtual void Multiply(const GemmArgs& args, char* scratch) const = 0;
+  // c = epilogue(a w^T), for a team (base/parallel.h). args holds m, a, c and the epilogue.
+  virtual void Multiply(const GemmArgs& args, char* scratch, int threads) const = 0;
   const int64_t n, k;
 };
 
@@ -71,22 +71,24 @@ class DenseWeight : public Weight {
  public:
   explicit DenseWeight(const DenseMatrix& matrix) : Weight(matrix.n, matrix.k), matrix_(matrix) {}
   int64_t ScratchBytes(int64_t rows, int threads) const override;
-  void Multiply(const GemmArgs& args, char* scratch) const override;
+  void Multiply(const GemmArgs& args, char* scratch, int threads) const override;
 
  private:
   GemmArgs Completed(GemmArgs args) const;
   DenseMatrix matrix_;
 };
 
+// c = epilogue(a w^T) with a w of 8 or 4 bits; the epilogue is kStore or kActivate.
+QuantizedArgs QuantizedProduct(const QuantizedMatrix& matrix, const GemmArgs& args);
+
 // A matrix of 8 or 4 bits; its epilogue is kStore or kActivate.
 class QuantizedWeight : public Weight {
  public:
   explicit QuantizedWeight(const QuantizedMatrix& matrix) : Weight(matrix.n, matrix.k), matrix_(matrix) {}
   int64_t ScratchBytes(int64_t rows, int threads) const override;
-  void Multiply(const GemmArgs& args, char* scratch) const override;
+  void Multiply(const GemmArgs& args, char* scratch, int threads) const override;
 
  private:
-  QuantizedArgs Completed(int64_t rows) const;
   QuantizedMatrix matrix_;
 };
 

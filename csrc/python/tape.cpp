@@ -1,7 +1,8 @@
 #include "python/tape.h"
 
-#include <exception>
 #include <utility>
+
+#include "base/parallel.h"
 
 namespace peak::python {
 
@@ -17,17 +18,10 @@ void Tape::Append(std::function<void()> kernel, PyObject* const* arguments, Py_s
 
 void Tape::AppendParallel(std::vector<std::shared_ptr<Tape>> tapes, int threads) {
   const auto replay_all = [tapes = std::move(tapes), threads] {
-    std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (size_t i = 0; i < tapes.size(); ++i) {
+    ParallelUnits(static_cast<int64_t>(tapes.size()), threads, [&](int64_t i) {
       const py::gil_scoped_acquire acquired;
-      try {
-        tapes[i]->Replay();
-      } catch (...) {
-        error = std::current_exception();  // the GIL guards it
-      }
-    }
-    if (error) std::rethrow_exception(error);
+      tapes[static_cast<size_t>(i)]->Replay();
+    });
   };
   steps_.push_back({replay_all, py::object()});
 }

@@ -40,7 +40,7 @@ void Race() {
 // All threads add to one variable.
 void SharedPartial() {
   int64_t total = 0;
-  peak::ParallelParts(1000, 4, 4, [&](int64_t, int64_t begin, int64_t end) { total += end - begin; });
+  peak::ParallelParts(1000, 4, [&](int64_t, int64_t begin, int64_t end) { total += end - begin; });
   std::printf("%lld\n", static_cast<long long>(total));
 }
 

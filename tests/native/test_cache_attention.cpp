@@ -63,7 +63,7 @@ struct Problem {
         .v = rows.data() + (kHeads + kKvHeads) * width, .q_row = row, .int8_cache = int8, .keys = cache.keys.data(),
         .values = cache.values.data(), .window = window, .scale = 0.3f, .alibi = alibi, .out = out, .softcap = softcap,
         .sinks = sinks};
-    RunTeam(threads, [&] { TeamCacheAttention(args, aligned); });
+    Team::Open(threads, [&] { CacheAttention(args, aligned, threads); });
   }
 
   Want Expected(int64_t s, int64_t i, int64_t h, int64_t d) const {
