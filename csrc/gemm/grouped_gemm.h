@@ -51,8 +51,10 @@ void ForShare(int64_t unit, int64_t units, int64_t groups, int64_t panels, const
   const int64_t begin = total * unit / units, end = total * (unit + 1) / units;
   for (int64_t group = 0; group < groups && start < end; ++group) {
     const int64_t work = cost(group);
-    if (start + work > begin) {
-      const auto panel = [&](int64_t at) { return std::clamp<int64_t>(((at - start) * panels + work - 1) / work, 0, panels); };
+    if (work > 0 && start + work > begin) {
+      const auto panel = [&](int64_t at) {
+        return std::clamp<int64_t>(((at - start) * panels + work - 1) / work, 0, panels);
+      };
       const int64_t first = panel(std::max(begin, start)), last = panel(end);
       if (first < last) f(group, first, last);
     }

@@ -158,7 +158,8 @@ void CombineChoices(const CombineChoicesArgs& args, int threads) {
 
 void HiddenBackward(const HiddenBackwardArgs& args, int threads) {
   const auto backward = PEAK_PICK_DTYPE(args.dtype, HiddenRowsOf);
-  ParallelRanges(args.rows, GrainRows(args.width * SizeOf(args.dtype)), threads, [&](int64_t begin, int64_t end) { backward(args, begin, end); });
+  ParallelRanges(args.rows, GrainRows(args.width * SizeOf(args.dtype)), threads,
+                 [&](int64_t begin, int64_t end) { backward(args, begin, end); });
 }
 
 void MultiplyElements(DType dtype, const void* x, int64_t count, void* y, int threads) {

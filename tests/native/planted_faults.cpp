@@ -1,4 +1,4 @@
-// Deliberate faults that a sanitizer must report: `planted_faults overread|undefined|race|shared_partial`. The Makefile
+// Deliberate faults that a sanitizer must report: `planted_faults overread|undefined|race|shared_partial|order`. The Makefile
 // fails if one is not reported. The faults happen inside the kernels, called with tensors that are too short,
 // misaligned or overlapping, because csrc must be instrumented and the sanitizer must understand OpenMP.
 #include <cstdio>
@@ -44,10 +44,28 @@ void SharedPartial() {
   std::printf("%lld\n", static_cast<long long>(total));
 }
 
+// Code between jobs reads what a job writes, which base/parallel.h forbids: a thread that is late reads what a later job
+// wrote.
+void Order() {
+  int64_t value = 0, wrong = 0;
+  for (int round = 0; round < 1000; ++round) {
+    peak::Team::Open(4, [&] {
+      for (int64_t job = 0; job < 8; ++job) {
+        peak::ParallelUnits(1, 4, [&](int64_t) { value = job; });
+        const int64_t seen = value;
+        peak::ParallelUnits(4, 4, [&](int64_t) {
+          if (seen != job) ++wrong;
+        });
+      }
+    });
+  }
+  std::printf("%lld units with the value of another job\n", static_cast<long long>(wrong));
+}
+
 constexpr struct {
   const char* name;
   void (*run)();
-} kFaults[] = {{"overread", Overread}, {"undefined", Undefined}, {"race", Race}, {"shared_partial", SharedPartial}};
+} kFaults[] = {{"overread", Overread}, {"undefined", Undefined}, {"race", Race}, {"shared_partial", SharedPartial}, {"order", Order}};
 
 }  // namespace
 
@@ -55,6 +73,6 @@ int main(int argc, char** argv) {
   for (const auto& fault : kFaults) {
     if (argc == 2 && std::strcmp(argv[1], fault.name) == 0) return fault.run(), 0;
   }
-  std::fprintf(stderr, "got %d arguments, expected one of overread, undefined, race, shared_partial\n", argc - 1);
+  std::fprintf(stderr, "got %d arguments, expected one of overread, undefined, race, shared_partial, order\n", argc - 1);
   return 2;
 }
