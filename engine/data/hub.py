@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peakgpt.engine.data.gguf_header import file_names
+
 if TYPE_CHECKING:
     from huggingface_hub.utils import tqdm
 
@@ -29,7 +31,7 @@ class HubModel:
     Args:
         name: "gpt2" or "org/name".
         revision: a branch, a tag or a commit; None is the default branch.
-        file: a .gguf file of the model, which is then the only one that is wanted.
+        file: a .gguf file of the model; it and those that follow a first one, -00001-of-, are then all that is wanted.
     """
 
     name: str
@@ -68,7 +70,9 @@ def download(model: HubModel, files: HubFiles) -> Path:
 
     with _errors_in_one_sentence(model):
         if model.file is not None:
-            return Path(hf_hub_download(model.name, model.file, revision=model.revision))
+            names = file_names(model.file)  # the first one's, and those of other files of the model
+            paths = [hf_hub_download(model.name, name, revision=model.revision) for name in names]
+            return Path(paths[0])
         revision = model.revision
         for group in files.first_of or ((),):
             patterns = [*files.always, *group]
