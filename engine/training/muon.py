@@ -22,6 +22,7 @@ from peakgpt.engine.training.optimizer import AdamW, Calls, decay_groups
 from peakgpt.engine.training.optimizer_state import MUON, Moments, matrix_tensors
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.core.dispatch import Op
+from peakgpt.kernels.ops.adamw import DTYPES
 from peakgpt.kernels.ops.muon import muon
 
 OPTIONS = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
@@ -87,12 +88,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
 
 
 def block_matrices(model: nn.Module) -> dict[Tensor, tuple[int, ...] | None]:
-    """Return the weights of linear layers in blocks that require a gradient, and the rows that each one fuses."""
+    """Return the weights of linear layers in blocks, frozen or not, and the rows that each one fuses."""
     fused = {module.c_attn: fused_rows(module) for module in model.modules() if isinstance(module, CausalSelfAttention)}
     return {
         module.weight: fused.get(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | ExpertLinear) and IN_A_BLOCK.search(name) and module.weight.requires_grad
+        if isinstance(module, nn.Linear | ExpertLinear) and IN_A_BLOCK.search(name) and module.weight.dtype in DTYPES
     }
 
 

@@ -142,6 +142,25 @@ def test_a_parameter_that_is_frozen_after_a_step_keeps_its_value():
     assert all(map(torch.equal, before, frozen.parameters()))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_frozen_parameters_train_in_bfloat16_and_are_saved_with_all_their_bits(optimizer, ema_decay):
+    """Regression: they stayed float32, so the first product got two dtypes."""
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20))
+    frozen = {f"transformer.h.0.{n}": p for n, p in model.transformer.h[0].requires_grad_(False).named_parameters()}
+    before = {name: parameter.clone() for name, parameter in frozen.items()}
+    config = TrainConfig(batch=2, tokens=8, warmup=0.0, dtype=torch.bfloat16, optimizer=optimizer, ema_decay=ema_decay)
+    trainer, ids = Trainer(model, config, steps=20), torch.arange(16).view(2, 8)
+    losses = [trainer.step(ids, ids).item() for _ in range(6)]
+    assert losses[-1] < losses[0]
+    assert all(p.dtype == torch.bfloat16 and p.grad is None for p in frozen.values())
+    saved = dict(trainer.saved_weights())
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
+    model.requires_grad_(True)  # thawed
+    trainer.step(ids, ids)
+    assert not any(torch.equal(trainer.master_weights()[name], value) for name, value in before.items())
+
+
 @pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.bias"])
 def test_hooks_of_parameters_run_and_change_the_gradient(name, micro_batch):
