@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,12 +63,13 @@ OTHER_TYPES = {
 
 
 class TensorEntry(NamedTuple):
-    """A tensor in the file: its shape with the outermost dimension first, and the bytes [start, end) of its data."""
+    """A tensor: its shape with the outermost dimension first, and the bytes [start, end) of its data in a file."""
 
     shape: tuple[int, ...]
     type: BlockType
     start: int
     end: int
+    file: int = 0  # of a model in several files
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,18 @@ class GGUFHeader:
         metadata: values by key; an array of numbers is a numpy array, an array of strings a list.
         tensors: by name.
         data: the bytes of the file, mapped; writing changes a copy of the page only.
+        more: those of the other files of a model in several files.
     """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     data: mmap.mmap | memoryview
+    more: tuple[mmap.mmap | memoryview, ...] = ()
+
+    def bytes_of(self, entry: TensorEntry) -> mmap.mmap | memoryview:
+        """Return the bytes of the file that a tensor is in."""
+        return (self.data, *self.more)[entry.file]
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """Return a value of the metadata.
@@ -109,8 +117,50 @@ def is_gguf(path: Path | str) -> bool:
     return Path(path).suffix.lower() == SUFFIX
 
 
+def file_names(name: str) -> list[str]:
+    """Return the names of the files of a model from that of the first: model-00001-of-00003.gguf has three.
+
+    Any other name is returned alone.
+    """
+    match = re.fullmatch(rf"(.*)-00001-of-(\d{{5}})(\{SUFFIX})", name, re.ASCII | re.DOTALL)
+    if match is None or int(match[2]) < 1:
+        return [name]
+    return [f"{match[1]}-{number:05d}-of-{match[2]}{match[3]}" for number in range(1, int(match[2]) + 1)]
+
+
+def read_files(path: Path | str) -> GGUFHeader:
+    """Read the header of a model, which may be in several files, as `llama-gguf-split` writes them.
+
+    Args:
+        path: the file, or the first of several.
+    Returns:
+        The metadata of this file, and the tensors of all files.
+    Raises:
+        ValueError: as `read_header`, or the files do not belong together.
+    """
+    path, header = Path(path), read_header(path)
+    if (count := header.get("split.count", int, 1)) <= 1:
+        return header
+    number, names = header.get("split.no", int, 0), file_names(path.name)
+    if number != 0 or len(names) != count:
+        raise ValueError(f"{path}: got file {number + 1} of {count}, expected the first one under its name, such as "
+                         f"model-00001-of-{count:05d}{SUFFIX}, with the others beside it")  # fmt: skip
+    tensors, more = dict(header.tensors), []
+    for index, name in enumerate(names[1:], 1):
+        other = read_header(path.with_name(name))
+        got = other.get("split.no", int), other.get("split.count", int)
+        if got != (index, count) or (twice := tensors.keys() & other.tensors.keys()):
+            wrong = f"split.no {got[0]} and split.count {got[1]}" if got != (index, count) else f"tensor {min(twice)!r}"
+            raise ValueError(f"{other.path}: got {wrong}, expected file {index + 1} of {count}, with other tensors")
+        tensors |= {name: entry._replace(file=index) for name, entry in other.tensors.items()}
+        more.append(other.data)
+    if len(tensors) != (total := header.get("split.tensors.count", int, len(tensors))):
+        raise ValueError(f"{path}: got {len(tensors)} tensors in {count} files, expected {total}")
+    return replace(header, tensors=tensors, more=tuple(more))
+
+
 def read_header(path: Path | str) -> GGUFHeader:
-    """Read and check a header.
+    """Read and check the header of one file.
 
     Raises:
         ValueError: the file is missing, of another version, truncated, or its sizes contradict each other.

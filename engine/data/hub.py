@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peakgpt.engine.data.gguf_header import file_names
 
 if TYPE_CHECKING:
     from huggingface_hub.utils import tqdm
@@ -29,7 +32,7 @@ class HubModel:
     Args:
         name: "gpt2" or "org/name".
         revision: a branch, a tag or a commit; None is the default branch.
-        file: a .gguf file of the model, which is then the only one that is wanted.
+        file: a .gguf file of the model; it and those that follow a first one, -00001-of-, are then all that is wanted.
     """
 
     name: str
@@ -66,9 +69,13 @@ def download(model: HubModel, files: HubFiles) -> Path:
     """
     from huggingface_hub import hf_hub_download, snapshot_download  # 0.5 s
 
+    # A group that matches no file is no fault, and the client would print a warning with all patterns.
+    logging.getLogger("huggingface_hub._snapshot_download").addFilter(_is_no_missing_match)
     with _errors_in_one_sentence(model):
         if model.file is not None:
-            return Path(hf_hub_download(model.name, model.file, revision=model.revision))
+            names = file_names(model.file)  # the first one's, and those of other files of the model
+            paths = [hf_hub_download(model.name, name, revision=model.revision) for name in names]
+            return Path(paths[0])
         revision = model.revision
         for group in files.first_of or ((),):
             patterns = [*files.always, *group]
@@ -79,6 +86,10 @@ def download(model: HubModel, files: HubFiles) -> Path:
                 return folder
             revision = folder.name  # the commit: the groups are of the same one
         raise ValueError(f"{model}: got {_listing(model)}, expected one of {', '.join(sum(files.first_of, ()))}")
+
+
+def _is_no_missing_match(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No files matched allow_patterns")
 
 
 def _bar_of_a_terminal() -> type[tqdm]:

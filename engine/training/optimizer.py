@@ -82,9 +82,9 @@ class AdamW(torch.optim.Optimizer):
                 takes float32 parameters under autocast.
         """
         if dtype not in (None, *DTYPES):
-            raise ValueError(f"AdamW: dtype is {dtype}, expected torch.float32 or torch.bfloat16")
+            raise ValueError(f"{self._name}: dtype is {dtype}, expected torch.float32 or torch.bfloat16")
         if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"AdamW: max_norm is {max_norm}, expected more than 0, or None")
+            raise ValueError(f"{self._name}: max_norm is {max_norm}, expected more than 0, or None")
         self.max_norm, self.grad_norm, self.lr_scale, self._dtype = max_norm, None, None, dtype
         self._launches: dict[Key, tuple[Foreach, Foreach]] = {}
         super().__init__(params, {
@@ -105,7 +105,7 @@ class AdamW(torch.optim.Optimizer):
         _add_param_group(self, param_group)
         group = self.param_groups[-1]
         try:
-            _check(group)
+            _check(self._name, group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -138,7 +138,7 @@ class AdamW(torch.optim.Optimizer):
         updated: list[tuple[nn.Parameter, Tensor]] = []
         for index, group in enumerate(self.param_groups):
             if group.get("amsgrad") or group.get("maximize") or group.get("differentiable"):  # set later
-                _check(group)
+                _check(self._name, group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     updated.append((parameter, self._add_calls(calls, index, parameter)))
@@ -154,6 +154,11 @@ class AdamW(torch.optim.Optimizer):
                 parameter.copy_(tensor.view(parameter.shape))  # its elements have gaps, so the op got a copy
         torch.autograd.graph.increment_version([parameter for parameter, _ in updated])  # tells autograd
         return loss
+
+    @property
+    def _name(self) -> str:
+        """The optimizer in error messages."""
+        return type(self).__name__
 
     # ---- what an optimizer with other groups overrides ----
 
@@ -205,7 +210,7 @@ class AdamW(torch.optim.Optimizer):
             ValueError: the tensor is not a parameter of this optimizer.
         """
         if not any(parameter is own for group in self.param_groups for own in group["params"]):
-            raise ValueError(f"AdamW: got a tensor of shape {tuple(parameter.shape)}, expected one of its parameters")
+            raise ValueError(f"{self._name}: got a tensor of shape {tuple(parameter.shape)}, expected a parameter")
         return master_of(parameter, self.state.get(parameter, {}))
 
     def named_masters(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -250,10 +255,10 @@ class AdamW(torch.optim.Optimizer):
         groups, states = state_dict["param_groups"], state_dict["state"]
         got, expected = ([len(g["params"]) for g in gs] for gs in (groups, self.param_groups))
         if got != expected:
-            raise ValueError(f"AdamW: the state has groups of {got} parameters, expected {expected}")
+            raise ValueError(f"{self._name}: the state has groups of {got} parameters, expected {expected}")
         entries: dict[Tensor, Mapping[str, Any]] = {}
         for group, saved in zip(self.param_groups, groups, strict=True):
-            _check({**group, **saved, "params": group["params"]})
+            _check(self._name, {**group, **saved, "params": group["params"]})
             for i, parameter in zip(saved["params"], group["params"], strict=True):
                 entries[parameter] = check_entry(i, states.get(i), parameter, self._moments(group))
         for group, saved in zip(self.param_groups, groups, strict=True):
@@ -287,26 +292,26 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _check(group: Mapping[str, Any]) -> None:
+def _check(name: str, group: Mapping[str, Any]) -> None:
     """Raise ValueError unless the options are in range and the op takes the parameters."""
-    for name in UNSUPPORTED:
-        if group.get(name):
-            raise ValueError(f"AdamW: {name} is {group[name]}, expected False: it is not supported")
+    for option in UNSUPPORTED:
+        if group.get(option):
+            raise ValueError(f"{name}: {option} is {group[option]}, expected False: it is not supported")
     if not group.get("decoupled_weight_decay", True):
-        raise ValueError("AdamW: decoupled_weight_decay is False, expected True: this is AdamW, not Adam")
-    for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"AdamW: {name} is {group[name]}, expected at least 0")
+        raise ValueError(f"{name}: decoupled_weight_decay is False, expected True: Adam without it is not supported")
+    for option in ("lr", "eps", "weight_decay"):
+        if not group[option] >= 0:
+            raise ValueError(f"{name}: {option} is {group[option]}, expected at least 0")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"AdamW: betas are {group['betas']}, expected two values in 0 <= beta < 1")
+        raise ValueError(f"{name}: betas are {group['betas']}, expected two values in 0 <= beta < 1")
     for parameter in group["params"]:
         if is_traceable_wrapper_subclass(parameter):
             raise ValueError(
-                f"AdamW: got a parameter of type {type(parameter).__name__}, expected a plain tensor: "
+                f"{name}: got a parameter of type {type(parameter).__name__}, expected a plain tensor: "
                 "tensor subclasses, such as the DTensors of FSDP2 and tensor parallelism, need torch.optim.AdamW"
             )
         if parameter.dtype not in DTYPES or parameter.layout != torch.strided:
             raise ValueError(
-                f"AdamW: got a parameter of dtype {parameter.dtype} and layout {parameter.layout}, "
+                f"{name}: got a parameter of dtype {parameter.dtype} and layout {parameter.layout}, "
                 "expected a dense one in float32, bfloat16 or float64"
             )

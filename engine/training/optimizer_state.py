@@ -26,10 +26,12 @@ class Moments:
     """The running means that an optimizer keeps for each parameter.
 
     Args:
+        optimizer: its name in error messages.
         names: of tensors in the parameter's shape.
         counts_steps: whether the state has a step too.
     """
 
+    optimizer: str
     names: tuple[str, ...]
     counts_steps: bool = False
 
@@ -39,8 +41,8 @@ class Moments:
         return ("step", *self.names) if self.counts_steps else self.names
 
 
-ADAMW = Moments(("exp_avg", "exp_avg_sq"), counts_steps=True)
-MUON = Moments(("momentum_buffer",))
+ADAMW = Moments("AdamW", ("exp_avg", "exp_avg_sq"), counts_steps=True)
+MUON = Moments("Muon", ("momentum_buffer",))
 SPLIT_ELEMENTS = 1 << 18  # elements split into a bfloat16 and a remainder at a time: it takes several times the memory
 WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in DTYPES}  # dtype of the moments
 
@@ -60,7 +62,7 @@ def update_tensors(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[T
         or moment.shape != parameter.shape or ("remainder" in state) != (parameter.dtype == torch.bfloat16)
     ):  # fmt: skip
         _fit(state, parameter, ADAMW)
-    _check_grad(parameter)
+    _check_grad(parameter, ADAMW)
     moment, square, remainder = state["exp_avg"], state["exp_avg_sq"], state.get("remainder")
     if (
         type(parameter) is nn.Parameter and parameter.is_contiguous() and grad.is_contiguous()
@@ -80,7 +82,7 @@ def matrix_tensors(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[T
         ValueError: as `update_tensors`.
     """
     _fit(state, parameter, MUON)
-    _check_grad(parameter)
+    _check_grad(parameter, MUON)
     for name in ("remainder", *MUON.names):
         if name in state:
             state[name] = state[name].contiguous()
@@ -88,11 +90,11 @@ def matrix_tensors(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[T
     return tuple(None if t is None else _plain(t).contiguous() for t in tensors)
 
 
-def _check_grad(parameter: nn.Parameter) -> None:
+def _check_grad(parameter: nn.Parameter, moments: Moments) -> None:
     grad = parameter.grad
     if grad.layout != torch.strided or grad.dtype != parameter.dtype:
-        raise ValueError(f"AdamW: got a gradient of layout {grad.layout} in {grad.dtype}, expected a dense one in "
-                         f"{parameter.dtype}")  # fmt: skip
+        raise ValueError(f"{moments.optimizer}: got a gradient of layout {grad.layout} in {grad.dtype}, expected a "
+                         f"dense one in {parameter.dtype}")  # fmt: skip
 
 
 def _in_memory_order(parameter: nn.Parameter, state: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
@@ -125,9 +127,9 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _fit(state: dict[str, Tensor], parameter: nn.Parameter, moments: Moments) -> None:
     """Make the state if the parameter is new; else move it to the parameter's new device or dtype."""
-    wide = WIDE.get(parameter.dtype)
+    wide, optimizer = WIDE.get(parameter.dtype), moments.optimizer
     if wide is None:
-        raise ValueError(f"AdamW: a parameter is now {parameter.dtype}, expected float32, bfloat16 or float64")
+        raise ValueError(f"{optimizer}: a parameter is now {parameter.dtype}, expected float32, bfloat16 or float64")
     if moments.names[0] not in state:
         if moments.counts_steps:
             state["step"] = torch.zeros((), dtype=wide, device=parameter.device)
@@ -136,8 +138,8 @@ def _fit(state: dict[str, Tensor], parameter: nn.Parameter, moments: Moments) ->
     for name in moments.names:
         if state[name].shape != parameter.shape:
             raise ValueError(
-                f"AdamW: a parameter has shape {tuple(parameter.shape)} and {name} has {tuple(state[name].shape)}, "
-                "expected the same: build a new optimizer after a change of shape"
+                f"{optimizer}: a parameter has shape {tuple(parameter.shape)} and {name} has "
+                f"{tuple(state[name].shape)}, expected the same: build a new optimizer after a change of shape"
             )
     for name in moments.all_names:
         state[name] = state[name].to(parameter.device, wide)
@@ -181,14 +183,17 @@ def check_entry(
     entry = dict(entry or {})  # a state dict holds the optimizer's own dicts
     missing = [name for name in moments.all_names if name not in entry]
     if missing and set(entry) - {"remainder"}:
-        raise ValueError(f"AdamW: state {i} has {', '.join(entry)}, expected {', '.join(moments.all_names)}")
+        expected = ", ".join(moments.all_names)
+        raise ValueError(f"{moments.optimizer}: state {i} has {', '.join(entry)}, expected {expected}")
     for name in (*moments.names, "remainder", "master"):
         if name in entry and entry[name].shape != parameter.shape:
             raise ValueError(
-                f"AdamW: {name} of state {i} has shape {tuple(entry[name].shape)}, expected {tuple(parameter.shape)}"
+                f"{moments.optimizer}: {name} of state {i} has shape {tuple(entry[name].shape)}, expected "
+                f"{tuple(parameter.shape)}"
             )
     if "remainder" in entry and entry["remainder"].dtype != torch.int16:
-        raise ValueError(f"AdamW: remainder of state {i} has dtype {entry['remainder'].dtype}, expected torch.int16")
+        got = entry["remainder"].dtype
+        raise ValueError(f"{moments.optimizer}: remainder of state {i} has dtype {got}, expected torch.int16")
     return entry
 
 

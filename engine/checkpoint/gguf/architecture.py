@@ -90,6 +90,7 @@ class Architecture:
         write: (GPTConfig) -> further metadata by key.
         extra_keys: the keys that `read` uses.
         modules: entries of MODULES that differ.
+        modules_of: for a residual, entries that differ with it.
         packed_gate: whether ffn_up has the rows of the gate and then those of ffn_up.
         interleaved: whether rows of queries and keys are reordered, so that neighboring features rotate as a pair.
         norm_shift: number that the file adds to the weights of norms.
@@ -106,6 +107,7 @@ class Architecture:
     write: Callable[[GPTConfig], dict[str, Any]] = lambda config: {}
     extra_keys: Collection[str] = ()
     modules: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    modules_of: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     packed_gate: bool = False
     interleaved: bool = False
     norm_shift: float = 0.0
@@ -207,7 +209,7 @@ class Architecture:
         layer = re.search(r"\.h\.(\d+)\.", module)
         number = "" if layer is None else layer[1]
         template = module if layer is None else module.replace(layer[0], ".h.{}.", 1)
-        modules = {**MODULES, **self.modules}.get(template)
+        modules = {**MODULES, **self.modules, **self.modules_of.get(config.residual, {})}.get(template)
         if modules is None:
             raise ValueError(f"got a model with {name}, expected none: {self.name} of llama.cpp has no such tensor")
         if not isinstance(modules, str) and f"blk.{number}.attn_qkv.{kind}" in present:
@@ -261,8 +263,10 @@ def _is_norm(name: str) -> bool:
 
 
 def _stated(config: GPTConfig, name: str) -> Any:
-    """Return a field; the default of attention_scale as a number."""
+    """Return a field; the default of attention_scale as a number, and longrope without what attention_factor says."""
     value = getattr(config, name)
+    if name == "rope_scaling" and value is not None and value["rope_type"] == "longrope":
+        return {key: number for key, number in value.items() if key != "factor"}
     return config.head_dim**-0.5 if name == "attention_scale" and value is None else value
 
 
@@ -270,6 +274,10 @@ def _same(first: Any, second: Any) -> bool:
     """Return whether two values are the same up to float32, which a file has; all GELUs are the same."""
     if isinstance(first, float) and isinstance(second, float):
         return torch.tensor(first).item() == torch.tensor(second).item()
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_same, first, second))
     return first == second or (str(first).startswith("gelu") and str(second).startswith("gelu"))
 
 

@@ -9,8 +9,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from peakgpt.engine.checkpoint.gguf.architecture import Architecture, Key
-from peakgpt.engine.checkpoint.gguf.rope import FREQUENCIES, ROPE_KEYS, read_rope, rope_tensors, write_rope
+from peakgpt.engine.checkpoint.gguf.rope import (
+    FREQUENCIES,
+    LONGROPE_FACTORS,
+    LONGROPE_KEYS,
+    ROPE_KEYS,
+    longrope_tensors,
+    read_longrope,
+    read_rope,
+    rope_tensors,
+    write_longrope,
+    write_rope,
+)
 from peakgpt.engine.data.gguf_header import GGUFHeader
 from peakgpt.engine.model.config import BIASED, GPTConfig
 
@@ -29,7 +42,8 @@ ROPE = (Key("rotary_dim", "rope.dimension_count", int, None), Key("rotary_base",
 PACKED = {"transformer.h.{}.attn.c_attn": "blk.{}.attn_qkv"}
 OWN_HEAD = {"tied_head": False}  # llama.cpp does not take the embedding in its place
 GATED = {"position": "rotary", "norm": "rms", "gated_mlp": True, "activation": "silu"}
-WINDOW = "attention.sliding_window"
+WINDOW, WINDOWED = "attention.sliding_window", "attention.sliding_window_pattern"
+PARALLEL = "use_parallel_residual"  # some files of StableLM say it wrongly: llama.cpp looks at the tensors
 LOGIT_SOFTCAP = Key("logit_softcap", "final_logit_softcapping", float, None)
 LOCAL_BASE = Key("local_rotary_base", "rope.freq_base_swa", float, 10000.0)
 
@@ -52,6 +66,22 @@ def _read_windows(header: GGUFHeader, period: int) -> dict[str, Any]:
     """Return `windows`: all layers, or all but the last one of every `period`, have the window of the metadata."""
     window = header.get(f"{header.get('general.architecture', str)}.{WINDOW}", int, 0) or None  # 0: none
     return {"windows": (window,) if period == 1 else (*[window] * (period - 1), None)}
+
+
+def _read_olmo(header: GGUFHeader) -> dict[str, Any]:
+    """Return the windows of OLMo 3 and its scaling, which the layers with a window do not have; OLMo 2 has neither."""
+    fields = {**read_rope(header), **_read_windows(header, 4)}
+    layers = header.get(f"olmo2.{WINDOWED}", np.ndarray)
+    if layers is not None:
+        fields["windows"] = tuple(fields["windows"][0] if has_window else None for has_window in layers.tolist())
+    if fields["rope_scaling"] is not None and any(fields["windows"]):
+        fields["local_rotary_base"] = header.get("olmo2.rope.freq_base", (int, float), 10000.0)
+    return fields
+
+
+def _residual(header: GGUFHeader, norm: str, present: str, absent: str) -> dict[str, Any]:
+    """Return the residual, which is told by a norm that the blocks have or not."""
+    return {"residual": present if f"blk.0.{norm}.weight" in header.tensors else absent}
 
 
 def _write_window(config: GPTConfig) -> dict[str, Any]:
@@ -127,8 +157,13 @@ ROWS = (
     Architecture(
         name="falcon",
         keys=(*SIZES, KV_HEADS, LAYER_NORM, *ROPE),
-        constants={"position": "rotary", "residual": "parallel", "activation": "gelu_erf", "bias": ("norm",)},
+        constants={"position": "rotary", "activation": "gelu_erf", "bias": ("norm",)},
+        read=lambda header: _residual(header, "attn_norm_2", "parallel_two_norms", "parallel"),
         modules=PACKED,
+        modules_of={"parallel_two_norms": {
+            "transformer.h.{}.ln_1": "blk.{}.attn_norm_2",
+            "transformer.h.{}.ln_2": "blk.{}.attn_norm",
+        }},
     ),
     Architecture(
         name="phi2",
@@ -148,9 +183,11 @@ ROWS = (
         name="phi3",
         keys=(*SIZES, KV_HEADS, RMS_NORM, *ROPE),
         constants={**GATED, "bias": False},
-        read=lambda header: _read_windows(header, 1),
-        write=_write_window,
-        extra_keys=(WINDOW, "rope.scaling.original_context_length"),  # the latter acts with longrope only
+        read=lambda header: {**read_longrope(header), **_read_windows(header, 1)},
+        write=lambda config: {**write_longrope(config), **_write_window(config)},
+        extra_keys=(WINDOW, *LONGROPE_KEYS),
+        extra_tensors=longrope_tensors,
+        extra_names=LONGROPE_FACTORS,
         modules=PACKED,
         packed_gate=True,
     ),
@@ -180,8 +217,23 @@ ROWS = (
         extra_keys=(*ROPE_KEYS, WINDOW),
         modules={"transformer.h.{}.ln_2": "blk.{}.post_attention_norm"},
     ),
-    replace(QWEN2, name="olmo2", constants={**GATED, **OWN_HEAD, "bias": False, "qk_norm": "full",
-                                            "residual": "output_norm"}),
+    Architecture(
+        name="stablelm",
+        keys=(*SIZES, KV_HEADS, LAYER_NORM, *ROPE),
+        constants={**GATED, **OWN_HEAD, "norm": "layer"},
+        read=lambda header: _residual(header, "ffn_norm", "pre_norm", "parallel"),
+        write=lambda config: {PARALLEL: config.residual == "parallel"},
+        extra_keys=(PARALLEL,),
+        always_biased=("norm",),
+    ),
+    replace(  # of OLMo 3 too
+        QWEN2,
+        name="olmo2",
+        constants={**GATED, **OWN_HEAD, "bias": False, "qk_norm": "full", "residual": "output_norm"},
+        read=_read_olmo,
+        write=lambda config: {**write_rope(config), **_write_window(config)},
+        extra_keys=(*ROPE_KEYS, WINDOW, WINDOWED),
+    ),
     GEMMA,
     replace(
         GEMMA,

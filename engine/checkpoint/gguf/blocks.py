@@ -48,7 +48,8 @@ def read_tensor(header: GGUFHeader, entry: TensorEntry, dtype: torch.dtype) -> T
     """
     out = torch.empty(entry.shape, dtype=dtype)
     if plain := _PLAIN.get(entry.type.name):
-        source = torch.frombuffer(header.data, dtype=plain, count=out.numel(), offset=entry.start)
+        data = header.bytes_of(entry)
+        source = torch.frombuffer(data, dtype=plain, count=out.numel(), offset=entry.start)
         return out.copy_(source.view(entry.shape))
     form, unpack = FORMATS[entry.type.name]
     parts = _blocks(header, entry).split(_BLOCKS_AT_ONCE)
@@ -68,7 +69,8 @@ def read_quants(header: GGUFHeader, entry: TensorEntry) -> Quants:
 
 def _blocks(header: GGUFHeader, entry: TensorEntry) -> Tensor:
     """Return the blocks of a tensor as they are stored, (blocks, bytes of a block), mapped."""
-    source = torch.frombuffer(header.data, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)
+    data = header.bytes_of(entry)
+    source = torch.frombuffer(data, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)
     return source.view(-1, entry.type.size)
 
 

@@ -11,7 +11,7 @@ from peakgpt.engine.checkpoint.folder import CONFIG
 from peakgpt.engine.checkpoint.gguf.architecture import Architecture
 from peakgpt.engine.checkpoint.gguf.architectures import ARCHITECTURES
 from peakgpt.engine.checkpoint.source_files import GENERATION_CONFIG
-from peakgpt.engine.data.gguf_header import TOKENIZER, GGUFHeader, read_header
+from peakgpt.engine.data.gguf_header import TOKENIZER, GGUFHeader, read_files
 from peakgpt.engine.model.config import GPTConfig
 
 TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
@@ -41,14 +41,13 @@ def read_gguf(path: Path | str, *, dropout: float | None = None) -> GGUFModel:
     """Read the config of a .gguf file.
 
     Args:
+        path: the file; of a model in several files the first one.
         dropout: replaces the dropout rates, which are 0.
     Raises:
         ValueError: the file is missing or damaged, or has a model that we do not support.
     """
-    header = read_header(path)
+    header = read_files(path)
     try:
-        if (count := header.get("split.count", int, 1)) > 1:
-            raise ValueError(f"got one of {count} files, expected a whole model: `llama-gguf-split --merge` joins them")
         name = header.get("general.architecture", str)
         if name not in ARCHITECTURES:
             raise ValueError(f"general.architecture is {name!r}, expected one of {', '.join(ARCHITECTURES)}")

@@ -33,6 +33,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 LAYOUTS = {(GPTQ, "gptq"): 1, (GPTQ, "gptq_v2"): 0, (AWQ, "gemm"): 0}
 BITS = {GPTQ: (4, 8), AWQ: (4,)}
 LAYOUT_FIELDS = ("checkpoint_format", "format", "version")  # of config.json, for releases of the three libraries
+FLAGS = ("sym", "desc_act", "zero_point", "is_marlin_format")  # true, false, or null for what is not said
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class PackedFormat:
         bits: of a weight.
         group: number of inputs that share a scale; None: all of a layer.
         zero_shift: added to a stored zero point.
+        act_order: whether each layer must say which group an input is in.
     """
 
     method: str
     bits: int
     group: int | None
     zero_shift: int
+    act_order: bool
 
     def block(self) -> int:
         """Return the size of the groups that a product takes: the largest one that divides `group`."""
@@ -64,8 +67,12 @@ def packed_format(quantization: Mapping[str, Any]) -> PackedFormat:
         ValueError: it says something that we do not support.
     """
     method = quantization["quant_method"]
-    layout = next((quantization[name] for name in LAYOUT_FIELDS if quantization.get(name)), None)
-    layout = str(layout or next(name for other, name in LAYOUTS if other == method)).lower()
+    for name in FLAGS:
+        if type(quantization.get(name, False)) not in (bool, type(None)):
+            raise ValueError(f"got {method} weights with {name} {quantization[name]!r:.60}, expected true or false")
+    layout = next((quantization[name] for name in LAYOUT_FIELDS if quantization.get(name) is not None), None)
+    default = next(name for other, name in LAYOUTS if other == method)
+    layout = default if layout is None else str(layout).lower()
     layout = "marlin" if quantization.get("is_marlin_format") else layout
     if (method, layout) not in LAYOUTS:
         known = " or ".join(name for other, name in LAYOUTS if other == method)
@@ -77,12 +84,14 @@ def packed_format(quantization: Mapping[str, Any]) -> PackedFormat:
         raise ValueError(f"got {method} weights with group_size {group!r}, expected -1 or a multiple of 8")
     if quantization.get("zero_point") is False:
         raise ValueError(f"got {method} weights without zero points (zero_point false), expected zero_point true")
-    dynamic = quantization.get("dynamic") or {}
+    dynamic = quantization.get("dynamic")
+    dynamic = {} if dynamic is None else dynamic
     if not isinstance(dynamic, Mapping):
         raise ValueError(f"got dynamic {dynamic!r:.60}, expected an object by the names of layers")
     if changed := [name for name in dynamic if not name.startswith("-:")]:
         raise ValueError(f"got other bits or groups for the layers {changed[0]!r} (dynamic), expected the same for all")
-    return PackedFormat(method, bits, None if group == -1 else group, LAYOUTS[method, layout])
+    act_order = method == GPTQ and bool(quantization.get("desc_act"))
+    return PackedFormat(method, bits, None if group == -1 else group, LAYOUTS[method, layout], act_order)
 
 
 class PackedLayer(NamedTuple):
@@ -110,7 +119,7 @@ def unpack(tensors: Mapping[str, Tensor], form: PackedFormat, inputs: int, outpu
     """Unpack one layer.
 
     Args:
-        tensors: by KINDS; g_idx is optional.
+        tensors: by KINDS; g_idx is optional without act-order.
         inputs, outputs: C and F.
     Raises:
         ValueError: a tensor is missing, or has another shape, dtype or range of values.
@@ -122,7 +131,7 @@ def unpack(tensors: Mapping[str, Tensor], form: PackedFormat, inputs: int, outpu
         raise ValueError(f"got {inputs} inputs and {outputs} outputs, expected multiples of {per_word}")
     packed = (inputs, outputs // per_word) if is_awq else (inputs // per_word, outputs)
     shapes = {"qweight": packed, "qzeros": (groups, outputs // per_word), "scales": (groups, outputs)}
-    shapes |= {"g_idx": (inputs,)} if "g_idx" in tensors else {}
+    shapes |= {"g_idx": (inputs,)} if form.act_order or "g_idx" in tensors else {}
     for kind, shape in shapes.items():
         _check(kind, tensors.get(kind), shape)
     q, zero = (_integers(tensors[kind], form.bits) for kind in ("qweight", "qzeros"))

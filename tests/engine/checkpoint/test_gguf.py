@@ -136,7 +136,18 @@ FAMILIES_OF_GGUF = [
     ("BloomConfig", {"hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 384}, "bloom"),
     ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 384}, "mpt"),
     ("FalconConfig", {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}, "falcon"),
+    ("FalconConfig", {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "num_kv_heads": 2,
+                      "new_decoder_architecture": True}, "falcon"),
     ("PhiConfig", SIZES, "phi2"),
+    ("Phi3Config", {**SIZES, "pad_token_id": 0, "max_position_embeddings": 128, "original_max_position_embeddings": 64,
+                    "rope_scaling": {"rope_type": "longrope", "short_factor": [1.05] * 8, "long_factor": [2.1] * 8}},
+     "phi3"),
+    ("StableLmConfig", SIZES, "stablelm"),
+    ("Olmo2Config", SIZES, "olmo2"),
+    ("Olmo3Config", {**SIZES, "sliding_window": 8, "rope_scaling": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8,
+        "attention_factor": 1.2079441541679836}},
+     "olmo2"),
     ("Starcoder2Config", {**SIZES, "sliding_window": None}, "starcoder2"),
     ("LlamaConfig", SIZES, "llama"),
     ("MistralConfig", {**SIZES, "sliding_window": None}, "llama"),
@@ -382,15 +393,65 @@ def test_an_unknown_architecture_is_named(tmp_path):
         GPT.from_pretrained(tmp_path / "m.gguf")
 
 
-def test_one_of_several_files_is_refused(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_uint16("split.count", 3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ValueError, match=r"m\.gguf: got one of 3 files, expected a whole model"):
-        GPT.from_pretrained(tmp_path / "m.gguf")
+def split(path, count, folder, **changes):
+    """Write a file as `count` files, as `llama-gguf-split` does; the metadata is in the first."""
+    reader = gguf.GGUFReader(path)
+    names = [folder / f"m-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    for number, name in enumerate(names):
+        writer = gguf.GGUFWriter(name, "llama")
+        for key, field in reader.fields.items() if number == 0 else ():
+            if not key.startswith(("GGUF.", "general.architecture")):
+                writer.add_key_value(key, field.contents(), *field.types[:2])
+        numbers = {"no": number, "count": count, "tensors.count": len(reader.tensors)}
+        for key, value in {**numbers, **changes.get(f"file{number}", {})}.items():
+            (writer.add_int32 if key == "tensors.count" else writer.add_uint16)(f"split.{key}", value)
+        for tensor in reader.tensors[number::count]:
+            writer.add_tensor(tensor.name, tensor.data.copy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return names
+
+
+def test_a_model_in_several_files_is_that_of_one_file(tmp_path):
+    model = build("llama")
+    export(model, tmp_path / "m.gguf")
+    first, second, _ = split(tmp_path / "m.gguf", 3, tmp_path)
+    copy = GPT.from_pretrained(first)
+    assert copy.config == model.config
+    assert all(torch.equal(tensor, copy.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert greedy(first, 1)[1] == greedy(tmp_path / "m.gguf", 1)[1]
+    with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf: got file 2 of 3, expected the first one"):
+        GPT.from_pretrained(second)
+    second.rename(tmp_path / "other.gguf")
+    with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf: "):
+        GPT.from_pretrained(first)
+    first.rename(tmp_path / "first.gguf")
+    with pytest.raises(ValueError, match=r"first\.gguf: got file 1 of 3, expected the first one under its name"):
+        GPT.from_pretrained(tmp_path / "first.gguf")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"file1": {"no": 2}}, r"m-00002-of-00002\.gguf: got split\.no 2 and split\.count 2, expected file 2 of 2"),
+    ({"file1": {"count": 3}}, r"got split\.no 1 and split\.count 3, expected file 2 of 2"),
+    ({"file0": {"tensors.count": 99}}, r"m-00001-of-00002\.gguf: got \d+ tensors in 2 files, expected 99"),
+])  # fmt: skip
+def test_files_that_do_not_belong_together_are_named(changes, message, tmp_path):
+    export(build("llama"), tmp_path / "m.gguf", kind=None)
+    first, _ = split(tmp_path / "m.gguf", 2, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(first)
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path):
+    export(build("llama"), tmp_path / "m.gguf", kind=None)
+    first, second = split(tmp_path / "m.gguf", 2, tmp_path)
+    data, name = second.read_bytes(), next(iter(read_header(second).tensors))
+    same = next(other for other in read_header(first).tensors if len(other) == len(name))
+    second.write_bytes(data.replace(name.encode(), same.encode(), 1))
+    with pytest.raises(ValueError, match=rf"m-00002-of-00002\.gguf: got tensor '{same}', expected file 2 of 2, with o"):
+        GPT.from_pretrained(first)
 
 
 def test_frequencies_of_other_parameters_are_refused(tmp_path):

@@ -235,6 +235,17 @@ def test_gguf_files_of_the_hub_are_named_one_by_one(hub, tmp_path, capsys):
     assert "without this file" in error_of(capsys, "tiny/gguf/model-q2_k.gguf")
 
 
+def test_the_first_of_several_gguf_files_brings_the_others(hub, tmp_path):
+    folder = tmp_path / "served" / "gguf"
+    (folder / "q8").mkdir(parents=True)
+    names = [f"m-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
+    for name in names:
+        (folder / "q8" / name).write_bytes(name.encode())
+    hub.models["tiny/gguf"] = Repository({"main": folder})
+    first = locate(f"tiny/gguf/q8/{names[0]}", HubFiles(()))
+    assert [first.with_name(name).read_bytes() for name in names] == [name.encode() for name in names]
+
+
 def test_every_command_takes_a_name_of_the_hub(hub, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("the canary sings a song and more " * 200)

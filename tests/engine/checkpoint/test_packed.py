@@ -186,6 +186,8 @@ BAD_CONFIGS = [
     ({"bits": 3}, "got gptq weights of 3 bits, expected 4 or 8"),
     ({"bits": None}, "got gptq weights of None bits, expected 4 or 8"),
     ({"bits": 4.0}, "got gptq weights of 4.0 bits, expected 4 or 8"),
+    ({"bits": True}, "got gptq weights of True bits, expected 4 or 8"),
+    ({"group_size": True}, "with group_size True, expected -1 or a multiple of 8"),
     ({"group_size": 20}, "with group_size 20, expected -1 or a multiple of 8"),
     ({"group_size": "128"}, "with group_size '128', expected -1 or a multiple of 8"),
     ({"checkpoint_format": "marlin"}, "gptq weights in the 'marlin' layout, expected gptq or gptq_v2"),
@@ -197,6 +199,13 @@ BAD_CONFIGS = [
     ({"quant_method": "awq", "version": "exllama"}, "awq weights in the 'exllama' layout, expected gemm"),
     ({"quant_method": "awq", "bits": 8}, "got awq weights of 8 bits, expected 4"),
     ({"quant_method": "awq", "zero_point": False}, "got awq weights without zero points"),
+    ({"quant_method": "awq", "zero_point": 0}, "got awq weights with zero_point 0, expected true or false"),
+    ({"quant_method": "awq", "zero_point": "no"}, "got awq weights with zero_point 'no', expected true or false"),
+    ({"sym": "false"}, "got gptq weights with sym 'false', expected true or false"),
+    ({"desc_act": 1}, "got gptq weights with desc_act 1, expected true or false"),
+    ({"is_marlin_format": "yes"}, "got gptq weights with is_marlin_format 'yes', expected true or false"),
+    ({"format": 0}, "gptq weights in the '0' layout, expected gptq or gptq_v2"),
+    ({"dynamic": False}, "got dynamic False, expected an object"),
     ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes', expected 'peakgpt' of `peakgpt quantize`, 'gptq"),
     ({"quant_method": "fp8"}, "quant_method 'fp8', expected 'peakgpt'"),
     ({"quant_method": "peakgpt", "layers": {"lm_head": {"bits": 4, "group": 50}}}, "expected 8 or 4 bits, a group"),
@@ -242,6 +251,16 @@ def test_damaged_layers_are_named_in_the_error(kind, change, message, tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError, match=message), warnings.catch_warnings():
         warnings.simplefilter("error")
+        GPT.from_pretrained(tmp_path)
+
+
+def test_act_order_without_the_group_of_each_input_is_refused(tmp_path):
+    write_checkpoint(tmp_path, act_order=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(f"{LAYER}.g_idx")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"{LAYER}: got no g_idx, expected g_idx of torch.int32 and shape \(96,\)"):
         GPT.from_pretrained(tmp_path)
 
 

@@ -306,6 +306,29 @@ def test_a_model_without_blocks_is_refused():
         Trainer(nn.Linear(3, 3), TrainConfig(optimizer="muon"), steps=3)
 
 
+def test_errors_name_the_optimizer():
+    """Regression: those of Muon's groups and states began with AdamW."""
+    params = parameters(SHAPES[:2])
+    optimizer = Muon([group_of(params)], lr=0.02)
+    with pytest.raises(ValueError, match=r"^Muon: max_norm is -1"):
+        Muon([group_of(params)], max_norm=-1)
+    with pytest.raises(ValueError, match=r"^Muon: weight_decay is -1"):
+        optimizer.add_param_group({**group_of([nn.Parameter(torch.ones(2, 2))]), "weight_decay": -1})
+    with pytest.raises(ValueError, match=r"^Muon: got a tensor of shape \(3,\)"):
+        optimizer.master(torch.ones(3))
+    set_gradients(params, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    other = {**state, "state": {0: {"momentum_buffer": torch.ones(2)}}}
+    with pytest.raises(ValueError, match=r"^Muon: momentum_buffer of state 0 has shape \(2,\)"):
+        optimizer.load_state_dict(other)
+    with pytest.raises(ValueError, match=r"^Muon: the state has groups of"):
+        optimizer.load_state_dict({**state, "param_groups": []})
+    params[0].grad = torch.zeros(params[0].shape).to_sparse()
+    with pytest.raises(ValueError, match=r"^Muon: got a gradient of layout torch\.sparse"):
+        optimizer.step()
+
+
 def test_a_compiled_step_updates_every_parameter():
     """Mutation that makes it fail: `as_subclass`, which torch.compile does not trace, in matrix_tensors."""
     plain, compiled = parameters(SHAPES[:2]), parameters(SHAPES[:2])
