@@ -12,6 +12,10 @@
 
 #include "base/types.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #if defined(__x86_64__) || defined(__aarch64__)
 #define PEAK_INLINE inline __attribute__((always_inline))
 // For code that few calls run. If it were inlined, it would take registers from all calls and prevent the inlining of
@@ -39,11 +43,19 @@ constexpr const char* kIsaNames[] = {"scalar", "neon"};
                                       : PEAK_PICK(name<::peak::bf16, ##__VA_ARGS__>))
 constexpr int kIsaCount = sizeof(kIsaNames) / sizeof(kIsaNames[0]);
 
+#if defined(__x86_64__)
+// Clang's builtin knows F16C only since version 15.
+inline bool HasF16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 // The widest instruction set that the machine and the operating system support (the builtins read XCR0).
 inline int WidestIsa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !HasF16c()) return 0;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return 1;

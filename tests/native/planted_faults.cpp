@@ -28,7 +28,7 @@ void Undefined() {
 
 // stats start at loss + 1, so threads write losses and stats of other threads' rows.
 void Race() {
-  constexpr int64_t kRows = 1000;
+  constexpr int64_t kRows = 20000;
   std::vector<float> logits(2 * kRows), loss(2 * kRows + 1);
   const std::vector<int64_t> target(kRows);
   peak::CrossEntropyForward({.dtype = peak::DType::kFloat32, .rows = kRows, .vocab = 2, .logits = logits.data(),
