@@ -236,8 +236,10 @@ PEAK_INLINE Vec Scale(Vec a, Vec n) {
 // e^a to 1.5 ulp (2 ulp without FMA, and below the normal range); e^-inf = 0, NaN stays NaN.
 // r = a - n ln 2 with ln 2 in two parts (Cody and Waite), then the Taylor-like minimax of Cephes' expf.
 PEAK_INLINE Vec Exp(Vec a) {
-  // e^-104 rounds to 0 and e^89 to infinity. Max and Min return their second operand for a NaN, so a NaN remains.
-  const Vec x = Min(Set(89.0f), Max(Set(-104.0f), a));
+  // e^-104 rounds to 0 and e^89 to infinity. Min returns its second operand for a NaN, so a NaN remains. Smaller
+  // exponents, such as those of masked scores, are not scaled: a result below the normal range takes 100 cycles or more.
+  const auto vanishes = Greater(Set(-104.0f), a);
+  const Vec x = Min(Set(89.0f), Select(vanishes, Set(0.0f), a));
   const Vec n = Round(x * Set(1.44269504088896341f));
   Vec r = Fnma(n, Set(0.693359375f), x);
   r = Fma(n, Set(2.12194440e-4f), r);
@@ -247,7 +249,7 @@ PEAK_INLINE Vec Exp(Vec a) {
   p = Fma(p, r, Set(4.1665795894e-2f));
   p = Fma(p, r, Set(1.6666665459e-1f));
   p = Fma(p, r, Set(5.0000001201e-1f));
-  return Scale(Fma(p, r * r, r) + Set(1.0f), n);
+  return Select(vanishes, Set(0.0f), Scale(Fma(p, r * r, r) + Set(1.0f), n));
 }
 
 #if PEAK_ISA >= PEAK_AVX512 && PEAK_ISA <= PEAK_AVX512BF16
