@@ -316,9 +316,9 @@ PEAK_INLINE Vec Erf(Vec a) {
 }
 
 // out[i] = sum over kParts of partial[part][PermutedIndex<X>(i)] in the order of the parts: the second stage of a
-// reduction over rows of X.
+// reduction over rows of X. add: out += the sum.
 template <class T, class X>
-void AddParts(float* partial, int64_t stride, int64_t width, void* out) {
+void AddParts(float* partial, int64_t stride, int64_t width, void* out, bool add) {
   for (int64_t i = 0; i < width; i += kLanes) {
     Vec sum = Set(0.0f);
     for (int64_t part = 0; part < kParts; ++part) sum = sum + Load(partial + part * stride + i, width - i);
@@ -327,7 +327,13 @@ void AddParts(float* partial, int64_t stride, int64_t width, void* out) {
   T* to = static_cast<T*>(out);
   int64_t i = 0;
   if (sizeof(T) == sizeof(X)) {
-    for (; i + 2 * kLanes <= width; i += 2 * kLanes) StoreTwo(to + i, LoadTwo(partial + i));
+    for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+      const Two sum = LoadTwo(partial + i);
+      StoreTwo(to + i, add ? LoadTwo(to + i) + sum : sum);
+    }
   }
-  for (; i < width; ++i) Store(to + i, Load(partial + PermutedIndex<X>(i, width), 1), 1);
+  for (; i < width; ++i) {
+    const Vec sum = Load(partial + PermutedIndex<X>(i, width), 1);
+    Store(to + i, add ? Load(to + i, 1) + sum : sum, 1);
+  }
 }
