@@ -40,10 +40,12 @@ from peakgpt.time_budget import TimeBudget
 
 PRESET = "gpt2-tiny"
 COMPARISON_SHARE = 0.2  # share of the training time in which peakgpt and eager train in turns
-ROUNDS = 4  # of the comparison, at least
+ROUNDS = 4  # of the comparison, if there is time
+LEAST_ROUNDS = 3
+FORWARD_SHARE = 1 / 3  # of a training step
 VALIDATION = ValidationConfig(validation_batches=8)
 LAST_SHARE = 4  # the last validation has so many times as many batches, if there is time for them
-SAMPLE_TOKENS = 200
+SAMPLE_TOKENS, SHORT_SAMPLE = 200, 40  # the latter without time for more
 DECODINGS = 20  # a comparison of decoding takes about as long as so many runs of peakgpt
 PROMPT = '"""Read a file and return'
 CONTENDERS = ("peakgpt", "eager")
@@ -63,11 +65,13 @@ class Plan:
         steps: about, in all; the number follows the speed.
         rounds: of the comparison, in which each contender takes a turn.
         stretch: steps of a turn.
+        least_s: seconds of the fewest rounds and of the validations before and after them.
     """
 
     steps: int
     rounds: int
     stretch: int
+    least_s: float = 0.0
 
     @classmethod
     def of(cls, budget_s: float, ours_s: float, eager_s: float) -> Plan:
@@ -79,7 +83,9 @@ class Plan:
         fitting = int(COMPARISON_SHARE * budget_s / (ours_s + eager_s))  # steps of each contender
         stretch = min(max(fitting // ROUNDS, 1), STRETCH)
         rounds = max(fitting // stretch, ROUNDS)
-        return cls(rounds * stretch + int((1 - COMPARISON_SHARE) * budget_s / ours_s), rounds, stretch)
+        steps = rounds * stretch + int((1 - COMPARISON_SHARE) * budget_s / ours_s)
+        validations_s = 2 * VALIDATION.validation_batches * FORWARD_SHARE * ours_s
+        return cls(steps, rounds, stretch, LEAST_ROUNDS * (ours_s + eager_s) + validations_s)
 
 
 @dataclass
@@ -112,16 +118,16 @@ class Session:
                               tokens=config.tokens)  # fmt: skip
         return cls(device, config, tokenizer, train_shards, folder, model, validator)
 
-    def train(self, console: Console, budget: TimeBudget, should_stop: Callable[[], bool]) -> list[Result]:
+    def train(
+        self, console: Console, budget: TimeBudget, plan: Plan, should_stop: Callable[[], bool]
+    ) -> list[Result]:  # fmt: skip
         """Train until the phase should end, at first in turns with eager; return the timings of both.
 
-        The comparison is planned from a few trials. The steps after it are planned anew before each of them, and the
-        learning rate follows.
+        The steps after the comparison are planned anew before each of them, and the learning rate follows.
 
         Raises:
             Stopped: `should_stop` returned True before a step.
         """
-        plan = self._plan(budget.left_s("training"))
         shared = SharedBatches(self._batches(), self.device, CONTENDERS)
         eager = EagerGPT(self.model.config).to(self.device)
         eager.load_state_dict(self.model.state_dict())  # before the trainer casts the model
@@ -155,10 +161,12 @@ class Session:
             }
             comparison_s = COMPARISON_SHARE * (limit.left_s - LAST_SHARE * seconds)
             timings = interleave(contenders, rounds=plan.rounds, warmup=0, device=self.device, budget_s=comparison_s,
-                                 least=3, one_call=True)  # fmt: skip
+                                 least=LEAST_ROUNDS, one_call=True)  # fmt: skip
             shared.remove("eager")
             del contenders, eager  # frees eager's memory
             for share in (0.25, 0.5, 0.75):  # of the steps, after which the model is validated
+                if limit.fitting_steps() == 0:
+                    break
                 seconds = self._validate()
                 count = int(share * (limit.fitting_steps() + trainer.steps_done)) - trainer.steps_done
                 train_steps(max(count, 0), lambda: limit.plan(trainer))
@@ -175,11 +183,11 @@ class Session:
 
         console.print("\na sample (temperature 0.8, top-k 50):\n")
         self.model.eval()
-        start_s = budget.clock()
-        text = stream_text(self.model, self.tokenizer, PROMPT, max_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50,
+        start_s, tokens = budget.clock(), SAMPLE_TOKENS if budget.left_s("decoding") else SHORT_SAMPLE
+        text = stream_text(self.model, self.tokenizer, PROMPT, max_tokens=tokens, temperature=0.8, top_k=50,
                            seed=self.config.seed)  # fmt: skip
         ids = torch.tensor([self.tokenizer.encode(PROMPT)], device=self.device)
-        left_s, token_s = budget.left_s("decoding"), (budget.clock() - start_s) / SAMPLE_TOKENS
+        left_s, token_s = budget.left_s("decoding"), (budget.clock() - start_s) / tokens
         if left_s == 0:  # a comparison has three rounds, however long they take
             console.print("no time left to compare decoding")
             return text
@@ -219,9 +227,9 @@ class Session:
     def _batches(self) -> Batches:
         return Batches(self.train_shards, self.config.batch, self.config.tokens, self.config.seed)
 
-    def _plan(self, budget_s: float) -> Plan:
-        """Time one step of copies of both trainers; return the plan that fills the rest of the budget."""
-        config, start_s = self.model.config, time.perf_counter()
+    def plan(self, budget: TimeBudget) -> Plan:
+        """Time one step of copies of both trainers; return the plan that fills the time of the training."""
+        config = self.model.config
         trial = (Trainer(copy.deepcopy(self.model), self.config, steps=100),
                  EagerTrainer(EagerGPT(config).to(self.device), self.config, steps=100))  # fmt: skip
         pair = tuple(t.to(self.device) for t in next(self._batches()))
@@ -229,7 +237,7 @@ class Session:
         for trainer in trial:
             trainer.step(*pair)  # warms up
             seconds.append(stopwatch(self.device)(lambda t=trainer: t.step(*pair)))
-        return Plan.of(budget_s - (time.perf_counter() - start_s), *seconds)
+        return Plan.of(budget.left_s("training"), *seconds)
 
     def _eager_steps(
         self, model: EagerGPT, shared: SharedBatches, stretch: int, should_stop: Callable[[], bool]

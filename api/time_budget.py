@@ -22,9 +22,14 @@ class TimeBudget:
         self.total_s, self.ends, self.clock = total_s, ends, clock
         self._start_s = clock()
 
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the start."""
+        return self.clock() - self._start_s
+
     def left_s(self, phase: str) -> float:
         """Return the seconds until a phase should end; 0 after it."""
-        return max(0.0, self.ends[phase] * self.total_s - (self.clock() - self._start_s))
+        return max(0.0, self.ends[phase] * self.total_s - self.spent_s)
 
     def take(self, phase: str, items: Iterable[T]) -> Iterator[T]:
         """Yield items until the phase should end, and the first one always."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import math
 from dataclasses import replace
 
 from rich.console import Console
@@ -26,7 +28,7 @@ from peakgpt.heartbeat import enter_phase
 from peakgpt.kernels.command_line import MAX_SEED, integer, number
 from peakgpt.kernels.doctor import doctor
 from peakgpt.kernels.hardware.device import choose_device
-from peakgpt.quickstart_session import Session, Stopped
+from peakgpt.quickstart_session import Plan, Session, Stopped
 from peakgpt.time_budget import TimeBudget
 
 VOCAB = 4096
@@ -34,7 +36,7 @@ CONFIG = TrainConfig(batch=8, tokens=256, lr=2e-3)
 # Share of the wall time at which each phase should end; the machine's other load decides how much fits into it.
 ENDS = {"tokenizer": 0.1, "training": 0.82, "decoding": 0.91, "ops": 0.98}
 REPORT_S = 5.0  # left for results and report, which take 3 to 4 s on 2 busy cores of a Zen 4
-MIN_MINUTES = 0.5  # measuring the machine and the report take about 10 s of it, and no part can be left out
+MIN_MINUTES = 0.5  # of a machine that is not busy; see check_minutes
 TEXT_BYTES_S = 50_000  # of text for each second of the budget: 5 minutes take all of Python's library, 11 MB
 
 
@@ -57,23 +59,26 @@ def run(args: argparse.Namespace) -> int:
     corpus = share_of(load_corpus(args.text), int(60 * args.minutes * TEXT_BYTES_S))
     console.print(f"\ncorpus: {corpus}")
     folder = RunFolder.with_default_name("quickstart") if args.out is None else RunFolder(args.out)
-    with folder.discarded_on_bad_input():
-        enter_phase("training the tokenizer")
-        texts = budget.take("tokenizer", (d.text for d in corpus.train))
-        tokenizer = train_tokenizer(texts, VOCAB)
-        enter_phase("encoding the text")
-        shards = prepare(corpus, tokenizer, folder.tokens)
-        console.print(
-            f"tokens: {len(shards[0]):,} to train on, {len(shards[1]):,} to validate, "
-            f"vocabulary {tokenizer.vocab_size}, {shards[0].bytes_per_token:.2f} bytes per token"
-        )
-        config = replace(CONFIG, dtype=best_dtype(device), seed=args.seed)
-        session = Session.build(device, config, tokenizer, *shards, folder)
-    found = RunResults()
-    enter_phase("training")
-    with stop_on_signals() as stop:
+    with contextlib.ExitStack() as stack:
+        with folder.discarded_on_bad_input():
+            enter_phase("training the tokenizer")
+            texts = budget.take("tokenizer", (d.text for d in corpus.train))
+            tokenizer = train_tokenizer(texts, VOCAB)
+            enter_phase("encoding the text")
+            shards = prepare(corpus, tokenizer, folder.tokens)
+            console.print(
+                f"tokens: {len(shards[0]):,} to train on, {len(shards[1]):,} to validate, "
+                f"vocabulary {tokenizer.vocab_size}, {shards[0].bytes_per_token:.2f} bytes per token"
+            )
+            config = replace(CONFIG, dtype=best_dtype(device), seed=args.seed)
+            session = Session.build(device, config, tokenizer, *shards, folder)
+            stop = stack.enter_context(stop_on_signals())
+            plan = session.plan(budget)
+            check_minutes(args.minutes, budget, plan)
+        found = RunResults()
+        enter_phase("training")
         try:
-            found.results += session.train(console, budget, lambda: stop() or output.lost)
+            found.results += session.train(console, budget, plan, lambda: stop() or output.lost)
         except Stopped:
             session.loop.save_model(folder.checkpoint, tokenizer)
             console.print(f"\nstopped after {session.loop.trainer.steps_done} steps; checkpoint in {folder.checkpoint}")
@@ -99,6 +104,20 @@ def run(args: argparse.Namespace) -> int:
         "      peakgpt bench train"
     )
     return PIPE_EXIT_CODE if output.lost else found.exit_code
+
+
+def check_minutes(minutes: float, budget: TimeBudget, plan: Plan) -> None:
+    """Refuse a budget that the training would exceed with the fewest steps: the machine is slow, or busy elsewhere.
+
+    Raises:
+        ValueError: the message names the shortest budget that suffices at the present speed.
+    """
+    if plan.least_s <= budget.left_s("training"):
+        return
+    shortest_s = (budget.spent_s + plan.least_s) / ENDS["training"] + REPORT_S
+    shortest = math.ceil(shortest_s / 6) / 10
+    raise ValueError(f"quickstart: --minutes is {minutes:g}, expected at least {shortest:g} at the present speed of "
+                     f"this machine: {budget.spent_s:.0f} s have passed before the training")  # fmt: skip
 
 
 def share_of(corpus: Corpus, size_bytes: int) -> Corpus:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ def download(model: HubModel, files: HubFiles) -> Path:
     """
     from huggingface_hub import hf_hub_download, snapshot_download  # 0.5 s
 
+    # A group that matches no file is no fault, and the client would print a warning with all patterns.
+    logging.getLogger("huggingface_hub._snapshot_download").addFilter(_is_no_missing_match)
     with _errors_in_one_sentence(model):
         if model.file is not None:
             names = file_names(model.file)  # the first one's, and those of other files of the model
@@ -83,6 +86,10 @@ def download(model: HubModel, files: HubFiles) -> Path:
                 return folder
             revision = folder.name  # the commit: the groups are of the same one
         raise ValueError(f"{model}: got {_listing(model)}, expected one of {', '.join(sum(files.first_of, ()))}")
+
+
+def _is_no_missing_match(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No files matched allow_patterns")
 
 
 def _bar_of_a_terminal() -> type[tqdm]:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -162,7 +163,7 @@ def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(library, tmp_pat
     def plan(limit, trainer):
         trainer.steps = 60
 
-    monkeypatch.setattr(Session, "_plan", lambda session, budget_s: Plan(60, 5, 2))
+    monkeypatch.setattr(Session, "plan", lambda session, budget: Plan(60, 5, 2))
     monkeypatch.setattr(TimeLimit, "plan", plan)
     monkeypatch.setattr(TimeLimit, "fitting_steps", lambda limit: 60)
     fixed_peaks.use(monkeypatch)
@@ -175,6 +176,17 @@ def test_quickstart_trains_and_writes_a_checkpoint_and_a_report(library, tmp_pat
     assert_quickstart_is_complete(run, capsys.readouterr().out)
     assert main(["generate", str(run / "checkpoint"), "--prompt", "def ", "--max-tokens", "5"]) == 0
     assert "5 tokens" in capsys.readouterr().out
+
+
+def test_quickstart_refuses_a_budget_that_the_machine_exceeds(library, tmp_path, capsys, monkeypatch):
+    """Regression: half a minute became three on a busy machine. Nothing is left behind."""
+    monkeypatch.setattr(Session, "plan", lambda session, budget: Plan(1, 4, 1, least_s=100.0))
+    monkeypatch.setattr(quickstart, "VOCAB", 400)
+    command = ["quickstart", "--text", str(library), "--minutes", "0.5", "--out", str(tmp_path / "run")]
+    fixed_peaks.use(monkeypatch)
+    assert main(command) == 2
+    assert re.search(r"--minutes is 0\.5, expected at least 2\.\d at the present speed", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -209,7 +221,7 @@ def test_quickstart_that_is_stopped_leaves_a_checkpoint(number, trainer, code, t
         else:
             monkeypatch.setattr(sys, "stdout", Closed())
 
-    def plan(session, budget_s):
+    def plan(session, budget):
         if trainer:
             step = trainer.step
             monkeypatch.setattr(trainer, "step", lambda *args: (stop(), step(*args))[1])
@@ -217,7 +229,7 @@ def test_quickstart_that_is_stopped_leaves_a_checkpoint(number, trainer, code, t
             stop()
         return Plan(40, 4, 10)
 
-    monkeypatch.setattr(Session, "_plan", plan)
+    monkeypatch.setattr(Session, "plan", plan)
     monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
     monkeypatch.setattr(progress, "LINE_S", 0.0)
     run = tmp_path / "run"

@@ -303,7 +303,11 @@ def test_failing_request_does_not_affect_others(running, monkeypatch):
 
 
 def test_serve_command_finishes_streams_on_sigterm(model, tokenizer, tmp_path):
-    """After SIGTERM running streams finish, new connections are refused, and the exit code is 0."""
+    """After SIGTERM running streams finish, new connections are refused, and the exit code is 0.
+
+    Nothing here depends on who is faster: the server may have finished its streams before this process sees that it
+    refuses connections.
+    """
     config = dataclasses.replace(model.config, block_size=1024)
     GPT(config).save_pretrained(tmp_path / "long", tokenizer)
     command = [sys.executable, "-m", "peakgpt", "serve", str(tmp_path / "long"), "--port", "0", "--dtype", "float32"]
@@ -312,24 +316,24 @@ def test_serve_command_finishes_streams_on_sigterm(model, tokenizer, tmp_path):
             assert re.fullmatch(r"cache: \d+ blocks of 64 tokens, .* MiB; .*\n", process.stderr.readline())
             address = re.fullmatch(r"long: http://127\.0\.0\.1:(\d+)\n", process.stdout.readline())
             at = ("127.0.0.1", int(address[1]))
-            with socket.create_connection(at, timeout=20) as idle, contextlib.ExitStack() as stack:
+            with socket.create_connection(at, timeout=60) as idle, contextlib.ExitStack() as stack:
                 idle.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 assert b"200 OK" in idle.recv(1000)
                 no_end = {str(tokenizer.end_id): -100}
                 request = {"prompt": "x", "max_tokens": 400, "logit_bias": no_end, "stream": True}
-                streams = [stack.enter_context(socket.create_connection(at, timeout=20)) for _ in range(4)]
+                streams = [stack.enter_context(socket.create_connection(at, timeout=60)) for _ in range(4)]
                 for stream in streams:
                     stream.sendall(posted(request))
                 begun = [stream.recv(100) for stream in streams]
                 process.terminate()
                 with pytest.raises(ConnectionError):
                     while True:
-                        socket.create_connection(at, timeout=20).close()
-                assert process.poll() is None
+                        socket.create_connection(at, timeout=60).close()
+                        time.sleep(0.01)  # a full queue of connections would not answer
                 for begin, stream in zip(begun, streams, strict=True):
                     text = begin + b"".join(iter(lambda s=stream: s.recv(1 << 16), b""))
                     assert text.count(b"data: ") == 401 and text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 
