@@ -14,6 +14,7 @@ import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
+import fixed_peaks
 import pytest
 import torch
 
@@ -48,11 +49,13 @@ def python(*arguments, cwd, **environment):
 
 
 def test_readme_python_runs(tmp_path):
-    """All blocks as one program, with two layers of GPT-2 instead of twelve."""
+    """All blocks as one program, with a small GPT-2 and peaks that are not measured."""
     code = "\n".join(blocks("README.md", "python"))
-    shown, quick = 'from_preset("gpt2")', 'from_preset("gpt2", n_layer=2)'
+    shown, quick = 'from_preset("gpt2")', 'from_preset("gpt2", n_layer=2, n_embd=96, n_head=2)'
     assert shown in code
-    assert "backends in order" in python("-c", code.replace(shown, quick), cwd=tmp_path)
+    program = f"import fixed_peaks; fixed_peaks.use()\n{code.replace(shown, quick)}"
+    helpers = Path(fixed_peaks.__file__).parent
+    assert "backends in order" in python("-c", program, cwd=tmp_path, PYTHONPATH=str(helpers))
     assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
 
 
@@ -304,6 +307,8 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "CONFIG", replace(quickstart.CONFIG, batch=2, tokens=32))
     monkeypatch.setattr(quickstart, "MIN_MINUTES", 0.0)
+    monkeypatch.setattr(quickstart, "check_minutes", lambda *_: None)
+    fixed_peaks.use(monkeypatch)
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     if importlib.util.find_spec("uvicorn"):
         import uvicorn

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fixed_peaks
 import pytest
 
 PROGRAM = Path(__file__).with_name("user_program.py")
@@ -24,7 +25,11 @@ def test_package_is_found_without_an_import_hook():
 
 
 def test_user_program_runs(tmp_path):
-    completed = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    """With peaks that are not measured."""
+    code = f"import fixed_peaks, runpy; fixed_peaks.use(); runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+    command, path = [sys.executable, "-c", code], {"PYTHONPATH": str(Path(fixed_peaks.__file__).parent)}
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300,
+                               env=os.environ | path)  # fmt: skip
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.count("loss ") == 3 and completed.stdout.count("torch.Size([1, 8, 2, 16])") == 2
 

@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted, here")
 
-# One process for all ops: the error rule of the op tests, on the first case of each, in float32 and bfloat16.
+# One process for all ops: the error rule of the op tests, on the first case of each, in bfloat16, which Triton's own
+# interpreter gets wrong. The op tests run the same kernels in float32 too.
 CODE = """
 import torch
 from peakgpt.bench.check import CASES, judge, double, run, run_mutating, sample, whole
@@ -19,16 +20,15 @@ first = {case[0]: case for case in reversed(CASES)}
 first["adamw"], first["sum_of_squares"] = ("adamw", {"count": 37}, {"lr": 0.5}), ("sum_of_squares", {"count": 37}, {})
 for name, sizes, params in first.values():
     op, go = OPS[name], run_mutating if OPS[name].mutates else run
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = sample(name, sizes, dtype)
-        with use_backend("gpu"):
-            reason = op.explain(*tensors, **params)["gpu"]
-        if reason is not None:
-            print(name, reason)
-            continue
-        truth, torchs = go("eager", op, double(whole(op, tensors)), params), go("eager", op, tensors, params)
-        ours = go("gpu", op, tensors, params)
-        print(name, "right" if all(v.passed for v in judge(ours, torchs, truth, dtype)) else f"wrong in {dtype}")
+    tensors = sample(name, sizes, torch.bfloat16)
+    with use_backend("gpu"):
+        reason = op.explain(*tensors, **params)["gpu"]
+    if reason is not None:
+        print(name, reason)
+        continue
+    truth, torchs = go("eager", op, double(whole(op, tensors)), params), go("eager", op, tensors, params)
+    ours = go("gpu", op, tensors, params)
+    print(name, "right" if all(v.passed for v in judge(ours, torchs, truth, torch.bfloat16)) else "wrong")
 """
 
 
