@@ -15,9 +15,9 @@ from peakgpt.bench.case import Case
 
 # Each key is a module of peakgpt.bench with a subclass of Case, add_arguments(parser) and cases(args, device).
 KINDS = {
-    "train": "a training step of GPT-2 versus PyTorch",
+    "train": "a training step versus PyTorch",
     "decode": "greedy decoding with a KV cache versus PyTorch and other engines",
-    "prefill": "prefill of GPT-2 on a CPU versus PyTorch and other engines",
+    "prefill": "prefill on a CPU versus PyTorch and other engines",
     "load": "from a model folder to the first token on a CPU versus transformers",
     "patch": "patched versus unpatched transformers models",
     "serve": "the server under many streams versus the engine alone",

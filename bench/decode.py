@@ -1,8 +1,8 @@
 """Greedy decoding with a KV cache versus plain PyTorch and other engines: `peakgpt bench decode`.
 
-On a CPU each contender has a process of its own.
-One step decodes all streams from the prompt to the end, prefill included. `bytes`, for MBU, count the weights and
-the KV cache, read once for each new token of all streams together.
+On a CPU each contender has a process of its own, and all of them load the files of one random model. One step decodes
+all streams from the prompt to the end, prefill included. `bytes`, for MBU, count the weights that are used and the KV
+cache, read once for each new token of all streams together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,19 +22,23 @@ from torch import Tensor
 
 from peakgpt.bench.agreement import expect_close
 from peakgpt.bench.case import Case, joined
-from peakgpt.bench.contenders.contender import SEED, WEIGHT_FORMATS, Workload
-from peakgpt.bench.contenders.decoding import DECODING_CONTENDERS, eager_decoder
-from peakgpt.bench.contenders.eager_gpt import EagerGPT
+from peakgpt.bench.contenders.contender import REFERENCE, WEIGHT_FORMATS, Workload, contenders_of
+from peakgpt.bench.contenders.decoding import ALL_DECODERS, DECODING_CONTENDERS
+from peakgpt.bench.contenders.eager_gpt import EagerGPT, is_gpt2
+from peakgpt.bench.contenders.llama_cpp_model import weight_bits
+from peakgpt.bench.contenders.models import expect_family, random_prompts, write_random_model
 from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess, saving_first
 from peakgpt.bench.interleave import OnFailure, interleave
+from peakgpt.bench.model_choice import add_model_arguments, chosen_model
 from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.presets import preset
+from peakgpt.engine.model.quantized_linear import EMBEDDING, HEAD
 from peakgpt.kernels.command_line import integer
 
+CHECKED_TOKENS = 8  # of the reference
 MIN_EQUAL_TOKENS = 4  # first tokens, in float32; later, rounding may decide between two almost equally likely tokens
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5}  # per weight; int4: a 16-bit scale for each 32 weights
 GPU_FORMATS = ("float32", "bfloat16")
@@ -65,40 +69,56 @@ class DecodeCase(Case):
         return joined(self.kind, self.model, str(self.workload), self.dtype)
 
     def all_contenders(self, device: torch.device) -> list[str]:
-        return [name for name, contender in DECODING_CONTENDERS.items() if self.dtype in contender.formats]
+        return contenders_of(DECODING_CONTENDERS, self.config, self.dtype)
 
     def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
-        config, workload = self.config, self.workload
-        state, ids = decoding_inputs(config, workload)
-        expected, agreement = eager_decoder(state, config, ids, workload, "float32")(), {}
+        agreement: dict[str, str] = {}
+        with tempfile.TemporaryDirectory() as files:
+            folder = Path(files)
+            write_random_model(folder, self.config)
+            expected = self._expected(folder)
 
-        def expect_correct(name: str, outputs: Mapping[str, Tensor]) -> None:
-            agreement[name] = _expect_equal_start(name, outputs[name], expected, self.dtype)
+            def expect_correct(name: str, outputs: Mapping[str, Tensor]) -> None:
+                agreement[name] = _expect_equal_start(name, outputs[name], expected, self.dtype)
 
-        with tempfile.TemporaryDirectory() as folder:
             measured = time_contenders(
                 ((name, partial(self._start, name, folder)) for name in self.contenders(device)),
-                lambda name, worker: (worker.step(), torch.load(Path(folder, f"{name}.pt")))[1],
+                lambda name, worker: (worker.step(), torch.load(_tokens_file(folder, name)))[1],
                 expect_correct, rounds=self.rounds, warmup=0, budget_s=self.seconds,
                 peaks=PeakMeter(device, memory=True), on_failure=on_failure,
             )  # fmt: skip
+            bits = {name: weight_bits(DECODING_CONTENDERS[name], folder, self.dtype) for name in measured}
         return [
             Result.of(
                 m.timing.noted(agreement[name], m.note, contender.version), bench="decode", contender=name,
-                backend=contender.backend, device="cpu", dtype=self.dtype, case=_sizes(config, workload),
+                backend=contender.backend, device="cpu", dtype=self.dtype, case=_sizes(self.config, self.workload),
                 memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
-                bytes=read_bytes(config, workload, self.dtype), weight_bits=contender.bits.get(self.dtype),
+                bytes=read_bytes(self.config, self.workload, self.dtype), weight_bits=bits[name],
             )
             for name, m in measured.items() for contender in [DECODING_CONTENDERS[name]]
         ]  # fmt: skip
 
-    def _start(self, name: str, folder: str) -> WorkerProcess:
-        contender = DECODING_CONTENDERS[name]
+    def _expected(self, folder: Path) -> Tensor:
+        """Return the first tokens in float32, from a process that ends before the contenders fill the memory."""
+        short = replace(self.workload, tokens=min(CHECKED_TOKENS, self.workload.tokens))
+        worker = replace(self, workload=short, dtype="float32")._start(REFERENCE, folder)
+        try:
+            worker.step()
+        finally:
+            worker.close()
+        return torch.load(_tokens_file(folder, REFERENCE))
+
+    def _start(self, name: str, folder: Path) -> WorkerProcess:
+        contender = ALL_DECODERS[name]
         contender.expect_installed()
-        request = {"make": f"{__name__}:decode_step", "threads": torch.get_num_threads(),
+        request = {"make": f"{__name__}:decode_step", "threads": torch.get_num_threads(), "folder": str(folder),
                    "config": dataclasses.asdict(self.config), "workload": dataclasses.asdict(self.workload),
-                   "contender": name, "weights": self.dtype, "output": str(Path(folder, f"{name}.pt"))}  # fmt: skip
+                   "contender": name, "weights": self.dtype, "output": str(_tokens_file(folder, name))}  # fmt: skip
         return WorkerProcess(name, request, contender.environment)
+
+
+def _tokens_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.pt"
 
 
 @dataclass(frozen=True)
@@ -106,13 +126,15 @@ class GenerateCase(Case):
     """`generate` of peakgpt and eager in this process, on any device. The logits of the prompt are checked.
 
     Args:
-        model: a preset.
+        model: name of the model, for the name of the case.
+        config: GPT-2 of any size.
         workload: streams, prompt and new tokens.
         dtype: of the weights.
     """
 
     kind: ClassVar[str] = "decode"
     model: str
+    config: GPTConfig
     workload: Workload
     dtype: str
 
@@ -124,7 +146,7 @@ class GenerateCase(Case):
         return ["peakgpt", "eager"]
 
     def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
-        model = GPT.from_preset(self.model).to(device, getattr(torch, self.dtype)).eval()
+        model = GPT(self.config).to(device, getattr(torch, self.dtype)).eval()
         ids = torch.randint(model.config.vocab_size, (self.workload.streams, self.workload.prompt), device=device)
         names = self.contenders(device)
         return compare_decoding(model, ids, names, count=self.workload.tokens, rounds=self.rounds,
@@ -132,7 +154,7 @@ class GenerateCase(Case):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
+    add_model_arguments(parser)
     parser.add_argument("--prompt", type=integer(), default=16, help="prompt tokens (default 16)")
     parser.add_argument("--tokens", type=integer(), default=32, help="tokens to add (default 32)")
     parser.add_argument("--streams", type=integer(), action="append", help="repeatable; default 1 and 8")
@@ -147,21 +169,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     """
     Raises:
-        ValueError: int8 or int4 weights on a GPU.
+        ValueError: no family of transformers has the model; on a GPU also other models than GPT-2, int8 and int4.
     """
+    model, config = chosen_model(args)
     workloads = [Workload(streams, args.prompt, args.tokens) for streams in args.streams or (1, 8)]
     if device.type == "cpu":
-        config = preset(args.model)
+        expect_family(config)
         return [
-            DecodeCase(args.model, config, workload, dtype, rounds=7)
+            DecodeCase(model, config, workload, dtype, rounds=7)
             for workload in workloads
             for dtype in args.dtype or WEIGHT_FORMATS
         ]
+    if not is_gpt2(config):
+        raise ValueError(f"bench decode: got --model {args.model} on {device}, expected a GPT-2 there")
     for dtype in args.dtype or ():
         if dtype not in GPU_FORMATS:
             raise ValueError(f"bench decode: got --dtype {dtype} on {device}, expected {' or '.join(GPU_FORMATS)}")
     return [
-        GenerateCase(args.model, workload, dtype, rounds=5, seconds=20.0)
+        GenerateCase(model, config, workload, dtype, rounds=5, seconds=20.0)
         for workload in workloads
         for dtype in args.dtype or GPU_FORMATS
     ]
@@ -219,61 +244,56 @@ def _sizes(config: GPTConfig, workload: Workload) -> dict[str, int]:
 
 
 def read_bytes(config: GPTConfig, workload: Workload, weights: str) -> float:
-    """Return the bytes of the weights and of the past keys and values of all streams, read once per new token."""
+    """Return the bytes of the weights and of the past keys and values of all streams, read once per new token.
+
+    Of a layer's experts those count that compute a token of any stream, if all are equally likely.
+    """
     with torch.device("meta"):
         model = GPT(config)
-    bits = {"wpe": 0, "wte": HEAD_BITS[weights]}  # one row of the position embedding is read: negligible
+    unused = {"transformer.wpe"} if config.tied_head else {"transformer.wpe", EMBEDDING}  # rows: negligible
+    bits = {**dict.fromkeys((EMBEDDING, HEAD), HEAD_BITS[weights]), **dict.fromkeys(unused, 0)}
+    idle = (1 - config.experts_per_token / config.experts) ** workload.streams if config.experts else 0.0
     weight_bytes = sum(
-        p.numel() * next((b for part, b in bits.items() if part in name), BITS[weights]) / 8
+        p.numel() * (1 - idle * (".experts." in name)) * bits.get(name.rpartition(".")[0], BITS[weights]) / 8
         for name, p in model.named_parameters()
     )
-    cached = (
-        2
-        * config.n_layer
-        * config.n_kv_head
-        * config.head_dim
-        * (workload.prompt + workload.tokens / 2)
-        * workload.streams
-    )
+    past = workload.prompt + workload.tokens / 2
+    keys = sum(min(window or past, past) for window in config.windows)
+    cached = 2 * config.n_kv_head * config.head_dim * keys * workload.streams
     return workload.tokens * (weight_bytes + cached * (4 if weights == "float32" else 2))
-
-
-def decoding_inputs(config: GPTConfig, workload: Workload) -> tuple[dict[str, Tensor], Tensor]:
-    """Return (state dict, prompts (streams, prompt) int64), the same in each process.
-
-    The position embedding is 20 times that of GPT-2's initialization; otherwise the tied head repeats one token.
-    """
-    torch.manual_seed(SEED)
-    state = GPT(config).state_dict()
-    state["transformer.wpe.weight"] *= 20
-    return state, torch.randint(config.vocab_size, (workload.streams, workload.prompt))
 
 
 def _expect_equal_start(name: str, tokens: Tensor, expected: Tensor, weights: str) -> str:
     """Return a note on the number of first tokens that are equal.
 
+    Args:
+        tokens: (streams, at least T).
+        expected: (streams, T), in float32.
     Raises:
         ValueError: too few are equal in float32, or the shapes differ.
     """
-    if tokens.shape != expected.shape:
-        raise ValueError(f"decode: {name}: tokens have shape {tuple(tokens.shape)}, expected {tuple(expected.shape)}")
-    same = int((tokens == expected).long().cumprod(1).sum(1).min())
+    first = tokens[:, : expected.shape[1]]
+    if first.shape != expected.shape:
+        raise ValueError(f"decode: {name}: tokens have shape {tuple(first.shape)}, expected {tuple(expected.shape)}")
+    same = int((first == expected).long().cumprod(1).sum(1).min())
     if weights == "float32" and same < min(MIN_EQUAL_TOKENS, expected.shape[1]):
         raise ValueError(
             f"decode: {name}: only the first {same} tokens equal those of eager, expected at least {MIN_EQUAL_TOKENS}"
         )
-    return f"{name}, {weights}: at least {same} of {expected.shape[1]} tokens equal those of eager in float32"
+    return f"{name}, {weights}: at least {same} of the first {expected.shape[1]} tokens equal those of eager in float32"
 
 
 def decode_step(request: Mapping[str, Any]) -> Callable[[], float]:
     """Return the step of a contender: `make` of a worker process.
 
     Args:
-        request: contender, config, workload, weights, output (file for the tokens of the first run).
+        request: contender, folder of `write_random_model`, config, workload, weights, output (file for the tokens of
+            the first run).
     Returns:
         A function that decodes all streams and returns one token.
     """
     config, workload = GPTConfig(**request["config"]), Workload(**request["workload"])
-    state, ids = decoding_inputs(config, workload)
-    decode = DECODING_CONTENDERS[request["contender"]].build(state, config, ids, workload, request["weights"])
+    ids = random_prompts(config, workload.streams, workload.prompt)
+    build = ALL_DECODERS[request["contender"]].build
+    decode = build(Path(request["folder"]), config, ids, workload, request["weights"])
     return saving_first(decode, request["output"], lambda tokens: float(tokens[0, -1]))

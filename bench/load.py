@@ -20,20 +20,15 @@ from typing import Any, ClassVar
 import torch
 
 from peakgpt.bench.case import Case, expect_cpu, joined
-from peakgpt.bench.contenders.contender import SEED, Contender
+from peakgpt.bench.contenders.contender import Contender
+from peakgpt.bench.contenders.models import random_prompts, write_random_model
 from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.schema import Result
 from peakgpt.bench.timing import Spread
-from peakgpt.engine.checkpoint.families.catalogue import family_of
-from peakgpt.engine.checkpoint.folder import CONFIG, WEIGHTS
-from peakgpt.engine.checkpoint.model_folder import to_layout
-from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import preset
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.strict_json import dumps
 
-STD = 0.02  # of the random weights
 TIMEOUT_S = 600.0
 
 # What a user writes: imports, then the way from the folder to the token. `folder` and `ids` are given.
@@ -94,7 +89,7 @@ class LoadCase(Case):
     def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         with tempfile.TemporaryDirectory() as folder:
             write_random_model(Path(folder), self.config)
-            ids = torch.randint(self.config.vocab_size, (self.prompt,)).tolist()
+            ids = random_prompts(self.config, 1, self.prompt)[0].tolist()
             runs: dict[str, list[_Run]] = {name: [] for name in self.contenders(device)}
             timings = interleave({name: _step(name, folder, ids, runs[name]) for name in runs}, rounds=self.rounds,
                                  budget_s=self.seconds, one_call=True, on_failure=on_failure)  # fmt: skip
@@ -134,23 +129,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     expect_cpu("load", device)
     return [LoadCase(args.model, preset(args.model), args.prompt, rounds=5)]
-
-
-def write_random_model(folder: Path, config: GPTConfig) -> None:
-    """Write a folder of bfloat16 weights as transformers does, without the digests of our own files."""
-    from safetensors.torch import save_file
-
-    torch.manual_seed(SEED)
-    with torch.device("meta"):
-        model = GPT(config)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        values = torch.empty(tensor.shape, dtype=torch.bfloat16)
-        state[name] = values.fill_(1.0) if tensor.dim() == 1 else values.normal_(std=STD)
-    tensors = {name: tensor.contiguous() for name, tensor in to_layout(config, state.keys(), state.items())}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    content = {**family_of(config).config_json(config), "dtype": "bfloat16"}
-    (folder / CONFIG).write_text(dumps(content), encoding="utf-8")
 
 
 def _step(name: str, folder: str, ids: list[int], runs: list[_Run]) -> Callable[[], None]:

@@ -21,15 +21,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from peakgpt.bench.case import Case, expect_cpu, joined
 from peakgpt.bench.contenders.contender import Workload
-from peakgpt.bench.contenders.models import our_model
+from peakgpt.bench.contenders.models import our_model, random_prompts, write_random_model
 from peakgpt.bench.contenders.worker_process import WorkerProcess
-from peakgpt.bench.decode import decoding_inputs
 from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.run_results import OURS
 from peakgpt.bench.schema import Result
@@ -100,14 +100,18 @@ def compare_serving(
     config: GPTConfig, workload: Workload, dtype: str, names: Sequence[str], *, seconds: float, most_rounds: int
 ) -> list[Result]:
     """Time the server and the engine alone; see ServeCase."""
-    request = {"make": f"{__name__}:engine_step", "threads": torch.get_num_threads(), "dtype": dtype,
-               "config": dataclasses.asdict(config), "workload": dataclasses.asdict(workload)}  # fmt: skip
+    request = {
+        "make": f"{__name__}:engine_step",
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "workload": dataclasses.asdict(workload),
+    }
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        state, ids = decoding_inputs(config, workload)
-        our_model(state, config, dtype).save_pretrained(folder, synthetic_tokenizer(config.vocab_size))
-        del state
-        engine = WorkerProcess("engine", request, {})
+        write_random_model(Path(folder), config)
+        synthetic_tokenizer(config.vocab_size).save(folder)
+        ids = random_prompts(config, workload.streams, workload.prompt)
+        engine = WorkerProcess("engine", {**request, "folder": folder}, {})
         stack.callback(engine.close)
         server = stack.enter_context(serving(folder, dtype, blocks=blocks_for(workload)))
         client = StreamingClient(server.port, ids.tolist(), workload.tokens)
@@ -177,10 +181,10 @@ def engine_step(request: Mapping[str, Any]) -> Callable[[], float]:
     """Return the step of the engine: `make` of a worker process. A step computes streams x tokens new tokens."""
     from peakgpt.engine.inference.engine import Engine, SamplingParams  # needs tokenizers
 
-    config, workload = GPTConfig(**request["config"]), Workload(**request["workload"])
+    workload, model = Workload(**request["workload"]), our_model(Path(request["folder"]), request["dtype"])
     keep_pages()  # as the server does
-    state, ids = decoding_inputs(config, workload)
-    engine = Engine(our_model(state, config, request["dtype"]), blocks=blocks_for(workload), streams=workload.streams)
+    ids = random_prompts(model.config, workload.streams, workload.prompt)
+    engine = Engine(model, blocks=blocks_for(workload), streams=workload.streams)
     streams = {}
 
     def submit(stream: int, tokens: int) -> None:

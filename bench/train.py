@@ -1,4 +1,4 @@
-"""A GPT-2 training step (forward, backward, AdamW) versus PyTorch: `peakgpt bench train`."""
+"""A training step (forward, backward, AdamW) versus PyTorch: `peakgpt bench train`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from torch import Tensor
 
 from peakgpt.bench.case import Case, joined
 from peakgpt.bench.contenders.contender import contenders_on
+from peakgpt.bench.contenders.models import expect_family
 from peakgpt.bench.contenders.time_contenders import RunningContender, time_contenders
 from peakgpt.bench.contenders.training import TRAINING_CONTENDERS, training_inputs
 from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.gpu_memory import peak_allocated_bytes
 from peakgpt.bench.interleave import OnFailure
+from peakgpt.bench.model_choice import add_model_arguments, chosen_model
 from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.bench.training_case import TrainingCase
 from peakgpt.engine.graph_capture import WARMUP
 from peakgpt.engine.model.config import GPTConfig
-from peakgpt.engine.model.presets import preset
 from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.kernels.command_line import integer
 
@@ -77,7 +78,7 @@ class TrainCase(TrainingCase):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="gpt2", help="preset (default gpt2, 124M)")
+    add_model_arguments(parser)
     parser.add_argument("--batch", type=integer(), help="sequences (default 4; also 1 of 1024 tokens)")
     parser.add_argument("--tokens", type=integer(), help="context length (default 256; also 1 x 1024)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default both")
@@ -87,10 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    model, config = chosen_model(args)
+    expect_family(config)
     shapes = [(args.batch or 4, args.tokens or 256)] if args.batch or args.tokens else SHAPES
     return [
         TrainCase(
-            args.model, preset(args.model),
+            model, config,
             TrainConfig(batch=batch, tokens=tokens, dtype=getattr(torch, dtype), warmup=0.0, recompute=args.recompute),
         )
         for batch, tokens in shapes

@@ -11,18 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peakgpt.engine.model.config import GPTConfig
+
 SEED = 0
 # glibc keeps freed blocks and backs them with huge pages: eager's bf16 step is 29 % shorter (bench/results, 2026-11).
 TUNED_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=40000000000:glibc.malloc.hugetlb=1"
 TUNED_ENVIRONMENT = {"GLIBC_TUNABLES": TUNED_MALLOC}
 WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
-# Bits per weight with the scales. int8: a 16-bit scale for 128 weights; llama.cpp's Q8_0 and Q4_0 have one for 32.
+# Bits per weight of the blocks, with the scales. int8: a 16-bit scale for 128 weights.
 OUR_BITS = {"int8": 8.125, "int4": 4.25}
+PEER_BITS = {"int8": 8.0}
 OUR_BITS_BY_32 = {"int4": 4.5}
-LLAMA_CPP_BITS = {"int8": 8.5, "int4": 4.5}
+
+REFERENCE = "float32"  # name of the contender that the others are checked against
 
 State = Mapping[str, Tensor]
 Decode = Callable[[], Tensor]  # -> new tokens (streams, tokens) int64
+Prefill = Callable[[], Tensor]  # -> (1, V) logits at the last position
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Contender:
         distribution: name to install the package by, if it differs from `package`.
         formats: weight formats to time, from WEIGHT_FORMATS.
         bits: bits per weight of the quantized formats, with the scales.
+        runs: whether it has this model.
+        files: weight format -> type of its .gguf file, which has the bits per weight if `bits` does not.
     """
 
     build: Callable[..., Any]
@@ -43,7 +50,9 @@ class Contender:
     package: str = "torch"
     distribution: str = ""
     formats: tuple[str, ...] = ("float32", "bfloat16")
-    bits: Mapping[str, float] = field(default_factory=lambda: {"int8": 8.0})
+    bits: Mapping[str, float] = field(default_factory=dict)
+    runs: Callable[[GPTConfig], bool] = lambda config: True
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def backend(self) -> str:
@@ -64,6 +73,11 @@ class Contender:
         if importlib.util.find_spec(self.package) is None:
             name = self.distribution or self.package
             raise ModuleNotFoundError(f"not measured, {name} is not installed: pip install {name}")
+
+
+def contenders_of(contenders: Mapping[str, Contender], config: GPTConfig, weights: str) -> list[str]:
+    """Return the names of the contenders that have a model and a weight format."""
+    return [name for name, c in contenders.items() if weights in c.formats and c.runs(config)]
 
 
 def contenders_on(contenders: Mapping[str, Contender], device: torch.device) -> list[str]:

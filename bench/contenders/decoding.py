@@ -1,44 +1,54 @@
 """Contenders of `bench decode`: each builder returns a function that decodes all prompts greedily.
 
-Weights are in float32, bfloat16, int8 or int4. Each engine quantizes by its own method: llama.cpp to Q8_0 and Q4_0
-(groups of 32), CTranslate2 to int8, onnxruntime by dynamic int8, OpenVINO by nncf. peakgpt quantizes as
-`peakgpt quantize` does, with all other tensors in bfloat16.
+Weights are in float32, bfloat16, int8 or int4. Each engine quantizes by its own method: llama.cpp to Q8_0, Q4_0 and
+Q4_K_M, CTranslate2 to int8, onnxruntime by dynamic int8, OpenVINO by nncf. peakgpt quantizes as `peakgpt quantize`
+does, with all other tensors in bfloat16. OpenVINO GenAI reads the files of llama.cpp.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peakgpt.bench.contenders.contender import (
-    LLAMA_CPP_BITS,
     OUR_BITS,
     OUR_BITS_BY_32,
+    PEER_BITS,
+    REFERENCE,
     WEIGHT_FORMATS,
     Contender,
     Decode,
     Workload,
 )
-from peakgpt.bench.contenders.eager_gpt import EagerGPT
+from peakgpt.bench.contenders.eager_gpt import EagerGPT, is_gpt2
 from peakgpt.bench.contenders.graph_engines import onnxruntime_decoder, openvino_decoder
-from peakgpt.bench.contenders.llama_cpp_gpt import llama_cpp_decoder
-from peakgpt.bench.contenders.models import ctranslate2_generator, ctranslate2_prompts, our_model, transformers_model
+from peakgpt.bench.contenders.llama_cpp_model import FILES, has_architecture, llama_cpp_decoder
+from peakgpt.bench.contenders.models import (
+    computing_in_float32,
+    ctranslate2_generator,
+    ctranslate2_prompts,
+    float32_state,
+    our_model,
+    transformers_model,
+)
 from peakgpt.engine.inference.block_pool import blocks_for
 from peakgpt.engine.inference.decoder import ContiguousDecoder
 from peakgpt.engine.model.config import GPTConfig
 
-# Builders: (state, config, ids (streams, prompt), workload, weights) -> Decode. They may reuse the tensors of `state`.
+# Builders: (folder, config, ids (streams, prompt), workload, weights) -> Decode. `folder` is of `write_random_model`.
 
 
-def _ours(group: int, state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def _ours(group: int, folder: Path, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
     from peakgpt.engine.inference.engine import Engine, SamplingParams  # needs tokenizers
 
     blocks = workload.streams * blocks_for(workload.prompt + workload.tokens)
     # The cache holds exactly one run, so that no run reuses a prefix of the previous run.
-    engine = Engine(our_model(state, config, weights, group), blocks=blocks)
+    engine = Engine(our_model(folder, weights, group), blocks=blocks)
     if engine.executor_note:
         raise ValueError(f"decode: peakgpt runs {engine.executor_note}")
     params = SamplingParams(temperature=0.0, max_tokens=workload.tokens)
@@ -54,9 +64,9 @@ def _ours(group: int, state, config: GPTConfig, ids: Tensor, workload: Workload,
     return run
 
 
-def _torch_ops(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def _torch_ops(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
     """Run the modules of the model one op at a time, with a contiguous KV cache."""
-    model = our_model(state, config, weights)
+    model = our_model(folder, weights)
 
     @torch.inference_mode()
     def run() -> Tensor:
@@ -86,9 +96,9 @@ class StaticGPT(EagerGPT):
         return F.linear(t["ln_f"](x)[:, -1], t["wte"].weight)
 
 
-def eager_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def eager_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
     model, dtype = StaticGPT(config), getattr(torch, weights)
-    model.load_state_dict(state)
+    model.load_state_dict(float32_state(folder))
     model = model.to(dtype).eval()
     cache_tokens = workload.prompt + workload.tokens
     cache = torch.zeros(config.n_layer, 2, len(ids), config.n_head, cache_tokens, config.head_dim, dtype=dtype)
@@ -103,15 +113,32 @@ def eager_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, wei
     return run
 
 
-def _transformers(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
-    model = transformers_model(state, config, getattr(torch, weights))
-    options = {"max_new_tokens": workload.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+def _transformers(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    return _generate(transformers_model(folder, getattr(torch, weights)), ids, workload)
+
+
+def _compiled_transformers(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    """Compile the forward pass, which transformers does by itself on GPUs, with a cache of fixed size."""
+    model = transformers_model(folder, getattr(torch, weights))
+    model.forward = torch.compile(model.forward)
+    return _generate(model, ids, workload, cache_implementation="static")
+
+
+def reference_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    """Decode by an eager model in float32."""
+    if is_gpt2(config):
+        return eager_decoder(folder, config, ids, workload, weights)
+    return _generate(computing_in_float32(transformers_model(folder, torch.bfloat16)), ids, workload)
+
+
+def _generate(model: Any, ids: Tensor, workload: Workload, **options: Any) -> Decode:
+    options |= {"max_new_tokens": workload.tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(ids)
     return lambda: model.generate(ids, attention_mask=mask, **options)[:, workload.prompt :]
 
 
-def _ctranslate2(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
-    generator, prompts = ctranslate2_generator(state, config, weights), ctranslate2_prompts(ids)
+def _ctranslate2(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+    generator, prompts = ctranslate2_generator(folder, config, weights), ctranslate2_prompts(ids)
 
     def run() -> Tensor:
         results = generator.generate_batch(prompts, max_length=workload.tokens, min_length=workload.tokens,
@@ -125,16 +152,33 @@ DECODING_CONTENDERS = {
     "peakgpt": Contender(partial(_ours, 64), package="peakgpt", formats=WEIGHT_FORMATS, bits=OUR_BITS),
     "peakgpt by 32": Contender(partial(_ours, 32), package="peakgpt", formats=("int4",), bits=OUR_BITS_BY_32),
     "peakgpt by ops": Contender(_torch_ops, package="peakgpt"),
-    "eager": Contender(eager_decoder),
+    "eager": Contender(eager_decoder, runs=is_gpt2),
     "transformers": Contender(_transformers, package="transformers"),
+    "transformers, compile": Contender(_compiled_transformers, package="transformers"),
     "llama.cpp": Contender(
         llama_cpp_decoder,
         package="llama_cpp",
         distribution="llama-cpp-python",
         formats=WEIGHT_FORMATS,
-        bits=LLAMA_CPP_BITS,
+        runs=has_architecture,
+        files=FILES,
     ),
-    "ctranslate2": Contender(_ctranslate2, package="ctranslate2", formats=("float32", "int8")),
-    "onnxruntime": Contender(onnxruntime_decoder, package="onnxruntime", formats=("float32", "int8")),
-    "openvino": Contender(openvino_decoder, package="openvino", formats=("float32", "bfloat16", "int8")),
+    "llama.cpp Q4_K_M": Contender(
+        partial(llama_cpp_decoder, kind="Q4_K_M"),
+        package="llama_cpp",
+        distribution="llama-cpp-python",
+        formats=("int4",),
+        runs=has_architecture,
+        files={"int4": "Q4_K_M"},
+    ),
+    "ctranslate2": Contender(
+        _ctranslate2, package="ctranslate2", formats=("float32", "int8"), bits=PEER_BITS, runs=is_gpt2
+    ),
+    "onnxruntime": Contender(
+        onnxruntime_decoder, package="onnxruntime", formats=("float32", "int8"), bits=PEER_BITS, runs=is_gpt2
+    ),
+    "openvino": Contender(
+        openvino_decoder, package="openvino", formats=("float32", "bfloat16", "int8"), bits=PEER_BITS, runs=is_gpt2
+    ),
 }
+ALL_DECODERS = {**DECODING_CONTENDERS, REFERENCE: Contender(reference_decoder)}

@@ -17,6 +17,13 @@ from peakgpt.engine.training.schedule import Schedule
 from peakgpt.engine.training.train_config import TrainConfig
 
 
+def is_gpt2(config: GPTConfig) -> bool:
+    """Return whether a model is GPT-2 of any size: all that this file computes."""
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "head_dim",
+             "block_size", "vocab_size", "layer_norm_epsilon")}  # fmt: skip
+    return config == GPTConfig(**sizes)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peakgpt.bench.contenders.contender import Decode, Workload
 from peakgpt.bench.contenders.eager_gpt import EagerGPT
+from peakgpt.bench.contenders.models import float32_state
 from peakgpt.engine.model.config import GPTConfig
 
 
@@ -44,23 +45,23 @@ class GraphGPT(EagerGPT):
         return F.linear(t["ln_f"](x[:, -1:]), t["wte"].weight), *present
 
 
-def _example(state, config: GPTConfig, ids: Tensor) -> tuple[GraphGPT, tuple[Tensor, ...], list[str], list[str]]:
+def _example(folder, config: GPTConfig, ids: Tensor) -> tuple[GraphGPT, tuple[Tensor, ...], list[str], list[str]]:
     """Return the module, example inputs for tracing, and the names of inputs and outputs."""
     model = GraphGPT(config)
-    model.load_state_dict(state)
+    model.load_state_dict(float32_state(folder))
     past = [torch.zeros(len(ids), config.n_head, 3, config.head_dim)] * (2 * config.n_layer)
     names = [f"{layer}.{kind}" for layer in range(config.n_layer) for kind in ("key", "value")]
     inputs = ["ids", "order", *(f"past.{name}" for name in names)]
     return model.eval(), (ids, torch.arange(len(ids)), *past), inputs, ["logits", *(f"present.{n}" for n in names)]
 
 
-def onnxruntime_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def onnxruntime_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
     """Decode with onnxruntime. Keys and values go from output to input without a copy."""
     import numpy as np
     import onnxruntime as ort
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    model, example, inputs, outputs = _example(state, config, ids)
+    model, example, inputs, outputs = _example(folder, config, ids)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = str(Path(folder, "model.onnx"))
@@ -90,13 +91,13 @@ def onnxruntime_decoder(state, config: GPTConfig, ids: Tensor, workload: Workloa
     return run
 
 
-def openvino_decoder(state, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
+def openvino_decoder(folder, config: GPTConfig, ids: Tensor, workload: Workload, weights: str) -> Decode:
     """Decode with OpenVINO. As in optimum-intel, the KV cache is the state of the request, gathered by sequence."""
     import numpy as np
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    model, example, inputs, outputs = _example(state, config, ids)
+    model, example, inputs, outputs = _example(folder, config, ids)
     batch = len(ids)
     cache = openvino.PartialShape([batch, config.n_head, -1, config.head_dim])
     shapes = [openvino.PartialShape([batch, -1]), openvino.PartialShape([batch]), *[cache] * (2 * config.n_layer)]

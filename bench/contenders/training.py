@@ -1,4 +1,7 @@
-"""Contenders of training: peakgpt, PyTorch eager, torch.compile; on a CPU also PyTorch with a tuned allocator."""
+"""Contenders of training: peakgpt, PyTorch eager, torch.compile; on a CPU also PyTorch with a tuned allocator.
+
+Eager is plain torch for GPT-2, and the model of transformers for other families, with the same training step.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakgpt.bench.contenders.contender import SEED, TUNED_ENVIRONMENT, Contender, State
-from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer
+from peakgpt.bench.contenders.eager_gpt import EagerGPT, EagerTrainer, is_gpt2
+from peakgpt.engine.checkpoint.families.catalogue import family_of
+from peakgpt.engine.checkpoint.model_folder import to_layout
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.training.train_config import TrainConfig
@@ -30,8 +36,34 @@ def _ours(state: State, config: GPTConfig, train_config: TrainConfig, device: to
     return Trainer(_loaded(model, state, device), train_config, steps=SCHEDULE_STEPS)
 
 
+class TransformersGPT(nn.Module):
+    """A model of transformers with SDPA attention: ids and targets (B, T) -> the mean loss."""
+
+    def __init__(self, config: GPTConfig):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        super().__init__()
+        self.config = config
+        content = {**family_of(config).config_json(config), "use_cache": False}
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content))
+
+    def load_state_dict(self, state: State, strict: bool = True, assign: bool = False) -> Any:
+        """Load weights under the names of peakgpt.GPT. A tied head has no tensor of its own."""
+        theirs = dict(to_layout(self.config, state.keys(), state.items()))
+        found = self.model.load_state_dict(theirs, strict=False, assign=assign)
+        tied = {"lm_head.weight"} if self.config.tied_head else set()
+        if found.unexpected_keys or set(found.missing_keys) - tied:
+            raise ValueError(f"transformers: got other names of weights than expected: {found}")
+        return found
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        logits = self.model(ids).logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
 def _eager(state: State, config: GPTConfig, train_config: TrainConfig, device: torch.device) -> EagerTrainer:
-    return EagerTrainer(_loaded(EagerGPT(config), state, device), train_config, steps=SCHEDULE_STEPS)
+    model = EagerGPT(config) if is_gpt2(config) else TransformersGPT(config)
+    return EagerTrainer(_loaded(model.train(), state, device), train_config, steps=SCHEDULE_STEPS)
 
 
 def _compiled(state: State, config: GPTConfig, train_config: TrainConfig, device: torch.device) -> EagerTrainer:

@@ -5,26 +5,58 @@ constexpr int64_t kSkinnyPanels = 16;  // column panels in a block of SkinnyAcro
 constexpr int64_t kSkinnySlots = 4;    // slots for each load and store of these sums
 constexpr int64_t kSkinnyAhead = 16;   // rows of b to prefetch, into the second-level cache
 
-// out[i * kColumns + lane] = the sums of kM rows of a and kLanes columns of b; += unless `first`. b is transposed in
-// registers. The slots are added in the order of Tile, so the bits are the same.
+// b is read in words of four bytes: a float, or two bf16 that follow each other along k.
+template <class T>
+constexpr int64_t kWord = 4 / sizeof(T);
+
+// Adds kM rows of a, times one word of kLanes columns of b. The sum over k has `left` elements left.
 template <class T, int64_t kM>
-void SkinnySums(const float* a, const T* b, int64_t stride, int64_t lanes, int64_t depth, bool first, float* out) {
-  constexpr int64_t kStep = kLanes * kSlot<T>;
-  Vec sums[kM];
+PEAK_INLINE void AddWord(const float* a, Vec word, int64_t left, Vec* sums) {
+  if constexpr (kSlot<T> == kWord<T>) {
+    for (int64_t i = 0; i < kM; ++i) sums[i] = AddProduct<T>(sums[i], Set(a[i]), word);
+  } else {
+    const Vec even = Even(AsPairs(word)), odd = Odd(AsPairs(word));
+    for (int64_t i = 0; i < kM; ++i) sums[i] = Fma(Set(a[i]), even, sums[i]);
+    for (int64_t i = 0; i < kM && left > 1; ++i) sums[i] = Fma(Set(a[kPanelRows + i]), odd, sums[i]);
+  }
+}
+
+// Prefetches as many bytes of kLanes columns as a step of SkinnySums reads, to the second-level cache: what follows
+// `at` elements of k in each of four runs of memory. On one core of Emerald Rapids, bf16 with k of 768 and one row of a, that
+// reads 14.7 GB/s; 13.7 with one run, 13.1 with one for each column. With eight rows: 12.9, 10.2 and 10.4 GB/s.
+template <class T>
+PEAK_INLINE void PrefetchColumns(const T* b, int64_t stride, int64_t at) {
+  constexpr int64_t kRuns = kLanes < 4 ? 1 : 4, kEach = kLanes / kRuns;
+  for (int64_t run = 0; run < kRuns; ++run) {
+    const char* const p = reinterpret_cast<const char*>(b + run * kEach * stride + at * kEach);
+    for (int64_t byte = 0; byte < kEach * kLanes * 4; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+  }
+}
+
+// out[i * kColumns + lane] = the sums of kM rows of a and kLanes columns of b over elements [k, k + depth); += unless k
+// is 0. b is transposed in registers. Elements are added in the order of Tile, so the bits are the same.
+template <class T, int64_t kM>
+void SkinnySums(const float* a, const T* b, int64_t stride, int64_t lanes, int64_t k, int64_t depth, float* out) {
+  constexpr int64_t kStep = kLanes * kWord<T>, kNext = kWord<T> / kSlot<T> * kPanelRows;
+  const T* const next = b + kLanes * stride;
+  const int64_t end = k + depth, whole = lanes == kLanes ? k + depth / kStep * kStep : k;
+  Vec sums[kM], words[kLanes];
   for (Vec& sum : sums) sum = Set(0.0f);
-  for (int64_t at = 0; at < depth; at += kStep) {
-    Vec right[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) {
-      right[j] = j < lanes ? LoadSlots(b + j * stride + at, depth - at) : Set(0.0f);
-      __builtin_prefetch(b + (j + kLanes) * stride + at, 0, 2);  // the next columns, to the second-level cache
-    }
-    Transpose(right);
-    const int64_t slots = std::min<int64_t>(kLanes, (depth - at + kSlot<T> - 1) / kSlot<T>);
-    for (int64_t s = 0; s < slots; ++s, a += kPanelRows) {
-      for (int64_t i = 0; i < kM; ++i) sums[i] = AddProduct<T>(sums[i], Set(a[i]), right[s]);
+  int64_t at = k;
+  for (; at < whole; at += kStep) {
+    PrefetchColumns(next, stride, at);
+    LoadTransposed(b + at, stride, words);
+#pragma GCC unroll 16
+    for (int64_t s = 0; s < kLanes; ++s, a += kNext) AddWord<T, kM>(a, words[s], kWord<T>, sums);
+  }
+  for (; at < end; at += kStep) {
+    for (int64_t j = 0; j < kLanes; ++j) words[j] = j < lanes ? LoadWords(b + j * stride + at, end - at) : Set(0.0f);
+    Transpose(words);
+    for (int64_t s = 0, left = end - at; s < kLanes && left > 0; ++s, left -= kWord<T>, a += kNext) {
+      AddWord<T, kM>(a, words[s], left, sums);
     }
   }
-  for (int64_t i = 0; i < kM; ++i, out += kColumns) Store(out, first ? sums[i] : Load(out) + sums[i]);
+  for (int64_t i = 0; i < kM; ++i, out += kColumns) Store(out, k == 0 ? sums[i] : Load(out) + sums[i]);
 }
 
 // Column panels [begin, end) of a product with kM rows, for a b whose columns are contiguous along k.
@@ -36,8 +68,8 @@ void SkinnyAlong(const GemmArgs& args, int64_t depth, const float* a, int64_t be
       const T* b = static_cast<const T*>(args.b) + (column + j) * args.b_col;
       const int64_t lanes = std::min<int64_t>(kLanes, args.n - column - j);
       for (int64_t k = 0; k == 0 || k < args.k; k += depth) {
-        SkinnySums<T, kM>(a + k / kSlot<T> * kPanelRows, b + k, args.b_col, lanes, std::min(depth, args.k - k), k == 0,
-                           tile + j);
+        const float* const slots = a + k / kSlot<T> * kPanelRows;
+        SkinnySums<T, kM>(slots, b, args.b_col, lanes, k, std::min(depth, args.k - k), tile + j);
       }
     }
     for (int64_t i = 0; i < kM; i += kRows) FinishTile<T>(args, tile + i * kColumns, i, column);

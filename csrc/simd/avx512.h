@@ -1,5 +1,5 @@
-// Vec on AVX-512 (F, BW, DQ, VL), with VNNI on avx512vnni, with VNNI and BF16 on avx512bf16. simd.h describes the functions and includes this
-// file.
+// Vec on AVX-512 (F, BW, DQ, VL), with VNNI on avx512vnni, with VNNI and BF16 on avx512bf16. simd.h describes the
+// functions and includes this file.
 
 constexpr int kLanes = 16;
 constexpr int kRegisters = 32;
@@ -121,6 +121,29 @@ PEAK_INLINE void Transpose(Vec* rows) {
     rows[4 + j].v = _mm512_shuffle_f32x4(lo0, lo1, 0xdd);
     rows[8 + j].v = _mm512_shuffle_f32x4(hi0, hi1, 0x88);
     rows[12 + j].v = _mm512_shuffle_f32x4(hi0, hi1, 0xdd);
+  }
+}
+template <class T>
+PEAK_INLINE __m128i LoadBlock(const T* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+// Lane l of 128 bits in x[i] is loaded from row 4l + i, which saves half of the shuffles of Transpose.
+template <class T>
+PEAK_INLINE void LoadTransposed(const T* p, int64_t stride, Vec* rows) {
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < 4; ++c, p += 16 / sizeof(T)) {
+    __m512i x[4];
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) {
+      x[i] = _mm512_castsi128_si512(LoadBlock(p + i * stride));
+      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0x00f0, LoadBlock(p + (4 + i) * stride));
+      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0x0f00, LoadBlock(p + (8 + i) * stride));
+      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0xf000, LoadBlock(p + (12 + i) * stride));
+    }
+    const __m512i lo0 = _mm512_unpacklo_epi32(x[0], x[1]), hi0 = _mm512_unpackhi_epi32(x[0], x[1]);
+    const __m512i lo1 = _mm512_unpacklo_epi32(x[2], x[3]), hi1 = _mm512_unpackhi_epi32(x[2], x[3]);
+    rows[4 * c].v = _mm512_castsi512_ps(_mm512_unpacklo_epi64(lo0, lo1));
+    rows[4 * c + 1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi64(lo0, lo1));
+    rows[4 * c + 2].v = _mm512_castsi512_ps(_mm512_unpacklo_epi64(hi0, hi1));
+    rows[4 * c + 3].v = _mm512_castsi512_ps(_mm512_unpackhi_epi64(hi0, hi1));
   }
 }
 

@@ -13,6 +13,8 @@
 //   Sum(v) MaxOf(v)            over the lanes, in a fixed order
 //   Exp Erf Exp2 Reciprocal    with the errors stated below
 //   Transpose(rows)            kLanes Vecs as a square matrix, in place
+//   LoadWords(p, n)            n elements, at most kLanes words of four bytes: floats, or pairs of bf16 as in Pairs
+//   LoadTransposed(p, stride, rows)  Transpose of kLanes rows of LoadWords, `stride` elements apart
 //   Pairs                      kLanes pairs of bf16 for DotPairs(acc, a, b): acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1]
 //   LoadPairs(p)  SetPair(p)   2*kLanes elements; one pair repeated kLanes times
 //   PackPairs(even, odd)       pair i = (bf16(even[i]), bf16(odd[i]))
@@ -196,10 +198,29 @@ PEAK_INLINE void StoreInOrder(T* p, Vec a, Vec b) {
 
 constexpr bool kNativeQuads = kQuadZero == 0;
 
-#if PEAK_ISA == PEAK_AVX512BF16
+#if PEAK_ISA >= PEAK_AVX512 && PEAK_ISA <= PEAK_AVX512BF16
 PEAK_INLINE Pairs LoadPairs(const bf16* p, int64_t n) {
   return {n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p)};
 }
+#else
+PEAK_INLINE Pairs LoadPairs(const bf16* p, int64_t n) {
+  if (n >= 2 * kLanes) return LoadPairs(p);
+  bf16 part[2 * kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return LoadPairs(part);
+}
+#endif
+PEAK_INLINE Vec LoadWords(const float* p, int64_t n) { return Load(p, n); }
+PEAK_INLINE Vec LoadWords(const bf16* p, int64_t n) { return AsVec(LoadPairs(p, n)); }
+#if PEAK_ISA < PEAK_AVX512 || PEAK_ISA > PEAK_AVX512BF16
+template <class T>
+PEAK_INLINE void LoadTransposed(const T* p, int64_t stride, Vec* rows) {
+  for (int64_t i = 0; i < kLanes; ++i) rows[i] = LoadWords(p + i * stride, kLanes * 4 / sizeof(T));
+  Transpose(rows);
+}
+#endif
+
+#if PEAK_ISA == PEAK_AVX512BF16
 PEAK_INLINE Pairs ZipPairs(const bf16* even, const bf16* odd, int64_t n) {
   const __mmask16 lanes = PartMask(n < 16 ? n : 16);
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even));

@@ -1,5 +1,6 @@
 """Contenders in worker processes: protocol, memory, checks before timing, training and decoding."""
 
+import argparse
 import dataclasses
 import gc
 import weakref
@@ -11,21 +12,37 @@ import torch
 import torch.nn.functional as F
 
 from peakgpt.bench import decode
-from peakgpt.bench.contenders import decoding, training
+from peakgpt.bench.contenders import decoding, eager_gpt, models, training
 from peakgpt.bench.contenders.contender import TUNED_MALLOC, WEIGHT_FORMATS, Workload
+from peakgpt.bench.contenders.llama_cpp_model import weight_bits
+from peakgpt.bench.contenders.models import random_prompts, write_random_model
 from peakgpt.bench.contenders.time_contenders import time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess, _reporting
 from peakgpt.bench.decode import DecodeCase, compare_decoding
+from peakgpt.bench.model_choice import chosen_model
 from peakgpt.bench.report import comparisons
 from peakgpt.bench.schema import read_results
 from peakgpt.bench.train import _expect_same_loss
 from peakgpt.cli import main
 from peakgpt.engine.gpt import GPT
+from peakgpt.engine.model.flops import multiplying_parameters, parameter_count
 from peakgpt.engine.model.presets import preset
 
 
 def tiny_config():
     return preset("gpt2-tiny", n_layer=1, vocab_size=64, n_embd=48)
+
+
+def small_config(name):
+    """A preset of width 64, with two layers and all parts of its family."""
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 96, "n_inner": 128, "block_size": 64}
+    if name != "gpt2-tiny":
+        sizes |= {"n_kv_head": 2, "head_dim": 32}
+    if name == "gpt-oss-20b":
+        sizes |= {"experts": 4, "experts_per_token": 2, "expert_inner": 128, "rope_scaling": None}
+    if name == "llama-3.2-1b":
+        sizes |= {"rope_scaling": None}
+    return preset(name, **sizes)
 
 
 def training_request(contender, **changes):
@@ -115,6 +132,16 @@ def test_training_step_frees_the_initial_state(contender, monkeypatch):
     assert step() > 0 and states[0]() is None
 
 
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b"])
+def test_training_by_transformers_has_the_losses_of_ours(name):
+    pytest.importorskip("transformers")
+    config = dataclasses.asdict(small_config(name))
+    steps = [training.training_step(training_request(who, config=config)) for who in ("peakgpt", "eager")]
+    for _ in range(3):
+        ours, theirs = (step() for step in steps)
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_contender_with_other_loss_raises():
     losses = {"x": 2.005, "eager": 2.0}
     for name in losses:
@@ -157,21 +184,92 @@ def test_failing_contenders_are_reported_and_closed(monkeypatch):
     assert found.timing.noted("", "a", "b").note.endswith("a; b")
 
 
-@pytest.mark.parametrize("name", [name for name in decoding.DECODING_CONTENDERS if name != "eager"])
-def test_decoding_contenders_give_the_tokens_of_eager(name):
+@pytest.fixture(scope="module", params=["gpt2-tiny", "llama-3.2-1b", "qwen3-0.6b", "gpt-oss-20b"])
+def written(request, tmp_path_factory):
+    """A folder with a random model of two layers, and its config."""
+    config = small_config(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    write_random_model(folder, config)
+    return folder, config
+
+
+def reference_tokens(folder, config, ids, workload):
+    if not eager_gpt.is_gpt2(config):
+        pytest.importorskip("transformers")
+    return decoding.reference_decoder(folder, config, ids, workload, "float32")()
+
+
+@pytest.mark.parametrize("name", sorted(decoding.DECODING_CONTENDERS.keys() - {"eager", "transformers, compile"}))
+def test_decoding_contenders_give_the_tokens_of_eager(name, written):
     """float32 weights give the tokens of eager. Other formats give the same tokens in every run, and as many."""
-    who = decoding.DECODING_CONTENDERS[name]
+    (folder, config), who, workload = written, decoding.DECODING_CONTENDERS[name], Workload(6, 4, 5)
     pytest.importorskip(who.package)
-    config = preset("gpt2-tiny", n_layer=1, vocab_size=96, n_head=2, n_embd=64)
-    case = Workload(2, 4, 6)
-    state, ids = decode.decoding_inputs(config, case)
-    expected = decoding.eager_decoder(dict(state), config, ids, case, "float32")()
-    for form in who.formats:
-        run = who.build(dict(state), config, ids, case, form)
-        text = run()
-        assert text.shape == (2, 6) and torch.equal(text, run())
-        assert form != "float32" or torch.equal(text, expected)
+    if not who.runs(config):
+        pytest.skip(f"{name} does not run this model")
+    ids = random_prompts(config, 6, 4)
+    expected = reference_tokens(folder, config, ids, workload)
     assert len(expected.unique()) > 3
+    for form in who.formats:
+        run = who.build(folder, config, ids, workload, form)
+        text = run()
+        assert text.shape == (6, 5) and torch.equal(text, run())
+        assert form != "float32" or torch.equal(text, expected)
+        bits = weight_bits(who, folder, form)
+        assert bits is None if form in ("float32", "bfloat16") else 4 < bits < 17
+
+
+@pytest.mark.slow
+def test_a_compiled_model_of_transformers_gives_the_tokens_of_eager(written):
+    (folder, config), workload = written, Workload(2, 4, 6)
+    pytest.importorskip("transformers")
+    ids = random_prompts(config, 2, 4)
+    run = decoding.DECODING_CONTENDERS["transformers, compile"].build(folder, config, ids, workload, "float32")
+    assert torch.equal(run(), reference_tokens(folder, config, ids, workload))
+
+
+def test_the_reference_computes_in_float32_with_bfloat16_weights(written):
+    """Bit by bit what a float32 copy computes, and afterwards the weights are bfloat16 again."""
+    pytest.importorskip("transformers")
+    folder, config = written
+    ids = random_prompts(config, 1, 5)
+    whole = models.transformers_model(folder, torch.float32)
+    parts = models.computing_in_float32(models.transformers_model(folder, torch.bfloat16))
+    with torch.inference_mode():
+        assert torch.equal(parts(ids).logits, whole(ids).logits)
+    assert {p.dtype for p in parts.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_without_a_family_of_transformers_is_refused():
+    sizes = {"layers": 2, "vocab_size": None, "streams": [1], "prompt": 1, "tokens": 1, "dtype": None}
+    args = argparse.Namespace(model="glam-64b-64e", **sizes)
+    with pytest.raises(ValueError, match="no family of transformers expresses, expected one that does"):
+        decode.cases(args, torch.device("cpu"))
+
+
+def test_flags_cut_a_model_and_name_what_they_changed():
+    args = argparse.Namespace(model="gpt-oss-20b", layers=4, vocab_size=32000)
+    name, config = chosen_model(args)
+    assert name == "gpt-oss-20b,n_layer=4,vocab_size=32000" and (config.n_layer, config.vocab_size) == (4, 32000)
+    assert config.windows == (128, None, 128, None)
+    args.layers = 25
+    with pytest.raises(ValueError, match="got --layers 25, expected at most the 24 of gpt-oss-20b"):
+        chosen_model(args)
+
+
+def test_read_bytes_count_what_a_token_needs():
+    """Active experts, a tied head once, of an untied pair the head alone, keys of a window only."""
+    none = Workload(1, 0, 1)
+    llama = parameter_count(preset("llama-3.2-1b"))
+    assert decode.read_bytes(preset("llama-3.2-1b"), none, "bfloat16") == pytest.approx(2 * llama, rel=1e-3)
+    oss = preset("gpt-oss-20b", n_layer=4)
+    active = multiplying_parameters(oss)
+    assert decode.read_bytes(oss, none, "bfloat16") == pytest.approx(2 * active, rel=1e-3)
+    eight = decode.read_bytes(oss, Workload(8, 0, 1), "bfloat16")
+    experts = parameter_count(oss) - parameter_count(oss, active=True)  # 28 of 32
+    assert eight == pytest.approx(2 * (active + experts / 28 * (32 * (1 - 0.875**8) - 4)), rel=1e-3)
+    keys = [decode.read_bytes(oss, Workload(1, t, 1), "bfloat16") for t in (1000, 2000)]
+    assert keys[1] - keys[0] == 2 * 2 * 1000 * 2 * oss.n_kv_head * oss.head_dim, "two layers have windows of 128"
+
 
 
 def test_other_tokens_raise():
@@ -180,6 +278,8 @@ def test_other_tokens_raise():
         decode._expect_equal_start("x", expected + 1, expected, "float32")
     with pytest.raises(ValueError, match=r"shape \(2, 5\), expected \(2, 6\)"):
         decode._expect_equal_start("x", expected[:, 1:], expected, "int8")
+    longer = torch.cat([expected, expected], 1)
+    assert "at least 6 of the first 6 tokens" in decode._expect_equal_start("x", longer, expected, "float32")
 
 
 def test_decoding_is_checked_and_timed_in_each_format(monkeypatch):

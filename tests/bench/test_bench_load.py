@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from peakgpt.bench import load
+from peakgpt.bench.contenders.models import write_random_model
 from peakgpt.bench.interleave import raise_failure
-from peakgpt.bench.load import LoadCase, write_random_model
+from peakgpt.bench.load import LoadCase
 from peakgpt.engine.checkpoint.families.catalogue import family_of
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.presets import preset

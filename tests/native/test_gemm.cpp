@@ -1,3 +1,4 @@
+#include "base/isa.h"
 #include "buffer.h"
 #include "gemm/gemm.h"
 
@@ -107,6 +108,38 @@ PEAK_TEST(gemm_of_several_blocks_equals_double_precision) {
             if (!Near("c", i * c_row + j, c[i * c_row + j], want)) return;
           }
           if (!Near("sums", i, sums[i], total)) return;
+        }
+      }
+    }
+  });
+}
+
+// Few rows are multiplied without packing b, in another loop. Each row has the bits that it has among many rows:
+// several blocks of k, an odd k, parts of a vector of columns and of words, both layouts of b.
+PEAK_TEST(gemm_rows_have_the_same_bits_in_any_batch) {
+  constexpr int64_t kMany = 19;
+  ForEachDtype([&](auto element) {
+    using T = decltype(element);
+    for (const int64_t k : {1, 31, 33, 130, 2051}) {
+      for (const int64_t n : {1, 16, 51}) {
+        for (const bool b_across : {false, true}) {
+          Random random(k + n);
+          Placer place(3);  // ends at a page without access
+          auto a = place.In<T>(kMany * k), b = place.In<T>(k * n);
+          a.FillNormal(random);
+          b.FillNormal(random);
+          std::vector<float> many(kMany * n), few(kMany * n);
+          const auto multiply = [&](int64_t rows, float* c, int threads) {
+            Gemm(Product(kDtype<T>, DType::kFloat32, {rows, k, n}, a.data(), b.data(), c, false, b_across), threads);
+          };
+          multiply(kMany, many.data(), 1);
+          for (int64_t m = 1; m <= 16; ++m) {
+            SetCase("gemm %s of %lld rows, k %lld, n %lld, b_across %d", kName<T>, static_cast<long long>(m),
+                    static_cast<long long>(k), static_cast<long long>(n), b_across);
+            multiply(m, few.data(), 2);
+            Check(std::memcmp(few.data(), many.data(), m * n * sizeof(float)) == 0, "%s bits depend on the batch",
+                  ActiveIsa());
+          }
         }
       }
     }

@@ -51,6 +51,19 @@ inline void TransposeSquare(float* square) {
   for (int i = 0; i < kLanes; ++i) Store(square + i * kLanes, rows[i]);
 }
 
+template <class T>
+void TransposedWords(const T* p, int64_t stride, void* out) {
+  Vec rows[kLanes];
+  LoadTransposed(p, stride, rows);
+  std::memcpy(out, rows, sizeof(rows));
+}
+// The words of one row of n elements.
+template <class T>
+void WordsOf(const T* p, int64_t n, void* out) {
+  const Vec words = LoadWords(p, n);
+  std::memcpy(out, &words, sizeof(words));
+}
+
 inline void PairsOf(const float* even, const float* odd, bf16* out) {
   StorePairs(out, PackPairs(Load(even), Load(odd)));
 }
@@ -218,6 +231,35 @@ PEAK_TEST(simd_sum_max_and_transpose_equal_their_definition) {
     Check(square[i] == static_cast<float>(i % lanes * lanes + i / lanes), "%s element %d of Transpose is wrong",
           ActiveIsa(), static_cast<int>(i));
   }
+}
+
+PEAK_TEST(simd_words_and_their_transpose_equal_their_definition) {
+  ForEachDtype([&](auto element) {
+    using T = decltype(element);
+    const int64_t lanes = Lanes(), width = lanes * 4 / sizeof(T), stride = width + 3;
+    Random random(1);
+    Placer place(3);  // ends at a page without access
+    auto in = place.In<T>((lanes - 1) * stride + width);
+    in.FillNormal(random);
+    uint32_t got[kMost * kMost];
+    PEAK_PICK(TransposedWords<T>)(in.data(), stride, got);
+    for (int64_t row = 0; row < lanes; ++row) {
+      uint32_t words[kMost];
+      std::memcpy(words, in.data() + row * stride, width * sizeof(T));
+      for (int64_t i = 0; i < lanes; ++i) {
+        Check(got[i * lanes + row] == words[i], "%s %s word %d of row %d of LoadTransposed is wrong", ActiveIsa(),
+              kName<T>, static_cast<int>(i), static_cast<int>(row));
+      }
+    }
+    for (int64_t n = 1; n <= width; ++n) {
+      T part[2 * kMost] = {};
+      const T* const end = in.data() + (lanes - 1) * stride + width;
+      std::memcpy(part, end - n, n * sizeof(T));
+      PEAK_PICK(WordsOf<T>)(end - n, n, got);
+      Check(std::memcmp(got, part, width * sizeof(T)) == 0, "%s %s LoadWords of %d elements is wrong", ActiveIsa(),
+            kName<T>, static_cast<int>(n));
+    }
+  });
 }
 
 PEAK_TEST(simd_pairs_equal_their_definition) {
