@@ -333,8 +333,8 @@ void NormBackward(const NormBackwardArgs& args, int threads) {
   });
   const auto add = args.dtype == DType::kFloat32 ? PEAK_PICK_DTYPE(args.w_dtype, AddParts, float)
                                                  : PEAK_PICK_DTYPE(args.w_dtype, AddParts, bf16);
-  if (args.dw != nullptr) add(partial.data(), 2 * width, width, args.dw);
-  if (args.db != nullptr) add(partial.data() + width, 2 * width, width, args.db);
+  if (args.dw != nullptr) add(partial.data(), 2 * width, width, args.dw, args.add_dw);
+  if (args.db != nullptr) add(partial.data() + width, 2 * width, width, args.db, args.add_db);
 }
 
 }  // namespace peak

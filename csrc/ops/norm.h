@@ -47,9 +47,11 @@ struct NormBackwardArgs {
   void* dx = nullptr;         // (rows, width)
   void* dw = nullptr;         // (width), w_dtype
   void* db = nullptr;         // (width), w_dtype
+  bool add_dw = false;        // dw += the gradient of w instead of dw = it
+  bool add_db = false;
 };
 PEAK_FIELDS(NormBackwardArgs, dtype, w_dtype, rows, width, dy, dy_stride, x, x_stride, w, r)
-PEAK_OPTIONAL_FIELDS(NormBackwardArgs, offset, dsum, dsum_stride, mu, dx, dw, db)
+PEAK_OPTIONAL_FIELDS(NormBackwardArgs, offset, dsum, dsum_stride, mu, dx, dw, db, add_dw, add_db)
 
 void NormForward(const NormForwardArgs& args, int threads);
 void NormBackward(const NormBackwardArgs& args, int threads);

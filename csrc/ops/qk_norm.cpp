@@ -166,8 +166,8 @@ void QKNormBackward(const QKNormBackwardArgs& args, int threads) {
     differentiate(args, weights.data(), rows.data(), partial.data() + part * count, begin, end);
   });
   const auto add = PEAK_PICK_DTYPE(args.w_dtype, AddParts, float);
-  if (args.dq_norm != nullptr) add(partial.data(), count, args.QWeights(), args.dq_norm);
-  if (args.dk_norm != nullptr) add(partial.data() + args.QWeights(), count, args.KWeights(), args.dk_norm);
+  if (args.dq_norm != nullptr) add(partial.data(), count, args.QWeights(), args.dq_norm, false);
+  if (args.dk_norm != nullptr) add(partial.data() + args.QWeights(), count, args.KWeights(), args.dk_norm, false);
 }
 
 }  // namespace peak

@@ -257,8 +257,10 @@ PEAK_INLINE Vec Scale(Vec a, Vec n) {
 // e^a to 1.5 ulp (2 ulp without FMA, and below the normal range); e^-inf = 0, NaN stays NaN.
 // r = a - n ln 2 with ln 2 in two parts (Cody and Waite), then the Taylor-like minimax of Cephes' expf.
 PEAK_INLINE Vec Exp(Vec a) {
-  // e^-104 rounds to 0 and e^89 to infinity. Max and Min return their second operand for a NaN, so a NaN remains.
-  const Vec x = Min(Set(89.0f), Max(Set(-104.0f), a));
+  // e^-104 rounds to 0 and e^89 to infinity. Min returns its second operand for a NaN, so a NaN remains. Smaller
+  // exponents, such as those of masked scores, are not scaled: a result below the normal range takes 100 cycles or more.
+  const auto vanishes = Greater(Set(-104.0f), a);
+  const Vec x = Min(Set(89.0f), Select(vanishes, Set(0.0f), a));
   const Vec n = Round(x * Set(1.44269504088896341f));
   Vec r = Fnma(n, Set(0.693359375f), x);
   r = Fma(n, Set(2.12194440e-4f), r);
@@ -268,7 +270,7 @@ PEAK_INLINE Vec Exp(Vec a) {
   p = Fma(p, r, Set(4.1665795894e-2f));
   p = Fma(p, r, Set(1.6666665459e-1f));
   p = Fma(p, r, Set(5.0000001201e-1f));
-  return Scale(Fma(p, r * r, r) + Set(1.0f), n);
+  return Select(vanishes, Set(0.0f), Scale(Fma(p, r * r, r) + Set(1.0f), n));
 }
 
 #if PEAK_ISA >= PEAK_AVX512 && PEAK_ISA <= PEAK_AVX512BF16
@@ -335,9 +337,9 @@ PEAK_INLINE Vec Erf(Vec a) {
 }
 
 // out[i] = sum over kParts of partial[part][PermutedIndex<X>(i)] in the order of the parts: the second stage of a
-// reduction over rows of X.
+// reduction over rows of X. add: out += the sum.
 template <class T, class X>
-void AddParts(float* partial, int64_t stride, int64_t width, void* out) {
+void AddParts(float* partial, int64_t stride, int64_t width, void* out, bool add) {
   for (int64_t i = 0; i < width; i += kLanes) {
     Vec sum = Set(0.0f);
     for (int64_t part = 0; part < kParts; ++part) sum = sum + Load(partial + part * stride + i, width - i);
@@ -346,7 +348,13 @@ void AddParts(float* partial, int64_t stride, int64_t width, void* out) {
   T* to = static_cast<T*>(out);
   int64_t i = 0;
   if (sizeof(T) == sizeof(X)) {
-    for (; i + 2 * kLanes <= width; i += 2 * kLanes) StoreTwo(to + i, LoadTwo(partial + i));
+    for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+      const Two sum = LoadTwo(partial + i);
+      StoreTwo(to + i, add ? LoadTwo(to + i) + sum : sum);
+    }
   }
-  for (; i < width; ++i) Store(to + i, Load(partial + PermutedIndex<X>(i, width), 1), 1);
+  for (; i < width; ++i) {
+    const Vec sum = Load(partial + PermutedIndex<X>(i, width), 1);
+    Store(to + i, add ? Load(to + i, 1) + sum : sum, 1);
+  }
 }

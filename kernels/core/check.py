@@ -93,6 +93,9 @@ def indices(op: str, name: str, tensor: Tensor, limit: int, device: torch.device
 
 
 def _within(op: str, name: str, tensor: Tensor, limit: int, ignore: int | None) -> None:
+    low, high = (int(v) for v in torch.aminmax(tensor))
+    if low >= 0 and high < limit:
+        return
     live = tensor if ignore is None else tensor[tensor != ignore]
     if live.numel():
         low, high = (int(v) for v in torch.aminmax(live))

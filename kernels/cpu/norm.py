@@ -52,7 +52,7 @@ class Norm:
             threads=threads(),
         )
 
-    def backward(self, grads, inputs, outputs, saved, needs, *, eps, offset=0.0):
+    def backward(self, grads, inputs, outputs, saved, needs, *, eps, offset=0.0, into=None):
         w, _ = self._parameters(inputs[1:])
         need_x, need_residual, need_w, need_b = self._needs(needs)
         x = outputs[0] if self.residual else inputs[0]
@@ -60,7 +60,11 @@ class Norm:
         dy = torch.zeros_like(x) if grads[-1] is None else rows(grads[-1])
         dsum = rows(grads[0]) if self.residual and grads[0] is not None else None
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x or need_residual else None
-        dw, db = (torch.empty_like(w) if need else None for need in (need_w, need_b))
+        into_w, into_b = (None, None) if into is None else self._parameters(into[1:])
+        dw, db = (
+            buffer if buffer is not None else torch.empty_like(w) if need else None
+            for need, buffer in ((need_w, into_w), (need_b, into_b))
+        )
         _C.norm_backward(
             dtype=DTYPES[x.dtype],
             w_dtype=DTYPES[w.dtype],
@@ -79,6 +83,8 @@ class Norm:
             dx=dx,
             dw=dw,
             db=db,
+            add_dw=into_w is not None,
+            add_db=into_b is not None,
             threads=threads(),
         )
         dx = dx if dx is None else dx.view(shape)

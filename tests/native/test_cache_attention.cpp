@@ -66,32 +66,49 @@ struct Problem {
     RunTeam(threads, [&] { TeamCacheAttention(args, aligned); });
   }
 
-  Want Expected(int64_t s, int64_t i, int64_t h, int64_t d) const {
-    const int64_t first = s * kTokens[0];
-    const auto at = [&](int64_t token, int64_t head, int64_t x) {
-      return read[(first + token) * row + head * width + x];
-    };
-    std::vector<double> scores;
-    double m = sinks == nullptr ? -kInf : sinks[h];
+  // The softmax of one head's query, without the division by its total. Its outputs are asked for one after the other.
+  struct Softmax {
+    int64_t s = -1, i = -1, h = -1, from = 0;
+    std::vector<double> p;
+    double total = 0.0;
+  };
+  mutable Softmax softmax;
+
+  double At(int64_t s, int64_t token, int64_t head, int64_t x) const {
+    return read[(s * kTokens[0] + token) * row + head * width + x];
+  }
+
+  void Compute(int64_t s, int64_t i, int64_t h) const {
+    if (softmax.s == s && softmax.i == i && softmax.h == h) return;
     const int64_t from = window > 0 ? std::max<int64_t>(0, i - window + 1) : 0, k = kHeads + h / kGroup;
+    softmax = {s, i, h, from, {}, 0.0};
+    double m = sinks == nullptr ? -kInf : sinks[h];
     for (int64_t j = from; j <= i; ++j) {
       double sum = 0.0;
-      for (int64_t x = 0; x < width; ++x) sum += at(i, h, x) * at(j, k, x);
+      for (int64_t x = 0; x < width; ++x) sum += At(s, i, h, x) * At(s, j, k, x);
       sum *= 0.3f;
       if (softcap > 0.0f) sum = softcap * std::tanh(sum / softcap);
-      scores.push_back(sum + (alibi == nullptr ? 0.0 : alibi[h] * static_cast<double>(j - i)));
-      m = std::max(m, scores.back());
+      softmax.p.push_back(sum + (alibi == nullptr ? 0.0 : alibi[h] * static_cast<double>(j - i)));
+      m = std::max(m, softmax.p.back());
     }
-    double total = sinks == nullptr ? 0.0 : std::exp(sinks[h] - m), value = 0.0, size = 0.0;
-    for (int64_t j = from; j <= i; ++j) {
-      const double p = std::exp(scores[j - from] - m), v = at(j, k + kKvHeads, d);
-      total += p;
+    softmax.total = sinks == nullptr ? 0.0 : std::exp(sinks[h] - m);
+    for (double& p : softmax.p) {
+      p = std::exp(p - m);
+      softmax.total += p;
+    }
+  }
+
+  Want Expected(int64_t s, int64_t i, int64_t h, int64_t d) const {
+    Compute(s, i, h);
+    double value = 0.0, size = 0.0;
+    for (int64_t j = softmax.from; j <= i; ++j) {
+      const double p = softmax.p[j - softmax.from], v = At(s, j, kHeads + h / kGroup + kKvHeads, d);
       value += p * v;
       size += p * std::fabs(v);
     }
     // Weights are rounded to the dtype before the product with the values; scores are float32 sums.
-    const double slack = size / total * (sizeof(T) == 2 ? 0x1p17 : 300.0);
-    return {value / total, slack};
+    const double slack = size / softmax.total * (sizeof(T) == 2 ? 0x1p17 : 300.0);
+    return {value / softmax.total, slack};
   }
 };
 

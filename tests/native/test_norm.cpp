@@ -91,7 +91,7 @@ PEAK_TEST(norm_backward_equals_double_precision) {
     using T = decltype(element);
     const int64_t stride = width + kGap, size = (kRows - 1) * stride + width;
     const bool with_dsum = placement % 2 == 1, with_dx = placement != 2, with_dwb = placement != 3;
-    const bool centered = placement != 1;
+    const bool centered = placement != 1, add_dw = placement == 2, add_db = placement == 1;
     Random random(width);
     Placer place(placement);
     auto x = place.In<T>(size), dy = place.In<T>(size), dsum = place.In<T>(size), w = place.In<T>(width);
@@ -101,6 +101,11 @@ PEAK_TEST(norm_backward_equals_double_precision) {
     FillRows(dy, random, width, stride, 0.5);
     FillRows(dsum, random, width, stride, 0.0);
     w.FillNormal(random, 1.0);
+    const double before = 2.5;  // in the buffers that are added to
+    for (int64_t i = 0; i < width; ++i) {
+      if (add_dw) dw[i] = Narrow<T>(before);
+      if (add_db) db[i] = Narrow<T>(before);
+    }
     for (int64_t row = 0; row < kRows; ++row) {
       std::vector<double> in(width);
       for (int64_t i = 0; i < width; ++i) in[i] = x.At(row * stride + i);
@@ -112,7 +117,8 @@ PEAK_TEST(norm_backward_equals_double_precision) {
                   .dy_stride = stride, .x = x.data(), .x_stride = stride, .w = w.data(), .r = r.data(),
                   .offset = kOffset, .dsum = with_dsum ? dsum.data() : nullptr, .dsum_stride = stride,
                   .mu = centered ? mu.data() : nullptr, .dx = with_dx ? dx.data() : nullptr,
-                  .dw = with_dwb ? dw.data() : nullptr, .db = with_dwb ? db.data() : nullptr},
+                  .dw = with_dwb ? dw.data() : nullptr, .db = with_dwb ? db.data() : nullptr, .add_dw = add_dw,
+                  .add_db = add_db},
                  1 + placement % 2);
     const auto z = [&](int64_t row, int64_t i) { return (x.At(row * stride + i) - mu.At(row)) * r.At(row); };
     // The rounding error of x - mu is relative to |x| and |mu|.
@@ -138,7 +144,7 @@ PEAK_TEST(norm_backward_equals_double_precision) {
     }
     if (!with_dwb) return;
     for (int64_t i = 0; i < width; ++i) {
-      Want want_w{0.0, 0.0}, want_b{0.0, 0.0};
+      Want want_w{add_dw ? before : 0.0, 0.0}, want_b{add_db ? before : 0.0, 0.0};
       for (int64_t row = 0; row < kRows; ++row) {
         const double g = dy.At(row * stride + i);
         want_w.value += g * z(row, i);

@@ -18,7 +18,7 @@ from peakgpt.engine.training.checkpoint_manager import CheckpointManager
 # Attributes that differ in a resumed loop, and why that changes no result.
 EXEMPT = {
     r"\._last_step_s$": "a clock",
-    r"\.gradients\._(memory|versions)": "every step sets the gradients to zero first",
+    r"\.gradients\._(blocks|memory|versions)": "every step sets the gradients to zero first",
     r"\.grad\b": "the gradient memory above",
     r"\.grad_norm\b": "the norm of the last step; every step writes it first",
     r"\.trainer\.lr$": "that of the last step, for its metrics; every step writes it first",
