@@ -46,6 +46,24 @@ README: dict[str, tuple[float, tuple[str, ...]]] = {
     "patch/gpt2/train/4x256/bfloat16": (150, ()),
 }
 
+# Further cases of the suite on a CPU, of models with about a billion weights: flags of their kind, and the contenders
+# that are left out, because all together need more than 24 GiB, or because others are always faster.
+_EAGER_OF_GPT_OSS = ("peakgpt by ops", "transformers", "transformers, compile")
+LARGE: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "decode": (
+        ("--model llama-3.2-1b --dtype bfloat16 --dtype int8 --dtype int4", ("peakgpt by ops",)),
+        ("--model qwen3-0.6b --streams 1 --dtype bfloat16 --dtype int8 --dtype int4", ("peakgpt by ops",)),
+        ("--model gpt-oss-20b --layers 4 --streams 1 --dtype bfloat16 --dtype int8 --dtype int4", _EAGER_OF_GPT_OSS),
+    ),
+    "prefill": (
+        ("--model llama-3.2-1b --dtype bfloat16 --dtype int8", ()),
+    ),
+    "train": (
+        ("--model llama-3.2-1b --layers 4 --vocab-size 32000 --batch 2 --tokens 512 --dtype bfloat16",
+         ("eager", "compile")),
+    ),
+}  # fmt: skip
+
 
 def module_of(kind: str) -> ModuleType:
     """Return the module of a kind of case."""
@@ -55,7 +73,7 @@ def module_of(kind: str) -> ModuleType:
 def suite_cases(device: torch.device) -> list[Case]:
     """Return all cases of the suite on a device."""
     others = CPU_KINDS if device.type != "cpu" else GPU_KINDS
-    return [case for kind in KINDS if kind not in others for case in _default_cases(kind, device)]
+    return [case for kind in KINDS if kind not in others for case in _cases_of(kind, device)]
 
 
 def readme_cases(device: torch.device) -> list[Case]:
@@ -66,8 +84,7 @@ def readme_cases(device: torch.device) -> list[Case]:
 
 def _shortened(case: Case, device: torch.device) -> Case:
     seconds, left_out = README[case.name]
-    only = tuple(name for name in case.all_contenders(device) if name not in left_out)
-    return dataclasses.replace(case, seconds=seconds, only=only)
+    return dataclasses.replace(_without(case, left_out, device), seconds=seconds)
 
 
 def tags(case: Case) -> tuple[str, ...]:
@@ -87,8 +104,21 @@ def select(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
     return [case for case in cases if any(fnmatchcase(case.name, pattern) for pattern in patterns)]
 
 
-def _default_cases(kind: str, device: torch.device) -> list[Case]:
+def _cases_of(kind: str, device: torch.device) -> list[Case]:
+    """Return the default cases of a kind, then its LARGE ones."""
+    cases = _parsed(kind, "", device)
+    for flags, left_out in LARGE.get(kind, ()) if device.type == "cpu" else ():
+        cases += [_without(case, left_out, device) for case in _parsed(kind, flags, device)]
+    return cases
+
+
+def _without(case: Case, left_out: Sequence[str], device: torch.device) -> Case:
+    names = case.all_contenders(device)
+    return dataclasses.replace(case, only=tuple(name for name in names if name not in left_out))
+
+
+def _parsed(kind: str, flags: str, device: torch.device) -> list[Case]:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     module = module_of(kind)
     module.add_arguments(parser)
-    return module.cases(parser.parse_args([]), device)
+    return module.cases(parser.parse_args(flags.split()), device)

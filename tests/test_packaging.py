@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fixed_peaks
 import pytest
 
 from peakgpt.kernels.cpu import sources
@@ -114,6 +115,8 @@ with warnings.catch_warnings(record=True) as caught:
         inputs = op.sample(device="cpu", dtype=torch.float32)
         op(*inputs)
         print(op.explain(*inputs)["cpu"])
+    import fixed_peaks
+fixed_peaks.use()
 print(str(peakgpt.doctor("cpu")).count("install a C++ compiler"))
 print(len([warning for warning in caught if "install a C++ compiler" in str(warning.message)]))
 """
@@ -121,7 +124,9 @@ print(len([warning for warning in caught if "install a C++ compiler" in str(warn
 
 def test_missing_extension_is_named_once_with_the_way_out():
     """Regression: pip reports success without a compiler, and doctor said "cannot import name '_C'"."""
-    done = subprocess.run([sys.executable, "-c", MISSING_EXTENSION], capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(Path(fixed_peaks.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", MISSING_EXTENSION], capture_output=True, text=True, timeout=300,
+                          env=environment)  # fmt: skip
     assert done.returncode == 0, done.stderr
     *reasons, mentions, warning_count = done.stdout.splitlines()
     assert len(reasons) == 2 and all("install a C++ compiler with OpenMP" in reason for reason in reasons)

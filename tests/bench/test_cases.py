@@ -46,6 +46,16 @@ def test_names_are_unique_begin_with_the_kind_and_are_the_same_each_time(suite):
     assert not [name for name in names if " " in name]
 
 
+def test_large_models_are_cases_of_a_cpu_alone_without_the_contenders_that_do_not_fit(suite):
+    by_name = {case.name: case for case in suite}
+    large = [name for name in by_name if "llama-3.2-1b" in name or "qwen3" in name or "gpt-oss" in name]
+    assert len(large) == 1 + 6 + 3 + 3 + 2 + 1  # load, decode of three models, prefill, train
+    train = by_name["train/llama-3.2-1b,n_layer=4,vocab_size=32000/2x512/bfloat16"]
+    assert train.contenders(CPU) == ["peakgpt", "eager, tuned malloc", "compile, tuned malloc"]
+    assert by_name["decode/gpt-oss-20b,n_layer=4/1x16+32/bfloat16"].contenders(CPU) == ["peakgpt", "llama.cpp"]
+    assert not [case.name for case in cases._cases_of("decode", torch.device("cuda")) if "gpt2" not in case.name]
+
+
 def test_every_kind_but_fp8_is_in_the_suite_of_a_cpu(suite):
     assert {case.kind for case in suite} == KINDS.keys() - {"fp8"} and KINDS.keys() < BENCHES.keys()
 
