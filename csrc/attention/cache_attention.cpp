@@ -235,9 +235,9 @@ int64_t CacheAttentionScratch(int64_t width, int threads) {
 void CacheAttention(const CacheAttentionArgs& args, char* scratch, int threads) {
   const auto append = PEAK_PICK_DTYPE(args.dtype, Append);
   const auto attend = PEAK_PICK_DTYPE(args.dtype, AttendTile);
-  const int64_t heads = args.kv_heads, rows = args.begins[args.sequences] - args.begins[0];
-  const int64_t grain = GrainRows(rows * args.width * SizeOf(args.dtype) / std::max<int64_t>(1, args.sequences));
-  ParallelRanges(args.sequences * heads, grain, threads, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kAppendHeads = 16;  // as many as are worth a unit if each has one token
+  const int64_t heads = args.kv_heads;
+  ParallelRanges(args.sequences * heads, kAppendHeads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sequence = i / heads;
       append(args, sequence, i % heads, args.begins[sequence + 1] - args.begins[sequence]);

@@ -138,7 +138,7 @@ void ParallelUnits(int64_t units, int threads, const F& f) {
 constexpr int64_t kUnitsPerThread = 8;
 
 // The least memory that is worth a unit, and the number of rows that have it.
-constexpr int64_t kGrainBytes = 16 << 10;
+constexpr int64_t kGrainBytes = 4 << 10;
 inline int64_t GrainRows(int64_t row_bytes) {
   return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes));
 }

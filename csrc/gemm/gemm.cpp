@@ -198,8 +198,12 @@ int64_t SkinnyScratch(const GemmArgs& args, const GemmTile& tile) {
 void MultiplySkinnyRows(const GemmArgs& args, const GemmPlan& plan, int64_t begin, int64_t end, float* a, int threads) {
   const auto pack = PEAK_PICK_DTYPE(args.dtype, PackRows);
   const auto multiply = PEAK_PICK_DTYPE(args.dtype, MultiplySkinny);
-  ParallelUnits(1, threads, [&](int64_t) {
-    pack(args, {0, args.m, begin, args.n, 0, args.k, true, true}, 0, 1, a);
+  const int64_t slot = plan.tile.slot, slots = Pieces(args.k, slot);
+  // Sums of a row are formed from its first element to its last one.
+  const int64_t slots_of_unit = args.a_sums == nullptr ? GrainRows(args.m * slot * SizeOf(args.dtype)) : slots;
+  ParallelRanges(slots, std::max<int64_t>(1, slots_of_unit), threads, [&](int64_t first, int64_t last) {
+    const int64_t k = first * slot, depth = std::min(last * slot, args.k) - k;
+    pack(args, {0, args.m, begin, args.n, k, depth, first == 0, last == slots}, 0, 1, a + first * plan.tile.rows);
   });
   const int64_t grain = GrainRows(plan.tile.columns * args.k * SizeOf(args.dtype));
   ParallelRanges(end - begin, grain, threads, [&](int64_t first, int64_t last) {
