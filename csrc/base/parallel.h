@@ -135,7 +135,7 @@ void ParallelUnits(int64_t units, int threads, const F& f) {
 }
 
 // Units for each thread: enough that the rest of a unit is short, and that threads with different speeds end together.
-constexpr int64_t kUnitsPerThread = 8;
+constexpr int64_t kUnitsPerThread = 32;
 
 // The least memory that is worth a unit, and the number of rows that have it.
 constexpr int64_t kGrainBytes = 4 << 10;

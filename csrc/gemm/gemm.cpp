@@ -125,6 +125,7 @@ namespace {
 
 // Sizes of a block of C and of k: the packed block of a and the sums of C stay in the last-level cache.
 constexpr int64_t kBlockRows = 1024, kBlockColumns = 3072, kBlockSlots = 1024;
+constexpr int64_t kSkinnyBytes = 128 << 10;  // of b in the smallest unit of a skinny product
 constexpr int64_t kUnitFlops = 4'000'000;  // of the smallest unit: some ten microseconds
 
 int64_t Pieces(int64_t n, int64_t most) { return std::max<int64_t>(1, (n + most - 1) / most); }
@@ -205,7 +206,8 @@ void MultiplySkinnyRows(const GemmArgs& args, const GemmPlan& plan, int64_t begi
     const int64_t k = first * slot, depth = std::min(last * slot, args.k) - k;
     pack(args, {0, args.m, begin, args.n, k, depth, first == 0, last == slots}, 0, 1, a + first * plan.tile.rows);
   });
-  const int64_t grain = GrainRows(plan.tile.columns * args.k * SizeOf(args.dtype));
+  const int64_t panel_bytes = plan.tile.columns * std::max<int64_t>(1, args.k) * SizeOf(args.dtype);
+  const int64_t grain = std::max<int64_t>(1, kSkinnyBytes / panel_bytes);
   ParallelRanges(end - begin, grain, threads, [&](int64_t first, int64_t last) {
     multiply(args, plan.depth, a, begin + first, begin + last);
   });
