@@ -14,7 +14,7 @@ namespace peak {
 namespace {
 
 // Linux gives a thread 0.7 to 3 ms at once. With one busy process on two cores, decoding was fastest with 0.5 ms (Linux
-// 6.18, 2026-11): 0.3 ms took 1.1 x, 1.5 ms 1.1 x and no rest at all 1.3 x the time.
+// 6.18, 2026-11): 0.3 ms took 1.1 x, 1.5 ms 1.0 to 1.2 x, and no rest 1.3 x the time.
 constexpr std::chrono::microseconds kSlice{500};
 constexpr int kSpins = 2000;  // some 30 us, before a waiting thread offers its core
 
