@@ -60,7 +60,7 @@ void Team::Fork(void (*body)(const void*), const void* f) {
   {
     Member member{this, omp_get_thread_num(), 0, false, std::chrono::steady_clock::now()};
     Current() = &member;
-    body(f);
+    Try([&] { body(f); });
     Current() = nullptr;
   }
   if (error_) std::rethrow_exception(error_);
@@ -93,11 +93,15 @@ void Team::Finish(uint32_t job, uint32_t units) {
 
 void Team::Wait(uint32_t job, int64_t units) const {
   if (units == 0) return;
-  for (int spins = 0;; ++spins) {
+  for (int spins = 0;;) {
     const uint64_t seen = finished_.load(std::memory_order_acquire);
     const int32_t age = Age(job, seen);
     if (age < 0 || (age == 0 && static_cast<int64_t>(seen & 0xffffffff) == units)) return;
-    spins < kSpins ? Pause() : std::this_thread::yield();
+    if (spins < kSpins) {
+      ++spins, Pause();
+    } else {
+      std::this_thread::yield();
+    }
   }
 }
 

@@ -1,7 +1,8 @@
 // Division of work among threads. Results never depend on it.
 //
 // A job is a number of units of work. Threads take units until none is left. If another process takes the core of a
-// thread, the other threads take its units. No thread waits for a thread, only for units that a thread has begun.
+// thread, the other threads take its units. No thread waits for a thread, only for units that a thread has begun,
+// until the end of a team: it waits for all threads.
 // OpenMP provides the threads, because torch's kernels use the same ones: two pools would compete for the cores.
 #ifndef PEAK_PARALLEL_H_
 #define PEAK_PARALLEL_H_
@@ -16,12 +17,12 @@
 
 namespace peak {
 
-// Threads that run a sequence of jobs together, such as a program (program/program.cpp). Every thread of a team runs the
-// same code, so all come to the same jobs in the same order. A thread that was without a core comes to a job when it is
-// finished, and goes on to the next.
+// Threads that run a sequence of jobs together, such as a program (program/program.cpp). Every thread of a team runs
+// the same code, so all come to the same jobs in the same order. A thread that was without a core comes to a job when
+// it is finished, and goes on to the next.
 //
 // Code between jobs runs once on each thread, possibly while others are several jobs ahead. So it must not read what
-// jobs write, and the number of jobs and of their units must not depend on such values.
+// jobs write, and the number of jobs and of their units must not depend on such values. It may throw.
 class Team {
  public:
   // What a thread of a team knows.
@@ -39,8 +40,8 @@ class Team {
     return member;
   }
 
-  // Runs f on every thread of a team of up to `threads`, or just runs it inside a unit. Rethrows the first exception of
-  // a unit; the other units after it are skipped.
+  // Runs f on every thread of a team of up to `threads`, or just runs it on a thread of a team. Rethrows the first
+  // exception of f or of a unit; units that begin after it are skipped.
   template <class F>
   static void Open(int threads, const F& f) {
     if (threads <= 1 || Current() != nullptr) return f();
@@ -56,7 +57,7 @@ class Team {
       const int share = (member.id + i) % size_;
       for (int64_t unit; (unit = Take(share, job, units, i == 0)) >= 0;) {
         member.in_unit = true;
-        RunUnit([&] { f(unit, member.id); });
+        Try([&] { f(unit, member.id); });
         member.in_unit = false;
         ++finished;
         if (!MustRest(member)) continue;
@@ -93,8 +94,9 @@ class Team {
   // Lets another process have the core, if one waits for it.
   static void Rest(Member& member);
 
+  // Runs f, unless something has thrown before. Keeps the first exception.
   template <class F>
-  void RunUnit(const F& f) noexcept {
+  void Try(const F& f) noexcept {
     if (failed_.load(std::memory_order_relaxed)) return;
     try {
       f();
@@ -110,8 +112,8 @@ class Team {
   std::exception_ptr error_;
 };
 
-// Calls f(unit, worker) or f(unit) for each unit of [0, units) on up to `threads` threads, or on those of the current
-// team. `worker` numbers the threads from 0, below `threads`, for memory of their own.
+// Calls f(unit, worker) or f(unit) for each unit of [0, units) on up to `threads` threads. In a team, `threads` is the
+// number that it was opened with. `worker` numbers the threads from 0, below `threads`, for memory of their own.
 template <class F>
 void ParallelUnits(int64_t units, int threads, const F& f) {
   Team::Member* const member = Team::Current();

@@ -146,6 +146,24 @@ PEAK_TEST(an_exception_of_a_unit_reaches_the_caller) {
   }
 }
 
+// One thread leaves the team between two jobs; with -1 all do.
+PEAK_TEST(an_exception_between_jobs_reaches_the_caller) {
+  for (const int leaver : {0, -1}) {
+    SetCase("thread %d", leaver);
+    bool caught = false;
+    try {
+      Team::Open(3, [&] {
+        ParallelUnits(10, 3, [](int64_t) {});
+        if (leaver < 0 || Team::Current()->id == leaver) throw std::runtime_error("between");
+        ParallelUnits(10, 3, [](int64_t) {});
+      });
+    } catch (const std::runtime_error& error) {
+      caught = std::string(error.what()) == "between";
+    }
+    Check(caught && Team::Current() == nullptr, "the exception did not reach the caller");
+  }
+}
+
 PEAK_TEST(a_job_inside_a_unit_runs_on_its_thread) {
   std::atomic<int> wrong{0}, inner{0};
   ParallelUnits(4, 2, [&](int64_t) {
