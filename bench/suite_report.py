@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from peakgpt.bench.quiet_share import is_quiet
 from peakgpt.bench.report import (
     COMPARISONS,
     TABLES,
     case_text,
     comparison_table,
     filled_table,
-    table_groups,
     ms_text,
     notes,
+    table_groups,
     verdicts,
 )
-from peakgpt.bench.quiet_share import is_quiet
 from peakgpt.bench.results_file import ResultsFile
 from peakgpt.bench.run_results import OURS
 from peakgpt.bench.schema import Result

@@ -225,7 +225,7 @@ def test_quota_holds_a_process_in_a_group_during_the_turn_alone(tmp_path):
 
 def test_no_quota_without_a_group_whose_children_have_one(tmp_path):
     control_groups(tmp_path, subtree="memory")
-    with pytest.raises(OSError, match="no control group of version 2 above this process gives its children a cpu.max"):
+    with pytest.raises(OSError, match="no control group of version 2 above this process"):
         CpuQuota(1.0, tmp_path)
     with pytest.raises(OSError, match="proc/self/cgroup"):  # another system than Linux
         CpuQuota(1.0, tmp_path / "none")
