@@ -29,8 +29,10 @@ test-native:
 test-neon:
 	$(MAKE) -C tests/native check FLAVOUR=neon
 
-# The same tests under AddressSanitizer with UBSan, then under ThreadSanitizer. Needs the packages clang and libomp-dev.
+# The same tests with random delays of the threads, then under AddressSanitizer with UBSan, then under ThreadSanitizer.
+# Needs the packages clang and libomp-dev.
 sanitize:
+	$(MAKE) -C tests/native check FLAVOUR=delays
 	$(MAKE) -C tests/native check FLAVOUR=asan
 	$(MAKE) -C tests/native check FLAVOUR=tsan
 
