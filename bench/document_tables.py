@@ -41,7 +41,11 @@ def tokens_per_s(group: Group, contender: str = OURS) -> Cell:
 
 
 def milliseconds(group: Group, contender: str = OURS) -> Cell:
-    return lambda find: f"{1e3 * find(group).rows[contender].median_s:.3g}"
+    def text(find: Find) -> str:
+        value = 1e3 * find(group).rows[contender].median_s
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    return text
 
 
 def share_of_peak(group: Group, contender: str = OURS) -> Cell:
@@ -154,6 +158,21 @@ GEMM = {  # contender -> its name in a table
 PRODUCTS = {
     rows: Group(bench="products", dtype="bfloat16", case={"rows": rows}, contenders=tuple(GEMM)) for rows in (1, 8, 512)
 }
+LLAMA_1B, QWEN_06B = {"n_layer": 16, "n_embd": 2048}, {"n_layer": 28, "n_embd": 1024}
+FAMILY_DECODE = [  # text, weight format, sizes, streams, our contender
+    ("Llama-3.2-1B", "bfloat16", LLAMA_1B, 1, OURS),
+    ("Llama-3.2-1B", "int8", LLAMA_1B, 1, OURS),
+    ("Llama-3.2-1B", "bfloat16", LLAMA_1B, 8, OURS),
+    ("Llama-3.2-1B", "int8", LLAMA_1B, 8, OURS),
+    ("Qwen3-0.6B", "bfloat16", QWEN_06B, 1, OURS),
+    ("Qwen3-0.6B", "int4", QWEN_06B, 1, "peakgpt by 32"),
+]
+FAMILY_PREFILL = Group(bench="prefill", dtype="bfloat16", case={"tokens": 512, **LLAMA_1B},
+                       contenders=(OURS, "llama.cpp"))  # fmt: skip
+FAMILY_TRAINING = Group(
+    bench="train", dtype="bfloat16", case={"batch": 2, "tokens": 512, "n_layer": 4, "n_embd": 2048},
+    contenders=(OURS, "eager, tuned malloc", "compile, tuned malloc"),
+)  # fmt: skip
 CACHE = {
     streams: Group(bench="step", dtype="bfloat16", case={"model": "gpt2", "streams": streams, "past": 900},
                    contenders=(OURS, "peakgpt, int8 cache"))
@@ -215,6 +234,25 @@ def _prefill_rows() -> list[tuple[Cell, ...]]:
     return [
         (FORMATS[dtype], milliseconds(group), name, milliseconds(group, name), against(group, name))
         for dtype, group in PREFILL.items() for name in PREFILL_ENGINES[dtype]
+    ]  # fmt: skip
+
+
+def _family_rows() -> list[tuple[Cell, ...]]:
+    decoding = [
+        (f"{model}, {FORMATS[dtype]}, {streams} {'stream' if streams == 1 else 'streams'}",
+         Group(bench="decode", dtype=dtype, case={**sizes, "prompt": ANY, "tokens": ANY, "batch": streams},
+               contenders=(ours, "llama.cpp")), "llama.cpp", ours)
+        for model, dtype, sizes, streams, ours in FAMILY_DECODE
+    ]  # fmt: skip
+    prompt = [("Llama-3.2-1B, bfloat16, a prompt of 512 tokens", FAMILY_PREFILL, "llama.cpp", OURS)]
+    training = [
+        ("Llama-3.2-1B with 4 layers and a vocabulary of 32,000, training in bfloat16", FAMILY_TRAINING, name, OURS)
+        for name in FAMILY_TRAINING.contenders[1:]
+    ]
+    return [
+        (text, milliseconds(group, ours), TRAINING.get(name, name), milliseconds(group, name),
+         against(group, name, ours))
+        for text, group, name, ours in (*decoding, *prompt, *training)
     ]  # fmt: skip
 
 
@@ -280,6 +318,10 @@ TABLES = (
         name="ops of other families", document="docs/families.md",
         headings=("op", "float32 forward", "forward and backward", "bfloat16 forward", "forward and backward"),
         rows=[_op_row(op) for op in ("rmsnorm", "add_rmsnorm", "gated_mlp")],
+    ),
+    Table(
+        name="models of other families", document="docs/families.md",
+        headings=("sizes and work", "peakgpt, ms", "versus", "ms", "times as fast"), rows=_family_rows(),
     ),
     Table(
         name="serving without pauses", document="docs/serving.md", headings=("median, ms", "all"),

@@ -6,6 +6,7 @@ Eager is plain torch for GPT-2, and the model of transformers for other families
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class TransformersGPT(nn.Module):
 
         super().__init__()
         self.config = config
-        content = {**family_of(config).config_json(config), "use_cache": False}
+        # transformers writes into the nested dicts of what it is given, which belong to the config.
+        content = deepcopy({**family_of(config).config_json(config), "use_cache": False})
         self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content))
 
     def load_state_dict(self, state: State, strict: bool = True, assign: bool = False) -> Any:
