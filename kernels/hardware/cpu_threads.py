@@ -18,7 +18,7 @@ import torch
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Return the number of CPUs whose time the control groups of this process grant it; None without a limit.
 
-    Each group above that of the process limits it too: the smallest quota counts. The Linux kernel describes the files in
+    Each group above that of the process limits it too: the smallest quota counts. Linux describes the files in
     Documentation/admin-guide/cgroup-v2.rst (cpu.max) and, for version 1, Documentation/scheduler/sched-bwc.rst.
 
     Args:
