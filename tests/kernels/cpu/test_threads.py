@@ -58,33 +58,36 @@ def test_an_error_of_a_kernel_stays_in_its_thread():
         assert len(seen) == rounds and all(torch.equal(result, expected) for result in seen)
 
 
-def interrupt_inside_kernel(out, stop):
-    """Send SIGINT when the first element of `out` is written and the last one is not."""
+def interrupt_inside_kernel(current, interrupted, stop):
+    """Send SIGINT when the first element of the current output is written and the last one is not."""
     while not stop.is_set():
+        out = current[0]
         if not out[0, 0].isnan() and out[-1, -1].isnan():
+            interrupted.append(out)
             os.kill(os.getpid(), signal.SIGINT)
             return
 
 
 def test_ctrl_c_during_a_kernel_is_raised_when_the_kernel_has_ended():
     """Fails if a kernel holds the GIL, since the thread that sends the signal cannot look then."""
-    a, b, out = torch.randn(4096, 1024), torch.randn(1024, 1024), torch.full((4096, 1024), math.nan)
-    expected = gemm(a, b, torch.empty_like(out))
-    stop, before = threading.Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
-    watcher = threading.Thread(target=interrupt_inside_kernel, args=(out, stop))
+    a, b = torch.randn(4096, 1024), torch.randn(1024, 1024)
+    fresh = torch.full((4096, 1024), math.nan)
+    expected = gemm(a, b, torch.empty_like(fresh))
+    current, interrupted, stop = [fresh], [], threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    watcher = threading.Thread(target=interrupt_inside_kernel, args=(current, interrupted, stop))
     watcher.start()
     try:
         with pytest.raises(KeyboardInterrupt):
             for _ in range(100):
-                out[0, 0] = math.nan  # before the others, for the watcher
-                out.fill_(math.nan)
-                gemm(a, b, out)
+                current[0] = fresh.clone()
+                gemm(a, b, current[0])
     finally:
         stop.set()
         watcher.join()
         signal.signal(signal.SIGINT, before)
-    assert torch.equal(out, expected)
-    assert torch.equal(gemm(a, b, torch.empty_like(out)), expected)
+    assert torch.equal(interrupted[0], expected)
+    assert torch.equal(gemm(a, b, torch.empty_like(fresh)), expected)
 
 
 FORK = """
