@@ -35,16 +35,17 @@ GPU_KINDS = ("fp8",)
 README: dict[str, tuple[float, tuple[str, ...]]] = {
     "train/gpt2/4x256/bfloat16": (190, ("compile",)),
     "train/gpt2/4x256/float32": (150, ("compile",)),
-    "decode/gpt2/1x16+32/bfloat16": (45, ("peakgpt by ops",)),
+    "decode/gpt2/1x16+32/bfloat16": (45, ("peakgpt by ops", "transformers, compile")),
     "decode/gpt2/1x16+32/int8": (30, ("ctranslate2",)),
-    "decode/gpt2/1x16+32/int4": (15, ()),
-    "decode/gpt2/8x16+32/bfloat16": (60, ("peakgpt by ops",)),
+    "decode/gpt2/1x16+32/int4": (15, ("llama.cpp Q4_K_M",)),
+    "decode/gpt2/8x16+32/bfloat16": (60, ("peakgpt by ops", "transformers, compile")),
     "decode/gpt2/8x16+32/int8": (35, ("ctranslate2",)),
-    "decode/gpt2/8x16+32/int4": (20, ()),
-    "prefill/gpt2/512/bfloat16": (45, ("peakgpt, tuned malloc", "eager, tuned malloc", "compile, tuned malloc")),
+    "decode/gpt2/8x16+32/int4": (20, ("llama.cpp Q4_K_M",)),
+    "prefill/gpt2/512/bfloat16": (45, ("peakgpt, tuned malloc", "eager, tuned malloc", "compile, tuned malloc",
+                                       "transformers, compile")),
     "prefill/gpt2/512/int8": (15, ()),
     "patch/gpt2/train/4x256/bfloat16": (150, ()),
-}
+}  # fmt: skip
 
 # Further cases of the suite on a CPU, of models with about a billion weights: flags of their kind, and the contenders
 # that are left out, because all together need more than 24 GiB, or because others are always faster.

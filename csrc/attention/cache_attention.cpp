@@ -249,10 +249,12 @@ void CacheAttention(const CacheAttentionArgs& args, char* scratch, int threads) 
   };
   int64_t units = 0;
   for (int64_t i = 0; i < args.sequences; ++i) units += tiles(i) * heads;
+  int64_t sequence = 0, first = 0;  // the sequence of the last unit of this thread, and its first unit
   ParallelUnits(units, threads, [&](int64_t unit, int worker) {
-    int64_t sequence = 0;
-    for (; unit >= tiles(sequence) * heads; ++sequence) unit -= tiles(sequence) * heads;
-    attend(args, sequence, unit % heads, unit / heads * lanes, scratch + worker * CacheAttentionScratch(args.width, 1));
+    while (unit < first) first -= tiles(--sequence) * heads;
+    while (unit >= first + tiles(sequence) * heads) first += tiles(sequence++) * heads;
+    const int64_t at = unit - first;
+    attend(args, sequence, at % heads, at / heads * lanes, scratch + worker * CacheAttentionScratch(args.width, 1));
   });
 }
 

@@ -184,6 +184,7 @@ void MultiplyQuantized(const QuantizedArgs& args, int64_t begin, int64_t end, vo
 }
 
 void LinearQuantized(const QuantizedArgs& args, char* scratch, int threads) {
+  if (args.rows == 0 || args.n == 0) return;
   char* const unpacked = scratch + QuantizedInputBytes(args);
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / (args.block * args.rows));
   ParallelRanges(QuantizedBlocks(args), grain, threads, [&](int64_t begin, int64_t end) {
@@ -195,7 +196,6 @@ void LinearQuantized(const QuantizedArgs& args, char* scratch, int threads) {
 }
 
 void LinearQuantized(const QuantizedArgs& args, int threads) {
-  if (args.rows == 0 || args.n == 0) return;
   char* const scratch = Workspace(QuantizedScratch(args, threads));
   Team::Open(threads, [&] { LinearQuantized(args, scratch, threads); });
 }

@@ -55,15 +55,15 @@ struct Problem {
       for (int64_t i = 0; i < count[s] * row; ++i) rows[at++] = qkv[(s * kTokens[0] + past[s]) * row + i];
     }
     const int64_t begins[] = {0, count[0], count[0] + count[1]};
-    std::vector<char> scratch(CacheAttentionScratch(width, threads) + 64);
-    char* aligned = scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63);
+    const Buffer<float> scratch(Role::kOutput, CacheAttentionScratch(width, threads) / 4, 3);  // ends at a page
+    char* const memory = reinterpret_cast<char*>(scratch.data());
     const CacheAttentionArgs args{
         .dtype = kDtype<T>, .heads = kHeads, .kv_heads = kKvHeads, .width = width, .sequences = 2, .begins = begins,
         .past = past, .tables = kTables, .table_row = kTableRow, .q = rows.data(), .k = rows.data() + kHeads * width,
         .v = rows.data() + (kHeads + kKvHeads) * width, .q_row = row, .int8_cache = int8, .keys = cache.keys.data(),
         .values = cache.values.data(), .window = window, .scale = 0.3f, .alibi = alibi, .out = out, .softcap = softcap,
         .sinks = sinks};
-    Team::Open(threads, [&] { CacheAttention(args, aligned, threads); });
+    Team::Open(threads, [&] { CacheAttention(args, memory, threads); });
   }
 
   // The softmax of one head's query, without the division by its total. Its outputs are asked for one after the other.

@@ -42,6 +42,7 @@ PEAK_TEST(kernels_accept_empty_tensors) {
       QuantizedArgs no_rows{}, no_outputs{};
       static_cast<QuantizedMatrix&>(no_rows) = {.dtype = dtype, .bits = 8, .n = 3, .k = 5, .block = 128};
       LinearQuantized(no_rows, threads);
+      LinearQuantized(no_rows, nullptr, threads);
       static_cast<QuantizedMatrix&>(no_outputs) = {.dtype = dtype, .bits = 4, .k = 5, .block = 64};
       no_outputs.rows = 3;
       LinearQuantized(no_outputs, threads);

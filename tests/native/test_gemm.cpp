@@ -1,4 +1,5 @@
 #include "base/isa.h"
+#include "base/parallel.h"
 #include "buffer.h"
 #include "gemm/gemm.h"
 
@@ -141,6 +142,35 @@ PEAK_TEST(gemm_rows_have_the_same_bits_in_any_batch) {
                   ActiveIsa());
           }
         }
+      }
+    }
+  });
+}
+
+// Odd sizes, fewer panels than threads, no k. The scratch ends at a page without access.
+PEAK_TEST(gemm_on_many_threads_has_the_bits_of_one_and_stays_in_its_scratch) {
+  ForEachDtype([&](auto element) {
+    using T = decltype(element);
+    for (const Sizes s : {Sizes{1, 1, 1}, Sizes{1, 300, 2000}, Sizes{20, 0, 50}, Sizes{17, 33, 49},
+                          Sizes{200, 2051, 100}, Sizes{1, 2500, 1}, Sizes{1030, 5, 3100}}) {
+      Random random(s.k);
+      Placer place(0);
+      auto a = place.In<T>(s.m * s.k), b = place.In<T>(s.k * s.n);
+      a.FillNormal(random);
+      b.FillNormal(random);
+      std::vector<float> alone(s.m * s.n), together(s.m * s.n), sums(s.m);
+      GemmArgs args = Product(kDtype<T>, DType::kFloat32, s, a.data(), b.data(), alone.data());
+      args.a_sums = sums.data();
+      Gemm(args, 1);
+      const std::vector<float> expected_sums = sums;
+      args.c = together.data();
+      for (const int threads : {2, 3, 7, 64}) {
+        SetCase("gemm %s %lld %lld %lld on %d threads", kName<T>, static_cast<long long>(s.m),
+                static_cast<long long>(s.k), static_cast<long long>(s.n), threads);
+        for (std::vector<float>* out : {&together, &sums}) std::fill(out->begin(), out->end(), NAN);
+        const Buffer<float> scratch(Role::kOutput, GemmScratch(args, threads), 3);
+        Team::Open(threads, [&] { Gemm(args, scratch.data(), threads); });
+        Check(together == alone && sums == expected_sums, "differs from one thread");
       }
     }
   });
