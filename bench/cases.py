@@ -18,6 +18,7 @@ KINDS = {
     "train": "a training step versus PyTorch",
     "decode": "greedy decoding with a KV cache versus PyTorch and other engines",
     "prefill": "prefill on a CPU versus PyTorch and other engines",
+    "neighbours": "decoding and training on a CPU that other processes use too: the share of the quiet speed",
     "load": "from a model folder to the first token on a CPU versus transformers",
     "patch": "patched versus unpatched transformers models",
     "serve": "the server under many streams versus the engine alone",
@@ -27,7 +28,7 @@ KINDS = {
     "packing": "a training step on packed documents with masked attention versus whole rows",
     "fp8": "training with fp8 GEMMs versus bfloat16: loss and time",
 }
-CPU_KINDS = ("prefill", "load", "serve", "gemm", "memory_bound")
+CPU_KINDS = ("prefill", "neighbours", "load", "serve", "gemm", "memory_bound")
 GPU_KINDS = ("fp8",)
 
 # The README's rows in the order of `make bench`: seconds on 2 cores, and the contenders that it leaves out. A case ends

@@ -8,10 +8,11 @@ cache, read once for each new token of all streams together.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from peakgpt.bench.contenders.decoding import ALL_DECODERS, DECODING_CONTENDERS
 from peakgpt.bench.contenders.eager_gpt import EagerGPT, is_gpt2
 from peakgpt.bench.contenders.llama_cpp_model import weight_bits
 from peakgpt.bench.contenders.models import expect_family, random_prompts, write_random_model
-from peakgpt.bench.contenders.time_contenders import time_contenders
+from peakgpt.bench.contenders.time_contenders import Work, time_contenders
 from peakgpt.bench.contenders.worker_process import WorkerProcess, saving_first
 from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.model_choice import add_model_arguments, chosen_model
@@ -71,32 +72,47 @@ class DecodeCase(Case):
     def all_contenders(self, device: torch.device) -> list[str]:
         return contenders_of(DECODING_CONTENDERS, self.config, self.dtype)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        return _sizes(self.config, self.workload)
+
     def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
-        agreement: dict[str, str] = {}
-        with tempfile.TemporaryDirectory() as files:
-            folder = Path(files)
-            write_random_model(folder, self.config)
-            expected = self._expected(folder)
+        agreement: dict[str, str | None] = {}
+        with self.work() as work:
 
             def expect_correct(name: str, outputs: Mapping[str, Tensor]) -> None:
-                agreement[name] = _expect_equal_start(name, outputs[name], expected, self.dtype)
+                agreement[name] = work.expect_correct(name, outputs)
 
             measured = time_contenders(
-                ((name, partial(self._start, name, folder)) for name in self.contenders(device)),
-                lambda name, worker: (worker.step(), torch.load(_tokens_file(folder, name)))[1],
+                ((name, partial(work.start, name)) for name in self.contenders(device)), work.first_output,
                 expect_correct, rounds=self.rounds, warmup=0, budget_s=self.seconds,
                 peaks=PeakMeter(device, memory=True), on_failure=on_failure,
             )  # fmt: skip
-            bits = {name: weight_bits(DECODING_CONTENDERS[name], folder, self.dtype) for name in measured}
+            bits = {name: work.weight_bits(name) for name in measured}
         return [
             Result.of(
                 m.timing.noted(agreement[name], m.note, contender.version), bench="decode", contender=name,
-                backend=contender.backend, device="cpu", dtype=self.dtype, case=_sizes(self.config, self.workload),
+                backend=contender.backend, device="cpu", dtype=self.dtype, case=self.sizes,
                 memory_bytes=m.memory_bytes, base_bytes=m.base_bytes,
                 bytes=read_bytes(self.config, self.workload, self.dtype), weight_bits=bits[name],
             )
             for name, m in measured.items() for contender in [DECODING_CONTENDERS[name]]
         ]  # fmt: skip
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[Work]:
+        """Yield the work, with a random model in a folder and its first tokens in float32."""
+        with tempfile.TemporaryDirectory() as files:
+            folder = Path(files)
+            write_random_model(folder, self.config)
+            expected = self._expected(folder)
+            yield Work(
+                DECODING_CONTENDERS,
+                start=lambda name: self._start(name, folder),
+                first_output=lambda name, worker: (worker.step(), torch.load(_tokens_file(folder, name)))[1],
+                expect_correct=lambda name, outputs: _expect_equal_start(name, outputs[name], expected, self.dtype),
+                weight_bits=lambda name: weight_bits(DECODING_CONTENDERS[name], folder, self.dtype),
+            )
 
     def _expected(self, folder: Path) -> Tensor:
         """Return the first tokens in float32, from a process that ends before the contenders fill the memory."""

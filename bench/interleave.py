@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ REPORT_S = 10.0  # seconds between two lines on standard error
 REST_S = 0.02  # libgomp's threads spin for 7 ms after a parallel region (2-core Zen 4, 2026-11)
 
 OnFailure = Callable[[str, Exception], None]  # (contender, exception)
+Beside = Mapping[str, Callable[[], AbstractContextManager]]
 
 
 def raise_failure(contender: str, error: Exception) -> None:
@@ -55,6 +57,7 @@ def interleave(
     budget_s: float | None = None,
     least: int = MIN_ROUNDS,
     workers: Mapping[str, int] | None = None,
+    beside: Beside | None = None,
     peaks: PeakMeter | None = None,
     one_call: bool = False,
     on_failure: OnFailure = raise_failure,
@@ -70,6 +73,8 @@ def interleave(
         least: rounds that run whatever the budget is, not counting those that cold memory spoils.
         workers: contender -> process id of the running child that does its work. A rest then precedes each turn,
             because spinning threads of one process would take a core from the next.
+        beside: contender -> context of each of its turns, such as other processes that compute. It is entered before
+            the rest. Such turns vary too much to show whether memory went cold.
         peaks: measured before the first and after the last round.
         one_call: whether a call that fills a turn is never repeated to see if memory went cold, because a call has
             effects that are counted.
@@ -93,8 +98,10 @@ def interleave(
     before = peaks.measure() if peaks and calls else {}
 
     on_cpu = torch.device(device or "cpu").type == "cpu"
-    read_load = (lambda: read_ticks(tuple(workers.values()))) if on_cpu else lambda: None
-    session = _Rounds(contenders, calls, seconds, rest, workers, split=on_cpu, probe=on_cpu and not one_call)
+    pids = tuple(dict.fromkeys(workers.values()))  # each once, because their times are added
+    read_load = (lambda: read_ticks(pids)) if on_cpu else lambda: None
+    session = _Rounds(contenders, calls, seconds, rest, workers, beside or {}, split=on_cpu,
+                      probe=on_cpu and not one_call)  # fmt: skip
     report, disturbances = _reporter(rounds), []
 
     def goes_on() -> bool:
@@ -126,7 +133,7 @@ class _Rounds:
 
     def __init__(
         self, contenders: Mapping[str, Callable[[], Any]], calls: Mapping[str, int], seconds: Seconds,
-        rest: Callable[[], None], workers: Mapping[str, int], *, split: bool, probe: bool,
+        rest: Callable[[], None], workers: Mapping[str, int], beside: Beside, *, split: bool, probe: bool,
     ):  # fmt: skip
         """
         Args:
@@ -134,12 +141,12 @@ class _Rounds:
             calls: name -> calls that fill a turn; contenders without an entry do not take part.
             seconds: see `stopwatch`.
             rest: called before each turn.
-            workers: see `interleave`.
+            workers, beside: see `interleave`.
             split: whether to time the first call of a turn apart.
             probe: whether to look if memory went cold.
         """
         self.contenders, self.calls, self.seconds, self.rest = contenders, calls, seconds, rest
-        self.workers, self.split, self.probe = workers, split, probe
+        self.workers, self.beside, self.split, self.probe = workers, beside, split, probe
         self.names = list(calls)
         self.taken: list[dict[str, Turn]] = []  # name -> turn, in the order of the turns
         self.suspected = False  # the first call of a turn was slow when we looked last
@@ -149,13 +156,14 @@ class _Rounds:
         """Give every contender a turn."""
         index = len(self.taken)
         second_call = self.probe and (index % PROBE_EVERY == PROBE_FIRST or last or self.suspected)
-        least = 1 + BLOCK_CALLS if self.cold else 2 if second_call else 1
         offset = index % len(self.names)
 
         def turn(name: str) -> Turn:
-            self.rest()
-            return take_turn(self.contenders[name], self.calls[name], self.seconds, least=least, split=self.split,
-                             pid=self.workers.get(name))  # fmt: skip
+            least = 1 + BLOCK_CALLS if self.cold else 2 if second_call and name not in self.beside else 1
+            with self.beside.get(name, nullcontext)():
+                self.rest()
+                return take_turn(self.contenders[name], self.calls[name], self.seconds, least=least, split=self.split,
+                                 pid=self.workers.get(name))  # fmt: skip
 
         self.taken.append(_of_each(self.names[offset:] + self.names[:offset], turn, on_failure))
         self.names = [name for name in self.names if name in self.taken[-1]]
@@ -163,8 +171,9 @@ class _Rounds:
     def look(self, first: int) -> None:
         """Look in the rounds from `first` on whether memory went cold. Other processes must not have disturbed them."""
         for turns in self.taken[first:]:
-            if self.probe and any(turn.cold is not None for turn in turns.values()):
-                suspected = seems_cold(turns)
+            steady = {name: turn for name, turn in turns.items() if name not in self.beside}
+            if self.probe and any(turn.cold is not None for turn in steady.values()):
+                suspected = seems_cold(steady)
                 self.cold = self.cold or (suspected and self.suspected)
                 self.suspected = suspected
 

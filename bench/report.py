@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from peakgpt.bench.check import Check
+from peakgpt.bench.quiet_share import BUSY, MACHINE, is_quiet, quiet_share, share_text
 from peakgpt.bench.run_results import OURS, Failure, Row, RunResults
 from peakgpt.bench.schema import Result, comparable
 from peakgpt.bench.timing import Ratio, ratio
@@ -14,12 +15,23 @@ from peakgpt.engine.training.html_page import Section, table
 from peakgpt.engine.training.html_page import note as remark
 
 
-def groups(results: Iterable[Result]) -> list[list[Result]]:
-    """Group the results of one case, in the order of measurement."""
+def groups(results: Iterable[Result], across: Sequence[str] = ()) -> list[list[Result]]:
+    """Group the results of one case, in the order of measurement.
+
+    Args:
+        results: in any order.
+        across: keys of the case that do not separate groups.
+    """
     found: dict[tuple, list[Result]] = {}
     for r in results:
-        found.setdefault((r.bench, r.dtype, r.device, *sorted(r.case.items())), []).append(r)
+        case = sorted((key, value) for key, value in r.case.items() if key not in across)
+        found.setdefault((r.bench, r.dtype, r.device, *case), []).append(r)
     return list(found.values())
+
+
+def table_groups(results: Iterable[Result], bench: str) -> list[list[Result]]:
+    """Return the groups of one kind of benchmark as its table has them: a quiet and a busy machine are one case."""
+    return groups((r for r in results if r.bench == bench), across=(MACHINE,))
 
 
 AGAINST_EAGER, AGAINST_COMPILE = "against eager (95 % interval)", "against compile (95 % interval)"
@@ -79,6 +91,12 @@ def case_text(r: Result) -> str:
 
 
 Read = Callable[[Result, Sequence[Result]], str]
+
+
+def _share_column(machine: str) -> Read:
+    return lambda r, rs: share_text(quiet_share(r, rs, machine))
+
+
 COLUMNS: dict[str, Read] = {
     "case": lambda r, rs: case_text(r) if r is rs[0] else "",
     "contender": lambda r, _: r.contender,
@@ -96,6 +114,7 @@ COLUMNS: dict[str, Read] = {
     "rounds": lambda r, _: _rounds(r),
     AGAINST_EAGER: lambda r, rs: _ratio(speedup(r, rs)),
     AGAINST_COMPILE: lambda r, rs: _ratio(speedup(r, rs, ("compile",))),
+    **{machine: _share_column(machine) for machine in BUSY},
 }
 
 
@@ -124,6 +143,11 @@ TABLES: dict[str, tuple[str, dict[str, Read]]] = {
         _columns("case", "contender", "tokens/s", "MBU", "ms (quartiles)", "GiB", "rounds", AGAINST_EAGER,
                  AGAINST_COMPILE),
     ),
+    "neighbours": (
+        "Share of its quiet speed that a contender keeps: median (quartiles), 95 % interval; of copies the sum",
+        {"case": COLUMNS["case"], "contender": COLUMNS["contender"], "quiet tokens/s": COLUMNS["tokens/s"]}
+        | _columns(*BUSY, "rounds"),
+    ),
     "patch": (
         "Models of transformers, patched versus unpatched",
         _columns("case", "contender", "tokens/s", "ms (quartiles)", "GiB", "rounds", AGAINST_EAGER),
@@ -151,8 +175,8 @@ def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[s
     for bench, (title, columns) in TABLES.items():
         rows = [
             [read(r, rs) for read in columns.values()]
-            for rs in groups(r for r in results if r.bench == bench)
-            for r in rs
+            for rs in table_groups(results, bench)
+            for r in filter(is_quiet, rs)
         ]
         if rows:
             found.append((title, *_used(list(columns), rows)))
@@ -162,7 +186,7 @@ def _filled(results: Sequence[Result]) -> list[tuple[str, list[str], list[list[s
 def filled_table(rows: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Return (headings, cells) of the results of one case, without the case and without empty columns."""
     columns = {name: read for name, read in TABLES[rows[0].bench][1].items() if name != "case"}
-    return _used(list(columns), [[read(r, rows) for read in columns.values()] for r in rows])
+    return _used(list(columns), [[read(r, rows) for read in columns.values()] for r in filter(is_quiet, rows)])
 
 
 def _used(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:

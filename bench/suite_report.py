@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from peakgpt.bench.quiet_share import is_quiet
 from peakgpt.bench.report import (
     COMPARISONS,
     TABLES,
     case_text,
     comparison_table,
     filled_table,
-    groups,
     ms_text,
     notes,
+    table_groups,
     verdicts,
 )
 from peakgpt.bench.results_file import ResultsFile
@@ -40,11 +41,11 @@ def _parts(file: ResultsFile) -> Iterator[str]:
     yield figure_boxes(_figures(file))
     yield note("A bar is the median time of a call, its line reaches from quartile to quartile. Shorter is faster.")
     for bench, (title, _) in TABLES.items():
-        cases = groups(r for r in results if r.bench == bench)
+        cases = table_groups(results, bench)
         if cases:
             yield heading(title)
         for rows in cases:
-            yield heading(case_text(rows[0]), 3) + _chart(rows) + table(*filled_table(rows))
+            yield heading(case_text(rows[0]), 3) + _chart(list(filter(is_quiet, rows))) + table(*filled_table(rows))
     headings, pairs = comparison_table(results)
     if pairs:
         yield heading(COMPARISONS) + table(headings, pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from peakgpt.bench.case import Case, joined
 from peakgpt.bench.contenders.contender import contenders_on
 from peakgpt.bench.contenders.models import expect_family
-from peakgpt.bench.contenders.time_contenders import RunningContender, time_contenders
+from peakgpt.bench.contenders.time_contenders import RunningContender, Work, time_contenders
 from peakgpt.bench.contenders.training import TRAINING_CONTENDERS, training_inputs
 from peakgpt.bench.contenders.worker_process import WorkerProcess
 from peakgpt.bench.gpu_memory import peak_allocated_bytes
@@ -55,12 +56,24 @@ class TrainCase(TrainingCase):
     def all_contenders(self, device: torch.device) -> list[str]:
         return contenders_on(TRAINING_CONTENDERS, device)
 
+    @contextlib.contextmanager
+    def work(self) -> Iterator[Work]:
+        """Yield the work on a CPU."""
+        cpu = torch.device("cpu")
+        starts = dict(_starts(self.config, self.recipe, cpu, self.all_contenders(cpu)))
+        yield Work(
+            TRAINING_CONTENDERS,
+            start=lambda name: starts[name](),
+            first_output=partial(_loss_after, CHECKED_UPDATES),
+            expect_correct=lambda name, losses: _expect_same_loss(name, losses, CHECKED_UPDATES, self.recipe.dtype),
+        )
+
     def _measure(self, device: torch.device, on_failure: OnFailure) -> list[Result]:
         config, recipe = self.config, self.recipe
         updates = CHECKED_UPDATES if device.type == "cpu" else CHECKED_UPDATES_GPU
         names = self.contenders(device)
         measured = time_contenders(
-            _starts(config, recipe, device, names), lambda name, s: [float(s.step()) for _ in range(updates)][-1],
+            _starts(config, recipe, device, names), partial(_loss_after, updates),
             lambda name, losses: _expect_same_loss(name, losses, updates, recipe.dtype),
             rounds=self.rounds, warmup=0, device=device, budget_s=self.seconds,
             peaks=PeakMeter(device, [recipe.dtype]), on_failure=on_failure,
@@ -151,6 +164,11 @@ def _starts(
                 TRAINING_CONTENDERS[name].build(state, config, recipe, device), batch, device
             ),
         )
+
+
+def _loss_after(updates: int, name: str, contender: RunningContender) -> float:
+    """Make updates and return the last loss."""
+    return [float(contender.step()) for _ in range(updates)][-1]
 
 
 def _expect_same_loss(name: str, losses: Mapping[str, float], updates: int, dtype: torch.dtype) -> None:

@@ -252,6 +252,7 @@ NOT_RUN = {
     "peakgpt bench load": LARGE,
     "peakgpt bench decode": LARGE,
     "peakgpt bench serve": LARGE,
+    "peakgpt bench neighbours": LARGE,
     "peakgpt bench memory_bound": "its streams are larger than any cache; test_bench_ops.py runs its kernels",
     "peakgpt bench compare": "needs two committed runs; test_compare.py runs it",
     "peakgpt bench readme": "writes into a checkout; a test above compares what it writes",

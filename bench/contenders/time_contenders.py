@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from peakgpt.bench.contenders.contender import Contender
 from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.timing import Timing
@@ -29,6 +30,25 @@ class RunningContender(Protocol):
 
 
 @dataclass(frozen=True)
+class Work:
+    """What the contenders of a case do on a CPU: how one starts, and how it is checked.
+
+    Args:
+        contenders: by name.
+        start: name -> a new process of this contender.
+        first_output: (name, process) -> output of its first steps.
+        expect_correct: (name, outputs by name) -> a note, or None. It raises if that contender's output is wrong.
+        weight_bits: name -> bits per quantized weight.
+    """
+
+    contenders: Mapping[str, Contender]
+    start: Callable[[str], Any]
+    first_output: Callable[[str, Any], Any]
+    expect_correct: Callable[[str, Mapping[str, Any]], str | None]
+    weight_bits: Callable[[str], float | None] = lambda name: None
+
+
+@dataclass(frozen=True)
 class MeasuredContender:
     """The timing of a contender, and its memory and note after the last round."""
 
@@ -41,7 +61,7 @@ class MeasuredContender:
 def time_contenders(
     starts: Iterable[tuple[str, Callable[[], RunningContender]]],
     first_output: Callable[[str, RunningContender], Any],
-    expect_correct: Callable[[str, dict[str, Any]], None],
+    expect_correct: Callable[[str, dict[str, Any]], object],
     *,
     rounds: int,
     warmup: int = 1,
@@ -53,21 +73,15 @@ def time_contenders(
     """Start, check and time contenders.
 
     Args:
-        starts: (name, function that starts the contender).
-        first_output: (name, contender) -> output of the first steps, which is checked.
-        expect_correct: (name, outputs by name) raises if that contender's output is wrong.
+        starts, first_output, expect_correct: see `checked_contenders`.
         rounds, warmup, device, peaks: see `interleave`.
         budget_s: seconds, including start and check.
         on_failure: called with a contender that raises or is wrong. It is closed; the others are timed.
     Returns:
         name -> measurement of each correct contender.
     """
-    begin, running = time.perf_counter(), {}
-    try:
-        outputs = _start_all(starts, first_output, running, on_failure)
-        for name in outputs:
-            with _closed_on_failure(name, running, on_failure):
-                expect_correct(name, outputs)
+    begin = time.perf_counter()
+    with checked_contenders(starts, first_output, expect_correct, on_failure) as running:
         if not running:
             return {}
         left_s = None if budget_s is None else max(0.0, budget_s - (time.perf_counter() - begin))
@@ -78,6 +92,30 @@ def time_contenders(
             n: MeasuredContender(timing, running[n].memory_bytes(), running[n].base_bytes, running[n].note)
             for n, timing in timings.items()
         }
+
+
+@contextlib.contextmanager
+def checked_contenders(
+    starts: Iterable[tuple[str, Callable[[], RunningContender]]],
+    first_output: Callable[[str, RunningContender], Any],
+    expect_correct: Callable[[str, dict[str, Any]], object],
+    on_failure: OnFailure,
+) -> Iterator[dict[str, RunningContender]]:
+    """Start and check contenders; yield the correct ones by name, and close them when the context ends.
+
+    Args:
+        starts: (name, function that starts the contender).
+        first_output: (name, contender) -> output of the first steps, which is checked.
+        expect_correct: (name, outputs by name) raises if that contender's output is wrong.
+        on_failure: called with a contender that raises or is wrong. It is closed.
+    """
+    running: dict[str, RunningContender] = {}
+    try:
+        outputs = _start_all(starts, first_output, running, on_failure)
+        for name in outputs:
+            with _closed_on_failure(name, running, on_failure):
+                expect_correct(name, outputs)
+        yield running
     finally:
         for contender in running.values():
             contender.close()

@@ -78,12 +78,24 @@ class WorkerProcess:
         """Make one step and return its value.
 
         Raises:
-            RuntimeError: the contender raised, or its process has ended or hangs. A traceback is on standard error.
-            ModuleNotFoundError: the contender needs a package that is missing.
+            RuntimeError, ModuleNotFoundError: see `finish`.
         """
+        self.begin()
+        return self.finish()
+
+    def begin(self) -> None:
+        """Let the process begin a step, which `finish` waits for."""
         with contextlib.suppress(BrokenPipeError):  # it has ended; its last line says why
             self.process.stdin.write("\n")
             self.process.stdin.flush()
+
+    def finish(self) -> float:
+        """Wait for the step that has begun and return its value.
+
+        Raises:
+            RuntimeError: the contender raised, or its process has ended or hangs. A traceback is on standard error.
+            ModuleNotFoundError: the contender needs a package that is missing.
+        """
         if not select.select([self.reports], [], [], STEP_S)[0]:
             self.process.kill()
             raise RuntimeError(f"benchmark worker {self.name!r} made no step in {STEP_S:g} s")
