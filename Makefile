@@ -21,18 +21,17 @@ test-all: .venv/.test .venv-triton36/.ready
 	.venv/bin/python -m pytest -n logical -m "slow or not slow"
 	.venv-triton36/bin/python -m pytest -n logical
 
-# The C++ kernels without Python, once per instruction set. Needs a C++ compiler only.
+# The C++ kernels without Python, once per instruction set, and with random delays where threads meet. Needs a C++
+# compiler only.
 test-native:
-	$(MAKE) -C tests/native check
+	$(MAKE) -C tests/native check delays
 
 # The same tests cross-compiled for aarch64. Needs the packages g++-aarch64-linux-gnu and qemu-user.
 test-neon:
 	$(MAKE) -C tests/native check FLAVOUR=neon
 
-# The same tests with random delays of the threads, then under AddressSanitizer with UBSan, then under ThreadSanitizer.
-# Needs the packages clang and libomp-dev.
+# The same tests under AddressSanitizer with UBSan, then under ThreadSanitizer. Needs the packages clang and libomp-dev.
 sanitize:
-	$(MAKE) -C tests/native check FLAVOUR=delays
 	$(MAKE) -C tests/native check FLAVOUR=asan
 	$(MAKE) -C tests/native check FLAVOUR=tsan
 

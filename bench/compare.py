@@ -34,7 +34,7 @@ from peakgpt.bench.timing import ratio
 
 ALPHA = 1 - CONFIDENCE  # one half for the margin, one half for the tests
 BASELINES = ("eager", "torch fused", "transformers", "torch", "engine", "llama.cpp", "openvino", "compile")
-MACHINE = ("device", "threads", "isa", "malloc")  # keys of the environment
+MACHINE = ("device", "threads", "cpu_quota", "isa", "malloc")  # keys of the environment
 MEDIAN_OF_ABSOLUTE = 0.6745  # of a standard normal variable
 Rows = dict[str, dict[str, Result]]  # case -> contender -> row
 DEFAULT_FOLDER = Path("bench", "results")

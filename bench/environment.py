@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from peakgpt.kernels.cpu.memory import keep_pages
+from peakgpt.kernels.hardware.cpu_threads import cpu_quota
 from peakgpt.kernels.hardware.device import describe, gpu_clocks
 
 
@@ -23,7 +24,8 @@ def environment(device: torch.device | str | None = None, *, commit: str | None 
         commit: revision of the source. The default is read from git; pass it if the folder has no git history.
     Returns:
         date (UTC), commit, device (with driver and versions), clocks of a GPU (MHz, W, C; empty if nvidia-smi fails),
-        threads, isa and malloc (settings of the allocator).
+        threads, cpu_quota (CPUs whose time the process gets; None without a limit), isa and malloc (settings of the
+        allocator).
     """
     device = torch.device(device or "cpu")
     return {
@@ -32,6 +34,7 @@ def environment(device: torch.device | str | None = None, *, commit: str | None 
         "device": dataclasses.asdict(describe(device)),
         "clocks": gpu_clocks(device),
         "threads": torch.get_num_threads(),
+        "cpu_quota": cpu_quota(),
         "isa": describe("cpu").arch,
         "malloc": _malloc_settings(),
     }

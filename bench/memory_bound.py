@@ -41,10 +41,10 @@ class KernelCall:
 
     def bind(self) -> Callable[[], None]:
         """Return a function that calls the kernel. The caller keeps this object, and so the tensors, alive."""
-        from peakgpt.kernels.cpu.ext import _C
+        from peakgpt.kernels.cpu.ext import _C, threads
 
-        kernel, threads = getattr(_C, self.kernel), torch.get_num_threads()
-        return lambda: kernel(**self.arguments, threads=threads)
+        kernel, count = getattr(_C, self.kernel), threads()
+        return lambda: kernel(**self.arguments, threads=count)
 
 
 def layernorm_forward(dtype, rows: int, width: int, residual: bool = False) -> KernelCall:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from peakgpt.bench.page_faults import fresh_page_s
+from peakgpt.kernels.hardware.cpu_threads import threads
 from peakgpt.kernels.hardware.datasheet import Peaks
 from peakgpt.kernels.hardware.device import resolve_device
 from peakgpt.kernels.hardware.measured_peaks import (
@@ -90,7 +91,7 @@ class PeakMeter:
         """Return the rates of this moment: FLOP/s by dtype, and bytes/s under "bytes"."""
         rates = flops_now(self.device, self.names) if self.names else {}
         if self.streams:
-            rates[BYTES] = stream_rate_now(self.streams.mix, self.streams.size_bytes, torch.get_num_threads())
+            rates[BYTES] = stream_rate_now(self.streams.mix, self.streams.size_bytes, threads())
         elif self.memory:
             rates[BYTES] = bandwidth_now(self.device)[0]
         return rates

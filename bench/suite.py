@@ -22,7 +22,7 @@ from peakgpt.bench.run_results import Row
 from peakgpt.bench.suite_report import write_suite_report
 
 # Keys of the environment that must be the same to continue a run.
-SAME = ("commit", "device", "threads", "isa", "malloc")
+SAME = ("commit", "device", "threads", "cpu_quota", "isa", "malloc")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peakgpt.kernels.core.backends import module_names
 from peakgpt.kernels.core.dispatch import BACKENDS, OPS
+from peakgpt.kernels.hardware.cpu_threads import cpu_quota, threads
 from peakgpt.kernels.hardware.datasheet import Peaks, datasheet
 from peakgpt.kernels.hardware.device import Device, choose_device, describe
 from peakgpt.kernels.hardware.measured_peaks import measure
@@ -41,6 +42,8 @@ class Diagnosis:
         sheet: published peak rates, None for an unknown device.
         unavailable: backends that support no op on this machine, with the reason.
         choices: the backend of each op and dtype.
+        threads: number of threads of a kernel; None on a GPU.
+        cpu_quota: number of CPUs whose time the process gets; None without a limit, and on a GPU.
     """
 
     device: Device
@@ -48,6 +51,8 @@ class Diagnosis:
     sheet: Peaks | None
     unavailable: dict[str, str]
     choices: list[Choice]
+    threads: int | None = None
+    cpu_quota: float | None = None
 
     def __str__(self) -> str:
         return "\n".join((*self._machine(), "", *self._ops()))
@@ -58,6 +63,9 @@ class Diagnosis:
         device = self.device
         lines = [f"{device.name} ({device.kind}), {device.cores} {'SMs' if device.kind == 'cuda' else 'cores'}, "
                  f"{device.memory_bytes / 2**30:.0f} GiB, {device.arch}"]  # fmt: skip
+        if self.threads is not None:
+            quota = "none" if self.cpu_quota is None else f"{self.cpu_quota:g}"
+            lines.append(f"threads of a kernel: {self.threads}, quota of CPUs: {quota}")
         lines += _peaks_lines(self.peaks) + (_peaks_lines(self.sheet) if self.sheet else [])
         lines.append(", ".join(f"{name} {version}" for name, version in device.versions.items()))
         return lines
@@ -103,7 +111,8 @@ def doctor(device: torch.device | str | None = None) -> Diagnosis:
         reasons = {c.objections.get(backend) for c in choices if c.op in module_names(backend)}
         if len(reasons) == 1 and (reason := reasons.pop()):
             unavailable[backend] = reason
-    return Diagnosis(described, measure(device), datasheet(described.name), unavailable, choices)
+    limits = (threads(), cpu_quota()) if device.type == "cpu" else (None, None)
+    return Diagnosis(described, measure(device), datasheet(described.name), unavailable, choices, *limits)
 
 
 def _choice(name: str, dtype: torch.dtype, device: torch.device) -> Choice:

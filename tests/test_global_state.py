@@ -53,7 +53,9 @@ REVIEWED = {
     "kernels/hardware/measured_peaks.py _measure": "a measurement; a race measures twice",
     "csrc/base/isa.h slot": "atomic; a limit for tests, and all instruction sets are correct",
     "csrc/base/memory.cpp memory": THREAD,
-    "csrc/base/parallel.h team": THREAD,
+    "csrc/base/parallel.cpp state": "random delays of the tests",
+    "csrc/base/parallel.cpp threads": "random delays of the tests",
+    "csrc/base/parallel.h member": THREAD,
     "csrc/python/tape.h tape": THREAD,
 }
 

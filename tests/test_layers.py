@@ -15,7 +15,7 @@ EXTENSION = "peakgpt._C"
 # import each other. A module belongs to the longest package name that contains it.
 LAYERS = (
     ("peakgpt.kernels.files", "peakgpt.kernels.command_line", "peakgpt.kernels.strict_json"),
-    ("peakgpt.kernels.cpu.sources",),
+    ("peakgpt.kernels.cpu.sources", "peakgpt.kernels.hardware.cpu_threads"),
     ("peakgpt.kernels.cpu.ext",),
     ("peakgpt.kernels.hardware",),
     ("peakgpt.kernels.core",),

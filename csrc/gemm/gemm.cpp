@@ -151,7 +151,7 @@ struct GemmUnits {
     parts = std::min(row_panels, threads == 1 ? 1 : Up(Pieces(units, groups), groups % threads == 0 ? 1 : threads));
   }
   int64_t Count() const { return groups * parts; }
-  // The parts of a group follow one another: a thread packs a group once for all of its parts.
+  // The parts of a group follow one another: a thread packs the group once for those that it takes.
   int64_t Group(int64_t unit) const { return unit / parts; }
   PanelRange Columns(int64_t unit) const {
     return {column_panels * Group(unit) / groups, column_panels * (Group(unit) + 1) / groups};

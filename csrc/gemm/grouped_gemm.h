@@ -5,7 +5,7 @@
 //   kRows    c[i] = epilogue(a[i] b[g])             for the rows i of group g, offsets[g] to offsets[g + 1]
 //   kDepth   c[g] = epilogue(sum_p a[:, p] b[p])    for the p of group g
 //
-// The units of all groups are shared by all threads. Only groups with rows read their b. The bits of a row
+// All groups together are one job (base/parallel.h). Only groups with rows read their b. The bits of a row
 // are those of Gemm, whatever the other rows are.
 #ifndef PEAK_GROUPED_GEMM_H_
 #define PEAK_GROUPED_GEMM_H_

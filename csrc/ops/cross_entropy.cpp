@@ -282,7 +282,7 @@ void BackwardRows(const CrossEntropyBackwardArgs& args, const Scratch& scratch, 
 namespace peak {
 namespace {
 
-// Calls rows(args, scratch, begin, end) for parts of the rows, each with a workspace of its own.
+// Calls rows(args, scratch, begin, end) for ranges of the rows, each with a workspace of its own.
 template <class Args, class Rows>
 void ForRows(const Args& args, bool with_powers, int threads, const Rows& rows) {
   const int64_t powers = with_powers ? args.vocab : 0, capped = args.softcap == 0.0f ? 0 : args.vocab;

@@ -10,8 +10,8 @@ namespace peak {
 
 enum Loop : int { kLoopFloat32 = 0, kLoopBFloat16 = 1, kLoopInt8 = 2 };
 
-// Runs multiply-adds on registers in each of `threads` threads. `loop` is a Loop. Returns the number of operations of
-// all threads (a multiply-add is 2), or 0 if the active instruction set has no multiply-add of this type.
+// Runs multiply-adds on registers in one unit for each thread. `loop` is a Loop. Returns the number of operations of
+// all units (a multiply-add is 2), or 0 if the active instruction set has no multiply-add of this type.
 double PeakLoop(int loop, int64_t iterations, int threads);
 
 // Streams of `bytes` each, `stride` bytes apart. The streams that are only read come first, then those that are updated

@@ -33,7 +33,7 @@ class Tape {
   // Appends a call of a Python function without arguments.
   void AppendCall(py::object call) { steps_.push_back({nullptr, std::move(call)}); }
 
-  // Appends the replay of tapes at the same time, each on one thread. They share no memory that they write.
+  // Appends the replay of tapes at the same time, each on one thread. They write to no common memory.
   void AppendParallel(std::vector<std::shared_ptr<Tape>> tapes, int threads);
 
   // Makes all calls in their order, with the GIL held. An exception ends the replay.

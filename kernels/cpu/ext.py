@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peakgpt.kernels.cpu import sources
+from peakgpt.kernels.hardware.cpu_threads import threads
 
 # An ImportError of this module becomes the objection of the backend.
 if reason := sources.missing():
@@ -28,7 +29,6 @@ if reason := sources.objection(_C.source_digest):
 __all__ = ["DTYPES", "_C", "dtype_objection", "own_workspaces", "rows", "scratch", "threads", "unit_last", "workspace"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # DType in csrc/base/types.h
-threads = torch.get_num_threads
 _workspaces = threading.local()
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from peakgpt.kernels.core.recording import CannotRecord, record_with
-from peakgpt.kernels.cpu.ext import _C, own_workspaces
+from peakgpt.kernels.cpu.ext import _C, own_workspaces, threads
 from peakgpt.kernels.cpu.memory import streamed
+from peakgpt.kernels.hardware.cpu_threads import torch_threads
 
 ARENA_BYTES = 1 << 26  # a step with more temporaries spends below 5 % of its time in Python
 ALIGNMENT = 64
@@ -70,11 +71,10 @@ class Recording:
         Returns:
             The tensors; [] if a function draws random numbers, whose order counts. Nothing is recorded then.
         """
-        threads, parts = torch.get_num_threads(), []
+        workers, parts = min(threads(), len(functions)), []
         self.tape.stop()
-        torch.set_num_threads(1)
         try:
-            with _disable_current_modes():
+            with torch_threads(1), _disable_current_modes():
                 for function in functions:
                     parts.append(Recording())
                     with own_workspaces():
@@ -82,9 +82,8 @@ class Recording:
                     if parts[-1].draws_random_numbers:
                         return []
         finally:
-            torch.set_num_threads(threads)
             self.tape.start()
-        self.tape.append_parallel(tapes=[part.tape for part in parts], threads=min(threads, len(parts)))
+        self.tape.append_parallel(tapes=[part.tape for part in parts], threads=workers)
         self.parts += parts
         return [part.outputs[0] for part in parts]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from peakgpt.kernels.hardware.cpu_threads import threads, torch_threads
 from peakgpt.kernels.hardware.datasheet import Peaks
 from peakgpt.kernels.hardware.device import cpu_has_bfloat16, last_level_cache_bytes, resolve_device
 from peakgpt.kernels.hardware.stopwatch import stopwatch
@@ -36,16 +37,16 @@ def measure(device: torch.device | str | None = None) -> Peaks:
     """Measure the peaks of a device; once per process and number of threads.
 
     A peak is a maximum, so each figure is the best of several short windows: other work on a shared machine only makes
-    a window slower. On a CPU, with torch's number of threads, FLOP/s is the better of a register-resident multiply-add
-    loop and torch.mm (which uses matrix units; the loop does not). Bandwidth is measured on far more memory than the
-    last-level cache holds. On a GPU it is a large torch.mm on random data, because zeros draw less power and allow
-    higher clocks, and a copy.
+    a window slower. On a CPU, with the number of threads of a kernel, FLOP/s is the better of a register-resident
+    multiply-add loop and torch.mm (which uses matrix units; the loop does not). Bandwidth is measured on far more
+    memory than the last-level cache holds. On a GPU it is a large torch.mm on random data, because zeros draw less
+    power and allow higher clocks, and a copy.
 
     Args:
         device: "cpu" (default) or a CUDA device.
     """
     device = resolve_device(device)
-    return _measure(device, torch.get_num_threads() if device.type == "cpu" else 0)
+    return _measure(device, threads() if device.type == "cpu" else 0)
 
 
 @functools.cache
@@ -56,7 +57,7 @@ def _measure(device: torch.device, threads: int) -> Peaks:
 
 def measure_flops(device: torch.device) -> dict[str, float]:
     """Return the FLOP/s by dtype of `measure`, without measuring the bandwidth."""
-    return _flops(device, torch.get_num_threads() if device.type == "cpu" else 0)
+    return _flops(device, threads() if device.type == "cpu" else 0)
 
 
 def measure_flops_again(device: torch.device) -> dict[str, float]:
@@ -79,8 +80,8 @@ def measurement_source(device: torch.device) -> str:
     if device.type == "cuda":
         return "measured: torch.mm, copy"
     if peak_loop is None:
-        return f"measured: torch.mm, copy (no C++ extension), {torch.get_num_threads()} threads"
-    return f"measured: multiply-add loop ({isa()}) or torch.mm, {torch.get_num_threads()} threads"
+        return f"measured: torch.mm, copy (no C++ extension), {threads()} threads"
+    return f"measured: multiply-add loop ({isa()}) or torch.mm, {threads()} threads"
 
 
 def flops_now(device: torch.device, dtypes: Collection[str] | None = None) -> dict[str, float]:
@@ -92,7 +93,7 @@ def flops_now(device: torch.device, dtypes: Collection[str] | None = None) -> di
     """
     works = _mm_works(device)
     if device.type == "cpu" and peak_loop is not None:
-        works |= _loop_works(torch.get_num_threads())
+        works |= _loop_works(threads())
     chosen = {key: work for key, work in works.items() if dtypes is None or key[0] in dtypes}
     flops: dict[str, float] = {}
     for (name, _method), rate in _best_rates(device, chosen).items():
@@ -108,8 +109,9 @@ def bandwidth_now(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         works = _torch_memory_works(device, _gpu_buffer_bytes(device))
     else:
-        memory_bytes, threads = max(8 * last_level_cache_bytes(), 64 << 20), torch.get_num_threads()
-        works = _torch_memory_works(device, memory_bytes) if peak_loop is None else _memory_works(memory_bytes, threads)
+        memory_bytes = max(8 * last_level_cache_bytes(), 64 << 20)
+        works = (_torch_memory_works(device, memory_bytes) if peak_loop is None
+                 else _memory_works(memory_bytes, threads()))  # fmt: skip
     rates = _best_rates(device, works)
     copy = rates["copy", "memory"]
     return rates.get(("read", "memory"), copy), copy
@@ -146,9 +148,10 @@ def _best_rates(device: torch.device, works: dict[tuple[str, str], Work]) -> dic
     """Return operations or bytes per second in the best window of each work; the first window warms up."""
     seconds = stopwatch(device)
     fastest = dict.fromkeys(works, float("inf"))
-    for _ in range(WINDOWS):
-        for key, (fn, _amount) in works.items():
-            fastest[key] = min(fastest[key], seconds(fn))
+    with torch_threads(threads()):
+        for _ in range(WINDOWS):
+            for key, (fn, _amount) in works.items():
+                fastest[key] = min(fastest[key], seconds(fn))
     return {key: amount / fastest[key] for key, (_, amount) in works.items()}
 
 

@@ -24,12 +24,11 @@ and `pack_4`.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from peakgpt.kernels.hardware.cpu_threads import torch_threads
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 LEVEL_TABLES = {  # of 4-bit weights, in the order of kQuantizedLevels of csrc/gemm/quantized.cpp
@@ -87,7 +86,8 @@ def quantize_4(w: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
     groups = F.pad(w, (0, -width % group)).view(-1, group)  # (F G, group)
     index = torch.empty(groups.shape, dtype=torch.uint8, device=w.device)
     scale = torch.empty(groups.shape[0], dtype=torch.bfloat16, device=w.device)
-    with _one_thread():
+    # Hundreds of short operators: more threads gain little, and each operator waits for a thread without a core.
+    with torch_threads(1):
         for begin in range(0, groups.shape[0], _SEARCHED):
             part = slice(begin, begin + _SEARCHED)
             index[part], scale[part] = _best_levels(groups[part])
@@ -224,21 +224,6 @@ def check_group(op: str, group: int) -> None:
     """Raise ValueError if `group` is not one of GROUPS."""
     if group not in GROUPS or not isinstance(group, int):
         raise ValueError(f"{op}: group is {group!r}, expected one of {', '.join(map(str, GROUPS))}")
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch's operators of this thread on one core.
-
-    The search has hundreds of short operators. More threads gain little, and if another process has their cores, each
-    operator waits for it.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _best_levels(groups: Tensor) -> tuple[Tensor, Tensor]:
