@@ -108,6 +108,27 @@ PEAK_TEST(no_job_waits_for_a_thread_without_a_core) {
   Check(AllOnes(counts), "a unit did not run once");
 }
 
+// Thread 1 comes to the first job while thread 0 runs a unit of the second one. It takes no unit of the second job there.
+PEAK_TEST(a_late_thread_takes_no_unit_of_a_later_job) {
+  constexpr int kUnits = 20;
+  std::atomic<int> members{0};
+  std::atomic<bool> begun{false}, passed{false};
+  std::vector<int> counts(2 * kUnits);
+  Team::Open(2, [&] {
+    ++members;
+    const int id = Team::Current()->id;
+    if (!WaitUntil([&] { return members == 2; })) return;  // the machine grants one thread
+    if (id == 1) WaitUntil([&] { return begun.load(); });
+    ParallelUnits(kUnits, 2, [&](int64_t unit) { ++counts[unit]; });
+    if (id == 1) passed = true;
+    ParallelUnits(kUnits, 2, [&](int64_t unit) {
+      ++counts[kUnits + unit];
+      if (id == 0 && !begun.exchange(true)) WaitUntil([&] { return passed.load(); });
+    });
+  });
+  Check(AllOnes(counts), "a unit did not run once");
+}
+
 // The first unit of each thread ends after all other units: the other thread must take them.
 PEAK_TEST(units_of_a_thread_that_stands_still_run_on_others) {
   constexpr int kUnits = 40;
