@@ -167,7 +167,7 @@ PEAK_TEST(an_exception_of_a_unit_reaches_the_caller) {
   }
 }
 
-// One thread leaves the team between two jobs; with -1 all do.
+// Between two jobs the thread `leaver` throws; if it is -1, every thread does.
 PEAK_TEST(an_exception_between_jobs_reaches_the_caller) {
   for (const int leaver : {0, -1}) {
     SetCase("thread %d", leaver);

@@ -69,7 +69,7 @@ def _read_windows(header: GGUFHeader, period: int) -> dict[str, Any]:
 
 
 def _read_olmo(header: GGUFHeader) -> dict[str, Any]:
-    """Return the windows of OLMo 3 and its scaling, which the layers with a window do not have; OLMo 2 has neither."""
+    """Return OLMo 3's windows, and its rope scaling for layers without a window. OLMo 2 has neither."""
     fields = {**read_rope(header), **_read_windows(header, 4)}
     layers = header.get(f"olmo2.{WINDOWED}", np.ndarray)
     if layers is not None:
