@@ -117,11 +117,7 @@ class DecodeCase(Case):
     def _expected(self, folder: Path) -> Tensor:
         """Return the first tokens in float32, from a process that ends before the contenders fill the memory."""
         short = replace(self.workload, tokens=min(CHECKED_TOKENS, self.workload.tokens))
-        worker = replace(self, workload=short, dtype="float32")._start(REFERENCE, folder)
-        try:
-            worker.step()
-        finally:
-            worker.close()
+        replace(self, workload=short, dtype="float32")._start(REFERENCE, folder).step_once()
         return torch.load(_tokens_file(folder, REFERENCE))
 
     def _start(self, name: str, folder: Path) -> WorkerProcess:

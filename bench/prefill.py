@@ -91,11 +91,7 @@ class PrefillCase(Case):
 
     def _reference(self, folder: Path) -> Tensor:
         """Return the logits in float32, from a process that ends before the contenders fill the memory."""
-        worker = replace(self, dtype="float32")._start(REFERENCE, folder)
-        try:
-            worker.step()
-        finally:
-            worker.close()
+        replace(self, dtype="float32")._start(REFERENCE, folder).step_once()
         return torch.load(_logits_file(folder, REFERENCE))
 
     def _start(self, name: str, folder: Path) -> WorkerProcess:

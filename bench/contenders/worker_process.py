@@ -126,6 +126,13 @@ class WorkerProcess:
             parts.append(WHOLE_LIFE)
         return f"{self.name}: {', '.join(parts)}" if parts else ""
 
+    def step_once(self) -> None:
+        """Make one step and end the process, for a value that is needed before the contenders fill the memory."""
+        try:
+            self.step()
+        finally:
+            self.close()
+
     def close(self) -> None:
         """End the process; kill it if it does not end within CLOSE_S."""
         with contextlib.suppress(BrokenPipeError):

@@ -153,6 +153,7 @@ def test_contender_with_other_loss_raises():
 class FakeContender:
     pid, base_bytes, note = None, None, "said"
     closed = ()
+    step_once = WorkerProcess.step_once
 
     def __init__(self, step):
         self.step = step
