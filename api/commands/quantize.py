@@ -17,7 +17,6 @@ from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.score import Scorer, text_perplexity
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.model.quantized_linear import Format
-from peakgpt.kernels.command_line import refuse_ignored
 from peakgpt.kernels.ops.quantize import GROUPS
 
 GROUP = 64  # default of --group
@@ -27,14 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help=f"model: {NAMES}")
     parser.add_argument("folder", metavar="OUT", help="folder to write; the other commands read it like any checkpoint")
     parser.add_argument("--bits", type=int, required=True, choices=(8, 4), help="bits per weight")
-    parser.add_argument("--group", type=int, choices=GROUPS,
-                        help=f"weights per scale, for 4 bits (default {GROUP})")  # fmt: skip
+    parser.add_argument("--group", type=int, choices=GROUPS, default=GROUP,
+                        help=f"weights per scale (default {GROUP})")  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure perplexity on; IN needs a tokenizer")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.bits == 8:
-        refuse_ignored(args, ("group",), "with --bits 8, which has one scale for each row; expected it with --bits 4")
     args.source = locate(args.source, MODEL_FILES)
     if is_gguf(args.source):
         raise ValueError(f"quantize: IN is {args.source}, expected a folder: read the file with dequantize=True, and "
@@ -43,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"quantize: OUT is {args.folder}, expected another folder than IN")
     if not isinstance(read_format(args.source), PackedFormat | None):
         raise ValueError("quantize: IN has quantized weights of peakgpt already, expected floats, GPTQ or AWQ")
-    quantization = Format(args.bits, args.group or GROUP)
+    quantization = Format(args.bits, args.group)
     text = None if args.text is None else (Tokenizer.load(args.source), read_text(args.text))
     model = GPT.from_pretrained(args.source, dequantize=True)
     state = model.state_dict()

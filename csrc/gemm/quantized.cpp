@@ -91,6 +91,15 @@ void MultiplyRows(const QuantizedArgs& args, const QuantizedLayout& layout, Tile
   }
 }
 
+// Chooses what a tile prefetches while it multiplies: the first tile of rows the lines that it reads soon itself, and each
+// other one its share of the next unit, because the weights of this one are in the cache.
+inline void LookAhead(TileArgs* tile, int64_t number, int64_t tiles) {
+  const int64_t share = number == 0 ? 0 : tile->next_bytes / (tiles - 1);
+  tile->ahead = number == 0 ? tile->weight + kAhead : tile->next + (number - 1) * share;
+  tile->ahead_stride = number == 0 ? tile->panel_bytes : tile->next_bytes;
+  tile->ahead_step = number == 0 ? kLine : share * kLine / tile->panel_bytes;
+}
+
 // Multiplies rows [begin, end) of x by `panels` panels, the first of which is that of `column`.
 template <class T, class Weight>
 void MultiplyUnit(const QuantizedArgs& args, const QuantizedLayout& layout, TileArgs tile, int64_t panels,
@@ -98,10 +107,12 @@ void MultiplyUnit(const QuantizedArgs& args, const QuantizedLayout& layout, Tile
   while (panels > 0) {
     const int64_t step = args.rows > kStreamRows && panels >= kTilePanels ? kTilePanels : 1;
     for (int64_t row = begin; row < end; row += kTileRows) {
+      LookAhead(&tile, (row - begin) / kTileRows, Pieces(end - begin, kTileRows));
       step == kTilePanels ? MultiplyRows<T, Weight, kTilePanels>(args, layout, tile, row, column)
                           : MultiplyRows<T, Weight, 1>(args, layout, tile, row, column);
     }
     tile.weight += step * tile.panel_bytes;
+    tile.next += step * tile.next_bytes;
     if (Weight::kGrouped) tile.weight_scales += step * tile.scales_stride;
     if (tile.offsets != nullptr) tile.offsets += step * tile.scales_stride;
     panels -= step, column += step * kPanelOutputs;
@@ -142,6 +153,8 @@ void MultiplyPanels(const QuantizedArgs& args, const QuantizedLayout& layout, in
       TileArgs tile{};
       tile.weight = args.weight + panel * packed_bytes;
       tile.panel_bytes = packed_bytes;
+      tile.next = tile.weight + panels * packed_bytes;
+      tile.next_bytes = packed_bytes;
       tile.scales_stride = layout.blocks * kPanelOutputs;
       tile.levels = kQuantizedLevels[args.levels];
       tile.zero_points = args.zero_points;
@@ -153,9 +166,11 @@ void MultiplyPanels(const QuantizedArgs& args, const QuantizedLayout& layout, in
         tile.panel_bytes = layout.quads * kLine;
       }
       const int64_t column = panel * kPanelOutputs;
-      args.f16_scales         ? MultiplyScaled<T, f16>(args, layout, tile, panels, column, row, row_end)
-      : !HasBlockScales(args) ? MultiplyUnit<T, Bytes<void>>(args, layout, tile, panels, column, row, row_end)
-                              : MultiplyScaled<T, bf16>(args, layout, tile, panels, column, row, row_end);
+      switch (args.scales) {
+        case Scales::kOfOutputs: MultiplyUnit<T, Bytes<void>>(args, layout, tile, panels, column, row, row_end); break;
+        case Scales::kBf16OfBlocks: MultiplyScaled<T, bf16>(args, layout, tile, panels, column, row, row_end); break;
+        case Scales::kF16OfBlocks: MultiplyScaled<T, f16>(args, layout, tile, panels, column, row, row_end); break;
+      }
     }
   }
 }

@@ -23,22 +23,26 @@ namespace peak {
 constexpr int64_t kPanelOutputs = 16;
 constexpr int64_t kMaxBlock = 128;
 
+// The scales of a weight, in the order of SCALE_DTYPES of kernels/ops/quantize.py: float (n), one for an output; or
+// bf16 or f16 (panels, blocks, kPanelOutputs), one for a block.
+enum class Scales : int { kOfOutputs, kBf16OfBlocks, kF16OfBlocks };
+
 struct QuantizedMatrix {
   DType dtype;  // of x, bias and y
   int bits;     // of a weight: 8 or 4
   int64_t n, k;
   int64_t block;  // inputs that share a scale of x, and one of W if it has several: a multiple of 8 up to kMaxBlock
   const uint8_t* weight;  // (panels, k rounded up to 8 / (4 or 8), kPanelOutputs, 4)
-  const void* scale;      // 8 bits: float (n); 4 bits: bf16 (panels, blocks, kPanelOutputs)
-  bool f16_scales = false;      // scale is f16 (panels, blocks, kPanelOutputs), for 8 bits too
-  const f16* offset = nullptr;  // as such scales: offsets or zero points
+  const void* scale;
+  Scales scales;                // of `scale`; 4 bits have scales of blocks
+  const f16* offset = nullptr;  // with f16 scales, as these: offsets or zero points
   bool zero_points = false;     // offset has zero points
   int levels = 0;               // 4 bits: the row of kQuantizedLevels
   // (k): input i of the weight multiplies input order[i] of x, a permutation; null: each the same.
   const int32_t* order = nullptr;
 };
-PEAK_FIELDS(QuantizedMatrix, dtype, bits, n, k, block, weight, scale)
-PEAK_OPTIONAL_FIELDS(QuantizedMatrix, f16_scales, offset, zero_points, levels, order)
+PEAK_FIELDS(QuantizedMatrix, dtype, bits, n, k, block, weight, scale, scales)
+PEAK_OPTIONAL_FIELDS(QuantizedMatrix, offset, zero_points, levels, order)
 
 struct QuantizedArgs : QuantizedMatrix {
   using Base = QuantizedMatrix;

@@ -22,8 +22,7 @@ constexpr int64_t kPackedRows = 32;
 
 inline int64_t Pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Whether each block of inputs of an output has a scale; else an output has one.
-inline bool HasBlockScales(const QuantizedMatrix& matrix) { return matrix.f16_scales || matrix.bits == 4; }
+inline bool HasBlockScales(const QuantizedMatrix& matrix) { return matrix.scales != Scales::kOfOutputs; }
 
 // The arrays of the scratch. With scratch == nullptr only `size` is valid.
 struct QuantizedLayout {

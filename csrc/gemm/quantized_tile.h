@@ -5,6 +5,7 @@ constexpr int kPanelVecs = kPanelOutputs / kLanes;
 // The sums of a tile take most of the registers. With 16 registers a tile has one panel and half the rows.
 constexpr int kTilePanels = kLanes == 16 ? kUnitPanels : 1;
 constexpr int kMostRows = kLanes == 16 ? kTileRows : kTileRows / 2;
+constexpr int64_t kAhead = 1024;  // bytes from the line that is read to the one that is prefetched
 
 // Formats of a panel's weights: the number of quads of inputs in a line, and the type of the scales of blocks, if any.
 template <class S>
@@ -40,13 +41,17 @@ struct TileArgs {
   const f16* offsets;             // as weight_scales, or null
   bool zero_points;               // of `offsets`
   int64_t scales_stride;          // between panels
+  const uint8_t* next;            // the same panels of the next unit, as they are stored
+  int64_t next_bytes;             // of such a panel
+  // What is prefetched with each line: a line of each panel. The panels are ahead_stride bytes apart.
+  const uint8_t* ahead;
+  int64_t ahead_stride, ahead_step;
 };
 
 // sums[kRows][kPanels * kPanelOutputs] = Q(x) W^T, without the scales of outputs.
 template <class Weight, int kRows, int kPanels>
 void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t quads, float* sums) {
   constexpr int kVecs = kPanels * kPanelVecs;
-  constexpr int64_t kAhead = 1024;  // prefetch distance in each panel, in bytes
   Weight weights;
   weights.table = LoadTable(tile.levels);
   const int64_t rows = tile.rows, panel_bytes = tile.panel_bytes;
@@ -58,7 +63,7 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
   const Scale* weight_scales = reinterpret_cast<const Scale*>(tile.weight_scales);
   [[maybe_unused]] const f16* offsets = tile.offsets;
   [[maybe_unused]] const float* totals = tile.totals;
-  const uint8_t* const last = w + panel_bytes - kAhead;  // from here on the next panels are prefetched
+  const uint8_t* ahead = tile.ahead;
   // All loops over both arrays of sums are unrolled: otherwise GCC 12 keeps the inner sums in memory.
   Vec total[kRows][kVecs];
 #pragma GCC unroll 8
@@ -74,11 +79,10 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) acc[i][v] = SetInts(starts[i]);
     }
-    for (int64_t line = std::min(block_quads, quads) / Weight::kLineQuads; line > 0; --line, w += kLine) {
+    for (int64_t line = std::min(block_quads, quads) / Weight::kLineQuads; line > 0; --line) {
       Quads lines[kVecs];
-      const uint8_t* const next = w + kAhead + (w < last ? 0 : (kPanels - 1) * panel_bytes);
       for (int p = 0; p < kPanels; ++p) {
-        __builtin_prefetch(next + p * panel_bytes);
+        __builtin_prefetch(kPanels == 1 ? w + kAhead : ahead + p * tile.ahead_stride);
         for (int v = 0; v < kPanelVecs; ++v) {
           lines[p * kPanelVecs + v] = LoadQuads(w + p * panel_bytes + v * kLanes * 4);
         }
@@ -93,6 +97,8 @@ void Tile(const TileArgs& tile, int64_t blocks, int64_t block_quads, int64_t qua
           for (int v = 0; v < kVecs; ++v) acc[i][v] = DotQuads(acc[i][v], right[v], left);
         }
       }
+      w += kLine;
+      if constexpr (kPanels > 1) ahead += tile.ahead_step;
     }
     [[maybe_unused]] Vec groups[kVecs];
     if constexpr (Weight::kGrouped) {

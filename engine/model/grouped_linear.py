@@ -11,7 +11,7 @@ from torch import Tensor
 from peakgpt.engine.model.plain import fusable
 from peakgpt.engine.model.quantized_linear import QuantizedExpertLinear, QuantizedLinear
 from peakgpt.kernels.ops.linear_grouped import linear_grouped
-from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, pack_grouped, unpack_grouped
+from peakgpt.kernels.ops.quantize import BLOCK, LEVEL_TABLES, SCALE_DTYPES, pack_grouped, unpack_grouped
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,5 @@ class GroupedExpertLinear(QuantizedExpertLinear):
 
 
 def _product_fields(form: GroupedFormat, scale: Tensor) -> dict[str, Any]:
-    levels, is_half = list(LEVEL_TABLES).index(form.levels), scale.dtype == torch.float16
-    return {"bits": form.bits, "block": form.group, "f16_scales": is_half, "levels": levels,
-            "zero_points": form.zero_points}  # fmt: skip
+    return {"bits": form.bits, "block": form.group, "scales": SCALE_DTYPES.index(scale.dtype),
+            "levels": list(LEVEL_TABLES).index(form.levels), "zero_points": form.zero_points}  # fmt: skip

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peakgpt.engine.model.plain import fusable
+from peakgpt.kernels.ops.linear_grouped import linear_grouped
 from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
-from peakgpt.kernels.ops.quantize import BLOCK, check_group, pack_4, pack_8
+from peakgpt.kernels.ops.quantize import BLOCK, SCALE_DTYPES, check_group, pack_8, pack_grouped
 
 HEAD, EMBEDDING = "lm_head", "transformer.wte"
 
@@ -21,22 +22,32 @@ class Format:
 
     Args:
         bits: 8 or 4.
-        group: number of neighboring inputs that share a scale, with 4 bits.
+        group: number of neighboring inputs that share a scale.
+        row_scales: weights of 8 bits have one scale for each output, as older folders have them; then the inputs
+            share one in blocks of 128.
     Raises:
         ValueError: other bits, or a group that the kernels do not support.
     """
 
     bits: int
     group: int = 64
+    row_scales: bool = False
 
     def __post_init__(self):
         if self.bits not in (8, 4) or not isinstance(self.bits, int):
             raise ValueError(f"quantize: bits is {self.bits!r}, expected 8 or 4")
+        if not isinstance(self.row_scales, bool):
+            raise ValueError(f"quantize: row_scales is {self.row_scales!r}, expected true or false")
         check_group("quantize", self.group)
 
     def of(self, module: str) -> Format:
         """Return the format of one module's weight: the head and a tied embedding always have 8 bits."""
-        return Format(8) if module in (HEAD, EMBEDDING) else self
+        return replace(self, bits=8) if module in (HEAD, EMBEDDING) else self
+
+    @property
+    def weight_group(self) -> int | None:
+        """The number of inputs that share a scale of the weight, None: all."""
+        return None if self.bits == 8 and self.row_scales else self.group
 
 
 class _WithoutGradients(torch.autograd.Function):
@@ -78,7 +89,8 @@ class _Quantized(nn.Module):
     @property
     def product_fields(self) -> dict[str, Any]:
         """The fields of QuantizedMatrix (csrc/gemm/quantized.h) that the format decides, besides the tensors."""
-        return {"bits": self.form.bits, "block": BLOCK if self.form.bits == 8 else self.form.group}
+        return {"bits": self.form.bits, "block": self.form.weight_group or BLOCK,
+                "scales": SCALE_DTYPES.index(self.scale.dtype)}  # fmt: skip
 
     def _apply(self, fn, recurse=True):
         """Move as torch does, but keep the dtype of the scales when the model is cast."""
@@ -102,7 +114,7 @@ class QuantizedLinear(_Quantized):
         """
         super().__init__()
         self.in_features, self.out_features, self.form = inputs, q.shape[0], form
-        w, scale = (pack_8(q), scale) if form.bits == 8 else pack_4(q, scale)
+        w, scale = (pack_8(q), scale) if form.weight_group is None else pack_grouped(q, scale, None)[:2]
         self.register_buffer("weight", w)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
@@ -145,6 +157,8 @@ class QuantizedExpertLinear(_Quantized):
 def _product(
     form: Format, out: int, x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None, activation: str = "none"
 ) -> Tensor:  # fmt: skip
-    if form.bits == 8:
+    if form.weight_group is None:
         return linear_q8(x, w, scale, b, activation=activation)
+    if form.bits == 8:
+        return linear_grouped(x, w, scale, None, b, out=out, bits=8, group=form.group, activation=activation)
     return linear_q4(x, w, scale, b, out=out, group=form.group, activation=activation)

@@ -10,8 +10,8 @@ from peakgpt.kernels.cpu.linear_q8 import multiply, scale_objection
 from peakgpt.kernels.ops.quantize import LEVEL_TABLES
 
 
-def objection(x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None, *_, bits: int = 4, **__) -> str | None:
-    if scale.dtype == torch.bfloat16 and bits == 4 and offset is None:
+def objection(x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None, *_, **__) -> str | None:
+    if scale.dtype == torch.bfloat16 and offset is None:
         return dtype_objection(x)
     wrong = [part for part in (scale, offset) if part is not None and part.dtype != torch.float16]
     return scale_objection(wrong[0], torch.float16) if wrong else dtype_objection(x)
@@ -21,5 +21,5 @@ def forward(outputs, saved, x, w, scale, offset, b, order, *, out, bits, group, 
     if order is not None and order.numel() and not 0 <= order.min() <= order.max() < order.numel():
         raise ValueError(f"linear_grouped: order has {order.min()} to {order.max()}, expected 0 to {order.numel() - 1}")
     multiply(bits, outputs[0], x, w, scale, b, group, activation,
-             f16_scales=scale.dtype == torch.float16, offset=offset, zero_points=zero_points,
+             offset=offset, zero_points=zero_points,
              levels=list(LEVEL_TABLES).index(levels), order=order)  # fmt: skip

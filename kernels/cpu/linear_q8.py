@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peakgpt.kernels.cpu.ext import _C, DTYPES, dtype_objection, rows, threads
 from peakgpt.kernels.cpu.gemm import ACTIVATIONS
-from peakgpt.kernels.ops.quantize import BLOCK
+from peakgpt.kernels.ops.quantize import BLOCK, SCALE_DTYPES
 
 
 def objection(x: Tensor, w: Tensor, scale: Tensor, *_, **__) -> str | None:
@@ -40,6 +40,7 @@ def multiply(
         block=block,
         weight=w,
         scale=scale,
+        scales=SCALE_DTYPES.index(scale.dtype),
         rows=x.shape[0],
         x=x,
         x_row=x.stride(0),

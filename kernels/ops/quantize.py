@@ -1,6 +1,7 @@
 """Quantization formats in plain torch: int8 weights, 4-bit weights, and int8 inputs.
 
-    8 bits   w = s q            q = round(w / s), s = max|w| / 127 per row (output)        8 bits per weight
+    8 bits   w = s q            s per group of a row's inputs, with the least square error   8 + 16 / group bits
+             w = s q            s = max|w| / 127 per row (output): older folders             8 bits
     4 bits   w = s LEVELS[q]    s per group of a row's inputs, with the least square error   4 + 16 / group bits
     inputs   x = s q            q = round(x / s), s = max|x| / 127 per block of a row
     groups   w = s q + m, or w = s TABLE[q] + m   s, m per group of a row's inputs: the formats of .gguf files
@@ -13,6 +14,13 @@ square of the weights, for normal weights and for Student's t with 5 degrees of 
     LEVELS, groups of 32                           4.5                    7.4 and 8.6 %
     evenly spaced levels, offset, groups of 64     4.5                    8.2 and 10.1 %
     llama.cpp's Q4_0                               4.5                    8.6 and 10.8 %
+
+The same of 8 bits, for rows of 2048 inputs:
+
+    one scale for each row                         8.02 bits per weight   0.83 and 1.7 %
+    groups of 128                                  8.125                  0.62 and 0.93 %
+    groups of 64                                   8.25                   0.56 and 0.78 %
+    groups of 32                                   8.5                    0.49 and 0.64 %
 
 LEVELS are those of llama.cpp's IQ4_NL (kvalues_iq4nl in ggml-common.h). Levels at the quantiles of a distribution are
 the idea of NF4: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, "QLoRA", arXiv:2305.14314, section 3.
@@ -39,32 +47,47 @@ LEVEL_TABLES = {  # of 4-bit weights, in the order of kQuantizedLevels of csrc/g
     "fp4": (0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12),
 }
 GROUPS = (32, 64, 128)
-BLOCK = 128  # inputs that share a scale with 8-bit weights; with 4-bit weights the weights' group is used
+BLOCK = 128  # inputs that share a scale in linear_q8; in the other products those of a group of the weight
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Scales of csrc/gemm/quantized.h
 PANEL = 16  # kPanelOutputs in csrc/gemm/quantized.h
 _LINE = 8  # inputs are padded to a multiple of this
 _SEARCHED = 1 << 12  # groups searched at once: their temporaries stay in the cache
 _MOST_HALVES = 256  # beyond it every x has the first or the last level
+_SHIFTS = range(-1, 6)  # of the bits of a scale: a step is 0.4 to 0.8 %
 _SHRINK = tuple(0.75 + 0.025 * i for i in range(15))  # times the scale that maps the largest weight to the last level
 
 
-def quantize_8(w: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_8(w: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     """Quantize a weight to int8, symmetrically.
 
     Args:
         w: (F, C) floating.
+        group: number of neighboring inputs that share a scale, one of GROUPS; C need not be a multiple. None: all.
     Returns:
-        q (F, C) int8 in -127..127, scale (F,) float32.
+        q (F, C) int8 in -127..127; scale (F, ceil(C / group)) bfloat16, or (F,) float32 without a group.
     Raises:
-        ValueError: w is not a floating matrix with finite values.
+        ValueError: w is not a floating matrix with finite values, or the group is unknown.
     """
     w = _matrix(w)
-    scale = w.abs().amax(1) / 127 if w.numel() else w.new_zeros(w.shape[0])
-    q = (w / scale.clamp(min=1e-30)[:, None]).round_()
-    return q.clamp_(-127, 127).to(torch.int8), scale
+    if group is None:
+        scale = w.abs().amax(1) / 127 if w.numel() else w.new_zeros(w.shape[0])
+        return _nearest(w, scale[:, None]), scale
+    check_group("quantize", group)
+    rows, width = w.shape
+    groups = F.pad(w, (0, -width % group)).view(-1, group)  # (F G, group)
+    q = torch.empty(groups.shape, dtype=torch.int8, device=w.device)
+    scale = torch.empty(groups.shape[0], dtype=torch.bfloat16, device=w.device)
+    with torch_threads(1):
+        for part in _parts_of(groups):
+            scale[part] = _best_scales(groups[part])
+            q[part] = _nearest(groups[part], scale[part].float()[:, None])
+    return q.view(rows, -1)[:, :width].contiguous(), scale.view(rows, -(-width // group))
 
 
-def dequantize_8(q: Tensor, scale: Tensor) -> Tensor:
-    """Invert `quantize_8`: the weight (F, C) in the scale's dtype."""
+def dequantize_8(q: Tensor, scale: Tensor, group: int | None = None) -> Tensor:
+    """Invert `quantize_8`: the weight (F, C) in float32, or in float64 if the scale is float64."""
+    if group is not None:
+        return dequantize_grouped(q, scale, None, q.shape[1], group)
     return q.to(scale.dtype) * scale[:, None]
 
 
@@ -86,10 +109,8 @@ def quantize_4(w: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
     groups = F.pad(w, (0, -width % group)).view(-1, group)  # (F G, group)
     index = torch.empty(groups.shape, dtype=torch.uint8, device=w.device)
     scale = torch.empty(groups.shape[0], dtype=torch.bfloat16, device=w.device)
-    # Hundreds of short operators: more threads gain little, and each operator waits for a thread without a core.
     with torch_threads(1):
-        for begin in range(0, groups.shape[0], _SEARCHED):
-            part = slice(begin, begin + _SEARCHED)
+        for part in _parts_of(groups):
             index[part], scale[part] = _best_levels(groups[part])
     index = F.pad(index.view(rows, -1)[:, :width], (0, width % 2))
     return index[:, 0::2] | index[:, 1::2] << 4, scale.view(rows, -1)
@@ -210,6 +231,36 @@ def _indices(q: Tensor) -> Tensor:
 
 
 # ---- rounding to levels ----
+
+
+# Searches run on one thread: they are hundreds of short operators, so more threads gain little, and each operator waits
+# for a thread without a core.
+def _parts_of(groups: Tensor) -> list[slice]:
+    return [slice(begin, begin + _SEARCHED) for begin in range(0, groups.shape[0], _SEARCHED)]
+
+
+def _nearest(w: Tensor, scale: Tensor) -> Tensor:
+    return _steps(w, scale).to(torch.int8)
+
+
+def _steps(w: Tensor, scale: Tensor) -> Tensor:
+    """Return the integers of -127 to 127 nearest to w / scale, in w's dtype."""
+    return (w / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-127, 127)
+
+
+def _best_scales(groups: Tensor) -> Tensor:
+    """Search the bfloat16 numbers near max|w| / 127 for the least square error: groups (N, group) -> (N,)."""
+    nearest = (groups.abs().amax(1, keepdim=True) / 127).bfloat16()
+    least = groups.new_full(nearest.shape, float("inf"))
+    scale, unit = torch.zeros_like(nearest), torch.where(nearest == 0, 1.0, nearest.float())
+    steps = groups / unit  # so that no square overflows
+    for shift in _SHIFTS:
+        candidate = (nearest.view(torch.int16) + shift).clamp_(min=0).view(torch.bfloat16)
+        ratio = candidate / unit
+        error = _steps(steps, ratio).mul_(ratio).sub_(steps).square_().sum(1, keepdim=True)
+        better = error < least
+        least, scale = torch.where(better, error, least), torch.where(better, candidate, scale)
+    return scale[:, 0]
 
 
 def _matrix(w: Tensor) -> Tensor:

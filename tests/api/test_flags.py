@@ -108,7 +108,6 @@ def test_a_resumed_run_takes_or_refuses_each_flag(action, tmp_path, capsys):
           for f in ("top-k", "top-p", "min-p", "seed")),
         (["score", "M", "--text", "x", "--context", "y"], "context"),
         *((["score", "M", "--continuation", "x", f"--{f}", "9"], f) for f in ("window", "stride")),
-        (["quantize", "M", "OUT", "--bits", "8", "--group", "32"], "group"),
     ],
 )
 def test_a_flag_that_a_mode_would_ignore_is_refused(argv, flag, capsys):

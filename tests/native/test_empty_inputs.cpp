@@ -43,7 +43,8 @@ PEAK_TEST(kernels_accept_empty_tensors) {
       static_cast<QuantizedMatrix&>(no_rows) = {.dtype = dtype, .bits = 8, .n = 3, .k = 5, .block = 128};
       LinearQuantized(no_rows, threads);
       LinearQuantized(no_rows, nullptr, threads);
-      static_cast<QuantizedMatrix&>(no_outputs) = {.dtype = dtype, .bits = 4, .k = 5, .block = 64};
+      static_cast<QuantizedMatrix&>(no_outputs) = {.dtype = dtype, .bits = 4, .k = 5, .block = 64,
+                                                      .scales = Scales::kBf16OfBlocks};
       no_outputs.rows = 3;
       LinearQuantized(no_outputs, threads);
       Rotary({.dtype = dtype, .heads = 3, .width = 8, .pairs = 4, .rotated_heads = 2}, threads);

@@ -119,7 +119,8 @@ PEAK_TEST(quantized_experts_have_the_bits_of_single_products) {
       const int64_t blocks = (k + kBlock - 1) / kBlock, octets = (k + 7) / 8;
       QuantizedExpertsMatrix matrix{};
       matrix.dtype = DType::kFloat32, matrix.bits = kind == k8 ? 8 : 4, matrix.n = kN, matrix.k = k;
-      matrix.block = kBlock, matrix.f16_scales = kind == k4WithOffsets;
+      matrix.block = kBlock;
+      matrix.scales = kind == k8 ? Scales::kOfOutputs : kind == k4 ? Scales::kBf16OfBlocks : Scales::kF16OfBlocks;
       matrix.weight = reinterpret_cast<const uint8_t*>(weights.data()), matrix.scale = scales.data();
       if (kind == k4WithOffsets) matrix.offset = reinterpret_cast<const f16*>(shifts.data());
       matrix.weight_group = kPanels * octets * (kind == k8 ? 128 : 64);

@@ -33,6 +33,7 @@ struct Weight {
   int bits;
   int64_t n, k, block;
   int levels;  // with f16 scales and offsets, the row of kLevels; else -1
+  Scales scales;
   bool zero_points;  // the offsets are zero points, and the weight's inputs have an order of their own
   std::vector<int32_t> order;
   std::vector<double> values, sizes;  // (n, k): values, and sums of the absolute values of their two terms
@@ -41,11 +42,13 @@ struct Weight {
   Buffer<bf16> scale_4, offset;  // with levels, the bits of f16
 
   Weight(int bits, int64_t n, int64_t k, int64_t block, Placer& place, Random& random, int levels = -1,
-         bool zero_points = false)
-      : bits(bits), n(n), k(k), block(block), levels(levels), zero_points(zero_points), values(n * k), sizes(n * k),
+         bool zero_points = false, Scales of_8_bits = Scales::kOfOutputs)
+      : bits(bits), n(n), k(k), block(block), levels(levels),
+        scales(levels >= 0 ? Scales::kF16OfBlocks : bits == 4 ? Scales::kBf16OfBlocks : of_8_bits),
+        zero_points(zero_points), values(n * k), sizes(n * k),
         panels(place.In<bf16>(Pieces(n, 16) * Pieces(k, 8) * (bits == 8 ? 64 : 32))),
-        scale_8(place.In<float>(bits == 8 ? n : 0)),
-        scale_4(place.In<bf16>(bits == 4 || levels >= 0 ? Pieces(n, 16) * Pieces(k, block) * 16 : 0)),
+        scale_8(place.In<float>(scales == Scales::kOfOutputs ? n : 0)),
+        scale_4(place.In<bf16>(scales != Scales::kOfOutputs ? Pieces(n, 16) * Pieces(k, block) * 16 : 0)),
         offset(place.In<bf16>(levels >= 0 ? scale_4.count() : 0)) {
     for (int64_t i = 0; i < panels.count(); ++i) panels[i] = {static_cast<uint16_t>(random.Bits())};
     scale_8.FillNormal(random);
@@ -76,7 +79,7 @@ struct Weight {
   int64_t Group(int64_t j, int64_t b) const { return (j / 16 * Pieces(k, block) + b) * 16 + j % 16; }
   double Scale(int64_t j, int64_t b) const {
     if (levels >= 0) return Half(scale_4.data()[Group(j, b)].bits);
-    return bits == 8 ? scale_8.At(j) : scale_4.At(Group(j, b));
+    return scales == Scales::kOfOutputs ? scale_8.At(j) : scale_4.At(Group(j, b));
   }
   double Offset(int64_t j, int64_t b) const { return levels < 0 ? 0.0 : Half(offset.data()[Group(j, b)].bits); }
   // Returns the level of a weight.
@@ -91,8 +94,8 @@ struct Weight {
     QuantizedArgs args{};
     static_cast<QuantizedMatrix&>(args) = {
         .dtype = kDtype<T>, .bits = bits, .n = n, .k = k, .block = block, .weight = Bytes(),
-        .scale = bits == 8 && levels < 0 ? static_cast<const void*>(scale_8.data()) : scale_4.data(),
-        .f16_scales = levels >= 0, .offset = levels < 0 ? nullptr : reinterpret_cast<const f16*>(offset.data()),
+        .scale = scales == Scales::kOfOutputs ? static_cast<const void*>(scale_8.data()) : scale_4.data(),
+        .scales = scales, .offset = levels < 0 ? nullptr : reinterpret_cast<const f16*>(offset.data()),
         .zero_points = zero_points, .levels = std::max(levels, 0), .order = zero_points ? order.data() : nullptr};
     args.rows = rows, args.x = x, args.x_row = k, args.y = y, args.y_row = n;
     return args;
@@ -127,21 +130,23 @@ std::vector<double> Rounded(const Buffer<T>& x, int64_t rows, int64_t row, const
 PEAK_TEST(quantized_product_equals_double_precision) {
   ForEachDtype([&](auto element) {
     using T = decltype(element);
-    // With f16 scales ten times the bits, plus the table of levels, plus 100 with zero points and an order.
-    for (const int kind : {8, 4, 80, 40, 41, 42, 43, 141, 180}) {
+    // 88: 8 bits with bf16 scales. With f16 scales ten times the bits, plus the table of levels, plus 100 with zero points
+    // and an order.
+    for (const int kind : {8, 88, 4, 80, 40, 41, 42, 43, 141, 180}) {
       const bool zero_points = kind > 100;
-      const int form = kind % 100, bits = form > 8 ? form / 10 : form, levels = form > 8 ? form % 10 : -1;
+      const int form = kind % 100, bits = form > 8 ? form / 10 : form, levels = form > 8 && form != 88 ? form % 10 : -1;
+      const Scales of_8_bits = form == 88 ? Scales::kBf16OfBlocks : Scales::kOfOutputs;
       for (const Sizes s : {Sizes{1, 1, 1}, Sizes{2, 7, 15}, Sizes{3, 8, 16}, Sizes{4, 33, 17}, Sizes{5, 64, 47},
                             Sizes{8, 65, 48}, Sizes{9, 130, 49}, Sizes{16, 32, 97}, Sizes{33, 72, 33},
                             Sizes{43, 200, 70}}) {
         for (int placement = 0; placement < kPlacements; ++placement) {
-          const int64_t block = levels >= 0 ? 16 << placement % 4 : bits == 8 ? 128 : 32 << placement % 3;
+          const int64_t block = levels >= 0 ? 16 << placement % 4 : kind == 8 ? 128 : 32 << placement % 3;
           const int64_t gap = placement;
           SetCase("kind %d %s rows %lld k %lld n %lld placement %d", kind, kName<T>, static_cast<long long>(s.rows),
                   static_cast<long long>(s.k), static_cast<long long>(s.n), placement);
           Random random(s.n + placement);
           Placer place(placement);
-          const Weight weight(bits, s.n, s.k, block, place, random, levels, zero_points);
+          const Weight weight(bits, s.n, s.k, block, place, random, levels, zero_points, of_8_bits);
           const int64_t x_row = s.k + gap, y_row = s.n + gap;
           auto x = place.In<T>(s.rows * x_row), bias = place.In<T>(s.n), y = place.Out<T>(s.rows * y_row);
           x.Fill([&](int64_t i) { return i % x_row < s.k ? random.Normal() : kNan; });
@@ -172,11 +177,12 @@ PEAK_TEST(quantized_product_equals_double_precision) {
 // A row has the same bits in a product of any number of rows: tiles of 1, 2, 4 and 8 rows, 4 bits unpacked or not.
 PEAK_TEST(quantized_row_does_not_depend_on_other_rows) {
   constexpr int64_t kRows = 45, kK = 200, kN = 70;
-  for (const int kind : {8, 4, 80, 42}) {
+  for (const int kind : {8, 88, 4, 80, 42}) {
     const int bits = kind > 8 ? kind / 10 : kind;
     Random random(bits);
     Placer place(0);
-    const Weight weight(bits, kN, kK, kind == 8 ? 128 : 64, place, random, kind > 8 ? kind % 10 : -1);
+    const Weight weight(bits, kN, kK, kind == 8 ? 128 : 64, place, random, kind > 8 && kind != 88 ? kind % 10 : -1, false,
+                        kind == 88 ? Scales::kBf16OfBlocks : Scales::kOfOutputs);
     auto x = place.In<float>(kRows * kK), all = place.Out<float>(kRows * kN), part = place.Out<float>(kRows * kN);
     x.FillNormal(random);
     LinearQuantized(weight.Times(x.data(), kRows, all.data()), 2);

@@ -1,9 +1,9 @@
 """Folders of quantized models: the family's config.json and tokenizer, with weights of 8 or 4 bits.
 
-config.json has a `quantization_config` {"quant_method": "peakgpt", "bits", "group"}, and quantised.safetensors has the
-tensors of `quantize_state`, under the model's own names. A model that was loaded from a .gguf file, GPTQ or AWQ weights
-is stored as it is: then "layers" has the format of each quantized layer, instead of "bits" and "group", and the tensors
-are those of `grouped_state`. The name is not model.safetensors, as in older folders:
+config.json has a `quantization_config` {"quant_method": "peakgpt", "bits", "group", "row_scales"}, and
+quantised.safetensors has the tensors of `quantize_state`, under the model's own names. A model that was loaded from a
+.gguf file, GPTQ or AWQ weights is stored as it is: then "layers" has the format of each quantized layer, instead of the
+other fields, and the tensors are those of `grouped_state`. The name is not model.safetensors, as in older folders:
 transformers would open that file, not find its tensors, and continue with random weights.
 """
 
@@ -130,7 +130,7 @@ def read_format(folder: Path | str) -> Format | Forms | PackedFormat | None:
         fields = {name: value for name, value in quantization.items() if name != "quant_method"}
         if "layers" in fields:
             return {name: GroupedFormat(**form) for name, form in fields["layers"].items()}
-        return Format(**fields)
+        return Format(**{"row_scales": True, **fields})  # older folders have no such field
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -42,7 +42,7 @@ def _quantize(tensor: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     if tensor.dim() == 3:  # the weights of experts
         q, scale = zip(*(_quantize(matrix, form) for matrix in tensor), strict=True)
         return torch.stack(q), torch.stack(scale)
-    return quantize_8(tensor) if form.bits == 8 else quantize_4(tensor, form.group)
+    return quantize_8(tensor, form.weight_group) if form.bits == 8 else quantize_4(tensor, form.group)
 
 
 def rounding_error(state: Mapping[str, Tensor], quantized: Mapping[str, Tensor], form: Format) -> float:
@@ -65,7 +65,9 @@ def rounding_error(state: Mapping[str, Tensor], quantized: Mapping[str, Tensor],
 
 
 def _dequantize(q: Tensor, scale: Tensor, width: int, form: Format) -> Tensor:
-    return dequantize_8(q, scale) if form.bits == 8 else dequantize_4(q, scale, width, form.group)
+    if form.bits == 8:
+        return dequantize_8(q, scale, form.weight_group)
+    return dequantize_4(q, scale, width, form.group)
 
 
 def quantized_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tuple[torch.Size, torch.dtype | None]]:
@@ -74,10 +76,10 @@ def quantized_shapes(state: Mapping[str, Tensor], form: Format) -> dict[str, tup
     for name, tensor in state.items():
         if module := _quantized_module(name, state):
             module_form, (*rows, width) = form.of(module), tensor.shape
-            is_8_bit, groups = module_form.bits == 8, -(-width // module_form.group)
-            dtype = torch.int8 if is_8_bit else torch.uint8
-            shapes[f"{module}.q"] = torch.Size((*rows, width if is_8_bit else -(-width // 2))), dtype
-            shapes[f"{module}.scale"] = torch.Size(rows if is_8_bit else (*rows, groups)), None
+            group = module_form.weight_group
+            q = (width, torch.int8) if module_form.bits == 8 else (-(-width // 2), torch.uint8)
+            shapes[f"{module}.q"] = torch.Size((*rows, q[0])), q[1]
+            shapes[f"{module}.scale"] = torch.Size(rows if group is None else (*rows, -(-width // group))), None
         else:
             shapes[name] = tensor.shape, None
     return shapes
@@ -106,7 +108,7 @@ def load_quantized(model: Transformer, tensors: Mapping[str, Tensor], form: Form
     for module in [name.removesuffix(".q") for name in tensors if name.endswith(".q")]:
         q, scale, module_form = tensors[f"{module}.q"], tensors[f"{module}.scale"], form.of(module)
         if module == EMBEDDING:
-            rest[f"{module}.weight"] = dequantize_8(q, scale).to(dtype)
+            rest[f"{module}.weight"] = dequantize_8(q, scale, module_form.weight_group).to(dtype)
             layers[HEAD] = QuantizedLinear(q, scale.clone(), None, q.shape[1], module_form)
             continue
         inputs = model.get_submodule(module).weight.shape[-1]
