@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.evaluation.metrics import CHOICES, TEXT, Answer, majority
@@ -59,8 +60,14 @@ class Evaluator:
             report: called with what the evaluator does now.
         """
         self.model, self.tokenizer, self._cache, self._report = model, tokenizer, cache, report
-        self._scorer: Scorer | None = None
-        self._engine: Engine | None = None
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        return Scorer(self.model, cache=self._cache)
+
+    @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.model, self.tokenizer, cache=self._cache)
 
     def answer(
         self, task: Task, examples: Sequence[Example], shots: Shots, reads: set[str], options: AnswerOptions
@@ -91,7 +98,6 @@ class Evaluator:
         self, examples: Sequence[Example], prompts: Sequence[str], options: AnswerOptions
     ) -> list[dict[str, float]]:
         """Return the log-probability of each choice of each example."""
-        self._scorer = self._scorer or Scorer(self.model, cache=self._cache)
         results = []
         for first in range(0, len(examples), SCORED_EXAMPLES):
             self._report(f"scored {first} of {len(examples)} examples")
@@ -101,7 +107,7 @@ class Evaluator:
                      for choice in example.choices]  # fmt: skip
             pairs = encode_pairs(self.tokenizer, texts, add_special_tokens=not options.chat)
             pairs = [self._fitted(example, *pair, options) for (example, _), pair in zip(owners, pairs, strict=True)]
-            scores = iter(self._scorer.score(pairs))
+            scores = iter(self.scorer.score(pairs))
             results += [{choice: next(scores).total for choice in example.choices} for example in examples[part]]
         return results
 
@@ -115,12 +121,11 @@ class Evaluator:
         self, task: Task, examples: Sequence[Example], prompts: Sequence[str], options: AnswerOptions
     ) -> list[tuple[str, ...]]:
         """Return the generated texts of each example."""
-        self._engine = engine = self._engine or Engine(self.model, self.tokenizer, cache=self._cache)
         count = task.max_tokens if options.max_tokens is None else options.max_tokens
         texts = [prompt.rstrip(" ") for prompt in prompts]  # the space belongs to the first token of the answer
         start = [] if options.chat else self.tokenizer.start_ids
         encoded = [start + ids for ids in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
-        limit = engine.preparation.max_length - count
+        limit = self.engine.preparation.max_length - count
         encoded = [self._cut(example, ids or self.tokenizer.context_ids, limit, f"{count} new tokens", options)
                    for example, ids in zip(examples, encoded, strict=True)]  # fmt: skip
         owners = {}
@@ -129,13 +134,13 @@ class Evaluator:
                 max_tokens=count, temperature=options.temperature, top_k=options.top_k, n=options.votes,
                 stop=task.stop_string, seed=random.Random(f"{options.seed}/{index}").getrandbits(64),
             )  # fmt: skip
-            owners[engine.submit(ids, params)] = index
-        return self._collect(engine, owners, options.votes)
+            owners[self.engine.submit(ids, params)] = index
+        return self._collect(owners, options.votes)
 
-    def _collect(self, engine: Engine, owners: dict[int, int], votes: int) -> list[tuple[str, ...]]:
+    def _collect(self, owners: dict[int, int], votes: int) -> list[tuple[str, ...]]:
         """Run the engine; return the texts of each prompt. `owners` maps ids of requests to prompts."""
         texts, ended = [[""] * votes for _ in owners], 0
-        for output in engine.outputs():
+        for output in self.engine.outputs():
             if output.error:
                 raise output.error
             texts[owners[output.request_id]][output.index] += output.text
