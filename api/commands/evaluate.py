@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from peakgpt.engine.evaluation.task import Example, Shots, Task
 from peakgpt.engine.evaluation.task_file import SUFFIXES, read_task
 from peakgpt.engine.gpt import GPT
 from peakgpt.engine.inference.kv_cache import CACHE_DTYPES
+from peakgpt.engine.training.run_folder import default_run_folder
 from peakgpt.engine.training.train_config import best_dtype
 from peakgpt.heartbeat import enter_phase
 from peakgpt.kernels.command_line import MAX_SEED, integer, number, refuse_ignored
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"{', '.join(SUFFIXES)} file (docs/evaluate.md), or a task or group of lm-eval; may be "
                         "repeated")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="new folder of results.json and samples (default evaluations/DATE-TIME)")  # fmt: skip
+                        help="new folder of results.json and samples (default runs/evaluate-DATE-TIME)")  # fmt: skip
     parser.add_argument("--shots", type=integer(0), metavar="K",
                         help="examples with answers in each prompt (default 0; lm-eval: as the task says)")  # fmt: skip
     parser.add_argument("--shots-from", type=Path, metavar="FILE",
@@ -106,15 +106,17 @@ class PlannedTask:
 
 def run(args: argparse.Namespace) -> int:
     names = [name for name in args.task if Path(name).suffix not in SUFFIXES]
+    _refuse_ignored(args, names)
     options = _options(args)
     plans = _plans(args, options.seed)
-    _refuse_ignored(args, plans, names)
+    if not any(TEXT in plan.reads for plan in plans):
+        refuse_ignored(args, OF_TEXT, f"with tasks whose choices are scored, expected --output-type {TEXT} too")
     harness = _harness() if names else None
     if args.corpus:
         _corpus(args)  # raises before the model is loaded
     device = choose_device(args.device)
     dtype = best_dtype(device) if args.dtype == "best" else torch.float32
-    with _new_folder(args.out or Path("evaluations", time.strftime("%Y%m%d-%H%M%S"))) as folder:
+    with _new_folder(args.out) as folder:
         overlaps = [None] * len(plans)
         if args.corpus and plans:
             texts = [[(example.name, example.text) for example in plan.examples] for plan in plans]
@@ -179,7 +181,7 @@ def _options(args: argparse.Namespace) -> AnswerOptions:
                          max_tokens=args.max_tokens, truncate=bool(args.truncate), seed=args.seed or 0)  # fmt: skip
 
 
-def _refuse_ignored(args: argparse.Namespace, plans: Sequence[PlannedTask], names: Sequence[str]) -> None:
+def _refuse_ignored(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Refuse flags without effect; `names` are tasks of lm-eval."""
     if names:
         refuse_ignored(args, OF_FILES, f"with the task {names[0]} of lm-eval, expected it with task files only")
@@ -189,8 +191,6 @@ def _refuse_ignored(args: argparse.Namespace, plans: Sequence[PlannedTask], name
         refuse_ignored(args, ("shots_from",), "without --shots, expected both")
     if args.corpus is None:
         refuse_ignored(args, ("field",), "without --corpus, expected both")
-    if not any(TEXT in plan.reads for plan in plans):
-        refuse_ignored(args, OF_TEXT, f"with tasks whose choices are scored, expected --output-type {TEXT} too")
 
 
 def _harness() -> Any:
@@ -201,11 +201,16 @@ def _harness() -> Any:
 
 
 @contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder, which is removed again if nothing is written into it."""
-    if folder.exists():
-        raise ValueError(f"--out: got an existing {folder}, expected a new folder")
-    made = make_folders(folder)
+def _new_folder(out: Path | None) -> Iterator[Path]:
+    """Make a folder, by default runs/evaluate-DATE-TIME; it is removed again if nothing was written into it."""
+    default = default_run_folder("evaluate")
+    names = [out] if out else (default, *(default.with_name(f"{default.name}-{number}") for number in range(2, 1000)))
+    for folder in names:
+        made = make_folders(folder)
+        if folder in made:
+            break
+    else:
+        raise ValueError(f"--out: got the existing {folder}, expected a new folder")
     try:
         yield folder
     except BaseException:

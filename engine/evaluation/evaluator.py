@@ -114,8 +114,9 @@ class Evaluator:
     def _fitted(
         self, example: Example, context: list[int], continuation: list[int], options: AnswerOptions
     ) -> tuple[list[int], list[int]]:
-        limit = self.model.config.block_size + 1 - len(continuation)
-        return self._cut(example, context, limit, f"a choice of {len(continuation)} tokens", options), continuation
+        rest = f"a choice of {len(continuation)} tokens"
+        total = self.model.config.block_size + 1  # the last token of a choice is not read
+        return self._cut(example, context, total, len(continuation), rest, options), continuation
 
     def _generate(
         self, task: Task, examples: Sequence[Example], prompts: Sequence[str], options: AnswerOptions
@@ -125,8 +126,8 @@ class Evaluator:
         texts = [prompt.rstrip(" ") for prompt in prompts]  # the space belongs to the first token of the answer
         start = [] if options.chat else self.tokenizer.start_ids
         encoded = [start + ids for ids in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
-        limit = self.engine.preparation.max_length - count
-        encoded = [self._cut(example, ids or self.tokenizer.context_ids, limit, f"{count} new tokens", options)
+        total, rest = self.engine.preparation.max_length, f"{count} new tokens"
+        encoded = [self._cut(example, ids or self.tokenizer.context_ids, total, count, rest, options)
                    for example, ids in zip(examples, encoded, strict=True)]  # fmt: skip
         owners = {}
         for index, ids in enumerate(encoded):
@@ -148,9 +149,15 @@ class Evaluator:
             self._report(f"generated {ended} of {votes * len(owners)} texts")
         return [tuple(row) for row in texts]
 
-    def _cut(self, example: Example, ids: list[int], limit: int, rest: str, options: AnswerOptions) -> list[int]:
-        """Return a prompt that fits, which loses its beginning if it may."""
+    def _cut(
+        self, example: Example, ids: list[int], total: int, reserved: int, rest: str, options: AnswerOptions
+    ) -> list[int]:  # fmt: skip
+        """Return a prompt that fits into `total` tokens with `reserved` more, which are `rest` in words.
+
+        It loses its beginning if it may.
+        """
+        limit = total - reserved
         if len(ids) > limit and not (options.truncate and limit > 0):
-            raise ValueError(f"{example.name}: got a prompt of {len(ids)} tokens, expected at most {limit} before "
-                             f"{rest}; --truncate cuts the beginning of prompts")  # fmt: skip
+            raise ValueError(f"{example.name}: got a prompt of {len(ids)} tokens and {rest}, expected at most {total} "
+                             "in all; --truncate cuts the beginning of prompts")  # fmt: skip
         return ids[-limit:]

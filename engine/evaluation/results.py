@@ -161,7 +161,7 @@ def write_results(folder: Path, settings: Mapping[str, Any], results: Sequence[T
             for sample in result.samples:
                 file.write(sample)
     plain = {name: str(value) if isinstance(value, (Path, torch.device)) else value for name, value in settings.items()}
-    content = {"settings": plain, "tasks": [_content(result) for result in results]}
+    content = {"settings": plain, "tasks": [as_json(result) for result in results]}
     try:
         write_atomically(folder / RESULTS, f"{dumps(content, indent=2)}\n".encode())
     except OSError as error:
@@ -169,7 +169,8 @@ def write_results(folder: Path, settings: Mapping[str, Any], results: Sequence[T
     return content
 
 
-def _content(result: TaskResult) -> dict[str, Any]:
+def as_json(result: TaskResult) -> dict[str, Any]:
+    """Return a result without its samples, as results.json has it."""
     content = {"name": result.name, "source": result.source, "examples": result.count, "shots": result.shots,
                "samples": result.samples_file, "notes": list(result.notes)}  # fmt: skip
     if result.overlap:
