@@ -18,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from peakgpt.engine.data.documents import json_records
 from peakgpt.engine.data.json_lines import parse_json
 from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.evaluation.metrics import METRICS
@@ -62,17 +63,12 @@ def read_task(path: Path | str) -> Task:
 
 def _read(path: Path) -> tuple[str, dict[str, Any], Rows]:
     """Return the place of the settings, the settings, and the rows of a file."""
-    try:
-        text = read_text(path)
-    except ValueError as error:
-        raise ValueError(f"task {error}") from None
     if path.suffix == ".json":
-        value = _object(str(path), parse_json(f"{path}", text))
+        value = _object(str(path), parse_json(str(path), read_text(path)))
         if not isinstance(value.get("examples"), list):
             raise ValueError(f"{path}: got fields {', '.join(value):.200}, expected a list in 'examples'")
         return str(path), value, _objects(f"{path} examples", value.pop("examples"))
-    lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows = [(place, _object(place, parse_json(place, line))) for place, line in lines]
+    rows = [(f"{path}:{number}", row) for number, row in json_records(path)]
     if rows and is_header(rows[0][1]):
         (place, settings), *rows = rows
         return place, settings, rows

@@ -59,7 +59,7 @@ def test_every_command_has_help(command, capsys):
         (["score", "FULL", "--text", "GOOD", "--context", "x"], "--context: got it without --continuation"),
         (["score", "FULL", "--continuation", "x", "--window", "8"], "--window: got it without --text"),
         (["generate", "FULL", "--file", "MISSING"], "prompt file MISSING"),
-        (["evaluate", "FULL", "--task", "MISSING.jsonl"], "task MISSING.jsonl: No such file"),
+        (["evaluate", "FULL", "--task", "MISSING.jsonl"], "MISSING.jsonl: got No such file"),
         (["train", "--resume", "FULL"], "metrics.jsonl"),
         (["train", "--resume", "MISSING"], "run folder MISSING: got no such folder"),
         (["bench", "memory_bound", "--rounds", "0"], "--rounds is 0, expected at least 1"),

@@ -73,8 +73,9 @@ HEAD = {"metrics": ["acc"]}
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("t.txt", [], "got a suffix '.txt', expected one of .json, .jsonl, .ndjson"),
-    ("t.jsonl", [], "t.jsonl: got no examples, expected at least one"),
-    ("t.jsonl", [[1]], "t.jsonl:1: got [1], expected an object"),
+    ("t.jsonl", [], "t.jsonl: got an empty file"),
+    ("t.jsonl", [{"metrics": ["acc"]}], "t.jsonl:1: got no examples, expected at least one"),
+    ("t.jsonl", [[1]], "t.jsonl:1: got list, expected a JSON object a line"),
     ("t.jsonl", [{"question": "x"}], "t.jsonl:1: got fields question, expected text in the field 'input'"),
     ("t.jsonl", [ROWS[0], {"input": " ", "target": "x"}], "t.jsonl:2: got input=' ', expected text"),
     ("t.jsonl", [{"input": "x"}], "t.jsonl:1: got fields input, expected 'target' or 'target_scores'"),
@@ -109,9 +110,9 @@ def test_wrong_files_are_one_sentence_with_the_place(name, content, message, tmp
 
 def test_damaged_json_is_named_with_its_line(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"input": "x", "target": "y"}\n{"input": ')
-    with pytest.raises(ValueError, match=r"t\.jsonl:2: got .*, expected JSON$"):
+    with pytest.raises(ValueError, match=r"t\.jsonl:2: got .*, expected a JSON object a line$"):
         read_task(tmp_path / "t.jsonl")
-    with pytest.raises(ValueError, match=r"^task .*none\.json: No such file"):
+    with pytest.raises(ValueError, match=r"none\.json: No such file"):
         read_task(tmp_path / "none.json")
 
 
