@@ -90,7 +90,7 @@ CASES = [
     ("linear_grouped", {"rows": 17, "width": 72, "out": 33, "offset": False}, {"activation": "clamped_up"}),
     ("linear_grouped", {"rows": 2, "width": 65, "out": 70, "bits": 8}, {"bits": 8}),
     ("linear_grouped", {"rows": 11, "width": 200, "out": 70, "bits": 8, "group": 64, "offset": False,
-                        "scales": "bfloat16"}, {"bits": 8, "group": 64}),
+                        "bf16_scales": True}, {"bits": 8, "group": 64}),
     ("linear_grouped", {"rows": 5, "width": 200, "out": 70, "group": 128, "zeros": True, "order": True},
      {"group": 128, "zero_points": True}),
     ("linear_grouped", {"rows": 1, "width": 129, "out": 33, "bits": 8, "group": 64, "zeros": True},

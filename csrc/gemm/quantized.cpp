@@ -91,7 +91,7 @@ void MultiplyRows(const QuantizedArgs& args, const QuantizedLayout& layout, Tile
   }
 }
 
-// Chooses what a tile prefetches while it multiplies: the first tile of rows the lines that it reads soon itself, and each
+// Chooses what a tile of several panels prefetches: the first tile of rows the lines that it reads soon itself, and each
 // other one its share of the next unit, because the weights of this one are in the cache.
 inline void LookAhead(TileArgs* tile, int64_t number, int64_t tiles) {
   const int64_t share = number == 0 ? 0 : tile->next_bytes / (tiles - 1);

@@ -5,7 +5,8 @@ constexpr int kPanelVecs = kPanelOutputs / kLanes;
 // The sums of a tile take most of the registers. With 16 registers a tile has one panel and half the rows.
 constexpr int kTilePanels = kLanes == 16 ? kUnitPanels : 1;
 constexpr int kMostRows = kLanes == 16 ? kTileRows : kTileRows / 2;
-constexpr int64_t kAhead = 1024;  // bytes from the line that is read to the one that is prefetched
+// Bytes from the line that is read to the one that is prefetched: a line takes 2 to 10 cycles, and memory some 300.
+constexpr int64_t kAhead = 4096;
 
 // Formats of a panel's weights: the number of quads of inputs in a line, and the type of the scales of blocks, if any.
 template <class S>

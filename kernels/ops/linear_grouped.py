@@ -59,7 +59,7 @@ def _cost(x, w, scale, offset=None, b=None, order=None, *, out=None, **_) -> Cos
 
 
 def _sample(rows: int = 1024, width: int = 768, out: int = 2304, bits: int = 4, group: int = 32, offset: bool = True,
-            zeros: bool = False, order: bool = False, scales: str = "float16", **like):  # fmt: skip
+            zeros: bool = False, order: bool = False, bf16_scales: bool = False, **like):  # fmt: skip
     x, b, device = torch.randn(rows, width, **like), torch.randn(out, **like), like.get("device")
     panels = -(-out // PANEL)
     w = torch.randint(1, 256, (panels, -(-width // 8) * (bits // 4), PANEL, 4), dtype=torch.uint8, device=device)
@@ -67,7 +67,7 @@ def _sample(rows: int = 1024, width: int = 768, out: int = 2304, bits: int = 4, 
     scale *= width**-0.5 / (73 if bits == 8 else 6)
     offsets = torch.randint(-8, 9, scale.shape, device=device) if zeros else -6 * scale
     order = torch.randperm(width, device=device, dtype=torch.int32) if order else None
-    return x, w, scale.to(getattr(torch, scales)), offsets.half() if offset else None, b, order
+    return x, w, scale.bfloat16() if bf16_scales else scale.half(), offsets.half() if offset else None, b, order
 
 
 def _alloc(x, w, scale, offset, b, order, *, needs, out, bits, group, levels, zero_points, activation):
