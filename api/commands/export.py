@@ -10,7 +10,7 @@ from peakgpt.engine.checkpoint.model_folder import MODEL_FILES
 from peakgpt.engine.data.gguf_vocabulary import tokenizer_metadata
 from peakgpt.engine.data.model_source import NAMES, locate
 from peakgpt.engine.data.tokenizer import END_OF_TEXT
-from peakgpt.engine.data.tokenizer_files import has_tokenizer, read_folder
+from peakgpt.engine.data.tokenizer_files import has_tokenizer, read_folder, tokenizer_folder
 from peakgpt.engine.gpt import GPT
 
 FORMATS = ("gguf",)
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import_gguf()  # raises before the model is loaded
     folder = locate(args.source, MODEL_FILES)
-    model = GPT.from_pretrained(folder, dequantize=True)
-    tokenizer = None
+    model = GPT.from_pretrained(folder, dequantize=True).merge_and_unload()
+    tokenizer, folder = None, tokenizer_folder(folder)
     if has_tokenizer(folder):
         files = read_folder(folder)
         special = {"eos_token": END_OF_TEXT, **files.special_tokens}
