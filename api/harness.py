@@ -49,7 +49,8 @@ class PeakGPT(TemplateLM):
         if device == DEFAULT_DEVICE and not torch.cuda.is_available():
             device = "cpu"
         source = locate(pretrained, MODEL_FILES)
-        self.model = GPT.from_pretrained(source, dtype=getattr(torch, dtype)).to(choose_device(device))
+        model = GPT.from_pretrained(source, dtype=getattr(torch, dtype), merge_adapter=True)
+        self.model = model.to(choose_device(device))
         self.tokens = Tokenizer.load(source)
         self.max_length = min(max_length or self.model.config.block_size, self.model.config.block_size)
         self.scorer, self._engine = Scorer(self.model), None

@@ -66,7 +66,7 @@ class GPT(Transformer):
     @classmethod
     def from_pretrained(
         cls, source: Path | str, *, dtype: torch.dtype = torch.float32, dropout: float | None = None,
-        revision: str | None = None, dequantize: bool = False,
+        revision: str | None = None, dequantize: bool = False, merge_adapter: bool = False,
     ) -> GPT:  # fmt: skip
         """Load a checkpoint in the Hugging Face layout of its family; the model is in evaluation mode.
 
@@ -84,6 +84,8 @@ class GPT(Transformer):
             revision: of a model of the hub: a branch, a tag or a commit.
             dequantize: decode the quantized weights of a .gguf file, or of an MXFP4, GPTQ or AWQ checkpoint, to this
                 dtype: to train or to export the model. Otherwise its linear layers multiply by their integers.
+            merge_adapter: of a folder with an adapter, add the adapter to the weights unless these are quantized, as
+                `merge_and_unload` does.
         Raises:
             ValueError: a missing, damaged or unsupported checkpoint; the message names file and tensor.
             OSError: a downloaded file cannot be written.
@@ -94,6 +96,8 @@ class GPT(Transformer):
             options = {"dtype": dtype, "dropout": dropout, "revision": base_revision, "dequantize": dequantize}
             model = cls.from_pretrained(base, **options)
             model.load_adapter(folder)
+            if merge_adapter:
+                attach.merge_floats(model)
             return model
         model = cls._from_folder(folder, dtype=dtype, dropout=dropout, dequantize=dequantize)
         model.name_or_path, model.revision = name_and_revision(source, revision, folder)

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peakgpt.engine.model.plain import fusable, run_linear
+from peakgpt.engine.model.plain import fusable, plain_parameters, run_linear
 from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.linear import linear
+from peakgpt.kernels.ops.linear_lora import linear_lora
 
 DEFAULT_ADAPTER = "default"
 ALL_LINEAR = "all-linear"
@@ -95,16 +97,19 @@ def _is_number(value: Any, *kinds: type) -> bool:
 class LoraWeights(nn.Module):
     """One adapter of one layer."""
 
-    def __init__(self, inputs: int, rows: Rows, config: LoraConfig, *, lora_A: nn.Parameter | None = None):
+    def __init__(
+        self, inputs: int, outputs: int, rows: Rows, config: LoraConfig, *, lora_A: nn.Parameter | None = None
+    ):  # fmt: skip
         """
         Args:
-            inputs: C.
+            inputs, outputs: C and F.
             rows: of the parts, in the output of the layer.
             config: of the adapter.
             lora_A: A of another layer, which is this one's too.
         """
         super().__init__()
         self.rows, self.scale, self.rate = rows, config.scale, config.lora_dropout
+        self.row_numbers = None if rows == ((0, outputs),) else tuple(chain.from_iterable(rows))
         self.lora_A = nn.Parameter(torch.empty(len(rows) * config.r, inputs)) if lora_A is None else lora_A
         self.lora_B = nn.Parameter(torch.empty(sum(end - begin for begin, end in rows), config.r))
 
@@ -115,21 +120,27 @@ class LoraWeights(nn.Module):
         self.lora_A.uniform_(-bound, bound)
         self.lora_B.zero_()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y, (..., F), plus the low-rank product of x, (..., C)."""
-        if self.training and self.rate:
-            x = dropout(x, p=self.rate)
+    def forward(self, base: nn.Module, x: Tensor) -> Tensor:
+        """Return base(x), (..., F), plus the low-rank product of x, (..., C)."""
+        dropped = dropout(x, p=self.rate) if self.training and self.rate else None
+        parameters = plain_parameters(base, nn.Linear)
+        if parameters is not None:
+            return linear_lora(
+                x, parameters["weight"], parameters["bias"], self.lora_A, self.lora_B, dropped, scale=self.scale,
+                rows=self.row_numbers,
+            )  # fmt: skip
+        return self._add_product(base(x), x if dropped is None else dropped)
+
+    def _add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y plus the low-rank product, for a base layer of another kind."""
         z = linear(x.to(self.lora_A.dtype), self.lora_A).mul(self.scale)
-        parts = zip(z.chunk(len(self.rows), -1), self.lora_B.split([end - begin for begin, end in self.rows]),
-                    strict=True)  # fmt: skip
-        products = [linear(part.contiguous(), b).to(y.dtype) for part, b in parts]
-        if self.rows == ((0, y.shape[-1]),):
-            return y + products[0]
         pieces, at = [], 0
-        for (begin, end), product in zip(self.rows, products, strict=True):
-            pieces += [y[..., at:begin], y[..., begin:end] + product]
+        parts = zip(self.rows, z.chunk(len(self.rows), -1), self._split_B(), strict=True)
+        for (begin, end), part, b in parts:
+            pieces += [y[..., at:begin], y[..., begin:end] + linear(part.contiguous(), b).to(y.dtype)]
             at = end
-        return torch.cat([*pieces, y[..., at:]], -1)
+        pieces = [piece for piece in (*pieces, y[..., at:]) if piece.shape[-1]]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
     def delta(self) -> Tensor:
         """Return what the adapter adds to the layer's weight, for all parts: (rows of all parts, C) float32."""
@@ -161,9 +172,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x, (..., C), to (..., F)."""
-        y = run_linear(self.base_layer, x)
         adapter = None if self.active is None else self.adapters._modules.get(self.active)
-        return y if adapter is None else adapter(x, y)
+        return run_linear(self.base_layer, x) if adapter is None else adapter(self.base_layer, x)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -224,3 +234,11 @@ def freeze_base(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter not in own:
             parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the floating parameters that do not train."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from peakgpt.engine.model.lora import has_adapters
 from peakgpt.engine.training.optimizer_state import (
     ADAMW,
     Moments,
@@ -281,9 +282,11 @@ _state_dict = getattr(torch.optim.Optimizer.state_dict, "__wrapped__", torch.opt
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two parameter groups: matrices and embeddings decay, biases and norms do not.
 
-    Frozen parameters are in them too: the optimizer casts them and keeps their masters, and they have no gradient.
+    Frozen parameters are in them too: the optimizer casts them and keeps their masters, and they have no gradient. A
+    model with adapters keeps no masters of its frozen weights: a run saves its adapter alone.
     """
-    owned = ((n, p) for n, p in model.named_parameters() if p.requires_grad or p.dtype in DTYPES)
+    only_trained = has_adapters(model)
+    owned = ((n, p) for n, p in model.named_parameters() if p.requires_grad or (p.dtype in DTYPES and not only_trained))
     decays = {p: p.dim() >= 2 and not n.endswith("bias") for n, p in owned}
     groups = [
         {"params": [p for p in decays if decays[p]], "weight_decay": weight_decay},

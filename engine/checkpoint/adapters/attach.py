@@ -16,6 +16,7 @@ from peakgpt.engine.checkpoint.families.catalogue import family_of
 from peakgpt.engine.checkpoint.families.family import Family
 from peakgpt.engine.checkpoint.folder import CONFIG
 from peakgpt.engine.model.lora import LoraConfig, LoraWeights, freeze_base, lora_layers, replace_layers, with_adapters
+from peakgpt.engine.model.quantized_linear import QuantizedLinear
 from peakgpt.engine.model.transformer import Transformer
 
 
@@ -68,7 +69,7 @@ def _attach(
         shared = attached[target.first].lora_A if target.first in attached else None
         device = layer.base_layer.weight.device
         with torch.device(device):
-            weights = LoraWeights(target.inputs, target.chosen_rows, config, lora_A=shared)
+            weights = LoraWeights(target.inputs, layer.out_features, target.chosen_rows, config, lora_A=shared)
         layer.adapters[name] = attached[target.name] = weights.to(dtype).train(layer.training)
     model.adapters[name] = config
     freeze_base(model)
@@ -118,6 +119,13 @@ def merge(model: Transformer) -> None:
     """
     replace_layers(model, merge=True)
     model.adapters, model.active_adapter = {}, None
+
+
+def merge_floats(model: Transformer) -> None:
+    """Merge the active adapter if none of its layers is quantized; else it stays beside them."""
+    layers = [layer for _, layer in lora_layers(model) if layer.active in layer.adapters]
+    if not any(isinstance(layer.base_layer, QuantizedLinear) for layer in layers):
+        merge(model)
 
 
 class SavedAdapter:
