@@ -215,12 +215,18 @@ class AdamW(torch.optim.Optimizer):
         return master_of(parameter, self.state.get(parameter, {}))
 
     def named_masters(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield the model's state dict with float32 masters instead of bfloat16 parameters, each made on request."""
-        owned = {p for group in self.param_groups for p in group["params"]}
+        """Yield the model's state dict with float32 masters instead of bfloat16 parameters, each made on request.
+
+        Of a model with adapters only the tensors that train: the others never change.
+        """
+        owned, only_trained = {p for group in self.param_groups for p in group["params"]}, has_adapters(model)
         parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p in owned}
         for name, tensor in model.state_dict().items():
             parameter = parameters.get(name)
-            yield name, tensor if parameter is None else master_of(parameter, self.state.get(parameter, {}))
+            if parameter is not None:
+                yield name, master_of(parameter, self.state.get(parameter, {}))
+            elif not only_trained:
+                yield name, tensor
 
     def master_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Return all of `named_masters`, for a checkpoint."""
@@ -233,7 +239,7 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a tensor is missing, unexpected or of another shape.
         """
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, strict=not has_adapters(model))
         owned = {p for group in self.param_groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             if parameter in owned and parameter.dtype == torch.bfloat16:

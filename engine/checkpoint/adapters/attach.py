@@ -144,7 +144,7 @@ class SavedAdapter:
             raise ValueError("adapter: the model has no active one, expected its name")
         _expect(model, name)
         self.name, self.model, self.family = name, model.config, family(model)
-        config = model.adapters[name]
+        self.config = config = model.adapters[name]
         self.targets = find_targets(model, self.family, config, every_name=False)
         targets = file_names(model, self.family, config)
         self.content: dict[str, Any] = adapter_json(
@@ -167,8 +167,7 @@ class SavedAdapter:
         Raises:
             ValueError: the folder has another adapter, or a damaged one.
         """
-        config = read_adapter_config(folder)
-        pairs = read_adapter_weights(folder, self.family, self.model, self.targets, config)
+        pairs = read_adapter_weights(folder, self.family, self.model, self.targets, self.config)
         names = self.parameter_names()
         return {name: tensor for layer, pair in pairs.items() for name, tensor in zip(names[layer], pair, strict=True)}
 
