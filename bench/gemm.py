@@ -26,8 +26,7 @@ from peakgpt.bench.interleave import OnFailure, interleave
 from peakgpt.bench.peak_meter import PeakMeter
 from peakgpt.bench.schema import Result
 from peakgpt.kernels.command_line import integer
-from peakgpt.kernels.ops.linear_quantized import linear_q4, linear_q8
-from peakgpt.kernels.ops.quantize import BLOCK
+from peakgpt.kernels.ops.linear_grouped import linear_grouped
 
 LAYERS = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12
 HEAD = (50257, 768)
@@ -107,8 +106,8 @@ def _quantized(bits: int, group: int) -> Callable[[int, int, torch.dtype], Layer
     def make(n: int, k: int, dtype: torch.dtype) -> Layer:
         from peakgpt.kernels.cpu.linear_q8 import multiply
 
-        options = {} if bits == 8 else {"group": group}
-        _, w, scale, b = (linear_q8 if bits == 8 else linear_q4).sample(rows=1, width=k, out=n, dtype=dtype, **options)
+        _, w, scale, _, b, _ = linear_grouped.sample(rows=1, width=k, out=n, bits=bits, group=group, offset=False,
+                                                     bf16_scales=True, dtype=dtype)  # fmt: skip
         return lambda x, y: multiply(bits, y, x, w, scale, b, group, "none"), w.nbytes + scale.nbytes
 
     return make
@@ -128,7 +127,7 @@ def _torch_8(n: int, k: int, dtype: torch.dtype) -> Layer:
 # build(n, k, dtype) -> Layer
 GEMM_CONTENDERS = {
     "peakgpt": Contender(_plain, package="peakgpt"),
-    "peakgpt, 8 bits": Contender(_quantized(8, BLOCK), package="peakgpt"),
+    "peakgpt, 8 bits": Contender(_quantized(8, 64), package="peakgpt"),
     "peakgpt, 4 bits by 64": Contender(_quantized(4, 64), package="peakgpt"),
     "peakgpt, 4 bits by 32": Contender(_quantized(4, 32), package="peakgpt"),
     "torch": Contender(_torch),

@@ -19,7 +19,7 @@ TUNED_MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=40000000000:
 TUNED_ENVIRONMENT = {"GLIBC_TUNABLES": TUNED_MALLOC}
 WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
 # Bits per weight of the blocks, with the scales. int8: a 16-bit scale for 128 weights.
-OUR_BITS = {"int8": 8.125, "int4": 4.25}
+OUR_BITS = {"int8": 8.25, "int4": 4.25}
 PEER_BITS = {"int8": 8.0}
 OUR_BITS_BY_32 = {"int4": 4.5}
 

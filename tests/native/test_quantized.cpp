@@ -131,8 +131,8 @@ std::vector<double> Rounded(const Buffer<T>& x, int64_t rows, int64_t row, const
 PEAK_TEST(quantized_product_equals_double_precision) {
   ForEachDtype([&](auto element) {
     using T = decltype(element);
-    // 88: 8 bits with bf16 scales. With f16 scales ten times the bits, plus the table of levels, plus 100 with zero points
-    // and an order.
+    // 88: 8 bits with bf16 scales. With f16 scales ten times the bits, plus the table of levels, plus 100 with zero
+    // points and an order.
     for (const int kind : {8, 88, 4, 80, 40, 41, 42, 43, 141, 180}) {
       const bool zero_points = kind > 100;
       const int form = kind % 100, bits = form > 8 ? form / 10 : form, levels = form > 8 && form != 88 ? form % 10 : -1;
@@ -252,7 +252,8 @@ PEAK_TEST(quantized_row_does_not_depend_on_other_rows) {
     const int bits = kind > 8 ? kind / 10 : kind;
     Random random(bits);
     Placer place(0);
-    const Weight weight(bits, kN, kK, kind == 8 ? 128 : 64, place, random, kind > 8 && kind != 88 ? kind % 10 : -1, false,
+    const int levels = kind > 8 && kind != 88 ? kind % 10 : -1;
+    const Weight weight(bits, kN, kK, kind == 8 ? 128 : 64, place, random, levels, false,
                         kind == 88 ? Scales::kBf16OfBlocks : Scales::kOfOutputs);
     auto x = place.In<float>(kRows * kK), all = place.Out<float>(kRows * kN), part = place.Out<float>(kRows * kN);
     x.FillNormal(random);
