@@ -1,0 +1,174 @@
+"""What the tasks with labels have in common: rows become sequences and labels, the model gets a head."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peakgpt.engine.checkpoint.families.heads import SEQUENCE
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.finetuning.config import FinetuneConfig
+from peakgpt.engine.finetuning.examples import Example
+from peakgpt.engine.finetuning.head_files import HeadFiles
+from peakgpt.engine.finetuning.label_metrics import LabelMetrics, class_metrics, require_packages, score_metrics
+from peakgpt.engine.finetuning.label_set import LabelSet, find_labels
+from peakgpt.engine.finetuning.labelled_model import LabelledModel, SequenceModel
+from peakgpt.engine.finetuning.rows import Row
+from peakgpt.engine.finetuning.sequences import pack, pad, shortened
+from peakgpt.engine.finetuning.special_tokens import add_task_tokens
+from peakgpt.engine.finetuning.task import Task
+from peakgpt.engine.finetuning.transfer import transferred
+from peakgpt.engine.gpt import GPT
+
+Texts = tuple[str, ...]  # of one sequence
+
+
+class LabelledTask(Task):
+    """A task whose rows have texts and a label.
+
+    Attributes:
+        tokens: the tokenizer with the added tokens, and their ids.
+        labels: what the head predicts.
+    """
+
+    fields: ClassVar[Texts]  # of a row, which have its texts
+    model_class: ClassVar[type[LabelledModel]] = SequenceModel
+    kind: ClassVar[str] = SEQUENCE  # of transformers' class
+    has_extract: ClassVar[bool] = True
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, state: dict[str, Any] | None = None):
+        """
+        Args:
+            config, tokenizer, state: as in Task.
+        Raises:
+            ValueError: scikit-learn or scipy is missing, or a token cannot be added.
+        """
+        require_packages()
+        self.tokens = add_task_tokens(tokenizer, has_extract=self.has_extract)
+        super().__init__(config, self.tokens.tokenizer, state)
+        self.labels = LabelSet(()) if state is None else LabelSet(tuple(state["labels"]))
+
+    def learn(self, rows: Sequence[Row]) -> None:
+        """Find the labels of the training rows."""
+        self.labels = find_labels([(row, self._label(row)) for row in rows], self.config.labels.problem_type)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"labels": self.labels.names}
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        return [
+            pack(sequences, self._encoded_label(row))
+            for row, sequences in zip(rows, self.encode_texts(rows), strict=True)
+        ]
+
+    def encode_texts(self, rows: Sequence[Row]) -> list[list[list[int]]]:
+        """Return the sequences of each row, without its label.
+
+        Raises:
+            ValueError: a row lacks a text, or is longer than the most tokens of an example, which are not cut.
+        """
+        sequences = [(row, texts) for row in rows for texts in self.texts(row)]
+        texts = list(dict.fromkeys(text for _, parts in sequences for text in parts))
+        ids = dict(zip(texts, self.tokens.encode(texts), strict=True))
+        found: dict[int, list[list[int]]] = {}
+        for row, parts in sequences:
+            found.setdefault(id(row), []).append(self._fitted(row, [ids[text] for text in parts]))
+        return [found[id(row)] for row in rows]
+
+    @abstractmethod
+    def texts(self, row: Row) -> list[Texts]:
+        """Return the texts of each sequence of a row.
+
+        Raises:
+            ValueError: a field is missing or is no text.
+        """
+
+    def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
+        labels = torch.from_numpy(np.concatenate([example["label"] for example in examples]))
+        return *pad(examples, self.tokens.pad, self.config.train.tokens), labels
+
+    def length(self, example: Example) -> int:
+        """Return the tokens of an example's longest sequence, which the padding of a batch depends on."""
+        return int(example["lengths"].max())
+
+    def model(self, gpt: GPT) -> LabelledModel:
+        """Return the model with a head; its GPT has new tokens, and perhaps new last layers."""
+        labels = self.config.labels
+        grown = transferred(gpt, self.tokenizer.vocab_size, self.tokens.first_new, labels.transfer_layers)
+        return self.model_class(
+            grown, self.labels.outputs, lm_loss_weight=labels.lm_loss_weight,
+            classifier_dropout=labels.classifier_dropout, is_regression=self.labels.is_regression,
+        )  # fmt: skip
+
+    def evaluate(self, model: LabelledModel, batches: Iterable[tuple[Tensor, ...]]) -> LabelMetrics:
+        predicted, truth, losses = [], [], []
+        for input_ids, lengths, labels in batches:
+            logits = model.predict(input_ids, lengths)
+            losses.append(model.losses(logits, labels) * model.label_counts(labels))
+            for found, tensor in zip((predicted, truth), self.pairs(logits, labels), strict=True):
+                found += tensor.tolist()
+        loss = float(torch.cat(losses).sum()) / len(truth)
+        return LabelMetrics(loss, len(truth), scores=self.scores(predicted, truth))
+
+    def pairs(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the predictions and the labels of a batch, one for each label."""
+        return self.decide(logits), labels
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Return the prediction of each example: an id, or a number."""
+        return logits.squeeze(-1) if self.labels.is_regression else logits.argmax(-1)
+
+    def scores(self, predicted: Sequence[Any], truth: Sequence[Any]) -> dict[str, float]:
+        """Return the metrics of predictions."""
+        if self.labels.is_regression:
+            return score_metrics(predicted, truth)
+        return class_metrics(predicted, truth, self.labels.outputs)
+
+    def files(self, model: LabelledModel) -> HeadFiles:
+        fields = {**self.labels.config_fields(), "pad_token_id": self.tokens.pad,
+                  "classifier_dropout": model.classifier_dropout}  # fmt: skip
+        return HeadFiles(model, self.tokenizer, kind=self.kind, fields=fields, task=self.saved())
+
+    def saved(self) -> dict[str, Any]:
+        """Return what `peakgpt predict` needs besides the model and the tokenizer."""
+        labels, train = self.config.labels, self.config.train
+        settings = {"text_fields": labels.text_fields, "label_field": labels.label_field, "tokens": train.tokens}
+        return {"task": self.name, "state": self.state_dict(), "settings": settings}
+
+    @property
+    def field_names(self) -> Texts:
+        """The fields of a row that have its texts.
+
+        Raises:
+            ValueError: another number of them than the task has.
+        """
+        names = self.config.labels.text_fields
+        if names is not None and len(names) != len(self.fields):
+            raise ValueError(f"text_fields are {' '.join(names)}, expected {len(self.fields)} for task {self.name}: "
+                             f"those of {' '.join(self.fields)}")  # fmt: skip
+        return names or self.fields
+
+    def _label(self, row: Row) -> Any:
+        name = self.config.labels.label_field
+        if name not in row.values:
+            raise row.error(f"got fields {', '.join(row.values):.200}, expected a label in {name!r}")
+        return row.values[name]
+
+    def _encoded_label(self, row: Row) -> np.ndarray:
+        return self.labels.encoded(row, self._label(row))
+
+    def _fitted(self, row: Row, texts: Sequence[list[int]]) -> list[int]:
+        """Return a sequence of texts, cut if that is asked for."""
+        limit, added = self.config.train.tokens, len(self.tokens.sequence(*[()] * len(texts)))
+        tokens = added + sum(map(len, texts))
+        if tokens > limit:
+            if not self.config.data.truncate:
+                raise row.error(f"got an example of {tokens} tokens, expected at most {limit}: --truncate cuts it, and "
+                                "a higher --tokens takes up to the context of the model")  # fmt: skip
+            texts = shortened(texts, limit - added)
+        return self.tokens.sequence(*texts)
