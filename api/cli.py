@@ -22,6 +22,7 @@ COMMANDS = {
     "contamination": "find examples of an evaluation in a training corpus",
     "prepare": "turn text, data sets or token files into token shards to train on",
     "train": "train a GPT on text files",
+    "finetune": "adapt a checkpoint to a task, with examples of it",
     "verify": "check every file of a run against its digests",
     "report": "write the report of a run again, from its metrics",
     "generate": "continue a prompt with a checkpoint",
@@ -36,7 +37,7 @@ COMMANDS = {
 
 
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
-HEARTBEATS = {**dict.fromkeys(("quickstart", "prepare", "train", "bench"), "stdout"),
+HEARTBEATS = {**dict.fromkeys(("quickstart", "prepare", "train", "finetune", "bench"), "stdout"),
               **dict.fromkeys(("quantize", "export", "score", "aot", "dedup", "contamination"), "stderr")}  # fmt: skip
 
 

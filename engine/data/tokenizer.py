@@ -10,6 +10,7 @@ must not be able to end itself.
 from __future__ import annotations
 
 import codecs
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from peakgpt.engine.data.chat_template import ChatTemplates
+from peakgpt.engine.data.chat_template import DEFAULT, ChatTemplates
 from peakgpt.engine.data.chat_tokens import check_options, model_inputs
 from peakgpt.engine.data.clean_up import CleanUp
 from peakgpt.engine.data.documents import Document
@@ -33,7 +34,7 @@ from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.data.split_tokens import splitting_copy
 from peakgpt.engine.data.token_pieces import EMPTY, TokenPieces
 from peakgpt.engine.data.tokenizer_files import GENERIC_CLASS, read_folder
-from peakgpt.engine.data.tokenizer_names import CONFIG, TOKENIZER, TOKENIZER_FILES
+from peakgpt.engine.data.tokenizer_names import CHAT_TEMPLATE, CHAT_TEMPLATES, CONFIG, TOKENIZER, TOKENIZER_FILES
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -204,6 +205,19 @@ class Tokenizer:
         )  # fmt: skip
         return inputs if return_dict else inputs["input_ids"]
 
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """Return a copy whose only chat template is this Jinja; `save` writes it.
+
+        Raises:
+            ValueError: the source is not Jinja.
+        """
+        copied = copy.copy(self)
+        copied.chat = ChatTemplates({DEFAULT: source}, self.chat.special_tokens)
+        copied.chat.compile()
+        kept = {name: content for name, content in self._side_files.items() if not name.startswith(CHAT_TEMPLATES)}
+        copied._side_files = {**kept, CHAT_TEMPLATE: source.encode()}
+        return copied
+
     @property
     def document_marks(self) -> tuple[list[int], list[int]]:
         """The ids before and after each document of training data.
@@ -268,13 +282,9 @@ class Tokenizer:
             Path(folder, name).write_bytes(content)
 
     def extended(self, library: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> Tokenizer:
-        """Return a copy with another library, whose files name further special tokens.
+        """Return a copy with another library, of these words and more, and with further names of special tokens.
 
-        The files also name the class of transformers that takes the library as it is.
-
-        Args:
-            library: with the words of this tokenizer, and perhaps more.
-            special_tokens: such as {"pad_token": "<pad>"}.
+        Its files name the class of transformers that takes the library as it is.
         """
         named = {**self.chat.special_tokens, **special_tokens}
         config = {**named, **json.loads(self._side_files.get(CONFIG, b"{}")), **special_tokens}

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Example = dict[str, np.ndarray]
+from peakgpt.engine.finetuning.examples import Example
+
 ROUNDED = 8  # the length of a batch is a multiple of this, so that fewer lengths occur
 
 

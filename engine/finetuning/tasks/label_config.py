@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from peakgpt.engine.settings.setting import check_settings, setting
 
@@ -10,6 +11,11 @@ CLASSES, SCORES = PROBLEM_TYPES = ("single_label_classification", "regression") 
 SEQUENCE_TASKS = ("classification", "entailment", "similarity")
 LABEL_TASKS = (*SEQUENCE_TASKS, "multiple-choice", "token-classification")
 WITH_LABELS = {"task": LABEL_TASKS}
+# Radford et al. 2018, section 4.1, and the arguments of finetune-transformer-lm. Dropout is that of the checkpoint.
+DEFAULTS: dict[str, Any] = {
+    "lr": 6.25e-5, "batch": 32, "epochs": 3.0, "warmup": 0.002, "schedule": "linear", "betas": (0.9, 0.999),
+    "weight_decay": 0.01, "max_norm": 1.0, "validation_batches": None,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True, frozen=True)
