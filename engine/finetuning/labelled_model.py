@@ -32,7 +32,6 @@ from peakgpt.engine.model.transformer import INIT_STD
 from peakgpt.kernels.ops.dropout import dropout
 from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
-
 GPT_PREFIX, HEAD_PREFIX = "gpt.", "head."  # of names in its state dict
 
 
@@ -44,6 +43,7 @@ class LabelledModel(nn.Module):
         head: from hidden states to `outputs` numbers.
     """
 
+    batch_names: ClassVar[tuple[str, ...]] = ("", "", "")  # of the Trainer: the tensors of a batch have no keywords
     has_head_bias: ClassVar[bool] = False  # as transformers' class for such a task has it
 
     def __init__(
@@ -96,7 +96,7 @@ class LabelledModel(nn.Module):
         h = self._hidden_states(input_ids, usage)
         loss = (self.losses(self._logits(h, lengths), labels) * weight).sum()
         if self.lm_loss_weight:
-            loss = loss + self.lm_loss_weight * self._lm_loss(h, input_ids, lengths, weight)
+            loss = loss + self._lm_loss(h, input_ids, lengths, self.lm_loss_weight * weight)
         if usage:
             loss = loss + self.config.balance_loss * weight.sum() * balance_loss(usage, self.config.balance_over)
         return loss
@@ -129,7 +129,7 @@ class LabelledModel(nn.Module):
         return F.cross_entropy(logits, labels, reduction="none")
 
     def _lm_loss(self, h: Tensor, input_ids: Tensor, lengths: Tensor, weight: Tensor) -> Tensor:
-        """Compute the sum of L1 of all examples, each times its weight."""
+        """Compute the sum of L1 of all examples, each times its weight, which the op includes in its gradient."""
         counts = (lengths - 1).clamp(min=0)[..., None]  # (B, S, 1), targets of each sequence
         is_target = torch.arange(input_ids.shape[-1], device=input_ids.device) < counts
         targets = input_ids.roll(-1, -1).masked_fill(~is_target, IGNORE_INDEX)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from peakgpt.engine.finetuning.rows import Row
-from peakgpt.engine.finetuning.tasks.labelled import LabelledTask, Texts
+from peakgpt.engine.finetuning.tasks.sequence_task import SequenceTask, Texts
 
 
-class Classification(LabelledTask):
+class Classification(SequenceTask):
     """One text, one label."""
 
     name = "classification"

@@ -1,12 +1,10 @@
-"""What the tasks with labels have in common: rows become sequences and labels, the model gets a head."""
+"""What the tasks with labels have in common: the tokens of the sequences, a model with a head, metrics, files."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,27 +14,25 @@ from peakgpt.engine.finetuning.config import FinetuneConfig
 from peakgpt.engine.finetuning.examples import Example
 from peakgpt.engine.finetuning.head_files import HeadFiles
 from peakgpt.engine.finetuning.label_metrics import LabelMetrics, class_metrics, require_packages, score_metrics
-from peakgpt.engine.finetuning.label_set import LabelSet, find_labels
+from peakgpt.engine.finetuning.label_set import LabelSet
 from peakgpt.engine.finetuning.labelled_model import LabelledModel, SequenceModel
 from peakgpt.engine.finetuning.rows import Row
-from peakgpt.engine.finetuning.sequences import pack, pad, shortened
+from peakgpt.engine.finetuning.sequences import shortened
 from peakgpt.engine.finetuning.special_tokens import add_task_tokens
 from peakgpt.engine.finetuning.task import Task
 from peakgpt.engine.finetuning.transfer import transferred
 from peakgpt.engine.gpt import GPT
 
-Texts = tuple[str, ...]  # of one sequence
-
 
 class LabelledTask(Task):
-    """A task whose rows have texts and a label.
+    """A task whose rows have texts and labels.
 
     Attributes:
         tokens: the tokenizer with the added tokens, and their ids.
-        labels: what the head predicts.
+        labels: what the head predicts; for choices it has no names.
     """
 
-    fields: ClassVar[Texts]  # of a row, which have its texts
+    fields: ClassVar[tuple[str, ...]]  # of a row, which have its texts
     model_class: ClassVar[type[LabelledModel]] = SequenceModel
     kind: ClassVar[str] = SEQUENCE  # of transformers' class
     has_extract: ClassVar[bool] = True
@@ -53,47 +49,11 @@ class LabelledTask(Task):
         super().__init__(config, self.tokens.tokenizer, state)
         self.labels = LabelSet(()) if state is None else LabelSet(tuple(state["labels"]))
 
-    def learn(self, rows: Sequence[Row]) -> None:
-        """Find the labels of the training rows."""
-        self.labels = find_labels([(row, self._label(row)) for row in rows], self.config.labels.problem_type)
-
     def state_dict(self) -> dict[str, Any]:
-        return {"labels": self.labels.names}
-
-    def encode(self, rows: Sequence[Row]) -> list[Example]:
-        return [
-            pack(sequences, self._encoded_label(row))
-            for row, sequences in zip(rows, self.encode_texts(rows), strict=True)
-        ]
-
-    def encode_texts(self, rows: Sequence[Row]) -> list[list[list[int]]]:
-        """Return the sequences of each row, without its label.
-
-        Raises:
-            ValueError: a row lacks a text, or is longer than the most tokens of an example, which are not cut.
-        """
-        sequences = [(row, texts) for row in rows for texts in self.texts(row)]
-        texts = list(dict.fromkeys(text for _, parts in sequences for text in parts))
-        ids = dict(zip(texts, self.tokens.encode(texts), strict=True))
-        found: dict[int, list[list[int]]] = {}
-        for row, parts in sequences:
-            found.setdefault(id(row), []).append(self._fitted(row, [ids[text] for text in parts]))
-        return [found[id(row)] for row in rows]
-
-    @abstractmethod
-    def texts(self, row: Row) -> list[Texts]:
-        """Return the texts of each sequence of a row.
-
-        Raises:
-            ValueError: a field is missing or is no text.
-        """
-
-    def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
-        labels = torch.from_numpy(np.concatenate([example["label"] for example in examples]))
-        return *pad(examples, self.tokens.pad, self.config.train.tokens), labels
+        return {"labels": list(self.labels.names)}
 
     def length(self, example: Example) -> int:
-        """Return the tokens of an example's longest sequence, which the padding of a batch depends on."""
+        """Return the tokens of an example's longest sequence, on which the padding of a batch depends."""
         return int(example["lengths"].max())
 
     def model(self, gpt: GPT) -> LabelledModel:
@@ -102,8 +62,13 @@ class LabelledTask(Task):
         grown = transferred(gpt, self.tokenizer.vocab_size, self.tokens.first_new, labels.transfer_layers)
         return self.model_class(
             grown, self.labels.outputs, lm_loss_weight=labels.lm_loss_weight,
-            classifier_dropout=labels.classifier_dropout, is_regression=self.labels.is_regression,
+            classifier_dropout=labels.classifier_dropout, is_regression=self.is_regression,
         )  # fmt: skip
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the head predicts a number."""
+        return self.labels.is_regression
 
     def evaluate(self, model: LabelledModel, batches: Iterable[tuple[Tensor, ...]]) -> LabelMetrics:
         predicted, truth, losses = [], [], []
@@ -120,12 +85,12 @@ class LabelledTask(Task):
         return self.decide(logits), labels
 
     def decide(self, logits: Tensor) -> Tensor:
-        """Return the prediction of each example: an id, or a number."""
-        return logits.squeeze(-1) if self.labels.is_regression else logits.argmax(-1)
+        """Return the prediction of each example or token: an id, or a number."""
+        return logits.squeeze(-1) if self.is_regression else logits.argmax(-1)
 
     def scores(self, predicted: Sequence[Any], truth: Sequence[Any]) -> dict[str, float]:
         """Return the metrics of predictions."""
-        if self.labels.is_regression:
+        if self.is_regression:
             return score_metrics(predicted, truth)
         return class_metrics(predicted, truth, self.labels.outputs)
 
@@ -141,7 +106,7 @@ class LabelledTask(Task):
         return {"task": self.name, "state": self.state_dict(), "settings": settings}
 
     @property
-    def field_names(self) -> Texts:
+    def field_names(self) -> tuple[str, ...]:
         """The fields of a row that have its texts.
 
         Raises:
@@ -153,17 +118,23 @@ class LabelledTask(Task):
                              f"those of {' '.join(self.fields)}")  # fmt: skip
         return names or self.fields
 
-    def _label(self, row: Row) -> Any:
+    def label_of(self, row: Row) -> Any:
+        """Return the value of the label field.
+
+        Raises:
+            ValueError: the row lacks it.
+        """
         name = self.config.labels.label_field
         if name not in row.values:
             raise row.error(f"got fields {', '.join(row.values):.200}, expected a label in {name!r}")
         return row.values[name]
 
-    def _encoded_label(self, row: Row) -> np.ndarray:
-        return self.labels.encoded(row, self._label(row))
+    def fitted(self, row: Row, texts: Sequence[list[int]]) -> list[int]:
+        """Return the sequence of encoded texts, cut if that is asked for.
 
-    def _fitted(self, row: Row, texts: Sequence[list[int]]) -> list[int]:
-        """Return a sequence of texts, cut if that is asked for."""
+        Raises:
+            ValueError: it has too many tokens.
+        """
         limit, added = self.config.train.tokens, len(self.tokens.sequence(*[()] * len(texts)))
         tokens = added + sum(map(len, texts))
         if tokens > limit:

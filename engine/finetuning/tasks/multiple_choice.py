@@ -16,17 +16,19 @@ import numpy as np
 from peakgpt.engine.finetuning.label_metrics import accuracy
 from peakgpt.engine.finetuning.labelled_model import ChoiceModel
 from peakgpt.engine.finetuning.rows import Row
-from peakgpt.engine.finetuning.tasks.labelled import LabelledTask, Texts
+from peakgpt.engine.finetuning.tasks.sequence_task import SequenceTask, Texts
 
 CONTEXT, QUESTION, CHOICES = "context", "question", "choices"
 
 
-class MultipleChoice(LabelledTask):
+class MultipleChoice(SequenceTask):
     """A context, perhaps a question, a list of answers, and the number of the right one, from 0."""
 
     name = "multiple-choice"
     fields = (CONTEXT, CHOICES)
     model_class = ChoiceModel
+
+    is_regression = False
 
     def learn(self, rows: Sequence[Row]) -> None:
         """The choices are no classes: there is nothing to learn."""
@@ -43,8 +45,8 @@ class MultipleChoice(LabelledTask):
     def scores(self, predicted: Sequence[Any], truth: Sequence[Any]) -> dict[str, float]:
         return accuracy(predicted, truth)
 
-    def _encoded_label(self, row: Row) -> np.ndarray:
-        label, count = self._label(row), len(self.texts(row))
+    def encoded_label(self, row: Row) -> np.ndarray:
+        label, count = self.label_of(row), len(self.texts(row))
         if type(label) is not int or not 0 <= label < count:
             raise row.error(f"got label {label!r:.60}, expected the number of one of the {count} choices, from 0")
         return np.array([label], np.int64)

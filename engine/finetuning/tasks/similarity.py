@@ -8,10 +8,10 @@ Their hidden states are added before the head. Radford et al. 2018, section 3.3.
 from __future__ import annotations
 
 from peakgpt.engine.finetuning.rows import Row
-from peakgpt.engine.finetuning.tasks.labelled import LabelledTask, Texts
+from peakgpt.engine.finetuning.tasks.sequence_task import SequenceTask, Texts
 
 
-class Similarity(LabelledTask):
+class Similarity(SequenceTask):
     """Two texts, and a class or a number."""
 
     name = "similarity"

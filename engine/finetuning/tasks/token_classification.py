@@ -72,7 +72,7 @@ class TokenClassification(LabelledTask):
         return [row.checked(name, word) for word in words]
 
     def _labels_of_words(self, row: Row) -> list[Any]:
-        labels, words = self._label(row), self._words(row)
+        labels, words = self.label_of(row), self._words(row)
         if not isinstance(labels, list) or len(labels) != len(words):
             raise row.error(f"got {labels!r:.60}, expected a list of {len(words)} labels, one for each word")
         return labels
@@ -89,7 +89,7 @@ class TokenClassification(LabelledTask):
     ) -> tuple[list[int], list[int]]:  # fmt: skip
         """Return the sequence of a row's words, and the index of the last token of each word."""
         ids, offsets = encoded
-        sequence, first = self._fitted(row, [ids]), len(self.tokens.sequence(()))
+        sequence, first = self.fitted(row, [ids]), len(self.tokens.sequence(()))
         ends, begin = [], 0
         for word in words:
             inside = [i for i, (left, right) in enumerate(offsets) if left < begin + len(word) and right > begin]
