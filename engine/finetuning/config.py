@@ -15,9 +15,9 @@ from peakgpt.engine.finetuning.synonyms import FINETUNING
 from peakgpt.engine.finetuning.tasks import label_config, sft_config
 from peakgpt.engine.finetuning.tasks.label_config import LabelConfig
 from peakgpt.engine.finetuning.tasks.sft_config import SftConfig
-from peakgpt.engine.model.config import TRAINING_ONLY, GPTConfig
+from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.settings.setting import Setting, check_settings, setting, settings_of
-from peakgpt.engine.training.run_settings import MODEL_FIELDS, RunSettings, build, checkpoint_fields, sections_of
+from peakgpt.engine.training.run_settings import MODEL_FIELDS, WEIGHT_FIELDS, RunSettings, build, checkpoint_fields, sections_of
 from peakgpt.engine.training.synonyms import TRAINING, our_name
 from peakgpt.engine.training.train_config import ALTERNATIVES, TrainConfig, best_dtype
 from peakgpt.engine.training.validation_config import MetricsConfig, ValidationConfig
@@ -123,14 +123,13 @@ class FinetuneConfig(RunSettings):
         }  # fmt: skip
         config = cls(fields=fields, **{part: build(kind, filled) for part, kind in sections_of(cls).items()})
         config.check_lengths(config.model_config())
-        config.check_effects(values, config.model_config())
+        config.check_effects(values, config.model_config(), has_checkpoint=True)
         return config
 
     @classmethod
     def flags(cls) -> dict[str, Setting]:
         """Return the settings that are flags: of GPTConfig only what the weights of a checkpoint leave open."""
-        fixed = MODEL_FIELDS.difference(TRAINING_ONLY)
-        return {name: setting for name, setting in cls.settings().items() if name not in fixed}
+        return {name: setting for name, setting in cls.settings().items() if name not in WEIGHT_FIELDS}
 
     @classmethod
     def other_name(cls, name: str, *, as_flag: bool = False) -> str | None:

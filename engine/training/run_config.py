@@ -130,7 +130,7 @@ class RunConfig(RunSettings):
         if data.vocab is not None and (owner := source.init or source.tokenizer):
             raise ValueError(f"vocab is {data.vocab}, expected none with the tokenizer of {owner}")
         self.check_lengths(model)
-        self.check_effects(given, model)
+        self.check_effects(given, model, has_checkpoint=source.init is not None)
 
 
 def without_preset_fields(values: Mapping[str, Any]) -> dict[str, Any]:

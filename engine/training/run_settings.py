@@ -28,6 +28,7 @@ from peakgpt.engine.training.train_config import TrainConfig
 from peakgpt.engine.training.validation_config import MetricsConfig, ValidationConfig
 
 MODEL_FIELDS = frozenset(s.name for s in settings_of(GPTConfig))
+WEIGHT_FIELDS = MODEL_FIELDS.difference(TRAINING_ONLY)  # which the weights of a checkpoint decide
 
 
 class RunSettings(ABC):
@@ -93,11 +94,17 @@ class RunSettings(ABC):
         if self.train.tokens > model.block_size:
             raise ValueError(f"tokens is {self.train.tokens}, expected at most block_size {model.block_size}")
 
-    def check_effects(self, given: Mapping[str, Any], model: GPTConfig) -> None:
-        """Raise ValueError if a given value would be ignored because of another setting."""
+    def check_effects(self, given: Mapping[str, Any], model: GPTConfig, *, has_checkpoint: bool) -> None:
+        """Raise ValueError if a given value would be ignored because of another setting.
+
+        Args:
+            given: values by name.
+            model: of the run.
+            has_checkpoint: whether the fields of the model are those of a checkpoint, which nobody chose.
+        """
         settings, resolved = self.settings(), {**self.values(), **model.to_dict()}
         for name, value in given.items():
-            if value == settings[name].default:
+            if value == settings[name].default or (has_checkpoint and name in WEIGHT_FIELDS):
                 continue
             if (obstacle := settings[name].obstacle(resolved)) is not None:
                 other, expected = obstacle
@@ -138,7 +145,7 @@ def checkpoint_fields(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
     _, config = read_config(locate(source, MODEL_FILES))
     fields = {**config.to_dict(), **(dict.fromkeys(RATES) if "dropout" in given else {}), **given}
     changed = GPTConfig(**fields)
-    for name in sorted(MODEL_FIELDS.difference(TRAINING_ONLY), key=lambda name: name not in given):
+    for name in sorted(WEIGHT_FIELDS, key=lambda name: name not in given):
         if getattr(changed, name) != getattr(config, name):
             raise ValueError(f"{name} is {given[name]}, expected {getattr(config, name)}, that of init {source}")
     return fields
