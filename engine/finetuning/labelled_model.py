@@ -53,7 +53,7 @@ class LabelledModel(nn.Module):
         """Add a head with random weights, from torch's generator.
 
         Args:
-            gpt: has embeddings of all tokens.
+            gpt: has embeddings of all tokens; on the default device, where the head is too, or without memory.
             outputs: number of classes; 1 for numbers and for choices.
             lm_loss_weight: lambda of L1; 0 leaves L1 out.
             classifier_dropout: probability with which an input of the head is zero in training. The mask is the same
@@ -63,7 +63,7 @@ class LabelledModel(nn.Module):
         super().__init__()
         self.gpt, self.lm_loss_weight, self.classifier_dropout = gpt, lm_loss_weight, classifier_dropout
         self.is_regression = is_regression
-        self.head = nn.Linear(gpt.config.word_dim, outputs, bias=self.has_head_bias, device=gpt.device, dtype=gpt.dtype)
+        self.head = nn.Linear(gpt.config.word_dim, outputs, bias=self.has_head_bias, dtype=gpt.dtype)
         with torch.no_grad():
             self.head.weight.normal_(0.0, INIT_STD)
             if self.head.bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +17,21 @@ from peakgpt.engine.finetuning.head_files import HeadFiles
 from peakgpt.engine.finetuning.label_metrics import LabelMetrics, class_metrics, require_packages, score_metrics
 from peakgpt.engine.finetuning.label_set import LabelSet
 from peakgpt.engine.finetuning.labelled_model import LabelledModel, SequenceModel
+from peakgpt.engine.finetuning.predictions import (
+    CONFUSION_MATRIX,
+    PREDICTIONS,
+    Predictions,
+    probabilities,
+    write_confusion_matrix,
+)
 from peakgpt.engine.finetuning.rows import Row
-from peakgpt.engine.finetuning.sequences import shortened
+from peakgpt.engine.finetuning.sequences import shortened, unpack
 from peakgpt.engine.finetuning.special_tokens import add_task_tokens
 from peakgpt.engine.finetuning.task import Task
 from peakgpt.engine.finetuning.transfer import transferred
 from peakgpt.engine.gpt import GPT
+from peakgpt.kernels.files import write_atomically
+from peakgpt.kernels.strict_json import dumps
 
 
 class LabelledTask(Task):
@@ -58,10 +68,14 @@ class LabelledTask(Task):
 
     def model(self, gpt: GPT) -> LabelledModel:
         """Return the model with a head; its GPT has new tokens, and perhaps new last layers."""
+        layers = self.config.labels.transfer_layers
+        return self.with_head(transferred(gpt, self.tokenizer.vocab_size, self.tokens.first_new, layers))
+
+    def with_head(self, gpt: GPT) -> LabelledModel:
+        """Return the model of a GPT that has all tokens."""
         labels = self.config.labels
-        grown = transferred(gpt, self.tokenizer.vocab_size, self.tokens.first_new, labels.transfer_layers)
         return self.model_class(
-            grown, self.labels.outputs, lm_loss_weight=labels.lm_loss_weight,
+            gpt, self.labels.outputs, lm_loss_weight=labels.lm_loss_weight,
             classifier_dropout=labels.classifier_dropout, is_regression=self.is_regression,
         )  # fmt: skip
 
@@ -79,6 +93,58 @@ class LabelledTask(Task):
                 found += tensor.tolist()
         loss = float(torch.cat(losses).sum()) / len(truth)
         return LabelMetrics(loss, len(truth), scores=self.scores(predicted, truth))
+
+    @torch.no_grad()
+    def predict(self, model: LabelledModel, examples: Sequence[Example], batch: int) -> Predictions:
+        """Predict the labels of examples.
+
+        Args:
+            model: of this task.
+            examples: from `encode`, labelled or not.
+            batch: examples of a forward pass.
+        """
+        rows: dict[int, dict[str, Any]] = {}
+        predicted, truth = [], []
+        order = sorted(range(len(examples)), key=lambda index: self.length(examples[index]))
+        model.eval()
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            tensors = self.collate([examples[index] for index in chosen])
+            input_ids, lengths, labels = (tensor.to(model.gpt.device) for tensor in tensors)
+            logits = model.predict(input_ids, lengths)
+            for found, tensor in zip((predicted, truth), self.pairs(logits, labels), strict=True):
+                found += tensor.tolist()
+            rows |= {i: self.prediction(examples[i], one) for i, one in zip(chosen, logits.cpu(), strict=True)}
+        return Predictions([rows[index] for index in range(len(examples))], predicted, truth)
+
+    def prediction(self, example: Example, logits: Tensor) -> dict[str, Any]:
+        """Return the prediction for an example as JSON, from its row of the logits."""
+        if self.is_regression:
+            return {"prediction": float(logits)}
+        shares = dict(zip(self.labels.names, probabilities(logits), strict=True))
+        return {"prediction": self.labels.names[int(logits.argmax())], "probabilities": shares}
+
+    def label(self, example: Example) -> Any:
+        """Return the label of an example as JSON."""
+        (value,) = example["label"].tolist()
+        return self.labels.names[value] if self.labels.names else value
+
+    def finish(self, run: Path, model: LabelledModel, examples: Sequence[Example]) -> list[str]:
+        """Write the predictions for the examples of validation, and their confusion matrix, into the run's folder.
+
+        Each line also has the first sequence of the example as text, as the model reads it.
+        """
+        found = self.predict(model, examples, self.config.train.micro_batch or self.config.train.batch)
+        lines = [
+            dumps({"text": self.tokenizer.decode(unpack(example)[0].tolist()), **row, "label": self.label(example)})
+            for example, row in zip(examples, found.rows, strict=True)
+        ]
+        write_atomically(run / PREDICTIONS, "".join(f"{line}\n" for line in lines).encode())
+        files = [run / PREDICTIONS]
+        if self.labels.names:
+            files.append(run / CONFUSION_MATRIX)
+            write_confusion_matrix(files[-1], found, self.labels.names)
+        return [f"predictions for the validation examples: {' '.join(map(str, files))}"]
 
     def pairs(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predictions and the labels of a batch, one for each label."""

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from peakgpt.engine.finetuning.examples import Example
 from peakgpt.engine.finetuning.label_metrics import accuracy
 from peakgpt.engine.finetuning.labelled_model import ChoiceModel
+from peakgpt.engine.finetuning.predictions import probabilities
 from peakgpt.engine.finetuning.rows import Row
 from peakgpt.engine.finetuning.tasks.sequence_task import SequenceTask, Texts
 
@@ -44,6 +47,10 @@ class MultipleChoice(SequenceTask):
 
     def scores(self, predicted: Sequence[Any], truth: Sequence[Any]) -> dict[str, float]:
         return accuracy(predicted, truth)
+
+    def prediction(self, example: Example, logits: Tensor) -> dict[str, Any]:
+        numbers = logits[: len(example["lengths"])]
+        return {"prediction": int(numbers.argmax()), "probabilities": probabilities(numbers)}
 
     def encoded_label(self, row: Row) -> np.ndarray:
         label, count = self.label_of(row), len(self.texts(row))

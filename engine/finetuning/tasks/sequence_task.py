@@ -33,8 +33,9 @@ class SequenceTask(LabelledTask):
         """Find the labels of the training rows."""
         self.labels = find_labels([(row, self.label_of(row)) for row in rows], self.config.labels.problem_type)
 
-    def encode(self, rows: Sequence[Row]) -> list[Example]:
-        labels = [self.encoded_label(row) for row in rows]
+    def encode(self, rows: Sequence[Row], *, labelled: bool = True) -> list[Example]:
+        """Encode rows; those without labels get any label."""
+        labels = [self.encoded_label(row) if labelled else self.any_label for row in rows]
         return [pack(*parts) for parts in zip(self.encode_texts(rows), labels, strict=True)]
 
     def encode_texts(self, rows: Sequence[Row]) -> list[list[list[int]]]:
@@ -58,6 +59,11 @@ class SequenceTask(LabelledTask):
             ValueError: the row has none, or one that no training row has.
         """
         return self.labels.encoded(row, self.label_of(row))
+
+    @property
+    def any_label(self) -> np.ndarray:
+        """A label for a row without one."""
+        return np.zeros(1, np.float32 if self.is_regression else np.int64)
 
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
         labels = torch.from_numpy(np.concatenate([example["label"] for example in examples]))

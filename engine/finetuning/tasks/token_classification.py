@@ -36,11 +36,15 @@ class TokenClassification(LabelledTask):
     def learn(self, rows: Sequence[Row]) -> None:
         self.labels = find_labels([(row, label) for row in rows for label in self._labels_of_words(row)], CLASSES)
 
-    def encode(self, rows: Sequence[Row]) -> list[Example]:
-        return [
-            pack([ids], self._labels_of_tokens(row, len(ids), ends))
-            for row, (ids, ends) in zip(rows, self.encode_words(rows), strict=True)
-        ]
+    def encode(self, rows: Sequence[Row], *, labelled: bool = True) -> list[Example]:
+        """Encode rows; words without labels get any label."""
+        examples = []
+        for row, (ids, ends) in zip(rows, self.encode_words(rows), strict=True):
+            classes = [self.labels.id_of(row, label) for label in self._labels_of_words(row)] if labelled else []
+            label = np.full(len(ids), IGNORE_INDEX, np.int64)
+            label[ends] = classes[: len(ends)] if labelled else 0
+            examples.append(pack([ids], label))
+        return examples
 
     def encode_words(self, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
         """Return the sequence of each row, and the index of the last token of each word, without those cut off.
@@ -63,6 +67,13 @@ class TokenClassification(LabelledTask):
         is_label = labels != IGNORE_INDEX
         return self.decide(logits)[is_label], labels[is_label]
 
+    def prediction(self, example: Example, logits: Tensor) -> dict[str, Any]:
+        found = logits[: len(example["label"])][torch.from_numpy(example["label"] != IGNORE_INDEX)]
+        return {"prediction": [self.labels.names[index] for index in found.argmax(-1).tolist()]}
+
+    def label(self, example: Example) -> Any:
+        return [self.labels.names[index] for index in example["label"].tolist() if index != IGNORE_INDEX]
+
     def _words(self, row: Row) -> list[str]:
         (name,) = self.field_names
         words = row.values.get(name)
@@ -76,13 +87,6 @@ class TokenClassification(LabelledTask):
         if not isinstance(labels, list) or len(labels) != len(words):
             raise row.error(f"got {labels!r:.60}, expected a list of {len(words)} labels, one for each word")
         return labels
-
-    def _labels_of_tokens(self, row: Row, tokens: int, ends: Sequence[int]) -> np.ndarray:
-        """Return the class of each token, IGNORE_INDEX for those that end no word."""
-        found = np.full(tokens, IGNORE_INDEX, np.int64)
-        labels = [self.labels.id_of(row, label) for label in self._labels_of_words(row)]
-        found[list(ends)] = labels[: len(ends)]
-        return found
 
     def _located(
         self, row: Row, words: Sequence[str], encoded: tuple[list[int], list[tuple[int, int]]]

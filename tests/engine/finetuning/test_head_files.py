@@ -65,7 +65,7 @@ CHOSEN = [case for case in CASES if case[0] in ("gpt2", "openai-gpt", "gpt_neox"
 @pytest.mark.parametrize(("family", "kind"), CHOSEN)
 def test_transformers_computes_the_same_logits(family, kind, tmp_path):
     """A batch of texts of several lengths, padded at the end by transformers' tokenizer."""
-    model, files, tokens = save(family, kind, tmp_path)
+    model, _, tokens = save(family, kind, tmp_path)
     folder = tmp_path / "ours"
     theirs = AUTO[kind][1].from_pretrained(folder).eval()
     assert type(theirs).__name__ == head_class(FAMILIES[family], kind)
@@ -92,7 +92,7 @@ def test_a_checkpoint_reads_back_bit_for_bit(kind, tmp_path):
 
 def test_a_folder_without_the_head_is_refused(tmp_path):
     _, files, _ = save("gpt2", SEQUENCE, tmp_path)
-    other, *_ = save("gpt2", TOKEN, tmp_path / "token")
+    save("gpt2", TOKEN, tmp_path / "token")
     with pytest.raises(ValueError, match=r"score\.weight: got no such tensor, expected shape \(3, 32\)"):
         files.read(tmp_path / "token" / "ours")
     assert files.read(tmp_path / "base") is None  # another vocabulary: another model
