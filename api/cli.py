@@ -38,8 +38,10 @@ COMMANDS = {
 
 
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
-HEARTBEATS = {**dict.fromkeys(("quickstart", "prepare", "train", "finetune", "bench"), "stdout"),
-              **dict.fromkeys(("quantize", "export", "score", "predict", "aot", "dedup", "contamination"), "stderr")}  # fmt: skip
+HEARTBEATS = {
+    **dict.fromkeys(("quickstart", "prepare", "train", "finetune", "bench"), "stdout"),
+    **dict.fromkeys(("quantize", "export", "score", "predict", "aot", "dedup", "contamination"), "stderr"),
+}
 
 
 class BadInput(Exception):

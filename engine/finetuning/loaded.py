@@ -47,8 +47,8 @@ def load_task(
     """
     folder = locate(source, FILES)
     if not (folder / TASK_FILE).is_file():
-        raise ValueError(f"{folder}: got no {TASK_FILE}, expected a checkpoint of peakgpt finetune with one of the tasks "
-                         f"{', '.join(LABEL_TASKS)}")  # fmt: skip
+        tasks = ", ".join(LABEL_TASKS)
+        raise ValueError(f"{folder}: got no {TASK_FILE}, expected a checkpoint of peakgpt finetune with task {tasks}")
     saved = read_json(folder / TASK_FILE)
     try:
         name, state, settings = saved["task"], saved["state"], saved["settings"]
