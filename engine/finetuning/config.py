@@ -17,7 +17,14 @@ from peakgpt.engine.finetuning.tasks.label_config import LabelConfig
 from peakgpt.engine.finetuning.tasks.sft_config import SftConfig
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.settings.setting import Setting, check_settings, setting, settings_of
-from peakgpt.engine.training.run_settings import MODEL_FIELDS, WEIGHT_FIELDS, RunSettings, build, checkpoint_fields, sections_of
+from peakgpt.engine.training.run_settings import (
+    MODEL_FIELDS,
+    WEIGHT_FIELDS,
+    RunSettings,
+    build,
+    checkpoint_fields,
+    sections_of,
+)
 from peakgpt.engine.training.synonyms import TRAINING, our_name
 from peakgpt.engine.training.train_config import ALTERNATIVES, TrainConfig, best_dtype
 from peakgpt.engine.training.validation_config import MetricsConfig, ValidationConfig

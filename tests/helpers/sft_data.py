@@ -31,8 +31,9 @@ def conversations(count=10):
     for i in range(count):
         messages = [{"role": "system", "content": "Add numbers."}] if i % 4 == 1 else []
         for turn in range(1 + i % 3):
-            messages += [{"role": "user", "content": f"What is {i} plus {turn}" + ", please" * (i % 5) + "?"},
-                         {"role": "assistant", "content": f"It is {i + turn}" + ", of course" * (i % 2) + "."}]  # fmt: skip
+            question = f"What is {i} plus {turn}" + ", please" * (i % 5)
+            answer = f"It is {i + turn}" + ", sure" * (i % 2)
+            messages += [{"role": "user", "content": f"{question}?"}, {"role": "assistant", "content": f"{answer}."}]
         found.append(messages)
     return found
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 import transformers
 from sft_data import BLOCKS, PLAIN, checkpoint, conversations, make_task, write_lines
-from trl import SFTConfig, SFTTrainer
 
 from peakgpt.engine.gpt import GPT
 from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
+trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
 TOKENS = 300
 PAIRS = [{"prompt": f"What is {i} plus {i}?", "completion": f" It is {2 * i}" + " indeed" * (i % 4)} for i in range(10)]
 TURNS = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in conversations()]
@@ -31,10 +31,11 @@ def case(request, tmp_path):
 
 
 def trl_trainer(folder, out, rows, **options):
-    config = SFTConfig(output_dir=str(out), use_cpu=True, report_to="none", max_length=TOKENS + 1, bf16=False, **options)
+    config = trl.SFTConfig(output_dir=str(out), use_cpu=True, bf16=False, report_to="none", max_length=TOKENS + 1,
+                           **options)  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    return SFTTrainer(model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
-                      processing_class=transformers.AutoTokenizer.from_pretrained(folder))  # fmt: skip
+    return trl.SFTTrainer(model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
+                          processing_class=transformers.AutoTokenizer.from_pretrained(folder))  # fmt: skip
 
 
 def targets_of(ids, labels):

@@ -42,7 +42,8 @@ def test_alpaca_without_a_chat_template_has_alpacas_prompts(tmp_path):
     rows = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Add 1 and 2.", "output": "3"}]
     task, (first, second) = encode(init, tmp_path, rows)
     text = task.tokenizer.decode(first["ids"])
-    assert "paired with an input" in text and "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3" in text
+    assert "paired with an input" in text
+    assert "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3" in text
     assert "paired" not in task.tokenizer.decode(second["ids"])
     assert trained_text(task, first) == trained_text(task, second) == "3<|endoftext|>"
 
