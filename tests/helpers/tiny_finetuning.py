@@ -21,8 +21,12 @@ def rows_of(task, count=24):
     kinds = [(i, i * 7 % 5 < 2, i * 3 % 4 < 2) for i in range(count)]
     makers = {
         "classification": lambda i, a, b: {"text": sentence(i, a), "label": "good" if a else "bad"},
-        "entailment": lambda i, a, b: {"premise": sentence(i, a), "hypothesis": sentence(i + 1, b), "label": int(a == b)},
-        "similarity": lambda i, a, b: {"sentence1": sentence(i, a), "sentence2": sentence(i + 1, b), "label": 4.5 * (a == b)},
+        "entailment": lambda i, a, b: {
+            "premise": sentence(i, a), "hypothesis": sentence(i + 1, b), "label": int(a == b),
+        },
+        "similarity": lambda i, a, b: {
+            "sentence1": sentence(i, a), "sentence2": sentence(i + 1, b), "label": 4.5 * (a == b),
+        },
         "multiple-choice": lambda i, a, b: {
             "context": sentence(i, a), "choices": [sentence(j, a == (j == i % 2)) for j in range(2 + i % 2)],
             "label": i % 2,
@@ -44,10 +48,11 @@ def write_base(folder, **changes):
     texts = [sentence(i, good) for i in range(9) for good in (True, False)]
     tokenizer = train_tokenizer(texts, 300)
     torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 48, "vocab_size": tokenizer.vocab_size, "dropout": 0.1}
-    GPT(GPTConfig(**{**sizes, **changes})).save_pretrained(folder, tokenizer)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 48, "dropout": 0.1, **changes}
+    GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes)).save_pretrained(folder, tokenizer)
     return tokenizer
 
 
 def make_config(base, task, data="rows.jsonl", **settings):
-    return FinetuneConfig.of({"task": task, "init": str(base), "data": (str(data),), "dtype": torch.float32, **settings})
+    given = {"task": task, "init": str(base), "data": (str(data),), "dtype": torch.float32}
+    return FinetuneConfig.of({**given, **settings})

@@ -1,9 +1,9 @@
-"""From rows to sequences and labels: the layout of each task, lengths, and bad input, which is named by file and line."""
+"""From rows to sequences and labels: the layout of each task, lengths, and bad input, named by file and line."""
 
 import numpy as np
 import pytest
 import torch
-from tiny_finetuning import make_config, rows_of, sentence, write_base
+from tiny_finetuning import make_config, rows_of, write_base
 
 from peakgpt.engine.data.tokenizer import Tokenizer
 from peakgpt.engine.finetuning.label_metrics import class_metrics, score_metrics
@@ -11,6 +11,7 @@ from peakgpt.engine.finetuning.rows import Row
 from peakgpt.engine.finetuning.sequences import shortened, unpack
 from peakgpt.engine.finetuning.tasks.catalogue import TASKS
 from peakgpt.engine.finetuning.tasks.label_config import LABEL_TASKS
+from peakgpt.engine.gpt import GPT
 
 A, B, C = "the film was good", "the song was sad", "a book"
 
@@ -134,16 +135,18 @@ BAD = {  # name: (task, row in line 3 of otherwise good rows, the error)
     "the only one": ("classification", {"text": A, "label": "new"}, r":3: got the only example of label 'new'"),
     "no hypothesis": ("entailment", {"premise": A, "label": 1}, r":3: got fields premise, label, expected text in"),
     "text as score": ("similarity", {"sentence1": A, "sentence2": B, "label": "x"}, r":3: got label 'x', expected a n"),
-    "one choice": ("multiple-choice", {"context": A, "choices": [B], "label": 0}, r":3: got \['the song was sad'\], exp"),
+    "one choice": ("multiple-choice", {"context": A, "choices": [B], "label": 0}, r":3: got \['the song was sad'\], "),
     "label past the choices": (
-        "multiple-choice", {"context": A, "choices": [B, C], "label": 2}, r":3: got label 2, expected the number of one "
-        "of the 2 choices",
+        "multiple-choice", {"context": A, "choices": [B, C], "label": 2}, r":3: got label 2, expected the number of "
+        "one of the 2 choices",
     ),
-    "fewer labels": ("token-classification", {"tokens": ["a", "b"], "label": ["D"]}, r":3: got \['D'\], expected a list of 2"),
+    "fewer labels": (
+        "token-classification", {"tokens": ["a", "b"], "label": ["D"]}, r":3: got \['D'\], expected a list of 2 labels",
+    ),
     "no words": ("token-classification", {"tokens": [], "label": []}, r":3: got \[\], expected a list of words"),
     "too long": (
-        "classification", {"text": " ".join([A] * 20), "label": "good"}, r":3: got an example of \d+ tokens, expected at "
-        "most 48: --truncate cuts it",
+        "classification", {"text": " ".join([A] * 20), "label": "good"}, r":3: got an example of \d+ tokens, expected "
+        "at most 48: --truncate cuts it",
     ),
 }  # fmt: skip
 
@@ -159,7 +162,8 @@ def test_bad_rows_are_named_by_file_and_line(case, base):
 
 def test_a_label_that_training_has_not_seen_is_named(base):
     task = make_task(base, "classification")
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: got label 'ugly', expected one of the training examples: 'bad', 'good'"):
+    message = "rows.jsonl:1: got label 'ugly', expected one of the training examples: 'bad', 'good'"
+    with pytest.raises(ValueError, match=message):
         task.encode(places([{"text": A, "label": "ugly"}]))
 
 
@@ -190,7 +194,8 @@ def test_metrics_of_known_predictions():
     assert found == pytest.approx({"accuracy": 4 / 6, "f1_macro": 2 / 3, "matthews": 1 / 3, "f1": 2 / 3})
     assert "f1" not in class_metrics([0, 1, 2], [0, 1, 2], 3)
     found = score_metrics([1.0, 2.0, 3.0, 10.0], [1.0, 2.0, 3.0, 4.0])
-    assert found["spearman"] == pytest.approx(1.0) and found["pearson"] == pytest.approx(np.corrcoef([1, 2, 3, 10], [1, 2, 3, 4])[0, 1])
+    pearson = np.corrcoef([1, 2, 3, 10], [1, 2, 3, 4])[0, 1]
+    assert found == pytest.approx({"pearson": pearson, "spearman": 1.0})
     assert score_metrics([1.0, 1.0], [1.0, 2.0]) == {"pearson": 0.0, "spearman": 0.0}
 
 
@@ -199,8 +204,6 @@ def test_validation_loss_is_the_mean_over_all_labels(name, base):
     """It does not depend on how the examples are split into batches."""
     task = make_task(base, name)
     torch.manual_seed(0)
-    from peakgpt.engine.gpt import GPT
-
     model = task.model(GPT.from_pretrained(base)).eval()
     examples = task.encode(places(rows_of(name)))
     batches = [task.collate(examples[i : i + 7]) for i in range(0, 24, 7)]
@@ -210,4 +213,3 @@ def test_validation_loss_is_the_mean_over_all_labels(name, base):
         expected = float(model(*task.collate(examples)))
     assert split.loss == pytest.approx(whole.loss, rel=1e-5) == pytest.approx(expected, rel=1e-5)
     assert split.tokens == (4 * 24 if name == "token-classification" else 24)
-    assert sentence(0, True) == "the film was good"
