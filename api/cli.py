@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": "continue a prompt with a checkpoint",
     "quantize": "quantize the weights of a checkpoint to 8 or 4 bits",
     "export": "write a model as a .gguf file for llama.cpp",
+    "evaluate": "answer the questions of tasks with a model, in context, and score the answers",
     "score": "log-probabilities of continuations, or the perplexity of a text",
     "serve": "OpenAI-compatible completions over HTTP",
     "bench": "measure ops, training and decoding against PyTorch",
@@ -40,7 +41,7 @@ COMMANDS = {
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
 HEARTBEATS = {
     **dict.fromkeys(("quickstart", "prepare", "train", "finetune", "bench"), "stdout"),
-    **dict.fromkeys(("quantize", "export", "score", "predict", "aot", "dedup", "contamination"), "stderr"),
+    **dict.fromkeys(("quantize", "export", "evaluate", "predict", "score", "aot", "dedup", "contamination"), "stderr"),
 }
 
 

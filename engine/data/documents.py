@@ -85,9 +85,11 @@ def content_suffix(path: Path) -> str:
     return (path if compression(path) is None else path.with_suffix("")).suffix.lower()
 
 
-def require(module: str) -> ModuleType:
+def require(module: str, extra: str = "data") -> ModuleType:
     """Import an optional package.
 
+    Args:
+        extra: of peakgpt, that installs it.
     Raises:
         ValueError: it is not installed.
     """
@@ -95,7 +97,7 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise ValueError(f"{package}: got no such package, expected `pip install peakgpt[data]`") from None
+        raise ValueError(f"{package}: got no such package, expected `pip install peakgpt[{extra}]`") from None
 
 
 # ---- text

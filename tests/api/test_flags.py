@@ -14,11 +14,15 @@ from peakgpt.engine.training.run_config import run_settings
 from peakgpt.kernels.command_line import Parser
 
 ROOT = Path(__file__).parents[2]
+TASKS = ROOT / "examples" / "tasks"
 # Flags for which 0 is right.
-ACCEPTED = dict.fromkeys(("--temperature", "--seed", "--end-id", "--top-k", "--min-p"), "0")
+ZERO = (
+    "--temperature", "--seed", "--end-id", "--top-k", "--min-p", "--shots", "--lm-loss-weight", "--classifier-dropout",
+)  # fmt: skip
+ACCEPTED = {**dict.fromkeys(ZERO, ("0",)), "--transfer-layers": ("-1", "0")}
 REQUIRED = {"generate": ["MISSING", "--prompt", "x"], "quantize": ["MISSING", "OUT", "--bits", "8"],
             "export": ["MISSING", "OUT", "--format", "gguf"],
-            "score": ["MISSING", "--text", "x"]}  # fmt: skip
+            "score": ["MISSING", "--text", "x"], "evaluate": ["MISSING", "--task", "x.json"]}  # fmt: skip
 
 
 def parser_of(command):
@@ -65,7 +69,7 @@ def test_a_number_out_of_range_is_one_sentence_before_loading(name, flag, capsys
     """Regression: `train --lr nan` trained and overwrote a good checkpoint; `bench --seconds nan` never ended."""
     monkeypatch.chdir(tmp_path)
     for value in ("-1", "0", "1e30", "1" + "0" * 30, "nan", "inf", "text", ""):
-        if ACCEPTED.get(flag) == value:
+        if value in ACCEPTED.get(flag, ()):
             continue
         argv, _ = PARSERS[name]
         assert main([*argv, *REQUIRED.get(name, []), f"{flag}={value}"]) == 2, value
@@ -109,8 +113,13 @@ def test_a_resumed_run_takes_or_refuses_each_flag(action, tmp_path, capsys):
         (["score", "M", "--text", "x", "--context", "y"], "context"),
         *((["score", "M", "--continuation", "x", f"--{f}", "9"], f) for f in ("window", "stride")),
         (["quantize", "M", "OUT", "--bits", "8", "--group", "32"], "group"),
+        *((["evaluate", "M", "--task", f"{TASKS}/sentiment.jsonl", f"--{f}", "3"], f)
+          for f in ("votes", "temperature", "max-tokens", "shots-from", "field", "include-path")),
+        (["evaluate", "M", "--task", f"{TASKS}/arithmetic.jsonl", "--top-k", "3"], "top-k"),
+        *((["evaluate", "M", "--task", "hellaswag", *f], f[0][2:])
+          for f in (["--votes", "3"], ["--output-type", "generate_until"], ["--truncate"], ["--shots-from", "x"])),
     ],
 )
 def test_a_flag_that_a_mode_would_ignore_is_refused(argv, flag, capsys):
     assert main(argv) == 2
-    assert re.search(rf"--{flag}: got it with", capsys.readouterr().err)
+    assert re.search(rf"--{flag}: got it with(out)? ", capsys.readouterr().err)
