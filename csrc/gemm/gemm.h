@@ -35,6 +35,8 @@ enum class Epilogue : int {
   kGateSlope = 5,  // c = s act(gate) up'(pre), dgate = s up(pre) act'(gate), act = act(gate) up(pre)
 };
 
+struct QuantizedMatrix;  // gemm/quantized.h
+
 struct GemmArgs {
   DType dtype;      // of everything but c and a_sums
   DType out_dtype;  // of c; the same as dtype if the epilogue has an activation
@@ -53,9 +55,11 @@ struct GemmArgs {
   const void* gate = nullptr;  // (m, n): read by kGate and kGateSlope
   void* dgate = nullptr;       // (m, n): written by kGateSlope
   float* a_sums = nullptr;     // (m): sums over k of a
+  // The b of the product if it is given, by C++ only: element (p, j) is the weight of output p for input j in dtype.
+  const QuantizedMatrix* weight = nullptr;
 };
 PEAK_FIELDS(GemmArgs, dtype, out_dtype, m, n, k, a, a_row, a_k, c, c_row)
-PEAK_OPTIONAL_FIELDS(GemmArgs, b, b_col, b_k, epilogue, bias, activation, pre, act, gate, dgate, a_sums)
+PEAK_OPTIONAL_FIELDS(GemmArgs, b, b_col, b_k, epilogue, bias, activation, pre, act, gate, dgate, a_sums, weight)
 
 void Gemm(const GemmArgs& args, int threads);
 
