@@ -51,12 +51,17 @@ class Reporter:
 
 @dataclass(frozen=True)
 class RunSession:
-    """A run that is ready to train. Close `checkpoints`, then `folder`, at the end."""
+    """A run that is ready to train. Close `checkpoints`, then `folder`, at the end.
+
+    Args:
+        finish: called after the last step and the last save; returns lines to print.
+    """
 
     config: RunSettings
     folder: RunFolder
     loop: TrainingLoop
     checkpoints: CheckpointManager
+    finish: Callable[[], Sequence[str]] = tuple
 
 
 def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: Reporter) -> RunSession:
@@ -191,7 +196,7 @@ def initial_model(config: RunConfig, data: TrainingData) -> GPT:
     """Return the model before the first step: random weights from the seed, or those of the checkpoint `init`."""
     model = empty_model(config, data)
     if config.source.init is not None:
-        source = GPT.from_pretrained(config.source.init, dequantize=True)
+        source = GPT.from_pretrained(config.source.init, dequantize=True, merge_adapter=True)
         model.load_state_dict(source.state_dict())  # copied: a run does not depend on the file, and has huge pages
         model.source_files = source.source_files
     return model

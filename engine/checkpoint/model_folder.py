@@ -23,7 +23,6 @@ from peakgpt.engine.checkpoint.folder import (
     INDEX,
     PICKLE,
     PICKLE_INDEX,
-    QUANTIZATION,
     QUANTIZED,
     WEIGHTS,
     read_json,
@@ -41,23 +40,30 @@ from peakgpt.engine.checkpoint.source_files import (
 )
 from peakgpt.engine.checkpoint.tensor_check import check_tensors
 from peakgpt.engine.checkpoint.weight_files import expect_modules, open_weights
+from peakgpt.engine.data.adapter_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, is_adapter
 from peakgpt.engine.data.gguf_header import is_gguf
 from peakgpt.engine.data.hub import HubFiles
+from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.data.tokenizer_names import TOKENIZER_FILES
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.transformer import Transformer
 from peakgpt.kernels.strict_json import dumps
 
 __all__ = [
-    "MODEL_FILES", "OpenWeights", "TokenizerFiles", "check_state", "open_layout", "read_config", "read_source_files",
-    "read_weights", "to_layout", "warn_of_own_layout", "write_description", "write_model", "write_model_files",
+    "ADAPTER_FILES", "MODEL_FILES", "OpenWeights", "TokenizerFiles", "check_state", "open_layout", "read_config",
+    "read_source_files", "read_weights", "to_layout", "warn_of_own_layout", "write_description", "write_model",
+    "write_model_files",
 ]  # fmt: skip
 
 # Files of a model of the hub. Weights in other formats are copies of the same values.
 MODEL_FILES = HubFiles(
-    (*TOKENIZER_FILES, GENERATION_CONFIG),
-    ((WEIGHTS, INDEX, "model-*-of-*.safetensors", QUANTIZED), (PICKLE, PICKLE_INDEX, "pytorch_model-*-of-*.bin")),
-)
+    (*TOKENIZER_FILES, GENERATION_CONFIG, ADAPTER_CONFIG),
+    (
+        (ADAPTER_WEIGHTS,), (WEIGHTS, INDEX, "model-*-of-*.safetensors", QUANTIZED),
+        (PICKLE, PICKLE_INDEX, "pytorch_model-*-of-*.bin"),
+    ),
+)  # fmt: skip
+ADAPTER_FILES = HubFiles((ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 NORM_OR_LAYER = re.compile(r"\.(ln_\w+|c_\w+)\.weight$")
 # Suffixes of buffers that old releases of transformers wrote, and that no model needs.
 OLD_BUFFERS = (
@@ -70,7 +76,7 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Fa
     """Read config.json, or the metadata of a .gguf file.
 
     Args:
-        folder: a model folder, or a .gguf file.
+        folder: a model folder, a .gguf file, or an adapter folder, for its base model.
         dropout: replaces the dropout rates of the file.
     Raises:
         ValueError: the folder or file is missing or damaged, or describes a model that peakgpt does not support.
@@ -81,6 +87,9 @@ def read_config(folder: Path | str, *, dropout: float | None = None) -> tuple[Fa
         return family_of(config), config
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder}: got no such folder, expected one with {CONFIG} and {WEIGHTS}")
+    if is_adapter(folder):
+        base, revision = base_of(folder)
+        return read_config(locate(base, MODEL_FILES, revision), dropout=dropout)
     path = folder / CONFIG
     content = read_json(path)
     try:
@@ -225,6 +234,7 @@ def to_layout(
 def write_model_files(
     folder: Path, config: GPTConfig, tensors: Mapping[str, Tensor], tokenizer: TokenizerFiles | None,
     source_files: Mapping[str, Mapping[str, Any]], max_bytes: int | None = None,
+    fields: Mapping[str, Any] = NO_FILES,
 ) -> None:  # fmt: skip
     """Write the files of a model into an empty folder.
 
@@ -232,21 +242,22 @@ def write_model_files(
         folder: not flushed to the disk.
         tensors: of `to_layout`.
         config, tokenizer, source_files, max_bytes: as in `write_model`.
+        fields: of config.json, in addition to those of the model.
     Raises:
         OSError: a file cannot be written.
     """
-    write_description(folder, config, next(iter(tensors.values())).dtype, tokenizer, source_files)
+    write_description(folder, config, next(iter(tensors.values())).dtype, tokenizer, source_files, fields)
     _write_shards(folder, _split_into_shards(tensors, max_bytes))
 
 
 def write_description(
     folder: Path, config: GPTConfig, dtype: torch.dtype, tokenizer: TokenizerFiles | None,
-    source_files: Mapping[str, Mapping[str, Any]], quantization: Mapping[str, Any] | None = None,
+    source_files: Mapping[str, Mapping[str, Any]], fields: Mapping[str, Any] = NO_FILES,
 ) -> None:  # fmt: skip
-    """Write config.json, with the quantization_config if it is not None, and the other files that are no weights."""
+    """Write config.json, with further fields, and the other files that are no weights."""
     family = family_of(config, source_files.get(CONFIG))
     for name, content in json_files(family, config, dtype, tokenizer, source_files).items():
-        content = {**content, QUANTIZATION: quantization} if name == CONFIG and quantization else content
+        content = {**content, **fields} if name == CONFIG else content
         (folder / name).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder)

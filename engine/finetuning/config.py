@@ -11,8 +11,11 @@ import torch
 
 from peakgpt.engine.checkpoint.checkpoint_config import CheckpointConfig
 from peakgpt.engine.data.model_source import NAMES, is_path
+from peakgpt.engine.finetuning import lora_settings
+from peakgpt.engine.finetuning.lora_settings import LoraSettings
 from peakgpt.engine.finetuning.synonyms import FINETUNING
-from peakgpt.engine.finetuning.tasks import sft_config
+from peakgpt.engine.finetuning.tasks import label_config, sft_config
+from peakgpt.engine.finetuning.tasks.label_config import LabelConfig
 from peakgpt.engine.finetuning.tasks.sft_config import SftConfig
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.settings.setting import Setting, check_settings, setting, settings_of
@@ -31,7 +34,9 @@ from peakgpt.engine.training.validation_config import MetricsConfig, ValidationC
 MAX_TOKENS = 1024  # of an example by default: the activations of longer ones may not fit
 VALIDATION_SHARE = 0.05
 # Values of settings that a task gives instead of their defaults, by the task's name.
-TASK_DEFAULTS: dict[str, Mapping[str, Any]] = {"sft": sft_config.DEFAULTS}
+TASK_DEFAULTS: dict[str, Mapping[str, Any]] = {
+    **dict.fromkeys(label_config.LABEL_TASKS, label_config.DEFAULTS), "sft": sft_config.DEFAULTS,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -43,12 +48,14 @@ class TaskConfig:
     """
 
     task: str | None = setting(
-        None, "what the model learns: sft is supervised fine-tuning, on answers", section="finetune",
-        choices=TASK_DEFAULTS,
+        None, "what the model learns: the tasks of the GPT-1 paper have labels (docs/classification.md); sft is "
+        "supervised fine-tuning, on answers", section="finetune", choices=TASK_DEFAULTS,
+        automatic="must be given",
     )  # fmt: skip
     init: str | None = setting(
-        None, f"checkpoint to adapt: {NAMES}", section="finetune", metavar="MODEL", is_path=is_path
-    )
+        None, f"checkpoint to adapt: {NAMES}", section="finetune", metavar="MODEL", is_path=is_path,
+        automatic="must be given",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -95,7 +102,7 @@ class FinetuneConfig(RunSettings):
     Args:
         task: and the checkpoint.
         fields: all fields of GPTConfig of the checkpoint.
-        data, sft, train, validation, metrics, checkpoint: the other sections.
+        data, labels, sft, lora, train, validation, metrics, checkpoint: the other sections.
     """
 
     COMMAND: ClassVar[str] = "finetune"
@@ -108,7 +115,9 @@ class FinetuneConfig(RunSettings):
     task: TaskConfig
     fields: Mapping[str, Any]
     data: ExampleConfig
+    labels: LabelConfig = field(default_factory=LabelConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -147,7 +156,8 @@ class FinetuneConfig(RunSettings):
     def default_values(self, model: GPTConfig, device: torch.device) -> dict[str, Any]:
         own = {"dtype": best_dtype(device), "tokens": min(model.block_size, MAX_TOKENS)}
         plain = {name: s.default for name, s in self.settings().items() if name not in MODEL_FIELDS}
-        return {**plain, **own, **TASK_DEFAULTS[self.task.task], **{n: getattr(self.task, n) for n in ("task", "init")}}
+        chosen = {n: getattr(self.task, n) for n in ("task", "init")}
+        return {**plain, **own, **_all_defaults(self.task.task, has_adapter=self.lora.lora_rank is not None), **chosen}
 
 
 def _task_defaults(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,4 +165,9 @@ def _task_defaults(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
     replaced = {
         name for names in ALTERNATIVES if any(given.get(other) is not None for other in names) for name in names
     }
-    return {name: value for name, value in TASK_DEFAULTS[task].items() if name not in replaced}
+    defaults = _all_defaults(task, has_adapter=given.get("lora_rank") is not None)
+    return {name: value for name, value in defaults.items() if name not in replaced}
+
+
+def _all_defaults(task: str, *, has_adapter: bool) -> Mapping[str, Any]:
+    return {**TASK_DEFAULTS[task], **(lora_settings.DEFAULTS if has_adapter else {})}

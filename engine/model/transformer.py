@@ -21,6 +21,7 @@ from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.experts import balance_loss
 from peakgpt.engine.model.fp8 import fp8_linear
 from peakgpt.engine.model.kv_cache import AttentionCache, SequenceCache
+from peakgpt.engine.model.lora import LoraConfig
 from peakgpt.engine.model.norms import make_norm
 from peakgpt.engine.model.plain import FORWARDS, fusable, has_own_call, is_plain, is_plain_embedding, run_linear
 from peakgpt.engine.model.positions import Positions, left_padding_start, make_positions, packed_positions
@@ -44,6 +45,9 @@ class Transformer(ModuleWithConv1D):
         super().__init__()
         self.config, self.fp8 = config, False
         self.source_files: Mapping[str, Mapping[str, Any]] = {}  # JSON files of the folder that it was loaded from
+        self.name_or_path, self.revision = "", None  # what it was loaded from: the base model of its adapters
+        self.adapters: dict[str, LoraConfig] = {}  # by name; engine/model/lora.py
+        self.active_adapter: str | None = None
         device = torch.get_default_device()
         with torch.device("meta"), _SkipInit():  # torch's own initialization takes seconds for GPT-2 and is overwritten
             self.transformer = nn.ModuleDict(_modules(config))
@@ -107,9 +111,7 @@ class Transformer(ModuleWithConv1D):
         if targets is None:
             return self.compute_logits(h)
         logits = None if self._has_fusable_head else self.compute_logits(h)
-        loss = self._fused_loss(h, targets, loss_weight) if logits is None else self._loss(logits, targets, loss_weight)
-        if not loss.requires_grad and torch.is_grad_enabled():
-            loss = explain_backward(self, loss)
+        loss = self._loss_of(h, logits, targets, loss_weight)
         if balance:
             # With loss_weight the batch is a part of a larger one; scale the balance by the part's share of the loss.
             share = 1.0 if loss_weight is None else (loss_weight * (targets != IGNORE_INDEX)).sum()
@@ -117,6 +119,17 @@ class Transformer(ModuleWithConv1D):
         if not return_logits:
             return loss
         return loss, self.compute_logits(h) if logits is None else logits
+
+    def compute_loss(self, h: Tensor, targets: Tensor, loss_weight: Tensor | None = None) -> Tensor:
+        """Compute the loss of hidden states, (B, T, C), without balance_loss; see `forward`."""
+        logits = None if self._has_fusable_head else self.compute_logits(h)
+        return self._loss_of(h, logits, targets, loss_weight)
+
+    def _loss_of(self, h: Tensor, logits: Tensor | None, targets: Tensor, weight: Tensor | None) -> Tensor:
+        """Compute the loss of hidden states, or of their logits if the fused loss does not support the head."""
+        loss = self._fused_loss(h, targets, weight) if logits is None else self._loss(logits, targets, weight)
+        is_without_gradients = not loss.requires_grad and torch.is_grad_enabled()
+        return explain_backward(self, loss) if is_without_gradients else loss
 
     def _fused_loss(self, h: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
         """Compute the cross entropy of hidden states (B, T, C), in training mode with label smoothing and z-loss."""
