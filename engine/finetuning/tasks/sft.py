@@ -9,13 +9,14 @@ An example of n tokens is n - 1 inputs and their n - 1 targets, of which those o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peakgpt.engine.checkpoint.source_files import GENERATION_CONFIG
 from peakgpt.engine.data.chat_tokens import assistant_mask
 from peakgpt.engine.data.library_call import call
 from peakgpt.engine.data.template_sandbox import Rendered
@@ -25,10 +26,12 @@ from peakgpt.engine.finetuning.answer_masks import common_prefix, render_answers
 from peakgpt.engine.finetuning.config import FinetuneConfig
 from peakgpt.engine.finetuning.conversations import Chat, Completion, read_conversations
 from peakgpt.engine.finetuning.examples import Example
-from peakgpt.engine.finetuning.packing import best_fit
+from peakgpt.engine.finetuning.language_examples import collate, pack
 from peakgpt.engine.finetuning.rows import Row
 from peakgpt.engine.finetuning.task import Task
 from peakgpt.engine.finetuning.tasks.sft_config import ALL
+from peakgpt.engine.gpt import GPT
+from peakgpt.engine.inference.generation_config import generation_config
 from peakgpt.engine.model.positions import refuse_relative_positions
 from peakgpt.engine.training.figures import percent_text
 from peakgpt.engine.training.samples import Sampler
@@ -45,9 +48,13 @@ class Sft(Task):
         super().__init__(config, tokenizer, state)
         if state is None and config.sft.chat_template is not None:
             self.tokenizer = tokenizer.with_chat_template(read_text(config.sft.chat_template))
+        self.stop_ids: list[int] = (state or {}).get("stop_token_ids", [])
         self.packing = self.fixed_shapes = config.sft.packing
         if self.packing:
             refuse_relative_positions(config.model_config())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stop_token_ids": self.stop_ids}
 
     # ---- rows to examples
 
@@ -79,8 +86,17 @@ class Sft(Task):
         """Return the ids of each text, and which of them have a loss."""
         texts = [chat.text for chat in chats]
         encodings = call(self.tokenizer.library.encode_batch, texts, add_special_tokens=False)  # with offsets
-        return [(encoding.ids, assistant_mask(chat, encoding))
-                for chat, encoding in zip(chats, encodings, strict=True)]  # fmt: skip
+        pairs = [(encoding.ids, assistant_mask(chat, encoding))
+                 for chat, encoding in zip(chats, encodings, strict=True)]  # fmt: skip
+        self.stop_ids = sorted({*self.stop_ids, *self._ends(pairs[:1])})
+        return pairs
+
+    def _ends(self, pairs: Iterable[tuple[list[int], list[int]]]) -> Iterator[int]:
+        """Yield the last special token that has a loss: the end of a turn."""
+        special = {token for token, added in self.tokenizer.library.get_added_tokens_decoder().items() if added.special}
+        for ids, mask in pairs:
+            trained = [token for token, has_loss in zip(ids, mask, strict=True) if has_loss]
+            yield from [token for token in trained if token in special][-1:]
 
     def _encode_completions(self, texts: Sequence[Completion]) -> list[tuple[list[int], list[int]]]:
         """Return the ids of each text, and which of them have a loss: those behind what it has in common with the
@@ -110,15 +126,7 @@ class Sft(Task):
     # ---- examples to batches
 
     def arrange(self, examples: list[Example]) -> list[Example]:
-        if not self.packing:
-            return examples
-        return [
-            {
-                **{name: np.concatenate([examples[i][name] for i in row]) for name in ("ids", "targets")},
-                "position_ids": np.concatenate([np.arange(self.length(examples[i]), dtype=np.int32) for i in row]),
-            }
-            for row in best_fit([self.length(example) for example in examples], self.config.train.tokens)
-        ]
+        return pack(examples, self.config.train.tokens) if self.packing else examples
 
     def describe(self, examples: Sequence[Example], rows: Sequence[Example]) -> str:
         trained = sum(int((example["targets"] != IGNORE_INDEX).sum()) for example in examples)
@@ -129,18 +137,18 @@ class Sft(Task):
         return f"{text}; packed into {len(rows):,} rows, which are full to {percent_text(share)}"
 
     def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
-        """Return ids and targets, (B, T) int64, and of packed rows position_ids, (B, T) int32.
+        """Return ids and targets, and of packed rows position_ids; all packed rows have `tokens` tokens."""
+        return collate(examples, self.config.train.tokens if self.packing else None)
 
-        T is `tokens` for packed rows, else the length of the longest example. Padding is on the right, where no token
-        of an example attends to it. In packed rows each token of it is a document of its own.
-        """
-        fixed = self.config.train.tokens if self.packing else max(map(self.length, examples))
-        return tuple(
-            _padded([example[name] for example in examples], fixed, dtype, filler)
-            for name, dtype, filler in COLUMNS if name in examples[0]
-        )  # fmt: skip
+    # ---- model
 
-    # ---- evaluation
+    def model(self, gpt: GPT) -> GPT:
+        """Return the GPT itself; its generation config names what ends a turn, so that a generation stops there."""
+        known = generation_config(gpt).eos_token_id
+        if not {*self.stop_ids} <= {*known, *self.tokenizer.stop_token_ids}:
+            content, ends = gpt.source_files.get(GENERATION_CONFIG, {}), sorted({*known, *self.stop_ids})
+            gpt.source_files = {**gpt.source_files, GENERATION_CONFIG: {**content, "eos_token_id": ends}}
+        return gpt
 
     def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> SetMetrics:
         losses: list[Tensor] = []
@@ -161,18 +169,6 @@ class Sft(Task):
             return self.tokenizer.encode(prompt)
         messages = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-# Arrays of an example, the dtype that the model takes, and what fills them up.
-COLUMNS = (("ids", torch.int64, 0), ("targets", torch.int64, IGNORE_INDEX), ("position_ids", torch.int32, 0))
-
-
-def _padded(arrays: Sequence[np.ndarray], length: int, dtype: torch.dtype, filler: int) -> Tensor:
-    """Return arrays as the rows of a tensor, (B, length)."""
-    rows = torch.full((len(arrays), length), filler, dtype=dtype)
-    for row, array in zip(rows, arrays, strict=True):
-        row[: len(array)] = torch.from_numpy(np.ascontiguousarray(array))
-    return rows
 
 
 def _behind(start: int, ids: Sequence[int]) -> list[int]:
