@@ -17,32 +17,33 @@ constexpr int kColumns = kColumnVecs * kLanes;
 constexpr int kRowVecs = kRows > kLanes ? kRows / kLanes : 1;
 constexpr int kPanelRows = kRowVecs * kLanes;
 
-template <class T>
-PEAK_INLINE Vec LoadSlots(const T* p, int64_t n) {
+// The elements of an operand have type X: T, or float, which is rounded if a slot is a pair.
+template <class T, class X>
+PEAK_INLINE Vec LoadSlots(const X* p, int64_t n) {
   if constexpr (kSlot<T> == 2) {
     return AsVec(LoadPairs(p, n));
   } else {
-    return n >= kLanes ? Load(p) : LoadPart(p, n);
+    return Load(p, n);
   }
 }
 
 // One Vec of n slots from the row at p and, for pairs, the row after it; the sum over k has `left` elements left.
-template <class T>
-PEAK_INLINE Vec GatherSlots(const T* p, int64_t k_stride, int64_t n, int64_t left) {
+template <class T, class X>
+PEAK_INLINE Vec GatherSlots(const X* p, int64_t k_stride, int64_t n, int64_t left) {
   if constexpr (kSlot<T> == 2) {
     return AsVec(ZipPairs(p, left > 1 ? p + k_stride : nullptr, n));
   } else {
-    return n >= kLanes ? Load(p) : LoadPart(p, n);
+    return Load(p, n);
   }
 }
 
 // Packs `lanes` <= kLanes rows of an operand, contiguous along k, into out[slot * width + lane].
-template <class T>
-void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t width, float* out) {
+template <class T, class X>
+void PackAlong(const X* p, int64_t stride, int64_t lanes, int64_t k, int64_t width, float* out) {
   constexpr int64_t kStep = kLanes * kSlot<T>;
   for (int64_t at = 0; at < k; at += kStep) {
     Vec rows[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) rows[i] = i < lanes ? LoadSlots(p + i * stride + at, k - at) : Set(0.0f);
+    for (int64_t i = 0; i < kLanes; ++i) rows[i] = i < lanes ? LoadSlots<T>(p + i * stride + at, k - at) : Set(0.0f);
     Transpose(rows);
     const int64_t slots = std::min<int64_t>(kLanes, (k - at + kSlot<T> - 1) / kSlot<T>);
     for (int64_t i = 0; i < slots; ++i, out += width) Store(out, rows[i]);
@@ -50,10 +51,10 @@ void PackAlong(const T* p, int64_t stride, int64_t lanes, int64_t k, int64_t wid
 }
 
 // The same for an operand in which the elements of one k are contiguous.
-template <class T>
-void PackAcross(const T* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t width, float* out) {
+template <class T, class X>
+void PackAcross(const X* p, int64_t k_stride, int64_t lanes, int64_t k, int64_t width, float* out) {
   for (int64_t at = 0; at < k; at += kSlot<T>, out += width) {
-    Store(out, GatherSlots(p + at * k_stride, k_stride, lanes, k - at));
+    Store(out, GatherSlots<T>(p + at * k_stride, k_stride, lanes, k - at));
   }
 }
 
@@ -73,15 +74,15 @@ void AddSlots(const float* panel, int64_t slots, int64_t width, int64_t lanes, b
 }
 
 // Packs rows [0, rows) of an operand as panels of `vecs` Vecs: [panel][slot][lane]. Missing rows are 0.
-template <class T>
-void Pack(const void* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int64_t vecs, float* out) {
+template <class T, class X>
+void Pack(const X* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, int64_t vecs, float* out) {
   const int64_t width = vecs * kLanes, slots = (k + kSlot<T> - 1) / kSlot<T>;
   for (int64_t row = 0; row < rows; row += width, out += slots * width) {
     for (int64_t v = 0; v < vecs; ++v) {
       const int64_t first = row + v * kLanes, lanes = std::max<int64_t>(0, std::min<int64_t>(kLanes, rows - first));
-      const T* p = static_cast<const T*>(from) + (lanes > 0 ? first * row_stride : 0);
-      k_stride == 1 ? PackAlong(p, row_stride, lanes, k, width, out + v * kLanes)
-                    : PackAcross(p, k_stride, lanes, k, width, out + v * kLanes);
+      const X* p = from + (lanes > 0 ? first * row_stride : 0);
+      k_stride == 1 ? PackAlong<T>(p, row_stride, lanes, k, width, out + v * kLanes)
+                    : PackAcross<T>(p, k_stride, lanes, k, width, out + v * kLanes);
     }
   }
 }
