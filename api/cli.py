@@ -22,11 +22,13 @@ COMMANDS = {
     "contamination": "find examples of an evaluation in a training corpus",
     "prepare": "turn text, data sets or token files into token shards to train on",
     "train": "train a GPT on text files",
+    "finetune": "adapt a checkpoint to a task, with examples of it",
     "verify": "check every file of a run against its digests",
     "report": "write the report of a run again, from its metrics",
     "generate": "continue a prompt with a checkpoint",
     "quantize": "quantize the weights of a checkpoint to 8 or 4 bits",
     "export": "write a model as a .gguf file for llama.cpp",
+    "evaluate": "answer the questions of tasks with a model, in context, and score the answers",
     "score": "log-probabilities of continuations, or the perplexity of a text",
     "serve": "OpenAI-compatible completions over HTTP",
     "bench": "measure ops, training and decoding against PyTorch",
@@ -36,8 +38,10 @@ COMMANDS = {
 
 
 # Long commands -> the stream for their progress lines. It is stderr where programs read the command's stdout.
-HEARTBEATS = {**dict.fromkeys(("quickstart", "prepare", "train", "bench"), "stdout"),
-              **dict.fromkeys(("quantize", "export", "score", "aot", "dedup", "contamination"), "stderr")}  # fmt: skip
+HEARTBEATS = {
+    **dict.fromkeys(("quickstart", "prepare", "train", "finetune", "bench"), "stdout"),
+    **dict.fromkeys(("quantize", "export", "evaluate", "score", "aot", "dedup", "contamination"), "stderr"),
+}
 
 
 class BadInput(Exception):

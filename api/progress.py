@@ -67,9 +67,7 @@ class TrainingProgress:
         """Show a validation and its samples."""
         for number, (name, found) in enumerate(event.sets.items()):
             best = "  (best so far)" if event.is_best and not number else ""
-            bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
-            self.say(f"step {event.step}  {name} loss {found.loss:.4f}, perplexity {found.perplexity:.4g}{bits}, "
-                     f"{found.tokens:,} tokens{best}")  # fmt: skip
+            self.say(f"step {event.step}  {name} {found}{best}")
         for sample in event.samples:
             text = f"{sample.prompt}{sample.text}"
             self.say(f"  sample: {text[:SAMPLE_CHARS]!r}{' ...' if len(text) > SAMPLE_CHARS else ''}")

@@ -12,9 +12,9 @@ from peakgpt.closed_output import Output
 from peakgpt.engine.training.figures import bytes_text, duration_text
 from peakgpt.engine.training.loop import StepMetrics, TrainingLoop, ValidationMetrics
 from peakgpt.engine.training.metric_sinks import open_sinks
-from peakgpt.engine.training.run_config import RunConfig
 from peakgpt.engine.training.run_folder import RunFolder
 from peakgpt.engine.training.run_report import settings_section, write_report
+from peakgpt.engine.training.run_settings import RunSettings
 from peakgpt.engine.training.step_profile import StepProfile
 from peakgpt.engine.training.time_limit import TimeLimit
 from peakgpt.heartbeat import enter_phase
@@ -29,7 +29,7 @@ UNMEASURED_SHARE = 0.5  # of a step's time a token of validation takes, before o
 class RunReporter:
     """Takes the events of a run. A context: closes sinks, the bar and a running trace."""
 
-    def __init__(self, folder: RunFolder, loop: TrainingLoop, config: RunConfig, output: Output):
+    def __init__(self, folder: RunFolder, loop: TrainingLoop, config: RunSettings, output: Output):
         """
         Args:
             folder: of the run; `elapsed_s` of its metrics counts the time of all its processes.

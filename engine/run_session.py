@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from peakgpt.engine.checkpoint.model_files import WholeModel
 from peakgpt.engine.data.data_config import VOCAB
 from peakgpt.engine.data.dataset import TrainingData, open_text, prepare_text
 from peakgpt.engine.data.run_layout import saved_steps, step_folder
@@ -27,6 +28,7 @@ from peakgpt.engine.training.metric_sinks import require_packages
 from peakgpt.engine.training.run_config import RunConfig
 from peakgpt.engine.training.run_file import listing, read_run_file, write_run_file
 from peakgpt.engine.training.run_folder import RunFolder
+from peakgpt.engine.training.run_settings import RunSettings
 from peakgpt.engine.training.schedule import Schedule
 from peakgpt.engine.training.step_profile import check_window
 from peakgpt.engine.training.train_config import TrainConfig
@@ -51,7 +53,7 @@ class Reporter:
 class RunSession:
     """A run that is ready to train. Close `checkpoints`, then `folder`, at the end."""
 
-    config: RunConfig
+    config: RunSettings
     folder: RunFolder
     loop: TrainingLoop
     checkpoints: CheckpointManager
@@ -72,7 +74,8 @@ def start(config: RunConfig, folder: RunFolder, device: torch.device, reporter: 
         reporter.say(listing(config, model.config, device))
         reporter.say(sizes(loop, data))
         write_run_file(folder.root, config, model.config)
-    return RunSession(config, folder, loop, CheckpointManager(folder, loop, tokenizer, config.checkpoint))
+    files = WholeModel(model, tokenizer)
+    return RunSession(config, folder, loop, CheckpointManager(folder, loop, files, config.checkpoint))
 
 
 def check_resources(config: RunConfig, device: torch.device, reporter: Reporter) -> None:
@@ -109,7 +112,7 @@ def resume(path: Path, changes: Mapping[str, Any], device: torch.device, reporte
         data, tokenizer = open_data(config, folder, saved_tokenizer(config, path, steps))
         model = empty_model(config, data) if steps else initial_model(config, data)
         loop = build_loop(config, folder, data, tokenizer, model.to(device))
-        checkpoints = CheckpointManager(folder, loop, tokenizer, config.checkpoint)
+        checkpoints = CheckpointManager(folder, loop, WholeModel(model, tokenizer), config.checkpoint)
         planned = planned_steps(saved, data), loop.trainer.steps
 
         def accept(done: int) -> None:

@@ -225,6 +225,10 @@ SMALL = {
     "peakgpt quantize": "",
     "peakgpt export": "",
     "peakgpt score": "",
+    **{f"peakgpt evaluate --task examples/tasks/{name}": "--limit 2" for name in (
+        "arithmetic.jsonl", "boolean_expressions.json", "question_answering.jsonl", "sentiment.jsonl",
+        "summarization.jsonl", "translation.jsonl")},
+    "peakgpt evaluate --task examples/tasks/reasoning.jsonl": "--limit 2 --max-tokens 4",
     "peakgpt serve": "--port 0",
     "peakgpt bench packing": "--model gpt2-tiny --batch 1 --tokens 32 --rounds 2",
     "peakgpt bench ops": f"--op rmsnorm --size rows=4 --size width=8 --pass forward {TINY_OP}",
@@ -256,7 +260,7 @@ NOT_RUN = {
     "peakgpt bench memory_bound": "its streams are larger than any cache; test_bench_ops.py runs its kernels",
     "peakgpt bench compare": "needs two committed runs; test_compare.py runs it",
     "peakgpt bench readme": "writes into a checkout; a test above compares what it writes",
-    "python -m peakgpt.harness": "runs in test_harness.py, in a process that is offline",
+    "peakgpt evaluate --task hellaswag": "downloads a data set; test_harness.py evaluates a local task",
 }
 SHELL_DOCUMENTS = ["README.md", *(f"docs/{p.name}" for p in sorted(ROOT.glob("docs/*.md")))]
 COMMAND = re.compile(r"((?:[A-Z_]+=\S+ )*)((?:peakgpt (?=[a-z])|python -m peakgpt|python examples/).*?)(?=  |#|$)")
@@ -299,6 +303,7 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "shakespeare_char").mkdir()
     for name in ("train.bin", "val.bin"):
         (tmp_path / "shakespeare_char" / name).write_bytes(bytes([7, 0] * 40))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "shots.json").write_text('{"input": "peakgpt"}')
     (tmp_path / "questions.jsonl").write_text('{"question": "One two three four five six seven eight nine?"}')
     torch.manual_seed(0)

@@ -29,6 +29,7 @@ LAYERS = (
     ("peakgpt.engine.training", "peakgpt.engine.inference"),
     ("peakgpt.engine.evaluation",),
     ("peakgpt.engine",),
+    ("peakgpt.engine.finetuning",),
     ("peakgpt.dropin",),
     ("peakgpt.bench",),
     ("peakgpt",),

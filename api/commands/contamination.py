@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 from peakgpt.engine.data.contamination import MAX_N, MIN_N, ContaminationCheck, Example
-from peakgpt.engine.data.documents import ERRORS, Document, ReadOptions
+from peakgpt.engine.data.documents import ERRORS, ReadOptions
 from peakgpt.engine.data.json_lines import new_json_lines
-from peakgpt.engine.data.run_layout import RUN_CONFIG
-from peakgpt.engine.data.sources import open_sources
-from peakgpt.engine.data.token_documents import shard_folder, token_documents
+from peakgpt.engine.evaluation.corpus_overlap import corpus_documents
 from peakgpt.engine.evaluation.example_file import read_examples
-from peakgpt.engine.training.run_file import read_run_file
 from peakgpt.heartbeat import enter_phase
 from peakgpt.kernels.command_line import integer
 from peakgpt.kernels.strict_json import dumps
@@ -40,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     check = ContaminationCheck(
         (example for path in args.eval for example in read_examples(path, args.eval_field)), args.ngram
     )
-    documents = _documents(args.corpus, ReadOptions(field=args.field, errors=args.errors))
+    documents = corpus_documents(args.corpus, ReadOptions(field=args.field, errors=args.errors))
     with ExitStack() as files:
         report = files.enter_context(new_json_lines(args.report)) if args.report else None
         for document in documents:
@@ -62,32 +58,6 @@ def run(args: argparse.Namespace) -> int:
     totals = {name: counts[name] for name in ("dirty", "clean", "short")}
     print(dumps({"examples": len(examples), **totals, "ngram": check.n, "documents": check.documents}))
     return 1 if dirty else 0
-
-
-def _documents(names: list[str], options: ReadOptions) -> Iterator[Document]:
-    shards = {name: folders for name in names if (folders := _shard_folders(Path(name)))}
-    texts = [name for name in names if name not in shards]
-    sources = open_sources(texts, options) if texts else []
-
-    def documents() -> Iterator[Document]:
-        for source in sources:
-            yield from source
-        for folders in shards.values():
-            for folder in folders:
-                yield from token_documents(folder)
-
-    return documents()
-
-
-def _shard_folders(path: Path) -> list[Path]:
-    """Return the folders of token shards that a path means; none if it is text.
-
-    The tokens of a run are in its own folder, or in the prepared folders that its config.toml names.
-    """
-    if folder := shard_folder(path):
-        return [folder]
-    is_run = (path / RUN_CONFIG).is_file()
-    return [Path(name) for name in read_run_file(path)["dataset"] or ()] if is_run else []
 
 
 def _row(example: Example) -> dict[str, str | int | None]:

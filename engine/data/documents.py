@@ -85,9 +85,11 @@ def content_suffix(path: Path) -> str:
     return (path if compression(path) is None else path.with_suffix("")).suffix.lower()
 
 
-def require(module: str) -> ModuleType:
+def require(module: str, extra: str = "data") -> ModuleType:
     """Import an optional package.
 
+    Args:
+        extra: of peakgpt, that installs it.
     Raises:
         ValueError: it is not installed.
     """
@@ -95,7 +97,7 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise ValueError(f"{package}: got no such package, expected `pip install peakgpt[data]`") from None
+        raise ValueError(f"{package}: got no such package, expected `pip install peakgpt[{extra}]`") from None
 
 
 # ---- text
@@ -136,16 +138,29 @@ def _not_utf8(path: Path, start: int, error: UnicodeDecodeError) -> ValueError:
 
 
 def _read_jsonl(path: Path, name: str, options: ReadOptions) -> Iterator[Document]:
+    for number, row in json_records(path, options.errors):
+        yield from record_documents(f"{path}:{number}", f"{name}:{number}", row, options)
+
+
+def json_records(path: Path, errors: str = "strict") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number of its line, JSON object) of each line that is not blank.
+
+    Args:
+        path: of a file of JSON lines, plain or compressed.
+        errors: of invalid UTF-8, one of ERRORS.
+    Raises:
+        ValueError: the file is unreadable or empty, or a line is not a JSON object; the message names the line.
+    """
     position, number = 0, 0
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8", options.errors)
+                text = line.decode("utf-8", errors)
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, position, error) from None
             position += len(line)
             if text.strip():
-                yield from record_documents(f"{path}:{number}", f"{name}:{number}", _parse(path, number, text), options)
+                yield number, _parse(path, number, text)
     if not number:
         raise ValueError(f"text file {path}: got an empty file, expected a JSON object a line")
 

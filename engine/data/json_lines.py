@@ -1,4 +1,4 @@
-"""Write JSON lines: one object a line, in a new file that appears when it is complete."""
+"""JSON lines: one object a line. A new file appears when it is complete."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from typing import Any, BinaryIO
 
 from peakgpt.engine.data.documents import Document
 from peakgpt.kernels.files import atomic_file
+
+
+def parse_json(place: str, text: str) -> Any:
+    """Parse JSON.
+
+    Args:
+        place: of the text, such as "qa.jsonl:3", for the message.
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: got {error}, expected JSON") from None
 
 
 class JsonLines:

@@ -10,6 +10,7 @@ must not be able to end itself.
 from __future__ import annotations
 
 import codecs
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from peakgpt.engine.data.chat_template import ChatTemplates
+from peakgpt.engine.data.chat_template import DEFAULT, ChatTemplates
 from peakgpt.engine.data.chat_tokens import check_options, model_inputs
 from peakgpt.engine.data.clean_up import CleanUp
 from peakgpt.engine.data.documents import Document
@@ -33,7 +34,7 @@ from peakgpt.engine.data.model_source import locate
 from peakgpt.engine.data.split_tokens import splitting_copy
 from peakgpt.engine.data.token_pieces import EMPTY, TokenPieces
 from peakgpt.engine.data.tokenizer_files import read_folder
-from peakgpt.engine.data.tokenizer_names import CONFIG, TOKENIZER, TOKENIZER_FILES
+from peakgpt.engine.data.tokenizer_names import CHAT_TEMPLATE, CHAT_TEMPLATES, CONFIG, TOKENIZER, TOKENIZER_FILES
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -194,6 +195,19 @@ class Tokenizer:
             return_assistant_tokens_mask=return_assistant_tokens_mask,
         )  # fmt: skip
         return inputs if return_dict else inputs["input_ids"]
+
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """Return a copy whose only chat template is this Jinja; `save` writes it.
+
+        Raises:
+            ValueError: the source is not Jinja.
+        """
+        copied = copy.copy(self)
+        copied.chat = ChatTemplates({DEFAULT: source}, self.chat.special_tokens)
+        copied.chat.compile()
+        kept = {name: content for name, content in self._side_files.items() if not name.startswith(CHAT_TEMPLATES)}
+        copied._side_files = {**kept, CHAT_TEMPLATE: source.encode()}
+        return copied
 
     @property
     def document_marks(self) -> tuple[list[int], list[int]]:

@@ -2,17 +2,19 @@
 
     .jsonl .ndjson    one example a line, an object: one of its fields, or all its texts
     .json             a list of such objects, or a prompt file: its input, and each of its examples
+    a task            the examples of task_file.py, without the fields of the task
     any other         one example a line
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from peakgpt.engine.data.json_lines import parse_json
 from peakgpt.engine.data.text_file import read_text
+from peakgpt.engine.evaluation.task_file import is_header
 from peakgpt.engine.inference.prompt_file import read_prompt_file
 
 
@@ -33,9 +35,13 @@ def read_examples(path: Path | str, field: str | None = None) -> list[tuple[str,
         raise ValueError(f"evaluation file {error}") from None
     if path.suffix in (".jsonl", ".ndjson"):
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [(f"{path}:{number}", _text(path, number, _parse(path, number, line), field)) for number, line in lines]
+        rows = [(number, parse_json(f"evaluation file {path}:{number}", line)) for number, line in lines]
+        rows = rows[1:] if rows and isinstance(rows[0][1], dict) and is_header(rows[0][1]) else rows
+        return [(f"{path}:{number}", _text(path, number, row, field)) for number, row in rows]
     if path.suffix == ".json":
-        value = _parse(path, 1, text)
+        value = parse_json(f"evaluation file {path}:1", text)
+        if isinstance(value, dict) and _are_objects(value.get("examples")):
+            value = value["examples"]
         if isinstance(value, list):
             return [(f"{path}:{number}", _text(path, number, row, field)) for number, row in enumerate(value, 1)]
     if field is not None:
@@ -47,21 +53,23 @@ def read_examples(path: Path | str, field: str | None = None) -> list[tuple[str,
     return [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _parse(path: Path, number: int, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"evaluation file {path}:{number}: got {error}, expected JSON") from None
-
-
 def _text(path: Path, number: int, row: Any, field: str | None) -> str:
     if not isinstance(row, dict):
         raise ValueError(f"evaluation file {path}:{number}: got {type(row).__name__}, expected an object")
     if field is None:
-        return "\n".join(_texts(row))
+        return all_texts(row)
     if not isinstance(row.get(field), str):
         raise ValueError(f"evaluation file {path}:{number}: got fields {', '.join(row)}, expected text in {field!r}")
     return row[field]
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def all_texts(row: Any) -> str:
+    """Return all texts of a value of JSON, one a line."""
+    return "\n".join(_texts(row))
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -11,8 +11,7 @@ Trinh and Le 2018, arXiv:1806.02847 (partial scores of Winograd schemas).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from peakgpt.engine.data.tokenizer import Tokenizer
@@ -33,7 +32,7 @@ class ZeroShot:
         Args:
             pairs: (context, continuation); an empty context means that the continuation is a whole text.
         """
-        return self.scorer.score([self._encode(context, continuation) for context, continuation in pairs])
+        return self.scorer.score(encode_pairs(self.tokenizer, pairs))
 
     def mean_logprobs(self, texts: Sequence[str]) -> list[float]:
         """Return for each text the mean log-probability of its tokens, in nats."""
@@ -68,18 +67,32 @@ class ZeroShot:
         scores = self.continuations([(before + referent, rest) for referent in referents])
         return max(range(len(referents)), key=lambda i: scores[i].mean)
 
-    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Encode both as one text and split its tokens. Trailing spaces of the context belong to the continuation.
 
-        The context starts with the tokens that the tokenizer puts before a text, such as BOS. An empty context is
-        `Tokenizer.context_ids`.
-        """
-        start, encode = self.tokenizer.start_ids, partial(self.tokenizer.encode, add_special_tokens=False)
-        if not context:
-            return self.tokenizer.context_ids, encode(continuation)
-        stripped = context.rstrip() or context
-        whole, first = encode(context + continuation), len(encode(stripped))
-        return start + whole[:first], whole[first:]
+def encode_pairs(
+    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, add_special_tokens: bool = True
+) -> list[tuple[list[int], list[int]]]:
+    """Encode contexts and continuations, each pair as one text, and split its tokens.
+
+    Trailing spaces of a context belong to its continuation. A context starts with the tokens that the tokenizer puts
+    before a text, such as BOS. An empty context is `Tokenizer.context_ids`.
+
+    Args:
+        pairs: (context, continuation).
+        add_special_tokens: False for rendered chats, which have their own.
+    """
+    start = tokenizer.start_ids if add_special_tokens else []
+    contexts = dict.fromkeys(context.rstrip() or context for context, _ in pairs)
+    counts = {context: len(ids) for context, ids in zip(contexts, _encode_batch(tokenizer, contexts), strict=True)}
+    encoded = []
+    wholes = _encode_batch(tokenizer, [context + continuation for context, continuation in pairs])
+    for (context, _), whole in zip(pairs, wholes, strict=True):
+        first = counts[context.rstrip() or context]
+        encoded.append((start + whole[:first], whole[first:]) if context else (tokenizer.context_ids, whole))
+    return encoded
+
+
+def _encode_batch(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
+    return tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
 
 def best_threshold(means: Sequence[float], labels: Sequence[bool]) -> float:

@@ -1,6 +1,7 @@
 """CheckpointManager: saves a training loop in the background, and continues it from its newest undamaged checkpoint.
 
-    with RunFolder("runs/mine") as run, CheckpointManager(run, loop, tokenizer) as checkpoints:
+    files = WholeModel(model, tokenizer)
+    with RunFolder("runs/mine") as run, CheckpointManager(run, loop, files) as checkpoints:
         for event in loop.run(save_every=250):
             if isinstance(event, SaveDue):
                 checkpoints.save()
@@ -8,7 +9,7 @@
                 run.log(**event.row())
             checkpoints.check()
 
-    with RunFolder.reopen("runs/mine") as run, CheckpointManager(run, loop, tokenizer) as checkpoints:
+    with RunFolder.reopen("runs/mine") as run, CheckpointManager(run, loop, files) as checkpoints:
         checkpoints.load()  # then as above
 """
 
@@ -25,17 +26,7 @@ import torch
 
 from peakgpt.engine.checkpoint.checkpoint_config import CheckpointConfig
 from peakgpt.engine.checkpoint.folder import TRAINING_STATE, WEIGHTS
-from peakgpt.engine.checkpoint.model_folder import (
-    TokenizerFiles,
-    check_state,
-    open_layout,
-    read_config,
-    read_source_files,
-    read_weights,
-    to_layout,
-    warn_of_own_layout,
-    write_model_files,
-)
+from peakgpt.engine.checkpoint.model_files import ModelFiles, WholeModel
 from peakgpt.engine.checkpoint.run_checkpoints import link_best, read_checkpoint, remove_checkpoints, write_checkpoint
 from peakgpt.engine.checkpoint.training_state import read_training_state, split_tensors, write_training_state
 from peakgpt.engine.data.run_layout import saved_steps, step_folder
@@ -57,22 +48,21 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, run: RunFolder, loop: TrainingLoop, tokenizer: TokenizerFiles | None = None,
+        self, run: RunFolder, loop: TrainingLoop, files: ModelFiles | None = None,
         config: CheckpointConfig | None = None,
     ):  # fmt: skip
         """
         Args:
             run: the folder to write into.
             loop: what to save, with all its parts.
-            tokenizer: written with the model.
+            files: how the model is written and read. None: all of it, without a tokenizer.
             config: which checkpoints to keep.
         Raises:
             ValueError: the model has adapters or other tensors that a model folder cannot have.
         """
-        self.run, self.loop, self.tokenizer, self.config = run, loop, tokenizer, config or CheckpointConfig()
-        model = loop.trainer.model
-        check_state(model.config, model.state_dict())
-        warn_of_own_layout(run.path, model.config)
+        self.run, self.loop, self.config = run, loop, config or CheckpointConfig()
+        self.files = files or WholeModel(loop.trainer.model)
+        self.files.check(run.path)
         self.saved_step: int | None = None
         self._memory = Snapshot(loop.trainer.device)
         self._thread: threading.Thread | None = None
@@ -133,20 +123,18 @@ class CheckpointManager:
 
     def _writer(self, step: int, facts: dict[str, Any]) -> Callable[[], None]:
         """Copy the loop's state to host memory; return the function that writes it."""
-        model, best = self.loop.trainer.model, facts["best"]
+        best, write_files = facts["best"], self.files.writer()
         state, structure = split_tensors(self.loop.state_dict())
         try:
-            saved = self.loop.trainer.saved_weights()
-            layout = to_layout(model.config, model.state_dict().keys(), saved, model.source_files)
+            layout = self.files.layout(self.loop.trainer.saved_weights())
             weights = self._memory.take((f"{WEIGHTS}:{name}", tensor) for name, tensor in layout)
             state = self._memory.take(state.items())
         except OSError as error:
             raise self._failed(step, error) from None
         weights = {name.partition(":")[2]: tensor for name, tensor in weights.items()}
-        config, source_files = model.config, model.source_files
 
         def fill(folder: Path) -> None:
-            write_model_files(folder, config, weights, self.tokenizer, source_files)
+            write_files(folder, weights)
             write_training_state(folder / TRAINING_STATE, state, structure)
 
         def write() -> None:
@@ -205,7 +193,6 @@ class CheckpointManager:
                 raise ValueError(f"checkpoint of step {step} in {self.run.path}: got another model, expected the run's")
             accept(step)
             self.loop.load_state_dict(*contents)
-            self.loop.trainer.model.source_files = read_source_files(step_folder(self.run.path, step))
             self.run.metrics.cut(manifest["metrics"]["bytes"])
             link_best(self.run.path, manifest["best"])
             self.saved_step = step
@@ -247,10 +234,5 @@ class CheckpointManager:
 
     def _read(self, folder: Path) -> tuple[Any, dict[str, torch.Tensor]] | None:
         """Return the state and the weights of a checkpoint; None if it is of another model."""
-        model = self.loop.trainer.model
-        family, config = read_config(folder)
-        if config != model.config:
-            return None
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        weights = read_weights(open_layout(folder, family), family, config, shapes, torch.float32)
-        return read_training_state(folder / TRAINING_STATE), weights
+        weights = self.files.read(folder)
+        return None if weights is None else (read_training_state(folder / TRAINING_STATE), weights)

@@ -30,7 +30,7 @@ from peakgpt.engine.training.loss_spikes import LossSpike, SpikeDetector
 from peakgpt.engine.training.random_state import RandomState
 from peakgpt.engine.training.skipped_steps import SkippedStep, SkippedSteps
 from peakgpt.engine.training.trainer import Trainer
-from peakgpt.engine.training.validation import ValidationMetrics, Validator
+from peakgpt.engine.training.validation import BestValidation, ValidationMetrics
 from peakgpt.kernels.hardware.peaks import peak_flops_s
 
 PEAK_MEASUREMENTS = 4  # most in a run, each about a second
@@ -87,12 +87,14 @@ class Update(NamedTuple):
     Args:
         step: its number, from 1.
         batch: its sequences.
+        tokens: of them, without padding.
         lr: its learning rate.
         position: in the data, before its batch.
     """
 
     step: int
     batch: int
+    tokens: int
     lr: float
     position: dict[str, Any] | None
 
@@ -121,15 +123,16 @@ class TrainingLoop:
     def __init__(
         self,
         trainer: Trainer,
-        batches: Iterator[tuple[Tensor, Tensor]],
-        validator: Validator | None = None,
+        batches: Iterator[tuple[Tensor, ...]],
+        validator: BestValidation | None = None,
         *,
         report_mfu: bool = False,
     ):
         """
         Args:
             trainer: makes the updates. Its model needs a `config`, a GPTConfig.
-            batches: of (ids, targets), (B, T) int64 each; `peakgpt.engine.data.batches.Batches` can be resumed.
+            batches: of tensors that `Trainer.step` takes; `peakgpt.engine.data.batches.Batches` can be resumed. Batches
+                with padding have `tokens_seen`, the number of tokens of all batches so far without their padding.
             validator: evaluates the model.
             report_mfu: whether the events include MFU. If the device has no datasheet, its peak is measured first, for
                 about a second.
@@ -236,8 +239,12 @@ class TrainingLoop:
         """Make one update; return the (update, loss, gradient norm) that have reached the host by then."""
         trainer, batch = self.trainer, self.trainer.batch
         position = None if self._describe is None else self.batches.state_dict()
-        loss = trainer.step(*self._next_batch(batch))
-        arrived = self._delayed.put(Update(trainer.steps_done, batch, trainer.lr, position), loss, trainer.grad_norm)
+        seen = getattr(self.batches, "tokens_seen", None)
+        tensors = self._next_batch(batch)
+        tokens = batch * trainer.config.tokens if seen is None else self.batches.tokens_seen - seen
+        loss = trainer.step(*tensors)
+        update = Update(trainer.steps_done, batch, tokens, trainer.lr, position)
+        arrived = self._delayed.put(update, loss, trainer.grad_norm)
         return arrived + self._delayed.take() if synchronous else arrived
 
     def _next_batch(self, batch: int) -> tuple[Tensor, ...]:
@@ -256,7 +263,7 @@ class TrainingLoop:
                 self.skipped.require_end(update.step, finished=False)
                 continue
             step_s = self._last_step_s - previous_s
-            yield self.step_metrics(update.step, loss, step_s, batch=update.batch, lr=update.lr, grad_norm=norm)
+            yield self.step_metrics(update.step, loss, step_s, tokens=update.tokens, lr=update.lr, grad_norm=norm)
             if self.spikes is not None and (spike := self.spikes.check(update.step, loss)):
                 yield spike
 
@@ -264,12 +271,12 @@ class TrainingLoop:
         return "unknown" if self._describe is None else self._describe(update.position, update.batch)
 
     def step_metrics(
-        self, step: int, loss: float, step_s: float, *, batch: int | None = None, lr: float | None = None,
+        self, step: int, loss: float, step_s: float, *, tokens: int | None = None, lr: float | None = None,
         grad_norm: float | None = None,
     ) -> StepMetrics:  # fmt: skip
-        """Return the metrics of a step that took step_s seconds, by any contender; `batch` is its sequences."""
+        """Return the metrics of a step that took step_s seconds, by any contender; None: tokens of a whole batch."""
         config, recomputed = self.trainer.config, self.recomputed_flops_per_token
-        speed = (batch or config.batch) * config.tokens / step_s
+        speed = (tokens or config.batch * config.tokens) / step_s
         peak = self._peak_above(speed * (self.flops_per_token + recomputed))
         return StepMetrics(
             step, loss, speed, step_s, lr, grad_norm,

@@ -1,29 +1,22 @@
-"""RunConfig: everything that decides what a training run computes, logs and saves.
-
-Each part belongs to the layer that uses it. The names of all settings are unique, so that a run is one flat mapping
-from names to values: the keys of a TOML file (run_file.py), the flags of `peakgpt train`. Three groups of values can
-give a setting. The later one wins: defaults, the file, the flags.
-"""
+"""RunConfig: everything that decides what a training run computes, logs and saves."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 from peakgpt.engine.checkpoint.checkpoint_config import CheckpointConfig
-from peakgpt.engine.checkpoint.model_folder import MODEL_FILES, read_config
 from peakgpt.engine.data.data_config import DataConfig
-from peakgpt.engine.data.model_source import NAMES, is_path, locate
-from peakgpt.engine.model.config import RATES, TRAINING_ONLY, GPTConfig
+from peakgpt.engine.data.model_source import NAMES, is_path
+from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.model.presets import PRESETS
 from peakgpt.engine.settings.setting import Setting, check_settings, setting, settings_of
-from peakgpt.engine.settings.values import show
+from peakgpt.engine.training.run_settings import MODEL_FIELDS, RunSettings, build, checkpoint_fields, sections_of
+from peakgpt.engine.training.synonyms import our_name
 from peakgpt.engine.training.train_config import TrainConfig, best_dtype
 from peakgpt.engine.training.validation_config import MetricsConfig, ValidationConfig
 
@@ -58,14 +51,17 @@ class ModelSource:
 
 
 @dataclass(kw_only=True, frozen=True)
-class RunConfig:
-    """All settings of a run, by section.
+class RunConfig(RunSettings):
+    """All settings of a run of `peakgpt train`, by section.
 
     Args:
         source: the initial model and the tokenizer.
         fields: fields of GPTConfig that replace those of the preset; with `init` all fields of the checkpoint.
         data, train, validation, metrics, checkpoint: the other sections.
     """
+
+    COMMAND: ClassVar[str] = "train"
+    RECIPES: ClassVar[Path] = Path(__file__).with_name("recipes")
 
     source: ModelSource = field(default_factory=ModelSource)
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -77,32 +73,23 @@ class RunConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], device: torch.device | None = None) -> RunConfig:
-        """Build the config from the values of some settings, by name, and choose the others.
-
-        Args:
-            values: of settings; the others have their defaults.
-            device: decides dtype if it is not given. None: float32.
-        Raises:
-            ValueError: a value is out of range, or values contradict each other, or one would have no effect.
-        """
         values = dict(values)
         if device is not None:
             values.setdefault("dtype", best_dtype(device))
         if values.get("init") is None and values.get("preset") is None:
             values["preset"] = DEFAULT_PRESET
-        _build(ModelSource, values)  # raises before the checkpoint is read
+        build(ModelSource, values)  # raises before the checkpoint is read
         fields = {name: value for name, value in values.items() if name in MODEL_FIELDS}
         if values.get("init") is not None:
             fields = checkpoint_fields(values["init"], fields)
         values.setdefault("tokens", _block_size(values, fields))
-        config = cls(fields=fields, **{part: _build(kind, values) for part, kind in _parts().items()})
+        config = cls(fields=fields, **{part: build(kind, values) for part, kind in sections_of(cls).items()})
         config._check(values)
         return config
 
-    def values(self) -> dict[str, Any]:
-        """Return the value of every setting, by name; of GPTConfig's fields those that differ from the preset's."""
-        parts = (getattr(self, part) for part in _parts())
-        return {**{s.name: getattr(part, s.name) for part in parts for s in settings_of(type(part))}, **self.fields}
+    @classmethod
+    def other_name(cls, name: str, *, as_flag: bool = False) -> str | None:
+        return our_name(name, cls.settings(), as_flag=as_flag)
 
     def model_config(self, tokenizer_size: int | None = None) -> GPTConfig:
         """Return the config of the model.
@@ -123,26 +110,27 @@ class RunConfig:
         return GPTConfig(**fields)
 
     def model_fields(self) -> dict[str, Any]:
-        """Return the fields of GPTConfig, of which None stands for a value that GPTConfig derives."""
         base = {} if self.source.preset is None else PRESETS[self.source.preset]
         return {**{s.name: s.default for s in settings_of(GPTConfig)}, **base, **self.fields}
 
+    def default_values(self, model: GPTConfig, device: torch.device) -> dict[str, Any]:
+        source = self.source
+        if source.init is not None:
+            return {name: setting.default for name, setting in run_settings().items() if name not in MODEL_FIELDS}
+        plain = RunConfig.of({"preset": source.preset, "tokenizer": source.tokenizer}, device)
+        fields, derived = plain.model_fields(), plain.model_config()
+        filled = {name: getattr(derived, name) if value is None else value for name, value in fields.items()}
+        own = {"preset": DEFAULT_PRESET, "tokenizer": None}
+        size = {} if "vocab_size" in self.fields else {"vocab_size": model.vocab_size}
+        return {**plain.values(), **filled, **own, **size}
+
     def _check(self, given: Mapping[str, Any]) -> None:
         """Check what several sections decide together."""
-        model, settings = self.model_config(), run_settings()
-        source, data = self.source, self.data
+        model, source, data = self.model_config(), self.source, self.data
         if data.vocab is not None and (owner := source.init or source.tokenizer):
             raise ValueError(f"vocab is {data.vocab}, expected none with the tokenizer of {owner}")
-        if self.train.tokens > model.block_size:
-            raise ValueError(f"tokens is {self.train.tokens}, expected at most block_size {model.block_size}")
-        resolved = {**self.values(), **model.to_dict()}
-        for name, value in given.items():
-            if value == settings[name].default:
-                continue
-            if (obstacle := settings[name].obstacle(resolved)) is not None:
-                other, expected = obstacle
-                got = show(resolved[other], quoted=False)
-                raise ValueError(f"{name}: got it with {other} {got}, expected it only with {other} {expected}")
+        self.check_lengths(model)
+        self.check_effects(given, model, has_checkpoint=source.init is not None)
 
 
 def without_preset_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,45 +144,9 @@ def without_preset_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in base or value != base[name]}
 
 
-def checkpoint_fields(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of GPTConfig of a checkpoint, in which the given ones may change only what weights ignore.
-
-    If all fields are given, as in the file of a resumed run, the checkpoint is not needed and not read.
-
-    Raises:
-        ValueError: no checkpoint, or a given field contradicts it.
-    """
-    if given.keys() == MODEL_FIELDS:
-        return dict(given)
-    _, config = read_config(locate(source, MODEL_FILES))
-    fields = {**config.to_dict(), **(dict.fromkeys(RATES) if "dropout" in given else {}), **given}
-    changed = GPTConfig(**fields)
-    for name in sorted(MODEL_FIELDS.difference(TRAINING_ONLY), key=lambda name: name not in given):
-        if getattr(changed, name) != getattr(config, name):
-            raise ValueError(f"{name} is {given[name]}, expected {getattr(config, name)}, that of init {source}")
-    return fields
-
-
-@functools.cache
 def run_settings() -> dict[str, Setting]:
-    """Return all settings of a run by name, section by section."""
-    source, *others = _parts().values()
-    settings = [s for config in (source, GPTConfig, *others) for s in settings_of(config)]
-    assert len({s.name for s in settings}) == len(settings), "two settings have one name"
-    return {s.name: s for s in settings}
-
-
-MODEL_FIELDS = frozenset(s.name for s in settings_of(GPTConfig))
-
-
-@functools.cache
-def _parts() -> dict[str, Any]:
-    kinds = typing.get_type_hints(RunConfig)
-    return {part.name: kinds[part.name] for part in dataclasses.fields(RunConfig) if part.name != "fields"}
-
-
-def _build(config: type, values: Mapping[str, Any]) -> Any:
-    return config(**{s.name: values[s.name] for s in settings_of(config) if s.name in values})
+    """Return all settings of a run of `peakgpt train` by name, section by section."""
+    return RunConfig.settings()
 
 
 def _block_size(values: Mapping[str, Any], fields: Mapping[str, Any]) -> int:

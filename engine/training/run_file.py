@@ -1,11 +1,13 @@
 """The TOML file of a run: a user's file or a recipe begins a run; config.toml in the run folder resumes it.
 
-config.toml has every setting with its resolved value, so that `peakgpt train --config RUN/config.toml` begins the same
-run again. Its last line is a digest of the others: a resumed run takes changes by flags, and refuses an edited file.
+config.toml has every setting with its resolved value, so that `--config RUN/config.toml` begins the same run again. Its
+first line names the command. Its last line is a digest of the others: a resumed run takes changes by flags, and refuses
+an edited file.
 """
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -18,28 +20,21 @@ from peakgpt.engine.data.text_file import read_text
 from peakgpt.engine.model.config import GPTConfig
 from peakgpt.engine.settings.toml_file import read_toml, write_toml
 from peakgpt.engine.settings.values import show
-from peakgpt.engine.training.run_config import (
-    DEFAULT_PRESET,
-    MODEL_FIELDS,
-    RunConfig,
-    run_settings,
-    without_preset_fields,
-)
-from peakgpt.engine.training.synonyms import our_name
+from peakgpt.engine.training.run_config import RunConfig, without_preset_fields
+from peakgpt.engine.training.run_settings import RunSettings
 from peakgpt.kernels.files import write_atomically
 
-RECIPES = Path(__file__).with_name("recipes")
 SOURCES = ("preset", "init", "tokenizer")
-HEAD = "# A run of `peakgpt train`. `peakgpt train --config THIS_FILE` begins the same run again."
+HEAD = "# A run of `peakgpt {command}`. `peakgpt {command} --config THIS_FILE` begins the same run again."
 WIDTH = 110  # of the listing
 
 
-def recipe_names() -> list[str]:
-    """Return the names of the recipes, which are the TOML files in recipes/."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+def recipe_names(kind: type[RunSettings] = RunConfig) -> list[str]:
+    """Return the names of the recipes of a kind of run, which are TOML files in one folder."""
+    return sorted(path.stem for path in kind.RECIPES.glob("*.toml"))
 
 
-def read_config_file(name_or_file: str) -> dict[str, Any]:
+def read_config_file(name_or_file: str, kind: type[RunSettings] = RunConfig) -> dict[str, Any]:
     """Read a recipe, or a TOML file: a path with a slash or with the suffix .toml.
 
     Returns:
@@ -48,34 +43,41 @@ def read_config_file(name_or_file: str) -> dict[str, Any]:
         ValueError: no such recipe, or a bad file.
     """
     is_file = "/" in name_or_file or name_or_file.endswith(".toml")
-    path = Path(name_or_file) if is_file else RECIPES / f"{name_or_file}.toml"
+    path = Path(name_or_file) if is_file else kind.RECIPES / f"{name_or_file}.toml"
     if not is_file and not path.is_file():
-        raise ValueError(
-            f"--config: got {name_or_file!r}, expected a TOML file or one of the recipes {', '.join(recipe_names())}"
-        )
-    return without_preset_fields(read_toml(path, read_text(path), run_settings(), our_name))
+        names = ", ".join(recipe_names(kind))
+        raise ValueError(f"--config: got {name_or_file!r}, expected a TOML file or one of the recipes {names}")
+    return without_preset_fields(read_toml(path, read_text(path), kind.settings(), kind.other_name))
 
 
-def read_run_file(run: Path) -> dict[str, Any]:
+def read_run_file(run: Path, kind: type[RunSettings] = RunConfig) -> dict[str, Any]:
     """Read config.toml of a run folder.
 
     Raises:
-        ValueError: it is missing, damaged or edited.
+        ValueError: it is missing, damaged, edited, or of a run of another kind.
     """
-    path = run / RUN_CONFIG
+    path, command = run / RUN_CONFIG, f"`peakgpt {kind.COMMAND}`"
     try:
         text = read_text(path)
     except ValueError:
         raise ValueError(
-            f"run folder {run}: got no readable {RUN_CONFIG}, expected one of `peakgpt train`; a run that was killed "
+            f"run folder {run}: got no readable {RUN_CONFIG}, expected one of {command}; a run that was killed "
             f"before its first step is started again with --out {run}"
         ) from None
     if fault := sealed_fault(path):
         raise ValueError(f"{fault}; --config {path} begins another run")
-    return read_toml(path, text, run_settings(), our_name)
+    if (other := run_command(text)) not in (None, kind.COMMAND):
+        raise ValueError(f"run folder {run}: got a run of `peakgpt {other}`, expected one of {command}")
+    return read_toml(path, text, kind.settings(), kind.other_name)
 
 
-def write_run_file(folder: Path, config: RunConfig, model: GPTConfig) -> None:
+def run_command(text: str) -> str | None:
+    """Return the command that wrote a config.toml; None if its first line does not say so."""
+    match = re.match(r"# A run of `peakgpt (\w+)`", text)
+    return None if match is None else match[1]
+
+
+def write_run_file(folder: Path, config: RunSettings, model: GPTConfig) -> None:
     """Write config.toml into a run folder.
 
     Args:
@@ -89,20 +91,22 @@ def write_run_file(folder: Path, config: RunConfig, model: GPTConfig) -> None:
     if "vocab_size" not in config.fields:
         del values["vocab_size"]  # another tokenizer would have another size
     derived = {name: show(value) for name, value in model.to_dict().items() if values.get(name, value) != value}
-    text = write_toml(values, run_settings().values(), derived)
-    write_atomically(folder / RUN_CONFIG, seal(f"{HEAD}\n\n{text}\n").encode())
+    text = write_toml(values, config.settings().values(), derived)
+    write_atomically(folder / RUN_CONFIG, seal(f"{HEAD.format(command=config.COMMAND)}\n\n{text}\n").encode())
 
 
-def listing(config: RunConfig, model: GPTConfig, device: torch.device) -> str:
+def listing(config: RunSettings, model: GPTConfig, device: torch.device) -> str:
     """Return all resolved settings as text, section by section; the default follows a value that differs from it."""
+    settings = config.settings()
     values = {**config.values(), **_derived(config, model)}
-    defaults = {**values, **_defaults(config, model, device)}
-    for name, setting in run_settings().items():
-        if setting.automatic and setting.obstacle(values) is None and name not in SOURCES:
+    defaults = {**values, **config.default_values(model, device)}
+    resolved = dict(values)
+    for name, setting in settings.items():
+        if setting.automatic and setting.obstacle(resolved) is None and name not in SOURCES:
             for shown in (values, defaults):
                 shown[name] = setting.automatic if shown[name] is None else shown[name]
     sections: dict[str, list[str]] = {}
-    for name, setting in run_settings().items():
+    for name, setting in settings.items():
         value, default = (show(v, quoted=False) for v in (values[name], defaults[name]))
         changed = "" if value == default else f" (default {default})"
         # No line break inside of an entry.
@@ -116,17 +120,7 @@ def listing(config: RunConfig, model: GPTConfig, device: torch.device) -> str:
     )  # fmt: skip
 
 
-def _derived(config: RunConfig, model: GPTConfig) -> dict[str, Any]:
+def _derived(config: RunSettings, model: GPTConfig) -> dict[str, Any]:
     """Return the fields of GPTConfig, with what it derives in place of None."""
     fields = {**config.model_fields(), "vocab_size": model.vocab_size}
     return {name: getattr(model, name) if value is None else value for name, value in fields.items()}
-
-
-def _defaults(config: RunConfig, model: GPTConfig, device: torch.device) -> dict[str, Any]:
-    """Return what the settings would be with the run's preset or tokenizer alone; nothing of a checkpoint's fields."""
-    source = config.source
-    if source.init is not None:
-        return {name: setting.default for name, setting in run_settings().items() if name not in MODEL_FIELDS}
-    plain = RunConfig.of({"preset": source.preset, "tokenizer": source.tokenizer}, device)
-    defaults = {**plain.values(), **_derived(plain, plain.model_config()), "preset": DEFAULT_PRESET, "tokenizer": None}
-    return {**defaults, "vocab_size": defaults["vocab_size"] if "vocab_size" in config.fields else model.vocab_size}

@@ -7,9 +7,8 @@ Gemma2Config for [model].
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from peakgpt.engine.training.run_config import run_settings
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 PROGRAMS = ("litgpt", "torchtitan", "nanoGPT", "transformers")
 
@@ -103,36 +102,53 @@ NEEDLESS = {
 }
 
 
-def our_name(name: str, *, as_flag: bool = False) -> str | None:
+class Names(NamedTuple):
+    """Names of other programs.
+
+    Args:
+        programs: the columns of the table.
+        table: our key or flag -> its names in each program, separated by blanks.
+    """
+
+    programs: tuple[str, ...]
+    table: Mapping[str, tuple[str, ...]]
+
+
+TRAINING = Names(PROGRAMS, SYNONYMS)
+
+
+def our_name(
+    name: str, known: Collection[str], *, as_flag: bool = False, others: tuple[Names, ...] = (TRAINING,)
+) -> str | None:
     """Return what to use instead of a name of another program; None if no program has it.
 
     Args:
         name: a key or a flag without its dashes; sections may stand before it, as in train.global_batch_size.
+        known: names of our settings; others are not named.
         as_flag: name the flag instead of the key.
+        others: where to look, in this order.
     """
     wanted = name.replace("-", "_")
     last = wanted.rpartition(".")[2]
     if last in NEEDLESS:
         return f"expected none: {NEEDLESS[last]}"
-    found = _synonym(lambda other: wanted == other)  # "max_iters" alone is nanoGPT's; behind "eval." it is litgpt's
-    same = FORMER.get(wanted) or (last if last != wanted and last in run_settings() else None)
+    rows = [(ours, program, other) for names in others for ours, theirs in names.table.items()
+            if ours in known or ours.startswith("--")
+            for program, cell in zip(names.programs, theirs, strict=True) for other in cell.split()]  # fmt: skip
+
+    def find(matches: Callable[[str], bool]) -> tuple[str, str] | None:
+        return next(((ours, f"{program}: {other}") for ours, program, other in rows if matches(other)), None)
+
+    found = find(lambda other: wanted == other)  # "max_iters" alone is nanoGPT's; behind "eval." it is litgpt's
+    same = FORMER.get(wanted, last if last != wanted else None)
+    same = same if same in known else None
     if found is None and same is not None:
         return f"expected {_flag(same) if as_flag else same}"
-    found = found or _synonym(lambda other: last == other.rpartition(".")[2])
+    found = found or find(lambda other: last == other.rpartition(".")[2])
     if found is None:
         return None
     ours, source = found
     return f"expected {_flag(ours) if as_flag else ours} ({source})"
-
-
-def _synonym(matches: Callable[[str], bool]) -> tuple[str, str] | None:
-    """Return the first setting of which a name matches, and "program: name"."""
-    for ours, theirs in SYNONYMS.items():
-        for program, names in zip(PROGRAMS, theirs, strict=True):
-            for other in names.split():
-                if matches(other):
-                    return ours, f"{program}: {other}"
-    return None
 
 
 def _flag(name: str) -> str:

@@ -31,6 +31,8 @@ from peakgpt.kernels.core.recording import recorder
 from peakgpt.kernels.cpu.memory import keep_pages
 from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
+# How the tensors of a batch are passed to a model without `batch_names`: by the keyword, or "" by position.
+BATCH_NAMES = ("", "", "position_ids")
 # Micro-batches of a model with at most so many bytes of parameters get gradients of their own, so that a CPU runs them
 # at the same time. A larger model keeps all cores busy with one product.
 SEPARATE_BYTES = 32 << 20
@@ -50,14 +52,25 @@ class Trainer:
         grad_norm: norm of the last step's gradients before clipping, a tensor () on the device; None before a step.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, *, steps: int | None = None):
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, *, steps: int | None = None, fixed_shapes: bool = True
+    ):
         """Cast the model to config.dtype and build its optimizer.
 
+        A model is called as model(ids, targets) -> mean loss, with packed documents also with position_ids, and with
+        micro-batches as model(ids, targets, loss_weight=...) -> sum of the weighted losses. A model whose batches have
+        other tensors has two more attributes:
+
+            batch_names: the keyword of each tensor of a batch; "" passes it by position.
+            loss_weights(*batch): returns {keyword: tensor (B, ...)}, the factor of each term of the mean loss over a
+                whole batch. Called with a micro-batch and its part of these tensors, the model returns the sum of its
+                weighted terms.
+
         Args:
-            model: called as model(ids, targets) -> mean loss; with micro-batches as model(ids, targets,
-                loss_weight=...) -> sum of the weighted losses; with packed documents also with position_ids.
+            model: the model.
             config: how to train.
             steps: planned updates; the length of the learning-rate schedule. None: from the config.
+            fixed_shapes: whether all batches have the same shapes. Otherwise no step is captured for a replay.
         Raises:
             ValueError: `steps` contradicts the config, or the config has epochs, whose data only the caller knows; or
                 the model has quantized weights.
@@ -83,20 +96,22 @@ class Trainer:
         size = sum(parameter.nbytes for parameter in model.parameters())
         self.separate_gradients = self.device.type == "cpu" and size <= SEPARATE_BYTES
         self.grad_norm: Tensor | None = None
-        self.update = GraphedFunction(self._update, step_graphs(self.device), self._captured_state)
+        self._names: Sequence[str] = getattr(model, "batch_names", BATCH_NAMES)
+        graphs = step_graphs(self.device) if fixed_shapes else None
+        self.update = GraphedFunction(self._update, graphs, self._captured_state)
 
     @property
     def batch(self) -> int:
         """The sequences of the next update."""
         return self.schedule.batch(self.steps_done)
 
-    def step(self, ids: Tensor, targets: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def step(self, *batch: Tensor) -> Tensor:
         """Make one update.
 
         Args:
-            ids, targets: (B, T) int64 on the model's device; targets are already shifted by one.
-            position_ids: (B, T) integers, position of each token in its document, which attends to itself alone. None:
-                each row is one document.
+            batch: what the model takes, on its device; the first dimension of each tensor is B. Of a GPT: ids and
+                targets, (B, T) int64, targets already shifted by one; for packed documents also position_ids, (B, T)
+                integers, position of each token in its document, which attends to itself alone.
         Returns:
             The mean loss before the update, detached, a tensor () on the device: reading it waits for the step.
         Raises:
@@ -111,10 +126,9 @@ class Trainer:
         self.lr_scale.fill_(self.lr / self.config.lr)
         if self.average is not None:
             self.average.set_step(self.steps_done)
-        inputs = (ids, targets) if position_ids is None else (ids, targets, position_ids)
-        self._shapes = [tensor.shape for tensor in inputs]
+        self._shapes = [tensor.shape for tensor in batch]
         has_graph = self.update.obstacle is None and not runs_other_code(self.model, self.optimizer, self.device)
-        loss, self.grad_norm = (self.update if has_graph else self._update)(*inputs)
+        loss, self.grad_norm = (self.update if has_graph else self._update)(*batch)
         self.steps_done += 1
         return loss
 
@@ -163,36 +177,39 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps_done = state["steps_done"]
 
-    def _update(self, ids: Tensor, targets: Tensor, *position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _update(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, gradient norm). A CUDA graph repeats it, so values that change must be in device memory."""
         with accumulate_into(self.gradients.zero()):
-            loss = self._backward(ids, targets, *position_ids)
+            loss = self._backward(*batch)
         self.gradients.drop_unwritten()
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
         return loss, self.optimizer.grad_norm
 
-    def _backward(self, ids: Tensor, targets: Tensor, *position_ids: Tensor) -> Tensor:
+    def _backward(self, *batch: Tensor) -> Tensor:
         """Accumulate the gradients of the mean loss over all targets that count; return that loss.
 
         Each token has the same weight, whatever micro-batch it is in.
         """
-        size = self.config.micro_batch or len(ids)
-        if len(ids) <= size:
-            loss = self.model(ids, targets, **_packed(*position_ids))
-            loss.backward()
-            return loss.detach()
-        weight = (1.0 / (targets != IGNORE_INDEX).sum()).expand(targets.shape)  # computed on the device, without a sync
-        total = torch.zeros((), device=ids.device)
-        batches = zip(*(tensor.split(size) for tensor in (ids, targets, weight, *position_ids)), strict=True)
-        parts = [partial(self._run_part, *batch) for batch in batches]
+        size = self.config.micro_batch or len(batch[0])
+        if len(batch[0]) <= size:
+            return self._run_part(batch, {})
+        weights = getattr(self.model, "loss_weights", _language_model_weights)(*batch)
+        total = torch.zeros((), device=batch[0].device)
+        pieces = zip(*(tensor.split(size) for tensor in (*batch, *weights.values())), strict=True)
+        parts = [
+            partial(self._run_part, piece[: len(batch)], dict(zip(weights, piece[len(batch) :], strict=True)))
+            for piece in pieces
+        ]
         for loss in self._run_separately(parts) if self.separate_gradients else (part() for part in parts):
             total += loss
         return total
 
-    def _run_part(self, ids: Tensor, targets: Tensor, weight: Tensor, *position_ids: Tensor) -> Tensor:
-        loss = self.model(ids, targets, loss_weight=weight, **_packed(*position_ids))
+    def _run_part(self, batch: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+        named = list(zip(self._names, batch, strict=False))  # a batch may have no position_ids
+        positional = [tensor for name, tensor in named if not name]
+        loss = self.model(*positional, **{name: tensor for name, tensor in named if name}, **weights)
         loss.backward()
         return loss.detach()
 
@@ -226,6 +243,6 @@ class Trainer:
         return settings, self.optimizer.captured_state(), addresses, model_state(self.model)
 
 
-def _packed(position_ids: Tensor | None = None) -> dict[str, Tensor]:
-    """Return the arguments for a model's packed documents; other models need not know of them."""
-    return {} if position_ids is None else {"position_ids": position_ids}
+def _language_model_weights(ids: Tensor, targets: Tensor, *position_ids: Tensor) -> dict[str, Tensor]:
+    """Return the factor on the loss of each target; it is computed on the device, without a sync."""
+    return {"loss_weight": (1.0 / (targets != IGNORE_INDEX).sum()).expand(targets.shape)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from peakgpt.engine.data.batches import document_positions, validation_batches
 from peakgpt.engine.data.shards import TokenShards
 from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.training.samples import Sample, Sampler
 from peakgpt.engine.training.validation_config import ValidationConfig
 from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
 
 COUNTS = ("best_step", "waited")
-STATE = ("best_loss", "reference_loss", *COUNTS)  # attributes of a Validator that a checkpoint contains
+STATE = ("best_loss", "reference_loss", *COUNTS)  # attributes of a BestValidation that a checkpoint contains
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,26 @@ class SetMetrics:
 
     loss: float
     tokens: int
-    bits_per_byte: float | None
+    bits_per_byte: float | None = None
 
     @property
     def perplexity(self) -> float:
         """e^loss; infinite above a loss of 709."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
+    @property
+    def criterion(self) -> float:
+        """What decides which validation is the best; lower is better."""
+        return self.loss
 
-@dataclass(frozen=True)
-class Sample:
-    """A continuation that the model wrote."""
+    def row(self) -> dict[str, Any]:
+        """Return the keys of metrics.jsonl."""
+        figures = {"validation_loss": self.loss, "perplexity": self.perplexity, "validation_tokens": self.tokens}
+        return figures if self.bits_per_byte is None else {**figures, "bits_per_byte": self.bits_per_byte}
 
-    prompt: str
-    text: str
+    def __str__(self) -> str:
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g}{bits}, {self.tokens:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class ValidationMetrics:
     Args:
         step: updates made so far.
         sets: results by name. The first set decides which validation is the best.
-        is_best: whether the first set's loss is the lowest so far.
+        is_best: whether the first set's criterion is the lowest so far.
         samples: one for each prompt.
         seconds: that the validation took.
     """
@@ -89,55 +97,40 @@ class ValidationMetrics:
         row: dict[str, Any] = {"step": self.step}
         for number, (name, found) in enumerate(self.sets.items()):
             prefix = f"{name}/" if number else ""
-            row |= {
-                f"{prefix}validation_loss": found.loss,
-                f"{prefix}perplexity": found.perplexity,
-                f"{prefix}validation_tokens": found.tokens,
-            }
-            if found.bits_per_byte is not None:
-                row[f"{prefix}bits_per_byte"] = found.bits_per_byte
+            row |= {f"{prefix}{key}": value for key, value in found.row().items()}
         row |= {"is_best": self.is_best, "validation_s": round(self.seconds, 3)}
         if self.samples:
             row["samples"] = [{"prompt": sample.prompt, "text": sample.text} for sample in self.samples]
         return row
 
 
-class Validator:
+class BestValidation(ABC):
     """Evaluates a model during its training, and knows the best validation so far.
 
     Attributes:
-        best_loss: the lowest loss on the first set; infinite before the first validation.
+        best_loss: the lowest criterion of the first set, which is its loss unless its metrics say otherwise; infinite
+            before the first validation.
         best_step: its step; 0 before the first validation.
-        reference_loss: what a loss must be lower than by min_delta, so that training goes on.
+        reference_loss: what a criterion must be lower than by min_delta, so that training goes on.
         waited: validations since the reference.
     """
 
-    def __init__(
-        self, model: nn.Module, sets: Mapping[str, TokenShards], config: ValidationConfig, *, batch: int, tokens: int,
-        tokenizer: Tokenizer | None = None, seed: int = 0, document_token: int | None = None,
-    ):  # fmt: skip
-        """
-        Args:
-            model: called as model(ids, targets) -> mean loss, in evaluation mode. Samples need a GPT.
-            sets: held-out tokens by name, at least one set.
-            config: what to measure.
-            batch, tokens: B and T of a forward pass.
-            tokenizer: for samples.
-            seed: of samples.
-            document_token: the id with which a document begins, for a model that is trained on masked documents.
-        Raises:
-            ValueError: no set, a set with fewer than two tokens, or a prompt without tokens or too long for the model.
-        """
-        if not sets:
-            raise ValueError("validation: got no held-out set, expected at least one")
-        for shards in sets.values():
-            validation_batches(shards, batch, tokens)  # raises now, not after hours of training
-        self.model, self.sets, self.config = model, dict(sets), config
-        self.batch, self.tokens, self.tokenizer, self.seed = batch, tokens, tokenizer, seed
-        self.document_token = document_token
-        self._prompts = [self._encode(prompt) for prompt in config.prompts]
+    def __init__(self, model: nn.Module, config: ValidationConfig):
+        self.model, self.config = model, config
         self.best_loss, self.best_step = math.inf, 0
         self.reference_loss, self.waited = math.inf, 0
+
+    @abstractmethod
+    def evaluate(self, batches: int | None) -> Mapping[str, SetMetrics]:
+        """Evaluate the model, which is in evaluation mode, on at most this many batches of each set, or on all."""
+
+    @abstractmethod
+    def count_targets(self) -> int:
+        """Return the number of targets of one validation."""
+
+    def samples(self) -> Sequence[Sample]:
+        """Return texts of the model; the default has none."""
+        return ()
 
     def validate(self, step: int, *, batches: int | None = None) -> ValidationMetrics:
         """Evaluate the model on all sets and write the samples.
@@ -154,25 +147,20 @@ class Validator:
         was_training, start_s = self.model.training, time.perf_counter()
         self.model.eval()
         try:
-            sets = {
-                name: evaluate(
-                    self.model, shards, self.batch, self.tokens, batches=count, document_token=self.document_token
-                )
-                for name, shards in self.sets.items()
-            }
+            sets = self.evaluate(count)
             for name, found in sets.items():
                 if not math.isfinite(found.loss):
                     raise FloatingPointError(
                         f"step {step}: the loss on {name} is {found.loss}, expected a finite number"
                     )
-            samples = [self._sample(*pair) for pair in zip(self.config.prompts, self._prompts, strict=True)]
+            samples = self.samples()
         finally:
             self.model.train(was_training)
-        is_best = self._observe(step, next(iter(sets.values())).loss)
+        is_best = self._observe(step, next(iter(sets.values())).criterion)
         return ValidationMetrics(step, sets, is_best, samples, time.perf_counter() - start_s)
 
     def _observe(self, step: int, loss: float) -> bool:
-        """Take the loss of a validation into account; return whether it is the lowest so far."""
+        """Take the criterion of a validation into account; return whether it is the lowest so far."""
         self.waited += 1
         if loss < self.reference_loss - self.config.min_delta:
             self.reference_loss, self.waited = loss, 0
@@ -180,12 +168,6 @@ class Validator:
         if is_best:
             self.best_loss, self.best_step = loss, step
         return is_best
-
-    def count_targets(self) -> int:
-        """Return the number of targets of one validation."""
-        batches = self.config.validation_batches
-        limit = math.inf if batches is None else batches * self.batch * self.tokens
-        return sum(int(min(len(shards) - 1, limit)) for shards in self.sets.values())
 
     @property
     def should_stop(self) -> bool:
@@ -211,26 +193,49 @@ class Validator:
         for name, value in state.items():
             setattr(self, name, math.inf if value is None else value)
 
-    def _encode(self, prompt: str) -> list[int]:
-        if self.tokenizer is None:
-            raise ValueError("validation: got prompts without a tokenizer, expected both")
-        ids, limit = self.tokenizer.encode(prompt), self.model.config.block_size
-        if not 0 < len(ids) < limit:
-            raise ValueError(
-                f"prompts: {prompt[:40]!r} has {len(ids)} tokens, expected 1 to {limit - 1}, fewer than the model's "
-                f"block_size {limit}"
-            )
-        return ids
 
-    def _sample(self, prompt: str, ids: list[int]) -> Sample:
-        config, end = self.config, self.tokenizer.end_id
-        sampling = {"do_sample": True, "temperature": config.sample_temperature, "seed": self.seed}
-        new = min(config.sample_tokens, self.model.config.block_size - len(ids))
-        out = self.model.generate(
-            torch.tensor([ids], device=next(self.model.parameters()).device), max_new_tokens=new, eos_token_id=end,
-            num_beams=1, **(sampling if config.sample_temperature else {"do_sample": False}),
-        )  # fmt: skip
-        return Sample(prompt, self.tokenizer.decode([i for i in out[0, len(ids) :].tolist() if i != end]))
+class Validator(BestValidation):
+    """Evaluates a language model on token streams that it is not trained on."""
+
+    def __init__(
+        self, model: nn.Module, sets: Mapping[str, TokenShards], config: ValidationConfig, *, batch: int, tokens: int,
+        tokenizer: Tokenizer | None = None, seed: int = 0, document_token: int | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+            model: called as model(ids, targets) -> mean loss, in evaluation mode. Samples need a GPT.
+            sets: held-out tokens by name, at least one set.
+            config: what to measure.
+            batch, tokens: B and T of a forward pass.
+            tokenizer: for samples.
+            seed: of samples.
+            document_token: the id with which a document begins, for a model that is trained on masked documents.
+        Raises:
+            ValueError: no set, a set with fewer than two tokens, or a prompt without tokens or too long for the model.
+        """
+        if not sets:
+            raise ValueError("validation: got no held-out set, expected at least one")
+        for shards in sets.values():
+            validation_batches(shards, batch, tokens)  # raises now, not after hours of training
+        super().__init__(model, config)
+        self.sets, self.batch, self.tokens, self.document_token = dict(sets), batch, tokens, document_token
+        self.sampler = Sampler(model, config, tokenizer, tokenizer and tokenizer.encode, seed)
+
+    def evaluate(self, batches: int | None) -> dict[str, SetMetrics]:
+        return {
+            name: evaluate(
+                self.model, shards, self.batch, self.tokens, batches=batches, document_token=self.document_token
+            )
+            for name, shards in self.sets.items()
+        }
+
+    def samples(self) -> Sequence[Sample]:
+        return self.sampler.samples()
+
+    def count_targets(self) -> int:
+        batches = self.config.validation_batches
+        limit = math.inf if batches is None else batches * self.batch * self.tokens
+        return sum(int(min(len(shards) - 1, limit)) for shards in self.sets.values())
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ def test_every_command_has_help(command, capsys):
         (["score", "FULL", "--text", "GOOD", "--context", "x"], "--context: got it without --continuation"),
         (["score", "FULL", "--continuation", "x", "--window", "8"], "--window: got it without --text"),
         (["generate", "FULL", "--file", "MISSING"], "prompt file MISSING"),
+        (["evaluate", "FULL", "--task", "MISSING.jsonl"], "MISSING.jsonl: got No such file"),
         (["train", "--resume", "FULL"], "metrics.jsonl"),
         (["train", "--resume", "MISSING"], "run folder MISSING: got no such folder"),
         (["bench", "memory_bound", "--rounds", "0"], "--rounds is 0, expected at least 1"),
@@ -97,7 +98,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "occupation_bias.py"
 @pytest.mark.parametrize(
     ("run", "name", "missing", "argument", "text"),
     [
-        (runpy.run_module, "peakgpt.harness", "lm_eval", "--help", "pip install 'lm-eval[api]'"),
         (runpy.run_path, str(EXAMPLE), "peakgpt", "--help", "usage: "),
         (runpy.run_path, str(EXAMPLE), "peakgpt", "FOLDER", "error: "),
         (runpy.run_path, str(EXAMPLE), None, "FOLDER", "FOLDER: got no such folder, and HF_HUB_OFFLINE is set"),

@@ -14,11 +14,12 @@ from peakgpt.engine.training.run_config import run_settings
 from peakgpt.kernels.command_line import Parser
 
 ROOT = Path(__file__).parents[2]
+TASKS = ROOT / "examples" / "tasks"
 # Flags for which 0 is right.
-ACCEPTED = dict.fromkeys(("--temperature", "--seed", "--end-id", "--top-k", "--min-p"), "0")
+ACCEPTED = dict.fromkeys(("--temperature", "--seed", "--end-id", "--top-k", "--min-p", "--shots"), "0")
 REQUIRED = {"generate": ["MISSING", "--prompt", "x"], "quantize": ["MISSING", "OUT", "--bits", "8"],
             "export": ["MISSING", "OUT", "--format", "gguf"],
-            "score": ["MISSING", "--text", "x"]}  # fmt: skip
+            "score": ["MISSING", "--text", "x"], "evaluate": ["MISSING", "--task", "x.json"]}  # fmt: skip
 
 
 def parser_of(command):
@@ -109,8 +110,13 @@ def test_a_resumed_run_takes_or_refuses_each_flag(action, tmp_path, capsys):
         (["score", "M", "--text", "x", "--context", "y"], "context"),
         *((["score", "M", "--continuation", "x", f"--{f}", "9"], f) for f in ("window", "stride")),
         (["quantize", "M", "OUT", "--bits", "8", "--group", "32"], "group"),
+        *((["evaluate", "M", "--task", f"{TASKS}/sentiment.jsonl", f"--{f}", "3"], f)
+          for f in ("votes", "temperature", "max-tokens", "shots-from", "field", "include-path")),
+        (["evaluate", "M", "--task", f"{TASKS}/arithmetic.jsonl", "--top-k", "3"], "top-k"),
+        *((["evaluate", "M", "--task", "hellaswag", *f], f[0][2:])
+          for f in (["--votes", "3"], ["--output-type", "generate_until"], ["--truncate"], ["--shots-from", "x"])),
     ],
 )
 def test_a_flag_that_a_mode_would_ignore_is_refused(argv, flag, capsys):
     assert main(argv) == 2
-    assert re.search(rf"--{flag}: got it with", capsys.readouterr().err)
+    assert re.search(rf"--{flag}: got it with(out)? ", capsys.readouterr().err)

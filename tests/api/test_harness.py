@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +83,16 @@ else:
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
     evaluate("local-completions", ["peak_choice"], model="local", base_url=url, tokenizer=folder + "/model",
              tokenizer_backend="huggingface", max_length=64)
+from peakgpt.engine.data.documents import Document
+from peakgpt.engine.evaluation.results import as_json
+question = json.loads(open(folder + "/data.jsonl").read().splitlines()[3])["question"]  # of 60 words
+options = dict(include_path=folder, corpus=[Document.of("corpus", f"before {question} after")])
+lm = peakgpt.harness.PeakGPT(folder + "/model")
+scores_by_model["rows"] = [as_json(result) for result in peakgpt.harness.evaluate_tasks(lm, tasks, **options)]
+try:
+    peakgpt.harness.evaluate_tasks(lm, ["peak_choise"], **options)
+except ValueError as error:
+    scores_by_model["unknown"] = str(error)
 json.dump(scores_by_model, open(folder + "/scores_by_model.json", "w"))
 """
 
@@ -126,26 +135,27 @@ def test_lm_eval_client_gets_same_scores_from_the_server(scores_by_model):
     assert_same(ours, reference)
 
 
-# Runs the module as `python -m` does, then its command with other arguments: the imports take most of the time.
-RUN_TWICE = """
-import json, runpy, sys
-documented, other = json.loads(sys.argv[1])
-sys.argv[1:] = documented
-runpy.run_module("peakgpt.harness", run_name="__main__", alter_sys=True)
-from lm_eval.__main__ import cli_evaluate
-sys.argv[1:] = other
-cli_evaluate()
-"""
+def test_evaluate_has_the_scores_of_the_harness_with_intervals(scores_by_model):
+    """A question with a run of words of the corpus is dirty; scores of means have the interval of single examples."""
+    rows = {row["name"]: row for row in scores_by_model["rows"]}
+    for task, metric in (("peak_choice", "acc"), ("peak_choice", "acc_norm"), ("peak_generate", "exact_match")):
+        found, value = rows[task]["metrics"][metric], scores_by_model["hf"]["results"][task][f"{metric},none"]
+        assert found["value"] == pytest.approx(value) and found["method"] == "wilson"
+        assert found["low"] <= value <= found["high"] and "not_dirty" in found
+    assert rows["peak_rolling"]["metrics"]["bits_per_byte"]["value"] == pytest.approx(
+        scores_by_model["hf"]["results"]["peak_rolling"]["bits_per_byte,none"], rel=1e-4)  # fmt: skip
+    assert rows["peak_choice"]["examples"] == 8 and rows["peak_choice"]["contamination"]["dirty"] == 1
+    assert "nearest: peak_choice" in scores_by_model["unknown"]
 
 
 @pytest.mark.slow
-def test_documented_command_runs(folder):
-    """Without --device the harness passes cuda:0, also on a machine without a GPU."""
-    document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-    words = re.search(r"^python -m peakgpt\.harness (.*?)  +#", document, re.MULTILINE)[1]
-    words = words.replace("CHECKPOINT", str(folder / "model")).replace("TASK", "peak_choice").split()
+def test_command_evaluates_a_local_task_in_few_shots(folder):
+    """In a process that is offline, with the output files and the table."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    words += ["--include_path", str(folder)]
-    command = [sys.executable, "-c", RUN_TWICE, json.dumps([words, [*words, "--device", "auto"]])]
+    words = ["evaluate", str(folder / "model"), "--task", "peak_choice", "--include-path", str(folder), "--shots", "1",
+             "--limit", "4", "--out", str(folder / "out")]  # fmt: skip
+    command = [sys.executable, "-m", "peakgpt", *words]
     done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and done.stdout.count("|peak_choice|") == 2, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^peak_choice +acc +0\.\d+.* to .* 4 +1$", done.stdout, re.MULTILINE), done.stdout
+    assert len((folder / "out" / "samples_peak_choice.jsonl").read_text().splitlines()) == 4

@@ -3,6 +3,7 @@
 import torch
 
 from peakgpt.engine.checkpoint.manifest import seal
+from peakgpt.engine.checkpoint.model_files import WholeModel
 from peakgpt.engine.data.batches import Batches
 from peakgpt.engine.data.shard_writer import write_shards
 from peakgpt.engine.data.shards import TokenShards
@@ -52,7 +53,8 @@ def train(run, loop, *, save_every=5, validate_every=None, config=None, until=No
         until: stop after this step.
         killed: whether the last save is left out, so that the rows after the save before it have no checkpoint.
     """
-    with run, CheckpointManager(run, loop, tokenizer, config) as checkpoints:
+    files = WholeModel(loop.trainer.model, tokenizer)
+    with run, CheckpointManager(run, loop, files, config) as checkpoints:
         checkpoints.load()
         for event in loop.run(
             save_every=save_every, validate_every=validate_every, should_stop=lambda: loop.trainer.steps_done == until

@@ -173,13 +173,13 @@ def test_names_of_other_programs_lead_to_settings_that_exist():
         assert ours.startswith("--") or ours in run_settings(), ours
         assert len(theirs) == len(PROGRAMS) and any(theirs)
         for name in " ".join(theirs).split():
-            assert our_name(name) is not None
-    assert our_name("train.global-batch-size").startswith("expected batch (")
-    assert our_name("eval.max_iters").startswith("expected validation_batches (")
-    assert our_name("nothing") is None
+            assert our_name(name, run_settings()) is not None
+    assert our_name("train.global-batch-size", run_settings()).startswith("expected batch (")
+    assert our_name("eval.max_iters", run_settings()).startswith("expected validation_batches (")
+    assert our_name("nothing", run_settings()) is None
     for name in ("training.seed", "train.min_lr", "optimizer.init_args.weight_decay"):
-        assert our_name(name) == f"expected {name.rpartition('.')[2]}", "our own name behind a section"
-    assert our_name("train.log_interval") == "expected none: metrics.jsonl has every step"
+        assert our_name(name, run_settings()) == f"expected {name.rpartition('.')[2]}", "our own name behind a section"
+    assert our_name("train.log_interval", run_settings()) == "expected none: metrics.jsonl has every step"
 
 
 def test_every_setting_has_one_line_of_help():

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from peakgpt.engine.settings.values import show
-from peakgpt.engine.training.run_config import run_settings
-from peakgpt.engine.training.run_file import RECIPES, recipe_names
+from peakgpt.engine.training.run_config import RunConfig, run_settings
+from peakgpt.engine.training.run_file import recipe_names
 from peakgpt.engine.training.synonyms import PROGRAMS, SYNONYMS
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "training.md"
@@ -41,7 +41,7 @@ def keys():
 def recipes():
     lines = header("recipe", "source")
     for name in recipe_names():
-        comment = re.match(r"(?:# .*\n)+", (RECIPES / f"{name}.toml").read_text())[0]
+        comment = re.match(r"(?:# .*\n)+", (RunConfig.RECIPES / f"{name}.toml").read_text())[0]
         lines.append(row(f"`{name}`", re.sub(r"\s*\n?# ", " ", comment).strip()))
     return lines
 

@@ -1,0 +1,1 @@
+"""The tasks of fine-tuning, one file each."""

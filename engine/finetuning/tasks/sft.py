@@ -1,0 +1,179 @@
+"""Supervised fine-tuning: the model learns the answers of conversations.
+
+    loss = sum over tokens t of answers of -ln p(t | all before it) / number of these tokens
+
+Ouyang et al. 2022, "Training language models to follow instructions with human feedback", arXiv:2203.02155, section
+3.5.
+An example of n tokens is n - 1 inputs and their n - 1 targets, of which those outside of answers are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peakgpt.engine.data.chat_tokens import assistant_mask
+from peakgpt.engine.data.library_call import call
+from peakgpt.engine.data.template_sandbox import Rendered
+from peakgpt.engine.data.text_file import read_text
+from peakgpt.engine.data.tokenizer import Tokenizer
+from peakgpt.engine.finetuning.answer_masks import common_prefix, render_answers
+from peakgpt.engine.finetuning.config import FinetuneConfig
+from peakgpt.engine.finetuning.conversations import Chat, Completion, read_conversations
+from peakgpt.engine.finetuning.examples import Example
+from peakgpt.engine.finetuning.packing import best_fit
+from peakgpt.engine.finetuning.rows import Row
+from peakgpt.engine.finetuning.task import Task
+from peakgpt.engine.finetuning.tasks.sft_config import ALL
+from peakgpt.engine.model.positions import refuse_relative_positions
+from peakgpt.engine.training.figures import percent_text
+from peakgpt.engine.training.samples import Sampler
+from peakgpt.engine.training.validation import SetMetrics
+from peakgpt.kernels.ops.linear_cross_entropy import IGNORE_INDEX
+
+
+class Sft(Task):
+    """Trains the GPT itself."""
+
+    name: ClassVar[str] = "sft"
+
+    def __init__(self, config: FinetuneConfig, tokenizer: Tokenizer, state: dict[str, Any] | None = None):
+        super().__init__(config, tokenizer, state)
+        if state is None and config.sft.chat_template is not None:
+            self.tokenizer = tokenizer.with_chat_template(read_text(config.sft.chat_template))
+        self.packing = self.fixed_shapes = config.sft.packing
+        if self.packing:
+            refuse_relative_positions(config.model_config())
+
+    # ---- rows to examples
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        conversations = read_conversations(rows, has_template=bool(self.tokenizer.chat.sources))
+        pairs = list(zip(rows, conversations, strict=True))
+        chats = [self._render(row, chat) for row, chat in pairs if isinstance(chat, Chat)]
+        texts = [self._join(row, text) for row, text in pairs if isinstance(text, Completion)]
+        encoded = {Chat: iter(self._encode_chats(chats)), Completion: iter(self._encode_completions(texts))}
+        return [self._example(row, *next(encoded[type(found)])) for row, found in pairs]
+
+    def _render(self, row: Row, chat: Chat) -> Rendered:
+        if not self.tokenizer.chat.sources:
+            raise row.error("got messages for a checkpoint without a chat template, expected one (--chat-template)")
+        try:
+            return render_answers(chat, self.tokenizer.chat, is_all=self._is_all)
+        except ValueError as error:
+            raise row.error(str(error)) from None
+
+    def _join(self, row: Row, text: Completion) -> Completion:
+        """Return a completion with the token that ends it."""
+        end = self.tokenizer.end_of_text
+        if end is None:
+            raise row.error("got a completion for a tokenizer without an end-of-text token, expected one: it ends "
+                            "each completion")  # fmt: skip
+        return text if text.completion.endswith(end) else Completion(text.prompt, text.completion + end)
+
+    def _encode_chats(self, chats: Sequence[Rendered]) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of each text, and which of them have a loss."""
+        texts = [chat.text for chat in chats]
+        encodings = call(self.tokenizer.library.encode_batch, texts, add_special_tokens=False)  # with offsets
+        return [(encoding.ids, assistant_mask(chat, encoding))
+                for chat, encoding in zip(chats, encodings, strict=True)]  # fmt: skip
+
+    def _encode_completions(self, texts: Sequence[Completion]) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of each text, and which of them have a loss: those behind what it has in common with the
+        prompt alone, because tokens may merge across the end of the prompt.
+        """  # fmt: skip
+        prompts = self.tokenizer.encode_batch([text.prompt for text in texts])
+        wholes = self.tokenizer.encode_batch([text.prompt + text.completion for text in texts])
+        return [(ids, _behind(0 if self._is_all else common_prefix(prompt, ids), ids))
+                for prompt, ids in zip(prompts, wholes, strict=True)]  # fmt: skip
+
+    @property
+    def _is_all(self) -> bool:
+        return self.config.sft.train_on == ALL
+
+    def _example(self, row: Row, ids: list[int], mask: list[int]) -> Example:
+        limit = self.config.train.tokens
+        if len(ids) - 1 > limit:
+            if not self.config.data.truncate:
+                raise row.error(f"got an example of {len(ids) - 1} tokens, expected at most tokens {limit} (--tokens "
+                                f"up to {self.config.model_config().block_size}, or --truncate)")  # fmt: skip
+            ids, mask = ids[: limit + 1], mask[: limit + 1]
+        if not any(mask[1:]):
+            raise row.error(f"got no token of an answer in the first {len(ids) - 1} tokens, expected one")
+        targets = np.where(np.array(mask[1:], bool), np.array(ids[1:], np.int32), IGNORE_INDEX)
+        return {"ids": np.array(ids[:-1], np.int32), "targets": targets.astype(np.int32)}
+
+    # ---- examples to batches
+
+    def arrange(self, examples: list[Example]) -> list[Example]:
+        if not self.packing:
+            return examples
+        return [
+            {
+                **{name: np.concatenate([examples[i][name] for i in row]) for name in ("ids", "targets")},
+                "position_ids": np.concatenate([np.arange(self.length(examples[i]), dtype=np.int32) for i in row]),
+            }
+            for row in best_fit([self.length(example) for example in examples], self.config.train.tokens)
+        ]
+
+    def describe(self, examples: Sequence[Example], rows: Sequence[Example]) -> str:
+        trained = sum(int((example["targets"] != IGNORE_INDEX).sum()) for example in examples)
+        text = f"{super().describe(examples, rows)}, {trained:,} of them with a loss"
+        if not self.packing:
+            return text
+        share = sum(map(self.length, examples)) / (len(rows) * self.config.train.tokens)
+        return f"{text}; packed into {len(rows):,} rows, which are full to {percent_text(share)}"
+
+    def collate(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
+        """Return ids and targets, (B, T) int64, and of packed rows position_ids, (B, T) int32.
+
+        T is `tokens` for packed rows, else the length of the longest example. Padding is on the right, where no token
+        of an example attends to it. In packed rows each token of it is a document of its own.
+        """
+        fixed = self.config.train.tokens if self.packing else max(map(self.length, examples))
+        return tuple(
+            _padded([example[name] for example in examples], fixed, dtype, filler)
+            for name, dtype, filler in COLUMNS if name in examples[0]
+        )  # fmt: skip
+
+    # ---- evaluation
+
+    def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> SetMetrics:
+        losses: list[Tensor] = []
+        counts: list[Tensor] = []
+        for ids, targets, *position_ids in batches:
+            losses.append(model(ids, targets, **({"position_ids": position_ids[0]} if position_ids else {})))
+            counts.append((targets != IGNORE_INDEX).sum())
+        count = torch.stack(counts)
+        loss = torch.stack(losses).double() @ count.double() / count.sum()
+        return SetMetrics(float(loss), int(count.sum()))
+
+    def sampler(self, model: nn.Module) -> Sampler:
+        """Return what answers the prompts of the run: each is the message of a user if there is a chat template."""
+        return Sampler(model, self.config.validation, self.tokenizer, self._prompt_ids, self.config.train.seed)
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        if not self.tokenizer.chat.sources:
+            return self.tokenizer.encode(prompt)
+        messages = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+# Arrays of an example, the dtype that the model takes, and what fills them up.
+COLUMNS = (("ids", torch.int64, 0), ("targets", torch.int64, IGNORE_INDEX), ("position_ids", torch.int32, 0))
+
+
+def _padded(arrays: Sequence[np.ndarray], length: int, dtype: torch.dtype, filler: int) -> Tensor:
+    """Return arrays as the rows of a tensor, (B, length)."""
+    rows = torch.full((len(arrays), length), filler, dtype=dtype)
+    for row, array in zip(rows, arrays, strict=True):
+        row[: len(array)] = torch.from_numpy(np.ascontiguousarray(array))
+    return rows
+
+
+def _behind(start: int, ids: Sequence[int]) -> list[int]:
+    return [0] * start + [1] * (len(ids) - start)
