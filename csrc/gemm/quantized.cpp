@@ -66,10 +66,20 @@ void Finish(const QuantizedArgs& args, const float* sums, int64_t width, int64_t
   }
 }
 
+// Requests the memory that Finish writes: its rows arrive while a tile is computed.
+template <class T>
+PEAK_INLINE void PrefetchOutputs(const QuantizedArgs& args, int64_t width, int64_t row, int64_t rows, int64_t column) {
+  for (int64_t i = 0; i < std::min(rows, args.rows - row); ++i) {
+    const T* const y = static_cast<const T*>(args.y) + (row + i) * args.y_row + column;
+    for (int64_t j = 0; j < width; j += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(y + j, 1);
+  }
+}
+
 template <class T, class Weight, int kRows, int kPanels>
 void MultiplyTile(const QuantizedArgs& args, const QuantizedLayout& layout, const TileArgs& tile, int64_t row,
                   int64_t column) {
   alignas(64) float sums[kRows * kPanels * kPanelOutputs];
+  PrefetchOutputs<T>(args, kPanels * kPanelOutputs, row, kRows, column);
   Tile<Weight, kRows, kPanels>(tile, layout.blocks, args.block / 4, layout.quads, sums);
   Finish<T>(args, sums, kPanels * kPanelOutputs, row, kRows, column);
 }
